@@ -1,0 +1,6 @@
+//! A host-side proxy for hypervisor sockets.
+
+pub mod error;
+pub mod hyperkit;
+
+pub use error::{Error, Operation, Result};
