@@ -1,0 +1,165 @@
+//! Addresses: where a connection comes from and where it goes.
+//!
+//! | address | what it is |
+//! |---|---|
+//! | `hyperkit://[CID]:PORT/STATE/DIR` | a vsock port of a hyperkit VM, by its state directory |
+//! | `vsock://[CID]:PORT` | Linux `AF_VSOCK` |
+//! | `hvsock://VM/SERVICE` | Windows `AF_HYPERV` |
+//! | `vsock-mux://:PORT/PATH` | a vsock port behind the Unix socket of Firecracker, Cloud Hypervisor or vhost-device-vsock |
+//! | `unix:///PATH`, `unix:REL`, `unix:@NAME`, `/PATH`, `./REL`, `../REL` | a Unix socket |
+//! | `tcp://HOST:PORT` | TCP |
+//!
+//! Every address parses and prints on every system, whether or not that system can dial it, and what it prints parses to the same address. Ports and CIDs
+//! are decimal, or hex behind `0x`. In URIs, names and paths are percent-encoded; `/./rel` is the relative path `rel`.
+
+mod error;
+mod hvsock;
+mod hyperkit;
+mod port;
+#[cfg(test)]
+mod properties;
+mod tcp;
+#[cfg(test)]
+mod tests;
+mod unix;
+mod uri;
+mod vsock;
+
+use std::fmt;
+use std::str::FromStr;
+
+pub use error::{AddressError, Part};
+pub use hvsock::{HvsockAddress, ServiceId, Vm, VmId};
+pub use hyperkit::{HyperkitAddress, HyperkitVm};
+pub use port::{Port, PortError};
+pub use tcp::{Host, TcpAddress};
+pub use unix::{UnixAddress, VsockMuxAddress};
+pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, VsockAddress};
+
+/// An address of any family.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// A vsock port of a hyperkit VM.
+    Hyperkit(HyperkitAddress),
+    /// Linux `AF_VSOCK`.
+    Vsock(VsockAddress),
+    /// Windows `AF_HYPERV`.
+    Hvsock(HvsockAddress),
+    /// A vsock port behind a VM monitor's Unix socket.
+    VsockMux(VsockMuxAddress),
+    /// A Unix socket.
+    Unix(UnixAddress),
+    /// TCP.
+    Tcp(TcpAddress),
+}
+
+/// Every scheme with a right address of it.
+const SCHEMES: [(&str, &str); 6] = [
+    ("hyperkit", "hyperkit://:80/path/to/state"),
+    ("vsock", "vsock://3:1024"),
+    ("hvsock", "hvsock://parent/1024"),
+    ("vsock-mux", "vsock-mux://:1024/run/vm.sock"),
+    ("unix", "unix:///run/service.sock"),
+    ("tcp", TCP_EXAMPLE),
+];
+
+const TCP_EXAMPLE: &str = "tcp://127.0.0.1:8080";
+
+impl Address {
+    /// The scheme that stands before `:` in the printed address.
+    pub fn scheme(&self) -> &'static str {
+        match self {
+            Address::Hyperkit(_) => "hyperkit",
+            Address::Vsock(_) => "vsock",
+            Address::Hvsock(_) => "hvsock",
+            Address::VsockMux(_) => "vsock-mux",
+            Address::Unix(_) => "unix",
+            Address::Tcp(_) => "tcp",
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Hyperkit(address) => address.fmt(f),
+            Address::Vsock(address) => address.fmt(f),
+            Address::Hvsock(address) => address.fmt(f),
+            Address::VsockMux(address) => address.fmt(f),
+            Address::Unix(address) => address.fmt(f),
+            Address::Tcp(address) => address.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(input: &str) -> Result<Address, AddressError> {
+        if ["/", "./", "../"].iter().any(|s| input.starts_with(s)) {
+            return UnixAddress::from_plain(input).map(Address::Unix);
+        }
+        let scheme = input.split_once(':').map_or("", |(scheme, _)| scheme);
+        match scheme.to_ascii_lowercase().as_str() {
+            "hyperkit" => input.parse().map(Address::Hyperkit),
+            "vsock" => input.parse().map(Address::Vsock),
+            "hvsock" => input.parse().map(Address::Hvsock),
+            "vsock-mux" => input.parse().map(Address::VsockMux),
+            "unix" => input.parse().map(Address::Unix),
+            "tcp" => input.parse().map(Address::Tcp),
+            _ => Err(unknown(input, scheme)),
+        }
+    }
+}
+
+macro_rules! from {
+    ($($kind:ident: $inner:ty),*) => {$(
+        impl From<$inner> for Address {
+            fn from(address: $inner) -> Address {
+                Address::$kind(address)
+            }
+        }
+    )*};
+}
+
+from!(Hyperkit: HyperkitAddress, Vsock: VsockAddress, Hvsock: HvsockAddress, VsockMux: VsockMuxAddress, Unix: UnixAddress, Tcp: TcpAddress);
+
+/// The error for an input of no known scheme, with the example that comes nearest to what was meant.
+fn unknown(input: &str, scheme: &str) -> AddressError {
+    if input.is_empty() {
+        return AddressError::new(input, Part::Address, "", "is empty", TCP_EXAMPLE);
+    }
+    let list = SCHEMES.map(|(scheme, _)| scheme).join(", ");
+    let missing = format!("is missing (known: {list})");
+    let behind = input.rsplit_once(':').map_or(input, |(_, behind)| behind);
+    if !input.contains("://") && behind.starts_with(|c: char| c.is_ascii_digit()) {
+        // HOST:PORT, PORT or :PORT.
+        let example = ["tcp://", "tcp://127.0.0.1:", "tcp://127.0.0.1"]
+            .map(|start| format!("{start}{input}").parse::<TcpAddress>());
+        let example = match (example.iter().flatten().next(), &example[0]) {
+            (Some(address), _) => address.to_string(),
+            (None, Err(error)) => error.example().to_owned(),
+            (None, Ok(_)) => TCP_EXAMPLE.to_owned(),
+        };
+        return AddressError::new(input, Part::Scheme, "", missing, example);
+    }
+    if !input.contains(':') {
+        // What has a slash was to be a path.
+        let example = match UnixAddress::from_plain(&format!("./{input}")) {
+            Ok(path) if input.contains('/') => path.to_string(),
+            _ => TCP_EXAMPLE.to_owned(),
+        };
+        return AddressError::new(input, Part::Scheme, "", missing, example);
+    }
+    let letters = |s: &str| s.replace(|c: char| !c.is_alphanumeric(), "").to_lowercase();
+    let near = SCHEMES
+        .iter()
+        .find(|(known, _)| letters(known) == letters(scheme));
+    AddressError::new(
+        input,
+        Part::Scheme,
+        scheme,
+        format!("is unknown (known: {list})"),
+        near.map_or(TCP_EXAMPLE, |(_, example)| example),
+    )
+}

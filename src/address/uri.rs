@@ -1,0 +1,247 @@
+//! Taking URIs apart and putting them together: what all schemes have in common.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
+
+use super::port::parse_u32;
+use super::{AddressError, Part, Port};
+use crate::sys;
+
+/// What a path may not hold as it is: what would end it, what people cannot see, and `@`, which begins an abstract name.
+const IN_PATH: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'#')
+    .add(b'%')
+    .add(b'<')
+    .add(b'>')
+    .add(b'?')
+    .add(b'@')
+    .add(b'[')
+    .add(b'\\')
+    .add(b']')
+    .add(b'^')
+    .add(b'`')
+    .add(b'{')
+    .add(b'|')
+    .add(b'}');
+
+/// What a name (of a host, a VM, a file in a query) may not hold as it is: all but RFC 3986's unreserved characters.
+const IN_NAME: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
+
+/// `SCHEME://AUTHORITY/PATH?QUERY`, taken apart, nothing decoded.
+pub(super) struct Uri<'a> {
+    input: &'a str,
+    example: &'static str,
+    pub(super) authority: &'a str,
+    /// Empty, or with its leading `/`.
+    pub(super) path: &'a str,
+    query: &'a str,
+}
+
+impl<'a> Uri<'a> {
+    /// Takes `input` apart if its scheme is `scheme`; `example` goes into the errors.
+    pub(super) fn parse(
+        input: &'a str,
+        scheme: &str,
+        example: &'static str,
+    ) -> Result<Uri<'a>, AddressError> {
+        let error = |part, text: &str, reason: String| {
+            Err(AddressError::new(input, part, text, reason, example))
+        };
+        let Some((found, rest)) = input.split_once(':') else {
+            return error(Part::Scheme, "", format!("is missing ({scheme}://)"));
+        };
+        if !found.eq_ignore_ascii_case(scheme) {
+            return error(Part::Scheme, found, format!("is not {scheme}"));
+        }
+        let Some(rest) = rest.strip_prefix("//") else {
+            return error(Part::Scheme, found, "wants :// behind it".to_owned());
+        };
+        let (rest, fragment) = cut(rest, '#');
+        if let Some(fragment) = fragment {
+            return error(
+                Part::Fragment,
+                fragment,
+                "means nothing here (a # in a name is written %23)".to_owned(),
+            );
+        }
+        let (rest, query) = cut(rest, '?');
+        let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        Ok(Uri {
+            input,
+            example,
+            authority,
+            path,
+            query: query.unwrap_or(""),
+        })
+    }
+
+    pub(super) fn error(&self, part: Part, text: &str, reason: impl Into<String>) -> AddressError {
+        AddressError::new(self.input, part, text, reason, self.example)
+    }
+
+    /// The same with an example made for this input.
+    pub(super) fn error_with_example(
+        &self,
+        part: Part,
+        text: &str,
+        reason: &str,
+        example: String,
+    ) -> AddressError {
+        AddressError::new(self.input, part, text, reason, example)
+    }
+
+    /// The authority's two halves, `BEFORE:PORT`.
+    pub(super) fn split_port(&self) -> Result<(&'a str, &'a str), AddressError> {
+        self.authority
+            .rsplit_once(':')
+            .ok_or_else(|| self.error(Part::Port, "", "is missing"))
+    }
+
+    pub(super) fn port(&self, text: &str) -> Result<Port, AddressError> {
+        parse_u32(text)
+            .map(Port)
+            .map_err(|reason| self.error(Part::Port, text, reason))
+    }
+
+    /// Decodes a name, which is not empty and has no NUL.
+    pub(super) fn name(&self, part: Part, text: &str) -> Result<String, AddressError> {
+        let error = |reason: &str| self.error(part, text, reason);
+        let name = String::from_utf8(decode(text).map_err(error)?)
+            .map_err(|_| error("is not UTF-8 when decoded"))?;
+        match name.as_str() {
+            "" => Err(error("is missing")),
+            name if name.contains('\0') => Err(error("has a NUL")),
+            _ => Ok(name),
+        }
+    }
+
+    /// The path as a file's: `/abs`, or `/./rel` for the relative `rel`.
+    pub(super) fn file(&self, missing: &str) -> Result<PathBuf, AddressError> {
+        let text = match self.path {
+            "" | "/" => return Err(self.error(Part::Path, "", missing)),
+            "/." | "/./" => ".",
+            path => path.strip_prefix("/./").unwrap_or(path),
+        };
+        decode_path(text).map_err(|reason| self.error(Part::Path, self.path, reason))
+    }
+
+    /// The query's pairs, decoded; each key is one of `known` and stands there once.
+    pub(super) fn query(
+        &self,
+        known: &[&'static str],
+    ) -> Result<Vec<(&'static str, String)>, AddressError> {
+        let mut pairs: Vec<(&'static str, String)> = Vec::new();
+        for pair in self.query.split('&').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let Some(key) = known.iter().find(|known| **known == key) else {
+                let reason = match known {
+                    [] => "is not taken here (a ? in a name is written %3F)".to_owned(),
+                    known => format!("is unknown (known: {})", known.join(", ")),
+                };
+                return Err(self.error(Part::Query, key, reason));
+            };
+            if pairs.iter().any(|(seen, _)| seen == key) {
+                return Err(self.error(Part::Query, key, "stands there twice"));
+            }
+            let value = decode(value)
+                .and_then(|value| String::from_utf8(value).map_err(|_| NOT_UTF8))
+                .map_err(|reason| self.error(Part::Query, pair, reason))?;
+            pairs.push((key, value));
+        }
+        Ok(pairs)
+    }
+
+    /// Refuses a path (but for a closing `/`) and a query.
+    pub(super) fn ends_here(&self) -> Result<(), AddressError> {
+        if !matches!(self.path, "" | "/") {
+            return Err(self.error(Part::Path, self.path, "is not taken here"));
+        }
+        self.query(&[]).map(drop)
+    }
+}
+
+const NOT_UTF8: &str = "is not UTF-8 when decoded";
+
+/// `text` up to `mark`, and what is behind it.
+fn cut(text: &str, mark: char) -> (&str, Option<&str>) {
+    match text.split_once(mark) {
+        Some((before, behind)) => (before, Some(behind)),
+        None => (text, None),
+    }
+}
+
+/// Undoes percent-encoding; unlike lenient decoders it takes no `%` that begins nothing.
+pub(super) fn decode(text: &str) -> Result<Vec<u8>, &'static str> {
+    let hex = |digit: Option<&u8>| digit.is_some_and(u8::is_ascii_hexdigit);
+    for part in text.split('%').skip(1).map(str::as_bytes) {
+        if !hex(part.first()) || !hex(part.get(1)) {
+            return Err("has a % without two hex digits (a % itself is written %25)");
+        }
+    }
+    Ok(percent_decode_str(text).collect())
+}
+
+/// Undoes percent-encoding of a file's path.
+pub(super) fn decode_path(text: &str) -> Result<PathBuf, &'static str> {
+    let bytes = decode(text)?;
+    if bytes.contains(&0) {
+        return Err("has a NUL");
+    }
+    let path: OsString =
+        sys::os_string_from_bytes(bytes).map_err(|_| "is no file name on this system")?;
+    Ok(path.into())
+}
+
+/// Prints a name.
+pub(super) fn encode_name(name: &[u8]) -> impl fmt::Display {
+    percent_encode(name, IN_NAME)
+}
+
+/// Prints a name that, as it is, would be read as something else: its first byte is encoded in any case.
+pub(super) fn write_guarded_name(f: &mut fmt::Formatter<'_>, name: &str) -> fmt::Result {
+    match name.as_bytes().split_first() {
+        Some((first, rest)) => write!(f, "%{first:02X}{}", encode_name(rest)),
+        None => Ok(()),
+    }
+}
+
+/// Prints a path's bytes.
+pub(super) fn encode_path(path: &Path) -> impl fmt::Display {
+    percent_encode(path.as_os_str().as_encoded_bytes(), IN_PATH)
+}
+
+/// Prints a path as [`Uri::file`] reads it.
+pub(super) fn write_file(f: &mut fmt::Formatter<'_>, path: &Path) -> fmt::Result {
+    match path.as_os_str().as_encoded_bytes() {
+        // An absolute path that looks like the mark of a relative one.
+        [b'/', b'.', rest @ ..] if matches!(rest, [] | [b'/', ..]) => {
+            write!(f, "/%2E{}", percent_encode(rest, IN_PATH))
+        }
+        [b'/', ..] => write!(f, "{}", encode_path(path)),
+        _ => write!(f, "/./{}", encode_path(path)),
+    }
+}
+
+/// Prints `?key=value&…`, leaving out pairs without a value.
+pub(super) fn write_query(
+    f: &mut fmt::Formatter<'_>,
+    pairs: &[(&str, Option<&str>)],
+) -> fmt::Result {
+    let mut mark = '?';
+    for (key, value) in pairs {
+        if let Some(value) = value {
+            write!(f, "{mark}{key}={}", encode_name(value.as_bytes()))?;
+            mark = '&';
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! `vsock://[CID]:PORT`, the addresses of Linux's `AF_VSOCK`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::port::parse_u32;
+use super::uri::Uri;
+use super::{AddressError, Part, Port};
+
+/// Any CID, to listen on (`VMADDR_CID_ANY`).
+pub const CID_ANY: u32 = u32::MAX;
+/// The hypervisor itself (`VMADDR_CID_HYPERVISOR`).
+pub const CID_HYPERVISOR: u32 = 0;
+/// This system itself (`VMADDR_CID_LOCAL`).
+pub const CID_LOCAL: u32 = 1;
+/// The host, as its guests dial it (`VMADDR_CID_HOST`).
+pub const CID_HOST: u32 = 2;
+
+/// The CIDs that have names; the numbers are those of Linux's `include/uapi/linux/vm_sockets.h`.
+const NAMES: [(&str, u32); 4] = [
+    ("any", CID_ANY),
+    ("hypervisor", CID_HYPERVISOR),
+    ("local", CID_LOCAL),
+    ("host", CID_HOST),
+];
+
+/// An address of Linux's `AF_VSOCK`: `vsock://[CID]:PORT`.
+///
+/// The CID is a number or one of `any`, `hypervisor`, `local`, `host`; left out it is `any`, and printed so.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct VsockAddress {
+    /// The context id, by which a VM or the host is known.
+    pub cid: u32,
+    /// The port.
+    pub port: Port,
+}
+
+impl fmt::Display for VsockAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("vsock://")?;
+        if self.cid != CID_ANY {
+            write!(f, "{}", self.cid)?;
+        }
+        write!(f, ":{}", self.port.0)
+    }
+}
+
+impl FromStr for VsockAddress {
+    type Err = AddressError;
+
+    fn from_str(input: &str) -> Result<VsockAddress, AddressError> {
+        let uri = Uri::parse(input, "vsock", "vsock://3:1024")?;
+        let (cid, port) = uri.split_port()?;
+        let address = VsockAddress {
+            cid: parse_cid(cid).map_err(|reason| uri.error(Part::Cid, cid, reason))?,
+            port: uri.port(port)?,
+        };
+        uri.ends_here()?;
+        Ok(address)
+    }
+}
+
+fn parse_cid(text: &str) -> Result<u32, String> {
+    if text.is_empty() {
+        return Ok(CID_ANY);
+    }
+    if let Some((_, cid)) = NAMES
+        .iter()
+        .find(|(name, _)| name.eq_ignore_ascii_case(text))
+    {
+        return Ok(*cid);
+    }
+    if text.starts_with(|c: char| c.is_ascii_alphabetic()) {
+        return Err("is neither a number nor any, hypervisor, local or host".to_owned());
+    }
+    parse_u32(text)
+}
