@@ -30,6 +30,7 @@ use std::str::FromStr;
 
 pub use error::{AddressError, Part};
 pub use hvsock::{HvsockAddress, ServiceId, Vm, VmId};
+pub(crate) use hyperkit::is_guest_cid;
 pub use hyperkit::{HyperkitAddress, HyperkitVm};
 pub use port::{Port, PortError};
 pub use tcp::{Host, TcpAddress};

@@ -2,6 +2,17 @@
 //!
 //! Source of every name and number here: hyperkit's `src/lib/pci_virtio_sock.c`.
 
+mod discovery;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+
+pub use crate::address::HyperkitVm;
+use crate::address::Port;
+pub use discovery::{Discovered, Places, Source, discover, find};
+
 /// The CID of the host, as the guest dials it (`VMADDR_CID_HOST`).
 pub const HOST_CID: u32 = 2;
 
@@ -36,4 +47,44 @@ pub fn parse_connect_line(line: &[u8; LINE_LEN]) -> Option<(u32, u32)> {
 /// The file name of a socket in the state directory: `%08x.%08x` (cid, port; `PRIaddr`).
 pub fn socket_name(cid: u32, port: u32) -> String {
     format!("{cid:08x}.{port:08x}")
+}
+
+/// The file in the state directory to which hyperkit writes its pid, in decimal (`-F`, as hyperkit's Go package passes it).
+pub const PID_NAME: &str = "hyperkit.pid";
+
+/// How many bytes hyperkit takes as the path of its state directory (`pci_vtsock_init`: "path too long").
+///
+/// A socket's path on macOS has at most 104 bytes with its closing NUL (`sun_path`), and the longest name needs 18 of them: `/00000003.00000050`.
+pub const MAX_STATE_DIR: usize = 104 - "/00000003.00000050".len() - 1;
+
+impl HyperkitVm {
+    /// The socket on which hyperkit takes connections to any port of the guest, each begun by a [`connect_line`].
+    pub fn connect_path(&self) -> PathBuf {
+        self.state_dir.join(&self.connect)
+    }
+
+    /// The socket of a guest port that was given at hyperkit's start (`guest_forwards=`): no line there.
+    pub fn forward_path(&self, port: Port) -> PathBuf {
+        self.socket_path(self.cid, port)
+    }
+
+    /// The link to [`forward_path`](HyperkitVm::forward_path) by which the guest's CID need not be known: `guest.%08x`, without the prefix.
+    pub fn guest_link_path(&self, port: Port) -> PathBuf {
+        self.state_dir.join(format!("guest.{:08x}", port.0))
+    }
+
+    /// Where a program of the host listens for guests that dial the host's `port`.
+    pub fn listen_path(&self, port: Port) -> PathBuf {
+        self.socket_path(HOST_CID, port)
+    }
+
+    /// The file with hyperkit's pid. It is not there where `vsock_dir` in hyperkit.json puts the sockets elsewhere than the state.
+    pub fn pid_path(&self) -> PathBuf {
+        self.state_dir.join(PID_NAME)
+    }
+
+    fn socket_path(&self, cid: u32, port: Port) -> PathBuf {
+        let name = socket_name(cid, port.0);
+        self.state_dir.join(format!("{}{name}", self.prefix))
+    }
 }
