@@ -1,9 +1,20 @@
 //! A host-side proxy for hypervisor sockets.
 
 pub mod address;
+#[cfg(unix)]
+mod dial;
 pub mod error;
 pub mod hyperkit;
+#[cfg(unix)]
+mod listener;
+#[cfg(unix)]
+pub mod proxy;
+mod relay;
+#[cfg(unix)]
+mod stream;
 mod sys;
 
 pub use address::{Address, AddressError};
 pub use error::{Error, Operation, Result};
+#[cfg(unix)]
+pub use proxy::{Proxy, ProxyConfig, Rule};

@@ -1,6 +1,34 @@
-//! What differs between operating systems, behind functions that exist on all of them.
+//! What the operating system is asked for that std, mio and socket2 have no name for. All `unsafe` lives here.
+//!
+//! A system that is to carry Unix sockets supplies:
+//!
+//! * `with_short_path(path, f)`: runs `f` with a path to the same file that fits into a `sockaddr_un`, however
+//!   long `path` is, as long as its last component fits. Whatever it needs for that is gone when it returns.
+//! * `Identity::of(path)`: tells two files apart that had the same name one after the other, without following a
+//!   symbolic link and without touching the file in any way that its owner could notice.
+//! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have, and says how many.
+//! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
+//!
+//! Nothing here decides anything: policy stands above.
 
 use std::ffi::OsString;
+
+#[cfg(unix)]
+mod unix;
+
+#[cfg(unix)]
+pub(crate) use unix::*;
+
+/// Poll edges come from the kernel (epoll, kqueue) and not from mio's emulation, which arms a socket again only when
+/// a call on it has said `WouldBlock`.
+pub(crate) const KERNEL_EDGES: bool = cfg!(all(
+    unix,
+    not(mio_unsupported_force_poll_poll),
+    not(target_os = "solaris")
+));
+
+/// A Unix listener whose backlog is full refuses, as if nobody listened (macOS, BSD), where Linux says `EAGAIN`.
+pub(crate) const FULL_BACKLOG_REFUSES: bool = cfg!(not(target_os = "linux"));
 
 /// The OS string of these bytes; the bytes back where this system has none for them.
 ///

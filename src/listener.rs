@@ -1,0 +1,311 @@
+//! A listening, non-blocking socket of any family that is carried, and the file it leaves in the file system.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use mio::event::Source;
+use mio::{Interest, Registry, Token};
+use socket2::{Domain, SockAddr, Type};
+
+use crate::address::{Address, Host, TcpAddress, UnixAddress};
+use crate::error::{Error, Operation, Result};
+use crate::stream::Stream;
+use crate::sys::{self, Identity};
+
+/// How many connections may wait to be accepted; the kernel lowers it to its own limit (`net.core.somaxconn`,
+/// `kern.ipc.somaxconn`).
+const BACKLOG: i32 = 4096;
+
+/// A listening socket. Dropping it removes the socket's file, if that is still ours.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Tcp(mio::net::TcpListener),
+    Unix(UnixListener),
+}
+
+/// A listening Unix socket and its file.
+#[derive(Debug)]
+pub(crate) struct UnixListener {
+    listener: mio::net::UnixListener,
+    file: Option<SocketFile>,
+}
+
+/// The file of a Unix socket that we made.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: Identity,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // By identity, not by name: by now the name may be somebody else's.
+        if Identity::of(&self.path).is_ok_and(|now| now == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// What has become of a listening socket's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FileState {
+    /// There, or there is none to look for.
+    Ours,
+    /// Removed: nobody can find the socket any more.
+    Missing,
+    /// Somebody else's file has its name.
+    Taken,
+}
+
+impl Listener {
+    /// Binds `address` and listens on it. A Unix socket's file gets the permissions `mode`, before anyone can connect.
+    ///
+    /// A file in the way is replaced only if it is a socket on which nobody listens.
+    ///
+    /// # Errors
+    /// `AddrInUse` if somebody listens there; `AlreadyExists` if the file in the way is no socket; what the kernel
+    /// says otherwise. `Unsupported` for a family that isn't carried.
+    pub(crate) fn bind(address: &Address, mode: u32) -> Result<Listener> {
+        match address {
+            Address::Tcp(tcp) => bind_tcp(address, tcp),
+            Address::Unix(UnixAddress::Path(path)) => bind_path(address, path, mode),
+            Address::Unix(UnixAddress::Abstract(name)) => bind_abstract(address, name),
+            Address::Hyperkit(hyperkit) => {
+                bind_path(address, &hyperkit.vm.listen_path(hyperkit.port), mode)
+            }
+            other => Err(not_carried(Operation::Listen, other)),
+        }
+    }
+
+    /// Accepts one connection, non-blocking; who it is from, for the log.
+    pub(crate) fn accept(&self) -> io::Result<(Stream, Option<SocketAddr>)> {
+        match self {
+            Listener::Tcp(listener) => {
+                let (stream, peer) = listener.accept()?;
+                Ok((Stream::Tcp(stream), Some(peer)))
+            }
+            Listener::Unix(unix) => {
+                let (stream, _) = unix.listener.accept()?;
+                Ok((Stream::Unix(stream), None))
+            }
+        }
+    }
+
+    /// The TCP address that was bound: says which port was chosen for port 0.
+    pub(crate) fn tcp_address(&self) -> Option<SocketAddr> {
+        match self {
+            Listener::Tcp(listener) => listener.local_addr().ok(),
+            Listener::Unix(_) => None,
+        }
+    }
+
+    /// What has become of the socket's file.
+    pub(crate) fn file_state(&self) -> FileState {
+        let Listener::Unix(UnixListener {
+            file: Some(file), ..
+        }) = self
+        else {
+            return FileState::Ours;
+        };
+        match Identity::of(&file.path) {
+            Ok(now) if now == file.identity => FileState::Ours,
+            Ok(_) => FileState::Taken,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => FileState::Missing,
+            // What can't be looked at can't be mended either.
+            Err(_) => FileState::Ours,
+        }
+    }
+}
+
+/// The error for a family whose sockets this system, or this version, doesn't carry.
+pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
+    let cause = io::Error::new(
+        io::ErrorKind::Unsupported,
+        format!("{} sockets are not carried here", address.scheme()),
+    );
+    Error::new(operation, address, cause).with_remedy("use a hyperkit://, unix: or tcp:// address")
+}
+
+fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
+    let socket_address = match &tcp.host {
+        Host::Ip(ip) => SocketAddr::new(*ip, tcp.port),
+        Host::Name(name) => (name.as_str(), tcp.port)
+            .to_socket_addrs()
+            .and_then(|mut all| all.next().ok_or(io::ErrorKind::NotFound.into()))
+            .map_err(|e| Error::new(Operation::Resolve, name, e))?,
+    };
+    let listen = || {
+        let socket = socket2::Socket::new(Domain::for_address(socket_address), Type::STREAM, None)?;
+        // Without it a port stays unusable for a minute after a restart. On Windows it means something else.
+        #[cfg(unix)]
+        socket.set_reuse_address(true)?;
+        socket.bind(&socket_address.into())?;
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        Ok(mio::net::TcpListener::from_std(socket.into()))
+    };
+    listen().map(Listener::Tcp).map_err(|e: io::Error| {
+        let remedy = match e.kind() {
+            io::ErrorKind::AddrInUse => {
+                Some("another program listens there: choose another port, or 0 for a free one")
+            }
+            io::ErrorKind::PermissionDenied => {
+                Some("ports below 1024 need rights: choose a higher one")
+            }
+            io::ErrorKind::AddrNotAvailable => {
+                Some("no interface of this machine has that address")
+            }
+            _ => None,
+        };
+        let error = Error::new(Operation::Listen, address, e);
+        match remedy {
+            Some(remedy) => error.with_remedy(remedy),
+            None => error,
+        }
+    })
+}
+
+fn unix_socket(
+    address: &SockAddr,
+    before_listen: impl FnOnce() -> io::Result<()>,
+) -> io::Result<mio::net::UnixListener> {
+    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.bind(address)?;
+    before_listen()?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(mio::net::UnixListener::from_std(socket.into()))
+}
+
+fn bind_abstract(address: &Address, name: &[u8]) -> Result<Listener> {
+    sys::abstract_address(name)
+        .and_then(|name| mio::net::UnixListener::bind_addr(&name))
+        .map(|listener| {
+            Listener::Unix(UnixListener {
+                listener,
+                file: None,
+            })
+        })
+        .map_err(|e| Error::new(Operation::Listen, address, e))
+}
+
+fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<Listener> {
+    let fail = |e: io::Error, remedy: &str| {
+        Error::new(Operation::Listen, address, e).with_remedy(remedy.to_string())
+    };
+    clear_the_way(path).map_err(|e| match e.kind() {
+        io::ErrorKind::AddrInUse => fail(
+            e,
+            "another program listens there: stop it, or choose another path",
+        ),
+        io::ErrorKind::AlreadyExists => fail(e, "choose another path, or move the file away"),
+        io::ErrorKind::InvalidFilename => fail(e, "choose a shorter name"),
+        io::ErrorKind::PermissionDenied => fail(
+            e,
+            "look at the permissions of the directory and of the file in the way",
+        ),
+        _ => Error::new(Operation::Listen, address, e),
+    })?;
+    let bind = || {
+        let listener = sys::with_short_path(path, |short| {
+            // Until it listens nobody can connect, so there is no moment with other permissions than asked for.
+            unix_socket(&SockAddr::unix(short)?, || {
+                fs::set_permissions(short, fs::Permissions::from_mode(mode))
+            })
+        })?;
+        let file = SocketFile {
+            path: path.to_path_buf(),
+            identity: Identity::of(path)?,
+        };
+        Ok(Listener::Unix(UnixListener {
+            listener,
+            file: Some(file),
+        }))
+    };
+    bind().map_err(|e: io::Error| match e.kind() {
+        io::ErrorKind::NotFound => fail(e, "its directory doesn't exist: make it first"),
+        io::ErrorKind::PermissionDenied => fail(e, "you may not write to its directory"),
+        io::ErrorKind::InvalidFilename => fail(e, "choose a shorter name"),
+        _ => Error::new(Operation::Listen, address, e),
+    })
+}
+
+/// Removes the file at `path` if it is a socket on which nobody listens.
+fn clear_the_way(path: &Path) -> io::Result<()> {
+    let before = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    if !before.file_type().is_socket() {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "a file that is no socket is in the way",
+        ));
+    }
+    let identity = Identity::of(path)?;
+    let answer = sys::with_short_path(path, |short| {
+        let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        // A full backlog must not block us.
+        socket.set_nonblocking(true)?;
+        socket.connect(&SockAddr::unix(short)?)
+    });
+    match answer {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+            if Identity::of(path)? == identity {
+                fs::remove_file(path)?;
+            }
+            Ok(())
+        }
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound) => Ok(()),
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidFilename
+            ) =>
+        {
+            Err(e)
+        }
+        // Connected, or EAGAIN (a full backlog), or a socket of another type: somebody is there.
+        _ => Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            "the socket is in use",
+        )),
+    }
+}
+
+impl Source for Listener {
+    fn register(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
+        match self {
+            Listener::Tcp(listener) => listener.register(registry, token, interests),
+            Listener::Unix(unix) => unix.listener.register(registry, token, interests),
+        }
+    }
+
+    fn reregister(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
+        match self {
+            Listener::Tcp(listener) => listener.reregister(registry, token, interests),
+            Listener::Unix(unix) => unix.listener.reregister(registry, token, interests),
+        }
+    }
+
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        match self {
+            Listener::Tcp(listener) => listener.deregister(registry),
+            Listener::Unix(unix) => unix.listener.deregister(registry),
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The listeners of a worker: accepting in batches, surviving every error, keeping their files.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tracing::{error, info, warn};
+
+use crate::address::Address;
+use crate::listener::FileState;
+
+use super::forward::Forward;
+use super::worker::{Command, Phase, Worker};
+use super::world::World;
+
+/// Connections that one listener may accept before the others have their turn.
+const BATCH: usize = 64;
+
+/// What [`accept_all`](Worker::accept_all) takes from one listener at most.
+const LONGEST_BACKLOG: usize = 4096;
+
+/// How long a listener that can't accept now waits before it looks again.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// How often the files of Unix sockets are looked after.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// A listener in a worker's loop.
+#[derive(Debug)]
+pub(crate) struct Listening<L> {
+    listener: Option<L>,
+    forward: Arc<Forward>,
+    /// Someone waits to be accepted, as far as is known.
+    pub(super) ready: bool,
+    /// Not before this time.
+    paused: Option<Instant>,
+    /// The pause was told of.
+    told: bool,
+    watch: Instant,
+    lost: bool,
+}
+
+impl<W: World> Worker<W> {
+    /// Takes over a bound listener.
+    pub(crate) fn add_listener(
+        &mut self,
+        listener: W::Listener,
+        forward: Arc<Forward>,
+    ) -> io::Result<()> {
+        let mut listener = listener;
+        self.world
+            .watch_listener(&mut listener, self.listeners.len())?;
+        let watch = self.world.now() + WATCH;
+        self.listeners.push(Listening {
+            listener: Some(listener),
+            forward,
+            ready: true,
+            paused: None,
+            told: false,
+            watch,
+            lost: false,
+        });
+        Ok(())
+    }
+
+    /// When a listener wants to be looked at without an event.
+    pub(super) fn next_accept(&self, now: Instant) -> Option<Instant> {
+        let wants = |listening: &Listening<W::Listener>| {
+            let ready = (listening.ready && listening.listener.is_some())
+                .then(|| listening.paused.unwrap_or(now));
+            [
+                ready,
+                has_file(&listening.forward).then_some(listening.watch),
+            ]
+            .into_iter()
+            .flatten()
+            .min()
+        };
+        self.listeners.iter().filter_map(wants).min()
+    }
+
+    pub(super) fn accept_turns(&mut self, now: Instant) {
+        for index in 0..self.listeners.len() {
+            let listening = &mut self.listeners[index];
+            if listening.paused.is_some_and(|at| at <= now) {
+                listening.paused = None;
+            }
+            if listening.ready && listening.paused.is_none() {
+                self.accept_from(index, now);
+            }
+            if self.listeners[index].watch <= now && has_file(&self.listeners[index].forward) {
+                self.listeners[index].watch = now + WATCH;
+                self.look_after(index);
+            }
+        }
+    }
+
+    /// Accepts all who wait at the listeners now.
+    pub(super) fn accept_all(&mut self, now: Instant) {
+        for index in 0..self.listeners.len() {
+            // As many turns as the longest backlog takes.
+            for _ in 0..LONGEST_BACKLOG / BATCH {
+                let listening = &self.listeners[index];
+                if !listening.ready || listening.paused.is_some() {
+                    break;
+                }
+                self.accept_from(index, now);
+            }
+        }
+    }
+
+    fn accept_from(&mut self, index: usize, now: Instant) {
+        for _ in 0..BATCH {
+            let listening = &mut self.listeners[index];
+            let Some(listener) = &listening.listener else {
+                return;
+            };
+            let limit = self.shared.limits.connections;
+            // Guests are accepted whatever happens: hyperkit stands still until they are.
+            if !listening.forward.is_polite(crate::relay::CLIENT)
+                && self.shared.live.load(Ordering::Relaxed) >= limit
+            {
+                let reason = io::Error::other(format!(
+                    "{limit} connections are open, and more are not allowed"
+                ));
+                return self.pause(index, now, &reason);
+            }
+            match self.world.accept(listener) {
+                Ok((stream, peer)) => {
+                    listening.told = false;
+                    let forward = Arc::clone(&listening.forward);
+                    tracing::debug!(listen = %forward.rule.listen, ?peer, "accepted");
+                    self.shared.live.fetch_add(1, Ordering::AcqRel);
+                    forward.accepted.fetch_add(1, Ordering::Relaxed);
+                    forward.live.fetch_add(1, Ordering::Relaxed);
+                    self.hand_over(stream, forward, now);
+                }
+                Err(e) => match e.kind() {
+                    io::ErrorKind::WouldBlock => {
+                        listening.ready = false;
+                        return;
+                    }
+                    // The client left before it was accepted; the next may not have.
+                    io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
+                    // Invariant 10: no error ends a listener. Most often descriptors ran out: a close brings one.
+                    _ => return self.pause(index, now, &e),
+                },
+            }
+        }
+    }
+
+    fn pause(&mut self, index: usize, now: Instant, reason: &io::Error) {
+        let listening = &mut self.listeners[index];
+        listening.paused = Some(now + PAUSE);
+        if !listening.told {
+            listening.told = true;
+            warn!(
+                "not accepting on {} for now: {reason}; clients wait",
+                listening.forward.rule.listen
+            );
+        }
+    }
+
+    /// Gives a connection to the worker that has the fewest.
+    fn hand_over(&mut self, stream: W::Stream, forward: Arc<Forward>, now: Instant) {
+        let load = |index: &usize| self.shared.inboxes[*index].load.load(Ordering::Relaxed);
+        let mine = load(&self.index);
+        let least = (0..self.shared.inboxes.len())
+            .min_by_key(load)
+            .filter(|index| load(index) < mine);
+        let to = least.unwrap_or(self.index);
+        self.shared.inboxes[to].load.fetch_add(1, Ordering::Relaxed);
+        if to == self.index {
+            self.adopt(stream, forward, now);
+        } else {
+            self.shared.inboxes[to].send(Command::Adopt(stream, forward));
+        }
+    }
+
+    /// Makes a socket's file again that someone removed: a VM that starts may clear its directory, and cleaners of
+    /// `/tmp` remove what is old.
+    fn look_after(&mut self, index: usize) {
+        let listening = &mut self.listeners[index];
+        if self.phase != Phase::Running {
+            return;
+        }
+        let state = match &listening.listener {
+            Some(listener) => self.world.file_state(listener),
+            None => FileState::Missing,
+        };
+        let rule = &listening.forward.rule;
+        match state {
+            FileState::Ours => {}
+            FileState::Taken => {
+                if !listening.lost {
+                    listening.lost = true;
+                    error!(
+                        "{} was taken over by another program; its clients don't reach us any more",
+                        rule.listen
+                    );
+                }
+            }
+            FileState::Missing => match self.world.listen(&rule.listen, rule.mode) {
+                Ok(mut listener) => {
+                    // The old one first: it may have this very place in the poller.
+                    if let Some(old) = listening.listener.take() {
+                        self.world.close_listener(old);
+                    }
+                    if let Err(e) = self.world.watch_listener(&mut listener, index) {
+                        error!("cannot watch {}: {e}", rule.listen);
+                        return;
+                    }
+                    info!("made {} again: its file had been removed", rule.listen);
+                    listening.listener = Some(listener);
+                    listening.ready = true;
+                    listening.lost = false;
+                }
+                Err(e) => {
+                    if !listening.lost {
+                        listening.lost = true;
+                        error!(
+                            "{} has been removed, and it can't be made again yet: {e}",
+                            rule.listen
+                        );
+                    }
+                }
+            },
+        }
+    }
+
+    /// Closes all listeners but those that guests dial: an unbound port is what hyperkit can't stand.
+    pub(super) fn close_client_listeners(&mut self) {
+        for listening in &mut self.listeners {
+            if !listening.forward.is_polite(crate::relay::CLIENT)
+                && let Some(listener) = listening.listener.take()
+            {
+                self.world.close_listener(listener);
+            }
+        }
+    }
+
+    pub(super) fn close_listeners(&mut self) {
+        for listening in &mut self.listeners {
+            if let Some(listener) = listening.listener.take() {
+                self.world.close_listener(listener);
+            }
+        }
+    }
+}
+
+/// Whether the forward listens on a socket with a file.
+fn has_file(forward: &Forward) -> bool {
+    use crate::address::UnixAddress::Path;
+    matches!(
+        forward.rule.listen,
+        Address::Hyperkit(_) | Address::Unix(Path(_))
+    )
+}

@@ -1,0 +1,173 @@
+//! One rule of the proxy as its workers share it, and what they count of it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::address::Address;
+use crate::relay::{CLIENT, SERVER};
+
+use super::gate::Gate;
+
+/// Every connection accepted at `listen` is carried to `connect`.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    /// Where to listen. A `hyperkit://` address is the port of the host (CID 2) that the guest dials, whatever its CID.
+    pub listen: Address,
+    /// Where each connection goes.
+    pub connect: Address,
+    /// Permissions of the file of a Unix listening socket, as for `chmod`: 0o600 lets only the owner connect.
+    pub mode: u32,
+}
+
+impl Rule {
+    /// A rule whose Unix socket, if it has one, only its owner may use.
+    pub fn new(listen: Address, connect: Address) -> Rule {
+        Rule {
+            listen,
+            connect,
+            mode: 0o600,
+        }
+    }
+}
+
+/// What was counted of a forward since it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Counters {
+    /// Connections accepted.
+    pub accepted: u64,
+    /// Connections that are not closed yet, those that are being drained included.
+    pub live: u64,
+    /// Connections that could not be carried: the target refused, was not there, or a limit was reached.
+    pub refused: u64,
+    /// Connections whose peer did not end within the drain timeout and were closed all the same.
+    pub abandoned: u64,
+    /// Bytes from the accepting to the dialled side.
+    pub sent: u64,
+    /// Bytes from the dialled to the accepting side.
+    pub received: u64,
+}
+
+/// A rule, and all that its connections share.
+#[derive(Debug)]
+pub(crate) struct Forward {
+    pub(crate) rule: Rule,
+    /// Which sides are hyperkit's and must be ended politely (see `hyperkit`).
+    polite: [bool; 2],
+    /// The VM's gate, where the dialled side is hyperkit.
+    pub(crate) gate: Option<Arc<Gate>>,
+    pub(crate) accepted: AtomicU64,
+    pub(crate) live: AtomicU64,
+    pub(crate) refused: AtomicU64,
+    pub(crate) abandoned: AtomicU64,
+    delivered: [AtomicU64; 2],
+    pub(crate) complaints: Complaints,
+}
+
+impl Forward {
+    pub(crate) fn new(rule: Rule, gate: Option<Arc<Gate>>) -> Forward {
+        let is_hyperkit = |address: &Address| matches!(address, Address::Hyperkit(_));
+        Forward {
+            polite: [is_hyperkit(&rule.listen), is_hyperkit(&rule.connect)],
+            rule,
+            gate,
+            accepted: AtomicU64::new(0),
+            live: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            abandoned: AtomicU64::new(0),
+            delivered: Default::default(),
+            complaints: Complaints::default(),
+        }
+    }
+
+    pub(crate) fn is_polite(&self, side: usize) -> bool {
+        self.polite[side]
+    }
+
+    /// Counts bytes that `side` sent and the other was given.
+    pub(crate) fn count(&self, side: usize, bytes: u64) {
+        if bytes > 0 {
+            self.delivered[side].fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters {
+            accepted: get(&self.accepted),
+            live: get(&self.live),
+            refused: get(&self.refused),
+            abandoned: get(&self.abandoned),
+            sent: get(&self.delivered[CLIENT]),
+            received: get(&self.delivered[SERVER]),
+        }
+    }
+}
+
+/// Lets one complaint through now and then: what a peer can cause again and again must not fill the log.
+#[derive(Debug, Default)]
+pub(crate) struct Complaints(Mutex<Option<Heard>>);
+
+#[derive(Debug)]
+struct Heard {
+    text: String,
+    at: Instant,
+    more: u64,
+}
+
+/// At most one complaint in this time, unless its text is a new one.
+const QUIET: Duration = Duration::from_secs(60);
+/// At most one complaint in this time at all.
+const SILENT: Duration = Duration::from_secs(1);
+
+impl Complaints {
+    /// How many complaints were swallowed since the last one, if this one may be said.
+    pub(crate) fn admit(&self, text: &str, now: Instant) -> Option<u64> {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(heard) = &mut *last {
+            let quiet = if heard.text == text { QUIET } else { SILENT };
+            if now.saturating_duration_since(heard.at) < quiet {
+                heard.more += 1;
+                return None;
+            }
+        }
+        let more = last.take().map_or(0, |heard| heard.more);
+        *last = Some(Heard {
+            text: text.to_owned(),
+            at: now,
+            more: 0,
+        });
+        Some(more)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_repeats_is_said_once_and_counted() {
+        let complaints = Complaints::default();
+        let start = Instant::now();
+        assert_eq!(complaints.admit("down", start), Some(0));
+        for i in 1..10 {
+            assert_eq!(
+                complaints.admit("down", start + Duration::from_secs(i)),
+                None
+            );
+        }
+        assert_eq!(
+            complaints.admit("refused", start + Duration::from_secs(10)),
+            Some(9)
+        );
+        assert_eq!(
+            complaints.admit("down", start + Duration::from_millis(10_500)),
+            None
+        );
+        assert_eq!(
+            complaints.admit("down", start + Duration::from_secs(12)),
+            Some(1)
+        );
+    }
+}

@@ -1,0 +1,337 @@
+//! Where every dial to one hyperkit VM passes: pace, and the two caps that keep its device alive.
+//!
+//! Rule 5 of a good neighbour (`hyperkit.md`): a burst of dials overflows the ring of 512 replies in which the device
+//! keeps what the guest hasn't fetched yet, and the VM dies; so it does of 512 dials to a guest that is not answering.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::sys::Identity;
+
+/// The average distance of two dials. 100 µs never hurt the device.
+const INTERVAL: Duration = Duration::from_micros(150);
+
+/// How many dials may follow each other without a pause: poll timeouts count in milliseconds, so the pace is kept by
+/// the millisecond. Far below the 512 that the device's ring holds.
+const BURST: u32 = 8;
+
+/// The caps of one VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GateLimits {
+    /// Connections at a time.
+    pub(crate) live: usize,
+    /// Dials without a sign of life from the guest since.
+    pub(crate) unanswered: u64,
+}
+
+/// Whether a dial may go.
+#[derive(Debug)]
+pub(crate) enum Admission {
+    Go(Permit),
+    /// Too soon: ask again then.
+    At(Instant),
+    /// A cap is reached: ask again later.
+    Full(Full),
+}
+
+/// Which cap is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Full {
+    Live(usize),
+    Unanswered(u64),
+}
+
+impl std::fmt::Display for Full {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Full::Live(n) => write!(f, "all {n} connections that one VM may have are in use"),
+            Full::Unanswered(n) => {
+                write!(
+                    f,
+                    "the guest has not answered {n} dials (booting, paused or asleep?)"
+                )
+            }
+        }
+    }
+}
+
+/// One VM's gate, shared by all workers.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    limits: GateLimits,
+    state: Mutex<State>,
+    /// Number of the last dial.
+    dialled: AtomicU64,
+    /// All dials up to this number were answered: a guest takes them in order.
+    heard: AtomicU64,
+}
+
+#[derive(Debug)]
+struct State {
+    vm: Option<Identity>,
+    epoch: u64,
+    live: usize,
+    /// Permits that have not become a dial yet.
+    reserved: u64,
+    /// When the next dial would be due if all kept the average distance.
+    due: Option<Instant>,
+}
+
+impl Gate {
+    pub(crate) fn new(limits: GateLimits) -> Gate {
+        let state = State {
+            vm: None,
+            epoch: 0,
+            live: 0,
+            reserved: 0,
+            due: None,
+        };
+        Gate {
+            limits,
+            state: Mutex::new(state),
+            dialled: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
+        }
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for leave to dial the VM whose `connect` socket is `vm` now.
+    ///
+    /// Another identity than before is another VM (rule 8): nothing that was held against the old one counts.
+    pub(crate) fn admit(self: &Arc<Gate>, now: Instant, vm: Option<Identity>) -> Admission {
+        let mut state = self.state();
+        if vm.is_some() && vm != state.vm {
+            state.vm = vm;
+            state.epoch += 1;
+            state.live = 0;
+            state.reserved = 0;
+            self.heard
+                .fetch_max(self.dialled.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        if state.live >= self.limits.live {
+            return Admission::Full(Full::Live(self.limits.live));
+        }
+        if self.unanswered() + state.reserved >= self.limits.unanswered {
+            return Admission::Full(Full::Unanswered(self.limits.unanswered));
+        }
+        let due = state.due.unwrap_or(now);
+        let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
+        if now < earliest {
+            return Admission::At(earliest);
+        }
+        state.due = Some(due.max(now) + INTERVAL);
+        state.live += 1;
+        state.reserved += 1;
+        Admission::Go(Permit {
+            gate: Arc::clone(self),
+            epoch: state.epoch,
+            number: None,
+        })
+    }
+
+    fn unanswered(&self) -> u64 {
+        let heard = self.heard.load(Ordering::Relaxed);
+        self.dialled.load(Ordering::Relaxed).saturating_sub(heard)
+    }
+
+    /// Connections that count against the cap now.
+    #[cfg(test)]
+    fn live(&self) -> usize {
+        self.state().live
+    }
+}
+
+/// Leave to have one connection to the VM; dropped when its socket is closed.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    gate: Arc<Gate>,
+    epoch: u64,
+    /// What comes from this connection next was sent after the guest had taken the dial of this number.
+    number: Option<u64>,
+}
+
+impl Permit {
+    /// The device has got the dial.
+    pub(crate) fn dialled(&mut self) {
+        let mut state = self.gate.state();
+        if state.epoch == self.epoch {
+            state.reserved = state.reserved.saturating_sub(1);
+        }
+        self.number = Some(self.gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
+    }
+
+    /// Something came from the guest on this connection: it has taken all dials up to this one's number.
+    pub(crate) fn heard(&self) {
+        if let Some(number) = self.number
+            && self.gate.heard.load(Ordering::Relaxed) < number
+        {
+            self.gate.heard.fetch_max(number, Ordering::Relaxed);
+        }
+    }
+
+    /// All that had come was read: what comes next, comes after all dials up to now.
+    pub(crate) fn emptied(&mut self) {
+        if self.number.is_some() {
+            self.number = Some(self.gate.dialled.load(Ordering::Relaxed));
+        }
+    }
+
+    /// Nothing shows that the guest has taken this connection's dial.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        self.number
+            .is_some_and(|number| self.gate.heard.load(Ordering::Relaxed) < number)
+            && self.gate.state().epoch == self.epoch
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        if state.epoch == self.epoch {
+            state.live = state.live.saturating_sub(1);
+            if self.number.is_none() {
+                state.reserved = state.reserved.saturating_sub(1);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gate(live: usize, unanswered: u64) -> Arc<Gate> {
+        Arc::new(Gate::new(GateLimits { live, unanswered }))
+    }
+
+    fn go(gate: &Arc<Gate>, now: Instant) -> Permit {
+        match gate.admit(now, None) {
+            Admission::Go(mut permit) => {
+                permit.dialled();
+                permit
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn dials_keep_their_distance_on_average() {
+        let gate = gate(10_000, 10_000);
+        let start = Instant::now();
+        let mut now = start;
+        let mut times = Vec::new();
+        while times.len() < 1000 {
+            match gate.admit(now, None) {
+                Admission::Go(mut permit) => {
+                    permit.dialled();
+                    times.push(now);
+                }
+                Admission::At(then) => {
+                    assert!(then > now);
+                    // A poller's millisecond.
+                    now = then + Duration::from_micros(900);
+                }
+                Admission::Full(full) => panic!("{full}"),
+            }
+        }
+        for window in times.windows(BURST as usize + 1) {
+            let span = window[BURST as usize] - window[0];
+            assert!(
+                span >= INTERVAL,
+                "{BURST} dials and one more within {span:?}"
+            );
+        }
+        let average = (times[999] - start) / 1000;
+        assert!(average >= Duration::from_micros(100), "{average:?}");
+    }
+
+    #[test]
+    fn a_guest_that_answers_nothing_is_not_dialled_without_end() {
+        let gate = gate(900, 64);
+        let mut now = Instant::now();
+        let mut permits = Vec::new();
+        for _ in 0..64 {
+            now += Duration::from_millis(1);
+            permits.push(go(&gate, now));
+        }
+        now += Duration::from_secs(1);
+        assert!(matches!(
+            gate.admit(now, None),
+            Admission::Full(Full::Unanswered(64))
+        ));
+        // Dropping them is no answer.
+        let last = permits.pop().unwrap();
+        permits.clear();
+        assert!(matches!(
+            gate.admit(now, None),
+            Admission::Full(Full::Unanswered(64))
+        ));
+        last.heard();
+        drop(go(&gate, now));
+    }
+
+    #[test]
+    fn old_bytes_say_nothing_of_newer_dials() {
+        let gate = gate(900, 3);
+        let mut now = Instant::now();
+        let first = go(&gate, now);
+        first.heard();
+        for _ in 0..3 {
+            now += Duration::from_millis(1);
+            drop(go(&gate, now));
+        }
+        // Bytes of the first that the guest sent before it stopped.
+        first.heard();
+        assert!(matches!(
+            gate.admit(now, None),
+            Admission::Full(Full::Unanswered(3))
+        ));
+        let mut first = first;
+        first.emptied();
+        first.heard();
+        now += Duration::from_millis(1);
+        drop(go(&gate, now));
+    }
+
+    #[test]
+    fn a_new_vm_starts_afresh_and_old_permits_do_not_count() {
+        let directory = tempfile::tempdir().unwrap();
+        let (one, two) = (directory.path().join("one"), directory.path().join("two"));
+        std::fs::write(&one, "").unwrap();
+        std::fs::write(&two, "").unwrap();
+        let (one, two) = (Identity::of(&one).ok(), Identity::of(&two).ok());
+        let gate = gate(1, 64);
+        let now = Instant::now();
+        let Admission::Go(old) = gate.admit(now, one) else {
+            panic!()
+        };
+        assert!(matches!(
+            gate.admit(now, one),
+            Admission::Full(Full::Live(1))
+        ));
+        let Admission::Go(new) = gate.admit(now, two) else {
+            panic!()
+        };
+        drop(old);
+        assert_eq!(gate.live(), 1);
+        drop(new);
+        assert_eq!(gate.live(), 0);
+    }
+
+    #[test]
+    fn a_permit_that_never_became_a_dial_leaves_no_trace() {
+        let gate = gate(2, 1);
+        let now = Instant::now();
+        for _ in 0..3 {
+            match gate.admit(now, None) {
+                Admission::Go(permit) => drop(permit),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(gate.live(), 0);
+    }
+}

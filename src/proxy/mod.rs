@@ -1,0 +1,268 @@
+//! The proxy: rules that are carried by a few threads, each with a mio event loop.
+//!
+//! ```no_run
+//! use hvsock::{Proxy, ProxyConfig, Rule};
+//! use std::time::Duration;
+//!
+//! let rule = Rule::new("tcp://127.0.0.1:0".parse()?, "hyperkit://:80/path/to/state/dir".parse()?);
+//! let proxy = Proxy::start(ProxyConfig::new(vec![rule]))?;
+//! println!("listening on {}", proxy.forwards()[0].listen);
+//! proxy.stop(Duration::from_secs(5));
+//! proxy.wait()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod accept;
+mod conn;
+mod forward;
+mod gate;
+mod table;
+mod worker;
+mod world;
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::address::{Address, HyperkitVm};
+use crate::error::{Error, Operation, Result};
+use crate::listener::Listener;
+use crate::stream::Stream;
+
+use forward::Forward;
+use gate::{Gate, GateLimits};
+use worker::{Command, Inbox, Shared, Worker};
+use world::MioWorld;
+
+pub use forward::{Counters, Rule};
+
+/// What bounds a proxy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Connections of all rules at a time; more clients wait in the listeners' backlogs. Guests that dial the host are
+    /// not bound by it. Each connection has two descriptors.
+    pub connections: usize,
+    /// Connections to one hyperkit VM at a time; more wait to be dialled. hyperkit has 1,024 slots, and closes the
+    /// excess; started with 256 descriptors, it hangs beyond 245.
+    pub vm_connections: usize,
+    /// Dials to one hyperkit VM without a sign of life from the guest; more wait. hyperkit aborts at 512.
+    pub vm_unanswered: usize,
+    /// How long a client may wait until its target is connected.
+    pub dial_timeout: Duration,
+    /// How long a guest may take to end a connection after the half-close, before it is closed all the same.
+    pub drain_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 10_000,
+            vm_connections: 900,
+            vm_unanswered: 64,
+            dial_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What a proxy is to do.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ProxyConfig {
+    /// What is carried where.
+    pub rules: Vec<Rule>,
+    /// Threads; one a core if not said.
+    pub workers: Option<NonZeroUsize>,
+    /// What bounds it.
+    pub limits: Limits,
+}
+
+impl ProxyConfig {
+    /// These rules, one thread a core, the usual limits.
+    pub fn new(rules: Vec<Rule>) -> ProxyConfig {
+        ProxyConfig {
+            rules,
+            workers: None,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// A rule that is carried, and what has been counted of it.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ForwardStatus {
+    /// Where it listens: with the port that was chosen, where the rule said port 0.
+    pub listen: Address,
+    /// Where its connections go.
+    pub connect: Address,
+    /// Counted since the start.
+    pub counters: Counters,
+}
+
+/// Stops a proxy from another thread.
+#[derive(Clone, Debug)]
+pub struct Stopper(Arc<Shared<Stream>>);
+
+impl Stopper {
+    /// As [`Proxy::stop`].
+    pub fn stop(&self, grace: Duration) {
+        for inbox in &self.0.inboxes {
+            inbox.send(Command::Stop(grace));
+        }
+    }
+}
+
+/// A running proxy. Dropping it stops it at once, and waits for that.
+#[derive(Debug)]
+pub struct Proxy {
+    shared: Arc<Shared<Stream>>,
+    threads: Vec<JoinHandle<io::Result<()>>>,
+}
+
+impl Proxy {
+    /// Binds all listeners and starts the threads.
+    ///
+    /// # Errors
+    /// The first listener that can't be bound; then none stays. `Unsupported` for families that aren't carried.
+    pub fn start(config: ProxyConfig) -> Result<Proxy> {
+        let fail = |e| Error::new(Operation::Run, "the proxy", e);
+        let mut gates: Vec<(HyperkitVm, Arc<Gate>)> = Vec::new();
+        let gate_limits = GateLimits {
+            live: config.limits.vm_connections,
+            unanswered: config.limits.vm_unanswered as u64,
+        };
+        let mut bound = Vec::new();
+        for mut rule in config.rules {
+            let gate = match &rule.connect {
+                Address::Hyperkit(address) => Some(gate_of(&mut gates, &address.vm, gate_limits)),
+                Address::Unix(_) | Address::Tcp(_) => None,
+                other => return Err(crate::listener::not_carried(Operation::Connect, other)),
+            };
+            let listener = Listener::bind(&rule.listen, rule.mode)?;
+            if let (Address::Tcp(tcp), Some(chosen)) = (&mut rule.listen, listener.tcp_address()) {
+                tcp.port = chosen.port();
+            }
+            bound.push((listener, Arc::new(Forward::new(rule, gate))));
+        }
+        let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let count = config.workers.unwrap_or_else(cores).get();
+        let mut worlds = Vec::new();
+        let mut inboxes = Vec::new();
+        for _ in 0..count {
+            let world = MioWorld::new().map_err(fail)?;
+            let waker = world.waker();
+            inboxes.push(Inbox::new(move || {
+                // It fails only when the loop is gone, and then there is nobody to wake.
+                let _ = waker.wake();
+            }));
+            worlds.push(world);
+        }
+        let forwards = bound
+            .iter()
+            .map(|(_, forward)| Arc::clone(forward))
+            .collect();
+        let shared = Arc::new(Shared {
+            limits: config.limits,
+            forwards,
+            inboxes,
+            live: AtomicUsize::new(0),
+        });
+        let mut workers: Vec<Worker<MioWorld>> = worlds
+            .into_iter()
+            .enumerate()
+            .map(|(index, world)| Worker::new(world, index, Arc::clone(&shared)))
+            .collect();
+        for (index, (listener, forward)) in bound.into_iter().enumerate() {
+            workers[index % count]
+                .add_listener(listener, forward)
+                .map_err(fail)?;
+        }
+        let mut proxy = Proxy {
+            shared,
+            threads: Vec::new(),
+        };
+        for (index, worker) in workers.into_iter().enumerate() {
+            let thread = std::thread::Builder::new().name(format!("hvsock-{index}"));
+            proxy
+                .threads
+                .push(thread.spawn(|| worker.run()).map_err(fail)?);
+        }
+        Ok(proxy)
+    }
+
+    /// The rules, in the order in which they were given.
+    pub fn forwards(&self) -> Vec<ForwardStatus> {
+        let status = |forward: &Arc<Forward>| ForwardStatus {
+            listen: forward.rule.listen.clone(),
+            connect: forward.rule.connect.clone(),
+            counters: forward.counters(),
+        };
+        self.shared.forwards.iter().map(status).collect()
+    }
+
+    /// Accepts no more clients, lets those that are there finish, and cuts them off after `grace`.
+    ///
+    /// Returns at once; [`wait`](Proxy::wait) waits for the end. Called again it can only shorten the time. Guests are
+    /// taken leave of politely even then, for two seconds at most.
+    pub fn stop(&self, grace: Duration) {
+        self.stopper().stop(grace);
+    }
+
+    /// Something that can stop the proxy while another thread waits for it.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(Arc::clone(&self.shared))
+    }
+
+    /// Waits until the proxy has stopped.
+    ///
+    /// # Errors
+    /// What ended a thread before it was told to.
+    pub fn wait(mut self) -> Result<()> {
+        self.join()
+    }
+
+    fn join(&mut self) -> Result<()> {
+        let mut result = Ok(());
+        for thread in self.threads.drain(..) {
+            let ended = match thread.join() {
+                Ok(ended) => ended,
+                Err(_) => Err(io::Error::other("a worker panicked")),
+            };
+            if let Err(e) = ended {
+                // The others can't reach their end without it.
+                result = Err(Error::new(Operation::Run, "the proxy", e));
+            }
+        }
+        result
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        if !self.threads.is_empty() {
+            self.stop(Duration::ZERO);
+            let _ = self.join();
+        }
+    }
+}
+
+fn gate_of(
+    gates: &mut Vec<(HyperkitVm, Arc<Gate>)>,
+    vm: &HyperkitVm,
+    limits: GateLimits,
+) -> Arc<Gate> {
+    if let Some((_, gate)) = gates
+        .iter()
+        .find(|(known, _)| known.state_dir == vm.state_dir)
+    {
+        return Arc::clone(gate);
+    }
+    let gate = Arc::new(Gate::new(limits));
+    gates.push((vm.clone(), Arc::clone(&gate)));
+    gate
+}

@@ -1,0 +1,126 @@
+//! The connections of one worker, found by tokens that carry a generation.
+//!
+//! Invariant 6: an event for an older generation is dropped. An event that was fetched before its socket was closed
+//! must not reach the connection that has the place now.
+
+/// Names a connection. Its generation is never 0: tokens below [`Id::FIRST`] are free for others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Id(u64);
+
+const SIDE_BITS: u32 = 1;
+const GENERATION_SHIFT: u32 = 32;
+
+impl Id {
+    /// The smallest token of any connection.
+    pub(crate) const FIRST: usize = 1 << GENERATION_SHIFT;
+
+    fn new(index: usize, generation: u32) -> Id {
+        Id((u64::from(generation) << GENERATION_SHIFT) | (index as u64) << SIDE_BITS)
+    }
+
+    fn index(self) -> usize {
+        ((self.0 & u64::from(u32::MAX)) >> SIDE_BITS) as usize
+    }
+
+    fn generation(self) -> u32 {
+        (self.0 >> GENERATION_SHIFT) as u32
+    }
+
+    /// The token under which `side` (0 or 1) is registered.
+    pub(crate) fn token(self, side: usize) -> usize {
+        self.0 as usize | side
+    }
+
+    /// The connection and the side of a token.
+    pub(crate) fn from_token(token: usize) -> (Id, usize) {
+        (Id(token as u64 & !1), token & 1)
+    }
+}
+
+#[derive(Debug)]
+struct Slot<T> {
+    generation: u32,
+    value: Option<T>,
+}
+
+/// Values under [`Id`]s that are never used twice (but for a wrap of 2³² uses of one place).
+#[derive(Debug)]
+pub(crate) struct Table<T> {
+    slots: Vec<Slot<T>>,
+    free: Vec<usize>,
+}
+
+impl<T> Table<T> {
+    pub(crate) fn new() -> Table<T> {
+        Table {
+            slots: Vec::new(),
+            free: Vec::new(),
+        }
+    }
+
+    pub(crate) fn insert(&mut self, value: T) -> Id {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot {
+                generation: 1,
+                value: None,
+            });
+            self.slots.len() - 1
+        });
+        let slot = &mut self.slots[index];
+        slot.value = Some(value);
+        Id::new(index, slot.generation)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut T> {
+        let slot = self.slots.get_mut(id.index())?;
+        if slot.generation == id.generation() {
+            slot.value.as_mut()
+        } else {
+            None
+        }
+    }
+
+    pub(crate) fn remove(&mut self, id: Id) -> Option<T> {
+        let slot = self.slots.get_mut(id.index())?;
+        if slot.generation != id.generation() {
+            return None;
+        }
+        let value = slot.value.take()?;
+        slot.generation = slot.generation.checked_add(1).unwrap_or(1);
+        self.free.push(id.index());
+        Some(value)
+    }
+
+    pub(crate) fn ids(&self) -> Vec<Id> {
+        let used = self
+            .slots
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| slot.value.is_some());
+        used.map(|(index, slot)| Id::new(index, slot.generation))
+            .collect()
+    }
+}
+
+// A token holds a generation of 32 bits beside the place.
+const _: () = assert!(usize::BITS == 64, "hvsock needs a 64-bit system");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_used_again_does_not_answer_to_its_old_name() {
+        let mut table = Table::new();
+        let old = table.insert('a');
+        assert_eq!(Id::from_token(old.token(1)), (old, 1));
+        assert!(old.token(0) >= Id::FIRST);
+        assert_eq!(table.remove(old), Some('a'));
+        let new = table.insert('b');
+        assert_eq!(old.index(), new.index());
+        assert_eq!(table.get_mut(old), None);
+        assert_eq!(table.remove(old), None);
+        assert_eq!(table.get_mut(new), Some(&mut 'b'));
+        assert_eq!(table.ids(), vec![new]);
+    }
+}

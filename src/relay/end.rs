@@ -1,0 +1,177 @@
+//! One end of a connection: a socket, and what is known of it.
+
+use std::io;
+
+use super::buffer::Pool;
+
+/// What the relay asks of a non-blocking socket.
+pub(crate) trait Socket {
+    /// Whether a read or write that moved less than it could tells that the next one would block, and the
+    /// poller raises an edge all the same. True of epoll and kqueue; pollers that emulate edges (Windows,
+    /// mio's `poll`) arm the next one only when a call has said `WouldBlock`.
+    const SHORT_MEANS_BLOCKED: bool;
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
+    /// Half-close: the peer reads EOF after the last byte.
+    fn shutdown_write(&mut self) -> io::Result<()>;
+}
+
+/// What an event said of a socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Readiness {
+    pub(crate) readable: bool,
+    pub(crate) writable: bool,
+    /// EOF, or an error, stands behind what can be read.
+    pub(crate) read_closed: bool,
+}
+
+/// What is known of one direction of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Half {
+    Open,
+    /// Input: EOF was read. Output: the half-close was sent.
+    Closed,
+    /// A call failed: nothing more comes or goes here.
+    Failed(io::ErrorKind),
+}
+
+/// A socket with its latched readiness.
+///
+/// Invariant 1: a socket is registered once, readable and writable, with an edge-triggered poller. Readiness is
+/// latched by events and cleared only by `WouldBlock`, or by a short read or write whose event did not say
+/// read-closed: otherwise an EOF that came with the data is never seen.
+#[derive(Debug)]
+pub(crate) struct End<S> {
+    pub(crate) socket: S,
+    readable: bool,
+    writable: bool,
+    read_closed: bool,
+    pub(crate) input: Half,
+    pub(crate) output: Half,
+    received: u64,
+}
+
+/// Calls per [`End::discard`] turn: with the buffer's size, the bound of its work.
+const DISCARDS: usize = 4;
+
+impl<S: Socket> End<S> {
+    /// An end of which no event has told anything yet.
+    pub(crate) fn new(socket: S) -> End<S> {
+        End {
+            socket,
+            readable: false,
+            writable: false,
+            read_closed: false,
+            input: Half::Open,
+            output: Half::Open,
+            received: 0,
+        }
+    }
+
+    /// Latches what an event said.
+    pub(crate) fn latch(&mut self, event: Readiness) {
+        self.readable |= event.readable;
+        self.writable |= event.writable;
+        self.read_closed |= event.read_closed;
+    }
+
+    /// Notes that an event told of an error: nothing more comes or goes.
+    pub(crate) fn fail(&mut self) {
+        self.input = Half::Failed(io::ErrorKind::ConnectionReset);
+    }
+
+    pub(crate) fn is_readable(&self) -> bool {
+        self.readable && self.input == Half::Open
+    }
+
+    pub(crate) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Bytes read so far.
+    pub(crate) fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// Nothing will come any more.
+    pub(crate) fn input_ended(&self) -> bool {
+        self.input != Half::Open
+    }
+
+    /// The peer is gone: a read failed. No peer that can still take bytes makes a read fail.
+    pub(crate) fn is_dead(&self) -> bool {
+        matches!(self.input, Half::Failed(_))
+    }
+
+    /// Reads once; `None` when nothing came (would block, EOF or error: the latch and `input` say which).
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Option<usize> {
+        match self.socket.read(buffer) {
+            Ok(0) => {
+                self.input = Half::Closed;
+                None
+            }
+            Ok(n) => {
+                self.received += n as u64;
+                if S::SHORT_MEANS_BLOCKED && n < buffer.len() && !self.read_closed {
+                    self.readable = false;
+                }
+                Some(n)
+            }
+            Err(e) => {
+                match e.kind() {
+                    io::ErrorKind::WouldBlock => self.readable = false,
+                    // Readable still: the next turn tries again.
+                    io::ErrorKind::Interrupted => {}
+                    kind => self.input = Half::Failed(kind),
+                }
+                None
+            }
+        }
+    }
+
+    /// Writes once; how many bytes went (none: the latch and `output` say why).
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> usize {
+        match self.socket.write(bytes) {
+            Ok(n) => {
+                if n == 0 || (S::SHORT_MEANS_BLOCKED && n < bytes.len()) {
+                    self.writable = false;
+                }
+                n
+            }
+            Err(e) => {
+                match e.kind() {
+                    io::ErrorKind::WouldBlock => self.writable = false,
+                    io::ErrorKind::Interrupted => {}
+                    kind => self.output = Half::Failed(kind),
+                }
+                0
+            }
+        }
+    }
+
+    /// Sends the half-close, once.
+    pub(crate) fn shutdown_write(&mut self) {
+        if self.output == Half::Open {
+            // An error says that the peer has closed already: then there is nobody to tell.
+            let _ = self.socket.shutdown_write();
+            self.output = Half::Closed;
+        }
+    }
+
+    /// Reads and drops a bounded amount of what can be read; true if more can be read at once.
+    pub(crate) fn discard(&mut self, pool: &mut Pool) -> bool {
+        if !self.is_readable() {
+            return false;
+        }
+        let mut buffer = pool.take();
+        for _ in 0..DISCARDS {
+            if !self.is_readable() {
+                break;
+            }
+            self.read(&mut buffer);
+        }
+        pool.give(buffer);
+        self.is_readable()
+    }
+}

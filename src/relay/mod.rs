@@ -1,0 +1,270 @@
+//! Two sockets made one connection: every byte, every half-close and every failure of one end reaches the other.
+//!
+//! `std` only: no poller, no clock, no operating system. What a socket does comes through [`Socket`], what a poller
+//! says through [`End::latch`].
+//!
+//! # Invariants
+//! 1. Readiness is latched: see [`End`].
+//! 2. A carrier is filled only when it is empty: see [`Carrier`]. So memory is bounded, backpressure is free, EOF
+//!    never overtakes data, and a `WouldBlock` has one meaning.
+//! 3. EOF on one side becomes `shutdown(Write)` on the other, once, after the last byte. Each direction ends by
+//!    itself; the pair is done when both are.
+//! 4. An error ends its own direction; what the other still holds may arrive. A broken upload is never turned into a
+//!    clean EOF: [`Farewell::Reset`] says where a reset is owed.
+//! 5. Work per turn is bounded by a budget of bytes; [`Turn::Again`] asks for another.
+//! 7. An idle connection holds no buffer: carriers are borrowed from a [`Pool`] while bytes are in flight.
+
+use std::io;
+
+mod buffer;
+mod end;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use buffer::{Carrier, Pool};
+pub(crate) use end::{End, Half, Readiness, Socket};
+
+/// How a turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// Nothing more can be done before an event.
+    Wait,
+    /// The budget ran out: take another turn after the others.
+    Again,
+    /// Both directions have ended: ask [`Pair::farewell`] what each end is owed.
+    Done,
+}
+
+/// How an end of a finished pair is to be taken leave of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Farewell {
+    /// Everything was said: close.
+    Close,
+    /// A client that has its whole answer and is still sending to a server that is gone. Read and discard to its
+    /// EOF, then close: closing with data unread would destroy the part of the answer that it has not read yet.
+    Linger,
+    /// What it was being sent broke off, and a clean EOF would be a lie; or a server whose reader is gone.
+    Reset,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    /// EOF was passed on.
+    Finished,
+    /// Ended by an error; what the source still sends is read and dropped, so that its end is noticed.
+    Broken,
+}
+
+/// One direction.
+#[derive(Debug)]
+struct Flow {
+    state: State,
+    carrier: Carrier,
+    /// Keeps the half-close back while the other direction is open.
+    hold: bool,
+    delivered: u64,
+}
+
+impl Flow {
+    fn new() -> Flow {
+        Flow {
+            state: State::Open,
+            carrier: Carrier::default(),
+            hold: false,
+            delivered: 0,
+        }
+    }
+
+    fn break_off(&mut self, pool: &mut Pool) {
+        self.carrier.clear(pool);
+        self.state = State::Broken;
+    }
+
+    /// Moves about `budget` bytes at most; true if more could be moved at once.
+    fn run<S: Socket>(
+        &mut self,
+        source: &mut End<S>,
+        sink: &mut End<S>,
+        pool: &mut Pool,
+        mut budget: usize,
+        silent_end_refuses: bool,
+    ) -> bool {
+        while self.state == State::Open {
+            if !self.carrier.is_empty() {
+                if !sink.is_writable() {
+                    return false;
+                }
+                let n = sink.write(self.carrier.bytes());
+                self.delivered += n as u64;
+                self.carrier.consume(n, pool);
+                if matches!(sink.output, Half::Failed(_)) {
+                    self.break_off(pool);
+                } else if n == 0 && sink.is_writable() {
+                    return true;
+                }
+                continue;
+            }
+            match source.input {
+                Half::Open => {
+                    if !source.is_readable() {
+                        return false;
+                    }
+                    if budget == 0 {
+                        return true;
+                    }
+                    let mut buffer = pool.take();
+                    match source.read(&mut buffer) {
+                        Some(n) => {
+                            budget = budget.saturating_sub(n);
+                            self.carrier.fill(buffer, n);
+                        }
+                        None => pool.give(buffer),
+                    }
+                    if source.is_readable() && self.carrier.is_empty() {
+                        return true;
+                    }
+                    if silent_end_refuses && source.input_ended() && source.received() == 0 {
+                        source.input = Half::Failed(io::ErrorKind::ConnectionRefused);
+                    }
+                }
+                Half::Closed if self.hold => return false,
+                Half::Closed => {
+                    sink.shutdown_write();
+                    self.state = State::Finished;
+                }
+                Half::Failed(_) => self.break_off(pool),
+            }
+        }
+        self.state == State::Broken && source.discard(pool)
+    }
+}
+
+/// The side of a pair that was accepted.
+pub(crate) const CLIENT: usize = 0;
+/// The side of a pair that was dialled.
+pub(crate) const SERVER: usize = 1;
+
+/// Two ends and the two directions between them. Side [`CLIENT`] was accepted, side [`SERVER`] dialled.
+#[derive(Debug)]
+pub(crate) struct Pair<S> {
+    pub(crate) ends: [End<S>; 2],
+    /// `flows[X]` carries what side X sends.
+    flows: [Flow; 2],
+    /// See [`Pair::refuses_silently`].
+    silent_within: Option<u64>,
+}
+
+impl<S: Socket> Pair<S> {
+    pub(crate) fn new(client: End<S>, server: End<S>) -> Pair<S> {
+        Pair {
+            ends: [client, server],
+            flows: [Flow::new(), Flow::new()],
+            silent_within: None,
+        }
+    }
+
+    /// Says that the server's family answers a refusal only by ending before its first byte.
+    ///
+    /// Such an end is then an error, not an EOF, unless the half-close was passed on before it (then it is an answer
+    /// to that) or more than `unread` bytes were delivered (more than can lie unread in between: somebody took them).
+    pub(crate) fn refuses_silently(&mut self, unread: u64) {
+        self.silent_within = Some(unread);
+    }
+
+    /// Keeps the client's half-close back until [`release`](Pair::release), or until the server's direction has ended.
+    pub(crate) fn hold(&mut self) {
+        self.flows[CLIENT].hold = true;
+    }
+
+    pub(crate) fn release(&mut self) {
+        self.flows[CLIENT].hold = false;
+    }
+
+    /// The client's half-close is there and waits for [`release`](Pair::release).
+    pub(crate) fn is_holding(&self) -> bool {
+        let flow = &self.flows[CLIENT];
+        flow.hold
+            && flow.state == State::Open
+            && flow.carrier.is_empty()
+            && self.ends[CLIENT].input == Half::Closed
+    }
+
+    /// The server ended before its first byte, and its family says "refused" that way.
+    pub(crate) fn refused(&self) -> bool {
+        self.ends[SERVER].input == Half::Failed(io::ErrorKind::ConnectionRefused)
+    }
+
+    /// Bytes delivered of what `side` sent.
+    pub(crate) fn delivered(&self, side: usize) -> u64 {
+        self.flows[side].delivered
+    }
+
+    /// Nothing new can come from anywhere: what is left is to be delivered, or waits for a half-dead peer. The
+    /// caller bounds this by a deadline.
+    pub(crate) fn is_ending(&self) -> bool {
+        let ending =
+            |side: usize| self.flows[side].state != State::Open || self.ends[side].is_dead();
+        ending(CLIENT) && ending(SERVER)
+    }
+
+    /// Does a bounded amount of work, at most about `budget` bytes in each direction.
+    pub(crate) fn turn(&mut self, pool: &mut Pool, budget: usize) -> Turn {
+        let mut more = false;
+        for side in [SERVER, CLIENT] {
+            more |= self.run(side, pool, budget);
+        }
+        // The end of the server's direction may have released the client's half-close.
+        if self.flows[CLIENT].hold && self.flows[SERVER].state != State::Open {
+            self.release();
+            more |= self.run(CLIENT, pool, budget);
+        }
+        for side in [CLIENT, SERVER] {
+            // Nobody is left to take what the other side sends. What it holds went as far as it goes without
+            // waiting; waiting for more would be for nobody.
+            if self.ends[side].is_dead() && !more && self.flows[1 - side].state == State::Open {
+                self.flows[1 - side].break_off(pool);
+            }
+        }
+        if self.flows.iter().all(|flow| flow.state != State::Open) {
+            Turn::Done
+        } else if more {
+            Turn::Again
+        } else {
+            Turn::Wait
+        }
+    }
+
+    /// What `side` is owed after [`Turn::Done`], or when the pair is cut off before.
+    pub(crate) fn farewell(&self, side: usize) -> Farewell {
+        let end = &self.ends[side];
+        match self.flows[1 - side].state {
+            State::Finished if end.input_ended() => Farewell::Close,
+            State::Finished if side == CLIENT => Farewell::Linger,
+            _ if end.is_dead() => Farewell::Close,
+            _ => Farewell::Reset,
+        }
+    }
+
+    /// Takes the pair apart.
+    pub(crate) fn into_ends(self, pool: &mut Pool) -> [End<S>; 2] {
+        for mut flow in self.flows {
+            flow.carrier.clear(pool);
+        }
+        self.ends
+    }
+
+    fn run(&mut self, side: usize, pool: &mut Pool, budget: usize) -> bool {
+        let unheard = |within: u64| {
+            let request = &self.flows[CLIENT];
+            request.state != State::Finished && request.delivered <= within
+        };
+        let silent_end_refuses = side == SERVER && self.silent_within.is_some_and(unheard);
+        let [client, server] = &mut self.ends;
+        let (source, sink) = match side {
+            CLIENT => (client, server),
+            _ => (server, client),
+        };
+        self.flows[side].run(source, sink, pool, budget, silent_end_refuses)
+    }
+}

@@ -1,0 +1,188 @@
+//! A connected, non-blocking socket of any family that is carried.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::path::Path;
+
+use mio::event::Source;
+use mio::{Interest, Registry, Token};
+
+use crate::address::{HyperkitAddress, UnixAddress};
+use crate::hyperkit;
+use crate::relay::Socket;
+use crate::sys;
+
+/// An address to connect to with no name left to resolve.
+#[derive(Clone, Debug)]
+pub(crate) enum Endpoint {
+    Tcp(SocketAddr),
+    Unix(UnixAddress),
+    Hyperkit(HyperkitAddress),
+}
+
+/// A connected stream, or one whose connect is in progress.
+#[derive(Debug)]
+pub(crate) enum Stream {
+    Tcp(mio::net::TcpStream),
+    Unix(mio::net::UnixStream),
+}
+
+impl Stream {
+    /// Begins to connect, without blocking. [`Stream::connected`] says when it is done.
+    ///
+    /// To hyperkit the line that names the port is written before this returns: between connect and line the device
+    /// stands still for everybody.
+    ///
+    /// # Errors
+    /// `WouldBlock` when a Unix listener's backlog is full: try again later. Otherwise what the kernel says.
+    pub(crate) fn connect(endpoint: &Endpoint) -> io::Result<Stream> {
+        match endpoint {
+            Endpoint::Tcp(address) => Ok(Stream::Tcp(mio::net::TcpStream::connect(*address)?)),
+            Endpoint::Unix(address) => Ok(Stream::Unix(connect_unix(address)?)),
+            Endpoint::Hyperkit(address) => Ok(Stream::Unix(connect_hyperkit(address)?)),
+        }
+    }
+
+    /// Whether the connect that was begun is done. Ask after an event said that the stream is writable.
+    ///
+    /// # Errors
+    /// Why it failed.
+    pub(crate) fn connected(&self) -> io::Result<bool> {
+        let Stream::Tcp(stream) = self else {
+            return Ok(true);
+        };
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+        match stream.peer_addr() {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Sends small messages at once: a relay has no reason to wait for more.
+    pub(crate) fn set_nodelay(&self) {
+        if let Stream::Tcp(stream) = self {
+            // It fails only on a connection that has ended, as the next read will say.
+            let _ = stream.set_nodelay(true);
+        }
+    }
+
+    /// Closes so that the peer reads a reset and not an EOF, where the family can.
+    pub(crate) fn reset(self) {
+        if let Stream::Tcp(stream) = &self {
+            let _ = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
+        }
+    }
+
+    /// Takes nothing more: the peer's next write fails.
+    pub(crate) fn shutdown_read(&self) {
+        let _ = match self {
+            Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
+            Stream::Unix(stream) => stream.shutdown(Shutdown::Read),
+        };
+    }
+}
+
+fn connect_path(path: &Path) -> io::Result<mio::net::UnixStream> {
+    sys::with_short_path(path, |short| mio::net::UnixStream::connect(short))
+}
+
+fn connect_unix(address: &UnixAddress) -> io::Result<mio::net::UnixStream> {
+    match address {
+        UnixAddress::Path(path) => connect_path(path),
+        UnixAddress::Abstract(name) => {
+            mio::net::UnixStream::connect_addr(&sys::abstract_address(name)?)
+        }
+    }
+}
+
+/// Connects to the `connect` socket and asks for the port, or, where there is no such socket, to the one that
+/// hyperkit's `guest_forwards=` made for the port.
+fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<mio::net::UnixStream> {
+    let vm = &address.vm;
+    let connected = connect_path(&vm.connect_path());
+    let mut stream = match connected {
+        Ok(stream) => stream,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let forward = vm.forward_path(address.port);
+            return match connect_path(&forward) {
+                Err(second) if second.kind() == io::ErrorKind::NotFound => Err(e),
+                other => other,
+            };
+        }
+        Err(e) => return Err(e),
+    };
+    let line = hyperkit::connect_line(vm.cid, address.port.0);
+    match stream.write(&line) {
+        Ok(n) if n == line.len() => Ok(stream),
+        // The rest would come too late: hyperkit has read what was there and closed.
+        Ok(n) => Err(io::Error::new(
+            io::ErrorKind::WriteZero,
+            format!(
+                "only {n} of the line's {} bytes could be written at once",
+                line.len()
+            ),
+        )),
+        Err(e) => Err(e),
+    }
+}
+
+impl Socket for Stream {
+    const SHORT_MEANS_BLOCKED: bool = sys::KERNEL_EDGES;
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.read(buffer),
+            Stream::Unix(stream) => stream.read(buffer),
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.write(bytes),
+            Stream::Unix(stream) => stream.write(bytes),
+        }
+    }
+
+    fn shutdown_write(&mut self) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            Stream::Unix(stream) => stream.shutdown(Shutdown::Write),
+        }
+    }
+}
+
+impl Source for Stream {
+    fn register(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.register(registry, token, interests),
+            Stream::Unix(stream) => stream.register(registry, token, interests),
+        }
+    }
+
+    fn reregister(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.reregister(registry, token, interests),
+            Stream::Unix(stream) => stream.reregister(registry, token, interests),
+        }
+    }
+
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.deregister(registry),
+            Stream::Unix(stream) => stream.deregister(registry),
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Linux, macOS and the BSDs.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
+/// macOS and the BSDs (`sys/un.h`).
+pub(crate) const SUN_PATH_LEN: usize = if cfg!(target_os = "linux") { 108 } else { 104 };
+
+/// The longest name of a socket that [`with_short_path`] can reach in any directory: `sun_path` less its NUL and
+/// less the longest prefix that it puts before the name.
+const LONGEST_NAME: usize = SUN_PATH_LEN - 1 - 32;
+
+/// Which file a path names: device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    /// The identity of the file at `path`, not following a symbolic link.
+    pub(crate) fn of(path: &Path) -> io::Result<Identity> {
+        let metadata = fs::symlink_metadata(path)?;
+        Ok(Identity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+}
+
+/// Calls `f` with a path to the same file that fits into a `sockaddr_un`.
+///
+/// A path that fits already is passed as it is. Of a longer one the directory is reached by a detour: on Linux through
+/// an open descriptor of it (`/proc/self/fd/N`), elsewhere, or without `/proc`, through a symbolic link in a private
+/// directory that is removed again before this returns.
+///
+/// # Errors
+/// `InvalidFilename` if the last component alone is too long; what opening the directory says; what `f` says.
+pub(crate) fn with_short_path<T>(
+    path: &Path,
+    f: impl FnOnce(&Path) -> io::Result<T>,
+) -> io::Result<T> {
+    if path.as_os_str().len() < SUN_PATH_LEN {
+        return f(path);
+    }
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return f(path);
+    };
+    if name.len() > LONGEST_NAME {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidFilename,
+            format!(
+                "the name has {} bytes, and a socket's name can have {LONGEST_NAME} in a directory with a long path",
+                name.len()
+            ),
+        ));
+    }
+    #[cfg(target_os = "linux")]
+    if Path::new("/proc/self/fd").exists() {
+        use std::os::fd::AsRawFd;
+        use std::os::unix::fs::OpenOptionsExt;
+        let directory = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(nix::libc::O_PATH | nix::libc::O_DIRECTORY)
+            .open(directory)?;
+        return f(&PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name));
+    }
+    through_link(directory, Path::new(name), f)
+}
+
+fn through_link<T>(
+    directory: &Path,
+    name: &Path,
+    f: impl FnOnce(&Path) -> io::Result<T>,
+) -> io::Result<T> {
+    let target = fs::canonicalize(directory)?;
+    // Not $TMPDIR: on macOS that is long itself.
+    let private = tempfile::Builder::new()
+        .prefix("hvsock")
+        .tempdir_in("/tmp")?;
+    let link = private.path().join("d");
+    std::os::unix::fs::symlink(target, &link)?;
+    f(&link.join(name))
+}
+
+/// Raises the soft limit of descriptors to the hard one; the limit that then holds.
+pub(crate) fn raise_descriptor_limit() -> io::Result<u64> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    // macOS says "unlimited" and then takes no more than OPEN_MAX (`sys/syslimits.h`: 10240).
+    let wanted = if cfg!(target_os = "macos") {
+        hard.min(10_240)
+    } else {
+        hard
+    };
+    if wanted > soft && setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).is_err() {
+        return Ok(soft);
+    }
+    Ok(wanted.max(soft))
+}
+
+/// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
+#[allow(unsafe_code)]
+pub(crate) fn is_ignored(signal: i32) -> bool {
+    let mut old = std::mem::MaybeUninit::<nix::libc::sigaction>::zeroed();
+    // SAFETY: with a null `act` the call only writes the present action to `old`, which is zeroed, valid for writes
+    // and of the right type.
+    unsafe {
+        nix::libc::sigaction(signal, std::ptr::null(), old.as_mut_ptr()) == 0
+            && old.assume_init().sa_sigaction == nix::libc::SIG_IGN
+    }
+}
+
+/// The address of an abstract Unix socket.
+///
+/// # Errors
+/// `Unsupported` where there are none: they are Linux'.
+pub(crate) fn abstract_address(name: &[u8]) -> io::Result<std::os::unix::net::SocketAddr> {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::linux::net::SocketAddrExt;
+        std::os::unix::net::SocketAddr::from_abstract_name(name)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = name;
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "abstract names are Linux'",
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_reaches_a_socket_in_a_long_directory_and_leaves_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let deep = root.path().join("d".repeat(120));
+        fs::create_dir(&deep).unwrap();
+        let mut used = PathBuf::new();
+        let listener = through_link(&deep, Path::new("s"), |path| {
+            used = path.to_path_buf();
+            std::os::unix::net::UnixListener::bind(path)
+        })
+        .unwrap();
+        assert!(deep.join("s").exists());
+        assert!(!used.parent().unwrap().exists());
+        let client = with_short_path(&deep.join("s"), std::os::unix::net::UnixStream::connect);
+        client.unwrap();
+        listener.accept().unwrap();
+    }
+
+    #[test]
+    fn a_name_that_fits_nowhere_is_told_so() {
+        let path = Path::new("/tmp").join("n".repeat(150));
+        let error = with_short_path(&path, |_| Ok(())).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidFilename);
+        assert!(error.to_string().contains("150 bytes"), "{error}");
+    }
+}
