@@ -152,7 +152,9 @@ mod tests {
         .unwrap();
         assert!(deep.join("s").exists());
         assert!(!used.parent().unwrap().exists());
-        let client = with_short_path(&deep.join("s"), std::os::unix::net::UnixStream::connect);
+        let client = with_short_path(&deep.join("s"), |path| {
+            std::os::unix::net::UnixStream::connect(path)
+        });
         client.unwrap();
         listener.accept().unwrap();
     }
