@@ -1,3 +1,7 @@
-//! The command.
+//! The command `hvsock`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    hvsock::cli::run(std::env::args_os())
+}

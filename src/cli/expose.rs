@@ -1,0 +1,79 @@
+//! `hvsock expose`: a VM's ports here, our services there.
+
+use std::io;
+
+use clap::Args;
+
+use super::options::ProxyOptions;
+use super::spec::{Local, Remote};
+use super::{Failure, Outcome, complain, run_proxy, say};
+use crate::address::{Address, HyperkitAddress, HyperkitVm};
+use crate::error::{Error, Operation};
+use crate::hyperkit::{Places, find};
+use crate::proxy::{Proxy, Rule};
+
+/// Expose a hyperkit VM's vsock ports as local sockets, and local services to its guest
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  hvsock expose --vm docker -L /tmp/docker.sock:2375
+  hvsock expose --vm ~/.minikube/machines/minikube -L 8080:80 -L 2222:22
+  hvsock expose --vm ./linux-state -L 0:0x50 -R 5000:127.0.0.1:5000 -R 5001:/run/agent.sock")]
+pub(super) struct Expose {
+    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
+    #[arg(long, value_name = "VM")]
+    vm: String,
+    /// Host to guest: listen on [ADDR:]PORT (127.0.0.1 if ADDR is left out; port 0 is chosen) or on a Unix socket, and
+    /// lead to the guest's vsock port
+    #[arg(short = 'L', value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT")]
+    local: Vec<Local>,
+    /// Guest to host: when the guest dials HOSTPORT of CID 2, lead to TARGET (PORT, HOST:PORT, a path or a URI)
+    #[arg(short = 'R', value_name = "HOSTPORT:TARGET")]
+    remote: Vec<Remote>,
+    #[command(flatten)]
+    options: ProxyOptions,
+}
+
+impl Expose {
+    pub(super) fn run(self) -> Outcome {
+        if self.local.is_empty() && self.remote.is_empty() {
+            return Err(Failure::Usage("nothing to expose: give at least one -L or -R".into()));
+        }
+        let vm = find(&self.vm, &Places::from_env())?;
+        look_at(&vm)?;
+        let at = |port| Address::Hyperkit(HyperkitAddress { vm: vm.clone(), port });
+        let locals = self.local.iter().map(|local| Rule::new(local.listen.clone(), at(local.guest_port)));
+        let remotes = self.remote.iter().map(|remote| Rule::new(at(remote.host_port), remote.target.clone()));
+        let proxy = Proxy::start(self.options.config(locals.chain(remotes)))?;
+        for forward in proxy.forwards() {
+            match (&forward.listen, &forward.connect) {
+                (listen, Address::Hyperkit(guest)) => say(format_args!("{listen} -> guest port {}", guest.port)),
+                (Address::Hyperkit(host), target) => say(format_args!("guest, to CID 2 port {} -> {target}", host.port)),
+                (listen, connect) => say(format_args!("{listen} -> {connect}")),
+            }
+        }
+        run_proxy(proxy, self.options.grace())
+    }
+}
+
+/// Says at once what every client would find out: that there is no directory, that it can't be used, that no VM runs.
+fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
+    let directory = vm.state_dir.display();
+    match vm.connect_path().symlink_metadata() {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && vm.state_dir.is_dir() => {
+            complain(format_args!(
+                "the VM is not running (no socket {:?} in {directory}); clients are refused until it is",
+                vm.connect
+            ));
+            Ok(())
+        }
+        Err(e) => {
+            let remedy = match e.kind() {
+                io::ErrorKind::NotFound => "there is no such state directory: is the path right?",
+                io::ErrorKind::PermissionDenied => "run as the user who runs the VM",
+                _ => "is it a VM's state directory?",
+            };
+            Err(Error::new(Operation::Find, format_args!("a VM in {directory}"), e).with_remedy(remedy))
+        }
+    }
+}

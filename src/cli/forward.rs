@@ -1,0 +1,41 @@
+//! `hvsock forward`: any address to any address.
+
+use clap::Args;
+
+use super::options::ProxyOptions;
+use super::{Failure, Outcome, run_proxy, say};
+use crate::address::Address;
+use crate::proxy::{Proxy, Rule};
+
+/// Forward any address to any address
+#[derive(Args, Debug)]
+#[command(after_help = "Addresses:
+  tcp://HOST:PORT                 hyperkit://[CID]:PORT/STATE/DIR
+  unix:///PATH, /PATH, ./PATH     unix:@NAME (abstract, Linux)
+Listening on hyperkit:// is taking what the guest dials: port PORT of the host, CID 2.
+
+Examples:
+  hvsock forward tcp://127.0.0.1:8080 unix:///run/web.sock
+  hvsock forward /tmp/docker.sock hyperkit://:2375/path/to/state  hyperkit://:5000/path/to/state tcp://localhost:5000")]
+pub(super) struct Forward {
+    /// Pairs of an address to listen on and the address that its connections go to
+    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., value_parser = clap::value_parser!(Address))]
+    addresses: Vec<Address>,
+    #[command(flatten)]
+    options: ProxyOptions,
+}
+
+impl Forward {
+    pub(super) fn run(self) -> Outcome {
+        let (pairs, rest) = self.addresses.as_chunks::<2>();
+        if let [alone] = rest {
+            return Err(Failure::Usage(format!("{alone} has no address to connect to: addresses come in pairs")));
+        }
+        let rules = pairs.iter().map(|[listen, connect]| Rule::new(listen.clone(), connect.clone()));
+        let proxy = Proxy::start(self.options.config(rules))?;
+        for forward in proxy.forwards() {
+            say(format_args!("{} -> {}", forward.listen, forward.connect));
+        }
+        run_proxy(proxy, self.options.grace())
+    }
+}

@@ -1,0 +1,144 @@
+//! The command line: turns words into rules, starts what they ask for, waits for its end.
+
+mod demo;
+mod expose;
+mod forward;
+mod options;
+mod simulate;
+mod spec;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::proxy::Proxy;
+use crate::sys;
+
+/// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
+/// from the guest.
+#[derive(Parser, Debug)]
+#[command(name = "hvsock", version, max_term_width = 100)]
+#[command(after_help = "Vsock ports are decimal, or hexadecimal with 0x. \
+    Try `hvsock demo`: it needs no VM.\n\
+    HVSOCK_LOG=debug (or hvsock=trace, …) says more on standard error.")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Expose(expose::Expose),
+    Forward(forward::Forward),
+    Simulate(simulate::Simulate),
+    Demo(demo::Demo),
+}
+
+/// Why a command ended without having done what it was asked for.
+#[derive(Debug)]
+enum Failure {
+    /// The words were wrong: exit code 2.
+    Usage(String),
+    /// It could not be done: exit code 1.
+    Failed(String),
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure::Failed(error.to_string())
+    }
+}
+
+type Outcome = std::result::Result<(), Failure>;
+
+/// Runs the command that `arguments` ask for (the first is the program's name); the process' exit code: 0 done,
+/// 1 failed, 2 usage.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(e) => {
+            // Help and version go to standard output with code 0, the rest to standard error with code 2.
+            let _ = e.print();
+            return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
+        }
+    };
+    start_log();
+    let outcome = match arguments.command {
+        Command::Expose(expose) => expose.run(),
+        Command::Forward(forward) => forward.run(),
+        Command::Simulate(simulate) => simulate.run(),
+        Command::Demo(demo) => demo.run(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(why)) => {
+            complain(format_args!("{why}\nTry --help."));
+            ExitCode::from(2)
+        }
+        Err(Failure::Failed(why)) => {
+            complain(why);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Says something on standard error as `hvsock: …`.
+fn complain(what: impl fmt::Display) {
+    let _ = writeln!(io::stderr(), "hvsock: {what}");
+}
+
+/// Prints a line; a closed standard output is no reason to stop carrying.
+fn say(line: impl fmt::Display) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+fn start_log() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_env("HVSOCK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_writer(io::stderr);
+    // Another program that calls us may have set up its own.
+    let _ = log.try_init();
+}
+
+/// Runs a proxy until a signal or a failure ends it.
+fn run_proxy(proxy: Proxy, grace: Duration) -> Outcome {
+    let mut signals = end_signals()?;
+    let handle = signals.handle();
+    let stopper = proxy.stopper();
+    let thread = std::thread::spawn(move || {
+        for (count, _) in signals.forever().enumerate() {
+            if count == 0 {
+                complain(format_args!(
+                    "stopping: no new clients, {} s for those that are there; once more to cut them off",
+                    grace.as_secs()
+                ));
+                stopper.stop(grace);
+            } else {
+                complain("cutting clients off, taking leave of guests");
+                stopper.stop(Duration::ZERO);
+            }
+        }
+    });
+    let ended = proxy.wait();
+    handle.close();
+    // It has nothing left to do that could fail.
+    let _ = thread.join();
+    Ok(ended?)
+}
+
+/// The signals that ask for the end. SIGHUP is one: a terminal that closes must not leave sockets and guests behind;
+/// under `nohup` it is none.
+fn end_signals() -> io::Result<Signals> {
+    let mut wanted = vec![SIGINT, SIGTERM];
+    if !sys::is_ignored(SIGHUP) {
+        wanted.push(SIGHUP);
+    }
+    Signals::new(wanted)
+}
