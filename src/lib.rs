@@ -2,5 +2,7 @@
 
 pub mod error;
 pub mod hyperkit;
+#[cfg(unix)]
+pub mod simulate;
 
 pub use error::{Error, Operation, Result};
