@@ -1,6 +1,9 @@
 //! A host-side proxy for hypervisor sockets.
 
 pub mod address;
+#[cfg(all(unix, feature = "cli"))]
+#[doc(hidden)]
+pub mod cli;
 #[cfg(unix)]
 mod dial;
 pub mod error;
@@ -10,6 +13,8 @@ mod listener;
 #[cfg(unix)]
 pub mod proxy;
 mod relay;
+#[cfg(unix)]
+pub mod simulate;
 #[cfg(unix)]
 mod stream;
 mod sys;

@@ -36,18 +36,36 @@ pub(super) struct Expose {
 impl Expose {
     pub(super) fn run(self) -> Outcome {
         if self.local.is_empty() && self.remote.is_empty() {
-            return Err(Failure::Usage("nothing to expose: give at least one -L or -R".into()));
+            return Err(Failure::Usage(
+                "nothing to expose: give at least one -L or -R".into(),
+            ));
         }
         let vm = find(&self.vm, &Places::from_env())?;
         look_at(&vm)?;
-        let at = |port| Address::Hyperkit(HyperkitAddress { vm: vm.clone(), port });
-        let locals = self.local.iter().map(|local| Rule::new(local.listen.clone(), at(local.guest_port)));
-        let remotes = self.remote.iter().map(|remote| Rule::new(at(remote.host_port), remote.target.clone()));
+        let at = |port| {
+            Address::Hyperkit(HyperkitAddress {
+                vm: vm.clone(),
+                port,
+            })
+        };
+        let locals = self
+            .local
+            .iter()
+            .map(|local| Rule::new(local.listen.clone(), at(local.guest_port)));
+        let remotes = self
+            .remote
+            .iter()
+            .map(|remote| Rule::new(at(remote.host_port), remote.target.clone()));
         let proxy = Proxy::start(self.options.config(locals.chain(remotes)))?;
         for forward in proxy.forwards() {
             match (&forward.listen, &forward.connect) {
-                (listen, Address::Hyperkit(guest)) => say(format_args!("{listen} -> guest port {}", guest.port)),
-                (Address::Hyperkit(host), target) => say(format_args!("guest, to CID 2 port {} -> {target}", host.port)),
+                (listen, Address::Hyperkit(guest)) => {
+                    say(format_args!("{listen} -> guest port {}", guest.port))
+                }
+                (Address::Hyperkit(host), target) => say(format_args!(
+                    "guest, to CID 2 port {} -> {target}",
+                    host.port
+                )),
                 (listen, connect) => say(format_args!("{listen} -> {connect}")),
             }
         }
@@ -73,7 +91,10 @@ fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
                 io::ErrorKind::PermissionDenied => "run as the user who runs the VM",
                 _ => "is it a VM's state directory?",
             };
-            Err(Error::new(Operation::Find, format_args!("a VM in {directory}"), e).with_remedy(remedy))
+            Err(
+                Error::new(Operation::Find, format_args!("a VM in {directory}"), e)
+                    .with_remedy(remedy),
+            )
         }
     }
 }

@@ -29,9 +29,13 @@ impl Forward {
     pub(super) fn run(self) -> Outcome {
         let (pairs, rest) = self.addresses.as_chunks::<2>();
         if let [alone] = rest {
-            return Err(Failure::Usage(format!("{alone} has no address to connect to: addresses come in pairs")));
+            return Err(Failure::Usage(format!(
+                "{alone} has no address to connect to: addresses come in pairs"
+            )));
         }
-        let rules = pairs.iter().map(|[listen, connect]| Rule::new(listen.clone(), connect.clone()));
+        let rules = pairs
+            .iter()
+            .map(|[listen, connect]| Rule::new(listen.clone(), connect.clone()));
         let proxy = Proxy::start(self.options.config(rules))?;
         for forward in proxy.forwards() {
             say(format_args!("{} -> {}", forward.listen, forward.connect));

@@ -40,7 +40,13 @@ pub(super) struct ProxyOptions {
 impl ProxyOptions {
     /// A proxy of these rules, with as many connections as there can be descriptors for.
     pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
-        let rules = rules.into_iter().map(|rule| Rule { mode: self.mode, ..rule }).collect();
+        let rules = rules
+            .into_iter()
+            .map(|rule| Rule {
+                mode: self.mode,
+                ..rule
+            })
+            .collect();
         let mut config = ProxyConfig::new(rules);
         config.workers = self.workers;
         if let Ok(descriptors) = sys::raise_descriptor_limit() {

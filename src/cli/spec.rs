@@ -26,7 +26,9 @@ impl FromStr for Local {
         let Some((listen, port)) = text.rsplit_once(':') else {
             return Err("the guest's port is missing; write [ADDR:]PORT:GUESTPORT, as in 8080:80, or /PATH:GUESTPORT".into());
         };
-        let guest_port = port.parse().map_err(|e| format!("guest port {e}; a right one: 8080:80"))?;
+        let guest_port = port
+            .parse()
+            .map_err(|e| format!("guest port {e}; a right one: 8080:80"))?;
         let listen = local_address(listen)?;
         Ok(Local { listen, guest_port })
     }
@@ -39,7 +41,9 @@ impl FromStr for Remote {
         let Some((port, target)) = text.split_once(':') else {
             return Err("the target is missing; write HOSTPORT:TARGET, as in 5000:127.0.0.1:8080 or 5000:/PATH".into());
         };
-        let host_port = port.parse().map_err(|e| format!("host port {e}; a right one: 5000:127.0.0.1:8080"))?;
+        let host_port = port
+            .parse()
+            .map_err(|e| format!("host port {e}; a right one: 5000:127.0.0.1:8080"))?;
         let target = local_address(target)?;
         if matches!(&target, Address::Tcp(tcp) if tcp.port == 0) {
             return Err("port 0 can't be connected to".into());
@@ -56,8 +60,12 @@ fn local_address(text: &str) -> Result<Address, String> {
     if !text.contains(':') {
         let right = "a TCP port is a number from 0 to 65535; a right one: 8080, 127.0.0.1:8080 or /run/web.sock";
         let port: Port = text.parse().map_err(|e| format!("{e}; {right}"))?;
-        let port = u16::try_from(port.0).map_err(|_| format!("port {} is too large: {right}", port.0))?;
-        return Ok(Address::Tcp(TcpAddress { host: Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)), port }));
+        let port =
+            u16::try_from(port.0).map_err(|_| format!("port {} is too large: {right}", port.0))?;
+        return Ok(Address::Tcp(TcpAddress {
+            host: Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            port,
+        }));
     }
     // As in ssh. The other spelling of it there, an empty address, is too easily written by mistake.
     let text = match text.strip_prefix("*:") {
@@ -67,7 +75,9 @@ fn local_address(text: &str) -> Result<Address, String> {
         }
         None => text.to_owned(),
     };
-    format!("tcp://{text}").parse().map_err(|e: crate::AddressError| e.to_string())
+    format!("tcp://{text}")
+        .parse()
+        .map_err(|e: crate::AddressError| e.to_string())
 }
 
 #[cfg(test)]
@@ -75,11 +85,13 @@ mod tests {
     use super::*;
 
     fn local(text: &str) -> Result<(String, u32), String> {
-        text.parse::<Local>().map(|local| (local.listen.to_string(), local.guest_port.0))
+        text.parse::<Local>()
+            .map(|local| (local.listen.to_string(), local.guest_port.0))
     }
 
     fn remote(text: &str) -> Result<(u32, String), String> {
-        text.parse::<Remote>().map(|remote| (remote.host_port.0, remote.target.to_string()))
+        text.parse::<Remote>()
+            .map(|remote| (remote.host_port.0, remote.target.to_string()))
     }
 
     #[test]
@@ -127,7 +139,11 @@ mod tests {
             let error = local(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }
-        for (text, part) in [("5000", "target is missing"), ("x:80", "host port"), ("5000:0", "port 0")] {
+        for (text, part) in [
+            ("5000", "target is missing"),
+            ("x:80", "host port"),
+            ("5000:0", "port 0"),
+        ] {
             let error = remote(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }

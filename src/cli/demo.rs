@@ -1,0 +1,106 @@
+//! `hvsock demo`: the main job with nothing to prepare.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::options::ProxyOptions;
+use super::{Outcome, run_proxy, say};
+use crate::address::{Address, HyperkitAddress, HyperkitVm, Port, UnixAddress};
+use crate::error::{Error, Operation};
+use crate::proxy::{Proxy, Rule};
+use crate::simulate::{Service, Vm};
+
+/// The guest's port in the demo.
+const WEB: Port = Port(80);
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Show it all on a stand-in VM with a web server: exposed on TCP and on a Unix socket until Ctrl-C
+#[derive(Args, Debug)]
+pub(super) struct Demo {
+    /// TCP port of 127.0.0.1 to expose the guest's web server on; 0 is chosen
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    port: u16,
+    #[command(flatten)]
+    options: ProxyOptions,
+}
+
+impl Demo {
+    pub(super) fn run(self) -> Outcome {
+        // Not $TMPDIR: on macOS its path alone is nearly as long as a state directory's may be.
+        let directory = tempfile::Builder::new()
+            .prefix("hvsock-demo-")
+            .tempdir_in("/tmp")?;
+        let state = directory.path().join("vm");
+        std::fs::create_dir(&state)?;
+        let vm = Vm::builder(&state).guest(WEB.0, Service::Http).start()?;
+        say(format_args!(
+            "a stand-in VM in {}, with a web server on its vsock port {WEB}",
+            state.display()
+        ));
+
+        let socket = directory.path().join("web.sock");
+        let web = Address::Hyperkit(HyperkitAddress {
+            vm: HyperkitVm::new(&state),
+            port: WEB,
+        });
+        let tcp: Address = format!("tcp://127.0.0.1:{}", self.port).parse()?;
+        let unix = Address::Unix(UnixAddress::Path(socket.clone()));
+        let rules = [Rule::new(tcp, web.clone()), Rule::new(unix, web)];
+        let proxy = Proxy::start(self.options.config(rules))?;
+        let forwards = proxy.forwards();
+        for forward in &forwards {
+            say(format_args!("{} -> guest port {WEB}", forward.listen));
+        }
+        let Address::Tcp(tcp) = &forwards[0].listen else {
+            return Ok(());
+        };
+
+        let through_tcp = ask_tcp(tcp.port)
+            .map_err(|e| Error::new(Operation::Connect, &forwards[0].listen, e))?;
+        say(format_args!("GET / through TCP:            {through_tcp}"));
+        let through_unix = ask_unix(&socket)
+            .map_err(|e| Error::new(Operation::Connect, &forwards[1].listen, e))?;
+        say(format_args!(
+            "GET / through the Unix socket: {through_unix}"
+        ));
+        say("");
+        say(format_args!("Try it:  curl http://127.0.0.1:{}/", tcp.port));
+        say(format_args!(
+            "         curl --unix-socket {} http://guest/",
+            socket.display()
+        ));
+        say("Ctrl-C ends it.");
+
+        let ended = run_proxy(proxy, self.options.grace());
+        vm.stop();
+        ended
+    }
+}
+
+fn ask_tcp(port: u16) -> io::Result<String> {
+    let stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    ask(stream)
+}
+
+fn ask_unix(path: &Path) -> io::Result<String> {
+    let stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    ask(stream)
+}
+
+/// Asks for a page; the answer's first line and size.
+fn ask(mut stream: impl Read + Write) -> io::Result<String> {
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let status = answer.lines().next().unwrap_or("no answer");
+    Ok(format!("{status}, {} bytes", answer.len()))
+}

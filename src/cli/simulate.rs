@@ -1,0 +1,198 @@
+//! `hvsock simulate`: a stand-in VM to try things on.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::Args;
+use signal_hook::consts::{SIGUSR1, SIGUSR2};
+
+use super::{Failure, Outcome, complain, end_signals, say};
+use crate::address::{Address, Host, Port, TcpAddress, UnixAddress};
+use crate::error::{Error, Operation};
+use crate::simulate::{Dial, Endpoint, Service, Vm};
+
+/// How often the VM's fate and the signals are looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Stand in for a hyperkit VM: serve a state directory as hyperkit does, its frailties included
+#[derive(Args, Debug)]
+#[command(
+    after_help = "The stand-in dies or hangs where hyperkit's device would, and says which rule its client broke (exit code 1).
+SIGUSR1 pauses the guest, SIGUSR2 lets it go on. The socket files stay behind, as hyperkit's do.
+
+Examples:
+  hvsock simulate /tmp/vm --guest 80=http --guest 7=echo
+  hvsock simulate /tmp/vm --guest 22=tcp://127.0.0.1:22 --dial 5000=tcp://127.0.0.1:0"
+)]
+pub(super) struct Simulate {
+    /// The state directory, made if it doesn't exist; its path has at most 85 bytes
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// The guest's CID
+    #[arg(long, value_name = "N", default_value_t = crate::hyperkit::GUEST_CID, value_parser = clap::value_parser!(u32).range(3..))]
+    cid: u32,
+    /// What listens on a vsock port of the guest: echo, discard, chargen, http, silent (never reads nor writes), or a
+    /// real server at an address
+    #[arg(long, value_name = "PORT=SERVICE|ADDRESS")]
+    guest: Vec<Guest>,
+    /// Guest ports with a socket of their own (hyperkit's guest_forwards=, at most 4)
+    #[arg(long, value_name = "PORT")]
+    guest_forward: Vec<Port>,
+    /// Programs in the guest that dial the host's PORT: each connection made to this local address is one
+    #[arg(long, value_name = "PORT=ADDRESS")]
+    dial: Vec<GuestDial>,
+    /// Connections that the device has room for
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    slots: usize,
+    /// Descriptors that hyperkit was started with: beyond the limit, connections hang
+    #[arg(long, value_name = "N")]
+    descriptors: Option<usize>,
+    /// Only count what would kill the device
+    #[arg(long)]
+    lenient: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Guest {
+    port: Port,
+    service: Service,
+}
+
+#[derive(Clone, Debug)]
+struct GuestDial {
+    port: Port,
+    from: Endpoint,
+}
+
+impl FromStr for Guest {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Guest, String> {
+        let (port, service) = split(text, "80=http")?;
+        let service = match service {
+            "echo" => Service::Echo,
+            "discard" => Service::Discard,
+            "chargen" => Service::Chargen,
+            "http" => Service::Http,
+            "silent" => Service::Silent,
+            address => Service::Forward(endpoint(address).map_err(|e| {
+                format!("{e}; a service is echo, discard, chargen, http, silent or an address")
+            })?),
+        };
+        Ok(Guest { port, service })
+    }
+}
+
+impl FromStr for GuestDial {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<GuestDial, String> {
+        let (port, address) = split(text, "5000=tcp://127.0.0.1:0")?;
+        Ok(GuestDial {
+            port,
+            from: endpoint(address)?,
+        })
+    }
+}
+
+fn split<'a>(text: &'a str, right: &str) -> Result<(Port, &'a str), String> {
+    let (port, rest) = text
+        .split_once('=')
+        .ok_or_else(|| format!("no = in it; a right one: {right}"))?;
+    Ok((
+        port.parse()
+            .map_err(|e| format!("{e}; a right one: {right}"))?,
+        rest,
+    ))
+}
+
+/// A TCP or Unix address of this machine, names resolved.
+fn endpoint(text: &str) -> Result<Endpoint, String> {
+    match text.parse::<Address>().map_err(|e| e.to_string())? {
+        Address::Tcp(TcpAddress {
+            host: Host::Ip(ip),
+            port,
+        }) => Ok(Endpoint::Tcp(SocketAddr::new(ip, port))),
+        Address::Tcp(TcpAddress {
+            host: Host::Name(name),
+            port,
+        }) => {
+            let mut found = (name.as_str(), port)
+                .to_socket_addrs()
+                .map_err(|e| format!("{name}: {e}"))?;
+            found
+                .next()
+                .map(Endpoint::Tcp)
+                .ok_or_else(|| format!("{name} has no address"))
+        }
+        Address::Unix(UnixAddress::Path(path)) => Ok(Endpoint::Unix(path)),
+        other => Err(format!(
+            "{other}: only tcp:// and unix: addresses can stand here"
+        )),
+    }
+}
+
+impl Simulate {
+    pub(super) fn run(self) -> Outcome {
+        std::fs::create_dir_all(&self.directory)
+            .map_err(|e| Error::new(Operation::Listen, self.directory.display(), e))?;
+        let mut vm = Vm::builder(&self.directory)
+            .cid(self.cid)
+            .slots(self.slots)
+            .lenient(self.lenient);
+        if let Some(descriptors) = self.descriptors {
+            vm = vm.descriptor_limit(descriptors);
+        }
+        for Guest { port, service } in &self.guest {
+            vm = vm.guest(port.0, service.clone());
+        }
+        for GuestDial { port, from } in &self.dial {
+            vm = vm.dial(port.0, Dial::Listen(from.clone()));
+        }
+        let forwards: Vec<u32> = self.guest_forward.iter().map(|port| port.0).collect();
+        crate::sys::raise_descriptor_limit()?;
+        let mut signals = end_signals()?;
+        for signal in [SIGUSR1, SIGUSR2] {
+            signals.add_signal(signal)?;
+        }
+        let vm = vm.guest_forwards(&forwards).start()?;
+        say(format_args!(
+            "a stand-in VM, CID {}, in {}",
+            self.cid,
+            self.directory.display()
+        ));
+        for Guest { port, service } in &self.guest {
+            say(format_args!("guest port {port}: {service:?}"));
+        }
+        for GuestDial { port, .. } in &self.dial {
+            if let Some(from) = vm.dial_addr(port.0) {
+                say(format_args!(
+                    "connect to {from} to have the guest dial CID 2 port {port}"
+                ));
+            }
+        }
+        loop {
+            if let Some(fate) = vm.wait_for_fate(LOOK) {
+                return Err(Failure::Failed(fate.to_string()));
+            }
+            for signal in signals.pending() {
+                match signal {
+                    SIGUSR1 => {
+                        vm.pause();
+                        complain("the guest is paused; SIGUSR2 lets it go on");
+                    }
+                    SIGUSR2 => {
+                        vm.resume();
+                        complain("the guest goes on");
+                    }
+                    _ => {
+                        vm.stop();
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Host sockets that the device is done with, watched for a close with data unread.
+//!
+//! The slot is free and the client sees EOF, as after a close. But whether the client reads what was written to it before it closes shows only on our end, and
+//! that end must then still exist. Linux only: other systems don't tell.
+
+use mio::net::UnixStream;
+use mio::{Interest, Registry, Token};
+use nix::sys::socket::{MsgFlags, recv};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+
+/// How many are watched at once; the oldest goes first.
+const LIMIT: usize = 256;
+
+/// Whether bytes of the peer are waiting on `stream`.
+pub(super) fn has_unread(stream: &UnixStream) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    matches!(recv(stream.as_raw_fd(), &mut [0], flags), Ok(n) if n > 0)
+}
+
+/// Whether the peer of `stream` closed with bytes of ours unread.
+pub(super) fn was_reset(stream: &UnixStream) -> bool {
+    let error = stream.take_error().ok().flatten();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionReset)
+}
+
+#[derive(Debug)]
+struct Watched {
+    stream: UnixStream,
+    port: u32,
+    /// How many events there are until the peer has surely closed.
+    events: u8,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Afterlife {
+    watched: HashMap<usize, Watched>,
+    order: VecDeque<usize>,
+}
+
+impl Afterlife {
+    /// Ends `stream` for its peer, and watches what the peer does. `half_closed`: the peer has sent EOF.
+    pub(super) fn watch(
+        &mut self,
+        mut stream: UnixStream,
+        port: u32,
+        half_closed: bool,
+        registry: &Registry,
+        token: Token,
+    ) {
+        // Unread bytes of the peer's make a close a reset, and only a close.
+        if !cfg!(target_os = "linux") || has_unread(&stream) {
+            return;
+        }
+        // Reports once, and then what the peer does: its half-close, unless that was before, and its close.
+        let ended = stream.shutdown(Shutdown::Both);
+        let watching = registry.reregister(&mut stream, token, Interest::READABLE);
+        if was_gone(&ended) || watching.is_err() {
+            return;
+        }
+        let events = if half_closed { 2 } else { 3 };
+        let watched = Watched {
+            stream,
+            port,
+            events,
+        };
+        self.watched.insert(token.0, watched);
+        self.order.push_back(token.0);
+        while self.order.len() > LIMIT {
+            if let Some(oldest) = self.order.pop_front() {
+                self.watched.remove(&oldest);
+            }
+        }
+    }
+
+    /// An event on a watched socket: the guest port it was for, if its peer closed with bytes unread.
+    pub(super) fn event(&mut self, token: Token) -> Option<u32> {
+        let watched = self.watched.get_mut(&token.0)?;
+        let reset = was_reset(&watched.stream).then_some(watched.port);
+        watched.events -= 1;
+        if watched.events == 0 || reset.is_some() {
+            self.watched.remove(&token.0);
+            self.order.retain(|&other| other != token.0);
+        }
+        reset
+    }
+}
+
+fn was_gone(ended: &io::Result<()>) -> bool {
+    matches!(ended, Err(error) if error.kind() == io::ErrorKind::NotConnected)
+}

@@ -1,0 +1,456 @@
+//! The device's thread: one loop over all its sockets, as in hyperkit.
+
+use super::afterlife::{Afterlife, was_reset};
+use super::connection::{CHUNK, Connection, Guest, Origin, Turn};
+use super::dial::{Dialling, Door, LOOK_AGAIN};
+use super::directory::Listeners;
+use super::guest::GuestSocket;
+use super::rules::{AT_ONCE, Fate, FateKind, Ring, Rule};
+use super::slots::{Key, MAX_SLOTS, Slots, Subject};
+use super::{Counters, Plan, Shared};
+use mio::event::Event;
+use mio::net::UnixListener;
+use mio::{Events, Interest, Poll, Waker};
+use std::collections::{HashSet, VecDeque};
+use std::io;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::time::{Duration, Instant};
+
+/// How many connections have their turn before the sockets are polled again.
+const TURNS: usize = 32;
+
+/// How long the loop sleeps at most while dials come: so it knows closely when none had come (see [`Ring`]).
+const HEARTBEAT: Duration = Duration::from_millis(5);
+
+/// The same while no dials come.
+const IDLE: Duration = Duration::from_millis(250);
+
+/// What a [`Vm`](super::Vm) asks of its device.
+#[derive(Debug)]
+pub(super) enum Command {
+    Pause(Sender<()>),
+    Resume(Sender<()>),
+    Reboot(Sender<()>),
+    Dial(u32, StdUnixStream, Sender<io::Result<()>>),
+    Stop(Sender<()>),
+}
+
+/// A listening socket of the state directory.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) socket: UnixListener,
+    /// The guest port it stands for; `None`: the client's line tells.
+    pub(super) port: Option<u32>,
+    pub(super) ready: bool,
+}
+
+pub(super) struct Device {
+    pub(super) plan: Plan,
+    pub(super) poll: Poll,
+    pub(super) listeners: Vec<Listener>,
+    pub(super) doors: Vec<Door>,
+    pub(super) slots: Slots,
+    /// Dials that the guest hasn't answered, in order.
+    pub(super) dials: VecDeque<Key>,
+    /// Guest programs that wait for somebody to listen.
+    pub(super) dialling: Vec<Dialling>,
+    /// Host ports on which somebody has listened since the start.
+    pub(super) known_ports: HashSet<u32>,
+    /// A client that has connected and not written its line: nothing else moves.
+    pub(super) stall: Option<(mio::net::UnixStream, Instant)>,
+    pub(super) paused: bool,
+    pub(super) ring: Ring,
+    pub(super) last_dial: Option<Instant>,
+    pub(super) counters: Counters,
+    pub(super) fate: Option<Fate>,
+    work: VecDeque<Key>,
+    afterlife: Afterlife,
+    buried: usize,
+    scratch: Vec<u8>,
+    inbox: Receiver<Command>,
+    shared: Arc<Shared>,
+}
+
+impl Device {
+    pub(super) fn new(
+        mut plan: Plan,
+        listeners: Listeners,
+        mut doors: Vec<Door>,
+        inbox: Receiver<Command>,
+        shared: Arc<Shared>,
+    ) -> io::Result<(Device, Waker)> {
+        plan.slots = plan.slots.min(MAX_SLOTS);
+        let poll = Poll::new()?;
+        let waker = Waker::new(poll.registry(), Subject::Waker.token())?;
+        let mut listening = Vec::new();
+        for (index, (mut socket, port)) in listeners.into_iter().enumerate() {
+            let token = Subject::Listener(index).token();
+            poll.registry()
+                .register(&mut socket, token, Interest::READABLE)?;
+            listening.push(Listener {
+                socket,
+                port,
+                ready: false,
+            });
+        }
+        for (index, door) in doors.iter_mut().enumerate() {
+            door.register(poll.registry(), Subject::Door(index).token())?;
+        }
+        let device = Device {
+            plan,
+            poll,
+            listeners: listening,
+            doors,
+            slots: Slots::default(),
+            dials: VecDeque::new(),
+            dialling: Vec::new(),
+            known_ports: HashSet::new(),
+            stall: None,
+            paused: false,
+            ring: Ring::new(Instant::now()),
+            last_dial: None,
+            counters: Counters::default(),
+            fate: None,
+            work: VecDeque::new(),
+            afterlife: Afterlife::default(),
+            buried: 0,
+            scratch: vec![0; CHUNK],
+            inbox,
+            shared,
+        };
+        Ok((device, waker))
+    }
+
+    pub(super) fn run(mut self) {
+        let mut events = Events::with_capacity(4 * MAX_SLOTS);
+        while self.fate.is_none() {
+            if let Some(done) = self.commands() {
+                return self.power_off(&done);
+            }
+            if self.stall.is_some() {
+                self.wait_for_line();
+            } else {
+                self.turn(&mut events);
+            }
+            self.publish();
+        }
+        if self.fate.as_ref().map(|fate| fate.kind) == Some(FateKind::Hung) {
+            self.hang();
+        }
+    }
+
+    /// A deadlocked device: its sockets stay open until the power is switched off.
+    fn hang(self) {
+        while let Ok(command) = self.inbox.recv() {
+            match command {
+                Command::Pause(_) | Command::Resume(_) | Command::Reboot(_) => {}
+                Command::Dial(_, _, reply) => {
+                    let error = io::Error::new(io::ErrorKind::TimedOut, "the VM's device hangs");
+                    let _ = reply.send(Err(error));
+                }
+                Command::Stop(done) => return self.power_off(&done),
+            }
+        }
+    }
+
+    fn power_off(self, done: &Sender<()>) {
+        drop(self);
+        // The handle waits for this; if it doesn't, nobody needs to know.
+        let _ = done.send(());
+    }
+
+    /// Carries out what was asked; whom to tell if that was the power switch.
+    fn commands(&mut self) -> Option<Sender<()>> {
+        loop {
+            let done = match self.inbox.try_recv() {
+                Ok(Command::Pause(done)) => {
+                    self.paused = true;
+                    done
+                }
+                Ok(Command::Resume(done)) => {
+                    self.resume();
+                    done
+                }
+                Ok(Command::Reboot(done)) => {
+                    self.reboot();
+                    done
+                }
+                Ok(Command::Dial(port, ours, reply)) => {
+                    match GuestSocket::of_pair(ours) {
+                        Ok(socket) => {
+                            let dialling = Dialling::new(port, socket, Some(reply));
+                            self.dialling.push(dialling);
+                        }
+                        Err(error) => drop(reply.send(Err(error))),
+                    }
+                    continue;
+                }
+                Ok(Command::Stop(done)) => return Some(done),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return None,
+            };
+            let _ = done.send(());
+        }
+    }
+
+    fn resume(&mut self) {
+        if !self.paused {
+            return;
+        }
+        self.paused = false;
+        self.ring.resume(self.counters.unanswered, Instant::now());
+        self.counters.unanswered = 0;
+        for key in self.slots.keys() {
+            self.queue(key);
+        }
+    }
+
+    fn reboot(&mut self) {
+        for key in self.slots.keys() {
+            if let Some(connection) = self.slots.get(key)
+                && !matches!(connection.guest, Guest::Unanswered)
+            {
+                connection.guest = Guest::Forgotten;
+                connection.to_guest.clear();
+                self.queue(key);
+            }
+        }
+        // The programs are gone with their sockets.
+        self.dialling.clear();
+    }
+
+    fn turn(&mut self, events: &mut Events) {
+        let before = Instant::now();
+        if let Err(error) = self.poll.poll(events, Some(self.patience(before)))
+            && error.kind() != io::ErrorKind::Interrupted
+        {
+            // Nothing sensible is left to do without poll; the stand-in's own failure is no client's fault.
+            tracing::error!(%error, "the stand-in's poll failed");
+            std::thread::sleep(HEARTBEAT);
+        }
+        for event in events.iter() {
+            self.event(event);
+            if self.fate.is_some() {
+                return;
+            }
+        }
+        if !self.listeners.iter().any(|listener| listener.ready) {
+            self.ring.settle(before);
+        }
+        // In this order: by now poll has told whether a client left before the guest's answer.
+        self.answer();
+        self.accept();
+        if self.fate.is_some() || self.stall.is_some() {
+            return;
+        }
+        self.dial_host();
+        for _ in 0..TURNS {
+            let Some(key) = self.work.pop_front() else {
+                break;
+            };
+            self.turn_connection(key);
+            if self.fate.is_some() {
+                return;
+            }
+        }
+    }
+
+    /// How long poll may sleep.
+    fn patience(&self, now: Instant) -> Duration {
+        let answers = !self.paused && !self.dials.is_empty();
+        let waiting = self.listeners.iter().any(|listener| listener.ready) && !self.is_full();
+        if answers || waiting || !self.work.is_empty() {
+            Duration::ZERO
+        } else if !self.paused && !self.dialling.is_empty() {
+            LOOK_AGAIN
+        } else if self
+            .last_dial
+            .is_some_and(|dial| now - dial < Duration::from_secs(10))
+        {
+            HEARTBEAT
+        } else {
+            IDLE
+        }
+    }
+
+    fn event(&mut self, event: &Event) {
+        match Subject::of(event.token()) {
+            Subject::Waker => {}
+            Subject::Listener(index) => {
+                if let Some(listener) = self.listeners.get_mut(index) {
+                    listener.ready = true;
+                }
+            }
+            Subject::Door(index) => {
+                if let Some(door) = self.doors.get_mut(index) {
+                    door.ready = true;
+                }
+            }
+            Subject::Host(key) => self.host_event(key, event),
+            Subject::Guest(key) => self.guest_event(key, event),
+            Subject::Afterlife(_) => {
+                if let Some(port) = self.afterlife.event(event.token()) {
+                    let detail = format!("port {port}, after the guest had closed");
+                    self.offend(Rule::CloseUnread, detail);
+                }
+            }
+        }
+    }
+
+    fn host_event(&mut self, key: Key, event: &Event) {
+        let Some(connection) = self.slots.get(key) else {
+            return;
+        };
+        connection.host_ready.note(event);
+        let was_gone = connection.host_gone;
+        if event.is_error() || event.is_write_closed() {
+            connection.host_reset |= was_reset(&connection.host);
+        }
+        // After our own EOF a half-close looks like this too.
+        connection.host_gone |= event.is_write_closed() && !connection.host_shut;
+        if connection.host_reset || connection.host_gone && !was_gone {
+            self.judge(key);
+        }
+        self.queue(key);
+    }
+
+    /// The host's program has closed both directions: was that against a rule?
+    fn judge(&mut self, key: Key) {
+        let Some(connection) = self.slots.get(key) else {
+            return;
+        };
+        let (port, sent) = (connection.port, connection.sent);
+        let age = connection.since.elapsed();
+        let unsent = sent == 0 && !connection.host_shut;
+        let reset = std::mem::take(&mut connection.host_reset);
+        let rule = match connection.origin {
+            _ if reset && sent > 0 => Rule::CloseUnread,
+            // It was never accepted: its listener was closed.
+            Origin::Guest if reset => Rule::NoListener,
+            _ if !unsent || age >= AT_ONCE => return,
+            Origin::Guest => Rule::AcceptAndClose,
+            Origin::Forward if !connection.has_input() => Rule::Probe,
+            Origin::Forward | Origin::Line => Rule::ImmediateClose,
+        };
+        let micros = age.as_micros();
+        let detail = format!("port {port}, {micros} µs old, {sent} bytes sent to it");
+        self.offend(rule, detail);
+    }
+
+    fn guest_event(&mut self, key: Key, event: &Event) {
+        let Some(connection) = self.slots.get(key) else {
+            return;
+        };
+        connection.guest_event(event);
+        if let Guest::Connecting(socket) = &connection.guest {
+            match socket.connected() {
+                Ok(false) => return,
+                Ok(true) => {
+                    let guest = std::mem::replace(&mut connection.guest, Guest::Unanswered);
+                    if let Guest::Connecting(socket) = guest {
+                        connection.guest = Guest::Socket(socket);
+                    }
+                    self.counters.answered += 1;
+                }
+                Err(_) => return self.refuse(key),
+            }
+        }
+        self.queue(key);
+    }
+
+    fn turn_connection(&mut self, key: Key) {
+        let Some(connection) = self.slots.get(key) else {
+            return;
+        };
+        connection.queued = false;
+        let was_gone = connection.host_gone;
+        let (sent, received) = (connection.sent, connection.received);
+        let turn = connection.turn(&mut self.scratch, self.paused);
+        self.counters.bytes_to_host += connection.sent - sent;
+        self.counters.bytes_to_guest += connection.received - received;
+        if connection.host_reset || connection.host_gone && !was_gone {
+            self.judge(key);
+        }
+        match turn {
+            Turn::Idle => {}
+            Turn::Again => self.queue(key),
+            Turn::Over => self.free(key),
+        }
+    }
+
+    pub(super) fn queue(&mut self, key: Key) {
+        if let Some(connection) = self.slots.get(key)
+            && !connection.queued
+        {
+            connection.queued = true;
+            self.work.push_back(key);
+        }
+    }
+
+    pub(super) fn insert(&mut self, connection: Connection) -> Option<Key> {
+        let key = self.slots.insert(connection);
+        let live = self.slots.live() as u64;
+        self.counters.peak_slots = self.counters.peak_slots.max(live);
+        self.counters.live_slots = live;
+        let both = Interest::READABLE | Interest::WRITABLE;
+        let connection = self.slots.get(key)?;
+        let token = Subject::Host(key).token();
+        if let Err(error) = self
+            .poll
+            .registry()
+            .register(&mut connection.host, token, both)
+        {
+            tracing::error!(%error, "the stand-in cannot watch a connection");
+            self.refuse(key);
+            return None;
+        }
+        Some(key)
+    }
+
+    /// Frees the slot; the host's program gets EOF.
+    fn free(&mut self, key: Key) {
+        let Some(connection) = self.remove(key) else {
+            return;
+        };
+        if connection.sent > 0 && !connection.host_gone {
+            self.buried += 1;
+            let token = Subject::Afterlife(self.buried).token();
+            self.afterlife.watch(
+                connection.host,
+                connection.port,
+                connection.host_eof,
+                self.poll.registry(),
+                token,
+            );
+        }
+    }
+
+    pub(super) fn remove(&mut self, key: Key) -> Option<Connection> {
+        let connection = self.slots.remove(key);
+        self.counters.live_slots = self.slots.live() as u64;
+        connection
+    }
+
+    /// A client broke a rule.
+    pub(super) fn offend(&mut self, rule: Rule, detail: String) {
+        self.counters.offences[rule.index()] += 1;
+        tracing::debug!(%rule, detail, "a rule was broken");
+        if !self.plan.lenient && self.fate.is_none() {
+            self.fate = Some(Fate {
+                kind: rule.consequence(),
+                rule,
+                detail,
+            });
+        }
+    }
+
+    fn publish(&self) {
+        let mut state = self.shared.lock();
+        if state.0 != self.counters || state.1 != self.fate {
+            state.0 = self.counters;
+            state.1.clone_from(&self.fate);
+            self.shared.changed.notify_all();
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Dials by the guest to a host port: `STATE/00000002.PORT`.
+
+use super::guest::{Endpoint, GuestSocket};
+use crate::error::{Error, Operation, Result};
+use mio::net::{TcpListener, UnixListener};
+use mio::{Interest, Registry, Token};
+use std::io;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+/// How long a dial waits for somebody to listen on a port on which nobody has yet.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How often it looks.
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// What makes the guest dial a host port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Dial {
+    /// The stand-in listens here; each connection it accepts is a program in the guest that dials the host. TCP port 0 is chosen, and a Unix socket's file replaced.
+    Listen(Endpoint),
+}
+
+/// A guest program that dials the host, and isn't connected yet.
+#[derive(Debug)]
+pub(super) struct Dialling {
+    pub(super) port: u32,
+    pub(super) socket: GuestSocket,
+    pub(super) reply: Option<Sender<io::Result<()>>>,
+    pub(super) deadline: Instant,
+}
+
+impl Dialling {
+    pub(super) fn new(
+        port: u32,
+        socket: GuestSocket,
+        reply: Option<Sender<io::Result<()>>>,
+    ) -> Dialling {
+        Dialling {
+            port,
+            socket,
+            reply,
+            deadline: Instant::now() + PATIENCE,
+        }
+    }
+
+    /// Tells the program; what it has of the connection is dropped if that failed.
+    pub(super) fn answer(self, outcome: io::Result<()>) -> GuestSocket {
+        if let Some(reply) = &self.reply {
+            // A program that doesn't wait any more has hung up.
+            let _ = reply.send(outcome);
+        }
+        self.socket
+    }
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// A listener whose clients are programs in the guest.
+#[derive(Debug)]
+pub(super) struct Door {
+    socket: Socket,
+    pub(super) port: u32,
+    pub(super) ready: bool,
+    /// Where it listens, with the port that was chosen.
+    pub(super) endpoint: Endpoint,
+}
+
+impl Door {
+    pub(super) fn open(port: u32, dial: &Dial) -> Result<Door> {
+        let Dial::Listen(endpoint) = dial;
+        let open = || {
+            Ok(match endpoint {
+                Endpoint::Tcp(address) => {
+                    let socket = TcpListener::bind(*address)?;
+                    let endpoint = Endpoint::Tcp(socket.local_addr()?);
+                    (Socket::Tcp(socket), endpoint)
+                }
+                Endpoint::Unix(path) => {
+                    match std::fs::remove_file(path) {
+                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                        _ => {}
+                    }
+                    (Socket::Unix(UnixListener::bind(path)?), endpoint.clone())
+                }
+            })
+        };
+        let (socket, endpoint) =
+            open().map_err(|cause| Error::new(Operation::Listen, endpoint, cause))?;
+        Ok(Door {
+            socket,
+            port,
+            ready: false,
+            endpoint,
+        })
+    }
+
+    pub(super) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        match &mut self.socket {
+            Socket::Tcp(socket) => registry.register(socket, token, Interest::READABLE),
+            Socket::Unix(socket) => registry.register(socket, token, Interest::READABLE),
+        }
+    }
+
+    pub(super) fn accept(&self) -> io::Result<GuestSocket> {
+        match &self.socket {
+            Socket::Tcp(socket) => {
+                let (stream, _) = socket.accept()?;
+                stream.set_nodelay(true)?;
+                Ok(GuestSocket::Tcp(stream))
+            }
+            Socket::Unix(socket) => Ok(GuestSocket::Unix(socket.accept()?.0)),
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! The state directory: hyperkit's sockets and files.
+
+use super::Plan;
+use crate::error::{Error, Operation, Result};
+use crate::hyperkit;
+use mio::net::UnixListener;
+use socket2::{Domain, SockAddr, Socket, Type};
+use std::fs;
+use std::io;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::path::{Path, PathBuf};
+
+/// macOS' `sun_path`, the final zero included: hyperkit's limit, kept on every system.
+const SUN_PATH: usize = 104;
+
+/// The listening sockets, and which guest port each stands for (`None`: the line tells).
+pub(super) type Listeners = Vec<(UnixListener, Option<u32>)>;
+
+/// The path of the socket that stands for `port` of `cid`.
+pub(super) fn socket_path(plan: &Plan, cid: u32, port: u32) -> PathBuf {
+    plan.directory.join(format!(
+        "{}{}",
+        plan.prefix,
+        hyperkit::socket_name(cid, port)
+    ))
+}
+
+/// Refuses a directory whose sockets' names would not fit into an address.
+fn check_length(plan: &Plan) -> Result<()> {
+    let longest = (plan.prefix.len() + 17).max(plan.connect_name.len());
+    let limit = SUN_PATH - 1 - 1 - longest.min(SUN_PATH - 2);
+    let length = plan.directory.as_os_str().len();
+    if length <= limit {
+        return Ok(());
+    }
+    let cause = io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("the path has {length} bytes, and hyperkit takes {limit}"),
+    );
+    Err(Error::new(
+        Operation::Listen,
+        plan.directory.display(),
+        cause,
+    ))
+}
+
+fn listen(path: &Path, backlog: i32) -> Result<UnixListener> {
+    let listen = || {
+        remove(path)?;
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        socket.bind(&SockAddr::unix(path)?)?;
+        socket.listen(backlog)?;
+        socket.set_nonblocking(true)?;
+        Ok(UnixListener::from_std(StdUnixListener::from(socket)))
+    };
+    listen().map_err(|cause| Error::new(Operation::Listen, path.display(), cause))
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Makes the directory, its files and its sockets; what an earlier VM left there is replaced.
+pub(super) fn prepare(plan: &Plan) -> Result<Listeners> {
+    check_length(plan)?;
+    let failed = |path: &Path| {
+        let path = path.display().to_string();
+        move |cause| Error::new(Operation::Listen, path, cause)
+    };
+    fs::create_dir_all(&plan.directory).map_err(failed(&plan.directory))?;
+
+    let connect = plan.directory.join(&plan.connect_name);
+    let mut listeners = vec![(listen(&connect, plan.backlog)?, None)];
+    for &port in &plan.forwards {
+        let link = plan.directory.join(format!("guest.{port:08x}"));
+        remove(&link).map_err(failed(&link))?;
+        let path = socket_path(plan, plan.cid, port);
+        listeners.push((listen(&path, plan.backlog)?, Some(port)));
+        let target = path.file_name().unwrap_or(path.as_os_str());
+        std::os::unix::fs::symlink(target, &link).map_err(failed(&link))?;
+    }
+
+    let pid = std::process::id();
+    let path = plan.directory.join("hyperkit.pid");
+    // No newline: hyperkit's Go package parses the whole file as a number.
+    fs::write(&path, pid.to_string()).map_err(failed(&path))?;
+    let path = plan.directory.join("hyperkit.json");
+    fs::write(&path, configuration(plan, pid)).map_err(failed(&path))?;
+    Ok(listeners)
+}
+
+/// `hyperkit.json` with the keys of hyperkit's Go package.
+fn configuration(plan: &Plan, pid: u32) -> String {
+    let directory = plan.directory.to_string_lossy();
+    let program = std::env::args().next().unwrap_or_default();
+    let forwards = plan
+        .forwards
+        .iter()
+        .map(u32::to_string)
+        .collect::<Vec<_>>()
+        .join(";");
+    let mut device = format!("1,virtio-sock,guest_cid={},path={directory}", plan.cid);
+    if !forwards.is_empty() {
+        device += &format!(",guest_forwards={forwards}");
+    }
+    let arguments = ["-s", &device];
+    serde_json::json!({
+        "hyperkit": program,
+        "state_dir": directory,
+        "vpnkit_sock": "",
+        "vpnkit_key": "",
+        "uuid": "",
+        "disks": null,
+        "iso": "",
+        "vsock": true,
+        "vsock_ports": plan.forwards,
+        "vsock_guest_cid": plan.cid,
+        "vmnet": false,
+        "9p_sockets": null,
+        "kernel": "",
+        "initrd": "",
+        "bootrom": "",
+        "cpus": 1,
+        "memory": 1024,
+        "console": 1,
+        "pid": pid,
+        "arguments": arguments,
+        "cmdline": format!("{program} {}", arguments.join(" ")),
+    })
+    .to_string()
+}
+
+/// The cid and port in a line, read as `sscanf("%08x.%08x\n")` reads it: leniently.
+///
+/// Its own reading, not [`hyperkit::parse_connect_line`]: the stand-in must not share a mistake with what it is there to try.
+pub(super) fn scan_line(line: &[u8; hyperkit::LINE_LEN]) -> Option<(u32, u32)> {
+    let text = line.strip_suffix(b"\n")?;
+    let (cid, rest) = scan_hex(text)?;
+    let (port, _) = scan_hex(rest.strip_prefix(b".")?)?;
+    Some((cid, port))
+}
+
+/// One `%08x`: blanks, at most eight characters with an optional sign and `0x`, and the rest.
+fn scan_hex(text: &[u8]) -> Option<(u32, &[u8])> {
+    let blanks = text
+        .iter()
+        .take_while(|byte| byte.is_ascii_whitespace())
+        .count();
+    let text = &text[blanks..];
+    let mut at = 0;
+    let negative = text.first() == Some(&b'-');
+    if negative || text.first() == Some(&b'+') {
+        at += 1;
+    }
+    if text[at..].len() > 2 && text[at] == b'0' && matches!(text[at + 1], b'x' | b'X') {
+        at += 2;
+    }
+    let digits = text[at..]
+        .iter()
+        .take(8 - at)
+        .take_while(|byte| byte.is_ascii_hexdigit())
+        .count();
+    let digits = std::str::from_utf8(&text[at..at + digits]).ok()?;
+    let value = u32::from_str_radix(digits, 16).ok()?;
+    let value = if negative {
+        value.wrapping_neg()
+    } else {
+        value
+    };
+    Some((value, &text[at + digits.len()..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_lines_as_sscanf_does() {
+        assert_eq!(scan_line(b"00000003.00000050\n"), Some((3, 0x50)));
+        assert_eq!(scan_line(b"       3.      50\n"), Some((3, 0x50)));
+        assert_eq!(scan_line(b"0x000003.FFFFffff\n"), Some((3, u32::MAX)));
+        assert_eq!(scan_line(b"3.50             \n"), Some((3, 0x50)));
+        assert_eq!(scan_line(b"00000003.00000050 "), None);
+        assert_eq!(scan_line(b"00000003:00000050\n"), None);
+        assert_eq!(scan_line(b"000000003.0000050\n"), None);
+        assert_eq!(scan_line(b"GET / HTTP/1.1\r\n\r\n"), None);
+        assert_eq!(scan_line(b"                 \n"), None);
+    }
+}

@@ -1,0 +1,255 @@
+//! The guest: its services, and its programs' sockets.
+
+use super::buffer::Buffer;
+use super::http::Http;
+use mio::event::Source;
+use mio::net::{TcpStream, UnixStream};
+use mio::{Interest, Registry, Token};
+use socket2::SockRef;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Where a socket of this machine is: a real server behind a guest port, or a listener whose clients become programs in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// The path of a Unix socket.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Endpoint::Tcp(address) => write!(f, "{address}"),
+            Endpoint::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// A program in the guest, as a test writes it.
+pub type Program = Arc<dyn Fn(StdUnixStream) + Send + Sync>;
+
+/// What listens on a port of the guest.
+#[derive(Clone)]
+#[non_exhaustive]
+pub enum Service {
+    /// Sends back what it gets, and closes after EOF (RFC 862).
+    Echo,
+    /// Reads to EOF, then closes (RFC 863).
+    Discard,
+    /// Sends a pattern for ever and ignores its input, until EOF (RFC 864).
+    Chargen,
+    /// A web server whose pages name the VM and the path; `/bytes/N` is a body of N bytes.
+    Http,
+    /// Accepts, and then never reads, never writes, and ignores EOF.
+    Silent,
+    /// A real server at this address; a connection that it doesn't take is refused.
+    Forward(Endpoint),
+    /// A function that gets the guest's end of each connection, on a thread of its own. Its last clone dropped is the guest's close.
+    Custom(Program),
+}
+
+impl Service {
+    /// A [`Service::Custom`] of a function.
+    pub fn custom(program: impl Fn(StdUnixStream) + Send + Sync + 'static) -> Service {
+        Service::Custom(Arc::new(program))
+    }
+}
+
+impl fmt::Debug for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Service::Echo => f.write_str("Echo"),
+            Service::Discard => f.write_str("Discard"),
+            Service::Chargen => f.write_str("Chargen"),
+            Service::Http => f.write_str("Http"),
+            Service::Silent => f.write_str("Silent"),
+            Service::Forward(endpoint) => write!(f, "Forward({endpoint})"),
+            Service::Custom(_) => f.write_str("Custom(..)"),
+        }
+    }
+}
+
+/// How far a program in the guest has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    Running,
+    /// Sends no more, and still reads.
+    SentAll,
+    Closed,
+}
+
+/// A program that runs inside the device's loop.
+#[derive(Debug)]
+pub(super) enum Builtin {
+    Echo,
+    Discard,
+    Chargen(Chargen),
+    Http(Box<Http>),
+    Silent,
+}
+
+impl Builtin {
+    /// Lets the program work on what arrived; `eof`: nothing follows `input`.
+    pub(super) fn run(&mut self, input: &mut Buffer, eof: bool, output: &mut Buffer) -> Life {
+        match self {
+            Builtin::Echo => {
+                let n = output.push(input.bytes());
+                input.consume(n);
+            }
+            Builtin::Discard => input.clear(),
+            Builtin::Chargen(pattern) => {
+                input.clear();
+                if !eof {
+                    pattern.fill(output, u64::MAX);
+                }
+            }
+            Builtin::Http(http) => return http.run(input, eof, output),
+            Builtin::Silent => return Life::Running,
+        }
+        if eof && input.is_empty() {
+            Life::Closed
+        } else {
+            Life::Running
+        }
+    }
+}
+
+/// RFC 864's rotating lines of 72 printable characters.
+#[derive(Debug, Default)]
+pub(super) struct Chargen {
+    at: usize,
+}
+
+const LINE: usize = 74;
+const PRINTABLE: usize = 95;
+const PATTERN: [u8; LINE * PRINTABLE] = {
+    let mut pattern = [b'\n'; LINE * PRINTABLE];
+    let mut at = 0;
+    while at < pattern.len() {
+        let (line, column) = (at / LINE, at % LINE);
+        if column < 72 {
+            pattern[at] = b' ' + ((line + column) % PRINTABLE) as u8;
+        } else if column == 72 {
+            pattern[at] = b'\r';
+        }
+        at += 1;
+    }
+    pattern
+};
+
+impl Chargen {
+    /// Appends the pattern up to `most` bytes or as far as there is space; how much that was.
+    pub(super) fn fill(&mut self, output: &mut Buffer, most: u64) -> u64 {
+        let mut filled = 0;
+        while filled < most {
+            let piece = &PATTERN[self.at..];
+            let n = (piece.len() as u64).min(most - filled) as usize;
+            let n = output.push(&piece[..n]);
+            if n == 0 {
+                break;
+            }
+            self.at = (self.at + n) % PATTERN.len();
+            filled += n as u64;
+        }
+        filled
+    }
+}
+
+/// A guest program's socket, as the device holds its other end.
+#[derive(Debug)]
+pub(super) enum GuestSocket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl GuestSocket {
+    /// Our end of a socket pair, with its buffer cut down so that a program that reads nothing doesn't let much more in than a guest's kernel.
+    pub(super) fn of_pair(ours: StdUnixStream) -> io::Result<GuestSocket> {
+        SockRef::from(&ours).set_send_buffer_size(32 * 1024)?;
+        ours.set_nonblocking(true)?;
+        Ok(GuestSocket::Unix(UnixStream::from_std(ours)))
+    }
+
+    pub(super) fn connect(endpoint: &Endpoint) -> io::Result<GuestSocket> {
+        match endpoint {
+            Endpoint::Tcp(address) => {
+                let stream = TcpStream::connect(*address)?;
+                stream.set_nodelay(true)?;
+                Ok(GuestSocket::Tcp(stream))
+            }
+            Endpoint::Unix(path) => UnixStream::connect(path).map(GuestSocket::Unix),
+        }
+    }
+
+    /// Whether a connection in progress has been made.
+    pub(super) fn connected(&self) -> io::Result<bool> {
+        let (error, peer) = match self {
+            GuestSocket::Tcp(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
+            GuestSocket::Unix(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
+        };
+        match (error, peer) {
+            (Some(error), _) => Err(error),
+            (None, Ok(())) => Ok(true),
+            (None, Err(error)) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
+            (None, Err(error)) => Err(error),
+        }
+    }
+
+    pub(super) fn shutdown_write(&self) {
+        // Fails only where the other side has gone, and that shows by itself.
+        let _ = match self {
+            GuestSocket::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            GuestSocket::Unix(stream) => stream.shutdown(Shutdown::Write),
+        };
+    }
+
+    pub(super) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        let both = Interest::READABLE | Interest::WRITABLE;
+        match self {
+            GuestSocket::Tcp(stream) => stream.register(registry, token, both),
+            GuestSocket::Unix(stream) => stream.register(registry, token, both),
+        }
+    }
+}
+
+impl Read for GuestSocket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            GuestSocket::Tcp(stream) => stream.read(buffer),
+            GuestSocket::Unix(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for GuestSocket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            GuestSocket::Tcp(stream) => stream.write(bytes),
+            GuestSocket::Unix(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pattern_is_rfc_864s() {
+        let mut output = Buffer::new(LINE * 2);
+        assert_eq!(Chargen::default().fill(&mut output, 1000), 148);
+        let text = output.bytes();
+        assert!(text.starts_with(b" !\"#$%&'()*+"));
+        assert_eq!(&text[72..77], b"\r\n!\"#");
+    }
+}

@@ -1,0 +1,285 @@
+//! How connections come about: the accept, the line, the guest's answer, and the guest's own dials.
+
+use super::connection::{Connection, Guest, Origin, TO_PAIR};
+use super::device::Device;
+use super::dial::Dialling;
+use super::directory::{scan_line, socket_path};
+use super::guest::{Builtin, Chargen, GuestSocket, Service};
+use super::http::Http;
+use super::rules::{Rule, UNANSWERED_LIMIT};
+use super::slots::{Key, Subject};
+use crate::hyperkit::{HOST_CID, LINE_LEN};
+use mio::net::UnixStream;
+use socket2::SockRef;
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::time::{Duration, Instant};
+
+/// How many connections are accepted before the others have their turn.
+const ACCEPTS: usize = 256;
+
+/// hyperkit's `DEFAULT_WRITE_BUF_LENGTH`, which it sets as both buffers of its sockets.
+const SOCKET_BUFFER: usize = 128 * 1024;
+
+/// After a stall as long as this, what has queued comes to the ring all at once.
+const LONG_STALL: Duration = Duration::from_millis(20);
+
+impl Device {
+    /// Out of descriptors: the device's `accept` fails, and its clients wait in the kernel.
+    pub(super) fn is_full(&self) -> bool {
+        let limit = self.plan.descriptors;
+        limit.is_some_and(|limit| self.slots.live() >= limit && limit < self.plan.slots)
+    }
+
+    pub(super) fn accept(&mut self) {
+        for index in 0..self.listeners.len() {
+            for _ in 0..ACCEPTS {
+                let full = self.is_full();
+                let listener = &mut self.listeners[index];
+                if !listener.ready || full {
+                    break;
+                }
+                match listener.socket.accept() {
+                    Ok((stream, _)) => self.accepted(stream, index),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                        listener.ready = false;
+                        if !self.listeners.iter().any(|listener| listener.ready) {
+                            self.ring.settle(Instant::now());
+                        }
+                    }
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    // Our own process is out of descriptors; it tries again at the next turn.
+                    Err(_) => break,
+                }
+                if self.stall.is_some() || self.fate.is_some() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn accepted(&mut self, stream: UnixStream, index: usize) {
+        self.counters.accepted += 1;
+        if self.slots.live() >= self.plan.slots {
+            self.counters.turned_away += 1;
+        } else if let Some(port) = self.listeners[index].port {
+            self.dialled(stream, port, Origin::Forward);
+        } else if let Some(stream) = self.read_line(stream) {
+            self.counters.stalls += 1;
+            self.stall = Some((stream, Instant::now()));
+        }
+    }
+
+    /// Reads the line with one read; the stream comes back if there is nothing to read yet.
+    fn read_line(&mut self, mut stream: UnixStream) -> Option<UnixStream> {
+        let mut line = [0; LINE_LEN];
+        let read = loop {
+            match stream.read(&mut line) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                read => break read,
+            }
+        };
+        match read {
+            Ok(LINE_LEN) => match scan_line(&line) {
+                Some((cid, port)) if cid == self.plan.cid => {
+                    self.dialled(stream, port, Origin::Line);
+                }
+                _ => self.counters.silent_closes += 1,
+            },
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(stream),
+            Ok(_) | Err(_) => self.counters.silent_closes += 1,
+        }
+        None
+    }
+
+    /// The whole device waits for one client's line: hyperkit's loop around `EAGAIN`.
+    pub(super) fn wait_for_line(&mut self) {
+        let Some((stream, since)) = self.stall.take() else {
+            return;
+        };
+        let age = since.elapsed();
+        self.counters.longest_stall = self.counters.longest_stall.max(age);
+        if let Some(stream) = self.read_line(stream) {
+            self.stall = Some((stream, since));
+            // A polite client's line is microseconds away.
+            if age < Duration::from_micros(200) {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        } else if age > LONG_STALL {
+            self.ring.settle(Instant::now());
+        }
+    }
+
+    /// A host program asks for `port` of the guest.
+    fn dialled(&mut self, stream: UnixStream, port: u32, origin: Origin) {
+        self.counters.dials += 1;
+        let now = Instant::now();
+        self.last_dial = Some(now);
+        if self.paused {
+            self.counters.unanswered += 1;
+            let unanswered = self.counters.unanswered;
+            if unanswered >= UNANSWERED_LIMIT {
+                self.offend(Rule::Unanswered, format!("{unanswered} dials"));
+            }
+        } else if let Some(level) = self.ring.dial(now) {
+            self.offend(Rule::Burst, format!("{level} dials in the ring"));
+        }
+        let level = self.ring.level(now);
+        self.counters.peak_burst = self.counters.peak_burst.max(level);
+        if self.fate.is_some() {
+            return;
+        }
+        set_buffers(&stream);
+        let connection = Connection::new(stream, origin, port, Guest::Unanswered);
+        if let Some(key) = self.insert(connection) {
+            self.dials.push_back(key);
+        }
+    }
+
+    /// The guest's kernel answers what was dialled.
+    pub(super) fn answer(&mut self) {
+        while !self.paused
+            && let Some(key) = self.dials.pop_front()
+        {
+            let Some(connection) = self.slots.get(key) else {
+                continue;
+            };
+            let service = self.plan.services.get(&connection.port).cloned();
+            match service.map(|service| self.take(key, service)) {
+                Some(Ok(())) => self.queue(key),
+                Some(Err(_)) | None => self.refuse(key),
+            }
+        }
+    }
+
+    /// A program of the guest takes the connection.
+    fn take(&mut self, key: Key, service: Service) -> io::Result<()> {
+        let Some(connection) = self.slots.get(key) else {
+            return Ok(());
+        };
+        let mut pair = false;
+        let mut guest = match service {
+            Service::Echo => Guest::Builtin(Builtin::Echo),
+            Service::Discard => Guest::Builtin(Builtin::Discard),
+            Service::Chargen => Guest::Builtin(Builtin::Chargen(Chargen::default())),
+            Service::Silent => Guest::Builtin(Builtin::Silent),
+            Service::Http => {
+                let port = connection.port;
+                let place = format!("{} (cid {}), port {port}", self.plan.name, self.plan.cid);
+                Guest::Builtin(Builtin::Http(Box::new(Http::new(place))))
+            }
+            Service::Forward(endpoint) => Guest::Connecting(GuestSocket::connect(&endpoint)?),
+            Service::Custom(program) => {
+                let (theirs, ours) = StdUnixStream::pair()?;
+                std::thread::Builder::new()
+                    .name(format!("guest:{}", connection.port))
+                    .spawn(move || program(theirs))?;
+                pair = true;
+                Guest::Socket(GuestSocket::of_pair(ours)?)
+            }
+        };
+        if let Guest::Connecting(socket) | Guest::Socket(socket) = &mut guest {
+            socket.register(self.poll.registry(), Subject::Guest(key).token())?;
+        }
+        if pair {
+            connection.to_guest.set_limit(TO_PAIR);
+        }
+        // A server behind the port answers when it has accepted.
+        if !matches!(guest, Guest::Connecting(_)) {
+            self.counters.answered += 1;
+        }
+        connection.guest = guest;
+        Ok(())
+    }
+
+    /// The guest resets: nothing listens there.
+    pub(super) fn refuse(&mut self, key: Key) {
+        self.counters.refused += 1;
+        // Closed, not merely ended: a payload that came with the line is lost, and Linux says so.
+        drop(self.remove(key));
+    }
+
+    /// Lets the guest's programs dial the host.
+    pub(super) fn dial_host(&mut self) {
+        if self.paused {
+            return;
+        }
+        for index in 0..self.doors.len() {
+            while self.doors[index].ready {
+                match self.doors[index].accept() {
+                    Ok(socket) => {
+                        let port = self.doors[index].port;
+                        self.dialling.push(Dialling::new(port, socket, None));
+                    }
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                        self.doors[index].ready = false;
+                    }
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(_) => break,
+                }
+            }
+        }
+        for dialling in std::mem::take(&mut self.dialling) {
+            self.dial_one(dialling);
+            if self.fate.is_some() {
+                return;
+            }
+        }
+    }
+
+    fn dial_one(&mut self, dialling: Dialling) {
+        let port = dialling.port;
+        let full = self
+            .plan
+            .descriptors
+            .map_or(self.plan.slots, |limit| limit.min(self.plan.slots));
+        if self.slots.live() >= full {
+            self.counters.guest_dials_failed += 1;
+            drop(dialling.answer(Err(ErrorKind::ConnectionRefused.into())));
+            return;
+        }
+        let known = self.known_ports.contains(&port);
+        match UnixStream::connect(socket_path(&self.plan, HOST_CID, port)) {
+            Ok(stream) => {
+                self.known_ports.insert(port);
+                self.counters.guest_dials += 1;
+                set_buffers(&stream);
+                let mut connection = Connection::new(stream, Origin::Guest, port, Guest::Forgotten);
+                connection.to_guest.set_limit(TO_PAIR);
+                let socket = dialling.answer(Ok(()));
+                if let Some(key) = self.insert(connection) {
+                    self.attach(key, socket);
+                }
+            }
+            // A full queue: hyperkit's connect waits.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => self.dialling.push(dialling),
+            Err(_) if !known && Instant::now() < dialling.deadline => self.dialling.push(dialling),
+            Err(error) => {
+                self.counters.guest_dials_failed += 1;
+                if known {
+                    self.offend(Rule::NoListener, format!("port {port}: {error}"));
+                }
+                drop(dialling.answer(Err(error)));
+            }
+        }
+    }
+
+    fn attach(&mut self, key: Key, mut socket: GuestSocket) {
+        let registered = socket.register(self.poll.registry(), Subject::Guest(key).token());
+        if let Some(connection) = self.slots.get(key)
+            && registered.is_ok()
+        {
+            connection.guest = Guest::Socket(socket);
+            self.queue(key);
+        }
+    }
+}
+
+fn set_buffers(stream: &UnixStream) {
+    let socket = SockRef::from(stream);
+    // Fails on macOS if the peer has gone; that is told by an event.
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
+}

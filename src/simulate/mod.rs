@@ -1,0 +1,337 @@
+//! A stand-in for a hyperkit VM: its state directory over real Unix sockets, its frailties included.
+//!
+//! It lets anyone try and test a proxy without a Mac, and lets tests prove that the proxy never kills a VM. What it imitates is hyperkit's vsock device
+//! (`pci_virtio_sock.c`) with a Linux guest behind it: the `connect` socket and its line of 18 bytes, the `guest_forwards` sockets, the guest's dials to
+//! `00000002.PORT`, half-close both ways, slots, backpressure, and all that kills or hangs the device ([`Rule`]). It shares no code with the proxy.
+//!
+//! ```no_run
+//! use hvsock::simulate::{Service, Vm};
+//!
+//! let vm = Vm::builder("/tmp/vm").guest(80, Service::Http).start()?;
+//! // … use the state directory /tmp/vm …
+//! assert!(vm.fate().is_none(), "{:?}", vm.fate());
+//! # Ok::<(), hvsock::Error>(())
+//! ```
+
+mod afterlife;
+mod buffer;
+mod connection;
+mod counters;
+mod device;
+mod dial;
+mod directory;
+mod guest;
+mod handshake;
+mod http;
+mod rules;
+mod slots;
+
+pub use counters::Counters;
+pub use dial::Dial;
+pub use guest::{Endpoint, Program, Service};
+pub use rules::{Fate, FateKind, Rule};
+
+use crate::error::{Error, Operation, Result};
+use crate::hyperkit;
+use device::{Command, Device};
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// The descriptors that the device itself uses: of 1,024 (`FD_SETSIZE`) it has 1,013 for connections, of 256 only 245.
+const OWN_DESCRIPTORS: usize = 11;
+
+/// hyperkit's `VTSOCK_MAXFWDS`.
+const MAX_FORWARDS: usize = 4;
+
+/// What a VM is to be.
+#[derive(Clone, Debug)]
+struct Plan {
+    directory: PathBuf,
+    name: String,
+    cid: u32,
+    connect_name: String,
+    prefix: String,
+    forwards: Vec<u32>,
+    services: HashMap<u32, Service>,
+    slots: usize,
+    descriptors: Option<usize>,
+    backlog: i32,
+    lenient: bool,
+}
+
+/// A VM to be started.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Builder {
+    plan: Plan,
+    dials: Vec<(u32, Dial)>,
+}
+
+impl Builder {
+    /// The guest's CID; 3 if not said.
+    pub fn cid(mut self, cid: u32) -> Builder {
+        self.plan.cid = cid;
+        self
+    }
+
+    /// The VM's name, as its web pages show it; the directory's name if not said.
+    pub fn name(mut self, name: impl Into<String>) -> Builder {
+        self.plan.name = name.into();
+        self
+    }
+
+    /// What listens on `port` of the guest. A port without a service refuses.
+    pub fn guest(mut self, port: u32, service: Service) -> Builder {
+        self.plan.services.insert(port, service);
+        self
+    }
+
+    /// Guest ports with a socket of their own (`guest_forwards=`), at most four.
+    pub fn guest_forwards(mut self, ports: &[u32]) -> Builder {
+        self.plan.forwards = ports.to_vec();
+        self
+    }
+
+    /// Something that makes the guest dial `port` of the host.
+    pub fn dial(mut self, port: u32, dial: Dial) -> Builder {
+        self.dials.push((port, dial));
+        self
+    }
+
+    /// How many connections the device takes; what exceeds them is closed at once. 1,013 if not said, as with hyperkit.
+    pub fn slots(mut self, slots: usize) -> Builder {
+        self.plan.slots = slots;
+        self
+    }
+
+    /// The process's limit of descriptors (256 is macOS' default): 11 fewer connections work, and the rest is never accepted.
+    pub fn descriptor_limit(mut self, limit: usize) -> Builder {
+        self.plan.descriptors = Some(limit.saturating_sub(OWN_DESCRIPTORS));
+        self
+    }
+
+    /// How many connections may queue before the device accepts them. 4,096 if not said, Linux' `SOMAXCONN`; macOS has 128.
+    pub fn backlog(mut self, backlog: u16) -> Builder {
+        self.plan.backlog = backlog.into();
+        self
+    }
+
+    /// The name of the `connect` socket (hyperkit's `CONNECT_SOCKET_NAME`; `@connect` in old Dockers).
+    pub fn connect_name(mut self, name: impl Into<String>) -> Builder {
+        self.plan.connect_name = name.into();
+        self
+    }
+
+    /// What precedes `CID.PORT` in socket names (hyperkit's `PRI_ADDR_PREFIX`; `@` in old Dockers).
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Builder {
+        self.plan.prefix = prefix.into();
+        self
+    }
+
+    /// Whether broken rules are only counted, and the VM lives on. Otherwise the first one is its end.
+    pub fn lenient(mut self, lenient: bool) -> Builder {
+        self.plan.lenient = lenient;
+        self
+    }
+
+    /// Makes the state directory, or replaces what an earlier VM left there, and starts the VM.
+    pub fn start(self) -> Result<Vm> {
+        let Builder { plan, dials } = self;
+        let failed = |cause| Error::new(Operation::Run, plan.directory.display(), cause);
+        if plan.forwards.len() > MAX_FORWARDS {
+            let why = format!("hyperkit takes at most {MAX_FORWARDS} guest_forwards");
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, why)));
+        }
+        if plan.cid <= hyperkit::HOST_CID || plan.cid == u32::MAX {
+            let why = format!("{} is no guest's CID", plan.cid);
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, why)));
+        }
+        let doors = dials
+            .iter()
+            .map(|(port, dial)| dial::Door::open(*port, dial))
+            .collect::<Result<Vec<_>>>()?;
+        let endpoints = doors
+            .iter()
+            .map(|door| (door.port, door.endpoint.clone()))
+            .collect();
+        let listeners = directory::prepare(&plan)?;
+        let shared = Arc::new(Shared::default());
+        let (commands, inbox) = mpsc::channel();
+        let directory = plan.directory.clone();
+        let device = Device::new(plan.clone(), listeners, doors, inbox, Arc::clone(&shared));
+        let (device, waker) = device.map_err(failed)?;
+        let thread = std::thread::Builder::new()
+            .name("hyperkit".into())
+            .spawn(move || device.run())
+            .map_err(failed)?;
+        Ok(Vm {
+            directory,
+            endpoints,
+            shared,
+            commands,
+            waker,
+            thread: Some(thread),
+        })
+    }
+}
+
+/// What the device tells its [`Vm`].
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<(Counters, Option<Fate>)>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, (Counters, Option<Fate>)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A running stand-in; it powers off when dropped. Its socket files stay, as hyperkit's do.
+#[derive(Debug)]
+pub struct Vm {
+    directory: PathBuf,
+    endpoints: HashMap<u32, Endpoint>,
+    shared: Arc<Shared>,
+    commands: Sender<Command>,
+    waker: mio::Waker,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vm {
+    /// A VM with its state in `directory`: CID 3, no services.
+    pub fn builder(directory: impl Into<PathBuf>) -> Builder {
+        let directory = directory.into();
+        let name = directory
+            .file_name()
+            .map_or_else(|| "vm".into(), |name| name.to_string_lossy().into_owned());
+        Builder {
+            plan: Plan {
+                directory,
+                name,
+                cid: hyperkit::GUEST_CID,
+                connect_name: hyperkit::CONNECT_NAME.to_owned(),
+                prefix: String::new(),
+                forwards: Vec::new(),
+                services: HashMap::new(),
+                slots: 1024 - OWN_DESCRIPTORS,
+                descriptors: None,
+                backlog: 4096,
+                lenient: false,
+            },
+            dials: Vec::new(),
+        }
+    }
+
+    /// The state directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Where the [`Dial::Listen`] of `port` listens.
+    pub fn dial_addr(&self, port: u32) -> Option<&Endpoint> {
+        self.endpoints.get(&port)
+    }
+
+    /// The guest stops: it answers no dial and moves no byte. The device goes on accepting.
+    pub fn pause(&self) {
+        self.command(Command::Pause);
+    }
+
+    /// The guest goes on.
+    pub fn resume(&self) {
+        self.command(Command::Resume);
+    }
+
+    /// The guest forgets all its connections. Those of the host's programs stay open; whoever sends or half-closes on one gets EOF.
+    pub fn reboot_guest(&self) {
+        self.command(Command::Reboot);
+    }
+
+    /// A program in the guest dials `port` of the host; its end of the connection.
+    ///
+    /// Waits up to 30 seconds for somebody to listen there, if nobody has since the VM's start. Dropped, the program has closed its socket.
+    pub fn dial(&self, port: u32) -> io::Result<UnixStream> {
+        let (program, device) = UnixStream::pair()?;
+        let (reply, answer) = mpsc::channel();
+        let gone = || io::Error::new(io::ErrorKind::BrokenPipe, "the VM is down");
+        let command = Command::Dial(port, device, reply);
+        self.send(command).ok_or_else(gone)?;
+        let patience = dial::PATIENCE + Duration::from_secs(5);
+        match answer.recv_timeout(patience) {
+            Ok(outcome) => outcome.map(|()| program),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(gone()),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    /// How the VM ended; `None` while it is alive.
+    pub fn fate(&self) -> Option<Fate> {
+        self.shared.lock().1.clone()
+    }
+
+    /// What it has counted so far.
+    pub fn counters(&self) -> Counters {
+        self.shared.lock().0
+    }
+
+    /// Waits until the VM has died or hangs, at most for `time`.
+    pub fn wait_for_fate(&self, time: Duration) -> Option<Fate> {
+        self.wait(time, |_, fate| fate.is_some());
+        self.fate()
+    }
+
+    /// Waits until `reached` holds of the counters, at most for `time`; whether it does.
+    pub fn wait_for(&self, time: Duration, mut reached: impl FnMut(&Counters) -> bool) -> bool {
+        self.wait(time, |counters, _| reached(counters))
+    }
+
+    /// Powers the VM off: all its sockets are closed, their files stay. Dropping it does the same.
+    pub fn stop(self) {}
+
+    fn wait(&self, time: Duration, mut done: impl FnMut(&Counters, &Option<Fate>) -> bool) -> bool {
+        let deadline = Instant::now() + time;
+        let mut state = self.shared.lock();
+        while !done(&state.0, &state.1) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.shared.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Hands a command over; `None` if the device's thread has ended.
+    fn send(&self, command: Command) -> Option<()> {
+        self.commands.send(command).ok()?;
+        self.waker.wake().ok()
+    }
+
+    /// Hands a command over and waits until it has been carried out.
+    fn command(&self, command: fn(Sender<()>) -> Command) {
+        let (done, wait) = mpsc::channel();
+        if self.send(command(done)).is_some() {
+            // The device never blocks on anything but a stop, and its end drops the sender.
+            let _ = wait.recv();
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.command(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the device's was reported where it happened.
+            let _ = thread.join();
+        }
+    }
+}

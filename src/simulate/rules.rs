@@ -1,0 +1,222 @@
+//! What a client must not do to hyperkit's device, and how the stand-in notices.
+//!
+//! | rule | real device | how it is seen here |
+//! |---|---|---|
+//! | [`Rule::CloseUnread`] | aborts | Linux sets `ECONNRESET` on our end when a peer closes with a non-empty receive queue. Ends that the device has closed already are watched a little longer. Other systems leave no trace: not seen there |
+//! | [`Rule::Unanswered`] | aborts: a ring of 512 replies overflows | dials since the guest was paused are counted, closed ones included |
+//! | [`Rule::Burst`] | aborts, the same ring | [`Ring`] |
+//! | [`Rule::ImmediateClose`] | deadlocks: `setsockopt` fails on the closed socket, and the error path takes two locks in the wrong order | both directions closed by the peer within [`AT_ONCE`] of the accept, before the device sent it a byte or EOF |
+//! | [`Rule::Probe`] | the same | the same, on a `guest_forwards` socket, with nothing sent |
+//! | [`Rule::NoListener`] | deadlocks on the same error path, after a failed `connect` | `ENOENT` or `ECONNREFUSED` on a port that was listened on before |
+//! | [`Rule::AcceptAndClose`] | deadlocks, as the immediate close | as the immediate close, on a connection that the guest dialled |
+//!
+//! The real device falls for most of these once in some tens to thousands of tries. The stand-in falls the first time, so that a test is deterministic.
+//! Source: hyperkit's `pci_virtio_sock.c` (`send_response_common`, `shutdown_local_sock`, `handle_connect_fd`, `connect_sock`), and that code under load.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// A peer that closes both directions this soon after the connection was made has closed "at once".
+pub(super) const AT_ONCE: Duration = Duration::from_millis(20);
+
+/// So many dials that a paused guest hasn't answered overflow the ring (`VTSOCK_REPLYRINGSZ`).
+pub(super) const UNANSWERED_LIMIT: u64 = 512;
+
+/// So many dials at once the ring takes while the guest is awake: 600 were fine, 800 were not.
+const RING: f64 = 600.0;
+
+/// The awake guest takes one dial off the ring in this time.
+const DRAIN: Duration = Duration::from_micros(100);
+
+/// A rule of hyperkit's device that a client can break.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Rule {
+    /// A host program closed a connection while bytes that the device had written to it were unread.
+    CloseUnread,
+    /// 512 dials while the guest answered none.
+    Unanswered,
+    /// Over 600 dials in a shorter time than the guest needs to take them.
+    Burst,
+    /// A client connected, wrote its line and closed at once.
+    ImmediateClose,
+    /// A client connected to a `guest_forwards` socket and closed at once, with nothing sent.
+    Probe,
+    /// The guest dialled a host port on which nobody listens any more.
+    NoListener,
+    /// A host program accepted the guest's connection and closed it at once.
+    AcceptAndClose,
+}
+
+impl Rule {
+    /// Every rule.
+    pub const ALL: [Rule; 7] = [
+        Rule::CloseUnread,
+        Rule::Unanswered,
+        Rule::Burst,
+        Rule::ImmediateClose,
+        Rule::Probe,
+        Rule::NoListener,
+        Rule::AcceptAndClose,
+    ];
+
+    /// What becomes of a VM whose client breaks this rule.
+    pub fn consequence(self) -> FateKind {
+        match self {
+            Rule::CloseUnread | Rule::Unanswered | Rule::Burst => FateKind::Died,
+            Rule::ImmediateClose | Rule::Probe | Rule::NoListener | Rule::AcceptAndClose => {
+                FateKind::Hung
+            }
+        }
+    }
+
+    pub(super) fn index(self) -> usize {
+        self as usize
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Rule::CloseUnread => "a connection was closed with data unread",
+            Rule::Unanswered => "512 dials without an answer",
+            Rule::Burst => "over 600 dials at once",
+            Rule::ImmediateClose => "a dial was closed at once",
+            Rule::Probe => "a forward socket was probed",
+            Rule::NoListener => "the guest dialled a port on which nobody listens",
+            Rule::AcceptAndClose => "a connection from the guest was accepted and closed at once",
+        })
+    }
+}
+
+/// Whether a VM died or hangs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FateKind {
+    /// The process aborted: all its sockets are closed.
+    Died,
+    /// The device deadlocked: its sockets stay open, and nothing moves any more.
+    Hung,
+}
+
+/// How a VM ended, and whose fault it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fate {
+    /// Died or hung.
+    pub kind: FateKind,
+    /// The rule that a client broke.
+    pub rule: Rule,
+    /// Which connection, when, and how.
+    pub detail: String,
+}
+
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            FateKind::Died => "the VM died",
+            FateKind::Hung => "the VM's device hangs",
+        };
+        write!(f, "{kind}: {} ({})", self.rule, self.detail)
+    }
+}
+
+/// How full the ring between device and guest is.
+///
+/// Nothing tells when a queued connection was made, and our own thread may have slept while it was. So all dials of a batch (from one moment at which the
+/// socket was known to be empty to the next) are taken as spread over the whole time since the first of the two: the guest drains that long before the
+/// batch counts as too full. Dials spaced by [`DRAIN`] hence never overflow it, however late they are seen; a burst that came while we slept long may be missed.
+#[derive(Debug)]
+pub(super) struct Ring {
+    level: f64,
+    batch: f64,
+    known_empty: Instant,
+}
+
+impl Ring {
+    pub(super) fn new(now: Instant) -> Ring {
+        Ring {
+            level: 0.0,
+            batch: 0.0,
+            known_empty: now,
+        }
+    }
+
+    fn filled(&self, now: Instant) -> f64 {
+        let slept = now.saturating_duration_since(self.known_empty);
+        self.level + self.batch - slept.as_secs_f64() / DRAIN.as_secs_f64()
+    }
+
+    /// One dial more; how many are in the ring if that is too many.
+    pub(super) fn dial(&mut self, now: Instant) -> Option<u64> {
+        self.batch += 1.0;
+        let filled = self.filled(now);
+        (filled > RING).then_some(filled as u64)
+    }
+
+    /// How many dials are in the ring at `now`.
+    pub(super) fn level(&self, now: Instant) -> u64 {
+        self.filled(now).max(0.0) as u64
+    }
+
+    /// All connections made before `now` have been seen.
+    pub(super) fn settle(&mut self, now: Instant) {
+        self.level = self.filled(now).max(0.0);
+        self.batch = 0.0;
+        self.known_empty = self.known_empty.max(now);
+    }
+
+    /// The guest wakes up at `now` and finds `unanswered` dials.
+    pub(super) fn resume(&mut self, unanswered: u64, now: Instant) {
+        self.level = unanswered as f64;
+        self.batch = 0.0;
+        self.known_empty = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(start: Instant, micros: u64) -> Instant {
+        start + Duration::from_micros(micros)
+    }
+
+    #[test]
+    fn a_burst_overflows_and_spaced_dials_do_not() {
+        let start = Instant::now();
+        let mut ring = Ring::new(start);
+        assert!((0..600).all(|_| ring.dial(start).is_none()));
+        assert!(ring.dial(start).is_some());
+
+        let mut ring = Ring::new(start);
+        for i in 1..=10_000 {
+            assert_eq!(ring.dial(after(start, i * 100)), None);
+            ring.settle(after(start, i * 100));
+        }
+    }
+
+    #[test]
+    fn spaced_dials_seen_late_are_no_burst() {
+        let start = Instant::now();
+        let mut ring = Ring::new(start);
+        // The device slept for 200 ms, and 2,000 dials queued.
+        let awake = after(start, 200_000);
+        assert!((0..2_000).all(|_| ring.dial(awake).is_none()));
+        ring.settle(awake);
+        assert_eq!(ring.level(awake), 0);
+    }
+
+    #[test]
+    fn eight_hundred_within_ten_milliseconds_are_too_many() {
+        let start = Instant::now();
+        let mut ring = Ring::new(start);
+        let mut burst = false;
+        for i in 0..800 {
+            let now = after(start, i * 12);
+            burst |= ring.dial(now).is_some();
+            if i % 10 == 9 {
+                ring.settle(now);
+            }
+        }
+        assert!(burst);
+    }
+}
