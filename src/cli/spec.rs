@@ -81,6 +81,7 @@ fn local_address(text: &str) -> Result<Address, String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

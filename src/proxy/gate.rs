@@ -2,6 +2,10 @@
 //!
 //! Rule 5 of a good neighbour (`hyperkit.md`): a burst of dials overflows the ring of 512 replies in which the device
 //! keeps what the guest hasn't fetched yet, and the VM dies; so it does of 512 dials to a guest that is not answering.
+//!
+//! hyperkit says nothing when a guest accepts. A dial is known to be answered when something comes from the guest that
+//! was sent after it, and services that wait for their client to speak send nothing: so when the cap is reached, one
+//! dial to a port where nobody listens asks the guest's kernel, which answers by refusing, as soon as it runs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,6 +37,8 @@ pub(crate) enum Admission {
     At(Instant),
     /// A cap is reached: ask again later.
     Full(Full),
+    /// The guest has answered nothing for so long that one dial is to find out whether it lives; nothing else may go.
+    Probe(Permit),
 }
 
 /// Which cap is reached.
@@ -76,6 +82,8 @@ struct State {
     reserved: u64,
     /// When the next dial would be due if all kept the average distance.
     due: Option<Instant>,
+    /// A probe is on its way.
+    probing: bool,
 }
 
 impl Gate {
@@ -86,6 +94,7 @@ impl Gate {
             live: 0,
             reserved: 0,
             due: None,
+            probing: false,
         };
         Gate {
             limits,
@@ -106,17 +115,17 @@ impl Gate {
         let mut state = self.state();
         if vm.is_some() && vm != state.vm {
             state.vm = vm;
-            state.epoch += 1;
-            state.live = 0;
-            state.reserved = 0;
-            self.heard
-                .fetch_max(self.dialled.load(Ordering::Relaxed), Ordering::Relaxed);
+            self.forget_vm(&mut state);
         }
         if state.live >= self.limits.live {
             return Admission::Full(Full::Live(self.limits.live));
         }
         if self.unanswered() + state.reserved >= self.limits.unanswered {
-            return Admission::Full(Full::Unanswered(self.limits.unanswered));
+            if state.probing {
+                return Admission::Full(Full::Unanswered(self.limits.unanswered));
+            }
+            state.probing = true;
+            return Admission::Probe(self.permit(&mut state, true));
         }
         let due = state.due.unwrap_or(now);
         let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
@@ -124,13 +133,33 @@ impl Gate {
             return Admission::At(earliest);
         }
         state.due = Some(due.max(now) + INTERVAL);
+        Admission::Go(self.permit(&mut state, false))
+    }
+
+    fn permit(self: &Arc<Gate>, state: &mut State, probe: bool) -> Permit {
         state.live += 1;
         state.reserved += 1;
-        Admission::Go(Permit {
-            gate: Arc::clone(self),
+        let gate = Arc::clone(self);
+        Permit {
+            gate,
             epoch: state.epoch,
             number: None,
-        })
+            probe,
+        }
+    }
+
+    /// The VM can't be connected to: what was held against it counts no more.
+    pub(crate) fn vm_is_gone(&self) {
+        self.forget_vm(&mut self.state());
+    }
+
+    fn forget_vm(&self, state: &mut State) {
+        state.epoch += 1;
+        state.live = 0;
+        state.reserved = 0;
+        state.probing = false;
+        self.heard
+            .fetch_max(self.dialled.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     fn unanswered(&self) -> u64 {
@@ -152,6 +181,7 @@ pub(crate) struct Permit {
     epoch: u64,
     /// What comes from this connection next was sent after the guest had taken the dial of this number.
     number: Option<u64>,
+    probe: bool,
 }
 
 impl Permit {
@@ -179,13 +209,6 @@ impl Permit {
             self.number = Some(self.gate.dialled.load(Ordering::Relaxed));
         }
     }
-
-    /// Nothing shows that the guest has taken this connection's dial.
-    pub(crate) fn is_unanswered(&self) -> bool {
-        self.number
-            .is_some_and(|number| self.gate.heard.load(Ordering::Relaxed) < number)
-            && self.gate.state().epoch == self.epoch
-    }
 }
 
 impl Drop for Permit {
@@ -193,6 +216,9 @@ impl Drop for Permit {
         let mut state = self.gate.state();
         if state.epoch == self.epoch {
             state.live = state.live.saturating_sub(1);
+            if self.probe {
+                state.probing = false;
+            }
             if self.number.is_none() {
                 state.reserved = state.reserved.saturating_sub(1);
             }
@@ -201,6 +227,7 @@ impl Drop for Permit {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -235,7 +262,7 @@ mod tests {
                     // A poller's millisecond.
                     now = then + Duration::from_micros(900);
                 }
-                Admission::Full(full) => panic!("{full}"),
+                other => panic!("{other:?}"),
             }
         }
         for window in times.windows(BURST as usize + 1) {
@@ -259,6 +286,10 @@ mod tests {
             permits.push(go(&gate, now));
         }
         now += Duration::from_secs(1);
+        let Admission::Probe(mut probe) = gate.admit(now, None) else {
+            panic!()
+        };
+        probe.dialled();
         assert!(matches!(
             gate.admit(now, None),
             Admission::Full(Full::Unanswered(64))
@@ -286,10 +317,7 @@ mod tests {
         }
         // Bytes of the first that the guest sent before it stopped.
         first.heard();
-        assert!(matches!(
-            gate.admit(now, None),
-            Admission::Full(Full::Unanswered(3))
-        ));
+        assert!(matches!(gate.admit(now, None), Admission::Probe(_)));
         let mut first = first;
         first.emptied();
         first.heard();

@@ -257,6 +257,7 @@ impl<W: World> Worker<W> {
             self.accept_all(now);
             self.phase = Phase::Stopping;
             self.close_client_listeners();
+            self.end_probes(now);
         }
     }
 

@@ -59,6 +59,8 @@ pub(crate) trait World {
     /// Takes nothing more from the peer: its next write fails.
     fn shutdown_read(&mut self, stream: &Self::Stream);
     fn close(&mut self, stream: Self::Stream);
+    /// Bytes written that a reset now would take away from the peer.
+    fn unacknowledged(&mut self, stream: &Self::Stream) -> usize;
     /// Closes so that the peer reads a reset, where the family can.
     fn reset(&mut self, stream: Self::Stream);
 
@@ -209,6 +211,10 @@ impl World for MioWorld {
 
     fn shutdown_read(&mut self, stream: &Stream) {
         stream.shutdown_read();
+    }
+
+    fn unacknowledged(&mut self, stream: &Stream) -> usize {
+        stream.unacknowledged()
     }
 
     fn close(&mut self, mut stream: Stream) {

@@ -115,6 +115,40 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
     }
 }
 
+/// Bytes that were written to a TCP socket and that its peer has not acknowledged; 0 where the system doesn't tell.
+#[allow(unsafe_code)]
+pub(crate) fn unacknowledged(socket: &impl std::os::fd::AsRawFd) -> usize {
+    let mut bytes: nix::libc::c_int = 0;
+    // SAFETY: TIOCOUTQ (SIOCOUTQ, `tcp(7)`) writes one int, to which the pointer is valid, and nothing else.
+    #[cfg(target_os = "linux")]
+    let result =
+        unsafe { nix::libc::ioctl(socket.as_raw_fd(), nix::libc::TIOCOUTQ, &raw mut bytes) };
+    #[cfg(target_vendor = "apple")]
+    let result = {
+        let mut len = size_of::<nix::libc::c_int>() as nix::libc::socklen_t;
+        // SAFETY: SO_NWRITE (`sys/socket.h`) writes one int of the given length; both pointers are valid.
+        unsafe {
+            nix::libc::getsockopt(
+                socket.as_raw_fd(),
+                nix::libc::SOL_SOCKET,
+                nix::libc::SO_NWRITE,
+                (&raw mut bytes).cast(),
+                &raw mut len,
+            )
+        }
+    };
+    #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+    let result = {
+        let _ = (socket, &mut bytes);
+        -1
+    };
+    if result == 0 {
+        usize::try_from(bytes).unwrap_or(0)
+    } else {
+        0
+    }
+}
+
 /// The address of an abstract Unix socket.
 ///
 /// # Errors
@@ -136,6 +170,7 @@ pub(crate) fn abstract_address(name: &[u8]) -> io::Result<std::os::unix::net::So
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
