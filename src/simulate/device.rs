@@ -21,6 +21,9 @@ use std::time::{Duration, Instant};
 /// How many connections have their turn before the sockets are polled again.
 const TURNS: usize = 32;
 
+/// How long it sleeps when a dial waits for the guest's next answer, under 100 µs away.
+const TO_NEXT_ANSWER: Duration = Duration::from_micros(25);
+
 /// How long the loop sleeps at most while dials come: so it knows closely when none had come (see [`Ring`]).
 const HEARTBEAT: Duration = Duration::from_millis(5);
 
@@ -199,7 +202,8 @@ impl Device {
             return;
         }
         self.paused = false;
-        self.ring.resume(self.counters.unanswered, Instant::now());
+        // It finds all that was dialled meanwhile, at once.
+        self.ring.idle(Instant::now());
         self.counters.unanswered = 0;
         for key in self.slots.keys() {
             self.queue(key);
@@ -222,7 +226,13 @@ impl Device {
 
     fn turn(&mut self, events: &mut Events) {
         let before = Instant::now();
-        if let Err(error) = self.poll.poll(events, Some(self.patience(before)))
+        let patience = self.patience(before);
+        if patience == TO_NEXT_ANSWER {
+            // Poll can't sleep for so short a time.
+            std::thread::sleep(TO_NEXT_ANSWER);
+        }
+        let patience = (patience != TO_NEXT_ANSWER).then_some(patience);
+        if let Err(error) = self.poll.poll(events, patience.or(Some(Duration::ZERO)))
             && error.kind() != io::ErrorKind::Interrupted
         {
             // Nothing sensible is left to do without poll; the stand-in's own failure is no client's fault.
@@ -235,8 +245,8 @@ impl Device {
                 return;
             }
         }
-        if !self.listeners.iter().any(|listener| listener.ready) {
-            self.ring.settle(before);
+        if self.dials.is_empty() && !self.has_arrivals() {
+            self.ring.idle(before);
         }
         // In this order: by now poll has told whether a client left before the guest's answer.
         self.answer();
@@ -259,8 +269,11 @@ impl Device {
     /// How long poll may sleep.
     fn patience(&self, now: Instant) -> Duration {
         let answers = !self.paused && !self.dials.is_empty();
-        let waiting = self.listeners.iter().any(|listener| listener.ready) && !self.is_full();
-        if answers || waiting || !self.work.is_empty() {
+        if self.has_arrivals() && !self.is_full() || !self.work.is_empty() {
+            Duration::ZERO
+        } else if answers && self.ring.level(1, now) > 0 {
+            TO_NEXT_ANSWER
+        } else if answers {
             Duration::ZERO
         } else if !self.paused && !self.dialling.is_empty() {
             LOOK_AGAIN
@@ -272,6 +285,11 @@ impl Device {
         } else {
             IDLE
         }
+    }
+
+    /// Whether connections may be waiting to be accepted.
+    fn has_arrivals(&self) -> bool {
+        self.listeners.iter().any(|listener| listener.ready)
     }
 
     fn event(&mut self, event: &Event) {
