@@ -1,11 +1,11 @@
 //! The device's thread: one loop over all its sockets, as in hyperkit.
 
-use super::afterlife::{Afterlife, was_reset};
-use super::connection::{CHUNK, Connection, Guest, Origin, Turn};
+use super::afterlife::Afterlife;
+use super::connection::{CHUNK, Connection, Guest, Turn};
 use super::dial::{Dialling, Door, LOOK_AGAIN};
 use super::directory::Listeners;
 use super::guest::GuestSocket;
-use super::rules::{AT_ONCE, Fate, FateKind, Ring, Rule};
+use super::rules::{Fate, FateKind, Ring, Rule};
 use super::slots::{Key, MAX_SLOTS, Slots, Subject};
 use super::{Counters, Plan, Shared};
 use mio::event::Event;
@@ -69,8 +69,9 @@ pub(super) struct Device {
     pub(super) counters: Counters,
     pub(super) fate: Option<Fate>,
     work: VecDeque<Key>,
-    afterlife: Afterlife,
-    buried: usize,
+    pub(super) afterlife: Afterlife,
+    /// How many sockets that has watched.
+    pub(super) buried: usize,
     scratch: Vec<u8>,
     inbox: Receiver<Command>,
     shared: Arc<Shared>,
@@ -316,46 +317,6 @@ impl Device {
         }
     }
 
-    fn host_event(&mut self, key: Key, event: &Event) {
-        let Some(connection) = self.slots.get(key) else {
-            return;
-        };
-        connection.host_ready.note(event);
-        let was_gone = connection.host_gone;
-        if event.is_error() || event.is_write_closed() {
-            connection.host_reset |= was_reset(&connection.host);
-        }
-        // After our own EOF a half-close looks like this too.
-        connection.host_gone |= event.is_write_closed() && !connection.host_shut;
-        if connection.host_reset || connection.host_gone && !was_gone {
-            self.judge(key);
-        }
-        self.queue(key);
-    }
-
-    /// The host's program has closed both directions: was that against a rule?
-    fn judge(&mut self, key: Key) {
-        let Some(connection) = self.slots.get(key) else {
-            return;
-        };
-        let (port, sent) = (connection.port, connection.sent);
-        let age = connection.since.elapsed();
-        let unsent = sent == 0 && !connection.host_shut;
-        let reset = std::mem::take(&mut connection.host_reset);
-        let rule = match connection.origin {
-            _ if reset && sent > 0 => Rule::CloseUnread,
-            // It was never accepted: its listener was closed.
-            Origin::Guest if reset => Rule::NoListener,
-            _ if !unsent || age >= AT_ONCE => return,
-            Origin::Guest => Rule::AcceptAndClose,
-            Origin::Forward if !connection.has_input() => Rule::Probe,
-            Origin::Forward | Origin::Line => Rule::ImmediateClose,
-        };
-        let micros = age.as_micros();
-        let detail = format!("port {port}, {micros} µs old, {sent} bytes sent to it");
-        self.offend(rule, detail);
-    }
-
     fn guest_event(&mut self, key: Key, event: &Event) {
         let Some(connection) = self.slots.get(key) else {
             return;
@@ -426,41 +387,10 @@ impl Device {
         Some(key)
     }
 
-    /// Frees the slot; the host's program gets EOF.
-    fn free(&mut self, key: Key) {
-        let Some(connection) = self.remove(key) else {
-            return;
-        };
-        if connection.sent > 0 && !connection.host_gone {
-            self.buried += 1;
-            let token = Subject::Afterlife(self.buried).token();
-            self.afterlife.watch(
-                connection.host,
-                connection.port,
-                connection.host_eof,
-                self.poll.registry(),
-                token,
-            );
-        }
-    }
-
     pub(super) fn remove(&mut self, key: Key) -> Option<Connection> {
         let connection = self.slots.remove(key);
         self.counters.live_slots = self.slots.live() as u64;
         connection
-    }
-
-    /// A client broke a rule.
-    pub(super) fn offend(&mut self, rule: Rule, detail: String) {
-        self.counters.offences[rule.index()] += 1;
-        tracing::debug!(%rule, detail, "a rule was broken");
-        if !self.plan.lenient && self.fate.is_none() {
-            self.fate = Some(Fate {
-                kind: rule.consequence(),
-                rule,
-                detail,
-            });
-        }
     }
 
     fn publish(&self) {

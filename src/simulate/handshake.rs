@@ -45,8 +45,11 @@ impl Device {
                         listener.ready = false;
                     }
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    // Our own process is out of descriptors; it tries again at the next turn.
-                    Err(_) => break,
+                    Err(_) => {
+                        // Our own process is out of descriptors: again at the next turn, and not in a spin.
+                        std::thread::sleep(Duration::from_millis(1));
+                        break;
+                    }
                 }
                 if self.stall.is_some() || self.fate.is_some() {
                     return;
