@@ -53,16 +53,24 @@ impl Device {
         let Some(connection) = self.remove(key) else {
             return;
         };
-        if connection.sent > 0 && !connection.host_gone {
+        if connection.sent == 0 {
+            return;
+        }
+        let port = connection.port;
+        let reset = if connection.host_gone {
+            // Its end and the trace of unread bytes are not set in one step.
+            was_reset(&connection.host)
+        } else {
             self.buried += 1;
             let token = Subject::Afterlife(self.buried).token();
-            self.afterlife.watch(
-                connection.host,
-                connection.port,
-                connection.host_eof,
-                self.poll.registry(),
-                token,
-            );
+            let (host, half_closed) = (connection.host, connection.host_eof);
+            let registry = self.poll.registry();
+            self.afterlife
+                .watch(host, port, half_closed, registry, token)
+        };
+        if reset {
+            let detail = format!("port {port}, as the guest closed");
+            self.offend(Rule::CloseUnread, detail);
         }
     }
 

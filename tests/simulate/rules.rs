@@ -269,6 +269,7 @@ fn every_close_with_data_unread_is_seen() {
         let mut stream = dial(&vm, ECHO);
         stream.write_all(&[1; 5_000]).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
+        assert!(vm.wait_for(LONG, |counters| counters.dials == i));
         if i % 2 == 0 {
             free(&vm);
         }
