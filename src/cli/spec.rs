@@ -70,7 +70,7 @@ fn local_address(text: &str) -> Result<Address, String> {
     // As in ssh. The other spelling of it there, an empty address, is too easily written by mistake.
     let text = match text.strip_prefix("*:") {
         Some(port) => format!("0.0.0.0:{port}"),
-        None if text.starts_with(':') => {
+        None if text.starts_with(':') && !text.starts_with("::") => {
             return Err("the address before the port is empty: leave the colon out for 127.0.0.1, or write * for all interfaces".into());
         }
         None => text.to_owned(),
