@@ -152,8 +152,10 @@ mod tests {
         .unwrap();
         assert!(deep.join("s").exists());
         assert!(!used.parent().unwrap().exists());
-        let client = with_short_path(&deep.join("s"), std::os::unix::net::UnixStream::connect);
-        client.unwrap();
+        with_short_path(&deep.join("s"), |path| {
+            std::os::unix::net::UnixStream::connect(path)
+        })
+        .unwrap();
         listener.accept().unwrap();
     }
 
