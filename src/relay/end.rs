@@ -108,7 +108,12 @@ impl<S: Socket> End<S> {
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Option<usize> {
         match self.socket.read(buffer) {
             Ok(0) => {
-                self.input = Half::Closed;
+                self.input = match self.output {
+                    // A kernel tells an error once. Where a write was told of it (Linux' TCP), the read that should
+                    // have failed finds an EOF that no peer sent. EPIPE alone says nothing of what comes from there.
+                    Half::Failed(kind) if kind != io::ErrorKind::BrokenPipe => Half::Failed(kind),
+                    _ => Half::Closed,
+                };
                 None
             }
             Ok(n) => {

@@ -212,12 +212,11 @@ impl<S: Socket> Pair<S> {
     pub(crate) fn turn(&mut self, pool: &mut Pool, budget: usize) -> Turn {
         let mut more = false;
         for side in [SERVER, CLIENT] {
+            // The end of the server's direction releases the client's half-close.
+            if self.flows[SERVER].state != State::Open {
+                self.release();
+            }
             more |= self.run(side, pool, budget);
-        }
-        // The end of the server's direction may have released the client's half-close.
-        if self.flows[CLIENT].hold && self.flows[SERVER].state != State::Open {
-            self.release();
-            more |= self.run(CLIENT, pool, budget);
         }
         for side in [CLIENT, SERVER] {
             // Nobody is left to take what the other side sends. What it holds went as far as it goes without
