@@ -629,3 +629,32 @@ fn a_limit_of_connections_makes_clients_wait_and_no_listener_end() {
     serve_all(&proxy, 50);
     assert_well(&vm);
 }
+
+#[test]
+fn a_client_that_is_gone_holds_no_place_at_a_server_that_does_not_read() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    let mut config = config(vec![Rule::new(any_tcp(), target.parse().unwrap())]);
+    config.limits.drain_timeout = Duration::from_millis(200);
+    let proxy = Proxy::start(config).unwrap();
+    let mut client = tcp(port_of(&proxy, 0));
+    let (_accepted, _) = server.accept().unwrap();
+    client.set_nonblocking(true).unwrap();
+    let chunk = pattern(1_000_000);
+    // Until nothing more fits in between: the proxy holds bytes that it can't deliver.
+    let mut full = 0;
+    eventually("nothing more fits", || {
+        match client.write(&chunk) {
+            Ok(_) => full = 0,
+            Err(_) => full += 1,
+        }
+        full == 20
+    });
+    socket2::SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(client);
+    eventually("its place is free", || {
+        proxy.forwards()[0].counters.live == 0
+    });
+}

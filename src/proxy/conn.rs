@@ -118,13 +118,10 @@ impl<S: crate::relay::Socket> Conn<S> {
         }
     }
 
-    pub(super) fn latch(&mut self, side: usize, readiness: Readiness, failed: bool) {
+    pub(super) fn latch(&mut self, side: usize, readiness: Readiness) {
         match &mut self.state {
             State::Waiting { client, .. } | State::Connecting { client, .. } if side == CLIENT => {
                 client.latch(readiness);
-                if failed {
-                    client.fail();
-                }
             }
             State::Connecting { server, .. } => server.latch(readiness),
             State::Relaying { pair, .. } => pair.ends[side].latch(readiness),
@@ -476,7 +473,7 @@ impl<W: World> Worker<W> {
         };
         match &mut conn.state {
             State::Waiting { client, dial, full } => {
-                if client.is_dead() {
+                if client.is_gone() {
                     return self.forget(id);
                 }
                 if now >= dial.deadline() {
@@ -504,7 +501,7 @@ impl<W: World> Worker<W> {
                 server,
                 dial,
             } => {
-                let attempt = if client.is_dead() {
+                let attempt = if client.is_gone() {
                     return self.forget(id);
                 } else if now >= dial.deadline() {
                     Err(io::Error::new(

@@ -117,7 +117,7 @@ fn an_event_with_nothing_behind_it_does_no_harm() {
     let event = Readiness {
         readable: true,
         writable: true,
-        read_closed: false,
+        ..Readiness::default()
     };
     pair.latch(CLIENT, event);
     assert_eq!(pair.turn(), Turn::Wait);
@@ -316,7 +316,7 @@ fn what_can_go_to_a_dead_client_without_waiting_goes() {
     let mut pair = Kernel::calm();
     pair.budget = 40;
     pair.server().say(100);
-    pair.pair.ends[CLIENT].fail();
+    pair.pair.ends[CLIENT].input = Half::Failed(RESET);
     assert_eq!(pair.settle(), Turn::Done);
     assert_eq!(pair.wire(CLIENT).written, 100);
 }
@@ -330,7 +330,7 @@ fn the_last_words_of_a_dead_client_wait_for_their_reader() {
     // The last bytes are in the carrier; the read that finds the error comes after them.
     pair.client().reset(RESET);
     pair.settle();
-    assert!(!pair.pair.is_ending());
+    assert!(pair.pair.is_ending());
     assert_eq!(hear_all(pair.server()), 10);
     assert_eq!(pair.settle(), Turn::Wait);
     assert_eq!(hear_all(pair.server()), 20);
@@ -344,13 +344,17 @@ fn a_pair_is_ending_when_a_dead_end_has_undelivered_bytes() {
     let mut pair = narrow(10);
     pair.client().say(12);
     pair.settle();
-    pair.pair.ends[CLIENT].fail();
+    let failed = Readiness {
+        failed: true,
+        ..Readiness::default()
+    };
+    pair.latch(CLIENT, failed);
     pair.turn();
     assert_eq!(pair.last, Turn::Wait);
     assert!(pair.pair.is_ending());
     assert_eq!(pair.carried(CLIENT), 2);
     assert_eq!(hear_all(pair.server()), 10);
-    assert_eq!(pair.settle(), Turn::Done);
+    pair.settle();
     assert_eq!(pair.wire(SERVER).written, 12);
 }
 
@@ -365,14 +369,16 @@ fn a_pair_that_only_waits_is_not_ending() {
 }
 
 #[test]
-fn an_end_that_failed_before_the_relay_is_dead() {
-    let mut end = End::new(super::kernel::FakeSocket::<true>(
-        Kernel::calm().wires[CLIENT].clone(),
-    ));
-    assert!(!end.is_dead() && !end.input_ended());
-    end.fail();
-    assert!(end.is_dead() && end.input_ended());
-    assert_eq!((end.input, end.output), (Half::Failed(RESET), Half::Open));
+fn an_end_is_gone_as_soon_as_an_event_says_so() {
+    let wire = Kernel::calm().wires[CLIENT].clone();
+    let mut end = End::new(super::kernel::FakeSocket::<true>(wire));
+    assert!(!end.is_gone());
+    end.latch(Readiness {
+        failed: true,
+        ..Readiness::default()
+    });
+    // What has come may still be read.
+    assert!(end.is_gone() && !end.is_dead() && !end.input_ended());
 }
 
 // 5. Work.

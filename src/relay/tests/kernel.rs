@@ -149,6 +149,7 @@ impl Wire {
             readable: true,
             writable: true,
             read_closed: false,
+            failed: false,
         };
         Wire {
             side,
@@ -345,6 +346,7 @@ impl Wire {
             readable: !self.incoming.is_empty() || ended,
             writable: self.has_room() || self.deaf || self.gone,
             read_closed: ended,
+            failed: self.gone,
         }
     }
 
@@ -355,6 +357,7 @@ impl Wire {
             readable: state.readable && by.readable,
             writable: state.writable && by.writable,
             read_closed: state.read_closed && by.readable,
+            failed: state.failed && by.readable,
         };
         let event = if !kernel_edges {
             let event = masked(self.armed);
