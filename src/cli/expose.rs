@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::options::ProxyOptions;
 use super::spec::{Local, Remote};
-use super::{Failure, Outcome, complain, run_proxy, say};
+use super::{Failure, Outcome, complain, end_signals, run_proxy, say};
 use crate::address::{Address, HyperkitAddress, HyperkitVm};
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
@@ -56,6 +56,7 @@ impl Expose {
             .remote
             .iter()
             .map(|remote| Rule::new(at(remote.host_port), remote.target.clone()));
+        let signals = end_signals()?;
         let proxy = Proxy::start(self.options.config(locals.chain(remotes)))?;
         for forward in proxy.forwards() {
             match (&forward.listen, &forward.connect) {
@@ -69,7 +70,7 @@ impl Expose {
                 (listen, connect) => say(format_args!("{listen} -> {connect}")),
             }
         }
-        run_proxy(proxy, self.options.grace())
+        run_proxy(proxy, self.options.grace(), signals)
     }
 }
 

@@ -600,13 +600,7 @@ impl<W: World> Worker<W> {
             return;
         };
         if pair.refused() {
-            let target = &conn.forward.rule.connect;
-            let cause = io::Error::new(
-                io::ErrorKind::ConnectionRefused,
-                "the guest closed it without a byte",
-            );
-            let error = Error::new(Operation::Connect, target, cause)
-                .with_remedy("does a program in the guest listen on that vsock port?");
+            let error = dial::refused_in_silence(&conn.forward.rule.connect);
             conn.forward.refused.fetch_add(1, Ordering::Relaxed);
             complain(&conn.forward, &error, now);
         }
