@@ -22,8 +22,8 @@ pub(super) struct Expose {
     /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
     #[arg(long, value_name = "VM")]
     vm: String,
-    /// Host to guest: listen on [ADDR:]PORT (127.0.0.1 if ADDR is left out; port 0 is chosen) or on a Unix socket, and
-    /// lead to the guest's vsock port
+    /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen) or a Unix socket, and lead
+    /// to the guest's vsock port
     #[arg(short = 'L', value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT")]
     local: Vec<Local>,
     /// Guest to host: when the guest dials HOSTPORT of CID 2, lead to TARGET (PORT, HOST:PORT, a path or a URI)

@@ -5,8 +5,6 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
 /// macOS and the BSDs (`sys/un.h`).
 pub(crate) const SUN_PATH_LEN: usize = if cfg!(target_os = "linux") { 108 } else { 104 };
@@ -89,7 +87,9 @@ fn through_link<T>(
 }
 
 /// Raises the soft limit of descriptors to the hard one; the limit that then holds.
+#[cfg(feature = "cli")]
 pub(crate) fn raise_descriptor_limit() -> io::Result<u64> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     // macOS says "unlimited" and then takes no more than OPEN_MAX (`sys/syslimits.h`: 10240).
     let wanted = if cfg!(target_os = "macos") {
@@ -104,6 +104,7 @@ pub(crate) fn raise_descriptor_limit() -> io::Result<u64> {
 }
 
 /// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
+#[cfg(feature = "cli")]
 #[allow(unsafe_code)]
 pub(crate) fn is_ignored(signal: i32) -> bool {
     let mut old = std::mem::MaybeUninit::<nix::libc::sigaction>::zeroed();
