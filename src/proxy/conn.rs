@@ -499,6 +499,11 @@ impl<W: World> Worker<W> {
         let State::Relaying { pair, hold, end } = &mut conn.state else {
             return;
         };
+        let known = |pair: &Pair<W::Stream>| {
+            let server = &pair.ends[SERVER];
+            (server.received(), server.input_ended())
+        };
+        let before = known(pair);
         let mut turn = pair.turn(&mut self.pool, BUDGET);
         if pair.is_holding() && (pair.ends[SERVER].received() > 0 || now >= *hold) {
             pair.release();
@@ -510,11 +515,12 @@ impl<W: World> Worker<W> {
             conn.counted[side] = delivered;
         }
         if let Some(permit) = &mut conn.permit {
-            let server = &pair.ends[SERVER];
-            if server.received() > 0 || server.input_ended() {
+            // Only what came in this turn is a sign of life: turns are taken for what the client does, too.
+            if known(pair) != before {
                 permit.heard();
             }
-            if !server.is_readable() {
+            let server = &pair.ends[SERVER];
+            if !server.is_readable() && !server.input_ended() {
                 permit.emptied();
             }
         }
@@ -602,14 +608,17 @@ impl<W: World> Worker<W> {
             return;
         };
         let mut more = false;
-        for slot in ends.iter_mut() {
+        for (side, slot) in ends.iter_mut().enumerate() {
             if let Some(end) = slot {
                 more |= end.discard(&mut self.pool);
                 if end.input_ended()
                     && let Some(end) = slot.take()
                 {
                     self.world.close(end.socket);
-                    if let Some(permit) = &conn.permit {
+                    // A client's end says nothing of the guest.
+                    if let Some(permit) = &conn.permit
+                        && side == SERVER
+                    {
                         permit.heard();
                     }
                 }
