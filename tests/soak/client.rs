@@ -234,12 +234,15 @@ pub(crate) enum End {
 }
 
 pub(crate) fn refused(conn: &mut Conn, bytes: &[u8], half_close: bool) -> io::Result<End> {
-    // Either may find the reset already.
-    let sent = conn.write_all(bytes);
-    if half_close && sent.is_ok() {
-        let _ = conn.half_close();
-    }
-    match conn.read(&mut [0; 16]) {
+    // A write may find the reset already, and only one call does.
+    let end = conn.write_all(bytes).and_then(|()| {
+        if half_close {
+            // Fails if the reset is there, and leaves it to the read.
+            let _ = conn.half_close();
+        }
+        conn.read(&mut [0; 16])
+    });
+    match end {
         Ok(0) => Ok(End::Eof),
         Ok(n) => Err(wrong(format!("{n} bytes from a port that refuses"))),
         Err(error) => match error.kind() {

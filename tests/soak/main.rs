@@ -39,7 +39,7 @@ const SLACK: Duration = Duration::from_secs(4);
 const FLOOD: usize = 600;
 
 /// Downloads that nobody reads then.
-const HOARDS: usize = 10;
+const HOARDS: usize = 20;
 
 /// Dials that the guest may be left with: 512 are its end.
 const MOST_UNANSWERED: u64 = 420;
@@ -272,6 +272,7 @@ fn flood(world: &World) -> Result<(), String> {
     if let Some(fate) = world.vm.fate() {
         return Err(fate.to_string());
     }
+    println!("soak: {dialled} dials to the paused guest");
     if dialled > MOST_UNANSWERED {
         return Err(format!("{dialled} dials to a guest that answers none"));
     }
