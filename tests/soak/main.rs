@@ -11,7 +11,7 @@ mod guest;
 mod host;
 
 use child::{Places, Proxy, wait_until};
-use client::Conn;
+use client::{Conn, Place};
 use crowd::{HOST_ECHO_TCP, HOST_ECHO_UNIX, HOST_REFUSED, Tally, World};
 use guest::{CHARGEN, DOWNLOAD, ECHO, LONG, NEVER};
 use hvsock::simulate::Vm;
@@ -43,6 +43,10 @@ const HOARDS: usize = 20;
 
 /// Dials that the guest may be left with: 512 are its end.
 const MOST_UNANSWERED: u64 = 420;
+
+/// Clients at once, for whom the VM has not slots enough; and how many of them the proxy lets in by default.
+const HOUSE: usize = 1_100;
+const PLACES: u64 = 900;
 
 /// The peak of the proxy's memory, in KiB: 900 connections with two buffers of 64 KiB each, and as much again.
 const MEMORY: u64 = 256 * 1024;
@@ -169,6 +173,8 @@ fn the_vm_survives_a_rude_crowd() {
     let mut second = second.expect("a second proxy");
 
     assert_free(&vm);
+    full_house(&world);
+    assert_free(&vm);
     let released = wait_until(LONG, || second.descriptors() == idle);
     assert!(
         released,
@@ -182,6 +188,13 @@ fn the_vm_survives_a_rude_crowd() {
     assert_free(&vm);
     let counters = vm.counters();
     println!("{counters:?}");
+    // The line comes whole, and is on its way before the device looks, but for bad luck.
+    assert_eq!(counters.silent_closes, 0);
+    assert!(counters.stalls < counters.dials / 2, "{counters:?}");
+    assert_eq!(
+        counters.turned_away, 0,
+        "more connections than the device has slots"
+    );
     println!(
         "soak: {total} clients in {carried:.1?} ({:.1?} in all), {} dials, {} guest dials, peak {} slots, proxy at most {:.1} MiB: the VM lives",
         start.elapsed(),
@@ -280,6 +293,32 @@ fn flood(world: &World) -> Result<(), String> {
         client::expect(&mut conn, b"anybody there?", 64, Duration::ZERO).map_err(text)?;
     }
     Ok(())
+}
+
+/// More clients than the VM has slots: those who find one are served, the others when they have gone.
+fn full_house(world: &World) {
+    let mut crowd: Vec<Conn> = (0..HOUSE)
+        .map(|number| {
+            let mut conn = Conn::open(&world.place(ECHO, number % 2 == 0)).unwrap();
+            conn.write_all(b"is there a place?").unwrap();
+            conn
+        })
+        .collect();
+    let full = |live| live >= PLACES;
+    let filled = world
+        .vm
+        .wait_for(LONG, |counters| full(counters.live_slots));
+    assert!(filled, "{:?}", world.vm.counters());
+    for (number, conn) in crowd.iter_mut().enumerate() {
+        // Whoever left before has made room.
+        client::expect(conn, b"is there a place?", 64, Duration::ZERO)
+            .unwrap_or_else(|error| panic!("client {number} of a full house: {error}"));
+        conn.half_close().unwrap();
+        client::expect_end(conn).unwrap();
+    }
+    assert_alive(world.vm);
+    let peak = world.vm.counters().peak_slots;
+    assert!(peak < PLACES + 20, "{peak} slots taken at once");
 }
 
 /// What is under way when a proxy ends.
@@ -453,4 +492,39 @@ fn report(world: &World) {
         late.load(Ordering::Relaxed),
         all.load(Ordering::Relaxed)
     );
+}
+
+/// What belonged to a VM that has gone is not held against the next one.
+#[test]
+fn a_new_vm_starts_afresh() {
+    raise_descriptor_limit();
+    let root = directory();
+    let places = Places {
+        root: root.path().to_owned(),
+        vm: root.path().join("vm"),
+        remotes: Vec::new(),
+    };
+    let mut vm = guest::builder(&places.vm).start().unwrap();
+    let options = ["--vm-connections", "4", "--dial-timeout", "5"];
+    let proxy = Proxy::start(&places, &HashMap::new(), &options).unwrap();
+    let mut old = Vec::new();
+    for _ in 0..5 {
+        // They read nothing, so that the proxy doesn't learn of the old VM's end.
+        for _ in 0..4 {
+            let mut conn = Conn::open(&Place::Unix(places.unix(CHARGEN))).unwrap();
+            conn.read_exact(&mut [0]).unwrap();
+            old.push(conn);
+        }
+        let taken = vm.wait_for(LONG, |counters| counters.live_slots == 4);
+        assert!(taken, "{:?}", vm.counters());
+        assert_alive(&vm);
+        vm.stop();
+        vm = guest::builder(&places.vm).start().unwrap();
+        for number in 0..20 {
+            let mut conn = Conn::open(&Place::Tcp(proxy.tcp[&ECHO])).unwrap();
+            client::echo(&mut conn, b"anew", true)
+                .unwrap_or_else(|error| panic!("{number}: {error}\n{}", proxy.log_tail()));
+        }
+        assert_free(&vm);
+    }
 }
