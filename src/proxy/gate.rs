@@ -16,6 +16,10 @@ const INTERVAL: Duration = Duration::from_micros(150);
 /// the millisecond. Far below the 512 that the device's ring holds.
 const BURST: u32 = 8;
 
+/// Dials after the last one that got an answer of its own. An older connection's bytes are a sign of life, too, but a
+/// weaker one: they may have lain in buffers since before the guest stopped. Below the 512 that are the VM's end.
+const UNPROVEN: u64 = 400;
+
 /// The caps of one VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GateLimits {
@@ -65,6 +69,8 @@ pub(crate) struct Gate {
     dialled: AtomicU64,
     /// All dials up to this number were answered: a guest takes them in order.
     heard: AtomicU64,
+    /// The highest number of a dial that was answered itself.
+    proven: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -92,6 +98,7 @@ impl Gate {
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
             heard: AtomicU64::new(0),
+            proven: AtomicU64::new(0),
         }
     }
 
@@ -109,14 +116,20 @@ impl Gate {
             state.epoch += 1;
             state.live = 0;
             state.reserved = 0;
-            self.heard
-                .fetch_max(self.dialled.load(Ordering::Relaxed), Ordering::Relaxed);
+            let dialled = self.dialled.load(Ordering::Relaxed);
+            self.heard.fetch_max(dialled, Ordering::Relaxed);
+            self.proven.fetch_max(dialled, Ordering::Relaxed);
         }
         if state.live >= self.limits.live {
             return Admission::Full(Full::Live(self.limits.live));
         }
-        if self.unanswered() + state.reserved >= self.limits.unanswered {
-            return Admission::Full(Full::Unanswered(self.limits.unanswered));
+        for (known, limit) in [
+            (&self.heard, self.limits.unanswered),
+            (&self.proven, UNPROVEN),
+        ] {
+            if self.dialled_after(known) + state.reserved >= limit {
+                return Admission::Full(Full::Unanswered(limit));
+            }
         }
         let due = state.due.unwrap_or(now);
         let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
@@ -129,13 +142,14 @@ impl Gate {
         Admission::Go(Permit {
             gate: Arc::clone(self),
             epoch: state.epoch,
+            own: None,
             number: None,
         })
     }
 
-    fn unanswered(&self) -> u64 {
-        let heard = self.heard.load(Ordering::Relaxed);
-        self.dialled.load(Ordering::Relaxed).saturating_sub(heard)
+    fn dialled_after(&self, number: &AtomicU64) -> u64 {
+        let number = number.load(Ordering::Relaxed);
+        self.dialled.load(Ordering::Relaxed).saturating_sub(number)
     }
 
     /// Connections that count against the cap now.
@@ -150,6 +164,8 @@ impl Gate {
 pub(crate) struct Permit {
     gate: Arc<Gate>,
     epoch: u64,
+    /// The number of its own dial.
+    own: Option<u64>,
     /// What comes from this connection next was sent after the guest had taken the dial of this number.
     number: Option<u64>,
 }
@@ -161,15 +177,21 @@ impl Permit {
         if state.epoch == self.epoch {
             state.reserved = state.reserved.saturating_sub(1);
         }
-        self.number = Some(self.gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
+        self.own = Some(self.gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
+        self.number = self.own;
     }
 
     /// Something came from the guest on this connection: it has taken all dials up to this one's number.
     pub(crate) fn heard(&self) {
-        if let Some(number) = self.number
-            && self.gate.heard.load(Ordering::Relaxed) < number
-        {
-            self.gate.heard.fetch_max(number, Ordering::Relaxed);
+        for (known, number) in [
+            (&self.gate.heard, self.number),
+            (&self.gate.proven, self.own),
+        ] {
+            if let Some(number) = number
+                && known.load(Ordering::Relaxed) < number
+            {
+                known.fetch_max(number, Ordering::Relaxed);
+            }
         }
     }
 
@@ -182,8 +204,8 @@ impl Permit {
 
     /// Nothing shows that the guest has taken this connection's dial.
     pub(crate) fn is_unanswered(&self) -> bool {
-        self.number
-            .is_some_and(|number| self.gate.heard.load(Ordering::Relaxed) < number)
+        self.own
+            .is_some_and(|own| self.gate.heard.load(Ordering::Relaxed) < own)
             && self.gate.state().epoch == self.epoch
     }
 }
@@ -228,6 +250,7 @@ mod tests {
             match gate.admit(now, None) {
                 Admission::Go(mut permit) => {
                     permit.dialled();
+                    permit.heard();
                     times.push(now);
                 }
                 Admission::At(then) => {
@@ -295,6 +318,30 @@ mod tests {
         first.heard();
         now += Duration::from_millis(1);
         drop(go(&gate, now));
+    }
+
+    #[test]
+    fn bytes_from_buffers_do_not_carry_far() {
+        let gate = gate(10_000, 64);
+        let mut now = Instant::now();
+        let mut old = go(&gate, now);
+        old.heard();
+        let mut dialled = 0;
+        loop {
+            now += Duration::from_millis(1);
+            // What a slow reader takes out of them looks like this.
+            old.emptied();
+            old.heard();
+            match gate.admit(now, None) {
+                Admission::Go(mut permit) => permit.dialled(),
+                Admission::Full(full) => break assert_eq!(full, Full::Unanswered(UNPROVEN)),
+                other => panic!("{other:?}"),
+            }
+            dialled += 1;
+        }
+        assert_eq!(dialled, UNPROVEN);
+        // An old connection that ends is no dial that waits for its answer.
+        assert!(!old.is_unanswered());
     }
 
     #[test]
