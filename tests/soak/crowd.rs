@@ -4,7 +4,7 @@ use crate::child::{Places, wait_until};
 use crate::client::{self, Conn, End, Place};
 use crate::guest::{
     CHARGEN, CLOSER, COUNT, DISCARD, DOWNLOAD, EARLY, ECHO, HTTP, LATE, LONG, NEVER, REFUSED,
-    early_answer, pattern,
+    STUBBORN, early_answer, pattern,
 };
 use hvsock::simulate::Vm;
 use std::collections::{BTreeMap, HashMap};
@@ -326,7 +326,14 @@ impl World<'_> {
                     park(conn, hold)
                 }),
             ),
-            94..97 => (
+            94 => (
+                "vanishes from a stubborn guest",
+                open(STUBBORN).and_then(|mut conn| {
+                    conn.read_exact(&mut vec![0; some])?;
+                    vanish(conn)
+                }),
+            ),
+            95..97 => (
                 "silent guest",
                 open(NEVER).and_then(|mut conn| {
                     conn.write_all(&pattern(seed, some))?;

@@ -24,11 +24,13 @@ pub(crate) const EARLY: u32 = 1003;
 pub(crate) const NEVER: u32 = 1004;
 /// Closes as soon as it was dialled.
 pub(crate) const CLOSER: u32 = 1005;
+/// Sends for ever, whatever it is told, until nobody is there.
+pub(crate) const STUBBORN: u32 = 1006;
 /// Nothing listens there.
 pub(crate) const REFUSED: u32 = 4000;
 
-pub(crate) const PORTS: [u32; 11] = [
-    ECHO, DISCARD, CHARGEN, HTTP, DOWNLOAD, COUNT, LATE, EARLY, NEVER, CLOSER, REFUSED,
+pub(crate) const PORTS: [u32; 12] = [
+    ECHO, DISCARD, CHARGEN, HTTP, DOWNLOAD, COUNT, LATE, EARLY, NEVER, CLOSER, STUBBORN, REFUSED,
 ];
 
 /// What is longer has failed.
@@ -90,6 +92,7 @@ pub(crate) fn builder(directory: &Path) -> Builder {
         .guest(LATE, program(late))
         .guest(EARLY, program(early))
         .guest(NEVER, program(never))
+        .guest(STUBBORN, program(stubborn))
         .guest(CLOSER, program(|_| Ok(())))
 }
 
@@ -132,4 +135,11 @@ fn never(stream: UnixStream) -> io::Result<()> {
     thread::sleep(Duration::from_millis(400));
     drop(stream);
     Ok(())
+}
+
+fn stubborn(mut stream: UnixStream) -> io::Result<()> {
+    let bytes = pattern(3, 16 * 1024);
+    loop {
+        stream.write_all(&bytes)?;
+    }
 }

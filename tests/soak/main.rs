@@ -13,7 +13,7 @@ mod host;
 use child::{Places, Proxy, wait_until};
 use client::{Conn, Place};
 use crowd::{HOST_ECHO_TCP, HOST_ECHO_UNIX, HOST_REFUSED, Tally, World};
-use guest::{CHARGEN, DOWNLOAD, ECHO, LONG, NEVER};
+use guest::{CHARGEN, DOWNLOAD, ECHO, LONG, NEVER, STUBBORN};
 use hvsock::simulate::Vm;
 use nix::sys::signal::Signal;
 use std::collections::HashMap;
@@ -28,6 +28,9 @@ const GUESTS: u64 = 2;
 
 /// `--grace` of the proxy that is ended in the middle.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// `--drain-timeout`, in seconds: stubborn guests are given up then.
+const DRAIN: &str = "2";
 
 /// How long the proxy takes leave of guests after the grace.
 const LAST_LEAVE: Duration = Duration::from_secs(2);
@@ -105,7 +108,12 @@ fn the_vm_survives_a_rude_crowd() {
         ],
     };
     let vm = guest::builder(&places.vm).start().unwrap();
-    let mut first = Proxy::start(&places, &HashMap::new(), &["--grace", "2"]).unwrap();
+    let mut first = Proxy::start(
+        &places,
+        &HashMap::new(),
+        &["--grace", "2", "--drain-timeout", DRAIN],
+    )
+    .unwrap();
     let world = World {
         vm: &vm,
         places: &places,
@@ -140,7 +148,7 @@ fn the_vm_survives_a_rude_crowd() {
             reach(&world, total / 2)?;
             peak = first.peak_memory();
             end_in_the_middle(&world, &mut first)?;
-            let options = ["--grace", "30"];
+            let options = ["--grace", "30", "--drain-timeout", DRAIN];
             let again = Proxy::start(&places, &world.tcp, &options)?;
             idle = again.descriptors_at_rest();
             second = Some(again);
@@ -297,6 +305,8 @@ fn flood(world: &World) -> Result<(), String> {
 
 /// More clients than the VM has slots: those who find one are served, the others when they have gone.
 fn full_house(world: &World) {
+    // They come while the guest is paused, and are let loose all at once.
+    world.vm.pause();
     let mut crowd: Vec<Conn> = (0..HOUSE)
         .map(|number| {
             let mut conn = Conn::open(&world.place(ECHO, number % 2 == 0)).unwrap();
@@ -304,11 +314,18 @@ fn full_house(world: &World) {
             conn
         })
         .collect();
-    let full = |live| live >= PLACES;
+    world.vm.resume();
     let filled = world
         .vm
-        .wait_for(LONG, |counters| full(counters.live_slots));
+        .wait_for(LONG, |counters| counters.live_slots >= PLACES);
+    assert_alive(world.vm);
     assert!(filled, "{:?}", world.vm.counters());
+    // Time enough for the others to come in, too.
+    let time = Duration::from_millis(100);
+    let crowded = world
+        .vm
+        .wait_for(time, |counters| counters.live_slots > PLACES + 20);
+    assert!(!crowded, "{:?}", world.vm.counters());
     for (number, conn) in crowd.iter_mut().enumerate() {
         // Whoever left before has made room.
         client::expect(conn, b"is there a place?", 64, Duration::ZERO)
@@ -317,8 +334,6 @@ fn full_house(world: &World) {
         client::expect_end(conn).unwrap();
     }
     assert_alive(world.vm);
-    let peak = world.vm.counters().peak_slots;
-    assert!(peak < PLACES + 20, "{peak} slots taken at once");
 }
 
 /// What is under way when a proxy ends.
@@ -348,7 +363,7 @@ impl Transfers {
             conn.read_exact(&mut [0; 100])?;
             endless.push((conn, tcp, number < 4));
 
-            let port = if number < 4 { NEVER } else { ECHO };
+            let port = [NEVER, ECHO, STUBBORN][number as usize % 3];
             silent.push(Conn::open(&world.place(port, tcp))?);
         }
         Ok(Transfers {
