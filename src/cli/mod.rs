@@ -9,7 +9,7 @@ mod spec;
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -105,6 +105,8 @@ fn start_log() {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
+        // Colours are for eyes, not for files and journals.
+        .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
     // Another program that calls us may have set up its own.
     let _ = log.try_init();
