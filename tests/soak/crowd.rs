@@ -340,7 +340,7 @@ impl World<'_> {
                     if hold < 300 {
                         conn.half_close()?
                     }
-                    if hold % 2 == 0 {
+                    if hold.is_multiple_of(2) {
                         park(conn, hold)
                     } else {
                         vanish(conn)
@@ -392,12 +392,11 @@ impl World<'_> {
                 ),
                 (_, 0) => (
                     "guest vanishes",
-                    stream.and_then(|mut stream| {
+                    stream.map(|mut stream| {
                         let _ = stream.write_all(&bytes);
-                        if length % 2 == 0 {
+                        if length.is_multiple_of(2) {
                             parked.push(stream);
                         }
-                        Ok(())
                     }),
                 ),
                 _ => (

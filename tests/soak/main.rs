@@ -422,7 +422,7 @@ fn all<T: Send>(these: Vec<T>, run: impl Fn(T) -> Result<(), String> + Sync) -> 
         let outcomes = threads
             .into_iter()
             .map(|thread| thread.join().expect("no panic"));
-        outcomes.fold(Ok(()), |so_far, outcome| so_far.and(outcome))
+        outcomes.collect::<Vec<_>>().into_iter().collect()
     })
 }
 
