@@ -161,9 +161,10 @@ impl<W: World> Worker<W> {
     fn hand_over(&mut self, stream: W::Stream, forward: Arc<Forward>, now: Instant) {
         let load = |index: &usize| self.shared.inboxes[*index].load.load(Ordering::Relaxed);
         let mine = load(&self.index);
+        // Once the end has begun the others may be gone.
         let least = (0..self.shared.inboxes.len())
             .min_by_key(load)
-            .filter(|index| load(index) < mine);
+            .filter(|index| self.phase == Phase::Running && load(index) < mine);
         let to = least.unwrap_or(self.index);
         self.shared.inboxes[to].load.fetch_add(1, Ordering::Relaxed);
         if to == self.index {

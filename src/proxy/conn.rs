@@ -563,14 +563,10 @@ impl<W: World> Worker<W> {
             conn.forward.count(side, delivered - conn.counted[side]);
             conn.counted[side] = delivered;
         }
-        if let Some(permit) = &mut conn.permit {
-            let server = &pair.ends[SERVER];
-            if server.received() > 0 || server.input_ended() {
-                permit.heard();
-            }
-            if !server.is_readable() {
-                permit.emptied();
-            }
+        if let Some(permit) = &conn.permit
+            && (pair.ends[SERVER].received() > 0 || pair.ends[SERVER].input_ended())
+        {
+            permit.answered();
         }
         match turn {
             Turn::Again => self.make_ready(id),
@@ -649,11 +645,16 @@ impl<W: World> Worker<W> {
         };
         let mut more = false;
         let mut look_again = None;
-        for slot in ends.iter_mut() {
+        for (side, slot) in ends.iter_mut().enumerate() {
             let Some(Leave { mut end, reset }) = slot.take() else {
                 continue;
             };
             more |= end.discard(&mut self.pool);
+            if let Some(permit) = conn.permit.as_ref().filter(|_| side == SERVER)
+                && (end.received() > 0 || end.input_ended())
+            {
+                permit.answered();
+            }
             if reset {
                 if end.is_dead() || self.world.unacknowledged(&end.socket) == 0 {
                     self.world.reset(end.socket);
@@ -662,9 +663,6 @@ impl<W: World> Worker<W> {
                 look_again = Some(now + RESET_PAUSE);
             } else if end.input_ended() {
                 self.world.close(end.socket);
-                if let Some(permit) = &conn.permit {
-                    permit.heard();
-                }
                 continue;
             }
             *slot = Some(Leave { end, reset });

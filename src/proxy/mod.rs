@@ -171,6 +171,7 @@ impl Proxy {
             forwards,
             inboxes,
             live: AtomicUsize::new(0),
+            stopping: AtomicUsize::new(0),
         });
         let mut workers: Vec<Worker<MioWorld>> = worlds
             .into_iter()

@@ -97,6 +97,8 @@ pub(crate) struct Shared<S> {
     pub(crate) inboxes: Vec<Inbox<S>>,
     /// Connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
+    /// Workers that have heard of the end: they hand nothing over any more.
+    pub(crate) stopping: AtomicUsize,
 }
 
 /// A worker: its connections, its listeners, its part of the world.
@@ -258,6 +260,7 @@ impl<W: World> Worker<W> {
             // Who is connected by now, as far as the kernel is concerned, is still served.
             self.accept_all(now);
             self.phase = Phase::Stopping;
+            self.shared.stopping.fetch_add(1, Ordering::AcqRel);
             self.close_client_listeners();
             self.end_probes(now);
         }
@@ -273,8 +276,12 @@ impl<W: World> Worker<W> {
         }
     }
 
-    /// All connections of all workers have ended, and no guest waits at the door.
+    /// All connections of all workers have ended, none can be handed over any more, and no guest waits at the door.
     fn is_over(&mut self, now: Instant) -> bool {
+        // First this: who has not heard of the end yet may still count a connection and hand it to us.
+        if self.shared.stopping.load(Ordering::Acquire) < self.shared.inboxes.len() {
+            return false;
+        }
         let none = |shared: &Shared<W::Stream>| shared.live.load(Ordering::Acquire) == 0;
         if !none(&self.shared) {
             return false;

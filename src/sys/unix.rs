@@ -13,11 +13,13 @@ pub(crate) const SUN_PATH_LEN: usize = if cfg!(target_os = "linux") { 108 } else
 /// less the longest prefix that it puts before the name.
 const LONGEST_NAME: usize = SUN_PATH_LEN - 1 - 32;
 
-/// Which file a path names: device and inode.
+/// Which file a path names: device, inode and time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     device: u64,
     inode: u64,
+    /// Of a socket's file: when it was bound. Some file systems give a new file the number of the one just removed.
+    modified: (i64, i64),
 }
 
 impl Identity {
@@ -27,6 +29,7 @@ impl Identity {
         Ok(Identity {
             device: metadata.dev(),
             inode: metadata.ino(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
         })
     }
 }

@@ -1,0 +1,191 @@
+//! The proxy: the real binary, as a child.
+
+use crate::guest::{LONG, PORTS};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How often a condition is looked at.
+pub(crate) const LOOK: Duration = Duration::from_millis(5);
+
+/// Looks until `reached`, at most for `time`; whether it was.
+pub(crate) fn wait_until(time: Duration, mut reached: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + time;
+    loop {
+        if reached() {
+            return true;
+        }
+        if Instant::now() > deadline {
+            return false;
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// Where everything of one soak is.
+#[derive(Debug)]
+pub(crate) struct Places {
+    pub(crate) root: PathBuf,
+    /// The VM's state directory.
+    pub(crate) vm: PathBuf,
+    /// What the guest dials, and where it leads.
+    pub(crate) remotes: Vec<(u32, String)>,
+}
+
+impl Places {
+    pub(crate) fn unix(&self, port: u32) -> PathBuf {
+        self.root.join(format!("{port}.sock"))
+    }
+
+    /// Socket files that are the proxy's and still there.
+    pub(crate) fn left_over(&self) -> Vec<PathBuf> {
+        let locals = PORTS.iter().map(|&port| self.unix(port));
+        let name = |port: u32| self.vm.join(format!("00000002.{port:08x}"));
+        let remotes = self.remotes.iter().map(|(port, _)| name(*port));
+        locals
+            .chain(remotes)
+            .filter(|path| path.symlink_metadata().is_ok())
+            .collect()
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Proxy {
+    child: Child,
+    /// Kept open: a proxy that prints to a closed pipe would be another test.
+    _stdout: BufReader<ChildStdout>,
+    log: PathBuf,
+    /// Where each guest port is exposed over TCP.
+    pub(crate) tcp: HashMap<u32, SocketAddr>,
+}
+
+impl Proxy {
+    /// Starts `expose` and waits until it listens. Without `tcp` the ports are chosen.
+    pub(crate) fn start(
+        places: &Places,
+        tcp: &HashMap<u32, SocketAddr>,
+        options: &[&str],
+    ) -> Result<Proxy, String> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        command.arg("expose").arg("--vm").arg(&places.vm);
+        command.args(["--workers", "2"]).args(options);
+        for port in PORTS {
+            let chosen = tcp.get(&port).map_or(0, SocketAddr::port);
+            command.args(["-L", &format!("{chosen}:{port}")]);
+            let path = places.unix(port);
+            command.args(["-L", &format!("{}:{port}", path.display())]);
+        }
+        for (port, target) in &places.remotes {
+            command.args(["-R", &format!("{port}:{target}")]);
+        }
+        let log = places.root.join("proxy.log");
+        let append = |path: &Path| File::options().create(true).append(true).open(path);
+        command
+            .env("HVSOCK_LOG", "warn")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(append(&log).map_err(|e| e.to_string())?);
+        let mut child = command.spawn().map_err(|e| e.to_string())?;
+        let stdout = child.stdout.take().expect("stdout is piped");
+        let mut proxy = Proxy {
+            child,
+            _stdout: BufReader::new(stdout),
+            log,
+            tcp: HashMap::new(),
+        };
+        for _ in 0..2 * PORTS.len() + places.remotes.len() {
+            let mut line = String::new();
+            // It prints them all or ends; either ends this.
+            if proxy._stdout.read_line(&mut line).unwrap_or(0) == 0 {
+                return Err(format!("the proxy didn't start: {}", proxy.log_tail()));
+            }
+            if let Some(rest) = line.trim_end().strip_prefix("tcp://")
+                && let Some((address, port)) = rest.split_once(" -> guest port ")
+            {
+                let port = port.split(' ').next().unwrap_or("").parse();
+                let known = (port, address.parse());
+                let (Ok(port), Ok(address)) = known else {
+                    return Err(format!("what is {line:?}?"));
+                };
+                proxy.tcp.insert(port, address);
+            }
+        }
+        Ok(proxy)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).expect("a pid");
+        kill(Pid::from_raw(pid), signal).expect("the proxy is there to be signalled");
+    }
+
+    pub(crate) fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("it is our child")
+    }
+
+    /// Waits for its end; how long that took.
+    pub(crate) fn wait(&mut self, time: Duration) -> Result<(ExitStatus, Duration), String> {
+        let start = Instant::now();
+        if wait_until(time, || self.exited().is_some()) {
+            return Ok((self.exited().expect("it has exited"), start.elapsed()));
+        }
+        Err(format!(
+            "the proxy didn't end within {time:?}, with {:?} descriptors: {}",
+            self.descriptors(),
+            self.log_tail()
+        ))
+    }
+
+    /// How many descriptors it has; `None` where the system doesn't tell.
+    pub(crate) fn descriptors(&self) -> Option<usize> {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.child.id())).ok()?;
+        Some(entries.count())
+    }
+
+    /// The same when it has nothing to do: as long as it changes, it has.
+    pub(crate) fn descriptors_at_rest(&self) -> Option<usize> {
+        let mut seen = (self.descriptors(), 0);
+        let settled = wait_until(LONG, || {
+            let now = self.descriptors();
+            seen = if now == seen.0 {
+                (now, seen.1 + 1)
+            } else {
+                (now, 0)
+            };
+            seen.1 >= 20
+        });
+        assert!(settled, "the proxy's descriptors never settle");
+        seen.0
+    }
+
+    /// The most memory it ever had, in KiB.
+    pub(crate) fn peak_memory(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
+        let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub(crate) fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(15)..].join("\n")
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // By its handle: never another process.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
