@@ -14,16 +14,19 @@
 
 mod accept;
 mod conn;
+mod dialling;
 mod forward;
 mod gate;
+mod leaving;
 mod table;
 mod worker;
 mod world;
 
 use std::io;
 use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -189,9 +192,17 @@ impl Proxy {
         };
         for (index, worker) in workers.into_iter().enumerate() {
             let thread = std::thread::Builder::new().name(format!("hvsock-{index}"));
-            proxy
-                .threads
-                .push(thread.spawn(|| worker.run()).map_err(fail)?);
+            let shared = Arc::clone(&proxy.shared);
+            let run = move || run_to_the_end(worker, index, &shared);
+            let thread = thread.spawn(run).map_err(|e| {
+                // Those that run need not wait for those that never will.
+                proxy
+                    .shared
+                    .stopping
+                    .fetch_add(count - index, Ordering::AcqRel);
+                fail(e)
+            })?;
+            proxy.threads.push(thread);
         }
         Ok(proxy)
     }
@@ -235,7 +246,6 @@ impl Proxy {
                 Err(_) => Err(io::Error::other("a worker panicked")),
             };
             if let Err(e) = ended {
-                // The others can't reach their end without it.
                 result = Err(Error::new(Operation::Run, "the proxy", e));
             }
         }
@@ -250,6 +260,25 @@ impl Drop for Proxy {
             let _ = self.join();
         }
     }
+}
+
+/// Runs a worker; if it fails, ends the others too: without it they would wait for its connections for ever.
+fn run_to_the_end(
+    worker: Worker<MioWorld>,
+    index: usize,
+    shared: &Shared<Stream>,
+) -> io::Result<()> {
+    let run = AssertUnwindSafe(|| worker.run());
+    let ended = catch_unwind(run).unwrap_or_else(|_| Err(io::Error::other("a worker panicked")));
+    if ended.is_err() {
+        let lost = shared.inboxes[index].load.swap(0, Ordering::AcqRel);
+        shared.live.fetch_sub(lost, Ordering::AcqRel);
+        shared.stopping.fetch_add(1, Ordering::AcqRel);
+        for inbox in &shared.inboxes {
+            inbox.send(Command::Stop(Duration::ZERO));
+        }
+    }
+    ended
 }
 
 fn gate_of(

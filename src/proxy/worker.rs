@@ -11,7 +11,8 @@ use crate::relay::Pool;
 
 use super::Limits;
 use super::accept::Listening;
-use super::conn::{Conn, DialQueue};
+use super::conn::Conn;
+use super::dialling::DialQueue;
 use super::forward::Forward;
 use super::table::{Id, Table};
 use super::world::{Event, World};

@@ -1,0 +1,381 @@
+//! How a connection comes to be: adopted, its target named, let through the VM's gate, connected, or refused.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+use crate::address::{Address, Host, HyperkitAddress, Port};
+use crate::dial::{self, Dial, Next};
+use crate::error::{Error, Operation};
+use crate::listener::not_carried;
+use crate::relay::{CLIENT, End, Readiness, SERVER};
+use crate::stream::Endpoint;
+
+use super::conn::{Conn, Leave, State};
+use super::forward::Forward;
+use super::gate::{Admission, Gate, Permit};
+use super::table::Id;
+use super::worker::{Phase, Worker};
+use super::world::World;
+
+/// The port of a probe: `VMADDR_PORT_ANY` (`linux/vm_sockets.h`), to which nothing can be bound.
+const PROBE_PORT: Port = Port(u32::MAX);
+
+/// How long a dial waits when a cap of its VM is reached before it asks again.
+const FULL_PAUSE: Duration = Duration::from_millis(10);
+
+/// The connections of this worker that wait for leave to dial one VM, first come, first served.
+#[derive(Debug)]
+pub(crate) struct DialQueue {
+    gate: Arc<Gate>,
+    waiting: VecDeque<Id>,
+    next: Instant,
+}
+
+impl<W: World> Worker<W> {
+    /// Takes over an accepted connection and begins to dial its target.
+    pub(super) fn adopt(&mut self, mut stream: W::Stream, forward: Arc<Forward>, now: Instant) {
+        let id = self.conns.insert(Conn::new(Arc::clone(&forward)));
+        let watched = self.world.watch(&mut stream, id.token(CLIENT));
+        let deadline = now + self.shared.limits.dial_timeout;
+        let mut dial = Dial::new(deadline);
+        let target = &forward.rule.connect;
+        // Guests find the port bound until the very end, but are not served any more.
+        let closed = match self.phase {
+            Phase::Running => false,
+            Phase::Stopping => forward.is_polite(CLIENT),
+            Phase::Cutting => true,
+        };
+        let ready = match target {
+            _ if watched.is_err() || closed => Some(false),
+            Address::Hyperkit(hyperkit) => {
+                dial.add([Endpoint::Hyperkit(hyperkit.clone())]);
+                None
+            }
+            Address::Unix(unix) => {
+                dial.add([Endpoint::Unix(unix.clone())]);
+                Some(true)
+            }
+            Address::Tcp(tcp) => match &tcp.host {
+                Host::Ip(ip) => {
+                    dial.add([Endpoint::Tcp(SocketAddr::new(*ip, tcp.port))]);
+                    Some(true)
+                }
+                Host::Name(name) => {
+                    self.world.resolve(id.token(SERVER), name, tcp.port);
+                    None
+                }
+            },
+            _ => Some(false),
+        };
+        let queued = dial.endpoint().is_some() && ready.is_none();
+        if let Some(conn) = self.conns.get_mut(id) {
+            conn.state = State::Waiting {
+                client: End::new(stream),
+                dial,
+                full: None,
+            };
+        }
+        match ready {
+            Some(true) => self.connect(id, now),
+            Some(false) => {
+                let error = match watched {
+                    Err(e) => Error::new(Operation::Accept, &forward.rule.listen, e),
+                    Ok(()) if closed => {
+                        let cause = io::Error::other("the proxy is stopping");
+                        Error::new(Operation::Connect, target, cause)
+                    }
+                    Ok(()) => not_carried(Operation::Connect, target),
+                };
+                self.refuse(id, &error, now);
+            }
+            None if queued => self.queue_dial(id, &forward, now),
+            None => {}
+        }
+        if let Some(conn) = self.conns.get_mut(id)
+            && conn.timer.is_none()
+            && matches!(conn.state, State::Waiting { .. } | State::Connecting { .. })
+        {
+            self.set_timer(id, deadline);
+        }
+    }
+
+    /// Takes the addresses of a target's name.
+    pub(super) fn resolved(
+        &mut self,
+        id: Id,
+        addresses: io::Result<Vec<SocketAddr>>,
+        now: Instant,
+    ) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        let State::Waiting { dial, .. } = &mut conn.state else {
+            return;
+        };
+        let error = match addresses {
+            Ok(addresses) if !addresses.is_empty() => {
+                dial.add(addresses.into_iter().map(Endpoint::Tcp));
+                return self.connect(id, now);
+            }
+            Ok(_) => io::Error::new(io::ErrorKind::NotFound, "the name has no address"),
+            Err(e) => e,
+        };
+        let error = Error::new(Operation::Resolve, &conn.forward.rule.connect, error);
+        self.refuse(
+            id,
+            &error.with_remedy("is the name right, and does DNS answer?"),
+            now,
+        );
+    }
+
+    pub(super) fn queue_dial(&mut self, id: Id, forward: &Forward, now: Instant) {
+        let Some(gate) = &forward.gate else { return };
+        let known = self
+            .queues
+            .iter()
+            .position(|queue| Arc::ptr_eq(&queue.gate, gate));
+        let queue = known.unwrap_or_else(|| {
+            self.queues.push(DialQueue {
+                gate: Arc::clone(gate),
+                waiting: VecDeque::new(),
+                next: now,
+            });
+            self.queues.len() - 1
+        });
+        self.queues[queue].waiting.push_back(id);
+        self.dial_turn(queue, now);
+    }
+
+    pub(super) fn next_dial(&self) -> Option<Instant> {
+        self.queues
+            .iter()
+            .filter(|queue| !queue.waiting.is_empty())
+            .map(|queue| queue.next)
+            .min()
+    }
+
+    /// Dials as many of those who wait as their VMs' gates let through.
+    pub(super) fn dial_turns(&mut self, now: Instant) {
+        for index in 0..self.queues.len() {
+            self.dial_turn(index, now);
+        }
+    }
+
+    pub(super) fn dial_turn(&mut self, index: usize, now: Instant) {
+        while let Some(&id) = self.queues[index].waiting.front() {
+            if self.queues[index].next > now {
+                return;
+            }
+            let waiting = |conn: &mut Conn<W::Stream>| match &conn.state {
+                State::Waiting { .. } => Some(Arc::clone(&conn.forward)),
+                _ => None,
+            };
+            // Who has left since, or was refused, needs no dial.
+            let Some(forward) = self.conns.get_mut(id).and_then(waiting) else {
+                self.queues[index].waiting.pop_front();
+                continue;
+            };
+            let Address::Hyperkit(target) = &forward.rule.connect else {
+                return;
+            };
+            let vm = self.world.vm_identity(&target.vm);
+            match self.queues[index].gate.admit(now, vm) {
+                Admission::Go(permit) => {
+                    self.queues[index].waiting.pop_front();
+                    if let Some(conn) = self.conns.get_mut(id) {
+                        conn.permit = Some(permit);
+                    }
+                    self.connect(id, now);
+                }
+                Admission::At(at) => self.queues[index].next = at,
+                Admission::Probe(permit) => self.probe(permit, &forward, now),
+                Admission::Full(why) => {
+                    self.queues[index].next = now + FULL_PAUSE;
+                    for id in &self.queues[index].waiting {
+                        if let Some(Conn {
+                            state: State::Waiting { full, .. },
+                            ..
+                        }) = self.conns.get_mut(*id)
+                        {
+                            *full = Some(why);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
+    ///
+    /// However long that takes, there is no second probe, so this one is never given up.
+    pub(super) fn probe(&mut self, mut permit: Permit, forward: &Arc<Forward>, now: Instant) {
+        let (Address::Hyperkit(target), Some(gate)) = (&forward.rule.connect, &forward.gate) else {
+            return;
+        };
+        let target = HyperkitAddress {
+            vm: target.vm.clone(),
+            port: PROBE_PORT,
+        };
+        let Ok(mut stream) = self.world.connect(&Endpoint::Hyperkit(target)) else {
+            drop(permit);
+            gate.vm_is_gone();
+            return;
+        };
+        permit.dialled();
+        let id = self.conns.insert(Conn::new(Arc::clone(forward)));
+        forward.live.fetch_add(1, Ordering::Relaxed);
+        self.shared.inboxes[self.index]
+            .load
+            .fetch_add(1, Ordering::Relaxed);
+        self.shared.live.fetch_add(1, Ordering::AcqRel);
+        let watched = self.world.watch(&mut stream, id.token(SERVER));
+        let mut end = End::new(stream);
+        end.shutdown_write();
+        let until = watched.is_err().then_some(now);
+        if let Some(conn) = self.conns.get_mut(id) {
+            conn.permit = Some(permit);
+            conn.state = State::Leaving {
+                ends: [None, Some(Leave { end, reset: false })],
+                until,
+            };
+        }
+        self.go_on_leaving(id, now);
+    }
+
+    /// Tries the dial's next endpoint, and the ones behind it.
+    pub(super) fn connect(&mut self, id: Id, now: Instant) {
+        loop {
+            let Some(conn) = self.conns.get_mut(id) else {
+                return;
+            };
+            let State::Waiting { dial, .. } = &conn.state else {
+                return;
+            };
+            let Some(endpoint) = dial.endpoint() else {
+                return;
+            };
+            let at_once = !matches!(endpoint, Endpoint::Tcp(_));
+            let attempt = self.world.connect(endpoint);
+            if attempt.is_ok()
+                && let Some(permit) = &mut conn.permit
+            {
+                permit.dialled();
+            }
+            let attempt = attempt.and_then(|mut stream| {
+                match self.world.watch(&mut stream, id.token(SERVER)) {
+                    Ok(()) => Ok(stream),
+                    Err(e) => {
+                        self.world.close(stream);
+                        Err(e)
+                    }
+                }
+            });
+            match attempt {
+                Ok(stream) => {
+                    let State::Waiting { client, dial, .. } = conn.take_state() else {
+                        return;
+                    };
+                    let mut server = End::new(stream);
+                    if at_once {
+                        // A socket just connected has room; no need to wait until an event says so.
+                        server.latch(Readiness {
+                            writable: true,
+                            ..Readiness::default()
+                        });
+                        conn.state = State::Connecting {
+                            client,
+                            server,
+                            dial,
+                        };
+                        return self.connected(id, now);
+                    }
+                    conn.state = State::Connecting {
+                        client,
+                        server,
+                        dial,
+                    };
+                    return;
+                }
+                Err(e) => {
+                    if !self.retry(id, e, now) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether another endpoint is to be tried now, after the last one failed with `error`.
+    pub(super) fn retry(&mut self, id: Id, error: io::Error, now: Instant) -> bool {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return false;
+        };
+        let State::Waiting { dial, .. } = &mut conn.state else {
+            return false;
+        };
+        match dial.failed(now, error) {
+            Next::Now => true,
+            Next::At(at) => {
+                self.set_timer(id, at);
+                false
+            }
+            Next::GiveUp(error) => {
+                let error = dial::explain(&conn.forward.rule.connect, error);
+                self.refuse(id, &error, now);
+                false
+            }
+        }
+    }
+
+    /// Ends a connection that could not be made, and says why.
+    pub(super) fn refuse(&mut self, id: Id, error: &Error, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        conn.forward.refused.fetch_add(1, Ordering::Relaxed);
+        complain(&conn.forward, error, now);
+        let client = match conn.take_state() {
+            State::Waiting { client, .. } => client,
+            State::Connecting { client, server, .. } => {
+                self.world.close(server.socket);
+                client
+            }
+            other => {
+                conn.state = other;
+                return;
+            }
+        };
+        let mut client = client;
+        // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
+        if conn.forward.is_polite(CLIENT) && !client.is_dead() {
+            client.shutdown_write();
+            let leave = Leave {
+                end: client,
+                reset: false,
+            };
+            self.begin_leaving(id, [Some(leave), None], now);
+        } else {
+            self.world.reset(client.socket);
+            self.forget(id);
+        }
+    }
+}
+
+/// Says why a client was refused, unless it was said a moment ago.
+pub(super) fn complain(forward: &Forward, error: &Error, now: Instant) {
+    if let Some(more) = forward.complaints.admit(&error.to_string(), now) {
+        match more {
+            0 => warn!("refused a client of {}: {error}", forward.rule.listen),
+            _ => warn!(
+                "refused a client of {}: {error} ({more} more since the last line)",
+                forward.rule.listen
+            ),
+        }
+    }
+}

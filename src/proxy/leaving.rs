@@ -1,0 +1,235 @@
+//! How a connection ends: each side is closed, reset, or half-closed and read to its end, as it is owed.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, warn};
+
+use crate::dial;
+use crate::error::{Error, Operation};
+use crate::relay::{CLIENT, Farewell, Readiness, SERVER};
+
+use super::conn::{Leave, State};
+use super::dialling::complain;
+use super::table::Id;
+use super::worker::{Phase, Worker};
+use super::world::World;
+
+/// How long a client that goes on sending is read from after it got its whole answer.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether a peer that is to be reset has got what was sent before.
+const RESET_PAUSE: Duration = Duration::from_millis(2);
+
+/// How long guests are taken leave of when the proxy is told to end at once.
+const LAST_LEAVE: Duration = Duration::from_secs(2);
+
+/// Turns of an end that is emptied before it is closed by force: what a socket can hold, many times over.
+const LAST_TURNS: usize = 64;
+
+impl<W: World> Worker<W> {
+    /// Ends a pair, done or not: closes, resets, or half-closes and goes on reading, as each side is owed.
+    pub(super) fn leave(&mut self, id: Id, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        let State::Relaying { pair, .. } = conn.take_state() else {
+            return;
+        };
+        if pair.refused() {
+            let error = dial::refused_in_silence(&conn.forward.rule.connect);
+            conn.forward.refused.fetch_add(1, Ordering::Relaxed);
+            complain(&conn.forward, &error, now);
+        }
+        let farewells = [pair.farewell(CLIENT), pair.farewell(SERVER)];
+        let sides = pair.into_ends(&mut self.pool).into_iter().zip(farewells);
+        let mut leaving = [None, None];
+        for (side, (mut end, farewell)) in sides.enumerate() {
+            // Rule 2 of a good neighbour: hyperkit reads EOF from us and is read to its EOF, whatever happened.
+            let polite = conn.forward.is_polite(side);
+            if polite && !end.input_ended() || !polite && farewell == Farewell::Linger {
+                end.shutdown_write();
+                leaving[side] = Some(Leave { end, reset: false });
+            } else if polite || farewell == Farewell::Close {
+                self.world.close(end.socket);
+            } else {
+                leaving[side] = Some(Leave { end, reset: true });
+            }
+        }
+        self.begin_leaving(id, leaving, now);
+    }
+
+    pub(super) fn begin_leaving(
+        &mut self,
+        id: Id,
+        leaving: [Option<Leave<W::Stream>>; 2],
+        now: Instant,
+    ) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        let polite = |side: usize| leaving[side].is_some() && conn.forward.is_polite(side);
+        let time = match self.phase {
+            Phase::Cutting => LAST_LEAVE.min(self.shared.limits.drain_timeout),
+            _ if polite(CLIENT) || polite(SERVER) => self.shared.limits.drain_timeout,
+            _ => LINGER,
+        };
+        conn.timer = None;
+        conn.state = State::Leaving {
+            ends: leaving,
+            until: Some(now + time),
+        };
+        self.go_on_leaving(id, now);
+    }
+
+    pub(super) fn go_on_leaving(&mut self, id: Id, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        let State::Leaving { ends, until } = &mut conn.state else {
+            return;
+        };
+        let mut more = false;
+        let mut look_again = None;
+        for (side, slot) in ends.iter_mut().enumerate() {
+            let Some(Leave { mut end, reset }) = slot.take() else {
+                continue;
+            };
+            more |= end.discard(&mut self.pool);
+            if let Some(permit) = conn.permit.as_ref().filter(|_| side == SERVER)
+                && (end.received() > 0 || end.input_ended())
+            {
+                permit.answered();
+            }
+            if reset {
+                if end.is_dead() || self.world.unacknowledged(&end.socket) == 0 {
+                    self.world.reset(end.socket);
+                    continue;
+                }
+                look_again = Some(now + RESET_PAUSE);
+            } else if end.input_ended() {
+                self.world.close(end.socket);
+                continue;
+            }
+            *slot = Some(Leave { end, reset });
+        }
+        if ends.iter().all(Option::is_none) {
+            return self.forget(id);
+        }
+        let until = *until;
+        if until.is_some_and(|until| now >= until) {
+            return self.abandon(id, now);
+        }
+        if let Some(at) = [until, look_again].into_iter().flatten().min() {
+            self.set_timer(id, at);
+        }
+        if more {
+            self.make_ready(id);
+        }
+    }
+
+    /// Closes what did not end in time, with nothing unread in it.
+    pub(super) fn abandon(&mut self, id: Id, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        let State::Leaving { ends, .. } = conn.take_state() else {
+            return;
+        };
+        for (side, leave) in ends.into_iter().enumerate() {
+            let Some(Leave { mut end, reset }) = leave else {
+                continue;
+            };
+            if reset {
+                self.world.reset(end.socket);
+                continue;
+            }
+            // First nothing more may come (the device's next write fails, and it tells the guest), then what has come
+            // is taken out: a close with data unread is what kills the VM.
+            self.world.shutdown_read(&end.socket);
+            end.latch(Readiness {
+                readable: true,
+                ..Readiness::default()
+            });
+            for _ in 0..LAST_TURNS {
+                if !end.discard(&mut self.pool) {
+                    break;
+                }
+            }
+            self.world.close(end.socket);
+            if conn.forward.is_polite(side) {
+                conn.forward.abandoned.fetch_add(1, Ordering::Relaxed);
+                let text = "closed a connection that hyperkit did not end within the drain timeout";
+                if let Some(more) = conn.forward.complaints.admit(text, now) {
+                    warn!(more, "{}: {text}", conn.forward.rule.connect);
+                }
+            }
+        }
+        self.forget(id);
+    }
+
+    /// Sets an end to what has none while the proxy runs: probes.
+    pub(super) fn end_probes(&mut self, now: Instant) {
+        for id in self.conns.ids() {
+            if let Some(conn) = self.conns.get_mut(id)
+                && let State::Leaving {
+                    until: until @ None,
+                    ..
+                } = &mut conn.state
+            {
+                *until = Some(now + LAST_LEAVE);
+                self.set_timer(id, now + LAST_LEAVE);
+            }
+        }
+    }
+
+    /// Cuts a connection off, or shortens its leave.
+    pub(super) fn cut(&mut self, id: Id, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        match &mut conn.state {
+            State::Waiting { .. } | State::Connecting { .. } => {
+                let cause =
+                    io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
+                let error = Error::new(Operation::Connect, &conn.forward.rule.connect, cause);
+                self.refuse(id, &error, now);
+            }
+            State::Relaying { .. } => self.leave(id, now),
+            State::Leaving { ends, .. } => {
+                let ends = std::mem::take(ends);
+                self.begin_leaving(id, ends, now);
+            }
+            State::Moving => {}
+        }
+    }
+
+    /// Takes a connection out of the books, closing what it still has.
+    pub(super) fn forget(&mut self, id: Id) {
+        let Some(conn) = self.conns.remove(id) else {
+            return;
+        };
+        match conn.state {
+            State::Waiting { client, .. } => self.world.close(client.socket),
+            State::Connecting { client, server, .. } => {
+                self.world.close(client.socket);
+                self.world.close(server.socket);
+            }
+            State::Relaying { .. } | State::Leaving { .. } | State::Moving => {}
+        }
+        conn.span.in_scope(|| {
+            debug!(
+                sent = conn.counted[CLIENT],
+                received = conn.counted[SERVER],
+                "closed"
+            )
+        });
+        drop(conn.permit);
+        conn.forward.live.fetch_sub(1, Ordering::Relaxed);
+        self.shared.inboxes[self.index]
+            .load
+            .fetch_sub(1, Ordering::Relaxed);
+        self.shared.live.fetch_sub(1, Ordering::AcqRel);
+    }
+}
