@@ -112,3 +112,17 @@ pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
     };
     Error::new(Operation::Connect, address, cause).with_remedy(remedy)
 }
+
+/// The error of a hyperkit connection that ended before its first byte: all that its device says of a refusal.
+pub(crate) fn refused_in_silence(address: &Address) -> Error {
+    let why = "the guest ended it without a byte";
+    let cause = io::Error::new(io::ErrorKind::ConnectionRefused, why);
+    let error = Error::new(Operation::Connect, address, cause);
+    match address {
+        Address::Hyperkit(hyperkit) => error.with_remedy(format!(
+            "does a program in the guest listen on vsock port {}?",
+            hyperkit.port
+        )),
+        _ => error,
+    }
+}

@@ -76,6 +76,15 @@ impl Stream {
         }
     }
 
+    /// Bytes written that a [`reset`](Stream::reset) now would take away from the peer.
+    pub(crate) fn unacknowledged(&self) -> usize {
+        match self {
+            Stream::Tcp(stream) => sys::unacknowledged(stream),
+            // Written is there: it lies in the peer's own queue.
+            Stream::Unix(_) => 0,
+        }
+    }
+
     /// Takes nothing more: the peer's next write fails.
     pub(crate) fn shutdown_read(&self) {
         let _ = match self {

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::options::ProxyOptions;
 use super::spec::{Local, Remote};
-use super::{Failure, Outcome, complain, run_proxy, say};
+use super::{Failure, Outcome, complain, end_signals, run_proxy, say};
 use crate::address::{Address, HyperkitAddress, HyperkitVm};
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
@@ -22,8 +22,8 @@ pub(super) struct Expose {
     /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
     #[arg(long, value_name = "VM")]
     vm: String,
-    /// Host to guest: listen on [ADDR:]PORT (127.0.0.1 if ADDR is left out; port 0 is chosen) or on a Unix socket, and
-    /// lead to the guest's vsock port
+    /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen) or a Unix socket, and lead
+    /// to the guest's vsock port
     #[arg(short = 'L', value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT")]
     local: Vec<Local>,
     /// Guest to host: when the guest dials HOSTPORT of CID 2, lead to TARGET (PORT, HOST:PORT, a path or a URI)
@@ -56,6 +56,7 @@ impl Expose {
             .remote
             .iter()
             .map(|remote| Rule::new(at(remote.host_port), remote.target.clone()));
+        let signals = end_signals()?;
         let proxy = Proxy::start(self.options.config(locals.chain(remotes)))?;
         for forward in proxy.forwards() {
             match (&forward.listen, &forward.connect) {
@@ -69,7 +70,7 @@ impl Expose {
                 (listen, connect) => say(format_args!("{listen} -> {connect}")),
             }
         }
-        run_proxy(proxy, self.options.grace())
+        run_proxy(proxy, self.options.grace(), signals)
     }
 }
 

@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::options::ProxyOptions;
-use super::{Failure, Outcome, run_proxy, say};
+use super::{Failure, Outcome, end_signals, run_proxy, say};
 use crate::address::Address;
 use crate::proxy::{Proxy, Rule};
 
@@ -36,10 +36,11 @@ impl Forward {
         let rules = pairs
             .iter()
             .map(|[listen, connect]| Rule::new(listen.clone(), connect.clone()));
+        let signals = end_signals()?;
         let proxy = Proxy::start(self.options.config(rules))?;
         for forward in proxy.forwards() {
             say(format_args!("{} -> {}", forward.listen, forward.connect));
         }
-        run_proxy(proxy, self.options.grace())
+        run_proxy(proxy, self.options.grace(), signals)
     }
 }

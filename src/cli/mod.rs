@@ -105,16 +105,14 @@ fn start_log() {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
-        // Colours are for eyes, not for files and journals.
         .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
     // Another program that calls us may have set up its own.
     let _ = log.try_init();
 }
 
-/// Runs a proxy until a signal or a failure ends it.
-fn run_proxy(proxy: Proxy, grace: Duration) -> Outcome {
-    let mut signals = end_signals()?;
+/// Runs a proxy until one of the [`end_signals`] or a failure ends it.
+fn run_proxy(proxy: Proxy, grace: Duration, mut signals: Signals) -> Outcome {
     let handle = signals.handle();
     let stopper = proxy.stopper();
     let thread = std::thread::spawn(move || {
@@ -138,7 +136,7 @@ fn run_proxy(proxy: Proxy, grace: Duration) -> Outcome {
     Ok(ended?)
 }
 
-/// The signals that ask for the end. SIGHUP is one: a terminal that closes must not leave sockets and guests behind;
+/// The signals that ask for the end. To be taken before anything is made that has to be removed again. SIGHUP is one: a terminal that closes must not leave sockets and guests behind;
 /// under `nohup` it is none.
 fn end_signals() -> io::Result<Signals> {
     let mut wanted = vec![SIGINT, SIGTERM];

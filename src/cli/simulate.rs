@@ -10,7 +10,6 @@ use signal_hook::consts::{SIGUSR1, SIGUSR2};
 
 use super::{Failure, Outcome, complain, end_signals, say};
 use crate::address::{Address, Host, Port, TcpAddress, UnixAddress};
-use crate::error::{Error, Operation};
 use crate::simulate::{Dial, Endpoint, Service, Vm};
 
 /// How often the VM's fate and the signals are looked at.
@@ -136,8 +135,6 @@ fn endpoint(text: &str) -> Result<Endpoint, String> {
 
 impl Simulate {
     pub(super) fn run(self) -> Outcome {
-        std::fs::create_dir_all(&self.directory)
-            .map_err(|e| Error::new(Operation::Listen, self.directory.display(), e))?;
         let mut vm = Vm::builder(&self.directory)
             .cid(self.cid)
             .slots(self.slots)

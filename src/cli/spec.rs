@@ -28,7 +28,7 @@ impl FromStr for Local {
         };
         let guest_port = port
             .parse()
-            .map_err(|e| format!("guest port {e}; a right one: 8080:80"))?;
+            .map_err(|e| format!("the guest's {e}; a right one: 8080:80"))?;
         let listen = local_address(listen)?;
         Ok(Local { listen, guest_port })
     }
@@ -43,7 +43,7 @@ impl FromStr for Remote {
         };
         let host_port = port
             .parse()
-            .map_err(|e| format!("host port {e}; a right one: 5000:127.0.0.1:8080"))?;
+            .map_err(|e| format!("the host's {e}; a right one: 5000:127.0.0.1:8080"))?;
         let target = local_address(target)?;
         if matches!(&target, Address::Tcp(tcp) if tcp.port == 0) {
             return Err("port 0 can't be connected to".into());
@@ -70,7 +70,7 @@ fn local_address(text: &str) -> Result<Address, String> {
     // As in ssh. The other spelling of it there, an empty address, is too easily written by mistake.
     let text = match text.strip_prefix("*:") {
         Some(port) => format!("0.0.0.0:{port}"),
-        None if text.starts_with(':') => {
+        None if text.starts_with(':') && !text.starts_with("::") => {
             return Err("the address before the port is empty: leave the colon out for 127.0.0.1, or write * for all interfaces".into());
         }
         None => text.to_owned(),
@@ -81,6 +81,7 @@ fn local_address(text: &str) -> Result<Address, String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -128,8 +129,8 @@ mod tests {
     fn a_bad_one_says_what_and_shows_a_right_one() {
         for (text, part) in [
             ("8080", "guest's port is missing"),
-            ("8080:", "guest port"),
-            ("8080:http", "guest port"),
+            ("8080:", "guest's port"),
+            ("8080:http", "guest's port"),
             ("8080:4294967296", "4294967295"),
             (":8080:80", "* for all interfaces"),
             ("99999:80", "too large"),
@@ -141,7 +142,7 @@ mod tests {
         }
         for (text, part) in [
             ("5000", "target is missing"),
-            ("x:80", "host port"),
+            ("x:80", "host's port"),
             ("5000:0", "port 0"),
         ] {
             let error = remote(text).unwrap_err();

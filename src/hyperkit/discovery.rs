@@ -272,7 +272,7 @@ impl Search {
                 name: name.clone(),
                 source,
                 vm: state.vm,
-                running: state::is_running(dir),
+                running: state::running_pid(dir).is_some(),
             }),
             Err(why) => self.note(dir, why),
         }

@@ -11,6 +11,9 @@ use std::path::PathBuf;
 
 pub use crate::address::HyperkitVm;
 use crate::address::Port;
+#[cfg(unix)]
+pub(crate) use state::running_pid;
+
 pub use discovery::{Discovered, Places, Source, discover, find};
 
 /// The CID of the host, as the guest dials it (`VMADDR_CID_HOST`).

@@ -90,11 +90,11 @@ pub(super) fn driver(dir: &Path) -> Option<String> {
     config["DriverName"].as_str().map(str::to_owned)
 }
 
-/// Whether the process named by hyperkit.pid lives. Never asked by connecting: a probe can stop the VM's device.
-pub(super) fn is_running(dir: &Path) -> bool {
-    let pid = fs::read_to_string(dir.join(PID_NAME)).ok();
-    pid.and_then(|pid| pid.trim().parse().ok())
-        .is_some_and(sys::process_is_alive)
+/// The process named by hyperkit.pid, if it lives. Never asked by connecting: a probe can stop the VM's device.
+pub(crate) fn running_pid(dir: &Path) -> Option<i32> {
+    let pid = fs::read_to_string(dir.join(PID_NAME)).ok()?;
+    let pid = pid.trim().parse().ok()?;
+    sys::process_is_alive(pid).then_some(pid)
 }
 
 /// A file's JSON, `Null` if there is no such file.

@@ -10,7 +10,7 @@ use tracing::{error, info, warn};
 use crate::address::Address;
 use crate::listener::FileState;
 
-use super::forward::Forward;
+use super::forward::{Complaints, Forward};
 use super::worker::{Command, Phase, Worker};
 use super::world::World;
 
@@ -35,8 +35,7 @@ pub(crate) struct Listening<L> {
     pub(super) ready: bool,
     /// Not before this time.
     paused: Option<Instant>,
-    /// The pause was told of.
-    told: bool,
+    complaints: Complaints,
     watch: Instant,
     lost: bool,
 }
@@ -57,7 +56,7 @@ impl<W: World> Worker<W> {
             forward,
             ready: true,
             paused: None,
-            told: false,
+            complaints: Complaints::default(),
             watch,
             lost: false,
         });
@@ -128,7 +127,6 @@ impl<W: World> Worker<W> {
             }
             match self.world.accept(listener) {
                 Ok((stream, peer)) => {
-                    listening.told = false;
                     let forward = Arc::clone(&listening.forward);
                     tracing::debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     self.shared.live.fetch_add(1, Ordering::AcqRel);
@@ -153,12 +151,9 @@ impl<W: World> Worker<W> {
     fn pause(&mut self, index: usize, now: Instant, reason: &io::Error) {
         let listening = &mut self.listeners[index];
         listening.paused = Some(now + PAUSE);
-        if !listening.told {
-            listening.told = true;
-            warn!(
-                "not accepting on {} for now: {reason}; clients wait",
-                listening.forward.rule.listen
-            );
+        if listening.complaints.admit("paused", now).is_some() {
+            let listen = &listening.forward.rule.listen;
+            warn!("not accepting on {listen} for now: {reason}; clients wait");
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{Span, debug, debug_span, warn};
 
-use crate::address::{Address, Host};
+use crate::address::{Address, Host, HyperkitAddress, Port};
 use crate::dial::{self, Dial, Next};
 use crate::error::{Error, Operation};
 use crate::listener::not_carried;
@@ -36,8 +36,14 @@ const UNREAD: u64 = 1024 * 1024;
 /// How long a client that goes on sending is read from after it got its whole answer.
 const LINGER: Duration = Duration::from_secs(5);
 
+/// How often it is looked whether a peer that is to be reset has got what was sent before.
+const RESET_PAUSE: Duration = Duration::from_millis(2);
+
 /// How long guests are taken leave of when the proxy is told to end at once.
 const LAST_LEAVE: Duration = Duration::from_secs(2);
+
+/// The port of a probe: `VMADDR_PORT_ANY` (`linux/vm_sockets.h`), to which nothing can be bound.
+const PROBE_PORT: Port = Port(u32::MAX);
 
 /// How long a dial waits when a cap of its VM is reached before it asks again.
 const FULL_PAUSE: Duration = Duration::from_millis(10);
@@ -80,29 +86,48 @@ enum State<S> {
         /// When a pair that can only end any more must have done so.
         end: Option<Instant>,
     },
-    /// Half-closed; what still comes is read and dropped until it ends, or until then.
+    /// Taking leave of each end, until then (or until the proxy stops).
     Leaving {
-        ends: [Option<End<S>>; 2],
-        until: Instant,
+        ends: [Option<Leave<S>>; 2],
+        until: Option<Instant>,
     },
     /// Between two states, within one call.
     Moving,
 }
 
+/// An end that is not to be closed at once.
+#[derive(Debug)]
+struct Leave<S> {
+    end: End<S>,
+    /// To be reset when the peer has what was sent before, instead of being read to its EOF: a reset overtakes.
+    reset: bool,
+}
+
 impl<S: crate::relay::Socket> Conn<S> {
-    pub(super) fn latch(&mut self, side: usize, readiness: Readiness, failed: bool) {
+    fn new(forward: Arc<Forward>) -> Conn<S> {
+        let rule = &forward.rule;
+        let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
+        Conn {
+            forward,
+            state: State::Moving,
+            permit: None,
+            ready: false,
+            timer: None,
+            counted: [0; 2],
+            span,
+        }
+    }
+
+    pub(super) fn latch(&mut self, side: usize, readiness: Readiness) {
         match &mut self.state {
             State::Waiting { client, .. } | State::Connecting { client, .. } if side == CLIENT => {
                 client.latch(readiness);
-                if failed {
-                    client.fail();
-                }
             }
             State::Connecting { server, .. } => server.latch(readiness),
             State::Relaying { pair, .. } => pair.ends[side].latch(readiness),
             State::Leaving { ends, .. } => {
-                if let Some(end) = &mut ends[side] {
-                    end.latch(readiness);
+                if let Some(leave) = &mut ends[side] {
+                    leave.end.latch(readiness);
                 }
             }
             State::Waiting { .. } | State::Moving => {}
@@ -125,16 +150,7 @@ pub(crate) struct DialQueue {
 impl<W: World> Worker<W> {
     /// Takes over an accepted connection and begins to dial its target.
     pub(super) fn adopt(&mut self, mut stream: W::Stream, forward: Arc<Forward>, now: Instant) {
-        let span = debug_span!("connection", listen = %forward.rule.listen, connect = %forward.rule.connect);
-        let id = self.conns.insert(Conn {
-            forward: Arc::clone(&forward),
-            state: State::Moving,
-            permit: None,
-            ready: false,
-            timer: None,
-            counted: [0; 2],
-            span,
-        });
+        let id = self.conns.insert(Conn::new(Arc::clone(&forward)));
         let watched = self.world.watch(&mut stream, id.token(CLIENT));
         let deadline = now + self.shared.limits.dial_timeout;
         let mut dial = Dial::new(deadline);
@@ -288,6 +304,7 @@ impl<W: World> Worker<W> {
                     self.connect(id, now);
                 }
                 Admission::At(at) => self.queues[index].next = at,
+                Admission::Probe(permit) => self.probe(permit, &forward, now),
                 Admission::Full(why) => {
                     self.queues[index].next = now + FULL_PAUSE;
                     for id in &self.queues[index].waiting {
@@ -302,6 +319,43 @@ impl<W: World> Worker<W> {
                 }
             }
         }
+    }
+
+    /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
+    ///
+    /// However long that takes, there is no second probe, so this one is never given up.
+    fn probe(&mut self, mut permit: Permit, forward: &Arc<Forward>, now: Instant) {
+        let (Address::Hyperkit(target), Some(gate)) = (&forward.rule.connect, &forward.gate) else {
+            return;
+        };
+        let target = HyperkitAddress {
+            vm: target.vm.clone(),
+            port: PROBE_PORT,
+        };
+        let Ok(mut stream) = self.world.connect(&Endpoint::Hyperkit(target)) else {
+            drop(permit);
+            gate.vm_is_gone();
+            return;
+        };
+        permit.dialled();
+        let id = self.conns.insert(Conn::new(Arc::clone(forward)));
+        forward.live.fetch_add(1, Ordering::Relaxed);
+        self.shared.inboxes[self.index]
+            .load
+            .fetch_add(1, Ordering::Relaxed);
+        self.shared.live.fetch_add(1, Ordering::AcqRel);
+        let watched = self.world.watch(&mut stream, id.token(SERVER));
+        let mut end = End::new(stream);
+        end.shutdown_write();
+        let until = watched.is_err().then_some(now);
+        if let Some(conn) = self.conns.get_mut(id) {
+            conn.permit = Some(permit);
+            conn.state = State::Leaving {
+                ends: [None, Some(Leave { end, reset: false })],
+                until,
+            };
+        }
+        self.go_on_leaving(id, now);
     }
 
     /// Tries the dial's next endpoint, and the ones behind it.
@@ -419,7 +473,7 @@ impl<W: World> Worker<W> {
         };
         match &mut conn.state {
             State::Waiting { client, dial, full } => {
-                if client.is_dead() {
+                if client.is_gone() {
                     return self.forget(id);
                 }
                 if now >= dial.deadline() {
@@ -447,7 +501,7 @@ impl<W: World> Worker<W> {
                 server,
                 dial,
             } => {
-                let attempt = if client.is_dead() {
+                let attempt = if client.is_gone() {
                     return self.forget(id);
                 } else if now >= dial.deadline() {
                     Err(io::Error::new(
@@ -499,11 +553,6 @@ impl<W: World> Worker<W> {
         let State::Relaying { pair, hold, end } = &mut conn.state else {
             return;
         };
-        let known = |pair: &Pair<W::Stream>| {
-            let server = &pair.ends[SERVER];
-            (server.received(), server.input_ended())
-        };
-        let before = known(pair);
         let mut turn = pair.turn(&mut self.pool, BUDGET);
         if pair.is_holding() && (pair.ends[SERVER].received() > 0 || now >= *hold) {
             pair.release();
@@ -514,14 +563,10 @@ impl<W: World> Worker<W> {
             conn.forward.count(side, delivered - conn.counted[side]);
             conn.counted[side] = delivered;
         }
-        if let Some(permit) = &mut conn.permit {
-            // Only what came in this turn is a sign of life: turns are taken for what the client does, too.
-            if known(pair) != before {
-                permit.heard();
-            }
+        if let Some(permit) = &conn.permit {
             let server = &pair.ends[SERVER];
-            if !server.is_readable() && !server.input_ended() {
-                permit.emptied();
+            if server.received() > 0 || server.input_ended() {
+                permit.heard();
             }
         }
         match turn {
@@ -552,13 +597,7 @@ impl<W: World> Worker<W> {
             return;
         };
         if pair.refused() {
-            let target = &conn.forward.rule.connect;
-            let cause = io::Error::new(
-                io::ErrorKind::ConnectionRefused,
-                "the guest closed it without a byte",
-            );
-            let error = Error::new(Operation::Connect, target, cause)
-                .with_remedy("does a program in the guest listen on that vsock port?");
+            let error = dial::refused_in_silence(&conn.forward.rule.connect);
             conn.forward.refused.fetch_add(1, Ordering::Relaxed);
             complain(&conn.forward, &error, now);
         }
@@ -566,36 +605,34 @@ impl<W: World> Worker<W> {
         let sides = pair.into_ends(&mut self.pool).into_iter().zip(farewells);
         let mut leaving = [None, None];
         for (side, (mut end, farewell)) in sides.enumerate() {
-            let linger = farewell == Farewell::Linger && self.phase < Phase::Cutting;
             // Rule 2 of a good neighbour: hyperkit reads EOF from us and is read to its EOF, whatever happened.
-            if conn.forward.is_polite(side) && !end.input_ended() || linger {
+            let polite = conn.forward.is_polite(side);
+            if polite && !end.input_ended() || !polite && farewell == Farewell::Linger {
                 end.shutdown_write();
-                leaving[side] = Some(end);
-            } else if farewell == Farewell::Close {
+                leaving[side] = Some(Leave { end, reset: false });
+            } else if polite || farewell == Farewell::Close {
                 self.world.close(end.socket);
             } else {
-                self.world.reset(end.socket);
+                leaving[side] = Some(Leave { end, reset: true });
             }
         }
         self.begin_leaving(id, leaving, now);
     }
 
-    fn begin_leaving(&mut self, id: Id, leaving: [Option<End<W::Stream>>; 2], now: Instant) {
+    fn begin_leaving(&mut self, id: Id, leaving: [Option<Leave<W::Stream>>; 2], now: Instant) {
         let Some(conn) = self.conns.get_mut(id) else {
             return;
         };
-        let polite = [CLIENT, SERVER]
-            .iter()
-            .any(|&side| leaving[side].is_some() && conn.forward.is_polite(side));
+        let polite = |side: usize| leaving[side].is_some() && conn.forward.is_polite(side);
         let time = match self.phase {
             Phase::Cutting => LAST_LEAVE.min(self.shared.limits.drain_timeout),
-            _ if polite => self.shared.limits.drain_timeout,
+            _ if polite(CLIENT) || polite(SERVER) => self.shared.limits.drain_timeout,
             _ => LINGER,
         };
         conn.timer = None;
         conn.state = State::Leaving {
             ends: leaving,
-            until: now + time,
+            until: Some(now + time),
         };
         self.go_on_leaving(id, now);
     }
@@ -608,41 +645,43 @@ impl<W: World> Worker<W> {
             return;
         };
         let mut more = false;
+        let mut look_again = None;
         for (side, slot) in ends.iter_mut().enumerate() {
-            if let Some(end) = slot {
-                more |= end.discard(&mut self.pool);
-                if end.input_ended()
-                    && let Some(end) = slot.take()
-                {
-                    self.world.close(end.socket);
-                    // A client's end says nothing of the guest.
-                    if let Some(permit) = &conn.permit
-                        && side == SERVER
-                    {
-                        permit.heard();
-                    }
+            let Some(Leave { mut end, reset }) = slot.take() else {
+                continue;
+            };
+            more |= end.discard(&mut self.pool);
+            if reset {
+                if end.is_dead() || self.world.unacknowledged(&end.socket) == 0 {
+                    self.world.reset(end.socket);
+                    continue;
                 }
+                look_again = Some(now + RESET_PAUSE);
+            } else if end.input_ended() {
+                self.world.close(end.socket);
+                // A client's end says nothing of the guest.
+                if let Some(permit) = &conn.permit
+                    && side == SERVER
+                {
+                    permit.heard();
+                }
+                continue;
             }
+            *slot = Some(Leave { end, reset });
         }
         if ends.iter().all(Option::is_none) {
             return self.forget(id);
         }
-        if now < *until {
-            let until = *until;
-            self.set_timer(id, until);
-            if more {
-                self.make_ready(id);
-            }
-            return;
+        let until = *until;
+        if until.is_some_and(|until| now >= until) {
+            return self.abandon(id, now);
         }
-        // A guest that hasn't even taken the dial (paused, asleep) is waited for: closing now is what can hang the VM.
-        // The cap on unanswered dials bounds how many there are.
-        if self.phase < Phase::Cutting && conn.permit.as_ref().is_some_and(Permit::is_unanswered) {
-            let again = now + self.shared.limits.drain_timeout;
-            *until = again;
-            return self.set_timer(id, again);
+        if let Some(at) = [until, look_again].into_iter().flatten().min() {
+            self.set_timer(id, at);
         }
-        self.abandon(id, now);
+        if more {
+            self.make_ready(id);
+        }
     }
 
     /// Closes what did not end in time, with nothing unread in it.
@@ -653,8 +692,14 @@ impl<W: World> Worker<W> {
         let State::Leaving { ends, .. } = conn.take_state() else {
             return;
         };
-        for (side, end) in ends.into_iter().enumerate() {
-            let Some(mut end) = end else { continue };
+        for (side, leave) in ends.into_iter().enumerate() {
+            let Some(Leave { mut end, reset }) = leave else {
+                continue;
+            };
+            if reset {
+                self.world.reset(end.socket);
+                continue;
+            }
             // First nothing more may come (the device's next write fails, and it tells the guest), then what has come
             // is taken out: a close with data unread is what kills the VM.
             self.world.shutdown_read(&end.socket);
@@ -701,10 +746,29 @@ impl<W: World> Worker<W> {
         // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
         if conn.forward.is_polite(CLIENT) && !client.is_dead() {
             client.shutdown_write();
-            self.begin_leaving(id, [Some(client), None], now);
+            let leave = Leave {
+                end: client,
+                reset: false,
+            };
+            self.begin_leaving(id, [Some(leave), None], now);
         } else {
             self.world.reset(client.socket);
             self.forget(id);
+        }
+    }
+
+    /// Sets an end to what has none while the proxy runs: probes.
+    pub(super) fn end_probes(&mut self, now: Instant) {
+        for id in self.conns.ids() {
+            if let Some(conn) = self.conns.get_mut(id)
+                && let State::Leaving {
+                    until: until @ None,
+                    ..
+                } = &mut conn.state
+            {
+                *until = Some(now + LAST_LEAVE);
+                self.set_timer(id, now + LAST_LEAVE);
+            }
         }
     }
 

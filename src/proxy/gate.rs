@@ -2,6 +2,10 @@
 //!
 //! Rule 5 of a good neighbour (`hyperkit.md`): a burst of dials overflows the ring of 512 replies in which the device
 //! keeps what the guest hasn't fetched yet, and the VM dies; so it does of 512 dials to a guest that is not answering.
+//!
+//! hyperkit says nothing when a guest accepts. A dial is known to be answered when something comes from the guest that
+//! was sent after it, and services that wait for their client to speak send nothing: so when the cap is reached, one
+//! dial to a port where nobody listens asks the guest's kernel, which answers by refusing, as soon as it runs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,10 +19,6 @@ const INTERVAL: Duration = Duration::from_micros(150);
 /// How many dials may follow each other without a pause: poll timeouts count in milliseconds, so the pace is kept by
 /// the millisecond. Far below the 512 that the device's ring holds.
 const BURST: u32 = 8;
-
-/// Dials after the last one that got an answer of its own. An older connection's bytes are a sign of life, too, but a
-/// weaker one: they may have lain in buffers since before the guest stopped. Below the 512 that are the VM's end.
-const UNPROVEN: u64 = 400;
 
 /// The caps of one VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub(crate) enum Admission {
     At(Instant),
     /// A cap is reached: ask again later.
     Full(Full),
+    /// The guest has answered nothing for so long that one dial is to find out whether it lives; nothing else may go.
+    Probe(Permit),
 }
 
 /// Which cap is reached.
@@ -69,8 +71,6 @@ pub(crate) struct Gate {
     dialled: AtomicU64,
     /// All dials up to this number were answered: a guest takes them in order.
     heard: AtomicU64,
-    /// The highest number of a dial that was answered itself.
-    proven: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -82,6 +82,8 @@ struct State {
     reserved: u64,
     /// When the next dial would be due if all kept the average distance.
     due: Option<Instant>,
+    /// A probe is on its way.
+    probing: bool,
 }
 
 impl Gate {
@@ -92,13 +94,13 @@ impl Gate {
             live: 0,
             reserved: 0,
             due: None,
+            probing: false,
         };
         Gate {
             limits,
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
             heard: AtomicU64::new(0),
-            proven: AtomicU64::new(0),
         }
     }
 
@@ -113,23 +115,17 @@ impl Gate {
         let mut state = self.state();
         if vm.is_some() && vm != state.vm {
             state.vm = vm;
-            state.epoch += 1;
-            state.live = 0;
-            state.reserved = 0;
-            let dialled = self.dialled.load(Ordering::Relaxed);
-            self.heard.fetch_max(dialled, Ordering::Relaxed);
-            self.proven.fetch_max(dialled, Ordering::Relaxed);
+            self.forget_vm(&mut state);
         }
         if state.live >= self.limits.live {
             return Admission::Full(Full::Live(self.limits.live));
         }
-        for (known, limit) in [
-            (&self.heard, self.limits.unanswered),
-            (&self.proven, UNPROVEN),
-        ] {
-            if self.dialled_after(known) + state.reserved >= limit {
-                return Admission::Full(Full::Unanswered(limit));
+        if self.unanswered() + state.reserved >= self.limits.unanswered {
+            if state.probing {
+                return Admission::Full(Full::Unanswered(self.limits.unanswered));
             }
+            state.probing = true;
+            return Admission::Probe(self.permit(&mut state, true));
         }
         let due = state.due.unwrap_or(now);
         let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
@@ -137,19 +133,38 @@ impl Gate {
             return Admission::At(earliest);
         }
         state.due = Some(due.max(now) + INTERVAL);
-        state.live += 1;
-        state.reserved += 1;
-        Admission::Go(Permit {
-            gate: Arc::clone(self),
-            epoch: state.epoch,
-            own: None,
-            number: None,
-        })
+        Admission::Go(self.permit(&mut state, false))
     }
 
-    fn dialled_after(&self, number: &AtomicU64) -> u64 {
-        let number = number.load(Ordering::Relaxed);
-        self.dialled.load(Ordering::Relaxed).saturating_sub(number)
+    fn permit(self: &Arc<Gate>, state: &mut State, probe: bool) -> Permit {
+        state.live += 1;
+        state.reserved += 1;
+        let gate = Arc::clone(self);
+        Permit {
+            gate,
+            epoch: state.epoch,
+            number: None,
+            probe,
+        }
+    }
+
+    /// The VM can't be connected to: what was held against it counts no more.
+    pub(crate) fn vm_is_gone(&self) {
+        self.forget_vm(&mut self.state());
+    }
+
+    fn forget_vm(&self, state: &mut State) {
+        state.epoch += 1;
+        state.live = 0;
+        state.reserved = 0;
+        state.probing = false;
+        self.heard
+            .fetch_max(self.dialled.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    fn unanswered(&self) -> u64 {
+        let heard = self.heard.load(Ordering::Relaxed);
+        self.dialled.load(Ordering::Relaxed).saturating_sub(heard)
     }
 
     /// Connections that count against the cap now.
@@ -164,10 +179,9 @@ impl Gate {
 pub(crate) struct Permit {
     gate: Arc<Gate>,
     epoch: u64,
-    /// The number of its own dial.
-    own: Option<u64>,
-    /// What comes from this connection next was sent after the guest had taken the dial of this number.
+    /// The number of its dial, once that was made.
     number: Option<u64>,
+    probe: bool,
 }
 
 impl Permit {
@@ -177,36 +191,18 @@ impl Permit {
         if state.epoch == self.epoch {
             state.reserved = state.reserved.saturating_sub(1);
         }
-        self.own = Some(self.gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
-        self.number = self.own;
+        self.number = Some(self.gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
     }
 
-    /// Something came from the guest on this connection: it has taken all dials up to this one's number.
+    /// Something came from the guest on this connection: it has taken all dials up to this one.
+    ///
+    /// Of later dials it says nothing, however late it comes: it may have lain in buffers since before the guest stopped.
     pub(crate) fn heard(&self) {
-        for (known, number) in [
-            (&self.gate.heard, self.number),
-            (&self.gate.proven, self.own),
-        ] {
-            if let Some(number) = number
-                && known.load(Ordering::Relaxed) < number
-            {
-                known.fetch_max(number, Ordering::Relaxed);
-            }
+        if let Some(number) = self.number
+            && self.gate.heard.load(Ordering::Relaxed) < number
+        {
+            self.gate.heard.fetch_max(number, Ordering::Relaxed);
         }
-    }
-
-    /// All that had come was read: what comes next, comes after all dials up to now.
-    pub(crate) fn emptied(&mut self) {
-        if self.number.is_some() {
-            self.number = Some(self.gate.dialled.load(Ordering::Relaxed));
-        }
-    }
-
-    /// Nothing shows that the guest has taken this connection's dial.
-    pub(crate) fn is_unanswered(&self) -> bool {
-        self.own
-            .is_some_and(|own| self.gate.heard.load(Ordering::Relaxed) < own)
-            && self.gate.state().epoch == self.epoch
     }
 }
 
@@ -215,6 +211,9 @@ impl Drop for Permit {
         let mut state = self.gate.state();
         if state.epoch == self.epoch {
             state.live = state.live.saturating_sub(1);
+            if self.probe {
+                state.probing = false;
+            }
             if self.number.is_none() {
                 state.reserved = state.reserved.saturating_sub(1);
             }
@@ -223,6 +222,7 @@ impl Drop for Permit {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -250,7 +250,6 @@ mod tests {
             match gate.admit(now, None) {
                 Admission::Go(mut permit) => {
                     permit.dialled();
-                    permit.heard();
                     times.push(now);
                 }
                 Admission::At(then) => {
@@ -258,7 +257,7 @@ mod tests {
                     // A poller's millisecond.
                     now = then + Duration::from_micros(900);
                 }
-                Admission::Full(full) => panic!("{full}"),
+                other => panic!("{other:?}"),
             }
         }
         for window in times.windows(BURST as usize + 1) {
@@ -282,6 +281,10 @@ mod tests {
             permits.push(go(&gate, now));
         }
         now += Duration::from_secs(1);
+        let Admission::Probe(mut probe) = gate.admit(now, None) else {
+            panic!()
+        };
+        probe.dialled();
         assert!(matches!(
             gate.admit(now, None),
             Admission::Full(Full::Unanswered(64))
@@ -309,39 +312,7 @@ mod tests {
         }
         // Bytes of the first that the guest sent before it stopped.
         first.heard();
-        assert!(matches!(
-            gate.admit(now, None),
-            Admission::Full(Full::Unanswered(3))
-        ));
-        let mut first = first;
-        first.emptied();
-        first.heard();
-        now += Duration::from_millis(1);
-        drop(go(&gate, now));
-    }
-
-    #[test]
-    fn bytes_from_buffers_do_not_carry_far() {
-        let gate = gate(10_000, 64);
-        let mut now = Instant::now();
-        let mut old = go(&gate, now);
-        old.heard();
-        let mut dialled = 0;
-        loop {
-            now += Duration::from_millis(1);
-            // What a slow reader takes out of them looks like this.
-            old.emptied();
-            old.heard();
-            match gate.admit(now, None) {
-                Admission::Go(mut permit) => permit.dialled(),
-                Admission::Full(full) => break assert_eq!(full, Full::Unanswered(UNPROVEN)),
-                other => panic!("{other:?}"),
-            }
-            dialled += 1;
-        }
-        assert_eq!(dialled, UNPROVEN);
-        // An old connection that ends is no dial that waits for its answer.
-        assert!(!old.is_unanswered());
+        assert!(matches!(gate.admit(now, None), Admission::Probe(_)));
     }
 
     #[test]

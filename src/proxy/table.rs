@@ -106,6 +106,7 @@ impl<T> Table<T> {
 const _: () = assert!(usize::BITS == 64, "hvsock needs a 64-bit system");
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -69,6 +69,13 @@ impl<S> Inbox<S> {
         (self.wake)();
     }
 
+    fn is_empty(&self) -> bool {
+        self.commands
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_empty()
+    }
+
     fn take(&self) -> Vec<Command<S>> {
         std::mem::take(&mut *self.commands.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -172,21 +179,15 @@ impl<W: World> Worker<W> {
 
     fn take_event(&mut self, event: Event, now: Instant) {
         match event {
-            Event::Ready {
-                token, readiness, ..
-            } if token < Id::FIRST => {
+            Event::Ready { token, readiness } if token < Id::FIRST => {
                 if let Some(listening) = self.listeners.get_mut(token) {
                     listening.ready |= readiness.readable;
                 }
             }
-            Event::Ready {
-                token,
-                readiness,
-                failed,
-            } => {
+            Event::Ready { token, readiness } => {
                 let (id, side) = Id::from_token(token);
                 if let Some(conn) = self.conns.get_mut(id) {
-                    conn.latch(side, readiness, failed);
+                    conn.latch(side, readiness);
                     self.make_ready(id);
                 }
             }
@@ -233,7 +234,8 @@ impl<W: World> Worker<W> {
     }
 
     fn timeout(&self, now: Instant) -> Option<Duration> {
-        if !self.ready.is_empty() {
+        // mio's poll fallback may lose a wake-up while a socket is registered: so the inbox is looked into as well.
+        if !self.ready.is_empty() || !self.shared.inboxes[self.index].is_empty() {
             return Some(Duration::ZERO);
         }
         let timer = self.timers.peek().map(|Reverse((at, _))| *at);
@@ -260,6 +262,7 @@ impl<W: World> Worker<W> {
             self.phase = Phase::Stopping;
             self.shared.stopping.fetch_add(1, Ordering::AcqRel);
             self.close_client_listeners();
+            self.end_probes(now);
         }
     }
 

@@ -21,11 +21,7 @@ use crate::sys::{self, Identity};
 #[derive(Debug)]
 pub(crate) enum Event {
     /// The socket registered under this token became ready.
-    Ready {
-        token: usize,
-        readiness: Readiness,
-        failed: bool,
-    },
+    Ready { token: usize, readiness: Readiness },
     /// The name asked for with this token has these addresses.
     Resolved {
         token: usize,
@@ -59,6 +55,8 @@ pub(crate) trait World {
     /// Takes nothing more from the peer: its next write fails.
     fn shutdown_read(&mut self, stream: &Self::Stream);
     fn close(&mut self, stream: Self::Stream);
+    /// Bytes written that a reset now would take away from the peer.
+    fn unacknowledged(&mut self, stream: &Self::Stream) -> usize;
     /// Closes so that the peer reads a reset, where the family can.
     fn reset(&mut self, stream: Self::Stream);
 
@@ -139,6 +137,18 @@ impl World for MioWorld {
     }
 
     fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> io::Result<()> {
+        // As with the inbox: an answer may be there although its wake-up was lost.
+        let answered = self.resolver.is_some()
+            && !self
+                .answers
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .is_empty();
+        let timeout = if answered {
+            Some(Duration::ZERO)
+        } else {
+            timeout
+        };
         match self.poll.poll(&mut self.events, timeout) {
             Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
             _ => {}
@@ -153,11 +163,11 @@ impl World for MioWorld {
                 readable: event.is_readable() || read_closed,
                 writable: event.is_writable() || event.is_write_closed() || failed,
                 read_closed,
+                failed,
             };
             events.push(Event::Ready {
                 token: event.token().0,
                 readiness,
-                failed,
             });
         }
         if self.resolver.is_some() {
@@ -209,6 +219,10 @@ impl World for MioWorld {
 
     fn shutdown_read(&mut self, stream: &Stream) {
         stream.shutdown_read();
+    }
+
+    fn unacknowledged(&mut self, stream: &Stream) -> usize {
+        stream.unacknowledged()
     }
 
     fn close(&mut self, mut stream: Stream) {

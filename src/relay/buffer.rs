@@ -31,6 +31,12 @@ impl Pool {
             self.free.push(buffer);
         }
     }
+
+    /// Buffers that nobody has borrowed.
+    #[cfg(test)]
+    pub(crate) fn resting(&self) -> usize {
+        self.free.len()
+    }
 }
 
 /// Bytes on their way from one socket to another.

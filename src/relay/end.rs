@@ -24,6 +24,8 @@ pub(crate) struct Readiness {
     pub(crate) writable: bool,
     /// EOF, or an error, stands behind what can be read.
     pub(crate) read_closed: bool,
+    /// The connection has failed: what has come may still be read, and then a call will tell the error.
+    pub(crate) failed: bool,
 }
 
 /// What is known of one direction of a socket.
@@ -47,6 +49,7 @@ pub(crate) struct End<S> {
     readable: bool,
     writable: bool,
     read_closed: bool,
+    failed: bool,
     pub(crate) input: Half,
     pub(crate) output: Half,
     received: u64,
@@ -63,6 +66,7 @@ impl<S: Socket> End<S> {
             readable: false,
             writable: false,
             read_closed: false,
+            failed: false,
             input: Half::Open,
             output: Half::Open,
             received: 0,
@@ -74,11 +78,7 @@ impl<S: Socket> End<S> {
         self.readable |= event.readable;
         self.writable |= event.writable;
         self.read_closed |= event.read_closed;
-    }
-
-    /// Notes that an event told of an error: nothing more comes or goes.
-    pub(crate) fn fail(&mut self) {
-        self.input = Half::Failed(io::ErrorKind::ConnectionReset);
+        self.failed |= event.failed;
     }
 
     pub(crate) fn is_readable(&self) -> bool {
@@ -104,11 +104,21 @@ impl<S: Socket> End<S> {
         matches!(self.input, Half::Failed(_))
     }
 
+    /// The peer is gone, whether a call has told of it yet or only an event.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.failed || self.is_dead()
+    }
+
     /// Reads once; `None` when nothing came (would block, EOF or error: the latch and `input` say which).
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Option<usize> {
         match self.socket.read(buffer) {
             Ok(0) => {
-                self.input = Half::Closed;
+                self.input = match self.output {
+                    // A kernel tells an error once. Where a write was told of it (Linux' TCP), the read that should
+                    // have failed finds an EOF that no peer sent. EPIPE alone says nothing of what comes from there.
+                    Half::Failed(kind) if kind != io::ErrorKind::BrokenPipe => Half::Failed(kind),
+                    _ => Half::Closed,
+                };
                 None
             }
             Ok(n) => {

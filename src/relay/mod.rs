@@ -200,24 +200,22 @@ impl<S: Socket> Pair<S> {
         self.flows[side].delivered
     }
 
-    /// Nothing new can come from anywhere: what is left is to be delivered, or waits for a half-dead peer. The
-    /// caller bounds this by a deadline.
+    /// A peer is gone, or no direction is open: what is left waits for somebody who may never take it. The caller
+    /// bounds this by a deadline.
     pub(crate) fn is_ending(&self) -> bool {
-        let ending =
-            |side: usize| self.flows[side].state != State::Open || self.ends[side].is_dead();
-        ending(CLIENT) && ending(SERVER)
+        let open = |flow: &Flow| flow.state == State::Open;
+        self.ends.iter().any(End::is_gone) || !self.flows.iter().any(open)
     }
 
     /// Does a bounded amount of work, at most about `budget` bytes in each direction.
     pub(crate) fn turn(&mut self, pool: &mut Pool, budget: usize) -> Turn {
         let mut more = false;
         for side in [SERVER, CLIENT] {
+            // The end of the server's direction releases the client's half-close.
+            if self.flows[SERVER].state != State::Open {
+                self.release();
+            }
             more |= self.run(side, pool, budget);
-        }
-        // The end of the server's direction may have released the client's half-close.
-        if self.flows[CLIENT].hold && self.flows[SERVER].state != State::Open {
-            self.release();
-            more |= self.run(CLIENT, pool, budget);
         }
         for side in [CLIENT, SERVER] {
             // Nobody is left to take what the other side sends. What it holds went as far as it goes without

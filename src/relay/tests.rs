@@ -1,1 +1,8 @@
+//! The relay against a fake kernel: no sockets, no clock, every schedule named by its seed.
+#![allow(clippy::unwrap_used)]
 
+mod bench;
+mod cases;
+mod kernel;
+mod refusals;
+mod schedules;

@@ -5,6 +5,7 @@
 
 use mio::net::UnixStream;
 use mio::{Interest, Registry, Token};
+use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -14,10 +15,15 @@ use std::os::fd::AsRawFd;
 /// How many are watched at once; the oldest goes first.
 const LIMIT: usize = 256;
 
+/// How many bytes of the peer are seen to be waiting on `stream`, at most one. Takes a pending error off it.
+fn peek(stream: &UnixStream) -> nix::Result<usize> {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    recv(stream.as_raw_fd(), &mut [0], flags)
+}
+
 /// Whether bytes of the peer are waiting on `stream`.
 pub(super) fn has_unread(stream: &UnixStream) -> bool {
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    matches!(recv(stream.as_raw_fd(), &mut [0], flags), Ok(n) if n > 0)
+    peek(stream).is_ok_and(|n| n > 0)
 }
 
 /// Whether the peer of `stream` closed with bytes of ours unread.
@@ -41,7 +47,7 @@ pub(super) struct Afterlife {
 }
 
 impl Afterlife {
-    /// Ends `stream` for its peer, and watches what the peer does. `half_closed`: the peer has sent EOF.
+    /// Ends `stream` for its peer, and watches what the peer does. `half_closed`: the peer has sent EOF. True if it has closed with bytes unread already.
     pub(super) fn watch(
         &mut self,
         mut stream: UnixStream,
@@ -49,22 +55,27 @@ impl Afterlife {
         half_closed: bool,
         registry: &Registry,
         token: Token,
-    ) {
-        // Unread bytes of the peer's make a close a reset, and only a close.
-        if !cfg!(target_os = "linux") || has_unread(&stream) {
-            return;
+    ) -> bool {
+        if !cfg!(target_os = "linux") {
+            return false;
         }
-        // Reports once, and then what the peer does: its half-close, unless that was before, and its close.
-        let ended = stream.shutdown(Shutdown::Both);
+        match peek(&stream) {
+            Err(Errno::ECONNRESET) => return true,
+            // Unread bytes of the peer's make a close a reset, and only a close.
+            Ok(1) => return false,
+            Ok(_) | Err(_) => {}
+        }
+        // Fails only where the peer has gone, and then there is an event at once.
+        let _ = stream.shutdown(Shutdown::Both);
         let watching = registry.reregister(&mut stream, token, Interest::READABLE);
-        if was_gone(&ended) || watching.is_err() {
-            return;
+        if watching.is_err() {
+            return was_reset(&stream);
         }
-        let events = if half_closed { 2 } else { 3 };
         let watched = Watched {
             stream,
             port,
-            events,
+            // One for the registration, one for the peer's half-close unless that was before, and one for its close.
+            events: if half_closed { 2 } else { 3 },
         };
         self.watched.insert(token.0, watched);
         self.order.push_back(token.0);
@@ -73,6 +84,7 @@ impl Afterlife {
                 self.watched.remove(&oldest);
             }
         }
+        false
     }
 
     /// An event on a watched socket: the guest port it was for, if its peer closed with bytes unread.
@@ -86,8 +98,4 @@ impl Afterlife {
         }
         reset
     }
-}
-
-fn was_gone(ended: &io::Result<()>) -> bool {
-    matches!(ended, Err(error) if error.kind() == io::ErrorKind::NotConnected)
 }

@@ -3,6 +3,7 @@
 use super::afterlife::has_unread;
 use super::buffer::Buffer;
 use super::guest::{Builtin, GuestSocket, Life};
+use crate::sys::KERNEL_EDGES;
 use mio::event::Event;
 use mio::net::UnixStream;
 use std::io::{self, ErrorKind, Read, Write};
@@ -46,7 +47,8 @@ pub(super) enum Guest {
     Forgotten,
 }
 
-/// Readiness as edges told it; cleared by `WouldBlock`, or by a short read unless EOF is known to be behind it.
+/// Readiness as edges told it; cleared by `WouldBlock`, or by a short read unless EOF is known to be behind it (or the
+/// poller's edges are emulated and come only after a `WouldBlock`).
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Ready {
     read: bool,
@@ -63,7 +65,7 @@ impl Ready {
     }
 
     fn short_read(&mut self, n: usize) {
-        self.read = self.read_closed || n == CHUNK;
+        self.read = self.read_closed || n == CHUNK || !KERNEL_EDGES;
     }
 }
 

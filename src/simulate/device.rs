@@ -1,11 +1,11 @@
 //! The device's thread: one loop over all its sockets, as in hyperkit.
 
-use super::afterlife::{Afterlife, was_reset};
-use super::connection::{CHUNK, Connection, Guest, Origin, Turn};
+use super::afterlife::Afterlife;
+use super::connection::{CHUNK, Connection, Guest, Turn};
 use super::dial::{Dialling, Door, LOOK_AGAIN};
 use super::directory::Listeners;
 use super::guest::GuestSocket;
-use super::rules::{AT_ONCE, Fate, FateKind, Ring, Rule};
+use super::rules::{Fate, FateKind, Ring, Rule};
 use super::slots::{Key, MAX_SLOTS, Slots, Subject};
 use super::{Counters, Plan, Shared};
 use mio::event::Event;
@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 
 /// How many connections have their turn before the sockets are polled again.
 const TURNS: usize = 32;
+
+/// How long it sleeps when a dial waits for the guest's next answer, under 100 µs away.
+const TO_NEXT_ANSWER: Duration = Duration::from_micros(25);
 
 /// How long the loop sleeps at most while dials come: so it knows closely when none had come (see [`Ring`]).
 const HEARTBEAT: Duration = Duration::from_millis(5);
@@ -66,8 +69,9 @@ pub(super) struct Device {
     pub(super) counters: Counters,
     pub(super) fate: Option<Fate>,
     work: VecDeque<Key>,
-    afterlife: Afterlife,
-    buried: usize,
+    pub(super) afterlife: Afterlife,
+    /// How many sockets that has watched.
+    pub(super) buried: usize,
     scratch: Vec<u8>,
     inbox: Receiver<Command>,
     shared: Arc<Shared>,
@@ -199,7 +203,8 @@ impl Device {
             return;
         }
         self.paused = false;
-        self.ring.resume(self.counters.unanswered, Instant::now());
+        // It finds all that was dialled meanwhile, at once.
+        self.ring.idle(Instant::now());
         self.counters.unanswered = 0;
         for key in self.slots.keys() {
             self.queue(key);
@@ -222,7 +227,13 @@ impl Device {
 
     fn turn(&mut self, events: &mut Events) {
         let before = Instant::now();
-        if let Err(error) = self.poll.poll(events, Some(self.patience(before)))
+        let patience = self.patience(before);
+        if patience == TO_NEXT_ANSWER {
+            // Poll can't sleep for so short a time.
+            std::thread::sleep(TO_NEXT_ANSWER);
+        }
+        let patience = (patience != TO_NEXT_ANSWER).then_some(patience);
+        if let Err(error) = self.poll.poll(events, patience.or(Some(Duration::ZERO)))
             && error.kind() != io::ErrorKind::Interrupted
         {
             // Nothing sensible is left to do without poll; the stand-in's own failure is no client's fault.
@@ -235,8 +246,8 @@ impl Device {
                 return;
             }
         }
-        if !self.listeners.iter().any(|listener| listener.ready) {
-            self.ring.settle(before);
+        if self.dials.is_empty() && !self.has_arrivals() {
+            self.ring.idle(before);
         }
         // In this order: by now poll has told whether a client left before the guest's answer.
         self.answer();
@@ -259,8 +270,11 @@ impl Device {
     /// How long poll may sleep.
     fn patience(&self, now: Instant) -> Duration {
         let answers = !self.paused && !self.dials.is_empty();
-        let waiting = self.listeners.iter().any(|listener| listener.ready) && !self.is_full();
-        if answers || waiting || !self.work.is_empty() {
+        if self.has_arrivals() && !self.is_full() || !self.work.is_empty() {
+            Duration::ZERO
+        } else if answers && self.ring.level(1, now) > 0 {
+            TO_NEXT_ANSWER
+        } else if answers {
             Duration::ZERO
         } else if !self.paused && !self.dialling.is_empty() {
             LOOK_AGAIN
@@ -272,6 +286,11 @@ impl Device {
         } else {
             IDLE
         }
+    }
+
+    /// Whether connections may be waiting to be accepted.
+    fn has_arrivals(&self) -> bool {
+        self.listeners.iter().any(|listener| listener.ready)
     }
 
     fn event(&mut self, event: &Event) {
@@ -296,46 +315,6 @@ impl Device {
                 }
             }
         }
-    }
-
-    fn host_event(&mut self, key: Key, event: &Event) {
-        let Some(connection) = self.slots.get(key) else {
-            return;
-        };
-        connection.host_ready.note(event);
-        let was_gone = connection.host_gone;
-        if event.is_error() || event.is_write_closed() {
-            connection.host_reset |= was_reset(&connection.host);
-        }
-        // After our own EOF a half-close looks like this too.
-        connection.host_gone |= event.is_write_closed() && !connection.host_shut;
-        if connection.host_reset || connection.host_gone && !was_gone {
-            self.judge(key);
-        }
-        self.queue(key);
-    }
-
-    /// The host's program has closed both directions: was that against a rule?
-    fn judge(&mut self, key: Key) {
-        let Some(connection) = self.slots.get(key) else {
-            return;
-        };
-        let (port, sent) = (connection.port, connection.sent);
-        let age = connection.since.elapsed();
-        let unsent = sent == 0 && !connection.host_shut;
-        let reset = std::mem::take(&mut connection.host_reset);
-        let rule = match connection.origin {
-            _ if reset && sent > 0 => Rule::CloseUnread,
-            // It was never accepted: its listener was closed.
-            Origin::Guest if reset => Rule::NoListener,
-            _ if !unsent || age >= AT_ONCE => return,
-            Origin::Guest => Rule::AcceptAndClose,
-            Origin::Forward if !connection.has_input() => Rule::Probe,
-            Origin::Forward | Origin::Line => Rule::ImmediateClose,
-        };
-        let micros = age.as_micros();
-        let detail = format!("port {port}, {micros} µs old, {sent} bytes sent to it");
-        self.offend(rule, detail);
     }
 
     fn guest_event(&mut self, key: Key, event: &Event) {
@@ -408,41 +387,10 @@ impl Device {
         Some(key)
     }
 
-    /// Frees the slot; the host's program gets EOF.
-    fn free(&mut self, key: Key) {
-        let Some(connection) = self.remove(key) else {
-            return;
-        };
-        if connection.sent > 0 && !connection.host_gone {
-            self.buried += 1;
-            let token = Subject::Afterlife(self.buried).token();
-            self.afterlife.watch(
-                connection.host,
-                connection.port,
-                connection.host_eof,
-                self.poll.registry(),
-                token,
-            );
-        }
-    }
-
     pub(super) fn remove(&mut self, key: Key) -> Option<Connection> {
         let connection = self.slots.remove(key);
         self.counters.live_slots = self.slots.live() as u64;
         connection
-    }
-
-    /// A client broke a rule.
-    pub(super) fn offend(&mut self, rule: Rule, detail: String) {
-        self.counters.offences[rule.index()] += 1;
-        tracing::debug!(%rule, detail, "a rule was broken");
-        if !self.plan.lenient && self.fate.is_none() {
-            self.fate = Some(Fate {
-                kind: rule.consequence(),
-                rule,
-                detail,
-            });
-        }
     }
 
     fn publish(&self) {

@@ -37,11 +37,26 @@ fn check_length(plan: &Plan) -> Result<()> {
         io::ErrorKind::InvalidInput,
         format!("the path has {length} bytes, and hyperkit takes {limit}"),
     );
-    Err(Error::new(
-        Operation::Listen,
-        plan.directory.display(),
-        cause,
-    ))
+    Err(
+        Error::new(Operation::Listen, plan.directory.display(), cause)
+            .with_remedy("choose a shorter one"),
+    )
+}
+
+/// Refuses a directory in which another process' VM runs: its sockets are not ours to replace.
+fn check_vacant(plan: &Plan) -> Result<()> {
+    match hyperkit::running_pid(&plan.directory) {
+        Some(pid) if u32::try_from(pid) != Ok(std::process::id()) => {
+            let why = format!(
+                "a VM runs there: {} names process {pid}",
+                hyperkit::PID_NAME
+            );
+            let cause = io::Error::new(io::ErrorKind::AddrInUse, why);
+            let error = Error::new(Operation::Listen, plan.directory.display(), cause);
+            Err(error.with_remedy("choose another directory, or stop that VM"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn listen(path: &Path, backlog: i32) -> Result<UnixListener> {
@@ -66,6 +81,7 @@ fn remove(path: &Path) -> io::Result<()> {
 /// Makes the directory, its files and its sockets; what an earlier VM left there is replaced.
 pub(super) fn prepare(plan: &Plan) -> Result<Listeners> {
     check_length(plan)?;
+    check_vacant(plan)?;
     let failed = |path: &Path| {
         let path = path.display().to_string();
         move |cause| Error::new(Operation::Listen, path, cause)

@@ -6,7 +6,7 @@ use super::dial::Dialling;
 use super::directory::{scan_line, socket_path};
 use super::guest::{Builtin, Chargen, GuestSocket, Service};
 use super::http::Http;
-use super::rules::{Rule, UNANSWERED_LIMIT};
+use super::rules::{Ring, Rule, UNANSWERED_LIMIT};
 use super::slots::{Key, Subject};
 use crate::hyperkit::{HOST_CID, LINE_LEN};
 use mio::net::UnixStream;
@@ -43,13 +43,13 @@ impl Device {
                     Ok((stream, _)) => self.accepted(stream, index),
                     Err(error) if error.kind() == ErrorKind::WouldBlock => {
                         listener.ready = false;
-                        if !self.listeners.iter().any(|listener| listener.ready) {
-                            self.ring.settle(Instant::now());
-                        }
                     }
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    // Our own process is out of descriptors; it tries again at the next turn.
-                    Err(_) => break,
+                    Err(_) => {
+                        // Our own process is out of descriptors: again at the next turn, and not in a spin.
+                        std::thread::sleep(Duration::from_millis(1));
+                        break;
+                    }
                 }
                 if self.stall.is_some() || self.fate.is_some() {
                     return;
@@ -108,7 +108,8 @@ impl Device {
                 std::thread::sleep(Duration::from_micros(200));
             }
         } else if age > LONG_STALL {
-            self.ring.settle(Instant::now());
+            self.answer();
+            self.ring.idle(Instant::now());
         }
     }
 
@@ -123,11 +124,13 @@ impl Device {
             if unanswered >= UNANSWERED_LIMIT {
                 self.offend(Rule::Unanswered, format!("{unanswered} dials"));
             }
-        } else if let Some(level) = self.ring.dial(now) {
-            self.offend(Rule::Burst, format!("{level} dials in the ring"));
+        } else {
+            let level = self.ring.level(self.dials.len() + 1, now);
+            self.counters.peak_burst = self.counters.peak_burst.max(level);
+            if Ring::overflows(level) {
+                self.offend(Rule::Burst, format!("{level} dials in the ring"));
+            }
         }
-        let level = self.ring.level(now);
-        self.counters.peak_burst = self.counters.peak_burst.max(level);
         if self.fate.is_some() {
             return;
         }
@@ -140,9 +143,11 @@ impl Device {
 
     /// The guest's kernel answers what was dialled.
     pub(super) fn answer(&mut self) {
-        while !self.paused
-            && let Some(key) = self.dials.pop_front()
-        {
+        if self.paused {
+            return;
+        }
+        let taken = self.ring.take(self.dials.len(), Instant::now());
+        for key in self.dials.drain(..taken).collect::<Vec<_>>() {
             let Some(connection) = self.slots.get(key) else {
                 continue;
             };

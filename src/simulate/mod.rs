@@ -23,6 +23,7 @@ mod directory;
 mod guest;
 mod handshake;
 mod http;
+mod judge;
 mod rules;
 mod slots;
 
@@ -104,7 +105,8 @@ impl Builder {
         self
     }
 
-    /// How many connections the device takes; what exceeds them is closed at once. 1,013 if not said, as with hyperkit.
+    /// How many connections the device takes; what exceeds them is closed at once. 1,013 if not said, as with hyperkit,
+    /// and at most 1,024.
     pub fn slots(mut self, slots: usize) -> Builder {
         self.plan.slots = slots;
         self

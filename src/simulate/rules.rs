@@ -23,7 +23,7 @@ pub(super) const AT_ONCE: Duration = Duration::from_millis(20);
 pub(super) const UNANSWERED_LIMIT: u64 = 512;
 
 /// So many dials at once the ring takes while the guest is awake: 600 were fine, 800 were not.
-const RING: f64 = 600.0;
+const RING: u64 = 600;
 
 /// The awake guest takes one dial off the ring in this time.
 const DRAIN: Duration = Duration::from_micros(100);
@@ -119,56 +119,49 @@ impl fmt::Display for Fate {
     }
 }
 
-/// How full the ring between device and guest is.
+/// The ring in which dials wait for the guest, one taken every [`DRAIN`].
 ///
-/// Nothing tells when a queued connection was made, and our own thread may have slept while it was. So all dials of a batch (from one moment at which the
-/// socket was known to be empty to the next) are taken as spread over the whole time since the first of the two: the guest drains that long before the
-/// batch counts as too full. Dials spaced by [`DRAIN`] hence never overflow it, however late they are seen; a burst that came while we slept long may be missed.
+/// Nothing tells when a queued connection was made, and our own thread may have slept while it was. So all connections accepted since the socket was last
+/// known to be empty are taken as spread over the whole time since then: the guest takes that many before the ring counts as full. Dials spaced by [`DRAIN`]
+/// hence never overflow it, however late they are seen; a burst that came while we slept long may be missed.
 #[derive(Debug)]
 pub(super) struct Ring {
-    level: f64,
-    batch: f64,
-    known_empty: Instant,
+    /// Up to when the guest's time is used up.
+    used: Instant,
 }
 
 impl Ring {
     pub(super) fn new(now: Instant) -> Ring {
-        Ring {
-            level: 0.0,
-            batch: 0.0,
-            known_empty: now,
+        Ring { used: now }
+    }
+
+    fn could_take(&self, now: Instant) -> u64 {
+        let time = now.saturating_duration_since(self.used);
+        (time.as_nanos() / DRAIN.as_nanos()) as u64
+    }
+
+    /// How many of `waiting` dials are in the ring at `now`.
+    pub(super) fn level(&self, waiting: usize, now: Instant) -> u64 {
+        (waiting as u64).saturating_sub(self.could_take(now))
+    }
+
+    /// Whether so many overflow it.
+    pub(super) fn overflows(level: u64) -> bool {
+        level > RING
+    }
+
+    /// The guest takes what it can of `waiting` dials; how many that is.
+    pub(super) fn take(&mut self, waiting: usize, now: Instant) -> usize {
+        let taken = self.could_take(now).min(waiting as u64);
+        self.used += DRAIN * u32::try_from(taken).unwrap_or(u32::MAX);
+        taken as usize
+    }
+
+    /// At `now` no dial was waiting anywhere: the guest is idle, and takes the next at once.
+    pub(super) fn idle(&mut self, now: Instant) {
+        if let Some(ready) = now.checked_sub(DRAIN) {
+            self.used = self.used.max(ready);
         }
-    }
-
-    fn filled(&self, now: Instant) -> f64 {
-        let slept = now.saturating_duration_since(self.known_empty);
-        self.level + self.batch - slept.as_secs_f64() / DRAIN.as_secs_f64()
-    }
-
-    /// One dial more; how many are in the ring if that is too many.
-    pub(super) fn dial(&mut self, now: Instant) -> Option<u64> {
-        self.batch += 1.0;
-        let filled = self.filled(now);
-        (filled > RING).then_some(filled as u64)
-    }
-
-    /// How many dials are in the ring at `now`.
-    pub(super) fn level(&self, now: Instant) -> u64 {
-        self.filled(now).max(0.0) as u64
-    }
-
-    /// All connections made before `now` have been seen.
-    pub(super) fn settle(&mut self, now: Instant) {
-        self.level = self.filled(now).max(0.0);
-        self.batch = 0.0;
-        self.known_empty = self.known_empty.max(now);
-    }
-
-    /// The guest wakes up at `now` and finds `unanswered` dials.
-    pub(super) fn resume(&mut self, unanswered: u64, now: Instant) {
-        self.level = unanswered as f64;
-        self.batch = 0.0;
-        self.known_empty = now;
     }
 }
 
@@ -181,42 +174,44 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_overflows_and_spaced_dials_do_not() {
+    fn a_burst_overflows() {
         let start = Instant::now();
         let mut ring = Ring::new(start);
-        assert!((0..600).all(|_| ring.dial(start).is_none()));
-        assert!(ring.dial(start).is_some());
-
-        let mut ring = Ring::new(start);
-        for i in 1..=10_000 {
-            assert_eq!(ring.dial(after(start, i * 100)), None);
-            ring.settle(after(start, i * 100));
-        }
-    }
-
-    #[test]
-    fn spaced_dials_seen_late_are_no_burst() {
-        let start = Instant::now();
-        let mut ring = Ring::new(start);
-        // The device slept for 200 ms, and 2,000 dials queued.
-        let awake = after(start, 200_000);
-        assert!((0..2_000).all(|_| ring.dial(awake).is_none()));
-        ring.settle(awake);
-        assert_eq!(ring.level(awake), 0);
-    }
-
-    #[test]
-    fn eight_hundred_within_ten_milliseconds_are_too_many() {
-        let start = Instant::now();
-        let mut ring = Ring::new(start);
-        let mut burst = false;
+        // 800 within ten milliseconds, each seen as it comes.
+        let (mut waiting, mut most) = (0, 0);
         for i in 0..800 {
             let now = after(start, i * 12);
-            burst |= ring.dial(now).is_some();
-            if i % 10 == 9 {
-                ring.settle(now);
-            }
+            waiting += 1;
+            most = most.max(ring.level(waiting, now));
+            waiting -= ring.take(waiting, now);
         }
-        assert!(burst);
+        assert!(Ring::overflows(most));
+        assert!(!Ring::overflows(600));
+    }
+
+    #[test]
+    fn spaced_dials_do_not() {
+        let start = Instant::now();
+        let mut ring = Ring::new(start);
+        for i in 1..=10_000 {
+            let now = after(start, i * 100);
+            assert_eq!(ring.level(1, now), 0);
+            assert_eq!(ring.take(1, now), 1);
+        }
+        // Nor if the device slept for 200 ms, and 2,000 queued.
+        let mut ring = Ring::new(start);
+        let awake = after(start, 200_000);
+        assert_eq!(ring.level(2_000, awake), 0);
+        assert_eq!(ring.take(2_000, awake), 2_000);
+    }
+
+    #[test]
+    fn idle_time_is_not_saved() {
+        let start = Instant::now();
+        let mut ring = Ring::new(start);
+        let later = after(start, 1_000_000);
+        ring.idle(later);
+        assert_eq!(ring.take(10, later), 1);
+        assert_eq!(ring.level(700, later), 700);
     }
 }

@@ -7,6 +7,7 @@
 //! * `Identity::of(path)`: tells two files apart that had the same name one after the other, without following a
 //!   symbolic link and without touching the file in any way that its owner could notice.
 //! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have, and says how many.
+//! * `unacknowledged(socket)`: what a reset now would take away from the peer.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
 //! Nothing here decides anything: policy stands above.

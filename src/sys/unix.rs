@@ -5,8 +5,6 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
 /// macOS and the BSDs (`sys/un.h`).
 pub(crate) const SUN_PATH_LEN: usize = if cfg!(target_os = "linux") { 108 } else { 104 };
@@ -92,7 +90,9 @@ fn through_link<T>(
 }
 
 /// Raises the soft limit of descriptors to the hard one; the limit that then holds.
+#[cfg(feature = "cli")]
 pub(crate) fn raise_descriptor_limit() -> io::Result<u64> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     // macOS says "unlimited" and then takes no more than OPEN_MAX (`sys/syslimits.h`: 10240).
     let wanted = if cfg!(target_os = "macos") {
@@ -107,6 +107,7 @@ pub(crate) fn raise_descriptor_limit() -> io::Result<u64> {
 }
 
 /// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
+#[cfg(feature = "cli")]
 #[allow(unsafe_code)]
 pub(crate) fn is_ignored(signal: i32) -> bool {
     let mut old = std::mem::MaybeUninit::<nix::libc::sigaction>::zeroed();
@@ -115,6 +116,40 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
     unsafe {
         nix::libc::sigaction(signal, std::ptr::null(), old.as_mut_ptr()) == 0
             && old.assume_init().sa_sigaction == nix::libc::SIG_IGN
+    }
+}
+
+/// Bytes that were written to a TCP socket and that its peer has not acknowledged; 0 where the system doesn't tell.
+#[allow(unsafe_code)]
+pub(crate) fn unacknowledged(socket: &impl std::os::fd::AsRawFd) -> usize {
+    let mut bytes: nix::libc::c_int = 0;
+    // SAFETY: TIOCOUTQ (SIOCOUTQ, `tcp(7)`) writes one int, to which the pointer is valid, and nothing else.
+    #[cfg(target_os = "linux")]
+    let result =
+        unsafe { nix::libc::ioctl(socket.as_raw_fd(), nix::libc::TIOCOUTQ, &raw mut bytes) };
+    #[cfg(target_vendor = "apple")]
+    let result = {
+        let mut len = size_of::<nix::libc::c_int>() as nix::libc::socklen_t;
+        // SAFETY: SO_NWRITE (`sys/socket.h`) writes one int of the given length; both pointers are valid.
+        unsafe {
+            nix::libc::getsockopt(
+                socket.as_raw_fd(),
+                nix::libc::SOL_SOCKET,
+                nix::libc::SO_NWRITE,
+                (&raw mut bytes).cast(),
+                &raw mut len,
+            )
+        }
+    };
+    #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+    let result = {
+        let _ = (socket, &mut bytes);
+        -1
+    };
+    if result == 0 {
+        usize::try_from(bytes).unwrap_or(0)
+    } else {
+        0
     }
 }
 
@@ -139,6 +174,7 @@ pub(crate) fn abstract_address(name: &[u8]) -> io::Result<std::os::unix::net::So
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -1,0 +1,204 @@
+//! A pair on two fake sockets, and the part that the proxy plays around it.
+
+use std::cell::{Ref, RefCell, RefMut};
+use std::rc::Rc;
+
+use fastrand::Rng;
+
+use super::kernel::{FakeSocket, Habits, Script, Wire};
+use crate::relay::{CLIENT, End, Farewell, Pair, Pool, Readiness, SERVER, State, Turn};
+
+/// Calls of a turn that only discards: see `End::discard`.
+const DISCARDS: u64 = 4;
+
+/// The two buffers that a pair may borrow: one for each direction.
+const BUFFERS: usize = 2;
+
+pub(super) type Wires = [Rc<RefCell<Wire>>; 2];
+
+pub(super) struct Bench<const KERNEL_EDGES: bool> {
+    pub(super) pair: Pair<FakeSocket<KERNEL_EDGES>>,
+    pub(super) pool: Pool,
+    pub(super) buffer: usize,
+    pub(super) budget: usize,
+    pub(super) wires: Wires,
+    /// An event has come, or the last turn asked for another.
+    pub(super) ready: bool,
+    pub(super) last: Turn,
+}
+
+/// What became of a pair.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) farewells: [Farewell; 2],
+    pub(super) refused: bool,
+}
+
+impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
+    /// A calm pair with buffers of 16 bytes and much budget, moved by hand.
+    pub(super) fn calm() -> Bench<KERNEL_EDGES> {
+        Self::with([Habits::default(), Habits::default()])
+    }
+
+    pub(super) fn with(habits: [Habits; 2]) -> Bench<KERNEL_EDGES> {
+        Self::new(habits, [None, None], 16, 1 << 20, &mut Rng::with_seed(0))
+    }
+
+    pub(super) fn new(
+        habits: [Habits; 2],
+        scripts: [Option<Script>; 2],
+        buffer: usize,
+        budget: usize,
+        rng: &mut Rng,
+    ) -> Bench<KERNEL_EDGES> {
+        let [client_habits, server_habits] = habits;
+        let [client_script, server_script] = scripts;
+        let mut wire = |side, habits, script| {
+            Rc::new(RefCell::new(Wire::new(side, habits, script, rng.fork())))
+        };
+        let wires = [
+            wire(CLIENT, client_habits, client_script),
+            wire(SERVER, server_habits, server_script),
+        ];
+        let end = |side: usize| End::new(FakeSocket(Rc::clone(&wires[side])));
+        let mut pool = Pool::new(buffer, usize::MAX);
+        for _ in 0..BUFFERS {
+            pool.give(vec![0; buffer].into_boxed_slice());
+        }
+        Bench {
+            pair: Pair::new(end(CLIENT), end(SERVER)),
+            pool,
+            buffer,
+            budget,
+            wires,
+            ready: true,
+            last: Turn::Wait,
+        }
+    }
+
+    pub(super) fn client(&self) -> RefMut<'_, Wire> {
+        self.wires[CLIENT].borrow_mut()
+    }
+
+    pub(super) fn server(&self) -> RefMut<'_, Wire> {
+        self.wires[SERVER].borrow_mut()
+    }
+
+    pub(super) fn wire(&self, side: usize) -> Ref<'_, Wire> {
+        self.wires[side].borrow()
+    }
+
+    /// Latches the event that is due for `side`.
+    pub(super) fn poll(&mut self, side: usize) -> bool {
+        let event = self.wires[side].borrow_mut().poll(KERNEL_EDGES);
+        if let Some(event) = event {
+            self.latch(side, event);
+        }
+        event.is_some()
+    }
+
+    pub(super) fn latch(&mut self, side: usize, event: Readiness) {
+        self.pair.ends[side].latch(event);
+        self.ready = true;
+    }
+
+    /// One turn, and what is true of every turn: bounded work, no buffer that carries nothing.
+    pub(super) fn turn(&mut self) -> Turn {
+        let read_before = [self.client().read, self.server().read];
+        let turn = self.pair.turn(&mut self.pool, self.budget);
+        for (side, before) in read_before.into_iter().enumerate() {
+            let read = self.wire(side).read - before;
+            let mut bound = self.budget + self.buffer - 1;
+            if self.pair.flows[side].state == State::Broken {
+                bound += DISCARDS as usize * self.buffer;
+            }
+            assert!(
+                read <= bound as u64,
+                "{read} bytes read of {side} in a turn"
+            );
+        }
+        self.assert_no_idle_buffer();
+        let open = self.pair.flows.iter().any(|flow| flow.state == State::Open);
+        assert_eq!(turn == Turn::Done, !open);
+        self.ready = turn == Turn::Again;
+        self.last = turn;
+        turn
+    }
+
+    /// Every buffer is home that carries nothing, and no direction has borrowed a second one.
+    fn assert_no_idle_buffer(&self) {
+        let carrying = self
+            .pair
+            .flows
+            .iter()
+            .filter(|flow| !flow.carrier.is_empty());
+        let lent = carrying.count();
+        assert_eq!(
+            self.pool.resting() + lent,
+            BUFFERS,
+            "{lent} carry something"
+        );
+    }
+
+    /// Takes events and turns until nothing is left to do, and says how it ended.
+    pub(super) fn settle(&mut self) -> Turn {
+        for _ in 0..10_000 {
+            let events = [self.poll(CLIENT), self.poll(SERVER)];
+            if self.last == Turn::Done || (events == [false; 2] && !self.ready) {
+                return self.last;
+            }
+            self.turn();
+        }
+        panic!("the relay never comes to rest");
+    }
+
+    /// What is carried of what `side` sent.
+    pub(super) fn carried(&self, side: usize) -> u64 {
+        self.pair.flows[side].carrier.bytes().len() as u64
+    }
+
+    pub(super) fn farewells(&self) -> [Farewell; 2] {
+        [self.pair.farewell(CLIENT), self.pair.farewell(SERVER)]
+    }
+
+    /// Takes the pair apart as the proxy does. A client that is owed a linger is read from until it ends, as long as
+    /// `go_on` says so after each of its turns.
+    pub(super) fn leave(self, mut go_on: impl FnMut(&Wires) -> bool) -> Ended {
+        let Bench {
+            pair,
+            mut pool,
+            wires,
+            ..
+        } = self;
+        let ended = Ended {
+            farewells: [pair.farewell(CLIENT), pair.farewell(SERVER)],
+            refused: pair.refused(),
+        };
+        let ends = pair.into_ends(&mut pool);
+        assert_eq!(pool.resting(), BUFFERS);
+        let mut lingering = None;
+        for (side, end) in ends.into_iter().enumerate() {
+            let mut wire = wires[side].borrow_mut();
+            match ended.farewells[side] {
+                Farewell::Close => wire.close_here(),
+                Farewell::Reset => wire.reset_here(),
+                Farewell::Linger => lingering = Some((side, end)),
+            }
+        }
+        let Some((side, mut end)) = lingering else {
+            return ended;
+        };
+        end.shutdown_write();
+        loop {
+            let event = wires[side].borrow_mut().poll(KERNEL_EDGES);
+            end.latch(event.unwrap_or_default());
+            let again = end.discard(&mut pool);
+            assert_eq!(pool.resting(), BUFFERS);
+            if end.input_ended() || !(go_on(&wires) || again) {
+                break;
+            }
+        }
+        wires[side].borrow_mut().close_here();
+        ended
+    }
+}

@@ -1,0 +1,604 @@
+//! The command as a user has it: the real binary, its words, its files, its signals, its exit codes.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use common::*;
+use hvsock::simulate::{Service, Vm};
+
+/// A running `hvsock`; killed, if it still runs, at the end.
+struct Running {
+    child: Child,
+    out: Receiver<String>,
+    err: Receiver<String>,
+}
+
+impl Running {
+    fn start(arguments: &[&str]) -> Running {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        command.args(arguments);
+        Running::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Running {
+        command.stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let out = lines(child.stdout.take().unwrap());
+        let err = lines(child.stderr.take().unwrap());
+        Running { child, out, err }
+    }
+
+    /// The next line of standard output that contains `part`.
+    fn says(&self, part: &str) -> String {
+        next(&self.out, part)
+    }
+
+    /// The next line of standard error that contains `part`.
+    fn complains(&self, part: &str) -> String {
+        next(&self.err, part)
+    }
+
+    /// The port that was chosen for the next TCP forward it prints.
+    fn tcp_port(&self) -> u16 {
+        let line = self.says("tcp://127.0.0.1:");
+        let port = line.split_once("127.0.0.1:").unwrap().1;
+        port.split(' ').next().unwrap().parse().unwrap()
+    }
+
+    fn signal(&self, signal: &str) {
+        let pid = self.child.id().to_string();
+        let killed = Command::new("kill").args(["-s", signal, &pid]).status();
+        assert!(killed.unwrap().success());
+    }
+
+    fn descriptors(&self) -> usize {
+        let path = format!("/proc/{}/fd", self.child.id());
+        std::fs::read_dir(path).unwrap().count()
+    }
+
+    fn exit_code(&mut self) -> Option<i32> {
+        let mut code = None;
+        eventually("it exits", || {
+            code = self.child.try_wait().unwrap();
+            code.is_some()
+        });
+        code.unwrap().code()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).lines() {
+            if sender.send(line.unwrap()).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+fn next(lines: &Receiver<String>, part: &str) -> String {
+    loop {
+        match lines.recv_timeout(PATIENCE) {
+            Ok(line) if line.contains(part) => return line,
+            Ok(_) => {}
+            Err(_) => panic!("no line with {part:?}"),
+        }
+    }
+}
+
+/// What a command that ends by itself said.
+fn run(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(arguments).stdin(Stdio::null());
+    command.output().unwrap()
+}
+
+/// Asserts the exit code, and that the one complaint contains all parts.
+fn fails(arguments: &[&str], code: i32, parts: &[&str]) {
+    let output = run(arguments);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+    assert!(output.stdout.is_empty(), "{arguments:?}");
+    for part in parts {
+        assert!(
+            said.contains(part),
+            "{arguments:?}: {said:?} lacks {part:?}"
+        );
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn echo_vm(dir: &Path) -> Vm {
+    Vm::builder(dir)
+        .guest(7, Service::Echo)
+        .guest(19, Service::Chargen)
+        .start()
+        .unwrap()
+}
+
+#[test]
+fn expose_prints_what_it_exposes_and_carries_it() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = server.local_addr().unwrap();
+    let socket = dir.path().join("echo.sock");
+    let mut proxy = Running::start(&[
+        "expose",
+        "--vm",
+        text(dir.path()),
+        "-L",
+        "0:0x7",
+        "-L",
+        &format!("{}:7", text(&socket)),
+        "-R",
+        &format!("5000:{target}"),
+    ]);
+    let port = proxy.tcp_port();
+    assert!(proxy.says("echo.sock").ends_with("-> guest port 7 (0x7)"));
+    let line = proxy.says("5000");
+    assert!(
+        line.contains("port 5000 (0x1388)") && line.contains(&target.to_string()),
+        "{line}"
+    );
+    assert_eq!(ask(tcp(port), b"tcp").unwrap(), b"tcp");
+    assert_eq!(ask(unix_client(&socket), b"unix").unwrap(), b"unix");
+    let mut guest = vm.dial(5000).unwrap();
+    guest.write_all(b"hello").unwrap();
+    let mut hello = [0; 5];
+    server.accept().unwrap().0.read_exact(&mut hello).unwrap();
+    assert_eq!(&hello, b"hello");
+    drop(guest);
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    assert!(!socket.exists() && !dir.path().join("00000002.00001388").exists());
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn nothing_is_left_open_by_a_thousand_at_once_and_many_in_turn() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let proxy = Running::start(&["expose", "--vm", text(dir.path()), "-L", "0:7"]);
+    let port = proxy.tcp_port();
+    assert_eq!(ask(tcp(port), b"warm").unwrap(), b"warm");
+    eventually("it is closed", || vm.counters().live_slots == 0);
+    let before = proxy.descriptors();
+    let clients: Vec<_> = (0..1000).map(|_| tcp(port)).collect();
+    for client in clients {
+        assert_eq!(ask(client, b"at once").unwrap(), b"at once");
+    }
+    for _ in 0..2000 {
+        assert_eq!(ask(tcp(port), b"in turn").unwrap(), b"in turn");
+    }
+    eventually("no descriptor is left", || proxy.descriptors() == before);
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn out_of_descriptors_it_waits_says_so_once_and_goes_on() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    // A hard limit: the program can't raise it.
+    let mut command = Command::new("sh");
+    command.args([
+        "-c",
+        "ulimit -n 100; exec \"$0\" \"$@\"",
+        env!("CARGO_BIN_EXE_hvsock"),
+    ]);
+    command.args(["expose", "--vm", text(dir.path()), "-L", "0:7"]);
+    let proxy = Running::spawn(command);
+    let port = proxy.tcp_port();
+    let mut clients: Vec<_> = (0..200).map(|_| tcp(port)).collect();
+    proxy.complains("not accepting on tcp://");
+    for client in &mut clients {
+        client.write_all(b"patience").unwrap();
+        client.half_close();
+    }
+    for mut client in clients {
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer, b"patience");
+    }
+    assert!(
+        proxy
+            .err
+            .try_iter()
+            .all(|line| !line.contains("not accepting"))
+    );
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn a_refusal_and_a_vm_that_is_down_are_told_in_one_line() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let proxy = Running::start(&["expose", "--vm", text(dir.path()), "-L", "0:99"]);
+    let port = proxy.tcp_port();
+    let refused = || {
+        let end = tcp(port).read(&mut [0]);
+        assert_eq!(end.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    };
+    for _ in 0..5 {
+        refused();
+    }
+    let line = proxy.complains("refused a client");
+    assert!(line.contains("vsock port 99 (0x63)?"), "{line}");
+    vm.stop();
+    for _ in 0..5 {
+        refused();
+        std::thread::sleep(Duration::from_millis(250));
+    }
+    let line = proxy.complains("refused a client");
+    assert!(line.contains("the VM is not running"), "{line}");
+    assert_eq!(proxy.err.try_iter().count(), 0);
+}
+
+#[test]
+fn expose_starts_before_its_vm() {
+    let dir = private_dir();
+    let proxy = Running::start(&["expose", "--vm", text(dir.path()), "-L", "0:7"]);
+    proxy.complains("the VM is not running");
+    let port = proxy.tcp_port();
+    let _vm = echo_vm(dir.path());
+    assert_eq!(ask(tcp(port), b"late").unwrap(), b"late");
+}
+
+#[test]
+fn a_signal_in_mid_transfer_lets_it_finish_and_a_second_cuts_it_off() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    for signals in [1, 2] {
+        let mut proxy = Running::start(&[
+            "expose",
+            "--vm",
+            text(dir.path()),
+            "-L",
+            "0:7",
+            "-L",
+            "0:19",
+        ]);
+        let (echo, chargen) = (proxy.tcp_port(), proxy.tcp_port());
+        let mut client = tcp(echo);
+        client.write_all(b"first half, ").unwrap();
+        let mut endless = tcp(chargen);
+        endless.read_exact(&mut [0; 10_000]).unwrap();
+        proxy.signal("TERM");
+        proxy.complains("stopping");
+        if signals == 2 {
+            proxy.signal("INT");
+            proxy.complains("cutting");
+        } else {
+            drop(endless);
+            client.write_all(b"second half").unwrap();
+            client.half_close();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, "first half, second half");
+        }
+        assert_eq!(proxy.exit_code(), Some(0));
+        assert!(vm.fate().is_none(), "{:?}", vm.fate());
+    }
+}
+
+#[test]
+fn a_hang_up_ends_it_as_a_signal_does_unless_it_is_ignored() {
+    let dir = private_dir();
+    let socket = dir.path().join("s");
+    let arguments = ["forward", text(&socket), "tcp://127.0.0.1:1"];
+    let mut plain = Running::start(&arguments);
+    plain.says("->");
+    plain.signal("HUP");
+    assert_eq!(plain.exit_code(), Some(0));
+    assert!(!socket.exists());
+
+    let mut command = Command::new("sh");
+    command.args([
+        "-c",
+        "trap '' HUP; exec \"$0\" \"$@\"",
+        env!("CARGO_BIN_EXE_hvsock"),
+    ]);
+    command.args(arguments).process_group(0);
+    let mut nohup = Running::spawn(command);
+    nohup.says("->");
+    nohup.signal("HUP");
+    // The next signal is handled in order: had the first ended it, there would be two complaints.
+    nohup.signal("TERM");
+    assert_eq!(nohup.exit_code(), Some(0));
+    assert_eq!(nohup.err.iter().count(), 1);
+}
+
+#[test]
+fn forward_takes_pairs_of_any_addresses() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    let guest = format!("hyperkit://:7{}", text(dir.path()));
+    let proxy = Running::start(&[
+        "forward",
+        "--mode",
+        "660",
+        text(&one),
+        &guest,
+        text(&two),
+        text(&one),
+        "tcp://127.0.0.1:0",
+        text(&two),
+    ]);
+    let port = proxy.tcp_port();
+    assert_eq!(ask(tcp(port), b"three times").unwrap(), b"three times");
+    use std::os::unix::fs::PermissionsExt;
+    assert_eq!(one.metadata().unwrap().permissions().mode() & 0o777, 0o660);
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn demo_serves_a_page_and_cleans_up() {
+    let mut demo = Running::start(&["demo"]);
+    let line = demo.says("a stand-in VM in ");
+    let state = line
+        .split_once("in ")
+        .unwrap()
+        .1
+        .split_once("in ")
+        .unwrap()
+        .1;
+    let state = state.split(',').next().unwrap().to_owned();
+    let port = demo.tcp_port();
+    demo.says("GET / through TCP:            HTTP/1.1 200 OK");
+    demo.says("GET / through the Unix socket: HTTP/1.1 200 OK");
+    demo.says("Ctrl-C");
+    let request = b"GET /page HTTP/1.0\r\n\r\n";
+    let page = String::from_utf8(ask(tcp(port), request).unwrap()).unwrap();
+    assert!(
+        page.starts_with("HTTP/1.") && page.contains("/page"),
+        "{page}"
+    );
+    demo.signal("INT");
+    assert_eq!(demo.exit_code(), Some(0));
+    assert!(!Path::new(&state).exists());
+}
+
+#[test]
+fn simulate_serves_a_directory_and_dies_of_a_rude_client() {
+    let dir = private_dir();
+    let state = dir.path().join("vm");
+    let mut vm = Running::start(&[
+        "simulate",
+        text(&state),
+        "--guest",
+        "7=echo",
+        "--dial",
+        "5000=tcp://127.0.0.1:0",
+    ]);
+    vm.says("guest port 7 (0x7)");
+    let line = vm.says("CID 2 port 5000");
+    let dial = line.split_once("127.0.0.1:").unwrap().1;
+    let dial: u16 = dial.split(' ').next().unwrap().parse().unwrap();
+    fails(
+        &["simulate", text(&state)],
+        1,
+        &["a VM runs there", "choose another directory"],
+    );
+
+    let echo = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = echo.local_addr().unwrap().port().to_string();
+    let proxy = Running::start(&[
+        "expose",
+        "--vm",
+        text(&state),
+        "-L",
+        "0:7",
+        "-R",
+        &format!("5000:{target}"),
+    ]);
+    let port = proxy.tcp_port();
+    proxy.says("5000");
+    assert_eq!(ask(tcp(port), b"simulated").unwrap(), b"simulated");
+    let mut guest = tcp(dial);
+    guest.write_all(b"guest").unwrap();
+    let mut heard = [0; 5];
+    echo.accept().unwrap().0.read_exact(&mut heard).unwrap();
+    assert_eq!(&heard, b"guest");
+    drop(guest);
+
+    // What no client should do: close with data unread.
+    let mut rude = unix_client(&state.join("connect"));
+    rude.write_all(b"00000003.00000007\n0123456789").unwrap();
+    rude.read_exact(&mut [0; 1]).unwrap();
+    drop(rude);
+    vm.complains("the VM died");
+    assert_eq!(vm.exit_code(), Some(1));
+}
+
+#[test]
+fn a_paused_guest_answers_when_it_goes_on() {
+    let dir = private_dir();
+    let vm = Running::start(&["simulate", text(dir.path()), "--guest", "7=echo"]);
+    vm.says("guest port 7");
+    let proxy = Running::start(&["expose", "--vm", text(dir.path()), "-L", "0:7"]);
+    let port = proxy.tcp_port();
+    vm.signal("USR1");
+    vm.complains("paused");
+    let mut client = tcp(port);
+    client.write_all(b"patience").unwrap();
+    client.half_close();
+    client
+        .set_read_timeout(Some(Duration::from_millis(100)))
+        .unwrap();
+    assert_eq!(
+        client.read(&mut [0; 8]).unwrap_err().kind(),
+        io::ErrorKind::WouldBlock
+    );
+    vm.signal("USR2");
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "patience");
+}
+
+#[test]
+fn errors_say_what_why_and_how_to_mend_it() {
+    let dir = private_dir();
+    let vm = text(dir.path());
+    let _vm = echo_vm(dir.path());
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap().port();
+    fails(
+        &["expose", "--vm", "/no/such/vm", "-L", "0:7"],
+        1,
+        &[
+            "hvsock: cannot find VM",
+            "/no/such/vm",
+            "see that the path is right",
+        ],
+    );
+    fails(
+        &["expose", "--vm", "no-such-vm", "-L", "0:7"],
+        1,
+        &["no VM has this name", "a state directory"],
+    );
+    fails(
+        &["expose", "--vm", vm],
+        2,
+        &["nothing to expose", "-L or -R"],
+    );
+    fails(
+        &["expose", "--vm", vm, "-L", "7"],
+        2,
+        &["guest's port is missing", "8080:80"],
+    );
+    fails(
+        &["expose", "--vm", vm, "-L", "0:0x1ffffffff"],
+        2,
+        &["4294967295"],
+    );
+    fails(
+        &["expose", "--vm", vm, "-L", &format!("{taken}:7")],
+        1,
+        &[
+            &format!("tcp://127.0.0.1:{taken}"),
+            "another program listens there",
+        ],
+    );
+    fails(
+        &["expose", "--vm", vm, "-L", &format!("{}:7", text(&file))],
+        1,
+        &["no socket", "another path"],
+    );
+    fails(
+        &["expose", "--vm", vm, "-L", "/no/such/dir/s:7"],
+        1,
+        &["unix:///no/such/dir/s", "make it first"],
+    );
+    fails(
+        &[
+            "expose",
+            "--vm",
+            vm,
+            "-L",
+            &format!("{vm}/{}:7", "n".repeat(120)),
+        ],
+        1,
+        &["120 bytes", "shorter name"],
+    );
+    fails(
+        &["expose", "--vm", vm, "-L", "0:7", "--mode", "rw"],
+        2,
+        &["octal"],
+    );
+    fails(&["forward", "tcp://127.0.0.1:0"], 2, &["2 values"]);
+    fails(
+        &["forward", "tcp://127.0.0.1:0", "/a", "/b"],
+        2,
+        &["come in pairs"],
+    );
+    fails(
+        &["forward", "tpc://127.0.0.1:0", "/a"],
+        2,
+        &["scheme", "tcp://"],
+    );
+    fails(
+        &["simulate", &format!("/tmp/{}", "d".repeat(90))],
+        1,
+        &["95 bytes", "85", "shorter"],
+    );
+    fails(&["simulate", vm, "--guest", "80"], 2, &["80=http"]);
+}
+
+#[test]
+fn a_state_directory_that_may_not_be_read_is_told_apart_from_none() {
+    let dir = private_dir();
+    let hidden = dir.path().join("hidden");
+    let state = hidden.join("vm");
+    std::fs::create_dir_all(&state).unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(0o000)).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(["expose", "--vm", text(&state), "-L", "0:7"]);
+    if nobody_is_needed() {
+        // Root may read everything. The user nobody may run the binary only where it can be reached.
+        let binary = dir.path().join("hvsock");
+        std::fs::copy(env!("CARGO_BIN_EXE_hvsock"), &binary).unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        command = Command::new(binary);
+        command.args(["expose", "--vm", text(&state), "-L", "0:7"]);
+        command.uid(65_534);
+    }
+    let output = command.output().unwrap();
+    std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("ermission denied") && said.contains("user"),
+        "{said}"
+    );
+}
+
+fn nobody_is_needed() -> bool {
+    let id = Command::new("id").arg("-u").output().unwrap();
+    id.stdout == b"0\n"
+}
+
+#[test]
+fn help_and_version_are_printed() {
+    for arguments in [
+        &["--help"][..],
+        &["expose", "--help"],
+        &["forward", "--help"],
+        &["simulate", "--help"],
+        &["--version"],
+    ] {
+        let output = run(arguments);
+        assert!(output.status.success());
+        assert!(
+            String::from_utf8(output.stdout).unwrap().contains("hvsock"),
+            "{arguments:?}"
+        );
+    }
+    assert_eq!(run(&[]).status.code(), Some(2));
+}

@@ -1,0 +1,113 @@
+//! What several test programs need: private directories, clients with a bound on waiting, a proxy in front of a VM.
+
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use hvsock::address::{Address, HyperkitAddress, HyperkitVm, Port, UnixAddress};
+use hvsock::{Proxy, ProxyConfig, Rule};
+
+/// No wait in a test is longer than this.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A private directory with a short path, removed at the end.
+pub(crate) fn private_dir() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("hvs-")
+        .tempdir_in("/tmp")
+        .unwrap()
+}
+
+pub(crate) fn hyperkit(state: &Path, port: u32) -> Address {
+    Address::Hyperkit(HyperkitAddress {
+        vm: HyperkitVm::new(state),
+        port: Port(port),
+    })
+}
+
+pub(crate) fn unix(path: impl Into<PathBuf>) -> Address {
+    Address::Unix(UnixAddress::Path(path.into()))
+}
+
+pub(crate) fn any_tcp() -> Address {
+    "tcp://127.0.0.1:0".parse().unwrap()
+}
+
+/// A config of two workers, whatever the machine has.
+pub(crate) fn config(rules: Vec<Rule>) -> ProxyConfig {
+    let mut config = ProxyConfig::new(rules);
+    config.workers = Some(2.try_into().unwrap());
+    config
+}
+
+/// A proxy of one rule.
+pub(crate) fn proxy(listen: Address, connect: Address) -> Proxy {
+    Proxy::start(config(vec![Rule::new(listen, connect)])).unwrap()
+}
+
+/// The TCP port on which a forward of the proxy listens.
+pub(crate) fn port_of(proxy: &Proxy, forward: usize) -> u16 {
+    match &proxy.forwards()[forward].listen {
+        Address::Tcp(tcp) => tcp.port,
+        other => panic!("{other} is no TCP address"),
+    }
+}
+
+/// A client's stream of either family.
+pub(crate) trait Client: Read + Write + Send + 'static {
+    fn half_close(&self);
+}
+
+impl Client for TcpStream {
+    fn half_close(&self) {
+        self.shutdown(Shutdown::Write).unwrap();
+    }
+}
+
+impl Client for UnixStream {
+    fn half_close(&self) {
+        self.shutdown(Shutdown::Write).unwrap();
+    }
+}
+
+pub(crate) fn tcp(port: u16) -> TcpStream {
+    let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+pub(crate) fn unix_client(path: &Path) -> UnixStream {
+    let stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// Sends `bytes`, half-closes, reads to EOF.
+pub(crate) fn ask(mut client: impl Client, bytes: &[u8]) -> io::Result<Vec<u8>> {
+    client.write_all(bytes)?;
+    client.half_close();
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer)?;
+    Ok(answer)
+}
+
+/// Polls until `done`, at most for [`PATIENCE`].
+pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < end, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Bytes that differ from place to place.
+pub(crate) fn pattern(len: usize) -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(len as u64);
+    std::iter::repeat_with(|| random.u8(..)).take(len).collect()
+}

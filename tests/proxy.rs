@@ -1,0 +1,660 @@
+//! The proxy in this process, in front of the stand-in VM with all its frailties on.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::io::{self, Read, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::time::Duration;
+
+use common::*;
+use hvsock::simulate::{Service, Vm};
+use hvsock::{Proxy, Rule};
+
+fn echo_vm(directory: &std::path::Path) -> Vm {
+    Vm::builder(directory)
+        .guest(7, Service::Echo)
+        .start()
+        .unwrap()
+}
+
+/// The VM lives and its device has no connection left.
+fn assert_well(vm: &Vm) {
+    assert!(
+        vm.wait_for(PATIENCE, |counters| counters.live_slots == 0),
+        "{:?}",
+        vm.counters()
+    );
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+fn is_reset(result: io::Result<usize>) -> bool {
+    matches!(result, Err(e) if e.kind() == io::ErrorKind::ConnectionReset)
+}
+
+#[test]
+fn bytes_and_half_closes_arrive_both_ways_over_tcp_and_unix() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let socket = dir.path().join("echo.sock");
+    let rules = vec![
+        Rule::new(any_tcp(), hyperkit(dir.path(), 7)),
+        Rule::new(unix(&socket), hyperkit(dir.path(), 7)),
+    ];
+    let proxy = Proxy::start(config(rules)).unwrap();
+    for len in [0, 1, 17, 65_536, 3_000_000] {
+        let bytes = pattern(len);
+        let (tcp, unix) = (tcp(port_of(&proxy, 0)), unix_client(&socket));
+        let bytes = bytes.as_slice();
+        std::thread::scope(|scope| {
+            let over_tcp = scope.spawn(move || duplex(tcp, bytes));
+            let over_unix = scope.spawn(move || duplex(unix, bytes));
+            assert!(over_tcp.join().unwrap().unwrap() == bytes, "{len}, TCP");
+            assert!(over_unix.join().unwrap().unwrap() == bytes, "{len}, Unix");
+        });
+    }
+    assert_well(&vm);
+}
+
+/// Writes on a thread of its own, half-closes, and reads to EOF meanwhile.
+fn duplex<C: Client + TryClone>(mut client: C, bytes: &[u8]) -> io::Result<Vec<u8>> {
+    let mut writer = client.try_clone_client()?;
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(move || {
+            writer.write_all(bytes)?;
+            writer.half_close();
+            Ok(())
+        });
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer)?;
+        writing.join().unwrap().map(|()| answer)
+    })
+}
+
+trait TryClone: Sized {
+    fn try_clone_client(&self) -> io::Result<Self>;
+}
+
+impl TryClone for std::net::TcpStream {
+    fn try_clone_client(&self) -> io::Result<Self> {
+        self.try_clone()
+    }
+}
+
+impl TryClone for std::os::unix::net::UnixStream {
+    fn try_clone_client(&self) -> io::Result<Self> {
+        self.try_clone()
+    }
+}
+
+#[test]
+fn a_guest_that_ends_first_can_still_be_sent_to() {
+    let dir = private_dir();
+    let (sent, got) = std::sync::mpsc::channel();
+    let service = Service::custom(move |mut guest| {
+        guest.write_all(b"welcome").unwrap();
+        guest.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut rest = Vec::new();
+        guest.read_to_end(&mut rest).unwrap();
+        sent.send(rest).unwrap();
+    });
+    let vm = Vm::builder(dir.path()).guest(1, service).start().unwrap();
+    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 1));
+    let mut client = tcp(port_of(&proxy, 0));
+    let mut welcome = String::new();
+    client.read_to_string(&mut welcome).unwrap();
+    assert_eq!(welcome, "welcome");
+    let bytes = pattern(1_000_000);
+    client.write_all(&bytes).unwrap();
+    client.half_close();
+    assert!(got.recv_timeout(PATIENCE).unwrap() == bytes);
+    assert_well(&vm);
+}
+
+#[test]
+fn a_refusal_is_a_reset_with_and_without_data_and_half_close() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 99));
+    for sends in [false, true] {
+        for half_closes in [false, true] {
+            let mut client = tcp(port_of(&proxy, 0));
+            if sends {
+                let _ = client.write_all(b"request");
+            }
+            if half_closes {
+                let _ = client.shutdown(std::net::Shutdown::Write);
+            }
+            let end = client.read(&mut [0; 16]);
+            assert!(is_reset(end), "sends: {sends}, half-closes: {half_closes}");
+        }
+    }
+    eventually("all four are counted", || {
+        proxy.forwards()[0].counters.refused == 4
+    });
+    assert_well(&vm);
+}
+
+#[test]
+fn an_empty_answer_is_no_refusal() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .guest(9, Service::Discard)
+        .start()
+        .unwrap();
+    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 9));
+    for len in [0, 5, 3_000_000] {
+        let answer = ask(tcp(port_of(&proxy, 0)), &pattern(len)).unwrap();
+        assert_eq!(answer, b"", "{len}");
+    }
+    assert_eq!(proxy.forwards()[0].counters.refused, 0);
+    assert_well(&vm);
+}
+
+#[test]
+fn a_vm_that_is_down_refuses_and_comes_back_by_itself() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 7));
+    let port = port_of(&proxy, 0);
+    assert_eq!(ask(tcp(port), b"one").unwrap(), b"one");
+    for round in 0..3 {
+        if round == 2 {
+            // As a machine that was made anew: another directory of the same name.
+            std::fs::remove_dir_all(dir.path()).unwrap();
+            std::fs::create_dir(dir.path()).unwrap();
+        } else {
+            assert!(vm.fate().is_none());
+        }
+        let down = Vm::builder(dir.path()).start().unwrap();
+        down.stop();
+        assert!(is_reset(tcp(port).read(&mut [0; 1])), "round {round}");
+        let vm = echo_vm(dir.path());
+        assert_eq!(ask(tcp(port), b"again").unwrap(), b"again");
+        assert_well(&vm);
+    }
+}
+
+#[test]
+fn guests_reach_the_host_and_its_socket_is_made_again() {
+    let dir = private_dir();
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in server.incoming() {
+            let mut stream = stream.unwrap();
+            let mut request = Vec::new();
+            stream.read_to_end(&mut request).unwrap();
+            stream.write_all(&request).unwrap();
+        }
+    });
+    let vm = Vm::builder(dir.path()).start().unwrap();
+    let proxy = proxy(hyperkit(dir.path(), 5000), target.parse().unwrap());
+    let file = dir.path().join("00000002.00001388");
+    assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let ask_host = |vm: &Vm| ask(vm.dial(5000).unwrap(), b"from the guest").unwrap();
+    assert_eq!(ask_host(&vm), b"from the guest");
+    assert_well(&vm);
+    drop(vm);
+
+    std::fs::remove_file(&file).unwrap();
+    let vm = Vm::builder(dir.path()).start().unwrap();
+    assert_eq!(ask_host(&vm), b"from the guest");
+    assert_well(&vm);
+    proxy.stop(PATIENCE);
+    proxy.wait().unwrap();
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_guest_whose_target_is_gone_is_ended_politely() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path()).start().unwrap();
+    let proxy = proxy(
+        hyperkit(dir.path(), 5000),
+        unix(dir.path().join("nobody.sock")),
+    );
+    for len in [0, 100_000] {
+        let mut guest = vm.dial(5000).unwrap();
+        guest.set_read_timeout(Some(PATIENCE)).unwrap();
+        guest.write_all(&pattern(len)).unwrap();
+        assert_eq!(guest.read(&mut [0; 1]).unwrap(), 0);
+    }
+    assert_well(&vm);
+    assert_eq!(proxy.forwards()[0].counters.refused, 2);
+}
+
+#[test]
+fn a_client_that_says_nothing_disturbs_nobody() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 7));
+    let silent: Vec<_> = (0..20).map(|_| tcp(port_of(&proxy, 0))).collect();
+    for _ in 0..20 {
+        assert_eq!(ask(tcp(port_of(&proxy, 0)), b"heard").unwrap(), b"heard");
+    }
+    for client in silent {
+        assert_eq!(ask(client, b"at last").unwrap(), b"at last");
+    }
+    assert_well(&vm);
+}
+
+#[test]
+fn a_guest_that_answers_nothing_is_not_dialled_to_death() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 7))]);
+    config.limits.vm_unanswered = 40;
+    let proxy = Proxy::start(config).unwrap();
+    vm.pause();
+    let clients: Vec<_> = (0..600).map(|_| tcp(port_of(&proxy, 0))).collect();
+    // The cap, and the one probe.
+    assert!(
+        vm.wait_for(PATIENCE, |counters| counters.unanswered == 41),
+        "{:?}",
+        vm.counters()
+    );
+    eventually("all are accepted", || {
+        proxy.forwards()[0].counters.accepted == 600
+    });
+    assert_eq!(vm.counters().unanswered, 41);
+    vm.resume();
+    for client in clients {
+        assert_eq!(ask(client, b"awake").unwrap(), b"awake");
+    }
+    assert_well(&vm);
+}
+
+/// That many clients at once, of whom few can be served at a time.
+fn serve_all(proxy: &Proxy, count: usize) {
+    let mut clients: Vec<_> = (0..count).map(|_| tcp(port_of(proxy, 0))).collect();
+    for client in &mut clients {
+        client.write_all(b"in turn").unwrap();
+        client.half_close();
+    }
+    for mut client in clients {
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer, b"in turn");
+    }
+}
+
+#[test]
+fn services_that_wait_for_their_client_to_speak_lock_nobody_out() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 7))]);
+    config.limits.vm_unanswered = 5;
+    let proxy = Proxy::start(config).unwrap();
+    let silent: Vec<_> = (0..100).map(|_| tcp(port_of(&proxy, 0))).collect();
+    assert_eq!(
+        ask(tcp(port_of(&proxy, 0)), b"the last").unwrap(),
+        b"the last"
+    );
+    drop(silent);
+    assert_well(&vm);
+}
+
+#[test]
+fn more_clients_than_the_vm_may_have_wait() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 7))]);
+    config.limits.vm_connections = 10;
+    let proxy = Proxy::start(config).unwrap();
+    serve_all(&proxy, 100);
+    assert!(vm.counters().peak_slots <= 10, "{:?}", vm.counters());
+    assert_well(&vm);
+}
+
+#[test]
+fn who_waits_too_long_for_the_vm_is_told() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 7))]);
+    config.limits.vm_connections = 1;
+    config.limits.dial_timeout = Duration::from_millis(100);
+    let proxy = Proxy::start(config).unwrap();
+    let mut first = tcp(port_of(&proxy, 0));
+    first.write_all(b"x").unwrap();
+    first.read_exact(&mut [0]).unwrap();
+    assert!(is_reset(tcp(port_of(&proxy, 0)).read(&mut [0])));
+    drop(first);
+    assert_well(&vm);
+}
+
+#[test]
+fn guest_forward_sockets_serve_where_there_is_no_connect_socket() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .guest(7, Service::Echo)
+        .guest_forwards(&[7])
+        .start()
+        .unwrap();
+    std::fs::remove_file(dir.path().join("connect")).unwrap();
+    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 7));
+    for _ in 0..50 {
+        assert_eq!(
+            ask(tcp(port_of(&proxy, 0)), b"forwarded").unwrap(),
+            b"forwarded"
+        );
+    }
+    assert_well(&vm);
+}
+
+#[test]
+fn paths_longer_than_a_socket_address_work_on_every_side() {
+    let dir = private_dir();
+    let long = dir.path().join("d".repeat(100)).join("e".repeat(100));
+    std::fs::create_dir_all(&long).unwrap();
+    // hyperkit itself was given a short path to the same directory.
+    let short = dir.path().join("vm");
+    std::os::unix::fs::symlink(&long, &short).unwrap();
+    let vm = echo_vm(&short);
+    let rules = vec![
+        Rule::new(unix(long.join("echo.sock")), hyperkit(&long, 7)),
+        Rule::new(hyperkit(&long, 5000), unix(long.join("echo.sock"))),
+    ];
+    let proxy = Proxy::start(config(rules)).unwrap();
+    assert_eq!(
+        ask(unix_client(&short.join("echo.sock")), b"deep").unwrap(),
+        b"deep"
+    );
+    assert_eq!(ask(vm.dial(5000).unwrap(), b"deeper").unwrap(), b"deeper");
+    drop(proxy);
+    assert!(!long.join("echo.sock").exists());
+    let names = Rule::new(unix(long.join("n".repeat(200))), hyperkit(&long, 7));
+    let error = Proxy::start(config(vec![names])).unwrap_err().to_string();
+    assert!(
+        error.contains("200 bytes") && error.contains("shorter name"),
+        "{error}"
+    );
+    assert_well(&vm);
+}
+
+#[test]
+fn a_unix_socket_is_its_owners_and_only_a_stale_one_is_replaced() {
+    let dir = private_dir();
+    let server = unix(dir.path().join("server.sock"));
+    let path = dir.path().join("listen.sock");
+    let start = |mode| {
+        let rule = Rule {
+            mode,
+            ..Rule::new(unix(&path), server.clone())
+        };
+        Proxy::start(config(vec![rule]))
+    };
+    // A leftover of somebody who died.
+    drop(UnixListener::bind(&path).unwrap());
+    let first = start(0o600).unwrap();
+    let metadata = path.symlink_metadata().unwrap();
+    assert!(metadata.file_type().is_socket());
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+
+    let error = start(0o600).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    assert!(error.to_string().contains("listen.sock"), "{error}");
+    assert_eq!(path.symlink_metadata().unwrap().ino(), metadata.ino());
+
+    // Somebody else's by now: not ours to remove.
+    std::fs::remove_file(&path).unwrap();
+    let other = UnixListener::bind(&path).unwrap();
+    drop(first);
+    assert!(path.exists());
+    drop(other);
+
+    let open = start(0o666).unwrap();
+    assert_eq!(
+        path.symlink_metadata().unwrap().permissions().mode() & 0o777,
+        0o666
+    );
+    drop(open);
+    assert!(!path.exists());
+
+    std::fs::write(&path, "precious").unwrap();
+    let error = start(0o600).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn a_unix_socket_whose_file_is_removed_is_made_again() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let path = dir.path().join("echo.sock");
+    let _proxy = proxy(unix(&path), hyperkit(dir.path(), 7));
+    std::fs::remove_file(&path).unwrap();
+    eventually("it is back", || path.exists());
+    assert_eq!(ask(unix_client(&path), b"back").unwrap(), b"back");
+    assert_well(&vm);
+}
+
+#[test]
+fn names_are_resolved_and_unknown_ones_refused() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let inner = proxy(
+        "tcp://localhost:0".parse().unwrap(),
+        hyperkit(dir.path(), 7),
+    );
+    let target = format!("tcp://localhost:{}", port_of(&inner, 0));
+    let outer = proxy(any_tcp(), target.parse().unwrap());
+    assert_eq!(
+        ask(tcp(port_of(&outer, 0)), b"by name").unwrap(),
+        b"by name"
+    );
+    let lost = proxy(any_tcp(), "tcp://no-such-host.invalid:1".parse().unwrap());
+    assert!(is_reset(tcp(port_of(&lost, 0)).read(&mut [0])));
+    drop(outer);
+    drop(inner);
+    assert_well(&vm);
+}
+
+#[test]
+fn a_tcp_target_that_refuses_resets_its_client() {
+    let unused = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", unused.local_addr().unwrap());
+    drop(unused);
+    let proxy = proxy(any_tcp(), target.parse().unwrap());
+    assert!(is_reset(tcp(port_of(&proxy, 0)).read(&mut [0])));
+}
+
+#[test]
+fn a_server_that_breaks_off_is_no_clean_end() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let proxy = proxy(
+        any_tcp(),
+        format!("tcp://{}", server.local_addr().unwrap())
+            .parse()
+            .unwrap(),
+    );
+    let mut client = tcp(port_of(&proxy, 0));
+    client.write_all(b"request").unwrap();
+    let (mut accepted, _) = server.accept().unwrap();
+    accepted.read_exact(&mut [0; 7]).unwrap();
+    accepted.write_all(b"half an ans").unwrap();
+    client.read_exact(&mut [0; 11]).unwrap();
+    socket2::SockRef::from(&accepted)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(accepted);
+    assert!(is_reset(client.read(&mut [0; 16])));
+}
+
+#[test]
+fn a_client_that_breaks_off_is_no_clean_end_for_a_server() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let proxy = proxy(
+        any_tcp(),
+        format!("tcp://{}", server.local_addr().unwrap())
+            .parse()
+            .unwrap(),
+    );
+    let mut client = tcp(port_of(&proxy, 0));
+    client.write_all(b"half a requ").unwrap();
+    let (mut accepted, _) = server.accept().unwrap();
+    accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+    accepted.read_exact(&mut [0; 11]).unwrap();
+    socket2::SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(client);
+    assert!(is_reset(accepted.read(&mut [0; 16])));
+}
+
+#[test]
+fn an_answer_survives_a_server_that_did_not_read_the_request() {
+    let dir = private_dir();
+    let path = dir.path().join("server.sock");
+    let server = UnixListener::bind(&path).unwrap();
+    let proxy = proxy(any_tcp(), unix(&path));
+    let answer = pattern(2_000_000);
+    let expected = answer.clone();
+    std::thread::spawn(move || {
+        let (mut accepted, _) = server.accept().unwrap();
+        accepted.write_all(&answer).unwrap();
+        // Closes with the request unread: the proxy's next write fails, what was sent must arrive.
+    });
+    let mut client = tcp(port_of(&proxy, 0));
+    let mut writer = client.try_clone().unwrap();
+    let upload = std::thread::spawn(move || {
+        let chunk = pattern(10_000);
+        // Until it fails, or is enough: the client insists on sending.
+        for _ in 0..500 {
+            if writer.write_all(&chunk).is_err() {
+                return;
+            }
+        }
+    });
+    let mut got = Vec::new();
+    let mut buffer = vec![0; 65_536];
+    // The connection may end by a reset (the upload did break off), but not before the answer.
+    while let Ok(n @ 1..) = client.read(&mut buffer) {
+        got.extend_from_slice(&buffer[..n]);
+    }
+    assert!(got == expected, "{} of {} bytes", got.len(), expected.len());
+    upload.join().unwrap();
+}
+
+#[test]
+fn a_stop_lets_live_connections_finish_and_takes_no_new_ones() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let path = dir.path().join("echo.sock");
+    let rules = vec![
+        Rule::new(any_tcp(), hyperkit(dir.path(), 7)),
+        Rule::new(unix(&path), hyperkit(dir.path(), 7)),
+    ];
+    let proxy = Proxy::start(config(rules)).unwrap();
+    let port = port_of(&proxy, 0);
+    let mut client = tcp(port);
+    client.write_all(b"before").unwrap();
+    client.read_exact(&mut [0; 6]).unwrap();
+    proxy.stop(PATIENCE);
+    eventually("no listener", || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_err()
+    });
+    eventually("no socket file", || !path.exists());
+    client.write_all(b"after").unwrap();
+    let mut after = [0; 5];
+    client.read_exact(&mut after).unwrap();
+    assert_eq!(&after, b"after");
+    drop(client);
+    proxy.wait().unwrap();
+    assert_well(&vm);
+}
+
+#[test]
+fn a_stop_cuts_off_after_the_grace_and_hurts_no_vm() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .guest(19, Service::Chargen)
+        .guest(20, Service::Silent)
+        .start()
+        .unwrap();
+    let rules = [19, 20].map(|port| Rule::new(any_tcp(), hyperkit(dir.path(), port)));
+    let proxy = Proxy::start(config(rules.into())).unwrap();
+    let mut clients: Vec<_> = (0..10).map(|i| tcp(port_of(&proxy, i % 2))).collect();
+    for client in clients.iter_mut().step_by(2) {
+        client.read_exact(&mut [0; 100_000]).unwrap();
+    }
+    proxy.stop(Duration::ZERO);
+    proxy.wait().unwrap();
+    for client in &mut clients {
+        let mut buffer = vec![0; 65_536];
+        let end = loop {
+            match client.read(&mut buffer) {
+                Ok(0) => break Ok(()),
+                Ok(_) => {}
+                Err(e) => break Err(e.kind()),
+            }
+        };
+        assert_eq!(end, Err(io::ErrorKind::ConnectionReset));
+    }
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn a_guest_that_ignores_the_end_is_given_up_in_time() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .guest(20, Service::Silent)
+        .start()
+        .unwrap();
+    let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 20))]);
+    config.limits.drain_timeout = Duration::from_millis(200);
+    let proxy = Proxy::start(config).unwrap();
+    let mut client = tcp(port_of(&proxy, 0));
+    client.write_all(b"hello?").unwrap();
+    assert!(vm.wait_for(PATIENCE, |counters| counters.answered == 1));
+    socket2::SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(client);
+    eventually("it is closed", || proxy.forwards()[0].counters.live == 0);
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn a_limit_of_connections_makes_clients_wait_and_no_listener_end() {
+    let dir = private_dir();
+    let vm = echo_vm(dir.path());
+    let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 7))]);
+    config.limits.connections = 3;
+    let proxy = Proxy::start(config).unwrap();
+    serve_all(&proxy, 50);
+    assert_well(&vm);
+}
+
+#[test]
+fn a_client_that_is_gone_holds_no_place_at_a_server_that_does_not_read() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    let mut config = config(vec![Rule::new(any_tcp(), target.parse().unwrap())]);
+    config.limits.drain_timeout = Duration::from_millis(200);
+    let proxy = Proxy::start(config).unwrap();
+    let mut client = tcp(port_of(&proxy, 0));
+    let (_accepted, _) = server.accept().unwrap();
+    client.set_nonblocking(true).unwrap();
+    let chunk = pattern(1_000_000);
+    // Until nothing more fits in between: the proxy holds bytes that it can't deliver.
+    let mut full = 0;
+    eventually("nothing more fits", || {
+        match client.write(&chunk) {
+            Ok(_) => full = 0,
+            Err(_) => full += 1,
+        }
+        full == 20
+    });
+    socket2::SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(client);
+    eventually("its place is free", || {
+        proxy.forwards()[0].counters.live == 0
+    });
+}

@@ -1,0 +1,8 @@
+//! The stand-in VM, driven through its sockets as a host's programs would.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod device;
+mod guest;
+mod rules;
+mod support;
