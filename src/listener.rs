@@ -210,20 +210,19 @@ fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<Listener> {
         _ => Error::new(Operation::Listen, address, e),
     })?;
     let bind = || {
+        // Dropped, and so removed again, if a later step fails.
+        let mut file = None;
         let listener = sys::with_short_path(path, |short| {
-            // Until it listens nobody can connect, so there is no moment with other permissions than asked for.
             unix_socket(&SockAddr::unix(short)?, || {
+                file = Some(SocketFile {
+                    path: path.to_path_buf(),
+                    identity: Identity::of(path)?,
+                });
+                // Until it listens nobody can connect, so there is no moment with other permissions than asked for.
                 fs::set_permissions(short, fs::Permissions::from_mode(mode))
             })
         })?;
-        let file = SocketFile {
-            path: path.to_path_buf(),
-            identity: Identity::of(path)?,
-        };
-        Ok(Listener::Unix(UnixListener {
-            listener,
-            file: Some(file),
-        }))
+        Ok(Listener::Unix(UnixListener { listener, file }))
     };
     bind().map_err(|e: io::Error| match e.kind() {
         io::ErrorKind::NotFound => fail(e, "its directory doesn't exist: make it first"),
@@ -277,35 +276,25 @@ fn clear_the_way(path: &Path) -> io::Result<()> {
     }
 }
 
-impl Source for Listener {
-    fn register(
-        &mut self,
-        registry: &Registry,
-        token: Token,
-        interests: Interest,
-    ) -> io::Result<()> {
+impl Listener {
+    fn source(&mut self) -> &mut dyn Source {
         match self {
-            Listener::Tcp(listener) => listener.register(registry, token, interests),
-            Listener::Unix(unix) => unix.listener.register(registry, token, interests),
+            Listener::Tcp(listener) => listener,
+            Listener::Unix(unix) => &mut unix.listener,
         }
     }
+}
 
-    fn reregister(
-        &mut self,
-        registry: &Registry,
-        token: Token,
-        interests: Interest,
-    ) -> io::Result<()> {
-        match self {
-            Listener::Tcp(listener) => listener.reregister(registry, token, interests),
-            Listener::Unix(unix) => unix.listener.reregister(registry, token, interests),
-        }
+impl Source for Listener {
+    fn register(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
+        self.source().register(registry, token, what)
+    }
+
+    fn reregister(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
+        self.source().reregister(registry, token, what)
     }
 
     fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        match self {
-            Listener::Tcp(listener) => listener.deregister(registry),
-            Listener::Unix(unix) => unix.listener.deregister(registry),
-        }
+        self.source().deregister(registry)
     }
 }

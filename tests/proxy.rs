@@ -347,6 +347,36 @@ fn guest_forward_sockets_serve_where_there_is_no_connect_socket() {
 }
 
 #[test]
+fn builds_of_hyperkit_with_other_names_are_served_both_ways() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .connect_name("@connect")
+        .prefix("@")
+        .guest(7, Service::Echo)
+        .start()
+        .unwrap();
+    let state = dir.path().to_str().unwrap();
+    let at = |port| format!("hyperkit://:{port}{state}?connect=@connect&prefix=@");
+    let rules = vec![
+        Rule::new(any_tcp(), at(7).parse().unwrap()),
+        Rule::new(
+            at(5000).parse().unwrap(),
+            unix(dir.path().join("host.sock")),
+        ),
+    ];
+    let host = UnixListener::bind(dir.path().join("host.sock")).unwrap();
+    let proxy = Proxy::start(config(rules)).unwrap();
+    assert_eq!(ask(tcp(port_of(&proxy, 0)), b"old").unwrap(), b"old");
+    let mut guest = vm.dial(5000).unwrap();
+    guest.write_all(b"hello").unwrap();
+    let mut hello = [0; 5];
+    host.accept().unwrap().0.read_exact(&mut hello).unwrap();
+    assert_eq!(&hello, b"hello");
+    drop(guest);
+    assert_well(&vm);
+}
+
+#[test]
 fn paths_longer_than_a_socket_address_work_on_every_side() {
     let dir = private_dir();
     let long = dir.path().join("d".repeat(100)).join("e".repeat(100));

@@ -563,11 +563,10 @@ impl<W: World> Worker<W> {
             conn.forward.count(side, delivered - conn.counted[side]);
             conn.counted[side] = delivered;
         }
-        if let Some(permit) = &conn.permit {
-            let server = &pair.ends[SERVER];
-            if server.received() > 0 || server.input_ended() {
-                permit.heard();
-            }
+        if let Some(permit) = &conn.permit
+            && (pair.ends[SERVER].received() > 0 || pair.ends[SERVER].input_ended())
+        {
+            permit.answered();
         }
         match turn {
             Turn::Again => self.make_ready(id),
@@ -651,6 +650,11 @@ impl<W: World> Worker<W> {
                 continue;
             };
             more |= end.discard(&mut self.pool);
+            if let Some(permit) = conn.permit.as_ref().filter(|_| side == SERVER)
+                && (end.received() > 0 || end.input_ended())
+            {
+                permit.answered();
+            }
             if reset {
                 if end.is_dead() || self.world.unacknowledged(&end.socket) == 0 {
                     self.world.reset(end.socket);
@@ -659,12 +663,6 @@ impl<W: World> Worker<W> {
                 look_again = Some(now + RESET_PAUSE);
             } else if end.input_ended() {
                 self.world.close(end.socket);
-                // A client's end says nothing of the guest.
-                if let Some(permit) = &conn.permit
-                    && side == SERVER
-                {
-                    permit.heard();
-                }
                 continue;
             }
             *slot = Some(Leave { end, reset });

@@ -3,9 +3,10 @@
 //! Rule 5 of a good neighbour (`hyperkit.md`): a burst of dials overflows the ring of 512 replies in which the device
 //! keeps what the guest hasn't fetched yet, and the VM dies; so it does of 512 dials to a guest that is not answering.
 //!
-//! hyperkit says nothing when a guest accepts. A dial is known to be answered when something comes from the guest that
-//! was sent after it, and services that wait for their client to speak send nothing: so when the cap is reached, one
-//! dial to a port where nobody listens asks the guest's kernel, which answers by refusing, as soon as it runs.
+//! hyperkit says nothing when a guest accepts. That a guest has taken a dial, and all before it, is known when the first
+//! byte or the end comes on that very connection. (What comes on an older one may have lain in buffers since before the
+//! guest stopped.) And services that wait for their client to speak send nothing: so when the cap is reached, one dial
+//! to a port where nobody listens asks the guest's kernel, which answers by refusing as soon as it runs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -69,8 +70,8 @@ pub(crate) struct Gate {
     state: Mutex<State>,
     /// Number of the last dial.
     dialled: AtomicU64,
-    /// All dials up to this number were answered: a guest takes them in order.
-    heard: AtomicU64,
+    /// The highest number of a dial that was answered, and so were all before it: a guest takes them in order.
+    answered: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -100,7 +101,7 @@ impl Gate {
             limits,
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
-            heard: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
         }
     }
 
@@ -158,13 +159,14 @@ impl Gate {
         state.live = 0;
         state.reserved = 0;
         state.probing = false;
-        self.heard
-            .fetch_max(self.dialled.load(Ordering::Relaxed), Ordering::Relaxed);
+        let dialled = self.dialled.load(Ordering::Relaxed);
+        self.answered.fetch_max(dialled, Ordering::Relaxed);
     }
 
     fn unanswered(&self) -> u64 {
-        let heard = self.heard.load(Ordering::Relaxed);
-        self.dialled.load(Ordering::Relaxed).saturating_sub(heard)
+        let answered = self.answered.load(Ordering::Relaxed);
+        let dialled = self.dialled.load(Ordering::Relaxed);
+        dialled.saturating_sub(answered)
     }
 
     /// Connections that count against the cap now.
@@ -179,7 +181,7 @@ impl Gate {
 pub(crate) struct Permit {
     gate: Arc<Gate>,
     epoch: u64,
-    /// The number of its dial, once that was made.
+    /// The number of its dial, once there was one.
     number: Option<u64>,
     probe: bool,
 }
@@ -194,14 +196,12 @@ impl Permit {
         self.number = Some(self.gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
     }
 
-    /// Something came from the guest on this connection: it has taken all dials up to this one.
-    ///
-    /// Of later dials it says nothing, however late it comes: it may have lain in buffers since before the guest stopped.
-    pub(crate) fn heard(&self) {
+    /// Something came from the guest on this connection.
+    pub(crate) fn answered(&self) {
         if let Some(number) = self.number
-            && self.gate.heard.load(Ordering::Relaxed) < number
+            && self.gate.answered.load(Ordering::Relaxed) < number
         {
-            self.gate.heard.fetch_max(number, Ordering::Relaxed);
+            self.gate.answered.fetch_max(number, Ordering::Relaxed);
         }
     }
 }
@@ -296,23 +296,38 @@ mod tests {
             gate.admit(now, None),
             Admission::Full(Full::Unanswered(64))
         ));
-        last.heard();
+        last.answered();
         drop(go(&gate, now));
     }
 
     #[test]
-    fn old_bytes_say_nothing_of_newer_dials() {
+    fn old_connections_say_nothing_of_newer_dials() {
         let gate = gate(900, 3);
         let mut now = Instant::now();
         let first = go(&gate, now);
-        first.heard();
+        first.answered();
         for _ in 0..3 {
             now += Duration::from_millis(1);
             drop(go(&gate, now));
         }
-        // Bytes of the first that the guest sent before it stopped.
-        first.heard();
+        first.answered();
         assert!(matches!(gate.admit(now, None), Admission::Probe(_)));
+    }
+
+    #[test]
+    fn an_answered_probe_lets_the_others_through() {
+        let gate = gate(900, 1);
+        let mut now = Instant::now();
+        let _silent = go(&gate, now);
+        now += Duration::from_millis(1);
+        let Admission::Probe(mut probe) = gate.admit(now, None) else {
+            panic!()
+        };
+        probe.dialled();
+        assert!(matches!(gate.admit(now, None), Admission::Full(_)));
+        probe.answered();
+        drop(probe);
+        drop(go(&gate, now));
     }
 
     #[test]
