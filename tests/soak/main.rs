@@ -44,8 +44,8 @@ const FLOOD: usize = 600;
 /// Downloads that nobody reads then.
 const HOARDS: usize = 20;
 
-/// Dials that the guest may be left with: 512 are its end.
-const MOST_UNANSWERED: u64 = 420;
+/// Dials that the guest may be left with: 64, a probe, and those that it had answered when it was paused. 512 are its end.
+const MOST_UNANSWERED: u64 = 150;
 
 /// Clients at once, for whom the VM has not slots enough; and how many of them the proxy lets in by default.
 const HOUSE: usize = 1_100;
