@@ -688,3 +688,27 @@ fn a_client_that_is_gone_holds_no_place_at_a_server_that_does_not_read() {
         proxy.forwards()[0].counters.live == 0
     });
 }
+
+#[test]
+fn guests_that_go_on_dialling_do_not_keep_a_proxy_from_its_end() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path()).lenient(true).start().unwrap();
+    let proxy = proxy(hyperkit(dir.path(), 5000), unix(dir.path().join("nobody")));
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut guests = std::collections::VecDeque::new();
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                // They don't read, and so don't end either.
+                guests.extend(vm.dial(5000));
+                guests.drain(..guests.len().saturating_sub(100));
+            }
+        });
+        eventually("guests dial", || {
+            proxy.forwards()[0].counters.accepted > 200
+        });
+        proxy.stop(Duration::ZERO);
+        proxy.wait().unwrap();
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}

@@ -23,7 +23,7 @@ const LINGER: Duration = Duration::from_secs(5);
 const RESET_PAUSE: Duration = Duration::from_millis(2);
 
 /// How long guests are taken leave of when the proxy is told to end at once.
-const LAST_LEAVE: Duration = Duration::from_secs(2);
+pub(super) const LAST_LEAVE: Duration = Duration::from_secs(2);
 
 /// Turns of an end that is emptied before it is closed by force: what a socket can hold, many times over.
 const LAST_TURNS: usize = 64;
@@ -130,13 +130,14 @@ impl<W: World> Worker<W> {
     }
 
     /// Closes what did not end in time, with nothing unread in it.
-    pub(super) fn abandon(&mut self, id: Id, now: Instant) {
+    fn abandon(&mut self, id: Id, now: Instant) {
         let Some(conn) = self.conns.get_mut(id) else {
             return;
         };
-        let State::Leaving { ends, .. } = conn.take_state() else {
+        let State::Leaving { ends, .. } = &mut conn.state else {
             return;
         };
+        let ends = std::mem::take(ends);
         for (side, leave) in ends.into_iter().enumerate() {
             let Some(Leave { mut end, reset }) = leave else {
                 continue;
@@ -181,6 +182,14 @@ impl<W: World> Worker<W> {
                 *until = Some(now + LAST_LEAVE);
                 self.set_timer(id, now + LAST_LEAVE);
             }
+        }
+    }
+
+    /// Closes all that is still there, as the last thing before the end.
+    pub(super) fn abandon_all(&mut self, now: Instant) {
+        for id in self.conns.ids() {
+            self.cut(id, now);
+            self.abandon(id, now);
         }
     }
 

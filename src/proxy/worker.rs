@@ -14,6 +14,7 @@ use super::accept::Listening;
 use super::conn::Conn;
 use super::dialling::DialQueue;
 use super::forward::Forward;
+use super::leaving::LAST_LEAVE;
 use super::table::{Id, Table};
 use super::world::{Event, World};
 
@@ -114,6 +115,8 @@ pub(crate) struct Worker<W: World> {
     pub(super) phase: Phase,
     /// When the phase [`Phase::Cutting`] begins.
     cut_at: Option<Instant>,
+    /// When that one ends, whoever is still there.
+    end_at: Option<Instant>,
     /// Who has work left, in the order of their turns (invariant 5).
     pub(super) ready: VecDeque<Id>,
     timers: BinaryHeap<Reverse<(Instant, Id)>>,
@@ -131,6 +134,7 @@ impl<W: World> Worker<W> {
             pool: Pool::new(BUFFER, KEEP),
             phase: Phase::Running,
             cut_at: None,
+            end_at: None,
             ready: VecDeque::new(),
             timers: BinaryHeap::new(),
         }
@@ -173,6 +177,11 @@ impl<W: World> Worker<W> {
             }
             if self.phase > Phase::Running && self.is_over(now) {
                 self.close_listeners();
+                return Ok(());
+            }
+            if self.end_at.is_some_and(|at| at <= now) {
+                self.close_listeners();
+                self.abandon_all(now);
                 return Ok(());
             }
         }
@@ -245,6 +254,7 @@ impl<W: World> Worker<W> {
             timer,
             stop,
             self.cut_at,
+            self.end_at,
             self.next_accept(now),
             self.next_dial(),
         ]
@@ -271,6 +281,8 @@ impl<W: World> Worker<W> {
         self.cut_at = None;
         if self.phase < Phase::Cutting {
             self.phase = Phase::Cutting;
+            // Guests that go on dialling each get their leave, but can't keep us for ever.
+            self.end_at = Some(now + 2 * LAST_LEAVE);
             for id in self.conns.ids() {
                 self.cut(id, now);
             }
