@@ -12,7 +12,7 @@ use crate::error::{Error, Operation};
 use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Turn};
 
 use super::forward::Forward;
-use super::gate::{Full, Permit};
+use super::gate::{Full, Gate, Permit, Place};
 use super::table::Id;
 use super::worker::Worker;
 use super::world::World;
@@ -35,6 +35,8 @@ pub(crate) struct Conn<S> {
     pub(super) state: State<S>,
     /// Leave to use the VM that was dialled.
     pub(super) permit: Option<Permit>,
+    /// The place that it takes in the VM of the guest that dialled us.
+    pub(super) place: Option<Place>,
     /// In the ready queue.
     pub(super) ready: bool,
     pub(super) timer: Option<Instant>,
@@ -84,10 +86,12 @@ impl<S: crate::relay::Socket> Conn<S> {
     pub(super) fn new(forward: Arc<Forward>) -> Conn<S> {
         let rule = &forward.rule;
         let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
+        let place = forward.gates[CLIENT].as_ref().map(Gate::place);
         Conn {
             forward,
             state: State::Moving,
             permit: None,
+            place,
             ready: false,
             timer: None,
             counted: [0; 2],
@@ -163,7 +167,7 @@ impl<W: World> Worker<W> {
                     let deadline = dial.deadline();
                     // The timer was that of another try, unless the dial still waits for a name or for leave.
                     let again = dial.endpoint().is_some()
-                        && (conn.permit.is_some() || conn.forward.gate.is_none());
+                        && (conn.permit.is_some() || conn.forward.gates[SERVER].is_none());
                     self.set_timer(id, deadline);
                     if again {
                         self.connect(id, now);

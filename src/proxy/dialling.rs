@@ -135,7 +135,9 @@ impl<W: World> Worker<W> {
     }
 
     pub(super) fn queue_dial(&mut self, id: Id, forward: &Forward, now: Instant) {
-        let Some(gate) = &forward.gate else { return };
+        let Some(gate) = &forward.gates[SERVER] else {
+            return;
+        };
         let known = self
             .queues
             .iter()
@@ -215,17 +217,27 @@ impl<W: World> Worker<W> {
     ///
     /// However long that takes, there is no second probe, so this one is never given up.
     pub(super) fn probe(&mut self, mut permit: Permit, forward: &Arc<Forward>, now: Instant) {
-        let (Address::Hyperkit(target), Some(gate)) = (&forward.rule.connect, &forward.gate) else {
+        let (Address::Hyperkit(target), Some(gate)) =
+            (&forward.rule.connect, &forward.gates[SERVER])
+        else {
             return;
         };
         let target = HyperkitAddress {
             vm: target.vm.clone(),
             port: PROBE_PORT,
         };
-        let Ok(mut stream) = self.world.connect(&Endpoint::Hyperkit(target)) else {
-            drop(permit);
-            gate.vm_is_gone();
-            return;
+        let vm = target.vm.clone();
+        let mut stream = match self.world.connect(&Endpoint::Hyperkit(target)) {
+            Ok(stream) => stream,
+            Err(e) => {
+                drop(permit);
+                // With `guest_forwards` alone a VM has no socket to probe: its dials wait until it answers one.
+                let refused = e.kind() == io::ErrorKind::ConnectionRefused;
+                if refused || self.world.vm_identity(&vm).is_none() {
+                    gate.vm_is_gone();
+                }
+                return;
+            }
         };
         permit.dialled();
         let id = self.conns.insert(Conn::new(Arc::clone(forward)));

@@ -53,10 +53,8 @@ pub struct Counters {
 #[derive(Debug)]
 pub(crate) struct Forward {
     pub(crate) rule: Rule,
-    /// Which sides are hyperkit's and must be ended politely (see `hyperkit`).
-    polite: [bool; 2],
-    /// The VM's gate, where the dialled side is hyperkit.
-    pub(crate) gate: Option<Arc<Gate>>,
+    /// The gate of the VM on each side that is hyperkit's. Such a side is to be ended politely (see `hyperkit`).
+    pub(crate) gates: [Option<Arc<Gate>>; 2],
     pub(crate) accepted: AtomicU64,
     pub(crate) live: AtomicU64,
     pub(crate) refused: AtomicU64,
@@ -66,12 +64,10 @@ pub(crate) struct Forward {
 }
 
 impl Forward {
-    pub(crate) fn new(rule: Rule, gate: Option<Arc<Gate>>) -> Forward {
-        let is_hyperkit = |address: &Address| matches!(address, Address::Hyperkit(_));
+    pub(crate) fn new(rule: Rule, gates: [Option<Arc<Gate>>; 2]) -> Forward {
         Forward {
-            polite: [is_hyperkit(&rule.listen), is_hyperkit(&rule.connect)],
             rule,
-            gate,
+            gates,
             accepted: AtomicU64::new(0),
             live: AtomicU64::new(0),
             refused: AtomicU64::new(0),
@@ -82,7 +78,7 @@ impl Forward {
     }
 
     pub(crate) fn is_polite(&self, side: usize) -> bool {
-        self.polite[side]
+        self.gates[side].is_some()
     }
 
     /// Counts bytes that `side` sent and the other was given.

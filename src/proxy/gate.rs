@@ -115,8 +115,10 @@ impl Gate {
     pub(crate) fn admit(self: &Arc<Gate>, now: Instant, vm: Option<Identity>) -> Admission {
         let mut state = self.state();
         if vm.is_some() && vm != state.vm {
+            if state.vm.is_some() {
+                self.forget_vm(&mut state);
+            }
             state.vm = vm;
-            self.forget_vm(&mut state);
         }
         if state.live >= self.limits.live {
             return Admission::Full(Full::Live(self.limits.live));
@@ -138,14 +140,24 @@ impl Gate {
     }
 
     fn permit(self: &Arc<Gate>, state: &mut State, probe: bool) -> Permit {
-        state.live += 1;
         state.reserved += 1;
-        let gate = Arc::clone(self);
         Permit {
-            gate,
-            epoch: state.epoch,
+            place: self.take_place(state),
             number: None,
             probe,
+        }
+    }
+
+    /// A guest has dialled us: that takes a place in its VM, too, and can't be refused one.
+    pub(crate) fn place(self: &Arc<Gate>) -> Place {
+        self.take_place(&mut self.state())
+    }
+
+    fn take_place(self: &Arc<Gate>, state: &mut State) -> Place {
+        state.live += 1;
+        Place {
+            gate: Arc::clone(self),
+            epoch: state.epoch,
         }
     }
 
@@ -176,11 +188,26 @@ impl Gate {
     }
 }
 
-/// Leave to have one connection to the VM; dropped when its socket is closed.
+/// One of the connections that the VM has now; dropped when its socket is closed.
 #[derive(Debug)]
-pub(crate) struct Permit {
+pub(crate) struct Place {
     gate: Arc<Gate>,
     epoch: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        if state.epoch == self.epoch {
+            state.live = state.live.saturating_sub(1);
+        }
+    }
+}
+
+/// Leave to dial the VM once, and the place of the connection that comes of it.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    place: Place,
     /// The number of its dial, once there was one.
     number: Option<u64>,
     probe: bool,
@@ -189,33 +216,34 @@ pub(crate) struct Permit {
 impl Permit {
     /// The device has got the dial.
     pub(crate) fn dialled(&mut self) {
-        let mut state = self.gate.state();
-        if state.epoch == self.epoch {
+        let gate = &self.place.gate;
+        let mut state = gate.state();
+        if state.epoch == self.place.epoch {
             state.reserved = state.reserved.saturating_sub(1);
         }
-        self.number = Some(self.gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
+        self.number = Some(gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
     }
 
     /// Something came from the guest on this connection.
     pub(crate) fn answered(&self) {
+        let gate = &self.place.gate;
         if let Some(number) = self.number
-            && self.gate.answered.load(Ordering::Relaxed) < number
+            && gate.answered.load(Ordering::Relaxed) < number
         {
-            self.gate.answered.fetch_max(number, Ordering::Relaxed);
+            gate.answered.fetch_max(number, Ordering::Relaxed);
         }
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut state = self.gate.state();
-        if state.epoch == self.epoch {
-            state.live = state.live.saturating_sub(1);
-            if self.probe {
-                state.probing = false;
-            }
+        let mut state = self.place.gate.state();
+        if state.epoch == self.place.epoch {
             if self.number.is_none() {
                 state.reserved = state.reserved.saturating_sub(1);
+            }
+            if self.probe {
+                state.probing = false;
             }
         }
     }
@@ -353,6 +381,20 @@ mod tests {
         assert_eq!(gate.live(), 1);
         drop(new);
         assert_eq!(gate.live(), 0);
+    }
+
+    #[test]
+    fn who_dialled_us_takes_a_place_too() {
+        let gate = gate(2, 64);
+        let now = Instant::now();
+        let guests = [gate.place(), gate.place()];
+        assert!(matches!(
+            gate.admit(now, None),
+            Admission::Full(Full::Live(2))
+        ));
+        drop(guests);
+        assert_eq!(gate.live(), 0);
+        drop(go(&gate, now));
     }
 
     #[test]

@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use crate::address::{Address, HyperkitVm};
 use crate::error::{Error, Operation, Result};
-use crate::listener::Listener;
+use crate::listener::{Listener, not_carried};
 use crate::stream::Stream;
 
 use forward::Forward;
@@ -141,16 +141,22 @@ impl Proxy {
         };
         let mut bound = Vec::new();
         for mut rule in config.rules {
-            let gate = match &rule.connect {
-                Address::Hyperkit(address) => Some(gate_of(&mut gates, &address.vm, gate_limits)),
-                Address::Unix(_) | Address::Tcp(_) => None,
-                other => return Err(crate::listener::not_carried(Operation::Connect, other)),
+            let mut gate_at = |address: &Address| match address {
+                Address::Hyperkit(hyperkit) => Some(gate_of(&mut gates, &hyperkit.vm, gate_limits)),
+                _ => None,
             };
+            let rule_gates = [gate_at(&rule.listen), gate_at(&rule.connect)];
+            if !matches!(
+                rule.connect,
+                Address::Hyperkit(_) | Address::Unix(_) | Address::Tcp(_)
+            ) {
+                return Err(not_carried(Operation::Connect, &rule.connect));
+            }
             let listener = Listener::bind(&rule.listen, rule.mode)?;
             if let (Address::Tcp(tcp), Some(chosen)) = (&mut rule.listen, listener.tcp_address()) {
                 tcp.port = chosen.port();
             }
-            bound.push((listener, Arc::new(Forward::new(rule, gate))));
+            bound.push((listener, Arc::new(Forward::new(rule, rule_gates))));
         }
         let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let count = config.workers.unwrap_or_else(cores).get();

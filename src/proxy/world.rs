@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -257,7 +258,9 @@ impl World for MioWorld {
     }
 
     fn vm_identity(&mut self, vm: &HyperkitVm) -> Option<Identity> {
-        Identity::of(&vm.connect_path()).ok()
+        // A VM with `guest_forwards` alone has no `connect` socket.
+        let of = |path: PathBuf| Identity::of(&path).ok();
+        of(vm.connect_path()).or_else(|| of(vm.pid_path()))
     }
 }
 
