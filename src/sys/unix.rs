@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
 /// macOS and the BSDs (`sys/un.h`).
@@ -69,7 +69,7 @@ pub(crate) fn with_short_path<T>(
             .read(true)
             .custom_flags(nix::libc::O_PATH | nix::libc::O_DIRECTORY)
             .open(directory)?;
-        return f(&PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name));
+        return f(&Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name));
     }
     through_link(directory, Path::new(name), f)
 }
@@ -176,6 +176,8 @@ pub(crate) fn abstract_address(name: &[u8]) -> io::Result<std::os::unix::net::So
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     #[test]

@@ -4,7 +4,6 @@ use crate::support::*;
 use hvsock::hyperkit::{connect_line, socket_name};
 use hvsock::simulate::{Rule, Vm};
 use std::io::{ErrorKind, Read, Write};
-use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
@@ -23,7 +22,7 @@ fn dies_of_a_close_with_data_unread() {
     let (_directory, after) = vm();
     let mut stream = dial(&after, ECHO);
     stream.write_all(b"never read").unwrap();
-    stream.shutdown(Shutdown::Write).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
     assert!(after.wait_for(LONG, |counters| counters.bytes_to_host == 10
         && counters.live_slots == 0));
     assert_eq!(after.fate(), None);
@@ -268,7 +267,7 @@ fn every_close_with_data_unread_is_seen() {
     for i in 1..=300 {
         let mut stream = dial(&vm, ECHO);
         stream.write_all(&[1; 5_000]).unwrap();
-        stream.shutdown(Shutdown::Write).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
         assert!(vm.wait_for(LONG, |counters| counters.dials == i));
         if i % 2 == 0 {
             free(&vm);
