@@ -7,14 +7,10 @@ use std::time::{Duration, Instant};
 use crate::address::Address;
 use crate::error::{Error, Operation};
 use crate::stream::Endpoint;
-use crate::sys;
 
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
-
-/// How often a refusal that may mean a full backlog is tried again (see [`sys::FULL_BACKLOG_REFUSES`]).
-const REFUSALS: u32 = 5;
 
 /// What is to be done after a failed attempt.
 #[derive(Debug)]
@@ -33,7 +29,6 @@ pub(crate) struct Dial {
     candidates: VecDeque<Endpoint>,
     deadline: Instant,
     pause: Duration,
-    refusals: u32,
 }
 
 impl Dial {
@@ -43,7 +38,6 @@ impl Dial {
             candidates: VecDeque::new(),
             deadline,
             pause: FIRST_PAUSE,
-            refusals: 0,
         }
     }
 
@@ -63,16 +57,7 @@ impl Dial {
 
     /// Takes the failure of the attempt at [`endpoint`](Dial::endpoint).
     pub(crate) fn failed(&mut self, now: Instant, error: io::Error) -> Next {
-        let full = match error.kind() {
-            io::ErrorKind::WouldBlock => true,
-            io::ErrorKind::ConnectionRefused if sys::FULL_BACKLOG_REFUSES => {
-                let unix = !matches!(self.endpoint(), Some(Endpoint::Tcp(_)) | None);
-                self.refusals += 1;
-                unix && self.refusals <= REFUSALS
-            }
-            _ => false,
-        };
-        if full {
+        if error.kind() == io::ErrorKind::WouldBlock {
             let at = now + self.pause;
             self.pause = (self.pause * 2).min(LONGEST_PAUSE);
             if at < self.deadline {

@@ -246,33 +246,19 @@ fn clear_the_way(path: &Path) -> io::Result<()> {
         ));
     }
     let identity = Identity::of(path)?;
-    let answer = sys::with_short_path(path, |short| {
-        let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        // A full backlog must not block us.
-        socket.set_nonblocking(true)?;
-        socket.connect(&SockAddr::unix(short)?)
-    });
-    match answer {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+    match sys::is_socket_alive(path) {
+        Ok(true) => {
+            let why = "the socket is in use";
+            Err(io::Error::new(io::ErrorKind::AddrInUse, why))
+        }
+        Ok(false) => {
             if Identity::of(path)? == identity {
                 fs::remove_file(path)?;
             }
             Ok(())
         }
-        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound) => Ok(()),
-        Err(e)
-            if matches!(
-                e.kind(),
-                io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidFilename
-            ) =>
-        {
-            Err(e)
-        }
-        // Connected, or EAGAIN (a full backlog), or a socket of another type: somebody is there.
-        _ => Err(io::Error::new(
-            io::ErrorKind::AddrInUse,
-            "the socket is in use",
-        )),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
     }
 }
 

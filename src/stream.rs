@@ -56,6 +56,8 @@ impl Stream {
         }
         match stream.peer_addr() {
             Ok(_) => Ok(true),
+            // macOS, of a peer that has come and gone.
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(true),
             Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(false),
             Err(e) => Err(e),
         }
@@ -85,7 +87,7 @@ impl Stream {
         }
     }
 
-    /// Takes nothing more: the peer's next write fails.
+    /// Takes nothing more: on Linux the peer's next write fails, on macOS it goes nowhere.
     pub(crate) fn shutdown_read(&self) {
         let _ = match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
@@ -95,7 +97,17 @@ impl Stream {
 }
 
 fn connect_path(path: &Path) -> io::Result<mio::net::UnixStream> {
-    sys::with_short_path(path, |short| mio::net::UnixStream::connect(short))
+    let connected = sys::with_short_path(path, |short| mio::net::UnixStream::connect(short));
+    match connected {
+        Err(e)
+            if sys::FULL_BACKLOG_REFUSES
+                && e.kind() == io::ErrorKind::ConnectionRefused
+                && sys::is_socket_alive(path).unwrap_or(false) =>
+        {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+        other => other,
+    }
 }
 
 fn connect_unix(address: &UnixAddress) -> io::Result<mio::net::UnixStream> {
@@ -139,7 +151,7 @@ fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<mio::net::UnixStrea
 }
 
 impl Socket for Stream {
-    const SHORT_MEANS_BLOCKED: bool = sys::KERNEL_EDGES;
+    const SHORT_WRITE_BLOCKS: bool = sys::KERNEL_EDGES;
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {

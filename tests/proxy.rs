@@ -712,3 +712,23 @@ fn guests_that_go_on_dialling_do_not_keep_a_proxy_from_its_end() {
         over.store(true, std::sync::atomic::Ordering::Relaxed);
     });
 }
+
+#[test]
+fn what_follows_urgent_data_is_not_kept_back() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    let proxy = proxy(any_tcp(), target.parse().unwrap());
+    for _ in 0..20 {
+        let mut client = tcp(port_of(&proxy, 0));
+        let (mut accepted, _) = server.accept().unwrap();
+        accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.write_all(b"abc").unwrap();
+        socket2::SockRef::from(&client)
+            .send_out_of_band(b"!")
+            .unwrap();
+        client.write_all(b"def").unwrap();
+        let mut got = [0; 6];
+        accepted.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"abcdef");
+    }
+}

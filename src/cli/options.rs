@@ -8,9 +8,6 @@ use clap::Args;
 use crate::proxy::{ProxyConfig, Rule};
 use crate::sys;
 
-/// Descriptors that are not connections: listeners, pollers, standard streams, and some to spare.
-const SPARE: u64 = 64;
-
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ProxyOptions {
@@ -49,10 +46,9 @@ impl ProxyOptions {
             .collect();
         let mut config = ProxyConfig::new(rules);
         config.workers = self.workers;
-        if let Ok(descriptors) = sys::raise_descriptor_limit() {
-            let connections = descriptors.saturating_sub(SPARE) / 2;
-            config.limits.connections = usize::try_from(connections).unwrap_or(usize::MAX).max(1);
-        }
+        // Without it there are fewer; the proxy knows.
+        let _ = sys::raise_descriptor_limit();
+        config.limits.connections = usize::MAX;
         config.limits.vm_connections = self.vm_connections.into();
         config.limits.vm_unanswered = self.vm_unanswered.into();
         config.limits.dial_timeout = Duration::from_secs(self.dial_timeout.into());

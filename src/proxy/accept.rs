@@ -139,8 +139,11 @@ impl<W: World> Worker<W> {
                         listening.ready = false;
                         return;
                     }
-                    // The client left before it was accepted; the next may not have.
-                    io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
+                    // The client left before it was accepted; the next may not have. (macOS then may give a socket
+                    // without an address, of which mio makes InvalidInput.)
+                    io::ErrorKind::ConnectionAborted
+                    | io::ErrorKind::InvalidInput
+                    | io::ErrorKind::Interrupted => {}
                     // Invariant 10: no error ends a listener. Most often descriptors ran out: a close brings one.
                     _ => return self.pause(index, now, &e),
                 },

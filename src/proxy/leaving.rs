@@ -146,8 +146,8 @@ impl<W: World> Worker<W> {
                 self.world.reset(end.socket);
                 continue;
             }
-            // First nothing more may come (the device's next write fails, and it tells the guest), then what has come
-            // is taken out: a close with data unread is what kills the VM.
+            // First nothing more may come (on Linux the device's next write fails, and it tells the guest), then what
+            // has come is taken out: a close with data unread is what kills the VM.
             self.world.shutdown_read(&end.socket);
             end.latch(Readiness {
                 readable: true,
@@ -234,7 +234,7 @@ impl<W: World> Worker<W> {
                 "closed"
             )
         });
-        drop(conn.permit);
+        drop((conn.permit, conn.place));
         conn.forward.live.fetch_sub(1, Ordering::Relaxed);
         self.shared.inboxes[self.index]
             .load

@@ -33,7 +33,9 @@ use std::time::Duration;
 use crate::address::{Address, HyperkitVm};
 use crate::error::{Error, Operation, Result};
 use crate::listener::{Listener, not_carried};
+use crate::relay::CLIENT;
 use crate::stream::Stream;
+use crate::sys;
 
 use forward::Forward;
 use gate::{Gate, GateLimits};
@@ -47,7 +49,7 @@ pub use forward::{Counters, Rule};
 #[non_exhaustive]
 pub struct Limits {
     /// Connections of all rules at a time; more clients wait in the listeners' backlogs. Guests that dial the host are
-    /// not bound by it. Each connection has two descriptors.
+    /// not bound by it. Each connection has two descriptors: the process' limit of them lowers this one.
     pub connections: usize,
     /// Connections to one hyperkit VM at a time; more wait to be dialled. hyperkit has 1,024 slots, and closes the
     /// excess; started with 256 descriptors, it hangs beyond 245.
@@ -175,8 +177,13 @@ impl Proxy {
             .iter()
             .map(|(_, forward)| Arc::clone(forward))
             .collect();
+        let mut limits = config.limits;
+        let guests = bound.iter().any(|(_, forward)| forward.is_polite(CLIENT));
+        if let Some(room) = room_for_connections(guests) {
+            limits.connections = limits.connections.min(room);
+        }
         let shared = Arc::new(Shared {
-            limits: config.limits,
+            limits,
             forwards,
             inboxes,
             live: AtomicUsize::new(0),
@@ -266,6 +273,23 @@ impl Drop for Proxy {
             let _ = self.join();
         }
     }
+}
+
+/// Descriptors that are not connections: listeners, pollers, standard streams, and some to spare.
+const SPARE: u64 = 64;
+
+/// Descriptors for the connections of guests, which can't be made to wait: hyperkit has 1,024 slots.
+const FOR_GUESTS: u64 = 2 * 1024;
+
+/// How many connections the process has descriptors for. None is ever accepted that they don't suffice for: on macOS a
+/// connection that can't be given a descriptor is lost.
+fn room_for_connections(guests: bool) -> Option<usize> {
+    let left = sys::descriptor_limit()?.saturating_sub(SPARE);
+    let left = match guests {
+        true => left - FOR_GUESTS.min(left / 2),
+        false => left,
+    };
+    Some(usize::try_from(left / 2).unwrap_or(usize::MAX).max(1))
 }
 
 /// Runs a worker; if it fails, ends the others too: without it they would wait for its connections for ever.

@@ -53,7 +53,7 @@ pub(crate) trait World {
     fn connected(&mut self, stream: &Self::Stream) -> io::Result<bool>;
     /// Registers a stream, readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
-    /// Takes nothing more from the peer: its next write fails.
+    /// Takes nothing more from the peer.
     fn shutdown_read(&mut self, stream: &Self::Stream);
     fn close(&mut self, stream: Self::Stream);
     /// Bytes written that a reset now would take away from the peer.
@@ -69,6 +69,9 @@ pub(crate) trait World {
 
 /// Token of the waker.
 const WAKER: Token = Token(usize::MAX);
+
+/// kevent takes no timeout above 100,000,000 seconds.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// How many events one wait takes.
 const EVENTS: usize = 1024;
@@ -145,10 +148,9 @@ impl World for MioWorld {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .is_empty();
-        let timeout = if answered {
-            Some(Duration::ZERO)
-        } else {
-            timeout
+        let timeout = match timeout {
+            _ if answered => Some(Duration::ZERO),
+            timeout => timeout.map(|timeout| timeout.min(LONGEST_WAIT)),
         };
         match self.poll.poll(&mut self.events, timeout) {
             Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
@@ -159,11 +161,9 @@ impl World for MioWorld {
                 continue;
             }
             let failed = event.is_error();
-            let read_closed = event.is_read_closed() || failed;
             let readiness = Readiness {
-                readable: event.is_readable() || read_closed,
+                readable: event.is_readable() || event.is_read_closed() || failed,
                 writable: event.is_writable() || event.is_write_closed() || failed,
-                read_closed,
                 failed,
             };
             events.push(Event::Ready {

@@ -6,10 +6,10 @@ use super::buffer::Pool;
 
 /// What the relay asks of a non-blocking socket.
 pub(crate) trait Socket {
-    /// Whether a read or write that moved less than it could tells that the next one would block, and the
-    /// poller raises an edge all the same. True of epoll and kqueue; pollers that emulate edges (Windows,
-    /// mio's `poll`) arm the next one only when a call has said `WouldBlock`.
-    const SHORT_MEANS_BLOCKED: bool;
+    /// Whether a write that took less than it was given tells that the next one would block, and the poller
+    /// raises an edge all the same. True of epoll and kqueue; pollers that emulate edges (Windows, mio's
+    /// `poll`) arm the next one only when a call has said `WouldBlock`.
+    const SHORT_WRITE_BLOCKS: bool;
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
@@ -22,8 +22,6 @@ pub(crate) trait Socket {
 pub(crate) struct Readiness {
     pub(crate) readable: bool,
     pub(crate) writable: bool,
-    /// EOF, or an error, stands behind what can be read.
-    pub(crate) read_closed: bool,
     /// The connection has failed: what has come may still be read, and then a call will tell the error.
     pub(crate) failed: bool,
 }
@@ -41,14 +39,13 @@ pub(crate) enum Half {
 /// A socket with its latched readiness.
 ///
 /// Invariant 1: a socket is registered once, readable and writable, with an edge-triggered poller. Readiness is
-/// latched by events and cleared only by `WouldBlock`, or by a short read or write whose event did not say
-/// read-closed: otherwise an EOF that came with the data is never seen.
+/// latched by events and cleared only by `WouldBlock`, or by a short write. A short read proves nothing: it also ends at
+/// TCP's urgent mark, at descriptors passed over a Unix socket, and before an EOF that came with the data.
 #[derive(Debug)]
 pub(crate) struct End<S> {
     pub(crate) socket: S,
     readable: bool,
     writable: bool,
-    read_closed: bool,
     failed: bool,
     pub(crate) input: Half,
     pub(crate) output: Half,
@@ -65,7 +62,6 @@ impl<S: Socket> End<S> {
             socket,
             readable: false,
             writable: false,
-            read_closed: false,
             failed: false,
             input: Half::Open,
             output: Half::Open,
@@ -77,7 +73,6 @@ impl<S: Socket> End<S> {
     pub(crate) fn latch(&mut self, event: Readiness) {
         self.readable |= event.readable;
         self.writable |= event.writable;
-        self.read_closed |= event.read_closed;
         self.failed |= event.failed;
     }
 
@@ -123,9 +118,6 @@ impl<S: Socket> End<S> {
             }
             Ok(n) => {
                 self.received += n as u64;
-                if S::SHORT_MEANS_BLOCKED && n < buffer.len() && !self.read_closed {
-                    self.readable = false;
-                }
                 Some(n)
             }
             Err(e) => {
@@ -144,7 +136,7 @@ impl<S: Socket> End<S> {
     pub(crate) fn write(&mut self, bytes: &[u8]) -> usize {
         match self.socket.write(bytes) {
             Ok(n) => {
-                if n == 0 || (S::SHORT_MEANS_BLOCKED && n < bytes.len()) {
+                if n == 0 || (S::SHORT_WRITE_BLOCKS && n < bytes.len()) {
                     self.writable = false;
                 }
                 n

@@ -178,11 +178,12 @@ impl Device {
             Service::Forward(endpoint) => Guest::Connecting(GuestSocket::connect(&endpoint)?),
             Service::Custom(program) => {
                 let (theirs, ours) = StdUnixStream::pair()?;
+                let ours = GuestSocket::of_pair(ours)?;
                 std::thread::Builder::new()
                     .name(format!("guest:{}", connection.port))
                     .spawn(move || program(theirs))?;
                 pair = true;
-                Guest::Socket(GuestSocket::of_pair(ours)?)
+                Guest::Socket(ours)
             }
         };
         if let Guest::Connecting(socket) | Guest::Socket(socket) = &mut guest {

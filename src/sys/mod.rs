@@ -4,8 +4,10 @@
 //!
 //! * `with_short_path(path, f)`: runs `f` with a path to the same file that fits into a `sockaddr_un`, however
 //!   long `path` is, as long as its last component fits. Whatever it needs for that is gone when it returns.
+//! * `is_socket_alive(path)`: whether a process has the socket of that file, without connecting to it.
 //! * `Identity::of(path)`: tells two files apart that had the same name one after the other, without following a
 //!   symbolic link and without touching the file in any way that its owner could notice.
+//! * `descriptor_limit()`: how many descriptors the process may have.
 //! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have, and says how many.
 //! * `unacknowledged(socket)`: what a reset now would take away from the peer.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).

@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use nix::sys::resource::{Resource, getrlimit};
+
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
 /// macOS and the BSDs (`sys/un.h`).
 pub(crate) const SUN_PATH_LEN: usize = if cfg!(target_os = "linux") { 108 } else { 104 };
@@ -89,10 +91,39 @@ fn through_link<T>(
     f(&link.join(name))
 }
 
-/// Raises the soft limit of descriptors to the hard one; the limit that then holds.
+/// Whether a process has bound the stream socket at `path` and still has it. Nobody notices the question.
+///
+/// A datagram socket can't be connected to a stream socket: the kernel says so (`EPROTOTYPE`) if there is one, whatever
+/// its backlog holds, and refuses if only the file is left. A stream connect would be refused by a full backlog, too
+/// (macOS), or by a socket that doesn't listen yet.
+///
+/// # Errors
+/// What else the kernel says, such as that there is no file or that it may not be used.
+pub(crate) fn is_socket_alive(path: &Path) -> io::Result<bool> {
+    let asked = with_short_path(path, |short| {
+        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None)?;
+        socket.connect(&socket2::SockAddr::unix(short)?)
+    });
+    match asked {
+        // Connected: somebody's datagram socket.
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(false),
+        Err(e) if e.raw_os_error() == Some(nix::libc::EPROTOTYPE) => Ok(true),
+        Err(e) => Err(e),
+    }
+}
+
+/// How many descriptors the process may have at a time (`RLIMIT_NOFILE`); `None` if that can't be asked.
+pub(crate) fn descriptor_limit() -> Option<u64> {
+    getrlimit(Resource::RLIMIT_NOFILE)
+        .ok()
+        .map(|(soft, _)| soft)
+}
+
+/// Raises the limit of descriptors as far as the process may.
 #[cfg(feature = "cli")]
-pub(crate) fn raise_descriptor_limit() -> io::Result<u64> {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+pub(crate) fn raise_descriptor_limit() -> io::Result<()> {
+    use nix::sys::resource::setrlimit;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     // macOS says "unlimited" and then takes no more than OPEN_MAX (`sys/syslimits.h`: 10240).
     let wanted = if cfg!(target_os = "macos") {
@@ -100,10 +131,10 @@ pub(crate) fn raise_descriptor_limit() -> io::Result<u64> {
     } else {
         hard
     };
-    if wanted > soft && setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).is_err() {
-        return Ok(soft);
+    if wanted > soft {
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard)?;
     }
-    Ok(wanted.max(soft))
+    Ok(())
 }
 
 /// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
@@ -198,6 +229,23 @@ mod tests {
         });
         client.unwrap();
         listener.accept().unwrap();
+    }
+
+    #[test]
+    fn a_live_socket_is_told_from_a_leftover_without_connecting() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("s");
+        let error = is_socket_alive(&path).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        assert!(is_socket_alive(&path).unwrap());
+        assert_eq!(
+            listener.accept().unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
+        drop(listener);
+        assert!(!is_socket_alive(&path).unwrap());
     }
 
     #[test]

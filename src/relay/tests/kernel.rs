@@ -50,6 +50,8 @@ pub(super) struct Habits {
     pub(super) terse: bool,
     /// Interrupts calls and shortens them, where that is allowed.
     pub(super) nervous: bool,
+    /// The next read ends after so many bytes, whatever stands behind them.
+    pub(super) mark: Option<usize>,
 }
 
 /// A calm kernel with room for everything.
@@ -62,6 +64,7 @@ impl Default for Habits {
             write_takes_error: false,
             terse: false,
             nervous: false,
+            mark: None,
         }
     }
 }
@@ -148,7 +151,6 @@ impl Wire {
         let both = Readiness {
             readable: true,
             writable: true,
-            read_closed: false,
             failed: false,
         };
         Wire {
@@ -345,7 +347,6 @@ impl Wire {
         Readiness {
             readable: !self.incoming.is_empty() || ended,
             writable: self.has_room() || self.deaf || self.gone,
-            read_closed: ended,
             failed: self.gone,
         }
     }
@@ -356,7 +357,6 @@ impl Wire {
         let masked = |by: Readiness| Readiness {
             readable: state.readable && by.readable,
             writable: state.writable && by.writable,
-            read_closed: state.read_closed && by.readable,
             failed: state.failed && by.readable,
         };
         let event = if !kernel_edges {
@@ -400,7 +400,7 @@ impl Wire {
 pub(super) struct FakeSocket<const KERNEL_EDGES: bool>(pub(super) Rc<RefCell<Wire>>);
 
 impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
-    const SHORT_MEANS_BLOCKED: bool = KERNEL_EDGES;
+    const SHORT_WRITE_BLOCKS: bool = KERNEL_EDGES;
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let wire = &mut *self.0.borrow_mut();
@@ -413,9 +413,11 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
         wire.meanwhile();
         let there = wire.incoming.len().min(buffer.len());
         if there > 0 {
-            let n = match KERNEL_EDGES {
-                false if wire.habits.nervous => wire.rng.usize(1..=there),
-                _ => there,
+            // A read may end anywhere, as at TCP's urgent mark.
+            let n = match wire.habits.mark.take() {
+                Some(mark) => mark.clamp(1, there),
+                None if wire.habits.nervous => wire.rng.usize(1..=there),
+                None => there,
             };
             for (slot, byte) in buffer.iter_mut().zip(wire.incoming.drain(..n)) {
                 *slot = byte;

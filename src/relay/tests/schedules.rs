@@ -76,6 +76,7 @@ fn random_habits(rng: &mut Rng) -> Habits {
         write_takes_error: rng.bool(),
         terse: rng.bool(),
         nervous: rng.u8(..8) > 0,
+        mark: None,
     }
 }
 
@@ -228,7 +229,6 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         let event = Readiness {
             readable: self.rng.bool(),
             writable: self.rng.bool(),
-            read_closed: false,
             failed: false,
         };
         let side = self.rng.usize(..2);
