@@ -193,7 +193,7 @@ fn nothing_is_left_open_by_a_thousand_at_once_and_many_in_turn() {
     for _ in 0..2000 {
         assert_eq!(ask(tcp(port), b"in turn").unwrap(), b"in turn");
     }
-    eventually("no descriptor is left", || proxy.descriptors() == before);
+    eventually("no descriptor is left", || proxy.descriptors() <= before);
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
