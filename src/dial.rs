@@ -80,6 +80,9 @@ impl Dial {
 /// The error of a dial to `address`, with what can be done about it.
 pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
     use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied, TimedOut};
+    if let Address::Vsock(_) = address {
+        return explain_vsock(Operation::Connect, address, cause);
+    }
     let remedy = match (address, cause.kind()) {
         (Address::Hyperkit(hyperkit), NotFound) if !hyperkit.vm.state_dir.is_dir() => {
             "there is no such state directory: is the path right?"
@@ -96,6 +99,25 @@ pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
         _ => return Error::new(Operation::Connect, address, cause),
     };
     Error::new(Operation::Connect, address, cause).with_remedy(remedy)
+}
+
+/// The error of an AF_VSOCK socket, with what can be done about it.
+pub(crate) fn explain_vsock(operation: Operation, address: &Address, cause: io::Error) -> Error {
+    use io::ErrorKind::{ConnectionReset, PermissionDenied, TimedOut};
+    // Linux says "refused" by ECONNRESET, and "no such CID" by ENODEV.
+    let remedy = match cause.kind() {
+        ConnectionReset => "does a program listen on that vsock port there, and is the VM up?",
+        TimedOut => "the VM doesn't answer: is it up?",
+        PermissionDenied => "you may not use AF_VSOCK here",
+        _ => match cause.raw_os_error() {
+            Some(nix::libc::ENODEV) => {
+                "no VM has that CID, or its transport is missing: in a guest load vmw_vsock_virtio_transport, on a host vhost_vsock, for `local` vsock_loopback"
+            }
+            Some(nix::libc::EAFNOSUPPORT) => "the kernel has no AF_VSOCK: modprobe vsock",
+            _ => return Error::new(operation, address, cause),
+        },
+    };
+    Error::new(operation, address, cause).with_remedy(remedy)
 }
 
 /// The error of a hyperkit connection that ended before its first byte: all that its device says of a refusal.

@@ -3,14 +3,17 @@
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use mio::event::Source;
+use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
-use socket2::{Domain, SockAddr, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::address::{Address, Host, TcpAddress, UnixAddress};
+use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
+use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::stream::Stream;
 use crate::sys::{self, Identity};
@@ -24,6 +27,7 @@ const BACKLOG: i32 = 4096;
 pub(crate) enum Listener {
     Tcp(mio::net::TcpListener),
     Unix(UnixListener),
+    Vsock(Socket),
 }
 
 /// A listening Unix socket and its file.
@@ -47,6 +51,18 @@ impl Drop for SocketFile {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Who an accepted connection is from, as far as the kernel knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Peer {
+    Tcp(SocketAddr),
+    Vsock {
+        cid: u32,
+        port: u32,
+    },
+    /// Clients of Unix sockets have no names, hyperkit's guests neither.
+    Unknown,
 }
 
 /// What has become of a listening socket's file.
@@ -76,20 +92,27 @@ impl Listener {
             Address::Hyperkit(hyperkit) => {
                 bind_path(address, &hyperkit.vm.listen_path(hyperkit.port), mode)
             }
+            Address::Vsock(vsock) => bind_vsock(address, vsock),
             other => Err(not_carried(Operation::Listen, other)),
         }
     }
 
     /// Accepts one connection, non-blocking; who it is from, for the log.
-    pub(crate) fn accept(&self) -> io::Result<(Stream, Option<SocketAddr>)> {
+    pub(crate) fn accept(&self) -> io::Result<(Stream, Peer)> {
         match self {
             Listener::Tcp(listener) => {
                 let (stream, peer) = listener.accept()?;
-                Ok((Stream::Tcp(stream), Some(peer)))
+                Ok((Stream::Tcp(stream), Peer::Tcp(peer)))
             }
             Listener::Unix(unix) => {
                 let (stream, _) = unix.listener.accept()?;
-                Ok((Stream::Unix(stream), None))
+                Ok((Stream::Unix(stream), Peer::Unknown))
+            }
+            Listener::Vsock(listener) => {
+                let (socket, address) = listener.accept()?;
+                socket.set_nonblocking(true)?;
+                let peer = sys::vsock_of(&address).map(|(cid, port)| Peer::Vsock { cid, port });
+                Ok((Stream::from_vsock(socket), peer.unwrap_or(Peer::Unknown)))
             }
         }
     }
@@ -98,7 +121,7 @@ impl Listener {
     pub(crate) fn tcp_address(&self) -> Option<SocketAddr> {
         match self {
             Listener::Tcp(listener) => listener.local_addr().ok(),
-            Listener::Unix(_) => None,
+            Listener::Unix(_) | Listener::Vsock(_) => None,
         }
     }
 
@@ -138,7 +161,7 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
             .map_err(|e| Error::new(Operation::Resolve, name, e))?,
     };
     let listen = || {
-        let socket = socket2::Socket::new(Domain::for_address(socket_address), Type::STREAM, None)?;
+        let socket = Socket::new(Domain::for_address(socket_address), Type::STREAM, None)?;
         // Without it a port stays unusable for a minute after a restart. On Windows it means something else.
         #[cfg(unix)]
         socket.set_reuse_address(true)?;
@@ -168,11 +191,24 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
     })
 }
 
+fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<Listener> {
+    let listener = sys::vsock_listen(vsock.cid, vsock.port.0, BACKLOG);
+    listener.map(Listener::Vsock).map_err(|e| {
+        let remedy = match e.kind() {
+            io::ErrorKind::AddrInUse => "another program listens there: choose another port",
+            io::ErrorKind::PermissionDenied => "ports below 1024 need rights: choose a higher one",
+            io::ErrorKind::AddrNotAvailable => "that CID is not this system's: leave it out",
+            _ => return dial::explain_vsock(Operation::Listen, address, e),
+        };
+        Error::new(Operation::Listen, address, e).with_remedy(remedy)
+    })
+}
+
 fn unix_socket(
     address: &SockAddr,
     before_listen: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<mio::net::UnixListener> {
-    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.bind(address)?;
     before_listen()?;
     socket.listen(BACKLOG)?;
@@ -263,24 +299,26 @@ fn clear_the_way(path: &Path) -> io::Result<()> {
 }
 
 impl Listener {
-    fn source(&mut self) -> &mut dyn Source {
+    /// Calls `f` with what mio knows to register.
+    fn with_source<T>(&mut self, f: impl FnOnce(&mut dyn Source) -> T) -> T {
         match self {
-            Listener::Tcp(listener) => listener,
-            Listener::Unix(unix) => &mut unix.listener,
+            Listener::Tcp(listener) => f(listener),
+            Listener::Unix(unix) => f(&mut unix.listener),
+            Listener::Vsock(socket) => f(&mut SourceFd(&socket.as_raw_fd())),
         }
     }
 }
 
 impl Source for Listener {
     fn register(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
-        self.source().register(registry, token, what)
+        self.with_source(|source| source.register(registry, token, what))
     }
 
     fn reregister(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
-        self.source().reregister(registry, token, what)
+        self.with_source(|source| source.reregister(registry, token, what))
     }
 
     fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        self.source().deregister(registry)
+        self.with_source(|source| source.deregister(registry))
     }
 }

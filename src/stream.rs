@@ -2,12 +2,14 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
+use socket2::SockRef;
 
-use crate::address::{HyperkitAddress, UnixAddress};
+use crate::address::{HyperkitAddress, UnixAddress, VsockAddress};
 use crate::hyperkit;
 use crate::relay::Socket;
 use crate::sys;
@@ -18,6 +20,7 @@ pub(crate) enum Endpoint {
     Tcp(SocketAddr),
     Unix(UnixAddress),
     Hyperkit(HyperkitAddress),
+    Vsock(VsockAddress),
 }
 
 /// A connected stream, or one whose connect is in progress.
@@ -25,6 +28,8 @@ pub(crate) enum Endpoint {
 pub(crate) enum Stream {
     Tcp(mio::net::TcpStream),
     Unix(mio::net::UnixStream),
+    /// An AF_VSOCK socket. mio has no name for one, but its Unix stream carries any stream socket.
+    Vsock(mio::net::UnixStream),
 }
 
 impl Stream {
@@ -40,7 +45,17 @@ impl Stream {
             Endpoint::Tcp(address) => Ok(Stream::Tcp(mio::net::TcpStream::connect(*address)?)),
             Endpoint::Unix(address) => Ok(Stream::Unix(connect_unix(address)?)),
             Endpoint::Hyperkit(address) => Ok(Stream::Unix(connect_hyperkit(address)?)),
+            Endpoint::Vsock(address) => {
+                let socket = sys::vsock_connect(address.cid, address.port.0)?;
+                Ok(Stream::from_vsock(socket))
+            }
         }
+    }
+
+    /// A stream of a non-blocking AF_VSOCK socket.
+    pub(crate) fn from_vsock(socket: socket2::Socket) -> Stream {
+        let stream = std::os::unix::net::UnixStream::from(OwnedFd::from(socket));
+        Stream::Vsock(mio::net::UnixStream::from_std(stream))
     }
 
     /// Whether the connect that was begun is done. Ask after an event said that the stream is writable.
@@ -48,13 +63,15 @@ impl Stream {
     /// # Errors
     /// Why it failed.
     pub(crate) fn connected(&self) -> io::Result<bool> {
-        let Stream::Tcp(stream) = self else {
-            return Ok(true);
+        let socket = match self {
+            Stream::Tcp(stream) => SockRef::from(stream),
+            Stream::Vsock(stream) => SockRef::from(stream),
+            Stream::Unix(_) => return Ok(true),
         };
-        if let Some(error) = stream.take_error()? {
+        if let Some(error) = socket.take_error()? {
             return Err(error);
         }
-        match stream.peer_addr() {
+        match socket.peer_addr() {
             Ok(_) => Ok(true),
             // macOS, of a peer that has come and gone.
             Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(true),
@@ -74,7 +91,7 @@ impl Stream {
     /// Closes so that the peer reads a reset and not an EOF, where the family can.
     pub(crate) fn reset(self) {
         if let Stream::Tcp(stream) = &self {
-            let _ = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
+            let _ = SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
         }
     }
 
@@ -82,8 +99,8 @@ impl Stream {
     pub(crate) fn unacknowledged(&self) -> usize {
         match self {
             Stream::Tcp(stream) => sys::unacknowledged(stream),
-            // Written is there: it lies in the peer's own queue.
-            Stream::Unix(_) => 0,
+            // Written is there: it lies in the peer's own queue. And AF_VSOCK has no reset to send.
+            Stream::Unix(_) | Stream::Vsock(_) => 0,
         }
     }
 
@@ -91,7 +108,7 @@ impl Stream {
     pub(crate) fn shutdown_read(&self) {
         let _ = match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
-            Stream::Unix(stream) => stream.shutdown(Shutdown::Read),
+            Stream::Unix(stream) | Stream::Vsock(stream) => stream.shutdown(Shutdown::Read),
         };
     }
 }
@@ -156,21 +173,21 @@ impl Socket for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Stream::Tcp(stream) => stream.read(buffer),
-            Stream::Unix(stream) => stream.read(buffer),
+            Stream::Unix(stream) | Stream::Vsock(stream) => stream.read(buffer),
         }
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Stream::Tcp(stream) => stream.write(bytes),
-            Stream::Unix(stream) => stream.write(bytes),
+            Stream::Unix(stream) | Stream::Vsock(stream) => stream.write(bytes),
         }
     }
 
     fn shutdown_write(&mut self) -> io::Result<()> {
         match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
-            Stream::Unix(stream) => stream.shutdown(Shutdown::Write),
+            Stream::Unix(stream) | Stream::Vsock(stream) => stream.shutdown(Shutdown::Write),
         }
     }
 }
@@ -179,7 +196,7 @@ impl Stream {
     fn source(&mut self) -> &mut dyn Source {
         match self {
             Stream::Tcp(stream) => stream,
-            Stream::Unix(stream) => stream,
+            Stream::Unix(stream) | Stream::Vsock(stream) => stream,
         }
     }
 }

@@ -61,6 +61,10 @@ impl<W: World> Worker<W> {
                 dial.add([Endpoint::Unix(unix.clone())]);
                 Some(true)
             }
+            Address::Vsock(vsock) => {
+                dial.add([Endpoint::Vsock(vsock.clone())]);
+                Some(true)
+            }
             Address::Tcp(tcp) => match &tcp.host {
                 Host::Ip(ip) => {
                     dial.add([Endpoint::Tcp(SocketAddr::new(*ip, tcp.port))]);
@@ -272,7 +276,7 @@ impl<W: World> Worker<W> {
             let Some(endpoint) = dial.endpoint() else {
                 return;
             };
-            let at_once = !matches!(endpoint, Endpoint::Tcp(_));
+            let at_once = !matches!(endpoint, Endpoint::Tcp(_) | Endpoint::Vsock(_));
             let attempt = self.world.connect(endpoint);
             if attempt.is_ok()
                 && let Some(permit) = &mut conn.permit

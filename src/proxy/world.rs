@@ -13,7 +13,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
 use crate::error::Result;
-use crate::listener::{FileState, Listener};
+use crate::listener::{FileState, Listener, Peer};
 use crate::relay::{Readiness, Socket};
 use crate::stream::{Endpoint, Stream};
 use crate::sys::{self, Identity};
@@ -41,10 +41,7 @@ pub(crate) trait World {
 
     fn listen(&mut self, address: &Address, mode: u32) -> Result<Self::Listener>;
     fn watch_listener(&mut self, listener: &mut Self::Listener, token: usize) -> io::Result<()>;
-    fn accept(
-        &mut self,
-        listener: &Self::Listener,
-    ) -> io::Result<(Self::Stream, Option<SocketAddr>)>;
+    fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, Peer)>;
     fn file_state(&mut self, listener: &Self::Listener) -> FileState;
     fn close_listener(&mut self, listener: Self::Listener);
 
@@ -189,7 +186,7 @@ impl World for MioWorld {
             .register(listener, Token(token), Interest::READABLE)
     }
 
-    fn accept(&mut self, listener: &Listener) -> io::Result<(Stream, Option<SocketAddr>)> {
+    fn accept(&mut self, listener: &Listener) -> io::Result<(Stream, Peer)> {
         listener.accept()
     }
 

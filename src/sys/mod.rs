@@ -10,17 +10,50 @@
 //! * `descriptor_limit()`: how many descriptors the process may have.
 //! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have, and says how many.
 //! * `unacknowledged(socket)`: what a reset now would take away from the peer.
+//! * `vsock_connect`, `vsock_listen`, `vsock_of`: AF_VSOCK sockets, or `Unsupported`.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
 //! Nothing here decides anything: policy stands above.
 
 use std::ffi::OsString;
 
+#[cfg(target_os = "linux")]
+mod linux;
 #[cfg(unix)]
 mod unix;
 
+#[cfg(target_os = "linux")]
+pub(crate) use linux::*;
 #[cfg(unix)]
 pub(crate) use unix::*;
+
+/// AF_VSOCK where there is none (macOS has one for guests only): each call says `Unsupported`.
+#[cfg(all(unix, not(target_os = "linux")))]
+mod no_vsock {
+    use std::io;
+
+    use socket2::{SockAddr, Socket};
+
+    fn none<T>() -> io::Result<T> {
+        let why = "AF_VSOCK is carried on Linux only";
+        Err(io::Error::new(io::ErrorKind::Unsupported, why))
+    }
+
+    pub(crate) fn vsock_connect(_cid: u32, _port: u32) -> io::Result<Socket> {
+        none()
+    }
+
+    pub(crate) fn vsock_listen(_cid: u32, _port: u32, _backlog: i32) -> io::Result<Socket> {
+        none()
+    }
+
+    pub(crate) fn vsock_of(_address: &SockAddr) -> Option<(u32, u32)> {
+        None
+    }
+}
+
+#[cfg(all(unix, not(target_os = "linux")))]
+pub(crate) use no_vsock::*;
 
 /// Poll edges come from the kernel (epoll, kqueue) and not from mio's emulation, which arms a socket again only when
 /// a call on it has said `WouldBlock`.
