@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::address::Address;
 use crate::error::{Error, Operation};
+use crate::mux::Handshake;
+use crate::relay::Socket;
 use crate::stream::Endpoint;
 
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
@@ -23,12 +25,23 @@ pub(crate) enum Next {
     GiveUp(io::Error),
 }
 
+/// How far an attempt is once its socket was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Begun {
+    Connected,
+    /// Connected; [`Dial::shake_hands`] is to follow.
+    Handshake,
+    /// An event will tell.
+    InProgress,
+}
+
 /// An attempt to connect.
 #[derive(Debug)]
 pub(crate) struct Dial {
     candidates: VecDeque<Endpoint>,
     deadline: Instant,
     pause: Duration,
+    handshake: Option<Handshake>,
 }
 
 impl Dial {
@@ -38,6 +51,7 @@ impl Dial {
             candidates: VecDeque::new(),
             deadline,
             pause: FIRST_PAUSE,
+            handshake: None,
         }
     }
 
@@ -49,6 +63,32 @@ impl Dial {
     /// What to connect to now.
     pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
         self.candidates.front()
+    }
+
+    /// Notes that the endpoint's socket was made; what is to be waited for.
+    pub(crate) fn begun(&mut self) -> Begun {
+        self.handshake = self.endpoint().and_then(Endpoint::handshake);
+        match self.endpoint() {
+            Some(endpoint) if !endpoint.connects_at_once() => Begun::InProgress,
+            _ if self.handshake.is_some() => Begun::Handshake,
+            _ => Begun::Connected,
+        }
+    }
+
+    /// The peer was asked for something and hasn't answered yet: some VMMs die if it is closed now.
+    pub(crate) fn is_shaking_hands(&self) -> bool {
+        self.handshake.is_some()
+    }
+
+    /// Goes on with what the connected socket's family wants to be said first; whether that is done.
+    ///
+    /// # Errors
+    /// Why the peer isn't to be had.
+    pub(crate) fn shake_hands(&mut self, socket: &mut impl Socket) -> io::Result<bool> {
+        match &mut self.handshake {
+            Some(handshake) => handshake.advance(socket),
+            None => Ok(true),
+        }
     }
 
     pub(crate) fn deadline(&self) -> Instant {
@@ -79,7 +119,7 @@ impl Dial {
 
 /// The error of a dial to `address`, with what can be done about it.
 pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
-    use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied, TimedOut};
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotFound, PermissionDenied, TimedOut};
     if let Address::Vsock(_) = address {
         return explain_vsock(Operation::Connect, address, cause);
     }
@@ -92,6 +132,15 @@ pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
             "the VM is not running (its socket is a leftover): start it"
         }
         (Address::Hyperkit(_), PermissionDenied) => "run as the user who runs the VM",
+        (Address::VsockMux(mux), ConnectionRefused) if cause.raw_os_error().is_none() => {
+            let error = Error::new(Operation::Connect, address, cause);
+            return error.with_remedy(format!(
+                "does a program in the guest listen on vsock port {}?",
+                mux.port
+            ));
+        }
+        (Address::VsockMux(_), ConnectionReset) => "the guest is not up yet",
+        (Address::VsockMux(_), NotFound | ConnectionRefused) => "is the VM running?",
         (Address::Unix(_), NotFound | ConnectionRefused) => "is the server running?",
         (Address::Unix(_), PermissionDenied) => "you may not use that socket",
         (Address::Tcp(_), ConnectionRefused) => "nothing listens on that port",

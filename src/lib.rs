@@ -11,6 +11,8 @@ pub mod hyperkit;
 #[cfg(unix)]
 mod listener;
 #[cfg(unix)]
+mod mux;
+#[cfg(unix)]
 pub mod proxy;
 mod relay;
 #[cfg(unix)]

@@ -15,6 +15,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
+use crate::mux;
 use crate::stream::Stream;
 use crate::sys::{self, Identity};
 
@@ -93,6 +94,7 @@ impl Listener {
                 bind_path(address, &hyperkit.vm.listen_path(hyperkit.port), mode)
             }
             Address::Vsock(vsock) => bind_vsock(address, vsock),
+            Address::VsockMux(to) => bind_path(address, &mux::listen_path(&to.path, to.port), mode),
             other => Err(not_carried(Operation::Listen, other)),
         }
     }

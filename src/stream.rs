@@ -9,8 +9,9 @@ use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 
-use crate::address::{HyperkitAddress, UnixAddress, VsockAddress};
+use crate::address::{HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
 use crate::hyperkit;
+use crate::mux::Handshake;
 use crate::relay::Socket;
 use crate::sys;
 
@@ -21,6 +22,23 @@ pub(crate) enum Endpoint {
     Unix(UnixAddress),
     Hyperkit(HyperkitAddress),
     Vsock(VsockAddress),
+    /// The Unix socket at this path; a [`Handshake`] for the port is to follow.
+    VsockMux(VsockMuxAddress),
+}
+
+impl Endpoint {
+    /// What is to be said and heard on the connected socket before it is the peer's.
+    pub(crate) fn handshake(&self) -> Option<Handshake> {
+        match self {
+            Endpoint::VsockMux(address) => Some(Handshake::new(address.port)),
+            _ => None,
+        }
+    }
+
+    /// Whether a connect is done when it returns.
+    pub(crate) fn connects_at_once(&self) -> bool {
+        !matches!(self, Endpoint::Tcp(_) | Endpoint::Vsock(_))
+    }
 }
 
 /// A connected stream, or one whose connect is in progress.
@@ -45,6 +63,7 @@ impl Stream {
             Endpoint::Tcp(address) => Ok(Stream::Tcp(mio::net::TcpStream::connect(*address)?)),
             Endpoint::Unix(address) => Ok(Stream::Unix(connect_unix(address)?)),
             Endpoint::Hyperkit(address) => Ok(Stream::Unix(connect_hyperkit(address)?)),
+            Endpoint::VsockMux(address) => Ok(Stream::Unix(connect_path(&address.path)?)),
             Endpoint::Vsock(address) => {
                 let socket = sys::vsock_connect(address.cid, address.port.0)?;
                 Ok(Stream::from_vsock(socket))

@@ -126,7 +126,14 @@ fn address() -> impl Strategy<Value = Address> {
         (vm(), port()).prop_map(|(vm, port)| HyperkitAddress { vm, port }.into()),
         (port(), port()).prop_map(|(cid, port)| VsockAddress { cid: cid.0, port }.into()),
         (hvsock_vm, service).prop_map(|(vm, service)| HvsockAddress { vm, service }.into()),
-        (path(), port()).prop_map(|(path, port)| VsockMuxAddress { path, port }.into()),
+        (path(), port(), any::<bool>()).prop_map(|(path, port, half_close)| {
+            let address = VsockMuxAddress {
+                path,
+                port,
+                half_close,
+            };
+            address.into()
+        }),
         unix.prop_map(Address::Unix),
         (host, any::<u16>()).prop_map(|(host, port)| TcpAddress { host, port }.into()),
     ]

@@ -101,7 +101,8 @@ impl FromStr for UnixAddress {
     }
 }
 
-/// A vsock port behind the Unix socket of Firecracker, Cloud Hypervisor or vhost-device-vsock: `vsock-mux://:PORT/PATH`.
+/// A vsock port behind the Unix socket of Firecracker, Cloud Hypervisor or vhost-device-vsock:
+/// `vsock-mux://:PORT/PATH[?half-close=yes]`.
 ///
 /// The socket is one VM's, so that there is no CID. `/./rel` is the relative path `rel`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -110,14 +111,20 @@ pub struct VsockMuxAddress {
     pub path: PathBuf,
     /// The guest's port to dial, or the host's port to listen on.
     pub port: Port,
+    /// The VMM goes on carrying the guest's direction after the host's half-close. Most take a half-close for the end
+    /// of both.
+    pub half_close: bool,
 }
 
 impl fmt::Display for VsockMuxAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "vsock-mux://:{}", self.port.0)?;
-        uri::write_file(f, &self.path)
+        uri::write_file(f, &self.path)?;
+        uri::write_query(f, &[(HALF_CLOSE, self.half_close.then_some("yes"))])
     }
 }
+
+const HALF_CLOSE: &str = "half-close";
 
 impl FromStr for VsockMuxAddress {
     type Err = AddressError;
@@ -128,11 +135,18 @@ impl FromStr for VsockMuxAddress {
         if !cid.is_empty() {
             return Err(uri.error(Part::Cid, cid, "is not taken here: the socket is one VM's"));
         }
-        let address = VsockMuxAddress {
+        let mut address = VsockMuxAddress {
             port: uri.port(port)?,
             path: uri.file("of the VM's Unix socket is missing")?,
+            half_close: false,
         };
-        uri.query(&[])?;
+        for (key, value) in uri.query(&[HALF_CLOSE])? {
+            address.half_close = match value.as_str() {
+                "yes" => true,
+                "no" => false,
+                _ => return Err(uri.error(Part::Query, key, "is yes or no")),
+            };
+        }
         Ok(address)
     }
 }

@@ -253,6 +253,6 @@ fn has_file(forward: &Forward) -> bool {
     use crate::address::UnixAddress::Path;
     matches!(
         forward.rule.listen,
-        Address::Hyperkit(_) | Address::Unix(Path(_))
+        Address::Hyperkit(_) | Address::VsockMux(_) | Address::Unix(Path(_))
     )
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{Span, debug, debug_span};
 
-use crate::dial::Dial;
+use crate::dial::{self, Dial};
 use crate::error::{Error, Operation};
 use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Turn};
 
@@ -60,8 +60,8 @@ pub(super) enum State<S> {
     },
     Relaying {
         pair: Pair<S>,
-        /// Until when the client's half-close is kept back.
-        hold: Instant,
+        /// Until when the client's half-close to hyperkit is kept back.
+        hold: Option<Instant>,
         /// When a pair that can only end any more must have done so.
         end: Option<Instant>,
     },
@@ -72,6 +72,13 @@ pub(super) enum State<S> {
     },
     /// Between two states, within one call.
     Moving,
+}
+
+impl<S> Leave<S> {
+    /// An end to be read to its EOF.
+    pub(super) fn new(end: End<S>) -> Leave<S> {
+        Leave { end, reset: false }
+    }
 }
 
 /// An end that is not to be closed at once.
@@ -131,14 +138,22 @@ impl<W: World> Worker<W> {
         };
         conn.span.in_scope(|| debug!("connected"));
         let mut pair = Pair::new(client, server);
-        if conn.forward.is_polite(SERVER) {
+        let mut hold = None;
+        if conn.forward.gates[SERVER].is_some() {
             pair.refuses_silently(UNREAD);
-            pair.hold();
+            pair.hold(CLIENT);
+            hold = Some(now + HOLD);
+        }
+        // Towards a peer that takes a half-close for the end of both directions it is kept back until the peer has ended.
+        for side in [CLIENT, SERVER] {
+            if conn.forward.takes_half_close_for_the_end(side) {
+                pair.hold(1 - side);
+            }
         }
         conn.timer = None;
         conn.state = State::Relaying {
             pair,
-            hold: now + HOLD,
+            hold,
             end: None,
         };
         self.make_ready(id);
@@ -179,15 +194,20 @@ impl<W: World> Worker<W> {
                 server,
                 dial,
             } => {
-                let attempt = if client.is_gone() {
-                    return self.forget(id);
-                } else if now >= dial.deadline() {
-                    Err(io::Error::new(
-                        io::ErrorKind::TimedOut,
-                        "no connection within the dial timeout",
-                    ))
-                } else if server.is_writable() {
-                    self.world.connected(&server.socket)
+                if client.is_gone() {
+                    return self.forget_client(id, now);
+                }
+                if now >= dial.deadline() {
+                    let why = "no connection within the dial timeout";
+                    let cause = io::Error::new(io::ErrorKind::TimedOut, why);
+                    let error = dial::explain(&conn.forward.rule.connect, cause);
+                    return self.refuse(id, &error, now);
+                }
+                let attempt = if server.is_writable() {
+                    match self.world.connected(&server.socket) {
+                        Ok(true) => dial.shake_hands(&mut server.socket),
+                        other => other,
+                    }
                 } else {
                     Ok(false)
                 };
@@ -232,8 +252,11 @@ impl<W: World> Worker<W> {
             return;
         };
         let mut turn = pair.turn(&mut self.pool, BUDGET);
-        if pair.is_holding() && (pair.ends[SERVER].received() > 0 || now >= *hold) {
-            pair.release();
+        if let Some(until) = *hold
+            && pair.is_holding(CLIENT)
+            && (pair.ends[SERVER].received() > 0 || now >= until)
+        {
+            pair.release(CLIENT);
             turn = pair.turn(&mut self.pool, BUDGET);
         }
         for side in [CLIENT, SERVER] {
@@ -249,9 +272,10 @@ impl<W: World> Worker<W> {
         match turn {
             Turn::Again => self.make_ready(id),
             Turn::Done => self.leave(id, now),
-            Turn::Wait if pair.is_holding() => {
-                let hold = *hold;
-                self.set_timer(id, hold);
+            Turn::Wait if pair.is_holding(CLIENT) && hold.is_some() => {
+                if let Some(until) = *hold {
+                    self.set_timer(id, until);
+                }
             }
             Turn::Wait if pair.is_ending() => {
                 let end = *end.get_or_insert(now + self.shared.limits.drain_timeout);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use crate::address::{Address, Host, HyperkitAddress, Port};
-use crate::dial::{self, Dial, Next};
+use crate::dial::{self, Begun, Dial, Next};
 use crate::error::{Error, Operation};
 use crate::listener::not_carried;
 use crate::relay::{CLIENT, End, Readiness, SERVER};
@@ -59,6 +59,10 @@ impl<W: World> Worker<W> {
             }
             Address::Unix(unix) => {
                 dial.add([Endpoint::Unix(unix.clone())]);
+                Some(true)
+            }
+            Address::VsockMux(mux) => {
+                dial.add([Endpoint::VsockMux(mux.clone())]);
                 Some(true)
             }
             Address::Vsock(vsock) => {
@@ -257,7 +261,7 @@ impl<W: World> Worker<W> {
         if let Some(conn) = self.conns.get_mut(id) {
             conn.permit = Some(permit);
             conn.state = State::Leaving {
-                ends: [None, Some(Leave { end, reset: false })],
+                ends: [None, Some(Leave::new(end))],
                 until,
             };
         }
@@ -276,7 +280,6 @@ impl<W: World> Worker<W> {
             let Some(endpoint) = dial.endpoint() else {
                 return;
             };
-            let at_once = !matches!(endpoint, Endpoint::Tcp(_) | Endpoint::Vsock(_));
             let attempt = self.world.connect(endpoint);
             if attempt.is_ok()
                 && let Some(permit) = &mut conn.permit
@@ -294,29 +297,29 @@ impl<W: World> Worker<W> {
             });
             match attempt {
                 Ok(stream) => {
-                    let State::Waiting { client, dial, .. } = conn.take_state() else {
+                    let State::Waiting {
+                        client, mut dial, ..
+                    } = conn.take_state()
+                    else {
                         return;
                     };
                     let mut server = End::new(stream);
-                    if at_once {
-                        // A socket just connected has room; no need to wait until an event says so.
-                        server.latch(Readiness {
-                            writable: true,
-                            ..Readiness::default()
-                        });
-                        conn.state = State::Connecting {
-                            client,
-                            server,
-                            dial,
-                        };
-                        return self.connected(id, now);
-                    }
+                    let begun = dial.begun();
+                    // A socket just connected has room; no need to wait until an event says so.
+                    server.latch(Readiness {
+                        writable: begun != Begun::InProgress,
+                        ..Readiness::default()
+                    });
                     conn.state = State::Connecting {
                         client,
                         server,
                         dial,
                     };
-                    return;
+                    return match begun {
+                        Begun::Connected => self.connected(id, now),
+                        Begun::Handshake => self.step(id, now),
+                        Begun::InProgress => {}
+                    };
                 }
                 Err(e) => {
                     if !self.retry(id, e, now) {
@@ -356,10 +359,19 @@ impl<W: World> Worker<W> {
         };
         conn.forward.refused.fetch_add(1, Ordering::Relaxed);
         complain(&conn.forward, error, now);
+        let mut leaving = [None, None];
         let client = match conn.take_state() {
             State::Waiting { client, .. } => client,
-            State::Connecting { client, server, .. } => {
-                self.world.close(server.socket);
+            State::Connecting {
+                client,
+                server,
+                dial,
+            } => {
+                if dial.is_shaking_hands() {
+                    leaving[SERVER] = Some(Leave::new(server));
+                } else {
+                    self.world.close(server.socket);
+                }
                 client
             }
             other => {
@@ -371,14 +383,31 @@ impl<W: World> Worker<W> {
         // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
         if conn.forward.is_polite(CLIENT) && !client.is_dead() {
             client.shutdown_write();
-            let leave = Leave {
-                end: client,
-                reset: false,
-            };
-            self.begin_leaving(id, [Some(leave), None], now);
+            leaving[CLIENT] = Some(Leave::new(client));
         } else {
             self.world.reset(client.socket);
-            self.forget(id);
+        }
+        self.begin_leaving(id, leaving, now);
+    }
+
+    /// The client left while its target was being connected.
+    pub(super) fn forget_client(&mut self, id: Id, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        match conn.take_state() {
+            State::Connecting {
+                client,
+                server,
+                dial,
+            } if dial.is_shaking_hands() => {
+                self.world.close(client.socket);
+                self.begin_leaving(id, [None, Some(Leave::new(server))], now);
+            }
+            state => {
+                conn.state = state;
+                self.forget(id);
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::address::Address;
+use crate::address::{Address, VsockMuxAddress};
 use crate::relay::{CLIENT, SERVER};
 
 use super::gate::Gate;
@@ -53,7 +53,7 @@ pub struct Counters {
 #[derive(Debug)]
 pub(crate) struct Forward {
     pub(crate) rule: Rule,
-    /// The gate of the VM on each side that is hyperkit's. Such a side is to be ended politely (see `hyperkit`).
+    /// The gate of the VM on each side that is hyperkit's.
     pub(crate) gates: [Option<Arc<Gate>>; 2],
     pub(crate) accepted: AtomicU64,
     pub(crate) live: AtomicU64,
@@ -78,7 +78,23 @@ impl Forward {
     }
 
     pub(crate) fn is_polite(&self, side: usize) -> bool {
-        self.gates[side].is_some()
+        self.gates[side].is_some() || self.mux(side).is_some()
+    }
+
+    /// Whether a half-close that `side` reads makes its VMM end the guest's direction as well.
+    pub(crate) fn takes_half_close_for_the_end(&self, side: usize) -> bool {
+        self.mux(side).is_some_and(|mux| !mux.half_close)
+    }
+
+    fn mux(&self, side: usize) -> Option<&VsockMuxAddress> {
+        let address = match side {
+            CLIENT => &self.rule.listen,
+            _ => &self.rule.connect,
+        };
+        match address {
+            Address::VsockMux(mux) => Some(mux),
+            _ => None,
+        }
     }
 
     /// Counts bytes that `side` sent and the other was given.

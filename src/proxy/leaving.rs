@@ -50,7 +50,7 @@ impl<W: World> Worker<W> {
             let polite = conn.forward.is_polite(side);
             if polite && !end.input_ended() || !polite && farewell == Farewell::Linger {
                 end.shutdown_write();
-                leaving[side] = Some(Leave { end, reset: false });
+                leaving[side] = Some(Leave::new(end));
             } else if polite || farewell == Farewell::Close {
                 self.world.close(end.socket);
             } else {

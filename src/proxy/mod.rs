@@ -150,7 +150,11 @@ impl Proxy {
             let rule_gates = [gate_at(&rule.listen), gate_at(&rule.connect)];
             if !matches!(
                 rule.connect,
-                Address::Hyperkit(_) | Address::Unix(_) | Address::Tcp(_) | Address::Vsock(_)
+                Address::Hyperkit(_)
+                    | Address::Unix(_)
+                    | Address::Tcp(_)
+                    | Address::Vsock(_)
+                    | Address::VsockMux(_)
             ) {
                 return Err(not_carried(Operation::Connect, &rule.connect));
             }

@@ -172,22 +172,22 @@ impl<S: Socket> Pair<S> {
         self.silent_within = Some(unread);
     }
 
-    /// Keeps the client's half-close back until [`release`](Pair::release), or until the server's direction has ended.
-    pub(crate) fn hold(&mut self) {
-        self.flows[CLIENT].hold = true;
+    /// Keeps the half-close of `side` back until [`release`](Pair::release), or until the other direction has ended.
+    pub(crate) fn hold(&mut self, side: usize) {
+        self.flows[side].hold = true;
     }
 
-    pub(crate) fn release(&mut self) {
-        self.flows[CLIENT].hold = false;
+    pub(crate) fn release(&mut self, side: usize) {
+        self.flows[side].hold = false;
     }
 
-    /// The client's half-close is there and waits for [`release`](Pair::release).
-    pub(crate) fn is_holding(&self) -> bool {
-        let flow = &self.flows[CLIENT];
+    /// The half-close of `side` is there and waits for [`release`](Pair::release).
+    pub(crate) fn is_holding(&self, side: usize) -> bool {
+        let flow = &self.flows[side];
         flow.hold
             && flow.state == State::Open
             && flow.carrier.is_empty()
-            && self.ends[CLIENT].input == Half::Closed
+            && self.ends[side].input == Half::Closed
     }
 
     /// The server ended before its first byte, and its family says "refused" that way.
@@ -211,11 +211,14 @@ impl<S: Socket> Pair<S> {
     pub(crate) fn turn(&mut self, pool: &mut Pool, budget: usize) -> Turn {
         let mut more = false;
         for side in [SERVER, CLIENT] {
-            // The end of the server's direction releases the client's half-close.
-            if self.flows[SERVER].state != State::Open {
-                self.release();
-            }
             more |= self.run(side, pool, budget);
+        }
+        // The end of one direction releases the half-close of the other, and so do two that wait for each other.
+        let ended = |side: usize| self.flows[side].state != State::Open || self.is_holding(side);
+        if ended(CLIENT) && ended(SERVER) && (self.is_holding(CLIENT) || self.is_holding(SERVER)) {
+            self.release(CLIENT);
+            self.release(SERVER);
+            more = true;
         }
         for side in [CLIENT, SERVER] {
             // Nobody is left to take what the other side sends. What it holds went as far as it goes without

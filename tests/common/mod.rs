@@ -81,6 +81,19 @@ pub(crate) fn tcp(port: u16) -> TcpStream {
     stream
 }
 
+pub(crate) fn is_reset(result: io::Result<usize>) -> bool {
+    matches!(result, Err(e) if e.kind() == io::ErrorKind::ConnectionReset)
+}
+
+/// Whether a client that connects is reset: while it reads, or so soon that its connect says so.
+pub(crate) fn resets_clients(port: u16) -> bool {
+    let client = TcpStream::connect(("127.0.0.1", port)).and_then(|mut client| {
+        client.set_read_timeout(Some(PATIENCE))?;
+        client.read(&mut [0])
+    });
+    is_reset(client)
+}
+
 pub(crate) fn unix_client(path: &Path) -> UnixStream {
     let stream = UnixStream::connect(path).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -135,7 +135,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         let mut bench = Bench::new(habits, each, buffer, budget, &mut rng);
         let hold = (rng.u8(..3) == 0).then(|| rng.usize(..400));
         if hold.is_some() {
-            bench.pair.hold();
+            bench.pair.hold(CLIENT);
         }
         // A polite server that answers nothing and doesn't wait for the request would be taken for a refusal.
         let unread = (manners == Manners::Rude && rng.u8(..3) == 0).then(|| rng.u64(..200));
@@ -213,7 +213,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
                 return true;
             }
             if self.is_quiet() {
-                if self.bench.pair.is_holding() {
+                if self.bench.pair.is_holding(CLIENT) {
                     self.release();
                     continue;
                 }
@@ -246,7 +246,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
     /// A turn as the proxy gives it, with the refusal and the half-close that it holds back.
     fn turn(&mut self, step: usize) {
         self.bare_turn();
-        if self.bench.pair.is_holding() {
+        if self.bench.pair.is_holding(CLIENT) {
             let heard = self.bench.pair.ends[SERVER].received() > 0;
             if heard || self.hold.is_some_and(|until| step >= until) {
                 self.release();
@@ -257,7 +257,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
 
     fn release(&mut self) {
         self.hold = None;
-        self.bench.pair.release();
+        self.bench.pair.release(CLIENT);
         self.bench.ready = true;
     }
 
