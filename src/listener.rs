@@ -151,7 +151,8 @@ pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
         io::ErrorKind::Unsupported,
         format!("{} sockets are not carried here", address.scheme()),
     );
-    Error::new(operation, address, cause).with_remedy("use a hyperkit://, unix: or tcp:// address")
+    Error::new(operation, address, cause)
+        .with_remedy("use a hyperkit://, vsock://, vsock-mux://, unix: or tcp:// address")
 }
 
 fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {

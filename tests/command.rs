@@ -305,7 +305,11 @@ fn a_hang_up_ends_it_as_a_signal_does_unless_it_is_ignored() {
     let dir = private_dir();
     let socket = dir.path().join("s");
     let arguments = ["forward", text(&socket), "tcp://127.0.0.1:1"];
-    let mut plain = Running::start(&arguments);
+    // The test itself may run under nohup.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_hvsock")]);
+    command.args(arguments);
+    let mut plain = Running::spawn(command);
     plain.says("->");
     plain.signal("HUP");
     assert_eq!(plain.exit_code(), Some(0));
@@ -545,6 +549,67 @@ fn errors_say_what_why_and_how_to_mend_it() {
         &["95 bytes", "85", "shorter"],
     );
     fails(&["simulate", vm, "--guest", "80"], 2, &["80=http"]);
+}
+
+#[test]
+fn rules_that_can_not_work_are_refused_at_start() {
+    let dir = private_dir();
+    let vm = text(dir.path());
+    let socket = dir.path().join("s");
+    let socket = text(&socket);
+    fails(
+        &["forward", socket, socket],
+        1,
+        &["it would connect to itself"],
+    );
+    assert!(!Path::new(socket).exists());
+    fails(
+        &["forward", "tcp://127.0.0.1:0", "tcp://127.0.0.1:0"],
+        1,
+        &["port 0 can't be connected to"],
+    );
+    fails(
+        &["forward", socket, "tcp://127.0.0.1:1", socket, "/x"],
+        1,
+        &["it is given twice"],
+    );
+    fails(
+        &["expose", "--vm", "tcp://x:1", "-L", "0:7"],
+        1,
+        &["tcp://x:1", "hyperkit"],
+    );
+    fails(
+        &["expose", "--vm", vm, "-L", "18088:localhost:80"],
+        2,
+        &["no host on the vsock side"],
+    );
+    fails(
+        &["expose", "--vm", vm, "-L", "s.sock:80"],
+        2,
+        &["./web.sock"],
+    );
+    let mut command = Command::new("sh");
+    let program = env!("CARGO_BIN_EXE_hvsock");
+    command.args(["-c", "ulimit -n 12; exec \"$0\" \"$@\"", program]);
+    command.args(["forward", "tcp://127.0.0.1:0", "tcp://127.0.0.1:1"]);
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("12 descriptors") && said.contains("ulimit -n"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_log_level_that_is_none_is_told_and_the_usual_kept() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.env("HVSOCK_LOG", "debgu");
+    command.args(["forward", "tcp://127.0.0.1:0", "tcp://127.0.0.1:1"]);
+    let proxy = Running::spawn(command);
+    proxy.complains("HVSOCK_LOG=\"debgu\" is no level");
+    assert!(resets_clients(proxy.tcp_port()));
+    proxy.complains("refused a client");
 }
 
 #[test]

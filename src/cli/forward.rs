@@ -11,12 +11,15 @@ use crate::proxy::{Proxy, Rule};
 #[derive(Args, Debug)]
 #[command(after_help = "Addresses:
   tcp://HOST:PORT                 hyperkit://[CID]:PORT/STATE/DIR
-  unix:///PATH, /PATH, ./PATH     unix:@NAME (abstract, Linux)
+  unix:///PATH, /PATH, ./PATH     vsock://[CID]:PORT (Linux)
+  unix:@NAME (abstract, Linux)    vsock-mux://:PORT/PATH (Firecracker and its kin)
 Listening on hyperkit:// is taking what the guest dials: port PORT of the host, CID 2.
 
 Examples:
   hvsock forward tcp://127.0.0.1:8080 unix:///run/web.sock
-  hvsock forward /tmp/docker.sock hyperkit://:2375/path/to/state  hyperkit://:5000/path/to/state tcp://localhost:5000")]
+  hvsock forward vsock://:2375 unix:///var/run/docker.sock
+  hvsock forward /tmp/docker.sock hyperkit://:2375/path/to/state
+  hvsock forward hyperkit://:5000/path/to/state tcp://localhost:5000")]
 pub(super) struct Forward {
     /// Pairs of an address to listen on and the address that its connections go to
     #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., value_parser = clap::value_parser!(Address))]

@@ -16,6 +16,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::proxy::Proxy;
 use crate::sys;
@@ -26,7 +27,7 @@ use crate::sys;
 #[command(name = "hvsock", version, max_term_width = 100)]
 #[command(after_help = "Vsock ports are decimal, or hexadecimal with 0x. \
     Try `hvsock demo`: it needs no VM.\n\
-    HVSOCK_LOG=debug (or hvsock=trace, …) says more on standard error.")]
+    HVSOCK_LOG=debug says more on standard error, HVSOCK_LOG=error less.")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -100,10 +101,17 @@ fn say(line: impl fmt::Display) {
 }
 
 fn start_log() {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_env("HVSOCK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let level = match std::env::var("HVSOCK_LOG") {
+        Ok(level) if !level.is_empty() => level.parse().unwrap_or_else(|_| {
+            complain(format_args!(
+                "HVSOCK_LOG={level:?} is no level; taking info (error, warn, info, debug, trace or off)"
+            ));
+            LevelFilter::INFO
+        }),
+        _ => LevelFilter::INFO,
+    };
     let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(level)
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
@@ -118,10 +126,13 @@ fn run_proxy(proxy: Proxy, grace: Duration, mut signals: Signals) -> Outcome {
     let thread = std::thread::spawn(move || {
         for (count, _) in signals.forever().enumerate() {
             if count == 0 {
-                complain(format_args!(
-                    "stopping: no new clients, {} s for those that are there; once more to cut them off",
-                    grace.as_secs()
-                ));
+                complain(match stopper.connections() {
+                    0 => "stopping".to_owned(),
+                    n => format!(
+                        "stopping: no new clients; {n} connections have {} s to finish; once more to cut them off",
+                        grace.as_secs()
+                    ),
+                });
                 stopper.stop(grace);
             } else {
                 complain("cutting clients off, taking leave of guests");

@@ -14,9 +14,9 @@ pub(super) struct ProxyOptions {
     /// Permissions of Unix listening sockets, octal
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
     mode: u32,
-    /// Threads [default: one a core]
-    #[arg(long, value_name = "N")]
-    workers: Option<NonZeroUsize>,
+    /// Threads, at most 256 [default: one a core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: Option<u16>,
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     grace: u32,
@@ -45,7 +45,7 @@ impl ProxyOptions {
             })
             .collect();
         let mut config = ProxyConfig::new(rules);
-        config.workers = self.workers;
+        config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
         // Without it there are fewer; the proxy knows.
         let _ = sys::raise_descriptor_limit();
         config.limits.connections = usize::MAX;

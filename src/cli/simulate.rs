@@ -9,7 +9,7 @@ use clap::Args;
 use signal_hook::consts::{SIGUSR1, SIGUSR2};
 
 use super::{Failure, Outcome, complain, end_signals, say};
-use crate::address::{Address, Host, Port, TcpAddress, UnixAddress};
+use crate::address::{Address, Host, Port, TcpAddress, UnixAddress, is_guest_cid};
 use crate::simulate::{Dial, Endpoint, Service, Vm};
 
 /// How often the VM's fate and the signals are looked at.
@@ -30,7 +30,7 @@ pub(super) struct Simulate {
     #[arg(value_name = "DIR")]
     directory: PathBuf,
     /// The guest's CID
-    #[arg(long, value_name = "N", default_value_t = crate::hyperkit::GUEST_CID, value_parser = clap::value_parser!(u32).range(3..))]
+    #[arg(long, value_name = "N", default_value = "3", value_parser = parse_cid)]
     cid: u32,
     /// What listens on a vsock port of the guest: echo, discard, chargen, http, silent (never reads nor writes), or a
     /// real server at an address
@@ -42,9 +42,9 @@ pub(super) struct Simulate {
     /// Programs in the guest that dial the host's PORT: each connection made to this local address is one
     #[arg(long, value_name = "PORT=ADDRESS")]
     dial: Vec<GuestDial>,
-    /// Connections that the device has room for
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    slots: usize,
+    /// Connections that the device has room for; more are closed at once, as hyperkit does, without a word
+    #[arg(long, value_name = "N", default_value_t = 1013, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    slots: u16,
     /// Descriptors that hyperkit was started with: beyond the limit, connections hang
     #[arg(long, value_name = "N")]
     descriptors: Option<usize>,
@@ -96,6 +96,16 @@ impl FromStr for GuestDial {
     }
 }
 
+fn parse_cid(text: &str) -> Result<u32, String> {
+    let cid: Port = text.parse().map_err(|e| format!("as a CID, {e}"))?;
+    match cid.0 {
+        cid if is_guest_cid(cid) => Ok(cid),
+        other => Err(format!(
+            "{other} is no guest's CID: those are 3 to 4294967294"
+        )),
+    }
+}
+
 fn split<'a>(text: &'a str, right: &str) -> Result<(Port, &'a str), String> {
     let (port, rest) = text
         .split_once('=')
@@ -137,7 +147,7 @@ impl Simulate {
     pub(super) fn run(self) -> Outcome {
         let mut vm = Vm::builder(&self.directory)
             .cid(self.cid)
-            .slots(self.slots)
+            .slots(self.slots.into())
             .lenient(self.lenient);
         if let Some(descriptors) = self.descriptors {
             vm = vm.descriptor_limit(descriptors);
@@ -161,7 +171,7 @@ impl Simulate {
             self.directory.display()
         ));
         for Guest { port, service } in &self.guest {
-            say(format_args!("guest port {port}: {service:?}"));
+            say(format_args!("guest port {port}: {service}"));
         }
         for GuestDial { port, .. } in &self.dial {
             if let Some(from) = vm.dial_addr(port.0) {

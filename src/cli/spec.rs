@@ -58,14 +58,16 @@ fn local_address(text: &str) -> Result<Address, String> {
         return text.parse().map_err(|e: crate::AddressError| e.to_string());
     }
     if !text.contains(':') {
-        let right = "a TCP port is a number from 0 to 65535; a right one: 8080, 127.0.0.1:8080 or /run/web.sock";
-        let port: Port = text.parse().map_err(|e| format!("{e}; {right}"))?;
-        let port =
-            u16::try_from(port.0).map_err(|_| format!("port {} is too large: {right}", port.0))?;
-        return Ok(Address::Tcp(TcpAddress {
-            host: Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)),
-            port,
-        }));
+        return local_port(text);
+    }
+    let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+    if !host.is_empty() && host.chars().all(|c| c.is_ascii_digit()) {
+        return Err(format!(
+            "{host:?} stands where an address would: there is no host on the vsock side, as there is in ssh; a right one: 8080:80 or 127.0.0.1:8080:80"
+        ));
+    }
+    if matches!(host, "tcp" | "hyperkit" | "vsock" | "vsock-mux" | "hvsock") {
+        return Err(format!("a URI has two slashes: {host}://…:{port}"));
     }
     // As in ssh. The other spelling of it there, an empty address, is too easily written by mistake.
     let text = match text.strip_prefix("*:") {
@@ -78,6 +80,19 @@ fn local_address(text: &str) -> Result<Address, String> {
     format!("tcp://{text}")
         .parse()
         .map_err(|e: crate::AddressError| e.to_string())
+}
+
+/// A bare port of 127.0.0.1.
+fn local_port(text: &str) -> Result<Address, String> {
+    let right =
+        "a right one: 8080, 127.0.0.1:8080, or for a Unix socket /run/web.sock or ./web.sock";
+    let port: Port = text.parse().map_err(|e| format!("{e}; {right}"))?;
+    let port = u16::try_from(port.0)
+        .map_err(|_| format!("TCP port {} is larger than 65535; {right}", port.0))?;
+    Ok(Address::Tcp(TcpAddress {
+        host: Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        port,
+    }))
 }
 
 #[cfg(test)]
@@ -133,7 +148,11 @@ mod tests {
             ("8080:http", "guest's port"),
             ("8080:4294967296", "4294967295"),
             (":8080:80", "* for all interfaces"),
-            ("99999:80", "too large"),
+            ("99999:80", "larger than 65535"),
+            ("18088:localhost:80", "no host on the vsock side"),
+            ("8080:80:90", "no host on the vsock side"),
+            ("tcp:8080:80", "tcp://"),
+            ("web.sock:80", "./web.sock"),
             ("web:80", "a right one: 8080"),
             ("::1:8080:80", "["),
         ] {

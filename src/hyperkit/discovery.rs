@@ -119,7 +119,11 @@ pub fn discover(places: &Places) -> Vec<Discovered> {
 /// Except by URI, the VM's CID and the place of its sockets come from the directory's `hyperkit.json`.
 pub fn find(vm: &str, places: &Places) -> Result<HyperkitVm> {
     let scheme = vm.split_once("://").map_or("", |(scheme, _)| scheme);
-    if scheme.eq_ignore_ascii_case("hyperkit") {
+    if !scheme.is_empty()
+        && scheme
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || c == '-')
+    {
         return vm
             .parse()
             .map_err(|error| failed(vm, io::ErrorKind::InvalidInput, error));

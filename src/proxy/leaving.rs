@@ -161,9 +161,12 @@ impl<W: World> Worker<W> {
             self.world.close(end.socket);
             if conn.forward.is_polite(side) {
                 conn.forward.abandoned.fetch_add(1, Ordering::Relaxed);
-                let text = "closed a connection that hyperkit did not end within the drain timeout";
-                if let Some(more) = conn.forward.complaints.admit(text, now) {
-                    warn!(more, "{}: {text}", conn.forward.rule.connect);
+                let text = match self.phase {
+                    Phase::Cutting => "closed connections that the guest had not ended yet",
+                    _ => "closed connections that the guest did not end within the drain timeout",
+                };
+                if conn.forward.complaints.admit(text, now).is_some() {
+                    warn!("{}: {text}", conn.forward.rule.connect);
                 }
             }
         }

@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::address::{Address, HyperkitVm};
+use crate::address::{Address, Host, HyperkitVm};
 use crate::error::{Error, Operation, Result};
 use crate::listener::{Listener, not_carried};
 use crate::relay::CLIENT;
@@ -122,6 +122,13 @@ impl Stopper {
     }
 }
 
+impl Stopper {
+    /// Connections that are not closed yet.
+    pub fn connections(&self) -> usize {
+        self.0.live.load(Ordering::Relaxed)
+    }
+}
+
 /// A running proxy. Dropping it stops it at once, and waits for that.
 #[derive(Debug)]
 pub struct Proxy {
@@ -158,14 +165,32 @@ impl Proxy {
             ) {
                 return Err(not_carried(Operation::Connect, &rule.connect));
             }
+            check(
+                &rule,
+                bound
+                    .iter()
+                    .map(|(_, forward): &(_, Arc<Forward>)| &forward.rule),
+            )?;
             let listener = Listener::bind(&rule.listen, rule.mode)?;
             if let (Address::Tcp(tcp), Some(chosen)) = (&mut rule.listen, listener.tcp_address()) {
+                tcp.host = Host::Ip(chosen.ip());
                 tcp.port = chosen.port();
+            }
+            if rule.listen == rule.connect {
+                let cause =
+                    io::Error::new(io::ErrorKind::InvalidInput, "it would connect to itself");
+                return Err(Error::new(Operation::Connect, &rule.connect, cause));
             }
             bound.push((listener, Arc::new(Forward::new(rule, rule_gates))));
         }
         let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let count = config.workers.unwrap_or_else(cores).get();
+        let needed = DESCRIPTORS_PER_WORKER * count + bound.len() + 8;
+        if let Some(limit) = sys::descriptor_limit().filter(|&limit| limit < needed as u64) {
+            let why = format!("the process may have {limit} descriptors, and {needed} are needed");
+            let remedy = "raise the limit with `ulimit -n`, or ask for fewer workers";
+            return Err(fail(io::Error::other(why)).with_remedy(remedy));
+        }
         let mut worlds = Vec::new();
         let mut inboxes = Vec::new();
         for _ in 0..count {
@@ -278,6 +303,26 @@ impl Drop for Proxy {
         }
     }
 }
+
+/// Refuses a rule that can't work, whatever the system says.
+fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule>) -> Result<()> {
+    let invalid = |operation, address, why| {
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        Err(Error::new(operation, address, cause))
+    };
+    if matches!(&rule.connect, Address::Tcp(tcp) if tcp.port == 0) {
+        let why = "port 0 can't be connected to";
+        return invalid(Operation::Connect, &rule.connect, why);
+    }
+    let chosen = matches!(&rule.listen, Address::Tcp(tcp) if tcp.port == 0);
+    if !chosen && others.any(|other| other.listen == rule.listen) {
+        return invalid(Operation::Listen, &rule.listen, "it is given twice");
+    }
+    Ok(())
+}
+
+/// A poller, its waker and its registry's copy.
+const DESCRIPTORS_PER_WORKER: usize = 3;
 
 /// Descriptors that are not connections: listeners, pollers, standard streams, and some to spare.
 const SPARE: u64 = 64;

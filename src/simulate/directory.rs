@@ -3,6 +3,7 @@
 use super::Plan;
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
+use crate::sys;
 use mio::net::UnixListener;
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::fs;
@@ -45,7 +46,13 @@ fn check_length(plan: &Plan) -> Result<()> {
 
 /// Refuses a directory in which another process' VM runs: its sockets are not ours to replace.
 fn check_vacant(plan: &Plan) -> Result<()> {
-    match hyperkit::running_pid(&plan.directory) {
+    let connect = plan.directory.join(&plan.connect_name);
+    let pid = match sys::is_socket_alive(&connect) {
+        Ok(true) => hyperkit::running_pid(&plan.directory),
+        // A leftover, or none: whatever has that pid now is no VM here.
+        _ => None,
+    };
+    match pid {
         Some(pid) if u32::try_from(pid) != Ok(std::process::id()) => {
             let why = format!(
                 "a VM runs there: {} names process {pid}",

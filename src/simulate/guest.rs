@@ -63,15 +63,21 @@ impl Service {
 
 impl fmt::Debug for Service {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Service::Echo => f.write_str("Echo"),
-            Service::Discard => f.write_str("Discard"),
-            Service::Chargen => f.write_str("Chargen"),
-            Service::Http => f.write_str("Http"),
-            Service::Silent => f.write_str("Silent"),
-            Service::Forward(endpoint) => write!(f, "Forward({endpoint})"),
-            Service::Custom(_) => f.write_str("Custom(..)"),
-        }
+        write!(f, "Service({self})")
+    }
+}
+
+impl fmt::Display for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Service::Echo => "echo",
+            Service::Discard => "discard",
+            Service::Chargen => "chargen",
+            Service::Http => "http",
+            Service::Silent => "silent",
+            Service::Forward(endpoint) => return endpoint.fmt(f),
+            Service::Custom(_) => "a program",
+        })
     }
 }
 
