@@ -77,6 +77,15 @@ impl Dial {
     }
 }
 
+/// Whether a failed connect to a Unix socket proves that nobody listens there.
+pub(crate) fn says_gone(error: &io::Error) -> bool {
+    match error.kind() {
+        io::ErrorKind::NotFound => true,
+        io::ErrorKind::ConnectionRefused => !sys::FULL_BACKLOG_REFUSES,
+        _ => false,
+    }
+}
+
 /// The error of a dial to `address`, with what can be done about it.
 pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
     use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied, TimedOut};

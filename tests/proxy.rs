@@ -269,6 +269,37 @@ fn a_guest_that_answers_nothing_is_not_dialled_to_death() {
     assert_well(&vm);
 }
 
+#[test]
+fn a_device_that_stands_still_is_no_reason_to_forget_what_the_guest_has_not_answered() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .guest(7, Service::Echo)
+        .backlog(4)
+        .start()
+        .unwrap();
+    let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 7))]);
+    config.limits.vm_unanswered = 10;
+    let proxy = Proxy::start(config).unwrap();
+    vm.pause();
+    // As whenever a client is slow with its line. Meanwhile the backlog fills up.
+    let silent = unix_client(&dir.path().join("connect"));
+    std::thread::sleep(Duration::from_millis(20));
+    let clients: Vec<_> = (0..600).map(|_| tcp(port_of(&proxy, 0))).collect();
+    eventually("all are accepted", || {
+        proxy.forwards()[0].counters.accepted == 600
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    drop(silent);
+    std::thread::sleep(Duration::from_millis(500));
+    let counters = vm.counters();
+    assert!(counters.unanswered <= 11, "{counters:?}");
+    vm.resume();
+    for client in clients {
+        assert_eq!(ask(client, b"awake").unwrap(), b"awake");
+    }
+    assert_well(&vm);
+}
+
 /// That many clients at once, of whom few can be served at a time.
 fn serve_all(proxy: &Proxy, count: usize) {
     let mut clients: Vec<_> = (0..count).map(|_| tcp(port_of(proxy, 0))).collect();
