@@ -343,6 +343,28 @@ fn more_clients_than_the_vm_may_have_wait() {
 }
 
 #[test]
+fn a_vm_has_its_limits_once_however_it_is_spelled() {
+    let dir = private_dir();
+    let (state, link) = (dir.path().join("vm"), dir.path().join("link"));
+    let vm = echo_vm(&state);
+    std::os::unix::fs::symlink(&state, &link).unwrap();
+    let mut config = config(vec![
+        Rule::new(any_tcp(), hyperkit(&state, 7)),
+        Rule::new(any_tcp(), hyperkit(&link, 7)),
+    ]);
+    config.limits.vm_connections = 10;
+    let proxy = Proxy::start(config).unwrap();
+    std::thread::scope(|scope| {
+        for i in 0..40 {
+            let client = tcp(port_of(&proxy, i % 2));
+            scope.spawn(|| assert_eq!(ask(client, b"in turn").unwrap(), b"in turn"));
+        }
+    });
+    assert!(vm.counters().peak_slots <= 10, "{:?}", vm.counters());
+    assert_well(&vm);
+}
+
+#[test]
 fn who_waits_too_long_for_the_vm_is_told() {
     let dir = private_dir();
     let vm = echo_vm(dir.path());

@@ -20,7 +20,7 @@ use super::conn::{Conn, Leave, State};
 use super::forward::Forward;
 use super::gate::{Admission, Gate, Permit};
 use super::table::Id;
-use super::worker::{Phase, Worker};
+use super::worker::{Phase, Worker, after};
 use super::world::World;
 
 /// The port of a probe: `VMADDR_PORT_ANY` (`linux/vm_sockets.h`), to which nothing can be bound.
@@ -42,7 +42,7 @@ impl<W: World> Worker<W> {
     pub(super) fn adopt(&mut self, mut stream: W::Stream, forward: Arc<Forward>, now: Instant) {
         let id = self.conns.insert(Conn::new(Arc::clone(&forward)));
         let watched = self.world.watch(&mut stream, id.token(CLIENT));
-        let deadline = now + self.shared.limits.dial_timeout;
+        let deadline = after(now, self.shared.limits.dial_timeout);
         let mut dial = Dial::new(deadline);
         let target = &forward.rule.connect;
         // Guests find the port bound until the very end, but are not served any more.
