@@ -219,7 +219,7 @@ impl<W: World> Worker<W> {
 
     /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
     ///
-    /// However long that takes, there is no second probe, so this one is never given up. False if it could not be
+    /// However long that takes, this one is never given up: its answer may come at any time. False if it could not be
     /// sent now.
     pub(super) fn probe(
         &mut self,
