@@ -319,11 +319,11 @@ fn gate_of(
 ) -> Arc<Gate> {
     // One VM has one gate, however its directory is spelled.
     let directory = vm.state_dir.canonicalize();
-    let directory = directory.unwrap_or_else(|_| vm.state_dir.clone());
-    if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == directory) {
+    let socket = directory.map_or_else(|_| vm.connect_path(), |real| real.join(&vm.connect));
+    if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
         return Arc::clone(gate);
     }
     let gate = Arc::new(Gate::new(limits));
-    gates.push((directory, Arc::clone(&gate)));
+    gates.push((socket, Arc::clone(&gate)));
     gate
 }
