@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::address::Address;
 use crate::error::{Error, Operation};
 use crate::stream::Endpoint;
+use crate::sys;
 
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);

@@ -277,7 +277,13 @@ fn a_device_that_stands_still_is_no_reason_to_forget_what_the_guest_has_not_answ
         .backlog(4)
         .start()
         .unwrap();
-    let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 7))]);
+    let greeter = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = format!("tcp://{}", greeter.local_addr().unwrap());
+    std::thread::spawn(move || greeter.accept().unwrap().0.write_all(b"x").unwrap());
+    let mut config = config(vec![
+        Rule::new(any_tcp(), hyperkit(dir.path(), 7)),
+        Rule::new(any_tcp(), at.parse().unwrap()),
+    ]);
     config.limits.vm_unanswered = 10;
     let proxy = Proxy::start(config).unwrap();
     vm.pause();
@@ -289,6 +295,10 @@ fn a_device_that_stands_still_is_no_reason_to_forget_what_the_guest_has_not_answ
         proxy.forwards()[0].counters.accepted == 600
     });
     std::thread::sleep(Duration::from_millis(200));
+    // Nor to stand still oneself.
+    let (begun, mut other) = (std::time::Instant::now(), tcp(port_of(&proxy, 1)));
+    assert_eq!(other.read(&mut [0]).unwrap(), 1);
+    assert!(begun.elapsed() < Duration::from_secs(1));
     drop(silent);
     std::thread::sleep(Duration::from_millis(500));
     let counters = vm.counters();

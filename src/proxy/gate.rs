@@ -263,9 +263,6 @@ impl Drop for Permit {
             if self.number.is_none() {
                 state.reserved = state.reserved.saturating_sub(1);
             }
-            if self.probe {
-                state.probing = false;
-            }
         }
     }
 }
