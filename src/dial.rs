@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use crate::address::Address;
 use crate::error::{Error, Operation};
 use crate::stream::Endpoint;
-use crate::sys;
 
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -78,13 +77,10 @@ impl Dial {
     }
 }
 
-/// Whether a failed connect to a Unix socket proves that nobody listens there.
+/// Whether a failed connect to a Unix socket proves that nobody listens there (a full backlog is `WouldBlock`).
 pub(crate) fn says_gone(error: &io::Error) -> bool {
-    match error.kind() {
-        io::ErrorKind::NotFound => true,
-        io::ErrorKind::ConnectionRefused => !sys::FULL_BACKLOG_REFUSES,
-        _ => false,
-    }
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error.kind(), NotFound | ConnectionRefused)
 }
 
 /// The error of a dial to `address`, with what can be done about it.

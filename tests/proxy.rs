@@ -285,6 +285,7 @@ fn a_device_that_stands_still_is_no_reason_to_forget_what_the_guest_has_not_answ
         Rule::new(any_tcp(), at.parse().unwrap()),
     ]);
     config.limits.vm_unanswered = 10;
+    config.workers = Some(1.try_into().unwrap());
     let proxy = Proxy::start(config).unwrap();
     vm.pause();
     // As whenever a client is slow with its line. Meanwhile the backlog fills up.
