@@ -117,6 +117,12 @@ impl Dial {
     }
 }
 
+/// Whether a failed connect to a Unix socket proves that nobody listens there (a full backlog is `WouldBlock`).
+pub(crate) fn says_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error.kind(), NotFound | ConnectionRefused)
+}
+
 /// The error of a dial to `address`, with what can be done about it.
 pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
     use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotFound, PermissionDenied, TimedOut};

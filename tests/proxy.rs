@@ -269,6 +269,48 @@ fn a_guest_that_answers_nothing_is_not_dialled_to_death() {
     assert_well(&vm);
 }
 
+#[test]
+fn a_device_that_stands_still_is_no_reason_to_forget_what_the_guest_has_not_answered() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .guest(7, Service::Echo)
+        .backlog(4)
+        .start()
+        .unwrap();
+    let greeter = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = format!("tcp://{}", greeter.local_addr().unwrap());
+    std::thread::spawn(move || greeter.accept().unwrap().0.write_all(b"x").unwrap());
+    let mut config = config(vec![
+        Rule::new(any_tcp(), hyperkit(dir.path(), 7)),
+        Rule::new(any_tcp(), at.parse().unwrap()),
+    ]);
+    config.limits.vm_unanswered = 10;
+    config.workers = Some(1.try_into().unwrap());
+    let proxy = Proxy::start(config).unwrap();
+    vm.pause();
+    // As whenever a client is slow with its line. Meanwhile the backlog fills up.
+    let silent = unix_client(&dir.path().join("connect"));
+    std::thread::sleep(Duration::from_millis(20));
+    let clients: Vec<_> = (0..600).map(|_| tcp(port_of(&proxy, 0))).collect();
+    eventually("all are accepted", || {
+        proxy.forwards()[0].counters.accepted == 600
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    // Nor to stand still oneself.
+    let (begun, mut other) = (std::time::Instant::now(), tcp(port_of(&proxy, 1)));
+    assert_eq!(other.read(&mut [0]).unwrap(), 1);
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    drop(silent);
+    std::thread::sleep(Duration::from_millis(500));
+    let counters = vm.counters();
+    assert!(counters.unanswered <= 11, "{counters:?}");
+    vm.resume();
+    for client in clients {
+        assert_eq!(ask(client, b"awake").unwrap(), b"awake");
+    }
+    assert_well(&vm);
+}
+
 /// That many clients at once, of whom few can be served at a time.
 fn serve_all(proxy: &Proxy, count: usize) {
     let mut clients: Vec<_> = (0..count).map(|_| tcp(port_of(proxy, 0))).collect();
@@ -307,6 +349,28 @@ fn more_clients_than_the_vm_may_have_wait() {
     config.limits.vm_connections = 10;
     let proxy = Proxy::start(config).unwrap();
     serve_all(&proxy, 100);
+    assert!(vm.counters().peak_slots <= 10, "{:?}", vm.counters());
+    assert_well(&vm);
+}
+
+#[test]
+fn a_vm_has_its_limits_once_however_it_is_spelled() {
+    let dir = private_dir();
+    let (state, link) = (dir.path().join("vm"), dir.path().join("link"));
+    let vm = echo_vm(&state);
+    std::os::unix::fs::symlink(&state, &link).unwrap();
+    let mut config = config(vec![
+        Rule::new(any_tcp(), hyperkit(&state, 7)),
+        Rule::new(any_tcp(), hyperkit(&link, 7)),
+    ]);
+    config.limits.vm_connections = 10;
+    let proxy = Proxy::start(config).unwrap();
+    std::thread::scope(|scope| {
+        for i in 0..40 {
+            let client = tcp(port_of(&proxy, i % 2));
+            scope.spawn(|| assert_eq!(ask(client, b"in turn").unwrap(), b"in turn"));
+        }
+    });
     assert!(vm.counters().peak_slots <= 10, "{:?}", vm.counters());
     assert_well(&vm);
 }

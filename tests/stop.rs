@@ -16,6 +16,22 @@ const WORKERS: usize = 4;
 const GRACE: Duration = Duration::from_millis(10);
 const LONG: Duration = Duration::from_secs(10);
 
+/// "For ever" is a time like any other.
+#[test]
+fn times_without_end_end_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let listen = Address::Unix(UnixAddress::Path(directory.path().join("listen")));
+    let nobody = Address::Unix(UnixAddress::Path(directory.path().join("nobody")));
+    let mut config = ProxyConfig::new(vec![Rule::new(listen, nobody)]);
+    config.limits.dial_timeout = Duration::MAX;
+    config.limits.drain_timeout = Duration::MAX;
+    let proxy = Proxy::start(config).unwrap();
+    let client = UnixStream::connect(directory.path().join("listen")).unwrap();
+    drop(client);
+    proxy.stop(Duration::MAX);
+    proxy.wait().unwrap();
+}
+
 /// The workers hear of the end one after the other: who has nothing left to do must not leave while another one may
 /// still hand a connection over.
 #[test]

@@ -24,7 +24,7 @@ pub(super) struct ProxyOptions {
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     dial_timeout: u32,
     /// Seconds a guest may take to end a connection after our half-close
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     drain_timeout: u32,
     /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors)
     #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]

@@ -14,7 +14,7 @@ use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Turn};
 use super::forward::Forward;
 use super::gate::{Full, Gate, Permit, Place};
 use super::table::Id;
-use super::worker::Worker;
+use super::worker::{Worker, after};
 use super::world::World;
 
 /// Bytes that one connection may move in each direction before the others have their turn.
@@ -278,7 +278,7 @@ impl<W: World> Worker<W> {
                 }
             }
             Turn::Wait if pair.is_ending() => {
-                let end = *end.get_or_insert(now + self.shared.limits.drain_timeout);
+                let end = *end.get_or_insert(after(now, self.shared.limits.drain_timeout));
                 if now < end {
                     self.set_timer(id, end)
                 } else {

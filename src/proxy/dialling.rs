@@ -20,7 +20,7 @@ use super::conn::{Conn, Leave, State};
 use super::forward::Forward;
 use super::gate::{Admission, Gate, Permit};
 use super::table::Id;
-use super::worker::{Phase, Worker};
+use super::worker::{Phase, Worker, after};
 use super::world::World;
 
 /// The port of a probe: `VMADDR_PORT_ANY` (`linux/vm_sockets.h`), to which nothing can be bound.
@@ -42,7 +42,7 @@ impl<W: World> Worker<W> {
     pub(super) fn adopt(&mut self, mut stream: W::Stream, forward: Arc<Forward>, now: Instant) {
         let id = self.conns.insert(Conn::new(Arc::clone(&forward)));
         let watched = self.world.watch(&mut stream, id.token(CLIENT));
-        let deadline = now + self.shared.limits.dial_timeout;
+        let deadline = after(now, self.shared.limits.dial_timeout);
         let mut dial = Dial::new(deadline);
         let target = &forward.rule.connect;
         // Guests find the port bound until the very end, but are not served any more.
@@ -204,7 +204,11 @@ impl<W: World> Worker<W> {
                     self.connect(id, now);
                 }
                 Admission::At(at) => self.queues[index].next = at,
-                Admission::Probe(permit) => self.probe(permit, &forward, now),
+                Admission::Probe(permit) => {
+                    if !self.probe(permit, &forward, now) {
+                        self.queues[index].next = now + FULL_PAUSE;
+                    }
+                }
                 Admission::Full(why) => {
                     self.queues[index].next = now + FULL_PAUSE;
                     for id in &self.queues[index].waiting {
@@ -223,28 +227,34 @@ impl<W: World> Worker<W> {
 
     /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
     ///
-    /// However long that takes, there is no second probe, so this one is never given up.
-    pub(super) fn probe(&mut self, mut permit: Permit, forward: &Arc<Forward>, now: Instant) {
+    /// However long that takes, this one is never given up: its answer may come at any time. False if it could not be
+    /// sent now.
+    pub(super) fn probe(
+        &mut self,
+        mut permit: Permit,
+        forward: &Arc<Forward>,
+        now: Instant,
+    ) -> bool {
         let (Address::Hyperkit(target), Some(gate)) =
             (&forward.rule.connect, &forward.gates[SERVER])
         else {
-            return;
+            return false;
         };
         let target = HyperkitAddress {
             vm: target.vm.clone(),
             port: PROBE_PORT,
         };
-        let vm = target.vm.clone();
         let mut stream = match self.world.connect(&Endpoint::Hyperkit(target)) {
             Ok(stream) => stream,
             Err(e) => {
                 drop(permit);
-                // With `guest_forwards` alone a VM has no socket to probe: its dials wait until it answers one.
-                let refused = e.kind() == io::ErrorKind::ConnectionRefused;
-                if refused || self.world.vm_identity(&vm).is_none() {
+                // A full backlog (the device stands still) or no descriptor left here says nothing of the VM: what the
+                // guest has not answered is still there.
+                let gone = dial::says_gone(&e);
+                if gone {
                     gate.vm_is_gone();
                 }
-                return;
+                return gone;
             }
         };
         permit.dialled();
@@ -266,6 +276,7 @@ impl<W: World> Worker<W> {
             };
         }
         self.go_on_leaving(id, now);
+        true
     }
 
     /// Tries the dial's next endpoint, and the ones behind it.

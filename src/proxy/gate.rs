@@ -21,6 +21,14 @@ const INTERVAL: Duration = Duration::from_micros(150);
 /// the millisecond. Far below the 512 that the device's ring holds.
 const BURST: u32 = 8;
 
+/// When a probe counts as lost, and another one may go: a guest that rebooted forgets what it had not answered, and
+/// nothing ever comes on such a connection. Doubled with each, for each holds a slot for good.
+const PROBE_PATIENCE: Duration = Duration::from_secs(30);
+const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
+
+/// How many probes may be lost. With the highest cap of unanswered dials they are still fewer than the device's 512.
+const LOST_PROBES: u64 = 64;
+
 /// The caps of one VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GateLimits {
@@ -83,8 +91,9 @@ struct State {
     reserved: u64,
     /// When the next dial would be due if all kept the average distance.
     due: Option<Instant>,
-    /// A probe is on its way.
-    probing: bool,
+    /// A probe is on its way; another one may go then.
+    next_probe: Option<Instant>,
+    patience: Duration,
 }
 
 impl Gate {
@@ -95,7 +104,8 @@ impl Gate {
             live: 0,
             reserved: 0,
             due: None,
-            probing: false,
+            next_probe: None,
+            patience: PROBE_PATIENCE,
         };
         Gate {
             limits,
@@ -123,13 +133,17 @@ impl Gate {
         if state.live >= self.limits.live {
             return Admission::Full(Full::Live(self.limits.live));
         }
-        if self.unanswered() + state.reserved >= self.limits.unanswered {
-            if state.probing {
-                return Admission::Full(Full::Unanswered(self.limits.unanswered));
+        let limit = self.limits.unanswered;
+        let unanswered = self.unanswered() + state.reserved;
+        if unanswered >= limit {
+            if state.next_probe.is_some_and(|at| now < at) || unanswered >= limit + LOST_PROBES {
+                return Admission::Full(Full::Unanswered(limit));
             }
-            state.probing = true;
+            state.next_probe = Some(now + state.patience);
+            state.patience = (state.patience * 2).min(LONGEST_PATIENCE);
             return Admission::Probe(self.permit(&mut state, true));
         }
+        state.patience = PROBE_PATIENCE;
         let due = state.due.unwrap_or(now);
         let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
         if now < earliest {
@@ -170,7 +184,8 @@ impl Gate {
         state.epoch += 1;
         state.live = 0;
         state.reserved = 0;
-        state.probing = false;
+        state.next_probe = None;
+        state.patience = PROBE_PATIENCE;
         let dialled = self.dialled.load(Ordering::Relaxed);
         self.answered.fetch_max(dialled, Ordering::Relaxed);
     }
@@ -239,11 +254,14 @@ impl Drop for Permit {
     fn drop(&mut self) {
         let mut state = self.place.gate.state();
         if state.epoch == self.place.epoch {
+            let answered = self.place.gate.answered.load(Ordering::Relaxed);
+            // One that was lost does not make room for another before its time.
+            if self.probe && self.number.is_none_or(|number| number <= answered) {
+                state.next_probe = None;
+                state.patience = PROBE_PATIENCE;
+            }
             if self.number.is_none() {
                 state.reserved = state.reserved.saturating_sub(1);
-            }
-            if self.probe {
-                state.probing = false;
             }
         }
     }
@@ -356,6 +374,44 @@ mod tests {
         probe.answered();
         drop(probe);
         drop(go(&gate, now));
+    }
+
+    #[test]
+    fn a_probe_that_a_reboot_swallowed_locks_nobody_out() {
+        let gate = gate(900, 1);
+        let mut now = Instant::now();
+        let _silent = go(&gate, now);
+        let mut lost = Vec::new();
+        for patience in [30, 60, 120] {
+            let Admission::Probe(mut probe) = gate.admit(now, None) else {
+                panic!()
+            };
+            probe.dialled();
+            lost.push(probe);
+            now += Duration::from_secs(patience - 1);
+            assert!(matches!(gate.admit(now, None), Admission::Full(_)));
+            now += Duration::from_secs(1);
+        }
+        lost.pop().unwrap().answered();
+        drop(go(&gate, now));
+    }
+
+    #[test]
+    fn lost_probes_are_not_enough_to_kill_the_device() {
+        let gate = gate(900, 4);
+        let mut now = Instant::now();
+        let mut dials = 0;
+        for _ in 0..1000 {
+            match gate.admit(now, None) {
+                Admission::Go(mut permit) | Admission::Probe(mut permit) => {
+                    permit.dialled();
+                    dials += 1;
+                }
+                _ => {}
+            }
+            now += LONGEST_PATIENCE;
+        }
+        assert_eq!(dials, 4 + LOST_PROBES);
     }
 
     #[test]

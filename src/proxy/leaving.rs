@@ -13,7 +13,7 @@ use crate::relay::{CLIENT, Farewell, Readiness, SERVER};
 use super::conn::{Leave, State};
 use super::dialling::complain;
 use super::table::Id;
-use super::worker::{Phase, Worker};
+use super::worker::{Phase, Worker, after};
 use super::world::World;
 
 /// How long a client that goes on sending is read from after it got its whole answer.
@@ -78,7 +78,7 @@ impl<W: World> Worker<W> {
         conn.timer = None;
         conn.state = State::Leaving {
             ends: leaving,
-            until: Some(now + time),
+            until: Some(after(now, time)),
         };
         self.go_on_leaving(id, now);
     }

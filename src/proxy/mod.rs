@@ -25,6 +25,7 @@ mod world;
 use std::io;
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -143,7 +144,7 @@ impl Proxy {
     /// The first listener that can't be bound; then none stays. `Unsupported` for families that aren't carried.
     pub fn start(config: ProxyConfig) -> Result<Proxy> {
         let fail = |e| Error::new(Operation::Run, "the proxy", e);
-        let mut gates: Vec<(HyperkitVm, Arc<Gate>)> = Vec::new();
+        let mut gates: Vec<(PathBuf, Arc<Gate>)> = Vec::new();
         let gate_limits = GateLimits {
             live: config.limits.vm_connections,
             unanswered: config.limits.vm_unanswered as u64,
@@ -361,17 +362,17 @@ fn run_to_the_end(
 }
 
 fn gate_of(
-    gates: &mut Vec<(HyperkitVm, Arc<Gate>)>,
+    gates: &mut Vec<(PathBuf, Arc<Gate>)>,
     vm: &HyperkitVm,
     limits: GateLimits,
 ) -> Arc<Gate> {
-    if let Some((_, gate)) = gates
-        .iter()
-        .find(|(known, _)| known.state_dir == vm.state_dir)
-    {
+    // One VM has one gate, however its directory is spelled.
+    let directory = vm.state_dir.canonicalize();
+    let socket = directory.map_or_else(|_| vm.connect_path(), |real| real.join(&vm.connect));
+    if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
         return Arc::clone(gate);
     }
     let gate = Arc::new(Gate::new(limits));
-    gates.push((vm.clone(), Arc::clone(&gate)));
+    gates.push((socket, Arc::clone(&gate)));
     gate
 }

@@ -122,6 +122,12 @@ pub(crate) struct Worker<W: World> {
     timers: BinaryHeap<Reverse<(Instant, Id)>>,
 }
 
+/// That time from now; for "never" (`Duration::MAX`), which no clock reaches, a century.
+pub(super) fn after(now: Instant, time: Duration) -> Instant {
+    const NEVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+    now + time.min(NEVER)
+}
+
 impl<W: World> Worker<W> {
     pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W::Stream>>) -> Worker<W> {
         Worker {
@@ -265,7 +271,7 @@ impl<W: World> Worker<W> {
     }
 
     fn stop(&mut self, grace: Duration, now: Instant) {
-        let at = now + grace;
+        let at = after(now, grace);
         self.cut_at = Some(self.cut_at.map_or(at, |before| before.min(at)));
         if self.phase == Phase::Running {
             // Who is connected by now, as far as the kernel is concerned, is still served.
