@@ -42,6 +42,8 @@ pub(crate) struct Dial {
     deadline: Instant,
     pause: Duration,
     handshake: Option<Handshake>,
+    /// When the attempt under way is given up for the next one.
+    attempt_deadline: Instant,
 }
 
 impl Dial {
@@ -52,6 +54,7 @@ impl Dial {
             deadline,
             pause: FIRST_PAUSE,
             handshake: None,
+            attempt_deadline: deadline,
         }
     }
 
@@ -66,7 +69,11 @@ impl Dial {
     }
 
     /// Notes that the endpoint's socket was made; what is to be waited for.
-    pub(crate) fn begun(&mut self) -> Begun {
+    pub(crate) fn begun(&mut self, now: Instant) -> Begun {
+        // An address that doesn't answer must leave time for those behind it.
+        let left = self.deadline.saturating_duration_since(now);
+        let share = u32::try_from(self.candidates.len()).unwrap_or(u32::MAX);
+        self.attempt_deadline = now + left / share.max(1);
         self.handshake = self.endpoint().and_then(Endpoint::handshake);
         match self.endpoint() {
             Some(endpoint) if !endpoint.connects_at_once() => Begun::InProgress,
@@ -89,6 +96,11 @@ impl Dial {
             Some(handshake) => handshake.advance(socket),
             None => Ok(true),
         }
+    }
+
+    /// When the attempt under way is given up.
+    pub(crate) fn attempt_deadline(&self) -> Instant {
+        self.attempt_deadline
     }
 
     pub(crate) fn deadline(&self) -> Instant {
@@ -186,5 +198,50 @@ pub(crate) fn refused_in_silence(address: &Address) -> Error {
             hyperkit.port
         )),
         _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+
+    #[test]
+    fn an_address_that_is_silent_leaves_time_for_the_next() {
+        let now = Instant::now();
+        let end = now + Duration::from_secs(30);
+        let mut dial = Dial::new(end);
+        let addresses = [[127, 0, 0, 1], [127, 0, 0, 2], [127, 0, 0, 3]];
+        dial.add(addresses.map(|ip| Endpoint::Tcp(SocketAddr::from((ip, 1)))));
+        assert_eq!(dial.begun(now), Begun::InProgress);
+        let first = dial.attempt_deadline();
+        assert_eq!(first, now + Duration::from_secs(10));
+        let timed_out = || io::ErrorKind::TimedOut.into();
+        assert!(matches!(dial.failed(first, timed_out()), Next::Now));
+        dial.begun(first);
+        assert!(matches!(dial.failed(first, timed_out()), Next::Now));
+        dial.begun(first);
+        assert_eq!(dial.attempt_deadline(), end);
+        assert!(matches!(dial.failed(end, timed_out()), Next::GiveUp(_)));
+    }
+
+    #[test]
+    fn a_full_backlog_is_tried_again_until_the_deadline() {
+        let start = Instant::now();
+        let mut dial = Dial::new(start + Duration::from_secs(1));
+        dial.add([Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 1)))]);
+        let (mut now, mut tries) = (start, 0);
+        loop {
+            match dial.failed(now, io::ErrorKind::WouldBlock.into()) {
+                Next::At(at) => {
+                    assert!(at > now && at - now <= LONGEST_PAUSE);
+                    now = at;
+                    tries += 1;
+                }
+                Next::GiveUp(e) => break assert_eq!(e.kind(), io::ErrorKind::TimedOut),
+                Next::Now => panic!("no pause"),
+            }
+        }
+        assert!((10..100).contains(&tries), "{tries}");
     }
 }

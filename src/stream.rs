@@ -99,11 +99,13 @@ impl Stream {
         }
     }
 
-    /// Sends small messages at once: a relay has no reason to wait for more.
-    pub(crate) fn set_nodelay(&self) {
+    /// Small messages are sent at once, for a relay has no reason to wait for more; and a peer that vanished without a
+    /// word is noticed in the end (after two hours, as systems have it).
+    pub(crate) fn set_options(&self) {
         if let Stream::Tcp(stream) = self {
-            // It fails only on a connection that has ended, as the next read will say.
+            // They fail only on a connection that has ended, as the next read will say.
             let _ = stream.set_nodelay(true);
+            let _ = SockRef::from(stream).set_keepalive(true);
         }
     }
 

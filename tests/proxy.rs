@@ -520,10 +520,15 @@ fn a_unix_socket_whose_file_is_removed_is_made_again() {
     let dir = private_dir();
     let vm = echo_vm(dir.path());
     let path = dir.path().join("echo.sock");
-    let _proxy = proxy(unix(&path), hyperkit(dir.path(), 7));
+    let proxy = proxy(unix(&path), hyperkit(dir.path(), 7));
     std::fs::remove_file(&path).unwrap();
     eventually("it is back", || path.exists());
     assert_eq!(ask(unix_client(&path), b"back").unwrap(), b"back");
+    // Touched, it is ours all the same.
+    let touched = std::process::Command::new("touch").arg(&path).status();
+    assert!(touched.unwrap().success());
+    drop(proxy);
+    assert!(!path.exists());
     assert_well(&vm);
 }
 

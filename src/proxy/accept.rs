@@ -90,7 +90,7 @@ impl<W: World> Worker<W> {
             }
             if self.listeners[index].watch <= now && has_file(&self.listeners[index].forward) {
                 self.listeners[index].watch = now + WATCH;
-                self.look_after(index);
+                self.look_after(index, now);
             }
         }
     }
@@ -179,7 +179,7 @@ impl<W: World> Worker<W> {
 
     /// Makes a socket's file again that someone removed: a VM that starts may clear its directory, and cleaners of
     /// `/tmp` remove what is old.
-    fn look_after(&mut self, index: usize) {
+    fn look_after(&mut self, index: usize, now: Instant) {
         let listening = &mut self.listeners[index];
         if self.phase != Phase::Running {
             return;
@@ -202,7 +202,11 @@ impl<W: World> Worker<W> {
             }
             FileState::Missing => match self.world.listen(&rule.listen, rule.mode) {
                 Ok(mut listener) => {
-                    // The old one first: it may have this very place in the poller.
+                    // The old one first, who waits there before that.
+                    listening.ready = listening.listener.is_some();
+                    self.accept_from(index, now);
+                    let listening = &mut self.listeners[index];
+                    let rule = &listening.forward.rule;
                     if let Some(old) = listening.listener.take() {
                         self.world.close_listener(old);
                     }

@@ -77,7 +77,7 @@ pub(super) enum State<S> {
 impl<S> Leave<S> {
     /// An end to be read to its EOF.
     pub(super) fn new(end: End<S>) -> Leave<S> {
-        Leave { end, reset: false }
+        Leave { end, reset: None }
     }
 }
 
@@ -85,8 +85,9 @@ impl<S> Leave<S> {
 #[derive(Debug)]
 pub(super) struct Leave<S> {
     pub(super) end: End<S>,
-    /// To be reset when the peer has what was sent before, instead of being read to its EOF: a reset overtakes.
-    pub(super) reset: bool,
+    /// To be reset when the peer has what was sent before, instead of being read to its EOF: a reset overtakes. It is
+    /// looked again after this pause.
+    pub(super) reset: Option<Duration>,
 }
 
 impl<S: crate::relay::Socket> Conn<S> {
@@ -203,7 +204,9 @@ impl<W: World> Worker<W> {
                     let error = dial::explain(&conn.forward.rule.connect, cause);
                     return self.refuse(id, &error, now);
                 }
-                let attempt = if server.is_writable() {
+                let attempt = if now >= dial.attempt_deadline() {
+                    Err(io::ErrorKind::TimedOut.into())
+                } else if server.is_writable() {
                     match self.world.connected(&server.socket) {
                         Ok(true) => dial.shake_hands(&mut server.socket),
                         other => other,
@@ -214,7 +217,7 @@ impl<W: World> Worker<W> {
                 match attempt {
                     Ok(true) => self.connected(id, now),
                     Ok(false) => {
-                        let deadline = dial.deadline();
+                        let deadline = dial.attempt_deadline();
                         self.set_timer(id, deadline);
                     }
                     Err(e) => {

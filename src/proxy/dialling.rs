@@ -19,6 +19,7 @@ use crate::stream::Endpoint;
 use super::conn::{Conn, Leave, State};
 use super::forward::Forward;
 use super::gate::{Admission, Gate, Permit};
+use super::leaving::LAST_LEAVE;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
 use super::world::World;
@@ -211,15 +212,20 @@ impl<W: World> Worker<W> {
                 }
                 Admission::Full(why) => {
                     self.queues[index].next = now + FULL_PAUSE;
-                    for id in &self.queues[index].waiting {
-                        if let Some(Conn {
-                            state: State::Waiting { full, .. },
-                            ..
-                        }) = self.conns.get_mut(*id)
-                        {
-                            *full = Some(why);
-                        }
-                    }
+                    let conns = &mut self.conns;
+                    // Who has left since needs no dial.
+                    self.queues[index]
+                        .waiting
+                        .retain(|id| match conns.get_mut(*id) {
+                            Some(Conn {
+                                state: State::Waiting { full, .. },
+                                ..
+                            }) => {
+                                *full = Some(why);
+                                true
+                            }
+                            _ => false,
+                        });
                 }
             }
         }
@@ -240,6 +246,7 @@ impl<W: World> Worker<W> {
         else {
             return false;
         };
+        let forward_path = target.vm.forward_path(target.port);
         let target = HyperkitAddress {
             vm: target.vm.clone(),
             port: PROBE_PORT,
@@ -250,7 +257,10 @@ impl<W: World> Worker<W> {
                 drop(permit);
                 // A full backlog (the device stands still) or no descriptor left here says nothing of the VM: what the
                 // guest has not answered is still there.
-                let gone = dial::says_gone(&e);
+                // Nor does it with `guest_forwards` alone, where there is no socket to probe.
+                let nothing_to_probe =
+                    e.kind() == io::ErrorKind::NotFound && self.world.exists(&forward_path);
+                let gone = dial::says_gone(&e) && !nothing_to_probe;
                 if gone {
                     gate.vm_is_gone();
                 }
@@ -267,7 +277,12 @@ impl<W: World> Worker<W> {
         let watched = self.world.watch(&mut stream, id.token(SERVER));
         let mut end = End::new(stream);
         end.shutdown_write();
-        let until = watched.is_err().then_some(now);
+        // One of which no event will tell is closed by the clock; and none outlives the proxy.
+        let until = match self.phase {
+            _ if watched.is_err() => Some(after(now, self.shared.limits.drain_timeout)),
+            Phase::Running => None,
+            _ => Some(now + LAST_LEAVE),
+        };
         if let Some(conn) = self.conns.get_mut(id) {
             conn.permit = Some(permit);
             conn.state = State::Leaving {
@@ -297,25 +312,17 @@ impl<W: World> Worker<W> {
             {
                 permit.dialled();
             }
-            let attempt = attempt.and_then(|mut stream| {
-                match self.world.watch(&mut stream, id.token(SERVER)) {
-                    Ok(()) => Ok(stream),
-                    Err(e) => {
-                        self.world.close(stream);
-                        Err(e)
-                    }
-                }
-            });
             match attempt {
-                Ok(stream) => {
+                Ok(mut stream) => {
                     let State::Waiting {
                         client, mut dial, ..
                     } = conn.take_state()
                     else {
                         return;
                     };
+                    let watched = self.world.watch(&mut stream, id.token(SERVER));
                     let mut server = End::new(stream);
-                    let begun = dial.begun();
+                    let begun = dial.begun(now);
                     // A socket just connected has room; no need to wait until an event says so.
                     server.latch(Readiness {
                         writable: begun != Begun::InProgress,
@@ -326,6 +333,11 @@ impl<W: World> Worker<W> {
                         server,
                         dial,
                     };
+                    if let Err(e) = watched {
+                        let target = &conn.forward.rule.connect;
+                        let error = Error::new(Operation::Connect, target, e);
+                        return self.refuse(id, &error, now);
+                    }
                     return match begun {
                         Begun::Connected => self.connected(id, now),
                         Begun::Handshake => self.step(id, now),
@@ -375,10 +387,13 @@ impl<W: World> Worker<W> {
             State::Waiting { client, .. } => client,
             State::Connecting {
                 client,
-                server,
+                mut server,
                 dial,
             } => {
                 if dial.is_shaking_hands() {
+                    leaving[SERVER] = Some(Leave::new(server));
+                } else if conn.forward.is_polite(SERVER) {
+                    server.shutdown_write();
                     leaving[SERVER] = Some(Leave::new(server));
                 } else {
                     self.world.close(server.socket);

@@ -19,7 +19,7 @@ use super::world::World;
 /// How long a client that goes on sending is read from after it got its whole answer.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// How often it is looked whether a peer that is to be reset has got what was sent before.
+/// After how long it is looked whether a peer that is to be reset has got what was sent before; doubled each time.
 const RESET_PAUSE: Duration = Duration::from_millis(2);
 
 /// How long guests are taken leave of when the proxy is told to end at once.
@@ -54,7 +54,8 @@ impl<W: World> Worker<W> {
             } else if polite || farewell == Farewell::Close {
                 self.world.close(end.socket);
             } else {
-                leaving[side] = Some(Leave { end, reset: true });
+                let reset = Some(RESET_PAUSE);
+                leaving[side] = Some(Leave { end, reset });
             }
         }
         self.begin_leaving(id, leaving, now);
@@ -102,20 +103,29 @@ impl<W: World> Worker<W> {
             {
                 permit.answered();
             }
-            if reset {
+            if let Some(pause) = reset {
                 if end.is_dead() || self.world.unacknowledged(&end.socket) == 0 {
                     self.world.reset(end.socket);
                     continue;
                 }
-                look_again = Some(now + RESET_PAUSE);
+                look_again =
+                    Some(look_again.map_or(now + pause, |at: Instant| at.min(now + pause)));
             } else if end.input_ended() {
                 self.world.close(end.socket);
                 continue;
             }
+            let reset = reset.map(|pause| 2 * pause);
             *slot = Some(Leave { end, reset });
         }
         if ends.iter().all(Option::is_none) {
             return self.forget(id);
+        }
+        // Whose socket is closed has no place in its VM any more, though the other side lingers.
+        if ends[SERVER].is_none() {
+            conn.permit = None;
+        }
+        if ends[CLIENT].is_none() {
+            conn.place = None;
         }
         let until = *until;
         if until.is_some_and(|until| now >= until) {
@@ -142,7 +152,7 @@ impl<W: World> Worker<W> {
             let Some(Leave { mut end, reset }) = leave else {
                 continue;
             };
-            if reset {
+            if reset.is_some() {
                 self.world.reset(end.socket);
                 continue;
             }

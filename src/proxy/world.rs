@@ -1,11 +1,11 @@
 //! The seam between the loop and the world (invariant 9): readiness, results of socket calls, and time come through
 //! [`World`] and nowhere else, so that a whole worker can run against simulated sockets and a simulated clock.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use mio::event::Source;
@@ -62,6 +62,8 @@ pub(crate) trait World {
     fn resolve(&mut self, token: usize, host: &str, port: u16);
     /// Which VM stands behind the state directory now; `None` if none does.
     fn vm_identity(&mut self, vm: &HyperkitVm) -> Option<Identity>;
+    /// Whether there is a file of that name.
+    fn exists(&mut self, path: &Path) -> bool;
 }
 
 /// Token of the waker.
@@ -73,7 +75,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 /// How many events one wait takes.
 const EVENTS: usize = 1024;
 
-type Answer = (usize, io::Result<Vec<SocketAddr>>);
+/// What was found for a name.
+type Answer = (String, io::Result<Vec<SocketAddr>>);
 
 /// The real world: mio, the kernel's sockets, the monotonic clock.
 #[derive(Debug)]
@@ -81,7 +84,8 @@ pub(crate) struct MioWorld {
     poll: Poll,
     events: Events,
     waker: Arc<Waker>,
-    resolver: Option<Sender<(usize, String, u16)>>,
+    /// Who waits for the addresses of each name that is being asked for, and with which port.
+    asking: HashMap<String, Vec<(usize, u16)>>,
     answers: Arc<Mutex<Vec<Answer>>>,
 }
 
@@ -94,7 +98,7 @@ impl MioWorld {
             poll,
             events,
             waker,
-            resolver: None,
+            asking: HashMap::new(),
             answers: Arc::default(),
         })
     }
@@ -104,29 +108,38 @@ impl MioWorld {
         Arc::clone(&self.waker)
     }
 
-    /// Starts the thread that asks for names: `getaddrinfo` blocks, and has no other form.
-    fn start_resolver(&self) -> io::Result<Sender<(usize, String, u16)>> {
-        let (questions, inbox): (_, Receiver<(usize, String, u16)>) = channel();
+    /// Asks for the addresses of `host` on a thread of its own: `getaddrinfo` blocks and has no other form, and a name
+    /// whose server is silent must not keep the others waiting. There is one thread a name at most.
+    fn ask(&self, host: &str) -> io::Result<()> {
         let (answers, waker) = (Arc::clone(&self.answers), self.waker());
-        std::thread::Builder::new()
-            .name("hvsock-resolver".into())
-            .spawn(move || {
-                for (token, host, port) in inbox {
-                    let found = (host.as_str(), port)
-                        .to_socket_addrs()
-                        .map(Iterator::collect);
-                    answers
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .push((token, found));
-                    // The loop is gone if it can't be woken.
-                    if waker.wake().is_err() {
-                        return;
-                    }
-                }
-            })?;
-        Ok(questions)
+        let host = host.to_owned();
+        let ask = move || {
+            let found = (host.as_str(), 0).to_socket_addrs().map(Iterator::collect);
+            lock(&answers).push((host, found));
+            // The loop is gone if it can't be woken.
+            let _ = waker.wake();
+        };
+        let thread = std::thread::Builder::new().name("hvsock-resolver".into());
+        thread.spawn(ask).map(drop)
     }
+
+    /// Tells who waited for a name what was found.
+    fn tell(&mut self, (host, found): Answer, events: &mut Vec<Event>) {
+        for (token, port) in self.asking.remove(&host).unwrap_or_default() {
+            let addresses = match &found {
+                Ok(found) => {
+                    let with_port = |address: &SocketAddr| SocketAddr::new(address.ip(), port);
+                    Ok(found.iter().map(with_port).collect())
+                }
+                Err(e) => Err(io::Error::new(e.kind(), e.to_string())),
+            };
+            events.push(Event::Resolved { token, addresses });
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl World for MioWorld {
@@ -139,12 +152,7 @@ impl World for MioWorld {
 
     fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> io::Result<()> {
         // As with the inbox: an answer may be there although its wake-up was lost.
-        let answered = self.resolver.is_some()
-            && !self
-                .answers
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .is_empty();
+        let answered = !self.asking.is_empty() && !lock(&self.answers).is_empty();
         let timeout = match timeout {
             _ if answered => Some(Duration::ZERO),
             timeout => timeout.map(|timeout| timeout.min(LONGEST_WAIT)),
@@ -168,10 +176,11 @@ impl World for MioWorld {
                 readiness,
             });
         }
-        if self.resolver.is_some() {
-            let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-            let resolved = |(token, addresses)| Event::Resolved { token, addresses };
-            events.extend(answers.drain(..).map(resolved));
+        if !self.asking.is_empty() {
+            let answers = std::mem::take(&mut *lock(&self.answers));
+            for answer in answers {
+                self.tell(answer, events);
+            }
         }
         Ok(())
     }
@@ -207,7 +216,7 @@ impl World for MioWorld {
     }
 
     fn watch(&mut self, stream: &mut Stream, token: usize) -> io::Result<()> {
-        stream.set_nodelay();
+        stream.set_options();
         self.poll.registry().register(
             stream,
             Token(token),
@@ -238,35 +247,24 @@ impl World for MioWorld {
     }
 
     fn resolve(&mut self, token: usize, host: &str, port: u16) {
-        if self.resolver.is_none() {
-            match self.start_resolver() {
-                Ok(resolver) => self.resolver = Some(resolver),
-                Err(e) => return self.answer(token, Err(e)),
-            }
+        if let Some(waiting) = self.asking.get_mut(host) {
+            waiting.push((token, port));
+            return;
         }
-        if let Some(resolver) = &self.resolver
-            && resolver.send((token, host.to_owned(), port)).is_err()
-        {
-            self.answer(
-                token,
-                Err(io::Error::other("the resolver's thread has ended")),
-            );
+        self.asking.insert(host.to_owned(), vec![(token, port)]);
+        if let Err(e) = self.ask(host) {
+            lock(&self.answers).push((host.to_owned(), Err(e)));
+            let _ = self.waker.wake();
         }
+    }
+
+    fn exists(&mut self, path: &Path) -> bool {
+        path.symlink_metadata().is_ok()
     }
 
     fn vm_identity(&mut self, vm: &HyperkitVm) -> Option<Identity> {
         // A VM with `guest_forwards` alone has no `connect` socket.
         let of = |path: PathBuf| Identity::of(&path).ok();
         of(vm.connect_path()).or_else(|| of(vm.pid_path()))
-    }
-}
-
-impl MioWorld {
-    fn answer(&self, token: usize, answer: io::Result<Vec<SocketAddr>>) {
-        self.answers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push((token, answer));
-        let _ = self.waker.wake();
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::SystemTime;
 
 use nix::sys::resource::{Resource, getrlimit};
 
@@ -15,13 +16,13 @@ pub(crate) const SUN_PATH_LEN: usize = if cfg!(target_os = "linux") { 108 } else
 /// less the longest prefix that it puts before the name.
 const LONGEST_NAME: usize = SUN_PATH_LEN - 1 - 32;
 
-/// Which file a path names: device, inode and time.
+/// Which file a path names: device, inode and time of birth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     device: u64,
     inode: u64,
-    /// Of a socket's file: when it was bound. Some file systems give a new file the number of the one just removed.
-    modified: (i64, i64),
+    /// Some file systems give a new file the number of the one just removed. `None` where none is kept.
+    born: Option<SystemTime>,
 }
 
 impl Identity {
@@ -31,7 +32,7 @@ impl Identity {
         Ok(Identity {
             device: metadata.dev(),
             inode: metadata.ino(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            born: metadata.created().ok(),
         })
     }
 }
