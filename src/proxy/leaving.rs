@@ -19,8 +19,10 @@ use super::world::World;
 /// How long a client that goes on sending is read from after it got its whole answer.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// After how long it is looked whether a peer that is to be reset has got what was sent before; doubled each time.
+/// After how long it is looked whether a peer that is to be reset has got what was sent before; doubled each time, up
+/// to the longest.
 const RESET_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_RESET_PAUSE: Duration = Duration::from_millis(128);
 
 /// How long guests are taken leave of when the proxy is told to end at once.
 pub(super) const LAST_LEAVE: Duration = Duration::from_secs(2);
@@ -114,7 +116,7 @@ impl<W: World> Worker<W> {
                 self.world.close(end.socket);
                 continue;
             }
-            let reset = reset.map(|pause| 2 * pause);
+            let reset = reset.map(|pause| (2 * pause).min(LONGEST_RESET_PAUSE));
             *slot = Some(Leave { end, reset });
         }
         if ends.iter().all(Option::is_none) {
