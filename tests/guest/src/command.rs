@@ -58,7 +58,6 @@ impl Hvsock {
         eventually(within, || self.said().contains(what))
     }
 
-    #[expect(dead_code)]
     pub(crate) fn terminate(&self) -> nix::Result<()> {
         let id = i32::try_from(self.child.id()).map_err(|_| nix::Error::EOVERFLOW)?;
         kill(Pid::from_raw(id), Signal::SIGTERM)

@@ -2,9 +2,13 @@
 //!
 //! It is the only program there beside `/hvsock`. What it prints goes to the serial line; `done` is the last of it.
 
+mod carry;
 mod command;
 mod errors;
+mod peers;
 mod report;
+mod sockets;
+mod vsudd;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -48,6 +52,29 @@ fn run() {
     check("privileged_port", SHORT, errors::privileged_port);
     check("foreign_cid", SHORT, errors::foreign_cid);
     check("port_in_use", SHORT, errors::port_in_use);
+
+    const LONG: Duration = Duration::from_secs(60);
+    check("client_ends_first", SHORT, carry::client_ends_first);
+    check("server_ends_first", SHORT, carry::server_ends_first);
+    check("echo_64_mib", LONG, carry::echo_64_mib);
+    check("parallel_200", LONG, carry::parallel_200);
+    check("sequence_2000", LONG, carry::sequence_2000);
+
+    check("server_closes_unread", LONG, peers::server_closes_unread);
+    check("client_closes_unread", LONG, peers::client_closes_unread);
+    check("server_gone_in_upload", LONG, peers::server_gone_in_upload);
+    check(
+        "listener_gone_unaccepted",
+        LONG,
+        peers::listener_gone_unaccepted,
+    );
+    check("broken_upload", LONG, peers::broken_upload);
+    check("server_does_not_read", LONG, peers::server_does_not_read);
+    check("client_does_not_read", LONG, peers::client_does_not_read);
+    check("never_read", LONG, peers::never_read);
+
+    check("vsudd_and_sigterm", LONG, vsudd::serves_and_ends);
+    check("sigterm_lets_finish", LONG, vsudd::lets_finish);
 }
 
 fn prepare() -> io::Result<()> {
