@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::address::{Address, HyperkitVm};
+use crate::address::{Address, HyperkitVm, Port};
 use crate::error::{Error, Operation, Result};
 use crate::listener::{Listener, not_carried};
 use crate::relay::CLIENT;
@@ -101,7 +101,7 @@ impl ProxyConfig {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ForwardStatus {
-    /// Where it listens: with the port that was chosen, where the rule said port 0.
+    /// Where it listens: with the port that was chosen, where the rule said port 0 (of vsock the highest).
     pub listen: Address,
     /// Where its connections go.
     pub connect: Address,
@@ -155,8 +155,14 @@ impl Proxy {
                 return Err(not_carried(Operation::Connect, &rule.connect));
             }
             let listener = Listener::bind(&rule.listen, rule.mode)?;
-            if let (Address::Tcp(tcp), Some(chosen)) = (&mut rule.listen, listener.tcp_address()) {
-                tcp.port = chosen.port();
+            match &mut rule.listen {
+                Address::Tcp(tcp) => {
+                    tcp.port = listener.tcp_address().map_or(tcp.port, |at| at.port());
+                }
+                Address::Vsock(vsock) => {
+                    vsock.port = listener.vsock_port().map_or(vsock.port, Port);
+                }
+                _ => {}
             }
             bound.push((listener, Arc::new(Forward::new(rule, rule_gates))));
         }
