@@ -10,7 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use crate::report::{Outcome, ensure, eventually};
-use crate::sockets::{Bridge, Server, connect_unix, echo, expect_pattern, send_pattern};
+use crate::sockets::{
+    Bridge, Server, connect_unix, echo, expect_pattern, receive_pattern, send_pattern,
+};
 
 const SOON: Duration = Duration::from_secs(5);
 const MIB: usize = 1024 * 1024;
@@ -120,6 +122,45 @@ pub(crate) fn parallel_200() -> Outcome {
             "{counters:?}"
         );
     }
+    Ok(())
+}
+
+/// 16 connections, each with 2 MiB in each direction at once: no lost wakeup leaves one standing.
+pub(crate) fn parallel_streams() -> Outcome {
+    const BYTES: usize = 2 * MIB;
+    let server = Server::unix("/streams.sock")?;
+    server.serve(|client| {
+        let Ok(reader) = client.try_clone() else {
+            return;
+        };
+        let reading = thread::spawn(move || expect_pattern(&reader, 6, BYTES));
+        let sent = send_pattern(&client, 7, BYTES);
+        // An EOF without all of it is an end that the client notices.
+        if sent.is_ok() && matches!(reading.join(), Ok(Ok(()))) {
+            let _ = (&client).write_all(b"all of it");
+        }
+    });
+    let bridge = Bridge::start("/streams-near.sock", 5005, "/streams.sock")?;
+    let mut clients = Vec::new();
+    for _ in 0..16 {
+        clients.push(thread::spawn(move || -> Outcome {
+            let mut client = connect_unix("/streams-near.sock")?;
+            let sender = client.try_clone()?;
+            let sending = thread::spawn(move || {
+                send_pattern(&sender, 6, BYTES).and_then(|()| sender.shutdown(Shutdown::Write))
+            });
+            receive_pattern(&client, 7, BYTES)?;
+            sending.join().map_err(|_| "the sender panicked")??;
+            let mut verdict = Vec::new();
+            client.read_to_end(&mut verdict)?;
+            ensure!(verdict == b"all of it", "the server missed something");
+            Ok(())
+        }));
+    }
+    for client in clients {
+        client.join().map_err(|_| "a client panicked")??;
+    }
+    ensure!(bridge.is_idle(SOON), "still there: {:?}", bridge.counters());
     Ok(())
 }
 

@@ -1,11 +1,12 @@
 //! What `hvsock` says when AF_VSOCK can't be had.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use crate::command::Hvsock;
-use crate::report::{Outcome, ensure};
+use crate::report::{Outcome, ensure, eventually};
+use crate::sockets::{Server, connect_unix, connect_vsock, echo, proxy};
 
 const SOON: Duration = Duration::from_secs(3);
 
@@ -33,6 +34,11 @@ pub(crate) fn no_such_cid() -> Outcome {
     told_and_reset("vsock://77:7000", "no VM has that CID")
 }
 
+/// No CID is one to listen on, not to connect to.
+pub(crate) fn no_cid() -> Outcome {
+    told_and_reset("vsock://:7000", "no VM has that CID")
+}
+
 pub(crate) fn privileged_port() -> Outcome {
     listening_fails(1000, "vsock://:80", "; ports below 1024 need rights")
 }
@@ -41,9 +47,44 @@ pub(crate) fn foreign_cid() -> Outcome {
     listening_fails(0, "vsock://77:7000", "; that CID is not this system's")
 }
 
+/// The highest port is VMADDR_PORT_ANY to the kernel, which then chooses one: that one is told.
+pub(crate) fn any_port() -> Outcome {
+    Server::unix("/any.sock")?.serve(echo);
+    let (_hvsock, listen) = Hvsock::forward("vsock://:4294967295 unix:///any.sock")?;
+    println!("# listening on {listen}");
+    let port = listen.trim_start_matches("vsock://:").parse()?;
+    ensure!(port != u32::MAX, "it says that it listens on {listen}");
+    let mut client = connect_vsock(port)?;
+    client.write_all(b"here")?;
+    client.read_exact(&mut [0; 4])?;
+    Ok(())
+}
+
 pub(crate) fn port_in_use() -> Outcome {
     let (_first, _) = Hvsock::forward("vsock://:7002 unix:///nobody")?;
     listening_fails(0, "vsock://:7002", "; another program listens there")
+}
+
+/// A listener whose backlog is full looks like a refusal in AF_VSOCK: the clients beyond it are told, none waits.
+pub(crate) fn full_backlog() -> Outcome {
+    let server = Server::vsock_with_backlog(7004, 1)?;
+    let proxy = proxy("unix:///backlog.sock", "vsock://local:7004")?;
+    let mut clients = Vec::new();
+    for _ in 0..8 {
+        clients.push(connect_unix("/backlog.sock")?);
+    }
+    let counted = || proxy.forwards()[0].counters;
+    let told = eventually(SOON, || {
+        counted().live + counted().refused == 8 && counted().refused > 0
+    });
+    ensure!(told, "{:?}", counted());
+    println!("# a backlog of 1 takes {} connections", counted().live);
+    for _ in 0..counted().live {
+        server.accept()?;
+    }
+    drop(clients);
+    ensure!(eventually(SOON, || counted().live == 0), "{:?}", counted());
+    Ok(())
 }
 
 /// `hvsock forward` can't listen there: exit code 1, and an error of one line that says this.
@@ -64,9 +105,12 @@ fn told_and_reset(address: &str, remedy: &str) -> Outcome {
     let pair = format!("--dial-timeout 5 tcp://127.0.0.1:0 {address}");
     let (hvsock, listen) = Hvsock::forward(&pair)?;
     let start = Instant::now();
-    let mut client = TcpStream::connect(listen.trim_start_matches("tcp://"))?;
-    client.set_read_timeout(Some(SOON))?;
-    match client.read(&mut [0; 16]) {
+    // The reset may come before connect(2) returns.
+    let answer = TcpStream::connect(listen.trim_start_matches("tcp://")).and_then(|mut client| {
+        client.set_read_timeout(Some(SOON))?;
+        client.read(&mut [0; 16])
+    });
+    match answer {
         Err(e) if e.kind() == ErrorKind::ConnectionReset => {}
         other => return Err(format!("the client read {other:?}; {}", hvsock.said()).into()),
     }

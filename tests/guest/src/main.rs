@@ -49,14 +49,18 @@ fn run() {
     }
     check("refused_port", SHORT, errors::refused_port);
     check("no_such_cid", SHORT, errors::no_such_cid);
+    check("no_cid", SHORT, errors::no_cid);
     check("privileged_port", SHORT, errors::privileged_port);
     check("foreign_cid", SHORT, errors::foreign_cid);
     check("port_in_use", SHORT, errors::port_in_use);
+    check("any_port", SHORT, errors::any_port);
+    check("full_backlog", SHORT, errors::full_backlog);
 
     const LONG: Duration = Duration::from_secs(60);
     check("client_ends_first", SHORT, carry::client_ends_first);
     check("server_ends_first", SHORT, carry::server_ends_first);
     check("echo_64_mib", LONG, carry::echo_64_mib);
+    check("parallel_streams", LONG, carry::parallel_streams);
     check("parallel_200", LONG, carry::parallel_200);
     check("sequence_2000", LONG, carry::sequence_2000);
 

@@ -44,9 +44,13 @@ pub(crate) struct Server(Socket);
 
 impl Server {
     pub(crate) fn vsock(port: u32) -> io::Result<Server> {
+        Server::vsock_with_backlog(port, 1024)
+    }
+
+    pub(crate) fn vsock_with_backlog(port: u32, backlog: i32) -> io::Result<Server> {
         let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
         socket.bind(&SockAddr::vsock(ANY, port))?;
-        socket.listen(1024)?;
+        socket.listen(backlog)?;
         Ok(Server(socket))
     }
 
@@ -157,8 +161,8 @@ pub(crate) fn send_pattern(mut to: &UnixStream, seed: u64, bytes: usize) -> io::
     Ok(())
 }
 
-/// Reads to the EOF; fails unless it was exactly that many bytes of the pattern.
-pub(crate) fn expect_pattern(
+/// Reads that many bytes; fails unless they are those of the pattern.
+pub(crate) fn receive_pattern(
     mut from: &UnixStream,
     seed: u64,
     bytes: usize,
@@ -176,7 +180,17 @@ pub(crate) fn expect_pattern(
         }
         left -= n;
     }
-    match from.read(&mut chunk) {
+    Ok(())
+}
+
+/// As [`receive_pattern`], and an EOF after it.
+pub(crate) fn expect_pattern(
+    mut from: &UnixStream,
+    seed: u64,
+    bytes: usize,
+) -> Result<(), Failure> {
+    receive_pattern(from, seed, bytes)?;
+    match from.read(&mut [0; 1]) {
         Ok(0) => Ok(()),
         other => Err(format!("{other:?} where the EOF should be, after {bytes} bytes").into()),
     }
