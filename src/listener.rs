@@ -127,6 +127,17 @@ impl Listener {
         }
     }
 
+    /// The vsock port that was bound: says which was chosen for the highest, `VMADDR_PORT_ANY`.
+    pub(crate) fn vsock_port(&self) -> Option<u32> {
+        match self {
+            Listener::Vsock(listener) => {
+                let (_, port) = sys::vsock_of(&listener.local_addr().ok()?)?;
+                Some(port)
+            }
+            Listener::Unix(_) | Listener::Tcp(_) => None,
+        }
+    }
+
     /// What has become of the socket's file.
     pub(crate) fn file_state(&self) -> FileState {
         let Listener::Unix(UnixListener {

@@ -35,7 +35,7 @@ pub use hyperkit::{HyperkitAddress, HyperkitVm};
 pub use port::{Port, PortError};
 pub use tcp::{Host, TcpAddress};
 pub use unix::{UnixAddress, VsockMuxAddress};
-pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, VsockAddress};
+pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, PORT_ANY, VsockAddress};
 
 /// An address of any family.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

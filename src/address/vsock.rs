@@ -16,6 +16,9 @@ pub const CID_LOCAL: u32 = 1;
 /// The host, as its guests dial it (`VMADDR_CID_HOST`).
 pub const CID_HOST: u32 = 2;
 
+/// To listen on, a port of the kernel's choice; to connect to, none (`VMADDR_PORT_ANY`).
+pub const PORT_ANY: Port = Port(u32::MAX);
+
 /// The CIDs that have names; the numbers are those of Linux's `include/uapi/linux/vm_sockets.h`.
 const NAMES: [(&str, u32); 4] = [
     ("any", CID_ANY),

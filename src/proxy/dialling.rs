@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::address::{Address, Host, HyperkitAddress, Port};
+use crate::address::{Address, Host, HyperkitAddress, PORT_ANY};
 use crate::dial::{self, Begun, Dial, Next};
 use crate::error::{Error, Operation};
 use crate::listener::not_carried;
@@ -23,9 +23,6 @@ use super::leaving::LAST_LEAVE;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
 use super::world::World;
-
-/// The port of a probe: `VMADDR_PORT_ANY` (`linux/vm_sockets.h`), to which nothing can be bound.
-const PROBE_PORT: Port = Port(u32::MAX);
 
 /// How long a dial waits when a cap of its VM is reached before it asks again.
 const FULL_PAUSE: Duration = Duration::from_millis(10);
@@ -249,7 +246,8 @@ impl<W: World> Worker<W> {
         let forward_path = target.vm.forward_path(target.port);
         let target = HyperkitAddress {
             vm: target.vm.clone(),
-            port: PROBE_PORT,
+            // To which nothing can be bound.
+            port: PORT_ANY,
         };
         let mut stream = match self.world.connect(&Endpoint::Hyperkit(target)) {
             Ok(stream) => stream,

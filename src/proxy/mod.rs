@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::address::{Address, Host, HyperkitVm};
+use crate::address::{Address, CID_ANY, Host, HyperkitVm, PORT_ANY, Port};
 use crate::error::{Error, Operation, Result};
 use crate::listener::{Listener, not_carried};
 use crate::relay::CLIENT;
@@ -102,7 +102,7 @@ impl ProxyConfig {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ForwardStatus {
-    /// Where it listens: with the port that was chosen, where the rule said port 0.
+    /// Where it listens: with the port that was chosen, where the rule said port 0 (of vsock the highest).
     pub listen: Address,
     /// Where its connections go.
     pub connect: Address,
@@ -173,9 +173,17 @@ impl Proxy {
                     .map(|(_, forward): &(_, Arc<Forward>)| &forward.rule),
             )?;
             let listener = Listener::bind(&rule.listen, rule.mode)?;
-            if let (Address::Tcp(tcp), Some(chosen)) = (&mut rule.listen, listener.tcp_address()) {
-                tcp.host = Host::Ip(chosen.ip());
-                tcp.port = chosen.port();
+            match &mut rule.listen {
+                Address::Tcp(tcp) => {
+                    if let Some(chosen) = listener.tcp_address() {
+                        tcp.host = Host::Ip(chosen.ip());
+                        tcp.port = chosen.port();
+                    }
+                }
+                Address::Vsock(vsock) => {
+                    vsock.port = listener.vsock_port().map_or(vsock.port, Port);
+                }
+                _ => {}
             }
             if rule.listen == rule.connect {
                 let cause =
@@ -315,7 +323,15 @@ fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule>) -> Result<
         let why = "port 0 can't be connected to";
         return invalid(Operation::Connect, &rule.connect, why);
     }
-    let chosen = matches!(&rule.listen, Address::Tcp(tcp) if tcp.port == 0);
+    if matches!(&rule.connect, Address::Vsock(vsock) if vsock.cid == CID_ANY) {
+        let why = "there is no CID to connect to";
+        return invalid(Operation::Connect, &rule.connect, why);
+    }
+    let chosen = match &rule.listen {
+        Address::Tcp(tcp) => tcp.port == 0,
+        Address::Vsock(vsock) => vsock.port == PORT_ANY,
+        _ => false,
+    };
     if !chosen && others.any(|other| other.listen == rule.listen) {
         return invalid(Operation::Listen, &rule.listen, "it is given twice");
     }

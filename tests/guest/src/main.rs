@@ -1,0 +1,131 @@
+//! `/init` of the guest that `scripts/guest-test` boots: checks hvsock on AF_VSOCK in a real kernel.
+//!
+//! It is the only program there beside `/hvsock`. What it prints goes to the serial line; `done` is the last of it.
+
+mod carry;
+mod command;
+mod errors;
+mod peers;
+mod report;
+mod sockets;
+mod vsudd;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, send, socket};
+use nix::sys::termios::tcdrain;
+
+use report::check;
+
+fn main() {
+    if let Err(e) = prepare() {
+        println!("FAILED to prepare the guest: {e}");
+    } else {
+        run();
+        println!("done");
+    }
+    let _ = io::stdout().flush();
+    let _ = tcdrain(io::stdout());
+    // QEMU ends instead of starting again. Were this to fail, the end of this process is the kernel's.
+    let _ = reboot(RebootMode::RB_AUTOBOOT);
+}
+
+fn run() {
+    const SHORT: Duration = Duration::from_secs(10);
+    check("no_vsock_module", SHORT, errors::no_vsock_module);
+    if !load("vsock") {
+        return;
+    }
+    check("no_loopback_module", SHORT, errors::no_loopback_module);
+    if !load("vmw_vsock_virtio_transport_common") || !load("vsock_loopback") {
+        return;
+    }
+    check("refused_port", SHORT, errors::refused_port);
+    check("no_such_cid", SHORT, errors::no_such_cid);
+    check("no_cid", SHORT, errors::no_cid);
+    check("privileged_port", SHORT, errors::privileged_port);
+    check("foreign_cid", SHORT, errors::foreign_cid);
+    check("port_in_use", SHORT, errors::port_in_use);
+    check("any_port", SHORT, errors::any_port);
+    check("full_backlog", SHORT, errors::full_backlog);
+
+    const LONG: Duration = Duration::from_secs(60);
+    check("client_ends_first", SHORT, carry::client_ends_first);
+    check("server_ends_first", SHORT, carry::server_ends_first);
+    check("echo_64_mib", LONG, carry::echo_64_mib);
+    check("parallel_streams", LONG, carry::parallel_streams);
+    check("parallel_200", LONG, carry::parallel_200);
+    check("sequence_2000", LONG, carry::sequence_2000);
+
+    check("server_closes_unread", LONG, peers::server_closes_unread);
+    check("client_closes_unread", LONG, peers::client_closes_unread);
+    check("server_gone_in_upload", LONG, peers::server_gone_in_upload);
+    check(
+        "listener_gone_unaccepted",
+        LONG,
+        peers::listener_gone_unaccepted,
+    );
+    check("broken_upload", LONG, peers::broken_upload);
+    check("server_does_not_read", LONG, peers::server_does_not_read);
+    check("client_does_not_read", LONG, peers::client_does_not_read);
+    check("never_read", LONG, peers::never_read);
+
+    check("vsudd_and_sigterm", LONG, vsudd::serves_and_ends);
+    check("sigterm_lets_finish", LONG, vsudd::lets_finish);
+}
+
+fn prepare() -> io::Result<()> {
+    for (kind, path) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
+        mount(Some(kind), path, Some(kind), MsFlags::empty(), None::<&str>)?;
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, 8192, 8192)?;
+    bring_up_lo()
+}
+
+/// Loads a module; false, and a failure told, if it can't be.
+fn load(name: &str) -> bool {
+    let loaded = File::open(format!("/modules/{name}.ko"))
+        .and_then(|file| Ok(finit_module(file, c"", ModuleInitFlags::empty())?));
+    if let Err(e) = &loaded {
+        println!("FAILED to load {name}: {e}");
+    }
+    loaded.is_ok()
+}
+
+/// As `ip link set lo up`: a netlink message, for which the kernel gives the interface its address too.
+fn bring_up_lo() -> io::Result<()> {
+    const RTM_NEWLINK: u16 = 16;
+    const NLM_F_REQUEST: u16 = 1;
+    const LO: i32 = 1;
+    const IFF_UP: u32 = 1;
+    let mut message = Vec::new();
+    // struct nlmsghdr: length, type, flags, sequence, port
+    message.extend(32u32.to_ne_bytes());
+    message.extend(RTM_NEWLINK.to_ne_bytes());
+    message.extend(NLM_F_REQUEST.to_ne_bytes());
+    message.extend([0; 8]);
+    // struct ifinfomsg: family, type, index, flags, flags to change
+    message.extend([0; 4]);
+    message.extend(LO.to_ne_bytes());
+    message.extend(IFF_UP.to_ne_bytes());
+    message.extend(IFF_UP.to_ne_bytes());
+    let netlink = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkRoute,
+    )?;
+    send(
+        std::os::fd::AsRawFd::as_raw_fd(&netlink),
+        &message,
+        MsgFlags::empty(),
+    )?;
+    std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map(drop)
+}

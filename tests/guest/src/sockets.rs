@@ -1,0 +1,197 @@
+//! Sockets for the proxies to carry between: Unix and AF_VSOCK, blocking, with a limit to every wait.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::thread;
+use std::time::Duration;
+
+use hvsock::proxy::Counters;
+use hvsock::{Proxy, ProxyConfig, Rule};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::report::eventually;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// This system itself, and any of its CIDs to listen on.
+const LOCAL: u32 = 1;
+const ANY: u32 = u32::MAX;
+
+/// No single read or write may take longer.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A stream socket of either family: std's Unix stream carries both.
+pub(crate) fn patient(stream: UnixStream) -> io::Result<UnixStream> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+pub(crate) fn connect_unix(path: &str) -> io::Result<UnixStream> {
+    patient(UnixStream::connect(path)?)
+}
+
+pub(crate) fn connect_vsock(port: u32) -> io::Result<UnixStream> {
+    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+    socket.connect(&SockAddr::vsock(LOCAL, port))?;
+    patient(OwnedFd::from(socket).into())
+}
+
+/// A listener of either family.
+pub(crate) struct Server(Socket);
+
+impl Server {
+    pub(crate) fn vsock(port: u32) -> io::Result<Server> {
+        Server::vsock_with_backlog(port, 1024)
+    }
+
+    pub(crate) fn vsock_with_backlog(port: u32, backlog: i32) -> io::Result<Server> {
+        let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+        socket.bind(&SockAddr::vsock(ANY, port))?;
+        socket.listen(backlog)?;
+        Ok(Server(socket))
+    }
+
+    pub(crate) fn unix(path: &str) -> io::Result<Server> {
+        Ok(Server(OwnedFd::from(UnixListener::bind(path)?).into()))
+    }
+
+    pub(crate) fn accept(&self) -> io::Result<UnixStream> {
+        let (socket, _) = self.0.accept()?;
+        patient(OwnedFd::from(socket).into())
+    }
+
+    /// Serves all clients, each in a thread, for as long as the guest lives.
+    pub(crate) fn serve(self, serve: impl Fn(UnixStream) + Clone + Send + 'static) {
+        thread::spawn(move || {
+            while let Ok(client) = self.accept() {
+                let serve = serve.clone();
+                thread::spawn(move || serve(client));
+            }
+        });
+    }
+}
+
+/// Sends back what comes, and the EOF after it.
+pub(crate) fn echo(mut client: UnixStream) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(n @ 1..) = client.read(&mut buffer) {
+        if client.write_all(&buffer[..n]).is_err() {
+            return;
+        }
+    }
+    let _ = client.shutdown(Shutdown::Write);
+}
+
+/// A proxy from one Unix socket over AF_VSOCK to another: two proxies in a row.
+pub(crate) struct Bridge {
+    near: Proxy,
+    far: Proxy,
+}
+
+impl Bridge {
+    /// `listen` -> vsock port `port` -> `connect`.
+    pub(crate) fn start(listen: &str, port: u32, connect: &str) -> Result<Bridge, Failure> {
+        Ok(Bridge {
+            far: proxy(&format!("vsock://:{port}"), &format!("unix://{connect}"))?,
+            near: proxy(
+                &format!("unix://{listen}"),
+                &format!("vsock://local:{port}"),
+            )?,
+        })
+    }
+
+    /// Both proxies have nothing left, and so have released everything.
+    pub(crate) fn is_idle(&self, within: Duration) -> bool {
+        eventually(within, || live(&self.near) + live(&self.far) == 0)
+    }
+
+    pub(crate) fn counters(&self) -> [Counters; 2] {
+        [&self.near, &self.far].map(|proxy| proxy.forwards()[0].counters)
+    }
+}
+
+/// A proxy with one rule; a stale file of its Unix socket is its own business.
+pub(crate) fn proxy(listen: &str, connect: &str) -> Result<Proxy, Failure> {
+    let rule = Rule::new(listen.parse()?, connect.parse()?);
+    Ok(Proxy::start(ProxyConfig::new(vec![rule]))?)
+}
+
+pub(crate) fn live(proxy: &Proxy) -> u64 {
+    proxy.forwards()[0].counters.live
+}
+
+/// A stream of bytes that has no period, made eight at a time; two of one seed are equal.
+pub(crate) struct Pattern(u64);
+
+impl Pattern {
+    pub(crate) fn new(seed: u64) -> Pattern {
+        Pattern(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
+        for word in bytes.chunks_exact_mut(8) {
+            word.copy_from_slice(&self.next().to_le_bytes());
+        }
+    }
+}
+
+const CHUNK: usize = 64 * 1024;
+
+/// Writes that many bytes of the pattern (a multiple of 8).
+pub(crate) fn send_pattern(mut to: &UnixStream, seed: u64, bytes: usize) -> io::Result<()> {
+    let mut pattern = Pattern::new(seed);
+    let mut chunk = vec![0; CHUNK];
+    let mut left = bytes;
+    while left > 0 {
+        let n = left.min(CHUNK);
+        pattern.fill(&mut chunk[..n]);
+        to.write_all(&chunk[..n])?;
+        left -= n;
+    }
+    Ok(())
+}
+
+/// Reads that many bytes; fails unless they are those of the pattern.
+pub(crate) fn receive_pattern(
+    mut from: &UnixStream,
+    seed: u64,
+    bytes: usize,
+) -> Result<(), Failure> {
+    let mut pattern = Pattern::new(seed);
+    let (mut chunk, mut wanted) = (vec![0; CHUNK], vec![0; CHUNK]);
+    let mut left = bytes;
+    while left > 0 {
+        let n = left.min(CHUNK);
+        pattern.fill(&mut wanted[..n]);
+        from.read_exact(&mut chunk[..n])
+            .map_err(|e| format!("{e}, with {left} of {bytes} bytes to come"))?;
+        if chunk[..n] != wanted[..n] {
+            return Err(format!("other bytes than were sent, {left} before the end").into());
+        }
+        left -= n;
+    }
+    Ok(())
+}
+
+/// As [`receive_pattern`], and an EOF after it.
+pub(crate) fn expect_pattern(
+    mut from: &UnixStream,
+    seed: u64,
+    bytes: usize,
+) -> Result<(), Failure> {
+    receive_pattern(from, seed, bytes)?;
+    match from.read(&mut [0; 1]) {
+        Ok(0) => Ok(()),
+        other => Err(format!("{other:?} where the EOF should be, after {bytes} bytes").into()),
+    }
+}
