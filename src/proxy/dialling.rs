@@ -254,8 +254,8 @@ impl<W: World> Worker<W> {
             Err(e) => {
                 drop(permit);
                 // A full backlog (the device stands still) or no descriptor left here says nothing of the VM: what the
-                // guest has not answered is still there.
-                // Nor does it with `guest_forwards` alone, where there is no socket to probe.
+                // guest has not answered is still there. Nor does it with `guest_forwards` alone, where there is no
+                // socket to probe.
                 let nothing_to_probe =
                     e.kind() == io::ErrorKind::NotFound && self.world.exists(&forward_path);
                 let gone = dial::says_gone(&e) && !nothing_to_probe;
@@ -321,6 +321,7 @@ impl<W: World> Worker<W> {
                     let watched = self.world.watch(&mut stream, id.token(SERVER));
                     let mut server = End::new(stream);
                     let begun = dial.begun(now);
+                    let attempt_deadline = dial.attempt_deadline();
                     // A socket just connected has room; no need to wait until an event says so.
                     server.latch(Readiness {
                         writable: begun != Begun::InProgress,
@@ -339,7 +340,7 @@ impl<W: World> Worker<W> {
                     return match begun {
                         Begun::Connected => self.connected(id, now),
                         Begun::Handshake => self.step(id, now),
-                        Begun::InProgress => {}
+                        Begun::InProgress => self.set_timer(id, attempt_deadline),
                     };
                 }
                 Err(e) => {

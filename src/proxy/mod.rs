@@ -325,7 +325,8 @@ fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule>) -> Result<
     }
     if matches!(&rule.connect, Address::Vsock(vsock) if vsock.cid == CID_ANY) {
         let why = "there is no CID to connect to";
-        return invalid(Operation::Connect, &rule.connect, why);
+        return invalid(Operation::Connect, &rule.connect, why)
+            .map_err(|error| error.with_remedy("name one, as in vsock://3:1024"));
     }
     let chosen = match &rule.listen {
         Address::Tcp(tcp) => tcp.port == 0,

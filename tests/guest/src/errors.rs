@@ -36,7 +36,11 @@ pub(crate) fn no_such_cid() -> Outcome {
 
 /// No CID is one to listen on, not to connect to.
 pub(crate) fn no_cid() -> Outcome {
-    told_and_reset("vsock://:7000", "no VM has that CID")
+    let hvsock = Hvsock::start(0, "forward tcp://127.0.0.1:0 vsock://:7000")?;
+    let (status, said) = hvsock.end(SOON)?;
+    ensure!(status.code() == Some(1), "it ended with {status}");
+    ensure!(said.contains("no CID to connect to"), "it said: {said}");
+    Ok(())
 }
 
 pub(crate) fn privileged_port() -> Outcome {
