@@ -22,6 +22,13 @@ fn echo_vm(directory: &std::path::Path) -> Vm {
         .unwrap()
 }
 
+/// A TCP server, and the address that leads to it.
+fn tcp_server() -> (TcpListener, hvsock::Address) {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    (server, target.parse().unwrap())
+}
+
 /// The VM lives and its device has no connection left.
 fn assert_well(vm: &Vm) {
     assert!(
@@ -182,8 +189,7 @@ fn a_vm_that_is_down_refuses_and_comes_back_by_itself() {
 #[test]
 fn guests_reach_the_host_and_its_socket_is_made_again() {
     let dir = private_dir();
-    let server = TcpListener::bind("127.0.0.1:0").unwrap();
-    let target = format!("tcp://{}", server.local_addr().unwrap());
+    let (server, target) = tcp_server();
     std::thread::spawn(move || {
         for stream in server.incoming() {
             let mut stream = stream.unwrap();
@@ -193,7 +199,7 @@ fn guests_reach_the_host_and_its_socket_is_made_again() {
         }
     });
     let vm = Vm::builder(dir.path()).start().unwrap();
-    let proxy = proxy(hyperkit(dir.path(), 5000), target.parse().unwrap());
+    let proxy = proxy(hyperkit(dir.path(), 5000), target);
     let file = dir.path().join("00000002.00001388");
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     let ask_host = |vm: &Vm| ask(vm.dial(5000).unwrap(), b"from the guest").unwrap();
@@ -564,13 +570,8 @@ fn a_tcp_target_that_refuses_resets_its_client() {
 
 #[test]
 fn a_server_that_breaks_off_is_no_clean_end() {
-    let server = TcpListener::bind("127.0.0.1:0").unwrap();
-    let proxy = proxy(
-        any_tcp(),
-        format!("tcp://{}", server.local_addr().unwrap())
-            .parse()
-            .unwrap(),
-    );
+    let (server, target) = tcp_server();
+    let proxy = proxy(any_tcp(), target);
     let mut client = tcp(port_of(&proxy, 0));
     client.write_all(b"request").unwrap();
     let (mut accepted, _) = server.accept().unwrap();
@@ -586,13 +587,8 @@ fn a_server_that_breaks_off_is_no_clean_end() {
 
 #[test]
 fn a_client_that_breaks_off_is_no_clean_end_for_a_server() {
-    let server = TcpListener::bind("127.0.0.1:0").unwrap();
-    let proxy = proxy(
-        any_tcp(),
-        format!("tcp://{}", server.local_addr().unwrap())
-            .parse()
-            .unwrap(),
-    );
+    let (server, target) = tcp_server();
+    let proxy = proxy(any_tcp(), target);
     let mut client = tcp(port_of(&proxy, 0));
     client.write_all(b"half a requ").unwrap();
     let (mut accepted, _) = server.accept().unwrap();
@@ -731,9 +727,8 @@ fn a_limit_of_connections_makes_clients_wait_and_no_listener_end() {
 
 #[test]
 fn a_client_that_is_gone_holds_no_place_at_a_server_that_does_not_read() {
-    let server = TcpListener::bind("127.0.0.1:0").unwrap();
-    let target = format!("tcp://{}", server.local_addr().unwrap());
-    let mut config = config(vec![Rule::new(any_tcp(), target.parse().unwrap())]);
+    let (server, target) = tcp_server();
+    let mut config = config(vec![Rule::new(any_tcp(), target)]);
     config.limits.drain_timeout = Duration::from_millis(200);
     let proxy = Proxy::start(config).unwrap();
     let mut client = tcp(port_of(&proxy, 0));
@@ -784,9 +779,8 @@ fn guests_that_go_on_dialling_do_not_keep_a_proxy_from_its_end() {
 
 #[test]
 fn what_follows_urgent_data_is_not_kept_back() {
-    let server = TcpListener::bind("127.0.0.1:0").unwrap();
-    let target = format!("tcp://{}", server.local_addr().unwrap());
-    let proxy = proxy(any_tcp(), target.parse().unwrap());
+    let (server, target) = tcp_server();
+    let proxy = proxy(any_tcp(), target);
     for _ in 0..20 {
         let mut client = tcp(port_of(&proxy, 0));
         let (mut accepted, _) = server.accept().unwrap();
