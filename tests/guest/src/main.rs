@@ -38,7 +38,7 @@ fn main() {
 }
 
 fn run() {
-    const SHORT: Duration = Duration::from_secs(10);
+    const SHORT: Duration = Duration::from_secs(30);
     check("no_vsock_module", SHORT, errors::no_vsock_module);
     if !load("vsock") {
         return;
