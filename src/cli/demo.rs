@@ -37,7 +37,8 @@ impl Demo {
         // Not $TMPDIR: on macOS its path alone is nearly as long as a state directory's may be.
         let directory = tempfile::Builder::new()
             .prefix("hvsock-demo-")
-            .tempdir_in("/tmp")?;
+            .tempdir_in("/tmp")
+            .map_err(|e| Error::new(Operation::Run, "a VM in /tmp", e))?;
         let state = directory.path().join("vm");
         std::fs::create_dir(&state)?;
         let vm = Vm::builder(&state).guest(WEB.0, Service::Http).start()?;

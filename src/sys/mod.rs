@@ -8,7 +8,7 @@
 //! * `Identity::of(path)`: tells two files apart that had the same name one after the other, without following a
 //!   symbolic link and without touching the file in any way that its owner could notice.
 //! * `descriptor_limit()`: how many descriptors the process may have.
-//! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have, and says how many.
+//! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have.
 //! * `unacknowledged(socket)`: what a reset now would take away from the peer.
 //! * `vsock_connect`, `vsock_listen`, `vsock_of`: AF_VSOCK sockets, or `Unsupported`.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
