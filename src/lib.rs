@@ -20,8 +20,14 @@ pub mod simulate;
 #[cfg(unix)]
 mod stream;
 mod sys;
+#[cfg(unix)]
+pub mod vsock;
 
 pub use address::{Address, AddressError};
 pub use error::{Error, Operation, Result};
 #[cfg(unix)]
+pub use listener::{DEFAULT_MODE, Listener, Peer};
+#[cfg(unix)]
 pub use proxy::{Proxy, ProxyConfig, Rule};
+#[cfg(unix)]
+pub use stream::Stream;

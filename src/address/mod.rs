@@ -78,6 +78,22 @@ impl Address {
             Address::Tcp(_) => "tcp",
         }
     }
+
+    /// Whether a VMM stands there that can hang or die when a connection is closed that wasn't half-closed and read to
+    /// its end.
+    pub(crate) fn is_delicate(&self) -> bool {
+        matches!(self, Address::Hyperkit(_) | Address::VsockMux(_))
+    }
+
+    /// Whether an EOF before the first byte is how a refusal looks.
+    pub(crate) fn refuses_in_silence(&self) -> bool {
+        matches!(self, Address::Hyperkit(_))
+    }
+
+    /// Whether a half-close of ours makes the VMM end the guest's direction as well.
+    pub(crate) fn takes_half_close_for_the_end(&self) -> bool {
+        matches!(self, Address::VsockMux(mux) if !mux.half_close)
+    }
 }
 
 impl fmt::Display for Address {

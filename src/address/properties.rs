@@ -124,7 +124,17 @@ fn address() -> impl Strategy<Value = Address> {
     ];
     prop_oneof![
         (vm(), port()).prop_map(|(vm, port)| HyperkitAddress { vm, port }.into()),
-        (port(), port()).prop_map(|(cid, port)| VsockAddress { cid: cid.0, port }.into()),
+        (port(), port(), proptest::option::of(128..u64::MAX)).prop_map(
+            |(cid, port, buffer_size)| {
+                let cid = cid.0;
+                VsockAddress {
+                    cid,
+                    port,
+                    buffer_size,
+                }
+                .into()
+            }
+        ),
         (hvsock_vm, service).prop_map(|(vm, service)| HvsockAddress { vm, service }.into()),
         (path(), port(), any::<bool>()).prop_map(|(path, port, half_close)| {
             let address = VsockMuxAddress {

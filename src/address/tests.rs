@@ -28,6 +28,10 @@ fn right_addresses_print_in_one_form() {
         ("vsock://Host:1", "vsock://2:1"),
         ("vsock://0x3:0xffffffff", "vsock://3:4294967295"),
         (
+            "vsock://:7/?buffer-size=1048576",
+            "vsock://:7?buffer-size=1048576",
+        ),
+        (
             "hvsock://parent/00000050-facb-11e6-bd58-64006a7986d3",
             "hvsock://parent/80",
         ),
@@ -163,7 +167,9 @@ fn bad_addresses_say_what_is_wrong_and_what_is_right() {
         ("vsock://4294967296:1", format!(r#"cid "4294967296" is larger than 4294967295{vsock}"#)),
         ("vsock://guest:1", format!(r#"cid "guest" is neither a number nor any, hypervisor, local or host{vsock}"#)),
         ("vsock://3:1/x", format!(r#"path "/x" is not taken here{vsock}"#)),
-        ("vsock://3:1?x=y", format!(r#"query "x" is not taken here (a ? in a name is written %3F){vsock}"#)),
+        ("vsock://3:1?x=y", format!(r#"query "x" is unknown (known: buffer-size){vsock}"#)),
+        ("vsock://3:1?buffer-size=127", format!(r#"query "buffer-size" is a number of bytes, at least 128{vsock}"#)),
+        ("vsock://3:1?buffer-size=1M", format!(r#"query "buffer-size" is a number of bytes, at least 128{vsock}"#)),
         ("vsock://3:1#x", format!(r#"fragment "x" means nothing here (a # in a name is written %23){vsock}"#)),
         ("hyperkit:///x", format!("port is missing{hyperkit}")),
         ("hyperkit://:80", format!("path to the VM's state directory is missing{hyperkit}")),

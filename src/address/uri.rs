@@ -160,11 +160,17 @@ impl<'a> Uri<'a> {
         Ok(pairs)
     }
 
+    /// Refuses a path, but for a closing `/`.
+    pub(super) fn no_path(&self) -> Result<(), AddressError> {
+        match self.path {
+            "" | "/" => Ok(()),
+            path => Err(self.error(Part::Path, path, "is not taken here")),
+        }
+    }
+
     /// Refuses a path (but for a closing `/`) and a query.
     pub(super) fn ends_here(&self) -> Result<(), AddressError> {
-        if !matches!(self.path, "" | "/") {
-            return Err(self.error(Part::Path, self.path, "is not taken here"));
-        }
+        self.no_path()?;
         self.query(&[]).map(drop)
     }
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::port::parse_u32;
-use super::uri::Uri;
+use super::uri::{self, Uri};
 use super::{AddressError, Part, Port};
 
 /// Any CID, to listen on (`VMADDR_CID_ANY`).
@@ -30,13 +30,22 @@ const NAMES: [(&str, u32); 4] = [
 /// An address of Linux's `AF_VSOCK`: `vsock://[CID]:PORT`.
 ///
 /// The CID is a number or one of `any`, `hypervisor`, `local`, `host`; left out it is `any`, and printed so.
+/// `?buffer-size=BYTES` sets the socket's buffer.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct VsockAddress {
     /// The context id, by which a VM or the host is known.
     pub cid: u32,
     /// The port.
     pub port: Port,
+    /// How many bytes the peer may send ahead of our reading (`SO_VM_SOCKETS_BUFFER_SIZE`), at least 128; `None`: the
+    /// kernel's 256 KiB.
+    pub buffer_size: Option<u64>,
 }
+
+const BUFFER_SIZE: &str = "buffer-size";
+
+/// The kernel's `VSOCK_DEFAULT_BUFFER_MIN_SIZE` (`net/vmw_vsock/af_vsock.c`): less is raised to it in silence.
+const LEAST_BUFFER: u64 = 128;
 
 impl fmt::Display for VsockAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -44,7 +53,9 @@ impl fmt::Display for VsockAddress {
         if self.cid != CID_ANY {
             write!(f, "{}", self.cid)?;
         }
-        write!(f, ":{}", self.port.0)
+        write!(f, ":{}", self.port.0)?;
+        let size = self.buffer_size.map(|size| size.to_string());
+        uri::write_query(f, &[(BUFFER_SIZE, size.as_deref())])
     }
 }
 
@@ -54,11 +65,18 @@ impl FromStr for VsockAddress {
     fn from_str(input: &str) -> Result<VsockAddress, AddressError> {
         let uri = Uri::parse(input, "vsock", "vsock://3:1024")?;
         let (cid, port) = uri.split_port()?;
-        let address = VsockAddress {
+        let mut address = VsockAddress {
             cid: parse_cid(cid).map_err(|reason| uri.error(Part::Cid, cid, reason))?,
             port: uri.port(port)?,
+            buffer_size: None,
         };
-        uri.ends_here()?;
+        uri.no_path()?;
+        for (key, value) in uri.query(&[BUFFER_SIZE])? {
+            let size = value.parse().ok().filter(|&size| size >= LEAST_BUFFER);
+            let reason = "is a number of bytes, at least 128";
+            let size = size.ok_or_else(|| uri.error(Part::Query, key, reason))?;
+            address.buffer_size = Some(size);
+        }
         Ok(address)
     }
 }

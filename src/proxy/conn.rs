@@ -140,7 +140,7 @@ impl<W: World> Worker<W> {
         conn.span.in_scope(|| debug!("connected"));
         let mut pair = Pair::new(client, server);
         let mut hold = None;
-        if conn.forward.gates[SERVER].is_some() {
+        if conn.forward.rule.connect.refuses_in_silence() {
             pair.refuses_silently(UNREAD);
             pair.hold(CLIENT);
             hold = Some(now + HOLD);

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::address::{Address, Host, HyperkitAddress, PORT_ANY};
+use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial::{self, Begun, Dial, Next};
 use crate::error::{Error, Operation};
-use crate::listener::not_carried;
+use crate::listener::nonblocking::not_carried;
 use crate::relay::{CLIENT, End, Readiness, SERVER};
-use crate::stream::Endpoint;
+use crate::stream::nonblocking::{Endpoint, Target};
 
 use super::conn::{Conn, Leave, State};
 use super::forward::Forward;
@@ -51,33 +51,19 @@ impl<W: World> Worker<W> {
         };
         let ready = match target {
             _ if watched.is_err() || closed => Some(false),
-            Address::Hyperkit(hyperkit) => {
-                dial.add([Endpoint::Hyperkit(hyperkit.clone())]);
-                None
-            }
-            Address::Unix(unix) => {
-                dial.add([Endpoint::Unix(unix.clone())]);
-                Some(true)
-            }
-            Address::VsockMux(mux) => {
-                dial.add([Endpoint::VsockMux(mux.clone())]);
-                Some(true)
-            }
-            Address::Vsock(vsock) => {
-                dial.add([Endpoint::Vsock(vsock.clone())]);
-                Some(true)
-            }
-            Address::Tcp(tcp) => match &tcp.host {
-                Host::Ip(ip) => {
-                    dial.add([Endpoint::Tcp(SocketAddr::new(*ip, tcp.port))]);
-                    Some(true)
+            _ => match Target::of(target) {
+                Target::Endpoint(endpoint) => {
+                    // To hyperkit only with leave of its gate.
+                    let at_once = !matches!(endpoint, Endpoint::Hyperkit(_));
+                    dial.add([endpoint]);
+                    at_once.then_some(true)
                 }
-                Host::Name(name) => {
-                    self.world.resolve(id.token(SERVER), name, tcp.port);
+                Target::Name { host, port } => {
+                    self.world.resolve(id.token(SERVER), host, port);
                     None
                 }
+                Target::NotCarried => Some(false),
             },
-            _ => Some(false),
         };
         let queued = dial.endpoint().is_some() && ready.is_none();
         if let Some(conn) = self.conns.get_mut(id) {

@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::address::{Address, VsockMuxAddress};
+use crate::address::Address;
+use crate::listener::DEFAULT_MODE;
 use crate::relay::{CLIENT, SERVER};
 
 use super::gate::Gate;
@@ -26,7 +27,7 @@ impl Rule {
         Rule {
             listen,
             connect,
-            mode: 0o600,
+            mode: DEFAULT_MODE,
         }
     }
 }
@@ -77,23 +78,20 @@ impl Forward {
         }
     }
 
+    /// Whether connections of that side are ended by half-close, drain, close.
     pub(crate) fn is_polite(&self, side: usize) -> bool {
-        self.gates[side].is_some() || self.mux(side).is_some()
+        self.address(side).is_delicate()
     }
 
     /// Whether a half-close that `side` reads makes its VMM end the guest's direction as well.
     pub(crate) fn takes_half_close_for_the_end(&self, side: usize) -> bool {
-        self.mux(side).is_some_and(|mux| !mux.half_close)
+        self.address(side).takes_half_close_for_the_end()
     }
 
-    fn mux(&self, side: usize) -> Option<&VsockMuxAddress> {
-        let address = match side {
+    fn address(&self, side: usize) -> &Address {
+        match side {
             CLIENT => &self.rule.listen,
             _ => &self.rule.connect,
-        };
-        match address {
-            Address::VsockMux(mux) => Some(mux),
-            _ => None,
         }
     }
 

@@ -31,11 +31,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::address::{Address, CID_ANY, Host, HyperkitVm, PORT_ANY, Port};
+use crate::address::{Address, CID_ANY, HyperkitVm, PORT_ANY};
 use crate::error::{Error, Operation, Result};
-use crate::listener::{Listener, not_carried};
+use crate::listener::nonblocking::{Listener, not_carried};
 use crate::relay::CLIENT;
-use crate::stream::Stream;
+use crate::stream::nonblocking::{Stream, Target};
 use crate::sys;
 
 use forward::Forward;
@@ -156,14 +156,7 @@ impl Proxy {
                 _ => None,
             };
             let rule_gates = [gate_at(&rule.listen), gate_at(&rule.connect)];
-            if !matches!(
-                rule.connect,
-                Address::Hyperkit(_)
-                    | Address::Unix(_)
-                    | Address::Tcp(_)
-                    | Address::Vsock(_)
-                    | Address::VsockMux(_)
-            ) {
+            if matches!(Target::of(&rule.connect), Target::NotCarried) {
                 return Err(not_carried(Operation::Connect, &rule.connect));
             }
             check(
@@ -173,18 +166,7 @@ impl Proxy {
                     .map(|(_, forward): &(_, Arc<Forward>)| &forward.rule),
             )?;
             let listener = Listener::bind(&rule.listen, rule.mode)?;
-            match &mut rule.listen {
-                Address::Tcp(tcp) => {
-                    if let Some(chosen) = listener.tcp_address() {
-                        tcp.host = Host::Ip(chosen.ip());
-                        tcp.port = chosen.port();
-                    }
-                }
-                Address::Vsock(vsock) => {
-                    vsock.port = listener.vsock_port().map_or(vsock.port, Port);
-                }
-                _ => {}
-            }
+            rule.listen = listener.bound(&rule.listen);
             if rule.listen == rule.connect {
                 let cause =
                     io::Error::new(io::ErrorKind::InvalidInput, "it would connect to itself");

@@ -13,9 +13,10 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
 use crate::error::Result;
-use crate::listener::{FileState, Listener, Peer};
+use crate::listener::Peer;
+use crate::listener::nonblocking::{FileState, Listener};
 use crate::relay::{Readiness, Socket};
-use crate::stream::{Endpoint, Stream};
+use crate::stream::nonblocking::{Endpoint, Stream};
 use crate::sys::{self, Identity};
 
 /// What the loop learns in one wait.

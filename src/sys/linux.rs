@@ -1,29 +1,98 @@
 //! Linux: AF_VSOCK.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 
+use nix::libc;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-/// Begins to connect a non-blocking AF_VSOCK socket.
-pub(crate) fn vsock_connect(cid: u32, port: u32) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+// Socket options of the level AF_VSOCK; numbers, types and units from `include/uapi/linux/vm_sockets.h`.
+/// Bytes that the peer may send ahead of our reading; `u64`. What exceeds [`BUFFER_MAX_SIZE`] is cut off.
+const BUFFER_SIZE: libc::c_int = 0;
+/// The most that [`BUFFER_SIZE`] can be set to, 256 KiB unless set; `u64`.
+const BUFFER_MAX_SIZE: libc::c_int = 2;
+/// How long a connect may take, 2 s unless set; `struct timeval`.
+#[cfg(target_pointer_width = "64")]
+const CONNECT_TIMEOUT: libc::c_int = 6;
+
+/// `_IO(7, 0xb9)`, of the same file.
+const GET_LOCAL_CID: libc::Ioctl = 0x7b9;
+
+/// Begins to connect a non-blocking AF_VSOCK socket. Whoever waits for it bounds the wait: the kernel's own 2 s are
+/// too short for a VM that boots.
+pub(crate) fn vsock_connect(cid: u32, port: u32, buffer_size: Option<u64>) -> io::Result<Socket> {
+    let socket = vsock_socket(buffer_size)?;
+    #[cfg(target_pointer_width = "64")]
+    set_option(
+        &socket,
+        CONNECT_TIMEOUT,
+        &libc::timeval {
+            tv_sec: 24 * 60 * 60,
+            tv_usec: 0,
+        },
+    )?;
     socket.set_nonblocking(true)?;
     match socket.connect(&SockAddr::vsock(cid, port)) {
-        Err(e) if e.raw_os_error() != Some(nix::libc::EINPROGRESS) => Err(e),
+        Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => Err(e),
         _ => Ok(socket),
     }
 }
 
-/// Binds a non-blocking AF_VSOCK socket and listens.
-pub(crate) fn vsock_listen(cid: u32, port: u32, backlog: i32) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+/// Binds a non-blocking AF_VSOCK socket and listens. What it accepts inherits its options.
+pub(crate) fn vsock_listen(
+    cid: u32,
+    port: u32,
+    backlog: i32,
+    buffer_size: Option<u64>,
+) -> io::Result<Socket> {
+    let socket = vsock_socket(buffer_size)?;
     socket.bind(&SockAddr::vsock(cid, port))?;
     socket.listen(backlog)?;
     socket.set_nonblocking(true)?;
     Ok(socket)
 }
 
+fn vsock_socket(buffer_size: Option<u64>) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+    if let Some(size) = buffer_size {
+        set_option(&socket, BUFFER_MAX_SIZE, &size)?;
+        set_option(&socket, BUFFER_SIZE, &size)?;
+    }
+    Ok(socket)
+}
+
+#[allow(unsafe_code)]
+fn set_option<T>(socket: &Socket, option: libc::c_int, value: &T) -> io::Result<()> {
+    // SAFETY: the kernel reads the given number of bytes from the pointer, which are those of `value`.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::AF_VSOCK,
+            option,
+            std::ptr::from_ref(value).cast(),
+            size_of::<T>() as libc::socklen_t,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The CID and the port of an AF_VSOCK address.
 pub(crate) fn vsock_of(address: &SockAddr) -> Option<(u32, u32)> {
     address.as_vsock_address()
+}
+
+/// The CID that this system has for its host, or for its guests.
+#[allow(unsafe_code)]
+pub(crate) fn local_cid() -> io::Result<u32> {
+    let device = File::open("/dev/vsock")?;
+    let mut cid: libc::c_uint = 0;
+    // SAFETY: IOCTL_VM_SOCKETS_GET_LOCAL_CID writes one unsigned int, to which the pointer is valid, and nothing else.
+    match unsafe { libc::ioctl(device.as_raw_fd(), GET_LOCAL_CID, &raw mut cid) } {
+        0 => Ok(cid),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

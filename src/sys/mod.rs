@@ -10,7 +10,8 @@
 //! * `descriptor_limit()`: how many descriptors the process may have.
 //! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have.
 //! * `unacknowledged(socket)`: what a reset now would take away from the peer.
-//! * `vsock_connect`, `vsock_listen`, `vsock_of`: AF_VSOCK sockets, or `Unsupported`.
+//! * `vsock_connect`, `vsock_listen`, `vsock_of`, `local_cid`: AF_VSOCK sockets, or `Unsupported`.
+//! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
 //! Nothing here decides anything: policy stands above.
@@ -39,11 +40,15 @@ mod no_vsock {
         Err(io::Error::new(io::ErrorKind::Unsupported, why))
     }
 
-    pub(crate) fn vsock_connect(_cid: u32, _port: u32) -> io::Result<Socket> {
+    pub(crate) fn vsock_connect(_: u32, _: u32, _: Option<u64>) -> io::Result<Socket> {
         none()
     }
 
-    pub(crate) fn vsock_listen(_cid: u32, _port: u32, _backlog: i32) -> io::Result<Socket> {
+    pub(crate) fn vsock_listen(_: u32, _: u32, _: i32, _: Option<u64>) -> io::Result<Socket> {
+        none()
+    }
+
+    pub(crate) fn local_cid() -> io::Result<u32> {
         none()
     }
 

@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
@@ -112,6 +114,43 @@ pub(crate) fn is_socket_alive(path: &Path) -> io::Result<bool> {
         Err(e) if e.raw_os_error() == Some(nix::libc::EPROTOTYPE) => Ok(true),
         Err(e) => Err(e),
     }
+}
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Readable,
+    Writable,
+    #[cfg(feature = "cli")]
+    Either,
+}
+
+/// Waits until the socket is ready, or has failed; false if `timeout` has passed, or a signal came in between.
+pub(crate) fn wait(socket: BorrowedFd<'_>, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
+    let flags = match wanted {
+        Wanted::Readable => PollFlags::POLLIN,
+        Wanted::Writable => PollFlags::POLLOUT,
+        #[cfg(feature = "cli")]
+        Wanted::Either => PollFlags::POLLIN | PollFlags::POLLOUT,
+    };
+    // Rounded up: a wait of half a millisecond must not become a busy loop.
+    let timeout = timeout.saturating_add(Duration::from_micros(999));
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+    match poll(&mut [PollFd::new(socket, flags)], timeout) {
+        Ok(ready) => Ok(ready > 0),
+        Err(nix::errno::Errno::EINTR) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Whether the peer has closed, so that nothing can be sent to it either, as far as the kernel knows: of TCP it doesn't
+/// until something was sent.
+#[cfg(feature = "cli")]
+pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
+    let mut asked = [PollFd::new(socket, PollFlags::empty())];
+    let answered = poll(&mut asked, PollTimeout::ZERO).is_ok();
+    let gone = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL;
+    answered && asked[0].revents().is_some_and(|now| now.intersects(gone))
 }
 
 /// How many descriptors the process may have at a time (`RLIMIT_NOFILE`); `None` if that can't be asked.

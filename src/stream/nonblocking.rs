@@ -1,19 +1,51 @@
-//! A connected, non-blocking socket of any family that is carried.
+//! Connected sockets for an event loop.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 
-use crate::address::{HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
+use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
 use crate::hyperkit;
 use crate::mux::Handshake;
 use crate::relay::Socket;
 use crate::sys;
+
+/// What it takes to connect to an address.
+#[derive(Debug)]
+pub(crate) enum Target<'a> {
+    Endpoint(Endpoint),
+    /// The name is to be resolved first.
+    Name {
+        host: &'a str,
+        port: u16,
+    },
+    /// This system has no such sockets, or this version doesn't carry them.
+    NotCarried,
+}
+
+impl Target<'_> {
+    pub(crate) fn of(address: &Address) -> Target<'_> {
+        Target::Endpoint(match address {
+            Address::Hyperkit(hyperkit) => Endpoint::Hyperkit(hyperkit.clone()),
+            Address::Unix(unix) => Endpoint::Unix(unix.clone()),
+            Address::VsockMux(mux) => Endpoint::VsockMux(mux.clone()),
+            Address::Vsock(vsock) => Endpoint::Vsock(vsock.clone()),
+            Address::Hvsock(_) => return Target::NotCarried,
+            Address::Tcp(tcp) => match &tcp.host {
+                Host::Ip(ip) => Endpoint::Tcp(SocketAddr::new(*ip, tcp.port)),
+                Host::Name(host) => {
+                    let port = tcp.port;
+                    return Target::Name { host, port };
+                }
+            },
+        })
+    }
+}
 
 /// An address to connect to with no name left to resolve.
 #[derive(Clone, Debug)]
@@ -65,7 +97,7 @@ impl Stream {
             Endpoint::Hyperkit(address) => Ok(Stream::Unix(connect_hyperkit(address)?)),
             Endpoint::VsockMux(address) => Ok(Stream::Unix(connect_path(&address.path)?)),
             Endpoint::Vsock(address) => {
-                let socket = sys::vsock_connect(address.cid, address.port.0)?;
+                let socket = sys::vsock_connect(address.cid, address.port.0, address.buffer_size)?;
                 Ok(Stream::from_vsock(socket))
             }
         }
@@ -233,5 +265,23 @@ impl Source for Stream {
 
     fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
         self.source().deregister(registry)
+    }
+}
+
+impl From<Stream> for OwnedFd {
+    fn from(stream: Stream) -> OwnedFd {
+        match stream {
+            Stream::Tcp(stream) => stream.into(),
+            Stream::Unix(stream) | Stream::Vsock(stream) => stream.into(),
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Stream::Tcp(stream) => stream.as_fd(),
+            Stream::Unix(stream) | Stream::Vsock(stream) => stream.as_fd(),
+        }
     }
 }

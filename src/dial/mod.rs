@@ -1,5 +1,7 @@
 //! Connecting as a state machine: one address after the other, again when a backlog is full, until a deadline.
 
+mod blocking;
+
 use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
@@ -8,7 +10,7 @@ use crate::address::Address;
 use crate::error::{Error, Operation};
 use crate::mux::Handshake;
 use crate::relay::Socket;
-use crate::stream::Endpoint;
+use crate::stream::nonblocking::Endpoint;
 
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -127,6 +129,27 @@ impl Dial {
             Next::Now
         }
     }
+}
+
+/// Whether another dial may have more luck later: what failed isn't there yet, or not up yet.
+#[cfg(feature = "cli")]
+pub(crate) fn may_come(error: &Error) -> bool {
+    use io::ErrorKind::{
+        ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable,
+        NotFound, TimedOut,
+    };
+    let comes = matches!(
+        error.kind(),
+        ConnectionAborted
+            | ConnectionRefused
+            | ConnectionReset
+            | HostUnreachable
+            | NetworkUnreachable
+            | NotFound
+            | TimedOut
+    );
+    let no_such_cid = error.cause().raw_os_error() == Some(nix::libc::ENODEV);
+    comes || no_such_cid || error.operation() == Operation::Resolve
 }
 
 /// Whether a failed connect to a Unix socket proves that nobody listens there (a full backlog is `WouldBlock`).

@@ -1,9 +1,9 @@
-//! A listening, non-blocking socket of any family that is carried, and the file it leaves in the file system.
+//! Listening sockets for an event loop, and the files that they leave in the file system.
 
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -12,11 +12,12 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
+use super::Peer;
+use crate::address::{Address, Host, Port, TcpAddress, UnixAddress, VsockAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::mux;
-use crate::stream::Stream;
+use crate::stream::nonblocking::Stream;
 use crate::sys::{self, Identity};
 
 /// How many connections may wait to be accepted; the kernel lowers it to its own limit (`net.core.somaxconn`,
@@ -52,18 +53,6 @@ impl Drop for SocketFile {
             let _ = fs::remove_file(&self.path);
         }
     }
-}
-
-/// Who an accepted connection is from, as far as the kernel knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Peer {
-    Tcp(SocketAddr),
-    Vsock {
-        cid: u32,
-        port: u32,
-    },
-    /// Clients of Unix sockets have no names, hyperkit's guests neither.
-    Unknown,
 }
 
 /// What has become of a listening socket's file.
@@ -113,28 +102,35 @@ impl Listener {
             Listener::Vsock(listener) => {
                 let (socket, address) = listener.accept()?;
                 socket.set_nonblocking(true)?;
-                let peer = sys::vsock_of(&address).map(|(cid, port)| Peer::Vsock { cid, port });
-                Ok((Stream::from_vsock(socket), peer.unwrap_or(Peer::Unknown)))
+                let peer = sys::vsock_of(&address).map_or(Peer::Unknown, |(cid, port)| {
+                    let port = Port(port);
+                    Peer::Vsock { cid, port }
+                });
+                Ok((Stream::from_vsock(socket), peer))
             }
         }
     }
 
-    /// The TCP address that was bound: says which port was chosen for port 0.
-    pub(crate) fn tcp_address(&self) -> Option<SocketAddr> {
-        match self {
-            Listener::Tcp(listener) => listener.local_addr().ok(),
-            Listener::Unix(_) | Listener::Vsock(_) => None,
-        }
-    }
-
-    /// The vsock port that was bound: says which was chosen for the highest, `VMADDR_PORT_ANY`.
-    pub(crate) fn vsock_port(&self) -> Option<u32> {
-        match self {
-            Listener::Vsock(listener) => {
-                let (_, port) = sys::vsock_of(&listener.local_addr().ok()?)?;
-                Some(port)
+    /// The address that was bound when `asked` was asked for: it says what the kernel chose for TCP port 0, and for the
+    /// highest vsock port, `VMADDR_PORT_ANY`.
+    pub(crate) fn bound(&self, asked: &Address) -> Address {
+        match (self, asked) {
+            (Listener::Tcp(listener), Address::Tcp(_)) => match listener.local_addr() {
+                Ok(bound) => Address::Tcp(TcpAddress {
+                    host: Host::Ip(bound.ip()),
+                    port: bound.port(),
+                }),
+                Err(_) => asked.clone(),
+            },
+            (Listener::Vsock(listener), Address::Vsock(vsock)) => {
+                let bound = listener.local_addr().ok();
+                let mut vsock = vsock.clone();
+                if let Some((_, port)) = bound.and_then(|bound| sys::vsock_of(&bound)) {
+                    vsock.port = Port(port);
+                }
+                Address::Vsock(vsock)
             }
-            Listener::Unix(_) | Listener::Tcp(_) => None,
+            _ => asked.clone(),
         }
     }
 
@@ -206,12 +202,18 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
 }
 
 fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<Listener> {
-    let listener = sys::vsock_listen(vsock.cid, vsock.port.0, BACKLOG);
+    let listener = sys::vsock_listen(vsock.cid, vsock.port.0, BACKLOG, vsock.buffer_size);
     listener.map(Listener::Vsock).map_err(|e| {
         let remedy = match e.kind() {
             io::ErrorKind::AddrInUse => "another program listens there: choose another port",
             io::ErrorKind::PermissionDenied => "ports below 1024 need rights: choose a higher one",
-            io::ErrorKind::AddrNotAvailable => "that CID is not this system's: leave it out",
+            io::ErrorKind::AddrNotAvailable => {
+                let remedy = match sys::local_cid() {
+                    Ok(cid) => format!("this system has CID {cid}: leave the CID out"),
+                    Err(_) => "that CID is not this system's: leave it out".to_owned(),
+                };
+                return Error::new(Operation::Listen, address, e).with_remedy(remedy);
+            }
             _ => return dial::explain_vsock(Operation::Listen, address, e),
         };
         Error::new(Operation::Listen, address, e).with_remedy(remedy)
@@ -334,5 +336,15 @@ impl Source for Listener {
 
     fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
         self.with_source(|source| source.deregister(registry))
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Listener::Tcp(listener) => listener.as_fd(),
+            Listener::Unix(unix) => unix.listener.as_fd(),
+            Listener::Vsock(socket) => socket.as_fd(),
+        }
     }
 }

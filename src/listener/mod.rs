@@ -1,0 +1,138 @@
+//! Listening sockets of any family that is carried: blocking ones, and those of an event loop.
+
+pub(crate) mod nonblocking;
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use crate::address::{Address, Port};
+use crate::error::{Error, Operation, Result};
+use crate::stream::Stream;
+use crate::sys;
+
+/// The permissions of a Unix socket's file unless others are asked for: its owner's.
+pub const DEFAULT_MODE: u32 = 0o600;
+
+/// Who an accepted connection is from, as far as the kernel knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Peer {
+    /// A TCP client.
+    Tcp(SocketAddr),
+    /// An AF_VSOCK client.
+    Vsock {
+        /// The CID of its VM, or of the host.
+        cid: u32,
+        /// Its port, mostly one of the kernel's choice.
+        port: Port,
+    },
+    /// Clients of Unix sockets have no names, and so neither have hyperkit's guests.
+    Unknown,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peer::Tcp(address) => write!(f, "tcp://{address}"),
+            Peer::Vsock { cid, port } => write!(f, "vsock://{cid}:{}", port.0),
+            Peer::Unknown => f.write_str("a client without a name"),
+        }
+    }
+}
+
+/// A listening socket of any family. Dropping it removes the socket's file, if there is one and it is still this
+/// listener's.
+///
+/// ```no_run
+/// let listener = hvsock::Listener::bind(&"vsock://:1024".parse()?)?;
+/// let (stream, peer) = listener.accept()?;
+/// println!("{peer} on {}", listener.address());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Listener {
+    inner: nonblocking::Listener,
+    address: Address,
+}
+
+impl Listener {
+    /// Listens on `address`: [`bind_with_mode`](Listener::bind_with_mode) with [`DEFAULT_MODE`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn bind(address: &Address) -> Result<Listener> {
+        Listener::bind_with_mode(address, DEFAULT_MODE)
+    }
+
+    /// Listens on `address`; a Unix socket's file has the permissions `mode` before anyone can connect.
+    ///
+    /// Listening on a `hyperkit://` or `vsock-mux://` address is taking what the guest dials. A file in the way is
+    /// replaced only if it is a socket on which nobody listens.
+    ///
+    /// # Errors
+    /// `AddrInUse` if somebody listens there; `AlreadyExists` if the file in the way is no socket; `Unsupported` for a
+    /// family that this system doesn't carry; what the kernel says otherwise.
+    pub fn bind_with_mode(address: &Address, mode: u32) -> Result<Listener> {
+        let inner = nonblocking::Listener::bind(address, mode)?;
+        let address = inner.bound(address);
+        Ok(Listener { inner, address })
+    }
+
+    /// Where it listens: what was asked for, with the port that the kernel chose if it was to choose one.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Waits for a connection, for ever.
+    ///
+    /// # Errors
+    /// What the kernel says; one that tells of a single client, or of descriptors, doesn't end the listener.
+    pub fn accept(&self) -> Result<(Stream, Peer)> {
+        loop {
+            // kevent and poll count in 32 bits.
+            if let Some(accepted) = self.accept_timeout(Duration::from_secs(3600))? {
+                return Ok(accepted);
+            }
+        }
+    }
+
+    /// Waits for a connection, at most `timeout`; `None` if none has come.
+    ///
+    /// # Errors
+    /// As [`accept`](Listener::accept).
+    pub fn accept_timeout(&self, timeout: Duration) -> Result<Option<(Stream, Peer)>> {
+        let deadline = Instant::now() + timeout;
+        let fail = |e| Error::new(Operation::Accept, &self.address, e);
+        loop {
+            match self.inner.accept() {
+                Ok((stream, peer)) => {
+                    let stream = Stream::from_nonblocking(stream, &self.address).map_err(fail)?;
+                    return Ok(Some((stream, peer)));
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Ok(None);
+                    }
+                    sys::wait(self.as_fd(), sys::Wanted::Readable, left).map_err(fail)?;
+                }
+                Err(e) => return Err(fail(e)),
+            }
+        }
+    }
+
+    /// Takes one connection after the other, for ever.
+    pub fn incoming(&self) -> impl Iterator<Item = Result<(Stream, Peer)>> + '_ {
+        std::iter::repeat_with(|| self.accept())
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.as_fd()
+    }
+}

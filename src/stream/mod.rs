@@ -1,0 +1,211 @@
+//! Connected sockets of any family that is carried: blocking ones, and those of an event loop.
+
+pub(crate) mod nonblocking;
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use socket2::Socket;
+
+use crate::address::Address;
+
+/// A connected, blocking stream of any family.
+///
+/// [`Stream::connect`] makes one, [`Listener::accept`](crate::Listener::accept) another. It reads and writes as
+/// `std::net::TcpStream` does, through a shared reference too, so that two threads can carry its two directions.
+///
+/// Dropping it closes it. Of a hyperkit VM that is not enough: its device can hang or die when a connection is closed
+/// that has not been read to its end. Use [`Stream::finish`] there.
+#[derive(Debug)]
+pub struct Stream {
+    socket: Socket,
+    address: Address,
+}
+
+impl Stream {
+    /// Takes over a stream of the event loop's kind.
+    pub(crate) fn from_nonblocking(
+        stream: nonblocking::Stream,
+        address: &Address,
+    ) -> io::Result<Stream> {
+        stream.set_options();
+        let socket = Socket::from(OwnedFd::from(stream));
+        socket.set_nonblocking(false)?;
+        Ok(Stream {
+            socket,
+            address: address.clone(),
+        })
+    }
+
+    /// The address that was dialled, or that of the listener that accepted it.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Ends one direction, or both. After `Shutdown::Write`, a half-close, the peer reads EOF behind the last byte, and
+    /// its answer can still be read.
+    ///
+    /// # Errors
+    /// What the kernel says; `NotConnected` if the peer has reset the connection.
+    pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        self.socket.shutdown(how)
+    }
+
+    /// Another handle of the same connection: it ends when the last one is dropped.
+    ///
+    /// # Errors
+    /// What the kernel says; mostly that there is no descriptor left.
+    pub fn try_clone(&self) -> io::Result<Stream> {
+        Ok(Stream {
+            socket: self.socket.try_clone()?,
+            address: self.address.clone(),
+        })
+    }
+
+    /// Whether reads and writes fail with `WouldBlock` where they would have to wait. Clones have this in common.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        self.socket.set_nonblocking(nonblocking)
+    }
+
+    /// How long a read waits for the first byte; `None`: for ever. A read that has waited so long fails with
+    /// `WouldBlock` (Unix) or `TimedOut` (Windows).
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is zero.
+    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        refuse_zero(timeout)?;
+        self.socket.set_read_timeout(timeout)
+    }
+
+    /// How long a write waits for room; `None`: for ever. It fails as [`set_read_timeout`](Stream::set_read_timeout)
+    /// says.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is zero.
+    pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        refuse_zero(timeout)?;
+        self.socket.set_write_timeout(timeout)
+    }
+
+    /// Ends the connection so that no VM is hurt: half-closes, then reads and discards until the peer's EOF. What is left
+    /// to do is to drop it.
+    ///
+    /// # Errors
+    /// `TimedOut` if the peer hasn't ended within `timeout`. What the kernel says of a connection that was broken
+    /// already.
+    pub fn finish(&self, timeout: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + timeout;
+        self.set_nonblocking(false)?;
+        // One that the peer has reset says so when it is read.
+        let _ = self.shutdown(Shutdown::Write);
+        let mut rest = [0; 16 * 1024];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.set_read_timeout(Some(left))?;
+            match (&*self).read(&mut rest) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(e) if is_timeout(&e) || e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Whether there is an end to be read, and nothing before it.
+    #[cfg(feature = "cli")]
+    pub(crate) fn has_ended(&self) -> bool {
+        match self.socket.peek(&mut [std::mem::MaybeUninit::uninit()]) {
+            Ok(count) => count == 0,
+            Err(e) => !is_timeout(&e),
+        }
+    }
+
+    /// Makes the close a reset, where the family can, so that the peer doesn't take what it was sent for all; and ends a
+    /// read that waits.
+    #[cfg(feature = "cli")]
+    pub(crate) fn abort(&self) {
+        if let Address::Tcp(_) = self.address {
+            let _ = self.socket.set_linger(Some(Duration::ZERO));
+        }
+        let _ = self.socket.shutdown(Shutdown::Read);
+    }
+}
+
+/// The kernel would take it for "for ever".
+fn refuse_zero(timeout: Option<Duration>) -> io::Result<()> {
+    if timeout == Some(Duration::ZERO) {
+        let why = "a timeout of zero would never let anything pass";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    Ok(())
+}
+
+/// Whether a call failed because its timeout has passed.
+pub(crate) fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
+}
+
+impl Read for &Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&self.socket).read(buffer)
+    }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        (&self.socket).read_vectored(buffers)
+    }
+}
+
+impl Write for &Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        (&self.socket).write(bytes)
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        (&self.socket).write_vectored(buffers)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&*self).read(buffer)
+    }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        (&*self).read_vectored(buffers)
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        (&*self).write(bytes)
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        (&*self).write_vectored(buffers)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
