@@ -2,6 +2,8 @@
 
 pub mod address;
 #[cfg(all(unix, feature = "cli"))]
+mod cat;
+#[cfg(all(unix, feature = "cli"))]
 #[doc(hidden)]
 pub mod cli;
 #[cfg(unix)]
@@ -15,10 +17,14 @@ mod mux;
 #[cfg(unix)]
 pub mod proxy;
 mod relay;
+#[cfg(all(unix, feature = "cli"))]
+mod serve;
 #[cfg(unix)]
 pub mod simulate;
 #[cfg(unix)]
 mod stream;
+#[cfg(all(unix, feature = "cli"))]
+mod stress;
 mod sys;
 #[cfg(unix)]
 pub mod vsock;

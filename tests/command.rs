@@ -3,132 +3,19 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "common/command.rs"]
+mod command;
 mod common;
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::process::Command;
 use std::time::Duration;
 
+use command::*;
 use common::*;
 use hvsock::simulate::{Service, Vm};
-
-/// A running `hvsock`; killed, if it still runs, at the end.
-struct Running {
-    child: Child,
-    out: Receiver<String>,
-    err: Receiver<String>,
-}
-
-impl Running {
-    fn start(arguments: &[&str]) -> Running {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
-        command.args(arguments);
-        Running::spawn(command)
-    }
-
-    fn spawn(mut command: Command) -> Running {
-        command.stdin(Stdio::null());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let out = lines(child.stdout.take().unwrap());
-        let err = lines(child.stderr.take().unwrap());
-        Running { child, out, err }
-    }
-
-    /// The next line of standard output that contains `part`.
-    fn says(&self, part: &str) -> String {
-        next(&self.out, part)
-    }
-
-    /// The next line of standard error that contains `part`.
-    fn complains(&self, part: &str) -> String {
-        next(&self.err, part)
-    }
-
-    /// The port that was chosen for the next TCP forward it prints.
-    fn tcp_port(&self) -> u16 {
-        let line = self.says("tcp://127.0.0.1:");
-        let port = line.split_once("127.0.0.1:").unwrap().1;
-        port.split(' ').next().unwrap().parse().unwrap()
-    }
-
-    fn signal(&self, signal: &str) {
-        let pid = self.child.id().to_string();
-        let killed = Command::new("kill").args(["-s", signal, &pid]).status();
-        assert!(killed.unwrap().success());
-    }
-
-    fn descriptors(&self) -> usize {
-        let path = format!("/proc/{}/fd", self.child.id());
-        std::fs::read_dir(path).unwrap().count()
-    }
-
-    fn exit_code(&mut self) -> Option<i32> {
-        let mut code = None;
-        eventually("it exits", || {
-            code = self.child.try_wait().unwrap();
-            code.is_some()
-        });
-        code.unwrap().code()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
-    let (sender, receiver) = channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(pipe).lines() {
-            if sender.send(line.unwrap()).is_err() {
-                return;
-            }
-        }
-    });
-    receiver
-}
-
-fn next(lines: &Receiver<String>, part: &str) -> String {
-    loop {
-        match lines.recv_timeout(PATIENCE) {
-            Ok(line) if line.contains(part) => return line,
-            Ok(_) => {}
-            Err(_) => panic!("no line with {part:?}"),
-        }
-    }
-}
-
-/// What a command that ends by itself said.
-fn run(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
-    command.args(arguments).stdin(Stdio::null());
-    command.output().unwrap()
-}
-
-/// Asserts the exit code, and that the one complaint contains all parts.
-fn fails(arguments: &[&str], code: i32, parts: &[&str]) {
-    let output = run(arguments);
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
-    assert!(output.stdout.is_empty(), "{arguments:?}");
-    for part in parts {
-        assert!(
-            said.contains(part),
-            "{arguments:?}: {said:?} lacks {part:?}"
-        );
-    }
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 fn echo_vm(dir: &Path) -> Vm {
     Vm::builder(dir)

@@ -1,11 +1,13 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
+mod cat;
 mod demo;
 mod expose;
 mod forward;
 mod options;
 mod simulate;
 mod spec;
+mod stress;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -37,6 +39,8 @@ struct Arguments {
 enum Command {
     Expose(expose::Expose),
     Forward(forward::Forward),
+    Cat(cat::Cat),
+    Stress(stress::Stress),
     Simulate(simulate::Simulate),
     Demo(demo::Demo),
 }
@@ -48,6 +52,8 @@ enum Failure {
     Usage(String),
     /// It could not be done: exit code 1.
     Failed(String),
+    /// It could not be done, and whoever would be told knows: exit code 1.
+    Silent,
 }
 
 impl<E: std::error::Error> From<E> for Failure {
@@ -73,6 +79,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let outcome = match arguments.command {
         Command::Expose(expose) => expose.run(),
         Command::Forward(forward) => forward.run(),
+        Command::Cat(cat) => cat.run(),
+        Command::Stress(stress) => stress.run(),
         Command::Simulate(simulate) => simulate.run(),
         Command::Demo(demo) => demo.run(),
     };
@@ -86,6 +94,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             complain(why);
             ExitCode::FAILURE
         }
+        Err(Failure::Silent) => ExitCode::FAILURE,
     }
 }
 

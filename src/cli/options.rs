@@ -61,7 +61,8 @@ impl ProxyOptions {
     }
 }
 
-fn parse_mode(text: &str) -> Result<u32, String> {
+/// Permissions, octal.
+pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
     match u32::from_str_radix(text, 8) {
         Ok(mode) if mode <= 0o777 => Ok(mode),
         _ => Err("permissions are up to three octal digits, such as 600 or 660".into()),

@@ -1,0 +1,187 @@
+//! Standard input and output over a connection of any family.
+
+mod session;
+
+use std::os::fd::AsFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use crate::address::Address;
+use crate::dial;
+use crate::error::Result;
+use crate::listener::{Listener, Peer};
+use crate::serve::LOOK;
+use crate::stream::Stream;
+use crate::sys::{self, Wanted};
+
+use session::{Input, Session};
+
+/// What `cat` is to do.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) address: Address,
+    /// How long a connection that can't be had yet is tried for again.
+    pub(crate) wait: Duration,
+    /// How long the peer may take to end when we are told to.
+    pub(crate) drain: Duration,
+}
+
+/// Why a connection didn't do all that it was to do.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Failed(String),
+    /// Standard output's reader has gone: it knows best why.
+    OutputClosed,
+    Interrupted,
+}
+
+impl From<crate::Error> for Failure {
+    fn from(error: crate::Error) -> Failure {
+        Failure::Failed(error.to_string())
+    }
+}
+
+pub(crate) type Outcome = std::result::Result<(), Failure>;
+
+/// Something that a session has to know of.
+#[derive(Debug)]
+enum Event {
+    /// A signal asks for the end.
+    Interrupt,
+    /// From the threads of a session, by its number.
+    Session(u64, session::Event),
+}
+
+/// One standard input and output, and the connections that have them one after the other.
+#[derive(Debug)]
+pub(crate) struct Cat {
+    plan: Plan,
+    input: Input,
+    events: Receiver<Event>,
+    tell: Sender<Event>,
+    sessions: u64,
+}
+
+/// Tells a [`Cat`] to end.
+#[derive(Clone, Debug)]
+pub(crate) struct Interrupter(Sender<Event>);
+
+impl Interrupter {
+    pub(crate) fn interrupt(&self) {
+        // If nobody listens any more, it has ended already.
+        let _ = self.0.send(Event::Interrupt);
+    }
+}
+
+impl Cat {
+    pub(crate) fn new(plan: Plan) -> Cat {
+        let (tell, events) = channel();
+        Cat {
+            plan,
+            input: Input::default(),
+            events,
+            tell,
+            sessions: 0,
+        }
+    }
+
+    pub(crate) fn interrupter(&self) -> Interrupter {
+        Interrupter(self.tell.clone())
+    }
+
+    /// Connects and carries, to the end of both directions.
+    pub(crate) fn connect(&mut self) -> Outcome {
+        let (stream, connected) = self.dial()?;
+        self.carry(stream, connected)
+    }
+
+    /// Takes a client and carries, to the end of both directions; `Ok(None)` if none has come for a while.
+    pub(crate) fn accept(
+        &mut self,
+        listener: &Listener,
+    ) -> std::result::Result<Option<Peer>, Failure> {
+        if self.is_interrupted() {
+            return Err(Failure::Interrupted);
+        }
+        let Some((stream, peer)) = listener.accept_timeout(LOOK)? else {
+            return Ok(None);
+        };
+        self.carry(stream, Instant::now()).map(|()| Some(peer))
+    }
+
+    fn carry(&mut self, stream: Stream, connected: Instant) -> Outcome {
+        self.sessions += 1;
+        Session {
+            number: self.sessions,
+            stream: stream.into(),
+            connected,
+            drain: self.plan.drain,
+            input: &self.input,
+            events: &self.events,
+            tell: &self.tell,
+        }
+        .run()
+    }
+
+    fn is_interrupted(&self) -> bool {
+        // Those of threads of an earlier session say nothing any more.
+        self.events
+            .try_iter()
+            .any(|event| matches!(event, Event::Interrupt))
+    }
+
+    /// Connects, trying again while there is time; and when that was.
+    pub(crate) fn dial(&self) -> std::result::Result<(Stream, Instant), Failure> {
+        let begun = Instant::now();
+        let mut pause = Duration::from_millis(50);
+        loop {
+            let left = self.plan.wait.saturating_sub(begun.elapsed());
+            let error = match dial_once(&self.plan, left) {
+                Ok(connected) => return Ok(connected),
+                Err(e) => e,
+            };
+            if left.is_zero() || !dial::may_come(&error) {
+                return Err(error.into());
+            }
+            let until = Instant::now() + pause.min(left);
+            while Instant::now() < until {
+                if self.is_interrupted() {
+                    return Err(Failure::Interrupted);
+                }
+                let rest = until.saturating_duration_since(Instant::now());
+                std::thread::sleep(rest.min(LOOK));
+            }
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+}
+
+/// How long one dial may take when it isn't to be tried again.
+const DIAL: Duration = Duration::from_secs(30);
+
+/// How long a hyperkit dial is watched for its refusal before anything is sent. It comes some 50 µs after the dial from
+/// a guest that is awake; one that sleeps says nothing, and then the dial is as good as any other.
+const REFUSAL: Duration = Duration::from_millis(100);
+
+fn dial_once(plan: &Plan, left: Duration) -> Result<(Stream, Instant)> {
+    let address = &plan.address;
+    let timeout = if plan.wait.is_zero() {
+        DIAL
+    } else {
+        left.max(LOOK)
+    };
+    let stream = Stream::connect_timeout(address, timeout)?;
+    let connected = Instant::now();
+    if !plan.wait.is_zero() && address.refuses_in_silence() && is_refused(&stream) {
+        return Err(dial::refused_in_silence(address));
+    }
+    Ok((stream, connected))
+}
+
+/// Whether the peer has ended a connection on which nothing was sent yet.
+fn is_refused(stream: &Stream) -> bool {
+    match sys::wait(stream.as_fd(), Wanted::Readable, REFUSAL) {
+        Ok(true) => stream.has_ended(),
+        _ => false,
+    }
+}

@@ -1,0 +1,328 @@
+//! One connection between standard input and standard output.
+//!
+//! A thread carries each direction, so that neither ever waits for the other; this one waits for what they tell. Each
+//! direction ends by itself: EOF on standard input becomes a half-close, and what comes is written to its end.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::dial;
+use crate::serve::LOOK;
+use crate::stream::Stream;
+use crate::sys::{self, Wanted};
+
+use super::{Failure, Outcome};
+
+const BUFFER: usize = 128 * 1024;
+
+/// How long the half-close to a guest that has said nothing yet is kept back: hyperkit refuses by EOF, some 50 µs after
+/// the dial, and behind our half-close that would look like an empty answer.
+const HOLD: Duration = Duration::from_millis(10);
+
+/// What a thread of a session has to tell.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// All of standard input was sent, and the half-close if the peer can bear it.
+    InputEnded,
+    /// Standard input can't be read.
+    InputFailed(io::Error),
+    /// The peer takes no more.
+    SendFailed(io::Error),
+    /// The peer's EOF, after so many bytes.
+    PeerEnded(u64),
+    /// Nothing more can be read, after so many bytes.
+    ReceiveFailed(u64, io::Error),
+    OutputFailed(io::Error),
+}
+
+/// What is read from standard input: bytes, or none at its end.
+type Chunk = io::Result<Vec<u8>>;
+
+/// Standard input, read by a thread that outlives sessions: what it waits for can't be taken back.
+#[derive(Debug, Default)]
+pub(super) struct Input(OnceLock<Arc<Mutex<Receiver<Chunk>>>>);
+
+impl Input {
+    fn chunks(&self) -> Arc<Mutex<Receiver<Chunk>>> {
+        let start = || {
+            let (put, take) = sync_channel(1);
+            thread::spawn(move || read_input(&put));
+            Arc::new(Mutex::new(take))
+        };
+        Arc::clone(self.0.get_or_init(start))
+    }
+}
+
+fn read_input(put: &SyncSender<Chunk>) {
+    let stdin = io::stdin();
+    // Past std's own small buffer.
+    let mut input = match stdin.as_fd().try_clone_to_owned() {
+        Ok(fd) => File::from(fd),
+        Err(e) => return drop(put.send(Err(e))),
+    };
+    loop {
+        let mut chunk = vec![0; BUFFER];
+        let read = input.read(&mut chunk);
+        let ended = match read {
+            Ok(n) => {
+                chunk.truncate(n);
+                put.send(Ok(chunk)).is_err() || n == 0
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
+            // Whoever started us has made it non-blocking.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                sys::wait(input.as_fd(), Wanted::Readable, LOOK).is_err()
+            }
+            Err(e) => {
+                let _ = put.send(Err(e));
+                true
+            }
+        };
+        if ended {
+            return;
+        }
+    }
+}
+
+/// One connection, and all it has to do with.
+pub(super) struct Session<'a> {
+    pub(super) number: u64,
+    pub(super) stream: Arc<Stream>,
+    pub(super) connected: Instant,
+    pub(super) drain: Duration,
+    pub(super) input: &'a Input,
+    pub(super) events: &'a Receiver<super::Event>,
+    pub(super) tell: &'a Sender<super::Event>,
+}
+
+/// What the threads of a session have in common.
+#[derive(Clone, Debug)]
+struct Shared {
+    stream: Arc<Stream>,
+    /// The session is over, or only to be ended.
+    over: Arc<AtomicBool>,
+    half_closed: Arc<AtomicBool>,
+}
+
+impl Session<'_> {
+    /// Carries until both directions have ended, or one has failed; the connection is ended as the peer needs it.
+    pub(super) fn run(self) -> Outcome {
+        let shared = Shared {
+            stream: Arc::clone(&self.stream),
+            over: Arc::default(),
+            half_closed: Arc::default(),
+        };
+        self.spawn(&shared, receive);
+        let chunks = self.input.chunks();
+        let connected = self.connected;
+        self.spawn(&shared, move |shared, tell| {
+            send(shared, &chunks, connected, tell)
+        });
+        let mut peer_ended = false;
+        let outcome = self.wait(&shared, &mut peer_ended);
+        shared.over.store(true, Ordering::Relaxed);
+        if !peer_ended {
+            self.leave(&shared);
+        } else if !shared.half_closed.load(Ordering::Relaxed) {
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
+        outcome
+    }
+
+    fn spawn(&self, shared: &Shared, work: impl FnOnce(&Shared, &dyn Fn(Event)) + Send + 'static) {
+        let (number, shared, tell) = (self.number, shared.clone(), self.tell.clone());
+        thread::spawn(move || {
+            work(&shared, &|event| {
+                // A session that is over doesn't listen any more.
+                let _ = tell.send(super::Event::Session(number, event));
+            });
+        });
+    }
+
+    /// Waits for the end.
+    fn wait(&self, shared: &Shared, peer_ended: &mut bool) -> Outcome {
+        let address = self.stream.address();
+        let mut sent = None;
+        loop {
+            match &sent {
+                Some(Ok(())) if *peer_ended => return Ok(()),
+                Some(Err(e)) if *peer_ended => {
+                    return Err(Failure::Failed(format!(
+                        "cannot send all of standard input to {address}: {e}"
+                    )));
+                }
+                _ => {}
+            }
+            let event = match self.events.recv_timeout(LOOK) {
+                Ok(super::Event::Session(number, event)) if number == self.number => event,
+                Ok(super::Event::Session(..)) => continue,
+                Ok(super::Event::Interrupt) => return Err(Failure::Interrupted),
+                // Only now: a failure that is on its way comes first.
+                Err(RecvTimeoutError::Timeout) if *peer_ended && self.nobody_is_left() => {
+                    return Ok(());
+                }
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Interrupted),
+            };
+            match event {
+                Event::InputEnded => sent = Some(Ok(())),
+                Event::SendFailed(e) => sent = Some(Err(e)),
+                Event::PeerEnded(count) => {
+                    *peer_ended = true;
+                    let half_closed = shared.half_closed.load(Ordering::Relaxed);
+                    if count == 0 && address.refuses_in_silence() && !half_closed {
+                        return Err(dial::refused_in_silence(address).into());
+                    }
+                }
+                Event::ReceiveFailed(0, _) if address.refuses_in_silence() => {
+                    *peer_ended = true;
+                    return Err(dial::refused_in_silence(address).into());
+                }
+                Event::ReceiveFailed(_, e) => {
+                    *peer_ended = true;
+                    let why = format!("the connection to {address} broke: {e}");
+                    return Err(Failure::Failed(why));
+                }
+                Event::InputFailed(e) => {
+                    let why = format!("cannot read standard input: {e}");
+                    return Err(Failure::Failed(why));
+                }
+                Event::OutputFailed(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                    return Err(Failure::OutputClosed);
+                }
+                Event::OutputFailed(e) => {
+                    let why = format!("cannot write to standard output: {e}");
+                    return Err(Failure::Failed(why));
+                }
+            }
+        }
+    }
+
+    /// Whether what standard input may still say has nobody to hear it: a terminal's user waits for us, not we for him;
+    /// and a peer that has closed altogether takes nothing.
+    fn nobody_is_left(&self) -> bool {
+        io::stdin().is_terminal() || sys::is_hung_up(self.stream.as_fd())
+    }
+
+    /// Ends a connection in the middle: what was sent is never made to look complete where the family can tell.
+    fn leave(&self, shared: &Shared) {
+        if !self.stream.address().is_delicate() {
+            self.stream.abort();
+            return;
+        }
+        // The receiving thread reads on, and discards: it alone knows when the peer has ended.
+        if !shared.half_closed.swap(true, Ordering::Relaxed) {
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
+        let end = Instant::now() + self.drain;
+        while Instant::now() < end {
+            match self.events.recv_timeout(LOOK) {
+                Ok(super::Event::Session(
+                    number,
+                    Event::PeerEnded(_) | Event::ReceiveFailed(..),
+                )) if number == self.number => {
+                    return;
+                }
+                // Asked once more: at once.
+                Ok(super::Event::Interrupt) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+}
+
+/// Carries what comes to standard output; when that can't be, discards it.
+fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
+    let mut stream = &*shared.stream;
+    let mut output = match io::stdout().as_fd().try_clone_to_owned() {
+        Ok(fd) => Some(File::from(fd)),
+        Err(e) => {
+            tell(Event::OutputFailed(e));
+            None
+        }
+    };
+    let mut buffer = vec![0; BUFFER];
+    let mut total = 0;
+    loop {
+        let n = match stream.read(&mut buffer) {
+            Ok(0) => return tell(Event::PeerEnded(total)),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return tell(Event::ReceiveFailed(total, e)),
+        };
+        total += n as u64;
+        if shared.over.load(Ordering::Relaxed) {
+            output = None;
+        }
+        if let Some(file) = &mut output
+            && let Err(e) = write_all(file, &buffer[..n])
+        {
+            tell(Event::OutputFailed(e));
+            output = None;
+        }
+    }
+}
+
+/// As `Write::write_all`, on a file that whoever started us may have made non-blocking.
+fn write_all(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match file.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => bytes = &bytes[n..],
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                sys::wait(file.as_fd(), Wanted::Writable, LOOK)?;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Carries standard input to the peer, and half-closes at its end.
+fn send(
+    shared: &Shared,
+    chunks: &Mutex<Receiver<Chunk>>,
+    connected: Instant,
+    tell: &dyn Fn(Event),
+) {
+    let mut stream = &*shared.stream;
+    loop {
+        let chunk = {
+            let chunks = chunks.lock().unwrap_or_else(PoisonError::into_inner);
+            match chunks.recv_timeout(LOOK) {
+                Ok(chunk) => chunk,
+                Err(RecvTimeoutError::Timeout) if shared.over.load(Ordering::Relaxed) => return,
+                Err(RecvTimeoutError::Timeout) => continue,
+                // Its end was told to an earlier session.
+                Err(RecvTimeoutError::Disconnected) => Ok(Vec::new()),
+            }
+        };
+        match chunk {
+            Ok(chunk) if chunk.is_empty() => break,
+            Ok(chunk) => {
+                if let Err(e) = stream.write_all(&chunk) {
+                    return tell(Event::SendFailed(e));
+                }
+            }
+            Err(e) => return tell(Event::InputFailed(e)),
+        }
+    }
+    let address = stream.address();
+    if address.refuses_in_silence() {
+        thread::sleep(HOLD.saturating_sub(connected.elapsed()));
+    }
+    if !address.takes_half_close_for_the_end() {
+        shared.half_closed.store(true, Ordering::Relaxed);
+        // A peer that has gone needs none.
+        let _ = stream.shutdown(Shutdown::Write);
+    }
+    tell(Event::InputEnded);
+}

@@ -1,0 +1,236 @@
+//! `hvsock stress`: send, compare, measure.
+
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
+
+use super::options::parse_mode;
+use super::{Failure, Outcome, end_signals, say};
+use crate::address::Address;
+use crate::listener::Listener;
+use crate::serve::{self, LOOK, Stop};
+use crate::stress::{self, Load, MOST_PARALLEL, Plan, Progress, Report};
+
+/// Send random data through any address to a server that returns it, compare every byte, and measure
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Any echo server will do, but for --bench up and down, which want a `stress --server`. SIZEs have K, M or G behind
+them, powers of 1024. The exit code is 1 if anything was lost, changed or refused.
+
+Examples:
+  hvsock stress --server vsock://:5000
+  hvsock stress -n 1000 -p 20 vsock://3:5000
+  hvsock stress -n 10 --size 64M hyperkit://:5000/path/to/state
+  hvsock stress --bench up -p 4 tcp://127.0.0.1:5000"
+)]
+pub(super) struct Stress {
+    /// Where to connect to, or with --server to listen on
+    #[arg(value_name = "ADDRESS")]
+    address: Address,
+    /// Serve such clients until SIGINT or SIGTERM
+    #[arg(short = 's', long)]
+    server: bool,
+    /// Connections in all [default: 100; with --bench, as many as in parallel]
+    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    connections: Option<u64>,
+    /// Connections at a time, at most 10000
+    #[arg(short = 'p', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    parallel: u16,
+    /// Bytes that a connection sends; of round trips, in a message [default: 1-64K; up and down: 256M; rtt: 64]
+    #[arg(long, value_name = "SIZE|MIN-MAX", value_parser = parse_sizes)]
+    size: Option<Sizes>,
+    /// Bytes that are read or written at once, at most 16M
+    #[arg(long, value_name = "SIZE|MIN-MAX", default_value = "1-64K", value_parser = parse_buffers)]
+    buffer: Sizes,
+    /// Repeats a run with the same sizes and bytes [default: a random one, printed]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Measure: one way up or down, or round trips
+    #[arg(long, value_enum, value_name = "LOAD")]
+    bench: Option<Bench>,
+    /// Round trips of a connection with --bench rtt
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
+    round_trips: u64,
+    /// Seconds between a connection and the next one in its place
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0, value_parser = parse_seconds)]
+    pause: f64,
+    /// Seconds that connecting may take, and that nothing may move
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    timeout: u32,
+    /// End with the first failure
+    #[arg(short = 'e', long)]
+    fail_fast: bool,
+    /// A line for each connection
+    #[arg(short = 'v', long)]
+    verbose: bool,
+    /// With --server, permissions of a Unix listening socket, octal
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
+    mode: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Bench {
+    /// The client sends
+    Up,
+    /// The server sends
+    Down,
+    /// A message goes there and back, then the next
+    Rtt,
+}
+
+/// Sizes to draw from.
+type Sizes = RangeInclusive<u64>;
+
+/// The most that is read or written at once.
+const LARGEST_BUFFER: u64 = 16 << 20;
+
+/// The largest message of a round trip: it has a buffer of its size.
+const LARGEST_MESSAGE: u64 = 1 << 30;
+
+/// How long clients may take to end when the server is told to stop.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// How many clients a server has at a time: each has a thread.
+const CLIENTS: usize = 10_000;
+
+impl Stress {
+    pub(super) fn run(self) -> Outcome {
+        let stop = Stop::default();
+        let mut signals = end_signals()?;
+        let stopper = stop.clone();
+        // Without it there are fewer.
+        let _ = crate::sys::raise_descriptor_limit();
+        if self.server {
+            let listener = Listener::bind_with_mode(&self.address, self.mode)?;
+            std::thread::spawn(move || signals.forever().for_each(|_| stopper.ask()));
+            say(format_args!("serving on {}", listener.address()));
+            let plan = serve::Plan {
+                at_a_time: CLIENTS,
+                in_all: None,
+                grace: GRACE,
+            };
+            return Ok(stress::serve(&listener, plan, &stop, self.verbose)?);
+        }
+        let plan = self.plan()?;
+        std::thread::spawn(move || signals.forever().for_each(|_| stopper.ask()));
+        let report = watch(&plan, &stop);
+        say(&report);
+        match report.verdict() {
+            None => Ok(()),
+            Some(why) => Err(Failure::Failed(why)),
+        }
+    }
+
+    fn plan(self) -> Result<Plan, Failure> {
+        let parallel = usize::from(self.parallel);
+        if matches!(self.address, Address::Hyperkit(_)) && parallel > MOST_PARALLEL {
+            return Err(Failure::Usage(format!(
+                "{parallel} connections at a time to a hyperkit VM: more than {MOST_PARALLEL} could kill it"
+            )));
+        }
+        let (load, size) = match self.bench {
+            None => (Load::Echo, 1..=64 << 10),
+            Some(Bench::Up) => (Load::Up, 256 << 20..=256 << 20),
+            Some(Bench::Down) => (Load::Down, 256 << 20..=256 << 20),
+            Some(Bench::Rtt) => (Load::RoundTrips(self.round_trips), 64..=64),
+        };
+        let size = self.size.unwrap_or(size);
+        if self.bench == Some(Bench::Rtt) && !(1..=LARGEST_MESSAGE).contains(size.start())
+            || self.bench == Some(Bench::Rtt) && *size.end() > LARGEST_MESSAGE
+        {
+            return Err(Failure::Usage(
+                "a message of a round trip has 1 byte to 1G".to_owned(),
+            ));
+        }
+        let connections = match self.bench {
+            None => 100,
+            Some(_) => u64::from(self.parallel),
+        };
+        Ok(Plan {
+            address: self.address,
+            load,
+            connections: self.connections.unwrap_or(connections),
+            parallel,
+            size,
+            buffer: self.buffer,
+            seed: self.seed.unwrap_or_else(|| fastrand::u64(..)),
+            pause: Duration::from_secs_f64(self.pause),
+            timeout: Duration::from_secs(self.timeout.into()),
+            fail_fast: self.fail_fast,
+            verbose: self.verbose,
+        })
+    }
+}
+
+/// Runs it, with a bar on standard error if that is a terminal.
+fn watch(plan: &Plan, stop: &Stop) -> Report {
+    let progress = Progress::default();
+    let over = AtomicBool::new(false);
+    let bar = match plan.verbose {
+        true => ProgressBar::hidden(),
+        false => ProgressBar::new(plan.connections),
+    };
+    let style = "{elapsed} [{bar:30}] {pos}/{len} connections, {msg}";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    let report = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let get = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
+                bar.set_position(get(&progress.ended));
+                let moved = BinaryBytes(get(&progress.moved));
+                bar.set_message(format!("{moved}, {} failed", get(&progress.failed)));
+                std::thread::sleep(LOOK);
+            }
+        });
+        let report = stress::run(plan, stop, &progress);
+        over.store(true, Ordering::Relaxed);
+        report
+    });
+    bar.finish_and_clear();
+    report
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(seconds),
+        _ => Err("it is a number of seconds, as 0.5".to_owned()),
+    }
+}
+
+/// `SIZE` or `MIN-MAX`.
+fn parse_sizes(text: &str) -> Result<Sizes, String> {
+    let (least, most) = text.split_once('-').unwrap_or((text, text));
+    let (least, most) = (parse_size(least)?, parse_size(most)?);
+    if least > most {
+        return Err("the first size is the larger one".to_owned());
+    }
+    Ok(least..=most)
+}
+
+fn parse_buffers(text: &str) -> Result<Sizes, String> {
+    let sizes = parse_sizes(text)?;
+    if *sizes.start() == 0 || *sizes.end() > LARGEST_BUFFER {
+        return Err("a buffer has 1 byte to 16M".to_owned());
+    }
+    Ok(sizes)
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let bytes = digits.parse::<u64>().ok();
+    bytes
+        .and_then(|n| n.checked_mul(1 << shift))
+        // The data's positions must not overflow.
+        .filter(|&n| n <= 1 << 50)
+        .ok_or_else(|| format!("{text:?} is no size; right ones: 4096, 64K, 1M-4M"))
+}

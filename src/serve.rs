@@ -1,0 +1,200 @@
+//! Serving clients with a thread each, for programs that do something with the bytes: what `cat --echo` and
+//! `stress --server` have in common.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+use crate::error::Result;
+use crate::listener::{Listener, Peer};
+use crate::stream::Stream;
+use crate::sys::{self, Wanted};
+
+/// How often a wait looks whether it is to end.
+pub(crate) const LOOK: Duration = Duration::from_millis(100);
+
+/// How much an echo reads ahead of what its peer takes. One that only wrote while it has something to write would stall
+/// hyperkit's device (rule 4 of a good neighbour).
+const AHEAD: usize = 4 * 1024 * 1024;
+
+/// Tells those who work to come to an end.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stop(Arc<AtomicUsize>);
+
+impl Stop {
+    /// The first call asks for nothing new to be begun, the next one to break off.
+    pub(crate) fn ask(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_asked(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 1
+    }
+}
+
+/// Those who are being served.
+#[derive(Debug, Default)]
+struct Crowd {
+    live: Mutex<HashMap<u64, Arc<Stream>>>,
+    left: Condvar,
+}
+
+impl Crowd {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Stream>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until fewer than `limit` are there, at most `timeout`; whether that is so.
+    fn wait_for_room(&self, limit: usize, timeout: Duration) -> bool {
+        let wait = self
+            .left
+            .wait_timeout_while(self.lock(), timeout, |live| live.len() >= limit);
+        let (live, _) = wait.unwrap_or_else(PoisonError::into_inner);
+        live.len() < limit
+    }
+
+    fn shutdown(&self, how: Shutdown) {
+        for stream in self.lock().values() {
+            let _ = stream.shutdown(how);
+        }
+    }
+}
+
+/// What a server is to do beside serving.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    /// How many clients are served at a time; more wait in the backlog.
+    pub(crate) at_a_time: usize,
+    /// How many clients are served in all; `None`: no end.
+    pub(crate) in_all: Option<u64>,
+    /// How long clients may take to end when the server is told to stop.
+    pub(crate) grace: Duration,
+}
+
+/// Serves clients, each with its number, until `stop` is asked for or all are served.
+///
+/// Told to stop, it takes no more clients and half-closes those who are there; who hasn't ended after the grace is cut
+/// off, and so is everybody when it is urgent.
+///
+/// # Errors
+/// Never one of a single client. A thread that can't be had costs its client, and is told.
+pub(crate) fn serve(
+    listener: &Listener,
+    plan: Plan,
+    stop: &Stop,
+    handle: impl Fn(u64, &Stream, Peer) + Sync,
+) -> Result<()> {
+    let crowd = Crowd::default();
+    let handle = |number, stream: &Stream, peer| {
+        handle(number, stream, peer);
+        // Of a guest that is still there: whatever happened, it is not closed before it has ended.
+        if stream.address().is_delicate() {
+            let _ = stream.finish(plan.grace);
+        }
+        crowd.lock().remove(&number);
+        crowd.left.notify_all();
+    };
+    thread::scope(|scope| {
+        let mut number = 0;
+        let mut complained = false;
+        while !stop.is_asked() && plan.in_all != Some(number) {
+            if !crowd.wait_for_room(plan.at_a_time, LOOK) {
+                continue;
+            }
+            let (stream, peer) = match listener.accept_timeout(LOOK) {
+                Ok(Some(accepted)) => accepted,
+                Ok(None) => continue,
+                Err(e) => {
+                    if !std::mem::replace(&mut complained, true) {
+                        warn!("{e}; going on");
+                    }
+                    thread::sleep(LOOK);
+                    continue;
+                }
+            };
+            let stream = Arc::new(stream);
+            crowd.lock().insert(number, Arc::clone(&stream));
+            let serve = {
+                let (handle, stream) = (&handle, Arc::clone(&stream));
+                move || handle(number, &stream, peer)
+            };
+            if let Err(e) = thread::Builder::new().spawn_scoped(scope, serve) {
+                warn!("no thread for {peer}: {e}");
+                crowd.lock().remove(&number);
+            }
+            number += 1;
+        }
+        if stop.is_asked() {
+            crowd.shutdown(Shutdown::Write);
+            let end = Instant::now() + plan.grace;
+            while !crowd.wait_for_room(1, LOOK) && Instant::now() < end && !stop.is_urgent() {}
+            crowd.shutdown(Shutdown::Both);
+        }
+    });
+    Ok(())
+}
+
+/// Sends back what comes until EOF, and then half-closes; how many bytes that were. `first` came before, and `see`
+/// sees all.
+///
+/// # Errors
+/// What reading or writing says.
+pub(crate) fn echo(stream: &Stream, first: &[u8], mut see: impl FnMut(&[u8])) -> io::Result<u64> {
+    stream.set_nonblocking(true)?;
+    see(first);
+    let mut total = first.len() as u64;
+    let mut ahead = VecDeque::from(first.to_vec());
+    let mut buffer = vec![0; 64 * 1024];
+    let mut eof = false;
+    loop {
+        let mut blocked = false;
+        while !blocked && !ahead.is_empty() {
+            match again((&*stream).write(ahead.as_slices().0))? {
+                Some(n) => drop(ahead.drain(..n)),
+                None => blocked = true,
+            }
+        }
+        if eof && ahead.is_empty() {
+            stream.shutdown(Shutdown::Write)?;
+            return Ok(total);
+        }
+        let mut wanted = Wanted::Writable;
+        if !eof && ahead.len() < AHEAD {
+            match again((&*stream).read(&mut buffer))? {
+                Some(0) => eof = true,
+                Some(n) => {
+                    see(&buffer[..n]);
+                    total += n as u64;
+                    ahead.extend(&buffer[..n]);
+                }
+                None if blocked => wanted = Wanted::Either,
+                None => wanted = Wanted::Readable,
+            }
+            if wanted == Wanted::Writable {
+                continue;
+            }
+        }
+        sys::wait(stream.as_fd(), wanted, LOOK)?;
+    }
+}
+
+/// What a call on a non-blocking socket has done; `None` if it would have had to wait.
+pub(crate) fn again<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(done) => Ok(Some(done)),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(None),
+        Err(e) => Err(e),
+    }
+}

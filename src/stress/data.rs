@@ -1,0 +1,162 @@
+//! The bytes that are sent, known to both ends by a seed, so that each byte that comes can be compared.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// The stream of bytes of one seed: a random block, over and over. Its length is a prime, so that a buffer's worth that
+/// is lost, doubled or swapped never goes unseen.
+#[derive(Clone, Debug)]
+pub(super) struct Data {
+    pub(super) seed: u64,
+    block: Arc<[u8]>,
+}
+
+const BLOCK: usize = 1_048_573;
+
+impl Data {
+    pub(super) fn new(seed: u64) -> Data {
+        let mut block = vec![0; BLOCK];
+        fastrand::Rng::with_seed(seed).fill(&mut block);
+        Data {
+            seed,
+            block: block.into(),
+        }
+    }
+
+    /// The bytes from `position` on, at least one and at most `len`.
+    pub(super) fn at(&self, position: u64, len: u64) -> &[u8] {
+        let from = (position % BLOCK as u64) as usize;
+        let rest = &self.block[from..];
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        &rest[..rest.len().min(len)]
+    }
+
+    /// The first position at which `bytes` are not those from `position` on.
+    pub(super) fn difference(&self, mut position: u64, mut bytes: &[u8]) -> Option<u64> {
+        while !bytes.is_empty() {
+            let right = self.at(position, bytes.len() as u64);
+            let (now, rest) = bytes.split_at(right.len());
+            if now != right {
+                let same = now.iter().zip(right).take_while(|(a, b)| a == b).count();
+                return Some(position + same as u64);
+            }
+            position += now.len() as u64;
+            bytes = rest;
+        }
+        None
+    }
+}
+
+/// What a client asks a `stress --server` for, in the first line of a connection: `hvsock-stress up BYTES SEED START`.
+/// A connection that begins with anything else is echoed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Request {
+    pub(super) way: Way,
+    pub(super) bytes: u64,
+    pub(super) seed: u64,
+    /// Where in the data it begins.
+    pub(super) start: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// The client sends, and the server answers with a line: `ok`, or what was wrong.
+    Up,
+    /// The server sends.
+    Down,
+}
+
+pub(super) const MARK: &[u8] = b"hvsock-stress ";
+
+/// More than any request has.
+pub(super) const LONGEST_LINE: usize = 128;
+
+impl fmt::Display for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let way = match self.way {
+            Way::Up => "up",
+            Way::Down => "down",
+        };
+        let Request {
+            bytes, seed, start, ..
+        } = self;
+        writeln!(f, "hvsock-stress {way} {bytes} {seed} {start}")
+    }
+}
+
+impl FromStr for Request {
+    type Err = ();
+
+    fn from_str(line: &str) -> Result<Request, ()> {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        let ["hvsock-stress", way, bytes, seed, start] = words[..] else {
+            return Err(());
+        };
+        let number = |word: &str| word.parse().map_err(|_| ());
+        Ok(Request {
+            way: match way {
+                "up" => Way::Up,
+                "down" => Way::Down,
+                _ => return Err(()),
+            },
+            bytes: number(bytes)?,
+            seed: number(seed)?,
+            start: number(start)?,
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_has_its_place() {
+        let data = Data::new(7);
+        for start in [0, 5, BLOCK as u64 - 3, 3 * BLOCK as u64 + 17] {
+            let mut bytes = Vec::new();
+            while bytes.len() < 3000 {
+                let more = data.at(start + bytes.len() as u64, 1000);
+                bytes.extend_from_slice(more);
+            }
+            assert_eq!(data.difference(start, &bytes), None);
+            bytes[2500] ^= 1;
+            assert_eq!(data.difference(start, &bytes), Some(start + 2500));
+            bytes[2500] ^= 1;
+            // A buffer's worth that was lost.
+            bytes.drain(512..1024);
+            let found = data.difference(start, &bytes).unwrap();
+            assert!((start + 512..start + 520).contains(&found), "{found}");
+        }
+        assert_ne!(data.at(0, 64), Data::new(8).at(0, 64));
+    }
+
+    #[test]
+    fn a_request_is_understood_and_nothing_else_is_taken_for_one() {
+        let request = Request {
+            way: Way::Down,
+            bytes: 1 << 40,
+            seed: u64::MAX,
+            start: 9,
+        };
+        assert_eq!(request.to_string().parse(), Ok(request));
+        assert!(request.to_string().as_bytes().starts_with(MARK));
+        let longest = Request {
+            bytes: u64::MAX,
+            start: u64::MAX,
+            ..request
+        };
+        assert!(longest.to_string().len() < LONGEST_LINE);
+        for line in [
+            "",
+            "hvsock-stress",
+            "hvsock-stress up 1 2",
+            "hvsock-stress sideways 1 2 3",
+            "hvsock-stress up 1 2 -3",
+        ] {
+            assert_eq!(line.parse::<Request>(), Err(()), "{line}");
+        }
+    }
+}

@@ -1,0 +1,433 @@
+//! `hvsock cat`: standard input and output over any address.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "common/command.rs"]
+mod command;
+mod common;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::thread::{self, JoinHandle};
+
+use command::*;
+use common::*;
+use hvsock::simulate::{Service, Vm};
+
+/// A running `hvsock cat`; killed, if it still runs, at the end.
+struct Cat {
+    child: Child,
+    input: Option<ChildStdin>,
+    out: JoinHandle<Vec<u8>>,
+    err: JoinHandle<Vec<u8>>,
+}
+
+struct Ended {
+    code: Option<i32>,
+    out: Vec<u8>,
+    err: String,
+}
+
+fn collect(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut all = Vec::new();
+        pipe.read_to_end(&mut all).unwrap();
+        all
+    })
+}
+
+fn cat(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.arg("cat").args(arguments);
+    command.stdin(Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+impl Cat {
+    fn start(arguments: &[&str]) -> Cat {
+        let mut child = cat(arguments).spawn().unwrap();
+        Cat {
+            input: child.stdin.take(),
+            out: collect(child.stdout.take().unwrap()),
+            err: collect(child.stderr.take().unwrap()),
+            child,
+        }
+    }
+
+    /// Gives it these bytes and then EOF on standard input.
+    fn feed(&mut self, bytes: &[u8]) {
+        self.input.take().unwrap().write_all(bytes).unwrap();
+    }
+
+    fn signal(&self, signal: &str) {
+        let pid = self.child.id().to_string();
+        let killed = Command::new("kill").args(["-s", signal, &pid]).status();
+        assert!(killed.unwrap().success());
+    }
+
+    /// Waits for its end by itself; standard input is left as it is.
+    fn end(mut self) -> Ended {
+        let mut code = None;
+        eventually("cat ends", || {
+            code = self.child.try_wait().unwrap();
+            code.is_some()
+        });
+        Ended {
+            code: code.unwrap().code(),
+            out: self.out.join().unwrap(),
+            err: String::from_utf8(self.err.join().unwrap()).unwrap(),
+        }
+    }
+}
+
+/// A server on a Unix socket in a private directory, and the directory's keeper.
+fn server(
+    serve: impl FnOnce(UnixStream) + Send + 'static,
+) -> (String, tempfile::TempDir, JoinHandle<()>) {
+    let dir = private_dir();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let thread = thread::spawn(move || serve(listener.accept().unwrap().0));
+    (text(&path).to_owned(), dir, thread)
+}
+
+fn wait_for(path: &Path) {
+    eventually("it listens", || UnixStream::connect(path).is_ok());
+}
+
+fn vm(dir: &Path) -> Vm {
+    Vm::builder(dir)
+        .guest(7, Service::Echo)
+        .guest(19, Service::Chargen)
+        .guest(9, Service::Silent)
+        .start()
+        .unwrap()
+}
+
+#[test]
+fn an_answer_that_waits_for_the_requests_end_is_read_to_its_own() {
+    let request = pattern(3 << 20);
+    let answer = pattern(5 << 20);
+    let (expected, reply) = (request.clone(), answer.clone());
+    let (path, _dir, server) = server(move |mut stream| {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        assert!(all == expected);
+        stream.write_all(&reply).unwrap();
+    });
+    let mut cat = Cat::start(&[&path]);
+    cat.feed(&request);
+    let ended = cat.end();
+    server.join().unwrap();
+    assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""));
+    assert!(ended.out == answer);
+}
+
+#[test]
+fn a_peer_that_ends_first_still_gets_everything() {
+    let request = pattern(3 << 20);
+    let expected = request.clone();
+    let (path, _dir, server) = server(move |mut stream| {
+        stream.write_all(b"answer").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        assert!(all == expected);
+    });
+    let mut cat = Cat::start(&[&path]);
+    // The peer's end is here before the request begins.
+    let mut input = cat.input.take().unwrap();
+    input.write_all(&request[..1]).unwrap();
+    input.write_all(&request[1..]).unwrap();
+    drop(input);
+    let ended = cat.end();
+    server.join().unwrap();
+    assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""));
+    assert_eq!(ended.out, b"answer");
+}
+
+#[test]
+fn a_peer_that_has_closed_is_not_kept_waiting_for() {
+    let (path, _dir, server) = server(|mut stream| stream.write_all(b"bye").unwrap());
+    let cat = Cat::start(&[&path]);
+    server.join().unwrap();
+    // Standard input is open all the time.
+    let ended = cat.end();
+    assert_eq!((ended.code, ended.out.as_slice()), (Some(0), &b"bye"[..]));
+}
+
+#[test]
+fn what_the_peer_did_not_take_is_told() {
+    let (path, _dir, server) = server(|mut stream| stream.read_exact(&mut [0; 10]).unwrap());
+    let mut cat = Cat::start(&[&path]);
+    let mut input = cat.input.take().unwrap();
+    let feeding = thread::spawn(move || while input.write_all(&[0; 65536]).is_ok() {});
+    let ended = cat.end();
+    server.join().unwrap();
+    feeding.join().unwrap();
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.err.contains(&path), "{}", ended.err);
+}
+
+#[test]
+fn a_broken_input_is_no_clean_end() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp://{}", listener.local_addr().unwrap());
+    let mut command = cat(&[&address]);
+    // Reading a directory fails.
+    command.stdin(File::open("/").unwrap());
+    let output = thread::spawn(move || command.output().unwrap());
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(is_reset(stream.read(&mut [0])));
+    let output = output.join().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said.contains("standard input"), "{said}");
+}
+
+#[test]
+fn a_client_is_served_once_and_nothing_is_left() {
+    let dir = private_dir();
+    let path = dir.path().join("s");
+    let mut cat = Cat::start(&["-l", text(&path)]);
+    cat.feed(b"for the client");
+    eventually("it listens", || path.exists());
+    let mut answer = Vec::new();
+    eventually("it takes us", || {
+        let Ok(mut client) = UnixStream::connect(&path) else {
+            return false;
+        };
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.write_all(b"from the client").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        client.read_to_end(&mut answer).unwrap();
+        true
+    });
+    assert_eq!(answer, b"for the client");
+    let ended = cat.end();
+    assert_eq!(
+        (ended.code, ended.out.as_slice()),
+        (Some(0), &b"from the client"[..])
+    );
+    assert!(!path.exists());
+}
+
+#[test]
+fn one_client_after_the_other_until_a_signal() {
+    let dir = private_dir();
+    let path = dir.path().join("s");
+    let cat = Cat::start(&["-lk", text(&path)]);
+    eventually("it listens", || path.exists());
+    for name in ["first ", "second ", "third "] {
+        let mut client = None;
+        eventually("it takes us", || {
+            client = UnixStream::connect(&path).ok();
+            client.is_some()
+        });
+        let mut client = client.unwrap();
+        client.write_all(name.as_bytes()).unwrap();
+        // Standard input stays open: a client that closes is done with all the same.
+    }
+    // More than lies in between: when it is written, this one has been taken, and those before it are through.
+    let mut last = UnixStream::connect(&path).unwrap();
+    last.set_write_timeout(Some(PATIENCE)).unwrap();
+    last.write_all(&[b'.'; 2 << 20]).unwrap();
+    cat.signal("TERM");
+    let ended = cat.end();
+    assert_eq!(ended.code, Some(1));
+    assert_eq!(ended.err, "");
+    assert!(ended.out.starts_with(b"first second third ..."));
+    assert!(!path.exists());
+}
+
+#[test]
+fn echoes_to_many_at_a_time() {
+    let dir = private_dir();
+    let path = dir.path().join("s");
+    let cat = Cat::start(&["-lk", "--echo", text(&path)]);
+    wait_for(&path);
+    let clients: Vec<_> = (0..8)
+        .map(|n| {
+            let (bytes, path) = (pattern((4 << 20) + n), path.clone());
+            thread::spawn(move || {
+                let client = unix_client(&path);
+                let mut writer = client.try_clone().unwrap();
+                let sent = bytes.clone();
+                let sending = thread::spawn(move || {
+                    writer.write_all(&sent).unwrap();
+                    writer.shutdown(Shutdown::Write).unwrap();
+                });
+                let mut back = Vec::new();
+                (&client).read_to_end(&mut back).unwrap();
+                sending.join().unwrap();
+                assert!(back == bytes);
+            })
+        })
+        .collect();
+    for client in clients {
+        client.join().unwrap();
+    }
+    cat.signal("TERM");
+    let ended = cat.end();
+    assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""));
+    assert!(!path.exists());
+}
+
+#[test]
+fn waits_for_a_server_that_comes_later() {
+    let dir = private_dir();
+    let path = dir.path().join("s");
+    let mut cat = Cat::start(&["--wait", "20", text(&path)]);
+    cat.feed(b"hello");
+    // It has failed once by now, or will find it at once: both are right.
+    let listener = UnixListener::bind(&path).unwrap();
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).unwrap();
+    assert_eq!(all, b"hello");
+    drop(stream);
+    assert_eq!(cat.end().code, Some(0));
+}
+
+#[test]
+fn waits_for_a_guest_that_refuses_at_first() {
+    let dir = private_dir();
+    let vm_dir = dir.path().join("vm");
+    let address = format!("hyperkit://:7{}", text(&vm_dir));
+    let mut cat = Cat::start(&["--wait", "20", &address]);
+    cat.feed(b"hello");
+    // A guest without the service, then one with it.
+    let early = Vm::builder(&vm_dir).start().unwrap();
+    eventually("it was refused", || early.counters().refused > 0);
+    drop(early);
+    let vm = vm(&vm_dir);
+    let ended = cat.end();
+    assert_eq!((ended.code, ended.out.as_slice()), (Some(0), &b"hello"[..]));
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn a_refusal_is_told_as_one() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    for input in [&b""[..], b"a request"] {
+        let mut cat = Cat::start(&["--vm", text(dir.path()), "0x50"]);
+        if !input.is_empty() {
+            cat.feed(input);
+        }
+        let ended = cat.end();
+        assert_eq!(ended.code, Some(1));
+        assert!(ended.err.contains("vsock port 80 (0x50)"), "{}", ended.err);
+    }
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn no_end_of_ours_hurts_the_vm() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let state = text(dir.path());
+
+    // Standard output's reader goes.
+    let mut child = cat(&["--vm", state, "19"]).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    out.read_exact(&mut [0; 1000]).unwrap();
+    drop(out);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stderr.is_empty(), "{output:?}");
+
+    // A signal in the middle of a download, standard input open.
+    let download = Cat::start(&["--vm", state, "19"]);
+    eventually("it runs", || vm.counters().live_slots > 0);
+    download.signal("TERM");
+    assert_eq!(download.end().code, Some(1));
+
+    // A signal while the guest takes nothing, and never ends: given up after a while.
+    let silent = Cat::start(&["--vm", state, "--drain-timeout", "1", "9"]);
+    eventually("it runs", || vm.counters().live_slots > 0);
+    silent.signal("INT");
+    assert_eq!(silent.end().code, Some(1));
+
+    let mut echo = Cat::start(&["--vm", state, "7"]);
+    echo.feed(&pattern(1 << 20));
+    let ended = echo.end();
+    assert_eq!(ended.code, Some(0));
+    assert!(ended.out == pattern(1 << 20));
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn a_guest_that_dials_is_served() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let address = format!("hyperkit://:0x1388{}", text(dir.path()));
+    let mut cat = Cat::start(&["-l", &address]);
+    cat.feed(b"for the guest");
+    let socket = dir.path().join("00000002.00001388");
+    eventually("it listens", || socket.exists());
+    let mut guest = vm.dial(5000).unwrap();
+    guest.write_all(b"from the guest").unwrap();
+    guest.shutdown(Shutdown::Write).unwrap();
+    let mut answer = Vec::new();
+    guest.read_to_end(&mut answer).unwrap();
+    assert_eq!(answer, b"for the guest");
+    let ended = cat.end();
+    assert_eq!(
+        (ended.code, ended.out.as_slice()),
+        (Some(0), &b"from the guest"[..])
+    );
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn a_vmm_that_takes_a_half_close_for_the_end_gets_none_before_its_answer() {
+    let (path, _dir, server) = server(|mut stream| {
+        let mut line = [0; 10];
+        stream.read_exact(&mut line).unwrap();
+        assert_eq!(&line, b"CONNECT 5\n");
+        stream.write_all(b"OK 1073\n").unwrap();
+        let mut request = [0; 7];
+        stream.read_exact(&mut request).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        assert!(stream.read(&mut [0]).is_err(), "a half-close");
+        stream.set_nonblocking(false).unwrap();
+        stream.write_all(b"answer").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    });
+    let mut cat = Cat::start(&[&format!("vsock-mux://:5{path}")]);
+    cat.feed(b"request");
+    let ended = cat.end();
+    server.join().unwrap();
+    assert_eq!(
+        (ended.code, ended.out.as_slice()),
+        (Some(0), &b"answer"[..])
+    );
+}
+
+#[test]
+fn bad_words_are_told() {
+    fails(&["cat", "nowhere"], 2, &["\"nowhere\"", "tcp://127.0.0.1"]);
+    fails(&["cat", "--vm", "/tmp", "port"], 2, &["\"port\" with --vm"]);
+    fails(&["cat", "-k", "/tmp/s"], 2, &["--listen"]);
+    fails(&["cat", "-l", "--register", "/tmp/s"], 2, &["Windows"]);
+    fails(
+        &["cat", "/tmp/no/such/socket"],
+        1,
+        &["No such file", "server running?"],
+    );
+    fails(&["cat", "--vm", "no-such-vm", "7"], 1, &["no-such-vm"]);
+    fails(
+        &["cat", "-l", "/etc/passwd"],
+        1,
+        &["/etc/passwd", "no socket"],
+    );
+}
