@@ -255,20 +255,9 @@ fn echoes_to_many_at_a_time() {
     wait_for(&path);
     let clients: Vec<_> = (0..8)
         .map(|n| {
-            let (bytes, path) = (pattern((4 << 20) + n), path.clone());
-            thread::spawn(move || {
-                let client = unix_client(&path);
-                let mut writer = client.try_clone().unwrap();
-                let sent = bytes.clone();
-                let sending = thread::spawn(move || {
-                    writer.write_all(&sent).unwrap();
-                    writer.shutdown(Shutdown::Write).unwrap();
-                });
-                let mut back = Vec::new();
-                (&client).read_to_end(&mut back).unwrap();
-                sending.join().unwrap();
-                assert!(back == bytes);
-            })
+            let (bytes, path) = (pattern((3 << 20) + n), path.clone());
+            // It reads only when all is written: more than fits in between.
+            thread::spawn(move || assert!(ask(unix_client(&path), &bytes).unwrap() == bytes))
         })
         .collect();
     for client in clients {
@@ -388,6 +377,28 @@ fn a_guest_that_dials_is_served() {
 }
 
 #[test]
+fn an_echo_that_is_ended_hurts_no_vm() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let address = format!("hyperkit://:5000{}", text(dir.path()));
+    let cat = Cat::start(&["-lk", "--echo", "--drain-timeout", "2", &address]);
+    let socket = dir.path().join("00000002.00001388");
+    eventually("it listens", || socket.exists());
+    // A guest that sends all the time and reads nothing, until it is told.
+    let guest = vm.dial(5000).unwrap();
+    guest.set_write_timeout(Some(PATIENCE)).unwrap();
+    let mut writer = guest.try_clone().unwrap();
+    let sending = thread::spawn(move || while writer.write_all(&[1; 4096]).is_ok() {});
+    eventually("bytes move", || vm.counters().bytes_to_host > 100_000);
+    cat.signal("TERM");
+    let ended = cat.end();
+    assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""));
+    drop(guest);
+    sending.join().unwrap();
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
 fn a_vmm_that_takes_a_half_close_for_the_end_gets_none_before_its_answer() {
     let (path, _dir, server) = server(|mut stream| {
         let mut line = [0; 10];
@@ -396,9 +407,11 @@ fn a_vmm_that_takes_a_half_close_for_the_end_gets_none_before_its_answer() {
         stream.write_all(b"OK 1073\n").unwrap();
         let mut request = [0; 7];
         stream.read_exact(&mut request).unwrap();
-        stream.set_nonblocking(true).unwrap();
+        // Time for what must not come.
+        let moment = Some(std::time::Duration::from_millis(300));
+        stream.set_read_timeout(moment).unwrap();
         assert!(stream.read(&mut [0]).is_err(), "a half-close");
-        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(b"answer").unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
         assert_eq!(stream.read(&mut [0]).unwrap(), 0);
