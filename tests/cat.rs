@@ -339,6 +339,18 @@ fn no_end_of_ours_hurts_the_vm() {
     download.signal("TERM");
     assert_eq!(download.end().code, Some(1));
 
+    // The same while nobody reads standard output.
+    let mut child = cat(&["--vm", state, "19"]).spawn().unwrap();
+    eventually("it is stuck", || {
+        let before = vm.counters().bytes_to_host;
+        thread::sleep(std::time::Duration::from_millis(100));
+        before > 0 && vm.counters().bytes_to_host == before
+    });
+    let stuck = child.id().to_string();
+    let killed = Command::new("kill").args(["-s", "TERM", &stuck]).status();
+    assert!(killed.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+
     // A signal while the guest takes nothing, and never ends: given up after a while.
     let silent = Cat::start(&["--vm", state, "--drain-timeout", "1", "9"]);
     eventually("it runs", || vm.counters().live_slots > 0);
@@ -377,24 +389,29 @@ fn a_guest_that_dials_is_served() {
 }
 
 #[test]
-fn an_echo_that_is_ended_hurts_no_vm() {
+fn a_guest_that_never_ends_is_left_unharmed() {
     let dir = private_dir();
     let vm = vm(dir.path());
     let address = format!("hyperkit://:5000{}", text(dir.path()));
-    let cat = Cat::start(&["-lk", "--echo", "--drain-timeout", "2", &address]);
     let socket = dir.path().join("00000002.00001388");
-    eventually("it listens", || socket.exists());
-    // A guest that sends all the time and reads nothing, until it is told.
-    let guest = vm.dial(5000).unwrap();
-    guest.set_write_timeout(Some(PATIENCE)).unwrap();
-    let mut writer = guest.try_clone().unwrap();
-    let sending = thread::spawn(move || while writer.write_all(&[1; 4096]).is_ok() {});
-    eventually("bytes move", || vm.counters().bytes_to_host > 100_000);
-    cat.signal("TERM");
-    let ended = cat.end();
-    assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""));
-    drop(guest);
-    sending.join().unwrap();
+    for (words, code) in [(&["-lk", "--echo"][..], 0), (&["-l"], 1)] {
+        let words = [words, &["--drain-timeout", "1", &address]].concat();
+        let cat = Cat::start(&words);
+        eventually("it listens", || socket.exists());
+        // A guest that sends all the time, reads nothing and heeds no end.
+        let guest = vm.dial(5000).unwrap();
+        guest.set_write_timeout(Some(PATIENCE)).unwrap();
+        let before = vm.counters().bytes_to_host;
+        let mut writer = guest.try_clone().unwrap();
+        let sending = thread::spawn(move || while writer.write_all(&[1; 4096]).is_ok() {});
+        let moved = || vm.counters().bytes_to_host - before;
+        eventually("bytes move", || moved() > 100_000);
+        cat.signal("TERM");
+        let ended = cat.end();
+        assert_eq!((ended.code, ended.err.as_str()), (Some(code), ""));
+        drop(guest);
+        sending.join().unwrap();
+    }
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 

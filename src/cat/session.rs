@@ -129,7 +129,7 @@ impl Session<'_> {
         let outcome = self.wait(&shared, &mut peer_ended);
         shared.over.store(true, Ordering::Relaxed);
         if !peer_ended {
-            self.leave(&shared);
+            self.leave();
         } else if !shared.half_closed.load(Ordering::Relaxed) {
             let _ = self.stream.shutdown(Shutdown::Write);
         }
@@ -212,33 +212,30 @@ impl Session<'_> {
     }
 
     /// Ends a connection in the middle: what was sent is never made to look complete where the family can tell.
-    fn leave(&self, shared: &Shared) {
+    fn leave(&self) {
         if !self.stream.address().is_delicate() {
             self.stream.abort();
             return;
         }
-        // The receiving thread reads on, and discards: it alone knows when the peer has ended.
-        if !shared.half_closed.swap(true, Ordering::Relaxed) {
-            let _ = self.stream.shutdown(Shutdown::Write);
-        }
+        // Not left to the receiving thread: standard output may keep it.
         let end = Instant::now() + self.drain;
-        while Instant::now() < end {
-            match self.events.recv_timeout(LOOK) {
-                Ok(super::Event::Session(
-                    number,
-                    Event::PeerEnded(_) | Event::ReceiveFailed(..),
-                )) if number == self.number => {
-                    return;
-                }
-                // Asked once more: at once.
-                Ok(super::Event::Interrupt) | Err(RecvTimeoutError::Disconnected) => return,
-                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+        loop {
+            match self.stream.drain(LOOK) {
+                Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
+                _ => return,
+            }
+            // Another interrupt cuts it short.
+            let interrupted = |event| matches!(event, super::Event::Interrupt);
+            if Instant::now() >= end || self.events.try_iter().any(interrupted) {
+                break;
             }
         }
+        // One that goes on for ever is not closed with bytes unread, either.
+        self.stream.empty();
     }
 }
 
-/// Carries what comes to standard output; when that can't be, discards it.
+/// Carries what comes to standard output; when that can't be, discards it until the session is over.
 fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
     let mut stream = &*shared.stream;
     let mut output = match io::stdout().as_fd().try_clone_to_owned() {
