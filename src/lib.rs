@@ -26,6 +26,8 @@ mod stream;
 #[cfg(all(unix, feature = "cli"))]
 mod stress;
 mod sys;
+#[cfg(all(unix, feature = "cli"))]
+mod syslog;
 #[cfg(unix)]
 pub mod vsock;
 

@@ -8,6 +8,7 @@ mod options;
 mod simulate;
 mod spec;
 mod stress;
+mod syslog;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -41,6 +42,7 @@ enum Command {
     Forward(forward::Forward),
     Cat(cat::Cat),
     Stress(stress::Stress),
+    Syslog(syslog::Syslog),
     Simulate(simulate::Simulate),
     Demo(demo::Demo),
 }
@@ -81,6 +83,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Forward(forward) => forward.run(),
         Command::Cat(cat) => cat.run(),
         Command::Stress(stress) => stress.run(),
+        Command::Syslog(syslog) => syslog.run(),
         Command::Simulate(simulate) => simulate.run(),
         Command::Demo(demo) => demo.run(),
     };

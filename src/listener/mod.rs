@@ -1,5 +1,6 @@
 //! Listening sockets of any family that is carried: blocking ones, and those of an event loop.
 
+pub(crate) mod file;
 pub(crate) mod nonblocking;
 
 use std::fmt;

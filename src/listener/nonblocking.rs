@@ -1,24 +1,23 @@
-//! Listening sockets for an event loop, and the files that they leave in the file system.
+//! Listening sockets for an event loop.
 
-use std::fs;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mio::event::Source;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 use super::Peer;
+use super::file::{self, FileState, SocketFile};
 use crate::address::{Address, Host, Port, TcpAddress, UnixAddress, VsockAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::mux;
 use crate::stream::nonblocking::Stream;
-use crate::sys::{self, Identity};
+use crate::sys;
 
 /// How many connections may wait to be accepted; the kernel lowers it to its own limit (`net.core.somaxconn`,
 /// `kern.ipc.somaxconn`).
@@ -37,33 +36,6 @@ pub(crate) enum Listener {
 pub(crate) struct UnixListener {
     listener: mio::net::UnixListener,
     file: Option<SocketFile>,
-}
-
-/// The file of a Unix socket that we made.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    identity: Identity,
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // By identity, not by name: by now the name may be somebody else's.
-        if Identity::of(&self.path).is_ok_and(|now| now == self.identity) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// What has become of a listening socket's file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FileState {
-    /// There, or there is none to look for.
-    Ours,
-    /// Removed: nobody can find the socket any more.
-    Missing,
-    /// Somebody else's file has its name.
-    Taken,
 }
 
 impl Listener {
@@ -142,13 +114,7 @@ impl Listener {
         else {
             return FileState::Ours;
         };
-        match Identity::of(&file.path) {
-            Ok(now) if now == file.identity => FileState::Ours,
-            Ok(_) => FileState::Taken,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => FileState::Missing,
-            // What can't be looked at can't be mended either.
-            Err(_) => FileState::Ours,
-        }
+        file.state()
     }
 }
 
@@ -220,16 +186,17 @@ fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<Listener> {
     })
 }
 
-fn unix_socket(
-    address: &SockAddr,
-    before_listen: impl FnOnce() -> io::Result<()>,
-) -> io::Result<mio::net::UnixListener> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.bind(address)?;
-    before_listen()?;
-    socket.listen(BACKLOG)?;
-    socket.set_nonblocking(true)?;
-    Ok(mio::net::UnixListener::from_std(socket.into()))
+fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<Listener> {
+    let (socket, file) = file::bind(address, path, Type::STREAM, mode)?;
+    let listen = || {
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)
+    };
+    listen().map_err(|e| Error::new(Operation::Listen, address, e))?;
+    Ok(Listener::Unix(UnixListener {
+        listener: mio::net::UnixListener::from_std(socket.into()),
+        file: Some(file),
+    }))
 }
 
 fn bind_abstract(address: &Address, name: &[u8]) -> Result<Listener> {
@@ -242,76 +209,6 @@ fn bind_abstract(address: &Address, name: &[u8]) -> Result<Listener> {
             })
         })
         .map_err(|e| Error::new(Operation::Listen, address, e))
-}
-
-fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<Listener> {
-    let fail = |e: io::Error, remedy: &str| {
-        Error::new(Operation::Listen, address, e).with_remedy(remedy.to_string())
-    };
-    clear_the_way(path).map_err(|e| match e.kind() {
-        io::ErrorKind::AddrInUse => fail(
-            e,
-            "another program listens there: stop it, or choose another path",
-        ),
-        io::ErrorKind::AlreadyExists => fail(e, "choose another path, or move the file away"),
-        io::ErrorKind::InvalidFilename => fail(e, "choose a shorter name"),
-        io::ErrorKind::PermissionDenied => fail(
-            e,
-            "look at the permissions of the directory and of the file in the way",
-        ),
-        _ => Error::new(Operation::Listen, address, e),
-    })?;
-    let bind = || {
-        // Dropped, and so removed again, if a later step fails.
-        let mut file = None;
-        let listener = sys::with_short_path(path, |short| {
-            unix_socket(&SockAddr::unix(short)?, || {
-                file = Some(SocketFile {
-                    path: path.to_path_buf(),
-                    identity: Identity::of(path)?,
-                });
-                // Until it listens nobody can connect, so there is no moment with other permissions than asked for.
-                fs::set_permissions(short, fs::Permissions::from_mode(mode))
-            })
-        })?;
-        Ok(Listener::Unix(UnixListener { listener, file }))
-    };
-    bind().map_err(|e: io::Error| match e.kind() {
-        io::ErrorKind::NotFound => fail(e, "its directory doesn't exist: make it first"),
-        io::ErrorKind::PermissionDenied => fail(e, "you may not write to its directory"),
-        io::ErrorKind::InvalidFilename => fail(e, "choose a shorter name"),
-        _ => Error::new(Operation::Listen, address, e),
-    })
-}
-
-/// Removes the file at `path` if it is a socket on which nobody listens.
-fn clear_the_way(path: &Path) -> io::Result<()> {
-    let before = match fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-    };
-    if !before.file_type().is_socket() {
-        return Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            "a file that is no socket is in the way",
-        ));
-    }
-    let identity = Identity::of(path)?;
-    match sys::is_socket_alive(path) {
-        Ok(true) => {
-            let why = "the socket is in use";
-            Err(io::Error::new(io::ErrorKind::AddrInUse, why))
-        }
-        Ok(false) => {
-            if Identity::of(path)? == identity {
-                fs::remove_file(path)?;
-            }
-            Ok(())
-        }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(e),
-    }
 }
 
 impl Listener {

@@ -1,0 +1,43 @@
+//! `hvsock syslog`: log messages of local programs, to a collector elsewhere.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::options::parse_mode;
+use super::{Outcome, end_signals, say};
+use crate::address::Address;
+use crate::serve::Stop;
+use crate::syslog::{Log, carry};
+
+/// Carry the syslog messages of local programs to a collector, framed as RFC 6587 says
+#[derive(Args, Debug)]
+#[command(
+    after_help = "While the collector can't be had, messages are kept, 4 MiB of them; programs are never made to wait.
+
+Example, in a guest:
+  hvsock syslog /dev/log vsock://host:514"
+)]
+pub(super) struct Syslog {
+    /// The datagram socket that programs write to
+    #[arg(value_name = "PATH")]
+    path: PathBuf,
+    /// Where the collector listens
+    #[arg(value_name = "ADDRESS")]
+    target: Address,
+    /// Permissions of the socket, octal
+    #[arg(long, value_name = "OCTAL", default_value = "666", value_parser = parse_mode)]
+    mode: u32,
+}
+
+impl Syslog {
+    pub(super) fn run(self) -> Outcome {
+        let stop = Stop::default();
+        let mut signals = end_signals()?;
+        let log = Log::bind(&self.path, self.mode)?;
+        let stopper = stop.clone();
+        std::thread::spawn(move || signals.forever().for_each(|_| stopper.ask()));
+        say(format_args!("{} -> {}", self.path.display(), self.target));
+        Ok(carry(&log, &self.target, &stop)?)
+    }
+}

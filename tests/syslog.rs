@@ -1,0 +1,124 @@
+//! `hvsock syslog`: every message arrives, whole and in order, whatever becomes of the collector.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "common/command.rs"]
+mod command;
+mod common;
+
+use std::io::{BufReader, Read};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::Path;
+
+use command::*;
+use common::*;
+
+fn frame(reader: &mut impl Read) -> Vec<u8> {
+    let mut length = String::new();
+    loop {
+        let mut byte = [0];
+        reader.read_exact(&mut byte).unwrap();
+        match byte[0] {
+            b' ' => break,
+            digit => length.push(digit.into()),
+        }
+    }
+    let mut message = vec![0; length.parse().unwrap()];
+    reader.read_exact(&mut message).unwrap();
+    message
+}
+
+fn accept(listener: &UnixListener) -> BufReader<UnixStream> {
+    listener.set_nonblocking(true).unwrap();
+    let mut stream = None;
+    eventually("it connects", || {
+        stream = listener.accept().ok().map(|(stream, _)| stream);
+        stream.is_some()
+    });
+    let stream = stream.unwrap();
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    BufReader::new(stream)
+}
+
+fn start(dir: &Path) -> (Running, UnixDatagram) {
+    let (log, target) = (dir.join("log"), dir.join("collector"));
+    let running = Running::start(&["syslog", text(&log), text(&target)]);
+    running.says(" -> ");
+    let program = UnixDatagram::unbound().unwrap();
+    program.connect(&log).unwrap();
+    (running, program)
+}
+
+#[test]
+fn messages_arrive_framed_and_in_order() {
+    let dir = private_dir();
+    let listener = UnixListener::bind(dir.path().join("collector")).unwrap();
+    let (mut syslog, program) = start(dir.path());
+    let messages: Vec<_> = (0..200).map(|n| pattern(n * 37 % 5000)).collect();
+    let sending = {
+        let messages = messages.clone();
+        std::thread::spawn(move || {
+            messages
+                .iter()
+                .for_each(|m| assert_eq!(program.send(m).unwrap(), m.len()))
+        })
+    };
+    let mut collector = accept(&listener);
+    for message in &messages {
+        assert!(frame(&mut collector) == *message);
+    }
+    sending.join().unwrap();
+    syslog.signal("TERM");
+    assert_eq!(syslog.exit_code(), Some(0));
+    assert_eq!(collector.read(&mut [0]).unwrap(), 0);
+    assert!(!dir.path().join("log").exists());
+}
+
+#[test]
+fn a_collector_that_comes_late_and_goes_misses_nothing() {
+    let dir = private_dir();
+    let (syslog, program) = start(dir.path());
+    program.send(b"<13>first").unwrap();
+    syslog.complains("keeping messages");
+    let path = dir.path().join("collector");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut collector = accept(&listener);
+    assert_eq!(frame(&mut collector), b"<13>first");
+    syslog.complains("connected to");
+    // It goes, and another one comes: what lies between is kept.
+    collector.get_ref().shutdown(Shutdown::Both).unwrap();
+    drop(collector);
+    program.send(b"<13>second").unwrap();
+    let mut collector = accept(&listener);
+    let mut next = frame(&mut collector);
+    if next == b"<13>first" {
+        next = frame(&mut collector);
+    }
+    assert_eq!(next, b"<13>second");
+}
+
+#[test]
+fn what_is_in_the_way_is_told() {
+    let dir = private_dir();
+    let (_syslog, _program) = start(dir.path());
+    let log = dir.path().join("log");
+    fails(
+        &["syslog", text(&log), "/tmp/x"],
+        1,
+        &[text(&log), "in use"],
+    );
+    fails(
+        &["syslog", "/etc/passwd", "/tmp/x"],
+        1,
+        &["/etc/passwd", "no socket"],
+    );
+    fails(
+        &["syslog", "/tmp/no/such/log", "/tmp/x"],
+        1,
+        &["make it first"],
+    );
+    fails(&["syslog", text(&log)], 2, &["ADDRESS"]);
+}
