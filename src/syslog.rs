@@ -110,7 +110,7 @@ pub(crate) fn carry(log: &Log, target: &Address, stop: &Stop) -> io::Result<()> 
         let taking = scope.spawn(|| take(log, &kept, stop));
         let mut link = Link::new(target);
         while !taking.is_finished() {
-            kept.wait();
+            kept.wait(link.next_try());
             link.deliver(&kept);
         }
         let end = Instant::now() + LAST;
@@ -147,9 +147,11 @@ impl Kept {
         self.lock().frames.is_empty()
     }
 
-    /// Waits a while for messages to come.
-    fn wait(&self) {
-        let _ = self.came.wait_timeout(self.lock(), LOOK);
+    /// Waits a while for messages; at least `pause`, if that is shorter.
+    fn wait(&self, pause: Duration) {
+        thread::sleep(pause.min(LOOK));
+        let none = |queue: &mut Queue| queue.frames.is_empty();
+        drop(self.came.wait_timeout_while(self.lock(), LOOK, none));
     }
 }
 
@@ -199,12 +201,15 @@ impl<'a> Link<'a> {
 
     /// How long until it may be tried again.
     fn next_try(&self) -> Duration {
+        if self.stream.is_some() {
+            return Duration::ZERO;
+        }
         self.next.saturating_duration_since(Instant::now())
     }
 
     /// Writes what is there, as long as it can.
     fn deliver(&mut self, kept: &Kept) {
-        if self.stream.is_none() && !self.next_try().is_zero() {
+        if !self.next_try().is_zero() {
             return;
         }
         loop {
