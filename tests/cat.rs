@@ -444,6 +444,22 @@ fn a_vmm_that_takes_a_half_close_for_the_end_gets_none_before_its_answer() {
 }
 
 #[test]
+fn a_half_close_that_is_waited_for_is_not_kept_back_for_ever() {
+    let (path, _dir, server) = server(|mut stream| {
+        stream.read_exact(&mut [0; 10]).unwrap();
+        stream.write_all(b"OK 1073\n").unwrap();
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        assert_eq!(all, b"request");
+    });
+    let mut cat = Cat::start(&["--drain-timeout", "1", &format!("vsock-mux://:5{path}")]);
+    cat.feed(b"request");
+    let ended = cat.end();
+    server.join().unwrap();
+    assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""));
+}
+
+#[test]
 fn bad_words_are_told() {
     fails(&["cat", "nowhere"], 2, &["\"nowhere\"", "tcp://127.0.0.1"]);
     fails(&["cat", "--vm", "/tmp", "port"], 2, &["\"port\" with --vm"]);

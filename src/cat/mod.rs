@@ -22,7 +22,8 @@ pub(crate) struct Plan {
     pub(crate) address: Address,
     /// How long a connection that can't be had yet is tried for again.
     pub(crate) wait: Duration,
-    /// How long the peer may take to end when we are told to.
+    /// How long the peer may take to end when we are told to; and how long nothing may come before a half-close that is
+    /// kept back is sent all the same.
     pub(crate) drain: Duration,
 }
 

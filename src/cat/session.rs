@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
@@ -109,6 +109,7 @@ struct Shared {
     /// The session is over, or only to be ended.
     over: Arc<AtomicBool>,
     half_closed: Arc<AtomicBool>,
+    received: Arc<AtomicU64>,
 }
 
 impl Session<'_> {
@@ -118,6 +119,7 @@ impl Session<'_> {
             stream: Arc::clone(&self.stream),
             over: Arc::default(),
             half_closed: Arc::default(),
+            received: Arc::default(),
         };
         self.spawn(&shared, receive);
         let chunks = self.input.chunks();
@@ -130,10 +132,16 @@ impl Session<'_> {
         shared.over.store(true, Ordering::Relaxed);
         if !peer_ended {
             self.leave();
-        } else if !shared.half_closed.load(Ordering::Relaxed) {
-            let _ = self.stream.shutdown(Shutdown::Write);
+        } else {
+            self.half_close(&shared);
         }
         outcome
+    }
+
+    fn half_close(&self, shared: &Shared) {
+        if !shared.half_closed.swap(true, Ordering::Relaxed) {
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
     }
 
     fn spawn(&self, shared: &Shared, work: impl FnOnce(&Shared, &dyn Fn(Event)) + Send + 'static) {
@@ -150,6 +158,7 @@ impl Session<'_> {
     fn wait(&self, shared: &Shared, peer_ended: &mut bool) -> Outcome {
         let address = self.stream.address();
         let mut sent = None;
+        let mut moved = (0, Instant::now());
         loop {
             match &sent {
                 Some(Ok(())) if *peer_ended => return Ok(()),
@@ -168,7 +177,16 @@ impl Session<'_> {
                 Err(RecvTimeoutError::Timeout) if *peer_ended && self.nobody_is_left() => {
                     return Ok(());
                 }
-                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Timeout) => {
+                    let received = shared.received.load(Ordering::Relaxed);
+                    if received != moved.0 || sent.is_none() {
+                        moved = (received, Instant::now());
+                    } else if moved.1.elapsed() >= self.drain {
+                        // The half-close that was kept back may be what the peer waits for.
+                        self.half_close(shared);
+                    }
+                    continue;
+                }
                 Err(RecvTimeoutError::Disconnected) => return Err(Failure::Interrupted),
             };
             match event {
@@ -255,6 +273,7 @@ fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
             Err(e) => return tell(Event::ReceiveFailed(total, e)),
         };
         total += n as u64;
+        shared.received.store(total, Ordering::Relaxed);
         if shared.over.load(Ordering::Relaxed) {
             output = None;
         }

@@ -50,7 +50,8 @@ pub(super) struct Cat {
     /// Seconds to go on trying when nobody is there yet
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u32,
-    /// Seconds a guest may take to end the connection when we are told to end
+    /// Seconds a guest may take to end the connection when we are told to end; to vsock-mux, seconds without a byte
+    /// until EOF on standard input is passed on all the same
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     drain_timeout: u32,
     /// With -l, permissions of a Unix listening socket, octal
