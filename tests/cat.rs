@@ -12,16 +12,16 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::thread::{self, JoinHandle};
 
 use command::*;
 use common::*;
 use hvsock::simulate::{Service, Vm};
 
-/// A running `hvsock cat`; killed, if it still runs, at the end.
+/// A running `hvsock cat`.
 struct Cat {
-    child: Child,
+    child: Mortal,
     input: Option<ChildStdin>,
     out: JoinHandle<Vec<u8>>,
     err: JoinHandle<Vec<u8>>,
@@ -56,7 +56,7 @@ impl Cat {
             input: child.stdin.take(),
             out: collect(child.stdout.take().unwrap()),
             err: collect(child.stderr.take().unwrap()),
-            child,
+            child: Mortal(child),
         }
     }
 
@@ -66,20 +66,13 @@ impl Cat {
     }
 
     fn signal(&self, signal: &str) {
-        let pid = self.child.id().to_string();
-        let killed = Command::new("kill").args(["-s", signal, &pid]).status();
-        assert!(killed.unwrap().success());
+        self.child.signal(signal);
     }
 
     /// Waits for its end by itself; standard input is left as it is.
     fn end(mut self) -> Ended {
-        let mut code = None;
-        eventually("cat ends", || {
-            code = self.child.try_wait().unwrap();
-            code.is_some()
-        });
         Ended {
-            code: code.unwrap().code(),
+            code: self.child.exit_code(),
             out: self.out.join().unwrap(),
             err: String::from_utf8(self.err.join().unwrap()).unwrap(),
         }
@@ -340,16 +333,14 @@ fn no_end_of_ours_hurts_the_vm() {
     assert_eq!(download.end().code, Some(1));
 
     // The same while nobody reads standard output.
-    let mut child = cat(&["--vm", state, "19"]).spawn().unwrap();
+    let mut stuck = Mortal(cat(&["--vm", state, "19"]).spawn().unwrap());
     eventually("it is stuck", || {
         let before = vm.counters().bytes_to_host;
         thread::sleep(std::time::Duration::from_millis(100));
         before > 0 && vm.counters().bytes_to_host == before
     });
-    let stuck = child.id().to_string();
-    let killed = Command::new("kill").args(["-s", "TERM", &stuck]).status();
-    assert!(killed.unwrap().success());
-    assert_eq!(child.wait().unwrap().code(), Some(1));
+    stuck.signal("TERM");
+    assert_eq!(stuck.exit_code(), Some(1));
 
     // A signal while the guest takes nothing, and never ends: given up after a while.
     let silent = Cat::start(&["--vm", state, "--drain-timeout", "1", "9"]);

@@ -9,9 +9,9 @@ use std::sync::mpsc::{Receiver, channel};
 
 use crate::common::{PATIENCE, eventually};
 
-/// A running `hvsock`; killed, if it still runs, at the end.
+/// A running `hvsock`, heard line by line.
 pub(crate) struct Running {
-    pub(crate) child: Child,
+    pub(crate) child: Mortal,
     pub(crate) out: Receiver<String>,
     pub(crate) err: Receiver<String>,
 }
@@ -29,7 +29,11 @@ impl Running {
         let mut child = command.spawn().unwrap();
         let out = lines(child.stdout.take().unwrap());
         let err = lines(child.stderr.take().unwrap());
-        Running { child, out, err }
+        Running {
+            child: Mortal(child),
+            out,
+            err,
+        }
     }
 
     /// The next line of standard output that contains `part`.
@@ -50,30 +54,43 @@ impl Running {
     }
 
     pub(crate) fn signal(&self, signal: &str) {
-        let pid = self.child.id().to_string();
-        let killed = Command::new("kill").args(["-s", signal, &pid]).status();
-        assert!(killed.unwrap().success());
+        self.child.signal(signal);
     }
 
     pub(crate) fn descriptors(&self) -> usize {
-        let path = format!("/proc/{}/fd", self.child.id());
+        let path = format!("/proc/{}/fd", self.child.0.id());
         std::fs::read_dir(path).unwrap().count()
+    }
+
+    pub(crate) fn exit_code(&mut self) -> Option<i32> {
+        self.child.exit_code()
+    }
+}
+
+/// A process that is killed, if it still runs, at the end.
+pub(crate) struct Mortal(pub(crate) Child);
+
+impl Mortal {
+    pub(crate) fn signal(&self, signal: &str) {
+        let pid = self.0.id().to_string();
+        let killed = Command::new("kill").args(["-s", signal, &pid]).status();
+        assert!(killed.unwrap().success());
     }
 
     pub(crate) fn exit_code(&mut self) -> Option<i32> {
         let mut code = None;
         eventually("it exits", || {
-            code = self.child.try_wait().unwrap();
+            code = self.0.try_wait().unwrap();
             code.is_some()
         });
         code.unwrap().code()
     }
 }
 
-impl Drop for Running {
+impl Drop for Mortal {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
