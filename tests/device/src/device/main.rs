@@ -79,9 +79,9 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut listener = Listener::new(&vhost, true)?;
     daemon.start(&mut listener).map_err(|e| e.to_string())?;
     println!("QEMU is there");
-    // Its end is the VM's, however it comes.
+    // Its end is the VM's, however it comes. No destructor runs: that of the daemon would wait for the loop to end.
     if let Err(e) = daemon.wait() {
         eprintln!("device: QEMU has gone: {e}");
     }
-    Ok(())
+    process::exit(0)
 }
