@@ -60,6 +60,8 @@ pub(crate) struct Connection {
     /// The guest has reset it, or knows nothing of it any more.
     guest_gone: bool,
     half_closed: bool,
+    /// The guest has booted anew since.
+    stale: bool,
     /// Writing to the host fails.
     host_gone: bool,
 
@@ -109,6 +111,7 @@ impl Connection {
             guest_ended: 0,
             guest_gone: false,
             half_closed: false,
+            stale: false,
             host_gone: false,
             from_host: Vec::new(),
             sent_of_it: 0,
@@ -127,6 +130,11 @@ impl Connection {
 
     pub(crate) fn descriptor(&self) -> RawFd {
         self.stream.as_raw_fd()
+    }
+
+    /// The guest hasn't heard of it yet.
+    pub(crate) fn is_new(&self) -> bool {
+        self.phase == Phase::Request
     }
 
     pub(crate) fn buffered(&self) -> usize {
@@ -179,6 +187,11 @@ impl Connection {
         self.guest_ended = NEITHER;
         self.stop_reading();
         self.write();
+    }
+
+    /// The guest has booted anew. As with hyperkit the host isn't told before it sends something, and the guest resets.
+    pub(crate) fn outlive_guest(&mut self) {
+        self.stale = true;
     }
 
     /// How many more bytes the guest can hold.
@@ -345,7 +358,8 @@ impl Connection {
     /// Nothing is left to do for either side.
     pub(crate) fn is_over(&self) -> bool {
         let delivered = self.to_host.is_empty() || self.host_gone;
-        (self.reset_sent || self.guest_gone) && delivered
+        // The last: nobody is left on either side. hyperkit would keep its slot for good.
+        (self.reset_sent || self.guest_gone) && delivered || self.stale && self.hung_up
     }
 }
 

@@ -203,6 +203,20 @@ impl Device {
         self.changed(id);
     }
 
+    /// The guest's driver has set up its rings.
+    pub(crate) fn booted(&mut self) {
+        self.counters.boots += 1;
+        let ids: Vec<u64> = self.connections.keys().copied().collect();
+        for id in ids {
+            if let Some(connection) = self.connections.get_mut(&id)
+                && !connection.is_new()
+            {
+                connection.outlive_guest();
+                self.settle(id);
+            }
+        }
+    }
+
     fn dialled(&mut self, key: Key, request: &Header) {
         // The guest has booted anew, and come upon the same ports.
         if let Some(id) = self.by_key.remove(&key)

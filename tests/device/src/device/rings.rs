@@ -152,7 +152,7 @@ impl Inner {
         }
         if self.stopped {
             self.stopped = false;
-            self.device.counters.boots += 1;
+            self.device.booted();
         }
         let mut count = 0;
         while count < TURN && self.device.may_hear() {

@@ -444,6 +444,7 @@ pub(crate) fn vm_starts_anew(vm: &Exact) -> Outcome {
         machine.wait_until_it_serves(LATER)?;
     }
     vm.recovers()?;
+    drop(old);
     vm.is_idle()
 }
 
