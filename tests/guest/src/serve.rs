@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::reboot::{RebootMode, reboot};
 
+use crate::pattern::{receive_pattern, send_pattern};
 use crate::services::{
     End, Outcome, Request, ask, ask_client, crowd_client, echo, echo_client, tell, tell_client,
     verdict,
@@ -113,6 +114,13 @@ fn obey(hvsock: u32, line: &str) -> Result<String, Box<dyn std::error::Error + S
         }
         ["ask", target, up, down] => done(ask_client(&dial(target)?, request(up, down)?)),
         ["tell", target, up, down] => done(tell_client(&dial(target)?, request(up, down)?)),
+        ["upload", target, up, down] => {
+            let client = dial(target)?;
+            let request = request(up, down)?;
+            request.send(&client)?;
+            receive_pattern(&client, request.seed + 1, request.down)?;
+            done(send_pattern(&client, request.seed, request.up).map_err(Into::into))
+        }
         ["verdict"] => done(verdict().map_err(Into::into)),
         ["crowd", target, clients, how] => {
             let target = target.to_owned();

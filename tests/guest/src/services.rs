@@ -91,7 +91,8 @@ pub(crate) fn verdict() -> Result<(), String> {
     Err("the server has not come to an end".to_owned())
 }
 
-/// Speaks and half-closes first; what its client sends after that, and that client's EOF, still arrive.
+/// Speaks and ends first. If its client has nothing more to say that is the end; else it half-closes, and what the client
+/// sends after that, and its EOF, still arrive.
 pub(crate) fn tell(client: UnixStream) {
     let Ok(request) = Request::read(&client) else {
         return;
@@ -99,6 +100,10 @@ pub(crate) fn tell(client: UnixStream) {
     let tell = || -> Outcome {
         thread::sleep(Duration::from_millis(request.wait));
         send_pattern(&client, request.seed + 1, request.down)?;
+        if request.up == 0 {
+            // As a server that closes after its answer.
+            return Ok(());
+        }
         client.shutdown(Shutdown::Write)?;
         expect_pattern(&client, request.seed, request.up)
     };

@@ -7,10 +7,11 @@ use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::machine::{Kind, Line, Machine, Parts};
 use crate::pattern::expect_pattern;
+use crate::promptly::within_a_second;
 use crate::proxy::Proxy;
 use crate::report::{Outcome, ensure, eventually};
 use crate::services::{
@@ -257,22 +258,6 @@ pub(crate) fn refused_by_host(vm: &Exact) -> Outcome {
         })?;
     }
     vm.is_idle()
-}
-
-/// Has an attempt take less than a second, by its own clock or ours: one of three, for the machine may be busy.
-fn within_a_second(
-    mut attempt: impl FnMut() -> Result<Option<Duration>, Box<dyn std::error::Error + Send + Sync>>,
-) -> Outcome {
-    let mut times = Vec::new();
-    for _ in 0..3 {
-        let start = Instant::now();
-        let took = attempt()?.unwrap_or_else(|| start.elapsed());
-        if took < Duration::from_secs(1) {
-            return Ok(());
-        }
-        times.push(took);
-    }
-    Err(format!("it took {times:?}").into())
 }
 
 pub(crate) fn parallel_200_to_guest(vm: &Exact) -> Outcome {

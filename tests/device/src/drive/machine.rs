@@ -33,14 +33,14 @@ pub(crate) enum Kind {
     /// Ours, with hyperkit's face.
     Exact,
     /// The stock one.
-    Peer,
+    Stock,
 }
 
 /// The guest's CID: hyperkit's, and one for the other.
 fn cid(kind: Kind) -> u32 {
     match kind {
         Kind::Exact => 3,
-        Kind::Peer => 42,
+        Kind::Stock => 42,
     }
 }
 
@@ -72,7 +72,7 @@ impl Machine {
                 command.arg(&vhost).arg(place).arg(cid(kind).to_string());
                 command
             }
-            Kind::Peer => {
+            Kind::Stock => {
                 // It replaces no file that an earlier one left.
                 let _ = fs::remove_file(place);
                 let mut command = Command::new(&parts.peer);
@@ -155,7 +155,7 @@ impl Line {
                 stream.write_all(format!("{:08x}.{port:08x}\n", cid(self.kind)).as_bytes())?;
                 Ok(stream)
             }
-            Kind::Peer => {
+            Kind::Stock => {
                 let mut stream = unix(&self.place)?;
                 stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
                 // What it is sent before it has answered is lost.

@@ -8,12 +8,14 @@ mod machine;
 #[path = "../../../guest/src/pattern.rs"]
 mod pattern;
 mod process;
+mod promptly;
 mod proxy;
 #[path = "../../../guest/src/report.rs"]
 mod report;
 #[path = "../../../guest/src/services.rs"]
 mod services;
 mod sockets;
+mod stock;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -25,6 +27,7 @@ use std::{env, fs};
 use exact::Exact;
 use machine::Parts;
 use report::{Outcome, check};
+use stock::Stock;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
@@ -56,55 +59,104 @@ fn run() -> Result<bool, Failure> {
     };
     let dir = tempfile::Builder::new().prefix("hvsock-").tempdir()?;
     process::end_on_signals(dir.path())?;
-    // All of them, unless some are named.
-    let wanted = |name: &str| names.is_empty() || names.iter().any(|n| n.as_os_str() == name);
-    drive_exact(&parts, &dir.path().join("exact"), &wanted)
+    let run = Run { names };
+    let exact = run.drive(
+        "expose",
+        &dir.path().join("exact"),
+        &EXACT,
+        |vm| vm.said(),
+        |dir| Exact::start(&parts, dir),
+    )?;
+    let stock = run.drive(
+        "mux",
+        &dir.path().join("stock"),
+        &STOCK,
+        |vm| vm.said(),
+        |dir| Stock::start(&parts, dir),
+    )?;
+    Ok(exact && stock)
 }
 
+/// No check may take longer.
+const LIMIT: Duration = Duration::from_secs(240);
+
+type Check<T> = (&'static str, fn(&T) -> Outcome);
+
 /// Behind hyperkit's face.
-fn drive_exact(parts: &Parts, dir: &Path, wanted: &dyn Fn(&str) -> bool) -> Result<bool, Failure> {
-    const LIMIT: Duration = Duration::from_secs(180);
-    type Check = fn(&Exact) -> Outcome;
-    let checks: [(&str, Check); 15] = [
-        ("expose_echo_to_guest_tcp", exact::echo_to_guest_tcp),
-        ("expose_echo_to_guest_unix", exact::echo_to_guest_unix),
-        ("expose_echo_to_host", exact::echo_to_host),
-        ("expose_client_ends_first", exact::client_ends_first),
-        ("expose_server_ends_first", exact::server_ends_first),
-        ("expose_refused_by_guest", exact::refused_by_guest),
-        ("expose_refused_by_host", exact::refused_by_host),
-        ("expose_parallel_200_to_guest", exact::parallel_200_to_guest),
-        ("expose_parallel_200_to_host", exact::parallel_200_to_host),
-        ("expose_sequence_300", exact::sequence_300),
-        ("expose_slow_reader", exact::slow_reader),
-        ("expose_slow_server", exact::slow_server),
-        ("expose_rude_clients", exact::rude_clients),
-        ("expose_guest_reboots", exact::guest_reboots),
-        ("expose_vm_starts_anew", exact::vm_starts_anew),
-    ];
-    fs::create_dir(dir)?;
-    let vm = Exact::start(parts, dir)?;
-    let mut passed = true;
-    let checks = checks.into_iter();
-    for (name, body) in checks.chain([("expose_ends_in_order", exact::ends_in_order as Check)]) {
-        if !wanted(name) {
-            continue;
+const EXACT: [Check<Exact>; 16] = [
+    ("echo_to_guest_tcp", exact::echo_to_guest_tcp),
+    ("echo_to_guest_unix", exact::echo_to_guest_unix),
+    ("echo_to_host", exact::echo_to_host),
+    ("client_ends_first", exact::client_ends_first),
+    ("server_ends_first", exact::server_ends_first),
+    ("refused_by_guest", exact::refused_by_guest),
+    ("refused_by_host", exact::refused_by_host),
+    ("parallel_200_to_guest", exact::parallel_200_to_guest),
+    ("parallel_200_to_host", exact::parallel_200_to_host),
+    ("sequence_300", exact::sequence_300),
+    ("slow_reader", exact::slow_reader),
+    ("slow_server", exact::slow_server),
+    ("rude_clients", exact::rude_clients),
+    ("guest_reboots", exact::guest_reboots),
+    ("vm_starts_anew", exact::vm_starts_anew),
+    ("ends_in_order", exact::ends_in_order),
+];
+
+/// Behind vhost-device-vsock.
+const STOCK: [Check<Stock>; 11] = [
+    ("echo_to_guest", stock::echo_to_guest),
+    ("echo_to_host", stock::echo_to_host),
+    (
+        "half_close_loses_no_answer",
+        stock::half_close_loses_no_answer,
+    ),
+    ("server_ends_first", stock::server_ends_first),
+    ("refused", stock::refused),
+    ("parallel_200", stock::parallel_200),
+    ("slow_reader", stock::slow_reader),
+    ("rude_clients", stock::rude_clients),
+    ("guest_reboots", stock::guest_reboots),
+    ("vm_starts_anew", stock::vm_starts_anew),
+    ("ends_in_order", stock::ends_in_order),
+];
+
+/// The checks that are wanted: all of them, unless some are named.
+struct Run<'a> {
+    names: &'a [PathBuf],
+}
+
+impl Run<'_> {
+    /// Starts a VM in `dir`, and checks what is to be checked there; whether all went well.
+    fn drive<T: Send + Sync + 'static>(
+        &self,
+        kind: &str,
+        dir: &Path,
+        checks: &[Check<T>],
+        said: impl Fn(&T) -> String,
+        start: impl FnOnce(&Path) -> Result<Arc<T>, Failure>,
+    ) -> Result<bool, Failure> {
+        let wanted: Vec<_> = checks
+            .iter()
+            .map(|(name, body)| (format!("{kind}_{name}"), *body))
+            .filter(|(name, _)| self.names.is_empty() || self.names.contains(&name.into()))
+            .collect();
+        if wanted.is_empty() {
+            return Ok(true);
         }
-        let checked = Arc::clone(&vm);
-        if !check(name, LIMIT, move || body(&checked)) {
-            passed = false;
-            for line in vm
-                .said()
-                .lines()
-                .rev()
-                .take(20)
-                .collect::<Vec<_>>()
-                .iter()
-                .rev()
-            {
-                println!("# {line}");
+        fs::create_dir(dir)?;
+        let vm = start(dir)?;
+        let mut passed = true;
+        for (name, body) in wanted {
+            let checked = Arc::clone(&vm);
+            if !check(&name, LIMIT, move || body(&checked)) {
+                passed = false;
+                let said = said(&vm);
+                let lines: Vec<_> = said.lines().collect();
+                for line in &lines[lines.len().saturating_sub(20)..] {
+                    println!("# {line}");
+                }
             }
         }
+        Ok(passed)
     }
-    Ok(passed)
 }
