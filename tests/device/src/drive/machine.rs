@@ -121,10 +121,13 @@ impl Machine {
         Ok(())
     }
 
-    /// Kills it, device and all.
+    /// Kills it. Our device ends by itself then, as hyperkit is one process with its VM.
     pub(crate) fn stop(&mut self) {
-        self.device.kill();
         self.qemu.kill();
+        if self.kind == Kind::Exact {
+            self.device.end(Duration::from_secs(10));
+        }
+        self.device.kill();
     }
 
     pub(crate) fn line(&self) -> Line {
