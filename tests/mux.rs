@@ -130,6 +130,46 @@ fn a_vmm_that_does_not_answer_is_not_waited_for_without_end() {
 }
 
 #[test]
+fn a_half_close_is_not_kept_back_without_end() {
+    let dir = private_dir();
+    let path = dir.path().join("vm");
+    let (ended, end) = std::sync::mpsc::channel();
+    vmm(&path, move |mut stream| {
+        stream.write_all(b"OK 1\n").unwrap();
+        // Its guest waits for the EOF that it is not told of.
+        let mut request = Vec::new();
+        ended.send(stream.read_to_end(&mut request)).unwrap();
+    });
+    let mut config = config(vec![Rule::new(any_tcp(), mux(&path, ""))]);
+    config.limits.drain_timeout = Duration::from_millis(200);
+    let proxy = Proxy::start(config).unwrap();
+    let mut client = tcp(port_of(&proxy, 0));
+    client.write_all(b"request").unwrap();
+    client.half_close();
+    assert!(is_reset(client.read(&mut [0; 1])));
+    assert_eq!(end.recv_timeout(PATIENCE).unwrap().unwrap(), 7);
+    eventually("it is closed", || proxy.forwards()[0].counters.live == 0);
+}
+
+#[test]
+fn a_half_close_is_kept_back_for_as_long_as_the_guest_goes_on_speaking() {
+    let dir = private_dir();
+    let path = dir.path().join("vm");
+    vmm(&path, |mut stream| {
+        stream.write_all(b"OK 1\n").unwrap();
+        for _ in 0..6 {
+            std::thread::sleep(Duration::from_millis(500));
+            stream.write_all(b"tick").unwrap();
+        }
+    });
+    let mut config = config(vec![Rule::new(any_tcp(), mux(&path, ""))]);
+    config.limits.drain_timeout = Duration::from_secs(2);
+    let proxy = Proxy::start(config).unwrap();
+    let answer = ask(tcp(port_of(&proxy, 0)), b"").unwrap();
+    assert_eq!(answer, b"tick".repeat(6));
+}
+
+#[test]
 fn a_half_close_is_kept_back_until_the_guest_has_finished() {
     let dir = private_dir();
     let path = dir.path().join("vm");

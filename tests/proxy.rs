@@ -756,6 +756,31 @@ fn a_client_that_is_gone_holds_no_place_at_a_server_that_does_not_read() {
 }
 
 #[test]
+fn a_client_that_half_closed_and_is_gone_is_not_kept_for_as_long_as_a_guest_would_be() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .guest(
+            1,
+            Service::custom(|mut stream| {
+                let _ = stream.read_to_end(&mut Vec::new());
+                let _ = stream.write_all(&pattern(16_000_000));
+            }),
+        )
+        .start()
+        .unwrap();
+    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 1));
+    let mut client = tcp(port_of(&proxy, 0));
+    client.half_close();
+    client.read_exact(&mut [0; 1000]).unwrap();
+    // Data unread: its kernel resets the connection, and the proxy has read its EOF before.
+    drop(client);
+    eventually("nothing is left of it", || {
+        proxy.forwards()[0].counters.live == 0
+    });
+    assert_well(&vm);
+}
+
+#[test]
 fn guests_that_go_on_dialling_do_not_keep_a_proxy_from_its_end() {
     let dir = private_dir();
     let vm = Vm::builder(dir.path()).lenient(true).start().unwrap();

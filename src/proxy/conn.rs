@@ -62,7 +62,7 @@ pub(super) enum State<S> {
         pair: Pair<S>,
         /// Until when the client's half-close to hyperkit is kept back.
         hold: Option<Instant>,
-        /// When a pair that can only end any more must have done so.
+        /// When a pair that can only end any more, or waits for one peer's end alone, must have done so.
         end: Option<Instant>,
     },
     /// Taking leave of each end, until then (or until the proxy stops).
@@ -262,8 +262,10 @@ impl<W: World> Worker<W> {
             pair.release(CLIENT);
             turn = pair.turn(&mut self.pool, BUDGET);
         }
+        let mut moved = false;
         for side in [CLIENT, SERVER] {
             let delivered = pair.delivered(side);
+            moved |= delivered > conn.counted[side];
             conn.forward.count(side, delivered - conn.counted[side]);
             conn.counted[side] = delivered;
         }
@@ -280,7 +282,14 @@ impl<W: World> Worker<W> {
                     self.set_timer(id, until);
                 }
             }
-            Turn::Wait if pair.is_ending() => {
+            // A half-close that is kept back may wait for an end that never comes: that peer may not pass its own on,
+            // or wait for ours. As long as bytes move there is something to wait for.
+            Turn::Wait
+                if pair.is_ending() || pair.is_holding(CLIENT) || pair.is_holding(SERVER) =>
+            {
+                if moved && !pair.is_ending() {
+                    *end = None;
+                }
                 let end = *end.get_or_insert(after(now, self.shared.limits.drain_timeout));
                 if now < end {
                     self.set_timer(id, end)

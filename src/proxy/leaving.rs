@@ -106,7 +106,7 @@ impl<W: World> Worker<W> {
                 permit.answered();
             }
             if let Some(pause) = reset {
-                if end.is_dead() || self.world.unacknowledged(&end.socket) == 0 {
+                if end.takes_nothing() || self.world.unacknowledged(&end.socket) == 0 {
                     self.world.reset(end.socket);
                     continue;
                 }

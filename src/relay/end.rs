@@ -104,6 +104,12 @@ impl<S: Socket> End<S> {
         self.failed || self.is_dead()
     }
 
+    /// What was sent and hasn't arrived will not arrive any more: a write failed, or the connection has. A peer whose
+    /// EOF was read before its reset is dead by no read.
+    pub(crate) fn takes_nothing(&self) -> bool {
+        self.is_gone() || matches!(self.output, Half::Failed(_))
+    }
+
     /// Reads once; `None` when nothing came (would block, EOF or error: the latch and `input` say which).
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Option<usize> {
         match self.socket.read(buffer) {

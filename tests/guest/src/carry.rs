@@ -9,10 +9,10 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
+use crate::pattern::{expect_pattern, receive_pattern, send_pattern};
 use crate::report::{Outcome, ensure, eventually};
-use crate::sockets::{
-    Bridge, Server, connect_unix, echo, expect_pattern, receive_pattern, send_pattern,
-};
+use crate::services::echo;
+use crate::sockets::{Bridge, Server, connect_unix};
 
 const SOON: Duration = Duration::from_secs(5);
 const MIB: usize = 1024 * 1024;

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::command::Hvsock;
 use crate::report::{Outcome, ensure, eventually};
-use crate::sockets::{Server, connect_unix, connect_vsock, echo, proxy};
+use crate::services::echo;
+use crate::sockets::{Server, connect_unix, connect_vsock, proxy};
 
 const SOON: Duration = Duration::from_secs(3);
 

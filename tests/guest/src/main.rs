@@ -1,16 +1,20 @@
 //! `/init` of the guest that `scripts/guest-test` boots: checks hvsock on AF_VSOCK in a real kernel.
 //!
 //! It is the only program there beside `/hvsock`. What it prints goes to the serial line; `done` is the last of it.
+//! With `hvsock.mode=serve` on the kernel's command line it checks nothing, but serves a driver on the host.
 
 mod carry;
 mod command;
 mod errors;
+mod pattern;
 mod peers;
 mod report;
+mod serve;
+mod services;
 mod sockets;
 mod vsudd;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -27,6 +31,10 @@ use report::check;
 fn main() {
     if let Err(e) = prepare() {
         println!("FAILED to prepare the guest: {e}");
+    } else if is_to_serve() {
+        if let Err(e) = load_virtio().and_then(|()| serve::run()) {
+            println!("FAILED to serve: {e}");
+        }
     } else {
         run();
         println!("done");
@@ -87,6 +95,31 @@ fn prepare() -> io::Result<()> {
     }
     setrlimit(Resource::RLIMIT_NOFILE, 8192, 8192)?;
     bring_up_lo()
+}
+
+fn is_to_serve() -> bool {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    line.split_whitespace()
+        .any(|word| word == "hvsock.mode=serve")
+}
+
+/// The way to a device of the host, by PCI.
+fn load_virtio() -> report::Outcome {
+    for name in [
+        "vsock",
+        "vmw_vsock_virtio_transport_common",
+        "virtio_ring",
+        "virtio",
+        "virtio_pci_legacy_dev",
+        "virtio_pci_modern_dev",
+        "virtio_pci",
+        "vmw_vsock_virtio_transport",
+    ] {
+        if !load(name) {
+            return Err(format!("no module {name}").into());
+        }
+    }
+    Ok(())
 }
 
 /// Loads a module; false, and a failure told, if it can't be.

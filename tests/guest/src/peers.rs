@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 use hvsock::{Proxy, ProxyConfig, Rule};
 use socket2::SockRef;
 
+use crate::pattern::{expect_pattern, send_pattern};
 use crate::report::{Outcome, ensure, eventually};
-use crate::sockets::{
-    Server, connect_unix, connect_vsock, expect_pattern, live, proxy, send_pattern,
-};
+use crate::sockets::{Server, connect_unix, connect_vsock, live, proxy};
 
 const SOON: Duration = Duration::from_secs(3);
 /// Longer than the proxy lingers for a client that goes on sending.

@@ -5,8 +5,10 @@ use std::net::Shutdown;
 use std::time::Duration;
 
 use crate::command::Hvsock;
+use crate::pattern::{expect_pattern, send_pattern};
 use crate::report::{Outcome, ensure, eventually};
-use crate::sockets::{Server, connect_vsock, echo, expect_pattern, send_pattern};
+use crate::services::echo;
+use crate::sockets::{Server, connect_vsock};
 
 const SOON: Duration = Duration::from_secs(3);
 
