@@ -8,10 +8,13 @@ mod command;
 mod errors;
 mod pattern;
 mod peers;
+mod promptly;
 mod report;
 mod serve;
 mod services;
 mod sockets;
+mod stress;
+mod tools;
 mod vsudd;
 
 use std::fs::{self, File};
@@ -87,6 +90,13 @@ fn run() {
 
     check("vsudd_and_sigterm", LONG, vsudd::serves_and_ends);
     check("sigterm_lets_finish", LONG, vsudd::lets_finish);
+
+    check("stress_all_loads", LONG, stress::all_loads);
+    check("cat_listens", LONG, stress::cat_listens);
+    check("cat_is_refused", SHORT, stress::cat_is_refused);
+    check("cat_waits", SHORT, stress::cat_waits);
+    check("blocking_sockets", SHORT, stress::blocking_sockets);
+    check("buffer_sizes", SHORT, stress::buffer_sizes);
 }
 
 fn prepare() -> io::Result<()> {

@@ -6,10 +6,12 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hvsock::{Address, Stream};
 use nix::sys::reboot::{RebootMode, reboot};
 
 use crate::pattern::{receive_pattern, send_pattern};
@@ -18,7 +20,9 @@ use crate::services::{
     verdict,
 };
 use crate::sockets::{Server, connect_unix, connect_vsock_of};
+use crate::tools::{cat_echo, stress};
 
+const HVSOCK: &str = "/hvsock";
 const CONTROL: u32 = 1;
 const NATIVE: u32 = 1000;
 const HOST: u32 = 2;
@@ -54,7 +58,7 @@ pub(crate) fn run() -> Outcome {
             format!("vsock://{HOST}:{port}"),
         ]);
     }
-    let mut hvsock = Command::new("/hvsock")
+    let mut hvsock = Command::new(HVSOCK)
         .arg("forward")
         .args(pairs)
         .stdin(Stdio::null())
@@ -137,6 +141,16 @@ fn obey(hvsock: u32, line: &str) -> Result<String, Box<dyn std::error::Error + S
             Ok(String::new())
         }
         ["refused", target] => refused(target),
+        ["cat", port, bytes] => {
+            let address = format!("vsock://{HOST}:{port}");
+            done(cat_echo(Path::new(HVSOCK), &address, bytes.parse()?))
+        }
+        ["stress", ..] => done(stress(Path::new(HVSOCK), &line["stress ".len()..])),
+        ["deadline", port] => {
+            let address = format!("vsock://{HOST}:{port}").parse()?;
+            thread::spawn(move || deadline(&address));
+            Ok(String::new())
+        }
         ["descriptors"] => Ok(fs::read_dir(format!("/proc/{hvsock}/fd"))?
             .count()
             .to_string()),
@@ -151,6 +165,20 @@ fn request(up: &str, down: &str) -> Result<Request, std::num::ParseIntError> {
         down: down.parse()?,
         seed: 60,
     })
+}
+
+/// A while later, for the host to stand still by then, dials it, and says on the serial line what it was told.
+fn deadline(address: &Address) {
+    thread::sleep(Duration::from_secs(2));
+    let start = Instant::now();
+    let told = match Stream::connect_timeout(address, Duration::from_secs(3)) {
+        Ok(_) => "connected".to_owned(),
+        Err(e) => format!("{:?}: {e}", e.kind()),
+    };
+    println!(
+        "deadline: {told} (after {} ms)",
+        start.elapsed().as_millis()
+    );
 }
 
 /// A port of the host, or the Unix socket behind which `/hvsock` dials it.

@@ -9,8 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+
 use crate::machine::{Kind, Line, Machine, Parts};
 use crate::pattern::expect_pattern;
+use crate::process::signal;
 use crate::promptly::within_a_second;
 use crate::proxy::Proxy;
 use crate::report::{Outcome, ensure, eventually};
@@ -18,6 +21,7 @@ use crate::services::{
     End, Request, ask, ask_client, crowd_client, echo, echo_client, tell, tell_client, verdict,
 };
 use crate::sockets::{Front, reset, serve_tcp, serve_unix};
+use crate::tools::{cat_echo, cat_refused, stress};
 
 const MIB: usize = 1024 * 1024;
 const SOON: Duration = Duration::from_secs(20);
@@ -272,6 +276,54 @@ pub(crate) fn parallel_200_to_host(vm: &Exact) -> Outcome {
         vm.line.order(&format!("crowd {target} 200 half-close"))?;
     }
     vm.is_idle()
+}
+
+/// `hvsock cat` and `hvsock stress` to ports of the guest, behind its `/hvsock` and native.
+pub(crate) fn tools_to_guest(vm: &Exact) -> Outcome {
+    let hvsock = &vm.parts.hvsock;
+    for port in [7, 1007] {
+        let address = format!("hyperkit://:{port}{}", vm.state.display());
+        cat_echo(hvsock, &address, 64 * MIB).map_err(|e| format!("cat, port {port}: {e}"))?;
+        for words in ["-n 400 -p 200", "-n 1 --size 64M"] {
+            stress(hvsock, &format!("{words} {address}"))
+                .map_err(|e| format!("{words}, port {port}: {e}"))?;
+        }
+    }
+    let nobody = format!("--vm {} 99", vm.state.display());
+    within_a_second(|| cat_refused(hvsock, &nobody).map(|()| None))?;
+    vm.is_idle()
+}
+
+/// The same in the guest, to the host.
+pub(crate) fn tools_to_host(vm: &Exact) -> Outcome {
+    vm.line.order(&format!("cat 5007 {}", 64 * MIB))?;
+    vm.line.order("stress -n 400 -p 200 vsock://host:5007")?;
+    vm.line.order("stress -n 1 --size 64M vsock://host:5007")?;
+    vm.is_idle()
+}
+
+/// A guest that dials a host which says nothing is told so at its own deadline.
+pub(crate) fn connect_deadline(vm: &Exact) -> Outcome {
+    // More than one try: the guest dials after a while, and if the machine is busy the device may still run then.
+    for _ in 0..3 {
+        let device = vm.machine().device.id();
+        vm.line.order("deadline 5007")?;
+        signal(device, Signal::SIGSTOP)?;
+        let told = |vm: &Exact| vm.machine().qemu.out().matches("deadline: ").count();
+        let before = told(vm);
+        let is_told = eventually(SOON, || told(vm) > before);
+        signal(device, Signal::SIGCONT)?;
+        ensure!(is_told, "the guest still waits");
+        let out = vm.machine().qemu.out();
+        let line = out.lines().rfind(|line| line.starts_with("deadline: "));
+        let line = line.unwrap_or_default();
+        println!("# {line}");
+        if line.contains("TimedOut") {
+            return vm.is_idle();
+        }
+        ensure!(line.contains("connected"), "{line}");
+    }
+    Err("the device answered each time".into())
 }
 
 /// One after the other, both ways.

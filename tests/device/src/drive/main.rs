@@ -8,6 +8,7 @@ mod machine;
 #[path = "../../../guest/src/pattern.rs"]
 mod pattern;
 mod process;
+#[path = "../../../guest/src/promptly.rs"]
 mod promptly;
 mod proxy;
 #[path = "../../../guest/src/report.rs"]
@@ -16,6 +17,8 @@ mod report;
 mod services;
 mod sockets;
 mod stock;
+#[path = "../../../guest/src/tools.rs"]
+mod tools;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -83,7 +86,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 type Check<T> = (&'static str, fn(&T) -> Outcome);
 
 /// Behind hyperkit's face.
-const EXACT: [Check<Exact>; 16] = [
+const EXACT: [Check<Exact>; 19] = [
     ("echo_to_guest_tcp", exact::echo_to_guest_tcp),
     ("echo_to_guest_unix", exact::echo_to_guest_unix),
     ("echo_to_host", exact::echo_to_host),
@@ -93,6 +96,9 @@ const EXACT: [Check<Exact>; 16] = [
     ("refused_by_host", exact::refused_by_host),
     ("parallel_200_to_guest", exact::parallel_200_to_guest),
     ("parallel_200_to_host", exact::parallel_200_to_host),
+    ("tools_to_guest", exact::tools_to_guest),
+    ("tools_to_host", exact::tools_to_host),
+    ("connect_deadline", exact::connect_deadline),
     ("sequence_300", exact::sequence_300),
     ("slow_reader", exact::slow_reader),
     ("slow_server", exact::slow_server),
@@ -103,7 +109,7 @@ const EXACT: [Check<Exact>; 16] = [
 ];
 
 /// Behind vhost-device-vsock.
-const STOCK: [Check<Stock>; 11] = [
+const STOCK: [Check<Stock>; 12] = [
     ("echo_to_guest", stock::echo_to_guest),
     ("echo_to_host", stock::echo_to_host),
     (
@@ -112,6 +118,7 @@ const STOCK: [Check<Stock>; 11] = [
     ),
     ("server_ends_first", stock::server_ends_first),
     ("refused", stock::refused),
+    ("tools", stock::tools),
     ("parallel_200", stock::parallel_200),
     ("slow_reader", stock::slow_reader),
     ("rude_clients", stock::rude_clients),

@@ -129,6 +129,11 @@ impl Drop for Process {
     }
 }
 
+/// Signals one of ours.
+pub(crate) fn signal(id: u32, signal: Signal) -> nix::Result<()> {
+    kill(Pid::from_raw(id.cast_signed()), signal)
+}
+
 /// Kills all that runs, for good: nothing can be started any more.
 pub(crate) fn kill_all() {
     let running = lock(&RUNNING);

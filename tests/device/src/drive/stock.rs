@@ -18,6 +18,7 @@ use crate::proxy::Proxy;
 use crate::report::{Outcome, ensure, eventually};
 use crate::services::{End, Request, crowd_client, echo, echo_client, tell, verdict};
 use crate::sockets::{Front, reset, serve_tcp, serve_unix};
+use crate::tools::{cat_echo, cat_refused, stress};
 
 const MIB: usize = 1024 * 1024;
 const SOON: Duration = Duration::from_secs(30);
@@ -277,6 +278,17 @@ pub(crate) fn refused(vm: &Stock) -> Outcome {
         Ok(time.map(Duration::from_millis))
     })?;
     vm.is_well()
+}
+
+/// `hvsock cat` and `hvsock stress` through it.
+pub(crate) fn tools(vm: &Stock) -> Outcome {
+    let hvsock = &vm.parts.hvsock;
+    let mux = |port: u32| format!("vsock-mux://:{port}{}", vm.socket.display());
+    // The echo waits for an end that is kept back until nothing has come for a while.
+    cat_echo(hvsock, &format!("--drain-timeout 2 {}", mux(7)), MIB)?;
+    stress(hvsock, &format!("-n 200 -p 20 {}", mux(7)))?;
+    stress(hvsock, &format!("--bench rtt --round-trips 500 {}", mux(7)))?;
+    within_a_second(|| cat_refused(hvsock, &mux(99)).map(|()| None))
 }
 
 pub(crate) fn parallel_200(vm: &Stock) -> Outcome {
