@@ -38,7 +38,7 @@ pub struct VsockAddress {
     /// The port.
     pub port: Port,
     /// How many bytes the peer may send ahead of our reading (`SO_VM_SOCKETS_BUFFER_SIZE`), at least 128; `None`: the
-    /// kernel's 256 KiB.
+    /// kernel's 256 KiB. Newer kernels (seen: Debian's 6.1.0-56) let no sender go further than its own size, either.
     pub buffer_size: Option<u64>,
 }
 
