@@ -296,6 +296,35 @@ fn waits_for_a_guest_that_refuses_at_first() {
 }
 
 #[test]
+fn waits_for_a_guest_that_sleeps_and_loses_nothing_when_it_refuses() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    vm.pause();
+    let state = text(dir.path());
+    // It refuses port 8 when it wakes, and takes port 7.
+    let mut refused = Cat::start(&["--wait", "3", "--vm", state, "8"]);
+    refused.feed(b"request");
+    let mut taken = Cat::start(&["--wait", "20", "--vm", state, "7"]);
+    taken.feed(b"request");
+    eventually("both have dialled", || vm.counters().unanswered >= 4);
+    vm.resume();
+    let ended = taken.end();
+    assert_eq!(
+        (ended.code, ended.out.as_slice()),
+        (Some(0), &b"request"[..])
+    );
+    let ended = refused.end();
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.err.contains("vsock port 8"), "{}", ended.err);
+
+    vm.pause();
+    let ended = Cat::start(&["--wait", "1", "--vm", state, "7"]).end();
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.err.contains("asleep"), "{}", ended.err);
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
 fn a_refusal_is_told_as_one() {
     let dir = private_dir();
     let vm = vm(dir.path());

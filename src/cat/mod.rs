@@ -2,13 +2,14 @@
 
 mod session;
 
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use crate::address::Address;
+use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial;
-use crate::error::Result;
+use crate::error::{Error, Operation};
 use crate::listener::{Listener, Peer};
 use crate::serve::LOOK;
 use crate::stream::Stream;
@@ -42,7 +43,7 @@ impl From<crate::Error> for Failure {
     }
 }
 
-pub(crate) type Outcome = std::result::Result<(), Failure>;
+pub(crate) type Outcome = Result<(), Failure>;
 
 /// Something that a session has to know of.
 #[derive(Debug)]
@@ -97,10 +98,7 @@ impl Cat {
     }
 
     /// Takes a client and carries, to the end of both directions; `Ok(None)` if none has come for a while.
-    pub(crate) fn accept(
-        &mut self,
-        listener: &Listener,
-    ) -> std::result::Result<Option<Peer>, Failure> {
+    pub(crate) fn accept(&mut self, listener: &Listener) -> Result<Option<Peer>, Failure> {
         if self.is_interrupted() {
             return Err(Failure::Interrupted);
         }
@@ -132,14 +130,15 @@ impl Cat {
     }
 
     /// Connects, trying again while there is time; and when that was.
-    pub(crate) fn dial(&self) -> std::result::Result<(Stream, Instant), Failure> {
+    pub(crate) fn dial(&self) -> Result<(Stream, Instant), Failure> {
         let begun = Instant::now();
         let mut pause = Duration::from_millis(50);
         loop {
             let left = self.plan.wait.saturating_sub(begun.elapsed());
-            let error = match dial_once(&self.plan, left) {
+            let error = match self.dial_once(left) {
                 Ok(connected) => return Ok(connected),
-                Err(e) => e,
+                Err(Attempt::Interrupted) => return Err(Failure::Interrupted),
+                Err(Attempt::Failed(e)) => e,
             };
             if left.is_zero() || !dial::may_come(&error) {
                 return Err(error.into());
@@ -155,34 +154,87 @@ impl Cat {
             pause = (pause * 2).min(Duration::from_secs(1));
         }
     }
+
+    fn dial_once(&self, left: Duration) -> Result<(Stream, Instant), Attempt> {
+        let address = &self.plan.address;
+        let timeout = match self.plan.wait.is_zero() {
+            true => DIAL,
+            false => left.max(LOOK),
+        };
+        let deadline = Instant::now() + timeout;
+        let stream = Stream::connect_timeout(address, timeout)?;
+        let connected = Instant::now();
+        match address {
+            Address::Hyperkit(hyperkit) if !self.plan.wait.is_zero() => {
+                let outcome = self.is_taken(&stream, hyperkit, deadline);
+                if outcome.is_err() {
+                    let _ = stream.finish(LEAVE);
+                }
+                outcome?;
+            }
+            _ => {}
+        }
+        Ok((stream, connected))
+    }
+
+    /// Waits until it is known that the guest has taken a dial.
+    ///
+    /// hyperkit tells a refusal by EOF and nothing else, and a guest that boots says nothing for a while. But a guest
+    /// answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
+    /// answered, too.
+    fn is_taken(
+        &self,
+        stream: &Stream,
+        address: &HyperkitAddress,
+        deadline: Instant,
+    ) -> Result<(), Attempt> {
+        let probe = HyperkitAddress {
+            port: PORT_ANY,
+            ..address.clone()
+        };
+        // With `guest_forwards` alone there is nothing to probe with.
+        let Ok(probe) = Stream::connect_timeout(&probe.into(), DIAL) else {
+            return Ok(());
+        };
+        let left = |now| deadline.saturating_duration_since(now);
+        while !left(Instant::now()).is_zero() {
+            if self.is_interrupted() {
+                return Err(Attempt::Interrupted);
+            }
+            let wait = left(Instant::now()).min(LOOK);
+            // A failure to wait is one of the sockets: what it says of itself comes out below.
+            if sys::wait(probe.as_fd(), Wanted::Readable, wait).unwrap_or(true) {
+                let _ = probe.finish(LEAVE);
+                let ended = sys::wait(stream.as_fd(), Wanted::Readable, Duration::ZERO);
+                return match ended {
+                    Ok(true) if stream.has_ended() => {
+                        Err(dial::refused_in_silence(&self.plan.address).into())
+                    }
+                    _ => Ok(()),
+                };
+            }
+        }
+        let _ = probe.finish(LEAVE);
+        let cause = io::Error::new(io::ErrorKind::TimedOut, "the guest doesn't answer");
+        let error = Error::new(Operation::Connect, &self.plan.address, cause);
+        Err(error.with_remedy("is it booting, paused or asleep?").into())
+    }
+}
+
+/// Why a dial came to nothing.
+enum Attempt {
+    Failed(Error),
+    Interrupted,
+}
+
+impl From<Error> for Attempt {
+    fn from(error: Error) -> Attempt {
+        Attempt::Failed(error)
+    }
 }
 
 /// How long one dial may take when it isn't to be tried again.
 const DIAL: Duration = Duration::from_secs(30);
 
-/// How long a hyperkit dial is watched for its refusal before anything is sent. It comes some 50 µs after the dial from
-/// a guest that is awake; one that sleeps says nothing, and then the dial is as good as any other.
-const REFUSAL: Duration = Duration::from_millis(100);
-
-fn dial_once(plan: &Plan, left: Duration) -> Result<(Stream, Instant)> {
-    let address = &plan.address;
-    let timeout = if plan.wait.is_zero() {
-        DIAL
-    } else {
-        left.max(LOOK)
-    };
-    let stream = Stream::connect_timeout(address, timeout)?;
-    let connected = Instant::now();
-    if !plan.wait.is_zero() && address.refuses_in_silence() && is_refused(&stream) {
-        return Err(dial::refused_in_silence(address));
-    }
-    Ok((stream, connected))
-}
-
-/// Whether the peer has ended a connection on which nothing was sent yet.
-fn is_refused(stream: &Stream) -> bool {
-    match sys::wait(stream.as_fd(), Wanted::Readable, REFUSAL) {
-        Ok(true) => stream.has_ended(),
-        _ => false,
-    }
-}
+/// How long a dial of which only the end is wanted may take to be ended.
+const LEAVE: Duration = Duration::from_secs(1);
