@@ -4,6 +4,7 @@
 //! the VMM connects to the Unix socket PATH_PORT. Source: Firecracker's `docs/vsock.md`.
 
 use std::io;
+#[cfg(unix)]
 use std::path::{Path, PathBuf};
 
 use crate::address::Port;
@@ -13,6 +14,7 @@ use crate::relay::Socket;
 const LONGEST_ANSWER: usize = 32;
 
 /// Where a program of the host listens for guests that dial the host's `port`.
+#[cfg(unix)]
 pub(crate) fn listen_path(path: &Path, port: Port) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(format!("_{}", port.0));

@@ -4,7 +4,6 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -15,7 +14,7 @@ use tracing::warn;
 use crate::error::Result;
 use crate::listener::{Listener, Peer};
 use crate::stream::Stream;
-use crate::sys::{self, Wanted};
+use crate::sys::{self, AsSocket, Wanted};
 
 /// How often a wait looks whether it is to end.
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
@@ -185,7 +184,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8], mut see: impl FnMut(&[u8])) ->
                 continue;
             }
         }
-        sys::wait(stream.as_fd(), wanted, LOOK)?;
+        sys::wait(stream.as_socket(), wanted, LOOK)?;
     }
 }
 

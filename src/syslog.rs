@@ -6,7 +6,6 @@
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -21,7 +20,7 @@ use crate::error::Result;
 use crate::listener::file::{self, SocketFile};
 use crate::serve::{LOOK, Stop};
 use crate::stream::Stream;
-use crate::sys::{self, Wanted};
+use crate::sys::{self, AsSocket, Wanted};
 
 /// How long a message may be; longer ones are cut off, as syslog daemons do. Linux' `net.core.wmem_default` lets no
 /// program send more than some 200 KiB.
@@ -168,7 +167,7 @@ fn take(log: &Log, kept: &Kept, stop: &Stop) -> io::Result<()> {
                 if stop.is_asked() {
                     return Ok(());
                 }
-                sys::wait(log.socket.as_fd(), Wanted::Readable, LOOK)?;
+                sys::wait(log.socket.as_socket(), Wanted::Readable, LOOK)?;
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
@@ -244,7 +243,7 @@ impl<'a> Link<'a> {
     fn write(&mut self, frame: &[u8]) -> std::result::Result<(), String> {
         // A collector never says anything: what can be read is its end.
         let gone = |stream: &mut Stream| {
-            sys::wait(stream.as_fd(), Wanted::Readable, Duration::ZERO).unwrap_or(true)
+            sys::wait(stream.as_socket(), Wanted::Readable, Duration::ZERO).unwrap_or(true)
         };
         if self.stream.as_mut().is_some_and(gone) {
             self.stream = None;

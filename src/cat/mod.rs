@@ -3,7 +3,6 @@
 mod session;
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,7 @@ use crate::error::{Error, Operation};
 use crate::listener::{Listener, Peer};
 use crate::serve::LOOK;
 use crate::stream::Stream;
-use crate::sys::{self, Wanted};
+use crate::sys::{self, AsSocket, Wanted};
 
 use session::{Input, Session};
 
@@ -203,9 +202,9 @@ impl Cat {
             }
             let wait = left(Instant::now()).min(LOOK);
             // A failure to wait is one of the sockets: what it says of itself comes out below.
-            if sys::wait(probe.as_fd(), Wanted::Readable, wait).unwrap_or(true) {
+            if sys::wait(probe.as_socket(), Wanted::Readable, wait).unwrap_or(true) {
                 let _ = probe.finish(LEAVE);
-                let ended = sys::wait(stream.as_fd(), Wanted::Readable, Duration::ZERO);
+                let ended = sys::wait(stream.as_socket(), Wanted::Readable, Duration::ZERO);
                 return match ended {
                     Ok(true) if stream.has_ended() => {
                         Err(dial::refused_in_silence(&self.plan.address).into())

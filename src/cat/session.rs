@@ -3,10 +3,8 @@
 //! A thread carries each direction, so that neither ever waits for the other; this one waits for what they tell. Each
 //! direction ends by itself: EOF on standard input becomes a half-close, and what comes is written to its end.
 
-use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -16,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::dial;
 use crate::serve::LOOK;
 use crate::stream::Stream;
-use crate::sys::{self, Wanted};
+use crate::sys::{self, AsSocket};
 
 use super::{Failure, Outcome};
 
@@ -61,10 +59,8 @@ impl Input {
 }
 
 fn read_input(put: &SyncSender<Chunk>) {
-    let stdin = io::stdin();
-    // Past std's own small buffer.
-    let mut input = match stdin.as_fd().try_clone_to_owned() {
-        Ok(fd) => File::from(fd),
+    let mut input = match sys::standard_input() {
+        Ok(input) => input,
         Err(e) => return drop(put.send(Err(e))),
     };
     loop {
@@ -76,10 +72,6 @@ fn read_input(put: &SyncSender<Chunk>) {
                 put.send(Ok(chunk)).is_err() || n == 0
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
-            // Whoever started us has made it non-blocking.
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                sys::wait(input.as_fd(), Wanted::Readable, LOOK).is_err()
-            }
             Err(e) => {
                 let _ = put.send(Err(e));
                 true
@@ -226,7 +218,7 @@ impl Session<'_> {
     /// Whether what standard input may still say has nobody to hear it: a terminal's user waits for us, not we for him;
     /// and a peer that has closed altogether takes nothing.
     fn nobody_is_left(&self) -> bool {
-        io::stdin().is_terminal() || sys::is_hung_up(self.stream.as_fd())
+        io::stdin().is_terminal() || sys::is_hung_up(self.stream.as_socket())
     }
 
     /// Ends a connection in the middle: what was sent is never made to look complete where the family can tell.
@@ -256,8 +248,8 @@ impl Session<'_> {
 /// Carries what comes to standard output; when that can't be, discards it until the session is over.
 fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
     let mut stream = &*shared.stream;
-    let mut output = match io::stdout().as_fd().try_clone_to_owned() {
-        Ok(fd) => Some(File::from(fd)),
+    let mut output = match sys::standard_output() {
+        Ok(output) => Some(output),
         Err(e) => {
             tell(Event::OutputFailed(e));
             None
@@ -277,29 +269,13 @@ fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
         if shared.over.load(Ordering::Relaxed) {
             output = None;
         }
-        if let Some(file) = &mut output
-            && let Err(e) = write_all(file, &buffer[..n])
+        if let Some(to) = &mut output
+            && let Err(e) = to.write_all(&buffer[..n])
         {
             tell(Event::OutputFailed(e));
             output = None;
         }
     }
-}
-
-/// As `Write::write_all`, on a file that whoever started us may have made non-blocking.
-fn write_all(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match file.write(bytes) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(n) => bytes = &bytes[n..],
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                sys::wait(file.as_fd(), Wanted::Writable, LOOK)?;
-            }
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
 }
 
 /// Carries standard input to the peer, and half-closes at its end.

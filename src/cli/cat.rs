@@ -5,7 +5,8 @@ use std::time::Duration;
 use clap::Args;
 
 use super::options::parse_mode;
-use super::{Failure, Outcome, complain, end_signals};
+use super::signals::EndSignals;
+use super::{Failure, Outcome, complain};
 use crate::address::{Address, HyperkitAddress, Port};
 use crate::cat::{self, Plan};
 use crate::hyperkit::{Places, find};
@@ -109,10 +110,10 @@ impl Cat {
             return echo_back(&stream, drain);
         }
         let listener = Listener::bind_with_mode(&plan.address, self.mode)?;
-        let mut signals = end_signals()?;
+        let mut signals = EndSignals::take()?;
         tell_address(&listener, &plan.address);
         let stopper = stop.clone();
-        std::thread::spawn(move || signals.forever().for_each(|_| stopper.ask()));
+        std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
         let plan = serve::Plan {
             at_a_time: ECHOES,
             in_all: (!self.keep_listening).then_some(1),
@@ -157,9 +158,9 @@ fn tell_address(listener: &Listener, asked: &Address) {
 
 fn carry(plan: Plan, listener: Option<Listener>, keep: bool) -> Outcome {
     let mut cat = cat::Cat::new(plan);
-    let mut signals = end_signals()?;
+    let mut signals = EndSignals::take()?;
     let interrupter = cat.interrupter();
-    std::thread::spawn(move || signals.forever().for_each(|_| interrupter.interrupt()));
+    std::thread::spawn(move || signals.each().for_each(|()| interrupter.interrupt()));
     let Some(listener) = listener else {
         return Ok(cat.connect()?);
     };

@@ -9,7 +9,8 @@ use std::time::Duration;
 use clap::Args;
 
 use super::options::ProxyOptions;
-use super::{Outcome, end_signals, run_proxy, say};
+use super::signals::EndSignals;
+use super::{Outcome, run_proxy, say};
 use crate::address::{Address, HyperkitAddress, HyperkitVm, Port, UnixAddress};
 use crate::error::{Error, Operation};
 use crate::proxy::{Proxy, Rule};
@@ -33,7 +34,7 @@ pub(super) struct Demo {
 
 impl Demo {
     pub(super) fn run(self) -> Outcome {
-        let signals = end_signals()?;
+        let signals = EndSignals::take()?;
         // Not $TMPDIR: on macOS its path alone is nearly as long as a state directory's may be.
         let directory = tempfile::Builder::new()
             .prefix("hvsock-demo-")

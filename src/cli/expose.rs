@@ -5,8 +5,9 @@ use std::io;
 use clap::Args;
 
 use super::options::ProxyOptions;
+use super::signals::EndSignals;
 use super::spec::{Local, Remote};
-use super::{Failure, Outcome, complain, end_signals, run_proxy, say};
+use super::{Failure, Outcome, complain, run_proxy, say};
 use crate::address::{Address, HyperkitAddress, HyperkitVm};
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
@@ -56,7 +57,7 @@ impl Expose {
             .remote
             .iter()
             .map(|remote| Rule::new(at(remote.host_port), remote.target.clone()));
-        let signals = end_signals()?;
+        let signals = EndSignals::take()?;
         let proxy = Proxy::start(self.options.config(locals.chain(remotes)))?;
         for forward in proxy.forwards() {
             match (&forward.listen, &forward.connect) {

@@ -3,7 +3,8 @@
 use clap::Args;
 
 use super::options::ProxyOptions;
-use super::{Failure, Outcome, end_signals, run_proxy, say};
+use super::signals::EndSignals;
+use super::{Failure, Outcome, run_proxy, say};
 use crate::address::Address;
 use crate::proxy::{Proxy, Rule};
 
@@ -39,7 +40,7 @@ impl Forward {
         let rules = pairs
             .iter()
             .map(|[listen, connect]| Rule::new(listen.clone(), connect.clone()));
-        let signals = end_signals()?;
+        let signals = EndSignals::take()?;
         let proxy = Proxy::start(self.options.config(rules))?;
         for forward in proxy.forwards() {
             say(format_args!("{} -> {}", forward.listen, forward.connect));

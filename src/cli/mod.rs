@@ -1,13 +1,17 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
 mod cat;
+#[cfg(unix)]
 mod demo;
 mod expose;
 mod forward;
 mod options;
+mod signals;
+#[cfg(unix)]
 mod simulate;
 mod spec;
 mod stress;
+#[cfg(unix)]
 mod syslog;
 
 use std::ffi::OsString;
@@ -17,12 +21,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::proxy::Proxy;
-use crate::sys;
+use signals::EndSignals;
 
 /// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
 /// from the guest.
@@ -42,8 +44,11 @@ enum Command {
     Forward(forward::Forward),
     Cat(cat::Cat),
     Stress(stress::Stress),
+    #[cfg(unix)]
     Syslog(syslog::Syslog),
+    #[cfg(unix)]
     Simulate(simulate::Simulate),
+    #[cfg(unix)]
     Demo(demo::Demo),
 }
 
@@ -83,8 +88,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Forward(forward) => forward.run(),
         Command::Cat(cat) => cat.run(),
         Command::Stress(stress) => stress.run(),
+        #[cfg(unix)]
         Command::Syslog(syslog) => syslog.run(),
+        #[cfg(unix)]
         Command::Simulate(simulate) => simulate.run(),
+        #[cfg(unix)]
         Command::Demo(demo) => demo.run(),
     };
     match outcome {
@@ -131,12 +139,12 @@ fn start_log() {
     let _ = log.try_init();
 }
 
-/// Runs a proxy until one of the [`end_signals`] or a failure ends it.
-fn run_proxy(proxy: Proxy, grace: Duration, mut signals: Signals) -> Outcome {
-    let handle = signals.handle();
+/// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
+fn run_proxy(proxy: Proxy, grace: Duration, mut signals: EndSignals) -> Outcome {
+    let closer = signals.closer();
     let stopper = proxy.stopper();
     let thread = std::thread::spawn(move || {
-        for (count, _) in signals.forever().enumerate() {
+        for (count, ()) in signals.each().enumerate() {
             if count == 0 {
                 complain(match stopper.connections() {
                     0 => "stopping".to_owned(),
@@ -153,18 +161,8 @@ fn run_proxy(proxy: Proxy, grace: Duration, mut signals: Signals) -> Outcome {
         }
     });
     let ended = proxy.wait();
-    handle.close();
+    closer.close();
     // It has nothing left to do that could fail.
     let _ = thread.join();
     Ok(ended?)
-}
-
-/// The signals that ask for the end. To be taken before anything is made that has to be removed again. SIGHUP is one: a terminal that closes must not leave sockets and guests behind;
-/// under `nohup` it is none.
-fn end_signals() -> io::Result<Signals> {
-    let mut wanted = vec![SIGINT, SIGTERM];
-    if !sys::is_ignored(SIGHUP) {
-        wanted.push(SIGHUP);
-    }
-    Signals::new(wanted)
 }

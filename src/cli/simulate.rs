@@ -8,7 +8,8 @@ use std::time::Duration;
 use clap::Args;
 use signal_hook::consts::{SIGUSR1, SIGUSR2};
 
-use super::{Failure, Outcome, complain, end_signals, say};
+use super::signals::EndSignals;
+use super::{Failure, Outcome, complain, say};
 use crate::address::{Address, Host, Port, TcpAddress, UnixAddress, is_guest_cid};
 use crate::simulate::{Dial, Endpoint, Service, Vm};
 
@@ -160,7 +161,7 @@ impl Simulate {
         }
         let forwards: Vec<u32> = self.guest_forward.iter().map(|port| port.0).collect();
         crate::sys::raise_descriptor_limit()?;
-        let mut signals = end_signals()?;
+        let mut signals = EndSignals::take()?.into_system();
         for signal in [SIGUSR1, SIGUSR2] {
             signals.add_signal(signal)?;
         }

@@ -8,7 +8,8 @@ use clap::{Args, ValueEnum};
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use super::options::parse_mode;
-use super::{Failure, Outcome, end_signals, say};
+use super::signals::EndSignals;
+use super::{Failure, Outcome, say};
 use crate::address::Address;
 use crate::listener::Listener;
 use crate::serve::{self, LOOK, Stop};
@@ -99,13 +100,13 @@ const CLIENTS: usize = 10_000;
 impl Stress {
     pub(super) fn run(self) -> Outcome {
         let stop = Stop::default();
-        let mut signals = end_signals()?;
+        let mut signals = EndSignals::take()?;
         let stopper = stop.clone();
         // Without it there are fewer.
         let _ = crate::sys::raise_descriptor_limit();
         if self.server {
             let listener = Listener::bind_with_mode(&self.address, self.mode)?;
-            std::thread::spawn(move || signals.forever().for_each(|_| stopper.ask()));
+            std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
             say(format_args!("serving on {}", listener.address()));
             let plan = serve::Plan {
                 at_a_time: CLIENTS,
@@ -115,7 +116,7 @@ impl Stress {
             return Ok(stress::serve(&listener, plan, &stop, self.verbose)?);
         }
         let plan = self.plan()?;
-        std::thread::spawn(move || signals.forever().for_each(|_| stopper.ask()));
+        std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
         let report = watch(&plan, &stop);
         say(&report);
         match report.verdict() {

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::options::parse_mode;
-use super::{Outcome, end_signals, say};
+use super::signals::EndSignals;
+use super::{Outcome, say};
 use crate::address::Address;
 use crate::serve::Stop;
 use crate::syslog::{Log, carry};
@@ -33,10 +34,10 @@ pub(super) struct Syslog {
 impl Syslog {
     pub(super) fn run(self) -> Outcome {
         let stop = Stop::default();
-        let mut signals = end_signals()?;
+        let mut signals = EndSignals::take()?;
         let log = Log::bind(&self.path, self.mode)?;
         let stopper = stop.clone();
-        std::thread::spawn(move || signals.forever().for_each(|_| stopper.ask()));
+        std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
         say(format_args!("{} -> {}", self.path.display(), self.target));
         Ok(carry(&log, &self.target, &stop)?)
     }

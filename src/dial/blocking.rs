@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
@@ -10,7 +9,7 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::not_carried;
 use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
 use crate::stream::{Stream, is_timeout};
-use crate::sys::{self, Wanted};
+use crate::sys::{self, AsSocket, Wanted};
 
 use super::{Begun, Dial, Next, explain};
 
@@ -100,7 +99,7 @@ fn attempt(dial: &mut Dial) -> io::Result<Nonblocking> {
 
 fn wait(stream: &Nonblocking, wanted: Wanted, deadline: Instant) -> io::Result<()> {
     let left = deadline.saturating_duration_since(Instant::now());
-    match sys::wait(stream.as_fd(), wanted, left) {
+    match sys::wait(stream.as_socket(), wanted, left) {
         Ok(true) => Ok(()),
         Ok(false) if left.is_zero() => {
             let why = "it hasn't answered in time";

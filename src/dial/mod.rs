@@ -11,6 +11,7 @@ use crate::error::{Error, Operation};
 use crate::mux::Handshake;
 use crate::relay::Socket;
 use crate::stream::nonblocking::Endpoint;
+use crate::sys;
 
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -148,7 +149,7 @@ pub(crate) fn may_come(error: &Error) -> bool {
             | NotFound
             | TimedOut
     );
-    let no_such_cid = error.cause().raw_os_error() == Some(nix::libc::ENODEV);
+    let no_such_cid = sys::is_no_such_cid(error.cause());
     comes || no_such_cid || error.operation() == Operation::Resolve
 }
 
@@ -199,13 +200,11 @@ pub(crate) fn explain_vsock(operation: Operation, address: &Address, cause: io::
         ConnectionReset => "does a program listen on that vsock port there, and is the VM up?",
         TimedOut => "the VM doesn't answer: is it up?",
         PermissionDenied => "you may not use AF_VSOCK here",
-        _ => match cause.raw_os_error() {
-            Some(nix::libc::ENODEV) => {
-                "no VM has that CID, or its transport is missing: in a guest load vmw_vsock_virtio_transport, on a host vhost_vsock, for `local` vsock_loopback"
-            }
-            Some(nix::libc::EAFNOSUPPORT) => "the kernel has no AF_VSOCK: modprobe vsock",
-            _ => return Error::new(operation, address, cause),
-        },
+        _ if sys::is_no_such_cid(&cause) => {
+            "no VM has that CID, or its transport is missing: in a guest load vmw_vsock_virtio_transport, on a host vhost_vsock, for `local` vsock_loopback"
+        }
+        _ if sys::is_no_such_family(&cause) => "the kernel has no AF_VSOCK: modprobe vsock",
+        _ => return Error::new(operation, address, cause),
     };
     Error::new(operation, address, cause).with_remedy(remedy)
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use super::nonblocking::FileState;
 use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Identity};
 
@@ -15,17 +16,6 @@ use crate::sys::{self, Identity};
 pub(crate) struct SocketFile {
     path: PathBuf,
     identity: Identity,
-}
-
-/// What has become of a listening socket's file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FileState {
-    /// There, or there is none to look for.
-    Ours,
-    /// Removed: nobody can find the socket any more.
-    Missing,
-    /// Somebody else's file has its name.
-    Taken,
 }
 
 impl SocketFile {

@@ -1,18 +1,23 @@
 //! Listening sockets of any family that is carried: blocking ones, and those of an event loop.
 
+#[cfg(unix)]
 pub(crate) mod file;
+#[cfg(unix)]
+mod local;
+#[cfg(not(unix))]
+#[path = "no_local.rs"]
+mod local;
 pub(crate) mod nonblocking;
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::address::{Address, Port};
 use crate::error::{Error, Operation, Result};
 use crate::stream::Stream;
-use crate::sys;
+use crate::sys::{self, AsSocket};
 
 /// The permissions of a Unix socket's file unless others are asked for: its owner's.
 pub const DEFAULT_MODE: u32 = 0o600;
@@ -119,7 +124,7 @@ impl Listener {
                     if left.is_zero() {
                         return Ok(None);
                     }
-                    sys::wait(self.as_fd(), sys::Wanted::Readable, left).map_err(fail)?;
+                    sys::wait(self.inner.as_socket(), sys::Wanted::Readable, left).map_err(fail)?;
                 }
                 Err(e) => return Err(fail(e)),
             }
@@ -132,8 +137,16 @@ impl Listener {
     }
 }
 
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inner.as_fd()
+#[cfg(unix)]
+impl std::os::fd::AsFd for Listener {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.inner.as_socket()
+    }
+}
+
+#[cfg(windows)]
+impl std::os::windows::io::AsSocket for Listener {
+    fn as_socket(&self) -> std::os::windows::io::BorrowedSocket<'_> {
+        self.inner.as_socket()
     }
 }

@@ -2,40 +2,27 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::path::Path;
 
 use mio::event::Source;
-use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, Socket, Type};
 
 use super::Peer;
-use super::file::{self, FileState, SocketFile};
-use crate::address::{Address, Host, Port, TcpAddress, UnixAddress, VsockAddress};
-use crate::dial;
+use super::local::LocalListener;
+use crate::address::{Address, Host, TcpAddress};
 use crate::error::{Error, Operation, Result};
-use crate::mux;
 use crate::stream::nonblocking::Stream;
-use crate::sys;
+use crate::sys::{AsSocket, BorrowedSocket};
 
 /// How many connections may wait to be accepted; the kernel lowers it to its own limit (`net.core.somaxconn`,
 /// `kern.ipc.somaxconn`).
-const BACKLOG: i32 = 4096;
+pub(super) const BACKLOG: i32 = 4096;
 
 /// A listening socket. Dropping it removes the socket's file, if that is still ours.
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(mio::net::TcpListener),
-    Unix(UnixListener),
-    Vsock(Socket),
-}
-
-/// A listening Unix socket and its file.
-#[derive(Debug)]
-pub(crate) struct UnixListener {
-    listener: mio::net::UnixListener,
-    file: Option<SocketFile>,
+    Local(LocalListener),
 }
 
 impl Listener {
@@ -49,14 +36,7 @@ impl Listener {
     pub(crate) fn bind(address: &Address, mode: u32) -> Result<Listener> {
         match address {
             Address::Tcp(tcp) => bind_tcp(address, tcp),
-            Address::Unix(UnixAddress::Path(path)) => bind_path(address, path, mode),
-            Address::Unix(UnixAddress::Abstract(name)) => bind_abstract(address, name),
-            Address::Hyperkit(hyperkit) => {
-                bind_path(address, &hyperkit.vm.listen_path(hyperkit.port), mode)
-            }
-            Address::Vsock(vsock) => bind_vsock(address, vsock),
-            Address::VsockMux(to) => bind_path(address, &mux::listen_path(&to.path, to.port), mode),
-            other => Err(not_carried(Operation::Listen, other)),
+            other => LocalListener::bind(other, mode).map(Listener::Local),
         }
     }
 
@@ -67,18 +47,9 @@ impl Listener {
                 let (stream, peer) = listener.accept()?;
                 Ok((Stream::Tcp(stream), Peer::Tcp(peer)))
             }
-            Listener::Unix(unix) => {
-                let (stream, _) = unix.listener.accept()?;
-                Ok((Stream::Unix(stream), Peer::Unknown))
-            }
-            Listener::Vsock(listener) => {
-                let (socket, address) = listener.accept()?;
-                socket.set_nonblocking(true)?;
-                let peer = sys::vsock_of(&address).map_or(Peer::Unknown, |(cid, port)| {
-                    let port = Port(port);
-                    Peer::Vsock { cid, port }
-                });
-                Ok((Stream::from_vsock(socket), peer))
+            Listener::Local(listener) => {
+                let (stream, peer) = listener.accept()?;
+                Ok((Stream::Local(stream), peer))
             }
         }
     }
@@ -94,12 +65,9 @@ impl Listener {
                 }),
                 Err(_) => asked.clone(),
             },
-            (Listener::Vsock(listener), Address::Vsock(vsock)) => {
-                let bound = listener.local_addr().ok();
+            (Listener::Local(listener), Address::Vsock(vsock)) => {
                 let mut vsock = vsock.clone();
-                if let Some((_, port)) = bound.and_then(|bound| sys::vsock_of(&bound)) {
-                    vsock.port = Port(port);
-                }
+                vsock.port = listener.vsock_port().unwrap_or(vsock.port);
                 Address::Vsock(vsock)
             }
             _ => asked.clone(),
@@ -108,14 +76,23 @@ impl Listener {
 
     /// What has become of the socket's file.
     pub(crate) fn file_state(&self) -> FileState {
-        let Listener::Unix(UnixListener {
-            file: Some(file), ..
-        }) = self
-        else {
-            return FileState::Ours;
-        };
-        file.state()
+        match self {
+            Listener::Tcp(_) => FileState::Ours,
+            Listener::Local(listener) => listener.file_state(),
+        }
     }
+}
+
+/// What has become of a listening socket's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(unix), allow(dead_code))]
+pub(crate) enum FileState {
+    /// There, or there is none to look for.
+    Ours,
+    /// Removed: nobody can find the socket any more.
+    Missing,
+    /// Somebody else's file has its name.
+    Taken,
 }
 
 /// The error for a family whose sockets this system, or this version, doesn't carry.
@@ -124,8 +101,10 @@ pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
         io::ErrorKind::Unsupported,
         format!("{} sockets are not carried here", address.scheme()),
     );
-    Error::new(operation, address, cause)
-        .with_remedy("use a hyperkit://, vsock://, vsock-mux://, unix: or tcp:// address")
+    Error::new(operation, address, cause).with_remedy(match cfg!(unix) {
+        true => "use a hyperkit://, vsock://, vsock-mux://, unix: or tcp:// address",
+        false => "use a tcp:// address",
+    })
 }
 
 fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
@@ -167,57 +146,12 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
     })
 }
 
-fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<Listener> {
-    let listener = sys::vsock_listen(vsock.cid, vsock.port.0, BACKLOG, vsock.buffer_size);
-    listener.map(Listener::Vsock).map_err(|e| {
-        let remedy = match e.kind() {
-            io::ErrorKind::AddrInUse => "another program listens there: choose another port",
-            io::ErrorKind::PermissionDenied => "ports below 1024 need rights: choose a higher one",
-            io::ErrorKind::AddrNotAvailable => {
-                let remedy = match sys::local_cid() {
-                    Ok(cid) => format!("this system has CID {cid}: leave the CID out"),
-                    Err(_) => "that CID is not this system's: leave it out".to_owned(),
-                };
-                return Error::new(Operation::Listen, address, e).with_remedy(remedy);
-            }
-            _ => return dial::explain_vsock(Operation::Listen, address, e),
-        };
-        Error::new(Operation::Listen, address, e).with_remedy(remedy)
-    })
-}
-
-fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<Listener> {
-    let (socket, file) = file::bind(address, path, Type::STREAM, mode)?;
-    let listen = || {
-        socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)
-    };
-    listen().map_err(|e| Error::new(Operation::Listen, address, e))?;
-    Ok(Listener::Unix(UnixListener {
-        listener: mio::net::UnixListener::from_std(socket.into()),
-        file: Some(file),
-    }))
-}
-
-fn bind_abstract(address: &Address, name: &[u8]) -> Result<Listener> {
-    sys::abstract_address(name)
-        .and_then(|name| mio::net::UnixListener::bind_addr(&name))
-        .map(|listener| {
-            Listener::Unix(UnixListener {
-                listener,
-                file: None,
-            })
-        })
-        .map_err(|e| Error::new(Operation::Listen, address, e))
-}
-
 impl Listener {
     /// Calls `f` with what mio knows to register.
     fn with_source<T>(&mut self, f: impl FnOnce(&mut dyn Source) -> T) -> T {
         match self {
             Listener::Tcp(listener) => f(listener),
-            Listener::Unix(unix) => f(&mut unix.listener),
-            Listener::Vsock(socket) => f(&mut SourceFd(&socket.as_raw_fd())),
+            Listener::Local(listener) => listener.with_source(f),
         }
     }
 }
@@ -236,12 +170,11 @@ impl Source for Listener {
     }
 }
 
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
+impl AsSocket for Listener {
+    fn as_socket(&self) -> BorrowedSocket<'_> {
         match self {
-            Listener::Tcp(listener) => listener.as_fd(),
-            Listener::Unix(unix) => unix.listener.as_fd(),
-            Listener::Vsock(socket) => socket.as_fd(),
+            Listener::Tcp(listener) => listener.as_socket(),
+            Listener::Local(listener) => listener.as_socket(),
         }
     }
 }

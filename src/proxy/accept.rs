@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tracing::{error, info, warn};
 
 use crate::address::Address;
-use crate::listener::file::FileState;
+use crate::listener::nonblocking::FileState;
 
 use super::forward::{Complaints, Forward};
 use super::worker::{Command, Phase, Worker};

@@ -1,15 +1,20 @@
 //! Connected sockets of any family that is carried: blocking ones, and those of an event loop.
 
+#[cfg(unix)]
+pub(crate) mod local;
+#[cfg(not(unix))]
+#[path = "no_local.rs"]
+pub(crate) mod local;
 pub(crate) mod nonblocking;
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
 
 use crate::address::Address;
+use crate::sys::OwnedSocket;
 
 /// More than a socket can hold unread.
 const MOST_UNREAD: usize = 64 * 1024 * 1024;
@@ -34,7 +39,7 @@ impl Stream {
         address: &Address,
     ) -> io::Result<Stream> {
         stream.set_options();
-        let socket = Socket::from(OwnedFd::from(stream));
+        let socket = Socket::from(OwnedSocket::from(stream));
         socket.set_nonblocking(false)?;
         Ok(Stream {
             socket,
@@ -231,8 +236,16 @@ impl Write for Stream {
     }
 }
 
-impl AsFd for Stream {
-    fn as_fd(&self) -> BorrowedFd<'_> {
+#[cfg(unix)]
+impl std::os::fd::AsFd for Stream {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(windows)]
+impl std::os::windows::io::AsSocket for Stream {
+    fn as_socket(&self) -> std::os::windows::io::BorrowedSocket<'_> {
+        self.socket.as_socket()
     }
 }

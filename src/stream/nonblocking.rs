@@ -2,18 +2,16 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 
+use super::local::Local;
 use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
-use crate::hyperkit;
 use crate::mux::Handshake;
 use crate::relay::Socket;
-use crate::sys;
+use crate::sys::{self, AsSocket, BorrowedSocket, OwnedSocket};
 
 /// What it takes to connect to an address.
 #[derive(Debug)]
@@ -31,6 +29,9 @@ pub(crate) enum Target<'a> {
 impl Target<'_> {
     pub(crate) fn of(address: &Address) -> Target<'_> {
         Target::Endpoint(match address {
+            _ if cfg!(not(unix)) && !matches!(address, Address::Tcp(_)) => {
+                return Target::NotCarried;
+            }
             Address::Hyperkit(hyperkit) => Endpoint::Hyperkit(hyperkit.clone()),
             Address::Unix(unix) => Endpoint::Unix(unix.clone()),
             Address::VsockMux(mux) => Endpoint::VsockMux(mux.clone()),
@@ -49,6 +50,7 @@ impl Target<'_> {
 
 /// An address to connect to with no name left to resolve.
 #[derive(Clone, Debug)]
+#[cfg_attr(not(unix), allow(dead_code))]
 pub(crate) enum Endpoint {
     Tcp(SocketAddr),
     Unix(UnixAddress),
@@ -77,9 +79,7 @@ impl Endpoint {
 #[derive(Debug)]
 pub(crate) enum Stream {
     Tcp(mio::net::TcpStream),
-    Unix(mio::net::UnixStream),
-    /// An AF_VSOCK socket. mio has no name for one, but its Unix stream carries any stream socket.
-    Vsock(mio::net::UnixStream),
+    Local(Local),
 }
 
 impl Stream {
@@ -93,20 +93,8 @@ impl Stream {
     pub(crate) fn connect(endpoint: &Endpoint) -> io::Result<Stream> {
         match endpoint {
             Endpoint::Tcp(address) => Ok(Stream::Tcp(mio::net::TcpStream::connect(*address)?)),
-            Endpoint::Unix(address) => Ok(Stream::Unix(connect_unix(address)?)),
-            Endpoint::Hyperkit(address) => Ok(Stream::Unix(connect_hyperkit(address)?)),
-            Endpoint::VsockMux(address) => Ok(Stream::Unix(connect_path(&address.path)?)),
-            Endpoint::Vsock(address) => {
-                let socket = sys::vsock_connect(address.cid, address.port.0, address.buffer_size)?;
-                Ok(Stream::from_vsock(socket))
-            }
+            other => Local::connect(other).map(Stream::Local),
         }
-    }
-
-    /// A stream of a non-blocking AF_VSOCK socket.
-    pub(crate) fn from_vsock(socket: socket2::Socket) -> Stream {
-        let stream = std::os::unix::net::UnixStream::from(OwnedFd::from(socket));
-        Stream::Vsock(mio::net::UnixStream::from_std(stream))
     }
 
     /// Whether the connect that was begun is done. Ask after an event said that the stream is writable.
@@ -114,20 +102,9 @@ impl Stream {
     /// # Errors
     /// Why it failed.
     pub(crate) fn connected(&self) -> io::Result<bool> {
-        let socket = match self {
-            Stream::Tcp(stream) => SockRef::from(stream),
-            Stream::Vsock(stream) => SockRef::from(stream),
-            Stream::Unix(_) => return Ok(true),
-        };
-        if let Some(error) = socket.take_error()? {
-            return Err(error);
-        }
-        match socket.peer_addr() {
-            Ok(_) => Ok(true),
-            // macOS, of a peer that has come and gone.
-            Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(true),
-            Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(false),
-            Err(e) => Err(e),
+        match self {
+            Stream::Tcp(stream) => is_connected(SockRef::from(stream)),
+            Stream::Local(stream) => stream.connected(),
         }
     }
 
@@ -153,7 +130,7 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => sys::unacknowledged(stream),
             // Written is there: it lies in the peer's own queue. And AF_VSOCK has no reset to send.
-            Stream::Unix(_) | Stream::Vsock(_) => 0,
+            Stream::Local(_) => 0,
         }
     }
 
@@ -161,62 +138,8 @@ impl Stream {
     pub(crate) fn shutdown_read(&self) {
         let _ = match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
-            Stream::Unix(stream) | Stream::Vsock(stream) => stream.shutdown(Shutdown::Read),
+            Stream::Local(stream) => stream.shutdown(Shutdown::Read),
         };
-    }
-}
-
-fn connect_path(path: &Path) -> io::Result<mio::net::UnixStream> {
-    let connected = sys::with_short_path(path, |short| mio::net::UnixStream::connect(short));
-    match connected {
-        Err(e)
-            if sys::FULL_BACKLOG_REFUSES
-                && e.kind() == io::ErrorKind::ConnectionRefused
-                && sys::is_socket_alive(path).unwrap_or(false) =>
-        {
-            Err(io::ErrorKind::WouldBlock.into())
-        }
-        other => other,
-    }
-}
-
-fn connect_unix(address: &UnixAddress) -> io::Result<mio::net::UnixStream> {
-    match address {
-        UnixAddress::Path(path) => connect_path(path),
-        UnixAddress::Abstract(name) => {
-            mio::net::UnixStream::connect_addr(&sys::abstract_address(name)?)
-        }
-    }
-}
-
-/// Connects to the `connect` socket and asks for the port, or, where there is no such socket, to the one that
-/// hyperkit's `guest_forwards=` made for the port.
-fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<mio::net::UnixStream> {
-    let vm = &address.vm;
-    let connected = connect_path(&vm.connect_path());
-    let mut stream = match connected {
-        Ok(stream) => stream,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let forward = vm.forward_path(address.port);
-            return match connect_path(&forward) {
-                Err(second) if second.kind() == io::ErrorKind::NotFound => Err(e),
-                other => other,
-            };
-        }
-        Err(e) => return Err(e),
-    };
-    let line = hyperkit::connect_line(vm.cid, address.port.0);
-    match stream.write(&line) {
-        Ok(n) if n == line.len() => Ok(stream),
-        // The rest would come too late: hyperkit has read what was there and closed.
-        Ok(n) => Err(io::Error::new(
-            io::ErrorKind::WriteZero,
-            format!(
-                "only {n} of the line's {} bytes could be written at once",
-                line.len()
-            ),
-        )),
-        Err(e) => Err(e),
     }
 }
 
@@ -226,21 +149,21 @@ impl Socket for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Stream::Tcp(stream) => stream.read(buffer),
-            Stream::Unix(stream) | Stream::Vsock(stream) => stream.read(buffer),
+            Stream::Local(stream) => stream.read(buffer),
         }
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Stream::Tcp(stream) => stream.write(bytes),
-            Stream::Unix(stream) | Stream::Vsock(stream) => stream.write(bytes),
+            Stream::Local(stream) => stream.write(bytes),
         }
     }
 
     fn shutdown_write(&mut self) -> io::Result<()> {
         match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
-            Stream::Unix(stream) | Stream::Vsock(stream) => stream.shutdown(Shutdown::Write),
+            Stream::Local(stream) => stream.shutdown(Shutdown::Write),
         }
     }
 }
@@ -249,7 +172,7 @@ impl Stream {
     fn source(&mut self) -> &mut dyn Source {
         match self {
             Stream::Tcp(stream) => stream,
-            Stream::Unix(stream) | Stream::Vsock(stream) => stream,
+            Stream::Local(stream) => stream.source(),
         }
     }
 }
@@ -268,20 +191,34 @@ impl Source for Stream {
     }
 }
 
-impl From<Stream> for OwnedFd {
-    fn from(stream: Stream) -> OwnedFd {
+impl From<Stream> for OwnedSocket {
+    fn from(stream: Stream) -> OwnedSocket {
         match stream {
             Stream::Tcp(stream) => stream.into(),
-            Stream::Unix(stream) | Stream::Vsock(stream) => stream.into(),
+            Stream::Local(stream) => stream.into(),
         }
     }
 }
 
-impl AsFd for Stream {
-    fn as_fd(&self) -> BorrowedFd<'_> {
+impl AsSocket for Stream {
+    fn as_socket(&self) -> BorrowedSocket<'_> {
         match self {
-            Stream::Tcp(stream) => stream.as_fd(),
-            Stream::Unix(stream) | Stream::Vsock(stream) => stream.as_fd(),
+            Stream::Tcp(stream) => stream.as_socket(),
+            Stream::Local(stream) => stream.as_socket(),
         }
+    }
+}
+
+/// Whether a connect that was begun is done.
+pub(super) fn is_connected(socket: SockRef<'_>) -> io::Result<bool> {
+    if let Some(error) = socket.take_error()? {
+        return Err(error);
+    }
+    match socket.peer_addr() {
+        Ok(_) => Ok(true),
+        // macOS, of a peer that has come and gone.
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(false),
+        Err(e) => Err(e),
     }
 }

@@ -2,13 +2,12 @@
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::serve::{LOOK, Stop, again};
 use crate::stream::Stream;
-use crate::sys::{self, Wanted};
+use crate::sys::{self, AsSocket, Wanted};
 
 use super::data::{Data, Request, Way};
 use super::{Load, Plan, Progress};
@@ -274,7 +273,7 @@ impl Exchange<'_> {
 
     /// Waits until something may move.
     fn wait(&mut self, wanted: Wanted) -> Result<(), String> {
-        let ready = sys::wait(self.stream.as_fd(), wanted, LOOK).map_err(|e| e.to_string())?;
+        let ready = sys::wait(self.stream.as_socket(), wanted, LOOK).map_err(|e| e.to_string())?;
         if self.stop.is_urgent() {
             return Err("interrupted".to_owned());
         }

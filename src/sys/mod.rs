@@ -14,6 +14,8 @@
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
+//! Windows supplies what is left of it without Unix sockets: `wait`, `is_hung_up`, standard input and output.
+//!
 //! Nothing here decides anything: policy stands above.
 
 use std::ffi::OsString;
@@ -22,11 +24,15 @@ use std::ffi::OsString;
 mod linux;
 #[cfg(unix)]
 mod unix;
+#[cfg(windows)]
+mod windows;
 
 #[cfg(target_os = "linux")]
 pub(crate) use linux::*;
 #[cfg(unix)]
 pub(crate) use unix::*;
+#[cfg(windows)]
+pub(crate) use windows::*;
 
 /// AF_VSOCK where there is none (macOS has one for guests only): each call says `Unsupported`.
 #[cfg(all(unix, not(target_os = "linux")))]
@@ -60,6 +66,15 @@ mod no_vsock {
 #[cfg(all(unix, not(target_os = "linux")))]
 pub(crate) use no_vsock::*;
 
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Readable,
+    Writable,
+    #[cfg(feature = "cli")]
+    Either,
+}
+
 /// Poll edges come from the kernel (epoll, kqueue) and not from mio's emulation, which arms a socket again only when
 /// a call on it has said `WouldBlock`.
 pub(crate) const KERNEL_EDGES: bool = cfg!(all(
@@ -69,6 +84,7 @@ pub(crate) const KERNEL_EDGES: bool = cfg!(all(
 ));
 
 /// A Unix listener whose backlog is full refuses, as if nobody listened (macOS, BSD), where Linux says `EAGAIN`.
+#[cfg(unix)]
 pub(crate) const FULL_BACKLOG_REFUSES: bool = cfg!(not(target_os = "linux"));
 
 /// The OS string of these bytes; the bytes back where this system has none for them.

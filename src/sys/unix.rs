@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use super::Wanted;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 
@@ -116,13 +117,80 @@ pub(crate) fn is_socket_alive(path: &Path) -> io::Result<bool> {
     }
 }
 
-/// What is waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wanted {
-    Readable,
-    Writable,
-    #[cfg(feature = "cli")]
-    Either,
+pub(crate) use std::os::fd::{BorrowedFd as BorrowedSocket, OwnedFd as OwnedSocket};
+
+/// Lends its socket; Windows' std has a trait of that name.
+pub(crate) trait AsSocket {
+    fn as_socket(&self) -> BorrowedSocket<'_>;
+}
+
+impl<T: AsFd> AsSocket for T {
+    fn as_socket(&self) -> BorrowedSocket<'_> {
+        self.as_fd()
+    }
+}
+
+/// Standard input or output, past std's buffer. Whoever started us may have made it non-blocking: it waits.
+#[cfg(feature = "cli")]
+#[derive(Debug)]
+pub(crate) struct Standard(fs::File);
+
+#[cfg(feature = "cli")]
+pub(crate) fn standard_input() -> io::Result<Standard> {
+    let fd = io::stdin().as_fd().try_clone_to_owned()?;
+    Ok(Standard(fd.into()))
+}
+
+#[cfg(feature = "cli")]
+pub(crate) fn standard_output() -> io::Result<Standard> {
+    let fd = io::stdout().as_fd().try_clone_to_owned()?;
+    Ok(Standard(fd.into()))
+}
+
+#[cfg(feature = "cli")]
+impl Standard {
+    fn waiting<T>(
+        &mut self,
+        wanted: Wanted,
+        mut call: impl FnMut(&mut fs::File) -> io::Result<T>,
+    ) -> io::Result<T> {
+        loop {
+            match call(&mut self.0) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    wait(self.0.as_fd(), wanted, Duration::from_secs(3600))?;
+                }
+                done => return done,
+            }
+        }
+    }
+}
+
+#[cfg(feature = "cli")]
+impl io::Read for Standard {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.waiting(Wanted::Readable, |file| file.read(buffer))
+    }
+}
+
+#[cfg(feature = "cli")]
+impl io::Write for Standard {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.waiting(Wanted::Writable, |file| file.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Whether a socket call says that there is no such CID.
+pub(crate) fn is_no_such_cid(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::ENODEV)
+}
+
+/// Whether a socket call says that there is no such address family.
+pub(crate) fn is_no_such_family(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT)
 }
 
 /// Waits until the socket is ready, or has failed; false if `timeout` has passed, or a signal came in between.

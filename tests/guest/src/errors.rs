@@ -49,7 +49,11 @@ pub(crate) fn privileged_port() -> Outcome {
 }
 
 pub(crate) fn foreign_cid() -> Outcome {
-    listening_fails(0, "vsock://77:7000", "this system has CID 1: leave the CID out")
+    listening_fails(
+        0,
+        "vsock://77:7000",
+        "this system has CID 1: leave the CID out",
+    )
 }
 
 /// The highest port is VMADDR_PORT_ANY to the kernel, which then chooses one: that one is told.

@@ -1,0 +1,100 @@
+//! The signals that ask for the end, as values.
+
+use std::io;
+
+/// What asks for the end: SIGINT, SIGTERM and, but under `nohup`, SIGHUP, for a terminal that closes must not leave
+/// sockets and guests behind; on Windows Ctrl-C, Ctrl-Break, and the console's close.
+///
+/// To be taken before anything is made that has to be removed again.
+#[derive(Debug)]
+pub(super) struct EndSignals(System);
+
+#[cfg(unix)]
+type System = signal_hook::iterator::Signals;
+
+/// Ends the wait for signals.
+#[derive(Clone, Debug)]
+pub(super) struct Closer(SystemCloser);
+
+#[cfg(unix)]
+type SystemCloser = signal_hook::iterator::Handle;
+
+#[cfg(unix)]
+impl EndSignals {
+    pub(super) fn take() -> io::Result<EndSignals> {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+        let mut wanted = vec![SIGINT, SIGTERM];
+        if !crate::sys::is_ignored(SIGHUP) {
+            wanted.push(SIGHUP);
+        }
+        System::new(wanted).map(EndSignals)
+    }
+
+    /// One item a signal, until it is closed.
+    pub(super) fn each(&mut self) -> impl Iterator<Item = ()> + '_ {
+        self.0.forever().map(drop)
+    }
+
+    pub(super) fn closer(&self) -> Closer {
+        Closer(self.0.handle())
+    }
+
+    /// Takes another signal, too, and gives those that have come.
+    pub(super) fn into_system(self) -> System {
+        self.0
+    }
+}
+
+#[cfg(unix)]
+impl Closer {
+    pub(super) fn close(&self) {
+        self.0.close();
+    }
+}
+
+#[cfg(windows)]
+type System = (
+    std::sync::mpsc::Sender<Said>,
+    std::sync::mpsc::Receiver<Said>,
+);
+
+#[cfg(windows)]
+type SystemCloser = std::sync::mpsc::Sender<Said>;
+
+/// What comes to an [`EndSignals`].
+#[cfg(windows)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Said {
+    End,
+    Closed,
+}
+
+#[cfg(windows)]
+impl EndSignals {
+    pub(super) fn take() -> io::Result<EndSignals> {
+        let (say, heard) = std::sync::mpsc::channel();
+        let handler = say.clone();
+        let tell = move || {
+            // If nobody listens any more, it has ended already.
+            let _ = handler.send(Said::End);
+        };
+        ctrlc::set_handler(tell).map_err(io::Error::other)?;
+        Ok(EndSignals((say, heard)))
+    }
+
+    pub(super) fn each(&mut self) -> impl Iterator<Item = ()> + '_ {
+        let heard = self.0.1.iter();
+        heard.take_while(|said| *said == Said::End).map(drop)
+    }
+
+    pub(super) fn closer(&self) -> Closer {
+        Closer(self.0.0.clone())
+    }
+}
+
+#[cfg(windows)]
+impl Closer {
+    pub(super) fn close(&self) {
+        let _ = self.0.send(Said::Closed);
+    }
+}

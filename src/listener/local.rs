@@ -1,0 +1,141 @@
+//! Listening sockets of one machine, for an event loop: Unix sockets, those that VMMs connect to among them, and
+//! AF_VSOCK.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use mio::event::Source;
+use mio::unix::SourceFd;
+use socket2::{Socket, Type};
+
+use super::Peer;
+use super::file::{self, SocketFile};
+use super::nonblocking::{BACKLOG, FileState, not_carried};
+use crate::address::{Address, Port, UnixAddress, VsockAddress};
+use crate::dial;
+use crate::error::{Error, Operation, Result};
+use crate::mux;
+use crate::stream::local::Local;
+use crate::sys::{self, AsSocket, BorrowedSocket};
+
+#[derive(Debug)]
+pub(crate) enum LocalListener {
+    Unix {
+        listener: mio::net::UnixListener,
+        file: Option<SocketFile>,
+    },
+    Vsock(Socket),
+}
+
+impl LocalListener {
+    pub(super) fn bind(address: &Address, mode: u32) -> Result<LocalListener> {
+        match address {
+            Address::Unix(UnixAddress::Path(path)) => bind_path(address, path, mode),
+            Address::Unix(UnixAddress::Abstract(name)) => bind_abstract(address, name),
+            Address::Hyperkit(hyperkit) => {
+                bind_path(address, &hyperkit.vm.listen_path(hyperkit.port), mode)
+            }
+            Address::Vsock(vsock) => bind_vsock(address, vsock),
+            Address::VsockMux(to) => bind_path(address, &mux::listen_path(&to.path, to.port), mode),
+            other => Err(not_carried(Operation::Listen, other)),
+        }
+    }
+
+    pub(super) fn accept(&self) -> io::Result<(Local, Peer)> {
+        match self {
+            LocalListener::Unix { listener, .. } => {
+                let (stream, _) = listener.accept()?;
+                Ok((stream.into(), Peer::Unknown))
+            }
+            LocalListener::Vsock(listener) => {
+                let (socket, address) = listener.accept()?;
+                socket.set_nonblocking(true)?;
+                let peer = sys::vsock_of(&address).map_or(Peer::Unknown, |(cid, port)| {
+                    let port = Port(port);
+                    Peer::Vsock { cid, port }
+                });
+                Ok((Local::from_vsock(socket), peer))
+            }
+        }
+    }
+
+    /// The vsock port that was bound.
+    pub(super) fn vsock_port(&self) -> Option<Port> {
+        match self {
+            LocalListener::Vsock(listener) => {
+                let (_, port) = sys::vsock_of(&listener.local_addr().ok()?)?;
+                Some(Port(port))
+            }
+            LocalListener::Unix { .. } => None,
+        }
+    }
+
+    pub(super) fn file_state(&self) -> FileState {
+        match self {
+            LocalListener::Unix {
+                file: Some(file), ..
+            } => file.state(),
+            _ => FileState::Ours,
+        }
+    }
+
+    /// Calls `f` with what mio knows to register.
+    pub(super) fn with_source<T>(&mut self, f: impl FnOnce(&mut dyn Source) -> T) -> T {
+        match self {
+            LocalListener::Unix { listener, .. } => f(listener),
+            LocalListener::Vsock(socket) => f(&mut SourceFd(&socket.as_raw_fd())),
+        }
+    }
+}
+
+impl AsSocket for LocalListener {
+    fn as_socket(&self) -> BorrowedSocket<'_> {
+        match self {
+            LocalListener::Unix { listener, .. } => listener.as_socket(),
+            LocalListener::Vsock(socket) => socket.as_socket(),
+        }
+    }
+}
+
+fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<LocalListener> {
+    let listener = sys::vsock_listen(vsock.cid, vsock.port.0, BACKLOG, vsock.buffer_size);
+    listener.map(LocalListener::Vsock).map_err(|e| {
+        let remedy = match e.kind() {
+            io::ErrorKind::AddrInUse => "another program listens there: choose another port",
+            io::ErrorKind::PermissionDenied => "ports below 1024 need rights: choose a higher one",
+            io::ErrorKind::AddrNotAvailable => {
+                let remedy = match sys::local_cid() {
+                    Ok(cid) => format!("this system has CID {cid}: leave the CID out"),
+                    Err(_) => "that CID is not this system's: leave it out".to_owned(),
+                };
+                return Error::new(Operation::Listen, address, e).with_remedy(remedy);
+            }
+            _ => return dial::explain_vsock(Operation::Listen, address, e),
+        };
+        Error::new(Operation::Listen, address, e).with_remedy(remedy)
+    })
+}
+
+fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<LocalListener> {
+    let (socket, file) = file::bind(address, path, Type::STREAM, mode)?;
+    let listen = || {
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)
+    };
+    listen().map_err(|e| Error::new(Operation::Listen, address, e))?;
+    Ok(LocalListener::Unix {
+        listener: mio::net::UnixListener::from_std(socket.into()),
+        file: Some(file),
+    })
+}
+
+fn bind_abstract(address: &Address, name: &[u8]) -> Result<LocalListener> {
+    sys::abstract_address(name)
+        .and_then(|name| mio::net::UnixListener::bind_addr(&name))
+        .map(|listener| LocalListener::Unix {
+            listener,
+            file: None,
+        })
+        .map_err(|e| Error::new(Operation::Listen, address, e))
+}

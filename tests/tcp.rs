@@ -1,0 +1,214 @@
+//! What every system carries: TCP to TCP, by the proxy, by `cat` and by `stress`. This one runs under Wine, too.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hvsock::{Address, Listener, Operation, Proxy, ProxyConfig, Rule, Stream};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn patient(stream: TcpStream) -> TcpStream {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+fn connect(port: u16) -> TcpStream {
+    patient(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap())
+}
+
+/// A server whose every client is served by `serve`; its address.
+fn server(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Address {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = format!("tcp://{}", listener.local_addr().unwrap());
+    let serve = std::sync::Arc::new(serve);
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let serve = serve.clone();
+            thread::spawn(move || serve(patient(stream)));
+        }
+    });
+    address.parse().unwrap()
+}
+
+fn echo(mut stream: TcpStream) {
+    let mut buffer = [0; 16 * 1024];
+    while let Ok(n @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..n]).is_err() {
+            return;
+        }
+    }
+    let _ = stream.shutdown(Shutdown::Write);
+}
+
+/// Answers with what it got, doubled, when all has come.
+fn answer_late(mut stream: TcpStream) {
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).unwrap();
+    stream.write_all(&all).unwrap();
+    stream.write_all(&all).unwrap();
+}
+
+fn proxy(connect: Address) -> (Proxy, u16) {
+    let rule = Rule::new("tcp://127.0.0.1:0".parse().unwrap(), connect);
+    let proxy = Proxy::start(ProxyConfig::new(vec![rule])).unwrap();
+    let Address::Tcp(listen) = &proxy.forwards()[0].listen else {
+        panic!("no TCP address");
+    };
+    let port = listen.port;
+    (proxy, port)
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(len as u64);
+    std::iter::repeat_with(|| random.u8(..)).take(len).collect()
+}
+
+fn exchange(mut stream: TcpStream, bytes: &[u8]) -> Vec<u8> {
+    let (mut writer, sent) = (stream.try_clone().unwrap(), bytes.to_vec());
+    let writing = thread::spawn(move || {
+        writer.write_all(&sent).unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back).unwrap();
+    writing.join().unwrap();
+    back
+}
+
+fn hvsock(arguments: &[&str], input: &'static [u8]) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_hvsock"))
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let feeding = thread::spawn(move || stdin.write_all(input));
+    let output = child.wait_with_output().unwrap();
+    let _ = feeding.join().unwrap();
+    output
+}
+
+#[test]
+fn the_proxy_carries_every_byte_and_both_ends() {
+    let (_echo, port) = proxy(server(echo));
+    let bytes = pattern(4 << 20);
+    assert!(exchange(connect(port), &bytes) == bytes);
+    let (_late, port) = proxy(server(answer_late));
+    let bytes = pattern(100_000);
+    assert!(exchange(connect(port), &bytes) == [&bytes[..], &bytes[..]].concat());
+}
+
+#[test]
+fn many_clients_at_a_time() {
+    let (proxy, port) = proxy(server(echo));
+    let clients: Vec<_> = (0..50)
+        .map(|n| {
+            thread::spawn(move || {
+                let bytes = pattern(20_000 + n);
+                assert!(exchange(connect(port), &bytes) == bytes);
+            })
+        })
+        .collect();
+    for client in clients {
+        client.join().unwrap();
+    }
+    let end = Instant::now() + PATIENCE;
+    while proxy.forwards()[0].counters.live > 0 {
+        assert!(Instant::now() < end, "connections are left");
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(proxy.forwards()[0].counters.accepted, 50);
+}
+
+#[test]
+fn a_server_that_is_not_there_is_no_clean_end() {
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let nobody = format!("tcp://{}", free.local_addr().unwrap());
+    drop(free);
+    let (proxy, port) = proxy(nobody.parse().unwrap());
+    let told = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+        .and_then(|stream| patient(stream).read(&mut [0]));
+    // Wine shows a reset as an end.
+    let is_reset = matches!(&told, Err(e) if e.kind() == io::ErrorKind::ConnectionReset);
+    assert!(
+        is_reset || cfg!(windows) && matches!(told, Ok(0)),
+        "{told:?}"
+    );
+    assert_eq!(proxy.forwards()[0].counters.refused, 1);
+}
+
+#[test]
+fn a_proxy_ends_when_it_is_told_to() {
+    let (proxy, port) = proxy(server(echo));
+    proxy.stopper().stop(Duration::ZERO);
+    proxy.wait().unwrap();
+    assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err());
+}
+
+#[test]
+fn blocking_sockets_carry_both_ways() {
+    let listener = Listener::bind(&"tcp://127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.address().clone();
+    let client = thread::spawn(move || {
+        let mut stream = Stream::connect(&address).unwrap();
+        stream.write_all(b"request").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    });
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut request = String::new();
+    stream.read_to_string(&mut request).unwrap();
+    stream.write_all(b"answer").unwrap();
+    drop(stream);
+    assert_eq!((&*request, &*client.join().unwrap()), ("request", "answer"));
+    let none = listener.accept_timeout(Duration::from_millis(30)).unwrap();
+    assert!(none.is_none());
+}
+
+#[test]
+fn what_this_system_does_not_carry_is_told() {
+    let elsewhere = match cfg!(windows) {
+        true => ["unix:///tmp/s", "vsock://3:80", "hyperkit://:80/tmp/vm"],
+        false => ["hvsock://parent/80"; 3],
+    };
+    for address in elsewhere {
+        let address: Address = address.parse().unwrap();
+        let error = Stream::connect(&address).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        assert_eq!(error.operation(), Operation::Connect);
+        let error = Listener::bind(&address).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        let rule = Rule::new("tcp://127.0.0.1:0".parse().unwrap(), address);
+        let error = Proxy::start(ProxyConfig::new(vec![rule])).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    }
+}
+
+#[test]
+fn cat_sends_its_input_and_prints_the_answer() {
+    let late = server(answer_late).to_string();
+    let output = hvsock(&["cat", &late], b"once ");
+    assert_eq!(output.stdout, b"once once ");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let output = hvsock(&["cat", "nowhere"], b"");
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn stress_finds_nothing_wrong_with_an_echo() {
+    let echo = server(echo).to_string();
+    let output = hvsock(&["stress", "-n", "40", "-p", "8", &echo], b"");
+    let report = String::from_utf8(output.stdout).unwrap();
+    assert!(report.contains("40 whole, 0 failed"), "{report}");
+    assert_eq!(output.status.code(), Some(0));
+}
