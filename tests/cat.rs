@@ -241,6 +241,32 @@ fn one_client_after_the_other_until_a_signal() {
 }
 
 #[test]
+fn what_is_typed_for_the_next_client_is_not_lost_on_the_last() {
+    let dir = private_dir();
+    let path = dir.path().join("s");
+    let mut cat = Cat::start(&["-lk", text(&path)]);
+    let mut input = cat.input.take().unwrap();
+    eventually("it listens", || path.exists());
+    for n in 0..8 {
+        let mut client = None;
+        eventually("it takes us", || {
+            client = UnixStream::connect(&path).ok();
+            client.is_some()
+        });
+        let mut client = client.unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        // More than lies in between: when it is written, the session of the last one is over.
+        client.write_all(&[0; 1 << 20]).unwrap();
+        input.write_all(&[n; 10]).unwrap();
+        let mut typed = [0xff; 10];
+        client.read_exact(&mut typed).unwrap();
+        assert_eq!(typed, [n; 10]);
+    }
+    cat.signal("TERM");
+    assert_eq!(cat.end().code, Some(1));
+}
+
+#[test]
 fn echoes_to_many_at_a_time() {
     let dir = private_dir();
     let path = dir.path().join("s");

@@ -155,6 +155,16 @@ fn a_changed_byte_is_found() {
 }
 
 #[test]
+fn a_server_that_only_echoes_is_told_for_what_it_is() {
+    let echo = tcp_server(|stream| bad_echo(stream, usize::MAX));
+    for bench in ["up", "down"] {
+        let (code, report, _) = stress(&["--bench", bench, "--size", "1000", &echo]);
+        assert_eq!(code, Some(1));
+        assert!(report.contains("stress --server"), "{bench}: {report}");
+    }
+}
+
+#[test]
 fn a_lost_byte_and_one_too_many_are_found() {
     let short = tcp_server(|mut stream| {
         let mut all = Vec::new();

@@ -7,7 +7,7 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -45,16 +45,44 @@ type Chunk = io::Result<Vec<u8>>;
 
 /// Standard input, read by a thread that outlives sessions: what it waits for can't be taken back.
 #[derive(Debug, Default)]
-pub(super) struct Input(OnceLock<Arc<Mutex<Receiver<Chunk>>>>);
+pub(super) struct Input(OnceLock<Arc<Mutex<Chunks>>>);
 
 impl Input {
-    fn chunks(&self) -> Arc<Mutex<Receiver<Chunk>>> {
+    fn chunks(&self) -> Arc<Mutex<Chunks>> {
         let start = || {
-            let (put, take) = sync_channel(1);
+            let (put, come) = sync_channel(1);
             thread::spawn(move || read_input(&put));
-            Arc::new(Mutex::new(take))
+            Arc::new(Mutex::new(Chunks { come, kept: None }))
         };
         Arc::clone(self.0.get_or_init(start))
+    }
+}
+
+/// What was read and no session has sent yet.
+#[derive(Debug)]
+struct Chunks {
+    come: Receiver<Chunk>,
+    /// Taken for a session that was over by then.
+    kept: Option<Chunk>,
+}
+
+impl Chunks {
+    /// Waits a while for the next one.
+    fn next(&mut self, over: &AtomicBool) -> Option<Chunk> {
+        let chunk = match self.kept.take() {
+            Some(chunk) => chunk,
+            None => match self.come.recv_timeout(LOOK) {
+                Ok(chunk) => chunk,
+                Err(RecvTimeoutError::Timeout) => return None,
+                // Its end was told to an earlier session.
+                Err(RecvTimeoutError::Disconnected) => Ok(Vec::new()),
+            },
+        };
+        if over.load(Ordering::Acquire) {
+            self.kept = Some(chunk);
+            return None;
+        }
+        Some(chunk)
     }
 }
 
@@ -121,7 +149,7 @@ impl Session<'_> {
         });
         let mut peer_ended = false;
         let outcome = self.wait(&shared, &mut peer_ended);
-        shared.over.store(true, Ordering::Relaxed);
+        shared.over.store(true, Ordering::Release);
         if !peer_ended {
             self.leave();
         } else {
@@ -278,24 +306,19 @@ fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Carries standard input to the peer, and half-closes at its end.
-fn send(
-    shared: &Shared,
-    chunks: &Mutex<Receiver<Chunk>>,
-    connected: Instant,
-    tell: &dyn Fn(Event),
-) {
+fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn Fn(Event)) {
     let mut stream = &*shared.stream;
     loop {
-        let chunk = {
-            let chunks = chunks.lock().unwrap_or_else(PoisonError::into_inner);
-            match chunks.recv_timeout(LOOK) {
-                Ok(chunk) => chunk,
-                Err(RecvTimeoutError::Timeout) if shared.over.load(Ordering::Relaxed) => return,
-                Err(RecvTimeoutError::Timeout) => continue,
-                // Its end was told to an earlier session.
-                Err(RecvTimeoutError::Disconnected) => Ok(Vec::new()),
-            }
+        let next = lock(chunks).next(&shared.over);
+        let chunk = match next {
+            Some(chunk) => chunk,
+            None if shared.over.load(Ordering::Acquire) => return,
+            None => continue,
         };
         match chunk {
             Ok(chunk) if chunk.is_empty() => break,

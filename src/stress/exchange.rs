@@ -9,8 +9,10 @@ use crate::serve::{LOOK, Stop, again};
 use crate::stream::Stream;
 use crate::sys::{self, AsSocket, Wanted};
 
-use super::data::{Data, Request, Way};
+use super::data::{Data, MARK, Request, Way};
 use super::{Load, Plan, Progress};
+
+const ONLY_ECHOES: &str = "the server only echoes: this load wants a `hvsock stress --server`";
 
 /// What a connection moved, and when.
 #[derive(Clone, Copy, Debug, Default)]
@@ -96,6 +98,9 @@ impl Exchange<'_> {
         }
         let mut answer = Vec::new();
         self.read_line(&mut answer)?;
+        if answer.starts_with(MARK) {
+            return Err(ONLY_ECHOES.to_owned());
+        }
         if answer != b"ok\n" {
             let answer = String::from_utf8_lossy(&answer);
             return Err(format!("the server says: {}", answer.trim_end()));
@@ -240,6 +245,9 @@ impl Exchange<'_> {
         }
         match self.data.difference(at, bytes) {
             None => Ok(()),
+            Some(_) if self.plan.load == Load::Down && bytes.starts_with(MARK) => {
+                Err(ONLY_ECHOES.to_owned())
+            }
             Some(differs) => Err(format!(
                 "MISMATCH: byte {} is not the one that was sent",
                 differs - self.start

@@ -4,14 +4,15 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::machine::{Kind, Line, Machine, Parts};
+use crate::machine::{Kind, Machine, Parts};
 use crate::pattern::expect_pattern;
 use crate::process::signal;
 use crate::promptly::within_a_second;
@@ -21,6 +22,7 @@ use crate::services::{
     End, Request, ask, ask_client, crowd_client, echo, echo_client, tell, tell_client, verdict,
 };
 use crate::sockets::{Front, reset, serve_tcp, serve_unix};
+use crate::stand::Stand;
 use crate::tools::{cat_echo, cat_refused, stress};
 
 const MIB: usize = 1024 * 1024;
@@ -40,15 +42,16 @@ const EACH_WAY: Request = Request {
 };
 
 pub(crate) struct Exact {
-    parts: Parts,
-    dir: PathBuf,
+    stand: Stand,
     state: PathBuf,
-    line: Line,
-    machine: Mutex<Machine>,
-    proxy: Mutex<Proxy>,
-    fronts: Vec<Front>,
-    /// The proxy's descriptors when it has just started.
-    descriptors: usize,
+}
+
+impl Deref for Exact {
+    type Target = Stand;
+
+    fn deref(&self) -> &Stand {
+        &self.stand
+    }
 }
 
 impl Exact {
@@ -81,53 +84,9 @@ impl Exact {
             arguments.extend(["-R".into(), format!("{port}:{target}").into()]);
         }
         let proxy = Proxy::start(&parts.hvsock, &arguments, 2 * PORTS.len() + 4)?;
-        let fronts = (0..2 * PORTS.len())
-            .map(|rule| proxy.front(rule))
-            .collect::<Result<_, _>>()?;
         machine.wait_until_it_serves(LATER)?;
-        Ok(Arc::new(Exact {
-            parts: parts.clone(),
-            dir: dir.to_owned(),
-            state,
-            line: machine.line(),
-            machine: Mutex::new(machine),
-            descriptors: proxy.process.descriptors(),
-            proxy: Mutex::new(proxy),
-            fronts,
-        }))
-    }
-
-    fn machine(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn proxy(&self) -> MutexGuard<'_, Proxy> {
-        self.proxy.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What the parts have said on standard error, for whoever looks into a failure.
-    pub(crate) fn said(&self) -> String {
-        let machine = self.machine();
-        let device = machine.device.err();
-        format!(
-            "{}{device}{}",
-            self.proxy().process.err(),
-            machine.qemu.out()
-        )
-    }
-
-    /// The two fronts, TCP and Unix, of a port of the guest.
-    fn fronts(&self, port: u32) -> &[Front] {
-        let at = PORTS.iter().position(|&p| p == port).unwrap_or_default();
-        &self.fronts[2 * at..2 * at + 2]
-    }
-
-    fn tcp(&self, port: u32) -> &Front {
-        &self.fronts(port)[0]
-    }
-
-    fn unix(&self, port: u32) -> &Front {
-        &self.fronts(port)[1]
+        let stand = Stand::new(parts, dir, machine, proxy, &PORTS)?;
+        Ok(Arc::new(Exact { stand, state }))
     }
 
     /// One of the device's counters.
@@ -146,16 +105,7 @@ impl Exact {
             live == Ok(0)
         });
         ensure!(none, "{live:?} connections in the device");
-        let mut open = 0;
-        let none = eventually(SOON, || {
-            open = self.proxy().process.descriptors();
-            open <= self.descriptors
-        });
-        ensure!(
-            none,
-            "{open} descriptors in the proxy, {} at its start",
-            self.descriptors
-        );
+        self.proxy_is_idle()?;
         let broken = self.counter("broken")?;
         ensure!(
             broken == 0,

@@ -16,6 +16,7 @@ mod report;
 #[path = "../../../guest/src/services.rs"]
 mod services;
 mod sockets;
+mod stand;
 mod stock;
 #[path = "../../../guest/src/tools.rs"]
 mod tools;

@@ -5,19 +5,21 @@
 use std::ffi::OsString;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crate::machine::{Kind, Line, Machine, Parts};
+use crate::machine::{Kind, Machine, Parts};
 use crate::pattern::{expect_pattern, receive_pattern, send_pattern};
 use crate::promptly::within_a_second;
 use crate::proxy::Proxy;
 use crate::report::{Outcome, ensure, eventually};
 use crate::services::{End, Request, crowd_client, echo, echo_client, tell, verdict};
 use crate::sockets::{Front, reset, serve_tcp, serve_unix};
+use crate::stand::Stand;
 use crate::tools::{cat_echo, cat_refused, stress};
 
 const MIB: usize = 1024 * 1024;
@@ -38,14 +40,16 @@ const PORTS: [u32; 5] = [7, 8, 1008, 98, 99];
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 pub(crate) struct Stock {
-    parts: Parts,
-    dir: PathBuf,
+    stand: Stand,
     socket: PathBuf,
-    line: Line,
-    machine: Mutex<Machine>,
-    proxy: Mutex<Proxy>,
-    fronts: Vec<Front>,
-    descriptors: usize,
+}
+
+impl Deref for Stock {
+    type Target = Stand;
+
+    fn deref(&self) -> &Stand {
+        &self.stand
+    }
 }
 
 impl Stock {
@@ -78,59 +82,15 @@ impl Stock {
         }
         let rules = 2 * PORTS.len() + 3;
         let proxy = Proxy::start(&parts.hvsock, &arguments, rules)?;
-        let fronts = (0..2 * PORTS.len())
-            .map(|rule| proxy.front(rule))
-            .collect::<Result<_, _>>()?;
         let mut machine = Machine::start(Kind::Stock, parts, dir, &socket)?;
         machine.wait_until_it_serves(LATER)?;
-        Ok(Arc::new(Stock {
-            parts: parts.clone(),
-            dir: dir.to_owned(),
-            socket,
-            line: machine.line(),
-            machine: Mutex::new(machine),
-            descriptors: proxy.process.descriptors(),
-            proxy: Mutex::new(proxy),
-            fronts,
-        }))
-    }
-
-    fn machine(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn proxy(&self) -> MutexGuard<'_, Proxy> {
-        self.proxy.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What the parts have said on standard error, for whoever looks into a failure.
-    pub(crate) fn said(&self) -> String {
-        let machine = self.machine();
-        let device = machine.device.err();
-        format!(
-            "{}{device}{}",
-            self.proxy().process.err(),
-            machine.qemu.out()
-        )
-    }
-
-    fn fronts(&self, port: u32) -> &[Front] {
-        let at = PORTS.iter().position(|&p| p == port).unwrap_or_default();
-        &self.fronts[2 * at..2 * at + 2]
+        let stand = Stand::new(parts, dir, machine, proxy, &PORTS)?;
+        Ok(Arc::new(Stock { stand, socket }))
     }
 
     /// The device lives, and the proxy has nothing left of any connection.
     fn is_well(&self) -> Outcome {
-        let mut open = 0;
-        let none = eventually(SOON, || {
-            open = self.proxy().process.descriptors();
-            open <= self.descriptors
-        });
-        ensure!(
-            none,
-            "{open} descriptors in the proxy, {} at its start",
-            self.descriptors
-        );
+        self.proxy_is_idle()?;
         let alive = self.machine().device.is_running();
         ensure!(
             alive,
