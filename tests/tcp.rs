@@ -194,6 +194,20 @@ fn what_this_system_does_not_carry_is_told() {
     }
 }
 
+/// Wine has no AF_HYPERV, and a Windows without Hyper-V neither.
+#[cfg(windows)]
+#[test]
+fn hyper_v_that_is_not_there_is_told() {
+    let output = hvsock(&["cat", "hvsock://parent/80"], b"");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("hvsock://parent/80: "), "{said}");
+    assert!(said.contains("; "), "no remedy: {said}");
+    assert_eq!(output.status.code(), Some(1));
+    let output = hvsock(&["cat", "hvsock://My VM/80"], b"");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("Get-VM"), "{said}");
+}
+
 #[test]
 fn cat_sends_its_input_and_prints_the_answer() {
     let late = server(answer_late).to_string();

@@ -41,6 +41,10 @@ impl Stream {
     /// `ConnectionRefused` (AF_VSOCK: `ConnectionReset`) if nobody listens there; `NotFound` if there is no such socket
     /// or name; `TimedOut`; `Unsupported` for a family that this system doesn't carry; what the kernel says otherwise.
     pub fn connect_timeout(address: &Address, timeout: Duration) -> Result<Stream> {
+        #[cfg(windows)]
+        if let Address::Hvsock(hvsock) = address {
+            return connect_hvsock(address, hvsock, timeout);
+        }
         let endpoints = endpoints(address)?;
         let mut dial = Dial::new(Instant::now() + timeout);
         dial.add(endpoints);
@@ -48,6 +52,25 @@ impl Stream {
             .and_then(|stream| Stream::from_nonblocking(stream, address))
             .map_err(|e| explain(address, e))
     }
+}
+
+/// Hyper-V's sockets are said not to be waited on, so that the kernel keeps the deadline.
+#[cfg(windows)]
+fn connect_hvsock(
+    address: &Address,
+    hvsock: &crate::address::HvsockAddress,
+    timeout: Duration,
+) -> Result<Stream> {
+    use crate::address::Vm;
+    let Vm::Id(vm) = hvsock.vm else {
+        let why = "a VM's name is not looked up";
+        let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+        let error = Error::new(Operation::Connect, address, cause);
+        return Err(error.with_remedy("name its id, which (Get-VM NAME).Id prints"));
+    };
+    sys::hv_connect(vm.0, hvsock.service.0, timeout)
+        .map(|socket| Stream::from_connected(socket, address))
+        .map_err(|e| explain(address, e))
 }
 
 fn endpoints(address: &Address) -> Result<Vec<Endpoint>> {

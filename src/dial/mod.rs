@@ -166,6 +166,12 @@ pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
         return explain_vsock(Operation::Connect, address, cause);
     }
     let remedy = match (address, cause.kind()) {
+        (Address::Hvsock(_), _) if sys::is_no_such_family(&cause) => {
+            "this Windows has no Hyper-V sockets: they came with Windows 10 and Server 2016, and want Hyper-V"
+        }
+        (Address::Hvsock(_), TimedOut | ConnectionRefused) => {
+            "is the VM up, does a program in it listen on that service, and is the service registered?"
+        }
         (Address::Hyperkit(hyperkit), NotFound) if !hyperkit.vm.state_dir.is_dir() => {
             "there is no such state directory: is the path right?"
         }

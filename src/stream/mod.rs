@@ -47,6 +47,15 @@ impl Stream {
         })
     }
 
+    /// Takes over a connected, blocking socket.
+    #[cfg(windows)]
+    pub(crate) fn from_connected(socket: Socket, address: &Address) -> Stream {
+        Stream {
+            socket,
+            address: address.clone(),
+        }
+    }
+
     /// The address that was dialled, or that of the listener that accepted it.
     pub fn address(&self) -> &Address {
         &self.address

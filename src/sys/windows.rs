@@ -1,4 +1,4 @@
-//! Windows.
+//! Windows: AF_HYPERV, and what Unix has by another name.
 
 #[cfg(feature = "cli")]
 use std::fs;
@@ -7,7 +7,10 @@ use std::os::windows::io::AsRawSocket;
 use std::path::Path;
 use std::time::Duration;
 
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+use uuid::Uuid;
 use windows_sys::Win32::Networking::WinSock;
+use windows_sys::Win32::System::Hypervisor;
 
 use super::Wanted;
 
@@ -112,4 +115,92 @@ pub(crate) fn local_cid() -> io::Result<u32> {
         io::ErrorKind::Unsupported,
         "AF_VSOCK is carried on Linux only",
     ))
+}
+
+/// Protocol and option level of AF_HYPERV (`HV_PROTOCOL_RAW` of the SDK's `hvsocket.h`).
+const HV_PROTOCOL_RAW: i32 = Hypervisor::HV_PROTOCOL_RAW.cast_signed();
+
+fn guid(id: Uuid) -> windows_sys::core::GUID {
+    let (data1, data2, data3, data4) = id.as_fields();
+    windows_sys::core::GUID {
+        data1,
+        data2,
+        data3,
+        data4: *data4,
+    }
+}
+
+/// The address of a service of a Hyper-V partition.
+#[allow(unsafe_code)]
+fn hv_address(vm: Uuid, service: Uuid) -> io::Result<SockAddr> {
+    let address = Hypervisor::SOCKADDR_HV {
+        Family: WinSock::AF_HYPERV,
+        Reserved: 0,
+        VmId: guid(vm),
+        ServiceId: guid(service),
+    };
+    let write = |storage: *mut SockAddrStorage, len: *mut i32| {
+        // SAFETY: the storage is larger than any address, aligned for all of them, and both pointers are valid for
+        // writes.
+        unsafe {
+            storage.cast::<Hypervisor::SOCKADDR_HV>().write(address);
+            *len = size_of::<Hypervisor::SOCKADDR_HV>() as i32;
+        }
+        Ok(())
+    };
+    // SAFETY: `write` has initialized as many bytes as it says.
+    let ((), address) = unsafe { SockAddr::try_init(write) }?;
+    Ok(address)
+}
+
+/// Connects an AF_HYPERV socket, within `timeout` (at most 300 s, `HVSOCKET_CONNECT_TIMEOUT_MAX`): without one, a
+/// connect that comes before its server's listen may wait for ever.
+#[allow(unsafe_code)]
+pub(crate) fn hv_connect(vm: Uuid, service: Uuid, timeout: Duration) -> io::Result<Socket> {
+    let family = Domain::from(i32::from(WinSock::AF_HYPERV));
+    let protocol = Protocol::from(HV_PROTOCOL_RAW);
+    let socket = Socket::new(family, Type::STREAM, Some(protocol))?;
+    let timeout = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+    let timeout = timeout.clamp(1, Hypervisor::HVSOCKET_CONNECT_TIMEOUT_MAX);
+    // SAFETY: the kernel reads the given number of bytes from the pointer, which are those of `timeout`.
+    let set = unsafe {
+        WinSock::setsockopt(
+            usize::try_from(socket.as_raw_socket()).map_err(io::Error::other)?,
+            HV_PROTOCOL_RAW,
+            Hypervisor::HVSOCKET_CONNECT_TIMEOUT.cast_signed(),
+            std::ptr::from_ref(&timeout).cast(),
+            size_of::<u32>() as i32,
+        )
+    };
+    if set == WinSock::SOCKET_ERROR {
+        return Err(io::Error::last_os_error());
+    }
+    socket.connect(&hv_address(vm, service)?)?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn an_address_has_the_36_bytes_of_the_sdk() {
+        let vm = Uuid::from_u128(0x00112233_4455_6677_8899_aabbccddeeff);
+        let service = Uuid::from_u128(0x00000050_facb_11e6_bd58_64006a7986d3);
+        let address = hv_address(vm, service).unwrap();
+        assert_eq!(address.len(), 36);
+        // SAFETY: that many bytes are initialized.
+        let bytes: [u8; 36] = unsafe { address.as_ptr().cast::<[u8; 36]>().read() };
+        let expected = [
+            &[34, 0, 0, 0][..],
+            // A GUID's first three fields are little-endian.
+            &[0x33, 0x22, 0x11, 0x00, 0x55, 0x44, 0x77, 0x66],
+            &[0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff],
+            &[0x50, 0, 0, 0, 0xcb, 0xfa, 0xe6, 0x11],
+            &[0xbd, 0x58, 0x64, 0x00, 0x6a, 0x79, 0x86, 0xd3],
+        ];
+        assert_eq!(bytes[..], expected.concat());
+    }
 }
