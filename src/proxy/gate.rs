@@ -414,6 +414,8 @@ mod tests {
         assert_eq!(dials, 4 + LOST_PROBES);
     }
 
+    // It takes the identities of two files, which only Unix has.
+    #[cfg(unix)]
     #[test]
     fn a_new_vm_starts_afresh_and_old_permits_do_not_count() {
         let directory = tempfile::tempdir().unwrap();

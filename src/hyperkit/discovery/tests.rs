@@ -25,8 +25,11 @@ impl World {
         World { root, places }
     }
 
+    /// With the system's own separators, as messages print it.
     fn path(&self, path: &str) -> PathBuf {
-        self.root.path().join(path)
+        let mut joined = self.root.path().to_owned();
+        joined.extend(path.split('/'));
+        joined
     }
 
     /// Writes a file and makes its directories; the directory's path.
