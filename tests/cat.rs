@@ -288,6 +288,31 @@ fn echoes_to_many_at_a_time() {
     assert!(!path.exists());
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_signal_need_not_wait_for_a_connect() {
+    use socket2::{Domain, SockAddr, Socket, Type};
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let any: std::net::SocketAddr = ([127, 0, 0, 1], 0).into();
+    listener.bind(&SockAddr::from(any)).unwrap();
+    listener.listen(1).unwrap();
+    let address = listener.local_addr().unwrap().as_socket().unwrap();
+    // More than its backlog holds: further ones get no answer.
+    let mut clients = Vec::new();
+    eventually("the backlog is full", || {
+        let client = std::net::TcpStream::connect_timeout(&address, PATIENCE / 40);
+        client.map(|client| clients.push(client)).is_err()
+    });
+    let cat = Cat::start(&[&format!("tcp://{address}")]);
+    // A second thread is there when signals are taken.
+    let threads = format!("/proc/{}/task", cat.child.0.id());
+    eventually("it takes signals", || {
+        std::fs::read_dir(&threads).is_ok_and(|all| all.count() > 1)
+    });
+    cat.signal("TERM");
+    assert_eq!(cat.end().code, Some(1));
+}
+
 #[test]
 fn waits_for_a_server_that_comes_later() {
     let dir = private_dir();

@@ -3,7 +3,7 @@
 mod session;
 
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::address::{Address, HyperkitAddress, PORT_ANY};
@@ -161,7 +161,7 @@ impl Cat {
             false => left.max(LOOK),
         };
         let deadline = Instant::now() + timeout;
-        let stream = Stream::connect_timeout(address, timeout)?;
+        let stream = self.connect_within(timeout)?;
         let connected = Instant::now();
         match address {
             Address::Hyperkit(hyperkit) if !self.plan.wait.is_zero() => {
@@ -174,6 +174,20 @@ impl Cat {
             _ => {}
         }
         Ok((stream, connected))
+    }
+
+    /// Connects on another thread, so that a signal needn't wait for it.
+    fn connect_within(&self, timeout: Duration) -> Result<Stream, Attempt> {
+        let (tell, told) = channel();
+        let address = self.plan.address.clone();
+        std::thread::spawn(move || tell.send(Stream::connect_timeout(&address, timeout)));
+        loop {
+            match told.recv_timeout(LOOK) {
+                Ok(connected) => return connected.map_err(Attempt::Failed),
+                Err(RecvTimeoutError::Timeout) if !self.is_interrupted() => {}
+                Err(_) => return Err(Attempt::Interrupted),
+            }
+        }
     }
 
     /// Waits until it is known that the guest has taken a dial.
