@@ -25,6 +25,8 @@ pub(crate) struct Plan {
     /// How long the peer may take to end when we are told to; and how long nothing may come before a half-close that is
     /// kept back is sent all the same.
     pub(crate) drain: Duration,
+    /// One client is served after the other.
+    pub(crate) keeps: bool,
 }
 
 /// Why a connection didn't do all that it was to do.
@@ -114,6 +116,7 @@ impl Cat {
             stream: stream.into(),
             connected,
             drain: self.plan.drain,
+            keeps: self.plan.keeps,
             input: &self.input,
             events: &self.events,
             tell: &self.tell,

@@ -20,6 +20,9 @@ use super::{Failure, Outcome};
 
 const BUFFER: usize = 128 * 1024;
 
+/// How long a wait may be of which nothing but an event is expected.
+const IDLE: Duration = Duration::from_secs(3600);
+
 /// How long the half-close to a guest that has said nothing yet is kept back: hyperkit refuses by EOF, some 50 µs after
 /// the dial, and behind our half-close that would look like an empty answer.
 const HOLD: Duration = Duration::from_millis(10);
@@ -48,11 +51,15 @@ type Chunk = io::Result<Vec<u8>>;
 pub(super) struct Input(OnceLock<Arc<Mutex<Chunks>>>);
 
 impl Input {
-    fn chunks(&self) -> Arc<Mutex<Chunks>> {
+    fn chunks(&self, wait: Duration) -> Arc<Mutex<Chunks>> {
         let start = || {
             let (put, come) = sync_channel(1);
             thread::spawn(move || read_input(&put));
-            Arc::new(Mutex::new(Chunks { come, kept: None }))
+            Arc::new(Mutex::new(Chunks {
+                come,
+                kept: None,
+                wait,
+            }))
         };
         Arc::clone(self.0.get_or_init(start))
     }
@@ -64,6 +71,8 @@ struct Chunks {
     come: Receiver<Chunk>,
     /// Taken for a session that was over by then.
     kept: Option<Chunk>,
+    /// How long a session waits before it looks whether it is over.
+    wait: Duration,
 }
 
 impl Chunks {
@@ -71,7 +80,7 @@ impl Chunks {
     fn next(&mut self, over: &AtomicBool) -> Option<Chunk> {
         let chunk = match self.kept.take() {
             Some(chunk) => chunk,
-            None => match self.come.recv_timeout(LOOK) {
+            None => match self.come.recv_timeout(self.wait) {
                 Ok(chunk) => chunk,
                 Err(RecvTimeoutError::Timeout) => return None,
                 // Its end was told to an earlier session.
@@ -117,6 +126,8 @@ pub(super) struct Session<'a> {
     pub(super) stream: Arc<Stream>,
     pub(super) connected: Instant,
     pub(super) drain: Duration,
+    /// Another session may follow.
+    pub(super) keeps: bool,
     pub(super) input: &'a Input,
     pub(super) events: &'a Receiver<super::Event>,
     pub(super) tell: &'a Sender<super::Event>,
@@ -142,7 +153,8 @@ impl Session<'_> {
             received: Arc::default(),
         };
         self.spawn(&shared, receive);
-        let chunks = self.input.chunks();
+        // Where no other session follows, none needs to let go of the input.
+        let chunks = self.input.chunks(if self.keeps { LOOK } else { IDLE });
         let connected = self.connected;
         self.spawn(&shared, move |shared, tell| {
             send(shared, &chunks, connected, tell)
@@ -189,7 +201,12 @@ impl Session<'_> {
                 }
                 _ => {}
             }
-            let event = match self.events.recv_timeout(LOOK) {
+            // There is something to look for only at the end: an idle connection wakes nobody.
+            let wait = match *peer_ended || sent.is_some() {
+                true => LOOK,
+                false => IDLE,
+            };
+            let event = match self.events.recv_timeout(wait) {
                 Ok(super::Event::Session(number, event)) if number == self.number => event,
                 Ok(super::Event::Session(..)) => continue,
                 Ok(super::Event::Interrupt) => return Err(Failure::Interrupted),

@@ -76,6 +76,7 @@ impl Cat {
             address: self.address()?,
             wait: Duration::from_secs(self.wait.into()),
             drain: Duration::from_secs(self.drain_timeout.into()),
+            keeps: self.keep_listening,
         };
         match (self.listen, self.echo) {
             (_, true) => self.echo(plan),
