@@ -186,6 +186,27 @@ fn a_broken_input_is_no_clean_end() {
 }
 
 #[test]
+fn what_a_signal_cuts_off_is_no_clean_end() {
+    let mut child = cat(&["-l", "tcp://127.0.0.1:0"]).spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let mut err = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut child = Mortal(child);
+    let feeding = thread::spawn(move || while input.write_all(&[7; 65536]).is_ok() {});
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut err, &mut line).unwrap();
+    let address = line.trim().rsplit("tcp://").next().unwrap();
+    let mut client = std::net::TcpStream::connect(address).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    // Its own end is there long before.
+    client.shutdown(Shutdown::Write).unwrap();
+    client.read_exact(&mut [0; 1 << 20]).unwrap();
+    child.signal("TERM");
+    assert!(client.read_to_end(&mut Vec::new()).is_err());
+    assert_eq!(child.exit_code(), Some(1));
+    feeding.join().unwrap();
+}
+
+#[test]
 fn a_client_is_served_once_and_nothing_is_left() {
     let dir = private_dir();
     let path = dir.path().join("s");

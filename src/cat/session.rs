@@ -162,7 +162,9 @@ impl Session<'_> {
         let mut peer_ended = false;
         let outcome = self.wait(&shared, &mut peer_ended);
         shared.over.store(true, Ordering::Release);
-        if !peer_ended {
+        let is_delicate = self.stream.address().is_delicate();
+        if !peer_ended || outcome.is_err() && !is_delicate {
+            // The peer may have ended and still be waiting for the rest of ours.
             self.leave();
         } else {
             self.half_close(&shared);
