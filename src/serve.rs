@@ -144,14 +144,12 @@ pub(crate) fn serve(
     Ok(())
 }
 
-/// Sends back what comes until EOF, and then half-closes; how many bytes that were. `first` came before, and `see`
-/// sees all.
+/// Sends back what comes until EOF, and then half-closes; how many bytes that were. `first` came before.
 ///
 /// # Errors
 /// What reading or writing says.
-pub(crate) fn echo(stream: &Stream, first: &[u8], mut see: impl FnMut(&[u8])) -> io::Result<u64> {
+pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
     stream.set_nonblocking(true)?;
-    see(first);
     let mut total = first.len() as u64;
     let mut ahead = VecDeque::from(first.to_vec());
     let mut buffer = vec![0; 64 * 1024];
@@ -173,7 +171,6 @@ pub(crate) fn echo(stream: &Stream, first: &[u8], mut see: impl FnMut(&[u8])) ->
             match again((&*stream).read(&mut buffer))? {
                 Some(0) => eof = true,
                 Some(n) => {
-                    see(&buffer[..n]);
                     total += n as u64;
                     ahead.extend(&buffer[..n]);
                 }

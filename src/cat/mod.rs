@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial;
 use crate::error::{Error, Operation};
-use crate::listener::{Listener, Peer};
+use crate::listener::Listener;
 use crate::serve::LOOK;
 use crate::stream::Stream;
 use crate::sys::{self, AsSocket, Wanted};
@@ -98,15 +98,15 @@ impl Cat {
         self.carry(stream, connected)
     }
 
-    /// Takes a client and carries, to the end of both directions; `Ok(None)` if none has come for a while.
-    pub(crate) fn accept(&mut self, listener: &Listener) -> Result<Option<Peer>, Failure> {
+    /// Takes a client and carries, to the end of both directions; false if none has come for a while.
+    pub(crate) fn accept(&mut self, listener: &Listener) -> Result<bool, Failure> {
         if self.is_interrupted() {
             return Err(Failure::Interrupted);
         }
-        let Some((stream, peer)) = listener.accept_timeout(LOOK)? else {
-            return Ok(None);
+        let Some((stream, _)) = listener.accept_timeout(LOOK)? else {
+            return Ok(false);
         };
-        self.carry(stream, Instant::now()).map(|()| Some(peer))
+        self.carry(stream, Instant::now()).map(|()| true)
     }
 
     fn carry(&mut self, stream: Stream, connected: Instant) -> Outcome {
@@ -212,28 +212,38 @@ impl Cat {
         let Ok(probe) = Stream::connect_timeout(&probe.into(), DIAL) else {
             return Ok(());
         };
-        let left = |now| deadline.saturating_duration_since(now);
-        while !left(Instant::now()).is_zero() {
-            if self.is_interrupted() {
-                return Err(Attempt::Interrupted);
-            }
-            let wait = left(Instant::now()).min(LOOK);
-            // A failure to wait is one of the sockets: what it says of itself comes out below.
-            if sys::wait(probe.as_socket(), Wanted::Readable, wait).unwrap_or(true) {
-                let _ = probe.finish(LEAVE);
-                let ended = sys::wait(stream.as_socket(), Wanted::Readable, Duration::ZERO);
-                return match ended {
-                    Ok(true) if stream.has_ended() => {
-                        Err(dial::refused_in_silence(&self.plan.address).into())
-                    }
-                    _ => Ok(()),
-                };
-            }
-        }
+        let answered = self.is_answered(&probe, deadline);
+        // However that went: a probe, too, is a dial that must not just be closed.
         let _ = probe.finish(LEAVE);
+        if answered? {
+            let ended = sys::wait(stream.as_socket(), Wanted::Readable, Duration::ZERO);
+            return match ended {
+                Ok(true) if stream.has_ended() => {
+                    Err(dial::refused_in_silence(&self.plan.address).into())
+                }
+                _ => Ok(()),
+            };
+        }
         let cause = io::Error::new(io::ErrorKind::TimedOut, "the guest doesn't answer");
         let error = Error::new(Operation::Connect, &self.plan.address, cause);
         Err(error.with_remedy("is it booting, paused or asleep?").into())
+    }
+
+    /// Whether the probe is ended in time.
+    fn is_answered(&self, probe: &Stream, deadline: Instant) -> Result<bool, Attempt> {
+        loop {
+            if self.is_interrupted() {
+                return Err(Attempt::Interrupted);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            // A failure to wait is one of the socket: what there is to say of it, ours says as well.
+            if sys::wait(probe.as_socket(), Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
+                return Ok(true);
+            }
+        }
     }
 }
 

@@ -122,19 +122,20 @@ impl Cat {
         };
         let _ = crate::sys::raise_descriptor_limit();
         let failure = std::sync::Mutex::new(None);
-        serve::serve(&listener, plan, &stop, |_, stream, peer| match serve::echo(
-            stream,
-            &[],
-            |_| {},
-        ) {
-            Ok(bytes) => tracing::debug!("echoed {bytes} bytes to {peer}"),
-            Err(e) if self.keep_listening => tracing::debug!("{peer}: {e}"),
-            Err(e) => {
-                if let Ok(mut failure) = failure.lock() {
-                    *failure = Some(e);
+        serve::serve(
+            &listener,
+            plan,
+            &stop,
+            |_, stream, peer| match serve::echo(stream, &[]) {
+                Ok(bytes) => tracing::debug!("echoed {bytes} bytes to {peer}"),
+                Err(e) if self.keep_listening => tracing::debug!("{peer}: {e}"),
+                Err(e) => {
+                    if let Ok(mut failure) = failure.lock() {
+                        *failure = Some(e);
+                    }
                 }
-            }
-        })?;
+            },
+        )?;
         match failure.into_inner() {
             Ok(Some(e)) => Err(e.into()),
             _ => Ok(()),
@@ -143,7 +144,7 @@ impl Cat {
 }
 
 fn echo_back(stream: &Stream, drain: Duration) -> Outcome {
-    let echoed = serve::echo(stream, &[], |_| {});
+    let echoed = serve::echo(stream, &[]);
     if echoed.is_err() && stream.address().is_delicate() {
         let _ = stream.finish(drain);
     }
@@ -167,9 +168,8 @@ fn carry(plan: Plan, listener: Option<Listener>, keep: bool) -> Outcome {
     };
     loop {
         match cat.accept(&listener) {
-            Ok(None) => {}
-            Ok(Some(_)) if !keep => return Ok(()),
-            Ok(Some(_)) => {}
+            Ok(served) if served && !keep => return Ok(()),
+            Ok(_) => {}
             Err(cat::Failure::Failed(why)) if keep => complain(why),
             Err(failure) => return Err(failure.into()),
         }

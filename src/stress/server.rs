@@ -51,7 +51,7 @@ fn fail(number: u64, peer: Peer, error: &io::Error, verbose: bool) {
 fn one(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str, u64)> {
     let mut first = Vec::new();
     let Some(request) = request(stream, &mut first)? else {
-        return serve::echo(stream, &first, |_| {}).map(|bytes| ("echoed", bytes));
+        return serve::echo(stream, &first).map(|bytes| ("echoed", bytes));
     };
     let data = {
         let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
