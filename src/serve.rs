@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::error::Result;
-use crate::listener::{Listener, Peer};
+use crate::listener::Peer;
+use crate::listener::lasting::LastingListener;
 use crate::stream::Stream;
 use crate::sys::{self, AsSocket, Wanted};
 
@@ -70,11 +70,19 @@ impl Crowd {
     }
 }
 
+/// How many clients are served at a time: each has a thread. More wait in the backlog.
+const MOST_CLIENTS: usize = 10_000;
+
+/// How long a wait may be that only the peer is expected to end, or a `shutdown` of our own. Windows' poll isn't woken
+/// by that.
+const IDLE: Duration = match cfg!(windows) {
+    true => LOOK,
+    false => Duration::from_secs(3600),
+};
+
 /// What a server is to do beside serving.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
-    /// How many clients are served at a time; more wait in the backlog.
-    pub(crate) at_a_time: usize,
     /// How many clients are served in all; `None`: no end.
     pub(crate) in_all: Option<u64>,
     /// How long clients may take to end when the server is told to stop.
@@ -84,16 +92,14 @@ pub(crate) struct Plan {
 /// Serves clients, each with its number, until `stop` is asked for or all are served.
 ///
 /// Told to stop, it takes no more clients and half-closes those who are there; who hasn't ended after the grace is cut
-/// off, and so is everybody when it is urgent.
-///
-/// # Errors
-/// Never one of a single client. A thread that can't be had costs its client, and is told.
+/// off, and so is everybody when it is urgent. What goes wrong with a client, or with taking one, is told, and ends
+/// nothing.
 pub(crate) fn serve(
-    listener: &Listener,
+    listener: &mut LastingListener,
     plan: Plan,
     stop: &Stop,
     handle: impl Fn(u64, &Stream, Peer) + Sync,
-) -> Result<()> {
+) {
     let crowd = Crowd::default();
     let handle = |number, stream: &Stream, peer| {
         handle(number, stream, peer);
@@ -107,8 +113,12 @@ pub(crate) fn serve(
     thread::scope(|scope| {
         let mut number = 0;
         let mut complained = false;
+        let mut full = false;
         while !stop.is_asked() && plan.in_all != Some(number) {
-            if !crowd.wait_for_room(plan.at_a_time, LOOK) {
+            if !crowd.wait_for_room(MOST_CLIENTS, LOOK) {
+                if !std::mem::replace(&mut full, true) {
+                    warn!("{MOST_CLIENTS} clients are being served; more have to wait");
+                }
                 continue;
             }
             let (stream, peer) = match listener.accept_timeout(LOOK) {
@@ -141,7 +151,6 @@ pub(crate) fn serve(
             crowd.shutdown(Shutdown::Both);
         }
     });
-    Ok(())
 }
 
 /// Sends back what comes until EOF, and then half-closes; how many bytes that were. `first` came before.
@@ -181,7 +190,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
                 continue;
             }
         }
-        sys::wait(stream.as_socket(), wanted, LOOK)?;
+        sys::wait(stream.as_socket(), wanted, IDLE)?;
     }
 }
 

@@ -309,6 +309,80 @@ fn echoes_to_many_at_a_time() {
     assert!(!path.exists());
 }
 
+#[test]
+fn a_socket_that_was_removed_is_made_again() {
+    for words in [&["-lk"][..], &["-lk", "--echo"]] {
+        let dir = private_dir();
+        let path = dir.path().join("s");
+        let cat = Cat::start(&[words, &[text(&path)]].concat());
+        wait_for(&path);
+        std::fs::remove_file(&path).unwrap();
+        wait_for(&path);
+        cat.signal("TERM");
+        let ended = cat.end();
+        assert!(
+            ended.err.contains("again: its file had been removed"),
+            "{}",
+            ended.err
+        );
+        assert!(!path.exists());
+    }
+}
+
+#[test]
+fn told_to_end_between_two_clients_it_has_done_its_work() {
+    for (words, code) in [(&["-lk"][..], 0), (&["-lk", "--echo"], 0), (&["-l"], 1)] {
+        let dir = private_dir();
+        let path = dir.path().join("s");
+        let cat = Cat::start(&[words, &[text(&path)]].concat());
+        eventually("it listens", || path.exists());
+        cat.signal("TERM");
+        let ended = cat.end();
+        assert_eq!(ended.code, Some(code), "{words:?}: {}", ended.err);
+        assert!(!path.exists());
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn idle_clients_cost_nothing() {
+    let dir = private_dir();
+    let path = dir.path().join("s");
+    let cat = Cat::start(&["-lk", "--echo", text(&path)]);
+    wait_for(&path);
+    let mut clients: Vec<_> = (0..50).map(|_| unix_client(&path)).collect();
+    for client in &mut clients {
+        client.write_all(b"x").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+    }
+    // How often its threads have slept, but for the one that takes clients and the one that takes signals.
+    let naps = || -> u64 {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", cat.child.0.id())).unwrap();
+        let naps = |task: std::io::Result<std::fs::DirEntry>| -> u64 {
+            let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            let line = status
+                .lines()
+                .find(|l| l.starts_with("voluntary_ctxt"))
+                .unwrap();
+            line.split_whitespace().last().unwrap().parse().unwrap()
+        };
+        tasks.map(naps).sum()
+    };
+    let before = naps();
+    thread::sleep(std::time::Duration::from_secs(1));
+    // One a client would be 50.
+    let slept = naps() - before;
+    assert!(slept < 40, "{slept}");
+    // They still echo.
+    for client in &mut clients {
+        client.write_all(b"y").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+    }
+    cat.signal("TERM");
+    drop(clients);
+    assert_eq!(cat.end().code, Some(0));
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_signal_need_not_wait_for_a_connect() {
@@ -364,6 +438,26 @@ fn waits_for_a_guest_that_refuses_at_first() {
     let vm = vm(&vm_dir);
     let ended = cat.end();
     assert_eq!((ended.code, ended.out.as_slice()), (Some(0), &b"hello"[..]));
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn waits_for_a_vm_that_is_not_there_yet() {
+    let dir = private_dir();
+    let state = dir.path().join("state");
+    let mut cat = Cat::start(&["--wait", "19.5", "--vm", text(&state), "7"]);
+    cat.feed(b"early");
+    // It looks again now and then.
+    thread::sleep(std::time::Duration::from_millis(300));
+    std::fs::create_dir(&state).unwrap();
+    let vm = vm(&state);
+    let ended = cat.end();
+    assert_eq!(
+        (ended.code, ended.out.as_slice()),
+        (Some(0), &b"early"[..]),
+        "{}",
+        ended.err
+    );
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
@@ -556,6 +650,13 @@ fn bad_words_are_told() {
     fails(&["cat", "nowhere"], 2, &["\"nowhere\"", "tcp://127.0.0.1"]);
     fails(&["cat", "--vm", "/tmp", "port"], 2, &["\"port\" with --vm"]);
     fails(&["cat", "-k", "/tmp/s"], 2, &["--listen"]);
+    fails(&["cat", "--echo", "/tmp/s"], 2, &["--listen"]);
+    fails(&["cat", "--mode", "600", "/tmp/s"], 2, &["--listen"]);
+    fails(&["cat", "-l", "--wait", "3", "/tmp/s"], 2, &["--wait"]);
+    fails(&["cat", "--wait", "soon", "/tmp/s"], 2, &["seconds"]);
+    fails(&["cat", "some.sock"], 2, &["./some.sock"]);
+    fails(&["cat", "/etc/passwd"], 1, &["/etc/passwd", "no socket"]);
+    fails(&["cat", "/etc"], 1, &["/etc", "no socket"]);
     fails(&["cat", "-l", "--register", "/tmp/s"], 2, &["Windows"]);
     fails(
         &["cat", "/tmp/no/such/socket"],

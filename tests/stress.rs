@@ -254,10 +254,35 @@ fn the_vm_lives() {
     assert_eq!(code, Some(1));
     assert!(report.contains("given up: 64 connections"), "{report}");
     vm.resume();
-    let (code, report, _) = stress(&["-n", "10", &echo]);
+    let state = text(dir.path());
+    let (code, report, _) = stress(&["-n", "10", "--vm", state, "7"]);
     assert_eq!(code, Some(0), "{report}");
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
     fails(&["stress", "-p", "401", &echo], 2, &["could kill it"]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_report_that_nobody_gets_is_a_failure() {
+    let (_server, path, _dir) = server();
+    for words in [&["stress", "-n", "1", &path][..], &["--help"]] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+        command.args(words).stdout(full.unwrap());
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{words:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("standard output"), "{said}");
+    }
+}
+
+#[test]
+fn a_server_makes_its_socket_again() {
+    let (server, path, _dir) = server();
+    std::fs::remove_file(&path).unwrap();
+    server.complains("again: its file had been removed");
+    let (code, _, said) = stress(&["-n", "2", &path]);
+    assert_eq!(code, Some(0), "{said}");
 }
 
 #[test]
@@ -279,4 +304,11 @@ fn bad_words_are_told() {
         &["round trip"],
     );
     fails(&["stress", "hyperkit://"], 2, &["hyperkit://"]);
+    fails(&["stress", "-s", "-n", "3", "/tmp/s"], 2, &["--server"]);
+    fails(&["stress", "--mode", "600", "/tmp/s"], 2, &["--server"]);
+    fails(
+        &["stress", "--round-trips", "3", "/tmp/s"],
+        2,
+        &["--bench rtt"],
+    );
 }

@@ -101,6 +101,80 @@ fn a_collector_that_comes_late_and_goes_misses_nothing() {
 }
 
 #[test]
+fn a_proxy_that_accepts_for_a_collector_that_is_away_costs_no_message() {
+    let dir = private_dir();
+    let (front, back) = (dir.path().join("collector"), dir.path().join("back"));
+    let proxy = Running::start(&["forward", text(&front), text(&back)]);
+    proxy.says(" -> ");
+    let (syslog, program) = start(dir.path());
+    let mut sent = Vec::new();
+    for n in 0..20 {
+        let message = format!("<13>message {n}").into_bytes();
+        program.send(&message).unwrap();
+        sent.push(message);
+    }
+    syslog.complains("keeping messages");
+    program.send(b"<13>last").unwrap();
+    sent.push(b"<13>last".to_vec());
+    let listener = UnixListener::bind(&back).unwrap();
+    let mut collector = accept(&listener);
+    for message in &sent {
+        assert_eq!(frame(&mut collector), *message);
+    }
+}
+
+#[test]
+fn a_collector_that_reads_nothing_is_told_of_and_holds_nobody_up() {
+    let dir = private_dir();
+    let listener = UnixListener::bind(dir.path().join("collector")).unwrap();
+    let (mut syslog, program) = start(dir.path());
+    // More than the sockets between hold.
+    for _ in 0..300 {
+        program.send(&pattern(10_000)).unwrap();
+    }
+    let collector = accept(&listener);
+    let told = syslog.complains("has taken nothing for");
+    assert!(told.contains("collector"), "{told}");
+    syslog.signal("TERM");
+    syslog.signal("TERM");
+    assert_eq!(syslog.exit_code(), Some(1));
+    syslog.complains("messages were not delivered");
+    // One connection, and nothing came twice.
+    drop(listener);
+    let mut collector = collector;
+    for _ in 0..10 {
+        assert!(frame(&mut collector) == pattern(10_000));
+    }
+}
+
+#[test]
+fn what_nobody_took_is_counted_at_the_end() {
+    let dir = private_dir();
+    let (mut syslog, program) = start(dir.path());
+    for n in 0..3 {
+        program.send(format!("<13>{n}").as_bytes()).unwrap();
+    }
+    syslog.complains("keeping messages");
+    syslog.signal("TERM");
+    assert_eq!(syslog.exit_code(), Some(1));
+    syslog.complains("3 messages were not delivered");
+}
+
+#[test]
+fn a_socket_that_was_removed_is_made_again() {
+    let dir = private_dir();
+    let listener = UnixListener::bind(dir.path().join("collector")).unwrap();
+    let (syslog, _old) = start(dir.path());
+    let log = dir.path().join("log");
+    std::fs::remove_file(&log).unwrap();
+    syslog.complains("again: its file had been removed");
+    let program = UnixDatagram::unbound().unwrap();
+    program.connect(&log).unwrap();
+    program.send(b"<13>here").unwrap();
+    assert_eq!(frame(&mut accept(&listener)), b"<13>here");
+}
+
+#[test]
 fn what_is_in_the_way_is_told() {
     let dir = private_dir();
     let (_syslog, _program) = start(dir.path());

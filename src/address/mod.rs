@@ -161,9 +161,10 @@ fn unknown(input: &str, scheme: &str) -> AddressError {
         return AddressError::new(input, Part::Scheme, "", missing, example);
     }
     if !input.contains(':') {
-        // What has a slash was to be a path.
+        // What looks like a file's name was to be a path.
+        let file = input.contains('/') || input.ends_with(".sock");
         let example = match UnixAddress::from_plain(&format!("./{input}")) {
-            Ok(path) if input.contains('/') => path.to_string(),
+            Ok(path) if file => path.to_string(),
             _ => TCP_EXAMPLE.to_owned(),
         };
         return AddressError::new(input, Part::Scheme, "", missing, example);

@@ -3,13 +3,13 @@
 mod session;
 
 use std::io;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial;
 use crate::error::{Error, Operation};
-use crate::listener::Listener;
+use crate::listener::lasting::LastingListener;
 use crate::serve::LOOK;
 use crate::stream::Stream;
 use crate::sys::{self, AsSocket, Wanted};
@@ -99,10 +99,7 @@ impl Cat {
     }
 
     /// Takes a client and carries, to the end of both directions; false if none has come for a while.
-    pub(crate) fn accept(&mut self, listener: &Listener) -> Result<bool, Failure> {
-        if self.is_interrupted() {
-            return Err(Failure::Interrupted);
-        }
+    pub(crate) fn accept(&mut self, listener: &mut LastingListener) -> Result<bool, Failure> {
         let Some((stream, _)) = listener.accept_timeout(LOOK)? else {
             return Ok(false);
         };
@@ -124,7 +121,8 @@ impl Cat {
         .run()
     }
 
-    fn is_interrupted(&self) -> bool {
+    /// Whether the end was asked for since that was asked last.
+    pub(crate) fn is_interrupted(&self) -> bool {
         // Those of threads of an earlier session say nothing any more.
         self.events
             .try_iter()
@@ -132,7 +130,7 @@ impl Cat {
     }
 
     /// Connects, trying again while there is time; and when that was.
-    pub(crate) fn dial(&self) -> Result<(Stream, Instant), Failure> {
+    fn dial(&self) -> Result<(Stream, Instant), Failure> {
         let begun = Instant::now();
         let mut pause = Duration::from_millis(50);
         loop {
@@ -164,7 +162,7 @@ impl Cat {
             false => left.max(LOOK),
         };
         let deadline = Instant::now() + timeout;
-        let stream = self.connect_within(timeout)?;
+        let stream = Stream::connect_unless(address, timeout, &|| self.is_interrupted())?;
         let connected = Instant::now();
         match address {
             Address::Hyperkit(hyperkit) if !self.plan.wait.is_zero() => {
@@ -177,20 +175,6 @@ impl Cat {
             _ => {}
         }
         Ok((stream, connected))
-    }
-
-    /// Connects on another thread, so that a signal needn't wait for it.
-    fn connect_within(&self, timeout: Duration) -> Result<Stream, Attempt> {
-        let (tell, told) = channel();
-        let address = self.plan.address.clone();
-        std::thread::spawn(move || tell.send(Stream::connect_timeout(&address, timeout)));
-        loop {
-            match told.recv_timeout(LOOK) {
-                Ok(connected) => return connected.map_err(Attempt::Failed),
-                Err(RecvTimeoutError::Timeout) if !self.is_interrupted() => {}
-                Err(_) => return Err(Attempt::Interrupted),
-            }
-        }
     }
 
     /// Waits until it is known that the guest has taken a dial.
@@ -255,7 +239,10 @@ enum Attempt {
 
 impl From<Error> for Attempt {
     fn from(error: Error) -> Attempt {
-        Attempt::Failed(error)
+        match error.kind() {
+            io::ErrorKind::Interrupted => Attempt::Interrupted,
+            _ => Attempt::Failed(error),
+        }
     }
 }
 

@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tracing::info;
+
 use crate::dial;
 use crate::serve::LOOK;
 use crate::stream::Stream;
@@ -26,6 +28,9 @@ const IDLE: Duration = Duration::from_secs(3600);
 /// How long the half-close to a guest that has said nothing yet is kept back: hyperkit refuses by EOF, some 50 µs after
 /// the dial, and behind our half-close that would look like an empty answer.
 const HOLD: Duration = Duration::from_millis(10);
+
+/// A wait at the end is told of if it is longer.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a thread of a session has to tell.
 #[derive(Debug)]
@@ -275,11 +280,19 @@ impl Session<'_> {
             return;
         }
         // Not left to the receiving thread: standard output may keep it.
-        let end = Instant::now() + self.drain;
+        let begun = Instant::now();
+        let end = begun + self.drain;
+        let mut told = false;
         loop {
             match self.stream.drain(LOOK) {
                 Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
                 _ => return,
+            }
+            if begun.elapsed() >= PATIENCE && !std::mem::replace(&mut told, true) {
+                let (address, seconds) = (self.stream.address(), self.drain.as_secs());
+                info!(
+                    "giving {address} {seconds} s to end the connection, as its VM needs it; a signal cuts that short"
+                );
             }
             // Another interrupt cuts it short.
             let interrupted = |event| matches!(event, super::Event::Interrupt);

@@ -1,18 +1,15 @@
 //! `hvsock cat`: standard input and output over any address.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::options::parse_mode;
+use super::options::{Peer, parse_mode, parse_seconds};
 use super::signals::EndSignals;
 use super::{Failure, Outcome, complain};
-use crate::address::{Address, HyperkitAddress, Port};
 use crate::cat::{self, Plan};
-use crate::hyperkit::{Places, find};
-use crate::listener::Listener;
+use crate::listener::lasting::LastingListener;
 use crate::serve::{self, Stop};
-use crate::stream::Stream;
 
 /// Carry standard input and output over any address, as netcat does
 #[derive(Args, Debug)]
@@ -29,39 +26,31 @@ Examples:
 Addresses: see `hvsock forward --help`."
 )]
 pub(super) struct Cat {
-    /// Where to connect to, or with -l to listen on; with --vm, a vsock port
-    #[arg(value_name = "ADDRESS")]
-    address: String,
-    /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
-    /// hyperkit:///STATE/DIR
-    #[arg(long, value_name = "VM")]
-    vm: Option<String>,
+    #[command(flatten)]
+    peer: Peer,
     /// Listen, and serve one client
-    #[arg(short = 'l', long)]
+    #[arg(short = 'l', long, conflicts_with = "wait")]
     listen: bool,
     /// With -l, serve one client after the other; with --echo, all at the same time
     #[arg(short = 'k', long, requires = "listen")]
     keep_listening: bool,
-    /// Send back what comes, instead of standard input
-    #[arg(long)]
+    /// With -l, send back what comes, instead of standard input
+    #[arg(long, requires = "listen")]
     echo: bool,
     /// With -l, register the service in the registry (Windows only)
     #[arg(long)]
     register: bool,
     /// Seconds to go on trying when nobody is there yet
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
-    wait: u32,
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
+    wait: Duration,
     /// Seconds a guest may take to end the connection when we are told to end; to vsock-mux, seconds without a byte
     /// until EOF on standard input is passed on all the same
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     drain_timeout: u32,
     /// With -l, permissions of a Unix listening socket, octal
-    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, requires = "listen")]
     mode: u32,
 }
-
-/// How many clients are echoed at a time.
-const ECHOES: usize = 1000;
 
 impl Cat {
     pub(super) fn run(self) -> Outcome {
@@ -72,58 +61,41 @@ impl Cat {
                     .to_owned(),
             ));
         }
+        let begun = Instant::now();
+        let address = self.peer.address(begun + self.wait)?;
         let plan = Plan {
-            address: self.address()?,
-            wait: Duration::from_secs(self.wait.into()),
+            address,
+            wait: self.wait.saturating_sub(begun.elapsed()),
             drain: Duration::from_secs(self.drain_timeout.into()),
             keeps: self.keep_listening,
         };
-        match (self.listen, self.echo) {
-            (_, true) => self.echo(plan),
-            (false, false) => carry(plan, None, false),
-            (true, false) => {
-                let listener = Listener::bind_with_mode(&plan.address, self.mode)?;
-                tell_address(&listener, &plan.address);
-                carry(plan, Some(listener), self.keep_listening)
-            }
-        }
-    }
-
-    fn address(&self) -> Result<Address, Failure> {
-        let Some(vm) = &self.vm else {
-            let parsed = self.address.parse::<Address>();
-            return parsed.map_err(|e| Failure::Usage(e.to_string()));
-        };
-        let port: Port = self
-            .address
-            .parse()
-            .map_err(|e| Failure::Usage(format!("{:?} with --vm: {e}", self.address)))?;
-        let vm = find(vm, &Places::from_env())?;
-        Ok(HyperkitAddress { vm, port }.into())
-    }
-
-    fn echo(&self, plan: Plan) -> Outcome {
-        let stop = Stop::default();
-        let drain = plan.drain;
         if !self.listen {
-            let cat = cat::Cat::new(plan);
-            let (stream, _) = cat.dial()?;
-            return echo_back(&stream, drain);
+            return connect(plan);
         }
-        let listener = Listener::bind_with_mode(&plan.address, self.mode)?;
-        let mut signals = EndSignals::take()?;
-        tell_address(&listener, &plan.address);
+        let signals = EndSignals::take()?;
+        let listener = LastingListener::bind(&plan.address, self.mode)?;
+        if listener.address() != &plan.address {
+            // That wasn't known before.
+            complain(format_args!("listening on {}", listener.address()));
+        }
+        match self.echo {
+            true => self.echo(plan, listener, signals),
+            false => accept(plan, listener, signals),
+        }
+    }
+
+    fn echo(&self, plan: Plan, mut listener: LastingListener, mut signals: EndSignals) -> Outcome {
+        let stop = Stop::default();
         let stopper = stop.clone();
         std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
         let plan = serve::Plan {
-            at_a_time: ECHOES,
             in_all: (!self.keep_listening).then_some(1),
-            grace: drain,
+            grace: plan.drain,
         };
         let _ = crate::sys::raise_descriptor_limit();
         let failure = std::sync::Mutex::new(None);
         serve::serve(
-            &listener,
+            &mut listener,
             plan,
             &stop,
             |_, stream, peer| match serve::echo(stream, &[]) {
@@ -135,7 +107,7 @@ impl Cat {
                     }
                 }
             },
-        )?;
+        );
         match failure.into_inner() {
             Ok(Some(e)) => Err(e.into()),
             _ => Ok(()),
@@ -143,37 +115,34 @@ impl Cat {
     }
 }
 
-fn echo_back(stream: &Stream, drain: Duration) -> Outcome {
-    let echoed = serve::echo(stream, &[]);
-    if echoed.is_err() && stream.address().is_delicate() {
-        let _ = stream.finish(drain);
-    }
-    Ok(echoed.map(drop)?)
-}
-
-/// Says where it listens if that wasn't known before.
-fn tell_address(listener: &Listener, asked: &Address) {
-    if listener.address() != asked {
-        complain(format_args!("listening on {}", listener.address()));
-    }
-}
-
-fn carry(plan: Plan, listener: Option<Listener>, keep: bool) -> Outcome {
+fn connect(plan: Plan) -> Outcome {
+    let signals = EndSignals::take()?;
     let mut cat = cat::Cat::new(plan);
-    let mut signals = EndSignals::take()?;
-    let interrupter = cat.interrupter();
-    std::thread::spawn(move || signals.each().for_each(|()| interrupter.interrupt()));
-    let Some(listener) = listener else {
-        return Ok(cat.connect()?);
-    };
+    interrupt_by(signals, &cat);
+    Ok(cat.connect()?)
+}
+
+fn accept(plan: Plan, mut listener: LastingListener, signals: EndSignals) -> Outcome {
+    let keeps = plan.keeps;
+    let mut cat = cat::Cat::new(plan);
+    interrupt_by(signals, &cat);
     loop {
-        match cat.accept(&listener) {
-            Ok(served) if served && !keep => return Ok(()),
+        if cat.is_interrupted() {
+            // Between two clients nothing is lost.
+            return if keeps { Ok(()) } else { Err(Failure::Silent) };
+        }
+        match cat.accept(&mut listener) {
+            Ok(served) if served && !keeps => return Ok(()),
             Ok(_) => {}
-            Err(cat::Failure::Failed(why)) if keep => complain(why),
+            Err(cat::Failure::Failed(why)) if keeps => complain(why),
             Err(failure) => return Err(failure.into()),
         }
     }
+}
+
+fn interrupt_by(mut signals: EndSignals, cat: &cat::Cat) {
+    let interrupter = cat.interrupter();
+    std::thread::spawn(move || signals.each().for_each(|()| interrupter.interrupt()));
 }
 
 impl From<cat::Failure> for Failure {

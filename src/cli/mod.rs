@@ -78,7 +78,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(arguments) => arguments,
         Err(e) => {
             // Help and version go to standard output with code 0, the rest to standard error with code 2.
-            let _ = e.print();
+            if let Err(why) = e.print()
+                && !e.use_stderr()
+            {
+                complain(format_args!("cannot write to standard output: {why}"));
+                return ExitCode::FAILURE;
+            }
             return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
         }
     };
@@ -116,8 +121,14 @@ fn complain(what: impl fmt::Display) {
 
 /// Prints a line; a closed standard output is no reason to stop carrying.
 fn say(line: impl fmt::Display) {
+    let _ = print(line);
+}
+
+/// Prints what was asked for.
+fn print(text: impl fmt::Display) -> Outcome {
     let mut out = io::stdout().lock();
-    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    let printed = writeln!(out, "{text}").and_then(|()| out.flush());
+    printed.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
 }
 
 fn start_log() {

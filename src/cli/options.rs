@@ -1,12 +1,56 @@
 //! The options that all commands with a proxy have.
 
+use std::io;
 use std::num::NonZeroUsize;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::Failure;
+use crate::address::{Address, HyperkitAddress, Port};
+use crate::hyperkit::{Places, find};
 use crate::proxy::{ProxyConfig, Rule};
 use crate::sys;
+
+/// One end of a connection: a URI, or a port of a VM.
+#[derive(Args, Debug)]
+pub(super) struct Peer {
+    /// Where to connect or listen; with --vm a vsock port alone
+    #[arg(value_name = "ADDRESS")]
+    address: String,
+    /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
+    /// hyperkit:///STATE/DIR
+    #[arg(long, value_name = "VM")]
+    vm: Option<String>,
+}
+
+/// How often a VM that isn't there yet is looked for.
+const LOOK_FOR_VM: Duration = Duration::from_millis(200);
+
+impl Peer {
+    /// Its address. A VM that can't be found is looked for until `deadline`.
+    pub(super) fn address(&self, deadline: Instant) -> Result<Address, Failure> {
+        let Some(vm) = &self.vm else {
+            let parsed = self.address.parse::<Address>();
+            return parsed.map_err(|e| Failure::Usage(e.to_string()));
+        };
+        let port: Port = self
+            .address
+            .parse()
+            .map_err(|e| Failure::Usage(format!("{:?} with --vm: {e}", self.address)))?;
+        let places = Places::from_env();
+        loop {
+            match find(vm, &places) {
+                Ok(vm) => return Ok(HyperkitAddress { vm, port }.into()),
+                Err(e) if e.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
+                    thread::sleep(LOOK_FOR_VM);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
 
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Limits")]
@@ -58,6 +102,14 @@ impl ProxyOptions {
 
     pub(super) fn grace(&self) -> Duration {
         Duration::from_secs(self.grace.into())
+    }
+}
+
+/// A time in seconds.
+pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("it is a number of seconds, as 0.5".to_owned()),
     }
 }
 

@@ -2,16 +2,16 @@
 
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
-use super::options::parse_mode;
+use super::options::{Peer, parse_mode, parse_seconds};
 use super::signals::EndSignals;
-use super::{Failure, Outcome, say};
+use super::{Failure, Outcome, print, say};
 use crate::address::Address;
-use crate::listener::Listener;
+use crate::listener::lasting::LastingListener;
 use crate::serve::{self, LOOK, Stop};
 use crate::stress::{self, Load, MOST_PARALLEL, Plan, Progress, Report};
 
@@ -28,11 +28,10 @@ Examples:
   hvsock stress --bench up -p 4 tcp://127.0.0.1:5000"
 )]
 pub(super) struct Stress {
-    /// Where to connect to, or with --server to listen on
-    #[arg(value_name = "ADDRESS")]
-    address: Address,
+    #[command(flatten)]
+    peer: Peer,
     /// Serve such clients until SIGINT or SIGTERM
-    #[arg(short = 's', long)]
+    #[arg(short = 's', long, conflicts_with_all = CLIENT_OPTIONS)]
     server: bool,
     /// Connections in all [default: 100; with --bench, as many as in parallel]
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
@@ -52,12 +51,12 @@ pub(super) struct Stress {
     /// Measure: one way up or down, or round trips
     #[arg(long, value_enum, value_name = "LOAD")]
     bench: Option<Bench>,
-    /// Round trips of a connection with --bench rtt
-    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
-    round_trips: u64,
+    /// Round trips of a connection with --bench rtt [default: 10000]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    round_trips: Option<u64>,
     /// Seconds between a connection and the next one in its place
-    #[arg(long, value_name = "SECONDS", default_value_t = 0.0, value_parser = parse_seconds)]
-    pause: f64,
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
+    pause: Duration,
     /// Seconds that connecting may take, and that nothing may move
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     timeout: u32,
@@ -68,9 +67,23 @@ pub(super) struct Stress {
     #[arg(short = 'v', long)]
     verbose: bool,
     /// With --server, permissions of a Unix listening socket, octal
-    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, requires = "server")]
     mode: u32,
 }
+
+/// What says nothing to a server.
+const CLIENT_OPTIONS: [&str; 10] = [
+    "connections",
+    "parallel",
+    "size",
+    "buffer",
+    "seed",
+    "bench",
+    "round_trips",
+    "pause",
+    "timeout",
+    "fail_fast",
+];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Bench {
@@ -91,11 +104,11 @@ const LARGEST_BUFFER: u64 = 16 << 20;
 /// The largest message of a round trip: it has a buffer of its size.
 const LARGEST_MESSAGE: u64 = 1 << 30;
 
+/// Round trips of a connection.
+const ROUND_TRIPS: u64 = 10_000;
+
 /// How long clients may take to end when the server is told to stop.
 const GRACE: Duration = Duration::from_secs(10);
-
-/// How many clients a server has at a time: each has a thread.
-const CLIENTS: usize = 10_000;
 
 impl Stress {
     pub(super) fn run(self) -> Outcome {
@@ -104,39 +117,47 @@ impl Stress {
         let stopper = stop.clone();
         // Without it there are fewer.
         let _ = crate::sys::raise_descriptor_limit();
+        let address = self.peer.address(Instant::now())?;
         if self.server {
-            let listener = Listener::bind_with_mode(&self.address, self.mode)?;
+            let mut listener = LastingListener::bind(&address, self.mode)?;
             std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
             say(format_args!("serving on {}", listener.address()));
             let plan = serve::Plan {
-                at_a_time: CLIENTS,
                 in_all: None,
                 grace: GRACE,
             };
-            return Ok(stress::serve(&listener, plan, &stop, self.verbose)?);
+            stress::serve(&mut listener, plan, &stop, self.verbose);
+            return Ok(());
         }
-        let plan = self.plan()?;
+        let plan = self.plan(address)?;
         std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
         let report = watch(&plan, &stop);
-        say(&report);
+        let printed = print(&report);
         match report.verdict() {
-            None => Ok(()),
+            None => printed,
             Some(why) => Err(Failure::Failed(why)),
         }
     }
 
-    fn plan(self) -> Result<Plan, Failure> {
+    fn plan(self, address: Address) -> Result<Plan, Failure> {
         let parallel = usize::from(self.parallel);
-        if matches!(self.address, Address::Hyperkit(_)) && parallel > MOST_PARALLEL {
+        if matches!(address, Address::Hyperkit(_)) && parallel > MOST_PARALLEL {
             return Err(Failure::Usage(format!(
                 "{parallel} connections at a time to a hyperkit VM: more than {MOST_PARALLEL} could kill it"
             )));
+        }
+        if self.round_trips.is_some() && self.bench != Some(Bench::Rtt) {
+            let why = "--round-trips is for --bench rtt";
+            return Err(Failure::Usage(why.to_owned()));
         }
         let (load, size) = match self.bench {
             None => (Load::Echo, 1..=64 << 10),
             Some(Bench::Up) => (Load::Up, 256 << 20..=256 << 20),
             Some(Bench::Down) => (Load::Down, 256 << 20..=256 << 20),
-            Some(Bench::Rtt) => (Load::RoundTrips(self.round_trips), 64..=64),
+            Some(Bench::Rtt) => (
+                Load::RoundTrips(self.round_trips.unwrap_or(ROUND_TRIPS)),
+                64..=64,
+            ),
         };
         let size = self.size.unwrap_or(size);
         if self.bench == Some(Bench::Rtt) && !(1..=LARGEST_MESSAGE).contains(size.start())
@@ -151,14 +172,14 @@ impl Stress {
             Some(_) => u64::from(self.parallel),
         };
         Ok(Plan {
-            address: self.address,
+            address,
             load,
             connections: self.connections.unwrap_or(connections),
             parallel,
             size,
             buffer: self.buffer,
             seed: self.seed.unwrap_or_else(|| fastrand::u64(..)),
-            pause: Duration::from_secs_f64(self.pause),
+            pause: self.pause,
             timeout: Duration::from_secs(self.timeout.into()),
             fail_fast: self.fail_fast,
             verbose: self.verbose,
@@ -194,13 +215,6 @@ fn watch(plan: &Plan, stop: &Stop) -> Report {
     });
     bar.finish_and_clear();
     report
-}
-
-fn parse_seconds(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(seconds),
-        _ => Err("it is a number of seconds, as 0.5".to_owned()),
-    }
 }
 
 /// `SIZE` or `MIN-MAX`.

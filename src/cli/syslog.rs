@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::options::parse_mode;
 use super::signals::EndSignals;
-use super::{Outcome, say};
+use super::{Failure, Outcome, say};
 use crate::address::Address;
 use crate::serve::Stop;
 use crate::syslog::{Log, carry};
@@ -14,7 +14,9 @@ use crate::syslog::{Log, carry};
 /// Carry the syslog messages of local programs to a collector, framed as RFC 6587 says
 #[derive(Args, Debug)]
 #[command(
-    after_help = "While the collector can't be had, messages are kept, 4 MiB of them; programs are never made to wait.
+    after_help = "While the collector can't be had, messages are kept, 4 MiB of them; programs are never made to wait. When a
+connection is lost, those it was given last are sent again: some may come twice. SIGINT or SIGTERM: the last ones
+have 2 seconds, and the exit code is 1 if some were not delivered.
 
 Example, in a guest:
   hvsock syslog /dev/log vsock://host:514"
@@ -39,6 +41,12 @@ impl Syslog {
         let stopper = stop.clone();
         std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
         say(format_args!("{} -> {}", self.path.display(), self.target));
-        Ok(carry(&log, &self.target, &stop)?)
+        match carry(log, &self.target, &stop)? {
+            0 => Ok(()),
+            count => Err(Failure::Failed(format!(
+                "{count} messages were not delivered to {}",
+                self.target
+            ))),
+        }
     }
 }

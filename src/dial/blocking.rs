@@ -2,6 +2,8 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
@@ -15,6 +17,16 @@ use super::{Begun, Dial, Next, explain};
 
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often a connect that can be given up looks whether it is.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Says whether a connect is to be given up; without one, never.
+type GivenUp<'a> = Option<&'a dyn Fn() -> bool>;
+
+fn is(given_up: GivenUp<'_>) -> bool {
+    given_up.is_some_and(|given_up| given_up())
+}
 
 impl Stream {
     /// Connects to `address`, within 30 s: [`connect_timeout`](Stream::connect_timeout).
@@ -41,27 +53,75 @@ impl Stream {
     /// `ConnectionRefused` (AF_VSOCK: `ConnectionReset`) if nobody listens there; `NotFound` if there is no such socket
     /// or name; `TimedOut`; `Unsupported` for a family that this system doesn't carry; what the kernel says otherwise.
     pub fn connect_timeout(address: &Address, timeout: Duration) -> Result<Stream> {
-        #[cfg(windows)]
-        if let Address::Hvsock(hvsock) = address {
-            return connect_hvsock(address, hvsock, timeout);
+        dial(address, timeout, None)
+    }
+
+    /// [`connect_timeout`](Stream::connect_timeout), unless `given_up` says so before.
+    ///
+    /// # Errors
+    /// As there; `Interrupted` if it was given up.
+    #[cfg(feature = "cli")]
+    pub(crate) fn connect_unless(
+        address: &Address,
+        timeout: Duration,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<Stream> {
+        dial(address, timeout, Some(given_up))
+    }
+}
+
+fn dial(address: &Address, timeout: Duration, given_up: GivenUp<'_>) -> Result<Stream> {
+    let begun = Instant::now();
+    #[cfg(windows)]
+    if let Address::Hvsock(_) = address {
+        let to = address.clone();
+        return apart(address, given_up, move || connect_hvsock(&to, timeout));
+    }
+    let endpoints = match Target::of(address) {
+        Target::Endpoint(endpoint) => vec![endpoint],
+        Target::Name { host, port } => {
+            let name = host.to_owned();
+            apart(address, given_up, move || resolve(&name, port))?
         }
-        let endpoints = endpoints(address)?;
-        let mut dial = Dial::new(Instant::now() + timeout);
-        dial.add(endpoints);
-        connect(&mut dial)
-            .and_then(|stream| Stream::from_nonblocking(stream, address))
-            .map_err(|e| explain(address, e))
+        Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
+    };
+    let mut dial = Dial::new(begun + timeout);
+    dial.add(endpoints);
+    connect(&mut dial, given_up)
+        .and_then(|stream| Stream::from_nonblocking(stream, address))
+        .map_err(|e| explain(address, e))
+}
+
+/// Calls what blocks: on another thread if it can be given up.
+fn apart<T: Send + 'static>(
+    address: &Address,
+    given_up: GivenUp<'_>,
+    call: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    if given_up.is_none() {
+        return call();
+    }
+    let fail = |cause| Error::new(Operation::Connect, address, cause);
+    let (tell, told) = channel();
+    // If nobody listens any more, it was given up.
+    let call = move || drop(tell.send(call()));
+    thread::Builder::new().spawn(call).map_err(fail)?;
+    loop {
+        match told.recv_timeout(LOOK) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Timeout) if !is(given_up) => {}
+            Err(_) => return Err(fail(io::ErrorKind::Interrupted.into())),
+        }
     }
 }
 
 /// Hyper-V's sockets are said not to be waited on, so that the kernel keeps the deadline.
 #[cfg(windows)]
-fn connect_hvsock(
-    address: &Address,
-    hvsock: &crate::address::HvsockAddress,
-    timeout: Duration,
-) -> Result<Stream> {
+fn connect_hvsock(address: &Address, timeout: Duration) -> Result<Stream> {
     use crate::address::Vm;
+    let Address::Hvsock(hvsock) = address else {
+        return Err(not_carried(Operation::Connect, address));
+    };
     let Vm::Id(vm) = hvsock.vm else {
         let why = "a VM's name is not looked up";
         let cause = io::Error::new(io::ErrorKind::Unsupported, why);
@@ -73,36 +133,38 @@ fn connect_hvsock(
         .map_err(|e| explain(address, e))
 }
 
-fn endpoints(address: &Address) -> Result<Vec<Endpoint>> {
-    match Target::of(address) {
-        Target::Endpoint(endpoint) => Ok(vec![endpoint]),
-        Target::Name { host, port } => (host, port)
-            .to_socket_addrs()
-            .map(|found: std::vec::IntoIter<SocketAddr>| found.map(Endpoint::Tcp).collect())
-            .map_err(|e| {
-                Error::new(Operation::Resolve, host, e)
-                    .with_remedy("is the name right, and does DNS answer?")
-            }),
-        Target::NotCarried => Err(not_carried(Operation::Connect, address)),
-    }
+fn resolve(host: &str, port: u16) -> Result<Vec<Endpoint>> {
+    (host, port)
+        .to_socket_addrs()
+        .map(|found: std::vec::IntoIter<SocketAddr>| found.map(Endpoint::Tcp).collect())
+        .map_err(|e| {
+            Error::new(Operation::Resolve, host, e)
+                .with_remedy("is the name right, and does DNS answer?")
+        })
 }
 
 /// Tries one endpoint after the other.
-fn connect(dial: &mut Dial) -> io::Result<Nonblocking> {
+fn connect(dial: &mut Dial, given_up: GivenUp<'_>) -> io::Result<Nonblocking> {
     loop {
-        let error = match attempt(dial) {
+        let error = match attempt(dial, given_up) {
             Ok(stream) => return Ok(stream),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Err(e),
             Err(e) => e,
         };
         match dial.failed(Instant::now(), error) {
             Next::Now => {}
-            Next::At(at) => std::thread::sleep(at.saturating_duration_since(Instant::now())),
+            Next::At(at) => {
+                thread::sleep(at.saturating_duration_since(Instant::now()));
+                if is(given_up) {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+            }
             Next::GiveUp(e) => return Err(e),
         }
     }
 }
 
-fn attempt(dial: &mut Dial) -> io::Result<Nonblocking> {
+fn attempt(dial: &mut Dial, given_up: GivenUp<'_>) -> io::Result<Nonblocking> {
     let Some(endpoint) = dial.endpoint() else {
         let why = "the name has no address";
         return Err(io::Error::new(io::ErrorKind::NotFound, why));
@@ -111,18 +173,28 @@ fn attempt(dial: &mut Dial) -> io::Result<Nonblocking> {
     let begun = dial.begun(Instant::now());
     if begun == Begun::InProgress {
         while !stream.connected()? {
-            wait(&stream, Wanted::Writable, dial.attempt_deadline())?;
+            wait(&stream, Wanted::Writable, dial.attempt_deadline(), given_up)?;
         }
     }
     while !dial.shake_hands(&mut stream)? {
-        wait(&stream, Wanted::Readable, dial.attempt_deadline())?;
+        wait(&stream, Wanted::Readable, dial.attempt_deadline(), given_up)?;
     }
     Ok(stream)
 }
 
-fn wait(stream: &Nonblocking, wanted: Wanted, deadline: Instant) -> io::Result<()> {
+/// Waits for a while; what comes of it is to be looked at then.
+fn wait(
+    stream: &Nonblocking,
+    wanted: Wanted,
+    deadline: Instant,
+    given_up: GivenUp<'_>,
+) -> io::Result<()> {
+    if is(given_up) {
+        return Err(io::ErrorKind::Interrupted.into());
+    }
     let left = deadline.saturating_duration_since(Instant::now());
-    match sys::wait(stream.as_socket(), wanted, left) {
+    let step = given_up.map_or(left, |_| left.min(LOOK));
+    match sys::wait(stream.as_socket(), wanted, step) {
         Ok(true) => Ok(()),
         Ok(false) if left.is_zero() => {
             let why = "it hasn't answered in time";

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
-use crate::address::Address;
+use crate::address::{Address, UnixAddress};
 use crate::error::{Error, Operation};
 use crate::mux::Handshake;
 use crate::relay::Socket;
@@ -189,6 +189,9 @@ pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
         }
         (Address::VsockMux(_), ConnectionReset) => "the guest is not up yet",
         (Address::VsockMux(_), NotFound | ConnectionRefused) => "is the VM running?",
+        (Address::Unix(UnixAddress::Path(path)), ConnectionRefused) if sys::is_no_socket(path) => {
+            "there is a file of that name, but it is no socket: is the path right?"
+        }
         (Address::Unix(_), NotFound | ConnectionRefused) => "is the server running?",
         (Address::Unix(_), PermissionDenied) => "you may not use that socket",
         (Address::Tcp(_), ConnectionRefused) => "nothing listens on that port",

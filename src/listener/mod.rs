@@ -2,6 +2,8 @@
 
 #[cfg(unix)]
 pub(crate) mod file;
+#[cfg(feature = "cli")]
+pub(crate) mod lasting;
 #[cfg(unix)]
 mod local;
 #[cfg(not(unix))]

@@ -108,7 +108,8 @@ impl Run<'_> {
         let start = rng.u64(..1 << 32);
         self.wait_for_leave();
         let dialled = Instant::now();
-        let stream = match Stream::connect_timeout(&plan.address, plan.timeout) {
+        let urgent = || self.stop.is_urgent();
+        let stream = match Stream::connect_unless(&plan.address, plan.timeout, &urgent) {
             Ok(stream) => stream,
             Err(e) => return (Done::default(), Err(e.to_string())),
         };

@@ -7,23 +7,15 @@ use std::time::Instant;
 
 use tracing::{debug, info};
 
-use crate::error::Result;
-use crate::listener::{Listener, Peer};
+use crate::listener::Peer;
+use crate::listener::lasting::LastingListener;
 use crate::serve::{self, Stop};
 use crate::stream::Stream;
 
 use super::data::{Data, LONGEST_LINE, MARK, Request, Way};
 
 /// Serves clients until it is told to stop; with `verbose`, a line for each.
-///
-/// # Errors
-/// None of a single client.
-pub(crate) fn serve(
-    listener: &Listener,
-    plan: serve::Plan,
-    stop: &Stop,
-    verbose: bool,
-) -> Result<()> {
+pub(crate) fn serve(listener: &mut LastingListener, plan: serve::Plan, stop: &Stop, verbose: bool) {
     // Most clients come with the seed of the one before.
     let last: Mutex<Option<Data>> = Mutex::new(None);
     serve::serve(listener, plan, stop, |number, stream, peer| {
@@ -37,7 +29,7 @@ pub(crate) fn serve(
             Ok((what, bytes)) => debug!("connection {number} from {peer}: {what} {bytes} bytes"),
             Err(e) => fail(number, peer, &e, verbose),
         }
-    })
+    });
 }
 
 fn fail(number: u64, peer: Peer, error: &io::Error, verbose: bool) {

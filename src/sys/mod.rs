@@ -103,6 +103,20 @@ pub(crate) fn os_string_from_bytes(bytes: Vec<u8>) -> Result<OsString, Vec<u8>> 
     }
 }
 
+/// Whether there is a file at `path`, and it is no socket. Linux refuses to connect to one as if nobody listened.
+pub(crate) fn is_no_socket(path: &std::path::Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        std::fs::metadata(path).is_ok_and(|metadata| !metadata.file_type().is_socket())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        false
+    }
+}
+
 /// Whether a process of this id lives, as far as this user can know.
 pub(crate) fn process_is_alive(pid: i32) -> bool {
     #[cfg(unix)]

@@ -1,0 +1,113 @@
+//! Messages on their way, in bounds.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How much is kept; then the oldest messages are let go of. Programs are never made to wait.
+pub(super) const MOST_KEPT: usize = 4 * 1024 * 1024;
+
+/// A message as it goes over the wire.
+pub(super) type Frame = Vec<u8>;
+
+/// Frames, the oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    frames: VecDeque<Frame>,
+    bytes: usize,
+    /// Let go of since [`take_lost`](Queue::take_lost).
+    lost: u64,
+}
+
+impl Queue {
+    pub(super) fn push(&mut self, message: &[u8]) {
+        let mut frame = format!("{} ", message.len()).into_bytes();
+        frame.extend_from_slice(message);
+        self.bytes += frame.len();
+        self.frames.push_back(frame);
+        self.trim();
+    }
+
+    pub(super) fn pop(&mut self) -> Option<Frame> {
+        let frame = self.frames.pop_front()?;
+        self.bytes -= frame.len();
+        Some(frame)
+    }
+
+    /// Puts frames before all others, themselves in this order.
+    pub(super) fn put_back(
+        &mut self,
+        frames: impl IntoIterator<Item = Frame, IntoIter: DoubleEndedIterator>,
+    ) {
+        for frame in frames.into_iter().rev() {
+            self.bytes += frame.len();
+            self.frames.push_front(frame);
+        }
+        self.trim();
+    }
+
+    fn trim(&mut self) {
+        while self.bytes > MOST_KEPT && self.pop().is_some() {
+            self.lost += 1;
+        }
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.frames.len() as u64
+    }
+
+    pub(super) fn take_lost(&mut self) -> u64 {
+        std::mem::take(&mut self.lost)
+    }
+}
+
+/// A queue that two threads have.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    queue: Mutex<Queue>,
+    came: Condvar,
+}
+
+impl Kept {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn push(&self, message: &[u8]) {
+        self.lock().push(message);
+        self.came.notify_one();
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().frames.is_empty()
+    }
+
+    /// Waits for messages, at most `timeout`.
+    pub(super) fn wait(&self, timeout: Duration) {
+        let none = |queue: &mut Queue| queue.frames.is_empty();
+        drop(self.came.wait_timeout_while(self.lock(), timeout, none));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_are_let_go_of_and_counted() {
+        let mut queue = Queue::default();
+        for n in 0..5 {
+            queue.push(&vec![n; MOST_KEPT / 4]);
+        }
+        assert_eq!((queue.len(), queue.take_lost()), (3, 2));
+        let frame = queue.pop().unwrap_or_default();
+        assert!(frame.starts_with(b"1048576 ") && frame.ends_with(&[2]));
+        let before = queue.bytes;
+        queue.put_back([frame.clone()]);
+        assert_eq!(queue.bytes, before + 1_048_576 + 8);
+        // What is put back is older than the rest.
+        queue.put_back([vec![0; 8], frame]);
+        assert_eq!((queue.len(), queue.take_lost()), (3, 2));
+        assert_eq!(queue.pop().map(|frame| frame.ends_with(&[2])), Some(true));
+    }
+}
