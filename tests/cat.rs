@@ -437,6 +437,7 @@ fn waits_for_a_guest_that_refuses_at_first() {
     drop(early);
     let vm = vm(&vm_dir);
     let ended = cat.end();
+    assert_eq!(ended.err, "");
     assert_eq!((ended.code, ended.out.as_slice()), (Some(0), &b"hello"[..]));
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }

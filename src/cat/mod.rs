@@ -192,25 +192,29 @@ impl Cat {
             port: PORT_ANY,
             ..address.clone()
         };
-        // With `guest_forwards` alone there is nothing to probe with.
+        // With `guest_forwards` alone there is nothing to probe with. And a VM that has gone ends ours, too.
         let Ok(probe) = Stream::connect_timeout(&probe.into(), DIAL) else {
-            return Ok(());
+            return self.is_refused(stream, LOOK);
         };
         let answered = self.is_answered(&probe, deadline);
         // However that went: a probe, too, is a dial that must not just be closed.
         let _ = probe.finish(LEAVE);
         if answered? {
-            let ended = sys::wait(stream.as_socket(), Wanted::Readable, Duration::ZERO);
-            return match ended {
-                Ok(true) if stream.has_ended() => {
-                    Err(dial::refused_in_silence(&self.plan.address).into())
-                }
-                _ => Ok(()),
-            };
+            return self.is_refused(stream, Duration::ZERO);
         }
         let cause = io::Error::new(io::ErrorKind::TimedOut, "the guest doesn't answer");
         let error = Error::new(Operation::Connect, &self.plan.address, cause);
         Err(error.with_remedy("is it booting, paused or asleep?").into())
+    }
+
+    /// Whether the guest ends it within `timeout`.
+    fn is_refused(&self, stream: &Stream, timeout: Duration) -> Result<(), Attempt> {
+        match sys::wait(stream.as_socket(), Wanted::Readable, timeout) {
+            Ok(true) if stream.has_ended() => {
+                Err(dial::refused_in_silence(&self.plan.address).into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether the probe is ended in time.

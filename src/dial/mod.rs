@@ -136,12 +136,13 @@ impl Dial {
 #[cfg(feature = "cli")]
 pub(crate) fn may_come(error: &Error) -> bool {
     use io::ErrorKind::{
-        ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable,
-        NotFound, TimedOut,
+        BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
+        NetworkUnreachable, NotFound, TimedOut,
     };
     let comes = matches!(
         error.kind(),
-        ConnectionAborted
+        BrokenPipe
+            | ConnectionAborted
             | ConnectionRefused
             | ConnectionReset
             | HostUnreachable
