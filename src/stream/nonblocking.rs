@@ -111,6 +111,9 @@ impl Stream {
     /// Small messages are sent at once, for a relay has no reason to wait for more; and a peer that vanished without a
     /// word is noticed in the end (after two hours, as systems have it).
     pub(crate) fn set_options(&self) {
+        // For programs that link us and don't ignore SIGPIPE: what accept makes has no setting of its own there.
+        #[cfg(target_vendor = "apple")]
+        let _ = SockRef::from(&self.as_socket()).set_nosigpipe(true);
         if let Stream::Tcp(stream) = self {
             // They fail only on a connection that has ended, as the next read will say.
             let _ = stream.set_nodelay(true);
