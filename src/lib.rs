@@ -8,6 +8,7 @@ mod cat;
 pub mod cli;
 mod dial;
 pub mod error;
+pub mod framing;
 pub mod hyperkit;
 mod listener;
 mod mux;
