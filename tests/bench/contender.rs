@@ -1,0 +1,231 @@
+//! Who is measured: hvsock, what one would take in its place, and no proxy at all.
+
+use std::fs;
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::server::{self, Service};
+
+/// What all contenders lead to.
+pub(crate) struct Backs {
+    pub(crate) dir: PathBuf,
+    /// How many a process may have.
+    pub(crate) descriptors: u64,
+}
+
+impl Backs {
+    pub(crate) fn start(dir: &Path, descriptors: u64) -> Backs {
+        for service in Service::ALL {
+            server::unix(service, dir);
+        }
+        server::hyperkit(dir);
+        Backs {
+            dir: dir.to_owned(),
+            descriptors,
+        }
+    }
+
+    fn socket(&self, service: Service) -> String {
+        format!("{}/{}.sock", self.dir.display(), service.name())
+    }
+}
+
+/// A proxy that runs, or none.
+pub(crate) struct Contender {
+    processes: Vec<Child>,
+    ports: [u16; 3],
+}
+
+/// Those that can be had, in the order in which they are printed.
+pub(crate) const NAMES: [&str; 7] = [
+    "no proxy",
+    "hvsock",
+    "hvsock, hyperkit",
+    "haproxy",
+    "haproxy 128k",
+    "nginx",
+    "socat",
+];
+
+impl Contender {
+    /// Starts it; `None` if its program isn't installed.
+    pub(crate) fn start(name: &'static str, backs: &Backs) -> io::Result<Option<Contender>> {
+        let free =
+            || -> io::Result<u16> { Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port()) };
+        let ports = match name {
+            "no proxy" => Service::ALL.map(server::tcp),
+            _ => [free()?, free()?, free()?],
+        };
+        let fronts = || Service::ALL.into_iter().zip(ports);
+        let mut commands = Vec::new();
+        match name {
+            "no proxy" => {}
+            "hvsock" | "hvsock, hyperkit" => {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+                command.arg("forward");
+                for (service, port) in fronts() {
+                    let to = match name {
+                        "hvsock" => backs.socket(service),
+                        _ => format!("hyperkit://:{}{}", service.port(), backs.dir.display()),
+                    };
+                    command.args([format!("tcp://127.0.0.1:{port}"), to]);
+                }
+                commands.push(command);
+            }
+            "haproxy" | "haproxy 128k" => {
+                // It wants two descriptors for each, and pipes for a quarter of them.
+                let most = backs.descriptors * 2 / 5 - 500;
+                let buffers = match name {
+                    "haproxy" => "",
+                    _ => "tune.bufsize 131072\n",
+                };
+                let mut config = format!(
+                    "global\nnbthread 2\nmaxconn {most}\n{buffers}defaults\nmode tcp\noption splice-auto\ntimeout connect 10s\ntimeout client 1h\ntimeout server 1h\n"
+                );
+                for (service, port) in fronts() {
+                    let socket = backs.socket(service);
+                    config += &format!(
+                        "listen {service:?}\nbind 127.0.0.1:{port}\nserver s unix@{socket}\n"
+                    );
+                }
+                let path = backs.dir.join(format!("{name}.cfg"));
+                fs::write(&path, config)?;
+                let mut command = Command::new("haproxy");
+                command.arg("-db").arg("-f").arg(path);
+                commands.push(command);
+            }
+            "nginx" => {
+                let most = backs.descriptors - 500;
+                let dir = backs.dir.display();
+                let mut config = format!(
+                    "load_module modules/ngx_stream_module.so;\nuser root;\ndaemon off;\npid {dir}/nginx.pid;\nerror_log stderr crit;\nworker_processes 2;\nevents {{ worker_connections {most}; }}\nstream {{ proxy_half_close on; proxy_timeout 1h;\n"
+                );
+                for (service, port) in fronts() {
+                    let socket = backs.socket(service);
+                    config += &format!(
+                        "server {{ listen 127.0.0.1:{port} backlog=4096; proxy_pass unix:{socket}; }}\n"
+                    );
+                }
+                let path = backs.dir.join("nginx.conf");
+                fs::write(&path, config + "}\n")?;
+                let mut command = Command::new("nginx");
+                command
+                    .args(["-p", "/usr/share/nginx/", "-e", "stderr", "-c"])
+                    .arg(path);
+                commands.push(command);
+            }
+            _ => {
+                for (service, port) in fronts() {
+                    let mut command = Command::new("socat");
+                    command.args([
+                        "-b262144".to_owned(),
+                        format!("TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,backlog=4096"),
+                        format!("UNIX-CONNECT:{}", backs.socket(service)),
+                    ]);
+                    commands.push(command);
+                }
+            }
+        }
+        let mut contender = Contender {
+            processes: Vec::new(),
+            ports,
+        };
+        for mut command in commands {
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+            match command.spawn() {
+                Ok(child) => contender.processes.push(child),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(e) => return Err(e),
+            }
+        }
+        contender.wait_until_it_listens()?;
+        Ok(Some(contender))
+    }
+
+    fn wait_until_it_listens(&self) -> io::Result<()> {
+        let end = Instant::now() + Duration::from_secs(10);
+        for port in self.ports {
+            while let Err(e) = TcpStream::connect(("127.0.0.1", port)) {
+                if Instant::now() > end {
+                    return Err(e);
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn port(&self, service: Service) -> u16 {
+        self.ports[service as usize]
+    }
+
+    /// Seconds of the processor that it and its children have used.
+    pub(crate) fn cpu(&self) -> f64 {
+        self.pids().iter().map(|pid| cpu(*pid)).sum()
+    }
+
+    /// Bytes of memory that are resident.
+    pub(crate) fn memory(&self) -> u64 {
+        let resident = |pid: &u32| -> Option<u64> {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let line = status.lines().find(|line| line.starts_with("VmRSS"))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok()
+        };
+        self.pids().iter().filter_map(resident).sum::<u64>() << 10
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        let mut pids: Vec<u32> = self.processes.iter().map(Child::id).collect();
+        let mut next = 0;
+        while let Some(pid) = pids.get(next) {
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+            let children = children.unwrap_or_default();
+            pids.extend(
+                children
+                    .split_whitespace()
+                    .filter_map(|pid| pid.parse::<u32>().ok()),
+            );
+            next += 1;
+        }
+        pids
+    }
+}
+
+impl Drop for Contender {
+    fn drop(&mut self) {
+        use nix::sys::signal::{Signal, kill};
+        use nix::unistd::Pid;
+        for pid in self.pids() {
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
+        }
+        let end = Instant::now() + Duration::from_secs(2);
+        for child in &mut self.processes {
+            while Instant::now() < end && matches!(child.try_wait(), Ok(None)) {
+                thread::sleep(Duration::from_millis(10));
+            }
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Of a process, its threads and those of its children that have ended.
+fn cpu(pid: u32) -> f64 {
+    let nanoseconds = |task: io::Result<fs::DirEntry>| -> Option<u64> {
+        let text = fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse().ok()
+    };
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let own: u64 = tasks.into_iter().flatten().filter_map(nanoseconds).sum();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    // `cutime` and `cstime` of proc(5), the 16th and 17th field, in ticks of 10 ms.
+    let ticks = |field: usize| fields.get(field).and_then(|f| f.parse::<u64>().ok());
+    let ended = ticks(13).unwrap_or(0) + ticks(14).unwrap_or(0);
+    own as f64 / 1e9 + ended as f64 / 100.0
+}

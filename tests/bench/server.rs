@@ -1,0 +1,133 @@
+//! What stands behind the proxies: servers on TCP, on Unix sockets, and behind hyperkit's `connect`.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use crate::load::{CHUNK, Check, bytes_at};
+
+/// What a server does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Service {
+    /// Sends back what comes.
+    Echo,
+    /// Reads to EOF, compares, and answers with the number of bytes.
+    Sink,
+    /// Reads a number of bytes to send, eight bytes of it, and sends them.
+    Source,
+}
+
+impl Service {
+    pub(crate) const ALL: [Service; 3] = [Service::Echo, Service::Sink, Service::Source];
+
+    /// Its vsock port behind `connect`.
+    pub(crate) fn port(self) -> u32 {
+        1024 + self as u32
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Service::Echo => "echo",
+            Service::Sink => "sink",
+            Service::Source => "source",
+        }
+    }
+
+    fn serve(self, mut stream: impl Read + Write) -> io::Result<()> {
+        match self {
+            Service::Echo => {
+                let mut buffer = vec![0; 64 << 10];
+                loop {
+                    match stream.read(&mut buffer)? {
+                        0 => return Ok(()),
+                        n => stream.write_all(&buffer[..n])?,
+                    }
+                }
+            }
+            Service::Sink => {
+                let mut check = Check::default();
+                let mut buffer = vec![0; CHUNK];
+                loop {
+                    match stream.read(&mut buffer)? {
+                        0 => break,
+                        n => check.add(&buffer[..n])?,
+                    }
+                }
+                stream.write_all(&check.bytes.to_le_bytes())
+            }
+            Service::Source => {
+                let mut wanted = [0; 8];
+                stream.read_exact(&mut wanted)?;
+                let wanted = u64::from_le_bytes(wanted);
+                let mut sent = 0;
+                while sent < wanted {
+                    sent += stream.write(bytes_at(sent, wanted - sent))? as u64;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Serves on a thread, a thread a connection; what goes wrong the client finds.
+fn spawn(work: impl FnOnce() + Send + 'static) {
+    let thread = thread::Builder::new().stack_size(128 << 10);
+    thread.spawn(work).expect("a thread");
+}
+
+/// Serves on TCP; the port.
+pub(crate) fn tcp(service: Service) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let serve = move |stream: TcpStream| {
+                stream.set_nodelay(true)?;
+                service.serve(&stream)
+            };
+            spawn(move || drop(serve(stream)));
+        }
+    });
+    port
+}
+
+pub(crate) fn unix(service: Service, dir: &Path) -> PathBuf {
+    let path = dir.join(format!("{}.sock", service.name()));
+    let listener = listen(&path);
+    spawn(move || {
+        for stream in listener.incoming().flatten() {
+            spawn(move || drop(service.serve(&stream)));
+        }
+    });
+    path
+}
+
+/// Serves a state directory as hyperkit does: a line with the port, then the guest.
+pub(crate) fn hyperkit(dir: &Path) {
+    let listener = listen(&dir.join("connect"));
+    let serve = |mut stream: UnixStream| {
+        let mut line = [0; 18];
+        stream.read_exact(&mut line)?;
+        let text = String::from_utf8_lossy(&line);
+        let port = text.split('.').nth(1).map(str::trim_end);
+        let port = port.and_then(|port| u32::from_str_radix(port, 16).ok());
+        let service = Service::ALL.into_iter().find(|s| Some(s.port()) == port);
+        service.ok_or(io::ErrorKind::NotFound)?.serve(&stream)
+    };
+    spawn(move || {
+        for stream in listener.incoming().flatten() {
+            spawn(move || drop(serve(stream)));
+        }
+    });
+}
+
+fn listen(path: &Path) -> UnixListener {
+    use socket2::{Domain, SockAddr, Socket, Type};
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).expect("a socket");
+    let address = SockAddr::unix(path).expect("a short path");
+    socket.bind(&address).expect("a free path");
+    socket.listen(4096).expect("a listener");
+    socket.into()
+}

@@ -1,0 +1,215 @@
+//! Rounds, medians, the table.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::time::Duration;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::contender::{Backs, Contender, NAMES};
+use crate::load::{Load, connect, trip};
+use crate::server::Service;
+
+const MIB: u64 = 1 << 20;
+
+/// One way, so many bytes in all: some seconds of work.
+const BYTES: u64 = 1024 * MIB;
+
+fn loads() -> Vec<Load> {
+    let mut loads = Vec::new();
+    for connections in [1, 16, 256] {
+        let bytes = BYTES;
+        loads.push(Load::Up { bytes, connections });
+        loads.push(Load::Down { bytes, connections });
+    }
+    for size in [64, 16 << 10] {
+        for (connections, count) in [(1, 20_000), (64, 64_000)] {
+            loads.push(Load::Trips {
+                size,
+                count,
+                connections,
+            });
+        }
+    }
+    loads.push(Load::Connects {
+        count: 5_000,
+        at_a_time: 64,
+    });
+    loads
+}
+
+/// What one contender did of one load, a number a round.
+#[derive(Default)]
+struct Cell {
+    rates: Vec<f64>,
+    cpu: Vec<f64>,
+    quantiles: [Vec<f64>; 3],
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_unstable_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        n => (values[(n - 1) / 2] + values[n / 2]) / 2.0,
+    }
+}
+
+pub(crate) fn main() {
+    // cargo bench adds `--bench`.
+    let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
+    let rounds: usize = match words.next().map(|word| word.parse()) {
+        None => 5,
+        Some(Ok(rounds)) => rounds,
+        Some(Err(_)) => {
+            eprintln!("bench: the first word is a number of rounds");
+            std::process::exit(2);
+        }
+    };
+    let wanted: Vec<String> = words.collect();
+    if let Err(e) = run(rounds, &wanted) {
+        eprintln!("bench: {e}");
+        std::process::exit(1);
+    }
+}
+
+fn is_wanted(wanted: &[String], name: &str) -> bool {
+    wanted.is_empty() || wanted.iter().any(|part| name.contains(part.as_str()))
+}
+
+fn run(rounds: usize, wanted: &[String]) -> io::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    let dir = tempfile::Builder::new().prefix("hvs-").tempdir_in("/tmp")?;
+    let backs = Backs::start(dir.path(), hard);
+    let loads: Vec<Load> = loads()
+        .into_iter()
+        .filter(|load| is_wanted(wanted, &load.name()))
+        .collect();
+    let mut cells: BTreeMap<(usize, &str), Cell> = BTreeMap::new();
+    for round in 1..=rounds {
+        for name in NAMES {
+            let Some(contender) = Contender::start(name, &backs)? else {
+                if round == 1 {
+                    eprintln!("bench: {name} is not installed, and left out");
+                }
+                continue;
+            };
+            for (index, load) in loads.iter().enumerate() {
+                let port = contender.port(load.service());
+                let before = contender.cpu();
+                let measured = load.run(port).map_err(|e| {
+                    io::Error::new(e.kind(), format!("{name}, {}: {e}", load.name()))
+                })?;
+                let cell = cells.entry((index, name)).or_default();
+                let (amount, _) = load.amount();
+                cell.rates.push(amount / measured.took.as_secs_f64());
+                cell.cpu.push((contender.cpu() - before) / amount);
+                for (quantiles, share) in cell.quantiles.iter_mut().zip([0.5, 0.99, 0.999]) {
+                    let time = measured.quantile(share);
+                    quantiles.extend(time.map(|time: Duration| time.as_secs_f64() * 1e6));
+                }
+            }
+        }
+        eprintln!("bench: round {round} of {rounds}");
+    }
+    for (index, load) in loads.iter().enumerate() {
+        print_load(index, *load, &cells);
+    }
+    if is_wanted(wanted, "idle") {
+        // As many as all contenders can have.
+        let most = usize::try_from(hard * 2 / 5 - 1000)
+            .unwrap_or(0)
+            .min(10_000);
+        for count in [5_000.min(most), most] {
+            idle(count, &backs)?;
+        }
+    }
+    Ok(())
+}
+
+/// The proxies that hvsock is compared with.
+const OTHERS: [&str; 4] = ["haproxy", "haproxy 128k", "nginx", "socat"];
+
+fn print_load(index: usize, load: Load, cells: &BTreeMap<(usize, &str), Cell>) {
+    let (_, unit) = load.amount();
+    let of = |name: &str, get: fn(&Cell) -> &[f64]| -> Option<f64> {
+        let cell = cells
+            .iter()
+            .find(|((at, n), _)| *at == index && *n == name)?
+            .1;
+        Some(median(get(cell)))
+    };
+    let rate = |name: &str| of(name, |cell| &cell.rates);
+    let cpu = |name: &str| of(name, |cell| &cell.cpu);
+    let best = OTHERS
+        .iter()
+        .filter_map(|name| rate(name))
+        .fold(f64::NAN, f64::max);
+    let least = OTHERS
+        .iter()
+        .filter_map(|name| cpu(name))
+        .fold(f64::NAN, f64::min);
+    println!("\n{}", load.name());
+    println!(
+        "{:<18} {:>12} {:>7} {:>14} {:>7} {:>9} {:>9} {:>9}",
+        "",
+        format!("{unit}/s"),
+        "x best",
+        format!("CPU s/{unit}"),
+        "x least",
+        "p50 us",
+        "p99",
+        "p99.9"
+    );
+    for name in NAMES {
+        let (Some(rate), Some(cpu)) = (rate(name), cpu(name)) else {
+            continue;
+        };
+        print!(
+            "{name:<18} {rate:>12.3} {:>7.2} {cpu:>14.3} {:>7.2}",
+            rate / best,
+            cpu / least
+        );
+        let quantiles: [fn(&Cell) -> &[f64]; 3] = [
+            |c| &c.quantiles[0],
+            |c| &c.quantiles[1],
+            |c| &c.quantiles[2],
+        ];
+        for quantile in quantiles {
+            match of(name, quantile) {
+                Some(us) if !us.is_nan() => print!(" {us:>9.0}"),
+                _ => print!(" {:>9}", "-"),
+            }
+        }
+        println!();
+    }
+}
+
+/// Memory of the proxy for each connection that does nothing, after each has carried a message.
+fn idle(count: usize, backs: &Backs) -> io::Result<()> {
+    println!(
+        "\nidle, {count} connections\n{:<18} {:>14}",
+        "", "bytes each"
+    );
+    for name in NAMES.into_iter().filter(|name| *name != "no proxy") {
+        // A process a connection.
+        if name == "socat" || name == "hvsock, hyperkit" {
+            continue;
+        }
+        let Some(contender) = Contender::start(name, backs)? else {
+            continue;
+        };
+        let port = contender.port(Service::Echo);
+        let before = contender.memory();
+        let mut streams = Vec::with_capacity(count);
+        for _ in 0..count {
+            let stream = connect(port)?;
+            trip(&stream, &mut [0; 64])?;
+            streams.push(stream);
+        }
+        let each = contender.memory().saturating_sub(before) as f64 / count as f64;
+        println!("{name:<18} {each:>14.0}");
+    }
+    Ok(())
+}
