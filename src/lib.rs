@@ -9,12 +9,14 @@ pub mod cli;
 mod dial;
 pub mod error;
 pub mod hyperkit;
+pub mod hyperv;
 mod listener;
 mod mux;
 pub mod proxy;
 mod relay;
 #[cfg(feature = "cli")]
 mod serve;
+pub mod services;
 #[cfg(unix)]
 pub mod simulate;
 mod stream;

@@ -6,8 +6,8 @@ use clap::Args;
 
 use super::options::parse_mode;
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complain};
-use crate::address::{Address, HyperkitAddress, Port};
+use super::{Failure, Outcome, complain, services};
+use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, Vm, parse_service};
 use crate::cat::{self, Plan};
 use crate::hyperkit::{Places, find};
 use crate::listener::Listener;
@@ -33,7 +33,7 @@ pub(super) struct Cat {
     #[arg(value_name = "ADDRESS")]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
-    /// hyperkit:///STATE/DIR
+    /// hyperkit:///STATE/DIR; on Windows a Hyper-V VM's name or id, and ADDRESS may be a service's GUID
     #[arg(long, value_name = "VM")]
     vm: Option<String>,
     /// Listen, and serve one client
@@ -45,8 +45,8 @@ pub(super) struct Cat {
     /// Send back what comes, instead of standard input
     #[arg(long)]
     echo: bool,
-    /// With -l, register the service in the registry (Windows only)
-    #[arg(long)]
+    /// With -l, register the service of an hvsock:// address first, as `hvsock register` does (Windows only)
+    #[arg(long, requires = "listen")]
     register: bool,
     /// Seconds to go on trying when nobody is there yet
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
@@ -65,15 +65,12 @@ const ECHOES: usize = 1000;
 
 impl Cat {
     pub(super) fn run(self) -> Outcome {
+        let address = self.address()?;
         if self.register {
-            return Err(Failure::Usage(
-                "--register is for Windows, where a service has to be in the registry before guests can dial it; here \
-                 nothing needs it"
-                    .to_owned(),
-            ));
+            register(&address)?;
         }
         let plan = Plan {
-            address: self.address()?,
+            address,
             wait: Duration::from_secs(self.wait.into()),
             drain: Duration::from_secs(self.drain_timeout.into()),
             keeps: self.keep_listening,
@@ -94,6 +91,9 @@ impl Cat {
             let parsed = self.address.parse::<Address>();
             return parsed.map_err(|e| Failure::Usage(e.to_string()));
         };
+        if cfg!(windows) {
+            return hyper_v(vm, &self.address);
+        }
         let port: Port = self
             .address
             .parse()
@@ -141,6 +141,30 @@ impl Cat {
             _ => Ok(()),
         }
     }
+}
+
+/// A service of a Hyper-V VM.
+fn hyper_v(vm: &str, service: &str) -> Result<Address, Failure> {
+    let service =
+        parse_service(service).map_err(|e| Failure::Usage(format!("{service:?} with --vm {e}")))?;
+    let vm = Vm::parse(vm)
+        .ok_or_else(|| Failure::Usage(format!("{vm:?} is neither a VM's name nor its id")))?;
+    Ok(HvsockAddress { vm, service }.into())
+}
+
+/// Lets guests dial what is going to be listened on.
+fn register(address: &Address) -> Outcome {
+    let why = match address {
+        _ if cfg!(not(windows)) => {
+            "for Windows, where a service has to be in the registry before guests can dial it; here nothing needs it"
+        }
+        Address::Hvsock(hvsock) => {
+            complain(services::register(hvsock.service, None)?);
+            return Ok(());
+        }
+        _ => "for hvsock:// addresses: no other has to be in the registry",
+    };
+    Err(Failure::Usage(format!("--register is {why}")))
 }
 
 fn echo_back(stream: &Stream, drain: Duration) -> Outcome {
