@@ -76,6 +76,7 @@ fn other_systems_say_that_it_is_windows() {
 mod windows {
     use std::io::{BufRead, BufReader, ErrorKind};
     use std::process::Stdio;
+    use std::sync::{Mutex, MutexGuard, PoisonError};
 
     use hvsock::Operation;
     use hvsock::services::{DEFAULT_NAME, Registration, Service};
@@ -85,12 +86,16 @@ mod windows {
 
     use super::*;
 
-    /// A service that nobody has, and that isn't registered any more at the end.
-    struct Ours(ServiceId);
+    /// A service that nobody has, and that isn't registered any more at the end. There is one at a time: who reads the
+    /// list while another takes something out of it may miss a third.
+    struct Ours(ServiceId, #[allow(dead_code)] MutexGuard<'static, ()>);
+
+    static ONE: Mutex<()> = Mutex::new(());
 
     impl Ours {
         /// `None`, and what to do, if this user may not register any.
         fn new(id: ServiceId) -> Option<Ours> {
+            let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
             match services::register(id, Some("tried")) {
                 Ok((_, done)) => assert_eq!(done, Registration::New),
                 Err(e) => {
@@ -101,7 +106,7 @@ mod windows {
                 }
             }
             services::unregister(id).unwrap();
-            Some(Ours(id))
+            Some(Ours(id, one))
         }
 
         fn guid() -> Option<Ours> {
@@ -243,7 +248,7 @@ mod windows {
         // It goes on to listen, or to find out that it can't.
         let _ = cat.kill();
         cat.wait().unwrap();
-        assert!(said.starts_with("hvsock: registered "), "{said}");
+        assert!(said.starts_with("hvsock: registered service "), "{said}");
         assert_eq!(element_name(ours.0).unwrap(), DEFAULT_NAME);
     }
 

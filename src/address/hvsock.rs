@@ -59,7 +59,8 @@ impl fmt::Display for VmId {
 pub enum Vm {
     /// By its id, or by a well-known one.
     Id(VmId),
-    /// By the name that Hyper-V's manager shows, never empty; who dials has to look up its id.
+    /// By the name that Hyper-V's manager shows, never empty; its id is looked up when it is dialled
+    /// ([`hyperv::find`](crate::hyperv::find)).
     Name(String),
 }
 

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{Failure, Outcome, say, table};
 use crate::address::{ServiceId, parse_service};
-use crate::services::{self, Registration, Service};
+use crate::services::{self, Named, Registration, Service};
 
 /// Let Hyper-V guests dial a service of this host (Windows, once, as Administrator)
 #[derive(Args, Debug)]
@@ -57,7 +57,7 @@ impl Register {
 /// Registers a service; what to tell of it.
 pub(super) fn register(id: ServiceId, name: Option<&str>) -> Result<String, Failure> {
     let (service, done) = services::register(id, name).map_err(failure)?;
-    let Service { name, .. } = &service;
+    let (id, name) = (Named(id), service.name);
     Ok(match done {
         Registration::New => format!("registered {id} as {name:?}"),
         Registration::Renamed(old) => format!("renamed {id} from {old:?} to {name:?}"),
@@ -68,7 +68,7 @@ pub(super) fn register(id: ServiceId, name: Option<&str>) -> Result<String, Fail
 impl Unregister {
     pub(super) fn run(self) -> Outcome {
         let Service { id, name } = services::unregister(self.service).map_err(failure)?;
-        say(format_args!("unregistered {id}, which was {name:?}"));
+        say(format_args!("unregistered {}, {name:?}", Named(id)));
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! `hvsock vms`: what there is to connect to.
 
+use std::io::ErrorKind;
+
 use clap::Args;
 
 use super::{Outcome, complain, say, table};
@@ -61,7 +63,13 @@ fn hyperkit() {
 }
 
 fn hyper_v() -> Outcome {
-    let machines = hyperv::list()?;
+    let machines = match hyperv::list() {
+        Err(e) if e.kind() == ErrorKind::Unsupported => {
+            say(format_args!("no VM found: {e}"));
+            return Ok(());
+        }
+        machines => machines?,
+    };
     if machines.is_empty() {
         say("no VM found; asked Hyper-V");
         return Ok(());

@@ -47,27 +47,38 @@ pub fn list() -> Result<Vec<Machine>> {
 /// # Errors
 /// `NotFound` if there is none; `InvalidInput` if there are several; as [`list`].
 pub fn find(name: &str) -> Result<VmId> {
-    let failed = |failed: Failed| failed.doing(Operation::Find, &format!("VM {name:?}"));
-    let begun = Instant::now();
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((at, machines)) = &*known {
-        let found = find_in(machines, name);
-        // What has come while we waited for another's answer is news for us, too.
-        if *at >= begun || found.is_ok() && at.elapsed() < KNOWN_FOR {
-            return found.map_err(failed);
-        }
-    }
-    let machines = ask().map_err(failed)?;
-    let (_, machines) = known.insert((Instant::now(), machines));
-    find_in(machines, name).map_err(failed)
+    static KNOWN: Known = Known(Mutex::new(None));
+    KNOWN
+        .find(name, ask)
+        .map_err(|failed| failed.doing(Operation::Find, &format!("VM {name:?}")))
 }
 
 /// The last list, and when it came.
-static KNOWN: Mutex<Option<(Instant, Vec<Machine>)>> = Mutex::new(None);
+struct Known(Mutex<Option<(Instant, Vec<Machine>)>>);
 
 const KNOWN_FOR: Duration = Duration::from_secs(60);
 
-/// Why there is no list, or no such VM in it, and what can be done.
+impl Known {
+    fn find(
+        &self,
+        name: &str,
+        ask: impl FnOnce() -> std::result::Result<Vec<Machine>, Failed>,
+    ) -> std::result::Result<VmId, Failed> {
+        let begun = Instant::now();
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, machines)) = &*known {
+            let found = find_in(machines, name);
+            // What has come while we waited for another's answer is news for us, too.
+            if *at >= begun || found.is_ok() && at.elapsed() < KNOWN_FOR {
+                return found;
+            }
+        }
+        let (_, machines) = known.insert((Instant::now(), ask()?));
+        find_in(machines, name)
+    }
+}
+
+/// Why there is no list, or no such VM in it, and what can be done; nothing, if that is empty.
 #[derive(Debug)]
 struct Failed {
     cause: io::Error,
@@ -82,12 +93,15 @@ impl Failed {
 
     fn doing(self, operation: Operation, subject: &str) -> Error {
         let error = Error::new(operation, subject, self.cause);
-        match self.remedy {
-            "" => error,
-            remedy => error.with_remedy(remedy),
+        match (self.remedy, operation) {
+            ("", _) => error,
+            (BY_ID, _) | (_, Operation::List) => error.with_remedy(self.remedy),
+            (remedy, _) => error.with_remedy(format!("{remedy}, or {BY_ID}")),
         }
     }
 }
+
+const BY_ID: &str = "name the VM by its id, which (Get-VM NAME).Id prints";
 
 fn find_in(machines: &[Machine], name: &str) -> std::result::Result<VmId, Failed> {
     let lower = name.to_lowercase();
@@ -112,8 +126,7 @@ fn find_in(machines: &[Machine], name: &str) -> std::result::Result<VmId, Failed
         several => {
             let ids: Vec<String> = several.iter().map(|vm| vm.id.0.to_string()).collect();
             let why = format!("several VMs have this name: {}", ids.join(", "));
-            let remedy = "give the id instead of the name";
-            Err(Failed::new(io::ErrorKind::InvalidInput, why, remedy))
+            Err(Failed::new(io::ErrorKind::InvalidInput, why, BY_ID))
         }
     }
 }
@@ -140,40 +153,45 @@ fn ask_within(
     command: std::process::Command,
     timeout: Duration,
 ) -> std::result::Result<Vec<Machine>, Failed> {
-    use answer::Why;
+    use answer::{Why, one_line};
     use io::ErrorKind::{InvalidData, NotFound, Other, PermissionDenied, TimedOut, Unsupported};
-    const BY_ID: &str = "name the VM by its id, which (Get-VM NAME).Id prints";
     let printed = powershell::run(command, timeout).map_err(|e| {
-        // "Not found" is what a VM may be that comes later.
+        // "Not found" would be a VM, which may come.
         let kind = match e.kind() {
             NotFound => Unsupported,
             kind => kind,
         };
         let remedy = match kind {
-            TimedOut => "is Hyper-V's service (vmms) well?",
-            _ => "name the VM by its id, which Hyper-V's manager shows",
+            TimedOut => "see whether Hyper-V's service, vmms, is well",
+            _ => "see whether Windows PowerShell starts",
         };
         Failed::new(kind, format!("PowerShell can't be asked: {e}"), remedy)
     })?;
     let mut machines = answer::parse(&printed.out).map_err(|why| match why {
         Some((Why::Denied, message)) => Failed::new(
             PermissionDenied,
-            answer::one_line(&message),
-            "run as Administrator, or as a member of the group Hyper-V Administrators; or name the VM by its id",
+            one_line(&message),
+            "run as Administrator, or as a member of the group Hyper-V Administrators",
         ),
         Some((Why::Module, message)) => Failed::new(
             Unsupported,
-            format!("Hyper-V's PowerShell module can't be loaded: {}", answer::one_line(&message)),
-            "is Hyper-V on, with its management tools? Or name the VM by its id",
+            format!(
+                "Hyper-V's PowerShell module can't be loaded: {}",
+                one_line(&message)
+            ),
+            "turn Hyper-V and its management tools on",
         ),
-        Some((Why::Other, message)) => Failed::new(Other, answer::one_line(&message), BY_ID),
+        Some((Why::Other, message)) => Failed::new(
+            Other,
+            one_line(&message),
+            "see what Get-VM says in PowerShell",
+        ),
         None => {
-            let complaint = answer::one_line(&printed.complaint);
-            let why = match complaint.as_str() {
-                "" => "PowerShell's answer is not one of our script".to_owned(),
+            let why = match one_line(&printed.complaint).as_str() {
+                "" => "PowerShell has not run our script to its end".to_owned(),
                 complaint => format!("PowerShell has failed: {complaint}"),
             };
-            Failed::new(InvalidData, why, BY_ID)
+            Failed::new(InvalidData, why, "see what Get-VM says in PowerShell")
         }
     })?;
     machines.sort_by(|a, b| (&a.name, a.id.0).cmp(&(&b.name, b.id.0)));

@@ -92,7 +92,7 @@ pub fn list() -> Result<Vec<Service>> {
 }
 
 /// A service as people know it: `service 5000 (0x1388)`, `service 3049197c-…`.
-struct Named(ServiceId);
+pub(crate) struct Named(pub(crate) ServiceId);
 
 impl fmt::Display for Named {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
