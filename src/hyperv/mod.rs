@@ -29,7 +29,7 @@ pub struct Machine {
     pub state: String,
 }
 
-/// The VMs of this host, by name. It takes a second or more.
+/// The VMs of this host, by name. A PowerShell is started to ask for them.
 ///
 /// # Errors
 /// `PermissionDenied` for a user who may not ask Hyper-V; `Unsupported` if Hyper-V's PowerShell module or PowerShell
@@ -137,7 +137,7 @@ const SCRIPT: &str = include_str!("list.ps1");
 
 #[cfg(windows)]
 fn ask() -> std::result::Result<Vec<Machine>, Failed> {
-    /// The first start after a boot takes some seconds.
+    /// A PowerShell and Hyper-V's module have to be loaded first.
     const ANSWER: Duration = Duration::from_secs(30);
     ask_within(powershell::powershell(SCRIPT), ANSWER)
 }
