@@ -22,6 +22,12 @@ pub enum Operation {
     Accept,
     /// Starting or running an event loop or one of its threads.
     Run,
+    /// Entering a service in Windows' registry.
+    Register,
+    /// Taking a service out of Windows' registry.
+    Unregister,
+    /// Listing what there is.
+    List,
 }
 
 impl fmt::Display for Operation {
@@ -33,6 +39,9 @@ impl fmt::Display for Operation {
             Operation::Listen => "cannot listen on",
             Operation::Accept => "cannot accept on",
             Operation::Run => "cannot run",
+            Operation::Register => "cannot register",
+            Operation::Unregister => "cannot unregister",
+            Operation::List => "cannot list",
         })
     }
 }

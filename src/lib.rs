@@ -10,12 +10,14 @@ mod dial;
 pub mod error;
 pub mod framing;
 pub mod hyperkit;
+pub mod hyperv;
 mod listener;
 mod mux;
 pub mod proxy;
 mod relay;
 #[cfg(feature = "cli")]
 mod serve;
+pub mod services;
 #[cfg(unix)]
 pub mod simulate;
 mod stream;

@@ -538,6 +538,45 @@ fn nobody_is_needed() -> bool {
 }
 
 #[test]
+fn vms_lists_what_is_found_or_says_where_it_looked() {
+    let dir = private_dir();
+    let list = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        command.arg("vms").current_dir(dir.path());
+        command.env("HOME", dir.path()).env_remove("MINIKUBE_HOME");
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let said = list();
+    let minikube = dir.path().join(".minikube/machines");
+    let looked = format!("looked in {minikube:?} (not there)");
+    assert!(
+        said.starts_with("no hyperkit VM found; ") && said.contains(&looked),
+        "{said}"
+    );
+    if cfg!(target_os = "linux") {
+        assert!(said.contains("\nthis system's CID: "), "{said}");
+    }
+    let (one, other) = (dir.path().join("one-state"), minikube.join("oth\ner"));
+    for state in [&one, &other] {
+        std::fs::create_dir_all(state).unwrap();
+        std::fs::write(state.join("hyperkit.json"), "{}").unwrap();
+    }
+    std::fs::write(one.join("hyperkit.pid"), std::process::id().to_string()).unwrap();
+    let said = list();
+    let rows: Vec<Vec<&str>> = said
+        .lines()
+        .map(|row| row.split_whitespace().collect())
+        .collect();
+    assert_eq!(rows[0], ["NAME", "KEPT", "BY", "STATE", "WHERE"]);
+    let escaped = text(&other).replace('\n', "\\n");
+    assert_eq!(rows[1], ["oth\\ner", "minikube", "stopped", &escaped]);
+    assert_eq!(rows[2], ["one", "linuxkit", "running", text(&one)]);
+    assert!(!said.contains("looked in"), "{said}");
+}
+
+#[test]
 fn help_and_version_are_printed() {
     for arguments in [
         &["--help"][..],

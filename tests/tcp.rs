@@ -205,7 +205,7 @@ fn hyper_v_that_is_not_there_is_told() {
     assert_eq!(output.status.code(), Some(1));
     let output = hvsock(&["cat", "hvsock://My VM/80"], b"");
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("Get-VM"), "{said}");
+    assert!(said.contains("cannot find VM \"My VM\": "), "{said}");
 }
 
 #[test]

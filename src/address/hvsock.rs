@@ -59,8 +59,22 @@ impl fmt::Display for VmId {
 pub enum Vm {
     /// By its id, or by a well-known one.
     Id(VmId),
-    /// By the name that Hyper-V's manager shows, never empty; who dials has to look up its id.
+    /// By the name that Hyper-V's manager shows, never empty; its id is looked up when it is dialled
+    /// ([`hyperv::find`](crate::hyperv::find)).
     Name(String),
+}
+
+#[cfg(feature = "cli")]
+impl Vm {
+    /// What a person calls a VM: an id, the name of a well-known one, else a VM's name; `None` if it can't be one.
+    pub(crate) fn parse(text: &str) -> Option<Vm> {
+        match VmId::parse(text) {
+            // No VM is the wildcard, and only listening has a use for it.
+            _ if text.is_empty() || text.contains('\0') => None,
+            Some(id) => Some(Vm::Id(id)),
+            None => Some(Vm::Name(text.to_owned())),
+        }
+    }
 }
 
 impl fmt::Display for Vm {
@@ -153,7 +167,8 @@ impl FromStr for HvsockAddress {
     }
 }
 
-fn parse_service(text: &str) -> Result<ServiceId, String> {
+/// A service by its GUID, or by a vsock port; why it is neither.
+pub(crate) fn parse_service(text: &str) -> Result<ServiceId, String> {
     if let Some(id) = parse_guid(text) {
         return Ok(ServiceId(id));
     }
@@ -169,7 +184,7 @@ fn parse_service(text: &str) -> Result<ServiceId, String> {
 }
 
 /// A GUID as Windows prints it, with or without braces. Other notations of UUIDs could be a VM's name.
-fn parse_guid(text: &str) -> Option<Uuid> {
+pub(crate) fn parse_guid(text: &str) -> Option<Uuid> {
     let braced = text
         .strip_prefix('{')
         .and_then(|text| text.strip_suffix('}'));

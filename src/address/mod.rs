@@ -29,6 +29,10 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use error::{AddressError, Part};
+#[cfg(any(windows, test))]
+pub(crate) use hvsock::parse_guid;
+#[cfg(feature = "cli")]
+pub(crate) use hvsock::parse_service;
 pub use hvsock::{HvsockAddress, ServiceId, Vm, VmId};
 pub(crate) use hyperkit::is_guest_cid;
 pub use hyperkit::{HyperkitAddress, HyperkitVm};

@@ -6,7 +6,8 @@ use clap::Args;
 
 use super::options::{Peer, parse_mode, parse_seconds};
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complain};
+use super::{Failure, Outcome, complain, services};
+use crate::address::Address;
 use crate::cat::{self, Plan};
 use crate::listener::lasting::LastingListener;
 use crate::serve::{self, Stop};
@@ -37,8 +38,8 @@ pub(super) struct Cat {
     /// With -l, send back what comes, instead of standard input
     #[arg(long, requires = "listen")]
     echo: bool,
-    /// With -l, register the service in the registry (Windows only)
-    #[arg(long)]
+    /// With -l, register the service of an hvsock:// address first, as `hvsock register` does (Windows only)
+    #[arg(long, requires = "listen")]
     register: bool,
     /// Seconds to go on trying when nobody is there yet
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
@@ -54,15 +55,11 @@ pub(super) struct Cat {
 
 impl Cat {
     pub(super) fn run(self) -> Outcome {
-        if self.register {
-            return Err(Failure::Usage(
-                "--register is for Windows, where a service has to be in the registry before guests can dial it; here \
-                 nothing needs it"
-                    .to_owned(),
-            ));
-        }
         let begun = Instant::now();
         let address = self.peer.address(begun + self.wait)?;
+        if self.register {
+            register(&address)?;
+        }
         let plan = Plan {
             address,
             wait: self.wait.saturating_sub(begun.elapsed()),
@@ -113,6 +110,21 @@ impl Cat {
             _ => Ok(()),
         }
     }
+}
+
+/// Lets guests dial what is going to be listened on.
+fn register(address: &Address) -> Outcome {
+    let why = match address {
+        _ if cfg!(not(windows)) => {
+            "for Windows, where a service has to be in the registry before guests can dial it; here nothing needs it"
+        }
+        Address::Hvsock(hvsock) => {
+            complain(services::register(hvsock.service, None)?);
+            return Ok(());
+        }
+        _ => "for hvsock:// addresses: no other has to be in the registry",
+    };
+    Err(Failure::Usage(format!("--register is {why}")))
 }
 
 fn connect(plan: Plan) -> Outcome {

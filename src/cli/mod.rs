@@ -6,6 +6,7 @@ mod demo;
 mod expose;
 mod forward;
 mod options;
+mod services;
 mod signals;
 #[cfg(unix)]
 mod simulate;
@@ -13,6 +14,8 @@ mod spec;
 mod stress;
 #[cfg(unix)]
 mod syslog;
+mod table;
+mod vms;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -46,6 +49,10 @@ enum Command {
     Stress(stress::Stress),
     #[cfg(unix)]
     Syslog(syslog::Syslog),
+    Vms(vms::Vms),
+    Register(services::Register),
+    Unregister(services::Unregister),
+    Services(services::Services),
     #[cfg(unix)]
     Simulate(simulate::Simulate),
     #[cfg(unix)]
@@ -95,6 +102,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Stress(stress) => stress.run(),
         #[cfg(unix)]
         Command::Syslog(syslog) => syslog.run(),
+        Command::Vms(vms) => vms.run(),
+        Command::Register(register) => register.run(),
+        Command::Unregister(unregister) => unregister.run(),
+        Command::Services(services) => services.run(),
         #[cfg(unix)]
         Command::Simulate(simulate) => simulate.run(),
         #[cfg(unix)]

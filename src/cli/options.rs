@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::Failure;
-use crate::address::{Address, HyperkitAddress, Port};
+use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, Vm, parse_service};
 use crate::hyperkit::{Places, find};
 use crate::proxy::{ProxyConfig, Rule};
 use crate::sys;
@@ -20,7 +20,7 @@ pub(super) struct Peer {
     #[arg(value_name = "ADDRESS")]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
-    /// hyperkit:///STATE/DIR
+    /// hyperkit:///STATE/DIR; on Windows a Hyper-V VM's name or id, and ADDRESS may be a service's GUID
     #[arg(long, value_name = "VM")]
     vm: Option<String>,
 }
@@ -35,6 +35,9 @@ impl Peer {
             let parsed = self.address.parse::<Address>();
             return parsed.map_err(|e| Failure::Usage(e.to_string()));
         };
+        if cfg!(windows) {
+            return hyper_v(vm, &self.address);
+        }
         let port: Port = self
             .address
             .parse()
@@ -50,6 +53,15 @@ impl Peer {
             }
         }
     }
+}
+
+/// A service of a Hyper-V VM.
+fn hyper_v(vm: &str, service: &str) -> Result<Address, Failure> {
+    let service =
+        parse_service(service).map_err(|e| Failure::Usage(format!("{service:?} with --vm {e}")))?;
+    let vm = Vm::parse(vm)
+        .ok_or_else(|| Failure::Usage(format!("{vm:?} is neither a VM's name nor its id")))?;
+    Ok(HvsockAddress { vm, service }.into())
 }
 
 #[derive(Args, Debug)]

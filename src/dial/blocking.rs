@@ -45,7 +45,8 @@ impl Stream {
         Stream::connect_timeout(address, CONNECT_TIMEOUT)
     }
 
-    /// Connects to `address`, within `timeout`. A name has to be resolved first, which takes what time it takes.
+    /// Connects to `address`, within `timeout`. A name has to be resolved first, which takes what time it takes; a Hyper-V
+    /// VM's at most 30 s ([`hyperv::find`](crate::hyperv::find)).
     ///
     /// hyperkit doesn't say whether the guest has accepted: of a port on which nobody listens, the first read says EOF.
     ///
@@ -122,11 +123,9 @@ fn connect_hvsock(address: &Address, timeout: Duration) -> Result<Stream> {
     let Address::Hvsock(hvsock) = address else {
         return Err(not_carried(Operation::Connect, address));
     };
-    let Vm::Id(vm) = hvsock.vm else {
-        let why = "a VM's name is not looked up";
-        let cause = io::Error::new(io::ErrorKind::Unsupported, why);
-        let error = Error::new(Operation::Connect, address, cause);
-        return Err(error.with_remedy("name its id, which (Get-VM NAME).Id prints"));
+    let vm = match &hvsock.vm {
+        Vm::Id(id) => *id,
+        Vm::Name(name) => crate::hyperv::find(name)?,
     };
     sys::hv_connect(vm.0, hvsock.service.0, timeout)
         .map(|socket| Stream::from_connected(socket, address))

@@ -108,6 +108,27 @@ pub fn discover(places: &Places) -> Vec<Discovered> {
     Search::run(places).found
 }
 
+/// What was seen on one look at all places.
+#[cfg(feature = "cli")]
+pub(crate) struct Survey {
+    pub(crate) found: Vec<Discovered>,
+    /// The places, each with what is to be said of it.
+    pub(crate) looked: Vec<String>,
+    /// One of them may not be read.
+    pub(crate) denied: bool,
+}
+
+/// As [`discover`], with what else is to be told.
+#[cfg(feature = "cli")]
+pub(crate) fn survey(places: &Places) -> Survey {
+    let search = Search::run(places);
+    Survey {
+        found: search.found,
+        looked: search.looked,
+        denied: search.denied,
+    }
+}
+
 /// The VM that a person means by `vm`, the first of these that it is:
 ///
 /// 1. a `hyperkit://` URI without a port;

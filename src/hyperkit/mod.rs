@@ -14,6 +14,8 @@ use crate::address::Port;
 #[cfg(unix)]
 pub(crate) use state::running_pid;
 
+#[cfg(feature = "cli")]
+pub(crate) use discovery::survey;
 pub use discovery::{Discovered, Places, Source, discover, find};
 
 /// The CID of the host, as the guest dials it (`VMADDR_CID_HOST`).

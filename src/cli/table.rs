@@ -1,0 +1,49 @@
+//! Tables for people, on standard output.
+
+use comfy_table::{Table, presets};
+
+/// Rows below their headings, without lines, columns two blanks apart. What would move a terminal is escaped.
+pub(super) fn of<const N: usize>(
+    headings: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(headings);
+    table.add_rows(rows.into_iter().map(|row| row.map(|cell| printable(&cell))));
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.trim_fmt()
+}
+
+/// The text with its control characters escaped, and those that turn the direction of writing.
+fn printable(text: &str) -> String {
+    let turns = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let mut shown = String::new();
+    for c in text.chars() {
+        match c.is_control() || turns(c) {
+            true => shown.extend(c.escape_default()),
+            false => shown.push(c),
+        }
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_stand_below_each_other_and_cells_stay_on_their_line() {
+        let rows = [
+            ["a\nb\u{1b}[2J", "1"].map(str::to_owned),
+            ["", "22"].map(str::to_owned),
+            ["日本", "\u{202e}3"].map(str::to_owned),
+        ];
+        assert_eq!(
+            of(["NAME", "N"], rows),
+            "NAME           N\na\\nb\\u{1b}[2J  1\n               22\n日本           \\u{202e}3"
+        );
+    }
+}
