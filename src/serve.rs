@@ -105,7 +105,7 @@ pub(crate) fn serve(
         handle(number, stream, peer);
         // Of a guest that is still there: whatever happened, it is not closed before it has ended.
         if stream.address().is_delicate() {
-            let _ = stream.finish(plan.grace);
+            take_leave(stream, plan.grace, |_| !stop.is_urgent());
         }
         crowd.lock().remove(&number);
         crowd.left.notify_all();
@@ -151,6 +151,27 @@ pub(crate) fn serve(
             crowd.shutdown(Shutdown::Both);
         }
     });
+}
+
+/// Takes leave of a guest: half-closes and reads to its end, at most for `patience`, and as long as `goes_on` says so of
+/// the time that has passed. One that goes on for ever is not closed with bytes unread, either. Whether it has ended.
+pub(crate) fn take_leave(
+    stream: &Stream,
+    patience: Duration,
+    mut goes_on: impl FnMut(Duration) -> bool,
+) -> bool {
+    let begun = Instant::now();
+    loop {
+        match stream.drain(LOOK) {
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
+            drained => return drained.is_ok(),
+        }
+        let passed = begun.elapsed();
+        if passed >= patience || !goes_on(passed) {
+            stream.empty();
+            return false;
+        }
+    }
 }
 
 /// Sends back what comes until EOF, and then half-closes; how many bytes that were. `first` came before.

@@ -487,7 +487,7 @@ fn waits_for_a_guest_that_sleeps_and_loses_nothing_when_it_refuses() {
     vm.pause();
     let ended = Cat::start(&["--wait", "1", "--vm", state, "7"]).end();
     assert_eq!(ended.code, Some(1));
-    assert!(ended.err.contains("asleep"), "{}", ended.err);
+    assert_eq!(ended.err.matches("asleep").count(), 1, "{}", ended.err);
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 

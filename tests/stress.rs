@@ -261,6 +261,41 @@ fn the_vm_lives() {
     fails(&["stress", "-p", "401", &echo], 2, &["could kill it"]);
 }
 
+#[test]
+fn a_server_that_is_gone_is_given_up() {
+    let (code, report, _) = stress(&["-n", "1000000", "-p", "4", "/tmp/no/such/socket"]);
+    assert_eq!(code, Some(1));
+    assert!(report.contains("given up: 1000 dials in a row"), "{report}");
+}
+
+#[test]
+fn a_second_signal_cuts_off_what_waits_for_a_guest() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .guest(7, Service::Echo)
+        .start()
+        .unwrap();
+    vm.pause();
+    let words = [
+        "stress",
+        "-n",
+        "5",
+        "--timeout",
+        "1000",
+        "--vm",
+        text(dir.path()),
+        "7",
+    ];
+    let mut running = Running::start(&words);
+    eventually("it has dialled", || vm.counters().unanswered > 0);
+    running.signal("TERM");
+    running.complains("once more to cut them off");
+    running.signal("TERM");
+    assert_eq!(running.exit_code(), Some(1));
+    vm.resume();
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_report_that_nobody_gets_is_a_failure() {

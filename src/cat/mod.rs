@@ -140,6 +140,8 @@ impl Cat {
                 Err(Attempt::Interrupted) => return Err(Failure::Interrupted),
                 Err(Attempt::Failed(e)) => e,
             };
+            // An attempt may take longer than it was to.
+            let left = self.plan.wait.saturating_sub(begun.elapsed());
             if left.is_zero() || !dial::may_come(&error) {
                 return Err(error.into());
             }

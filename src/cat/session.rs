@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tracing::info;
 
 use crate::dial;
-use crate::serve::LOOK;
+use crate::serve::{self, LOOK};
 use crate::stream::Stream;
 use crate::sys::{self, AsSocket};
 
@@ -279,29 +279,18 @@ impl Session<'_> {
             self.stream.abort();
             return;
         }
-        // Not left to the receiving thread: standard output may keep it.
-        let begun = Instant::now();
-        let end = begun + self.drain;
         let mut told = false;
-        loop {
-            match self.stream.drain(LOOK) {
-                Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
-                _ => return,
-            }
-            if begun.elapsed() >= PATIENCE && !std::mem::replace(&mut told, true) {
+        // Not left to the receiving thread: standard output may keep it.
+        serve::take_leave(&self.stream, self.drain, |passed| {
+            if passed >= PATIENCE && !std::mem::replace(&mut told, true) {
                 let (address, seconds) = (self.stream.address(), self.drain.as_secs());
                 info!(
                     "giving {address} {seconds} s to end the connection, as its VM needs it; a signal cuts that short"
                 );
             }
-            // Another interrupt cuts it short.
             let interrupted = |event| matches!(event, super::Event::Interrupt);
-            if Instant::now() >= end || self.events.try_iter().any(interrupted) {
-                break;
-            }
-        }
-        // One that goes on for ever is not closed with bytes unread, either.
-        self.stream.empty();
+            !self.events.try_iter().any(interrupted)
+        });
     }
 }
 

@@ -15,8 +15,8 @@ use crate::serve::{self, Stop};
 /// Carry standard input and output over any address, as netcat does
 #[derive(Args, Debug)]
 #[command(
-    after_help = "EOF on standard input is passed on as a half-close, and the answer is read to its end. The exit code is 0 if all
-of both went through.
+    after_help = "EOF on standard input is passed on as a half-close, and the answer is read to its end. The exit code \
+    is 0 if all of both went through.
 
 Examples:
   hvsock cat vsock://2:1024 <request >answer
@@ -44,7 +44,7 @@ pub(super) struct Cat {
     /// Seconds to go on trying when nobody is there yet
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
     wait: Duration,
-    /// Seconds a guest may take to end the connection when we are told to end; to vsock-mux, seconds without a byte
+    /// After SIGINT or SIGTERM, seconds a guest may take to end the connection; to vsock-mux, seconds without a byte
     /// until EOF on standard input is passed on all the same
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     drain_timeout: u32,

@@ -11,9 +11,9 @@ use crate::services::{self, Named, Registration, Service};
 /// Let Hyper-V guests dial a service of this host (Windows, once, as Administrator)
 #[derive(Args, Debug)]
 #[command(
-    after_help = "It is entered into the registry, in HKEY_LOCAL_MACHINE\\SOFTWARE\\Microsoft\\Windows NT\\
-CurrentVersion\\Virtualization\\GuestCommunicationServices, and stays there until `hvsock unregister`.
-Registering it again is no error; with another --name it is renamed.
+    after_help = "It is entered into the registry, in HKEY_LOCAL_MACHINE\\SOFTWARE\\Microsoft\\Windows NT\\\
+    CurrentVersion\\Virtualization\\GuestCommunicationServices, and stays there until `hvsock unregister`. \
+    Registering it again is no error; with another --name it is renamed.
 
 Examples:
   hvsock register 5000

@@ -1,5 +1,6 @@
 //! `hvsock simulate`: a stand-in VM to try things on.
 
+use std::collections::HashSet;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -19,8 +20,8 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Stand in for a hyperkit VM: serve a state directory as hyperkit does, its frailties included
 #[derive(Args, Debug)]
 #[command(
-    after_help = "The stand-in dies or hangs where hyperkit's device would, and says which rule its client broke (exit code 1).
-SIGUSR1 pauses the guest, SIGUSR2 lets it go on. The socket files stay behind, as hyperkit's do.
+    after_help = "The stand-in dies or hangs where hyperkit's device would, and says which rule its client broke (exit \
+    code 1). SIGUSR1 pauses the guest, SIGUSR2 lets it go on. The socket files stay behind, as hyperkit's do.
 
 Examples:
   hvsock simulate /tmp/vm --guest 80=http --guest 7=echo
@@ -153,7 +154,12 @@ impl Simulate {
         if let Some(descriptors) = self.descriptors {
             vm = vm.descriptor_limit(descriptors);
         }
+        let mut taken = HashSet::new();
         for Guest { port, service } in &self.guest {
+            if !taken.insert(port.0) {
+                let why = format!("guest port {port} has two services");
+                return Err(Failure::Usage(why));
+            }
             vm = vm.guest(port.0, service.clone());
         }
         for GuestDial { port, from } in &self.dial {

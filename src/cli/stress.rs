@@ -9,7 +9,7 @@ use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use super::options::{Peer, parse_mode, parse_seconds};
 use super::signals::EndSignals;
-use super::{Failure, Outcome, print, say};
+use super::{Failure, Outcome, complain, print, say};
 use crate::address::Address;
 use crate::listener::lasting::LastingListener;
 use crate::serve::{self, LOOK, Stop};
@@ -18,8 +18,8 @@ use crate::stress::{self, Load, MOST_PARALLEL, Plan, Progress, Report};
 /// Send random data through any address to a server that returns it, compare every byte, and measure
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Any echo server will do, but for --bench up and down, which want a `stress --server`. SIZEs have K, M or G behind
-them, powers of 1024. The exit code is 1 if anything was lost, changed or refused.
+    after_help = "Any echo server will do, but for --bench up and down, which want a `stress --server`. SIZEs have K, M \
+    or G behind them, powers of 1024. The exit code is 1 if anything was lost, changed or refused.
 
 Examples:
   hvsock stress --server vsock://:5000
@@ -113,14 +113,13 @@ const GRACE: Duration = Duration::from_secs(10);
 impl Stress {
     pub(super) fn run(self) -> Outcome {
         let stop = Stop::default();
-        let mut signals = EndSignals::take()?;
-        let stopper = stop.clone();
+        let signals = EndSignals::take()?;
         // Without it there are fewer.
         let _ = crate::sys::raise_descriptor_limit();
         let address = self.peer.address(Instant::now())?;
         if self.server {
             let mut listener = LastingListener::bind(&address, self.mode)?;
-            std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
+            heed(signals, stop.clone(), GRACE);
             say(format_args!("serving on {}", listener.address()));
             let plan = serve::Plan {
                 in_all: None,
@@ -130,7 +129,7 @@ impl Stress {
             return Ok(());
         }
         let plan = self.plan(address)?;
-        std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
+        heed(signals, stop.clone(), plan.timeout);
         let report = watch(&plan, &stop);
         let printed = print(&report);
         match report.verdict() {
@@ -185,6 +184,21 @@ impl Stress {
             verbose: self.verbose,
         })
     }
+}
+
+/// Has signals ask for the end.
+fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) {
+    std::thread::spawn(move || {
+        for (count, ()) in signals.each().enumerate() {
+            if count == 0 {
+                let seconds = patience.as_secs();
+                complain(format_args!(
+                    "stopping: connections under way have {seconds} s; once more to cut them off"
+                ));
+            }
+            stop.ask();
+        }
+    });
 }
 
 /// Runs it, with a bar on standard error if that is a terminal.

@@ -14,9 +14,10 @@ use crate::syslog::{Log, carry};
 /// Carry the syslog messages of local programs to a collector, framed as RFC 6587 says
 #[derive(Args, Debug)]
 #[command(
-    after_help = "While the collector can't be had, messages are kept, 4 MiB of them; programs are never made to wait. When a
-connection is lost, those it was given last are sent again: some may come twice. SIGINT or SIGTERM: the last ones
-have 2 seconds, and the exit code is 1 if some were not delivered.
+    after_help = "While the collector can't be had, the last 4 MiB of messages are kept; programs are never made to wait. \
+    When a connection is lost, what it was given in its last 2 seconds, and what nobody has taken, is sent again: some \
+    may come twice. After SIGINT or SIGTERM the last ones have 2 seconds, and the exit code is 1 if some may not have \
+    been delivered.
 
 Example, in a guest:
   hvsock syslog /dev/log vsock://host:514"
@@ -44,7 +45,7 @@ impl Syslog {
         match carry(log, &self.target, &stop)? {
             0 => Ok(()),
             count => Err(Failure::Failed(format!(
-                "{count} messages were not delivered to {}",
+                "{count} messages may not have been delivered to {}",
                 self.target
             ))),
         }

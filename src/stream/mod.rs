@@ -169,6 +169,13 @@ impl Stream {
         }
     }
 
+    /// How many bytes were written that nobody has taken yet, as far as the kernel tells (at least; Linux counts what
+    /// they occupy): TCP's peer hasn't acknowledged them, a Unix socket's hasn't read them.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn untaken(&self) -> usize {
+        crate::sys::unacknowledged(&self.socket)
+    }
+
     /// Makes the close a reset, where the family can, so that the peer doesn't take what it was sent for all; and ends a
     /// read that waits.
     #[cfg(feature = "cli")]

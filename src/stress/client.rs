@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
-use crate::serve::{LOOK, Stop};
+use crate::serve::{LOOK, Stop, take_leave};
 use crate::stream::Stream;
 
 use super::data::Data;
@@ -21,6 +21,9 @@ const PACE: Duration = Duration::from_micros(150);
 /// and the VM dies at 512: with [`MOST_PARALLEL`] of them under way, this leaves room.
 const MOST_SILENT: u64 = 64;
 
+/// So many dials in a row that come to nothing say that there is no server any more.
+const MOST_FAILED_DIALS: u64 = 1000;
+
 /// The most connections at a time to one hyperkit VM.
 pub(crate) const MOST_PARALLEL: usize = 400;
 
@@ -34,6 +37,8 @@ struct Run<'a> {
     stop: &'a Stop,
     next: AtomicU64,
     silent: AtomicU64,
+    /// Dials in a row that came to nothing.
+    failed_dials: AtomicU64,
     /// When the VM may be dialled again.
     pace: Mutex<Instant>,
     report: Mutex<Report>,
@@ -53,6 +58,7 @@ pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
         stop,
         next: AtomicU64::new(0),
         silent: AtomicU64::new(0),
+        failed_dials: AtomicU64::new(0),
         pace: Mutex::new(begun),
         report: Mutex::new(Report::new(plan)),
         progress,
@@ -111,8 +117,12 @@ impl Run<'_> {
         let urgent = || self.stop.is_urgent();
         let stream = match Stream::connect_unless(&plan.address, plan.timeout, &urgent) {
             Ok(stream) => stream,
-            Err(e) => return (Done::default(), Err(e.to_string())),
+            Err(e) => {
+                self.note_failed_dial();
+                return (Done::default(), Err(e.to_string()));
+            }
         };
+        self.failed_dials.store(0, Ordering::Relaxed);
         let mut exchange = Exchange {
             plan,
             stream: &stream,
@@ -133,7 +143,7 @@ impl Run<'_> {
             }
             latencies.connection.record(dialled.elapsed());
         } else if plan.address.is_delicate() {
-            let ended = stream.finish(LEAVE.min(plan.timeout)).is_ok();
+            let ended = take_leave(&stream, LEAVE.min(plan.timeout), |_| !self.stop.is_urgent());
             if !ended && done.received == 0 {
                 self.note_silence();
             }
@@ -159,6 +169,15 @@ impl Run<'_> {
         *next = at + PACE;
         drop(next);
         thread::sleep(at.saturating_duration_since(Instant::now()));
+    }
+
+    fn note_failed_dial(&self) {
+        let failed = self.failed_dials.fetch_add(1, Ordering::Relaxed) + 1;
+        if failed >= MOST_FAILED_DIALS && !self.stop.is_asked() {
+            let why = format!("given up: {MOST_FAILED_DIALS} dials in a row came to nothing");
+            lock(&self.report).note(why);
+            self.stop.ask();
+        }
     }
 
     fn note_silence(&self) {

@@ -1,7 +1,9 @@
 //! The connection to the collector.
 //!
-//! A collector never says anything, so that nothing tells what it has read. What tells that it has not is the end of the
-//! connection: then what was written last goes once more over the next one. It may come twice so; it is not lost.
+//! A collector says nothing, so that nothing tells what it has read. What tells that it may not have is the end of the
+//! connection, and that it has not is the kernel, of bytes that nobody has taken yet. So what was written shortly before
+//! the end, or was not taken, goes once more over the next connection: it may come twice, and is not lost. Who accepts
+//! for a collector that is away (a proxy) ends the connection at once.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -16,9 +18,13 @@ use crate::serve::{LOOK, Stop, again};
 use crate::stream::Stream;
 use crate::sys::{self, AsSocket, Wanted};
 
-/// How long a dial may take, and how long there is no other after one that failed.
+/// How long a dial may take.
 const DIAL: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_secs(1);
+
+/// How long there is no other dial after one that came to nothing, doubled with each. Not too often: a guest that dials
+/// where nobody listens hangs hyperkit's device, once in some ten thousand times.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// How long the last messages may take when the end is asked for.
 const LAST: Duration = Duration::from_secs(2);
@@ -26,21 +32,8 @@ const LAST: Duration = Duration::from_secs(2);
 /// A collector that has taken nothing for so long is told of.
 const STUCK: Duration = Duration::from_secs(5);
 
-/// A connection that ends within this time may never have had a collector: something in between has accepted, and
-/// dialled in vain for as long as 30 s (a proxy) or two minutes (a kernel behind it). All that it was given is sent again.
-const TRIAL: Duration = Duration::from_secs(150);
-
-/// Of an older connection, what was written so long before its end is seen is sent again.
-const RECENT: Duration = Duration::from_secs(1);
-
-/// Why nothing is delivered, once it was told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Trouble {
-    /// Nobody could be connected to.
-    Away,
-    /// Connections end soon.
-    EndedSoon,
-}
+/// What was written so long before the end of a connection is seen may be lost with it.
+const RECENT: Duration = Duration::from_secs(2);
 
 /// Where messages go.
 #[derive(Debug)]
@@ -48,9 +41,11 @@ pub(super) struct Link<'a> {
     target: &'a Address,
     stop: &'a Stop,
     connection: Option<Connection>,
-    /// No dial before.
+    /// No dial before; and how long there is none after the next that comes to nothing.
     next: Instant,
-    trouble: Option<Trouble>,
+    pause: Duration,
+    /// It was told that nothing is delivered.
+    complained: bool,
     /// When the last messages must have gone.
     end: Cell<Option<Instant>>,
 }
@@ -62,7 +57,8 @@ impl<'a> Link<'a> {
             stop,
             connection: None,
             next: Instant::now(),
-            trouble: None,
+            pause: FIRST_PAUSE,
+            complained: false,
             end: Cell::new(None),
         }
     }
@@ -87,18 +83,16 @@ impl<'a> Link<'a> {
     /// Writes what is there, as long as it can. Even if nothing is, it sees whether the connection has ended.
     pub(super) fn deliver(&mut self, kept: &Kept) {
         loop {
-            let ended = self.connection.as_mut().is_some_and(Connection::has_ended);
-            if ended {
-                self.lose(kept, "it was ended");
+            if let Some(why) = self.connection.as_mut().and_then(Connection::end_of) {
+                self.lose(kept, &why);
             }
+            self.tell_recovery();
             if self.is_over() || !self.pause().is_zero() || kept.is_empty() {
                 return;
             }
             if let Err(why) = self.connect() {
-                self.next = Instant::now() + PAUSE;
-                if self.trouble.is_none() && !self.is_over() {
-                    self.trouble = Some(Trouble::Away);
-                    warn!("{why}; keeping messages until it can be had");
+                if !self.is_over() {
+                    self.complain(format_args!("{why}; keeping messages until it can be had"));
                 }
                 return;
             }
@@ -114,7 +108,7 @@ impl<'a> Link<'a> {
             }
             self.connection = Some(connection);
             match written {
-                Ok(()) => self.tell_recovery(kept),
+                Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => return,
                 Err(e) => self.lose(kept, &e.to_string()),
             }
@@ -137,45 +131,45 @@ impl<'a> Link<'a> {
         let Some(connection) = self.connection.take() else {
             return;
         };
-        if connection.is_on_trial() {
-            self.next = Instant::now() + PAUSE;
-            if self.trouble.replace(Trouble::EndedSoon) != Some(Trouble::EndedSoon) {
-                warn!(
-                    "the connection to {} lasted {:.1} s ({why}): is there no collector behind it? keeping messages, and sending them again",
-                    self.target,
-                    connection.since.elapsed().as_secs_f64()
-                );
-            }
+        if connection.is_young() {
+            let (target, ms) = (self.target, connection.since.elapsed().as_millis());
+            self.complain(format_args!(
+                "the connection to {target} lasted {ms} ms ({why}): is there no collector behind it? keeping messages"
+            ));
         }
         let sent = connection.sent.into_iter().map(|(_, frame)| frame);
         kept.lock().put_back(sent);
     }
 
-    /// Tells that trouble is over, once it is.
-    fn tell_recovery(&mut self, kept: &Kept) {
-        let on_trial = |connection: &Connection| connection.is_on_trial();
-        match self.trouble {
-            None => return,
-            Some(Trouble::EndedSoon) if self.connection.as_ref().is_none_or(on_trial) => return,
-            Some(_) => self.trouble = None,
-        }
-        info!("connected to {}", self.target);
-        let lost = kept.lock().take_lost();
-        if lost > 0 {
-            warn!("{lost} messages were let go of: more came than are kept");
+    /// After a dial that came to nothing: tells of it, once, and has the next one wait.
+    fn complain(&mut self, what: std::fmt::Arguments<'_>) {
+        self.next = Instant::now() + self.pause;
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        if !std::mem::replace(&mut self.complained, true) {
+            warn!("{what}");
         }
     }
 
-    /// Ends the connection, all that was written having arrived; how many messages were not delivered.
+    /// Notes that a connection is one, once it has shown that.
+    fn tell_recovery(&mut self) {
+        if self.connection.as_ref().is_none_or(Connection::is_young) {
+            return;
+        }
+        self.pause = FIRST_PAUSE;
+        if std::mem::take(&mut self.complained) {
+            info!("connected to {}", self.target);
+        }
+    }
+
+    /// Ends the connection, all that was written having arrived; how many messages may not have been delivered.
     pub(super) fn end(mut self, kept: &Kept) -> u64 {
-        if self.connection.as_mut().is_some_and(Connection::has_ended) {
-            self.lose(kept, "it was ended");
+        if let Some(connection) = &mut self.connection
+            && (connection.end_of().is_some() || !connection.end())
+        {
+            self.lose(kept, "at the end");
         }
-        if let Some(connection) = &self.connection {
-            connection.end();
-        }
-        let mut queue = kept.lock();
-        queue.len() + queue.take_lost()
+        let queue = kept.lock();
+        queue.len() + queue.lost()
     }
 }
 
@@ -184,9 +178,11 @@ impl<'a> Link<'a> {
 struct Connection {
     stream: Stream,
     since: Instant,
-    /// Written on trial, or lately; and when.
+    /// Written lately, or not taken yet; and when.
     sent: VecDeque<(Instant, Frame)>,
     sent_bytes: usize,
+    /// When the peer said that it has nothing to say. It may have gone altogether: only a write tells.
+    silent_since: Option<Instant>,
     /// The last frame was not written to its end.
     torn: bool,
 }
@@ -198,22 +194,30 @@ impl Connection {
             since: Instant::now(),
             sent: VecDeque::new(),
             sent_bytes: 0,
+            silent_since: None,
             torn: false,
         }
     }
 
-    fn is_on_trial(&self) -> bool {
-        self.since.elapsed() < TRIAL
+    fn is_young(&self) -> bool {
+        self.since.elapsed() < RECENT
     }
 
-    /// Whether the peer has ended it. What else it says is of no interest.
-    fn has_ended(&mut self) -> bool {
+    /// How the peer has ended it, if it has. What else it says is of no interest.
+    fn end_of(&mut self) -> Option<String> {
         self.forget();
         loop {
             match again((&self.stream).read(&mut [0; 512])) {
-                Ok(None) => return false,
-                Ok(Some(0)) | Err(_) => return true,
+                Ok(None) => return None,
+                Ok(Some(0)) => {
+                    self.silent_since.get_or_insert_with(Instant::now);
+                    // An empty write fails where the family tells a half-close from a close. TCP doesn't.
+                    let gone = sys::is_hung_up(self.stream.as_socket())
+                        || again((&self.stream).write(&[])).is_err();
+                    return gone.then(|| "it was ended".to_owned());
+                }
                 Ok(Some(_)) => {}
+                Err(e) => return Some(e.to_string()),
             }
         }
     }
@@ -232,8 +236,8 @@ impl Connection {
                 moved = Instant::now();
                 continue;
             }
-            if self.has_ended() {
-                return Err(io::ErrorKind::ConnectionReset.into());
+            if let Some(why) = self.end_of() {
+                return Err(io::Error::new(io::ErrorKind::ConnectionReset, why));
             }
             if is_over() {
                 self.torn = rest.len() < frame.len();
@@ -243,7 +247,12 @@ impl Connection {
                 let (address, seconds) = (self.stream.address(), STUCK.as_secs());
                 warn!("{address} has taken nothing for {seconds} s; keeping messages");
             }
-            sys::wait(self.stream.as_socket(), Wanted::Either, LOOK)?;
+            // An EOF that was read would end each wait for something to read.
+            let wanted = match self.silent_since {
+                None => Wanted::Either,
+                Some(_) => Wanted::Writable,
+            };
+            sys::wait(self.stream.as_socket(), wanted, LOOK)?;
         }
         if stuck {
             info!("{} takes messages again", self.stream.address());
@@ -260,24 +269,47 @@ impl Connection {
 
     /// Lets go of what needs to be kept no longer.
     fn forget(&mut self) {
-        let on_trial = self.is_on_trial();
+        let is_old = |when: &Instant| when.elapsed() >= RECENT;
+        let doubted = self.is_doubted();
+        let mut untaken = None;
         while let Some((when, frame)) = self.sent.front() {
-            let recent = on_trial || when.elapsed() < RECENT;
-            if recent && self.sent_bytes <= MOST_KEPT {
-                break;
+            if self.sent_bytes <= MOST_KEPT {
+                if doubted || !is_old(when) {
+                    break;
+                }
+                let untaken = *untaken.get_or_insert_with(|| self.stream.untaken());
+                if self.sent_bytes - frame.len() < untaken {
+                    break;
+                }
             }
             self.sent_bytes -= frame.len();
             self.sent.pop_front();
         }
     }
 
-    fn end(&self) {
+    /// The peer may have gone, and what it was given with it. What was written after its EOF and had no reset for an
+    /// answer shows the contrary.
+    fn is_doubted(&self) -> bool {
+        self.silent_since.is_some_and(|since| {
+            let shown = |(when, _): &(Instant, Frame)| *when > since && when.elapsed() >= RECENT;
+            !self.sent.is_empty() && !self.sent.iter().any(shown)
+        })
+    }
+
+    /// Ends it; whether the collector has, too, and so has read all.
+    fn end(&self) -> bool {
         if self.torn && !self.stream.address().is_delicate() {
             // Half a frame must not look like all.
             self.stream.abort();
-        } else {
-            // A collector that goes on reading after that is its own affair.
-            let _ = self.stream.finish(LAST);
+            return false;
+        }
+        match self.stream.finish(LAST) {
+            Ok(()) => !self.is_doubted(),
+            // A Unix socket tells what was read.
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                matches!(self.stream.address(), Address::Unix(_)) && self.stream.untaken() == 0
+            }
+            Err(_) => false,
         }
     }
 }

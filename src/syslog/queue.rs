@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tracing::warn;
+
 /// How much is kept; then the oldest messages are let go of. Programs are never made to wait.
 pub(super) const MOST_KEPT: usize = 4 * 1024 * 1024;
 
@@ -15,7 +17,7 @@ pub(super) type Frame = Vec<u8>;
 pub(super) struct Queue {
     frames: VecDeque<Frame>,
     bytes: usize,
-    /// Let go of since [`take_lost`](Queue::take_lost).
+    /// How many were let go of.
     lost: u64,
 }
 
@@ -48,6 +50,10 @@ impl Queue {
 
     fn trim(&mut self) {
         while self.bytes > MOST_KEPT && self.pop().is_some() {
+            if self.lost == 0 {
+                let most = MOST_KEPT >> 20;
+                warn!("more messages than the {most} MiB that are kept: letting go of the oldest");
+            }
             self.lost += 1;
         }
     }
@@ -56,8 +62,8 @@ impl Queue {
         self.frames.len() as u64
     }
 
-    pub(super) fn take_lost(&mut self) -> u64 {
-        std::mem::take(&mut self.lost)
+    pub(super) fn lost(&self) -> u64 {
+        self.lost
     }
 }
 
@@ -99,7 +105,7 @@ mod tests {
         for n in 0..5 {
             queue.push(&vec![n; MOST_KEPT / 4]);
         }
-        assert_eq!((queue.len(), queue.take_lost()), (3, 2));
+        assert_eq!((queue.len(), queue.lost()), (3, 2));
         let frame = queue.pop().unwrap_or_default();
         assert!(frame.starts_with(b"1048576 ") && frame.ends_with(&[2]));
         let before = queue.bytes;
@@ -107,7 +113,7 @@ mod tests {
         assert_eq!(queue.bytes, before + 1_048_576 + 8);
         // What is put back is older than the rest.
         queue.put_back([vec![0; 8], frame]);
-        assert_eq!((queue.len(), queue.take_lost()), (3, 2));
+        assert_eq!((queue.len(), queue.lost()), (3, 4));
         assert_eq!(queue.pop().map(|frame| frame.ends_with(&[2])), Some(true));
     }
 }
