@@ -97,13 +97,14 @@ pub(crate) enum FileState {
 
 /// The error for a family whose sockets this system, or this version, doesn't carry.
 pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
-    let cause = io::Error::new(
-        io::ErrorKind::Unsupported,
-        format!("{} sockets are not carried here", address.scheme()),
-    );
+    let why = match address {
+        Address::Npipe(_) => "named pipes are Windows'".to_owned(),
+        other => format!("{} sockets are not carried here", other.scheme()),
+    };
+    let cause = io::Error::new(io::ErrorKind::Unsupported, why);
     Error::new(operation, address, cause).with_remedy(match cfg!(unix) {
         true => "use a hyperkit://, vsock://, vsock-mux://, unix: or tcp:// address",
-        false => "use a tcp:// address",
+        false => "use a tcp:// or npipe:// address",
     })
 }
 

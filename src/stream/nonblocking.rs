@@ -8,6 +8,8 @@ use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 
 use super::local::Local;
+#[cfg(windows)]
+use crate::address::NpipeAddress;
 use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
 use crate::mux::Handshake;
 use crate::relay::Socket;
@@ -29,6 +31,10 @@ pub(crate) enum Target<'a> {
 impl Target<'_> {
     pub(crate) fn of(address: &Address) -> Target<'_> {
         Target::Endpoint(match address {
+            #[cfg(windows)]
+            Address::Npipe(pipe) => Endpoint::Npipe(pipe.clone()),
+            #[cfg(not(windows))]
+            Address::Npipe(_) => return Target::NotCarried,
             _ if cfg!(not(unix)) && !matches!(address, Address::Tcp(_)) => {
                 return Target::NotCarried;
             }
@@ -58,6 +64,8 @@ pub(crate) enum Endpoint {
     Vsock(VsockAddress),
     /// The Unix socket at this path; a [`Handshake`] for the port is to follow.
     VsockMux(VsockMuxAddress),
+    #[cfg(windows)]
+    Npipe(NpipeAddress),
 }
 
 impl Endpoint {
