@@ -12,7 +12,7 @@ use crate::error::{Error, Operation};
 use crate::listener::Listener;
 use crate::serve::LOOK;
 use crate::stream::Stream;
-use crate::sys::{self, AsSocket, Wanted};
+use crate::sys::Wanted;
 
 use session::{Input, Session};
 
@@ -216,7 +216,7 @@ impl Cat {
         // However that went: a probe, too, is a dial that must not just be closed.
         let _ = probe.finish(LEAVE);
         if answered? {
-            let ended = sys::wait(stream.as_socket(), Wanted::Readable, Duration::ZERO);
+            let ended = stream.wait(Wanted::Readable, Duration::ZERO);
             return match ended {
                 Ok(true) if stream.has_ended() => {
                     Err(dial::refused_in_silence(&self.plan.address).into())
@@ -240,7 +240,7 @@ impl Cat {
                 return Ok(false);
             }
             // A failure to wait is one of the socket: what there is to say of it, ours says as well.
-            if sys::wait(probe.as_socket(), Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
+            if probe.wait(Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
                 return Ok(true);
             }
         }

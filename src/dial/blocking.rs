@@ -9,7 +9,9 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::not_carried;
 use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
 use crate::stream::{Stream, is_timeout};
-use crate::sys::{self, AsSocket, Wanted};
+#[cfg(windows)]
+use crate::sys;
+use crate::sys::Wanted;
 
 use super::{Begun, Dial, Next, explain};
 
@@ -122,7 +124,7 @@ fn attempt(dial: &mut Dial) -> io::Result<Nonblocking> {
 
 fn wait(stream: &Nonblocking, wanted: Wanted, deadline: Instant) -> io::Result<()> {
     let left = deadline.saturating_duration_since(Instant::now());
-    match sys::wait(stream.as_socket(), wanted, left) {
+    match stream.wait(wanted, left) {
         Ok(true) => Ok(()),
         Ok(false) if left.is_zero() => {
             let why = "it hasn't answered in time";
