@@ -416,6 +416,43 @@ fn a_blocking_stream_waits_no_longer_than_it_was_told() {
 }
 
 #[test]
+fn what_a_thread_has_begun_outlives_it() {
+    let name = name();
+    let listener = Listener::bind(&pipe(&name)).unwrap();
+    // The listener's own operations are begun on a thread that ends, too.
+    let listener = thread::spawn(move || {
+        let none = listener.accept_timeout(Duration::from_millis(1)).unwrap();
+        assert!(none.is_none());
+        listener
+    });
+    let listener = listener.join().unwrap();
+    let client = Stream::connect(&pipe(&name)).unwrap();
+    let (mut server, _) = listener.accept_timeout(PATIENCE).unwrap().unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut other = client.try_clone().unwrap();
+    let begun = thread::spawn(move || {
+        other.set_nonblocking(true).unwrap();
+        assert!(other.read(&mut [0]).is_err());
+        let bytes = pattern(1 << 20);
+        let mut sent = 0;
+        while let Ok(n) = other.write(&bytes[sent..]) {
+            sent += n;
+        }
+        sent
+    });
+    let sent = begun.join().unwrap();
+    let mut back = vec![0; sent];
+    server.read_exact(&mut back).unwrap();
+    assert!(back == pattern(1 << 20)[..sent]);
+    server.write_all(b"x").unwrap();
+    let client = patient(client);
+    client.set_nonblocking(false).unwrap();
+    let mut byte = [0];
+    (&client).read_exact(&mut byte).unwrap();
+    assert_eq!(&byte, b"x");
+}
+
+#[test]
 fn a_dropped_stream_has_sent_all() {
     let name = name();
     let listener = Listener::bind(&pipe(&name)).unwrap();

@@ -82,15 +82,22 @@ impl Waiting {
             return Local::new(pipe).map(Some);
         }
         let mut index = 0;
-        while index < self.operations.len() {
-            match self.operations[index].outcome() {
-                None => index += 1,
-                Some(Ok(_)) => {
+        while let Some(operation) = self.operations.get_mut(index) {
+            let connected = match operation.outcome() {
+                None => Ok(false),
+                Some(Ok(_)) => Ok(true),
+                // The thread that began it has ended.
+                Some(Err(e)) if sys::is_cancelled(&e) => operation.connect(),
+                Some(Err(e)) => Err(e),
+            };
+            match connected {
+                Ok(false) => index += 1,
+                Ok(true) => {
                     let pipe = self.operations.swap_remove(index).into_handle();
                     return pipe.map(Local::new).transpose();
                 }
                 // Whoever came has gone before it was told.
-                Some(Err(_)) => drop(self.operations.swap_remove(index)),
+                Err(_) => drop(self.operations.swap_remove(index)),
             }
         }
         begun.map(|()| None)
@@ -170,14 +177,16 @@ impl LocalListener {
 
     pub(super) fn accept(&self) -> io::Result<(Local, Peer)> {
         let mut waiting = self.lock();
-        // That no more can be made is told only when nobody waits in those that are there.
-        let filled = self.fill_up(&mut waiting);
+        // That no more can be made is told only when nobody has come to those that are there.
+        let _ = self.fill_up(&mut waiting);
         let accepted = match waiting.watcher {
             Some(_) => waiting.accept_watched()?,
             None => waiting.accept_operation()?,
         };
         let Some(pipe) = accepted else {
-            filled?;
+            // Some may have failed.
+            self.fill_up(&mut waiting)?;
+            waiting.watch_made()?;
             return Err(io::ErrorKind::WouldBlock.into());
         };
         // Another instead of it, before the next accept. Without it clients would find the pipe busy, and try again.

@@ -107,6 +107,11 @@ impl Reading {
             Some(Ok(0)) => Input::Ended,
             Some(Ok(count)) => Input::Holds(0..count),
             Some(Err(e)) if sys::is_pipe_eof(&e) => Input::Ended,
+            // The thread that began it has ended.
+            Some(Err(e)) if sys::is_cancelled(&e) => {
+                self.state = Input::Idle;
+                return self.advance();
+            }
             Some(Err(e)) => Input::Failed(e.raw_os_error()),
         };
         true
@@ -155,6 +160,7 @@ impl Writing {
 }
 
 impl Pipe {
+    /// Of a pipe that no event loop has.
     pub(super) fn new(handle: OwnedHandle, kind: PipeKind) -> io::Result<Pipe> {
         let handle = Arc::new(handle);
         Ok(Pipe {
@@ -226,7 +232,11 @@ impl Pipe {
             return Ok(0);
         }
         let count = bytes.len().min(BUFFER as usize);
-        writing.operation.write(&bytes[..count])?;
+        // One that may be left under way must not end with this thread.
+        match deadline.is_some() || self.nonblocking.load(Ordering::Relaxed) {
+            true => writing.operation.write_lastingly(&bytes[..count])?,
+            false => writing.operation.write(&bytes[..count])?,
+        }
         writing.pending = true;
         // What was taken can't be given back, however long the peer takes.
         while !writing.is_done() && !self.nonblocking.load(Ordering::Relaxed) {

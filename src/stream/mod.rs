@@ -34,7 +34,8 @@ const MOST_UNREAD: usize = 64 * 1024 * 1024;
 /// `std::net::TcpStream` does, through a shared reference too, so that two threads can carry its two directions.
 ///
 /// Dropping it closes it. Of a hyperkit VM that is not enough: its device can hang or die when a connection is closed
-/// that has not been read to its end. Use [`Stream::finish`] there.
+/// that has not been read to its end. Use [`Stream::finish`] there. Of a named pipe it waits, 30 s at most, until the peer
+/// has taken what a write with a timeout, or one that was not to block, has left under way.
 #[derive(Debug)]
 pub struct Stream {
     socket: Inner,

@@ -3,12 +3,14 @@
 use std::io;
 use std::os::windows::io::{AsHandle, AsRawHandle, BorrowedHandle, FromRawHandle, OwnedHandle};
 use std::ptr;
-use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use windows_sys::Win32::Foundation::{
-    ERROR_IO_INCOMPLETE, ERROR_IO_PENDING, ERROR_NO_DATA, ERROR_PIPE_CONNECTED, HANDLE,
-    WAIT_FAILED, WAIT_TIMEOUT,
+    ERROR_IO_INCOMPLETE, ERROR_IO_PENDING, ERROR_NO_DATA, ERROR_OPERATION_ABORTED,
+    ERROR_PIPE_CONNECTED, HANDLE, WAIT_FAILED, WAIT_TIMEOUT,
 };
 use windows_sys::Win32::Storage::FileSystem::{ReadFile, WriteFile};
 use windows_sys::Win32::System::IO::{CancelIoEx, GetOverlappedResult, OVERLAPPED};
@@ -41,8 +43,9 @@ impl Event {
 }
 
 impl Event {
-    pub(super) fn as_raw(&self) -> HANDLE {
-        self.0.as_raw_handle()
+    /// For an operation of which an event loop is to hear nothing: that is what the lowest bit says.
+    pub(super) fn unheard(&self) -> HANDLE {
+        self.0.as_raw_handle().map_addr(|address| address | 1)
     }
 }
 
@@ -71,6 +74,30 @@ pub(crate) fn wait_for_any(
         WAIT_TIMEOUT => Ok(false),
         _ => Ok(true),
     }
+}
+
+/// Runs `work` on a thread that never ends: the end of a thread cancels what it has begun.
+fn on_lasting_thread(work: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
+    type Work = Box<dyn FnOnce() + Send>;
+    static QUEUE: Mutex<Option<Sender<Work>>> = Mutex::new(None);
+    let (tell, told) = channel();
+    let work: Work = Box::new(move || drop(tell.send(work())));
+    let mut queue = QUEUE.lock().unwrap_or_else(PoisonError::into_inner);
+    let sender = match &mut *queue {
+        Some(sender) => sender,
+        none => {
+            let (sender, receiver) = channel::<Work>();
+            let run = move || receiver.iter().for_each(|work| work());
+            thread::Builder::new()
+                .name("hvsock-pipes".into())
+                .spawn(run)?;
+            none.insert(sender)
+        }
+    };
+    let ended = || io::Error::other("the thread for pipes has ended");
+    sender.send(work).map_err(|_| ended())?;
+    drop(queue);
+    told.recv().map_err(|_| ended())?
 }
 
 /// The memory that the system uses while an operation is under way: it may not move.
@@ -122,7 +149,7 @@ impl Operation {
             memory.buffer.resize(len as usize, 0);
             let buffer = memory.buffer.as_mut_ptr();
             // SAFETY: buffer and structure stay where they are until the operation is done, which `pending` tells.
-            unsafe {
+            done(unsafe {
                 ReadFile(
                     handle,
                     buffer,
@@ -130,7 +157,7 @@ impl Operation {
                     ptr::null_mut(),
                     &raw mut memory.overlapped,
                 )
-            }
+            })
         })
     }
 
@@ -143,7 +170,7 @@ impl Operation {
             memory.buffer.extend(bytes);
             let buffer = memory.buffer.as_ptr();
             // SAFETY: as for `read`.
-            unsafe {
+            done(unsafe {
                 WriteFile(
                     handle,
                     buffer,
@@ -151,7 +178,7 @@ impl Operation {
                     ptr::null_mut(),
                     &raw mut memory.overlapped,
                 )
-            }
+            })
         })
     }
 
@@ -160,7 +187,7 @@ impl Operation {
     pub(crate) fn connect(&mut self) -> io::Result<bool> {
         let begun = self.begin(|handle, memory| {
             // SAFETY: as for `read`.
-            unsafe { ConnectNamedPipe(handle, &raw mut memory.overlapped) }
+            done(unsafe { ConnectNamedPipe(handle, &raw mut memory.overlapped) })
         });
         match begun {
             Ok(()) => Ok(false),
@@ -170,8 +197,31 @@ impl Operation {
         }
     }
 
+    /// As [`write`](Operation::write), but the thread may end before it is done.
     #[allow(unsafe_code)]
-    fn begin(&mut self, start: impl FnOnce(HANDLE, &mut Memory) -> i32) -> io::Result<()> {
+    pub(crate) fn write_lastingly(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let len = u32::try_from(bytes.len()).map_err(io::Error::other)?;
+        let pipe = Arc::clone(&self.handle);
+        self.begin(|_, memory| {
+            memory.buffer.clear();
+            memory.buffer.extend(bytes);
+            let buffer = memory.buffer.as_ptr().expose_provenance();
+            let overlapped = (&raw mut memory.overlapped).expose_provenance();
+            on_lasting_thread(move || {
+                let buffer = ptr::with_exposed_provenance(buffer);
+                let overlapped = ptr::with_exposed_provenance_mut(overlapped);
+                let handle = pipe.as_raw_handle();
+                // SAFETY: as for `read`; who asked for this waits until it has returned.
+                done(unsafe { WriteFile(handle, buffer, len, ptr::null_mut(), overlapped) })
+            })
+        })
+    }
+
+    #[allow(unsafe_code)]
+    fn begin(
+        &mut self,
+        start: impl FnOnce(HANDLE, &mut Memory) -> io::Result<()>,
+    ) -> io::Result<()> {
         debug_assert!(!self.pending);
         // SAFETY: the system doesn't touch the memory now, and nobody else has it.
         let memory = unsafe { &mut *self.memory };
@@ -179,14 +229,13 @@ impl Operation {
             hEvent: self.event.0.as_raw_handle(),
             ..OVERLAPPED::default()
         };
-        if start(self.handle.as_raw_handle(), memory) == 0 {
-            let error = io::Error::last_os_error();
-            if !is(&error, ERROR_IO_PENDING) {
-                return Err(error);
+        match start(self.handle.as_raw_handle(), memory) {
+            Err(e) if !is(&e, ERROR_IO_PENDING) => Err(e),
+            _ => {
+                self.pending = true;
+                Ok(())
             }
         }
-        self.pending = true;
-        Ok(())
     }
 
     /// The outcome of what was begun, once: how many bytes were moved; `None` while it is under way.
@@ -259,6 +308,19 @@ impl std::fmt::Debug for Operation {
             .field("pending", &self.pending)
             .finish_non_exhaustive()
     }
+}
+
+/// What a call of the system says of itself.
+fn done(result: i32) -> io::Result<()> {
+    match result {
+        0 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Whether an operation was cancelled: by the end of the thread that began it, where nobody else did.
+pub(crate) fn is_cancelled(error: &io::Error) -> bool {
+    is(error, ERROR_OPERATION_ABORTED)
 }
 
 /// Whether the system's error has this code.

@@ -280,8 +280,8 @@ fn cut(pipe: &OwnedHandle) {
 fn write_nothing(pipe: &OwnedHandle) -> io::Result<()> {
     let event = Event::new()?;
     let mut overlapped = OVERLAPPED {
-        // The lowest bit keeps the outcome from the event loop, which would take it for one of its own.
-        hEvent: event.as_raw().map_addr(|address| address | 1),
+        // The event loop would take the outcome for one of its own.
+        hEvent: event.unheard(),
         ..OVERLAPPED::default()
     };
     let handle = pipe.as_raw_handle();
