@@ -18,10 +18,10 @@ const SDDL: &str = "sddl";
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NpipeAddress {
     /// What stands behind `\\.\pipe\`, with slashes for backslashes: never empty, and no part of it is empty, `.` or
-    /// `..`, which Windows would take out. Windows takes no difference between capital and small letters.
+    /// `..`, which Windows would take out. To Windows capital and small letters are the same.
     pub name: String,
     /// To listen: who may do what, as a security descriptor in Microsoft's SDDL, such as `D:P(A;;GA;;;BA)` for
-    /// administrators. `None`: the user who listens, and nobody else.
+    /// administrators. It has to let the user who listens do all (`GA`). `None`: that user, and nobody else.
     pub sddl: Option<String>,
 }
 

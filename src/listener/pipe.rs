@@ -129,7 +129,7 @@ impl LocalListener {
             let why = "a pipe has no octal permissions";
             let error = fail(io::Error::new(io::ErrorKind::InvalidInput, why));
             return Err(error.with_remedy(
-                "say who may connect besides you in the address, as in ?sddl=D:P(A;;GA;;;BA)",
+                "say in its address who may connect, you included, as in ?sddl=D:P(A;;GA;;;BA) for administrators",
             ));
         }
         let access = Access::new(pipe.sddl.as_deref()).map_err(|e| match pipe.sddl {
