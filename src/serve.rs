@@ -14,7 +14,7 @@ use tracing::warn;
 use crate::listener::Peer;
 use crate::listener::lasting::LastingListener;
 use crate::stream::Stream;
-use crate::sys::{self, AsSocket, Wanted};
+use crate::sys::Wanted;
 
 /// How often a wait looks whether it is to end.
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
@@ -193,7 +193,10 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
             }
         }
         if eof && ahead.is_empty() {
-            stream.shutdown(Shutdown::Write)?;
+            // Where there is none, the close tells as much.
+            if stream.has_half_close() {
+                stream.shutdown(Shutdown::Write)?;
+            }
             return Ok(total);
         }
         let mut wanted = Wanted::Writable;
@@ -211,7 +214,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
                 continue;
             }
         }
-        sys::wait(stream.as_socket(), wanted, IDLE)?;
+        stream.wait(wanted, IDLE)?;
     }
 }
 

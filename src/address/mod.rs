@@ -7,6 +7,7 @@
 //! | `hvsock://VM/SERVICE` | Windows `AF_HYPERV` |
 //! | `vsock-mux://:PORT/PATH` | a vsock port behind the Unix socket of Firecracker, Cloud Hypervisor or vhost-device-vsock |
 //! | `unix:///PATH`, `unix:REL`, `unix:@NAME`, `/PATH`, `./REL`, `../REL` | a Unix socket |
+//! | `npipe:////./pipe/NAME`, `//./pipe/NAME`, `\\.\pipe\NAME` | a named pipe of Windows |
 //! | `tcp://HOST:PORT` | TCP |
 //!
 //! Every address parses and prints on every system, whether or not that system can dial it, and what it prints parses to the same address. Ports and CIDs
@@ -15,6 +16,7 @@
 mod error;
 mod hvsock;
 mod hyperkit;
+mod npipe;
 mod port;
 #[cfg(test)]
 mod properties;
@@ -36,6 +38,7 @@ pub(crate) use hvsock::parse_service;
 pub use hvsock::{HvsockAddress, ServiceId, Vm, VmId};
 pub(crate) use hyperkit::is_guest_cid;
 pub use hyperkit::{HyperkitAddress, HyperkitVm};
+pub use npipe::NpipeAddress;
 pub use port::{Port, PortError};
 pub use tcp::{Host, TcpAddress};
 pub use unix::{UnixAddress, VsockMuxAddress};
@@ -54,17 +57,20 @@ pub enum Address {
     VsockMux(VsockMuxAddress),
     /// A Unix socket.
     Unix(UnixAddress),
+    /// A named pipe of Windows.
+    Npipe(NpipeAddress),
     /// TCP.
     Tcp(TcpAddress),
 }
 
 /// Every scheme with a right address of it.
-const SCHEMES: [(&str, &str); 6] = [
+const SCHEMES: [(&str, &str); 7] = [
     ("hyperkit", "hyperkit://:80/path/to/state"),
     ("vsock", "vsock://3:1024"),
     ("hvsock", "hvsock://parent/1024"),
     ("vsock-mux", "vsock-mux://:1024/run/vm.sock"),
     ("unix", "unix:///run/service.sock"),
+    ("npipe", "npipe:////./pipe/docker_engine"),
     ("tcp", TCP_EXAMPLE),
 ];
 
@@ -79,6 +85,7 @@ impl Address {
             Address::Hvsock(_) => "hvsock",
             Address::VsockMux(_) => "vsock-mux",
             Address::Unix(_) => "unix",
+            Address::Npipe(_) => "npipe",
             Address::Tcp(_) => "tcp",
         }
     }
@@ -108,6 +115,7 @@ impl fmt::Display for Address {
             Address::Hvsock(address) => address.fmt(f),
             Address::VsockMux(address) => address.fmt(f),
             Address::Unix(address) => address.fmt(f),
+            Address::Npipe(address) => address.fmt(f),
             Address::Tcp(address) => address.fmt(f),
         }
     }
@@ -117,6 +125,9 @@ impl FromStr for Address {
     type Err = AddressError;
 
     fn from_str(input: &str) -> Result<Address, AddressError> {
+        if NpipeAddress::is_plain(input) {
+            return input.parse().map(Address::Npipe);
+        }
         if ["/", "./", "../"].iter().any(|s| input.starts_with(s)) {
             return UnixAddress::from_plain(input).map(Address::Unix);
         }
@@ -127,6 +138,7 @@ impl FromStr for Address {
             "hvsock" => input.parse().map(Address::Hvsock),
             "vsock-mux" => input.parse().map(Address::VsockMux),
             "unix" => input.parse().map(Address::Unix),
+            "npipe" => input.parse().map(Address::Npipe),
             "tcp" => input.parse().map(Address::Tcp),
             _ => Err(unknown(input, scheme)),
         }
@@ -143,7 +155,7 @@ macro_rules! from {
     )*};
 }
 
-from!(Hyperkit: HyperkitAddress, Vsock: VsockAddress, Hvsock: HvsockAddress, VsockMux: VsockMuxAddress, Unix: UnixAddress, Tcp: TcpAddress);
+from!(Hyperkit: HyperkitAddress, Vsock: VsockAddress, Hvsock: HvsockAddress, VsockMux: VsockMuxAddress, Unix: UnixAddress, Npipe: NpipeAddress, Tcp: TcpAddress);
 
 /// The error for an input of no known scheme, with the example that comes nearest to what was meant.
 fn unknown(input: &str, scheme: &str) -> AddressError {

@@ -57,6 +57,20 @@ fn right_addresses_print_in_one_form() {
         ("/run/a b%20?#", "unix:///run/a%20b%2520%3F%23"),
         ("./vsock://3:80", "unix:./vsock://3:80"),
         ("../x", "unix:../x"),
+        (
+            "npipe:////./pipe/docker_engine",
+            "npipe:////./pipe/docker_engine",
+        ),
+        ("npipe://./pipe/a", "npipe:////./pipe/a"),
+        (r"npipe://\\.\pipe\a", "npipe:////./pipe/a"),
+        ("NPIPE:////./PIPE/a%20b", "npipe:////./pipe/a%20b"),
+        ("//./pipe/a b%20?#", "npipe:////./pipe/a%20b%2520%3F%23"),
+        (r"\\.\Pipe\a\b", "npipe:////./pipe/a/b"),
+        (
+            "npipe:////./pipe/a?sddl=D:P(A;;GA;;;BA)",
+            "npipe:////./pipe/a?sddl=D%3AP%28A%3B%3BGA%3B%3B%3BBA%29",
+        ),
+        ("//./pip", "unix:////./pip"),
         ("tcp://127.0.0.1:0", "tcp://127.0.0.1:0"),
         ("tcp://[::1]:65535/", "tcp://[::1]:65535"),
         ("tcp://[0:0::1]:1", "tcp://[::1]:1"),
@@ -139,7 +153,7 @@ fn well_known_ids_are_microsofts() {
 
 #[test]
 fn bad_addresses_say_what_is_wrong_and_what_is_right() {
-    const KNOWN: &str = "(known: hyperkit, vsock, hvsock, vsock-mux, unix, tcp)";
+    const KNOWN: &str = "(known: hyperkit, vsock, hvsock, vsock-mux, unix, npipe, tcp)";
     let no_number = "is not a number (80, or 0x50 in hex)";
     let vsock = "; a right one: vsock://3:1024";
     let hyperkit = "; a right one: hyperkit://:80/path/to/state";
@@ -147,6 +161,7 @@ fn bad_addresses_say_what_is_wrong_and_what_is_right() {
     let hvsock = "; a right one: hvsock://parent/1024";
     let mux = "; a right one: vsock-mux://:1024/run/vm.sock";
     let unix = "; a right one: unix:///run/service.sock";
+    let npipe = "; a right one: npipe:////./pipe/docker_engine";
     for (input, message) in [
         ("", format!("it is empty{tcp}")),
         ("minikube", format!("scheme is missing {KNOWN}{tcp}")),
@@ -195,6 +210,16 @@ fn bad_addresses_say_what_is_wrong_and_what_is_right() {
         ("unix://run/x", r#"path "run/x" stands where a host would: an absolute path has three slashes, a relative one none; a right one: unix:run/x"#.to_owned()),
         ("unix:/a?b", format!(r#"query "b" is not taken here (a ? in a name is written %3F){unix}"#)),
         ("/a\0b", format!(r#"path has a NUL{unix}"#)),
+        ("npipe://", format!("path is missing{npipe}")),
+        ("npipe:a", format!(r#"scheme "npipe" wants :// behind it{npipe}"#)),
+        ("npipe:////./pipe/", format!(r#"path "//./pipe/" has no name behind //./pipe/{npipe}"#)),
+        ("npipe:////srv/pipe/a", format!(r#"path "//srv/pipe/a" is no pipe of this machine, which begins with //./pipe/{npipe}"#)),
+        (r"\\srv\pipe\a", format!(r#"path "\\\\srv\\pipe\\a" is no pipe of this machine, which begins with //./pipe/{npipe}"#)),
+        ("npipe://a", format!(r#"path "a" is no pipe's: it wants //./pipe/ before its name{npipe}"#)),
+        ("//./pipe/../C:/x", format!(r#"path "//./pipe/../C:/x" has an empty part, or one that is . or ..{npipe}"#)),
+        ("npipe:////./pipe/a%2F%2e.%5Cb", format!(r#"path "//./pipe/a%2F%2e.%5Cb" has an empty part, or one that is . or ..{npipe}"#)),
+        ("npipe:////./pipe/a?mode=600", format!(r#"query "mode" is unknown (known: sddl){npipe}"#)),
+        ("npipe:////./pipe/a?sddl=", format!(r#"query "sddl" wants a security descriptor, as in D:P(A;;GA;;;BA){npipe}"#)),
         ("tcp://db", format!("port is missing{tcp}")),
         ("tcp://[::1]", format!("port is missing{tcp}")),
         ("tcp://:80", format!("host is missing (127.0.0.1 is this machine alone, 0.0.0.0 any network){tcp}")),

@@ -12,7 +12,7 @@ use crate::error::{Error, Operation};
 use crate::listener::lasting::LastingListener;
 use crate::serve::LOOK;
 use crate::stream::Stream;
-use crate::sys::{self, AsSocket, Wanted};
+use crate::sys::Wanted;
 
 use session::{Input, Session};
 
@@ -211,7 +211,7 @@ impl Cat {
 
     /// Whether the guest ends it within `timeout`.
     fn is_refused(&self, stream: &Stream, timeout: Duration) -> Result<(), Attempt> {
-        match sys::wait(stream.as_socket(), Wanted::Readable, timeout) {
+        match stream.wait(Wanted::Readable, timeout) {
             Ok(true) if stream.has_ended() => {
                 Err(dial::refused_in_silence(&self.plan.address).into())
             }
@@ -230,7 +230,7 @@ impl Cat {
                 return Ok(false);
             }
             // A failure to wait is one of the socket: what there is to say of it, ours says as well.
-            if sys::wait(probe.as_socket(), Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
+            if probe.wait(Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
                 return Ok(true);
             }
         }

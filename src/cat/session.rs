@@ -16,7 +16,7 @@ use tracing::info;
 use crate::dial;
 use crate::serve::{self, LOOK};
 use crate::stream::Stream;
-use crate::sys::{self, AsSocket};
+use crate::sys;
 
 use super::{Failure, Outcome};
 
@@ -226,7 +226,11 @@ impl Session<'_> {
                     if received != moved.0 || sent.is_none() {
                         moved = (received, Instant::now());
                     } else if moved.1.elapsed() >= self.drain {
-                        // The half-close that was kept back may be what the peer waits for.
+                        // The half-close that was kept back may be what the peer waits for. Without one, its silence
+                        // is all that it will say.
+                        if !self.stream.has_half_close() {
+                            return Ok(());
+                        }
                         self.half_close(shared);
                     }
                     continue;
@@ -270,7 +274,7 @@ impl Session<'_> {
     /// Whether what standard input may still say has nobody to hear it: a terminal's user waits for us, not we for him;
     /// and a peer that has closed altogether takes nothing.
     fn nobody_is_left(&self) -> bool {
-        io::stdin().is_terminal() || sys::is_hung_up(self.stream.as_socket())
+        io::stdin().is_terminal() || self.stream.is_hung_up()
     }
 
     /// Ends a connection in the middle: what was sent is never made to look complete where the family can tell.
@@ -355,7 +359,7 @@ fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn 
     if address.refuses_in_silence() {
         thread::sleep(HOLD.saturating_sub(connected.elapsed()));
     }
-    if !address.takes_half_close_for_the_end() {
+    if !stream.takes_half_close_for_the_end() {
         shared.half_closed.store(true, Ordering::Relaxed);
         // A peer that has gone needs none.
         let _ = stream.shutdown(Shutdown::Write);

@@ -45,7 +45,7 @@ pub(super) struct Cat {
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
     wait: Duration,
     /// After SIGINT or SIGTERM, seconds a guest may take to end the connection; to vsock-mux, seconds without a byte
-    /// until EOF on standard input is passed on all the same
+    /// until EOF on standard input is passed on all the same, and to a pipe without a half-close until all is over
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     drain_timeout: u32,
     /// With -l, permissions of a Unix listening socket, octal

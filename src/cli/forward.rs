@@ -14,6 +14,7 @@ use crate::proxy::{Proxy, Rule};
   tcp://HOST:PORT                 hyperkit://[CID]:PORT/STATE/DIR
   unix:///PATH, /PATH, ./PATH     vsock://[CID]:PORT (Linux)
   unix:@NAME (abstract, Linux)    vsock-mux://:PORT/PATH (Firecracker and its kin)
+  npipe:////./pipe/NAME (Windows; ?sddl=… says who may connect, if not you alone)
 Listening on hyperkit:// is taking what the guest dials: port PORT of the host, CID 2.
 
 Examples:

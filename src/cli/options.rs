@@ -67,7 +67,7 @@ fn hyper_v(vm: &str, service: &str) -> Result<Address, Failure> {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ProxyOptions {
-    /// Permissions of Unix listening sockets, octal
+    /// Permissions of Unix listening sockets, octal (a named pipe's are in its address)
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
     mode: u32,
     /// Threads, at most 256 [default: one a core]

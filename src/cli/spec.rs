@@ -54,7 +54,7 @@ impl FromStr for Remote {
 
 /// A path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1.
 fn local_address(text: &str) -> Result<Address, String> {
-    if text.starts_with(['/', '.']) || text.contains("://") || text.starts_with("unix:") {
+    if text.starts_with(['/', '.', '\\']) || text.contains("://") || text.starts_with("unix:") {
         return text.parse().map_err(|e: crate::AddressError| e.to_string());
     }
     if !text.contains(':') {
@@ -66,7 +66,10 @@ fn local_address(text: &str) -> Result<Address, String> {
             "{host:?} stands where an address would: there is no host on the vsock side, as there is in ssh; a right one: 8080:80 or 127.0.0.1:8080:80"
         ));
     }
-    if matches!(host, "tcp" | "hyperkit" | "vsock" | "vsock-mux" | "hvsock") {
+    if matches!(
+        host,
+        "tcp" | "npipe" | "hyperkit" | "vsock" | "vsock-mux" | "hvsock"
+    ) {
         return Err(format!("a URI has two slashes: {host}://…:{port}"));
     }
     // As in ssh. The other spelling of it there, an empty address, is too easily written by mistake.
@@ -122,6 +125,9 @@ mod tests {
             ("/odd:name.sock:2375", "unix:///odd:name.sock", 2375),
             ("tcp://10.0.0.1:1:7", "tcp://10.0.0.1:1", 7),
             ("unix:@docker:7", "unix:@docker", 7),
+            (r"\\.\pipe\docker:7", "npipe:////./pipe/docker", 7),
+            ("//./pipe/docker:7", "npipe:////./pipe/docker", 7),
+            ("npipe:////./pipe/docker:7", "npipe:////./pipe/docker", 7),
         ] {
             assert_eq!(local(text), Ok((listen.to_owned(), port)), "{text}");
         }
@@ -135,6 +141,7 @@ mod tests {
             ("5000:/run/agent.sock", 5000, "unix:///run/agent.sock"),
             ("5000:[::1]:80", 5000, "tcp://[::1]:80"),
             ("5000:unix:@agent", 5000, "unix:@agent"),
+            (r"5000:\\.\pipe\agent", 5000, "npipe:////./pipe/agent"),
         ] {
             assert_eq!(remote(text), Ok((port, target.to_owned())), "{text}");
         }

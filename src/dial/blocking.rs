@@ -11,7 +11,9 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::not_carried;
 use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
 use crate::stream::{Stream, is_timeout};
-use crate::sys::{self, AsSocket, Wanted};
+#[cfg(windows)]
+use crate::sys;
+use crate::sys::Wanted;
 
 use super::{Begun, Dial, Next, explain};
 
@@ -193,7 +195,7 @@ fn wait(
     }
     let left = deadline.saturating_duration_since(Instant::now());
     let step = given_up.map_or(left, |_| left.min(LOOK));
-    match sys::wait(stream.as_socket(), wanted, step) {
+    match stream.wait(wanted, step) {
         Ok(true) => Ok(()),
         Ok(false) if left.is_zero() => {
             let why = "it hasn't answered in time";

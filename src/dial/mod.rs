@@ -194,6 +194,8 @@ pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
             "there is a file of that name, but it is no socket: is the path right?"
         }
         (Address::Unix(_), NotFound | ConnectionRefused) => "is the server running?",
+        (Address::Npipe(_), NotFound) => "is the server running?",
+        (Address::Npipe(_), PermissionDenied) => "that pipe's server doesn't let you use it",
         (Address::Unix(_), PermissionDenied) => "you may not use that socket",
         (Address::Tcp(_), ConnectionRefused) => "nothing listens on that port",
         (Address::Tcp(_), TimedOut) => "the host doesn't answer",

@@ -6,8 +6,8 @@ pub(crate) mod file;
 pub(crate) mod lasting;
 #[cfg(unix)]
 mod local;
-#[cfg(not(unix))]
-#[path = "no_local.rs"]
+#[cfg(windows)]
+#[path = "pipe.rs"]
 mod local;
 pub(crate) mod nonblocking;
 
@@ -19,7 +19,6 @@ use std::time::{Duration, Instant};
 use crate::address::{Address, Port};
 use crate::error::{Error, Operation, Result};
 use crate::stream::Stream;
-use crate::sys::{self, AsSocket};
 
 /// The permissions of a Unix socket's file unless others are asked for: its owner's.
 pub const DEFAULT_MODE: u32 = 0o600;
@@ -37,7 +36,7 @@ pub enum Peer {
         /// Its port, mostly one of the kernel's choice.
         port: Port,
     },
-    /// Clients of Unix sockets have no names, and so neither have hyperkit's guests.
+    /// Clients of Unix sockets have no names, and so neither have hyperkit's guests, nor clients of pipes.
     Unknown,
 }
 
@@ -75,7 +74,8 @@ impl Listener {
         Listener::bind_with_mode(address, DEFAULT_MODE)
     }
 
-    /// Listens on `address`; a Unix socket's file has the permissions `mode` before anyone can connect.
+    /// Listens on `address`; a Unix socket's file has the permissions `mode` before anyone can connect. A named pipe has
+    /// none (its address says who may connect), and takes [`DEFAULT_MODE`] only.
     ///
     /// Listening on a `hyperkit://` or `vsock-mux://` address is taking what the guest dials. A file in the way is
     /// replaced only if it is a socket on which nobody listens.
@@ -126,7 +126,7 @@ impl Listener {
                     if left.is_zero() {
                         return Ok(None);
                     }
-                    sys::wait(self.inner.as_socket(), sys::Wanted::Readable, left).map_err(fail)?;
+                    self.inner.wait(left).map_err(fail)?;
                 }
                 Err(e) => return Err(fail(e)),
             }
@@ -142,13 +142,6 @@ impl Listener {
 #[cfg(unix)]
 impl std::os::fd::AsFd for Listener {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.inner.as_socket()
-    }
-}
-
-#[cfg(windows)]
-impl std::os::windows::io::AsSocket for Listener {
-    fn as_socket(&self) -> std::os::windows::io::BorrowedSocket<'_> {
-        self.inner.as_socket()
+        crate::sys::AsSocket::as_socket(&self.inner)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
@@ -12,7 +13,7 @@ use super::local::LocalListener;
 use crate::address::{Address, Host, TcpAddress};
 use crate::error::{Error, Operation, Result};
 use crate::stream::nonblocking::Stream;
-use crate::sys::{AsSocket, BorrowedSocket};
+use crate::sys::{self, AsSocket, Wanted};
 
 /// How many connections may wait to be accepted; the kernel lowers it to its own limit (`net.core.somaxconn`,
 /// `kern.ipc.somaxconn`).
@@ -51,6 +52,17 @@ impl Listener {
                 let (stream, peer) = listener.accept()?;
                 Ok((Stream::Local(stream), peer))
             }
+        }
+    }
+
+    /// Waits until a connection may have come, at most `timeout`; false if none has.
+    pub(crate) fn wait(&self, timeout: Duration) -> io::Result<bool> {
+        match self {
+            Listener::Tcp(listener) => sys::wait(listener.as_socket(), Wanted::Readable, timeout),
+            #[cfg(unix)]
+            Listener::Local(listener) => sys::wait(listener.as_socket(), Wanted::Readable, timeout),
+            #[cfg(windows)]
+            Listener::Local(listener) => listener.wait(timeout),
         }
     }
 
@@ -97,13 +109,14 @@ pub(crate) enum FileState {
 
 /// The error for a family whose sockets this system, or this version, doesn't carry.
 pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
-    let cause = io::Error::new(
-        io::ErrorKind::Unsupported,
-        format!("{} sockets are not carried here", address.scheme()),
-    );
+    let why = match address {
+        Address::Npipe(_) => "named pipes are Windows'".to_owned(),
+        other => format!("{} sockets are not carried here", other.scheme()),
+    };
+    let cause = io::Error::new(io::ErrorKind::Unsupported, why);
     Error::new(operation, address, cause).with_remedy(match cfg!(unix) {
         true => "use a hyperkit://, vsock://, vsock-mux://, unix: or tcp:// address",
-        false => "use a tcp:// address",
+        false => "use a tcp:// or npipe:// address",
     })
 }
 
@@ -170,8 +183,9 @@ impl Source for Listener {
     }
 }
 
+#[cfg(unix)]
 impl AsSocket for Listener {
-    fn as_socket(&self) -> BorrowedSocket<'_> {
+    fn as_socket(&self) -> sys::BorrowedSocket<'_> {
         match self {
             Listener::Tcp(listener) => listener.as_socket(),
             Listener::Local(listener) => listener.as_socket(),

@@ -9,6 +9,7 @@ use tracing::{error, info, warn};
 
 use crate::address::Address;
 use crate::listener::nonblocking::FileState;
+use crate::relay::Socket;
 
 use super::forward::{Complaints, Forward};
 use super::worker::{Command, Phase, Worker};
@@ -168,7 +169,10 @@ impl<W: World> Worker<W> {
         let least = (0..self.shared.inboxes.len())
             .min_by_key(load)
             .filter(|index| self.phase == Phase::Running && load(index) < mine);
-        let to = least.unwrap_or(self.index);
+        let to = match stream.is_settled() {
+            true => self.index,
+            false => least.unwrap_or(self.index),
+        };
         self.shared.inboxes[to].load.fetch_add(1, Ordering::Relaxed);
         if to == self.index {
             self.adopt(stream, forward, now);

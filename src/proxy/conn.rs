@@ -9,7 +9,7 @@ use tracing::{Span, debug, debug_span};
 
 use crate::dial::{self, Dial};
 use crate::error::{Error, Operation};
-use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Turn};
+use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Socket, Turn};
 
 use super::forward::Forward;
 use super::gate::{Full, Gate, Permit, Place};
@@ -147,7 +147,9 @@ impl<W: World> Worker<W> {
         }
         // Towards a peer that takes a half-close for the end of both directions it is kept back until the peer has ended.
         for side in [CLIENT, SERVER] {
-            if conn.forward.takes_half_close_for_the_end(side) {
+            if conn.forward.takes_half_close_for_the_end(side)
+                || !pair.ends[side].socket.has_half_close()
+            {
                 pair.hold(1 - side);
             }
         }

@@ -13,7 +13,7 @@ use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial::{self, Begun, Dial, Next};
 use crate::error::{Error, Operation};
 use crate::listener::nonblocking::not_carried;
-use crate::relay::{CLIENT, End, Readiness, SERVER};
+use crate::relay::{CLIENT, End, Readiness, SERVER, Socket};
 use crate::stream::nonblocking::{Endpoint, Target};
 
 use super::conn::{Conn, Leave, State};
@@ -66,9 +66,14 @@ impl<W: World> Worker<W> {
             },
         };
         let queued = dial.endpoint().is_some() && ready.is_none();
+        let mut client = End::new(stream);
+        client.latch(Readiness {
+            readable: client.socket.is_settled(),
+            ..Readiness::default()
+        });
         if let Some(conn) = self.conns.get_mut(id) {
             conn.state = State::Waiting {
-                client: End::new(stream),
+                client,
                 dial,
                 full: None,
             };

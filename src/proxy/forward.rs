@@ -17,7 +17,8 @@ pub struct Rule {
     pub listen: Address,
     /// Where each connection goes.
     pub connect: Address,
-    /// Permissions of the file of a Unix listening socket, as for `chmod`: 0o600 lets only the owner connect.
+    /// Permissions of the file of a Unix listening socket, as for `chmod`: 0o600 lets only the owner connect. Named
+    /// pipes take no other; their address can say who may connect.
     pub mode: u32,
 }
 

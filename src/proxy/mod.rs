@@ -310,6 +310,10 @@ fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule>) -> Result<
         return invalid(Operation::Connect, &rule.connect, why)
             .map_err(|error| error.with_remedy("name one, as in vsock://3:1024"));
     }
+    if matches!(&rule.connect, Address::Npipe(pipe) if pipe.sddl.is_some()) {
+        let why = "sddl says who may connect: it belongs to the address that is listened on";
+        return invalid(Operation::Connect, &rule.connect, why);
+    }
     let chosen = match &rule.listen {
         Address::Tcp(tcp) => tcp.port == 0,
         Address::Vsock(vsock) => vsock.port == PORT_ANY,

@@ -197,7 +197,8 @@ impl<W: World> Worker<W> {
         match event {
             Event::Ready { token, readiness } if token < Id::FIRST => {
                 if let Some(listening) = self.listeners.get_mut(token) {
-                    listening.ready |= readiness.readable;
+                    // That a pipe's client has come makes it writable.
+                    listening.ready |= readiness.readable || readiness.writable;
                 }
             }
             Event::Ready { token, readiness } => {

@@ -73,6 +73,10 @@ const WAKER: Token = Token(usize::MAX);
 /// kevent takes no timeout above 100,000,000 seconds.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
+/// How long peers of pipes may take at the very end to read what was written to them.
+#[cfg(windows)]
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
 /// How many events one wait takes.
 const EVENTS: usize = 1024;
 
@@ -136,6 +140,14 @@ impl MioWorld {
             };
             events.push(Event::Resolved { token, addresses });
         }
+    }
+}
+
+/// What was written to a pipe and not taken yet goes out as long as its poller lives.
+#[cfg(windows)]
+impl Drop for MioWorld {
+    fn drop(&mut self) {
+        sys::wait_for_last_words(LAST_WORDS);
     }
 }
 

@@ -15,6 +15,16 @@ pub(crate) trait Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
     /// Half-close: the peer reads EOF after the last byte.
     fn shutdown_write(&mut self) -> io::Result<()>;
+
+    /// Whether there is a half-close to be sent. Without one, nothing but a close tells the peer that no more comes.
+    fn has_half_close(&self) -> bool {
+        true
+    }
+
+    /// Whether one poller has it for good. It has told already what came before the socket was accepted.
+    fn is_settled(&self) -> bool {
+        false
+    }
 }
 
 /// What an event said of a socket.

@@ -1,9 +1,13 @@
 //! Connected sockets of any family that is carried: blocking ones, and those of an event loop.
 
+#[cfg(windows)]
+mod blocking_pipe;
+#[cfg(windows)]
+mod inner;
 #[cfg(unix)]
 pub(crate) mod local;
-#[cfg(not(unix))]
-#[path = "no_local.rs"]
+#[cfg(windows)]
+#[path = "pipe.rs"]
 pub(crate) mod local;
 pub(crate) mod nonblocking;
 
@@ -11,10 +15,15 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
-use socket2::Socket;
-
 use crate::address::Address;
-use crate::sys::OwnedSocket;
+#[cfg(feature = "cli")]
+use crate::sys::Wanted;
+
+#[cfg(windows)]
+use inner::Inner;
+/// What a stream is underneath.
+#[cfg(unix)]
+use socket2::Socket as Inner;
 
 /// More than a socket can hold unread.
 const MOST_UNREAD: usize = 64 * 1024 * 1024;
@@ -25,11 +34,22 @@ const MOST_UNREAD: usize = 64 * 1024 * 1024;
 /// `std::net::TcpStream` does, through a shared reference too, so that two threads can carry its two directions.
 ///
 /// Dropping it closes it. Of a hyperkit VM that is not enough: its device can hang or die when a connection is closed
-/// that has not been read to its end. Use [`Stream::finish`] there.
+/// that has not been read to its end. Use [`Stream::finish`] there. Of a named pipe it waits, 30 s at most, until the peer
+/// has taken what a write with a timeout, or one that was not to block, has left under way.
 #[derive(Debug)]
 pub struct Stream {
-    socket: Socket,
+    socket: Inner,
     address: Address,
+}
+
+#[cfg(unix)]
+fn into_inner(stream: nonblocking::Stream) -> io::Result<Inner> {
+    Ok(Inner::from(crate::sys::OwnedSocket::from(stream)))
+}
+
+#[cfg(windows)]
+fn into_inner(stream: nonblocking::Stream) -> io::Result<Inner> {
+    stream.try_into()
 }
 
 impl Stream {
@@ -39,7 +59,7 @@ impl Stream {
         address: &Address,
     ) -> io::Result<Stream> {
         stream.set_options();
-        let socket = Socket::from(OwnedSocket::from(stream));
+        let socket = into_inner(stream)?;
         socket.set_nonblocking(false)?;
         Ok(Stream {
             socket,
@@ -49,9 +69,9 @@ impl Stream {
 
     /// Takes over a connected, blocking socket.
     #[cfg(windows)]
-    pub(crate) fn from_connected(socket: Socket, address: &Address) -> Stream {
+    pub(crate) fn from_connected(socket: socket2::Socket, address: &Address) -> Stream {
         Stream {
-            socket,
+            socket: Inner::Socket(socket),
             address: address.clone(),
         }
     }
@@ -65,7 +85,8 @@ impl Stream {
     /// its answer can still be read.
     ///
     /// # Errors
-    /// What the kernel says; `NotConnected` if the peer has reset the connection.
+    /// What the kernel says; `NotConnected` if the peer has reset the connection; `Unsupported` for the half-close of a
+    /// named pipe that its server made of byte type, not of message type: it has none.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         self.socket.shutdown(how)
     }
@@ -160,6 +181,43 @@ impl Stream {
         }
     }
 
+    /// Waits until a read or a write would not have to, or the stream has failed; false if `timeout` has passed.
+    #[cfg(feature = "cli")]
+    pub(crate) fn wait(&self, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
+        #[cfg(unix)]
+        return crate::sys::wait(
+            crate::sys::AsSocket::as_socket(&self.socket),
+            wanted,
+            timeout,
+        );
+        #[cfg(windows)]
+        self.socket.wait(wanted, timeout)
+    }
+
+    /// Whether the peer has closed, so that nothing can be sent to it either, as far as the system knows.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_hung_up(&self) -> bool {
+        #[cfg(unix)]
+        return crate::sys::is_hung_up(crate::sys::AsSocket::as_socket(&self.socket));
+        #[cfg(windows)]
+        self.socket.is_hung_up()
+    }
+
+    /// Whether the peer can be told that nothing more comes, but by a close.
+    #[cfg(feature = "cli")]
+    pub(crate) fn has_half_close(&self) -> bool {
+        #[cfg(unix)]
+        return true;
+        #[cfg(windows)]
+        self.socket.has_half_close()
+    }
+
+    /// Whether a half-close of ours would be the end of both directions, or there is none.
+    #[cfg(feature = "cli")]
+    pub(crate) fn takes_half_close_for_the_end(&self) -> bool {
+        self.address.takes_half_close_for_the_end() || !self.has_half_close()
+    }
+
     /// Whether there is an end to be read, and nothing before it.
     #[cfg(feature = "cli")]
     pub(crate) fn has_ended(&self) -> bool {
@@ -180,7 +238,7 @@ impl Stream {
     /// read that waits.
     #[cfg(feature = "cli")]
     pub(crate) fn abort(&self) {
-        if let Address::Tcp(_) = self.address {
+        if let Address::Tcp(_) | Address::Npipe(_) = self.address {
             let _ = self.socket.set_linger(Some(Duration::ZERO));
         }
         let _ = self.socket.shutdown(Shutdown::Read);
@@ -256,12 +314,5 @@ impl Write for Stream {
 impl std::os::fd::AsFd for Stream {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-#[cfg(windows)]
-impl std::os::windows::io::AsSocket for Stream {
-    fn as_socket(&self) -> std::os::windows::io::BorrowedSocket<'_> {
-        self.socket.as_socket()
     }
 }

@@ -2,16 +2,19 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
+use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 
 use super::local::Local;
+#[cfg(windows)]
+use crate::address::NpipeAddress;
 use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
 use crate::mux::Handshake;
 use crate::relay::Socket;
-use crate::sys::{self, AsSocket, BorrowedSocket, OwnedSocket};
+use crate::sys::{self, AsSocket, Wanted};
 
 /// What it takes to connect to an address.
 #[derive(Debug)]
@@ -29,6 +32,10 @@ pub(crate) enum Target<'a> {
 impl Target<'_> {
     pub(crate) fn of(address: &Address) -> Target<'_> {
         Target::Endpoint(match address {
+            #[cfg(windows)]
+            Address::Npipe(pipe) => Endpoint::Npipe(pipe.clone()),
+            #[cfg(not(windows))]
+            Address::Npipe(_) => return Target::NotCarried,
             _ if cfg!(not(unix)) && !matches!(address, Address::Tcp(_)) => {
                 return Target::NotCarried;
             }
@@ -58,6 +65,8 @@ pub(crate) enum Endpoint {
     Vsock(VsockAddress),
     /// The Unix socket at this path; a [`Handshake`] for the port is to follow.
     VsockMux(VsockMuxAddress),
+    #[cfg(windows)]
+    Npipe(NpipeAddress),
 }
 
 impl Endpoint {
@@ -123,8 +132,14 @@ impl Stream {
 
     /// Closes so that the peer reads a reset and not an EOF, where the family can.
     pub(crate) fn reset(self) {
-        if let Stream::Tcp(stream) = &self {
-            let _ = SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
+        match self {
+            Stream::Tcp(stream) => {
+                let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+            }
+            #[cfg(unix)]
+            Stream::Local(_) => {}
+            #[cfg(windows)]
+            Stream::Local(pipe) => pipe.reset(),
         }
     }
 
@@ -169,6 +184,22 @@ impl Socket for Stream {
             Stream::Local(stream) => stream.shutdown(Shutdown::Write),
         }
     }
+
+    #[cfg(windows)]
+    fn has_half_close(&self) -> bool {
+        match self {
+            Stream::Tcp(_) => true,
+            Stream::Local(pipe) => pipe.has_half_close(),
+        }
+    }
+
+    #[cfg(windows)]
+    fn is_settled(&self) -> bool {
+        match self {
+            Stream::Tcp(_) => false,
+            Stream::Local(pipe) => pipe.is_settled(),
+        }
+    }
 }
 
 impl Stream {
@@ -194,8 +225,9 @@ impl Source for Stream {
     }
 }
 
-impl From<Stream> for OwnedSocket {
-    fn from(stream: Stream) -> OwnedSocket {
+#[cfg(unix)]
+impl From<Stream> for sys::OwnedSocket {
+    fn from(stream: Stream) -> sys::OwnedSocket {
         match stream {
             Stream::Tcp(stream) => stream.into(),
             Stream::Local(stream) => stream.into(),
@@ -203,11 +235,16 @@ impl From<Stream> for OwnedSocket {
     }
 }
 
-impl AsSocket for Stream {
-    fn as_socket(&self) -> BorrowedSocket<'_> {
+impl Stream {
+    /// Waits until it is ready, or has failed; false if `timeout` has passed.
+    pub(crate) fn wait(&self, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
         match self {
-            Stream::Tcp(stream) => stream.as_socket(),
-            Stream::Local(stream) => stream.as_socket(),
+            Stream::Tcp(stream) => sys::wait(stream.as_socket(), wanted, timeout),
+            #[cfg(unix)]
+            Stream::Local(stream) => sys::wait(stream.as_socket(), wanted, timeout),
+            // It was connected when it was made, and there is nothing else to wait for here.
+            #[cfg(windows)]
+            Stream::Local(_) => Ok(true),
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::serve::{LOOK, Stop, again};
 use crate::stream::Stream;
-use crate::sys::{self, AsSocket, Wanted};
+use crate::sys::Wanted;
 
 use super::data::{Data, MARK, Request, Way};
 use super::{Load, Plan, Progress};
@@ -68,6 +68,9 @@ impl Exchange<'_> {
                 idle = !self.write_some(size)?;
                 wanted = Wanted::Either;
             } else if !half_closed && (!self.held() || self.done.received == size) {
+                if !self.stream.has_half_close() {
+                    return self.whole(size);
+                }
                 half_closed = true;
                 self.half_close()?;
             }
@@ -148,6 +151,10 @@ impl Exchange<'_> {
 
     /// Half-closes and reads to the server's EOF.
     fn end(&mut self) -> Result<(), String> {
+        // Where there is none, our close is what ends it.
+        if !self.stream.has_half_close() {
+            return Ok(());
+        }
         self.half_close()?;
         loop {
             match again((&*self.stream).read(&mut [0; 64])) {
@@ -166,7 +173,7 @@ impl Exchange<'_> {
     }
 
     fn held(&self) -> bool {
-        self.stream.address().takes_half_close_for_the_end()
+        self.stream.takes_half_close_for_the_end()
     }
 
     fn request(&mut self, way: Way, bytes: u64) -> Result<(), String> {
@@ -281,7 +288,7 @@ impl Exchange<'_> {
 
     /// Waits until something may move.
     fn wait(&mut self, wanted: Wanted) -> Result<(), String> {
-        let ready = sys::wait(self.stream.as_socket(), wanted, LOOK).map_err(|e| e.to_string())?;
+        let ready = self.stream.wait(wanted, LOOK).map_err(|e| e.to_string())?;
         if self.stop.is_urgent() {
             return Err("interrupted".to_owned());
         }

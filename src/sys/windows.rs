@@ -1,4 +1,7 @@
-//! Windows: AF_HYPERV, and what Unix has by another name.
+//! Windows: AF_HYPERV, named pipes, and what Unix has by another name.
+
+mod overlapped;
+mod pipe;
 
 #[cfg(feature = "cli")]
 use std::fs;
@@ -13,6 +16,9 @@ use windows_sys::Win32::Networking::WinSock;
 use windows_sys::Win32::System::Hypervisor;
 
 use super::Wanted;
+
+pub(crate) use overlapped::*;
+pub(crate) use pipe::*;
 
 pub(crate) use std::os::windows::io::{AsSocket, BorrowedSocket, OwnedSocket};
 

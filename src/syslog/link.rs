@@ -252,7 +252,7 @@ impl Connection {
                 None => Wanted::Either,
                 Some(_) => Wanted::Writable,
             };
-            sys::wait(self.stream.as_socket(), wanted, LOOK)?;
+            self.stream.wait(wanted, LOOK)?;
         }
         if stuck {
             info!("{} takes messages again", self.stream.address());

@@ -1,0 +1,174 @@
+//! What a blocking stream is on Windows: a socket or a pipe, with the calls of a socket.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::Socket;
+
+use super::blocking_pipe::Pipe;
+use super::nonblocking;
+use crate::sys::OwnedSocket;
+#[cfg(feature = "cli")]
+use crate::sys::{self, AsSocket, Wanted};
+
+#[derive(Debug)]
+pub(super) enum Inner {
+    Socket(Socket),
+    Pipe(Arc<Pipe>),
+}
+
+impl TryFrom<nonblocking::Stream> for Inner {
+    type Error = io::Error;
+
+    fn try_from(stream: nonblocking::Stream) -> io::Result<Inner> {
+        match stream {
+            nonblocking::Stream::Tcp(stream) => {
+                Ok(Inner::Socket(Socket::from(OwnedSocket::from(stream))))
+            }
+            nonblocking::Stream::Local(pipe) => match pipe.into_free() {
+                Some((pipe, kind)) => Ok(Inner::Pipe(Arc::new(Pipe::new(pipe, kind)?))),
+                None => Err(io::Error::other("the pipe is an event loop's")),
+            },
+        }
+    }
+}
+
+impl Inner {
+    pub(super) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        match self {
+            Inner::Socket(socket) => socket.shutdown(how),
+            Inner::Pipe(pipe) => pipe.shutdown(how),
+        }
+    }
+
+    pub(super) fn try_clone(&self) -> io::Result<Inner> {
+        Ok(match self {
+            Inner::Socket(socket) => Inner::Socket(socket.try_clone()?),
+            Inner::Pipe(pipe) => Inner::Pipe(Arc::clone(pipe)),
+        })
+    }
+
+    pub(super) fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        match self {
+            Inner::Socket(socket) => socket.set_nonblocking(nonblocking),
+            Inner::Pipe(pipe) => {
+                pipe.set_nonblocking(nonblocking);
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Inner::Socket(socket) => socket.set_read_timeout(timeout),
+            Inner::Pipe(pipe) => {
+                pipe.set_read_timeout(timeout);
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Inner::Socket(socket) => socket.set_write_timeout(timeout),
+            Inner::Pipe(pipe) => {
+                pipe.set_write_timeout(timeout);
+                Ok(())
+            }
+        }
+    }
+
+    /// Of a pipe it tells an end from bytes, and not which.
+    #[cfg(feature = "cli")]
+    pub(super) fn peek(&self, buffer: &mut [std::mem::MaybeUninit<u8>]) -> io::Result<usize> {
+        match self {
+            Inner::Socket(socket) => socket.peek(buffer),
+            Inner::Pipe(pipe) => match pipe.has_ended() {
+                Some(ended) => Ok(usize::from(!ended)),
+                None => Err(io::ErrorKind::WouldBlock.into()),
+            },
+        }
+    }
+
+    /// Of a pipe, zero cuts a client off at once, and there is nothing else.
+    #[cfg(feature = "cli")]
+    pub(super) fn set_linger(&self, time: Option<Duration>) -> io::Result<()> {
+        match self {
+            Inner::Socket(socket) => socket.set_linger(time),
+            Inner::Pipe(pipe) => {
+                if time == Some(Duration::ZERO) {
+                    pipe.reset();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    #[cfg(feature = "cli")]
+    pub(super) fn wait(&self, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
+        match self {
+            Inner::Socket(socket) => sys::wait(socket.as_socket(), wanted, timeout),
+            Inner::Pipe(pipe) => pipe.wait(wanted, timeout),
+        }
+    }
+
+    #[cfg(feature = "cli")]
+    pub(super) fn is_hung_up(&self) -> bool {
+        match self {
+            Inner::Socket(socket) => sys::is_hung_up(socket.as_socket()),
+            Inner::Pipe(pipe) => pipe.is_hung_up(),
+        }
+    }
+
+    #[cfg(feature = "cli")]
+    pub(super) fn has_half_close(&self) -> bool {
+        match self {
+            Inner::Socket(_) => true,
+            Inner::Pipe(pipe) => pipe.has_half_close(),
+        }
+    }
+}
+
+impl Read for &Inner {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Inner::Socket(socket) => (&*socket).read(buffer),
+            Inner::Pipe(pipe) => pipe.read(buffer),
+        }
+    }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        match self {
+            Inner::Socket(socket) => (&*socket).read_vectored(buffers),
+            Inner::Pipe(pipe) => match buffers.iter_mut().find(|buffer| !buffer.is_empty()) {
+                Some(buffer) => pipe.read(buffer),
+                None => Ok(0),
+            },
+        }
+    }
+}
+
+impl Write for &Inner {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Inner::Socket(socket) => (&*socket).write(bytes),
+            Inner::Pipe(pipe) => pipe.write(bytes),
+        }
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Inner::Socket(socket) => (&*socket).write_vectored(buffers),
+            Inner::Pipe(pipe) => match buffers.iter().find(|buffer| !buffer.is_empty()) {
+                Some(bytes) => pipe.write(bytes),
+                None => Ok(0),
+            },
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,191 @@
+//! Named pipes for an event loop.
+//!
+//! mio reads ahead, and takes a write whole before it is done: what it has taken goes out though the pipe is dropped, as
+//! long as the loop lives. A zero-byte message, the peer's half-close, is read as EOF.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::windows::io::OwnedHandle;
+use std::sync::OnceLock;
+
+use mio::event::Source;
+use mio::windows::NamedPipe;
+use mio::{Interest, Registry, Token};
+
+use crate::sys::{self, Last, LastWord, PipeKind};
+
+use super::nonblocking::Endpoint;
+
+/// A connected pipe.
+#[derive(Debug)]
+pub(crate) struct Local {
+    pipe: Pipe,
+    kind: PipeKind,
+    /// The peer may have something unread.
+    has_written: bool,
+    last: OnceLock<LastWord>,
+}
+
+#[derive(Debug)]
+enum Pipe {
+    /// No loop has it yet.
+    Free(OwnedHandle),
+    Watched(NamedPipe),
+    Gone,
+}
+
+impl Local {
+    pub(super) fn connect(endpoint: &Endpoint) -> io::Result<Local> {
+        match endpoint {
+            Endpoint::Npipe(address) if address.sddl.is_some() => {
+                let why =
+                    "sddl says who may connect: it belongs to the address that is listened on";
+                Err(io::Error::new(io::ErrorKind::InvalidInput, why))
+            }
+            Endpoint::Npipe(address) => Local::new(sys::open_pipe(&address.name)?),
+            _ => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// A pipe that no loop watches.
+    pub(crate) fn new(pipe: OwnedHandle) -> io::Result<Local> {
+        Ok(Local {
+            kind: PipeKind::of(&pipe)?,
+            pipe: Pipe::Free(pipe),
+            has_written: false,
+            last: OnceLock::new(),
+        })
+    }
+
+    /// A listener's pipe, which the loop has watched since before its client came.
+    pub(crate) fn accepted(pipe: NamedPipe) -> Local {
+        Local {
+            pipe: Pipe::Watched(pipe),
+            kind: PipeKind {
+                is_server: true,
+                has_half_close: true,
+            },
+            has_written: false,
+            last: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn connected(&self) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    /// No poller but the one that watches it can have it any more.
+    pub(super) fn is_settled(&self) -> bool {
+        matches!(self.pipe, Pipe::Watched(_))
+    }
+
+    pub(super) fn has_half_close(&self) -> bool {
+        self.kind.has_half_close
+    }
+
+    /// The half-close, where there is one. A pipe has no way to refuse what its peer writes, but to be closed.
+    pub(super) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        if how != Shutdown::Read && self.kind.has_half_close && self.last.get().is_none() {
+            self.say(Last::HalfClose)?;
+        }
+        Ok(())
+    }
+
+    /// Closes so that a client reads a failure and no EOF, when it has read what was sent before. A server reads EOF.
+    pub(super) fn reset(self) {
+        if self.kind.is_server && self.last.get().is_none() {
+            let _ = self.say(Last::Disconnect);
+        }
+    }
+
+    fn say(&self, last: Last) -> io::Result<()> {
+        let pipe = match &self.pipe {
+            Pipe::Free(pipe) => pipe.try_clone()?,
+            Pipe::Watched(pipe) => sys::clone_handle(pipe)?,
+            Pipe::Gone => return Ok(()),
+        };
+        if self.has_written {
+            // Set once: each caller has looked.
+            let _ = self.last.set(LastWord::begin(pipe, last));
+        } else {
+            sys::say_at_once(&pipe, last);
+        }
+        Ok(())
+    }
+
+    /// The pipe, if no loop has it.
+    pub(super) fn into_free(mut self) -> Option<(OwnedHandle, PipeKind)> {
+        match std::mem::replace(&mut self.pipe, Pipe::Gone) {
+            Pipe::Free(pipe) => Some((pipe, self.kind)),
+            _ => None,
+        }
+    }
+
+    pub(super) fn source(&mut self) -> &mut dyn Source {
+        self
+    }
+}
+
+fn would_block() -> io::Error {
+    io::ErrorKind::WouldBlock.into()
+}
+
+impl Read for Local {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.pipe {
+            Pipe::Watched(pipe) => pipe.read(buffer),
+            _ => Err(would_block()),
+        }
+    }
+}
+
+impl Write for Local {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.pipe {
+            // A message of no bytes would be a half-close.
+            Pipe::Watched(_) if bytes.is_empty() => Ok(0),
+            Pipe::Watched(pipe) => {
+                let written = pipe.write(bytes)?;
+                self.has_written = true;
+                Ok(written)
+            }
+            _ => Err(would_block()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Source for Local {
+    fn register(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
+        self.pipe = match std::mem::replace(&mut self.pipe, Pipe::Gone) {
+            Pipe::Free(pipe) => Pipe::Watched(sys::into_named_pipe(pipe)),
+            Pipe::Watched(pipe) => {
+                // Until now its events were the listener's.
+                self.pipe = Pipe::Watched(pipe);
+                return self.reregister(registry, token, what);
+            }
+            Pipe::Gone => Pipe::Gone,
+        };
+        match &mut self.pipe {
+            Pipe::Watched(pipe) => pipe.register(registry, token, what),
+            _ => Ok(()),
+        }
+    }
+
+    fn reregister(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
+        match &mut self.pipe {
+            Pipe::Watched(pipe) => pipe.reregister(registry, token, what),
+            _ => Ok(()),
+        }
+    }
+
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        match &mut self.pipe {
+            Pipe::Watched(pipe) => pipe.deregister(registry),
+            _ => Ok(()),
+        }
+    }
+}
