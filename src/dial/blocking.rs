@@ -16,8 +16,13 @@ use super::{Begun, Dial, Next, explain};
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long it tries AF_HYPERV: a connect may wait for ever though its server listens by now, and there a VM that is up
+/// answers at once.
+pub(super) const HVSOCK_TIMEOUT: Duration = Duration::from_secs(1);
+
 impl Stream {
-    /// Connects to `address`, within 30 s: [`connect_timeout`](Stream::connect_timeout).
+    /// Connects to `address`, within 30 s, to a `hvsock://` one within 1 s:
+    /// [`connect_timeout`](Stream::connect_timeout).
     ///
     /// ```no_run
     /// use std::io::Write;
@@ -30,7 +35,7 @@ impl Stream {
     /// # Errors
     /// As there.
     pub fn connect(address: &Address) -> Result<Stream> {
-        Stream::connect_timeout(address, CONNECT_TIMEOUT)
+        Stream::connect_timeout(address, patience(address, CONNECT_TIMEOUT))
     }
 
     /// Connects to `address`, within `timeout`. A name has to be resolved first, which takes what time it takes.
@@ -43,7 +48,7 @@ impl Stream {
     pub fn connect_timeout(address: &Address, timeout: Duration) -> Result<Stream> {
         #[cfg(windows)]
         if let Address::Hvsock(hvsock) = address {
-            return connect_hvsock(address, hvsock, timeout);
+            return super::hyperv::connect(address, hvsock, timeout);
         }
         let endpoints = endpoints(address)?;
         let mut dial = Dial::new(Instant::now() + timeout);
@@ -54,23 +59,24 @@ impl Stream {
     }
 }
 
-/// Hyper-V's sockets are said not to be waited on, so that the kernel keeps the deadline.
-#[cfg(windows)]
-fn connect_hvsock(
-    address: &Address,
-    hvsock: &crate::address::HvsockAddress,
-    timeout: Duration,
-) -> Result<Stream> {
-    use crate::address::Vm;
-    let Vm::Id(vm) = hvsock.vm else {
-        let why = "a VM's name is not looked up";
-        let cause = io::Error::new(io::ErrorKind::Unsupported, why);
-        let error = Error::new(Operation::Connect, address, cause);
-        return Err(error.with_remedy("name its id, which (Get-VM NAME).Id prints"));
-    };
-    sys::hv_connect(vm.0, hvsock.service.0, timeout)
-        .map(|socket| Stream::from_connected(socket, address))
-        .map_err(|e| explain(address, e))
+/// How much of `timeout` a dial to `address` is given when nobody asked for that very time.
+pub(crate) fn patience(address: &Address, timeout: Duration) -> Duration {
+    match address {
+        Address::Hvsock(_) => timeout.min(HVSOCK_TIMEOUT),
+        _ => timeout,
+    }
+}
+
+/// Whether this system has such sockets at all, for those to which connecting blocks.
+///
+/// # Errors
+/// Why it hasn't.
+pub(crate) fn check(address: &Address) -> Result<()> {
+    match address {
+        #[cfg(windows)]
+        Address::Hvsock(hvsock) => super::hyperv::check(address, hvsock),
+        _ => Ok(()),
+    }
 }
 
 fn endpoints(address: &Address) -> Result<Vec<Endpoint>> {

@@ -2,6 +2,8 @@
 
 #[cfg(unix)]
 pub(crate) mod file;
+#[cfg(windows)]
+mod hyperv;
 #[cfg(unix)]
 mod local;
 #[cfg(not(unix))]
@@ -14,10 +16,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crate::address::{Address, Port};
+use crate::address::{Address, Port, ServiceId, VmId};
 use crate::error::{Error, Operation, Result};
 use crate::stream::Stream;
-use crate::sys::{self, AsSocket};
+#[cfg(unix)]
+use crate::sys::AsSocket;
 
 /// The permissions of a Unix socket's file unless others are asked for: its owner's.
 pub const DEFAULT_MODE: u32 = 0o600;
@@ -35,6 +38,13 @@ pub enum Peer {
         /// Its port, mostly one of the kernel's choice.
         port: Port,
     },
+    /// An AF_HYPERV client.
+    Hvsock {
+        /// The id of its VM, as its partition is called here.
+        vm: VmId,
+        /// Its own service id, mostly one of the system's choice.
+        service: ServiceId,
+    },
     /// Clients of Unix sockets have no names, and so neither have hyperkit's guests.
     Unknown,
 }
@@ -44,6 +54,7 @@ impl fmt::Display for Peer {
         match self {
             Peer::Tcp(address) => write!(f, "tcp://{address}"),
             Peer::Vsock { cid, port } => write!(f, "vsock://{cid}:{}", port.0),
+            Peer::Hvsock { vm, service } => write!(f, "hvsock://{vm}/{service}"),
             Peer::Unknown => f.write_str("a client without a name"),
         }
     }
@@ -124,7 +135,7 @@ impl Listener {
                     if left.is_zero() {
                         return Ok(None);
                     }
-                    sys::wait(self.inner.as_socket(), sys::Wanted::Readable, left).map_err(fail)?;
+                    self.inner.wait(left).map_err(fail)?;
                 }
                 Err(e) => return Err(fail(e)),
             }

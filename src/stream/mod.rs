@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use socket2::Socket;
 
 use crate::address::Address;
-use crate::sys::OwnedSocket;
+use crate::sys::{self, OwnedSocket};
 
 /// More than a socket can hold unread.
 const MOST_UNREAD: usize = 64 * 1024 * 1024;
@@ -38,6 +38,9 @@ impl Stream {
         stream: nonblocking::Stream,
         address: &Address,
     ) -> io::Result<Stream> {
+        if let nonblocking::Stream::Blocking(stream) = stream {
+            return Ok(stream);
+        }
         stream.set_options();
         let socket = Socket::from(OwnedSocket::from(stream));
         socket.set_nonblocking(false)?;
@@ -171,12 +174,27 @@ impl Stream {
 
     /// Makes the close a reset, where the family can, so that the peer doesn't take what it was sent for all; and ends a
     /// read that waits.
-    #[cfg(feature = "cli")]
     pub(crate) fn abort(&self) {
         if let Address::Tcp(_) = self.address {
             let _ = self.socket.set_linger(Some(Duration::ZERO));
         }
-        let _ = self.socket.shutdown(Shutdown::Read);
+        self.interrupt(Shutdown::Read);
+    }
+
+    /// Bytes written that a reset now would take away from the peer.
+    pub(crate) fn unacknowledged(&self) -> usize {
+        match self.address {
+            Address::Tcp(_) => sys::unacknowledged(&self.socket),
+            _ => 0,
+        }
+    }
+
+    /// Shuts `how` down, and ends what other threads wait for there; on Windows whatever they wait for.
+    pub(crate) fn interrupt(&self, how: Shutdown) {
+        let _ = self.socket.shutdown(how);
+        // There a shutdown is for the calls that follow.
+        #[cfg(windows)]
+        sys::cancel(sys::AsSocket::as_socket(self));
     }
 }
 

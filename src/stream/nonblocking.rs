@@ -75,11 +75,21 @@ impl Endpoint {
     }
 }
 
+/// Whether the sockets of that address can be waited for by a poller.
+///
+/// Those of AF_HYPERV are reported not to work with `select`. They are carried by threads of their own, until this says
+/// otherwise: then [`Endpoint`] and [`Stream::connect`] must know them.
+pub(crate) fn has_readiness(address: &Address) -> bool {
+    !(cfg!(windows) && matches!(address, Address::Hvsock(_)))
+}
+
 /// A connected stream, or one whose connect is in progress.
 #[derive(Debug)]
 pub(crate) enum Stream {
     Tcp(mio::net::TcpStream),
     Local(Local),
+    /// One whose calls block: no poller can wait for it, and no loop may read or write it.
+    Blocking(super::Stream),
 }
 
 impl Stream {
@@ -105,6 +115,7 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => is_connected(SockRef::from(stream)),
             Stream::Local(stream) => stream.connected(),
+            Stream::Blocking(_) => Ok(true),
         }
     }
 
@@ -120,8 +131,12 @@ impl Stream {
 
     /// Closes so that the peer reads a reset and not an EOF, where the family can.
     pub(crate) fn reset(self) {
-        if let Stream::Tcp(stream) = &self {
-            let _ = SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
+        match &self {
+            Stream::Tcp(stream) => {
+                let _ = SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
+            }
+            Stream::Local(_) => {}
+            Stream::Blocking(stream) => stream.abort(),
         }
     }
 
@@ -131,6 +146,7 @@ impl Stream {
             Stream::Tcp(stream) => sys::unacknowledged(stream),
             // Written is there: it lies in the peer's own queue. And AF_VSOCK has no reset to send.
             Stream::Local(_) => 0,
+            Stream::Blocking(stream) => stream.unacknowledged(),
         }
     }
 
@@ -139,6 +155,7 @@ impl Stream {
         let _ = match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
             Stream::Local(stream) => stream.shutdown(Shutdown::Read),
+            Stream::Blocking(stream) => stream.shutdown(Shutdown::Read),
         };
     }
 }
@@ -150,6 +167,7 @@ impl Socket for Stream {
         match self {
             Stream::Tcp(stream) => stream.read(buffer),
             Stream::Local(stream) => stream.read(buffer),
+            Stream::Blocking(stream) => stream.read(buffer),
         }
     }
 
@@ -157,6 +175,7 @@ impl Socket for Stream {
         match self {
             Stream::Tcp(stream) => stream.write(bytes),
             Stream::Local(stream) => stream.write(bytes),
+            Stream::Blocking(stream) => stream.write(bytes),
         }
     }
 
@@ -164,30 +183,37 @@ impl Socket for Stream {
         match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
             Stream::Local(stream) => stream.shutdown(Shutdown::Write),
+            Stream::Blocking(stream) => stream.shutdown(Shutdown::Write),
         }
     }
 }
 
 impl Stream {
-    fn source(&mut self) -> &mut dyn Source {
+    /// What a poller can wait for.
+    fn source(&mut self) -> Option<&mut dyn Source> {
         match self {
-            Stream::Tcp(stream) => stream,
-            Stream::Local(stream) => stream.source(),
+            Stream::Tcp(stream) => Some(stream),
+            Stream::Local(stream) => Some(stream.source()),
+            Stream::Blocking(_) => None,
         }
     }
 }
 
+/// Of a blocking stream no event ever tells.
 impl Source for Stream {
     fn register(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
-        self.source().register(registry, token, what)
+        self.source()
+            .map_or(Ok(()), |source| source.register(registry, token, what))
     }
 
     fn reregister(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
-        self.source().reregister(registry, token, what)
+        self.source()
+            .map_or(Ok(()), |source| source.reregister(registry, token, what))
     }
 
     fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        self.source().deregister(registry)
+        self.source()
+            .map_or(Ok(()), |source| source.deregister(registry))
     }
 }
 
@@ -196,6 +222,7 @@ impl From<Stream> for OwnedSocket {
         match stream {
             Stream::Tcp(stream) => stream.into(),
             Stream::Local(stream) => stream.into(),
+            Stream::Blocking(stream) => stream.socket.into(),
         }
     }
 }
@@ -205,6 +232,7 @@ impl AsSocket for Stream {
         match self {
             Stream::Tcp(stream) => stream.as_socket(),
             Stream::Local(stream) => stream.as_socket(),
+            Stream::Blocking(stream) => stream.as_socket(),
         }
     }
 }

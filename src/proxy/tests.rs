@@ -1,0 +1,204 @@
+//! The proxy where no socket can be waited for: each connection has its threads, and all else is as ever.
+
+#![allow(clippy::unwrap_used)]
+
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Counters, Proxy, ProxyConfig, Rule};
+use crate::address::Address;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Blocking {
+    proxy: Proxy,
+    port: u16,
+}
+
+/// A proxy whose every connection is bridged, in front of that address.
+fn proxy_to(connect: Address, adjust: impl FnOnce(&mut ProxyConfig)) -> Blocking {
+    let rule = Rule::new("tcp://127.0.0.1:0".parse().unwrap(), connect);
+    let mut config = ProxyConfig::new(vec![rule]);
+    config.workers = Some(2.try_into().unwrap());
+    adjust(&mut config);
+    let proxy = Proxy::start_with(config, |_| false).unwrap();
+    let Address::Tcp(listen) = &proxy.forwards()[0].listen else {
+        panic!("no TCP address");
+    };
+    let port = listen.port;
+    Blocking { proxy, port }
+}
+
+/// A proxy in front of a listener of this test.
+fn proxy(adjust: impl FnOnce(&mut ProxyConfig)) -> (Blocking, TcpListener) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = format!("tcp://{}", listener.local_addr().unwrap());
+    (proxy_to(address.parse().unwrap(), adjust), listener)
+}
+
+fn patient(stream: TcpStream) -> TcpStream {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+impl Blocking {
+    fn client(&self) -> TcpStream {
+        patient(TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).unwrap())
+    }
+
+    /// A connection that carries bytes both ways.
+    fn pair(&self, listener: &TcpListener) -> (TcpStream, TcpStream) {
+        let mut client = self.client();
+        client.write_all(b"x").unwrap();
+        let mut server = patient(listener.accept().unwrap().0);
+        server.read_exact(&mut [0]).unwrap();
+        server.write_all(b"y").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+        (client, server)
+    }
+
+    fn counters(&self) -> Counters {
+        self.proxy.forwards()[0].counters
+    }
+
+    fn wait_for(&self, is_so: impl Fn(Counters) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !is_so(self.counters()) {
+            assert!(Instant::now() < end, "{:?}", self.counters());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Wine makes an EOF of a reset.
+fn assert_reset(read: io::Result<usize>) {
+    let was_reset = matches!(&read, Err(e) if e.kind() == io::ErrorKind::ConnectionReset);
+    assert!(
+        was_reset || cfg!(windows) && matches!(read, Ok(0)),
+        "{read:?}"
+    );
+}
+
+#[test]
+fn bytes_and_half_closes_go_through_and_are_counted() {
+    let (it, listener) = proxy(|_| {});
+    let bytes: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))
+        .take(1 << 20)
+        .collect();
+    let mut client = it.client();
+    let answer = thread::scope(|scope| {
+        scope.spawn(|| {
+            (&client).write_all(&bytes).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut server = patient(listener.accept().unwrap().0);
+        let mut all = Vec::new();
+        server.read_to_end(&mut all).unwrap();
+        assert!(all == bytes);
+        server.write_all(b"all").unwrap();
+        drop(server);
+        let mut answer = Vec::new();
+        (&client).read_to_end(&mut answer).unwrap();
+        answer
+    });
+    assert_eq!(answer, b"all");
+    it.wait_for(|counters| counters.live == 0);
+    let expected = Counters {
+        accepted: 1,
+        sent: 1 << 20,
+        received: 3,
+        ..Counters::default()
+    };
+    assert_eq!(it.counters(), expected);
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn a_client_whose_target_is_not_there_is_refused() {
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let nobody = format!("tcp://{}", free.local_addr().unwrap());
+    drop(free);
+    let it = proxy_to(nobody.parse().unwrap(), |_| {});
+    assert_reset(it.client().read(&mut [0]));
+    it.wait_for(|counters| counters.refused == 1 && counters.live == 0);
+}
+
+#[test]
+fn a_bridge_has_a_place_among_the_connections_until_it_ends() {
+    let (it, listener) = proxy(|config| config.limits.connections = 1);
+    let (first, server) = it.pair(&listener);
+    let mut second = it.client();
+    second.write_all(b"x").unwrap();
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(it.counters().accepted, 1);
+    drop(first);
+    drop(server);
+    let mut server = patient(listener.accept().unwrap().0);
+    server.read_exact(&mut [0]).unwrap();
+    assert_eq!(it.counters().accepted, 2);
+}
+
+#[test]
+fn a_stop_waits_for_a_bridge_and_a_second_one_cuts_it_off() {
+    let (it, listener) = proxy(|_| {});
+    let (mut client, mut server) = it.pair(&listener);
+    let idle = it.pair(&listener);
+    it.proxy.stop(Duration::from_secs(3600));
+    it.wait_for(|_| TcpStream::connect((Ipv4Addr::LOCALHOST, it.port)).is_err());
+    client.write_all(b"still").unwrap();
+    server.read_exact(&mut [0; 5]).unwrap();
+    it.wait_for(|counters| counters.live == 2);
+    it.proxy.stop(Duration::ZERO);
+    assert_reset(client.read(&mut [0]));
+    assert_reset(server.read(&mut [0]));
+    let started = Instant::now();
+    it.proxy.wait().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(2));
+    drop(idle);
+}
+
+#[test]
+fn a_stop_ends_when_the_last_bridge_has() {
+    let (it, listener) = proxy(|_| {});
+    let (client, server) = it.pair(&listener);
+    it.proxy.stop(Duration::from_secs(3600));
+    drop((client, server));
+    it.proxy.wait().unwrap();
+}
+
+#[test]
+fn a_proxy_that_is_dropped_takes_its_bridges_along() {
+    let (it, listener) = proxy(|_| {});
+    let (mut client, server) = it.pair(&listener);
+    // Nobody reads: threads wait for room.
+    let mut flood = server.try_clone().unwrap();
+    let flooding = thread::spawn(move || flood.write_all(&vec![7; 32 << 20]).is_err());
+    let mut before = u64::MAX;
+    while it.counters().received != before {
+        before = it.counters().received;
+        thread::sleep(Duration::from_millis(100));
+    }
+    let started = Instant::now();
+    drop(it);
+    assert!(started.elapsed() < Duration::from_secs(2));
+    assert!(flooding.join().unwrap());
+    let mut rest = [0; 64 * 1024];
+    let end =
+        std::iter::repeat_with(|| client.read(&mut rest)).find(|read| !matches!(read, Ok(1..)));
+    assert_reset(end.unwrap());
+}
+
+#[test]
+fn a_client_that_leaves_at_once_is_an_empty_connection() {
+    let (it, listener) = proxy(|_| {});
+    let client = it.client();
+    client.shutdown(Shutdown::Write).unwrap();
+    drop(client);
+    let mut server = patient(listener.accept().unwrap().0);
+    assert_eq!(server.read(&mut [0]).unwrap(), 0);
+    drop(server);
+    it.wait_for(|counters| counters.accepted == 1 && counters.live == 0);
+}
