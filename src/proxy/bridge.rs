@@ -217,27 +217,29 @@ fn flow(ends: &[Arc<End>; 2], side: usize, order: &impl Order) -> Flow {
                 // Nobody is left to take what the other side sends.
                 sink.interrupted.store(true, Ordering::Release);
                 sink.stream.interrupt(Shutdown::Read);
+                source.stream.abort();
                 return Flow::Dead;
             }
             Ok(n) => n,
         };
         let mut rest = &buffer[..n];
+        // (Under Wine a write that waits while an EOF comes takes nothing, and says so.)
         while !rest.is_empty() {
-            match (&sink.stream).write(rest) {
-                Ok(0) => return Flow::Refused,
-                Ok(n) => {
-                    rest = &rest[n..];
-                    source.delivered.fetch_add(n as u64, Ordering::Relaxed);
-                    order.delivered(side, n as u64);
-                }
-                Err(_) if source.interrupted.load(Ordering::Acquire) => return Flow::Interrupted,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => {
-                    // EPIPE alone says nothing of what comes from there.
-                    let deaf = e.kind() == io::ErrorKind::BrokenPipe;
-                    sink.failed.fetch_or(!deaf, Ordering::AcqRel);
-                    return Flow::Refused;
-                }
+            let written = (&sink.stream).write(rest);
+            let taken = *written.as_ref().unwrap_or(&0);
+            rest = &rest[taken..];
+            source.delivered.fetch_add(taken as u64, Ordering::Relaxed);
+            order.delivered(side, taken as u64);
+            if source.interrupted.load(Ordering::Acquire) {
+                return Flow::Interrupted;
+            }
+            if let Err(e) = written
+                && e.kind() != io::ErrorKind::Interrupted
+            {
+                // EPIPE alone says nothing of what comes from there.
+                let deaf = e.kind() == io::ErrorKind::BrokenPipe;
+                sink.failed.fetch_or(!deaf, Ordering::AcqRel);
+                return Flow::Refused;
             }
         }
     }

@@ -388,8 +388,16 @@ impl World for MioWorld {
             // What was never registered says so.
             let _ = stream.deregister(self.poll.registry());
         }
-        let client = stream::Stream::from_nonblocking(client, &forward.rule.listen)?;
-        let server = stream::Stream::from_nonblocking(server, &forward.rule.connect)?;
+        let client = stream::Stream::from_nonblocking(client, &forward.rule.listen);
+        let server = stream::Stream::from_nonblocking(server, &forward.rule.connect);
+        let (client, server) = match (client, server) {
+            (Ok(client), Ok(server)) => (client, server),
+            (Ok(whole), Err(e)) | (Err(e), Ok(whole)) => {
+                whole.abort();
+                return Err(e);
+            }
+            (Err(e), Err(_)) => return Err(e),
+        };
         let order = Carried {
             token,
             forward: Arc::clone(forward),
