@@ -22,8 +22,11 @@ impl HypervListener {
         let vm = vm_id(Operation::Listen, address, hvsock)?;
         let acceptor = sys::hv_listen(vm, hvsock.service.0, BACKLOG, hv_options(hvsock))
             .map_err(|e| explain(address, e))?;
-        let address = address.clone();
-        Ok(HypervListener { acceptor, address })
+        Ok(HypervListener::new(acceptor, address.clone()))
+    }
+
+    pub(crate) fn new(acceptor: Acceptor, address: Address) -> HypervListener {
+        HypervListener { acceptor, address }
     }
 
     pub(super) fn accept(&self) -> io::Result<(Stream, Peer)> {

@@ -3,7 +3,7 @@
 #[cfg(unix)]
 pub(crate) mod file;
 #[cfg(windows)]
-mod hyperv;
+pub(crate) mod hyperv;
 #[cfg(unix)]
 mod local;
 #[cfg(not(unix))]

@@ -4,12 +4,16 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+#[cfg(windows)]
+use std::sync::{Arc, atomic::AtomicUsize};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::{Counters, Proxy, ProxyConfig, Rule};
+#[cfg(windows)]
+use super::{Forward, Inbox, Limits, Listener, MioWorld, Shared, Stopper, Worker, has_readiness};
 use crate::address::{Address, Host};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -297,4 +301,99 @@ fn a_client_that_leaves_at_once_is_an_empty_connection() {
     assert_eq!(server.read(&mut [0]).unwrap(), 0);
     drop(server);
     it.wait_for(|counters| counters.accepted == 1 && counters.live == 0);
+}
+
+/// A worker in front of `target` whose guests are TCP clients that are accepted as AF_HYPERV's are; where they connect to.
+#[cfg(windows)]
+fn guests_of(
+    target: &TcpListener,
+    limits: Limits,
+) -> (Stopper, SocketAddr, thread::JoinHandle<io::Result<()>>) {
+    use crate::listener::hyperv::HypervListener;
+    use crate::sys::Acceptor;
+
+    let make = || Socket::new(Domain::IPV4, Type::STREAM, None);
+    let socket = make().unwrap();
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    socket.bind(&any.into()).unwrap();
+    socket.listen(16).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    let listen: Address = "hvsock://children/80".parse().unwrap();
+    let connect = format!("tcp://{}", target.local_addr().unwrap());
+    let rule = Rule::new(listen.clone(), connect.parse().unwrap());
+    let acceptor = Acceptor::new(socket, make).unwrap();
+    let listener = Listener::Hyperv(HypervListener::new(acceptor, listen));
+    let forward = Arc::new(Forward::new(rule, [None, None], has_readiness));
+    let world = MioWorld::new().unwrap();
+    let waker = world.waker();
+    let wake = move || waker.wake().unwrap();
+    let shared = Arc::new(Shared {
+        limits,
+        forwards: vec![Arc::clone(&forward)],
+        inboxes: vec![Inbox::new(wake)],
+        live: AtomicUsize::new(0),
+        stopping: AtomicUsize::new(0),
+    });
+    let mut worker = Worker::new(world, 0, Arc::clone(&shared));
+    worker.add_listener(listener, forward).unwrap();
+    (
+        Stopper(shared),
+        address,
+        thread::spawn(move || worker.run()),
+    )
+}
+
+#[cfg(windows)]
+#[test]
+fn guests_are_accepted_one_by_one_and_not_beyond_the_places() {
+    let target = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let limits = Limits {
+        connections: 2,
+        ..Limits::default()
+    };
+    let (stopper, address, worker) = guests_of(&target, limits);
+    let guest = || {
+        let mut guest = patient(TcpStream::connect(address).unwrap());
+        guest.write_all(b"x").unwrap();
+        guest
+    };
+    let server = || {
+        let mut server = patient(target.accept().unwrap().0);
+        server.read_exact(&mut [0]).unwrap();
+        server
+    };
+    for _ in 0..20 {
+        let (mut guest, mut server) = (guest(), server());
+        guest.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(server.read(&mut [0]).unwrap(), 0);
+        server.write_all(b"answer").unwrap();
+        drop(server);
+        let mut answer = Vec::new();
+        guest.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer, b"answer");
+    }
+    let end = Instant::now() + PATIENCE;
+    while stopper.connections() > 0 {
+        assert!(Instant::now() < end);
+        thread::sleep(Duration::from_millis(5));
+    }
+    let guests = [guest(), guest(), guest(), guest()];
+    let first = [server(), server()];
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(stopper.connections(), 2);
+    drop((first, guests));
+    let last = [server(), server()];
+    stopper.stop(Duration::ZERO);
+    worker.join().unwrap().unwrap();
+    drop(last);
+}
+
+#[cfg(windows)]
+#[test]
+fn a_proxy_that_waits_for_guests_ends_when_it_is_told_to() {
+    let target = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let (stopper, address, worker) = guests_of(&target, Limits::default());
+    stopper.stop(Duration::from_secs(3600));
+    worker.join().unwrap().unwrap();
+    assert!(TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_err());
 }
