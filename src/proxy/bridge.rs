@@ -131,6 +131,7 @@ struct End {
     interrupted: AtomicBool,
     /// A write has failed, and not only because the peer doesn't take more.
     failed: AtomicBool,
+    half_closed: AtomicBool,
     delivered: AtomicU64,
 }
 
@@ -140,8 +141,17 @@ impl End {
             stream,
             interrupted: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            half_closed: AtomicBool::new(false),
             delivered: AtomicU64::new(0),
         }
+    }
+
+    /// Whether an EOF that was read is one that the peer has sent. A kernel tells of an error once: where a write is told
+    /// of it, a read finds an EOF, and may do so before the write returns.
+    fn has_ended(&self) -> bool {
+        let told = self.failed.load(Ordering::Acquire);
+        // Behind our own half-close there are no writes, and an EOF leaves no connection.
+        !told && (self.half_closed.load(Ordering::Acquire) || self.stream.has_peer())
     }
 }
 
@@ -183,6 +193,8 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
             Farewell::Linger => drain(&end.stream, order.drain(side).unwrap_or(LINGER)),
             Farewell::Reset => match order.drain(side).filter(|_| whole) {
                 Some(time) => drain(&end.stream, time),
+                // What a peer has not got that takes nothing, it will never get.
+                None if flows[1 - side] == Flow::Refused => abort(&end.stream),
                 None => {
                     arrive(&end.stream, cut);
                     abort(&end.stream)
@@ -206,8 +218,8 @@ fn flow(ends: &[Arc<End>; 2], side: usize, order: &impl Order) -> Flow {
             return Flow::Interrupted;
         }
         let n = match read {
-            // A kernel tells an error once: where a write was told of it, this is an EOF that no peer has sent.
-            Ok(0) if !source.failed.load(Ordering::Acquire) => {
+            Ok(0) if source.has_ended() => {
+                sink.half_closed.store(true, Ordering::Release);
                 // An error says that the peer has closed already: then there is nobody to tell.
                 let _ = sink.stream.shutdown(Shutdown::Write);
                 return Flow::Finished;

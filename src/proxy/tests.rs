@@ -97,6 +97,34 @@ fn assert_reset(read: io::Result<usize>) {
 }
 
 #[test]
+fn clients_that_come_together_are_kept_apart() {
+    let (it, listener) = proxy(|_| {});
+    thread::scope(|scope| {
+        for n in 0..50_u8 {
+            let it = &it;
+            scope.spawn(move || {
+                let mut client = it.client();
+                client.write_all(&[n; 1000]).unwrap();
+                client.shutdown(Shutdown::Write).unwrap();
+                let mut answer = Vec::new();
+                client.read_to_end(&mut answer).unwrap();
+                assert_eq!(answer, [n; 1000]);
+            });
+        }
+        for server in listener.incoming().take(50) {
+            scope.spawn(move || {
+                let mut server = patient(server.unwrap());
+                let mut request = Vec::new();
+                server.read_to_end(&mut request).unwrap();
+                server.write_all(&request).unwrap();
+            });
+        }
+    });
+    it.wait_for(|counters| counters.live == 0);
+    assert_eq!(it.counters().accepted, 50);
+}
+
+#[test]
 fn bytes_and_half_closes_go_through_and_are_counted() {
     let (it, listener) = proxy(|_| {});
     let bytes: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))

@@ -181,6 +181,16 @@ impl Stream {
         self.interrupt(Shutdown::Read);
     }
 
+    /// Whether there is a connection, as far as the family tells: a reset leaves none, and an EOF does unless we have
+    /// half-closed.
+    pub(crate) fn has_peer(&self) -> bool {
+        let peer = match self.address {
+            Address::Tcp(_) => self.socket.peer_addr().map(drop),
+            _ => Ok(()),
+        };
+        !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected)
+    }
+
     /// Bytes written that a reset now would take away from the peer.
     pub(crate) fn unacknowledged(&self) -> usize {
         match self.address {

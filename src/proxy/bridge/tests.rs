@@ -252,6 +252,36 @@ fn a_server_that_closes_with_an_upload_on_its_way_breaks_it_off() {
     it.ended.recv_timeout(PATIENCE).unwrap();
 }
 
+/// Others don't tell what a peer has not acknowledged.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_client_was_given_arrives_before_the_reset() {
+    let it = bridged();
+    let soon = Some(Duration::from_millis(300));
+    it.server.set_write_timeout(soon).unwrap();
+    (&it.server).write_all(&vec![7; MUCH]).unwrap_err();
+    it.server.abort();
+    drop(it.server);
+    let (was_reset, bytes) = end_of(&it.client);
+    assert_reset(was_reset);
+    assert_eq!(bytes, it.noted.delivered[SERVER].load(Ordering::Relaxed));
+}
+
+#[test]
+fn a_client_that_goes_on_sending_still_gets_its_whole_answer() {
+    let it = bridged();
+    (&it.server).write_all(b"answer").unwrap();
+    it.server.shutdown(Shutdown::Write).unwrap();
+    it.settle(SERVER);
+    let sending = send_much(&it.client);
+    it.settle(CLIENT);
+    drop(it.server);
+    sending.join().unwrap().unwrap();
+    assert_eq!(end_of(&it.client), (false, 6));
+    drop(it.client);
+    it.ended.recv_timeout(PATIENCE).unwrap();
+}
+
 #[cfg(unix)]
 #[test]
 fn a_server_that_takes_no_more_may_still_answer() {
@@ -338,7 +368,10 @@ fn a_side_to_be_drained_is_read_to_its_end() {
     it.client.abort();
     drop(it.client);
     // The answer has no reader, and yet none of it comes back as an error.
-    (&it.server).write_all(&[7; 1 << 20]).unwrap();
+    for _ in 0..50 {
+        (&it.server).write_all(&[7; 16 * 1024]).unwrap();
+        thread::sleep(Duration::from_millis(2));
+    }
     assert!(it.ended.try_recv().is_err());
     it.server.shutdown(Shutdown::Write).unwrap();
     let ended = it.ended.recv_timeout(PATIENCE).unwrap();
