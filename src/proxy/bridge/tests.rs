@@ -67,11 +67,12 @@ impl Bridged {
         self.noted.delivered[side].load(Ordering::Relaxed)
     }
 
-    /// Waits until no more bytes of `side` go through.
+    /// Waits until bytes of `side` have gone through, and no more do.
     fn settle(&self, side: usize) {
         let end = Instant::now() + PATIENCE;
-        let mut before = u64::MAX;
-        while self.delivered(side) != before && Instant::now() < end {
+        let mut before = 0;
+        while before == 0 || self.delivered(side) != before {
+            assert!(Instant::now() < end, "bytes go through for ever, or none");
             before = self.delivered(side);
             thread::sleep(Duration::from_millis(100));
         }
@@ -262,8 +263,18 @@ fn what_a_client_was_given_arrives_before_the_reset() {
     (&it.server).write_all(&vec![7; MUCH]).unwrap_err();
     it.server.abort();
     drop(it.server);
-    let (was_reset, bytes) = end_of(&it.client);
-    assert_reset(was_reset);
+    let mut bytes = 0;
+    let mut buffer = [0; 64 * 1024];
+    let was_reset = loop {
+        // Slowly, so that bytes wait for room to the very end.
+        thread::sleep(Duration::from_millis(1));
+        match (&it.client).read(&mut buffer) {
+            Ok(0) => break false,
+            Ok(n) => bytes += n as u64,
+            Err(e) => break is_reset(&e),
+        }
+    };
+    assert!(was_reset, "a clean EOF");
     assert_eq!(bytes, it.noted.delivered[SERVER].load(Ordering::Relaxed));
 }
 
