@@ -1,4 +1,5 @@
-//! The proxy: rules that are carried by a few threads, each with a mio event loop.
+//! The proxy: rules that are carried by a few threads, each with a mio event loop. Where a family's sockets can't be waited
+//! for (AF_HYPERV), a connection has two threads more.
 //!
 //! ```no_run
 //! use hvsock::{Proxy, ProxyConfig, Rule};
@@ -59,9 +60,10 @@ pub struct Limits {
     pub vm_connections: usize,
     /// Dials to one hyperkit VM without a sign of life from the guest; more wait. hyperkit aborts at 512.
     pub vm_unanswered: usize,
-    /// How long a client may wait until its target is connected.
+    /// How long a client may wait until its target is connected; a `hvsock://` one has a second at most.
     pub dial_timeout: Duration,
-    /// How long a guest may take to end a connection after the half-close, before it is closed all the same.
+    /// How long a guest may take to end a connection after the half-close, before it is closed all the same. Guests of
+    /// Hyper-V are guests, too.
     pub drain_timeout: Duration,
 }
 
