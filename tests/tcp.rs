@@ -206,6 +206,28 @@ fn hyper_v_that_is_not_there_is_told() {
     let output = hvsock(&["cat", "hvsock://My VM/80"], b"");
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("cannot find VM \"My VM\": "), "{said}");
+    let listen = hvsock(&["cat", "-l", "hvsock:///80"], b"");
+    let from_guest = hvsock(
+        &["forward", "hvsock://children/80", "tcp://127.0.0.1:1"],
+        b"",
+    );
+    let to_guest = hvsock(
+        &["forward", "tcp://127.0.0.1:0", "hvsock://loopback/80"],
+        b"",
+    );
+    for (output, what) in [
+        (listen, "cannot listen on hvsock:///80: "),
+        (from_guest, "cannot listen on hvsock://children/80: "),
+        (to_guest, "cannot connect to hvsock://loopback/80: "),
+    ] {
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains(what), "{said}");
+        assert!(
+            said.contains("; this Windows has no Hyper-V sockets"),
+            "{said}"
+        );
+        assert_eq!(output.status.code(), Some(1), "{said}");
+    }
 }
 
 #[test]

@@ -133,17 +133,32 @@ impl fmt::Display for ServiceId {
 ///
 /// The VM is a GUID, nothing for the wildcard, `parent`, `children`, `loopback`, `broadcast`, `silohost`, or a VM's name, percent-encoded where it could
 /// be taken for one of these. The service is a GUID, or a vsock port for [`ServiceId::from_port`].
+///
+/// `?connected-suspend=yes` and `?container-passthru=yes` set options of the socket: those that are dialled, those that listen, and those that are
+/// accepted.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HvsockAddress {
     /// Which VM, or which partitions.
     pub vm: Vm,
     /// Which service there.
     pub service: ServiceId,
+    /// The connection outlives a pause of its VM (`HVSOCKET_CONNECTED_SUSPEND`); otherwise it ends with it.
+    pub connected_suspend: bool,
+    /// A VM's id means the container in that VM (`HVSOCKET_CONTAINER_PASSTHRU`), as for Hyper-V isolated containers.
+    pub container_passthru: bool,
 }
+
+const CONNECTED_SUSPEND: &str = "connected-suspend";
+const CONTAINER_PASSTHRU: &str = "container-passthru";
 
 impl fmt::Display for HvsockAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "hvsock://{}/{}", self.vm, self.service)
+        write!(f, "hvsock://{}/{}", self.vm, self.service)?;
+        let options = [
+            (CONNECTED_SUSPEND, self.connected_suspend.then_some("yes")),
+            (CONTAINER_PASSTHRU, self.container_passthru.then_some("yes")),
+        ];
+        uri::write_query(f, &options)
     }
 }
 
@@ -158,12 +173,21 @@ impl FromStr for HvsockAddress {
         };
         let service = uri.path.strip_prefix('/').unwrap_or("");
         let service = service.strip_suffix('/').unwrap_or(service);
-        uri.query(&[])?;
-        Ok(HvsockAddress {
+        let mut address = HvsockAddress {
             vm,
             service: parse_service(service)
                 .map_err(|reason| uri.error(Part::Service, service, reason))?,
-        })
+            connected_suspend: false,
+            container_passthru: false,
+        };
+        for (key, value) in uri.query(&[CONNECTED_SUSPEND, CONTAINER_PASSTHRU])? {
+            let value = uri.yes_or_no(key, &value)?;
+            match key {
+                CONNECTED_SUSPEND => address.connected_suspend = value,
+                _ => address.container_passthru = value,
+            }
+        }
+        Ok(address)
     }
 }
 

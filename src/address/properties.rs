@@ -141,7 +141,17 @@ fn address() -> impl Strategy<Value = Address> {
                 .into()
             }
         ),
-        (hvsock_vm, service).prop_map(|(vm, service)| HvsockAddress { vm, service }.into()),
+        (hvsock_vm, service, any::<bool>(), any::<bool>()).prop_map(
+            |(vm, service, connected_suspend, container_passthru)| {
+                HvsockAddress {
+                    vm,
+                    service,
+                    connected_suspend,
+                    container_passthru,
+                }
+                .into()
+            }
+        ),
         (path(), port(), any::<bool>()).prop_map(|(path, port, half_close)| {
             let address = VsockMuxAddress {
                 path,

@@ -46,6 +46,14 @@ fn right_addresses_print_in_one_form() {
         ),
         ("hvsock://My VM/80", "hvsock://My%20VM/80"),
         ("hvsock://%70arent/80", "hvsock://%70arent/80"),
+        (
+            "hvsock://parent/80/?container-passthru=yes&connected-suspend=yes",
+            "hvsock://parent/80?connected-suspend=yes&container-passthru=yes",
+        ),
+        (
+            "hvsock://parent/80?connected-suspend=no",
+            "hvsock://parent/80",
+        ),
         ("vsock-mux://:52/run/vm.sock", "vsock-mux://:52/run/vm.sock"),
         ("vsock-mux://:52/./vm.sock", "vsock-mux://:52/./vm.sock"),
         ("unix:///run/x", "unix:///run/x"),
@@ -200,6 +208,8 @@ fn bad_addresses_say_what_is_wrong_and_what_is_right() {
         ("hvsock://parent", format!("service is missing{hvsock}")),
         ("hvsock://parent/x", format!(r#"service "x" is neither a GUID nor a port{hvsock}"#)),
         ("hvsock://parent/4294967296", format!(r#"service "4294967296" is larger than 4294967295{hvsock}"#)),
+        ("hvsock://parent/80?connected-suspend=1", format!(r#"query "connected-suspend" is yes or no{hvsock}"#)),
+        ("hvsock://parent/80?suspend=yes", format!(r#"query "suspend" is unknown (known: connected-suspend, container-passthru){hvsock}"#)),
         ("hvsock://%00/80", format!(r#"vm "%00" has a NUL{hvsock}"#)),
         ("vsock-mux://3:80/x", format!(r#"cid "3" is not taken here: the socket is one VM's{mux}"#)),
         ("vsock-mux://:80", format!("path of the VM's Unix socket is missing{mux}")),

@@ -141,11 +141,7 @@ impl FromStr for VsockMuxAddress {
             half_close: false,
         };
         for (key, value) in uri.query(&[HALF_CLOSE])? {
-            address.half_close = match value.as_str() {
-                "yes" => true,
-                "no" => false,
-                _ => return Err(uri.error(Part::Query, key, "is yes or no")),
-            };
+            address.half_close = uri.yes_or_no(key, &value)?;
         }
         Ok(address)
     }

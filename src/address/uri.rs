@@ -160,6 +160,15 @@ impl<'a> Uri<'a> {
         Ok(pairs)
     }
 
+    /// The value of the query's `key` as a switch.
+    pub(super) fn yes_or_no(&self, key: &str, value: &str) -> Result<bool, AddressError> {
+        match value {
+            "yes" => Ok(true),
+            "no" => Ok(false),
+            _ => Err(self.error(Part::Query, key, "is yes or no")),
+        }
+    }
+
     /// Refuses a path, but for a closing `/`.
     pub(super) fn no_path(&self) -> Result<(), AddressError> {
         match self.path {

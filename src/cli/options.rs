@@ -61,7 +61,13 @@ fn hyper_v(vm: &str, service: &str) -> Result<Address, Failure> {
         parse_service(service).map_err(|e| Failure::Usage(format!("{service:?} with --vm {e}")))?;
     let vm = Vm::parse(vm)
         .ok_or_else(|| Failure::Usage(format!("{vm:?} is neither a VM's name nor its id")))?;
-    Ok(HvsockAddress { vm, service }.into())
+    let address = HvsockAddress {
+        vm,
+        service,
+        connected_suspend: false,
+        container_passthru: false,
+    };
+    Ok(address.into())
 }
 
 #[derive(Args, Debug)]

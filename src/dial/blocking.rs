@@ -11,8 +11,6 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::not_carried;
 use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
 use crate::stream::{Stream, is_timeout};
-#[cfg(windows)]
-use crate::sys;
 use crate::sys::Wanted;
 
 use super::{Begun, Dial, Next, explain};
@@ -30,8 +28,13 @@ fn is(given_up: GivenUp<'_>) -> bool {
     given_up.is_some_and(|given_up| given_up())
 }
 
+/// How long it tries AF_HYPERV: a connect may wait for ever though its server listens by now, and there a VM that is up
+/// answers at once.
+pub(super) const HVSOCK_TIMEOUT: Duration = Duration::from_secs(1);
+
 impl Stream {
-    /// Connects to `address`, within 30 s: [`connect_timeout`](Stream::connect_timeout).
+    /// Connects to `address`, within 30 s, to a `hvsock://` one within 1 s:
+    /// [`connect_timeout`](Stream::connect_timeout).
     ///
     /// ```no_run
     /// use std::io::Write;
@@ -44,7 +47,7 @@ impl Stream {
     /// # Errors
     /// As there.
     pub fn connect(address: &Address) -> Result<Stream> {
-        Stream::connect_timeout(address, CONNECT_TIMEOUT)
+        Stream::connect_timeout(address, patience(address, CONNECT_TIMEOUT))
     }
 
     /// Connects to `address`, within `timeout`. A name has to be resolved first, which takes what time it takes; a Hyper-V
@@ -78,7 +81,9 @@ fn dial(address: &Address, timeout: Duration, given_up: GivenUp<'_>) -> Result<S
     #[cfg(windows)]
     if let Address::Hvsock(_) = address {
         let to = address.clone();
-        return apart(address, given_up, move || connect_hvsock(&to, timeout));
+        return apart(address, given_up, move || {
+            super::hyperv::connect(&to, timeout)
+        });
     }
     let endpoints = match Target::of(address) {
         Target::Endpoint(endpoint) => vec![endpoint],
@@ -118,20 +123,24 @@ fn apart<T: Send + 'static>(
     }
 }
 
-/// Hyper-V's sockets are said not to be waited on, so that the kernel keeps the deadline.
-#[cfg(windows)]
-fn connect_hvsock(address: &Address, timeout: Duration) -> Result<Stream> {
-    use crate::address::Vm;
-    let Address::Hvsock(hvsock) = address else {
-        return Err(not_carried(Operation::Connect, address));
-    };
-    let vm = match &hvsock.vm {
-        Vm::Id(id) => *id,
-        Vm::Name(name) => crate::hyperv::find(name)?,
-    };
-    sys::hv_connect(vm.0, hvsock.service.0, timeout)
-        .map(|socket| Stream::from_connected(socket, address))
-        .map_err(|e| explain(address, e))
+/// How much of `timeout` a dial to `address` is given when nobody asked for that very time.
+pub(crate) fn patience(address: &Address, timeout: Duration) -> Duration {
+    match address {
+        Address::Hvsock(_) => timeout.min(HVSOCK_TIMEOUT),
+        _ => timeout,
+    }
+}
+
+/// Whether this system has such sockets at all, for those to which connecting blocks.
+///
+/// # Errors
+/// Why it hasn't.
+pub(crate) fn check(address: &Address) -> Result<()> {
+    match address {
+        #[cfg(windows)]
+        Address::Hvsock(hvsock) => super::hyperv::check(address, hvsock),
+        _ => Ok(()),
+    }
 }
 
 fn resolve(host: &str, port: u16) -> Result<Vec<Endpoint>> {

@@ -1,6 +1,8 @@
 //! Connecting as a state machine: one address after the other, again when a backlog is full, until a deadline.
 
 mod blocking;
+#[cfg(windows)]
+mod hyperv;
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,6 +14,10 @@ use crate::mux::Handshake;
 use crate::relay::Socket;
 use crate::stream::nonblocking::Endpoint;
 use crate::sys;
+
+pub(crate) use blocking::{check, patience};
+#[cfg(windows)]
+pub(crate) use hyperv::{hv_options, vm_id};
 
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -163,16 +169,12 @@ pub(crate) fn says_gone(error: &io::Error) -> bool {
 /// The error of a dial to `address`, with what can be done about it.
 pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
     use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotFound, PermissionDenied, TimedOut};
-    if let Address::Vsock(_) = address {
-        return explain_vsock(Operation::Connect, address, cause);
+    match address {
+        Address::Vsock(_) => return explain_vsock(Operation::Connect, address, cause),
+        Address::Hvsock(_) => return explain_hvsock(Operation::Connect, address, cause),
+        _ => {}
     }
     let remedy = match (address, cause.kind()) {
-        (Address::Hvsock(_), _) if sys::is_no_such_family(&cause) => {
-            "this Windows has no Hyper-V sockets: they came with Windows 10 and Server 2016, and want Hyper-V"
-        }
-        (Address::Hvsock(_), TimedOut | ConnectionRefused) => {
-            "is the VM up, does a program in it listen on that service, and is the service registered?"
-        }
         (Address::Hyperkit(hyperkit), NotFound) if !hyperkit.vm.state_dir.is_dir() => {
             "there is no such state directory: is the path right?"
         }
@@ -216,6 +218,21 @@ pub(crate) fn explain_vsock(operation: Operation, address: &Address, cause: io::
             "no VM has that CID, or its transport is missing: in a guest load vmw_vsock_virtio_transport, on a host vhost_vsock, for `local` vsock_loopback"
         }
         _ if sys::is_no_such_family(&cause) => "the kernel has no AF_VSOCK: modprobe vsock",
+        _ => return Error::new(operation, address, cause),
+    };
+    Error::new(operation, address, cause).with_remedy(remedy)
+}
+
+/// The error of an AF_HYPERV socket, with what can be done about it.
+pub(crate) fn explain_hvsock(operation: Operation, address: &Address, cause: io::Error) -> Error {
+    use io::ErrorKind::{ConnectionRefused, TimedOut};
+    let remedy = match cause.kind() {
+        _ if sys::is_no_such_family(&cause) => {
+            "this Windows has no Hyper-V sockets: they came with Windows 10 and Server 2016, and want Hyper-V"
+        }
+        TimedOut | ConnectionRefused => {
+            "is the VM up, does a program in it listen on that service, and is the service registered?"
+        }
         _ => return Error::new(operation, address, cause),
     };
     Error::new(operation, address, cause).with_remedy(remedy)

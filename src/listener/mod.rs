@@ -2,6 +2,8 @@
 
 #[cfg(unix)]
 pub(crate) mod file;
+#[cfg(windows)]
+pub(crate) mod hyperv;
 #[cfg(feature = "cli")]
 pub(crate) mod lasting;
 #[cfg(unix)]
@@ -16,7 +18,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crate::address::{Address, Port};
+use crate::address::{Address, Port, ServiceId, VmId};
 use crate::error::{Error, Operation, Result};
 use crate::stream::Stream;
 
@@ -36,6 +38,13 @@ pub enum Peer {
         /// Its port, mostly one of the kernel's choice.
         port: Port,
     },
+    /// An AF_HYPERV client.
+    Hvsock {
+        /// The id of its VM, as its partition is called here.
+        vm: VmId,
+        /// Its own service id, mostly one of the system's choice.
+        service: ServiceId,
+    },
     /// Clients of Unix sockets have no names, and so neither have hyperkit's guests, nor clients of pipes.
     Unknown,
 }
@@ -45,6 +54,7 @@ impl fmt::Display for Peer {
         match self {
             Peer::Tcp(address) => write!(f, "tcp://{address}"),
             Peer::Vsock { cid, port } => write!(f, "vsock://{cid}:{}", port.0),
+            Peer::Hvsock { vm, service } => write!(f, "hvsock://{vm}/{service}"),
             Peer::Unknown => f.write_str("a client without a name"),
         }
     }

@@ -24,6 +24,8 @@ pub(super) const BACKLOG: i32 = 4096;
 pub(crate) enum Listener {
     Tcp(mio::net::TcpListener),
     Local(LocalListener),
+    #[cfg(windows)]
+    Hyperv(super::hyperv::HypervListener),
 }
 
 impl Listener {
@@ -37,11 +39,16 @@ impl Listener {
     pub(crate) fn bind(address: &Address, mode: u32) -> Result<Listener> {
         match address {
             Address::Tcp(tcp) => bind_tcp(address, tcp),
+            #[cfg(windows)]
+            Address::Hvsock(hvsock) => {
+                super::hyperv::HypervListener::bind(address, hvsock).map(Listener::Hyperv)
+            }
             other => LocalListener::bind(other, mode).map(Listener::Local),
         }
     }
 
-    /// Accepts one connection, non-blocking; who it is from, for the log.
+    /// Accepts one connection, without waiting for it; who it is from, for the log. The stream is non-blocking, where
+    /// its family has readiness.
     pub(crate) fn accept(&self) -> io::Result<(Stream, Peer)> {
         match self {
             Listener::Tcp(listener) => {
@@ -52,17 +59,25 @@ impl Listener {
                 let (stream, peer) = listener.accept()?;
                 Ok((Stream::Local(stream), peer))
             }
+            #[cfg(windows)]
+            Listener::Hyperv(listener) => {
+                let (stream, peer) = listener.accept()?;
+                Ok((Stream::Blocking(stream), peer))
+            }
         }
     }
 
-    /// Waits until a connection may have come, at most `timeout`; false if none has.
-    pub(crate) fn wait(&self, timeout: Duration) -> io::Result<bool> {
+    /// Waits until a connection may have come, at most `timeout`.
+    pub(super) fn wait(&self, timeout: Duration) -> io::Result<()> {
+        let readable = |socket| sys::wait(socket, Wanted::Readable, timeout).map(drop);
         match self {
-            Listener::Tcp(listener) => sys::wait(listener.as_socket(), Wanted::Readable, timeout),
+            Listener::Tcp(listener) => readable(listener.as_socket()),
             #[cfg(unix)]
-            Listener::Local(listener) => sys::wait(listener.as_socket(), Wanted::Readable, timeout),
+            Listener::Local(listener) => readable(listener.as_socket()),
             #[cfg(windows)]
             Listener::Local(listener) => listener.wait(timeout),
+            #[cfg(windows)]
+            Listener::Hyperv(listener) => listener.wait(timeout),
         }
     }
 
@@ -91,6 +106,8 @@ impl Listener {
         match self {
             Listener::Tcp(_) => FileState::Ours,
             Listener::Local(listener) => listener.file_state(),
+            #[cfg(windows)]
+            Listener::Hyperv(_) => FileState::Ours,
         }
     }
 }
@@ -116,7 +133,7 @@ pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
     let cause = io::Error::new(io::ErrorKind::Unsupported, why);
     Error::new(operation, address, cause).with_remedy(match cfg!(unix) {
         true => "use a hyperkit://, vsock://, vsock-mux://, unix: or tcp:// address",
-        false => "use a tcp:// or npipe:// address",
+        false => "use a tcp://, npipe:// or hvsock:// address",
     })
 }
 
@@ -160,26 +177,36 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
 }
 
 impl Listener {
-    /// Calls `f` with what mio knows to register.
-    fn with_source<T>(&mut self, f: impl FnOnce(&mut dyn Source) -> T) -> T {
+    /// Has the poller of `registry` tell of connections under `token`; where none can wait for the listener, `tell` is
+    /// called instead.
+    pub(crate) fn watch(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        tell: impl Fn() + Send + 'static,
+    ) -> io::Result<()> {
+        let what = Interest::READABLE;
+        // Not needed where all can be waited for.
+        let _ = &tell;
         match self {
-            Listener::Tcp(listener) => f(listener),
-            Listener::Local(listener) => listener.with_source(f),
+            Listener::Tcp(listener) => listener.register(registry, token, what),
+            Listener::Local(listener) => {
+                listener.with_source(|source| source.register(registry, token, what))
+            }
+            #[cfg(windows)]
+            Listener::Hyperv(listener) => listener.watch(tell),
         }
     }
-}
 
-impl Source for Listener {
-    fn register(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
-        self.with_source(|source| source.register(registry, token, what))
-    }
-
-    fn reregister(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
-        self.with_source(|source| source.reregister(registry, token, what))
-    }
-
-    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        self.with_source(|source| source.deregister(registry))
+    /// Undoes [`watch`](Listener::watch).
+    pub(crate) fn unwatch(&mut self, registry: &Registry) -> io::Result<()> {
+        match self {
+            Listener::Tcp(listener) => listener.deregister(registry),
+            Listener::Local(listener) => listener.with_source(|source| source.deregister(registry)),
+            // It ends with the listener.
+            #[cfg(windows)]
+            Listener::Hyperv(_) => Ok(()),
+        }
     }
 }
 

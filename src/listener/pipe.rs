@@ -196,12 +196,12 @@ impl LocalListener {
         Ok((pipe, Peer::Unknown))
     }
 
-    /// Waits until a client may have come, at most `timeout`; false if none has.
-    pub(super) fn wait(&self, timeout: Duration) -> io::Result<bool> {
+    /// Waits until a client may have come, at most `timeout`.
+    pub(super) fn wait(&self, timeout: Duration) -> io::Result<()> {
         let mut waiting = self.lock();
         waiting.begin_operations()?;
         if !waiting.taken.is_empty() {
-            return Ok(true);
+            return Ok(());
         }
         let events = waiting
             .operations
@@ -210,7 +210,7 @@ impl LocalListener {
         let events = events.collect::<io::Result<Vec<OwnedHandle>>>()?;
         drop(waiting);
         let events: Vec<_> = events.iter().map(AsHandle::as_handle).collect();
-        sys::wait_for_any(&events, Some(timeout))
+        sys::wait_for_any(&events, Some(timeout)).map(drop)
     }
 
     pub(super) fn vsock_port(&self) -> Option<Port> {

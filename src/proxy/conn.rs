@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tracing::{Span, debug, debug_span};
@@ -11,10 +12,11 @@ use crate::dial::{self, Dial};
 use crate::error::{Error, Operation};
 use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Socket, Turn};
 
+use super::dialling::complain;
 use super::forward::Forward;
 use super::gate::{Full, Gate, Permit, Place};
 use super::table::Id;
-use super::worker::{Worker, after};
+use super::worker::{Phase, Worker, after};
 use super::world::World;
 
 /// Bytes that one connection may move in each direction before the others have their turn.
@@ -65,6 +67,8 @@ pub(super) enum State<S> {
         /// When a pair that can only end any more, or waits for one peer's end alone, must have done so.
         end: Option<Instant>,
     },
+    /// Carried by threads of its own, which also take leave of the ends: one of them can't be waited for.
+    Bridged,
     /// Taking leave of each end, until then (or until the proxy stops).
     Leaving {
         ends: [Option<Leave<S>>; 2],
@@ -119,7 +123,7 @@ impl<S: crate::relay::Socket> Conn<S> {
                     leave.end.latch(readiness);
                 }
             }
-            State::Waiting { .. } | State::Moving => {}
+            State::Waiting { .. } | State::Bridged | State::Moving => {}
         }
     }
 
@@ -138,6 +142,22 @@ impl<W: World> Worker<W> {
             return;
         };
         conn.span.in_scope(|| debug!("connected"));
+        if conn.forward.is_bridged() {
+            let ends = [client.socket, server.socket];
+            let drain = self.shared.limits.drain_timeout;
+            let begun = self
+                .world
+                .bridge(id.token(CLIENT), ends, &conn.forward, drain);
+            conn.timer = None;
+            conn.state = State::Bridged;
+            if let Err(e) = begun {
+                conn.forward.refused.fetch_add(1, Ordering::Relaxed);
+                let error = Error::new(Operation::Run, "a connection's thread", e);
+                complain(&conn.forward, &error, now);
+                self.forget(id);
+            }
+            return;
+        }
         let mut pair = Pair::new(client, server);
         let mut hold = None;
         if conn.forward.rule.connect.refuses_in_silence() {
@@ -244,6 +264,9 @@ impl<W: World> Worker<W> {
                 }
             }
             State::Relaying { .. } => self.relay(id, now),
+            State::Bridged if self.phase == Phase::Cutting => self.cut_bridge(id, now),
+            // An event from before.
+            State::Bridged => {}
             State::Leaving { .. } => self.go_on_leaving(id, now),
             State::Moving => {}
         }

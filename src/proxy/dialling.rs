@@ -51,6 +51,12 @@ impl<W: World> Worker<W> {
         };
         let ready = match target {
             _ if watched.is_err() || closed => Some(false),
+            _ if forward.is_blocking(SERVER) => {
+                let limit = self.shared.limits.dial_timeout;
+                let patience = dial::patience(target, limit);
+                self.world.dial(id.token(SERVER), target, patience);
+                None
+            }
             _ => match Target::of(target) {
                 Target::Endpoint(endpoint) => {
                     // To hyperkit only with leave of its gate.
@@ -129,6 +135,32 @@ impl<W: World> Worker<W> {
             &error.with_remedy("is the name right, and does DNS answer?"),
             now,
         );
+    }
+
+    /// Takes what a dial on a thread of its own has come to.
+    pub(super) fn dialled(
+        &mut self,
+        id: Id,
+        server: std::result::Result<W::Stream, Error>,
+        now: Instant,
+    ) {
+        let conn = self.conns.get_mut(id);
+        let waiting = conn.filter(|conn| matches!(conn.state, State::Waiting { .. }));
+        match (server, waiting) {
+            (Ok(server), Some(conn)) => {
+                if let State::Waiting { client, dial, .. } = conn.take_state() {
+                    conn.state = State::Connecting {
+                        client,
+                        server: End::new(server),
+                        dial,
+                    };
+                }
+                self.connected(id, now);
+            }
+            // The client has left, or was refused in the meantime.
+            (Ok(server), None) => self.world.close(server),
+            (Err(error), _) => self.refuse(id, &error, now),
+        }
     }
 
     pub(super) fn queue_dial(&mut self, id: Id, forward: &Forward, now: Instant) {

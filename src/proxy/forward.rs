@@ -57,6 +57,8 @@ pub(crate) struct Forward {
     pub(crate) rule: Rule,
     /// The gate of the VM on each side that is hyperkit's.
     pub(crate) gates: [Option<Arc<Gate>>; 2],
+    /// The sides whose sockets can't be waited for.
+    blocking: [bool; 2],
     pub(crate) accepted: AtomicU64,
     pub(crate) live: AtomicU64,
     pub(crate) refused: AtomicU64,
@@ -66,8 +68,14 @@ pub(crate) struct Forward {
 }
 
 impl Forward {
-    pub(crate) fn new(rule: Rule, gates: [Option<Arc<Gate>>; 2]) -> Forward {
+    /// `has_readiness`: see [`has_readiness`](crate::stream::nonblocking::has_readiness).
+    pub(crate) fn new(
+        rule: Rule,
+        gates: [Option<Arc<Gate>>; 2],
+        has_readiness: fn(&Address) -> bool,
+    ) -> Forward {
         Forward {
+            blocking: [!has_readiness(&rule.listen), !has_readiness(&rule.connect)],
             rule,
             gates,
             accepted: AtomicU64::new(0),
@@ -82,6 +90,16 @@ impl Forward {
     /// Whether connections of that side are ended by half-close, drain, close.
     pub(crate) fn is_polite(&self, side: usize) -> bool {
         self.address(side).is_delicate()
+    }
+
+    /// Whether its connections are carried by threads of their own.
+    pub(crate) fn is_bridged(&self) -> bool {
+        self.blocking.contains(&true)
+    }
+
+    /// Whether the end of `side` can't be waited for.
+    pub(crate) fn is_blocking(&self, side: usize) -> bool {
+        self.blocking[side]
     }
 
     /// Whether a half-close that `side` reads makes its VMM end the guest's direction as well.

@@ -10,6 +10,7 @@ use crate::dial;
 use crate::error::{Error, Operation};
 use crate::relay::{CLIENT, Farewell, Readiness, SERVER};
 
+use super::bridge::Ended;
 use super::conn::{Leave, State};
 use super::dialling::complain;
 use super::table::Id;
@@ -17,18 +18,23 @@ use super::worker::{Phase, Worker, after};
 use super::world::World;
 
 /// How long a client that goes on sending is read from after it got its whole answer.
-const LINGER: Duration = Duration::from_secs(5);
+pub(super) const LINGER: Duration = Duration::from_secs(5);
 
 /// After how long it is looked whether a peer that is to be reset has got what was sent before; doubled each time, up
 /// to the longest.
-const RESET_PAUSE: Duration = Duration::from_millis(2);
-const LONGEST_RESET_PAUSE: Duration = Duration::from_millis(128);
+pub(super) const RESET_PAUSE: Duration = Duration::from_millis(2);
+pub(super) const LONGEST_RESET_PAUSE: Duration = Duration::from_millis(128);
 
 /// How long guests are taken leave of when the proxy is told to end at once.
 pub(super) const LAST_LEAVE: Duration = Duration::from_secs(2);
 
 /// Turns of an end that is emptied before it is closed by force: what a socket can hold, many times over.
 const LAST_TURNS: usize = 64;
+
+const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout";
+
+/// How long a bridge that was cut off may take to end before it is cut again.
+const CUT_PAUSE: Duration = Duration::from_millis(10);
 
 impl<W: World> Worker<W> {
     /// Ends a pair, done or not: closes, resets, or half-closes and goes on reading, as each side is owed.
@@ -175,7 +181,7 @@ impl<W: World> Worker<W> {
                 conn.forward.abandoned.fetch_add(1, Ordering::Relaxed);
                 let text = match self.phase {
                     Phase::Cutting => "closed connections that the guest had not ended yet",
-                    _ => "closed connections that the guest did not end within the drain timeout",
+                    _ => NOT_ENDED,
                 };
                 if conn.forward.complaints.admit(text, now).is_some() {
                     warn!("{}: {text}", conn.forward.rule.connect);
@@ -221,12 +227,34 @@ impl<W: World> Worker<W> {
                 self.refuse(id, &error, now);
             }
             State::Relaying { .. } => self.leave(id, now),
+            State::Bridged => self.cut_bridge(id, now),
             State::Leaving { ends, .. } => {
                 let ends = std::mem::take(ends);
                 self.begin_leaving(id, ends, now);
             }
             State::Moving => {}
         }
+    }
+
+    /// Cuts a bridge off, until it says that it has ended.
+    pub(super) fn cut_bridge(&mut self, id: Id, now: Instant) {
+        self.world.cut_bridge(id.token(CLIENT));
+        self.set_timer(id, now + CUT_PAUSE);
+    }
+
+    /// A bridge has ended by itself.
+    pub(super) fn bridge_ended(&mut self, id: Id, ended: Ended, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        conn.counted = ended.delivered;
+        if ended.abandoned {
+            conn.forward.abandoned.fetch_add(1, Ordering::Relaxed);
+            if conn.forward.complaints.admit(NOT_ENDED, now).is_some() {
+                warn!("{}: {NOT_ENDED}", conn.forward.rule.connect);
+            }
+        }
+        self.forget(id);
     }
 
     /// Takes a connection out of the books, closing what it still has.
@@ -240,7 +268,7 @@ impl<W: World> Worker<W> {
                 self.world.close(client.socket);
                 self.world.close(server.socket);
             }
-            State::Relaying { .. } | State::Leaving { .. } | State::Moving => {}
+            State::Relaying { .. } | State::Bridged | State::Leaving { .. } | State::Moving => {}
         }
         conn.span.in_scope(|| {
             debug!(

@@ -1,4 +1,5 @@
-//! The proxy: rules that are carried by a few threads, each with a mio event loop.
+//! The proxy: rules that are carried by a few threads, each with a mio event loop. Where a family's sockets can't be waited
+//! for (AF_HYPERV), a connection has two threads more.
 //!
 //! ```no_run
 //! use hvsock::{Proxy, ProxyConfig, Rule};
@@ -13,6 +14,7 @@
 //! ```
 
 mod accept;
+mod bridge;
 mod conn;
 mod dialling;
 mod forward;
@@ -32,10 +34,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::address::{Address, CID_ANY, HyperkitVm, PORT_ANY};
+use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::{Listener, not_carried};
 use crate::relay::CLIENT;
-use crate::stream::nonblocking::{Stream, Target};
+use crate::stream::nonblocking::{Stream, Target, has_readiness};
 use crate::sys;
 
 use forward::Forward;
@@ -57,9 +60,10 @@ pub struct Limits {
     pub vm_connections: usize,
     /// Dials to one hyperkit VM without a sign of life from the guest; more wait. hyperkit aborts at 512.
     pub vm_unanswered: usize,
-    /// How long a client may wait until its target is connected.
+    /// How long a client may wait until its target is connected; a `hvsock://` one has a second at most.
     pub dial_timeout: Duration,
-    /// How long a guest may take to end a connection after the half-close, before it is closed all the same.
+    /// How long a guest may take to end a connection after the half-close, before it is closed all the same. Guests of
+    /// Hyper-V are guests, too.
     pub drain_timeout: Duration,
 }
 
@@ -143,6 +147,11 @@ impl Proxy {
     /// # Errors
     /// The first listener that can't be bound; then none stays. `Unsupported` for families that aren't carried.
     pub fn start(config: ProxyConfig) -> Result<Proxy> {
+        Proxy::start_with(config, has_readiness)
+    }
+
+    /// As [`start`](Proxy::start), where `has_readiness` says whose sockets can be waited for. The others have threads.
+    fn start_with(config: ProxyConfig, has_readiness: fn(&Address) -> bool) -> Result<Proxy> {
         let fail = |e| Error::new(Operation::Run, "the proxy", e);
         let mut gates: Vec<(PathBuf, Arc<Gate>)> = Vec::new();
         let gate_limits = GateLimits {
@@ -156,8 +165,12 @@ impl Proxy {
                 _ => None,
             };
             let rule_gates = [gate_at(&rule.listen), gate_at(&rule.connect)];
-            if matches!(Target::of(&rule.connect), Target::NotCarried) {
-                return Err(not_carried(Operation::Connect, &rule.connect));
+            if has_readiness(&rule.connect) {
+                if matches!(Target::of(&rule.connect), Target::NotCarried) {
+                    return Err(not_carried(Operation::Connect, &rule.connect));
+                }
+            } else {
+                dial::check(&rule.connect)?;
             }
             check(
                 &rule,
@@ -172,7 +185,10 @@ impl Proxy {
                     io::Error::new(io::ErrorKind::InvalidInput, "it would connect to itself");
                 return Err(Error::new(Operation::Connect, &rule.connect, cause));
             }
-            bound.push((listener, Arc::new(Forward::new(rule, rule_gates))));
+            bound.push((
+                listener,
+                Arc::new(Forward::new(rule, rule_gates, has_readiness)),
+            ));
         }
         let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let count = config.workers.unwrap_or_else(cores).get();
@@ -379,3 +395,6 @@ fn gate_of(
     gates.push((socket, Arc::clone(&gate)));
     gate
 }
+
+#[cfg(test)]
+mod tests;

@@ -193,7 +193,7 @@ impl<W: World> Worker<W> {
         }
     }
 
-    fn take_event(&mut self, event: Event, now: Instant) {
+    fn take_event(&mut self, event: Event<W::Stream>, now: Instant) {
         match event {
             Event::Ready { token, readiness } if token < Id::FIRST => {
                 if let Some(listening) = self.listeners.get_mut(token) {
@@ -210,6 +210,12 @@ impl<W: World> Worker<W> {
             }
             Event::Resolved { token, addresses } => {
                 self.resolved(Id::from_token(token).0, addresses, now)
+            }
+            Event::Dialled { token, stream } => {
+                self.dialled(Id::from_token(token).0, stream, now);
+            }
+            Event::Bridged { token, ended } => {
+                self.bridge_ended(Id::from_token(token).0, ended, now);
             }
         }
     }

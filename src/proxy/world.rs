@@ -12,16 +12,20 @@ use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
-use crate::error::Result;
+use crate::error::{Error, Operation, Result};
 use crate::listener::Peer;
 use crate::listener::nonblocking::{FileState, Listener};
 use crate::relay::{Readiness, Socket};
+use crate::stream;
 use crate::stream::nonblocking::{Endpoint, Stream};
 use crate::sys::{self, Identity};
 
+use super::bridge::{Bridge, Ended, Order};
+use super::forward::Forward;
+
 /// What the loop learns in one wait.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub(crate) enum Event<S> {
     /// The socket registered under this token became ready.
     Ready { token: usize, readiness: Readiness },
     /// The name asked for with this token has these addresses.
@@ -29,6 +33,10 @@ pub(crate) enum Event {
         token: usize,
         addresses: io::Result<Vec<SocketAddr>>,
     },
+    /// The dial that was begun with this token has come to this.
+    Dialled { token: usize, stream: Result<S> },
+    /// The bridge that was begun with this token has closed its streams.
+    Bridged { token: usize, ended: Ended },
 }
 
 /// Everything a worker asks of its surroundings.
@@ -38,7 +46,11 @@ pub(crate) trait World {
 
     fn now(&self) -> Instant;
     /// Waits for events, at most `timeout`, and appends them.
-    fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> io::Result<()>;
+    fn wait(
+        &mut self,
+        events: &mut Vec<Event<Self::Stream>>,
+        timeout: Option<Duration>,
+    ) -> io::Result<()>;
 
     fn listen(&mut self, address: &Address, mode: u32) -> Result<Self::Listener>;
     fn watch_listener(&mut self, listener: &mut Self::Listener, token: usize) -> io::Result<()>;
@@ -65,6 +77,23 @@ pub(crate) trait World {
     fn vm_identity(&mut self, vm: &HyperkitVm) -> Option<Identity>;
     /// Whether there is a file of that name.
     fn exists(&mut self, path: &Path) -> bool;
+
+    /// Connects to an address to which connecting blocks; [`Event::Dialled`] answers.
+    fn dial(&mut self, token: usize, address: &Address, timeout: Duration);
+    /// Carries between two streams, of which one at least can't be waited for, until [`Event::Bridged`]. It may take
+    /// `drain` to take leave of a side.
+    ///
+    /// # Errors
+    /// It can't be begun; both were reset.
+    fn bridge(
+        &mut self,
+        token: usize,
+        streams: [Self::Stream; 2],
+        forward: &Arc<Forward>,
+        drain: Duration,
+    ) -> io::Result<()>;
+    /// Breaks a bridge off, which is to be tried again until [`Event::Bridged`].
+    fn cut_bridge(&mut self, token: usize);
 }
 
 /// Token of the waker.
@@ -80,18 +109,43 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How many events one wait takes.
 const EVENTS: usize = 1024;
 
-/// What was found for a name.
-type Answer = (String, io::Result<Vec<SocketAddr>>);
+/// What other threads have to tell.
+#[derive(Debug)]
+enum News {
+    /// What was found for a name.
+    Found(String, io::Result<Vec<SocketAddr>>),
+    Event(Event<Stream>),
+}
+
+/// Takes the news of other threads, and wakes the loop for them.
+#[derive(Debug)]
+struct Bell {
+    news: Mutex<Vec<News>>,
+    waker: Arc<Waker>,
+}
+
+impl Bell {
+    fn ring(&self, news: News) {
+        self.news().push(news);
+        // The loop is gone if it can't be woken.
+        let _ = self.waker.wake();
+    }
+
+    fn news(&self) -> MutexGuard<'_, Vec<News>> {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// The real world: mio, the kernel's sockets, the monotonic clock.
 #[derive(Debug)]
 pub(crate) struct MioWorld {
     poll: Poll,
     events: Events,
-    waker: Arc<Waker>,
+    bell: Arc<Bell>,
     /// Who waits for the addresses of each name that is being asked for, and with which port.
     asking: HashMap<String, Vec<(usize, u16)>>,
-    answers: Arc<Mutex<Vec<Answer>>>,
+    /// Those that have not told of their end.
+    bridges: HashMap<usize, Bridge>,
 }
 
 impl MioWorld {
@@ -99,39 +153,43 @@ impl MioWorld {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let events = Events::with_capacity(EVENTS);
+        let news = Mutex::default();
         Ok(MioWorld {
             poll,
             events,
-            waker,
+            bell: Arc::new(Bell { news, waker }),
             asking: HashMap::new(),
-            answers: Arc::default(),
+            bridges: HashMap::new(),
         })
     }
 
     /// Ends a [`wait`](World::wait) from another thread.
     pub(crate) fn waker(&self) -> Arc<Waker> {
-        Arc::clone(&self.waker)
+        Arc::clone(&self.bell.waker)
     }
 
     /// Asks for the addresses of `host` on a thread of its own: `getaddrinfo` blocks and has no other form, and a name
     /// whose server is silent must not keep the others waiting. There is one thread a name at most.
     fn ask(&self, host: &str) -> io::Result<()> {
-        let (answers, waker) = (Arc::clone(&self.answers), self.waker());
+        let bell = Arc::clone(&self.bell);
         let host = host.to_owned();
         let ask = move || {
             let found = (host.as_str(), 0).to_socket_addrs().map(Iterator::collect);
-            lock(&answers).push((host, found));
-            // The loop is gone if it can't be woken.
-            let _ = waker.wake();
+            bell.ring(News::Found(host, found));
         };
         let thread = std::thread::Builder::new().name("hvsock-resolver".into());
         thread.spawn(ask).map(drop)
     }
 
     /// Tells who waited for a name what was found.
-    fn tell(&mut self, (host, found): Answer, events: &mut Vec<Event>) {
-        for (token, port) in self.asking.remove(&host).unwrap_or_default() {
-            let addresses = match &found {
+    fn tell(
+        &mut self,
+        host: &str,
+        found: &io::Result<Vec<SocketAddr>>,
+        events: &mut Vec<Event<Stream>>,
+    ) {
+        for (token, port) in self.asking.remove(host).unwrap_or_default() {
+            let addresses = match found {
                 Ok(found) => {
                     let with_port = |address: &SocketAddr| SocketAddr::new(address.ip(), port);
                     Ok(found.iter().map(with_port).collect())
@@ -151,8 +209,27 @@ impl Drop for MioWorld {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// A bridge of a forward, as its world knows it.
+struct Carried {
+    token: usize,
+    forward: Arc<Forward>,
+    drain: Duration,
+    bell: Arc<Bell>,
+}
+
+impl Order for Carried {
+    fn delivered(&self, side: usize, bytes: u64) {
+        self.forward.count(side, bytes);
+    }
+
+    fn drain(&self, side: usize) -> Option<Duration> {
+        (self.forward.is_blocking(side) || self.forward.is_polite(side)).then_some(self.drain)
+    }
+
+    fn ended(&self, ended: Ended) {
+        let token = self.token;
+        self.bell.ring(News::Event(Event::Bridged { token, ended }));
+    }
 }
 
 impl World for MioWorld {
@@ -163,11 +240,15 @@ impl World for MioWorld {
         Instant::now()
     }
 
-    fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> io::Result<()> {
-        // As with the inbox: an answer may be there although its wake-up was lost.
-        let answered = !self.asking.is_empty() && !lock(&self.answers).is_empty();
+    fn wait(
+        &mut self,
+        events: &mut Vec<Event<Stream>>,
+        timeout: Option<Duration>,
+    ) -> io::Result<()> {
+        // As with the inbox: news may be there although their wake-up was lost.
+        let told = !self.bell.news().is_empty();
         let timeout = match timeout {
-            _ if answered => Some(Duration::ZERO),
+            _ if told => Some(Duration::ZERO),
             timeout => timeout.map(|timeout| timeout.min(LONGEST_WAIT)),
         };
         match self.poll.poll(&mut self.events, timeout) {
@@ -189,10 +270,16 @@ impl World for MioWorld {
                 readiness,
             });
         }
-        if !self.asking.is_empty() {
-            let answers = std::mem::take(&mut *lock(&self.answers));
-            for answer in answers {
-                self.tell(answer, events);
+        let news = std::mem::take(&mut *self.bell.news());
+        for news in news {
+            match news {
+                News::Found(host, found) => self.tell(&host, &found, events),
+                News::Event(event) => {
+                    if let Event::Bridged { token, .. } = &event {
+                        self.bridges.remove(token);
+                    }
+                    events.push(event);
+                }
             }
         }
         Ok(())
@@ -203,9 +290,15 @@ impl World for MioWorld {
     }
 
     fn watch_listener(&mut self, listener: &mut Listener, token: usize) -> io::Result<()> {
-        self.poll
-            .registry()
-            .register(listener, Token(token), Interest::READABLE)
+        let bell = Arc::clone(&self.bell);
+        let tell = move || {
+            let readiness = Readiness {
+                readable: true,
+                ..Readiness::default()
+            };
+            bell.ring(News::Event(Event::Ready { token, readiness }));
+        };
+        listener.watch(self.poll.registry(), Token(token), tell)
     }
 
     fn accept(&mut self, listener: &Listener) -> io::Result<(Stream, Peer)> {
@@ -217,7 +310,7 @@ impl World for MioWorld {
     }
 
     fn close_listener(&mut self, mut listener: Listener) {
-        let _ = listener.deregister(self.poll.registry());
+        let _ = listener.unwatch(self.poll.registry());
     }
 
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<Stream> {
@@ -266,8 +359,7 @@ impl World for MioWorld {
         }
         self.asking.insert(host.to_owned(), vec![(token, port)]);
         if let Err(e) = self.ask(host) {
-            lock(&self.answers).push((host.to_owned(), Err(e)));
-            let _ = self.waker.wake();
+            self.bell.ring(News::Found(host.to_owned(), Err(e)));
         }
     }
 
@@ -279,5 +371,59 @@ impl World for MioWorld {
         // A VM with `guest_forwards` alone has no `connect` socket.
         let of = |path: PathBuf| Identity::of(&path).ok();
         of(vm.connect_path()).or_else(|| of(vm.pid_path()))
+    }
+
+    fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
+        let bell = Arc::clone(&self.bell);
+        let target = address.clone();
+        let dial = move || {
+            let stream = stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking);
+            bell.ring(News::Event(Event::Dialled { token, stream }));
+        };
+        let thread = std::thread::Builder::new().name("hvsock-dial".into());
+        if let Err(e) = thread.spawn(dial) {
+            let stream = Err(Error::new(Operation::Connect, address, e));
+            self.bell
+                .ring(News::Event(Event::Dialled { token, stream }));
+        }
+    }
+
+    fn bridge(
+        &mut self,
+        token: usize,
+        streams: [Stream; 2],
+        forward: &Arc<Forward>,
+        drain: Duration,
+    ) -> io::Result<()> {
+        let [mut client, mut server] = streams;
+        for stream in [&mut client, &mut server] {
+            // What was never registered says so.
+            let _ = stream.deregister(self.poll.registry());
+        }
+        let client = stream::Stream::from_nonblocking(client, &forward.rule.listen);
+        let server = stream::Stream::from_nonblocking(server, &forward.rule.connect);
+        let (client, server) = match (client, server) {
+            (Ok(client), Ok(server)) => (client, server),
+            (Ok(whole), Err(e)) | (Err(e), Ok(whole)) => {
+                whole.abort();
+                return Err(e);
+            }
+            (Err(e), Err(_)) => return Err(e),
+        };
+        let order = Carried {
+            token,
+            forward: Arc::clone(forward),
+            drain,
+            bell: Arc::clone(&self.bell),
+        };
+        let bridge = Bridge::start([client, server], order)?;
+        self.bridges.insert(token, bridge);
+        Ok(())
+    }
+
+    fn cut_bridge(&mut self, token: usize) {
+        if let Some(bridge) = self.bridges.get(&token) {
+            bridge.cut();
+        }
     }
 }

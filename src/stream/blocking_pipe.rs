@@ -320,7 +320,6 @@ impl Pipe {
     }
 
     /// Cuts a client off, and lets nobody wait here. A server reads EOF when this is dropped.
-    #[cfg(feature = "cli")]
     pub(super) fn reset(&self) {
         self.read_end.shut();
         self.write_end.shut();

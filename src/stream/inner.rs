@@ -5,13 +5,13 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::Socket;
+use socket2::{SockAddr, Socket};
 
 use super::blocking_pipe::Pipe;
 use super::nonblocking;
-use crate::sys::OwnedSocket;
 #[cfg(feature = "cli")]
-use crate::sys::{self, AsSocket, Wanted};
+use crate::sys::Wanted;
+use crate::sys::{self, AsSocket, OwnedSocket};
 
 #[derive(Debug)]
 pub(super) enum Inner {
@@ -31,6 +31,7 @@ impl TryFrom<nonblocking::Stream> for Inner {
                 Some((pipe, kind)) => Ok(Inner::Pipe(Arc::new(Pipe::new(pipe, kind)?))),
                 None => Err(io::Error::other("the pipe is an event loop's")),
             },
+            nonblocking::Stream::Blocking(stream) => Ok(stream.socket),
         }
     }
 }
@@ -93,7 +94,6 @@ impl Inner {
     }
 
     /// Of a pipe, zero cuts a client off at once, and there is nothing else.
-    #[cfg(feature = "cli")]
     pub(super) fn set_linger(&self, time: Option<Duration>) -> io::Result<()> {
         match self {
             Inner::Socket(socket) => socket.set_linger(time),
@@ -127,6 +127,22 @@ impl Inner {
         match self {
             Inner::Socket(_) => true,
             Inner::Pipe(pipe) => pipe.has_half_close(),
+        }
+    }
+}
+
+impl Inner {
+    pub(super) fn peer_addr(&self) -> io::Result<SockAddr> {
+        match self {
+            Inner::Socket(socket) => socket.peer_addr(),
+            Inner::Pipe(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Ends what other threads wait for, where a shutdown is only for the calls that follow.
+    pub(super) fn cancel(&self) {
+        if let Inner::Socket(socket) = self {
+            sys::cancel(socket.as_socket());
         }
     }
 }

@@ -16,6 +16,8 @@ use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
+#[cfg(unix)]
+use crate::sys;
 #[cfg(feature = "cli")]
 use crate::sys::Wanted;
 
@@ -58,6 +60,9 @@ impl Stream {
         stream: nonblocking::Stream,
         address: &Address,
     ) -> io::Result<Stream> {
+        if let nonblocking::Stream::Blocking(stream) = stream {
+            return Ok(stream);
+        }
         stream.set_options();
         let socket = into_inner(stream)?;
         socket.set_nonblocking(false)?;
@@ -231,17 +236,44 @@ impl Stream {
     /// they occupy): TCP's peer hasn't acknowledged them, a Unix socket's hasn't read them.
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn untaken(&self) -> usize {
-        crate::sys::unacknowledged(&self.socket)
+        sys::unacknowledged(&self.socket)
     }
 
     /// Makes the close a reset, where the family can, so that the peer doesn't take what it was sent for all; and ends a
     /// read that waits.
-    #[cfg(feature = "cli")]
     pub(crate) fn abort(&self) {
         if let Address::Tcp(_) | Address::Npipe(_) = self.address {
             let _ = self.socket.set_linger(Some(Duration::ZERO));
         }
-        let _ = self.socket.shutdown(Shutdown::Read);
+        self.interrupt(Shutdown::Read);
+    }
+
+    /// Whether there is a connection, as far as the family tells: a reset leaves none, and an EOF does unless we have
+    /// half-closed.
+    pub(crate) fn has_peer(&self) -> bool {
+        let peer = match self.address {
+            Address::Tcp(_) => self.socket.peer_addr().map(drop),
+            _ => Ok(()),
+        };
+        !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected)
+    }
+
+    /// Bytes written that a reset now would take away from the peer.
+    pub(crate) fn unacknowledged(&self) -> usize {
+        match self.address {
+            #[cfg(unix)]
+            Address::Tcp(_) => sys::unacknowledged(&self.socket),
+            // Windows doesn't tell; elsewhere written is there.
+            _ => 0,
+        }
+    }
+
+    /// Shuts `how` down, and ends what other threads wait for there; on Windows whatever they wait for.
+    pub(crate) fn interrupt(&self, how: Shutdown) {
+        let _ = self.socket.shutdown(how);
+        // There a shutdown is for the calls that follow.
+        #[cfg(windows)]
+        self.socket.cancel();
     }
 }
 

@@ -84,11 +84,21 @@ impl Endpoint {
     }
 }
 
+/// Whether the sockets of that address can be waited for by a poller.
+///
+/// Those of AF_HYPERV are reported not to work with `select`. They are carried by threads of their own, until this says
+/// otherwise: then [`Endpoint`] and [`Stream::connect`] must know them.
+pub(crate) fn has_readiness(address: &Address) -> bool {
+    !(cfg!(windows) && matches!(address, Address::Hvsock(_)))
+}
+
 /// A connected stream, or one whose connect is in progress.
 #[derive(Debug)]
 pub(crate) enum Stream {
     Tcp(mio::net::TcpStream),
     Local(Local),
+    /// One whose calls block: no poller can wait for it, and no loop may read or write it.
+    Blocking(super::Stream),
 }
 
 impl Stream {
@@ -114,6 +124,7 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => is_connected(SockRef::from(stream)),
             Stream::Local(stream) => stream.connected(),
+            Stream::Blocking(_) => Ok(true),
         }
     }
 
@@ -122,7 +133,11 @@ impl Stream {
     pub(crate) fn set_options(&self) {
         // For programs that link us and don't ignore SIGPIPE: what accept makes has no setting of its own there.
         #[cfg(target_vendor = "apple")]
-        let _ = SockRef::from(&self.as_socket()).set_nosigpipe(true);
+        let _ = match self {
+            Stream::Tcp(stream) => SockRef::from(stream).set_nosigpipe(true),
+            Stream::Local(stream) => SockRef::from(&stream.as_socket()).set_nosigpipe(true),
+            Stream::Blocking(_) => Ok(()),
+        };
         if let Stream::Tcp(stream) = self {
             // They fail only on a connection that has ended, as the next read will say.
             let _ = stream.set_nodelay(true);
@@ -140,6 +155,7 @@ impl Stream {
             Stream::Local(_) => {}
             #[cfg(windows)]
             Stream::Local(pipe) => pipe.reset(),
+            Stream::Blocking(stream) => stream.abort(),
         }
     }
 
@@ -149,6 +165,7 @@ impl Stream {
             Stream::Tcp(stream) => sys::unacknowledged(stream),
             // Written is there: it lies in the peer's own queue. And AF_VSOCK has no reset to send.
             Stream::Local(_) => 0,
+            Stream::Blocking(stream) => stream.unacknowledged(),
         }
     }
 
@@ -157,6 +174,7 @@ impl Stream {
         let _ = match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
             Stream::Local(stream) => stream.shutdown(Shutdown::Read),
+            Stream::Blocking(stream) => stream.shutdown(Shutdown::Read),
         };
     }
 }
@@ -168,6 +186,7 @@ impl Socket for Stream {
         match self {
             Stream::Tcp(stream) => stream.read(buffer),
             Stream::Local(stream) => stream.read(buffer),
+            Stream::Blocking(stream) => stream.read(buffer),
         }
     }
 
@@ -175,6 +194,7 @@ impl Socket for Stream {
         match self {
             Stream::Tcp(stream) => stream.write(bytes),
             Stream::Local(stream) => stream.write(bytes),
+            Stream::Blocking(stream) => stream.write(bytes),
         }
     }
 
@@ -182,6 +202,7 @@ impl Socket for Stream {
         match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
             Stream::Local(stream) => stream.shutdown(Shutdown::Write),
+            Stream::Blocking(stream) => stream.shutdown(Shutdown::Write),
         }
     }
 
@@ -190,6 +211,7 @@ impl Socket for Stream {
         match self {
             Stream::Tcp(_) => true,
             Stream::Local(pipe) => pipe.has_half_close(),
+            Stream::Blocking(_) => true,
         }
     }
 
@@ -198,30 +220,37 @@ impl Socket for Stream {
         match self {
             Stream::Tcp(_) => false,
             Stream::Local(pipe) => pipe.is_settled(),
+            Stream::Blocking(_) => false,
         }
     }
 }
 
 impl Stream {
-    fn source(&mut self) -> &mut dyn Source {
+    /// What a poller can wait for.
+    fn source(&mut self) -> Option<&mut dyn Source> {
         match self {
-            Stream::Tcp(stream) => stream,
-            Stream::Local(stream) => stream.source(),
+            Stream::Tcp(stream) => Some(stream),
+            Stream::Local(stream) => Some(stream.source()),
+            Stream::Blocking(_) => None,
         }
     }
 }
 
+/// Of a blocking stream no event ever tells.
 impl Source for Stream {
     fn register(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
-        self.source().register(registry, token, what)
+        self.source()
+            .map_or(Ok(()), |source| source.register(registry, token, what))
     }
 
     fn reregister(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
-        self.source().reregister(registry, token, what)
+        self.source()
+            .map_or(Ok(()), |source| source.reregister(registry, token, what))
     }
 
     fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        self.source().deregister(registry)
+        self.source()
+            .map_or(Ok(()), |source| source.deregister(registry))
     }
 }
 
@@ -231,6 +260,7 @@ impl From<Stream> for sys::OwnedSocket {
         match stream {
             Stream::Tcp(stream) => stream.into(),
             Stream::Local(stream) => stream.into(),
+            Stream::Blocking(stream) => stream.socket.into(),
         }
     }
 }
@@ -245,6 +275,7 @@ impl Stream {
             // It was connected when it was made, and there is nothing else to wait for here.
             #[cfg(windows)]
             Stream::Local(_) => Ok(true),
+            Stream::Blocking(_) => Ok(true),
         }
     }
 }

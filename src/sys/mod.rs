@@ -14,12 +14,18 @@
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
-//! Windows supplies what is left of it without Unix sockets: `wait`, `is_hung_up`, standard input and output.
+//! Windows supplies what is left of it without Unix sockets: `wait`, `is_hung_up`, standard input and output. And
+//!
+//! * `hv_connect`, `hv_listen`, `hv_of`: AF_HYPERV sockets, all of them blocking.
+//! * `Acceptor`: accepting where a listener can't be waited for by a poller.
+//! * `cancel(socket)`: ends the calls that other threads wait in, which a shutdown alone needn't do there.
 //!
 //! Nothing here decides anything: policy stands above.
 
 use std::ffi::OsString;
 
+#[cfg(windows)]
+mod acceptor;
 #[cfg(target_os = "linux")]
 mod linux;
 #[cfg(unix)]
@@ -27,6 +33,8 @@ mod unix;
 #[cfg(windows)]
 mod windows;
 
+#[cfg(windows)]
+pub(crate) use acceptor::Acceptor;
 #[cfg(target_os = "linux")]
 pub(crate) use linux::*;
 #[cfg(unix)]

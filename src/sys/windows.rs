@@ -14,8 +14,9 @@ use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 use uuid::Uuid;
 use windows_sys::Win32::Networking::WinSock;
 use windows_sys::Win32::System::Hypervisor;
+use windows_sys::Win32::System::IO::CancelIoEx;
 
-use super::Wanted;
+use super::{Acceptor, Wanted};
 
 pub(crate) use overlapped::*;
 pub(crate) use pipe::*;
@@ -159,30 +160,108 @@ fn hv_address(vm: Uuid, service: Uuid) -> io::Result<SockAddr> {
     Ok(address)
 }
 
-/// Connects an AF_HYPERV socket, within `timeout` (at most 300 s, `HVSOCKET_CONNECT_TIMEOUT_MAX`): without one, a
-/// connect that comes before its server's listen may wait for ever.
+/// The VM's id and the service id of an AF_HYPERV address.
 #[allow(unsafe_code)]
-pub(crate) fn hv_connect(vm: Uuid, service: Uuid, timeout: Duration) -> io::Result<Socket> {
+pub(crate) fn hv_of(address: &SockAddr) -> Option<(Uuid, Uuid)> {
+    let len = usize::try_from(address.len()).ok()?;
+    if address.family() != WinSock::AF_HYPERV || len < size_of::<Hypervisor::SOCKADDR_HV>() {
+        return None;
+    }
+    // SAFETY: that many bytes are initialized, and any bytes are such an address.
+    let address = unsafe {
+        address
+            .as_ptr()
+            .cast::<Hypervisor::SOCKADDR_HV>()
+            .read_unaligned()
+    };
+    let uuid =
+        |id: windows_sys::core::GUID| Uuid::from_fields(id.data1, id.data2, id.data3, &id.data4);
+    Some((uuid(address.VmId), uuid(address.ServiceId)))
+}
+
+/// Options of AF_HYPERV sockets, set before they are bound or connected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct HvOptions {
+    /// `HVSOCKET_CONNECTED_SUSPEND`.
+    pub(crate) connected_suspend: bool,
+    /// `HVSOCKET_CONTAINER_PASSTHRU`.
+    pub(crate) container_passthru: bool,
+}
+
+/// `HVSOCKET_CONTAINER_PASSTHRU` of the SDK's `hvsocket.h`, which windows-sys leaves out.
+const HVSOCKET_CONTAINER_PASSTHRU: u32 = 2;
+
+/// An AF_HYPERV socket that is neither bound nor connected.
+pub(crate) fn hv_socket(options: HvOptions) -> io::Result<Socket> {
     let family = Domain::from(i32::from(WinSock::AF_HYPERV));
     let protocol = Protocol::from(HV_PROTOCOL_RAW);
     let socket = Socket::new(family, Type::STREAM, Some(protocol))?;
-    let timeout = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
-    let timeout = timeout.clamp(1, Hypervisor::HVSOCKET_CONNECT_TIMEOUT_MAX);
-    // SAFETY: the kernel reads the given number of bytes from the pointer, which are those of `timeout`.
+    for (option, wanted) in [
+        (
+            Hypervisor::HVSOCKET_CONNECTED_SUSPEND,
+            options.connected_suspend,
+        ),
+        (HVSOCKET_CONTAINER_PASSTHRU, options.container_passthru),
+    ] {
+        if wanted {
+            hv_set(&socket, option, 1)?;
+        }
+    }
+    Ok(socket)
+}
+
+#[allow(unsafe_code)]
+fn hv_set(socket: &Socket, option: u32, value: u32) -> io::Result<()> {
+    // SAFETY: the kernel reads the given number of bytes from the pointer, which are those of `value`.
     let set = unsafe {
         WinSock::setsockopt(
             usize::try_from(socket.as_raw_socket()).map_err(io::Error::other)?,
             HV_PROTOCOL_RAW,
-            Hypervisor::HVSOCKET_CONNECT_TIMEOUT.cast_signed(),
-            std::ptr::from_ref(&timeout).cast(),
+            option.cast_signed(),
+            std::ptr::from_ref(&value).cast(),
             size_of::<u32>() as i32,
         )
     };
-    if set == WinSock::SOCKET_ERROR {
-        return Err(io::Error::last_os_error());
+    match set {
+        WinSock::SOCKET_ERROR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
     }
+}
+
+/// Connects an AF_HYPERV socket, within `timeout` (at most 300 s, `HVSOCKET_CONNECT_TIMEOUT_MAX`): without one, a
+/// connect that comes before its server's listen may wait for ever.
+pub(crate) fn hv_connect(
+    vm: Uuid,
+    service: Uuid,
+    timeout: Duration,
+    options: HvOptions,
+) -> io::Result<Socket> {
+    let socket = hv_socket(options)?;
+    let timeout = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+    let timeout = timeout.clamp(1, Hypervisor::HVSOCKET_CONNECT_TIMEOUT_MAX);
+    hv_set(&socket, Hypervisor::HVSOCKET_CONNECT_TIMEOUT, timeout)?;
     socket.connect(&hv_address(vm, service)?)?;
     Ok(socket)
+}
+
+/// Listens on a service, for connections from the partitions that `vm` means.
+pub(crate) fn hv_listen(
+    vm: Uuid,
+    service: Uuid,
+    backlog: i32,
+    options: HvOptions,
+) -> io::Result<Acceptor> {
+    let socket = hv_socket(options)?;
+    socket.bind(&hv_address(vm, service)?)?;
+    socket.listen(backlog)?;
+    Acceptor::new(socket, move || hv_socket(options))
+}
+
+/// Ends what other threads wait for on a socket, a connect, read or write; calls that begin later wait as ever.
+#[allow(unsafe_code)]
+pub(crate) fn cancel(socket: BorrowedSocket<'_>) {
+    // SAFETY: the socket is open as long as it is borrowed. That nothing waits is its only error.
+    unsafe { CancelIoEx(socket.as_raw_socket() as _, std::ptr::null()) };
 }
 
 #[cfg(test)]
@@ -208,5 +287,8 @@ mod tests {
             &[0xbd, 0x58, 0x64, 0x00, 0x6a, 0x79, 0x86, 0xd3],
         ];
         assert_eq!(bytes[..], expected.concat());
+        assert_eq!(hv_of(&address), Some((vm, service)));
+        let tcp = std::net::SocketAddr::from(([127, 0, 0, 1], 80));
+        assert_eq!(hv_of(&tcp.into()), None);
     }
 }

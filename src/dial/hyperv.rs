@@ -1,0 +1,57 @@
+//! Dialling a Hyper-V service: on the caller's thread, for the kernel keeps the time.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::explain;
+use crate::address::{Address, HvsockAddress, Vm};
+use crate::error::{Operation, Result};
+use crate::hyperv;
+use crate::listener::nonblocking::not_carried;
+use crate::stream::Stream;
+use crate::sys::{self, HvOptions};
+
+use super::blocking::HVSOCK_TIMEOUT;
+
+/// Connects, one attempt after the other until `timeout`: a connect that came before its server's listen may not notice
+/// that one.
+pub(super) fn connect(address: &Address, timeout: Duration) -> Result<Stream> {
+    let Address::Hvsock(hvsock) = address else {
+        return Err(not_carried(Operation::Connect, address));
+    };
+    let vm = vm_id(hvsock)?;
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let patience = left.min(HVSOCK_TIMEOUT);
+        match sys::hv_connect(vm, hvsock.service.0, patience, hv_options(hvsock)) {
+            Ok(socket) => return Ok(Stream::from_connected(socket, address)),
+            Err(e) if e.kind() == io::ErrorKind::TimedOut && left > HVSOCK_TIMEOUT => {}
+            Err(e) => return Err(explain(address, e)),
+        }
+    }
+}
+
+/// Whether such sockets can be made, and the address means a VM.
+pub(super) fn check(address: &Address, hvsock: &HvsockAddress) -> Result<()> {
+    vm_id(hvsock)?;
+    let made = sys::hv_socket(hv_options(hvsock));
+    made.map(drop).map_err(|e| explain(address, e))
+}
+
+pub(crate) fn hv_options(hvsock: &HvsockAddress) -> HvOptions {
+    HvOptions {
+        connected_suspend: hvsock.connected_suspend,
+        container_passthru: hvsock.container_passthru,
+    }
+}
+
+/// The id of the VM that is meant.
+pub(crate) fn vm_id(hvsock: &HvsockAddress) -> Result<Uuid> {
+    match &hvsock.vm {
+        Vm::Id(id) => Ok(id.0),
+        Vm::Name(name) => hyperv::find(name).map(|id| id.0),
+    }
+}

@@ -1,0 +1,64 @@
+//! Listening on a Hyper-V service.
+
+use std::io;
+use std::time::Duration;
+
+use super::Peer;
+use super::nonblocking::BACKLOG;
+use crate::address::{Address, HvsockAddress, ServiceId, VmId};
+use crate::dial::{self, hv_options, vm_id};
+use crate::error::{Error, Operation, Result};
+use crate::stream::Stream;
+use crate::sys::{self, Acceptor};
+
+#[derive(Debug)]
+pub(crate) struct HypervListener {
+    acceptor: Acceptor,
+    address: Address,
+}
+
+impl HypervListener {
+    pub(super) fn bind(address: &Address, hvsock: &HvsockAddress) -> Result<HypervListener> {
+        let vm = vm_id(hvsock)?;
+        let acceptor = sys::hv_listen(vm, hvsock.service.0, BACKLOG, hv_options(hvsock))
+            .map_err(|e| explain(address, e))?;
+        Ok(HypervListener::new(acceptor, address.clone()))
+    }
+
+    pub(crate) fn new(acceptor: Acceptor, address: Address) -> HypervListener {
+        HypervListener { acceptor, address }
+    }
+
+    pub(super) fn accept(&self) -> io::Result<(Stream, Peer)> {
+        let socket = self.acceptor.accept()?;
+        let peer = socket.peer_addr().ok();
+        let peer = peer.and_then(|peer| sys::hv_of(&peer));
+        let peer = peer.map_or(Peer::Unknown, |(vm, service)| Peer::Hvsock {
+            vm: VmId(vm),
+            service: ServiceId(service),
+        });
+        Ok((Stream::from_connected(socket, &self.address), peer))
+    }
+
+    pub(super) fn wait(&self, timeout: Duration) -> io::Result<()> {
+        self.acceptor.wait(timeout)
+    }
+
+    pub(super) fn watch(&mut self, tell: impl Fn() + Send + 'static) -> io::Result<()> {
+        self.acceptor.watch(tell)
+    }
+}
+
+fn explain(address: &Address, cause: io::Error) -> Error {
+    let remedy = match cause.kind() {
+        io::ErrorKind::AddrInUse => "another program listens on that service: choose another one",
+        io::ErrorKind::PermissionDenied => {
+            "the service must be registered, or you must be an administrator"
+        }
+        io::ErrorKind::AddrNotAvailable => {
+            "no VM has that id now: start it first, or listen to all with hvsock:///SERVICE or hvsock://children/SERVICE"
+        }
+        _ => return dial::explain_hvsock(Operation::Listen, address, cause),
+    };
+    Error::new(Operation::Listen, address, cause).with_remedy(remedy)
+}

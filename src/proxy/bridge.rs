@@ -1,0 +1,294 @@
+//! Connections with an end that no poller can wait for: two threads carry one, each a direction, with blocking calls.
+//!
+//! The rules are the relay's. EOF of one side becomes a half-close of the other after the last byte. An error ends its
+//! own direction, and what the other still holds may arrive; once both have ended, each side is owed what
+//! [`Farewell`] says, so that a broken upload is no clean EOF where the family can reset. What is different: a side
+//! whose bytes nobody takes any more isn't read on, so that its end is noticed only when the other direction ends; and
+//! an idle connection holds two threads and their buffers.
+//!
+//! A thread that waits is woken by [`Stream::interrupt`], and by nothing else: none looks around now and then.
+//!
+//! On Windows hosts bytes in flight are reported lost when an AF_HYPERV socket is closed. So such an end is never closed
+//! before its peer's EOF was read, unless the drain timeout has passed, a direction has failed, or the proxy cuts off.
+//! No more can be done: when the peer has ended first, nothing tells whether it has got the last bytes that it was sent.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+use crate::relay::{CLIENT, Farewell, SERVER};
+use crate::stream::Stream;
+
+use super::leaving::{LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
+
+/// Bytes a direction's buffer holds.
+const BUFFER: usize = 64 * 1024;
+
+/// A bridge's threads call nothing deep; the buffers are on the heap.
+const STACK: usize = 256 * 1024;
+
+/// What a bridge does with its streams and their bytes besides carrying them.
+pub(crate) trait Order: Send + Sync + 'static {
+    /// Bytes that `side` sent were given to the other.
+    fn delivered(&self, side: usize, bytes: u64);
+    /// Whether a side's end is to be read to its EOF before it is closed; how long that may take.
+    fn drain(&self, side: usize) -> Option<Duration>;
+    /// Both streams are closed.
+    fn ended(&self, ended: Ended);
+}
+
+/// What has become of a bridge.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ended {
+    /// Bytes of each side that the other was given.
+    pub(crate) delivered: [u64; 2],
+    /// A side didn't end within the time that [`Order::drain`] gave it.
+    pub(crate) abandoned: bool,
+}
+
+/// Cuts a bridge off.
+#[derive(Debug)]
+pub(crate) struct Bridge {
+    /// Gone when they are closed: a bridge that has ended isn't kept open by this.
+    ends: [Weak<End>; 2],
+    cut: Arc<AtomicBool>,
+}
+
+impl Bridge {
+    /// Begins to carry between two streams, connected and blocking; [`Order::ended`] tells of the end.
+    ///
+    /// # Errors
+    /// There is no thread to be had: both streams were reset.
+    pub(crate) fn start(streams: [Stream; 2], order: impl Order) -> io::Result<Bridge> {
+        let ends = streams.map(|stream| Arc::new(End::new(stream)));
+        let cut = Arc::new(AtomicBool::new(false));
+        let bridge = Bridge {
+            ends: [CLIENT, SERVER].map(|side| Arc::downgrade(&ends[side])),
+            cut: Arc::clone(&cut),
+        };
+        let kept = ends.clone();
+        let carry = move || {
+            let mut telling = Telling {
+                order: &order,
+                ended: Ended::default(),
+            };
+            telling.ended = carry(ends, &cut, &order);
+        };
+        match thread("hvsock-bridge").spawn(carry) {
+            Ok(_) => Ok(bridge),
+            Err(e) => {
+                for end in kept {
+                    end.stream.abort();
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// Breaks both directions off. To be called again until the end is told: what a thread was about to begin is not
+    /// ended by the first call.
+    pub(crate) fn cut(&self) {
+        // Whoever still waits after the first call waits for room, and a half-close comes behind what is waiting there:
+        // it doesn't arrive before the reset does.
+        let how = match self.cut.swap(true, Ordering::AcqRel) {
+            false => Shutdown::Read,
+            true => Shutdown::Both,
+        };
+        for end in self.ends.iter().filter_map(Weak::upgrade) {
+            end.interrupted.store(true, Ordering::Release);
+            end.stream.interrupt(how);
+        }
+    }
+}
+
+/// Tells of the end, whatever happens.
+struct Telling<'a, O: Order> {
+    order: &'a O,
+    ended: Ended,
+}
+
+impl<O: Order> Drop for Telling<'_, O> {
+    fn drop(&mut self) {
+        self.order.ended(self.ended);
+    }
+}
+
+fn thread(name: &str) -> thread::Builder {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK)
+}
+
+#[derive(Debug)]
+struct End {
+    stream: Stream,
+    /// What its reads say any more is our own doing.
+    interrupted: AtomicBool,
+    /// A write has failed, and not only because the peer doesn't take more.
+    failed: AtomicBool,
+    half_closed: AtomicBool,
+    delivered: AtomicU64,
+}
+
+impl End {
+    fn new(stream: Stream) -> End {
+        End {
+            stream,
+            interrupted: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            half_closed: AtomicBool::new(false),
+            delivered: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether an EOF that was read is one that the peer has sent. A kernel tells of an error once: where a write is told
+    /// of it, a read finds an EOF, and may do so before the write returns.
+    fn has_ended(&self) -> bool {
+        let told = self.failed.load(Ordering::Acquire);
+        // Behind our own half-close there are no writes, and an EOF leaves no connection.
+        !told && (self.half_closed.load(Ordering::Acquire) || self.stream.has_peer())
+    }
+}
+
+/// How a direction has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flow {
+    /// EOF was passed on.
+    Finished,
+    /// The source is dead: a read failed.
+    Dead,
+    /// The sink takes nothing more.
+    Refused,
+    /// By us: there was nobody left for whom to go on.
+    Interrupted,
+}
+
+/// Carries both directions to their ends, and takes leave of both sides.
+fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
+    let flows = thread::scope(|scope| {
+        let answer =
+            thread("hvsock-bridge-answer").spawn_scoped(scope, || flow(&ends, SERVER, order));
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(e) => {
+                warn!("a connection was broken off: no thread to carry it: {e}");
+                return [Flow::Interrupted; 2];
+            }
+        };
+        let request = flow(&ends, CLIENT, order);
+        [request, answer.join().unwrap_or(Flow::Interrupted)]
+    });
+    let delivered = [CLIENT, SERVER].map(|side| ends[side].delivered.load(Ordering::Relaxed));
+    let mut abandoned = false;
+    for (side, end) in ends.into_iter().enumerate() {
+        let whole = flows[1 - side] == Flow::Finished;
+        abandoned |= match farewell(flows, side) {
+            Farewell::Close => false,
+            _ if cut.load(Ordering::Acquire) => abort(&end.stream),
+            Farewell::Linger => drain(&end.stream, order.drain(side).unwrap_or(LINGER)),
+            Farewell::Reset => match order.drain(side).filter(|_| whole) {
+                Some(time) => drain(&end.stream, time),
+                // What a peer has not got that takes nothing, it will never get.
+                None if flows[1 - side] == Flow::Refused => abort(&end.stream),
+                None => {
+                    arrive(&end.stream, cut);
+                    abort(&end.stream)
+                }
+            },
+        };
+    }
+    Ended {
+        delivered,
+        abandoned,
+    }
+}
+
+/// Carries what `side` sends.
+fn flow(ends: &[Arc<End>; 2], side: usize, order: &impl Order) -> Flow {
+    let (source, sink) = (&ends[side], &ends[1 - side]);
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let read = (&source.stream).read(&mut buffer);
+        if source.interrupted.load(Ordering::Acquire) {
+            return Flow::Interrupted;
+        }
+        let n = match read {
+            Ok(0) if source.has_ended() => {
+                sink.half_closed.store(true, Ordering::Release);
+                // An error says that the peer has closed already: then there is nobody to tell.
+                let _ = sink.stream.shutdown(Shutdown::Write);
+                return Flow::Finished;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Ok(0) | Err(_) => {
+                // Nobody is left to take what the other side sends.
+                sink.interrupted.store(true, Ordering::Release);
+                sink.stream.interrupt(Shutdown::Read);
+                source.stream.abort();
+                return Flow::Dead;
+            }
+            Ok(n) => n,
+        };
+        let mut rest = &buffer[..n];
+        // (Under Wine a write that waits while an EOF comes takes nothing, and says so.)
+        while !rest.is_empty() {
+            let written = (&sink.stream).write(rest);
+            let taken = *written.as_ref().unwrap_or(&0);
+            rest = &rest[taken..];
+            source.delivered.fetch_add(taken as u64, Ordering::Relaxed);
+            order.delivered(side, taken as u64);
+            if source.interrupted.load(Ordering::Acquire) {
+                return Flow::Interrupted;
+            }
+            if let Err(e) = written
+                && e.kind() != io::ErrorKind::Interrupted
+            {
+                // EPIPE alone says nothing of what comes from there.
+                let deaf = e.kind() == io::ErrorKind::BrokenPipe;
+                sink.failed.fetch_or(!deaf, Ordering::AcqRel);
+                return Flow::Refused;
+            }
+        }
+    }
+}
+
+/// What `side` is owed: see [`Pair::farewell`](crate::relay::Pair::farewell), of which this is the same.
+fn farewell(flows: [Flow; 2], side: usize) -> Farewell {
+    let dead = flows[side] == Flow::Dead;
+    match flows[1 - side] {
+        Flow::Finished if dead || flows[side] == Flow::Finished => Farewell::Close,
+        Flow::Finished if side == CLIENT => Farewell::Linger,
+        _ if dead => Farewell::Close,
+        _ => Farewell::Reset,
+    }
+}
+
+/// Has the close be a reset; nobody is abandoned by it.
+fn abort(stream: &Stream) -> bool {
+    stream.abort();
+    false
+}
+
+/// Reads to the peer's EOF; whether it didn't come in time.
+fn drain(stream: &Stream, time: Duration) -> bool {
+    let drained = stream.drain(time);
+    drained.is_err_and(|e| e.kind() == io::ErrorKind::TimedOut)
+}
+
+/// Waits until the peer has what it was sent, for a reset overtakes; not for ever, and not when it is cut off.
+fn arrive(stream: &Stream, cut: &AtomicBool) {
+    let end = Instant::now() + LINGER;
+    let mut pause = RESET_PAUSE;
+    while stream.unacknowledged() > 0 && Instant::now() < end && !cut.load(Ordering::Acquire) {
+        thread::sleep(pause);
+        pause = (2 * pause).min(LONGEST_RESET_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,409 @@
+//! A bridge between streams of every family that this system can make pairs of, under the relay's rules.
+
+#![allow(clippy::unwrap_used)]
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Bridge, Ended, Order};
+use crate::address::Address;
+use crate::listener::Listener;
+use crate::relay::{CLIENT, SERVER};
+use crate::stream::Stream;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// More than two sockets' buffers take.
+const MUCH: usize = 32 << 20;
+
+/// A peer's end and the bridge's end of one connection.
+fn connection(listener: &Listener) -> (Stream, Stream) {
+    let near = Stream::connect(listener.address()).unwrap();
+    let (far, _) = listener.accept().unwrap();
+    far.set_read_timeout(Some(PATIENCE)).unwrap();
+    far.set_write_timeout(Some(PATIENCE)).unwrap();
+    (far, near)
+}
+
+struct Noted {
+    delivered: [AtomicU64; 2],
+    drain: [Option<Duration>; 2],
+    ended: Mutex<Sender<Ended>>,
+}
+
+impl Order for Arc<Noted> {
+    fn delivered(&self, side: usize, bytes: u64) {
+        self.delivered[side].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn drain(&self, side: usize) -> Option<Duration> {
+        self.drain[side]
+    }
+
+    fn ended(&self, ended: Ended) {
+        self.ended.lock().unwrap().send(ended).unwrap();
+    }
+}
+
+struct Bridged {
+    client: Stream,
+    server: Stream,
+    bridge: Bridge,
+    noted: Arc<Noted>,
+    ended: Receiver<Ended>,
+}
+
+impl Bridged {
+    fn ended(&self) -> Ended {
+        self.ended.recv_timeout(PATIENCE).unwrap()
+    }
+
+    fn delivered(&self, side: usize) -> u64 {
+        self.noted.delivered[side].load(Ordering::Relaxed)
+    }
+
+    /// Waits until bytes of `side` have gone through, and no more do.
+    fn settle(&self, side: usize) {
+        let end = Instant::now() + PATIENCE;
+        let mut before = 0;
+        while before == 0 || self.delivered(side) != before {
+            assert!(Instant::now() < end, "bytes go through for ever, or none");
+            before = self.delivered(side);
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+fn bridged_on(address: &str, drain: [Option<Duration>; 2]) -> Bridged {
+    let address: Address = address.parse().unwrap();
+    let listener = Listener::bind(&address).unwrap();
+    let (client, near_client) = connection(&listener);
+    let (server, near_server) = connection(&listener);
+    let (tell, ended) = mpsc::channel();
+    let noted = Arc::new(Noted {
+        delivered: Default::default(),
+        drain,
+        ended: Mutex::new(tell),
+    });
+    let bridge = Bridge::start([near_client, near_server], Arc::clone(&noted)).unwrap();
+    Bridged {
+        client,
+        server,
+        bridge,
+        noted,
+        ended,
+    }
+}
+
+const TCP: &str = "tcp://127.0.0.1:0";
+
+fn bridged() -> Bridged {
+    bridged_on(TCP, [None, None])
+}
+
+/// Runs `case` over every family.
+fn everywhere(case: impl Fn(Bridged)) {
+    case(bridged());
+    #[cfg(unix)]
+    {
+        let directory = tempfile::tempdir_in("/tmp").unwrap();
+        let path = directory.path().join("s");
+        case(bridged_on(path.to_str().unwrap(), [None, None]));
+    }
+}
+
+fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    std::iter::repeat_with(|| random.u8(..)).take(len).collect()
+}
+
+fn all_of(mut stream: &Stream) -> io::Result<Vec<u8>> {
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).map(|_| all)
+}
+
+/// Reads to the end; whether it was a reset, and how many bytes came before.
+fn end_of(mut stream: &Stream) -> (bool, u64) {
+    let mut sum = 0;
+    let mut buffer = [0; 16 * 1024];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return (false, sum),
+            Ok(n) => sum += n as u64,
+            Err(e) => {
+                assert!(!crate::stream::is_timeout(&e), "nothing came");
+                return (true, sum);
+            }
+        }
+    }
+}
+
+/// A kernel tells of a reset once, be it to a write.
+fn is_reset(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::ConnectionReset
+}
+
+/// Has the peer read a reset, and not an EOF. Wine makes an EOF of it.
+fn assert_reset(was_reset: bool) {
+    assert!(was_reset || cfg!(windows), "a clean EOF");
+}
+
+fn send_much(stream: &Stream) -> thread::JoinHandle<io::Result<()>> {
+    let mut stream = stream.try_clone().unwrap();
+    thread::spawn(move || stream.write_all(&vec![7; MUCH]))
+}
+
+#[test]
+fn every_byte_and_both_ends_go_through() {
+    everywhere(|it| {
+        let sent = [pattern(3 << 20, 1), pattern(5 << 20, 2)];
+        thread::scope(|scope| {
+            for (mut stream, bytes) in [(&it.client, &sent[0]), (&it.server, &sent[1])] {
+                scope.spawn(move || {
+                    stream.write_all(bytes).unwrap();
+                    stream.shutdown(Shutdown::Write).unwrap();
+                });
+            }
+            let heard = scope.spawn(|| all_of(&it.client).unwrap());
+            assert!(all_of(&it.server).unwrap() == sent[0]);
+            assert!(heard.join().unwrap() == sent[1]);
+        });
+        let expected = Ended {
+            delivered: [3 << 20, 5 << 20],
+            abandoned: false,
+        };
+        assert_eq!(it.ended(), expected);
+        assert_eq!(it.delivered(CLIENT), 3 << 20);
+    });
+}
+
+#[test]
+fn a_half_close_of_either_side_leaves_the_answer_its_way() {
+    for first in [CLIENT, SERVER] {
+        everywhere(|it| {
+            let (mut asking, mut answering) = match first {
+                CLIENT => (&it.client, &it.server),
+                _ => (&it.server, &it.client),
+            };
+            asking.write_all(b"question").unwrap();
+            asking.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(all_of(answering).unwrap(), b"question");
+            assert!(it.ended.try_recv().is_err());
+            answering.write_all(b"answer").unwrap();
+            answering.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(all_of(asking).unwrap(), b"answer");
+            it.ended();
+        });
+    }
+}
+
+#[test]
+fn a_half_close_before_a_byte_is_passed_on() {
+    everywhere(|it| {
+        it.client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(all_of(&it.server).unwrap(), b"");
+        it.server.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(all_of(&it.client).unwrap(), b"");
+        assert_eq!(it.ended(), Ended::default());
+    });
+}
+
+#[test]
+fn a_broken_upload_is_no_clean_eof_and_wakes_the_thread_of_a_silent_server() {
+    let mut it = bridged();
+    (&it.client).write_all(b"half of a").unwrap();
+    let mut heard = [0; 9];
+    it.server.read_exact(&mut heard).unwrap();
+    it.client.abort();
+    drop(it.client);
+    assert_reset(end_of(&it.server).0);
+    drop(it.server);
+    it.ended.recv_timeout(PATIENCE).unwrap();
+}
+
+#[test]
+fn a_broken_answer_arrives_as_far_as_it_went_and_is_no_clean_eof() {
+    let it = bridged();
+    (&it.server).write_all(b"half of an").unwrap();
+    // What is not on its way yet, a reset would overtake.
+    it.settle(SERVER);
+    it.server.abort();
+    drop(it.server);
+    let (was_reset, bytes) = end_of(&it.client);
+    assert_reset(was_reset);
+    assert!(bytes == 10 || was_reset);
+    drop(it.client);
+    it.ended.recv_timeout(PATIENCE).unwrap();
+}
+
+#[test]
+fn a_server_that_closes_with_an_upload_on_its_way_breaks_it_off() {
+    let it = bridged();
+    let sending = send_much(&it.client);
+    it.settle(CLIENT);
+    // With bytes unread: a reset.
+    drop(it.server);
+    let error = sending.join().unwrap().unwrap_err();
+    assert_reset(is_reset(&error) || end_of(&it.client).0);
+    it.ended.recv_timeout(PATIENCE).unwrap();
+}
+
+/// Others don't tell what a peer has not acknowledged.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_client_was_given_arrives_before_the_reset() {
+    let it = bridged();
+    let soon = Some(Duration::from_millis(300));
+    it.server.set_write_timeout(soon).unwrap();
+    (&it.server).write_all(&vec![7; MUCH]).unwrap_err();
+    it.server.abort();
+    drop(it.server);
+    let mut bytes = 0;
+    let mut buffer = [0; 64 * 1024];
+    let was_reset = loop {
+        // Slowly, so that bytes wait for room to the very end.
+        thread::sleep(Duration::from_millis(1));
+        match (&it.client).read(&mut buffer) {
+            Ok(0) => break false,
+            Ok(n) => bytes += n as u64,
+            Err(e) => break is_reset(&e),
+        }
+    };
+    assert!(was_reset, "a clean EOF");
+    assert_eq!(bytes, it.noted.delivered[SERVER].load(Ordering::Relaxed));
+}
+
+#[test]
+fn a_client_that_goes_on_sending_still_gets_its_whole_answer() {
+    let it = bridged();
+    (&it.server).write_all(b"answer").unwrap();
+    it.server.shutdown(Shutdown::Write).unwrap();
+    it.settle(SERVER);
+    let sending = send_much(&it.client);
+    it.settle(CLIENT);
+    drop(it.server);
+    sending.join().unwrap().unwrap();
+    assert_eq!(end_of(&it.client), (false, 6));
+    drop(it.client);
+    it.ended.recv_timeout(PATIENCE).unwrap();
+}
+
+#[cfg(unix)]
+#[test]
+fn a_server_that_takes_no_more_may_still_answer() {
+    let directory = tempfile::tempdir_in("/tmp").unwrap();
+    let path = directory.path().join("s");
+    let it = bridged_on(path.to_str().unwrap(), [None, None]);
+    it.server.shutdown(Shutdown::Read).unwrap();
+    (&it.client).write_all(b"for nobody").unwrap();
+    (&it.server).write_all(b"enough").unwrap();
+    it.server.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(all_of(&it.client).unwrap(), b"enough");
+    it.client.shutdown(Shutdown::Write).unwrap();
+    it.ended();
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_up_nothing_but_its_own_server() {
+    everywhere(|it| {
+        let sending = send_much(&it.server);
+        it.settle(SERVER);
+        assert!(it.delivered(SERVER) < MUCH as u64);
+        (&it.client).write_all(b"still there").unwrap();
+        let mut heard = [0; 11];
+        (&it.server).read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"still there");
+        it.client.shutdown(Shutdown::Write).unwrap();
+        let all = thread::scope(|scope| {
+            let reading = scope.spawn(|| end_of(&it.client));
+            sending.join().unwrap().unwrap();
+            it.server.shutdown(Shutdown::Write).unwrap();
+            reading.join().unwrap()
+        });
+        assert_eq!(all, (false, MUCH as u64));
+        it.ended();
+    });
+}
+
+fn cut(it: &Bridged) {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        it.bridge.cut();
+        match it.ended.recv_timeout(Duration::from_millis(10)) {
+            Ok(_) => return,
+            Err(_) => assert!(Instant::now() < end, "it doesn't end"),
+        }
+    }
+}
+
+#[test]
+fn one_that_is_cut_off_while_idle_is_reset() {
+    everywhere(|it| {
+        let tcp = matches!(it.client.address(), Address::Tcp(_));
+        (&it.client).write_all(b"x").unwrap();
+        (&it.server).read_exact(&mut [0]).unwrap();
+        cut(&it);
+        for stream in [&it.client, &it.server] {
+            let (was_reset, _) = end_of(stream);
+            assert!(!tcp || was_reset || cfg!(windows), "a clean EOF");
+        }
+    });
+}
+
+#[test]
+fn one_that_is_cut_off_while_nobody_reads_is_reset() {
+    everywhere(|it| {
+        let tcp = matches!(it.client.address(), Address::Tcp(_));
+        let sending = [send_much(&it.client), send_much(&it.server)];
+        it.settle(CLIENT);
+        it.settle(SERVER);
+        cut(&it);
+        for (sending, stream) in sending.into_iter().zip([&it.client, &it.server]) {
+            let error = sending.join().unwrap().unwrap_err();
+            let was_reset = is_reset(&error) || end_of(stream).0;
+            assert!(!tcp || was_reset || cfg!(windows), "a clean EOF");
+        }
+    });
+}
+
+#[test]
+fn a_side_to_be_drained_is_read_to_its_end() {
+    let it = bridged_on(TCP, [None, Some(PATIENCE)]);
+    it.client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(all_of(&it.server).unwrap(), b"");
+    it.client.abort();
+    drop(it.client);
+    // The answer has no reader, and yet none of it comes back as an error.
+    for _ in 0..50 {
+        (&it.server).write_all(&[7; 16 * 1024]).unwrap();
+        thread::sleep(Duration::from_millis(2));
+    }
+    assert!(it.ended.try_recv().is_err());
+    it.server.shutdown(Shutdown::Write).unwrap();
+    let ended = it.ended.recv_timeout(PATIENCE).unwrap();
+    assert!(!ended.abandoned);
+}
+
+#[test]
+fn a_side_that_does_not_end_in_time_is_abandoned() {
+    let it = bridged_on(TCP, [None, Some(Duration::from_millis(50))]);
+    it.client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(all_of(&it.server).unwrap(), b"");
+    it.client.abort();
+    drop(it.client);
+    let end = Instant::now() + PATIENCE;
+    let ended = loop {
+        // Until it has bytes for the client, the bridge doesn't know that it has gone.
+        let _ = (&it.server).write_all(b"x");
+        match it.ended.recv_timeout(Duration::from_millis(1)) {
+            Ok(ended) => break ended,
+            Err(_) => assert!(Instant::now() < end, "it doesn't end"),
+        }
+    };
+    assert!(ended.abandoned);
+}

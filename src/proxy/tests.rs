@@ -1,0 +1,427 @@
+//! The proxy where no socket can be waited for: each connection has its threads, and all else is as ever.
+
+#![allow(clippy::unwrap_used)]
+
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+#[cfg(windows)]
+use std::sync::{Arc, atomic::AtomicUsize};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, SockRef, Socket, Type};
+
+use super::{Counters, Proxy, ProxyConfig, Rule};
+#[cfg(windows)]
+use super::{Forward, Inbox, Limits, Listener, MioWorld, Shared, Stopper, Worker, has_readiness};
+use crate::address::{Address, Host};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Blocking {
+    proxy: Proxy,
+    port: u16,
+}
+
+/// A proxy whose every socket can't be waited for, in front of that address.
+fn proxy_to(connect: Address, adjust: impl FnOnce(&mut ProxyConfig)) -> Blocking {
+    proxy_with(connect, adjust, |_| false)
+}
+
+fn proxy_with(
+    connect: Address,
+    adjust: impl FnOnce(&mut ProxyConfig),
+    has_readiness: fn(&Address) -> bool,
+) -> Blocking {
+    let rule = Rule::new("tcp://127.0.0.1:0".parse().unwrap(), connect);
+    let mut config = ProxyConfig::new(vec![rule]);
+    config.workers = Some(2.try_into().unwrap());
+    adjust(&mut config);
+    let proxy = Proxy::start_with(config, has_readiness).unwrap();
+    let Address::Tcp(listen) = &proxy.forwards()[0].listen else {
+        panic!("no TCP address");
+    };
+    let port = listen.port;
+    Blocking { proxy, port }
+}
+
+/// A proxy in front of a listener of this test.
+fn proxy(adjust: impl FnOnce(&mut ProxyConfig)) -> (Blocking, TcpListener) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = format!("tcp://{}", listener.local_addr().unwrap());
+    (proxy_to(address.parse().unwrap(), adjust), listener)
+}
+
+fn patient(stream: TcpStream) -> TcpStream {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+impl Blocking {
+    fn client(&self) -> TcpStream {
+        patient(TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).unwrap())
+    }
+
+    /// A connection that carries bytes both ways.
+    fn pair(&self, listener: &TcpListener) -> (TcpStream, TcpStream) {
+        let mut client = self.client();
+        client.write_all(b"x").unwrap();
+        let mut server = patient(listener.accept().unwrap().0);
+        server.read_exact(&mut [0]).unwrap();
+        server.write_all(b"y").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+        (client, server)
+    }
+
+    fn counters(&self) -> Counters {
+        self.proxy.forwards()[0].counters
+    }
+
+    fn wait_for(&self, is_so: impl Fn(Counters) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !is_so(self.counters()) {
+            assert!(Instant::now() < end, "{:?}", self.counters());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Wine makes an EOF of a reset.
+fn assert_reset(read: io::Result<usize>) {
+    let was_reset = matches!(&read, Err(e) if e.kind() == io::ErrorKind::ConnectionReset);
+    assert!(
+        was_reset || cfg!(windows) && matches!(read, Ok(0)),
+        "{read:?}"
+    );
+}
+
+#[test]
+fn clients_that_come_together_are_kept_apart() {
+    let (it, listener) = proxy(|_| {});
+    thread::scope(|scope| {
+        for n in 0..50_u8 {
+            let it = &it;
+            scope.spawn(move || {
+                let mut client = it.client();
+                client.write_all(&[n; 1000]).unwrap();
+                client.shutdown(Shutdown::Write).unwrap();
+                let mut answer = Vec::new();
+                client.read_to_end(&mut answer).unwrap();
+                assert_eq!(answer, [n; 1000]);
+            });
+        }
+        for server in listener.incoming().take(50) {
+            scope.spawn(move || {
+                let mut server = patient(server.unwrap());
+                let mut request = Vec::new();
+                server.read_to_end(&mut request).unwrap();
+                server.write_all(&request).unwrap();
+            });
+        }
+    });
+    it.wait_for(|counters| counters.live == 0);
+    assert_eq!(it.counters().accepted, 50);
+}
+
+#[test]
+fn bytes_and_half_closes_go_through_and_are_counted() {
+    let (it, listener) = proxy(|_| {});
+    let bytes: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))
+        .take(1 << 20)
+        .collect();
+    let mut client = it.client();
+    let answer = thread::scope(|scope| {
+        scope.spawn(|| {
+            (&client).write_all(&bytes).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut server = patient(listener.accept().unwrap().0);
+        let mut all = Vec::new();
+        server.read_to_end(&mut all).unwrap();
+        assert!(all == bytes);
+        server.write_all(b"all").unwrap();
+        drop(server);
+        let mut answer = Vec::new();
+        (&client).read_to_end(&mut answer).unwrap();
+        answer
+    });
+    assert_eq!(answer, b"all");
+    it.wait_for(|counters| counters.live == 0);
+    let expected = Counters {
+        accepted: 1,
+        sent: 1 << 20,
+        received: 3,
+        ..Counters::default()
+    };
+    assert_eq!(it.counters(), expected);
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+}
+
+/// Whether the address names its host: here, that of a target and not that of a listener.
+fn is_target(address: &Address) -> bool {
+    matches!(address, Address::Tcp(tcp) if matches!(tcp.host, Host::Name(_)))
+}
+
+#[test]
+fn one_side_that_can_not_be_waited_for_is_enough() {
+    for has_readiness in [is_target as fn(&Address) -> bool, |address| {
+        !is_target(address)
+    }] {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let target = format!("tcp://localhost:{port}").parse().unwrap();
+        let it = proxy_with(target, |_| {}, has_readiness);
+        let (mut client, mut server) = it.pair(&listener);
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(server.read(&mut [0]).unwrap(), 0);
+        server.write_all(b"answer").unwrap();
+        drop(server);
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer, b"answer");
+        it.wait_for(|counters| counters.live == 0);
+    }
+}
+
+/// A listener that takes no connection, and those that made it so: a connect to it waits.
+fn full_listener() -> (Socket, Vec<TcpStream>, Address) {
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    listener.bind(&any.into()).unwrap();
+    listener.listen(1).unwrap();
+    let address = listener.local_addr().unwrap().as_socket().unwrap();
+    let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(300));
+    let waiting = std::iter::repeat_with(connect)
+        .map_while(Result::ok)
+        .take(16)
+        .collect();
+    (
+        listener,
+        waiting,
+        format!("tcp://{address}").parse().unwrap(),
+    )
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_dial() {
+    let (_listener, waiting, address) = full_listener();
+    assert!(waiting.len() < 16);
+    let it = proxy_to(address, |_| {});
+    let mut client = it.client();
+    it.wait_for(|counters| counters.live == 1);
+    let started = Instant::now();
+    it.proxy.stop(Duration::ZERO);
+    it.proxy.wait().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(2));
+    assert_reset(client.read(&mut [0]));
+}
+
+#[test]
+fn a_client_waits_for_a_dial_no_longer_than_it_is_to() {
+    let (_listener, _waiting, address) = full_listener();
+    let it = proxy_to(address, |config| {
+        config.limits.dial_timeout = Duration::from_millis(100);
+    });
+    assert_reset(it.client().read(&mut [0]));
+    it.wait_for(|counters| counters.refused == 1 && counters.live == 0);
+}
+
+#[test]
+fn a_client_that_leaves_while_its_target_is_dialled_frees_its_place() {
+    let (_listener, _waiting, address) = full_listener();
+    let it = proxy_to(address, |_| {});
+    let client = it.client();
+    it.wait_for(|counters| counters.live == 1);
+    SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(client);
+    // Wine makes an EOF of a reset, and an EOF is a half-close.
+    if cfg!(unix) {
+        it.wait_for(|counters| counters.live == 0);
+    }
+}
+
+#[test]
+fn a_client_whose_target_is_not_there_is_refused() {
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let nobody = format!("tcp://{}", free.local_addr().unwrap());
+    drop(free);
+    let it = proxy_to(nobody.parse().unwrap(), |_| {});
+    assert_reset(it.client().read(&mut [0]));
+    it.wait_for(|counters| counters.refused == 1 && counters.live == 0);
+}
+
+#[test]
+fn a_bridge_has_a_place_among_the_connections_until_it_ends() {
+    let (it, listener) = proxy(|config| config.limits.connections = 1);
+    let (first, server) = it.pair(&listener);
+    let mut second = it.client();
+    second.write_all(b"x").unwrap();
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(it.counters().accepted, 1);
+    drop(first);
+    drop(server);
+    let mut server = patient(listener.accept().unwrap().0);
+    server.read_exact(&mut [0]).unwrap();
+    assert_eq!(it.counters().accepted, 2);
+}
+
+#[test]
+fn a_stop_waits_for_a_bridge_and_a_second_one_cuts_it_off() {
+    let (it, listener) = proxy(|_| {});
+    let (mut client, mut server) = it.pair(&listener);
+    let idle = it.pair(&listener);
+    it.proxy.stop(Duration::from_secs(3600));
+    it.wait_for(|_| TcpStream::connect((Ipv4Addr::LOCALHOST, it.port)).is_err());
+    client.write_all(b"still").unwrap();
+    server.read_exact(&mut [0; 5]).unwrap();
+    // Those that only asked whether it still listens wait for the server's accept.
+    it.wait_for(|counters| counters.live == counters.accepted);
+    it.proxy.stop(Duration::ZERO);
+    assert_reset(client.read(&mut [0]));
+    assert_reset(server.read(&mut [0]));
+    let started = Instant::now();
+    it.proxy.wait().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(2));
+    drop(idle);
+}
+
+#[test]
+fn a_stop_ends_when_the_last_bridge_has() {
+    let (it, listener) = proxy(|_| {});
+    let (client, server) = it.pair(&listener);
+    it.proxy.stop(Duration::from_secs(3600));
+    drop((client, server));
+    it.proxy.wait().unwrap();
+}
+
+#[test]
+fn a_proxy_that_is_dropped_takes_its_bridges_along() {
+    let (it, listener) = proxy(|_| {});
+    let (mut client, server) = it.pair(&listener);
+    // Nobody reads: threads wait for room.
+    let mut flood = server.try_clone().unwrap();
+    let flooding = thread::spawn(move || flood.write_all(&vec![7; 32 << 20]).is_err());
+    let mut before = u64::MAX;
+    while it.counters().received != before {
+        before = it.counters().received;
+        thread::sleep(Duration::from_millis(100));
+    }
+    let started = Instant::now();
+    drop(it);
+    assert!(started.elapsed() < Duration::from_secs(2));
+    assert!(flooding.join().unwrap());
+    let mut rest = [0; 64 * 1024];
+    let end =
+        std::iter::repeat_with(|| client.read(&mut rest)).find(|read| !matches!(read, Ok(1..)));
+    assert_reset(end.unwrap());
+}
+
+#[test]
+fn a_client_that_leaves_at_once_is_an_empty_connection() {
+    let (it, listener) = proxy(|_| {});
+    let client = it.client();
+    client.shutdown(Shutdown::Write).unwrap();
+    drop(client);
+    let mut server = patient(listener.accept().unwrap().0);
+    assert_eq!(server.read(&mut [0]).unwrap(), 0);
+    drop(server);
+    it.wait_for(|counters| counters.accepted == 1 && counters.live == 0);
+}
+
+/// A worker in front of `target` whose guests are TCP clients that are accepted as AF_HYPERV's are; where they connect to.
+#[cfg(windows)]
+fn guests_of(
+    target: &TcpListener,
+    limits: Limits,
+) -> (Stopper, SocketAddr, thread::JoinHandle<io::Result<()>>) {
+    use crate::listener::hyperv::HypervListener;
+    use crate::sys::Acceptor;
+
+    let make = || Socket::new(Domain::IPV4, Type::STREAM, None);
+    let socket = make().unwrap();
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    socket.bind(&any.into()).unwrap();
+    socket.listen(16).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    let listen: Address = "hvsock://children/80".parse().unwrap();
+    let connect = format!("tcp://{}", target.local_addr().unwrap());
+    let rule = Rule::new(listen.clone(), connect.parse().unwrap());
+    let acceptor = Acceptor::new(socket, make).unwrap();
+    let listener = Listener::Hyperv(HypervListener::new(acceptor, listen));
+    let forward = Arc::new(Forward::new(rule, [None, None], has_readiness));
+    let world = MioWorld::new().unwrap();
+    let waker = world.waker();
+    let wake = move || waker.wake().unwrap();
+    let shared = Arc::new(Shared {
+        limits,
+        forwards: vec![Arc::clone(&forward)],
+        inboxes: vec![Inbox::new(wake)],
+        live: AtomicUsize::new(0),
+        stopping: AtomicUsize::new(0),
+    });
+    let mut worker = Worker::new(world, 0, Arc::clone(&shared));
+    worker.add_listener(listener, forward).unwrap();
+    (
+        Stopper(shared),
+        address,
+        thread::spawn(move || worker.run()),
+    )
+}
+
+#[cfg(windows)]
+#[test]
+fn guests_are_accepted_one_by_one_and_not_beyond_the_places() {
+    let target = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let limits = Limits {
+        connections: 2,
+        ..Limits::default()
+    };
+    let (stopper, address, worker) = guests_of(&target, limits);
+    let guest = || {
+        let mut guest = patient(TcpStream::connect(address).unwrap());
+        guest.write_all(b"x").unwrap();
+        guest
+    };
+    let server = || {
+        let mut server = patient(target.accept().unwrap().0);
+        server.read_exact(&mut [0]).unwrap();
+        server
+    };
+    for _ in 0..20 {
+        let (mut guest, mut server) = (guest(), server());
+        guest.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(server.read(&mut [0]).unwrap(), 0);
+        server.write_all(b"answer").unwrap();
+        drop(server);
+        let mut answer = Vec::new();
+        guest.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer, b"answer");
+    }
+    let end = Instant::now() + PATIENCE;
+    while stopper.connections() > 0 {
+        assert!(Instant::now() < end);
+        thread::sleep(Duration::from_millis(5));
+    }
+    let guests = [guest(), guest(), guest(), guest()];
+    let first = [server(), server()];
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(stopper.connections(), 2);
+    drop((first, guests));
+    let last = [server(), server()];
+    stopper.stop(Duration::ZERO);
+    worker.join().unwrap().unwrap();
+    drop(last);
+}
+
+#[cfg(windows)]
+#[test]
+fn a_proxy_that_waits_for_guests_ends_when_it_is_told_to() {
+    let target = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let (stopper, address, worker) = guests_of(&target, Limits::default());
+    stopper.stop(Duration::from_secs(3600));
+    worker.join().unwrap().unwrap();
+    assert!(TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_err());
+}
