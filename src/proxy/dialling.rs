@@ -39,7 +39,12 @@ impl<W: World> Worker<W> {
     /// Takes over an accepted connection and begins to dial its target.
     pub(super) fn adopt(&mut self, mut stream: W::Stream, forward: Arc<Forward>, now: Instant) {
         let id = self.conns.insert(Conn::new(Arc::clone(&forward)));
-        let watched = self.world.watch(&mut stream, id.token(CLIENT));
+        let drain = self.shared.limits.drain_timeout;
+        let crossed = match forward.is_crossed(CLIENT) {
+            true => self.world.cross(CLIENT, &mut stream, drain),
+            false => Ok(()),
+        };
+        let watched = crossed.and_then(|()| self.world.watch(&mut stream, id.token(CLIENT)));
         let deadline = after(now, self.shared.limits.dial_timeout);
         let mut dial = Dial::new(deadline);
         let target = &forward.rule.connect;
@@ -147,7 +152,18 @@ impl<W: World> Worker<W> {
         let conn = self.conns.get_mut(id);
         let waiting = conn.filter(|conn| matches!(conn.state, State::Waiting { .. }));
         match (server, waiting) {
-            (Ok(server), Some(conn)) => {
+            (Ok(mut server), Some(conn)) => {
+                if conn.forward.is_crossed(SERVER) {
+                    let drain = self.shared.limits.drain_timeout;
+                    let crossed = self.world.cross(SERVER, &mut server, drain);
+                    let watched =
+                        crossed.and_then(|()| self.world.watch(&mut server, id.token(SERVER)));
+                    if let Err(e) = watched {
+                        let error = Error::new(Operation::Connect, &conn.forward.rule.connect, e);
+                        self.world.close(server);
+                        return self.refuse(id, &error, now);
+                    }
+                }
                 if let State::Waiting { client, dial, .. } = conn.take_state() {
                     conn.state = State::Connecting {
                         client,

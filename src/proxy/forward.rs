@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::address::Address;
 use crate::listener::DEFAULT_MODE;
 use crate::relay::{CLIENT, SERVER};
+use crate::stream::nonblocking::Waiter;
 
 use super::gate::Gate;
 
@@ -57,8 +58,8 @@ pub(crate) struct Forward {
     pub(crate) rule: Rule,
     /// The gate of the VM on each side that is hyperkit's.
     pub(crate) gates: [Option<Arc<Gate>>; 2],
-    /// The sides whose sockets can't be waited for.
-    blocking: [bool; 2],
+    /// What can wait for the sockets of each side.
+    waiters: [Waiter; 2],
     pub(crate) accepted: AtomicU64,
     pub(crate) live: AtomicU64,
     pub(crate) refused: AtomicU64,
@@ -68,14 +69,14 @@ pub(crate) struct Forward {
 }
 
 impl Forward {
-    /// `has_readiness`: see [`has_readiness`](crate::stream::nonblocking::has_readiness).
+    /// `waiter`: see [`Waiter::of`].
     pub(crate) fn new(
         rule: Rule,
         gates: [Option<Arc<Gate>>; 2],
-        has_readiness: fn(&Address) -> bool,
+        waiter: fn(&Address) -> Waiter,
     ) -> Forward {
         Forward {
-            blocking: [!has_readiness(&rule.listen), !has_readiness(&rule.connect)],
+            waiters: [waiter(&rule.listen), waiter(&rule.connect)],
             rule,
             gates,
             accepted: AtomicU64::new(0),
@@ -94,12 +95,17 @@ impl Forward {
 
     /// Whether its connections are carried by threads of their own.
     pub(crate) fn is_bridged(&self) -> bool {
-        self.blocking.contains(&true)
+        self.waiters.contains(&Waiter::Thread) && !self.waiters.contains(&Waiter::Poller)
     }
 
-    /// Whether the end of `side` can't be waited for.
+    /// Whether no poller can wait for the end of `side`.
     pub(crate) fn is_blocking(&self, side: usize) -> bool {
-        self.blocking[side]
+        self.waiters[side] == Waiter::Thread
+    }
+
+    /// Whether no poller can wait for the end of `side`, and nothing but a poller for the other: a crossing lies between.
+    pub(crate) fn is_crossed(&self, side: usize) -> bool {
+        self.is_blocking(side) && self.waiters[1 - side] == Waiter::Poller
     }
 
     /// Whether a half-close that `side` reads makes its VMM end the guest's direction as well.

@@ -16,6 +16,7 @@
 mod accept;
 mod bridge;
 mod conn;
+mod crossing;
 mod dialling;
 mod forward;
 mod gate;
@@ -38,7 +39,7 @@ use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::{Listener, not_carried};
 use crate::relay::CLIENT;
-use crate::stream::nonblocking::{Stream, Target, has_readiness};
+use crate::stream::nonblocking::{Stream, Target, Waiter};
 use crate::sys;
 
 use forward::Forward;
@@ -147,11 +148,11 @@ impl Proxy {
     /// # Errors
     /// The first listener that can't be bound; then none stays. `Unsupported` for families that aren't carried.
     pub fn start(config: ProxyConfig) -> Result<Proxy> {
-        Proxy::start_with(config, has_readiness)
+        Proxy::start_with(config, Waiter::of)
     }
 
-    /// As [`start`](Proxy::start), where `has_readiness` says whose sockets can be waited for. The others have threads.
-    fn start_with(config: ProxyConfig, has_readiness: fn(&Address) -> bool) -> Result<Proxy> {
+    /// As [`start`](Proxy::start), where `waiter` says what can wait for whose sockets.
+    fn start_with(config: ProxyConfig, waiter: fn(&Address) -> Waiter) -> Result<Proxy> {
         let fail = |e| Error::new(Operation::Run, "the proxy", e);
         let mut gates: Vec<(PathBuf, Arc<Gate>)> = Vec::new();
         let gate_limits = GateLimits {
@@ -165,7 +166,7 @@ impl Proxy {
                 _ => None,
             };
             let rule_gates = [gate_at(&rule.listen), gate_at(&rule.connect)];
-            if has_readiness(&rule.connect) {
+            if waiter(&rule.connect) != Waiter::Thread {
                 if matches!(Target::of(&rule.connect), Target::NotCarried) {
                     return Err(not_carried(Operation::Connect, &rule.connect));
                 }
@@ -185,10 +186,7 @@ impl Proxy {
                     io::Error::new(io::ErrorKind::InvalidInput, "it would connect to itself");
                 return Err(Error::new(Operation::Connect, &rule.connect, cause));
             }
-            bound.push((
-                listener,
-                Arc::new(Forward::new(rule, rule_gates, has_readiness)),
-            ));
+            bound.push((listener, Arc::new(Forward::new(rule, rule_gates, waiter))));
         }
         let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let count = config.workers.unwrap_or_else(cores).get();

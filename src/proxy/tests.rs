@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::{Counters, Proxy, ProxyConfig, Rule};
+use super::{Counters, Proxy, ProxyConfig, Rule, Waiter};
 #[cfg(windows)]
-use super::{Forward, Inbox, Limits, Listener, MioWorld, Shared, Stopper, Worker, has_readiness};
+use super::{Forward, Inbox, Limits, Listener, MioWorld, Shared, Stopper, Worker};
 use crate::address::{Address, Host};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -25,19 +25,19 @@ struct Blocking {
 
 /// A proxy whose every socket can't be waited for, in front of that address.
 fn proxy_to(connect: Address, adjust: impl FnOnce(&mut ProxyConfig)) -> Blocking {
-    proxy_with(connect, adjust, |_| false)
+    proxy_with(connect, adjust, |_| Waiter::Thread)
 }
 
 fn proxy_with(
     connect: Address,
     adjust: impl FnOnce(&mut ProxyConfig),
-    has_readiness: fn(&Address) -> bool,
+    waiter: fn(&Address) -> Waiter,
 ) -> Blocking {
     let rule = Rule::new("tcp://127.0.0.1:0".parse().unwrap(), connect);
     let mut config = ProxyConfig::new(vec![rule]);
     config.workers = Some(2.try_into().unwrap());
     adjust(&mut config);
-    let proxy = Proxy::start_with(config, has_readiness).unwrap();
+    let proxy = Proxy::start_with(config, waiter).unwrap();
     let Address::Tcp(listen) = &proxy.forwards()[0].listen else {
         panic!("no TCP address");
     };
@@ -163,24 +163,90 @@ fn is_target(address: &Address) -> bool {
     matches!(address, Address::Tcp(tcp) if matches!(tcp.host, Host::Name(_)))
 }
 
+/// What waits for the listener's side and for the target's.
+fn waiters(listener: Waiter, target: Waiter) -> fn(&Address) -> Waiter {
+    use Waiter::{Any, Poller, Thread};
+    match (listener, target) {
+        (Thread, Any) => |address| if is_target(address) { Any } else { Thread },
+        (Any, Thread) => |address| if is_target(address) { Thread } else { Any },
+        (Thread, Poller) => |address| if is_target(address) { Poller } else { Thread },
+        (Poller, Thread) => |address| if is_target(address) { Thread } else { Poller },
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A proxy where these wait for the sides.
+fn mixed(listener: Waiter, target: Waiter) -> (Blocking, TcpListener) {
+    let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = server.local_addr().unwrap().port();
+    let to = format!("tcp://localhost:{port}").parse().unwrap();
+    (proxy_with(to, |_| {}, waiters(listener, target)), server)
+}
+
+const MIXED: [(Waiter, Waiter); 4] = [
+    (Waiter::Thread, Waiter::Any),
+    (Waiter::Any, Waiter::Thread),
+    (Waiter::Thread, Waiter::Poller),
+    (Waiter::Poller, Waiter::Thread),
+];
+
 #[test]
-fn one_side_that_can_not_be_waited_for_is_enough() {
-    for has_readiness in [is_target as fn(&Address) -> bool, |address| {
-        !is_target(address)
-    }] {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let target = format!("tcp://localhost:{port}").parse().unwrap();
-        let it = proxy_with(target, |_| {}, has_readiness);
+fn sides_of_both_kinds_can_be_had_together() {
+    for (client, target) in MIXED {
+        let (it, listener) = mixed(client, target);
         let (mut client, mut server) = it.pair(&listener);
         client.shutdown(Shutdown::Write).unwrap();
         assert_eq!(server.read(&mut [0]).unwrap(), 0);
-        server.write_all(b"answer").unwrap();
+        let much: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
+        let answer = thread::scope(|scope| {
+            scope.spawn(|| {
+                (&server).write_all(&much).unwrap();
+                server.shutdown(Shutdown::Write).unwrap();
+            });
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).unwrap();
+            answer
+        });
+        assert!(answer == much);
         drop(server);
-        let mut answer = Vec::new();
-        client.read_to_end(&mut answer).unwrap();
-        assert_eq!(answer, b"answer");
         it.wait_for(|counters| counters.live == 0);
+        let expected = Counters {
+            accepted: 1,
+            sent: 1,
+            received: much.len() as u64 + 1,
+            ..Counters::default()
+        };
+        assert_eq!(it.counters(), expected);
+    }
+}
+
+#[test]
+fn a_reset_of_either_kind_of_side_is_a_reset_of_the_other() {
+    for (waiter, target) in MIXED {
+        let (it, listener) = mixed(waiter, target);
+        let (client, server) = it.pair(&listener);
+        let (client_2, server_2) = it.pair(&listener);
+        for (gone, mut left) in [(client, server), (server_2, client_2)] {
+            SockRef::from(&gone)
+                .set_linger(Some(Duration::ZERO))
+                .unwrap();
+            drop(gone);
+            assert_reset(left.read(&mut [0]));
+        }
+        it.wait_for(|counters| counters.live == 0);
+    }
+}
+
+#[test]
+fn a_mixed_proxy_ends_with_its_connections() {
+    for (waiter, target) in MIXED {
+        let (it, listener) = mixed(waiter, target);
+        let (mut client, mut server) = it.pair(&listener);
+        let started = Instant::now();
+        drop(it);
+        assert!(started.elapsed() < Duration::from_secs(4));
+        assert_reset(client.read(&mut [0]));
+        assert_reset(server.read(&mut [0]));
     }
 }
 
@@ -351,7 +417,7 @@ fn guests_of(
     let rule = Rule::new(listen.clone(), connect.parse().unwrap());
     let acceptor = Acceptor::new(socket, make).unwrap();
     let listener = Listener::Hyperv(HypervListener::new(acceptor, listen));
-    let forward = Arc::new(Forward::new(rule, [None, None], has_readiness));
+    let forward = Arc::new(Forward::new(rule, [None, None], Waiter::of));
     let world = MioWorld::new().unwrap();
     let waker = world.waker();
     let wake = move || waker.wake().unwrap();
@@ -424,4 +490,46 @@ fn a_proxy_that_waits_for_guests_ends_when_it_is_told_to() {
     stopper.stop(Duration::from_secs(3600));
     worker.join().unwrap().unwrap();
     assert!(TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_err());
+}
+
+/// As Docker's pipe in front of a VM, with TCP in AF_HYPERV's place.
+#[cfg(windows)]
+#[test]
+fn a_pipe_leads_to_what_no_poller_can_wait_for() {
+    let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let name = format!("hvsock-{:016x}", fastrand::u64(..));
+    let rule = Rule::new(
+        format!("npipe:////./pipe/{name}").parse().unwrap(),
+        format!("tcp://{}", server.local_addr().unwrap())
+            .parse()
+            .unwrap(),
+    );
+    let waiter = |address: &Address| match address {
+        Address::Tcp(_) => Waiter::Thread,
+        other => Waiter::of(other),
+    };
+    let proxy = Proxy::start_with(ProxyConfig::new(vec![rule]), waiter).unwrap();
+    let open = || {
+        let mut options = std::fs::OpenOptions::new();
+        let path = format!(r"\\.\pipe\{name}");
+        options.read(true).write(true).open(path).unwrap()
+    };
+    for n in 0..10_u8 {
+        let mut client = open();
+        client.write_all(&[n; 1000]).unwrap();
+        let mut server = patient(server.accept().unwrap().0);
+        let mut request = [0; 1000];
+        server.read_exact(&mut request).unwrap();
+        assert_eq!(request, [n; 1000]);
+        server.write_all(&vec![n; 300_000]).unwrap();
+        drop(server);
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).unwrap();
+        assert!(answer == vec![n; 300_000]);
+    }
+    let end = Instant::now() + PATIENCE;
+    while proxy.forwards()[0].counters.live > 0 {
+        assert!(Instant::now() < end);
+        thread::sleep(Duration::from_millis(5));
+    }
 }

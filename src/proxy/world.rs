@@ -21,6 +21,7 @@ use crate::stream::nonblocking::{Endpoint, Stream};
 use crate::sys::{self, Identity};
 
 use super::bridge::{Bridge, Ended, Order};
+use super::crossing::{self, Crossings};
 use super::forward::Forward;
 
 /// What the loop learns in one wait.
@@ -92,6 +93,12 @@ pub(crate) trait World {
         forward: &Arc<Forward>,
         drain: Duration,
     ) -> io::Result<()>;
+    /// Puts a stream for which a poller can wait in the place of one, that of `side`, for which none can. What is written
+    /// to it at the end may take `drain` to arrive.
+    ///
+    /// # Errors
+    /// It can't be had: the stream is as it was.
+    fn cross(&mut self, side: usize, stream: &mut Self::Stream, drain: Duration) -> io::Result<()>;
     /// Breaks a bridge off, which is to be tried again until [`Event::Bridged`].
     fn cut_bridge(&mut self, token: usize);
 }
@@ -102,8 +109,7 @@ const WAKER: Token = Token(usize::MAX);
 /// kevent takes no timeout above 100,000,000 seconds.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// How long peers of pipes may take at the very end to read what was written to them.
-#[cfg(windows)]
+/// How long peers of pipes, and those behind crossings, may take at the very end to get what was written to them.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// How many events one wait takes.
@@ -146,6 +152,7 @@ pub(crate) struct MioWorld {
     asking: HashMap<String, Vec<(usize, u16)>>,
     /// Those that have not told of their end.
     bridges: HashMap<usize, Bridge>,
+    crossings: Arc<Crossings>,
 }
 
 impl MioWorld {
@@ -160,6 +167,7 @@ impl MioWorld {
             bell: Arc::new(Bell { news, waker }),
             asking: HashMap::new(),
             bridges: HashMap::new(),
+            crossings: Arc::default(),
         })
     }
 
@@ -201,10 +209,11 @@ impl MioWorld {
     }
 }
 
-/// What was written to a pipe and not taken yet goes out as long as its poller lives.
-#[cfg(windows)]
 impl Drop for MioWorld {
     fn drop(&mut self) {
+        self.crossings.wait(LAST_WORDS);
+        // What was written to a pipe and not taken yet goes out as long as its poller lives.
+        #[cfg(windows)]
         sys::wait_for_last_words(LAST_WORDS);
     }
 }
@@ -419,6 +428,10 @@ impl World for MioWorld {
         let bridge = Bridge::start([client, server], order)?;
         self.bridges.insert(token, bridge);
         Ok(())
+    }
+
+    fn cross(&mut self, side: usize, stream: &mut Stream, drain: Duration) -> io::Result<()> {
+        crossing::cross(side, stream, drain, &self.crossings)
     }
 
     fn cut_bridge(&mut self, token: usize) {

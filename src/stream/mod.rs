@@ -30,6 +30,10 @@ use socket2::Socket as Inner;
 /// More than a socket can hold unread.
 const MOST_UNREAD: usize = 64 * 1024 * 1024;
 
+/// How long a wait is where nothing tells of its end.
+#[cfg(all(windows, feature = "cli"))]
+const BLIND_PAUSE: Duration = Duration::from_millis(1);
+
 /// A connected, blocking stream of any family.
 ///
 /// [`Stream::connect`] makes one, [`Listener::accept`](crate::Listener::accept) another. It reads and writes as
@@ -190,13 +194,16 @@ impl Stream {
     #[cfg(feature = "cli")]
     pub(crate) fn wait(&self, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
         #[cfg(unix)]
-        return crate::sys::wait(
-            crate::sys::AsSocket::as_socket(&self.socket),
-            wanted,
-            timeout,
-        );
+        return sys::wait(sys::AsSocket::as_socket(&self.socket), wanted, timeout);
         #[cfg(windows)]
-        self.socket.wait(wanted, timeout)
+        match nonblocking::Waiter::of(&self.address) {
+            nonblocking::Waiter::Thread => {
+                // Nothing tells: who waits is to try again.
+                std::thread::sleep(timeout.min(BLIND_PAUSE));
+                Ok(true)
+            }
+            _ => self.socket.wait(wanted, timeout),
+        }
     }
 
     /// Whether the peer has closed, so that nothing can be sent to it either, as far as the system knows.

@@ -84,12 +84,28 @@ impl Endpoint {
     }
 }
 
-/// Whether the sockets of that address can be waited for by a poller.
-///
-/// Those of AF_HYPERV are reported not to work with `select`. They are carried by threads of their own, until this says
-/// otherwise: then [`Endpoint`] and [`Stream::connect`] must know them.
-pub(crate) fn has_readiness(address: &Address) -> bool {
-    !(cfg!(windows) && matches!(address, Address::Hvsock(_)))
+/// What can wait for a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiter {
+    Any,
+    /// The poller that had it first.
+    Poller,
+    /// A thread that blocks.
+    Thread,
+}
+
+impl Waiter {
+    /// What can wait for the sockets of that address.
+    ///
+    /// Those of AF_HYPERV are reported not to work with `select`. They are carried by threads of their own, until this says
+    /// otherwise: then [`Endpoint`] and [`Stream::connect`] must know them.
+    pub(crate) fn of(address: &Address) -> Waiter {
+        match address {
+            Address::Hvsock(_) if cfg!(windows) => Waiter::Thread,
+            Address::Npipe(_) => Waiter::Poller,
+            _ => Waiter::Any,
+        }
+    }
 }
 
 /// A connected stream, or one whose connect is in progress.

@@ -1,0 +1,104 @@
+//! Between a stream for which no poller can wait, and one for which nothing else can: a named pipe whose poller had it
+//! first, and AF_HYPERV. A pair of TCP sockets of this machine lies between; a bridge carries from the one to the other.
+
+use std::io;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::bridge::{Bridge, Ended, Order};
+use crate::address::{Address, Host, TcpAddress};
+use crate::relay::CLIENT;
+use crate::stream;
+use crate::stream::nonblocking::Stream;
+
+/// How many crossings there are.
+#[derive(Debug, Default)]
+pub(super) struct Crossings {
+    live: Mutex<usize>,
+    ended: Condvar,
+}
+
+impl Crossings {
+    fn live(&self) -> MutexGuard<'_, usize> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until all have ended, at most `timeout`.
+    pub(super) fn wait(&self, timeout: Duration) {
+        let some = |live: &mut usize| *live > 0;
+        drop(self.ended.wait_timeout_while(self.live(), timeout, some));
+    }
+}
+
+/// One crossing.
+struct Crossing {
+    /// The side of the stream that is waited for by threads.
+    side: usize,
+    drain: Duration,
+    crossings: Arc<Crossings>,
+}
+
+impl Order for Crossing {
+    /// The loop counts.
+    fn delivered(&self, _: usize, _: u64) {}
+
+    fn drain(&self, side: usize) -> Option<Duration> {
+        (side == self.side).then_some(self.drain)
+    }
+
+    fn ended(&self, _: Ended) {
+        *self.crossings.live() -= 1;
+        self.crossings.ended.notify_all();
+    }
+}
+
+/// Puts a stream that leads to `stream`, the end of `side`, in its place.
+pub(super) fn cross(
+    side: usize,
+    stream: &mut Stream,
+    drain: Duration,
+    crossings: &Arc<Crossings>,
+) -> io::Result<()> {
+    let [near, far] = pair()?;
+    near.set_nonblocking(true)?;
+    let address = Address::Tcp(TcpAddress {
+        host: Host::Ip(Ipv4Addr::LOCALHOST.into()),
+        port: near.local_addr()?.port(),
+    });
+    let far = Stream::Tcp(mio::net::TcpStream::from_std(far));
+    let far = stream::Stream::from_nonblocking(far, &address)?;
+    let near = Stream::Tcp(mio::net::TcpStream::from_std(near));
+    let blocking = std::mem::replace(stream, near);
+    let blocking = stream::Stream::from_nonblocking(blocking, &address)?;
+    let streams = match side {
+        CLIENT => [blocking, far],
+        _ => [far, blocking],
+    };
+    *crossings.live() += 1;
+    let order = Crossing {
+        side,
+        drain,
+        crossings: Arc::clone(crossings),
+    };
+    if Bridge::start(streams, order).is_err() {
+        // There is no thread. Both were reset, and `stream` is with them.
+        *crossings.live() -= 1;
+    }
+    Ok(())
+}
+
+/// Two sockets of this machine that are connected with each other.
+fn pair() -> io::Result<[TcpStream; 2]> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let near = TcpStream::connect(listener.local_addr()?)?;
+    let ours = near.local_addr()?;
+    // Another program may have guessed the port and been quicker.
+    for _ in 0..16 {
+        let (far, peer) = listener.accept()?;
+        if peer == ours {
+            return Ok([near, far]);
+        }
+    }
+    Err(io::ErrorKind::ConnectionRefused.into())
+}
