@@ -215,7 +215,9 @@ fn hyper_v_that_is_not_there_is_told() {
         &["forward", "tcp://127.0.0.1:0", "hvsock://loopback/80"],
         b"",
     );
+    let exposed = hvsock(&["expose", "--vm", "loopback", "-L", "0:80"], b"");
     for (output, what) in [
+        (exposed, "cannot connect to hvsock://loopback/80: "),
         (listen, "cannot listen on hvsock:///80: "),
         (from_guest, "cannot listen on hvsock://children/80: "),
         (to_guest, "cannot connect to hvsock://loopback/80: "),

@@ -4,27 +4,29 @@ use std::io;
 
 use clap::Args;
 
-use super::options::ProxyOptions;
+use super::options::{ProxyOptions, hyper_v_service};
 use super::signals::EndSignals;
 use super::spec::{Local, Remote};
 use super::{Failure, Outcome, complain, run_proxy, say};
-use crate::address::{Address, HyperkitAddress, HyperkitVm};
+use crate::address::{Address, HyperkitAddress, HyperkitVm, Port};
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
 use crate::proxy::{Proxy, Rule};
 
-/// Expose a hyperkit VM's vsock ports as local sockets, and local services to its guest
+/// Expose a VM's vsock ports as local sockets, and local services to its guest
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   hvsock expose --vm docker -L /tmp/docker.sock:2375
   hvsock expose --vm ~/.minikube/machines/minikube -L 8080:80 -L 2222:22
-  hvsock expose --vm ./linux-state -L 0:0x50 -R 5000:127.0.0.1:5000 -R 5001:/run/agent.sock")]
+  hvsock expose --vm ./linux-state -L 0:0x50 -R 5000:127.0.0.1:5000 -R 5001:/run/agent.sock
+  hvsock expose --vm \"My VM\" -L //./pipe/docker_vm:2375      (Windows)")]
 pub(super) struct Expose {
-    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
+    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR; on Windows a Hyper-V
+    /// VM's name or id
     #[arg(long, value_name = "VM")]
     vm: String,
-    /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen) or a Unix socket, and lead
-    /// to the guest's vsock port
+    /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen), a Unix socket or a named
+    /// pipe, and lead to the guest's vsock port
     #[arg(short = 'L', value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT")]
     local: Vec<Local>,
     /// Guest to host: when the guest dials HOSTPORT of CID 2, lead to TARGET (PORT, HOST:PORT, a path or a URI)
@@ -41,37 +43,52 @@ impl Expose {
                 "nothing to expose: give at least one -L or -R".into(),
             ));
         }
-        let vm = find(&self.vm, &Places::from_env())?;
-        look_at(&vm)?;
-        let at = |port| {
-            Address::Hyperkit(HyperkitAddress {
-                vm: vm.clone(),
-                port,
-            })
-        };
-        let locals = self
-            .local
-            .iter()
-            .map(|local| Rule::new(local.listen.clone(), at(local.guest_port)));
-        let remotes = self
-            .remote
-            .iter()
-            .map(|remote| Rule::new(at(remote.host_port), remote.target.clone()));
+        let vm = self.vm_at()?;
+        let mut rules = Vec::new();
+        for local in &self.local {
+            rules.push(Rule::new(local.listen.clone(), vm(local.guest_port)?));
+        }
+        for remote in &self.remote {
+            rules.push(Rule::new(vm(remote.host_port)?, remote.target.clone()));
+        }
         let signals = EndSignals::take()?;
-        let proxy = Proxy::start(self.options.config(locals.chain(remotes)))?;
+        let proxy = Proxy::start(self.options.config(rules))?;
         for forward in proxy.forwards() {
-            match (&forward.listen, &forward.connect) {
-                (listen, Address::Hyperkit(guest)) => {
-                    say(format_args!("{listen} -> guest port {}", guest.port))
-                }
-                (Address::Hyperkit(host), target) => say(format_args!(
-                    "guest, to CID 2 port {} -> {target}",
-                    host.port
-                )),
-                (listen, connect) => say(format_args!("{listen} -> {connect}")),
+            let (listen, connect) = (&forward.listen, &forward.connect);
+            match (guest_port(listen), guest_port(connect)) {
+                (_, Some(port)) => say(format_args!("{listen} -> guest port {port}")),
+                (Some(port), _) => say(format_args!("guest, to CID 2 port {port} -> {connect}")),
+                _ => say(format_args!("{listen} -> {connect}")),
             }
         }
         run_proxy(proxy, self.options.grace(), signals)
+    }
+
+    /// The address of a port of the VM.
+    fn vm_at(&self) -> Result<impl Fn(Port) -> Result<Address, Failure>, Failure> {
+        let hyperkit = match cfg!(windows) {
+            true => None,
+            false => Some(find(&self.vm, &Places::from_env())?),
+        };
+        hyperkit.as_ref().map_or(Ok(()), look_at)?;
+        let name = self.vm.clone();
+        Ok(move |port: Port| match &hyperkit {
+            Some(vm) => Ok(HyperkitAddress {
+                vm: vm.clone(),
+                port,
+            }
+            .into()),
+            None => hyper_v_service(&name, port.into()),
+        })
+    }
+}
+
+/// The vsock port of a VM that an address means.
+fn guest_port(address: &Address) -> Option<Port> {
+    match address {
+        Address::Hyperkit(address) => Some(address.port),
+        Address::Hvsock(address) => address.service.port(),
+        _ => None,
     }
 }
 

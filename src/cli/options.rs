@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::Failure;
-use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, Vm, parse_service};
+use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
 use crate::hyperkit::{Places, find};
 use crate::proxy::{ProxyConfig, Rule};
 use crate::sys;
@@ -59,6 +59,11 @@ impl Peer {
 fn hyper_v(vm: &str, service: &str) -> Result<Address, Failure> {
     let service =
         parse_service(service).map_err(|e| Failure::Usage(format!("{service:?} with --vm {e}")))?;
+    hyper_v_service(vm, service)
+}
+
+/// As [`hyper_v`].
+pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, Failure> {
     let vm = Vm::parse(vm)
         .ok_or_else(|| Failure::Usage(format!("{vm:?} is neither a VM's name nor its id")))?;
     let address = HvsockAddress {
