@@ -53,7 +53,7 @@ fn clients_that_come_at_the_very_end_do_not_keep_it() {
         let mut config = ProxyConfig::new(names.iter().cloned().map(rule).collect());
         config.workers = NonZeroUsize::new(WORKERS);
         let proxy = Proxy::start(config).unwrap();
-        let stopper = proxy.stopper();
+        let stopper = proxy.handle();
         let (ended, end) = mpsc::channel();
         thread::spawn(move || ended.send(proxy.wait().is_ok()));
         let over = AtomicBool::new(false);

@@ -148,7 +148,7 @@ fn a_server_that_is_not_there_is_no_clean_end() {
 #[test]
 fn a_proxy_ends_when_it_is_told_to() {
     let (proxy, port) = proxy(server(echo));
-    proxy.stopper().stop(Duration::ZERO);
+    proxy.handle().stop(Duration::ZERO);
     proxy.wait().unwrap();
     assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err());
 }

@@ -164,21 +164,21 @@ fn start_log() {
 /// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
 fn run_proxy(proxy: Proxy, grace: Duration, mut signals: EndSignals) -> Outcome {
     let closer = signals.closer();
-    let stopper = proxy.stopper();
+    let handle = proxy.handle();
     let thread = std::thread::spawn(move || {
         for (count, ()) in signals.each().enumerate() {
             if count == 0 {
-                complain(match stopper.connections() {
+                complain(match handle.live() {
                     0 => "stopping".to_owned(),
                     n => format!(
                         "stopping: no new clients; {n} connections have {} s to finish; once more to cut them off",
                         grace.as_secs()
                     ),
                 });
-                stopper.stop(grace);
+                handle.stop(grace);
             } else {
                 complain("cutting clients off, taking leave of guests");
-                stopper.stop(Duration::ZERO);
+                handle.stop(Duration::ZERO);
             }
         }
     });

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tracing::{error, info, warn};
 
 use crate::address::Address;
+use crate::listener::Peer;
 use crate::listener::nonblocking::FileState;
 use crate::relay::Socket;
 
@@ -39,6 +40,8 @@ pub(crate) struct Listening<L> {
     complaints: Complaints,
     watch: Instant,
     lost: bool,
+    /// Its forward is gone: another may have its place.
+    removed: bool,
 }
 
 impl<W: World> Worker<W> {
@@ -49,10 +52,11 @@ impl<W: World> Worker<W> {
         forward: Arc<Forward>,
     ) -> io::Result<()> {
         let mut listener = listener;
-        self.world
-            .watch_listener(&mut listener, self.listeners.len())?;
+        let free = self.listeners.iter().position(|it| it.removed);
+        let index = free.unwrap_or(self.listeners.len());
+        self.world.watch_listener(&mut listener, index)?;
         let watch = self.world.now() + WATCH;
-        self.listeners.push(Listening {
+        let listening = Listening {
             listener: Some(listener),
             forward,
             ready: true,
@@ -60,8 +64,26 @@ impl<W: World> Worker<W> {
             complaints: Complaints::default(),
             watch,
             lost: false,
-        });
+            removed: false,
+        };
+        match self.listeners.get_mut(index) {
+            Some(place) => *place = listening,
+            None => self.listeners.push(listening),
+        }
         Ok(())
+    }
+
+    /// Ends the listener of a forward, if this worker has it. Who waits there is served.
+    pub(super) fn remove_listener(&mut self, forward: &Arc<Forward>, now: Instant) {
+        let its = |it: &Listening<W::Listener>| !it.removed && Arc::ptr_eq(&it.forward, forward);
+        if let Some(index) = self.listeners.iter().position(its) {
+            self.accept_waiting(index, now);
+            let listening = &mut self.listeners[index];
+            listening.removed = true;
+            if let Some(listener) = listening.listener.take() {
+                self.world.close_listener(listener);
+            }
+        }
     }
 
     /// When a listener wants to be looked at without an event.
@@ -69,13 +91,11 @@ impl<W: World> Worker<W> {
         let wants = |listening: &Listening<W::Listener>| {
             let ready = (listening.ready && listening.listener.is_some())
                 .then(|| listening.paused.unwrap_or(now));
-            [
-                ready,
-                has_file(&listening.forward).then_some(listening.watch),
-            ]
-            .into_iter()
-            .flatten()
-            .min()
+            let watched = !listening.removed && has_file(&listening.forward);
+            [ready, watched.then_some(listening.watch)]
+                .into_iter()
+                .flatten()
+                .min()
         };
         self.listeners.iter().filter_map(wants).min()
     }
@@ -89,8 +109,10 @@ impl<W: World> Worker<W> {
             if listening.ready && listening.paused.is_none() {
                 self.accept_from(index, now);
             }
-            if self.listeners[index].watch <= now && has_file(&self.listeners[index].forward) {
-                self.listeners[index].watch = now + WATCH;
+            let listening = &mut self.listeners[index];
+            let due = listening.watch <= now && !listening.removed;
+            if due && has_file(&listening.forward) {
+                listening.watch = now + WATCH;
                 self.look_after(index, now);
             }
         }
@@ -99,14 +121,18 @@ impl<W: World> Worker<W> {
     /// Accepts all who wait at the listeners now.
     pub(super) fn accept_all(&mut self, now: Instant) {
         for index in 0..self.listeners.len() {
-            // As many turns as the longest backlog takes.
-            for _ in 0..LONGEST_BACKLOG / BATCH {
-                let listening = &self.listeners[index];
-                if !listening.ready || listening.paused.is_some() {
-                    break;
-                }
-                self.accept_from(index, now);
+            self.accept_waiting(index, now);
+        }
+    }
+
+    fn accept_waiting(&mut self, index: usize, now: Instant) {
+        // As many turns as the longest backlog takes.
+        for _ in 0..LONGEST_BACKLOG / BATCH {
+            let listening = &self.listeners[index];
+            if !listening.ready || listening.paused.is_some() {
+                break;
             }
+            self.accept_from(index, now);
         }
     }
 
@@ -116,7 +142,7 @@ impl<W: World> Worker<W> {
             let Some(listener) = &listening.listener else {
                 return;
             };
-            let limit = self.shared.limits.connections;
+            let limit = self.shared.room();
             // Guests are accepted whatever happens: hyperkit stands still until they are.
             if !listening.forward.is_polite(crate::relay::CLIENT)
                 && self.shared.live.load(Ordering::Relaxed) >= limit
@@ -133,7 +159,7 @@ impl<W: World> Worker<W> {
                     self.shared.live.fetch_add(1, Ordering::AcqRel);
                     forward.accepted.fetch_add(1, Ordering::Relaxed);
                     forward.live.fetch_add(1, Ordering::Relaxed);
-                    self.hand_over(stream, forward, now);
+                    self.hand_over(stream, peer, forward, now);
                 }
                 Err(e) => match e.kind() {
                     io::ErrorKind::WouldBlock => {
@@ -162,7 +188,7 @@ impl<W: World> Worker<W> {
     }
 
     /// Gives a connection to the worker that has the fewest.
-    fn hand_over(&mut self, stream: W::Stream, forward: Arc<Forward>, now: Instant) {
+    fn hand_over(&mut self, stream: W::Stream, peer: Peer, forward: Arc<Forward>, now: Instant) {
         let load = |index: &usize| self.shared.inboxes[*index].load.load(Ordering::Relaxed);
         let mine = load(&self.index);
         // Once the end has begun the others may be gone.
@@ -175,9 +201,9 @@ impl<W: World> Worker<W> {
         };
         self.shared.inboxes[to].load.fetch_add(1, Ordering::Relaxed);
         if to == self.index {
-            self.adopt(stream, forward, now);
+            self.adopt(stream, peer, forward, now);
         } else {
-            self.shared.inboxes[to].send(Command::Adopt(stream, forward));
+            self.shared.inboxes[to].send(Command::Adopt(stream, peer, forward));
         }
     }
 

@@ -90,6 +90,15 @@ impl Bridge {
         }
     }
 
+    /// Bytes of each side that were given to the other.
+    pub(crate) fn delivered(&self) -> [u64; 2] {
+        let of = |end: &Weak<End>| {
+            let end = end.upgrade();
+            end.map_or(0, |end| end.delivered.load(Ordering::Relaxed))
+        };
+        self.ends.each_ref().map(of)
+    }
+
     /// Breaks both directions off. To be called again until the end is told: what a thread was about to begin is not
     /// ended by the first call.
     pub(crate) fn cut(&self) {

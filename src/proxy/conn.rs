@@ -10,11 +10,13 @@ use tracing::{Span, debug, debug_span};
 
 use crate::dial::{self, Dial};
 use crate::error::{Error, Operation};
+use crate::listener::Peer;
 use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Socket, Turn};
 
 use super::dialling::complain;
 use super::forward::Forward;
 use super::gate::{Full, Gate, Permit, Place};
+use super::handle::{ConnectionState, ConnectionStatus};
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
 use super::world::World;
@@ -44,6 +46,8 @@ pub(crate) struct Conn<S> {
     pub(super) timer: Option<Instant>,
     /// Bytes of each side that were counted.
     pub(super) counted: [u64; 2],
+    pub(super) peer: Peer,
+    pub(super) since: Instant,
     pub(super) span: Span,
 }
 
@@ -95,7 +99,7 @@ pub(super) struct Leave<S> {
 }
 
 impl<S: crate::relay::Socket> Conn<S> {
-    pub(super) fn new(forward: Arc<Forward>) -> Conn<S> {
+    pub(super) fn new(forward: Arc<Forward>, peer: Peer, since: Instant) -> Conn<S> {
         let rule = &forward.rule;
         let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
         let place = forward.gates[CLIENT].as_ref().map(Gate::place);
@@ -107,6 +111,8 @@ impl<S: crate::relay::Socket> Conn<S> {
             ready: false,
             timer: None,
             counted: [0; 2],
+            peer,
+            since,
             span,
         }
     }
@@ -124,6 +130,26 @@ impl<S: crate::relay::Socket> Conn<S> {
                 }
             }
             State::Waiting { .. } | State::Bridged | State::Moving => {}
+        }
+    }
+
+    /// What is to be told of it; `bridged` is what a bridge has delivered.
+    pub(super) fn status(&self, bridged: Option<[u64; 2]>, now: Instant) -> ConnectionStatus {
+        let moved = match &self.state {
+            State::Relaying { pair, .. } => [CLIENT, SERVER].map(|side| pair.delivered(side)),
+            _ => bridged.unwrap_or(self.counted),
+        };
+        ConnectionStatus {
+            forward: self.forward.id,
+            peer: self.peer,
+            state: match &self.state {
+                State::Waiting { .. } | State::Connecting { .. } => ConnectionState::Dialling,
+                State::Relaying { .. } | State::Bridged => ConnectionState::Open,
+                State::Leaving { .. } | State::Moving => ConnectionState::Ending,
+            },
+            sent: moved[CLIENT],
+            received: moved[SERVER],
+            age: now.saturating_duration_since(self.since),
         }
     }
 
@@ -264,7 +290,9 @@ impl<W: World> Worker<W> {
                 }
             }
             State::Relaying { .. } => self.relay(id, now),
-            State::Bridged if self.phase == Phase::Cutting => self.cut_bridge(id, now),
+            State::Bridged if self.phase == Phase::Cutting || conn.forward.is_cut() => {
+                self.cut_bridge(id, now);
+            }
             // An event from before.
             State::Bridged => {}
             State::Leaving { .. } => self.go_on_leaving(id, now),

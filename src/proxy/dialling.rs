@@ -12,6 +12,7 @@ use tracing::warn;
 use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial::{self, Begun, Dial, Next};
 use crate::error::{Error, Operation};
+use crate::listener::Peer;
 use crate::listener::nonblocking::not_carried;
 use crate::relay::{CLIENT, End, Readiness, SERVER, Socket};
 use crate::stream::nonblocking::{Endpoint, Target};
@@ -37,8 +38,15 @@ pub(crate) struct DialQueue {
 
 impl<W: World> Worker<W> {
     /// Takes over an accepted connection and begins to dial its target.
-    pub(super) fn adopt(&mut self, mut stream: W::Stream, forward: Arc<Forward>, now: Instant) {
-        let id = self.conns.insert(Conn::new(Arc::clone(&forward)));
+    pub(super) fn adopt(
+        &mut self,
+        mut stream: W::Stream,
+        peer: Peer,
+        forward: Arc<Forward>,
+        now: Instant,
+    ) {
+        let conn = Conn::new(Arc::clone(&forward), peer, now);
+        let id = self.conns.insert(conn);
         let drain = self.shared.limits.drain_timeout;
         let crossed = match forward.is_crossed(CLIENT) {
             true => self.world.cross(CLIENT, &mut stream, drain),
@@ -50,7 +58,7 @@ impl<W: World> Worker<W> {
         let target = &forward.rule.connect;
         // Guests find the port bound until the very end, but are not served any more.
         let closed = match self.phase {
-            Phase::Running => false,
+            Phase::Running => forward.is_cut(),
             Phase::Stopping => forward.is_polite(CLIENT),
             Phase::Cutting => true,
         };
@@ -305,7 +313,8 @@ impl<W: World> Worker<W> {
             }
         };
         permit.dialled();
-        let id = self.conns.insert(Conn::new(Arc::clone(forward)));
+        let conn = Conn::new(Arc::clone(forward), Peer::Unknown, now);
+        let id = self.conns.insert(conn);
         forward.live.fetch_add(1, Ordering::Relaxed);
         self.shared.inboxes[self.index]
             .load

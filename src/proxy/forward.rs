@@ -1,6 +1,6 @@
 //! One rule of the proxy as its workers share it, and what they count of it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use crate::relay::{CLIENT, SERVER};
 use crate::stream::nonblocking::Waiter;
 
 use super::gate::Gate;
+use super::handle::ForwardId;
 
 /// Every connection accepted at `listen` is carried to `connect`.
 #[derive(Clone, Debug)]
@@ -55,6 +56,7 @@ pub struct Counters {
 /// A rule, and all that its connections share.
 #[derive(Debug)]
 pub(crate) struct Forward {
+    pub(super) id: ForwardId,
     pub(crate) rule: Rule,
     /// The gate of the VM on each side that is hyperkit's.
     pub(crate) gates: [Option<Arc<Gate>>; 2],
@@ -66,16 +68,20 @@ pub(crate) struct Forward {
     pub(crate) abandoned: AtomicU64,
     delivered: [AtomicU64; 2],
     pub(crate) complaints: Complaints,
+    /// It was removed, and the time of its connections is over.
+    pub(super) cut: AtomicBool,
 }
 
 impl Forward {
     /// `waiter`: see [`Waiter::of`].
     pub(crate) fn new(
+        id: ForwardId,
         rule: Rule,
         gates: [Option<Arc<Gate>>; 2],
         waiter: fn(&Address) -> Waiter,
     ) -> Forward {
         Forward {
+            id,
             waiters: [waiter(&rule.listen), waiter(&rule.connect)],
             rule,
             gates,
@@ -85,7 +91,12 @@ impl Forward {
             abandoned: AtomicU64::new(0),
             delivered: Default::default(),
             complaints: Complaints::default(),
+            cut: AtomicBool::new(false),
         }
+    }
+
+    pub(super) fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::Acquire)
     }
 
     /// Whether connections of that side are ended by half-close, drain, close.

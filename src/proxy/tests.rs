@@ -5,16 +5,22 @@
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 #[cfg(windows)]
-use std::sync::{Arc, atomic::AtomicUsize};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
 
+#[cfg(windows)]
+use super::forward::Forward;
+#[cfg(windows)]
+use super::handle::{Binder, ForwardId};
 use super::{Counters, Proxy, ProxyConfig, Rule, Waiter};
 #[cfg(windows)]
-use super::{Forward, Inbox, Limits, Listener, MioWorld, Shared, Stopper, Worker};
+use super::{GateLimits, Handle, Inbox, Limits, MioWorld, Shared, Worker};
 use crate::address::{Address, Host};
+#[cfg(windows)]
+use crate::listener::nonblocking::Listener;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -402,7 +408,7 @@ fn a_client_that_leaves_at_once_is_an_empty_connection() {
 fn guests_of(
     target: &TcpListener,
     limits: Limits,
-) -> (Stopper, SocketAddr, thread::JoinHandle<io::Result<()>>) {
+) -> (Handle, SocketAddr, thread::JoinHandle<io::Result<()>>) {
     use crate::listener::hyperv::HypervListener;
     use crate::sys::Acceptor;
 
@@ -417,21 +423,26 @@ fn guests_of(
     let rule = Rule::new(listen.clone(), connect.parse().unwrap());
     let acceptor = Acceptor::new(socket, make).unwrap();
     let listener = Listener::Hyperv(HypervListener::new(acceptor, listen));
-    let forward = Arc::new(Forward::new(rule, [None, None], Waiter::of));
+    let forward = Arc::new(Forward::new(ForwardId(0), rule, [None, None], Waiter::of));
     let world = MioWorld::new().unwrap();
     let waker = world.waker();
     let wake = move || waker.wake().unwrap();
-    let shared = Arc::new(Shared {
+    let gate_limits = GateLimits {
+        live: limits.vm_connections,
+        unanswered: limits.vm_unanswered as u64,
+    };
+    let shared = Arc::new(Shared::new(
         limits,
-        forwards: vec![Arc::clone(&forward)],
-        inboxes: vec![Inbox::new(wake)],
-        live: AtomicUsize::new(0),
-        stopping: AtomicUsize::new(0),
-    });
+        vec![Arc::clone(&forward)],
+        vec![Inbox::new(wake)],
+    ));
     let mut worker = Worker::new(world, 0, Arc::clone(&shared));
     worker.add_listener(listener, forward).unwrap();
     (
-        Stopper(shared),
+        Handle {
+            binder: Arc::new(Binder::new(gate_limits, Waiter::of)),
+            shared,
+        },
         address,
         thread::spawn(move || worker.run()),
     )
@@ -467,14 +478,14 @@ fn guests_are_accepted_one_by_one_and_not_beyond_the_places() {
         assert_eq!(answer, b"answer");
     }
     let end = Instant::now() + PATIENCE;
-    while stopper.connections() > 0 {
+    while stopper.live() > 0 {
         assert!(Instant::now() < end);
         thread::sleep(Duration::from_millis(5));
     }
     let guests = [guest(), guest(), guest(), guest()];
     let first = [server(), server()];
     thread::sleep(Duration::from_millis(100));
-    assert_eq!(stopper.connections(), 2);
+    assert_eq!(stopper.live(), 2);
     drop((first, guests));
     let last = [server(), server()];
     stopper.stop(Duration::ZERO);

@@ -4,16 +4,20 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::relay::Pool;
+use crate::listener::Peer;
+use crate::relay::{CLIENT, Pool};
+use crate::sys;
 
 use super::Limits;
 use super::accept::Listening;
 use super::conn::Conn;
 use super::dialling::DialQueue;
 use super::forward::Forward;
+use super::handle::ConnectionStatus;
 use super::leaving::LAST_LEAVE;
 use super::table::{Id, Table};
 use super::world::{Event, World};
@@ -38,24 +42,29 @@ pub(crate) enum Phase {
 }
 
 /// What a worker is told by others.
-#[derive(Debug)]
-pub(crate) enum Command<S> {
+pub(crate) enum Command<W: World> {
     /// Carry this accepted connection.
-    Adopt(S, Arc<Forward>),
+    Adopt(W::Stream, Peer, Arc<Forward>),
+    /// Accept clients of this forward; say whether that goes.
+    Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
+    /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
+    Remove(Arc<Forward>, Duration, Sender<()>),
+    /// Say what is carried.
+    Tell(Sender<Vec<ConnectionStatus>>),
     /// Accept no more clients, and cut off those that are there after this time.
     Stop(Duration),
 }
 
 /// What a worker is told, and how it is woken to listen.
-pub(crate) struct Inbox<S> {
-    commands: Mutex<Vec<Command<S>>>,
+pub(crate) struct Inbox<W: World> {
+    commands: Mutex<Vec<Command<W>>>,
     /// Connections of this worker.
     pub(crate) load: AtomicUsize,
     wake: Box<dyn Fn() + Send + Sync>,
 }
 
-impl<S> Inbox<S> {
-    pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Inbox<S> {
+impl<W: World> Inbox<W> {
+    pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Inbox<W> {
         Inbox {
             commands: Mutex::default(),
             load: AtomicUsize::new(0),
@@ -63,7 +72,7 @@ impl<S> Inbox<S> {
         }
     }
 
-    pub(crate) fn send(&self, command: Command<S>) {
+    pub(crate) fn send(&self, command: Command<W>) {
         self.commands
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -78,12 +87,12 @@ impl<S> Inbox<S> {
             .is_empty()
     }
 
-    fn take(&self) -> Vec<Command<S>> {
+    fn take(&self) -> Vec<Command<W>> {
         std::mem::take(&mut *self.commands.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-impl<S> std::fmt::Debug for Inbox<S> {
+impl<W: World> std::fmt::Debug for Inbox<W> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Inbox")
             .field("load", &self.load)
@@ -93,25 +102,101 @@ impl<S> std::fmt::Debug for Inbox<S> {
 
 /// What the workers of a proxy share.
 #[derive(Debug)]
-pub(crate) struct Shared<S> {
+pub(crate) struct Shared<W: World> {
     pub(crate) limits: Limits,
-    pub(crate) forwards: Vec<Arc<Forward>>,
-    pub(crate) inboxes: Vec<Inbox<S>>,
+    forwards: Mutex<Vec<Arc<Forward>>>,
+    pub(crate) inboxes: Vec<Inbox<W>>,
+    /// How many connections there may be: what the limits say, and no more than there are descriptors for.
+    room: AtomicUsize,
     /// Connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
     /// Workers that have heard of the end: they hand nothing over any more.
     pub(crate) stopping: AtomicUsize,
+    /// Workers that have ended.
+    pub(crate) ended: AtomicUsize,
+    /// Who gets the next listener.
+    next: AtomicUsize,
+}
+
+impl<W: World> Shared<W> {
+    pub(crate) fn new(
+        limits: Limits,
+        forwards: Vec<Arc<Forward>>,
+        inboxes: Vec<Inbox<W>>,
+    ) -> Shared<W> {
+        let room = limits.connections.min(room_for_connections(false));
+        Shared {
+            limits,
+            next: AtomicUsize::new(forwards.len()),
+            forwards: Mutex::new(forwards),
+            inboxes,
+            room: AtomicUsize::new(room),
+            live: AtomicUsize::new(0),
+            stopping: AtomicUsize::new(0),
+            ended: AtomicUsize::new(0),
+        }
+    }
+
+    pub(super) fn forwards(&self) -> MutexGuard<'_, Vec<Arc<Forward>>> {
+        self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn room(&self) -> usize {
+        self.room.load(Ordering::Relaxed)
+    }
+
+    /// Keeps descriptors for guests, who can't be made to wait.
+    pub(super) fn make_room_for_guests(&self) {
+        let room = room_for_connections(true);
+        self.room.fetch_min(room, Ordering::Relaxed);
+    }
+
+    /// Who is to have the next listener.
+    pub(super) fn next_inbox(&self) -> usize {
+        self.next.fetch_add(1, Ordering::Relaxed) % self.inboxes.len()
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether nobody listens to commands any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.ended.load(Ordering::Acquire) >= self.inboxes.len()
+    }
+}
+
+/// Descriptors that are not connections: listeners, pollers, standard streams, and some to spare.
+const SPARE: u64 = 64;
+
+/// Descriptors for the connections of guests, which can't be made to wait: hyperkit has 1,024 slots.
+const FOR_GUESTS: u64 = 2 * 1024;
+
+/// How many connections the process has descriptors for. None is ever accepted that they don't suffice for: on macOS a
+/// connection that can't be given a descriptor is lost.
+fn room_for_connections(guests: bool) -> usize {
+    let Some(limit) = sys::descriptor_limit() else {
+        return usize::MAX;
+    };
+    let left = limit.saturating_sub(SPARE);
+    let left = match guests {
+        true => left - FOR_GUESTS.min(left / 2),
+        false => left,
+    };
+    usize::try_from(left / 2).unwrap_or(usize::MAX).max(1)
 }
 
 /// A worker: its connections, its listeners, its part of the world.
 pub(crate) struct Worker<W: World> {
     pub(super) world: W,
     pub(super) index: usize,
-    pub(super) shared: Arc<Shared<W::Stream>>,
+    pub(super) shared: Arc<Shared<W>>,
     pub(super) conns: Table<Conn<W::Stream>>,
     pub(super) listeners: Vec<Listening<W::Listener>>,
     pub(super) queues: Vec<DialQueue>,
     pub(super) pool: Pool,
+    /// Forwards that were removed, and when their connections are cut off.
+    removed: Vec<(Instant, Arc<Forward>)>,
     pub(super) phase: Phase,
     /// When the phase [`Phase::Cutting`] begins.
     cut_at: Option<Instant>,
@@ -129,7 +214,7 @@ pub(super) fn after(now: Instant, time: Duration) -> Instant {
 }
 
 impl<W: World> Worker<W> {
-    pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W::Stream>>) -> Worker<W> {
+    pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W>>) -> Worker<W> {
         Worker {
             world,
             index,
@@ -138,6 +223,7 @@ impl<W: World> Worker<W> {
             listeners: Vec::new(),
             queues: Vec::new(),
             pool: Pool::new(BUFFER, KEEP),
+            removed: Vec::new(),
             phase: Phase::Running,
             cut_at: None,
             end_at: None,
@@ -161,7 +247,18 @@ impl<W: World> Worker<W> {
             }
             for command in self.shared.inboxes[self.index].take() {
                 match command {
-                    Command::Adopt(stream, forward) => self.adopt(stream, forward, now),
+                    Command::Adopt(stream, peer, forward) => {
+                        self.adopt(stream, peer, forward, now);
+                    }
+                    Command::Listen(listener, forward, tell) => {
+                        // Who asked may have given up.
+                        let _ = tell.send(self.add_listener(listener, forward));
+                    }
+                    Command::Remove(forward, grace, tell) => {
+                        self.remove(forward, grace, now);
+                        let _ = tell.send(());
+                    }
+                    Command::Tell(tell) => drop(tell.send(self.connections(now))),
                     Command::Stop(grace) => self.stop(grace, now),
                 }
             }
@@ -178,6 +275,7 @@ impl<W: World> Worker<W> {
                     self.step(id, now);
                 }
             }
+            self.cut_removed(now);
             if self.cut_at.is_some_and(|at| at <= now) {
                 self.cut_all(now);
             }
@@ -270,6 +368,7 @@ impl<W: World> Worker<W> {
             self.end_at,
             self.next_accept(now),
             self.next_dial(),
+            self.removed.iter().map(|(at, _)| *at).min(),
         ]
         .into_iter()
         .flatten()
@@ -290,6 +389,42 @@ impl<W: World> Worker<W> {
         }
     }
 
+    /// Takes a forward out: nobody is accepted any more, and who is there has that time.
+    fn remove(&mut self, forward: Arc<Forward>, grace: Duration, now: Instant) {
+        self.remove_listener(&forward, now);
+        self.removed.push((after(now, grace), forward));
+    }
+
+    /// Cuts off the connections of removed forwards whose time has come.
+    fn cut_removed(&mut self, now: Instant) {
+        let due = |(at, _): &(Instant, Arc<Forward>)| *at <= now;
+        if !self.removed.iter().any(due) {
+            return;
+        }
+        let (due, later) = std::mem::take(&mut self.removed).into_iter().partition(due);
+        self.removed = later;
+        let due: Vec<(Instant, Arc<Forward>)> = due;
+        for (_, forward) in due {
+            // What is handed over after this is cut off when it comes.
+            forward.cut.store(true, Ordering::Release);
+            for id in self.conns.ids() {
+                let its = |conn: &Conn<W::Stream>| Arc::ptr_eq(&conn.forward, &forward);
+                if self.conns.get_mut(id).is_some_and(|conn| its(conn)) {
+                    self.cut(id, now);
+                }
+            }
+        }
+    }
+
+    fn connections(&mut self, now: Instant) -> Vec<ConnectionStatus> {
+        let mut all = Vec::new();
+        for id in self.conns.ids() {
+            let bridged = self.world.bridged(id.token(CLIENT));
+            all.extend(self.conns.get_mut(id).map(|conn| conn.status(bridged, now)));
+        }
+        all
+    }
+
     fn cut_all(&mut self, now: Instant) {
         self.cut_at = None;
         if self.phase < Phase::Cutting {
@@ -308,7 +443,7 @@ impl<W: World> Worker<W> {
         if self.shared.stopping.load(Ordering::Acquire) < self.shared.inboxes.len() {
             return false;
         }
-        let none = |shared: &Shared<W::Stream>| shared.live.load(Ordering::Acquire) == 0;
+        let none = |shared: &Shared<W>| shared.live.load(Ordering::Acquire) == 0;
         if !none(&self.shared) {
             return false;
         }

@@ -99,6 +99,8 @@ pub(crate) trait World {
     /// # Errors
     /// It can't be had: the stream is as it was.
     fn cross(&mut self, side: usize, stream: &mut Self::Stream, drain: Duration) -> io::Result<()>;
+    /// Bytes of each side that a bridge has given to the other; `None` if there is none.
+    fn bridged(&self, token: usize) -> Option<[u64; 2]>;
     /// Breaks a bridge off, which is to be tried again until [`Event::Bridged`].
     fn cut_bridge(&mut self, token: usize);
 }
@@ -432,6 +434,10 @@ impl World for MioWorld {
 
     fn cross(&mut self, side: usize, stream: &mut Stream, drain: Duration) -> io::Result<()> {
         crossing::cross(side, stream, drain, &self.crossings)
+    }
+
+    fn bridged(&self, token: usize) -> Option<[u64; 2]> {
+        self.bridges.get(&token).map(Bridge::delivered)
     }
 
     fn cut_bridge(&mut self, token: usize) {
