@@ -54,7 +54,7 @@
 //! | there | here |
 //! |---|---|
 //! | `Af_common.S`: `create`, `connect ?timeout_ms`, of each family | [`Stream::connect`], [`connect_timeout`](Stream::connect_timeout); a socket is made by what is done with it |
-//! | `Af_common.S`: `bind`, `accept` | [`Listener::bind`], [`accept`](Listener::accept), whose [`Peer`] says `Unknown` where the kernel knows none (hyperkit) |
+//! | `Af_common.S`: `bind`, `accept` | [`Listener::bind`], [`accept`](Listener::accept), whose [`SocketName`] says `Unnamed` where the kernel knows none (hyperkit) |
 //! | `Af_hyperv.vmid`, `string_of_vmid`, `serviceid`, `sockaddr` | [`address::Vm`], [`address::VmId`], [`address::ServiceId`], [`address::HvsockAddress`] |
 //! | `Af_hyperv.vmid_of_name` | [`hyperv::find`] |
 //! | `Af_hyperv.register_serviceid` | [`services::register`] |
@@ -78,6 +78,7 @@ pub mod hyperkit;
 pub mod hyperv;
 mod listener;
 mod mux;
+mod name;
 pub mod proxy;
 mod relay;
 #[cfg(feature = "cli")]
@@ -95,6 +96,7 @@ pub mod vsock;
 
 pub use address::{Address, AddressError};
 pub use error::{Error, Operation, Result};
-pub use listener::{DEFAULT_MODE, Listener, Peer};
+pub use listener::{DEFAULT_MODE, Listener};
+pub use name::SocketName;
 pub use proxy::{Proxy, ProxyConfig, Rule};
 pub use stream::Stream;

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::listener::Peer;
 use crate::listener::lasting::LastingListener;
+use crate::name::SocketName;
 use crate::stream::Stream;
 use crate::sys::Wanted;
 
@@ -98,7 +98,7 @@ pub(crate) fn serve(
     listener: &mut LastingListener,
     plan: Plan,
     stop: &Stop,
-    handle: impl Fn(u64, &Stream, Peer) + Sync,
+    handle: impl Fn(u64, &Stream, SocketName) + Sync,
 ) {
     let crowd = Crowd::default();
     let handle = |number, stream: &Stream, peer| {

@@ -15,7 +15,7 @@ use std::time::Duration;
 use common::*;
 use hvsock::address::Address;
 use hvsock::proxy::{ConnectionState, ForwardId, Handle};
-use hvsock::{Peer, Proxy, Rule};
+use hvsock::{Proxy, Rule, SocketName};
 
 const LONG: Duration = Duration::from_secs(3600);
 
@@ -136,7 +136,7 @@ fn connections_are_told_of() {
         panic!("{told:?}");
     };
     assert_eq!((one.forward, one.state), (id, ConnectionState::Open));
-    assert_eq!(one.peer, Peer::Tcp(client.local_addr().unwrap()));
+    assert_eq!(one.peer, SocketName::Tcp(client.local_addr().unwrap()));
     eventually("all is counted", || {
         let told = handle.connections();
         (told[0].sent, told[0].received) == (5000, 5000)

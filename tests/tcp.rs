@@ -250,3 +250,50 @@ fn stress_finds_nothing_wrong_with_an_echo() {
     assert!(report.contains("40 whole, 0 failed"), "{report}");
     assert_eq!(output.status.code(), Some(0));
 }
+
+#[test]
+fn a_stream_has_what_stds_has() {
+    use hvsock::SocketName;
+    let listener = Listener::bind(&"tcp://127.0.0.1:0".parse().unwrap()).unwrap();
+    let Ok(SocketName::Tcp(bound)) = listener.local_addr() else {
+        panic!("{:?}", listener.local_addr());
+    };
+    let stream = Stream::connect(listener.address()).unwrap();
+    let (served, peer) = listener.accept().unwrap();
+    assert_eq!(stream.peer_addr().unwrap(), SocketName::Tcp(bound));
+    assert_eq!(served.local_addr().unwrap(), SocketName::Tcp(bound));
+    assert_eq!(stream.local_addr().unwrap(), peer);
+    assert_eq!(served.peer_addr().unwrap(), peer);
+    assert!(stream.take_error().unwrap().is_none());
+
+    let moment = Some(Duration::from_millis(50));
+    assert_eq!(stream.read_timeout().unwrap(), None);
+    stream.set_read_timeout(moment).unwrap();
+    stream.set_write_timeout(moment).unwrap();
+    // The kernel may round up.
+    assert!(stream.read_timeout().unwrap() >= moment);
+    assert!(stream.write_timeout().unwrap() >= moment);
+    assert!((&stream).read(&mut [0]).is_err());
+    let zero = stream.set_read_timeout(Some(Duration::ZERO)).unwrap_err();
+    assert_eq!(zero.kind(), io::ErrorKind::InvalidInput);
+
+    // There and back through std.
+    let address = stream.address().clone();
+    let std = std::net::TcpStream::connect(bound).unwrap();
+    let mut taken = Stream::from_socket(std, address);
+    let (mut other, _) = listener.accept().unwrap();
+    taken.write_all(b"taken").unwrap();
+    taken.shutdown(Shutdown::Write).unwrap();
+    let mut all = String::new();
+    other.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "taken");
+    #[cfg(unix)]
+    let socket = std::os::fd::OwnedFd::from(taken);
+    #[cfg(windows)]
+    let socket = std::os::windows::io::OwnedSocket::try_from(taken).unwrap();
+    let mut std = std::net::TcpStream::from(socket);
+    other.write_all(b"given").unwrap();
+    let mut given = [0; 5];
+    std.read_exact(&mut given).unwrap();
+    assert_eq!(&given, b"given");
+}

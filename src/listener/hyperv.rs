@@ -3,11 +3,11 @@
 use std::io;
 use std::time::Duration;
 
-use super::Peer;
 use super::nonblocking::BACKLOG;
-use crate::address::{Address, HvsockAddress, ServiceId, VmId};
+use crate::address::{Address, HvsockAddress};
 use crate::dial::{self, hv_options, vm_id};
 use crate::error::{Error, Operation, Result};
+use crate::name::SocketName;
 use crate::stream::Stream;
 use crate::sys::{self, Acceptor};
 
@@ -29,15 +29,15 @@ impl HypervListener {
         HypervListener { acceptor, address }
     }
 
-    pub(super) fn accept(&self) -> io::Result<(Stream, Peer)> {
+    pub(super) fn accept(&self) -> io::Result<(Stream, SocketName)> {
         let socket = self.acceptor.accept()?;
-        let peer = socket.peer_addr().ok();
-        let peer = peer.and_then(|peer| sys::hv_of(&peer));
-        let peer = peer.map_or(Peer::Unknown, |(vm, service)| Peer::Hvsock {
-            vm: VmId(vm),
-            service: ServiceId(service),
-        });
+        let peer = socket.peer_addr();
+        let peer = peer.map_or(SocketName::Unnamed, |peer| SocketName::of(&peer));
         Ok((Stream::from_connected(socket, &self.address), peer))
+    }
+
+    pub(super) fn local_addr(&self) -> io::Result<SocketName> {
+        self.acceptor.local_addr()
     }
 
     pub(super) fn wait(&self, timeout: Duration) -> io::Result<()> {

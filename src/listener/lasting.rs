@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, info};
 
+use super::Listener;
 use super::nonblocking::FileState;
-use super::{Listener, Peer};
 use crate::address::Address;
 use crate::error::Result;
+use crate::name::SocketName;
 use crate::stream::Stream;
 
 /// A [`Listener`] whose socket's file is made again if someone removes it.
@@ -47,7 +48,10 @@ impl LastingListener {
     ///
     /// # Errors
     /// As there.
-    pub(crate) fn accept_timeout(&mut self, timeout: Duration) -> Result<Option<(Stream, Peer)>> {
+    pub(crate) fn accept_timeout(
+        &mut self,
+        timeout: Duration,
+    ) -> Result<Option<(Stream, SocketName)>> {
         let state = || self.listener.inner.file_state();
         let again = || Listener::bind_with_mode(&self.address, self.mode);
         if let Some(made) = self.watch.look(&self.address, state, again) {

@@ -9,13 +9,13 @@ use mio::event::Source;
 use mio::unix::SourceFd;
 use socket2::{Socket, Type};
 
-use super::Peer;
 use super::file::{self, SocketFile};
 use super::nonblocking::{BACKLOG, FileState, not_carried};
-use crate::address::{Address, Port, UnixAddress, VsockAddress};
+use crate::address::{Address, UnixAddress, VsockAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::mux;
+use crate::name::SocketName;
 use crate::stream::local::Local;
 use crate::sys::{self, AsSocket, BorrowedSocket};
 
@@ -42,32 +42,27 @@ impl LocalListener {
         }
     }
 
-    pub(super) fn accept(&self) -> io::Result<(Local, Peer)> {
+    pub(super) fn accept(&self) -> io::Result<(Local, SocketName)> {
         match self {
             LocalListener::Unix { listener, .. } => {
                 let (stream, _) = listener.accept()?;
-                Ok((stream.into(), Peer::Unknown))
+                Ok((stream.into(), SocketName::Unnamed))
             }
             LocalListener::Vsock(listener) => {
                 let (socket, address) = listener.accept()?;
                 socket.set_nonblocking(true)?;
-                let peer = sys::vsock_of(&address).map_or(Peer::Unknown, |(cid, port)| {
-                    let port = Port(port);
-                    Peer::Vsock { cid, port }
-                });
+                let peer = SocketName::of(&address);
                 Ok((Local::from_vsock(socket), peer))
             }
         }
     }
 
-    /// The vsock port that was bound.
-    pub(super) fn vsock_port(&self) -> Option<Port> {
+    pub(super) fn local_addr(&self) -> io::Result<SocketName> {
         match self {
             LocalListener::Vsock(listener) => {
-                let (_, port) = sys::vsock_of(&listener.local_addr().ok()?)?;
-                Some(Port(port))
+                listener.local_addr().map(|name| SocketName::of(&name))
             }
-            LocalListener::Unix { .. } => None,
+            LocalListener::Unix { .. } => Ok(SocketName::Unnamed),
         }
     }
 

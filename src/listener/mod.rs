@@ -13,52 +13,16 @@ mod local;
 mod local;
 pub(crate) mod nonblocking;
 
-use std::fmt;
 use std::io;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crate::address::{Address, Port, ServiceId, VmId};
+use crate::address::Address;
 use crate::error::{Error, Operation, Result};
+use crate::name::SocketName;
 use crate::stream::Stream;
 
 /// The permissions of a Unix socket's file unless others are asked for: its owner's.
 pub const DEFAULT_MODE: u32 = 0o600;
-
-/// Who an accepted connection is from, as far as the kernel knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Peer {
-    /// A TCP client.
-    Tcp(SocketAddr),
-    /// An AF_VSOCK client.
-    Vsock {
-        /// The CID of its VM, or of the host.
-        cid: u32,
-        /// Its port, mostly one of the kernel's choice.
-        port: Port,
-    },
-    /// An AF_HYPERV client.
-    Hvsock {
-        /// The id of its VM, as its partition is called here.
-        vm: VmId,
-        /// Its own service id, mostly one of the system's choice.
-        service: ServiceId,
-    },
-    /// Clients of Unix sockets have no names, and so neither have hyperkit's guests, nor clients of pipes.
-    Unknown,
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Peer::Tcp(address) => write!(f, "tcp://{address}"),
-            Peer::Vsock { cid, port } => write!(f, "vsock://{cid}:{}", port.0),
-            Peer::Hvsock { vm, service } => write!(f, "hvsock://{vm}/{service}"),
-            Peer::Unknown => f.write_str("a client without a name"),
-        }
-    }
-}
 
 /// A listening socket of any family. Dropping it removes the socket's file, if there is one and it is still this
 /// listener's.
@@ -104,11 +68,19 @@ impl Listener {
         &self.address
     }
 
+    /// The name of the socket, as far as its family has one; a chosen port is in it.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketName> {
+        self.inner.local_addr()
+    }
+
     /// Waits for a connection, for ever.
     ///
     /// # Errors
     /// What the kernel says; one that tells of a single client, or of descriptors, doesn't end the listener.
-    pub fn accept(&self) -> Result<(Stream, Peer)> {
+    pub fn accept(&self) -> Result<(Stream, SocketName)> {
         loop {
             // kevent and poll count in 32 bits.
             if let Some(accepted) = self.accept_timeout(Duration::from_secs(3600))? {
@@ -121,7 +93,7 @@ impl Listener {
     ///
     /// # Errors
     /// As [`accept`](Listener::accept).
-    pub fn accept_timeout(&self, timeout: Duration) -> Result<Option<(Stream, Peer)>> {
+    pub fn accept_timeout(&self, timeout: Duration) -> Result<Option<(Stream, SocketName)>> {
         let deadline = Instant::now() + timeout;
         let fail = |e| Error::new(Operation::Accept, &self.address, e);
         loop {
@@ -144,7 +116,7 @@ impl Listener {
     }
 
     /// Takes one connection after the other, for ever.
-    pub fn incoming(&self) -> impl Iterator<Item = Result<(Stream, Peer)>> + '_ {
+    pub fn incoming(&self) -> impl Iterator<Item = Result<(Stream, SocketName)>> + '_ {
         std::iter::repeat_with(|| self.accept())
     }
 }

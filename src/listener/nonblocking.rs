@@ -8,10 +8,10 @@ use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, Socket, Type};
 
-use super::Peer;
 use super::local::LocalListener;
-use crate::address::{Address, Host, TcpAddress};
+use crate::address::{Address, Host, TcpAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
+use crate::name::SocketName;
 use crate::stream::nonblocking::Stream;
 use crate::sys::{self, AsSocket, Wanted};
 
@@ -49,11 +49,11 @@ impl Listener {
 
     /// Accepts one connection, without waiting for it; who it is from, for the log. The stream is non-blocking, where
     /// its family has readiness.
-    pub(crate) fn accept(&self) -> io::Result<(Stream, Peer)> {
+    pub(crate) fn accept(&self) -> io::Result<(Stream, SocketName)> {
         match self {
             Listener::Tcp(listener) => {
                 let (stream, peer) = listener.accept()?;
-                Ok((Stream::Tcp(stream), Peer::Tcp(peer)))
+                Ok((Stream::Tcp(stream), SocketName::Tcp(peer)))
             }
             Listener::Local(listener) => {
                 let (stream, peer) = listener.accept()?;
@@ -84,20 +84,27 @@ impl Listener {
     /// The address that was bound when `asked` was asked for: it says what the kernel chose for TCP port 0, and for the
     /// highest vsock port, `VMADDR_PORT_ANY`.
     pub(crate) fn bound(&self, asked: &Address) -> Address {
-        match (self, asked) {
-            (Listener::Tcp(listener), Address::Tcp(_)) => match listener.local_addr() {
-                Ok(bound) => Address::Tcp(TcpAddress {
-                    host: Host::Ip(bound.ip()),
-                    port: bound.port(),
-                }),
-                Err(_) => asked.clone(),
-            },
-            (Listener::Local(listener), Address::Vsock(vsock)) => {
-                let mut vsock = vsock.clone();
-                vsock.port = listener.vsock_port().unwrap_or(vsock.port);
-                Address::Vsock(vsock)
+        match (self.local_addr(), asked) {
+            (Ok(SocketName::Tcp(bound)), _) => Address::Tcp(TcpAddress {
+                host: Host::Ip(bound.ip()),
+                port: bound.port(),
+            }),
+            (Ok(SocketName::Vsock { port, .. }), Address::Vsock(vsock)) => {
+                Address::Vsock(VsockAddress {
+                    port,
+                    ..vsock.clone()
+                })
             }
             _ => asked.clone(),
+        }
+    }
+
+    pub(super) fn local_addr(&self) -> io::Result<SocketName> {
+        match self {
+            Listener::Tcp(listener) => listener.local_addr().map(SocketName::Tcp),
+            Listener::Local(listener) => listener.local_addr(),
+            #[cfg(windows)]
+            Listener::Hyperv(listener) => listener.local_addr(),
         }
     }
 

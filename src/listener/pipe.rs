@@ -11,10 +11,11 @@ use mio::event::Source;
 use mio::windows::NamedPipe;
 use mio::{Interest, Registry, Token};
 
+use super::DEFAULT_MODE;
 use super::nonblocking::{FileState, not_carried};
-use super::{DEFAULT_MODE, Peer};
-use crate::address::{Address, Port};
+use crate::address::Address;
 use crate::error::{Error, Operation, Result};
+use crate::name::SocketName;
 use crate::stream::local::Local;
 use crate::sys::{self, Access};
 
@@ -175,7 +176,7 @@ impl LocalListener {
         Ok(())
     }
 
-    pub(super) fn accept(&self) -> io::Result<(Local, Peer)> {
+    pub(super) fn accept(&self) -> io::Result<(Local, SocketName)> {
         let mut waiting = self.lock();
         // That no more can be made is told only when nobody has come to those that are there.
         let _ = self.fill_up(&mut waiting);
@@ -193,7 +194,7 @@ impl LocalListener {
         let _ = self
             .fill_up(&mut waiting)
             .and_then(|()| waiting.watch_made());
-        Ok((pipe, Peer::Unknown))
+        Ok((pipe, SocketName::Unnamed))
     }
 
     /// Waits until a client may have come, at most `timeout`.
@@ -213,8 +214,8 @@ impl LocalListener {
         sys::wait_for_any(&events, Some(timeout)).map(drop)
     }
 
-    pub(super) fn vsock_port(&self) -> Option<Port> {
-        None
+    pub(super) fn local_addr(&self) -> io::Result<SocketName> {
+        Ok(SocketName::Unnamed)
     }
 
     pub(super) fn file_state(&self) -> FileState {

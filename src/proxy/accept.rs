@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use tracing::{error, info, warn};
 
 use crate::address::Address;
-use crate::listener::Peer;
 use crate::listener::nonblocking::FileState;
+use crate::name::SocketName;
 use crate::relay::Socket;
 
 use super::forward::{Complaints, Forward};
@@ -188,7 +188,13 @@ impl<W: World> Worker<W> {
     }
 
     /// Gives a connection to the worker that has the fewest.
-    fn hand_over(&mut self, stream: W::Stream, peer: Peer, forward: Arc<Forward>, now: Instant) {
+    fn hand_over(
+        &mut self,
+        stream: W::Stream,
+        peer: SocketName,
+        forward: Arc<Forward>,
+        now: Instant,
+    ) {
         let load = |index: &usize| self.shared.inboxes[*index].load.load(Ordering::Relaxed);
         let mine = load(&self.index);
         // Once the end has begun the others may be gone.

@@ -10,7 +10,7 @@ use tracing::{Span, debug, debug_span};
 
 use crate::dial::{self, Dial};
 use crate::error::{Error, Operation};
-use crate::listener::Peer;
+use crate::name::SocketName;
 use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Socket, Turn};
 
 use super::dialling::complain;
@@ -46,7 +46,7 @@ pub(crate) struct Conn<S> {
     pub(super) timer: Option<Instant>,
     /// Bytes of each side that were counted.
     pub(super) counted: [u64; 2],
-    pub(super) peer: Peer,
+    pub(super) peer: SocketName,
     pub(super) since: Instant,
     pub(super) span: Span,
 }
@@ -99,7 +99,7 @@ pub(super) struct Leave<S> {
 }
 
 impl<S: crate::relay::Socket> Conn<S> {
-    pub(super) fn new(forward: Arc<Forward>, peer: Peer, since: Instant) -> Conn<S> {
+    pub(super) fn new(forward: Arc<Forward>, peer: SocketName, since: Instant) -> Conn<S> {
         let rule = &forward.rule;
         let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
         let place = forward.gates[CLIENT].as_ref().map(Gate::place);

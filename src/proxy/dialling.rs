@@ -12,8 +12,8 @@ use tracing::warn;
 use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial::{self, Begun, Dial, Next};
 use crate::error::{Error, Operation};
-use crate::listener::Peer;
 use crate::listener::nonblocking::not_carried;
+use crate::name::SocketName;
 use crate::relay::{CLIENT, End, Readiness, SERVER, Socket};
 use crate::stream::nonblocking::{Endpoint, Target};
 
@@ -41,7 +41,7 @@ impl<W: World> Worker<W> {
     pub(super) fn adopt(
         &mut self,
         mut stream: W::Stream,
-        peer: Peer,
+        peer: SocketName,
         forward: Arc<Forward>,
         now: Instant,
     ) {
@@ -313,7 +313,7 @@ impl<W: World> Worker<W> {
             }
         };
         permit.dialled();
-        let conn = Conn::new(Arc::clone(forward), Peer::Unknown, now);
+        let conn = Conn::new(Arc::clone(forward), SocketName::Unnamed, now);
         let id = self.conns.insert(conn);
         forward.live.fetch_add(1, Ordering::Relaxed);
         self.shared.inboxes[self.index]

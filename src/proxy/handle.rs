@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use crate::address::{Address, HyperkitVm};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
-use crate::listener::Peer;
 use crate::listener::nonblocking::{Listener, not_carried};
+use crate::name::SocketName;
 use crate::relay::CLIENT;
 use crate::stream::nonblocking::{Target, Waiter};
 
@@ -58,7 +58,7 @@ pub struct ConnectionStatus {
     /// Whose it is.
     pub forward: ForwardId,
     /// Who it is from, as far as the kernel knows.
-    pub peer: Peer,
+    pub peer: SocketName,
     /// How far it is.
     pub state: ConnectionState,
     /// Bytes from the accepting to the dialled side.

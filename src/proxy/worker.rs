@@ -8,7 +8,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::listener::Peer;
+use crate::name::SocketName;
 use crate::relay::{CLIENT, Pool};
 use crate::sys;
 
@@ -44,7 +44,7 @@ pub(crate) enum Phase {
 /// What a worker is told by others.
 pub(crate) enum Command<W: World> {
     /// Carry this accepted connection.
-    Adopt(W::Stream, Peer, Arc<Forward>),
+    Adopt(W::Stream, SocketName, Arc<Forward>),
     /// Accept clients of this forward; say whether that goes.
     Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, say so, and cut off those that are there after this time.

@@ -13,8 +13,8 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
 use crate::error::{Error, Operation, Result};
-use crate::listener::Peer;
 use crate::listener::nonblocking::{FileState, Listener};
+use crate::name::SocketName;
 use crate::relay::{Readiness, Socket};
 use crate::stream;
 use crate::stream::nonblocking::{Endpoint, Stream};
@@ -55,7 +55,7 @@ pub(crate) trait World {
 
     fn listen(&mut self, address: &Address, mode: u32) -> Result<Self::Listener>;
     fn watch_listener(&mut self, listener: &mut Self::Listener, token: usize) -> io::Result<()>;
-    fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, Peer)>;
+    fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
     fn file_state(&mut self, listener: &Self::Listener) -> FileState;
     fn close_listener(&mut self, listener: Self::Listener);
 
@@ -312,7 +312,7 @@ impl World for MioWorld {
         listener.watch(self.poll.registry(), Token(token), tell)
     }
 
-    fn accept(&mut self, listener: &Listener) -> io::Result<(Stream, Peer)> {
+    fn accept(&mut self, listener: &Listener) -> io::Result<(Stream, SocketName)> {
         listener.accept()
     }
 

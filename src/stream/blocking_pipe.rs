@@ -190,6 +190,14 @@ impl Pipe {
         self.nonblocking.store(nonblocking, Ordering::Relaxed);
     }
 
+    pub(super) fn read_timeout(&self) -> Option<Duration> {
+        *lock(&self.read_end.timeout)
+    }
+
+    pub(super) fn write_timeout(&self) -> Option<Duration> {
+        *lock(&self.write_end.timeout)
+    }
+
     pub(super) fn set_read_timeout(&self, timeout: Option<Duration>) {
         *lock(&self.read_end.timeout) = timeout;
     }

@@ -5,10 +5,11 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::{SockAddr, Socket};
+use socket2::Socket;
 
 use super::blocking_pipe::Pipe;
 use super::nonblocking;
+use crate::name::SocketName;
 #[cfg(feature = "cli")]
 use crate::sys::Wanted;
 use crate::sys::{self, AsSocket, OwnedSocket};
@@ -132,10 +133,39 @@ impl Inner {
 }
 
 impl Inner {
-    pub(super) fn peer_addr(&self) -> io::Result<SockAddr> {
+    pub(super) fn local_addr(&self) -> io::Result<SocketName> {
         match self {
-            Inner::Socket(socket) => socket.peer_addr(),
-            Inner::Pipe(_) => Err(io::ErrorKind::Unsupported.into()),
+            Inner::Socket(socket) => socket.local_addr().map(|name| SocketName::of(&name)),
+            Inner::Pipe(_) => Ok(SocketName::Unnamed),
+        }
+    }
+
+    pub(super) fn peer_addr(&self) -> io::Result<SocketName> {
+        match self {
+            Inner::Socket(socket) => socket.peer_addr().map(|name| SocketName::of(&name)),
+            Inner::Pipe(_) => Ok(SocketName::Unnamed),
+        }
+    }
+
+    /// A pipe keeps none back.
+    pub(super) fn take_error(&self) -> io::Result<Option<io::Error>> {
+        match self {
+            Inner::Socket(socket) => socket.take_error(),
+            Inner::Pipe(_) => Ok(None),
+        }
+    }
+
+    pub(super) fn read_timeout(&self) -> io::Result<Option<Duration>> {
+        match self {
+            Inner::Socket(socket) => socket.read_timeout(),
+            Inner::Pipe(pipe) => Ok(pipe.read_timeout()),
+        }
+    }
+
+    pub(super) fn write_timeout(&self) -> io::Result<Option<Duration>> {
+        match self {
+            Inner::Socket(socket) => socket.write_timeout(),
+            Inner::Pipe(pipe) => Ok(pipe.write_timeout()),
         }
     }
 

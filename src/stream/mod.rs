@@ -16,6 +16,7 @@ use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
+use crate::name::SocketName;
 #[cfg(unix)]
 use crate::sys;
 #[cfg(feature = "cli")]
@@ -85,6 +86,46 @@ impl Stream {
         }
     }
 
+    /// Takes over a connected socket, of std or socket2 for example. `address` says what it is: of its family the stream's
+    /// behaviour is, and errors speak of it. Neither is checked against the socket, which should be a blocking one.
+    pub fn from_socket(socket: impl Into<socket2::Socket>, address: Address) -> Stream {
+        #[cfg(unix)]
+        let socket = socket.into();
+        #[cfg(windows)]
+        let socket = Inner::Socket(socket.into());
+        Stream { socket, address }
+    }
+
+    /// The name of this end, as far as its family has one.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketName> {
+        #[cfg(unix)]
+        return self.socket.local_addr().map(|name| SocketName::of(&name));
+        #[cfg(windows)]
+        self.socket.local_addr()
+    }
+
+    /// The name of the other end, as far as its family has one.
+    ///
+    /// # Errors
+    /// What the kernel says: that there is no connection any more, for example.
+    pub fn peer_addr(&self) -> io::Result<SocketName> {
+        #[cfg(unix)]
+        return self.socket.peer_addr().map(|name| SocketName::of(&name));
+        #[cfg(windows)]
+        self.socket.peer_addr()
+    }
+
+    /// An error that the kernel has noted and no call has told of yet, once.
+    ///
+    /// # Errors
+    /// What the kernel says of the question.
+    pub fn take_error(&self) -> io::Result<Option<io::Error>> {
+        self.socket.take_error()
+    }
+
     /// The address that was dialled, or that of the listener that accepted it.
     pub fn address(&self) -> &Address {
         &self.address
@@ -127,6 +168,22 @@ impl Stream {
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         refuse_zero(timeout)?;
         self.socket.set_read_timeout(timeout)
+    }
+
+    /// What [`set_read_timeout`](Stream::set_read_timeout) has set.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn read_timeout(&self) -> io::Result<Option<Duration>> {
+        self.socket.read_timeout()
+    }
+
+    /// What [`set_write_timeout`](Stream::set_write_timeout) has set.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn write_timeout(&self) -> io::Result<Option<Duration>> {
+        self.socket.write_timeout()
     }
 
     /// How long a write waits for room; `None`: for ever. It fails as [`set_read_timeout`](Stream::set_read_timeout)
@@ -346,6 +403,33 @@ impl Write for Stream {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(unix)]
+impl From<Stream> for std::os::fd::OwnedFd {
+    fn from(stream: Stream) -> std::os::fd::OwnedFd {
+        stream.socket.into()
+    }
+}
+
+#[cfg(unix)]
+impl std::os::fd::AsRawFd for Stream {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// A named pipe is no socket: it is given back.
+#[cfg(windows)]
+impl TryFrom<Stream> for std::os::windows::io::OwnedSocket {
+    type Error = Stream;
+
+    fn try_from(stream: Stream) -> std::result::Result<Self, Stream> {
+        match stream.socket {
+            Inner::Socket(socket) => Ok(socket.into()),
+            Inner::Pipe(_) => Err(stream),
+        }
     }
 }
 

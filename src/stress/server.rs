@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use tracing::{debug, info};
 
-use crate::listener::Peer;
 use crate::listener::lasting::LastingListener;
+use crate::name::SocketName;
 use crate::serve::{self, Stop};
 use crate::stream::Stream;
 
@@ -32,7 +32,7 @@ pub(crate) fn serve(listener: &mut LastingListener, plan: serve::Plan, stop: &St
     });
 }
 
-fn fail(number: u64, peer: Peer, error: &io::Error, verbose: bool) {
+fn fail(number: u64, peer: SocketName, error: &io::Error, verbose: bool) {
     match verbose {
         true => info!("connection {number} from {peer}: {error}"),
         false => debug!("connection {number} from {peer}: {error}"),

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::name::SocketName;
 use socket2::Socket;
 use windows_sys::Win32::Networking::WinSock;
 use windows_sys::Win32::System::IO::OVERLAPPED;
@@ -42,6 +43,10 @@ impl Acceptor {
             listener,
             make: Box::new(make),
         })
+    }
+
+    pub(crate) fn local_addr(&self) -> io::Result<SocketName> {
+        self.listener.local_addr().map(|name| SocketName::of(&name))
     }
 
     /// Takes a client that has come.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hvsock::{Listener, Peer, Stream};
+use hvsock::{Listener, SocketName, Stream};
 
 use crate::pattern::{expect_pattern, send_pattern};
 use crate::promptly::within_a_second;
@@ -90,7 +90,7 @@ pub(crate) fn blocking_sockets() -> Outcome {
     let dial = address.replace("//:", "//local:").parse()?;
     let mut client = Stream::connect(&dial)?;
     let (mut server, peer) = listener.accept()?;
-    let is_local = matches!(peer, Peer::Vsock { cid: 1, port } if port.0 > 1023);
+    let is_local = matches!(peer, SocketName::Vsock { cid: 1, port } if port.0 > 1023);
     ensure!(is_local, "the peer is {peer}");
     client.write_all(b"request")?;
     client.shutdown(Shutdown::Write)?;

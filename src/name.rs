@@ -1,0 +1,68 @@
+//! What the kernel calls an end of a connection.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use socket2::SockAddr;
+
+use crate::address::{Port, ServiceId, VmId};
+use crate::sys;
+
+/// An end of a connection, as `getsockname(2)` and `getpeername(2)` tell of it.
+///
+/// The kernel knows nothing of who is behind some of them: a hyperkit guest that dials the host comes over a Unix socket
+/// without a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum SocketName {
+    /// Of TCP.
+    Tcp(SocketAddr),
+    /// Of AF_VSOCK.
+    Vsock {
+        /// The CID of its VM, or of the host.
+        cid: u32,
+        /// Its port; of a client mostly one of the kernel's choice.
+        port: Port,
+    },
+    /// Of AF_HYPERV.
+    Hvsock {
+        /// The id of its VM, as its partition is called here.
+        vm: VmId,
+        /// Its own service id; of a client mostly one of the system's choice.
+        service: ServiceId,
+    },
+    /// Of a Unix socket, as those of hyperkit and vsock-mux are, or of a named pipe: [`Address`](crate::Address) says which one.
+    Unnamed,
+}
+
+impl SocketName {
+    pub(crate) fn of(address: &SockAddr) -> SocketName {
+        if let Some(address) = address.as_socket() {
+            return SocketName::Tcp(address);
+        }
+        #[cfg(unix)]
+        if let Some((cid, port)) = sys::vsock_of(address) {
+            let port = Port(port);
+            return SocketName::Vsock { cid, port };
+        }
+        #[cfg(windows)]
+        if let Some((vm, service)) = sys::hv_of(address) {
+            return SocketName::Hvsock {
+                vm: VmId(vm),
+                service: ServiceId(service),
+            };
+        }
+        SocketName::Unnamed
+    }
+}
+
+impl fmt::Display for SocketName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SocketName::Tcp(address) => write!(f, "tcp://{address}"),
+            SocketName::Vsock { cid, port } => write!(f, "vsock://{cid}:{}", port.0),
+            SocketName::Hvsock { vm, service } => write!(f, "hvsock://{vm}/{service}"),
+            SocketName::Unnamed => f.write_str("a client without a name"),
+        }
+    }
+}
