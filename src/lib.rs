@@ -44,6 +44,7 @@
 //! | [`hyperv`], [`services`] | Hyper-V's VMs by name, and the services that its guests may dial |
 //! | [`vsock`] | this system's CID |
 //! | [`framing`] | half-close for peers that have none |
+//! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio |
 //! | `simulate` (Unix) | a stand-in VM for tests |
 //!
 //! The library installs no signal handler, prints nothing, and logs through [`tracing`] only. The feature `cli`, on by
@@ -92,6 +93,8 @@ mod stress;
 mod sys;
 #[cfg(all(unix, feature = "cli"))]
 mod syslog;
+#[cfg(all(unix, feature = "tokio"))]
+pub mod tokio;
 pub mod vsock;
 
 pub use address::{Address, AddressError};

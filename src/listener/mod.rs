@@ -97,11 +97,8 @@ impl Listener {
         let deadline = Instant::now() + timeout;
         let fail = |e| Error::new(Operation::Accept, &self.address, e);
         loop {
-            match self.inner.accept() {
-                Ok((stream, peer)) => {
-                    let stream = Stream::from_nonblocking(stream, &self.address).map_err(fail)?;
-                    return Ok(Some((stream, peer)));
-                }
+            match self.accept_now() {
+                Ok(accepted) => return Ok(Some(accepted)),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     let left = deadline.saturating_duration_since(Instant::now());
@@ -113,6 +110,12 @@ impl Listener {
                 Err(e) => return Err(fail(e)),
             }
         }
+    }
+
+    /// Takes a connection that is there; `WouldBlock` if none is.
+    pub(crate) fn accept_now(&self) -> io::Result<(Stream, SocketName)> {
+        let (stream, name) = self.inner.accept()?;
+        Ok((Stream::from_nonblocking(stream, &self.address)?, name))
     }
 
     /// Takes one connection after the other, for ever.

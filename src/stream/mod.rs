@@ -296,6 +296,12 @@ impl Stream {
         }
     }
 
+    /// What it is underneath.
+    #[cfg(all(unix, feature = "tokio"))]
+    pub(crate) fn into_socket(self) -> socket2::Socket {
+        self.socket
+    }
+
     /// How many bytes were written that nobody has taken yet, as far as the kernel tells (at least; Linux counts what
     /// they occupy): TCP's peer hasn't acknowledged them, a Unix socket's hasn't read them.
     #[cfg(all(unix, feature = "cli"))]

@@ -270,6 +270,17 @@ impl Source for Stream {
     }
 }
 
+#[cfg(all(unix, feature = "tokio"))]
+impl std::os::fd::AsFd for Stream {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        match self {
+            Stream::Tcp(stream) => stream.as_fd(),
+            Stream::Local(stream) => stream.as_socket(),
+            Stream::Blocking(stream) => stream.as_fd(),
+        }
+    }
+}
+
 #[cfg(unix)]
 impl From<Stream> for sys::OwnedSocket {
     fn from(stream: Stream) -> sys::OwnedSocket {

@@ -245,6 +245,28 @@ pub(crate) fn raise_descriptor_limit() -> io::Result<()> {
     Ok(())
 }
 
+/// Registers a socket with tokio's reactor, for as long as it is borrowed.
+#[cfg(feature = "tokio")]
+#[allow(unsafe_code)]
+pub(crate) fn watch_borrowed(
+    socket: BorrowedFd<'_>,
+) -> io::Result<tokio::io::unix::AsyncFd<BorrowedFd<'_>>> {
+    // SAFETY: a borrowed descriptor is open, and the same, until the borrow ends.
+    let watched = unsafe { tokio::io::unix::AsyncFd::register(socket) };
+    watched.map_err(io::Error::from)
+}
+
+/// Registers a socket with tokio's reactor.
+#[cfg(feature = "tokio")]
+#[allow(unsafe_code)]
+pub(crate) fn watch_socket(
+    socket: socket2::Socket,
+) -> io::Result<tokio::io::unix::AsyncFd<socket2::Socket>> {
+    // SAFETY: it owns its descriptor, which stays the same until it is dropped.
+    let watched = unsafe { tokio::io::unix::AsyncFd::register(socket) };
+    watched.map_err(io::Error::from)
+}
+
 /// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
 #[cfg(feature = "cli")]
 #[allow(unsafe_code)]

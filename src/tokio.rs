@@ -1,0 +1,269 @@
+//! The sockets for tokio: with the feature `tokio`, on Unix.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use tokio::io::{AsyncReadExt, AsyncWriteExt};
+//!
+//! let mut stream = hvsock::tokio::Stream::connect(&"hyperkit://:80/path/to/state".parse()?).await?;
+//! stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
+//! let mut answer = Vec::new();
+//! stream.read_to_end(&mut answer).await?;
+//! # Ok(())
+//! # }
+//! ```
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use ::tokio::io::unix::AsyncFd;
+use ::tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use ::tokio::time::{sleep_until, timeout_at};
+use socket2::Socket;
+
+use crate::address::Address;
+use crate::dial::{Begun, Dial, Next, explain};
+use crate::error::{Error, Operation, Result};
+use crate::listener::nonblocking::not_carried;
+use crate::name::SocketName;
+use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
+use crate::sys;
+
+/// How long [`Stream::connect`] tries.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A connected stream of any family.
+///
+/// `poll_shutdown` is a half-close. Dropping it closes it; of a hyperkit VM that is not enough: read to its EOF after the
+/// half-close, as [`finish`](Stream::finish) does.
+#[derive(Debug)]
+pub struct Stream {
+    socket: AsyncFd<Socket>,
+    address: Address,
+}
+
+impl Stream {
+    /// Connects to `address`, within 30 s. Nothing blocks: names are resolved on tokio's blocking threads, and the
+    /// handshake of vsock-mux is awaited.
+    ///
+    /// # Errors
+    /// As those of [`crate::Stream::connect_timeout`]. Also if it is called outside of a runtime with I/O and time.
+    pub async fn connect(address: &Address) -> Result<Stream> {
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let mut dial = Dial::new(deadline);
+        match Target::of(address) {
+            Target::Endpoint(endpoint) => dial.add([endpoint]),
+            Target::Name { host, port } => {
+                let found = ::tokio::net::lookup_host((host, port)).await;
+                let found = found.map_err(|e| {
+                    Error::new(Operation::Resolve, host, e)
+                        .with_remedy("is the name right, and does DNS answer?")
+                })?;
+                dial.add(found.map(Endpoint::Tcp));
+            }
+            Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
+        }
+        let fail = |e| explain(address, e);
+        let connected = connect(&mut dial).await.map_err(fail)?;
+        let stream = crate::Stream::from_nonblocking(connected, address).map_err(fail)?;
+        Stream::try_from(stream).map_err(fail)
+    }
+
+    /// The address that was dialled, or that of the listener that accepted it.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// The name of this end, as far as its family has one.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketName> {
+        let name = self.socket.get_ref().local_addr()?;
+        Ok(SocketName::of(&name))
+    }
+
+    /// The name of the other end, as far as its family has one.
+    ///
+    /// # Errors
+    /// What the kernel says: that there is no connection any more, for example.
+    pub fn peer_addr(&self) -> io::Result<SocketName> {
+        let name = self.socket.get_ref().peer_addr()?;
+        Ok(SocketName::of(&name))
+    }
+
+    /// Ends the connection so that no VM is hurt: half-closes, then reads and discards until the peer's EOF. What is left
+    /// to do is to drop it.
+    ///
+    /// # Errors
+    /// What the kernel says of a connection that was broken already.
+    pub async fn finish(&mut self) -> io::Result<()> {
+        // One that the peer has reset says so when it is read.
+        let _ = self.socket.get_ref().shutdown(Shutdown::Write);
+        let mut rest = [0; 16 * 1024];
+        loop {
+            let mut ready = self.socket.readable().await?;
+            match ready.try_io(|socket| socket.get_ref().read(&mut rest)) {
+                Ok(Ok(0)) => return Ok(()),
+                Ok(Err(e)) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Takes over a blocking stream.
+impl TryFrom<crate::Stream> for Stream {
+    type Error = io::Error;
+
+    fn try_from(stream: crate::Stream) -> io::Result<Stream> {
+        stream.set_nonblocking(true)?;
+        let address = stream.address().clone();
+        let socket = sys::watch_socket(stream.into_socket())?;
+        Ok(Stream { socket, address })
+    }
+}
+
+/// Tries one endpoint after the other.
+async fn connect(dial: &mut Dial) -> io::Result<Nonblocking> {
+    loop {
+        let error = match attempt(dial).await {
+            Ok(stream) => return Ok(stream),
+            Err(e) => e,
+        };
+        match dial.failed(Instant::now(), error) {
+            Next::Now => {}
+            Next::At(at) => sleep_until(at.into()).await,
+            Next::GiveUp(e) => return Err(e),
+        }
+    }
+}
+
+async fn attempt(dial: &mut Dial) -> io::Result<Nonblocking> {
+    let Some(endpoint) = dial.endpoint() else {
+        let why = "the name has no address";
+        return Err(io::Error::new(io::ErrorKind::NotFound, why));
+    };
+    let mut stream = Nonblocking::connect(endpoint)?;
+    if dial.begun(Instant::now()) == Begun::InProgress {
+        while !stream.connected()? {
+            wait(&stream, Interest::WRITABLE, dial).await?;
+        }
+    }
+    while !dial.shake_hands(&mut stream)? {
+        wait(&stream, Interest::READABLE, dial).await?;
+    }
+    Ok(stream)
+}
+
+/// Waits until the stream is ready, at most until the attempt's deadline.
+async fn wait(stream: &Nonblocking, interest: Interest, dial: &Dial) -> io::Result<()> {
+    let watched = sys::watch_borrowed(stream.as_fd())?;
+    let ready = watched.ready(interest);
+    match timeout_at(dial.attempt_deadline().into(), ready).await {
+        Ok(ready) => ready.map(drop),
+        Err(_) => {
+            let why = "it hasn't answered in time";
+            Err(io::Error::new(io::ErrorKind::TimedOut, why))
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let mut ready = ready!(self.socket.poll_read_ready(context))?;
+            let read = ready.try_io(|socket| socket.get_ref().read(buffer.initialize_unfilled()));
+            match read {
+                Ok(Ok(n)) => {
+                    buffer.advance(n);
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(e)) => return Poll::Ready(Err(e)),
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.socket.poll_write_ready(context))?;
+            match ready.try_io(|socket| socket.get_ref().write(bytes)) {
+                Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(written) => return Poll::Ready(written),
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.socket.get_ref().shutdown(Shutdown::Write) {
+            // A peer that has gone needs none.
+            Err(e) if e.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
+            done => Poll::Ready(done),
+        }
+    }
+}
+
+/// A listening socket of any family: see [`crate::Listener`], from which it is made.
+#[derive(Debug)]
+pub struct Listener(crate::Listener);
+
+impl Listener {
+    /// Listens on `address`.
+    ///
+    /// # Errors
+    /// As those of [`crate::Listener::bind_with_mode`].
+    pub fn bind(address: &Address) -> Result<Listener> {
+        crate::Listener::bind(address).map(Listener)
+    }
+
+    /// Where it listens, with the port that was chosen if one was to be.
+    pub fn address(&self) -> &Address {
+        self.0.address()
+    }
+
+    /// Waits for a connection.
+    ///
+    /// # Errors
+    /// As those of [`crate::Listener::accept`].
+    pub async fn accept(&self) -> Result<(Stream, SocketName)> {
+        let fail = |e| Error::new(Operation::Accept, self.address(), e);
+        let watched = sys::watch_borrowed(self.0.as_fd()).map_err(fail)?;
+        loop {
+            let mut ready = watched.readable().await.map_err(fail)?;
+            match ready.try_io(|_| self.0.accept_now()) {
+                Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(accepted) => {
+                    let (stream, name) = accepted.map_err(fail)?;
+                    return Ok((Stream::try_from(stream).map_err(fail)?, name));
+                }
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+impl From<crate::Listener> for Listener {
+    fn from(listener: crate::Listener) -> Listener {
+        Listener(listener)
+    }
+}

@@ -1,0 +1,161 @@
+//! The sockets under tokio: hyper on both ends of a VM's ports.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::convert::Infallible;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixListener;
+
+use common::*;
+use http_body_util::{BodyExt, Empty, Full};
+use hvsock::simulate::{Service, Vm};
+use hvsock::tokio::{Listener, Stream};
+use hvsock::{Address, SocketName};
+use hyper::body::Bytes;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+fn vm(dir: &std::path::Path) -> Vm {
+    Vm::builder(dir)
+        .guest(80, Service::Http)
+        .guest(7, Service::Echo)
+        .start()
+        .unwrap()
+}
+
+#[tokio::test]
+async fn hyper_asks_a_guest() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let stream = Stream::connect(&hyperkit(dir.path(), 80)).await.unwrap();
+    let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .unwrap();
+    let connection = tokio::spawn(connection);
+    for _ in 0..3 {
+        let request = Request::get("/").header("host", "guest");
+        let request = request.body(Empty::<Bytes>::new()).unwrap();
+        let answer = client.send_request(request).await.unwrap();
+        assert!(answer.status().is_success());
+        assert!(!answer.collect().await.unwrap().to_bytes().is_empty());
+    }
+    drop(client);
+    connection.await.unwrap().unwrap();
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[tokio::test]
+async fn hyper_serves_a_guest() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let listener = Listener::bind(&hyperkit(dir.path(), 5000)).unwrap();
+    let serving = tokio::spawn(async move {
+        let (stream, name) = listener.accept().await.unwrap();
+        assert_eq!(name, SocketName::Unnamed);
+        let service = service_fn(|request: Request<hyper::body::Incoming>| async move {
+            let path = request.uri().path().to_owned();
+            Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(path))))
+        });
+        let http = hyper::server::conn::http1::Builder::new();
+        http.serve_connection(TokioIo::new(stream), service)
+            .await
+            .unwrap();
+    });
+    let asking = tokio::task::spawn_blocking(move || {
+        let mut guest = vm.dial(5000).unwrap();
+        guest.set_read_timeout(Some(PATIENCE)).unwrap();
+        let request = b"GET /from-the-guest HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
+        guest.write_all(request).unwrap();
+        let mut answer = String::new();
+        guest.read_to_string(&mut answer).unwrap();
+        drop(guest);
+        (answer, vm)
+    });
+    let (answer, vm) = asking.await.unwrap();
+    assert!(answer.ends_with("/from-the-guest"), "{answer}");
+    serving.await.unwrap();
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[tokio::test]
+async fn many_at_a_time_and_each_ends_in_order() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let address = hyperkit(dir.path(), 7);
+    let mut clients = tokio::task::JoinSet::new();
+    for n in 0..50 {
+        let address = address.clone();
+        clients.spawn(async move {
+            let bytes = pattern(200_000 + n);
+            let mut stream = Stream::connect(&address).await.unwrap();
+            let (mut read, mut write) = tokio::io::split(&mut stream);
+            let (sent, echoed) = tokio::join!(
+                async {
+                    write.write_all(&bytes).await?;
+                    write.shutdown().await
+                },
+                async {
+                    let mut all = Vec::new();
+                    read.read_to_end(&mut all).await.map(|_| all)
+                }
+            );
+            sent.unwrap();
+            assert!(echoed.unwrap() == bytes);
+            stream.finish().await.unwrap();
+        });
+    }
+    while let Some(client) = clients.join_next().await {
+        client.unwrap();
+    }
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[tokio::test]
+async fn a_handshake_is_awaited() {
+    let dir = private_dir();
+    let path = dir.path().join("mux");
+    let server = UnixListener::bind(&path).unwrap();
+    let serving = std::thread::spawn(move || {
+        let (mut stream, _) = server.accept().unwrap();
+        let mut line = [0; 11];
+        stream.read_exact(&mut line).unwrap();
+        assert_eq!(&line, b"CONNECT 52\n");
+        // In pieces.
+        for piece in [&b"O"[..], b"K 10", b"73\nhello"] {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            stream.write_all(piece).unwrap();
+        }
+    });
+    let address: Address = format!("vsock-mux://:52{}", path.display())
+        .parse()
+        .unwrap();
+    let mut stream = Stream::connect(&address).await.unwrap();
+    let mut hello = String::new();
+    stream.read_to_string(&mut hello).await.unwrap();
+    assert_eq!(hello, "hello");
+    serving.join().unwrap();
+}
+
+#[tokio::test]
+async fn names_are_resolved_and_refusals_are_told() {
+    let listener = Listener::bind(&any_tcp()).unwrap();
+    let Address::Tcp(bound) = listener.address().clone() else {
+        panic!();
+    };
+    let named: Address = format!("tcp://localhost:{}", bound.port).parse().unwrap();
+    let (stream, accepted) = tokio::join!(Stream::connect(&named), listener.accept());
+    let (mut stream, (mut served, name)) = (stream.unwrap(), accepted.unwrap());
+    assert_eq!(stream.local_addr().unwrap(), name);
+    stream.write_all(b"x").await.unwrap();
+    assert_eq!(served.read_u8().await.unwrap(), b'x');
+    drop((stream, served, listener));
+    let refused = Stream::connect(&named).await.unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    let missing = Stream::connect(&unix("/tmp/no/such/socket")).await;
+    assert_eq!(missing.unwrap_err().kind(), io::ErrorKind::NotFound);
+}
