@@ -44,6 +44,7 @@
 //! | [`hyperv`], [`services`] | Hyper-V's VMs by name, and the services that its guests may dial |
 //! | [`vsock`] | this system's CID |
 //! | [`framing`] | half-close for peers that have none |
+//! | [`mio`] | the same sockets for an event loop of mio's |
 //! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio |
 //! | `simulate` (Unix) | a stand-in VM for tests |
 //!
@@ -78,6 +79,7 @@ pub mod framing;
 pub mod hyperkit;
 pub mod hyperv;
 mod listener;
+pub mod mio;
 mod mux;
 mod name;
 pub mod proxy;

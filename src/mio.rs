@@ -1,0 +1,237 @@
+//! The sockets for an event loop of mio's.
+//!
+//! They are used as mio's own: register, wait, and call until it says `WouldBlock`.
+//!
+//! ```no_run
+//! use mio::{Events, Interest, Poll, Token};
+//!
+//! let mut poll = Poll::new()?;
+//! let mut stream = hvsock::mio::Stream::connect(&"vsock-mux://:80/run/vm.sock".parse()?)?;
+//! poll.registry().register(&mut stream, Token(0), Interest::READABLE | Interest::WRITABLE)?;
+//! let mut events = Events::with_capacity(16);
+//! while !stream.is_connected()? {
+//!     poll.poll(&mut events, None)?;
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+
+use ::mio::event::Source;
+use ::mio::{Interest, Registry, Token};
+
+use crate::address::Address;
+use crate::dial::explain;
+use crate::error::{Error, Operation, Result};
+use crate::listener::{DEFAULT_MODE, nonblocking as listener};
+use crate::mux::Handshake;
+use crate::name::SocketName;
+use crate::relay::Socket;
+use crate::stream::nonblocking::{self, Target, Waiter};
+
+/// A non-blocking stream of any family but AF_HYPERV, for whose sockets no poller can wait.
+///
+/// Dropping it closes it. Of a hyperkit VM that is not enough: its device can hang or die when a connection is closed that
+/// has not been read to its end. Half-close and read to EOF first.
+#[derive(Debug)]
+pub struct Stream {
+    inner: nonblocking::Stream,
+    address: Address,
+    /// The connect is in progress.
+    connecting: bool,
+    /// What is to be said and heard first.
+    handshake: Option<Handshake>,
+}
+
+impl Stream {
+    /// Begins to connect to `address`. Nothing blocks, whatever the family; [`is_connected`](Stream::is_connected) says
+    /// when it is done.
+    ///
+    /// # Errors
+    /// `WouldBlock` if the backlog of a Unix socket's listener is full, or all instances of a pipe are taken: try again
+    /// later. `InvalidInput` for a TCP name, which has to be resolved first. `Unsupported` for AF_HYPERV and for families
+    /// that this system doesn't carry; what the kernel says otherwise.
+    pub fn connect(address: &Address) -> Result<Stream> {
+        let fail = |kind, why: &str| {
+            let cause = io::Error::new(kind, why.to_owned());
+            Err(Error::new(Operation::Connect, address, cause))
+        };
+        if Waiter::of(address) == Waiter::Thread {
+            return fail(io::ErrorKind::Unsupported, NO_POLLER);
+        }
+        let endpoint = match Target::of(address) {
+            Target::Endpoint(endpoint) => endpoint,
+            Target::Name { .. } => {
+                return fail(io::ErrorKind::InvalidInput, "a name is not resolved here");
+            }
+            Target::NotCarried => return Err(listener::not_carried(Operation::Connect, address)),
+        };
+        let inner = nonblocking::Stream::connect(&endpoint).map_err(|e| explain(address, e))?;
+        inner.set_options();
+        Ok(Stream {
+            inner,
+            address: address.clone(),
+            connecting: !endpoint.connects_at_once(),
+            handshake: endpoint.handshake(),
+        })
+    }
+
+    /// Whether it is connected by now, the handshake of vsock-mux included. To be asked after each event until it says so;
+    /// reads and writes say `WouldBlock` before.
+    ///
+    /// # Errors
+    /// Why it can't be connected: as those of [`crate::Stream::connect_timeout`].
+    pub fn is_connected(&mut self) -> Result<bool> {
+        self.advance().map_err(|e| explain(&self.address, e))
+    }
+
+    fn advance(&mut self) -> io::Result<bool> {
+        if self.connecting {
+            if !self.inner.connected()? {
+                return Ok(false);
+            }
+            self.connecting = false;
+        }
+        if let Some(handshake) = &mut self.handshake {
+            if !handshake.advance(&mut self.inner)? {
+                return Ok(false);
+            }
+            self.handshake = None;
+        }
+        Ok(true)
+    }
+
+    fn ready(&self) -> io::Result<()> {
+        match self.connecting || self.handshake.is_some() {
+            true => Err(io::ErrorKind::WouldBlock.into()),
+            false => Ok(()),
+        }
+    }
+
+    /// The address that was dialled, or that of the listener that accepted it.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Half-closes: the peer reads EOF behind the last byte, and its answer can still be read.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn shutdown_write(&mut self) -> io::Result<()> {
+        self.inner.shutdown_write()
+    }
+
+    /// Takes nothing more from the peer.
+    pub fn shutdown_read(&self) {
+        self.inner.shutdown_read();
+    }
+
+    /// Ends both directions.
+    ///
+    /// # Errors
+    /// As [`shutdown_write`](Stream::shutdown_write).
+    pub fn shutdown(&mut self, how: Shutdown) -> io::Result<()> {
+        if how != Shutdown::Write {
+            self.shutdown_read();
+        }
+        match how {
+            Shutdown::Read => Ok(()),
+            _ => self.shutdown_write(),
+        }
+    }
+}
+
+const NO_POLLER: &str = "no poller can wait for it: use the blocking sockets";
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.ready()?;
+        Socket::read(&mut self.inner, buffer)
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.ready()?;
+        Socket::write(&mut self.inner, bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Source for Stream {
+    fn register(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
+        self.inner.register(registry, token, what)
+    }
+
+    fn reregister(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
+        self.inner.reregister(registry, token, what)
+    }
+
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        self.inner.deregister(registry)
+    }
+}
+
+/// A listening socket of any family but AF_HYPERV. Dropping it removes the socket's file, if that is still its own.
+#[derive(Debug)]
+pub struct Listener {
+    inner: listener::Listener,
+    address: Address,
+}
+
+impl Listener {
+    /// Listens on `address`; a Unix socket is its owner's alone.
+    ///
+    /// # Errors
+    /// As those of [`crate::Listener::bind_with_mode`]; `Unsupported` also for AF_HYPERV.
+    pub fn bind(address: &Address) -> Result<Listener> {
+        if Waiter::of(address) == Waiter::Thread {
+            let cause = io::Error::new(io::ErrorKind::Unsupported, NO_POLLER);
+            return Err(Error::new(Operation::Listen, address, cause));
+        }
+        let inner = listener::Listener::bind(address, DEFAULT_MODE)?;
+        let address = inner.bound(address);
+        Ok(Listener { inner, address })
+    }
+
+    /// Where it listens, with the port that was chosen if one was to be.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Takes a connection that is there, and who it is from.
+    ///
+    /// # Errors
+    /// `WouldBlock` if none is; what the kernel says otherwise. One that tells of a single client, or of descriptors,
+    /// doesn't end the listener.
+    pub fn accept(&self) -> io::Result<(Stream, SocketName)> {
+        let (inner, name) = self.inner.accept()?;
+        inner.set_options();
+        let stream = Stream {
+            inner,
+            address: self.address.clone(),
+            connecting: false,
+            handshake: None,
+        };
+        Ok((stream, name))
+    }
+}
+
+impl Source for Listener {
+    fn register(&mut self, registry: &Registry, token: Token, _: Interest) -> io::Result<()> {
+        self.inner.watch(registry, token, || {})
+    }
+
+    fn reregister(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
+        self.deregister(registry)?;
+        self.register(registry, token, what)
+    }
+
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        self.inner.unwatch(registry)
+    }
+}
