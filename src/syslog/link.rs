@@ -137,8 +137,7 @@ impl<'a> Link<'a> {
                 "the connection to {target} lasted {ms} ms ({why}): is there no collector behind it? keeping messages"
             ));
         }
-        let sent = connection.sent.into_iter().map(|(_, frame)| frame);
-        kept.lock().put_back(sent);
+        kept.lock().put_back(connection.into_sent());
     }
 
     /// After a dial that came to nothing: tells of it, once, and has the next one wait.
@@ -163,10 +162,10 @@ impl<'a> Link<'a> {
 
     /// Ends the connection, all that was written having arrived; how many messages may not have been delivered.
     pub(super) fn end(mut self, kept: &Kept) -> u64 {
-        if let Some(connection) = &mut self.connection
+        if let Some(mut connection) = self.connection.take()
             && (connection.end_of().is_some() || !connection.end())
         {
-            self.lose(kept, "at the end");
+            kept.lock().put_back(connection.into_sent());
         }
         let queue = kept.lock();
         queue.len() + queue.lost()
@@ -285,6 +284,11 @@ impl Connection {
             self.sent_bytes -= frame.len();
             self.sent.pop_front();
         }
+    }
+
+    /// What may be lost with it.
+    fn into_sent(self) -> impl DoubleEndedIterator<Item = Frame> {
+        self.sent.into_iter().map(|(_, frame)| frame)
     }
 
     /// The peer may have gone, and what it was given with it. What was written after its EOF and had no reset for an
