@@ -185,3 +185,30 @@ fn a_proxy_that_has_ended_takes_nothing_and_answers() {
     assert!(handle.connections().is_empty());
     handle.remove(id, LONG).unwrap();
 }
+
+#[test]
+fn a_proxy_can_have_the_callers_thread() {
+    let dir = private_dir();
+    echo(&dir.path().join("echo"));
+    let rule = Rule::new(any_tcp(), unix(dir.path().join("echo")));
+    let mut config = config(vec![rule]);
+    config.workers = Some(1.try_into().unwrap());
+    let (tell, told) = std::sync::mpsc::channel();
+    let running = thread::spawn(move || Proxy::run(config, |handle| tell.send(handle).unwrap()));
+    let handle = told.recv_timeout(PATIENCE).unwrap();
+    let Address::Tcp(listen) = handle.forwards()[0].listen.clone() else {
+        panic!();
+    };
+    let client = tcp(listen.port);
+    trip(&client, b"carried");
+    assert!(!running.is_finished());
+    handle.stop(LONG);
+    trip(&client, b"still");
+    drop(client);
+    running.join().unwrap().unwrap();
+    // What can't be bound is told before it begins.
+    let missing = Rule::new(unix("/tmp/no/such/dir/s"), any_tcp());
+    let never = |_| panic!("it has begun");
+    let error = Proxy::run(hvsock::ProxyConfig::new(vec![missing]), never).unwrap_err();
+    assert!(error.to_string().contains("port 0"), "{error}");
+}

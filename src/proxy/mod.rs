@@ -119,70 +119,43 @@ impl Proxy {
         Proxy::start_with(config, Waiter::of)
     }
 
+    /// [`start`](Proxy::start) and [`wait`](Proxy::wait) on the caller's thread: with one worker there is no other. `begun`
+    /// gets the handle, by which the end is asked for, once all listeners are bound.
+    ///
+    /// # Errors
+    /// As those two.
+    pub fn run(config: ProxyConfig, begun: impl FnOnce(Handle)) -> Result<()> {
+        let (handle, mut workers) = prepare(config, Waiter::of)?;
+        let first = workers.remove(0);
+        let mut proxy = Proxy::spawn(handle, workers)?;
+        begun(proxy.handle());
+        let ended = run_to_the_end(first, 0, &proxy.handle.shared);
+        let others = proxy.join();
+        ended.map_err(fail).and(others)
+    }
+
     /// As [`start`](Proxy::start), where `waiter` says what can wait for whose sockets.
     fn start_with(config: ProxyConfig, waiter: fn(&Address) -> Waiter) -> Result<Proxy> {
-        let fail = |e| Error::new(Operation::Run, "the proxy", e);
-        let gate_limits = GateLimits {
-            live: config.limits.vm_connections,
-            unanswered: config.limits.vm_unanswered as u64,
-        };
-        let binder = Binder::new(gate_limits, waiter);
-        let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
-        for rule in config.rules {
-            let (listener, forward) = binder.bind(rule, &forwards)?;
-            listeners.push(listener);
-            forwards.push(forward);
-        }
-        let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let count = config.workers.unwrap_or_else(cores).get();
-        let needed = DESCRIPTORS_PER_WORKER * count + forwards.len() + 8;
-        if let Some(limit) = sys::descriptor_limit().filter(|&limit| limit < needed as u64) {
-            let why = format!("the process may have {limit} descriptors, and {needed} are needed");
-            let remedy = "raise the limit with `ulimit -n`, or ask for fewer workers";
-            return Err(fail(io::Error::other(why)).with_remedy(remedy));
-        }
-        let mut worlds = Vec::new();
-        let mut inboxes = Vec::new();
-        for _ in 0..count {
-            let world = MioWorld::new().map_err(fail)?;
-            let waker = world.waker();
-            inboxes.push(Inbox::new(move || {
-                // It fails only when the loop is gone, and then there is nobody to wake.
-                let _ = waker.wake();
-            }));
-            worlds.push(world);
-        }
-        let bound: Vec<_> = listeners.into_iter().zip(forwards.clone()).collect();
-        let shared = Arc::new(Shared::new(config.limits, forwards, inboxes));
-        if bound.iter().any(|(_, forward)| forward.is_polite(CLIENT)) {
-            shared.make_room_for_guests();
-        }
-        let mut workers: Vec<Worker<MioWorld>> = worlds
-            .into_iter()
-            .enumerate()
-            .map(|(index, world)| Worker::new(world, index, Arc::clone(&shared)))
-            .collect();
-        for (index, (listener, forward)) in bound.into_iter().enumerate() {
-            workers[index % count]
-                .add_listener(listener, forward)
-                .map_err(fail)?;
-        }
+        let (handle, workers) = prepare(config, waiter)?;
+        Proxy::spawn(handle, workers)
+    }
+
+    fn spawn(handle: Handle, workers: Vec<Worker<MioWorld>>) -> Result<Proxy> {
         let mut proxy = Proxy {
-            handle: Handle {
-                shared,
-                binder: Arc::new(binder),
-            },
+            handle,
             threads: Vec::new(),
         };
-        for (index, worker) in workers.into_iter().enumerate() {
+        for worker in workers {
+            let index = worker.index;
             let thread = std::thread::Builder::new().name(format!("hvsock-{index}"));
             let shared = Arc::clone(&proxy.handle.shared);
             let run = move || run_to_the_end(worker, index, &shared);
             let thread = thread.spawn(run).map_err(|e| {
                 // Those that run need not wait for those that never will.
                 let shared = &proxy.handle.shared;
-                shared.stopping.fetch_add(count - index, Ordering::AcqRel);
-                shared.ended.fetch_add(count - index, Ordering::AcqRel);
+                let missing = shared.inboxes.len() - proxy.threads.len();
+                shared.stopping.fetch_add(missing, Ordering::AcqRel);
+                shared.ended.fetch_add(missing, Ordering::AcqRel);
                 fail(e)
             })?;
             proxy.threads.push(thread);
@@ -238,6 +211,64 @@ impl Drop for Proxy {
             let _ = self.join();
         }
     }
+}
+
+fn fail(cause: io::Error) -> Error {
+    Error::new(Operation::Run, "the proxy", cause)
+}
+
+/// Binds all listeners, and makes the workers.
+fn prepare(
+    config: ProxyConfig,
+    waiter: fn(&Address) -> Waiter,
+) -> Result<(Handle, Vec<Worker<MioWorld>>)> {
+    let gate_limits = GateLimits {
+        live: config.limits.vm_connections,
+        unanswered: config.limits.vm_unanswered as u64,
+    };
+    let binder = Binder::new(gate_limits, waiter);
+    let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
+    for rule in config.rules {
+        let (listener, forward) = binder.bind(rule, &forwards)?;
+        listeners.push(listener);
+        forwards.push(forward);
+    }
+    let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let count = config.workers.unwrap_or_else(cores).get();
+    let needed = DESCRIPTORS_PER_WORKER * count + forwards.len() + 8;
+    if let Some(limit) = sys::descriptor_limit().filter(|&limit| limit < needed as u64) {
+        let why = format!("the process may have {limit} descriptors, and {needed} are needed");
+        let remedy = "raise the limit with `ulimit -n`, or ask for fewer workers";
+        return Err(fail(io::Error::other(why)).with_remedy(remedy));
+    }
+    let mut worlds = Vec::new();
+    let mut inboxes = Vec::new();
+    for _ in 0..count {
+        let world = MioWorld::new().map_err(fail)?;
+        let waker = world.waker();
+        inboxes.push(Inbox::new(move || {
+            // It fails only when the loop is gone, and then there is nobody to wake.
+            let _ = waker.wake();
+        }));
+        worlds.push(world);
+    }
+    let bound: Vec<_> = listeners.into_iter().zip(forwards.clone()).collect();
+    let shared = Arc::new(Shared::new(config.limits, forwards, inboxes));
+    if bound.iter().any(|(_, forward)| forward.is_polite(CLIENT)) {
+        shared.make_room_for_guests();
+    }
+    let mut workers: Vec<Worker<MioWorld>> = worlds
+        .into_iter()
+        .enumerate()
+        .map(|(index, world)| Worker::new(world, index, Arc::clone(&shared)))
+        .collect();
+    for (index, (listener, forward)) in bound.into_iter().enumerate() {
+        workers[index % count]
+            .add_listener(listener, forward)
+            .map_err(fail)?;
+    }
+    let binder = Arc::new(binder);
+    Ok((Handle { shared, binder }, workers))
 }
 
 /// A poller, its waker and its registry's copy.
