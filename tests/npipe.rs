@@ -10,11 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+#[path = "common/portable.rs"]
+mod portable;
+
 use hvsock::{Address, Listener, Proxy, ProxyConfig, Rule, Stream};
 use mio::windows::NamedPipe;
 use mio::{Events, Interest, Poll, Token};
-
-const PATIENCE: Duration = Duration::from_secs(20);
+use portable::*;
 
 /// `ERROR_PIPE_NOT_CONNECTED`: what a client reads that was cut off.
 const NOT_CONNECTED: i32 = 233;
@@ -64,51 +66,13 @@ fn any_tcp() -> Address {
 }
 
 fn tcp(port: u16) -> Stream {
-    patient(Stream::connect(&format!("tcp://127.0.0.1:{port}").parse().unwrap()).unwrap())
+    bounded(Stream::connect(&format!("tcp://127.0.0.1:{port}").parse().unwrap()).unwrap())
 }
 
-fn patient(stream: Stream) -> Stream {
+fn bounded(stream: Stream) -> Stream {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     stream
-}
-
-/// A TCP server whose every client is served by `serve`.
-fn server(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Address {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let address = format!("tcp://{}", listener.local_addr().unwrap());
-    let serve = std::sync::Arc::new(serve);
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let serve = serve.clone();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            thread::spawn(move || serve(stream));
-        }
-    });
-    address.parse().unwrap()
-}
-
-fn echo(mut stream: TcpStream) {
-    let mut buffer = [0; 16 * 1024];
-    while let Ok(n @ 1..) = stream.read(&mut buffer) {
-        if stream.write_all(&buffer[..n]).is_err() {
-            return;
-        }
-    }
-    let _ = stream.shutdown(Shutdown::Write);
-}
-
-/// Answers with what it got, twice, when all has come.
-fn answer_late(mut stream: TcpStream) {
-    let mut all = Vec::new();
-    if stream.read_to_end(&mut all).is_ok() {
-        let _ = stream.write_all(&[&all[..], &all[..]].concat());
-    }
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    let mut random = fastrand::Rng::with_seed(len as u64);
-    std::iter::repeat_with(|| random.u8(..)).take(len).collect()
 }
 
 /// Sends, half-closes, and reads to the end meanwhile.
@@ -134,7 +98,7 @@ fn the_proxy_carries_every_byte_and_both_ends() {
             let bytes = pattern(len);
             let expected = bytes.repeat(times);
             // One pipe, then two in a row.
-            let client = patient(Stream::connect(&pipe(&name)).unwrap());
+            let client = bounded(Stream::connect(&pipe(&name)).unwrap());
             assert!(exchange(client, &bytes) == expected, "{len} by a pipe");
             let client = tcp(tcp_port(&outward));
             assert!(exchange(client, &bytes) == expected, "{len} by TCP");
@@ -206,7 +170,7 @@ fn many_clients_at_a_time() {
         .map(|n| {
             let address = pipe(&name);
             thread::spawn(move || {
-                let client = patient(Stream::connect(&address).unwrap());
+                let client = bounded(Stream::connect(&address).unwrap());
                 let bytes = pattern(20_000 + n);
                 assert!(exchange(client, &bytes) == bytes);
             })
@@ -361,7 +325,7 @@ fn the_library_says_that_a_byte_pipe_has_no_half_close() {
             insist(poll, || pipe.write(&byte)).unwrap();
         }
     });
-    let mut stream = patient(Stream::connect(&pipe(&name)).unwrap());
+    let mut stream = bounded(Stream::connect(&pipe(&name)).unwrap());
     let error = stream.shutdown(Shutdown::Write).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::Unsupported);
     stream.write_all(b"x").unwrap();
@@ -445,7 +409,7 @@ fn what_a_thread_has_begun_outlives_it() {
     server.read_exact(&mut back).unwrap();
     assert!(back == pattern(1 << 20)[..sent]);
     server.write_all(b"x").unwrap();
-    let client = patient(client);
+    let client = bounded(client);
     client.set_nonblocking(false).unwrap();
     let mut byte = [0];
     (&client).read_exact(&mut byte).unwrap();

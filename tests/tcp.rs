@@ -8,50 +8,14 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+#[path = "common/portable.rs"]
+mod portable;
+
 use hvsock::{Address, Listener, Operation, Proxy, ProxyConfig, Rule, Stream};
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-fn patient(stream: TcpStream) -> TcpStream {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
-    stream
-}
+use portable::*;
 
 fn connect(port: u16) -> TcpStream {
     patient(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap())
-}
-
-/// A server whose every client is served by `serve`; its address.
-fn server(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Address {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let address = format!("tcp://{}", listener.local_addr().unwrap());
-    let serve = std::sync::Arc::new(serve);
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let serve = serve.clone();
-            thread::spawn(move || serve(patient(stream)));
-        }
-    });
-    address.parse().unwrap()
-}
-
-fn echo(mut stream: TcpStream) {
-    let mut buffer = [0; 16 * 1024];
-    while let Ok(n @ 1..) = stream.read(&mut buffer) {
-        if stream.write_all(&buffer[..n]).is_err() {
-            return;
-        }
-    }
-    let _ = stream.shutdown(Shutdown::Write);
-}
-
-/// Answers with what it got, doubled, when all has come.
-fn answer_late(mut stream: TcpStream) {
-    let mut all = Vec::new();
-    stream.read_to_end(&mut all).unwrap();
-    stream.write_all(&all).unwrap();
-    stream.write_all(&all).unwrap();
 }
 
 fn proxy(connect: Address) -> (Proxy, u16) {
@@ -62,11 +26,6 @@ fn proxy(connect: Address) -> (Proxy, u16) {
     };
     let port = listen.port;
     (proxy, port)
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    let mut random = fastrand::Rng::with_seed(len as u64);
-    std::iter::repeat_with(|| random.u8(..)).take(len).collect()
 }
 
 fn exchange(mut stream: TcpStream, bytes: &[u8]) -> Vec<u8> {

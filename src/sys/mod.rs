@@ -24,8 +24,6 @@
 
 use std::ffi::OsString;
 
-#[cfg(windows)]
-mod acceptor;
 #[cfg(target_os = "linux")]
 mod linux;
 #[cfg(unix)]
@@ -33,8 +31,6 @@ mod unix;
 #[cfg(windows)]
 mod windows;
 
-#[cfg(windows)]
-pub(crate) use acceptor::Acceptor;
 #[cfg(target_os = "linux")]
 pub(crate) use linux::*;
 #[cfg(unix)]

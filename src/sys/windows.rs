@@ -1,5 +1,6 @@
 //! Windows: AF_HYPERV, named pipes, and what Unix has by another name.
 
+mod acceptor;
 mod overlapped;
 mod pipe;
 
@@ -16,8 +17,9 @@ use windows_sys::Win32::Networking::WinSock;
 use windows_sys::Win32::System::Hypervisor;
 use windows_sys::Win32::System::IO::CancelIoEx;
 
-use super::{Acceptor, Wanted};
+use super::Wanted;
 
+pub(crate) use acceptor::Acceptor;
 pub(crate) use overlapped::*;
 pub(crate) use pipe::*;
 
