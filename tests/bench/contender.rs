@@ -136,6 +136,8 @@ impl Contender {
         };
         for mut command in commands {
             command.stdin(Stdio::null()).stdout(Stdio::null());
+            // What it says of its end is of no interest; what goes wrong shows in the results.
+            command.stderr(Stdio::null());
             match command.spawn() {
                 Ok(child) => contender.processes.push(child),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
