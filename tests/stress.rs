@@ -300,7 +300,7 @@ fn a_second_signal_cuts_off_what_waits_for_a_guest() {
 #[test]
 fn a_report_that_nobody_gets_is_a_failure() {
     let (_server, path, _dir) = server();
-    for words in [&["stress", "-n", "1", &path][..], &["--help"]] {
+    for words in [&["stress", "-n", "1", &path][..], &["--help"], &["vms"]] {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_hvsock"));
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
         command.args(words).stdout(full.unwrap());

@@ -45,8 +45,12 @@ fn accept(listener: &UnixListener) -> BufReader<UnixStream> {
 }
 
 fn start(dir: &Path) -> (Running, UnixDatagram) {
-    let (log, target) = (dir.join("log"), dir.join("collector"));
-    let running = Running::start(&["syslog", text(&log), text(&target)]);
+    start_to(dir, text(&dir.join("collector")))
+}
+
+fn start_to(dir: &Path, target: &str) -> (Running, UnixDatagram) {
+    let log = dir.join("log");
+    let running = Running::start(&["syslog", text(&log), target]);
     running.says(" -> ");
     let program = UnixDatagram::unbound().unwrap();
     program.connect(&log).unwrap();
@@ -141,14 +145,10 @@ fn a_collector_that_has_nothing_to_say_gets_every_message_once() {
                 .to_owned(),
             false => address,
         };
-        let log = dir.path().join("log");
         eventually("it listens", || {
             address.starts_with("tcp") || Path::new(&address).exists()
         });
-        let mut syslog = Running::start(&["syslog", text(&log), &address]);
-        syslog.says(" -> ");
-        let program = UnixDatagram::unbound().unwrap();
-        program.connect(&log).unwrap();
+        let (mut syslog, program) = start_to(dir.path(), &address);
         let mut expected = String::new();
         // Over longer than anything is kept.
         for n in 0..60 {
@@ -157,7 +157,7 @@ fn a_collector_that_has_nothing_to_say_gets_every_message_once() {
             expected += &format!("{} {message}", message.len());
             std::thread::sleep(Duration::from_millis(50));
         }
-        std::thread::sleep(Duration::from_millis(2500));
+        // It has shown by now that it is there: nothing sent lately is in doubt.
         syslog.signal("TERM");
         assert_eq!(collector.exit_code(), Some(0));
         assert_eq!(collector.says("message 59."), expected);
@@ -170,11 +170,7 @@ fn what_only_accepts_and_closes_costs_no_message() {
     let dir = private_dir();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("tcp://{}", listener.local_addr().unwrap());
-    let log = dir.path().join("log");
-    let syslog = Running::start(&["syslog", text(&log), &address]);
-    syslog.says(" -> ");
-    let program = UnixDatagram::unbound().unwrap();
-    program.connect(&log).unwrap();
+    let (_syslog, program) = start_to(dir.path(), &address);
     program.send(b"<13>0").unwrap();
     // A clean close each time: TCP tells of it only when more is written.
     for n in 1..3 {
@@ -215,11 +211,7 @@ fn a_reset_after_our_end_is_told() {
     let dir = private_dir();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("tcp://{}", listener.local_addr().unwrap());
-    let log = dir.path().join("log");
-    let mut syslog = Running::start(&["syslog", text(&log), &address]);
-    syslog.says(" -> ");
-    let program = UnixDatagram::unbound().unwrap();
-    program.connect(&log).unwrap();
+    let (mut syslog, program) = start_to(dir.path(), &address);
     program.send(b"<13>lost").unwrap();
     let (mut collector, _) = listener.accept().unwrap();
     collector.read_exact(&mut [0]).unwrap();

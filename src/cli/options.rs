@@ -1,4 +1,4 @@
-//! The options that all commands with a proxy have.
+//! The options that several commands have, and what their values may be.
 
 use std::io;
 use std::num::NonZeroUsize;

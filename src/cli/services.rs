@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use clap::Args;
 
-use super::{Failure, Outcome, say, table};
+use super::{Failure, Outcome, print, say, table};
 use crate::address::{ServiceId, parse_service};
 use crate::services::{self, Named, Registration, Service};
 
@@ -77,15 +77,13 @@ impl Services {
     pub(super) fn run(self) -> Outcome {
         let services = services::list().map_err(failure)?;
         if services.is_empty() {
-            say("no service is registered; `hvsock register PORT` registers one");
-            return Ok(());
+            return print("no service is registered; `hvsock register PORT` registers one");
         }
         let rows = services.into_iter().map(|Service { id, name }| {
             let port = id.port().map_or(String::new(), |port| port.to_string());
             [id.0.to_string(), port, name]
         });
-        say(table::of(["SERVICE", "PORT", "NAME"], rows));
-        Ok(())
+        print(table::of(["SERVICE", "PORT", "NAME"], rows))
     }
 }
 

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use clap::Args;
 
-use super::{Outcome, complain, say, table};
+use super::{Outcome, complain, print, table};
 use crate::address::{CID_HOST, is_guest_cid};
 use crate::hyperkit::{self, Places};
 use crate::hyperv;
@@ -13,9 +13,9 @@ use crate::vsock;
 /// List the VMs that can be found here, and this system's own CID
 #[derive(Args, Debug)]
 #[command(
-    after_help = "hyperkit's VMs are found by their state directories, where minikube, Docker and linuxkit keep
-them, and in the current directory. On Windows, Hyper-V is asked, which takes an Administrator's or
-a Hyper-V Administrator's rights.
+    after_help = "hyperkit's VMs are found by their state directories, where minikube, Docker and linuxkit \
+    keep them, and in the current directory. On Windows, Hyper-V is asked, which takes an Administrator's or a Hyper-V \
+    Administrator's rights.
 
 Examples:
   hvsock vms
@@ -28,56 +28,53 @@ const HEADINGS: [&str; 4] = ["NAME", "KEPT BY", "STATE", "WHERE"];
 impl Vms {
     pub(super) fn run(self) -> Outcome {
         if cfg!(windows) {
-            hyper_v()?
+            hyper_v()?;
         } else {
-            hyperkit()
+            hyperkit()?;
         }
         if cfg!(target_os = "linux") {
-            say(match vsock::local_cid() {
+            print(match vsock::local_cid() {
                 Ok(CID_HOST) => format!("this system's CID: {CID_HOST}, a host's"),
                 Ok(cid) if is_guest_cid(cid) => format!("this system's CID: {cid}, a guest's"),
                 Ok(_) => "this system's CID: none, it is neither guest nor host".to_owned(),
                 Err(e) => format!("this system's CID: none ({e})"),
-            });
+            })?;
         }
         Ok(())
     }
 }
 
-fn hyperkit() {
+fn hyperkit() -> Outcome {
     let survey = hyperkit::survey(&Places::from_env());
     let looked = format!("looked in {}", survey.looked.join(", "));
     if survey.found.is_empty() {
-        say(format_args!("no hyperkit VM found; {looked}"));
-        return;
+        return print(format_args!("no hyperkit VM found; {looked}"));
     }
     let rows = survey.found.into_iter().map(|vm| {
         let state = if vm.running { "running" } else { "stopped" };
         let directory = vm.vm.state_dir.display().to_string();
         [vm.name, vm.source.to_string(), state.to_owned(), directory]
     });
-    say(table::of(HEADINGS, rows));
+    print(table::of(HEADINGS, rows))?;
     if survey.denied {
         complain(format_args!("there may be more; {looked}"));
     }
+    Ok(())
 }
 
 fn hyper_v() -> Outcome {
     let machines = match hyperv::list() {
         Err(e) if e.kind() == ErrorKind::Unsupported => {
-            say(format_args!("no VM found: {e}"));
-            return Ok(());
+            return print(format_args!("no VM found: {e}"));
         }
         machines => machines?,
     };
     if machines.is_empty() {
-        say("no VM found; asked Hyper-V");
-        return Ok(());
+        return print("no VM found; asked Hyper-V");
     }
     let rows = machines.into_iter().map(|vm| {
         let id = vm.id.0.to_string();
         [vm.name, "Hyper-V".to_owned(), vm.state, id]
     });
-    say(table::of(HEADINGS, rows));
-    Ok(())
+    print(table::of(HEADINGS, rows))
 }

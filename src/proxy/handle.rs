@@ -1,23 +1,18 @@
 //! What another thread can do with a proxy that runs: look at it, add and remove forwards, stop it.
 
 use std::io;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::address::{Address, HyperkitVm};
-use crate::dial;
+use crate::address::Address;
 use crate::error::{Error, Operation, Result};
-use crate::listener::nonblocking::{Listener, not_carried};
 use crate::name::SocketName;
 use crate::relay::CLIENT;
-use crate::stream::nonblocking::{Target, Waiter};
 
 use super::forward::{Counters, Forward, Rule};
-use super::gate::{Gate, GateLimits};
-use super::rules;
+use super::rules::Binder;
 use super::worker::{Command, Shared};
 use super::world::MioWorld;
 
@@ -184,73 +179,4 @@ const LOOK: Duration = Duration::from_millis(50);
 
 fn stopping() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the proxy is stopping")
-}
-
-/// Binds rules, and knows the VMs that they lead to.
-#[derive(Debug)]
-pub(super) struct Binder {
-    gates: Mutex<Vec<(PathBuf, Arc<Gate>)>>,
-    limits: GateLimits,
-    waiter: fn(&Address) -> Waiter,
-    next: Mutex<u64>,
-}
-
-impl Binder {
-    pub(super) fn new(limits: GateLimits, waiter: fn(&Address) -> Waiter) -> Binder {
-        Binder {
-            gates: Mutex::default(),
-            limits,
-            waiter,
-            next: Mutex::new(0),
-        }
-    }
-
-    /// Binds a rule beside others.
-    pub(super) fn bind(
-        &self,
-        mut rule: Rule,
-        others: &[Arc<Forward>],
-    ) -> Result<(Listener, Arc<Forward>)> {
-        if (self.waiter)(&rule.connect) == Waiter::Thread {
-            dial::check(&rule.connect)?;
-        } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
-            return Err(not_carried(Operation::Connect, &rule.connect));
-        }
-        rules::check(&rule, others.iter().map(|forward| &forward.rule))?;
-        let listener = Listener::bind(&rule.listen, rule.mode)?;
-        rule.listen = listener.bound(&rule.listen);
-        if rule.listen == rule.connect {
-            let cause = io::Error::new(io::ErrorKind::InvalidInput, "it would connect to itself");
-            return Err(Error::new(Operation::Connect, &rule.connect, cause));
-        }
-        let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
-        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-        let id = ForwardId(*next);
-        *next += 1;
-        Ok((
-            listener,
-            Arc::new(Forward::new(id, rule, gates, self.waiter)),
-        ))
-    }
-
-    /// The gate of the VM that an address is of, if it is hyperkit's.
-    fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
-        let Address::Hyperkit(hyperkit) = address else {
-            return None;
-        };
-        let socket = socket_of(&hyperkit.vm);
-        let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
-            return Some(Arc::clone(gate));
-        }
-        let gate = Arc::new(Gate::new(self.limits));
-        gates.push((socket, Arc::clone(&gate)));
-        Some(gate)
-    }
-}
-
-/// One VM has one gate, however its directory is spelled.
-fn socket_of(vm: &HyperkitVm) -> PathBuf {
-    let directory = vm.state_dir.canonicalize();
-    directory.map_or_else(|_| vm.connect_path(), |real| real.join(&vm.connect))
 }

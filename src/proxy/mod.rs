@@ -42,7 +42,7 @@ use crate::stream::nonblocking::Waiter;
 use crate::sys;
 
 use gate::GateLimits;
-use handle::Binder;
+use rules::Binder;
 use worker::{Command, Inbox, Shared, Worker};
 use world::MioWorld;
 

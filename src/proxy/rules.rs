@@ -1,13 +1,22 @@
-//! What no rule may ask for.
+//! Rules: what none may ask for, and how one becomes a listener and a forward.
 
 use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::forward::Rule;
-use crate::address::{Address, CID_ANY, PORT_ANY};
+use crate::address::{Address, CID_ANY, HyperkitVm, PORT_ANY};
+use crate::dial;
 use crate::error::{Error, Operation, Result};
+use crate::listener::nonblocking::{Listener, not_carried};
+use crate::stream::nonblocking::{Target, Waiter};
+
+use super::forward::{Forward, Rule};
+use super::gate::{Gate, GateLimits};
+use super::handle::ForwardId;
 
 /// Refuses a rule that can't work, whatever the system says.
-pub(super) fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule>) -> Result<()> {
+fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule>) -> Result<()> {
     let invalid = |operation, address, why| {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
@@ -34,4 +43,71 @@ pub(super) fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule>)
         return invalid(Operation::Listen, &rule.listen, "it is given twice");
     }
     Ok(())
+}
+
+/// Binds rules, and knows the VMs that they lead to.
+#[derive(Debug)]
+pub(super) struct Binder {
+    gates: Mutex<Vec<(PathBuf, Arc<Gate>)>>,
+    limits: GateLimits,
+    waiter: fn(&Address) -> Waiter,
+    next: AtomicU64,
+}
+
+impl Binder {
+    pub(super) fn new(limits: GateLimits, waiter: fn(&Address) -> Waiter) -> Binder {
+        Binder {
+            gates: Mutex::default(),
+            limits,
+            waiter,
+            next: AtomicU64::new(0),
+        }
+    }
+
+    /// Binds a rule beside others.
+    pub(super) fn bind(
+        &self,
+        mut rule: Rule,
+        others: &[Arc<Forward>],
+    ) -> Result<(Listener, Arc<Forward>)> {
+        if (self.waiter)(&rule.connect) == Waiter::Thread {
+            dial::check(&rule.connect)?;
+        } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
+            return Err(not_carried(Operation::Connect, &rule.connect));
+        }
+        check(&rule, others.iter().map(|forward| &forward.rule))?;
+        let listener = Listener::bind(&rule.listen, rule.mode)?;
+        rule.listen = listener.bound(&rule.listen);
+        if rule.listen == rule.connect {
+            let cause = io::Error::new(io::ErrorKind::InvalidInput, "it would connect to itself");
+            return Err(Error::new(Operation::Connect, &rule.connect, cause));
+        }
+        let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
+        let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
+        Ok((
+            listener,
+            Arc::new(Forward::new(id, rule, gates, self.waiter)),
+        ))
+    }
+
+    /// The gate of the VM that an address is of, if it is hyperkit's.
+    fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
+        let Address::Hyperkit(hyperkit) = address else {
+            return None;
+        };
+        let socket = socket_of(&hyperkit.vm);
+        let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
+            return Some(Arc::clone(gate));
+        }
+        let gate = Arc::new(Gate::new(self.limits));
+        gates.push((socket, Arc::clone(&gate)));
+        Some(gate)
+    }
+}
+
+/// One VM has one gate, however its directory is spelled.
+fn socket_of(vm: &HyperkitVm) -> PathBuf {
+    let directory = vm.state_dir.canonicalize();
+    directory.map_or_else(|_| vm.connect_path(), |real| real.join(&vm.connect))
 }

@@ -14,7 +14,9 @@ use socket2::{Domain, SockRef, Socket, Type};
 #[cfg(windows)]
 use super::forward::Forward;
 #[cfg(windows)]
-use super::handle::{Binder, ForwardId};
+use super::handle::ForwardId;
+#[cfg(windows)]
+use super::rules::Binder;
 use super::{Counters, Proxy, ProxyConfig, Rule, Waiter};
 #[cfg(windows)]
 use super::{GateLimits, Handle, Inbox, Limits, MioWorld, Shared, Worker};

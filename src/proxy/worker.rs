@@ -392,19 +392,16 @@ impl<W: World> Worker<W> {
     /// Takes a forward out: nobody is accepted any more, and who is there has that time.
     fn remove(&mut self, forward: Arc<Forward>, grace: Duration, now: Instant) {
         self.remove_listener(&forward, now);
+        // Of those removed before, all workers know by now: what has no connection gets none any more.
+        self.removed
+            .retain(|(_, before)| before.live.load(Ordering::Relaxed) > 0);
         self.removed.push((after(now, grace), forward));
     }
 
     /// Cuts off the connections of removed forwards whose time has come.
     fn cut_removed(&mut self, now: Instant) {
-        let due = |(at, _): &(Instant, Arc<Forward>)| *at <= now;
-        if !self.removed.iter().any(due) {
-            return;
-        }
-        let (due, later) = std::mem::take(&mut self.removed).into_iter().partition(due);
-        self.removed = later;
-        let due: Vec<(Instant, Arc<Forward>)> = due;
-        for (_, forward) in due {
+        let due = self.removed.extract_if(.., |(at, _)| *at <= now);
+        for (_, forward) in due.collect::<Vec<_>>() {
             // What is handed over after this is cut off when it comes.
             forward.cut.store(true, Ordering::Release);
             for id in self.conns.ids() {

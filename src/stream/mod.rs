@@ -304,7 +304,7 @@ impl Stream {
 
     /// How many bytes were written that nobody has taken yet, as far as the kernel tells (at least; Linux counts what
     /// they occupy): TCP's peer hasn't acknowledged them, a Unix socket's hasn't read them.
-    #[cfg(all(unix, feature = "cli"))]
+    #[cfg(unix)]
     pub(crate) fn untaken(&self) -> usize {
         sys::unacknowledged(&self.socket)
     }
@@ -332,7 +332,7 @@ impl Stream {
     pub(crate) fn unacknowledged(&self) -> usize {
         match self.address {
             #[cfg(unix)]
-            Address::Tcp(_) => sys::unacknowledged(&self.socket),
+            Address::Tcp(_) => self.untaken(),
             // Windows doesn't tell; elsewhere written is there.
             _ => 0,
         }

@@ -16,7 +16,7 @@ use super::queue::{Frame, Kept, MOST_KEPT};
 use crate::address::Address;
 use crate::serve::{LOOK, Stop, again};
 use crate::stream::Stream;
-use crate::sys::{self, AsSocket, Wanted};
+use crate::sys::Wanted;
 
 /// How long a dial may take.
 const DIAL: Duration = Duration::from_secs(5);
@@ -182,6 +182,8 @@ struct Connection {
     sent_bytes: usize,
     /// When the peer said that it has nothing to say. It may have gone altogether: only a write tells.
     silent_since: Option<Instant>,
+    /// It has not: something written after that had no reset for an answer.
+    is_there: bool,
     /// The last frame was not written to its end.
     torn: bool,
 }
@@ -194,6 +196,7 @@ impl Connection {
             sent: VecDeque::new(),
             sent_bytes: 0,
             silent_since: None,
+            is_there: false,
             torn: false,
         }
     }
@@ -211,8 +214,8 @@ impl Connection {
                 Ok(Some(0)) => {
                     self.silent_since.get_or_insert_with(Instant::now);
                     // An empty write fails where the family tells a half-close from a close. TCP doesn't.
-                    let gone = sys::is_hung_up(self.stream.as_socket())
-                        || again((&self.stream).write(&[])).is_err();
+                    let gone =
+                        self.stream.is_hung_up() || again((&self.stream).write(&[])).is_err();
                     return gone.then(|| "it was ended".to_owned());
                 }
                 Ok(Some(_)) => {}
@@ -269,6 +272,11 @@ impl Connection {
     /// Lets go of what needs to be kept no longer.
     fn forget(&mut self) {
         let is_old = |when: &Instant| when.elapsed() >= RECENT;
+        if let Some(since) = self.silent_since {
+            let after = self.sent.partition_point(|(when, _)| *when <= since);
+            let first = self.sent.get(after);
+            self.is_there |= first.is_some_and(|(when, _)| is_old(when));
+        }
         let doubted = self.is_doubted();
         let mut untaken = None;
         while let Some((when, frame)) = self.sent.front() {
@@ -291,13 +299,9 @@ impl Connection {
         self.sent.into_iter().map(|(_, frame)| frame)
     }
 
-    /// The peer may have gone, and what it was given with it. What was written after its EOF and had no reset for an
-    /// answer shows the contrary.
+    /// The peer may have gone, and what it was given with it.
     fn is_doubted(&self) -> bool {
-        self.silent_since.is_some_and(|since| {
-            let shown = |(when, _): &(Instant, Frame)| *when > since && when.elapsed() >= RECENT;
-            !self.sent.is_empty() && !self.sent.iter().any(shown)
-        })
+        self.silent_since.is_some() && !self.is_there
     }
 
     /// Ends it; whether the collector has, too, and so has read all.
@@ -308,7 +312,7 @@ impl Connection {
             return false;
         }
         match self.stream.finish(LAST) {
-            Ok(()) => !self.is_doubted(),
+            Ok(()) => self.sent.is_empty() || !self.is_doubted(),
             // A Unix socket tells what was read.
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
                 matches!(self.stream.address(), Address::Unix(_)) && self.stream.untaken() == 0
