@@ -122,7 +122,7 @@ fn a_vmm_that_does_not_answer_is_not_waited_for_without_end() {
         ended.send(stream.write_all(b"OK 1\n").is_ok()).unwrap();
     });
     let mut config = config(vec![Rule::new(any_tcp(), mux(&path, ""))]);
-    config.limits.dial_timeout = Duration::from_millis(100);
+    config.rules[0].timeouts.dial = Duration::from_millis(100);
     let proxy = Proxy::start(config).unwrap();
     assert!(resets_clients(port_of(&proxy, 0)));
     assert!(end.recv_timeout(PATIENCE).unwrap());
@@ -141,7 +141,7 @@ fn a_half_close_is_not_kept_back_without_end() {
         ended.send(stream.read_to_end(&mut request)).unwrap();
     });
     let mut config = config(vec![Rule::new(any_tcp(), mux(&path, ""))]);
-    config.limits.drain_timeout = Duration::from_millis(200);
+    config.rules[0].timeouts.drain = Duration::from_millis(200);
     let proxy = Proxy::start(config).unwrap();
     let mut client = tcp(port_of(&proxy, 0));
     client.write_all(b"request").unwrap();
@@ -163,7 +163,7 @@ fn a_half_close_is_kept_back_for_as_long_as_the_guest_goes_on_speaking() {
         }
     });
     let mut config = config(vec![Rule::new(any_tcp(), mux(&path, ""))]);
-    config.limits.drain_timeout = Duration::from_secs(2);
+    config.rules[0].timeouts.drain = Duration::from_secs(2);
     let proxy = Proxy::start(config).unwrap();
     let answer = ask(tcp(port_of(&proxy, 0)), b"").unwrap();
     assert_eq!(answer, b"tick".repeat(6));

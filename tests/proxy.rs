@@ -389,7 +389,7 @@ fn who_waits_too_long_for_the_vm_is_told() {
     let vm = echo_vm(dir.path());
     let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 7))]);
     config.limits.vm_connections = 1;
-    config.limits.dial_timeout = Duration::from_millis(100);
+    config.rules[0].timeouts.dial = Duration::from_millis(100);
     let proxy = Proxy::start(config).unwrap();
     let mut first = tcp(port_of(&proxy, 0));
     first.write_all(b"x").unwrap();
@@ -484,10 +484,8 @@ fn a_unix_socket_is_its_owners_and_only_a_stale_one_is_replaced() {
     let server = unix(dir.path().join("server.sock"));
     let path = dir.path().join("listen.sock");
     let start = |mode| {
-        let rule = Rule {
-            mode,
-            ..Rule::new(unix(&path), server.clone())
-        };
+        let mut rule = Rule::new(unix(&path), server.clone());
+        rule.mode = mode;
         Proxy::start(config(vec![rule]))
     };
     // A leftover of somebody who died.
@@ -703,7 +701,7 @@ fn a_guest_that_ignores_the_end_is_given_up_in_time() {
         .start()
         .unwrap();
     let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 20))]);
-    config.limits.drain_timeout = Duration::from_millis(200);
+    config.rules[0].timeouts.drain = Duration::from_millis(200);
     let proxy = Proxy::start(config).unwrap();
     let mut client = tcp(port_of(&proxy, 0));
     client.write_all(b"hello?").unwrap();
@@ -731,7 +729,7 @@ fn a_limit_of_connections_makes_clients_wait_and_no_listener_end() {
 fn a_client_that_is_gone_holds_no_place_at_a_server_that_does_not_read() {
     let (server, target) = tcp_server();
     let mut config = config(vec![Rule::new(any_tcp(), target)]);
-    config.limits.drain_timeout = Duration::from_millis(200);
+    config.rules[0].timeouts.drain = Duration::from_millis(200);
     let proxy = Proxy::start(config).unwrap();
     let mut client = tcp(port_of(&proxy, 0));
     let (_accepted, _) = server.accept().unwrap();

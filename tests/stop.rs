@@ -23,8 +23,8 @@ fn times_without_end_end_nobody() {
     let listen = Address::Unix(UnixAddress::Path(directory.path().join("listen")));
     let nobody = Address::Unix(UnixAddress::Path(directory.path().join("nobody")));
     let mut config = ProxyConfig::new(vec![Rule::new(listen, nobody)]);
-    config.limits.dial_timeout = Duration::MAX;
-    config.limits.drain_timeout = Duration::MAX;
+    config.rules[0].timeouts.dial = Duration::MAX;
+    config.rules[0].timeouts.drain = Duration::MAX;
     let proxy = Proxy::start(config).unwrap();
     let client = UnixStream::connect(directory.path().join("listen")).unwrap();
     drop(client);

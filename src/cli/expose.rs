@@ -54,7 +54,7 @@ impl Expose {
         let signals = EndSignals::take()?;
         let proxy = Proxy::start(self.options.config(rules))?;
         for forward in proxy.forwards() {
-            let (listen, connect) = (&forward.listen, &forward.connect);
+            let (listen, connect) = (&forward.listen, &forward.rule.connect);
             match (guest_port(listen), guest_port(connect)) {
                 (_, Some(port)) => say(format_args!("{listen} -> guest port {port}")),
                 (Some(port), _) => say(format_args!("guest, to CID 2 port {port} -> {connect}")),

@@ -44,7 +44,10 @@ impl Forward {
         let signals = EndSignals::take()?;
         let proxy = Proxy::start(self.options.config(rules))?;
         for forward in proxy.forwards() {
-            say(format_args!("{} -> {}", forward.listen, forward.connect));
+            say(format_args!(
+                "{} -> {}",
+                forward.listen, forward.rule.connect
+            ));
         }
         run_proxy(proxy, self.options.grace(), signals)
     }

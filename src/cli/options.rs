@@ -106,9 +106,11 @@ impl ProxyOptions {
     pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
         let rules = rules
             .into_iter()
-            .map(|rule| Rule {
-                mode: self.mode,
-                ..rule
+            .map(|mut rule| {
+                rule.mode = self.mode;
+                rule.timeouts.dial = Duration::from_secs(self.dial_timeout.into());
+                rule.timeouts.drain = Duration::from_secs(self.drain_timeout.into());
+                rule
             })
             .collect();
         let mut config = ProxyConfig::new(rules);
@@ -118,8 +120,6 @@ impl ProxyOptions {
         config.limits.connections = usize::MAX;
         config.limits.vm_connections = self.vm_connections.into();
         config.limits.vm_unanswered = self.vm_unanswered.into();
-        config.limits.dial_timeout = Duration::from_secs(self.dial_timeout.into());
-        config.limits.drain_timeout = Duration::from_secs(self.drain_timeout.into());
         config
     }
 

@@ -170,7 +170,7 @@ impl<W: World> Worker<W> {
         conn.span.in_scope(|| debug!("connected"));
         if conn.forward.is_bridged() {
             let ends = [client.socket, server.socket];
-            let drain = self.shared.limits.drain_timeout;
+            let drain = conn.forward.rule.timeouts.drain;
             let begun = self
                 .world
                 .bridge(id.token(CLIENT), ends, &conn.forward, drain);
@@ -343,7 +343,7 @@ impl<W: World> Worker<W> {
                 if moved && !pair.is_ending() {
                     *end = None;
                 }
-                let end = *end.get_or_insert(after(now, self.shared.limits.drain_timeout));
+                let end = *end.get_or_insert(after(now, conn.forward.rule.timeouts.drain));
                 if now < end {
                     self.set_timer(id, end)
                 } else {

@@ -47,13 +47,13 @@ impl<W: World> Worker<W> {
     ) {
         let conn = Conn::new(Arc::clone(&forward), peer, now);
         let id = self.conns.insert(conn);
-        let drain = self.shared.limits.drain_timeout;
+        let drain = forward.rule.timeouts.drain;
         let crossed = match forward.is_crossed(CLIENT) {
             true => self.world.cross(CLIENT, &mut stream, drain),
             false => Ok(()),
         };
         let watched = crossed.and_then(|()| self.world.watch(&mut stream, id.token(CLIENT)));
-        let deadline = after(now, self.shared.limits.dial_timeout);
+        let deadline = after(now, forward.rule.timeouts.dial);
         let mut dial = Dial::new(deadline);
         let target = &forward.rule.connect;
         // Guests find the port bound until the very end, but are not served any more.
@@ -65,7 +65,7 @@ impl<W: World> Worker<W> {
         let ready = match target {
             _ if watched.is_err() || closed => Some(false),
             _ if forward.is_blocking(SERVER) => {
-                let limit = self.shared.limits.dial_timeout;
+                let limit = forward.rule.timeouts.dial;
                 let patience = dial::patience(target, limit);
                 self.world.dial(id.token(SERVER), target, patience);
                 None
@@ -162,7 +162,7 @@ impl<W: World> Worker<W> {
         match (server, waiting) {
             (Ok(mut server), Some(conn)) => {
                 if conn.forward.is_crossed(SERVER) {
-                    let drain = self.shared.limits.drain_timeout;
+                    let drain = conn.forward.rule.timeouts.drain;
                     let crossed = self.world.cross(SERVER, &mut server, drain);
                     let watched =
                         crossed.and_then(|()| self.world.watch(&mut server, id.token(SERVER)));
@@ -325,7 +325,7 @@ impl<W: World> Worker<W> {
         end.shutdown_write();
         // One of which no event will tell is closed by the clock; and none outlives the proxy.
         let until = match self.phase {
-            _ if watched.is_err() => Some(after(now, self.shared.limits.drain_timeout)),
+            _ if watched.is_err() => Some(after(now, forward.rule.timeouts.drain)),
             Phase::Running => None,
             _ => Some(now + LAST_LEAVE),
         };

@@ -13,8 +13,11 @@ use super::gate::Gate;
 use super::handle::ForwardId;
 
 /// Every connection accepted at `listen` is carried to `connect`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Rule {
+    /// What people call it. No two of a proxy have the same.
+    pub name: Option<String>,
     /// Where to listen. A `hyperkit://` address is the port of the host (CID 2) that the guest dials, whatever its CID.
     pub listen: Address,
     /// Where each connection goes.
@@ -22,15 +25,39 @@ pub struct Rule {
     /// Permissions of the file of a Unix listening socket, as for `chmod`: 0o600 lets only the owner connect. Named
     /// pipes take no other; their address can say who may connect.
     pub mode: u32,
+    /// How long things may take.
+    pub timeouts: Timeouts,
 }
 
 impl Rule {
     /// A rule whose Unix socket, if it has one, only its owner may use.
     pub fn new(listen: Address, connect: Address) -> Rule {
         Rule {
+            name: None,
             listen,
             connect,
             mode: DEFAULT_MODE,
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
+/// How long the connections of a rule may take for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Timeouts {
+    /// How long a client may wait until its target is connected; a `hvsock://` one has a second at most.
+    pub dial: Duration,
+    /// How long a guest may take to end a connection after the half-close, before it is closed all the same. Guests of
+    /// Hyper-V are guests, too.
+    pub drain: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Timeouts {
+        Timeouts {
+            dial: Duration::from_secs(30),
+            drain: Duration::from_secs(60),
         }
     }
 }
@@ -57,7 +84,10 @@ pub struct Counters {
 #[derive(Debug)]
 pub(crate) struct Forward {
     pub(super) id: ForwardId,
+    /// The rule, with the address that was bound.
     pub(crate) rule: Rule,
+    /// The address that the rule asked for.
+    pub(super) asked: Address,
     /// The gate of the VM on each side that is hyperkit's.
     pub(crate) gates: [Option<Arc<Gate>>; 2],
     /// What can wait for the sockets of each side.
@@ -77,6 +107,7 @@ impl Forward {
     pub(crate) fn new(
         id: ForwardId,
         rule: Rule,
+        asked: Address,
         gates: [Option<Arc<Gate>>; 2],
         waiter: fn(&Address) -> Waiter,
     ) -> Forward {
@@ -84,6 +115,7 @@ impl Forward {
             id,
             waiters: [waiter(&rule.listen), waiter(&rule.connect)],
             rule,
+            asked,
             gates,
             accepted: AtomicU64::new(0),
             live: AtomicU64::new(0),

@@ -26,10 +26,10 @@ pub struct ForwardId(pub(super) u64);
 pub struct ForwardStatus {
     /// Which one it is.
     pub id: ForwardId,
+    /// The rule as it was given.
+    pub rule: Rule,
     /// Where it listens: with the port that was chosen, where the rule said port 0 (of vsock the highest).
     pub listen: Address,
-    /// Where its connections go.
-    pub connect: Address,
     /// Counted since the start.
     pub counters: Counters,
 }
@@ -79,8 +79,11 @@ impl Handle {
     pub fn forwards(&self) -> Vec<ForwardStatus> {
         let status = |forward: &Arc<Forward>| ForwardStatus {
             id: forward.id,
+            rule: Rule {
+                listen: forward.asked.clone(),
+                ..forward.rule.clone()
+            },
             listen: forward.rule.listen.clone(),
-            connect: forward.rule.connect.clone(),
             counters: forward.counters(),
         };
         self.shared.forwards().iter().map(status).collect()

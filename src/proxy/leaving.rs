@@ -80,8 +80,8 @@ impl<W: World> Worker<W> {
         };
         let polite = |side: usize| leaving[side].is_some() && conn.forward.is_polite(side);
         let time = match self.phase {
-            Phase::Cutting => LAST_LEAVE.min(self.shared.limits.drain_timeout),
-            _ if polite(CLIENT) || polite(SERVER) => self.shared.limits.drain_timeout,
+            Phase::Cutting => LAST_LEAVE.min(conn.forward.rule.timeouts.drain),
+            _ if polite(CLIENT) || polite(SERVER) => conn.forward.rule.timeouts.drain,
             _ => LINGER,
         };
         conn.timer = None;

@@ -46,7 +46,7 @@ use rules::Binder;
 use worker::{Command, Inbox, Shared, Worker};
 use world::MioWorld;
 
-pub use forward::{Counters, Rule};
+pub use forward::{Counters, Rule, Timeouts};
 pub use handle::{ConnectionState, ConnectionStatus, ForwardId, ForwardStatus, Handle};
 
 /// What bounds a proxy.
@@ -61,11 +61,6 @@ pub struct Limits {
     pub vm_connections: usize,
     /// Dials to one hyperkit VM without a sign of life from the guest; more wait. hyperkit aborts at 512.
     pub vm_unanswered: usize,
-    /// How long a client may wait until its target is connected; a `hvsock://` one has a second at most.
-    pub dial_timeout: Duration,
-    /// How long a guest may take to end a connection after the half-close, before it is closed all the same. Guests of
-    /// Hyper-V are guests, too.
-    pub drain_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -74,8 +69,6 @@ impl Default for Limits {
             connections: 10_000,
             vm_connections: 900,
             vm_unanswered: 64,
-            dial_timeout: Duration::from_secs(30),
-            drain_timeout: Duration::from_secs(60),
         }
     }
 }

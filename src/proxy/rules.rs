@@ -16,7 +16,7 @@ use super::gate::{Gate, GateLimits};
 use super::handle::ForwardId;
 
 /// Refuses a rule that can't work, whatever the system says.
-fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule>) -> Result<()> {
+fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
     let invalid = |operation, address, why| {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
@@ -39,6 +39,15 @@ fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule>) -> Result<
         Address::Vsock(vsock) => vsock.port == PORT_ANY,
         _ => false,
     };
+    if let Some(name) = &rule.name
+        && others
+            .clone()
+            .any(|other| other.name.as_ref() == Some(name))
+    {
+        let why = format!("another forward has the name {name:?}");
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        return Err(Error::new(Operation::Listen, &rule.listen, cause));
+    }
     if !chosen && others.any(|other| other.listen == rule.listen) {
         return invalid(Operation::Listen, &rule.listen, "it is given twice");
     }
@@ -77,7 +86,8 @@ impl Binder {
         }
         check(&rule, others.iter().map(|forward| &forward.rule))?;
         let listener = Listener::bind(&rule.listen, rule.mode)?;
-        rule.listen = listener.bound(&rule.listen);
+        let asked = listener.bound(&rule.listen);
+        let asked = std::mem::replace(&mut rule.listen, asked);
         if rule.listen == rule.connect {
             let cause = io::Error::new(io::ErrorKind::InvalidInput, "it would connect to itself");
             return Err(Error::new(Operation::Connect, &rule.connect, cause));
@@ -86,7 +96,7 @@ impl Binder {
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         Ok((
             listener,
-            Arc::new(Forward::new(id, rule, gates, self.waiter)),
+            Arc::new(Forward::new(id, rule, asked, gates, self.waiter)),
         ))
     }
 

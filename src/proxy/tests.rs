@@ -295,7 +295,7 @@ fn a_stop_does_not_wait_for_a_dial() {
 fn a_client_waits_for_a_dial_no_longer_than_it_is_to() {
     let (_listener, _waiting, address) = full_listener();
     let it = proxy_to(address, |config| {
-        config.limits.dial_timeout = Duration::from_millis(100);
+        config.rules[0].timeouts.dial = Duration::from_millis(100);
     });
     assert_reset(it.client().read(&mut [0]));
     it.wait_for(|counters| counters.refused == 1 && counters.live == 0);

@@ -103,7 +103,6 @@ impl<W: World> std::fmt::Debug for Inbox<W> {
 /// What the workers of a proxy share.
 #[derive(Debug)]
 pub(crate) struct Shared<W: World> {
-    pub(crate) limits: Limits,
     forwards: Mutex<Vec<Arc<Forward>>>,
     pub(crate) inboxes: Vec<Inbox<W>>,
     /// How many connections there may be: what the limits say, and no more than there are descriptors for.
@@ -126,7 +125,6 @@ impl<W: World> Shared<W> {
     ) -> Shared<W> {
         let room = limits.connections.min(room_for_connections(false));
         Shared {
-            limits,
             next: AtomicUsize::new(forwards.len()),
             forwards: Mutex::new(forwards),
             inboxes,

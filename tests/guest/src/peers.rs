@@ -196,7 +196,7 @@ pub(crate) fn never_read() -> Outcome {
     let server = Server::vsock(5107)?;
     let rule = Rule::new("tcp://127.0.0.1:0".parse()?, "vsock://local:5107".parse()?);
     let mut config = ProxyConfig::new(vec![rule]);
-    config.limits.drain_timeout = Duration::from_secs(1);
+    config.rules[0].timeouts.drain = Duration::from_secs(1);
     let proxy = Proxy::start(config)?;
     let listen = proxy.forwards()[0].listen.to_string();
     for break_off in [false, true] {
