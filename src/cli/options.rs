@@ -71,6 +71,7 @@ pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, F
         service,
         connected_suspend: false,
         container_passthru: false,
+        framing: false,
     };
     Ok(address.into())
 }
