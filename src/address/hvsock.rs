@@ -151,6 +151,19 @@ pub struct HvsockAddress {
     pub framing: bool,
 }
 
+impl HvsockAddress {
+    /// That service (or the vsock port for which it stands) of that VM, with nothing out of the ordinary.
+    pub fn new(vm: Vm, service: impl Into<ServiceId>) -> HvsockAddress {
+        HvsockAddress {
+            vm,
+            service: service.into(),
+            connected_suspend: false,
+            container_passthru: false,
+            framing: false,
+        }
+    }
+}
+
 const CONNECTED_SUSPEND: &str = "connected-suspend";
 const CONTAINER_PASSTHRU: &str = "container-passthru";
 
@@ -177,14 +190,9 @@ impl FromStr for HvsockAddress {
         };
         let service = uri.path.strip_prefix('/').unwrap_or("");
         let service = service.strip_suffix('/').unwrap_or(service);
-        let mut address = HvsockAddress {
-            vm,
-            service: parse_service(service)
-                .map_err(|reason| uri.error(Part::Service, service, reason))?,
-            connected_suspend: false,
-            container_passthru: false,
-            framing: false,
-        };
+        let id = parse_service(service);
+        let id = id.map_err(|reason| uri.error(Part::Service, service, reason))?;
+        let mut address = HvsockAddress::new(vm, id);
         for (key, value) in uri.query(&[CONNECTED_SUSPEND, CONTAINER_PASSTHRU, FRAMING])? {
             let value = uri.yes_or_no(key, &value)?;
             match key {

@@ -44,6 +44,18 @@ pub struct VsockAddress {
     pub framing: bool,
 }
 
+impl VsockAddress {
+    /// That port of that CID, with nothing out of the ordinary.
+    pub fn new(cid: u32, port: impl Into<Port>) -> VsockAddress {
+        VsockAddress {
+            cid,
+            port: port.into(),
+            buffer_size: None,
+            framing: false,
+        }
+    }
+}
+
 const BUFFER_SIZE: &str = "buffer-size";
 pub(super) const FRAMING: &str = "framing";
 
@@ -69,12 +81,8 @@ impl FromStr for VsockAddress {
     fn from_str(input: &str) -> Result<VsockAddress, AddressError> {
         let uri = Uri::parse(input, "vsock", "vsock://3:1024")?;
         let (cid, port) = uri.split_port()?;
-        let mut address = VsockAddress {
-            cid: parse_cid(cid).map_err(|reason| uri.error(Part::Cid, cid, reason))?,
-            port: uri.port(port)?,
-            buffer_size: None,
-            framing: false,
-        };
+        let cid = parse_cid(cid).map_err(|reason| uri.error(Part::Cid, cid, reason))?;
+        let mut address = VsockAddress::new(cid, uri.port(port)?);
         uri.no_path()?;
         for (key, value) in uri.query(&[BUFFER_SIZE, FRAMING])? {
             if key == FRAMING {
