@@ -1,10 +1,12 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
 mod cat;
+mod completions;
 #[cfg(unix)]
 mod demo;
 mod expose;
 mod forward;
+mod man;
 mod options;
 mod services;
 mod signals;
@@ -57,6 +59,8 @@ enum Command {
     Simulate(simulate::Simulate),
     #[cfg(unix)]
     Demo(demo::Demo),
+    Completions(completions::Completions),
+    Man(man::Man),
 }
 
 /// Why a command ended without having done what it was asked for.
@@ -110,6 +114,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Simulate(simulate) => simulate.run(),
         #[cfg(unix)]
         Command::Demo(demo) => demo.run(),
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -137,9 +143,14 @@ fn say(line: impl fmt::Display) {
 
 /// Prints what was asked for.
 fn print(text: impl fmt::Display) -> Outcome {
+    write_out(format!("{text}\n").as_bytes())
+}
+
+/// Writes to standard output.
+fn write_out(bytes: &[u8]) -> Outcome {
     let mut out = io::stdout().lock();
-    let printed = writeln!(out, "{text}").and_then(|()| out.flush());
-    printed.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
+    let written = out.write_all(bytes).and_then(|()| out.flush());
+    written.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
 }
 
 fn start_log() {
