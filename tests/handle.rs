@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use common::*;
 use hvsock::address::Address;
-use hvsock::proxy::{ConnectionState, ForwardId, Handle};
+use hvsock::proxy::{ConnectionState, ForwardId, Handle, Observer, What};
 use hvsock::{Proxy, Rule, SocketName};
 
 const LONG: Duration = Duration::from_secs(3600);
@@ -211,4 +212,56 @@ fn a_proxy_can_have_the_callers_thread() {
     let never = |_| panic!("it has begun");
     let error = Proxy::run(hvsock::ProxyConfig::new(vec![missing]), never).unwrap_err();
     assert!(error.to_string().contains("port 0"), "{error}");
+}
+
+/// Of each connection the first and the last are told once, and what it carried.
+#[test]
+fn an_observer_is_told_of_every_connection() {
+    let dir = private_dir();
+    echo(&dir.path().join("echo"));
+    let (tell, told) = std::sync::mpsc::channel();
+    let mut config = config(vec![
+        Rule::new(any_tcp(), unix(dir.path().join("echo"))),
+        Rule::new(any_tcp(), unix(dir.path().join("nobody"))),
+    ]);
+    config.observer = Some(Observer::new(move |event| {
+        let what = match event.what {
+            What::Accepted => "accepted".to_owned(),
+            What::Connected => "connected".to_owned(),
+            What::Refused(error) => format!("refused: {error}"),
+            What::Closed { sent, received, .. } => format!("closed {sent} {received}"),
+            _ => unreachable!(),
+        };
+        let _ = tell.send((event.forward, event.connection, what));
+    }));
+    let proxy = Proxy::start(config).unwrap();
+    let [good, bad] = [0, 1].map(|index| proxy.forwards()[index].id);
+    for _ in 0..3 {
+        trip(
+            &TcpStream::connect(("127.0.0.1", port_of(&proxy, 0))).unwrap(),
+            b"seven b",
+        );
+        let mut refused = TcpStream::connect(("127.0.0.1", port_of(&proxy, 1))).unwrap();
+        assert!(refused.read(&mut [0]).is_err());
+    }
+    proxy.stop(LONG);
+    proxy.wait().unwrap();
+    let mut connections: HashMap<_, Vec<_>> = HashMap::new();
+    for (forward, connection, what) in told {
+        connections
+            .entry((forward, connection))
+            .or_default()
+            .push(what);
+    }
+    assert_eq!(connections.len(), 6);
+    for ((forward, _), whats) in connections {
+        if forward == good {
+            assert_eq!(whats, ["accepted", "connected", "closed 7 7"]);
+        } else {
+            assert_eq!(forward, bad);
+            assert_eq!(whats.len(), 3, "{whats:?}");
+            assert_eq!([&whats[0], &whats[2]], ["accepted", "closed 0 0"]);
+            assert!(whats[1].contains("nobody"), "{}", whats[1]);
+        }
+    }
 }

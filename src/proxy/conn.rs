@@ -6,17 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tracing::{Span, debug, debug_span};
+use tracing::{Span, debug, debug_span, warn};
 
 use crate::dial::{self, Dial};
 use crate::error::{Error, Operation};
 use crate::name::SocketName;
 use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Socket, Turn};
 
-use super::dialling::complain;
 use super::forward::Forward;
 use super::gate::{Full, Gate, Permit, Place};
 use super::handle::{ConnectionState, ConnectionStatus};
+use super::observer::{ConnectionId, What};
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
 use super::world::World;
@@ -35,6 +35,8 @@ const UNREAD: u64 = 1024 * 1024;
 /// One connection.
 #[derive(Debug)]
 pub(crate) struct Conn<S> {
+    /// How others call it; a probe has no name.
+    pub(super) name: Option<ConnectionId>,
     pub(super) forward: Arc<Forward>,
     pub(super) state: State<S>,
     /// Leave to use the VM that was dialled.
@@ -99,11 +101,17 @@ pub(super) struct Leave<S> {
 }
 
 impl<S: crate::relay::Socket> Conn<S> {
-    pub(super) fn new(forward: Arc<Forward>, peer: SocketName, since: Instant) -> Conn<S> {
+    pub(super) fn new(
+        name: Option<ConnectionId>,
+        forward: Arc<Forward>,
+        peer: SocketName,
+        since: Instant,
+    ) -> Conn<S> {
         let rule = &forward.rule;
         let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
         let place = forward.gates[CLIENT].as_ref().map(Gate::place);
         Conn {
+            name,
             forward,
             state: State::Moving,
             permit: None,
@@ -134,12 +142,17 @@ impl<S: crate::relay::Socket> Conn<S> {
     }
 
     /// What is to be told of it; `bridged` is what a bridge has delivered.
-    pub(super) fn status(&self, bridged: Option<[u64; 2]>, now: Instant) -> ConnectionStatus {
+    pub(super) fn status(
+        &self,
+        bridged: Option<[u64; 2]>,
+        now: Instant,
+    ) -> Option<ConnectionStatus> {
         let moved = match &self.state {
             State::Relaying { pair, .. } => [CLIENT, SERVER].map(|side| pair.delivered(side)),
             _ => bridged.unwrap_or(self.counted),
         };
-        ConnectionStatus {
+        Some(ConnectionStatus {
+            id: self.name?,
             forward: self.forward.id,
             peer: self.peer,
             state: match &self.state {
@@ -150,6 +163,29 @@ impl<S: crate::relay::Socket> Conn<S> {
             sent: moved[CLIENT],
             received: moved[SERVER],
             age: now.saturating_duration_since(self.since),
+        })
+    }
+
+    /// Tells the observer.
+    pub(super) fn tell(&self, what: What<'_>) {
+        if let Some(name) = self.name {
+            self.forward.tell(name, self.peer, what);
+        }
+    }
+
+    /// Counts a client that could not be carried, and says why, unless that was said a moment ago.
+    pub(super) fn refused(&self, error: &Error, now: Instant) {
+        let forward = &self.forward;
+        forward.refused.fetch_add(1, Ordering::Relaxed);
+        self.tell(What::Refused(error));
+        if let Some(more) = forward.complaints.admit(&error.to_string(), now) {
+            match more {
+                0 => warn!("refused a client of {}: {error}", forward.rule.listen),
+                _ => warn!(
+                    "refused a client of {}: {error} ({more} more since the last line)",
+                    forward.rule.listen
+                ),
+            }
         }
     }
 
@@ -168,6 +204,7 @@ impl<W: World> Worker<W> {
             return;
         };
         conn.span.in_scope(|| debug!("connected"));
+        conn.tell(What::Connected);
         if conn.forward.is_bridged() {
             let ends = [client.socket, server.socket];
             let drain = conn.forward.rule.timeouts.drain;
@@ -177,10 +214,9 @@ impl<W: World> Worker<W> {
             conn.timer = None;
             conn.state = State::Bridged;
             if let Err(e) = begun {
-                conn.forward.refused.fetch_add(1, Ordering::Relaxed);
                 let error = Error::new(Operation::Run, "a connection's thread", e);
-                complain(&conn.forward, &error, now);
-                self.forget(id);
+                conn.refused(&error, now);
+                self.forget(id, now);
             }
             return;
         }
@@ -216,7 +252,7 @@ impl<W: World> Worker<W> {
         match &mut conn.state {
             State::Waiting { client, dial, full } => {
                 if client.is_gone() {
-                    return self.forget(id);
+                    return self.forget(id, now);
                 }
                 if now >= dial.deadline() {
                     let why = match full {

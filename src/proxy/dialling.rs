@@ -7,8 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tracing::warn;
-
 use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial::{self, Begun, Dial, Next};
 use crate::error::{Error, Operation};
@@ -21,6 +19,7 @@ use super::conn::{Conn, Leave, State};
 use super::forward::Forward;
 use super::gate::{Admission, Gate, Permit};
 use super::leaving::LAST_LEAVE;
+use super::observer::What;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
 use super::world::World;
@@ -45,7 +44,9 @@ impl<W: World> Worker<W> {
         forward: Arc<Forward>,
         now: Instant,
     ) {
-        let conn = Conn::new(Arc::clone(&forward), peer, now);
+        let name = self.shared.next_connection();
+        let conn = Conn::new(Some(name), Arc::clone(&forward), peer, now);
+        conn.tell(What::Accepted);
         let id = self.conns.insert(conn);
         let drain = forward.rule.timeouts.drain;
         let crossed = match forward.is_crossed(CLIENT) {
@@ -313,7 +314,7 @@ impl<W: World> Worker<W> {
             }
         };
         permit.dialled();
-        let conn = Conn::new(Arc::clone(forward), SocketName::Unnamed, now);
+        let conn = Conn::new(None, Arc::clone(forward), SocketName::Unnamed, now);
         let id = self.conns.insert(conn);
         forward.live.fetch_add(1, Ordering::Relaxed);
         self.shared.inboxes[self.index]
@@ -427,8 +428,7 @@ impl<W: World> Worker<W> {
         let Some(conn) = self.conns.get_mut(id) else {
             return;
         };
-        conn.forward.refused.fetch_add(1, Ordering::Relaxed);
-        complain(&conn.forward, error, now);
+        conn.refused(error, now);
         let mut leaving = [None, None];
         let client = match conn.take_state() {
             State::Waiting { client, .. } => client,
@@ -479,21 +479,8 @@ impl<W: World> Worker<W> {
             }
             state => {
                 conn.state = state;
-                self.forget(id);
+                self.forget(id, now);
             }
-        }
-    }
-}
-
-/// Says why a client was refused, unless it was said a moment ago.
-pub(super) fn complain(forward: &Forward, error: &Error, now: Instant) {
-    if let Some(more) = forward.complaints.admit(&error.to_string(), now) {
-        match more {
-            0 => warn!("refused a client of {}: {error}", forward.rule.listen),
-            _ => warn!(
-                "refused a client of {}: {error} ({more} more since the last line)",
-                forward.rule.listen
-            ),
         }
     }
 }

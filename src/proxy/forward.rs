@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 
 use crate::address::Address;
 use crate::listener::DEFAULT_MODE;
+use crate::name::SocketName;
 use crate::relay::{CLIENT, SERVER};
 use crate::stream::nonblocking::Waiter;
 
 use super::gate::Gate;
 use super::handle::ForwardId;
+use super::observer::{ConnectionId, Event, Observer, What};
 
 /// Every connection accepted at `listen` is carried to `connect`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +102,7 @@ pub(crate) struct Forward {
     pub(crate) complaints: Complaints,
     /// It was removed, and the time of its connections is over.
     pub(super) cut: AtomicBool,
+    observer: Option<Observer>,
 }
 
 impl Forward {
@@ -110,6 +113,7 @@ impl Forward {
         asked: Address,
         gates: [Option<Arc<Gate>>; 2],
         waiter: fn(&Address) -> Waiter,
+        observer: Option<Observer>,
     ) -> Forward {
         Forward {
             id,
@@ -124,6 +128,19 @@ impl Forward {
             delivered: Default::default(),
             complaints: Complaints::default(),
             cut: AtomicBool::new(false),
+            observer,
+        }
+    }
+
+    /// Tells the observer, if there is one.
+    pub(super) fn tell(&self, connection: ConnectionId, peer: SocketName, what: What<'_>) {
+        if let Some(observer) = &self.observer {
+            observer.tell(&Event {
+                forward: self.id,
+                connection,
+                peer,
+                what,
+            });
         }
     }
 

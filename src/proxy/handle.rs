@@ -12,6 +12,7 @@ use crate::name::SocketName;
 use crate::relay::CLIENT;
 
 use super::forward::{Counters, Forward, Rule};
+use super::observer::ConnectionId;
 use super::rules::Binder;
 use super::worker::{Command, Shared};
 use super::world::MioWorld;
@@ -50,6 +51,8 @@ pub enum ConnectionState {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ConnectionStatus {
+    /// Which one it is.
+    pub id: ConnectionId,
     /// Whose it is.
     pub forward: ForwardId,
     /// Who it is from, as far as the kernel knows.

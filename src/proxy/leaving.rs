@@ -12,7 +12,7 @@ use crate::relay::{CLIENT, Farewell, Readiness, SERVER};
 
 use super::bridge::Ended;
 use super::conn::{Leave, State};
-use super::dialling::complain;
+use super::observer::What;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
 use super::world::World;
@@ -47,8 +47,7 @@ impl<W: World> Worker<W> {
         };
         if pair.refused() {
             let error = dial::refused_in_silence(&conn.forward.rule.connect);
-            conn.forward.refused.fetch_add(1, Ordering::Relaxed);
-            complain(&conn.forward, &error, now);
+            conn.refused(&error, now);
         }
         let farewells = [pair.farewell(CLIENT), pair.farewell(SERVER)];
         let sides = pair.into_ends(&mut self.pool).into_iter().zip(farewells);
@@ -126,7 +125,7 @@ impl<W: World> Worker<W> {
             *slot = Some(Leave { end, reset });
         }
         if ends.iter().all(Option::is_none) {
-            return self.forget(id);
+            return self.forget(id, now);
         }
         // Whose socket is closed has no place in its VM any more, though the other side lingers.
         if ends[SERVER].is_none() {
@@ -188,7 +187,7 @@ impl<W: World> Worker<W> {
                 }
             }
         }
-        self.forget(id);
+        self.forget(id, now);
     }
 
     /// Sets an end to what has none while the proxy runs: probes.
@@ -254,15 +253,15 @@ impl<W: World> Worker<W> {
                 warn!("{}: {NOT_ENDED}", conn.forward.rule.connect);
             }
         }
-        self.forget(id);
+        self.forget(id, now);
     }
 
     /// Takes a connection out of the books, closing what it still has.
-    pub(super) fn forget(&mut self, id: Id) {
-        let Some(conn) = self.conns.remove(id) else {
+    pub(super) fn forget(&mut self, id: Id, now: Instant) {
+        let Some(mut conn) = self.conns.remove(id) else {
             return;
         };
-        match conn.state {
+        match conn.take_state() {
             State::Waiting { client, .. } => self.world.close(client.socket),
             State::Connecting { client, server, .. } => {
                 self.world.close(client.socket);
@@ -276,6 +275,11 @@ impl<W: World> Worker<W> {
                 received = conn.counted[SERVER],
                 "closed"
             )
+        });
+        conn.tell(What::Closed {
+            sent: conn.counted[CLIENT],
+            received: conn.counted[SERVER],
+            age: now.saturating_duration_since(conn.since),
         });
         drop((conn.permit, conn.place));
         conn.forward.live.fetch_sub(1, Ordering::Relaxed);

@@ -22,6 +22,7 @@ mod forward;
 mod gate;
 mod handle;
 mod leaving;
+mod observer;
 mod rules;
 mod table;
 mod worker;
@@ -48,6 +49,7 @@ use world::MioWorld;
 
 pub use forward::{Counters, Rule, Timeouts};
 pub use handle::{ConnectionState, ConnectionStatus, ForwardId, ForwardStatus, Handle};
+pub use observer::{ConnectionId, Event, Observer, What};
 
 /// What bounds a proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +85,8 @@ pub struct ProxyConfig {
     pub workers: Option<NonZeroUsize>,
     /// What bounds it.
     pub limits: Limits,
+    /// Who is told what happens to its connections.
+    pub observer: Option<Observer>,
 }
 
 impl ProxyConfig {
@@ -92,6 +96,7 @@ impl ProxyConfig {
             rules,
             workers: None,
             limits: Limits::default(),
+            observer: None,
         }
     }
 }
@@ -219,7 +224,7 @@ fn prepare(
         live: config.limits.vm_connections,
         unanswered: config.limits.vm_unanswered as u64,
     };
-    let binder = Binder::new(gate_limits, waiter);
+    let binder = Binder::new(gate_limits, waiter, config.observer);
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for rule in config.rules {
         let (listener, forward) = binder.bind(rule, &forwards)?;

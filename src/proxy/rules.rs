@@ -14,6 +14,7 @@ use crate::stream::nonblocking::{Target, Waiter};
 use super::forward::{Forward, Rule};
 use super::gate::{Gate, GateLimits};
 use super::handle::ForwardId;
+use super::observer::Observer;
 
 /// Refuses a rule that can't work, whatever the system says.
 fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
@@ -60,15 +61,21 @@ pub(super) struct Binder {
     gates: Mutex<Vec<(PathBuf, Arc<Gate>)>>,
     limits: GateLimits,
     waiter: fn(&Address) -> Waiter,
+    observer: Option<Observer>,
     next: AtomicU64,
 }
 
 impl Binder {
-    pub(super) fn new(limits: GateLimits, waiter: fn(&Address) -> Waiter) -> Binder {
+    pub(super) fn new(
+        limits: GateLimits,
+        waiter: fn(&Address) -> Waiter,
+        observer: Option<Observer>,
+    ) -> Binder {
         Binder {
             gates: Mutex::default(),
             limits,
             waiter,
+            observer,
             next: AtomicU64::new(0),
         }
     }
@@ -94,10 +101,9 @@ impl Binder {
         }
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
-        Ok((
-            listener,
-            Arc::new(Forward::new(id, rule, asked, gates, self.waiter)),
-        ))
+        let observer = self.observer.clone();
+        let forward = Forward::new(id, rule, asked, gates, self.waiter, observer);
+        Ok((listener, Arc::new(forward)))
     }
 
     /// The gate of the VM that an address is of, if it is hyperkit's.

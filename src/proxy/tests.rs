@@ -425,7 +425,14 @@ fn guests_of(
     let rule = Rule::new(listen.clone(), connect.parse().unwrap());
     let acceptor = Acceptor::new(socket, make).unwrap();
     let listener = Listener::Hyperv(HypervListener::new(acceptor, listen));
-    let forward = Arc::new(Forward::new(ForwardId(0), rule, [None, None], Waiter::of));
+    let forward = Arc::new(Forward::new(
+        ForwardId(0),
+        rule,
+        listen.clone(),
+        [None, None],
+        Waiter::of,
+        None,
+    ));
     let world = MioWorld::new().unwrap();
     let waker = world.waker();
     let wake = move || waker.wake().unwrap();
@@ -442,7 +449,7 @@ fn guests_of(
     worker.add_listener(listener, forward).unwrap();
     (
         Handle {
-            binder: Arc::new(Binder::new(gate_limits, Waiter::of)),
+            binder: Arc::new(Binder::new(gate_limits, Waiter::of, None)),
             shared,
         },
         address,

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,6 +19,7 @@ use super::dialling::DialQueue;
 use super::forward::Forward;
 use super::handle::ConnectionStatus;
 use super::leaving::LAST_LEAVE;
+use super::observer::ConnectionId;
 use super::table::{Id, Table};
 use super::world::{Event, World};
 
@@ -115,6 +116,8 @@ pub(crate) struct Shared<W: World> {
     pub(crate) ended: AtomicUsize,
     /// Who gets the next listener.
     next: AtomicUsize,
+    /// The number of the next connection.
+    next_connection: AtomicU64,
 }
 
 impl<W: World> Shared<W> {
@@ -126,6 +129,7 @@ impl<W: World> Shared<W> {
         let room = limits.connections.min(room_for_connections(false));
         Shared {
             next: AtomicUsize::new(forwards.len()),
+            next_connection: AtomicU64::new(0),
             forwards: Mutex::new(forwards),
             inboxes,
             room: AtomicUsize::new(room),
@@ -152,6 +156,10 @@ impl<W: World> Shared<W> {
     /// Who is to have the next listener.
     pub(super) fn next_inbox(&self) -> usize {
         self.next.fetch_add(1, Ordering::Relaxed) % self.inboxes.len()
+    }
+
+    pub(super) fn next_connection(&self) -> ConnectionId {
+        ConnectionId(self.next_connection.fetch_add(1, Ordering::Relaxed))
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -415,7 +423,8 @@ impl<W: World> Worker<W> {
         let mut all = Vec::new();
         for id in self.conns.ids() {
             let bridged = self.world.bridged(id.token(CLIENT));
-            all.extend(self.conns.get_mut(id).map(|conn| conn.status(bridged, now)));
+            let conn = self.conns.get_mut(id);
+            all.extend(conn.and_then(|conn| conn.status(bridged, now)));
         }
         all
     }
