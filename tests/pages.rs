@@ -102,6 +102,9 @@ fn every_command_has_a_man_page() {
         alone,
         std::fs::read_to_string(pages.join("hvsock-expose.1")).unwrap()
     );
-    assert!(alone.contains("\n.nf\n  hvsock expose \\-\\-vm docker"), "{alone}");
+    assert!(
+        alone.contains("\n.nf\n  hvsock expose \\-\\-vm docker"),
+        "{alone}"
+    );
     assert_eq!(hvsock(&["man", "nosuch"]).status.code(), Some(2));
 }

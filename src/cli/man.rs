@@ -31,7 +31,10 @@ impl Man {
         all.build();
         if let Some(dir) = self.dir {
             return write_all(&all, &dir).map_err(|e| {
-                Failure::Failed(format!("cannot write man pages into {}: {e}", dir.display()))
+                Failure::Failed(format!(
+                    "cannot write man pages into {}: {e}",
+                    dir.display()
+                ))
             });
         }
         let command = match &self.command {

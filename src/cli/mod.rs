@@ -7,7 +7,10 @@ mod demo;
 mod expose;
 mod forward;
 mod man;
+mod manager;
 mod options;
+#[cfg(unix)]
+mod passed;
 mod services;
 mod signals;
 #[cfg(unix)]
@@ -28,7 +31,8 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
-use crate::proxy::Proxy;
+use crate::proxy::{Proxy, ProxyConfig};
+use manager::Manager;
 use signals::EndSignals;
 
 /// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
@@ -80,7 +84,7 @@ impl<E: std::error::Error> From<E> for Failure {
     }
 }
 
-type Outcome = std::result::Result<(), Failure>;
+type Outcome = Result<(), Failure>;
 
 /// Runs the command that `arguments` ask for (the first is the program's name); the process' exit code: 0 done,
 /// 1 failed, 2 usage.
@@ -172,20 +176,33 @@ fn start_log() {
     let _ = log.try_init();
 }
 
+/// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
+fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
+    #[cfg(unix)]
+    let config = ProxyConfig {
+        listeners: passed::listeners()?,
+        ..config
+    };
+    Ok(Proxy::start(config)?)
+}
+
 /// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
 fn run_proxy(proxy: Proxy, grace: Duration, mut signals: EndSignals) -> Outcome {
     let closer = signals.closer();
     let handle = proxy.handle();
+    let _manager = Manager::ready(&handle);
     let thread = std::thread::spawn(move || {
         for (count, ()) in signals.each().enumerate() {
             if count == 0 {
-                complain(match handle.live() {
+                let status = match handle.live() {
                     0 => "stopping".to_owned(),
                     n => format!(
                         "stopping: no new clients; {n} connections have {} s to finish; once more to cut them off",
                         grace.as_secs()
                     ),
-                });
+                };
+                Manager::stopping(&status);
+                complain(status);
                 handle.stop(grace);
             } else {
                 complain("cutting clients off, taking leave of guests");

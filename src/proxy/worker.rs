@@ -50,6 +50,8 @@ pub(crate) enum Command<W: World> {
     Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
     Remove(Arc<Forward>, Duration, Sender<()>),
+    /// Say that it listens.
+    Answer(Sender<()>),
     /// Say what is carried.
     Tell(Sender<Vec<ConnectionStatus>>),
     /// Accept no more clients, and cut off those that are there after this time.
@@ -264,6 +266,7 @@ impl<W: World> Worker<W> {
                         self.remove(forward, grace, now);
                         let _ = tell.send(());
                     }
+                    Command::Answer(tell) => drop(tell.send(())),
                     Command::Tell(tell) => drop(tell.send(self.connections(now))),
                     Command::Stop(grace) => self.stop(grace, now),
                 }
