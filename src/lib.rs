@@ -74,6 +74,8 @@ mod cat;
 #[doc(hidden)]
 pub mod cli;
 mod dial;
+#[cfg(feature = "cli")]
+mod doctor;
 pub mod error;
 pub mod framing;
 pub mod hyperkit;

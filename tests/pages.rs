@@ -84,7 +84,7 @@ fn every_command_has_a_man_page() {
         let requests = page.lines().filter(|line| line.starts_with(['.', '\'']));
         for request in requests {
             let known = [
-                ".TH", ".SH", ".TP", ".PP", ".RS", ".RE", ".nf", ".fi", ".br", ".ie", ".el",
+                ".TH", ".SH", ".TP", ".PP", ".IP", ".RS", ".RE", ".nf", ".fi", ".br", ".ie", ".el",
             ];
             let word = request.split(' ').next().unwrap();
             assert!(known.contains(&word), "{name}: {request}");

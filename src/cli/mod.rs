@@ -4,6 +4,7 @@ mod cat;
 mod completions;
 #[cfg(unix)]
 mod demo;
+mod doctor;
 mod expose;
 mod forward;
 mod man;
@@ -56,6 +57,7 @@ enum Command {
     #[cfg(unix)]
     Syslog(syslog::Syslog),
     Vms(vms::Vms),
+    Doctor(doctor::Doctor),
     Register(services::Register),
     Unregister(services::Unregister),
     Services(services::Services),
@@ -111,6 +113,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         #[cfg(unix)]
         Command::Syslog(syslog) => syslog.run(),
         Command::Vms(vms) => vms.run(),
+        Command::Doctor(doctor) => doctor.run(),
         Command::Register(register) => register.run(),
         Command::Unregister(unregister) => unregister.run(),
         Command::Services(services) => services.run(),

@@ -11,6 +11,8 @@ use std::path::PathBuf;
 
 pub use crate::address::HyperkitVm;
 use crate::address::Port;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use state::configured_cid;
 #[cfg(unix)]
 pub(crate) use state::running_pid;
 

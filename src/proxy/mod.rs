@@ -51,6 +51,8 @@ use world::MioWorld;
 pub use forward::{Counters, Rule, Timeouts};
 pub use handle::{ConnectionState, ConnectionStatus, ForwardId, ForwardStatus, Handle};
 pub use observer::{ConnectionId, Event, Observer, What};
+#[cfg(feature = "cli")]
+pub(crate) use worker::room_for_connections;
 
 /// What bounds a proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -182,7 +182,7 @@ const FOR_GUESTS: u64 = 2 * 1024;
 
 /// How many connections the process has descriptors for. None is ever accepted that they don't suffice for: on macOS a
 /// connection that can't be given a descriptor is lost.
-fn room_for_connections(guests: bool) -> usize {
+pub(crate) fn room_for_connections(guests: bool) -> usize {
     let Some(limit) = sys::descriptor_limit() else {
         return usize::MAX;
     };
