@@ -1,13 +1,20 @@
 //! The sockets for tokio: with the feature `tokio`, on Unix.
 //!
-//! ```no_run
-//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! ```
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use tokio::io::{AsyncReadExt, AsyncWriteExt};
+//! # use hvsock::simulate::{Service, Vm};
+//! # let dir = tempfile::tempdir()?;
+//! # let vm = Vm::builder(dir.path()).guest(80, Service::Http).start()?;
+//! # let state_dir = dir.path().display();
 //!
-//! let mut stream = hvsock::tokio::Stream::connect(&"hyperkit://:80/path/to/state".parse()?).await?;
+//! let guest = format!("hyperkit://:80{state_dir}").parse()?;
+//! let mut stream = hvsock::tokio::Stream::connect(&guest).await?;
 //! stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
 //! let mut answer = Vec::new();
 //! stream.read_to_end(&mut answer).await?;
+//! assert!(answer.starts_with(b"HTTP/1."));
 //! # Ok(())
 //! # }
 //! ```
@@ -52,6 +59,7 @@ impl Stream {
     /// # Errors
     /// As those of [`crate::Stream::connect_timeout`]. Also if it is called outside of a runtime with I/O and time.
     pub async fn connect(address: &Address) -> Result<Stream> {
+        refuse_frames(address.is_framed()).map_err(|e| explain(address, e))?;
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let mut dial = Dial::new(deadline);
         match Target::of(address) {
@@ -115,11 +123,23 @@ impl Stream {
     }
 }
 
+/// Without them what a peer said in frames would come as it is.
+fn refuse_frames(framed: bool) -> io::Result<()> {
+    match framed {
+        true => {
+            let why = "frames are for the blocking sockets";
+            Err(io::Error::new(io::ErrorKind::Unsupported, why))
+        }
+        false => Ok(()),
+    }
+}
+
 /// Takes over a blocking stream.
 impl TryFrom<crate::Stream> for Stream {
     type Error = io::Error;
 
     fn try_from(stream: crate::Stream) -> io::Result<Stream> {
+        refuse_frames(stream.is_framed())?;
         stream.set_nonblocking(true)?;
         let address = stream.address().clone();
         let socket = sys::watch_socket(stream.into_socket())?;
@@ -233,6 +253,8 @@ impl Listener {
     /// # Errors
     /// As those of [`crate::Listener::bind_with_mode`].
     pub fn bind(address: &Address) -> Result<Listener> {
+        let fail = |e| Error::new(Operation::Listen, address, e);
+        refuse_frames(address.is_framed()).map_err(fail)?;
         crate::Listener::bind(address).map(Listener)
     }
 

@@ -12,7 +12,7 @@ use socket2::{Socket, Type};
 use super::Listener;
 use super::local::LocalListener;
 use super::nonblocking;
-use crate::address::{Address, Host, Port, TcpAddress, UnixAddress, VsockAddress};
+use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
 use crate::mux;
 use crate::sys::{self, Identity};
@@ -61,11 +61,7 @@ fn take(socket: Socket) -> io::Result<Listener> {
     } else if let Some(name) = name.as_abstract_namespace() {
         unix(UnixAddress::Abstract(name.to_owned()), socket)
     } else if let Some((cid, port)) = sys::vsock_of(&name) {
-        let address = Address::Vsock(VsockAddress {
-            cid,
-            port: Port(port),
-            buffer_size: None,
-        });
+        let address = Address::Vsock(VsockAddress::new(cid, port));
         let listener = LocalListener::Vsock(socket);
         (address, nonblocking::Listener::Local(listener))
     } else {

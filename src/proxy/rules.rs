@@ -97,6 +97,7 @@ impl Binder {
             return Err(not_carried(Operation::Connect, &rule.connect));
         }
         check(&rule, others.iter().map(|forward| &forward.rule))?;
+        self.check_bridge(&rule)?;
         let listener = match self.take(&rule.listen)? {
             Some(listener) => listener,
             None => Listener::bind(&rule.listen, rule.mode)?,
@@ -139,6 +140,24 @@ impl Binder {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(Operation::Listen, left.address(), cause)
             .with_remedy("add a rule that does, or have it not passed"))
+    }
+
+    /// Refuses what a bridge can't carry: it doesn't know of refusals by EOF, nor keeps half-closes back.
+    fn check_bridge(&self, rule: &Rule) -> Result<()> {
+        let [listen, connect] = [&rule.listen, &rule.connect];
+        for (one, other) in [(listen, connect), (connect, listen)] {
+            if (self.waiter)(one) == Waiter::Thread && other.is_delicate() {
+                let why = format!(
+                    "{} can't lead to a {} address or from one",
+                    one,
+                    other.scheme()
+                );
+                let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+                return Err(Error::new(Operation::Connect, connect, cause)
+                    .with_remedy("have a Unix socket between them, with a forward for each half"));
+            }
+        }
+        Ok(())
     }
 
     /// The gate of the VM that an address is of, if it is hyperkit's.
