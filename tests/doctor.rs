@@ -206,7 +206,7 @@ fn who_may_not_is_told_so() {
         command.args(["doctor", "--vm", text(vm), "--timeout", "1"]);
         Report::of(command)
     };
-    let forbid = |path: &Path| fs::set_permissions(path, PermissionsExt::from_mode(0)).unwrap();
+    let forbid = |path: &Path| fs::set_permissions(path, PermissionsExt::from_mode(0o000)).unwrap();
     forbid(&socket);
     let report = examine(dir.path());
     report.says("socket", "failed", "may not connect");

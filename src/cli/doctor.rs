@@ -1,12 +1,10 @@
 //! `hvsock doctor`: what is wrong, and what to do about it.
 
 use std::io::{self, IsTerminal};
-use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
 
-use super::options::parse_seconds;
 use super::table::printable;
 use super::{Failure, Outcome, print};
 use crate::address::Port;
@@ -35,8 +33,9 @@ pub(super) struct Doctor {
     #[arg(long, value_name = "PORT", requires = "vm")]
     host_port: Vec<Port>,
     /// Seconds that the guest may take to answer
-    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]
-    timeout: Duration,
+    #[cfg(unix)]
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = super::options::parse_seconds)]
+    timeout: std::time::Duration,
     /// Print JSON: {"ok": …, "checks": [{"name", "verdict", "seen", "remedy"}, …]}
     #[arg(long)]
     json: bool,
@@ -48,6 +47,7 @@ impl Doctor {
             vm: self.vm,
             ports: self.port,
             host_ports: self.host_port,
+            #[cfg(unix)]
             patience: self.timeout,
         });
         let ok = checks.iter().all(|check| check.verdict != Verdict::Failed);

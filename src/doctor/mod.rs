@@ -11,7 +11,6 @@ mod hyperv;
 mod system;
 
 use std::fmt;
-use std::time::Duration;
 
 use crate::address::Port;
 use crate::error::Error;
@@ -26,7 +25,8 @@ pub(crate) struct Plan {
     /// Ports that the guest dials, on which something here should listen.
     pub(crate) host_ports: Vec<Port>,
     /// How long the guest may take to answer, and to end a connection.
-    pub(crate) patience: Duration,
+    #[cfg(unix)]
+    pub(crate) patience: std::time::Duration,
 }
 
 /// What came of a check.
@@ -103,6 +103,7 @@ impl Check {
         self
     }
 
+    #[cfg(unix)]
     fn is_ok(&self) -> bool {
         matches!(self.verdict, Verdict::Ok | Verdict::Warning)
     }
