@@ -12,17 +12,21 @@ pub(super) struct Manager {
 }
 
 impl Manager {
-    /// Says that all listeners are bound. From then on its watchdog, if there is one, hears of us as long as all workers
+    /// Says that it is ready. From then on the manager's watchdog, if there is one, hears of us as long as all workers
     /// answer.
-    pub(super) fn ready(handle: &Handle) -> Manager {
-        let status = match handle.forwards().len() {
-            1 => "carrying 1 forward".to_owned(),
-            n => format!("carrying {n} forwards"),
-        };
-        system::ready(&status);
+    pub(super) fn begin(handle: &Handle) -> Manager {
+        Manager::ready(handle);
         Manager {
             _watchdog: system::watch(handle),
         }
+    }
+
+    /// Says that all listeners are bound.
+    pub(super) fn ready(handle: &Handle) {
+        system::ready(&match handle.forwards().len() {
+            1 => "carrying 1 forward".to_owned(),
+            n => format!("carrying {n} forwards"),
+        });
     }
 
     /// Says that the end has begun, in the words that people are told.

@@ -193,7 +193,7 @@ fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
 fn run_proxy(proxy: Proxy, grace: Duration, mut signals: EndSignals) -> Outcome {
     let closer = signals.closer();
     let handle = proxy.handle();
-    let _manager = Manager::ready(&handle);
+    let _manager = Manager::begin(&handle);
     let thread = std::thread::spawn(move || {
         for (count, ()) in signals.each().enumerate() {
             if count == 0 {
