@@ -8,6 +8,7 @@ mod command;
 mod common;
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -278,6 +279,25 @@ fn a_guest_that_does_not_answer_is_told_from_a_device_that_does_not() {
     report.says("guest", "failed", "has taken no connection");
     #[cfg(not(target_os = "linux"))]
     report.says("guest", "failed", "0.5 s");
+}
+
+/// hyperkit minds clients that go at once: one that gives a guest up half-closes, and still reads.
+#[test]
+fn leave_is_taken_of_a_guest_that_does_not_answer() {
+    let dir = private_dir();
+    let device = UnixListener::bind(dir.path().join("connect")).unwrap();
+    let served = std::thread::spawn(move || {
+        let mut stream = device.accept().unwrap().0;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut line = Vec::new();
+        stream.read_to_end(&mut line).unwrap();
+        (line, stream.write_all(b"late").is_ok())
+    });
+    let report = examine(dir.path(), &[]);
+    report.says("guest", "failed", "no answer within 0.5 s");
+    let (line, is_read) = served.join().unwrap();
+    assert_eq!(line, b"00000003.ffffffff\n");
+    assert!(is_read, "it had gone");
 }
 
 #[test]

@@ -38,10 +38,10 @@ fn with_passed(sockets: Vec<(&str, OwnedFd)>, arguments: &[&str]) -> Command {
 }
 
 /// Asserts that the command fails, and says all of that.
-fn is_refused(mut command: Command, parts: &[&str]) {
-    let output = command.output().unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{said}");
+fn is_refused(command: Command, parts: &[&str]) {
+    let mut refused = Running::spawn(command);
+    assert_eq!(refused.exit_code(), Some(1), "{parts:?}");
+    let said: String = refused.err.iter().collect();
     for part in parts {
         assert!(said.contains(part), "{said:?} lacks {part:?}");
     }
@@ -61,6 +61,7 @@ fn passed_sockets_are_listened_on_and_left_as_they_were() {
     let vm = echo_vm(dir.path());
     let path = dir.path().join("passed.sock");
     let unix = unix_socket(&path);
+    std::os::unix::fs::symlink(dir.path(), dir.path().join("again")).unwrap();
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
     let tcp_socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -75,7 +76,7 @@ fn passed_sockets_are_listened_on_and_left_as_they_were() {
             text(dir.path()),
             "-L",
             // However it is spelled.
-            &format!("{}/./passed.sock:7", text(dir.path())),
+            &format!("{}/again/passed.sock:7", text(dir.path())),
             "-L",
             &format!("localhost:{port}:7"),
             "-L",
