@@ -230,7 +230,9 @@ mod manager {
         let client = unix_client(&manager.dir.path().join("echo.sock"));
         assert_eq!(ask(client, b"ready").unwrap(), b"ready");
         proxy.signal("TERM");
-        assert_eq!(manager.is_told(), "STOPPING=1\nSTATUS=stopping\n");
+        // How many are still there may be in it.
+        let end = manager.is_told();
+        assert!(end.starts_with("STOPPING=1\nSTATUS=stopping"), "{end}");
         assert_eq!(proxy.exit_code(), Some(0));
     }
 
