@@ -265,14 +265,20 @@ mod manager {
         let _taken = UnixListener::bind(manager.dir.path().join("echo.sock")).unwrap();
         let _vm = echo_vm(manager.dir.path());
         is_refused(manager.command(), &["echo.sock", "in use"]);
+        manager.socket.set_nonblocking(true).unwrap();
+        assert!(manager.socket.recv(&mut [0; 8]).is_err());
+    }
+
+    #[test]
+    fn without_one_it_carries_all_the_same() {
+        let manager = Manager::new();
+        let _vm = echo_vm(manager.dir.path());
         let mut command = manager.command();
         // Another's watchdog.
         command.env("WATCHDOG_USEC", "1").env("WATCHDOG_PID", "1");
         command.env("NOTIFY_SOCKET", manager.dir.path().join("nobody"));
-        drop(_taken);
         let proxy = Running::spawn(command);
         proxy.complains("NOTIFY_SOCKET");
-        // It carries all the same.
         let client = unix_client(&manager.dir.path().join("echo.sock"));
         assert_eq!(ask(client, b"untold").unwrap(), b"untold");
         manager.socket.set_nonblocking(true).unwrap();
