@@ -75,6 +75,8 @@ mod cat;
 #[doc(hidden)]
 pub mod cli;
 mod dial;
+#[cfg(feature = "cli")]
+mod doctor;
 pub mod error;
 pub mod family;
 pub mod framing;

@@ -43,6 +43,8 @@ use std::path::PathBuf;
 pub use crate::address::HyperkitVm;
 use crate::address::{HyperkitAddress, Port};
 use crate::family;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use state::configured_cid;
 #[cfg(unix)]
 pub(crate) use state::running_pid;
 

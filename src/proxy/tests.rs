@@ -449,7 +449,7 @@ fn guests_of(
     worker.add_listener(listener, forward).unwrap();
     (
         Handle {
-            binder: Arc::new(Binder::new(gate_limits, Waiter::of, None)),
+            binder: Arc::new(Binder::new(gate_limits, Waiter::of, None, Vec::new())),
             shared,
         },
         address,
