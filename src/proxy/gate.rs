@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use crate::sys::Identity;
 
+use super::status::VmStatus;
+
 /// The average distance of two dials. 100 µs never hurt the device.
 const INTERVAL: Duration = Duration::from_micros(150);
 
@@ -194,6 +196,18 @@ impl Gate {
         let answered = self.answered.load(Ordering::Relaxed);
         let dialled = self.dialled.load(Ordering::Relaxed);
         dialled.saturating_sub(answered)
+    }
+
+    pub(super) fn status(&self) -> VmStatus {
+        VmStatus {
+            connections: self.state().live,
+            limit: self.limits.live,
+            reserved: 0,
+            unanswered: self.unanswered(),
+            up: None,
+            gone_since: None,
+            restarts: 0,
+        }
     }
 
     /// Connections that count against the cap now.

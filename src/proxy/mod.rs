@@ -16,6 +16,7 @@
 mod accept;
 mod bridge;
 mod conn;
+mod counters;
 mod crossing;
 mod dialling;
 mod forward;
@@ -24,6 +25,7 @@ mod handle;
 mod leaving;
 mod observer;
 mod rules;
+mod status;
 mod table;
 mod worker;
 mod world;
@@ -47,9 +49,11 @@ use rules::Binder;
 use worker::{Command, Inbox, Shared, Worker};
 use world::MioWorld;
 
-pub use forward::{Counters, Rule, Timeouts};
-pub use handle::{ConnectionState, ConnectionStatus, ForwardId, ForwardStatus, Handle};
+pub use counters::{Counters, Refusals, TimedOut};
+pub use forward::{Rule, Timeouts};
+pub use handle::{ConnectionState, ConnectionStatus, ForwardId, Handle};
 pub use observer::{ConnectionId, Event, Observer, What};
+pub use status::{ForwardState, ForwardStatus, LastError, VmStatus};
 
 /// What bounds a proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]

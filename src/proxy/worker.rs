@@ -400,7 +400,7 @@ impl<W: World> Worker<W> {
         self.remove_listener(&forward, now);
         // Of those removed before, all workers know by now: what has no connection gets none any more.
         self.removed
-            .retain(|(_, before)| before.live.load(Ordering::Relaxed) > 0);
+            .retain(|(_, before)| before.tally.live.load(Ordering::Relaxed) > 0);
         self.removed.push((after(now, grace), forward));
     }
 
