@@ -197,9 +197,11 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     for (side, end) in ends.into_iter().enumerate() {
         let whole = flows[1 - side] == Flow::Finished;
         abandoned |= match farewell(flows, side) {
-            Farewell::Close => false,
+            Farewell::Close if !end.stream.is_framed() || flows[side] == Flow::Dead => false,
             _ if cut.load(Ordering::Acquire) => abort(&end.stream),
-            Farewell::Linger => drain(&end.stream, order.drain(side).unwrap_or(LINGER)),
+            Farewell::Close | Farewell::Linger => {
+                drain(&end.stream, order.drain(side).unwrap_or(LINGER))
+            }
             Farewell::Reset => match order.drain(side).filter(|_| whole) {
                 Some(time) => drain(&end.stream, time),
                 // What a peer has not got that takes nothing, it will never get.

@@ -92,6 +92,7 @@ impl Binder {
             return Err(not_carried(Operation::Connect, &rule.connect));
         }
         check(&rule, others.iter().map(|forward| &forward.rule))?;
+        self.check_bridge(&rule)?;
         let listener = Listener::bind(&rule.listen, rule.mode)?;
         let asked = listener.bound(&rule.listen);
         let asked = std::mem::replace(&mut rule.listen, asked);
@@ -104,6 +105,24 @@ impl Binder {
         let observer = self.observer.clone();
         let forward = Forward::new(id, rule, asked, gates, self.waiter, observer);
         Ok((listener, Arc::new(forward)))
+    }
+
+    /// Refuses what a bridge can't carry: it doesn't know of refusals by EOF, nor keeps half-closes back.
+    fn check_bridge(&self, rule: &Rule) -> Result<()> {
+        let [listen, connect] = [&rule.listen, &rule.connect];
+        for (one, other) in [(listen, connect), (connect, listen)] {
+            if (self.waiter)(one) == Waiter::Thread && other.is_delicate() {
+                let why = format!(
+                    "{} can't lead to a {} address or from one",
+                    one,
+                    other.scheme()
+                );
+                let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+                return Err(Error::new(Operation::Connect, connect, cause)
+                    .with_remedy("have a Unix socket between them, with a forward for each half"));
+            }
+        }
+        Ok(())
     }
 
     /// The gate of the VM that an address is of, if it is hyperkit's.
