@@ -113,6 +113,7 @@ impl Handle {
             return Err(Error::new(Operation::Find, "the forward", cause));
         };
         let forward = forwards.remove(index);
+        forward.give_places_up();
         self.ask_all(|tell| Command::Remove(Arc::clone(&forward), grace, tell));
         Ok(())
     }

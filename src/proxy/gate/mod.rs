@@ -180,7 +180,12 @@ impl Gate {
         admission
     }
 
-    fn admit_to(self: &Arc<Gate>, state: &mut State, forward: ForwardId, now: Instant) -> Admission {
+    fn admit_to(
+        self: &Arc<Gate>,
+        state: &mut State,
+        forward: ForwardId,
+        now: Instant,
+    ) -> Admission {
         // With a single place there is none to be kept for proofs.
         let exempt = forward == PROOFS && self.limits.live <= 1;
         if let Some(full) = full(&state.shares, forward).filter(|_| !exempt) {
@@ -207,7 +212,7 @@ impl Gate {
     }
 
     /// Asks for leave to dial a port where nobody listens, to know by its refusal that the guest has answered all dials
-    /// before it. One such proof at a time serves all workers: who gets `Full` is woken when it has come.
+    /// before it. One such proof at a time serves all workers: who is told to wait for it is woken when it has come.
     pub(super) fn admit_proof(
         self: &Arc<Gate>,
         now: Instant,
@@ -215,9 +220,9 @@ impl Gate {
         wake: &Wake,
     ) -> Admission {
         let mut state = self.state();
-        if state.next_proof.is_some_and(|at| now < at) {
+        if let Some(at) = state.next_proof.filter(|&at| now < at) {
             sleep(&mut state, worker, wake);
-            return Admission::Full(Full::Unanswered(self.unanswered()));
+            return Admission::At(at);
         }
         let admission = self.admit_to(&mut state, PROOFS, now);
         match admission {
@@ -242,6 +247,13 @@ impl Gate {
     /// A guest has dialled us: that takes a place in its VM, too, and can't be refused one.
     pub(crate) fn place(self: &Arc<Gate>, forward: ForwardId) -> Place {
         self.take_place(&mut self.state(), forward)
+    }
+
+    /// Lets a client in, whether there will be a place or not: it was in before.
+    pub(super) fn line_up(self: &Arc<Gate>, forward: ForwardId) -> Ticket {
+        self.state().shares.line_up(forward);
+        let gate = Arc::clone(self);
+        Ticket { gate, forward }
     }
 
     fn take_place(self: &Arc<Gate>, state: &mut State, forward: ForwardId) -> Place {

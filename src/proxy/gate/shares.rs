@@ -95,9 +95,13 @@ impl Shares {
         let queued = self.shares.get(&forward).map_or(0, |share| share.queued);
         let free = queued < self.free_for(forward);
         if free {
-            self.change(forward, |share| share.queued += 1);
+            self.line_up(forward);
         }
         free
+    }
+
+    pub(super) fn line_up(&mut self, forward: ForwardId) {
+        self.change(forward, |share| share.queued += 1);
     }
 
     pub(super) fn unqueue(&mut self, forward: ForwardId) {
