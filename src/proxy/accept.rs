@@ -41,7 +41,7 @@ pub(crate) struct Listening<L> {
     /// Not before this time.
     paused: Option<Instant>,
     /// Its VM has no place for it: the gate wakes us when that may have changed.
-    full: bool,
+    full: Option<Full>,
     complaints: Complaints,
     /// When its socket's file and its VM are to be looked after.
     watch: Instant,
@@ -55,9 +55,8 @@ pub(crate) struct Listening<L> {
 impl<L> Listening<L> {
     /// Notes what keeps clients from being accepted.
     fn set_obstacle(&mut self, obstacle: Obstacle, why: &dyn std::fmt::Display, now: Instant) {
-        if self.obstacle.replace(obstacle) != Some(obstacle) {
-            self.forward.board.blocked(obstacle, why.to_string(), now);
-        }
+        self.obstacle = Some(obstacle);
+        self.forward.board.blocked(obstacle, why.to_string(), now);
     }
 
     /// Someone was accepted, or nobody waits.
@@ -92,7 +91,7 @@ impl<W: World> Worker<W> {
             forward,
             ready: true,
             paused: None,
-            full: false,
+            full: None,
             complaints: Complaints::default(),
             watch,
             lost: false,
@@ -122,8 +121,9 @@ impl<W: World> Worker<W> {
     /// When a listener wants to be looked at without an event.
     pub(super) fn next_accept(&self, now: Instant) -> Option<Instant> {
         let wants = |listening: &Listening<W::Listener>| {
-            let ready = (listening.ready && !listening.full && listening.listener.is_some())
-                .then(|| listening.paused.unwrap_or(now));
+            let ready =
+                (listening.ready && listening.full.is_none() && listening.listener.is_some())
+                    .then(|| listening.paused.unwrap_or(now));
             let watched = !listening.removed && is_watched(&listening.forward);
             [ready, watched.then_some(listening.watch)]
                 .into_iter()
@@ -189,15 +189,18 @@ impl<W: World> Worker<W> {
             let ticket = match self.ticket(index, all) {
                 Ok(ticket) => ticket,
                 Err(full) => {
-                    self.listeners[index].full = true;
-                    return self.block(index, Obstacle::Full, &full, now);
+                    let known = self.listeners[index].full.replace(full) == Some(full);
+                    if !known {
+                        self.block(index, Obstacle::Full, &full, now);
+                    }
+                    return;
                 }
             };
             let listening = &mut self.listeners[index];
             let Some(listener) = &listening.listener else {
                 return;
             };
-            listening.full = false;
+            listening.full = None;
             match self.world.accept(listener) {
                 Ok((stream, peer)) => {
                     listening.unblock();

@@ -188,8 +188,8 @@ impl Gate {
     ) -> Admission {
         // With a single place there is none to be kept for proofs.
         let exempt = forward == PROOFS && self.limits.live <= 1;
-        if let Some(full) = full(&state.shares, forward).filter(|_| !exempt) {
-            return Admission::Full(full);
+        if state.shares.free_for(forward) == 0 && !exempt {
+            return Admission::Full(why_full(&state.shares, forward));
         }
         let limit = self.limits.unanswered;
         let unanswered = self.unanswered() + state.pending;
@@ -281,7 +281,7 @@ impl Gate {
             return Ok(Ticket { gate, forward });
         }
         sleep(&mut state, worker, wake);
-        Err(full(&state.shares, forward).unwrap_or(Full::Live(self.limits.live)))
+        Err(why_full(&state.shares, forward))
     }
 
     /// Keeps places for a forward. One that leads here `holds` its clients while the VM isn't there, or does not.
@@ -405,12 +405,11 @@ impl Gate {
     }
 }
 
-/// Why a forward can have no place now.
-fn full(shares: &Shares, forward: ForwardId) -> Option<Full> {
-    match shares.cap().saturating_sub(shares.live()) {
-        _ if shares.free_for(forward) > 0 => None,
-        0 => Some(Full::Live(shares.cap())),
-        free => Some(Full::Reserved(free)),
+/// Why a forward can have no place, or no more than are asked for already.
+fn why_full(shares: &Shares, forward: ForwardId) -> Full {
+    match shares.kept_from(forward) {
+        0 => Full::Live(shares.cap()),
+        kept => Full::Reserved(kept),
     }
 }
 

@@ -86,8 +86,12 @@ impl Shares {
 
     /// Free places that this forward may have.
     pub(super) fn free_for(&self, forward: ForwardId) -> usize {
-        let own = self.shares.get(&forward).map_or(0, Share::unused);
-        self.cap.saturating_sub(self.live + (self.kept - own))
+        self.cap.saturating_sub(self.live + self.kept_from(forward))
+    }
+
+    /// Free places that are kept for others than this forward.
+    pub(super) fn kept_from(&self, forward: ForwardId) -> usize {
+        self.kept - self.shares.get(&forward).map_or(0, Share::unused)
     }
 
     /// A client of the forward is to be dialled for; false if all that is free waits for others of it.
