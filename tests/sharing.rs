@@ -67,8 +67,8 @@ fn a_noisy_forward_can_not_lock_out_one_with_places_of_its_own() {
     };
     assert!(why.contains("reserved for others"), "{why}");
     let one = held(docker);
-    let other = held(docker);
     assert_eq!(status(&proxy, 1).state, ForwardState::Listening);
+    let other = held(docker);
     let third = tcp(docker);
     eventually("all are taken", || is_full(&proxy, 1));
     assert_eq!(vm.counters().peak_slots, 10);
@@ -169,4 +169,42 @@ fn a_stop_serves_who_waits_in_the_backlog() {
     drop(first);
     assert_eq!(ask(client, b"last").unwrap(), b"last");
     proxy.wait().unwrap();
+}
+
+#[test]
+fn held_clients_that_wait_for_a_place_are_in_nobody_elses_way() {
+    let dir = private_dir();
+    let mut holding = rule(dir.path(), 0);
+    holding.wait = Some(PATIENCE);
+    // One place is that of the dials that ask whether a dial was taken.
+    let proxy = proxy_of(7, vec![holding, rule(dir.path(), 2)]);
+    let mut held_back: Vec<_> = (0..6).map(|_| tcp(port_of(&proxy, 0))).collect();
+    eventually("they are held", || status(&proxy, 0).counters.live >= 4);
+    let vm = Vm::builder(dir.path()).guest(7, Service::Echo);
+    let _vm = vm.start().unwrap();
+    for client in &mut held_back[..4] {
+        client.write_all(b"x").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+    }
+    let (_one, _other) = (held(port_of(&proxy, 1)), held(port_of(&proxy, 1)));
+    held_back.drain(..4);
+    for client in held_back {
+        assert_eq!(ask(client, b"at last").unwrap(), b"at last");
+    }
+}
+
+#[test]
+fn the_limit_of_all_connections_has_reserved_places_too() {
+    let dir = private_dir();
+    let _vm = echo_vm(dir.path());
+    let mut config = config(vec![rule(dir.path(), 0), rule(dir.path(), 1)]);
+    config.limits.connections = 4;
+    let proxy = Proxy::start(config).unwrap();
+    let noise: Vec<_> = (0..3).map(|_| held(port_of(&proxy, 0))).collect();
+    let waiting = tcp(port_of(&proxy, 0));
+    eventually("the noisy one is full", || is_full(&proxy, 0));
+    let one = held(port_of(&proxy, 1));
+    assert_eq!(status(&proxy, 0).counters.live, 3);
+    drop((noise, one));
+    assert_eq!(ask(waiting, b"now").unwrap(), b"now");
 }

@@ -176,14 +176,10 @@ impl<W: World> Worker<W> {
             if listening.listener.is_none() {
                 return;
             }
-            let limit = self.shared.room();
             // Guests are accepted whatever happens: hyperkit stands still until they are.
             if !listening.forward.is_polite(CLIENT)
-                && self.shared.live.load(Ordering::Relaxed) >= limit
+                && let Some(reason) = self.shared.is_full_for(listening.forward.id)
             {
-                let reason = io::Error::other(format!(
-                    "{limit} connections are open, and more are not allowed"
-                ));
                 return self.pause(index, Obstacle::Full, now, &reason);
             }
             let ticket = match self.ticket(index, all) {
@@ -206,9 +202,8 @@ impl<W: World> Worker<W> {
                     listening.unblock();
                     let forward = Arc::clone(&listening.forward);
                     tracing::debug!(listen = %forward.rule.listen, ?peer, "accepted");
-                    self.shared.live.fetch_add(1, Ordering::AcqRel);
                     add_one(&forward.tally.accepted);
-                    add_one(&forward.tally.live);
+                    self.shared.begins(&forward);
                     self.hand_over(stream, peer, forward, ticket, now);
                 }
                 Err(e) => match e.kind() {
@@ -264,7 +259,7 @@ impl<W: World> Worker<W> {
         };
         if listening.complaints.admit(key, now).is_some() {
             let listen = &listening.forward.rule.listen;
-            warn!("not accepting on {listen} for now: {reason}; clients wait");
+            warn!("not accepting on {listen} for now: {reason}; new clients wait");
         }
     }
 

@@ -90,7 +90,10 @@ impl Handle {
         let index = self.shared.next_inbox();
         self.shared.inboxes[index].send(Command::Listen(listener, Arc::clone(&forward), tell));
         match told.recv_timeout(ANSWER) {
-            Ok(Ok(())) => forwards.push(forward),
+            Ok(Ok(())) => {
+                self.shared.keep(&forward);
+                forwards.push(forward);
+            }
             Ok(Err(e)) => return Err(fail(e)),
             Err(_) => return Err(fail(stopping())),
         }
@@ -113,7 +116,7 @@ impl Handle {
             return Err(Error::new(Operation::Find, "the forward", cause));
         };
         let forward = forwards.remove(index);
-        forward.give_places_up();
+        self.shared.release(&forward);
         self.ask_all(|tell| Command::Remove(Arc::clone(&forward), grace, tell));
         Ok(())
     }

@@ -9,8 +9,6 @@
 //! to a port where nobody listens asks the guest's kernel, which answers by refusing as soon as it runs. So does a proof,
 //! which tells a client that is to be held from one whose dial the guest has taken.
 
-mod shares;
-
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,8 +19,8 @@ use crate::sys::Identity;
 
 use super::handle::ForwardId;
 use super::presence::{self, News, Presence};
+use super::shares::Shares;
 use super::status::{VmStatus, wall_time};
-use shares::Shares;
 
 /// The average distance of two dials. 100 µs never hurt the device.
 const INTERVAL: Duration = Duration::from_micros(150);

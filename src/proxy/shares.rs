@@ -1,10 +1,10 @@
-//! Who may have how many of a VM's places: a cap for all, and places that are kept for some.
+//! Who may have how many of a VM's places, or of the process': a cap for all, and places that are kept for some.
 
 use std::collections::HashMap;
 
-use super::super::handle::ForwardId;
+use super::handle::ForwardId;
 
-/// The places of one VM, by forward.
+/// The places of one VM or of the process, by forward.
 #[derive(Debug)]
 pub(super) struct Shares {
     cap: usize,
@@ -38,6 +38,11 @@ impl Shares {
         }
     }
 
+    /// Lowers the cap.
+    pub(super) fn limit(&mut self, cap: usize) {
+        self.cap = self.cap.min(cap);
+    }
+
     pub(super) fn cap(&self) -> usize {
         self.cap
     }
@@ -64,7 +69,8 @@ impl Shares {
     /// Keeps places for a forward; how many there are to be had if those are too many.
     pub(super) fn reserve(&mut self, forward: ForwardId, places: usize) -> Result<(), usize> {
         let others = self.shares.iter().filter(|(id, _)| **id != forward);
-        let left = self.cap - others.map(|(_, share)| share.reserved).sum::<usize>();
+        let taken = others.map(|(_, share)| share.reserved).sum();
+        let left = self.cap.saturating_sub(taken);
         if places > left {
             return Err(left);
         }
