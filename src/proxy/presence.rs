@@ -26,6 +26,9 @@ enum State {
     Gone { since: Instant, told: bool },
 }
 
+/// How long after it has come back a dial may still fail that was begun before, on another worker.
+const SETTLES: Duration = Duration::from_millis(100);
+
 /// What is known of one VM or one server.
 #[derive(Debug)]
 pub(super) struct Presence {
@@ -36,6 +39,7 @@ pub(super) struct Presence {
     /// It could not be seen since.
     unseen: bool,
     process: Option<i32>,
+    back: Option<Instant>,
     /// A dial has found it, that it is back was told, and what it is now has not been seen since.
     told_before_seen: bool,
     restarts: u64,
@@ -49,6 +53,7 @@ impl Default for Presence {
             identity: None,
             unseen: false,
             process: None,
+            back: None,
             told_before_seen: false,
             restarts: 0,
         }
@@ -61,9 +66,15 @@ impl Presence {
         let since = match self.state {
             State::Gone { told: true, .. } => return None,
             State::Gone { since, .. } => since,
+            State::Up if self.settles(now) => return None,
             State::Unknown | State::Up => now,
         };
         Some(self.gone(since))
+    }
+
+    /// It has come back just now.
+    fn settles(&self, now: Instant) -> bool {
+        self.back.is_some_and(|back| now < back + SETTLES)
     }
 
     fn gone(&mut self, since: Instant) -> News {
@@ -80,6 +91,7 @@ impl Presence {
         match before {
             State::Gone { since, .. } => {
                 self.told_before_seen = true;
+                self.back = Some(now);
                 Some(News::Back(now.saturating_duration_since(since)))
             }
             State::Unknown | State::Up => None,
@@ -92,7 +104,9 @@ impl Presence {
         let is_new = before.is_some_and(|before| before != identity);
         self.restarts += u64::from(is_new);
         let came = std::mem::take(&mut self.unseen) || is_new;
-        let told = std::mem::take(&mut self.told_before_seen);
+        // What another worker saw may be older than what a dial has found.
+        let told = self.told_before_seen;
+        self.told_before_seen &= !is_new && self.settles(now);
         let news = match self.state {
             State::Gone { .. } if came => {
                 let news = self.connected(now);

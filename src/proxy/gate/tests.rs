@@ -202,3 +202,67 @@ fn a_permit_that_never_became_a_dial_leaves_no_trace() {
     }
     assert_eq!(gate.live(), 0);
 }
+
+#[test]
+fn who_waits_for_a_place_is_woken_when_there_is_one() {
+    let gate = gate(2, 64);
+    let woken = Arc::new(AtomicU64::new(0));
+    let wake: Wake = {
+        let woken = Arc::clone(&woken);
+        Arc::new(move || {
+            woken.fetch_add(1, Ordering::Relaxed);
+        })
+    };
+    let enter = || gate.enter(ONE, 0, &wake);
+    let place = gate.place(ONE);
+    let ticket = enter().unwrap();
+    for _ in 0..3 {
+        assert_eq!(enter().unwrap_err(), Full::Live(2));
+    }
+    drop(place);
+    assert_eq!(woken.load(Ordering::Relaxed), 1);
+    let other = enter().unwrap();
+    assert!(enter().is_err());
+    drop(ticket);
+    assert_eq!(woken.load(Ordering::Relaxed), 2);
+    // Nobody waits any more.
+    drop(other);
+    assert_eq!(woken.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn one_proof_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
+    let gate = gate(2, 64);
+    let wake: Wake = Arc::new(|| {});
+    let _kept = gate.reserve(ONE, 0, Some(true)).unwrap();
+    let now = Instant::now();
+    let dial = go(&gate, now);
+    // The other place is for proofs.
+    assert!(matches!(
+        gate.admit(ONE, now, None),
+        Admission::Full(Full::Reserved(1))
+    ));
+    let Admission::Go(mut proof) = gate.admit_proof(now, 0, &wake) else {
+        panic!()
+    };
+    proof.dialled(now);
+    assert!(matches!(gate.admit_proof(now, 1, &wake), Admission::At(_)));
+    assert!(!dial.is_answered());
+    proof.answered();
+    drop(proof);
+    assert!(dial.is_answered());
+    let Admission::Go(mut lost) = gate.admit_proof(now, 1, &wake) else {
+        panic!()
+    };
+    lost.dialled(now);
+    drop(lost);
+    assert!(matches!(gate.admit_proof(now, 1, &wake), Admission::At(_)));
+    let later = now + PROBE_PATIENCE;
+    assert!(matches!(
+        gate.admit_proof(later, 1, &wake),
+        Admission::Go(_)
+    ));
+    // Of another VM's answers nothing follows.
+    gate.vm_is_gone();
+    assert!(!dial.is_answered());
+}

@@ -17,7 +17,9 @@ fn what_repeats_is_no_news() {
     let back = Some(News::Back(Duration::from_secs(3)));
     assert_eq!(presence.connected(later), back);
     assert_eq!(presence.connected(later), None);
-    assert_eq!(presence.failed(later), GONE);
+    // A dial that was begun before.
+    assert_eq!(presence.failed(later), None);
+    assert_eq!(presence.failed(later + SETTLES), GONE);
 }
 
 #[test]
@@ -67,8 +69,12 @@ fn another_file_is_another_vm_and_the_same_one_no_sign_of_life() {
     assert_eq!(presence.seen(one, now), (false, back));
     assert_eq!(presence.restarts(), 2);
     // A dial may find the new one before anybody has looked at its file.
-    presence.failed(now);
-    assert_eq!(presence.connected(now), back);
-    assert_eq!(presence.seen(two, now), (true, None));
-    assert_eq!(presence.seen(one, now), (true, Some(News::Restarted)));
+    presence.failed(now + SETTLES);
+    assert_eq!(presence.connected(now + SETTLES), back);
+    assert_eq!(presence.seen(one, now + SETTLES), (false, None));
+    assert_eq!(presence.seen(two, now + SETTLES), (true, None));
+    assert_eq!(
+        presence.seen(one, now + SETTLES),
+        (true, Some(News::Restarted))
+    );
 }
