@@ -1,18 +1,22 @@
 //! One rule of the proxy as its workers share it, and what they count of it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
+use crate::error::Error;
 use crate::listener::DEFAULT_MODE;
 use crate::name::SocketName;
 use crate::relay::{CLIENT, SERVER};
 use crate::stream::nonblocking::Waiter;
 
-use super::gate::Gate;
+use super::counters::Tally;
+use super::gate::{Gate, Reservation};
 use super::handle::ForwardId;
 use super::observer::{ConnectionId, Event, Observer, What};
+use super::presence::{self, News, Presence};
+use super::status::{Board, ForwardStatus};
 
 /// Every connection accepted at `listen` is carried to `connect`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +33,13 @@ pub struct Rule {
     pub mode: u32,
     /// How long things may take.
     pub timeouts: Timeouts,
+    /// How long a client is held whose target is not there or refuses, while it is dialled again and again; counted from
+    /// the accept, and [`Timeouts::dial`] does not bound it. Nothing of what the client sends is sent before it is known
+    /// that the target has taken the connection. `None`: such a client is refused at once.
+    pub wait: Option<Duration>,
+    /// Places among [`Limits::vm_connections`](super::Limits::vm_connections) that only this rule's connections may have.
+    /// It has no others to keep them from, so 0, where no side of the rule is a hyperkit VM.
+    pub reserved: usize,
 }
 
 impl Rule {
@@ -40,6 +51,8 @@ impl Rule {
             connect,
             mode: DEFAULT_MODE,
             timeouts: Timeouts::default(),
+            wait: None,
+            reserved: 0,
         }
     }
 }
@@ -53,6 +66,12 @@ pub struct Timeouts {
     /// How long a guest may take to end a connection after the half-close, before it is closed all the same. Guests of
     /// Hyper-V are guests, too.
     pub drain: Duration,
+    /// How long an open connection may go on without a byte either way before it is cut off: its client and its target
+    /// are told that it broke off, where their family can tell, and guests are taken leave of. `None`: for ever.
+    /// A connection with a `hvsock://` side may take a quarter longer.
+    pub idle: Option<Duration>,
+    /// The same for a connection of which one side has ended: how long no byte may come from the other. `None`: for ever.
+    pub half_closed: Option<Duration>,
 }
 
 impl Default for Timeouts {
@@ -60,26 +79,10 @@ impl Default for Timeouts {
         Timeouts {
             dial: Duration::from_secs(30),
             drain: Duration::from_secs(60),
+            idle: None,
+            half_closed: None,
         }
     }
-}
-
-/// What was counted of a forward since it began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Counters {
-    /// Connections accepted.
-    pub accepted: u64,
-    /// Connections that are not closed yet, those that are being drained included.
-    pub live: u64,
-    /// Connections that could not be carried: the target refused, was not there, or a limit was reached.
-    pub refused: u64,
-    /// Connections whose peer did not end within the drain timeout and were closed all the same.
-    pub abandoned: u64,
-    /// Bytes from the accepting to the dialled side.
-    pub sent: u64,
-    /// Bytes from the dialled to the accepting side.
-    pub received: u64,
 }
 
 /// A rule, and all that its connections share.
@@ -94,12 +97,13 @@ pub(crate) struct Forward {
     pub(crate) gates: [Option<Arc<Gate>>; 2],
     /// What can wait for the sockets of each side.
     waiters: [Waiter; 2],
-    pub(crate) accepted: AtomicU64,
-    pub(crate) live: AtomicU64,
-    pub(crate) refused: AtomicU64,
-    pub(crate) abandoned: AtomicU64,
-    delivered: [AtomicU64; 2],
+    pub(super) tally: Tally,
+    pub(super) board: Board,
     pub(crate) complaints: Complaints,
+    /// Whether its target is there, where no gate knows it.
+    presence: Mutex<Presence>,
+    /// The places of its VM that it keeps, until it is removed.
+    pub(super) places: Mutex<Option<Reservation>>,
     /// It was removed, and the time of its connections is over.
     pub(super) cut: AtomicBool,
     observer: Option<Observer>,
@@ -112,6 +116,7 @@ impl Forward {
         rule: Rule,
         asked: Address,
         gates: [Option<Arc<Gate>>; 2],
+        places: Option<Reservation>,
         waiter: fn(&Address) -> Waiter,
         observer: Option<Observer>,
     ) -> Forward {
@@ -121,12 +126,11 @@ impl Forward {
             rule,
             asked,
             gates,
-            accepted: AtomicU64::new(0),
-            live: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-            abandoned: AtomicU64::new(0),
-            delivered: Default::default(),
+            tally: Tally::default(),
+            board: Board::default(),
             complaints: Complaints::default(),
+            presence: Mutex::default(),
+            places: Mutex::new(places),
             cut: AtomicBool::new(false),
             observer,
         }
@@ -180,25 +184,75 @@ impl Forward {
         }
     }
 
-    /// Counts bytes that `side` sent and the other was given.
-    pub(crate) fn count(&self, side: usize, bytes: u64) {
-        if bytes > 0 {
-            self.delivered[side].fetch_add(bytes, Ordering::Relaxed);
+    /// The gate of the VM that is spoken of where one is meant: the one that it leads to, or else the one that dials it.
+    pub(super) fn gate(&self) -> Option<&Arc<Gate>> {
+        self.gates[SERVER].as_ref().or(self.gates[CLIENT].as_ref())
+    }
+
+    /// How long its clients are held while the target isn't there.
+    pub(super) fn wait(&self) -> Option<Duration> {
+        self.rule.wait.filter(|wait| !wait.is_zero())
+    }
+
+    /// Keeps no places any more.
+    pub(super) fn give_places_up(&self) {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        *places = None;
+    }
+
+    fn presence(&self) -> MutexGuard<'_, Presence> {
+        self.presence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A dial has found nobody.
+    pub(super) fn found_nobody(&self, error: &Error, now: Instant) {
+        if let Some(gate) = &self.gates[SERVER] {
+            return gate.found_nobody(error, now);
+        }
+        // What comes and goes all the time isn't told of each time.
+        let told = self.presence().is_up() == Some(false);
+        if !told && self.complaints.admit(ABSENT, now).is_some() {
+            let news = self.presence().failed(now);
+            self.tell_news(news, Some(error));
         }
     }
 
-    pub(crate) fn counters(&self) -> Counters {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counters {
-            accepted: get(&self.accepted),
-            live: get(&self.live),
-            refused: get(&self.refused),
-            abandoned: get(&self.abandoned),
-            sent: get(&self.delivered[CLIENT]),
-            received: get(&self.delivered[SERVER]),
+    /// A dial has found somebody.
+    pub(super) fn found(&self, now: Instant) {
+        if self.gates[SERVER].is_none() {
+            let news = self.presence().connected(now);
+            self.tell_news(news, None);
+        }
+    }
+
+    fn tell_news(&self, news: Option<News>, error: Option<&Error>) {
+        if let Some(news) = news {
+            let clients = match self.wait() {
+                None => [1, 0],
+                Some(_) => [0, 1],
+            };
+            presence::tell(news, &self.rule.connect, error, clients);
+        }
+    }
+
+    pub(super) fn status(&self) -> ForwardStatus {
+        ForwardStatus {
+            id: self.id,
+            rule: Rule {
+                listen: self.asked.clone(),
+                ..self.rule.clone()
+            },
+            listen: self.rule.listen.clone(),
+            state: self.board.state(),
+            vm: self.gate().map(|gate| gate.status()),
+            last_error: self.board.last_error(),
+            counters: self.tally.counters(),
         }
     }
 }
+
+/// The key of complaints about targets that are not there.
+const ABSENT: &str = "absent";
 
 /// Lets one complaint through now and then: what a peer can cause again and again must not fill the log.
 #[derive(Debug, Default)]

@@ -1,17 +1,16 @@
 //! How a connection ends: each side is closed, reset, or half-closed and read to its end, as it is owed.
 
-use std::io;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
 use crate::dial;
-use crate::error::{Error, Operation};
 use crate::relay::{CLIENT, Farewell, Readiness, SERVER};
 
 use super::bridge::Ended;
 use super::conn::{Leave, State};
+use super::counters::{Reason, add_one};
 use super::observer::What;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
@@ -47,7 +46,7 @@ impl<W: World> Worker<W> {
         };
         if pair.refused() {
             let error = dial::refused_in_silence(&conn.forward.rule.connect);
-            conn.refused(&error, now);
+            conn.refused(&error, Reason::ByTarget, now);
         }
         let farewells = [pair.farewell(CLIENT), pair.farewell(SERVER)];
         let sides = pair.into_ends(&mut self.pool).into_iter().zip(farewells);
@@ -177,7 +176,7 @@ impl<W: World> Worker<W> {
             }
             self.world.close(end.socket);
             if conn.forward.is_polite(side) {
-                conn.forward.abandoned.fetch_add(1, Ordering::Relaxed);
+                add_one(&conn.forward.tally.abandoned);
                 let text = match self.phase {
                     Phase::Cutting => "closed connections that the guest had not ended yet",
                     _ => NOT_ENDED,
@@ -219,11 +218,8 @@ impl<W: World> Worker<W> {
             return;
         };
         match &mut conn.state {
-            State::Waiting { .. } | State::Connecting { .. } => {
-                let cause =
-                    io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
-                let error = Error::new(Operation::Connect, &conn.forward.rule.connect, cause);
-                self.refuse(id, &error, now);
+            State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
+                self.refuse_at_the_end(id, now);
             }
             State::Relaying { .. } => self.leave(id, now),
             State::Bridged => self.cut_bridge(id, now),
@@ -248,7 +244,7 @@ impl<W: World> Worker<W> {
         };
         conn.counted = ended.delivered;
         if ended.abandoned {
-            conn.forward.abandoned.fetch_add(1, Ordering::Relaxed);
+            add_one(&conn.forward.tally.abandoned);
             if conn.forward.complaints.admit(NOT_ENDED, now).is_some() {
                 warn!("{}: {NOT_ENDED}", conn.forward.rule.connect);
             }
@@ -263,7 +259,7 @@ impl<W: World> Worker<W> {
         };
         match conn.take_state() {
             State::Waiting { client, .. } => self.world.close(client.socket),
-            State::Connecting { client, server, .. } => {
+            State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {
                 self.world.close(client.socket);
                 self.world.close(server.socket);
             }
@@ -282,10 +278,9 @@ impl<W: World> Worker<W> {
             age: now.saturating_duration_since(conn.since),
         });
         drop((conn.permit, conn.place));
-        conn.forward.live.fetch_sub(1, Ordering::Relaxed);
         self.shared.inboxes[self.index]
             .load
             .fetch_sub(1, Ordering::Relaxed);
-        self.shared.live.fetch_sub(1, Ordering::AcqRel);
+        self.shared.has_ended(&conn.forward);
     }
 }

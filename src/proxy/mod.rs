@@ -33,6 +33,7 @@
 mod accept;
 mod bridge;
 mod conn;
+mod counters;
 mod crossing;
 mod dialling;
 mod forward;
@@ -40,7 +41,13 @@ mod gate;
 mod handle;
 mod leaving;
 mod observer;
+mod presence;
+mod probing;
+mod queue;
+mod quiet;
 mod rules;
+mod shares;
+mod status;
 mod table;
 mod worker;
 mod world;
@@ -65,9 +72,11 @@ use rules::Binder;
 use worker::{Command, Inbox, Shared, Worker};
 use world::MioWorld;
 
-pub use forward::{Counters, Rule, Timeouts};
-pub use handle::{ConnectionState, ConnectionStatus, ForwardId, ForwardStatus, Handle};
+pub use counters::{Counters, Refusals, TimedOut};
+pub use forward::{Rule, Timeouts};
+pub use handle::{ConnectionState, ConnectionStatus, ForwardId, Handle};
 pub use observer::{ConnectionId, Event, Observer, What};
+pub use status::{ForwardState, ForwardStatus, LastError, VmStatus};
 #[cfg(feature = "cli")]
 pub(crate) use worker::room_for_connections;
 

@@ -13,7 +13,7 @@ use crate::listener::nonblocking::{Listener, not_carried};
 use crate::stream::nonblocking::{Target, Waiter};
 
 use super::forward::{Forward, Rule};
-use super::gate::{Gate, GateLimits};
+use super::gate::{Gate, GateLimits, Reservation};
 use super::handle::ForwardId;
 use super::observer::Observer;
 
@@ -110,8 +110,9 @@ impl Binder {
         }
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
+        let places = keep_places(&rule, &gates, id)?;
         let observer = self.observer.clone();
-        let forward = Forward::new(id, rule, asked, gates, self.waiter, observer);
+        let forward = Forward::new(id, rule, asked, gates, places, self.waiter, observer);
         Ok((listener, Arc::new(forward)))
     }
 
@@ -170,9 +171,40 @@ impl Binder {
         if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
             return Some(Arc::clone(gate));
         }
-        let gate = Arc::new(Gate::new(self.limits));
+        let gate = Arc::new(Gate::new(self.limits, hyperkit.vm.clone()));
         gates.push((socket, Arc::clone(&gate)));
         Some(gate)
+    }
+}
+
+/// Keeps the places that a rule reserves, in the VM that it leads to, or else in the one that dials it.
+fn keep_places(
+    rule: &Rule,
+    gates: &[Option<Arc<Gate>>; 2],
+    id: ForwardId,
+) -> Result<Option<Reservation>> {
+    let fail = |address, why: String, remedy| {
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        Err(Error::new(Operation::Listen, address, cause).with_remedy(remedy))
+    };
+    let (gate, holds) = match gates {
+        [_, Some(gate)] => (gate, Some(rule.wait.is_some_and(|wait| !wait.is_zero()))),
+        [Some(gate), None] => (gate, None),
+        [None, None] if rule.reserved > 0 => {
+            let why = format!("it reserves {} connections of a VM", rule.reserved);
+            let remedy = "leave that out: none of its addresses is of a hyperkit VM";
+            return fail(&rule.listen, why, remedy);
+        }
+        [None, None] => return Ok(None),
+    };
+    match gate.reserve(id, rule.reserved, holds) {
+        Ok(places) => Ok(Some(places)),
+        Err(left) => {
+            let wanted = rule.reserved;
+            let why = format!("it reserves {wanted} connections of its VM, and {left} are left");
+            let remedy = "reserve fewer, or allow the VM more connections";
+            fail(&rule.listen, why, remedy)
+        }
     }
 }
 

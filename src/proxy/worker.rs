@@ -15,11 +15,15 @@ use crate::sys;
 use super::Limits;
 use super::accept::Listening;
 use super::conn::Conn;
-use super::dialling::DialQueue;
+use super::counters::add_one;
 use super::forward::Forward;
-use super::handle::ConnectionStatus;
+use super::gate::{Ticket, Wake};
+use super::handle::{ConnectionStatus, ForwardId};
 use super::leaving::LAST_LEAVE;
 use super::observer::ConnectionId;
+use super::probing::Proofs;
+use super::queue::DialQueue;
+use super::shares::Shares;
 use super::table::{Id, Table};
 use super::world::{Event, World};
 
@@ -45,7 +49,7 @@ pub(crate) enum Phase {
 /// What a worker is told by others.
 pub(crate) enum Command<W: World> {
     /// Carry this accepted connection.
-    Adopt(W::Stream, SocketName, Arc<Forward>),
+    Adopt(W::Stream, SocketName, Arc<Forward>, Option<Ticket>),
     /// Accept clients of this forward; say whether that goes.
     Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
@@ -63,7 +67,7 @@ pub(crate) struct Inbox<W: World> {
     commands: Mutex<Vec<Command<W>>>,
     /// Connections of this worker.
     pub(crate) load: AtomicUsize,
-    wake: Box<dyn Fn() + Send + Sync>,
+    wake: Wake,
 }
 
 impl<W: World> Inbox<W> {
@@ -71,8 +75,13 @@ impl<W: World> Inbox<W> {
         Inbox {
             commands: Mutex::default(),
             load: AtomicUsize::new(0),
-            wake: Box::new(wake),
+            wake: Arc::new(wake),
         }
+    }
+
+    /// What wakes its worker.
+    pub(super) fn waker(&self) -> Wake {
+        Arc::clone(&self.wake)
     }
 
     pub(crate) fn send(&self, command: Command<W>) {
@@ -108,8 +117,9 @@ impl<W: World> std::fmt::Debug for Inbox<W> {
 pub(crate) struct Shared<W: World> {
     forwards: Mutex<Vec<Arc<Forward>>>,
     pub(crate) inboxes: Vec<Inbox<W>>,
-    /// How many connections there may be: what the limits say, and no more than there are descriptors for.
-    room: AtomicUsize,
+    /// How many connections there may be: what the limits say, and no more than there are descriptors for. What a forward
+    /// reserves in its VM is kept for it here as well.
+    places: Mutex<Shares>,
     /// Connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
     /// Workers that have heard of the end: they hand nothing over any more.
@@ -129,12 +139,16 @@ impl<W: World> Shared<W> {
         inboxes: Vec<Inbox<W>>,
     ) -> Shared<W> {
         let room = limits.connections.min(room_for_connections(false));
+        let mut places = Shares::new(room);
+        for forward in &forwards {
+            keep(&mut places, forward);
+        }
         Shared {
             next: AtomicUsize::new(forwards.len()),
             next_connection: AtomicU64::new(0),
             forwards: Mutex::new(forwards),
             inboxes,
-            room: AtomicUsize::new(room),
+            places: Mutex::new(places),
             live: AtomicUsize::new(0),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
@@ -145,14 +159,52 @@ impl<W: World> Shared<W> {
         self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn room(&self) -> usize {
-        self.room.load(Ordering::Relaxed)
+    fn places(&self) -> MutexGuard<'_, Shares> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why no connection of that forward may begin now, if so.
+    pub(super) fn is_full_for(&self, forward: ForwardId) -> Option<io::Error> {
+        let places = self.places();
+        if places.free_for(forward) > 0 {
+            return None;
+        }
+        let (cap, kept) = (places.cap(), places.kept_from(forward));
+        Some(io::Error::other(match kept {
+            0 => format!("{cap} connections are open, and more are not allowed"),
+            _ => format!(
+                "{cap} connections may be open, and the last {kept} are reserved for others"
+            ),
+        }))
+    }
+
+    /// A connection begins, or a probe.
+    pub(super) fn begins(&self, forward: &Forward) {
+        add_one(&forward.tally.live);
+        self.places().take(forward.id);
+        self.live.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// One has ended.
+    pub(super) fn has_ended(&self, forward: &Forward) {
+        forward.tally.live.fetch_sub(1, Ordering::Relaxed);
+        self.places().give_back(forward.id);
+        self.live.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Keeps for a forward what it reserves, until [`release`](Shared::release).
+    pub(super) fn keep(&self, forward: &Forward) {
+        keep(&mut self.places(), forward);
+    }
+
+    pub(super) fn release(&self, forward: &Forward) {
+        self.places().give_up(forward.id);
+        forward.give_places_up();
     }
 
     /// Keeps descriptors for guests, who can't be made to wait.
     pub(super) fn make_room_for_guests(&self) {
-        let room = room_for_connections(true);
-        self.room.fetch_min(room, Ordering::Relaxed);
+        self.places().limit(room_for_connections(true));
     }
 
     /// Who is to have the next listener.
@@ -171,6 +223,14 @@ impl<W: World> Shared<W> {
     /// Whether nobody listens to commands any more.
     pub(super) fn is_over(&self) -> bool {
         self.ended.load(Ordering::Acquire) >= self.inboxes.len()
+    }
+}
+
+/// Keeps for a forward what it reserves, or as much of it as there are descriptors for.
+fn keep(places: &mut Shares, forward: &Forward) {
+    if let Err(left) = places.reserve(forward.id, forward.rule.reserved) {
+        // So much is to be had.
+        let _ = places.reserve(forward.id, left);
     }
 }
 
@@ -201,7 +261,8 @@ pub(crate) struct Worker<W: World> {
     pub(super) shared: Arc<Shared<W>>,
     pub(super) conns: Table<Conn<W::Stream>>,
     pub(super) listeners: Vec<Listening<W::Listener>>,
-    pub(super) queues: Vec<DialQueue>,
+    pub(super) queues: VecDeque<DialQueue>,
+    pub(super) proofs: Vec<Proofs>,
     pub(super) pool: Pool,
     /// Forwards that were removed, and when their connections are cut off.
     removed: Vec<(Instant, Arc<Forward>)>,
@@ -229,7 +290,8 @@ impl<W: World> Worker<W> {
             shared,
             conns: Table::new(),
             listeners: Vec::new(),
-            queues: Vec::new(),
+            queues: VecDeque::new(),
+            proofs: Vec::new(),
             pool: Pool::new(BUFFER, KEEP),
             removed: Vec::new(),
             phase: Phase::Running,
@@ -255,8 +317,8 @@ impl<W: World> Worker<W> {
             }
             for command in self.shared.inboxes[self.index].take() {
                 match command {
-                    Command::Adopt(stream, peer, forward) => {
-                        self.adopt(stream, peer, forward, now);
+                    Command::Adopt(stream, peer, forward, ticket) => {
+                        self.adopt(stream, peer, forward, ticket, now);
                     }
                     Command::Listen(listener, forward, tell) => {
                         // Who asked may have given up.
@@ -284,6 +346,7 @@ impl<W: World> Worker<W> {
                     self.step(id, now);
                 }
             }
+            self.proof_turns(now);
             self.cut_removed(now);
             if self.cut_at.is_some_and(|at| at <= now) {
                 self.cut_all(now);
@@ -377,6 +440,7 @@ impl<W: World> Worker<W> {
             self.end_at,
             self.next_accept(now),
             self.next_dial(),
+            self.next_proof(),
             self.removed.iter().map(|(at, _)| *at).min(),
         ]
         .into_iter()
@@ -393,7 +457,7 @@ impl<W: World> Worker<W> {
             self.accept_all(now);
             self.phase = Phase::Stopping;
             self.shared.stopping.fetch_add(1, Ordering::AcqRel);
-            self.close_client_listeners();
+            self.close_client_listeners(now);
             self.end_probes(now);
         }
     }
@@ -403,7 +467,7 @@ impl<W: World> Worker<W> {
         self.remove_listener(&forward, now);
         // Of those removed before, all workers know by now: what has no connection gets none any more.
         self.removed
-            .retain(|(_, before)| before.live.load(Ordering::Relaxed) > 0);
+            .retain(|(_, before)| before.tally.live.load(Ordering::Relaxed) > 0);
         self.removed.push((after(now, grace), forward));
     }
 
@@ -426,6 +490,7 @@ impl<W: World> Worker<W> {
         let mut all = Vec::new();
         for id in self.conns.ids() {
             let bridged = self.world.bridged(id.token(CLIENT));
+            let bridged = bridged.map(|progress| progress.delivered);
             let conn = self.conns.get_mut(id);
             all.extend(conn.and_then(|conn| conn.status(bridged, now)));
         }
