@@ -176,7 +176,7 @@ impl<S: crate::relay::Socket> Conn<S> {
     /// Counts a client that could not be carried, and says why, unless that was said a moment ago.
     pub(super) fn refused(&self, error: &Error, now: Instant) {
         let forward = &self.forward;
-        forward.refused.fetch_add(1, Ordering::Relaxed);
+        forward.tally.refused.fetch_add(1, Ordering::Relaxed);
         self.tell(What::Refused(error));
         if let Some(more) = forward.complaints.admit(&error.to_string(), now) {
             match more {

@@ -316,7 +316,7 @@ impl<W: World> Worker<W> {
         permit.dialled();
         let conn = Conn::new(None, Arc::clone(forward), SocketName::Unnamed, now);
         let id = self.conns.insert(conn);
-        forward.live.fetch_add(1, Ordering::Relaxed);
+        forward.tally.live.fetch_add(1, Ordering::Relaxed);
         self.shared.inboxes[self.index]
             .load
             .fetch_add(1, Ordering::Relaxed);

@@ -94,15 +94,21 @@ pub(crate) struct Forward {
     pub(crate) gates: [Option<Arc<Gate>>; 2],
     /// What can wait for the sockets of each side.
     waiters: [Waiter; 2],
+    pub(crate) tally: Arc<Tally>,
+    pub(crate) complaints: Complaints,
+    observer: Option<Observer>,
+}
+
+/// What stays the same when a forward gets another rule: those that were accepted under the old one still count.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
     pub(crate) accepted: AtomicU64,
     pub(crate) live: AtomicU64,
     pub(crate) refused: AtomicU64,
     pub(crate) abandoned: AtomicU64,
     delivered: [AtomicU64; 2],
-    pub(crate) complaints: Complaints,
     /// It was removed, and the time of its connections is over.
     pub(super) cut: AtomicBool,
-    observer: Option<Observer>,
 }
 
 impl Forward {
@@ -121,14 +127,28 @@ impl Forward {
             rule,
             asked,
             gates,
-            accepted: AtomicU64::new(0),
-            live: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-            abandoned: AtomicU64::new(0),
-            delivered: Default::default(),
+            tally: Arc::default(),
             complaints: Complaints::default(),
-            cut: AtomicBool::new(false),
             observer,
+        }
+    }
+
+    /// The same forward, which listens where it did, with another rule for those that come from now on.
+    pub(super) fn with_rule(
+        &self,
+        rule: Rule,
+        gates: [Option<Arc<Gate>>; 2],
+        waiter: Waiter,
+    ) -> Forward {
+        Forward {
+            id: self.id,
+            rule,
+            asked: self.asked.clone(),
+            gates,
+            waiters: [self.waiters[CLIENT], waiter],
+            tally: Arc::clone(&self.tally),
+            complaints: Complaints::default(),
+            observer: self.observer.clone(),
         }
     }
 
@@ -145,7 +165,7 @@ impl Forward {
     }
 
     pub(super) fn is_cut(&self) -> bool {
-        self.cut.load(Ordering::Acquire)
+        self.tally.cut.load(Ordering::Acquire)
     }
 
     /// Whether connections of that side are ended by half-close, drain, close.
@@ -183,19 +203,20 @@ impl Forward {
     /// Counts bytes that `side` sent and the other was given.
     pub(crate) fn count(&self, side: usize, bytes: u64) {
         if bytes > 0 {
-            self.delivered[side].fetch_add(bytes, Ordering::Relaxed);
+            self.tally.delivered[side].fetch_add(bytes, Ordering::Relaxed);
         }
     }
 
     pub(crate) fn counters(&self) -> Counters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let tally = &self.tally;
         Counters {
-            accepted: get(&self.accepted),
-            live: get(&self.live),
-            refused: get(&self.refused),
-            abandoned: get(&self.abandoned),
-            sent: get(&self.delivered[CLIENT]),
-            received: get(&self.delivered[SERVER]),
+            accepted: get(&tally.accepted),
+            live: get(&tally.live),
+            refused: get(&tally.refused),
+            abandoned: get(&tally.abandoned),
+            sent: get(&tally.delivered[CLIENT]),
+            received: get(&tally.delivered[SERVER]),
         }
     }
 }

@@ -119,6 +119,27 @@ impl Handle {
         Ok(id)
     }
 
+    /// Gives a forward another rule, which holds for the clients that are accepted from now on. Its listener stays, so that
+    /// no client is refused meanwhile; those that are there go on under the rule that they came under.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the rule listens elsewhere than the old one, or can't work; `NotFound` if there is no forward of
+    /// that id; what the system says if the file of its socket can't be given the new permissions. Then the old rule stays.
+    pub fn replace(&self, id: ForwardId, rule: Rule) -> Result<()> {
+        let mut forwards = self.shared.forwards();
+        let index = index_of(&forwards, id)?;
+        let others = forwards.iter().filter(|forward| forward.id != id);
+        let forward = self.binder.replace(rule, &forwards[index], others)?;
+        let answers = self.ask_all(|tell| Command::Replace(Arc::clone(&forward), tell));
+        let fail = |e| Error::new(Operation::Listen, &forward.rule.listen, e);
+        answers
+            .into_iter()
+            .collect::<io::Result<()>>()
+            .map_err(fail)?;
+        forwards[index] = forward;
+        Ok(())
+    }
+
     /// Stops to listen for a forward, and forgets it. Its connections go on, and are cut off after `grace`. When this
     /// returns, its address is free again, and no new client is taken; who was connected by then, as far as the kernel is
     /// concerned, is still served.
@@ -130,10 +151,7 @@ impl Handle {
     /// `NotFound` if there is none of that id.
     pub fn remove(&self, id: ForwardId, grace: Duration) -> Result<()> {
         let mut forwards = self.shared.forwards();
-        let Some(index) = forwards.iter().position(|forward| forward.id == id) else {
-            let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
-            return Err(Error::new(Operation::Find, "the forward", cause));
-        };
+        let index = index_of(&forwards, id)?;
         let forward = forwards.remove(index);
         self.ask_all(|tell| Command::Remove(Arc::clone(&forward), grace, tell));
         Ok(())
@@ -182,6 +200,14 @@ impl Handle {
 
 /// How often it is looked whether there is still somebody to answer.
 const LOOK: Duration = Duration::from_millis(50);
+
+fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
+    let index = forwards.iter().position(|forward| forward.id == id);
+    index.ok_or_else(|| {
+        let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
+        Error::new(Operation::Find, "the forward", cause)
+    })
+}
 
 fn stopping() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the proxy is stopping")

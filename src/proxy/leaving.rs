@@ -177,7 +177,7 @@ impl<W: World> Worker<W> {
             }
             self.world.close(end.socket);
             if conn.forward.is_polite(side) {
-                conn.forward.abandoned.fetch_add(1, Ordering::Relaxed);
+                conn.forward.tally.abandoned.fetch_add(1, Ordering::Relaxed);
                 let text = match self.phase {
                     Phase::Cutting => "closed connections that the guest had not ended yet",
                     _ => NOT_ENDED,
@@ -248,7 +248,7 @@ impl<W: World> Worker<W> {
         };
         conn.counted = ended.delivered;
         if ended.abandoned {
-            conn.forward.abandoned.fetch_add(1, Ordering::Relaxed);
+            conn.forward.tally.abandoned.fetch_add(1, Ordering::Relaxed);
             if conn.forward.complaints.admit(NOT_ENDED, now).is_some() {
                 warn!("{}: {NOT_ENDED}", conn.forward.rule.connect);
             }
@@ -282,7 +282,7 @@ impl<W: World> Worker<W> {
             age: now.saturating_duration_since(conn.since),
         });
         drop((conn.permit, conn.place));
-        conn.forward.live.fetch_sub(1, Ordering::Relaxed);
+        conn.forward.tally.live.fetch_sub(1, Ordering::Relaxed);
         self.shared.inboxes[self.index]
             .load
             .fetch_sub(1, Ordering::Relaxed);

@@ -9,6 +9,7 @@ use crate::address::{Address, CID_ANY, HyperkitVm, PORT_ANY};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::{Listener, not_carried};
+use crate::relay::CLIENT;
 use crate::stream::nonblocking::{Target, Waiter};
 
 use super::forward::{Forward, Rule};
@@ -16,8 +17,13 @@ use super::gate::{Gate, GateLimits};
 use super::handle::ForwardId;
 use super::observer::Observer;
 
-/// Refuses a rule that can't work, whatever the system says.
-fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
+/// Refuses a rule that can't work, whatever the system says and whatever other rules there are.
+pub(crate) fn check(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+    if waiter(&rule.connect) == Waiter::Thread {
+        dial::check(&rule.connect)?;
+    } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
+        return Err(not_carried(Operation::Connect, &rule.connect));
+    }
     let invalid = |operation, address, why| {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
@@ -35,22 +41,37 @@ fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Clone) ->
         let why = "sddl says who may connect: it belongs to the address that is listened on";
         return invalid(Operation::Connect, &rule.connect, why);
     }
-    let chosen = match &rule.listen {
+    if rule.listen == rule.connect && !is_chosen(&rule.listen) {
+        let why = "it would connect to itself";
+        return invalid(Operation::Connect, &rule.connect, why);
+    }
+    Ok(())
+}
+
+/// Whether the system is to choose a port to listen on.
+pub(crate) fn is_chosen(listen: &Address) -> bool {
+    match listen {
         Address::Tcp(tcp) => tcp.port == 0,
         Address::Vsock(vsock) => vsock.port == PORT_ANY,
         _ => false,
+    }
+}
+
+/// Refuses a rule that others stand in the way of.
+fn check_beside<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
+    let invalid = |why: String| {
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        Err(Error::new(Operation::Listen, &rule.listen, cause))
     };
     if let Some(name) = &rule.name
         && others
             .clone()
             .any(|other| other.name.as_ref() == Some(name))
     {
-        let why = format!("another forward has the name {name:?}");
-        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
-        return Err(Error::new(Operation::Listen, &rule.listen, cause));
+        return invalid(format!("another forward has the name {name:?}"));
     }
-    if !chosen && others.any(|other| other.listen == rule.listen) {
-        return invalid(Operation::Listen, &rule.listen, "it is given twice");
+    if !is_chosen(&rule.listen) && others.any(|other| other.listen == rule.listen) {
+        return invalid("it is given twice".to_owned());
     }
     Ok(())
 }
@@ -86,24 +107,40 @@ impl Binder {
         mut rule: Rule,
         others: &[Arc<Forward>],
     ) -> Result<(Listener, Arc<Forward>)> {
-        if (self.waiter)(&rule.connect) == Waiter::Thread {
-            dial::check(&rule.connect)?;
-        } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
-            return Err(not_carried(Operation::Connect, &rule.connect));
-        }
-        check(&rule, others.iter().map(|forward| &forward.rule))?;
+        check(&rule, self.waiter)?;
+        check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let listener = Listener::bind(&rule.listen, rule.mode)?;
         let asked = listener.bound(&rule.listen);
         let asked = std::mem::replace(&mut rule.listen, asked);
-        if rule.listen == rule.connect {
-            let cause = io::Error::new(io::ErrorKind::InvalidInput, "it would connect to itself");
-            return Err(Error::new(Operation::Connect, &rule.connect, cause));
-        }
+        // Again: the port that was chosen may be the target's.
+        check(&rule, self.waiter)?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let observer = self.observer.clone();
         let forward = Forward::new(id, rule, asked, gates, self.waiter, observer);
         Ok((listener, Arc::new(forward)))
+    }
+
+    /// Another rule for a forward that listens already.
+    pub(super) fn replace<'a>(
+        &self,
+        rule: Rule,
+        old: &Forward,
+        others: impl Iterator<Item = &'a Arc<Forward>> + Clone,
+    ) -> Result<Arc<Forward>> {
+        if rule.listen != old.asked {
+            let why = format!("this forward listens on {}", old.asked);
+            let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+            return Err(Error::new(Operation::Listen, &rule.listen, cause)
+                .with_remedy("remove it, and add another one"));
+        }
+        let listen = old.rule.listen.clone();
+        let rule = Rule { listen, ..rule };
+        check(&rule, self.waiter)?;
+        check_beside(&rule, others.map(|forward| &forward.rule))?;
+        let gates = [old.gates[CLIENT].clone(), self.gate_of(&rule.connect)];
+        let waiter = (self.waiter)(&rule.connect);
+        Ok(Arc::new(old.with_rule(rule, gates, waiter)))
     }
 
     /// The gate of the VM that an address is of, if it is hyperkit's.

@@ -48,6 +48,8 @@ pub(crate) enum Command<W: World> {
     Adopt(W::Stream, SocketName, Arc<Forward>),
     /// Accept clients of this forward; say whether that goes.
     Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
+    /// Carry the clients of the forward of this id as this one says from now on; say whether that goes.
+    Replace(Arc<Forward>, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
     Remove(Arc<Forward>, Duration, Sender<()>),
     /// Say what is carried.
@@ -260,6 +262,9 @@ impl<W: World> Worker<W> {
                         // Who asked may have given up.
                         let _ = tell.send(self.add_listener(listener, forward));
                     }
+                    Command::Replace(forward, tell) => {
+                        let _ = tell.send(self.replace_forward(forward));
+                    }
                     Command::Remove(forward, grace, tell) => {
                         self.remove(forward, grace, now);
                         let _ = tell.send(());
@@ -400,7 +405,7 @@ impl<W: World> Worker<W> {
         self.remove_listener(&forward, now);
         // Of those removed before, all workers know by now: what has no connection gets none any more.
         self.removed
-            .retain(|(_, before)| before.live.load(Ordering::Relaxed) > 0);
+            .retain(|(_, before)| before.tally.live.load(Ordering::Relaxed) > 0);
         self.removed.push((after(now, grace), forward));
     }
 
@@ -409,9 +414,9 @@ impl<W: World> Worker<W> {
         let due = self.removed.extract_if(.., |(at, _)| *at <= now);
         for (_, forward) in due.collect::<Vec<_>>() {
             // What is handed over after this is cut off when it comes.
-            forward.cut.store(true, Ordering::Release);
+            forward.tally.cut.store(true, Ordering::Release);
             for id in self.conns.ids() {
-                let its = |conn: &Conn<W::Stream>| Arc::ptr_eq(&conn.forward, &forward);
+                let its = |conn: &Conn<W::Stream>| conn.forward.id == forward.id;
                 if self.conns.get_mut(id).is_some_and(|conn| its(conn)) {
                     self.cut(id, now);
                 }
