@@ -73,6 +73,8 @@ mod cat;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
+#[cfg(feature = "cli")]
+mod config;
 mod dial;
 pub mod error;
 pub mod framing;

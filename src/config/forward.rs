@@ -1,0 +1,155 @@
+//! `[defaults]` and `[forward.NAME]`.
+
+use super::section::Section;
+use super::values;
+use super::vms::Place;
+use crate::address::{Address, Port};
+use crate::listener::DEFAULT_MODE;
+use crate::proxy::{Rule, Timeouts};
+
+/// What `[defaults]` has for all forwards, and each can have for itself.
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    mode: u32,
+    timeouts: Timeouts,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            mode: DEFAULT_MODE,
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
+impl Settings {
+    /// These, but for what the section says.
+    pub(super) fn read(&self, section: &mut Section<'_, '_>) -> Settings {
+        let mut read = self.clone();
+        let timeouts = &mut read.timeouts;
+        set(&mut read.mode, section.take("mode", values::mode));
+        set(&mut timeouts.dial, section.take("dial-timeout", values::time));
+        set(&mut timeouts.drain, section.take("drain-timeout", values::some_time));
+        read
+    }
+}
+
+fn set<T>(to: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *to = value;
+    }
+}
+
+/// One end of a forward.
+#[derive(Clone, Debug)]
+enum End {
+    At(Address),
+    /// A port of the forward's VM, or of the host as that VM's guest dials it.
+    Vm(Port),
+}
+
+/// `[forward.NAME]`.
+#[derive(Clone, Debug)]
+pub(super) struct Forward {
+    pub(super) name: String,
+    pub(super) line: usize,
+    listen: End,
+    connect: End,
+    /// As the file calls it, and the line in which it does.
+    vm: Option<(String, usize)>,
+    settings: Settings,
+}
+
+impl Forward {
+    /// Reads a section; `None` if it was not whole, which was said then.
+    pub(super) fn read(
+        name: String,
+        mut section: Section<'_, '_>,
+        defaults: &Settings,
+    ) -> Option<Forward> {
+        let line = section.line;
+        let vm = section.take("vm", values::text);
+        let vm = vm.map(|vm| (vm, section.line_of("vm")));
+        let port = section.take("port", values::port);
+        let guest_dials = section.take("guest-dials", values::port);
+        let listen = section.take("listen", values::address);
+        let connect = section.take("connect", values::address);
+        let settings = defaults.read(&mut section);
+        let ends = ends(&section);
+        let listen = listen.map(End::At).or(guest_dials.map(End::Vm));
+        let connect = connect.map(End::At).or(port.map(End::Vm));
+        section.finish();
+        match (ends, listen, connect) {
+            (true, Some(listen), Some(connect)) => Some(Forward {
+                name,
+                line,
+                listen,
+                connect,
+                vm,
+                settings,
+            }),
+            _ => None,
+        }
+    }
+
+    /// Its VM as the file calls it, and the line in which it does.
+    pub(super) fn vm(&self) -> Option<(&str, usize)> {
+        self.vm.as_ref().map(|(vm, line)| (vm.as_str(), *line))
+    }
+
+    /// The rule, with the VM where it was found.
+    pub(super) fn rule(&self, vm: Option<&Place>) -> Option<Rule> {
+        let address = |end: &End| match end {
+            End::At(address) => Some(address.clone()),
+            End::Vm(port) => vm.map(|vm| vm.address(*port)),
+        };
+        let mut rule = Rule::new(address(&self.listen)?, address(&self.connect)?);
+        rule.name = Some(self.name.clone());
+        rule.mode = self.settings.mode;
+        rule.timeouts = self.settings.timeouts;
+        Some(rule)
+    }
+}
+
+/// Whether the section has one end to listen on and one to connect to; if not, it is said.
+fn ends(section: &Section<'_, '_>) -> bool {
+    let has = |key| section.has(key);
+    let mut sound = true;
+    let mut complain = |key: Option<&str>, what: &str| {
+        section.complain(key, what);
+        sound = false;
+    };
+    if has("listen") && has("guest-dials") {
+        let what = "listen is there, too; guest-dials stands in its place, for what the guest dials";
+        complain(Some("guest-dials"), what);
+    }
+    if has("connect") && has("port") {
+        let what = "connect is there, too; port stands in its place, for a port of the guest";
+        complain(Some("port"), what);
+    }
+    for key in ["port", "guest-dials"] {
+        if has(key) && !has("vm") {
+            complain(Some(key), "of which VM? Write vm = \"NAME\", too");
+        }
+    }
+    if has("port") && has("guest-dials") {
+        let what = "port is there, too: does it lead to the guest (listen, port), or from it (guest-dials, connect)?";
+        complain(Some("guest-dials"), what);
+        return false;
+    }
+    if has("vm") && !has("port") && !has("guest-dials") {
+        let what = "which port? Write port = N to lead to the guest, or guest-dials = N to lead from it";
+        complain(Some("vm"), what);
+        return false;
+    }
+    if !has("listen") && !has("guest-dials") {
+        let what = "listen is missing; write listen = 8080, or \"/run/web.sock\", or a URI";
+        complain(None, what);
+    }
+    if !has("connect") && !has("port") {
+        let what = "connect is missing; write connect = \"127.0.0.1:8080\", or vm and port";
+        complain(None, what);
+    }
+    sound
+}
