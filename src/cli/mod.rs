@@ -6,6 +6,8 @@ mod demo;
 mod expose;
 mod forward;
 mod options;
+mod run;
+mod running;
 mod services;
 mod signals;
 #[cfg(unix)]
@@ -27,7 +29,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::proxy::Proxy;
-use signals::EndSignals;
+use signals::{Asked, EndSignals};
 
 /// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
 /// from the guest.
@@ -45,6 +47,8 @@ struct Arguments {
 enum Command {
     Expose(expose::Expose),
     Forward(forward::Forward),
+    Run(run::Run),
+    Check(run::Check),
     Cat(cat::Cat),
     Stress(stress::Stress),
     #[cfg(unix)]
@@ -98,6 +102,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let outcome = match arguments.command {
         Command::Expose(expose) => expose.run(),
         Command::Forward(forward) => forward.run(),
+        Command::Run(run) => run.run(),
+        Command::Check(check) => check.run(),
         Command::Cat(cat) => cat.run(),
         Command::Stress(stress) => stress.run(),
         #[cfg(unix)]
@@ -162,12 +168,31 @@ fn start_log() {
 }
 
 /// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
-fn run_proxy(proxy: Proxy, grace: Duration, mut signals: EndSignals) -> Outcome {
+fn run_proxy(proxy: Proxy, grace: Duration, signals: EndSignals) -> Outcome {
+    run_until_told(proxy, signals, move || grace, || {})
+}
+
+/// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one.
+fn run_until_told(
+    proxy: Proxy,
+    mut signals: EndSignals,
+    grace: impl Fn() -> Duration + Send + 'static,
+    mut reload: impl FnMut() + Send + 'static,
+) -> Outcome {
     let closer = signals.closer();
     let handle = proxy.handle();
     let thread = std::thread::spawn(move || {
-        for (count, ()) in signals.each().enumerate() {
+        let end = |asked: &Asked| {
+            #[cfg(unix)]
+            if *asked == Asked::Reload {
+                reload();
+                return false;
+            }
+            *asked == Asked::End
+        };
+        for (count, _) in signals.asked().filter(end).enumerate() {
             if count == 0 {
+                let grace = grace();
                 complain(match handle.live() {
                     0 => "stopping".to_owned(),
                     n => format!(

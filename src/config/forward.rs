@@ -1,5 +1,7 @@
 //! `[defaults]` and `[forward.NAME]`.
 
+use std::time::Duration;
+
 use super::section::Section;
 use super::values;
 use super::vms::Place;
@@ -12,6 +14,7 @@ use crate::proxy::{Rule, Timeouts};
 pub(super) struct Settings {
     mode: u32,
     timeouts: Timeouts,
+    wait: Option<Duration>,
 }
 
 impl Default for Settings {
@@ -19,6 +22,7 @@ impl Default for Settings {
         Settings {
             mode: DEFAULT_MODE,
             timeouts: Timeouts::default(),
+            wait: None,
         }
     }
 }
@@ -29,8 +33,22 @@ impl Settings {
         let mut read = self.clone();
         let timeouts = &mut read.timeouts;
         set(&mut read.mode, section.take("mode", values::mode));
-        set(&mut timeouts.dial, section.take("dial-timeout", values::time));
-        set(&mut timeouts.drain, section.take("drain-timeout", values::some_time));
+        set(
+            &mut timeouts.dial,
+            section.take("dial-timeout", values::time),
+        );
+        set(
+            &mut timeouts.drain,
+            section.take("drain-timeout", values::some_time),
+        );
+        let never = |value: &_| values::time_or("never", value);
+        set(&mut timeouts.idle, section.take("idle-timeout", never));
+        set(
+            &mut timeouts.half_closed,
+            section.take("half-closed-timeout", never),
+        );
+        let fail = |value: &_| values::time_or("fail", value);
+        set(&mut read.wait, section.take("wait", fail));
         read
     }
 }
@@ -59,6 +77,7 @@ pub(super) struct Forward {
     /// As the file calls it, and the line in which it does.
     vm: Option<(String, usize)>,
     settings: Settings,
+    pub(super) reserved: usize,
 }
 
 impl Forward {
@@ -76,6 +95,12 @@ impl Forward {
         let listen = section.take("listen", values::address);
         let connect = section.take("connect", values::address);
         let settings = defaults.read(&mut section);
+        let reserved = section.take("reserved", values::count(0..=1000));
+        if reserved.is_some_and(|n| n > 0) && !section.has("vm") {
+            let what =
+                "of which VM's connections? Only with vm = \"NAME\" are there places to keep";
+            section.complain(Some("reserved"), what);
+        }
         let ends = ends(&section);
         let listen = listen.map(End::At).or(guest_dials.map(End::Vm));
         let connect = connect.map(End::At).or(port.map(End::Vm));
@@ -88,6 +113,7 @@ impl Forward {
                 connect,
                 vm,
                 settings,
+                reserved: reserved.unwrap_or(0),
             }),
             _ => None,
         }
@@ -108,6 +134,8 @@ impl Forward {
         rule.name = Some(self.name.clone());
         rule.mode = self.settings.mode;
         rule.timeouts = self.settings.timeouts;
+        rule.wait = self.settings.wait;
+        rule.reserved = self.reserved;
         Some(rule)
     }
 }
@@ -121,7 +149,8 @@ fn ends(section: &Section<'_, '_>) -> bool {
         sound = false;
     };
     if has("listen") && has("guest-dials") {
-        let what = "listen is there, too; guest-dials stands in its place, for what the guest dials";
+        let what =
+            "listen is there, too; guest-dials stands in its place, for what the guest dials";
         complain(Some("guest-dials"), what);
     }
     if has("connect") && has("port") {
@@ -139,7 +168,8 @@ fn ends(section: &Section<'_, '_>) -> bool {
         return false;
     }
     if has("vm") && !has("port") && !has("guest-dials") {
-        let what = "which port? Write port = N to lead to the guest, or guest-dials = N to lead from it";
+        let what =
+            "which port? Write port = N to lead to the guest, or guest-dials = N to lead from it";
         complain(Some("vm"), what);
         return false;
     }

@@ -40,10 +40,10 @@ use crate::proxy::{Rule, VmLimits, check_rule, is_chosen};
 
 pub(crate) use diff::{Existing, Step, plan};
 use forward::{Forward, Settings};
-pub(crate) use problems::{Problem, Problems};
+use problems::Problem;
+pub(crate) use problems::Problems;
 use section::{Section, Source};
-pub(crate) use vms::Missing;
-use vms::{Found, Vm};
+use vms::{Found, Missing, Vm};
 pub(crate) use words::{local_address, parse_mode};
 
 /// What the file says. That it can be carried out, as far as can be known without trying, was found by whoever read it.
@@ -84,8 +84,8 @@ impl Config {
                 io::ErrorKind::IsADirectory => "; name a file in it",
                 _ => "",
             };
-            let text = format!("it can't be read: {e}{remedy}");
-            Problems::new(file, vec![Problem { line: None, text }])
+            let text = format!("cannot be read: {e}{remedy}");
+            Problems::of(file, text)
         })?;
         Config::parse(&text, places).map_err(|list| Problems::new(file, list))
     }
@@ -177,7 +177,10 @@ impl Config {
     fn wanted(&self, places: &Places, complain: &mut dyn FnMut(usize, String)) -> Wanted {
         let Found { vms, missing } = vms::find(&self.vms, places, complain);
         let mut wanted = Wanted {
-            limits: vms.iter().filter_map(|(vm, place)| vm.limits(place)).collect(),
+            limits: vms
+                .iter()
+                .filter_map(|(vm, place)| vm.limits(place))
+                .collect(),
             missing,
             ..Wanted::default()
         };
@@ -211,6 +214,18 @@ impl Config {
                 complain(forward.line, text);
             }
             seen.push((forward, rule));
+        }
+        for (vm, _) in &vms {
+            let of = |forward: &&Forward| forward.vm().is_some_and(|(name, _)| name == vm.name);
+            let its = self.forwards.iter().filter(of);
+            let (reserved, cap) = (its.map(|it| it.reserved).sum::<usize>(), vm.connections());
+            if reserved > cap {
+                let name = &vm.name;
+                let text = format!(
+                    "{name:?}: its forwards reserve {reserved} connections together, and it may have {cap}; reserve fewer, or raise connections in [vm.{name}]"
+                );
+                complain(vm.line, text);
+            }
         }
         wanted.rules = seen.into_iter().map(|(_, rule)| rule).collect();
         wanted

@@ -29,6 +29,12 @@ impl Problems {
         }
     }
 
+    /// One, of the file as a whole.
+    pub(crate) fn of(file: &Path, text: impl Into<String>) -> Problems {
+        let text = text.into();
+        Problems::new(file, vec![Problem { line: None, text }])
+    }
+
     /// Of which file, and how many.
     pub(crate) fn summary(&self) -> String {
         match self.list.len() {

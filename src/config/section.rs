@@ -155,7 +155,10 @@ impl<'a, 'i> Section<'a, 'i> {
             }),
             other => {
                 let right = right.replace("KEY", key.get_ref());
-                let text = format!("{title} is {}; write {right}, and its keys below", kind(other));
+                let text = format!(
+                    "{title} is {}; write {right}, and its keys below",
+                    kind(other)
+                );
                 self.source.complain(line, text);
                 None
             }

@@ -18,7 +18,7 @@ fn wants(value: &DeValue<'_>, what: &str) -> String {
 }
 
 fn integer(number: &DeInteger<'_>) -> Option<i128> {
-    i128::from_str_radix(&number.as_str().replace('_', ""), number.radix()).ok()
+    i128::from_str_radix(number.as_str(), number.radix()).ok()
 }
 
 pub(super) fn text(value: &DeValue<'_>) -> Result<String, String> {
@@ -41,18 +41,23 @@ pub(super) fn time(value: &DeValue<'_>) -> Result<Duration, String> {
             }
         },
         DeValue::Integer(number) => {
-            let number = number.as_str();
-            (number.to_owned(), number.parse().map_err(|_| String::new()).and_then(seconds))
+            let read = integer(number).ok_or_else(String::new);
+            (
+                number.to_string(),
+                read.and_then(|number| seconds(number as f64)),
+            )
         }
         DeValue::Float(number) => {
-            let number = number.as_str();
-            (number.to_owned(), number.parse().map_err(|_| String::new()).and_then(seconds))
+            let read = number.as_str().parse().map_err(|_| String::new());
+            (number.to_string(), read.and_then(seconds))
         }
         other => return Err(wants(other, &format!("a time: {RIGHT}"))),
     };
     match time {
         Ok(time) if time <= LONGEST => Ok(time),
-        Ok(_) => Err(format!("{text} is more than 30 days (m is a minute, M a month)")),
+        Ok(_) => Err(format!(
+            "{text} is more than 30 days (m is a minute, M a month)"
+        )),
         Err(_) => Err(format!("{text} is no time; write {RIGHT}")),
     }
 }
@@ -66,10 +71,7 @@ pub(super) fn some_time(value: &DeValue<'_>) -> Result<Duration, String> {
 }
 
 /// A time, or a word for there being none.
-pub(super) fn time_or(
-    word: &'static str,
-    value: &DeValue<'_>,
-) -> Result<Option<Duration>, String> {
+pub(super) fn time_or(word: &'static str, value: &DeValue<'_>) -> Result<Option<Duration>, String> {
     match value {
         DeValue::String(text) if text == word => Ok(None),
         other => some_time(other)
@@ -89,7 +91,7 @@ pub(super) fn count(
         let read = integer(number).and_then(|number| usize::try_from(number).ok());
         match read.filter(|number| range.contains(number)) {
             Some(number) => Ok(number),
-            None => Err(format!("{} is not {right}", number.as_str())),
+            None => Err(format!("{number} is not {right}")),
         }
     }
 }
@@ -102,9 +104,11 @@ pub(super) fn port(value: &DeValue<'_>) -> Result<Port, String> {
             .map(Port)
             .ok_or_else(|| {
                 let largest = u32::MAX;
-                format!("{} is no vsock port: those are 0 to {largest}", number.as_str())
+                format!("{number} is no vsock port: those are 0 to {largest}")
             }),
-        DeValue::String(text) => text.parse().map_err(|e: crate::address::PortError| e.to_string()),
+        DeValue::String(text) => text
+            .parse()
+            .map_err(|e: crate::address::PortError| e.to_string()),
         other => Err(wants(other, "a port: 80 or \"0x50\"")),
     }
 }
@@ -142,11 +146,14 @@ pub(super) fn socket(value: &DeValue<'_>) -> Result<Address, String> {
 pub(super) fn at_home(text: &str) -> Result<Cow<'_, str>, String> {
     let Some(rest) = text.strip_prefix("~/") else {
         return match text.starts_with('~') {
-            true => Err(format!("{text:?}: only ~/ is known, the home of who runs this; write the path")),
+            true => Err(format!(
+                "{text:?}: only ~/ is known, the home of who runs this; write the path"
+            )),
             false => Ok(text.into()),
         };
     };
-    let home = std::env::home_dir().and_then(|home| home.join(rest).into_os_string().into_string().ok());
+    let home =
+        std::env::home_dir().and_then(|home| home.join(rest).into_os_string().into_string().ok());
     home.map(Cow::from)
         .ok_or_else(|| format!("{text:?}: no home is known; write the whole path"))
 }

@@ -13,7 +13,7 @@ use crate::proxy::{Limits, VmLimits};
 #[derive(Clone, Debug)]
 pub(super) struct Vm {
     pub(super) name: String,
-    line: usize,
+    pub(super) line: usize,
     /// A state directory, a name or a URI; `None` if what the file says is none.
     at: Option<String>,
     /// It has a section.
@@ -46,7 +46,8 @@ pub(super) struct Found<'a> {
 
 impl Vm {
     pub(super) fn read(name: String, mut section: Section<'_, '_>) -> Vm {
-        let read = |value: &_| values::text(value).and_then(|at| Ok(values::at_home(&at)?.into_owned()));
+        let read =
+            |value: &_| values::text(value).and_then(|at| Ok(values::at_home(&at)?.into_owned()));
         let given = section.take("at", read);
         let at = match section.has("at") {
             true => given,
@@ -79,6 +80,11 @@ impl Vm {
         }
     }
 
+    /// How many connections it may have.
+    pub(super) fn connections(&self) -> usize {
+        self.connections.unwrap_or(Limits::default().vm_connections)
+    }
+
     /// What bounds it, if the file says so.
     pub(super) fn limits(&self, place: &Place) -> Option<VmLimits> {
         let Place::Hyperkit(vm) = place else {
@@ -87,10 +93,9 @@ impl Vm {
         if self.connections.is_none() && self.unanswered.is_none() {
             return None;
         }
-        let usual = Limits::default();
         let mut limits = VmLimits::new(vm.clone());
-        limits.connections = self.connections.unwrap_or(usual.vm_connections);
-        limits.unanswered = self.unanswered.unwrap_or(usual.vm_unanswered);
+        limits.connections = self.connections();
+        limits.unanswered = self.unanswered.unwrap_or(limits.unanswered);
         Some(limits)
     }
 }
@@ -130,7 +135,10 @@ pub(super) fn find<'a>(
         let place = match locate(at, places) {
             Ok(place) => place,
             Err(why) => {
-                let declared = vms.iter().filter(|vm| vm.declared).map(|vm| vm.name.as_str());
+                let declared = vms
+                    .iter()
+                    .filter(|vm| vm.declared)
+                    .map(|vm| vm.name.as_str());
                 let hint = match nearest(&vm.name, declared) {
                     Some(near) if !vm.declared => format!("; did you mean {near:?}?"),
                     _ => String::new(),
@@ -140,7 +148,10 @@ pub(super) fn find<'a>(
             }
         };
         if let Some((other, _)) = found.iter().find(|(_, other)| *other == place) {
-            let text = format!("{:?} is the same VM as {:?}; use one name for it", vm.name, other.name);
+            let text = format!(
+                "{:?} is the same VM as {:?}; use one name for it",
+                vm.name, other.name
+            );
             complain(vm.line, text);
         }
         if let Place::Hyperkit(hyperkit) = &place

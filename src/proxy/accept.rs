@@ -12,6 +12,7 @@ use crate::listener::nonblocking::FileState;
 use crate::name::SocketName;
 use crate::relay::Socket;
 
+use super::counters::add_one;
 use super::forward::{Complaints, Forward};
 use super::worker::{Command, Phase, Worker};
 use super::world::World;
@@ -173,8 +174,8 @@ impl<W: World> Worker<W> {
                     let forward = Arc::clone(&listening.forward);
                     tracing::debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     self.shared.live.fetch_add(1, Ordering::AcqRel);
-                    forward.tally.accepted.fetch_add(1, Ordering::Relaxed);
-                    forward.tally.live.fetch_add(1, Ordering::Relaxed);
+                    add_one(&forward.tally.accepted);
+                    add_one(&forward.tally.live);
                     self.hand_over(stream, peer, forward, now);
                 }
                 Err(e) => match e.kind() {

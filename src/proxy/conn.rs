@@ -3,7 +3,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tracing::{Span, debug, debug_span, warn};
@@ -13,6 +12,7 @@ use crate::error::{Error, Operation};
 use crate::name::SocketName;
 use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Socket, Turn};
 
+use super::counters::Reason;
 use super::forward::Forward;
 use super::gate::{Full, Gate, Permit, Place};
 use super::handle::{ConnectionState, ConnectionStatus};
@@ -174,9 +174,10 @@ impl<S: crate::relay::Socket> Conn<S> {
     }
 
     /// Counts a client that could not be carried, and says why, unless that was said a moment ago.
-    pub(super) fn refused(&self, error: &Error, now: Instant) {
+    pub(super) fn refused(&self, error: &Error, reason: Reason, now: Instant) {
         let forward = &self.forward;
-        forward.tally.refused.fetch_add(1, Ordering::Relaxed);
+        forward.tally.refused(reason);
+        forward.board.failed(error.to_string(), now);
         self.tell(What::Refused(error));
         if let Some(more) = forward.complaints.admit(&error.to_string(), now) {
             match more {
@@ -215,7 +216,7 @@ impl<W: World> Worker<W> {
             conn.state = State::Bridged;
             if let Err(e) = begun {
                 let error = Error::new(Operation::Run, "a connection's thread", e);
-                conn.refused(&error, now);
+                conn.refused(&error, Reason::Other, now);
                 self.forget(id, now);
             }
             return;
@@ -355,7 +356,9 @@ impl<W: World> Worker<W> {
         for side in [CLIENT, SERVER] {
             let delivered = pair.delivered(side);
             moved |= delivered > conn.counted[side];
-            conn.forward.count(side, delivered - conn.counted[side]);
+            conn.forward
+                .tally
+                .delivered(side, delivered - conn.counted[side]);
             conn.counted[side] = delivered;
         }
         if let Some(permit) = &conn.permit

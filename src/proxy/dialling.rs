@@ -16,6 +16,7 @@ use crate::relay::{CLIENT, End, Readiness, SERVER, Socket};
 use crate::stream::nonblocking::{Endpoint, Target};
 
 use super::conn::{Conn, Leave, State};
+use super::counters::{Reason, add_one};
 use super::forward::Forward;
 use super::gate::{Admission, Gate, Permit};
 use super::leaving::LAST_LEAVE;
@@ -316,7 +317,7 @@ impl<W: World> Worker<W> {
         permit.dialled();
         let conn = Conn::new(None, Arc::clone(forward), SocketName::Unnamed, now);
         let id = self.conns.insert(conn);
-        forward.tally.live.fetch_add(1, Ordering::Relaxed);
+        add_one(&forward.tally.live);
         self.shared.inboxes[self.index]
             .load
             .fetch_add(1, Ordering::Relaxed);
@@ -428,7 +429,8 @@ impl<W: World> Worker<W> {
         let Some(conn) = self.conns.get_mut(id) else {
             return;
         };
-        conn.refused(error, now);
+        let reason = Reason::of(&conn.forward.rule.connect, error);
+        conn.refused(error, reason, now);
         let mut leaving = [None, None];
         let client = match conn.take_state() {
             State::Waiting { client, .. } => client,

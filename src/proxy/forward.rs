@@ -1,6 +1,6 @@
 //! One rule of the proxy as its workers share it, and what they count of it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,9 +10,11 @@ use crate::name::SocketName;
 use crate::relay::{CLIENT, SERVER};
 use crate::stream::nonblocking::Waiter;
 
+use super::counters::Tally;
 use super::gate::Gate;
 use super::handle::ForwardId;
 use super::observer::{ConnectionId, Event, Observer, What};
+use super::status::{Board, ForwardStatus};
 
 /// Every connection accepted at `listen` is carried to `connect`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +31,13 @@ pub struct Rule {
     pub mode: u32,
     /// How long things may take.
     pub timeouts: Timeouts,
+    /// How long a client is held whose target is not there or refuses, while it is dialled again and again; counted from
+    /// the accept, and [`Timeouts::dial`] does not bound it. Nothing of what the client sends is sent before it is known
+    /// that the target has taken the connection. `None`: such a client is refused at once.
+    pub wait: Option<Duration>,
+    /// Places among [`Limits::vm_connections`](super::Limits::vm_connections) that only this rule's connections may have.
+    /// It has no others to keep them from, so 0, where no side of the rule is a hyperkit VM.
+    pub reserved: usize,
 }
 
 impl Rule {
@@ -40,6 +49,8 @@ impl Rule {
             connect,
             mode: DEFAULT_MODE,
             timeouts: Timeouts::default(),
+            wait: None,
+            reserved: 0,
         }
     }
 }
@@ -53,6 +64,12 @@ pub struct Timeouts {
     /// How long a guest may take to end a connection after the half-close, before it is closed all the same. Guests of
     /// Hyper-V are guests, too.
     pub drain: Duration,
+    /// How long an open connection may go on without a byte either way before it is cut off: its client and its target
+    /// are told that it broke off, where their family can tell, and guests are taken leave of. `None`: for ever.
+    /// A connection with a `hvsock://` side may take a quarter longer.
+    pub idle: Option<Duration>,
+    /// The same for a connection of which one side has ended: how long no byte may come from the other. `None`: for ever.
+    pub half_closed: Option<Duration>,
 }
 
 impl Default for Timeouts {
@@ -60,26 +77,10 @@ impl Default for Timeouts {
         Timeouts {
             dial: Duration::from_secs(30),
             drain: Duration::from_secs(60),
+            idle: None,
+            half_closed: None,
         }
     }
-}
-
-/// What was counted of a forward since it began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Counters {
-    /// Connections accepted.
-    pub accepted: u64,
-    /// Connections that are not closed yet, those that are being drained included.
-    pub live: u64,
-    /// Connections that could not be carried: the target refused, was not there, or a limit was reached.
-    pub refused: u64,
-    /// Connections whose peer did not end within the drain timeout and were closed all the same.
-    pub abandoned: u64,
-    /// Bytes from the accepting to the dialled side.
-    pub sent: u64,
-    /// Bytes from the dialled to the accepting side.
-    pub received: u64,
 }
 
 /// A rule, and all that its connections share.
@@ -94,21 +95,13 @@ pub(crate) struct Forward {
     pub(crate) gates: [Option<Arc<Gate>>; 2],
     /// What can wait for the sockets of each side.
     waiters: [Waiter; 2],
-    pub(crate) tally: Arc<Tally>,
+    /// This, the board and the cut stay the same when the rule becomes another.
+    pub(super) tally: Arc<Tally>,
+    pub(super) board: Arc<Board>,
     pub(crate) complaints: Complaints,
-    observer: Option<Observer>,
-}
-
-/// What stays the same when a forward gets another rule: those that were accepted under the old one still count.
-#[derive(Debug, Default)]
-pub(crate) struct Tally {
-    pub(crate) accepted: AtomicU64,
-    pub(crate) live: AtomicU64,
-    pub(crate) refused: AtomicU64,
-    pub(crate) abandoned: AtomicU64,
-    delivered: [AtomicU64; 2],
     /// It was removed, and the time of its connections is over.
-    pub(super) cut: AtomicBool,
+    pub(super) cut: Arc<AtomicBool>,
+    observer: Option<Observer>,
 }
 
 impl Forward {
@@ -128,7 +121,9 @@ impl Forward {
             asked,
             gates,
             tally: Arc::default(),
+            board: Arc::default(),
             complaints: Complaints::default(),
+            cut: Arc::default(),
             observer,
         }
     }
@@ -147,6 +142,8 @@ impl Forward {
             gates,
             waiters: [self.waiters[CLIENT], waiter],
             tally: Arc::clone(&self.tally),
+            board: Arc::clone(&self.board),
+            cut: Arc::clone(&self.cut),
             complaints: Complaints::default(),
             observer: self.observer.clone(),
         }
@@ -165,7 +162,7 @@ impl Forward {
     }
 
     pub(super) fn is_cut(&self) -> bool {
-        self.tally.cut.load(Ordering::Acquire)
+        self.cut.load(Ordering::Acquire)
     }
 
     /// Whether connections of that side are ended by half-close, drain, close.
@@ -200,23 +197,23 @@ impl Forward {
         }
     }
 
-    /// Counts bytes that `side` sent and the other was given.
-    pub(crate) fn count(&self, side: usize, bytes: u64) {
-        if bytes > 0 {
-            self.tally.delivered[side].fetch_add(bytes, Ordering::Relaxed);
-        }
+    /// The gate of the VM that is spoken of where one is meant: the one that it leads to, or else the one that dials it.
+    pub(super) fn gate(&self) -> Option<&Arc<Gate>> {
+        self.gates[SERVER].as_ref().or(self.gates[CLIENT].as_ref())
     }
 
-    pub(crate) fn counters(&self) -> Counters {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let tally = &self.tally;
-        Counters {
-            accepted: get(&tally.accepted),
-            live: get(&tally.live),
-            refused: get(&tally.refused),
-            abandoned: get(&tally.abandoned),
-            sent: get(&tally.delivered[CLIENT]),
-            received: get(&tally.delivered[SERVER]),
+    pub(super) fn status(&self) -> ForwardStatus {
+        ForwardStatus {
+            id: self.id,
+            rule: Rule {
+                listen: self.asked.clone(),
+                ..self.rule.clone()
+            },
+            listen: self.rule.listen.clone(),
+            state: self.board.state(),
+            vm: self.gate().map(|gate| gate.status()),
+            last_error: self.board.last_error(),
+            counters: self.tally.counters(),
         }
     }
 }

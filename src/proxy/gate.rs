@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use crate::sys::Identity;
 
+use super::status::VmStatus;
+
 /// The average distance of two dials. 100 µs never hurt the device.
 const INTERVAL: Duration = Duration::from_micros(150);
 
@@ -74,7 +76,7 @@ impl std::fmt::Display for Full {
 /// One VM's gate, shared by all workers.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    limits: GateLimits,
+    limits: Mutex<GateLimits>,
     state: Mutex<State>,
     /// Number of the last dial.
     dialled: AtomicU64,
@@ -108,7 +110,7 @@ impl Gate {
             patience: PROBE_PATIENCE,
         };
         Gate {
-            limits,
+            limits: Mutex::new(limits),
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
             answered: AtomicU64::new(0),
@@ -119,10 +121,20 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn limits(&self) -> GateLimits {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on these hold. Who is connected beyond them goes on.
+    pub(super) fn set_limits(&self, limits: GateLimits) {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+    }
+
     /// Asks for leave to dial the VM whose `connect` socket is `vm` now.
     ///
     /// Another identity than before is another VM (rule 8): nothing that was held against the old one counts.
     pub(crate) fn admit(self: &Arc<Gate>, now: Instant, vm: Option<Identity>) -> Admission {
+        let limits = self.limits();
         let mut state = self.state();
         if vm.is_some() && vm != state.vm {
             if state.vm.is_some() {
@@ -130,10 +142,10 @@ impl Gate {
             }
             state.vm = vm;
         }
-        if state.live >= self.limits.live {
-            return Admission::Full(Full::Live(self.limits.live));
+        if state.live >= limits.live {
+            return Admission::Full(Full::Live(limits.live));
         }
-        let limit = self.limits.unanswered;
+        let limit = limits.unanswered;
         let unanswered = self.unanswered() + state.reserved;
         if unanswered >= limit {
             if state.next_probe.is_some_and(|at| now < at) || unanswered >= limit + LOST_PROBES {
@@ -194,6 +206,18 @@ impl Gate {
         let answered = self.answered.load(Ordering::Relaxed);
         let dialled = self.dialled.load(Ordering::Relaxed);
         dialled.saturating_sub(answered)
+    }
+
+    pub(super) fn status(&self) -> VmStatus {
+        VmStatus {
+            connections: self.state().live,
+            limit: self.limits().live,
+            reserved: 0,
+            unanswered: self.unanswered(),
+            up: None,
+            gone_since: None,
+            restarts: 0,
+        }
     }
 
     /// Connections that count against the cap now.

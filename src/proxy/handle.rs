@@ -6,34 +6,21 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use crate::address::Address;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
 use crate::relay::CLIENT;
 
-use super::forward::{Counters, Forward, Rule};
+use super::VmLimits;
+use super::forward::{Forward, Rule};
 use super::observer::ConnectionId;
 use super::rules::Binder;
+use super::status::ForwardStatus;
 use super::worker::{Command, Shared};
 use super::world::MioWorld;
 
 /// Which forward of a proxy is meant. No two of one proxy are the same, also after one was removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ForwardId(pub(super) u64);
-
-/// A rule that is carried, and what has been counted of it.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct ForwardStatus {
-    /// Which one it is.
-    pub id: ForwardId,
-    /// The rule as it was given.
-    pub rule: Rule,
-    /// Where it listens: with the port that was chosen, where the rule said port 0 (of vsock the highest).
-    pub listen: Address,
-    /// Counted since the start.
-    pub counters: Counters,
-}
 
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,16 +67,8 @@ const ANSWER: Duration = Duration::from_secs(5);
 impl Handle {
     /// The forwards, in the order in which they were given.
     pub fn forwards(&self) -> Vec<ForwardStatus> {
-        let status = |forward: &Arc<Forward>| ForwardStatus {
-            id: forward.id,
-            rule: Rule {
-                listen: forward.asked.clone(),
-                ..forward.rule.clone()
-            },
-            listen: forward.rule.listen.clone(),
-            counters: forward.counters(),
-        };
-        self.shared.forwards().iter().map(status).collect()
+        let forwards = self.shared.forwards();
+        forwards.iter().map(|forward| forward.status()).collect()
     }
 
     /// Begins to carry another rule; how it is called.
@@ -138,6 +117,11 @@ impl Handle {
             .map_err(fail)?;
         forwards[index] = forward;
         Ok(())
+    }
+
+    /// Bounds the use of a VM from now on, in place of what bounded it before. Those who are connected already stay.
+    pub fn limit_vm(&self, limits: &VmLimits) {
+        self.binder.limit(limits);
     }
 
     /// Stops to listen for a forward, and forgets it. Its connections go on, and are cut off after `grace`. When this

@@ -12,6 +12,7 @@ use crate::relay::{CLIENT, Farewell, Readiness, SERVER};
 
 use super::bridge::Ended;
 use super::conn::{Leave, State};
+use super::counters::{Reason, add_one};
 use super::observer::What;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
@@ -47,7 +48,7 @@ impl<W: World> Worker<W> {
         };
         if pair.refused() {
             let error = dial::refused_in_silence(&conn.forward.rule.connect);
-            conn.refused(&error, now);
+            conn.refused(&error, Reason::ByTarget, now);
         }
         let farewells = [pair.farewell(CLIENT), pair.farewell(SERVER)];
         let sides = pair.into_ends(&mut self.pool).into_iter().zip(farewells);
@@ -177,7 +178,7 @@ impl<W: World> Worker<W> {
             }
             self.world.close(end.socket);
             if conn.forward.is_polite(side) {
-                conn.forward.tally.abandoned.fetch_add(1, Ordering::Relaxed);
+                add_one(&conn.forward.tally.abandoned);
                 let text = match self.phase {
                     Phase::Cutting => "closed connections that the guest had not ended yet",
                     _ => NOT_ENDED,
@@ -248,7 +249,7 @@ impl<W: World> Worker<W> {
         };
         conn.counted = ended.delivered;
         if ended.abandoned {
-            conn.forward.tally.abandoned.fetch_add(1, Ordering::Relaxed);
+            add_one(&conn.forward.tally.abandoned);
             if conn.forward.complaints.admit(NOT_ENDED, now).is_some() {
                 warn!("{}: {NOT_ENDED}", conn.forward.rule.connect);
             }

@@ -16,6 +16,7 @@
 mod accept;
 mod bridge;
 mod conn;
+mod counters;
 mod crossing;
 mod dialling;
 mod forward;
@@ -24,6 +25,7 @@ mod handle;
 mod leaving;
 mod observer;
 mod rules;
+mod status;
 mod table;
 mod worker;
 mod world;
@@ -36,7 +38,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::address::Address;
+use crate::address::{Address, HyperkitVm};
 use crate::error::{Error, Operation, Result};
 use crate::relay::CLIENT;
 use crate::stream::nonblocking::Waiter;
@@ -47,9 +49,13 @@ use rules::Binder;
 use worker::{Command, Inbox, Shared, Worker};
 use world::MioWorld;
 
-pub use forward::{Counters, Rule, Timeouts};
-pub use handle::{ConnectionState, ConnectionStatus, ForwardId, ForwardStatus, Handle};
+pub use counters::{Counters, Refusals, TimedOut};
+pub use forward::{Rule, Timeouts};
+pub use handle::{ConnectionState, ConnectionStatus, ForwardId, Handle};
 pub use observer::{ConnectionId, Event, Observer, What};
+#[cfg(feature = "cli")]
+pub(crate) use rules::{check_rule, is_chosen};
+pub use status::{ForwardState, ForwardStatus, LastError, VmStatus};
 
 /// What bounds a proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +81,30 @@ impl Default for Limits {
     }
 }
 
+/// What bounds the use of one hyperkit VM, in place of what [`Limits`] has for all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VmLimits {
+    /// Which one; its CID doesn't matter.
+    pub vm: HyperkitVm,
+    /// As [`Limits::vm_connections`].
+    pub connections: usize,
+    /// As [`Limits::vm_unanswered`].
+    pub unanswered: usize,
+}
+
+impl VmLimits {
+    /// The usual ones.
+    pub fn new(vm: HyperkitVm) -> VmLimits {
+        let usual = Limits::default();
+        VmLimits {
+            vm,
+            connections: usual.vm_connections,
+            unanswered: usual.vm_unanswered,
+        }
+    }
+}
+
 /// What a proxy is to do.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -85,6 +115,8 @@ pub struct ProxyConfig {
     pub workers: Option<NonZeroUsize>,
     /// What bounds it.
     pub limits: Limits,
+    /// What bounds the use of single VMs.
+    pub vms: Vec<VmLimits>,
     /// Who is told what happens to its connections.
     pub observer: Option<Observer>,
 }
@@ -96,6 +128,7 @@ impl ProxyConfig {
             rules,
             workers: None,
             limits: Limits::default(),
+            vms: Vec::new(),
             observer: None,
         }
     }
@@ -225,6 +258,9 @@ fn prepare(
         unanswered: config.limits.vm_unanswered as u64,
     };
     let binder = Binder::new(gate_limits, waiter, config.observer);
+    for limits in &config.vms {
+        binder.limit(limits);
+    }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for rule in config.rules {
         let (listener, forward) = binder.bind(rule, &forwards)?;

@@ -12,13 +12,14 @@ use crate::listener::nonblocking::{Listener, not_carried};
 use crate::relay::CLIENT;
 use crate::stream::nonblocking::{Target, Waiter};
 
+use super::VmLimits;
 use super::forward::{Forward, Rule};
 use super::gate::{Gate, GateLimits};
 use super::handle::ForwardId;
 use super::observer::Observer;
 
 /// Refuses a rule that can't work, whatever the system says and whatever other rules there are.
-pub(crate) fn check(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     if waiter(&rule.connect) == Waiter::Thread {
         dial::check(&rule.connect)?;
     } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
@@ -46,6 +47,12 @@ pub(crate) fn check(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         return invalid(Operation::Connect, &rule.connect, why);
     }
     Ok(())
+}
+
+/// As [`Proxy::start`](super::Proxy::start) would refuse it, without trying to listen.
+#[cfg(feature = "cli")]
+pub(crate) fn check_rule(rule: &Rule) -> Result<()> {
+    check_alone(rule, Waiter::of)
 }
 
 /// Whether the system is to choose a port to listen on.
@@ -107,13 +114,13 @@ impl Binder {
         mut rule: Rule,
         others: &[Arc<Forward>],
     ) -> Result<(Listener, Arc<Forward>)> {
-        check(&rule, self.waiter)?;
+        check_alone(&rule, self.waiter)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let listener = Listener::bind(&rule.listen, rule.mode)?;
         let asked = listener.bound(&rule.listen);
         let asked = std::mem::replace(&mut rule.listen, asked);
         // Again: the port that was chosen may be the target's.
-        check(&rule, self.waiter)?;
+        check_alone(&rule, self.waiter)?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let observer = self.observer.clone();
@@ -136,31 +143,47 @@ impl Binder {
         }
         let listen = old.rule.listen.clone();
         let rule = Rule { listen, ..rule };
-        check(&rule, self.waiter)?;
+        check_alone(&rule, self.waiter)?;
         check_beside(&rule, others.map(|forward| &forward.rule))?;
         let gates = [old.gates[CLIENT].clone(), self.gate_of(&rule.connect)];
         let waiter = (self.waiter)(&rule.connect);
         Ok(Arc::new(old.with_rule(rule, gates, waiter)))
     }
 
+    /// Bounds the use of a VM from now on.
+    pub(super) fn limit(&self, limits: &VmLimits) {
+        self.gate_of_vm(&limits.vm).set_limits(GateLimits {
+            live: limits.connections,
+            unanswered: limits.unanswered as u64,
+        });
+    }
+
     /// The gate of the VM that an address is of, if it is hyperkit's.
     fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
-        let Address::Hyperkit(hyperkit) = address else {
-            return None;
-        };
-        let socket = socket_of(&hyperkit.vm);
+        match address {
+            Address::Hyperkit(hyperkit) => Some(self.gate_of_vm(&hyperkit.vm)),
+            _ => None,
+        }
+    }
+
+    fn gate_of_vm(&self, vm: &HyperkitVm) -> Arc<Gate> {
+        let socket = socket_of(vm);
         let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
-            return Some(Arc::clone(gate));
+            return Arc::clone(gate);
         }
         let gate = Arc::new(Gate::new(self.limits));
         gates.push((socket, Arc::clone(&gate)));
-        Some(gate)
+        gate
     }
 }
 
-/// One VM has one gate, however its directory is spelled.
+/// One VM has one gate, however its directory is spelled, and be it there or not yet.
 fn socket_of(vm: &HyperkitVm) -> PathBuf {
-    let directory = vm.state_dir.canonicalize();
-    directory.map_or_else(|_| vm.connect_path(), |real| real.join(&vm.connect))
+    let directory = std::path::absolute(&vm.state_dir).unwrap_or_else(|_| vm.state_dir.clone());
+    let real = directory.ancestors().find_map(|there| {
+        let missing = directory.strip_prefix(there).ok()?;
+        Some(there.canonicalize().ok()?.join(missing))
+    });
+    real.unwrap_or(directory).join(&vm.connect)
 }

@@ -414,7 +414,7 @@ impl<W: World> Worker<W> {
         let due = self.removed.extract_if(.., |(at, _)| *at <= now);
         for (_, forward) in due.collect::<Vec<_>>() {
             // What is handed over after this is cut off when it comes.
-            forward.tally.cut.store(true, Ordering::Release);
+            forward.cut.store(true, Ordering::Release);
             for id in self.conns.ids() {
                 let its = |conn: &Conn<W::Stream>| conn.forward.id == forward.id;
                 if self.conns.get_mut(id).is_some_and(|conn| its(conn)) {

@@ -231,7 +231,7 @@ struct Carried {
 
 impl Order for Carried {
     fn delivered(&self, side: usize, bytes: u64) {
-        self.forward.count(side, bytes);
+        self.forward.tally.delivered(side, bytes);
     }
 
     fn drain(&self, side: usize) -> Option<Duration> {

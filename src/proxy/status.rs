@@ -1,0 +1,163 @@
+//! What can be told of a forward that is carried.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use crate::address::Address;
+
+use super::counters::Counters;
+use super::forward::Rule;
+use super::handle::ForwardId;
+
+/// A rule that is carried, and what has been counted of it.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ForwardStatus {
+    /// Which one it is.
+    pub id: ForwardId,
+    /// The rule as it was given.
+    pub rule: Rule,
+    /// Where it listens: with the port that was chosen, where the rule said port 0 (of vsock the highest).
+    pub listen: Address,
+    /// Whether it takes clients now.
+    pub state: ForwardState,
+    /// The hyperkit VM that it leads to, or else the one that dials it.
+    pub vm: Option<VmStatus>,
+    /// Why the last client that could not be carried was refused.
+    pub last_error: Option<LastError>,
+    /// Counted since the start.
+    pub counters: Counters,
+}
+
+/// Whether a forward takes clients.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ForwardState {
+    /// It does.
+    Listening,
+    /// A limit is reached: new clients wait in the backlog until a connection ends. Guests are never made to wait.
+    Full {
+        /// Which limit.
+        why: String,
+        /// Since when.
+        since: SystemTime,
+    },
+    /// The system refuses to accept, as it does when descriptors run out: new clients wait in the backlog.
+    Paused {
+        /// What it says.
+        why: String,
+        /// Since when.
+        since: SystemTime,
+    },
+    /// Its socket's file is another program's, or can't be made again: no client finds it.
+    Lost {
+        /// What happened to it.
+        why: String,
+        /// Since when.
+        since: SystemTime,
+    },
+    /// The proxy is stopping: it takes no more clients.
+    Closed,
+}
+
+/// A hyperkit VM. All forwards of one VM tell the same of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VmStatus {
+    /// Connections to it and from it now.
+    pub connections: usize,
+    /// How many there may be ([`Limits::vm_connections`](super::Limits::vm_connections)).
+    pub limit: usize,
+    /// How many of those that are free are kept for forwards that reserve them.
+    pub reserved: usize,
+    /// Dials that its guest has not answered.
+    pub unanswered: u64,
+    /// Whether it runs, as far as its sockets and its process tell; `None` while nothing is known.
+    pub up: Option<bool>,
+    /// Since when it is known to be gone.
+    pub gone_since: Option<SystemTime>,
+    /// How often it was started anew since the proxy has known it.
+    pub restarts: u64,
+}
+
+/// Why a client was refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LastError {
+    /// What the log says.
+    pub text: String,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// The time on the wall when the clock of the loop showed `then`.
+pub(super) fn wall_time(then: Instant) -> SystemTime {
+    let now = SystemTime::now();
+    now.checked_sub(then.elapsed()).unwrap_or(now)
+}
+
+/// Why a listener takes nobody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Obstacle {
+    Full,
+    Paused,
+    Lost,
+    Closed,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    obstacle: Option<(Obstacle, String, Instant)>,
+    error: Option<(String, Instant)>,
+}
+
+/// What workers leave behind for whoever asks how a forward is.
+#[derive(Debug, Default)]
+pub(super) struct Board(Mutex<Known>);
+
+impl Board {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes why the listener takes nobody. The time of an obstacle that lasts is that of its beginning.
+    pub(super) fn blocked(&self, obstacle: Obstacle, why: impl ToString, now: Instant) {
+        let mut known = self.known();
+        match &mut known.obstacle {
+            Some((before, text, _)) if *before == obstacle => *text = why.to_string(),
+            other => *other = Some((obstacle, why.to_string(), now)),
+        }
+    }
+
+    /// Notes that the listener takes clients again.
+    pub(super) fn unblocked(&self) {
+        self.known().obstacle = None;
+    }
+
+    pub(super) fn failed(&self, text: String, now: Instant) {
+        self.known().error = Some((text, now));
+    }
+
+    pub(super) fn state(&self) -> ForwardState {
+        let known = self.known();
+        let Some((obstacle, why, since)) = &known.obstacle else {
+            return ForwardState::Listening;
+        };
+        let (why, since) = (why.clone(), wall_time(*since));
+        match obstacle {
+            Obstacle::Full => ForwardState::Full { why, since },
+            Obstacle::Paused => ForwardState::Paused { why, since },
+            Obstacle::Lost => ForwardState::Lost { why, since },
+            Obstacle::Closed => ForwardState::Closed,
+        }
+    }
+
+    pub(super) fn last_error(&self) -> Option<LastError> {
+        let known = self.known();
+        let (text, at) = known.error.as_ref()?;
+        Some(LastError {
+            text: text.clone(),
+            at: wall_time(*at),
+        })
+    }
+}
