@@ -55,11 +55,7 @@ impl Check {
         let (config, wanted) =
             Config::read(&self.file, &Places::from_env()).map_err(|e| show(&e))?;
         for missing in &wanted.missing {
-            let directory = missing.vm.state_dir.display();
-            complain(format_args!(
-                "VM {:?}: there is no {directory} yet",
-                missing.name
-            ));
+            complain(running::absence(missing));
         }
         for rule in &wanted.rules {
             let name = rule.name.as_deref().unwrap_or_default();

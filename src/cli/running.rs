@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::address::{Address, HyperkitAddress};
-use crate::config::{Config, Existing, Problems, Step, Wanted, plan};
+use crate::config::{Config, Existing, Missing, Problems, Step, Wanted, plan};
 use crate::error::Error;
 use crate::hyperkit::Places;
 use crate::proxy::{ForwardId, ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits};
@@ -36,8 +36,8 @@ struct State {
     limits: Vec<VmLimits>,
     /// What the file asks for and could not be had, by the forward's name: why.
     failing: BTreeMap<String, String>,
-    /// Some VM's directory is missing.
-    incomplete: bool,
+    /// VMs whose directory is missing.
+    missing: Vec<Missing>,
     /// The end was asked for: nothing is changed any more.
     ending: bool,
 }
@@ -136,7 +136,7 @@ impl Running {
             ours: proxy.forwards().iter().map(|it| it.id).collect(),
             limits: wanted.limits,
             failing,
-            incomplete: !wanted.missing.is_empty(),
+            missing: wanted.missing,
             ending: false,
         };
         let running = Running {
@@ -160,8 +160,12 @@ impl Running {
 
     /// What could not be had so far, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
-        let failing = self.state().failing.clone();
-        failures(&failing.into_iter().collect::<Vec<_>>())
+        let state = self.state();
+        let mut told: Vec<String> = state.missing.iter().map(absence).collect();
+        told.extend(failures(
+            &state.failing.clone().into_iter().collect::<Vec<_>>(),
+        ));
+        told
     }
 
     /// The forwards of these names, as they are carried now, line by line; all if none is named.
@@ -243,7 +247,7 @@ impl Running {
 
     fn look_again(&self) -> Option<Summary> {
         let mut state = self.state();
-        if state.ending || state.failing.is_empty() && !state.incomplete {
+        if state.ending || state.failing.is_empty() && state.missing.is_empty() {
             return None;
         }
         // What is wrong now was right when the file was read; it may be so again.
@@ -332,7 +336,12 @@ impl Running {
         summary.changed.extend(moved);
         summary.failed = state.failing.clone().into_iter().collect();
         state.limits = wanted.limits;
-        state.incomplete = !wanted.missing.is_empty();
+        let new = wanted
+            .missing
+            .iter()
+            .filter(|it| !state.missing.contains(it));
+        summary.warnings.extend(new.map(absence));
+        state.missing = wanted.missing;
         summary
     }
 }
@@ -346,6 +355,14 @@ fn failures(failed: &[(String, String)]) -> Vec<String> {
         )
     };
     failed.iter().map(line).collect()
+}
+
+/// What is said of a VM that is not there yet.
+pub(super) fn absence(missing: &Missing) -> String {
+    let (name, directory) = (&missing.name, missing.vm.state_dir.display());
+    format!(
+        "VM {name:?} is not there yet: there is no {directory}; until then its clients are refused"
+    )
 }
 
 fn name_of(rule: &Rule) -> String {

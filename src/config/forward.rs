@@ -71,7 +71,10 @@ enum End {
 #[derive(Clone, Debug)]
 pub(super) struct Forward {
     pub(super) name: String,
+    /// Where it begins, where it says where to listen, and where to connect to.
     pub(super) line: usize,
+    pub(super) listen_line: usize,
+    pub(super) connect_line: usize,
     listen: End,
     connect: End,
     /// As the file calls it, and the line in which it does.
@@ -104,11 +107,21 @@ impl Forward {
         let ends = ends(&section);
         let listen = listen.map(End::At).or(guest_dials.map(End::Vm));
         let connect = connect.map(End::At).or(port.map(End::Vm));
+        let line_of = |keys: [&str; 2]| {
+            let key = keys.into_iter().find(|key| section.has(key));
+            key.map_or(line, |key| section.line_of(key))
+        };
+        let (listen_line, connect_line) = (
+            line_of(["listen", "guest-dials"]),
+            line_of(["connect", "port"]),
+        );
         section.finish();
         match (ends, listen, connect) {
             (true, Some(listen), Some(connect)) => Some(Forward {
                 name,
                 line,
+                listen_line,
+                connect_line,
                 listen,
                 connect,
                 vm,
@@ -143,41 +156,36 @@ impl Forward {
 /// Whether the section has one end to listen on and one to connect to; if not, it is said.
 fn ends(section: &Section<'_, '_>) -> bool {
     let has = |key| section.has(key);
+    let meant = |key| has(key) || section.is_meant(key);
     let mut sound = true;
     let mut complain = |key: Option<&str>, what: &str| {
         section.complain(key, what);
         sound = false;
     };
-    if has("listen") && has("guest-dials") {
-        let what =
-            "listen is there, too; guest-dials stands in its place, for what the guest dials";
-        complain(Some("guest-dials"), what);
-    }
-    if has("connect") && has("port") {
-        let what = "connect is there, too; port stands in its place, for a port of the guest";
-        complain(Some("port"), what);
-    }
-    for key in ["port", "guest-dials"] {
-        if has(key) && !has("vm") {
-            complain(Some(key), "of which VM? Write vm = \"NAME\", too");
-        }
-    }
     if has("port") && has("guest-dials") {
         let what = "port is there, too: does it lead to the guest (listen, port), or from it (guest-dials, connect)?";
         complain(Some("guest-dials"), what);
         return false;
     }
-    if has("vm") && !has("port") && !has("guest-dials") {
+    for (key, other) in [("port", "connect"), ("guest-dials", "listen")] {
+        if has(key) && has(other) {
+            let what = format!("{other} is there, too; {key} stands in its place");
+            complain(Some(key), &what);
+        } else if has(key) && !has("vm") {
+            complain(Some(key), "of which VM? Write vm = \"NAME\", too");
+        }
+    }
+    if has("vm") && !meant("port") && !meant("guest-dials") {
         let what =
             "which port? Write port = N to lead to the guest, or guest-dials = N to lead from it";
         complain(Some("vm"), what);
         return false;
     }
-    if !has("listen") && !has("guest-dials") {
+    if !meant("listen") && !meant("guest-dials") {
         let what = "listen is missing; write listen = 8080, or \"/run/web.sock\", or a URI";
         complain(None, what);
     }
-    if !has("connect") && !has("port") {
+    if !meant("connect") && !meant("port") {
         let what = "connect is missing; write connect = \"127.0.0.1:8080\", or vm and port";
         complain(None, what);
     }

@@ -43,7 +43,8 @@ use forward::{Forward, Settings};
 use problems::Problem;
 pub(crate) use problems::Problems;
 use section::{Section, Source};
-use vms::{Found, Missing, Vm};
+pub(crate) use vms::Missing;
+use vms::{Found, Vm};
 pub(crate) use words::{local_address, parse_mode};
 
 /// What the file says. That it can be carried out, as far as can be known without trying, was found by whoever read it.
@@ -167,7 +168,7 @@ impl Config {
         forward.map(|forward| forward.line)
     }
 
-    /// The VM that a forward leads to or from, as the file calls it, and the port.
+    /// The VM that a forward leads to or from, as the file calls it.
     pub(crate) fn vm_of(&self, name: &str) -> Option<&str> {
         let forward = self.forwards.iter().find(|forward| forward.name == name)?;
         forward.vm().map(|(vm, _)| vm)
@@ -200,18 +201,21 @@ impl Config {
                 continue;
             };
             if let Err(e) = check_rule(&rule) {
-                complain(forward.line, format!("[forward.{}]: {e}", forward.name));
+                complain(
+                    forward.connect_line,
+                    format!("[forward.{}]: {e}", forward.name),
+                );
             }
             let same = |(_, other): &&(&Forward, Rule)| {
                 other.listen == rule.listen && !is_chosen(&rule.listen)
             };
             if let Some((other, _)) = seen.iter().find(same) {
-                let (name, line, listen) = (&other.name, other.line, &rule.listen);
+                let (name, line, listen) = (&other.name, other.listen_line, &rule.listen);
                 let text = format!(
                     "[forward.{}]: [forward.{name}] in line {line} listens on {listen} already; remove one, or choose another address",
                     forward.name
                 );
-                complain(forward.line, text);
+                complain(forward.listen_line, text);
             }
             seen.push((forward, rule));
         }

@@ -71,6 +71,20 @@ impl<'a, 'i> Section<'a, 'i> {
         self.table.contains_key(key)
     }
 
+    /// Whether a key that is unknown was probably meant to be this one. To be asked when all keys were taken.
+    pub(super) fn is_meant(&self, key: &str) -> bool {
+        let mut names = self.table.keys().map(|name| name.get_ref().as_ref());
+        names.any(|name| self.unknown(name) && self.nearest(name) == Some(key))
+    }
+
+    fn unknown(&self, key: &str) -> bool {
+        !self.known.contains(&key)
+    }
+
+    fn nearest(&self, key: &str) -> Option<&'static str> {
+        nearest(key, self.known.iter().copied())
+    }
+
     /// The line of a key that is there, or of the section.
     pub(super) fn line_of(&self, key: &str) -> usize {
         let entry = self.table.get_key_value(key);
@@ -169,14 +183,14 @@ impl<'a, 'i> Section<'a, 'i> {
     pub(super) fn finish(self) {
         for key in self.table.keys() {
             let name = key.get_ref().as_ref();
-            if self.known.contains(&name) {
+            if !self.unknown(name) {
                 continue;
             }
             let place = match self.title.as_str() {
                 "" => String::new(),
                 title => format!(" in {title}"),
             };
-            let remedy = match nearest(name, self.known.iter().copied()) {
+            let remedy = match self.nearest(name) {
                 Some(near) => format!("did you mean {near}?"),
                 None => format!("known there: {}", self.known.join(", ")),
             };
