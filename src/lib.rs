@@ -42,7 +42,7 @@
 //! | [`Proxy`], [`proxy::Handle`] | rules that are carried; forwards are added and removed, connections looked at, while it runs |
 //! | [`hyperkit`] | state directories of VMs, and finding them |
 //! | [`hyperv`], [`services`] | Hyper-V's VMs by name, and the services that its guests may dial |
-//! | [`vsock`] | this system's CID |
+//! | [`vsock`], [`hyperkit`], [`hyperv`] | `Stream` and `Listener` of that family alone; this system's CID |
 //! | [`framing`] | half-close for peers that have none |
 //! | [`mio`] | the same sockets for an event loop of mio's |
 //! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio |
@@ -77,6 +77,7 @@ pub mod cli;
 mod config;
 mod dial;
 pub mod error;
+pub mod family;
 pub mod framing;
 pub mod hyperkit;
 pub mod hyperv;
@@ -104,6 +105,6 @@ pub mod vsock;
 pub use address::{Address, AddressError};
 pub use error::{Error, Operation, Result};
 pub use listener::{DEFAULT_MODE, Listener};
-pub use name::SocketName;
+pub use name::{HvsockName, SocketName, VsockName};
 pub use proxy::{Proxy, ProxyConfig, Rule};
 pub use stream::Stream;

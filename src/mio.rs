@@ -142,7 +142,8 @@ impl Stream {
     }
 }
 
-const NO_POLLER: &str = "no poller can wait for it: use the blocking sockets";
+const NO_POLLER: &str =
+    "no poller can wait for AF_HYPERV or for frames: use the blocking sockets, or framing::Framed";
 
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -18,21 +18,29 @@ pub enum SocketName {
     /// Of TCP.
     Tcp(SocketAddr),
     /// Of AF_VSOCK.
-    Vsock {
-        /// The CID of its VM, or of the host.
-        cid: u32,
-        /// Its port; of a client mostly one of the kernel's choice.
-        port: Port,
-    },
+    Vsock(VsockName),
     /// Of AF_HYPERV.
-    Hvsock {
-        /// The id of its VM, as its partition is called here.
-        vm: VmId,
-        /// Its own service id; of a client mostly one of the system's choice.
-        service: ServiceId,
-    },
+    Hvsock(HvsockName),
     /// Of a Unix socket, as those of hyperkit and vsock-mux are, or of a named pipe: [`Address`](crate::Address) says which one.
     Unnamed,
+}
+
+/// An end of an AF_VSOCK connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct VsockName {
+    /// The CID of its VM, or of the host.
+    pub cid: u32,
+    /// Its port; of a client mostly one of the kernel's choice.
+    pub port: Port,
+}
+
+/// An end of an AF_HYPERV connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HvsockName {
+    /// The id of its VM, as its partition is called here.
+    pub vm: VmId,
+    /// Its own service id; of a client mostly one of the system's choice.
+    pub service: ServiceId,
 }
 
 impl SocketName {
@@ -43,14 +51,14 @@ impl SocketName {
         #[cfg(unix)]
         if let Some((cid, port)) = sys::vsock_of(address) {
             let port = Port(port);
-            return SocketName::Vsock { cid, port };
+            return SocketName::Vsock(VsockName { cid, port });
         }
         #[cfg(windows)]
         if let Some((vm, service)) = sys::hv_of(address) {
-            return SocketName::Hvsock {
+            return SocketName::Hvsock(HvsockName {
                 vm: VmId(vm),
                 service: ServiceId(service),
-            };
+            });
         }
         SocketName::Unnamed
     }
@@ -60,9 +68,21 @@ impl fmt::Display for SocketName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             SocketName::Tcp(address) => write!(f, "tcp://{address}"),
-            SocketName::Vsock { cid, port } => write!(f, "vsock://{cid}:{}", port.0),
-            SocketName::Hvsock { vm, service } => write!(f, "hvsock://{vm}/{service}"),
+            SocketName::Vsock(name) => name.fmt(f),
+            SocketName::Hvsock(name) => name.fmt(f),
             SocketName::Unnamed => f.write_str("a client without a name"),
         }
+    }
+}
+
+impl fmt::Display for VsockName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vsock://{}:{}", self.cid, self.port.0)
+    }
+}
+
+impl fmt::Display for HvsockName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "hvsock://{}/{}", self.vm, self.service)
     }
 }

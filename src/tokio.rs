@@ -52,6 +52,7 @@ impl Stream {
     /// # Errors
     /// As those of [`crate::Stream::connect_timeout`]. Also if it is called outside of a runtime with I/O and time.
     pub async fn connect(address: &Address) -> Result<Stream> {
+        refuse_frames(address.is_framed()).map_err(|e| explain(address, e))?;
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let mut dial = Dial::new(deadline);
         match Target::of(address) {
@@ -115,11 +116,23 @@ impl Stream {
     }
 }
 
+/// Without them what a peer said in frames would come as it is.
+fn refuse_frames(framed: bool) -> io::Result<()> {
+    match framed {
+        true => {
+            let why = "frames are for the blocking sockets";
+            Err(io::Error::new(io::ErrorKind::Unsupported, why))
+        }
+        false => Ok(()),
+    }
+}
+
 /// Takes over a blocking stream.
 impl TryFrom<crate::Stream> for Stream {
     type Error = io::Error;
 
     fn try_from(stream: crate::Stream) -> io::Result<Stream> {
+        refuse_frames(stream.is_framed())?;
         stream.set_nonblocking(true)?;
         let address = stream.address().clone();
         let socket = sys::watch_socket(stream.into_socket())?;
@@ -233,6 +246,8 @@ impl Listener {
     /// # Errors
     /// As those of [`crate::Listener::bind_with_mode`].
     pub fn bind(address: &Address) -> Result<Listener> {
+        let fail = |e| Error::new(Operation::Listen, address, e);
+        refuse_frames(address.is_framed()).map_err(fail)?;
         crate::Listener::bind(address).map(Listener)
     }
 

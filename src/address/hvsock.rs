@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::port::parse_u32;
 use super::uri::{self, Uri};
+use super::vsock::FRAMING;
 use super::{AddressError, Part, Port};
 
 /// The id of a VM, or one of the well-known ids that stand for several partitions.
@@ -135,7 +136,7 @@ impl fmt::Display for ServiceId {
 /// be taken for one of these. The service is a GUID, or a vsock port for [`ServiceId::from_port`].
 ///
 /// `?connected-suspend=yes` and `?container-passthru=yes` set options of the socket: those that are dialled, those that listen, and those that are
-/// accepted.
+/// accepted. `?framing=yes` speaks in the frames of [`framing`](crate::framing).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HvsockAddress {
     /// Which VM, or which partitions.
@@ -146,6 +147,21 @@ pub struct HvsockAddress {
     pub connected_suspend: bool,
     /// A VM's id means the container in that VM (`HVSOCKET_CONTAINER_PASSTHRU`), as for Hyper-V isolated containers.
     pub container_passthru: bool,
+    /// The peer speaks in frames ([`framing`](crate::framing)).
+    pub framing: bool,
+}
+
+impl HvsockAddress {
+    /// That service (or the vsock port for which it stands) of that VM, with nothing out of the ordinary.
+    pub fn new(vm: Vm, service: impl Into<ServiceId>) -> HvsockAddress {
+        HvsockAddress {
+            vm,
+            service: service.into(),
+            connected_suspend: false,
+            container_passthru: false,
+            framing: false,
+        }
+    }
 }
 
 const CONNECTED_SUSPEND: &str = "connected-suspend";
@@ -157,6 +173,7 @@ impl fmt::Display for HvsockAddress {
         let options = [
             (CONNECTED_SUSPEND, self.connected_suspend.then_some("yes")),
             (CONTAINER_PASSTHRU, self.container_passthru.then_some("yes")),
+            (FRAMING, self.framing.then_some("yes")),
         ];
         uri::write_query(f, &options)
     }
@@ -173,18 +190,15 @@ impl FromStr for HvsockAddress {
         };
         let service = uri.path.strip_prefix('/').unwrap_or("");
         let service = service.strip_suffix('/').unwrap_or(service);
-        let mut address = HvsockAddress {
-            vm,
-            service: parse_service(service)
-                .map_err(|reason| uri.error(Part::Service, service, reason))?,
-            connected_suspend: false,
-            container_passthru: false,
-        };
-        for (key, value) in uri.query(&[CONNECTED_SUSPEND, CONTAINER_PASSTHRU])? {
+        let id = parse_service(service);
+        let id = id.map_err(|reason| uri.error(Part::Service, service, reason))?;
+        let mut address = HvsockAddress::new(vm, id);
+        for (key, value) in uri.query(&[CONNECTED_SUSPEND, CONTAINER_PASSTHRU, FRAMING])? {
             let value = uri.yes_or_no(key, &value)?;
             match key {
                 CONNECTED_SUSPEND => address.connected_suspend = value,
-                _ => address.container_passthru = value,
+                CONTAINER_PASSTHRU => address.container_passthru = value,
+                _ => address.framing = value,
             }
         }
         Ok(address)

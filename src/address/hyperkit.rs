@@ -112,6 +112,16 @@ pub struct HyperkitAddress {
     pub port: Port,
 }
 
+impl HyperkitAddress {
+    /// That port of the VM with this state directory.
+    pub fn new(state_dir: impl Into<PathBuf>, port: impl Into<Port>) -> HyperkitAddress {
+        HyperkitAddress {
+            vm: HyperkitVm::new(state_dir),
+            port: port.into(),
+        }
+    }
+}
+
 impl fmt::Display for HyperkitAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.vm.write(f, Some(self.port))

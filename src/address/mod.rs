@@ -96,6 +96,15 @@ impl Address {
         matches!(self, Address::Hyperkit(_) | Address::VsockMux(_))
     }
 
+    /// Whether the peer speaks in frames.
+    pub(crate) fn is_framed(&self) -> bool {
+        match self {
+            Address::Vsock(vsock) => vsock.framing,
+            Address::Hvsock(hvsock) => hvsock.framing,
+            _ => false,
+        }
+    }
+
     /// Whether an EOF before the first byte is how a refusal looks.
     pub(crate) fn refuses_in_silence(&self) -> bool {
         matches!(self, Address::Hyperkit(_))

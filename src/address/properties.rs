@@ -130,24 +130,30 @@ fn address() -> impl Strategy<Value = Address> {
     ];
     prop_oneof![
         (vm(), port()).prop_map(|(vm, port)| HyperkitAddress { vm, port }.into()),
-        (port(), port(), proptest::option::of(128..u64::MAX)).prop_map(
-            |(cid, port, buffer_size)| {
+        (
+            port(),
+            port(),
+            proptest::option::of(128..u64::MAX),
+            any::<bool>()
+        )
+            .prop_map(|(cid, port, buffer_size, framing)| {
                 let cid = cid.0;
                 VsockAddress {
                     cid,
                     port,
                     buffer_size,
+                    framing,
                 }
                 .into()
-            }
-        ),
-        (hvsock_vm, service, any::<bool>(), any::<bool>()).prop_map(
-            |(vm, service, connected_suspend, container_passthru)| {
+            }),
+        (hvsock_vm, service, any::<[bool; 3]>()).prop_map(
+            |(vm, service, [connected_suspend, container_passthru, framing])| {
                 HvsockAddress {
                     vm,
                     service,
                     connected_suspend,
                     container_passthru,
+                    framing,
                 }
                 .into()
             }

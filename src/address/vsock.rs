@@ -30,7 +30,7 @@ const NAMES: [(&str, u32); 4] = [
 /// An address of Linux's `AF_VSOCK`: `vsock://[CID]:PORT`.
 ///
 /// The CID is a number or one of `any`, `hypervisor`, `local`, `host`; left out it is `any`, and printed so.
-/// `?buffer-size=BYTES` sets the socket's buffer.
+/// `?buffer-size=BYTES` sets the socket's buffer, `?framing=yes` speaks in the frames of [`framing`](crate::framing).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct VsockAddress {
     /// The context id, by which a VM or the host is known.
@@ -40,9 +40,24 @@ pub struct VsockAddress {
     /// How many bytes the peer may send ahead of our reading (`SO_VM_SOCKETS_BUFFER_SIZE`), at least 128; `None`: the
     /// kernel's 256 KiB. Newer kernels (seen: Debian's 6.1.0-56) let no sender go further than its own size, either.
     pub buffer_size: Option<u64>,
+    /// The peer speaks in frames ([`framing`](crate::framing)).
+    pub framing: bool,
+}
+
+impl VsockAddress {
+    /// That port of that CID, with nothing out of the ordinary.
+    pub fn new(cid: u32, port: impl Into<Port>) -> VsockAddress {
+        VsockAddress {
+            cid,
+            port: port.into(),
+            buffer_size: None,
+            framing: false,
+        }
+    }
 }
 
 const BUFFER_SIZE: &str = "buffer-size";
+pub(super) const FRAMING: &str = "framing";
 
 /// The kernel's `VSOCK_DEFAULT_BUFFER_MIN_SIZE` (`net/vmw_vsock/af_vsock.c`): less is raised to it in silence.
 const LEAST_BUFFER: u64 = 128;
@@ -55,7 +70,8 @@ impl fmt::Display for VsockAddress {
         }
         write!(f, ":{}", self.port.0)?;
         let size = self.buffer_size.map(|size| size.to_string());
-        uri::write_query(f, &[(BUFFER_SIZE, size.as_deref())])
+        let framing = self.framing.then_some("yes");
+        uri::write_query(f, &[(BUFFER_SIZE, size.as_deref()), (FRAMING, framing)])
     }
 }
 
@@ -65,13 +81,14 @@ impl FromStr for VsockAddress {
     fn from_str(input: &str) -> Result<VsockAddress, AddressError> {
         let uri = Uri::parse(input, "vsock", "vsock://3:1024")?;
         let (cid, port) = uri.split_port()?;
-        let mut address = VsockAddress {
-            cid: parse_cid(cid).map_err(|reason| uri.error(Part::Cid, cid, reason))?,
-            port: uri.port(port)?,
-            buffer_size: None,
-        };
+        let cid = parse_cid(cid).map_err(|reason| uri.error(Part::Cid, cid, reason))?;
+        let mut address = VsockAddress::new(cid, uri.port(port)?);
         uri.no_path()?;
-        for (key, value) in uri.query(&[BUFFER_SIZE])? {
+        for (key, value) in uri.query(&[BUFFER_SIZE, FRAMING])? {
+            if key == FRAMING {
+                address.framing = uri.yes_or_no(key, &value)?;
+                continue;
+            }
             let size = value.parse().ok().filter(|&size| size >= LEAST_BUFFER);
             let reason = "is a number of bytes, at least 128";
             let size = size.ok_or_else(|| uri.error(Part::Query, key, reason))?;

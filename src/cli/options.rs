@@ -67,13 +67,7 @@ fn hyper_v(vm: &str, service: &str) -> Result<Address, Failure> {
 pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, Failure> {
     let vm = Vm::parse(vm)
         .ok_or_else(|| Failure::Usage(format!("{vm:?} is neither a VM's name nor its id")))?;
-    let address = HvsockAddress {
-        vm,
-        service,
-        connected_suspend: false,
-        container_passthru: false,
-    };
-    Ok(address.into())
+    Ok(HvsockAddress::new(vm, service).into())
 }
 
 #[derive(Args, Debug)]

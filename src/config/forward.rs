@@ -137,6 +137,11 @@ impl Forward {
         self.vm.as_ref().map(|(vm, line)| (vm.as_str(), *line))
     }
 
+    /// Whether it holds its clients while its VM isn't there.
+    pub(super) fn waits_for_vm(&self) -> bool {
+        matches!(self.connect, End::Vm(_)) && self.settings.wait.is_some()
+    }
+
     /// The rule, with the VM where it was found.
     pub(super) fn rule(&self, vm: Option<&Place>) -> Option<Rule> {
         let address = |end: &End| match end {

@@ -221,12 +221,15 @@ impl Config {
         }
         for (vm, _) in &vms {
             let of = |forward: &&Forward| forward.vm().is_some_and(|(name, _)| name == vm.name);
-            let its = self.forwards.iter().filter(of);
-            let (reserved, cap) = (its.map(|it| it.reserved).sum::<usize>(), vm.connections());
-            if reserved > cap {
-                let name = &vm.name;
+            let mut its = self.forwards.iter().filter(of);
+            let places = its.clone().map(|it| it.reserved).sum::<usize>();
+            let (reserved, cap) = (places, vm.connections());
+            // To know that a guest has taken a client that waits takes a place, too.
+            let proof = usize::from(cap > 1 && places > 0 && its.any(Forward::waits_for_vm));
+            if reserved + proof > cap {
+                let (name, left) = (&vm.name, cap - proof);
                 let text = format!(
-                    "{name:?}: its forwards reserve {reserved} connections together, and it may have {cap}; reserve fewer, or raise connections in [vm.{name}]"
+                    "{name:?}: its forwards reserve {reserved} connections together, and it has {left} for them; reserve fewer, or raise connections in [vm.{name}]"
                 );
                 complain(vm.line, text);
             }

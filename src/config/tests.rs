@@ -228,7 +228,7 @@ fn vms_are_found_or_told_of() {
     assert!(
         told[0]
             .1
-            .contains("reserve 12 connections together, and it may have 10"),
+            .contains("reserve 12 connections together, and it has 10"),
         "{told:?}"
     );
 }

@@ -109,13 +109,7 @@ impl Place {
                 port,
             }
             .into(),
-            Place::HyperV(vm) => HvsockAddress {
-                vm: vm.clone(),
-                service: port.into(),
-                connected_suspend: false,
-                container_passthru: false,
-            }
-            .into(),
+            Place::HyperV(vm) => HvsockAddress::new(vm.clone(), port).into(),
         }
     }
 }

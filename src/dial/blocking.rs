@@ -139,6 +139,9 @@ pub(crate) fn check(address: &Address) -> Result<()> {
     match address {
         #[cfg(windows)]
         Address::Hvsock(hvsock) => super::hyperv::check(address, hvsock),
+        _ if matches!(Target::of(address), Target::NotCarried) => {
+            Err(not_carried(Operation::Connect, address))
+        }
         _ => Ok(()),
     }
 }

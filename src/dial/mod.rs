@@ -139,7 +139,6 @@ impl Dial {
 }
 
 /// Whether another dial may have more luck later: what failed isn't there yet, or not up yet.
-#[cfg(feature = "cli")]
 pub(crate) fn may_come(error: &Error) -> bool {
     use io::ErrorKind::{
         BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,

@@ -1,6 +1,27 @@
-//! hyperkit's state directory: its names, and the 18-byte line that asks for a connection.
+//! hyperkit's VMs: their state directories, the 18-byte line that asks for a connection, and their sockets alone.
 //!
 //! Source of every name and number here: hyperkit's `src/lib/pci_virtio_sock.c`.
+//!
+//! ```
+//! # #[cfg(unix)] {
+//! use hvsock::address::HyperkitAddress;
+//! use hvsock::hyperkit::Stream;
+//! use std::io::{Read, Write};
+//! use std::net::Shutdown;
+//! # use hvsock::simulate::{Service, Vm};
+//! # let dir = tempfile::tempdir()?;
+//! # let vm = Vm::builder(dir.path()).guest(7, Service::Echo).start()?;
+//! # let state_dir = dir.path();
+//!
+//! let mut stream = Stream::connect(&HyperkitAddress::new(state_dir, 7))?;
+//! stream.write_all(b"hello")?;
+//! stream.shutdown(Shutdown::Write)?;
+//! let mut echo = String::new();
+//! stream.read_to_string(&mut echo)?;
+//! assert_eq!(echo, "hello");
+//! # }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod discovery;
 mod state;
@@ -10,13 +31,19 @@ mod tests;
 use std::path::PathBuf;
 
 pub use crate::address::HyperkitVm;
-use crate::address::Port;
+use crate::address::{HyperkitAddress, Port};
+use crate::family;
 #[cfg(unix)]
 pub(crate) use state::running_pid;
 
 #[cfg(feature = "cli")]
 pub(crate) use discovery::survey;
 pub use discovery::{Discovered, Places, Source, discover, find};
+
+/// A connection with a hyperkit guest. Dropping it is not enough: see [`finish`](crate::Stream::finish).
+pub type Stream = family::Stream<HyperkitAddress>;
+/// A port of the host that a hyperkit guest dials.
+pub type Listener = family::Listener<HyperkitAddress>;
 
 /// The CID of the host, as the guest dials it (`VMADDR_CID_HOST`).
 pub const HOST_CID: u32 = 2;

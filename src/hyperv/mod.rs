@@ -1,4 +1,12 @@
-//! Hyper-V's VMs: their names and ids.
+//! Windows' Hyper-V: the sockets of AF_HYPERV alone, and its VMs' names and ids.
+//!
+//! ```no_run
+//! use hvsock::address::{HvsockAddress, Port, Vm};
+//! use hvsock::hyperv::{Stream, find};
+//!
+//! let guest = Stream::connect(&HvsockAddress::new(Vm::Id(find("My VM")?), Port(2375)))?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 //!
 //! AF_HYPERV knows VMs by their ids alone, people by their names. Windows PowerShell's `Get-VM` knows both; it is asked
 //! for all VMs, and a name is looked for here, so that no name ever gets into a script. On systems other than Windows
@@ -15,8 +23,14 @@ use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::address::VmId;
+use crate::address::{HvsockAddress, VmId};
 use crate::error::{Error, Operation, Result};
+use crate::family;
+
+/// A connected AF_HYPERV stream.
+pub type Stream = family::Stream<HvsockAddress>;
+/// A listening AF_HYPERV socket.
+pub type Listener = family::Listener<HvsockAddress>;
 
 /// A VM of Hyper-V.
 #[derive(Clone, Debug, PartialEq, Eq)]

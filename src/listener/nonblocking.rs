@@ -11,7 +11,7 @@ use socket2::{Domain, Socket, Type};
 use super::local::LocalListener;
 use crate::address::{Address, Host, TcpAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
-use crate::name::SocketName;
+use crate::name::{SocketName, VsockName};
 use crate::stream::nonblocking::Stream;
 use crate::sys::{self, AsSocket, Wanted};
 
@@ -89,7 +89,7 @@ impl Listener {
                 host: Host::Ip(bound.ip()),
                 port: bound.port(),
             }),
-            (Ok(SocketName::Vsock { port, .. }), Address::Vsock(vsock)) => {
+            (Ok(SocketName::Vsock(VsockName { port, .. })), Address::Vsock(vsock)) => {
                 Address::Vsock(VsockAddress {
                     port,
                     ..vsock.clone()

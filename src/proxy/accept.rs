@@ -10,10 +10,12 @@ use tracing::{error, info, warn};
 use crate::address::Address;
 use crate::listener::nonblocking::FileState;
 use crate::name::SocketName;
-use crate::relay::Socket;
+use crate::relay::{CLIENT, SERVER, Socket};
 
 use super::counters::add_one;
 use super::forward::{Complaints, Forward};
+use super::gate::{Full, Ticket};
+use super::status::Obstacle;
 use super::worker::{Command, Phase, Worker};
 use super::world::World;
 
@@ -38,11 +40,39 @@ pub(crate) struct Listening<L> {
     pub(super) ready: bool,
     /// Not before this time.
     paused: Option<Instant>,
+    /// Its VM has no place for it: the gate wakes us when that may have changed.
+    full: bool,
     complaints: Complaints,
+    /// When its socket's file and its VM are to be looked after.
     watch: Instant,
     lost: bool,
+    /// What status says of it.
+    obstacle: Option<Obstacle>,
     /// Its forward is gone: another may have its place.
     removed: bool,
+}
+
+impl<L> Listening<L> {
+    /// Notes what keeps clients from being accepted.
+    fn set_obstacle(&mut self, obstacle: Obstacle, why: &dyn std::fmt::Display, now: Instant) {
+        if self.obstacle.replace(obstacle) != Some(obstacle) {
+            self.forward.board.blocked(obstacle, why.to_string(), now);
+        }
+    }
+
+    /// Someone was accepted, or nobody waits.
+    fn unblock(&mut self) {
+        // Who comes to a socket whose file is lost came before that.
+        if self.obstacle != Some(Obstacle::Lost) {
+            self.found();
+        }
+    }
+
+    fn found(&mut self) {
+        if self.obstacle.take().is_some() {
+            self.forward.board.unblocked();
+        }
+    }
 }
 
 impl<W: World> Worker<W> {
@@ -56,15 +86,17 @@ impl<W: World> Worker<W> {
         let free = self.listeners.iter().position(|it| it.removed);
         let index = free.unwrap_or(self.listeners.len());
         self.world.watch_listener(&mut listener, index)?;
-        let watch = self.world.now() + WATCH;
+        let watch = self.world.now();
         let listening = Listening {
             listener: Some(listener),
             forward,
             ready: true,
             paused: None,
+            full: false,
             complaints: Complaints::default(),
             watch,
             lost: false,
+            obstacle: None,
             removed: false,
         };
         match self.listeners.get_mut(index) {
@@ -106,9 +138,9 @@ impl<W: World> Worker<W> {
     /// When a listener wants to be looked at without an event.
     pub(super) fn next_accept(&self, now: Instant) -> Option<Instant> {
         let wants = |listening: &Listening<W::Listener>| {
-            let ready = (listening.ready && listening.listener.is_some())
+            let ready = (listening.ready && !listening.full && listening.listener.is_some())
                 .then(|| listening.paused.unwrap_or(now));
-            let watched = !listening.removed && has_file(&listening.forward);
+            let watched = !listening.removed && is_watched(&listening.forward);
             [ready, watched.then_some(listening.watch)]
                 .into_iter()
                 .flatten()
@@ -124,13 +156,13 @@ impl<W: World> Worker<W> {
                 listening.paused = None;
             }
             if listening.ready && listening.paused.is_none() {
-                self.accept_from(index, now);
+                self.accept_from(index, false, now);
             }
             let listening = &mut self.listeners[index];
-            let due = listening.watch <= now && !listening.removed;
-            if due && has_file(&listening.forward) {
+            if listening.watch <= now && !listening.removed {
                 listening.watch = now + WATCH;
                 self.look_after(index, now);
+                self.look_at_vms(index, now);
             }
         }
     }
@@ -149,38 +181,53 @@ impl<W: World> Worker<W> {
             if !listening.ready || listening.paused.is_some() {
                 break;
             }
-            self.accept_from(index, now);
+            self.accept_from(index, true, now);
         }
     }
 
-    fn accept_from(&mut self, index: usize, now: Instant) {
+    /// Accepts who waits at a listener: those for whom there is a place in its VM, or `all` of them.
+    fn accept_from(&mut self, index: usize, all: bool, now: Instant) {
         for _ in 0..BATCH {
             let listening = &mut self.listeners[index];
-            let Some(listener) = &listening.listener else {
+            if listening.listener.is_none() {
                 return;
-            };
+            }
             let limit = self.shared.room();
             // Guests are accepted whatever happens: hyperkit stands still until they are.
-            if !listening.forward.is_polite(crate::relay::CLIENT)
+            if !listening.forward.is_polite(CLIENT)
                 && self.shared.live.load(Ordering::Relaxed) >= limit
             {
                 let reason = io::Error::other(format!(
                     "{limit} connections are open, and more are not allowed"
                 ));
-                return self.pause(index, now, &reason);
+                return self.pause(index, Obstacle::Full, now, &reason);
             }
+            let ticket = match self.ticket(index, all) {
+                Ok(ticket) => ticket,
+                Err(full) => {
+                    self.listeners[index].full = true;
+                    return self.block(index, Obstacle::Full, &full, now);
+                }
+            };
+            let listening = &mut self.listeners[index];
+            let Some(listener) = &listening.listener else {
+                return;
+            };
+            listening.full = false;
             match self.world.accept(listener) {
                 Ok((stream, peer)) => {
+                    listening.unblock();
                     let forward = Arc::clone(&listening.forward);
                     tracing::debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     self.shared.live.fetch_add(1, Ordering::AcqRel);
                     add_one(&forward.tally.accepted);
                     add_one(&forward.tally.live);
-                    self.hand_over(stream, peer, forward, now);
+                    self.hand_over(stream, peer, forward, ticket, now);
                 }
                 Err(e) => match e.kind() {
                     io::ErrorKind::WouldBlock => {
                         listening.ready = false;
+                        listening.unblock();
                         return;
                     }
                     // The client left before it was accepted; the next may not have. (macOS then may give a socket
@@ -189,16 +236,46 @@ impl<W: World> Worker<W> {
                     | io::ErrorKind::InvalidInput
                     | io::ErrorKind::Interrupted => {}
                     // Invariant 10: no error ends a listener. Most often descriptors ran out: a close brings one.
-                    _ => return self.pause(index, now, &e),
+                    _ => return self.pause(index, Obstacle::Paused, now, &e),
                 },
             }
         }
     }
 
-    fn pause(&mut self, index: usize, now: Instant, reason: &io::Error) {
+    /// A client's right to a place in the VM that its forward leads to, if there is one.
+    fn ticket(&self, index: usize, all: bool) -> Result<Option<Ticket>, Full> {
+        let forward = &self.listeners[index].forward;
+        match &forward.gates[SERVER] {
+            // Guests are accepted whatever happens.
+            Some(gate) if !forward.is_polite(CLIENT) && !all => {
+                let wake = self.shared.inboxes[self.index].waker();
+                gate.enter(forward.id, self.index, &wake).map(Some)
+            }
+            Some(gate) => Ok(Some(gate.line_up(forward.id))),
+            None => Ok(None),
+        }
+    }
+
+    fn pause(&mut self, index: usize, obstacle: Obstacle, now: Instant, reason: &io::Error) {
+        self.listeners[index].paused = Some(now + PAUSE);
+        self.block(index, obstacle, reason, now);
+    }
+
+    /// Says why clients have to wait.
+    fn block(
+        &mut self,
+        index: usize,
+        obstacle: Obstacle,
+        reason: &dyn std::fmt::Display,
+        now: Instant,
+    ) {
         let listening = &mut self.listeners[index];
-        listening.paused = Some(now + PAUSE);
-        if listening.complaints.admit("paused", now).is_some() {
+        listening.set_obstacle(obstacle, reason, now);
+        let key = match obstacle {
+            Obstacle::Full => "full",
+            _ => "paused",
+        };
+        if listening.complaints.admit(key, now).is_some() {
             let listen = &listening.forward.rule.listen;
             warn!("not accepting on {listen} for now: {reason}; clients wait");
         }
@@ -210,6 +287,7 @@ impl<W: World> Worker<W> {
         stream: W::Stream,
         peer: SocketName,
         forward: Arc<Forward>,
+        ticket: Option<Ticket>,
         now: Instant,
     ) {
         let load = |index: &usize| self.shared.inboxes[*index].load.load(Ordering::Relaxed);
@@ -224,9 +302,21 @@ impl<W: World> Worker<W> {
         };
         self.shared.inboxes[to].load.fetch_add(1, Ordering::Relaxed);
         if to == self.index {
-            self.adopt(stream, peer, forward, now);
+            self.adopt(stream, peer, forward, ticket, now);
         } else {
-            self.shared.inboxes[to].send(Command::Adopt(stream, peer, forward));
+            self.shared.inboxes[to].send(Command::Adopt(stream, peer, forward, ticket));
+        }
+    }
+
+    /// Looks whether the VMs of a forward are there: so it is known without a client who finds out.
+    fn look_at_vms(&mut self, index: usize, now: Instant) {
+        let forward = Arc::clone(&self.listeners[index].forward);
+        for gate in forward.gates.iter().flatten() {
+            if let Some(vm) = gate.is_to_be_looked_at(now, WATCH) {
+                let identity = self.world.vm_identity(vm);
+                let process = self.world.vm_process(vm);
+                gate.look(identity, process, now);
+            }
         }
     }
 
@@ -234,17 +324,20 @@ impl<W: World> Worker<W> {
     /// `/tmp` remove what is old.
     fn look_after(&mut self, index: usize, now: Instant) {
         let listening = &mut self.listeners[index];
-        if self.phase != Phase::Running {
+        if self.phase != Phase::Running || !has_file(&listening.forward) {
             return;
         }
         let state = match &listening.listener {
             Some(listener) => self.world.file_state(listener),
             None => FileState::Missing,
         };
-        let rule = &listening.forward.rule;
+        let forward = Arc::clone(&listening.forward);
+        let rule = &forward.rule;
         match state {
             FileState::Ours => {}
             FileState::Taken => {
+                let why = "another program has taken its place";
+                listening.set_obstacle(Obstacle::Lost, &why, now);
                 if !listening.lost {
                     listening.lost = true;
                     error!(
@@ -257,7 +350,7 @@ impl<W: World> Worker<W> {
                 Ok(mut listener) => {
                     // The old one first, who waits there before that.
                     listening.ready = listening.listener.is_some();
-                    self.accept_from(index, now);
+                    self.accept_from(index, true, now);
                     let listening = &mut self.listeners[index];
                     let rule = &listening.forward.rule;
                     if let Some(old) = listening.listener.take() {
@@ -271,8 +364,10 @@ impl<W: World> Worker<W> {
                     listening.listener = Some(listener);
                     listening.ready = true;
                     listening.lost = false;
+                    listening.found();
                 }
                 Err(e) => {
+                    listening.set_obstacle(Obstacle::Lost, &e, now);
                     if !listening.lost {
                         listening.lost = true;
                         error!(
@@ -286,12 +381,13 @@ impl<W: World> Worker<W> {
     }
 
     /// Closes all listeners but those that guests dial: an unbound port is what hyperkit can't stand.
-    pub(super) fn close_client_listeners(&mut self) {
+    pub(super) fn close_client_listeners(&mut self, now: Instant) {
         for listening in &mut self.listeners {
-            if !listening.forward.is_polite(crate::relay::CLIENT)
+            if !listening.forward.is_polite(CLIENT)
                 && let Some(listener) = listening.listener.take()
             {
                 self.world.close_listener(listener);
+                listening.set_obstacle(Obstacle::Closed, &"", now);
             }
         }
     }
@@ -303,6 +399,11 @@ impl<W: World> Worker<W> {
             }
         }
     }
+}
+
+/// Whether there is something to be looked at now and then.
+fn is_watched(forward: &Forward) -> bool {
+    has_file(forward) || forward.gate().is_some()
 }
 
 /// Whether the forward listens on a socket with a file.

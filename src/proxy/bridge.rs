@@ -51,6 +51,15 @@ pub(crate) struct Ended {
     pub(crate) abandoned: bool,
 }
 
+/// How far a bridge is that carries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Progress {
+    /// Bytes of each side that were given to the other.
+    pub(crate) delivered: [u64; 2],
+    /// One side has ended.
+    pub(crate) half_closed: bool,
+}
+
 /// Cuts a bridge off.
 #[derive(Debug)]
 pub(crate) struct Bridge {
@@ -90,13 +99,15 @@ impl Bridge {
         }
     }
 
-    /// Bytes of each side that were given to the other.
-    pub(crate) fn delivered(&self) -> [u64; 2] {
-        let of = |end: &Weak<End>| {
-            let end = end.upgrade();
-            end.map_or(0, |end| end.delivered.load(Ordering::Relaxed))
-        };
-        self.ends.each_ref().map(of)
+    /// How far it is.
+    pub(crate) fn progress(&self) -> Progress {
+        let ends = self.ends.each_ref().map(Weak::upgrade);
+        let delivered = |end: &Arc<End>| end.delivered.load(Ordering::Relaxed);
+        let half_closed = |end: &Arc<End>| end.half_closed.load(Ordering::Acquire);
+        Progress {
+            delivered: ends.each_ref().map(|end| end.as_ref().map_or(0, delivered)),
+            half_closed: ends.iter().flatten().any(half_closed),
+        }
     }
 
     /// Breaks both directions off. To be called again until the end is told: what a thread was about to begin is not
@@ -197,9 +208,11 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     for (side, end) in ends.into_iter().enumerate() {
         let whole = flows[1 - side] == Flow::Finished;
         abandoned |= match farewell(flows, side) {
-            Farewell::Close => false,
+            Farewell::Close if !end.stream.is_framed() || flows[side] == Flow::Dead => false,
             _ if cut.load(Ordering::Acquire) => abort(&end.stream),
-            Farewell::Linger => drain(&end.stream, order.drain(side).unwrap_or(LINGER)),
+            Farewell::Close | Farewell::Linger => {
+                drain(&end.stream, order.drain(side).unwrap_or(LINGER))
+            }
             Farewell::Reset => match order.drain(side).filter(|_| whole) {
                 Some(time) => drain(&end.stream, time),
                 // What a peer has not got that takes nothing, it will never get.

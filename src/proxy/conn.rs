@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 
 use tracing::{Span, debug, debug_span, warn};
 
-use crate::dial::{self, Dial};
+use crate::dial::Dial;
 use crate::error::{Error, Operation};
 use crate::name::SocketName;
 use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Socket, Turn};
 
 use super::counters::Reason;
 use super::forward::Forward;
-use super::gate::{Full, Gate, Permit, Place};
+use super::gate::{Full, Permit, Place, Ticket};
 use super::handle::{ConnectionState, ConnectionStatus};
 use super::observer::{ConnectionId, What};
+use super::quiet::Quiet;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
 use super::world::World;
@@ -26,7 +27,7 @@ const BUDGET: usize = 256 * 1024;
 
 /// How long a half-close to a guest that has said nothing yet is kept back. hyperkit refuses by EOF, some 50 µs after
 /// the dial: an EOF before our half-close is a refusal, one after it an empty answer.
-const HOLD: Duration = Duration::from_millis(10);
+pub(super) const HOLD: Duration = Duration::from_millis(10);
 
 /// How much can lie unread between us and a guest that has not accepted: more delivered than this, and it has.
 /// (hyperkit asks for socket buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels double it.)
@@ -43,6 +44,11 @@ pub(crate) struct Conn<S> {
     pub(super) permit: Option<Permit>,
     /// The place that it takes in the VM of the guest that dialled us.
     pub(super) place: Option<Place>,
+    /// Its right to a place in the VM that is to be dialled.
+    pub(super) ticket: Option<Ticket>,
+    /// What is to be known of it while its target isn't there, if it is to be held then.
+    pub(super) held: Option<Held>,
+    pub(super) quiet: Quiet,
     /// In the ready queue.
     pub(super) ready: bool,
     pub(super) timer: Option<Instant>,
@@ -66,6 +72,13 @@ pub(super) enum State<S> {
         server: End<S>,
         dial: Dial,
     },
+    /// It is not known yet whether the guest has taken the dial. Until then, if that can't be found out otherwise.
+    Proving {
+        client: End<S>,
+        server: End<S>,
+        dial: Dial,
+        until: Option<Instant>,
+    },
     Relaying {
         pair: Pair<S>,
         /// Until when the client's half-close to hyperkit is kept back.
@@ -82,6 +95,27 @@ pub(super) enum State<S> {
     },
     /// Between two states, within one call.
     Moving,
+}
+
+impl<S> State<S> {
+    pub(super) fn waiting(client: End<S>, dial: Dial) -> State<S> {
+        State::Waiting {
+            client,
+            dial,
+            full: None,
+        }
+    }
+}
+
+/// A client that is held while its target isn't there.
+#[derive(Debug)]
+pub(super) struct Held {
+    /// Before the next try after this one.
+    pub(super) pause: Duration,
+    /// When the next try is due, if none is under way.
+    pub(super) redial: Option<Instant>,
+    /// What the last one came to.
+    pub(super) last: Option<(Error, Reason)>,
 }
 
 impl<S> Leave<S> {
@@ -109,13 +143,18 @@ impl<S: crate::relay::Socket> Conn<S> {
     ) -> Conn<S> {
         let rule = &forward.rule;
         let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
-        let place = forward.gates[CLIENT].as_ref().map(Gate::place);
+        let place = forward.gates[CLIENT]
+            .as_ref()
+            .map(|gate| gate.place(forward.id));
         Conn {
             name,
             forward,
             state: State::Moving,
             permit: None,
             place,
+            ticket: None,
+            held: None,
+            quiet: Quiet::new(since),
             ready: false,
             timer: None,
             counted: [0; 2],
@@ -127,10 +166,16 @@ impl<S: crate::relay::Socket> Conn<S> {
 
     pub(super) fn latch(&mut self, side: usize, readiness: Readiness) {
         match &mut self.state {
-            State::Waiting { client, .. } | State::Connecting { client, .. } if side == CLIENT => {
+            State::Waiting { client, .. }
+            | State::Connecting { client, .. }
+            | State::Proving { client, .. }
+                if side == CLIENT =>
+            {
                 client.latch(readiness);
             }
-            State::Connecting { server, .. } => server.latch(readiness),
+            State::Connecting { server, .. } | State::Proving { server, .. } => {
+                server.latch(readiness);
+            }
             State::Relaying { pair, .. } => pair.ends[side].latch(readiness),
             State::Leaving { ends, .. } => {
                 if let Some(leave) = &mut ends[side] {
@@ -156,7 +201,9 @@ impl<S: crate::relay::Socket> Conn<S> {
             forward: self.forward.id,
             peer: self.peer,
             state: match &self.state {
-                State::Waiting { .. } | State::Connecting { .. } => ConnectionState::Dialling,
+                State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
+                    ConnectionState::Dialling
+                }
                 State::Relaying { .. } | State::Bridged => ConnectionState::Open,
                 State::Leaving { .. } | State::Moving => ConnectionState::Ending,
             },
@@ -179,6 +226,11 @@ impl<S: crate::relay::Socket> Conn<S> {
         forward.tally.refused(reason);
         forward.board.failed(error.to_string(), now);
         self.tell(What::Refused(error));
+        // Of those who are not there it was told when that was found.
+        if reason == Reason::Absent {
+            debug!("refused a client of {}: {error}", forward.rule.listen);
+            return;
+        }
         if let Some(more) = forward.complaints.admit(&error.to_string(), now) {
             match more {
                 0 => warn!("refused a client of {}: {error}", forward.rule.listen),
@@ -201,11 +253,37 @@ impl<W: World> Worker<W> {
         let Some(conn) = self.conns.get_mut(id) else {
             return;
         };
-        let State::Connecting { client, server, .. } = conn.take_state() else {
+        if matches!(conn.state, State::Connecting { .. }) {
+            self.carry(id, None, false, now);
+        }
+    }
+
+    /// Begins to carry between a client and its server, which has said this already. `taken` if a refusal would be known
+    /// by now, however the server's family tells it.
+    pub(super) fn carry(
+        &mut self,
+        id: Id,
+        first: Option<(Box<[u8]>, usize)>,
+        taken: bool,
+        now: Instant,
+    ) {
+        let Some(conn) = self.conns.get_mut(id) else {
             return;
+        };
+        let (client, server) = match conn.take_state() {
+            State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {
+                (client, server)
+            }
+            other => {
+                conn.state = other;
+                return;
+            }
         };
         conn.span.in_scope(|| debug!("connected"));
         conn.tell(What::Connected);
+        conn.forward.found(now);
+        (conn.ticket, conn.held) = (None, None);
+        conn.quiet = Quiet::new(now);
         if conn.forward.is_bridged() {
             let ends = [client.socket, server.socket];
             let drain = conn.forward.rule.timeouts.drain;
@@ -218,15 +296,20 @@ impl<W: World> Worker<W> {
                 let error = Error::new(Operation::Run, "a connection's thread", e);
                 conn.refused(&error, Reason::Other, now);
                 self.forget(id, now);
+            } else {
+                self.look_at_bridge(id, now);
             }
             return;
         }
         let mut pair = Pair::new(client, server);
         let mut hold = None;
-        if conn.forward.rule.connect.refuses_in_silence() {
+        if conn.forward.rule.connect.refuses_in_silence() && !taken {
             pair.refuses_silently(UNREAD);
             pair.hold(CLIENT);
             hold = Some(now + HOLD);
+        }
+        if let Some((buffer, len)) = first {
+            pair.give(SERVER, buffer, len);
         }
         // Towards a peer that takes a half-close for the end of both directions it is kept back until the peer has ended.
         for side in [CLIENT, SERVER] {
@@ -251,21 +334,23 @@ impl<W: World> Worker<W> {
             return;
         };
         match &mut conn.state {
-            State::Waiting { client, dial, full } => {
+            State::Waiting { client, dial, .. } => {
                 if client.is_gone() {
                     return self.forget(id, now);
                 }
-                if now >= dial.deadline() {
-                    let why = match full {
-                        Some(full) => full.to_string(),
-                        None => "no connection within the dial timeout".to_owned(),
+                let deadline = dial.deadline();
+                if now >= deadline {
+                    return self.run_out(id, now);
+                }
+                if let Some(held) = &conn.held
+                    && let Some(redial) = held.redial
+                {
+                    return match now < redial {
+                        true => self.set_timer(id, redial),
+                        false => self.begin_dial(id, now),
                     };
-                    let cause = io::Error::new(io::ErrorKind::TimedOut, why);
-                    let error = Error::new(Operation::Connect, &conn.forward.rule.connect, cause);
-                    return self.refuse(id, &error, now);
                 }
                 if conn.timer.is_none() {
-                    let deadline = dial.deadline();
                     // The timer was that of another try, unless the dial still waits for a name or for leave.
                     let again = dial.endpoint().is_some()
                         && (conn.permit.is_some() || conn.forward.gates[SERVER].is_none());
@@ -284,10 +369,7 @@ impl<W: World> Worker<W> {
                     return self.forget_client(id, now);
                 }
                 if now >= dial.deadline() {
-                    let why = "no connection within the dial timeout";
-                    let cause = io::Error::new(io::ErrorKind::TimedOut, why);
-                    let error = dial::explain(&conn.forward.rule.connect, cause);
-                    return self.refuse(id, &error, now);
+                    return self.run_out(id, now);
                 }
                 let attempt = if now >= dial.attempt_deadline() {
                     Err(io::ErrorKind::TimedOut.into())
@@ -314,11 +396,7 @@ impl<W: World> Worker<W> {
                         else {
                             return;
                         };
-                        conn.state = State::Waiting {
-                            client,
-                            dial,
-                            full: None,
-                        };
+                        conn.state = State::waiting(client, dial);
                         self.world.close(server.socket);
                         if self.retry(id, e, now) {
                             self.connect(id, now);
@@ -326,12 +404,16 @@ impl<W: World> Worker<W> {
                     }
                 }
             }
+            State::Proving { .. } => self.go_on_proving(id, now),
             State::Relaying { .. } => self.relay(id, now),
-            State::Bridged if self.phase == Phase::Cutting || conn.forward.is_cut() => {
+            State::Bridged
+                if self.phase == Phase::Cutting
+                    || conn.forward.is_cut()
+                    || conn.quiet.is_over() =>
+            {
                 self.cut_bridge(id, now);
             }
-            // An event from before.
-            State::Bridged => {}
+            State::Bridged => self.look_at_bridge(id, now),
             State::Leaving { .. } => self.go_on_leaving(id, now),
             State::Moving => {}
         }
@@ -366,12 +448,13 @@ impl<W: World> Worker<W> {
         {
             permit.answered();
         }
+        conn.quiet.note(moved, pair.is_half_closed(), now);
         match turn {
             Turn::Again => self.make_ready(id),
             Turn::Done => self.leave(id, now),
             Turn::Wait if pair.is_holding(CLIENT) && hold.is_some() => {
                 if let Some(until) = *hold {
-                    self.set_timer(id, until);
+                    self.arm(id, until);
                 }
             }
             // A half-close that is kept back may wait for an end that never comes: that peer may not pass its own on,
@@ -383,13 +466,15 @@ impl<W: World> Worker<W> {
                     *end = None;
                 }
                 let end = *end.get_or_insert(after(now, conn.forward.rule.timeouts.drain));
-                if now < end {
-                    self.set_timer(id, end)
-                } else {
-                    self.leave(id, now)
+                if now >= end {
+                    return self.leave(id, now);
                 }
+                self.arm(id, end);
             }
             Turn::Wait => {}
+        }
+        if turn == Turn::Wait {
+            self.cut_if_quiet(id, now);
         }
     }
 }

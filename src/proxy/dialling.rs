@@ -1,13 +1,10 @@
 //! How a connection comes to be: adopted, its target named, let through the VM's gate, connected, or refused.
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial::{self, Begun, Dial, Next};
 use crate::error::{Error, Operation};
 use crate::listener::nonblocking::not_carried;
@@ -15,26 +12,18 @@ use crate::name::SocketName;
 use crate::relay::{CLIENT, End, Readiness, SERVER, Socket};
 use crate::stream::nonblocking::{Endpoint, Target};
 
-use super::conn::{Conn, Leave, State};
-use super::counters::{Reason, add_one};
+use super::conn::{Conn, Held, Leave, State};
+use super::counters::Reason;
 use super::forward::Forward;
-use super::gate::{Admission, Gate, Permit};
-use super::leaving::LAST_LEAVE;
+use super::gate::{Full, Gate, Ticket};
 use super::observer::What;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
 use super::world::World;
 
-/// How long a dial waits when a cap of its VM is reached before it asks again.
-const FULL_PAUSE: Duration = Duration::from_millis(10);
-
-/// The connections of this worker that wait for leave to dial one VM, first come, first served.
-#[derive(Debug)]
-pub(crate) struct DialQueue {
-    gate: Arc<Gate>,
-    waiting: VecDeque<Id>,
-    next: Instant,
-}
+/// How long a client is held before its target is dialled again, doubled with each time up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 impl<W: World> Worker<W> {
     /// Takes over an accepted connection and begins to dial its target.
@@ -43,11 +32,18 @@ impl<W: World> Worker<W> {
         mut stream: W::Stream,
         peer: SocketName,
         forward: Arc<Forward>,
+        ticket: Option<Ticket>,
         now: Instant,
     ) {
         let name = self.shared.next_connection();
-        let conn = Conn::new(Some(name), Arc::clone(&forward), peer, now);
+        let mut conn = Conn::new(Some(name), Arc::clone(&forward), peer, now);
         conn.tell(What::Accepted);
+        conn.ticket = ticket;
+        conn.held = forward.wait().map(|_| Held {
+            pause: FIRST_PAUSE,
+            redial: None,
+            last: None,
+        });
         let id = self.conns.insert(conn);
         let drain = forward.rule.timeouts.drain;
         let crossed = match forward.is_crossed(CLIENT) {
@@ -55,65 +51,66 @@ impl<W: World> Worker<W> {
             false => Ok(()),
         };
         let watched = crossed.and_then(|()| self.world.watch(&mut stream, id.token(CLIENT)));
-        let deadline = after(now, forward.rule.timeouts.dial);
-        let mut dial = Dial::new(deadline);
-        let target = &forward.rule.connect;
+        let patience = forward.wait().unwrap_or(forward.rule.timeouts.dial);
+        let deadline = after(now, patience);
         // Guests find the port bound until the very end, but are not served any more.
         let closed = match self.phase {
             Phase::Running => forward.is_cut(),
             Phase::Stopping => forward.is_polite(CLIENT),
             Phase::Cutting => true,
         };
-        let ready = match target {
-            _ if watched.is_err() || closed => Some(false),
-            _ if forward.is_blocking(SERVER) => {
-                let limit = forward.rule.timeouts.dial;
-                let patience = dial::patience(target, limit);
-                self.world.dial(id.token(SERVER), target, patience);
-                None
-            }
-            _ => match Target::of(target) {
-                Target::Endpoint(endpoint) => {
-                    // To hyperkit only with leave of its gate.
-                    let at_once = !matches!(endpoint, Endpoint::Hyperkit(_));
-                    dial.add([endpoint]);
-                    at_once.then_some(true)
-                }
-                Target::Name { host, port } => {
-                    self.world.resolve(id.token(SERVER), host, port);
-                    None
-                }
-                Target::NotCarried => Some(false),
-            },
-        };
-        let queued = dial.endpoint().is_some() && ready.is_none();
         let mut client = End::new(stream);
         client.latch(Readiness {
             readable: client.socket.is_settled(),
             ..Readiness::default()
         });
         if let Some(conn) = self.conns.get_mut(id) {
-            conn.state = State::Waiting {
-                client,
-                dial,
-                full: None,
-            };
+            conn.state = State::waiting(client, Dial::new(deadline));
         }
-        match ready {
-            Some(true) => self.connect(id, now),
-            Some(false) => {
-                let error = match watched {
-                    Err(e) => Error::new(Operation::Accept, &forward.rule.listen, e),
-                    Ok(()) if closed => {
-                        let cause = io::Error::other("the proxy is stopping");
-                        Error::new(Operation::Connect, target, cause)
-                    }
-                    Ok(()) => not_carried(Operation::Connect, target),
-                };
-                self.refuse(id, &error, now);
+        match watched {
+            Err(e) => {
+                let error = Error::new(Operation::Accept, &forward.rule.listen, e);
+                self.refuse(id, &error, Reason::Other, now);
             }
-            None if queued => self.queue_dial(id, &forward, now),
-            None => {}
+            Ok(()) if closed => self.refuse_at_the_end(id, now),
+            Ok(()) => self.begin_dial(id, now),
+        }
+    }
+
+    /// Begins to dial the target of a connection that waits, for the first time or once more.
+    pub(super) fn begin_dial(&mut self, id: Id, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        let State::Waiting { dial, .. } = &mut conn.state else {
+            return;
+        };
+        if let Some(held) = &mut conn.held {
+            held.redial = None;
+        }
+        let deadline = dial.deadline();
+        let forward = Arc::clone(&conn.forward);
+        let target = &forward.rule.connect;
+        if forward.is_blocking(SERVER) {
+            let patience = dial::patience(target, deadline.saturating_duration_since(now));
+            self.world.dial(id.token(SERVER), target, patience);
+        } else {
+            match Target::of(target) {
+                Target::Endpoint(endpoint) => {
+                    // To hyperkit only with leave of its gate.
+                    let queued = matches!(endpoint, Endpoint::Hyperkit(_));
+                    dial.add([endpoint]);
+                    match queued {
+                        true => self.queue_dial(id, &forward, now),
+                        false => self.connect(id, now),
+                    }
+                }
+                Target::Name { host, port } => self.world.resolve(id.token(SERVER), host, port),
+                Target::NotCarried => {
+                    let error = not_carried(Operation::Connect, target);
+                    self.refuse(id, &error, Reason::Other, now);
+                }
+            }
         }
         if let Some(conn) = self.conns.get_mut(id)
             && conn.timer.is_none()
@@ -145,11 +142,8 @@ impl<W: World> Worker<W> {
             Err(e) => e,
         };
         let error = Error::new(Operation::Resolve, &conn.forward.rule.connect, error);
-        self.refuse(
-            id,
-            &error.with_remedy("is the name right, and does DNS answer?"),
-            now,
-        );
+        let error = error.with_remedy("is the name right, and does DNS answer?");
+        self.failed(id, error, now);
     }
 
     /// Takes what a dial on a thread of its own has come to.
@@ -171,7 +165,7 @@ impl<W: World> Worker<W> {
                     if let Err(e) = watched {
                         let error = Error::new(Operation::Connect, &conn.forward.rule.connect, e);
                         self.world.close(server);
-                        return self.refuse(id, &error, now);
+                        return self.refuse(id, &error, Reason::Other, now);
                     }
                 }
                 if let State::Waiting { client, dial, .. } = conn.take_state() {
@@ -185,161 +179,8 @@ impl<W: World> Worker<W> {
             }
             // The client has left, or was refused in the meantime.
             (Ok(server), None) => self.world.close(server),
-            (Err(error), _) => self.refuse(id, &error, now),
+            (Err(error), _) => self.failed(id, error, now),
         }
-    }
-
-    pub(super) fn queue_dial(&mut self, id: Id, forward: &Forward, now: Instant) {
-        let Some(gate) = &forward.gates[SERVER] else {
-            return;
-        };
-        let known = self
-            .queues
-            .iter()
-            .position(|queue| Arc::ptr_eq(&queue.gate, gate));
-        let queue = known.unwrap_or_else(|| {
-            self.queues.push(DialQueue {
-                gate: Arc::clone(gate),
-                waiting: VecDeque::new(),
-                next: now,
-            });
-            self.queues.len() - 1
-        });
-        self.queues[queue].waiting.push_back(id);
-        self.dial_turn(queue, now);
-    }
-
-    pub(super) fn next_dial(&self) -> Option<Instant> {
-        self.queues
-            .iter()
-            .filter(|queue| !queue.waiting.is_empty())
-            .map(|queue| queue.next)
-            .min()
-    }
-
-    /// Dials as many of those who wait as their VMs' gates let through.
-    pub(super) fn dial_turns(&mut self, now: Instant) {
-        for index in 0..self.queues.len() {
-            self.dial_turn(index, now);
-        }
-    }
-
-    pub(super) fn dial_turn(&mut self, index: usize, now: Instant) {
-        while let Some(&id) = self.queues[index].waiting.front() {
-            if self.queues[index].next > now {
-                return;
-            }
-            let waiting = |conn: &mut Conn<W::Stream>| match &conn.state {
-                State::Waiting { .. } => Some(Arc::clone(&conn.forward)),
-                _ => None,
-            };
-            // Who has left since, or was refused, needs no dial.
-            let Some(forward) = self.conns.get_mut(id).and_then(waiting) else {
-                self.queues[index].waiting.pop_front();
-                continue;
-            };
-            let Address::Hyperkit(target) = &forward.rule.connect else {
-                return;
-            };
-            let vm = self.world.vm_identity(&target.vm);
-            match self.queues[index].gate.admit(now, vm) {
-                Admission::Go(permit) => {
-                    self.queues[index].waiting.pop_front();
-                    if let Some(conn) = self.conns.get_mut(id) {
-                        conn.permit = Some(permit);
-                    }
-                    self.connect(id, now);
-                }
-                Admission::At(at) => self.queues[index].next = at,
-                Admission::Probe(permit) => {
-                    if !self.probe(permit, &forward, now) {
-                        self.queues[index].next = now + FULL_PAUSE;
-                    }
-                }
-                Admission::Full(why) => {
-                    self.queues[index].next = now + FULL_PAUSE;
-                    let conns = &mut self.conns;
-                    // Who has left since needs no dial.
-                    self.queues[index]
-                        .waiting
-                        .retain(|id| match conns.get_mut(*id) {
-                            Some(Conn {
-                                state: State::Waiting { full, .. },
-                                ..
-                            }) => {
-                                *full = Some(why);
-                                true
-                            }
-                            _ => false,
-                        });
-                }
-            }
-        }
-    }
-
-    /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
-    ///
-    /// However long that takes, this one is never given up: its answer may come at any time. False if it could not be
-    /// sent now.
-    pub(super) fn probe(
-        &mut self,
-        mut permit: Permit,
-        forward: &Arc<Forward>,
-        now: Instant,
-    ) -> bool {
-        let (Address::Hyperkit(target), Some(gate)) =
-            (&forward.rule.connect, &forward.gates[SERVER])
-        else {
-            return false;
-        };
-        let forward_path = target.vm.forward_path(target.port);
-        let target = HyperkitAddress {
-            vm: target.vm.clone(),
-            // To which nothing can be bound.
-            port: PORT_ANY,
-        };
-        let mut stream = match self.world.connect(&Endpoint::Hyperkit(target)) {
-            Ok(stream) => stream,
-            Err(e) => {
-                drop(permit);
-                // A full backlog (the device stands still) or no descriptor left here says nothing of the VM: what the
-                // guest has not answered is still there. Nor does it with `guest_forwards` alone, where there is no
-                // socket to probe.
-                let nothing_to_probe =
-                    e.kind() == io::ErrorKind::NotFound && self.world.exists(&forward_path);
-                let gone = dial::says_gone(&e) && !nothing_to_probe;
-                if gone {
-                    gate.vm_is_gone();
-                }
-                return gone;
-            }
-        };
-        permit.dialled();
-        let conn = Conn::new(None, Arc::clone(forward), SocketName::Unnamed, now);
-        let id = self.conns.insert(conn);
-        add_one(&forward.tally.live);
-        self.shared.inboxes[self.index]
-            .load
-            .fetch_add(1, Ordering::Relaxed);
-        self.shared.live.fetch_add(1, Ordering::AcqRel);
-        let watched = self.world.watch(&mut stream, id.token(SERVER));
-        let mut end = End::new(stream);
-        end.shutdown_write();
-        // One of which no event will tell is closed by the clock; and none outlives the proxy.
-        let until = match self.phase {
-            _ if watched.is_err() => Some(after(now, forward.rule.timeouts.drain)),
-            Phase::Running => None,
-            _ => Some(now + LAST_LEAVE),
-        };
-        if let Some(conn) = self.conns.get_mut(id) {
-            conn.permit = Some(permit);
-            conn.state = State::Leaving {
-                ends: [None, Some(Leave::new(end))],
-                until,
-            };
-        }
-        self.go_on_leaving(id, now);
-        true
     }
 
     /// Tries the dial's next endpoint, and the ones behind it.
@@ -358,7 +199,7 @@ impl<W: World> Worker<W> {
             if attempt.is_ok()
                 && let Some(permit) = &mut conn.permit
             {
-                permit.dialled();
+                permit.dialled(now);
             }
             match attempt {
                 Ok(mut stream) => {
@@ -385,9 +226,15 @@ impl<W: World> Worker<W> {
                     if let Err(e) = watched {
                         let target = &conn.forward.rule.connect;
                         let error = Error::new(Operation::Connect, target, e);
-                        return self.refuse(id, &error, now);
+                        return self.refuse(id, &error, Reason::Other, now);
                     }
                     return match begun {
+                        Begun::Connected
+                            if conn.held.is_some()
+                                && conn.forward.rule.connect.refuses_in_silence() =>
+                        {
+                            self.prove(id, now);
+                        }
                         Begun::Connected => self.connected(id, now),
                         Begun::Handshake => self.step(id, now),
                         Begun::InProgress => self.set_timer(id, attempt_deadline),
@@ -418,18 +265,98 @@ impl<W: World> Worker<W> {
             }
             Next::GiveUp(error) => {
                 let error = dial::explain(&conn.forward.rule.connect, error);
-                self.refuse(id, &error, now);
+                self.failed(id, error, now);
                 false
             }
         }
     }
 
-    /// Ends a connection that could not be made, and says why.
-    pub(super) fn refuse(&mut self, id: Id, error: &Error, now: Instant) {
+    /// Takes the failure of a dial: the client is held until another one is to be tried, or refused.
+    pub(super) fn failed(&mut self, id: Id, error: Error, now: Instant) {
         let Some(conn) = self.conns.get_mut(id) else {
             return;
         };
-        let reason = Reason::of(&conn.forward.rule.connect, error);
+        let reason = Reason::of(&conn.forward.rule.connect, &error);
+        if reason == Reason::Absent {
+            conn.forward.found_nobody(&error, now);
+        }
+        let ending = self.phase == Phase::Cutting || conn.forward.is_cut();
+        if let (Some(held), State::Waiting { dial, full, .. }) = (&mut conn.held, &mut conn.state)
+            && dial::may_come(&error)
+            && now < dial.deadline()
+            && !ending
+        {
+            let redial = (now + held.pause).min(dial.deadline());
+            held.pause = (held.pause * 2).min(LONGEST_PAUSE);
+            held.redial = Some(redial);
+            held.last = Some((error, reason));
+            *dial = Dial::new(dial.deadline());
+            *full = None;
+            // It keeps its right to a place, and nothing of this dial.
+            conn.ticket = conn.ticket.take().or_else(|| {
+                let gate = conn.forward.gates[SERVER].as_ref();
+                gate.map(|gate| Gate::line_up(gate, conn.forward.id))
+            });
+            conn.permit = None;
+            return self.set_timer(id, redial);
+        }
+        self.refuse(id, &error, reason, now);
+    }
+
+    /// Refuses a client whose time is over.
+    pub(super) fn run_out(&mut self, id: Id, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
+        let target = &conn.forward.rule.connect;
+        let late = |why: String| io::Error::new(io::ErrorKind::TimedOut, why);
+        let full = match &conn.state {
+            State::Waiting { full, .. } => *full,
+            _ => None,
+        };
+        let last = conn.held.as_mut().and_then(|held| held.last.take());
+        let (error, reason) = match (&conn.state, full, last) {
+            (_, Some(full), _) => {
+                let reason = match full {
+                    Full::Unanswered(_) => Reason::DialTimeout,
+                    Full::Live(_) | Full::Reserved(_) => Reason::Full,
+                };
+                let error = Error::new(Operation::Connect, target, late(full.to_string()));
+                (error, reason)
+            }
+            (State::Proving { .. }, ..) => {
+                let cause = late("the guest doesn't answer".to_owned());
+                let error = Error::new(Operation::Connect, target, cause);
+                let error = error.with_remedy("is it booting, paused or asleep?");
+                (error, Reason::DialTimeout)
+            }
+            (_, None, Some(last)) => last,
+            (state, None, None) => {
+                let cause = late("no connection within the dial timeout".to_owned());
+                let error = match state {
+                    State::Connecting { .. } => dial::explain(target, cause),
+                    _ => Error::new(Operation::Connect, target, cause),
+                };
+                (error, Reason::DialTimeout)
+            }
+        };
+        self.refuse(id, &error, reason, now);
+    }
+
+    /// Refuses a client because the proxy is stopping, or its forward was removed.
+    pub(super) fn refuse_at_the_end(&mut self, id: Id, now: Instant) {
+        if let Some(conn) = self.conns.get_mut(id) {
+            let cause = io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
+            let error = Error::new(Operation::Connect, &conn.forward.rule.connect, cause);
+            self.refuse(id, &error, Reason::Other, now);
+        }
+    }
+
+    /// Ends a connection that could not be made, and says why.
+    pub(super) fn refuse(&mut self, id: Id, error: &Error, reason: Reason, now: Instant) {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return;
+        };
         conn.refused(error, reason, now);
         let mut leaving = [None, None];
         let client = match conn.take_state() {
@@ -449,11 +376,19 @@ impl<W: World> Worker<W> {
                 }
                 client
             }
+            State::Proving {
+                client, mut server, ..
+            } => {
+                server.shutdown_write();
+                leaving[SERVER] = Some(Leave::new(server));
+                client
+            }
             other => {
                 conn.state = other;
                 return;
             }
         };
+        conn.ticket = None;
         let mut client = client;
         // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
         if conn.forward.is_polite(CLIENT) && !client.is_dead() {
@@ -477,6 +412,13 @@ impl<W: World> Worker<W> {
                 dial,
             } if dial.is_shaking_hands() => {
                 self.world.close(client.socket);
+                self.begin_leaving(id, [None, Some(Leave::new(server))], now);
+            }
+            State::Proving {
+                client, mut server, ..
+            } => {
+                self.world.close(client.socket);
+                server.shutdown_write();
                 self.begin_leaving(id, [None, Some(Leave::new(server))], now);
             }
             state => {

@@ -1,19 +1,21 @@
 //! One rule of the proxy as its workers share it, and what they count of it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
+use crate::error::Error;
 use crate::listener::DEFAULT_MODE;
 use crate::name::SocketName;
 use crate::relay::{CLIENT, SERVER};
 use crate::stream::nonblocking::Waiter;
 
 use super::counters::Tally;
-use super::gate::Gate;
+use super::gate::{Gate, Reservation};
 use super::handle::ForwardId;
 use super::observer::{ConnectionId, Event, Observer, What};
+use super::presence::{self, News, Presence};
 use super::status::{Board, ForwardStatus};
 
 /// Every connection accepted at `listen` is carried to `connect`.
@@ -99,6 +101,10 @@ pub(crate) struct Forward {
     pub(super) tally: Arc<Tally>,
     pub(super) board: Arc<Board>,
     pub(crate) complaints: Complaints,
+    /// Whether its target is there, where no gate knows it.
+    presence: Mutex<Presence>,
+    /// The places of its VM that it keeps, until it is removed.
+    pub(super) places: Mutex<Option<Reservation>>,
     /// It was removed, and the time of its connections is over.
     pub(super) cut: Arc<AtomicBool>,
     observer: Option<Observer>,
@@ -111,6 +117,7 @@ impl Forward {
         rule: Rule,
         asked: Address,
         gates: [Option<Arc<Gate>>; 2],
+        places: Option<Reservation>,
         waiter: fn(&Address) -> Waiter,
         observer: Option<Observer>,
     ) -> Forward {
@@ -123,6 +130,8 @@ impl Forward {
             tally: Arc::default(),
             board: Arc::default(),
             complaints: Complaints::default(),
+            presence: Mutex::default(),
+            places: Mutex::new(places),
             cut: Arc::default(),
             observer,
         }
@@ -133,6 +142,7 @@ impl Forward {
         &self,
         rule: Rule,
         gates: [Option<Arc<Gate>>; 2],
+        places: Option<Reservation>,
         waiter: Waiter,
     ) -> Forward {
         Forward {
@@ -143,8 +153,10 @@ impl Forward {
             waiters: [self.waiters[CLIENT], waiter],
             tally: Arc::clone(&self.tally),
             board: Arc::clone(&self.board),
-            cut: Arc::clone(&self.cut),
             complaints: Complaints::default(),
+            presence: Mutex::default(),
+            places: Mutex::new(places),
+            cut: Arc::clone(&self.cut),
             observer: self.observer.clone(),
         }
     }
@@ -202,6 +214,51 @@ impl Forward {
         self.gates[SERVER].as_ref().or(self.gates[CLIENT].as_ref())
     }
 
+    /// How long its clients are held while the target isn't there.
+    pub(super) fn wait(&self) -> Option<Duration> {
+        self.rule.wait.filter(|wait| !wait.is_zero())
+    }
+
+    /// Keeps these places, and no others.
+    pub(super) fn keep_places(&self, places: Option<Reservation>) {
+        *self.places.lock().unwrap_or_else(PoisonError::into_inner) = places;
+    }
+
+    fn presence(&self) -> MutexGuard<'_, Presence> {
+        self.presence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A dial has found nobody.
+    pub(super) fn found_nobody(&self, error: &Error, now: Instant) {
+        if let Some(gate) = &self.gates[SERVER] {
+            return gate.found_nobody(error, now);
+        }
+        // What comes and goes all the time isn't told of each time.
+        let told = self.presence().is_up() == Some(false);
+        if !told && self.complaints.admit(ABSENT, now).is_some() {
+            let news = self.presence().failed(now);
+            self.tell_news(news, Some(error));
+        }
+    }
+
+    /// A dial has found somebody.
+    pub(super) fn found(&self, now: Instant) {
+        if self.gates[SERVER].is_none() {
+            let news = self.presence().connected(now);
+            self.tell_news(news, None);
+        }
+    }
+
+    fn tell_news(&self, news: Option<News>, error: Option<&Error>) {
+        if let Some(news) = news {
+            let clients = match self.wait() {
+                None => [1, 0],
+                Some(_) => [0, 1],
+            };
+            presence::tell(news, &self.rule.connect, error, clients);
+        }
+    }
+
     pub(super) fn status(&self) -> ForwardStatus {
         ForwardStatus {
             id: self.id,
@@ -217,6 +274,9 @@ impl Forward {
         }
     }
 }
+
+/// The key of complaints about targets that are not there.
+const ABSENT: &str = "absent";
 
 /// Lets one complaint through now and then: what a peer can cause again and again must not fill the log.
 #[derive(Debug, Default)]

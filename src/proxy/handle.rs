@@ -111,10 +111,11 @@ impl Handle {
         let forward = self.binder.replace(rule, &forwards[index], others)?;
         let answers = self.ask_all(|tell| Command::Replace(Arc::clone(&forward), tell));
         let fail = |e| Error::new(Operation::Listen, &forward.rule.listen, e);
-        answers
-            .into_iter()
-            .collect::<io::Result<()>>()
-            .map_err(fail)?;
+        if let Err(e) = answers.into_iter().collect::<io::Result<()>>() {
+            forward.keep_places(None);
+            self.binder.restore(&forwards[index]);
+            return Err(fail(e));
+        }
         forwards[index] = forward;
         Ok(())
     }
@@ -137,6 +138,7 @@ impl Handle {
         let mut forwards = self.shared.forwards();
         let index = index_of(&forwards, id)?;
         let forward = forwards.remove(index);
+        forward.keep_places(None);
         self.ask_all(|tell| Command::Remove(Arc::clone(&forward), grace, tell));
         Ok(())
     }

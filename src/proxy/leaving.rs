@@ -1,13 +1,11 @@
 //! How a connection ends: each side is closed, reset, or half-closed and read to its end, as it is owed.
 
-use std::io;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
 use crate::dial;
-use crate::error::{Error, Operation};
 use crate::relay::{CLIENT, Farewell, Readiness, SERVER};
 
 use super::bridge::Ended;
@@ -220,11 +218,8 @@ impl<W: World> Worker<W> {
             return;
         };
         match &mut conn.state {
-            State::Waiting { .. } | State::Connecting { .. } => {
-                let cause =
-                    io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
-                let error = Error::new(Operation::Connect, &conn.forward.rule.connect, cause);
-                self.refuse(id, &error, now);
+            State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
+                self.refuse_at_the_end(id, now);
             }
             State::Relaying { .. } => self.leave(id, now),
             State::Bridged => self.cut_bridge(id, now),
@@ -264,7 +259,7 @@ impl<W: World> Worker<W> {
         };
         match conn.take_state() {
             State::Waiting { client, .. } => self.world.close(client.socket),
-            State::Connecting { client, server, .. } => {
+            State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {
                 self.world.close(client.socket);
                 self.world.close(server.socket);
             }

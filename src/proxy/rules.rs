@@ -14,7 +14,7 @@ use crate::stream::nonblocking::{Target, Waiter};
 
 use super::VmLimits;
 use super::forward::{Forward, Rule};
-use super::gate::{Gate, GateLimits};
+use super::gate::{Gate, GateLimits, Reservation};
 use super::handle::ForwardId;
 use super::observer::Observer;
 
@@ -42,9 +42,28 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         let why = "sddl says who may connect: it belongs to the address that is listened on";
         return invalid(Operation::Connect, &rule.connect, why);
     }
+    check_bridge(rule, waiter)?;
     if rule.listen == rule.connect && !is_chosen(&rule.listen) {
         let why = "it would connect to itself";
         return invalid(Operation::Connect, &rule.connect, why);
+    }
+    Ok(())
+}
+
+/// Refuses what a bridge can't carry: it doesn't know of refusals by EOF, nor keeps half-closes back.
+fn check_bridge(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+    let [listen, connect] = [&rule.listen, &rule.connect];
+    for (one, other) in [(listen, connect), (connect, listen)] {
+        if waiter(one) == Waiter::Thread && other.is_delicate() {
+            let why = format!(
+                "{} can't lead to a {} address or from one",
+                one,
+                other.scheme()
+            );
+            let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+            return Err(Error::new(Operation::Connect, connect, cause)
+                .with_remedy("have a Unix socket between them, with a forward for each half"));
+        }
     }
     Ok(())
 }
@@ -123,12 +142,13 @@ impl Binder {
         check_alone(&rule, self.waiter)?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
+        let places = keep_places(&rule, &gates, id)?;
         let observer = self.observer.clone();
-        let forward = Forward::new(id, rule, asked, gates, self.waiter, observer);
+        let forward = Forward::new(id, rule, asked, gates, places, self.waiter, observer);
         Ok((listener, Arc::new(forward)))
     }
 
-    /// Another rule for a forward that listens already.
+    /// Another rule for a forward that listens already, which keeps no places of its VM from now on.
     pub(super) fn replace<'a>(
         &self,
         rule: Rule,
@@ -147,7 +167,17 @@ impl Binder {
         check_beside(&rule, others.map(|forward| &forward.rule))?;
         let gates = [old.gates[CLIENT].clone(), self.gate_of(&rule.connect)];
         let waiter = (self.waiter)(&rule.connect);
-        Ok(Arc::new(old.with_rule(rule, gates, waiter)))
+        // Otherwise the new ones would have to be free beside the old ones.
+        old.keep_places(None);
+        let places = keep_places(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
+        Ok(Arc::new(old.with_rule(rule, gates, places, waiter)))
+    }
+
+    /// Has a forward keep its places again, after another rule for it has failed.
+    pub(super) fn restore(&self, forward: &Forward) {
+        let places = keep_places(&forward.rule, &forward.gates, forward.id);
+        // There are as many as before, unless the VM has got fewer since.
+        forward.keep_places(places.unwrap_or(None));
     }
 
     /// Bounds the use of a VM from now on.
@@ -172,9 +202,40 @@ impl Binder {
         if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
             return Arc::clone(gate);
         }
-        let gate = Arc::new(Gate::new(self.limits));
+        let gate = Arc::new(Gate::new(self.limits, vm.clone()));
         gates.push((socket, Arc::clone(&gate)));
         gate
+    }
+}
+
+/// Keeps the places that a rule reserves, in the VM that it leads to, or else in the one that dials it.
+fn keep_places(
+    rule: &Rule,
+    gates: &[Option<Arc<Gate>>; 2],
+    id: ForwardId,
+) -> Result<Option<Reservation>> {
+    let fail = |address, why: String, remedy| {
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        Err(Error::new(Operation::Listen, address, cause).with_remedy(remedy))
+    };
+    let (gate, holds) = match gates {
+        [_, Some(gate)] => (gate, Some(rule.wait.is_some_and(|wait| !wait.is_zero()))),
+        [Some(gate), None] => (gate, None),
+        [None, None] if rule.reserved > 0 => {
+            let why = format!("it reserves {} connections of a VM", rule.reserved);
+            let remedy = "leave that out: none of its addresses is of a hyperkit VM";
+            return fail(&rule.listen, why, remedy);
+        }
+        [None, None] => return Ok(None),
+    };
+    match gate.reserve(id, rule.reserved, holds) {
+        Ok(places) => Ok(Some(places)),
+        Err(left) => {
+            let wanted = rule.reserved;
+            let why = format!("it reserves {wanted} connections of its VM, and {left} are left");
+            let remedy = "reserve fewer, or allow the VM more connections";
+            fail(&rule.listen, why, remedy)
+        }
     }
 }
 

@@ -121,11 +121,11 @@ impl Board {
     }
 
     /// Notes why the listener takes nobody. The time of an obstacle that lasts is that of its beginning.
-    pub(super) fn blocked(&self, obstacle: Obstacle, why: impl ToString, now: Instant) {
+    pub(super) fn blocked(&self, obstacle: Obstacle, why: String, now: Instant) {
         let mut known = self.known();
         match &mut known.obstacle {
-            Some((before, text, _)) if *before == obstacle => *text = why.to_string(),
-            other => *other = Some((obstacle, why.to_string(), now)),
+            Some((before, text, _)) if *before == obstacle => *text = why,
+            other => *other = Some((obstacle, why, now)),
         }
     }
 

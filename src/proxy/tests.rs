@@ -430,6 +430,7 @@ fn guests_of(
         rule,
         listen.clone(),
         [None, None],
+        None,
         Waiter::of,
         None,
     ));

@@ -15,11 +15,13 @@ use crate::sys;
 use super::Limits;
 use super::accept::Listening;
 use super::conn::Conn;
-use super::dialling::DialQueue;
 use super::forward::Forward;
+use super::gate::{Ticket, Wake};
 use super::handle::ConnectionStatus;
 use super::leaving::LAST_LEAVE;
 use super::observer::ConnectionId;
+use super::probing::Proofs;
+use super::queue::DialQueue;
 use super::table::{Id, Table};
 use super::world::{Event, World};
 
@@ -45,7 +47,7 @@ pub(crate) enum Phase {
 /// What a worker is told by others.
 pub(crate) enum Command<W: World> {
     /// Carry this accepted connection.
-    Adopt(W::Stream, SocketName, Arc<Forward>),
+    Adopt(W::Stream, SocketName, Arc<Forward>, Option<Ticket>),
     /// Accept clients of this forward; say whether that goes.
     Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
     /// Carry the clients of the forward of this id as this one says from now on; say whether that goes.
@@ -63,7 +65,7 @@ pub(crate) struct Inbox<W: World> {
     commands: Mutex<Vec<Command<W>>>,
     /// Connections of this worker.
     pub(crate) load: AtomicUsize,
-    wake: Box<dyn Fn() + Send + Sync>,
+    wake: Wake,
 }
 
 impl<W: World> Inbox<W> {
@@ -71,8 +73,13 @@ impl<W: World> Inbox<W> {
         Inbox {
             commands: Mutex::default(),
             load: AtomicUsize::new(0),
-            wake: Box::new(wake),
+            wake: Arc::new(wake),
         }
+    }
+
+    /// What wakes its worker.
+    pub(super) fn waker(&self) -> Wake {
+        Arc::clone(&self.wake)
     }
 
     pub(crate) fn send(&self, command: Command<W>) {
@@ -201,7 +208,8 @@ pub(crate) struct Worker<W: World> {
     pub(super) shared: Arc<Shared<W>>,
     pub(super) conns: Table<Conn<W::Stream>>,
     pub(super) listeners: Vec<Listening<W::Listener>>,
-    pub(super) queues: Vec<DialQueue>,
+    pub(super) queues: VecDeque<DialQueue>,
+    pub(super) proofs: Vec<Proofs>,
     pub(super) pool: Pool,
     /// Forwards that were removed, and when their connections are cut off.
     removed: Vec<(Instant, Arc<Forward>)>,
@@ -229,7 +237,8 @@ impl<W: World> Worker<W> {
             shared,
             conns: Table::new(),
             listeners: Vec::new(),
-            queues: Vec::new(),
+            queues: VecDeque::new(),
+            proofs: Vec::new(),
             pool: Pool::new(BUFFER, KEEP),
             removed: Vec::new(),
             phase: Phase::Running,
@@ -255,8 +264,8 @@ impl<W: World> Worker<W> {
             }
             for command in self.shared.inboxes[self.index].take() {
                 match command {
-                    Command::Adopt(stream, peer, forward) => {
-                        self.adopt(stream, peer, forward, now);
+                    Command::Adopt(stream, peer, forward, ticket) => {
+                        self.adopt(stream, peer, forward, ticket, now);
                     }
                     Command::Listen(listener, forward, tell) => {
                         // Who asked may have given up.
@@ -286,6 +295,7 @@ impl<W: World> Worker<W> {
                     self.step(id, now);
                 }
             }
+            self.proof_turns(now);
             self.cut_removed(now);
             if self.cut_at.is_some_and(|at| at <= now) {
                 self.cut_all(now);
@@ -379,6 +389,7 @@ impl<W: World> Worker<W> {
             self.end_at,
             self.next_accept(now),
             self.next_dial(),
+            self.next_proof(),
             self.removed.iter().map(|(at, _)| *at).min(),
         ]
         .into_iter()
@@ -395,7 +406,7 @@ impl<W: World> Worker<W> {
             self.accept_all(now);
             self.phase = Phase::Stopping;
             self.shared.stopping.fetch_add(1, Ordering::AcqRel);
-            self.close_client_listeners();
+            self.close_client_listeners(now);
             self.end_probes(now);
         }
     }
@@ -428,6 +439,7 @@ impl<W: World> Worker<W> {
         let mut all = Vec::new();
         for id in self.conns.ids() {
             let bridged = self.world.bridged(id.token(CLIENT));
+            let bridged = bridged.map(|progress| progress.delivered);
             let conn = self.conns.get_mut(id);
             all.extend(conn.and_then(|conn| conn.status(bridged, now)));
         }

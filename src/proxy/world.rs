@@ -13,6 +13,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
 use crate::error::{Error, Operation, Result};
+use crate::hyperkit;
 use crate::listener::nonblocking::{FileState, Listener};
 use crate::name::SocketName;
 use crate::relay::{Readiness, Socket};
@@ -20,7 +21,7 @@ use crate::stream;
 use crate::stream::nonblocking::{Endpoint, Stream};
 use crate::sys::{self, Identity};
 
-use super::bridge::{Bridge, Ended, Order};
+use super::bridge::{Bridge, Ended, Order, Progress};
 use super::crossing::{self, Crossings};
 use super::forward::Forward;
 
@@ -77,6 +78,8 @@ pub(crate) trait World {
     fn resolve(&mut self, token: usize, host: &str, port: u16);
     /// Which VM stands behind the state directory now; `None` if none does.
     fn vm_identity(&mut self, vm: &HyperkitVm) -> Option<Identity>;
+    /// The process of the VM, if a file says which one that is, and it lives.
+    fn vm_process(&mut self, vm: &HyperkitVm) -> Option<i32>;
     /// Whether there is a file of that name.
     fn exists(&mut self, path: &Path) -> bool;
 
@@ -100,8 +103,8 @@ pub(crate) trait World {
     /// # Errors
     /// It can't be had: the stream is as it was.
     fn cross(&mut self, side: usize, stream: &mut Self::Stream, drain: Duration) -> io::Result<()>;
-    /// Bytes of each side that a bridge has given to the other; `None` if there is none.
-    fn bridged(&self, token: usize) -> Option<[u64; 2]>;
+    /// How far a bridge is; `None` if there is none.
+    fn bridged(&self, token: usize) -> Option<Progress>;
     /// Breaks a bridge off, which is to be tried again until [`Event::Bridged`].
     fn cut_bridge(&mut self, token: usize);
 }
@@ -389,6 +392,10 @@ impl World for MioWorld {
         of(vm.connect_path()).or_else(|| of(vm.pid_path()))
     }
 
+    fn vm_process(&mut self, vm: &HyperkitVm) -> Option<i32> {
+        hyperkit::running_pid(&vm.state_dir)
+    }
+
     fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
         let bell = Arc::clone(&self.bell);
         let target = address.clone();
@@ -441,8 +448,8 @@ impl World for MioWorld {
         crossing::cross(side, stream, drain, &self.crossings)
     }
 
-    fn bridged(&self, token: usize) -> Option<[u64; 2]> {
-        self.bridges.get(&token).map(Bridge::delivered)
+    fn bridged(&self, token: usize) -> Option<Progress> {
+        self.bridges.get(&token).map(Bridge::progress)
     }
 
     fn cut_bridge(&mut self, token: usize) {

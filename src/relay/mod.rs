@@ -181,6 +181,11 @@ impl<S: Socket> Pair<S> {
         self.flows[side].hold = false;
     }
 
+    /// Begins with what `side` has said already: the first `len` bytes of a buffer of the pool.
+    pub(crate) fn give(&mut self, side: usize, buffer: Box<[u8]>, len: usize) {
+        self.flows[side].carrier.fill(buffer, len);
+    }
+
     /// The half-close of `side` is there and waits for [`release`](Pair::release).
     pub(crate) fn is_holding(&self, side: usize) -> bool {
         let flow = &self.flows[side];
@@ -188,6 +193,12 @@ impl<S: Socket> Pair<S> {
             && flow.state == State::Open
             && flow.carrier.is_empty()
             && self.ends[side].input == Half::Closed
+    }
+
+    /// One side has ended; whether the other knows of it yet or not.
+    pub(crate) fn is_half_closed(&self) -> bool {
+        let ended = |side: usize| self.flows[side].state != State::Open || self.is_holding(side);
+        ended(CLIENT) || ended(SERVER)
     }
 
     /// The server ended before its first byte, and its family says "refused" that way.

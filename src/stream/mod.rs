@@ -13,9 +13,11 @@ pub(crate) mod nonblocking;
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::Shutdown;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
+use crate::framing::Frames;
 use crate::name::SocketName;
 #[cfg(unix)]
 use crate::sys;
@@ -47,6 +49,8 @@ const BLIND_PAUSE: Duration = Duration::from_millis(1);
 pub struct Stream {
     socket: Inner,
     address: Address,
+    /// In which it speaks; its clones have them in common.
+    frames: Option<Arc<Frames>>,
 }
 
 #[cfg(unix)]
@@ -71,19 +75,22 @@ impl Stream {
         stream.set_options();
         let socket = into_inner(stream)?;
         socket.set_nonblocking(false)?;
-        Ok(Stream {
+        Ok(Stream::new(socket, address.clone()))
+    }
+
+    fn new(socket: Inner, address: Address) -> Stream {
+        let frames = address.is_framed().then(Arc::default);
+        Stream {
             socket,
-            address: address.clone(),
-        })
+            address,
+            frames,
+        }
     }
 
     /// Takes over a connected, blocking socket.
     #[cfg(windows)]
     pub(crate) fn from_connected(socket: socket2::Socket, address: &Address) -> Stream {
-        Stream {
-            socket: Inner::Socket(socket),
-            address: address.clone(),
-        }
+        Stream::new(Inner::Socket(socket), address.clone())
     }
 
     /// Takes over a connected socket, of std or socket2 for example. `address` says what it is: of its family the stream's
@@ -93,7 +100,7 @@ impl Stream {
         let socket = socket.into();
         #[cfg(windows)]
         let socket = Inner::Socket(socket.into());
-        Stream { socket, address }
+        Stream::new(socket, address)
     }
 
     /// The name of this end, as far as its family has one.
@@ -136,9 +143,13 @@ impl Stream {
     ///
     /// # Errors
     /// What the kernel says; `NotConnected` if the peer has reset the connection; `Unsupported` for the half-close of a
-    /// named pipe that its server made of byte type, not of message type: it has none.
+    /// named pipe that its server made of byte type, not of message type: it has none. Where the stream speaks in frames,
+    /// what [`Framed::shutdown`](crate::framing::Framed::shutdown) says.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
-        self.socket.shutdown(how)
+        match &self.frames {
+            Some(frames) => frames.shutdown(&mut &self.socket, how),
+            None => self.socket.shutdown(how),
+        }
     }
 
     /// Another handle of the same connection: it ends when the last one is dropped.
@@ -149,6 +160,7 @@ impl Stream {
         Ok(Stream {
             socket: self.socket.try_clone()?,
             address: self.address.clone(),
+            frames: self.frames.clone(),
         })
     }
 
@@ -218,7 +230,14 @@ impl Stream {
         let deadline = Instant::now() + timeout;
         self.set_nonblocking(false)?;
         // One that the peer has reset says so when it is read.
-        let _ = self.shutdown(Shutdown::Write);
+        let _ = match &self.frames {
+            Some(frames) => {
+                // A peer that reads nothing may have no room even for this.
+                self.set_write_timeout(Some(timeout.max(Duration::from_millis(1))))?;
+                frames.close(&mut &self.socket)
+            }
+            None => self.shutdown(Shutdown::Write),
+        };
         let mut rest = [0; 16 * 1024];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -226,9 +245,13 @@ impl Stream {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             self.set_read_timeout(Some(left))?;
-            match (&*self).read(&mut rest) {
-                Ok(0) => return Ok(()),
-                Ok(_) => {}
+            let ended = match &self.frames {
+                Some(frames) => frames.discard(&mut &self.socket, &mut rest),
+                None => (&self.socket).read(&mut rest).map(|count| count == 0),
+            };
+            match ended {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
                 Err(e) if is_timeout(&e) || e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
@@ -237,11 +260,11 @@ impl Stream {
 
     /// Takes nothing more, and discards what has come: a close with bytes unread is what hurts a VM most.
     pub(crate) fn empty(&self) {
-        let _ = self.shutdown(Shutdown::Read);
+        let _ = self.socket.shutdown(Shutdown::Read);
         let _ = self.set_nonblocking(true);
         let mut rest = [0; 16 * 1024];
         for _ in 0..MOST_UNREAD / rest.len() {
-            if !matches!((&*self).read(&mut rest), Ok(1..)) {
+            if !matches!((&self.socket).read(&mut rest), Ok(1..)) {
                 break;
             }
         }
@@ -290,6 +313,13 @@ impl Stream {
     /// Whether there is an end to be read, and nothing before it.
     #[cfg(feature = "cli")]
     pub(crate) fn has_ended(&self) -> bool {
+        if self
+            .frames
+            .as_ref()
+            .is_some_and(|frames| frames.has_ended())
+        {
+            return true;
+        }
         match self.socket.peek(&mut [std::mem::MaybeUninit::uninit()]) {
             Ok(count) => count == 0,
             Err(e) => !is_timeout(&e),
@@ -326,6 +356,11 @@ impl Stream {
             _ => Ok(()),
         };
         !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected)
+    }
+
+    /// Whether it speaks in frames: then its peer is told of the end, and waited for, before it is closed.
+    pub(crate) fn is_framed(&self) -> bool {
+        self.frames.is_some()
     }
 
     /// Bytes written that a reset now would take away from the peer.
@@ -366,21 +401,39 @@ pub(crate) fn is_timeout(error: &io::Error) -> bool {
 
 impl Read for &Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        (&self.socket).read(buffer)
+        match &self.frames {
+            Some(frames) => frames.read(&mut &self.socket, buffer),
+            None => (&self.socket).read(buffer),
+        }
     }
 
     fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        (&self.socket).read_vectored(buffers)
+        if self.frames.is_none() {
+            return (&self.socket).read_vectored(buffers);
+        }
+        match buffers.iter_mut().find(|buffer| !buffer.is_empty()) {
+            Some(buffer) => self.read(buffer),
+            None => Ok(0),
+        }
     }
 }
 
 impl Write for &Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        (&self.socket).write(bytes)
+        match &self.frames {
+            Some(frames) => frames.write(&mut &self.socket, bytes),
+            None => (&self.socket).write(bytes),
+        }
     }
 
     fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
-        (&self.socket).write_vectored(buffers)
+        if self.frames.is_none() {
+            return (&self.socket).write_vectored(buffers);
+        }
+        match buffers.iter().find(|buffer| !buffer.is_empty()) {
+            Some(buffer) => self.write(buffer),
+            None => Ok(0),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {

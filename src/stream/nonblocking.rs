@@ -98,9 +98,11 @@ impl Waiter {
     /// What can wait for the sockets of that address.
     ///
     /// Those of AF_HYPERV are reported not to work with `select`. They are carried by threads of their own, until this says
-    /// otherwise: then [`Endpoint`] and [`Stream::connect`] must know them.
+    /// otherwise: then [`Endpoint`] and [`Stream::connect`] must know them. So are those that speak in frames: their
+    /// readiness isn't that of their bytes.
     pub(crate) fn of(address: &Address) -> Waiter {
         match address {
+            _ if address.is_framed() => Waiter::Thread,
             Address::Hvsock(_) if cfg!(windows) => Waiter::Thread,
             Address::Npipe(_) => Waiter::Poller,
             _ => Waiter::Any,

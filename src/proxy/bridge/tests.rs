@@ -63,6 +63,16 @@ impl Bridged {
         self.ended.recv_timeout(PATIENCE).unwrap()
     }
 
+    /// Of frames each peer says that it closes, once both directions have ended.
+    fn take_leave(&self) {
+        let framed = [&self.client, &self.server].map(|end| end.is_framed().then_some(end));
+        thread::scope(|scope| {
+            for end in framed.into_iter().flatten() {
+                scope.spawn(|| end.finish(PATIENCE).unwrap());
+            }
+        });
+    }
+
     fn delivered(&self, side: usize) -> u64 {
         self.noted.delivered[side].load(Ordering::Relaxed)
     }
@@ -80,10 +90,19 @@ impl Bridged {
 }
 
 fn bridged_on(address: &str, drain: [Option<Duration>; 2]) -> Bridged {
+    bridged_as(address, drain, |end| end)
+}
+
+/// `make` makes each of the four ends what it is to be.
+fn bridged_as(address: &str, drain: [Option<Duration>; 2], make: fn(Stream) -> Stream) -> Bridged {
     let address: Address = address.parse().unwrap();
     let listener = Listener::bind(&address).unwrap();
-    let (client, near_client) = connection(&listener);
-    let (server, near_server) = connection(&listener);
+    let connection = || {
+        let (far, near) = connection(&listener);
+        (make(far), make(near))
+    };
+    let (client, near_client) = connection();
+    let (server, near_server) = connection();
     let (tell, ended) = mpsc::channel();
     let noted = Arc::new(Noted {
         delivered: Default::default(),
@@ -106,9 +125,20 @@ fn bridged() -> Bridged {
     bridged_on(TCP, [None, None])
 }
 
-/// Runs `case` over every family.
+/// The same connection, in frames.
+fn framed(end: Stream) -> Stream {
+    let address = "vsock://3:1?framing=yes".parse().unwrap();
+    #[cfg(unix)]
+    let socket = std::os::fd::OwnedFd::from(end);
+    #[cfg(windows)]
+    let socket = std::os::windows::io::OwnedSocket::try_from(end).unwrap();
+    Stream::from_socket(socket, address)
+}
+
+/// Runs `case` over every family, and in frames.
 fn everywhere(case: impl Fn(Bridged)) {
     case(bridged());
+    case(bridged_as(TCP, [None, None], framed));
     #[cfg(unix)]
     {
         let directory = tempfile::tempdir_in("/tmp").unwrap();
@@ -173,6 +203,7 @@ fn every_byte_and_both_ends_go_through() {
             assert!(all_of(&it.server).unwrap() == sent[0]);
             assert!(heard.join().unwrap() == sent[1]);
         });
+        it.take_leave();
         let expected = Ended {
             delivered: [3 << 20, 5 << 20],
             abandoned: false,
@@ -197,6 +228,7 @@ fn a_half_close_of_either_side_leaves_the_answer_its_way() {
             answering.write_all(b"answer").unwrap();
             answering.shutdown(Shutdown::Write).unwrap();
             assert_eq!(all_of(asking).unwrap(), b"answer");
+            it.take_leave();
             it.ended();
         });
     }
@@ -209,6 +241,7 @@ fn a_half_close_before_a_byte_is_passed_on() {
         assert_eq!(all_of(&it.server).unwrap(), b"");
         it.server.shutdown(Shutdown::Write).unwrap();
         assert_eq!(all_of(&it.client).unwrap(), b"");
+        it.take_leave();
         assert_eq!(it.ended(), Ended::default());
     });
 }
@@ -223,6 +256,31 @@ fn a_broken_upload_is_no_clean_eof_and_wakes_the_thread_of_a_silent_server() {
     drop(it.client);
     assert_reset(end_of(&it.server).0);
     drop(it.server);
+    it.ended.recv_timeout(PATIENCE).unwrap();
+}
+
+/// In frames nothing is closed before the peer has said that it closes, too.
+#[test]
+fn a_peer_in_frames_is_waited_for() {
+    let it = bridged_as(TCP, [None, Some(PATIENCE)], framed);
+    it.client.shutdown(Shutdown::Write).unwrap();
+    it.server.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(all_of(&it.client).unwrap(), b"");
+    it.client.finish(PATIENCE).unwrap();
+    let waited = it.ended.recv_timeout(Duration::from_millis(200));
+    assert!(waited.is_err(), "{waited:?}");
+    it.server.finish(PATIENCE).unwrap();
+    assert_eq!(it.ended(), Ended::default());
+}
+
+/// A framed peer that goes without a word has broken off: so is its answer.
+#[test]
+fn an_end_without_a_frame_is_no_clean_eof() {
+    let it = bridged_as(TCP, [None, None], framed);
+    (&it.server).write_all(b"half an ans").unwrap();
+    drop(it.server);
+    assert_eq!(end_of(&it.client), (true, 11));
+    drop(it.client);
     it.ended.recv_timeout(PATIENCE).unwrap();
 }
 

@@ -6,6 +6,7 @@
 mod carry;
 mod command;
 mod errors;
+mod framing;
 mod pattern;
 mod peers;
 mod promptly;
@@ -74,6 +75,9 @@ fn run() {
     check("parallel_streams", LONG, carry::parallel_streams);
     check("parallel_200", LONG, carry::parallel_200);
     check("sequence_2000", LONG, carry::sequence_2000);
+
+    check("framed_proxies", LONG, framing::through_two_proxies);
+    check("frames_on_the_wire", SHORT, framing::on_the_wire);
 
     check("server_closes_unread", LONG, peers::server_closes_unread);
     check("client_closes_unread", LONG, peers::client_closes_unread);

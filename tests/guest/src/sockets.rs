@@ -86,12 +86,21 @@ pub(crate) struct Bridge {
 impl Bridge {
     /// `listen` -> vsock port `port` -> `connect`.
     pub(crate) fn start(listen: &str, port: u32, connect: &str) -> Result<Bridge, Failure> {
+        Bridge::start_with(listen, port, connect, "")
+    }
+
+    /// The same, with this behind the vsock addresses.
+    pub(crate) fn start_with(
+        listen: &str,
+        port: u32,
+        connect: &str,
+        query: &str,
+    ) -> Result<Bridge, Failure> {
+        let connect = format!("unix://{connect}");
+        let near = format!("vsock://local:{port}{query}");
         Ok(Bridge {
-            far: proxy(&format!("vsock://:{port}"), &format!("unix://{connect}"))?,
-            near: proxy(
-                &format!("unix://{listen}"),
-                &format!("vsock://local:{port}"),
-            )?,
+            far: proxy(&format!("vsock://:{port}{query}"), &connect)?,
+            near: proxy(&format!("unix://{listen}"), &near)?,
         })
     }
 

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hvsock::{Listener, SocketName, Stream};
+use hvsock::address::{CID_ANY, CID_LOCAL, PORT_ANY, Port, VsockAddress};
+use hvsock::{Listener, Stream, vsock};
 
 use crate::pattern::{expect_pattern, send_pattern};
 use crate::promptly::within_a_second;
@@ -84,14 +85,19 @@ pub(crate) fn cat_waits() -> Outcome {
 
 /// The library's streams: half-close, the peer's CID, its port.
 pub(crate) fn blocking_sockets() -> Outcome {
-    let listener = Listener::bind(&"vsock://:4294967295".parse()?)?;
-    let address = listener.address().to_string();
-    ensure!(address != "vsock://:4294967295", "no port was chosen");
-    let dial = address.replace("//:", "//local:").parse()?;
-    let mut client = Stream::connect(&dial)?;
+    let listener = vsock::Listener::bind(&VsockAddress::new(CID_ANY, PORT_ANY))?;
+    let bound = listener.local_addr()?.port;
+    ensure!(bound != PORT_ANY, "no port was chosen");
+    let mut client = vsock::Stream::connect(&VsockAddress::new(CID_LOCAL, bound))?;
     let (mut server, peer) = listener.accept()?;
-    let is_local = matches!(peer, SocketName::Vsock { cid: 1, port } if port.0 > 1023);
-    ensure!(is_local, "the peer is {peer}");
+    ensure!(
+        (peer.cid, peer.port > Port(1023)) == (1, true),
+        "the peer is {peer}"
+    );
+    ensure!(
+        client.peer_addr()?.port == bound,
+        "it is connected elsewhere"
+    );
     client.write_all(b"request")?;
     client.shutdown(Shutdown::Write)?;
     let mut request = String::new();

@@ -1,0 +1,570 @@
+//! Where every dial to one hyperkit VM passes: pace, and the two caps that keep its device alive.
+//!
+//! Rule 5 of a good neighbour (`hyperkit.md`): a burst of dials overflows the ring of 512 replies in which the device
+//! keeps what the guest hasn't fetched yet, and the VM dies; so it does of 512 dials to a guest that is not answering.
+//!
+//! hyperkit says nothing when a guest accepts. That a guest has taken a dial, and all before it, is known when the first
+//! byte or the end comes on that very connection. (What comes on an older one may have lain in buffers since before the
+//! guest stopped.) And services that wait for their client to speak send nothing: so when the cap is reached, one dial
+//! to a port where nobody listens asks the guest's kernel, which answers by refusing as soon as it runs. So does a proof,
+//! which tells a client that is to be held from one whose dial the guest has taken.
+
+mod shares;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::address::HyperkitVm;
+use crate::error::Error;
+use crate::sys::Identity;
+
+use super::handle::ForwardId;
+use super::presence::{self, News, Presence};
+use super::status::{VmStatus, wall_time};
+use shares::Shares;
+
+/// The average distance of two dials. 100 µs never hurt the device.
+const INTERVAL: Duration = Duration::from_micros(150);
+
+/// How many dials may follow each other without a pause: poll timeouts count in milliseconds, so the pace is kept by
+/// the millisecond. Far below the 512 that the device's ring holds.
+const BURST: u32 = 8;
+
+/// When a probe counts as lost, and another one may go: a guest that rebooted forgets what it had not answered, and
+/// nothing ever comes on such a connection. Doubled with each, for each holds a slot for good.
+const PROBE_PATIENCE: Duration = Duration::from_secs(30);
+const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
+
+/// How many probes may be lost. With the highest cap of unanswered dials they are still fewer than the device's 512.
+const LOST_PROBES: u64 = 64;
+
+/// The caps of one VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GateLimits {
+    /// Connections at a time.
+    pub(crate) live: usize,
+    /// Dials without a sign of life from the guest since.
+    pub(crate) unanswered: u64,
+}
+
+/// Whether a dial may go.
+#[derive(Debug)]
+pub(crate) enum Admission {
+    Go(Permit),
+    /// Too soon: ask again then.
+    At(Instant),
+    /// A cap is reached: ask again later.
+    Full(Full),
+    /// The guest has answered nothing for so long that one dial is to find out whether it lives; nothing else may go.
+    Probe(Permit),
+}
+
+/// Which cap is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Full {
+    Live(usize),
+    /// So many places are free, and kept for others.
+    Reserved(usize),
+    Unanswered(u64),
+}
+
+impl std::fmt::Display for Full {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Full::Live(n) => write!(f, "all {n} connections that one VM may have are in use"),
+            Full::Reserved(n) => write!(
+                f,
+                "the connections that its VM may have are in use but for {n}, which are reserved for others"
+            ),
+            Full::Unanswered(n) => {
+                write!(
+                    f,
+                    "the guest has not answered {n} dials (booting, paused or asleep?)"
+                )
+            }
+        }
+    }
+}
+
+/// Wakes a worker.
+pub(super) type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// Whose place a proof has.
+const PROOFS: ForwardId = ForwardId(u64::MAX);
+
+/// One VM's gate, shared by all workers.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    vm: HyperkitVm,
+    state: Mutex<State>,
+    /// Number of the last dial.
+    dialled: AtomicU64,
+    /// The highest number of a dial that was answered, and so were all before it: a guest takes them in order.
+    answered: AtomicU64,
+}
+
+struct State {
+    presence: Presence,
+    epoch: u64,
+    shares: Shares,
+    /// Dials that the guest may leave unanswered.
+    may_lack: u64,
+    /// Forwards that lead here, by whether they hold their clients while the VM isn't there.
+    forwards: [usize; 2],
+    /// Permits that have not become a dial yet.
+    pending: u64,
+    /// When the next dial would be due if all kept the average distance.
+    due: Option<Instant>,
+    /// A probe is on its way; another one may go then.
+    next_probe: Option<Instant>,
+    patience: Duration,
+    /// A proof is on its way; another one may go then.
+    next_proof: Option<Instant>,
+    /// When the VM is to be looked at.
+    look: Option<Instant>,
+    /// Workers that wait for a place, by their numbers.
+    sleepers: Vec<(usize, Wake)>,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State")
+            .field("presence", &self.presence)
+            .field("shares", &self.shares)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Gate {
+    pub(crate) fn new(limits: GateLimits, vm: HyperkitVm) -> Gate {
+        let state = State {
+            presence: Presence::default(),
+            epoch: 0,
+            shares: Shares::new(limits.live),
+            may_lack: limits.unanswered,
+            forwards: [0; 2],
+            pending: 0,
+            due: None,
+            next_probe: None,
+            patience: PROBE_PATIENCE,
+            next_proof: None,
+            look: None,
+            sleepers: Vec::new(),
+        };
+        Gate {
+            vm,
+            state: Mutex::new(state),
+            dialled: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on these hold. Who is connected beyond them stays.
+    pub(super) fn set_limits(&self, limits: GateLimits) {
+        let mut state = self.state();
+        state.shares.set_cap(limits.live);
+        state.may_lack = limits.unanswered;
+        state.wake();
+    }
+
+    /// Asks for leave to dial for `forward` the VM whose `connect` socket is `vm` now.
+    ///
+    /// Another identity than before is another VM (rule 8): nothing that was held against the old one counts.
+    pub(crate) fn admit(
+        self: &Arc<Gate>,
+        forward: ForwardId,
+        now: Instant,
+        vm: Option<Identity>,
+    ) -> Admission {
+        let mut state = self.state();
+        let news = vm.and_then(|vm| self.seen(&mut state, vm, now));
+        let admission = self.admit_to(&mut state, forward, now);
+        drop(state);
+        self.tell(news, None);
+        admission
+    }
+
+    fn admit_to(
+        self: &Arc<Gate>,
+        state: &mut State,
+        forward: ForwardId,
+        now: Instant,
+    ) -> Admission {
+        // With a single place there is none to be kept for proofs.
+        let exempt = forward == PROOFS && state.shares.cap() <= 1;
+        if let Some(full) = full(&state.shares, forward).filter(|_| !exempt) {
+            return Admission::Full(full);
+        }
+        let limit = state.may_lack;
+        let unanswered = self.unanswered() + state.pending;
+        if unanswered >= limit {
+            if state.next_probe.is_some_and(|at| now < at) || unanswered >= limit + LOST_PROBES {
+                return Admission::Full(Full::Unanswered(limit));
+            }
+            state.next_probe = Some(now + state.patience);
+            state.patience = (state.patience * 2).min(LONGEST_PATIENCE);
+            return Admission::Probe(self.permit(state, forward, Kind::Probe));
+        }
+        state.patience = PROBE_PATIENCE;
+        let due = state.due.unwrap_or(now);
+        let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
+        if now < earliest {
+            return Admission::At(earliest);
+        }
+        state.due = Some(due.max(now) + INTERVAL);
+        Admission::Go(self.permit(state, forward, Kind::Dial))
+    }
+
+    /// Asks for leave to dial a port where nobody listens, to know by its refusal that the guest has answered all dials
+    /// before it. One such proof at a time serves all workers: who is told to wait for it is woken when it has come.
+    pub(super) fn admit_proof(
+        self: &Arc<Gate>,
+        now: Instant,
+        worker: usize,
+        wake: &Wake,
+    ) -> Admission {
+        let mut state = self.state();
+        if let Some(at) = state.next_proof.filter(|&at| now < at) {
+            sleep(&mut state, worker, wake);
+            return Admission::At(at);
+        }
+        let admission = self.admit_to(&mut state, PROOFS, now);
+        match admission {
+            Admission::Go(mut permit) => {
+                state.next_proof = Some(now + PROBE_PATIENCE);
+                permit.kind = Kind::Proof;
+                Admission::Go(permit)
+            }
+            other => other,
+        }
+    }
+
+    fn permit(self: &Arc<Gate>, state: &mut State, forward: ForwardId, kind: Kind) -> Permit {
+        state.pending += 1;
+        Permit {
+            place: self.take_place(state, forward),
+            number: None,
+            kind,
+        }
+    }
+
+    /// A guest has dialled us: that takes a place in its VM, too, and can't be refused one.
+    pub(crate) fn place(self: &Arc<Gate>, forward: ForwardId) -> Place {
+        self.take_place(&mut self.state(), forward)
+    }
+
+    /// Lets a client in, whether there will be a place or not: it was in before.
+    pub(super) fn line_up(self: &Arc<Gate>, forward: ForwardId) -> Ticket {
+        self.state().shares.line_up(forward);
+        let gate = Arc::clone(self);
+        Ticket { gate, forward }
+    }
+
+    fn take_place(self: &Arc<Gate>, state: &mut State, forward: ForwardId) -> Place {
+        state.shares.take(forward);
+        Place {
+            gate: Arc::clone(self),
+            forward,
+            epoch: state.epoch,
+        }
+    }
+
+    /// Lets a client in for whom there will be a place.
+    ///
+    /// # Errors
+    /// Why there is none now. `wake` is called when that may have changed.
+    pub(super) fn enter(
+        self: &Arc<Gate>,
+        forward: ForwardId,
+        worker: usize,
+        wake: &Wake,
+    ) -> Result<Ticket, Full> {
+        let mut state = self.state();
+        if state.shares.queue(forward) {
+            let gate = Arc::clone(self);
+            return Ok(Ticket { gate, forward });
+        }
+        sleep(&mut state, worker, wake);
+        Err(full(&state.shares, forward).unwrap_or(Full::Live(state.shares.cap())))
+    }
+
+    /// Keeps places for a forward. One that leads here `holds` its clients while the VM isn't there, or does not.
+    ///
+    /// # Errors
+    /// How many can be kept, if those are too many.
+    pub(super) fn reserve(
+        self: &Arc<Gate>,
+        forward: ForwardId,
+        places: usize,
+        holds: Option<bool>,
+    ) -> Result<Reservation, usize> {
+        let mut state = self.state();
+        // A proof needs a place beside that of the dial.
+        let proves = holds == Some(true) && state.shares.cap() > 1;
+        if proves && state.forwards[1] == 0 {
+            state.shares.reserve(PROOFS, 1)?;
+        }
+        let reserved = state.shares.reserve(forward, places);
+        if let (Ok(()), Some(holds)) = (reserved, holds) {
+            state.forwards[usize::from(holds)] += 1;
+        }
+        if state.forwards[1] == 0 {
+            state.shares.give_up(PROOFS);
+        }
+        reserved.map(|()| Reservation {
+            gate: Arc::clone(self),
+            forward,
+            holds,
+        })
+    }
+
+    /// A dial has failed as it does where no VM is.
+    pub(super) fn found_nobody(&self, error: &Error, now: Instant) {
+        let news = self.state().presence.failed(now);
+        self.tell(news, Some(error));
+    }
+
+    /// Whether the VM is to be looked at now, by whoever asks first.
+    pub(super) fn is_to_be_looked_at(&self, now: Instant, every: Duration) -> Option<&HyperkitVm> {
+        let mut state = self.state();
+        if state.look.is_some_and(|at| now < at) {
+            return None;
+        }
+        state.look = Some(now + every);
+        Some(&self.vm)
+    }
+
+    /// Takes what was seen of the VM.
+    pub(super) fn look(&self, vm: Option<Identity>, process: Option<i32>, now: Instant) {
+        let mut state = self.state();
+        let news = match vm {
+            Some(vm) => {
+                let news = self.seen(&mut state, vm, now);
+                news.or(state.presence.process(process, now))
+            }
+            None => state.presence.not_seen(now),
+        };
+        drop(state);
+        self.tell(news, None);
+    }
+
+    fn seen(&self, state: &mut State, vm: Identity, now: Instant) -> Option<News> {
+        let (is_new, news) = state.presence.seen(vm, now);
+        if is_new {
+            self.forget_vm(state);
+        }
+        news
+    }
+
+    /// The VM can't be connected to: what was held against it counts no more.
+    pub(crate) fn vm_is_gone(&self) {
+        self.forget_vm(&mut self.state());
+    }
+
+    fn forget_vm(&self, state: &mut State) {
+        state.epoch += 1;
+        state.shares.clear();
+        state.pending = 0;
+        state.next_probe = None;
+        state.next_proof = None;
+        state.patience = PROBE_PATIENCE;
+        let dialled = self.dialled.load(Ordering::Relaxed);
+        self.answered.fetch_max(dialled, Ordering::Relaxed);
+        state.wake();
+    }
+
+    fn unanswered(&self) -> u64 {
+        let answered = self.answered.load(Ordering::Relaxed);
+        let dialled = self.dialled.load(Ordering::Relaxed);
+        dialled.saturating_sub(answered)
+    }
+
+    pub(super) fn status(&self) -> VmStatus {
+        let state = self.state();
+        VmStatus {
+            connections: state.shares.live(),
+            limit: state.shares.cap(),
+            reserved: state.shares.kept(),
+            unanswered: self.unanswered(),
+            up: state.presence.is_up(),
+            gone_since: state.presence.gone_since().map(wall_time),
+            restarts: state.presence.restarts(),
+        }
+    }
+
+    /// Says in the log what is new.
+    fn tell(&self, news: Option<News>, error: Option<&Error>) {
+        let Some(news) = news else {
+            return;
+        };
+        let forwards = self.state().forwards;
+        let subject = format_args!("the VM at {}", self.vm.state_dir.display());
+        presence::tell(news, &subject, error, forwards);
+    }
+
+    /// Connections that count against the cap now.
+    #[cfg(test)]
+    fn live(&self) -> usize {
+        self.state().shares.live()
+    }
+}
+
+/// Why a forward can have no place now.
+fn full(shares: &Shares, forward: ForwardId) -> Option<Full> {
+    match shares.cap().saturating_sub(shares.live()) {
+        _ if shares.free_for(forward) > 0 => None,
+        0 => Some(Full::Live(shares.cap())),
+        free => Some(Full::Reserved(free)),
+    }
+}
+
+fn sleep(state: &mut State, worker: usize, wake: &Wake) {
+    if state.sleepers.iter().all(|(number, _)| *number != worker) {
+        state.sleepers.push((worker, Arc::clone(wake)));
+    }
+}
+
+impl State {
+    /// There may be a place now.
+    fn wake(&mut self) {
+        for (_, wake) in self.sleepers.drain(..) {
+            wake();
+        }
+    }
+}
+
+/// One of the connections that the VM has now; dropped when its socket is closed.
+#[derive(Debug)]
+pub(crate) struct Place {
+    gate: Arc<Gate>,
+    forward: ForwardId,
+    epoch: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        if state.epoch == self.epoch {
+            state.shares.give_back(self.forward);
+            state.wake();
+        }
+    }
+}
+
+/// An accepted client's right to the next place.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    gate: Arc<Gate>,
+    forward: ForwardId,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        state.shares.unqueue(self.forward);
+        state.wake();
+    }
+}
+
+/// The places that a forward keeps.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    gate: Arc<Gate>,
+    forward: ForwardId,
+    holds: Option<bool>,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        state.shares.give_up(self.forward);
+        if let Some(holds) = self.holds {
+            state.forwards[usize::from(holds)] -= 1;
+        }
+        if state.forwards[1] == 0 {
+            state.shares.give_up(PROOFS);
+        }
+        state.wake();
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Dial,
+    /// To find out whether the guest lives.
+    Probe,
+    /// To find out whether it has answered the dials before.
+    Proof,
+}
+
+/// Leave to dial the VM once, and the place of the connection that comes of it.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    place: Place,
+    /// The number of its dial, once there was one.
+    number: Option<u64>,
+    kind: Kind,
+}
+
+impl Permit {
+    /// The device has got the dial.
+    pub(crate) fn dialled(&mut self, now: Instant) {
+        let gate = &self.place.gate;
+        let mut state = gate.state();
+        if state.epoch == self.place.epoch {
+            state.pending = state.pending.saturating_sub(1);
+        }
+        let news = state.presence.connected(now);
+        self.number = Some(gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
+        drop(state);
+        gate.tell(news, None);
+    }
+
+    /// Something came from the guest on this connection.
+    pub(crate) fn answered(&self) {
+        let gate = &self.place.gate;
+        if let Some(number) = self.number
+            && gate.answered.load(Ordering::Relaxed) < number
+        {
+            gate.answered.fetch_max(number, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the guest has answered this dial, or one behind it. If it was refused, that can be read now.
+    pub(super) fn is_answered(&self) -> bool {
+        let gate = &self.place.gate;
+        // What another VM answers says nothing, nor does that this one has gone.
+        let same = gate.state().epoch == self.place.epoch;
+        let answered = gate.answered.load(Ordering::Relaxed);
+        same && self.number.is_some_and(|number| number <= answered)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut state = self.place.gate.state();
+        if state.epoch == self.place.epoch {
+            let answered = self.place.gate.answered.load(Ordering::Relaxed);
+            // One that was lost does not make room for another before its time.
+            let lost = self.number.is_some_and(|number| number > answered);
+            if self.kind == Kind::Probe && !lost {
+                state.next_probe = None;
+                state.patience = PROBE_PATIENCE;
+            }
+            if self.kind == Kind::Proof && !lost {
+                state.next_proof = None;
+            }
+            if self.number.is_none() {
+                state.pending = state.pending.saturating_sub(1);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,192 @@
+//! Who may have how many of a VM's places: a cap for all, and places that are kept for some.
+
+use std::collections::HashMap;
+
+use super::super::handle::ForwardId;
+
+/// The places of one VM, by forward.
+#[derive(Debug)]
+pub(super) struct Shares {
+    cap: usize,
+    live: usize,
+    /// Free places that are kept: what each forward has reserved and doesn't use.
+    kept: usize,
+    /// Those with nothing in them are left out.
+    shares: HashMap<ForwardId, Share>,
+}
+
+#[derive(Debug, Default)]
+struct Share {
+    reserved: usize,
+    live: usize,
+    queued: usize,
+}
+
+impl Share {
+    fn unused(&self) -> usize {
+        self.reserved.saturating_sub(self.live)
+    }
+}
+
+impl Shares {
+    pub(super) fn new(cap: usize) -> Shares {
+        Shares {
+            cap,
+            live: 0,
+            kept: 0,
+            shares: HashMap::new(),
+        }
+    }
+
+    pub(super) fn cap(&self) -> usize {
+        self.cap
+    }
+
+    pub(super) fn set_cap(&mut self, cap: usize) {
+        self.cap = cap;
+    }
+
+    pub(super) fn live(&self) -> usize {
+        self.live
+    }
+
+    pub(super) fn kept(&self) -> usize {
+        self.kept
+    }
+
+    fn change(&mut self, forward: ForwardId, change: impl FnOnce(&mut Share)) {
+        let share = self.shares.entry(forward).or_default();
+        let (unused, live) = (share.unused(), share.live);
+        change(share);
+        self.kept = self.kept + share.unused() - unused;
+        self.live = self.live + share.live - live;
+        if share.reserved + share.live + share.queued == 0 {
+            self.shares.remove(&forward);
+        }
+    }
+
+    /// Keeps places for a forward; how many there are to be had if those are too many.
+    pub(super) fn reserve(&mut self, forward: ForwardId, places: usize) -> Result<(), usize> {
+        let others = self.shares.iter().filter(|(id, _)| **id != forward);
+        let reserved = others.map(|(_, share)| share.reserved).sum::<usize>();
+        let left = self.cap.saturating_sub(reserved);
+        if places > left {
+            return Err(left);
+        }
+        self.change(forward, |share| share.reserved = places);
+        Ok(())
+    }
+
+    pub(super) fn give_up(&mut self, forward: ForwardId) {
+        self.change(forward, |share| share.reserved = 0);
+    }
+
+    pub(super) fn take(&mut self, forward: ForwardId) {
+        self.change(forward, |share| share.live += 1);
+    }
+
+    pub(super) fn give_back(&mut self, forward: ForwardId) {
+        self.change(forward, |share| share.live = share.live.saturating_sub(1));
+    }
+
+    /// Free places that this forward may have.
+    pub(super) fn free_for(&self, forward: ForwardId) -> usize {
+        let own = self.shares.get(&forward).map_or(0, Share::unused);
+        self.cap.saturating_sub(self.live + (self.kept - own))
+    }
+
+    /// A client of the forward is to be dialled for; false if all that is free waits for others of it.
+    pub(super) fn queue(&mut self, forward: ForwardId) -> bool {
+        let queued = self.shares.get(&forward).map_or(0, |share| share.queued);
+        let free = queued < self.free_for(forward);
+        if free {
+            self.line_up(forward);
+        }
+        free
+    }
+
+    pub(super) fn line_up(&mut self, forward: ForwardId) {
+        self.change(forward, |share| share.queued += 1);
+    }
+
+    pub(super) fn unqueue(&mut self, forward: ForwardId) {
+        self.change(forward, |share| {
+            share.queued = share.queued.saturating_sub(1)
+        });
+    }
+
+    /// All connections are gone.
+    pub(super) fn clear(&mut self) {
+        let forwards: Vec<ForwardId> = self.shares.keys().copied().collect();
+        for forward in forwards {
+            self.change(forward, |share| share.live = 0);
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const NOISY: ForwardId = ForwardId(0);
+    const DOCKER: ForwardId = ForwardId(1);
+
+    #[test]
+    fn what_is_reserved_is_nobody_elses() {
+        let mut shares = Shares::new(10);
+        shares.reserve(DOCKER, 3).unwrap();
+        assert_eq!((shares.free_for(NOISY), shares.free_for(DOCKER)), (7, 10));
+        for _ in 0..7 {
+            shares.take(NOISY);
+        }
+        assert_eq!((shares.free_for(NOISY), shares.free_for(DOCKER)), (0, 3));
+        shares.take(DOCKER);
+        assert_eq!((shares.free_for(NOISY), shares.free_for(DOCKER)), (0, 2));
+        shares.give_back(NOISY);
+        assert_eq!((shares.free_for(NOISY), shares.free_for(DOCKER)), (1, 3));
+        shares.give_up(DOCKER);
+        assert_eq!((shares.free_for(NOISY), shares.free_for(DOCKER)), (3, 3));
+    }
+
+    #[test]
+    fn who_uses_more_than_it_reserved_keeps_nothing_free() {
+        let mut shares = Shares::new(4);
+        shares.reserve(DOCKER, 1).unwrap();
+        for _ in 0..3 {
+            shares.take(DOCKER);
+        }
+        assert_eq!((shares.kept(), shares.free_for(NOISY)), (0, 1));
+        // A guest takes a place whatever is left.
+        shares.take(NOISY);
+        shares.take(NOISY);
+        assert_eq!((shares.live(), shares.free_for(DOCKER)), (5, 0));
+        shares.clear();
+        assert_eq!((shares.kept(), shares.free_for(NOISY)), (1, 3));
+    }
+
+    #[test]
+    fn no_more_can_be_reserved_than_there_is() {
+        let mut shares = Shares::new(10);
+        shares.reserve(DOCKER, 8).unwrap();
+        assert_eq!(shares.reserve(NOISY, 3), Err(2));
+        shares.reserve(NOISY, 2).unwrap();
+        shares.give_up(DOCKER);
+        shares.reserve(NOISY, 10).unwrap();
+    }
+
+    #[test]
+    fn no_more_are_queued_than_there_are_places() {
+        let mut shares = Shares::new(2);
+        shares.take(DOCKER);
+        assert!(shares.queue(NOISY));
+        assert!(!shares.queue(NOISY));
+        shares.unqueue(NOISY);
+        assert!(shares.queue(NOISY));
+        shares.give_back(DOCKER);
+        assert!(shares.queue(NOISY));
+        shares.unqueue(NOISY);
+        shares.unqueue(NOISY);
+        assert!(shares.shares.is_empty());
+    }
+}

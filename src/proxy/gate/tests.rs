@@ -1,0 +1,204 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+
+const ONE: ForwardId = ForwardId(1);
+
+fn gate(live: usize, unanswered: u64) -> Arc<Gate> {
+    Arc::new(Gate::new(
+        GateLimits { live, unanswered },
+        HyperkitVm::new("/tmp/vm"),
+    ))
+}
+
+fn go(gate: &Arc<Gate>, now: Instant) -> Permit {
+    match gate.admit(ONE, now, None) {
+        Admission::Go(mut permit) => {
+            permit.dialled(now);
+            permit
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn dials_keep_their_distance_on_average() {
+    let gate = gate(10_000, 10_000);
+    let start = Instant::now();
+    let mut now = start;
+    let mut times = Vec::new();
+    while times.len() < 1000 {
+        match gate.admit(ONE, now, None) {
+            Admission::Go(mut permit) => {
+                permit.dialled(now);
+                times.push(now);
+            }
+            Admission::At(then) => {
+                assert!(then > now);
+                // A poller's millisecond.
+                now = then + Duration::from_micros(900);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    for window in times.windows(BURST as usize + 1) {
+        let span = window[BURST as usize] - window[0];
+        assert!(
+            span >= INTERVAL,
+            "{BURST} dials and one more within {span:?}"
+        );
+    }
+    let average = (times[999] - start) / 1000;
+    assert!(average >= Duration::from_micros(100), "{average:?}");
+}
+
+#[test]
+fn a_guest_that_answers_nothing_is_not_dialled_without_end() {
+    let gate = gate(900, 64);
+    let mut now = Instant::now();
+    let mut permits = Vec::new();
+    for _ in 0..64 {
+        now += Duration::from_millis(1);
+        permits.push(go(&gate, now));
+    }
+    now += Duration::from_secs(1);
+    let Admission::Probe(mut probe) = gate.admit(ONE, now, None) else {
+        panic!()
+    };
+    probe.dialled(now);
+    assert!(matches!(
+        gate.admit(ONE, now, None),
+        Admission::Full(Full::Unanswered(64))
+    ));
+    // Dropping them is no answer.
+    let last = permits.pop().unwrap();
+    permits.clear();
+    assert!(matches!(
+        gate.admit(ONE, now, None),
+        Admission::Full(Full::Unanswered(64))
+    ));
+    last.answered();
+    drop(go(&gate, now));
+}
+
+#[test]
+fn old_connections_say_nothing_of_newer_dials() {
+    let gate = gate(900, 3);
+    let mut now = Instant::now();
+    let first = go(&gate, now);
+    first.answered();
+    for _ in 0..3 {
+        now += Duration::from_millis(1);
+        drop(go(&gate, now));
+    }
+    first.answered();
+    assert!(matches!(gate.admit(ONE, now, None), Admission::Probe(_)));
+}
+
+#[test]
+fn an_answered_probe_lets_the_others_through() {
+    let gate = gate(900, 1);
+    let mut now = Instant::now();
+    let _silent = go(&gate, now);
+    now += Duration::from_millis(1);
+    let Admission::Probe(mut probe) = gate.admit(ONE, now, None) else {
+        panic!()
+    };
+    probe.dialled(now);
+    assert!(matches!(gate.admit(ONE, now, None), Admission::Full(_)));
+    probe.answered();
+    drop(probe);
+    drop(go(&gate, now));
+}
+
+#[test]
+fn a_probe_that_a_reboot_swallowed_locks_nobody_out() {
+    let gate = gate(900, 1);
+    let mut now = Instant::now();
+    let _silent = go(&gate, now);
+    let mut lost = Vec::new();
+    for patience in [30, 60, 120] {
+        let Admission::Probe(mut probe) = gate.admit(ONE, now, None) else {
+            panic!()
+        };
+        probe.dialled(now);
+        lost.push(probe);
+        now += Duration::from_secs(patience - 1);
+        assert!(matches!(gate.admit(ONE, now, None), Admission::Full(_)));
+        now += Duration::from_secs(1);
+    }
+    lost.pop().unwrap().answered();
+    drop(go(&gate, now));
+}
+
+#[test]
+fn lost_probes_are_not_enough_to_kill_the_device() {
+    let gate = gate(900, 4);
+    let mut now = Instant::now();
+    let mut dials = 0;
+    for _ in 0..1000 {
+        match gate.admit(ONE, now, None) {
+            Admission::Go(mut permit) | Admission::Probe(mut permit) => {
+                permit.dialled(now);
+                dials += 1;
+            }
+            _ => {}
+        }
+        now += LONGEST_PATIENCE;
+    }
+    assert_eq!(dials, 4 + LOST_PROBES);
+}
+
+// It takes the identities of two files, which only Unix has.
+#[cfg(unix)]
+#[test]
+fn a_new_vm_starts_afresh_and_old_permits_do_not_count() {
+    let directory = tempfile::tempdir().unwrap();
+    let (one, two) = (directory.path().join("one"), directory.path().join("two"));
+    std::fs::write(&one, "").unwrap();
+    std::fs::write(&two, "").unwrap();
+    let (one, two) = (Identity::of(&one).ok(), Identity::of(&two).ok());
+    let gate = gate(1, 64);
+    let now = Instant::now();
+    let Admission::Go(old) = gate.admit(ONE, now, one) else {
+        panic!()
+    };
+    assert!(matches!(
+        gate.admit(ONE, now, one),
+        Admission::Full(Full::Live(1))
+    ));
+    let Admission::Go(new) = gate.admit(ONE, now, two) else {
+        panic!()
+    };
+    drop(old);
+    assert_eq!(gate.live(), 1);
+    drop(new);
+    assert_eq!(gate.live(), 0);
+}
+
+#[test]
+fn who_dialled_us_takes_a_place_too() {
+    let gate = gate(2, 64);
+    let now = Instant::now();
+    let guests = [gate.place(ONE), gate.place(ONE)];
+    assert!(matches!(
+        gate.admit(ONE, now, None),
+        Admission::Full(Full::Live(2))
+    ));
+    drop(guests);
+    assert_eq!(gate.live(), 0);
+    drop(go(&gate, now));
+}
+
+#[test]
+fn a_permit_that_never_became_a_dial_leaves_no_trace() {
+    let gate = gate(2, 1);
+    let now = Instant::now();
+    for _ in 0..3 {
+        match gate.admit(ONE, now, None) {
+            Admission::Go(permit) => drop(permit),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(gate.live(), 0);
+}

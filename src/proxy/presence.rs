@@ -1,0 +1,171 @@
+//! Whether who is dialled is there: what is known of it, and what of that is news.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+
+use crate::error::Error;
+use crate::sys::Identity;
+
+/// Something to be told, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum News {
+    /// It has gone; or it was never there, as far as is known.
+    Gone { was_there: bool },
+    /// It is there, and was gone for so long.
+    Back(Duration),
+    /// It was started anew, and nobody has noticed that it was gone.
+    Restarted,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Unknown,
+    Up,
+    Gone { since: Instant, told: bool },
+}
+
+/// What is known of one VM or one server.
+#[derive(Debug)]
+pub(super) struct Presence {
+    state: State,
+    was_there: bool,
+    /// What it was when it was seen last.
+    identity: Option<Identity>,
+    /// It could not be seen since.
+    unseen: bool,
+    process: Option<i32>,
+    restarts: u64,
+}
+
+impl Default for Presence {
+    fn default() -> Presence {
+        Presence {
+            state: State::Unknown,
+            was_there: false,
+            identity: None,
+            unseen: false,
+            process: None,
+            restarts: 0,
+        }
+    }
+}
+
+impl Presence {
+    /// Takes a dial that found nobody.
+    pub(super) fn failed(&mut self, now: Instant) -> Option<News> {
+        let since = match self.state {
+            State::Gone { told: true, .. } => return None,
+            State::Gone { since, .. } => since,
+            State::Unknown | State::Up => now,
+        };
+        Some(self.gone(since))
+    }
+
+    fn gone(&mut self, since: Instant) -> News {
+        self.state = State::Gone { since, told: true };
+        News::Gone {
+            was_there: self.was_there,
+        }
+    }
+
+    /// Takes a dial that found somebody.
+    pub(super) fn connected(&mut self, now: Instant) -> Option<News> {
+        let before = std::mem::replace(&mut self.state, State::Up);
+        self.was_there = true;
+        match before {
+            State::Gone { since, .. } => Some(News::Back(now.saturating_duration_since(since))),
+            State::Unknown | State::Up => None,
+        }
+    }
+
+    /// Takes what it is now; whether it is another than before.
+    pub(super) fn seen(&mut self, identity: Identity, now: Instant) -> (bool, Option<News>) {
+        let before = self.identity.replace(identity);
+        let is_new = before.is_some_and(|before| before != identity);
+        self.restarts += u64::from(is_new);
+        let came = std::mem::take(&mut self.unseen) || is_new;
+        let news = match self.state {
+            State::Gone { .. } if came => self.connected(now),
+            State::Up if is_new => Some(News::Restarted),
+            _ => None,
+        };
+        (is_new, news)
+    }
+
+    /// Takes that there is nothing to be seen of it.
+    pub(super) fn not_seen(&mut self, now: Instant) -> Option<News> {
+        self.unseen = true;
+        self.process = None;
+        match self.state {
+            State::Up => Some(self.gone(now)),
+            State::Unknown => {
+                let told = false;
+                self.state = State::Gone { since: now, told };
+                None
+            }
+            State::Gone { .. } => None,
+        }
+    }
+
+    /// Takes which process it is, of which a file tells that may be missing or an old one: only that a process has ended
+    /// which had been alive says that it is gone.
+    pub(super) fn process(&mut self, process: Option<i32>, now: Instant) -> Option<News> {
+        let before = std::mem::replace(&mut self.process, process);
+        match (self.state, process) {
+            (State::Unknown, Some(_)) => self.connected(now),
+            (State::Up, None) if before.is_some() => Some(self.gone(now)),
+            _ => None,
+        }
+    }
+
+    /// Whether it is there; `None` if nothing is known.
+    pub(super) fn is_up(&self) -> Option<bool> {
+        match self.state {
+            State::Unknown => None,
+            State::Up => Some(true),
+            State::Gone { .. } => Some(false),
+        }
+    }
+
+    pub(super) fn gone_since(&self) -> Option<Instant> {
+        match self.state {
+            State::Gone { since, .. } => Some(since),
+            State::Unknown | State::Up => None,
+        }
+    }
+
+    pub(super) fn restarts(&self) -> u64 {
+        self.restarts
+    }
+}
+
+/// Says in the log what is new of `subject`. `clients` are how many forwards refuse theirs meanwhile, and hold them.
+pub(super) fn tell(
+    news: News,
+    subject: &dyn fmt::Display,
+    error: Option<&Error>,
+    clients: [usize; 2],
+) {
+    match news {
+        News::Gone { was_there } => {
+            let what = match was_there {
+                true => "is gone",
+                false => "is not there",
+            };
+            let why = error.map_or_else(String::new, |error| format!(": {error}"));
+            match clients {
+                [0, 0] => warn!("{subject} {what}{why}"),
+                [_, 0] => warn!("{subject} {what}{why}; clients are refused until it is back"),
+                [0, _] => warn!("{subject} {what}{why}; clients are held until it is back"),
+                _ => warn!("{subject} {what}{why}; clients are refused or held until it is back"),
+            }
+        }
+        News::Back(after) => {
+            let seconds = after.as_secs_f64();
+            info!("{subject} is back after {seconds:.1} s");
+        }
+        News::Restarted => info!("{subject} was started anew"),
+    }
+}

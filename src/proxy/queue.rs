@@ -1,0 +1,129 @@
+//! Who waits for leave to dial a VM: one queue a forward, so that a noisy one is in nobody's way.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::address::Address;
+use crate::relay::SERVER;
+
+use super::conn::State;
+use super::forward::Forward;
+use super::gate::{Admission, Gate};
+use super::table::Id;
+use super::worker::Worker;
+use super::world::World;
+
+/// How long a dial waits when a cap of its VM is reached before it asks again.
+pub(super) const FULL_PAUSE: Duration = Duration::from_millis(10);
+
+/// The connections of one forward and this worker that wait for leave to dial, first come, first served.
+#[derive(Debug)]
+pub(crate) struct DialQueue {
+    forward: Arc<Forward>,
+    gate: Arc<Gate>,
+    waiting: VecDeque<Id>,
+    next: Instant,
+}
+
+impl<W: World> Worker<W> {
+    pub(super) fn queue_dial(&mut self, id: Id, forward: &Arc<Forward>, now: Instant) {
+        let Some(gate) = &forward.gates[SERVER] else {
+            return;
+        };
+        // Those of other forwards have their turns before it.
+        let alone = self.queues.iter().all(|it| !Arc::ptr_eq(&it.gate, gate));
+        let its = |queue: &DialQueue| Arc::ptr_eq(&queue.forward, forward);
+        match self.queues.iter().position(its) {
+            Some(queue) => self.queues[queue].waiting.push_back(id),
+            None => self.queues.push_back(DialQueue {
+                forward: Arc::clone(forward),
+                gate: Arc::clone(gate),
+                waiting: VecDeque::from([id]),
+                next: now,
+            }),
+        }
+        if alone {
+            self.dial_turns(now);
+        }
+    }
+
+    pub(super) fn next_dial(&self) -> Option<Instant> {
+        self.queues.iter().map(|queue| queue.next).min()
+    }
+
+    /// Dials as many of those who wait as their VMs' gates let through, one of each queue after the other.
+    pub(super) fn dial_turns(&mut self, now: Instant) {
+        // A dial that fails at once may come back to the end of its queue: that one has its turn later.
+        let mut turns: usize = self.queues.iter().map(|queue| queue.waiting.len()).sum();
+        let mut idle = 0;
+        while turns > 0 && idle < self.queues.len() {
+            let Some(mut queue) = self.queues.pop_front() else {
+                return;
+            };
+            match queue.next <= now && self.dial_turn(&mut queue, now) {
+                true => (turns, idle) = (turns - 1, 0),
+                false => idle += 1,
+            }
+            if !queue.waiting.is_empty() {
+                self.queues.push_back(queue);
+            }
+        }
+    }
+
+    /// Lets the first who waits dial; false if it can't now.
+    fn dial_turn(&mut self, queue: &mut DialQueue, now: Instant) -> bool {
+        let Some(&id) = queue.waiting.front() else {
+            return false;
+        };
+        let Address::Hyperkit(target) = &queue.forward.rule.connect else {
+            return false;
+        };
+        // Who has left since, or was refused, needs no dial.
+        let waits = |state: &State<W::Stream>| matches!(state, State::Waiting { .. });
+        if !self
+            .conns
+            .get_mut(id)
+            .is_some_and(|conn| waits(&conn.state))
+        {
+            queue.waiting.pop_front();
+            return true;
+        }
+        let vm = self.world.vm_identity(&target.vm);
+        match queue.gate.admit(queue.forward.id, now, vm) {
+            Admission::Go(permit) => {
+                queue.waiting.pop_front();
+                if let Some(conn) = self.conns.get_mut(id) {
+                    conn.permit = Some(permit);
+                    conn.ticket = None;
+                }
+                self.connect(id, now);
+                return true;
+            }
+            Admission::At(at) => queue.next = at,
+            Admission::Probe(permit) => {
+                if self.probe(permit, &queue.forward, now) {
+                    return true;
+                }
+                queue.next = now + FULL_PAUSE;
+            }
+            Admission::Full(why) => {
+                queue.next = now + FULL_PAUSE;
+                let conns = &mut self.conns;
+                queue.waiting.retain(|id| {
+                    let Some(conn) = conns.get_mut(*id) else {
+                        return false;
+                    };
+                    match &mut conn.state {
+                        State::Waiting { full, .. } => {
+                            *full = Some(why);
+                            true
+                        }
+                        _ => false,
+                    }
+                });
+            }
+        }
+        false
+    }
+}
