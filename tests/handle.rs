@@ -15,8 +15,8 @@ use std::thread;
 use std::time::Duration;
 
 use common::*;
-use hvsock::address::Address;
-use hvsock::proxy::{ConnectionState, ForwardId, Handle, Observer, What};
+use hvsock::address::{Address, HyperkitVm};
+use hvsock::proxy::{ConnectionState, ForwardId, Handle, Observer, VmLimits, What};
 use hvsock::{Proxy, Rule, SocketName};
 
 const LONG: Duration = Duration::from_secs(3600);
@@ -211,6 +211,48 @@ fn another_rule_holds_for_those_who_come_after_it_and_none_is_refused() {
     }
     let gone = handle.replace(id, rule(1, 0o600)).unwrap_err();
     assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn places_of_a_vm_are_kept_as_the_rule_and_the_limits_say_now() {
+    let dir = private_dir();
+    let guest = hyperkit(dir.path(), 7);
+    let mut config = config(Vec::new());
+    let mut limits = VmLimits::new(HyperkitVm::new(dir.path()));
+    limits.connections = 20;
+    config.vms = vec![limits.clone()];
+    let proxy = Proxy::start(config).unwrap();
+    let handle = proxy.handle();
+    let rule = |reserved| {
+        let mut rule = Rule::new(unix(dir.path().join("front")), guest.clone());
+        rule.reserved = reserved;
+        rule
+    };
+    let kept = || {
+        let vm = handle.forwards()[0].vm.clone().unwrap();
+        (vm.reserved, vm.limit)
+    };
+    let id = handle.add(rule(15)).unwrap();
+    handle.replace(id, rule(18)).unwrap();
+    assert_eq!(kept(), (18, 20));
+    let error = handle.replace(id, rule(21)).unwrap_err();
+    assert!(error.to_string().contains("and 20 are left"), "{error}");
+    assert_eq!(kept(), (18, 20));
+    let mut other = Rule::new(any_tcp(), guest.clone());
+    other.reserved = 3;
+    let error = handle.add(other.clone()).unwrap_err();
+    assert!(error.to_string().contains("and 2 are left"), "{error}");
+    limits.connections = 21;
+    handle.limit_vm(&limits);
+    let other = handle.add(other).unwrap();
+    assert_eq!(kept(), (21, 21));
+    // To another target it keeps none.
+    let elsewhere = unix(dir.path().join("elsewhere"));
+    let away = Rule::new(rule(0).listen, elsewhere);
+    handle.replace(id, away).unwrap();
+    handle.remove(other, LONG).unwrap();
+    handle.replace(id, rule(0)).unwrap();
+    assert_eq!(kept(), (0, 21));
 }
 
 #[test]
