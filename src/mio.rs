@@ -2,16 +2,34 @@
 //!
 //! They are used as mio's own: register, wait, and call until it says `WouldBlock`.
 //!
-//! ```no_run
+//! ```
+//! # #[cfg(unix)] {
 //! use mio::{Events, Interest, Poll, Token};
+//! use std::io::{self, Read, Write};
+//! # use hvsock::simulate::{Service, Vm};
+//! # let dir = tempfile::tempdir()?;
+//! # let vm = Vm::builder(dir.path()).guest(7, Service::Echo).start()?;
+//! # let state_dir = dir.path().display();
 //!
 //! let mut poll = Poll::new()?;
-//! let mut stream = hvsock::mio::Stream::connect(&"vsock-mux://:80/run/vm.sock".parse()?)?;
+//! let mut stream = hvsock::mio::Stream::connect(&format!("hyperkit://:7{state_dir}").parse()?)?;
 //! poll.registry().register(&mut stream, Token(0), Interest::READABLE | Interest::WRITABLE)?;
 //! let mut events = Events::with_capacity(16);
 //! while !stream.is_connected()? {
 //!     poll.poll(&mut events, None)?;
 //! }
+//! stream.write_all(b"hello")?; // so little fits; see `WouldBlock`
+//! stream.shutdown_write()?;
+//! let mut echo = Vec::new();
+//! loop {
+//!     match stream.read_to_end(&mut echo) {
+//!         Ok(_) => break,
+//!         Err(e) if e.kind() == io::ErrorKind::WouldBlock => poll.poll(&mut events, None)?,
+//!         Err(e) => return Err(e.into()),
+//!     }
+//! }
+//! assert_eq!(echo, b"hello");
+//! # }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 

@@ -1,13 +1,20 @@
 //! The sockets for tokio: with the feature `tokio`, on Unix.
 //!
-//! ```no_run
-//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! ```
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use tokio::io::{AsyncReadExt, AsyncWriteExt};
+//! # use hvsock::simulate::{Service, Vm};
+//! # let dir = tempfile::tempdir()?;
+//! # let vm = Vm::builder(dir.path()).guest(80, Service::Http).start()?;
+//! # let state_dir = dir.path().display();
 //!
-//! let mut stream = hvsock::tokio::Stream::connect(&"hyperkit://:80/path/to/state".parse()?).await?;
+//! let guest = format!("hyperkit://:80{state_dir}").parse()?;
+//! let mut stream = hvsock::tokio::Stream::connect(&guest).await?;
 //! stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
 //! let mut answer = Vec::new();
 //! stream.read_to_end(&mut answer).await?;
+//! assert!(answer.starts_with(b"HTTP/1."));
 //! # Ok(())
 //! # }
 //! ```

@@ -36,11 +36,23 @@ impl Stream {
     /// Connects to `address`, within 30 s, to a `hvsock://` one within 1 s:
     /// [`connect_timeout`](Stream::connect_timeout).
     ///
-    /// ```no_run
-    /// use std::io::Write;
+    /// ```
+    /// # #[cfg(unix)] {
+    /// use std::io::{Read, Write};
+    /// # use hvsock::simulate::{Service, Vm};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let vm = Vm::builder(dir.path()).guest(1024, Service::Echo).start()?;
+    /// # let state_dir = dir.path().display();
     ///
-    /// let mut stream = hvsock::Stream::connect(&"hyperkit://:1024/path/to/state".parse()?)?;
+    /// let guest = format!("hyperkit://:1024{state_dir}").parse()?;
+    /// let mut stream = hvsock::Stream::connect(&guest)?;
     /// stream.write_all(b"hello")?;
+    /// let mut echo = [0; 5];
+    /// stream.read_exact(&mut echo)?;
+    /// assert_eq!(&echo, b"hello");
+    /// // A hyperkit guest is taken leave of: no connection is closed unread.
+    /// stream.finish(std::time::Duration::from_secs(5))?;
+    /// # }
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///

@@ -27,10 +27,13 @@ pub const DEFAULT_MODE: u32 = 0o600;
 /// A listening socket of any family. Dropping it removes the socket's file, if there is one and it is still this
 /// listener's.
 ///
-/// ```no_run
-/// let listener = hvsock::Listener::bind(&"vsock://:1024".parse()?)?;
+/// ```
+/// use hvsock::{Listener, Stream};
+///
+/// let listener = Listener::bind(&"tcp://127.0.0.1:0".parse()?)?; // or vsock://:1024, unix:///path, …
+/// let client = Stream::connect(listener.address())?;
 /// let (stream, peer) = listener.accept()?;
-/// println!("{peer} on {}", listener.address());
+/// assert_eq!(peer, client.local_addr()?);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]

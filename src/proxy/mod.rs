@@ -1,14 +1,31 @@
 //! The proxy: rules that are carried by a few threads, each with a mio event loop. Where a family's sockets can't be waited
 //! for (AF_HYPERV), a connection has two threads more.
 //!
-//! ```no_run
+//! ```
+//! use hvsock::proxy::{Observer, What};
 //! use hvsock::{Proxy, ProxyConfig, Rule};
 //! use std::time::Duration;
 //!
-//! let rule = Rule::new("tcp://127.0.0.1:0".parse()?, "hyperkit://:80/path/to/state/dir".parse()?);
-//! let proxy = Proxy::start(ProxyConfig::new(vec![rule]))?;
-//! println!("listening on {}", proxy.forwards()[0].listen);
-//! proxy.stop(Duration::from_secs(5));
+//! // To start with no rule is fine: others come and go while it runs.
+//! let mut config = ProxyConfig::new(Vec::new());
+//! config.limits.vm_connections = 500;
+//! config.observer = Some(Observer::new(|event| {
+//!     if let What::Closed { sent, received, .. } = event.what {
+//!         println!("{}: {sent} bytes up, {received} bytes down", event.peer);
+//!     }
+//! }));
+//! let proxy = Proxy::start(config)?;
+//!
+//! let handle = proxy.handle();
+//! let mut rule = Rule::new("tcp://127.0.0.1:0".parse()?, "hyperkit://:80/path/to/state/dir".parse()?);
+//! rule.name = Some("web".to_owned());
+//! let web = handle.add(rule)?;
+//! for forward in handle.forwards() {
+//!     println!("{}: {} connections", forward.listen, forward.counters.live);
+//! }
+//! handle.remove(web, Duration::from_secs(5))?;
+//!
+//! proxy.stop(Duration::from_secs(5)); // lets those who are there finish
 //! proxy.wait()?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```

@@ -4,13 +4,14 @@
 //! (`pci_virtio_sock.c`) with a Linux guest behind it: the `connect` socket and its line of 18 bytes, the `guest_forwards` sockets, the guest's dials to
 //! `00000002.PORT`, half-close both ways, slots, backpressure, and all that kills or hangs the device ([`Rule`]). It shares no code with the proxy.
 //!
-//! ```no_run
+//! ```
 //! use hvsock::simulate::{Service, Vm};
 //!
-//! let vm = Vm::builder("/tmp/vm").guest(80, Service::Http).start()?;
-//! // … use the state directory /tmp/vm …
+//! let dir = tempfile::tempdir()?;
+//! let vm = Vm::builder(dir.path()).guest(80, Service::Http).start()?;
+//! // … use it as a state directory, then see that the VM has survived:
 //! assert!(vm.fate().is_none(), "{:?}", vm.fate());
-//! # Ok::<(), hvsock::Error>(())
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
 mod afterlife;
