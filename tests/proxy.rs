@@ -388,13 +388,19 @@ fn who_waits_too_long_for_the_vm_is_told() {
     let dir = private_dir();
     let vm = echo_vm(dir.path());
     let mut config = config(vec![Rule::new(any_tcp(), hyperkit(dir.path(), 7))]);
-    config.limits.vm_connections = 1;
+    config.limits.vm_unanswered = 1;
     config.rules[0].timeouts.dial = Duration::from_millis(100);
     let proxy = Proxy::start(config).unwrap();
+    vm.pause();
     let mut first = tcp(port_of(&proxy, 0));
     first.write_all(b"x").unwrap();
-    first.read_exact(&mut [0]).unwrap();
     assert!(resets_clients(port_of(&proxy, 0)));
+    let forward = &proxy.forwards()[0];
+    assert_eq!(forward.counters.refusals.dial_timeout, 1);
+    let told = &forward.last_error.as_ref().unwrap().text;
+    assert!(told.contains("has not answered 1 dials"), "{told}");
+    vm.resume();
+    first.read_exact(&mut [0]).unwrap();
     drop(first);
     assert_well(&vm);
 }

@@ -91,7 +91,7 @@ impl Run {
         };
         let grace = {
             let running = Arc::clone(&running);
-            move || running.end()
+            move || running.grace()
         };
         let reload = move || {
             // It has said what is wrong.

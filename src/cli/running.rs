@@ -38,8 +38,6 @@ struct State {
     failing: BTreeMap<String, String>,
     /// VMs whose directory is missing.
     missing: Vec<Missing>,
-    /// The end was asked for: nothing is changed any more.
-    ending: bool,
 }
 
 /// What became of the forwards when the file was read again, by their names. Prints as how many they are.
@@ -137,7 +135,6 @@ impl Running {
             limits: wanted.limits,
             failing,
             missing: wanted.missing,
-            ending: false,
         };
         let running = Running {
             handle: proxy.handle(),
@@ -151,11 +148,9 @@ impl Running {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes nothing any more, for the end has been asked for; how long live connections may go on.
-    pub(super) fn end(&self) -> Duration {
-        let mut state = self.state();
-        state.ending = true;
-        state.config.grace
+    /// How long live connections may go on when the end is asked for.
+    pub(super) fn grace(&self) -> Duration {
+        self.state().config.grace
     }
 
     /// What could not be had so far, line by line.
@@ -215,7 +210,7 @@ impl Running {
 
     fn read_again(&self) -> Result<Summary, Problems> {
         let mut state = self.state();
-        if state.ending {
+        if self.handle.is_stopping() {
             return Err(Problems::of(
                 &self.file,
                 "not read again: the proxy is stopping",
@@ -247,7 +242,7 @@ impl Running {
 
     fn look_again(&self) -> Option<Summary> {
         let mut state = self.state();
-        if state.ending || state.failing.is_empty() && state.missing.is_empty() {
+        if self.handle.is_stopping() || state.failing.is_empty() && state.missing.is_empty() {
             return None;
         }
         // What is wrong now was right when the file was read; it may be so again.

@@ -146,7 +146,7 @@ mod tests {
         let now = existing(&[rule("a", "/1", TO)]);
         let moved = rule("a", "/2", TO);
         assert_eq!(
-            plan(&now, &[moved.clone()]),
+            plan(&now, std::slice::from_ref(&moved)),
             [Step::Remove(0), Step::Add(moved)]
         );
     }
@@ -171,6 +171,9 @@ mod tests {
         now.iter_mut().for_each(|it| it.ours = false);
         assert_eq!(plan(&now, &[]), []);
         let wanted = rule("a", "/1", TO);
-        assert_eq!(plan(&now, &[wanted.clone()]), [Step::Replace(0, wanted)]);
+        assert_eq!(
+            plan(&now, std::slice::from_ref(&wanted)),
+            [Step::Replace(0, wanted)]
+        );
     }
 }

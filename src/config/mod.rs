@@ -29,12 +29,12 @@ mod words;
 use std::fs;
 use std::io;
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use toml::de::DeTable;
 
-use crate::address::Address;
+use crate::address::TcpAddress;
 use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule, is_chosen};
 
@@ -54,9 +54,9 @@ pub(crate) struct Config {
     pub(crate) grace: Duration,
     pub(crate) workers: Option<NonZeroUsize>,
     /// Where it is controlled from.
-    pub(crate) control: Option<Address>,
+    pub(crate) control: Option<PathBuf>,
     /// Where it tells of itself.
-    pub(crate) metrics: Option<Address>,
+    pub(crate) metrics: Option<TcpAddress>,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
 }
@@ -113,8 +113,8 @@ impl Config {
     fn of(mut root: Section<'_, '_>) -> Config {
         let grace = root.take("grace", values::time);
         let workers = root.take("workers", values::count(1..=256));
-        let control = root.take("control", values::socket);
-        let metrics = root.take("metrics", values::address);
+        let control = root.take("control", values::path);
+        let metrics = root.take("metrics", values::tcp);
         let mut settings = Settings::default();
         if let Some(mut defaults) = root.table("defaults") {
             settings = settings.read(&mut defaults);

@@ -2,13 +2,14 @@
 
 use std::borrow::Cow;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use toml::de::{DeInteger, DeValue};
 
 use super::section::kind;
 use super::words::{local_address, parse_mode};
-use crate::address::{Address, Port};
+use crate::address::{Address, Port, TcpAddress};
 
 /// No time is longer: with it, `1M`, which is a month, isn't taken for a minute.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -134,11 +135,21 @@ pub(super) fn address(value: &DeValue<'_>) -> Result<Address, String> {
     }
 }
 
-/// Where a Unix socket or a named pipe is made.
-pub(super) fn socket(value: &DeValue<'_>) -> Result<Address, String> {
+/// A path.
+pub(super) fn path(value: &DeValue<'_>) -> Result<PathBuf, String> {
+    match text(value)?.as_str() {
+        "" => Err("it is empty; write a path".to_owned()),
+        text => Ok(PathBuf::from(at_home(text)?.into_owned())),
+    }
+}
+
+/// A TCP address, as in `9100` or `"127.0.0.1:9100"`.
+pub(super) fn tcp(value: &DeValue<'_>) -> Result<TcpAddress, String> {
     match address(value)? {
-        local @ (Address::Unix(_) | Address::Npipe(_)) => Ok(local),
-        other => Err(format!("{other} is no path; write \"/run/hvsock.sock\"")),
+        Address::Tcp(tcp) => Ok(tcp),
+        other => Err(format!(
+            "{other} is no TCP address; write 9100 or \"127.0.0.1:9100\""
+        )),
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) struct Listening<L> {
     /// Not before this time.
     paused: Option<Instant>,
     /// Its VM has no place for it: the gate wakes us when that may have changed.
-    full: bool,
+    full: Option<Full>,
     complaints: Complaints,
     /// When its socket's file and its VM are to be looked after.
     watch: Instant,
@@ -55,9 +55,8 @@ pub(crate) struct Listening<L> {
 impl<L> Listening<L> {
     /// Notes what keeps clients from being accepted.
     fn set_obstacle(&mut self, obstacle: Obstacle, why: &dyn std::fmt::Display, now: Instant) {
-        if self.obstacle.replace(obstacle) != Some(obstacle) {
-            self.forward.board.blocked(obstacle, why.to_string(), now);
-        }
+        self.obstacle = Some(obstacle);
+        self.forward.board.blocked(obstacle, why.to_string(), now);
     }
 
     /// Someone was accepted, or nobody waits.
@@ -92,7 +91,7 @@ impl<W: World> Worker<W> {
             forward,
             ready: true,
             paused: None,
-            full: false,
+            full: None,
             complaints: Complaints::default(),
             watch,
             lost: false,
@@ -131,6 +130,8 @@ impl<W: World> Worker<W> {
         {
             self.world.set_mode(listener, mode)?;
         }
+        // Where there was no place there may be one: it may be another VM's.
+        listening.full = None;
         listening.forward = forward;
         Ok(())
     }
@@ -138,8 +139,9 @@ impl<W: World> Worker<W> {
     /// When a listener wants to be looked at without an event.
     pub(super) fn next_accept(&self, now: Instant) -> Option<Instant> {
         let wants = |listening: &Listening<W::Listener>| {
-            let ready = (listening.ready && !listening.full && listening.listener.is_some())
-                .then(|| listening.paused.unwrap_or(now));
+            let ready =
+                (listening.ready && listening.full.is_none() && listening.listener.is_some())
+                    .then(|| listening.paused.unwrap_or(now));
             let watched = !listening.removed && is_watched(&listening.forward);
             [ready, watched.then_some(listening.watch)]
                 .into_iter()
@@ -192,36 +194,34 @@ impl<W: World> Worker<W> {
             if listening.listener.is_none() {
                 return;
             }
-            let limit = self.shared.room();
             // Guests are accepted whatever happens: hyperkit stands still until they are.
             if !listening.forward.is_polite(CLIENT)
-                && self.shared.live.load(Ordering::Relaxed) >= limit
+                && let Some(reason) = self.shared.is_full_for(listening.forward.id)
             {
-                let reason = io::Error::other(format!(
-                    "{limit} connections are open, and more are not allowed"
-                ));
                 return self.pause(index, Obstacle::Full, now, &reason);
             }
             let ticket = match self.ticket(index, all) {
                 Ok(ticket) => ticket,
                 Err(full) => {
-                    self.listeners[index].full = true;
-                    return self.block(index, Obstacle::Full, &full, now);
+                    let known = self.listeners[index].full.replace(full) == Some(full);
+                    if !known {
+                        self.block(index, Obstacle::Full, &full, now);
+                    }
+                    return;
                 }
             };
             let listening = &mut self.listeners[index];
             let Some(listener) = &listening.listener else {
                 return;
             };
-            listening.full = false;
+            listening.full = None;
             match self.world.accept(listener) {
                 Ok((stream, peer)) => {
                     listening.unblock();
                     let forward = Arc::clone(&listening.forward);
                     tracing::debug!(listen = %forward.rule.listen, ?peer, "accepted");
-                    self.shared.live.fetch_add(1, Ordering::AcqRel);
                     add_one(&forward.tally.accepted);
-                    add_one(&forward.tally.live);
+                    self.shared.begins(&forward);
                     self.hand_over(stream, peer, forward, ticket, now);
                 }
                 Err(e) => match e.kind() {
@@ -277,7 +277,7 @@ impl<W: World> Worker<W> {
         };
         if listening.complaints.admit(key, now).is_some() {
             let listen = &listening.forward.rule.listen;
-            warn!("not accepting on {listen} for now: {reason}; clients wait");
+            warn!("not accepting on {listen} for now: {reason}; new clients wait");
         }
     }
 

@@ -91,7 +91,10 @@ impl Handle {
         let index = self.shared.next_inbox();
         self.shared.inboxes[index].send(Command::Listen(listener, Arc::clone(&forward), tell));
         match told.recv_timeout(ANSWER) {
-            Ok(Ok(())) => forwards.push(forward),
+            Ok(Ok(())) => {
+                self.shared.keep(&forward);
+                forwards.push(forward);
+            }
             Ok(Err(e)) => return Err(fail(e)),
             Err(_) => return Err(fail(stopping())),
         }
@@ -116,6 +119,7 @@ impl Handle {
             self.binder.restore(&forwards[index]);
             return Err(fail(e));
         }
+        self.shared.keep(&forward);
         forwards[index] = forward;
         Ok(())
     }
@@ -138,7 +142,7 @@ impl Handle {
         let mut forwards = self.shared.forwards();
         let index = index_of(&forwards, id)?;
         let forward = forwards.remove(index);
-        forward.keep_places(None);
+        self.shared.release(&forward);
         self.ask_all(|tell| Command::Remove(Arc::clone(&forward), grace, tell));
         Ok(())
     }
@@ -152,6 +156,12 @@ impl Handle {
     /// How many connections are not closed yet.
     pub fn live(&self) -> usize {
         self.shared.live.load(Ordering::Relaxed)
+    }
+
+    /// Whether the end has begun: nothing can be added any more.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.shared.is_stopping()
     }
 
     /// As [`Proxy::stop`](super::Proxy::stop).

@@ -278,10 +278,9 @@ impl<W: World> Worker<W> {
             age: now.saturating_duration_since(conn.since),
         });
         drop((conn.permit, conn.place));
-        conn.forward.tally.live.fetch_sub(1, Ordering::Relaxed);
         self.shared.inboxes[self.index]
             .load
             .fetch_sub(1, Ordering::Relaxed);
-        self.shared.live.fetch_sub(1, Ordering::AcqRel);
+        self.shared.has_ended(&conn.forward);
     }
 }

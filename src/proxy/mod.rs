@@ -46,6 +46,7 @@ mod probing;
 mod queue;
 mod quiet;
 mod rules;
+mod shares;
 mod status;
 mod table;
 mod worker;

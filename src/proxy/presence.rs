@@ -36,6 +36,8 @@ pub(super) struct Presence {
     /// It could not be seen since.
     unseen: bool,
     process: Option<i32>,
+    /// A dial has found it, that it is back was told, and what it is now has not been seen since.
+    told_before_seen: bool,
     restarts: u64,
 }
 
@@ -47,6 +49,7 @@ impl Default for Presence {
             identity: None,
             unseen: false,
             process: None,
+            told_before_seen: false,
             restarts: 0,
         }
     }
@@ -75,7 +78,10 @@ impl Presence {
         let before = std::mem::replace(&mut self.state, State::Up);
         self.was_there = true;
         match before {
-            State::Gone { since, .. } => Some(News::Back(now.saturating_duration_since(since))),
+            State::Gone { since, .. } => {
+                self.told_before_seen = true;
+                Some(News::Back(now.saturating_duration_since(since)))
+            }
             State::Unknown | State::Up => None,
         }
     }
@@ -86,9 +92,14 @@ impl Presence {
         let is_new = before.is_some_and(|before| before != identity);
         self.restarts += u64::from(is_new);
         let came = std::mem::take(&mut self.unseen) || is_new;
+        let told = std::mem::take(&mut self.told_before_seen);
         let news = match self.state {
-            State::Gone { .. } if came => self.connected(now),
-            State::Up if is_new => Some(News::Restarted),
+            State::Gone { .. } if came => {
+                let news = self.connected(now);
+                self.told_before_seen = false;
+                news
+            }
+            State::Up if is_new && !told => Some(News::Restarted),
             _ => None,
         };
         (is_new, news)
@@ -169,3 +180,6 @@ pub(super) fn tell(
         News::Restarted => info!("{subject} was started anew"),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,6 @@ use crate::relay::{End, Readiness, SERVER};
 use crate::stream::nonblocking::Endpoint;
 
 use super::conn::{Conn, HOLD, Leave, State};
-use super::counters::add_one;
 use super::forward::Forward;
 use super::gate::{Admission, Gate, Permit};
 use super::leaving::LAST_LEAVE;
@@ -68,11 +67,10 @@ impl<W: World> Worker<W> {
         permit.dialled(now);
         let conn = Conn::new(None, Arc::clone(forward), SocketName::Unnamed, now);
         let id = self.conns.insert(conn);
-        add_one(&forward.tally.live);
         self.shared.inboxes[self.index]
             .load
             .fetch_add(1, Ordering::Relaxed);
-        self.shared.live.fetch_add(1, Ordering::AcqRel);
+        self.shared.begins(forward);
         let watched = self.world.watch(&mut stream, id.token(SERVER));
         let mut end = End::new(stream);
         end.shutdown_write();

@@ -554,3 +554,5 @@ fn a_pipe_leads_to_what_no_poller_can_wait_for() {
         thread::sleep(Duration::from_millis(5));
     }
 }
+
+mod quiet;

@@ -15,13 +15,15 @@ use crate::sys;
 use super::Limits;
 use super::accept::Listening;
 use super::conn::Conn;
+use super::counters::add_one;
 use super::forward::Forward;
 use super::gate::{Ticket, Wake};
-use super::handle::ConnectionStatus;
+use super::handle::{ConnectionStatus, ForwardId};
 use super::leaving::LAST_LEAVE;
 use super::observer::ConnectionId;
 use super::probing::Proofs;
 use super::queue::DialQueue;
+use super::shares::Shares;
 use super::table::{Id, Table};
 use super::world::{Event, World};
 
@@ -115,8 +117,9 @@ impl<W: World> std::fmt::Debug for Inbox<W> {
 pub(crate) struct Shared<W: World> {
     forwards: Mutex<Vec<Arc<Forward>>>,
     pub(crate) inboxes: Vec<Inbox<W>>,
-    /// How many connections there may be: what the limits say, and no more than there are descriptors for.
-    room: AtomicUsize,
+    /// How many connections there may be: what the limits say, and no more than there are descriptors for. What a forward
+    /// reserves in its VM is kept for it here as well.
+    places: Mutex<Shares>,
     /// Connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
     /// Workers that have heard of the end: they hand nothing over any more.
@@ -136,12 +139,16 @@ impl<W: World> Shared<W> {
         inboxes: Vec<Inbox<W>>,
     ) -> Shared<W> {
         let room = limits.connections.min(room_for_connections(false));
+        let mut places = Shares::new(room);
+        for forward in &forwards {
+            keep(&mut places, forward);
+        }
         Shared {
             next: AtomicUsize::new(forwards.len()),
             next_connection: AtomicU64::new(0),
             forwards: Mutex::new(forwards),
             inboxes,
-            room: AtomicUsize::new(room),
+            places: Mutex::new(places),
             live: AtomicUsize::new(0),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
@@ -152,14 +159,52 @@ impl<W: World> Shared<W> {
         self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn room(&self) -> usize {
-        self.room.load(Ordering::Relaxed)
+    fn places(&self) -> MutexGuard<'_, Shares> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why no connection of that forward may begin now, if so.
+    pub(super) fn is_full_for(&self, forward: ForwardId) -> Option<io::Error> {
+        let places = self.places();
+        if places.free_for(forward) > 0 {
+            return None;
+        }
+        let (cap, kept) = (places.cap(), places.kept_from(forward));
+        Some(io::Error::other(match kept {
+            0 => format!("{cap} connections are open, and more are not allowed"),
+            _ => format!(
+                "{cap} connections may be open, and the last {kept} are reserved for others"
+            ),
+        }))
+    }
+
+    /// A connection begins, or a probe.
+    pub(super) fn begins(&self, forward: &Forward) {
+        add_one(&forward.tally.live);
+        self.places().take(forward.id);
+        self.live.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// One has ended.
+    pub(super) fn has_ended(&self, forward: &Forward) {
+        forward.tally.live.fetch_sub(1, Ordering::Relaxed);
+        self.places().give_back(forward.id);
+        self.live.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Keeps for a forward what it reserves, until [`release`](Shared::release).
+    pub(super) fn keep(&self, forward: &Forward) {
+        keep(&mut self.places(), forward);
+    }
+
+    pub(super) fn release(&self, forward: &Forward) {
+        self.places().give_up(forward.id);
+        forward.keep_places(None);
     }
 
     /// Keeps descriptors for guests, who can't be made to wait.
     pub(super) fn make_room_for_guests(&self) {
-        let room = room_for_connections(true);
-        self.room.fetch_min(room, Ordering::Relaxed);
+        self.places().limit(room_for_connections(true));
     }
 
     /// Who is to have the next listener.
@@ -178,6 +223,14 @@ impl<W: World> Shared<W> {
     /// Whether nobody listens to commands any more.
     pub(super) fn is_over(&self) -> bool {
         self.ended.load(Ordering::Acquire) >= self.inboxes.len()
+    }
+}
+
+/// Keeps for a forward what it reserves, or as much of it as there are descriptors for.
+fn keep(places: &mut Shares, forward: &Forward) {
+    if let Err(left) = places.reserve(forward.id, forward.rule.reserved) {
+        // So much is to be had.
+        let _ = places.reserve(forward.id, left);
     }
 }
 

@@ -9,8 +9,6 @@
 //! to a port where nobody listens asks the guest's kernel, which answers by refusing as soon as it runs. So does a proof,
 //! which tells a client that is to be held from one whose dial the guest has taken.
 
-mod shares;
-
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,8 +19,8 @@ use crate::sys::Identity;
 
 use super::handle::ForwardId;
 use super::presence::{self, News, Presence};
+use super::shares::Shares;
 use super::status::{VmStatus, wall_time};
-use shares::Shares;
 
 /// The average distance of two dials. 100 µs never hurt the device.
 const INTERVAL: Duration = Duration::from_micros(150);
@@ -197,8 +195,8 @@ impl Gate {
     ) -> Admission {
         // With a single place there is none to be kept for proofs.
         let exempt = forward == PROOFS && state.shares.cap() <= 1;
-        if let Some(full) = full(&state.shares, forward).filter(|_| !exempt) {
-            return Admission::Full(full);
+        if state.shares.free_for(forward) == 0 && !exempt {
+            return Admission::Full(why_full(&state.shares, forward));
         }
         let limit = state.may_lack;
         let unanswered = self.unanswered() + state.pending;
@@ -290,7 +288,7 @@ impl Gate {
             return Ok(Ticket { gate, forward });
         }
         sleep(&mut state, worker, wake);
-        Err(full(&state.shares, forward).unwrap_or(Full::Live(state.shares.cap())))
+        Err(why_full(&state.shares, forward))
     }
 
     /// Keeps places for a forward. One that leads here `holds` its clients while the VM isn't there, or does not.
@@ -414,12 +412,11 @@ impl Gate {
     }
 }
 
-/// Why a forward can have no place now.
-fn full(shares: &Shares, forward: ForwardId) -> Option<Full> {
-    match shares.cap().saturating_sub(shares.live()) {
-        _ if shares.free_for(forward) > 0 => None,
-        0 => Some(Full::Live(shares.cap())),
-        free => Some(Full::Reserved(free)),
+/// Why a forward can have no place, or no more than are asked for already.
+fn why_full(shares: &Shares, forward: ForwardId) -> Full {
+    match shares.kept_from(forward) {
+        0 => Full::Live(shares.cap()),
+        kept => Full::Reserved(kept),
     }
 }
 

@@ -1,10 +1,10 @@
-//! Who may have how many of a VM's places: a cap for all, and places that are kept for some.
+//! Who may have how many of a VM's places, or of the process': a cap for all, and places that are kept for some.
 
 use std::collections::HashMap;
 
-use super::super::handle::ForwardId;
+use super::handle::ForwardId;
 
-/// The places of one VM, by forward.
+/// The places of one VM or of the process, by forward.
 #[derive(Debug)]
 pub(super) struct Shares {
     cap: usize,
@@ -38,6 +38,11 @@ impl Shares {
         }
     }
 
+    /// Lowers the cap.
+    pub(super) fn limit(&mut self, cap: usize) {
+        self.cap = self.cap.min(cap);
+    }
+
     pub(super) fn cap(&self) -> usize {
         self.cap
     }
@@ -68,8 +73,8 @@ impl Shares {
     /// Keeps places for a forward; how many there are to be had if those are too many.
     pub(super) fn reserve(&mut self, forward: ForwardId, places: usize) -> Result<(), usize> {
         let others = self.shares.iter().filter(|(id, _)| **id != forward);
-        let reserved = others.map(|(_, share)| share.reserved).sum::<usize>();
-        let left = self.cap.saturating_sub(reserved);
+        let taken = others.map(|(_, share)| share.reserved).sum();
+        let left = self.cap.saturating_sub(taken);
         if places > left {
             return Err(left);
         }
@@ -91,8 +96,12 @@ impl Shares {
 
     /// Free places that this forward may have.
     pub(super) fn free_for(&self, forward: ForwardId) -> usize {
-        let own = self.shares.get(&forward).map_or(0, Share::unused);
-        self.cap.saturating_sub(self.live + (self.kept - own))
+        self.cap.saturating_sub(self.live + self.kept_from(forward))
+    }
+
+    /// Free places that are kept for others than this forward.
+    pub(super) fn kept_from(&self, forward: ForwardId) -> usize {
+        self.kept - self.shares.get(&forward).map_or(0, Share::unused)
     }
 
     /// A client of the forward is to be dialled for; false if all that is free waits for others of it.

@@ -1,0 +1,74 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+
+const GONE: Option<News> = Some(News::Gone { was_there: true });
+
+#[test]
+fn what_repeats_is_no_news() {
+    let mut presence = Presence::default();
+    let start = Instant::now();
+    let later = start + Duration::from_secs(3);
+    assert_eq!(presence.is_up(), None);
+    let never = Some(News::Gone { was_there: false });
+    assert_eq!(presence.failed(start), never);
+    assert_eq!(presence.failed(later), None);
+    assert_eq!(presence.gone_since(), Some(start));
+    let back = Some(News::Back(Duration::from_secs(3)));
+    assert_eq!(presence.connected(later), back);
+    assert_eq!(presence.connected(later), None);
+    assert_eq!(presence.failed(later), GONE);
+}
+
+#[test]
+fn who_was_never_there_is_told_of_when_somebody_misses_it() {
+    let mut presence = Presence::default();
+    let now = Instant::now();
+    assert_eq!(presence.not_seen(now), None);
+    assert_eq!(presence.is_up(), Some(false));
+    assert!(presence.failed(now).is_some());
+    assert_eq!(presence.not_seen(now), None);
+}
+
+#[test]
+fn a_process_that_ended_is_gone_and_one_that_never_lived_says_nothing() {
+    let mut presence = Presence::default();
+    let now = Instant::now();
+    presence.connected(now);
+    assert_eq!(presence.process(None, now), None);
+    assert_eq!(presence.process(Some(7), now), None);
+    assert_eq!(presence.process(None, now), GONE);
+    assert_eq!(presence.process(None, now), None);
+}
+
+// It takes the identities of two files, which only Unix has.
+#[cfg(unix)]
+#[test]
+fn another_file_is_another_vm_and_the_same_one_no_sign_of_life() {
+    let directory = tempfile::tempdir().unwrap();
+    let [one, two] = ["one", "two"].map(|name| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, "").unwrap();
+        Identity::of(&path).unwrap()
+    });
+    let now = Instant::now();
+    let mut presence = Presence::default();
+    assert_eq!(presence.seen(one, now), (false, None));
+    assert_eq!(presence.is_up(), None);
+    presence.connected(now);
+    presence.failed(now);
+    // A socket that was left behind.
+    assert_eq!(presence.seen(one, now), (false, None));
+    let back = Some(News::Back(Duration::ZERO));
+    assert_eq!(presence.seen(two, now), (true, back));
+    assert_eq!(presence.seen(two, now), (false, None));
+    assert_eq!(presence.seen(one, now), (true, Some(News::Restarted)));
+    assert_eq!(presence.not_seen(now), GONE);
+    assert_eq!(presence.seen(one, now), (false, back));
+    assert_eq!(presence.restarts(), 2);
+    // A dial may find the new one before anybody has looked at its file.
+    presence.failed(now);
+    assert_eq!(presence.connected(now), back);
+    assert_eq!(presence.seen(two, now), (true, None));
+    assert_eq!(presence.seen(one, now), (true, Some(News::Restarted)));
+}
