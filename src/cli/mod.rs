@@ -183,10 +183,8 @@ fn run_until_told(
     let handle = proxy.handle();
     let thread = std::thread::spawn(move || {
         let end = |asked: &Asked| {
-            #[cfg(unix)]
             if *asked == Asked::Reload {
                 reload();
-                return false;
             }
             *asked == Asked::End
         };

@@ -53,7 +53,7 @@ fn each_key_has_its_place() {
         vm = "one"
         port = "0x50"
         mode = "600"
-        reserved = 20
+        reserved = 19
         [forward.from]
         vm = "/vm/two"
         guest-dials = 0x1388
@@ -71,7 +71,7 @@ fn each_key_has_its_place() {
     assert_eq!(to.name.as_deref(), Some("to"));
     assert_eq!(to.listen.to_string(), "tcp://127.0.0.1:8080");
     assert_eq!(to.connect.to_string(), "hyperkit://9:80/vm/one");
-    assert_eq!((to.mode, to.reserved), (0o600, 20));
+    assert_eq!((to.mode, to.reserved), (0o600, 19));
     assert_eq!(to.timeouts.dial, Duration::from_secs(90));
     assert_eq!(to.timeouts.idle, Some(Duration::from_secs(3600)));
     assert_eq!(to.timeouts.half_closed, Some(Duration::from_millis(500)));
@@ -231,6 +231,12 @@ fn vms_are_found_or_told_of() {
             .contains("reserve 12 connections together, and it has 10"),
         "{told:?}"
     );
+    // A client that waits takes a place to find out whether it was taken.
+    let waiting = two.replace("reserved = 6", "reserved = 10\nwait = 1");
+    let told = wrong(&format!(
+        "[vm.a]\nat = \"/x\"\nconnections = 10\n[forward.a]\n{waiting}"
+    ));
+    assert!(told[0].1.contains("and it has 9 for them"), "{told:?}");
 }
 
 #[test]

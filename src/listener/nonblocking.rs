@@ -111,7 +111,6 @@ impl Listener {
     /// Gives the socket's file other permissions, if it has one that is still ours.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
         match self {
-            #[cfg(unix)]
             Listener::Local(listener) => listener.set_mode(mode),
             _ => Ok(()),
         }
