@@ -291,3 +291,46 @@ fn targets_of_other_families_are_waited_for_as_well() {
     assert_eq!(asking.join().unwrap(), b"tcp");
     assert_eq!(proxy.forwards()[0].state, ForwardState::Listening);
 }
+
+#[test]
+fn rude_clients_that_are_held_do_not_hurt_the_vm() {
+    let dir = private_dir();
+    let vm = vm(dir.path(), &[(7, Service::Echo)]);
+    // Nobody listens on port 8.
+    let rules = [7, 8].map(|port| {
+        let mut rule = Rule::new(any_tcp(), hyperkit(dir.path(), port));
+        rule.wait = Some(Duration::from_millis(300));
+        rule
+    });
+    let proxy = Proxy::start(config(rules.to_vec())).unwrap();
+    let mut random = fastrand::Rng::with_seed(7);
+    for round in 0..10 {
+        if round % 3 == 0 {
+            vm.pause();
+        }
+        let mut clients = Vec::new();
+        for _ in 0..40 {
+            let mut client = tcp(port_of(&proxy, random.usize(..2)));
+            // It may have been refused by now.
+            if random.bool() {
+                let _ = client.write_all(b"something");
+            }
+            if random.bool() {
+                let _ = client.shutdown(std::net::Shutdown::Write);
+            }
+            if random.bool() {
+                let no_time = Some(Duration::ZERO);
+                SockRef::from(&client).set_linger(no_time).unwrap();
+            }
+            if random.bool() {
+                clients.push(client);
+            }
+        }
+        random.shuffle(&mut clients);
+        vm.resume();
+        drop(clients);
+    }
+    eventually("all have gone", || proxy.handle().live() == 0);
+    assert_well(&vm);
+    assert_eq!(ask(tcp(port_of(&proxy, 0)), b"well").unwrap(), b"well");
+}

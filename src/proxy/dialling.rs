@@ -283,7 +283,6 @@ impl<W: World> Worker<W> {
         let ending = self.phase == Phase::Cutting || conn.forward.is_cut();
         if let (Some(held), State::Waiting { dial, full, .. }) = (&mut conn.held, &mut conn.state)
             && dial::may_come(&error)
-            && now < dial.deadline()
             && !ending
         {
             let redial = (now + held.pause).min(dial.deadline());
