@@ -74,6 +74,8 @@ mod cat;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
+#[cfg(feature = "cli")]
+mod config;
 mod dial;
 #[cfg(feature = "cli")]
 mod doctor;

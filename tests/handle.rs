@@ -8,14 +8,15 @@ mod common;
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use common::*;
-use hvsock::address::Address;
-use hvsock::proxy::{ConnectionState, ForwardId, Handle, Observer, What};
+use hvsock::address::{Address, HyperkitVm};
+use hvsock::proxy::{ConnectionState, ForwardId, Handle, Observer, VmLimits, What};
 use hvsock::{Proxy, Rule, SocketName};
 
 const LONG: Duration = Duration::from_secs(3600);
@@ -122,6 +123,136 @@ fn a_removed_socket_leaves_no_file() {
         assert!(!path.exists());
         assert!(UnixStream::connect(&path).is_err());
     }
+}
+
+/// A server that answers each client with one byte, again and again.
+fn answering(path: &Path, byte: u8) {
+    let listener = UnixListener::bind(path).unwrap();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let mut asked = [0];
+                while stream.read_exact(&mut asked).is_ok() && stream.write_all(&[byte]).is_ok() {}
+            });
+        }
+    });
+}
+
+fn who_answers(mut client: impl Read + Write) -> u8 {
+    client.write_all(b"?").unwrap();
+    let mut byte = [0];
+    client.read_exact(&mut byte).unwrap();
+    byte[0]
+}
+
+#[test]
+fn another_rule_holds_for_those_who_come_after_it_and_none_is_refused() {
+    let (proxy, dir) = running();
+    let handle = proxy.handle();
+    let front = dir.path().join("front");
+    for byte in [1, 2] {
+        answering(&dir.path().join(byte.to_string()), byte);
+    }
+    let rule = |byte: u8, mode| {
+        let mut rule = Rule::new(unix(&front), unix(dir.path().join(byte.to_string())));
+        rule.name = Some(format!("to {byte}"));
+        rule.mode = mode;
+        rule
+    };
+    let mode = || front.metadata().unwrap().permissions().mode() & 0o777;
+    let id = handle.add(rule(1, 0o600)).unwrap();
+    let old = unix_client(&front);
+    assert_eq!(who_answers(&old), 1);
+    thread::scope(|scope| {
+        let clients = scope.spawn(|| {
+            for _ in 0..2000 {
+                assert!([1, 2].contains(&who_answers(unix_client(&front))));
+            }
+        });
+        for round in 0.. {
+            let byte = [2, 1][round % 2];
+            handle.replace(id, rule(byte, 0o600)).unwrap();
+            assert_eq!(who_answers(unix_client(&front)), byte);
+            if clients.is_finished() {
+                break;
+            }
+        }
+        clients.join().unwrap();
+    });
+    handle.replace(id, rule(2, 0o660)).unwrap();
+    assert_eq!(mode(), 0o660);
+    let new = unix_client(&front);
+    assert_eq!((who_answers(&old), who_answers(&new)), (1, 2));
+    let [forward] = &handle.forwards()[..] else {
+        panic!();
+    };
+    assert_eq!((forward.id, &forward.rule), (id, &rule(2, 0o660)));
+    assert!(forward.counters.accepted > 2000);
+
+    // What can't be leaves the rule as it was.
+    let elsewhere = Rule::new(any_tcp(), unix(dir.path().join("1")));
+    let nowhere = Rule::new(unix(&front), any_tcp());
+    let itself = Rule::new(unix(&front), unix(&front));
+    for (rule, part) in [
+        (elsewhere, "this forward listens on"),
+        (nowhere, "port 0"),
+        (itself, "itself"),
+    ] {
+        let error = handle.replace(id, rule).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    assert_eq!(who_answers(unix_client(&front)), 2);
+
+    // Removed, it takes all of its clients with it, whichever rule they came under.
+    handle.remove(id, Duration::ZERO).unwrap();
+    for mut client in [&old, &new] {
+        assert_eq!(client.read(&mut [0]).unwrap_or(0), 0);
+    }
+    let gone = handle.replace(id, rule(1, 0o600)).unwrap_err();
+    assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn places_of_a_vm_are_kept_as_the_rule_and_the_limits_say_now() {
+    let dir = private_dir();
+    let guest = hyperkit(dir.path(), 7);
+    let mut config = config(Vec::new());
+    let mut limits = VmLimits::new(HyperkitVm::new(dir.path()));
+    limits.connections = 20;
+    config.vms = vec![limits.clone()];
+    let proxy = Proxy::start(config).unwrap();
+    let handle = proxy.handle();
+    let rule = |reserved| {
+        let mut rule = Rule::new(unix(dir.path().join("front")), guest.clone());
+        rule.reserved = reserved;
+        rule
+    };
+    let kept = || {
+        let vm = handle.forwards()[0].vm.clone().unwrap();
+        (vm.reserved, vm.limit)
+    };
+    let id = handle.add(rule(15)).unwrap();
+    handle.replace(id, rule(18)).unwrap();
+    assert_eq!(kept(), (18, 20));
+    let error = handle.replace(id, rule(21)).unwrap_err();
+    assert!(error.to_string().contains("and 20 are left"), "{error}");
+    assert_eq!(kept(), (18, 20));
+    let mut other = Rule::new(any_tcp(), guest.clone());
+    other.reserved = 3;
+    let error = handle.add(other.clone()).unwrap_err();
+    assert!(error.to_string().contains("and 2 are left"), "{error}");
+    limits.connections = 21;
+    handle.limit_vm(&limits);
+    let other = handle.add(other).unwrap();
+    assert_eq!(kept(), (21, 21));
+    // To another target it keeps none.
+    let elsewhere = unix(dir.path().join("elsewhere"));
+    let away = Rule::new(rule(0).listen, elsewhere);
+    handle.replace(id, away).unwrap();
+    handle.remove(other, LONG).unwrap();
+    handle.replace(id, rule(0)).unwrap();
+    assert_eq!(kept(), (0, 21));
 }
 
 #[test]

@@ -84,7 +84,7 @@ impl Expose {
 }
 
 /// The vsock port of a VM that an address means.
-fn guest_port(address: &Address) -> Option<Port> {
+pub(super) fn guest_port(address: &Address) -> Option<Port> {
     match address {
         Address::Hyperkit(address) => Some(address.port),
         Address::Hvsock(address) => address.service.port(),

@@ -29,6 +29,11 @@ impl Manager {
         });
     }
 
+    /// Says that the file is read again; [`ready`](Manager::ready) is to follow.
+    pub(super) fn reloading() {
+        system::reloading();
+    }
+
     /// Says that the end has begun, in the words that people are told.
     pub(super) fn stopping(status: &str) {
         system::stopping(status);
@@ -47,6 +52,13 @@ mod system {
     /// A status has one line; systemd cuts it off itself.
     pub(super) fn ready(status: &str) {
         tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+    }
+
+    pub(super) fn reloading() {
+        match NotifyState::monotonic_usec_now() {
+            Ok(now) => tell(&[NotifyState::Reloading, now]),
+            Err(e) => tracing::warn!("cannot tell the service manager that the file is read: {e}"),
+        }
     }
 
     pub(super) fn stopping(status: &str) {
@@ -96,6 +108,8 @@ mod system {
     use super::{Handle, Sender};
 
     pub(super) fn ready(_: &str) {}
+
+    pub(super) fn reloading() {}
 
     pub(super) fn stopping(_: &str) {}
 

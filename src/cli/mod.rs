@@ -12,6 +12,8 @@ mod manager;
 mod options;
 #[cfg(unix)]
 mod passed;
+mod run;
+mod running;
 mod services;
 mod signals;
 #[cfg(unix)]
@@ -34,7 +36,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use crate::proxy::{Proxy, ProxyConfig};
 use manager::Manager;
-use signals::EndSignals;
+use signals::{Asked, EndSignals};
 
 /// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
 /// from the guest.
@@ -52,6 +54,8 @@ struct Arguments {
 enum Command {
     Expose(expose::Expose),
     Forward(forward::Forward),
+    Run(run::Run),
+    Check(run::Check),
     Cat(cat::Cat),
     Stress(stress::Stress),
     #[cfg(unix)]
@@ -108,6 +112,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let outcome = match arguments.command {
         Command::Expose(expose) => expose.run(),
         Command::Forward(forward) => forward.run(),
+        Command::Run(run) => run.run(),
+        Command::Check(check) => check.run(),
         Command::Cat(cat) => cat.run(),
         Command::Stress(stress) => stress.run(),
         #[cfg(unix)]
@@ -181,22 +187,43 @@ fn start_log() {
 
 /// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
 fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
+    Ok(Proxy::start(on_passed_sockets(config)?)?)
+}
+
+/// Adds the sockets that a service manager has passed; to be called once.
+fn on_passed_sockets(mut config: ProxyConfig) -> Result<ProxyConfig, Failure> {
     #[cfg(unix)]
-    let config = ProxyConfig {
-        listeners: passed::listeners()?,
-        ..config
-    };
-    Ok(Proxy::start(config)?)
+    config.listeners.extend(passed::listeners()?);
+    // Elsewhere there are none.
+    let _ = &mut config;
+    Ok(config)
 }
 
 /// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
-fn run_proxy(proxy: Proxy, grace: Duration, mut signals: EndSignals) -> Outcome {
+fn run_proxy(proxy: Proxy, grace: Duration, signals: EndSignals) -> Outcome {
+    run_until_told(proxy, signals, move || grace, || {})
+}
+
+/// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one.
+fn run_until_told(
+    proxy: Proxy,
+    mut signals: EndSignals,
+    grace: impl Fn() -> Duration + Send + 'static,
+    mut reload: impl FnMut() + Send + 'static,
+) -> Outcome {
     let closer = signals.closer();
     let handle = proxy.handle();
     let _manager = Manager::begin(&handle);
     let thread = std::thread::spawn(move || {
-        for (count, ()) in signals.each().enumerate() {
+        let end = |asked: &Asked| {
+            if *asked == Asked::Reload {
+                reload();
+            }
+            *asked == Asked::End
+        };
+        for (count, _) in signals.asked().filter(end).enumerate() {
             if count == 0 {
+                let grace = grace();
                 let status = match handle.live() {
                     0 => "stopping".to_owned(),
                     n => format!(

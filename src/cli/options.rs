@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::Failure;
 use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
+pub(super) use crate::config::parse_mode;
 use crate::hyperkit::{Places, find};
 use crate::proxy::{ProxyConfig, Rule};
 use crate::sys;
@@ -127,13 +128,5 @@ pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     match text.parse() {
         Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("it is a number of seconds, as 0.5".to_owned()),
-    }
-}
-
-/// Permissions, octal.
-pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
-    match u32::from_str_radix(text, 8) {
-        Ok(mode) if mode <= 0o777 => Ok(mode),
-        _ => Err("permissions are up to three octal digits, such as 600 or 660".into()),
     }
 }

@@ -7,7 +7,21 @@ use std::io;
 ///
 /// To be taken before anything is made that has to be removed again.
 #[derive(Debug)]
-pub(super) struct EndSignals(System);
+pub(super) struct EndSignals {
+    system: System,
+    /// SIGHUP doesn't ask for the end.
+    #[cfg(unix)]
+    reload: bool,
+}
+
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    End,
+    // Windows has no signal for it.
+    #[cfg_attr(windows, allow(dead_code))]
+    Reload,
+}
 
 #[cfg(unix)]
 type System = signal_hook::iterator::Signals;
@@ -21,27 +35,49 @@ type SystemCloser = signal_hook::iterator::Handle;
 
 #[cfg(unix)]
 impl EndSignals {
+    /// Those, and SIGHUP even under `nohup`, as a signal to read a file again: see [`asked`](EndSignals::asked).
+    pub(super) fn take_with_reload() -> io::Result<EndSignals> {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+        Ok(EndSignals {
+            system: System::new([SIGINT, SIGTERM, SIGHUP])?,
+            reload: true,
+        })
+    }
+
     pub(super) fn take() -> io::Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         let mut wanted = vec![SIGINT, SIGTERM];
         if !crate::sys::is_ignored(SIGHUP) {
             wanted.push(SIGHUP);
         }
-        System::new(wanted).map(EndSignals)
+        Ok(EndSignals {
+            system: System::new(wanted)?,
+            reload: false,
+        })
     }
 
     /// One item a signal, until it is closed.
     pub(super) fn each(&mut self) -> impl Iterator<Item = ()> + '_ {
-        self.0.forever().map(drop)
+        self.system.forever().map(drop)
+    }
+
+    /// As [`each`](EndSignals::each), with what it asks for.
+    pub(super) fn asked(&mut self) -> impl Iterator<Item = Asked> + '_ {
+        let reload = self.reload;
+        let asked = move |signal| match reload && signal == signal_hook::consts::SIGHUP {
+            true => Asked::Reload,
+            false => Asked::End,
+        };
+        self.system.forever().map(asked)
     }
 
     pub(super) fn closer(&self) -> Closer {
-        Closer(self.0.handle())
+        Closer(self.system.handle())
     }
 
     /// Takes another signal, too, and gives those that have come.
     pub(super) fn into_system(self) -> System {
-        self.0
+        self.system
     }
 }
 
@@ -79,16 +115,26 @@ impl EndSignals {
             let _ = handler.send(Said::End);
         };
         ctrlc::set_handler(tell).map_err(io::Error::other)?;
-        Ok(EndSignals((say, heard)))
+        Ok(EndSignals {
+            system: (say, heard),
+        })
     }
 
     pub(super) fn each(&mut self) -> impl Iterator<Item = ()> + '_ {
-        let heard = self.0.1.iter();
+        let heard = self.system.1.iter();
         heard.take_while(|said| *said == Said::End).map(drop)
     }
 
+    pub(super) fn take_with_reload() -> io::Result<EndSignals> {
+        EndSignals::take()
+    }
+
+    pub(super) fn asked(&mut self) -> impl Iterator<Item = Asked> + '_ {
+        self.each().map(|()| Asked::End)
+    }
+
     pub(super) fn closer(&self) -> Closer {
-        Closer(self.0.0.clone())
+        Closer(self.system.0.clone())
     }
 }
 

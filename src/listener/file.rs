@@ -28,6 +28,14 @@ impl SocketFile {
             Err(_) => FileState::Ours,
         }
     }
+
+    /// Gives it other permissions, unless it is somebody else's by now.
+    pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
+        match Identity::of(&self.path)? == self.identity {
+            true => fs::set_permissions(&self.path, fs::Permissions::from_mode(mode)),
+            false => Ok(()),
+        }
+    }
 }
 
 impl Drop for SocketFile {

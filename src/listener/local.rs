@@ -73,6 +73,15 @@ impl LocalListener {
         }
     }
 
+    pub(super) fn set_mode(&self, mode: u32) -> io::Result<()> {
+        match self {
+            LocalListener::Unix {
+                file: Some(file), ..
+            } => file.set_mode(mode),
+            _ => Ok(()),
+        }
+    }
+
     /// Calls `f` with what mio knows to register.
     pub(super) fn with_source<T>(&mut self, f: impl FnOnce(&mut dyn Source) -> T) -> T {
         match self {

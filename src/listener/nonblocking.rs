@@ -108,6 +108,14 @@ impl Listener {
         }
     }
 
+    /// Gives the socket's file other permissions, if it has one that is still ours.
+    pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
+        match self {
+            Listener::Local(listener) => listener.set_mode(mode),
+            _ => Ok(()),
+        }
+    }
+
     /// What has become of the socket's file.
     pub(crate) fn file_state(&self) -> FileState {
         match self {

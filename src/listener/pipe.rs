@@ -218,6 +218,11 @@ impl LocalListener {
         Ok(SocketName::Unnamed)
     }
 
+    /// Its address says who may connect.
+    pub(super) fn set_mode(&self, _: u32) -> io::Result<()> {
+        Ok(())
+    }
+
     pub(super) fn file_state(&self) -> FileState {
         FileState::Ours
     }

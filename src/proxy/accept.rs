@@ -107,7 +107,7 @@ impl<W: World> Worker<W> {
 
     /// Ends the listener of a forward, if this worker has it. Who waits there is served.
     pub(super) fn remove_listener(&mut self, forward: &Arc<Forward>, now: Instant) {
-        let its = |it: &Listening<W::Listener>| !it.removed && Arc::ptr_eq(&it.forward, forward);
+        let its = |it: &Listening<W::Listener>| !it.removed && it.forward.id == forward.id;
         if let Some(index) = self.listeners.iter().position(its) {
             self.accept_waiting(index, now);
             let listening = &mut self.listeners[index];
@@ -116,6 +116,24 @@ impl<W: World> Worker<W> {
                 self.world.close_listener(listener);
             }
         }
+    }
+
+    /// Gives the clients that are accepted from now on another rule, if this worker has the forward's listener.
+    pub(super) fn replace_forward(&mut self, forward: Arc<Forward>) -> io::Result<()> {
+        let its = |it: &&mut Listening<W::Listener>| !it.removed && it.forward.id == forward.id;
+        let Some(listening) = self.listeners.iter_mut().find(its) else {
+            return Ok(());
+        };
+        let mode = forward.rule.mode;
+        if let Some(listener) = &listening.listener
+            && mode != listening.forward.rule.mode
+        {
+            self.world.set_mode(listener, mode)?;
+        }
+        // Where there was no place there may be one: it may be another VM's.
+        listening.full = None;
+        listening.forward = forward;
+        Ok(())
     }
 
     /// When a listener wants to be looked at without an event.

@@ -97,15 +97,16 @@ pub(crate) struct Forward {
     pub(crate) gates: [Option<Arc<Gate>>; 2],
     /// What can wait for the sockets of each side.
     waiters: [Waiter; 2],
-    pub(super) tally: Tally,
-    pub(super) board: Board,
+    /// This, the board and the cut stay the same when the rule becomes another.
+    pub(super) tally: Arc<Tally>,
+    pub(super) board: Arc<Board>,
     pub(crate) complaints: Complaints,
     /// Whether its target is there, where no gate knows it.
     presence: Mutex<Presence>,
     /// The places of its VM that it keeps, until it is removed.
     pub(super) places: Mutex<Option<Reservation>>,
     /// It was removed, and the time of its connections is over.
-    pub(super) cut: AtomicBool,
+    pub(super) cut: Arc<AtomicBool>,
     observer: Option<Observer>,
 }
 
@@ -126,13 +127,37 @@ impl Forward {
             rule,
             asked,
             gates,
-            tally: Tally::default(),
-            board: Board::default(),
+            tally: Arc::default(),
+            board: Arc::default(),
             complaints: Complaints::default(),
             presence: Mutex::default(),
             places: Mutex::new(places),
-            cut: AtomicBool::new(false),
+            cut: Arc::default(),
             observer,
+        }
+    }
+
+    /// The same forward, which listens where it did, with another rule for those that come from now on.
+    pub(super) fn with_rule(
+        &self,
+        rule: Rule,
+        gates: [Option<Arc<Gate>>; 2],
+        places: Option<Reservation>,
+        waiter: Waiter,
+    ) -> Forward {
+        Forward {
+            id: self.id,
+            rule,
+            asked: self.asked.clone(),
+            gates,
+            waiters: [self.waiters[CLIENT], waiter],
+            tally: Arc::clone(&self.tally),
+            board: Arc::clone(&self.board),
+            complaints: Complaints::default(),
+            presence: Mutex::default(),
+            places: Mutex::new(places),
+            cut: Arc::clone(&self.cut),
+            observer: self.observer.clone(),
         }
     }
 
@@ -194,10 +219,9 @@ impl Forward {
         self.rule.wait.filter(|wait| !wait.is_zero())
     }
 
-    /// Keeps no places any more.
-    pub(super) fn give_places_up(&self) {
-        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        *places = None;
+    /// Keeps these places, and no others.
+    pub(super) fn keep_places(&self, places: Option<Reservation>) {
+        *self.places.lock().unwrap_or_else(PoisonError::into_inner) = places;
     }
 
     fn presence(&self) -> MutexGuard<'_, Presence> {

@@ -10,7 +10,8 @@ use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
 use crate::relay::CLIENT;
 
-use super::forward::Rule;
+use super::VmLimits;
+use super::forward::{Forward, Rule};
 use super::observer::ConnectionId;
 use super::rules::Binder;
 use super::status::ForwardStatus;
@@ -100,6 +101,34 @@ impl Handle {
         Ok(id)
     }
 
+    /// Gives a forward another rule, which holds for the clients that are accepted from now on. Its listener stays, so that
+    /// no client is refused meanwhile; those that are there go on under the rule that they came under.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the rule listens elsewhere than the old one, or can't work; `NotFound` if there is no forward of
+    /// that id; what the system says if the file of its socket can't be given the new permissions. Then the old rule stays.
+    pub fn replace(&self, id: ForwardId, rule: Rule) -> Result<()> {
+        let mut forwards = self.shared.forwards();
+        let index = index_of(&forwards, id)?;
+        let others = forwards.iter().filter(|forward| forward.id != id);
+        let forward = self.binder.replace(rule, &forwards[index], others)?;
+        let answers = self.ask_all(|tell| Command::Replace(Arc::clone(&forward), tell), ANSWER);
+        let fail = |e| Error::new(Operation::Listen, &forward.rule.listen, e);
+        if let Err(e) = answers.into_iter().collect::<io::Result<()>>() {
+            forward.keep_places(None);
+            self.binder.restore(&forwards[index]);
+            return Err(fail(e));
+        }
+        self.shared.keep(&forward);
+        forwards[index] = forward;
+        Ok(())
+    }
+
+    /// Bounds the use of a VM from now on, in place of what bounded it before. Those who are connected already stay.
+    pub fn limit_vm(&self, limits: &VmLimits) {
+        self.binder.limit(limits);
+    }
+
     /// Stops to listen for a forward, and forgets it. Its connections go on, and are cut off after `grace`. When this
     /// returns, its address is free again, and no new client is taken; who was connected by then, as far as the kernel is
     /// concerned, is still served.
@@ -111,10 +140,7 @@ impl Handle {
     /// `NotFound` if there is none of that id.
     pub fn remove(&self, id: ForwardId, grace: Duration) -> Result<()> {
         let mut forwards = self.shared.forwards();
-        let Some(index) = forwards.iter().position(|forward| forward.id == id) else {
-            let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
-            return Err(Error::new(Operation::Find, "the forward", cause));
-        };
+        let index = index_of(&forwards, id)?;
         let forward = forwards.remove(index);
         self.shared.release(&forward);
         self.ask_all(
@@ -140,6 +166,12 @@ impl Handle {
     /// How many connections are not closed yet.
     pub fn live(&self) -> usize {
         self.shared.live.load(Ordering::Relaxed)
+    }
+
+    /// Whether the end has begun: nothing can be added any more.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.shared.is_stopping()
     }
 
     /// As [`Proxy::stop`](super::Proxy::stop).
@@ -175,6 +207,14 @@ impl Handle {
 
 /// How often it is looked whether there is still somebody to answer.
 const LOOK: Duration = Duration::from_millis(50);
+
+fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
+    let index = forwards.iter().position(|forward| forward.id == id);
+    index.ok_or_else(|| {
+        let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
+        Error::new(Operation::Find, "the forward", cause)
+    })
+}
 
 fn stopping() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the proxy is stopping")

@@ -60,7 +60,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::address::Address;
+use crate::address::{Address, HyperkitVm};
 use crate::error::{Error, Operation, Result};
 use crate::listener::Listener;
 use crate::relay::CLIENT;
@@ -76,6 +76,8 @@ pub use counters::{Counters, Refusals, TimedOut};
 pub use forward::{Rule, Timeouts};
 pub use handle::{ConnectionState, ConnectionStatus, ForwardId, Handle};
 pub use observer::{ConnectionId, Event, Observer, What};
+#[cfg(feature = "cli")]
+pub(crate) use rules::{check_rule, is_chosen};
 pub use status::{ForwardState, ForwardStatus, LastError, VmStatus};
 #[cfg(feature = "cli")]
 pub(crate) use worker::room_for_connections;
@@ -104,6 +106,30 @@ impl Default for Limits {
     }
 }
 
+/// What bounds the use of one hyperkit VM, in place of what [`Limits`] has for all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VmLimits {
+    /// Which one; its CID doesn't matter.
+    pub vm: HyperkitVm,
+    /// As [`Limits::vm_connections`].
+    pub connections: usize,
+    /// As [`Limits::vm_unanswered`].
+    pub unanswered: usize,
+}
+
+impl VmLimits {
+    /// The usual ones.
+    pub fn new(vm: HyperkitVm) -> VmLimits {
+        let usual = Limits::default();
+        VmLimits {
+            vm,
+            connections: usual.vm_connections,
+            unanswered: usual.vm_unanswered,
+        }
+    }
+}
+
 /// What a proxy is to do.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -114,6 +140,8 @@ pub struct ProxyConfig {
     pub workers: Option<NonZeroUsize>,
     /// What bounds it.
     pub limits: Limits,
+    /// What bounds the use of single VMs.
+    pub vms: Vec<VmLimits>,
     /// Who is told what happens to its connections.
     pub observer: Option<Observer>,
     /// Sockets that listen already, such as those that a service manager has passed: a rule that is to listen where one
@@ -128,6 +156,7 @@ impl ProxyConfig {
             rules,
             workers: None,
             limits: Limits::default(),
+            vms: Vec::new(),
             observer: None,
             listeners: Vec::new(),
         }
@@ -259,6 +288,9 @@ fn prepare(
         unanswered: config.limits.vm_unanswered as u64,
     };
     let binder = Binder::new(gate_limits, waiter, config.observer, config.listeners);
+    for limits in &config.vms {
+        binder.limit(limits);
+    }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for rule in config.rules {
         let (listener, forward) = binder.bind(rule, &forwards)?;

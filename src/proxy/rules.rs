@@ -10,15 +10,22 @@ use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::listener;
 use crate::listener::nonblocking::{Listener, not_carried};
+use crate::relay::CLIENT;
 use crate::stream::nonblocking::{Target, Waiter};
 
+use super::VmLimits;
 use super::forward::{Forward, Rule};
 use super::gate::{Gate, GateLimits, Reservation};
 use super::handle::ForwardId;
 use super::observer::Observer;
 
-/// Refuses a rule that can't work, whatever the system says.
-fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
+/// Refuses a rule that can't work, whatever the system says and whatever other rules there are.
+fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+    if waiter(&rule.connect) == Waiter::Thread {
+        dial::check(&rule.connect)?;
+    } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
+        return Err(not_carried(Operation::Connect, &rule.connect));
+    }
     let invalid = |operation, address, why| {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
@@ -36,22 +43,62 @@ fn check<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Clone) ->
         let why = "sddl says who may connect: it belongs to the address that is listened on";
         return invalid(Operation::Connect, &rule.connect, why);
     }
-    let chosen = match &rule.listen {
+    check_bridge(rule, waiter)?;
+    if rule.listen == rule.connect && !is_chosen(&rule.listen) {
+        let why = "it would connect to itself";
+        return invalid(Operation::Connect, &rule.connect, why);
+    }
+    Ok(())
+}
+
+/// Refuses what a bridge can't carry: it doesn't know of refusals by EOF, nor keeps half-closes back.
+fn check_bridge(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+    let [listen, connect] = [&rule.listen, &rule.connect];
+    for (one, other) in [(listen, connect), (connect, listen)] {
+        if waiter(one) == Waiter::Thread && other.is_delicate() {
+            let why = format!(
+                "{} can't lead to a {} address or from one",
+                one,
+                other.scheme()
+            );
+            let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+            return Err(Error::new(Operation::Connect, connect, cause)
+                .with_remedy("have a Unix socket between them, with a forward for each half"));
+        }
+    }
+    Ok(())
+}
+
+/// As [`Proxy::start`](super::Proxy::start) would refuse it, without trying to listen.
+#[cfg(feature = "cli")]
+pub(crate) fn check_rule(rule: &Rule) -> Result<()> {
+    check_alone(rule, Waiter::of)
+}
+
+/// Whether the system is to choose a port to listen on.
+pub(crate) fn is_chosen(listen: &Address) -> bool {
+    match listen {
         Address::Tcp(tcp) => tcp.port == 0,
         Address::Vsock(vsock) => vsock.port == PORT_ANY,
         _ => false,
+    }
+}
+
+/// Refuses a rule that others stand in the way of.
+fn check_beside<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
+    let invalid = |why: String| {
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        Err(Error::new(Operation::Listen, &rule.listen, cause))
     };
     if let Some(name) = &rule.name
         && others
             .clone()
             .any(|other| other.name.as_ref() == Some(name))
     {
-        let why = format!("another forward has the name {name:?}");
-        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
-        return Err(Error::new(Operation::Listen, &rule.listen, cause));
+        return invalid(format!("another forward has the name {name:?}"));
     }
-    if !chosen && others.any(|other| other.listen == rule.listen) {
-        return invalid(Operation::Listen, &rule.listen, "it is given twice");
+    if !is_chosen(&rule.listen) && others.any(|other| other.listen == rule.listen) {
+        return invalid("it is given twice".to_owned());
     }
     Ok(())
 }
@@ -91,23 +138,16 @@ impl Binder {
         mut rule: Rule,
         others: &[Arc<Forward>],
     ) -> Result<(Listener, Arc<Forward>)> {
-        if (self.waiter)(&rule.connect) == Waiter::Thread {
-            dial::check(&rule.connect)?;
-        } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
-            return Err(not_carried(Operation::Connect, &rule.connect));
-        }
-        check(&rule, others.iter().map(|forward| &forward.rule))?;
-        self.check_bridge(&rule)?;
+        check_alone(&rule, self.waiter)?;
+        check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let listener = match self.take(&rule.listen)? {
             Some(listener) => listener,
             None => Listener::bind(&rule.listen, rule.mode)?,
         };
         let asked = listener.bound(&rule.listen);
         let asked = std::mem::replace(&mut rule.listen, asked);
-        if rule.listen == rule.connect {
-            let cause = io::Error::new(io::ErrorKind::InvalidInput, "it would connect to itself");
-            return Err(Error::new(Operation::Connect, &rule.connect, cause));
-        }
+        // Again: the port that was chosen may be the target's.
+        check_alone(&rule, self.waiter)?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let places = keep_places(&rule, &gates, id)?;
@@ -143,37 +183,63 @@ impl Binder {
             .with_remedy("add a rule that does, or have it not passed"))
     }
 
-    /// Refuses what a bridge can't carry: it doesn't know of refusals by EOF, nor keeps half-closes back.
-    fn check_bridge(&self, rule: &Rule) -> Result<()> {
-        let [listen, connect] = [&rule.listen, &rule.connect];
-        for (one, other) in [(listen, connect), (connect, listen)] {
-            if (self.waiter)(one) == Waiter::Thread && other.is_delicate() {
-                let why = format!(
-                    "{} can't lead to a {} address or from one",
-                    one,
-                    other.scheme()
-                );
-                let cause = io::Error::new(io::ErrorKind::Unsupported, why);
-                return Err(Error::new(Operation::Connect, connect, cause)
-                    .with_remedy("have a Unix socket between them, with a forward for each half"));
-            }
+    /// Another rule for a forward that listens already, which keeps no places of its VM from now on.
+    pub(super) fn replace<'a>(
+        &self,
+        rule: Rule,
+        old: &Forward,
+        others: impl Iterator<Item = &'a Arc<Forward>> + Clone,
+    ) -> Result<Arc<Forward>> {
+        if rule.listen != old.asked {
+            let why = format!("this forward listens on {}", old.asked);
+            let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+            return Err(Error::new(Operation::Listen, &rule.listen, cause)
+                .with_remedy("remove it, and add another one"));
         }
-        Ok(())
+        let listen = old.rule.listen.clone();
+        let rule = Rule { listen, ..rule };
+        check_alone(&rule, self.waiter)?;
+        check_beside(&rule, others.map(|forward| &forward.rule))?;
+        let gates = [old.gates[CLIENT].clone(), self.gate_of(&rule.connect)];
+        let waiter = (self.waiter)(&rule.connect);
+        // Otherwise the new ones would have to be free beside the old ones.
+        old.keep_places(None);
+        let places = keep_places(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
+        Ok(Arc::new(old.with_rule(rule, gates, places, waiter)))
+    }
+
+    /// Has a forward keep its places again, after another rule for it has failed.
+    pub(super) fn restore(&self, forward: &Forward) {
+        let places = keep_places(&forward.rule, &forward.gates, forward.id);
+        // There are as many as before, unless the VM has got fewer since.
+        forward.keep_places(places.unwrap_or(None));
+    }
+
+    /// Bounds the use of a VM from now on.
+    pub(super) fn limit(&self, limits: &VmLimits) {
+        self.gate_of_vm(&limits.vm).set_limits(GateLimits {
+            live: limits.connections,
+            unanswered: limits.unanswered as u64,
+        });
     }
 
     /// The gate of the VM that an address is of, if it is hyperkit's.
     fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
-        let Address::Hyperkit(hyperkit) = address else {
-            return None;
-        };
-        let socket = socket_of(&hyperkit.vm);
+        match address {
+            Address::Hyperkit(hyperkit) => Some(self.gate_of_vm(&hyperkit.vm)),
+            _ => None,
+        }
+    }
+
+    fn gate_of_vm(&self, vm: &HyperkitVm) -> Arc<Gate> {
+        let socket = socket_of(vm);
         let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
-            return Some(Arc::clone(gate));
+            return Arc::clone(gate);
         }
-        let gate = Arc::new(Gate::new(self.limits, hyperkit.vm.clone()));
+        let gate = Arc::new(Gate::new(self.limits, vm.clone()));
         gates.push((socket, Arc::clone(&gate)));
-        Some(gate)
+        gate
     }
 }
 
@@ -208,8 +274,12 @@ fn keep_places(
     }
 }
 
-/// One VM has one gate, however its directory is spelled.
+/// One VM has one gate, however its directory is spelled, and be it there or not yet.
 fn socket_of(vm: &HyperkitVm) -> PathBuf {
-    let directory = vm.state_dir.canonicalize();
-    directory.map_or_else(|_| vm.connect_path(), |real| real.join(&vm.connect))
+    let directory = std::path::absolute(&vm.state_dir).unwrap_or_else(|_| vm.state_dir.clone());
+    let real = directory.ancestors().find_map(|there| {
+        let missing = directory.strip_prefix(there).ok()?;
+        Some(there.canonicalize().ok()?.join(missing))
+    });
+    real.unwrap_or(directory).join(&vm.connect)
 }

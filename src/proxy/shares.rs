@@ -47,6 +47,10 @@ impl Shares {
         self.cap
     }
 
+    pub(super) fn set_cap(&mut self, cap: usize) {
+        self.cap = cap;
+    }
+
     pub(super) fn live(&self) -> usize {
         self.live
     }

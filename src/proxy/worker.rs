@@ -52,6 +52,8 @@ pub(crate) enum Command<W: World> {
     Adopt(W::Stream, SocketName, Arc<Forward>, Option<Ticket>),
     /// Accept clients of this forward; say whether that goes.
     Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
+    /// Carry the clients of the forward of this id as this one says from now on; say whether that goes.
+    Replace(Arc<Forward>, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
     Remove(Arc<Forward>, Duration, Sender<()>),
     /// Say that it listens.
@@ -199,7 +201,7 @@ impl<W: World> Shared<W> {
 
     pub(super) fn release(&self, forward: &Forward) {
         self.places().give_up(forward.id);
-        forward.give_places_up();
+        forward.keep_places(None);
     }
 
     /// Keeps descriptors for guests, who can't be made to wait.
@@ -323,6 +325,9 @@ impl<W: World> Worker<W> {
                     Command::Listen(listener, forward, tell) => {
                         // Who asked may have given up.
                         let _ = tell.send(self.add_listener(listener, forward));
+                    }
+                    Command::Replace(forward, tell) => {
+                        let _ = tell.send(self.replace_forward(forward));
                     }
                     Command::Remove(forward, grace, tell) => {
                         self.remove(forward, grace, now);
@@ -478,7 +483,7 @@ impl<W: World> Worker<W> {
             // What is handed over after this is cut off when it comes.
             forward.cut.store(true, Ordering::Release);
             for id in self.conns.ids() {
-                let its = |conn: &Conn<W::Stream>| Arc::ptr_eq(&conn.forward, &forward);
+                let its = |conn: &Conn<W::Stream>| conn.forward.id == forward.id;
                 if self.conns.get_mut(id).is_some_and(|conn| its(conn)) {
                     self.cut(id, now);
                 }

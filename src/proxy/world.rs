@@ -58,6 +58,7 @@ pub(crate) trait World {
     fn watch_listener(&mut self, listener: &mut Self::Listener, token: usize) -> io::Result<()>;
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
     fn file_state(&mut self, listener: &Self::Listener) -> FileState;
+    fn set_mode(&mut self, listener: &Self::Listener, mode: u32) -> io::Result<()>;
     fn close_listener(&mut self, listener: Self::Listener);
 
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<Self::Stream>;
@@ -321,6 +322,10 @@ impl World for MioWorld {
 
     fn file_state(&mut self, listener: &Listener) -> FileState {
         listener.file_state()
+    }
+
+    fn set_mode(&mut self, listener: &Listener, mode: u32) -> io::Result<()> {
+        listener.set_mode(mode)
     }
 
     fn close_listener(&mut self, mut listener: Listener) {

@@ -94,7 +94,6 @@ const PROOFS: ForwardId = ForwardId(u64::MAX);
 /// One VM's gate, shared by all workers.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    limits: GateLimits,
     vm: HyperkitVm,
     state: Mutex<State>,
     /// Number of the last dial.
@@ -107,6 +106,8 @@ struct State {
     presence: Presence,
     epoch: u64,
     shares: Shares,
+    /// Dials that the guest may leave unanswered.
+    may_lack: u64,
     /// Forwards that lead here, by whether they hold their clients while the VM isn't there.
     forwards: [usize; 2],
     /// Permits that have not become a dial yet.
@@ -139,6 +140,7 @@ impl Gate {
             presence: Presence::default(),
             epoch: 0,
             shares: Shares::new(limits.live),
+            may_lack: limits.unanswered,
             forwards: [0; 2],
             pending: 0,
             due: None,
@@ -149,7 +151,6 @@ impl Gate {
             sleepers: Vec::new(),
         };
         Gate {
-            limits,
             vm,
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
@@ -159,6 +160,14 @@ impl Gate {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on these hold. Who is connected beyond them stays.
+    pub(super) fn set_limits(&self, limits: GateLimits) {
+        let mut state = self.state();
+        state.shares.set_cap(limits.live);
+        state.may_lack = limits.unanswered;
+        state.wake();
     }
 
     /// Asks for leave to dial for `forward` the VM whose `connect` socket is `vm` now.
@@ -185,11 +194,11 @@ impl Gate {
         now: Instant,
     ) -> Admission {
         // With a single place there is none to be kept for proofs.
-        let exempt = forward == PROOFS && self.limits.live <= 1;
+        let exempt = forward == PROOFS && state.shares.cap() <= 1;
         if state.shares.free_for(forward) == 0 && !exempt {
             return Admission::Full(why_full(&state.shares, forward));
         }
-        let limit = self.limits.unanswered;
+        let limit = state.may_lack;
         let unanswered = self.unanswered() + state.pending;
         if unanswered >= limit {
             if state.next_probe.is_some_and(|at| now < at) || unanswered >= limit + LOST_PROBES {
@@ -294,7 +303,7 @@ impl Gate {
     ) -> Result<Reservation, usize> {
         let mut state = self.state();
         // A proof needs a place beside that of the dial.
-        let proves = holds == Some(true) && self.limits.live > 1;
+        let proves = holds == Some(true) && state.shares.cap() > 1;
         if proves && state.forwards[1] == 0 {
             state.shares.reserve(PROOFS, 1)?;
         }

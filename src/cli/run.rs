@@ -1,0 +1,114 @@
+//! `hvsock run` and `hvsock check`: what a file asks for.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+
+use clap::Args;
+
+use super::manager::Manager;
+use super::running::{self, NotStarted, Running, TRY_AGAIN};
+use super::signals::EndSignals;
+use super::{Failure, Outcome, complain, print, run_until_told, say};
+use crate::config::{Config, Problems};
+use crate::hyperkit::Places;
+
+const EXAMPLE: &str = "Example:
+  [vm.docker]
+  at = \"~/vms/docker\"            # as --vm takes it; left out, it is the VM's name
+  [forward.docker-api]
+  listen = \"/tmp/docker.sock\"    # 8080, \"ADDR:PORT\", a path or a URI
+  vm = \"docker\"
+  port = 2375                    # the guest's vsock port
+  [forward.registry]
+  vm = \"docker\"
+  guest-dials = 5000             # port 5000 of CID 2, as the guest dials it
+  connect = \"127.0.0.1:8080\"
+More: https://docs.rs/hvsock, and scripts/hvsock.toml beside the source, which has every key";
+
+/// Carry what a file says: many VMs and forwards in one process
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLE)]
+#[command(
+    long_about = "Carry what a file says: many VMs and forwards in one process
+
+SIGHUP reads the file again: only what has changed is touched, live connections stay, and a file with a mistake in it \
+changes nothing. SIGINT and SIGTERM end as with `expose`."
+)]
+pub(super) struct Run {
+    /// The file, in TOML
+    #[arg(value_name = "CONFIG")]
+    file: PathBuf,
+}
+
+/// Say all that is wrong with such a file, or what it would forward
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLE)]
+pub(super) struct Check {
+    /// The file, in TOML
+    #[arg(value_name = "CONFIG")]
+    file: PathBuf,
+}
+
+impl Check {
+    pub(super) fn run(self) -> Outcome {
+        let (config, wanted) =
+            Config::read(&self.file, &Places::from_env()).map_err(|e| show(&e))?;
+        for missing in &wanted.missing {
+            complain(running::absence(missing));
+        }
+        for rule in &wanted.rules {
+            let name = rule.name.as_deref().unwrap_or_default();
+            let vm = config.vm_of(name);
+            print(running::describe(name, &rule.listen, &rule.connect, vm))?;
+        }
+        let file = self.file.display();
+        match wanted.rules.len() {
+            1 => print(format_args!("{file} is right: 1 forward")),
+            n => print(format_args!("{file} is right: {n} forwards")),
+        }
+    }
+}
+
+impl Run {
+    pub(super) fn run(self) -> Outcome {
+        let signals = EndSignals::take_with_reload()?;
+        let (proxy, running) = Running::start(&self.file).map_err(|e| match e {
+            NotStarted::File(problems) => show(&problems),
+            NotStarted::Failed(why) => why,
+        })?;
+        let running = Arc::new(running);
+        running.describe(&[]).iter().for_each(say);
+        running.troubles().iter().for_each(complain);
+        let (ending, ended) = channel::<()>();
+        let again = {
+            let running = Arc::clone(&running);
+            std::thread::spawn(move || {
+                while ended.recv_timeout(TRY_AGAIN) == Err(RecvTimeoutError::Timeout) {
+                    running.try_again();
+                }
+            })
+        };
+        let grace = {
+            let running = Arc::clone(&running);
+            move || running.grace()
+        };
+        let reload = move || {
+            Manager::reloading();
+            // It has said what is wrong.
+            let _ = running.reload();
+            Manager::ready(running.handle());
+        };
+        let outcome = run_until_told(proxy, signals, grace, reload);
+        drop(ending);
+        // It has nothing left to do that could fail.
+        let _ = again.join();
+        outcome
+    }
+}
+
+fn show(problems: &Problems) -> Failure {
+    let _ = writeln!(io::stderr(), "{problems}");
+    Failure::Failed(problems.summary())
+}

@@ -1,0 +1,240 @@
+//! The file of `hvsock run`, typed: many VMs and forwards. What is wrong with it is told all at once. No sockets here.
+//!
+//! ```toml
+//! grace = "30s"
+//! [defaults]
+//! drain-timeout = "2m"
+//! [vm.docker]
+//! at = "~/vms/docker"
+//! [forward.api]
+//! listen = "/tmp/docker.sock"
+//! vm = "docker"
+//! port = 2375
+//! [forward.registry]
+//! vm = "docker"
+//! guest-dials = 5000
+//! connect = "127.0.0.1:8080"
+//! ```
+
+mod diff;
+mod forward;
+mod problems;
+mod section;
+#[cfg(test)]
+mod tests;
+mod values;
+mod vms;
+mod words;
+
+use std::fs;
+use std::io;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::de::DeTable;
+
+use crate::address::TcpAddress;
+use crate::hyperkit::Places;
+use crate::proxy::{Rule, VmLimits, check_rule, is_chosen};
+
+pub(crate) use diff::{Existing, Step, plan};
+use forward::{Forward, Settings};
+use problems::Problem;
+pub(crate) use problems::Problems;
+use section::{Section, Source};
+pub(crate) use vms::Missing;
+use vms::{Found, Vm};
+pub(crate) use words::{local_address, parse_mode};
+
+/// What the file says. That it can be carried out, as far as can be known without trying, was found by whoever read it.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// How long live connections may go on when the end is asked for.
+    pub(crate) grace: Duration,
+    pub(crate) workers: Option<NonZeroUsize>,
+    /// Where it is controlled from.
+    pub(crate) control: Option<PathBuf>,
+    /// Where it tells of itself.
+    pub(crate) metrics: Option<TcpAddress>,
+    vms: Vec<Vm>,
+    forwards: Vec<Forward>,
+}
+
+/// What is to be carried, now that it is known where the VMs are.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wanted {
+    /// In the order of the file; each has a name.
+    pub(crate) rules: Vec<Rule>,
+    pub(crate) limits: Vec<VmLimits>,
+    /// VMs that may come later.
+    pub(crate) missing: Vec<Missing>,
+}
+
+impl Config {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// All that is wrong with it.
+    pub(crate) fn read(file: &Path, places: &Places) -> Result<(Config, Wanted), Problems> {
+        let text = fs::read_to_string(file).map_err(|e| {
+            let remedy = match e.kind() {
+                io::ErrorKind::NotFound => "; is the path right?",
+                io::ErrorKind::PermissionDenied => "; let the user who runs this read it",
+                io::ErrorKind::InvalidData => "; save it as UTF-8",
+                io::ErrorKind::IsADirectory => "; name a file in it",
+                _ => "",
+            };
+            let text = format!("cannot be read: {e}{remedy}");
+            Problems::of(file, text)
+        })?;
+        Config::parse(&text, places).map_err(|list| Problems::new(file, list))
+    }
+
+    fn parse(text: &str, places: &Places) -> Result<(Config, Wanted), Vec<Problem>> {
+        let source = Source::new(text);
+        let (table, errors) = DeTable::parse_recoverable(text);
+        for error in &errors {
+            let line = source.line(error.span().unwrap_or(0..0));
+            source.complain(line, format!("this is no TOML: {}", error.message()));
+        }
+        if !errors.is_empty() {
+            // What the rest means can't be known.
+            return Err(source.problems());
+        }
+        let config = Config::of(Section::root(&source, table.get_ref()));
+        let wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
+        match source.is_sound() {
+            true => Ok((config, wanted)),
+            false => Err(source.problems()),
+        }
+    }
+
+    fn of(mut root: Section<'_, '_>) -> Config {
+        let grace = root.take("grace", values::time);
+        let workers = root.take("workers", values::count(1..=256));
+        let control = root.take("control", values::path);
+        let metrics = root.take("metrics", values::tcp);
+        let mut settings = Settings::default();
+        if let Some(mut defaults) = root.table("defaults") {
+            settings = settings.read(&mut defaults);
+            defaults.finish();
+        }
+        let mut vms = Vec::new();
+        for (name, section) in root.named("vm") {
+            vms.push(Vm::read(name, section));
+        }
+        let mut forwards = Vec::new();
+        for (name, section) in root.named("forward") {
+            forwards.extend(Forward::read(name, section, &settings));
+        }
+        root.finish();
+        for forward in &forwards {
+            if let Some((vm, line)) = forward.vm()
+                && !vms.iter().any(|known| known.name == vm)
+            {
+                vms.push(Vm::undeclared(vm, line));
+            }
+        }
+        Config {
+            grace: grace.unwrap_or(Duration::from_secs(30)),
+            workers: workers.and_then(NonZeroUsize::new),
+            control,
+            metrics,
+            vms,
+            forwards,
+        }
+    }
+
+    /// What the file asks for, with its VMs as they can be found now.
+    ///
+    /// # Errors
+    /// As those of [`read`](Config::read), without lines.
+    pub(crate) fn look_again(&self, file: &Path, places: &Places) -> Result<Wanted, Problems> {
+        let mut problems = Vec::new();
+        let wanted = self.wanted(places, &mut |line, text| {
+            let line = Some(line);
+            problems.push(Problem { line, text });
+        });
+        match problems.is_empty() {
+            true => Ok(wanted),
+            false => Err(Problems::new(file, problems)),
+        }
+    }
+
+    /// The line in which a forward is named.
+    pub(crate) fn line_of(&self, name: &str) -> Option<usize> {
+        let forward = self.forwards.iter().find(|forward| forward.name == name);
+        forward.map(|forward| forward.line)
+    }
+
+    /// The VM that a forward leads to or from, as the file calls it.
+    pub(crate) fn vm_of(&self, name: &str) -> Option<&str> {
+        let forward = self.forwards.iter().find(|forward| forward.name == name)?;
+        forward.vm().map(|(vm, _)| vm)
+    }
+
+    /// Looks for the VMs, and for what can't work.
+    fn wanted(&self, places: &Places, complain: &mut dyn FnMut(usize, String)) -> Wanted {
+        let Found { vms, missing } = vms::find(&self.vms, places, complain);
+        let mut wanted = Wanted {
+            limits: vms
+                .iter()
+                .filter_map(|(vm, place)| vm.limits(place))
+                .collect(),
+            missing,
+            ..Wanted::default()
+        };
+        let mut seen: Vec<(&Forward, Rule)> = Vec::new();
+        for forward in &self.forwards {
+            let place = forward.vm().map(|(name, _)| {
+                let found = vms.iter().find(|(vm, _)| vm.name == name);
+                found.map(|(_, place)| place)
+            });
+            // Of a VM that couldn't be found enough was said.
+            let place = match place {
+                Some(None) => continue,
+                Some(Some(place)) => Some(place),
+                None => None,
+            };
+            let Some(rule) = forward.rule(place) else {
+                continue;
+            };
+            if let Err(e) = check_rule(&rule) {
+                complain(
+                    forward.connect_line,
+                    format!("[forward.{}]: {e}", forward.name),
+                );
+            }
+            let same = |(_, other): &&(&Forward, Rule)| {
+                other.listen == rule.listen && !is_chosen(&rule.listen)
+            };
+            if let Some((other, _)) = seen.iter().find(same) {
+                let (name, line, listen) = (&other.name, other.listen_line, &rule.listen);
+                let text = format!(
+                    "[forward.{}]: [forward.{name}] in line {line} listens on {listen} already; remove one, or choose another address",
+                    forward.name
+                );
+                complain(forward.listen_line, text);
+            }
+            seen.push((forward, rule));
+        }
+        for (vm, _) in &vms {
+            let of = |forward: &&Forward| forward.vm().is_some_and(|(name, _)| name == vm.name);
+            let mut its = self.forwards.iter().filter(of);
+            let places = its.clone().map(|it| it.reserved).sum::<usize>();
+            let (reserved, cap) = (places, vm.connections());
+            // To know that a guest has taken a client that waits takes a place, too.
+            let proof = usize::from(cap > 1 && places > 0 && its.any(Forward::waits_for_vm));
+            if reserved + proof > cap {
+                let (name, left) = (&vm.name, cap - proof);
+                let text = format!(
+                    "{name:?}: its forwards reserve {reserved} connections together, and it has {left} for them; reserve fewer, or raise connections in [vm.{name}]"
+                );
+                complain(vm.line, text);
+            }
+        }
+        wanted.rules = seen.into_iter().map(|(_, rule)| rule).collect();
+        wanted
+    }
+}

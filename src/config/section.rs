@@ -1,0 +1,246 @@
+//! Reading a table of the file key by key, and gathering what is wrong with it instead of ending there.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::problems::Problem;
+
+/// The text, and what is wrong with it so far.
+#[derive(Debug)]
+pub(super) struct Source<'a> {
+    text: &'a str,
+    problems: RefCell<Vec<Problem>>,
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn new(text: &'a str) -> Source<'a> {
+        Source {
+            text,
+            problems: RefCell::default(),
+        }
+    }
+
+    /// The line of a place, from 1.
+    pub(super) fn line(&self, span: Range<usize>) -> usize {
+        let before = &self.text.as_bytes()[..span.start.min(self.text.len())];
+        1 + before.iter().filter(|byte| **byte == b'\n').count()
+    }
+
+    pub(super) fn complain(&self, line: usize, text: impl Into<String>) {
+        let line = Some(line);
+        let text = text.into();
+        self.problems.borrow_mut().push(Problem { line, text });
+    }
+
+    pub(super) fn problems(self) -> Vec<Problem> {
+        self.problems.into_inner()
+    }
+
+    pub(super) fn is_sound(&self) -> bool {
+        self.problems.borrow().is_empty()
+    }
+}
+
+/// A table of the file: keys are taken out by name, and what is left is unknown.
+#[derive(Debug)]
+pub(super) struct Section<'a, 'i> {
+    source: &'a Source<'i>,
+    /// As people write it: `[vm.docker]`; empty for the whole file.
+    title: String,
+    table: &'a DeTable<'i>,
+    known: Vec<&'static str>,
+    pub(super) line: usize,
+}
+
+impl<'a, 'i> Section<'a, 'i> {
+    pub(super) fn root(source: &'a Source<'i>, table: &'a DeTable<'i>) -> Section<'a, 'i> {
+        Section {
+            source,
+            title: String::new(),
+            table,
+            known: Vec::new(),
+            line: 1,
+        }
+    }
+
+    /// Whether a key is there, be its value right or wrong.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.contains_key(key)
+    }
+
+    /// Whether a key that is unknown was probably meant to be this one. To be asked when all keys were taken.
+    pub(super) fn is_meant(&self, key: &str) -> bool {
+        let mut names = self.table.keys().map(|name| name.get_ref().as_ref());
+        names.any(|name| self.unknown(name) && self.nearest(name) == Some(key))
+    }
+
+    fn unknown(&self, key: &str) -> bool {
+        !self.known.contains(&key)
+    }
+
+    fn nearest(&self, key: &str) -> Option<&'static str> {
+        nearest(key, self.known.iter().copied())
+    }
+
+    /// The line of a key that is there, or of the section.
+    pub(super) fn line_of(&self, key: &str) -> usize {
+        let entry = self.table.get_key_value(key);
+        entry.map_or(self.line, |(key, _)| self.source.line(key.span()))
+    }
+
+    /// Says that something is wrong with the section, or with a key of it.
+    pub(super) fn complain(&self, key: Option<&str>, what: impl std::fmt::Display) {
+        let line = key.map_or(self.line, |key| self.line_of(key));
+        let text = match (self.title.as_str(), key) {
+            ("", Some(key)) => format!("{key}: {what}"),
+            (title, Some(key)) => format!("{title} {key}: {what}"),
+            (title, None) => format!("{title}: {what}"),
+        };
+        self.source.complain(line, text);
+    }
+
+    /// Takes a key's value as `read` understands it; of one that it doesn't, its complaint is noted.
+    pub(super) fn take<T>(
+        &mut self,
+        key: &'static str,
+        read: impl FnOnce(&DeValue<'i>) -> Result<T, String>,
+    ) -> Option<T> {
+        self.known.push(key);
+        match read(self.table.get(key)?.get_ref()) {
+            Ok(value) => Some(value),
+            Err(why) => {
+                self.complain(Some(key), why);
+                None
+            }
+        }
+    }
+
+    /// Takes a table.
+    pub(super) fn table(&mut self, key: &'static str) -> Option<Section<'a, 'i>> {
+        self.known.push(key);
+        let (key, value) = self.table.get_key_value(key)?;
+        self.section(key, value, format!("[{}]", key.get_ref()), "[KEY]")
+    }
+
+    /// Takes a table of named tables, as in `[vm.NAME]`, in the order of the file.
+    pub(super) fn named(&mut self, key: &'static str) -> Vec<(String, Section<'a, 'i>)> {
+        self.known.push(key);
+        let Some((key, value)) = self.table.get_key_value(key) else {
+            return Vec::new();
+        };
+        let kind = key.get_ref();
+        let right = format!("[{kind}.NAME]");
+        let Some(all) = self.section(key, value, format!("[{kind}]"), &right) else {
+            return Vec::new();
+        };
+        let mut entries: Vec<_> = all.table.iter().collect();
+        entries.sort_by_key(|(key, _)| key.span().start);
+        let mut named = Vec::new();
+        for (name, value) in entries {
+            let title = format!("[{kind}.{}]", bare(name.get_ref()));
+            if let Err(why) = check_name(name.get_ref()) {
+                let line = self.source.line(name.span());
+                self.source.complain(line, format!("{title}: {why}"));
+            } else if let Some(section) = self.section(name, value, title, &right) {
+                named.push((name.get_ref().to_string(), section));
+            }
+        }
+        named
+    }
+
+    fn section(
+        &self,
+        key: &Spanned<std::borrow::Cow<'i, str>>,
+        value: &'a Spanned<DeValue<'i>>,
+        title: String,
+        right: &str,
+    ) -> Option<Section<'a, 'i>> {
+        let line = self.source.line(key.span());
+        match value.get_ref() {
+            DeValue::Table(table) => Some(Section {
+                source: self.source,
+                title,
+                table,
+                known: Vec::new(),
+                line,
+            }),
+            other => {
+                let right = right.replace("KEY", key.get_ref());
+                let text = format!(
+                    "{title} is {}; write {right}, and its keys below",
+                    kind(other)
+                );
+                self.source.complain(line, text);
+                None
+            }
+        }
+    }
+
+    /// Says which keys nobody has taken.
+    pub(super) fn finish(self) {
+        for key in self.table.keys() {
+            let name = key.get_ref().as_ref();
+            if !self.unknown(name) {
+                continue;
+            }
+            let place = match self.title.as_str() {
+                "" => String::new(),
+                title => format!(" in {title}"),
+            };
+            let remedy = match self.nearest(name) {
+                Some(near) => format!("did you mean {near}?"),
+                None => format!("known there: {}", self.known.join(", ")),
+            };
+            let line = self.source.line(key.span());
+            self.source
+                .complain(line, format!("unknown key {}{place}; {remedy}", bare(name)));
+        }
+    }
+}
+
+/// Of these, what a word was probably meant to be.
+pub(super) fn nearest<'a>(word: &str, among: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    // Clap's measure for options, so that both guess alike.
+    const ALIKE: f64 = 0.7;
+    among
+        .map(|known| (strsim::jaro_winkler(word, known), known))
+        .filter(|(alike, _)| *alike > ALIKE)
+        .max_by(|(one, _), (other, _)| one.total_cmp(other))
+        .map(|(_, known)| known)
+}
+
+/// A key as the file has it: in quotes where it must be.
+fn bare(key: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    match !key.is_empty() && key.chars().all(plain) {
+        true => key.to_owned(),
+        false => format!("{key:?}"),
+    }
+}
+
+/// Names stand in logs, in tables and on command lines.
+fn check_name(name: &str) -> Result<(), String> {
+    match name {
+        "" => Err("a name can't be empty".to_owned()),
+        name if name.chars().any(char::is_control) => {
+            Err("a name can't have control characters in it".to_owned())
+        }
+        name if name.trim() != name => Err("a name can't begin or end with a blank".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+/// What a value is, for people.
+pub(super) fn kind(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) | DeValue::Float(_) => "a number",
+        DeValue::Boolean(_) => "true or false",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "a list",
+        DeValue::Table(_) => "a table",
+    }
+}

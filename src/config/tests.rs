@@ -1,0 +1,255 @@
+#![allow(clippy::unwrap_used)]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::*;
+
+const HERE: &str = "/nonexistent";
+
+fn places() -> Places {
+    Places {
+        current_dir: PathBuf::from(HERE),
+        ..Places::default()
+    }
+}
+
+fn right(text: &str) -> (Config, Wanted) {
+    Config::parse(text, &places()).unwrap()
+}
+
+/// What is wrong, each with its line.
+fn wrong(text: &str) -> Vec<(usize, String)> {
+    let list = Config::parse(text, &places()).unwrap_err();
+    let line = |problem: Problem| (problem.line.unwrap(), problem.text);
+    list.into_iter().map(line).collect()
+}
+
+#[test]
+fn nothing_is_asked_for_by_nothing() {
+    let (config, wanted) = right("");
+    assert_eq!(config.grace, Duration::from_secs(30));
+    assert!(wanted.rules.is_empty() && wanted.missing.is_empty());
+}
+
+#[cfg(unix)]
+#[test]
+fn each_key_has_its_place() {
+    let (config, wanted) = right(
+        r#"
+        grace = 5
+        workers = 3
+        [defaults]
+        mode = 0o640
+        dial-timeout = "1m30s"
+        idle-timeout = "1h"
+        half-closed-timeout = 0.5
+        wait = "250ms"
+        [vm.one]
+        at = "hyperkit://9/vm/one"
+        connections = 20
+        [forward.to]
+        listen = 8080
+        vm = "one"
+        port = "0x50"
+        mode = "600"
+        reserved = 19
+        [forward.from]
+        vm = "/vm/two"
+        guest-dials = 0x1388
+        connect = "localhost:80"
+        idle-timeout = "never"
+        drain-timeout = "2s"
+        wait = "fail"
+        "#,
+    );
+    assert_eq!(config.grace, Duration::from_secs(5));
+    assert_eq!(config.workers.unwrap().get(), 3);
+    let [to, from] = &wanted.rules[..] else {
+        panic!("{wanted:?}");
+    };
+    assert_eq!(to.name.as_deref(), Some("to"));
+    assert_eq!(to.listen.to_string(), "tcp://127.0.0.1:8080");
+    assert_eq!(to.connect.to_string(), "hyperkit://9:80/vm/one");
+    assert_eq!((to.mode, to.reserved), (0o600, 19));
+    assert_eq!(to.timeouts.dial, Duration::from_secs(90));
+    assert_eq!(to.timeouts.idle, Some(Duration::from_secs(3600)));
+    assert_eq!(to.timeouts.half_closed, Some(Duration::from_millis(500)));
+    assert_eq!(to.wait, Some(Duration::from_millis(250)));
+    assert_eq!(from.listen.to_string(), "hyperkit://:5000/vm/two");
+    assert_eq!(from.connect.to_string(), "tcp://localhost:80");
+    assert_eq!((from.mode, from.reserved, from.wait), (0o640, 0, None));
+    assert_eq!(from.timeouts.idle, None);
+    assert_eq!(from.timeouts.drain, Duration::from_secs(2));
+    let [limits] = &wanted.limits[..] else {
+        panic!("{wanted:?}");
+    };
+    assert_eq!((limits.connections, limits.unanswered), (20, 64));
+    // Neither directory is there; they may come.
+    let missing: Vec<&str> = wanted.missing.iter().map(|it| it.name.as_str()).collect();
+    assert_eq!(missing, ["one", "/vm/two"]);
+}
+
+/// Keys of a forward that can't be so, and part of what is said of each.
+const WRONG: [(&str, &str); 17] = [
+    ("connect = 70000", "larger than 65535"),
+    ("connect = \"web.sock\"", "./web.sock"),
+    ("connect = true", "it is true or false"),
+    ("connect = 0", "port 0"),
+    ("connect = \"~root/s\"", "only ~/"),
+    ("connect = 9\nport = 80", "connect is there, too"),
+    ("port = 80", "of which VM"),
+    ("connect = 9\nvm = \"/x\"", "which port?"),
+    (
+        "connect = 9\nvm = \"/x\"\nport = 80",
+        "connect is there, too",
+    ),
+    (
+        "connect = 9\nvm = \"/x\"\nguest-dials = 80",
+        "listen is there, too",
+    ),
+    (
+        "vm = \"/x\"\nport = 1\nguest-dials = 80",
+        "to the guest (listen, port)",
+    ),
+    ("vm = \"/x\"\nport = 4294967296", "no vsock port"),
+    ("vm = \"/x\"\nport = \"http\"", "is not a number"),
+    ("vm = 3\nport = 1", "a string, in quotes"),
+    ("mode = \"600\"", "connect is missing"),
+    ("conect = 9", "did you mean connect?"),
+    ("colour = 9\nconnect = 9", "known there: vm, port"),
+];
+
+/// The same, of a forward that is whole but for it.
+const WRONG_VALUES: [(&str, &str); 15] = [
+    ("dial-timeout = \"soon\"", "write \"30s\""),
+    ("dial-timeout = \"5M\"", "M a month"),
+    ("dial-timeout = -1", "-1 is no time"),
+    ("dial-timeout = 1e30", "no time"),
+    ("dial-timeout = nan", "no time"),
+    ("dial-timeout = [1]", "it is a list"),
+    ("drain-timeout = 0", "can't be 0"),
+    ("idle-timeout = \"no\"", "or \"never\""),
+    ("idle-timeout = 0", "can't be 0"),
+    ("wait = \"never\"", "or \"fail\""),
+    ("mode = 600", "\"600\""),
+    ("mode = \"rw\"", "octal"),
+    ("mode = 0o1777", "octal"),
+    ("reserved = -1", "-1 is not a number from 0"),
+    ("reserved = 1", "of which VM"),
+];
+
+#[test]
+fn what_is_wrong_with_a_forward_is_told_with_what_is_right() {
+    let whole = |(line, part)| (format!("connect = 9\n{line}"), part);
+    let alone = |(line, part): (&str, _)| (line.to_owned(), part);
+    for (lines, part) in WRONG_VALUES.map(whole).into_iter().chain(WRONG.map(alone)) {
+        let told = wrong(&format!("[forward.web]\nlisten = 8080\n{lines}\n"));
+        let [(at, text)] = &told[..] else {
+            panic!("{lines}: {told:?}");
+        };
+        assert!(
+            text.contains("[forward.web]") && text.contains(part),
+            "{lines}: {text}"
+        );
+        let lacking = text.contains("missing");
+        assert_eq!(*at == 1, lacking, "{lines}: {told:?}");
+    }
+}
+
+#[test]
+fn a_table_is_no_value_and_a_value_no_table() {
+    for (text, part) in [
+        ("forward = 3", "[forward] is a number; write [forward.NAME]"),
+        (
+            "forward.web = 3",
+            "[forward.web] is a number; write [forward.NAME]",
+        ),
+        ("[[forward]]\nlisten = 3", "[forward] is a list"),
+        (
+            "defaults = \"x\"",
+            "[defaults] is a string; write [defaults]",
+        ),
+        ("[forward.\"\"]", "can't be empty"),
+        ("[forward.\"a\\nb\"]", "control characters"),
+        ("[vm.\" \"]", "blank"),
+        ("[grace]", "grace: it is a table"),
+    ] {
+        let told = wrong(text);
+        assert!(
+            told.len() == 1 && told[0].1.contains(part),
+            "{text}: {told:?}"
+        );
+    }
+}
+
+#[test]
+fn what_two_forwards_cannot_both_have_is_told_with_both_lines() {
+    let told = wrong(
+        "[forward.a]\nlisten = 80\nconnect = 9\n[forward.b]\nlisten = \"tcp://127.0.0.1:80\"\nconnect = 8\n",
+    );
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0].0, 5);
+    assert!(told[0].1.contains("[forward.a] in line 2"), "{told:?}");
+    // Chosen ports are not the same one.
+    right("[forward.a]\nlisten = 0\nconnect = 9\n[forward.b]\nlisten = 0\nconnect = 8\n");
+}
+
+#[cfg(unix)]
+#[test]
+fn vms_are_found_or_told_of() {
+    let forward = "[forward.a]\nlisten = 0\nport = 80\n";
+    let told = wrong(&format!(
+        "[vm.docker]\nat = \"/x\"\n{forward}vm = \"dokcer\""
+    ));
+    assert!(
+        told[0].0 == 6 && told[0].1.contains("did you mean \"docker\"?"),
+        "{told:?}"
+    );
+    let told = wrong("\n[vm.docker]\n");
+    assert!(
+        told[0].0 == 2 && told[0].1.contains("cannot find VM \"docker\""),
+        "{told:?}"
+    );
+    let told = wrong("[vm.a]\nat = \"/x\"\n[vm.b]\nat = \"/x\"\n");
+    assert!(
+        told[0].0 == 4 && told[0].1.contains("is the same VM as \"a\""),
+        "{told:?}"
+    );
+    let told = wrong("[vm.a]\nat = \"hyperkit://:80/x\"\n");
+    assert!(
+        told[0].0 == 2 && told[0].1.contains("only the VM is named"),
+        "{told:?}"
+    );
+    let two = "listen = 0\nvm = \"a\"\nport = 8\nreserved = 6\n";
+    let told = wrong(&format!(
+        "[vm.a]\nat = \"/x\"\nconnections = 10\n[forward.a]\n{two}[forward.b]\n{two}"
+    ));
+    assert!(
+        told[0]
+            .1
+            .contains("reserve 12 connections together, and it has 10"),
+        "{told:?}"
+    );
+    // A client that waits takes a place to find out whether it was taken.
+    let waiting = two.replace("reserved = 6", "reserved = 10\nwait = 1");
+    let told = wrong(&format!(
+        "[vm.a]\nat = \"/x\"\nconnections = 10\n[forward.a]\n{waiting}"
+    ));
+    assert!(told[0].1.contains("and it has 9 for them"), "{told:?}");
+}
+
+#[test]
+fn what_is_no_toml_is_told_all_at_once_and_nothing_else() {
+    let told = wrong("a = \ngrace = true\n[x\nb = 1\nb = 2\n");
+    let lines: Vec<usize> = told.iter().map(|(line, _)| *line).collect();
+    assert!(
+        lines.len() >= 2 && lines.contains(&1) && lines.contains(&3),
+        "{told:?}"
+    );
+    assert!(
+        told.iter()
+            .all(|(_, text)| text.starts_with("this is no TOML: ")),
+        "{told:?}"
+    );
+}

@@ -1,0 +1,187 @@
+//! `[vm.NAME]`, and where that VM is.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::section::{Section, nearest};
+use super::values;
+use crate::address::{self, Address, HvsockAddress, HyperkitAddress, HyperkitVm, Port};
+use crate::hyperkit::{self, Places};
+use crate::proxy::{Limits, VmLimits};
+
+/// `[vm.NAME]`.
+#[derive(Clone, Debug)]
+pub(super) struct Vm {
+    pub(super) name: String,
+    pub(super) line: usize,
+    /// A state directory, a name or a URI; `None` if what the file says is none.
+    at: Option<String>,
+    /// It has a section.
+    declared: bool,
+    connections: Option<usize>,
+    unanswered: Option<usize>,
+}
+
+/// Where a VM is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Hyperkit(HyperkitVm),
+    HyperV(address::Vm),
+}
+
+/// A hyperkit VM whose state directory is not there yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Missing {
+    /// As the file calls it.
+    pub(crate) name: String,
+    pub(crate) vm: HyperkitVm,
+}
+
+/// The VMs and where they are; those that can't be found are left out.
+#[derive(Debug)]
+pub(super) struct Found<'a> {
+    pub(super) vms: Vec<(&'a Vm, Place)>,
+    pub(super) missing: Vec<Missing>,
+}
+
+impl Vm {
+    pub(super) fn read(name: String, mut section: Section<'_, '_>) -> Vm {
+        let read =
+            |value: &_| values::text(value).and_then(|at| Ok(values::at_home(&at)?.into_owned()));
+        let given = section.take("at", read);
+        let at = match section.has("at") {
+            true => given,
+            false => Some(name.clone()),
+        };
+        // The command line's bounds; hyperkit has 1,024 slots, and aborts at 512 unanswered dials.
+        let connections = section.take("connections", values::count(1..=1000));
+        let unanswered = section.take("unanswered", values::count(1..=400));
+        let line = section.line_of("at");
+        section.finish();
+        Vm {
+            name,
+            line,
+            at,
+            declared: true,
+            connections,
+            unanswered,
+        }
+    }
+
+    /// One that has no section: its name is what `--vm` takes.
+    pub(super) fn undeclared(name: &str, line: usize) -> Vm {
+        Vm {
+            name: name.to_owned(),
+            line,
+            at: Some(name.to_owned()),
+            declared: false,
+            connections: None,
+            unanswered: None,
+        }
+    }
+
+    /// How many connections it may have.
+    pub(super) fn connections(&self) -> usize {
+        self.connections.unwrap_or(Limits::default().vm_connections)
+    }
+
+    /// What bounds it, if the file says so.
+    pub(super) fn limits(&self, place: &Place) -> Option<VmLimits> {
+        let Place::Hyperkit(vm) = place else {
+            return None;
+        };
+        if self.connections.is_none() && self.unanswered.is_none() {
+            return None;
+        }
+        let mut limits = VmLimits::new(vm.clone());
+        limits.connections = self.connections();
+        limits.unanswered = self.unanswered.unwrap_or(limits.unanswered);
+        Some(limits)
+    }
+}
+
+impl Place {
+    /// A port of it.
+    pub(super) fn address(&self, port: Port) -> Address {
+        match self {
+            Place::Hyperkit(vm) => HyperkitAddress {
+                vm: vm.clone(),
+                port,
+            }
+            .into(),
+            Place::HyperV(vm) => HvsockAddress::new(vm.clone(), port).into(),
+        }
+    }
+}
+
+/// Looks for VMs.
+pub(super) fn find<'a>(
+    vms: &'a [Vm],
+    places: &Places,
+    complain: &mut dyn FnMut(usize, String),
+) -> Found<'a> {
+    let mut found: Vec<(&Vm, Place)> = Vec::new();
+    let mut missing = Vec::new();
+    for vm in vms {
+        let Some(at) = &vm.at else {
+            continue;
+        };
+        let place = match locate(at, places) {
+            Ok(place) => place,
+            Err(why) => {
+                let declared = vms
+                    .iter()
+                    .filter(|vm| vm.declared)
+                    .map(|vm| vm.name.as_str());
+                let hint = match nearest(&vm.name, declared) {
+                    Some(near) if !vm.declared => format!("; did you mean {near:?}?"),
+                    _ => String::new(),
+                };
+                complain(vm.line, format!("{why}{hint}"));
+                continue;
+            }
+        };
+        if let Some((other, _)) = found.iter().find(|(_, other)| *other == place) {
+            let text = format!(
+                "{:?} is the same VM as {:?}; use one name for it",
+                vm.name, other.name
+            );
+            complain(vm.line, text);
+        }
+        if let Place::Hyperkit(hyperkit) = &place
+            && !hyperkit.state_dir.is_dir()
+        {
+            missing.push(Missing {
+                name: vm.name.clone(),
+                vm: hyperkit.clone(),
+            });
+        }
+        found.push((vm, place));
+    }
+    Found {
+        vms: found,
+        missing,
+    }
+}
+
+fn locate(at: &str, places: &Places) -> Result<Place, String> {
+    if cfg!(windows) {
+        let vm = address::Vm::parse(at);
+        return vm
+            .map(Place::HyperV)
+            .ok_or_else(|| format!("{at:?} is neither a VM's name nor its id"));
+    }
+    match hyperkit::find(at, places) {
+        Ok(vm) => Ok(Place::Hyperkit(vm)),
+        // A VM that was named by its directory may be made later.
+        Err(e) if e.kind() == io::ErrorKind::NotFound && at.contains('/') => {
+            Ok(Place::Hyperkit(HyperkitVm::new(absolute(at, places))))
+        }
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+fn absolute(at: &str, places: &Places) -> PathBuf {
+    let path = places.current_dir.join(at);
+    std::path::absolute(&path).unwrap_or(path)
+}

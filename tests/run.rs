@@ -1,0 +1,503 @@
+//! `hvsock run` and `check`: the real binary, its file, and what a changed file does to those who are connected.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "common/command.rs"]
+mod command;
+mod common;
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use command::*;
+use common::*;
+use hvsock::simulate::{Service, Vm};
+
+fn vm(dir: &Path) -> Vm {
+    let vm = Vm::builder(dir).guest(7, Service::Echo);
+    vm.guest(19, Service::Chargen).start().unwrap()
+}
+
+/// A TCP echo server; its port.
+fn echo_server() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || io::copy(&mut &stream, &mut &stream).map(drop));
+        }
+    });
+    port
+}
+
+/// A file for `run`.
+struct File(PathBuf);
+
+impl File {
+    fn new(dir: &Path, text: &str) -> File {
+        let file = File(dir.join("hvsock.toml"));
+        file.write(text);
+        file
+    }
+
+    fn write(&self, text: &str) {
+        fs::write(&self.0, text).unwrap();
+    }
+
+    fn run(&self) -> Running {
+        Running::start(&["run", text(&self.0)])
+    }
+}
+
+fn forward_to_port(name: &str, listen: impl std::fmt::Debug, port: u32) -> String {
+    format!("[forward.{name}]\nlisten = {listen:?}\nvm = \"one\"\nport = {port}\n")
+}
+
+/// Ten mistakes, in lines 1, 2, 4, 5, 7, 9, 12, 15, 18 and 19, and what is said of each.
+const MISTAKES: &str = r#"grace = "soon"
+worker = 2
+[defaults]
+mode = 600
+dial_timeout = "30s"
+[vm.docker]
+at = "no-such-vm"
+[vm.one]
+connections = 5000
+at = "/nonexistent/one"
+[forward.a]
+listen = 99999
+connect = 80
+[forward.b]
+lisen = 8080
+connect = 80
+[forward.c]
+vm = "one"
+port = 4294967296
+listen = "127.0.0.1:8080"
+[forward.d]
+listen = 8080
+connect = 0
+"#;
+
+const SAID: [(usize, &str); 10] = [
+    (1, "\"soon\" is no time; write \"30s\""),
+    (2, "unknown key worker; did you mean workers?"),
+    (4, "write permissions as a string: \"600\""),
+    (5, "did you mean dial-timeout?"),
+    (7, "cannot find VM \"no-such-vm\""),
+    (9, "5000 is not a number from 1 to 1000"),
+    (12, "TCP port 99999 is larger than 65535"),
+    (15, "unknown key lisen in [forward.b]; did you mean listen?"),
+    (19, "4294967296 is no vsock port"),
+    (23, "port 0 can't be connected to"),
+];
+
+#[test]
+fn check_says_all_that_is_wrong_at_once() {
+    let dir = private_dir();
+    let file = File::new(dir.path(), MISTAKES);
+    for command in ["check", "run"] {
+        let output = run(&[command, text(&file.0)]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(output.stdout.is_empty());
+        let said = String::from_utf8(output.stderr).unwrap();
+        let mut lines: Vec<&str> = said.lines().collect();
+        assert!(
+            lines.pop().unwrap().contains("10 things are wrong"),
+            "{said}"
+        );
+        assert_eq!(lines.len(), SAID.len(), "{said}");
+        for (line, (number, part)) in lines.iter().zip(SAID) {
+            let place = format!("{}:{number}: ", text(&file.0));
+            assert!(
+                line.starts_with(&place) && line.contains(part),
+                "{line}: {part}"
+            );
+        }
+    }
+    fails(
+        &["check", "/nonexistent.toml"],
+        1,
+        &["/nonexistent.toml", "is the path right?"],
+    );
+    fails(&["check"], 2, &["CONFIG"]);
+}
+
+#[test]
+fn the_example_is_right_and_so_is_what_it_leaves_out() {
+    let dir = private_dir();
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/hvsock.toml");
+    let output = run(&["check", text(&example)]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "docker-api: unix:///tmp/docker.sock -> docker, port 2375 (0x947)",
+            "build-ssh: tcp://127.0.0.1:2222 -> build, port 22 (0x16)",
+            "registry: docker, to CID 2 port 5000 (0x1388) -> tcp://127.0.0.1:8080",
+            "web: tcp://127.0.0.1:8000 -> unix:///tmp/web.sock",
+            &format!("{} is right: 4 forwards", text(&example)),
+        ]
+    );
+    let commented = fs::read_to_string(&example).unwrap();
+    let is_key = |line: &&str| line.starts_with("# ") && line.contains(" = ");
+    assert!(commented.lines().any(|line| is_key(&line)));
+    let all: Vec<&str> = commented
+        .lines()
+        .map(|line| {
+            line.strip_prefix("# ")
+                .filter(|_| is_key(&line))
+                .unwrap_or(line)
+        })
+        .collect();
+    let file = File::new(dir.path(), &all.join("\n"));
+    let output = run(&["check", text(&file.0)]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+}
+
+#[test]
+fn two_vms_are_carried_and_a_signal_ends_it() {
+    let dir = private_dir();
+    let vms = ["one", "two"].map(|name| vm(&dir.path().join(name)));
+    let server = echo_server();
+    let file = File::new(
+        dir.path(),
+        &format!(
+            r#"
+            [vm.one]
+            at = "{0}/one"
+            [forward.tcp]
+            listen = 0
+            vm = "one"
+            port = 7
+            [forward.unix]
+            listen = "{0}/front"
+            mode = "660"
+            vm = "{0}/two"
+            port = "0x7"
+            [forward.dialled]
+            vm = "{0}/two"
+            guest-dials = 5000
+            connect = {server}
+            "#,
+            text(dir.path())
+        ),
+    );
+    let mut proxy = file.run();
+    let port = proxy.tcp_port();
+    proxy.says("unix: unix://");
+    let line = proxy.says("dialled: ");
+    assert!(
+        line.contains("two, to CID 2 port 5000 (0x1388) -> tcp://"),
+        "{line}"
+    );
+    let front = dir.path().join("front");
+    assert_eq!(
+        front.metadata().unwrap().permissions().mode() & 0o777,
+        0o660
+    );
+    assert_eq!(ask(tcp(port), b"one").unwrap(), b"one");
+    assert_eq!(ask(unix_client(&front), b"two").unwrap(), b"two");
+    assert_eq!(ask(vms[1].dial(5000).unwrap(), b"back").unwrap(), b"back");
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    assert!(!front.exists());
+    assert!(vms.iter().all(|vm| vm.fate().is_none()));
+}
+
+#[test]
+fn what_cannot_be_had_at_the_start_is_told_with_its_line() {
+    let dir = private_dir();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let file = File::new(
+        dir.path(),
+        &format!(
+            "[forward.a]\nlisten = 0\nconnect = 9\n[forward.b]\nlisten = {port}\nconnect = 9\n"
+        ),
+    );
+    let place = format!("{}:4: [forward.b]: cannot listen on", text(&file.0));
+    fails(&["run", text(&file.0)], 1, &[&place]);
+}
+
+#[test]
+fn a_vm_that_is_not_there_yet_is_waited_for() {
+    let dir = private_dir();
+    let home = dir.path().join("later");
+    let server = echo_server();
+    let file = File::new(
+        dir.path(),
+        &format!(
+            "[vm.one]\nat = {:?}\n{}[forward.dialled]\nvm = \"one\"\nguest-dials = 5000\nconnect = {server}\n",
+            text(&home),
+            forward_to_port("to", 0, 7),
+        ),
+    );
+    let proxy = file.run();
+    let port = proxy.tcp_port();
+    proxy.complains("VM \"one\" is not there yet");
+    proxy.complains("[forward.dialled]: waits for");
+    assert!(resets_clients(port));
+    let vm = vm(&home);
+    proxy.says("dialled: one, to CID 2 port 5000");
+    assert_eq!(ask(tcp(port), b"late").unwrap(), b"late");
+    assert_eq!(
+        ask(vm.dial(5000).unwrap(), b"late, too").unwrap(),
+        b"late, too"
+    );
+}
+
+#[test]
+fn a_hang_up_reloads_it_even_under_nohup_and_a_bad_file_changes_nothing() {
+    let dir = private_dir();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let server = echo_server();
+    let forward = |name: &str, path: &Path| {
+        format!(
+            "[forward.{name}]\nlisten = {:?}\nconnect = {server}\n",
+            text(path)
+        )
+    };
+    let file = File::new(dir.path(), &forward("a", &a));
+    let mut command = Command::new("sh");
+    let ignoring = "trap '' HUP; exec \"$0\" \"$@\"";
+    command.args([
+        "-c",
+        ignoring,
+        env!("CARGO_BIN_EXE_hvsock"),
+        "run",
+        text(&file.0),
+    ]);
+    let mut proxy = Running::spawn(command);
+    proxy.says("a: ");
+    let mut staying = unix_client(&a);
+    let reload = |with: &str, line: &str| {
+        file.write(with);
+        proxy.signal("HUP");
+        proxy.says(line)
+    };
+    reload(&forward("b", &b), "1 added, 0 changed, 1 removed, 0 kept");
+    proxy.says("b: unix://");
+    // No new clients there, but who was there goes on.
+    assert!(!a.exists());
+    staying.write_all(b"still").unwrap();
+    staying.read_exact(&mut [0; 5]).unwrap();
+    assert_eq!(ask(unix_client(&b), b"new").unwrap(), b"new");
+
+    file.write("[forward.c]\nlisten = 0\nconnect = 0\ncolour = 3\n");
+    proxy.signal("HUP");
+    proxy.complains("2 things are wrong; all stays as it was");
+    assert!(proxy.complains(":3: ").contains("port 0"));
+    proxy.complains(":4: unknown key colour");
+    assert_eq!(ask(unix_client(&b), b"old").unwrap(), b"old");
+
+    // One that can't be had is told, the others are; and it is had as soon as it can be.
+    let lock = std::os::unix::net::UnixListener::bind(&a).unwrap();
+    let both = forward("a", &a) + &forward("b", &b);
+    let with_workers = format!("workers = 7\n{both}");
+    reload(&with_workers, "0 added, 0 changed, 0 removed, 1 kept");
+    let told = proxy.complains("[forward.a]: cannot listen on");
+    assert!(
+        told.contains("another program listens there") && told.contains("tried again"),
+        "{told}"
+    );
+    proxy.complains("workers has changed in the file, which takes a restart");
+    drop(lock);
+    proxy.says("a: unix://");
+    assert_eq!(ask(unix_client(&a), b"at last").unwrap(), b"at last");
+
+    // Without the file, too, all stays.
+    fs::remove_file(&file.0).unwrap();
+    proxy.signal("HUP");
+    proxy.complains("all stays as it was");
+    proxy.complains("cannot be read");
+    assert_eq!(ask(unix_client(&a), b"without").unwrap(), b"without");
+    proxy.signal("INT");
+    staying.write_all(b"last").unwrap();
+    staying.half_close();
+    let mut rest = Vec::new();
+    staying.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"last");
+    assert_eq!(proxy.exit_code(), Some(0));
+}
+
+#[test]
+fn a_vm_gets_the_limits_that_the_file_has_for_it_now() {
+    let dir = private_dir();
+    let vm = vm(&dir.path().join("one"));
+    let text = |connections: u32| {
+        format!(
+            "[vm.one]\nat = \"{}/one\"\nconnections = {connections}\n{}",
+            text(dir.path()),
+            forward_to_port("to", 0, 7)
+        )
+    };
+    let file = File::new(dir.path(), &text(2));
+    let proxy = file.run();
+    let port = proxy.tcp_port();
+    let trip = |mut client: &TcpStream| {
+        client.write_all(b"x").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+    };
+    let clients: Vec<TcpStream> = (0..4).map(|_| tcp(port)).collect();
+    clients[..2].iter().for_each(trip);
+    assert_eq!(vm.counters().live_slots, 2);
+    file.write(&text(3));
+    proxy.signal("HUP");
+    trip(&clients[2]);
+    assert_eq!(vm.counters().live_slots, 3);
+    file.write(&text(3).replace("connections = 3\n", ""));
+    proxy.signal("HUP");
+    trip(&clients[3]);
+}
+
+/// Sends and gets back until told to stop; how many bytes were the same.
+fn echo_until(mut stream: impl Client, stop: &AtomicBool) -> u64 {
+    let block = pattern(10_007);
+    let mut back = vec![0; block.len()];
+    let mut same = 0;
+    while !stop.load(Ordering::Relaxed) {
+        stream.write_all(&block).unwrap();
+        stream.read_exact(&mut back).unwrap();
+        assert!(back == block, "other bytes");
+        same += block.len() as u64;
+    }
+    stream.half_close();
+    assert_eq!(stream.read_to_end(&mut back).unwrap(), 0);
+    same
+}
+
+#[test]
+fn a_file_that_changes_under_load_loses_no_byte() {
+    const ROUNDS: usize = 24;
+    let dir = private_dir();
+    let vms = ["one", "two"].map(|name| vm(&dir.path().join(name)));
+    let server = echo_server();
+    let at = |name: &str| dir.path().join(name);
+    // What a round has: `kept` and `dialled` always, `changed` always but differently, of three others two.
+    let file_of = |round: usize| {
+        let mut file = format!(
+            r#"
+            [vm.one]
+            at = "{0}/one"
+            [vm.two]
+            at = "{0}/two"
+            [forward.kept]
+            listen = 0
+            vm = "one"
+            port = 7
+            [forward.dialled]
+            vm = "two"
+            guest-dials = 5000
+            connect = {server}
+            [forward.changed]
+            listen = "{0}/changed"
+            vm = "{1}"
+            port = 7
+            dial-timeout = "{2}s"
+            mode = "{3}"
+            "#,
+            text(dir.path()),
+            ["one", "two"][round % 2],
+            20 + round,
+            ["600", "660"][round / 2 % 2],
+        );
+        for other in (0..3).filter(|other| other % 3 != round % 3) {
+            let path = at(&format!("other-{other}"));
+            file += &format!("[forward.other-{other}]\nlisten = {path:?}\nconnect = {server}\n");
+        }
+        file
+    };
+    let file = File::new(dir.path(), &file_of(0));
+    let mut proxy = file.run();
+    let port = proxy.tcp_port();
+    proxy.says("other-2");
+    let (stop, trips) = (AtomicBool::new(false), AtomicU64::new(0));
+    let descriptors = thread::scope(|scope| {
+        // Also ends the clients if a check fails.
+        struct AtEnd<'a>(&'a AtomicBool);
+        impl Drop for AtEnd<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let end = AtEnd(&stop);
+        let mut clients = Vec::new();
+        for _ in 0..3 {
+            clients.push(scope.spawn(|| echo_until(tcp(port), &stop)));
+            clients.push(scope.spawn(|| echo_until(unix_client(&at("changed")), &stop)));
+        }
+        clients.push(scope.spawn(|| {
+            let guest = vms[1].dial(5000).unwrap();
+            guest.set_read_timeout(Some(PATIENCE)).unwrap();
+            echo_until(guest, &stop)
+        }));
+        // New ones all the time: none is refused where somebody listens before and after.
+        for changed in [true, false] {
+            let (stop, trips, path) = (&stop, &trips, at("changed"));
+            clients.push(scope.spawn(move || {
+                let mut same = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let bytes = pattern(3000);
+                    let back = match changed {
+                        true => ask(unix_client(&path), &bytes).unwrap(),
+                        false => ask(tcp(port), &bytes).unwrap(),
+                    };
+                    assert!(back == bytes, "other bytes");
+                    same += back.len() as u64;
+                    trips.fetch_add(1, Ordering::Relaxed);
+                }
+                same
+            }));
+        }
+        let mut descriptors = Vec::new();
+        for round in 1..=ROUNDS {
+            // Who is there when a forward goes stays, too.
+            let gone = at(&format!("other-{}", round % 3));
+            let staying = unix_client(&gone);
+            let before = trips.load(Ordering::Relaxed);
+            file.write(&file_of(round));
+            proxy.signal("HUP");
+            proxy.says("was read again: 1 added, 1 changed, 1 removed, 3 kept");
+            assert!(!gone.exists());
+            assert_eq!(ask(staying, b"stayed").unwrap(), b"stayed");
+            let new = at(&format!("other-{}", (round + 2) % 3));
+            assert_eq!(ask(unix_client(&new), b"came").unwrap(), b"came");
+            let mode = at("changed").metadata().unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode, [0o600, 0o660][round / 2 % 2]);
+            if round % 5 == 0 {
+                file.write("[forward.kept]\nlisten = 0\n");
+                proxy.signal("HUP");
+                proxy.complains("1 thing is wrong; all stays as it was");
+            }
+            eventually("clients come meanwhile", || {
+                trips.load(Ordering::Relaxed) >= before + 4
+            });
+            descriptors.push(proxy.descriptors());
+        }
+        drop(end);
+        for client in clients {
+            assert!(client.join().unwrap() > 30_000);
+        }
+        descriptors
+    });
+    // As many as at first, give and take who was just connected.
+    let (first, last) = descriptors.split_at(ROUNDS / 2);
+    let most = |counts: &[usize]| counts.iter().copied().max().unwrap();
+    assert!(most(last) <= most(first) + 8, "{descriptors:?}");
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    for vm in &vms {
+        assert!(vm.fate().is_none(), "{:?}", vm.fate());
+    }
+}
