@@ -33,7 +33,6 @@ use std::path::PathBuf;
 pub use crate::address::HyperkitVm;
 use crate::address::{HyperkitAddress, Port};
 use crate::family;
-#[cfg(unix)]
 pub(crate) use state::running_pid;
 
 #[cfg(feature = "cli")]
