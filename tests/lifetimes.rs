@@ -115,7 +115,11 @@ fn a_vm_under_traffic_that_is_started_anew_is_told_of_once() {
                 client.join().unwrap();
             }
         });
-        let said: Vec<String> = proxy.err.try_iter().collect();
+        let mut said: Vec<String> = Vec::new();
+        eventually("it is back", || {
+            said.extend(proxy.err.try_iter());
+            said.iter().any(|line| line.contains("is back after"))
+        });
         let count = |what: &str| said.iter().filter(|line| line.contains(what)).count();
         let counts = (
             count("is gone"),

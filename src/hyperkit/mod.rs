@@ -45,7 +45,6 @@ use crate::address::{HyperkitAddress, Port};
 use crate::family;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use state::configured_cid;
-#[cfg(unix)]
 pub(crate) use state::running_pid;
 
 #[cfg(feature = "cli")]

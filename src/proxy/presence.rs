@@ -40,6 +40,8 @@ pub(super) struct Presence {
     unseen: bool,
     process: Option<i32>,
     back: Option<Instant>,
+    /// What it was before, and until when that may still be seen.
+    replaced: Option<(Identity, Instant)>,
     /// A dial has found it, that it is back was told, and what it is now has not been seen since.
     told_before_seen: bool,
     restarts: u64,
@@ -54,6 +56,7 @@ impl Default for Presence {
             unseen: false,
             process: None,
             back: None,
+            replaced: None,
             told_before_seen: false,
             restarts: 0,
         }
@@ -100,11 +103,21 @@ impl Presence {
 
     /// Takes what it is now; whether it is another than before.
     pub(super) fn seen(&mut self, identity: Identity, now: Instant) -> (bool, Option<News>) {
+        // What another worker has seen may be older than what is known.
+        if let Some((old, until)) = self.replaced
+            && old == identity
+            && now < until
+        {
+            return (false, None);
+        }
         let before = self.identity.replace(identity);
         let is_new = before.is_some_and(|before| before != identity);
-        self.restarts += u64::from(is_new);
+        if is_new {
+            self.restarts += 1;
+            self.replaced = before.map(|before| (before, now + SETTLES));
+        }
         let came = std::mem::take(&mut self.unseen) || is_new;
-        // What another worker saw may be older than what a dial has found.
+        // So may it be older than what a dial has found.
         let told = self.told_before_seen;
         self.told_before_seen &= !is_new && self.settles(now);
         let news = match self.state {
@@ -113,7 +126,8 @@ impl Presence {
                 self.told_before_seen = false;
                 news
             }
-            State::Up if is_new && !told => Some(News::Restarted),
+            // One that begins has its socket only after its other files.
+            State::Up if is_new && !told && !self.settles(now) => Some(News::Restarted),
             _ => None,
         };
         (is_new, news)

@@ -64,17 +64,19 @@ fn another_file_is_another_vm_and_the_same_one_no_sign_of_life() {
     let back = Some(News::Back(Duration::ZERO));
     assert_eq!(presence.seen(two, now), (true, back));
     assert_eq!(presence.seen(two, now), (false, None));
+    // A worker that looked before.
+    assert_eq!(presence.seen(one, now), (false, None));
+    let now = now + SETTLES;
     assert_eq!(presence.seen(one, now), (true, Some(News::Restarted)));
     assert_eq!(presence.not_seen(now), GONE);
     assert_eq!(presence.seen(one, now), (false, back));
     assert_eq!(presence.restarts(), 2);
     // A dial may find the new one before anybody has looked at its file.
-    presence.failed(now + SETTLES);
-    assert_eq!(presence.connected(now + SETTLES), back);
-    assert_eq!(presence.seen(one, now + SETTLES), (false, None));
-    assert_eq!(presence.seen(two, now + SETTLES), (true, None));
-    assert_eq!(
-        presence.seen(one, now + SETTLES),
-        (true, Some(News::Restarted))
-    );
+    let now = now + SETTLES;
+    assert_eq!(presence.failed(now), GONE);
+    assert_eq!(presence.connected(now), back);
+    let now = now + 2 * SETTLES;
+    assert_eq!(presence.seen(two, now), (true, None));
+    let now = now + SETTLES;
+    assert_eq!(presence.seen(one, now), (true, Some(News::Restarted)));
 }
