@@ -424,7 +424,7 @@ fn guests_of(
     let connect = format!("tcp://{}", target.local_addr().unwrap());
     let rule = Rule::new(listen.clone(), connect.parse().unwrap());
     let acceptor = Acceptor::new(socket, make).unwrap();
-    let listener = Listener::Hyperv(HypervListener::new(acceptor, listen));
+    let listener = Listener::Hyperv(HypervListener::new(acceptor, listen.clone()));
     let forward = Arc::new(Forward::new(
         ForwardId(0),
         rule,
