@@ -6,13 +6,14 @@
 //! ```
 //! # #[cfg(unix)] {
 //! use hvsock::simulate::{Service, Vm};
-//! use hvsock::{Proxy, ProxyConfig, Rule, Stream};
+//! use hvsock::address::HyperkitAddress;
+//! use hvsock::{Address, Proxy, ProxyConfig, Rule, Stream};
 //! use std::io::{Read, Write};
 //!
 //! // A stand-in for a VM, with a web server on its vsock port 80. A real one has its state directory already.
 //! let dir = tempfile::tempdir()?;
 //! let vm = Vm::builder(dir.path()).guest(80, Service::Http).start()?;
-//! let guest: hvsock::Address = format!("hyperkit://:80{}", dir.path().display()).parse()?;
+//! let guest: Address = HyperkitAddress::new(dir.path(), 80).into(); // or "hyperkit://:80/state/dir".parse()?
 //!
 //! // Directly:
 //! let mut stream = Stream::connect(&guest)?;
@@ -74,6 +75,8 @@ mod cat;
 #[doc(hidden)]
 pub mod cli;
 mod dial;
+#[cfg(feature = "cli")]
+mod doctor;
 pub mod error;
 pub mod family;
 pub mod framing;

@@ -1,18 +1,22 @@
 //! The sockets for an event loop of mio's.
 //!
-//! They are used as mio's own: register, wait, and call until it says `WouldBlock`.
+//! They are used as mio's own: register, wait, and call until it says `WouldBlock`, for events are edges.
+//!
+//! A stream that leads to a VM (`hyperkit://`, `vsock-mux://`) is not to be dropped before a read has said EOF or has failed:
+//! half-close, and read on until then.
 //!
 //! ```
 //! # #[cfg(unix)] {
+//! use hvsock::address::HyperkitAddress;
 //! use mio::{Events, Interest, Poll, Token};
 //! use std::io::{self, Read, Write};
 //! # use hvsock::simulate::{Service, Vm};
 //! # let dir = tempfile::tempdir()?;
 //! # let vm = Vm::builder(dir.path()).guest(7, Service::Echo).start()?;
-//! # let state_dir = dir.path().display();
+//! # let state_dir = dir.path();
 //!
 //! let mut poll = Poll::new()?;
-//! let mut stream = hvsock::mio::Stream::connect(&format!("hyperkit://:7{state_dir}").parse()?)?;
+//! let mut stream = hvsock::mio::Stream::connect(&HyperkitAddress::new(state_dir, 7).into())?;
 //! poll.registry().register(&mut stream, Token(0), Interest::READABLE | Interest::WRITABLE)?;
 //! let mut events = Events::with_capacity(16);
 //! while !stream.is_connected()? {
@@ -96,10 +100,11 @@ impl Stream {
     }
 
     /// Whether it is connected by now, the handshake of vsock-mux included. To be asked after each event until it says so;
-    /// reads and writes say `WouldBlock` before.
+    /// reads and writes say `WouldBlock` before. What a listener accepted is connected.
     ///
     /// # Errors
-    /// Why it can't be connected: as those of [`crate::Stream::connect_timeout`].
+    /// Why it can't be connected: as those of [`crate::Stream::connect_timeout`]. hyperkit doesn't say whether the guest
+    /// has accepted: see there.
     pub fn is_connected(&mut self) -> Result<bool> {
         self.advance().map_err(|e| explain(&self.address, e))
     }
@@ -132,6 +137,22 @@ impl Stream {
         &self.address
     }
 
+    /// The name of this end, as far as its family has one.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketName> {
+        self.inner.local_addr()
+    }
+
+    /// The name of the other end, as far as its family has one.
+    ///
+    /// # Errors
+    /// What the kernel says: that there is no connection yet, or none any more, for example.
+    pub fn peer_addr(&self) -> io::Result<SocketName> {
+        self.inner.peer_addr()
+    }
+
     /// Half-closes: the peer reads EOF behind the last byte, and its answer can still be read.
     ///
     /// # Errors
@@ -145,7 +166,7 @@ impl Stream {
         self.inner.shutdown_read();
     }
 
-    /// Ends both directions.
+    /// Ends one direction, or both: [`shutdown_write`](Stream::shutdown_write), [`shutdown_read`](Stream::shutdown_read).
     ///
     /// # Errors
     /// As [`shutdown_write`](Stream::shutdown_write).

@@ -1,15 +1,19 @@
 //! The sockets for tokio: with the feature `tokio`, on Unix.
 //!
+//! hyper takes them in `hyper_util::rt::TokioIo`. A guest may half-close behind its request: a hyper server wants
+//! `.half_close(true)`, or it gives such a guest no answer.
+//!
 //! ```
 //! # #[tokio::main]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use hvsock::address::HyperkitAddress;
 //! use tokio::io::{AsyncReadExt, AsyncWriteExt};
 //! # use hvsock::simulate::{Service, Vm};
 //! # let dir = tempfile::tempdir()?;
 //! # let vm = Vm::builder(dir.path()).guest(80, Service::Http).start()?;
-//! # let state_dir = dir.path().display();
+//! # let state_dir = dir.path();
 //!
-//! let guest = format!("hyperkit://:80{state_dir}").parse()?;
+//! let guest = HyperkitAddress::new(state_dir, 80).into();
 //! let mut stream = hvsock::tokio::Stream::connect(&guest).await?;
 //! stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
 //! let mut answer = Vec::new();
@@ -36,6 +40,7 @@ use crate::dial::{Begun, Dial, Next, explain};
 use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::not_carried;
 use crate::name::SocketName;
+use crate::stream::MOST_UNREAD;
 use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
 use crate::sys;
 
@@ -44,12 +49,42 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A connected stream of any family.
 ///
-/// `poll_shutdown` is a half-close. Dropping it closes it; of a hyperkit VM that is not enough: read to its EOF after the
-/// half-close, as [`finish`](Stream::finish) does.
+/// `poll_shutdown` is a half-close. Dropping it closes it; but a VM's device can hang or die when a connection is closed
+/// that was not read to its EOF, so that a connection with one (`hyperkit://`, `vsock-mux://`) goes on in a task of the
+/// runtime, half-closed, until the peer's EOF or for a minute. A runtime that ends ends such tasks: there
+/// [`finish`](Stream::finish) first.
 #[derive(Debug)]
 pub struct Stream {
     socket: AsyncFd<Socket>,
     address: Address,
+    /// Nothing more comes: it can be closed.
+    ended: bool,
+}
+
+/// How long a guest may take to end a connection that was dropped.
+const LEAVE: Duration = Duration::from_secs(60);
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.ended || !self.address.is_delicate() {
+            return;
+        }
+        let address = self.address.clone();
+        // Without a descriptor for it there is no leave to be had.
+        let Ok(socket) = self.socket.get_ref().try_clone() else {
+            return;
+        };
+        let stream = crate::Stream::from_socket(socket, address);
+        match ::tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn(async move {
+                if let Ok(mut stream) = Stream::try_from(stream) {
+                    // However it ends, nothing more can be done.
+                    let _ = stream.finish(LEAVE).await;
+                }
+            })),
+            Err(_) => drop(std::thread::spawn(move || stream.finish(LEAVE))),
+        }
+    }
 }
 
 impl Stream {
@@ -107,8 +142,25 @@ impl Stream {
     /// to do is to drop it.
     ///
     /// # Errors
-    /// What the kernel says of a connection that was broken already.
-    pub async fn finish(&mut self) -> io::Result<()> {
+    /// `TimedOut` if the peer hasn't ended within `timeout`: then nothing more is taken from it. What the kernel says of a
+    /// connection that was broken already.
+    pub async fn finish(&mut self, timeout: Duration) -> io::Result<()> {
+        let drained = ::tokio::time::timeout(timeout, self.drain()).await;
+        self.ended = true;
+        drained.unwrap_or_else(|_| {
+            // What has come is taken out: a close with bytes unread is what hurts a VM most.
+            let _ = self.socket.get_ref().shutdown(Shutdown::Read);
+            let mut rest = [0; 16 * 1024];
+            for _ in 0..MOST_UNREAD / rest.len() {
+                if !matches!(self.socket.get_ref().read(&mut rest), Ok(1..)) {
+                    break;
+                }
+            }
+            Err(io::ErrorKind::TimedOut.into())
+        })
+    }
+
+    async fn drain(&mut self) -> io::Result<()> {
         // One that the peer has reset says so when it is read.
         let _ = self.socket.get_ref().shutdown(Shutdown::Write);
         let mut rest = [0; 16 * 1024];
@@ -143,7 +195,11 @@ impl TryFrom<crate::Stream> for Stream {
         stream.set_nonblocking(true)?;
         let address = stream.address().clone();
         let socket = sys::watch_socket(stream.into_socket())?;
-        Ok(Stream { socket, address })
+        Ok(Stream {
+            socket,
+            address,
+            ended: false,
+        })
     }
 }
 
@@ -198,16 +254,21 @@ impl AsyncRead for Stream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
         loop {
-            let mut ready = ready!(self.socket.poll_read_ready(context))?;
+            let mut ready = ready!(this.socket.poll_read_ready(context))?;
             let read = ready.try_io(|socket| socket.get_ref().read(buffer.initialize_unfilled()));
             match read {
                 Ok(Ok(n)) => {
+                    this.ended |= n == 0 && buffer.remaining() > 0;
                     buffer.advance(n);
                     return Poll::Ready(Ok(()));
                 }
                 Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
-                Ok(Err(e)) => return Poll::Ready(Err(e)),
+                Ok(Err(e)) => {
+                    this.ended = true;
+                    return Poll::Ready(Err(e));
+                }
                 Err(_would_block) => {}
             }
         }

@@ -265,3 +265,26 @@ fn an_observer_is_told_of_every_connection() {
         }
     }
 }
+
+#[test]
+fn a_worker_that_hangs_is_told_from_those_that_work() {
+    let dir = private_dir();
+    echo(&dir.path().join("echo"));
+    let (hold, held) = std::sync::mpsc::channel::<()>();
+    let held = std::sync::Mutex::new(held);
+    let rule = Rule::new(any_tcp(), unix(dir.path().join("echo")));
+    let mut config = config(vec![rule]);
+    config.observer = Some(Observer::new(move |_| {
+        // Until the other end is dropped.
+        let _ = held.lock().unwrap().recv();
+    }));
+    let proxy = Proxy::start(config).unwrap();
+    assert!(proxy.handle().answers_within(PATIENCE));
+    let client = tcp(port_of(&proxy, 0));
+    eventually("it hangs", || {
+        !proxy.handle().answers_within(Duration::from_millis(50))
+    });
+    drop(hold);
+    assert!(proxy.handle().answers_within(PATIENCE));
+    drop(client);
+}

@@ -125,6 +125,7 @@ fn nothing_is_said_before_the_handshake() {
     let early = stream.write(b"early").unwrap_err();
     assert_eq!(early.kind(), io::ErrorKind::WouldBlock);
     connected(&mut stream).unwrap();
+    assert_eq!(stream.peer_addr().unwrap(), SocketName::Unnamed);
     let mut hello = [0; 5];
     stream.read_exact(&mut hello).unwrap();
     assert_eq!(&hello, b"hello");

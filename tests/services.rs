@@ -279,4 +279,24 @@ mod windows {
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(said.contains("hvsock://parent/"), "{said}");
     }
+
+    /// What can't be looked at is skipped; what guests may dial is looked up all the same.
+    #[test]
+    fn doctor_knows_what_guests_may_dial() {
+        let Some(ours) = Ours::port() else { return };
+        let port = ours.0.port().unwrap().0.to_string();
+        let examine = || {
+            let asked = ["--host-port", &port, "--port", "80"];
+            let output = hvsock(&[&["doctor", "--vm", "no such VM"][..], &asked].concat());
+            assert_eq!(output.status.code(), Some(1));
+            out(&output)
+        };
+        let said = examine();
+        assert!(said.contains("not in the registry"), "{said}");
+        assert!(said.contains(&format!("hvsock register {port}")), "{said}");
+        assert!(said.contains("skip port 80 (0x50)"), "{said}");
+        services::register(ours.0, Some("tried")).unwrap();
+        let said = examine();
+        assert!(said.contains("registered, as \"tried\""), "{said}");
+    }
 }

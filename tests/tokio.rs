@@ -106,7 +106,7 @@ async fn many_at_a_time_and_each_ends_in_order() {
             );
             sent.unwrap();
             assert!(echoed.unwrap() == bytes);
-            stream.finish().await.unwrap();
+            stream.finish(PATIENCE).await.unwrap();
         });
     }
     while let Some(client) = clients.join_next().await {
@@ -158,4 +158,34 @@ async fn names_are_resolved_and_refusals_are_told() {
     assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
     let missing = Stream::connect(&unix("/tmp/no/such/socket")).await;
     assert_eq!(missing.unwrap_err().kind(), io::ErrorKind::NotFound);
+}
+
+/// hyper drops what it is given, with a body unread perhaps, which would kill the VM.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_dropped_takes_leave_of_its_guest() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let listener = Listener::bind(&hyperkit(dir.path(), 5000)).unwrap();
+    let mut guest = tokio::task::block_in_place(|| vm.dial(5000)).unwrap();
+    guest.write_all(&[7; 100_000]).unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    stream.read_exact(&mut [0; 1000]).await.unwrap();
+    stream.write_all(b"answer").await.unwrap();
+    drop(stream);
+    let (answer, late) = tokio::task::block_in_place(|| {
+        let mut answer = String::new();
+        guest.read_to_string(&mut answer).unwrap();
+        // It still reads.
+        let late = guest.write_all(&[7; 1_000_000]);
+        drop(guest);
+        (answer, late)
+    });
+    assert_eq!(answer, "answer");
+    late.unwrap();
+    // Nor may a dial be closed at once.
+    drop(Stream::connect(&hyperkit(dir.path(), 7)).await.unwrap());
+    let gone = |counters: &hvsock::simulate::Counters| counters.live_slots == 0;
+    let ended = tokio::task::block_in_place(|| vm.wait_for(PATIENCE, gone));
+    assert!(ended, "{:?}", vm.counters());
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }

@@ -10,10 +10,10 @@ use clap::Args;
 
 use super::options::ProxyOptions;
 use super::signals::EndSignals;
-use super::{Outcome, run_proxy, say};
+use super::{Outcome, run_proxy, say, start};
 use crate::address::{Address, HyperkitAddress, HyperkitVm, Port, UnixAddress};
 use crate::error::{Error, Operation};
-use crate::proxy::{Proxy, Rule};
+use crate::proxy::Rule;
 use crate::simulate::{Service, Vm};
 
 /// The guest's port in the demo.
@@ -56,7 +56,7 @@ impl Demo {
         let tcp: Address = format!("tcp://127.0.0.1:{}", self.port).parse()?;
         let unix = Address::Unix(UnixAddress::Path(socket.clone()));
         let rules = [Rule::new(tcp, web.clone()), Rule::new(unix, web)];
-        let proxy = Proxy::start(self.options.config(rules))?;
+        let proxy = start(self.options.config(rules))?;
         let forwards = proxy.forwards();
         for forward in &forwards {
             say(format_args!("{} -> guest port {WEB}", forward.listen));

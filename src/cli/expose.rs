@@ -7,11 +7,11 @@ use clap::Args;
 use super::options::{ProxyOptions, hyper_v_service};
 use super::signals::EndSignals;
 use super::spec::{Local, Remote};
-use super::{Failure, Outcome, complain, run_proxy, say};
+use super::{Failure, Outcome, complain, run_proxy, say, start};
 use crate::address::{Address, HyperkitAddress, HyperkitVm, Port};
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
-use crate::proxy::{Proxy, Rule};
+use crate::proxy::Rule;
 
 /// Expose a VM's vsock ports as local sockets, and local services to its guest
 #[derive(Args, Debug)]
@@ -52,7 +52,7 @@ impl Expose {
             rules.push(Rule::new(vm(remote.host_port)?, remote.target.clone()));
         }
         let signals = EndSignals::take()?;
-        let proxy = Proxy::start(self.options.config(rules))?;
+        let proxy = start(self.options.config(rules))?;
         for forward in proxy.forwards() {
             let (listen, connect) = (&forward.listen, &forward.rule.connect);
             match (guest_port(listen), guest_port(connect)) {

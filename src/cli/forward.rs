@@ -4,9 +4,9 @@ use clap::Args;
 
 use super::options::ProxyOptions;
 use super::signals::EndSignals;
-use super::{Failure, Outcome, run_proxy, say};
+use super::{Failure, Outcome, run_proxy, say, start};
 use crate::address::Address;
-use crate::proxy::{Proxy, Rule};
+use crate::proxy::Rule;
 
 /// Forward any address to any address
 #[derive(Args, Debug)]
@@ -42,7 +42,7 @@ impl Forward {
             .iter()
             .map(|[listen, connect]| Rule::new(listen.clone(), connect.clone()));
         let signals = EndSignals::take()?;
-        let proxy = Proxy::start(self.options.config(rules))?;
+        let proxy = start(self.options.config(rules))?;
         for forward in proxy.forwards() {
             say(format_args!(
                 "{} -> {}",

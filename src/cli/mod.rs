@@ -1,11 +1,17 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
 mod cat;
+mod completions;
 #[cfg(unix)]
 mod demo;
+mod doctor;
 mod expose;
 mod forward;
+mod man;
+mod manager;
 mod options;
+#[cfg(unix)]
+mod passed;
 mod services;
 mod signals;
 #[cfg(unix)]
@@ -26,7 +32,8 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
-use crate::proxy::Proxy;
+use crate::proxy::{Proxy, ProxyConfig};
+use manager::Manager;
 use signals::EndSignals;
 
 /// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
@@ -50,6 +57,7 @@ enum Command {
     #[cfg(unix)]
     Syslog(syslog::Syslog),
     Vms(vms::Vms),
+    Doctor(doctor::Doctor),
     Register(services::Register),
     Unregister(services::Unregister),
     Services(services::Services),
@@ -57,6 +65,8 @@ enum Command {
     Simulate(simulate::Simulate),
     #[cfg(unix)]
     Demo(demo::Demo),
+    Completions(completions::Completions),
+    Man(man::Man),
 }
 
 /// Why a command ended without having done what it was asked for.
@@ -76,7 +86,7 @@ impl<E: std::error::Error> From<E> for Failure {
     }
 }
 
-type Outcome = std::result::Result<(), Failure>;
+type Outcome = Result<(), Failure>;
 
 /// Runs the command that `arguments` ask for (the first is the program's name); the process' exit code: 0 done,
 /// 1 failed, 2 usage.
@@ -103,6 +113,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         #[cfg(unix)]
         Command::Syslog(syslog) => syslog.run(),
         Command::Vms(vms) => vms.run(),
+        Command::Doctor(doctor) => doctor.run(),
         Command::Register(register) => register.run(),
         Command::Unregister(unregister) => unregister.run(),
         Command::Services(services) => services.run(),
@@ -110,6 +121,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Simulate(simulate) => simulate.run(),
         #[cfg(unix)]
         Command::Demo(demo) => demo.run(),
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -137,9 +150,14 @@ fn say(line: impl fmt::Display) {
 
 /// Prints what was asked for.
 fn print(text: impl fmt::Display) -> Outcome {
+    write_out(format!("{text}\n").as_bytes())
+}
+
+/// Writes to standard output.
+fn write_out(bytes: &[u8]) -> Outcome {
     let mut out = io::stdout().lock();
-    let printed = writeln!(out, "{text}").and_then(|()| out.flush());
-    printed.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
+    let written = out.write_all(bytes).and_then(|()| out.flush());
+    written.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
 }
 
 fn start_log() {
@@ -161,20 +179,33 @@ fn start_log() {
     let _ = log.try_init();
 }
 
+/// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
+fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
+    #[cfg(unix)]
+    let config = ProxyConfig {
+        listeners: passed::listeners()?,
+        ..config
+    };
+    Ok(Proxy::start(config)?)
+}
+
 /// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
 fn run_proxy(proxy: Proxy, grace: Duration, mut signals: EndSignals) -> Outcome {
     let closer = signals.closer();
     let handle = proxy.handle();
+    let _manager = Manager::begin(&handle);
     let thread = std::thread::spawn(move || {
         for (count, ()) in signals.each().enumerate() {
             if count == 0 {
-                complain(match handle.live() {
+                let status = match handle.live() {
                     0 => "stopping".to_owned(),
                     n => format!(
                         "stopping: no new clients; {n} connections have {} s to finish; once more to cut them off",
                         grace.as_secs()
                     ),
-                });
+                };
+                Manager::stopping(&status);
+                complain(status);
                 handle.stop(grace);
             } else {
                 complain("cutting clients off, taking leave of guests");

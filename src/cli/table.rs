@@ -18,7 +18,7 @@ pub(super) fn of<const N: usize>(
 }
 
 /// The text with its control characters escaped, and those that turn the direction of writing.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     let turns = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let mut shown = String::new();
     for c in text.chars() {

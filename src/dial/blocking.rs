@@ -10,7 +10,7 @@ use crate::address::Address;
 use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::not_carried;
 use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
-use crate::stream::{Stream, is_timeout};
+use crate::stream::{Stream, is_timeout, refuse_zero};
 use crate::sys::Wanted;
 
 use super::{Begun, Dial, Next, explain};
@@ -38,13 +38,14 @@ impl Stream {
     ///
     /// ```
     /// # #[cfg(unix)] {
+    /// use hvsock::address::HyperkitAddress;
     /// use std::io::{Read, Write};
     /// # use hvsock::simulate::{Service, Vm};
     /// # let dir = tempfile::tempdir()?;
     /// # let vm = Vm::builder(dir.path()).guest(1024, Service::Echo).start()?;
-    /// # let state_dir = dir.path().display();
+    /// # let state_dir = dir.path();
     ///
-    /// let guest = format!("hyperkit://:1024{state_dir}").parse()?;
+    /// let guest = HyperkitAddress::new(state_dir, 1024).into();
     /// let mut stream = hvsock::Stream::connect(&guest)?;
     /// stream.write_all(b"hello")?;
     /// let mut echo = [0; 5];
@@ -65,12 +66,15 @@ impl Stream {
     /// Connects to `address`, within `timeout`. A name has to be resolved first, which takes what time it takes; a Hyper-V
     /// VM's at most 30 s ([`hyperv::find`](crate::hyperv::find)).
     ///
-    /// hyperkit doesn't say whether the guest has accepted: of a port on which nobody listens, the first read says EOF.
+    /// hyperkit doesn't say whether the guest has accepted. That nobody listens is told by what comes before the first
+    /// byte: an EOF; or, to who has written already, `ConnectionReset` or `BrokenPipe`.
     ///
     /// # Errors
     /// `ConnectionRefused` (AF_VSOCK: `ConnectionReset`) if nobody listens there; `NotFound` if there is no such socket
-    /// or name; `TimedOut`; `Unsupported` for a family that this system doesn't carry; what the kernel says otherwise.
+    /// or name; `TimedOut`; `InvalidInput` if `timeout` is zero; `Unsupported` for a family that this system doesn't carry;
+    /// what the kernel says otherwise.
     pub fn connect_timeout(address: &Address, timeout: Duration) -> Result<Stream> {
+        refuse_zero(Some(timeout)).map_err(|e| Error::new(Operation::Connect, address, e))?;
         dial(address, timeout, None)
     }
 

@@ -5,7 +5,7 @@
 //! ```
 //! # #[cfg(unix)] {
 //! use hvsock::address::HyperkitAddress;
-//! use hvsock::hyperkit::Stream;
+//! use hvsock::hyperkit::{Listener, Stream};
 //! use std::io::{Read, Write};
 //! use std::net::Shutdown;
 //! # use hvsock::simulate::{Service, Vm};
@@ -19,6 +19,16 @@
 //! let mut echo = String::new();
 //! stream.read_to_string(&mut echo)?;
 //! assert_eq!(echo, "hello");
+//!
+//! // And when the guest dials port 5000 of its host (CID 2):
+//! let listener = Listener::bind(&HyperkitAddress::new(state_dir, 5000))?;
+//! # let mut guest = vm.dial(5000)?;
+//! # guest.write_all(b"hi")?;
+//! # guest.shutdown(Shutdown::Write)?;
+//! let (mut from_guest, _) = listener.accept()?;
+//! let mut request = String::new();
+//! from_guest.read_to_string(&mut request)?;
+//! # assert_eq!(request, "hi");
 //! # }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -33,6 +43,8 @@ use std::path::PathBuf;
 pub use crate::address::HyperkitVm;
 use crate::address::{HyperkitAddress, Port};
 use crate::family;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use state::configured_cid;
 #[cfg(unix)]
 pub(crate) use state::running_pid;
 

@@ -49,6 +49,12 @@ pub(super) fn read(dir: &Path) -> io::Result<State> {
     })
 }
 
+/// The CID that the configuration in `dir` gives the guest, whatever number that is.
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) fn configured_cid(dir: &Path) -> Option<u64> {
+    read_json(&dir.join(JSON_NAME)).ok()?["vsock_guest_cid"].as_u64()
+}
+
 /// Where the sockets are: `vsock_dir` of the configuration, else the state directory itself.
 fn vsock_dir(dir: &Path, json: &Value) -> PathBuf {
     match json["vsock_dir"].as_str().map(Path::new) {

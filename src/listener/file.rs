@@ -61,7 +61,7 @@ pub(crate) fn bind(
     clear_the_way(path).map_err(|e| {
         let remedy = match e.kind() {
             io::ErrorKind::AddrInUse => {
-                "another program listens there: stop it, or choose another path"
+                "another program listens there: stop it, or choose another path or port"
             }
             io::ErrorKind::AlreadyExists => "choose another path, or move the file away",
             io::ErrorKind::InvalidFilename => "choose a shorter name",

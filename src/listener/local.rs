@@ -11,10 +11,10 @@ use socket2::{Socket, Type};
 
 use super::file::{self, SocketFile};
 use super::nonblocking::{BACKLOG, FileState, not_carried};
+use super::passed::path_of;
 use crate::address::{Address, UnixAddress, VsockAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
-use crate::mux;
 use crate::name::SocketName;
 use crate::stream::local::Local;
 use crate::sys::{self, AsSocket, BorrowedSocket};
@@ -30,14 +30,12 @@ pub(crate) enum LocalListener {
 
 impl LocalListener {
     pub(super) fn bind(address: &Address, mode: u32) -> Result<LocalListener> {
+        if let Some(path) = path_of(address) {
+            return bind_path(address, &path, mode);
+        }
         match address {
-            Address::Unix(UnixAddress::Path(path)) => bind_path(address, path, mode),
             Address::Unix(UnixAddress::Abstract(name)) => bind_abstract(address, name),
-            Address::Hyperkit(hyperkit) => {
-                bind_path(address, &hyperkit.vm.listen_path(hyperkit.port), mode)
-            }
             Address::Vsock(vsock) => bind_vsock(address, vsock),
-            Address::VsockMux(to) => bind_path(address, &mux::listen_path(&to.path, to.port), mode),
             other => Err(not_carried(Operation::Listen, other)),
         }
     }

@@ -12,6 +12,8 @@ mod local;
 #[path = "pipe.rs"]
 mod local;
 pub(crate) mod nonblocking;
+#[cfg(unix)]
+mod passed;
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -64,6 +66,23 @@ impl Listener {
         let inner = nonblocking::Listener::bind(address, mode)?;
         let address = inner.bound(address);
         Ok(Listener { inner, address })
+    }
+
+    /// Whether it is the socket that binding `address` would make.
+    #[cfg(not(unix))]
+    pub(crate) fn is_at(&self, address: &Address) -> bool {
+        self.address == *address
+    }
+
+    /// Sets what an address asks for beside the place: here nothing.
+    #[cfg(not(unix))]
+    pub(crate) fn prepare(&self, _: &Address) -> Result<()> {
+        Ok(())
+    }
+
+    /// What it is for an event loop.
+    pub(crate) fn into_nonblocking(self) -> nonblocking::Listener {
+        self.inner
     }
 
     /// Where it listens: what was asked for, with the port that the kernel chose if it was to choose one.

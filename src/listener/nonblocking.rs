@@ -144,14 +144,22 @@ pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
     })
 }
 
-fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
-    let socket_address = match &tcp.host {
-        Host::Ip(ip) => SocketAddr::new(*ip, tcp.port),
+/// The address that is bound for a TCP address.
+///
+/// # Errors
+/// That its name can't be resolved.
+pub(super) fn socket_address(tcp: &TcpAddress) -> Result<SocketAddr> {
+    match &tcp.host {
+        Host::Ip(ip) => Ok(SocketAddr::new(*ip, tcp.port)),
         Host::Name(name) => (name.as_str(), tcp.port)
             .to_socket_addrs()
             .and_then(|mut all| all.next().ok_or(io::ErrorKind::NotFound.into()))
-            .map_err(|e| Error::new(Operation::Resolve, name, e))?,
-    };
+            .map_err(|e| Error::new(Operation::Resolve, name, e)),
+    }
+}
+
+fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
+    let socket_address = socket_address(tcp)?;
     let listen = || {
         let socket = Socket::new(Domain::for_address(socket_address), Type::STREAM, None)?;
         // Without it a port stays unusable for a minute after a restart. On Windows it means something else.

@@ -117,14 +117,24 @@ impl Handle {
         };
         let forward = forwards.remove(index);
         self.shared.release(&forward);
-        self.ask_all(|tell| Command::Remove(Arc::clone(&forward), grace, tell));
+        self.ask_all(
+            |tell| Command::Remove(Arc::clone(&forward), grace, tell),
+            ANSWER,
+        );
         Ok(())
     }
 
     /// The connections that are carried now, of all forwards, those that were removed included.
     pub fn connections(&self) -> Vec<ConnectionStatus> {
-        let answers = self.ask_all(Command::Tell);
+        let answers = self.ask_all(Command::Tell, ANSWER);
         answers.into_iter().flatten().collect()
+    }
+
+    /// Whether all workers that haven't ended answer within `patience`: none of them hangs. For a watchdog.
+    pub fn answers_within(&self, patience: Duration) -> bool {
+        let answers = self.ask_all(Command::Answer, patience).len();
+        let ended = self.shared.ended.load(Ordering::Acquire);
+        answers + ended >= self.shared.inboxes.len()
     }
 
     /// How many connections are not closed yet.
@@ -139,20 +149,21 @@ impl Handle {
         }
     }
 
-    /// Tells all workers something, and waits for their answers. Those that have ended give none.
+    /// Tells all workers something, and waits for their answers, at most `patience`. Those that have ended give none.
     fn ask_all<T>(
         &self,
         command: impl Fn(std::sync::mpsc::Sender<T>) -> Command<MioWorld>,
+        patience: Duration,
     ) -> Vec<T> {
         let (tell, told) = channel();
         for inbox in &self.shared.inboxes {
             inbox.send(command(tell.clone()));
         }
         drop(tell);
-        let end = Instant::now() + ANSWER;
+        let end = Instant::now() + patience;
         let mut answers = Vec::new();
         while answers.len() < self.shared.inboxes.len() && !self.shared.is_over() {
-            match told.recv_timeout(LOOK) {
+            match told.recv_timeout(LOOK.min(patience)) {
                 Ok(answer) => answers.push(answer),
                 Err(RecvTimeoutError::Timeout) if Instant::now() < end => {}
                 Err(_) => break,

@@ -62,6 +62,7 @@ use std::time::Duration;
 
 use crate::address::Address;
 use crate::error::{Error, Operation, Result};
+use crate::listener::Listener;
 use crate::relay::CLIENT;
 use crate::stream::nonblocking::Waiter;
 use crate::sys;
@@ -76,6 +77,8 @@ pub use forward::{Rule, Timeouts};
 pub use handle::{ConnectionState, ConnectionStatus, ForwardId, Handle};
 pub use observer::{ConnectionId, Event, Observer, What};
 pub use status::{ForwardState, ForwardStatus, LastError, VmStatus};
+#[cfg(feature = "cli")]
+pub(crate) use worker::room_for_connections;
 
 /// What bounds a proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,7 +105,7 @@ impl Default for Limits {
 }
 
 /// What a proxy is to do.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub struct ProxyConfig {
     /// What is carried where.
@@ -113,6 +116,9 @@ pub struct ProxyConfig {
     pub limits: Limits,
     /// Who is told what happens to its connections.
     pub observer: Option<Observer>,
+    /// Sockets that listen already, such as those that a service manager has passed: a rule that is to listen where one
+    /// of them does takes it, and binds none. A rule that is added later binds its own.
+    pub listeners: Vec<Listener>,
 }
 
 impl ProxyConfig {
@@ -123,6 +129,7 @@ impl ProxyConfig {
             workers: None,
             limits: Limits::default(),
             observer: None,
+            listeners: Vec::new(),
         }
     }
 }
@@ -138,7 +145,8 @@ impl Proxy {
     /// Binds all listeners and starts the threads.
     ///
     /// # Errors
-    /// The first listener that can't be bound; then none stays. `Unsupported` for families that aren't carried.
+    /// The first listener that can't be bound; then none stays. `Unsupported` for families that aren't carried;
+    /// `InvalidInput` for one of [`listeners`](ProxyConfig::listeners) that no rule wants.
     pub fn start(config: ProxyConfig) -> Result<Proxy> {
         Proxy::start_with(config, Waiter::of)
     }
@@ -250,13 +258,14 @@ fn prepare(
         live: config.limits.vm_connections,
         unanswered: config.limits.vm_unanswered as u64,
     };
-    let binder = Binder::new(gate_limits, waiter, config.observer);
+    let binder = Binder::new(gate_limits, waiter, config.observer, config.listeners);
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for rule in config.rules {
         let (listener, forward) = binder.bind(rule, &forwards)?;
         listeners.push(listener);
         forwards.push(forward);
     }
+    binder.all_are_taken()?;
     let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let count = config.workers.unwrap_or_else(cores).get();
     let needed = DESCRIPTORS_PER_WORKER * count + forwards.len() + 8;

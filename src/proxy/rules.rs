@@ -3,11 +3,12 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::{Address, CID_ANY, HyperkitVm, PORT_ANY};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
+use crate::listener;
 use crate::listener::nonblocking::{Listener, not_carried};
 use crate::stream::nonblocking::{Target, Waiter};
 
@@ -62,6 +63,8 @@ pub(super) struct Binder {
     limits: GateLimits,
     waiter: fn(&Address) -> Waiter,
     observer: Option<Observer>,
+    /// Those that listen already.
+    passed: Mutex<Vec<listener::Listener>>,
     next: AtomicU64,
 }
 
@@ -70,12 +73,14 @@ impl Binder {
         limits: GateLimits,
         waiter: fn(&Address) -> Waiter,
         observer: Option<Observer>,
+        passed: Vec<listener::Listener>,
     ) -> Binder {
         Binder {
             gates: Mutex::default(),
             limits,
             waiter,
             observer,
+            passed: Mutex::new(passed),
             next: AtomicU64::new(0),
         }
     }
@@ -93,7 +98,10 @@ impl Binder {
         }
         check(&rule, others.iter().map(|forward| &forward.rule))?;
         self.check_bridge(&rule)?;
-        let listener = Listener::bind(&rule.listen, rule.mode)?;
+        let listener = match self.take(&rule.listen)? {
+            Some(listener) => listener,
+            None => Listener::bind(&rule.listen, rule.mode)?,
+        };
         let asked = listener.bound(&rule.listen);
         let asked = std::mem::replace(&mut rule.listen, asked);
         if rule.listen == rule.connect {
@@ -106,6 +114,33 @@ impl Binder {
         let observer = self.observer.clone();
         let forward = Forward::new(id, rule, asked, gates, places, self.waiter, observer);
         Ok((listener, Arc::new(forward)))
+    }
+
+    fn passed(&self) -> MutexGuard<'_, Vec<listener::Listener>> {
+        self.passed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The socket that listens on `address` already, if one was passed.
+    fn take(&self, address: &Address) -> Result<Option<Listener>> {
+        let mut passed = self.passed();
+        let Some(index) = passed.iter().position(|passed| passed.is_at(address)) else {
+            return Ok(None);
+        };
+        let listener = passed.swap_remove(index);
+        listener.prepare(address)?;
+        Ok(Some(listener.into_nonblocking()))
+    }
+
+    /// Refuses a passed socket that no rule has taken: its clients would wait for ever.
+    pub(super) fn all_are_taken(&self) -> Result<()> {
+        let passed = self.passed();
+        let Some(left) = passed.first() else {
+            return Ok(());
+        };
+        let why = "its socket was passed to us, and no rule listens there";
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        Err(Error::new(Operation::Listen, left.address(), cause)
+            .with_remedy("add a rule that does, or have it not passed"))
     }
 
     /// Refuses what a bridge can't carry: it doesn't know of refusals by EOF, nor keeps half-closes back.

@@ -424,11 +424,11 @@ fn guests_of(
     let connect = format!("tcp://{}", target.local_addr().unwrap());
     let rule = Rule::new(listen.clone(), connect.parse().unwrap());
     let acceptor = Acceptor::new(socket, make).unwrap();
-    let listener = Listener::Hyperv(HypervListener::new(acceptor, listen));
+    let listener = Listener::Hyperv(HypervListener::new(acceptor, listen.clone()));
     let forward = Arc::new(Forward::new(
         ForwardId(0),
         rule,
-        listen.clone(),
+        listen,
         [None, None],
         None,
         Waiter::of,
@@ -450,7 +450,7 @@ fn guests_of(
     worker.add_listener(listener, forward).unwrap();
     (
         Handle {
-            binder: Arc::new(Binder::new(gate_limits, Waiter::of, None)),
+            binder: Arc::new(Binder::new(gate_limits, Waiter::of, None, Vec::new())),
             shared,
         },
         address,

@@ -54,6 +54,8 @@ pub(crate) enum Command<W: World> {
     Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
     Remove(Arc<Forward>, Duration, Sender<()>),
+    /// Say that it listens.
+    Answer(Sender<()>),
     /// Say what is carried.
     Tell(Sender<Vec<ConnectionStatus>>),
     /// Accept no more clients, and cut off those that are there after this time.
@@ -240,7 +242,7 @@ const FOR_GUESTS: u64 = 2 * 1024;
 
 /// How many connections the process has descriptors for. None is ever accepted that they don't suffice for: on macOS a
 /// connection that can't be given a descriptor is lost.
-fn room_for_connections(guests: bool) -> usize {
+pub(crate) fn room_for_connections(guests: bool) -> usize {
     let Some(limit) = sys::descriptor_limit() else {
         return usize::MAX;
     };
@@ -326,6 +328,7 @@ impl<W: World> Worker<W> {
                         self.remove(forward, grace, now);
                         let _ = tell.send(());
                     }
+                    Command::Answer(tell) => drop(tell.send(())),
                     Command::Tell(tell) => drop(tell.send(self.connections(now))),
                     Command::Stop(grace) => self.stop(grace, now),
                 }

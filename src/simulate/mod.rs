@@ -260,7 +260,8 @@ impl Vm {
 
     /// A program in the guest dials `port` of the host; its end of the connection.
     ///
-    /// Waits up to 30 seconds for somebody to listen there, if nobody has since the VM's start. Dropped, the program has closed its socket.
+    /// Blocks for up to 30 seconds until somebody listens there, if nobody has since the VM's start. The stream is a blocking one. Dropped, the
+    /// program has closed its socket.
     pub fn dial(&self, port: u32) -> io::Result<UnixStream> {
         let (program, device) = UnixStream::pair()?;
         let (reply, answer) = mpsc::channel();

@@ -31,7 +31,7 @@ use inner::Inner;
 use socket2::Socket as Inner;
 
 /// More than a socket can hold unread.
-const MOST_UNREAD: usize = 64 * 1024 * 1024;
+pub(crate) const MOST_UNREAD: usize = 64 * 1024 * 1024;
 
 /// How long a wait is where nothing tells of its end.
 #[cfg(all(windows, feature = "cli"))]
@@ -42,8 +42,9 @@ const BLIND_PAUSE: Duration = Duration::from_millis(1);
 /// [`Stream::connect`] makes one, [`Listener::accept`](crate::Listener::accept) another. It reads and writes as
 /// `std::net::TcpStream` does, through a shared reference too, so that two threads can carry its two directions.
 ///
-/// Dropping it closes it. Of a hyperkit VM that is not enough: its device can hang or die when a connection is closed
-/// that has not been read to its end. Use [`Stream::finish`] there. Of a named pipe it waits, 30 s at most, until the peer
+/// Dropping it closes it. One that leads to a VM over its VMM's Unix socket (`hyperkit://`, `vsock-mux://`) is safe to drop
+/// once a read has said EOF, or has failed; in every other case, error paths and `?` included, [`Stream::finish`] it
+/// first: hyperkit's device can hang or die when a connection is closed that has not been read to its end. Of a named pipe it waits, 30 s at most, until the peer
 /// has taken what a write with a timeout, or one that was not to block, has left under way.
 #[derive(Debug)]
 pub struct Stream {
@@ -383,7 +384,7 @@ impl Stream {
 }
 
 /// The kernel would take it for "for ever".
-fn refuse_zero(timeout: Option<Duration>) -> io::Result<()> {
+pub(crate) fn refuse_zero(timeout: Option<Duration>) -> io::Result<()> {
     if timeout == Some(Duration::ZERO) {
         let why = "a timeout of zero would never let anything pass";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));

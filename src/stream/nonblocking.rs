@@ -13,6 +13,7 @@ use super::local::Local;
 use crate::address::NpipeAddress;
 use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
 use crate::mux::Handshake;
+use crate::name::SocketName;
 use crate::relay::Socket;
 use crate::sys::{self, AsSocket, Wanted};
 
@@ -184,6 +185,36 @@ impl Stream {
             // Written is there: it lies in the peer's own queue. And AF_VSOCK has no reset to send.
             Stream::Local(_) => 0,
             Stream::Blocking(stream) => stream.unacknowledged(),
+        }
+    }
+
+    /// The name of this end.
+    pub(crate) fn local_addr(&self) -> io::Result<SocketName> {
+        match self {
+            Stream::Tcp(stream) => stream.local_addr().map(SocketName::Tcp),
+            #[cfg(unix)]
+            Stream::Local(stream) => {
+                let name = SockRef::from(&stream.as_socket()).local_addr()?;
+                Ok(SocketName::of(&name))
+            }
+            #[cfg(windows)]
+            Stream::Local(_) => Ok(SocketName::Unnamed),
+            Stream::Blocking(stream) => stream.local_addr(),
+        }
+    }
+
+    /// The name of the other end.
+    pub(crate) fn peer_addr(&self) -> io::Result<SocketName> {
+        match self {
+            Stream::Tcp(stream) => stream.peer_addr().map(SocketName::Tcp),
+            #[cfg(unix)]
+            Stream::Local(stream) => {
+                let name = SockRef::from(&stream.as_socket()).peer_addr()?;
+                Ok(SocketName::of(&name))
+            }
+            #[cfg(windows)]
+            Stream::Local(_) => Ok(SocketName::Unnamed),
+            Stream::Blocking(stream) => stream.peer_addr(),
         }
     }
 

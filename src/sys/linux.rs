@@ -56,10 +56,15 @@ pub(crate) fn vsock_listen(
 fn vsock_socket(buffer_size: Option<u64>) -> io::Result<Socket> {
     let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
     if let Some(size) = buffer_size {
-        set_option(&socket, BUFFER_MAX_SIZE, &size)?;
-        set_option(&socket, BUFFER_SIZE, &size)?;
+        vsock_set_buffer(&socket, size)?;
     }
     Ok(socket)
+}
+
+/// Lets the peers of a socket, or of those that it accepts, send so many bytes ahead of our reading.
+pub(crate) fn vsock_set_buffer(socket: &Socket, size: u64) -> io::Result<()> {
+    set_option(socket, BUFFER_MAX_SIZE, &size)?;
+    set_option(socket, BUFFER_SIZE, &size)
 }
 
 #[allow(unsafe_code)]

@@ -10,7 +10,8 @@
 //! * `descriptor_limit()`: how many descriptors the process may have.
 //! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have.
 //! * `unacknowledged(socket)`: what a reset now would take away from the peer.
-//! * `vsock_connect`, `vsock_listen`, `vsock_of`, `local_cid`: AF_VSOCK sockets, or `Unsupported`.
+//! * `take_over(number)`: owns a descriptor that the process was started with, once.
+//! * `vsock_connect`, `vsock_listen`, `vsock_set_buffer`, `vsock_of`, `local_cid`: AF_VSOCK sockets, or `Unsupported`.
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
@@ -55,6 +56,10 @@ mod no_vsock {
     }
 
     pub(crate) fn vsock_listen(_: u32, _: u32, _: i32, _: Option<u64>) -> io::Result<Socket> {
+        none()
+    }
+
+    pub(crate) fn vsock_set_buffer(_: &Socket, _: u64) -> io::Result<()> {
         none()
     }
 

@@ -280,6 +280,32 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
     }
 }
 
+/// Takes over a descriptor that the process was started with.
+///
+/// Only what came through exec(2) has no close-on-exec: std, mio and all that is opened here set it. So does this, and
+/// what was taken over once isn't given a second time.
+///
+/// # Errors
+/// `NotFound` if there is none of that number, or one that this process has opened itself.
+#[cfg(feature = "cli")]
+#[allow(unsafe_code)]
+pub(crate) fn take_over(number: std::os::fd::RawFd) -> io::Result<std::os::fd::OwnedFd> {
+    use nix::libc::{F_GETFD, F_SETFD, FD_CLOEXEC, fcntl};
+    use std::os::fd::FromRawFd;
+    // SAFETY: F_GETFD takes no pointer, and says so if there is no such descriptor.
+    let flags = unsafe { fcntl(number, F_GETFD) };
+    if flags < 0 || flags & FD_CLOEXEC != 0 {
+        let why = format!("there is no descriptor {number} to take over");
+        return Err(io::Error::new(io::ErrorKind::NotFound, why));
+    }
+    // SAFETY: F_SETFD takes no pointer.
+    if unsafe { fcntl(number, F_SETFD, flags | FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and nobody's: it was there before the program began, and this is the first who takes it.
+    Ok(unsafe { std::os::fd::OwnedFd::from_raw_fd(number) })
+}
+
 /// Bytes that were written to a TCP socket and that its peer has not acknowledged; 0 where the system doesn't tell.
 #[allow(unsafe_code)]
 pub(crate) fn unacknowledged(socket: &impl std::os::fd::AsRawFd) -> usize {

@@ -1,0 +1,105 @@
+//! What the service manager is told: systemd's `sd_notify(3)`. Without one, and elsewhere, nothing.
+
+use std::sync::mpsc::Sender;
+
+use crate::proxy::Handle;
+
+/// Tells the service manager how it goes, and feeds its watchdog, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Manager {
+    /// The watchdog's thread ends with it.
+    _watchdog: Option<Sender<()>>,
+}
+
+impl Manager {
+    /// Says that it is ready. From then on the manager's watchdog, if there is one, hears of us as long as all workers
+    /// answer.
+    pub(super) fn begin(handle: &Handle) -> Manager {
+        Manager::ready(handle);
+        Manager {
+            _watchdog: system::watch(handle),
+        }
+    }
+
+    /// Says that all listeners are bound.
+    pub(super) fn ready(handle: &Handle) {
+        system::ready(&match handle.forwards().len() {
+            1 => "carrying 1 forward".to_owned(),
+            n => format!("carrying {n} forwards"),
+        });
+    }
+
+    /// Says that the end has begun, in the words that people are told.
+    pub(super) fn stopping(status: &str) {
+        system::stopping(status);
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod system {
+    use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+    use std::time::Duration;
+
+    use sd_notify::NotifyState;
+
+    use super::Handle;
+
+    /// A status has one line; systemd cuts it off itself.
+    pub(super) fn ready(status: &str) {
+        tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+    }
+
+    pub(super) fn stopping(status: &str) {
+        tell(&[NotifyState::Stopping, NotifyState::Status(status)]);
+    }
+
+    fn tell(what: &[NotifyState<'_>]) {
+        if let Err(e) = sd_notify::notify(what) {
+            tracing::warn!("cannot tell the service manager ($NOTIFY_SOCKET): {e}");
+        }
+    }
+
+    /// Feeds the watchdog, if there is one, until what it returns is dropped.
+    pub(super) fn watch(handle: &Handle) -> Option<Sender<()>> {
+        let patience = sd_notify::watchdog_enabled().filter(|patience| !patience.is_zero())?;
+        // Twice in its time, as sd_watchdog_enabled(3) advises.
+        let every = (patience / 2).max(Duration::from_millis(1));
+        let handle = handle.clone();
+        let (end, ended) = channel();
+        let feed = move || {
+            loop {
+                match handle.answers_within(every) {
+                    true => tell(&[NotifyState::Watchdog]),
+                    false => tracing::error!(
+                        "a worker hasn't answered for {} ms; the watchdog isn't told that all is well",
+                        every.as_millis()
+                    ),
+                }
+                if ended.recv_timeout(every) != Err(RecvTimeoutError::Timeout) {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("hvsock-watchdog".to_owned());
+        match thread.spawn(feed) {
+            Ok(_) => Some(end),
+            Err(e) => {
+                tracing::error!("cannot feed the watchdog: {e}");
+                None
+            }
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod system {
+    use super::{Handle, Sender};
+
+    pub(super) fn ready(_: &str) {}
+
+    pub(super) fn stopping(_: &str) {}
+
+    pub(super) fn watch(_: &Handle) -> Option<Sender<()>> {
+        None
+    }
+}

@@ -1,0 +1,430 @@
+//! A hyperkit VM: its state directory, its process, its guest.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::{Check, Plan};
+use crate::address::{HyperkitAddress, PORT_ANY, Port, is_guest_cid};
+use crate::error::Result;
+use crate::hyperkit::{
+    self, HOST_CID, HyperkitVm, MAX_STATE_DIR, PID_NAME, Places, find, socket_name,
+};
+use crate::stream::Stream;
+use crate::sys::{self, SUN_PATH_LEN, Wanted};
+
+/// Descriptors of hyperkit that are not connections: started with 256, it took 245.
+const OWN_DESCRIPTORS: u64 = 11;
+
+/// The connections that hyperkit has room for (`select`'s FD_SETSIZE).
+const MOST_CONNECTIONS: u64 = 1013;
+
+/// How long the end of a connection may take of which only the end is wanted.
+const LEAVE: Duration = Duration::from_secs(1);
+
+const START: &str = "start the VM";
+
+pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
+    let (directory, vm) = directory(name);
+    let mut checks = vec![directory];
+    let ports = plan.ports.iter().map(|port| (port, named_port(*port)));
+    let host_ports = plan.host_ports.iter();
+    let host_ports = host_ports.map(|port| (port, named_host_port(*port)));
+    let Some(vm) = vm else {
+        let names = ["path", "cid", "process", "limits", "socket", "guest"].map(str::to_owned);
+        let ports = ports.chain(host_ports).map(|(_, name)| name);
+        let left = names.into_iter().chain(ports);
+        checks.extend(left.map(|name| Check::skipped(name, "there is no state directory")));
+        return checks;
+    };
+    checks.push(path(&vm));
+    checks.push(cid(&vm));
+    let process = process(&vm);
+    checks.push(process.check);
+    checks.push(match process.pid {
+        Some(pid) => limits(pid),
+        None => Check::skipped("limits", "hyperkit's process isn't known"),
+    });
+    let connect = socket("socket", &vm.connect_path(), START);
+    let guest = match connect.is_ok() {
+        // It would take the dial when we have gone.
+        true if process.stopped => Check::skipped("guest", "hyperkit is stopped"),
+        true => guest(&vm, plan.patience),
+        false => Check::skipped("guest", "there is no socket to ask it by"),
+    };
+    let answers = guest.is_ok();
+    checks.extend([connect, guest]);
+    checks.extend(ports.map(|(port, name)| match answers {
+        true => guest_port(&vm, *port, plan.patience),
+        false => Check::skipped(name, "the guest doesn't answer"),
+    }));
+    checks.extend(host_ports.map(|(port, name)| {
+        let remedy = format!("run `hvsock expose -R {}:TARGET`; a guest that dials a port on which nobody listens can hang hyperkit's device", port.0);
+        socket(name, &vm.listen_path(*port), &remedy)
+    }));
+    checks.extend(left_over(&vm, &plan.host_ports));
+    checks
+}
+
+fn named_port(port: Port) -> String {
+    format!("port {port}")
+}
+
+fn named_host_port(port: Port) -> String {
+    format!("host port {port}")
+}
+
+/// Whether there is a state directory that can be looked into.
+fn directory(name: &str) -> (Check, Option<HyperkitVm>) {
+    let check = "directory";
+    let vm = match find(name, &Places::from_env()) {
+        Ok(vm) => vm,
+        Err(e) => return (Check::error(check, &e), None),
+    };
+    let dir = &vm.state_dir;
+    let failed = |seen: &dyn fmt::Display, remedy| {
+        let seen = format!("{}: {seen}", dir.display());
+        (Check::failed(check, seen, remedy), None)
+    };
+    match fs::metadata(dir) {
+        Ok(metadata) if !metadata.is_dir() => {
+            return failed(&"it is no directory", "give the VM's state directory");
+        }
+        Ok(_) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return failed(&e, "is the path right? Or start the VM, which makes it");
+        }
+        Err(e) => return failed(&e, "run as the user who runs the VM"),
+    }
+    // What is in it can be reached only with the right to search it.
+    match fs::symlink_metadata(vm.connect_path()) {
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            let seen = "this user may not search it";
+            return failed(&seen, "run as the user who runs the VM");
+        }
+        _ => {}
+    }
+    (Check::ok(check, dir.display()), Some(vm))
+}
+
+/// Whether the sockets' paths fit into socket addresses.
+fn path(vm: &HyperkitVm) -> Check {
+    let name = "path";
+    let connect = vm.connect_path();
+    let len = connect.as_os_str().len();
+    let most = SUN_PATH_LEN - 1;
+    let reached = sys::with_short_path(&connect, |short| match fs::symlink_metadata(short) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    });
+    if let Err(e) = reached {
+        return Check::failed(name, format_args!("{len} bytes: {e}"), "use a shorter path");
+    }
+    let length = vm.state_dir.as_os_str().len();
+    let limit = MAX_STATE_DIR.saturating_sub(vm.prefix.len());
+    if length > limit {
+        let detour = match len > most {
+            true => "; this system reaches its sockets by a detour",
+            false => "",
+        };
+        return Check::warning(
+            name,
+            format_args!("{length} bytes, where hyperkit takes {limit}{detour}"),
+            "let hyperkit be started by a shorter path to it",
+        );
+    }
+    Check::ok(name, format_args!("{length} bytes, of {limit} at most"))
+}
+
+/// Whether the guest's CID is the one that it will be asked for by: another one is refused like a port.
+fn cid(vm: &HyperkitVm) -> Check {
+    let name = "cid";
+    let configured = hyperkit::configured_cid(&vm.state_dir);
+    let asked = vm.cid;
+    if let Some(cid) = configured {
+        let is_guests = u32::try_from(cid).is_ok_and(is_guest_cid);
+        let seen = match is_guests {
+            true => format!("hyperkit.json says {cid}, and {asked} is asked for"),
+            false => format!("hyperkit.json says {cid}, which is no guest's; {asked} is asked for"),
+        };
+        if cid != u64::from(asked) {
+            return Check::failed(
+                name,
+                seen,
+                "name the VM by its directory, or by hyperkit://CID/DIR",
+            );
+        }
+    }
+    let others = sockets(vm).filter(|(cid, _)| ![asked, HOST_CID].contains(cid));
+    if let Some((other, port)) = others.min() {
+        return Check::failed(
+            name,
+            format_args!(
+                "the directory has {}{}, of CID {other}, and {asked} is asked for",
+                vm.prefix,
+                socket_name(other, port)
+            ),
+            "name the VM by hyperkit://CID/DIR; or is that file left over from an earlier VM?",
+        );
+    }
+    let source = match configured {
+        Some(_) => "as hyperkit.json says",
+        None => "nothing says otherwise",
+    };
+    Check::ok(name, format_args!("{asked}, {source}"))
+}
+
+/// The CIDs and ports of the sockets in the directory.
+fn sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
+    let entries = fs::read_dir(&vm.state_dir).into_iter().flatten().flatten();
+    let prefix = vm.prefix.clone();
+    entries.filter_map(move |entry| {
+        let name = entry.file_name();
+        let name = name.as_bytes().strip_prefix(prefix.as_bytes())?;
+        let line: [u8; hyperkit::LINE_LEN] = [name, b"\n"].concat().try_into().ok()?;
+        let (cid, port) = hyperkit::parse_connect_line(&line)?;
+        let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
+        (is_socket && name == socket_name(cid, port).as_bytes()).then_some((cid, port))
+    })
+}
+
+/// What is known of hyperkit's process.
+struct Process {
+    check: Check,
+    /// Its id, if it runs.
+    pid: Option<i32>,
+    /// It doesn't run, but will go on with what it was sent when it is let.
+    stopped: bool,
+}
+
+impl From<Check> for Process {
+    fn from(check: Check) -> Process {
+        Process {
+            check,
+            pid: None,
+            stopped: false,
+        }
+    }
+}
+
+/// Whether the process that hyperkit.pid names runs.
+fn process(vm: &HyperkitVm) -> Process {
+    let name = "process";
+    let remedy = "what is in the directory may be left over: start the VM";
+    let text = match fs::read_to_string(vm.pid_path()) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let why = format!("there is no {PID_NAME} beside its sockets");
+            return Check::skipped(name, why).into();
+        }
+        Err(e) => {
+            let seen = format!("{PID_NAME}: {e}");
+            return Check::warning(name, seen, "run as the user who runs the VM").into();
+        }
+    };
+    let Some(pid) = text.trim().parse().ok().filter(|pid| *pid > 0) else {
+        let seen = format!("{PID_NAME} holds {text:?}, no process");
+        return Check::warning(name, seen, remedy).into();
+    };
+    let (state, program) = ps(pid).unwrap_or_default();
+    if !sys::process_is_alive(pid) || state.starts_with('Z') {
+        let seen = format!("{pid}, of {PID_NAME}, is gone");
+        return Check::failed(name, seen, remedy).into();
+    }
+    let known = |known| program.contains(known);
+    if !program.is_empty() && !["hyperkit", "hvsock"].into_iter().any(known) {
+        let seen = format!("{pid}, of {PID_NAME}, is {program:?}, not hyperkit");
+        return Check::warning(name, seen, remedy).into();
+    }
+    let stopped = state.starts_with('T');
+    let check = match stopped {
+        true => {
+            let seen = format!("{pid} is stopped, by SIGSTOP or a debugger");
+            Check::failed(name, seen, &format!("let it go on: kill -CONT {pid}"))
+        }
+        false => Check::ok(name, format_args!("{pid} runs")),
+    };
+    Process {
+        check,
+        pid: Some(pid),
+        stopped,
+    }
+}
+
+/// The state of a process, and the name of its program, where `ps` is there to ask.
+fn ps(pid: i32) -> Option<(String, String)> {
+    let mut ps = Command::new("ps");
+    ps.args(["-o", "state=", "-o", "comm=", "-p", &pid.to_string()]);
+    let text = String::from_utf8(ps.output().ok()?.stdout).ok()?;
+    let (state, program) = text.trim().split_once(char::is_whitespace)?;
+    let program = Path::new(program.trim()).file_name()?.to_str()?;
+    Some((state.to_owned(), program.to_owned()))
+}
+
+/// Whether hyperkit has descriptors for as many connections as it has room for.
+fn limits(pid: i32) -> Check {
+    let name = "limits";
+    let text = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"));
+    let soft = line.and_then(|line| line.split_whitespace().next());
+    let remedy = "start hyperkit after `ulimit -n 2048`, or give --vm-connections 200";
+    let few = |limit: u64| limit < MOST_CONNECTIONS + OWN_DESCRIPTORS;
+    match soft.map(str::parse) {
+        Some(Ok(limit)) if few(limit) => {
+            let most = limit.saturating_sub(OWN_DESCRIPTORS);
+            let seen = format!("hyperkit may have {limit} descriptors: it hangs beyond {most} connections");
+            Check::warning(name, seen, remedy)
+        }
+        Some(_) => Check::ok(name, "hyperkit has descriptors for all its connections"),
+        None => Check::skipped(
+            name,
+            "this system doesn't tell; started with 256 descriptors, macOS' default, hyperkit hangs beyond 245 connections",
+        )
+        .with_remedy("if it was, give --vm-connections 200"),
+    }
+}
+
+/// Whether a process listens on a socket, and this user may connect to it. It isn't connected to.
+fn socket(name: impl fmt::Display, path: &Path, start: &str) -> Check {
+    let shown = path.display();
+    match fs::metadata(path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            let remedy = "move it away, and start again what should listen there";
+            return Check::failed(name, format_args!("{shown} is no socket"), remedy);
+        }
+        Ok(_) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Check::failed(name, format_args!("there is no {shown}"), start);
+        }
+        Err(e) => {
+            let remedy = "run as the user who runs the VM";
+            return Check::failed(name, format_args!("{shown}: {e}"), remedy);
+        }
+    }
+    match sys::is_socket_alive(path) {
+        Ok(true) => Check::ok(name, format_args!("{shown} is listened on")),
+        Ok(false) => Check::failed(
+            name,
+            format_args!("nobody listens on {shown}: it is left over"),
+            start,
+        ),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Check::failed(
+            name,
+            format_args!("this user may not connect to {shown}"),
+            "run as the user who runs the VM, or have its permissions changed",
+        ),
+        Err(e) => Check::failed(name, format_args!("{shown}: {e}"), start),
+    }
+}
+
+/// What came of a dial that a guest that runs refuses at once.
+enum Answer {
+    After(Duration),
+    /// The guest hasn't answered; hyperkit has taken the dial.
+    None,
+    /// hyperkit itself hasn't taken it.
+    NotTaken,
+}
+
+/// Dials a port that nobody can have.
+fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
+    let begun = Instant::now();
+    let stream = dial(vm, PORT_ANY, patience)?;
+    // A failure to wait is one of the connection: it is over, too.
+    let answer = match stream.wait(Wanted::Readable, patience) {
+        Ok(false) if stream.untaken() > 0 => Answer::NotTaken,
+        Ok(false) => Answer::None,
+        _ => Answer::After(begun.elapsed()),
+    };
+    // However that went: a dial must not just be closed.
+    let _ = stream.finish(LEAVE);
+    Ok(answer)
+}
+
+fn dial(vm: &HyperkitVm, port: Port, patience: Duration) -> Result<Stream> {
+    let vm = vm.clone();
+    Stream::connect_timeout(&HyperkitAddress { vm, port }.into(), patience)
+}
+
+/// Whether the guest answers.
+fn guest(vm: &HyperkitVm, patience: Duration) -> Check {
+    let name = "guest";
+    let seconds = patience.as_secs_f64();
+    match probe(vm, patience) {
+        Ok(Answer::After(took)) => {
+            let took = took.as_secs_f64() * 1e3;
+            Check::ok(name, format_args!("answers, after {took:.1} ms"))
+        }
+        Ok(Answer::None) => Check::failed(
+            name,
+            format_args!("no answer within {seconds} s: paused, asleep or still booting"),
+            "wait, or wake it; if it stays so, restart the VM. Each dial that a guest hasn't answered takes one of hyperkit's 1,024 places",
+        ),
+        Ok(Answer::NotTaken) => Check::failed(
+            name,
+            format_args!(
+                "hyperkit has taken no connection for {seconds} s: it hangs, or is stopped"
+            ),
+            "restart the VM",
+        ),
+        Err(e) => Check::error(name, &e),
+    }
+}
+
+/// Whether a program in the guest listens on a port.
+///
+/// A guest answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
+/// answered, too.
+fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
+    let name = named_port(port);
+    let stream = match dial(vm, port, patience) {
+        Ok(stream) => stream,
+        Err(e) => return Check::error(name, &e),
+    };
+    let answered = probe(vm, patience);
+    let readable = stream.wait(Wanted::Readable, Duration::ZERO);
+    let refused = readable.unwrap_or(true) && stream.has_ended();
+    let left = stream.finish(patience);
+    match answered {
+        Err(e) => Check::error(name, &e),
+        Ok(Answer::None | Answer::NotTaken) => {
+            Check::failed(name, "the guest answers no longer", "try again")
+        }
+        Ok(Answer::After(_)) if refused => Check::failed(
+            name,
+            "nobody listens there in the guest",
+            "start its program in the guest; does it listen on AF_VSOCK, and on that port? (80 is 0x50)",
+        ),
+        Ok(Answer::After(_)) => Check::ok(
+            name,
+            match left {
+                Ok(()) => "is listened on",
+                Err(_) => "is listened on, by a program that doesn't end when its client does",
+            },
+        ),
+    }
+}
+
+/// Sockets that guests may dial, and that nobody listens on.
+fn left_over(vm: &HyperkitVm, but: &[Port]) -> Option<Check> {
+    let ports = sockets(vm).filter(|(cid, _)| *cid == HOST_CID);
+    let ports = ports.map(|(_, port)| Port(port));
+    let is_dead = |port: &Port| {
+        !but.contains(port) && matches!(sys::is_socket_alive(&vm.listen_path(*port)), Ok(false))
+    };
+    let mut dead: Vec<Port> = ports.filter(is_dead).collect();
+    dead.sort_unstable();
+    let dead: Vec<String> = dead.iter().map(Port::to_string).collect();
+    (!dead.is_empty()).then(|| {
+        let seen = format!("nobody listens any more on port {}", dead.join(", "));
+        let remedy = "start again what listened there, or see that the guest doesn't dial it: that can hang hyperkit's device";
+        Check::warning("host ports", seen, remedy)
+    })
+}

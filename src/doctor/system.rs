@@ -1,0 +1,52 @@
+//! This system, whatever the VM.
+
+use super::Check;
+use crate::proxy::{Limits, room_for_connections};
+use crate::sys;
+
+/// Whether a proxy would have descriptors enough for as many connections as one VM can have.
+pub(super) fn descriptors() -> Check {
+    let name = "descriptors";
+    // As the proxy does before it begins.
+    #[cfg(unix)]
+    let _ = sys::raise_descriptor_limit();
+    let Some(limit) = sys::descriptor_limit() else {
+        return Check::ok(name, "not limited");
+    };
+    let room = room_for_connections(false);
+    let seen = format!("this process may have {limit}: enough for {room} connections");
+    match room < Limits::default().vm_connections {
+        false => Check::ok(name, seen),
+        true => Check::warning(
+            name,
+            seen,
+            "raise the hard limit: `ulimit -Hn`, LimitNOFILE= of systemd, HardResourceLimits of launchd",
+        ),
+    }
+}
+
+/// Whether AF_VSOCK can be used here, and who this system is to others.
+#[cfg(target_os = "linux")]
+pub(super) fn vsock() -> Option<Check> {
+    use crate::address::{CID_HOST, is_guest_cid};
+    let name = "AF_VSOCK";
+    Some(match crate::vsock::local_cid() {
+        Ok(CID_HOST) => Check::ok(name, format_args!("CID {CID_HOST}, a host's")),
+        Ok(cid) if is_guest_cid(cid) => Check::ok(name, format_args!("CID {cid}, a guest's")),
+        Ok(_) => Check::warning(
+            name,
+            "there, but this system is neither guest nor host: it has no CID",
+            "modprobe vmw_vsock_virtio_transport in a guest, vhost_vsock on a host",
+        ),
+        Err(e) => Check::warning(
+            name,
+            format_args!("not there: {}", e.cause()),
+            e.remedy().unwrap_or("may this user open /dev/vsock?"),
+        ),
+    })
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn vsock() -> Option<Check> {
+    None
+}

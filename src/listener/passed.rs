@@ -1,0 +1,129 @@
+//! Listening sockets that another process has bound: a service manager's, passed to the one that it starts.
+
+use std::borrow::Cow;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use nix::sys::socket::{getsockopt, sockopt};
+use socket2::{Socket, Type};
+
+use super::Listener;
+use super::local::LocalListener;
+use super::nonblocking;
+use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
+use crate::error::{Error, Operation, Result};
+use crate::mux;
+use crate::sys::{self, Identity};
+
+/// Takes over a socket that listens already. A Unix socket's file stays its maker's: it is never removed, nor made again
+/// or given other permissions.
+///
+/// # Errors
+/// `InvalidInput` if it is no stream socket, doesn't listen, or is of a family that isn't carried.
+impl TryFrom<OwnedFd> for Listener {
+    type Error = Error;
+
+    fn try_from(socket: OwnedFd) -> Result<Listener> {
+        let number = socket.as_raw_fd();
+        take(socket.into()).map_err(|e| {
+            let subject = format_args!("the socket passed as descriptor {number}");
+            Error::new(Operation::Listen, subject, e)
+                .with_remedy("pass a listening stream socket (ListenStream=, Accept=no in systemd)")
+        })
+    }
+}
+
+fn take(socket: Socket) -> io::Result<Listener> {
+    let invalid = |why| io::Error::new(io::ErrorKind::InvalidInput, why);
+    let kind = socket.r#type()?;
+    if kind != Type::STREAM || !getsockopt(&socket, sockopt::AcceptConn)? {
+        return Err(invalid("it doesn't listen for streams"));
+    }
+    let name = socket.local_addr()?;
+    socket.set_nonblocking(true)?;
+    let unix = |address, socket: Socket| {
+        let listener = LocalListener::Unix {
+            listener: mio::net::UnixListener::from_std(socket.into()),
+            file: None,
+        };
+        (
+            Address::Unix(address),
+            nonblocking::Listener::Local(listener),
+        )
+    };
+    let (address, inner) = if let Some(bound) = name.as_socket() {
+        let listener = mio::net::TcpListener::from_std(socket.into());
+        (tcp(bound), nonblocking::Listener::Tcp(listener))
+    } else if let Some(path) = name.as_pathname() {
+        unix(UnixAddress::Path(path.to_owned()), socket)
+    } else if let Some(name) = name.as_abstract_namespace() {
+        unix(UnixAddress::Abstract(name.to_owned()), socket)
+    } else if let Some((cid, port)) = sys::vsock_of(&name) {
+        let address = Address::Vsock(VsockAddress::new(cid, port));
+        let listener = LocalListener::Vsock(socket);
+        (address, nonblocking::Listener::Local(listener))
+    } else {
+        return Err(invalid(
+            "sockets of its family, or without a name, are not carried",
+        ));
+    };
+    Ok(Listener { inner, address })
+}
+
+fn tcp(bound: SocketAddr) -> Address {
+    Address::Tcp(TcpAddress {
+        host: Host::Ip(bound.ip()),
+        port: bound.port(),
+    })
+}
+
+impl Listener {
+    /// Whether it is the socket that binding `address` would make.
+    pub(crate) fn is_at(&self, address: &Address) -> bool {
+        match (&self.address, address) {
+            (Address::Tcp(_), Address::Tcp(asked)) => {
+                nonblocking::socket_address(asked).is_ok_and(|asked| tcp(asked) == self.address)
+            }
+            (Address::Vsock(bound), Address::Vsock(asked)) => {
+                (bound.cid, bound.port) == (asked.cid, asked.port)
+            }
+            (Address::Unix(UnixAddress::Path(bound)), asked) => {
+                path_of(asked).is_some_and(|asked| is_same(bound, &asked))
+            }
+            (bound, asked) => bound == asked,
+        }
+    }
+
+    /// Sets what an address asks for beside the place.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn prepare(&self, address: &Address) -> Result<()> {
+        let (Address::Vsock(vsock), nonblocking::Listener::Local(LocalListener::Vsock(socket))) =
+            (address, &self.inner)
+        else {
+            return Ok(());
+        };
+        let size = vsock.buffer_size;
+        let set = size.map_or(Ok(()), |size| sys::vsock_set_buffer(socket, size));
+        set.map_err(|e| Error::new(Operation::Listen, address, e))
+    }
+}
+
+/// The file of the Unix socket that is made to listen on an address.
+pub(super) fn path_of(address: &Address) -> Option<Cow<'_, Path>> {
+    match address {
+        Address::Unix(UnixAddress::Path(path)) => Some(path.into()),
+        Address::Hyperkit(hyperkit) => Some(hyperkit.vm.listen_path(hyperkit.port).into()),
+        Address::VsockMux(to) => Some(mux::listen_path(&to.path, to.port).into()),
+        _ => None,
+    }
+}
+
+/// However it is spelled.
+fn is_same(one: &Path, other: &Path) -> bool {
+    one == other
+        || matches!((Identity::of(one), Identity::of(other)), (Ok(one), Ok(other)) if one == other)
+}

@@ -1,0 +1,381 @@
+//! `hvsock doctor`, in front of a good VM and of every broken one; none is hurt by it.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "common/command.rs"]
+mod command;
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Command;
+
+use command::*;
+use common::*;
+use hvsock::simulate::{Service, Vm};
+use serde_json::Value;
+
+/// What was found.
+#[derive(Debug)]
+struct Report {
+    code: Option<i32>,
+    checks: Vec<Value>,
+}
+
+impl Report {
+    fn of(mut command: Command) -> Report {
+        let output = command.arg("--json").output().unwrap();
+        assert!(output.stderr.is_empty(), "{output:?}");
+        let said = String::from_utf8(output.stdout).unwrap();
+        let all: Value = serde_json::from_str(&said).unwrap_or_else(|e| panic!("{e}: {said:?}"));
+        let report = Report {
+            code: output.status.code(),
+            checks: all["checks"].as_array().unwrap().clone(),
+        };
+        // A report with remedies has one for all that failed, and says so to scripts.
+        let failed = |check: &&Value| check["verdict"] == "failed";
+        assert_eq!(all["ok"], report.checks.iter().find(failed).is_none());
+        assert_eq!(report.code, Some(i32::from(all["ok"] == false)));
+        for check in report.checks.iter().filter(failed) {
+            assert!(check["remedy"].is_string(), "{check}");
+        }
+        report
+    }
+
+    #[track_caller]
+    fn says(&self, name: &str, verdict: &str, part: &str) -> &Report {
+        let check = self.checks.iter().find(|check| check["name"] == name);
+        let check = check.unwrap_or_else(|| panic!("no {name} in {self:?}"));
+        assert_eq!(check["verdict"], verdict, "{check}");
+        let seen = check["seen"].as_str().unwrap();
+        assert!(seen.contains(part), "{check} lacks {part:?}");
+        self
+    }
+
+    /// All but those are ok.
+    #[track_caller]
+    fn is_ok_but(&self, names: &[&str]) {
+        for check in &self.checks {
+            let name = check["name"].as_str().unwrap();
+            assert_eq!(check["verdict"] != "ok", names.contains(&name), "{check}");
+        }
+    }
+}
+
+fn doctor(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.arg("doctor").args(arguments);
+    command
+}
+
+/// Of the VM of this directory.
+fn examine(dir: &Path, more: &[&str]) -> Report {
+    Report::of(doctor(
+        &[&["--vm", text(dir), "--timeout", "0.5"], more].concat(),
+    ))
+}
+
+/// A VM in a process of its own: here that of the test would be taken for no hyperkit.
+fn simulate(dir: &Path, limit: Option<u32>) -> Running {
+    let mut command = Command::new("sh");
+    let limit = limit.map_or(String::new(), |limit| format!("ulimit -n {limit};"));
+    command.args(["-c", &format!("{limit} exec \"$0\" simulate \"$@\"")]);
+    command.arg(env!("CARGO_BIN_EXE_hvsock")).arg(dir);
+    command.args(["--guest", "7=echo", "--guest", "9=silent"]);
+    let vm = Running::spawn(command);
+    vm.says("port 9");
+    vm
+}
+
+#[test]
+fn a_good_vm_has_nothing_wrong() {
+    let dir = private_dir();
+    let mut vm = simulate(dir.path(), None);
+    for _ in 0..20 {
+        let report = examine(dir.path(), &["--port", "7"]);
+        report.is_ok_but(&[]);
+        assert_eq!(report.code, Some(0));
+    }
+    let output = run(&["doctor", "--vm", text(dir.path()), "--port", "0x7"]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        said.contains("\nok   port 7 (0x7)  is listened on"),
+        "{said}"
+    );
+    // It has taken no harm, which it would have told of by an exit code.
+    vm.signal("TERM");
+    assert_eq!(vm.exit_code(), Some(0));
+}
+
+#[test]
+fn ports_are_told_apart() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path())
+        .guest(7, Service::Echo)
+        .guest(9, Service::Silent)
+        .guest(19, Service::Chargen)
+        .guest(80, Service::Http)
+        .start()
+        .unwrap();
+    let ports = [7, 9, 19, 80, 81].map(|port: u32| port.to_string());
+    let arguments = ports.iter().flat_map(|port| ["--port", port]);
+    let arguments: Vec<&str> = arguments.collect();
+    let report = examine(dir.path(), &arguments);
+    for name in [
+        "port 7 (0x7)",
+        "port 9 (0x9)",
+        "port 19 (0x13)",
+        "port 80 (0x50)",
+    ] {
+        report.says(name, "ok", "is listened on");
+    }
+    report.says("port 81 (0x51)", "failed", "nobody listens");
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+    // The guest, and each port with one behind it.
+    assert_eq!(vm.counters().dials, 1 + 2 * 5);
+    assert_eq!(vm.counters().all_offences(), 0);
+}
+
+#[test]
+fn what_is_missing_is_named_and_the_rest_is_skipped() {
+    let dir = private_dir();
+    let at = |name: &str| dir.path().join(name);
+    let report = examine(&at("nowhere"), &["--port", "7", "--host-port", "5000"]);
+    report.says("directory", "failed", "No such file");
+    for name in ["path", "cid", "process", "limits", "socket", "guest"] {
+        report.says(name, "skipped", "no state directory");
+    }
+    report.says("port 7 (0x7)", "skipped", "");
+    report.says("host port 5000 (0x1388)", "skipped", "");
+    let by_uri = format!("hyperkit://{}/nowhere", text(dir.path()));
+    Report::of(doctor(&["--vm", &by_uri])).says("directory", "failed", "No such file");
+    fs::write(at("file"), "").unwrap();
+    examine(&at("file"), &[]).says("directory", "failed", "not a directory");
+    fs::create_dir(at("empty")).unwrap();
+    examine(&at("empty"), &["--port", "7"])
+        .says("socket", "failed", "there is no")
+        .says("process", "skipped", "hyperkit.pid")
+        .says("guest", "skipped", "no socket")
+        .says("port 7 (0x7)", "skipped", "doesn't answer");
+    fs::write(at("empty/connect"), "").unwrap();
+    examine(&at("empty"), &[]).says("socket", "failed", "is no socket");
+    fs::remove_file(at("empty/connect")).unwrap();
+    drop(UnixListener::bind(at("empty/connect")).unwrap());
+    examine(&at("empty"), &[]).says("socket", "failed", "nobody listens");
+    fs::write(at("empty/hyperkit.json"), "{").unwrap();
+    examine(&at("empty"), &[]).says("directory", "failed", "hyperkit.json");
+}
+
+#[test]
+fn a_process_that_is_gone_is_told_from_another_program() {
+    let dir = private_dir();
+    let mut vm = simulate(dir.path(), None);
+    examine(dir.path(), &[]).says("process", "ok", &vm.child.0.id().to_string());
+    vm.signal("KILL");
+    assert_eq!(vm.exit_code(), None);
+    let report = examine(dir.path(), &[]);
+    report.says("process", "failed", "is gone");
+    report.says("socket", "failed", "nobody listens");
+    let pid = dir.path().join("hyperkit.pid");
+    fs::write(&pid, std::process::id().to_string()).unwrap();
+    examine(dir.path(), &[]).says("process", "warning", "not hyperkit");
+    fs::write(&pid, "many").unwrap();
+    examine(dir.path(), &[]).says("process", "warning", "\"many\"");
+}
+
+#[test]
+fn who_may_not_is_told_so() {
+    let dir = private_dir();
+    let _vm = simulate(dir.path(), None);
+    fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let socket = dir.path().join("connect");
+    let hidden = dir.path().join("hidden");
+    fs::create_dir(&hidden).unwrap();
+    // Whoever root is may do all: it becomes nobody.
+    let is_root = nobody("true").status().is_ok_and(|status| status.success());
+    let binary = dir.path().join("hvsock");
+    fs::copy(env!("CARGO_BIN_EXE_hvsock"), &binary).unwrap();
+    let examine = |vm: &Path| {
+        let mut command = match is_root {
+            true => nobody(text(&binary)),
+            false => Command::new(&binary),
+        };
+        command.args(["doctor", "--vm", text(vm), "--timeout", "1"]);
+        Report::of(command)
+    };
+    let forbid = |path: &Path| fs::set_permissions(path, PermissionsExt::from_mode(0o000)).unwrap();
+    forbid(&socket);
+    let report = examine(dir.path());
+    report.says("socket", "failed", "may not connect");
+    report.says("guest", "skipped", "no socket");
+    forbid(&hidden);
+    examine(&hidden).says("directory", "failed", "ermission denied");
+    // Its files can't be reached whatever they are.
+    let by_uri = format!("hyperkit://{}", text(&hidden));
+    let report = examine(Path::new(&by_uri));
+    report.says("directory", "failed", "may not search it");
+    fs::set_permissions(&hidden, PermissionsExt::from_mode(0o700)).unwrap();
+}
+
+/// A command as a user without rights.
+fn nobody(program: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", program]);
+    command
+}
+
+#[test]
+fn long_paths_are_told_of_and_got_round() {
+    let dir = private_dir();
+    let _vm = simulate(dir.path(), None);
+    let deep = dir.path().join("d".repeat(100));
+    symlink(dir.path(), &deep).unwrap();
+    let report = examine(&deep, &[]);
+    report.says("path", "warning", "takes 85; this system reaches");
+    report.is_ok_but(&["path"]);
+    assert_eq!(report.code, Some(0));
+    let name = "n".repeat(150);
+    let uri = format!("hyperkit://{}?connect={name}", text(&deep));
+    Report::of(doctor(&["--vm", &uri])).says("path", "failed", "150 bytes");
+}
+
+#[test]
+fn a_guest_that_does_not_answer_is_told_from_a_device_that_does_not() {
+    let dir = private_dir();
+    let mut vm = simulate(dir.path(), None);
+    vm.signal("USR1");
+    vm.complains("paused");
+    let report = examine(dir.path(), &["--port", "7"]);
+    report.says("guest", "failed", "within 0.5 s: paused");
+    report.says("port 7 (0x7)", "skipped", "doesn't answer");
+    vm.signal("USR2");
+    vm.complains("goes on");
+    examine(dir.path(), &["--port", "7"]).is_ok_but(&[]);
+    vm.signal("STOP");
+    let is_stopped = || {
+        let mut ps = Command::new("ps");
+        ps.args(["-o", "state=", "-p", &vm.child.0.id().to_string()]);
+        ps.output().unwrap().stdout.starts_with(b"T")
+    };
+    eventually("it is stopped", is_stopped);
+    let report = examine(dir.path(), &[]);
+    report.says("process", "failed", "is stopped");
+    report.says("guest", "skipped", "hyperkit is stopped");
+    vm.signal("CONT");
+    eventually("it goes on", || !is_stopped());
+    examine(dir.path(), &[]).is_ok_but(&[]);
+    vm.signal("TERM");
+    assert_eq!(vm.exit_code(), Some(0));
+    // One that accepts nothing.
+    let dir = private_dir();
+    let _device = UnixListener::bind(dir.path().join("connect")).unwrap();
+    let report = examine(dir.path(), &[]);
+    report.says("socket", "ok", "is listened on");
+    #[cfg(target_os = "linux")]
+    report.says("guest", "failed", "has taken no connection");
+    #[cfg(not(target_os = "linux"))]
+    report.says("guest", "failed", "0.5 s");
+}
+
+/// hyperkit minds clients that go at once: one that gives a guest up half-closes, and still reads.
+#[test]
+fn leave_is_taken_of_a_guest_that_does_not_answer() {
+    let dir = private_dir();
+    let device = UnixListener::bind(dir.path().join("connect")).unwrap();
+    let served = std::thread::spawn(move || {
+        let mut stream = device.accept().unwrap().0;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut line = Vec::new();
+        stream.read_to_end(&mut line).unwrap();
+        (line, stream.write_all(b"late").is_ok())
+    });
+    let report = examine(dir.path(), &[]);
+    report.says("guest", "failed", "no answer within 0.5 s");
+    let (line, is_read) = served.join().unwrap();
+    assert_eq!(line, b"00000003.ffffffff\n");
+    assert!(is_read, "it had gone");
+}
+
+#[test]
+fn another_cid_is_told_of() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path()).cid(5).guest_forwards(&[7]);
+    let vm = vm.guest(7, Service::Echo).start().unwrap();
+    examine(dir.path(), &[]).says("cid", "ok", "5, as hyperkit.json says");
+    let uri = format!("hyperkit://{}", text(dir.path()));
+    let by_uri = || Report::of(doctor(&["--vm", &uri]));
+    by_uri().says("cid", "failed", "says 5, and 3 is asked for");
+    let json = dir.path().join("hyperkit.json");
+    fs::remove_file(&json).unwrap();
+    by_uri().says("cid", "failed", "00000005.00000007, of CID 5");
+    fs::write(&json, "{\"vsock_guest_cid\": 2}").unwrap();
+    by_uri().says("cid", "failed", "2, which is no guest's");
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn few_descriptors_are_told_of() {
+    let dir = private_dir();
+    let _vm = simulate(dir.path(), Some(256));
+    let report = examine(dir.path(), &[]);
+    report.says("limits", "warning", "256 descriptors: it hangs beyond 245");
+    report.is_ok_but(&["limits"]);
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n 100; exec \"$0\" doctor \"$@\""]);
+    command.arg(env!("CARGO_BIN_EXE_hvsock"));
+    Report::of(command).says("descriptors", "warning", "may have 100: enough for 18");
+}
+
+#[test]
+fn ports_of_the_host_are_looked_at_and_not_touched() {
+    let dir = private_dir();
+    let _vm = simulate(dir.path(), None);
+    let socket = |port: u32| dir.path().join(format!("00000002.{port:08x}"));
+    let live = UnixListener::bind(socket(5000)).unwrap();
+    live.set_nonblocking(true).unwrap();
+    drop(UnixListener::bind(socket(5001)).unwrap());
+    drop(UnixListener::bind(socket(5002)).unwrap());
+    let asked = [
+        "--host-port",
+        "5000",
+        "--host-port",
+        "5001",
+        "--host-port",
+        "0x1",
+    ];
+    let report = examine(dir.path(), &asked);
+    report.says("host port 5000 (0x1388)", "ok", "is listened on");
+    report.says("host port 5001 (0x1389)", "failed", "nobody listens");
+    report.says("host port 1 (0x1)", "failed", "there is no");
+    report.says("host ports", "warning", "port 5002 (0x138a)");
+    let accepted = live.accept();
+    assert_eq!(accepted.unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    assert!(socket(5002).exists());
+}
+
+#[test]
+fn people_are_told_on_a_line_and_what_to_do_below() {
+    let dir = private_dir();
+    let output = doctor(&["--vm", text(dir.path())]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<&str> = said.lines().collect();
+    let at = lines
+        .iter()
+        .position(|line| line.starts_with("FAIL socket "));
+    let remedy = lines[at.unwrap() + 1];
+    assert_eq!(remedy.trim(), "start the VM");
+    let column = lines[at.unwrap()].find("there is no").unwrap();
+    assert_eq!(remedy.find("start"), Some(column));
+    assert!(said.is_ascii(), "{said}");
+    assert_eq!(run(&["doctor", "--port", "7"]).status.code(), Some(2));
+    // Without a VM it is of this system alone.
+    let report = Report::of(doctor(&[]));
+    assert_eq!(report.code, Some(0));
+    assert!(report.checks.iter().all(|check| check["name"] != "guest"));
+}
