@@ -36,6 +36,7 @@ mod conn;
 mod counters;
 mod crossing;
 mod dialling;
+mod forbidden;
 mod forward;
 mod gate;
 mod handle;
@@ -116,6 +117,10 @@ pub struct ProxyConfig {
     pub limits: Limits,
     /// Who is told what happens to its connections.
     pub observer: Option<Observer>,
+    /// Where no rule may lead, whoever its clients are: the places from which this very program is controlled or watched,
+    /// which a guest must not reach. A file is known through symbolic links and under other names, a TCP port under each
+    /// of this machine's addresses; and of a host's name it is supposed that it may be this machine's.
+    pub forbidden: Vec<Address>,
     /// Sockets that listen already, such as those that a service manager has passed: a rule that is to listen where one
     /// of them does takes it, and binds none. A rule that is added later binds its own.
     pub listeners: Vec<Listener>,
@@ -129,6 +134,7 @@ impl ProxyConfig {
             workers: None,
             limits: Limits::default(),
             observer: None,
+            forbidden: Vec::new(),
             listeners: Vec::new(),
         }
     }
@@ -258,7 +264,13 @@ fn prepare(
         live: config.limits.vm_connections,
         unanswered: config.limits.vm_unanswered as u64,
     };
-    let binder = Binder::new(gate_limits, waiter, config.observer, config.listeners);
+    let binder = Binder::new(
+        gate_limits,
+        waiter,
+        config.observer,
+        config.listeners,
+        config.forbidden,
+    );
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for rule in config.rules {
         let (listener, forward) = binder.bind(rule, &forwards)?;

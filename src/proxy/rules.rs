@@ -12,6 +12,7 @@ use crate::listener;
 use crate::listener::nonblocking::{Listener, not_carried};
 use crate::stream::nonblocking::{Target, Waiter};
 
+use super::forbidden::leads_to;
 use super::forward::{Forward, Rule};
 use super::gate::{Gate, GateLimits, Reservation};
 use super::handle::ForwardId;
@@ -66,6 +67,7 @@ pub(super) struct Binder {
     /// Those that listen already.
     passed: Mutex<Vec<listener::Listener>>,
     next: AtomicU64,
+    forbidden: Vec<Address>,
 }
 
 impl Binder {
@@ -74,6 +76,7 @@ impl Binder {
         waiter: fn(&Address) -> Waiter,
         observer: Option<Observer>,
         passed: Vec<listener::Listener>,
+        forbidden: Vec<Address>,
     ) -> Binder {
         Binder {
             gates: Mutex::default(),
@@ -82,7 +85,21 @@ impl Binder {
             observer,
             passed: Mutex::new(passed),
             next: AtomicU64::new(0),
+            forbidden,
         }
+    }
+
+    /// Refuses a rule that leads where none may lead.
+    fn permit(&self, rule: &Rule) -> Result<()> {
+        let Some(place) = self.forbidden.iter().find(|it| leads_to(&rule.connect, it)) else {
+            return Ok(());
+        };
+        let why = format!(
+            "from {place} this hvsock is controlled or watched, and no forward may lead there, lest a guest get at it"
+        );
+        let cause = io::Error::new(io::ErrorKind::PermissionDenied, why);
+        Err(Error::new(Operation::Connect, &rule.connect, cause)
+            .with_remedy("connect to another address, by number if it is a name"))
     }
 
     /// Binds a rule beside others.
@@ -96,6 +113,7 @@ impl Binder {
         } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
             return Err(not_carried(Operation::Connect, &rule.connect));
         }
+        self.permit(&rule)?;
         check(&rule, others.iter().map(|forward| &forward.rule))?;
         self.check_bridge(&rule)?;
         let listener = match self.take(&rule.listen)? {
