@@ -74,6 +74,8 @@ mod cat;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
+#[cfg(all(unix, feature = "cli"))]
+mod control;
 mod dial;
 #[cfg(feature = "cli")]
 mod doctor;
@@ -101,6 +103,8 @@ mod sys;
 mod syslog;
 #[cfg(all(unix, feature = "tokio"))]
 pub mod tokio;
+#[cfg(all(unix, feature = "cli"))]
+mod top;
 pub mod vsock;
 
 pub use address::{Address, AddressError};

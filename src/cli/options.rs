@@ -69,9 +69,12 @@ pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, F
     Ok(HvsockAddress::new(vm, service).into())
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ProxyOptions {
+    #[cfg(unix)]
+    #[command(flatten)]
+    control: super::control::ControlOptions,
     /// Permissions of Unix listening sockets, octal (a named pipe's are in its address)
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
     mode: u32,
@@ -100,12 +103,7 @@ impl ProxyOptions {
     pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
         let rules = rules
             .into_iter()
-            .map(|mut rule| {
-                rule.mode = self.mode;
-                rule.timeouts.dial = Duration::from_secs(self.dial_timeout.into());
-                rule.timeouts.drain = Duration::from_secs(self.drain_timeout.into());
-                rule
-            })
+            .map(|rule| self.applied_to(rule))
             .collect();
         let mut config = ProxyConfig::new(rules);
         config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
@@ -115,6 +113,26 @@ impl ProxyOptions {
         config.limits.vm_connections = self.vm_connections.into();
         config.limits.vm_unanswered = self.vm_unanswered.into();
         config
+    }
+
+    /// A rule as these options have it.
+    fn applied_to(&self, mut rule: Rule) -> Rule {
+        rule.mode = self.mode;
+        rule.timeouts.dial = Duration::from_secs(self.dial_timeout.into());
+        rule.timeouts.drain = Duration::from_secs(self.drain_timeout.into());
+        rule
+    }
+
+    /// What makes of two addresses a rule as these options have it.
+    #[cfg(unix)]
+    pub(super) fn usual_rule(&self) -> impl Fn(Address, Address) -> Rule + Send + Sync + 'static {
+        let options = self.clone();
+        move |listen, connect| options.applied_to(Rule::new(listen, connect))
+    }
+
+    #[cfg(unix)]
+    pub(super) fn control(&self) -> crate::control::Options {
+        self.control.options()
     }
 
     pub(super) fn grace(&self) -> Duration {

@@ -53,7 +53,7 @@ impl FromStr for Remote {
 }
 
 /// A path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1.
-fn local_address(text: &str) -> Result<Address, String> {
+pub(super) fn local_address(text: &str) -> Result<Address, String> {
     if text.starts_with(['/', '.', '\\']) || text.contains("://") || text.starts_with("unix:") {
         return text.parse().map_err(|e: crate::AddressError| e.to_string());
     }
