@@ -76,6 +76,8 @@ mod cat;
 pub mod cli;
 #[cfg(feature = "cli")]
 mod config;
+#[cfg(all(unix, feature = "cli"))]
+mod control;
 mod dial;
 #[cfg(feature = "cli")]
 mod doctor;
@@ -103,6 +105,8 @@ mod sys;
 mod syslog;
 #[cfg(all(unix, feature = "tokio"))]
 pub mod tokio;
+#[cfg(all(unix, feature = "cli"))]
+mod top;
 pub mod vsock;
 
 pub use address::{Address, AddressError};

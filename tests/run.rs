@@ -52,7 +52,8 @@ impl File {
     }
 
     fn run(&self) -> Running {
-        Running::start(&["run", text(&self.0)])
+        let runtime = self.0.parent().unwrap();
+        Running::spawn(in_runtime(runtime, &["run", text(&self.0)]))
     }
 }
 
@@ -270,6 +271,7 @@ fn a_hang_up_reloads_it_even_under_nohup_and_a_bad_file_changes_nothing() {
     };
     let file = File::new(dir.path(), &forward("a", &a));
     let mut command = Command::new("sh");
+    command.env("XDG_RUNTIME_DIR", dir.path());
     let ignoring = "trap '' HUP; exec \"$0\" \"$@\"";
     command.args([
         "-c",
@@ -500,4 +502,99 @@ fn a_file_that_changes_under_load_loses_no_byte() {
     for vm in &vms {
         assert!(vm.fate().is_none(), "{:?}", vm.fate());
     }
+}
+
+/// What `hvsock` says that is asked about the one that runs in that directory.
+fn asked(dir: &Path, arguments: &[&str]) -> (Option<i32>, String) {
+    let output = output(in_runtime(dir, arguments));
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(said).unwrap())
+}
+
+#[test]
+fn it_is_looked_at_and_changed_by_its_control_socket() {
+    let dir = private_dir();
+    let server = echo_server();
+    let forward = |name: &str| format!("[forward.{name}]\nlisten = 0\nconnect = {server}\n");
+    let defaults = "[defaults]\ndial-timeout = \"7s\"\n";
+    let file = File::new(dir.path(), &format!("{defaults}{}", forward("a")));
+    let mut proxy = file.run();
+    proxy.says("controlled at");
+    proxy.says("a: ");
+    let (code, status) = asked(dir.path(), &["status"]);
+    assert_eq!(code, Some(0), "{status}");
+    assert!(
+        status.contains(&format!("tcp://127.0.0.1:{server}")),
+        "{status}"
+    );
+
+    // What is added by hand is as the file has it for all, and the file leaves it alone.
+    let to = format!("tcp://127.0.0.1:{server}");
+    let (code, added) = asked(
+        dir.path(),
+        &["add", "--name", "mine", "tcp://127.0.0.1:0", &to],
+    );
+    assert_eq!(code, Some(0), "{added}");
+    let (_, json) = asked(dir.path(), &["status", "--json"]);
+    assert_eq!(json.matches("\"dial\": 7.0").count(), 2, "{json}");
+    file.write(&format!("{defaults}{}", forward("b")));
+    let (code, told) = asked(dir.path(), &["reload"]);
+    assert_eq!(code, Some(0), "{told}");
+    assert!(
+        told.replace([' ', '\n'], "")
+            .contains("\"removed\":[\"a\"]"),
+        "{told}"
+    );
+    let (_, json) = asked(dir.path(), &["status", "--json"]);
+    assert!(
+        json.contains("\"mine\"") && json.contains("\"b\""),
+        "{json}"
+    );
+    file.write("nonsense");
+    let (code, told) = asked(dir.path(), &["reload"]);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(told.contains("all stays as it was"), "{told}");
+
+    let (code, told) = asked(dir.path(), &["stop"]);
+    assert_eq!(code, Some(0), "{told}");
+    assert_eq!(proxy.exit_code(), Some(0));
+    let (code, told) = asked(dir.path(), &["status"]);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(told.contains("no hvsock answers"), "{told}");
+}
+
+/// Not by the file, nor by a file that is read later.
+#[test]
+fn no_forward_of_the_file_leads_to_its_control_socket() {
+    let dir = private_dir();
+    let control = dir.path().join("control");
+    let key = format!("control = {:?}\n", text(&control));
+    let bad = format!(
+        "{key}[forward.a]\nlisten = 0\nconnect = {:?}\n",
+        text(&control)
+    );
+    let file = File::new(dir.path(), &bad);
+    let mut refused = file.run();
+    refused.complains("controlled");
+    assert_eq!(refused.exit_code(), Some(1));
+    assert!(!control.exists());
+    let server = echo_server();
+    file.write(&format!(
+        "{key}[forward.a]\nlisten = 0\nconnect = {server}\n"
+    ));
+    let mut proxy = file.run();
+    proxy.says("a: ");
+    file.write(&bad);
+    proxy.signal("HUP");
+    proxy.complains("controlled");
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    assert!(!control.exists());
+    file.write(&format!(
+        "control = \"off\"\n[forward.a]\nlisten = 0\nconnect = {server}\n"
+    ));
+    let mut proxy = file.run();
+    assert!(proxy.says("").starts_with("a: "));
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
 }

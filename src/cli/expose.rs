@@ -7,7 +7,7 @@ use clap::Args;
 use super::options::{ProxyOptions, hyper_v_service};
 use super::signals::EndSignals;
 use super::spec::{Local, Remote};
-use super::{Failure, Outcome, complain, run_proxy, say, start};
+use super::{Failure, Outcome, complain, run_proxy, say, start_proxy};
 use crate::address::{Address, HyperkitAddress, HyperkitVm, Port};
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
@@ -43,7 +43,7 @@ impl Expose {
                 "nothing to expose: give at least one -L or -R".into(),
             ));
         }
-        let vm = self.vm_at()?;
+        let vm = vm_at(&self.vm)?;
         let mut rules = Vec::new();
         for local in &self.local {
             rules.push(Rule::new(local.listen.clone(), vm(local.guest_port)?));
@@ -52,7 +52,7 @@ impl Expose {
             rules.push(Rule::new(vm(remote.host_port)?, remote.target.clone()));
         }
         let signals = EndSignals::take()?;
-        let proxy = start(self.options.config(rules))?;
+        let (proxy, _control) = start_proxy(&self.options, rules)?;
         for forward in proxy.forwards() {
             let (listen, connect) = (&forward.listen, &forward.rule.connect);
             match (guest_port(listen), guest_port(connect)) {
@@ -63,24 +63,26 @@ impl Expose {
         }
         run_proxy(proxy, self.options.grace(), signals)
     }
+}
 
-    /// The address of a port of the VM.
-    fn vm_at(&self) -> Result<impl Fn(Port) -> Result<Address, Failure>, Failure> {
-        let hyperkit = match cfg!(windows) {
-            true => None,
-            false => Some(find(&self.vm, &Places::from_env())?),
-        };
-        hyperkit.as_ref().map_or(Ok(()), look_at)?;
-        let name = self.vm.clone();
-        Ok(move |port: Port| match &hyperkit {
-            Some(vm) => Ok(HyperkitAddress {
-                vm: vm.clone(),
-                port,
-            }
-            .into()),
-            None => hyper_v_service(&name, port.into()),
-        })
-    }
+/// The address of a port of the VM.
+pub(super) fn vm_at(
+    name: &str,
+) -> Result<impl Fn(Port) -> Result<Address, Failure> + use<>, Failure> {
+    let hyperkit = match cfg!(windows) {
+        true => None,
+        false => Some(find(name, &Places::from_env())?),
+    };
+    hyperkit.as_ref().map_or(Ok(()), look_at)?;
+    let name = name.to_owned();
+    Ok(move |port: Port| match &hyperkit {
+        Some(vm) => Ok(HyperkitAddress {
+            vm: vm.clone(),
+            port,
+        }
+        .into()),
+        None => hyper_v_service(&name, port.into()),
+    })
 }
 
 /// The vsock port of a VM that an address means.

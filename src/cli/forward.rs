@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::options::ProxyOptions;
 use super::signals::EndSignals;
-use super::{Failure, Outcome, run_proxy, say, start};
+use super::{Failure, Outcome, run_proxy, say, start_proxy};
 use crate::address::Address;
 use crate::proxy::Rule;
 
@@ -42,7 +42,7 @@ impl Forward {
             .iter()
             .map(|[listen, connect]| Rule::new(listen.clone(), connect.clone()));
         let signals = EndSignals::take()?;
-        let proxy = start(self.options.config(rules))?;
+        let (proxy, _control) = start_proxy(&self.options, rules)?;
         for forward in proxy.forwards() {
             say(format_args!(
                 "{} -> {}",

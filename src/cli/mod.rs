@@ -3,6 +3,8 @@
 mod cat;
 mod completions;
 #[cfg(unix)]
+mod control;
+#[cfg(unix)]
 mod demo;
 mod doctor;
 mod expose;
@@ -23,6 +25,8 @@ mod stress;
 #[cfg(unix)]
 mod syslog;
 mod table;
+#[cfg(unix)]
+mod top;
 mod vms;
 
 use std::ffi::OsString;
@@ -34,8 +38,9 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
-use crate::proxy::{Proxy, ProxyConfig};
+use crate::proxy::{Proxy, ProxyConfig, Rule};
 use manager::Manager;
+use options::ProxyOptions;
 use signals::{Asked, EndSignals};
 
 /// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
@@ -56,6 +61,18 @@ enum Command {
     Forward(forward::Forward),
     Run(run::Run),
     Check(run::Check),
+    #[cfg(unix)]
+    Status(control::Status),
+    #[cfg(unix)]
+    Top(top::Top),
+    #[cfg(unix)]
+    Add(control::Add),
+    #[cfg(unix)]
+    Remove(control::Remove),
+    #[cfg(unix)]
+    Reload(control::Reload),
+    #[cfg(unix)]
+    Stop(control::Stop),
     Cat(cat::Cat),
     Stress(stress::Stress),
     #[cfg(unix)]
@@ -114,6 +131,18 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Forward(forward) => forward.run(),
         Command::Run(run) => run.run(),
         Command::Check(check) => check.run(),
+        #[cfg(unix)]
+        Command::Status(status) => status.run(),
+        #[cfg(unix)]
+        Command::Top(top) => top.run(),
+        #[cfg(unix)]
+        Command::Add(add) => add.run(),
+        #[cfg(unix)]
+        Command::Remove(remove) => remove.run(),
+        #[cfg(unix)]
+        Command::Reload(reload) => reload.run(),
+        #[cfg(unix)]
+        Command::Stop(stop) => stop.run(),
         Command::Cat(cat) => cat.run(),
         Command::Stress(stress) => stress.run(),
         #[cfg(unix)]
@@ -183,6 +212,27 @@ fn start_log() {
         .with_writer(io::stderr);
     // Another program that calls us may have set up its own.
     let _ = log.try_init();
+}
+
+/// What serves the control socket and the metrics until it is dropped.
+#[cfg(unix)]
+type Controlled = Option<crate::control::Control>;
+#[cfg(not(unix))]
+type Controlled = ();
+
+/// Starts a proxy and, if they were asked for, its control socket and metrics; these are told of.
+fn start_proxy(
+    options: &ProxyOptions,
+    rules: impl IntoIterator<Item = Rule>,
+) -> Result<(Proxy, Controlled), Failure> {
+    #[cfg(unix)]
+    {
+        control::start(options, rules)
+    }
+    #[cfg(not(unix))]
+    {
+        Ok((start(options.config(rules))?, ()))
+    }
 }
 
 /// Starts a proxy, on the sockets that a service manager has passed where rules listen there.

@@ -70,9 +70,12 @@ pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, F
     Ok(HvsockAddress::new(vm, service).into())
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ProxyOptions {
+    #[cfg(unix)]
+    #[command(flatten)]
+    control: super::control::ControlOptions,
     /// Permissions of Unix listening sockets, octal (a named pipe's are in its address)
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
     mode: u32,
@@ -88,6 +91,15 @@ pub(super) struct ProxyOptions {
     /// Seconds a guest may take to end a connection after our half-close
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     drain_timeout: u32,
+    /// Seconds that a client is held whose target isn't there yet, and is dialled again meanwhile [default: it is refused]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    wait: Option<Duration>,
+    /// Seconds without a byte either way after which a connection is cut off [default: never]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_some_seconds)]
+    idle_timeout: Option<Duration>,
+    /// The same, once one side has ended [default: never]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_some_seconds)]
+    half_closed_timeout: Option<Duration>,
     /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors)
     #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]
     vm_connections: u16,
@@ -101,12 +113,7 @@ impl ProxyOptions {
     pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
         let rules = rules
             .into_iter()
-            .map(|mut rule| {
-                rule.mode = self.mode;
-                rule.timeouts.dial = Duration::from_secs(self.dial_timeout.into());
-                rule.timeouts.drain = Duration::from_secs(self.drain_timeout.into());
-                rule
-            })
+            .map(|rule| self.applied_to(rule))
             .collect();
         let mut config = ProxyConfig::new(rules);
         config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
@@ -118,8 +125,39 @@ impl ProxyOptions {
         config
     }
 
+    /// A rule as these options have it.
+    fn applied_to(&self, mut rule: Rule) -> Rule {
+        rule.mode = self.mode;
+        rule.timeouts.dial = Duration::from_secs(self.dial_timeout.into());
+        rule.timeouts.drain = Duration::from_secs(self.drain_timeout.into());
+        rule.timeouts.idle = self.idle_timeout;
+        rule.timeouts.half_closed = self.half_closed_timeout;
+        rule.wait = self.wait;
+        rule
+    }
+
+    /// What makes of two addresses a rule as these options have it.
+    #[cfg(unix)]
+    pub(super) fn usual_rule(&self) -> impl Fn(Address, Address) -> Rule + Send + Sync + 'static {
+        let options = self.clone();
+        move |listen, connect| options.applied_to(Rule::new(listen, connect))
+    }
+
+    #[cfg(unix)]
+    pub(super) fn control(&self) -> crate::control::Options {
+        self.control.options()
+    }
+
     pub(super) fn grace(&self) -> Duration {
         Duration::from_secs(self.grace.into())
+    }
+}
+
+/// A time in seconds that is not zero.
+fn parse_some_seconds(text: &str) -> Result<Duration, String> {
+    match parse_seconds(text)? {
+        Duration::ZERO => Err("it can't be 0".to_owned()),
+        time => Ok(time),
     }
 }
 

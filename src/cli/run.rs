@@ -8,11 +8,15 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use clap::Args;
 
 use super::manager::Manager;
-use super::running::{self, NotStarted, Running, TRY_AGAIN};
+#[cfg(unix)]
+use super::running::Doors;
+use super::running::{self, NotStarted, Running, Summary, TRY_AGAIN};
 use super::signals::EndSignals;
 use super::{Failure, Outcome, complain, print, run_until_told, say};
 use crate::config::{Config, Problems};
 use crate::hyperkit::Places;
+#[cfg(unix)]
+use crate::proxy::Proxy;
 
 const EXAMPLE: &str = "Example:
   [vm.docker]
@@ -74,11 +78,15 @@ impl Check {
 impl Run {
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take_with_reload()?;
-        let (proxy, running) = Running::start(&self.file).map_err(|e| match e {
+        let (proxy, running, doors) = Running::start(&self.file).map_err(|e| match e {
             NotStarted::File(problems) => show(&problems),
             NotStarted::Failed(why) => why,
         })?;
         let running = Arc::new(running);
+        #[cfg(unix)]
+        let _control = control(&running, doors, &proxy)?;
+        #[cfg(not(unix))]
+        let () = doors;
         running.describe(&[]).iter().for_each(say);
         running.troubles().iter().for_each(complain);
         let (ending, ended) = channel::<()>();
@@ -95,10 +103,8 @@ impl Run {
             move || running.grace()
         };
         let reload = move || {
-            Manager::reloading();
             // It has said what is wrong.
-            let _ = running.reload();
-            Manager::ready(running.handle());
+            let _ = reload(&running);
         };
         let outcome = run_until_told(proxy, signals, grace, reload);
         drop(ending);
@@ -106,6 +112,40 @@ impl Run {
         let _ = again.join();
         outcome
     }
+}
+
+/// Reads the file again, and tells the service manager so.
+fn reload(running: &Running) -> Result<Summary, Problems> {
+    Manager::reloading();
+    let read = running.reload();
+    Manager::ready(running.handle());
+    read
+}
+
+#[cfg(unix)]
+fn control(
+    running: &Arc<Running>,
+    doors: Doors,
+    proxy: &Proxy,
+) -> crate::Result<crate::control::Control> {
+    use crate::control::{Actions, Problem};
+    let (read, rule, grace) = (
+        Arc::clone(running),
+        Arc::clone(running),
+        Arc::clone(running),
+    );
+    let actions = Actions {
+        rule: Box::new(move |listen, connect| rule.usual_rule(listen, connect)),
+        reload: Some(Box::new(move || match reload(&read) {
+            Ok(summary) => Ok(summary.json()),
+            Err(problems) => Err(Problem::new(
+                400,
+                format!("{}; all stays as it was\n{problems}", problems.summary()),
+            )),
+        })),
+        grace: Box::new(move || grace.grace()),
+    };
+    super::control::serve(doors, proxy, actions)
 }
 
 fn show(problems: &Problems) -> Failure {

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::address::{Address, HyperkitAddress};
-use crate::config::{Config, Existing, Missing, Problems, Step, Wanted, plan};
+use crate::config::{Config, Control, Existing, Missing, Problems, Step, Wanted, plan};
 use crate::error::Error;
 use crate::hyperkit::Places;
 use crate::proxy::{ForwardId, ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits};
@@ -73,6 +73,25 @@ impl Summary {
             && restart.is_empty()
     }
 
+    /// As the control socket tells it.
+    #[cfg(unix)]
+    pub(super) fn json(&self) -> serde_json::Value {
+        let failed: serde_json::Map<_, _> = self
+            .failed
+            .iter()
+            .map(|(name, why)| (name.clone(), why.as_str().into()))
+            .collect();
+        serde_json::json!({
+            "added": self.added,
+            "changed": self.changed,
+            "removed": self.removed,
+            "kept": self.kept,
+            "failed": failed,
+            "restart": self.restart,
+            "warnings": self.warnings,
+        })
+    }
+
     /// What a person should know, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let mut told = failures(&self.failed);
@@ -106,13 +125,47 @@ pub(super) enum NotStarted {
     Failed(Failure),
 }
 
+/// The sockets by which it can be looked at and changed.
+#[cfg(unix)]
+pub(super) type Doors = crate::control::Bound;
+#[cfg(not(unix))]
+pub(super) type Doors = ();
+
+#[cfg(unix)]
+fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
+    let bound = crate::control::bind(&crate::control::Options {
+        control: match &config.control {
+            Control::Usual => Some(crate::control::default_path()),
+            Control::At(path) => Some(path.clone()),
+            Control::Off => None,
+        },
+        metrics: config.metrics.clone(),
+    })
+    .map_err(|e| match e.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            e.with_remedy("does another hvsock run? Give this one a path of its own, control = \"PATH\", or none, control = \"off\"")
+        }
+        _ => e,
+    })?;
+    proxy.forbidden = bound.addresses();
+    Ok(bound)
+}
+
+#[cfg(not(unix))]
+fn open_doors(config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
+    if matches!(config.control, Control::At(_)) || config.metrics.is_some() {
+        complain("control and metrics are for Unix systems: they are not served here");
+    }
+    Ok(())
+}
+
 impl Running {
     /// Starts what a file asks for.
     ///
     /// # Errors
     /// All that is wrong with the file, or the first forward that can't be had. But a VM whose directory is missing may
     /// come later.
-    pub(super) fn start(file: &Path) -> Result<(Proxy, Running), NotStarted> {
+    pub(super) fn start(file: &Path) -> Result<(Proxy, Running, Doors), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         let mut proxy = ProxyConfig::new(Vec::new());
         proxy.workers = config.workers;
@@ -120,6 +173,8 @@ impl Running {
         let _ = sys::raise_descriptor_limit();
         proxy.limits.connections = usize::MAX;
         proxy.vms = wanted.limits.clone();
+        let doors = open_doors(&config, &mut proxy)
+            .map_err(|e| NotStarted::Failed(Failure::Failed(format!("{}: {e}", file.display()))))?;
         let mut failing = BTreeMap::new();
         for rule in &wanted.rules {
             match waits_for(rule, &wanted) {
@@ -142,7 +197,13 @@ impl Running {
             file: file.to_owned(),
             state: Mutex::new(state),
         };
-        Ok((proxy, running))
+        Ok((proxy, running, doors))
+    }
+
+    /// A rule of two addresses, with what the file has for all forwards.
+    #[cfg(unix)]
+    pub(super) fn usual_rule(&self, listen: Address, connect: Address) -> Rule {
+        self.state().config.usual_rule(listen, connect)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

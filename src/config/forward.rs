@@ -51,6 +51,13 @@ impl Settings {
         set(&mut read.wait, section.take("wait", fail));
         read
     }
+
+    pub(super) fn applied_to(&self, mut rule: Rule) -> Rule {
+        rule.mode = self.mode;
+        rule.timeouts = self.timeouts;
+        rule.wait = self.wait;
+        rule
+    }
 }
 
 fn set<T>(to: &mut T, value: Option<T>) {
@@ -148,11 +155,9 @@ impl Forward {
             End::At(address) => Some(address.clone()),
             End::Vm(port) => vm.map(|vm| vm.address(*port)),
         };
-        let mut rule = Rule::new(address(&self.listen)?, address(&self.connect)?);
+        let rule = Rule::new(address(&self.listen)?, address(&self.connect)?);
+        let mut rule = self.settings.applied_to(rule);
         rule.name = Some(self.name.clone());
-        rule.mode = self.settings.mode;
-        rule.timeouts = self.settings.timeouts;
-        rule.wait = self.settings.wait;
         rule.reserved = self.reserved;
         Some(rule)
     }

@@ -34,6 +34,8 @@ use std::time::Duration;
 
 use toml::de::DeTable;
 
+#[cfg(unix)]
+use crate::address::Address;
 use crate::address::TcpAddress;
 use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule, is_chosen};
@@ -54,11 +56,23 @@ pub(crate) struct Config {
     pub(crate) grace: Duration,
     pub(crate) workers: Option<NonZeroUsize>,
     /// Where it is controlled from.
-    pub(crate) control: Option<PathBuf>,
+    pub(crate) control: Control,
     /// Where it tells of itself.
     pub(crate) metrics: Option<TcpAddress>,
+    defaults: Settings,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
+}
+
+/// Where an hvsock is controlled from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Control {
+    /// Where all commands look for it.
+    #[default]
+    Usual,
+    At(PathBuf),
+    /// Nowhere.
+    Off,
 }
 
 /// What is to be carried, now that it is known where the VMs are.
@@ -113,7 +127,7 @@ impl Config {
     fn of(mut root: Section<'_, '_>) -> Config {
         let grace = root.take("grace", values::time);
         let workers = root.take("workers", values::count(1..=256));
-        let control = root.take("control", values::path);
+        let control = root.take("control", values::control);
         let metrics = root.take("metrics", values::tcp);
         let mut settings = Settings::default();
         if let Some(mut defaults) = root.table("defaults") {
@@ -139,11 +153,18 @@ impl Config {
         Config {
             grace: grace.unwrap_or(Duration::from_secs(30)),
             workers: workers.and_then(NonZeroUsize::new),
-            control,
+            control: control.unwrap_or_default(),
             metrics,
+            defaults: settings,
             vms,
             forwards,
         }
+    }
+
+    /// A rule of two addresses with what `[defaults]` has.
+    #[cfg(unix)]
+    pub(crate) fn usual_rule(&self, listen: Address, connect: Address) -> Rule {
+        self.defaults.applied_to(Rule::new(listen, connect))
     }
 
     /// What the file asks for, with its VMs as they can be found now.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use toml::de::{DeInteger, DeValue};
 
+use super::Control;
 use super::section::kind;
 use super::words::{local_address, parse_mode};
 use crate::address::{Address, Port, TcpAddress};
@@ -136,10 +137,12 @@ pub(super) fn address(value: &DeValue<'_>) -> Result<Address, String> {
 }
 
 /// A path.
-pub(super) fn path(value: &DeValue<'_>) -> Result<PathBuf, String> {
+/// The path of the control socket, or `"off"`.
+pub(super) fn control(value: &DeValue<'_>) -> Result<Control, String> {
     match text(value)?.as_str() {
-        "" => Err("it is empty; write a path".to_owned()),
-        text => Ok(PathBuf::from(at_home(text)?.into_owned())),
+        "" => Err("it is empty; write a path, or \"off\"".to_owned()),
+        "off" => Ok(Control::Off),
+        text => Ok(Control::At(PathBuf::from(at_home(text)?.into_owned()))),
     }
 }
 

@@ -22,6 +22,13 @@ use super::world::MioWorld;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ForwardId(pub(super) u64);
 
+/// Its number, counted from 0.
+impl From<ForwardId> for u64 {
+    fn from(id: ForwardId) -> u64 {
+        id.0
+    }
+}
+
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -168,9 +175,8 @@ impl Handle {
         self.shared.live.load(Ordering::Relaxed)
     }
 
-    /// Whether the end has begun: nothing can be added any more.
-    #[cfg(feature = "cli")]
-    pub(crate) fn is_stopping(&self) -> bool {
+    /// Whether the end has been asked for.
+    pub fn is_stopping(&self) -> bool {
         self.shared.is_stopping()
     }
 

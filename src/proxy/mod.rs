@@ -36,6 +36,7 @@ mod conn;
 mod counters;
 mod crossing;
 mod dialling;
+mod forbidden;
 mod forward;
 mod gate;
 mod handle;
@@ -144,6 +145,10 @@ pub struct ProxyConfig {
     pub vms: Vec<VmLimits>,
     /// Who is told what happens to its connections.
     pub observer: Option<Observer>,
+    /// Where no rule may lead, whoever its clients are: the places from which this very program is controlled or watched,
+    /// which a guest must not reach. A file is known through symbolic links and under other names, a TCP port under each
+    /// of this machine's addresses; and of a host's name it is supposed that it may be this machine's.
+    pub forbidden: Vec<Address>,
     /// Sockets that listen already, such as those that a service manager has passed: a rule that is to listen where one
     /// of them does takes it, and binds none. A rule that is added later binds its own.
     pub listeners: Vec<Listener>,
@@ -158,6 +163,7 @@ impl ProxyConfig {
             limits: Limits::default(),
             vms: Vec::new(),
             observer: None,
+            forbidden: Vec::new(),
             listeners: Vec::new(),
         }
     }
@@ -287,7 +293,13 @@ fn prepare(
         live: config.limits.vm_connections,
         unanswered: config.limits.vm_unanswered as u64,
     };
-    let binder = Binder::new(gate_limits, waiter, config.observer, config.listeners);
+    let binder = Binder::new(
+        gate_limits,
+        waiter,
+        config.observer,
+        config.listeners,
+        config.forbidden,
+    );
     for limits in &config.vms {
         binder.limit(limits);
     }

@@ -13,6 +13,13 @@ use super::handle::ForwardId;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnectionId(pub(super) u64);
 
+/// Its number.
+impl From<ConnectionId> for u64 {
+    fn from(id: ConnectionId) -> u64 {
+        id.0
+    }
+}
+
 /// Something that happened to a connection.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]

@@ -14,6 +14,7 @@ use crate::relay::CLIENT;
 use crate::stream::nonblocking::{Target, Waiter};
 
 use super::VmLimits;
+use super::forbidden::leads_to;
 use super::forward::{Forward, Rule};
 use super::gate::{Gate, GateLimits, Reservation};
 use super::handle::ForwardId;
@@ -113,6 +114,7 @@ pub(super) struct Binder {
     /// Those that listen already.
     passed: Mutex<Vec<listener::Listener>>,
     next: AtomicU64,
+    forbidden: Vec<Address>,
 }
 
 impl Binder {
@@ -121,6 +123,7 @@ impl Binder {
         waiter: fn(&Address) -> Waiter,
         observer: Option<Observer>,
         passed: Vec<listener::Listener>,
+        forbidden: Vec<Address>,
     ) -> Binder {
         Binder {
             gates: Mutex::default(),
@@ -129,7 +132,21 @@ impl Binder {
             observer,
             passed: Mutex::new(passed),
             next: AtomicU64::new(0),
+            forbidden,
         }
+    }
+
+    /// Refuses a rule that leads where none may lead.
+    fn permit(&self, rule: &Rule) -> Result<()> {
+        let Some(place) = self.forbidden.iter().find(|it| leads_to(&rule.connect, it)) else {
+            return Ok(());
+        };
+        let why = format!(
+            "from {place} this hvsock is controlled or watched, and no forward may lead there, lest a guest get at it"
+        );
+        let cause = io::Error::new(io::ErrorKind::PermissionDenied, why);
+        Err(Error::new(Operation::Connect, &rule.connect, cause)
+            .with_remedy("connect to another address, by number if it is a name"))
     }
 
     /// Binds a rule beside others.
@@ -139,6 +156,7 @@ impl Binder {
         others: &[Arc<Forward>],
     ) -> Result<(Listener, Arc<Forward>)> {
         check_alone(&rule, self.waiter)?;
+        self.permit(&rule)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let listener = match self.take(&rule.listen)? {
             Some(listener) => listener,
@@ -199,6 +217,7 @@ impl Binder {
         let listen = old.rule.listen.clone();
         let rule = Rule { listen, ..rule };
         check_alone(&rule, self.waiter)?;
+        self.permit(&rule)?;
         check_beside(&rule, others.map(|forward| &forward.rule))?;
         let gates = [old.gates[CLIENT].clone(), self.gate_of(&rule.connect)];
         let waiter = (self.waiter)(&rule.connect);

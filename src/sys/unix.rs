@@ -267,6 +267,50 @@ pub(crate) fn watch_socket(
     watched.map_err(io::Error::from)
 }
 
+/// The user on whose behalf this process acts.
+#[cfg(feature = "cli")]
+pub(crate) fn user_id() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
+
+/// Who connected to a Unix socket, or had it connected.
+#[cfg(feature = "cli")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Connector {
+    pub(crate) user: u32,
+    /// `None` where the system doesn't tell.
+    pub(crate) process: Option<u32>,
+}
+
+/// Who is at the other end of a connected Unix socket, as the kernel noted it then.
+#[cfg(feature = "cli")]
+pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
+    #[cfg(target_os = "linux")]
+    {
+        use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+        let peer = getsockopt(&socket, PeerCredentials)?;
+        Ok(Connector {
+            user: peer.uid(),
+            process: u32::try_from(peer.pid()).ok(),
+        })
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let (user, _) = nix::unistd::getpeereid(socket)?;
+        #[cfg(target_vendor = "apple")]
+        let process = {
+            use nix::sys::socket::{getsockopt, sockopt::LocalPeerPid};
+            u32::try_from(getsockopt(&socket, LocalPeerPid)?).ok()
+        };
+        #[cfg(not(target_vendor = "apple"))]
+        let process = None;
+        Ok(Connector {
+            user: user.as_raw(),
+            process,
+        })
+    }
+}
+
 /// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
 #[cfg(feature = "cli")]
 #[allow(unsafe_code)]

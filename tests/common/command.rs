@@ -119,8 +119,39 @@ pub(crate) fn next(lines: &Receiver<String>, part: &str) -> String {
 /// What a command that ends by itself said.
 pub(crate) fn run(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
-    command.args(arguments).stdin(Stdio::null());
-    command.output().unwrap()
+    command.args(arguments);
+    output(command)
+}
+
+/// What a command that ends by itself, and doesn't say much, said.
+pub(crate) fn output(mut command: Command) -> Output {
+    command.stdin(Stdio::null());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = Mortal(command.spawn().unwrap());
+    eventually(&format!("{command:?} ends"), || {
+        child.0.try_wait().unwrap().is_some()
+    });
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    child
+        .0
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_end(&mut stdout)
+        .unwrap();
+    child
+        .0
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_end(&mut stderr)
+        .unwrap();
+    let status = child.0.wait().unwrap();
+    Output {
+        status,
+        stdout,
+        stderr,
+    }
 }
 
 /// Asserts the exit code, and that the one complaint contains all parts.
@@ -135,6 +166,15 @@ pub(crate) fn fails(arguments: &[&str], code: i32, parts: &[&str]) {
             "{arguments:?}: {said:?} lacks {part:?}"
         );
     }
+}
+
+/// An hvsock for which `runtime` is the user's own directory.
+pub(crate) fn in_runtime(runtime: &Path, arguments: &[&str]) -> Command {
+    let mac = cfg!(target_os = "macos");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(arguments).env_remove("XDG_RUNTIME_DIR");
+    command.env(if mac { "TMPDIR" } else { "XDG_RUNTIME_DIR" }, runtime);
+    command
 }
 
 pub(crate) fn text(path: &Path) -> &str {

@@ -1,0 +1,270 @@
+//! The calls: what a request asks for, and what it is answered.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tracing::info;
+
+use crate::address::Address;
+use crate::proxy::{ForwardStatus, Handle};
+
+use super::http::{Request, Response};
+use super::metrics;
+use super::model::{Connection, Forward, RuleBody, Status, seconds};
+use super::{Actions, Problem};
+
+/// Answers requests.
+#[derive(Debug)]
+pub(super) struct Api {
+    handle: Handle,
+    actions: Actions,
+    /// One change at a time: what is looked at before it still holds then.
+    changes: Mutex<()>,
+    started: Instant,
+}
+
+type Answer = Result<(u16, String), Problem>;
+
+fn json(status: u16, body: &impl Serialize) -> Answer {
+    match serde_json::to_string_pretty(body) {
+        Ok(text) => Ok((status, text + "\n")),
+        Err(e) => Err(Problem::new(500, format!("the answer is no JSON: {e}"))),
+    }
+}
+
+impl Api {
+    pub(super) fn new(handle: Handle, actions: Actions) -> Api {
+        Api {
+            handle,
+            actions,
+            changes: Mutex::default(),
+            started: Instant::now(),
+        }
+    }
+
+    pub(super) fn answer(&self, request: &Request) -> Response {
+        let path = request.path.as_str();
+        let (method, query) = (request.method.as_str(), request.query.as_slice());
+        let answer = match (method, path) {
+            (_, "/metrics") => return self.answer_metrics(request),
+            ("GET", "/v1/status") => none(query).and_then(|()| json(200, &self.status())),
+            ("GET", "/v1/forwards") => none(query).and_then(|()| json(200, &self.forwards())),
+            ("GET", "/v1/connections") => none(query).and_then(|()| json(200, &self.connections())),
+            ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
+            ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
+            ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
+            (_, "/v1/status" | "/v1/connections") => return wrong_method("GET"),
+            (_, "/v1/forwards") => return wrong_method("GET, POST"),
+            (_, "/v1/reload" | "/v1/stop") => return wrong_method("POST"),
+            _ => match (path.strip_prefix("/v1/forwards/"), method) {
+                (None | Some(""), _) => Err(no_such_call(path)),
+                (Some(name), "GET") => none(query)
+                    .and_then(|()| self.find(name))
+                    .and_then(|found| json(200, &Forward::from(&found))),
+                (Some(name), "DELETE") => {
+                    self.grace(query).and_then(|grace| self.remove(name, grace))
+                }
+                (Some(_), _) => return wrong_method("GET, DELETE"),
+            },
+        };
+        match answer {
+            Ok((status, body)) => Response {
+                status,
+                content_type: JSON,
+                allow: None,
+                body,
+            },
+            Err(problem) => problem.response(),
+        }
+    }
+
+    /// Answers as if there were nothing but the metrics.
+    pub(super) fn answer_metrics(&self, request: &Request) -> Response {
+        match (request.method.as_str(), request.path.as_str()) {
+            ("GET", "/metrics") => Response {
+                status: 200,
+                content_type: metrics::CONTENT_TYPE,
+                allow: None,
+                body: metrics::text(&self.status()),
+            },
+            (_, "/metrics") => wrong_method("GET"),
+            (_, path) => Problem::new(404, format!("there is no {path} here"))
+                .with_remedy("there is /metrics")
+                .response(),
+        }
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
+            stopping: self.handle.is_stopping(),
+            live: self.handle.live(),
+            forwards: self.forwards(),
+        }
+    }
+
+    fn forwards(&self) -> Vec<Forward> {
+        self.handle.forwards().iter().map(Forward::from).collect()
+    }
+
+    fn connections(&self) -> Vec<Connection> {
+        let all = self.handle.connections();
+        all.iter().map(Connection::from).collect()
+    }
+
+    /// The forward of that name, or else that listens there, or else that has this id.
+    fn find(&self, name: &str) -> Result<ForwardStatus, Problem> {
+        let mut forwards = self.handle.forwards();
+        let named = |it: &ForwardStatus| it.rule.name.as_deref() == Some(name);
+        let address = name.parse::<Address>().ok();
+        let there = |it: &ForwardStatus| {
+            let here = [&it.listen, &it.rule.listen];
+            address
+                .as_ref()
+                .is_some_and(|address| here.contains(&address))
+        };
+        let id = name.parse::<u64>().ok();
+        let numbered = |it: &ForwardStatus| id == Some(it.id.into());
+        let index = forwards
+            .iter()
+            .position(named)
+            .or_else(|| forwards.iter().position(there))
+            .or_else(|| forwards.iter().position(numbered));
+        match index {
+            Some(index) => Ok(forwards.swap_remove(index)),
+            None => {
+                let problem = Problem::new(404, format!("there is no forward {name:?}"));
+                Err(problem.with_remedy("`hvsock status` lists those that there are"))
+            }
+        }
+    }
+
+    fn add(&self, body: &[u8]) -> Answer {
+        let body: RuleBody = serde_json::from_slice(body).map_err(|e| {
+            let problem = Problem::new(400, format!("that is no rule: {e}"));
+            problem.with_remedy(
+                r#"one is {"name": "web", "listen": "tcp://127.0.0.1:8080", "connect": "unix:///run/web.sock"}"#,
+            )
+        })?;
+        let rule = body.rule(|listen, connect| (self.actions.rule)(listen, connect))?;
+        let _one_at_a_time = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let forwards = self.handle.forwards();
+        let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
+        let there = |it: &&ForwardStatus| it.listen == rule.listen;
+        let same = forwards.iter().find(named);
+        let same = same.or_else(|| forwards.iter().find(there));
+        if let Some(there) = same {
+            if there.rule == rule {
+                return json(200, &Forward::from(there));
+            }
+            let name = label(there);
+            let differs = RuleBody::from(&there.rule).difference(&RuleBody::from(&rule));
+            let problem = Problem::new(409, format!("another forward is there, {name}: {differs}"));
+            return Err(problem
+                .with_remedy("remove that one first, or take another name and another address"));
+        }
+        let id = self.handle.add(rule)?;
+        let added = self.handle.forwards().into_iter().find(|it| it.id == id);
+        let Some(added) = added else {
+            return Err(Problem::new(409, "it was removed at once by somebody else"));
+        };
+        let (name, connect) = (label(&added), &added.rule.connect);
+        info!("added {name}: {} -> {connect}", added.listen);
+        json(201, &Forward::from(&added))
+    }
+
+    fn remove(&self, name: &str, grace: Duration) -> Answer {
+        let _one_at_a_time = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = self.find(name)?;
+        self.handle.remove(found.id, grace)?;
+        info!(
+            "removed {}: {} -> {}",
+            label(&found),
+            found.listen,
+            found.rule.connect
+        );
+        json(200, &Forward::from(&found))
+    }
+
+    fn reload(&self) -> Answer {
+        let Some(reload) = &self.actions.reload else {
+            let problem = Problem::new(409, "there is no file to read again");
+            return Err(problem.with_remedy("`hvsock run CONFIG` has one"));
+        };
+        let _one_at_a_time = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        json(200, &reload()?)
+    }
+
+    fn stop(&self, grace: Duration) -> Answer {
+        info!("stopping, as was asked for");
+        self.handle.stop(grace);
+        let live = self.handle.live();
+        let body = serde_json::json!({"live": live, "grace_seconds": grace.as_secs_f64()});
+        json(202, &body)
+    }
+
+    /// How long connections that are there may take, as the query says.
+    fn grace(&self, query: &[(String, String)]) -> Result<Duration, Problem> {
+        let mut grace = (self.actions.grace)();
+        for (key, value) in query {
+            if key != "grace" {
+                return Err(unknown(key));
+            }
+            grace = seconds("grace", value.parse().unwrap_or(f64::NAN), 0.0)?;
+        }
+        Ok(grace)
+    }
+}
+
+/// What a forward is called.
+fn label(forward: &ForwardStatus) -> String {
+    match &forward.rule.name {
+        Some(name) => format!("{name:?}"),
+        None => forward.listen.to_string(),
+    }
+}
+
+fn none(query: &[(String, String)]) -> Result<(), Problem> {
+    match query.first() {
+        None => Ok(()),
+        Some((key, _)) => Err(unknown(key)),
+    }
+}
+
+fn unknown(key: &str) -> Problem {
+    Problem::new(400, format!("nothing is called {key:?} here"))
+}
+
+const JSON: &str = "application/json";
+
+const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
+    GET /v1/connections, POST /v1/reload, POST /v1/stop, GET /metrics";
+
+fn no_such_call(path: &str) -> Problem {
+    Problem::new(404, format!("there is no {path:?} here")).with_remedy(CALLS)
+}
+
+fn wrong_method(allow: &'static str) -> Response {
+    Response {
+        allow: Some(allow),
+        ..Problem::new(405, format!("that takes {allow}")).response()
+    }
+}
+
+impl Problem {
+    pub(super) fn response(&self) -> Response {
+        let mut body = serde_json::json!({"error": self.error});
+        if let Some(remedy) = &self.remedy {
+            body["remedy"] = remedy.as_str().into();
+        }
+        Response {
+            status: self.status,
+            content_type: JSON,
+            allow: None,
+            body: format!("{body:#}\n"),
+        }
+    }
+}

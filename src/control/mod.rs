@@ -1,0 +1,194 @@
+//! The control socket: looking at a proxy that runs, and changing it, over HTTP with JSON on a Unix socket.
+//!
+//! ```sh
+//! curl --unix-socket "$XDG_RUNTIME_DIR/hvsock/control.sock" http://hvsock/v1/forwards
+//! curl --unix-socket … http://hvsock/v1/forwards -d '{"name": "web", "listen": "tcp://127.0.0.1:0", "connect": "unix:///run/web.sock"}'
+//! curl --unix-socket … http://hvsock/v1/forwards/web -X DELETE
+//! ```
+//!
+//! A forward without a name on port 0 is a new one each time it is added. All else that is added twice is there once.
+//!
+//! | call | what it does | answers |
+//! |---|---|---|
+//! | `GET /v1/status` | all of it: version, uptime, forwards | [`Status`](model::Status) |
+//! | `GET /v1/forwards` | the forwards | an array of [`Forward`](model::Forward) |
+//! | `POST /v1/forwards` | adds one; the body is a [`RuleBody`](model::RuleBody) | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
+//! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
+//! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
+//! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`](model::Connection) |
+//! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
+//! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
+//! | `GET /metrics` | the counters | Prometheus' text format |
+//!
+//! S is that of `--grace` unless said. An error is `{"error": …, "remedy": …}` (the remedy where there is one) with
+//! status 400 (what was asked makes no sense), 403 (it may not be), 404, 405, 408 (the request didn't come), 409 (it is
+//! in the way of something that is there), 413 and 431 (too long), 501, 503 (the proxy is stopping), 500. One request a
+//! connection.
+//!
+//! # Who is let in
+//!
+//! The user whose process it is, and nobody else, not even root: the socket's permissions, its directory's, and the
+//! kernel's word on who has connected see to that. A guest least of all: no forward may lead there
+//! ([`ProxyConfig::forbidden`](crate::ProxyConfig::forbidden)), and should one be led there all the same (by a symbolic
+//! link that was changed later), who connects is our own process, and is refused for that. Another proxy of the same
+//! user's can't be told from the user.
+//!
+//! The metrics on a TCP port are for whoever can connect; only the first of the two guards is there for them.
+
+mod api;
+mod client;
+mod http;
+mod metrics;
+mod model;
+mod place;
+mod server;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::address::{Address, TcpAddress};
+use crate::error::{Error, Result};
+use crate::proxy::{Handle, Rule};
+
+pub(crate) use client::{Unanswered, ask, get, read, segment};
+pub(crate) use model::{Connection, Forward, RuleBody, Status, Tally, Vm};
+pub(crate) use place::default_path;
+
+use api::Api;
+use server::{Doors, Server, Service};
+
+/// Which sockets there are to be.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Options {
+    /// The control socket's path.
+    pub(crate) control: Option<PathBuf>,
+    /// Where else the metrics are to be had, and nothing but them, by whoever can connect.
+    pub(crate) metrics: Option<TcpAddress>,
+}
+
+/// What the server needs of its program.
+pub(crate) struct Actions {
+    /// The rule of two addresses, with all that is not said as this program has it.
+    pub(crate) rule: Box<dyn Fn(Address, Address) -> Rule + Send + Sync>,
+    /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.
+    pub(crate) reload: Option<Reload>,
+    /// How long connections may take to finish unless it is said.
+    pub(crate) grace: Box<dyn Fn() -> Duration + Send + Sync>,
+}
+
+/// See [`Actions::reload`].
+pub(crate) type Reload =
+    Box<dyn Fn() -> std::result::Result<serde_json::Value, Problem> + Send + Sync>;
+
+impl fmt::Debug for Actions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Actions")
+    }
+}
+
+/// Sockets that are bound, on which nobody is served yet: who connects waits. Dropped, they are gone.
+#[derive(Debug)]
+pub(crate) struct Bound(Doors);
+
+/// Binds the sockets.
+///
+/// # Errors
+/// `AddrInUse` if another process has one of them; `PermissionDenied` if others could get at the control socket; what
+/// the system says otherwise.
+pub(crate) fn bind(options: &Options) -> Result<Bound> {
+    let mut doors = Doors::new()?;
+    if let Some(path) = &options.control {
+        place::prepare(path)?;
+        let opened = doors.open(Service::Control, &place::address(path));
+        opened.map_err(|e| match e.kind() {
+            std::io::ErrorKind::AddrInUse => e.with_remedy(
+                "another hvsock runs (`hvsock status` shows it): give this one --control PATH with a path of its own",
+            ),
+            _ => e,
+        })?;
+    }
+    if let Some(metrics) = &options.metrics {
+        doors.open(Service::Metrics, &Address::Tcp(metrics.clone()))?;
+    }
+    Ok(Bound(doors))
+}
+
+impl Bound {
+    /// Where they are. No forward may lead there.
+    pub(crate) fn addresses(&self) -> Vec<Address> {
+        self.0.addresses()
+    }
+
+    /// Begins to serve, until the [`Control`] is dropped.
+    ///
+    /// # Errors
+    /// If there can be no thread.
+    pub(crate) fn serve(self, handle: Handle, actions: Actions) -> Result<Control> {
+        let server = self.0.serve(Api::new(handle, actions))?;
+        Ok(Control { _server: server })
+    }
+}
+
+/// The server of the control interface. Dropping it ends it, and removes its socket.
+#[derive(Debug)]
+pub(crate) struct Control {
+    _server: Server,
+}
+
+/// Why something that was asked for is not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Problem {
+    /// HTTP's.
+    pub(crate) status: u16,
+    pub(crate) error: String,
+    pub(crate) remedy: Option<String>,
+}
+
+impl Problem {
+    pub(crate) fn new(status: u16, error: impl Into<String>) -> Problem {
+        Problem {
+            status,
+            error: error.into(),
+            remedy: None,
+        }
+    }
+
+    pub(crate) fn with_remedy(mut self, remedy: impl Into<String>) -> Problem {
+        self.remedy = Some(remedy.into());
+        self
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.error)?;
+        match &self.remedy {
+            Some(remedy) => write!(f, "; {remedy}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Problem {
+        use std::io::ErrorKind;
+        let status = match error.kind() {
+            ErrorKind::InvalidInput
+            | ErrorKind::InvalidFilename
+            | ErrorKind::Unsupported
+            | ErrorKind::NotFound
+            | ErrorKind::AddrNotAvailable => 400,
+            ErrorKind::PermissionDenied => 403,
+            ErrorKind::AddrInUse | ErrorKind::AlreadyExists => 409,
+            ErrorKind::NotConnected => 503,
+            _ => 500,
+        };
+        let (operation, subject, cause) = (error.operation(), error.subject(), error.cause());
+        Problem {
+            status,
+            error: format!("{operation} {subject}: {cause}"),
+            remedy: error.remedy().map(str::to_owned),
+        }
+    }
+}

@@ -1,0 +1,444 @@
+//! What goes over the control socket, as JSON.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::address::Address;
+use crate::proxy::{
+    ConnectionState, ConnectionStatus, Counters, ForwardState, ForwardStatus, Refusals, Rule,
+    VmStatus,
+};
+
+use super::Problem;
+
+/// All there is to see at a glance.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Status {
+    pub(crate) version: String,
+    pub(crate) pid: u32,
+    /// Since the start.
+    pub(crate) uptime_seconds: f64,
+    /// The end has been asked for.
+    pub(crate) stopping: bool,
+    /// Connections that are not closed yet, those of removed forwards included.
+    pub(crate) live: usize,
+    pub(crate) forwards: Vec<Forward>,
+}
+
+/// A forward.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Forward {
+    pub(crate) id: u64,
+    pub(crate) name: Option<String>,
+    /// Where it listens, with the port that was chosen if the rule says 0.
+    pub(crate) listen: String,
+    pub(crate) connect: String,
+    /// `listening`, `full` or `paused` (new clients wait), `lost` (its socket's file is gone), `closed` (the proxy is stopping).
+    pub(crate) state: String,
+    /// What is in the way, and since when, where it isn't listening. Times are seconds since 1970.
+    pub(crate) why: Option<String>,
+    pub(crate) since: Option<f64>,
+    /// The hyperkit VM that it leads to, or else the one that dials it.
+    pub(crate) vm: Option<Vm>,
+    /// Why the last client that could not be carried was refused.
+    pub(crate) last_error: Option<LastError>,
+    pub(crate) counters: Tally,
+    /// As it was given, and can be given again.
+    pub(crate) rule: RuleBody,
+}
+
+/// A hyperkit VM. All forwards of one VM tell the same of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Vm {
+    /// Its state directory.
+    pub(crate) directory: String,
+    /// Connections to it and from it now, of `limit`.
+    pub(crate) connections: usize,
+    pub(crate) limit: usize,
+    /// How many of those that are free are kept for forwards that reserve them.
+    pub(crate) reserved: usize,
+    /// Dials that its guest has not answered.
+    pub(crate) unanswered: u64,
+    /// Whether it runs; `null` while nothing is known.
+    pub(crate) up: Option<bool>,
+    pub(crate) gone_since: Option<f64>,
+    pub(crate) restarts: u64,
+}
+
+/// Why a client was refused, and when.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LastError {
+    pub(crate) text: String,
+    pub(crate) at: f64,
+}
+
+/// What has been counted of a forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tally {
+    pub(crate) accepted: u64,
+    pub(crate) live: u64,
+    /// Connections that could not be carried, and why.
+    pub(crate) refused: u64,
+    pub(crate) refusals: RefusalTally,
+    /// Open connections on which nothing moved for too long.
+    pub(crate) idle: u64,
+    pub(crate) half_closed: u64,
+    /// Connections that were closed before their peer had ended them.
+    pub(crate) abandoned: u64,
+    /// Bytes from the accepting to the dialled side.
+    pub(crate) sent: u64,
+    /// Bytes from the dialled to the accepting side.
+    pub(crate) received: u64,
+}
+
+/// Why connections could not be carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RefusalTally {
+    /// The target said no.
+    pub(crate) by_target: u64,
+    /// It was not there.
+    pub(crate) absent: u64,
+    /// It was not connected in time.
+    pub(crate) dial_timeout: u64,
+    /// A limit of its VM was reached.
+    pub(crate) full: u64,
+    pub(crate) other: u64,
+}
+
+impl RefusalTally {
+    /// All of them with the name of the reason.
+    pub(crate) fn each(&self) -> [(&'static str, u64); 5] {
+        [
+            ("by_target", self.by_target),
+            ("absent", self.absent),
+            ("dial_timeout", self.dial_timeout),
+            ("full", self.full),
+            ("other", self.other),
+        ]
+    }
+}
+
+/// A connection that is carried now.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Connection {
+    pub(crate) id: u64,
+    /// The forward's id, which may have been removed.
+    pub(crate) forward: u64,
+    /// Who it is from; `null` if the kernel doesn't know.
+    pub(crate) peer: Option<String>,
+    /// `dialling`, `open` or `ending`.
+    pub(crate) state: String,
+    pub(crate) sent: u64,
+    pub(crate) received: u64,
+    pub(crate) age_seconds: f64,
+}
+
+/// A rule, as it is given. What is left out is as for the forwards that were there from the start.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RuleBody {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    pub(crate) listen: String,
+    pub(crate) connect: String,
+    /// Octal, as `"600"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mode: Option<String>,
+    #[serde(default)]
+    pub(crate) timeouts: TimeoutsBody,
+    /// Seconds for which a client is held whose target isn't there; `null`: it is refused at once.
+    #[serde(
+        default,
+        deserialize_with = "given",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub(crate) wait: Option<Option<f64>>,
+    /// Places of the VM's that only this rule's connections may have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) reserved: Option<usize>,
+}
+
+/// In seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TimeoutsBody {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) dial: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) drain: Option<f64>,
+    /// `null`: for ever.
+    #[serde(
+        default,
+        deserialize_with = "given",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub(crate) idle: Option<Option<f64>>,
+    /// `null`: for ever.
+    #[serde(
+        default,
+        deserialize_with = "given",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub(crate) half_closed: Option<Option<f64>>,
+}
+
+/// A value that was given, be it `null`, which is not the same as to be left out.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<f64>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+impl RuleBody {
+    /// A rule of no more than this.
+    pub(crate) fn new(listen: &Address, connect: &Address) -> RuleBody {
+        RuleBody {
+            name: None,
+            listen: listen.to_string(),
+            connect: connect.to_string(),
+            mode: None,
+            timeouts: TimeoutsBody::default(),
+            wait: None,
+            reserved: None,
+        }
+    }
+
+    /// The rule that is meant; `usual` makes one of two addresses, with all that is left out.
+    pub(super) fn rule(self, usual: impl Fn(Address, Address) -> Rule) -> Result<Rule, Problem> {
+        let address = |key, text: &str| {
+            let parsed = text.parse::<Address>();
+            parsed.map_err(|e| Problem::new(400, format!("{key}: {e}")))
+        };
+        let mut rule = usual(
+            address("listen", &self.listen)?,
+            address("connect", &self.connect)?,
+        );
+        if let Some(name) = &self.name
+            && (name.is_empty() || name.len() > 100 || name.chars().any(char::is_control))
+        {
+            let why = "name: it has 1 to 100 bytes and no control characters";
+            return Err(Problem::new(400, why));
+        }
+        rule.name = self.name;
+        if let Some(mode) = self.mode {
+            let parsed = u32::from_str_radix(&mode, 8);
+            rule.mode = parsed.ok().filter(|it| *it <= 0o777).ok_or_else(|| {
+                let why = "mode: it is up to three octal digits in a string, as \"600\"";
+                Problem::new(400, why)
+            })?;
+        }
+        let set = |key, to: Option<f64>, at_least, time: &mut Duration| -> Result<(), Problem> {
+            if let Some(value) = to {
+                *time = seconds(key, value, at_least)?;
+            }
+            Ok(())
+        };
+        let (times, asked) = (&mut rule.timeouts, self.timeouts);
+        set("timeouts.dial", asked.dial, 0.0, &mut times.dial)?;
+        set("timeouts.drain", asked.drain, SHORTEST, &mut times.drain)?;
+        let set =
+            |key, to: Option<Option<f64>>, time: &mut Option<Duration>| -> Result<(), Problem> {
+                if let Some(value) = to {
+                    let value = value.map(|value| seconds(key, value, SHORTEST));
+                    *time = value.transpose()?;
+                }
+                Ok(())
+            };
+        set("timeouts.idle", asked.idle, &mut times.idle)?;
+        set(
+            "timeouts.half_closed",
+            asked.half_closed,
+            &mut times.half_closed,
+        )?;
+        set("wait", self.wait, &mut rule.wait)?;
+        rule.reserved = self.reserved.unwrap_or(rule.reserved);
+        Ok(rule)
+    }
+
+    /// What differs between two rules, for people: `its KEY is X, not Y`.
+    pub(super) fn difference(&self, asked: &RuleBody) -> String {
+        let of = |body: &RuleBody| serde_json::to_value(body).unwrap_or_default();
+        let (is, asked) = (of(self), of(asked));
+        let mut keys: Vec<&String> = is
+            .as_object()
+            .into_iter()
+            .flat_map(|it| it.keys())
+            .collect();
+        keys.extend(asked.as_object().into_iter().flat_map(|it| it.keys()));
+        keys.sort();
+        keys.dedup();
+        let differs = keys.into_iter().filter(|key| is.get(key) != asked.get(key));
+        let said = |value: Option<&serde_json::Value>| match value {
+            Some(serde_json::Value::String(text)) => text.clone(),
+            Some(value) => value.to_string(),
+            None => "none".to_owned(),
+        };
+        let said = differs.map(|key| {
+            format!(
+                "its {key} is {}, not {}",
+                said(is.get(key)),
+                said(asked.get(key))
+            )
+        });
+        said.collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// Of times that mean nothing if they are zero: a millisecond.
+const SHORTEST: f64 = 0.001;
+
+/// A time that was given in seconds.
+pub(super) fn seconds(key: &str, value: f64, at_least: f64) -> Result<Duration, Problem> {
+    match (at_least..=1e6).contains(&value) {
+        true => Ok(Duration::from_secs_f64(value)),
+        false => {
+            let why = format!("{key}: it is a number of seconds from {at_least} to 1000000");
+            Err(Problem::new(400, why))
+        }
+    }
+}
+
+impl From<&Rule> for RuleBody {
+    fn from(rule: &Rule) -> RuleBody {
+        RuleBody {
+            name: rule.name.clone(),
+            mode: Some(format!("{:o}", rule.mode)),
+            timeouts: TimeoutsBody {
+                dial: Some(rule.timeouts.dial.as_secs_f64()),
+                drain: Some(rule.timeouts.drain.as_secs_f64()),
+                idle: Some(rule.timeouts.idle.map(|it| it.as_secs_f64())),
+                half_closed: Some(rule.timeouts.half_closed.map(|it| it.as_secs_f64())),
+            },
+            wait: Some(rule.wait.map(|it| it.as_secs_f64())),
+            reserved: Some(rule.reserved),
+            ..RuleBody::new(&rule.listen, &rule.connect)
+        }
+    }
+}
+
+impl Status {
+    /// Each VM once.
+    pub(crate) fn vms(&self) -> Vec<&Vm> {
+        let mut vms: Vec<&Vm> = Vec::new();
+        for vm in self.forwards.iter().filter_map(|it| it.vm.as_ref()) {
+            if vms.iter().all(|it| it.directory != vm.directory) {
+                vms.push(vm);
+            }
+        }
+        vms
+    }
+}
+
+impl Forward {
+    /// What it is called: by its id, if it has no name.
+    pub(crate) fn label(&self) -> String {
+        match &self.name {
+            Some(name) => name.clone(),
+            None => self.id.to_string(),
+        }
+    }
+}
+
+/// Seconds since 1970.
+fn unix(time: SystemTime) -> f64 {
+    let since = time.duration_since(UNIX_EPOCH);
+    since.unwrap_or_default().as_secs_f64()
+}
+
+impl From<&ForwardStatus> for Forward {
+    fn from(status: &ForwardStatus) -> Forward {
+        let (state, trouble) = match &status.state {
+            ForwardState::Listening => ("listening", None),
+            ForwardState::Full { why, since } => ("full", Some((why, since))),
+            ForwardState::Paused { why, since } => ("paused", Some((why, since))),
+            ForwardState::Lost { why, since } => ("lost", Some((why, since))),
+            ForwardState::Closed => ("closed", None),
+        };
+        let last_error = status.last_error.as_ref().map(|error| LastError {
+            text: error.text.clone(),
+            at: unix(error.at),
+        });
+        Forward {
+            state: state.to_owned(),
+            why: trouble.map(|(why, _)| why.clone()),
+            since: trouble.map(|(_, since)| unix(*since)),
+            vm: status.vm.as_ref().map(|vm| Vm::of(&status.rule, vm)),
+            last_error,
+            id: status.id.into(),
+            name: status.rule.name.clone(),
+            listen: status.listen.to_string(),
+            connect: status.rule.connect.to_string(),
+            counters: status.counters.into(),
+            rule: (&status.rule).into(),
+        }
+    }
+}
+
+impl Vm {
+    fn of(rule: &Rule, vm: &VmStatus) -> Vm {
+        let directory = match (&rule.connect, &rule.listen) {
+            (Address::Hyperkit(it), _) | (_, Address::Hyperkit(it)) => it.vm.state_dir.display(),
+            _ => std::path::Path::new("").display(),
+        };
+        Vm {
+            directory: directory.to_string(),
+            connections: vm.connections,
+            limit: vm.limit,
+            reserved: vm.reserved,
+            unanswered: vm.unanswered,
+            up: vm.up,
+            gone_since: vm.gone_since.map(unix),
+            restarts: vm.restarts,
+        }
+    }
+}
+
+impl From<Refusals> for RefusalTally {
+    fn from(refusals: Refusals) -> RefusalTally {
+        RefusalTally {
+            by_target: refusals.by_target,
+            absent: refusals.absent,
+            dial_timeout: refusals.dial_timeout,
+            full: refusals.full,
+            other: refusals.other,
+        }
+    }
+}
+
+impl From<Counters> for Tally {
+    fn from(counters: Counters) -> Tally {
+        Tally {
+            accepted: counters.accepted,
+            live: counters.live,
+            refused: counters.refused,
+            refusals: counters.refusals.into(),
+            idle: counters.timed_out.idle,
+            half_closed: counters.timed_out.half_closed,
+            abandoned: counters.abandoned,
+            sent: counters.sent,
+            received: counters.received,
+        }
+    }
+}
+
+impl From<&ConnectionStatus> for Connection {
+    fn from(status: &ConnectionStatus) -> Connection {
+        let peer = match status.peer {
+            crate::SocketName::Unnamed => None,
+            peer => Some(peer.to_string()),
+        };
+        Connection {
+            id: status.id.into(),
+            forward: status.forward.into(),
+            peer,
+            state: match status.state {
+                ConnectionState::Dialling => "dialling",
+                ConnectionState::Open => "open",
+                ConnectionState::Ending => "ending",
+            }
+            .to_owned(),
+            sent: status.sent,
+            received: status.received,
+            age_seconds: status.age.as_secs_f64(),
+        }
+    }
+}

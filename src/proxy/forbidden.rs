@@ -1,0 +1,159 @@
+//! Whether a target is one of those where no rule may lead, however it is spelled.
+//!
+//! It is asked when a rule is bound, and answers for that moment: who can make symbolic links can lead elsewhere later.
+//! So whoever listens at such a place had better look at who comes, too.
+
+use std::net::{IpAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+
+use crate::address::{Address, Host, TcpAddress, UnixAddress};
+
+/// Whether who connects to `target` may come out at `place`.
+pub(super) fn leads_to(target: &Address, place: &Address) -> bool {
+    match place {
+        Address::Unix(UnixAddress::Path(place)) => {
+            paths_of(target).iter().any(|path| is_same(path, place))
+        }
+        Address::Tcp(place) => matches!(target, Address::Tcp(tcp) if may_be(tcp, place)),
+        place => target == place,
+    }
+}
+
+/// The sockets' files that a connection to `target` may go to.
+fn paths_of(target: &Address) -> Vec<PathBuf> {
+    match target {
+        Address::Unix(UnixAddress::Path(path)) => vec![path.clone()],
+        Address::Hyperkit(to) => vec![to.vm.connect_path(), to.vm.forward_path(to.port)],
+        Address::VsockMux(to) => vec![to.path.clone()],
+        _ => Vec::new(),
+    }
+}
+
+fn is_same(one: &Path, other: &Path) -> bool {
+    is_one_file(one, other) || real(one) == real(other)
+}
+
+/// Whether both are names of one file, that is there.
+fn is_one_file(one: &Path, other: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::fs;
+        use std::os::unix::fs::MetadataExt;
+        let of = |path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
+        matches!((of(one), of(other)), (Ok(one), Ok(other)) if one == other)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (one, other);
+        false
+    }
+}
+
+/// Where the path leads in the end; the file itself need not be there.
+fn real(path: &Path) -> PathBuf {
+    if let Ok(real) = path.canonicalize() {
+        return real;
+    }
+    let parent = match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => return path.to_path_buf(),
+    };
+    match (parent.canonicalize(), path.file_name()) {
+        (Ok(parent), Some(name)) => parent.join(name),
+        _ => path.to_path_buf(),
+    }
+}
+
+/// Whether `target` may be the port of `place`. A listener on one of this machine's addresses is taken to be reachable by
+/// each of them, and a name to mean anything: it is resolved anew for each connection.
+fn may_be(target: &TcpAddress, place: &TcpAddress) -> bool {
+    target.port == place.port
+        && match (&target.host, &place.host) {
+            (Host::Name(_), _) => true,
+            (Host::Ip(ip), Host::Ip(place)) if ip == place => true,
+            (Host::Ip(ip), _) => is_this_machine(ip.to_canonical()),
+        }
+}
+
+fn is_this_machine(ip: IpAddr) -> bool {
+    // What can be bound is ours; nothing is sent.
+    ip.is_unspecified() || ip.is_loopback() || UdpSocket::bind((ip, 0)).is_ok()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn leads(target: &str, place: &str) -> bool {
+        leads_to(&target.parse().unwrap(), &place.parse().unwrap())
+    }
+
+    #[test]
+    fn a_tcp_port_is_known_under_each_of_this_machines_addresses_and_under_names() {
+        for place in [
+            "tcp://127.0.0.1:9100",
+            "tcp://0.0.0.0:9100",
+            "tcp://[::1]:9100",
+        ] {
+            for host in [
+                "127.0.0.1",
+                "127.0.0.2",
+                "0.0.0.0",
+                "[::1]",
+                "[::]",
+                "[::ffff:127.0.0.1]",
+                "localhost",
+                "some.example",
+            ] {
+                assert!(leads(&format!("tcp://{host}:9100"), place), "{host}");
+                assert!(!leads(&format!("tcp://{host}:9101"), place), "{host}");
+            }
+            // RFC 5737: nobody's.
+            assert!(!leads("tcp://192.0.2.1:9100", place));
+        }
+        assert!(leads("tcp://192.0.2.1:9100", "tcp://192.0.2.1:9100"));
+        assert!(!leads("unix:///tmp/9100", "tcp://127.0.0.1:9100"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_is_known_by_each_way_to_it() {
+        use std::fs;
+        use std::os::unix::fs::symlink;
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().canonicalize().unwrap();
+        let at = |name: &str| Address::Unix(UnixAddress::Path(dir.join(name)));
+        fs::create_dir(dir.join("d")).unwrap();
+        symlink("d", dir.join("dlink")).unwrap();
+        symlink("d/s", dir.join("link")).unwrap();
+        // Whether it is there yet or not.
+        for there in [false, true] {
+            let place = at("d/s");
+            assert!(leads_to(&at("d/s"), &place));
+            assert!(leads_to(&at("dlink/s"), &place));
+            assert!(leads_to(&at("d/../d/./s"), &place));
+            assert!(!leads_to(&at("d/t"), &place));
+            if there {
+                assert!(leads_to(&at("link"), &place));
+                assert!(leads_to(&at("hard"), &place));
+            } else {
+                drop(std::os::unix::net::UnixListener::bind(dir.join("d/s")).unwrap());
+                fs::hard_link(dir.join("d/s"), dir.join("hard")).unwrap();
+            }
+        }
+        // What hyperkit and other VMMs are dialled by are files, too.
+        let vm = dir.join("vm");
+        fs::create_dir(&vm).unwrap();
+        let hyperkit = format!("hyperkit://:80{}", vm.display());
+        let mux = format!("vsock-mux://:80{}", vm.join("connect").display());
+        let place = at("d/s");
+        assert!(!leads_to(&hyperkit.parse().unwrap(), &place));
+        symlink("../d/s", vm.join("connect")).unwrap();
+        assert!(leads_to(&hyperkit.parse().unwrap(), &place));
+        assert!(leads_to(&mux.parse().unwrap(), &place));
+        assert!(leads("unix:@name", "unix:@name"));
+        assert!(!leads("unix:@name", "unix:@other"));
+    }
+}
