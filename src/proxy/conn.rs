@@ -34,7 +34,7 @@ const UNREAD: u64 = 1024 * 1024;
 
 /// One connection.
 #[derive(Debug)]
-pub(crate) struct Conn<S> {
+pub(crate) struct Conn<S: Socket> {
     /// How others call it; a probe has no name.
     pub(super) name: Option<ConnectionId>,
     pub(super) forward: Arc<Forward>,
@@ -54,7 +54,7 @@ pub(crate) struct Conn<S> {
 }
 
 #[derive(Debug)]
-pub(super) enum State<S> {
+pub(super) enum State<S: Socket> {
     /// For a name, for leave to dial, or for another try.
     Waiting {
         client: End<S>,

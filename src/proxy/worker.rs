@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::name::SocketName;
-use crate::relay::{CLIENT, Pool};
+use crate::relay::{CLIENT, Pool, Socket};
 use crate::sys;
 
 use super::Limits;
@@ -28,6 +28,9 @@ const BUFFER: usize = 64 * 1024;
 
 /// Unused buffers that a worker keeps.
 const KEEP: usize = 64;
+
+/// Pipes that a worker may have, where bytes can go through them. Each has two descriptors.
+const PIPES: usize = 32;
 
 /// While it stops, how often a worker looks whether the others are done.
 const STOP_TICK: Duration = Duration::from_millis(10);
@@ -200,7 +203,7 @@ pub(crate) struct Worker<W: World> {
     pub(super) conns: Table<Conn<W::Stream>>,
     pub(super) listeners: Vec<Listening<W::Listener>>,
     pub(super) queues: Vec<DialQueue>,
-    pub(super) pool: Pool,
+    pub(super) pool: Pool<<W::Stream as Socket>::Pipe>,
     /// Forwards that were removed, and when their connections are cut off.
     removed: Vec<(Instant, Arc<Forward>)>,
     pub(super) phase: Phase,
@@ -228,7 +231,7 @@ impl<W: World> Worker<W> {
             conns: Table::new(),
             listeners: Vec::new(),
             queues: Vec::new(),
-            pool: Pool::new(BUFFER, KEEP),
+            pool: Pool::new(BUFFER, KEEP, PIPES),
             removed: Vec::new(),
             phase: Phase::Running,
             cut_at: None,
