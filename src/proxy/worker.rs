@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::name::SocketName;
-use crate::relay::{CLIENT, Pool};
+use crate::relay::{CLIENT, Pool, Socket};
 use crate::sys;
 
 use super::Limits;
@@ -248,12 +248,26 @@ pub(crate) fn room_for_connections(guests: bool) -> usize {
     let Some(limit) = sys::descriptor_limit() else {
         return usize::MAX;
     };
-    let left = limit.saturating_sub(SPARE);
+    let left = limit.saturating_sub(SPARE + 2 * pipes(Some(limit)));
     let left = match guests {
         true => left - FOR_GUESTS.min(left / 2),
         false => left,
     };
     usize::try_from(left / 2).unwrap_or(usize::MAX).max(1)
+}
+
+/// Pipes that all workers may have together, where bytes can go through them: they take an eighth of the descriptors at
+/// most, and none where those are few.
+fn pipes(descriptors: Option<u64>) -> u64 {
+    const MOST: u64 = 64;
+    match cfg!(target_os = "linux") {
+        true => match descriptors {
+            Some(..512) => 0,
+            Some(limit) => (limit / 16).min(MOST),
+            None => MOST,
+        },
+        false => 0,
+    }
 }
 
 /// A worker: its connections, its listeners, its part of the world.
@@ -265,7 +279,7 @@ pub(crate) struct Worker<W: World> {
     pub(super) listeners: Vec<Listening<W::Listener>>,
     pub(super) queues: VecDeque<DialQueue>,
     pub(super) proofs: Vec<Proofs>,
-    pub(super) pool: Pool,
+    pub(super) pool: Pool<<W::Stream as Socket>::Pipe>,
     /// Forwards that were removed, and when their connections are cut off.
     removed: Vec<(Instant, Arc<Forward>)>,
     pub(super) phase: Phase,
@@ -286,6 +300,7 @@ pub(super) fn after(now: Instant, time: Duration) -> Instant {
 
 impl<W: World> Worker<W> {
     pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W>>) -> Worker<W> {
+        let pipes = pipes(sys::descriptor_limit()) as usize / shared.inboxes.len().max(1);
         Worker {
             world,
             index,
@@ -294,7 +309,7 @@ impl<W: World> Worker<W> {
             listeners: Vec::new(),
             queues: VecDeque::new(),
             proofs: Vec::new(),
-            pool: Pool::new(BUFFER, KEEP),
+            pool: Pool::new(BUFFER, KEEP, pipes),
             removed: Vec::new(),
             phase: Phase::Running,
             cut_at: None,
