@@ -33,6 +33,9 @@ const BUFFER: usize = 64 * 1024;
 /// Unused buffers that a worker keeps.
 const KEEP: usize = 64;
 
+/// How often pipes are looked for that nobody needs any more.
+const TRIM: Duration = Duration::from_secs(1);
+
 /// While it stops, how often a worker looks whether the others are done.
 const STOP_TICK: Duration = Duration::from_millis(10);
 
@@ -287,6 +290,8 @@ pub(crate) struct Worker<W: World> {
     cut_at: Option<Instant>,
     /// When that one ends, whoever is still there.
     end_at: Option<Instant>,
+    /// When pipes that nobody needs any more are closed.
+    trim_at: Option<Instant>,
     /// Who has work left, in the order of their turns (invariant 5).
     pub(super) ready: VecDeque<Id>,
     timers: BinaryHeap<Reverse<(Instant, Id)>>,
@@ -314,6 +319,7 @@ impl<W: World> Worker<W> {
             phase: Phase::Running,
             cut_at: None,
             end_at: None,
+            trim_at: None,
             ready: VecDeque::new(),
             timers: BinaryHeap::new(),
         }
@@ -368,6 +374,7 @@ impl<W: World> Worker<W> {
             }
             self.proof_turns(now);
             self.cut_removed(now);
+            self.trim_pool(now);
             if self.cut_at.is_some_and(|at| at <= now) {
                 self.cut_all(now);
             }
@@ -458,6 +465,7 @@ impl<W: World> Worker<W> {
             stop,
             self.cut_at,
             self.end_at,
+            self.trim_at,
             self.next_accept(now),
             self.next_dial(),
             self.next_proof(),
@@ -503,6 +511,17 @@ impl<W: World> Worker<W> {
                     self.cut(id, now);
                 }
             }
+        }
+    }
+
+    /// A pipe rests for a second or two before it is closed.
+    fn trim_pool(&mut self, now: Instant) {
+        if self.trim_at.is_some_and(|at| at <= now) {
+            self.pool.trim();
+            self.trim_at = None;
+        }
+        if self.trim_at.is_none() && self.pool.has_pipes() {
+            self.trim_at = Some(now + TRIM);
         }
     }
 

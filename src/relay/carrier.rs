@@ -18,6 +18,8 @@ pub(crate) struct Pool<P> {
     pipes: Vec<P>,
     /// How many pipes may still be made.
     to_make: usize,
+    /// The fewest pipes that rested here since the last [`trim`](Pool::trim).
+    fewest: usize,
 }
 
 impl<P: Pipe> Pool<P> {
@@ -29,6 +31,7 @@ impl<P: Pipe> Pool<P> {
             keep,
             pipes: Vec::new(),
             to_make: pipes,
+            fewest: 0,
         }
     }
 
@@ -47,8 +50,10 @@ impl<P: Pipe> Pool<P> {
     /// An empty pipe; `None` if all are in use.
     pub(crate) fn take_pipe(&mut self) -> Option<P> {
         if let Some(pipe) = self.pipes.pop() {
+            self.fewest = self.fewest.min(self.pipes.len());
             return Some(pipe);
         }
+        self.fewest = 0;
         if self.to_make == 0 {
             return None;
         }
@@ -69,6 +74,18 @@ impl<P: Pipe> Pool<P> {
     /// Takes an empty pipe back.
     pub(crate) fn give_pipe(&mut self, pipe: P) {
         self.pipes.push(pipe);
+    }
+
+    /// Whether pipes rest here, which have descriptors.
+    pub(crate) fn has_pipes(&self) -> bool {
+        !self.pipes.is_empty()
+    }
+
+    /// Closes the pipes that nobody has needed since this was called before.
+    pub(crate) fn trim(&mut self) {
+        self.to_make += self.fewest;
+        self.pipes.truncate(self.pipes.len() - self.fewest);
+        self.fewest = self.pipes.len();
     }
 
     /// One that still held bytes is gone: another may take its place.

@@ -125,3 +125,23 @@ fn no_pipe_is_borrowed_where_one_side_has_none() {
     assert_eq!(pair.wire(SERVER).written, 200);
     assert_eq!(pair.pool.made_pipes(), 0);
 }
+
+#[test]
+fn pipes_that_nobody_needs_are_closed() {
+    let mut pair = pair(tcp());
+    let carry = |pair: &mut Kernel| {
+        pair.client().say(32 + PIPE);
+        pair.settle();
+    };
+    carry(&mut pair);
+    assert_eq!(pair.pool.made_pipes(), 1);
+    pair.pool.trim();
+    carry(&mut pair);
+    pair.pool.trim();
+    assert!(pair.pool.has_pipes(), "it was needed");
+    pair.pool.trim();
+    assert!(!pair.pool.has_pipes());
+    // (The accounting of each turn says that others can be made.)
+    carry(&mut pair);
+    assert_eq!(pair.wire(SERVER).written, 3 * (32 + PIPE as u64));
+}
