@@ -598,3 +598,43 @@ fn no_forward_of_the_file_leads_to_its_control_socket() {
     proxy.signal("TERM");
     assert_eq!(proxy.exit_code(), Some(0));
 }
+
+/// Signals are heeded whatever the file has become, and what is half written is no wish to carry nothing.
+#[test]
+fn a_file_that_can_not_be_meant_changes_nothing_and_blocks_nobody() {
+    let dir = private_dir();
+    let server = echo_server();
+    let good = format!("[forward.a]\nlisten = 0\nconnect = {server}\n");
+    let file = File::new(dir.path(), &good);
+    let mut proxy = file.run();
+    proxy.says("a: ");
+    file.write("\n");
+    proxy.signal("HUP");
+    proxy.complains(":1: it is empty");
+    fs::remove_file(&file.0).unwrap();
+    nix::unistd::mkfifo(&file.0, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    proxy.signal("HUP");
+    proxy.complains("no regular file");
+    let (code, json) = asked(dir.path(), &["status", "--json"]);
+    assert_eq!(code, Some(0), "{json}");
+    assert!(json.contains("\"a\""), "{json}");
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+}
+
+/// Who calls it from a script is told.
+#[test]
+fn a_reload_with_a_forward_that_can_not_be_had_fails() {
+    let dir = private_dir();
+    let server = echo_server();
+    let forward = |name: &str, listen: u16| {
+        format!("[forward.{name}]\nlisten = {listen}\nconnect = {server}\n")
+    };
+    let file = File::new(dir.path(), &forward("a", 0));
+    let proxy = file.run();
+    proxy.says("a: ");
+    file.write(&(forward("a", 0) + &forward("b", server)));
+    let (code, told) = asked(dir.path(), &["reload"]);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(told.contains("\"b\":"), "{told}");
+}

@@ -22,7 +22,7 @@ use crate::proxy::{Proxy, Rule};
 #[command(next_help_heading = "Control")]
 pub(super) struct ControlOptions {
     /// Let `hvsock status`, `top`, `add` and `remove` at it, by a Unix socket at PATH [default: one in your runtime directory]
-    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true)]
+    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, value_parser = parse_path)]
     control: Option<Option<PathBuf>>,
     /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
     #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
@@ -36,6 +36,17 @@ impl ControlOptions {
             control: path.map(|path| path.unwrap_or_else(control::default_path)),
             metrics: self.metrics.clone(),
         }
+    }
+}
+
+/// The path of a control socket. Whoever writes a URI means something else.
+fn parse_path(text: &str) -> Result<PathBuf, String> {
+    match text {
+        "" => Err("it is empty; leave the = out for the usual place".to_owned()),
+        text if text.contains("://") || text.starts_with(['@', '-']) => {
+            Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
+        }
+        text => Ok(PathBuf::from(text)),
     }
 }
 
@@ -390,7 +401,13 @@ pub(super) struct Reload {
 impl Reload {
     pub(super) fn run(self) -> Outcome {
         let answer = ask(&self.which.path(), "POST", "/v1/reload", "")?;
-        print(answer.trim_end())
+        print(answer.trim_end())?;
+        let read: Value = read(&answer)?;
+        match read["failed"].as_object() {
+            // The answer says which, and why.
+            Some(failed) if !failed.is_empty() => Err(Failure::Silent),
+            _ => Ok(()),
+        }
     }
 }
 

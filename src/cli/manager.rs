@@ -42,6 +42,7 @@ impl Manager {
 
 #[cfg(target_os = "linux")]
 mod system {
+    use std::sync::Once;
     use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
     use std::time::Duration;
 
@@ -65,9 +66,13 @@ mod system {
         tell(&[NotifyState::Stopping, NotifyState::Status(status)]);
     }
 
+    /// Says so once if it can't be told.
     fn tell(what: &[NotifyState<'_>]) {
+        static COMPLAINT: Once = Once::new();
         if let Err(e) = sd_notify::notify(what) {
-            tracing::warn!("cannot tell the service manager ($NOTIFY_SOCKET): {e}");
+            COMPLAINT.call_once(|| {
+                tracing::warn!("cannot tell the service manager ($NOTIFY_SOCKET): {e}");
+            });
         }
     }
 

@@ -114,6 +114,10 @@ impl Run {
 
 /// Reads the file again, and tells the service manager so.
 fn reload(running: &Running) -> Result<Summary, Problems> {
+    // At the end there is nothing to be ready for.
+    if running.handle().is_stopping() {
+        return running.reload();
+    }
     Manager::reloading();
     let read = running.reload();
     Manager::ready(running.handle());

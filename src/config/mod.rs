@@ -87,13 +87,31 @@ pub(crate) struct Wanted {
     pub(crate) missing: Vec<Missing>,
 }
 
+/// Reads a file, and waits for none that may never end, or never begin: who reads may have signals to heed.
+fn read_text(file: &Path) -> io::Result<String> {
+    /// Some 100,000 forwards.
+    const MOST: u64 = 16 << 20;
+    let metadata = fs::metadata(file)?;
+    if metadata.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    if metadata.len() > MOST {
+        let why = format!("it has {} bytes, and {MOST} are the most", metadata.len());
+        return Err(io::Error::other(why));
+    }
+    fs::read_to_string(file)
+}
+
 impl Config {
     /// Reads a file.
     ///
     /// # Errors
     /// All that is wrong with it.
     pub(crate) fn read(file: &Path, places: &Places) -> Result<(Config, Wanted), Problems> {
-        let text = fs::read_to_string(file).map_err(|e| {
+        let text = read_text(file).map_err(|e| {
             let remedy = match e.kind() {
                 io::ErrorKind::NotFound => "; is the path right?",
                 io::ErrorKind::PermissionDenied => "; let the user who runs this read it",
@@ -109,6 +127,11 @@ impl Config {
 
     fn parse(text: &str, places: &Places) -> Result<(Config, Wanted), Vec<Problem>> {
         let source = Source::new(text);
+        if text.trim().is_empty() {
+            // One that is being written, most often; to carry nothing is nobody's wish.
+            source.complain(1, "it is empty; write a [forward.NAME]".to_owned());
+            return Err(source.problems());
+        }
         let (table, errors) = DeTable::parse_recoverable(text);
         for error in &errors {
             let line = source.line(error.span().unwrap_or(0..0));

@@ -1,6 +1,6 @@
 //! The other end of the control socket: what `hvsock status` and its kin ask with.
 
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -28,8 +28,18 @@ impl std::fmt::Display for Unanswered {
         match self {
             Unanswered::Absent(error) => {
                 let (place, cause) = (error.subject(), error.cause());
-                write!(f, "no hvsock answers at {place}: {cause}")?;
-                f.write_str("; start one with `hvsock run CONFIG`, or with --control, or say where it is with --control PATH")
+                write!(f, "no hvsock answers at {place}: {cause}; ")?;
+                f.write_str(match error.kind() {
+                    ErrorKind::PermissionDenied | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
+                        "it lets in only the user who runs it: be that user"
+                    }
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+                        "it takes no request, or gives no answer: is it stopped, or is this another program's socket?"
+                    }
+                    _ => {
+                        "start one with `hvsock run CONFIG`, or with --control, or say where it is with --control PATH"
+                    }
+                })
             }
             Unanswered::Refused(problem) => problem.fmt(f),
         }

@@ -343,9 +343,20 @@ fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
         Ok(false) => Answer::None,
         _ => Answer::After(begun.elapsed()),
     };
-    // However that went: a dial must not just be closed.
-    let _ = stream.finish(LEAVE);
+    // However that went.
+    let _ = take_leave(&stream, LEAVE);
     Ok(answer)
+}
+
+/// Ends a dial, which must not just be closed. One that hyperkit hasn't even taken (it has no descriptor left, say) would
+/// be found closed when it is: that hangs the device. It is given a minute.
+fn take_leave(stream: &Stream, time: Duration) -> io::Result<()> {
+    const UNTAKEN: Duration = Duration::from_secs(60);
+    let time = match stream.untaken() {
+        0 => time,
+        _ => time.max(UNTAKEN),
+    };
+    stream.finish(time)
 }
 
 fn dial(vm: &HyperkitVm, port: Port, patience: Duration) -> Result<Stream> {
@@ -370,9 +381,9 @@ fn guest(vm: &HyperkitVm, patience: Duration) -> Check {
         Ok(Answer::NotTaken) => Check::failed(
             name,
             format_args!(
-                "hyperkit has taken no connection for {seconds} s: it hangs, or is stopped"
+                "hyperkit has taken no connection for {seconds} s: it hangs, is stopped, or has no descriptor left for one"
             ),
-            "restart the VM",
+            "if connections work that are there already, end some; if not, restart the VM",
         ),
         Err(e) => Check::error(name, &e),
     }
@@ -391,12 +402,14 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
     let answered = probe(vm, patience);
     let readable = stream.wait(Wanted::Readable, Duration::ZERO);
     let refused = readable.unwrap_or(true) && stream.has_ended();
-    let left = stream.finish(patience);
+    let left = take_leave(&stream, patience);
     match answered {
         Err(e) => Check::error(name, &e),
-        Ok(Answer::None | Answer::NotTaken) => {
-            Check::failed(name, "the guest answers no longer", "try again")
-        }
+        Ok(Answer::None | Answer::NotTaken) => Check::failed(
+            name,
+            "the guest answers no longer",
+            "try again; hyperkit may have no place or descriptor left",
+        ),
         Ok(Answer::After(_)) if refused => Check::failed(
             name,
             "nobody listens there in the guest",
