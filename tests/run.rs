@@ -626,14 +626,14 @@ fn a_file_that_can_not_be_meant_changes_nothing_and_blocks_nobody() {
 #[test]
 fn a_reload_with_a_forward_that_can_not_be_had_fails() {
     let dir = private_dir();
-    let server = echo_server();
+    let (server, taken) = (echo_server(), echo_server());
     let forward = |name: &str, listen: u16| {
         format!("[forward.{name}]\nlisten = {listen}\nconnect = {server}\n")
     };
     let file = File::new(dir.path(), &forward("a", 0));
     let proxy = file.run();
     proxy.says("a: ");
-    file.write(&(forward("a", 0) + &forward("b", server)));
+    file.write(&(forward("a", 0) + &forward("b", taken)));
     let (code, told) = asked(dir.path(), &["reload"]);
     assert_eq!(code, Some(1), "{told}");
     assert!(told.contains("\"b\":"), "{told}");

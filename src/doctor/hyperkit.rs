@@ -349,9 +349,9 @@ fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
 }
 
 /// Ends a dial, which must not just be closed. One that hyperkit hasn't even taken (it has no descriptor left, say) would
-/// be found closed when it is: that hangs the device. It is given a minute.
+/// be found closed when it is: that hangs the device. It is given ten seconds.
 fn take_leave(stream: &Stream, time: Duration) -> io::Result<()> {
-    const UNTAKEN: Duration = Duration::from_secs(60);
+    const UNTAKEN: Duration = Duration::from_secs(10);
     let time = match stream.untaken() {
         0 => time,
         _ => time.max(UNTAKEN),
