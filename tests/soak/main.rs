@@ -119,14 +119,17 @@ fn the_vm_survives_a_rude_crowd() {
         places: &places,
         seed,
         total,
+        begun: start,
         issued: 0.into(),
         tcp: first.tcp.clone(),
         changes: 0.into(),
+        ends_silently: false,
         may_dial: true.into(),
         over: false.into(),
         tallies: Default::default(),
         failures: Default::default(),
         late_refusals: Default::default(),
+        opened: Default::default(),
     };
     canary(&world);
     let mut peak = None;
@@ -491,7 +494,7 @@ fn end_by_two_signals(world: &World, proxy: &mut Proxy) {
 }
 
 fn report(world: &World) {
-    for (kind, Tally { done, cut }) in &*world.tallies.lock().unwrap() {
+    for (kind, Tally { done, cut, .. }) in &*world.tallies.lock().unwrap() {
         println!(
             "{done:6} {kind}{}",
             if *cut > 0 {
