@@ -275,7 +275,7 @@ impl Month<'_> {
         machine.end(signal)?;
         *world.may_dial.write().unwrap() = false;
         others.gone.store(true, Ordering::SeqCst);
-        if kind / 2 % 2 == 0 {
+        if (kind / 2).is_multiple_of(2) {
             self.known("it is gone", |status| status.vm()["up"] == false)?;
             let refused = |mut conn| client::refused(&mut conn, b"anybody there?", false);
             match world.open(ECHO, true).and_then(refused) {
