@@ -31,7 +31,7 @@ mod vm;
 use child::{Places, wait_until};
 use client::End;
 use clients::{Count, Others};
-use crowd::{HOST_ECHO_TCP, HOST_ECHO_UNIX, HOST_REFUSED, Tally, World};
+use crowd::{Tally, World};
 use guest::{ECHO, LONG, PORTS};
 use hvsock::{File, Hvsock, Status};
 use nix::sys::signal::Signal;
@@ -84,45 +84,21 @@ struct Month<'a> {
 
 #[test]
 fn a_month_in_small() {
-    let lasts = Duration::from_secs(variable("HVSOCK_MONTH").unwrap_or(20));
+    let lasts = Duration::from_secs(variable("HVSOCK_MONTH").unwrap_or(12));
     let between = variable("HVSOCK_MONTH_RESTART").unwrap_or(4).max(1);
     let seed = variable("HVSOCK_SEED").unwrap_or_else(|| fastrand::u64(..));
     println!("month: {lasts:?}, a restart every {between} s, HVSOCK_SEED={seed}");
     let root = common::private_dir();
     let host = host::Host::start(root.path());
-    let places = Places {
-        root: root.path().to_owned(),
-        vm: root.path().join("vm"),
-        remotes: vec![
-            (HOST_ECHO_TCP, host.tcp.to_string()),
-            (HOST_ECHO_UNIX, host.unix.display().to_string()),
-            (HOST_REFUSED, host.refusing.to_string()),
-        ],
-    };
+    let places = Places::new(root.path(), &host);
     let doors = Doors::start(places.root.clone());
     let machine = Machine::start(&places, &doors).unwrap();
     let mut hvsock = Hvsock::start(&places, &host).unwrap();
     let status = hvsock.status().unwrap();
-    let world = World {
-        vm: &doors,
-        places: &places,
-        seed,
-        total: usize::MAX,
-        begun: Instant::now(),
-        issued: 0.into(),
-        tcp: PORTS
-            .into_iter()
-            .map(|port| (port, status.tcp(&format!("tcp-{port}"))))
-            .collect(),
-        changes: 0.into(),
-        ends_silently: true,
-        may_dial: true.into(),
-        over: false.into(),
-        tallies: Default::default(),
-        failures: Default::default(),
-        late_refusals: Default::default(),
-        opened: Default::default(),
-    };
+    let address = |port| (port, status.tcp(&format!("tcp-{port}")));
+    let tcp = PORTS.into_iter().map(address).collect();
+    let mut world = World::new(&doors, &places, seed, usize::MAX, tcp);
+    world.ends_silently = true;
     let over_tcp = |name| (status.tcp(name), Count::default());
     let others = Others {
         world: &world,

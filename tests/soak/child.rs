@@ -1,6 +1,8 @@
 //! The proxy: the real binary, as a child.
 
+use crate::crowd::{HOST_ECHO_TCP, HOST_ECHO_UNIX, HOST_REFUSED};
 use crate::guest::{LONG, PORTS};
+use crate::host::Host;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::HashMap;
@@ -40,6 +42,19 @@ pub(crate) struct Places {
 }
 
 impl Places {
+    /// Below `root`, with a guest that dials the host's services.
+    pub(crate) fn new(root: &Path, host: &Host) -> Places {
+        Places {
+            root: root.to_owned(),
+            vm: root.join("vm"),
+            remotes: vec![
+                (HOST_ECHO_TCP, host.tcp.to_string()),
+                (HOST_ECHO_UNIX, host.unix.display().to_string()),
+                (HOST_REFUSED, host.refusing.to_string()),
+            ],
+        }
+    }
+
     pub(crate) fn unix(&self, port: u32) -> PathBuf {
         self.root.join(format!("{port}.sock"))
     }

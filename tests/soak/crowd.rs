@@ -69,7 +69,34 @@ pub(crate) struct World<'a, V = Vm> {
     pub(crate) opened: Mutex<HashMap<(u32, bool), u64>>,
 }
 
-impl<V: Guests> World<'_, V> {
+impl<'a, V: Guests> World<'a, V> {
+    /// A world in which nothing has happened yet, and `total` clients are to come.
+    pub(crate) fn new(
+        vm: &'a V,
+        places: &'a Places,
+        seed: u64,
+        total: usize,
+        tcp: HashMap<u32, SocketAddr>,
+    ) -> World<'a, V> {
+        World {
+            vm,
+            places,
+            seed,
+            total,
+            begun: Instant::now(),
+            issued: 0.into(),
+            tcp,
+            changes: 0.into(),
+            ends_silently: false,
+            may_dial: true.into(),
+            over: false.into(),
+            tallies: Default::default(),
+            failures: Default::default(),
+            late_refusals: Default::default(),
+            opened: Default::default(),
+        }
+    }
+
     pub(crate) fn changes(&self) -> usize {
         self.changes.load(Ordering::SeqCst)
     }
