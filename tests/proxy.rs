@@ -826,3 +826,78 @@ fn what_follows_urgent_data_is_not_kept_back() {
         assert_eq!(&got, b"abcdef");
     }
 }
+
+/// As much as goes through a pipe, where there is one.
+#[test]
+fn urgent_data_amid_much_else_keeps_nothing_back() {
+    const MUCH: usize = 1 << 20;
+    let (server, target) = tcp_server();
+    let proxy = proxy(any_tcp(), target);
+    for _ in 0..5 {
+        let mut client = tcp(port_of(&proxy, 0));
+        let (mut accepted, _) = server.accept().unwrap();
+        accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+        let sending = std::thread::spawn(move || {
+            for piece in 0..4 {
+                client.write_all(&[piece; MUCH]).unwrap();
+                // Once: the byte of an older one is as any other when the next has come.
+                if piece == 1 {
+                    let socket = socket2::SockRef::from(&client);
+                    socket.send_out_of_band(b"!").unwrap();
+                }
+            }
+            client
+        });
+        for piece in 0..4 {
+            let mut got = vec![0; MUCH];
+            accepted.read_exact(&mut got).unwrap();
+            assert!(got.iter().all(|&byte| byte == piece), "{piece}");
+        }
+        drop(sending.join().unwrap());
+    }
+}
+
+/// A read of a Unix socket ends where descriptors were passed, and no event tells of what stands behind them.
+#[cfg(target_os = "linux")]
+#[test]
+fn descriptors_passed_amid_much_else_keep_nothing_back() {
+    use std::io::IoSlice;
+    use std::os::fd::AsRawFd;
+
+    const MUCH: usize = 1 << 18;
+    let dir = private_dir();
+    let listen = unix(dir.path().join("listen"));
+    let (server, target) = tcp_server();
+    let proxy = proxy(listen, target);
+    for size in [3, MUCH] {
+        let client = std::os::unix::net::UnixStream::connect(dir.path().join("listen")).unwrap();
+        let (mut accepted, _) = server.accept().unwrap();
+        accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+        let sending = std::thread::spawn(move || {
+            // struct cmsghdr: length, SOL_SOCKET, SCM_RIGHTS; and the descriptor.
+            let mut control = Vec::new();
+            control.extend(20_usize.to_ne_bytes());
+            control.extend(1_i32.to_ne_bytes());
+            control.extend(1_i32.to_ne_bytes());
+            control.extend(client.as_raw_fd().to_ne_bytes());
+            control.extend([0; 4]);
+            let socket = socket2::SockRef::from(&client);
+            for piece in 0..8 {
+                let bytes = vec![piece; size];
+                let slices = [IoSlice::new(&bytes)];
+                let message = socket2::MsgHdr::new().with_buffers(&slices);
+                let message = message.with_control(&control);
+                let sent = socket.sendmsg(&message, 0).unwrap();
+                (&client).write_all(&bytes[sent..]).unwrap();
+            }
+            client
+        });
+        for piece in 0..8 {
+            let mut got = vec![0; size];
+            accepted.read_exact(&mut got).unwrap();
+            assert!(got.iter().all(|&byte| byte == piece), "{piece}");
+        }
+        drop(sending.join().unwrap());
+    }
+    drop(proxy);
+}

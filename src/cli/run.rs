@@ -8,9 +8,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use clap::Args;
 
 use super::manager::Manager;
-#[cfg(unix)]
-use super::running::Doors;
-use super::running::{self, NotStarted, Running, Summary, TRY_AGAIN};
+use super::running::{self, Doors, NotStarted, Running, Summary, TRY_AGAIN};
 use super::signals::EndSignals;
 use super::{Failure, Outcome, complain, print, run_until_told, say};
 use crate::config::{Config, Problems};
@@ -86,7 +84,7 @@ impl Run {
         #[cfg(unix)]
         let _control = control(&running, doors, &proxy)?;
         #[cfg(not(unix))]
-        let () = doors;
+        let Doors = doors;
         running.describe(&[]).iter().for_each(say);
         running.troubles().iter().for_each(complain);
         let (ending, ended) = channel::<()>();

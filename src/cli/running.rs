@@ -129,7 +129,8 @@ pub(super) enum NotStarted {
 #[cfg(unix)]
 pub(super) type Doors = crate::control::Bound;
 #[cfg(not(unix))]
-pub(super) type Doors = ();
+#[derive(Debug)]
+pub(super) struct Doors;
 
 #[cfg(unix)]
 fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
@@ -156,7 +157,7 @@ fn open_doors(config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
     if matches!(config.control, Control::At(_)) || config.metrics.is_some() {
         complain("control and metrics are for Unix systems: they are not served here");
     }
-    Ok(())
+    Ok(Doors)
 }
 
 impl Running {

@@ -59,6 +59,8 @@ pub(crate) struct Config {
     pub(crate) control: Control,
     /// Where it tells of itself.
     pub(crate) metrics: Option<TcpAddress>,
+    /// For who adds forwards by the control socket.
+    #[cfg(unix)]
     defaults: Settings,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
@@ -155,6 +157,7 @@ impl Config {
             workers: workers.and_then(NonZeroUsize::new),
             control: control.unwrap_or_default(),
             metrics,
+            #[cfg(unix)]
             defaults: settings,
             vms,
             forwards,

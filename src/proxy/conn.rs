@@ -35,7 +35,7 @@ const UNREAD: u64 = 1024 * 1024;
 
 /// One connection.
 #[derive(Debug)]
-pub(crate) struct Conn<S> {
+pub(crate) struct Conn<S: Socket> {
     /// How others call it; a probe has no name.
     pub(super) name: Option<ConnectionId>,
     pub(super) forward: Arc<Forward>,
@@ -60,7 +60,7 @@ pub(crate) struct Conn<S> {
 }
 
 #[derive(Debug)]
-pub(super) enum State<S> {
+pub(super) enum State<S: Socket> {
     /// For a name, for leave to dial, or for another try.
     Waiting {
         client: End<S>,
@@ -97,7 +97,7 @@ pub(super) enum State<S> {
     Moving,
 }
 
-impl<S> State<S> {
+impl<S: Socket> State<S> {
     pub(super) fn waiting(client: End<S>, dial: Dial) -> State<S> {
         State::Waiting {
             client,

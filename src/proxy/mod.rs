@@ -2,6 +2,7 @@
 //! for (AF_HYPERV), a connection has two threads more.
 //!
 //! ```
+//! # #[cfg(unix)] {
 //! use hvsock::proxy::{Observer, What};
 //! use hvsock::{Proxy, ProxyConfig, Rule};
 //! use std::time::Duration;
@@ -27,6 +28,7 @@
 //!
 //! proxy.stop(Duration::from_secs(5)); // lets those who are there finish
 //! proxy.wait()?;
+//! # }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 

@@ -228,10 +228,10 @@ impl<W: World> Worker<W> {
         }
         let mut first = None;
         if server.is_readable() {
-            let mut buffer = self.pool.take();
+            let mut buffer = self.pool.take_buffer();
             match server.read(&mut buffer) {
                 Some(n) => first = Some((buffer, n)),
-                None => self.pool.give(buffer),
+                None => self.pool.give_buffer(buffer),
             }
         }
         let (refused, deadline) = (server.input_ended(), dial.deadline());

@@ -450,7 +450,13 @@ fn guests_of(
     worker.add_listener(listener, forward).unwrap();
     (
         Handle {
-            binder: Arc::new(Binder::new(gate_limits, Waiter::of, None, Vec::new())),
+            binder: Arc::new(Binder::new(
+                gate_limits,
+                Waiter::of,
+                None,
+                Vec::new(),
+                Vec::new(),
+            )),
             shared,
         },
         address,

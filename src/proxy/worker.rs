@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::name::SocketName;
-use crate::relay::{CLIENT, Pool};
+use crate::relay::{CLIENT, Pool, Socket};
 use crate::sys;
 
 use super::Limits;
@@ -32,6 +32,9 @@ const BUFFER: usize = 64 * 1024;
 
 /// Unused buffers that a worker keeps.
 const KEEP: usize = 64;
+
+/// How often pipes are looked for that nobody needs any more.
+const TRIM: Duration = Duration::from_secs(1);
 
 /// While it stops, how often a worker looks whether the others are done.
 const STOP_TICK: Duration = Duration::from_millis(10);
@@ -248,12 +251,26 @@ pub(crate) fn room_for_connections(guests: bool) -> usize {
     let Some(limit) = sys::descriptor_limit() else {
         return usize::MAX;
     };
-    let left = limit.saturating_sub(SPARE);
+    let left = limit.saturating_sub(SPARE + 2 * pipes(Some(limit)));
     let left = match guests {
         true => left - FOR_GUESTS.min(left / 2),
         false => left,
     };
     usize::try_from(left / 2).unwrap_or(usize::MAX).max(1)
+}
+
+/// Pipes that all workers may have together, where bytes can go through them: they take an eighth of the descriptors at
+/// most, and none where those are few.
+fn pipes(descriptors: Option<u64>) -> u64 {
+    const MOST: u64 = 64;
+    match cfg!(target_os = "linux") {
+        true => match descriptors {
+            Some(..512) => 0,
+            Some(limit) => (limit / 16).min(MOST),
+            None => MOST,
+        },
+        false => 0,
+    }
 }
 
 /// A worker: its connections, its listeners, its part of the world.
@@ -265,7 +282,7 @@ pub(crate) struct Worker<W: World> {
     pub(super) listeners: Vec<Listening<W::Listener>>,
     pub(super) queues: VecDeque<DialQueue>,
     pub(super) proofs: Vec<Proofs>,
-    pub(super) pool: Pool,
+    pub(super) pool: Pool<<W::Stream as Socket>::Pipe>,
     /// Forwards that were removed, and when their connections are cut off.
     removed: Vec<(Instant, Arc<Forward>)>,
     pub(super) phase: Phase,
@@ -273,6 +290,8 @@ pub(crate) struct Worker<W: World> {
     cut_at: Option<Instant>,
     /// When that one ends, whoever is still there.
     end_at: Option<Instant>,
+    /// When pipes that nobody needs any more are closed.
+    trim_at: Option<Instant>,
     /// Who has work left, in the order of their turns (invariant 5).
     pub(super) ready: VecDeque<Id>,
     timers: BinaryHeap<Reverse<(Instant, Id)>>,
@@ -286,6 +305,7 @@ pub(super) fn after(now: Instant, time: Duration) -> Instant {
 
 impl<W: World> Worker<W> {
     pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W>>) -> Worker<W> {
+        let pipes = pipes(sys::descriptor_limit()) as usize / shared.inboxes.len().max(1);
         Worker {
             world,
             index,
@@ -294,11 +314,12 @@ impl<W: World> Worker<W> {
             listeners: Vec::new(),
             queues: VecDeque::new(),
             proofs: Vec::new(),
-            pool: Pool::new(BUFFER, KEEP),
+            pool: Pool::new(BUFFER, KEEP, pipes),
             removed: Vec::new(),
             phase: Phase::Running,
             cut_at: None,
             end_at: None,
+            trim_at: None,
             ready: VecDeque::new(),
             timers: BinaryHeap::new(),
         }
@@ -353,6 +374,7 @@ impl<W: World> Worker<W> {
             }
             self.proof_turns(now);
             self.cut_removed(now);
+            self.trim_pool(now);
             if self.cut_at.is_some_and(|at| at <= now) {
                 self.cut_all(now);
             }
@@ -443,6 +465,7 @@ impl<W: World> Worker<W> {
             stop,
             self.cut_at,
             self.end_at,
+            self.trim_at,
             self.next_accept(now),
             self.next_dial(),
             self.next_proof(),
@@ -488,6 +511,17 @@ impl<W: World> Worker<W> {
                     self.cut(id, now);
                 }
             }
+        }
+    }
+
+    /// A pipe rests for a second or two before it is closed.
+    fn trim_pool(&mut self, now: Instant) {
+        if self.trim_at.is_some_and(|at| at <= now) {
+            self.pool.trim();
+            self.trim_at = None;
+        }
+        if self.trim_at.is_none() && self.pool.has_pipes() {
+            self.trim_at = Some(now + TRIM);
         }
     }
 

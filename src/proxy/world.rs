@@ -121,6 +121,14 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How many events one wait takes.
 const EVENTS: usize = 1024;
 
+/// What is to be told of a stream: of urgent data too, where a poller knows it.
+fn interest() -> Interest {
+    let both = Interest::READABLE | Interest::WRITABLE;
+    #[cfg(target_os = "linux")]
+    let both = both | Interest::PRIORITY;
+    both
+}
+
 /// What other threads have to tell.
 #[derive(Debug)]
 enum News {
@@ -279,6 +287,7 @@ impl World for MioWorld {
                 readable: event.is_readable() || event.is_read_closed() || failed,
                 writable: event.is_writable() || event.is_write_closed() || failed,
                 failed,
+                hidden: failed || event.is_read_closed() || event.is_priority(),
             };
             events.push(Event::Ready {
                 token: event.token().0,
@@ -342,11 +351,9 @@ impl World for MioWorld {
 
     fn watch(&mut self, stream: &mut Stream, token: usize) -> io::Result<()> {
         stream.set_options();
-        self.poll.registry().register(
-            stream,
-            Token(token),
-            Interest::READABLE | Interest::WRITABLE,
-        )
+        self.poll
+            .registry()
+            .register(stream, Token(token), interest())
     }
 
     fn shutdown_read(&mut self, stream: &Stream) {

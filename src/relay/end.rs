@@ -2,10 +2,13 @@
 
 use std::io;
 
-use super::buffer::Pool;
+use super::carrier::{Pipe, Pool};
 
 /// What the relay asks of a non-blocking socket.
 pub(crate) trait Socket {
+    /// What bytes go through from one socket to another without being copied.
+    type Pipe: Pipe;
+
     /// Whether a write that took less than it was given tells that the next one would block, and the poller
     /// raises an edge all the same. True of epoll and kqueue; pollers that emulate edges (Windows, mio's
     /// `poll`) arm the next one only when a call has said `WouldBlock`.
@@ -13,6 +16,23 @@ pub(crate) trait Socket {
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
+
+    /// Whether a read that gave less than was asked for has taken all there was, and the next byte, EOF or error is an
+    /// edge: unless an event has said [`Readiness::hidden`].
+    fn short_read_blocks(&self) -> bool {
+        false
+    }
+
+    /// Whether its bytes can go through a pipe.
+    fn has_splice(&self) -> bool {
+        false
+    }
+
+    /// A read into a pipe that is empty. A short one says nothing.
+    fn splice_in(&mut self, pipe: &mut Self::Pipe) -> io::Result<usize>;
+    /// A write of `len` bytes, all that the pipe holds. A short one says nothing.
+    fn splice_out(&mut self, pipe: &mut Self::Pipe, len: usize) -> io::Result<usize>;
+
     /// Half-close: the peer reads EOF after the last byte.
     fn shutdown_write(&mut self) -> io::Result<()>;
 
@@ -34,6 +54,9 @@ pub(crate) struct Readiness {
     pub(crate) writable: bool,
     /// The connection has failed: what has come may still be read, and then a call will tell the error.
     pub(crate) failed: bool,
+    /// Something may stand behind what a short read gives, of which no further event will tell: an EOF, an error, or what
+    /// comes after urgent data.
+    pub(crate) hidden: bool,
 }
 
 /// What is known of one direction of a socket.
@@ -49,14 +72,16 @@ pub(crate) enum Half {
 /// A socket with its latched readiness.
 ///
 /// Invariant 1: a socket is registered once, readable and writable, with an edge-triggered poller. Readiness is
-/// latched by events and cleared only by `WouldBlock`, or by a short write. A short read proves nothing: it also ends at
-/// TCP's urgent mark, at descriptors passed over a Unix socket, and before an EOF that came with the data.
+/// latched by events and cleared only by `WouldBlock`, by a short write, or by a short read of a socket whose short reads
+/// are known to have taken all ([`Socket::short_read_blocks`]), as long as no event has said that something is hidden
+/// behind it: an EOF that came with the data would never be seen.
 #[derive(Debug)]
 pub(crate) struct End<S> {
     pub(crate) socket: S,
     readable: bool,
     writable: bool,
     failed: bool,
+    hidden: bool,
     pub(crate) input: Half,
     pub(crate) output: Half,
     received: u64,
@@ -73,6 +98,7 @@ impl<S: Socket> End<S> {
             readable: false,
             writable: false,
             failed: false,
+            hidden: false,
             input: Half::Open,
             output: Half::Open,
             received: 0,
@@ -84,6 +110,7 @@ impl<S: Socket> End<S> {
         self.readable |= event.readable;
         self.writable |= event.writable;
         self.failed |= event.failed;
+        self.hidden |= event.hidden;
     }
 
     pub(crate) fn is_readable(&self) -> bool {
@@ -122,7 +149,27 @@ impl<S: Socket> End<S> {
 
     /// Reads once; `None` when nothing came (would block, EOF or error: the latch and `input` say which).
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Option<usize> {
-        match self.socket.read(buffer) {
+        let n = self.socket.read(buffer);
+        let n = self.note_read(n)?;
+        if n < buffer.len() && !self.hidden && self.socket.short_read_blocks() {
+            self.readable = false;
+        }
+        Some(n)
+    }
+
+    /// Whether bytes from here can go through a pipe. Of what stands behind urgent data a splice tells nothing.
+    pub(crate) fn has_splice(&self) -> bool {
+        !self.hidden && self.socket.has_splice()
+    }
+
+    /// As [`read`](End::read), into a pipe that is empty.
+    pub(crate) fn splice_in(&mut self, pipe: &mut S::Pipe) -> Option<usize> {
+        let n = self.socket.splice_in(pipe);
+        self.note_read(n)
+    }
+
+    fn note_read(&mut self, read: io::Result<usize>) -> Option<usize> {
+        match read {
             Ok(0) => {
                 self.input = match self.output {
                     // A kernel tells an error once. Where a write was told of it (Linux' TCP), the read that should
@@ -150,9 +197,25 @@ impl<S: Socket> End<S> {
 
     /// Writes once; how many bytes went (none: the latch and `output` say why).
     pub(crate) fn write(&mut self, bytes: &[u8]) -> usize {
-        match self.socket.write(bytes) {
+        let written = self.socket.write(bytes);
+        let is_short = matches!(written, Ok(n) if n < bytes.len());
+        let n = self.note_write(written);
+        if S::SHORT_WRITE_BLOCKS && is_short {
+            self.writable = false;
+        }
+        n
+    }
+
+    /// As [`write`](End::write), of the `len` bytes that the pipe holds.
+    pub(crate) fn splice_out(&mut self, pipe: &mut S::Pipe, len: usize) -> usize {
+        let written = self.socket.splice_out(pipe, len);
+        self.note_write(written)
+    }
+
+    fn note_write(&mut self, written: io::Result<usize>) -> usize {
+        match written {
             Ok(n) => {
-                if n == 0 || (S::SHORT_WRITE_BLOCKS && n < bytes.len()) {
+                if n == 0 {
                     self.writable = false;
                 }
                 n
@@ -178,18 +241,18 @@ impl<S: Socket> End<S> {
     }
 
     /// Reads and drops a bounded amount of what can be read; true if more can be read at once.
-    pub(crate) fn discard(&mut self, pool: &mut Pool) -> bool {
+    pub(crate) fn discard(&mut self, pool: &mut Pool<S::Pipe>) -> bool {
         if !self.is_readable() {
             return false;
         }
-        let mut buffer = pool.take();
+        let mut buffer = pool.take_buffer();
         for _ in 0..DISCARDS {
             if !self.is_readable() {
                 break;
             }
             self.read(&mut buffer);
         }
-        pool.give(buffer);
+        pool.give_buffer(buffer);
         self.is_readable()
     }
 }

@@ -12,16 +12,16 @@
 //! 4. An error ends its own direction; what the other still holds may arrive. A broken upload is never turned into a
 //!    clean EOF: [`Farewell::Reset`] says where a reset is owed.
 //! 5. Work per turn is bounded by a budget of bytes; [`Turn::Again`] asks for another.
-//! 7. An idle connection holds no buffer: carriers are borrowed from a [`Pool`] while bytes are in flight.
+//! 7. An idle connection holds no buffer and no pipe: carriers are borrowed from a [`Pool`] while bytes are in flight.
 
 use std::io;
 
-mod buffer;
+mod carrier;
 mod end;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use buffer::{Carrier, Pool};
+pub(crate) use carrier::{Carrier, Pipe, Pool};
 pub(crate) use end::{End, Half, Readiness, Socket};
 
 /// How a turn ended.
@@ -58,35 +58,45 @@ enum State {
 
 /// One direction.
 #[derive(Debug)]
-struct Flow {
+struct Flow<P> {
     state: State,
-    carrier: Carrier,
+    carrier: Carrier<P>,
+    /// Reads in a row that filled their buffers.
+    full_reads: u8,
     /// Keeps the half-close back while the other direction is open.
     hold: bool,
     delivered: u64,
 }
 
-impl Flow {
-    fn new() -> Flow {
+/// A flow whose reads fill so many buffers in a row goes through a pipe from then on: it has much to say. Small messages
+/// are cheaper to copy.
+const BULK: u8 = 2;
+
+/// As soon as a pipe is given less at a time than this part of a buffer, the flow is one of small messages again.
+const SMALL: usize = 4;
+
+impl<P: Pipe> Flow<P> {
+    fn new() -> Flow<P> {
         Flow {
             state: State::Open,
-            carrier: Carrier::default(),
+            carrier: Carrier::Empty,
+            full_reads: 0,
             hold: false,
             delivered: 0,
         }
     }
 
-    fn break_off(&mut self, pool: &mut Pool) {
+    fn break_off(&mut self, pool: &mut Pool<P>) {
         self.carrier.clear(pool);
         self.state = State::Broken;
     }
 
     /// Moves about `budget` bytes at most; true if more could be moved at once.
-    fn run<S: Socket>(
+    fn run<S: Socket<Pipe = P>>(
         &mut self,
         source: &mut End<S>,
         sink: &mut End<S>,
-        pool: &mut Pool,
+        pool: &mut Pool<P>,
         mut budget: usize,
         silent_end_refuses: bool,
     ) -> bool {
@@ -95,7 +105,11 @@ impl Flow {
                 if !sink.is_writable() {
                     return false;
                 }
-                let n = sink.write(self.carrier.bytes());
+                let n = match &mut self.carrier {
+                    Carrier::Memory { buffer, filled } => sink.write(&buffer[filled.clone()]),
+                    Carrier::Pipe { pipe, holds } => sink.splice_out(pipe, *holds),
+                    Carrier::Empty => 0,
+                };
                 self.delivered += n as u64;
                 self.carrier.consume(n, pool);
                 if matches!(sink.output, Half::Failed(_)) {
@@ -113,14 +127,7 @@ impl Flow {
                     if budget == 0 {
                         return true;
                     }
-                    let mut buffer = pool.take();
-                    match source.read(&mut buffer) {
-                        Some(n) => {
-                            budget = budget.saturating_sub(n);
-                            self.carrier.fill(buffer, n);
-                        }
-                        None => pool.give(buffer),
-                    }
+                    budget = budget.saturating_sub(self.fill(source, sink, pool));
                     if source.is_readable() && self.carrier.is_empty() {
                         return true;
                     }
@@ -138,6 +145,50 @@ impl Flow {
         }
         self.state == State::Broken && source.discard(pool)
     }
+
+    /// Reads once; how many bytes came.
+    fn fill<S: Socket<Pipe = P>>(
+        &mut self,
+        source: &mut End<S>,
+        sink: &End<S>,
+        pool: &mut Pool<P>,
+    ) -> usize {
+        if self.full_reads >= BULK
+            && source.has_splice()
+            && sink.socket.has_splice()
+            && let Some(mut pipe) = pool.take_pipe()
+        {
+            match source.splice_in(&mut pipe) {
+                Some(holds) => {
+                    if holds < pool.size() / SMALL {
+                        self.full_reads = 0;
+                    }
+                    self.carrier = Carrier::Pipe { pipe, holds };
+                    return holds;
+                }
+                None => {
+                    pool.give_pipe(pipe);
+                    return 0;
+                }
+            }
+        }
+        let mut buffer = pool.take_buffer();
+        match source.read(&mut buffer) {
+            Some(n) => {
+                self.full_reads = match n < buffer.len() {
+                    true => 0,
+                    false => self.full_reads.saturating_add(1),
+                };
+                let filled = 0..n;
+                self.carrier = Carrier::Memory { buffer, filled };
+                n
+            }
+            None => {
+                pool.give_buffer(buffer);
+                0
+            }
+        }
+    }
 }
 
 /// The side of a pair that was accepted.
@@ -147,10 +198,10 @@ pub(crate) const SERVER: usize = 1;
 
 /// Two ends and the two directions between them. Side [`CLIENT`] was accepted, side [`SERVER`] dialled.
 #[derive(Debug)]
-pub(crate) struct Pair<S> {
+pub(crate) struct Pair<S: Socket> {
     pub(crate) ends: [End<S>; 2],
     /// `flows[X]` carries what side X sends.
-    flows: [Flow; 2],
+    flows: [Flow<S::Pipe>; 2],
     /// See [`Pair::refuses_silently`].
     silent_within: Option<u64>,
 }
@@ -183,7 +234,8 @@ impl<S: Socket> Pair<S> {
 
     /// Begins with what `side` has said already: the first `len` bytes of a buffer of the pool.
     pub(crate) fn give(&mut self, side: usize, buffer: Box<[u8]>, len: usize) {
-        self.flows[side].carrier.fill(buffer, len);
+        let filled = 0..len;
+        self.flows[side].carrier = Carrier::Memory { buffer, filled };
     }
 
     /// The half-close of `side` is there and waits for [`release`](Pair::release).
@@ -214,12 +266,12 @@ impl<S: Socket> Pair<S> {
     /// A peer is gone, or no direction is open: what is left waits for somebody who may never take it. The caller
     /// bounds this by a deadline.
     pub(crate) fn is_ending(&self) -> bool {
-        let open = |flow: &Flow| flow.state == State::Open;
+        let open = |flow: &Flow<S::Pipe>| flow.state == State::Open;
         self.ends.iter().any(End::is_gone) || !self.flows.iter().any(open)
     }
 
     /// Does a bounded amount of work, at most about `budget` bytes in each direction.
-    pub(crate) fn turn(&mut self, pool: &mut Pool, budget: usize) -> Turn {
+    pub(crate) fn turn(&mut self, pool: &mut Pool<S::Pipe>, budget: usize) -> Turn {
         let mut more = false;
         for side in [SERVER, CLIENT] {
             more |= self.run(side, pool, budget);
@@ -259,14 +311,14 @@ impl<S: Socket> Pair<S> {
     }
 
     /// Takes the pair apart.
-    pub(crate) fn into_ends(self, pool: &mut Pool) -> [End<S>; 2] {
+    pub(crate) fn into_ends(self, pool: &mut Pool<S::Pipe>) -> [End<S>; 2] {
         for mut flow in self.flows {
             flow.carrier.clear(pool);
         }
         self.ends
     }
 
-    fn run(&mut self, side: usize, pool: &mut Pool, budget: usize) -> bool {
+    fn run(&mut self, side: usize, pool: &mut Pool<S::Pipe>, budget: usize) -> bool {
         let unheard = |within: u64| {
             let request = &self.flows[CLIENT];
             request.state != State::Finished && request.delivered <= within

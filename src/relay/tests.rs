@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bench;
+mod carriers;
 mod cases;
 mod kernel;
 mod refusals;

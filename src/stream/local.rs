@@ -57,6 +57,11 @@ impl Local {
         self.stream.shutdown(how)
     }
 
+    /// Whether its bytes can go through a pipe: not those of AF_VSOCK, whose kernel code has no splice.
+    pub(super) fn has_splice(&self) -> bool {
+        !self.is_vsock
+    }
+
     pub(super) fn source(&mut self) -> &mut dyn Source {
         &mut self.stream
     }

@@ -229,7 +229,44 @@ impl Stream {
 }
 
 impl Socket for Stream {
+    type Pipe = sys::Pipe;
+
     const SHORT_WRITE_BLOCKS: bool = sys::KERNEL_EDGES;
+
+    // A Unix socket's read also ends at descriptors that were passed, of which no event tells. (macOS' kqueue doesn't
+    // tell of urgent data.)
+    fn short_read_blocks(&self) -> bool {
+        sys::KERNEL_EDGES && cfg!(target_os = "linux") && matches!(self, Stream::Tcp(_))
+    }
+
+    #[cfg(target_os = "linux")]
+    fn has_splice(&self) -> bool {
+        match self {
+            Stream::Tcp(_) => true,
+            Stream::Local(stream) => stream.has_splice(),
+            Stream::Blocking(_) => false,
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn splice_in(&mut self, pipe: &mut sys::Pipe) -> io::Result<usize> {
+        pipe.fill(std::os::fd::AsFd::as_fd(self))
+    }
+
+    #[cfg(target_os = "linux")]
+    fn splice_out(&mut self, pipe: &mut sys::Pipe, len: usize) -> io::Result<usize> {
+        pipe.empty(std::os::fd::AsFd::as_fd(self), len)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn splice_in(&mut self, pipe: &mut sys::Pipe) -> io::Result<usize> {
+        match *pipe {}
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn splice_out(&mut self, pipe: &mut sys::Pipe, _: usize) -> io::Result<usize> {
+        match *pipe {}
+    }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
@@ -303,7 +340,7 @@ impl Source for Stream {
     }
 }
 
-#[cfg(all(unix, feature = "tokio"))]
+#[cfg(unix)]
 impl std::os::fd::AsFd for Stream {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         match self {

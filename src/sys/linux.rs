@@ -1,4 +1,6 @@
-//! Linux: AF_VSOCK.
+//! Linux: AF_VSOCK, and splice.
+
+mod splice;
 
 use std::fs::File;
 use std::io;
@@ -6,6 +8,8 @@ use std::os::fd::AsRawFd;
 
 use nix::libc;
 use socket2::{Domain, SockAddr, Socket, Type};
+
+pub(crate) use splice::Pipe;
 
 // Socket options of the level AF_VSOCK; numbers, types and units from `include/uapi/linux/vm_sockets.h`.
 /// Bytes that the peer may send ahead of our reading; `u64`. What exceeds [`BUFFER_MAX_SIZE`] is cut off.

@@ -14,6 +14,7 @@
 //! * `vsock_connect`, `vsock_listen`, `vsock_set_buffer`, `vsock_of`, `local_cid`: AF_VSOCK sockets, or `Unsupported`.
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
 //! * `user_id()`, `connector(socket)`: on whose behalf we are, and who is at the other end of a Unix socket.
+//! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
 //! Windows supplies what is left of it without Unix sockets: `wait`, `is_hung_up`, standard input and output. And
@@ -75,6 +76,18 @@ mod no_vsock {
 
 #[cfg(all(unix, not(target_os = "linux")))]
 pub(crate) use no_vsock::*;
+
+/// Where bytes can't go from one socket to another without being copied.
+#[cfg(not(target_os = "linux"))]
+#[derive(Debug)]
+pub(crate) enum Pipe {}
+
+#[cfg(not(target_os = "linux"))]
+impl crate::relay::Pipe for Pipe {
+    fn new() -> Option<Pipe> {
+        None
+    }
+}
 
 /// What is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -312,7 +312,7 @@ pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
 }
 
 /// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
-#[cfg(feature = "cli")]
+#[cfg(any(feature = "cli", target_os = "linux"))]
 #[allow(unsafe_code)]
 pub(crate) fn is_ignored(signal: i32) -> bool {
     let mut old = std::mem::MaybeUninit::<nix::libc::sigaction>::zeroed();

@@ -5,20 +5,21 @@ use std::rc::Rc;
 
 use fastrand::Rng;
 
-use super::kernel::{FakeSocket, Habits, Script, Wire};
-use crate::relay::{CLIENT, End, Farewell, Pair, Pool, Readiness, SERVER, State, Turn};
+use super::kernel::{FakePipe, FakeSocket, Habits, PIPE, Script, Wire};
+use crate::relay::{CLIENT, Carrier, End, Farewell, Pair, Pool, Readiness, SERVER, State, Turn};
 
 /// Calls of a turn that only discards: see `End::discard`.
 const DISCARDS: u64 = 4;
 
-/// The two buffers that a pair may borrow: one for each direction.
+/// The two buffers that a pair may borrow, one for each direction; and the pipes.
 const BUFFERS: usize = 2;
+const PIPES: usize = 2;
 
 pub(super) type Wires = [Rc<RefCell<Wire>>; 2];
 
 pub(super) struct Bench<const KERNEL_EDGES: bool> {
     pub(super) pair: Pair<FakeSocket<KERNEL_EDGES>>,
-    pub(super) pool: Pool,
+    pub(super) pool: Pool<FakePipe>,
     pub(super) buffer: usize,
     pub(super) budget: usize,
     pub(super) wires: Wires,
@@ -61,9 +62,9 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             wire(SERVER, server_habits, server_script),
         ];
         let end = |side: usize| End::new(FakeSocket(Rc::clone(&wires[side])));
-        let mut pool = Pool::new(buffer, usize::MAX);
+        let mut pool = Pool::new(buffer, usize::MAX, PIPES);
         for _ in 0..BUFFERS {
-            pool.give(vec![0; buffer].into_boxed_slice());
+            pool.give_buffer(vec![0; buffer].into_boxed_slice());
         }
         Bench {
             pair: Pair::new(end(CLIENT), end(SERVER)),
@@ -108,7 +109,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
         let turn = self.pair.turn(&mut self.pool, self.budget);
         for (side, before) in read_before.into_iter().enumerate() {
             let read = self.wire(side).read - before;
-            let mut bound = self.budget + self.buffer - 1;
+            let mut bound = self.budget + self.buffer.max(PIPE) - 1;
             if self.pair.flows[side].state == State::Broken {
                 bound += DISCARDS as usize * self.buffer;
             }
@@ -125,19 +126,23 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
         turn
     }
 
-    /// Every buffer is home that carries nothing, and no direction has borrowed a second one.
+    /// Every buffer and pipe is home that carries nothing, and no direction has borrowed a second one.
     fn assert_no_idle_buffer(&self) {
-        let carrying = self
-            .pair
-            .flows
-            .iter()
-            .filter(|flow| !flow.carrier.is_empty());
-        let lent = carrying.count();
-        assert_eq!(
-            self.pool.resting() + lent,
-            BUFFERS,
-            "{lent} carry something"
-        );
+        let carriers = self.pair.flows.iter().map(|flow| &flow.carrier);
+        let (mut buffers, mut pipes) = (0, 0);
+        for carrier in carriers {
+            match carrier {
+                Carrier::Empty => continue,
+                Carrier::Memory { .. } => buffers += 1,
+                Carrier::Pipe { pipe, .. } => {
+                    assert_eq!(pipe.len(), carrier.left());
+                    pipes += 1;
+                }
+            }
+            assert!(carrier.left() > 0, "it carries nothing");
+        }
+        assert_eq!(self.pool.resting() + buffers, BUFFERS);
+        assert_eq!(self.pool.resting_pipes() + pipes, PIPES);
     }
 
     /// Takes events and turns until nothing is left to do, and says how it ended.
@@ -154,7 +159,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
 
     /// What is carried of what `side` sent.
     pub(super) fn carried(&self, side: usize) -> u64 {
-        self.pair.flows[side].carrier.bytes().len() as u64
+        self.pair.flows[side].carrier.left() as u64
     }
 
     pub(super) fn farewells(&self) -> [Farewell; 2] {

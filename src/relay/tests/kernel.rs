@@ -30,7 +30,7 @@ use std::rc::Rc;
 
 use fastrand::Rng;
 
-use crate::relay::{Readiness, Socket};
+use crate::relay::{Pipe, Readiness, Socket};
 
 /// The `i`th byte that the peer at `side` sends.
 fn byte(side: usize, i: u64) -> u8 {
@@ -50,8 +50,13 @@ pub(super) struct Habits {
     pub(super) terse: bool,
     /// Interrupts calls and shortens them, where that is allowed.
     pub(super) nervous: bool,
-    /// The next read ends after so many bytes, whatever stands behind them.
+    /// The next read ends after so many bytes, whatever stands behind them. Where [`drains`](Habits::drains) says that
+    /// short reads can be trusted, an event tells of it.
     pub(super) mark: Option<usize>,
+    /// But for a mark, a read takes all there is, as of Linux' TCP.
+    pub(super) drains: bool,
+    /// Its bytes can go through pipes.
+    pub(super) splices: bool,
 }
 
 /// A calm kernel with room for everything.
@@ -65,6 +70,8 @@ impl Default for Habits {
             terse: false,
             nervous: false,
             mark: None,
+            drains: false,
+            splices: false,
         }
     }
 }
@@ -151,7 +158,7 @@ impl Wire {
         let both = Readiness {
             readable: true,
             writable: true,
-            failed: false,
+            ..Readiness::default()
         };
         Wire {
             side,
@@ -348,6 +355,7 @@ impl Wire {
             readable: !self.incoming.is_empty() || ended,
             writable: self.has_room() || self.deaf || self.gone,
             failed: self.gone,
+            hidden: ended || self.habits.mark.is_some(),
         }
     }
 
@@ -358,6 +366,7 @@ impl Wire {
             readable: state.readable && by.readable,
             writable: state.writable && by.writable,
             failed: state.failed && by.readable,
+            hidden: state.hidden && by.readable,
         };
         let event = if !kernel_edges {
             let event = masked(self.armed);
@@ -399,7 +408,28 @@ impl Wire {
 #[derive(Clone, Debug)]
 pub(super) struct FakeSocket<const KERNEL_EDGES: bool>(pub(super) Rc<RefCell<Wire>>);
 
+/// Bytes that a pipe holds at most.
+pub(super) const PIPE: usize = 48;
+
+/// A pipe, with what it holds.
+#[derive(Debug, Default)]
+pub(super) struct FakePipe(Vec<u8>);
+
+impl Pipe for FakePipe {
+    fn new() -> Option<FakePipe> {
+        Some(FakePipe::default())
+    }
+}
+
+impl FakePipe {
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
 impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
+    type Pipe = FakePipe;
+
     const SHORT_WRITE_BLOCKS: bool = KERNEL_EDGES;
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -416,7 +446,7 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
             // A read may end anywhere, as at TCP's urgent mark.
             let n = match wire.habits.mark.take() {
                 Some(mark) => mark.clamp(1, there),
-                None if wire.habits.nervous => wire.rng.usize(1..=there),
+                None if wire.habits.nervous && !wire.habits.drains => wire.rng.usize(1..=there),
                 None => there,
             };
             for (slot, byte) in buffer.iter_mut().zip(wire.incoming.drain(..n)) {
@@ -470,6 +500,41 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
         wire.outgoing.extend(&bytes[..n]);
         wire.written += n as u64;
         wire.meanwhile();
+        Ok(n)
+    }
+
+    fn short_read_blocks(&self) -> bool {
+        KERNEL_EDGES && self.0.borrow().habits.drains
+    }
+
+    fn has_splice(&self) -> bool {
+        self.0.borrow().habits.splices
+    }
+
+    fn splice_in(&mut self, pipe: &mut FakePipe) -> io::Result<usize> {
+        assert!(pipe.0.is_empty(), "spliced into a pipe with bytes in it");
+        // Linux' splice never gets past TCP's urgent data, and says `WouldBlock` there.
+        assert_eq!(self.0.borrow().habits.mark, None, "spliced, urgent data");
+        // It ends wherever pages do.
+        let most = match &mut *self.0.borrow_mut() {
+            wire if wire.habits.nervous => wire.rng.usize(1..=PIPE),
+            _ => PIPE,
+        };
+        let mut bytes = vec![0; most];
+        let n = self.read(&mut bytes)?;
+        bytes.truncate(n);
+        pipe.0 = bytes;
+        Ok(n)
+    }
+
+    fn splice_out(&mut self, pipe: &mut FakePipe, len: usize) -> io::Result<usize> {
+        assert_eq!(pipe.len(), len, "not all that the pipe holds");
+        let most = match &mut *self.0.borrow_mut() {
+            wire if wire.habits.nervous => wire.rng.usize(1..=len),
+            _ => len,
+        };
+        let n = self.write(&pipe.0[..most])?;
+        pipe.0.drain(..n);
         Ok(n)
     }
 

@@ -76,7 +76,9 @@ fn random_habits(rng: &mut Rng) -> Habits {
         write_takes_error: rng.bool(),
         terse: rng.bool(),
         nervous: rng.u8(..8) > 0,
-        mark: None,
+        mark: (rng.u8(..4) == 0).then(|| rng.usize(1..=40)),
+        drains: rng.bool(),
+        splices: rng.bool(),
     }
 }
 
@@ -230,6 +232,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             readable: self.rng.bool(),
             writable: self.rng.bool(),
             failed: false,
+            hidden: self.rng.bool(),
         };
         let side = self.rng.usize(..2);
         self.bench.latch(side, event);

@@ -1,0 +1,174 @@
+//! What carries bytes from one socket to another, memory or a pipe, and the pool that lends both.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+/// What bytes go through without being copied: a pipe for `splice(2)`, or nothing, where there is no such thing.
+pub(crate) trait Pipe: Sized + Debug {
+    /// An empty one, if there is one to be had.
+    fn new() -> Option<Self>;
+}
+
+/// Buffers and pipes that wait for the next bytes, shared by all connections of one worker.
+#[derive(Debug)]
+pub(crate) struct Pool<P> {
+    buffers: Vec<Box<[u8]>>,
+    size: usize,
+    keep: usize,
+    pipes: Vec<P>,
+    /// How many pipes may still be made.
+    to_make: usize,
+    /// The fewest pipes that rested here since the last [`trim`](Pool::trim).
+    fewest: usize,
+}
+
+impl<P: Pipe> Pool<P> {
+    /// A pool of buffers of `size` bytes that keeps at most `keep` unused ones, and of at most `pipes` pipes in all.
+    pub(crate) fn new(size: usize, keep: usize, pipes: usize) -> Pool<P> {
+        Pool {
+            buffers: Vec::new(),
+            size,
+            keep,
+            pipes: Vec::new(),
+            to_make: pipes,
+            fewest: 0,
+        }
+    }
+
+    pub(crate) fn take_buffer(&mut self) -> Box<[u8]> {
+        self.buffers
+            .pop()
+            .unwrap_or_else(|| vec![0; self.size].into_boxed_slice())
+    }
+
+    pub(crate) fn give_buffer(&mut self, buffer: Box<[u8]>) {
+        if self.buffers.len() < self.keep {
+            self.buffers.push(buffer);
+        }
+    }
+
+    /// An empty pipe; `None` if all are in use.
+    pub(crate) fn take_pipe(&mut self) -> Option<P> {
+        if let Some(pipe) = self.pipes.pop() {
+            self.fewest = self.fewest.min(self.pipes.len());
+            return Some(pipe);
+        }
+        self.fewest = 0;
+        if self.to_make == 0 {
+            return None;
+        }
+        let made = P::new();
+        // Where there is none now it isn't asked for again and again.
+        self.to_make = match made {
+            Some(_) => self.to_make - 1,
+            None => 0,
+        };
+        made
+    }
+
+    /// How many bytes a buffer holds.
+    pub(crate) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Takes an empty pipe back.
+    pub(crate) fn give_pipe(&mut self, pipe: P) {
+        self.pipes.push(pipe);
+    }
+
+    /// Whether pipes rest here, which have descriptors.
+    pub(crate) fn has_pipes(&self) -> bool {
+        !self.pipes.is_empty()
+    }
+
+    /// Closes the pipes that nobody has needed since this was called before.
+    pub(crate) fn trim(&mut self) {
+        self.to_make += self.fewest;
+        self.pipes.truncate(self.pipes.len() - self.fewest);
+        self.fewest = self.pipes.len();
+    }
+
+    /// One that still held bytes is gone: another may take its place.
+    fn lose_pipe(&mut self) {
+        self.to_make += 1;
+    }
+
+    /// Buffers that nobody has borrowed.
+    #[cfg(test)]
+    pub(crate) fn resting(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// Pipes that were made, of those that nobody has borrowed.
+    #[cfg(test)]
+    pub(crate) fn made_pipes(&self) -> usize {
+        self.pipes.len()
+    }
+
+    /// Pipes that nobody has borrowed, or that are still to be made.
+    #[cfg(test)]
+    pub(crate) fn resting_pipes(&self) -> usize {
+        self.pipes.len() + self.to_make
+    }
+}
+
+/// Bytes on their way from one socket to another.
+///
+/// Filled only when empty (invariant 2), and without a buffer or a pipe while empty (invariant 7).
+#[derive(Debug)]
+pub(crate) enum Carrier<P> {
+    Empty,
+    Memory {
+        buffer: Box<[u8]>,
+        filled: Range<usize>,
+    },
+    Pipe {
+        pipe: P,
+        holds: usize,
+    },
+}
+
+impl<P: Pipe> Carrier<P> {
+    pub(crate) fn is_empty(&self) -> bool {
+        matches!(self, Carrier::Empty)
+    }
+
+    /// Bytes that are still to be written.
+    #[cfg(test)]
+    pub(crate) fn left(&self) -> usize {
+        match self {
+            Carrier::Empty => 0,
+            Carrier::Memory { filled, .. } => filled.len(),
+            Carrier::Pipe { holds, .. } => *holds,
+        }
+    }
+
+    /// Notes that the first `n` bytes were written.
+    pub(crate) fn consume(&mut self, n: usize, pool: &mut Pool<P>) {
+        let left = match self {
+            Carrier::Empty => 0,
+            Carrier::Memory { filled, .. } => {
+                filled.start += n;
+                filled.len()
+            }
+            Carrier::Pipe { holds, .. } => {
+                *holds -= n;
+                *holds
+            }
+        };
+        if left == 0 {
+            self.clear(pool);
+        }
+    }
+
+    /// Drops what is left and gives back what carried it.
+    pub(crate) fn clear(&mut self, pool: &mut Pool<P>) {
+        match std::mem::replace(self, Carrier::Empty) {
+            Carrier::Empty => {}
+            Carrier::Memory { buffer, .. } => pool.give_buffer(buffer),
+            Carrier::Pipe { pipe, holds: 0 } => pool.give_pipe(pipe),
+            // What it holds can't be taken out but by another write.
+            Carrier::Pipe { .. } => pool.lose_pipe(),
+        }
+    }
+}

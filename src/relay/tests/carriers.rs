@@ -1,0 +1,147 @@
+//! What it costs to carry: calls, buffers and pipes.
+
+use super::bench::Bench;
+use super::kernel::{Habits, PIPE};
+use crate::relay::{CLIENT, Carrier, SERVER, Turn};
+
+type Kernel = Bench<true>;
+
+fn tcp() -> Habits {
+    Habits {
+        drains: true,
+        splices: true,
+        ..Habits::default()
+    }
+}
+
+fn pair(habits: Habits) -> Kernel {
+    let mut pair = Kernel::with([habits.clone(), habits]);
+    // What registering says.
+    pair.settle();
+    pair.server().calls = 0;
+    pair.client().calls = 0;
+    pair
+}
+
+fn calls(pair: &Kernel) -> [u64; 2] {
+    [CLIENT, SERVER].map(|side| pair.wire(side).calls)
+}
+
+#[test]
+fn a_message_takes_one_read_and_one_write() {
+    let mut pair = pair(tcp());
+    pair.client().say(10);
+    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(calls(&pair), [1, 1]);
+    assert_eq!(pair.wire(SERVER).written, 10);
+}
+
+#[test]
+fn where_a_short_read_proves_nothing_there_is_one_more() {
+    let mut pair = pair(Habits::default());
+    pair.client().say(10);
+    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(calls(&pair), [2, 1]);
+}
+
+#[test]
+fn an_end_that_came_with_the_data_is_looked_for() {
+    let mut pair = pair(tcp());
+    pair.client().say(10);
+    pair.client().fin();
+    pair.settle();
+    assert_eq!(pair.wire(SERVER).half_closes, 1);
+}
+
+#[test]
+fn what_stands_behind_urgent_data_is_looked_for() {
+    let mut pair = pair(tcp());
+    pair.client().habits.mark = Some(3);
+    pair.client().say(10);
+    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.wire(SERVER).written, 10);
+}
+
+#[test]
+fn a_flow_with_urgent_data_goes_through_memory() {
+    let mut pair = pair(tcp());
+    pair.client().say(32 + PIPE);
+    pair.settle();
+    pair.client().habits.mark = Some(3);
+    pair.client().say(PIPE);
+    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.wire(SERVER).written, 32 + 2 * PIPE as u64);
+}
+
+#[test]
+fn much_goes_through_a_pipe_and_little_through_memory() {
+    let mut pair = pair(tcp());
+    // Two full buffers (of 16 bytes) come first.
+    pair.client().say(32 + PIPE);
+    pair.settle();
+    assert_eq!(
+        calls(&pair),
+        [4, 3],
+        "two reads, a splice, one that finds nothing"
+    );
+    // As much as a quarter of a buffer goes on to go through it; less, and the next goes through memory.
+    for (size, reads) in [(4, 2), (3, 2), (10, 1)] {
+        let before = calls(&pair)[CLIENT];
+        pair.client().say(size);
+        pair.settle();
+        assert_eq!(calls(&pair)[CLIENT] - before, reads, "{size} bytes");
+    }
+    assert_eq!(pair.wire(SERVER).written, 32 + PIPE as u64 + 17);
+}
+
+#[test]
+fn what_is_in_a_pipe_waits_there_and_a_pipe_with_bytes_is_not_used_again() {
+    let narrow = Habits {
+        send_queue: 40,
+        ..tcp()
+    };
+    let mut pair = Kernel::with([tcp(), narrow]);
+    pair.client().say(32 + PIPE);
+    assert_eq!(pair.settle(), Turn::Wait);
+    assert!(matches!(
+        pair.pair.flows[CLIENT].carrier,
+        Carrier::Pipe { holds: 40, .. }
+    ));
+    // The server takes no more: what it holds goes nowhere.
+    pair.server().turn_deaf();
+    pair.settle();
+    assert!(pair.pair.flows[CLIENT].carrier.is_empty());
+    // (The accounting of each turn says that its place was given back.)
+    pair.server().say(2 * (32 + PIPE));
+    pair.settle();
+    assert_eq!(pair.wire(CLIENT).written, 2 * (32 + PIPE as u64));
+}
+
+#[test]
+fn no_pipe_is_borrowed_where_one_side_has_none() {
+    let mut pair = Kernel::with([tcp(), Habits::default()]);
+    pair.client().say(200);
+    pair.settle();
+    assert_eq!(pair.wire(SERVER).written, 200);
+    assert_eq!(pair.pool.made_pipes(), 0);
+}
+
+#[test]
+fn pipes_that_nobody_needs_are_closed() {
+    let mut pair = pair(tcp());
+    let carry = |pair: &mut Kernel| {
+        pair.client().say(32 + PIPE);
+        pair.settle();
+    };
+    carry(&mut pair);
+    assert_eq!(pair.pool.made_pipes(), 1);
+    pair.pool.trim();
+    carry(&mut pair);
+    pair.pool.trim();
+    assert!(pair.pool.has_pipes(), "it was needed");
+    pair.pool.trim();
+    assert!(!pair.pool.has_pipes());
+    // (The accounting of each turn says that others can be made.)
+    carry(&mut pair);
+    assert_eq!(pair.wire(SERVER).written, 3 * (32 + PIPE as u64));
+}
