@@ -1,6 +1,8 @@
 //! The proxy: the real binary, as a child.
 
+use crate::crowd::{HOST_ECHO_TCP, HOST_ECHO_UNIX, HOST_REFUSED};
 use crate::guest::{LONG, PORTS};
+use crate::host::Host;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::HashMap;
@@ -40,6 +42,19 @@ pub(crate) struct Places {
 }
 
 impl Places {
+    /// Below `root`, with a guest that dials the host's services.
+    pub(crate) fn new(root: &Path, host: &Host) -> Places {
+        Places {
+            root: root.to_owned(),
+            vm: root.join("vm"),
+            remotes: vec![
+                (HOST_ECHO_TCP, host.tcp.to_string()),
+                (HOST_ECHO_UNIX, host.unix.display().to_string()),
+                (HOST_REFUSED, host.refusing.to_string()),
+            ],
+        }
+    }
+
     pub(crate) fn unix(&self, port: u32) -> PathBuf {
         self.root.join(format!("{port}.sock"))
     }
@@ -60,7 +75,7 @@ impl Places {
 pub(crate) struct Proxy {
     child: Child,
     /// Kept open: a proxy that prints to a closed pipe would be another test.
-    _stdout: BufReader<ChildStdout>,
+    pub(crate) stdout: Option<BufReader<ChildStdout>>,
     log: PathBuf,
     /// Where each guest port is exposed over TCP.
     pub(crate) tcp: HashMap<u32, SocketAddr>,
@@ -85,27 +100,10 @@ impl Proxy {
         for (port, target) in &places.remotes {
             command.args(["-R", &format!("{port}:{target}")]);
         }
-        let log = places.root.join("proxy.log");
-        let append = |path: &Path| File::options().create(true).append(true).open(path);
-        command
-            .env("HVSOCK_LOG", "warn")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(append(&log).map_err(|e| e.to_string())?);
-        let mut child = command.spawn().map_err(|e| e.to_string())?;
-        let stdout = child.stdout.take().expect("stdout is piped");
-        let mut proxy = Proxy {
-            child,
-            _stdout: BufReader::new(stdout),
-            log,
-            tcp: HashMap::new(),
-        };
+        command.env("HVSOCK_LOG", "warn");
+        let mut proxy = Proxy::spawn(command, places.root.join("proxy.log"))?;
         for _ in 0..2 * PORTS.len() + places.remotes.len() {
-            let mut line = String::new();
-            // It prints them all or ends; either ends this.
-            if proxy._stdout.read_line(&mut line).unwrap_or(0) == 0 {
-                return Err(format!("the proxy didn't start: {}", proxy.log_tail()));
-            }
+            let line = proxy.line()?;
             if let Some(rest) = line.trim_end().strip_prefix("tcp://")
                 && let Some((address, port)) = rest.split_once(" -> guest port ")
             {
@@ -118,6 +116,33 @@ impl Proxy {
             }
         }
         Ok(proxy)
+    }
+
+    /// Starts an hvsock that says on `log` what it has to complain about.
+    pub(crate) fn spawn(mut command: Command, log: PathBuf) -> Result<Proxy, String> {
+        let append = |path: &Path| File::options().create(true).append(true).open(path);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(append(&log).map_err(|e| e.to_string())?);
+        let mut child = command.spawn().map_err(|e| e.to_string())?;
+        let stdout = child.stdout.take().map(BufReader::new);
+        Ok(Proxy {
+            child,
+            stdout,
+            log,
+            tcp: HashMap::new(),
+        })
+    }
+
+    /// The next line that it prints. It prints what it should or ends: either ends this.
+    pub(crate) fn line(&mut self) -> Result<String, String> {
+        let mut line = String::new();
+        let stdout = self.stdout.as_mut().expect("nobody else reads it");
+        match stdout.read_line(&mut line) {
+            Ok(1..) => Ok(line),
+            _ => Err(format!("the proxy didn't start: {}", self.log_tail())),
+        }
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -166,8 +191,13 @@ impl Proxy {
 
     /// The most memory it ever had, in KiB.
     pub(crate) fn peak_memory(&self) -> Option<u64> {
+        self.memory("VmHWM:")
+    }
+
+    /// The memory that `/proc` gives this name, in KiB.
+    pub(crate) fn memory(&self, name: &str) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
-        let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+        let line = status.lines().find(|line| line.starts_with(name))?;
         line.split_whitespace().nth(1)?.parse().ok()
     }
 

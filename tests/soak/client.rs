@@ -31,6 +31,14 @@ impl Conn {
         Ok(conn)
     }
 
+    /// Whether a connection was made, if only to be reset so soon that its connect says so.
+    pub(crate) fn was_made(outcome: &io::Result<Conn>) -> bool {
+        match outcome {
+            Ok(_) => true,
+            Err(error) => error.kind() == ErrorKind::ConnectionReset,
+        }
+    }
+
     pub(crate) fn set_timeout(&self, time: Duration) -> io::Result<()> {
         let socket = match self {
             Conn::Tcp(stream) => SockRef::from(stream),

@@ -29,18 +29,34 @@ pub(crate) struct Tally {
     pub(crate) done: u64,
     /// Ended by the proxy's end.
     pub(crate) cut: u64,
+    /// Those of them that could take it for a whole answer.
+    pub(crate) clean: u64,
+}
+
+/// Programs in a guest that dial the host.
+pub(crate) trait Guests: Sync {
+    fn dial(&self, port: u32) -> io::Result<UnixStream>;
+}
+
+impl Guests for Vm {
+    fn dial(&self, port: u32) -> io::Result<UnixStream> {
+        Vm::dial(self, port)
+    }
 }
 
 #[derive(Debug)]
-pub(crate) struct World<'a> {
-    pub(crate) vm: &'a Vm,
+pub(crate) struct World<'a, V = Vm> {
+    pub(crate) vm: &'a V,
     pub(crate) places: &'a Places,
     pub(crate) seed: u64,
     pub(crate) total: usize,
+    pub(crate) begun: Instant,
     pub(crate) issued: AtomicUsize,
     pub(crate) tcp: HashMap<u32, SocketAddr>,
-    /// Ends and starts of the proxy so far: odd while it is ending or gone.
+    /// Ends and starts of the proxy (or of the VM, whichever is ended) so far: odd while it is ending or gone.
     pub(crate) changes: AtomicUsize,
+    /// What ends can't say so: a VM's death is an EOF on all of its sockets, as a guest's close is.
+    pub(crate) ends_silently: bool,
     /// Whether the guest may dial; held for reading while it does.
     pub(crate) may_dial: RwLock<bool>,
     /// Nothing more is begun: a failure, or the end.
@@ -49,9 +65,38 @@ pub(crate) struct World<'a> {
     pub(crate) failures: Mutex<Vec<String>>,
     /// Refusals that a half-closing client could not tell from an empty answer, and all of them.
     pub(crate) late_refusals: [AtomicUsize; 2],
+    /// Connections made, by guest port and whether over TCP.
+    pub(crate) opened: Mutex<HashMap<(u32, bool), u64>>,
 }
 
-impl World<'_> {
+impl<'a, V: Guests> World<'a, V> {
+    /// A world in which nothing has happened yet, and `total` clients are to come.
+    pub(crate) fn new(
+        vm: &'a V,
+        places: &'a Places,
+        seed: u64,
+        total: usize,
+        tcp: HashMap<u32, SocketAddr>,
+    ) -> World<'a, V> {
+        World {
+            vm,
+            places,
+            seed,
+            total,
+            begun: Instant::now(),
+            issued: 0.into(),
+            tcp,
+            changes: 0.into(),
+            ends_silently: false,
+            may_dial: true.into(),
+            over: false.into(),
+            tallies: Default::default(),
+            failures: Default::default(),
+            late_refusals: Default::default(),
+            opened: Default::default(),
+        }
+    }
+
     pub(crate) fn changes(&self) -> usize {
         self.changes.load(Ordering::SeqCst)
     }
@@ -62,7 +107,11 @@ impl World<'_> {
 
     pub(crate) fn fail(&self, text: String) {
         self.over.store(true, Ordering::SeqCst);
-        self.failures.lock().unwrap().push(text);
+        let time = self.begun.elapsed().as_secs_f64();
+        self.failures
+            .lock()
+            .unwrap()
+            .push(format!("after {time:.3} s: {text}"));
     }
 
     /// Waits until a proxy runs; how many changes there were until it did.
@@ -83,11 +132,12 @@ impl World<'_> {
         outcome: io::Result<()>,
         tcp: bool,
     ) {
-        let mut cut = false;
+        let (mut cut, mut clean) = (false, false);
         if let Err(error) = outcome {
             // Over TCP, what is cut off must look so. Unix sockets have no way to say it.
-            let lie = error.kind() == ErrorKind::UnexpectedEof && tcp;
+            clean = error.kind() == ErrorKind::UnexpectedEof && tcp;
             let ending = self.changes() != changes || !changes.is_multiple_of(2);
+            let lie = clean && !self.ends_silently;
             cut = ending && error.kind() != ErrorKind::InvalidData && !lie;
             if !cut {
                 self.fail(format!("{kind} {what}: {error} ({:?})", error.kind()));
@@ -97,6 +147,7 @@ impl World<'_> {
         let tally = tallies.entry(kind).or_default();
         tally.done += u64::from(!cut);
         tally.cut += u64::from(cut);
+        tally.clean += u64::from(clean);
     }
 
     pub(crate) fn place(&self, port: u32, tcp: bool) -> Place {
@@ -105,6 +156,13 @@ impl World<'_> {
         } else {
             Place::Unix(self.places.unix(port))
         }
+    }
+
+    pub(crate) fn open(&self, port: u32, tcp: bool) -> io::Result<Conn> {
+        let conn = Conn::open(&self.place(port, tcp));
+        let made = u64::from(Conn::was_made(&conn));
+        *self.opened.lock().unwrap().entry((port, tcp)).or_default() += made;
+        conn
     }
 
     /// One thread's clients, until all have been.
@@ -150,7 +208,7 @@ impl World<'_> {
         let seed = rng.u64(..);
         let choice = rng.u32(..100);
         if choice < 55 {
-            let open = |port| Conn::open(&self.place(port, tcp));
+            let open = |port| self.open(port, tcp);
             let half_close = rng.bool();
             match choice {
                 0..14 => {
@@ -230,7 +288,7 @@ impl World<'_> {
         tcp: bool,
         parked: &mut Vec<(Instant, Conn)>,
     ) -> (&'static str, io::Result<()>) {
-        let open = |port| Conn::open(&self.place(port, tcp));
+        let open = |port| self.open(port, tcp);
         let mut park = |conn, time| {
             parked.push((Instant::now() + Duration::from_millis(time), conn));
             Ok(())

@@ -77,23 +77,29 @@ pub(crate) fn chargen(length: usize) -> Vec<u8> {
     (0..length).map(byte).collect()
 }
 
+pub(crate) type Program = fn(UnixStream) -> io::Result<()>;
+
+/// What the stand-in has not of its own.
+pub(crate) const PROGRAMS: [(u32, Program); 7] = [
+    (DOWNLOAD, download),
+    (COUNT, count),
+    (LATE, late),
+    (EARLY, early),
+    (NEVER, never),
+    (STUBBORN, stubborn),
+    (CLOSER, |_| Ok(())),
+];
+
 pub(crate) fn builder(directory: &Path) -> Builder {
-    // A program whose client has gone has nobody to tell.
-    let program = |program: fn(UnixStream) -> io::Result<()>| {
-        Service::custom(move |stream| drop(program(stream)))
-    };
-    Vm::builder(directory)
+    let vm = Vm::builder(directory)
         .guest(ECHO, Service::Echo)
         .guest(DISCARD, Service::Discard)
         .guest(CHARGEN, Service::Chargen)
-        .guest(HTTP, Service::Http)
-        .guest(DOWNLOAD, program(download))
-        .guest(COUNT, program(count))
-        .guest(LATE, program(late))
-        .guest(EARLY, program(early))
-        .guest(NEVER, program(never))
-        .guest(STUBBORN, program(stubborn))
-        .guest(CLOSER, program(|_| Ok(())))
+        .guest(HTTP, Service::Http);
+    PROGRAMS.into_iter().fold(vm, |vm, (port, program)| {
+        // A program whose client has gone has nobody to tell.
+        vm.guest(port, Service::custom(move |stream| drop(program(stream))))
+    })
 }
 
 fn read_all(stream: &mut UnixStream) -> io::Result<Vec<u8>> {

@@ -12,7 +12,7 @@ mod host;
 
 use child::{Places, Proxy, wait_until};
 use client::{Conn, Place};
-use crowd::{HOST_ECHO_TCP, HOST_ECHO_UNIX, HOST_REFUSED, Tally, World};
+use crowd::{Tally, World};
 use guest::{CHARGEN, DOWNLOAD, ECHO, LONG, NEVER, STUBBORN};
 use hvsock::simulate::Vm;
 use nix::sys::signal::Signal;
@@ -98,15 +98,7 @@ fn the_vm_survives_a_rude_crowd() {
 
     let root = directory();
     let host = host::Host::start(root.path());
-    let places = Places {
-        root: root.path().to_owned(),
-        vm: root.path().join("vm"),
-        remotes: vec![
-            (HOST_ECHO_TCP, host.tcp.to_string()),
-            (HOST_ECHO_UNIX, host.unix.display().to_string()),
-            (HOST_REFUSED, host.refusing.to_string()),
-        ],
-    };
+    let places = Places::new(root.path(), &host);
     let vm = guest::builder(&places.vm).start().unwrap();
     let mut first = Proxy::start(
         &places,
@@ -114,20 +106,7 @@ fn the_vm_survives_a_rude_crowd() {
         &["--grace", "2", "--drain-timeout", DRAIN],
     )
     .unwrap();
-    let world = World {
-        vm: &vm,
-        places: &places,
-        seed,
-        total,
-        issued: 0.into(),
-        tcp: first.tcp.clone(),
-        changes: 0.into(),
-        may_dial: true.into(),
-        over: false.into(),
-        tallies: Default::default(),
-        failures: Default::default(),
-        late_refusals: Default::default(),
-    };
+    let world = World::new(&vm, &places, seed, total, first.tcp.clone());
     canary(&world);
     let mut peak = None;
     let mut second = None;
@@ -491,7 +470,7 @@ fn end_by_two_signals(world: &World, proxy: &mut Proxy) {
 }
 
 fn report(world: &World) {
-    for (kind, Tally { done, cut }) in &*world.tallies.lock().unwrap() {
+    for (kind, Tally { done, cut, .. }) in &*world.tallies.lock().unwrap() {
         println!(
             "{done:6} {kind}{}",
             if *cut > 0 {
