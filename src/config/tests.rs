@@ -27,9 +27,14 @@ fn wrong(text: &str) -> Vec<(usize, String)> {
 
 #[test]
 fn nothing_is_asked_for_by_nothing() {
-    let (config, wanted) = right("");
+    let (config, wanted) = right("[defaults]");
     assert_eq!(config.grace, Duration::from_secs(30));
     assert!(wanted.rules.is_empty() && wanted.missing.is_empty());
+    // But a file that is cut short to nothing, as while it is written, is no wish.
+    assert_eq!(
+        wrong(" \n"),
+        [(1, "it is empty; write a [forward.NAME]".to_owned())]
+    );
 }
 
 #[cfg(unix)]
