@@ -198,6 +198,21 @@ impl Others<'_> {
         });
     }
 
+    /// A connection that is to stay whatever becomes of its forward.
+    pub(crate) fn begin(&self, (path, count): &(PathBuf, Count)) -> Result<Conn, String> {
+        let begun = count.open(&Place::Unix(path.clone())).and_then(|mut conn| {
+            client::echo(&mut conn, b"before", false)?;
+            Ok(conn)
+        });
+        begun.map_err(|error| format!("{}: {error}", path.display()))
+    }
+
+    /// It goes on, now that this has happened, and ends as it should.
+    pub(crate) fn go_on(&self, mut conn: Conn, what: &str) -> Result<(), String> {
+        client::echo(&mut conn, b"afterwards", true)
+            .map_err(|error| format!("{what}, and a client that was there: {error}"))
+    }
+
     fn ended(&self, changes: usize) -> bool {
         self.world.changes() != changes || !changes.is_multiple_of(2)
     }

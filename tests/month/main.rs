@@ -209,27 +209,33 @@ impl Month<'_> {
     }
 
     fn act(&mut self, time: Duration) -> Result<(), String> {
+        let others = self.others;
+        // That the time passes is what it is for; a failure ends it.
+        let pause = || wait_until(time / 4, || others.world.is_over());
         let kind = self.restarts;
-        let pause = || {
-            // That the time passes is what it is for; a failure ends it.
-            wait_until(time / 4, || self.world().is_over());
-        };
+        let [more, added] = &others.passing;
         pause();
-        match kind % 4 {
-            0 | 2 => self.reload(File::Changed)?,
-            1 => self.reload(File::More)?,
-            _ => self.reload(File::Bad)?,
-        }
+        let stays = others.begin(&others.changed)?;
+        self.reload(match kind % 4 {
+            0 | 2 => File::Changed,
+            1 => File::More,
+            _ => File::Bad,
+        })?;
+        others.go_on(stays, "the file has changed")?;
         self.restart(kind)?;
-        let pause = || {
-            wait_until(time / 4, || self.world().is_over());
-        };
         pause();
         self.hvsock.add()?;
+        let stays = others.begin(added)?;
         pause();
         self.hvsock.remove()?;
+        others.go_on(stays, "its forward was removed")?;
+        let stays = match kind % 4 {
+            1 => others.begin(more)?,
+            _ => others.begin(&others.changed)?,
+        };
         self.reload(File::Usual)?;
-        wait_until(time / 4, || self.world().is_over());
+        others.go_on(stays, "the file is as it was")?;
+        pause();
         Ok(())
     }
 
