@@ -110,7 +110,7 @@ fn a_service_that_speaks_first_and_one_that_ends_at_once_are_no_refusals() {
     let proxy = waiting(hyperkit(dir.path(), 25), PATIENCE);
     let answer = ask(tcp(port_of(&proxy, 0)), b"QUIT").unwrap();
     assert_eq!(answer, b"220 hello\r\nQUIT");
-    let proxy_of_mute = waiting(hyperkit(dir.path(), 9), Duration::from_millis(300));
+    let proxy_of_mute = waiting(hyperkit(dir.path(), 9), PATIENCE);
     for _ in 0..20 {
         let mut client = tcp(port_of(&proxy_of_mute, 0));
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
