@@ -10,12 +10,12 @@
 //!
 //! | call | what it does | answers |
 //! |---|---|---|
-//! | `GET /v1/status` | all of it: version, uptime, forwards | [`Status`](model::Status) |
-//! | `GET /v1/forwards` | the forwards | an array of [`Forward`](model::Forward) |
-//! | `POST /v1/forwards` | adds one; the body is a [`RuleBody`](model::RuleBody) | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
+//! | `GET /v1/status` | all of it: version, uptime, forwards | [`Status`] |
+//! | `GET /v1/forwards` | the forwards | an array of [`Forward`] |
+//! | `POST /v1/forwards` | adds one; the body is a [`RuleBody`] | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
 //! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
-//! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`](model::Connection) |
+//! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
 //! | `GET /metrics` | the counters | Prometheus' text format |
