@@ -113,14 +113,15 @@ impl Bridge {
     /// Breaks both directions off. To be called again until the end is told: what a thread was about to begin is not
     /// ended by the first call.
     pub(crate) fn cut(&self) {
-        // Whoever still waits after the first call waits for room, and a half-close comes behind what is waiting there:
-        // it doesn't arrive before the reset does.
-        let how = match self.cut.swap(true, Ordering::AcqRel) {
-            false => Shutdown::Read,
-            true => Shutdown::Both,
-        };
+        // Whoever still writes after the first call waits for room, and a half-close comes behind what is waiting there:
+        // it doesn't arrive before the reset does. To who is only slow it would be a clean EOF.
+        let again = self.cut.swap(true, Ordering::AcqRel);
         for end in self.ends.iter().filter_map(Weak::upgrade) {
             end.interrupted.store(true, Ordering::Release);
+            let how = match again && end.writing.load(Ordering::Acquire) {
+                false => Shutdown::Read,
+                true => Shutdown::Both,
+            };
             end.stream.interrupt(how);
         }
     }
@@ -149,6 +150,8 @@ struct End {
     stream: Stream,
     /// What its reads say any more is our own doing.
     interrupted: AtomicBool,
+    /// A thread is in a write to it.
+    writing: AtomicBool,
     /// A write has failed, and not only because the peer doesn't take more.
     failed: AtomicBool,
     half_closed: AtomicBool,
@@ -160,6 +163,7 @@ impl End {
         End {
             stream,
             interrupted: AtomicBool::new(false),
+            writing: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             half_closed: AtomicBool::new(false),
             delivered: AtomicU64::new(0),
@@ -259,7 +263,9 @@ fn flow(ends: &[Arc<End>; 2], side: usize, order: &impl Order) -> Flow {
         let mut rest = &buffer[..n];
         // (Under Wine a write that waits while an EOF comes takes nothing, and says so.)
         while !rest.is_empty() {
+            sink.writing.store(true, Ordering::Release);
             let written = (&sink.stream).write(rest);
+            sink.writing.store(false, Ordering::Release);
             let taken = *written.as_ref().unwrap_or(&0);
             rest = &rest[taken..];
             source.delivered.fetch_add(taken as u64, Ordering::Relaxed);
