@@ -602,9 +602,12 @@ fn its_place_is_the_users_alone() {
         call(&socket, "GET", "/v1/status", "").1["pid"],
         third.child.0.id()
     );
-    // A file that is removed is made again.
+    // A file that is removed is made again, and its directory with it.
     fs::remove_file(&socket).unwrap();
     eventually("it is made again", || socket.exists());
+    fs::remove_dir_all(&home).unwrap();
+    eventually("it is made again", || socket.exists());
+    assert_eq!((mode(&home), mode(&socket)), (0o700, 0o600));
     assert_eq!(call(&socket, "GET", "/v1/status", "").0, 200);
     third.signal("TERM");
     assert_eq!(third.exit_code(), Some(0));

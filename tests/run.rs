@@ -249,6 +249,22 @@ fn a_vm_that_is_not_there_yet_is_waited_for() {
     proxy.complains("VM \"one\" is not there yet");
     proxy.complains("[forward.dialled]: waits for");
     assert!(resets_clients(port));
+    // Who looks sees it among the others.
+    let seen = |state: &str| {
+        let (_, json) = asked(dir.path(), &["status", "--json"]);
+        let status: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let forwards = status["forwards"].as_array().unwrap();
+        let named = |it: &&serde_json::Value| it["name"] == "dialled";
+        let mut found = forwards.iter().filter(named);
+        assert_eq!(found.next().unwrap()["state"], state, "{json}");
+        assert!(found.next().is_none(), "{json}");
+    };
+    seen("waiting");
+    let (_, table) = asked(dir.path(), &["status"]);
+    assert!(
+        table.contains("dialled is waiting since") && table.contains("the VM's state directory"),
+        "{table}"
+    );
     let vm = vm(&home);
     proxy.says("dialled: one, to CID 2 port 5000");
     assert_eq!(ask(tcp(port), b"late").unwrap(), b"late");
@@ -256,6 +272,7 @@ fn a_vm_that_is_not_there_yet_is_waited_for() {
         ask(vm.dial(5000).unwrap(), b"late, too").unwrap(),
         b"late, too"
     );
+    seen("listening");
 }
 
 #[test]
@@ -575,7 +592,7 @@ fn no_forward_of_the_file_leads_to_its_control_socket() {
     );
     let file = File::new(dir.path(), &bad);
     let mut refused = file.run();
-    refused.complains("controlled");
+    refused.complains("this hvsock's own control");
     assert_eq!(refused.exit_code(), Some(1));
     assert!(!control.exists());
     let server = echo_server();
@@ -586,7 +603,7 @@ fn no_forward_of_the_file_leads_to_its_control_socket() {
     proxy.says("a: ");
     file.write(&bad);
     proxy.signal("HUP");
-    proxy.complains("controlled");
+    proxy.complains("this hvsock's own control");
     proxy.signal("TERM");
     assert_eq!(proxy.exit_code(), Some(0));
     assert!(!control.exists());
@@ -637,4 +654,10 @@ fn a_reload_with_a_forward_that_can_not_be_had_fails() {
     let (code, told) = asked(dir.path(), &["reload"]);
     assert_eq!(code, Some(1), "{told}");
     assert!(told.contains("\"b\":"), "{told}");
+    proxy.says("1 kept, 1 can't be had now");
+    let (_, json) = asked(dir.path(), &["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let b = &status["forwards"][1];
+    assert_eq!((&b["name"], &b["state"]), (&"b".into(), &"failed".into()));
+    assert!(b["id"].is_null() && b["why"].as_str().unwrap().contains("in use"));
 }

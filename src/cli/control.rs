@@ -75,6 +75,7 @@ pub(super) fn start(
     let grace = options.grace();
     let actions = Actions {
         rule: Box::new(options.usual_rule()),
+        pending: Box::new(Vec::new),
         reload: None,
         grace: Box::new(move || grace),
     };

@@ -131,13 +131,15 @@ fn control(
     proxy: &Proxy,
 ) -> crate::Result<crate::control::Control> {
     use crate::control::{Actions, Problem};
-    let (read, rule, grace) = (
+    let (read, rule, grace, pending) = (
+        Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
     );
     let actions = Actions {
         rule: Box::new(move |listen, connect| rule.usual_rule(listen, connect)),
+        pending: Box::new(move || pending.pending()),
         reload: Some(Box::new(move || match reload(&read) {
             Ok(summary) => Ok(summary.json()),
             Err(problems) => Err(Problem::new(

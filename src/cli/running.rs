@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::address::{Address, HyperkitAddress};
 use crate::config::{Config, Control, Existing, Missing, Problems, Step, Wanted, plan};
@@ -25,7 +25,11 @@ pub(super) struct Running {
     handle: Handle,
     file: PathBuf,
     state: Mutex<State>,
+    /// What the file asks for and could not be had, by the forward's name. It is never locked for long, as the state is.
+    failing: Mutex<Failing>,
 }
+
+type Failing = BTreeMap<String, Pending>;
 
 #[derive(Debug)]
 struct State {
@@ -34,10 +38,19 @@ struct State {
     ours: HashSet<ForwardId>,
     /// VMs that have limits of their own.
     limits: Vec<VmLimits>,
-    /// What the file asks for and could not be had, by the forward's name: why.
-    failing: BTreeMap<String, String>,
     /// VMs whose directory is missing.
     missing: Vec<Missing>,
+}
+
+/// A forward that is wanted and isn't carried.
+#[derive(Clone, Debug)]
+#[cfg_attr(not(unix), allow(dead_code))]
+struct Pending {
+    rule: Rule,
+    /// What it waits for is expected to be missing at times. Otherwise it should be there.
+    waits: bool,
+    why: String,
+    since: SystemTime,
 }
 
 /// What became of the forwards when the file was read again, by their names. Prints as how many they are.
@@ -110,11 +123,12 @@ impl fmt::Display for Summary {
             (&self.removed, "removed"),
             (&self.kept, "kept"),
         ];
-        f.write_str(
-            &counts
-                .map(|(names, what)| format!("{} {what}", names.len()))
-                .join(", "),
-        )
+        let counts = counts.map(|(names, what)| format!("{} {what}", names.len()));
+        f.write_str(&counts.join(", "))?;
+        match self.failed.len() {
+            0 => Ok(()),
+            n => write!(f, ", {n} can't be had now"),
+        }
     }
 }
 
@@ -176,10 +190,10 @@ impl Running {
         proxy.vms = wanted.limits.clone();
         let doors = open_doors(&config, &mut proxy)
             .map_err(|e| NotStarted::Failed(Failure::Failed(format!("{}: {e}", file.display()))))?;
-        let mut failing = BTreeMap::new();
+        let mut failing = Failing::new();
         for rule in &wanted.rules {
             match waits_for(rule, &wanted) {
-                Some(why) => drop(failing.insert(name_of(rule), why)),
+                Some(why) => drop(failing.insert(name_of(rule), pending(rule, true, why))),
                 None => proxy.rules.push(rule.clone()),
             }
         }
@@ -190,13 +204,13 @@ impl Running {
             config,
             ours: proxy.forwards().iter().map(|it| it.id).collect(),
             limits: wanted.limits,
-            failing,
             missing: wanted.missing,
         };
         let running = Running {
             handle: proxy.handle(),
             file: file.to_owned(),
             state: Mutex::new(state),
+            failing: Mutex::new(failing),
         };
         Ok((proxy, running, doors))
     }
@@ -209,6 +223,18 @@ impl Running {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failing(&self) -> MutexGuard<'_, Failing> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The forwards that the file asks for and that can't be had now.
+    #[cfg(unix)]
+    pub(super) fn pending(&self) -> Vec<crate::control::Forward> {
+        let forward =
+            |it: &Pending| crate::control::Forward::pending(&it.rule, it.waits, &it.why, it.since);
+        self.failing().values().map(forward).collect()
     }
 
     pub(super) fn handle(&self) -> &Handle {
@@ -224,9 +250,7 @@ impl Running {
     pub(super) fn troubles(&self) -> Vec<String> {
         let state = self.state();
         let mut told: Vec<String> = state.missing.iter().map(absence).collect();
-        told.extend(failures(
-            &state.failing.clone().into_iter().collect::<Vec<_>>(),
-        ));
+        told.extend(failures(&reasons(&self.failing())));
         told
     }
 
@@ -309,7 +333,8 @@ impl Running {
 
     fn look_again(&self) -> Option<Summary> {
         let mut state = self.state();
-        if self.handle.is_stopping() || state.failing.is_empty() && state.missing.is_empty() {
+        let before = reasons(&self.failing());
+        if self.handle.is_stopping() || before.is_empty() && state.missing.is_empty() {
             return None;
         }
         // What is wrong now was right when the file was read; it may be so again.
@@ -317,11 +342,8 @@ impl Running {
             .config
             .look_again(&self.file, &Places::from_env())
             .ok()?;
-        let before = state.failing.clone();
         let mut summary = self.apply(&mut state, wanted);
-        summary
-            .failed
-            .retain(|(name, why)| before.get(name) != Some(why));
+        summary.failed.retain(|it| !before.contains(it));
         (!summary.is_quiet()).then_some(summary)
     }
 
@@ -346,7 +368,10 @@ impl Running {
             .collect();
         let rules: HashMap<ForwardId, &Rule> = now.iter().map(|it| (it.id, &it.rule)).collect();
         let mut summary = Summary::default();
-        state.failing.clear();
+        let mut failing = Failing::new();
+        let mut fails = |rule: Rule, waits: bool, why: String| {
+            failing.insert(name_of(&rule), pending(&rule, waits, why));
+        };
         for step in plan(&existing, &wanted.rules) {
             match step {
                 Step::Keep(id) => {
@@ -370,23 +395,22 @@ impl Running {
                 Step::Replace(id, rule) => {
                     state.ours.insert(id);
                     let name = name_of(&rule);
-                    match self.handle.replace(id, rule) {
+                    match self.handle.replace(id, rule.clone()) {
                         Ok(()) => summary.changed.push(name),
-                        Err(e) => drop(state.failing.insert(name, e.to_string())),
+                        Err(e) => fails(rule, false, e.to_string()),
                     }
                 }
                 Step::Add(rule) => {
-                    let name = name_of(&rule);
-                    let added = match waits_for(&rule, &wanted) {
-                        Some(why) => Err(why),
-                        None => self.handle.add(rule).map_err(|e| e.to_string()),
-                    };
-                    match added {
+                    if let Some(why) = waits_for(&rule, &wanted) {
+                        fails(rule, true, why);
+                        continue;
+                    }
+                    match self.handle.add(rule.clone()) {
                         Ok(id) => {
                             state.ours.insert(id);
-                            summary.added.push(name);
+                            summary.added.push(name_of(&rule));
                         }
-                        Err(why) => drop(state.failing.insert(name, why)),
+                        Err(e) => fails(rule, false, e.to_string()),
                     }
                 }
             }
@@ -396,7 +420,14 @@ impl Running {
         let moved: Vec<String> = summary.removed.extract_if(.., again).collect();
         summary.added.retain(|name| !moved.contains(name));
         summary.changed.extend(moved);
-        summary.failed = state.failing.clone().into_iter().collect();
+        summary.failed = reasons(&failing);
+        let mut before = std::mem::take(&mut *self.failing());
+        for (name, it) in &mut failing {
+            if let Some(was) = before.remove(name) {
+                it.since = was.since;
+            }
+        }
+        *self.failing() = failing;
         state.limits = wanted.limits;
         let new = wanted
             .missing
@@ -406,6 +437,21 @@ impl Running {
         state.missing = wanted.missing;
         summary
     }
+}
+
+fn pending(rule: &Rule, waits: bool, why: String) -> Pending {
+    Pending {
+        rule: rule.clone(),
+        waits,
+        why,
+        since: SystemTime::now(),
+    }
+}
+
+/// The names, and why those can't be had.
+fn reasons(failing: &Failing) -> Vec<(String, String)> {
+    let reason = |(name, it): (&String, &Pending)| (name.clone(), it.why.clone());
+    failing.iter().map(reason).collect()
 }
 
 /// What is said of forwards that can't be had now.

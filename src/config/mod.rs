@@ -16,6 +16,7 @@
 //! connect = "127.0.0.1:8080"
 //! ```
 
+mod conflicts;
 mod diff;
 mod forward;
 mod problems;
@@ -38,7 +39,7 @@ use toml::de::DeTable;
 use crate::address::Address;
 use crate::address::TcpAddress;
 use crate::hyperkit::Places;
-use crate::proxy::{Rule, VmLimits, check_rule, is_chosen};
+use crate::proxy::{Rule, VmLimits, check_rule};
 
 pub(crate) use diff::{Existing, Step, plan};
 use forward::{Forward, Settings};
@@ -253,19 +254,9 @@ impl Config {
                     format!("[forward.{}]: {e}", forward.name),
                 );
             }
-            let same = |(_, other): &&(&Forward, Rule)| {
-                other.listen == rule.listen && !is_chosen(&rule.listen)
-            };
-            if let Some((other, _)) = seen.iter().find(same) {
-                let (name, line, listen) = (&other.name, other.listen_line, &rule.listen);
-                let text = format!(
-                    "[forward.{}]: [forward.{name}] in line {line} listens on {listen} already; remove one, or choose another address",
-                    forward.name
-                );
-                complain(forward.listen_line, text);
-            }
             seen.push((forward, rule));
         }
+        conflicts::find(&seen, &self.control, self.metrics.as_ref(), complain);
         for (vm, _) in &vms {
             let of = |forward: &&Forward| forward.vm().is_some_and(|(name, _)| name == vm.name);
             let mut its = self.forwards.iter().filter(of);

@@ -10,23 +10,23 @@ use super::problems::Problem;
 
 /// The text, and what is wrong with it so far.
 #[derive(Debug)]
-pub(super) struct Source<'a> {
-    text: &'a str,
+pub(super) struct Source {
+    /// Where the lines end.
+    ends: Vec<usize>,
     problems: RefCell<Vec<Problem>>,
 }
 
-impl<'a> Source<'a> {
-    pub(super) fn new(text: &'a str) -> Source<'a> {
+impl Source {
+    pub(super) fn new(text: &str) -> Source {
         Source {
-            text,
+            ends: text.match_indices('\n').map(|(at, _)| at).collect(),
             problems: RefCell::default(),
         }
     }
 
     /// The line of a place, from 1.
     pub(super) fn line(&self, span: Range<usize>) -> usize {
-        let before = &self.text.as_bytes()[..span.start.min(self.text.len())];
-        1 + before.iter().filter(|byte| **byte == b'\n').count()
+        1 + self.ends.partition_point(|end| *end < span.start)
     }
 
     pub(super) fn complain(&self, line: usize, text: impl Into<String>) {
@@ -47,7 +47,7 @@ impl<'a> Source<'a> {
 /// A table of the file: keys are taken out by name, and what is left is unknown.
 #[derive(Debug)]
 pub(super) struct Section<'a, 'i> {
-    source: &'a Source<'i>,
+    source: &'a Source,
     /// As people write it: `[vm.docker]`; empty for the whole file.
     title: String,
     table: &'a DeTable<'i>,
@@ -56,7 +56,7 @@ pub(super) struct Section<'a, 'i> {
 }
 
 impl<'a, 'i> Section<'a, 'i> {
-    pub(super) fn root(source: &'a Source<'i>, table: &'a DeTable<'i>) -> Section<'a, 'i> {
+    pub(super) fn root(source: &'a Source, table: &'a DeTable<'i>) -> Section<'a, 'i> {
         Section {
             source,
             title: String::new(),

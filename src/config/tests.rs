@@ -258,3 +258,52 @@ fn what_is_no_toml_is_told_all_at_once_and_nothing_else() {
         "{told:?}"
     );
 }
+
+/// What a forward can't have since the program has it, or where it may not lead.
+#[cfg(unix)]
+#[test]
+fn where_it_is_controlled_from_and_looked_at_is_no_place_for_forwards() {
+    let mut found = wrong(
+        r#"control = "/c/sock"
+        metrics = "127.0.0.1:9100"
+        [forward.a]
+        listen = "/c/sock"
+        connect = 80
+        [forward.b]
+        listen = 9100
+        connect = "/c/sock"
+        [forward.c]
+        listen = 1
+        connect = "localhost:9100"
+        [forward.d]
+        listen = 9101
+        connect = 81
+        "#,
+    );
+    found.sort();
+    let lines: Vec<usize> = found.iter().map(|(line, _)| *line).collect();
+    assert_eq!(lines, [4, 7, 8, 11], "{found:?}");
+    assert!(
+        found[0].1.contains("control is at unix:///c/sock"),
+        "{found:?}"
+    );
+    assert!(found[1].1.contains("metrics is at tcp://127.0.0.1:9100"));
+    assert!(found[2].1.contains("own control"));
+    assert!(found[3].1.contains("own metrics"));
+    assert!(wrong("[forward.a]\nlisten = 1\nconnect = 2\n[x]").len() == 1);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn one_address_is_taken_by_who_has_them_all() {
+    let forward =
+        |name: &str, listen: &str| format!("[forward.{name}]\nlisten = {listen}\nconnect = 99\n");
+    let (one, all) = (forward("one", "8080"), forward("all", "\"0.0.0.0:8080\""));
+    for text in [one.clone() + &all, all + &one] {
+        let found = wrong(&text);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(found[0].0, 5, "{found:?}");
+        assert!(found[0].1.contains(":8080 already"), "{found:?}");
+    }
+    right(&(one + &forward("next", "\"0.0.0.0:8081\"")));
+}

@@ -60,8 +60,8 @@ impl Api {
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
                 (Some(name), "GET") => none(query)
-                    .and_then(|()| self.find(name))
-                    .and_then(|found| json(200, &Forward::from(&found))),
+                    .and_then(|()| self.forward(name))
+                    .and_then(|found| json(200, &found)),
                 (Some(name), "DELETE") => {
                     self.grace(query).and_then(|grace| self.remove(name, grace))
                 }
@@ -107,7 +107,18 @@ impl Api {
     }
 
     fn forwards(&self) -> Vec<Forward> {
-        self.handle.forwards().iter().map(Forward::from).collect()
+        let carried = self.handle.forwards();
+        let mut pending = (self.actions.pending)();
+        // Of one that was carried at last just now, or that can't be changed, there is one row.
+        pending.retain(|it| !carried.iter().any(|other| other.rule.name == it.name));
+        carried.iter().map(Forward::from).chain(pending).collect()
+    }
+
+    fn forward(&self, name: &str) -> Result<Forward, Problem> {
+        self.find(name).map(|it| Forward::from(&it)).or_else(|e| {
+            let mut pending = (self.actions.pending)().into_iter();
+            pending.find(|it| it.name.as_deref() == Some(name)).ok_or(e)
+        })
     }
 
     fn connections(&self) -> Vec<Connection> {

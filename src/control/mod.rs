@@ -71,6 +71,8 @@ pub(crate) struct Options {
 pub(crate) struct Actions {
     /// The rule of two addresses, with all that is not said as this program has it.
     pub(crate) rule: Box<dyn Fn(Address, Address) -> Rule + Send + Sync>,
+    /// The forwards that are wanted and can't be had now.
+    pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
     /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.
     pub(crate) reload: Option<Reload>,
     /// How long connections may take to finish unless it is said.

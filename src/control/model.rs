@@ -29,12 +29,14 @@ pub(crate) struct Status {
 /// A forward.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Forward {
-    pub(crate) id: u64,
+    /// `null` of one that isn't carried (yet).
+    pub(crate) id: Option<u64>,
     pub(crate) name: Option<String>,
     /// Where it listens, with the port that was chosen if the rule says 0.
     pub(crate) listen: String,
     pub(crate) connect: String,
-    /// `listening`, `full` or `paused` (new clients wait), `lost` (its socket's file is gone), `closed` (the proxy is stopping).
+    /// `listening`, `full` or `paused` (new clients wait), `lost` (its socket's file is gone), `closed` (the proxy is stopping);
+    /// of those that aren't carried `waiting` (for its VM's directory) or `failed` (it is tried again).
     pub(crate) state: String,
     /// What is in the way, and since when, where it isn't listening. Times are seconds since 1970.
     pub(crate) why: Option<String>,
@@ -331,9 +333,10 @@ impl Status {
 impl Forward {
     /// What it is called: by its id, if it has no name.
     pub(crate) fn label(&self) -> String {
-        match &self.name {
-            Some(name) => name.clone(),
-            None => self.id.to_string(),
+        match (&self.name, self.id) {
+            (Some(name), _) => name.clone(),
+            (None, Some(id)) => id.to_string(),
+            (None, None) => self.listen.clone(),
         }
     }
 }
@@ -363,12 +366,35 @@ impl From<&ForwardStatus> for Forward {
             since: trouble.map(|(_, since)| unix(*since)),
             vm: status.vm.as_ref().map(|vm| Vm::of(&status.rule, vm)),
             last_error,
-            id: status.id.into(),
+            id: Some(status.id.into()),
             name: status.rule.name.clone(),
             listen: status.listen.to_string(),
             connect: status.rule.connect.to_string(),
             counters: status.counters.into(),
             rule: (&status.rule).into(),
+        }
+    }
+}
+
+impl Forward {
+    /// One that is wanted and isn't carried: what it `waits` for is expected to be missing at times.
+    pub(crate) fn pending(rule: &Rule, waits: bool, why: &str, since: SystemTime) -> Forward {
+        Forward {
+            id: None,
+            name: rule.name.clone(),
+            listen: rule.listen.to_string(),
+            connect: rule.connect.to_string(),
+            state: match waits {
+                true => "waiting",
+                false => "failed",
+            }
+            .to_owned(),
+            why: Some(why.to_owned()),
+            since: Some(unix(since)),
+            vm: None,
+            last_error: None,
+            counters: Tally::default(),
+            rule: rule.into(),
         }
     }
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use mio::{Events, Poll, Token, Waker};
 use tracing::{error, warn};
 
-use crate::address::Address;
+use crate::address::{Address, UnixAddress};
 use crate::error::{Error, Operation, Result};
 use crate::listener::DEFAULT_MODE;
 use crate::listener::lasting::FileWatch;
@@ -23,6 +23,7 @@ use crate::sys;
 
 use super::api::Api;
 use super::http::{self, NoRequest};
+use super::place;
 
 /// Clients of one socket that are served at a time; more wait in its backlog.
 const MOST_CLIENTS: usize = 16;
@@ -268,7 +269,15 @@ impl Doors {
     fn look_after(&mut self, index: usize, api: &Arc<Api>) {
         let door = &mut self.doors[index];
         let state = || door.listener.file_state();
-        let again = || Listener::bind(&door.address, DEFAULT_MODE);
+        let again = || {
+            if let (Service::Control, Address::Unix(UnixAddress::Path(path))) =
+                (door.service, &door.address)
+            {
+                // Its directory may be gone with it.
+                place::prepare(path)?;
+            }
+            Listener::bind(&door.address, DEFAULT_MODE)
+        };
         let Some(mut made) = door.watch.look(&door.address, state, again) else {
             return;
         };

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 
 /// Whether who connects to `target` may come out at `place`.
-pub(super) fn leads_to(target: &Address, place: &Address) -> bool {
+pub(crate) fn leads_to(target: &Address, place: &Address) -> bool {
     match place {
         Address::Unix(UnixAddress::Path(place)) => {
             paths_of(target).iter().any(|path| is_same(path, place))

@@ -76,6 +76,8 @@ use worker::{Command, Inbox, Shared, Worker};
 use world::MioWorld;
 
 pub use counters::{Counters, Refusals, TimedOut};
+#[cfg(feature = "cli")]
+pub(crate) use forbidden::leads_to;
 pub use forward::{Rule, Timeouts};
 pub use handle::{ConnectionState, ConnectionStatus, ForwardId, Handle};
 pub use observer::{ConnectionId, Event, Observer, What};

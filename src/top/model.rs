@@ -105,9 +105,10 @@ impl Model {
 
     fn hear_forwards(&mut self, forwards: &[Forward], passed: Option<Duration>) {
         let before = self.lanes.drain(..);
-        let mut before: HashMap<u64, Lane> = before.map(|it| (it.forward.id, it)).collect();
+        let key = |it: &Forward| (it.id, it.id.is_none().then(|| it.label()));
+        let mut before: HashMap<_, Lane> = before.map(|it| (key(&it.forward), it)).collect();
         for forward in forwards {
-            let mut lane = before.remove(&forward.id).unwrap_or_else(|| Lane {
+            let mut lane = before.remove(&key(forward)).unwrap_or_else(|| Lane {
                 forward: forward.clone(),
                 rates: VecDeque::new(),
             });
@@ -128,7 +129,8 @@ impl Model {
         let before = self.busiest.drain(..).map(|it| it.connection);
         let before: HashMap<u64, Connection> = before.map(|it| (it.id, it)).collect();
         let names = self.lanes.iter().map(|it| &it.forward);
-        let names: HashMap<u64, String> = names.map(|it| (it.id, called(it))).collect();
+        let names = names.filter_map(|it| Some((it.id?, called(it))));
+        let names: HashMap<u64, String> = names.collect();
         let busy = |connection: Connection| {
             // A new one has moved all of it since we last heard.
             let was = before.get(&connection.id);

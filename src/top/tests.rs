@@ -13,7 +13,7 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
     let listen = format!("tcp://127.0.0.1:80{id}");
     let connect = "hyperkit://:80/var/vm";
     Forward {
-        id,
+        id: Some(id),
         name: Some(format!("web{id}")),
         listen: listen.clone(),
         connect: connect.to_owned(),
@@ -178,7 +178,7 @@ fn who_does_not_answer_any_more_is_told_and_what_was_known_stays() {
 #[test]
 fn forwards_are_sorted_and_scrolled() {
     let mut model = model();
-    let first = |model: &Model| model.lanes()[0].forward.id;
+    let first = |model: &Model| model.lanes()[0].forward.id.unwrap();
     assert_eq!((model.sort, first(&model)), (Sort::Given, 1));
     model.sort_anew();
     assert_eq!((model.sort, first(&model)), (Sort::Rate, 2));
