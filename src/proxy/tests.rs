@@ -200,8 +200,8 @@ const MIXED: [(Waiter, Waiter); 4] = [
 
 #[test]
 fn sides_of_both_kinds_can_be_had_together() {
-    for (client, target) in MIXED {
-        let (it, listener) = mixed(client, target);
+    for waiters in MIXED {
+        let (it, listener) = mixed(waiters.0, waiters.1);
         let (mut client, mut server) = it.pair(&listener);
         client.shutdown(Shutdown::Write).unwrap();
         assert_eq!(server.read(&mut [0]).unwrap(), 0);
@@ -212,7 +212,11 @@ fn sides_of_both_kinds_can_be_had_together() {
                 server.shutdown(Shutdown::Write).unwrap();
             });
             let mut answer = Vec::new();
-            client.read_to_end(&mut answer).unwrap();
+            if let Err(e) = client.read_to_end(&mut answer) {
+                let (read, handle) = (answer.len(), it.proxy.handle());
+                let known = (handle.connections(), handle.answers_within(PATIENCE));
+                panic!("{waiters:?}: {e} after {read} bytes; {known:?}");
+            }
             answer
         });
         assert!(answer == much);
