@@ -62,6 +62,12 @@ impl Local {
         !self.is_vsock
     }
 
+    /// See mio's `try_io`.
+    #[cfg(target_os = "linux")]
+    pub(super) fn try_io<T>(&self, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        self.stream.try_io(call)
+    }
+
     pub(super) fn source(&mut self) -> &mut dyn Source {
         &mut self.stream
     }

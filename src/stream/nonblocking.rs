@@ -250,12 +250,12 @@ impl Socket for Stream {
 
     #[cfg(target_os = "linux")]
     fn splice_in(&mut self, pipe: &mut sys::Pipe) -> io::Result<usize> {
-        pipe.fill(std::os::fd::AsFd::as_fd(self))
+        self.try_io(|socket| pipe.fill(socket))
     }
 
     #[cfg(target_os = "linux")]
     fn splice_out(&mut self, pipe: &mut sys::Pipe, len: usize) -> io::Result<usize> {
-        pipe.empty(std::os::fd::AsFd::as_fd(self), len)
+        self.try_io(|socket| pipe.empty(socket, len))
     }
 
     #[cfg(not(target_os = "linux"))]
@@ -312,6 +312,19 @@ impl Socket for Stream {
 }
 
 impl Stream {
+    /// A call that mio has no name for. Its emulated edges come after a `WouldBlock` that mio was told of, and no others.
+    #[cfg(target_os = "linux")]
+    fn try_io<T>(
+        &self,
+        call: impl FnOnce(std::os::fd::BorrowedFd<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        match self {
+            Stream::Tcp(stream) => stream.try_io(|| call(stream.as_socket())),
+            Stream::Local(stream) => stream.try_io(|| call(stream.as_socket())),
+            Stream::Blocking(stream) => call(stream.as_socket()),
+        }
+    }
+
     /// What a poller can wait for.
     fn source(&mut self) -> Option<&mut dyn Source> {
         match self {
