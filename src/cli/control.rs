@@ -151,11 +151,11 @@ const HEADINGS: [&str; 9] = [
 fn overview(status: &control::Status, now: SystemTime) -> String {
     let stopping = if status.stopping { ", stopping" } else { "" };
     let mut text = format!(
-        "hvsock {}, process {}, up {}, {} connections{stopping}\n",
+        "hvsock {}, process {}, up {}, {}{stopping}\n",
         status.version,
         status.pid,
         HumanDuration(duration(status.uptime_seconds)),
-        HumanCount(status.live as u64),
+        table::counted(status.live as u64, "connection"),
     );
     if status.forwards.is_empty() {
         return text + "no forwards; `hvsock add` adds some";
@@ -184,8 +184,12 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             (None, _) => "not known yet".to_owned(),
         };
         lines.push(format!(
-            "VM {}: {up}, {} of {} connections, {} dials unanswered, {} restarts",
-            vm.directory, vm.connections, vm.limit, vm.unanswered, vm.restarts
+            "VM {}: {up}, {} of {} connections, {} unanswered, {}",
+            vm.directory,
+            vm.connections,
+            vm.limit,
+            table::counted(vm.unanswered, "dial"),
+            table::counted(vm.restarts, "restart")
         ));
     }
     for forward in &status.forwards {
@@ -376,7 +380,7 @@ impl Remove {
             let removed: control::Forward = read(&ask(&path, "DELETE", &call, "")?)?;
             let live = match removed.counters.live {
                 0 => String::new(),
-                n => format!("; {} connections may finish", HumanCount(n)),
+                n => format!("; {} may finish", table::counted(n, "connection")),
             };
             let (name, listen) = (removed.label(), &removed.listen);
             print(format_args!(

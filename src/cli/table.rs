@@ -1,6 +1,7 @@
 //! Tables for people, on standard output.
 
 use comfy_table::{Table, presets};
+use indicatif::HumanCount;
 
 /// Rows below their headings, without lines, columns two blanks apart. What would move a terminal is escaped.
 pub(super) fn of<const N: usize>(
@@ -15,6 +16,12 @@ pub(super) fn of<const N: usize>(
         column.set_padding((0, 2));
     }
     table.trim_fmt()
+}
+
+/// So many of them, as `1 connection`.
+pub(super) fn counted(n: u64, what: &str) -> String {
+    let s = if n == 1 { "" } else { "s" };
+    format!("{} {what}{s}", HumanCount(n))
 }
 
 /// The text with its control characters escaped, and those that turn the direction of writing.

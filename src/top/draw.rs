@@ -13,8 +13,10 @@ use ratatui::widgets::{Cell, Gauge, Row, Table};
 use super::model::{Busy, Lane, Model, NAME, Sort, called, without_scheme};
 use crate::control::{Status, Vm};
 
-/// From these widths on there is room for sparklines; for more of a connection; for where a forward listens; and for
+/// From these widths on there is room for how many connections a forward has; for how many it refused; for sparklines; for more of a connection; for where a forward listens; and for
 /// where it connects to.
+const LIVE: u16 = 52;
+const REFUSED: u16 = 60;
 const SPARKS: u16 = 76;
 const DETAILS: u16 = 100;
 const LISTEN: u16 = 110;
@@ -134,8 +136,12 @@ fn draw_forwards(frame: &mut Frame<'_>, area: Rect, scrolled: usize, lanes: &[&L
         column("CONNECT", Constraint::Fill(1));
     }
     column("STATE", Constraint::Length(9));
-    column("LIVE", Constraint::Length(5));
-    column("REFUSED", Constraint::Length(7));
+    if width >= LIVE {
+        column("LIVE", Constraint::Length(5));
+    }
+    if width >= REFUSED {
+        column("REFUSED", Constraint::Length(7));
+    }
     for heading in ["SENT", "RECEIVED"] {
         column(heading, Constraint::Length(12));
         if spark > 0 {
@@ -156,8 +162,12 @@ fn draw_forwards(frame: &mut Frame<'_>, area: Rect, scrolled: usize, lanes: &[&L
             "listening" => state,
             _ => state.red().bold(),
         });
-        cells.push(Cell::from(it.counters.live.to_string()));
-        cells.push(Cell::from(it.counters.refused.to_string()));
+        if width >= LIVE {
+            cells.push(Cell::from(it.counters.live.to_string()));
+        }
+        if width >= REFUSED {
+            cells.push(Cell::from(it.counters.refused.to_string()));
+        }
         let sent: Vec<u64> = lane.rates.iter().map(|it| it.sent).collect();
         let received: Vec<u64> = lane.rates.iter().map(|it| it.received).collect();
         for (color, rates) in [(SENT, sent), (RECEIVED, received)] {

@@ -156,6 +156,10 @@ fn a_small_terminal_shows_what_matters_most_and_none_is_too_small() {
     for part in ["listening", "5.00 KiB/s"] {
         assert!(web.contains(part), "{part}: {small}");
     }
+    // Which forward it is goes last of all.
+    for width in [58, 50, 44] {
+        line(&screen(&model, width, 15), "web2");
+    }
     line(&small, "450 of 900 slots");
     line(&small, "50002");
     for (width, height) in [(1, 1), (10, 2), (20, 5), (60, 3), (300, 100)] {
