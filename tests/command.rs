@@ -594,3 +594,38 @@ fn help_and_version_are_printed() {
     }
     assert_eq!(run(&[]).status.code(), Some(2));
 }
+
+/// How bytes are carried that come in great numbers, as far as can be seen from outside.
+#[cfg(target_os = "linux")]
+#[test]
+fn bulk_goes_through_a_pipe_unless_it_is_to_be_copied() {
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    std::thread::spawn(move || {
+        // Until its client leaves, and then for the next.
+        for client in server.incoming() {
+            let mut client = client.unwrap();
+            while client.write_all(&[7; 1 << 20]).is_ok() {}
+        }
+    });
+    for options in [&[][..], &["--no-splice"]] {
+        let arguments = ["forward", "tcp://127.0.0.1:0", &target];
+        let proxy = Running::start(&[&arguments, options].concat());
+        let mut client = tcp(proxy.tcp_port());
+        let pipes = || {
+            let all = std::fs::read_dir(format!("/proc/{}/fd", proxy.child.0.id())).unwrap();
+            let names = all.filter_map(|it| std::fs::read_link(it.unwrap().path()).ok());
+            names
+                .filter(|it| it.to_string_lossy().starts_with("pipe:"))
+                .count()
+        };
+        let before = pipes();
+        let mut buffer = vec![0; 1 << 20];
+        let mut most = before;
+        for _ in 0..64 {
+            client.read_exact(&mut buffer).unwrap();
+            most = most.max(pipes());
+        }
+        assert_eq!(most > before, options.is_empty(), "{options:?}");
+    }
+}

@@ -82,6 +82,9 @@ pub(super) struct ProxyOptions {
     /// Threads, at most 256 [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
+    /// Copy bytes where they could be handed from socket to socket (Linux' splice), as on other systems
+    #[arg(long)]
+    no_splice: bool,
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     grace: u32,
@@ -117,6 +120,7 @@ impl ProxyOptions {
             .collect();
         let mut config = ProxyConfig::new(rules);
         config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
+        config.splice = !self.no_splice;
         // Without it there are fewer; the proxy knows.
         let _ = sys::raise_descriptor_limit();
         config.limits.connections = usize::MAX;

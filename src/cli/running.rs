@@ -184,6 +184,7 @@ impl Running {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         let mut proxy = ProxyConfig::new(Vec::new());
         proxy.workers = config.workers;
+        proxy.splice = config.splice;
         // Without it there are fewer; the proxy knows.
         let _ = sys::raise_descriptor_limit();
         proxy.limits.connections = usize::MAX;
@@ -313,6 +314,7 @@ impl Running {
         let new = &state.config;
         for (key, same) in [
             ("workers", old.workers == new.workers),
+            ("splice", old.splice == new.splice),
             ("control", old.control == new.control),
             ("metrics", old.metrics == new.metrics),
         ] {

@@ -56,6 +56,8 @@ pub(crate) struct Config {
     /// How long live connections may go on when the end is asked for.
     pub(crate) grace: Duration,
     pub(crate) workers: Option<NonZeroUsize>,
+    /// Whether bytes may go through pipes.
+    pub(crate) splice: bool,
     /// Where it is controlled from.
     pub(crate) control: Control,
     /// Where it tells of itself.
@@ -153,6 +155,7 @@ impl Config {
     fn of(mut root: Section<'_, '_>) -> Config {
         let grace = root.take("grace", values::time);
         let workers = root.take("workers", values::count(1..=256));
+        let splice = root.take("splice", values::yes_or_no);
         let control = root.take("control", values::control);
         let metrics = root.take("metrics", values::tcp);
         let mut settings = Settings::default();
@@ -179,6 +182,7 @@ impl Config {
         Config {
             grace: grace.unwrap_or(Duration::from_secs(30)),
             workers: workers.and_then(NonZeroUsize::new),
+            splice: splice.unwrap_or(true),
             control: control.unwrap_or_default(),
             metrics,
             #[cfg(unix)]

@@ -44,6 +44,7 @@ fn each_key_has_its_place() {
         r#"
         grace = 5
         workers = 3
+        splice = false
         [defaults]
         mode = 0o640
         dial-timeout = "1m30s"
@@ -69,7 +70,7 @@ fn each_key_has_its_place() {
         "#,
     );
     assert_eq!(config.grace, Duration::from_secs(5));
-    assert_eq!(config.workers.unwrap().get(), 3);
+    assert_eq!((config.workers.unwrap().get(), config.splice), (3, false));
     let [to, from] = &wanted.rules[..] else {
         panic!("{wanted:?}");
     };

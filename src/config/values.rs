@@ -30,6 +30,13 @@ pub(super) fn text(value: &DeValue<'_>) -> Result<String, String> {
     }
 }
 
+pub(super) fn yes_or_no(value: &DeValue<'_>) -> Result<bool, String> {
+    match value {
+        DeValue::Boolean(yes) => Ok(*yes),
+        other => Err(wants(other, "true or false")),
+    }
+}
+
 /// A time, 30 days at most: `"1m30s"`, or a number of seconds.
 pub(super) fn time(value: &DeValue<'_>) -> Result<Duration, String> {
     const RIGHT: &str = "\"30s\", \"1m30s\", \"250ms\", or a number of seconds";

@@ -143,6 +143,9 @@ pub struct ProxyConfig {
     pub rules: Vec<Rule>,
     /// Threads; one a core if not said.
     pub workers: Option<NonZeroUsize>,
+    /// Whether bytes may go through pipes from socket to socket (`splice(2)`), where the system can do that and a
+    /// connection has much to say. Without, they are copied, as they are on other systems.
+    pub splice: bool,
     /// What bounds it.
     pub limits: Limits,
     /// What bounds the use of single VMs.
@@ -164,6 +167,7 @@ impl ProxyConfig {
         ProxyConfig {
             rules,
             workers: None,
+            splice: true,
             limits: Limits::default(),
             vms: Vec::new(),
             observer: None,
@@ -341,7 +345,7 @@ fn prepare(
     let mut workers: Vec<Worker<MioWorld>> = worlds
         .into_iter()
         .enumerate()
-        .map(|(index, world)| Worker::new(world, index, Arc::clone(&shared)))
+        .map(|(index, world)| Worker::new(world, index, Arc::clone(&shared), config.splice))
         .collect();
     for (index, (listener, forward)) in bound.into_iter().enumerate() {
         workers[index % count]

@@ -450,7 +450,7 @@ fn guests_of(
         vec![Arc::clone(&forward)],
         vec![Inbox::new(wake)],
     ));
-    let mut worker = Worker::new(world, 0, Arc::clone(&shared));
+    let mut worker = Worker::new(world, 0, Arc::clone(&shared), true);
     worker.add_listener(listener, forward).unwrap();
     (
         Handle {

@@ -304,8 +304,12 @@ pub(super) fn after(now: Instant, time: Duration) -> Instant {
 }
 
 impl<W: World> Worker<W> {
-    pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W>>) -> Worker<W> {
-        let pipes = pipes(sys::descriptor_limit()) as usize / shared.inboxes.len().max(1);
+    /// One of `shared`'s; its bytes may go through pipes if `splice`.
+    pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W>>, splice: bool) -> Worker<W> {
+        let pipes = match splice {
+            true => pipes(sys::descriptor_limit()) as usize / shared.inboxes.len().max(1),
+            false => 0,
+        };
         Worker {
             world,
             index,

@@ -41,9 +41,10 @@ pub(crate) struct Contender {
 }
 
 /// Those that can be had, in the order in which they are printed.
-pub(crate) const NAMES: [&str; 7] = [
+pub(crate) const NAMES: [&str; 8] = [
     "no proxy",
     "hvsock",
+    "hvsock --no-splice",
     "hvsock, hyperkit",
     "haproxy",
     "haproxy 128k",
@@ -64,13 +65,18 @@ impl Contender {
         let mut commands = Vec::new();
         match name {
             "no proxy" => {}
-            "hvsock" | "hvsock, hyperkit" => {
+            "hvsock" | "hvsock --no-splice" | "hvsock, hyperkit" => {
                 let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
                 command.arg("forward");
+                if name.ends_with("--no-splice") {
+                    command.arg("--no-splice");
+                }
                 for (service, port) in fronts() {
                     let to = match name {
-                        "hvsock" => backs.socket(service),
-                        _ => format!("hyperkit://:{}{}", service.port(), backs.dir.display()),
+                        "hvsock, hyperkit" => {
+                            format!("hyperkit://:{}{}", service.port(), backs.dir.display())
+                        }
+                        _ => backs.socket(service),
                     };
                     command.args([format!("tcp://127.0.0.1:{port}"), to]);
                 }
