@@ -1,6 +1,7 @@
 //! Tables for people, on standard output.
 
 use comfy_table::{Table, presets};
+#[cfg(unix)]
 use indicatif::HumanCount;
 
 /// Rows below their headings, without lines, columns two blanks apart. What would move a terminal is escaped.
@@ -19,6 +20,7 @@ pub(super) fn of<const N: usize>(
 }
 
 /// So many of them, as `1 connection`.
+#[cfg(unix)]
 pub(super) fn counted(n: u64, what: &str) -> String {
     let s = if n == 1 { "" } else { "s" };
     format!("{} {what}{s}", HumanCount(n))
