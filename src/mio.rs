@@ -90,7 +90,6 @@ impl Stream {
             Target::NotCarried => return Err(listener::not_carried(Operation::Connect, address)),
         };
         let inner = nonblocking::Stream::connect(&endpoint).map_err(|e| explain(address, e))?;
-        inner.set_options();
         Ok(Stream {
             inner,
             address: address.clone(),
@@ -250,7 +249,6 @@ impl Listener {
     /// doesn't end the listener.
     pub fn accept(&self) -> io::Result<(Stream, SocketName)> {
         let (inner, name) = self.inner.accept()?;
-        inner.set_options();
         let stream = Stream {
             inner,
             address: self.address.clone(),

@@ -256,3 +256,18 @@ fn a_stream_has_what_stds_has() {
     std.read_exact(&mut given).unwrap();
     assert_eq!(&given, b"given");
 }
+
+/// No end of ours keeps a small message back to send it with the next, nor waits for ever for a peer that is no more.
+#[cfg(unix)]
+#[test]
+fn both_ends_send_small_messages_at_once_and_look_after_their_peers() {
+    let any = "tcp://127.0.0.1:0".parse().unwrap();
+    let listener = Listener::bind(&any).unwrap();
+    let client = Stream::connect(listener.address()).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    use std::os::fd::AsFd;
+    for socket in [client.as_fd(), server.as_fd()] {
+        let socket = socket2::SockRef::from(&socket);
+        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+    }
+}

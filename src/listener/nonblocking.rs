@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use super::local::LocalListener;
 use crate::address::{Address, Host, TcpAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
 use crate::name::{SocketName, VsockName};
-use crate::stream::nonblocking::Stream;
+use crate::stream::nonblocking::{Stream, set_tcp_options};
 use crate::sys::{self, AsSocket, Wanted};
 
 /// How many connections may wait to be accepted; the kernel lowers it to its own limit (`net.core.somaxconn`,
@@ -53,11 +53,17 @@ impl Listener {
         match self {
             Listener::Tcp(listener) => {
                 let (stream, peer) = listener.accept()?;
-                Ok((Stream::Tcp(stream), SocketName::Tcp(peer)))
+                let stream = Stream::Tcp(stream);
+                if !sys::ACCEPTED_INHERIT {
+                    stream.set_options();
+                }
+                Ok((stream, SocketName::Tcp(peer)))
             }
             Listener::Local(listener) => {
                 let (stream, peer) = listener.accept()?;
-                Ok((Stream::Local(stream), peer))
+                let stream = Stream::Local(stream);
+                stream.set_options();
+                Ok((stream, peer))
             }
             #[cfg(windows)]
             Listener::Hyperv(listener) => {
@@ -173,6 +179,9 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
         // Without it a port stays unusable for a minute after a restart. On Windows it means something else.
         #[cfg(unix)]
         socket.set_reuse_address(true)?;
+        if sys::ACCEPTED_INHERIT {
+            set_tcp_options(SockRef::from(&socket));
+        }
         socket.bind(&socket_address.into())?;
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;

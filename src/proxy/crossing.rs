@@ -6,11 +6,13 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use socket2::SockRef;
+
 use super::bridge::{Bridge, Ended, Order};
 use crate::address::{Address, Host, TcpAddress};
 use crate::relay::CLIENT;
 use crate::stream;
-use crate::stream::nonblocking::Stream;
+use crate::stream::nonblocking::{Stream, set_tcp_options};
 
 /// How many crossings there are.
 #[derive(Debug, Default)]
@@ -62,6 +64,8 @@ pub(super) fn cross(
 ) -> io::Result<()> {
     let [near, far] = pair()?;
     near.set_nonblocking(true)?;
+    set_tcp_options(SockRef::from(&near));
+    set_tcp_options(SockRef::from(&far));
     let address = Address::Tcp(TcpAddress {
         host: Host::Ip(Ipv4Addr::LOCALHOST.into()),
         port: near.local_addr()?.port(),

@@ -350,7 +350,6 @@ impl World for MioWorld {
     }
 
     fn watch(&mut self, stream: &mut Stream, token: usize) -> io::Result<()> {
-        stream.set_options();
         self.poll
             .registry()
             .register(stream, Token(token), interest())

@@ -17,8 +17,8 @@ pub(crate) trait Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
 
-    /// Whether a read that gave less than was asked for has taken all there was, and the next byte, EOF or error is an
-    /// edge: unless an event has said [`Readiness::hidden`].
+    /// Whether the last read, if it gave less than was asked for, has taken all there was, and the next byte, EOF or error
+    /// is an edge: unless an event has said [`Readiness::hidden`].
     fn short_read_blocks(&self) -> bool {
         false
     }

@@ -21,6 +21,9 @@ pub(crate) struct Local {
     stream: mio::net::UnixStream,
     /// The connect may take a while.
     is_vsock: bool,
+    /// The last read ended where descriptors were passed: there may be more behind it, of which no event tells.
+    #[cfg(target_os = "linux")]
+    stopped: bool,
 }
 
 impl Local {
@@ -41,9 +44,15 @@ impl Local {
     pub(crate) fn from_vsock(socket: socket2::Socket) -> Local {
         let stream = std::os::unix::net::UnixStream::from(OwnedFd::from(socket));
         Local {
-            stream: mio::net::UnixStream::from_std(stream),
             is_vsock: true,
+            ..Local::from(mio::net::UnixStream::from_std(stream))
         }
+    }
+
+    /// See the relay's `Socket`. Not known of AF_VSOCK.
+    #[cfg(target_os = "linux")]
+    pub(super) fn short_read_blocks(&self) -> bool {
+        !self.is_vsock && !self.stopped
     }
 
     pub(super) fn connected(&self) -> io::Result<bool> {
@@ -58,6 +67,7 @@ impl Local {
     }
 
     /// Whether its bytes can go through a pipe: not those of AF_VSOCK, whose kernel code has no splice.
+    #[cfg(target_os = "linux")]
     pub(super) fn has_splice(&self) -> bool {
         !self.is_vsock
     }
@@ -78,11 +88,22 @@ impl From<mio::net::UnixStream> for Local {
         Local {
             stream,
             is_vsock: false,
+            #[cfg(target_os = "linux")]
+            stopped: false,
         }
     }
 }
 
 impl Read for Local {
+    #[cfg(target_os = "linux")]
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let receive = || sys::receive(self.stream.as_fd(), buffer);
+        let (n, stopped) = self.stream.try_io(receive)?;
+        self.stopped = stopped;
+        Ok(n)
+    }
+
+    #[cfg(not(target_os = "linux"))]
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.stream.read(buffer)
     }

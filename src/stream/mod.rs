@@ -73,7 +73,6 @@ impl Stream {
         if let nonblocking::Stream::Blocking(stream) = stream {
             return Ok(stream);
         }
-        stream.set_options();
         let socket = into_inner(stream)?;
         socket.set_nonblocking(false)?;
         Ok(Stream::new(socket, address.clone()))

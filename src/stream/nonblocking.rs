@@ -129,10 +129,12 @@ impl Stream {
     /// # Errors
     /// `WouldBlock` when a Unix listener's backlog is full: try again later. Otherwise what the kernel says.
     pub(crate) fn connect(endpoint: &Endpoint) -> io::Result<Stream> {
-        match endpoint {
-            Endpoint::Tcp(address) => Ok(Stream::Tcp(mio::net::TcpStream::connect(*address)?)),
-            other => Local::connect(other).map(Stream::Local),
-        }
+        let stream = match endpoint {
+            Endpoint::Tcp(address) => Stream::Tcp(mio::net::TcpStream::connect(*address)?),
+            other => Stream::Local(Local::connect(other)?),
+        };
+        stream.set_options();
+        Ok(stream)
     }
 
     /// Whether the connect that was begun is done. Ask after an event said that the stream is writable.
@@ -147,8 +149,7 @@ impl Stream {
         }
     }
 
-    /// Small messages are sent at once, for a relay has no reason to wait for more; and a peer that vanished without a
-    /// word is noticed in the end (after two hours, as systems have it).
+    /// What every stream is to have, wherever it is from: see [`set_tcp_options`].
     pub(crate) fn set_options(&self) {
         // For programs that link us and don't ignore SIGPIPE: what accept makes has no setting of its own there.
         #[cfg(target_vendor = "apple")]
@@ -158,9 +159,7 @@ impl Stream {
             Stream::Blocking(_) => Ok(()),
         };
         if let Stream::Tcp(stream) = self {
-            // They fail only on a connection that has ended, as the next read will say.
-            let _ = stream.set_nodelay(true);
-            let _ = SockRef::from(stream).set_keepalive(true);
+            set_tcp_options(SockRef::from(stream));
         }
     }
 
@@ -233,10 +232,15 @@ impl Socket for Stream {
 
     const SHORT_WRITE_BLOCKS: bool = sys::KERNEL_EDGES;
 
-    // A Unix socket's read also ends at descriptors that were passed, of which no event tells. (macOS' kqueue doesn't
-    // tell of urgent data.)
+    // (macOS' kqueue doesn't tell of urgent data.)
+    #[cfg(target_os = "linux")]
     fn short_read_blocks(&self) -> bool {
-        sys::KERNEL_EDGES && cfg!(target_os = "linux") && matches!(self, Stream::Tcp(_))
+        sys::KERNEL_EDGES
+            && match self {
+                Stream::Tcp(_) => true,
+                Stream::Local(stream) => stream.short_read_blocks(),
+                Stream::Blocking(_) => false,
+            }
     }
 
     #[cfg(target_os = "linux")]
@@ -388,6 +392,14 @@ impl Stream {
             Stream::Blocking(_) => Ok(true),
         }
     }
+}
+
+/// Small messages are sent at once, for a relay has no reason to wait for more; and a peer that vanished without a word
+/// is noticed in the end (after two hours, as systems have it).
+pub(crate) fn set_tcp_options(socket: SockRef<'_>) {
+    // They fail only on a connection that has ended, as the next read will say.
+    let _ = socket.set_tcp_nodelay(true);
+    let _ = socket.set_keepalive(true);
 }
 
 /// Whether a connect that was begun is done.

@@ -106,6 +106,9 @@ pub(crate) const KERNEL_EDGES: bool = cfg!(all(
     not(target_os = "solaris")
 ));
 
+/// An accepted TCP socket has its listener's options, so that they are set once (Linux' `inet_csk_clone_lock`).
+pub(crate) const ACCEPTED_INHERIT: bool = cfg!(target_os = "linux");
+
 /// A Unix listener whose backlog is full refuses, as if nobody listened (macOS, BSD), where Linux says `EAGAIN`.
 #[cfg(unix)]
 pub(crate) const FULL_BACKLOG_REFUSES: bool = cfg!(not(target_os = "linux"));

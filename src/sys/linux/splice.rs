@@ -11,6 +11,9 @@ use crate::relay;
 /// brings nothing.
 const SIZE: i32 = 256 * 1024;
 
+/// A pipe that holds less costs more than to copy.
+const LEAST: i32 = 64 * 1024;
+
 /// A pipe between two sockets.
 #[derive(Debug)]
 pub(crate) struct Pipe {
@@ -26,9 +29,12 @@ impl relay::Pipe for Pipe {
             return None;
         }
         let (reader, writer) = io::pipe().ok()?;
-        // A user's pipes may have so many pages in all (/proc/sys/fs/pipe-user-pages-soft): beyond them they stay small.
-        let _ = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(SIZE));
-        Some(Pipe { reader, writer })
+        // A user's pipes may have so many pages in all (/proc/sys/fs/pipe-user-pages-soft): beyond them they stay as they
+        // are, and at last are small from the start.
+        let enlarged = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(SIZE));
+        let size = enlarged.or_else(|_| fcntl(&writer, FcntlArg::F_GETPIPE_SZ));
+        let big_enough = size.is_ok_and(|size| size >= LEAST);
+        big_enough.then_some(Pipe { reader, writer })
     }
 }
 
