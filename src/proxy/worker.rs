@@ -28,7 +28,7 @@ use super::table::{Id, Table};
 use super::world::{Event, World};
 
 /// Bytes a buffer holds. A pair in flight borrows at most two.
-const BUFFER: usize = 64 * 1024;
+const BUFFER: usize = 128 * 1024;
 
 /// Unused buffers that a worker keeps.
 const KEEP: usize = 64;
@@ -262,7 +262,7 @@ pub(crate) fn room_for_connections(guests: bool) -> usize {
 /// Pipes that all workers may have together, where bytes can go through them: they take an eighth of the descriptors at
 /// most, and none where those are few.
 fn pipes(descriptors: Option<u64>) -> u64 {
-    const MOST: u64 = 64;
+    const MOST: u64 = 256;
     match cfg!(target_os = "linux") {
         true => match descriptors {
             Some(..512) => 0,

@@ -61,26 +61,27 @@ enum State {
 struct Flow<P> {
     state: State,
     carrier: Carrier<P>,
-    /// Reads in a row that filled their buffers.
-    full_reads: u8,
+    /// Reads in a row that brought much.
+    big_reads: u8,
     /// Keeps the half-close back while the other direction is open.
     hold: bool,
     delivered: u64,
 }
 
-/// A flow whose reads fill so many buffers in a row goes through a pipe from then on: it has much to say. Small messages
-/// are cheaper to copy.
+/// A flow that brings so many times in a row at least this part of a buffer goes through a pipe from then on: it has much
+/// to say. Small messages are cheaper to copy.
 const BULK: u8 = 2;
+const MUCH: usize = 2;
 
 /// As soon as a pipe is given less at a time than this part of a buffer, the flow is one of small messages again.
-const SMALL: usize = 4;
+const LITTLE: usize = 8;
 
 impl<P: Pipe> Flow<P> {
     fn new() -> Flow<P> {
         Flow {
             state: State::Open,
             carrier: Carrier::Empty,
-            full_reads: 0,
+            big_reads: 0,
             hold: false,
             delivered: 0,
         }
@@ -153,15 +154,15 @@ impl<P: Pipe> Flow<P> {
         sink: &End<S>,
         pool: &mut Pool<P>,
     ) -> usize {
-        if self.full_reads >= BULK
+        if self.big_reads >= BULK
             && source.has_splice()
             && sink.socket.has_splice()
             && let Some(mut pipe) = pool.take_pipe()
         {
             match source.splice_in(&mut pipe) {
                 Some(holds) => {
-                    if holds < pool.size() / SMALL {
-                        self.full_reads = 0;
+                    if holds < pool.size() / LITTLE {
+                        self.big_reads = 0;
                     }
                     self.carrier = Carrier::Pipe { pipe, holds };
                     return holds;
@@ -175,9 +176,9 @@ impl<P: Pipe> Flow<P> {
         let mut buffer = pool.take_buffer();
         match source.read(&mut buffer) {
             Some(n) => {
-                self.full_reads = match n < buffer.len() {
+                self.big_reads = match n < buffer.len() / MUCH {
                     true => 0,
-                    false => self.full_reads.saturating_add(1),
+                    false => self.big_reads.saturating_add(1),
                 };
                 let filled = 0..n;
                 self.carrier = Carrier::Memory { buffer, filled };
