@@ -8,12 +8,13 @@ mod common;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::*;
 use hvsock::address::Address;
-use hvsock::proxy::{Counters, ForwardState};
+use hvsock::proxy::{ConnectionState, Counters, ForwardState};
 use hvsock::simulate::{Service, Vm};
 use hvsock::{Proxy, Rule};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
@@ -96,7 +97,7 @@ fn a_guest_that_refuses_gets_nothing_of_what_is_held() {
 }
 
 #[test]
-fn a_service_that_speaks_first_and_one_that_ends_at_once_are_no_refusals() {
+fn a_service_that_speaks_first_and_one_that_says_nothing_are_no_refusals() {
     let dir = private_dir();
     let greeting = Service::custom(|mut guest| {
         guest.write_all(b"220 hello\r\n").unwrap();
@@ -104,8 +105,14 @@ fn a_service_that_speaks_first_and_one_that_ends_at_once_are_no_refusals() {
         guest.read_to_end(&mut rest).unwrap();
         guest.write_all(&rest).unwrap();
     });
-    // It takes the connection, and has nothing to say.
-    let mute = Service::custom(drop);
+    // It takes the connection, has nothing to say, and ends when it is told to: at once, and nobody could tell it from a
+    // refusal.
+    let (end, told) = mpsc::channel::<()>();
+    let told = Arc::new(Mutex::new(told));
+    let mute = Service::custom(move |guest| {
+        told.lock().unwrap().recv_timeout(PATIENCE).unwrap();
+        drop(guest);
+    });
     let vm = vm(dir.path(), &[(25, greeting), (9, mute)]);
     let proxy = waiting(hyperkit(dir.path(), 25), PATIENCE);
     let answer = ask(tcp(port_of(&proxy, 0)), b"QUIT").unwrap();
@@ -113,7 +120,14 @@ fn a_service_that_speaks_first_and_one_that_ends_at_once_are_no_refusals() {
     let proxy_of_mute = waiting(hyperkit(dir.path(), 9), PATIENCE);
     for _ in 0..20 {
         let mut client = tcp(port_of(&proxy_of_mute, 0));
+        eventually("the guest has taken it", || {
+            let all = proxy_of_mute.handle().connections();
+            all.iter().any(|it| it.state == ConnectionState::Open)
+        });
+        end.send(()).unwrap();
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        drop(client);
+        eventually("it is over", || counters(&proxy_of_mute).live == 0);
     }
     assert_eq!(counters(&proxy_of_mute).refused, 0);
     assert_well(&vm);
