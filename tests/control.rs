@@ -275,7 +275,20 @@ fn what_makes_no_sense_is_refused_and_said() {
         ("POST", "/v1/stop?grace=NaN", String::new(), 400, "grace"),
         ("POST", "/v1/forwards", String::new(), 400, "no rule"),
         ("POST", "/v1/forwards", "{".into(), 400, "no rule"),
-        ("POST", "/v1/forwards", "[]".into(), 400, "no rule"),
+        (
+            "POST",
+            "/v1/forwards",
+            "[]".into(),
+            400,
+            "an object with listen and connect",
+        ),
+        (
+            "POST",
+            "/v1/forwards",
+            rule(r#", "timeouts": null"#),
+            400,
+            "an object of times in seconds",
+        ),
         (
             "POST",
             "/v1/forwards",

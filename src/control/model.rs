@@ -138,7 +138,7 @@ pub(crate) struct Connection {
 
 /// A rule, as it is given. What is left out is as for the forwards that were there from the start.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with listen and connect")]
 pub(crate) struct RuleBody {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) name: Option<String>,
@@ -163,7 +163,7 @@ pub(crate) struct RuleBody {
 
 /// In seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object of times in seconds")]
 pub(crate) struct TimeoutsBody {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) dial: Option<f64>,
