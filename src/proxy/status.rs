@@ -107,8 +107,8 @@ pub(super) enum Obstacle {
 
 #[derive(Debug, Default)]
 struct Known {
-    obstacle: Option<(Obstacle, String, Instant)>,
-    error: Option<(String, Instant)>,
+    obstacle: Option<(Obstacle, String, SystemTime)>,
+    error: Option<LastError>,
 }
 
 /// What workers leave behind for whoever asks how a forward is.
@@ -125,7 +125,7 @@ impl Board {
         let mut known = self.known();
         match &mut known.obstacle {
             Some((before, text, _)) if *before == obstacle => *text = why,
-            other => *other = Some((obstacle, why, now)),
+            other => *other = Some((obstacle, why, wall_time(now))),
         }
     }
 
@@ -135,7 +135,8 @@ impl Board {
     }
 
     pub(super) fn failed(&self, text: String, now: Instant) {
-        self.known().error = Some((text, now));
+        let at = wall_time(now);
+        self.known().error = Some(LastError { text, at });
     }
 
     pub(super) fn state(&self) -> ForwardState {
@@ -143,7 +144,7 @@ impl Board {
         let Some((obstacle, why, since)) = &known.obstacle else {
             return ForwardState::Listening;
         };
-        let (why, since) = (why.clone(), wall_time(*since));
+        let (why, since) = (why.clone(), *since);
         match obstacle {
             Obstacle::Full => ForwardState::Full { why, since },
             Obstacle::Paused => ForwardState::Paused { why, since },
@@ -153,11 +154,6 @@ impl Board {
     }
 
     pub(super) fn last_error(&self) -> Option<LastError> {
-        let known = self.known();
-        let (text, at) = known.error.as_ref()?;
-        Some(LastError {
-            text: text.clone(),
-            at: wall_time(*at),
-        })
+        self.known().error.clone()
     }
 }
