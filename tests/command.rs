@@ -621,11 +621,14 @@ fn bulk_goes_through_a_pipe_unless_it_is_to_be_copied() {
         };
         let before = pipes();
         let mut buffer = vec![0; 1 << 20];
-        let mut most = before;
-        for _ in 0..64 {
+        let mut spliced = || {
             client.read_exact(&mut buffer).unwrap();
-            most = most.max(pipes());
+            pipes() > before
+        };
+        // How soon depends on how much is there whenever the proxy has its turn.
+        match options.is_empty() {
+            true => eventually("it is spliced", spliced),
+            false => assert!(!(0..64).any(|_| spliced())),
         }
-        assert_eq!(most > before, options.is_empty(), "{options:?}");
     }
 }
