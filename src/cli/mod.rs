@@ -22,6 +22,7 @@ mod signals;
 mod simulate;
 mod spec;
 mod stress;
+mod summary;
 #[cfg(unix)]
 mod syslog;
 mod table;

@@ -8,8 +8,9 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use clap::Args;
 
 use super::manager::Manager;
-use super::running::{self, Doors, NotStarted, Running, Summary, TRY_AGAIN};
+use super::running::{self, Doors, NotStarted, Running, TRY_AGAIN};
 use super::signals::EndSignals;
+use super::summary::Summary;
 use super::{Failure, Outcome, complain, print, run_until_told, say};
 use crate::config::{Config, Problems};
 use crate::hyperkit::Places;

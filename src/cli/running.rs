@@ -1,7 +1,6 @@
 //! A proxy that does what a file says, and goes on doing so when the file changes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -14,6 +13,7 @@ use crate::proxy::{ForwardId, ForwardStatus, Handle, Proxy, ProxyConfig, Rule, V
 use crate::sys;
 
 use super::expose::guest_port;
+use super::summary::{Summary, failures};
 use super::{Failure, complain, say};
 
 /// How often it is tried again to listen where that could not be done.
@@ -51,85 +51,6 @@ struct Pending {
     waits: bool,
     why: String,
     since: SystemTime,
-}
-
-/// What became of the forwards when the file was read again, by their names. Prints as how many they are.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Summary {
-    pub(super) added: Vec<String>,
-    pub(super) changed: Vec<String>,
-    pub(super) removed: Vec<String>,
-    pub(super) kept: Vec<String>,
-    /// Those that can't be had now, and why; they are tried again.
-    pub(super) failed: Vec<(String, String)>,
-    /// Keys whose new values only a restart brings.
-    pub(super) restart: Vec<&'static str>,
-    /// What is dangerous about it.
-    pub(super) warnings: Vec<String>,
-}
-
-impl Summary {
-    /// Whether all is as it was.
-    pub(super) fn is_quiet(&self) -> bool {
-        let Summary {
-            added,
-            changed,
-            removed,
-            failed,
-            restart,
-            ..
-        } = self;
-        added.is_empty()
-            && changed.is_empty()
-            && removed.is_empty()
-            && failed.is_empty()
-            && restart.is_empty()
-    }
-
-    /// As the control socket tells it.
-    #[cfg(unix)]
-    pub(super) fn json(&self) -> serde_json::Value {
-        let failed: serde_json::Map<_, _> = self
-            .failed
-            .iter()
-            .map(|(name, why)| (name.clone(), why.as_str().into()))
-            .collect();
-        serde_json::json!({
-            "added": self.added,
-            "changed": self.changed,
-            "removed": self.removed,
-            "kept": self.kept,
-            "failed": failed,
-            "restart": self.restart,
-            "warnings": self.warnings,
-        })
-    }
-
-    /// What a person should know, line by line.
-    pub(super) fn troubles(&self) -> Vec<String> {
-        let mut told = failures(&self.failed);
-        let restart = |key: &&str| format!("{key} has changed in the file, which takes a restart");
-        told.extend(self.restart.iter().map(restart));
-        told.extend(self.warnings.clone());
-        told
-    }
-}
-
-impl fmt::Display for Summary {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let counts = [
-            (&self.added, "added"),
-            (&self.changed, "changed"),
-            (&self.removed, "removed"),
-            (&self.kept, "kept"),
-        ];
-        let counts = counts.map(|(names, what)| format!("{} {what}", names.len()));
-        f.write_str(&counts.join(", "))?;
-        match self.failed.len() {
-            0 => Ok(()),
-            n => write!(f, ", {n} can't be had now"),
-        }
-    }
 }
 
 /// Why a proxy could not be started.
@@ -454,17 +375,6 @@ fn pending(rule: &Rule, waits: bool, why: String) -> Pending {
 fn reasons(failing: &Failing) -> Vec<(String, String)> {
     let reason = |(name, it): (&String, &Pending)| (name.clone(), it.why.clone());
     failing.iter().map(reason).collect()
-}
-
-/// What is said of forwards that can't be had now.
-fn failures(failed: &[(String, String)]) -> Vec<String> {
-    let line = |(name, why): &(String, String)| {
-        format!(
-            "[forward.{name}]: {why}; it is tried again every {} s",
-            TRY_AGAIN.as_secs()
-        )
-    };
-    failed.iter().map(line).collect()
 }
 
 /// What is said of a VM that is not there yet.
