@@ -854,12 +854,21 @@ fn the_commands_show_add_remove_and_stop() {
     let shown: Value = serde_json::from_str(&shown).unwrap();
     assert_eq!(shown["forwards"], answered["forwards"]);
 
-    let (code, out, _) = hvsock(&["remove", "gone", &listen]);
-    assert_eq!(code, Some(0));
+    let (code, out, err) = hvsock(&["remove", "gone", &listen]);
+    assert_eq!((code, err.as_str()), (Some(0), ""));
     assert!(
         out.contains("removed gone:") && out.contains("removed web:"),
         "{out}"
     );
+    // What is left without a listener can hurt a VM.
+    let vm = dir.join("vm");
+    fs::create_dir(&vm).unwrap();
+    let guests = format!("hyperkit://:5000{}", text(&vm));
+    assert_eq!(hvsock(&["add", &guests, "./echo"]).0, Some(0));
+    let (code, _, err) = hvsock(&["remove", &guests]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(err.contains("goes on dialling port 5000"), "{err}");
+
     let (code, _, err) = hvsock(&["remove", "web"]);
     assert_eq!(code, Some(1));
     assert!(err.contains("there is no forward \"web\""), "{err}");

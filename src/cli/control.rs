@@ -10,8 +10,9 @@ use serde_json::Value;
 
 use super::expose::vm_at;
 use super::options::{ProxyOptions, parse_seconds};
+use super::running::danger;
 use super::spec::{Local, Remote};
-use super::{Failure, Outcome, print, say, table};
+use super::{Failure, Outcome, complain, print, say, table};
 use crate::address::{Address, TcpAddress, UnixAddress};
 use crate::config::local_address;
 use crate::control::{self, Actions, Bound, Control, RuleBody, Unanswered, ask, read, segment};
@@ -387,6 +388,10 @@ impl Remove {
                 "removed {name}: {listen} -> {}{live}",
                 removed.connect
             ))?;
+            let listen = listen.parse().ok();
+            if let Some(why) = listen.and_then(|listen| danger(&name, &listen)) {
+                complain(why);
+            }
         }
         Ok(())
     }

@@ -307,7 +307,9 @@ impl Running {
                     // That it is gone already is as good.
                     let _ = self.handle.remove(id, Duration::MAX);
                     summary.removed.push(name_of(rule));
-                    summary.warnings.extend(danger(rule));
+                    summary
+                        .warnings
+                        .extend(danger(&name_of(rule), &rule.listen));
                 }
                 Step::Unname(id) => {
                     let mut rule = rules[&id].clone();
@@ -400,11 +402,11 @@ fn waits_for(rule: &Rule, wanted: &Wanted) -> Option<String> {
 }
 
 /// What is dangerous about a forward's being removed.
-fn danger(rule: &Rule) -> Option<String> {
-    let Address::Hyperkit(HyperkitAddress { vm, port }) = &rule.listen else {
+pub(super) fn danger(name: &str, listen: &Address) -> Option<String> {
+    let Address::Hyperkit(HyperkitAddress { vm, port }) = listen else {
         return None;
     };
-    let (name, directory) = (name_of(rule), vm.state_dir.display());
+    let directory = vm.state_dir.display();
     Some(format!(
         "{name} is gone: if the guest of {directory} goes on dialling port {port}, on which nobody listens any more, its VM may hang"
     ))
