@@ -313,9 +313,9 @@ impl<W: World> Worker<W> {
         let forward = Arc::clone(&self.listeners[index].forward);
         for gate in forward.gates.iter().flatten() {
             if let Some(vm) = gate.is_to_be_looked_at(now, WATCH) {
-                let identity = self.world.vm_identity(vm);
+                let sign = self.world.vm_sign(vm);
                 let process = self.world.vm_process(vm);
-                gate.look(identity, process, now);
+                gate.look(sign, process, now);
             }
         }
     }

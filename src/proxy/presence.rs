@@ -19,6 +19,15 @@ pub(super) enum News {
     Restarted,
 }
 
+/// By what a VM is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sign {
+    /// What its `connect` socket is.
+    Socket(Identity),
+    /// What its process' file is, where there is no such socket.
+    PidFile(Identity),
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Unknown,
@@ -35,13 +44,13 @@ pub(super) struct Presence {
     state: State,
     was_there: bool,
     /// What it was when it was seen last.
-    identity: Option<Identity>,
+    sign: Option<Sign>,
     /// It could not be seen since.
     unseen: bool,
     process: Option<i32>,
     back: Option<Instant>,
     /// What it was before, and until when that may still be seen.
-    replaced: Option<(Identity, Instant)>,
+    replaced: Option<(Sign, Instant)>,
     /// A dial has found it, that it is back was told, and what it is now has not been seen since.
     told_before_seen: bool,
     restarts: u64,
@@ -52,7 +61,7 @@ impl Default for Presence {
         Presence {
             state: State::Unknown,
             was_there: false,
-            identity: None,
+            sign: None,
             unseen: false,
             process: None,
             back: None,
@@ -102,16 +111,23 @@ impl Presence {
     }
 
     /// Takes what it is now; whether it is another than before.
-    pub(super) fn seen(&mut self, identity: Identity, now: Instant) -> (bool, Option<News>) {
+    pub(super) fn seen(&mut self, sign: Sign, now: Instant) -> (bool, Option<News>) {
+        // One that begins has its other files before its socket; one that is not known by a socket has none ever.
+        if matches!((self.sign, sign), (Some(Sign::Socket(_)), Sign::PidFile(_))) {
+            return (false, self.not_seen(now));
+        }
         // What another worker has seen may be older than what is known.
         if let Some((old, until)) = self.replaced
-            && old == identity
+            && old == sign
             && now < until
         {
             return (false, None);
         }
-        let before = self.identity.replace(identity);
-        let is_new = before.is_some_and(|before| before != identity);
+        let before = self.sign.replace(sign);
+        let is_new = match (before, sign) {
+            (None, _) | (Some(Sign::PidFile(_)), Sign::Socket(_)) => false,
+            (Some(before), _) => before != sign,
+        };
         if is_new {
             self.restarts += 1;
             self.replaced = before.map(|before| (before, now + SETTLES));

@@ -89,7 +89,7 @@ impl<W: World> Worker<W> {
             queue.waiting.pop_front();
             return true;
         }
-        let vm = self.world.vm_identity(&target.vm);
+        let vm = self.world.vm_sign(&target.vm);
         match queue.gate.admit(queue.forward.id, now, vm) {
             Admission::Go(permit) => {
                 queue.waiting.pop_front();

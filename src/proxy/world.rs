@@ -24,6 +24,7 @@ use crate::sys::{self, Identity};
 use super::bridge::{Bridge, Ended, Order, Progress};
 use super::crossing::{self, Crossings};
 use super::forward::Forward;
+use super::presence::Sign;
 
 /// What the loop learns in one wait.
 #[derive(Debug)]
@@ -77,7 +78,7 @@ pub(crate) trait World {
     /// Asks for the addresses of `host`; [`Event::Resolved`] answers.
     fn resolve(&mut self, token: usize, host: &str, port: u16);
     /// Which VM stands behind the state directory now; `None` if none does.
-    fn vm_identity(&mut self, vm: &HyperkitVm) -> Option<Identity>;
+    fn vm_sign(&mut self, vm: &HyperkitVm) -> Option<Sign>;
     /// The process of the VM, if a file says which one that is, and it lives.
     fn vm_process(&mut self, vm: &HyperkitVm) -> Option<i32>;
     /// Whether there is a file of that name.
@@ -392,10 +393,11 @@ impl World for MioWorld {
         path.symlink_metadata().is_ok()
     }
 
-    fn vm_identity(&mut self, vm: &HyperkitVm) -> Option<Identity> {
+    fn vm_sign(&mut self, vm: &HyperkitVm) -> Option<Sign> {
         // A VM with `guest_forwards` alone has no `connect` socket.
         let of = |path: PathBuf| Identity::of(&path).ok();
-        of(vm.connect_path()).or_else(|| of(vm.pid_path()))
+        let socket = of(vm.connect_path()).map(Sign::Socket);
+        socket.or_else(|| of(vm.pid_path()).map(Sign::PidFile))
     }
 
     fn vm_process(&mut self, vm: &HyperkitVm) -> Option<i32> {

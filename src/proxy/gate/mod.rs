@@ -17,10 +17,9 @@ use std::time::{Duration, Instant};
 
 use crate::address::HyperkitVm;
 use crate::error::Error;
-use crate::sys::Identity;
 
 use super::handle::ForwardId;
-use super::presence::{self, News, Presence};
+use super::presence::{self, News, Presence, Sign};
 use super::shares::Shares;
 use super::status::{VmStatus, wall_time};
 
@@ -176,14 +175,14 @@ impl Gate {
         state.wake();
     }
 
-    /// Asks for leave to dial for `forward` the VM whose `connect` socket is `vm` now.
+    /// Asks for leave to dial for `forward` the VM that `vm` is a sign of now.
     ///
-    /// Another identity than before is another VM (rule 8): nothing that was held against the old one counts.
+    /// Another sign than before is another VM (rule 8): nothing that was held against the old one counts.
     pub(crate) fn admit(
         self: &Arc<Gate>,
         forward: ForwardId,
         now: Instant,
-        vm: Option<Identity>,
+        vm: Option<Sign>,
     ) -> Admission {
         let mut state = self.state();
         let news = vm.and_then(|vm| self.seen(&mut state, vm, now));
@@ -344,7 +343,7 @@ impl Gate {
     }
 
     /// Takes what was seen of the VM.
-    pub(super) fn look(&self, vm: Option<Identity>, process: Option<i32>, now: Instant) {
+    pub(super) fn look(&self, vm: Option<Sign>, process: Option<i32>, now: Instant) {
         let mut state = self.state();
         let news = match vm {
             Some(vm) => {
@@ -357,7 +356,7 @@ impl Gate {
         self.tell(news, None);
     }
 
-    fn seen(&self, state: &mut State, vm: Identity, now: Instant) -> Option<News> {
+    fn seen(&self, state: &mut State, vm: Sign, now: Instant) -> Option<News> {
         let (is_new, news) = state.presence.seen(vm, now);
         if is_new {
             self.forget_vm(state);

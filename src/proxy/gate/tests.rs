@@ -157,7 +157,8 @@ fn a_new_vm_starts_afresh_and_old_permits_do_not_count() {
     let (one, two) = (directory.path().join("one"), directory.path().join("two"));
     std::fs::write(&one, "").unwrap();
     std::fs::write(&two, "").unwrap();
-    let (one, two) = (Identity::of(&one).ok(), Identity::of(&two).ok());
+    let of = |path| crate::sys::Identity::of(path).ok().map(Sign::Socket);
+    let (one, two) = (of(&one), of(&two));
     let gate = gate(1, 64);
     let now = Instant::now();
     let Admission::Go(old) = gate.admit(ONE, now, one) else {

@@ -51,7 +51,7 @@ fn another_file_is_another_vm_and_the_same_one_no_sign_of_life() {
     let [one, two] = ["one", "two"].map(|name| {
         let path = directory.path().join(name);
         std::fs::write(&path, "").unwrap();
-        Identity::of(&path).unwrap()
+        Sign::Socket(Identity::of(&path).unwrap())
     });
     let now = Instant::now();
     let mut presence = Presence::default();
@@ -79,4 +79,33 @@ fn another_file_is_another_vm_and_the_same_one_no_sign_of_life() {
     assert_eq!(presence.seen(two, now), (true, None));
     let now = now + SETTLES;
     assert_eq!(presence.seen(one, now), (true, Some(News::Restarted)));
+}
+
+/// One that begins has its other files before its socket: it began once all the same.
+#[cfg(unix)]
+#[test]
+fn a_file_beside_the_socket_is_no_other_vm() {
+    let directory = tempfile::tempdir().unwrap();
+    let [one, pid, two, other] = ["one", "pid", "two", "other"].map(|name| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, "").unwrap();
+        Identity::of(&path).unwrap()
+    });
+    let (socket, file) = (Sign::Socket, Sign::PidFile);
+    let mut now = Instant::now();
+    let mut presence = Presence::default();
+    assert_eq!(presence.seen(file(pid), now), (false, None));
+    assert_eq!(presence.seen(socket(one), now), (false, None));
+    presence.connected(now);
+    now += SETTLES;
+    assert_eq!(presence.seen(file(pid), now), (false, GONE));
+    let back = Some(News::Back(SETTLES));
+    now += SETTLES;
+    assert_eq!(presence.seen(socket(two), now), (true, back));
+    assert_eq!(presence.restarts(), 1);
+    // Where there is nothing else to know it by.
+    let mut presence = Presence::default();
+    assert_eq!(presence.seen(file(pid), now), (false, None));
+    assert!(presence.seen(file(other), now).0);
+    assert_eq!(presence.restarts(), 1);
 }
