@@ -268,7 +268,9 @@ fn what_is_typed_for_the_next_client_is_not_lost_on_the_last() {
     let mut cat = Cat::start(&["-lk", text(&path)]);
     let mut input = cat.input.take().unwrap();
     eventually("it listens", || path.exists());
+    let mut last = None;
     for n in 0..8 {
+        drop(last.take());
         let mut client = None;
         eventually("it takes us", || {
             client = UnixStream::connect(&path).ok();
@@ -282,7 +284,9 @@ fn what_is_typed_for_the_next_client_is_not_lost_on_the_last() {
         let mut typed = [0xff; 10];
         client.read_exact(&mut typed).unwrap();
         assert_eq!(typed, [n; 10]);
+        last = Some(client);
     }
+    // The last one is still there: the signal cuts it off.
     cat.signal("TERM");
     assert_eq!(cat.end().code, Some(1));
 }
