@@ -265,6 +265,12 @@ fn a_vm_that_is_not_there_yet_is_waited_for() {
         table.contains("dialled is waiting since") && table.contains("the VM's state directory"),
         "{table}"
     );
+    let (code, said) = asked(dir.path(), &["remove", "dialled"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains("isn't carried: waits for") && said.contains("take it out there"),
+        "{said}"
+    );
     let vm = vm(&home);
     proxy.says("dialled: one, to CID 2 port 5000");
     assert_eq!(ask(tcp(port), b"late").unwrap(), b"late");

@@ -346,13 +346,14 @@ impl Running {
         summary.added.retain(|name| !moved.contains(name));
         summary.changed.extend(moved);
         summary.failed = reasons(&failing);
-        let mut before = std::mem::take(&mut *self.failing());
+        let mut before = self.failing();
         for (name, it) in &mut failing {
-            if let Some(was) = before.remove(name) {
+            if let Some(was) = before.get(name) {
                 it.since = was.since;
             }
         }
-        *self.failing() = failing;
+        *before = failing;
+        drop(before);
         state.limits = wanted.limits;
         let new = wanted
             .missing

@@ -107,18 +107,23 @@ impl Api {
     }
 
     fn forwards(&self) -> Vec<Forward> {
-        let carried = self.handle.forwards();
+        // First: one that is carried at last just now has its row. It, and one that can't be changed, have one only.
         let mut pending = (self.actions.pending)();
-        // Of one that was carried at last just now, or that can't be changed, there is one row.
+        let carried = self.handle.forwards();
         pending.retain(|it| !carried.iter().any(|other| other.rule.name == it.name));
         carried.iter().map(Forward::from).chain(pending).collect()
     }
 
     fn forward(&self, name: &str) -> Result<Forward, Problem> {
-        self.find(name).map(|it| Forward::from(&it)).or_else(|e| {
-            let mut pending = (self.actions.pending)().into_iter();
-            pending.find(|it| it.name.as_deref() == Some(name)).ok_or(e)
-        })
+        let pending = self.pending(name);
+        let carried = self.find(name).map(|it| Forward::from(&it));
+        carried.or_else(|e| pending.ok_or(e))
+    }
+
+    /// The forward of that name that is wanted and can't be had now.
+    fn pending(&self, name: &str) -> Option<Forward> {
+        let mut pending = (self.actions.pending)().into_iter();
+        pending.find(|it| it.name.as_deref() == Some(name))
     }
 
     fn connections(&self) -> Vec<Connection> {
@@ -189,7 +194,15 @@ impl Api {
 
     fn remove(&self, name: &str, grace: Duration) -> Answer {
         let _one_at_a_time = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = self.find(name)?;
+        let pending = self.pending(name);
+        let found = self.find(name).map_err(|e| match pending {
+            None => e,
+            Some(it) => {
+                let why = it.why.unwrap_or(it.state);
+                Problem::new(409, format!("{name:?} isn't carried: {why}"))
+                    .with_remedy("the file asks for it: take it out there, and reload")
+            }
+        })?;
         self.handle.remove(found.id, grace)?;
         info!(
             "removed {}: {} -> {}",

@@ -331,7 +331,7 @@ impl Status {
 }
 
 impl Forward {
-    /// What it is called: by its id, if it has no name.
+    /// What it is called: by its id, if it has no name, or else by where it would listen.
     pub(crate) fn label(&self) -> String {
         match (&self.name, self.id) {
             (Some(name), _) => name.clone(),

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 use nix::sys::socket::{getsockopt, sockopt};
-use socket2::{SockRef, Socket, Type};
+use socket2::{Socket, Type};
 
 use super::Listener;
 use super::local::LocalListener;
@@ -15,7 +15,6 @@ use super::nonblocking;
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
 use crate::mux;
-use crate::stream::nonblocking::set_tcp_options;
 use crate::sys::{self, Identity};
 
 /// Takes over a socket that listens already. A Unix socket's file stays its maker's: it is never removed, nor made again
@@ -55,11 +54,7 @@ fn take(socket: Socket) -> io::Result<Listener> {
         )
     };
     let (address, inner) = if let Some(bound) = name.as_socket() {
-        if sys::ACCEPTED_INHERIT {
-            set_tcp_options(SockRef::from(&socket));
-        }
-        let listener = mio::net::TcpListener::from_std(socket.into());
-        (tcp(bound), nonblocking::Listener::Tcp(listener))
+        (tcp(bound), nonblocking::Listener::of_tcp(socket))
     } else if let Some(path) = name.as_pathname() {
         unix(UnixAddress::Path(path.to_owned()), socket)
     } else if let Some(name) = name.as_abstract_namespace() {

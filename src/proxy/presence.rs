@@ -112,7 +112,8 @@ impl Presence {
 
     /// Takes what it is now; whether it is another than before.
     pub(super) fn seen(&mut self, sign: Sign, now: Instant) -> (bool, Option<News>) {
-        // One that begins has its other files before its socket; one that is not known by a socket has none ever.
+        // That a VM's socket is missing says nothing of who it is: one that begins has its pid file first. So once one
+        // has had a socket, its pid file is no sign any more.
         if matches!((self.sign, sign), (Some(Sign::Socket(_)), Sign::PidFile(_))) {
             return (false, self.not_seen(now));
         }
