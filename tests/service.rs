@@ -129,6 +129,38 @@ fn what_guests_dial_can_be_passed() {
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
+#[test]
+fn a_passed_socket_outlives_its_forward() {
+    let dir = private_dir();
+    let _vm = echo_vm(dir.path());
+    let path = dir.path().join("passed.sock");
+    let file = dir.path().join("hvsock.toml");
+    let forward = |name: &str| {
+        let paths = [&path, dir.path()].map(|it| text(it).to_owned());
+        let [listen, vm] = paths;
+        format!("[forward.{name}]\nlisten = {listen:?}\nconnect = \"hyperkit://:7{vm}\"\n")
+    };
+    std::fs::write(&file, forward("one")).unwrap();
+    let mut command = with_passed(vec![("", unix_socket(&path))], &["run", text(&file)]);
+    command.env("XDG_RUNTIME_DIR", dir.path());
+    let mut proxy = Running::spawn(command);
+    proxy.says("one: ");
+    assert_eq!(ask(unix_client(&path), b"one").unwrap(), b"one");
+    std::fs::write(&file, "[forward.other]\nlisten = 0\nconnect = 9\n").unwrap();
+    proxy.signal("HUP");
+    proxy.says("1 removed");
+    // Who comes now waits, as before the start.
+    let waits = unix_client(&path);
+    std::fs::write(&file, forward("two")).unwrap();
+    proxy.signal("HUP");
+    proxy.says("two: ");
+    assert_eq!(ask(waits, b"waited").unwrap(), b"waited");
+    assert_eq!(ask(unix_client(&path), b"two").unwrap(), b"two");
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    assert!(path.exists());
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn an_abstract_socket_can_be_passed() {

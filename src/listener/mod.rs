@@ -42,6 +42,9 @@ pub const DEFAULT_MODE: u32 = 0o600;
 pub struct Listener {
     inner: nonblocking::Listener,
     address: Address,
+    /// Somebody else has bound it, and may have it still: that we close it doesn't free its address.
+    #[cfg(unix)]
+    is_foreign: bool,
 }
 
 impl Listener {
@@ -65,13 +68,24 @@ impl Listener {
     pub fn bind_with_mode(address: &Address, mode: u32) -> Result<Listener> {
         let inner = nonblocking::Listener::bind(address, mode)?;
         let address = inner.bound(address);
-        Ok(Listener { inner, address })
+        Ok(Listener {
+            inner,
+            address,
+            #[cfg(unix)]
+            is_foreign: false,
+        })
     }
 
     /// Whether it is the socket that binding `address` would make.
     #[cfg(not(unix))]
     pub(crate) fn is_at(&self, address: &Address) -> bool {
         self.address == *address
+    }
+
+    /// Another handle of a socket that somebody else has bound: here there is none.
+    #[cfg(not(unix))]
+    pub(crate) fn share(&self) -> Result<Option<Listener>> {
+        Ok(None)
     }
 
     /// Sets what an address asks for beside the place: here nothing.

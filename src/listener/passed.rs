@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use nix::sys::socket::{getsockopt, sockopt};
@@ -68,7 +68,11 @@ fn take(socket: Socket) -> io::Result<Listener> {
             "sockets of its family, or without a name, are not carried",
         ));
     };
-    Ok(Listener { inner, address })
+    Ok(Listener {
+        inner,
+        address,
+        is_foreign: true,
+    })
 }
 
 fn tcp(bound: SocketAddr) -> Address {
@@ -93,6 +97,19 @@ impl Listener {
             }
             (bound, asked) => bound == asked,
         }
+    }
+
+    /// Another handle of a socket that somebody else has bound; `None` for others, which can be bound again.
+    ///
+    /// # Errors
+    /// That the process can have no more descriptors.
+    pub(crate) fn share(&self) -> Result<Option<Listener>> {
+        if !self.is_foreign {
+            return Ok(None);
+        }
+        let socket = self.as_fd().try_clone_to_owned();
+        let socket = socket.map_err(|e| Error::new(Operation::Listen, &self.address, e))?;
+        Listener::try_from(socket).map(Some)
     }
 
     /// Sets what an address asks for beside the place.

@@ -182,6 +182,7 @@ impl Handle {
 
     /// As [`Proxy::stop`](super::Proxy::stop).
     pub fn stop(&self, grace: Duration) {
+        self.binder.let_passed_go();
         for inbox in &self.shared.inboxes {
             inbox.send(Command::Stop(grace));
         }

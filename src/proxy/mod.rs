@@ -157,7 +157,8 @@ pub struct ProxyConfig {
     /// of this machine's addresses; and of a host's name it is supposed that it may be this machine's.
     pub forbidden: Vec<Address>,
     /// Sockets that listen already, such as those that a service manager has passed: a rule that is to listen where one
-    /// of them does takes it, and binds none. A rule that is added later binds its own.
+    /// of them does takes it, and binds none. One that somebody else has bound (`TryFrom<OwnedFd>`) is kept when its
+    /// forward is removed: clients wait there until another one takes it.
     pub listeners: Vec<Listener>,
 }
 

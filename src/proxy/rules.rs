@@ -104,6 +104,15 @@ fn check_beside<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Cl
     Ok(())
 }
 
+/// A socket that listened already. One that somebody else has bound is kept while forwards come and go: nobody could bind
+/// it again.
+#[derive(Debug)]
+struct Passed {
+    socket: listener::Listener,
+    /// Who has used it last.
+    by: Option<ForwardId>,
+}
+
 /// Binds rules, and knows the VMs that they lead to.
 #[derive(Debug)]
 pub(super) struct Binder {
@@ -111,8 +120,7 @@ pub(super) struct Binder {
     limits: GateLimits,
     waiter: fn(&Address) -> Waiter,
     observer: Option<Observer>,
-    /// Those that listen already.
-    passed: Mutex<Vec<listener::Listener>>,
+    passed: Mutex<Vec<Passed>>,
     next: AtomicU64,
     forbidden: Vec<Address>,
 }
@@ -130,7 +138,12 @@ impl Binder {
             limits,
             waiter,
             observer,
-            passed: Mutex::new(passed),
+            passed: Mutex::new(
+                passed
+                    .into_iter()
+                    .map(|socket| Passed { socket, by: None })
+                    .collect(),
+            ),
             next: AtomicU64::new(0),
             forbidden,
         }
@@ -158,7 +171,8 @@ impl Binder {
         check_alone(&rule, self.waiter)?;
         self.permit(&rule)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
-        let listener = match self.take(&rule.listen)? {
+        let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
+        let listener = match self.take(&rule.listen, id, others)? {
             Some(listener) => listener,
             None => Listener::bind(&rule.listen, rule.mode)?,
         };
@@ -167,37 +181,54 @@ impl Binder {
         // Again: the port that was chosen may be the target's.
         check_alone(&rule, self.waiter)?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
-        let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let places = keep_places(&rule, &gates, id)?;
         let observer = self.observer.clone();
         let forward = Forward::new(id, rule, asked, gates, places, self.waiter, observer);
         Ok((listener, Arc::new(forward)))
     }
 
-    fn passed(&self) -> MutexGuard<'_, Vec<listener::Listener>> {
+    fn passed(&self) -> MutexGuard<'_, Vec<Passed>> {
         self.passed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The socket that listens on `address` already, if one was passed.
-    fn take(&self, address: &Address) -> Result<Option<Listener>> {
+    /// The socket that listens on `address` already, if one was passed and none of the others has it.
+    fn take(
+        &self,
+        address: &Address,
+        id: ForwardId,
+        others: &[Arc<Forward>],
+    ) -> Result<Option<Listener>> {
         let mut passed = self.passed();
-        let Some(index) = passed.iter().position(|passed| passed.is_at(address)) else {
+        let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.by);
+        let fits = |it: &Passed| it.socket.is_at(address) && is_free(it);
+        let Some(index) = passed.iter().position(fits) else {
             return Ok(None);
         };
-        let listener = passed.swap_remove(index);
-        listener.prepare(address)?;
+        passed[index].socket.prepare(address)?;
+        let listener = match passed[index].socket.share()? {
+            Some(again) => {
+                passed[index].by = Some(id);
+                again
+            }
+            None => passed.swap_remove(index).socket,
+        };
         Ok(Some(listener.into_nonblocking()))
+    }
+
+    /// Keeps no socket that was passed any longer.
+    pub(super) fn let_passed_go(&self) {
+        self.passed().clear();
     }
 
     /// Refuses a passed socket that no rule has taken: its clients would wait for ever.
     pub(super) fn all_are_taken(&self) -> Result<()> {
         let passed = self.passed();
-        let Some(left) = passed.first() else {
+        let Some(left) = passed.iter().find(|it| it.by.is_none()) else {
             return Ok(());
         };
         let why = "its socket was passed to us, and no rule listens there";
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
-        Err(Error::new(Operation::Listen, left.address(), cause)
+        Err(Error::new(Operation::Listen, left.socket.address(), cause)
             .with_remedy("add a rule that does, or have it not passed"))
     }
 
