@@ -99,7 +99,8 @@ impl Listener {
         }
     }
 
-    /// Another handle of a socket that somebody else has bound; `None` for others, which can be bound again.
+    /// Another handle of a socket that somebody else has bound, for a poller, which this one never meets; `None` for
+    /// others, which can be bound again.
     ///
     /// # Errors
     /// That the process can have no more descriptors.

@@ -40,9 +40,13 @@ pub(crate) struct Contender {
     ports: [u16; 3],
 }
 
+/// See its file.
+pub(crate) const BARE: &str = "bare";
+
 /// Those that can be had, in the order in which they are printed.
-pub(crate) const NAMES: [&str; 8] = [
+pub(crate) const NAMES: [&str; 9] = [
     "no proxy",
+    BARE,
     "hvsock",
     "hvsock --no-splice",
     "hvsock, hyperkit",
@@ -65,6 +69,14 @@ impl Contender {
         let mut commands = Vec::new();
         match name {
             "no proxy" => {}
+            BARE => {
+                let mut command = Command::new(std::env::current_exe()?);
+                command.arg(BARE);
+                for (service, port) in fronts() {
+                    command.args([port.to_string(), backs.socket(service)]);
+                }
+                commands.push(command);
+            }
             "hvsock" | "hvsock --no-splice" | "hvsock, hyperkit" => {
                 let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
                 command.arg("forward");
@@ -232,8 +244,10 @@ fn cpu(pid: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let fields = stat.rsplit(')').next().unwrap_or_default();
     let fields: Vec<&str> = fields.split_whitespace().collect();
-    // `cutime` and `cstime` of proc(5), the 16th and 17th field, in ticks of 10 ms.
+    // Of proc(5), in ticks of 10 ms: `utime` and `stime` (the 14th and 15th field) have the threads that ended, too;
+    // `cutime` and `cstime` (behind them) the children.
     let ticks = |field: usize| fields.get(field).and_then(|f| f.parse::<u64>().ok());
-    let ended = ticks(13).unwrap_or(0) + ticks(14).unwrap_or(0);
-    own as f64 / 1e9 + ended as f64 / 100.0
+    let seconds =
+        |field| (ticks(field).unwrap_or(0) + ticks(field + 1).unwrap_or(0)) as f64 / 100.0;
+    (own as f64 / 1e9).max(seconds(11)) + seconds(13)
 }

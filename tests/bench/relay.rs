@@ -9,6 +9,8 @@
 #![allow(clippy::expect_used)]
 
 #[cfg(target_os = "linux")]
+mod bare;
+#[cfg(target_os = "linux")]
 mod contender;
 #[cfg(target_os = "linux")]
 mod load;

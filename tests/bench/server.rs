@@ -72,7 +72,7 @@ impl Service {
 }
 
 /// Serves on a thread, a thread a connection; what goes wrong the client finds.
-fn spawn(work: impl FnOnce() + Send + 'static) {
+pub(crate) fn spawn(work: impl FnOnce() + Send + 'static) {
     let thread = thread::Builder::new().stack_size(128 << 10);
     thread.spawn(work).expect("a thread");
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::contender::{Backs, Contender, NAMES};
+use crate::contender::{BARE, Backs, Contender, NAMES};
 use crate::load::{Load, connect, trip};
 use crate::server::Service;
 
@@ -57,7 +57,15 @@ fn median(values: &[f64]) -> f64 {
 
 pub(crate) fn main() {
     // cargo bench adds `--bench`.
-    let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
+    let mut words = std::env::args()
+        .skip(1)
+        .filter(|word| word != "--bench")
+        .peekable();
+    if words.next_if(|word| word == BARE).is_some() {
+        let Err(e) = crate::bare::main(words);
+        eprintln!("bench: {BARE}: {e}");
+        std::process::exit(1);
+    }
     let rounds: usize = match words.next().map(|word| word.parse()) {
         None => 5,
         Some(Ok(rounds)) => rounds,
@@ -88,20 +96,24 @@ fn run(rounds: usize, wanted: &[String]) -> io::Result<()> {
         .collect();
     let mut cells: BTreeMap<(usize, &str), Cell> = BTreeMap::new();
     for round in 1..=rounds {
+        let mut contenders = Vec::new();
         for name in NAMES {
-            let Some(contender) = Contender::start(name, &backs)? else {
-                if round == 1 {
-                    eprintln!("bench: {name} is not installed, and left out");
-                }
-                continue;
-            };
-            for (index, load) in loads.iter().enumerate() {
+            match Contender::start(name, &backs)? {
+                Some(contender) => contenders.push((name, contender)),
+                None if round == 1 => eprintln!("bench: {name} is not installed, and left out"),
+                None => {}
+            }
+        }
+        for (index, load) in loads.iter().enumerate() {
+            // One after the other, for a slow minute is to hit all; and none is always the first.
+            contenders.rotate_left(1);
+            for (name, contender) in &contenders {
                 let port = contender.port(load.service());
                 let before = contender.cpu();
                 let measured = load.run(port).map_err(|e| {
                     io::Error::new(e.kind(), format!("{name}, {}: {e}", load.name()))
                 })?;
-                let cell = cells.entry((index, name)).or_default();
+                let cell = cells.entry((index, *name)).or_default();
                 let (amount, _) = load.amount();
                 cell.rates.push(amount / measured.took.as_secs_f64());
                 cell.cpu.push((contender.cpu() - before) / amount);
@@ -192,7 +204,10 @@ fn idle(count: usize, backs: &Backs) -> io::Result<()> {
         "\nidle, {count} connections\n{:<18} {:>14}",
         "", "bytes each"
     );
-    for name in NAMES.into_iter().filter(|name| *name != "no proxy") {
+    for name in NAMES
+        .into_iter()
+        .filter(|name| !["no proxy", BARE].contains(name))
+    {
         // A process a connection.
         if name == "socat" || name == "hvsock, hyperkit" {
             continue;
