@@ -46,8 +46,8 @@ pub(super) struct Cat {
     wait: Duration,
     /// After SIGINT or SIGTERM, seconds a guest may take to end the connection; to vsock-mux, seconds without a byte
     /// until EOF on standard input is passed on all the same, and to a pipe without a half-close until all is over
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    drain_timeout: u32,
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
+    drain_timeout: Duration,
     /// With -l, permissions of a Unix listening socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, requires = "listen")]
     mode: u32,
@@ -63,7 +63,7 @@ impl Cat {
         let plan = Plan {
             address,
             wait: self.wait.saturating_sub(begun.elapsed()),
-            drain: Duration::from_secs(self.drain_timeout.into()),
+            drain: self.drain_timeout,
             keeps: self.keep_listening,
         };
         if !self.listen {

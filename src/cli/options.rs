@@ -86,14 +86,14 @@ pub(super) struct ProxyOptions {
     #[arg(long)]
     no_splice: bool,
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    grace: u32,
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_seconds)]
+    grace: Duration,
     /// Seconds a client may wait for its target to be connected
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    dial_timeout: u32,
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_seconds)]
+    dial_timeout: Duration,
     /// Seconds a guest may take to end a connection after our half-close
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
-    drain_timeout: u32,
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_some_seconds)]
+    drain_timeout: Duration,
     /// Seconds that a client is held whose target isn't there yet, and is dialled again meanwhile [default: it is refused]
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     wait: Option<Duration>,
@@ -132,8 +132,8 @@ impl ProxyOptions {
     /// A rule as these options have it.
     fn applied_to(&self, mut rule: Rule) -> Rule {
         rule.mode = self.mode;
-        rule.timeouts.dial = Duration::from_secs(self.dial_timeout.into());
-        rule.timeouts.drain = Duration::from_secs(self.drain_timeout.into());
+        rule.timeouts.dial = self.dial_timeout;
+        rule.timeouts.drain = self.drain_timeout;
         rule.timeouts.idle = self.idle_timeout;
         rule.timeouts.half_closed = self.half_closed_timeout;
         rule.wait = self.wait;
@@ -153,12 +153,12 @@ impl ProxyOptions {
     }
 
     pub(super) fn grace(&self) -> Duration {
-        Duration::from_secs(self.grace.into())
+        self.grace
     }
 }
 
 /// A time in seconds that is not zero.
-fn parse_some_seconds(text: &str) -> Result<Duration, String> {
+pub(super) fn parse_some_seconds(text: &str) -> Result<Duration, String> {
     match parse_seconds(text)? {
         Duration::ZERO => Err("it can't be 0".to_owned()),
         time => Ok(time),
@@ -169,6 +169,6 @@ fn parse_some_seconds(text: &str) -> Result<Duration, String> {
 pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     match text.parse() {
         Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
-        _ => Err("it is a number of seconds, as 0.5".to_owned()),
+        _ => Err("it is a number of seconds, such as 0.5, and at most 1000000".to_owned()),
     }
 }

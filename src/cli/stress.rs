@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
-use super::options::{Peer, parse_mode, parse_seconds};
+use super::options::{Peer, parse_mode, parse_seconds, parse_some_seconds};
 use super::signals::EndSignals;
 use super::{Failure, Outcome, complain, print, say};
 use crate::address::Address;
@@ -58,8 +58,8 @@ pub(super) struct Stress {
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
     pause: Duration,
     /// Seconds that connecting may take, and that nothing may move
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    timeout: u32,
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_some_seconds)]
+    timeout: Duration,
     /// End with the first failure
     #[arg(short = 'e', long)]
     fail_fast: bool,
@@ -179,7 +179,7 @@ impl Stress {
             buffer: self.buffer,
             seed: self.seed.unwrap_or_else(|| fastrand::u64(..)),
             pause: self.pause,
-            timeout: Duration::from_secs(self.timeout.into()),
+            timeout: self.timeout,
             fail_fast: self.fail_fast,
             verbose: self.verbose,
         })
