@@ -524,7 +524,7 @@ impl<W: World> Worker<W> {
             self.pool.trim();
             self.trim_at = None;
         }
-        if self.trim_at.is_none() && self.pool.has_pipes() {
+        if self.trim_at.is_none() && self.pool.wants_trim() {
             self.trim_at = Some(now + TRIM);
         }
     }

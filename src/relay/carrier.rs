@@ -18,6 +18,8 @@ pub(crate) struct Pool<P> {
     pipes: Vec<P>,
     /// How many pipes may still be made.
     to_make: usize,
+    /// Those that the system would not give; they are asked for again after the next [`trim`](Pool::trim).
+    refused: usize,
     /// The fewest pipes that rested here since the last [`trim`](Pool::trim).
     fewest: usize,
 }
@@ -31,6 +33,7 @@ impl<P: Pipe> Pool<P> {
             keep,
             pipes: Vec::new(),
             to_make: pipes,
+            refused: 0,
             fewest: 0,
         }
     }
@@ -58,11 +61,11 @@ impl<P: Pipe> Pool<P> {
             return None;
         }
         let made = P::new();
-        // Where there is none now it isn't asked for again and again.
-        self.to_make = match made {
-            Some(_) => self.to_make - 1,
-            None => 0,
-        };
+        match made {
+            Some(_) => self.to_make -= 1,
+            // Where there is none now it isn't asked for again and again.
+            None => self.refused += std::mem::take(&mut self.to_make),
+        }
         made
     }
 
@@ -76,14 +79,14 @@ impl<P: Pipe> Pool<P> {
         self.pipes.push(pipe);
     }
 
-    /// Whether pipes rest here, which have descriptors.
-    pub(crate) fn has_pipes(&self) -> bool {
-        !self.pipes.is_empty()
+    /// Whether there is something for [`trim`](Pool::trim) to do, now or later.
+    pub(crate) fn wants_trim(&self) -> bool {
+        !self.pipes.is_empty() || self.refused > 0
     }
 
-    /// Closes the pipes that nobody has needed since this was called before.
+    /// Closes the pipes that nobody has needed since this was called before; those that could not be had then may be now.
     pub(crate) fn trim(&mut self) {
-        self.to_make += self.fewest;
+        self.to_make += self.fewest + std::mem::take(&mut self.refused);
         self.pipes.truncate(self.pipes.len() - self.fewest);
         self.fewest = self.pipes.len();
     }

@@ -1,7 +1,10 @@
 //! What it costs to carry: calls, buffers and pipes.
 
+use std::cell::Cell;
+
 use super::bench::Bench;
 use super::kernel::{Habits, PIPE};
+use crate::relay::carrier::{Pipe, Pool};
 use crate::relay::{CLIENT, Carrier, SERVER, Turn};
 
 type Kernel = Bench<true>;
@@ -141,10 +144,33 @@ fn pipes_that_nobody_needs_are_closed() {
     pair.pool.trim();
     carry(&mut pair);
     pair.pool.trim();
-    assert!(pair.pool.has_pipes(), "it was needed");
+    assert!(pair.pool.wants_trim(), "it was needed");
     pair.pool.trim();
-    assert!(!pair.pool.has_pipes());
+    assert!(!pair.pool.wants_trim());
     // (The accounting of each turn says that others can be made.)
     carry(&mut pair);
     assert_eq!(pair.wire(SERVER).written, 3 * (32 + PIPE as u64));
+}
+
+#[test]
+fn pipes_that_the_system_would_not_give_are_asked_for_again() {
+    thread_local! {
+        static TO_BE_HAD: Cell<bool> = const { Cell::new(false) };
+    }
+    #[derive(Debug)]
+    struct Rare;
+    impl Pipe for Rare {
+        fn new() -> Option<Rare> {
+            TO_BE_HAD.get().then_some(Rare)
+        }
+    }
+    let mut pool: Pool<Rare> = Pool::new(1, 0, 2);
+    assert!(pool.take_pipe().is_none());
+    TO_BE_HAD.set(true);
+    assert!(pool.take_pipe().is_none(), "not again and again");
+    assert!(pool.wants_trim());
+    pool.trim();
+    assert!(pool.take_pipe().is_some() && pool.take_pipe().is_some());
+    assert!(pool.take_pipe().is_none());
+    assert!(!pool.wants_trim());
 }
