@@ -1,12 +1,14 @@
 //! Whether who is dialled is there: what is known of it, and what of that is news.
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tracing::{info, warn};
 
 use crate::error::Error;
 use crate::sys::Identity;
+
+use super::status::wall_time;
 
 /// Something to be told, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +34,12 @@ pub(crate) enum Sign {
 enum State {
     Unknown,
     Up,
-    Gone { since: Instant, told: bool },
+    Gone {
+        since: Instant,
+        /// The same on the wall's clock, which goes on while the machine sleeps.
+        at: SystemTime,
+        told: bool,
+    },
 }
 
 /// How long after it has come back a dial may still fail that was begun before, on another worker.
@@ -75,13 +82,12 @@ impl Default for Presence {
 impl Presence {
     /// Takes a dial that found nobody.
     pub(super) fn failed(&mut self, now: Instant) -> Option<News> {
-        let since = match self.state {
+        match self.state {
             State::Gone { told: true, .. } => return None,
-            State::Gone { since, .. } => since,
             State::Up if self.settles(now) => return None,
-            State::Unknown | State::Up => now,
-        };
-        Some(self.gone(since))
+            State::Gone { .. } | State::Unknown | State::Up => {}
+        }
+        Some(self.gone(now))
     }
 
     /// It has come back just now.
@@ -89,11 +95,20 @@ impl Presence {
         self.back.is_some_and(|back| now < back + SETTLES)
     }
 
-    fn gone(&mut self, since: Instant) -> News {
-        self.state = State::Gone { since, told: true };
+    fn gone(&mut self, now: Instant) -> News {
+        self.take_for_gone(now, true);
         News::Gone {
             was_there: self.was_there,
         }
+    }
+
+    /// Takes it for gone; if it is so already, since when it was.
+    fn take_for_gone(&mut self, now: Instant, told: bool) {
+        let (since, at) = match self.state {
+            State::Gone { since, at, .. } => (since, at),
+            State::Unknown | State::Up => (now, wall_time(now)),
+        };
+        self.state = State::Gone { since, at, told };
     }
 
     /// Takes a dial that found somebody.
@@ -157,8 +172,7 @@ impl Presence {
         match self.state {
             State::Up => Some(self.gone(now)),
             State::Unknown => {
-                let told = false;
-                self.state = State::Gone { since: now, told };
+                self.take_for_gone(now, false);
                 None
             }
             State::Gone { .. } => None,
@@ -185,9 +199,9 @@ impl Presence {
         }
     }
 
-    pub(super) fn gone_since(&self) -> Option<Instant> {
+    pub(super) fn gone_since(&self) -> Option<SystemTime> {
         match self.state {
-            State::Gone { since, .. } => Some(since),
+            State::Gone { at, .. } => Some(at),
             State::Unknown | State::Up => None,
         }
     }

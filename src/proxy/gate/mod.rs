@@ -21,7 +21,7 @@ use crate::error::Error;
 use super::handle::ForwardId;
 use super::presence::{self, News, Presence, Sign};
 use super::shares::Shares;
-use super::status::{VmStatus, wall_time};
+use super::status::VmStatus;
 
 use permit::Kind;
 pub(super) use permit::Reservation;
@@ -395,7 +395,7 @@ impl Gate {
             reserved: state.shares.kept(),
             unanswered: self.unanswered(),
             up: state.presence.is_up(),
-            gone_since: state.presence.gone_since().map(wall_time),
+            gone_since: state.presence.gone_since(),
             restarts: state.presence.restarts(),
         }
     }

@@ -12,8 +12,10 @@ fn what_repeats_is_no_news() {
     assert_eq!(presence.is_up(), None);
     let never = Some(News::Gone { was_there: false });
     assert_eq!(presence.failed(start), never);
+    let since = presence.gone_since();
+    assert!(since.is_some());
     assert_eq!(presence.failed(later), None);
-    assert_eq!(presence.gone_since(), Some(start));
+    assert_eq!(presence.gone_since(), since);
     let back = Some(News::Back(Duration::from_secs(3)));
     assert_eq!(presence.connected(later), back);
     assert_eq!(presence.connected(later), None);
