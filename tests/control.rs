@@ -335,6 +335,13 @@ fn what_makes_no_sense_is_refused_and_said() {
         (
             "POST",
             "/v1/forwards",
+            rule(r#", "name": "a ""#),
+            400,
+            "blank",
+        ),
+        (
+            "POST",
+            "/v1/forwards",
             rule(r#", "name": "a\nb""#),
             400,
             "name",

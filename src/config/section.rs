@@ -7,6 +7,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::problems::Problem;
+use crate::proxy::check_name;
 
 /// The text, and what is wrong with it so far.
 #[derive(Debug)]
@@ -218,18 +219,6 @@ fn bare(key: &str) -> String {
     match !key.is_empty() && key.chars().all(plain) {
         true => key.to_owned(),
         false => format!("{key:?}"),
-    }
-}
-
-/// Names stand in logs, in tables and on command lines.
-fn check_name(name: &str) -> Result<(), String> {
-    match name {
-        "" => Err("a name can't be empty".to_owned()),
-        name if name.chars().any(char::is_control) => {
-            Err("a name can't have control characters in it".to_owned())
-        }
-        name if name.trim() != name => Err("a name can't begin or end with a blank".to_owned()),
-        _ => Ok(()),
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::address::Address;
 use crate::proxy::{
     ConnectionState, ConnectionStatus, Counters, ForwardState, ForwardStatus, Refusals, Rule,
-    VmStatus,
+    VmStatus, check_name,
 };
 
 use super::Problem;
@@ -214,11 +214,8 @@ impl RuleBody {
             address("listen", &self.listen)?,
             address("connect", &self.connect)?,
         );
-        if let Some(name) = &self.name
-            && (name.is_empty() || name.len() > 100 || name.chars().any(char::is_control))
-        {
-            let why = "name: it has 1 to 100 bytes and no control characters";
-            return Err(Problem::new(400, why));
+        if let Some(name) = &self.name {
+            check_name(name).map_err(|why| Problem::new(400, format!("name: {why}")))?;
         }
         rule.name = self.name;
         if let Some(mode) = self.mode {

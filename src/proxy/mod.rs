@@ -82,7 +82,7 @@ pub use forward::{Rule, Timeouts};
 pub use handle::{ConnectionState, ConnectionStatus, ForwardId, Handle};
 pub use observer::{ConnectionId, Event, Observer, What};
 #[cfg(feature = "cli")]
-pub(crate) use rules::{check_rule, is_chosen};
+pub(crate) use rules::{check_name, check_rule, is_chosen};
 pub use status::{ForwardState, ForwardStatus, LastError, VmStatus};
 #[cfg(feature = "cli")]
 pub(crate) use worker::room_for_connections;

@@ -70,6 +70,25 @@ fn check_bridge(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     Ok(())
 }
 
+/// Names of forwards and VMs stand in logs, in tables and on command lines.
+///
+/// # Errors
+/// Why that is none.
+#[cfg(feature = "cli")]
+pub(crate) fn check_name(name: &str) -> std::result::Result<(), &'static str> {
+    /// Bytes.
+    const LONGEST: usize = 100;
+    match name {
+        "" => Err("a name can't be empty"),
+        name if name.len() > LONGEST => Err("a name can't have more than 100 bytes"),
+        name if name.chars().any(char::is_control) => {
+            Err("a name can't have control characters in it")
+        }
+        name if name.trim() != name => Err("a name can't begin or end with a blank"),
+        _ => Ok(()),
+    }
+}
+
 /// As [`Proxy::start`](super::Proxy::start) would refuse it, without trying to listen.
 #[cfg(feature = "cli")]
 pub(crate) fn check_rule(rule: &Rule) -> Result<()> {
