@@ -247,7 +247,12 @@ impl<'a, V: Guests> World<'a, V> {
                     let port = if choice < 53 { REFUSED } else { CLOSER };
                     let bytes = pattern(seed, length.min(10_000));
                     let run = |mut conn| self.refused(&mut conn, &bytes, half_close, tcp);
-                    ("refused", open(port).and_then(run))
+                    let outcome = match open(port) {
+                        // The reset may come before the connect is over.
+                        Err(error) if tcp && error.kind() == ErrorKind::ConnectionReset => Ok(()),
+                        conn => conn.and_then(run),
+                    };
+                    ("refused", outcome)
                 }
             }
         } else {
