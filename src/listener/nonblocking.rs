@@ -47,14 +47,6 @@ impl Listener {
         }
     }
 
-    /// One that listens already, and doesn't block.
-    pub(super) fn of_tcp(socket: Socket) -> Listener {
-        if sys::ACCEPTED_INHERIT {
-            set_tcp_options(SockRef::from(&socket));
-        }
-        Listener::Tcp(mio::net::TcpListener::from_std(socket.into()))
-    }
-
     /// Accepts one connection, without waiting for it; who it is from, for the log. The stream is non-blocking, where
     /// its family has readiness.
     pub(crate) fn accept(&self) -> io::Result<(Stream, SocketName)> {
@@ -187,12 +179,13 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
         // Without it a port stays unusable for a minute after a restart. On Windows it means something else.
         #[cfg(unix)]
         socket.set_reuse_address(true)?;
+        leave_options(&socket);
         socket.bind(&socket_address.into())?;
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;
-        Ok(Listener::of_tcp(socket))
+        Ok(mio::net::TcpListener::from_std(socket.into()))
     };
-    listen().map_err(|e: io::Error| {
+    listen().map(Listener::Tcp).map_err(|e: io::Error| {
         let remedy = match e.kind() {
             io::ErrorKind::AddrInUse => {
                 Some("another program listens there: choose another port, or 0 for a free one")
@@ -211,6 +204,13 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
             None => error,
         }
     })
+}
+
+/// Gives a listener the options of those that it accepts, where they inherit them. Who has come before hasn't.
+pub(super) fn leave_options(listener: &Socket) {
+    if sys::ACCEPTED_INHERIT {
+        set_tcp_options(SockRef::from(listener));
+    }
 }
 
 impl Listener {
