@@ -288,7 +288,8 @@ impl World for MioWorld {
                 readable: event.is_readable() || event.is_read_closed() || failed,
                 writable: event.is_writable() || event.is_write_closed() || failed,
                 failed,
-                hidden: failed || event.is_read_closed() || event.is_priority(),
+                hidden: failed || event.is_read_closed(),
+                urgent: event.is_priority(),
             };
             events.push(Event::Ready {
                 token: event.token().0,

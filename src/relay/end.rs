@@ -57,6 +57,8 @@ pub(crate) struct Readiness {
     /// Something may stand behind what a short read gives, of which no further event will tell: an EOF, an error, or what
     /// comes after urgent data.
     pub(crate) hidden: bool,
+    /// Urgent data has come.
+    pub(crate) urgent: bool,
 }
 
 /// What is known of one direction of a socket.
@@ -82,6 +84,7 @@ pub(crate) struct End<S> {
     writable: bool,
     failed: bool,
     hidden: bool,
+    urgent: bool,
     pub(crate) input: Half,
     pub(crate) output: Half,
     received: u64,
@@ -99,6 +102,7 @@ impl<S: Socket> End<S> {
             writable: false,
             failed: false,
             hidden: false,
+            urgent: false,
             input: Half::Open,
             output: Half::Open,
             received: 0,
@@ -110,7 +114,8 @@ impl<S: Socket> End<S> {
         self.readable |= event.readable;
         self.writable |= event.writable;
         self.failed |= event.failed;
-        self.hidden |= event.hidden;
+        self.hidden |= event.hidden || event.urgent;
+        self.urgent |= event.urgent;
     }
 
     pub(crate) fn is_readable(&self) -> bool {
@@ -157,9 +162,10 @@ impl<S: Socket> End<S> {
         Some(n)
     }
 
-    /// Whether bytes from here can go through a pipe. Of what stands behind urgent data a splice tells nothing.
+    /// Whether bytes from here can go through a pipe. Of what stands behind urgent data a splice tells nothing; an EOF and
+    /// an error it tells as a read does.
     pub(crate) fn has_splice(&self) -> bool {
-        !self.hidden && self.socket.has_splice()
+        !self.urgent && self.socket.has_splice()
     }
 
     /// As [`read`](End::read), into a pipe that is empty.

@@ -77,6 +77,24 @@ fn a_flow_with_urgent_data_goes_through_memory() {
 }
 
 #[test]
+fn what_comes_before_the_end_goes_on_through_a_pipe() {
+    let mut pair = pair(tcp());
+    pair.client().say(32 + PIPE);
+    pair.settle();
+    let before = calls(&pair)[CLIENT];
+    pair.client().say(2 * PIPE);
+    pair.client().fin();
+    pair.settle();
+    assert_eq!(
+        calls(&pair)[CLIENT] - before,
+        3,
+        "two splices, one that finds the end"
+    );
+    assert_eq!(pair.wire(SERVER).written, 32 + 3 * PIPE as u64);
+    assert_eq!(pair.wire(SERVER).half_closes, 1);
+}
+
+#[test]
 fn much_goes_through_a_pipe_and_little_through_memory() {
     let mut pair = pair(tcp());
     // Two full buffers (of 16 bytes) come first.

@@ -355,7 +355,8 @@ impl Wire {
             readable: !self.incoming.is_empty() || ended,
             writable: self.has_room() || self.deaf || self.gone,
             failed: self.gone,
-            hidden: ended || self.habits.mark.is_some(),
+            hidden: ended,
+            urgent: self.habits.mark.is_some(),
         }
     }
 
@@ -367,6 +368,7 @@ impl Wire {
             writable: state.writable && by.writable,
             failed: state.failed && by.readable,
             hidden: state.hidden && by.readable,
+            urgent: state.urgent && by.readable,
         };
         let event = if !kernel_edges {
             let event = masked(self.armed);

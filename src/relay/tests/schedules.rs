@@ -233,6 +233,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             writable: self.rng.bool(),
             failed: false,
             hidden: self.rng.bool(),
+            urgent: self.rng.bool(),
         };
         let side = self.rng.usize(..2);
         self.bench.latch(side, event);
