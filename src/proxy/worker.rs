@@ -30,10 +30,10 @@ use super::world::{Event, World};
 /// Bytes a buffer holds. A pair in flight borrows at most two.
 const BUFFER: usize = 128 * 1024;
 
-/// Unused buffers that a worker keeps.
-const KEEP: usize = 64;
+/// Buffers that a worker keeps though nobody needs them.
+const KEEP: usize = 16;
 
-/// How often pipes are looked for that nobody needs any more.
+/// How often buffers and pipes are looked for that nobody needs any more.
 const TRIM: Duration = Duration::from_secs(1);
 
 /// While it stops, how often a worker looks whether the others are done.
@@ -290,7 +290,7 @@ pub(crate) struct Worker<W: World> {
     cut_at: Option<Instant>,
     /// When that one ends, whoever is still there.
     end_at: Option<Instant>,
-    /// When pipes that nobody needs any more are closed.
+    /// When buffers and pipes that nobody needs any more are dropped.
     trim_at: Option<Instant>,
     /// Who has work left, in the order of their turns (invariant 5).
     pub(super) ready: VecDeque<Id>,

@@ -9,54 +9,79 @@ pub(crate) trait Pipe: Sized + Debug {
     fn new() -> Option<Self>;
 }
 
+/// What is to be lent again: the last that came back first, for it may still be in a cache.
+#[derive(Debug)]
+struct Shelf<T> {
+    items: Vec<T>,
+    /// The fewest that lay here since the last [`trim`](Shelf::trim): so many nobody has needed since.
+    fewest: usize,
+}
+
+impl<T> Shelf<T> {
+    const fn new() -> Shelf<T> {
+        Shelf {
+            items: Vec::new(),
+            fewest: 0,
+        }
+    }
+
+    fn take(&mut self) -> Option<T> {
+        let item = self.items.pop();
+        self.fewest = self.fewest.min(self.items.len());
+        item
+    }
+
+    /// Drops what nobody has needed since this was called before, but for so many; how many.
+    fn trim(&mut self, keep: usize) -> usize {
+        let surplus = self.fewest.min(self.items.len().saturating_sub(keep));
+        self.items.drain(..surplus);
+        self.fewest = self.items.len();
+        surplus
+    }
+}
+
 /// Buffers and pipes that wait for the next bytes, shared by all connections of one worker.
 #[derive(Debug)]
 pub(crate) struct Pool<P> {
-    buffers: Vec<Box<[u8]>>,
+    buffers: Shelf<Box<[u8]>>,
     size: usize,
     keep: usize,
-    pipes: Vec<P>,
+    pipes: Shelf<P>,
     /// How many pipes may still be made.
     to_make: usize,
     /// Those that the system would not give; they are asked for again after the next [`trim`](Pool::trim).
     refused: usize,
-    /// The fewest pipes that rested here since the last [`trim`](Pool::trim).
-    fewest: usize,
 }
 
 impl<P: Pipe> Pool<P> {
-    /// A pool of buffers of `size` bytes that keeps at most `keep` unused ones, and of at most `pipes` pipes in all.
+    /// A pool of buffers of `size` bytes, of which `keep` are kept though nobody needs them, and of at most `pipes` pipes
+    /// in all.
     pub(crate) fn new(size: usize, keep: usize, pipes: usize) -> Pool<P> {
         Pool {
-            buffers: Vec::new(),
+            buffers: Shelf::new(),
             size,
             keep,
-            pipes: Vec::new(),
+            pipes: Shelf::new(),
             to_make: pipes,
             refused: 0,
-            fewest: 0,
         }
     }
 
     pub(crate) fn take_buffer(&mut self) -> Box<[u8]> {
         self.buffers
-            .pop()
+            .take()
             .unwrap_or_else(|| vec![0; self.size].into_boxed_slice())
     }
 
     pub(crate) fn give_buffer(&mut self, buffer: Box<[u8]>) {
-        if self.buffers.len() < self.keep {
-            self.buffers.push(buffer);
-        }
+        self.buffers.items.push(buffer);
     }
 
     /// An empty pipe; `None` if all are in use.
     pub(crate) fn take_pipe(&mut self) -> Option<P> {
-        if let Some(pipe) = self.pipes.pop() {
-            self.fewest = self.fewest.min(self.pipes.len());
+        if let Some(pipe) = self.pipes.take() {
             return Some(pipe);
         }
-        self.fewest = 0;
         if self.to_make == 0 {
             return None;
         }
@@ -76,19 +101,19 @@ impl<P: Pipe> Pool<P> {
 
     /// Takes an empty pipe back.
     pub(crate) fn give_pipe(&mut self, pipe: P) {
-        self.pipes.push(pipe);
+        self.pipes.items.push(pipe);
     }
 
     /// Whether there is something for [`trim`](Pool::trim) to do, now or later.
     pub(crate) fn wants_trim(&self) -> bool {
-        !self.pipes.is_empty() || self.refused > 0
+        self.buffers.items.len() > self.keep || !self.pipes.items.is_empty() || self.refused > 0
     }
 
-    /// Closes the pipes that nobody has needed since this was called before; those that could not be had then may be now.
+    /// Drops the buffers and pipes that nobody has needed since this was called before; pipes that could not be had then
+    /// may be now.
     pub(crate) fn trim(&mut self) {
-        self.to_make += self.fewest + std::mem::take(&mut self.refused);
-        self.pipes.truncate(self.pipes.len() - self.fewest);
-        self.fewest = self.pipes.len();
+        self.buffers.trim(self.keep);
+        self.to_make += self.pipes.trim(0) + std::mem::take(&mut self.refused);
     }
 
     /// One that still held bytes is gone: another may take its place.
@@ -99,19 +124,19 @@ impl<P: Pipe> Pool<P> {
     /// Buffers that nobody has borrowed.
     #[cfg(test)]
     pub(crate) fn resting(&self) -> usize {
-        self.buffers.len()
+        self.buffers.items.len()
     }
 
     /// Pipes that were made, of those that nobody has borrowed.
     #[cfg(test)]
     pub(crate) fn made_pipes(&self) -> usize {
-        self.pipes.len()
+        self.pipes.items.len()
     }
 
     /// Pipes that nobody has borrowed, or that are still to be made.
     #[cfg(test)]
     pub(crate) fn resting_pipes(&self) -> usize {
-        self.pipes.len() + self.to_make
+        self.pipes.items.len() + self.to_make
     }
 }
 

@@ -61,16 +61,15 @@ enum State {
 struct Flow<P> {
     state: State,
     carrier: Carrier<P>,
-    /// Reads in a row that brought much.
-    big_reads: u8,
+    /// The last read brought much.
+    bulk: bool,
     /// Keeps the half-close back while the other direction is open.
     hold: bool,
     delivered: u64,
 }
 
-/// A flow that brings so many times in a row at least this part of a buffer goes through a pipe from then on: it has much
-/// to say. Small messages are cheaper to copy.
-const BULK: u8 = 2;
+/// A flow that brings at least this part of a buffer at a time goes through a pipe from then on: it has much to say.
+/// Small messages are cheaper to copy.
 const MUCH: usize = 2;
 
 /// As soon as a pipe is given less at a time than this part of a buffer, the flow is one of small messages again.
@@ -81,7 +80,7 @@ impl<P: Pipe> Flow<P> {
         Flow {
             state: State::Open,
             carrier: Carrier::Empty,
-            big_reads: 0,
+            bulk: false,
             hold: false,
             delivered: 0,
         }
@@ -154,16 +153,14 @@ impl<P: Pipe> Flow<P> {
         sink: &End<S>,
         pool: &mut Pool<P>,
     ) -> usize {
-        if self.big_reads >= BULK
+        if self.bulk
             && source.has_splice()
             && sink.socket.has_splice()
             && let Some(mut pipe) = pool.take_pipe()
         {
             match source.splice_in(&mut pipe) {
                 Some(holds) => {
-                    if holds < pool.size() / LITTLE {
-                        self.big_reads = 0;
-                    }
+                    self.bulk = holds >= pool.size() / LITTLE;
                     self.carrier = Carrier::Pipe { pipe, holds };
                     return holds;
                 }
@@ -176,10 +173,7 @@ impl<P: Pipe> Flow<P> {
         let mut buffer = pool.take_buffer();
         match source.read(&mut buffer) {
             Some(n) => {
-                self.big_reads = match n < buffer.len() / MUCH {
-                    true => 0,
-                    false => self.big_reads.saturating_add(1),
-                };
+                self.bulk = n >= buffer.len() / MUCH;
                 let filled = 0..n;
                 self.carrier = Carrier::Memory { buffer, filled };
                 n
