@@ -5,14 +5,14 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 
 use mio::{Events, Interest, Poll, Token};
 use nix::fcntl::{FcntlArg, SpliceFFlags, fcntl, splice};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 use crate::server::{Service, spawn};
 
@@ -23,8 +23,13 @@ const BUFFER: usize = 128 << 10;
 /// As many as the others have.
 const THREADS: usize = 2;
 
-/// Relays for ever: `PORT PATH` of each service.
-pub(crate) fn main(mut words: impl Iterator<Item = String>) -> io::Result<Infallible> {
+/// Relays for ever: `[--copy] PORT PATH...`, a port and a path for each service.
+pub(crate) fn main(words: impl Iterator<Item = String>) -> io::Result<Infallible> {
+    let mut words = words.peekable();
+    let pump = match words.next_if(|word| word == "--copy") {
+        Some(_) => copy,
+        None => pass_on,
+    };
     for service in Service::ALL {
         let port = words.next().and_then(|port| port.parse().ok());
         let (Some(port), Some(path)) = (port, words.next()) else {
@@ -42,7 +47,7 @@ pub(crate) fn main(mut words: impl Iterator<Item = String>) -> io::Result<Infall
                 spawn(move || {
                     for client in listener.incoming().flatten() {
                         let server = UnixStream::connect(&path).expect("the service");
-                        bulk(client, server).expect("descriptors");
+                        bulk(client, server, pump).expect("descriptors");
                     }
                 });
             }
@@ -63,15 +68,33 @@ fn listen(port: u16) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// A thread and a pipe for each direction, which wait in their calls.
-fn bulk(client: TcpStream, server: UnixStream) -> io::Result<()> {
-    let [up, down] = [(client.try_clone()?, server.try_clone()?), (client, server)];
+/// A thread for each direction, which waits in its calls.
+fn bulk(
+    client: TcpStream,
+    server: UnixStream,
+    pump: fn(Socket, Socket) -> io::Result<()>,
+) -> io::Result<()> {
+    let client = Socket::from(client);
+    let server = Socket::from(OwnedFd::from(server));
+    let [up, down] = [(client.try_clone()?, server.try_clone()?), (server, client)];
     spawn(move || drop(pump(up.0, up.1)));
-    spawn(move || drop(pump(down.1, down.0)));
+    spawn(move || drop(pump(down.0, down.1)));
     Ok(())
 }
 
-fn pump(from: impl AsFd, to: impl AsFd) -> io::Result<()> {
+/// Through memory.
+fn copy(mut from: Socket, mut to: Socket) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return to.shutdown(Shutdown::Write),
+            count => to.write_all(&buffer[..count])?,
+        }
+    }
+}
+
+/// Through a pipe.
+fn pass_on(from: Socket, to: Socket) -> io::Result<()> {
     let (tail, head) = nix::unistd::pipe()?;
     fcntl(&head, FcntlArg::F_SETPIPE_SZ(PIPE as i32))?;
     let hand = |from: &dyn AsFd, to: &dyn AsFd, most| {
@@ -88,7 +111,7 @@ fn pump(from: impl AsFd, to: impl AsFd) -> io::Result<()> {
     loop {
         let mut held = hand(&from, &head, PIPE)?;
         if held == 0 {
-            return SockRef::from(&to).shutdown(Shutdown::Write);
+            return to.shutdown(Shutdown::Write);
         }
         while held > 0 {
             held -= hand(&tail, &to, held)?;

@@ -42,11 +42,14 @@ pub(crate) struct Contender {
 
 /// See its file.
 pub(crate) const BARE: &str = "bare";
+/// It copies.
+pub(crate) const BARE_COPY: &str = "bare --copy";
 
 /// Those that can be had, in the order in which they are printed.
-pub(crate) const NAMES: [&str; 9] = [
+pub(crate) const NAMES: [&str; 10] = [
     "no proxy",
     BARE,
+    BARE_COPY,
     "hvsock",
     "hvsock --no-splice",
     "hvsock, hyperkit",
@@ -69,9 +72,9 @@ impl Contender {
         let mut commands = Vec::new();
         match name {
             "no proxy" => {}
-            BARE => {
+            BARE | BARE_COPY => {
                 let mut command = Command::new(std::env::current_exe()?);
-                command.arg(BARE);
+                command.args(name.split(' '));
                 for (service, port) in fronts() {
                     command.args([port.to_string(), backs.socket(service)]);
                 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::contender::{BARE, Backs, Contender, NAMES};
+use crate::contender::{BARE, BARE_COPY, Backs, Contender, NAMES};
 use crate::load::{Load, connect, trip};
 use crate::server::Service;
 
@@ -95,6 +95,7 @@ fn run(rounds: usize, wanted: &[String]) -> io::Result<()> {
         .filter(|load| is_wanted(wanted, &load.name()))
         .collect();
     let mut cells: BTreeMap<(usize, &str), Cell> = BTreeMap::new();
+    let mut rng = fastrand::Rng::with_seed(1);
     for round in 1..=rounds {
         let mut contenders = Vec::new();
         for name in NAMES {
@@ -105,8 +106,8 @@ fn run(rounds: usize, wanted: &[String]) -> io::Result<()> {
             }
         }
         for (index, load) in loads.iter().enumerate() {
-            // One after the other, for a slow minute is to hit all; and none is always the first.
-            contenders.rotate_left(1);
+            // One after the other, for a slow minute is to hit all; and none is always behind the same.
+            rng.shuffle(&mut contenders);
             for (name, contender) in &contenders {
                 let port = contender.port(load.service());
                 let before = contender.cpu();
@@ -206,7 +207,7 @@ fn idle(count: usize, backs: &Backs) -> io::Result<()> {
     );
     for name in NAMES
         .into_iter()
-        .filter(|name| !["no proxy", BARE].contains(name))
+        .filter(|name| !["no proxy", BARE, BARE_COPY].contains(name))
     {
         // A process a connection.
         if name == "socat" || name == "hvsock, hyperkit" {
