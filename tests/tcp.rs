@@ -261,13 +261,21 @@ fn a_stream_has_what_stds_has() {
 #[cfg(unix)]
 #[test]
 fn both_ends_send_small_messages_at_once_and_look_after_their_peers() {
+    use std::os::fd::OwnedFd;
+    let check = |ends: [Stream; 2]| {
+        for end in &ends {
+            let socket = socket2::SockRef::from(end);
+            assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        }
+    };
     let any = "tcp://127.0.0.1:0".parse().unwrap();
     let listener = Listener::bind(&any).unwrap();
     let client = Stream::connect(listener.address()).unwrap();
-    let (server, _) = listener.accept().unwrap();
-    use std::os::fd::AsFd;
-    for socket in [client.as_fd(), server.as_fd()] {
-        let socket = socket2::SockRef::from(&socket);
-        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
-    }
+    check([client, listener.accept().unwrap().0]);
+    // One that another has bound, where a client waits already.
+    let passed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp://{}", passed.local_addr().unwrap());
+    let client = Stream::connect(&address.parse().unwrap()).unwrap();
+    let listener = Listener::try_from(OwnedFd::from(passed)).unwrap();
+    check([client, listener.accept().unwrap().0]);
 }

@@ -22,7 +22,11 @@ pub(super) const BACKLOG: i32 = 4096;
 /// A listening socket. Dropping it removes the socket's file, if that is still ours.
 #[derive(Debug)]
 pub(crate) enum Listener {
-    Tcp(mio::net::TcpListener),
+    Tcp {
+        listener: mio::net::TcpListener,
+        /// What it accepts has its options from it. One that was passed may have been given clients before it had them.
+        leaves_options: bool,
+    },
     Local(LocalListener),
     #[cfg(windows)]
     Hyperv(super::hyperv::HypervListener),
@@ -51,10 +55,13 @@ impl Listener {
     /// its family has readiness.
     pub(crate) fn accept(&self) -> io::Result<(Stream, SocketName)> {
         match self {
-            Listener::Tcp(listener) => {
+            Listener::Tcp {
+                listener,
+                leaves_options,
+            } => {
                 let (stream, peer) = listener.accept()?;
                 let stream = Stream::Tcp(stream);
-                if !sys::ACCEPTED_INHERIT {
+                if !leaves_options {
                     stream.set_options();
                 }
                 Ok((stream, SocketName::Tcp(peer)))
@@ -77,7 +84,7 @@ impl Listener {
     pub(super) fn wait(&self, timeout: Duration) -> io::Result<()> {
         let readable = |socket| sys::wait(socket, Wanted::Readable, timeout).map(drop);
         match self {
-            Listener::Tcp(listener) => readable(listener.as_socket()),
+            Listener::Tcp { listener, .. } => readable(listener.as_socket()),
             #[cfg(unix)]
             Listener::Local(listener) => readable(listener.as_socket()),
             #[cfg(windows)]
@@ -107,7 +114,7 @@ impl Listener {
 
     pub(super) fn local_addr(&self) -> io::Result<SocketName> {
         match self {
-            Listener::Tcp(listener) => listener.local_addr().map(SocketName::Tcp),
+            Listener::Tcp { listener, .. } => listener.local_addr().map(SocketName::Tcp),
             Listener::Local(listener) => listener.local_addr(),
             #[cfg(windows)]
             Listener::Hyperv(listener) => listener.local_addr(),
@@ -125,7 +132,7 @@ impl Listener {
     /// What has become of the socket's file.
     pub(crate) fn file_state(&self) -> FileState {
         match self {
-            Listener::Tcp(_) => FileState::Ours,
+            Listener::Tcp { .. } => FileState::Ours,
             Listener::Local(listener) => listener.file_state(),
             #[cfg(windows)]
             Listener::Hyperv(_) => FileState::Ours,
@@ -179,13 +186,18 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
         // Without it a port stays unusable for a minute after a restart. On Windows it means something else.
         #[cfg(unix)]
         socket.set_reuse_address(true)?;
-        leave_options(&socket);
+        if sys::ACCEPTED_INHERIT {
+            set_tcp_options(SockRef::from(&socket));
+        }
         socket.bind(&socket_address.into())?;
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;
-        Ok(mio::net::TcpListener::from_std(socket.into()))
+        Ok(Listener::Tcp {
+            listener: mio::net::TcpListener::from_std(socket.into()),
+            leaves_options: sys::ACCEPTED_INHERIT,
+        })
     };
-    listen().map(Listener::Tcp).map_err(|e: io::Error| {
+    listen().map_err(|e: io::Error| {
         let remedy = match e.kind() {
             io::ErrorKind::AddrInUse => {
                 Some("another program listens there: choose another port, or 0 for a free one")
@@ -206,13 +218,6 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
     })
 }
 
-/// Gives a listener the options of those that it accepts, where they inherit them. Who has come before hasn't.
-pub(super) fn leave_options(listener: &Socket) {
-    if sys::ACCEPTED_INHERIT {
-        set_tcp_options(SockRef::from(listener));
-    }
-}
-
 impl Listener {
     /// Has the poller of `registry` tell of connections under `token`; where none can wait for the listener, `tell` is
     /// called instead.
@@ -226,7 +231,7 @@ impl Listener {
         // Not needed where all can be waited for.
         let _ = &tell;
         match self {
-            Listener::Tcp(listener) => listener.register(registry, token, what),
+            Listener::Tcp { listener, .. } => listener.register(registry, token, what),
             Listener::Local(listener) => {
                 listener.with_source(|source| source.register(registry, token, what))
             }
@@ -238,7 +243,7 @@ impl Listener {
     /// Undoes [`watch`](Listener::watch).
     pub(crate) fn unwatch(&mut self, registry: &Registry) -> io::Result<()> {
         match self {
-            Listener::Tcp(listener) => listener.deregister(registry),
+            Listener::Tcp { listener, .. } => listener.deregister(registry),
             Listener::Local(listener) => listener.with_source(|source| source.deregister(registry)),
             // It ends with the listener.
             #[cfg(windows)]
@@ -251,7 +256,7 @@ impl Listener {
 impl AsSocket for Listener {
     fn as_socket(&self) -> sys::BorrowedSocket<'_> {
         match self {
-            Listener::Tcp(listener) => listener.as_socket(),
+            Listener::Tcp { listener, .. } => listener.as_socket(),
             Listener::Local(listener) => listener.as_socket(),
         }
     }

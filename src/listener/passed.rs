@@ -54,9 +54,11 @@ fn take(socket: Socket) -> io::Result<Listener> {
         )
     };
     let (address, inner) = if let Some(bound) = name.as_socket() {
-        nonblocking::leave_options(&socket);
-        let listener = mio::net::TcpListener::from_std(socket.into());
-        (tcp(bound), nonblocking::Listener::Tcp(listener))
+        let listener = nonblocking::Listener::Tcp {
+            listener: mio::net::TcpListener::from_std(socket.into()),
+            leaves_options: false,
+        };
+        (tcp(bound), listener)
     } else if let Some(path) = name.as_pathname() {
         unix(UnixAddress::Path(path.to_owned()), socket)
     } else if let Some(name) = name.as_abstract_namespace() {
