@@ -125,23 +125,29 @@ fn a_refusal_is_a_reset_with_and_without_data_and_half_close() {
     let proxy = proxy(any_tcp(), hyperkit(dir.path(), 99));
     for sends in [false, true] {
         for half_closes in [false, true] {
-            // The reset may come before any of these.
-            let client = std::net::TcpStream::connect(("127.0.0.1", port_of(&proxy, 0)));
-            let end = client.and_then(|mut client| {
-                client.set_read_timeout(Some(PATIENCE))?;
-                if sends {
-                    client.write_all(b"request")?;
-                }
-                if half_closes {
-                    let _ = client.shutdown(std::net::Shutdown::Write);
-                }
-                client.read(&mut [0; 16])
-            });
-            assert!(is_reset(end), "sends: {sends}, half-closes: {half_closes}");
+            let try_once = || {
+                // The reset may come before any of these.
+                let client = std::net::TcpStream::connect(("127.0.0.1", port_of(&proxy, 0)));
+                let end = client.and_then(|mut client| {
+                    client.set_read_timeout(Some(PATIENCE))?;
+                    if sends {
+                        client.write_all(b"request")?;
+                    }
+                    if half_closes {
+                        let _ = client.shutdown(std::net::Shutdown::Write);
+                    }
+                    client.read(&mut [0; 16])
+                });
+                is_reset(end)
+            };
+            // Where the machine stalls longer than a half-close is held back, an EOF may be the answer to that.
+            let tries = if half_closes { 50 } else { 1 };
+            let refused = (0..tries).any(|_| try_once());
+            assert!(refused, "sends: {sends}, half-closes: {half_closes}");
         }
     }
     eventually("all four are counted", || {
-        proxy.forwards()[0].counters.refused == 4
+        proxy.forwards()[0].counters.refused >= 4
     });
     assert_well(&vm);
 }
