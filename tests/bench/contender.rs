@@ -142,8 +142,10 @@ impl Contender {
             _ => {
                 for (service, port) in fronts() {
                     let mut command = Command::new("socat");
+                    // Without -t it waits half a second for an answer after a half-close, and drops it then.
                     command.args([
                         "-b262144".to_owned(),
+                        "-t3600".to_owned(),
                         format!("TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,backlog=4096"),
                         format!("UNIX-CONNECT:{}", backs.socket(service)),
                     ]);

@@ -13,6 +13,8 @@ mod bare;
 #[cfg(target_os = "linux")]
 mod contender;
 #[cfg(target_os = "linux")]
+mod host;
+#[cfg(target_os = "linux")]
 mod load;
 #[cfg(target_os = "linux")]
 mod server;
