@@ -384,6 +384,7 @@ fn a_client_that_does_not_read_holds_up_nothing_but_its_own_server() {
             reading.join().unwrap()
         });
         assert_eq!(all, (false, MUCH as u64));
+        it.take_leave();
         it.ended();
     });
 }
