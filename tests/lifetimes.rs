@@ -200,7 +200,7 @@ fn carries(from: &mut TcpStream, to: &mut TcpStream) {
     to.read_exact(&mut [0]).unwrap();
 }
 
-const TIME: u64 = 600;
+const TIME: u64 = 1_500;
 
 #[test]
 fn an_idle_connection_is_broken_off_and_a_busy_one_is_not() {

@@ -2,7 +2,7 @@
 
 use super::*;
 
-const TIME: Duration = Duration::from_millis(600);
+const TIME: Duration = Duration::from_millis(1_500);
 
 #[test]
 fn a_bridge_on_which_nothing_moves_is_broken_off() {
