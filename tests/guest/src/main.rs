@@ -50,7 +50,7 @@ fn main() {
 }
 
 fn run() {
-    const SHORT: Duration = Duration::from_secs(30);
+    const SHORT: Duration = Duration::from_secs(90);
     check("no_vsock_module", SHORT, errors::no_vsock_module);
     if !load("vsock") {
         return;
@@ -68,7 +68,7 @@ fn run() {
     check("any_port", SHORT, errors::any_port);
     check("full_backlog", SHORT, errors::full_backlog);
 
-    const LONG: Duration = Duration::from_secs(60);
+    const LONG: Duration = Duration::from_secs(240);
     check("client_ends_first", SHORT, carry::client_ends_first);
     check("server_ends_first", SHORT, carry::server_ends_first);
     check("echo_64_mib", LONG, carry::echo_64_mib);
