@@ -611,7 +611,6 @@ fn bulk_goes_through_a_pipe_unless_it_is_to_be_copied() {
     for options in [&[][..], &["--no-splice"]] {
         let arguments = ["forward", "tcp://127.0.0.1:0", &target];
         let proxy = Running::start(&[&arguments, options].concat());
-        let mut client = tcp(proxy.tcp_port());
         let pipes = || {
             let all = std::fs::read_dir(format!("/proc/{}/fd", proxy.child.0.id())).unwrap();
             let names = all.filter_map(|it| std::fs::read_link(it.unwrap().path()).ok());
@@ -620,6 +619,7 @@ fn bulk_goes_through_a_pipe_unless_it_is_to_be_copied() {
                 .count()
         };
         let before = pipes();
+        let mut client = tcp(proxy.tcp_port());
         let mut buffer = vec![0; 1 << 20];
         let mut spliced = || {
             client.read_exact(&mut buffer).unwrap();
