@@ -75,12 +75,12 @@ fn of_a_vm_that_goes_and_comes_back_two_lines_are_said() {
 #[test]
 fn a_vm_under_traffic_that_is_started_anew_is_told_of_once() {
     let dir = private_dir();
-    let mut vm = echo_vm(dir.path());
+    let mut vm = Some(echo_vm(dir.path()));
     let proxy = Running::start(&["expose", "--vm", text(dir.path()), "-L", "0:7"]);
     let port = proxy.tcp_port();
     for restarts in 1..=3 {
-        let up = AtomicUsize::new(0);
-        let up = &up;
+        let mut said: Vec<String> = Vec::new();
+        let [up, down] = &[AtomicUsize::new(0), AtomicUsize::new(0)];
         thread::scope(|scope| {
             let clients = (0..4).map(|_| {
                 scope.spawn(move || {
@@ -101,25 +101,27 @@ fn a_vm_under_traffic_that_is_started_anew_is_told_of_once() {
                         if went && failed {
                             return;
                         }
-                        failed |= !went;
+                        if !went && !failed {
+                            failed = true;
+                            down.fetch_add(1, Ordering::SeqCst);
+                        }
                     }
                 })
             });
             let clients: Vec<_> = clients.collect();
             eventually("all have seen it", || up.load(Ordering::SeqCst) == 4);
-            vm = {
-                drop(std::mem::replace(
-                    &mut vm,
-                    echo_vm(&dir.path().join("spare")),
-                ));
-                thread::sleep(Duration::from_millis(100));
-                echo_vm(dir.path())
-            };
+            drop(vm.take());
+            // (For a moment after it has come back nobody is told that it is gone again.)
+            eventually("all miss it", || {
+                said.extend(proxy.err.try_iter());
+                let told = said.iter().any(|line| line.contains("is gone"));
+                told && down.load(Ordering::SeqCst) == 4
+            });
+            vm = Some(echo_vm(dir.path()));
             for client in clients {
                 client.join().unwrap();
             }
         });
-        let mut said: Vec<String> = Vec::new();
         eventually("it is back", || {
             said.extend(proxy.err.try_iter());
             said.iter().any(|line| line.contains("is back after"))
