@@ -51,6 +51,7 @@ pub(crate) struct Conn<S: Socket> {
     pub(super) quiet: Quiet,
     /// In the ready queue.
     pub(super) ready: bool,
+    /// Set by [`Worker::set_timer`] alone.
     pub(super) timer: Option<Instant>,
     /// Bytes of each side that were counted.
     pub(super) counted: [u64; 2],
@@ -290,7 +291,7 @@ impl<W: World> Worker<W> {
             let begun = self
                 .world
                 .bridge(id.token(CLIENT), ends, &conn.forward, drain);
-            conn.timer = None;
+            self.timers.set(&mut conn.timer, id, None);
             conn.state = State::Bridged;
             if let Err(e) = begun {
                 let error = Error::new(Operation::Run, "a connection's thread", e);
@@ -319,7 +320,7 @@ impl<W: World> Worker<W> {
                 pair.hold(1 - side);
             }
         }
-        conn.timer = None;
+        self.timers.set(&mut conn.timer, id, None);
         conn.state = State::Relaying {
             pair,
             hold,
@@ -368,18 +369,20 @@ impl<W: World> Worker<W> {
                 if client.is_gone() {
                     return self.forget_client(id, now);
                 }
-                if now >= dial.deadline() {
-                    return self.run_out(id, now);
-                }
-                let attempt = if now >= dial.attempt_deadline() {
-                    Err(io::ErrorKind::TimedOut.into())
-                } else if server.is_writable() {
-                    match self.world.connected(&server.socket) {
+                // First what has come: a connect may have succeeded while the process stood still.
+                let attempt = match server.is_writable() {
+                    true => match self.world.connected(&server.socket) {
                         Ok(true) => dial.shake_hands(&mut server.socket),
                         other => other,
+                    },
+                    false => Ok(false),
+                };
+                let attempt = match attempt {
+                    Ok(false) if now >= dial.deadline() => return self.run_out(id, now),
+                    Ok(false) if now >= dial.attempt_deadline() => {
+                        Err(io::ErrorKind::TimedOut.into())
                     }
-                } else {
-                    Ok(false)
+                    attempt => attempt,
                 };
                 match attempt {
                     Ok(true) => self.connected(id, now),

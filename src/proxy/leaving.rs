@@ -82,7 +82,7 @@ impl<W: World> Worker<W> {
             _ if polite(CLIENT) || polite(SERVER) => conn.forward.rule.timeouts.drain,
             _ => LINGER,
         };
-        conn.timer = None;
+        self.timers.set(&mut conn.timer, id, None);
         conn.state = State::Leaving {
             ends: leaving,
             until: Some(after(now, time)),
@@ -257,6 +257,7 @@ impl<W: World> Worker<W> {
         let Some(mut conn) = self.conns.remove(id) else {
             return;
         };
+        self.timers.set(&mut conn.timer, id, None);
         match conn.take_state() {
             State::Waiting { client, .. } => self.world.close(client.socket),
             State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {

@@ -52,6 +52,7 @@ mod rules;
 mod shares;
 mod status;
 mod table;
+mod timers;
 mod worker;
 mod world;
 

@@ -121,9 +121,12 @@ impl<W: World> Worker<W> {
         let delivered = progress.delivered.iter().sum();
         let moved = std::mem::replace(&mut conn.quiet.delivered, delivered) != delivered;
         conn.quiet.note(moved, progress.half_closed, now);
-        if let Some(time) = often(&conn.forward.rule.timeouts)
-            && !self.cut_if_quiet(id, now)
-        {
+        let Some(time) = often(&conn.forward.rule.timeouts) else {
+            return;
+        };
+        // Invariant 9: its threads stood still as well. They read what has come before its time is believed.
+        let thawed = self.thawed.is_some_and(|at| now < after(at, time));
+        if thawed || !self.cut_if_quiet(id, now) {
             self.arm(id, after(now, time));
         }
     }

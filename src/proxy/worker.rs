@@ -1,7 +1,6 @@
 //! One thread's loop: waits, latches what came, gives each connection with work a bounded turn.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
@@ -25,6 +24,7 @@ use super::probing::Proofs;
 use super::queue::DialQueue;
 use super::shares::Shares;
 use super::table::{Id, Table};
+use super::timers::Timers;
 use super::world::{Event, World};
 
 /// Bytes a buffer holds. A pair in flight borrows at most two.
@@ -35,6 +35,9 @@ const KEEP: usize = 16;
 
 /// How often buffers and pipes are looked for that nobody needs any more.
 const TRIM: Duration = Duration::from_secs(1);
+
+/// A wait that takes so much longer than asked for tells that the process stood still (SIGSTOP, a machine asleep).
+const FREEZE: Duration = Duration::from_millis(500);
 
 /// While it stops, how often a worker looks whether the others are done.
 const STOP_TICK: Duration = Duration::from_millis(10);
@@ -290,11 +293,13 @@ pub(crate) struct Worker<W: World> {
     cut_at: Option<Instant>,
     /// When that one ends, whoever is still there.
     end_at: Option<Instant>,
+    /// When the process went on that had stood still.
+    pub(super) thawed: Option<Instant>,
     /// When buffers and pipes that nobody needs any more are dropped.
     trim_at: Option<Instant>,
     /// Who has work left, in the order of their turns (invariant 5).
     pub(super) ready: VecDeque<Id>,
-    timers: BinaryHeap<Reverse<(Instant, Id)>>,
+    pub(super) timers: Timers,
 }
 
 /// That time from now; for "never" (`Duration::MAX`), which no clock reaches, a century.
@@ -323,9 +328,10 @@ impl<W: World> Worker<W> {
             phase: Phase::Running,
             cut_at: None,
             end_at: None,
+            thawed: None,
             trim_at: None,
             ready: VecDeque::new(),
-            timers: BinaryHeap::new(),
+            timers: Timers::default(),
         }
     }
 
@@ -336,9 +342,18 @@ impl<W: World> Worker<W> {
     pub(crate) fn run(mut self) -> io::Result<()> {
         let mut events = Vec::new();
         loop {
-            let timeout = self.timeout(self.world.now());
+            let before = self.world.now();
+            let timeout = self.timeout(before);
             self.world.wait(&mut events, timeout)?;
             let now = self.world.now();
+            if timeout.is_some_and(|timeout| now > after(before, timeout) + FREEZE) {
+                self.thawed = Some(now);
+            }
+            if self.timers.next().is_some_and(|at| at <= now) {
+                // Invariant 9: what has come is read before a timer is believed. The process may have stood still since
+                // the events were fetched, and may so have missed what tells that a peer is not idle.
+                self.world.wait(&mut events, Some(Duration::ZERO))?;
+            }
             for event in events.drain(..) {
                 self.take_event(event, now);
             }
@@ -433,24 +448,14 @@ impl<W: World> Worker<W> {
 
     /// Has [`step`](Worker::step) called at `at`, instead of when it was set to before.
     pub(super) fn set_timer(&mut self, id: Id, at: Instant) {
-        if let Some(conn) = self.conns.get_mut(id)
-            && conn.timer != Some(at)
-        {
-            conn.timer = Some(at);
-            self.timers.push(Reverse((at, id)));
+        if let Some(conn) = self.conns.get_mut(id) {
+            self.timers.set(&mut conn.timer, id, Some(at));
         }
     }
 
     fn run_timers(&mut self, now: Instant) {
-        while let Some(Reverse((at, id))) = self.timers.peek().copied() {
-            if at > now {
-                break;
-            }
-            self.timers.pop();
-            // A timer that was set anew, or whose connection is gone, says nothing.
-            if let Some(conn) = self.conns.get_mut(id)
-                && conn.timer == Some(at)
-            {
+        while let Some(id) = self.timers.pop_due(now) {
+            if let Some(conn) = self.conns.get_mut(id) {
                 conn.timer = None;
                 self.make_ready(id);
             }
@@ -462,7 +467,7 @@ impl<W: World> Worker<W> {
         if !self.ready.is_empty() || !self.shared.inboxes[self.index].is_empty() {
             return Some(Duration::ZERO);
         }
-        let timer = self.timers.peek().map(|Reverse((at, _))| *at);
+        let timer = self.timers.next();
         let stop = (self.phase > Phase::Running).then(|| now + STOP_TICK);
         let next = [
             timer,

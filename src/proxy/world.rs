@@ -48,7 +48,7 @@ pub(crate) trait World {
     type Listener;
 
     fn now(&self) -> Instant;
-    /// Waits for events, at most `timeout`, and appends them.
+    /// Waits for events, at most `timeout`, and appends all that have come.
     fn wait(
         &mut self,
         events: &mut Vec<Event<Self::Stream>>,
@@ -119,8 +119,11 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 /// How long peers of pipes, and those behind crossings, may take at the very end to get what was written to them.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// How many events one wait takes.
+/// How many events one call of the poller takes.
 const EVENTS: usize = 1024;
+
+/// How often one wait calls the poller at most: a bound of its work. What is left then comes with the next wait.
+const WAITS: usize = 16;
 
 /// What is to be told of a stream: of urgent data too, where a poller knows it.
 fn interest() -> Interest {
@@ -204,6 +207,30 @@ impl MioWorld {
         thread.spawn(ask).map(drop)
     }
 
+    /// Appends what the poller has told; how many events that were.
+    fn take_events(&self, events: &mut Vec<Event<Stream>>) -> usize {
+        let mut count = 0;
+        for event in &self.events {
+            count += 1;
+            if event.token() == WAKER {
+                continue;
+            }
+            let failed = event.is_error();
+            let readiness = Readiness {
+                readable: event.is_readable() || event.is_read_closed() || failed,
+                writable: event.is_writable() || event.is_write_closed() || failed,
+                failed,
+                hidden: failed || event.is_read_closed(),
+                urgent: event.is_priority(),
+            };
+            events.push(Event::Ready {
+                token: event.token().0,
+                readiness,
+            });
+        }
+        count
+    }
+
     /// Tells who waited for a name what was found.
     fn tell(
         &mut self,
@@ -275,26 +302,16 @@ impl World for MioWorld {
             _ if told => Some(Duration::ZERO),
             timeout => timeout.map(|timeout| timeout.min(LONGEST_WAIT)),
         };
-        match self.poll.poll(&mut self.events, timeout) {
-            Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
-            _ => {}
-        }
-        for event in &self.events {
-            if event.token() == WAKER {
-                continue;
+        let mut timeout = timeout;
+        for _ in 0..WAITS {
+            match self.poll.poll(&mut self.events, timeout) {
+                // SIGCONT interrupts, and what has come meanwhile was not fetched.
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+                Ok(()) if self.take_events(events) < EVENTS => break,
+                Ok(()) => {}
             }
-            let failed = event.is_error();
-            let readiness = Readiness {
-                readable: event.is_readable() || event.is_read_closed() || failed,
-                writable: event.is_writable() || event.is_write_closed() || failed,
-                failed,
-                hidden: failed || event.is_read_closed(),
-                urgent: event.is_priority(),
-            };
-            events.push(Event::Ready {
-                token: event.token().0,
-                readiness,
-            });
+            timeout = Some(Duration::ZERO);
         }
         let news = std::mem::take(&mut *self.bell.news());
         for news in news {
