@@ -112,7 +112,6 @@ pub(crate) fn serve(
     };
     thread::scope(|scope| {
         let mut number = 0;
-        let mut complained = false;
         let mut full = false;
         while !stop.is_asked() && plan.in_all != Some(number) {
             if !crowd.wait_for_room(MOST_CLIENTS, LOOK) {
@@ -121,16 +120,8 @@ pub(crate) fn serve(
                 }
                 continue;
             }
-            let (stream, peer) = match listener.accept_timeout(LOOK) {
-                Ok(Some(accepted)) => accepted,
-                Ok(None) => continue,
-                Err(e) => {
-                    if !std::mem::replace(&mut complained, true) {
-                        warn!("{e}; going on");
-                    }
-                    thread::sleep(LOOK);
-                    continue;
-                }
+            let Some((stream, peer)) = listener.accept_timeout(LOOK) else {
+                continue;
             };
             let stream = Arc::new(stream);
             crowd.lock().insert(number, Arc::clone(&stream));

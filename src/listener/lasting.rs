@@ -1,27 +1,35 @@
-//! Listening for those who have no event loop, whatever becomes of the socket's file.
+//! Listening for those who have no event loop, whatever becomes of the socket and of its file.
 
 use std::fmt;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use tracing::{error, info};
+use tracing::{debug, error, info, warn};
 
 use super::Listener;
-use super::nonblocking::FileState;
+use super::nonblocking::{FileState, is_broken};
 use crate::address::Address;
 use crate::error::Result;
 use crate::name::SocketName;
 use crate::stream::Stream;
 
-/// A [`Listener`] whose socket's file is made again if someone removes it.
+/// How long an error keeps a listener from being tried again: most often descriptors ran out.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// A [`Listener`] that no error ends: its socket's file is made again if someone removes it, and the socket is bound
+/// again if someone shuts it down.
 #[derive(Debug)]
 pub(crate) struct LastingListener {
-    listener: Listener,
+    /// `None`: it was broken, and can't be bound again yet.
+    listener: Option<Listener>,
     /// Who came before the file was removed waits there.
     old: Option<Listener>,
-    /// What was asked for.
+    /// Where it listens.
     address: Address,
     mode: u32,
     watch: FileWatch,
+    /// A trouble was told since the last client came.
+    complained: bool,
 }
 
 impl LastingListener {
@@ -30,40 +38,73 @@ impl LastingListener {
     /// # Errors
     /// As there.
     pub(crate) fn bind(address: &Address, mode: u32) -> Result<LastingListener> {
+        let listener = Listener::bind_with_mode(address, mode)?;
         Ok(LastingListener {
-            listener: Listener::bind_with_mode(address, mode)?,
+            address: listener.address().clone(),
+            listener: Some(listener),
             old: None,
-            address: address.clone(),
             mode,
             watch: FileWatch::default(),
+            complained: false,
         })
     }
 
     /// Where it listens.
     pub(crate) fn address(&self) -> &Address {
-        self.listener.address()
+        &self.address
     }
 
-    /// As [`Listener::accept_timeout`].
-    ///
-    /// # Errors
-    /// As there.
-    pub(crate) fn accept_timeout(
-        &mut self,
-        timeout: Duration,
-    ) -> Result<Option<(Stream, SocketName)>> {
-        let state = || self.listener.inner.file_state();
-        let again = || Listener::bind_with_mode(&self.address, self.mode);
-        if let Some(made) = self.watch.look(&self.address, state, again) {
-            self.old = Some(std::mem::replace(&mut self.listener, made));
-        }
+    /// Waits for a connection, at most `timeout` or a little longer; `None` if none has come.
+    pub(crate) fn accept_timeout(&mut self, timeout: Duration) -> Option<(Stream, SocketName)> {
+        self.look_after_file();
         if let Some(old) = &self.old {
-            if let Some(accepted) = old.accept_timeout(Duration::ZERO)? {
-                return Ok(Some(accepted));
+            // Whatever error it gives, nobody can come to it any more.
+            if let Ok(Some(accepted)) = old.accept_timeout(Duration::ZERO) {
+                return Some(accepted);
             }
             self.old = None;
         }
-        self.listener.accept_timeout(timeout)
+        let accepted = match &self.listener {
+            Some(listener) => listener.accept_timeout(timeout),
+            None => Listener::bind_with_mode(&self.address, self.mode).map(|made| {
+                debug!("listening on {} again", self.address);
+                self.listener = Some(made);
+                None
+            }),
+        };
+        match accepted {
+            Ok(Some(accepted)) => {
+                self.complained = false;
+                Some(accepted)
+            }
+            Ok(None) => None,
+            Err(e) => {
+                let broken = is_broken(e.cause());
+                if broken {
+                    // Closed first: it still has the address.
+                    self.listener = None;
+                }
+                if !std::mem::replace(&mut self.complained, true) {
+                    match broken {
+                        true => warn!("{e}: the listener was shut down, and is bound again"),
+                        false => warn!("{e}; going on"),
+                    }
+                }
+                thread::sleep(PAUSE.min(timeout));
+                None
+            }
+        }
+    }
+
+    fn look_after_file(&mut self) {
+        let Some(listener) = &self.listener else {
+            return;
+        };
+        let state = || listener.inner.file_state();
+        let again = || Listener::bind_with_mode(&self.address, self.mode);
+        if let Some(made) = self.watch.look(&self.address, state, again) {
+            self.old = self.listener.replace(made);
+        }
     }
 }
 
@@ -114,5 +155,80 @@ impl FileWatch {
             info!("made {what} again: its file had been removed");
         }
         made
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+    use crate::listener::nonblocking::has_client_left;
+
+    /// What `ss -K` does, or another process that has the socket.
+    fn shut_down(listener: &LastingListener) {
+        let listener = listener.listener.as_ref().unwrap();
+        socket2::SockRef::from(listener)
+            .shutdown(std::net::Shutdown::Both)
+            .unwrap();
+    }
+
+    fn serves(listener: &mut LastingListener) {
+        // The address may have been free for a moment.
+        let address = listener.address().clone();
+        let client = std::thread::spawn(move || {
+            let deadline = Instant::now() + Duration::from_secs(20);
+            let mut client = loop {
+                match Stream::connect(&address) {
+                    Ok(client) => break client,
+                    Err(e) => assert!(Instant::now() < deadline, "{e}"),
+                }
+                thread::sleep(Duration::from_millis(5));
+            };
+            client.write_all(b"x").unwrap();
+            client
+        });
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let accepted = loop {
+            if let Some((stream, _)) = listener.accept_timeout(Duration::from_millis(20)) {
+                break Some(stream);
+            }
+            if Instant::now() > deadline {
+                break None;
+            }
+        };
+        let mut accepted = accepted.unwrap_or_else(|| panic!("nobody came to {listener:?}"));
+        accepted.read_exact(&mut [0]).unwrap();
+        client.join().unwrap();
+    }
+
+    #[test]
+    fn a_listener_that_was_shut_down_is_bound_again_at_its_address() {
+        let root = tempfile::tempdir().unwrap();
+        let unix = format!("unix://{}", root.path().join("s").display());
+        for address in ["tcp://127.0.0.1:0", &unix] {
+            let mut listener = LastingListener::bind(&address.parse().unwrap(), 0o600).unwrap();
+            let bound = listener.address().clone();
+            for _ in 0..2 {
+                shut_down(&listener);
+                serves(&mut listener);
+                assert_eq!(listener.address(), &bound);
+            }
+        }
+    }
+
+    #[test]
+    fn a_broken_listener_is_told_from_a_client_that_has_left() {
+        let listener = Listener::bind(&"tcp://127.0.0.1:0".parse().unwrap()).unwrap();
+        let nobody = listener.accept_now().unwrap_err();
+        assert!(!is_broken(&nobody), "{nobody:?}");
+        socket2::SockRef::from(&listener)
+            .shutdown(std::net::Shutdown::Both)
+            .unwrap();
+        let error = listener.accept_timeout(Duration::ZERO).unwrap_err();
+        assert!(is_broken(error.cause()), "{error:?}");
+        let left: std::io::Error = std::io::ErrorKind::InvalidInput.into();
+        assert!(!is_broken(&left) && has_client_left(&left));
     }
 }

@@ -43,8 +43,14 @@ impl LocalListener {
     pub(super) fn accept(&self) -> io::Result<(Local, SocketName)> {
         match self {
             LocalListener::Unix { listener, .. } => {
-                let (stream, _) = listener.accept()?;
-                Ok((stream.into(), SocketName::Unnamed))
+                let accepted = listener.accept().map_err(|e| match e.kind() {
+                    // It would say so for ever.
+                    io::ErrorKind::WouldBlock if sys::is_shut_down(listener.as_socket()) => {
+                        shut_down()
+                    }
+                    _ => e,
+                });
+                Ok((accepted?.0.into(), SocketName::Unnamed))
             }
             LocalListener::Vsock(listener) => {
                 let (socket, address) = listener.accept()?;
@@ -98,6 +104,11 @@ impl AsSocket for LocalListener {
             LocalListener::Vsock(socket) => socket.as_socket(),
         }
     }
+}
+
+/// What TCP's accept says of a listener that was shut down.
+fn shut_down() -> io::Error {
+    io::Error::from_raw_os_error(nix::libc::EINVAL)
 }
 
 fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<LocalListener> {

@@ -115,7 +115,8 @@ impl Listener {
     /// Waits for a connection, for ever.
     ///
     /// # Errors
-    /// What the kernel says; one that tells of a single client, or of descriptors, doesn't end the listener.
+    /// What the kernel says; one that tells of descriptors doesn't end the listener. A listener that another process
+    /// has shut down is broken (`InvalidInput`): bind it again.
     pub fn accept(&self) -> Result<(Stream, SocketName)> {
         loop {
             // kevent and poll count in 32 bits.
@@ -136,6 +137,7 @@ impl Listener {
             match self.accept_now() {
                 Ok(accepted) => return Ok(Some(accepted)),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if nonblocking::has_client_left(&e) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {

@@ -140,6 +140,37 @@ impl Listener {
     }
 }
 
+/// Whether an accept error says that the listener is broken: no later accept can succeed, and only binding it again
+/// helps.
+///
+/// A listener that was shut down from outside (`ss -K`, or a `shutdown` by another process that has it) is one:
+/// `EINVAL`, again and again. Linux' `accept(2)` names network errors, `EOPNOTSUPP` among them, that tell of one client
+/// only. The `InvalidInput` that mio makes of a client that has left (macOS) has no number.
+#[cfg_attr(not(feature = "cli"), allow(dead_code))]
+pub(crate) fn is_broken(error: &io::Error) -> bool {
+    #[cfg(unix)]
+    const BROKEN: [i32; 3] = [nix::libc::EINVAL, nix::libc::EBADF, nix::libc::ENOTSOCK];
+    #[cfg(windows)]
+    const BROKEN: [i32; 2] = {
+        use windows_sys::Win32::Networking::WinSock::{WSAEINVAL, WSAENOTSOCK};
+        [WSAEINVAL, WSAENOTSOCK]
+    };
+    error
+        .raw_os_error()
+        .is_some_and(|number| BROKEN.contains(&number))
+}
+
+/// Whether an accept error says that a client has left before it was accepted. The next one may still be there.
+///
+/// macOS may then give a socket without an address, of which mio makes an `InvalidInput` without a number.
+pub(crate) fn has_client_left(error: &io::Error) -> bool {
+    match error.kind() {
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset => true,
+        io::ErrorKind::InvalidInput => error.raw_os_error().is_none(),
+        _ => false,
+    }
+}
+
 /// What has become of a listening socket's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(unix), allow(dead_code))]

@@ -13,6 +13,7 @@
 //! * `take_over(number)`: owns a descriptor that the process was started with, once.
 //! * `vsock_connect`, `vsock_listen`, `vsock_set_buffer`, `vsock_of`, `local_cid`: AF_VSOCK sockets, or `Unsupported`.
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
+//! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: on whose behalf we are, and who is at the other end of a Unix socket.
 //! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).

@@ -221,6 +221,28 @@ pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     answered && asked[0].revents().is_some_and(|now| now.intersects(gone))
 }
 
+/// Whether a listening socket was shut down, so that nobody can connect to it any more.
+///
+/// A Unix listener that is non-blocking doesn't say so when it accepts: Linux goes on to say `EAGAIN`.
+#[allow(unsafe_code)]
+pub(crate) fn is_shut_down(listener: BorrowedFd<'_>) -> bool {
+    use nix::libc;
+    use std::os::fd::AsRawFd;
+    // (nix doesn't know POLLRDHUP, without which Linux tells of both directions only.)
+    #[cfg(target_os = "linux")]
+    const READ_HUNG_UP: libc::c_short = libc::POLLRDHUP;
+    #[cfg(not(target_os = "linux"))]
+    const READ_HUNG_UP: libc::c_short = 0;
+    let mut asked = libc::pollfd {
+        fd: listener.as_raw_fd(),
+        events: READ_HUNG_UP,
+        revents: 0,
+    };
+    // SAFETY: one `pollfd` is passed, which is valid for reads and writes; a timeout of 0 doesn't wait.
+    let answered = unsafe { libc::poll(&raw mut asked, 1, 0) };
+    answered > 0 && asked.revents & (libc::POLLHUP | READ_HUNG_UP) != 0
+}
+
 /// How many descriptors the process may have at a time (`RLIMIT_NOFILE`); `None` if that can't be asked.
 pub(crate) fn descriptor_limit() -> Option<u64> {
     getrlimit(Resource::RLIMIT_NOFILE)
