@@ -96,6 +96,14 @@ impl Address {
         matches!(self, Address::Hyperkit(_) | Address::VsockMux(_))
     }
 
+    /// Whether who listens there has a file by which it is found.
+    pub(crate) fn has_file(&self) -> bool {
+        matches!(
+            self,
+            Address::Hyperkit(_) | Address::VsockMux(_) | Address::Unix(UnixAddress::Path(_))
+        )
+    }
+
     /// Whether the peer speaks in frames.
     pub(crate) fn is_framed(&self) -> bool {
         match self {

@@ -165,6 +165,15 @@ pub(crate) fn says_gone(error: &io::Error) -> bool {
     matches!(error.kind(), NotFound | ConnectionRefused)
 }
 
+/// Whether [`explain`] looks at files to tell what can be done about it.
+pub(crate) fn wants_look(address: &Address, cause: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(
+        (address, cause.kind()),
+        (Address::Hyperkit(_), NotFound) | (Address::Unix(UnixAddress::Path(_)), ConnectionRefused)
+    )
+}
+
 /// The error of a dial to `address`, with what can be done about it.
 pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
     use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotFound, PermissionDenied, TimedOut};

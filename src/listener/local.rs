@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use mio::event::Source;
 use mio::unix::SourceFd;
@@ -23,7 +24,7 @@ use crate::sys::{self, AsSocket, BorrowedSocket};
 pub(crate) enum LocalListener {
     Unix {
         listener: mio::net::UnixListener,
-        file: Option<SocketFile>,
+        file: Option<Arc<SocketFile>>,
     },
     Vsock(Socket),
 }
@@ -79,12 +80,10 @@ impl LocalListener {
         }
     }
 
-    pub(super) fn set_mode(&self, mode: u32) -> io::Result<()> {
+    pub(super) fn file(&self) -> Option<Arc<SocketFile>> {
         match self {
-            LocalListener::Unix {
-                file: Some(file), ..
-            } => file.set_mode(mode),
-            _ => Ok(()),
+            LocalListener::Unix { file, .. } => file.clone(),
+            LocalListener::Vsock(_) => None,
         }
     }
 
@@ -139,7 +138,7 @@ fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<LocalListener>
     listen().map_err(|e| Error::new(Operation::Listen, address, e))?;
     Ok(LocalListener::Unix {
         listener: mio::net::UnixListener::from_std(socket.into()),
-        file: Some(file),
+        file: Some(Arc::new(file)),
     })
 }
 

@@ -2,13 +2,18 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
 use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, SockRef, Socket, Type};
 
+#[cfg(unix)]
+use super::file::SocketFile;
 use super::local::LocalListener;
+#[cfg(windows)]
+use super::local::SocketFile;
 use crate::address::{Address, Host, TcpAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
 use crate::name::{SocketName, VsockName};
@@ -121,11 +126,12 @@ impl Listener {
         }
     }
 
-    /// Gives the socket's file other permissions, if it has one that is still ours.
-    pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
+    /// Returns the socket's file, if it has one that we made. It is removed when the listener and all that this has
+    /// returned are dropped.
+    pub(crate) fn file(&self) -> Option<Arc<SocketFile>> {
         match self {
-            Listener::Local(listener) => listener.set_mode(mode),
-            _ => Ok(()),
+            Listener::Local(listener) => listener.file(),
+            _ => None,
         }
     }
 

@@ -3,21 +3,22 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 
-use crate::address::Address;
-use crate::listener::nonblocking::FileState;
+use crate::listener::nonblocking::{has_client_left, is_broken};
 use crate::name::SocketName;
 use crate::relay::{CLIENT, SERVER, Socket};
 
 use super::counters::add_one;
 use super::forward::{Complaints, Forward};
-use super::gate::{Full, Ticket};
+use super::gate::{Full, Gate, Ticket};
+use super::handle::ForwardId;
 use super::status::Obstacle;
 use super::worker::{Command, Phase, Worker};
-use super::world::World;
+use super::world::{Found, ListenerId, World};
 
 /// Connections that one listener may accept before the others have their turn.
 const BATCH: usize = 64;
@@ -45,6 +46,8 @@ pub(crate) struct Listening<L> {
     complaints: Complaints,
     /// When its socket's file and its VM are to be looked after.
     watch: Instant,
+    /// What has become of its file, or of binding it again, is not known yet.
+    is_checked: bool,
     lost: bool,
     /// What status says of it.
     obstacle: Option<Obstacle>,
@@ -94,6 +97,7 @@ impl<W: World> Worker<W> {
             full: None,
             complaints: Complaints::default(),
             watch,
+            is_checked: false,
             lost: false,
             obstacle: None,
             removed: false,
@@ -105,35 +109,46 @@ impl<W: World> Worker<W> {
         Ok(())
     }
 
-    /// Ends the listener of a forward, if this worker has it. Who waits there is served.
-    pub(super) fn remove_listener(&mut self, forward: &Arc<Forward>, now: Instant) {
-        let its = |it: &Listening<W::Listener>| !it.removed && it.forward.id == forward.id;
-        if let Some(index) = self.listeners.iter().position(its) {
+    /// Where the listener of a forward is, if this worker has it.
+    fn listener_of(&self, forward: ForwardId) -> Option<usize> {
+        let its = |it: &Listening<W::Listener>| !it.removed && it.forward.id == forward;
+        self.listeners.iter().position(its)
+    }
+
+    /// Ends the listener of a forward, if this worker has it, and tells when its address is free. Who waits there is
+    /// served.
+    pub(super) fn remove_listener(&mut self, forward: ForwardId, done: Sender<()>, now: Instant) {
+        let listener = self.listener_of(forward).and_then(|index| {
             self.accept_waiting(index, now);
             let listening = &mut self.listeners[index];
             listening.removed = true;
-            if let Some(listener) = listening.listener.take() {
-                self.world.close_listener(listener);
-            }
+            listening.listener.take()
+        });
+        match listener {
+            Some(listener) => self.world.close_listener(listener, Some(done)),
+            // Who asked may have given up.
+            None => drop(done.send(())),
+        }
+    }
+
+    /// Gives the file of a forward's socket other permissions, if this worker has its listener.
+    pub(super) fn set_mode(&mut self, forward: ForwardId, mode: u32, done: Sender<io::Result<()>>) {
+        let index = self.listener_of(forward);
+        match index.and_then(|index| self.listeners[index].listener.as_ref()) {
+            Some(listener) => self.world.set_mode(listener, mode, done),
+            // Who asked may have given up.
+            None => drop(done.send(Ok(()))),
         }
     }
 
     /// Gives the clients that are accepted from now on another rule, if this worker has the forward's listener.
-    pub(super) fn replace_forward(&mut self, forward: Arc<Forward>) -> io::Result<()> {
-        let its = |it: &&mut Listening<W::Listener>| !it.removed && it.forward.id == forward.id;
-        let Some(listening) = self.listeners.iter_mut().find(its) else {
-            return Ok(());
-        };
-        let mode = forward.rule.mode;
-        if let Some(listener) = &listening.listener
-            && mode != listening.forward.rule.mode
-        {
-            self.world.set_mode(listener, mode)?;
+    pub(super) fn replace_forward(&mut self, forward: Arc<Forward>) {
+        if let Some(index) = self.listener_of(forward.id) {
+            let listening = &mut self.listeners[index];
+            // Where there was no place there may be one: it may be another VM's.
+            listening.full = None;
+            listening.forward = forward;
         }
-        // Where there was no place there may be one: it may be another VM's.
-        listening.full = None;
-        listening.forward = forward;
-        Ok(())
     }
 
     /// When a listener wants to be looked at without an event.
@@ -142,7 +157,8 @@ impl<W: World> Worker<W> {
             let ready =
                 (listening.ready && listening.full.is_none() && listening.listener.is_some())
                     .then(|| listening.paused.unwrap_or(now));
-            let watched = !listening.removed && is_watched(&listening.forward);
+            let watched = !listening.removed
+                && (listening.listener.is_none() || is_watched(&listening.forward));
             [ready, watched.then_some(listening.watch)]
                 .into_iter()
                 .flatten()
@@ -163,7 +179,7 @@ impl<W: World> Worker<W> {
             let listening = &mut self.listeners[index];
             if listening.watch <= now && !listening.removed {
                 listening.watch = now + WATCH;
-                self.look_after(index, now);
+                self.look_after(index);
                 self.look_at_vms(index, now);
             }
         }
@@ -176,11 +192,14 @@ impl<W: World> Worker<W> {
         }
     }
 
+    /// Accepts all who wait at a listener now, whether an event has told of them or not.
     fn accept_waiting(&mut self, index: usize, now: Instant) {
+        let listening = &mut self.listeners[index];
+        (listening.ready, listening.paused) = (true, None);
         // As many turns as the longest backlog takes.
         for _ in 0..LONGEST_BACKLOG / BATCH {
             let listening = &self.listeners[index];
-            if !listening.ready || listening.paused.is_some() {
+            if !listening.ready || listening.paused.is_some() || listening.listener.is_none() {
                 break;
             }
             self.accept_from(index, true, now);
@@ -224,22 +243,47 @@ impl<W: World> Worker<W> {
                     self.shared.begins(&forward);
                     self.hand_over(stream, peer, forward, ticket, now);
                 }
-                Err(e) => match e.kind() {
-                    io::ErrorKind::WouldBlock => {
-                        listening.ready = false;
-                        listening.unblock();
-                        return;
-                    }
-                    // The client left before it was accepted; the next may not have. (macOS then may give a socket
-                    // without an address, of which mio makes InvalidInput.)
-                    io::ErrorKind::ConnectionAborted
-                    | io::ErrorKind::InvalidInput
-                    | io::ErrorKind::Interrupted => {}
-                    // Invariant 10: no error ends a listener. Most often descriptors ran out: a close brings one.
-                    _ => return self.pause(index, Obstacle::Paused, now, &e),
-                },
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    listening.ready = false;
+                    listening.unblock();
+                    return;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // The next one may not have left.
+                Err(e) if has_client_left(&e) => {}
+                Err(e) if is_broken(&e) => return self.replace_broken(index, now),
+                // Invariant 10: no error ends a listener. Most often descriptors ran out: a close brings one.
+                Err(e) => return self.pause(index, Obstacle::Paused, now, &e),
             }
         }
+    }
+
+    /// Binds the address of a listener again that somebody has shut down (`ss -K`, or another process that has it).
+    fn replace_broken(&mut self, index: usize, now: Instant) {
+        let listening = &mut self.listeners[index];
+        let forward = Arc::clone(&listening.forward);
+        listening.ready = false;
+        listening.set_obstacle(Obstacle::Lost, &"its listener was shut down", now);
+        if !listening.lost {
+            let listen = &forward.rule.listen;
+            warn!("the listener on {listen} was shut down by another program; it is bound again");
+        }
+        listening.lost = true;
+        if let Some(old) = listening.listener.take()
+            && self.phase == Phase::Running
+        {
+            self.bind_again(index, Some(old));
+        }
+    }
+
+    fn bind_again(&mut self, index: usize, old: Option<W::Listener>) {
+        let listening = &mut self.listeners[index];
+        listening.is_checked = true;
+        let of = ListenerId {
+            token: index,
+            forward: listening.forward.id,
+        };
+        self.world.bind_again(old, of, &listening.forward.rule);
     }
 
     /// A client's right to a place in the VM that its forward leads to, if there is one.
@@ -312,71 +356,102 @@ impl<W: World> Worker<W> {
     fn look_at_vms(&mut self, index: usize, now: Instant) {
         let forward = Arc::clone(&self.listeners[index].forward);
         for gate in forward.gates.iter().flatten() {
-            if let Some(vm) = gate.is_to_be_looked_at(now, WATCH) {
-                let sign = self.world.vm_sign(vm);
-                let process = self.world.vm_process(vm);
-                gate.look(sign, process, now);
-            }
+            self.look_at_vm(gate, now, WATCH);
         }
     }
 
-    /// Makes a socket's file again that someone removed: a VM that starts may clear its directory, and cleaners of
-    /// `/tmp` remove what is old.
-    fn look_after(&mut self, index: usize, now: Instant) {
+    /// Has a VM looked at, unless the last look was less than `every` ago.
+    pub(super) fn look_at_vm(&mut self, gate: &Arc<Gate>, now: Instant, every: Duration) {
+        if gate.begin_look(now, every) {
+            self.world.look_at_vm(gate);
+        }
+    }
+
+    /// Has a socket's file looked after, and one that could not be bound again tried again.
+    fn look_after(&mut self, index: usize) {
         let listening = &mut self.listeners[index];
-        if self.phase != Phase::Running || !has_file(&listening.forward) {
+        // One question at a time: what is asked may hang.
+        if self.phase != Phase::Running || listening.is_checked {
             return;
         }
-        let state = match &listening.listener {
-            Some(listener) => self.world.file_state(listener),
-            None => FileState::Missing,
+        match &listening.listener {
+            None => self.bind_again(index, None),
+            Some(listener) if listening.forward.rule.listen.has_file() => {
+                listening.is_checked = true;
+                let of = ListenerId {
+                    token: index,
+                    forward: listening.forward.id,
+                };
+                let rule = &listening.forward.rule;
+                if !self.world.check_file(listener, of, rule) {
+                    listening.is_checked = false;
+                }
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Takes what has become of a listener's file. One that someone removed was made again: a VM that starts may clear its
+    /// directory, and cleaners of `/tmp` remove what is old.
+    pub(super) fn listener_found(
+        &mut self,
+        of: ListenerId,
+        found: Found<W::Listener>,
+        now: Instant,
+    ) {
+        let its = |it: &&mut Listening<W::Listener>| !it.removed && it.forward.id == of.forward;
+        let running = self.phase == Phase::Running;
+        let listening = self.listeners.get_mut(of.token).filter(its);
+        let Some(listening) = listening.filter(|_| running) else {
+            // It was removed meanwhile, or takes nobody any more.
+            if let Found::Bound(listener) = found {
+                self.world.close_listener(listener, None);
+            }
+            return;
         };
+        listening.is_checked = false;
         let forward = Arc::clone(&listening.forward);
-        let rule = &forward.rule;
-        match state {
-            FileState::Ours => {}
-            FileState::Taken => {
+        let listen = &forward.rule.listen;
+        match found {
+            Found::Ours => {}
+            Found::Taken => {
                 let why = "another program has taken its place";
                 listening.set_obstacle(Obstacle::Lost, &why, now);
                 if !listening.lost {
                     listening.lost = true;
                     error!(
-                        "{} was taken over by another program; its clients don't reach us any more",
-                        rule.listen
+                        "{listen} was taken over by another program; its clients don't reach us any more"
                     );
                 }
             }
-            FileState::Missing => match self.world.listen(&rule.listen, rule.mode) {
-                Ok(mut listener) => {
-                    // The old one first, who waits there before that.
-                    listening.ready = listening.listener.is_some();
-                    self.accept_from(index, true, now);
-                    let listening = &mut self.listeners[index];
-                    let rule = &listening.forward.rule;
-                    if let Some(old) = listening.listener.take() {
-                        self.world.close_listener(old);
-                    }
-                    if let Err(e) = self.world.watch_listener(&mut listener, index) {
-                        error!("cannot watch {}: {e}", rule.listen);
-                        return;
-                    }
-                    info!("made {} again: its file had been removed", rule.listen);
-                    listening.listener = Some(listener);
-                    listening.ready = true;
-                    listening.lost = false;
-                    listening.found();
+            Found::Bound(mut listener) => {
+                // The old one first, who waits there before that.
+                let why = match listening.listener {
+                    Some(_) => "its file had been removed",
+                    None => "it had been shut down",
+                };
+                self.accept_waiting(of.token, now);
+                let listening = &mut self.listeners[of.token];
+                if let Some(old) = listening.listener.take() {
+                    self.world.close_listener(old, None);
                 }
-                Err(e) => {
+                if let Err(e) = self.world.watch_listener(&mut listener, of.token) {
+                    self.world.close_listener(listener, None);
                     listening.set_obstacle(Obstacle::Lost, &e, now);
-                    if !listening.lost {
-                        listening.lost = true;
-                        error!(
-                            "{} has been removed, and it can't be made again yet: {e}",
-                            rule.listen
-                        );
-                    }
+                    error!("cannot watch {listen}: {e}");
+                    return;
                 }
-            },
+                info!("made {listen} again: {why}");
+                listening.listener = Some(listener);
+                (listening.ready, listening.lost) = (true, false);
+                listening.found();
+            }
+            Found::Failed(e) => {
+                listening.set_obstacle(Obstacle::Lost, &e, now);
+                if !std::mem::replace(&mut listening.lost, true) {
+                    error!("{listen} has been removed, and it can't be made again yet: {e}");
+                }
+            }
         }
     }
 
@@ -386,7 +461,7 @@ impl<W: World> Worker<W> {
             if !listening.forward.is_polite(CLIENT)
                 && let Some(listener) = listening.listener.take()
             {
-                self.world.close_listener(listener);
+                self.world.close_listener(listener, None);
                 listening.set_obstacle(Obstacle::Closed, &"", now);
             }
         }
@@ -395,7 +470,7 @@ impl<W: World> Worker<W> {
     pub(super) fn close_listeners(&mut self) {
         for listening in &mut self.listeners {
             if let Some(listener) = listening.listener.take() {
-                self.world.close_listener(listener);
+                self.world.close_listener(listener, None);
             }
         }
     }
@@ -403,14 +478,5 @@ impl<W: World> Worker<W> {
 
 /// Whether there is something to be looked at now and then.
 fn is_watched(forward: &Forward) -> bool {
-    has_file(forward) || forward.gate().is_some()
-}
-
-/// Whether the forward listens on a socket with a file.
-fn has_file(forward: &Forward) -> bool {
-    use crate::address::UnixAddress::Path;
-    matches!(
-        forward.rule.listen,
-        Address::Hyperkit(_) | Address::VsockMux(_) | Address::Unix(Path(_))
-    )
+    forward.rule.listen.has_file() || forward.gate().is_some()
 }

@@ -195,14 +195,11 @@ impl<W: World> Worker<W> {
             let Some(endpoint) = dial.endpoint() else {
                 return;
             };
-            let attempt = self.world.connect(endpoint);
-            if attempt.is_ok()
-                && let Some(permit) = &mut conn.permit
-            {
-                permit.dialled(now);
-            }
-            match attempt {
-                Ok(mut stream) => {
+            match self.world.connect(endpoint) {
+                Ok((mut stream, sign)) => {
+                    if let Some(permit) = &mut conn.permit {
+                        permit.dialled(sign, now);
+                    }
                     let State::Waiting {
                         client, mut dial, ..
                     } = conn.take_state()
@@ -264,10 +261,20 @@ impl<W: World> Worker<W> {
                 false
             }
             Next::GiveUp(error) => {
-                let error = dial::explain(&conn.forward.rule.connect, error);
-                self.failed(id, error, now);
+                let target = &conn.forward.rule.connect;
+                if let Some(error) = self.world.explain(id.token(SERVER), target, error) {
+                    self.failed(id, error, now);
+                }
                 false
             }
+        }
+    }
+
+    /// Takes what the failure of a dial was explained as.
+    pub(super) fn explained(&mut self, id: Id, error: Error, now: Instant) {
+        let conn = self.conns.get_mut(id);
+        if conn.is_some_and(|conn| matches!(conn.state, State::Waiting { .. })) {
+            self.failed(id, error, now);
         }
     }
 

@@ -119,13 +119,16 @@ impl Handle {
         let index = index_of(&forwards, id)?;
         let others = forwards.iter().filter(|forward| forward.id != id);
         let forward = self.binder.replace(rule, &forwards[index], others)?;
-        let answers = self.ask_all(|tell| Command::Replace(Arc::clone(&forward), tell), ANSWER);
-        let fail = |e| Error::new(Operation::Listen, &forward.rule.listen, e);
-        if let Err(e) = answers.into_iter().collect::<io::Result<()>>() {
-            forward.keep_places(None);
-            self.binder.restore(&forwards[index]);
-            return Err(fail(e));
+        let mode = forward.rule.mode;
+        if mode != forwards[index].rule.mode {
+            let answers = self.ask_all(|tell| Command::SetMode(id, mode, tell), ANSWER);
+            if let Err(e) = answers.into_iter().collect::<io::Result<()>>() {
+                forward.keep_places(None);
+                self.binder.restore(&forwards[index]);
+                return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
+            }
         }
+        self.ask_all(|tell| Command::Replace(Arc::clone(&forward), tell), ANSWER);
         self.shared.keep(&forward);
         forwards[index] = forward;
         Ok(())

@@ -42,6 +42,7 @@ mod forbidden;
 mod forward;
 mod gate;
 mod handle;
+mod housekeeper;
 mod leaving;
 mod observer;
 mod presence;
@@ -72,6 +73,7 @@ use crate::stream::nonblocking::Waiter;
 use crate::sys;
 
 use gate::GateLimits;
+use housekeeper::Housekeeper;
 use rules::Binder;
 use worker::{Command, Inbox, Shared, Worker};
 use world::MioWorld;
@@ -330,8 +332,9 @@ fn prepare(
     }
     let mut worlds = Vec::new();
     let mut inboxes = Vec::new();
+    let housekeeper = Housekeeper::start().map_err(fail)?;
     for _ in 0..count {
-        let world = MioWorld::new().map_err(fail)?;
+        let world = MioWorld::new(housekeeper.clone()).map_err(fail)?;
         let waker = world.waker();
         inboxes.push(Inbox::new(move || {
             // It fails only when the loop is gone, and then there is nobody to wake.

@@ -51,20 +51,20 @@ impl<W: World> Worker<W> {
             // To which nothing can be bound.
             port: PORT_ANY,
         };
-        let mut stream = match self.world.connect(&Endpoint::Hyperkit(probe)) {
-            Ok(stream) => stream,
+        let (mut stream, sign) = match self.world.connect(&Endpoint::Hyperkit(probe)) {
+            Ok(connected) => connected,
             Err(e) => {
                 drop(permit);
                 // A full backlog (the device stands still) or no descriptor left here says nothing of the VM: what the
                 // guest has not answered is still there.
-                let gone = dial::says_gone(&e) && !self.can_not_be_probed(target);
+                let gone = dial::says_gone(&e) && gate.can_be_probed();
                 if gone {
                     gate.vm_is_gone();
                 }
                 return gone;
             }
         };
-        permit.dialled(now);
+        permit.dialled(sign, now);
         let conn = Conn::new(None, Arc::clone(forward), SocketName::Unnamed, now);
         let id = self.conns.insert(conn);
         self.shared.inboxes[self.index]
@@ -89,12 +89,6 @@ impl<W: World> Worker<W> {
         }
         self.go_on_leaving(id, now);
         true
-    }
-
-    /// Where there are `guest_forwards` alone, there is no socket to probe with.
-    fn can_not_be_probed(&mut self, target: &HyperkitAddress) -> bool {
-        !self.world.exists(&target.vm.connect_path())
-            && self.world.exists(&target.vm.forward_path(target.port))
     }
 
     /// Holds what the client sends back until the guest has taken the dial. hyperkit tells a refusal by EOF and nothing
@@ -178,9 +172,7 @@ impl<W: World> Worker<W> {
         if self.probe(permit, forward, now) {
             return now + PROOF_LOOK;
         }
-        if let Address::Hyperkit(target) = &forward.rule.connect
-            && self.can_not_be_probed(target)
-        {
+        if !proofs.gate.can_be_probed() {
             for &id in &proofs.waiting {
                 self.prove_by_silence(id, now);
             }

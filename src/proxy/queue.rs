@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::address::Address;
 use crate::relay::SERVER;
 
 use super::conn::State;
@@ -16,6 +15,9 @@ use super::world::World;
 
 /// How long a dial waits when a cap of its VM is reached before it asks again.
 pub(super) const FULL_PAUSE: Duration = Duration::from_millis(10);
+
+/// How often a VM is looked at while a cap of it is reached.
+const FULL_LOOK: Duration = Duration::from_millis(50);
 
 /// The connections of one forward and this worker that wait for leave to dial, first come, first served.
 #[derive(Debug)]
@@ -76,9 +78,6 @@ impl<W: World> Worker<W> {
         let Some(&id) = queue.waiting.front() else {
             return false;
         };
-        let Address::Hyperkit(target) = &queue.forward.rule.connect else {
-            return false;
-        };
         // Who has left since, or was refused, needs no dial.
         let waits = |state: &State<W::Stream>| matches!(state, State::Waiting { .. });
         if !self
@@ -89,8 +88,7 @@ impl<W: World> Worker<W> {
             queue.waiting.pop_front();
             return true;
         }
-        let vm = self.world.vm_sign(&target.vm);
-        match queue.gate.admit(queue.forward.id, now, vm) {
+        match queue.gate.admit(queue.forward.id, now) {
             Admission::Go(permit) => {
                 queue.waiting.pop_front();
                 if let Some(conn) = self.conns.get_mut(id) {
@@ -109,6 +107,8 @@ impl<W: World> Worker<W> {
             }
             Admission::Full(why) => {
                 queue.next = now + FULL_PAUSE;
+                // Another VM may be there by now, which has none of that.
+                self.look_at_vm(&queue.gate, now, FULL_LOOK);
                 let conns = &mut self.conns;
                 queue.waiting.retain(|id| {
                     let Some(conn) = conns.get_mut(*id) else {

@@ -58,8 +58,10 @@ pub(crate) enum Command<W: World> {
     Adopt(W::Stream, SocketName, Arc<Forward>, Option<Ticket>),
     /// Accept clients of this forward; say whether that goes.
     Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
-    /// Carry the clients of the forward of this id as this one says from now on; say whether that goes.
-    Replace(Arc<Forward>, Sender<io::Result<()>>),
+    /// Carry the clients of the forward of this id as this one says from now on; say so.
+    Replace(Arc<Forward>, Sender<()>),
+    /// Give the file of the forward's socket these permissions; say whether that goes.
+    SetMode(ForwardId, u32, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
     Remove(Arc<Forward>, Duration, Sender<()>),
     /// Say that it listens.
@@ -367,11 +369,12 @@ impl<W: World> Worker<W> {
                         let _ = tell.send(self.add_listener(listener, forward));
                     }
                     Command::Replace(forward, tell) => {
-                        let _ = tell.send(self.replace_forward(forward));
-                    }
-                    Command::Remove(forward, grace, tell) => {
-                        self.remove(forward, grace, now);
+                        self.replace_forward(forward);
                         let _ = tell.send(());
+                    }
+                    Command::SetMode(forward, mode, tell) => self.set_mode(forward, mode, tell),
+                    Command::Remove(forward, grace, tell) => {
+                        self.remove(forward, grace, tell, now);
                     }
                     Command::Answer(tell) => drop(tell.send(())),
                     Command::Tell(tell) => drop(tell.send(self.connections(now))),
@@ -409,7 +412,7 @@ impl<W: World> Worker<W> {
         }
     }
 
-    fn take_event(&mut self, event: Event<W::Stream>, now: Instant) {
+    fn take_event(&mut self, event: Event<W::Stream, W::Listener>, now: Instant) {
         match event {
             Event::Ready { token, readiness } if token < Id::FIRST => {
                 if let Some(listening) = self.listeners.get_mut(token) {
@@ -432,6 +435,15 @@ impl<W: World> Worker<W> {
             }
             Event::Bridged { token, ended } => {
                 self.bridge_ended(Id::from_token(token).0, ended, now);
+            }
+            Event::VmSeen {
+                gate,
+                sign,
+                process,
+            } => gate.look(sign, process, now),
+            Event::Listener { of, found } => self.listener_found(of, found, now),
+            Event::Explained { token, error } => {
+                self.explained(Id::from_token(token).0, error, now);
             }
         }
     }
@@ -500,8 +512,8 @@ impl<W: World> Worker<W> {
     }
 
     /// Takes a forward out: nobody is accepted any more, and who is there has that time.
-    fn remove(&mut self, forward: Arc<Forward>, grace: Duration, now: Instant) {
-        self.remove_listener(&forward, now);
+    fn remove(&mut self, forward: Arc<Forward>, grace: Duration, tell: Sender<()>, now: Instant) {
+        self.remove_listener(forward.id, tell, now);
         // Of those removed before, all workers know by now: what has no connection gets none any more.
         self.removed
             .retain(|(_, before)| before.tally.live.load(Ordering::Relaxed) > 0);

@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
+use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
 use crate::listener::nonblocking::{FileState, Listener};
@@ -23,12 +25,15 @@ use crate::sys::{self, Identity};
 
 use super::bridge::{Bridge, Ended, Order, Progress};
 use super::crossing::{self, Crossings};
-use super::forward::Forward;
+use super::forward::{Forward, Rule};
+use super::gate::Gate;
+use super::handle::ForwardId;
+use super::housekeeper::Housekeeper;
 use super::presence::Sign;
 
 /// What the loop learns in one wait.
 #[derive(Debug)]
-pub(crate) enum Event<S> {
+pub(crate) enum Event<S, L> {
     /// The socket registered under this token became ready.
     Ready { token: usize, readiness: Readiness },
     /// The name asked for with this token has these addresses.
@@ -40,6 +45,36 @@ pub(crate) enum Event<S> {
     Dialled { token: usize, stream: Result<S> },
     /// The bridge that was begun with this token has closed its streams.
     Bridged { token: usize, ended: Ended },
+    /// What was seen of a VM from outside.
+    VmSeen {
+        gate: Arc<Gate>,
+        sign: Option<Sign>,
+        process: Option<i32>,
+    },
+    /// What has become of a listener's file, or of a listener that was to be bound again.
+    Listener { of: ListenerId, found: Found<L> },
+    /// Why the dial of this token has failed.
+    Explained { token: usize, error: Error },
+}
+
+/// A listener of a worker: its token, and the forward whose it is, for a token is used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ListenerId {
+    pub(crate) token: usize,
+    pub(crate) forward: ForwardId,
+}
+
+/// What was found where a listener's socket should be.
+#[derive(Debug)]
+pub(crate) enum Found<L> {
+    /// Its file is there.
+    Ours,
+    /// Another program's file is there.
+    Taken,
+    /// There was none; a new one was bound.
+    Bound(L),
+    /// There is none, and none can be bound.
+    Failed(Error),
 }
 
 /// Everything a worker asks of its surroundings.
@@ -51,18 +86,26 @@ pub(crate) trait World {
     /// Waits for events, at most `timeout`, and appends all that have come.
     fn wait(
         &mut self,
-        events: &mut Vec<Event<Self::Stream>>,
+        events: &mut Vec<Event<Self::Stream, Self::Listener>>,
         timeout: Option<Duration>,
     ) -> io::Result<()>;
 
-    fn listen(&mut self, address: &Address, mode: u32) -> Result<Self::Listener>;
     fn watch_listener(&mut self, listener: &mut Self::Listener, token: usize) -> io::Result<()>;
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
-    fn file_state(&mut self, listener: &Self::Listener) -> FileState;
-    fn set_mode(&mut self, listener: &Self::Listener, mode: u32) -> io::Result<()>;
-    fn close_listener(&mut self, listener: Self::Listener);
+    /// Looks whether a listener's file is still there, and binds the address again if it isn't; [`Event::Listener`]
+    /// answers. False if it has no file of its own.
+    fn check_file(&mut self, listener: &Self::Listener, of: ListenerId, rule: &Rule) -> bool;
+    /// Binds an address again, after its listener was closed, if there is one; [`Event::Listener`] answers.
+    fn bind_again(&mut self, old: Option<Self::Listener>, of: ListenerId, rule: &Rule);
+    /// Gives a listener's file other permissions; `done` gets what has come of it.
+    fn set_mode(&mut self, listener: &Self::Listener, mode: u32, done: Sender<io::Result<()>>);
+    /// Closes a listener and removes its file; `done` is told when its address is free again.
+    fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
 
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<Self::Stream>;
+    /// Begins to connect. Of a hyperkit VM: and by what it is known.
+    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Self::Stream, Option<Sign>)>;
+    /// Explains why a dial has failed; `None` if that takes a look at files: then [`Event::Explained`] answers.
+    fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
     /// Whether a connect that was begun is done.
     fn connected(&mut self, stream: &Self::Stream) -> io::Result<bool>;
     /// Registers a stream, readable and writable, once.
@@ -77,12 +120,9 @@ pub(crate) trait World {
 
     /// Asks for the addresses of `host`; [`Event::Resolved`] answers.
     fn resolve(&mut self, token: usize, host: &str, port: u16);
-    /// Which VM stands behind the state directory now; `None` if none does.
-    fn vm_sign(&mut self, vm: &HyperkitVm) -> Option<Sign>;
-    /// The process of the VM, if a file says which one that is, and it lives.
-    fn vm_process(&mut self, vm: &HyperkitVm) -> Option<i32>;
-    /// Whether there is a file of that name.
-    fn exists(&mut self, path: &Path) -> bool;
+    /// Looks which VM stands behind the state directory of `gate` now, and whether its process lives; [`Event::VmSeen`]
+    /// answers.
+    fn look_at_vm(&mut self, gate: &Arc<Gate>);
 
     /// Connects to an address to which connecting blocks; [`Event::Dialled`] answers.
     fn dial(&mut self, token: usize, address: &Address, timeout: Duration);
@@ -119,6 +159,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 /// How long peers of pipes, and those behind crossings, may take at the very end to get what was written to them.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
+/// How long it may take at the very end to remove the files of sockets. A file system that hangs keeps nobody longer.
+const LAST_FILES: Duration = Duration::from_secs(1);
+
 /// How many events one call of the poller takes.
 const EVENTS: usize = 1024;
 
@@ -138,7 +181,7 @@ fn interest() -> Interest {
 enum News {
     /// What was found for a name.
     Found(String, io::Result<Vec<SocketAddr>>),
-    Event(Event<Stream>),
+    Event(Event<Stream, Listener>),
 }
 
 /// Takes the news of other threads, and wakes the loop for them.
@@ -171,10 +214,11 @@ pub(crate) struct MioWorld {
     /// Those that have not told of their end.
     bridges: HashMap<usize, Bridge>,
     crossings: Arc<Crossings>,
+    housekeeper: Housekeeper,
 }
 
 impl MioWorld {
-    pub(crate) fn new() -> io::Result<MioWorld> {
+    pub(crate) fn new(housekeeper: Housekeeper) -> io::Result<MioWorld> {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let events = Events::with_capacity(EVENTS);
@@ -186,7 +230,14 @@ impl MioWorld {
             asking: HashMap::new(),
             bridges: HashMap::new(),
             crossings: Arc::default(),
+            housekeeper,
         })
+    }
+
+    /// Has the housekeeper do something, and the loop hear what has come of it.
+    fn ask_housekeeper(&self, job: impl FnOnce() -> Event<Stream, Listener> + Send + 'static) {
+        let bell = Arc::clone(&self.bell);
+        self.housekeeper.run(move || bell.ring(News::Event(job())));
     }
 
     /// Ends a [`wait`](World::wait) from another thread.
@@ -208,7 +259,7 @@ impl MioWorld {
     }
 
     /// Appends what the poller has told; how many events that were.
-    fn take_events(&self, events: &mut Vec<Event<Stream>>) -> usize {
+    fn take_events(&self, events: &mut Vec<Event<Stream, Listener>>) -> usize {
         let mut count = 0;
         for event in &self.events {
             count += 1;
@@ -236,7 +287,7 @@ impl MioWorld {
         &mut self,
         host: &str,
         found: &io::Result<Vec<SocketAddr>>,
-        events: &mut Vec<Event<Stream>>,
+        events: &mut Vec<Event<Stream, Listener>>,
     ) {
         for (token, port) in self.asking.remove(host).unwrap_or_default() {
             let addresses = match found {
@@ -253,10 +304,26 @@ impl MioWorld {
 
 impl Drop for MioWorld {
     fn drop(&mut self) {
+        self.housekeeper.finish(LAST_FILES);
         self.crossings.wait(LAST_WORDS);
         // What was written to a pipe and not taken yet goes out as long as its poller lives.
         #[cfg(windows)]
         sys::wait_for_last_words(LAST_WORDS);
+    }
+}
+
+/// By what the VM behind a state directory is known now; `None` if there is none.
+fn sign_of(vm: &HyperkitVm) -> Option<Sign> {
+    // A VM with `guest_forwards` alone has no `connect` socket.
+    let of = |path: PathBuf| Identity::of(&path).ok();
+    let socket = of(vm.connect_path()).map(Sign::Socket);
+    socket.or_else(|| of(vm.pid_path()).map(Sign::PidFile))
+}
+
+fn bind(address: &Address, mode: u32) -> Found<Listener> {
+    match Listener::bind(address, mode) {
+        Ok(listener) => Found::Bound(listener),
+        Err(error) => Found::Failed(error),
     }
 }
 
@@ -293,7 +360,7 @@ impl World for MioWorld {
 
     fn wait(
         &mut self,
-        events: &mut Vec<Event<Stream>>,
+        events: &mut Vec<Event<Stream, Listener>>,
         timeout: Option<Duration>,
     ) -> io::Result<()> {
         // As with the inbox: news may be there although their wake-up was lost.
@@ -328,10 +395,6 @@ impl World for MioWorld {
         Ok(())
     }
 
-    fn listen(&mut self, address: &Address, mode: u32) -> Result<Listener> {
-        Listener::bind(address, mode)
-    }
-
     fn watch_listener(&mut self, listener: &mut Listener, token: usize) -> io::Result<()> {
         let bell = Arc::clone(&self.bell);
         let tell = move || {
@@ -348,20 +411,82 @@ impl World for MioWorld {
         listener.accept()
     }
 
-    fn file_state(&mut self, listener: &Listener) -> FileState {
-        listener.file_state()
+    fn check_file(&mut self, listener: &Listener, of: ListenerId, rule: &Rule) -> bool {
+        let Some(file) = listener.file() else {
+            return false;
+        };
+        let (address, mode) = (rule.listen.clone(), rule.mode);
+        self.ask_housekeeper(move || {
+            let found = match file.state() {
+                FileState::Ours => Found::Ours,
+                FileState::Taken => Found::Taken,
+                FileState::Missing => bind(&address, mode),
+            };
+            Event::Listener { of, found }
+        });
+        true
     }
 
-    fn set_mode(&mut self, listener: &Listener, mode: u32) -> io::Result<()> {
-        listener.set_mode(mode)
+    fn bind_again(&mut self, old: Option<Listener>, of: ListenerId, rule: &Rule) {
+        let old = old.map(|mut old| {
+            let _ = old.unwatch(self.poll.registry());
+            old
+        });
+        let (address, mode) = (rule.listen.clone(), rule.mode);
+        let has_file = address.has_file();
+        let again = move || {
+            drop(old);
+            let found = bind(&address, mode);
+            Event::Listener { of, found }
+        };
+        match has_file {
+            true => self.ask_housekeeper(again),
+            // At once: until then its clients are refused.
+            false => self.bell.ring(News::Event(again())),
+        }
     }
 
-    fn close_listener(&mut self, mut listener: Listener) {
+    fn set_mode(&mut self, listener: &Listener, mode: u32, done: Sender<io::Result<()>>) {
+        let file = listener.file();
+        // Who asked may have given up.
+        let set = move || drop(done.send(file.map_or(Ok(()), |file| file.set_mode(mode))));
+        self.housekeeper.run(set);
+    }
+
+    fn close_listener(&mut self, mut listener: Listener, done: Option<Sender<()>>) {
         let _ = listener.unwatch(self.poll.registry());
+        let has_file = listener.file().is_some();
+        let close = move || {
+            drop(listener);
+            // Who asked may have given up.
+            done.map(|done| done.send(()));
+        };
+        match has_file {
+            true => self.housekeeper.run(close),
+            false => close(),
+        }
     }
 
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<Stream> {
-        Stream::connect(endpoint)
+    /// A path is looked up to connect to it, for connect(2) has no other form; and once more to know who is there.
+    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<Sign>)> {
+        let stream = Stream::connect(endpoint)?;
+        let sign = match endpoint {
+            Endpoint::Hyperkit(hyperkit) => sign_of(&hyperkit.vm),
+            _ => None,
+        };
+        Ok((stream, sign))
+    }
+
+    fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
+        if !dial::wants_look(address, &error) {
+            return Some(dial::explain(address, error));
+        }
+        let address = address.clone();
+        self.ask_housekeeper(move || {
+            let error = dial::explain(&address, error);
+            Event::Explained { token, error }
+        });
+        None
     }
 
     fn connected(&mut self, stream: &Stream) -> io::Result<bool> {
@@ -407,19 +532,16 @@ impl World for MioWorld {
         }
     }
 
-    fn exists(&mut self, path: &Path) -> bool {
-        path.symlink_metadata().is_ok()
-    }
-
-    fn vm_sign(&mut self, vm: &HyperkitVm) -> Option<Sign> {
-        // A VM with `guest_forwards` alone has no `connect` socket.
-        let of = |path: PathBuf| Identity::of(&path).ok();
-        let socket = of(vm.connect_path()).map(Sign::Socket);
-        socket.or_else(|| of(vm.pid_path()).map(Sign::PidFile))
-    }
-
-    fn vm_process(&mut self, vm: &HyperkitVm) -> Option<i32> {
-        hyperkit::running_pid(&vm.state_dir)
+    fn look_at_vm(&mut self, gate: &Arc<Gate>) {
+        let gate = Arc::clone(gate);
+        self.ask_housekeeper(move || {
+            let vm = gate.vm();
+            Event::VmSeen {
+                sign: sign_of(vm),
+                process: hyperkit::running_pid(&vm.state_dir),
+                gate,
+            }
+        });
     }
 
     fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {

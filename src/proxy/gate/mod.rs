@@ -124,8 +124,12 @@ struct State {
     patience: Duration,
     /// A proof is on its way; another one may go then.
     next_proof: Option<Instant>,
-    /// When the VM is to be looked at.
-    look: Option<Instant>,
+    /// When the VM was looked at last.
+    looked: Option<Instant>,
+    /// What was seen then is not known yet.
+    is_looking: bool,
+    /// The last dial went through the `connect` socket: any port can be dialled there.
+    has_connect_socket: bool,
     /// Workers that wait for a place, by their numbers.
     sleepers: Vec<(usize, Wake)>,
 }
@@ -152,7 +156,9 @@ impl Gate {
             next_probe: None,
             patience: PROBE_PATIENCE,
             next_proof: None,
-            look: None,
+            looked: None,
+            is_looking: false,
+            has_connect_socket: true,
             sleepers: Vec::new(),
         };
         Gate {
@@ -175,21 +181,9 @@ impl Gate {
         state.wake();
     }
 
-    /// Asks for leave to dial for `forward` the VM that `vm` is a sign of now.
-    ///
-    /// Another sign than before is another VM (rule 8): nothing that was held against the old one counts.
-    pub(crate) fn admit(
-        self: &Arc<Gate>,
-        forward: ForwardId,
-        now: Instant,
-        vm: Option<Sign>,
-    ) -> Admission {
-        let mut state = self.state();
-        let news = vm.and_then(|vm| self.seen(&mut state, vm, now));
-        let admission = self.admit_to(&mut state, forward, now);
-        drop(state);
-        self.tell(news, None);
-        admission
+    /// Asks for leave to dial for `forward`.
+    pub(crate) fn admit(self: &Arc<Gate>, forward: ForwardId, now: Instant) -> Admission {
+        self.admit_to(&mut self.state(), forward, now)
     }
 
     fn admit_to(
@@ -332,19 +326,30 @@ impl Gate {
         self.tell(news, Some(error));
     }
 
-    /// Whether the VM is to be looked at now, by whoever asks first.
-    pub(super) fn is_to_be_looked_at(&self, now: Instant, every: Duration) -> Option<&HyperkitVm> {
+    /// Returns the VM.
+    pub(super) fn vm(&self) -> &HyperkitVm {
+        &self.vm
+    }
+
+    /// Returns whether the VM is to be looked at now, by whoever asks first: the last look was so long ago, and is over.
+    /// [`look`](Gate::look) is to follow.
+    pub(super) fn begin_look(&self, now: Instant, every: Duration) -> bool {
         let mut state = self.state();
-        if state.look.is_some_and(|at| now < at) {
-            return None;
+        let soon = state
+            .looked
+            .is_some_and(|at| now.saturating_duration_since(at) < every);
+        if state.is_looking || soon {
+            return false;
         }
-        state.look = Some(now + every);
-        Some(&self.vm)
+        state.is_looking = true;
+        state.looked = Some(now);
+        true
     }
 
     /// Takes what was seen of the VM.
     pub(super) fn look(&self, vm: Option<Sign>, process: Option<i32>, now: Instant) {
         let mut state = self.state();
+        state.is_looking = false;
         let news = match vm {
             Some(vm) => {
                 let news = self.seen(&mut state, vm, now);
@@ -356,6 +361,13 @@ impl Gate {
         self.tell(news, None);
     }
 
+    /// Returns whether a port where nobody listens can be dialled: not where there are `guest_forwards` alone.
+    pub(super) fn can_be_probed(&self) -> bool {
+        self.state().has_connect_socket
+    }
+
+    /// Takes a sign of the VM. Another one than before is another VM (rule 8): nothing that was held against the old one
+    /// counts.
     fn seen(&self, state: &mut State, vm: Sign, now: Instant) -> Option<News> {
         let (is_new, news) = state.presence.seen(vm, now);
         if is_new {

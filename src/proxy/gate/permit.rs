@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::super::handle::ForwardId;
+use super::super::presence::Sign;
 use super::{Gate, PROBE_PATIENCE, PROOFS};
 
 /// One of the connections that the VM has now; dropped when its socket is closed.
@@ -81,17 +82,23 @@ pub(crate) struct Permit {
 }
 
 impl Permit {
-    /// The device has got the dial.
-    pub(crate) fn dialled(&mut self, now: Instant) {
+    /// Takes that the device has got the dial: that of the VM that `vm` is a sign of.
+    pub(crate) fn dialled(&mut self, vm: Option<Sign>, now: Instant) {
         let gate = &self.place.gate;
         let mut state = gate.state();
+        state.has_connect_socket = matches!(vm, Some(Sign::Socket(_)));
+        let seen = vm.and_then(|vm| gate.seen(&mut state, vm, now));
         if state.epoch == self.place.epoch {
             state.pending = state.pending.saturating_sub(1);
+        } else {
+            // It was admitted to another VM, and this one has it now.
+            self.place.epoch = state.epoch;
+            state.shares.take(self.place.forward);
         }
         let news = state.presence.connected(now);
         self.number = Some(gate.dialled.fetch_add(1, Ordering::Relaxed) + 1);
         drop(state);
-        gate.tell(news, None);
+        gate.tell(seen.or(news), None);
     }
 
     /// Something came from the guest on this connection.

@@ -12,9 +12,9 @@ fn gate(live: usize, unanswered: u64) -> Arc<Gate> {
 }
 
 fn go(gate: &Arc<Gate>, now: Instant) -> Permit {
-    match gate.admit(ONE, now, None) {
+    match gate.admit(ONE, now) {
         Admission::Go(mut permit) => {
-            permit.dialled(now);
+            permit.dialled(None, now);
             permit
         }
         other => panic!("{other:?}"),
@@ -28,9 +28,9 @@ fn dials_keep_their_distance_on_average() {
     let mut now = start;
     let mut times = Vec::new();
     while times.len() < 1000 {
-        match gate.admit(ONE, now, None) {
+        match gate.admit(ONE, now) {
             Admission::Go(mut permit) => {
-                permit.dialled(now);
+                permit.dialled(None, now);
                 times.push(now);
             }
             Admission::At(then) => {
@@ -62,19 +62,19 @@ fn a_guest_that_answers_nothing_is_not_dialled_without_end() {
         permits.push(go(&gate, now));
     }
     now += Duration::from_secs(1);
-    let Admission::Probe(mut probe) = gate.admit(ONE, now, None) else {
+    let Admission::Probe(mut probe) = gate.admit(ONE, now) else {
         panic!()
     };
-    probe.dialled(now);
+    probe.dialled(None, now);
     assert!(matches!(
-        gate.admit(ONE, now, None),
+        gate.admit(ONE, now),
         Admission::Full(Full::Unanswered(64))
     ));
     // Dropping them is no answer.
     let last = permits.pop().unwrap();
     permits.clear();
     assert!(matches!(
-        gate.admit(ONE, now, None),
+        gate.admit(ONE, now),
         Admission::Full(Full::Unanswered(64))
     ));
     last.answered();
@@ -92,7 +92,7 @@ fn old_connections_say_nothing_of_newer_dials() {
         drop(go(&gate, now));
     }
     first.answered();
-    assert!(matches!(gate.admit(ONE, now, None), Admission::Probe(_)));
+    assert!(matches!(gate.admit(ONE, now), Admission::Probe(_)));
 }
 
 #[test]
@@ -101,11 +101,11 @@ fn an_answered_probe_lets_the_others_through() {
     let mut now = Instant::now();
     let _silent = go(&gate, now);
     now += Duration::from_millis(1);
-    let Admission::Probe(mut probe) = gate.admit(ONE, now, None) else {
+    let Admission::Probe(mut probe) = gate.admit(ONE, now) else {
         panic!()
     };
-    probe.dialled(now);
-    assert!(matches!(gate.admit(ONE, now, None), Admission::Full(_)));
+    probe.dialled(None, now);
+    assert!(matches!(gate.admit(ONE, now), Admission::Full(_)));
     probe.answered();
     drop(probe);
     drop(go(&gate, now));
@@ -118,13 +118,13 @@ fn a_probe_that_a_reboot_swallowed_locks_nobody_out() {
     let _silent = go(&gate, now);
     let mut lost = Vec::new();
     for patience in [30, 60, 120] {
-        let Admission::Probe(mut probe) = gate.admit(ONE, now, None) else {
+        let Admission::Probe(mut probe) = gate.admit(ONE, now) else {
             panic!()
         };
-        probe.dialled(now);
+        probe.dialled(None, now);
         lost.push(probe);
         now += Duration::from_secs(patience - 1);
-        assert!(matches!(gate.admit(ONE, now, None), Admission::Full(_)));
+        assert!(matches!(gate.admit(ONE, now), Admission::Full(_)));
         now += Duration::from_secs(1);
     }
     lost.pop().unwrap().answered();
@@ -137,9 +137,9 @@ fn lost_probes_are_not_enough_to_kill_the_device() {
     let mut now = Instant::now();
     let mut dials = 0;
     for _ in 0..1000 {
-        match gate.admit(ONE, now, None) {
+        match gate.admit(ONE, now) {
             Admission::Go(mut permit) | Admission::Probe(mut permit) => {
-                permit.dialled(now);
+                permit.dialled(None, now);
                 dials += 1;
             }
             _ => {}
@@ -161,20 +161,70 @@ fn a_new_vm_starts_afresh_and_old_permits_do_not_count() {
     let (one, two) = (of(&one), of(&two));
     let gate = gate(1, 64);
     let now = Instant::now();
-    let Admission::Go(old) = gate.admit(ONE, now, one) else {
+    let Admission::Go(mut old) = gate.admit(ONE, now) else {
         panic!()
     };
+    old.dialled(one, now);
     assert!(matches!(
-        gate.admit(ONE, now, one),
+        gate.admit(ONE, now),
         Admission::Full(Full::Live(1))
     ));
-    let Admission::Go(new) = gate.admit(ONE, now, two) else {
+    assert!(gate.begin_look(now, Duration::ZERO));
+    gate.look(two, None, now);
+    let Admission::Go(mut new) = gate.admit(ONE, now) else {
         panic!()
     };
+    new.dialled(two, now);
     drop(old);
     assert_eq!(gate.live(), 1);
     drop(new);
     assert_eq!(gate.live(), 0);
+}
+
+// It takes the identities of two files, which only Unix has.
+#[cfg(unix)]
+#[test]
+fn a_dial_that_another_vm_has_got_than_the_one_it_was_admitted_to_counts_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let of = |name| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, "").unwrap();
+        crate::sys::Identity::of(&path).ok().map(Sign::Socket)
+    };
+    let (one, two) = (of("one"), of("two"));
+    let gate = gate(4, 64);
+    let now = Instant::now();
+    let go = || match gate.admit(ONE, now) {
+        Admission::Go(permit) => permit,
+        other => panic!("{other:?}"),
+    };
+    let (mut first, mut second, third) = (go(), go(), go());
+    first.dialled(one, now);
+    second.dialled(two, now);
+    assert_eq!(gate.live(), 1);
+    drop(first);
+    // One that was never dialled, and was admitted to the old one.
+    drop(third);
+    assert_eq!((gate.live(), gate.status().unanswered), (1, 1));
+    assert!(!second.is_answered());
+    second.answered();
+    assert!(second.is_answered());
+    drop(second);
+    assert_eq!((gate.live(), gate.status().unanswered), (0, 0));
+}
+
+#[test]
+fn a_vm_is_looked_at_once_at_a_time() {
+    let gate = gate(1, 64);
+    let now = Instant::now();
+    let second = Duration::from_secs(1);
+    assert!(gate.begin_look(now, second));
+    // It hangs.
+    assert!(!gate.begin_look(now + 10 * second, second));
+    gate.look(None, None, now + 10 * second);
+    assert!(gate.begin_look(now + 10 * second, second));
+    gate.look(None, None, now + 10 * second);
+    assert!(!gate.begin_look(now + 10 * second, second));
 }
 
 #[test]
@@ -183,7 +233,7 @@ fn who_dialled_us_takes_a_place_too() {
     let now = Instant::now();
     let guests = [gate.place(ONE), gate.place(ONE)];
     assert!(matches!(
-        gate.admit(ONE, now, None),
+        gate.admit(ONE, now),
         Admission::Full(Full::Live(2))
     ));
     drop(guests);
@@ -196,7 +246,7 @@ fn a_permit_that_never_became_a_dial_leaves_no_trace() {
     let gate = gate(2, 1);
     let now = Instant::now();
     for _ in 0..3 {
-        match gate.admit(ONE, now, None) {
+        match gate.admit(ONE, now) {
             Admission::Go(permit) => drop(permit),
             other => panic!("{other:?}"),
         }
@@ -240,13 +290,13 @@ fn one_proof_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     let dial = go(&gate, now);
     // The other place is for proofs.
     assert!(matches!(
-        gate.admit(ONE, now, None),
+        gate.admit(ONE, now),
         Admission::Full(Full::Reserved(1))
     ));
     let Admission::Go(mut proof) = gate.admit_proof(now, 0, &wake) else {
         panic!()
     };
-    proof.dialled(now);
+    proof.dialled(None, now);
     assert!(matches!(gate.admit_proof(now, 1, &wake), Admission::At(_)));
     assert!(!dial.is_answered());
     proof.answered();
@@ -255,7 +305,7 @@ fn one_proof_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     let Admission::Go(mut lost) = gate.admit_proof(now, 1, &wake) else {
         panic!()
     };
-    lost.dialled(now);
+    lost.dialled(None, now);
     drop(lost);
     assert!(matches!(gate.admit_proof(now, 1, &wake), Admission::At(_)));
     let later = now + PROBE_PATIENCE;

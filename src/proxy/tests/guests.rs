@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::super::forward::Forward;
 use super::super::handle::ForwardId;
 use super::super::rules::Binder;
-use super::super::{GateLimits, Handle, Inbox, Limits, MioWorld, Shared, Worker};
+use super::super::{GateLimits, Handle, Housekeeper, Inbox, Limits, MioWorld, Shared, Worker};
 use super::*;
 use crate::listener::nonblocking::Listener;
 
@@ -37,7 +37,7 @@ fn guests_of(
         Waiter::of,
         None,
     ));
-    let world = MioWorld::new().unwrap();
+    let world = MioWorld::new(Housekeeper::start().unwrap()).unwrap();
     let waker = world.waker();
     let wake = move || waker.wake().unwrap();
     let gate_limits = GateLimits {
