@@ -14,14 +14,16 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Mutex;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use command::*;
 use common::*;
-use hvsock::proxy::ForwardState;
+use hvsock::proxy::{ForwardState, Observer, What};
 use hvsock::simulate::{Service, Vm};
-use hvsock::{Listener, Proxy, Rule};
+use hvsock::{Address, Listener, Proxy, Rule};
 
 /// Stops the process, as a laptop's sleep does, for that time, and does something meanwhile.
 fn frozen(proxy: &Running, time: Duration, meanwhile: impl FnOnce()) {
@@ -161,4 +163,50 @@ fn a_passed_socket_that_its_owner_shuts_down_is_told_of_and_never_spins() {
     let listens = || proxy.forwards()[0].state == ForwardState::Listening;
     eventually("it is bound again", listens);
     UnixStream::connect(&path).unwrap();
+}
+
+#[test]
+fn what_is_given_up_because_a_worker_hangs_does_not_happen_later() {
+    let (enter, entered) = channel();
+    let (leave, left) = channel::<()>();
+    let left = Mutex::new(left);
+    let mut config = config(vec![Rule::new(any_tcp(), any_target())]);
+    config.workers = Some(1.try_into().unwrap());
+    config.observer = Some(Observer::new(move |event| {
+        if matches!(event.what, What::Accepted) {
+            enter.send(()).unwrap();
+            let _ = left.lock().unwrap().recv_timeout(PATIENCE);
+        }
+    }));
+    let proxy = Proxy::start(config).unwrap();
+    let handle = proxy.handle();
+    let _client = tcp(port_of(&proxy, 0));
+    entered.recv_timeout(PATIENCE).unwrap();
+    let free = {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        listener.local_addr().unwrap()
+    };
+    let adding = thread::spawn({
+        let handle = handle.clone();
+        let listen = format!("tcp://{free}").parse().unwrap();
+        move || handle.add(Rule::new(listen, any_target()))
+    });
+    // Who looks meanwhile waits for nobody.
+    let begun = Instant::now();
+    while !adding.is_finished() {
+        assert_eq!(handle.forwards().len(), 1);
+        assert!(begun.elapsed() < PATIENCE);
+        thread::sleep(Duration::from_millis(10));
+    }
+    let error = adding.join().unwrap().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::TimedOut, "{error}");
+    leave.send(()).unwrap();
+    assert!(handle.answers_within(PATIENCE));
+    assert_eq!(handle.forwards().len(), 1);
+    eventually("the address is free", || TcpListener::bind(free).is_ok());
+}
+
+/// A TCP address at which nobody listens.
+fn any_target() -> Address {
+    "tcp://127.0.0.1:9".parse().unwrap()
 }

@@ -17,7 +17,7 @@ use super::forward::{Complaints, Forward};
 use super::gate::{Full, Gate, Ticket};
 use super::handle::ForwardId;
 use super::status::Obstacle;
-use super::worker::{Command, Phase, Worker};
+use super::worker::{Command, Phase, Wanted, Worker};
 use super::world::{Found, ListenerId, World};
 
 /// Connections that one listener may accept before the others have their turn.
@@ -132,10 +132,16 @@ impl<W: World> Worker<W> {
     }
 
     /// Gives the file of a forward's socket other permissions, if this worker has its listener.
-    pub(super) fn set_mode(&mut self, forward: ForwardId, mode: u32, done: Sender<io::Result<()>>) {
+    pub(super) fn set_mode(
+        &mut self,
+        forward: ForwardId,
+        mode: u32,
+        wanted: Wanted,
+        done: Sender<io::Result<()>>,
+    ) {
         let index = self.listener_of(forward);
         match index.and_then(|index| self.listeners[index].listener.as_ref()) {
-            Some(listener) => self.world.set_mode(listener, mode, done),
+            Some(listener) => self.world.set_mode(listener, mode, wanted, done),
             // Who asked may have given up.
             None => drop(done.send(Ok(()))),
         }

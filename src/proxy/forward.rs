@@ -89,6 +89,8 @@ impl Default for Timeouts {
 #[derive(Debug)]
 pub(crate) struct Forward {
     pub(super) id: ForwardId,
+    /// The worker that has its listener; the first unless it is set.
+    pub(super) home: usize,
     /// The rule, with the address that was bound.
     pub(crate) rule: Rule,
     /// The address that the rule asked for.
@@ -123,6 +125,7 @@ impl Forward {
     ) -> Forward {
         Forward {
             id,
+            home: 0,
             waiters: [waiter(&rule.listen), waiter(&rule.connect)],
             rule,
             asked,
@@ -147,6 +150,7 @@ impl Forward {
     ) -> Forward {
         Forward {
             id: self.id,
+            home: self.home,
             rule,
             asked: self.asked.clone(),
             gates,

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Operation, Result};
@@ -15,7 +15,7 @@ use super::forward::{Forward, Rule};
 use super::observer::ConnectionId;
 use super::rules::Binder;
 use super::status::ForwardStatus;
-use super::worker::{Command, Shared};
+use super::worker::{Command, Shared, Wanted};
 use super::world::MioWorld;
 
 /// Which forward of a proxy is meant. No two of one proxy are the same, also after one was removed.
@@ -81,11 +81,13 @@ impl Handle {
     /// Begins to carry another rule; how it is called.
     ///
     /// # Errors
-    /// As those of [`Proxy::start`](super::Proxy::start); `NotConnected` if the proxy is stopping.
+    /// As those of [`Proxy::start`](super::Proxy::start); `NotConnected` if the proxy is stopping; `TimedOut` if its worker
+    /// doesn't answer: then nothing comes of it later either.
     pub fn add(&self, rule: Rule) -> Result<ForwardId> {
-        // Held to the end: two that ask for one address at a time are told apart here.
-        let mut forwards = self.shared.forwards();
-        let (listener, forward) = self.binder.bind(rule, &forwards)?;
+        let _change = self.binder.begin_change();
+        let forwards = self.shared.forwards().clone();
+        let home = self.shared.next_inbox();
+        let (listener, forward) = self.binder.bind(rule, home, &forwards)?;
         let (id, listen) = (forward.id, forward.rule.listen.clone());
         let fail = |e| Error::new(Operation::Listen, &listen, e);
         if self.shared.is_stopping() {
@@ -94,17 +96,10 @@ impl Handle {
         if forward.is_polite(CLIENT) {
             self.shared.make_room_for_guests();
         }
-        let (tell, told) = channel();
-        let index = self.shared.next_inbox();
-        self.shared.inboxes[index].send(Command::Listen(listener, Arc::clone(&forward), tell));
-        match told.recv_timeout(ANSWER) {
-            Ok(Ok(())) => {
-                self.shared.keep(&forward);
-                forwards.push(forward);
-            }
-            Ok(Err(e)) => return Err(fail(e)),
-            Err(_) => return Err(fail(stopping())),
-        }
+        let listen = |wanted, tell| Command::Listen(listener, Arc::clone(&forward), wanted, tell);
+        self.ask(home, listen).and_then(|done| done).map_err(fail)?;
+        self.shared.keep(&forward);
+        self.shared.forwards().push(forward);
         Ok(id)
     }
 
@@ -113,23 +108,32 @@ impl Handle {
     ///
     /// # Errors
     /// `InvalidInput` if the rule listens elsewhere than the old one, or can't work; `NotFound` if there is no forward of
-    /// that id; what the system says if the file of its socket can't be given the new permissions. Then the old rule stays.
+    /// that id; what the system says if the file of its socket can't be given the new permissions; `TimedOut` if its
+    /// worker doesn't answer. Then the old rule stays.
     pub fn replace(&self, id: ForwardId, rule: Rule) -> Result<()> {
+        let _change = self.binder.begin_change();
+        let forwards = self.shared.forwards().clone();
+        let old = &forwards[index_of(&forwards, id)?];
+        let others = forwards.iter().filter(|forward| forward.id != id);
+        let forward = self.binder.replace(rule, old, others)?;
+        let (home, mode) = (forward.home, forward.rule.mode);
+        let set_mode = || match mode == old.rule.mode {
+            true => Ok(()),
+            false => self
+                .ask(home, |wanted, tell| {
+                    Command::SetMode(id, mode, wanted, tell)
+                })
+                .and_then(|done| done),
+        };
+        let replace = |wanted, tell| Command::Replace(Arc::clone(&forward), wanted, tell);
+        if let Err(e) = set_mode().and_then(|()| self.ask(home, replace)) {
+            forward.keep_places(None);
+            self.binder.restore(old);
+            return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
+        }
+        self.shared.keep(&forward);
         let mut forwards = self.shared.forwards();
         let index = index_of(&forwards, id)?;
-        let others = forwards.iter().filter(|forward| forward.id != id);
-        let forward = self.binder.replace(rule, &forwards[index], others)?;
-        let mode = forward.rule.mode;
-        if mode != forwards[index].rule.mode {
-            let answers = self.ask_all(|tell| Command::SetMode(id, mode, tell), ANSWER);
-            if let Err(e) = answers.into_iter().collect::<io::Result<()>>() {
-                forward.keep_places(None);
-                self.binder.restore(&forwards[index]);
-                return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
-            }
-        }
-        self.ask_all(|tell| Command::Replace(Arc::clone(&forward), tell), ANSWER);
-        self.shared.keep(&forward);
         forwards[index] = forward;
         Ok(())
     }
@@ -147,17 +151,27 @@ impl Handle {
     /// may hang its device.
     ///
     /// # Errors
-    /// `NotFound` if there is none of that id.
+    /// `NotFound` if there is none of that id; `TimedOut` if its worker doesn't answer: it is removed when the worker does.
     pub fn remove(&self, id: ForwardId, grace: Duration) -> Result<()> {
-        let mut forwards = self.shared.forwards();
-        let index = index_of(&forwards, id)?;
-        let forward = forwards.remove(index);
+        let _change = self.binder.begin_change();
+        let forward = {
+            let mut forwards = self.shared.forwards();
+            let index = index_of(&forwards, id)?;
+            forwards.remove(index)
+        };
         self.shared.release(&forward);
-        self.ask_all(
+        let answers = self.ask_all(
             |tell| Command::Remove(Arc::clone(&forward), grace, tell),
             ANSWER,
         );
-        Ok(())
+        match answers.len() < self.shared.inboxes.len() && !self.shared.is_stopping() {
+            true => Err(Error::new(
+                Operation::Listen,
+                &forward.rule.listen,
+                no_answer("it is removed as soon as it does"),
+            )),
+            false => Ok(()),
+        }
     }
 
     /// The connections that are carried now, of all forwards, those that were removed included.
@@ -188,6 +202,36 @@ impl Handle {
         self.binder.let_passed_go();
         for inbox in &self.shared.inboxes {
             inbox.send(Command::Stop(grace));
+        }
+    }
+
+    /// Has one worker do something that it says when it is done.
+    ///
+    /// # Errors
+    /// `NotConnected` if it has ended, `TimedOut` if it doesn't answer. Then it doesn't do it later either.
+    fn ask<T>(
+        &self,
+        worker: usize,
+        command: impl FnOnce(Wanted, Sender<T>) -> Command<MioWorld>,
+    ) -> io::Result<T> {
+        let (tell, told) = channel();
+        let wanted = Wanted::default();
+        self.shared.inboxes[worker].send(command(wanted.clone(), tell));
+        let end = Instant::now() + ANSWER;
+        loop {
+            match told.recv_timeout(LOOK) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Disconnected) => return Err(stopping()),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let (over, late) = (self.shared.is_over(), Instant::now() >= end);
+            // What it has begun it ends soon.
+            if (over || late) && wanted.give_up() {
+                return Err(match over {
+                    true => stopping(),
+                    false => no_answer("nothing was changed"),
+                });
+            }
         }
     }
 
@@ -224,6 +268,12 @@ fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
         let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
         Error::new(Operation::Find, "the forward", cause)
     })
+}
+
+fn no_answer(so: &str) -> io::Error {
+    let seconds = ANSWER.as_secs();
+    let why = format!("a worker has not answered for {seconds} s; {so}");
+    io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
 fn stopping() -> io::Error {

@@ -315,15 +315,15 @@ fn prepare(
     for limits in &config.vms {
         binder.limit(limits);
     }
+    let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let count = config.workers.unwrap_or_else(cores).get();
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
-    for rule in config.rules {
-        let (listener, forward) = binder.bind(rule, &forwards)?;
+    for (index, rule) in config.rules.into_iter().enumerate() {
+        let (listener, forward) = binder.bind(rule, index % count, &forwards)?;
         listeners.push(listener);
         forwards.push(forward);
     }
     binder.all_are_taken()?;
-    let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    let count = config.workers.unwrap_or_else(cores).get();
     let needed = DESCRIPTORS_PER_WORKER * count + forwards.len() + 8;
     if let Some(limit) = sys::descriptor_limit().filter(|&limit| limit < needed as u64) {
         let why = format!("the process may have {limit} descriptors, and {needed} are needed");
@@ -352,8 +352,8 @@ fn prepare(
         .enumerate()
         .map(|(index, world)| Worker::new(world, index, Arc::clone(&shared), config.splice))
         .collect();
-    for (index, (listener, forward)) in bound.into_iter().enumerate() {
-        workers[index % count]
+    for (listener, forward) in bound {
+        workers[forward.home]
             .add_listener(listener, forward)
             .map_err(fail)?;
     }

@@ -141,6 +141,8 @@ pub(super) struct Binder {
     observer: Option<Observer>,
     passed: Mutex<Vec<Passed>>,
     next: AtomicU64,
+    /// Held by whoever changes the forwards, to the end of it: two that ask for one address are told apart.
+    change: Mutex<()>,
     forbidden: Vec<Address>,
 }
 
@@ -164,6 +166,7 @@ impl Binder {
                     .collect(),
             ),
             next: AtomicU64::new(0),
+            change: Mutex::default(),
             forbidden,
         }
     }
@@ -181,10 +184,16 @@ impl Binder {
             .with_remedy("connect to another address, by number if it is a name"))
     }
 
-    /// Binds a rule beside others.
+    /// Waits until nobody else changes the forwards. No worker, and nobody who looks or asks for the end, waits for this.
+    pub(super) fn begin_change(&self) -> MutexGuard<'_, ()> {
+        self.change.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Binds a rule beside others, for the worker `home`.
     pub(super) fn bind(
         &self,
         mut rule: Rule,
+        home: usize,
         others: &[Arc<Forward>],
     ) -> Result<(Listener, Arc<Forward>)> {
         check_alone(&rule, self.waiter)?;
@@ -202,7 +211,8 @@ impl Binder {
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let places = keep_places(&rule, &gates, id)?;
         let observer = self.observer.clone();
-        let forward = Forward::new(id, rule, asked, gates, places, self.waiter, observer);
+        let mut forward = Forward::new(id, rule, asked, gates, places, self.waiter, observer);
+        forward.home = home;
         Ok((listener, Arc::new(forward)))
     }
 
@@ -236,7 +246,10 @@ impl Binder {
 
     /// Keeps no socket that was passed any longer.
     pub(super) fn let_passed_go(&self) {
-        self.passed().clear();
+        // Who looks for one now may wait for a file or a name: the end doesn't wait for that.
+        if let Ok(mut passed) = self.passed.try_lock() {
+            passed.clear();
+        }
     }
 
     /// Refuses a passed socket that no rule has taken: its clients would wait for ever.

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -57,11 +57,11 @@ pub(crate) enum Command<W: World> {
     /// Carry this accepted connection.
     Adopt(W::Stream, SocketName, Arc<Forward>, Option<Ticket>),
     /// Accept clients of this forward; say whether that goes.
-    Listen(W::Listener, Arc<Forward>, Sender<io::Result<()>>),
+    Listen(W::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
     /// Carry the clients of the forward of this id as this one says from now on; say so.
-    Replace(Arc<Forward>, Sender<()>),
+    Replace(Arc<Forward>, Wanted, Sender<()>),
     /// Give the file of the forward's socket these permissions; say whether that goes.
-    SetMode(ForwardId, u32, Sender<io::Result<()>>),
+    SetMode(ForwardId, u32, Wanted, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
     Remove(Arc<Forward>, Duration, Sender<()>),
     /// Say that it listens.
@@ -70,6 +70,33 @@ pub(crate) enum Command<W: World> {
     Tell(Sender<Vec<ConnectionStatus>>),
     /// Accept no more clients, and cut off those that are there after this time.
     Stop(Duration),
+}
+
+/// Whether what a worker is told to do is still wanted: it begins, or the one that asked gives up, whichever is first.
+/// What was given up does not happen.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wanted(Arc<AtomicU8>);
+
+impl Wanted {
+    const ASKED: u8 = 0;
+    const BEGUN: u8 = 1;
+    const GIVEN_UP: u8 = 2;
+
+    fn decide(&self, on: u8) -> bool {
+        let (release, acquire) = (Ordering::AcqRel, Ordering::Acquire);
+        let decided = self.0.compare_exchange(Wanted::ASKED, on, release, acquire);
+        decided.is_ok()
+    }
+
+    /// Begins it; false if it was given up.
+    pub(crate) fn begin(&self) -> bool {
+        self.decide(Wanted::BEGUN)
+    }
+
+    /// Gives it up; false if it was begun.
+    pub(crate) fn give_up(&self) -> bool {
+        self.decide(Wanted::GIVEN_UP)
+    }
 }
 
 /// What a worker is told, and how it is woken to listen.
@@ -364,15 +391,19 @@ impl<W: World> Worker<W> {
                     Command::Adopt(stream, peer, forward, ticket) => {
                         self.adopt(stream, peer, forward, ticket, now);
                     }
-                    Command::Listen(listener, forward, tell) => {
-                        // Who asked may have given up.
-                        let _ = tell.send(self.add_listener(listener, forward));
+                    Command::Listen(listener, forward, wanted, tell) => match wanted.begin() {
+                        true => drop(tell.send(self.add_listener(listener, forward))),
+                        false => self.world.close_listener(listener, None),
+                    },
+                    Command::Replace(forward, wanted, tell) => {
+                        if wanted.begin() {
+                            self.replace_forward(forward);
+                            let _ = tell.send(());
+                        }
                     }
-                    Command::Replace(forward, tell) => {
-                        self.replace_forward(forward);
-                        let _ = tell.send(());
+                    Command::SetMode(forward, mode, wanted, tell) => {
+                        self.set_mode(forward, mode, wanted, tell);
                     }
-                    Command::SetMode(forward, mode, tell) => self.set_mode(forward, mode, tell),
                     Command::Remove(forward, grace, tell) => {
                         self.remove(forward, grace, tell, now);
                     }

@@ -30,6 +30,7 @@ use super::gate::Gate;
 use super::handle::ForwardId;
 use super::housekeeper::Housekeeper;
 use super::presence::Sign;
+use super::worker::Wanted;
 
 /// What the loop learns in one wait.
 #[derive(Debug)]
@@ -97,8 +98,14 @@ pub(crate) trait World {
     fn check_file(&mut self, listener: &Self::Listener, of: ListenerId, rule: &Rule) -> bool;
     /// Binds an address again, after its listener was closed, if there is one; [`Event::Listener`] answers.
     fn bind_again(&mut self, old: Option<Self::Listener>, of: ListenerId, rule: &Rule);
-    /// Gives a listener's file other permissions; `done` gets what has come of it.
-    fn set_mode(&mut self, listener: &Self::Listener, mode: u32, done: Sender<io::Result<()>>);
+    /// Gives a listener's file other permissions, if they are still wanted then; `done` gets what has come of it.
+    fn set_mode(
+        &mut self,
+        listener: &Self::Listener,
+        mode: u32,
+        wanted: Wanted,
+        done: Sender<io::Result<()>>,
+    );
     /// Closes a listener and removes its file; `done` is told when its address is free again.
     fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
 
@@ -446,11 +453,19 @@ impl World for MioWorld {
         }
     }
 
-    fn set_mode(&mut self, listener: &Listener, mode: u32, done: Sender<io::Result<()>>) {
+    fn set_mode(
+        &mut self,
+        listener: &Listener,
+        mode: u32,
+        wanted: Wanted,
+        done: Sender<io::Result<()>>,
+    ) {
         let file = listener.file();
-        // Who asked may have given up.
-        let set = move || drop(done.send(file.map_or(Ok(()), |file| file.set_mode(mode))));
-        self.housekeeper.run(set);
+        self.housekeeper.run(move || {
+            if wanted.begin() {
+                let _ = done.send(file.map_or(Ok(()), |file| file.set_mode(mode)));
+            }
+        });
     }
 
     fn close_listener(&mut self, mut listener: Listener, done: Option<Sender<()>>) {
