@@ -206,6 +206,31 @@ fn what_is_given_up_because_a_worker_hangs_does_not_happen_later() {
     eventually("the address is free", || TcpListener::bind(free).is_ok());
 }
 
+#[test]
+fn clients_of_a_vm_that_stands_still_who_were_refused_do_not_hold_up_the_end() {
+    let dir = private_dir();
+    let path = dir.path().join("vsock");
+    // Its VMM is stopped: who connects waits for ever.
+    let _vmm = UnixListener::bind(&path).unwrap();
+    let target = format!("vsock-mux://:80{}", text(&path));
+    let mut proxy = Running::start(&[
+        "forward",
+        "tcp://127.0.0.1:0",
+        &target,
+        "--dial-timeout",
+        "0.2",
+        "--grace",
+        "1000",
+    ]);
+    let port = proxy.tcp_port();
+    let clients: Vec<_> = (0..20)
+        .map(|_| thread::spawn(move || resets_clients(port)))
+        .collect();
+    assert!(clients.into_iter().all(|client| client.join().unwrap()));
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+}
+
 /// A TCP address at which nobody listens.
 fn any_target() -> Address {
     "tcp://127.0.0.1:9".parse().unwrap()

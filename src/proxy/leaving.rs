@@ -77,10 +77,13 @@ impl<W: World> Worker<W> {
             return;
         };
         let polite = |side: usize| leaving[side].is_some() && conn.forward.is_polite(side);
+        let drain = conn.forward.rule.timeouts.drain;
         let time = match self.phase {
-            Phase::Cutting => LAST_LEAVE.min(conn.forward.rule.timeouts.drain),
-            _ if polite(CLIENT) || polite(SERVER) => conn.forward.rule.timeouts.drain,
-            _ => LINGER,
+            Phase::Cutting => LAST_LEAVE.min(drain),
+            // Nobody who has gone holds up the end: the grace is for those who are there.
+            Phase::Stopping => LINGER.min(drain),
+            Phase::Running if polite(CLIENT) || polite(SERVER) => drain,
+            Phase::Running => LINGER,
         };
         self.timers.set(&mut conn.timer, id, None);
         conn.state = State::Leaving {
@@ -189,17 +192,19 @@ impl<W: World> Worker<W> {
         self.forget(id, now);
     }
 
-    /// Sets an end to what has none while the proxy runs: probes.
-    pub(super) fn end_probes(&mut self, now: Instant) {
+    /// Shortens the time of what is being closed, when the proxy begins to stop: nobody is there for it. Probes have none
+    /// before.
+    pub(super) fn hurry_leaving(&mut self, now: Instant) {
         for id in self.conns.ids() {
             if let Some(conn) = self.conns.get_mut(id)
-                && let State::Leaving {
-                    until: until @ None,
-                    ..
-                } = &mut conn.state
+                && let State::Leaving { until, .. } = &mut conn.state
             {
-                *until = Some(now + LAST_LEAVE);
-                self.set_timer(id, now + LAST_LEAVE);
+                let at = match *until {
+                    None => now + LAST_LEAVE,
+                    Some(until) => until.min(now + LINGER),
+                };
+                *until = Some(at);
+                self.arm(id, at);
             }
         }
     }

@@ -538,7 +538,7 @@ impl<W: World> Worker<W> {
             self.phase = Phase::Stopping;
             self.shared.stopping.fetch_add(1, Ordering::AcqRel);
             self.close_client_listeners(now);
-            self.end_probes(now);
+            self.hurry_leaving(now);
         }
     }
 
