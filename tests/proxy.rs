@@ -175,6 +175,25 @@ fn an_empty_answer_is_no_refusal() {
     assert_well(&vm);
 }
 
+// Where a Unix socket that is closed with bytes unread shows as an EOF, that can't be told from a refusal.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_guest_that_reads_and_closes_at_once_without_a_byte_has_taken_the_connection() {
+    let dir = private_dir();
+    let reads = Service::custom(|mut stream| {
+        let mut request = [0; 100];
+        stream.read_exact(&mut request).unwrap();
+    });
+    let vm = Vm::builder(dir.path()).guest(9, reads);
+    let _vm = vm.start().unwrap();
+    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 9));
+    for _ in 0..50 {
+        let answer = ask(tcp(port_of(&proxy, 0)), &[7; 100]);
+        assert_eq!(answer.unwrap(), b"");
+    }
+    assert_eq!(proxy.forwards()[0].counters.refused, 0);
+}
+
 #[test]
 fn a_vm_that_is_down_refuses_and_comes_back_by_itself() {
     let dir = private_dir();
