@@ -231,6 +231,60 @@ fn clients_of_a_vm_that_stands_still_who_were_refused_do_not_hold_up_the_end() {
     assert_eq!(proxy.exit_code(), Some(0));
 }
 
+/// A VM as a process of its own, whose guest sends without an end on port 19 and dials port 5000.
+fn vm_process(dir: &Path) -> Running {
+    let dial = "5000=tcp://127.0.0.1:0";
+    let words = [
+        "simulate",
+        text(dir),
+        "--guest",
+        "19=chargen",
+        "--dial",
+        dial,
+    ];
+    Running::start(&words)
+}
+
+#[test]
+fn an_answer_that_breaks_off_because_the_vm_was_killed_is_reset() {
+    for _ in 0..5 {
+        let dir = private_dir();
+        let mut vm = vm_process(dir.path());
+        eventually("the VM is up", || dir.path().join("connect").exists());
+        let proxy = proxy(any_tcp(), hyperkit(dir.path(), 19));
+        let mut clients: Vec<_> = (0..5).map(|_| tcp(port_of(&proxy, 0))).collect();
+        for client in &mut clients {
+            client.read_exact(&mut [0; 1000]).unwrap();
+        }
+        vm.child.0.kill().unwrap();
+        for mut client in clients {
+            let read = std::io::copy(&mut client, &mut std::io::sink());
+            assert!(is_reset(read.map(|_| 0)));
+        }
+        vm.exit_code();
+    }
+}
+
+#[test]
+fn a_request_of_a_guest_that_breaks_off_because_the_vm_was_killed_is_reset() {
+    let dir = private_dir();
+    let mut vm = vm_process(dir.path());
+    let inside = vm.says("127.0.0.1:");
+    let inside = inside.split_once("127.0.0.1:").unwrap().1;
+    let inside: u16 = inside.split(' ').next().unwrap().parse().unwrap();
+    let server = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    let _proxy = proxy(hyperkit(dir.path(), 5000), target.parse().unwrap());
+    let mut guest = tcp(inside);
+    guest.write_all(b"half of it").unwrap();
+    let mut served = server.accept().unwrap().0;
+    served.set_read_timeout(Some(PATIENCE)).unwrap();
+    served.read_exact(&mut [0; 10]).unwrap();
+    vm.child.0.kill().unwrap();
+    assert!(is_reset(served.read(&mut [0; 1])));
+    vm.exit_code();
+}
+
 /// A TCP address at which nobody listens.
 fn any_target() -> Address {
     "tcp://127.0.0.1:9".parse().unwrap()

@@ -10,7 +10,7 @@ use tracing::{Span, debug, debug_span, warn};
 use crate::dial::Dial;
 use crate::error::{Error, Operation};
 use crate::name::SocketName;
-use crate::relay::{CLIENT, End, Pair, Readiness, SERVER, Socket, Turn};
+use crate::relay::{CLIENT, End, Ending, Pair, Readiness, SERVER, Socket, Turn};
 use crate::sys;
 
 use super::counters::Reason;
@@ -329,6 +329,12 @@ impl<W: World> Worker<W> {
                 pair.hold(1 - side);
             }
         }
+        // A VM that dies ends its connections with an EOF, and a peer that can be told so is to know that it broke off.
+        for side in [CLIENT, SERVER] {
+            if conn.forward.is_polite(side) && conn.forward.can_reset(1 - side) {
+                pair.doubt_end(side);
+            }
+        }
         self.timers.set(&mut conn.timer, id, None);
         conn.state = State::Relaying {
             pair,
@@ -445,6 +451,16 @@ impl<W: World> Worker<W> {
         {
             pair.release(CLIENT);
             turn = pair.turn(&mut self.pool, BUDGET);
+        }
+        for side in [CLIENT, SERVER] {
+            if pair.has_doubtful_end(side) {
+                let end = match self.world.has_peer_ended(&pair.ends[side].socket) {
+                    true => Ending::BrokenOff,
+                    false => Ending::Whole,
+                };
+                pair.settle_end(side, end);
+                turn = pair.turn(&mut self.pool, BUDGET);
+            }
         }
         let mut moved = false;
         for side in [CLIENT, SERVER] {

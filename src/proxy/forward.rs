@@ -206,6 +206,11 @@ impl Forward {
         self.address(side).takes_half_close_for_the_end()
     }
 
+    /// Whether a peer of that side can be told, by a reset, that its connection broke off.
+    pub(super) fn can_reset(&self, side: usize) -> bool {
+        matches!(self.address(side), Address::Tcp(_))
+    }
+
     fn address(&self, side: usize) -> &Address {
         match side {
             CLIENT => &self.rule.listen,

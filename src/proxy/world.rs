@@ -127,6 +127,8 @@ pub(crate) trait World {
 
     /// Asks for the addresses of `host`; [`Event::Resolved`] answers.
     fn resolve(&mut self, token: usize, host: &str, port: u16);
+    /// Whether the process at the other end of a stream is ending or has ended, as far as the system tells.
+    fn has_peer_ended(&mut self, stream: &Self::Stream) -> bool;
     /// Looks which VM stands behind the state directory of `gate` now, and whether its process lives; [`Event::VmSeen`]
     /// answers.
     fn look_at_vm(&mut self, gate: &Arc<Gate>);
@@ -545,6 +547,10 @@ impl World for MioWorld {
         if let Err(e) = self.ask(host) {
             self.bell.ring(News::Found(host.to_owned(), Err(e)));
         }
+    }
+
+    fn has_peer_ended(&mut self, stream: &Stream) -> bool {
+        stream.has_peer_ended()
     }
 
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {

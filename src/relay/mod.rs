@@ -47,6 +47,14 @@ pub(crate) enum Farewell {
     Reset,
 }
 
+/// What an EOF is: see [`Pair::doubt_end`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// The peer has said all.
+    Whole,
+    BrokenOff,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Open,
@@ -65,6 +73,8 @@ struct Flow<P> {
     bulk: bool,
     /// Keeps the half-close back while the other direction is open.
     hold: bool,
+    /// An EOF of the source may be that of a connection that broke off.
+    doubt: bool,
     delivered: u64,
 }
 
@@ -82,6 +92,7 @@ impl<P: Pipe> Flow<P> {
             carrier: Carrier::Empty,
             bulk: false,
             hold: false,
+            doubt: false,
             delivered: 0,
         }
     }
@@ -135,7 +146,7 @@ impl<P: Pipe> Flow<P> {
                         source.input = Half::Failed(io::ErrorKind::ConnectionRefused);
                     }
                 }
-                Half::Closed if self.hold => return false,
+                Half::Closed if self.hold || self.doubt => return false,
                 Half::Closed => {
                     sink.shutdown_write();
                     self.state = State::Finished;
@@ -225,6 +236,29 @@ impl<S: Socket> Pair<S> {
 
     pub(crate) fn release(&mut self, side: usize) {
         self.flows[side].hold = false;
+    }
+
+    /// Has an EOF of `side` not passed on before [`settle_end`](Pair::settle_end) says what it is: the family gives the
+    /// same one when its VM dies.
+    pub(crate) fn doubt_end(&mut self, side: usize) {
+        self.flows[side].doubt = true;
+    }
+
+    /// The EOF of `side` is there, all before it was delivered, and it is not known yet what it is.
+    pub(crate) fn has_doubtful_end(&self, side: usize) -> bool {
+        let flow = &self.flows[side];
+        flow.doubt
+            && flow.state == State::Open
+            && flow.carrier.is_empty()
+            && self.ends[side].input == Half::Closed
+    }
+
+    /// Says what the EOF of `side` is: the peer's own, or that of a connection that broke off.
+    pub(crate) fn settle_end(&mut self, side: usize, end: Ending) {
+        self.flows[side].doubt = false;
+        if end == Ending::BrokenOff {
+            self.ends[side].input = Half::Failed(io::ErrorKind::ConnectionReset);
+        }
     }
 
     /// Begins with what `side` has said already: the first `len` bytes of a buffer of the pool.

@@ -187,6 +187,16 @@ impl Stream {
         }
     }
 
+    /// Whether the process at the other end of a Unix socket is ending or has ended, as far as the system tells. A process
+    /// that ends closes its sockets as one does that has said all.
+    pub(crate) fn has_peer_ended(&self) -> bool {
+        match self {
+            #[cfg(unix)]
+            Stream::Local(stream) => sys::has_peer_ended(stream.as_socket()),
+            _ => false,
+        }
+    }
+
     /// The name of this end.
     pub(crate) fn local_addr(&self) -> io::Result<SocketName> {
         match self {

@@ -15,6 +15,7 @@
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: on whose behalf we are, and who is at the other end of a Unix socket.
+//! * `has_peer_ended(socket)`: whether the process at the other end of a Unix socket is ending.
 //! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!

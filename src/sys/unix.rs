@@ -296,16 +296,15 @@ pub(crate) fn user_id() -> u32 {
 }
 
 /// Who connected to a Unix socket, or had it connected.
-#[cfg(feature = "cli")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Connector {
+    #[cfg_attr(not(feature = "cli"), allow(dead_code))]
     pub(crate) user: u32,
     /// `None` where the system doesn't tell.
     pub(crate) process: Option<u32>,
 }
 
 /// Who is at the other end of a connected Unix socket, as the kernel noted it then.
-#[cfg(feature = "cli")]
 pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
     #[cfg(target_os = "linux")]
     {
@@ -331,6 +330,61 @@ pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
             process,
         })
     }
+}
+
+/// Whether the process that made the other end of a Unix socket is ending or has ended; false where that isn't known.
+///
+/// It knows a process that ends already while it closes its files: that comes after it has given up its memory.
+pub(crate) fn has_peer_ended(socket: BorrowedFd<'_>) -> bool {
+    let peer = connector(socket).ok().and_then(|peer| peer.process);
+    // 0: of another PID namespace.
+    peer.is_some_and(|process| process > 0 && is_ending(process))
+}
+
+/// `proc_pid_statm(5)`: the pages of the process, all 0 when it has none any more.
+#[cfg(target_os = "linux")]
+fn is_ending(process: u32) -> bool {
+    match fs::read_to_string(format!("/proc/{process}/statm")) {
+        Ok(pages) => pages.starts_with("0 "),
+        // It may be hidden from us (`hidepid=`).
+        Err(_) => i32::try_from(process).is_ok_and(|pid| !super::process_is_alive(pid)),
+    }
+}
+
+/// `proc_pidinfo` with `PROC_PIDT_SHORTBSDINFO`, which tells of other users' processes, too (`bsd/sys/proc_info.h`).
+#[cfg(target_vendor = "apple")]
+#[allow(unsafe_code)]
+fn is_ending(process: u32) -> bool {
+    const SHORT_INFO: nix::libc::c_int = 13;
+    const IN_EXIT: u32 = 4;
+    /// `struct proc_bsdshortinfo`: 64 bytes.
+    #[repr(C)]
+    #[derive(Default)]
+    struct ShortInfo {
+        ids: [u32; 3],
+        status: u32,
+        command: [u8; 16],
+        flags: u32,
+        users: [u32; 6],
+        reserved: u32,
+    }
+    let mut info = ShortInfo::default();
+    let size = size_of::<ShortInfo>() as nix::libc::c_int;
+    let Ok(pid) = nix::libc::c_int::try_from(process) else {
+        return false;
+    };
+    // SAFETY: the call writes at most `size` bytes to `info`, which has so many and may hold any.
+    let written =
+        unsafe { nix::libc::proc_pidinfo(pid, SHORT_INFO, 0, (&raw mut info).cast(), size) };
+    match written {
+        n if n == size => info.flags & IN_EXIT != 0,
+        _ => io::Error::last_os_error().raw_os_error() == Some(nix::libc::ESRCH),
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+fn is_ending(process: u32) -> bool {
+    i32::try_from(process).is_ok_and(|pid| !super::process_is_alive(pid))
 }
 
 /// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.

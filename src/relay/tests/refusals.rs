@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use super::bench::Bench;
 use super::kernel::Habits;
-use crate::relay::{CLIENT, Farewell, SERVER, Turn};
+use crate::relay::{CLIENT, Ending, Farewell, SERVER, Turn};
 
 type Kernel = Bench<true>;
 
@@ -171,4 +171,28 @@ fn only_the_clients_half_close_is_held() {
     pair.server().fin();
     pair.settle();
     assert_eq!(pair.wire(CLIENT).half_closes, 1);
+}
+
+#[test]
+fn an_end_that_is_in_doubt_is_passed_on_when_it_is_known_what_it_is() {
+    for (end, farewell) in [
+        (Ending::Whole, Farewell::Close),
+        (Ending::BrokenOff, Farewell::Reset),
+    ] {
+        let mut pair = Kernel::calm();
+        pair.pair.doubt_end(SERVER);
+        pair.client().fin();
+        pair.server().say(5);
+        pair.server().fin();
+        assert_eq!(pair.settle(), Turn::Wait);
+        assert!(pair.pair.has_doubtful_end(SERVER));
+        assert_eq!(pair.wire(CLIENT).half_closes, 0);
+        pair.pair.settle_end(SERVER, end);
+        assert!(!pair.pair.has_doubtful_end(SERVER));
+        pair.turn();
+        assert_eq!(pair.settle(), Turn::Done);
+        assert_eq!(pair.pair.farewell(CLIENT), farewell);
+        let whole = end == Ending::Whole;
+        assert_eq!(pair.wire(CLIENT).half_closes, u32::from(whole));
+    }
 }
