@@ -21,9 +21,15 @@ use std::time::{Duration, Instant};
 
 use command::*;
 use common::*;
-use hvsock::proxy::{ForwardState, Observer, What};
+use hvsock::proxy::{ForwardState, ForwardStatus, Observer, What};
 use hvsock::simulate::{Service, Vm};
 use hvsock::{Address, Listener, Proxy, Rule};
+
+/// A TCP port that was free just now.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    listener.local_addr().unwrap().port()
+}
 
 /// Stops the process, as a laptop's sleep does, for that time, and does something meanwhile.
 fn frozen(proxy: &Running, time: Duration, meanwhile: impl FnOnce()) {
@@ -182,13 +188,10 @@ fn what_is_given_up_because_a_worker_hangs_does_not_happen_later() {
     let handle = proxy.handle();
     let _client = tcp(port_of(&proxy, 0));
     entered.recv_timeout(PATIENCE).unwrap();
-    let free = {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        listener.local_addr().unwrap()
-    };
+    let free = ("127.0.0.1", free_port());
     let adding = thread::spawn({
         let handle = handle.clone();
-        let listen = format!("tcp://{free}").parse().unwrap();
+        let listen = format!("tcp://{}:{}", free.0, free.1).parse().unwrap();
         move || handle.add(Rule::new(listen, any_target()))
     });
     // Who looks meanwhile waits for nobody.
@@ -283,6 +286,107 @@ fn a_request_of_a_guest_that_breaks_off_because_the_vm_was_killed_is_reset() {
     vm.child.0.kill().unwrap();
     assert!(is_reset(served.read(&mut [0; 1])));
     vm.exit_code();
+}
+
+/// A client that is led round in a circle is refused, and leaves nothing behind.
+fn refuses_a_circle(proxy: &Proxy, refused: impl Fn() -> bool) {
+    assert!(refused());
+    let live = || proxy.handle().live();
+    eventually("all of it is unwound", || live() == 0);
+    let accepted: u64 = proxy.forwards().iter().map(|it| it.counters.accepted).sum();
+    assert!(accepted < 50, "{accepted} connections");
+    let told = |it: &ForwardStatus| {
+        it.last_error
+            .clone()
+            .is_some_and(|e| e.text.contains("leads back"))
+    };
+    assert!(proxy.forwards().iter().any(told));
+}
+
+#[test]
+fn a_forward_that_leads_to_itself_is_refused_where_that_can_be_seen() {
+    for listen in ["0.0.0.0", "127.0.0.1", "[::]"] {
+        let port = free_port();
+        for to in ["127.0.0.1", "localhost"] {
+            let listen = format!("tcp://{listen}:{port}");
+            let connect = format!("tcp://{to}:{port}");
+            fails(&["forward", &listen, &connect], 1, &["to itself"]);
+        }
+    }
+    let dir = private_dir();
+    let file = dir.path().join("hvsock.toml");
+    let rules = [
+        "[forward.one]\nlisten = \"0.0.0.0:7101\"\nconnect = \"127.0.0.1:7102\"\n",
+        "[forward.two]\nlisten = 7102\nconnect = \"localhost:7101\"\n",
+    ];
+    fs::write(&file, rules.concat()).unwrap();
+    let by_way_of = "lead back to itself, by way of tcp://0.0.0.0:7101";
+    fails(&["check", text(&file)], 1, &[by_way_of]);
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    std::os::unix::fs::symlink(&one, &two).unwrap();
+    let rule = Rule::new(unix(&one), unix(&two));
+    let error = Proxy::start(config(vec![rule])).unwrap_err();
+    assert!(error.to_string().contains("lead back to itself"), "{error}");
+}
+
+#[test]
+fn a_circle_of_links_between_unix_sockets_is_refused_at_its_first_client() {
+    let dir = private_dir();
+    let at = |name: &str| dir.path().join(name);
+    // Each alone leads elsewhere.
+    let rules = vec![
+        Rule::new(unix(at("a")), unix(at("to-b"))),
+        Rule::new(unix(at("b")), unix(at("to-a"))),
+    ];
+    let proxy = Proxy::start(config(rules)).unwrap();
+    std::os::unix::fs::symlink(at("b"), at("to-b")).unwrap();
+    assert_eq!(proxy.forwards()[0].counters.refused, 0);
+    std::os::unix::fs::symlink(at("a"), at("to-a")).unwrap();
+    refuses_a_circle(&proxy, || {
+        ask(unix_client(&at("a")), b"").is_ok_and(|answer| answer.is_empty())
+    });
+}
+
+#[test]
+fn a_circle_through_a_name_is_refused_at_its_first_client() {
+    // The machine's own name, which nothing but the resolver knows.
+    let name = nix::sys::utsname::uname().unwrap();
+    let name = name.nodename().to_str().unwrap().to_owned();
+    let port = free_port();
+    let connect = format!("tcp://{name}:{port}");
+    if connect.parse::<Address>().is_err() {
+        return eprintln!("skipped: {name:?} is no host's name; give this machine one");
+    }
+    if std::net::ToSocketAddrs::to_socket_addrs(&(name.as_str(), port)).is_err() {
+        return eprintln!("skipped: {name} is not resolved; name it in /etc/hosts");
+    }
+    let proxy = Running::start(&["forward", &format!("tcp://0.0.0.0:{port}"), &connect]);
+    proxy.says("tcp://");
+    #[cfg(target_os = "linux")]
+    let before = proxy.descriptors();
+    assert!(resets_clients(port));
+    proxy.complains("leads back");
+    #[cfg(target_os = "linux")]
+    eventually("all of it is unwound", || proxy.descriptors() <= before);
+}
+
+#[test]
+fn a_chain_of_forwards_is_no_circle() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path()).guest(7, Service::Echo);
+    let _vm = vm.start().unwrap();
+    let between = unix(dir.path().join("between"));
+    let rules = vec![
+        Rule::new(any_tcp(), between.clone()),
+        Rule::new(between, hyperkit(dir.path(), 7)),
+    ];
+    let proxy = Proxy::start(config(rules)).unwrap();
+    for _ in 0..10 {
+        assert_eq!(
+            ask(tcp(port_of(&proxy, 0)), b"through").unwrap(),
+            b"through"
+        );
+    }
 }
 
 /// A TCP address at which nobody listens.

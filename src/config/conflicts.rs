@@ -7,7 +7,7 @@ use super::forward::Forward;
 #[cfg(unix)]
 use crate::address::UnixAddress;
 use crate::address::{Address, Host, TcpAddress};
-use crate::proxy::{Rule, is_chosen, leads_to};
+use crate::proxy::{Rule, describe_loop, find_loop, is_chosen, leads_to};
 
 /// Where the program itself listens, and the key that says so.
 type Door = (&'static str, Address);
@@ -33,6 +33,14 @@ pub(super) fn find(
             complain(forward.listen_line, text);
         }
         others.push((forward, listen));
+        let beside = rules.iter().filter(|(other, _)| other.name != *name);
+        if let Some(trail) = find_loop(rule, beside.map(|(_, rule)| rule)) {
+            let text = format!(
+                "[forward.{name}]: {}; choose another target",
+                describe_loop(&trail)
+            );
+            complain(forward.connect_line, text);
+        }
         for (key, door) in &doors {
             if collide(door, listen) {
                 let text = format!(

@@ -71,6 +71,13 @@ impl LocalListener {
         }
     }
 
+    pub(super) fn bound_name(&self) -> Option<Vec<u8>> {
+        match self {
+            LocalListener::Unix { listener, .. } => sys::unix_name(&listener.local_addr().ok()?),
+            LocalListener::Vsock(_) => None,
+        }
+    }
+
     pub(super) fn file_state(&self) -> FileState {
         match self {
             LocalListener::Unix {

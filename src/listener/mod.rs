@@ -15,6 +15,9 @@ pub(crate) mod nonblocking;
 #[cfg(unix)]
 mod passed;
 
+#[cfg(unix)]
+pub(crate) use passed::path_of;
+
 use std::io;
 use std::time::{Duration, Instant};
 

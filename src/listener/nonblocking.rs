@@ -117,7 +117,16 @@ impl Listener {
         }
     }
 
-    pub(super) fn local_addr(&self) -> io::Result<SocketName> {
+    /// Returns the name that a Unix socket was bound to, as its clients' `getpeername(2)` tells it.
+    pub(crate) fn bound_name(&self) -> Option<Vec<u8>> {
+        match self {
+            #[cfg(unix)]
+            Listener::Local(listener) => listener.bound_name(),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn local_addr(&self) -> io::Result<SocketName> {
         match self {
             Listener::Tcp { listener, .. } => listener.local_addr().map(SocketName::Tcp),
             Listener::Local(listener) => listener.local_addr(),

@@ -134,7 +134,7 @@ impl Listener {
 }
 
 /// The file of the Unix socket that is made to listen on an address.
-pub(super) fn path_of(address: &Address) -> Option<Cow<'_, Path>> {
+pub(crate) fn path_of(address: &Address) -> Option<Cow<'_, Path>> {
     match address {
         Address::Unix(UnixAddress::Path(path)) => Some(path.into()),
         Address::Hyperkit(hyperkit) => Some(hyperkit.vm.listen_path(hyperkit.port).into()),

@@ -88,6 +88,7 @@ impl<W: World> Worker<W> {
         let free = self.listeners.iter().position(|it| it.removed);
         let index = free.unwrap_or(self.listeners.len());
         self.world.watch_listener(&mut listener, index)?;
+        self.note_listener(&listener, forward.id);
         let watch = self.world.now();
         let listening = Listening {
             listener: Some(listener),
@@ -109,6 +110,13 @@ impl<W: World> Worker<W> {
         Ok(())
     }
 
+    /// Notes by what the clients of a forward know it.
+    fn note_listener(&mut self, listener: &W::Listener, forward: ForwardId) {
+        if let Some(mark) = self.world.mark_of_listener(listener) {
+            self.shared.routes.listens(mark, forward);
+        }
+    }
+
     /// Where the listener of a forward is, if this worker has it.
     fn listener_of(&self, forward: ForwardId) -> Option<usize> {
         let its = |it: &Listening<W::Listener>| !it.removed && it.forward.id == forward;
@@ -120,6 +128,7 @@ impl<W: World> Worker<W> {
     pub(super) fn remove_listener(&mut self, forward: ForwardId, done: Sender<()>, now: Instant) {
         let listener = self.listener_of(forward).and_then(|index| {
             self.accept_waiting(index, now);
+            self.shared.routes.listens_no_more(forward);
             let listening = &mut self.listeners[index];
             listening.removed = true;
             listening.listener.take()
@@ -448,6 +457,8 @@ impl<W: World> Worker<W> {
                     return;
                 }
                 info!("made {listen} again: {why}");
+                self.note_listener(&listener, of.forward);
+                let listening = &mut self.listeners[of.token];
                 listening.listener = Some(listener);
                 (listening.ready, listening.lost) = (true, false);
                 listening.found();

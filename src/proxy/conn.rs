@@ -17,6 +17,7 @@ use super::counters::Reason;
 use super::forward::Forward;
 use super::gate::{Full, Permit, Place, Ticket};
 use super::handle::{ConnectionState, ConnectionStatus};
+use super::loops::Route;
 use super::observer::{ConnectionId, What};
 use super::quiet::Quiet;
 use super::table::Id;
@@ -55,6 +56,8 @@ pub(crate) struct Conn<S: Socket> {
     pub(super) place: Option<Place>,
     /// Its right to a place in the VM that is to be dialled.
     pub(super) ticket: Option<Ticket>,
+    /// What of it leads to another forward of ours, or comes from one.
+    pub(super) route: Option<Box<Route>>,
     /// What is to be known of it while its target isn't there, if it is to be held then.
     pub(super) held: Option<Held>,
     pub(super) quiet: Quiet,
@@ -163,6 +166,7 @@ impl<S: crate::relay::Socket> Conn<S> {
             permit: None,
             place,
             ticket: None,
+            route: None,
             held: None,
             quiet: Quiet::new(since),
             ready: false,

@@ -16,10 +16,11 @@ use super::conn::{Conn, Held, Leave, State};
 use super::counters::Reason;
 use super::forward::Forward;
 use super::gate::{Full, Gate, Ticket};
+use super::loops::Route;
 use super::observer::What;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
-use super::world::World;
+use super::world::{World, mark_of};
 
 /// How long a client is held before its target is dialled again, doubled with each time up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -73,7 +74,71 @@ impl<W: World> Worker<W> {
                 self.refuse(id, &error, Reason::Other, now);
             }
             Ok(()) if closed => self.refuse_at_the_end(id, now),
+            Ok(()) if !self.note_client(id, now) => self.refuse_loop(id, now),
             Ok(()) => self.begin_dial(id, now),
+        }
+    }
+
+    /// Notes that a client may be a dialled socket of ours; false if it has come by a circle.
+    fn note_client(&mut self, id: Id, now: Instant) -> bool {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return true;
+        };
+        let forward = conn.forward.id;
+        let Some(client) = mark_of(conn.peer) else {
+            let State::Waiting { client, .. } = &conn.state else {
+                return true;
+            };
+            let is_ours = || self.world.is_from_us(&client.socket);
+            return self.shared.routes.accepted_from_us(forward, is_ours, now);
+        };
+        let mut route = Route::default();
+        let goes_on = self.shared.routes.accepted(client, forward, &mut route);
+        conn.route = route.kept();
+        goes_on
+    }
+
+    /// Notes that a dialled socket may lead to a listener of ours; false if that closes a circle.
+    fn note_dial(&mut self, id: Id, now: Instant) -> bool {
+        let Some(conn) = self.conns.get_mut(id) else {
+            return true;
+        };
+        let State::Connecting { server, dial, .. } = &conn.state else {
+            return true;
+        };
+        let (routes, forward) = (&self.shared.routes, conn.forward.id);
+        let endpoint = dial.endpoint().filter(|it| routes.may_reach(it));
+        let Some(endpoint) = endpoint else {
+            return true;
+        };
+        let mut route = conn.route.take().map(|it| *it).unwrap_or_default();
+        let goes_on = match endpoint {
+            Endpoint::Tcp(_) | Endpoint::Vsock(_) => {
+                if let Some(mark) = self.world.mark_of_end(&server.socket) {
+                    routes.dialled(forward, mark, &mut route);
+                }
+                true
+            }
+            _ => match self.world.mark_of_peer(&server.socket) {
+                Some(name) => routes.reached(forward, &name, &mut route, now),
+                None => true,
+            },
+        };
+        conn.route = route.kept();
+        goes_on
+    }
+
+    /// Refuses a client that would be led round in a circle.
+    fn refuse_loop(&mut self, id: Id, now: Instant) {
+        if let Some(conn) = self.conns.get_mut(id) {
+            let why = "it leads back to a forward of this hvsock that its client has come through";
+            let error = Error::new(
+                Operation::Connect,
+                &conn.forward.rule.connect,
+                io::Error::other(why),
+            );
+            let error = error.with_remedy("have the forward lead elsewhere");
+            self.refuse(id, &error, Reason::Other, now);
         }
     }
 
@@ -219,6 +284,12 @@ impl<W: World> Worker<W> {
                         client,
                         server,
                         dial,
+                    };
+                    if !self.note_dial(id, now) {
+                        return self.refuse_loop(id, now);
+                    }
+                    let Some(conn) = self.conns.get_mut(id) else {
+                        return;
                     };
                     if let Err(e) = watched {
                         let target = &conn.forward.rule.connect;

@@ -20,7 +20,7 @@ pub(crate) fn leads_to(target: &Address, place: &Address) -> bool {
 }
 
 /// The sockets' files that a connection to `target` may go to.
-fn paths_of(target: &Address) -> Vec<PathBuf> {
+pub(super) fn paths_of(target: &Address) -> Vec<PathBuf> {
     match target {
         Address::Unix(UnixAddress::Path(path)) => vec![path.clone()],
         Address::Hyperkit(to) => vec![to.vm.connect_path(), to.vm.forward_path(to.port)],
@@ -29,7 +29,7 @@ fn paths_of(target: &Address) -> Vec<PathBuf> {
     }
 }
 
-fn is_same(one: &Path, other: &Path) -> bool {
+pub(super) fn is_same(one: &Path, other: &Path) -> bool {
     is_one_file(one, other) || real(one) == real(other)
 }
 
@@ -76,7 +76,7 @@ fn may_be(target: &TcpAddress, place: &TcpAddress) -> bool {
         }
 }
 
-fn is_this_machine(ip: IpAddr) -> bool {
+pub(super) fn is_this_machine(ip: IpAddr) -> bool {
     // What can be bound is ours; nothing is sent.
     ip.is_unspecified() || ip.is_loopback() || UdpSocket::bind((ip, 0)).is_ok()
 }

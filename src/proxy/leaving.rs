@@ -283,6 +283,9 @@ impl<W: World> Worker<W> {
             received: conn.counted[SERVER],
             age: now.saturating_duration_since(conn.since),
         });
+        if let Some(route) = conn.route {
+            self.shared.routes.forget(*route);
+        }
         drop((conn.permit, conn.place));
         self.shared.inboxes[self.index]
             .load

@@ -44,6 +44,7 @@ mod gate;
 mod handle;
 mod housekeeper;
 mod leaving;
+mod loops;
 mod observer;
 mod presence;
 mod probing;
@@ -83,6 +84,8 @@ pub use counters::{Counters, Refusals, TimedOut};
 pub(crate) use forbidden::leads_to;
 pub use forward::{Rule, Timeouts};
 pub use handle::{ConnectionState, ConnectionStatus, ForwardId, Handle};
+#[cfg(feature = "cli")]
+pub(crate) use loops::{describe as describe_loop, find as find_loop};
 pub use observer::{ConnectionId, Event, Observer, What};
 #[cfg(feature = "cli")]
 pub(crate) use rules::{check_name, check_rule, is_chosen};

@@ -18,6 +18,7 @@ use super::forbidden::leads_to;
 use super::forward::{Forward, Rule};
 use super::gate::{Gate, GateLimits, Reservation};
 use super::handle::ForwardId;
+use super::loops;
 use super::observer::Observer;
 
 /// Refuses a rule that can't work, whatever the system says and whatever other rules there are.
@@ -105,7 +106,7 @@ pub(crate) fn is_chosen(listen: &Address) -> bool {
 }
 
 /// Refuses a rule that others stand in the way of.
-fn check_beside<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
+fn check_beside<'a>(rule: &'a Rule, others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
     let invalid = |why: String| {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(Operation::Listen, &rule.listen, cause))
@@ -117,8 +118,14 @@ fn check_beside<'a>(rule: &Rule, mut others: impl Iterator<Item = &'a Rule> + Cl
     {
         return invalid(format!("another forward has the name {name:?}"));
     }
-    if !is_chosen(&rule.listen) && others.any(|other| other.listen == rule.listen) {
+    if !is_chosen(&rule.listen) && others.clone().any(|other| other.listen == rule.listen) {
         return invalid("it is given twice".to_owned());
+    }
+    if let Some(trail) = loops::find(rule, others) {
+        let why = loops::describe(&trail);
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        return Err(Error::new(Operation::Connect, &rule.connect, cause)
+            .with_remedy("connect to another address"));
     }
     Ok(())
 }
@@ -208,6 +215,7 @@ impl Binder {
         let asked = std::mem::replace(&mut rule.listen, asked);
         // Again: the port that was chosen may be the target's.
         check_alone(&rule, self.waiter)?;
+        check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let places = keep_places(&rule, &gates, id)?;
         let observer = self.observer.clone();

@@ -19,6 +19,7 @@ use super::forward::Forward;
 use super::gate::{Ticket, Wake};
 use super::handle::{ConnectionStatus, ForwardId};
 use super::leaving::LAST_LEAVE;
+use super::loops::Routes;
 use super::observer::ConnectionId;
 use super::probing::Proofs;
 use super::queue::DialQueue;
@@ -157,6 +158,7 @@ pub(crate) struct Shared<W: World> {
     /// How many connections there may be: what the limits say, and no more than there are descriptors for. What a forward
     /// reserves in its VM is kept for it here as well.
     places: Mutex<Shares>,
+    pub(super) routes: Routes,
     /// Connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
     /// Workers that have heard of the end: they hand nothing over any more.
@@ -186,6 +188,7 @@ impl<W: World> Shared<W> {
             forwards: Mutex::new(forwards),
             inboxes,
             places: Mutex::new(places),
+            routes: Routes::default(),
             live: AtomicUsize::new(0),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),

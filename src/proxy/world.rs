@@ -29,6 +29,7 @@ use super::forward::{Forward, Rule};
 use super::gate::Gate;
 use super::handle::ForwardId;
 use super::housekeeper::Housekeeper;
+use super::loops::Mark;
 use super::presence::Sign;
 use super::worker::Wanted;
 
@@ -113,6 +114,14 @@ pub(crate) trait World {
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Self::Stream, Option<Sign>)>;
     /// Explains why a dial has failed; `None` if that takes a look at files: then [`Event::Explained`] answers.
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
+    /// By what a listener's clients know it, if they do.
+    fn mark_of_listener(&mut self, listener: &Self::Listener) -> Option<Mark>;
+    /// By what the peer of a dialled stream knows this end, if it does.
+    fn mark_of_end(&mut self, stream: &Self::Stream) -> Option<Mark>;
+    /// By what the Unix listener that a stream was dialled at is known.
+    fn mark_of_peer(&mut self, stream: &Self::Stream) -> Option<Mark>;
+    /// Whether an accepted Unix socket was connected by this very process.
+    fn is_from_us(&mut self, stream: &Self::Stream) -> bool;
     /// Whether a connect that was begun is done.
     fn connected(&mut self, stream: &Self::Stream) -> io::Result<bool>;
     /// Registers a stream, readable and writable, once.
@@ -321,6 +330,15 @@ impl Drop for MioWorld {
     }
 }
 
+/// By what the other end knows a socket of that name.
+pub(super) fn mark_of(name: SocketName) -> Option<Mark> {
+    match name {
+        SocketName::Tcp(address) => Some(Mark::Tcp(address)),
+        SocketName::Vsock(name) => Some(Mark::Vsock(name.port.0)),
+        _ => None,
+    }
+}
+
 /// By what the VM behind a state directory is known now; `None` if there is none.
 fn sign_of(vm: &HyperkitVm) -> Option<Sign> {
     // A VM with `guest_forwards` alone has no `connect` socket.
@@ -504,6 +522,25 @@ impl World for MioWorld {
             Event::Explained { token, error }
         });
         None
+    }
+
+    fn mark_of_listener(&mut self, listener: &Listener) -> Option<Mark> {
+        match listener.bound_name() {
+            Some(name) => Some(Mark::Unix(name)),
+            None => mark_of(listener.local_addr().ok()?),
+        }
+    }
+
+    fn mark_of_end(&mut self, stream: &Stream) -> Option<Mark> {
+        mark_of(stream.local_addr().ok()?)
+    }
+
+    fn mark_of_peer(&mut self, stream: &Stream) -> Option<Mark> {
+        stream.peer_name().map(Mark::Unix)
+    }
+
+    fn is_from_us(&mut self, stream: &Stream) -> bool {
+        stream.is_from_us()
     }
 
     fn connected(&mut self, stream: &Stream) -> io::Result<bool> {

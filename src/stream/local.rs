@@ -62,6 +62,13 @@ impl Local {
         }
     }
 
+    pub(super) fn peer_name(&self) -> Option<Vec<u8>> {
+        match self.is_vsock {
+            true => None,
+            false => sys::unix_name(&self.stream.peer_addr().ok()?),
+        }
+    }
+
     pub(super) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         self.stream.shutdown(how)
     }

@@ -187,6 +187,25 @@ impl Stream {
         }
     }
 
+    /// Returns the name that the Unix listener was bound to that this was connected to.
+    pub(crate) fn peer_name(&self) -> Option<Vec<u8>> {
+        match self {
+            #[cfg(unix)]
+            Stream::Local(stream) => stream.peer_name(),
+            _ => None,
+        }
+    }
+
+    /// Whether this process has connected to a Unix listener of its own to make this.
+    pub(crate) fn is_from_us(&self) -> bool {
+        match self {
+            #[cfg(unix)]
+            Stream::Local(stream) => sys::connector(stream.as_socket())
+                .is_ok_and(|peer| peer.process == Some(std::process::id())),
+            _ => false,
+        }
+    }
+
     /// Whether the process at the other end of a Unix socket is ending or has ended, as far as the system tells. A process
     /// that ends closes its sockets as one does that has said all.
     pub(crate) fn has_peer_ended(&self) -> bool {

@@ -460,6 +460,21 @@ pub(crate) fn unacknowledged(socket: &impl std::os::fd::AsRawFd) -> usize {
     }
 }
 
+/// The name of a bound Unix socket: its path, or, behind a NUL, its abstract name.
+pub(crate) fn unix_name(address: &std::os::unix::net::SocketAddr) -> Option<Vec<u8>> {
+    use std::os::unix::ffi::OsStrExt;
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::linux::net::SocketAddrExt;
+        if let Some(name) = address.as_abstract_name() {
+            return Some([b"\0", name].concat());
+        }
+    }
+    address
+        .as_pathname()
+        .map(|path| path.as_os_str().as_bytes().to_vec())
+}
+
 /// The address of an abstract Unix socket.
 ///
 /// # Errors

@@ -1,0 +1,439 @@
+//! Forwards that lead back to themselves: a single client of one would take every connection that there is.
+//!
+//! What can be seen in the addresses is refused when a rule is bound. The rest (links, names, addresses that are changed
+//! later) is seen while it runs: a connection that one forward makes to another's listener is an edge from the one to the
+//! other, as long as it lives; an edge that would close a circle is refused.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::address::{Address, Host, TcpAddress};
+#[cfg(unix)]
+use crate::listener;
+use crate::stream::nonblocking::Endpoint;
+
+use super::forbidden;
+use super::forward::Rule;
+use super::handle::ForwardId;
+
+/// How long a forward counts as part of a circle after a dial has closed one.
+const CIRCLE: Duration = Duration::from_secs(1);
+
+/// CID of this very system (`VMADDR_CID_LOCAL`, `include/uapi/linux/vm_sockets.h`).
+const CID_LOCAL: u32 = 1;
+
+/// Returns where a client of `rule` is led to before it comes back to `rule`, if it is certain that it does: the addresses
+/// that the rules listen on, `rule` itself as the last one.
+pub(crate) fn find<'a>(
+    rule: &'a Rule,
+    others: impl Iterator<Item = &'a Rule> + Clone,
+) -> Option<Vec<&'a Address>> {
+    let mut trail = Vec::new();
+    follow(rule, rule, &others, &mut trail).then_some(trail)
+}
+
+/// Says where a client is led, in words.
+pub(crate) fn describe(trail: &[&Address]) -> String {
+    match trail {
+        [_] | [] => "it would lead back to itself".to_owned(),
+        [by, ..] => format!("it would lead back to itself, by way of {by}"),
+    }
+}
+
+fn follow<'a>(
+    from: &'a Rule,
+    rule: &'a Rule,
+    others: &(impl Iterator<Item = &'a Rule> + Clone),
+    trail: &mut Vec<&'a Address>,
+) -> bool {
+    if reaches(&from.connect, &rule.listen) {
+        trail.push(&rule.listen);
+        return true;
+    }
+    for next in others.clone() {
+        let known = trail.contains(&&next.listen);
+        if known || !reaches(&from.connect, &next.listen) {
+            continue;
+        }
+        trail.push(&next.listen);
+        if follow(next, rule, others, trail) {
+            return true;
+        }
+        trail.pop();
+    }
+    false
+}
+
+/// Whether it is certain that a connection to `target` comes out at a socket that listens on `listen`.
+fn reaches(target: &Address, listen: &Address) -> bool {
+    match (target, listen) {
+        (Address::Tcp(target), Address::Tcp(listen)) => reaches_tcp(target, listen),
+        (Address::Vsock(target), Address::Vsock(listen)) => {
+            target.cid == CID_LOCAL && target.port == listen.port
+        }
+        _ => {
+            #[cfg(unix)]
+            if let Some(listen) = listener::path_of(listen) {
+                let paths = forbidden::paths_of(target);
+                return paths.iter().any(|path| forbidden::is_same(path, &listen));
+            }
+            target == listen
+        }
+    }
+}
+
+fn reaches_tcp(target: &TcpAddress, listen: &TcpAddress) -> bool {
+    let any_reaches = |target: IpAddr, listen: IpAddr| {
+        // To connect to the unspecified address is to connect to the loopback one.
+        let target = match target {
+            IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+            ip => ip,
+        };
+        match listen {
+            _ if target == listen => true,
+            // [::] takes those of IPv4, too.
+            IpAddr::V6(ip) if ip.is_unspecified() => forbidden::is_this_machine(target),
+            IpAddr::V4(ip) if ip.is_unspecified() => {
+                target.is_ipv4() && forbidden::is_this_machine(target)
+            }
+            _ => false,
+        }
+    };
+    let listens = addresses(&listen.host);
+    target.port != 0
+        && target.port == listen.port
+        && addresses(&target.host)
+            .iter()
+            .any(|target| listens.iter().any(|listen| any_reaches(*target, *listen)))
+}
+
+/// The addresses of a host, as far as they are known without asking.
+fn addresses(host: &Host) -> Vec<IpAddr> {
+    match host {
+        Host::Ip(ip) => vec![ip.to_canonical()],
+        Host::Name(name) if name.eq_ignore_ascii_case("localhost") => {
+            vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
+        }
+        Host::Name(_) => Vec::new(),
+    }
+}
+
+/// By what one end of a connection on this machine is known at the other.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Mark {
+    Tcp(SocketAddr),
+    /// The port of an AF_VSOCK socket.
+    Vsock(u32),
+    /// The name that a Unix socket was bound to.
+    #[cfg_attr(not(unix), allow(dead_code))]
+    Unix(Vec<u8>),
+}
+
+impl Mark {
+    /// As it is at both ends, of which one may speak IPv6 and the other IPv4.
+    fn canonical(self) -> Mark {
+        match self {
+            Mark::Tcp(address) => {
+                Mark::Tcp(SocketAddr::new(address.ip().to_canonical(), address.port()))
+            }
+            other => other,
+        }
+    }
+}
+
+/// A connection to one of our own listeners, as long as it lives: see [`Routes`].
+#[derive(Debug, Default)]
+pub(super) struct Route {
+    /// The dialled socket, where it is known at the other end by its name.
+    outgoing: Option<Mark>,
+    /// The edges that this connection stands for.
+    edges: Vec<(ForwardId, ForwardId)>,
+}
+
+impl Route {
+    /// Returns itself, if there is something in it.
+    pub(super) fn kept(self) -> Option<Box<Route>> {
+        (self.outgoing.is_some() || !self.edges.is_empty()).then(|| Box::new(self))
+    }
+}
+
+/// Which forwards of this process lead to which, by the connections that live.
+#[derive(Debug, Default)]
+pub(super) struct Routes {
+    known: Mutex<Known>,
+    /// Dialled sockets that may lead to a listener of ours. Where there are none nobody need look for one.
+    dialled: AtomicUsize,
+    has_circles: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    listeners: HashMap<Mark, ForwardId>,
+    /// The TCP ports among them.
+    ports: HashSet<u16>,
+    /// Whether there are Unix sockets among them.
+    unix: bool,
+    outgoing: HashMap<Mark, ForwardId>,
+    edges: HashMap<(ForwardId, ForwardId), usize>,
+    /// Forwards through which a circle of Unix sockets went a moment ago, and until when they count as such.
+    circles: HashMap<ForwardId, Instant>,
+}
+
+impl Routes {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes where a forward listens.
+    pub(super) fn listens(&self, mark: Mark, forward: ForwardId) {
+        let mut known = self.known();
+        known.listeners.retain(|_, it| *it != forward);
+        known.listeners.insert(mark, forward);
+        known.note_kinds();
+    }
+
+    /// Notes that a forward listens no more.
+    pub(super) fn listens_no_more(&self, forward: ForwardId) {
+        let mut known = self.known();
+        known.listeners.retain(|_, it| *it != forward);
+        known.note_kinds();
+    }
+
+    /// Whether a connection to that endpoint may come out at a listener of ours. What few do costs the others nothing.
+    pub(super) fn may_reach(&self, endpoint: &Endpoint) -> bool {
+        let known = self.known();
+        match endpoint {
+            Endpoint::Tcp(to) => known.ports.contains(&to.port()),
+            Endpoint::Vsock(to) => known.listeners.contains_key(&Mark::Vsock(to.port.0)),
+            _ => known.unix,
+        }
+    }
+
+    /// Notes a dialled socket of `forward`, by which its connection will be known if it comes out at a listener of ours.
+    pub(super) fn dialled(&self, forward: ForwardId, mark: Mark, route: &mut Route) {
+        let mark = mark.canonical();
+        let mut known = self.known();
+        // That of a dial that has failed.
+        if let Some(before) = route.outgoing.replace(mark.clone()) {
+            known.outgoing.remove(&before);
+        }
+        known.outgoing.insert(mark, forward);
+        self.dialled.store(known.outgoing.len(), Ordering::Release);
+    }
+
+    /// Takes that a connection of `forward` has come out at the Unix listener of that name; false if that closes a circle.
+    /// It waits to be accepted there already: see [`accepted_from_us`](Routes::accepted_from_us).
+    pub(super) fn reached(
+        &self,
+        forward: ForwardId,
+        name: &Mark,
+        route: &mut Route,
+        now: Instant,
+    ) -> bool {
+        let mut known = self.known();
+        let Some(to) = known.listeners.get(name).copied() else {
+            return true;
+        };
+        let goes_on = known.add_edge(forward, to, route);
+        if !goes_on {
+            known.circles.insert(to, now + CIRCLE);
+            self.has_circles.store(true, Ordering::Release);
+        }
+        goes_on
+    }
+
+    /// Takes that a client without a name has come to `forward`, which is one of our own dialled sockets if `is_ours`;
+    /// false if a circle goes through there, so that it may be one that was refused when it was dialled.
+    pub(super) fn accepted_from_us(
+        &self,
+        forward: ForwardId,
+        is_ours: impl FnOnce() -> bool,
+        now: Instant,
+    ) -> bool {
+        if !self.has_circles.load(Ordering::Acquire) {
+            return true;
+        }
+        let mut known = self.known();
+        known.circles.retain(|_, until| now < *until);
+        let some = !known.circles.is_empty();
+        self.has_circles.store(some, Ordering::Release);
+        !known.circles.contains_key(&forward) || !is_ours()
+    }
+
+    /// Takes that a client of that name has come to `forward`; false if it comes by a circle.
+    pub(super) fn accepted(&self, client: Mark, forward: ForwardId, route: &mut Route) -> bool {
+        if self.dialled.load(Ordering::Acquire) == 0 {
+            return true;
+        }
+        let mut known = self.known();
+        match known.outgoing.get(&client.canonical()).copied() {
+            Some(from) => known.add_edge(from, forward, route),
+            None => true,
+        }
+    }
+
+    /// Forgets a connection.
+    pub(super) fn forget(&self, route: Route) {
+        let mut known = self.known();
+        if let Some(mark) = route.outgoing {
+            known.outgoing.remove(&mark);
+            self.dialled.store(known.outgoing.len(), Ordering::Release);
+        }
+        for edge in route.edges {
+            if let Entry::Occupied(mut entry) = known.edges.entry(edge) {
+                *entry.get_mut() -= 1;
+                if *entry.get() == 0 {
+                    entry.remove();
+                }
+            }
+        }
+    }
+}
+
+impl Known {
+    fn note_kinds(&mut self) {
+        let port = |mark: &Mark| match mark {
+            Mark::Tcp(address) => Some(address.port()),
+            _ => None,
+        };
+        self.ports = self.listeners.keys().filter_map(port).collect();
+        let unix = |mark: &Mark| matches!(mark, Mark::Unix(_));
+        self.unix = self.listeners.keys().any(unix);
+    }
+
+    /// Adds an edge, unless one can come from its end to its beginning.
+    fn add_edge(&mut self, from: ForwardId, to: ForwardId, route: &mut Route) -> bool {
+        let mut seen = vec![to];
+        let mut next = 0;
+        while let Some(&at) = seen.get(next) {
+            if at == from {
+                return false;
+            }
+            for &(one, other) in self.edges.keys() {
+                if one == at && !seen.contains(&other) {
+                    seen.push(other);
+                }
+            }
+            next += 1;
+        }
+        *self.edges.entry((from, to)).or_default() += 1;
+        route.edges.push((from, to));
+        true
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn rules(pairs: &[(&str, &str)]) -> Vec<Rule> {
+        let rule = |(listen, connect): &(&str, &str)| {
+            Rule::new(listen.parse().unwrap(), connect.parse().unwrap())
+        };
+        pairs.iter().map(rule).collect()
+    }
+
+    fn comes_back(pairs: &[(&str, &str)]) -> bool {
+        let rules = rules(pairs);
+        find(&rules[0], rules[1..].iter()).is_some()
+    }
+
+    #[test]
+    fn a_circle_is_seen_in_the_addresses_however_they_are_spelled() {
+        for (listen, connect) in [
+            ("tcp://0.0.0.0:80", "tcp://127.0.0.1:80"),
+            ("tcp://127.0.0.1:80", "tcp://localhost:80"),
+            ("tcp://localhost:80", "tcp://127.0.0.1:80"),
+            ("tcp://[::]:80", "tcp://127.0.0.1:80"),
+            ("tcp://[::]:80", "tcp://[::ffff:127.0.0.1]:80"),
+            ("tcp://[::1]:80", "tcp://[::]:80"),
+            ("tcp://0.0.0.0:80", "tcp://0.0.0.0:80"),
+            ("vsock://:80", "vsock://local:80"),
+            ("unix:@name", "unix:@name"),
+        ] {
+            assert!(comes_back(&[(listen, connect)]), "{listen} -> {connect}");
+        }
+        for (listen, connect) in [
+            ("tcp://127.0.0.1:80", "tcp://127.0.0.2:80"),
+            ("tcp://127.0.0.1:80", "tcp://127.0.0.1:81"),
+            ("tcp://127.0.0.1:80", "tcp://[::1]:80"),
+            ("tcp://0.0.0.0:80", "tcp://[::1]:80"),
+            ("tcp://127.0.0.1:80", "tcp://some.example:80"),
+            ("vsock://:80", "vsock://3:80"),
+            ("unix:@name", "unix:@other"),
+        ] {
+            assert!(!comes_back(&[(listen, connect)]), "{listen} -> {connect}");
+        }
+    }
+
+    #[test]
+    fn a_circle_is_seen_through_other_rules_and_a_chain_is_none() {
+        let one = ("tcp://127.0.0.1:1", "tcp://127.0.0.1:2");
+        let two = ("tcp://127.0.0.1:2", "unix:@three");
+        assert!(comes_back(&[
+            one,
+            two,
+            ("unix:@three", "tcp://127.0.0.1:1")
+        ]));
+        assert!(!comes_back(&[
+            one,
+            two,
+            ("unix:@three", "tcp://127.0.0.1:4")
+        ]));
+        // The circle of others is not its own.
+        let circle = ("unix:@three", "tcp://127.0.0.1:2");
+        assert!(!comes_back(&[one, two, circle]));
+        let rules = rules(&[one, two, ("unix:@three", "tcp://127.0.0.1:1")]);
+        let trail = find(&rules[0], rules[1..].iter()).unwrap();
+        assert_eq!(
+            trail,
+            [&rules[1].listen, &rules[2].listen, &rules[0].listen]
+        );
+    }
+
+    #[test]
+    fn an_edge_that_closes_a_circle_is_refused_until_the_others_are_gone() {
+        let routes = Routes::default();
+        let [a, b, c] = [0, 1, 2].map(ForwardId);
+        let socket = |port| Mark::Tcp(SocketAddr::from(([127, 0, 0, 1], port)));
+        // As a listener on [::] sees it.
+        let seen = |port| {
+            let ip = Ipv4Addr::LOCALHOST.to_ipv6_mapped();
+            Mark::Tcp(SocketAddr::from((ip, port)))
+        };
+        let name = |name: &str| Mark::Unix(name.into());
+        routes.listens(name("b"), b);
+        let mut first = Route::default();
+        let now = Instant::now();
+        assert!(routes.reached(a, &name("b"), &mut first, now));
+        assert!(routes.reached(a, &name("other"), &mut first, now));
+        let mut second = Route::default();
+        routes.dialled(b, socket(1), &mut second);
+        assert!(routes.accepted(seen(2), c, &mut second));
+        assert!(routes.accepted(seen(1), c, &mut second));
+        let mut third = Route::default();
+        routes.dialled(c, socket(3), &mut third);
+        assert!(!routes.accepted(seen(3), a, &mut Route::default()));
+        assert!(!routes.accepted(seen(3), c, &mut Route::default()));
+        // What was dialled already waits there to be accepted.
+        assert!(routes.accepted_from_us(b, || true, now));
+        assert!(!routes.reached(c, &name("b"), &mut Route::default(), now));
+        assert!(!routes.accepted_from_us(b, || true, now));
+        assert!(routes.accepted_from_us(b, || false, now));
+        assert!(routes.accepted_from_us(c, || true, now));
+        assert!(routes.accepted_from_us(b, || true, now + CIRCLE));
+        routes.forget(first);
+        assert!(routes.accepted(seen(3), a, &mut third));
+        routes.forget(second);
+        routes.forget(third);
+        let known = routes.known();
+        assert!(known.edges.is_empty() && known.outgoing.is_empty());
+        assert_eq!(routes.dialled.load(Ordering::Acquire), 0);
+    }
+}
