@@ -83,6 +83,7 @@ mod dial;
 mod doctor;
 pub mod error;
 pub mod family;
+mod file;
 pub mod framing;
 pub mod hyperkit;
 pub mod hyperv;

@@ -637,7 +637,7 @@ fn a_file_that_can_not_be_meant_changes_nothing_and_blocks_nobody() {
     fs::remove_file(&file.0).unwrap();
     nix::unistd::mkfifo(&file.0, nix::sys::stat::Mode::S_IRWXU).unwrap();
     proxy.signal("HUP");
-    proxy.complains("no regular file");
+    proxy.complains("not a regular file");
     let (code, json) = asked(dir.path(), &["status", "--json"]);
     assert_eq!(code, Some(0), "{json}");
     assert!(json.contains("\"a\""), "{json}");

@@ -27,7 +27,6 @@ mod values;
 mod vms;
 mod words;
 
-use std::fs;
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -94,18 +93,7 @@ pub(crate) struct Wanted {
 fn read_text(file: &Path) -> io::Result<String> {
     /// Some 100,000 forwards.
     const MOST: u64 = 16 << 20;
-    let metadata = fs::metadata(file)?;
-    if metadata.is_dir() {
-        return Err(io::ErrorKind::IsADirectory.into());
-    }
-    if !metadata.is_file() {
-        return Err(io::Error::other("it is no regular file"));
-    }
-    if metadata.len() > MOST {
-        let why = format!("it has {} bytes, and {MOST} are the most", metadata.len());
-        return Err(io::Error::other(why));
-    }
-    fs::read_to_string(file)
+    crate::file::read_text(file, MOST)
 }
 
 impl Config {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::{Check, Plan};
 use crate::address::{HyperkitAddress, PORT_ANY, Port, is_guest_cid};
 use crate::error::Result;
+use crate::file;
 use crate::hyperkit::{
     self, HOST_CID, HyperkitVm, MAX_STATE_DIR, PID_NAME, Places, find, socket_name,
 };
@@ -216,15 +217,18 @@ impl From<Check> for Process {
 fn process(vm: &HyperkitVm) -> Process {
     let name = "process";
     let remedy = "what is in the directory may be left over: start the VM";
-    let text = match fs::read_to_string(vm.pid_path()) {
+    let text = match file::read_text(&vm.pid_path(), file::STATE_FILE) {
         Ok(text) => text,
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let why = format!("there is no {PID_NAME} beside its sockets");
             return Check::skipped(name, why).into();
         }
         Err(e) => {
-            let seen = format!("{PID_NAME}: {e}");
-            return Check::warning(name, seen, "run as the user who runs the VM").into();
+            let remedy = match e.kind() {
+                io::ErrorKind::PermissionDenied => "run as the user who runs the VM",
+                _ => "move it away: hyperkit writes its process id there",
+            };
+            return Check::warning(name, format_args!("{PID_NAME}: {e}"), remedy).into();
         }
     };
     let Some(pid) = text.trim().parse().ok().filter(|pid| *pid > 0) else {

@@ -188,7 +188,9 @@ fn from_dir(vm: &str, dir: &Path) -> Result<HyperkitVm> {
         let remedy = match why.kind() {
             io::ErrorKind::NotFound => "start the VM first, or see that the path is right",
             io::ErrorKind::PermissionDenied => "run as the VM's user, or let this one read it",
-            io::ErrorKind::InvalidData => "name the VM by hyperkit:// to do without the file",
+            io::ErrorKind::InvalidData
+            | io::ErrorKind::InvalidInput
+            | io::ErrorKind::IsADirectory => "name the VM by hyperkit:// to do without the file",
             _ => "give the VM's state directory",
         };
         // An error of a file in the directory names that file itself.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{CONNECT_NAME, HyperkitVm, PID_NAME};
 use crate::address::is_guest_cid;
-use crate::sys;
+use crate::{file, sys};
 
 /// The configuration that hyperkit's Go package writes into the state directory (`go/hyperkit.go`, `jsonFile`).
 pub(super) const JSON_NAME: &str = "hyperkit.json";
@@ -98,7 +98,7 @@ pub(super) fn driver(dir: &Path) -> Option<String> {
 
 /// The process named by hyperkit.pid, if it lives. Never asked by connecting: a probe can stop the VM's device.
 pub(crate) fn running_pid(dir: &Path) -> Option<i32> {
-    let pid = fs::read_to_string(dir.join(PID_NAME)).ok()?;
+    let pid = file::read_text(&dir.join(PID_NAME), file::STATE_FILE).ok()?;
     let pid = pid.trim().parse().ok()?;
     sys::process_is_alive(pid).then_some(pid)
 }
@@ -107,7 +107,7 @@ pub(crate) fn running_pid(dir: &Path) -> Option<i32> {
 fn read_json(path: &Path) -> io::Result<Value> {
     let error =
         |kind, why: &dyn std::fmt::Display| io::Error::new(kind, format!("{path:?}: {why}"));
-    let text = match fs::read(path) {
+    let text = match file::read(path, file::STATE_FILE) {
         Ok(text) => text,
         Err(why) if why.kind() == io::ErrorKind::NotFound => return Ok(Value::Null),
         Err(why) => return Err(error(why.kind(), &why)),

@@ -7,7 +7,7 @@ use crate::sys;
 use mio::net::UnixListener;
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 
@@ -78,6 +78,13 @@ fn listen(path: &Path, backlog: i32) -> Result<UnixListener> {
     listen().map_err(|cause| Error::new(Operation::Listen, path.display(), cause))
 }
 
+/// Puts a file in the place of what an earlier VM, or somebody else, has left there. It never writes to that, which may
+/// be a FIFO without a reader, or a link to another file.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    remove(path)?;
+    fs::File::create_new(path)?.write_all(text.as_bytes())
+}
+
 fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -109,9 +116,9 @@ pub(super) fn prepare(plan: &Plan) -> Result<Listeners> {
     let pid = std::process::id();
     let path = plan.directory.join("hyperkit.pid");
     // No newline: hyperkit's Go package parses the whole file as a number.
-    fs::write(&path, pid.to_string()).map_err(failed(&path))?;
+    replace(&path, &pid.to_string()).map_err(failed(&path))?;
     let path = plan.directory.join("hyperkit.json");
-    fs::write(&path, configuration(plan, pid)).map_err(failed(&path))?;
+    replace(&path, &configuration(plan, pid)).map_err(failed(&path))?;
     Ok(listeners)
 }
 

@@ -5,6 +5,7 @@ mod splice;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
 use nix::libc;
 use nix::sys::socket::{MsgFlags, recvmsg};
@@ -98,7 +99,13 @@ pub(crate) fn vsock_of(address: &SockAddr) -> Option<(u32, u32)> {
 /// The CID that this system has for its host, or for its guests.
 #[allow(unsafe_code)]
 pub(crate) fn local_cid() -> io::Result<u32> {
-    let device = File::open("/dev/vsock")?;
+    let device = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/vsock")?;
+    if !device.metadata()?.file_type().is_char_device() {
+        return Err(io::Error::other("/dev/vsock is no device"));
+    }
     let mut cid: libc::c_uint = 0;
     // SAFETY: IOCTL_VM_SOCKETS_GET_LOCAL_CID writes one unsigned int, to which the pointer is valid, and nothing else.
     match unsafe { libc::ioctl(device.as_raw_fd(), GET_LOCAL_CID, &raw mut cid) } {
