@@ -889,6 +889,41 @@ fn urgent_data_amid_much_else_keeps_nothing_back() {
     }
 }
 
+/// Whether a splice or an event meets the mark first is a matter of luck: of so many both do.
+#[test]
+fn urgent_data_in_many_uploads_ends_none() {
+    const UPLOADS: usize = 600;
+    const AT_ONCE: usize = 4;
+    const BEFORE: usize = 192 * 1024;
+    const BEHIND: usize = 64 * 1024;
+    let (server, target) = tcp_server();
+    let proxy = proxy(any_tcp(), target);
+    let port = port_of(&proxy, 0);
+    let upload = || {
+        let mut client = tcp(port);
+        client.write_all(&[1; BEFORE]).unwrap();
+        let socket = socket2::SockRef::from(&client);
+        assert_eq!(socket.send_out_of_band(b"!").unwrap(), 1);
+        client.write_all(&[2; BEHIND]).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        client.read_to_end(&mut Vec::new()).unwrap();
+    };
+    let take = || {
+        let (mut accepted, _) = server.accept().unwrap();
+        accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut got = Vec::new();
+        accepted.read_to_end(&mut got).unwrap();
+        let count = |byte| got.iter().filter(|&&it| it == byte).count();
+        assert_eq!((count(1), count(2)), (BEFORE, BEHIND));
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| (0..UPLOADS / AT_ONCE).for_each(|_| upload()));
+            scope.spawn(|| (0..UPLOADS / AT_ONCE).for_each(|_| take()));
+        }
+    });
+}
+
 /// A read of a Unix socket ends where descriptors were passed, and no event tells of what stands behind them.
 #[cfg(target_os = "linux")]
 #[test]

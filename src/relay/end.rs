@@ -162,16 +162,24 @@ impl<S: Socket> End<S> {
         Some(n)
     }
 
-    /// Whether bytes from here can go through a pipe. Of what stands behind urgent data a splice tells nothing; an EOF and
-    /// an error it tells as a read does.
+    /// Whether bytes from here can go through a pipe. Of what stands behind urgent data a splice tells nothing; an error
+    /// it tells as a read does.
     pub(crate) fn has_splice(&self) -> bool {
         !self.urgent && self.socket.has_splice()
     }
 
-    /// As [`read`](End::read), into a pipe that is empty.
+    /// As [`read`](End::read), into a pipe that is empty. Only a read tells of an end: `None` may mean as well that
+    /// there is no splice here any more.
     pub(crate) fn splice_in(&mut self, pipe: &mut S::Pipe) -> Option<usize> {
-        let n = self.socket.splice_in(pipe);
-        self.note_read(n)
+        match self.socket.splice_in(pipe) {
+            // An EOF, or urgent data of which no event has told yet: Linux' splice says the same of both.
+            Ok(0) => {
+                self.urgent = true;
+                self.hidden = true;
+                None
+            }
+            n => self.note_read(n),
+        }
     }
 
     fn note_read(&mut self, read: io::Result<usize>) -> Option<usize> {

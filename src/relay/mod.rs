@@ -4,7 +4,7 @@
 //! says through [`End::latch`].
 //!
 //! # Invariants
-//! 1. Readiness is latched: see [`End`].
+//! 1. Readiness is latched: see [`End`]. The end of a splice is believed only when a read says so too.
 //! 2. A carrier is filled only when it is empty: see [`Carrier`]. So memory is bounded, backpressure is free, EOF
 //!    never overtakes data, and a `WouldBlock` has one meaning.
 //! 3. EOF on one side becomes `shutdown(Write)` on the other, once, after the last byte. Each direction ends by
@@ -175,10 +175,10 @@ impl<P: Pipe> Flow<P> {
                     self.carrier = Carrier::Pipe { pipe, holds };
                     return holds;
                 }
-                None => {
-                    pool.give_pipe(pipe);
-                    return 0;
-                }
+                None => pool.give_pipe(pipe),
+            }
+            if source.has_splice() {
+                return 0;
             }
         }
         let mut buffer = pool.take_buffer();

@@ -76,6 +76,25 @@ fn a_flow_with_urgent_data_goes_through_memory() {
     assert_eq!(pair.wire(SERVER).written, 32 + 2 * PIPE as u64);
 }
 
+/// A splice that began before the event came says the same at urgent data as at an end.
+#[test]
+fn an_end_of_a_splice_is_believed_only_when_a_read_says_so() {
+    let mut pair = pair(tcp());
+    pair.client().say(32 + PIPE);
+    pair.settle();
+    pair.client().say(PIPE);
+    assert!(pair.poll(CLIENT));
+    pair.client().habits.mark = Some(PIPE);
+    pair.client().say(PIPE);
+    pair.turn();
+    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.wire(SERVER).written, 32 + 3 * PIPE as u64);
+    assert_eq!(pair.wire(SERVER).half_closes, 0);
+    pair.client().fin();
+    pair.settle();
+    assert_eq!(pair.wire(SERVER).half_closes, 1);
+}
+
 #[test]
 fn what_comes_before_the_end_goes_on_through_a_pipe() {
     let mut pair = pair(tcp());
@@ -87,8 +106,8 @@ fn what_comes_before_the_end_goes_on_through_a_pipe() {
     pair.settle();
     assert_eq!(
         calls(&pair)[CLIENT] - before,
-        3,
-        "two splices, one that finds the end"
+        4,
+        "two splices, one that finds the end, and a read that says so, too"
     );
     assert_eq!(pair.wire(SERVER).written, 32 + 3 * PIPE as u64);
     assert_eq!(pair.wire(SERVER).half_closes, 1);

@@ -77,6 +77,7 @@ fn random_habits(rng: &mut Rng) -> Habits {
         terse: rng.bool(),
         nervous: rng.u8(..8) > 0,
         mark: (rng.u8(..4) == 0).then(|| rng.usize(1..=40)),
+        urgent: rng.u8(..4) == 0,
         drains: rng.bool(),
         splices: rng.bool(),
     }
