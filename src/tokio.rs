@@ -40,8 +40,8 @@ use crate::dial::{Begun, Dial, Next, explain};
 use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::not_carried;
 use crate::name::SocketName;
-use crate::stream::MOST_UNREAD;
 use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
+use crate::stream::{MOST_UNREAD, closer};
 use crate::sys;
 
 /// How long [`Stream::connect`] tries.
@@ -59,6 +59,29 @@ pub struct Stream {
     address: Address,
     /// Nothing more comes: it can be closed.
     ended: bool,
+    takes_descriptors: TakesDescriptors,
+}
+
+/// Whether it is a Unix socket over which a peer may pass descriptors.
+#[derive(Clone, Copy, Debug)]
+struct TakesDescriptors(bool);
+
+impl TakesDescriptors {
+    fn of(socket: &Socket) -> TakesDescriptors {
+        let is_unix = socket.local_addr().is_ok_and(|name| name.is_unix());
+        TakesDescriptors(is_unix && !sys::refuses_descriptors(socket.as_fd()))
+    }
+
+    /// Reads. Descriptors that came with the bytes are closed where that may take its time.
+    fn read(self, mut socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.0 {
+            return socket.read(buffer);
+        }
+        closer::check_room()?;
+        let received = sys::receive(socket.as_fd(), buffer)?;
+        closer::close_passed(received.descriptors);
+        Ok(received.bytes)
+    }
 }
 
 /// How long a guest may take to end a connection that was dropped.
@@ -152,7 +175,10 @@ impl Stream {
             let _ = self.socket.get_ref().shutdown(Shutdown::Read);
             let mut rest = [0; 16 * 1024];
             for _ in 0..MOST_UNREAD / rest.len() {
-                if !matches!(self.socket.get_ref().read(&mut rest), Ok(1..)) {
+                let read = self
+                    .takes_descriptors
+                    .read(self.socket.get_ref(), &mut rest);
+                if !matches!(read, Ok(1..)) {
                     break;
                 }
             }
@@ -166,7 +192,8 @@ impl Stream {
         let mut rest = [0; 16 * 1024];
         loop {
             let mut ready = self.socket.readable().await?;
-            match ready.try_io(|socket| socket.get_ref().read(&mut rest)) {
+            let takes_descriptors = self.takes_descriptors;
+            match ready.try_io(|socket| takes_descriptors.read(socket.get_ref(), &mut rest)) {
                 Ok(Ok(0)) => return Ok(()),
                 Ok(Err(e)) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
                 _ => {}
@@ -194,11 +221,14 @@ impl TryFrom<crate::Stream> for Stream {
         refuse_frames(stream.is_framed())?;
         stream.set_nonblocking(true)?;
         let address = stream.address().clone();
-        let socket = sys::watch_socket(stream.into_socket())?;
+        let socket = stream.into_socket();
+        let takes_descriptors = TakesDescriptors::of(&socket);
+        let socket = sys::watch_socket(socket)?;
         Ok(Stream {
             socket,
             address,
             ended: false,
+            takes_descriptors,
         })
     }
 }
@@ -257,7 +287,10 @@ impl AsyncRead for Stream {
         let this = self.get_mut();
         loop {
             let mut ready = ready!(this.socket.poll_read_ready(context))?;
-            let read = ready.try_io(|socket| socket.get_ref().read(buffer.initialize_unfilled()));
+            let takes_descriptors = this.takes_descriptors;
+            let read = ready.try_io(|socket| {
+                takes_descriptors.read(socket.get_ref(), buffer.initialize_unfilled())
+            });
             match read {
                 Ok(Ok(n)) => {
                     this.ended |= n == 0 && buffer.remaining() > 0;

@@ -82,6 +82,8 @@ pub(crate) fn bind(
     })?;
     let bind = |short: &Path| {
         let socket = Socket::new(Domain::UNIX, kind, None)?;
+        // Before anyone can send: what it accepts inherits it.
+        sys::refuse_descriptors(&socket);
         socket.bind(&SockAddr::unix(short)?)?;
         // Dropped, and so removed again, if the next step fails.
         let file = SocketFile {

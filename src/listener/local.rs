@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use mio::event::Source;
 use mio::unix::SourceFd;
-use socket2::{Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 use super::file::{self, SocketFile};
 use super::nonblocking::{BACKLOG, FileState, not_carried};
@@ -17,14 +17,25 @@ use crate::address::{Address, UnixAddress, VsockAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
-use crate::stream::local::Local;
+use crate::stream::local::{Descriptors, Local};
 use crate::sys::{self, AsSocket, BorrowedSocket};
+
+/// Which sockets of a Unix listener refuse the descriptors that a peer would pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// What it accepts has inherited that from it.
+    All,
+    None,
+    /// Those that came since it does: each is to be asked.
+    Some,
+}
 
 #[derive(Debug)]
 pub(crate) enum LocalListener {
     Unix {
         listener: mio::net::UnixListener,
         file: Option<Arc<SocketFile>>,
+        descriptors: Refusal,
     },
     Vsock(Socket),
 }
@@ -43,7 +54,11 @@ impl LocalListener {
 
     pub(super) fn accept(&self) -> io::Result<(Local, SocketName)> {
         match self {
-            LocalListener::Unix { listener, .. } => {
+            LocalListener::Unix {
+                listener,
+                descriptors,
+                ..
+            } => {
                 let accepted = listener.accept().map_err(|e| match e.kind() {
                     // It would say so for ever.
                     io::ErrorKind::WouldBlock if sys::is_shut_down(listener.as_socket()) => {
@@ -51,7 +66,14 @@ impl LocalListener {
                     }
                     _ => e,
                 });
-                Ok((accepted?.0.into(), SocketName::Unnamed))
+                let (stream, _) = accepted?;
+                let refused = match descriptors {
+                    Refusal::All => true,
+                    Refusal::None => false,
+                    Refusal::Some => sys::refuses_descriptors(stream.as_socket()),
+                };
+                let stream = Local::from_unix(stream, Descriptors::refused(refused));
+                Ok((stream, SocketName::Unnamed))
             }
             LocalListener::Vsock(listener) => {
                 let (socket, address) = listener.accept()?;
@@ -138,23 +160,29 @@ fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<LocalListener> 
 
 fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<LocalListener> {
     let (socket, file) = file::bind(address, path, Type::STREAM, mode)?;
-    let listen = || {
-        socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)
-    };
-    listen().map_err(|e| Error::new(Operation::Listen, address, e))?;
-    Ok(LocalListener::Unix {
-        listener: mio::net::UnixListener::from_std(socket.into()),
-        file: Some(Arc::new(file)),
-    })
+    listen(socket, Some(file)).map_err(|e| Error::new(Operation::Listen, address, e))
 }
 
 fn bind_abstract(address: &Address, name: &[u8]) -> Result<LocalListener> {
-    sys::abstract_address(name)
-        .and_then(|name| mio::net::UnixListener::bind_addr(&name))
-        .map(|listener| LocalListener::Unix {
-            listener,
-            file: None,
-        })
-        .map_err(|e| Error::new(Operation::Listen, address, e))
+    let bind = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        sys::refuse_descriptors(&socket);
+        socket.bind(&sys::abstract_address(name)?)?;
+        listen(socket, None)
+    };
+    bind().map_err(|e| Error::new(Operation::Listen, address, e))
+}
+
+fn listen(socket: Socket, file: Option<SocketFile>) -> io::Result<LocalListener> {
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    let descriptors = match sys::refuses_descriptors(socket.as_socket()) {
+        true => Refusal::All,
+        false => Refusal::None,
+    };
+    Ok(LocalListener::Unix {
+        listener: mio::net::UnixListener::from_std(socket.into()),
+        file: file.map(Arc::new),
+        descriptors,
+    })
 }

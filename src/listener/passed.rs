@@ -10,7 +10,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use socket2::{Socket, Type};
 
 use super::Listener;
-use super::local::LocalListener;
+use super::local::{LocalListener, Refusal};
 use super::nonblocking;
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
@@ -44,9 +44,15 @@ fn take(socket: Socket) -> io::Result<Listener> {
     let name = socket.local_addr()?;
     socket.set_nonblocking(true)?;
     let unix = |address, socket: Socket| {
+        // Clients may have come before.
+        let descriptors = match sys::refuse_descriptors(&socket) {
+            true => Refusal::Some,
+            false => Refusal::None,
+        };
         let listener = LocalListener::Unix {
             listener: mio::net::UnixListener::from_std(socket.into()),
             file: None,
+            descriptors,
         };
         (
             Address::Unix(address),

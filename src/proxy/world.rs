@@ -566,6 +566,7 @@ impl World for MioWorld {
         if !sys::KERNEL_EDGES {
             let _ = stream.deregister(self.poll.registry());
         }
+        stream.close();
     }
 
     fn reset(&mut self, mut stream: Stream) {

@@ -28,6 +28,11 @@ pub(crate) trait Socket {
         false
     }
 
+    /// Whether what it receives can, too.
+    fn can_splice_in(&self) -> bool {
+        self.has_splice()
+    }
+
     /// A read into a pipe that is empty. A short one says nothing.
     fn splice_in(&mut self, pipe: &mut Self::Pipe) -> io::Result<usize>;
     /// A write of `len` bytes, all that the pipe holds. A short one says nothing.
@@ -165,7 +170,7 @@ impl<S: Socket> End<S> {
     /// Whether bytes from here can go through a pipe. Of what stands behind urgent data a splice tells nothing; an error
     /// it tells as a read does.
     pub(crate) fn has_splice(&self) -> bool {
-        !self.urgent && self.socket.has_splice()
+        !self.urgent && self.socket.can_splice_in()
     }
 
     /// As [`read`](End::read), into a pipe that is empty. Only a read tells of an end: `None` may mean as well that

@@ -1,18 +1,39 @@
 //! Sockets of one machine, for an event loop: Unix sockets, those of VMMs among them, and AF_VSOCK.
 
 use std::io::{self, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use mio::event::Source;
-use socket2::SockRef;
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use crate::address::{HyperkitAddress, UnixAddress};
 use crate::hyperkit;
 use crate::sys;
 
+use super::closer;
 use super::nonblocking::{Endpoint, is_connected};
+
+/// Whether descriptors may come with the bytes of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Descriptors {
+    /// The kernel has refused them since the socket was connected, or its family has none.
+    Refused,
+    MayCome,
+    HaveCome,
+}
+
+impl Descriptors {
+    /// What holds of a socket of which [`sys::refuse_descriptors`] or [`sys::refuses_descriptors`] has said so.
+    pub(crate) fn refused(refused: bool) -> Descriptors {
+        match refused {
+            true => Descriptors::Refused,
+            false => Descriptors::MayCome,
+        }
+    }
+}
 
 /// A connected socket, or one whose connect is in progress.
 #[derive(Debug)]
@@ -21,6 +42,7 @@ pub(crate) struct Local {
     stream: mio::net::UnixStream,
     /// The connect may take a while.
     is_vsock: bool,
+    descriptors: Descriptors,
     /// The last read ended where descriptors were passed: there may be more behind it, of which no event tells.
     #[cfg(target_os = "linux")]
     stopped: bool,
@@ -29,9 +51,9 @@ pub(crate) struct Local {
 impl Local {
     pub(super) fn connect(endpoint: &Endpoint) -> io::Result<Local> {
         match endpoint {
-            Endpoint::Unix(address) => connect_unix(address).map(Local::from),
-            Endpoint::Hyperkit(address) => connect_hyperkit(address).map(Local::from),
-            Endpoint::VsockMux(address) => connect_path(&address.path).map(Local::from),
+            Endpoint::Unix(address) => connect_unix(address),
+            Endpoint::Hyperkit(address) => connect_hyperkit(address),
+            Endpoint::VsockMux(address) => connect_path(&address.path),
             Endpoint::Vsock(address) => {
                 sys::vsock_connect(address.cid, address.port.0, address.buffer_size)
                     .map(Local::from_vsock)
@@ -41,11 +63,35 @@ impl Local {
     }
 
     /// A stream of a non-blocking AF_VSOCK socket.
-    pub(crate) fn from_vsock(socket: socket2::Socket) -> Local {
+    pub(crate) fn from_vsock(socket: Socket) -> Local {
         let stream = std::os::unix::net::UnixStream::from(OwnedFd::from(socket));
         Local {
             is_vsock: true,
-            ..Local::from(mio::net::UnixStream::from_std(stream))
+            ..Local::from_unix(mio::net::UnixStream::from_std(stream), Descriptors::Refused)
+        }
+    }
+
+    /// A stream of a Unix socket.
+    pub(crate) fn from_unix(stream: mio::net::UnixStream, descriptors: Descriptors) -> Local {
+        Local {
+            stream,
+            is_vsock: false,
+            descriptors,
+            #[cfg(target_os = "linux")]
+            stopped: false,
+        }
+    }
+
+    /// Closes it; in another thread if descriptors may lie in it unread, which are closed with it.
+    pub(super) fn close(self) {
+        let unread = || {
+            let peeked = SockRef::from(&self.stream).peek(&mut [MaybeUninit::uninit()]);
+            matches!(peeked, Ok(1..))
+        };
+        match self.descriptors {
+            Descriptors::HaveCome => closer::close(self),
+            Descriptors::MayCome if unread() => closer::close(self),
+            _ => {}
         }
     }
 
@@ -73,7 +119,13 @@ impl Local {
         self.stream.shutdown(how)
     }
 
-    /// Whether its bytes can go through a pipe: not those of AF_VSOCK, whose kernel code has no splice.
+    /// Whether what it receives can go through a pipe: a splice closes the descriptors that came with it.
+    #[cfg(target_os = "linux")]
+    pub(super) fn can_splice_in(&self) -> bool {
+        self.has_splice() && self.descriptors == Descriptors::Refused
+    }
+
+    /// Whether bytes can go through a pipe: not those of AF_VSOCK, whose kernel code has no splice.
     #[cfg(target_os = "linux")]
     pub(super) fn has_splice(&self) -> bool {
         !self.is_vsock
@@ -90,29 +142,23 @@ impl Local {
     }
 }
 
-impl From<mio::net::UnixStream> for Local {
-    fn from(stream: mio::net::UnixStream) -> Local {
-        Local {
-            stream,
-            is_vsock: false,
-            #[cfg(target_os = "linux")]
-            stopped: false,
-        }
-    }
-}
-
 impl Read for Local {
-    #[cfg(target_os = "linux")]
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.descriptors == Descriptors::Refused {
+            return self.stream.read(buffer);
+        }
+        closer::check_room()?;
         let receive = || sys::receive(self.stream.as_fd(), buffer);
-        let (n, stopped) = self.stream.try_io(receive)?;
-        self.stopped = stopped;
-        Ok(n)
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.read(buffer)
+        let received = self.stream.try_io(receive)?;
+        closer::close_passed(received.descriptors);
+        if received.stopped {
+            self.descriptors = Descriptors::HaveCome;
+        }
+        #[cfg(target_os = "linux")]
+        {
+            self.stopped = received.stopped;
+        }
+        Ok(received.bytes)
     }
 }
 
@@ -138,8 +184,8 @@ impl AsFd for Local {
     }
 }
 
-fn connect_path(path: &Path) -> io::Result<mio::net::UnixStream> {
-    let connected = sys::with_short_path(path, |short| mio::net::UnixStream::connect(short));
+fn connect_path(path: &Path) -> io::Result<Local> {
+    let connected = sys::with_short_path(path, |short| connect_to(&SockAddr::unix(short)?));
     match connected {
         Err(e)
             if sys::FULL_BACKLOG_REFUSES
@@ -152,18 +198,26 @@ fn connect_path(path: &Path) -> io::Result<mio::net::UnixStream> {
     }
 }
 
-fn connect_unix(address: &UnixAddress) -> io::Result<mio::net::UnixStream> {
+fn connect_unix(address: &UnixAddress) -> io::Result<Local> {
     match address {
         UnixAddress::Path(path) => connect_path(path),
-        UnixAddress::Abstract(name) => {
-            mio::net::UnixStream::connect_addr(&sys::abstract_address(name)?)
-        }
+        UnixAddress::Abstract(name) => connect_to(&sys::abstract_address(name)?),
     }
+}
+
+fn connect_to(address: &SockAddr) -> io::Result<Local> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    // Before it has a peer.
+    let descriptors = Descriptors::refused(sys::refuse_descriptors(&socket));
+    socket.connect(address)?;
+    let stream = mio::net::UnixStream::from_std(socket.into());
+    Ok(Local::from_unix(stream, descriptors))
 }
 
 /// Connects to the `connect` socket and asks for the port, or, where there is no such socket, to the one that
 /// hyperkit's `guest_forwards=` made for the port.
-fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<mio::net::UnixStream> {
+fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<Local> {
     let vm = &address.vm;
     let connected = connect_path(&vm.connect_path());
     let mut stream = match connected {

@@ -2,6 +2,8 @@
 
 #[cfg(windows)]
 mod blocking_pipe;
+#[cfg(unix)]
+pub(crate) mod closer;
 #[cfg(windows)]
 mod inner;
 #[cfg(unix)]

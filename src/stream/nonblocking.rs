@@ -163,6 +163,14 @@ impl Stream {
         }
     }
 
+    /// Closes, without waiting for what a peer may have passed.
+    pub(crate) fn close(self) {
+        #[cfg(unix)]
+        if let Stream::Local(stream) = self {
+            stream.close();
+        }
+    }
+
     /// Closes so that the peer reads a reset and not an EOF, where the family can.
     pub(crate) fn reset(self) {
         match self {
@@ -170,7 +178,7 @@ impl Stream {
                 let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
             }
             #[cfg(unix)]
-            Stream::Local(_) => {}
+            Stream::Local(stream) => stream.close(),
             #[cfg(windows)]
             Stream::Local(pipe) => pipe.reset(),
             Stream::Blocking(stream) => stream.abort(),
@@ -278,6 +286,14 @@ impl Socket for Stream {
             Stream::Tcp(_) => true,
             Stream::Local(stream) => stream.has_splice(),
             Stream::Blocking(_) => false,
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn can_splice_in(&self) -> bool {
+        match self {
+            Stream::Local(stream) => stream.can_splice_in(),
+            other => other.has_splice(),
         }
     }
 

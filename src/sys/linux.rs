@@ -3,12 +3,11 @@
 mod splice;
 
 use std::fs::File;
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
 use nix::libc;
-use nix::sys::socket::{MsgFlags, recvmsg};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 pub(crate) use splice::Pipe;
@@ -112,13 +111,4 @@ pub(crate) fn local_cid() -> io::Result<u32> {
         0 => Ok(cid),
         _ => Err(io::Error::last_os_error()),
     }
-}
-
-/// Reads; and whether descriptors came with the bytes, which are closed. There a read of a Unix socket ends (`unix(7)`),
-/// whatever is behind.
-pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, bool)> {
-    let mut into = [IoSliceMut::new(buffer)];
-    let read = recvmsg::<()>(socket.as_raw_fd(), &mut into, None, MsgFlags::empty())?;
-    // There was no room for them.
-    Ok((read.bytes, read.flags.contains(MsgFlags::MSG_CTRUNC)))
 }

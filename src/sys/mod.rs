@@ -7,6 +7,7 @@
 //! * `is_socket_alive(path)`: whether a process has the socket of that file, without connecting to it.
 //! * `Identity::of(path)`: tells two files apart that had the same name one after the other, without following a
 //!   symbolic link and without touching the file in any way that its owner could notice.
+//! * `refuse_descriptors(socket)`, `refuses_descriptors(socket)`, `receive(socket, buffer)`: descriptors that a peer passes.
 //! * `descriptor_limit()`: how many descriptors the process may have.
 //! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have.
 //! * `unacknowledged(socket)`: what a reset now would take away from the peer.

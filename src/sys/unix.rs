@@ -1,5 +1,7 @@
 //! Linux, macOS and the BSDs.
 
+mod rights;
+
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use super::Wanted;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
+pub(crate) use rights::{receive, refuse_descriptors, refuses_descriptors};
 
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
 /// macOS and the BSDs (`sys/un.h`).
@@ -478,12 +481,13 @@ pub(crate) fn unix_name(address: &std::os::unix::net::SocketAddr) -> Option<Vec<
 /// The address of an abstract Unix socket.
 ///
 /// # Errors
-/// `Unsupported` where there are none: they are Linux'.
-pub(crate) fn abstract_address(name: &[u8]) -> io::Result<std::os::unix::net::SocketAddr> {
+/// `Unsupported` where there are none: they are Linux'; `InvalidInput` if the name is too long.
+pub(crate) fn abstract_address(name: &[u8]) -> io::Result<socket2::SockAddr> {
     #[cfg(target_os = "linux")]
     {
-        use std::os::linux::net::SocketAddrExt;
-        std::os::unix::net::SocketAddr::from_abstract_name(name)
+        use std::os::unix::ffi::OsStrExt;
+        let name = [b"\0", name].concat();
+        socket2::SockAddr::unix(std::ffi::OsStr::from_bytes(&name))
     }
     #[cfg(not(target_os = "linux"))]
     {

@@ -18,6 +18,7 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::file::{self, SocketFile};
 use crate::listener::lasting::FileWatch;
 use crate::serve::{LOOK, Stop};
+use crate::stream::closer;
 use crate::sys::{self, AsSocket, Wanted};
 
 use link::Link;
@@ -95,8 +96,11 @@ fn take(mut log: Log, kept: &Kept, stop: &Stop) -> io::Result<()> {
     let mut buffer = vec![0; LONGEST_MESSAGE];
     let mut watch = FileWatch::default();
     loop {
-        match log.socket.recv(&mut buffer) {
-            Ok(n) => kept.push(&buffer[..n]),
+        match sys::receive(log.socket.as_socket(), &mut buffer) {
+            Ok(received) => {
+                kept.push(&buffer[..received.bytes]);
+                closer::close_passed(received.descriptors);
+            }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 if stop.is_asked() {
                     return Ok(());
