@@ -76,6 +76,10 @@ impl LocalListener {
                 Ok((stream, SocketName::Unnamed))
             }
             LocalListener::Vsock(listener) => {
+                // On Linux 6.1 an accept that finds nobody sleeps until the next tick, though non-blocking.
+                if !sys::has_client(listener.as_socket())? {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
                 let (socket, address) = listener.accept()?;
                 socket.set_nonblocking(true)?;
                 let peer = SocketName::of(&address);

@@ -14,6 +14,7 @@
 //! * `take_over(number)`: owns a descriptor that the process was started with, once.
 //! * `vsock_connect`, `vsock_listen`, `vsock_set_buffer`, `vsock_of`, `local_cid`: AF_VSOCK sockets, or `Unsupported`.
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
+//! * `has_client(listener)`: whether an accept would find anybody, without one.
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: on whose behalf we are, and who is at the other end of a Unix socket.
 //! * `has_peer_ended(socket)`: whether the process at the other end of a Unix socket is ending.

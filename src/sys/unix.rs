@@ -224,6 +224,20 @@ pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     answered && asked[0].revents().is_some_and(|now| now.intersects(gone))
 }
 
+/// Whether an accept would find a client now, or an error.
+pub(crate) fn has_client(listener: BorrowedFd<'_>) -> io::Result<bool> {
+    loop {
+        match poll(
+            &mut [PollFd::new(listener, PollFlags::POLLIN)],
+            PollTimeout::ZERO,
+        ) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
 /// Whether a listening socket was shut down, so that nobody can connect to it any more.
 ///
 /// A Unix listener that is non-blocking doesn't say so when it accepts: Linux goes on to say `EAGAIN`.
