@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::nonblocking::FileState;
 use crate::error::{Error, Operation, Result};
-use crate::sys::{self, Identity};
+use crate::sys::{self, Identity, Place};
 
 /// The file of a Unix socket that we made. Dropping it removes the file, if it is still ours.
 #[derive(Debug)]
@@ -31,19 +31,14 @@ impl SocketFile {
 
     /// Gives it other permissions, unless it is somebody else's by now.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
-        match Identity::of(&self.path)? == self.identity {
-            true => fs::set_permissions(&self.path, fs::Permissions::from_mode(mode)),
-            false => Ok(()),
-        }
+        Place::of(&self.path)?.set_mode(self.identity, mode)
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // By identity, not by name: by now the name may be somebody else's.
-        if Identity::of(&self.path).is_ok_and(|now| now == self.identity) {
-            let _ = fs::remove_file(&self.path);
-        }
+        // By now the name may be somebody else's, or that of nobody.
+        let _ = Place::of(&self.path).and_then(|place| place.remove(self.identity));
     }
 }
 
@@ -84,14 +79,13 @@ pub(crate) fn bind(
         let socket = Socket::new(Domain::UNIX, kind, None)?;
         // Before anyone can send: what it accepts inherits it.
         sys::refuse_descriptors(&socket);
+        sys::set_bound_mode(&socket, mode);
         socket.bind(&SockAddr::unix(short)?)?;
-        // Dropped, and so removed again, if the next step fails.
+        // Before it listens nobody can connect, so there is no moment with other permissions than asked for.
         let file = SocketFile {
             path: path.to_path_buf(),
-            identity: Identity::of(path)?,
+            identity: Place::of(path)?.finish_bind(mode)?,
         };
-        // Before it listens nobody can connect, so there is no moment with other permissions than asked for.
-        fs::set_permissions(short, fs::Permissions::from_mode(mode))?;
         Ok((socket, file))
     };
     sys::with_short_path(path, bind).map_err(|e| {
@@ -118,19 +112,94 @@ fn clear_the_way(path: &Path) -> io::Result<()> {
             "a file that is no socket is in the way",
         ));
     }
-    let identity = Identity::of(path)?;
+    let place = Place::of(path)?;
+    let identity = place.identity()?;
     match sys::is_socket_alive(path) {
         Ok(true) => {
             let why = "the socket is in use";
             Err(io::Error::new(io::ErrorKind::AddrInUse, why))
         }
         Ok(false) => {
-            if Identity::of(path)? == identity {
-                fs::remove_file(path)?;
-            }
-            Ok(())
+            // The one that was found dead, and no other.
+            place.remove(identity)
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    fn bind_at(path: &Path, mode: u32) -> (Socket, SocketFile) {
+        bind("it", path, Type::STREAM, mode).unwrap()
+    }
+
+    #[test]
+    fn a_file_has_the_permissions_that_were_asked_for_whatever_the_umask_takes() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("s");
+        for asked in [0o600, 0o666, 0o777, 0o000] {
+            let (_socket, file) = bind_at(&path, asked);
+            assert_eq!(mode(&path), asked);
+            file.set_mode(0o660).unwrap();
+            assert_eq!(mode(&path), 0o660);
+            drop(file);
+            assert!(!path.exists());
+        }
+    }
+
+    #[test]
+    fn a_link_in_its_place_is_not_followed_and_not_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let (path, other) = (root.path().join("s"), root.path().join("other"));
+        fs::write(&other, "").unwrap();
+        fs::set_permissions(&other, fs::Permissions::from_mode(0o640)).unwrap();
+        let (_socket, file) = bind_at(&path, 0o600);
+        fs::rename(&path, root.path().join("moved")).unwrap();
+        symlink(&other, &path).unwrap();
+        file.set_mode(0o666).unwrap();
+        assert_eq!(mode(&other), 0o640);
+        drop(file);
+        assert!(path.is_symlink() && other.exists());
+    }
+
+    /// As a directory that another user owns may be, on the way to it.
+    #[test]
+    fn a_socket_in_a_directory_that_was_exchanged_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let (one, two) = (root.path().join("one"), root.path().join("two"));
+        fs::create_dir(&one).unwrap();
+        let (_socket, file) = bind_at(&one.join("s"), 0o600);
+        fs::rename(&one, &two).unwrap();
+        fs::create_dir(&one).unwrap();
+        let _other = std::os::unix::net::UnixListener::bind(one.join("s")).unwrap();
+        let before = mode(&one.join("s"));
+        file.set_mode(0o606).unwrap();
+        drop(file);
+        assert_eq!(mode(&one.join("s")), before);
+    }
+
+    /// What the permissions are set on is looked at after the bind, and is what was looked at.
+    #[test]
+    fn what_has_taken_the_place_of_a_socket_just_bound_keeps_its_permissions() {
+        let root = tempfile::tempdir().unwrap();
+        let (path, other) = (root.path().join("s"), root.path().join("other"));
+        fs::write(&other, "").unwrap();
+        fs::set_permissions(&other, fs::Permissions::from_mode(0o640)).unwrap();
+        symlink(&other, &path).unwrap();
+        for asked in [0o666, 0o777] {
+            let error = Place::of(&path).unwrap().finish_bind(asked).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        }
+        assert_eq!(mode(&other), 0o640);
     }
 }

@@ -8,6 +8,8 @@
 //! * `Identity::of(path)`: tells two files apart that had the same name one after the other, without following a
 //!   symbolic link and without touching the file in any way that its owner could notice.
 //! * `refuse_descriptors(socket)`, `refuses_descriptors(socket)`, `receive(socket, buffer)`: descriptors that a peer passes.
+//! * `Place::of(path)`: a file by its directory and name, to be changed only if it is still the right one, no link followed.
+//! * `set_bound_mode(socket, mode)`: the permissions of the file that a bind of this socket will make, where they can be set.
 //! * `descriptor_limit()`: how many descriptors the process may have.
 //! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have.
 //! * `unacknowledged(socket)`: what a reset now would take away from the peer.

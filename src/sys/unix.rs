@@ -1,5 +1,6 @@
 //! Linux, macOS and the BSDs.
 
+mod place;
 mod rights;
 
 use std::fs;
@@ -12,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use super::Wanted;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
+pub(crate) use place::Place;
 pub(crate) use rights::{receive, refuse_descriptors, refuses_descriptors};
 
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
@@ -34,12 +36,40 @@ pub(crate) struct Identity {
 impl Identity {
     /// The identity of the file at `path`, not following a symbolic link.
     pub(crate) fn of(path: &Path) -> io::Result<Identity> {
-        let metadata = fs::symlink_metadata(path)?;
-        Ok(Identity {
+        Ok(Identity::from(&fs::symlink_metadata(path)?))
+    }
+}
+
+impl From<&fs::Metadata> for Identity {
+    fn from(metadata: &fs::Metadata) -> Identity {
+        Identity {
             device: metadata.dev(),
             inode: metadata.ino(),
             born: metadata.created().ok(),
-        })
+        }
+    }
+}
+
+/// As std makes it of the same.
+#[cfg(not(target_os = "linux"))]
+impl From<&nix::sys::stat::FileStat> for Identity {
+    #[allow(clippy::unnecessary_cast)]
+    fn from(stat: &nix::sys::stat::FileStat) -> Identity {
+        #[cfg(any(target_vendor = "apple", target_os = "freebsd"))]
+        let born = {
+            let seconds = u64::try_from(stat.st_birthtime).ok();
+            let part = u32::try_from(stat.st_birthtime_nsec).ok();
+            seconds.zip(part).map(|(seconds, part)| {
+                SystemTime::UNIX_EPOCH + Duration::new(seconds, part.min(999_999_999))
+            })
+        };
+        #[cfg(not(any(target_vendor = "apple", target_os = "freebsd")))]
+        let born = None;
+        Identity {
+            device: stat.st_dev as u64,
+            inode: stat.st_ino as u64,
+            born,
+        }
     }
 }
 
@@ -96,6 +126,21 @@ fn through_link<T>(
     let link = private.path().join("d");
     std::os::unix::fs::symlink(target, &link)?;
     f(&link.join(name))
+}
+
+/// Sets the permissions of the file that a bind of this socket will make, less the umask: Linux takes them from the socket.
+/// Elsewhere that can't be said before.
+pub(crate) fn set_bound_mode(socket: &socket2::Socket, mode: u32) {
+    #[cfg(target_os = "linux")]
+    {
+        let mode = nix::sys::stat::Mode::from_bits_truncate(mode);
+        // The file is looked at again when there is one.
+        let _ = nix::sys::stat::fchmod(socket, mode);
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (socket, mode);
+    }
 }
 
 /// Whether a process has bound the stream socket at `path` and still has it. Nobody notices the question.

@@ -1,0 +1,183 @@
+//! A file by its place: the directory that it is in, held open, and its name there.
+//!
+//! Whoever may write to a directory on the way, or to this one, can put another file, or a link, where ours was. So nothing
+//! is changed by a path: what is there is looked at, and changed only if it is the right file, and no link is followed.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use super::Identity;
+use found::Found;
+
+/// Where a file is, or was.
+#[derive(Debug)]
+pub(crate) struct Place {
+    directory: OwnedFd,
+    name: OsString,
+}
+
+impl Place {
+    /// The place that `path` names now.
+    ///
+    /// # Errors
+    /// That its directory can't be opened; `InvalidInput` if it names none.
+    pub(crate) fn of(path: &Path) -> io::Result<Place> {
+        let Some(name) = path.file_name() else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let flags = found::DIRECTORY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        Ok(Place {
+            directory: open(directory, flags, Mode::empty())?,
+            name: name.to_owned(),
+        })
+    }
+
+    /// Which file is there.
+    ///
+    /// # Errors
+    /// `NotFound`; what the system says.
+    pub(crate) fn identity(&self) -> io::Result<Identity> {
+        Ok(Found::at(self)?.identity)
+    }
+
+    /// Removes the file, if it is still that one.
+    ///
+    /// # Errors
+    /// `NotFound`; what the system says.
+    pub(crate) fn remove(&self, file: Identity) -> io::Result<()> {
+        if self.identity()? == file {
+            let name = self.name.as_os_str();
+            unlinkat(&self.directory, name, UnlinkatFlags::NoRemoveDir)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the file other permissions, if it is still that one.
+    ///
+    /// # Errors
+    /// `NotFound`; what the system says.
+    pub(crate) fn set_mode(&self, file: Identity, mode: u32) -> io::Result<()> {
+        let found = Found::at(self)?;
+        match found.identity == file {
+            true => found.set_mode(self, mode),
+            false => Ok(()),
+        }
+    }
+
+    /// Sees to it that the socket which was just bound here has these permissions; which file it is.
+    ///
+    /// # Errors
+    /// `PermissionDenied` if there is something else by now; what the system says.
+    pub(crate) fn finish_bind(&self, mode: u32) -> io::Result<Identity> {
+        let found = Found::at(self)?;
+        let is_right = found.mode == mode;
+        // (Of some network file systems the owner is not who made it.)
+        let is_ours = is_right || found.owner == nix::unistd::geteuid().as_raw();
+        if !found.is_socket || !is_ours {
+            let why = "another file has taken its place while it was bound";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
+        if !is_right {
+            found.set_mode(self, mode)?;
+        }
+        Ok(found.identity)
+    }
+}
+
+/// A descriptor of the file itself, which names the same file whatever is done to its name.
+#[cfg(target_os = "linux")]
+mod found {
+    use std::fs::{File, Permissions, set_permissions};
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+
+    use nix::fcntl::openat;
+
+    use super::*;
+
+    pub(super) const DIRECTORY: OFlag = OFlag::O_PATH;
+
+    pub(super) struct Found {
+        file: File,
+        pub(super) identity: Identity,
+        pub(super) is_socket: bool,
+        pub(super) owner: u32,
+        pub(super) mode: u32,
+    }
+
+    impl Found {
+        pub(super) fn at(place: &Place) -> io::Result<Found> {
+            let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let name = place.name.as_os_str();
+            let file = File::from(openat(&place.directory, name, flags, Mode::empty())?);
+            let metadata = file.metadata()?;
+            Ok(Found {
+                identity: Identity::from(&metadata),
+                is_socket: metadata.file_type().is_socket(),
+                owner: metadata.uid(),
+                mode: metadata.mode() & 0o7777,
+                file,
+            })
+        }
+
+        /// fchmod(2) refuses descriptors that can't be read; `/proc` leads to the same file.
+        pub(super) fn set_mode(&self, _: &Place, mode: u32) -> io::Result<()> {
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            set_permissions(path, Permissions::from_mode(mode))
+        }
+    }
+}
+
+/// Elsewhere no descriptor of a socket's file is to be had. Between the look and the change another file may take its name,
+/// but no link is followed.
+#[cfg(not(target_os = "linux"))]
+mod found {
+    use nix::fcntl::AtFlags;
+    use nix::libc;
+    use nix::sys::stat::{FchmodatFlags, fchmodat, fstatat};
+
+    use super::*;
+
+    pub(super) const DIRECTORY: OFlag = OFlag::O_RDONLY;
+
+    pub(super) struct Found {
+        pub(super) identity: Identity,
+        pub(super) is_socket: bool,
+        pub(super) owner: u32,
+        pub(super) mode: u32,
+    }
+
+    impl Found {
+        pub(super) fn at(place: &Place) -> io::Result<Found> {
+            let name = place.name.as_os_str();
+            let stat = fstatat(&place.directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+            Ok(Found {
+                identity: Identity::from(&stat),
+                is_socket: stat.st_mode & libc::S_IFMT == libc::S_IFSOCK,
+                owner: stat.st_uid,
+                mode: u32::from(stat.st_mode) & 0o7777,
+            })
+        }
+
+        pub(super) fn set_mode(&self, place: &Place, mode: u32) -> io::Result<()> {
+            let mode = Mode::from_bits_truncate(mode as libc::mode_t);
+            let name = place.name.as_os_str();
+            Ok(fchmodat(
+                &place.directory,
+                name,
+                mode,
+                FchmodatFlags::NoFollowSymlink,
+            )?)
+        }
+    }
+}
