@@ -104,6 +104,7 @@ mod stress;
 mod sys;
 #[cfg(all(unix, feature = "cli"))]
 mod syslog;
+mod time;
 #[cfg(all(unix, feature = "tokio"))]
 pub mod tokio;
 #[cfg(all(unix, feature = "cli"))]

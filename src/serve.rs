@@ -15,6 +15,7 @@ use crate::listener::lasting::LastingListener;
 use crate::name::SocketName;
 use crate::stream::Stream;
 use crate::sys::Wanted;
+use crate::time::after;
 
 /// How often a wait looks whether it is to end.
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
@@ -137,7 +138,7 @@ pub(crate) fn serve(
         }
         if stop.is_asked() {
             crowd.shutdown(Shutdown::Write);
-            let end = Instant::now() + plan.grace;
+            let end = after(Instant::now(), plan.grace);
             while !crowd.wait_for_room(1, LOOK) && Instant::now() < end && !stop.is_urgent() {}
             crowd.shutdown(Shutdown::Both);
         }

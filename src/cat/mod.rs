@@ -13,6 +13,7 @@ use crate::listener::lasting::LastingListener;
 use crate::serve::LOOK;
 use crate::stream::Stream;
 use crate::sys::Wanted;
+use crate::time::after;
 
 use session::{Input, Session};
 
@@ -163,7 +164,7 @@ impl Cat {
             true => DIAL,
             false => left.max(LOOK),
         };
-        let deadline = Instant::now() + timeout;
+        let deadline = after(Instant::now(), timeout);
         let stream = Stream::connect_unless(address, timeout, &|| self.is_interrupted())?;
         let connected = Instant::now();
         match address {

@@ -56,7 +56,7 @@ pub(super) struct Cat {
 impl Cat {
     pub(super) fn run(self) -> Outcome {
         let begun = Instant::now();
-        let address = self.peer.address(begun + self.wait)?;
+        let address = self.peer.address(crate::time::after(begun, self.wait))?;
         if self.register {
             register(&address)?;
         }

@@ -443,7 +443,7 @@ impl Stop {
         let call = format!("/v1/stop{}", query(self.grace));
         let answer: Value = read(&ask(&path, "POST", &call, "")?)?;
         let grace = duration(answer["grace_seconds"].as_f64().unwrap_or(0.0));
-        let end = Instant::now() + grace + LEAVE;
+        let end = crate::time::after(Instant::now(), grace.saturating_add(LEAVE));
         while Instant::now() < end {
             match control::get::<control::Status>(&path, "/v1/status") {
                 Err(Unanswered::Absent(_)) => return print("stopped"),

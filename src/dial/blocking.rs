@@ -12,6 +12,7 @@ use crate::listener::nonblocking::not_carried;
 use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
 use crate::stream::{Stream, is_timeout, refuse_zero};
 use crate::sys::Wanted;
+use crate::time::after;
 
 use super::{Begun, Dial, Next, explain};
 
@@ -109,7 +110,7 @@ fn dial(address: &Address, timeout: Duration, given_up: GivenUp<'_>) -> Result<S
         }
         Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
     };
-    let mut dial = Dial::new(begun + timeout);
+    let mut dial = Dial::new(after(begun, timeout));
     dial.add(endpoints);
     connect(&mut dial, given_up)
         .and_then(|stream| Stream::from_nonblocking(stream, address))

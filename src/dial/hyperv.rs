@@ -12,6 +12,7 @@ use crate::hyperv;
 use crate::listener::nonblocking::not_carried;
 use crate::stream::Stream;
 use crate::sys::{self, HvOptions};
+use crate::time::after;
 
 use super::blocking::HVSOCK_TIMEOUT;
 
@@ -22,7 +23,7 @@ pub(super) fn connect(address: &Address, timeout: Duration) -> Result<Stream> {
         return Err(not_carried(Operation::Connect, address));
     };
     let vm = vm_id(hvsock)?;
-    let deadline = Instant::now() + timeout;
+    let deadline = after(Instant::now(), timeout);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let patience = left.min(HVSOCK_TIMEOUT);

@@ -25,6 +25,7 @@ use crate::address::Address;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
 use crate::stream::Stream;
+use crate::time::after;
 
 /// The permissions of a Unix socket's file unless others are asked for: its owner's.
 pub const DEFAULT_MODE: u32 = 0o600;
@@ -134,7 +135,7 @@ impl Listener {
     /// # Errors
     /// As [`accept`](Listener::accept).
     pub fn accept_timeout(&self, timeout: Duration) -> Result<Option<(Stream, SocketName)>> {
-        let deadline = Instant::now() + timeout;
+        let deadline = after(Instant::now(), timeout);
         let fail = |e| Error::new(Operation::Accept, &self.address, e);
         loop {
             match self.accept_now() {

@@ -246,7 +246,7 @@ impl Handle {
             inbox.send(command(tell.clone()));
         }
         drop(tell);
-        let end = Instant::now() + patience;
+        let end = crate::time::after(Instant::now(), patience);
         let mut answers = Vec::new();
         while answers.len() < self.shared.inboxes.len() && !self.shared.is_over() {
             match told.recv_timeout(LOOK.min(patience)) {

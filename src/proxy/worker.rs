@@ -334,11 +334,7 @@ pub(crate) struct Worker<W: World> {
     pub(super) timers: Timers,
 }
 
-/// That time from now; for "never" (`Duration::MAX`), which no clock reaches, a century.
-pub(super) fn after(now: Instant, time: Duration) -> Instant {
-    const NEVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
-    now + time.min(NEVER)
-}
+pub(super) use crate::time::after;
 
 impl<W: World> Worker<W> {
     /// One of `shared`'s; its bytes may go through pipes if `splice`.

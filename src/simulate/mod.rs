@@ -35,6 +35,7 @@ pub use rules::{Fate, FateKind, Rule};
 
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
+use crate::time::after;
 use device::{Command, Device};
 use std::collections::HashMap;
 use std::io;
@@ -301,7 +302,7 @@ impl Vm {
     pub fn stop(self) {}
 
     fn wait(&self, time: Duration, mut done: impl FnMut(&Counters, &Option<Fate>) -> bool) -> bool {
-        let deadline = Instant::now() + time;
+        let deadline = after(Instant::now(), time);
         let mut state = self.shared.lock();
         while !done(&state.0, &state.1) {
             let left = deadline.saturating_duration_since(Instant::now());

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 #[cfg(feature = "cli")]
 use crate::sys::Wanted;
 use crate::sys::{self, Event, Last, LastWord, Operation, PipeKind};
+use crate::time::after;
 
 const BUFFER: u32 = 64 * 1024;
 
@@ -60,7 +61,7 @@ impl End {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        lock(&self.timeout).map(|timeout| Instant::now() + timeout)
+        lock(&self.timeout).map(|timeout| after(Instant::now(), timeout))
     }
 
     /// Waits for the operation, or until this end is shut; false if the deadline has passed.

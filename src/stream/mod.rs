@@ -25,6 +25,7 @@ use crate::name::SocketName;
 use crate::sys;
 #[cfg(feature = "cli")]
 use crate::sys::Wanted;
+use crate::time::{NEVER, after};
 
 #[cfg(windows)]
 use inner::Inner;
@@ -181,7 +182,7 @@ impl Stream {
     /// `InvalidInput` if it is zero.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         refuse_zero(timeout)?;
-        self.socket.set_read_timeout(timeout)
+        self.socket.set_read_timeout(unless_never(timeout))
     }
 
     /// What [`set_read_timeout`](Stream::set_read_timeout) has set.
@@ -207,7 +208,7 @@ impl Stream {
     /// `InvalidInput` if it is zero.
     pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         refuse_zero(timeout)?;
-        self.socket.set_write_timeout(timeout)
+        self.socket.set_write_timeout(unless_never(timeout))
     }
 
     /// Ends the connection so that no VM is hurt: half-closes, then reads and discards until the peer's EOF. What is left
@@ -229,7 +230,7 @@ impl Stream {
     /// # Errors
     /// `TimedOut`; what the kernel says.
     pub(crate) fn drain(&self, timeout: Duration) -> io::Result<()> {
-        let deadline = Instant::now() + timeout;
+        let deadline = after(Instant::now(), timeout);
         self.set_nonblocking(false)?;
         // One that the peer has reset says so when it is read.
         let _ = match &self.frames {
@@ -382,6 +383,11 @@ impl Stream {
         #[cfg(windows)]
         self.socket.cancel();
     }
+}
+
+/// A timeout; none of one that nobody lives to see, and that not every kernel can count.
+fn unless_never(timeout: Option<Duration>) -> Option<Duration> {
+    timeout.filter(|timeout| *timeout < NEVER)
 }
 
 /// The kernel would take it for "for ever".

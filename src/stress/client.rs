@@ -190,7 +190,7 @@ impl Run<'_> {
     }
 
     fn pause(&self) {
-        let end = Instant::now() + self.plan.pause;
+        let end = crate::time::after(Instant::now(), self.plan.pause);
         while !self.stop.is_asked() {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
