@@ -217,18 +217,104 @@ fn two_vms_are_carried_and_a_signal_ends_it() {
 }
 
 #[test]
-fn what_cannot_be_had_at_the_start_is_told_with_its_line() {
+fn what_cannot_be_had_at_the_start_keeps_nothing_else_and_is_had_later() {
     let dir = private_dir();
+    let server = echo_server();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
+    let later = dir.path().join("later");
     let file = File::new(
         dir.path(),
         &format!(
-            "[forward.a]\nlisten = 0\nconnect = 9\n[forward.b]\nlisten = {port}\nconnect = 9\n"
+            "[forward.a]\nlisten = {port}\nconnect = {server}\n\
+             [forward.b]\nlisten = {:?}\nconnect = {server}\n\
+             [forward.c]\nlisten = 0\nconnect = {server}\n",
+            text(&later.join("b")),
         ),
     );
-    let place = format!("{}:4: [forward.b]: cannot listen on", text(&file.0));
-    fails(&["run", text(&file.0)], 1, &[&place]);
+    let proxy = file.run();
+    let own = proxy.tcp_port();
+    for part in [
+        "[forward.a]: cannot listen on",
+        "[forward.b]: cannot listen on",
+    ] {
+        let told = proxy.complains(part);
+        assert!(told.contains("tried again every 2 s"), "{told}");
+    }
+    assert_eq!(ask(tcp(own), b"others").unwrap(), b"others");
+    let states = || {
+        let (_, json) = asked(dir.path(), &["status", "--json"]);
+        let status: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let state = |name: &str| {
+            let mut all = status["forwards"].as_array().unwrap().iter();
+            let found = all.find(|it| it["name"] == name).unwrap();
+            found["state"].as_str().unwrap().to_owned()
+        };
+        ["a", "b", "c"].map(state)
+    };
+    assert_eq!(states(), ["failed", "failed", "listening"]);
+    drop(taken);
+    proxy.says("a: tcp://");
+    assert_eq!(ask(tcp(port), b"at last").unwrap(), b"at last");
+    fs::create_dir(&later).unwrap();
+    proxy.says("b: unix://");
+    let client = unix_client(&later.join("b"));
+    assert_eq!(ask(client, b"at last").unwrap(), b"at last");
+    assert_eq!(states(), ["listening"; 3]);
+}
+
+/// A command that people watch fails at once, unless it is told not to.
+#[test]
+fn a_command_keeps_trying_if_it_is_told_to() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let listen = format!("tcp://127.0.0.1:{port}");
+    let target = format!("hyperkit://:7{}", text(dir.path()));
+    let pairs = ["forward", &listen, &target, "tcp://127.0.0.1:0", &target];
+    fails(&pairs, 1, &["cannot listen on"]);
+    let local = format!("{port}:7");
+    let expose = [
+        "expose",
+        "--vm",
+        text(dir.path()),
+        "-L",
+        &local,
+        "-L",
+        "0:7",
+    ];
+    fails(&expose, 1, &["cannot listen on"]);
+
+    let control = dir.path().join("c");
+    let control_option = format!("--control={}", text(&control));
+    let more = ["--keep-trying", &control_option];
+    let forward = Running::start(&[&pairs[..], &more].concat());
+    let expose = Running::start(&[&expose[..], &more[..1]].concat());
+    for proxy in [&forward, &expose] {
+        let own = proxy.tcp_port();
+        assert_ne!(own, port);
+        assert_eq!(ask(tcp(own), b"others").unwrap(), b"others");
+        let told = proxy.complains("cannot listen on");
+        assert!(told.contains("tried again every 2 s"), "{told}");
+    }
+    let at = ["--control", text(&control)];
+    let (_, table) = asked(dir.path(), &[&["status"], &at[..]].concat());
+    assert!(table.contains(&format!("{listen} is failed")), "{table}");
+    let remove = |name: &str| asked(dir.path(), &[&["remove", name], &at[..]].concat());
+    let (code, why) = remove(&listen);
+    assert_eq!(code, Some(1), "{why}");
+    assert!(why.contains("asked for at the start"), "{why}");
+    // What is removed by hand stays so, whatever else is tried again.
+    assert_eq!(remove("tcp://127.0.0.1:0").0, Some(0));
+    expose.signal("TERM");
+    drop(expose);
+    drop(taken);
+    assert_eq!(forward.tcp_port(), port);
+    assert_eq!(ask(tcp(port), b"at last").unwrap(), b"at last");
+    let (_, json) = asked(dir.path(), &[&["status", "--json"], &at[..]].concat());
+    assert_eq!(json.matches("\"id\":").count(), 1, "{json}");
+    assert!(vm.fate().is_none());
 }
 
 #[test]
@@ -638,11 +724,70 @@ fn a_file_that_can_not_be_meant_changes_nothing_and_blocks_nobody() {
     nix::unistd::mkfifo(&file.0, nix::sys::stat::Mode::S_IRWXU).unwrap();
     proxy.signal("HUP");
     proxy.complains("not a regular file");
+    // Whoever has it open for writing says nothing, and is not waited for.
+    let writer = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&file.0)
+        .unwrap();
+    proxy.signal("HUP");
+    proxy.complains("not a regular file");
+    let (code, told) = asked(dir.path(), &["reload"]);
+    assert_eq!(code, Some(1), "{told}");
+    drop(writer);
+    // Long enough to be another's, and never one's own.
+    fs::remove_file(&file.0).unwrap();
+    let long = fs::File::create(&file.0).unwrap();
+    long.set_len(1 << 40).unwrap();
+    proxy.signal("HUP");
+    proxy.complains("it has more than");
     let (code, json) = asked(dir.path(), &["status", "--json"]);
     assert_eq!(code, Some(0), "{json}");
     assert!(json.contains("\"a\""), "{json}");
     proxy.signal("TERM");
     assert_eq!(proxy.exit_code(), Some(0));
+}
+
+/// Whatever a reload waits for, here for a reader of what it prints.
+#[test]
+fn a_signal_ends_it_while_a_reload_hangs() {
+    const MANY: usize = 40;
+    let dir = private_dir();
+    let forwards = |count: usize| {
+        let forward = |i| format!("[forward.n{i}]\nlisten = 0\nconnect = 9\n");
+        (0..count).map(forward).collect::<String>()
+    };
+    let file = File::new(dir.path(), &forwards(1));
+    let (out, unread) = std::os::unix::net::UnixStream::pair().unwrap();
+    socket2::SockRef::from(&out)
+        .set_send_buffer_size(1)
+        .unwrap();
+    let mut command = in_runtime(dir.path(), &["run", text(&file.0)]);
+    command.stdin(std::process::Stdio::null());
+    command.stdout(std::os::fd::OwnedFd::from(out));
+    command.stderr(std::process::Stdio::null());
+    let mut proxy = Mortal(command.spawn().unwrap());
+    drop(command);
+    let carried = || {
+        let (_, json) = asked(dir.path(), &["status", "--json"]);
+        json.matches("\"id\":").count()
+    };
+    eventually("it runs", || carried() == 1);
+    file.write(&forwards(MANY));
+    proxy.signal("HUP");
+    eventually("it was read", || carried() == MANY);
+    let port = {
+        let (_, json) = asked(dir.path(), &["status", "--json"]);
+        let status: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let listen = status["forwards"][0]["listen"].as_str().unwrap().to_owned();
+        listen.rsplit_once(':').unwrap().1.parse().unwrap()
+    };
+    // Another one is asked for behind it, and keeps nobody either.
+    proxy.signal("HUP");
+    assert!(resets_clients(port));
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    drop(unread);
 }
 
 /// Who calls it from a script is told.

@@ -206,6 +206,53 @@ fn a_passed_socket_that_nobody_wants_is_an_error() {
     is_refused(command, &["LISTEN_FDS=\"some\""]);
 }
 
+/// Those of a file whose forward can't be had yet are kept for it; those that none of its forwards wants are an error.
+#[test]
+fn a_passed_socket_waits_with_its_forward() {
+    let dir = private_dir();
+    let path = dir.path().join("passed.sock");
+    let other = dir.path().join("other.sock");
+    let file = dir.path().join("hvsock.toml");
+    let target = dir.path().join("target");
+    let server = UnixListener::bind(&target).unwrap();
+    let forward = |name: &str, listen: &Path| {
+        let [listen, connect] = [listen, &target].map(text);
+        format!("[forward.{name}]\nlisten = {listen:?}\nconnect = {connect:?}\n")
+    };
+    std::fs::write(&file, forward("one", &other)).unwrap();
+    let run = |socket: OwnedFd| {
+        let mut command = with_passed(vec![("", socket)], &["run", text(&file)]);
+        command.env("XDG_RUNTIME_DIR", dir.path());
+        command
+    };
+    is_refused(
+        run(unix_socket(&path)),
+        &[text(&path), "no rule listens there"],
+    );
+    std::fs::remove_file(&path).unwrap();
+    // Its VM's directory comes later.
+    let vm = dir.path().join("vm");
+    std::fs::create_dir(&vm).unwrap();
+    let passed = vm.join("00000002.00001388");
+    let socket = unix_socket(&passed);
+    let away = dir.path().join("away");
+    std::fs::rename(&vm, &away).unwrap();
+    let [at, connect] = [&vm, &target].map(|it| text(it));
+    let dialled = format!(
+        "[vm.one]\nat = {at:?}\n\
+         [forward.dialled]\nvm = \"one\"\nguest-dials = 5000\nconnect = {connect:?}\n"
+    );
+    std::fs::write(&file, dialled).unwrap();
+    let proxy = Running::spawn(run(socket));
+    proxy.complains("[forward.dialled]: waits for");
+    std::fs::rename(&away, &vm).unwrap();
+    proxy.says("dialled: ");
+    let mut guest = unix_client(&passed);
+    std::io::Write::write_all(&mut guest, b"hello").unwrap();
+    let mut hello = [0; 5];
+    server.accept().unwrap().0.read_exact(&mut hello).unwrap();
+}
+
 #[test]
 fn sockets_passed_to_another_process_are_none_of_ours() {
     let dir = private_dir();
@@ -265,6 +312,22 @@ mod manager {
         // How many are still there may be in it.
         let end = manager.is_told();
         assert!(end.starts_with("STOPPING=1\nSTATUS=stopping"), "{end}");
+        assert_eq!(proxy.exit_code(), Some(0));
+    }
+
+    #[test]
+    fn one_that_reads_nothing_keeps_nobody() {
+        let manager = Manager::new();
+        let notify = manager.dir.path().join("notify");
+        let full = UnixDatagram::unbound().unwrap();
+        full.set_nonblocking(true).unwrap();
+        while full.send_to(b"x", &notify).is_ok() {}
+        let _vm = echo_vm(manager.dir.path());
+        let mut proxy = Running::spawn(manager.command());
+        proxy.says("echo.sock");
+        let client = unix_client(&manager.dir.path().join("echo.sock"));
+        assert_eq!(ask(client, b"on").unwrap(), b"on");
+        proxy.signal("TERM");
         assert_eq!(proxy.exit_code(), Some(0));
     }
 

@@ -1,6 +1,7 @@
 //! `hvsock status`, `add`, `remove`, `reload`, `stop`: what is asked of an hvsock that runs, by its control socket.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -9,14 +10,15 @@ use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::Value;
 
 use super::expose::vm_at;
+use super::kept::Kept;
 use super::options::{ProxyOptions, parse_seconds};
-use super::running::danger;
+use super::reconciler::danger;
 use super::spec::{Local, Remote};
 use super::{Failure, Outcome, complain, print, say, table};
 use crate::address::{Address, TcpAddress, UnixAddress};
 use crate::config::local_address;
 use crate::control::{self, Actions, Bound, Control, RuleBody, Unanswered, ask, read, segment};
-use crate::proxy::{Proxy, Rule};
+use crate::proxy::{Proxy, ProxyConfig};
 
 /// How a proxy that runs can be looked at and changed.
 #[derive(Args, Clone, Debug)]
@@ -60,28 +62,35 @@ fn parse_metrics(text: &str) -> Result<TcpAddress, String> {
     }
 }
 
-/// Starts a proxy and, if they are asked for, its control socket and metrics.
-pub(super) fn start(
+/// Binds the control socket and the metrics, if they are asked for; no forward of the proxy may lead there.
+pub(super) fn open(
     options: &ProxyOptions,
-    rules: impl IntoIterator<Item = Rule>,
-) -> Result<(Proxy, Option<Control>), Failure> {
-    let mut config = options.config(rules);
+    mut config: ProxyConfig,
+) -> crate::Result<(ProxyConfig, Option<Bound>)> {
     let wanted = options.control();
     if wanted.control.is_none() && wanted.metrics.is_none() {
-        return Ok((super::start(config)?, None));
+        return Ok((config, None));
     }
     let bound = control::bind(&wanted)?;
     config.forbidden.extend(bound.addresses());
-    let proxy = super::start(config)?;
+    Ok((config, Some(bound)))
+}
+
+/// Begins to serve there.
+pub(super) fn begin(
+    options: &ProxyOptions,
+    bound: Option<Bound>,
+    proxy: &Proxy,
+    kept: Option<Arc<Kept>>,
+) -> crate::Result<Option<Control>> {
     let grace = options.grace();
     let actions = Actions {
         rule: Box::new(options.usual_rule()),
-        pending: Box::new(Vec::new),
+        pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
         reload: None,
         grace: Box::new(move || grace),
     };
-    let control = serve(bound, &proxy, actions)?;
-    Ok((proxy, Some(control)))
+    bound.map(|bound| serve(bound, proxy, actions)).transpose()
 }
 
 /// Serves on sockets where a proxy lets no forward lead; where they are is told.

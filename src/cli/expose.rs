@@ -4,14 +4,15 @@ use std::io;
 
 use clap::Args;
 
+use super::kept::Patience;
 use super::options::{ProxyOptions, hyper_v_service};
 use super::signals::EndSignals;
 use super::spec::{Local, Remote};
-use super::{Failure, Outcome, complain, run_proxy, say, start_proxy};
+use super::{Failure, Outcome, carry, complain};
 use crate::address::{Address, HyperkitAddress, HyperkitVm, Port};
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
-use crate::proxy::Rule;
+use crate::proxy::{ForwardStatus, Rule};
 
 /// Expose a VM's vsock ports as local sockets, and local services to its guest
 #[derive(Args, Debug)]
@@ -33,6 +34,8 @@ pub(super) struct Expose {
     #[arg(short = 'R', value_name = "HOSTPORT:TARGET")]
     remote: Vec<Remote>,
     #[command(flatten)]
+    patience: Patience,
+    #[command(flatten)]
     options: ProxyOptions,
 }
 
@@ -52,16 +55,17 @@ impl Expose {
             rules.push(Rule::new(vm(remote.host_port)?, remote.target.clone()));
         }
         let signals = EndSignals::take()?;
-        let (proxy, _control) = start_proxy(&self.options, rules)?;
-        for forward in proxy.forwards() {
-            let (listen, connect) = (&forward.listen, &forward.rule.connect);
-            match (guest_port(listen), guest_port(connect)) {
-                (_, Some(port)) => say(format_args!("{listen} -> guest port {port}")),
-                (Some(port), _) => say(format_args!("guest, to CID 2 port {port} -> {connect}")),
-                _ => say(format_args!("{listen} -> {connect}")),
-            }
-        }
-        run_proxy(proxy, self.options.grace(), signals)
+        carry(&self.options, self.patience, rules, describe, signals)
+    }
+}
+
+/// A forward, on one line.
+fn describe(forward: &ForwardStatus) -> String {
+    let (listen, connect) = (&forward.listen, &forward.rule.connect);
+    match (guest_port(listen), guest_port(connect)) {
+        (_, Some(port)) => format!("{listen} -> guest port {port}"),
+        (Some(port), _) => format!("guest, to CID 2 port {port} -> {connect}"),
+        _ => format!("{listen} -> {connect}"),
     }
 }
 

@@ -2,11 +2,12 @@
 
 use clap::Args;
 
+use super::kept::Patience;
 use super::options::ProxyOptions;
 use super::signals::EndSignals;
-use super::{Failure, Outcome, run_proxy, say, start_proxy};
+use super::{Failure, Outcome, carry};
 use crate::address::Address;
-use crate::proxy::Rule;
+use crate::proxy::{ForwardStatus, Rule};
 
 /// Forward any address to any address
 #[derive(Args, Debug)]
@@ -27,6 +28,8 @@ pub(super) struct Forward {
     #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., value_parser = clap::value_parser!(Address))]
     addresses: Vec<Address>,
     #[command(flatten)]
+    patience: Patience,
+    #[command(flatten)]
     options: ProxyOptions,
 }
 
@@ -42,13 +45,7 @@ impl Forward {
             .iter()
             .map(|[listen, connect]| Rule::new(listen.clone(), connect.clone()));
         let signals = EndSignals::take()?;
-        let (proxy, _control) = start_proxy(&self.options, rules)?;
-        for forward in proxy.forwards() {
-            say(format_args!(
-                "{} -> {}",
-                forward.listen, forward.rule.connect
-            ));
-        }
-        run_proxy(proxy, self.options.grace(), signals)
+        let describe = |it: &ForwardStatus| format!("{} -> {}", it.listen, it.rule.connect);
+        carry(&self.options, self.patience, rules, describe, signals)
     }
 }

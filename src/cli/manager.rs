@@ -23,7 +23,7 @@ impl Manager {
 
     /// Says that all listeners are bound.
     pub(super) fn ready(handle: &Handle) {
-        system::ready(&match handle.forwards().len() {
+        system::ready(match handle.forwards().len() {
             1 => "carrying 1 forward".to_owned(),
             n => format!("carrying {n} forwards"),
         });
@@ -35,7 +35,7 @@ impl Manager {
     }
 
     /// Says that the end has begun, in the words that people are told.
-    pub(super) fn stopping(status: &str) {
+    pub(super) fn stopping(status: String) {
         system::stopping(status);
     }
 }
@@ -43,6 +43,7 @@ impl Manager {
 #[cfg(target_os = "linux")]
 mod system {
     use std::sync::Once;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
     use std::time::Duration;
 
@@ -50,20 +51,47 @@ mod system {
 
     use super::Handle;
 
+    /// How long it is waited for a manager that doesn't read what it is told.
+    const PATIENCE: Duration = Duration::from_secs(1);
+
     /// A status has one line; systemd cuts it off itself.
-    pub(super) fn ready(status: &str) {
-        tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+    pub(super) fn ready(status: String) {
+        patiently(move || tell(&[NotifyState::Ready, NotifyState::Status(&status)]));
     }
 
     pub(super) fn reloading() {
-        match NotifyState::monotonic_usec_now() {
+        patiently(|| match NotifyState::monotonic_usec_now() {
             Ok(now) => tell(&[NotifyState::Reloading, now]),
             Err(e) => tracing::warn!("cannot tell the service manager that the file is read: {e}"),
-        }
+        });
     }
 
-    pub(super) fn stopping(status: &str) {
-        tell(&[NotifyState::Stopping, NotifyState::Status(status)]);
+    pub(super) fn stopping(status: String) {
+        patiently(move || tell(&[NotifyState::Stopping, NotifyState::Status(&status)]));
+    }
+
+    /// Has a thread tell it something, and waits for that, but not for long: who tells may have signals to heed. While
+    /// one such thread hangs nothing more is told.
+    fn patiently(tell: impl FnOnce() + Send + 'static) {
+        static HANGS: AtomicBool = AtomicBool::new(false);
+        if HANGS.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (told, wait) = channel::<()>();
+        let thread = std::thread::Builder::new().name("hvsock-manager".to_owned());
+        let spawned = thread.spawn(move || {
+            tell();
+            HANGS.store(false, Ordering::Release);
+            drop(told);
+        });
+        match spawned {
+            // It sends nothing: this is its end.
+            Ok(_) => drop(wait.recv_timeout(PATIENCE)),
+            Err(e) => {
+                HANGS.store(false, Ordering::Release);
+                tracing::warn!("cannot tell the service manager anything: {e}");
+            }
+        }
     }
 
     /// Says so once if it can't be told.
@@ -112,11 +140,11 @@ mod system {
 mod system {
     use super::{Handle, Sender};
 
-    pub(super) fn ready(_: &str) {}
+    pub(super) fn ready(_: String) {}
 
     pub(super) fn reloading() {}
 
-    pub(super) fn stopping(_: &str) {}
+    pub(super) fn stopping(_: String) {}
 
     pub(super) fn watch(_: &Handle) -> Option<Sender<()>> {
         None

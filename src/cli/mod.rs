@@ -9,11 +9,13 @@ mod demo;
 mod doctor;
 mod expose;
 mod forward;
+mod kept;
 mod man;
 mod manager;
 mod options;
 #[cfg(unix)]
 mod passed;
+mod reconciler;
 mod run;
 mod running;
 mod services;
@@ -34,12 +36,15 @@ use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::proxy::{Proxy, ProxyConfig, Rule};
+use kept::{Describe, Kept, Patience};
 use manager::Manager;
 use options::ProxyOptions;
 use signals::{Asked, EndSignals};
@@ -215,25 +220,26 @@ fn start_log() {
     let _ = log.try_init();
 }
 
-/// What serves the control socket and the metrics until it is dropped.
-#[cfg(unix)]
-type Controlled = Option<crate::control::Control>;
-#[cfg(not(unix))]
-type Controlled = ();
-
-/// Starts a proxy and, if they were asked for, its control socket and metrics; these are told of.
-fn start_proxy(
+/// Carries rules as the options have it until the end is asked for; the control socket and the metrics beside it, if they
+/// were asked for.
+fn carry(
     options: &ProxyOptions,
+    patience: Patience,
     rules: impl IntoIterator<Item = Rule>,
-) -> Result<(Proxy, Controlled), Failure> {
+    describe: Describe,
+    signals: EndSignals,
+) -> Outcome {
+    let config = options.config(rules);
     #[cfg(unix)]
-    {
-        control::start(options, rules)
-    }
-    #[cfg(not(unix))]
-    {
-        Ok((start(options.config(rules))?, ()))
-    }
+    let (config, bound) = control::open(options, config)?;
+    let (proxy, kept) = patience.start(config, describe)?;
+    let kept = kept.map(Arc::new);
+    #[cfg(unix)]
+    let _control = control::begin(options, bound, &proxy, kept.clone())?;
+    proxy.forwards().iter().map(describe).for_each(say);
+    kept.iter().for_each(|kept| kept.complain());
+    let _retry = kept.map(Kept::keep_trying).transpose()?;
+    run_proxy(proxy, options.grace(), signals)
 }
 
 /// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
@@ -255,17 +261,23 @@ fn run_proxy(proxy: Proxy, grace: Duration, signals: EndSignals) -> Outcome {
     run_until_told(proxy, signals, move || grace, || {})
 }
 
-/// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one.
+/// How long the last words may take once the proxy has ended: whoever is to hear them may hang.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one. Neither may wait for
+/// anything: a signal ends the process whatever else goes on.
 fn run_until_told(
     proxy: Proxy,
     mut signals: EndSignals,
     grace: impl Fn() -> Duration + Send + 'static,
-    mut reload: impl FnMut() + Send + 'static,
+    reload: impl Fn() + Send + 'static,
 ) -> Outcome {
     let closer = signals.closer();
     let handle = proxy.handle();
     let _manager = Manager::begin(&handle);
-    let thread = std::thread::spawn(move || {
+    let (speaking, silence) = channel::<()>();
+    std::thread::spawn(move || {
+        let _speaking = speaking;
         let end = |asked: &Asked| {
             if *asked == Asked::Reload {
                 reload();
@@ -282,18 +294,19 @@ fn run_until_told(
                         grace.as_secs()
                     ),
                 };
-                Manager::stopping(&status);
-                complain(status);
+                // First what ends it, then what is said of it.
                 handle.stop(grace);
+                complain(&status);
+                Manager::stopping(status);
             } else {
-                complain("cutting clients off, taking leave of guests");
                 handle.stop(Duration::ZERO);
+                complain("cutting clients off, taking leave of guests");
             }
         }
     });
     let ended = proxy.wait();
     closer.close();
-    // It has nothing left to do that could fail.
-    let _ = thread.join();
+    // It has nothing to send: this is the thread's end.
+    let _ = silence.recv_timeout(LAST_WORDS);
     Ok(ended?)
 }

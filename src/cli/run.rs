@@ -3,12 +3,12 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, channel};
 
 use clap::Args;
 
 use super::manager::Manager;
-use super::running::{self, Doors, NotStarted, Running, TRY_AGAIN};
+use super::reconciler::RetryThread;
+use super::running::{self, Doors, NotStarted, Running};
 use super::signals::EndSignals;
 use super::summary::Summary;
 use super::{Failure, Outcome, complain, print, run_until_told, say};
@@ -36,8 +36,8 @@ More: https://docs.rs/hvsock, and scripts/hvsock.toml beside the source, which h
 #[command(
     long_about = "Carry what a file says: many VMs and forwards in one process
 
-SIGHUP reads the file again: only what has changed is touched, live connections stay, and a file with a mistake in it \
-changes nothing. SIGINT and SIGTERM end as with `expose`."
+What can't be listened on now is said, and tried again every 2 s. SIGHUP reads the file again: only what has changed is \
+touched, live connections stay, and a file with a mistake in it changes nothing. SIGINT and SIGTERM end as with `expose`."
 )]
 pub(super) struct Run {
     /// The file, in TOML
@@ -88,28 +88,16 @@ impl Run {
         let Doors = doors;
         running.describe(&[]).iter().for_each(say);
         running.troubles().iter().for_each(complain);
-        let (ending, ended) = channel::<()>();
-        let again = {
-            let running = Arc::clone(&running);
-            std::thread::spawn(move || {
-                while ended.recv_timeout(TRY_AGAIN) == Err(RecvTimeoutError::Timeout) {
-                    running.try_again();
-                }
-            })
-        };
-        let grace = {
-            let running = Arc::clone(&running);
-            move || running.grace()
-        };
-        let reload = move || {
-            // It has said what is wrong.
-            let _ = reload(&running);
-        };
-        let outcome = run_until_told(proxy, signals, grace, reload);
-        drop(ending);
-        // It has nothing left to do that could fail.
-        let _ = again.join();
-        outcome
+        let [retrying, reloading, asked] = [(); 3].map(|()| Arc::clone(&running));
+        let retry = RetryThread::start(
+            move || retrying.try_again(),
+            move || {
+                // It has said what is wrong.
+                let _ = reload(&reloading);
+            },
+        )?;
+        let grace = move || asked.grace();
+        run_until_told(proxy, signals, grace, retry.reloader())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::running::TRY_AGAIN;
+use super::reconciler::TRY_AGAIN;
 
 /// What became of the forwards when the file was read again, by their names. Prints as how many they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,6 +35,14 @@ impl Summary {
             && removed.is_empty()
             && failed.is_empty()
             && restart.is_empty()
+    }
+
+    /// Takes what was both removed and added for what it is: moved.
+    pub(super) fn join_moves(&mut self) {
+        let again = |name: &mut String| self.added.contains(name);
+        let moved: Vec<String> = self.removed.extract_if(.., again).collect();
+        self.added.retain(|name| !moved.contains(name));
+        self.changed.extend(moved);
     }
 
     /// As the control socket tells it.
@@ -85,11 +93,11 @@ impl fmt::Display for Summary {
 
 /// What is said of forwards that can't be had now.
 pub(super) fn failures(failed: &[(String, String)]) -> Vec<String> {
-    let line = |(name, why): &(String, String)| {
-        format!(
-            "[forward.{name}]: {why}; it is tried again every {} s",
-            TRY_AGAIN.as_secs()
-        )
-    };
+    let line = |(name, why): &(String, String)| format!("[forward.{name}]: {}", tried_again(why));
     failed.iter().map(line).collect()
+}
+
+/// Why something can't be had, and what is done about it.
+pub(super) fn tried_again(why: &str) -> String {
+    format!("{why}; it is tried again every {} s", TRY_AGAIN.as_secs())
 }

@@ -78,8 +78,7 @@ enum End {
 #[derive(Clone, Debug)]
 pub(super) struct Forward {
     pub(super) name: String,
-    /// Where it begins, where it says where to listen, and where to connect to.
-    pub(super) line: usize,
+    /// Where it says where to listen, and where to connect to.
     pub(super) listen_line: usize,
     pub(super) connect_line: usize,
     listen: End,
@@ -126,7 +125,6 @@ impl Forward {
         match (ends, listen, connect) {
             (true, Some(listen), Some(connect)) => Some(Forward {
                 name,
-                line,
                 listen_line,
                 connect_line,
                 listen,

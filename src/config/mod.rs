@@ -202,12 +202,6 @@ impl Config {
         }
     }
 
-    /// The line in which a forward is named.
-    pub(crate) fn line_of(&self, name: &str) -> Option<usize> {
-        let forward = self.forwards.iter().find(|forward| forward.name == name);
-        forward.map(|forward| forward.line)
-    }
-
     /// The VM that a forward leads to or from, as the file calls it.
     pub(crate) fn vm_of(&self, name: &str) -> Option<&str> {
         let forward = self.forwards.iter().find(|forward| forward.name == name)?;

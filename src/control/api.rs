@@ -110,7 +110,13 @@ impl Api {
         // First: one that is carried at last just now has its row. It, and one that can't be changed, have one only.
         let mut pending = (self.actions.pending)();
         let carried = self.handle.forwards();
-        pending.retain(|it| !carried.iter().any(|other| other.rule.name == it.name));
+        let is_carried = |it: &Forward| {
+            let same = |other: &ForwardStatus| {
+                other.rule.name == it.name && other.rule.listen.to_string() == it.listen
+            };
+            carried.iter().any(same)
+        };
+        pending.retain(|it| !is_carried(it));
         carried.iter().map(Forward::from).chain(pending).collect()
     }
 
@@ -120,10 +126,10 @@ impl Api {
         carried.or_else(|e| pending.ok_or(e))
     }
 
-    /// The forward of that name that is wanted and can't be had now.
+    /// The forward of that name, or of that address, that is wanted and can't be had now.
     fn pending(&self, name: &str) -> Option<Forward> {
         let mut pending = (self.actions.pending)().into_iter();
-        pending.find(|it| it.name.as_deref() == Some(name))
+        pending.find(|it| it.name.as_deref() == Some(name) || it.listen == name)
     }
 
     fn connections(&self) -> Vec<Connection> {
@@ -199,8 +205,11 @@ impl Api {
             None => e,
             Some(it) => {
                 let why = it.why.unwrap_or(it.state);
-                Problem::new(409, format!("{name:?} isn't carried: {why}"))
-                    .with_remedy("the file asks for it: take it out there, and reload")
+                let problem = Problem::new(409, format!("{name:?} isn't carried: {why}"));
+                problem.with_remedy(match self.actions.reload {
+                    Some(_) => "the file asks for it: take it out there, and reload",
+                    None => "it was asked for at the start, and is tried again",
+                })
             }
         })?;
         self.handle.remove(found.id, grace)?;

@@ -76,6 +76,7 @@ use crate::sys;
 use gate::GateLimits;
 use housekeeper::Housekeeper;
 use rules::Binder;
+pub(crate) use rules::all_are_wanted;
 use worker::{Command, Inbox, Shared, Worker};
 use world::MioWorld;
 
@@ -164,7 +165,8 @@ pub struct ProxyConfig {
     pub forbidden: Vec<Address>,
     /// Sockets that listen already, such as those that a service manager has passed: a rule that is to listen where one
     /// of them does takes it, and binds none. One that somebody else has bound (`TryFrom<OwnedFd>`) is kept when its
-    /// forward is removed: clients wait there until another one takes it.
+    /// forward is removed: clients wait there until another one takes it. Each is to be wanted by one of the rules; with
+    /// no rule at all they are kept for those that are added.
     pub listeners: Vec<Listener>,
 }
 
@@ -308,6 +310,10 @@ fn prepare(
         live: config.limits.vm_connections,
         unanswered: config.limits.vm_unanswered as u64,
     };
+    // Without a rule they are for those that are added later.
+    if !config.rules.is_empty() {
+        all_are_wanted(&config.listeners, &config.rules)?;
+    }
     let binder = Binder::new(
         gate_limits,
         waiter,
@@ -326,7 +332,6 @@ fn prepare(
         listeners.push(listener);
         forwards.push(forward);
     }
-    binder.all_are_taken()?;
     let needed = DESCRIPTORS_PER_WORKER * count + forwards.len() + 8;
     if let Some(limit) = sys::descriptor_limit().filter(|&limit| limit < needed as u64) {
         let why = format!("the process may have {limit} descriptors, and {needed} are needed");

@@ -130,6 +130,18 @@ fn check_beside<'a>(rule: &'a Rule, others: impl Iterator<Item = &'a Rule> + Clo
     Ok(())
 }
 
+/// Refuses a passed socket that no rule wants: its clients would wait for ever.
+pub(crate) fn all_are_wanted(passed: &[listener::Listener], rules: &[Rule]) -> Result<()> {
+    let is_wanted = |it: &listener::Listener| rules.iter().any(|rule| it.is_at(&rule.listen));
+    let Some(left) = passed.iter().find(|it| !is_wanted(it)) else {
+        return Ok(());
+    };
+    let why = "its socket was passed to us, and no rule listens there";
+    let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+    Err(Error::new(Operation::Listen, left.address(), cause)
+        .with_remedy("add a rule that does, or have it not passed"))
+}
+
 /// A socket that listened already. One that somebody else has bound is kept while forwards come and go: nobody could bind
 /// it again.
 #[derive(Debug)]
@@ -258,18 +270,6 @@ impl Binder {
         if let Ok(mut passed) = self.passed.try_lock() {
             passed.clear();
         }
-    }
-
-    /// Refuses a passed socket that no rule has taken: its clients would wait for ever.
-    pub(super) fn all_are_taken(&self) -> Result<()> {
-        let passed = self.passed();
-        let Some(left) = passed.iter().find(|it| it.by.is_none()) else {
-            return Ok(());
-        };
-        let why = "its socket was passed to us, and no rule listens there";
-        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
-        Err(Error::new(Operation::Listen, left.socket.address(), cause)
-            .with_remedy("add a rule that does, or have it not passed"))
     }
 
     /// Another rule for a forward that listens already, which keeps no places of its VM from now on.
