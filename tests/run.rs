@@ -748,6 +748,127 @@ fn a_file_that_can_not_be_meant_changes_nothing_and_blocks_nobody() {
     assert_eq!(proxy.exit_code(), Some(0));
 }
 
+/// A server that says its name to each client; its port.
+fn named_server(name: &'static str) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.write_all(name.as_bytes());
+        }
+    });
+    port
+}
+
+/// A port that was free just now.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("0.0.0.0:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// The name and the state of each row that status has, and where it is.
+fn rows(dir: &Path) -> Vec<(String, String, String)> {
+    let (_, json) = asked(dir, &["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let forwards = status["forwards"].as_array().unwrap().iter();
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+    let row = |it: &serde_json::Value| {
+        let place = text(&it["listen"]);
+        let place = place.trim_start_matches("tcp://").to_owned();
+        (text(&it["name"]), text(&it["state"]), place)
+    };
+    forwards.map(row).collect()
+}
+
+/// A forward that moves keeps its old place until it has the new one.
+#[test]
+fn a_forward_stays_where_it_is_until_its_new_place_can_be_had() {
+    let dir = private_dir();
+    let server = echo_server();
+    let forward = |listen: &str| format!("[forward.a]\nlisten = {listen:?}\nconnect = {server}\n");
+    let file = File::new(dir.path(), &forward("127.0.0.1:0"));
+    let proxy = file.run();
+    let old = proxy.tcp_port();
+    let place = format!("127.0.0.1:{old}");
+    let mut staying = tcp(old);
+    staying.write_all(b"x").unwrap();
+    staying.read_exact(&mut [0]).unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let new = taken.local_addr().unwrap().port();
+    let new_place = format!("127.0.0.1:{new}");
+    file.write(&forward(&new_place));
+    proxy.signal("HUP");
+    proxy.complains("[forward.a]: cannot listen on");
+    assert_eq!(ask(tcp(old), b"as before").unwrap(), b"as before");
+    let row = |state: &str, place: &str| ("a".to_owned(), state.to_owned(), place.to_owned());
+    let both = [row("listening", &place), row("failed", &new_place)];
+    assert_eq!(rows(dir.path()), both);
+    drop(taken);
+    assert_eq!(proxy.tcp_port(), new);
+    assert_eq!(ask(tcp(new), b"moved").unwrap(), b"moved");
+    assert!(TcpStream::connect(("127.0.0.1", old)).is_err());
+    assert_eq!(rows(dir.path()), [row("listening", &new_place)]);
+    assert_eq!(ask(staying, b"still").unwrap(), b"still");
+
+    // In its own way it has to go first, and comes back if it must.
+    let Ok(beside) = TcpListener::bind(("127.0.0.2", new)) else {
+        eprintln!("skipped: this system has no 127.0.0.2");
+        return;
+    };
+    let wide = format!("0.0.0.0:{new}");
+    file.write(&forward(&wide));
+    proxy.signal("HUP");
+    if cfg!(target_os = "linux") {
+        proxy.complains("it listens where it did");
+        assert_eq!(ask(tcp(new), b"back").unwrap(), b"back");
+        let both = [row("listening", &new_place), row("failed", &wide)];
+        assert_eq!(rows(dir.path()), both);
+        drop(beside);
+        proxy.signal("HUP");
+    }
+    proxy.says("a: tcp://0.0.0.0");
+    assert_eq!(ask(tcp(new), b"wide").unwrap(), b"wide");
+    assert_eq!(rows(dir.path()), [row("listening", &wide)]);
+}
+
+#[test]
+fn forwards_that_take_each_others_places_are_both_carried() {
+    let dir = private_dir();
+    let (one, two) = (named_server("one"), named_server("two"));
+    let ports = [free_port(), free_port()];
+    let forwards = |ip: &str, [a, b]: [u16; 2]| {
+        format!(
+            "[forward.a]\nlisten = \"{ip}:{a}\"\nconnect = {one}\n\
+             [forward.b]\nlisten = \"{ip}:{b}\"\nconnect = {two}\n"
+        )
+    };
+    let [p, q] = ports;
+    let file = File::new(dir.path(), &forwards("127.0.0.1", [p, q]));
+    let proxy = file.run();
+    proxy.says("b: ");
+    let hears = |port| {
+        let mut answer = String::new();
+        tcp(port).read_to_string(&mut answer).unwrap();
+        answer
+    };
+    assert_eq!((hears(p).as_str(), hears(q).as_str()), ("one", "two"));
+    // The listeners stay, and so no client is refused; with another address neither can.
+    for (ip, [a, b]) in [
+        ("127.0.0.1", [q, p]),
+        ("0.0.0.0", [p, q]),
+        ("0.0.0.0", [q, p]),
+    ] {
+        file.write(&forwards(ip, [a, b]));
+        proxy.signal("HUP");
+        proxy.says("0 added, 2 changed, 0 removed, 0 kept");
+        assert_eq!((hears(a).as_str(), hears(b).as_str()), ("one", "two"));
+    }
+    file.write(&forwards("127.0.0.1", [p, q]));
+    proxy.signal("HUP");
+    proxy.says("0 added, 2 changed, 0 removed, 0 kept");
+    assert_eq!((hears(p).as_str(), hears(q).as_str()), ("one", "two"));
+}
+
 /// Whatever a reload waits for, here for a reader of what it prints.
 #[test]
 fn a_signal_ends_it_while_a_reload_hangs() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::reconciler::{Occasion, Reconciler, RetryThread, name_of};
-use super::summary::{Summary, tried_again};
+use super::summary::{Failed, Summary};
 use super::{Failure, complain, on_passed_sockets, say, start};
 use crate::proxy::{ForwardStatus, Proxy, ProxyConfig, Rule, all_are_wanted};
 
@@ -77,10 +77,7 @@ impl Kept {
     /// Says what could not be had so far.
     pub(super) fn complain(&self) {
         let failed = self.reconciler.failed();
-        failed
-            .iter()
-            .map(|(_, why)| tried_again(why))
-            .for_each(complain);
+        failed.iter().map(Failed::reason).for_each(complain);
     }
 
     fn tell_of(&self, summary: &Summary) {
@@ -89,6 +86,6 @@ impl Kept {
         let new = forwards.iter().filter(new);
         new.map(self.describe).for_each(say);
         let failed = summary.failed.iter();
-        failed.map(|(_, why)| tried_again(why)).for_each(complain);
+        failed.map(Failed::reason).for_each(complain);
     }
 }

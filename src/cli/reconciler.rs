@@ -10,7 +10,7 @@ use crate::address::{Address, HyperkitAddress};
 use crate::config::{Existing, Step, plan};
 use crate::proxy::{ForwardId, Handle, Rule};
 
-use super::summary::Summary;
+use super::summary::{Failed, Retried, Summary};
 
 /// How often it is tried again to listen where that could not be done.
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
@@ -33,6 +33,7 @@ pub(super) struct Pending {
     waits: bool,
     why: String,
     since: SystemTime,
+    retried: Retried,
 }
 
 /// Why the proxy is to be changed.
@@ -67,7 +68,7 @@ impl Reconciler {
     }
 
     /// The names of what could not be had, and why.
-    pub(super) fn failed(&self) -> Vec<(String, String)> {
+    pub(super) fn failed(&self) -> Vec<Failed> {
         failed(&self.pending())
     }
 
@@ -123,6 +124,11 @@ impl Reconciler {
             match (&step, occasion) {
                 // Somebody has removed it by hand.
                 (Step::Add(rule), Occasion::Retry) if is_pending(rule).is_none() => {}
+                // It would take what they have from those who are there, again and again.
+                (Step::Exchange(group), Occasion::Retry) => {
+                    let as_before = group.iter().filter_map(|(_, rule)| is_pending(rule));
+                    change.pending.extend(as_before.cloned());
+                }
                 _ => change.make(step),
             }
         }
@@ -151,8 +157,12 @@ fn is_same(one: &Rule, other: &Rule) -> bool {
 }
 
 /// The names, and why those can't be had.
-fn failed(pending: &[Pending]) -> Vec<(String, String)> {
-    let failed = |it: &Pending| (name_of(&it.rule), it.why.clone());
+fn failed(pending: &[Pending]) -> Vec<Failed> {
+    let failed = |it: &Pending| Failed {
+        name: name_of(&it.rule),
+        why: it.why.clone(),
+        retried: it.retried,
+    };
     pending.iter().map(failed).collect()
 }
 
@@ -192,9 +202,9 @@ impl Change<'_> {
                     Err(e) => self.fails(rule, e.to_string()),
                 }
             }
-            Step::Add(rule) => {
-                self.add(rule);
-            }
+            Step::Move(id, rule) => self.move_to(id, rule),
+            Step::Exchange(group) => self.exchange(group),
+            Step::Add(rule) => self.add(rule),
         }
     }
 
@@ -204,6 +214,7 @@ impl Change<'_> {
             waits: false,
             why,
             since: SystemTime::now(),
+            retried: Retried::Soon,
         });
     }
 
@@ -232,11 +243,77 @@ impl Change<'_> {
         }
     }
 
+    /// Listens at the new place, and then no more at the old one, which stays if the new one can't be had.
+    fn move_to(&mut self, id: ForwardId, rule: Rule) {
+        if self.has_to_wait(&rule) {
+            return;
+        }
+        // Its name and its reservation are the old one's until that is gone.
+        let mut bare = rule.clone();
+        bare.name = None;
+        bare.reserved = 0;
+        match self.handle.add(bare) {
+            Err(e) => self.fails(rule, e.to_string()),
+            Ok(new) => {
+                self.ours.insert(new);
+                self.remove(id);
+                self.summary.added.push(name_of(&rule));
+                if let Err(e) = self.handle.replace(new, rule.clone()) {
+                    self.fails(rule, e.to_string());
+                }
+            }
+        }
+    }
+
+    /// Closes all, and listens at their new places; who can't is put back.
+    fn exchange(&mut self, group: Vec<(ForwardId, Rule)>) {
+        let mut group = group;
+        group.retain(|(_, rule)| !self.has_to_wait(rule));
+        for (id, _) in &group {
+            self.close(*id);
+        }
+        let mut left = Vec::new();
+        for (id, rule) in group {
+            match self.handle.add(rule.clone()) {
+                Ok(new) => {
+                    self.ours.insert(new);
+                    self.summary.added.push(name_of(&rule));
+                    self.note_removed(id);
+                }
+                Err(e) => left.push((id, rule, e)),
+            }
+        }
+        for (id, rule, error) in left {
+            match self.handle.add(self.rules[&id].clone()) {
+                Ok(old) => {
+                    self.ours.insert(old);
+                    self.fails(rule, error.to_string());
+                    if let Some(it) = self.pending.last_mut() {
+                        it.retried = Retried::OnReload;
+                    }
+                }
+                Err(back) => {
+                    self.note_removed(id);
+                    let why = format!("{error}; and it could not be put back: {back}");
+                    self.fails(rule, why);
+                }
+            }
+        }
+    }
+
     fn remove(&mut self, id: ForwardId) {
+        self.close(id);
+        self.note_removed(id);
+    }
+
+    fn close(&mut self, id: ForwardId) {
         self.ours.remove(&id);
-        let rule = self.rules[&id];
         // That it is gone already is as good.
         let _ = self.handle.remove(id, Duration::MAX);
+    }
+
+    fn note_removed(&mut self, id: ForwardId) {
+        let rule = self.rules[&id];
         let name = name_of(rule);
         self.summary.warnings.extend(danger(&name, &rule.listen));
         self.summary.removed.push(name);

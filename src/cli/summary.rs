@@ -12,11 +12,41 @@ pub(super) struct Summary {
     pub(super) removed: Vec<String>,
     pub(super) kept: Vec<String>,
     /// Those that can't be had now, and why; they are tried again.
-    pub(super) failed: Vec<(String, String)>,
+    pub(super) failed: Vec<Failed>,
     /// Keys whose new values only a restart brings.
     pub(super) restart: Vec<&'static str>,
     /// What is dangerous about it.
     pub(super) warnings: Vec<String>,
+}
+
+/// A forward that can't be had now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Failed {
+    pub(super) name: String,
+    pub(super) why: String,
+    pub(super) retried: Retried,
+}
+
+/// When something that can't be had is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Retried {
+    /// After [`TRY_AGAIN`].
+    Soon,
+    /// Only when somebody asks for it, for it takes closing what listens.
+    OnReload,
+}
+
+impl Failed {
+    /// Why it can't be had, and what is done about it.
+    pub(super) fn reason(&self) -> String {
+        let why = &self.why;
+        match self.retried {
+            Retried::Soon => format!("{why}; it is tried again every {} s", TRY_AGAIN.as_secs()),
+            Retried::OnReload => format!(
+                "{why}; it listens where it did, and is tried again when the file is read again"
+            ),
+        }
+    }
 }
 
 impl Summary {
@@ -51,7 +81,7 @@ impl Summary {
         let failed: serde_json::Map<_, _> = self
             .failed
             .iter()
-            .map(|(name, why)| (name.clone(), why.as_str().into()))
+            .map(|it| (it.name.clone(), it.why.as_str().into()))
             .collect();
         serde_json::json!({
             "added": self.added,
@@ -92,12 +122,7 @@ impl fmt::Display for Summary {
 }
 
 /// What is said of forwards that can't be had now.
-pub(super) fn failures(failed: &[(String, String)]) -> Vec<String> {
-    let line = |(name, why): &(String, String)| format!("[forward.{name}]: {}", tried_again(why));
+pub(super) fn failures(failed: &[Failed]) -> Vec<String> {
+    let line = |it: &Failed| format!("[forward.{}]: {}", it.name, it.reason());
     failed.iter().map(line).collect()
-}
-
-/// Why something can't be had, and what is done about it.
-pub(super) fn tried_again(why: &str) -> String {
-    format!("{why}; it is tried again every {} s", TRY_AGAIN.as_secs())
 }

@@ -1,5 +1,9 @@
 //! What there is to do so that a running proxy carries what a file says, and nothing else is touched.
 
+use std::path::PathBuf;
+
+use crate::address::{Address, Host, TcpAddress, UnixAddress};
+use crate::mux;
 use crate::proxy::{Rule, is_chosen};
 
 /// A forward that is carried now.
@@ -22,48 +26,148 @@ pub(crate) enum Step<I> {
     Unname(I),
     /// Another rule for who listens there already.
     Replace(I, Rule),
+    /// Another place for a forward of the same name: it can listen there before the old one is closed.
+    Move(I, Rule),
+    /// The same for forwards that are in each other's way, or each in its own: all are closed before any listens again.
+    Exchange(Vec<(I, Rule)>),
     Add(Rule),
+}
+
+/// What there is for a rule that is wanted.
+#[derive(Clone, Copy)]
+enum Found<'a, I> {
+    Nothing,
+    /// Who listens there.
+    Holder(&'a Existing<I>),
+    /// Who listens elsewhere under its name.
+    Namesake(&'a Existing<I>),
 }
 
 /// How the existing forwards become the wanted ones.
 ///
 /// A forward is known again by where it listens, by its name only among those that have their port chosen: who keeps the
-/// address keeps the listener.
+/// address keeps the listener. What is not known by that, and came from the file, has moved if there is its name.
 pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule]) -> Vec<Step<I>> {
     let mut left: Vec<&Existing<I>> = existing.iter().collect();
-    let mut take = |fits: &dyn Fn(&Rule) -> bool| {
-        let index = left.iter().position(|it| fits(&it.rule))?;
+    let mut take = |fits: &dyn Fn(&Existing<I>) -> bool| {
+        let index = left.iter().position(|it| fits(it))?;
         Some(left.remove(index))
     };
-    let matches: Vec<(&Rule, Option<&Existing<I>>)> = wanted
-        .iter()
-        .map(|rule| {
-            let chosen = is_chosen(&rule.listen);
-            let fits = |it: &Rule| it.listen == rule.listen && (!chosen || it.name == rule.name);
-            (rule, take(&fits))
-        })
-        .collect();
+    let mut matches: Vec<(&Rule, Found<'_, I>)> = Vec::new();
+    for rule in wanted {
+        let chosen = is_chosen(&rule.listen);
+        let fits = |it: &Existing<I>| {
+            it.rule.listen == rule.listen && (!chosen || it.rule.name == rule.name)
+        };
+        matches.push((rule, take(&fits).map_or(Found::Nothing, Found::Holder)));
+    }
+    for (rule, found) in &mut matches {
+        let fits = |it: &Existing<I>| it.ours && rule.name.is_some() && it.rule.name == rule.name;
+        if let Found::Nothing = found
+            && let Some(namesake) = take(&fits)
+        {
+            *found = Found::Namesake(namesake);
+        }
+    }
     let mut steps: Vec<Step<I>> = left
         .iter()
         .filter(|it| it.ours)
         .map(|it| Step::Remove(it.id))
         .collect();
-    for (_, holder) in &matches {
-        if let Some(holder) = holder
+    for (held, found) in &matches {
+        if let Found::Holder(holder) = found
             && let Some(name) = &holder.rule.name
-            && matches.iter().any(|(rule, it)| {
-                rule.name.as_ref() == Some(name) && it.is_none_or(|it| it.id != holder.id)
-            })
+            && held.name.as_ref() != Some(name)
+            && wanted.iter().any(|rule| rule.name.as_ref() == Some(name))
         {
             steps.push(Step::Unname(holder.id));
         }
     }
-    steps.extend(matches.into_iter().map(|(rule, it)| match it {
-        Some(it) if it.rule == *rule => Step::Keep(it.id),
-        Some(it) => Step::Replace(it.id, rule.clone()),
-        None => Step::Add(rule.clone()),
+    let moves = matches.iter().filter_map(|(rule, found)| match found {
+        Found::Namesake(it) => Some((*it, *rule)),
+        _ => None,
+    });
+    steps.extend(order(moves.collect()));
+    steps.extend(matches.into_iter().filter_map(|(rule, found)| match found {
+        Found::Holder(it) if it.rule == *rule => Some(Step::Keep(it.id)),
+        Found::Holder(it) => Some(Step::Replace(it.id, rule.clone())),
+        Found::Namesake(_) => None,
+        Found::Nothing => Some(Step::Add(rule.clone())),
     }));
     steps
+}
+
+/// Those that move, each after those that have to leave its new place.
+fn order<I: Copy + PartialEq>(mut moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step<I>> {
+    let mut steps = Vec::new();
+    while !moves.is_empty() {
+        let in_the_way_of = |rule: &Rule| {
+            let is = |(old, _): &(&Existing<I>, &Rule)| may_collide(&old.rule.listen, &rule.listen);
+            moves.iter().position(is)
+        };
+        let free = moves
+            .iter()
+            .position(|(_, rule)| in_the_way_of(rule).is_none());
+        if let Some(index) = free {
+            let (old, rule) = moves.remove(index);
+            steps.push(Step::Move(old.id, rule.clone()));
+            continue;
+        }
+        // Somebody is in the way of each: from one to the next leads into a circle.
+        let mut way = vec![0];
+        let circle = loop {
+            let last = way.last().copied().unwrap_or(0);
+            let next = in_the_way_of(moves[last].1).unwrap_or(last);
+            if let Some(begin) = way.iter().position(|it| *it == next) {
+                break way.split_off(begin);
+            }
+            way.push(next);
+        };
+        let member = |index: &usize| (moves[*index].0.id, moves[*index].1.clone());
+        let exchange: Vec<(I, Rule)> = circle.iter().map(member).collect();
+        moves.retain(|(old, _)| !exchange.iter().any(|(id, _)| *id == old.id));
+        steps.push(Step::Exchange(exchange));
+    }
+    steps
+}
+
+/// Whether who listens at one may be in the way of who wants to at the other.
+fn may_collide(one: &Address, other: &Address) -> bool {
+    if is_chosen(one) || is_chosen(other) {
+        return false;
+    }
+    match (one, other) {
+        (Address::Tcp(one), Address::Tcp(other)) => {
+            let is_wide = |it: &TcpAddress| match &it.host {
+                Host::Ip(ip) => ip.is_unspecified(),
+                // It may be any.
+                Host::Name(_) => true,
+            };
+            let same = one.host == other.host || is_wide(one) || is_wide(other);
+            one.port == other.port && same
+        }
+        (Address::Vsock(one), Address::Vsock(other)) => one.port == other.port,
+        _ => {
+            let files = file_of(one).zip(file_of(other));
+            one == other || files.is_some_and(|(one, other)| one == other)
+        }
+    }
+}
+
+/// The file of the Unix socket that is made for an address, however its directory is spelled.
+fn file_of(listen: &Address) -> Option<PathBuf> {
+    let path = match listen {
+        Address::Unix(UnixAddress::Path(path)) => path.clone(),
+        Address::Hyperkit(to) => to.vm.listen_path(to.port),
+        Address::VsockMux(to) => mux::listen_path(&to.path, to.port),
+        _ => return None,
+    };
+    let path = std::path::absolute(&path).unwrap_or(path);
+    let directory = path.parent().and_then(|it| it.canonicalize().ok());
+    match (directory, path.file_name()) {
+        (Some(directory), Some(name)) => Some(directory.join(name)),
+        _ => Some(path),
+    }
 }
 
 #[cfg(test)]
@@ -147,8 +251,73 @@ mod tests {
         let moved = rule("a", "/2", TO);
         assert_eq!(
             plan(&now, std::slice::from_ref(&moved)),
-            [Step::Remove(0), Step::Add(moved)]
+            [Step::Move(0, moved)]
         );
+        let other = rule("b", "/2", TO);
+        assert_eq!(
+            plan(&now, std::slice::from_ref(&other)),
+            [Step::Remove(0), Step::Add(other)]
+        );
+    }
+
+    #[test]
+    fn who_moves_waits_for_who_leaves_its_new_place() {
+        let at = |name: &str, place: &str| rule(name, &format!("tcp://{place}"), TO);
+        let now = existing(&[
+            at("a", "10.0.0.1:1"),
+            at("b", "10.0.0.1:2"),
+            at("c", "10.0.0.1:3"),
+        ]);
+        // Each is in the way of the one before it.
+        let [a, b, c] = [
+            at("a", "0.0.0.0:2"),
+            at("b", "0.0.0.0:3"),
+            at("c", "0.0.0.0:4"),
+        ];
+        assert_eq!(
+            plan(&now, &[a.clone(), b.clone(), c.clone()]),
+            [
+                Step::Move(2, c),
+                Step::Move(1, b.clone()),
+                Step::Move(0, a.clone())
+            ]
+        );
+        // Two of them are in each other's way, and the third is only in theirs.
+        let (c, back) = (at("c", "0.0.0.0:2"), at("b", "0.0.0.0:3"));
+        let a = at("a", "0.0.0.0:3");
+        assert_eq!(
+            plan(&now, &[a.clone(), back.clone(), c.clone()]),
+            [Step::Exchange(vec![(2, c), (1, back)]), Step::Move(0, a)]
+        );
+    }
+
+    #[test]
+    fn who_is_in_its_own_way_is_closed_first() {
+        let exchanges = |from: &str, to: &str| {
+            let steps = plan(&existing(&[rule("a", from, TO)]), &[rule("a", to, TO)]);
+            matches!(&steps[..], [Step::Exchange(_)])
+        };
+        assert!(exchanges("tcp://127.0.0.1:80", "tcp://0.0.0.0:80"));
+        assert!(exchanges("tcp://127.0.0.1:80", "tcp://[::]:80"));
+        assert!(exchanges("tcp://127.0.0.1:80", "tcp://localhost:80"));
+        assert!(!exchanges("tcp://127.0.0.1:80", "tcp://127.0.0.2:80"));
+        assert!(!exchanges("tcp://127.0.0.1:80", "tcp://0.0.0.0:81"));
+        assert!(!exchanges("tcp://127.0.0.1:0", "tcp://0.0.0.0:0"));
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().to_str().unwrap();
+        assert!(exchanges(
+            &format!("{dir}/s"),
+            &format!("{dir}/../{}/s", {
+                std::path::Path::new(dir)
+                    .file_name()
+                    .unwrap()
+                    .to_str()
+                    .unwrap()
+            })
+        ));
+        let hyperkit = format!("hyperkit://:5000{dir}");
+        assert!(exchanges(&hyperkit, &format!("{dir}/00000002.00001388")));
+        assert!(exchanges("vsock://any:5", "vsock://local:5"));
     }
 
     #[test]
