@@ -327,6 +327,20 @@ fn what_makes_no_sense_is_refused_and_said() {
         (
             "POST",
             "/v1/forwards",
+            rule(r#", "connections": 0"#),
+            400,
+            "no connection at all",
+        ),
+        (
+            "POST",
+            "/v1/forwards",
+            rule(r#", "connections": 2, "reserved": 3"#),
+            400,
+            "reserves 3 connections, and may have 2",
+        ),
+        (
+            "POST",
+            "/v1/forwards",
             rule(r#", "mode": "888""#),
             400,
             "octal",
@@ -405,7 +419,7 @@ fn what_makes_no_sense_is_refused_and_said() {
 
 #[test]
 fn to_add_what_is_there_changes_nothing() {
-    let scene = Scene::with(&["--dial-timeout", "7"]);
+    let scene = Scene::with(&["--dial-timeout", "7", "--connections", "200"]);
     let (first, id, port) = scene.add("web");
     assert_eq!((first, scene.add("web")), (201, (200, id, port)));
     // What is told of a forward is a rule again. What was left out is as on the command line.
@@ -435,7 +449,7 @@ fn to_add_what_is_there_changes_nothing() {
         "{why}"
     );
     let all = json!({"name": "w", "listen": "tcp://127.0.0.1:0", "connect": "/x", "wait": 2.5,
-        "timeouts": {"idle": 60}, "mode": "660"});
+        "timeouts": {"idle": 60}, "mode": "660", "connections": 9, "reserved": 2});
     let (_, added) = scene.call("POST", "/v1/forwards", &all.to_string());
     let rule = &added["rule"];
     assert_eq!(
@@ -446,6 +460,11 @@ fn to_add_what_is_there_changes_nothing() {
         (&rule["mode"], &rule["timeouts"]["half_closed"]),
         (&json!("660"), &Value::Null)
     );
+    assert_eq!(
+        (&rule["connections"], &rule["reserved"]),
+        (&json!(9), &json!(2))
+    );
+    assert_eq!(told["rule"]["connections"], 200);
     // Somebody else's port, and one of ours.
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     for port in [taken.local_addr().unwrap().port(), scene.port] {

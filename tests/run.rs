@@ -748,6 +748,40 @@ fn a_file_that_can_not_be_meant_changes_nothing_and_blocks_nobody() {
     assert_eq!(proxy.exit_code(), Some(0));
 }
 
+/// Idle clients of one forward, when descriptors are few, are in nobody's way who keeps some, or if it has few.
+#[test]
+fn a_hundred_idle_clients_of_one_forward_starve_no_other() {
+    let dir = private_dir();
+    let server = echo_server();
+    let forward = |name: &str, more: &str| {
+        format!("[forward.{name}]\nlisten = 0\nconnect = {server}\n{more}")
+    };
+    for (noisy, quiet) in [("", "reserved = 4\n"), ("connections = 10\n", "")] {
+        let text_of = forward("noisy", noisy) + &forward("quiet", quiet);
+        let file = File::new(dir.path(), &text_of);
+        let mut command = Command::new("sh");
+        command.env("XDG_RUNTIME_DIR", dir.path());
+        let few = "ulimit -n 160; exec \"$0\" \"$@\"";
+        let hvsock = env!("CARGO_BIN_EXE_hvsock");
+        command.args(["-c", few, hvsock, "run", text(&file.0)]);
+        let mut proxy = Running::spawn(command);
+        let (noisy, quiet) = (proxy.tcp_port(), proxy.tcp_port());
+        let idle: Vec<TcpStream> = (0..100).map(|_| tcp(noisy)).collect();
+        eventually("it is full", || {
+            let rows = rows(dir.path());
+            rows.iter()
+                .any(|(name, state, _)| name == "noisy" && state == "full")
+        });
+        for _ in 0..10 {
+            assert_eq!(ask(tcp(quiet), b"served").unwrap(), b"served");
+        }
+        drop(idle);
+        assert_eq!(ask(tcp(noisy), b"again").unwrap(), b"again");
+        proxy.signal("TERM");
+        assert_eq!(proxy.exit_code(), Some(0));
+    }
+}
+
 /// A server that says its name to each client; its port.
 fn named_server(name: &'static str) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

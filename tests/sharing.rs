@@ -145,13 +145,6 @@ fn no_more_is_reserved_than_there_is_and_a_removed_forward_gives_it_back() {
     handle.remove(first, Duration::ZERO).unwrap();
     handle.add(rule(dir.path(), 6)).unwrap();
     assert_eq!(status(&proxy, 0).vm.unwrap().reserved, 10);
-    let mut nowhere = Rule::new(any_tcp(), "tcp://127.0.0.1:1".parse().unwrap());
-    nowhere.reserved = 1;
-    let error = handle.add(nowhere).unwrap_err().to_string();
-    assert!(
-        error.contains("none of its addresses is of a hyperkit VM"),
-        "{error}"
-    );
 }
 
 #[test]
@@ -207,4 +200,73 @@ fn the_limit_of_all_connections_has_reserved_places_too() {
     assert_eq!(status(&proxy, 0).counters.live, 3);
     drop((noise, one));
     assert_eq!(ask(waiting, b"now").unwrap(), b"now");
+}
+
+/// An echo server without a VM.
+fn echo_rule() -> Rule {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || std::io::copy(&mut &stream, &mut &stream).map(drop));
+        }
+    });
+    Rule::new(any_tcp(), target.parse().unwrap())
+}
+
+#[test]
+fn a_forward_without_a_vm_has_places_of_its_own_too() {
+    let mut docker = echo_rule();
+    docker.reserved = 2;
+    let mut config = config(vec![echo_rule(), docker]);
+    config.limits.connections = 6;
+    let proxy = Proxy::start(config).unwrap();
+    let noise: Vec<_> = (0..4).map(|_| held(port_of(&proxy, 0))).collect();
+    let waiting = tcp(port_of(&proxy, 0));
+    eventually("the noisy one is full", || is_full(&proxy, 0));
+    let _two = [held(port_of(&proxy, 1)), held(port_of(&proxy, 1))];
+    // What it gives up is everybody's.
+    let mut rule = status(&proxy, 1).rule;
+    rule.reserved = 0;
+    proxy.handle().replace(status(&proxy, 1).id, rule).unwrap();
+    drop(noise);
+    assert_eq!(ask(waiting, b"now").unwrap(), b"now");
+}
+
+#[test]
+fn a_forward_has_no_more_connections_than_it_may_and_its_clients_wait() {
+    let mut noisy = echo_rule();
+    noisy.connections = Some(3);
+    let proxy = Proxy::start(config(vec![noisy, echo_rule()])).unwrap();
+    let port = port_of(&proxy, 0);
+    let mut noise: Vec<_> = (0..3).map(|_| held(port)).collect();
+    let waiting = tcp(port);
+    eventually("it is full", || is_full(&proxy, 0));
+    let ForwardState::Full { why, .. } = status(&proxy, 0).state else {
+        panic!("{:?}", status(&proxy, 0).state);
+    };
+    assert!(why.contains("3 connections of this forward"), "{why}");
+    assert_eq!(status(&proxy, 0).counters.accepted, 3);
+    let _others: Vec<_> = (0..10).map(|_| held(port_of(&proxy, 1))).collect();
+    drop(noise.pop());
+    assert_eq!(ask(waiting, b"now").unwrap(), b"now");
+    // It can be given more, and fewer: those who are there stay.
+    noise.push(held(port));
+    let waiting = tcp(port);
+    eventually("it is full", || is_full(&proxy, 0));
+    let (handle, id) = (proxy.handle(), status(&proxy, 0).id);
+    let bounded = |most| {
+        let mut rule = status(&proxy, 0).rule;
+        rule.connections = most;
+        handle.replace(id, rule)
+    };
+    bounded(None).unwrap();
+    assert_eq!(ask(waiting, b"more").unwrap(), b"more");
+    bounded(Some(1)).unwrap();
+    let waiting = tcp(port);
+    eventually("it is full", || is_full(&proxy, 0));
+    drop(noise);
+    assert_eq!(ask(waiting, b"last").unwrap(), b"last");
+    let error = bounded(Some(0)).unwrap_err().to_string();
+    assert!(error.contains("no connection at all"), "{error}");
 }

@@ -103,6 +103,9 @@ pub(super) struct ProxyOptions {
     /// The same, once one side has ended [default: never]
     #[arg(long, value_name = "SECONDS", value_parser = parse_some_seconds)]
     half_closed_timeout: Option<Duration>,
+    /// Connections of each forward at a time; more clients wait [default: as many as all may have]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    connections: Option<u32>,
     /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors)
     #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]
     vm_connections: u16,
@@ -137,6 +140,7 @@ impl ProxyOptions {
         rule.timeouts.idle = self.idle_timeout;
         rule.timeouts.half_closed = self.half_closed_timeout;
         rule.wait = self.wait;
+        rule.connections = self.connections.map(|most| most as usize);
         rule
     }
 

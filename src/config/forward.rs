@@ -87,6 +87,7 @@ pub(super) struct Forward {
     vm: Option<(String, usize)>,
     settings: Settings,
     pub(super) reserved: usize,
+    connections: Option<usize>,
 }
 
 impl Forward {
@@ -105,11 +106,7 @@ impl Forward {
         let connect = section.take("connect", values::address);
         let settings = defaults.read(&mut section);
         let reserved = section.take("reserved", values::count(0..=1000));
-        if reserved.is_some_and(|n| n > 0) && !section.has("vm") {
-            let what =
-                "of which VM's connections? Only with vm = \"NAME\" are there places to keep";
-            section.complain(Some("reserved"), what);
-        }
+        let connections = section.take("connections", values::count(1..=1_000_000));
         let ends = ends(&section);
         let listen = listen.map(End::At).or(guest_dials.map(End::Vm));
         let connect = connect.map(End::At).or(port.map(End::Vm));
@@ -132,6 +129,7 @@ impl Forward {
                 vm,
                 settings,
                 reserved: reserved.unwrap_or(0),
+                connections,
             }),
             _ => None,
         }
@@ -157,6 +155,7 @@ impl Forward {
         let mut rule = self.settings.applied_to(rule);
         rule.name = Some(self.name.clone());
         rule.reserved = self.reserved;
+        rule.connections = self.connections;
         Some(rule)
     }
 }

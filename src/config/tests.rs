@@ -127,7 +127,7 @@ const WRONG: [(&str, &str); 17] = [
 ];
 
 /// The same, of a forward that is whole but for it.
-const WRONG_VALUES: [(&str, &str); 15] = [
+const WRONG_VALUES: [(&str, &str); 16] = [
     ("dial-timeout = \"soon\"", "write \"30s\""),
     ("dial-timeout = \"5M\"", "M a month"),
     ("dial-timeout = -1", "-1 is no time"),
@@ -142,7 +142,11 @@ const WRONG_VALUES: [(&str, &str); 15] = [
     ("mode = \"rw\"", "octal"),
     ("mode = 0o1777", "octal"),
     ("reserved = -1", "-1 is not a number from 0"),
-    ("reserved = 1", "of which VM"),
+    ("connections = 0", "0 is not a number from 1"),
+    (
+        "reserved = 3\nconnections = 2",
+        "reserves 3 connections, and may have 2",
+    ),
 ];
 
 #[test]

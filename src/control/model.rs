@@ -156,9 +156,16 @@ pub(crate) struct RuleBody {
         skip_serializing_if = "Option::is_none"
     )]
     pub(crate) wait: Option<Option<f64>>,
-    /// Places of the VM's that only this rule's connections may have.
+    /// Places, also of its VM's, that only this rule's connections may have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) reserved: Option<usize>,
+    /// Connections that it may have at a time; `null`: what bounds all bounds it.
+    #[serde(
+        default,
+        deserialize_with = "given",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub(crate) connections: Option<Option<usize>>,
 }
 
 /// In seconds.
@@ -186,7 +193,9 @@ pub(crate) struct TimeoutsBody {
 }
 
 /// A value that was given, be it `null`, which is not the same as to be left out.
-fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<f64>>, D::Error> {
+fn given<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Option<T>>, D::Error> {
     Option::deserialize(deserializer).map(Some)
 }
 
@@ -201,6 +210,7 @@ impl RuleBody {
             timeouts: TimeoutsBody::default(),
             wait: None,
             reserved: None,
+            connections: None,
         }
     }
 
@@ -250,6 +260,7 @@ impl RuleBody {
         )?;
         set("wait", self.wait, &mut rule.wait)?;
         rule.reserved = self.reserved.unwrap_or(rule.reserved);
+        rule.connections = self.connections.unwrap_or(rule.connections);
         Ok(rule)
     }
 
@@ -309,6 +320,7 @@ impl From<&Rule> for RuleBody {
             },
             wait: Some(rule.wait.map(|it| it.as_secs_f64())),
             reserved: Some(rule.reserved),
+            connections: Some(rule.connections),
             ..RuleBody::new(&rule.listen, &rule.connect)
         }
     }

@@ -28,7 +28,7 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
         return Err(not_carried(Operation::Connect, &rule.connect));
     }
-    let invalid = |operation, address, why| {
+    let invalid = |operation, address, why: &str| {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
     };
@@ -46,6 +46,16 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         return invalid(Operation::Connect, &rule.connect, why);
     }
     check_bridge(rule, waiter)?;
+    if let Some(most) = rule.connections.filter(|most| *most < rule.reserved.max(1)) {
+        let why = match most {
+            0 => "it may have no connection at all".to_owned(),
+            _ => format!(
+                "it reserves {} connections, and may have {most}",
+                rule.reserved
+            ),
+        };
+        return invalid(Operation::Listen, &rule.listen, &why);
+    }
     if rule.listen == rule.connect && !is_chosen(&rule.listen) {
         let why = "it would connect to itself";
         return invalid(Operation::Connect, &rule.connect, why);
@@ -346,11 +356,6 @@ fn keep_places(
     let (gate, holds) = match gates {
         [_, Some(gate)] => (gate, Some(rule.wait.is_some_and(|wait| !wait.is_zero()))),
         [Some(gate), None] => (gate, None),
-        [None, None] if rule.reserved > 0 => {
-            let why = format!("it reserves {} connections of a VM", rule.reserved);
-            let remedy = "leave that out: none of its addresses is of a hyperkit VM";
-            return fail(&rule.listen, why, remedy);
-        }
         [None, None] => return Ok(None),
     };
     match gate.reserve(id, rule.reserved, holds) {

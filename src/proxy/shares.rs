@@ -20,6 +20,8 @@ struct Share {
     reserved: usize,
     live: usize,
     queued: usize,
+    /// How many places it may have at a time, whatever is free.
+    most: Option<usize>,
 }
 
 impl Share {
@@ -65,7 +67,7 @@ impl Shares {
         change(share);
         self.kept = self.kept + share.unused() - unused;
         self.live = self.live + share.live - live;
-        if share.reserved + share.live + share.queued == 0 {
+        if share.reserved + share.live + share.queued == 0 && share.most.is_none() {
             self.shares.remove(&forward);
         }
     }
@@ -82,8 +84,17 @@ impl Shares {
         Ok(())
     }
 
+    /// Bounds how many places a forward may have at a time.
+    pub(super) fn bound(&mut self, forward: ForwardId, most: Option<usize>) {
+        self.change(forward, |share| share.most = most);
+    }
+
+    /// Neither keeps places for a forward any longer, nor bounds it.
     pub(super) fn give_up(&mut self, forward: ForwardId) {
-        self.change(forward, |share| share.reserved = 0);
+        self.change(forward, |share| {
+            share.reserved = 0;
+            share.most = None;
+        });
     }
 
     pub(super) fn take(&mut self, forward: ForwardId) {
@@ -96,7 +107,16 @@ impl Shares {
 
     /// Free places that this forward may have.
     pub(super) fn free_for(&self, forward: ForwardId) -> usize {
-        self.cap.saturating_sub(self.live + self.kept_from(forward))
+        match self.is_at_its_bound(forward) {
+            Some(_) => 0,
+            None => self.cap.saturating_sub(self.live + self.kept_from(forward)),
+        }
+    }
+
+    /// The places that a forward may have, if it has all of them.
+    pub(super) fn is_at_its_bound(&self, forward: ForwardId) -> Option<usize> {
+        let share = self.shares.get(&forward)?;
+        share.most.filter(|most| share.live >= *most)
     }
 
     /// Free places that are kept for others than this forward.
@@ -182,6 +202,29 @@ mod tests {
         shares.reserve(NOISY, 2).unwrap();
         shares.give_up(DOCKER);
         shares.reserve(NOISY, 10).unwrap();
+    }
+
+    #[test]
+    fn who_is_bounded_has_no_more_though_others_have() {
+        let mut shares = Shares::new(10);
+        shares.bound(NOISY, Some(2));
+        shares.take(NOISY);
+        assert_eq!(shares.is_at_its_bound(NOISY), None);
+        assert!(shares.free_for(NOISY) > 0);
+        shares.take(NOISY);
+        assert_eq!(shares.is_at_its_bound(NOISY), Some(2));
+        assert_eq!((shares.free_for(NOISY), shares.free_for(DOCKER)), (0, 8));
+        shares.give_back(NOISY);
+        assert!(shares.free_for(NOISY) > 0);
+        // It holds though none is there now, until it is taken back.
+        shares.give_back(NOISY);
+        shares.take(NOISY);
+        shares.take(NOISY);
+        assert_eq!(shares.free_for(NOISY), 0);
+        shares.give_up(NOISY);
+        assert_eq!(shares.free_for(NOISY), 8);
+        shares.clear();
+        assert!(shares.shares.is_empty());
     }
 
     #[test]

@@ -209,6 +209,11 @@ impl<W: World> Shared<W> {
         if places.free_for(forward) > 0 {
             return None;
         }
+        if let Some(most) = places.is_at_its_bound(forward) {
+            let why =
+                format!("{most} connections of this forward are open, and more are not allowed");
+            return Some(io::Error::other(why));
+        }
         let (cap, kept) = (places.cap(), places.kept_from(forward));
         Some(io::Error::other(match kept {
             0 => format!("{cap} connections are open, and more are not allowed"),
@@ -266,9 +271,12 @@ impl<W: World> Shared<W> {
     }
 }
 
-/// Keeps for a forward what it reserves, or as much of it as there are descriptors for.
+/// Keeps for a forward what it reserves, or as much of it as there are descriptors for, and bounds it.
 fn keep(places: &mut Shares, forward: &Forward) {
-    if let Err(left) = places.reserve(forward.id, forward.rule.reserved) {
+    let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
+    places.bound(forward.id, forward.rule.connections);
+    if let Err(left) = places.reserve(forward.id, reserved) {
+        tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
         // So much is to be had.
         let _ = places.reserve(forward.id, left);
     }
