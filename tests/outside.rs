@@ -14,6 +14,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::thread;
@@ -286,6 +287,42 @@ fn a_request_of_a_guest_that_breaks_off_because_the_vm_was_killed_is_reset() {
     vm.child.0.kill().unwrap();
     assert!(is_reset(served.read(&mut [0; 1])));
     vm.exit_code();
+}
+
+#[test]
+fn many_listeners_leave_descriptors_for_every_client_that_is_accepted() {
+    let server = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    thread::spawn(move || {
+        for mut stream in server.incoming().flatten() {
+            thread::spawn(move || std::io::copy(&mut stream.try_clone().unwrap(), &mut stream));
+        }
+    });
+    let limited = "ulimit -n 256; exec \"$0\" forward --workers 1 \"$@\"";
+    let mut command = Command::new("sh");
+    command.args(["-c", limited, env!("CARGO_BIN_EXE_hvsock")]);
+    for _ in 0..90 {
+        command.args(["tcp://127.0.0.1:0", &target]);
+    }
+    let proxy = Running::spawn(command);
+    let port = proxy.tcp_port();
+    let mut clients: Vec<_> = (0..150).map(|_| tcp(port)).collect();
+    for client in &mut clients {
+        client.write_all(b"x").unwrap();
+    }
+    // Whoever finds no room waits, and is served when another has gone.
+    for mut client in clients {
+        client.read_exact(&mut [0]).unwrap();
+    }
+    let mut command = Command::new("sh");
+    let limited = "ulimit -n 64; exec \"$0\" forward --workers 1 \"$@\"";
+    command.args(["-c", limited, env!("CARGO_BIN_EXE_hvsock")]);
+    for _ in 0..60 {
+        command.args(["tcp://127.0.0.1:0", &target]);
+    }
+    let told = output(command);
+    let told = String::from_utf8_lossy(&told.stderr).into_owned();
+    assert!(told.contains("ulimit -n"), "{told}");
 }
 
 /// A client that is led round in a circle is refused, and leaves nothing behind.

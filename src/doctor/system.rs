@@ -1,7 +1,7 @@
 //! This system, whatever the VM.
 
 use super::Check;
-use crate::proxy::{Limits, room_for_connections};
+use crate::proxy::{Limits, ProcessDescriptors};
 use crate::sys;
 
 /// Whether a proxy would have descriptors enough for as many connections as one VM can have.
@@ -13,7 +13,8 @@ pub(super) fn descriptors() -> Check {
     let Some(limit) = sys::descriptor_limit() else {
         return Check::ok(name, "not limited");
     };
-    let room = room_for_connections(false);
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let room = ProcessDescriptors::new(workers, 0).room(1);
     let seen = format!("this process may have {limit}: enough for {room} connections");
     match room < Limits::default().vm_connections {
         false => Check::ok(name, seen),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
 use crate::relay::CLIENT;
+use crate::sys;
 
 use super::VmLimits;
 use super::forward::{Forward, Rule};
@@ -93,11 +94,22 @@ impl Handle {
         if self.shared.is_stopping() {
             return Err(fail(stopping()));
         }
-        if forward.is_polite(CLIENT) {
-            self.shared.make_room_for_guests();
+        // Those that are there wait for their next client until there is room for it.
+        let listeners = forwards.len() + 1;
+        if self.shared.descriptors.room(listeners) == 0 {
+            return Err(too_few_descriptors(Operation::Listen, &listen, listeners));
         }
+        if forward.is_polite(CLIENT) {
+            self.shared.descriptors.keep_some_for_guests();
+        }
+        self.shared.make_room(listeners);
+        let undo = |e| {
+            self.shared.make_room(forwards.len());
+            fail(e)
+        };
         let listen = |wanted, tell| Command::Listen(listener, Arc::clone(&forward), wanted, tell);
-        self.ask(home, listen).and_then(|done| done).map_err(fail)?;
+        let begun = self.ask(home, listen).and_then(|done| done);
+        begun.map_err(undo)?;
         self.shared.keep(&forward);
         self.shared.forwards().push(forward);
         Ok(id)
@@ -154,16 +166,17 @@ impl Handle {
     /// `NotFound` if there is none of that id; `TimedOut` if its worker doesn't answer: it is removed when the worker does.
     pub fn remove(&self, id: ForwardId, grace: Duration) -> Result<()> {
         let _change = self.binder.begin_change();
-        let forward = {
+        let (forward, left) = {
             let mut forwards = self.shared.forwards();
             let index = index_of(&forwards, id)?;
-            forwards.remove(index)
+            (forwards.remove(index), forwards.len())
         };
         self.shared.release(&forward);
         let answers = self.ask_all(
             |tell| Command::Remove(Arc::clone(&forward), grace, tell),
             ANSWER,
         );
+        self.shared.make_room(left);
         match answers.len() < self.shared.inboxes.len() && !self.shared.is_stopping() {
             true => Err(Error::new(
                 Operation::Listen,
@@ -268,6 +281,20 @@ fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
         let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
         Error::new(Operation::Find, "the forward", cause)
     })
+}
+
+/// The error for a proxy whose listeners leave no descriptors for connections.
+pub(super) fn too_few_descriptors(
+    operation: Operation,
+    subject: impl std::fmt::Display,
+    listeners: usize,
+) -> Error {
+    let limit = sys::descriptor_limit().unwrap_or(u64::MAX);
+    let why = format!(
+        "the process may have {limit} descriptors, and {listeners} listeners leave none for a connection"
+    );
+    Error::new(operation, subject, io::Error::other(why))
+        .with_remedy("raise the limit with `ulimit -n`")
 }
 
 fn no_answer(so: &str) -> io::Error {

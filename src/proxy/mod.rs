@@ -37,6 +37,7 @@ mod bridge;
 mod conn;
 mod counters;
 mod crossing;
+mod descriptors;
 mod dialling;
 mod forbidden;
 mod forward;
@@ -71,9 +72,10 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::Listener;
 use crate::relay::CLIENT;
 use crate::stream::nonblocking::Waiter;
-use crate::sys;
 
+use descriptors::Descriptors;
 use gate::GateLimits;
+use handle::too_few_descriptors;
 use housekeeper::Housekeeper;
 use rules::Binder;
 pub(crate) use rules::all_are_wanted;
@@ -81,6 +83,8 @@ use worker::{Command, Inbox, Shared, Worker};
 use world::MioWorld;
 
 pub use counters::{Counters, Refusals, TimedOut};
+#[cfg(feature = "cli")]
+pub(crate) use descriptors::Descriptors as ProcessDescriptors;
 #[cfg(feature = "cli")]
 pub(crate) use forbidden::leads_to;
 pub use forward::{Rule, Timeouts};
@@ -91,8 +95,6 @@ pub use observer::{ConnectionId, Event, Observer, What};
 #[cfg(feature = "cli")]
 pub(crate) use rules::{check_name, check_rule, is_chosen};
 pub use status::{ForwardState, ForwardStatus, LastError, VmStatus};
-#[cfg(feature = "cli")]
-pub(crate) use worker::room_for_connections;
 
 /// What bounds a proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -168,6 +170,8 @@ pub struct ProxyConfig {
     /// forward is removed: clients wait there until another one takes it. Each is to be wanted by one of the rules; with
     /// no rule at all they are kept for those that are added.
     pub listeners: Vec<Listener>,
+    /// Descriptors that the program needs for other things than this proxy. Connections don't take them.
+    pub other_descriptors: usize,
 }
 
 impl ProxyConfig {
@@ -182,6 +186,7 @@ impl ProxyConfig {
             observer: None,
             forbidden: Vec::new(),
             listeners: Vec::new(),
+            other_descriptors: 0,
         }
     }
 }
@@ -326,17 +331,23 @@ fn prepare(
     }
     let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let count = config.workers.unwrap_or_else(cores).get();
+    let descriptors = Descriptors::new(count, config.other_descriptors);
+    if descriptors.room(config.rules.len()) == 0 {
+        let what = "the proxy";
+        return Err(too_few_descriptors(
+            Operation::Run,
+            what,
+            config.rules.len(),
+        ));
+    }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for (index, rule) in config.rules.into_iter().enumerate() {
         let (listener, forward) = binder.bind(rule, index % count, &forwards)?;
         listeners.push(listener);
         forwards.push(forward);
     }
-    let needed = DESCRIPTORS_PER_WORKER * count + forwards.len() + 8;
-    if let Some(limit) = sys::descriptor_limit().filter(|&limit| limit < needed as u64) {
-        let why = format!("the process may have {limit} descriptors, and {needed} are needed");
-        let remedy = "raise the limit with `ulimit -n`, or ask for fewer workers";
-        return Err(fail(io::Error::other(why)).with_remedy(remedy));
+    if forwards.iter().any(|forward| forward.is_polite(CLIENT)) {
+        descriptors.keep_some_for_guests();
     }
     let mut worlds = Vec::new();
     let mut inboxes = Vec::new();
@@ -351,10 +362,7 @@ fn prepare(
         worlds.push(world);
     }
     let bound: Vec<_> = listeners.into_iter().zip(forwards.clone()).collect();
-    let shared = Arc::new(Shared::new(config.limits, forwards, inboxes));
-    if bound.iter().any(|(_, forward)| forward.is_polite(CLIENT)) {
-        shared.make_room_for_guests();
-    }
+    let shared = Arc::new(Shared::new(config.limits, descriptors, forwards, inboxes));
     let mut workers: Vec<Worker<MioWorld>> = worlds
         .into_iter()
         .enumerate()
@@ -368,9 +376,6 @@ fn prepare(
     let binder = Arc::new(binder);
     Ok((Handle { shared, binder }, workers))
 }
-
-/// A poller, its waker and its registry's copy.
-const DESCRIPTORS_PER_WORKER: usize = 3;
 
 /// Runs a worker; if it fails, ends the others too: without it they would wait for its connections for ever.
 fn run_to_the_end(

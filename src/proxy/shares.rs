@@ -40,11 +40,6 @@ impl Shares {
         }
     }
 
-    /// Lowers the cap.
-    pub(super) fn limit(&mut self, cap: usize) {
-        self.cap = self.cap.min(cap);
-    }
-
     pub(super) fn cap(&self) -> usize {
         self.cap
     }

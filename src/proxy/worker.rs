@@ -15,6 +15,7 @@ use super::Limits;
 use super::accept::Listening;
 use super::conn::Conn;
 use super::counters::add_one;
+use super::descriptors::{self, Descriptors};
 use super::forward::Forward;
 use super::gate::{Ticket, Wake};
 use super::handle::{ConnectionStatus, ForwardId};
@@ -158,6 +159,9 @@ pub(crate) struct Shared<W: World> {
     /// How many connections there may be: what the limits say, and no more than there are descriptors for. What a forward
     /// reserves in its VM is kept for it here as well.
     places: Mutex<Shares>,
+    /// As the limits say.
+    most: usize,
+    pub(super) descriptors: Descriptors,
     pub(super) routes: Routes,
     /// Connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
@@ -174,11 +178,11 @@ pub(crate) struct Shared<W: World> {
 impl<W: World> Shared<W> {
     pub(crate) fn new(
         limits: Limits,
+        descriptors: Descriptors,
         forwards: Vec<Arc<Forward>>,
         inboxes: Vec<Inbox<W>>,
     ) -> Shared<W> {
-        let room = limits.connections.min(room_for_connections(false));
-        let mut places = Shares::new(room);
+        let mut places = Shares::new(limits.connections.min(descriptors.room(forwards.len())));
         for forward in &forwards {
             keep(&mut places, forward);
         }
@@ -188,6 +192,8 @@ impl<W: World> Shared<W> {
             forwards: Mutex::new(forwards),
             inboxes,
             places: Mutex::new(places),
+            most: limits.connections,
+            descriptors,
             routes: Routes::default(),
             live: AtomicUsize::new(0),
             stopping: AtomicUsize::new(0),
@@ -247,9 +253,10 @@ impl<W: World> Shared<W> {
         forward.keep_places(None);
     }
 
-    /// Keeps descriptors for guests, who can't be made to wait.
-    pub(super) fn make_room_for_guests(&self) {
-        self.places().limit(room_for_connections(true));
+    /// Allows as many connections as there are descriptors for beside so many listeners.
+    pub(super) fn make_room(&self, listeners: usize) {
+        let room = self.descriptors.room(listeners);
+        self.places().set_cap(self.most.min(room));
     }
 
     /// Who is to have the next listener.
@@ -279,40 +286,6 @@ fn keep(places: &mut Shares, forward: &Forward) {
         tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
         // So much is to be had.
         let _ = places.reserve(forward.id, left);
-    }
-}
-
-/// Descriptors that are not connections: listeners, pollers, standard streams, and some to spare.
-const SPARE: u64 = 64;
-
-/// Descriptors for the connections of guests, which can't be made to wait: hyperkit has 1,024 slots.
-const FOR_GUESTS: u64 = 2 * 1024;
-
-/// How many connections the process has descriptors for. None is ever accepted that they don't suffice for: on macOS a
-/// connection that can't be given a descriptor is lost.
-pub(crate) fn room_for_connections(guests: bool) -> usize {
-    let Some(limit) = sys::descriptor_limit() else {
-        return usize::MAX;
-    };
-    let left = limit.saturating_sub(SPARE + 2 * pipes(Some(limit)));
-    let left = match guests {
-        true => left - FOR_GUESTS.min(left / 2),
-        false => left,
-    };
-    usize::try_from(left / 2).unwrap_or(usize::MAX).max(1)
-}
-
-/// Pipes that all workers may have together, where bytes can go through them: they take an eighth of the descriptors at
-/// most, and none where those are few.
-fn pipes(descriptors: Option<u64>) -> u64 {
-    const MOST: u64 = 256;
-    match cfg!(target_os = "linux") {
-        true => match descriptors {
-            Some(..512) => 0,
-            Some(limit) => (limit / 16).min(MOST),
-            None => MOST,
-        },
-        false => 0,
     }
 }
 
@@ -348,7 +321,9 @@ impl<W: World> Worker<W> {
     /// One of `shared`'s; its bytes may go through pipes if `splice`.
     pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W>>, splice: bool) -> Worker<W> {
         let pipes = match splice {
-            true => pipes(sys::descriptor_limit()) as usize / shared.inboxes.len().max(1),
+            true => {
+                descriptors::pipes(sys::descriptor_limit()) as usize / shared.inboxes.len().max(1)
+            }
             false => 0,
         };
         Worker {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use super::super::forward::Forward;
 use super::super::handle::ForwardId;
 use super::super::rules::Binder;
-use super::super::{GateLimits, Handle, Housekeeper, Inbox, Limits, MioWorld, Shared, Worker};
+use super::super::{
+    Descriptors, GateLimits, Handle, Housekeeper, Inbox, Limits, MioWorld, Shared, Worker,
+};
 use super::*;
 use crate::listener::nonblocking::Listener;
 
@@ -46,6 +48,7 @@ fn guests_of(
     };
     let shared = Arc::new(Shared::new(
         limits,
+        Descriptors::new(1, 0),
         vec![Arc::clone(&forward)],
         vec![Inbox::new(wake)],
     ));

@@ -1,0 +1,110 @@
+//! How the descriptors of the process are shared out.
+//!
+//! Invariant 10: a connection is accepted only if there are descriptors for both its sockets. Out of descriptors a client
+//! is accepted and then reset; on macOS one that can't be given a descriptor is lost. So all else that has one is counted
+//! first: listeners, also those that are added later, pollers, pipes, and what the program has beside the proxy.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::sys;
+
+/// Descriptors to spare: standard streams, the log, names that are being resolved, listeners that are being replaced.
+const SPARE: u64 = 64;
+
+/// Descriptors for the connections of guests, which can't be made to wait: hyperkit has 1,024 slots.
+const FOR_GUESTS: u64 = 2 * 1024;
+
+/// A poller, its waker and its registry's copy.
+const PER_WORKER: u64 = 3;
+
+/// What takes descriptors beside connections.
+#[derive(Debug)]
+pub(crate) struct Descriptors {
+    workers: u64,
+    others: u64,
+    guests: AtomicBool,
+}
+
+impl Descriptors {
+    /// Those of a proxy with so many workers, in a program that needs `others` for other things.
+    pub(crate) fn new(workers: usize, others: usize) -> Descriptors {
+        Descriptors {
+            workers: workers as u64,
+            others: others as u64,
+            guests: AtomicBool::new(false),
+        }
+    }
+
+    /// Keeps some for guests, who can't be made to wait, from now on.
+    pub(super) fn keep_some_for_guests(&self) {
+        self.guests.store(true, Ordering::Release);
+    }
+
+    /// How many connections there are descriptors for beside so many listeners.
+    pub(crate) fn room(&self, listeners: usize) -> usize {
+        match sys::descriptor_limit() {
+            Some(limit) => self.room_within(limit, listeners as u64),
+            None => usize::MAX,
+        }
+    }
+
+    fn room_within(&self, limit: u64, listeners: u64) -> usize {
+        let taken = self.others + PER_WORKER * self.workers + listeners + 2 * pipes(Some(limit));
+        let spare = spare(limit);
+        let left = limit.saturating_sub(taken + spare);
+        let left = match self.guests.load(Ordering::Acquire) {
+            true => left - FOR_GUESTS.min(left / 2),
+            false => left,
+        };
+        usize::try_from(left / 2).unwrap_or(usize::MAX)
+    }
+}
+
+/// Where all is scarce a part of what is to spare has to do.
+fn spare(limit: u64) -> u64 {
+    const LEAST: u64 = 16;
+    (limit / 8).clamp(LEAST, SPARE)
+}
+
+/// Pipes that all workers may have together, where bytes can go through them: they take an eighth of the descriptors at
+/// most, and none where those are few.
+pub(super) fn pipes(descriptors: Option<u64>) -> u64 {
+    const MOST: u64 = 256;
+    match cfg!(target_os = "linux") {
+        true => match descriptors {
+            Some(..512) => 0,
+            Some(limit) => (limit / 16).min(MOST),
+            None => MOST,
+        },
+        false => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_has_a_descriptor_is_counted_before_connections() {
+        let alone = Descriptors::new(2, 0);
+        for limit in [256, 1024, 4096] {
+            let pipes = 2 * pipes(Some(limit));
+            let spare = spare(limit);
+            let room = alone.room_within(limit, 100) as u64;
+            assert!(
+                2 * room + 100 + pipes + 6 + spare <= limit,
+                "{limit}: {room}"
+            );
+            assert!(
+                room + 1 >= (limit - 100 - pipes - 6 - spare) / 2,
+                "{limit}: {room}"
+            );
+            let beside = Descriptors::new(2, 40);
+            assert_eq!(beside.room_within(limit, 100) as u64, room - 20);
+        }
+        assert_eq!(alone.room_within(256, 400), 0);
+        let guests = Descriptors::new(2, 0);
+        guests.keep_some_for_guests();
+        assert!(guests.room_within(1024, 1) <= alone.room_within(1024, 1) / 2 + 1);
+    }
+}
