@@ -213,6 +213,7 @@ fn bad_addresses_say_what_is_wrong_and_what_is_right() {
         ("hvsock://%00/80", format!(r#"vm "%00" has a NUL{hvsock}"#)),
         ("vsock-mux://3:80/x", format!(r#"cid "3" is not taken here: the socket is one VM's{mux}"#)),
         ("vsock-mux://:80", format!("path of the VM's Unix socket is missing{mux}")),
+        ("vsock-mux://:80/.//", format!(r#"path "/.//" of the VM's Unix socket is missing{mux}"#)),
         ("vsock-mux://:80/x?y=z", format!(r#"query "y" is unknown (known: half-close){mux}"#)),
         ("unix:", format!("path is missing{unix}")),
         ("unix://", r#"path is missing; a right one: unix:///run/service.sock"#.to_owned()),

@@ -131,7 +131,12 @@ impl<'a> Uri<'a> {
             "/." | "/./" => ".",
             path => path.strip_prefix("/./").unwrap_or(path),
         };
-        decode_path(text).map_err(|reason| self.error(Part::Path, self.path, reason))
+        match decode_path(text) {
+            // As `/./` and a slash behind it say it, or an encoded one.
+            Ok(path) if path.as_os_str() == "/" => Err(self.error(Part::Path, self.path, missing)),
+            Ok(path) => Ok(path),
+            Err(reason) => Err(self.error(Part::Path, self.path, reason)),
+        }
     }
 
     /// The query's pairs, decoded; each key is one of `known` and stands there once.
