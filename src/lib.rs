@@ -82,6 +82,8 @@ mod dial;
 #[cfg(feature = "cli")]
 mod doctor;
 pub mod error;
+#[cfg(feature = "cli")]
+mod escape;
 pub mod family;
 mod file;
 pub mod framing;
@@ -91,6 +93,8 @@ mod listener;
 pub mod mio;
 mod mux;
 mod name;
+#[cfg(feature = "cli")]
+mod output;
 pub mod proxy;
 mod relay;
 #[cfg(feature = "cli")]

@@ -14,10 +14,11 @@ use super::kept::Kept;
 use super::options::{ProxyOptions, parse_seconds};
 use super::reconciler::danger;
 use super::spec::{Local, Remote};
-use super::{Failure, Outcome, complain, print, say, table};
+use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
 use crate::address::{Address, TcpAddress, UnixAddress};
 use crate::config::local_address;
 use crate::control::{self, Actions, Bound, Control, RuleBody, Unanswered, ask, read, segment};
+use crate::escape;
 use crate::proxy::{Proxy, ProxyConfig};
 
 /// How a proxy that runs can be looked at and changed.
@@ -146,10 +147,10 @@ impl Status {
     pub(super) fn run(self) -> Outcome {
         let answer = ask(&self.which.path(), "GET", "/v1/status", "")?;
         if self.json {
-            return print(answer.trim_end());
+            return print_json(answer.trim_end());
         }
         let status: control::Status = read(&answer)?;
-        print(overview(&status, SystemTime::now()))
+        print_text(overview(&status, SystemTime::now()))
     }
 }
 
@@ -222,7 +223,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     }
     for line in lines {
         text += "\n";
-        text += &table::printable(&line);
+        text += &escape::line(&line);
     }
     text
 }
@@ -302,7 +303,7 @@ impl Add {
             let body = serde_json::to_string(&body)?;
             let answer = ask(&path, "POST", "/v1/forwards", &body)?;
             if self.json {
-                print(answer.trim_end())?;
+                print_json(answer.trim_end())?;
                 continue;
             }
             let added: control::Forward = read(&answer)?;
@@ -419,8 +420,13 @@ pub(super) struct Reload {
 
 impl Reload {
     pub(super) fn run(self) -> Outcome {
-        let answer = ask(&self.which.path(), "POST", "/v1/reload", "")?;
-        print(answer.trim_end())?;
+        // What is wrong with the file has many lines.
+        let listed = |why: Unanswered| {
+            let why = why.to_string();
+            Failure::Listed(why.lines().map(str::to_owned).collect())
+        };
+        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(listed)?;
+        print_json(answer.trim_end())?;
         let read: Value = read(&answer)?;
         match read["failed"].as_object() {
             // The answer says which, and why.

@@ -5,10 +5,10 @@ use std::io::{self, IsTerminal};
 use clap::Args;
 use serde_json::json;
 
-use super::table::printable;
-use super::{Failure, Outcome, print};
+use super::{Failure, Outcome, print_json, print_text};
 use crate::address::Port;
 use crate::doctor::{Check, Plan, Verdict, examine};
+use crate::escape;
 
 /// Look at all that can be wrong on the way to a VM, and say what to do about it
 #[derive(Args, Debug)]
@@ -51,10 +51,13 @@ impl Doctor {
             patience: self.timeout,
         });
         let ok = checks.iter().all(|check| check.verdict != Verdict::Failed);
-        print(match self.json {
-            true => to_json(&checks, ok),
-            false => to_text(&checks, io::stdout().is_terminal() && speaks_utf8()),
-        })?;
+        match self.json {
+            true => print_json(&to_json(&checks, ok))?,
+            false => {
+                let signs = io::stdout().is_terminal() && speaks_utf8();
+                print_text(to_text(&checks, signs))?;
+            }
+        }
         match ok {
             true => Ok(()),
             false => Err(Failure::Silent),
@@ -94,11 +97,11 @@ fn to_text(checks: &[Check], signs: bool) -> String {
             (Verdict::Failed, false) => "FAIL",
             (Verdict::Skipped, false) => "skip",
         };
-        let (name, seen) = (&check.name, printable(&check.seen));
+        let (name, seen) = (escape::line(&check.name), escape::line(&check.seen));
         lines.push(format!("{sign} {name:width$}  {seen}"));
         if let Some(remedy) = &check.remedy {
             let indent = sign.chars().count() + 1 + width + 2;
-            lines.push(format!("{:indent$}{}", "", printable(remedy)));
+            lines.push(format!("{:indent$}{}", "", escape::line(remedy)));
         }
     }
     lines.join("\n")

@@ -4,7 +4,7 @@ use std::io;
 
 use clap::Args;
 
-use super::kept::Patience;
+use super::kept::KeepTrying;
 use super::options::{ProxyOptions, hyper_v_service};
 use super::signals::EndSignals;
 use super::spec::{Local, Remote};
@@ -34,7 +34,7 @@ pub(super) struct Expose {
     #[arg(short = 'R', value_name = "HOSTPORT:TARGET")]
     remote: Vec<Remote>,
     #[command(flatten)]
-    patience: Patience,
+    patience: KeepTrying,
     #[command(flatten)]
     options: ProxyOptions,
 }

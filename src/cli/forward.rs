@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::kept::Patience;
+use super::kept::KeepTrying;
 use super::options::ProxyOptions;
 use super::signals::EndSignals;
 use super::{Failure, Outcome, carry};
@@ -28,7 +28,7 @@ pub(super) struct Forward {
     #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., value_parser = clap::value_parser!(Address))]
     addresses: Vec<Address>,
     #[command(flatten)]
-    patience: Patience,
+    patience: KeepTrying,
     #[command(flatten)]
     options: ProxyOptions,
 }

@@ -11,7 +11,7 @@ use crate::proxy::{ForwardStatus, Proxy, ProxyConfig, Rule, all_are_wanted};
 
 /// What becomes of what can't be had at the start.
 #[derive(Args, Clone, Copy, Debug)]
-pub(super) struct Patience {
+pub(super) struct KeepTrying {
     /// Start though something can't be listened on, and try that again every 2 s [default: it fails at once]
     #[arg(long)]
     keep_trying: bool,
@@ -28,7 +28,7 @@ pub(super) struct Kept {
     describe: Describe,
 }
 
-impl Patience {
+impl KeepTrying {
     /// Starts a proxy, and leaves forwards that can't be had to what is returned beside it.
     ///
     /// # Errors

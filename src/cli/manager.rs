@@ -40,8 +40,15 @@ impl Manager {
     }
 }
 
+impl Drop for Manager {
+    fn drop(&mut self) {
+        system::flush();
+    }
+}
+
 #[cfg(target_os = "linux")]
 mod system {
+    use std::io;
     use std::sync::Once;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -50,6 +57,7 @@ mod system {
     use sd_notify::NotifyState;
 
     use super::Handle;
+    use crate::output::{LossyWriter, Patience};
 
     /// How long it is waited for a manager that doesn't read what it is told.
     const PATIENCE: Duration = Duration::from_secs(1);
@@ -95,13 +103,32 @@ mod system {
     }
 
     /// Says so once if it can't be told.
+    /// A manager that reads nothing makes a sender wait.
+    static MANAGER: LossyWriter =
+        LossyWriter::new("hvsock-manager", send, |_dropped| String::new());
+
     fn tell(what: &[NotifyState<'_>]) {
+        if std::env::var_os("NOTIFY_SOCKET").is_none() {
+            return;
+        }
+        let lines: Vec<String> = what.iter().map(NotifyState::to_string).collect();
+        MANAGER.send(lines.join("\n").into_bytes());
+    }
+
+    fn send(message: &[u8]) -> io::Result<usize> {
         static COMPLAINT: Once = Once::new();
-        if let Err(e) = sd_notify::notify(what) {
+        let text = String::from_utf8_lossy(message);
+        let sent = sd_notify::notify(&[NotifyState::Custom(&text)]);
+        if let Err(e) = &sent {
             COMPLAINT.call_once(|| {
                 tracing::warn!("cannot tell the service manager ($NOTIFY_SOCKET): {e}");
             });
         }
+        sent.map(|()| message.len())
+    }
+
+    pub(super) fn flush() {
+        MANAGER.flush(Patience::Limited);
     }
 
     /// Feeds the watchdog, if there is one, until what it returns is dropped.
@@ -145,6 +172,8 @@ mod system {
     pub(super) fn reloading() {}
 
     pub(super) fn stopping(_: String) {}
+
+    pub(super) fn flush() {}
 
     pub(super) fn watch(_: &Handle) -> Option<Sender<()>> {
         None

@@ -34,17 +34,21 @@ mod vms;
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::format::debug_fn;
 
+use crate::escape;
+use crate::output::{self, LogWriter, Patience};
 use crate::proxy::{Proxy, ProxyConfig, Rule};
-use kept::{Describe, Kept, Patience};
+use kept::{Describe, KeepTrying, Kept};
 use manager::Manager;
 use options::ProxyOptions;
 use signals::{Asked, EndSignals};
@@ -96,6 +100,22 @@ enum Command {
     Man(man::Man),
 }
 
+impl Command {
+    /// Whether clients and signals depend on it, so that it must never wait for whoever is to read what it says.
+    fn serves(&self) -> bool {
+        match self {
+            Command::Expose(_)
+            | Command::Forward(_)
+            | Command::Run(_)
+            | Command::Cat(_)
+            | Command::Stress(_) => true,
+            #[cfg(unix)]
+            Command::Syslog(_) | Command::Simulate(_) | Command::Demo(_) => true,
+            _ => false,
+        }
+    }
+}
+
 /// Why a command ended without having done what it was asked for.
 #[derive(Debug)]
 enum Failure {
@@ -103,6 +123,8 @@ enum Failure {
     Usage(String),
     /// It could not be done: exit code 1.
     Failed(String),
+    /// The same, in several lines, of which the first says what.
+    Listed(Vec<String>),
     /// It could not be done, and whoever would be told knows: exit code 1.
     Silent,
 }
@@ -131,6 +153,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
         }
     };
+    output::set_patience(match arguments.command.serves() {
+        true => Patience::Limited,
+        false => Patience::Unlimited,
+    });
+    let _flush = Flush;
     start_log();
     let outcome = match arguments.command {
         Command::Expose(expose) => expose.run(),
@@ -168,36 +195,72 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(why)) => {
-            complain(format_args!("{why}\nTry --help."));
+            complain(why);
+            list(["Try --help."]);
             ExitCode::from(2)
         }
         Err(Failure::Failed(why)) => {
             complain(why);
             ExitCode::FAILURE
         }
+        Err(Failure::Listed(lines)) => {
+            let mut lines = lines.into_iter();
+            complain(lines.next().unwrap_or_default());
+            list(lines);
+            ExitCode::FAILURE
+        }
         Err(Failure::Silent) => ExitCode::FAILURE,
     }
 }
 
-/// Says something on standard error as `hvsock: …`.
+/// Waits at the end, however it comes, until what was said is written.
+struct Flush;
+
+impl Drop for Flush {
+    fn drop(&mut self) {
+        output::flush();
+    }
+}
+
+/// Says something on standard error as `hvsock: …`, in one line. One that serves never waits for it to be read.
 fn complain(what: impl fmt::Display) {
-    let _ = writeln!(io::stderr(), "hvsock: {what}");
+    list([format_args!("hvsock: {what}")]);
 }
 
-/// Prints a line; a closed standard output is no reason to stop carrying.
+/// Says more of it, line by line.
+fn list(lines: impl IntoIterator<Item = impl fmt::Display>) {
+    for line in lines {
+        output::ERR.send(one_line(line).into_bytes());
+    }
+}
+
+/// Says a line on standard output; a closed one is no reason to stop carrying.
 fn say(line: impl fmt::Display) {
-    let _ = print(line);
+    output::OUT.send(one_line(line).into_bytes());
 }
 
-/// Prints what was asked for.
-fn print(text: impl fmt::Display) -> Outcome {
-    write_out(format!("{text}\n").as_bytes())
+fn one_line(text: impl fmt::Display) -> String {
+    format!("{}\n", escape::line(&text.to_string()))
+}
+
+/// Prints a line that was asked for.
+fn print(line: impl fmt::Display) -> Outcome {
+    write_out(one_line(line).as_bytes())
+}
+
+/// Prints what was asked for and has many lines; what stands in one of them was made fit for it.
+fn print_text(text: impl fmt::Display) -> Outcome {
+    write_out(format!("{}\n", escape::text(&text.to_string())).as_bytes())
+}
+
+/// Prints JSON that was asked for.
+fn print_json(json: &str) -> Outcome {
+    write_out(format!("{}\n", escape::json(json)).as_bytes())
 }
 
 /// Writes to standard output.
 fn write_out(bytes: &[u8]) -> Outcome {
-    let mut out = io::stdout().lock();
-    let written = out.write_all(bytes).and_then(|()| out.flush());
+    let written = output::print(bytes);
     written.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
 }
 
@@ -211,11 +274,24 @@ fn start_log() {
         }),
         _ => LevelFilter::INFO,
     };
+    output::take_panics();
+    // Whatever a peer or a file has named stays in its line. The formatter's own colours are not touched.
+    let fields = debug_fn(|line, field, value| {
+        let value = format!("{value:?}");
+        let value = escape::line(&value);
+        match field.name() {
+            "message" => write!(line, "{value}"),
+            name => write!(line, "{name}={value}"),
+        }
+    });
     let log = tracing_subscriber::fmt()
+        .fmt_fields(fields.delimited(" "))
         .with_max_level(level)
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
-        .with_writer(io::stderr);
+        // It would tell of them with `eprintln!`, which panics.
+        .log_internal_errors(false)
+        .with_writer(|| LogWriter);
     // Another program that calls us may have set up its own.
     let _ = log.try_init();
 }
@@ -224,7 +300,7 @@ fn start_log() {
 /// were asked for.
 fn carry(
     options: &ProxyOptions,
-    patience: Patience,
+    patience: KeepTrying,
     rules: impl IntoIterator<Item = Rule>,
     describe: Describe,
     signals: EndSignals,

@@ -1,6 +1,5 @@
 //! `hvsock run` and `hvsock check`: what a file asks for.
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -11,7 +10,7 @@ use super::reconciler::RetryThread;
 use super::running::{self, Doors, NotStarted, Running};
 use super::signals::EndSignals;
 use super::summary::Summary;
-use super::{Failure, Outcome, complain, print, run_until_told, say};
+use super::{Failure, Outcome, complain, list, print, run_until_told, say};
 use crate::config::{Config, Problems};
 use crate::hyperkit::Places;
 #[cfg(unix)]
@@ -142,6 +141,6 @@ fn control(
 }
 
 fn show(problems: &Problems) -> Failure {
-    let _ = writeln!(io::stderr(), "{problems}");
+    list(problems.lines());
     Failure::Failed(problems.summary())
 }

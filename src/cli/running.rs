@@ -13,7 +13,7 @@ use crate::sys;
 use super::expose::guest_port;
 use super::reconciler::{Occasion, Reconciler, name_of};
 use super::summary::{Summary, failures};
-use super::{Failure, complain, say};
+use super::{Failure, complain, list, say};
 
 /// A running proxy and its file.
 #[derive(Debug)]
@@ -177,7 +177,8 @@ impl Running {
             }
             Err(problems) => {
                 let summary = problems.summary();
-                complain(format_args!("{summary}; all stays as it was\n{problems}"));
+                complain(format_args!("{summary}; all stays as it was"));
+                list(problems.lines());
             }
         }
         outcome

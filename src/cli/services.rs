@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use clap::Args;
 
-use super::{Failure, Outcome, print, say, table};
+use super::{Failure, Outcome, print, print_text, say, table};
 use crate::address::{ServiceId, parse_service};
 use crate::services::{self, Named, Registration, Service};
 
@@ -83,7 +83,7 @@ impl Services {
             let port = id.port().map_or(String::new(), |port| port.to_string());
             [id.0.to_string(), port, name]
         });
-        print(table::of(["SERVICE", "PORT", "NAME"], rows))
+        print_text(table::of(["SERVICE", "PORT", "NAME"], rows))
     }
 }
 

@@ -9,7 +9,7 @@ use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use super::options::{Peer, parse_mode, parse_seconds, parse_some_seconds};
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complain, print, say};
+use super::{Failure, Outcome, complain, print_text, say};
 use crate::address::Address;
 use crate::listener::lasting::LastingListener;
 use crate::serve::{self, LOOK, Stop};
@@ -131,7 +131,7 @@ impl Stress {
         let plan = self.plan(address)?;
         heed(signals, stop.clone(), plan.timeout);
         let report = watch(&plan, &stop);
-        let printed = print(&report);
+        let printed = print_text(&report);
         match report.verdict() {
             None => printed,
             Some(why) => Err(Failure::Failed(why)),

@@ -4,6 +4,8 @@ use comfy_table::{Table, presets};
 #[cfg(unix)]
 use indicatif::HumanCount;
 
+use crate::escape;
+
 /// Rows below their headings, without lines, columns two blanks apart. What would move a terminal is escaped.
 pub(super) fn of<const N: usize>(
     headings: [&str; N],
@@ -12,7 +14,10 @@ pub(super) fn of<const N: usize>(
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(headings);
-    table.add_rows(rows.into_iter().map(|row| row.map(|cell| printable(&cell))));
+    table.add_rows(
+        rows.into_iter()
+            .map(|row| row.map(|cell| escape::line(&cell).into_owned())),
+    );
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
@@ -24,19 +29,6 @@ pub(super) fn of<const N: usize>(
 pub(super) fn counted(n: u64, what: &str) -> String {
     let s = if n == 1 { "" } else { "s" };
     format!("{} {what}{s}", HumanCount(n))
-}
-
-/// The text with its control characters escaped, and those that turn the direction of writing.
-pub(super) fn printable(text: &str) -> String {
-    let turns = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    let mut shown = String::new();
-    for c in text.chars() {
-        match c.is_control() || turns(c) {
-            true => shown.extend(c.escape_default()),
-            false => shown.push(c),
-        }
-    }
-    shown
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use clap::Args;
 
-use super::{Outcome, complain, print, table};
+use super::{Outcome, complain, print, print_text, table};
 use crate::address::{CID_HOST, is_guest_cid};
 use crate::hyperkit::{self, Places};
 use crate::hyperv;
@@ -55,7 +55,7 @@ fn hyperkit() -> Outcome {
         let directory = vm.vm.state_dir.display().to_string();
         [vm.name, vm.source.to_string(), state.to_owned(), directory]
     });
-    print(table::of(HEADINGS, rows))?;
+    print_text(table::of(HEADINGS, rows))?;
     if survey.denied {
         complain(format_args!("there may be more; {looked}"));
     }
@@ -76,5 +76,5 @@ fn hyper_v() -> Outcome {
         let id = vm.id.0.to_string();
         [vm.name, "Hyper-V".to_owned(), vm.state, id]
     });
-    print(table::of(HEADINGS, rows))
+    print_text(table::of(HEADINGS, rows))
 }

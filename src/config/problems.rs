@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use crate::escape;
+
 /// One thing that is wrong, in a line of the file if it is one's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Problem {
@@ -42,20 +44,24 @@ impl Problems {
             n => format!("{}: {n} things are wrong", self.file.display()),
         }
     }
+
+    /// Each in a line, whatever the file has in its names.
+    pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
+        let line = |problem: &Problem| {
+            let file = self.file.display();
+            let line = problem
+                .line
+                .map_or(String::new(), |line| format!("{line}:"));
+            let text = format!("{file}:{line} {}", problem.text);
+            escape::line(&text).into_owned()
+        };
+        self.list.iter().map(line)
+    }
 }
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, problem) in self.list.iter().enumerate() {
-            if index > 0 {
-                writeln!(f)?;
-            }
-            write!(f, "{}:", self.file.display())?;
-            if let Some(line) = problem.line {
-                write!(f, "{line}:")?;
-            }
-            write!(f, " {}", problem.text)?;
-        }
-        Ok(())
+        let lines: Vec<String> = self.lines().collect();
+        f.write_str(&lines.join("\n"))
     }
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 use tracing::info;
 
 use crate::address::Address;
+use crate::output;
 use crate::proxy::{ForwardStatus, Handle};
 
 use super::http::{Request, Response};
@@ -102,6 +103,7 @@ impl Api {
             uptime_seconds: self.started.elapsed().as_secs_f64(),
             stopping: self.handle.is_stopping(),
             live: self.handle.live(),
+            log_dropped: output::dropped(),
             forwards: self.forwards(),
         }
     }

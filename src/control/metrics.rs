@@ -26,6 +26,12 @@ pub(super) fn text(status: &Status) -> String {
         "Connections that are not closed yet, those of removed forwards included.",
         status.live as f64,
     );
+    text.single(
+        "hvsock_log_dropped_total",
+        "counter",
+        "Lines of the log that nobody took in time.",
+        status.log_dropped as f64,
+    );
     if let Some(open) = open_descriptors() {
         text.single(
             "process_open_fds",

@@ -23,6 +23,8 @@ pub(crate) struct Status {
     pub(crate) stopping: bool,
     /// Connections that are not closed yet, those of removed forwards included.
     pub(crate) live: usize,
+    /// Lines of the log, and of what else it said, that nobody took in time.
+    pub(crate) log_dropped: u64,
     pub(crate) forwards: Vec<Forward>,
 }
 

@@ -9,6 +9,7 @@ use indicatif::BinaryBytes;
 
 use super::exchange::Done;
 use super::{Load, Plan};
+use crate::escape;
 
 /// What came of a run.
 #[derive(Debug)]
@@ -55,12 +56,12 @@ impl Report {
 
     /// Takes the reason why a connection failed.
     pub(super) fn fail(&mut self, why: &str, done: &Done) {
-        self.reasons.add(why, done);
+        self.reasons.add(&escape::line(why), done);
     }
 
     /// Takes what is wrong with more than a connection.
     pub(super) fn note(&mut self, what: String) {
-        self.notes.push(what);
+        self.notes.push(escape::line(&what).into_owned());
     }
 
     /// Whether every connection that was asked for was made, and whole.

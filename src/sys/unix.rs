@@ -231,6 +231,31 @@ impl io::Write for Standard {
     }
 }
 
+/// Writes to standard output, past std's buffer and past its lock, on which other threads would wait with this one.
+/// It waits for the reader, as [`Standard`] does.
+#[cfg(feature = "cli")]
+pub(crate) fn write_output(bytes: &[u8]) -> io::Result<usize> {
+    write_waiting(io::stdout().as_fd(), bytes)
+}
+
+/// As [`write_output`], to standard error.
+#[cfg(feature = "cli")]
+pub(crate) fn write_error(bytes: &[u8]) -> io::Result<usize> {
+    write_waiting(io::stderr().as_fd(), bytes)
+}
+
+#[cfg(feature = "cli")]
+fn write_waiting(stream: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    loop {
+        match nix::unistd::write(stream, bytes) {
+            Err(nix::errno::Errno::EAGAIN) => {
+                wait(stream, Wanted::Writable, Duration::from_secs(3600))?;
+            }
+            done => return Ok(done?),
+        }
+    }
+}
+
 /// Whether a socket call says that there is no such CID.
 pub(crate) fn is_no_such_cid(error: &io::Error) -> bool {
     error.raw_os_error() == Some(nix::libc::ENODEV)

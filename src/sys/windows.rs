@@ -92,6 +92,21 @@ pub(crate) fn standard_output() -> io::Result<fs::File> {
     Ok(handle.into())
 }
 
+/// Writes to standard output. By std, which knows what a console needs.
+#[cfg(feature = "cli")]
+pub(crate) fn write_output(bytes: &[u8]) -> io::Result<usize> {
+    let mut output = io::stdout();
+    let written = io::Write::write(&mut output, bytes)?;
+    io::Write::flush(&mut output)?;
+    Ok(written)
+}
+
+/// As [`write_output`], to standard error.
+#[cfg(feature = "cli")]
+pub(crate) fn write_error(bytes: &[u8]) -> io::Result<usize> {
+    io::Write::write(&mut io::stderr(), bytes)
+}
+
 /// Whether a socket call says that there is no such CID. There are none here.
 pub(crate) fn is_no_such_cid(_: &io::Error) -> bool {
     false

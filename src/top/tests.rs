@@ -61,6 +61,7 @@ fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> 
             uptime_seconds: 60.0,
             stopping: false,
             live: 9,
+            log_dropped: 0,
             forwards,
         },
         connections,
