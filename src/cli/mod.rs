@@ -206,7 +206,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(Failure::Listed(lines)) => {
             let mut lines = lines.into_iter();
             complain(lines.next().unwrap_or_default());
-            list(lines);
+            // Whoever wrote them, none looks as if it were another message.
+            list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
         }
         Err(Failure::Silent) => ExitCode::FAILURE,
