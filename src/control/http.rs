@@ -227,34 +227,6 @@ fn reason(status: u16) -> &'static str {
     }
 }
 
-/// Reads an answer to its end, which is that of the connection: its status and its body.
-pub(super) fn read_response(stream: &mut impl Read) -> io::Result<(u16, String)> {
-    let mut received = Vec::new();
-    stream.read_to_end(&mut received)?;
-    let broken = |why| io::Error::new(io::ErrorKind::InvalidData, why);
-    if received.is_empty() {
-        let why = "it closed the connection without an answer (it serves nobody but the user who runs it)";
-        return Err(io::Error::new(io::ErrorKind::ConnectionAborted, why));
-    }
-    let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
-    let mut parsed = httparse::Response::new(&mut headers);
-    let Ok(httparse::Status::Complete(len)) = parsed.parse(&received) else {
-        return Err(broken("what came is no HTTP answer"));
-    };
-    let status = parsed.code.unwrap_or(0);
-    let told = parsed
-        .headers
-        .iter()
-        .find(|it| it.name.eq_ignore_ascii_case("Content-Length"))
-        .and_then(|it| std::str::from_utf8(it.value).ok()?.parse().ok());
-    let body = received.split_off(len);
-    if told != Some(body.len()) {
-        return Err(broken("the answer was cut short"));
-    }
-    let body = String::from_utf8(body).map_err(|_| broken("the answer is no UTF-8"))?;
-    Ok((status, body))
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -349,23 +321,6 @@ mod tests {
         ] {
             let read = read(&mut Client::new(cut, 4096));
             assert!(matches!(read, Err(NoRequest::Gone)), "{cut:?}");
-        }
-    }
-
-    #[test]
-    fn an_answer_that_was_cut_short_is_none() {
-        let response = Response {
-            status: 409,
-            content_type: "application/json",
-            allow: None,
-            body: "{\"é\": 1}".to_owned(),
-        };
-        let mut sent = Vec::new();
-        write(&mut sent, &response).unwrap();
-        let whole = read_response(&mut &sent[..]).unwrap();
-        assert_eq!(whole, (409, response.body));
-        for len in [0, 10, sent.len() - 1] {
-            read_response(&mut &sent[..len]).unwrap_err();
         }
     }
 }

@@ -44,22 +44,47 @@ pub(super) fn address(path: &Path) -> Address {
 /// # Errors
 /// `PermissionDenied` if the directory is open to others; what the system says otherwise.
 pub(super) fn prepare(path: &Path) -> Result<()> {
-    let directory = match path.parent() {
-        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-        Some(parent) => parent,
-        None => return Ok(()),
-    };
-    let fail = |cause, remedy: String| {
-        Err(Error::new(Operation::Listen, address(path), cause).with_remedy(remedy))
+    let Some(directory) = directory_of(path) else {
+        return Ok(());
     };
     match DirBuilder::new().mode(0o700).create(directory) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
             let what = format!("its directory {} can't be made: {e}", directory.display());
-            let remedy = "choose another place with --control PATH";
-            return fail(io::Error::new(e.kind(), what), remedy.to_owned());
+            let cause = io::Error::new(e.kind(), what);
+            Err(Error::new(Operation::Listen, address(path), cause)
+                .with_remedy("choose another place with --control PATH"))
         }
-        _ => {}
+        _ => look_at(path, directory, Operation::Listen),
     }
+}
+
+/// Refuses the default place if others can put a socket there, before anybody connects to it. Of another place the
+/// user has said that it is the right one.
+///
+/// # Errors
+/// `PermissionDenied` if its directory is open to others; but not if there is none.
+pub(super) fn check(path: &Path) -> Result<()> {
+    match directory_of(path) {
+        Some(directory) if path == default_path() && directory.symlink_metadata().is_ok() => {
+            look_at(path, directory, Operation::Connect)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn directory_of(path: &Path) -> Option<&Path> {
+    let parent = path.parent()?;
+    Some(match parent.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => parent,
+    })
+}
+
+/// Refuses a directory in which others can put a socket.
+fn look_at(path: &Path, directory: &Path, operation: Operation) -> Result<()> {
+    let fail = |cause, remedy: String| {
+        Err(Error::new(operation, address(path), cause).with_remedy(remedy))
+    };
     let own = path == default_path();
     // A symbolic link in the default place may be anybody's.
     let metadata = match own {
@@ -73,12 +98,14 @@ pub(super) fn prepare(path: &Path) -> Result<()> {
     if let Some(why) = objection(&metadata, own) {
         let why = format!("its directory {} {why}", directory.display());
         let cause = io::Error::new(io::ErrorKind::PermissionDenied, why);
+        let elsewhere = "give --control PATH in a directory of your own";
         let remedy = match own {
+            true if metadata.uid() != sys::user_id() => format!("have it removed, or {elsewhere}"),
             true => format!(
                 "remove it, or `chmod 700 {}` if it is yours",
                 directory.display()
             ),
-            false => "give --control PATH in a directory of your own".to_owned(),
+            false => elsewhere.to_owned(),
         };
         return fail(cause, remedy);
     }
@@ -93,7 +120,7 @@ fn objection(directory: &fs::Metadata, own: bool) -> Option<String> {
         return Some("is no directory".to_owned());
     }
     if owner != user && (own || owner != 0) {
-        return Some(format!("is that of user {owner}, not of {user}"));
+        return Some(format!("is that of user {owner}, not of user {user}"));
     }
     if own && mode & 0o077 != 0 {
         return Some(format!("is open to others (its mode is {mode:o})"));

@@ -111,6 +111,7 @@ fn keep_asking(path: &Path, tell: &SyncSender<Result<Sample, String>>) {
         thread::sleep(EVERY);
         let answer = ask(path).map_err(|e| match e {
             Unanswered::Absent(error) => error.cause().to_string(),
+            Unanswered::Untrusted(error) => error.to_string(),
             Unanswered::Refused(problem) => problem.to_string(),
         });
         if tell.send(answer).is_err() {
