@@ -188,18 +188,12 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     text += &table::of(HEADINGS, rows);
     let mut lines = Vec::new();
     for vm in status.vms() {
-        let up = match (vm.up, vm.gone_since) {
-            (Some(false), Some(since)) => format!("gone since {}", ago(since, now)),
-            (Some(false), None) => "gone".to_owned(),
-            (Some(true), _) => "up".to_owned(),
-            (None, _) => "not known yet".to_owned(),
-        };
         lines.push(format!(
-            "VM {}: {up}, {} of {} connections, {} unanswered, {}",
+            "VM {}: {}; {} of {} connections, {}",
             vm.directory,
+            vm.health(now),
             vm.connections,
             vm.limit,
-            table::counted(vm.unanswered, "dial"),
             table::counted(vm.restarts, "restart")
         ));
     }

@@ -88,7 +88,7 @@ type VmFamily = (
     fn(&Vm) -> Option<f64>,
 );
 
-const VM: [VmFamily; 5] = [
+const VM: [VmFamily; 6] = [
     (
         "hvsock_vm_connections",
         "gauge",
@@ -104,8 +104,14 @@ const VM: [VmFamily; 5] = [
     (
         "hvsock_vm_unanswered",
         "gauge",
-        "Dials that a VM's guest has not answered.",
+        "How many of the latest dials to a VM have brought nothing back yet; a service that waits for its client is silent.",
         |it| Some(it.unanswered as f64),
+    ),
+    (
+        "hvsock_vm_last_heard_timestamp_seconds",
+        "gauge",
+        "When a byte or an end came last from a VM's guest, in seconds since 1970.",
+        |it| it.last_heard,
     ),
     (
         "hvsock_vm_up",

@@ -52,7 +52,7 @@ use crate::error::{Error, Result};
 use crate::proxy::{Handle, Rule};
 
 pub(crate) use client::{Unanswered, ask, get, read, segment};
-pub(crate) use model::{Connection, Forward, RuleBody, Status, Tally, Vm};
+pub(crate) use model::{Connection, Forward, RuleBody, Status, Tally, Vm, age};
 pub(crate) use place::default_path;
 
 use api::Api;

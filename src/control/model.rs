@@ -62,8 +62,11 @@ pub(crate) struct Vm {
     pub(crate) limit: usize,
     /// How many of those that are free are kept for forwards that reserve them.
     pub(crate) reserved: usize,
-    /// Dials that its guest has not answered.
+    /// How many of the latest dials have brought nothing back yet. Those to services that wait for their client to
+    /// speak are among them.
     pub(crate) unanswered: u64,
+    /// When a byte or an end came last from its guest, in seconds since 1970; `null` if none has yet.
+    pub(crate) last_heard: Option<f64>,
     /// Whether it runs; `null` while nothing is known.
     pub(crate) up: Option<bool>,
     pub(crate) gone_since: Option<f64>,
@@ -352,6 +355,16 @@ impl Forward {
     }
 }
 
+/// A time in its largest unit.
+pub(crate) fn age(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds / 60),
+        3600..86_400 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
 /// Seconds since 1970.
 fn unix(time: SystemTime) -> f64 {
     let since = time.duration_since(UNIX_EPOCH);
@@ -411,6 +424,27 @@ impl Forward {
 }
 
 impl Vm {
+    /// How it is, as far as that is known: `up, last heard from 12 s ago, last 40 dials silent so far`.
+    pub(crate) fn health(&self, now: SystemTime) -> String {
+        let ago = |then: f64| age((unix(now) - then).max(0.0) as u64);
+        let up = match (self.up, self.gone_since) {
+            (Some(false), Some(since)) => return format!("gone for {}", ago(since)),
+            (Some(false), None) => return "gone".to_owned(),
+            (Some(true), _) => "up",
+            (None, _) => "not known yet",
+        };
+        let heard = self.last_heard.map_or_else(
+            || "not heard from yet".to_owned(),
+            |at| format!("last heard from {} ago", ago(at)),
+        );
+        let silent = match self.unanswered {
+            0 => String::new(),
+            1 => ", last dial silent so far".to_owned(),
+            n => format!(", last {n} dials silent so far"),
+        };
+        format!("{up}, {heard}{silent}")
+    }
+
     fn of(rule: &Rule, vm: &VmStatus) -> Vm {
         let directory = match (&rule.connect, &rule.listen) {
             (Address::Hyperkit(it), _) | (_, Address::Hyperkit(it)) => it.vm.state_dir.display(),
@@ -422,6 +456,7 @@ impl Vm {
             limit: vm.limit,
             reserved: vm.reserved,
             unanswered: vm.unanswered,
+            last_heard: vm.last_heard.map(unix),
             up: vm.up,
             gone_since: vm.gone_since.map(unix),
             restarts: vm.restarts,

@@ -159,6 +159,10 @@ impl<S: crate::relay::Socket> Conn<S> {
         let place = forward.gates[CLIENT]
             .as_ref()
             .map(|gate| gate.place(forward.id));
+        if let Some(place) = &place {
+            // That a guest dials us is a sign of life.
+            place.heard(since);
+        }
         Conn {
             name,
             forward,
@@ -448,6 +452,13 @@ impl<W: World> Worker<W> {
         let State::Relaying { pair, hold, end } = &mut conn.state else {
             return;
         };
+        let signs = |pair: &Pair<_>| {
+            [CLIENT, SERVER].map(|side| {
+                let end = &pair.ends[side];
+                (end.received(), end.input_ended())
+            })
+        };
+        let before = signs(pair);
         let mut turn = pair.turn(&mut self.pool, BUDGET);
         if let Some(until) = *hold
             && pair.is_holding(CLIENT)
@@ -479,6 +490,17 @@ impl<W: World> Worker<W> {
             && (pair.ends[SERVER].received() > 0 || pair.ends[SERVER].input_ended())
         {
             permit.answered();
+        }
+        let seen = signs(pair);
+        if let Some(permit) = &conn.permit
+            && seen[SERVER] != before[SERVER]
+        {
+            permit.heard(now);
+        }
+        if let Some(place) = &conn.place
+            && seen[CLIENT] != before[CLIENT]
+        {
+            place.heard(now);
         }
         conn.quiet.note(moved, pair.is_half_closed(), now);
         match turn {

@@ -106,11 +106,12 @@ impl<W: World> Worker<W> {
             let Some(Leave { mut end, reset }) = slot.take() else {
                 continue;
             };
+            let before = (end.received(), end.input_ended());
             more |= end.discard(&mut self.pool);
             if let Some(permit) = conn.permit.as_ref().filter(|_| side == SERVER)
-                && (end.received() > 0 || end.input_ended())
+                && (end.received(), end.input_ended()) != before
             {
-                permit.answered();
+                permit.heard(now);
             }
             if let Some(pause) = reset {
                 if end.takes_nothing() || self.world.unacknowledged(&end.socket) == 0 {

@@ -232,7 +232,7 @@ impl<W: World> Worker<W> {
         if (first.is_some() || refused)
             && let Some(permit) = &conn.permit
         {
-            permit.answered();
+            permit.heard(now);
         }
         if refused {
             self.refused_in_silence(id, now);

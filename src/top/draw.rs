@@ -1,6 +1,6 @@
 //! Drawing a [`Model`], on whatever size of terminal there is.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use indicatif::{HumanBytes, HumanDuration};
 use ratatui::Frame;
@@ -11,7 +11,7 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Cell, Gauge, Row, Table};
 
 use super::model::{Busy, Lane, Model, NAME, Sort, called, without_scheme};
-use crate::control::{Status, Vm};
+use crate::control::{Status, Vm, age};
 
 /// From these widths on there is room for how many connections a forward has; for how many it refused; for sparklines; for more of a connection; for where a forward listens; and for
 /// where it connects to.
@@ -98,14 +98,15 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
     let [left, right] = Layout::horizontal(sides).areas(area);
     frame.render_widget(Line::from(name), left);
     let used = vm.connections as f64 / vm.limit.max(1) as f64;
-    let (color, gone) = match vm.up {
-        Some(false) => (Color::Red, ", gone"),
-        _ if used >= 0.9 => (Color::Red, ""),
-        _ if used >= 0.7 => (Color::Yellow, ""),
-        _ => (Color::Green, ""),
+    let color = match vm.up {
+        Some(false) => Color::Red,
+        _ if used >= 0.9 => Color::Red,
+        _ if used >= 0.7 => Color::Yellow,
+        _ => Color::Green,
     };
-    let (connections, limit, unanswered) = (vm.connections, vm.limit, vm.unanswered);
-    let text = format!("{connections} of {limit} slots, {unanswered} unanswered{gone}");
+    let (connections, limit) = (vm.connections, vm.limit);
+    let health = vm.health(SystemTime::now());
+    let text = format!("{connections} of {limit} slots; {health}");
     let gauge = Gauge::default().ratio(used.clamp(0.0, 1.0)).label(text);
     let style = Style::new().fg(color).bg(Color::Black);
     frame.render_widget(gauge.gauge_style(style), right);
@@ -232,15 +233,6 @@ fn speed(rate: u64) -> String {
     match rate {
         0 => "-".to_owned(),
         rate => format!("{}/s", HumanBytes(rate)),
-    }
-}
-
-fn age(seconds: u64) -> String {
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3600 => format!("{} min", seconds / 60),
-        3600..86_400 => format!("{} h", seconds / 3600),
-        _ => format!("{} d", seconds / 86_400),
     }
 }
 

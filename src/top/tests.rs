@@ -26,6 +26,7 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
             limit: 900,
             reserved: 0,
             unanswered: 3,
+            last_heard: None,
             up: Some(true),
             gone_since: None,
             restarts: 0,
@@ -130,7 +131,8 @@ fn a_proxy_that_was_started_anew_has_no_rates_of_the_old_one() {
 fn a_wide_terminal_shows_all_of_it() {
     let screen = screen(&model(), 160, 30);
     assert!(line(&screen, "up ").contains("9 connections"), "{screen}");
-    assert!(line(&screen, "VM vm").contains("450 of 900 slots, 3 unanswered"));
+    let words = "450 of 900 slots; up, not heard from yet, last 3 dials silent so far";
+    assert!(line(&screen, "VM vm").contains(words));
     let web = line(&screen, "tcp://127.0.0.1:801");
     for part in [
         "web1",

@@ -9,6 +9,7 @@
 //! to a port where nobody listens asks the guest's kernel, which answers by refusing as soon as it runs. So does a proof,
 //! which tells a client that is to be held from one whose dial the guest has taken.
 
+mod heard;
 mod permit;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,8 +22,9 @@ use crate::error::Error;
 use super::handle::ForwardId;
 use super::presence::{self, News, Presence, Sign};
 use super::shares::Shares;
-use super::status::VmStatus;
+use super::status::{VmStatus, wall_time};
 
+use heard::LastHeard;
 use permit::Kind;
 pub(super) use permit::Reservation;
 pub(crate) use permit::{Permit, Place, Ticket};
@@ -105,6 +107,7 @@ pub(crate) struct Gate {
     dialled: AtomicU64,
     /// The highest number of a dial that was answered, and so were all before it: a guest takes them in order.
     answered: AtomicU64,
+    heard: LastHeard,
 }
 
 struct State {
@@ -166,6 +169,7 @@ impl Gate {
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
             answered: AtomicU64::new(0),
+            heard: LastHeard::new(),
         }
     }
 
@@ -383,6 +387,7 @@ impl Gate {
 
     fn forget_vm(&self, state: &mut State) {
         state.epoch += 1;
+        self.heard.forget();
         state.shares.clear();
         state.pending = 0;
         state.next_probe = None;
@@ -406,6 +411,7 @@ impl Gate {
             limit: state.shares.cap(),
             reserved: state.shares.kept(),
             unanswered: self.unanswered(),
+            last_heard: self.heard.at().map(wall_time),
             up: state.presence.is_up(),
             gone_since: state.presence.gone_since(),
             restarts: state.presence.restarts(),

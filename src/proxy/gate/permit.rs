@@ -16,6 +16,17 @@ pub(crate) struct Place {
     pub(super) epoch: u64,
 }
 
+impl Place {
+    /// A byte or an end came from the guest on this connection, or this connection itself.
+    pub(in crate::proxy) fn heard(&self, now: Instant) {
+        let gate = &self.gate;
+        // The lock is taken once a second: what an older VM left behind is no sign of this one.
+        if gate.heard.is_news(now) && gate.state().epoch == self.epoch {
+            gate.heard.note(now);
+        }
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         let mut state = self.gate.state();
@@ -101,7 +112,13 @@ impl Permit {
         gate.tell(seen.or(news), None);
     }
 
-    /// Something came from the guest on this connection.
+    /// A byte or an end came from the guest on this connection just now.
+    pub(in crate::proxy) fn heard(&self, now: Instant) {
+        self.answered();
+        self.place.heard(now);
+    }
+
+    /// Something came from the guest on this connection, now or before.
     pub(crate) fn answered(&self) {
         let gate = &self.place.gate;
         if let Some(number) = self.number

@@ -1,0 +1,53 @@
+//! When a guest was last heard from.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// How exactly that is known: what comes in between costs no more than a look.
+const STEP: Duration = Duration::from_secs(1);
+
+/// The time of the latest byte or end that came from a guest, kept without a lock.
+#[derive(Debug)]
+pub(super) struct LastHeard {
+    born: Instant,
+    /// Milliseconds since then, and one more; 0 if nothing has come yet.
+    at: AtomicU64,
+}
+
+impl LastHeard {
+    pub(super) fn new() -> LastHeard {
+        LastHeard {
+            born: Instant::now(),
+            at: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether something that comes now is worth a note.
+    pub(super) fn is_news(&self, now: Instant) -> bool {
+        let at = self.at.load(Ordering::Relaxed);
+        at == 0 || self.number(now) >= at + STEP.as_millis() as u64
+    }
+
+    pub(super) fn note(&self, now: Instant) {
+        self.at.fetch_max(self.number(now), Ordering::Relaxed);
+    }
+
+    /// It is another guest now.
+    pub(super) fn forget(&self) {
+        self.at.store(0, Ordering::Relaxed);
+    }
+
+    pub(super) fn at(&self) -> Option<Instant> {
+        match self.at.load(Ordering::Relaxed) {
+            0 => None,
+            at => self.born.checked_add(Duration::from_millis(at - 1)),
+        }
+    }
+
+    fn number(&self, now: Instant) -> u64 {
+        let since = now.saturating_duration_since(self.born).as_millis();
+        u64::try_from(since)
+            .unwrap_or(u64::MAX - 1)
+            .saturating_add(1)
+    }
+}
