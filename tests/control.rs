@@ -603,6 +603,65 @@ fn slow_silent_and_rude_clients_disturb_nobody_and_do_not_keep_it_from_ending() 
     drop((silent, slow, more));
 }
 
+/// Lets this process have a descriptor for each of many clients, and for as many servers of other tests.
+fn allow_descriptors(count: u64) {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let wanted = count.min(hard);
+    if soft < wanted {
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).unwrap();
+    }
+}
+
+/// Idle and half-asked clients are put out for those who ask, and are few.
+#[test]
+fn a_flood_of_idle_clients_keeps_nobody_who_asks() {
+    const IDLE: usize = 1000;
+    allow_descriptors(4096);
+    let scene = Scene::with(&["--metrics", "0"]);
+    let (path, port) = (scene.control(), scene.metrics.unwrap());
+    scene.call("GET", "/v1/status", "");
+    let before = scene.hvsock.descriptors();
+    let scrape = || {
+        let mut client = tcp(port);
+        client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert_eq!(parse(&answer).0, 200);
+    };
+    let mut metrics = Vec::new();
+    let mut control = Vec::new();
+    for i in 0..IDLE {
+        let mut client = tcp(port);
+        let mut other = unix_client(&path);
+        if i % 2 == 0 {
+            // It may have been put out already.
+            let _ = client.write_all(b"GET /metrics HTTP/1.1\r\nHost: ");
+            let _ = other.write_all(b"POST /v1/forwards HTTP/1.1\r\nContent-Length: 9\r\n\r\n{");
+        }
+        metrics.push(client);
+        control.push(other);
+    }
+    let begun = Instant::now();
+    scrape();
+    assert_eq!(scene.call("GET", "/v1/status", "").0, 200);
+    // None of them is waited for, who have 5 s each.
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begun.elapsed()
+    );
+    for _ in 0..10 {
+        scrape();
+        assert_eq!(scene.call("GET", "/v1/status", "").0, 200);
+    }
+    let more = scene.hvsock.descriptors().saturating_sub(before);
+    assert!(more <= 2 * 256 + 16, "{more}");
+    drop((metrics, control));
+    eventually("they are gone", || scene.hvsock.descriptors() <= before + 8);
+    assert_eq!(ask(tcp(scene.port), b"as before").unwrap(), b"as before");
+}
+
 const MAC: bool = cfg!(target_os = "macos");
 
 const PLAIN: [&str; 4] = ["forward", "tcp://127.0.0.1:0", "/nowhere", "--control"];

@@ -672,6 +672,71 @@ fn it_is_looked_at_and_changed_by_its_control_socket() {
     assert!(told.contains("no hvsock answers"), "{told}");
 }
 
+/// Where it is looked at, and controlled from, is tried again, too, but where another hvsock is.
+#[test]
+fn metrics_and_a_control_directory_that_can_not_be_had_keep_nothing() {
+    let dir = private_dir();
+    let server = echo_server();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let metrics = taken.local_addr().unwrap().port();
+    let forward = |name: &str, to: u16| {
+        format!("metrics = {metrics}\n[forward.{name}]\nlisten = 0\nconnect = {to}\n")
+    };
+    let file = File::new(dir.path(), &forward("a", server));
+    let mut proxy = file.run();
+    let told = proxy.complains(&format!("cannot listen on tcp://127.0.0.1:{metrics}"));
+    assert!(told.contains("tried again every 2 s"), "{told}");
+    let port = proxy.tcp_port();
+    assert_eq!(ask(tcp(port), b"carried").unwrap(), b"carried");
+    let (_, table) = asked(dir.path(), &["status"]);
+    assert!(table.contains("metrics can't be had since"), "{table}");
+    // No forward leads there, whether they are served yet or not.
+    let to = format!("tcp://localhost:{metrics}");
+    let (code, why) = asked(dir.path(), &["add", "tcp://127.0.0.1:0", &to]);
+    assert_eq!(code, Some(1));
+    assert!(why.contains("no forward may lead there"), "{why}");
+    drop(taken);
+    let scrape = || {
+        let mut answer = String::new();
+        let mut client = TcpStream::connect(("127.0.0.1", metrics))?;
+        client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
+        client.read_to_string(&mut answer)?;
+        io::Result::Ok(answer)
+    };
+    eventually("metrics are served", || {
+        scrape().is_ok_and(|answer| answer.contains("hvsock_forward_accepted_total"))
+    });
+    let (_, json) = asked(dir.path(), &["status", "--json"]);
+    assert!(json.contains("\"unserved\": []"), "{json}");
+
+    // Another one that would be controlled from the same place is a mistake.
+    let other = File(dir.path().join("other.toml"));
+    other.write(&format!("[forward.b]\nlisten = 0\nconnect = {server}\n"));
+    let mut second = other.run();
+    second.complains("does another hvsock run?");
+    assert_eq!(second.exit_code(), Some(1));
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+
+    let home = match cfg!(target_os = "macos") {
+        true => dir
+            .path()
+            .join(format!("hvsock-{}", nix::unistd::geteuid())),
+        false => dir.path().join("hvsock"),
+    };
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o777)).unwrap();
+    let proxy = other.run();
+    let told = proxy.complains("is open to others");
+    assert!(told.contains("tried again"), "{told}");
+    let port = proxy.tcp_port();
+    assert_eq!(ask(tcp(port), b"carried").unwrap(), b"carried");
+    assert_eq!(asked(dir.path(), &["status"]).0, Some(1));
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o700)).unwrap();
+    eventually("it can be looked at", || {
+        asked(dir.path(), &["status"]).0 == Some(0)
+    });
+}
+
 /// Not by the file, nor by a file that is read later.
 #[test]
 fn no_forward_of_the_file_leads_to_its_control_socket() {

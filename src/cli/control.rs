@@ -10,14 +10,17 @@ use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::Value;
 
 use super::expose::vm_at;
-use super::kept::Kept;
+use super::kept::{KeepTrying, Kept};
 use super::options::{ProxyOptions, parse_seconds};
 use super::reconciler::danger;
 use super::spec::{Local, Remote};
+use super::summary::tried_again;
 use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
 use crate::address::{Address, TcpAddress, UnixAddress};
 use crate::config::local_address;
-use crate::control::{self, Actions, Bound, Control, RuleBody, Unanswered, ask, read, segment};
+use crate::control::{
+    self, Actions, Bound, Control, RuleBody, Unanswered, Unavailable, ask, read, segment,
+};
 use crate::escape;
 use crate::proxy::{Proxy, ProxyConfig};
 
@@ -39,6 +42,7 @@ impl ControlOptions {
         control::Options {
             control: path.map(|path| path.unwrap_or_else(control::default_path)),
             metrics: self.metrics.clone(),
+            unavailable: Unavailable::Fails,
         }
     }
 }
@@ -66,9 +70,11 @@ fn parse_metrics(text: &str) -> Result<TcpAddress, String> {
 /// Binds the control socket and the metrics, if they are asked for; no forward of the proxy may lead there.
 pub(super) fn open(
     options: &ProxyOptions,
+    patience: KeepTrying,
     mut config: ProxyConfig,
 ) -> crate::Result<(ProxyConfig, Option<Bound>)> {
-    let wanted = options.control();
+    let mut wanted = options.control();
+    wanted.unavailable = patience.unavailable();
     if wanted.control.is_none() && wanted.metrics.is_none() {
         return Ok((config, None));
     }
@@ -96,17 +102,16 @@ pub(super) fn begin(
 
 /// Serves on sockets where a proxy lets no forward lead; where they are is told.
 pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
-    let addresses = bound.addresses();
+    let states = bound.states();
     let control = bound.serve(proxy.handle(), actions)?;
-    for address in addresses {
-        match address {
-            Address::Tcp(tcp) => {
-                say(format_args!(
-                    "metrics at http://{}:{}/metrics",
-                    tcp.host, tcp.port
-                ));
+    for (address, trouble) in states {
+        match (address, trouble) {
+            (_, Some(why)) => complain(tried_again(&why)),
+            (Address::Tcp(tcp), None) => {
+                let (host, port) = (tcp.host, tcp.port);
+                say(format_args!("metrics at http://{host}:{port}/metrics"));
             }
-            other => say(format_args!("controlled at {other}")),
+            (other, None) => say(format_args!("controlled at {other}")),
         }
     }
     Ok(control)
@@ -168,9 +173,6 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
         HumanDuration(duration(status.uptime_seconds)),
         table::counted(status.live as u64, "connection"),
     );
-    if status.forwards.is_empty() {
-        return text + "no forwards; `hvsock add` adds some";
-    }
     let rows = status.forwards.iter().map(|it| {
         let counters = &it.counters;
         [
@@ -185,8 +187,15 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             refusals(counters),
         ]
     });
-    text += &table::of(HEADINGS, rows);
+    text += &match status.forwards.is_empty() {
+        true => "no forwards; `hvsock add` adds some".to_owned(),
+        false => table::of(HEADINGS, rows),
+    };
     let mut lines = Vec::new();
+    for it in &status.unserved {
+        let (service, since) = (&it.service, ago(it.since, now));
+        lines.push(format!("{service} can't be had since {since}: {}", it.why));
+    }
     for vm in status.vms() {
         lines.push(format!(
             "VM {}: {}; {} of {} connections, {}",

@@ -29,6 +29,15 @@ pub(super) struct Kept {
 }
 
 impl KeepTrying {
+    /// What becomes of a socket of the control interface that can't be had.
+    #[cfg(unix)]
+    pub(super) fn unavailable(self) -> crate::control::Unavailable {
+        match self.keep_trying {
+            true => crate::control::Unavailable::IsTriedAgain,
+            false => crate::control::Unavailable::Fails,
+        }
+    }
+
     /// Starts a proxy, and leaves forwards that can't be had to what is returned beside it.
     ///
     /// # Errors

@@ -308,7 +308,7 @@ fn carry(
 ) -> Outcome {
     let config = options.config(rules);
     #[cfg(unix)]
-    let (config, bound) = control::open(options, config)?;
+    let (config, bound) = control::open(options, patience, config)?;
     let (proxy, kept) = patience.start(config, describe)?;
     let kept = kept.map(Arc::new);
     #[cfg(unix)]

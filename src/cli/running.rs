@@ -64,6 +64,7 @@ fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> 
             Control::Off => None,
         },
         metrics: config.metrics.clone(),
+        unavailable: crate::control::Unavailable::IsTriedAgain,
     })
     .map_err(|e| match e.kind() {
         std::io::ErrorKind::AddrInUse => {

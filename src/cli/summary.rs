@@ -41,7 +41,7 @@ impl Failed {
     pub(super) fn reason(&self) -> String {
         let why = &self.why;
         match self.retried {
-            Retried::Soon => format!("{why}; it is tried again every {} s", TRY_AGAIN.as_secs()),
+            Retried::Soon => tried_again(why),
             Retried::OnReload => format!(
                 "{why}; it listens where it did, and is tried again when the file is read again"
             ),
@@ -125,4 +125,9 @@ impl fmt::Display for Summary {
 pub(super) fn failures(failed: &[Failed]) -> Vec<String> {
     let line = |it: &Failed| format!("[forward.{}]: {}", it.name, it.reason());
     failed.iter().map(line).collect()
+}
+
+/// Why something can't be had that is tried again.
+pub(super) fn tried_again(why: &str) -> String {
+    format!("{why}; it is tried again every {} s", TRY_AGAIN.as_secs())
 }

@@ -1,9 +1,12 @@
 //! The calls: what a request asks for, and what it is answered.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use tokio::sync::Semaphore;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 use tracing::info;
 
 use crate::address::Address;
@@ -12,7 +15,8 @@ use crate::proxy::{ForwardStatus, Handle};
 
 use super::http::{Request, Response};
 use super::metrics;
-use super::model::{Connection, Forward, RuleBody, Status, seconds};
+use super::model::{Connection, Forward, RuleBody, Status, Unserved, seconds, unix};
+use super::server::{Place, Service, Trouble};
 use super::{Actions, Problem};
 
 /// Answers requests.
@@ -20,10 +24,29 @@ use super::{Actions, Problem};
 pub(super) struct Api {
     handle: Handle,
     actions: Actions,
-    /// One change at a time: what is looked at before it still holds then.
-    changes: Mutex<()>,
+    /// Where it is asked.
+    places: Vec<Arc<Place>>,
+    lanes: Lanes,
     started: Instant,
 }
+
+/// How many calls of a kind are answered at a time. Each may block, and none keeps those of another kind: the end can be
+/// asked for though a change hangs.
+#[derive(Debug)]
+struct Lanes {
+    looks: Arc<Semaphore>,
+    /// One: what is looked at before it still holds then.
+    changes: Arc<Semaphore>,
+    stops: Arc<Semaphore>,
+}
+
+const LOOKS_AT_A_TIME: usize = 4;
+
+/// How long a call may wait for its turn: half as long as our clients wait for an answer.
+const TURN: Duration = Duration::from_secs(5);
+
+/// Of all kinds together.
+pub(super) const CALLS_AT_A_TIME: usize = LOOKS_AT_A_TIME + 2;
 
 type Answer = Result<(u16, String), Problem>;
 
@@ -35,16 +58,47 @@ fn json(status: u16, body: &impl Serialize) -> Answer {
 }
 
 impl Api {
-    pub(super) fn new(handle: Handle, actions: Actions) -> Api {
+    pub(super) fn new(handle: Handle, actions: Actions, places: Vec<Arc<Place>>) -> Api {
+        let lane = |count| Arc::new(Semaphore::new(count));
         Api {
             handle,
             actions,
-            changes: Mutex::default(),
+            places,
+            lanes: Lanes {
+                looks: lane(LOOKS_AT_A_TIME),
+                changes: lane(1),
+                stops: lane(1),
+            },
             started: Instant::now(),
         }
     }
 
-    pub(super) fn answer(&self, request: &Request) -> Response {
+    /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is never done: who
+    /// asked would have given up.
+    pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
+        let lane = match (service, request.method.as_str(), request.path.as_str()) {
+            (Service::Metrics, ..) | (_, "GET", _) => &self.lanes.looks,
+            (_, _, "/v1/stop") => &self.lanes.stops,
+            _ => &self.lanes.changes,
+        };
+        let Ok(turn) = timeout(TURN, Arc::clone(lane).acquire_owned()).await else {
+            let problem = Problem::new(503, "another call is under way, and takes long");
+            return problem.with_remedy("try again later").response();
+        };
+        let api = Arc::clone(&self);
+        let call = move || {
+            // Until it is done, whoever waits for it.
+            let _turn = turn;
+            match service {
+                Service::Control => api.answer_all(&request),
+                Service::Metrics => api.answer_metrics(&request),
+            }
+        };
+        let answered = spawn_blocking(call).await;
+        answered.unwrap_or_else(|e| Problem::new(500, format!("the call failed: {e}")).response())
+    }
+
+    fn answer_all(&self, request: &Request) -> Response {
         let path = request.path.as_str();
         let (method, query) = (request.method.as_str(), request.query.as_slice());
         let answer = match (method, path) {
@@ -81,7 +135,7 @@ impl Api {
     }
 
     /// Answers as if there were nothing but the metrics.
-    pub(super) fn answer_metrics(&self, request: &Request) -> Response {
+    fn answer_metrics(&self, request: &Request) -> Response {
         match (request.method.as_str(), request.path.as_str()) {
             ("GET", "/metrics") => Response {
                 status: 200,
@@ -105,6 +159,7 @@ impl Api {
             live: self.handle.live(),
             log_dropped: output::dropped(),
             forwards: self.forwards(),
+            unserved: self.places.iter().filter_map(|it| unserved(it)).collect(),
         }
     }
 
@@ -174,7 +229,6 @@ impl Api {
             )
         })?;
         let rule = body.rule(|listen, connect| (self.actions.rule)(listen, connect))?;
-        let _one_at_a_time = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         let forwards = self.handle.forwards();
         let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
         let there = |it: &&ForwardStatus| it.listen == rule.listen;
@@ -201,7 +255,6 @@ impl Api {
     }
 
     fn remove(&self, name: &str, grace: Duration) -> Answer {
-        let _one_at_a_time = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         let pending = self.pending(name);
         let found = self.find(name).map_err(|e| match pending {
             None => e,
@@ -229,7 +282,6 @@ impl Api {
             let problem = Problem::new(409, "there is no file to read again");
             return Err(problem.with_remedy("`hvsock run CONFIG` has one"));
         };
-        let _one_at_a_time = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         json(200, &reload()?)
     }
 
@@ -252,6 +304,21 @@ impl Api {
         }
         Ok(grace)
     }
+}
+
+/// What is said of a place where nobody is served.
+fn unserved(place: &Place) -> Option<Unserved> {
+    let Trouble { why, since } = place.trouble()?;
+    let service = match place.service {
+        Service::Control => "control",
+        Service::Metrics => "metrics",
+    };
+    Some(Unserved {
+        service: service.to_owned(),
+        address: place.address.to_string(),
+        why,
+        since: unix(since),
+    })
 }
 
 /// What a forward is called.

@@ -1,7 +1,5 @@
 //! As much of HTTP/1.1 as the control socket speaks: one request a connection, everything in it bounded.
 
-use std::io::{self, Read, Write};
-
 use percent_encoding::percent_decode_str;
 
 use super::Problem;
@@ -13,7 +11,7 @@ const MOST_HEADERS: usize = 64;
 const MOST_BODY: usize = 64 * 1024;
 
 /// What a client asks.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) method: String,
     /// Decoded.
@@ -38,49 +36,47 @@ impl From<Problem> for NoRequest {
     }
 }
 
-impl From<io::Error> for NoRequest {
-    fn from(error: io::Error) -> NoRequest {
-        match error.kind() {
-            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
-                Problem::new(408, "the request took too long to come").into()
+/// A request that comes piece by piece.
+#[derive(Default)]
+pub(super) struct Incoming {
+    received: Vec<u8>,
+    head: Option<Head>,
+}
+
+/// How far it has come.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// There is more to come.
+    More,
+    /// The client waits to hear this before it sends more.
+    Waits(&'static [u8]),
+    Whole(Request),
+}
+
+impl Incoming {
+    /// Takes what has come.
+    pub(super) fn take(&mut self, bytes: &[u8]) -> Result<Progress, Problem> {
+        self.received.extend_from_slice(bytes);
+        let is_new = self.head.is_none();
+        if is_new {
+            self.head = parse_head(&self.received)?;
+        }
+        let Some(head) = &mut self.head else {
+            if self.received.len() > MOST_HEAD {
+                let why = format!("the request's head has more than {MOST_HEAD} bytes");
+                return Err(Problem::new(431, why));
             }
-            _ => NoRequest::Gone,
+            return Ok(Progress::More);
+        };
+        let end = head.len + head.body_len;
+        if let Some(body) = self.received.get(head.len..end) {
+            let mut request = std::mem::take(&mut head.request);
+            request.body = body.to_vec();
+            return Ok(Progress::Whole(request));
         }
-    }
-}
-
-/// Reads a request.
-pub(super) fn read(stream: &mut (impl Read + Write)) -> Result<Request, NoRequest> {
-    let mut received = Vec::new();
-    let head = loop {
-        if let Some(head) = parse_head(&received)? {
-            break head;
-        }
-        if received.len() > MOST_HEAD {
-            let why = format!("the request's head has more than {MOST_HEAD} bytes");
-            return Err(Problem::new(431, why).into());
-        }
-        more(stream, &mut received)?;
-    };
-    let end = head.len + head.body_len;
-    if head.waits && received.len() < end {
-        stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
-    }
-    while received.len() < end {
-        more(stream, &mut received)?;
-    }
-    let mut request = head.request;
-    request.body = received[head.len..end].to_vec();
-    Ok(request)
-}
-
-fn more(stream: &mut impl Read, received: &mut Vec<u8>) -> Result<(), NoRequest> {
-    let mut buffer = [0; 4096];
-    match stream.read(&mut buffer)? {
-        0 => Err(NoRequest::Gone),
-        n => {
-            received.extend_from_slice(&buffer[..n]);
-            Ok(())
+        match is_new && head.waits {
+            true => Ok(Progress::Waits(b"HTTP/1.1 100 Continue\r\n\r\n")),
+            false => Ok(Progress::More),
         }
     }
 }
@@ -187,25 +183,26 @@ pub(super) struct Response {
     pub(super) body: String,
 }
 
-/// Writes an answer.
-pub(super) fn write(stream: &mut impl Write, response: &Response) -> io::Result<()> {
-    let Response {
-        status,
-        content_type,
-        body,
-        ..
-    } = response;
-    let allow = match response.allow {
-        Some(methods) => format!("Allow: {methods}\r\n"),
-        None => String::new(),
-    };
-    let head = format!(
-        "HTTP/1.1 {status} {}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n{allow}Connection: close\r\n\r\n",
-        reason(*status),
-        body.len()
-    );
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(body.as_bytes())
+impl Response {
+    /// As it is sent.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let Response {
+            status,
+            content_type,
+            body,
+            ..
+        } = self;
+        let allow = match self.allow {
+            Some(methods) => format!("Allow: {methods}\r\n"),
+            None => String::new(),
+        };
+        let head = format!(
+            "HTTP/1.1 {status} {}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n{allow}Connection: close\r\n\r\n",
+            reason(*status),
+            body.len()
+        );
+        [head.as_bytes(), body.as_bytes()].concat()
+    }
 }
 
 fn reason(status: u16) -> &'static str {
@@ -231,56 +228,31 @@ fn reason(status: u16) -> &'static str {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::io::Cursor;
 
-    /// A client that has sent this, and hears what is written.
-    struct Client {
-        sends: Cursor<Vec<u8>>,
-        hears: Vec<u8>,
-        /// Bytes that come at a time.
-        pace: usize,
-    }
-
-    impl Client {
-        fn new(sends: impl Into<Vec<u8>>, pace: usize) -> Client {
-            Client {
-                sends: Cursor::new(sends.into()),
-                hears: Vec::new(),
-                pace,
+    /// What comes of a request that comes in pieces of that size, and what its client is told meanwhile.
+    fn read(sent: &[u8], pace: usize) -> Result<(Option<Request>, Vec<u8>), Problem> {
+        let mut incoming = Incoming::default();
+        let mut told = Vec::new();
+        for piece in sent.chunks(pace) {
+            match incoming.take(piece)? {
+                Progress::More => {}
+                Progress::Waits(word) => told.extend_from_slice(word),
+                Progress::Whole(request) => return Ok((Some(request), told)),
             }
         }
+        Ok((None, told))
     }
 
-    impl Read for Client {
-        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            let len = buffer.len().min(self.pace);
-            self.sends.read(&mut buffer[..len])
-        }
-    }
-
-    impl Write for Client {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.hears.extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn refused(sends: impl Into<Vec<u8>>) -> u16 {
-        match read(&mut Client::new(sends, 4096)) {
-            Err(NoRequest::Refused(problem)) => problem.status,
-            other => panic!("{other:?}"),
-        }
+    fn refused(sends: impl AsRef<[u8]>) -> u16 {
+        read(sends.as_ref(), 4096).unwrap_err().status
     }
 
     #[test]
     fn a_request_is_read_however_it_comes() {
         let sent = "DELETE /v1/forwards/tcp%3A%2F%2Fa?grace=3&x=%26 HTTP/1.1\r\nHost: x\r\nCONTENT-length: 2\r\n\r\nokmore";
         for pace in [1, 7, 4096] {
-            let request = read(&mut Client::new(sent, pace)).unwrap();
+            let (request, _) = read(sent.as_bytes(), pace).unwrap();
+            let request = request.unwrap();
             assert_eq!(request.method, "DELETE");
             assert_eq!(request.path, "/v1/forwards/tcp://a");
             let pair = |k: &str, v: &str| (k.to_owned(), v.to_owned());
@@ -291,11 +263,10 @@ mod tests {
 
     #[test]
     fn a_client_that_waits_for_leave_to_send_its_body_gets_it() {
-        let sent =
-            "POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nok".to_owned();
-        let mut client = Client::new(sent, 1);
-        read(&mut client).unwrap();
-        assert_eq!(client.hears, b"HTTP/1.1 100 Continue\r\n\r\n");
+        let sent = b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nok";
+        let (request, told) = read(sent, 1).unwrap();
+        assert_eq!(request.unwrap().body, b"ok");
+        assert_eq!(told, b"HTTP/1.1 100 Continue\r\n\r\n");
     }
 
     #[test]
@@ -315,12 +286,10 @@ mod tests {
             431
         );
         for cut in [
-            "",
             "GET / HTTP",
             "POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx",
         ] {
-            let read = read(&mut Client::new(cut, 4096));
-            assert!(matches!(read, Err(NoRequest::Gone)), "{cut:?}");
+            assert_eq!(read(cut.as_bytes(), 4096).unwrap().0, None, "{cut:?}");
         }
     }
 }

@@ -22,8 +22,8 @@
 //!
 //! S is that of `--grace` unless said. An error is `{"error": …, "remedy": …}` (the remedy where there is one) with
 //! status 400 (what was asked makes no sense), 403 (it may not be), 404, 405, 408 (the request didn't come), 409 (it is
-//! in the way of something that is there), 413 and 431 (too long), 501, 503 (the proxy is stopping), 500. One request a
-//! connection.
+//! in the way of something that is there), 413 and 431 (too long), 501, 503 (the proxy is stopping, or
+//! another change takes long), 500. One request a connection.
 //!
 //! # Who is let in
 //!
@@ -44,7 +44,9 @@ mod place;
 mod server;
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::address::{Address, TcpAddress};
@@ -56,7 +58,7 @@ pub(crate) use model::{Connection, Forward, RuleBody, Status, Tally, Vm, age};
 pub(crate) use place::default_path;
 
 use api::Api;
-use server::{Doors, Server, Service};
+use server::{Door, Server, Service};
 
 /// Which sockets there are to be.
 #[derive(Clone, Debug, Default)]
@@ -65,6 +67,16 @@ pub(crate) struct Options {
     pub(crate) control: Option<PathBuf>,
     /// Where else the metrics are to be had, and nothing but them, by whoever can connect.
     pub(crate) metrics: Option<TcpAddress>,
+    pub(crate) unavailable: Unavailable,
+}
+
+/// What becomes of a socket that can't be bound.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Unavailable {
+    #[default]
+    Fails,
+    /// It is tried again, and shown meanwhile. But a control socket that another hvsock has fails.
+    IsTriedAgain,
 }
 
 /// What the server needs of its program.
@@ -89,37 +101,56 @@ impl fmt::Debug for Actions {
     }
 }
 
-/// Sockets that are bound, on which nobody is served yet: who connects waits. Dropped, they are gone.
+/// Sockets on which nobody is served yet: who connects waits. Dropped, they are gone.
 #[derive(Debug)]
-pub(crate) struct Bound(Doors);
+pub(crate) struct Bound(Vec<Door>);
 
 /// Binds the sockets.
 ///
 /// # Errors
-/// `AddrInUse` if another process has one of them; `PermissionDenied` if others could get at the control socket; what
-/// the system says otherwise.
+/// `AddrInUse` if another process has the control socket, or the metrics' port; `PermissionDenied` if others could get
+/// at the control socket; what the system says otherwise: but see [`Unavailable`].
 pub(crate) fn bind(options: &Options) -> Result<Bound> {
-    let mut doors = Doors::new()?;
+    let mut doors = Vec::new();
     if let Some(path) = &options.control {
-        place::prepare(path)?;
-        let opened = doors.open(Service::Control, &place::address(path));
-        opened.map_err(|e| match e.kind() {
-            std::io::ErrorKind::AddrInUse => e.with_remedy(
-                "another hvsock runs (`hvsock status` shows it): give this one --control PATH with a path of its own",
-            ),
-            _ => e,
-        })?;
+        let address = place::address(path);
+        doors.push(match Door::open(Service::Control, &address) {
+            Err(e) if e.kind() == ErrorKind::AddrInUse => {
+                return Err(e.with_remedy(
+                    "another hvsock runs (`hvsock status` shows it): give this one --control PATH with a path of its own",
+                ));
+            }
+            Err(e) if options.unavailable == Unavailable::IsTriedAgain => {
+                Door::closed(Service::Control, &address, &e)
+            }
+            opened => opened?,
+        });
     }
     if let Some(metrics) = &options.metrics {
-        doors.open(Service::Metrics, &Address::Tcp(metrics.clone()))?;
+        let address = Address::Tcp(metrics.clone());
+        // No forward may lead there: of a port that is yet to be chosen nobody can say so.
+        let waits = options.unavailable == Unavailable::IsTriedAgain && metrics.port != 0;
+        doors.push(match Door::open(Service::Metrics, &address) {
+            Err(e) if waits => Door::closed(Service::Metrics, &address, &e),
+            opened => opened?,
+        });
     }
     Ok(Bound(doors))
 }
 
 impl Bound {
-    /// Where they are. No forward may lead there.
+    /// Where they are, or are to be. No forward may lead there.
     pub(crate) fn addresses(&self) -> Vec<Address> {
-        self.0.addresses()
+        self.0.iter().map(|it| it.place.address.clone()).collect()
+    }
+
+    /// Where they are, and why nobody can be served there, if so.
+    pub(crate) fn states(&self) -> Vec<(Address, Option<String>)> {
+        let why = |it: &Door| it.place.trouble().map(|trouble| trouble.why);
+        let doors = self.0.iter();
+        doors
+            .map(|it| (it.place.address.clone(), why(it)))
+            .collect()
     }
 
     /// Begins to serve, until the [`Control`] is dropped.
@@ -127,7 +158,8 @@ impl Bound {
     /// # Errors
     /// If there can be no thread.
     pub(crate) fn serve(self, handle: Handle, actions: Actions) -> Result<Control> {
-        let server = self.0.serve(Api::new(handle, actions))?;
+        let places = self.0.iter().map(|it| Arc::clone(&it.place)).collect();
+        let server = Server::start(self.0, Api::new(handle, actions, places))?;
         Ok(Control { _server: server })
     }
 }
@@ -174,7 +206,6 @@ impl fmt::Display for Problem {
 
 impl From<Error> for Problem {
     fn from(error: Error) -> Problem {
-        use std::io::ErrorKind;
         let status = match error.kind() {
             ErrorKind::InvalidInput
             | ErrorKind::InvalidFilename

@@ -26,6 +26,20 @@ pub(crate) struct Status {
     /// Lines of the log, and of what else it said, that nobody took in time.
     pub(crate) log_dropped: u64,
     pub(crate) forwards: Vec<Forward>,
+    /// What of the control interface itself can't be had now; it is tried again.
+    #[serde(default)]
+    pub(crate) unserved: Vec<Unserved>,
+}
+
+/// A socket of the control interface on which nobody is served.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Unserved {
+    /// `control` or `metrics`.
+    pub(crate) service: String,
+    pub(crate) address: String,
+    pub(crate) why: String,
+    /// Seconds since 1970.
+    pub(crate) since: f64,
 }
 
 /// A forward.
@@ -366,7 +380,7 @@ pub(crate) fn age(seconds: u64) -> String {
 }
 
 /// Seconds since 1970.
-fn unix(time: SystemTime) -> f64 {
+pub(super) fn unix(time: SystemTime) -> f64 {
     let since = time.duration_since(UNIX_EPOCH);
     since.unwrap_or_default().as_secs_f64()
 }

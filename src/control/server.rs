@@ -1,35 +1,38 @@
 //! The sockets of the control interface: who is let in, and how long they may take.
 //!
-//! One thread takes clients, and each client has a short-lived one: a handful of them, now and then. None can hold up another for long: who keeps us
-//! waiting while all places are taken is put out.
+//! One thread runs them all, with a task for each socket and each client. When there is no place for a newcomer, the
+//! client that has kept us waiting longest is put out for it: who asks is never kept by those who don't. What may block
+//! (a call, a look at the socket's file) is done on other threads, of which there are few.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
-use mio::{Events, Poll, Token, Waker};
-use tracing::{error, warn};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
+use tokio::sync::oneshot;
+use tokio::task::{AbortHandle, JoinHandle, JoinSet, spawn_blocking};
+use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
 
 use crate::address::{Address, UnixAddress};
 use crate::error::{Error, Operation, Result};
 use crate::listener::DEFAULT_MODE;
 use crate::listener::lasting::FileWatch;
-use crate::listener::nonblocking::Listener;
-use crate::stream::Stream;
-use crate::sys;
+use crate::listener::nonblocking::{Listener, has_client_left, is_broken};
+use crate::stream::{Stream, nonblocking};
+use crate::sys::{self, AsSocket};
 
-use super::api::Api;
-use super::http::{self, NoRequest};
-use super::place;
+use super::api::{Api, CALLS_AT_A_TIME};
+use super::http::{Incoming, NoRequest, Progress, Request};
+use super::{Problem, place};
 
-/// Clients of one socket that are served at a time; more wait in its backlog.
-const MOST_CLIENTS: usize = 16;
-
-/// How long we wait for a client, to send its request or to take its answer, while others wait for its place.
-const CROWDED: Duration = Duration::from_millis(250);
+/// Clients of one socket at a time, where there are descriptors enough.
+const MOST_CLIENTS: usize = 256;
 
 /// How long a request may take to come, and an answer to go.
 const REQUEST: Duration = Duration::from_secs(5);
@@ -42,13 +45,17 @@ const MOST_LINGERING: u64 = 1024 * 1024;
 /// How long answers under way may take when the server ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
-/// When to look again at clients that wait for a place, or at a listener that could not accept.
-const AGAIN: Duration = Duration::from_millis(50);
+/// How long the sockets' files may take to be removed then.
+const REMOVAL: Duration = Duration::from_secs(1);
+
+/// How long a socket rests that can't accept now, or was shut down.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// How often the socket's file is looked after.
 const WATCH: Duration = Duration::from_secs(1);
 
-const WAKE: Token = Token(usize::MAX);
+/// How often a socket is tried again that can't be bound.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
 
 /// What is served on a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,315 +66,422 @@ pub(super) enum Service {
     Metrics,
 }
 
-/// A client that is being served.
+/// Where a service is to be, and how it is there.
 #[derive(Debug)]
-struct Client {
-    stream: Stream,
-    since: Instant,
-    phase: Mutex<Phase>,
+pub(super) struct Place {
+    pub(super) service: Service,
+    /// With the port that was chosen, if one was to be.
+    pub(super) address: Address,
+    trouble: Mutex<Option<Trouble>>,
 }
 
-/// How far a client is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Its request is awaited.
-    Asking,
-    /// It waits for us.
-    Waiting,
-    /// It is to take its answer and go.
-    Hearing,
+/// Why nobody is served at a place.
+#[derive(Clone, Debug)]
+pub(super) struct Trouble {
+    pub(super) why: String,
+    pub(super) since: SystemTime,
 }
 
-impl Client {
-    fn phase(&self) -> MutexGuard<'_, Phase> {
-        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+impl Place {
+    fn lock(&self) -> MutexGuard<'_, Option<Trouble>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put_out(&self) {
-        // It fails if the client has gone.
-        let _ = self.stream.shutdown(Shutdown::Both);
+    /// Why nobody is served there, if so.
+    pub(super) fn trouble(&self) -> Option<Trouble> {
+        self.lock().clone()
+    }
+
+    /// Notes why nobody is served; whether that is news.
+    fn is_lost(&self, why: String) -> bool {
+        let mut trouble = self.lock();
+        let before = trouble.take();
+        let is_new = before.as_ref().is_none_or(|before| before.why != why);
+        let since = before.map_or_else(SystemTime::now, |before| before.since);
+        *trouble = Some(Trouble { why, since });
+        is_new
+    }
+
+    /// Listens there. It may block.
+    fn bind(&self) -> Result<Listener> {
+        bind(self.service, &self.address)
     }
 }
 
-/// The clients of one socket.
-#[derive(Debug, Default)]
-struct Crowd {
-    clients: Mutex<Vec<Arc<Client>>>,
-    left: Condvar,
+fn bind(service: Service, address: &Address) -> Result<Listener> {
+    if let (Service::Control, Address::Unix(UnixAddress::Path(path))) = (service, address) {
+        place::prepare(path)?;
+    }
+    Listener::bind(address, DEFAULT_MODE)
 }
 
-impl Crowd {
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Client>>> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+/// A place, and the socket that listens there, if it could be bound.
+#[derive(Debug)]
+pub(super) struct Door {
+    pub(super) place: Arc<Place>,
+    listener: Option<Arc<Listener>>,
+}
+
+impl Door {
+    /// Listens at `address`: nobody is served yet, who connects waits.
+    ///
+    /// # Errors
+    /// As those of [`Listener::bind`], and that others could get at the control socket.
+    pub(super) fn open(service: Service, address: &Address) -> Result<Door> {
+        let listener = bind(service, address)?;
+        let address = listener.bound(address);
+        Ok(Door {
+            place: Arc::new(Place {
+                service,
+                address,
+                trouble: Mutex::default(),
+            }),
+            listener: Some(Arc::new(listener)),
+        })
     }
 
-    fn has_room(&self) -> bool {
-        self.lock().len() < MOST_CLIENTS
-    }
-
-    /// Puts those out who keep us waiting.
-    fn make_room(&self) {
-        for client in self.lock().iter() {
-            if *client.phase() != Phase::Waiting && client.since.elapsed() >= CROWDED {
-                client.put_out();
-            }
+    /// One that can't be opened yet, for that reason.
+    pub(super) fn closed(service: Service, address: &Address, error: &Error) -> Door {
+        let place = Place {
+            service,
+            address: address.clone(),
+            trouble: Mutex::default(),
+        };
+        place.is_lost(error.to_string());
+        Door {
+            place: Arc::new(place),
+            listener: None,
         }
     }
-
-    /// Puts out who hasn't asked yet, gives the others a moment for their answers, and then puts out all.
-    fn end(&self) {
-        for client in self.lock().iter() {
-            if *client.phase() == Phase::Asking {
-                client.put_out();
-            }
-        }
-        let wait = self
-            .left
-            .wait_timeout_while(self.lock(), LAST_ANSWERS, |clients| !clients.is_empty());
-        let (clients, _) = wait.unwrap_or_else(PoisonError::into_inner);
-        for client in clients.iter() {
-            client.put_out();
-        }
-    }
-}
-
-/// Has a client leave its crowd, whatever happens to its thread.
-struct Leaving<'a> {
-    crowd: &'a Crowd,
-    client: &'a Arc<Client>,
-    waker: &'a Waker,
-}
-
-impl Drop for Leaving<'_> {
-    fn drop(&mut self) {
-        self.crowd.lock().retain(|it| !Arc::ptr_eq(it, self.client));
-        self.crowd.left.notify_all();
-        // It fails only when the server is gone.
-        let _ = self.waker.wake();
-    }
-}
-
-/// A listening socket, and who is being served there.
-#[derive(Debug)]
-struct Door {
-    service: Service,
-    listener: Listener,
-    /// What was asked for.
-    address: Address,
-    /// Somebody may wait there.
-    ready: bool,
-    /// Not before this time.
-    paused: Option<Instant>,
-    watch: FileWatch,
-    /// A stranger, or an error, was told of.
-    complained: bool,
-    crowd: Arc<Crowd>,
-}
-
-/// Bound sockets that nobody is served on yet: who connects waits.
-#[derive(Debug)]
-pub(super) struct Doors {
-    doors: Vec<Door>,
-    poll: Poll,
-    waker: Arc<Waker>,
 }
 
 fn fail(cause: io::Error) -> Error {
     Error::new(Operation::Run, "the control socket", cause)
 }
 
-impl Doors {
-    pub(super) fn new() -> Result<Doors> {
-        let poll = Poll::new().map_err(fail)?;
-        let waker = Arc::new(Waker::new(poll.registry(), WAKE).map_err(fail)?);
-        Ok(Doors {
-            doors: Vec::new(),
-            poll,
-            waker,
-        })
-    }
+/// A server that runs until it is dropped.
+#[derive(Debug)]
+pub(super) struct Server {
+    stop: Option<oneshot::Sender<()>>,
+    /// Nothing comes of it but its end, which is the thread's.
+    ended: Mutex<mpsc::Receiver<()>>,
+}
 
-    /// Opens another one.
-    ///
-    /// # Errors
-    /// As those of [`Listener::bind`].
-    pub(super) fn open(&mut self, service: Service, address: &Address) -> Result<()> {
-        let mut listener = Listener::bind(address, DEFAULT_MODE)?;
-        let token = Token(self.doors.len());
-        let watched = listener.watch(self.poll.registry(), token, || ());
-        watched.map_err(fail)?;
-        self.doors.push(Door {
-            service,
-            listener,
-            address: address.clone(),
-            ready: true,
-            paused: None,
-            watch: FileWatch::default(),
-            complained: false,
-            crowd: Arc::default(),
-        });
-        Ok(())
-    }
-
-    /// Where they are, with the ports that were chosen.
-    pub(super) fn addresses(&self) -> Vec<Address> {
-        let bound = |door: &Door| door.listener.bound(&door.address);
-        self.doors.iter().map(bound).collect()
-    }
-
+impl Server {
     /// Begins to serve.
-    pub(super) fn serve(self, api: Api) -> Result<Server> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let waker = Arc::clone(&self.waker);
-        let ended = Arc::clone(&stop);
-        let run = move || self.run(&Arc::new(api), &ended);
+    pub(super) fn start(doors: Vec<Door>, api: Api) -> Result<Server> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            // And for each socket those that bind it and look after its file.
+            .max_blocking_threads(CALLS_AT_A_TIME + 2 * doors.len())
+            .thread_name("hvsock-client")
+            .build()
+            .map_err(fail)?;
+        let (stop, stopped) = oneshot::channel();
+        let (running, ended) = mpsc::channel();
+        let run = move || {
+            let _running: mpsc::Sender<()> = running;
+            serve(runtime, doors, Arc::new(api), stopped);
+        };
         let thread = thread::Builder::new().name("hvsock-control".to_owned());
+        thread.spawn(run).map_err(fail)?;
         Ok(Server {
-            stop,
-            waker,
-            thread: Some(thread.spawn(run).map_err(fail)?),
+            stop: Some(stop),
+            ended: Mutex::new(ended),
         })
-    }
-
-    fn run(mut self, api: &Arc<Api>, stop: &AtomicBool) {
-        let mut events = Events::with_capacity(8);
-        while !stop.load(Ordering::Acquire) {
-            if let Err(e) = self.poll.poll(&mut events, self.patience())
-                && e.kind() != io::ErrorKind::Interrupted
-            {
-                error!("the control socket serves nobody any more: {e}");
-                break;
-            }
-            for event in &events {
-                if let Some(door) = self.doors.get_mut(event.token().0) {
-                    door.ready = true;
-                }
-            }
-            for index in 0..self.doors.len() {
-                self.look_after(index, api);
-                self.doors[index].take_clients(api, &self.waker);
-            }
-        }
-        // First the listeners and their files: whoever sees none may take their place.
-        let crowds: Vec<_> = self.doors.drain(..).map(|door| door.crowd).collect();
-        for crowd in crowds {
-            crowd.end();
-        }
-    }
-
-    /// How long nothing need be done without an event.
-    fn patience(&self) -> Option<Duration> {
-        let wants = |door: &Door| match (door.ready, &door.address) {
-            (true, _) => Some(AGAIN),
-            (false, Address::Tcp(_)) => None,
-            (false, _) => Some(WATCH),
-        };
-        self.doors.iter().filter_map(wants).min()
-    }
-
-    /// Makes a socket's file again that someone removed.
-    fn look_after(&mut self, index: usize, api: &Arc<Api>) {
-        let door = &mut self.doors[index];
-        let state = || door.listener.file_state();
-        let again = || {
-            if let (Service::Control, Address::Unix(UnixAddress::Path(path))) =
-                (door.service, &door.address)
-            {
-                // Its directory may be gone with it.
-                place::prepare(path)?;
-            }
-            Listener::bind(&door.address, DEFAULT_MODE)
-        };
-        let Some(mut made) = door.watch.look(&door.address, state, again) else {
-            return;
-        };
-        // Who came before the file was removed.
-        door.ready = true;
-        door.take_clients(api, &self.waker);
-        let registry = self.poll.registry();
-        // It is closed in a moment.
-        let _ = door.listener.unwatch(registry);
-        if let Err(e) = made.watch(registry, Token(index), || ()) {
-            error!("cannot watch {}: {e}", door.address);
-        }
-        door.listener = made;
-        door.ready = true;
     }
 }
 
-impl Door {
-    fn take_clients(&mut self, api: &Arc<Api>, waker: &Arc<Waker>) {
-        if self.paused.is_some_and(|until| Instant::now() < until) {
-            return;
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // To remove a socket's file may take for ever, as a disk does: the process ends all the same.
+        let _ = ended.recv_timeout(LAST_ANSWERS + REMOVAL);
+    }
+}
+
+fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Receiver<()>) {
+    runtime.block_on(async {
+        let mut open = JoinSet::new();
+        let mut crowds = Vec::new();
+        for door in doors {
+            let crowd = Arc::new(Mutex::new(Crowd::new()));
+            crowds.push(Arc::clone(&crowd));
+            open.spawn(Attendant::new(door, Arc::clone(&api), crowd).attend());
         }
-        while self.ready {
-            if !self.crowd.has_room() {
-                return self.crowd.make_room();
+        // That its sender is dropped is what is waited for.
+        let _ = stopped.await;
+        // First the listeners and their files: whoever sees none may take their place.
+        open.shutdown().await;
+        let crowds: Vec<Crowd> = crowds
+            .iter()
+            .map(|crowd| std::mem::replace(&mut *lock(crowd), Crowd::new()))
+            .collect();
+        // Who has not asked yet won't, and the others have a moment for their answers.
+        let last = async {
+            for mut crowd in crowds {
+                crowd.put_out_who_has_not_asked();
+                while crowd.tasks.join_next().await.is_some() {}
             }
-            let accepted = self.listener.accept();
-            let stream = accepted.and_then(|(it, _)| Stream::from_nonblocking(it, &self.address));
-            match stream {
-                Ok(stream) => self.let_in(stream, api, waker),
-                Err(e) => match e.kind() {
-                    io::ErrorKind::WouldBlock => self.ready = false,
-                    // The client left before it was accepted (InvalidInput is mio's word for it on macOS).
-                    io::ErrorKind::Interrupted
-                    | io::ErrorKind::ConnectionAborted
-                    | io::ErrorKind::InvalidInput => {}
-                    _ => {
-                        self.paused = Some(Instant::now() + AGAIN);
-                        self.complain(format_args!("{e}; clients wait"));
-                        return;
-                    }
-                },
+        };
+        let _ = timeout(LAST_ANSWERS, last).await;
+    });
+    // A call that hangs is not waited for.
+    runtime.shutdown_background();
+}
+
+/// A client that is being served.
+#[derive(Debug)]
+struct Client(Mutex<(Phase, Instant)>);
+
+/// How far a client is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    /// Its request is awaited.
+    Asking,
+    /// It is to take its answer and go.
+    Hearing,
+    /// It waits for us.
+    Waiting,
+}
+
+impl Client {
+    fn new() -> Client {
+        Client(Mutex::new((Phase::Asking, Instant::now())))
+    }
+
+    fn begins(&self, phase: Phase) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (phase, Instant::now());
+    }
+
+    /// The less, the sooner it has to go: those who keep us waiting, the longest first, before those whom we do.
+    fn right_to_stay(&self) -> (bool, Instant) {
+        let (phase, since) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (phase == Phase::Waiting, since)
+    }
+
+    fn has_asked(&self) -> bool {
+        let (phase, _) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        phase != Phase::Asking
+    }
+}
+
+/// The clients of one socket.
+#[derive(Debug)]
+struct Crowd {
+    tasks: JoinSet<()>,
+    clients: Vec<(Arc<Client>, AbortHandle)>,
+    most: usize,
+}
+
+fn lock(crowd: &Mutex<Crowd>) -> MutexGuard<'_, Crowd> {
+    crowd.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Crowd {
+    fn new() -> Crowd {
+        // Where descriptors are few they are for connections first.
+        let few = sys::descriptor_limit().map_or(usize::MAX, |limit| {
+            usize::try_from(limit / 16).unwrap_or(usize::MAX)
+        });
+        Crowd {
+            tasks: JoinSet::new(),
+            clients: Vec::new(),
+            most: few.clamp(8, MOST_CLIENTS),
+        }
+    }
+
+    /// Takes in a client, and puts one out for it if there are too many.
+    fn admit(&mut self, client: &Arc<Client>, task: impl Future<Output = ()> + Send + 'static) {
+        while self.tasks.try_join_next().is_some() {}
+        self.clients.retain(|(_, task)| !task.is_finished());
+        if self.clients.len() >= self.most {
+            self.put_out_one();
+        }
+        let task = self.tasks.spawn(task);
+        self.clients.push((Arc::clone(client), task));
+    }
+
+    fn put_out_one(&mut self) {
+        let clients = self.clients.iter().enumerate();
+        let first = clients.min_by_key(|(_, (client, _))| client.right_to_stay());
+        if let Some((index, _)) = first {
+            let (_, task) = self.clients.swap_remove(index);
+            task.abort();
+        }
+    }
+
+    fn put_out_who_has_not_asked(&mut self) {
+        for (client, task) in &self.clients {
+            if !client.has_asked() {
+                task.abort();
             }
+        }
+    }
+}
+
+/// Who takes a socket's clients in, and looks after the socket.
+struct Attendant {
+    place: Arc<Place>,
+    listener: Option<Arc<Listener>>,
+    api: Arc<Api>,
+    crowd: Arc<Mutex<Crowd>>,
+    /// A stranger, or an error, was told of.
+    complained: bool,
+    look_at: Instant,
+    watch: FileWatch,
+    /// One who looks at the socket's file; what it has made, if that was removed.
+    look: Option<JoinHandle<(FileWatch, Option<Listener>)>>,
+}
+
+impl Attendant {
+    fn new(door: Door, api: Arc<Api>, crowd: Arc<Mutex<Crowd>>) -> Attendant {
+        Attendant {
+            place: door.place,
+            listener: door.listener,
+            api,
+            crowd,
+            complained: false,
+            look_at: Instant::now(),
+            watch: FileWatch::default(),
+            look: None,
+        }
+    }
+
+    async fn attend(mut self) {
+        loop {
+            let Some(listener) = &self.listener else {
+                self.bind_again().await;
+                continue;
+            };
+            match timeout(WATCH, next_client(listener)).await {
+                // Nobody has come.
+                Err(_) => {}
+                Ok(Ok(stream)) => self.let_in(stream),
+                Ok(Err(e)) => self.could_not_accept(&e).await,
+            }
+            self.look_after_file().await;
         }
     }
 
     /// Says something once.
     fn complain(&mut self, what: impl std::fmt::Display) {
         if !std::mem::replace(&mut self.complained, true) {
-            warn!("{}: {what}", self.address);
+            warn!("{}: {what}", self.place.address);
         }
     }
 
-    fn let_in(&mut self, stream: Stream, api: &Arc<Api>, waker: &Arc<Waker>) {
-        if self.service == Service::Control
+    async fn could_not_accept(&mut self, error: &io::Error) {
+        if error.kind() == io::ErrorKind::Interrupted || has_client_left(error) {
+            return;
+        }
+        if is_broken(error) {
+            let why = format!("the socket was shut down from outside ({error})");
+            if self.place.is_lost(why.clone()) {
+                warn!("{}: {why}; it is bound again", self.place.address);
+            }
+            // First, for it has the address.
+            self.listener = None;
+        } else {
+            self.complain(format_args!("{error}; clients wait"));
+            // Most often descriptors ran out: that brings one.
+            lock(&self.crowd).put_out_one();
+        }
+        sleep(PAUSE).await;
+    }
+
+    async fn bind_again(&mut self) {
+        let place = Arc::clone(&self.place);
+        let made = spawn_blocking(move || place.bind()).await;
+        let address = &self.place.address;
+        match made.unwrap_or_else(|e| Err(fail(io::Error::other(e)))) {
+            Ok(listener) => {
+                info!("listening on {address} now");
+                self.listener = Some(Arc::new(listener));
+                *self.place.lock() = None;
+            }
+            Err(e) => {
+                if self.place.is_lost(e.to_string()) {
+                    warn!("{e}");
+                }
+                sleep(TRY_AGAIN).await;
+            }
+        }
+    }
+
+    fn let_in(&mut self, stream: nonblocking::Stream) {
+        let stream = match to_tokio(stream, &self.place.address) {
+            Ok(stream) => stream,
+            Err(e) => return self.complain(format_args!("a client can't be served: {e}")),
+        };
+        let service = self.place.service;
+        if service == Service::Control
             && let Err(why) = check_connector(&stream)
         {
             return self.complain(format_args!("refused a client: {why}"));
         }
-        let client = Arc::new(Client {
-            stream,
-            since: Instant::now(),
-            phase: Mutex::new(Phase::Asking),
-        });
-        self.crowd.lock().push(Arc::clone(&client));
-        let service = self.service;
-        let (crowd, api, waker) = (self.crowd.clone(), Arc::clone(api), Arc::clone(waker));
-        let spawned = {
-            let client = Arc::clone(&client);
-            let thread = thread::Builder::new().name("hvsock-client".to_owned());
-            thread.spawn(move || {
-                let leaving = Leaving {
-                    crowd: &crowd,
-                    client: &client,
-                    waker: &waker,
-                };
-                // Who broke off needs no answer.
-                let _ = serve(leaving.client, service, &api);
-            })
-        };
-        if let Err(e) = spawned {
-            self.crowd.lock().retain(|it| !Arc::ptr_eq(it, &client));
-            self.complain(format_args!("no thread for a client: {e}"));
+        let client = Arc::new(Client::new());
+        let task = answer(stream, Arc::clone(&client), service, Arc::clone(&self.api));
+        lock(&self.crowd).admit(&client, task);
+    }
+
+    /// Has a socket's file made again that someone removed.
+    async fn look_after_file(&mut self) {
+        if let Some(look) = self.look.take_if(|look| look.is_finished()) {
+            // It doesn't panic; if it did, it would begin anew.
+            let (watch, made) = look.await.unwrap_or_default();
+            self.watch = watch;
+            if let Some(made) = made {
+                self.replace(made);
+            }
+        }
+        let now = Instant::now();
+        if let (None, Some(listener)) = (&self.look, &self.listener)
+            && matches!(self.place.address, Address::Unix(_))
+            && self.look_at <= now
+        {
+            self.look_at = now + WATCH;
+            let (listener, place) = (Arc::clone(listener), Arc::clone(&self.place));
+            let mut watch = std::mem::take(&mut self.watch);
+            self.look = Some(spawn_blocking(move || {
+                let state = || listener.file_state();
+                let made = watch.look(&place.address, state, || place.bind());
+                (watch, made)
+            }));
+        }
+    }
+
+    /// Takes in who came to the old socket, and listens on the new one.
+    fn replace(&mut self, made: Listener) {
+        let old = self.listener.replace(Arc::new(made));
+        while let Some(Ok((stream, _))) = old.as_ref().map(|old| old.accept()) {
+            self.let_in(stream);
         }
     }
 }
 
+/// Waits for a client.
+async fn next_client(listener: &Listener) -> io::Result<nonblocking::Stream> {
+    let watched = sys::watch_borrowed(listener.as_socket())?;
+    loop {
+        let mut ready = watched.readable().await?;
+        if let Ok(accepted) = ready.try_io(|_| listener.accept()) {
+            return accepted.map(|(stream, _)| stream);
+        }
+    }
+}
+
+/// The runtime's kind of stream. Its Unix one carries any stream socket.
+fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixStream> {
+    let socket = Stream::from_nonblocking(stream, address)?.into_socket();
+    socket.set_nonblocking(true)?;
+    UnixStream::from_std(OwnedFd::from(socket).into())
+}
+
 /// Refuses whom the kernel lets in though he must not be: another user (root), and whoever comes by way of this process,
 /// which is a client of some forward: a guest.
-fn check_connector(stream: &Stream) -> std::result::Result<(), String> {
+fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
     use std::os::fd::AsFd;
     let who = sys::connector(stream.as_fd())
         .map_err(|e| format!("the system doesn't say who it is: {e}"))?;
@@ -380,81 +494,216 @@ fn check_connector(stream: &Stream) -> std::result::Result<(), String> {
     Ok(())
 }
 
-fn serve(client: &Client, service: Service, api: &Api) -> io::Result<()> {
-    let mut stream = Timed {
-        stream: &client.stream,
-        until: client.since + REQUEST,
+/// Serves a client. Who breaks off needs no answer.
+async fn answer(mut stream: UnixStream, client: Arc<Client>, service: Service, api: Arc<Api>) {
+    let request = timeout(REQUEST, read(&mut stream)).await;
+    let response = match request {
+        Ok(Ok(request)) => {
+            client.begins(Phase::Waiting);
+            api.answer(service, request).await
+        }
+        Ok(Err(NoRequest::Gone)) => return,
+        Ok(Err(NoRequest::Refused(problem))) => problem.response(),
+        Err(_) => Problem::new(408, "the request took too long to come").response(),
     };
-    let response = match http::read(&mut stream) {
-        Ok(request) => {
-            *client.phase() = Phase::Waiting;
-            match service {
-                Service::Control => api.answer(&request),
-                Service::Metrics => api.answer_metrics(&request),
+    client.begins(Phase::Hearing);
+    let told = timeout(REQUEST, stream.write_all(&response.to_bytes())).await;
+    if !matches!(told, Ok(Ok(()))) || shutdown_write(&stream).is_err() {
+        return;
+    }
+    let mut rest = stream.take(MOST_LINGERING);
+    let _ = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+}
+
+/// Half-closes, at once.
+fn shutdown_write(stream: &UnixStream) -> io::Result<()> {
+    socket2::SockRef::from(stream).shutdown(Shutdown::Write)
+}
+
+async fn read(stream: &mut UnixStream) -> std::result::Result<Request, NoRequest> {
+    let mut incoming = Incoming::default();
+    let mut buffer = [0; 4096];
+    loop {
+        let count = stream.read(&mut buffer).await.unwrap_or(0);
+        if count == 0 {
+            return Err(NoRequest::Gone);
+        }
+        match incoming.take(&buffer[..count])? {
+            Progress::More => {}
+            Progress::Waits(word) => {
+                let said = stream.write_all(word).await;
+                said.map_err(|_| NoRequest::Gone)?;
             }
-        }
-        Err(NoRequest::Gone) => return Ok(()),
-        Err(NoRequest::Refused(problem)) => problem.response(),
-    };
-    *client.phase() = Phase::Hearing;
-    stream.until = Instant::now() + REQUEST;
-    http::write(&mut stream, &response)?;
-    client.stream.shutdown(Shutdown::Write)?;
-    stream.until = Instant::now() + LINGER;
-    io::copy(&mut stream.take(MOST_LINGERING), &mut io::sink())?;
-    Ok(())
-}
-
-/// A stream with a time by which all must be done.
-struct Timed<'a> {
-    stream: &'a Stream,
-    until: Instant,
-}
-
-impl Timed<'_> {
-    fn left(&self) -> io::Result<Option<Duration>> {
-        match self.until.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
-            left => Ok(Some(left)),
+            Progress::Whole(request) => return Ok(request),
         }
     }
 }
 
-impl Read for Timed<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(self.left()?)?;
-        let mut stream = self.stream;
-        stream.read(buffer)
-    }
-}
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::sync::mpsc::channel;
 
-impl Write for Timed<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(self.left()?)?;
-        let mut stream = self.stream;
-        stream.write(bytes)
-    }
+    use super::*;
+    use crate::control::Actions;
+    use crate::proxy::{Proxy, ProxyConfig, Rule};
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
+    /// No wait is longer.
+    const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A server that runs until it is dropped.
-#[derive(Debug)]
-pub(super) struct Server {
-    stop: Arc<AtomicBool>,
-    waker: Arc<Waker>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        // It fails only when the thread has ended, and nobody need be woken.
-        let _ = self.waker.wake();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+    fn actions(reload: impl Fn() + Send + Sync + 'static) -> Actions {
+        Actions {
+            rule: Box::new(Rule::new),
+            pending: Box::new(Vec::new),
+            reload: Some(Box::new(move || {
+                reload();
+                Ok(serde_json::Value::Null)
+            })),
+            grace: Box::new(|| Duration::ZERO),
         }
+    }
+
+    /// The metrics at an address (which also clients of this process may have), and what listens there.
+    fn start(address: &Address, actions: Actions) -> (Server, Proxy, Arc<Listener>, Arc<Place>) {
+        let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
+        let door = Door::open(Service::Metrics, address).unwrap();
+        let (listener, place) = (door.listener.clone().unwrap(), Arc::clone(&door.place));
+        let api = Api::new(proxy.handle(), actions, vec![Arc::clone(&place)]);
+        let server = Server::start(vec![door], api).unwrap();
+        (server, proxy, listener, place)
+    }
+
+    fn scrape(address: &Address) -> io::Result<String> {
+        let fail = |e: Error| io::Error::from(e.kind());
+        let mut stream = Stream::connect_timeout(address, PATIENCE).map_err(fail)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
+
+    fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !done() {
+            assert!(Instant::now() < end, "in vain: {what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// By `ss -K`, or by another process that has it.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_socket_that_is_shut_down_from_outside_is_bound_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let unix = format!("unix://{}", dir.path().join("s").display());
+        for address in ["tcp://127.0.0.1:0", &unix] {
+            let asked = address.parse().unwrap();
+            let (server, _proxy, listener, place) = start(&asked, actions(|| ()));
+            assert!(scrape(&place.address).unwrap().contains("200 OK"));
+            let socket = listener.as_socket();
+            let socket = socket2::SockRef::from(&socket);
+            socket.shutdown(Shutdown::Both).unwrap();
+            drop(listener);
+            eventually("it is served again", || {
+                scrape(&place.address).is_ok_and(|answer| answer.contains("200 OK"))
+            });
+            assert!(place.trouble().is_none());
+            drop(server);
+            assert!(scrape(&place.address).is_err(), "{address}");
+        }
+    }
+
+    /// A change that hangs keeps neither those who look nor the end.
+    #[test]
+    fn it_can_be_looked_at_and_stopped_while_a_change_hangs() {
+        let (begins, begun) = channel();
+        let (goes_on, hangs) = channel::<()>();
+        let (begins, hangs) = (Mutex::new(begins), Mutex::new(hangs));
+        let reload = move || {
+            begins.lock().unwrap().send(()).unwrap();
+            let _ = hangs.lock().unwrap().recv();
+        };
+        let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
+        let api = Arc::new(Api::new(proxy.handle(), actions(reload), Vec::new()));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(CALLS_AT_A_TIME)
+            .build()
+            .unwrap();
+        let call = |method: &str, path: &str| {
+            let request = Request {
+                method: method.to_owned(),
+                path: path.to_owned(),
+                ..Request::default()
+            };
+            Arc::clone(&api).answer(Service::Control, request)
+        };
+        runtime.block_on(async {
+            let first = tokio::spawn(call("POST", "/v1/reload"));
+            tokio::task::yield_now().await;
+            begun.recv_timeout(PATIENCE).unwrap();
+            for (method, path, status) in [
+                ("GET", "/v1/status", 200),
+                ("GET", "/v1/connections", 200),
+                ("GET", "/metrics", 200),
+                ("POST", "/v1/stop", 202),
+            ] {
+                let answer = timeout(PATIENCE, call(method, path)).await;
+                assert_eq!(answer.unwrap().status, status, "{path}");
+            }
+            // Whoever wants another change is told so, however many they are.
+            let others: Vec<_> = (0..50)
+                .map(|_| tokio::spawn(call("POST", "/v1/reload")))
+                .collect();
+            for other in others {
+                let answer = timeout(PATIENCE, other).await.unwrap().unwrap();
+                assert_eq!(answer.status, 503);
+            }
+            assert!(!first.is_finished());
+        });
+        // What was refused does not happen later.
+        drop(goes_on);
+        begun.recv_timeout(Duration::from_millis(100)).unwrap_err();
+        runtime.shutdown_background();
+        proxy.wait().unwrap();
+    }
+
+    #[test]
+    fn who_keeps_us_waiting_longest_goes_first_and_who_waits_for_us_last() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        runtime.unwrap().block_on(async {
+            let mut crowd = Crowd::new();
+            crowd.most = 3;
+            let come = |crowd: &mut Crowd, phase| {
+                let client = Arc::new(Client::new());
+                client.begins(phase);
+                crowd.admit(&client, std::future::pending());
+                client
+            };
+            let is_there = |crowd: &Crowd, client| {
+                let mut clients = crowd.clients.iter();
+                clients.any(|(it, _)| Arc::ptr_eq(it, client))
+            };
+            let served = come(&mut crowd, Phase::Waiting);
+            let silent = come(&mut crowd, Phase::Asking);
+            let hearing = come(&mut crowd, Phase::Hearing);
+            let second = come(&mut crowd, Phase::Waiting);
+            assert!(!is_there(&crowd, &silent) && is_there(&crowd, &hearing));
+            let third = come(&mut crowd, Phase::Waiting);
+            assert!(!is_there(&crowd, &hearing) && is_there(&crowd, &served));
+            // All wait for us: the one for whom it has been longest.
+            let last = come(&mut crowd, Phase::Asking);
+            assert!(!is_there(&crowd, &served));
+            for client in [&second, &third, &last] {
+                assert!(is_there(&crowd, client));
+            }
+            // Who has been served makes room by that.
+            crowd.clients[0].1.abort();
+            tokio::task::yield_now().await;
+            come(&mut crowd, Phase::Asking);
+            assert!(is_there(&crowd, &last) && crowd.clients.len() == 3);
+        });
     }
 }

@@ -330,7 +330,7 @@ impl Stream {
     }
 
     /// What it is underneath.
-    #[cfg(all(unix, feature = "tokio"))]
+    #[cfg(all(unix, any(feature = "tokio", feature = "cli")))]
     pub(crate) fn into_socket(self) -> socket2::Socket {
         self.socket
     }

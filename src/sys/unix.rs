@@ -355,7 +355,7 @@ pub(crate) fn raise_descriptor_limit() -> io::Result<()> {
 }
 
 /// Registers a socket with tokio's reactor, for as long as it is borrowed.
-#[cfg(feature = "tokio")]
+#[cfg(any(feature = "tokio", feature = "cli"))]
 #[allow(unsafe_code)]
 pub(crate) fn watch_borrowed(
     socket: BorrowedFd<'_>,

@@ -64,6 +64,7 @@ fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> 
             live: 9,
             log_dropped: 0,
             forwards,
+            unserved: Vec::new(),
         },
         connections,
         at,
