@@ -11,7 +11,6 @@ use crate::dial::Dial;
 use crate::error::{Error, Operation};
 use crate::name::SocketName;
 use crate::relay::{CLIENT, End, Ending, Pair, Readiness, SERVER, Socket, Turn};
-use crate::sys;
 
 use super::counters::Reason;
 use super::forward::Forward;
@@ -31,17 +30,9 @@ const BUDGET: usize = 256 * 1024;
 /// the dial: an EOF before our half-close is a refusal, one after it an empty answer.
 pub(super) const HOLD: Duration = Duration::from_millis(10);
 
-/// How much can lie unread between us and a guest that has not accepted: more delivered than this and then an EOF, and it
-/// has.
-///
-/// hyperkit reads nothing but the line before the guest has accepted. Where a Unix socket that is closed with bytes unread
-/// shows as an error, an EOF behind any byte tells that the guest was given it. Elsewhere (macOS) a guest that reads less
-/// than this and closes within [`HOLD`], without a byte, can't be told from one that refuses. (hyperkit asks for socket
-/// buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels double it.)
-const UNREAD: u64 = match sys::UNREAD_IS_AN_ERROR {
-    true => 0,
-    false => 1024 * 1024,
-};
+/// How much can lie unread between us and a guest that has not accepted: more delivered than this, and it has.
+/// (hyperkit asks for socket buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels double it.)
+const UNREAD: u64 = 1024 * 1024;
 
 /// One connection.
 #[derive(Debug)]

@@ -46,6 +46,11 @@ pub(crate) trait Socket {
         true
     }
 
+    /// Whether it is certain that a peer which has ended has taken every byte that was sent to it.
+    fn peer_took_all(&self) -> bool {
+        false
+    }
+
     /// Whether one poller has it for good. It has told already what came before the socket was accepted.
     fn is_settled(&self) -> bool {
         false

@@ -55,6 +55,26 @@ pub(crate) enum Ending {
     BrokenOff,
 }
 
+/// What an end before the first byte says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SilentEnd {
+    /// That all was said.
+    Answers,
+    Refuses,
+    /// "Refused", unless the peer took what was delivered: before it has accepted nobody does.
+    RefusesUnread,
+}
+
+impl SilentEnd {
+    fn refuses<S: Socket>(self, source: &End<S>) -> bool {
+        match self {
+            SilentEnd::Answers => false,
+            SilentEnd::Refuses => true,
+            SilentEnd::RefusesUnread => source.is_dead() || !source.socket.peer_took_all(),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Open,
@@ -109,7 +129,7 @@ impl<P: Pipe> Flow<P> {
         sink: &mut End<S>,
         pool: &mut Pool<P>,
         mut budget: usize,
-        silent_end_refuses: bool,
+        silent_end: SilentEnd,
     ) -> bool {
         while self.state == State::Open {
             if !self.carrier.is_empty() {
@@ -142,7 +162,8 @@ impl<P: Pipe> Flow<P> {
                     if source.is_readable() && self.carrier.is_empty() {
                         return true;
                     }
-                    if silent_end_refuses && source.input_ended() && source.received() == 0 {
+                    if source.input_ended() && source.received() == 0 && silent_end.refuses(source)
+                    {
                         source.input = Half::Failed(io::ErrorKind::ConnectionRefused);
                     }
                 }
@@ -224,7 +245,9 @@ impl<S: Socket> Pair<S> {
     /// Says that the server's family answers a refusal only by ending before its first byte.
     ///
     /// Such an end is then an error, not an EOF, unless the half-close was passed on before it (then it is an answer
-    /// to that) or more than `unread` bytes were delivered (more than can lie unread in between: somebody took them).
+    /// to that) or somebody took what was delivered: more than `unread` bytes, which is more than can lie unread in
+    /// between, or all of it, where the system tells ([`Socket::peer_took_all`]; Linux). Elsewhere (macOS) a guest that
+    /// reads less and closes at once without a byte can't be told from one that refuses.
     pub(crate) fn refuses_silently(&mut self, unread: u64) {
         self.silent_within = Some(unread);
     }
@@ -348,16 +371,21 @@ impl<S: Socket> Pair<S> {
     }
 
     fn run(&mut self, side: usize, pool: &mut Pool<S::Pipe>, budget: usize) -> bool {
-        let unheard = |within: u64| {
-            let request = &self.flows[CLIENT];
-            request.state != State::Finished && request.delivered <= within
+        let request = &self.flows[CLIENT];
+        let silent_end = match self.silent_within.filter(|_| side == SERVER) {
+            Some(within) if request.state != State::Finished && request.delivered <= within => {
+                match request.delivered {
+                    0 => SilentEnd::Refuses,
+                    _ => SilentEnd::RefusesUnread,
+                }
+            }
+            _ => SilentEnd::Answers,
         };
-        let silent_end_refuses = side == SERVER && self.silent_within.is_some_and(unheard);
         let [client, server] = &mut self.ends;
         let (source, sink) = match side {
             CLIENT => (client, server),
             _ => (server, client),
         };
-        self.flows[side].run(source, sink, pool, budget, silent_end_refuses)
+        self.flows[side].run(source, sink, pool, budget, silent_end)
     }
 }

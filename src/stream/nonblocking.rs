@@ -333,6 +333,20 @@ impl Socket for Stream {
         }
     }
 
+    // A Unix socket's ioctl tells of what its peer has not read (`unix_outq_len`). What the peer leaves when it closes is
+    // dropped, and shows as an error, which is there before.
+    #[cfg(target_os = "linux")]
+    fn peer_took_all(&self) -> bool {
+        match self {
+            Stream::Local(stream) => {
+                stream.has_splice()
+                    && sys::unacknowledged(&stream.as_socket()) == 0
+                    && matches!(SockRef::from(&stream.as_socket()).take_error(), Ok(None))
+            }
+            _ => false,
+        }
+    }
+
     fn shutdown_write(&mut self) -> io::Result<()> {
         match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),

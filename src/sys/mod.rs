@@ -115,10 +115,6 @@ pub(crate) const KERNEL_EDGES: bool = cfg!(all(
 /// An accepted TCP socket has its listener's options, so that they are set once (Linux' `inet_csk_clone_lock`).
 pub(crate) const ACCEPTED_INHERIT: bool = cfg!(target_os = "linux");
 
-/// The peer of a Unix socket that is closed with bytes unread is told of it by an error (Linux' `ECONNRESET`), where macOS
-/// and the BSDs give an EOF.
-pub(crate) const UNREAD_IS_AN_ERROR: bool = cfg!(target_os = "linux");
-
 /// A Unix listener whose backlog is full refuses, as if nobody listened (macOS, BSD), where Linux says `EAGAIN`.
 #[cfg(unix)]
 pub(crate) const FULL_BACKLOG_REFUSES: bool = cfg!(not(target_os = "linux"));

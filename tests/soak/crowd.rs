@@ -246,7 +246,9 @@ impl<'a, V: Guests> World<'a, V> {
                 _ => {
                     let port = if choice < 53 { REFUSED } else { CLOSER };
                     let bytes = pattern(seed, length.min(10_000));
-                    let run = |mut conn| self.refused(&mut conn, &bytes, half_close, tcp);
+                    // What one that closes at once took is no refusal: it accepts, and the device takes it.
+                    let taken = port == CLOSER && !bytes.is_empty();
+                    let run = |mut conn| self.refused(&mut conn, &bytes, half_close, tcp && !taken);
                     let outcome = match open(port) {
                         // The reset may come before the connect is over.
                         Err(error) if tcp && error.kind() == ErrorKind::ConnectionReset => Ok(()),
