@@ -254,6 +254,39 @@ fn a_passed_socket_waits_with_its_forward() {
 }
 
 #[test]
+fn a_passed_socket_that_nearly_fits_is_named() {
+    // As systemd makes it of a plain ListenStream=PORT: of IPv6, and IPv4 too where that is the system's default.
+    let any = TcpListener::bind("[::]:0").unwrap();
+    let port = any.local_addr().unwrap().port();
+    let passed = format!("tcp://[::]:{port}");
+    for (host, systemd) in [
+        ("127.0.0.1", Some("127.0.0.1")),
+        ("0.0.0.0", Some("0.0.0.0")),
+        ("localhost", None),
+    ] {
+        let socket = any.try_clone().unwrap().into();
+        let listen = format!("tcp://{host}:{port}");
+        let command = with_passed(vec![("web", socket)], &["forward", &listen, "/target"]);
+        let systemd = systemd.map(|ip| format!("ListenStream={ip}:{port}"));
+        let right = format!("have it listen on {passed}");
+        let parts = [&passed, &listen, &right, systemd.as_ref().unwrap_or(&right)];
+        is_refused(command, &parts.map(String::as_str));
+    }
+    // Where nothing is in the way, it is one that nobody wants.
+    let dir = private_dir();
+    let path = dir.path().join("web.sock");
+    let other = dir.path().join("run").join("web.sock");
+    std::fs::create_dir(dir.path().join("run")).unwrap();
+    let command = with_passed(
+        vec![("", unix_socket(&path))],
+        &["forward", text(&other), "/target"],
+    );
+    let right = format!("have it listen on unix://{}", text(&path));
+    is_refused(command, &[text(&path), text(&other), &right]);
+    assert!(!other.exists());
+}
+
+#[test]
 fn sockets_passed_to_another_process_are_none_of_ours() {
     let dir = private_dir();
     let socket = dir.path().join("own.sock");

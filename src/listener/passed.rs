@@ -1,9 +1,11 @@
 //! Listening sockets that another process has bound: a service manager's, passed to the one that it starts.
 
 use std::borrow::Cow;
+use std::ffi::OsStr;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nix::sys::socket::{getsockopt, sockopt};
@@ -106,6 +108,28 @@ impl Listener {
                 path_of(asked).is_some_and(|asked| is_same(bound, &asked))
             }
             (bound, asked) => bound == asked,
+        }
+    }
+
+    /// Whether whoever wrote `address` may have meant this socket, which listens elsewhere: at that port of other
+    /// addresses (systemd's plain `ListenStream=PORT` is that of `[::]`) or CIDs, or at a path of that name.
+    pub(crate) fn is_near(&self, address: &Address) -> bool {
+        match (&self.address, address) {
+            (Address::Tcp(bound), Address::Tcp(asked)) => bound.port == asked.port,
+            (Address::Vsock(bound), Address::Vsock(asked)) => bound.port == asked.port,
+            (Address::Unix(bound), asked) => {
+                let name = |path: &Path| path.file_name().map(|name| name.as_bytes().to_vec());
+                let last = |unix: &UnixAddress| match unix {
+                    UnixAddress::Path(path) => name(path),
+                    UnixAddress::Abstract(bytes) => name(Path::new(OsStr::from_bytes(bytes))),
+                };
+                let asked = match asked {
+                    Address::Unix(asked) => last(asked),
+                    asked => path_of(asked).and_then(|path| name(&path)),
+                };
+                asked.is_some() && asked == last(bound)
+            }
+            _ => false,
         }
     }
 

@@ -1,11 +1,12 @@
 //! Rules: what none may ask for, and how one becomes a listener and a forward.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::address::{Address, CID_ANY, HyperkitVm, PORT_ANY};
+use crate::address::{Address, CID_ANY, Host, HyperkitVm, PORT_ANY, TcpAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::listener;
@@ -148,8 +149,13 @@ pub(crate) fn all_are_wanted(passed: &[listener::Listener], rules: &[Rule]) -> R
     };
     let why = "its socket was passed to us, and no rule listens there";
     let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
-    Err(Error::new(Operation::Listen, left.address(), cause)
-        .with_remedy("add a rule that does, or have it not passed"))
+    let mut asked = rules.iter().map(|rule| &rule.listen);
+    let near = asked.find(|asked| left.is_near(asked));
+    let remedy = near.map_or_else(
+        || "add a rule that does, or have it not passed".to_owned(),
+        |asked| agree(left.address(), asked),
+    );
+    Err(Error::new(Operation::Listen, left.address(), cause).with_remedy(remedy))
 }
 
 /// A socket that listened already. One that somebody else has bound is kept while forwards come and go: nobody could bind
@@ -231,7 +237,10 @@ impl Binder {
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let listener = match self.take(&rule.listen, id, others)? {
             Some(listener) => listener,
-            None => Listener::bind(&rule.listen, rule.mode)?,
+            None => Listener::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
+                io::ErrorKind::AddrInUse => self.explain(e, &rule.listen, others),
+                _ => e,
+            })?,
         };
         let asked = listener.bound(&rule.listen);
         let asked = std::mem::replace(&mut rule.listen, asked);
@@ -272,6 +281,23 @@ impl Binder {
             None => passed.swap_remove(index).socket,
         };
         Ok(Some(listener.into_nonblocking()))
+    }
+
+    /// Why an address is in use, if it is by a socket that was passed, and may be the one that was meant.
+    fn explain(&self, error: Error, address: &Address, others: &[Arc<Forward>]) -> Error {
+        let passed = self.passed();
+        let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.by);
+        let near = passed
+            .iter()
+            .find(|it| it.socket.is_near(address) && is_free(it));
+        match near {
+            Some(near) => {
+                let near = near.socket.address();
+                let remedy = agree(near, address);
+                error.with_remedy(format!("{near} was passed to us, but {remedy}"))
+            }
+            None => error,
+        }
     }
 
     /// Keeps no socket that was passed any longer.
@@ -341,6 +367,21 @@ impl Binder {
         gates.push((socket, Arc::clone(&gate)));
         gate
     }
+}
+
+/// What to do where a socket was passed that listens nearly where a rule does.
+fn agree(passed: &Address, asked: &Address) -> String {
+    let systemd = match asked {
+        // systemd takes no names.
+        Address::Tcp(TcpAddress {
+            host: Host::Ip(ip),
+            port,
+        }) => format!(" (ListenStream={})", SocketAddr::new(*ip, *port)),
+        _ => String::new(),
+    };
+    format!(
+        "a rule listens on {asked}: have it listen on {passed}, or pass a socket of {asked}{systemd}"
+    )
 }
 
 /// Keeps the places that a rule reserves, in the VM that it leads to, or else in the one that dials it.
