@@ -2,13 +2,14 @@
 
 use std::borrow::Cow;
 
-/// Escapes all that would move a terminal, turn the direction of writing or begin a new line: for what is to stand in
-/// one line, whoever has named it.
+/// Escapes all that would move a terminal, turn the direction of writing or begin a new line: for
+/// what is to stand in one line, whoever has named it.
 pub(crate) fn line(text: &str) -> Cow<'_, str> {
     escape(text, |c| c.escape_default().to_string())
 }
 
-/// As [`line`], but newlines and tabs stay: for a text of many lines, in which names were escaped before.
+/// As [`line`], but newlines and tabs stay: for a text of many lines, in which names were escaped
+/// before.
 pub(crate) fn text(text: &str) -> Cow<'_, str> {
     escape(text, |c| match c {
         '\n' | '\t' => c.to_string(),
@@ -38,7 +39,8 @@ fn escape(text: &str, escaped: impl Fn(char) -> String) -> Cow<'_, str> {
     shown.into()
 }
 
-/// Whether a terminal or an editor would do something at it instead of showing it. All are in the basic plane.
+/// Returns whether a terminal or an editor would do something instead of showing the character. All
+/// are in the basic plane.
 fn is_active(c: char) -> bool {
     // Line and paragraph separators; marks, embeddings, overrides and isolates of direction.
     let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');

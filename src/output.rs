@@ -1,13 +1,14 @@
-//! What a process that serves has to say, on its standard streams and to its service manager, without ever waiting for
-//! whoever is to hear it.
+//! Writes to the standard streams and to the service manager of a process that serves, without ever
+//! waiting for the reader.
 //!
-//! Each stream has a queue of a bounded number of bytes, and a thread of its own that writes, and that may wait as long
-//! as it likes. What finds the queue full, or can't be written, is dropped and counted, and once the stream takes lines
-//! again it is told how many those were.
+//! Each stream has a queue of a bounded number of bytes, and a thread of its own that writes, and
+//! that may wait as long as it likes. What finds the queue full, or can't be written, is dropped
+//! and counted, and once the stream takes lines again a line says how many those were.
 //!
-//! tracing-appender's non-blocking writer does half of that: it doesn't count what the stream has refused, says nothing
-//! of what it dropped, bounds lines instead of bytes, and at the end may wait 1.1 s and print with `println!`, which panics
-//! on a broken standard output and spoils that of `hvsock cat`.
+//! tracing-appender's non-blocking writer does half of that: it doesn't count what the stream has
+//! refused, says nothing of what it dropped, bounds lines instead of bytes, and at the end may wait
+//! 1.1 s and print with `println!`, which panics on a broken standard output and spoils that of
+//! `hvsock cat`.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -34,11 +35,12 @@ pub(crate) static OUT: LossyWriter = LossyWriter::new("hvsock-stdout", sys::writ
 pub(crate) static ERR: LossyWriter = LossyWriter::new("hvsock-stderr", sys::write_error, notice);
 
 fn notice(dropped: u64) -> String {
-    let s = if dropped == 1 { " was" } else { "s were" };
-    format!("hvsock: {dropped} log line{s} dropped: they were not taken in time\n")
+    let lines = if dropped == 1 { "line was" } else { "lines were" };
+    format!("hvsock: {dropped} log {lines} dropped here\n")
 }
 
-/// How many lines were dropped on either stream since the start.
+/// Returns how many lines were dropped on both streams since the start.
+#[cfg(unix)]
 pub(crate) fn dropped() -> u64 {
     [&OUT, &ERR].map(LossyWriter::dropped).iter().sum()
 }
@@ -54,7 +56,7 @@ pub(crate) enum Patience {
 
 static PATIENCE: RwLock<Patience> = RwLock::new(Patience::Limited);
 
-/// Says what this process is like; to be called at its beginning.
+/// Sets how long readers may take; to be called when the process begins.
 pub(crate) fn set_patience(patience: Patience) {
     *PATIENCE.write().unwrap_or_else(PoisonError::into_inner) = patience;
 }
@@ -71,7 +73,8 @@ pub(crate) fn flush() {
     ERR.flush(patience);
 }
 
-/// Writes what was asked for to standard output, behind what was said before, and waits for its reader.
+/// Writes what was asked for to standard output, behind what was said before, and waits for its
+/// reader.
 ///
 /// # Errors
 /// That it can't be written.
@@ -81,8 +84,8 @@ pub(crate) fn print(bytes: &[u8]) -> io::Result<()> {
     out.write_all(bytes).and_then(|()| out.flush())
 }
 
-/// Has a panic told as all else, and not by std, which would wait for the reader: a thread that panics has others that
-/// wait for its end.
+/// Has panics written as all else is. std would wait for the reader, and other threads wait for the
+/// one that panics.
 pub(crate) fn take_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let trace = std::backtrace::Backtrace::capture();
@@ -151,11 +154,13 @@ impl LossyWriter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[cfg(any(unix, test))]
     fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
     }
 
-    /// Has a message written, or drops it. Of a process with unlimited patience nothing is dropped that can be written.
+    /// Has a message written, or drops it. Of a process with unlimited patience nothing is dropped
+    /// that can be written.
     pub(crate) fn send(&'static self, bytes: Vec<u8>) {
         let mut state = self.state();
         if !state.runs {
@@ -217,7 +222,7 @@ impl LossyWriter {
         }
     }
 
-    /// Waits for the next message.
+    /// Waits for the next message, and takes it out of the queue.
     fn next(&self) -> Message {
         let mut state = self.state();
         state.writing = None;
@@ -241,7 +246,7 @@ impl LossyWriter {
         }
     }
 
-    /// How many bytes were written, and whether all were.
+    /// Writes as much as the stream takes; returns how many bytes those were, and what ended it.
     fn write_all(&self, bytes: &[u8]) -> (usize, io::Result<()>) {
         let mut written = 0;
         while written < bytes.len() {
@@ -272,7 +277,7 @@ impl LossyWriter {
     }
 }
 
-/// A line of the log, or several.
+/// What the log writes to: standard error.
 #[derive(Debug)]
 pub(crate) struct LogWriter;
 

@@ -1,4 +1,5 @@
-//! The commands that ask a control socket, before a server that is somebody else, never ends, or says rude things.
+//! The commands that ask a control socket, before a server that is somebody else, never ends, or
+//! says rude things.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -210,7 +211,6 @@ fn what_an_answer_names_does_not_reach_a_terminal() {
     });
     let whole = status.clone();
     server(&path, move |client| {
-        // By then the client has sent all, and what was read is gone: the calls are told apart by their number.
         answer(client, "200 OK", &status.to_string());
     });
     let ask = |arguments: &[&str], path: &Path| {

@@ -1,4 +1,5 @@
-//! Files and directories with names that would move a terminal or fake a line: whatever is said of them is shown.
+//! Files and directories with names that would move a terminal or fake a line: whatever is said of
+//! them is shown.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

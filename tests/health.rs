@@ -1,4 +1,5 @@
-//! What is told of a VM whose guest is silent: when it was last heard from, and no more than is known.
+//! What is told of a VM whose guest is silent: when it was last heard from, and no more than is
+//! known.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

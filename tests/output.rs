@@ -39,12 +39,14 @@ fn dead_pipe() -> PipeWriter {
     std::io::pipe().unwrap().1
 }
 
-fn dev_full() -> Stdio {
-    OpenOptions::new()
-        .write(true)
-        .open("/dev/full")
-        .unwrap()
-        .into()
+/// What refuses each write.
+fn broken() -> Vec<Stdio> {
+    let mut all = vec![dead_pipe().into()];
+    // Linux has it, and the BSDs but macOS.
+    if let Ok(full) = OpenOptions::new().write(true).open("/dev/full") {
+        all.push(full.into());
+    }
+    all
 }
 
 fn hvsock(arguments: &[&str]) -> Command {
@@ -53,7 +55,8 @@ fn hvsock(arguments: &[&str]) -> Command {
     command
 }
 
-/// Two forwards, by their sockets: one to an echo server, one to nobody, each of whose clients is a line of the log.
+/// Two forwards, by their sockets: one to an echo server, one to nobody, each of whose clients is a
+/// line of the log.
 struct Scene {
     dir: tempfile::TempDir,
 }
@@ -145,7 +148,7 @@ fn carries_on(scene: &Scene, mut proxy: Mortal) {
 
 #[test]
 fn a_log_that_cannot_be_written_is_dropped_and_counted() {
-    for refuses in [dev_full(), dead_pipe().into()] {
+    for refuses in broken() {
         let scene = Scene::new();
         let mut command = scene.command();
         command.stdout(Stdio::null()).stderr(refuses);
@@ -342,11 +345,13 @@ fn what_was_asked_for_waits_for_its_reader_and_says_if_it_cannot_be_written() {
     let mut proxy = scene.start(command);
     let control = scene.path("control");
     let status = ["status", "--json", "--control", text(&control)];
-    let mut refused = hvsock(&status);
-    let refused = refused.stdout(dev_full()).output().unwrap();
-    assert_eq!(refused.status.code(), Some(1));
-    let said = String::from_utf8(refused.stderr).unwrap();
-    assert!(said.contains("cannot write to standard output"), "{said}");
+    for refuses in broken() {
+        let mut refused = hvsock(&status);
+        let refused = refused.stdout(refuses).output().unwrap();
+        assert_eq!(refused.status.code(), Some(1));
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert!(said.contains("cannot write to standard output"), "{said}");
+    }
     let (mut reader, writer, filled) = full_pipe();
     let mut waits = Mortal(hvsock(&status).stdout(writer).spawn().unwrap());
     reader.read_exact(&mut vec![0; filled]).unwrap();

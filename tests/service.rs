@@ -255,7 +255,8 @@ fn a_passed_socket_waits_with_its_forward() {
 
 #[test]
 fn a_passed_socket_that_nearly_fits_is_named() {
-    // As systemd makes it of a plain ListenStream=PORT: of IPv6, and IPv4 too where that is the system's default.
+    // As systemd makes it of a plain ListenStream=PORT: of IPv6, and IPv4 too where that is the
+    // system's default.
     let any = TcpListener::bind("[::]:0").unwrap();
     let port = any.local_addr().unwrap().port();
     let passed = format!("tcp://[::]:{port}");

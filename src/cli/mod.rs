@@ -101,7 +101,8 @@ enum Command {
 }
 
 impl Command {
-    /// Whether clients and signals depend on it, so that it must never wait for whoever is to read what it says.
+    /// Returns whether clients and signals depend on it, so that it must never wait for its
+    /// readers.
     fn serves(&self) -> bool {
         match self {
             Command::Expose(_)
@@ -124,6 +125,7 @@ enum Failure {
     /// It could not be done: exit code 1.
     Failed(String),
     /// The same, in several lines, of which the first says what.
+    #[cfg(unix)]
     Listed(Vec<String>),
     /// It could not be done, and whoever would be told knows: exit code 1.
     Silent,
@@ -203,6 +205,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             complain(why);
             ExitCode::FAILURE
         }
+        #[cfg(unix)]
         Err(Failure::Listed(lines)) => {
             let mut lines = lines.into_iter();
             complain(lines.next().unwrap_or_default());
@@ -223,7 +226,8 @@ impl Drop for Flush {
     }
 }
 
-/// Says something on standard error as `hvsock: …`, in one line. One that serves never waits for it to be read.
+/// Says something on standard error as `hvsock: …`, in one line. One that serves never waits for it
+/// to be read.
 fn complain(what: impl fmt::Display) {
     list([format_args!("hvsock: {what}")]);
 }
@@ -276,7 +280,8 @@ fn start_log() {
         _ => LevelFilter::INFO,
     };
     output::take_panics();
-    // Whatever a peer or a file has named stays in its line. The formatter's own colours are not touched.
+    // Whatever a peer or a file has named stays in its line. The formatter's own colours are not
+    // touched.
     let fields = debug_fn(|line, field, value| {
         let value = format!("{value:?}");
         let value = escape::line(&value);

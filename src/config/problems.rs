@@ -45,7 +45,7 @@ impl Problems {
         }
     }
 
-    /// Each in a line, whatever the file has in its names.
+    /// Returns each in a line, whatever names the file has.
     pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
         let line = |problem: &Problem| {
             let file = self.file.display();

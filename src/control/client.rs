@@ -1,7 +1,7 @@
 //! The other end of the control socket: what `hvsock status` and its kin ask with.
 //!
-//! Whoever sits there is believed only if it is a process of this user's, and only so much of it is read, for so long.
-//! What it has named is escaped: it may come from files and peers of others.
+//! Whoever sits there is believed only if it is a process of this user's, and only so much of it is
+//! read, for so long. What it has named is escaped: it may come from files and peers of others.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
@@ -17,7 +17,8 @@ use crate::error::{Error, Operation};
 use crate::stream::Stream;
 use crate::{escape, sys};
 
-/// How long the server may take for all of its answer. To change something takes it no longer than a worker takes to answer.
+/// How long the server may take for all of its answer. To change something takes it no longer than
+/// a worker takes to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The longest answer. A connection has some 200 bytes in it, a forward some 1000.
@@ -135,7 +136,7 @@ fn exchange(
     talk().map_err(|e| Unanswered::Absent(Error::new(Operation::Connect, &address, e)))
 }
 
-/// Whether the socket at the other end was bound by a process of this user's.
+/// Refuses a server that is not a process of this user's.
 fn check_owner(stream: &Stream) -> crate::Result<()> {
     let fail = |cause| Error::new(Operation::Connect, stream.address(), cause);
     let (owner, user) = (
@@ -152,8 +153,8 @@ fn check_owner(stream: &Stream) -> crate::Result<()> {
     )))
 }
 
-/// Reads an answer to its end, which is that of the connection: its status and its body. `wait` is called before each
-/// read.
+/// Reads an answer to its end, which is that of the connection: its status and its body. `wait` is
+/// called before each read.
 fn read_response<R: Read>(
     stream: &mut R,
     mut wait: impl FnMut(&mut R) -> io::Result<()>,

@@ -76,10 +76,11 @@ pub(crate) struct Vm {
     pub(crate) limit: usize,
     /// How many of those that are free are kept for forwards that reserve them.
     pub(crate) reserved: usize,
-    /// How many of the latest dials have brought nothing back yet. Those to services that wait for their client to
-    /// speak are among them.
+    /// How many of the latest dials have brought nothing back yet. Those to services that wait for
+    /// their client to speak are among them.
     pub(crate) unanswered: u64,
-    /// When a byte or an end came last from its guest, in seconds since 1970; `null` if none has yet.
+    /// When a byte or an end came last from its guest, in seconds since 1970; `null` if none has
+    /// yet.
     pub(crate) last_heard: Option<f64>,
     /// Whether it runs; `null` while nothing is known.
     pub(crate) up: Option<bool>,
@@ -369,7 +370,7 @@ impl Forward {
     }
 }
 
-/// A time in its largest unit.
+/// Returns a time in its largest unit.
 pub(crate) fn age(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds} s"),
@@ -438,7 +439,8 @@ impl Forward {
 }
 
 impl Vm {
-    /// How it is, as far as that is known: `up, last heard from 12 s ago, last 40 dials silent so far`.
+    /// Returns in words what is known of it: `up, last heard from 12 s ago, last 40 dials silent so
+    /// far`.
     pub(crate) fn health(&self, now: SystemTime) -> String {
         let ago = |then: f64| age((unix(now) - then).max(0.0) as u64);
         let up = match (self.up, self.gone_since) {

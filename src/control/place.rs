@@ -58,8 +58,8 @@ pub(super) fn prepare(path: &Path) -> Result<()> {
     }
 }
 
-/// Refuses the default place if others can put a socket there, before anybody connects to it. Of another place the
-/// user has said that it is the right one.
+/// Refuses the default place if others can put a socket there, before anybody connects to it. Of
+/// another place the user has said that it is the right one.
 ///
 /// # Errors
 /// `PermissionDenied` if its directory is open to others; but not if there is none.

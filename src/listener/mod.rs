@@ -86,7 +86,7 @@ impl Listener {
         self.address == *address
     }
 
-    /// Whether it may be meant by an address that it isn't at: here none is passed.
+    /// Returns whether it may be meant by another address: here none is passed.
     #[cfg(not(unix))]
     pub(crate) fn is_near(&self, _: &Address) -> bool {
         false

@@ -111,8 +111,9 @@ impl Listener {
         }
     }
 
-    /// Whether whoever wrote `address` may have meant this socket, which listens elsewhere: at that port of other
-    /// addresses (systemd's plain `ListenStream=PORT` is that of `[::]`) or CIDs, or at a path of that name.
+    /// Returns whether this socket may be meant by `address`, though it listens elsewhere: at that
+    /// port of another IP address (systemd's plain `ListenStream=PORT` is one of `[::]`) or CID, or
+    /// at another path of that name.
     pub(crate) fn is_near(&self, address: &Address) -> bool {
         match (&self.address, address) {
             (Address::Tcp(bound), Address::Tcp(asked)) => bound.port == asked.port,

@@ -283,7 +283,7 @@ impl Binder {
         Ok(Some(listener.into_nonblocking()))
     }
 
-    /// Why an address is in use, if it is by a socket that was passed, and may be the one that was meant.
+    /// Says of an address in use which passed socket has it, if one may be meant.
     fn explain(&self, error: Error, address: &Address, others: &[Arc<Forward>]) -> Error {
         let passed = self.passed();
         let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.by);
@@ -369,7 +369,7 @@ impl Binder {
     }
 }
 
-/// What to do where a socket was passed that listens nearly where a rule does.
+/// Says how a rule and a passed socket that nearly meet can be made to meet.
 fn agree(passed: &Address, asked: &Address) -> String {
     let systemd = match asked {
         // systemd takes no names.

@@ -70,11 +70,12 @@ pub struct VmStatus {
     pub limit: usize,
     /// How many of those that are free are kept for forwards that reserve them.
     pub reserved: usize,
-    /// How many of the latest dials have brought nothing back yet, neither a byte nor an end. Those to services that wait
-    /// for their client to speak are among them: it alone is no sign that the guest is gone.
+    /// How many of the latest dials have brought nothing back yet, neither a byte nor an end. Those
+    /// to services that wait for their client to speak are among them: it alone is no sign that the
+    /// guest is gone.
     pub unanswered: u64,
-    /// When a byte or an end came last from the guest, on whichever connection, or it dialled us; exact to a second.
-    /// `None` if it hasn't been heard from since it was started or first seen.
+    /// When a byte or an end came last from the guest, on whichever connection, or it dialled us;
+    /// exact to a second. `None` if it hasn't been heard from since it was started or first seen.
     pub last_heard: Option<SystemTime>,
     /// Whether it runs, as far as its sockets and its process tell; `None` while nothing is known.
     pub up: Option<bool>,

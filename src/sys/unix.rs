@@ -231,8 +231,8 @@ impl io::Write for Standard {
     }
 }
 
-/// Writes to standard output, past std's buffer and past its lock, on which other threads would wait with this one.
-/// It waits for the reader, as [`Standard`] does.
+/// Writes to standard output, past std's buffer and past its lock, on which other threads would
+/// wait with this one. It waits for the reader, as [`Standard`] does.
 #[cfg(feature = "cli")]
 pub(crate) fn write_output(bytes: &[u8]) -> io::Result<usize> {
     write_waiting(io::stdout().as_fd(), bytes)

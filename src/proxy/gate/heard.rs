@@ -1,4 +1,4 @@
-//! When a guest was last heard from.
+//! Keeps the time at which a guest was last heard from.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -22,21 +22,23 @@ impl LastHeard {
         }
     }
 
-    /// Whether something that comes now is worth a note.
+    /// Returns whether the time has to be noted: it is later than the last one by more than a step.
     pub(super) fn is_news(&self, now: Instant) -> bool {
         let at = self.at.load(Ordering::Relaxed);
         at == 0 || self.number(now) >= at + STEP.as_millis() as u64
     }
 
+    /// Notes that something has come.
     pub(super) fn note(&self, now: Instant) {
         self.at.fetch_max(self.number(now), Ordering::Relaxed);
     }
 
-    /// It is another guest now.
+    /// Forgets the time: it is another guest now.
     pub(super) fn forget(&self) {
         self.at.store(0, Ordering::Relaxed);
     }
 
+    /// Returns when something came last.
     pub(super) fn at(&self) -> Option<Instant> {
         match self.at.load(Ordering::Relaxed) {
             0 => None,

@@ -17,7 +17,8 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// A byte or an end came from the guest on this connection, or this connection itself.
+    /// Notes that a byte or an end came from the guest on this connection, or the connection
+    /// itself.
     pub(in crate::proxy) fn heard(&self, now: Instant) {
         let gate = &self.gate;
         // The lock is taken once a second: what an older VM left behind is no sign of this one.
@@ -112,13 +113,13 @@ impl Permit {
         gate.tell(seen.or(news), None);
     }
 
-    /// A byte or an end came from the guest on this connection just now.
+    /// Notes that a byte or an end came from the guest on this connection just now.
     pub(in crate::proxy) fn heard(&self, now: Instant) {
         self.answered();
         self.place.heard(now);
     }
 
-    /// Something came from the guest on this connection, now or before.
+    /// Notes that something came from the guest on this connection, now or before.
     pub(crate) fn answered(&self) {
         let gate = &self.place.gate;
         if let Some(number) = self.number
