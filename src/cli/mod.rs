@@ -142,6 +142,8 @@ type Outcome = Result<(), Failure>;
 /// Runs the command that `arguments` ask for (the first is the program's name); the process' exit code: 0 done,
 /// 1 failed, 2 usage.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let _flush = Flush;
+    output::set_patience(Patience::Unlimited);
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(e) => {
@@ -155,11 +157,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
         }
     };
-    output::set_patience(match arguments.command.serves() {
-        true => Patience::Limited,
-        false => Patience::Unlimited,
-    });
-    let _flush = Flush;
+    if arguments.command.serves() {
+        output::set_patience(Patience::Limited);
+    }
     start_log();
     let outcome = match arguments.command {
         Command::Expose(expose) => expose.run(),
