@@ -27,6 +27,8 @@ pub(super) struct Reconciler {
 
 /// A forward that is wanted and isn't carried.
 #[derive(Clone, Debug)]
+// Elsewhere there is no control socket to show it.
+#[cfg_attr(not(unix), allow(dead_code))]
 pub(super) struct Pending {
     rule: Rule,
     /// What it waits for is expected to be missing at times. Otherwise it should be there.

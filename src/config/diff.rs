@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
+#[cfg(unix)]
 use crate::mux;
 use crate::proxy::{Rule, is_chosen};
 
@@ -159,6 +160,7 @@ fn file_of(listen: &Address) -> Option<PathBuf> {
     let path = match listen {
         Address::Unix(UnixAddress::Path(path)) => path.clone(),
         Address::Hyperkit(to) => to.vm.listen_path(to.port),
+        #[cfg(unix)]
         Address::VsockMux(to) => mux::listen_path(&to.path, to.port),
         _ => return None,
     };
@@ -291,6 +293,7 @@ mod tests {
         );
     }
 
+    #[cfg(unix)]
     #[test]
     fn who_is_in_its_own_way_is_closed_first() {
         let exchanges = |from: &str, to: &str| {
