@@ -21,7 +21,7 @@ impl Manager {
         }
     }
 
-    /// Says that all listeners are bound.
+    /// Says that all listeners that can be had are bound.
     pub(super) fn ready(handle: &Handle) {
         system::ready(match handle.forwards().len() {
             1 => "carrying 1 forward".to_owned(),

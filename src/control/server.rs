@@ -618,6 +618,12 @@ mod tests {
     /// A change that hangs keeps neither those who look nor the end.
     #[test]
     fn it_can_be_looked_at_and_stopped_while_a_change_hangs() {
+        // It waits for its threads: what they hang on has to go before it.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(CALLS_AT_A_TIME)
+            .build()
+            .unwrap();
         let (begins, begun) = channel();
         let (goes_on, hangs) = channel::<()>();
         let (begins, hangs) = (Mutex::new(begins), Mutex::new(hangs));
@@ -627,11 +633,6 @@ mod tests {
         };
         let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
         let api = Arc::new(Api::new(proxy.handle(), actions(reload), Vec::new()));
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .max_blocking_threads(CALLS_AT_A_TIME)
-            .build()
-            .unwrap();
         let call = |method: &str, path: &str| {
             let request = Request {
                 method: method.to_owned(),
