@@ -35,7 +35,11 @@ pub(crate) static OUT: LossyWriter = LossyWriter::new("hvsock-stdout", sys::writ
 pub(crate) static ERR: LossyWriter = LossyWriter::new("hvsock-stderr", sys::write_error, notice);
 
 fn notice(dropped: u64) -> String {
-    let lines = if dropped == 1 { "line was" } else { "lines were" };
+    let lines = if dropped == 1 {
+        "line was"
+    } else {
+        "lines were"
+    };
     format!("hvsock: {dropped} log {lines} dropped here\n")
 }
 

@@ -78,8 +78,8 @@ mod system {
         patiently(move || tell(&[NotifyState::Stopping, NotifyState::Status(&status)]));
     }
 
-    /// Has a thread tell it something, and waits for that, but not for long: who tells may have signals to heed. While
-    /// one such thread hangs nothing more is told.
+    /// Has a thread tell it something, and waits for that, but not for long: who tells may have signals to
+    /// heed. While one such thread hangs nothing more is told.
     fn patiently(tell: impl FnOnce() + Send + 'static) {
         static HANGS: AtomicBool = AtomicBool::new(false);
         if HANGS.swap(true, Ordering::AcqRel) {

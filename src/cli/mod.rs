@@ -302,8 +302,8 @@ fn start_log() {
     let _ = log.try_init();
 }
 
-/// Carries rules as the options have it until the end is asked for; the control socket and the metrics beside it, if they
-/// were asked for.
+/// Carries rules as the options have it until the end is asked for; the control socket and the metrics
+/// beside it, if they were asked for.
 fn carry(
     options: &ProxyOptions,
     patience: KeepTrying,
@@ -346,8 +346,8 @@ fn run_proxy(proxy: Proxy, grace: Duration, signals: EndSignals) -> Outcome {
 /// How long the last words may take once the proxy has ended: whoever is to hear them may hang.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one. Neither may wait for
-/// anything: a signal ends the process whatever else goes on.
+/// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one.
+/// Neither may wait for anything: a signal ends the process whatever else goes on.
 fn run_until_told(
     proxy: Proxy,
     mut signals: EndSignals,

@@ -1,4 +1,5 @@
-//! Has a running proxy carry what is wanted: what can be had is carried, what can't is shown and tried again.
+//! Has a running proxy carry what is wanted: what can be had is carried, what can't is shown and tried
+//! again.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -94,8 +95,8 @@ impl Reconciler {
         summary
     }
 
-    /// Makes the proxy carry what is wanted, and says what has come of it. `waits_for` says why a rule can't be had yet,
-    /// if that is known.
+    /// Makes the proxy carry what is wanted, and says what has come of it. `waits_for` says why a rule
+    /// can't be had yet, if that is known.
     pub(super) fn apply(
         &self,
         wanted: &[Rule],
@@ -333,8 +334,8 @@ pub(super) fn danger(name: &str, listen: &Address) -> Option<String> {
     ))
 }
 
-/// A thread that tries again what could not be had, and reloads when it is told to. It may hang in either, as a disk
-/// does: nobody ever waits for it. Dropped, it ends when it can.
+/// A thread that tries again what could not be had, and reloads when it is told to. It may hang in
+/// either, as a disk does: nobody ever waits for it. Dropped, it ends when it can.
 #[derive(Debug)]
 pub(super) struct RetryThread {
     reload: SyncSender<()>,

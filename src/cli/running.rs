@@ -22,8 +22,8 @@ pub(super) struct Running {
     file: PathBuf,
     /// What the file said last. Never locked for long.
     config: Mutex<Arc<Config>>,
-    /// Locked while the file is read and what it says is done: that may take for ever, as a disk does. So it is for
-    /// those alone who do that.
+    /// Locked while the file is read and what it says is done: that may take for ever, as a disk does. So
+    /// it is for those alone who do that.
     state: Mutex<State>,
 }
 
@@ -88,11 +88,12 @@ impl Running {
     /// Starts what a file asks for; what could not be had is to be tried again.
     ///
     /// # Errors
-    /// All that is wrong with the file; that another hvsock is controlled where this one is to be; that there can be no
-    /// proxy at all.
+    /// All that is wrong with the file; that another hvsock is controlled where this one is to be; that
+    /// there can be no proxy at all.
     pub(super) fn start(file: &Path) -> Result<(Proxy, Running, Doors), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
-        // It starts with no forward, and gets them as when the file is read again: one that can't be had keeps no other.
+        // It starts with no forward, and gets them as when the file is read again: one that can't be had keeps
+        // no other.
         let mut proxy = ProxyConfig::new(Vec::new());
         proxy.workers = config.workers;
         proxy.splice = config.splice;

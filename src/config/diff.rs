@@ -29,7 +29,8 @@ pub(crate) enum Step<I> {
     Replace(I, Rule),
     /// Another place for a forward of the same name: it can listen there before the old one is closed.
     Move(I, Rule),
-    /// The same for forwards that are in each other's way, or each in its own: all are closed before any listens again.
+    /// The same for forwards that are in each other's way, or each in its own: all are closed before any
+    /// listens again.
     Exchange(Vec<(I, Rule)>),
     Add(Rule),
 }
@@ -47,7 +48,8 @@ enum Found<'a, I> {
 /// How the existing forwards become the wanted ones.
 ///
 /// A forward is known again by where it listens, by its name only among those that have their port chosen: who keeps the
-/// address keeps the listener. What is not known by that, and came from the file, has moved if there is its name.
+/// address keeps the listener. What is not known by that, and came from the file, has moved if there is
+/// its name.
 pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule]) -> Vec<Step<I>> {
     let mut left: Vec<&Existing<I>> = existing.iter().collect();
     let mut take = |fits: &dyn Fn(&Existing<I>) -> bool| {

@@ -16,7 +16,7 @@ use crate::proxy::{ForwardStatus, Handle};
 use super::http::{Request, Response};
 use super::metrics;
 use super::model::{Connection, Forward, RuleBody, Status, Unserved, seconds, unix};
-use super::server::{Place, Service, Trouble};
+use super::server::{Endpoint, Service, Trouble};
 use super::{Actions, Problem};
 
 /// Answers requests.
@@ -25,13 +25,13 @@ pub(super) struct Api {
     handle: Handle,
     actions: Actions,
     /// Where it is asked.
-    places: Vec<Arc<Place>>,
+    endpoints: Vec<Arc<Endpoint>>,
     lanes: Lanes,
     started: Instant,
 }
 
-/// How many calls of a kind are answered at a time. Each may block, and none keeps those of another kind: the end can be
-/// asked for though a change hangs.
+/// How many calls of a kind are answered at a time. Each may block, and none keeps those of another
+/// kind: the end can be asked for though a change hangs.
 #[derive(Debug)]
 struct Lanes {
     looks: Arc<Semaphore>,
@@ -58,12 +58,12 @@ fn json(status: u16, body: &impl Serialize) -> Answer {
 }
 
 impl Api {
-    pub(super) fn new(handle: Handle, actions: Actions, places: Vec<Arc<Place>>) -> Api {
+    pub(super) fn new(handle: Handle, actions: Actions, endpoints: Vec<Arc<Endpoint>>) -> Api {
         let lane = |count| Arc::new(Semaphore::new(count));
         Api {
             handle,
             actions,
-            places,
+            endpoints,
             lanes: Lanes {
                 looks: lane(LOOKS_AT_A_TIME),
                 changes: lane(1),
@@ -73,8 +73,8 @@ impl Api {
         }
     }
 
-    /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is never done: who
-    /// asked would have given up.
+    /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
+    /// never done: who asked would have given up.
     pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
         let lane = match (service, request.method.as_str(), request.path.as_str()) {
             (Service::Metrics, ..) | (_, "GET", _) => &self.lanes.looks,
@@ -159,7 +159,11 @@ impl Api {
             live: self.handle.live(),
             log_dropped: output::dropped(),
             forwards: self.forwards(),
-            unserved: self.places.iter().filter_map(|it| unserved(it)).collect(),
+            unserved: self
+                .endpoints
+                .iter()
+                .filter_map(|it| unserved(it))
+                .collect(),
         }
     }
 
@@ -306,16 +310,16 @@ impl Api {
     }
 }
 
-/// What is said of a place where nobody is served.
-fn unserved(place: &Place) -> Option<Unserved> {
-    let Trouble { why, since } = place.trouble()?;
-    let service = match place.service {
+/// Tells of an endpoint where nobody is served.
+fn unserved(endpoint: &Endpoint) -> Option<Unserved> {
+    let Trouble { why, since } = endpoint.trouble()?;
+    let service = match endpoint.service {
         Service::Control => "control",
         Service::Metrics => "metrics",
     };
     Some(Unserved {
         service: service.to_owned(),
-        address: place.address.to_string(),
+        address: endpoint.address.to_string(),
         why,
         since: unix(since),
     })

@@ -141,15 +141,18 @@ pub(crate) fn bind(options: &Options) -> Result<Bound> {
 impl Bound {
     /// Where they are, or are to be. No forward may lead there.
     pub(crate) fn addresses(&self) -> Vec<Address> {
-        self.0.iter().map(|it| it.place.address.clone()).collect()
+        self.0
+            .iter()
+            .map(|it| it.endpoint.address.clone())
+            .collect()
     }
 
     /// Where they are, and why nobody can be served there, if so.
     pub(crate) fn states(&self) -> Vec<(Address, Option<String>)> {
-        let why = |it: &Door| it.place.trouble().map(|trouble| trouble.why);
+        let why = |it: &Door| it.endpoint.trouble().map(|trouble| trouble.why);
         let doors = self.0.iter();
         doors
-            .map(|it| (it.place.address.clone(), why(it)))
+            .map(|it| (it.endpoint.address.clone(), why(it)))
             .collect()
     }
 
@@ -158,8 +161,8 @@ impl Bound {
     /// # Errors
     /// If there can be no thread.
     pub(crate) fn serve(self, handle: Handle, actions: Actions) -> Result<Control> {
-        let places = self.0.iter().map(|it| Arc::clone(&it.place)).collect();
-        let server = Server::start(self.0, Api::new(handle, actions, places))?;
+        let endpoints = self.0.iter().map(|it| Arc::clone(&it.endpoint)).collect();
+        let server = Server::start(self.0, Api::new(handle, actions, endpoints))?;
         Ok(Control { _server: server })
     }
 }

@@ -1,8 +1,9 @@
 //! The sockets of the control interface: who is let in, and how long they may take.
 //!
-//! One thread runs them all, with a task for each socket and each client. When there is no place for a newcomer, the
-//! client that has kept us waiting longest is put out for it: who asks is never kept by those who don't. What may block
-//! (a call, a look at the socket's file) is done on other threads, of which there are few.
+//! One thread runs them all, with a task for each socket and each client. When there are too many for a
+//! newcomer, the client that has kept us waiting longest is put out for it: who asks is never kept by
+//! those who don't. What may block (a call, a look at the socket's file) is done on other threads, of
+//! which there are few.
 
 use std::io;
 use std::net::Shutdown;
@@ -68,21 +69,21 @@ pub(super) enum Service {
 
 /// Where a service is to be, and how it is there.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Endpoint {
     pub(super) service: Service,
     /// With the port that was chosen, if one was to be.
     pub(super) address: Address,
     trouble: Mutex<Option<Trouble>>,
 }
 
-/// Why nobody is served at a place.
+/// Why nobody is served at an endpoint.
 #[derive(Clone, Debug)]
 pub(super) struct Trouble {
     pub(super) why: String,
     pub(super) since: SystemTime,
 }
 
-impl Place {
+impl Endpoint {
     fn lock(&self) -> MutexGuard<'_, Option<Trouble>> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -115,10 +116,10 @@ fn bind(service: Service, address: &Address) -> Result<Listener> {
     Listener::bind(address, DEFAULT_MODE)
 }
 
-/// A place, and the socket that listens there, if it could be bound.
+/// An endpoint, and the socket that listens there, if it could be bound.
 #[derive(Debug)]
 pub(super) struct Door {
-    pub(super) place: Arc<Place>,
+    pub(super) endpoint: Arc<Endpoint>,
     listener: Option<Arc<Listener>>,
 }
 
@@ -131,7 +132,7 @@ impl Door {
         let listener = bind(service, address)?;
         let address = listener.bound(address);
         Ok(Door {
-            place: Arc::new(Place {
+            endpoint: Arc::new(Endpoint {
                 service,
                 address,
                 trouble: Mutex::default(),
@@ -142,14 +143,14 @@ impl Door {
 
     /// One that can't be opened yet, for that reason.
     pub(super) fn closed(service: Service, address: &Address, error: &Error) -> Door {
-        let place = Place {
+        let endpoint = Endpoint {
             service,
             address: address.clone(),
             trouble: Mutex::default(),
         };
-        place.is_lost(error.to_string());
+        endpoint.is_lost(error.to_string());
         Door {
-            place: Arc::new(place),
+            endpoint: Arc::new(endpoint),
             listener: None,
         }
     }
@@ -204,25 +205,25 @@ impl Drop for Server {
 fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Receiver<()>) {
     runtime.block_on(async {
         let mut open = JoinSet::new();
-        let mut crowds = Vec::new();
+        let mut all = Vec::new();
         for door in doors {
-            let crowd = Arc::new(Mutex::new(Crowd::new()));
-            crowds.push(Arc::clone(&crowd));
-            open.spawn(Attendant::new(door, Arc::clone(&api), crowd).attend());
+            let clients = Arc::new(Mutex::new(Clients::new()));
+            all.push(Arc::clone(&clients));
+            open.spawn(Acceptor::new(door, Arc::clone(&api), clients).accept_all());
         }
         // That its sender is dropped is what is waited for.
         let _ = stopped.await;
         // First the listeners and their files: whoever sees none may take their place.
         open.shutdown().await;
-        let crowds: Vec<Crowd> = crowds
+        let all: Vec<Clients> = all
             .iter()
-            .map(|crowd| std::mem::replace(&mut *lock(crowd), Crowd::new()))
+            .map(|clients| std::mem::replace(&mut *lock(clients), Clients::new()))
             .collect();
         // Who has not asked yet won't, and the others have a moment for their answers.
         let last = async {
-            for mut crowd in crowds {
-                crowd.put_out_who_has_not_asked();
-                while crowd.tasks.join_next().await.is_some() {}
+            for mut clients in all {
+                clients.put_out_who_has_not_asked();
+                while clients.tasks.join_next().await.is_some() {}
             }
         };
         let _ = timeout(LAST_ANSWERS, last).await;
@@ -255,7 +256,8 @@ impl Client {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (phase, Instant::now());
     }
 
-    /// The less, the sooner it has to go: those who keep us waiting, the longest first, before those whom we do.
+    /// The less, the sooner it has to go: those who keep us waiting, the longest first, before those whom
+    /// we do.
     fn right_to_stay(&self) -> (bool, Instant) {
         let (phase, since) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         (phase == Phase::Waiting, since)
@@ -269,25 +271,25 @@ impl Client {
 
 /// The clients of one socket.
 #[derive(Debug)]
-struct Crowd {
+struct Clients {
     tasks: JoinSet<()>,
-    clients: Vec<(Arc<Client>, AbortHandle)>,
+    served: Vec<(Arc<Client>, AbortHandle)>,
     most: usize,
 }
 
-fn lock(crowd: &Mutex<Crowd>) -> MutexGuard<'_, Crowd> {
-    crowd.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(clients: &Mutex<Clients>) -> MutexGuard<'_, Clients> {
+    clients.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Crowd {
-    fn new() -> Crowd {
+impl Clients {
+    fn new() -> Clients {
         // Where descriptors are few they are for connections first.
         let few = sys::descriptor_limit().map_or(usize::MAX, |limit| {
             usize::try_from(limit / 16).unwrap_or(usize::MAX)
         });
-        Crowd {
+        Clients {
             tasks: JoinSet::new(),
-            clients: Vec::new(),
+            served: Vec::new(),
             most: few.clamp(8, MOST_CLIENTS),
         }
     }
@@ -295,25 +297,25 @@ impl Crowd {
     /// Takes in a client, and puts one out for it if there are too many.
     fn admit(&mut self, client: &Arc<Client>, task: impl Future<Output = ()> + Send + 'static) {
         while self.tasks.try_join_next().is_some() {}
-        self.clients.retain(|(_, task)| !task.is_finished());
-        if self.clients.len() >= self.most {
+        self.served.retain(|(_, task)| !task.is_finished());
+        if self.served.len() >= self.most {
             self.put_out_one();
         }
         let task = self.tasks.spawn(task);
-        self.clients.push((Arc::clone(client), task));
+        self.served.push((Arc::clone(client), task));
     }
 
     fn put_out_one(&mut self) {
-        let clients = self.clients.iter().enumerate();
-        let first = clients.min_by_key(|(_, (client, _))| client.right_to_stay());
+        let all = self.served.iter().enumerate();
+        let first = all.min_by_key(|(_, (client, _))| client.right_to_stay());
         if let Some((index, _)) = first {
-            let (_, task) = self.clients.swap_remove(index);
+            let (_, task) = self.served.swap_remove(index);
             task.abort();
         }
     }
 
     fn put_out_who_has_not_asked(&mut self) {
-        for (client, task) in &self.clients {
+        for (client, task) in &self.served {
             if !client.has_asked() {
                 task.abort();
             }
@@ -322,11 +324,11 @@ impl Crowd {
 }
 
 /// Who takes a socket's clients in, and looks after the socket.
-struct Attendant {
-    place: Arc<Place>,
+struct Acceptor {
+    endpoint: Arc<Endpoint>,
     listener: Option<Arc<Listener>>,
     api: Arc<Api>,
-    crowd: Arc<Mutex<Crowd>>,
+    clients: Arc<Mutex<Clients>>,
     /// A stranger, or an error, was told of.
     complained: bool,
     look_at: Instant,
@@ -335,13 +337,13 @@ struct Attendant {
     look: Option<JoinHandle<(FileWatch, Option<Listener>)>>,
 }
 
-impl Attendant {
-    fn new(door: Door, api: Arc<Api>, crowd: Arc<Mutex<Crowd>>) -> Attendant {
-        Attendant {
-            place: door.place,
+impl Acceptor {
+    fn new(door: Door, api: Arc<Api>, clients: Arc<Mutex<Clients>>) -> Acceptor {
+        Acceptor {
+            endpoint: door.endpoint,
             listener: door.listener,
             api,
-            crowd,
+            clients,
             complained: false,
             look_at: Instant::now(),
             watch: FileWatch::default(),
@@ -349,7 +351,7 @@ impl Attendant {
         }
     }
 
-    async fn attend(mut self) {
+    async fn accept_all(mut self) {
         loop {
             let Some(listener) = &self.listener else {
                 self.bind_again().await;
@@ -368,7 +370,7 @@ impl Attendant {
     /// Says something once.
     fn complain(&mut self, what: impl std::fmt::Display) {
         if !std::mem::replace(&mut self.complained, true) {
-            warn!("{}: {what}", self.place.address);
+            warn!("{}: {what}", self.endpoint.address);
         }
     }
 
@@ -378,31 +380,31 @@ impl Attendant {
         }
         if is_broken(error) {
             let why = format!("the socket was shut down from outside ({error})");
-            if self.place.is_lost(why.clone()) {
-                warn!("{}: {why}; it is bound again", self.place.address);
+            if self.endpoint.is_lost(why.clone()) {
+                warn!("{}: {why}; it is bound again", self.endpoint.address);
             }
             // First, for it has the address.
             self.listener = None;
         } else {
             self.complain(format_args!("{error}; clients wait"));
             // Most often descriptors ran out: that brings one.
-            lock(&self.crowd).put_out_one();
+            lock(&self.clients).put_out_one();
         }
         sleep(PAUSE).await;
     }
 
     async fn bind_again(&mut self) {
-        let place = Arc::clone(&self.place);
-        let made = spawn_blocking(move || place.bind()).await;
-        let address = &self.place.address;
+        let endpoint = Arc::clone(&self.endpoint);
+        let made = spawn_blocking(move || endpoint.bind()).await;
+        let address = &self.endpoint.address;
         match made.unwrap_or_else(|e| Err(fail(io::Error::other(e)))) {
             Ok(listener) => {
                 info!("listening on {address} now");
                 self.listener = Some(Arc::new(listener));
-                *self.place.lock() = None;
+                *self.endpoint.lock() = None;
             }
             Err(e) => {
-                if self.place.is_lost(e.to_string()) {
+                if self.endpoint.is_lost(e.to_string()) {
                     warn!("{e}");
                 }
                 sleep(TRY_AGAIN).await;
@@ -411,11 +413,11 @@ impl Attendant {
     }
 
     fn let_in(&mut self, stream: nonblocking::Stream) {
-        let stream = match to_tokio(stream, &self.place.address) {
+        let stream = match to_tokio(stream, &self.endpoint.address) {
             Ok(stream) => stream,
             Err(e) => return self.complain(format_args!("a client can't be served: {e}")),
         };
-        let service = self.place.service;
+        let service = self.endpoint.service;
         if service == Service::Control
             && let Err(why) = check_connector(&stream)
         {
@@ -423,7 +425,7 @@ impl Attendant {
         }
         let client = Arc::new(Client::new());
         let task = answer(stream, Arc::clone(&client), service, Arc::clone(&self.api));
-        lock(&self.crowd).admit(&client, task);
+        lock(&self.clients).admit(&client, task);
     }
 
     /// Has a socket's file made again that someone removed.
@@ -438,15 +440,15 @@ impl Attendant {
         }
         let now = Instant::now();
         if let (None, Some(listener)) = (&self.look, &self.listener)
-            && matches!(self.place.address, Address::Unix(_))
+            && matches!(self.endpoint.address, Address::Unix(_))
             && self.look_at <= now
         {
             self.look_at = now + WATCH;
-            let (listener, place) = (Arc::clone(listener), Arc::clone(&self.place));
+            let (listener, endpoint) = (Arc::clone(listener), Arc::clone(&self.endpoint));
             let mut watch = std::mem::take(&mut self.watch);
             self.look = Some(spawn_blocking(move || {
                 let state = || listener.file_state();
-                let made = watch.look(&place.address, state, || place.bind());
+                let made = watch.look(&endpoint.address, state, || endpoint.bind());
                 (watch, made)
             }));
         }
@@ -565,13 +567,13 @@ mod tests {
     }
 
     /// The metrics at an address (which also clients of this process may have), and what listens there.
-    fn start(address: &Address, actions: Actions) -> (Server, Proxy, Arc<Listener>, Arc<Place>) {
+    fn start(address: &Address, actions: Actions) -> (Server, Proxy, Arc<Listener>, Arc<Endpoint>) {
         let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
         let door = Door::open(Service::Metrics, address).unwrap();
-        let (listener, place) = (door.listener.clone().unwrap(), Arc::clone(&door.place));
-        let api = Api::new(proxy.handle(), actions, vec![Arc::clone(&place)]);
+        let (listener, endpoint) = (door.listener.clone().unwrap(), Arc::clone(&door.endpoint));
+        let api = Api::new(proxy.handle(), actions, vec![Arc::clone(&endpoint)]);
         let server = Server::start(vec![door], api).unwrap();
-        (server, proxy, listener, place)
+        (server, proxy, listener, endpoint)
     }
 
     fn scrape(address: &Address) -> io::Result<String> {
@@ -600,18 +602,18 @@ mod tests {
         let unix = format!("unix://{}", dir.path().join("s").display());
         for address in ["tcp://127.0.0.1:0", &unix] {
             let asked = address.parse().unwrap();
-            let (server, _proxy, listener, place) = start(&asked, actions(|| ()));
-            assert!(scrape(&place.address).unwrap().contains("200 OK"));
+            let (server, _proxy, listener, endpoint) = start(&asked, actions(|| ()));
+            assert!(scrape(&endpoint.address).unwrap().contains("200 OK"));
             let socket = listener.as_socket();
             let socket = socket2::SockRef::from(&socket);
             socket.shutdown(Shutdown::Both).unwrap();
             drop(listener);
             eventually("it is served again", || {
-                scrape(&place.address).is_ok_and(|answer| answer.contains("200 OK"))
+                scrape(&endpoint.address).is_ok_and(|answer| answer.contains("200 OK"))
             });
-            assert!(place.trouble().is_none());
+            assert!(endpoint.trouble().is_none());
             drop(server);
-            assert!(scrape(&place.address).is_err(), "{address}");
+            assert!(scrape(&endpoint.address).is_err(), "{address}");
         }
     }
 
@@ -675,36 +677,36 @@ mod tests {
     fn who_keeps_us_waiting_longest_goes_first_and_who_waits_for_us_last() {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         runtime.unwrap().block_on(async {
-            let mut crowd = Crowd::new();
-            crowd.most = 3;
-            let come = |crowd: &mut Crowd, phase| {
+            let mut clients = Clients::new();
+            clients.most = 3;
+            let come = |clients: &mut Clients, phase| {
                 let client = Arc::new(Client::new());
                 client.begins(phase);
-                crowd.admit(&client, std::future::pending());
+                clients.admit(&client, std::future::pending());
                 client
             };
-            let is_there = |crowd: &Crowd, client| {
-                let mut clients = crowd.clients.iter();
-                clients.any(|(it, _)| Arc::ptr_eq(it, client))
+            let is_there = |clients: &Clients, client| {
+                let mut all = clients.served.iter();
+                all.any(|(it, _)| Arc::ptr_eq(it, client))
             };
-            let served = come(&mut crowd, Phase::Waiting);
-            let silent = come(&mut crowd, Phase::Asking);
-            let hearing = come(&mut crowd, Phase::Hearing);
-            let second = come(&mut crowd, Phase::Waiting);
-            assert!(!is_there(&crowd, &silent) && is_there(&crowd, &hearing));
-            let third = come(&mut crowd, Phase::Waiting);
-            assert!(!is_there(&crowd, &hearing) && is_there(&crowd, &served));
+            let served = come(&mut clients, Phase::Waiting);
+            let silent = come(&mut clients, Phase::Asking);
+            let hearing = come(&mut clients, Phase::Hearing);
+            let second = come(&mut clients, Phase::Waiting);
+            assert!(!is_there(&clients, &silent) && is_there(&clients, &hearing));
+            let third = come(&mut clients, Phase::Waiting);
+            assert!(!is_there(&clients, &hearing) && is_there(&clients, &served));
             // All wait for us: the one for whom it has been longest.
-            let last = come(&mut crowd, Phase::Asking);
-            assert!(!is_there(&crowd, &served));
+            let last = come(&mut clients, Phase::Asking);
+            assert!(!is_there(&clients, &served));
             for client in [&second, &third, &last] {
-                assert!(is_there(&crowd, client));
+                assert!(is_there(&clients, client));
             }
             // Who has been served makes room by that.
-            crowd.clients[0].1.abort();
+            clients.served[0].1.abort();
             tokio::task::yield_now().await;
-            come(&mut crowd, Phase::Asking);
-            assert!(is_there(&crowd, &last) && crowd.clients.len() == 3);
+            come(&mut clients, Phase::Asking);
+            assert!(is_there(&clients, &last) && clients.served.len() == 3);
         });
     }
 }

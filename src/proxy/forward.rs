@@ -37,11 +37,12 @@ pub struct Rule {
     /// the accept, and [`Timeouts::dial`] does not bound it. Nothing of what the client sends is sent before it is known
     /// that the target has taken the connection. `None`: such a client is refused at once.
     pub wait: Option<Duration>,
-    /// Places among [`Limits::connections`](super::Limits::connections) that only this rule's connections may have, and
-    /// where a side of it is a hyperkit VM as many among [`Limits::vm_connections`](super::Limits::vm_connections).
+    /// Places among [`Limits::connections`](super::Limits::connections) that only this rule's connections
+    /// may have, and where a side of it is a hyperkit VM as many among
+    /// [`Limits::vm_connections`](super::Limits::vm_connections).
     pub reserved: usize,
-    /// Connections of this rule at a time; more clients wait in the listener's backlog. Guests that dial the host are
-    /// not bound by it. `None`: what bounds all rules bounds it.
+    /// Connections of this rule at a time; more clients wait in the listener's backlog. Guests that dial
+    /// the host are not bound by it. `None`: what bounds all rules bounds it.
     pub connections: Option<usize>,
 }
 
