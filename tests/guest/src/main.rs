@@ -3,6 +3,7 @@
 //! It is the only program there beside `/hvsock`. What it prints goes to the serial line; `done` is the last of it.
 //! With `hvsock.mode=serve` on the kernel's command line it checks nothing, but serves a driver on the host.
 
+mod accepting;
 mod carry;
 mod command;
 mod errors;
@@ -67,6 +68,12 @@ fn run() {
     check("port_in_use", SHORT, errors::port_in_use);
     check("any_port", SHORT, errors::any_port);
     check("full_backlog", SHORT, errors::full_backlog);
+
+    check(
+        "finds_nobody_without_sleeping",
+        SHORT,
+        accepting::finds_nobody_without_sleeping,
+    );
 
     const LONG: Duration = Duration::from_secs(240);
     check("client_ends_first", SHORT, carry::client_ends_first);
