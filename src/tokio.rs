@@ -38,7 +38,7 @@ use socket2::Socket;
 use crate::address::Address;
 use crate::dial::{Begun, Dial, Next, explain};
 use crate::error::{Error, Operation, Result};
-use crate::listener::nonblocking::not_carried;
+use crate::listener::nonblocking::{has_client_left, not_carried};
 use crate::name::SocketName;
 use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
 use crate::stream::{MOST_UNREAD, closer};
@@ -369,7 +369,10 @@ impl Listener {
             match ready.try_io(|_| self.0.accept_now()) {
                 Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
                 Ok(accepted) => {
-                    let (stream, name) = accepted.map_err(fail)?;
+                    let (stream, name) = match accepted {
+                        Err(e) if has_client_left(&e) => continue,
+                        accepted => accepted.map_err(fail)?,
+                    };
                     return Ok((Stream::try_from(stream).map_err(fail)?, name));
                 }
                 Err(_would_block) => {}

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use socket2::Type;
+use tracing::warn;
 
 use crate::address::Address;
 use crate::error::{Error, Operation, Result};
@@ -105,6 +106,14 @@ fn take(mut log: Log, kept: &Kept, stop: &Stop) -> io::Result<()> {
                 if stop.is_asked() {
                     return Ok(());
                 }
+                if sys::is_shut_down(log.socket.as_socket()) {
+                    warn!("{} was shut down, and is made again", log.path.display());
+                    match bind_again(log, stop) {
+                        Some(made) => log = made,
+                        None => return Ok(()),
+                    }
+                    continue;
+                }
                 let again = || Log::bind(&log.path, log.mode);
                 if let Some(made) = watch.look(log.path.display(), || log.file.state(), again) {
                     log = made;
@@ -114,5 +123,49 @@ fn take(mut log: Log, kept: &Kept, stop: &Stop) -> io::Result<()> {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
+    }
+}
+
+/// Makes the socket again, as soon as it can be made; `None` if the end was asked for before.
+fn bind_again(old: Log, stop: &Stop) -> Option<Log> {
+    let (path, mode) = (old.path.clone(), old.mode);
+    // It still has the name.
+    drop(old);
+    while !stop.is_asked() {
+        if let Ok(made) = Log::bind(&path, mode) {
+            return Some(made);
+        }
+        thread::sleep(LOOK);
+    }
+    None
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn a_socket_that_was_shut_down_is_made_again() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("log");
+        let log = Log::bind(&path, 0o600).unwrap();
+        let both = std::net::Shutdown::Both;
+        socket2::SockRef::from(&log.socket).shutdown(both).unwrap();
+        let (kept, stop) = (Kept::default(), Stop::default());
+        thread::scope(|scope| {
+            let taking = scope.spawn(|| take(log, &kept, &stop));
+            let program = UnixDatagram::unbound().unwrap();
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while kept.is_empty() && Instant::now() < deadline {
+                let _ = program.send_to(b"hello", &path);
+                thread::sleep(Duration::from_millis(5));
+            }
+            stop.ask();
+            taking.join().unwrap().unwrap();
+        });
+        assert!(!kept.is_empty(), "nobody takes it");
     }
 }
