@@ -123,10 +123,9 @@ fn whoever_comes_to_a_listener_of_ours_can_pass_none_where_the_kernel_refuses() 
         use std::os::linux::net::SocketAddrExt;
         std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap()
     };
-    for mut client in [
-        unix_client(&dir.path().join("s")),
-        UnixStream::connect_addr(&by_name).unwrap(),
-    ] {
+    let by_path = std::os::unix::net::SocketAddr::from_pathname(dir.path().join("s")).unwrap();
+    for address in [by_path, by_name] {
+        let mut client = UnixStream::connect_addr(&address).unwrap();
         let refused = pass(&client, b"x", &server).unwrap_err();
         assert_eq!(refused, nix::errno::Errno::EPERM);
         client.write_all(b"y").unwrap();
