@@ -80,6 +80,7 @@ pub(super) fn open(
     }
     let bound = control::bind(&wanted)?;
     config.forbidden.extend(bound.addresses());
+    config.other_descriptors += bound.descriptors();
     Ok((config, Some(bound)))
 }
 

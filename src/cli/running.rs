@@ -73,6 +73,7 @@ fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> 
         _ => e,
     })?;
     proxy.forbidden = bound.addresses();
+    proxy.other_descriptors = bound.descriptors();
     Ok(bound)
 }
 

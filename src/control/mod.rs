@@ -139,6 +139,11 @@ pub(crate) fn bind(options: &Options) -> Result<Bound> {
 }
 
 impl Bound {
+    /// Returns how many descriptors they and their clients need.
+    pub(crate) fn descriptors(&self) -> usize {
+        server::descriptors(self.0.len())
+    }
+
     /// Where they are, or are to be. No forward may lead there.
     pub(crate) fn addresses(&self) -> Vec<Address> {
         self.0

@@ -35,6 +35,24 @@ use super::{Problem, place};
 /// Clients of one socket at a time, where there are descriptors enough.
 const MOST_CLIENTS: usize = 256;
 
+/// How many clients one socket has at a time: where descriptors are few they are for connections first.
+fn most_clients() -> usize {
+    let few = sys::descriptor_limit().map_or(usize::MAX, |limit| {
+        usize::try_from(limit / 16).unwrap_or(usize::MAX)
+    });
+    few.clamp(8, MOST_CLIENTS)
+}
+
+/// Returns how many descriptors the server of so many sockets needs: for their clients, themselves, and the runtime.
+pub(super) fn descriptors(sockets: usize) -> usize {
+    /// tokio's poller, its waker, and what they were made of.
+    const RUNTIME: usize = 6;
+    match sockets {
+        0 => 0,
+        sockets => RUNTIME + sockets * (1 + most_clients()),
+    }
+}
+
 /// How long a request may take to come, and an answer to go.
 const REQUEST: Duration = Duration::from_secs(5);
 
@@ -283,14 +301,10 @@ fn lock(clients: &Mutex<Clients>) -> MutexGuard<'_, Clients> {
 
 impl Clients {
     fn new() -> Clients {
-        // Where descriptors are few they are for connections first.
-        let few = sys::descriptor_limit().map_or(usize::MAX, |limit| {
-            usize::try_from(limit / 16).unwrap_or(usize::MAX)
-        });
         Clients {
             tasks: JoinSet::new(),
             served: Vec::new(),
-            most: few.clamp(8, MOST_CLIENTS),
+            most: most_clients(),
         }
     }
 

@@ -161,7 +161,6 @@ impl Listener {
 /// A listener that was shut down from outside (`ss -K`, or a `shutdown` by another process that has it) is one:
 /// `EINVAL`, again and again. Linux' `accept(2)` names network errors, `EOPNOTSUPP` among them, that tell of one client
 /// only. The `InvalidInput` that mio makes of a client that has left (macOS) has no number.
-#[cfg_attr(not(feature = "cli"), allow(dead_code))]
 pub(crate) fn is_broken(error: &io::Error) -> bool {
     #[cfg(unix)]
     const BROKEN: [i32; 3] = [nix::libc::EINVAL, nix::libc::EBADF, nix::libc::ENOTSOCK];
