@@ -11,7 +11,7 @@ use mio::unix::SourceFd;
 use socket2::{Domain, Socket, Type};
 
 use super::file::{self, SocketFile};
-use super::nonblocking::{BACKLOG, FileState, not_carried};
+use super::nonblocking::{BACKLOG, not_carried};
 use super::passed::path_of;
 use crate::address::{Address, UnixAddress, VsockAddress};
 use crate::dial;
@@ -101,15 +101,6 @@ impl LocalListener {
         match self {
             LocalListener::Unix { listener, .. } => sys::unix_name(&listener.local_addr().ok()?),
             LocalListener::Vsock(_) => None,
-        }
-    }
-
-    pub(super) fn file_state(&self) -> FileState {
-        match self {
-            LocalListener::Unix {
-                file: Some(file), ..
-            } => file.state(),
-            _ => FileState::Ours,
         }
     }
 

@@ -145,13 +145,9 @@ impl Listener {
     }
 
     /// What has become of the socket's file.
+    #[cfg(feature = "cli")]
     pub(crate) fn file_state(&self) -> FileState {
-        match self {
-            Listener::Tcp { .. } => FileState::Ours,
-            Listener::Local(listener) => listener.file_state(),
-            #[cfg(windows)]
-            Listener::Hyperv(_) => FileState::Ours,
-        }
+        self.file().map_or(FileState::Ours, |file| file.state())
     }
 }
 

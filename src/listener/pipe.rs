@@ -236,10 +236,6 @@ impl LocalListener {
         None
     }
 
-    pub(super) fn file_state(&self) -> FileState {
-        FileState::Ours
-    }
-
     pub(super) fn with_source<T>(&mut self, f: impl FnOnce(&mut dyn Source) -> T) -> T {
         f(self)
     }
