@@ -219,6 +219,8 @@ fn every_call_does_what_it_says() {
         200
     );
     assert!(is_reset(cut.read(&mut [0])));
+    let live = || scene.call("GET", "/v1/status", "").1["live"] == json!(1);
+    eventually("it is forgotten", live);
 
     let (status, why) = scene.call("POST", "/v1/reload", "");
     assert_eq!(

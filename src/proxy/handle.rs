@@ -212,6 +212,7 @@ impl Handle {
 
     /// As [`Proxy::stop`](super::Proxy::stop).
     pub fn stop(&self, grace: Duration) {
+        self.shared.stop_asked.store(true, Ordering::Release);
         self.binder.let_passed_go();
         for inbox in &self.shared.inboxes {
             inbox.send(Command::Stop(grace));

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -165,6 +165,8 @@ pub(crate) struct Shared<W: World> {
     pub(super) routes: Routes,
     /// Connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
+    /// The end was asked for.
+    pub(super) stop_asked: AtomicBool,
     /// Workers that have heard of the end: they hand nothing over any more.
     pub(crate) stopping: AtomicUsize,
     /// Workers that have ended.
@@ -196,6 +198,7 @@ impl<W: World> Shared<W> {
             descriptors,
             routes: Routes::default(),
             live: AtomicUsize::new(0),
+            stop_asked: AtomicBool::new(false),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
         }
@@ -269,7 +272,7 @@ impl<W: World> Shared<W> {
     }
 
     pub(super) fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Acquire) > 0
+        self.stop_asked.load(Ordering::Acquire) || self.stopping.load(Ordering::Acquire) > 0
     }
 
     /// Whether nobody listens to commands any more.
