@@ -10,9 +10,8 @@ mod common;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
@@ -22,9 +21,9 @@ use std::time::{Duration, Instant};
 
 use command::*;
 use common::*;
-use hvsock::proxy::{ForwardState, ForwardStatus, Observer, What};
+use hvsock::proxy::{ForwardStatus, Observer, What};
 use hvsock::simulate::{Service, Vm};
-use hvsock::{Address, Listener, Proxy, Rule};
+use hvsock::{Address, Proxy, Rule};
 
 /// A TCP port that was free just now.
 fn free_port() -> u16 {
@@ -99,77 +98,87 @@ fn a_device_without_an_end_among_the_files_of_a_vm_stops_nothing() {
     beside_files(|path| std::os::unix::fs::symlink("/dev/zero", path).unwrap());
 }
 
-/// Shuts down the listener of this process on that port, as `ss -K` does.
+/// (macOS has no way to shut a listener down.)
 #[cfg(target_os = "linux")]
-fn shut_down_listener(port: u16) {
-    let sockets = fs::read_to_string("/proc/self/net/tcp").unwrap();
-    let listener = sockets.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let listens = fields[3] == "0A" && fields[1].ends_with(&format!(":{port:04X}"));
-        listens.then(|| format!("socket:[{}]", fields[9]))
-    });
-    let listener = listener.unwrap();
-    let is_it = |fd: &fs::DirEntry| {
-        fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == listener.as_str())
-    };
-    let mut fds = fs::read_dir("/proc/self/fd").unwrap().flatten();
-    let fd = fds.find(is_it).unwrap().file_name();
-    let fd = fd.to_str().unwrap().parse().unwrap();
-    nix::sys::socket::shutdown(fd, nix::sys::socket::Shutdown::Both).unwrap();
-}
+mod shut_down {
+    use std::net::TcpStream;
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::net::UnixStream;
 
-/// A client that comes until it is served.
-fn served(port: u16, bytes: &[u8]) {
-    eventually("a client is served", || {
-        let client = TcpStream::connect(("127.0.0.1", port));
-        client
-            .and_then(|client| ask(client, bytes))
-            .is_ok_and(|answer| answer == bytes)
-    });
-}
+    use hvsock::Listener;
+    use hvsock::proxy::ForwardState;
 
-#[cfg(target_os = "linux")]
-#[test]
-fn a_listener_that_is_shut_down_from_outside_is_bound_again() {
-    let dir = private_dir();
-    let vm = Vm::builder(dir.path()).guest(7, Service::Echo);
-    let _vm = vm.start().unwrap();
-    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 7));
-    let port = port_of(&proxy, 0);
-    let mut stays = tcp(port);
-    stays.write_all(b"a").unwrap();
-    stays.read_exact(&mut [0]).unwrap();
-    for _ in 0..20 {
-        shut_down_listener(port);
-        served(port, b"again");
-        eventually("status knows", || {
-            proxy.forwards()[0].state == ForwardState::Listening
+    use super::*;
+
+    /// Shuts down the listener of this process on that port, as `ss -K` does.
+    fn shut_down_listener(port: u16) {
+        let sockets = fs::read_to_string("/proc/self/net/tcp").unwrap();
+        let listener = sockets.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let listens = fields[3] == "0A" && fields[1].ends_with(&format!(":{port:04X}"));
+            listens.then(|| format!("socket:[{}]", fields[9]))
+        });
+        let listener = listener.unwrap();
+        let is_it = |fd: &fs::DirEntry| {
+            fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == listener.as_str())
+        };
+        let mut fds = fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let fd = fds.find(is_it).unwrap().file_name();
+        let fd = fd.to_str().unwrap().parse().unwrap();
+        nix::sys::socket::shutdown(fd, nix::sys::socket::Shutdown::Both).unwrap();
+    }
+
+    /// A client that comes until it is served.
+    fn served(port: u16, bytes: &[u8]) {
+        eventually("a client is served", || {
+            let client = TcpStream::connect(("127.0.0.1", port));
+            client
+                .and_then(|client| ask(client, bytes))
+                .is_ok_and(|answer| answer == bytes)
         });
     }
-    stays.write_all(b"b").unwrap();
-    stays.read_exact(&mut [0]).unwrap();
-}
 
-#[cfg(target_os = "linux")]
-#[test]
-fn a_passed_socket_that_its_owner_shuts_down_is_told_of_and_never_spins() {
-    let dir = private_dir();
-    let path = dir.path().join("s");
-    let owned = UnixListener::bind(&path).unwrap();
-    let mut config = config(vec![Rule::new(unix(&path), unix(dir.path().join("t")))]);
-    let passed = OwnedFd::from(owned.try_clone().unwrap());
-    config.listeners = vec![Listener::try_from(passed).unwrap()];
-    let proxy = Proxy::start(config).unwrap();
-    assert_eq!(proxy.forwards()[0].state, ForwardState::Listening);
-    nix::sys::socket::shutdown(owned.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap();
-    let is_lost = || matches!(proxy.forwards()[0].state, ForwardState::Lost { .. });
-    eventually("status knows", is_lost);
-    // Its address is free when the owner has gone.
-    drop(owned);
-    fs::remove_file(&path).unwrap();
-    let listens = || proxy.forwards()[0].state == ForwardState::Listening;
-    eventually("it is bound again", listens);
-    UnixStream::connect(&path).unwrap();
+    #[test]
+    fn a_listener_that_is_shut_down_from_outside_is_bound_again() {
+        let dir = private_dir();
+        let vm = Vm::builder(dir.path()).guest(7, Service::Echo);
+        let _vm = vm.start().unwrap();
+        let proxy = proxy(any_tcp(), hyperkit(dir.path(), 7));
+        let port = port_of(&proxy, 0);
+        let mut stays = tcp(port);
+        stays.write_all(b"a").unwrap();
+        stays.read_exact(&mut [0]).unwrap();
+        for _ in 0..20 {
+            shut_down_listener(port);
+            served(port, b"again");
+            eventually("status knows", || {
+                proxy.forwards()[0].state == ForwardState::Listening
+            });
+        }
+        stays.write_all(b"b").unwrap();
+        stays.read_exact(&mut [0]).unwrap();
+    }
+
+    #[test]
+    fn a_passed_socket_that_its_owner_shuts_down_is_told_of_and_never_spins() {
+        let dir = private_dir();
+        let path = dir.path().join("s");
+        let owned = UnixListener::bind(&path).unwrap();
+        let mut config = config(vec![Rule::new(unix(&path), unix(dir.path().join("t")))]);
+        let passed = OwnedFd::from(owned.try_clone().unwrap());
+        config.listeners = vec![Listener::try_from(passed).unwrap()];
+        let proxy = Proxy::start(config).unwrap();
+        assert_eq!(proxy.forwards()[0].state, ForwardState::Listening);
+        nix::sys::socket::shutdown(owned.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap();
+        let is_lost = || matches!(proxy.forwards()[0].state, ForwardState::Lost { .. });
+        eventually("status knows", is_lost);
+        // Its address is free when the owner has gone.
+        drop(owned);
+        fs::remove_file(&path).unwrap();
+        let listens = || proxy.forwards()[0].state == ForwardState::Listening;
+        eventually("it is bound again", listens);
+        UnixStream::connect(&path).unwrap();
+    }
 }
 
 #[test]

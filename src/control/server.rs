@@ -558,7 +558,6 @@ async fn read(stream: &mut UnixStream) -> std::result::Result<Request, NoRequest
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::io::{Read, Write};
     use std::sync::mpsc::channel;
 
     use super::*;
@@ -580,54 +579,63 @@ mod tests {
         }
     }
 
-    /// The metrics at an address (which also clients of this process may have), and what listens there.
-    fn start(address: &Address, actions: Actions) -> (Server, Proxy, Arc<Listener>, Arc<Endpoint>) {
-        let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
-        let door = Door::open(Service::Metrics, address).unwrap();
-        let (listener, endpoint) = (door.listener.clone().unwrap(), Arc::clone(&door.endpoint));
-        let api = Api::new(proxy.handle(), actions, vec![Arc::clone(&endpoint)]);
-        let server = Server::start(vec![door], api).unwrap();
-        (server, proxy, listener, endpoint)
-    }
-
-    fn scrape(address: &Address) -> io::Result<String> {
-        let fail = |e: Error| io::Error::from(e.kind());
-        let mut stream = Stream::connect_timeout(address, PATIENCE).map_err(fail)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer)
-    }
-
-    fn eventually(what: &str, mut done: impl FnMut() -> bool) {
-        let end = Instant::now() + PATIENCE;
-        while !done() {
-            assert!(Instant::now() < end, "in vain: {what}");
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// By `ss -K`, or by another process that has it.
     #[cfg(target_os = "linux")]
-    #[test]
-    fn a_socket_that_is_shut_down_from_outside_is_bound_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let unix = format!("unix://{}", dir.path().join("s").display());
-        for address in ["tcp://127.0.0.1:0", &unix] {
-            let asked = address.parse().unwrap();
-            let (server, _proxy, listener, endpoint) = start(&asked, actions(|| ()));
-            assert!(scrape(&endpoint.address).unwrap().contains("200 OK"));
-            let socket = listener.as_socket();
-            let socket = socket2::SockRef::from(&socket);
-            socket.shutdown(Shutdown::Both).unwrap();
-            drop(listener);
-            eventually("it is served again", || {
-                scrape(&endpoint.address).is_ok_and(|answer| answer.contains("200 OK"))
-            });
-            assert!(endpoint.trouble().is_none());
-            drop(server);
-            assert!(scrape(&endpoint.address).is_err(), "{address}");
+    mod shut_down {
+        use std::io::{Read, Write};
+
+        use super::*;
+
+        /// The metrics at an address (which also clients of this process may have), and what listens there.
+        fn start(
+            address: &Address,
+            actions: Actions,
+        ) -> (Server, Proxy, Arc<Listener>, Arc<Endpoint>) {
+            let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
+            let door = Door::open(Service::Metrics, address).unwrap();
+            let (listener, endpoint) = (door.listener.clone().unwrap(), Arc::clone(&door.endpoint));
+            let api = Api::new(proxy.handle(), actions, vec![Arc::clone(&endpoint)]);
+            let server = Server::start(vec![door], api).unwrap();
+            (server, proxy, listener, endpoint)
+        }
+
+        fn scrape(address: &Address) -> io::Result<String> {
+            let fail = |e: Error| io::Error::from(e.kind());
+            let mut stream = Stream::connect_timeout(address, PATIENCE).map_err(fail)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        }
+
+        fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+            let end = Instant::now() + PATIENCE;
+            while !done() {
+                assert!(Instant::now() < end, "in vain: {what}");
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+
+        /// By `ss -K`, or by another process that has it.
+        #[test]
+        fn a_socket_that_is_shut_down_from_outside_is_bound_again() {
+            let dir = tempfile::tempdir().unwrap();
+            let unix = format!("unix://{}", dir.path().join("s").display());
+            for address in ["tcp://127.0.0.1:0", &unix] {
+                let asked = address.parse().unwrap();
+                let (server, _proxy, listener, endpoint) = start(&asked, actions(|| ()));
+                assert!(scrape(&endpoint.address).unwrap().contains("200 OK"));
+                let socket = listener.as_socket();
+                let socket = socket2::SockRef::from(&socket);
+                socket.shutdown(Shutdown::Both).unwrap();
+                drop(listener);
+                eventually("it is served again", || {
+                    scrape(&endpoint.address).is_ok_and(|answer| answer.contains("200 OK"))
+                });
+                assert!(endpoint.trouble().is_none());
+                drop(server);
+                assert!(scrape(&endpoint.address).is_err(), "{address}");
+            }
         }
     }
 
