@@ -8,7 +8,7 @@ pub(crate) fn line(text: &str) -> Cow<'_, str> {
     escape(text, |c| c.escape_default().to_string())
 }
 
-/// As [`line`], but newlines and tabs stay: for a text of many lines, in which names were escaped
+/// As [`line()`], but newlines and tabs stay: for a text of many lines, in which names were escaped
 /// before.
 pub(crate) fn text(text: &str) -> Cow<'_, str> {
     escape(text, |c| match c {

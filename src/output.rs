@@ -28,7 +28,7 @@ const STUCK: Duration = Duration::from_millis(500);
 /// How long a reader that does read may take for all that is left at the end.
 const LAST: Duration = Duration::from_secs(2);
 
-/// Standard output. What was asked for is written by [`print`] instead.
+/// Standard output. What was asked for is written by [`print()`] instead.
 pub(crate) static OUT: LossyWriter = LossyWriter::new("hvsock-stdout", sys::write_output, notice);
 
 /// Standard error: the log, and what people should know.
