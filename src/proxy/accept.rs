@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::listener::nonblocking::{has_client_left, is_broken};
 use crate::name::SocketName;
@@ -253,7 +253,7 @@ impl<W: World> Worker<W> {
                 Ok((stream, peer)) => {
                     listening.unblock();
                     let forward = Arc::clone(&listening.forward);
-                    tracing::debug!(listen = %forward.rule.listen, ?peer, "accepted");
+                    debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
                     self.shared.begins(&forward);
                     self.hand_over(stream, peer, forward, ticket, now);
@@ -279,11 +279,10 @@ impl<W: World> Worker<W> {
         let forward = Arc::clone(&listening.forward);
         listening.ready = false;
         listening.set_obstacle(Obstacle::Lost, &"its listener was shut down", now);
-        if !listening.lost {
+        if listening.complaints.admit("shut down", now).is_some() {
             let listen = &forward.rule.listen;
-            warn!("the listener on {listen} was shut down by another program; it is bound again");
+            warn!("the listener on {listen} was shut down from outside; binding it again");
         }
-        listening.lost = true;
         if let Some(old) = listening.listener.take()
             && self.phase == Phase::Running
         {
@@ -441,10 +440,7 @@ impl<W: World> Worker<W> {
             }
             Found::Bound(mut listener) => {
                 // The old one first, who waits there before that.
-                let why = match listening.listener {
-                    Some(_) => "its file had been removed",
-                    None => "it had been shut down",
-                };
+                let was_shut_down = listening.listener.is_none();
                 self.accept_waiting(of.token, now);
                 let listening = &mut self.listeners[of.token];
                 if let Some(old) = listening.listener.take() {
@@ -456,7 +452,13 @@ impl<W: World> Worker<W> {
                     error!("cannot watch {listen}: {e}");
                     return;
                 }
-                info!("made {listen} again: {why}");
+                let listening = &mut self.listeners[of.token];
+                match was_shut_down {
+                    false => info!("made {listen} again: its file had been removed"),
+                    // That it was shut down was told; it may be so again and again.
+                    true if !listening.lost => debug!("listening on {listen} again"),
+                    true => info!("listening on {listen} again"),
+                }
                 self.note_listener(&listener, of.forward);
                 let listening = &mut self.listeners[of.token];
                 listening.listener = Some(listener);
@@ -465,8 +467,12 @@ impl<W: World> Worker<W> {
             }
             Found::Failed(e) => {
                 listening.set_obstacle(Obstacle::Lost, &e, now);
+                let what = match listening.listener {
+                    Some(_) => "has been removed, and it can't be made again yet",
+                    None => "can't be bound again yet",
+                };
                 if !std::mem::replace(&mut listening.lost, true) {
-                    error!("{listen} has been removed, and it can't be made again yet: {e}");
+                    error!("{listen} {what}: {e}");
                 }
             }
         }

@@ -4,6 +4,7 @@
 //! so what it is asked for; traffic flows, and a signal ends the process.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
@@ -22,7 +23,12 @@ impl Housekeeper {
     /// There is none to be had.
     pub(crate) fn start() -> io::Result<Housekeeper> {
         let (jobs, given) = channel::<Job>();
-        let run = move || given.into_iter().for_each(|job| job());
+        // One that panics takes nothing from those behind it; the panic was told.
+        let run = move || {
+            for job in given {
+                let _ = catch_unwind(AssertUnwindSafe(job));
+            }
+        };
         let thread = std::thread::Builder::new().name("hvsock-housekeeper".to_owned());
         thread.spawn(run)?;
         Ok(Housekeeper { jobs })
