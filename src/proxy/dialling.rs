@@ -16,11 +16,11 @@ use super::conn::{Conn, Held, Leave, State};
 use super::counters::Reason;
 use super::forward::Forward;
 use super::gate::{Full, Gate, Ticket};
-use super::loops::Route;
+use super::loops::{Mark, Route};
 use super::observer::What;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
-use super::world::{World, mark_of};
+use super::world::World;
 
 /// How long a client is held before its target is dialled again, doubled with each time up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -85,7 +85,7 @@ impl<W: World> Worker<W> {
             return true;
         };
         let forward = conn.forward.id;
-        let Some(client) = mark_of(conn.peer) else {
+        let Some(client) = Mark::of(conn.peer) else {
             let State::Waiting { client, .. } = &conn.state else {
                 return true;
             };

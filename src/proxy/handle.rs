@@ -13,11 +13,11 @@ use crate::sys;
 
 use super::VmLimits;
 use super::forward::{Forward, Rule};
+use super::mio_world::MioWorld;
 use super::observer::ConnectionId;
 use super::rules::Binder;
 use super::status::ForwardStatus;
 use super::worker::{Command, Shared, Wanted};
-use super::world::MioWorld;
 
 /// Which forward of a proxy is meant. No two of one proxy are the same, also after one was removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

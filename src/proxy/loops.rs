@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use crate::address::{Address, Host, TcpAddress};
 #[cfg(unix)]
 use crate::listener;
+use crate::name::SocketName;
 use crate::stream::nonblocking::Endpoint;
 
 use super::forbidden;
@@ -135,6 +136,15 @@ pub(crate) enum Mark {
 }
 
 impl Mark {
+    /// By what the other end knows a socket of that name, if it does.
+    pub(super) fn of(name: SocketName) -> Option<Mark> {
+        match name {
+            SocketName::Tcp(address) => Some(Mark::Tcp(address)),
+            SocketName::Vsock(name) => Some(Mark::Vsock(name.port.0)),
+            _ => None,
+        }
+    }
+
     /// As it is at both ends, of which one may speak IPv6 and the other IPv4.
     fn canonical(self) -> Mark {
         match self {

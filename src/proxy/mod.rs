@@ -46,6 +46,7 @@ mod handle;
 mod housekeeper;
 mod leaving;
 mod loops;
+mod mio_world;
 mod observer;
 mod presence;
 mod probing;
@@ -77,10 +78,10 @@ use descriptors::Descriptors;
 use gate::GateLimits;
 use handle::too_few_descriptors;
 use housekeeper::Housekeeper;
+use mio_world::MioWorld;
 use rules::Binder;
 pub(crate) use rules::all_are_wanted;
 use worker::{Command, Inbox, Shared, Worker};
-use world::MioWorld;
 
 pub use counters::{Counters, Refusals, TimedOut};
 #[cfg(feature = "cli")]

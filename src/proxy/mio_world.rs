@@ -1,0 +1,522 @@
+//! The world as it is: mio's poller, the kernel's sockets, the monotonic clock, and a housekeeper for what may block.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use mio::event::Source;
+use mio::{Events, Interest, Poll, Token, Waker};
+
+use crate::address::{Address, HyperkitVm};
+use crate::dial;
+use crate::error::{Error, Operation};
+use crate::hyperkit;
+use crate::listener::nonblocking::{FileState, Listener};
+use crate::name::SocketName;
+use crate::relay::Readiness;
+use crate::stream;
+use crate::stream::nonblocking::{Endpoint, Stream};
+use crate::sys::{self, Identity};
+
+use super::bridge::{Bridge, Ended, Order, Progress};
+use super::crossing::{self, Crossings};
+use super::forward::{Forward, Rule};
+use super::gate::Gate;
+use super::housekeeper::Housekeeper;
+use super::loops::Mark;
+use super::presence::Sign;
+use super::worker::Wanted;
+use super::world::{Event, Found, ListenerId, World};
+
+/// Token of the waker.
+const WAKER: Token = Token(usize::MAX);
+
+/// kevent takes no timeout above 100,000,000 seconds.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// How long peers of pipes, and those behind crossings, may take at the very end to get what was written to them.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// How long it may take at the very end to remove the files of sockets. A file system that hangs keeps nobody longer.
+const LAST_FILES: Duration = Duration::from_secs(1);
+
+/// How many events one call of the poller takes.
+const EVENTS: usize = 1024;
+
+/// How often one wait calls the poller at most: a bound of its work. What is left then comes with the next wait.
+const WAITS: usize = 16;
+
+/// What is to be told of a stream: of urgent data too, where a poller knows it.
+fn interest() -> Interest {
+    let both = Interest::READABLE | Interest::WRITABLE;
+    #[cfg(target_os = "linux")]
+    let both = both | Interest::PRIORITY;
+    both
+}
+
+/// What other threads have to tell.
+#[derive(Debug)]
+enum News {
+    /// What was found for a name.
+    Found(String, io::Result<Vec<SocketAddr>>),
+    Event(Event<Stream, Listener>),
+}
+
+/// Takes the news of other threads, and wakes the loop for them.
+#[derive(Debug)]
+struct Bell {
+    news: Mutex<Vec<News>>,
+    waker: Arc<Waker>,
+}
+
+impl Bell {
+    fn ring(&self, news: News) {
+        self.news().push(news);
+        // The loop is gone if it can't be woken.
+        let _ = self.waker.wake();
+    }
+
+    fn news(&self) -> MutexGuard<'_, Vec<News>> {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The real world: mio, the kernel's sockets, the monotonic clock.
+#[derive(Debug)]
+pub(crate) struct MioWorld {
+    poll: Poll,
+    events: Events,
+    bell: Arc<Bell>,
+    /// Who waits for the addresses of each name that is being asked for, and with which port.
+    asking: HashMap<String, Vec<(usize, u16)>>,
+    /// Those that have not told of their end.
+    bridges: HashMap<usize, Bridge>,
+    crossings: Arc<Crossings>,
+    housekeeper: Housekeeper,
+}
+
+impl MioWorld {
+    pub(crate) fn new(housekeeper: Housekeeper) -> io::Result<MioWorld> {
+        let poll = Poll::new()?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+        let events = Events::with_capacity(EVENTS);
+        let news = Mutex::default();
+        Ok(MioWorld {
+            poll,
+            events,
+            bell: Arc::new(Bell { news, waker }),
+            asking: HashMap::new(),
+            bridges: HashMap::new(),
+            crossings: Arc::default(),
+            housekeeper,
+        })
+    }
+
+    /// Has the housekeeper do something, and the loop hear what has come of it.
+    fn ask_housekeeper(&self, job: impl FnOnce() -> Event<Stream, Listener> + Send + 'static) {
+        let bell = Arc::clone(&self.bell);
+        self.housekeeper.run(move || bell.ring(News::Event(job())));
+    }
+
+    /// Ends a [`wait`](World::wait) from another thread.
+    pub(crate) fn waker(&self) -> Arc<Waker> {
+        Arc::clone(&self.bell.waker)
+    }
+
+    /// Asks for the addresses of `host` on a thread of its own: `getaddrinfo` blocks and has no other form, and a name
+    /// whose server is silent must not keep the others waiting. There is one thread a name at most.
+    fn ask(&self, host: &str) -> io::Result<()> {
+        let bell = Arc::clone(&self.bell);
+        let host = host.to_owned();
+        let ask = move || {
+            let found = (host.as_str(), 0).to_socket_addrs().map(Iterator::collect);
+            bell.ring(News::Found(host, found));
+        };
+        let thread = std::thread::Builder::new().name("hvsock-resolver".into());
+        thread.spawn(ask).map(drop)
+    }
+
+    /// Appends what the poller has told; how many events that were.
+    fn take_events(&self, events: &mut Vec<Event<Stream, Listener>>) -> usize {
+        let mut count = 0;
+        for event in &self.events {
+            count += 1;
+            if event.token() == WAKER {
+                continue;
+            }
+            let failed = event.is_error();
+            let readiness = Readiness {
+                readable: event.is_readable() || event.is_read_closed() || failed,
+                writable: event.is_writable() || event.is_write_closed() || failed,
+                failed,
+                hidden: failed || event.is_read_closed(),
+                urgent: event.is_priority(),
+            };
+            events.push(Event::Ready {
+                token: event.token().0,
+                readiness,
+            });
+        }
+        count
+    }
+
+    /// Tells who waited for a name what was found.
+    fn tell(
+        &mut self,
+        host: &str,
+        found: &io::Result<Vec<SocketAddr>>,
+        events: &mut Vec<Event<Stream, Listener>>,
+    ) {
+        for (token, port) in self.asking.remove(host).unwrap_or_default() {
+            let addresses = match found {
+                Ok(found) => {
+                    let with_port = |address: &SocketAddr| SocketAddr::new(address.ip(), port);
+                    Ok(found.iter().map(with_port).collect())
+                }
+                Err(e) => Err(io::Error::new(e.kind(), e.to_string())),
+            };
+            events.push(Event::Resolved { token, addresses });
+        }
+    }
+}
+
+impl Drop for MioWorld {
+    fn drop(&mut self) {
+        self.housekeeper.finish(LAST_FILES);
+        self.crossings.wait(LAST_WORDS);
+        // What was written to a pipe and not taken yet goes out as long as its poller lives.
+        #[cfg(windows)]
+        sys::wait_for_last_words(LAST_WORDS);
+    }
+}
+
+/// By what the VM behind a state directory is known now; `None` if there is none.
+fn sign_of(vm: &HyperkitVm) -> Option<Sign> {
+    // A VM with `guest_forwards` alone has no `connect` socket.
+    let of = |path: PathBuf| Identity::of(&path).ok();
+    let socket = of(vm.connect_path()).map(Sign::Socket);
+    socket.or_else(|| of(vm.pid_path()).map(Sign::PidFile))
+}
+
+fn bind(address: &Address, mode: u32) -> Found<Listener> {
+    match Listener::bind(address, mode) {
+        Ok(listener) => Found::Bound(listener),
+        Err(error) => Found::Failed(error),
+    }
+}
+
+/// A bridge of a forward, as its world knows it.
+struct Carried {
+    token: usize,
+    forward: Arc<Forward>,
+    drain: Duration,
+    bell: Arc<Bell>,
+}
+
+impl Order for Carried {
+    fn delivered(&self, side: usize, bytes: u64) {
+        self.forward.tally.delivered(side, bytes);
+    }
+
+    fn drain(&self, side: usize) -> Option<Duration> {
+        (self.forward.is_blocking(side) || self.forward.is_polite(side)).then_some(self.drain)
+    }
+
+    fn ended(&self, ended: Ended) {
+        let token = self.token;
+        self.bell.ring(News::Event(Event::Bridged { token, ended }));
+    }
+}
+
+impl World for MioWorld {
+    type Stream = Stream;
+    type Listener = Listener;
+
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn wait(
+        &mut self,
+        events: &mut Vec<Event<Stream, Listener>>,
+        timeout: Option<Duration>,
+    ) -> io::Result<()> {
+        // As with the inbox: news may be there although their wake-up was lost.
+        let told = !self.bell.news().is_empty();
+        let timeout = match timeout {
+            _ if told => Some(Duration::ZERO),
+            timeout => timeout.map(|timeout| timeout.min(LONGEST_WAIT)),
+        };
+        let mut timeout = timeout;
+        for _ in 0..WAITS {
+            match self.poll.poll(&mut self.events, timeout) {
+                // SIGCONT interrupts, and what has come meanwhile was not fetched.
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+                Ok(()) if self.take_events(events) < EVENTS => break,
+                Ok(()) => {}
+            }
+            timeout = Some(Duration::ZERO);
+        }
+        let news = std::mem::take(&mut *self.bell.news());
+        for news in news {
+            match news {
+                News::Found(host, found) => self.tell(&host, &found, events),
+                News::Event(event) => {
+                    if let Event::Bridged { token, .. } = &event {
+                        self.bridges.remove(token);
+                    }
+                    events.push(event);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn watch_listener(&mut self, listener: &mut Listener, token: usize) -> io::Result<()> {
+        let bell = Arc::clone(&self.bell);
+        let tell = move || {
+            let readiness = Readiness {
+                readable: true,
+                ..Readiness::default()
+            };
+            bell.ring(News::Event(Event::Ready { token, readiness }));
+        };
+        listener.watch(self.poll.registry(), Token(token), tell)
+    }
+
+    fn accept(&mut self, listener: &Listener) -> io::Result<(Stream, SocketName)> {
+        listener.accept()
+    }
+
+    fn check_file(&mut self, listener: &Listener, of: ListenerId, rule: &Rule) -> bool {
+        let Some(file) = listener.file() else {
+            return false;
+        };
+        let (address, mode) = (rule.listen.clone(), rule.mode);
+        self.ask_housekeeper(move || {
+            let found = match file.state() {
+                FileState::Ours => Found::Ours,
+                FileState::Taken => Found::Taken,
+                FileState::Missing => bind(&address, mode),
+            };
+            Event::Listener { of, found }
+        });
+        true
+    }
+
+    fn bind_again(&mut self, old: Option<Listener>, of: ListenerId, rule: &Rule) {
+        let old = old.map(|mut old| {
+            let _ = old.unwatch(self.poll.registry());
+            old
+        });
+        let (address, mode) = (rule.listen.clone(), rule.mode);
+        let has_file = address.has_file();
+        let again = move || {
+            drop(old);
+            let found = bind(&address, mode);
+            Event::Listener { of, found }
+        };
+        match has_file {
+            true => self.ask_housekeeper(again),
+            // At once: until then its clients are refused.
+            false => self.bell.ring(News::Event(again())),
+        }
+    }
+
+    fn set_mode(
+        &mut self,
+        listener: &Listener,
+        mode: u32,
+        wanted: Wanted,
+        done: Sender<io::Result<()>>,
+    ) {
+        let file = listener.file();
+        self.housekeeper.run(move || {
+            if wanted.begin() {
+                let _ = done.send(file.map_or(Ok(()), |file| file.set_mode(mode)));
+            }
+        });
+    }
+
+    fn close_listener(&mut self, mut listener: Listener, done: Option<Sender<()>>) {
+        let _ = listener.unwatch(self.poll.registry());
+        let has_file = listener.file().is_some();
+        let close = move || {
+            drop(listener);
+            // Who asked may have given up.
+            done.map(|done| done.send(()));
+        };
+        match has_file {
+            true => self.housekeeper.run(close),
+            false => close(),
+        }
+    }
+
+    /// A path is looked up to connect to it, for connect(2) has no other form; and once more to know who is there.
+    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<Sign>)> {
+        let stream = Stream::connect(endpoint)?;
+        let sign = match endpoint {
+            Endpoint::Hyperkit(hyperkit) => sign_of(&hyperkit.vm),
+            _ => None,
+        };
+        Ok((stream, sign))
+    }
+
+    fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
+        if !dial::wants_look(address, &error) {
+            return Some(dial::explain(address, error));
+        }
+        let address = address.clone();
+        self.ask_housekeeper(move || {
+            let error = dial::explain(&address, error);
+            Event::Explained { token, error }
+        });
+        None
+    }
+
+    fn mark_of_listener(&mut self, listener: &Listener) -> Option<Mark> {
+        match listener.bound_name() {
+            Some(name) => Some(Mark::Unix(name)),
+            None => Mark::of(listener.local_addr().ok()?),
+        }
+    }
+
+    fn mark_of_end(&mut self, stream: &Stream) -> Option<Mark> {
+        Mark::of(stream.local_addr().ok()?)
+    }
+
+    fn mark_of_peer(&mut self, stream: &Stream) -> Option<Mark> {
+        stream.peer_name().map(Mark::Unix)
+    }
+
+    fn is_from_us(&mut self, stream: &Stream) -> bool {
+        stream.is_from_us()
+    }
+
+    fn connected(&mut self, stream: &Stream) -> io::Result<bool> {
+        stream.connected()
+    }
+
+    fn watch(&mut self, stream: &mut Stream, token: usize) -> io::Result<()> {
+        self.poll
+            .registry()
+            .register(stream, Token(token), interest())
+    }
+
+    fn shutdown_read(&mut self, stream: &Stream) {
+        stream.shutdown_read();
+    }
+
+    fn unacknowledged(&mut self, stream: &Stream) -> usize {
+        stream.unacknowledged()
+    }
+
+    fn close(&mut self, mut stream: Stream) {
+        // epoll and kqueue forget a descriptor that is closed and was never dup'ed; mio's emulations must be told.
+        if !sys::KERNEL_EDGES {
+            let _ = stream.deregister(self.poll.registry());
+        }
+        stream.close();
+    }
+
+    fn reset(&mut self, mut stream: Stream) {
+        if !sys::KERNEL_EDGES {
+            let _ = stream.deregister(self.poll.registry());
+        }
+        stream.reset();
+    }
+
+    fn resolve(&mut self, token: usize, host: &str, port: u16) {
+        if let Some(waiting) = self.asking.get_mut(host) {
+            waiting.push((token, port));
+            return;
+        }
+        self.asking.insert(host.to_owned(), vec![(token, port)]);
+        if let Err(e) = self.ask(host) {
+            self.bell.ring(News::Found(host.to_owned(), Err(e)));
+        }
+    }
+
+    fn has_peer_ended(&mut self, stream: &Stream) -> bool {
+        stream.has_peer_ended()
+    }
+
+    fn look_at_vm(&mut self, gate: &Arc<Gate>) {
+        let gate = Arc::clone(gate);
+        self.ask_housekeeper(move || {
+            let vm = gate.vm();
+            Event::VmSeen {
+                sign: sign_of(vm),
+                process: hyperkit::running_pid(&vm.state_dir),
+                gate,
+            }
+        });
+    }
+
+    fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
+        let bell = Arc::clone(&self.bell);
+        let target = address.clone();
+        let dial = move || {
+            let stream = stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking);
+            bell.ring(News::Event(Event::Dialled { token, stream }));
+        };
+        let thread = std::thread::Builder::new().name("hvsock-dial".into());
+        if let Err(e) = thread.spawn(dial) {
+            let stream = Err(Error::new(Operation::Connect, address, e));
+            self.bell
+                .ring(News::Event(Event::Dialled { token, stream }));
+        }
+    }
+
+    fn bridge(
+        &mut self,
+        token: usize,
+        streams: [Stream; 2],
+        forward: &Arc<Forward>,
+        drain: Duration,
+    ) -> io::Result<()> {
+        let [mut client, mut server] = streams;
+        for stream in [&mut client, &mut server] {
+            // What was never registered says so.
+            let _ = stream.deregister(self.poll.registry());
+        }
+        let client = stream::Stream::from_nonblocking(client, &forward.rule.listen);
+        let server = stream::Stream::from_nonblocking(server, &forward.rule.connect);
+        let (client, server) = match (client, server) {
+            (Ok(client), Ok(server)) => (client, server),
+            (Ok(whole), Err(e)) | (Err(e), Ok(whole)) => {
+                whole.abort();
+                return Err(e);
+            }
+            (Err(e), Err(_)) => return Err(e),
+        };
+        let order = Carried {
+            token,
+            forward: Arc::clone(forward),
+            drain,
+            bell: Arc::clone(&self.bell),
+        };
+        let bridge = Bridge::start([client, server], order)?;
+        self.bridges.insert(token, bridge);
+        Ok(())
+    }
+
+    fn cross(&mut self, side: usize, stream: &mut Stream, drain: Duration) -> io::Result<()> {
+        crossing::cross(side, stream, drain, &self.crossings)
+    }
+
+    fn bridged(&self, token: usize) -> Option<Progress> {
+        self.bridges.get(&token).map(Bridge::progress)
+    }
+
+    fn cut_bridge(&mut self, token: usize) {
+        if let Some(bridge) = self.bridges.get(&token) {
+            bridge.cut();
+        }
+    }
+}
