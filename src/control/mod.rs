@@ -37,6 +37,7 @@
 
 mod api;
 mod client;
+mod clients;
 mod http;
 mod metrics;
 mod model;

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
-use tokio::task::{AbortHandle, JoinHandle, JoinSet, spawn_blocking};
+use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
@@ -29,19 +29,9 @@ use crate::stream::{Stream, nonblocking};
 use crate::sys::{self, AsSocket};
 
 use super::api::{Api, CALLS_AT_A_TIME};
+use super::clients::{Client, Clients, Phase, lock, most_clients};
 use super::http::{Incoming, NoRequest, Progress, Request};
 use super::{Problem, place};
-
-/// Clients of one socket at a time, where there are descriptors enough.
-const MOST_CLIENTS: usize = 256;
-
-/// How many clients one socket has at a time: where descriptors are few they are for connections first.
-fn most_clients() -> usize {
-    let few = sys::descriptor_limit().map_or(usize::MAX, |limit| {
-        usize::try_from(limit / 16).unwrap_or(usize::MAX)
-    });
-    few.clamp(8, MOST_CLIENTS)
-}
 
 /// Returns how many descriptors the server of so many sockets needs: for their clients, themselves, and the runtime.
 pub(super) fn descriptors(sockets: usize) -> usize {
@@ -248,93 +238,6 @@ fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Re
     });
     // A call that hangs is not waited for.
     runtime.shutdown_background();
-}
-
-/// A client that is being served.
-#[derive(Debug)]
-struct Client(Mutex<(Phase, Instant)>);
-
-/// How far a client is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Phase {
-    /// Its request is awaited.
-    Asking,
-    /// It is to take its answer and go.
-    Hearing,
-    /// It waits for us.
-    Waiting,
-}
-
-impl Client {
-    fn new() -> Client {
-        Client(Mutex::new((Phase::Asking, Instant::now())))
-    }
-
-    fn begins(&self, phase: Phase) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (phase, Instant::now());
-    }
-
-    /// The less, the sooner it has to go: those who keep us waiting, the longest first, before those whom
-    /// we do.
-    fn right_to_stay(&self) -> (bool, Instant) {
-        let (phase, since) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (phase == Phase::Waiting, since)
-    }
-
-    fn has_asked(&self) -> bool {
-        let (phase, _) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        phase != Phase::Asking
-    }
-}
-
-/// The clients of one socket.
-#[derive(Debug)]
-struct Clients {
-    tasks: JoinSet<()>,
-    served: Vec<(Arc<Client>, AbortHandle)>,
-    most: usize,
-}
-
-fn lock(clients: &Mutex<Clients>) -> MutexGuard<'_, Clients> {
-    clients.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Clients {
-    fn new() -> Clients {
-        Clients {
-            tasks: JoinSet::new(),
-            served: Vec::new(),
-            most: most_clients(),
-        }
-    }
-
-    /// Takes in a client, and puts one out for it if there are too many.
-    fn admit(&mut self, client: &Arc<Client>, task: impl Future<Output = ()> + Send + 'static) {
-        while self.tasks.try_join_next().is_some() {}
-        self.served.retain(|(_, task)| !task.is_finished());
-        if self.served.len() >= self.most {
-            self.put_out_one();
-        }
-        let task = self.tasks.spawn(task);
-        self.served.push((Arc::clone(client), task));
-    }
-
-    fn put_out_one(&mut self) {
-        let all = self.served.iter().enumerate();
-        let first = all.min_by_key(|(_, (client, _))| client.right_to_stay());
-        if let Some((index, _)) = first {
-            let (_, task) = self.served.swap_remove(index);
-            task.abort();
-        }
-    }
-
-    fn put_out_who_has_not_asked(&mut self) {
-        for (client, task) in &self.served {
-            if !client.has_asked() {
-                task.abort();
-            }
-        }
-    }
 }
 
 /// Who takes a socket's clients in, and looks after the socket.
@@ -693,42 +596,5 @@ mod tests {
         begun.recv_timeout(Duration::from_millis(100)).unwrap_err();
         runtime.shutdown_background();
         proxy.wait().unwrap();
-    }
-
-    #[test]
-    fn who_keeps_us_waiting_longest_goes_first_and_who_waits_for_us_last() {
-        let runtime = tokio::runtime::Builder::new_current_thread().build();
-        runtime.unwrap().block_on(async {
-            let mut clients = Clients::new();
-            clients.most = 3;
-            let come = |clients: &mut Clients, phase| {
-                let client = Arc::new(Client::new());
-                client.begins(phase);
-                clients.admit(&client, std::future::pending());
-                client
-            };
-            let is_there = |clients: &Clients, client| {
-                let mut all = clients.served.iter();
-                all.any(|(it, _)| Arc::ptr_eq(it, client))
-            };
-            let served = come(&mut clients, Phase::Waiting);
-            let silent = come(&mut clients, Phase::Asking);
-            let hearing = come(&mut clients, Phase::Hearing);
-            let second = come(&mut clients, Phase::Waiting);
-            assert!(!is_there(&clients, &silent) && is_there(&clients, &hearing));
-            let third = come(&mut clients, Phase::Waiting);
-            assert!(!is_there(&clients, &hearing) && is_there(&clients, &served));
-            // All wait for us: the one for whom it has been longest.
-            let last = come(&mut clients, Phase::Asking);
-            assert!(!is_there(&clients, &served));
-            for client in [&second, &third, &last] {
-                assert!(is_there(&clients, client));
-            }
-            // Who has been served makes room by that.
-            clients.served[0].1.abort();
-            tokio::task::yield_now().await;
-            come(&mut clients, Phase::Asking);
-            assert!(is_there(&clients, &last) && clients.served.len() == 3);
-        });
     }
 }

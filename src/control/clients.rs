@@ -1,0 +1,153 @@
+//! The clients of a socket of the control interface: how many there are, and which has to go for a newcomer.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio::task::{AbortHandle, JoinSet};
+
+use crate::sys;
+
+/// Clients of one socket at a time, where there are descriptors enough.
+const MOST_CLIENTS: usize = 256;
+
+/// How many clients one socket has at a time: where descriptors are few they are for connections first.
+pub(super) fn most_clients() -> usize {
+    let few = sys::descriptor_limit().map_or(usize::MAX, |limit| {
+        usize::try_from(limit / 16).unwrap_or(usize::MAX)
+    });
+    few.clamp(8, MOST_CLIENTS)
+}
+
+/// A client that is being served.
+#[derive(Debug)]
+pub(super) struct Client(Mutex<(Phase, Instant)>);
+
+/// How far a client is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Phase {
+    /// Its request is awaited.
+    Asking,
+    /// It is to take its answer and go.
+    Hearing,
+    /// It waits for us.
+    Waiting,
+}
+
+impl Client {
+    pub(super) fn new() -> Client {
+        Client(Mutex::new((Phase::Asking, Instant::now())))
+    }
+
+    pub(super) fn begins(&self, phase: Phase) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (phase, Instant::now());
+    }
+
+    /// The less, the sooner it has to go: those who keep us waiting, the longest first, before those whom
+    /// we do.
+    fn right_to_stay(&self) -> (bool, Instant) {
+        let (phase, since) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (phase == Phase::Waiting, since)
+    }
+
+    fn has_asked(&self) -> bool {
+        let (phase, _) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        phase != Phase::Asking
+    }
+}
+
+/// The clients of one socket.
+#[derive(Debug)]
+pub(super) struct Clients {
+    pub(super) tasks: JoinSet<()>,
+    served: Vec<(Arc<Client>, AbortHandle)>,
+    most: usize,
+}
+
+pub(super) fn lock(clients: &Mutex<Clients>) -> MutexGuard<'_, Clients> {
+    clients.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Clients {
+    pub(super) fn new() -> Clients {
+        Clients {
+            tasks: JoinSet::new(),
+            served: Vec::new(),
+            most: most_clients(),
+        }
+    }
+
+    /// Takes in a client, and puts one out for it if there are too many.
+    pub(super) fn admit(
+        &mut self,
+        client: &Arc<Client>,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        while self.tasks.try_join_next().is_some() {}
+        self.served.retain(|(_, task)| !task.is_finished());
+        if self.served.len() >= self.most {
+            self.put_out_one();
+        }
+        let task = self.tasks.spawn(task);
+        self.served.push((Arc::clone(client), task));
+    }
+
+    pub(super) fn put_out_one(&mut self) {
+        let all = self.served.iter().enumerate();
+        let first = all.min_by_key(|(_, (client, _))| client.right_to_stay());
+        if let Some((index, _)) = first {
+            let (_, task) = self.served.swap_remove(index);
+            task.abort();
+        }
+    }
+
+    pub(super) fn put_out_who_has_not_asked(&mut self) {
+        for (client, task) in &self.served {
+            if !client.has_asked() {
+                task.abort();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_keeps_us_waiting_longest_goes_first_and_who_waits_for_us_last() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        runtime.unwrap().block_on(async {
+            let mut clients = Clients::new();
+            clients.most = 3;
+            let come = |clients: &mut Clients, phase| {
+                let client = Arc::new(Client::new());
+                client.begins(phase);
+                clients.admit(&client, std::future::pending());
+                client
+            };
+            let is_there = |clients: &Clients, client| {
+                let mut all = clients.served.iter();
+                all.any(|(it, _)| Arc::ptr_eq(it, client))
+            };
+            let served = come(&mut clients, Phase::Waiting);
+            let silent = come(&mut clients, Phase::Asking);
+            let hearing = come(&mut clients, Phase::Hearing);
+            let second = come(&mut clients, Phase::Waiting);
+            assert!(!is_there(&clients, &silent) && is_there(&clients, &hearing));
+            let third = come(&mut clients, Phase::Waiting);
+            assert!(!is_there(&clients, &hearing) && is_there(&clients, &served));
+            // All wait for us: the one for whom it has been longest.
+            let last = come(&mut clients, Phase::Asking);
+            assert!(!is_there(&clients, &served));
+            for client in [&second, &third, &last] {
+                assert!(is_there(&clients, client));
+            }
+            // Who has been served makes room by that.
+            clients.served[0].1.abort();
+            tokio::task::yield_now().await;
+            come(&mut clients, Phase::Asking);
+            assert!(is_there(&clients, &last) && clients.served.len() == 3);
+        });
+    }
+}
