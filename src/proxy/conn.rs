@@ -329,8 +329,12 @@ impl<W: World> Worker<W> {
             }
         }
         // A VM that dies ends its connections with an EOF, and a peer that can be told so is to know that it broke off.
+        // Of a process that has gone already nothing can be learnt later: another serves in its place.
         for side in [CLIENT, SERVER] {
-            if conn.forward.is_polite(side) && conn.forward.can_reset(1 - side) {
+            if conn.forward.is_polite(side)
+                && conn.forward.can_reset(1 - side)
+                && !self.world.has_peer_ended(&pair.ends[side].socket)
+            {
                 pair.doubt_end(side);
             }
         }

@@ -16,7 +16,7 @@ use super::conn::{Conn, Held, Leave, State};
 use super::counters::Reason;
 use super::forward::Forward;
 use super::gate::{Full, Gate, Ticket};
-use super::loops::{Mark, Route};
+use super::loops::{Ends, Route};
 use super::observer::What;
 use super::table::Id;
 use super::worker::{Phase, Worker, after};
@@ -85,15 +85,17 @@ impl<W: World> Worker<W> {
             return true;
         };
         let forward = conn.forward.id;
-        let Some(client) = Mark::of(conn.peer) else {
-            let State::Waiting { client, .. } = &conn.state else {
-                return true;
-            };
+        let State::Waiting { client, .. } = &conn.state else {
+            return true;
+        };
+        if conn.peer == SocketName::Unnamed {
             let is_ours = || self.world.is_from_us(&client.socket);
             return self.shared.routes.accepted_from_us(forward, is_ours, now);
-        };
+        }
+        let peer = conn.peer;
+        let ends = || Ends::accepted(self.world.name_of(&client.socket)?, peer);
         let mut route = Route::default();
-        let goes_on = self.shared.routes.accepted(client, forward, &mut route);
+        let goes_on = self.shared.routes.accepted(ends, forward, &mut route);
         conn.route = route.kept();
         goes_on
     }
@@ -114,8 +116,9 @@ impl<W: World> Worker<W> {
         let mut route = conn.route.take().map(|it| *it).unwrap_or_default();
         let goes_on = match endpoint {
             Endpoint::Tcp(_) | Endpoint::Vsock(_) => {
-                if let Some(mark) = self.world.mark_of_end(&server.socket) {
-                    routes.dialled(forward, mark, &mut route);
+                let here = self.world.name_of(&server.socket);
+                if let Some(ends) = here.and_then(|here| Ends::dialled(here, endpoint)) {
+                    routes.dialled(forward, ends, &mut route);
                 }
                 true
             }

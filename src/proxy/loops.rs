@@ -89,12 +89,7 @@ fn reaches(target: &Address, listen: &Address) -> bool {
 
 fn reaches_tcp(target: &TcpAddress, listen: &TcpAddress) -> bool {
     let any_reaches = |target: IpAddr, listen: IpAddr| {
-        // To connect to the unspecified address is to connect to the loopback one.
-        let target = match target {
-            IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-            ip => ip,
-        };
+        let target = specified(target);
         match listen {
             _ if target == listen => true,
             // [::] takes those of IPv4, too.
@@ -124,7 +119,7 @@ fn addresses(host: &Host) -> Vec<IpAddr> {
     }
 }
 
-/// By what one end of a connection on this machine is known at the other.
+/// Where a listener of ours is, as those who connect to it know it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Mark {
     Tcp(SocketAddr),
@@ -136,7 +131,7 @@ pub(crate) enum Mark {
 }
 
 impl Mark {
-    /// By what the other end knows a socket of that name, if it does.
+    /// That of a listener of this name, if it has one.
     pub(super) fn of(name: SocketName) -> Option<Mark> {
         match name {
             SocketName::Tcp(address) => Some(Mark::Tcp(address)),
@@ -144,23 +139,73 @@ impl Mark {
             _ => None,
         }
     }
+}
 
-    /// As it is at both ends, of which one may speak IPv6 and the other IPv4.
-    fn canonical(self) -> Mark {
-        match self {
-            Mark::Tcp(address) => {
-                Mark::Tcp(SocketAddr::new(address.ip().to_canonical(), address.port()))
-            }
-            other => other,
+/// A connection of this machine with itself, as both its ends know it. (One end alone would not do: the kernel gives one
+/// port to several connections that lead to different places.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Ends {
+    Tcp {
+        dialling: SocketAddr,
+        listening: SocketAddr,
+    },
+    /// The ports of AF_VSOCK sockets.
+    Vsock { dialling: u32, listening: u32 },
+}
+
+impl Ends {
+    /// Those of a dialled socket that has the name `here`, and was to be connected to `endpoint`.
+    pub(super) fn dialled(here: SocketName, endpoint: &Endpoint) -> Option<Ends> {
+        match (here, endpoint) {
+            (SocketName::Tcp(here), Endpoint::Tcp(to)) => Some(Ends::Tcp {
+                dialling: canonical(here),
+                listening: canonical(*to),
+            }),
+            (SocketName::Vsock(here), Endpoint::Vsock(to)) => Some(Ends::Vsock {
+                dialling: here.port.0,
+                listening: to.port.0,
+            }),
+            _ => None,
         }
+    }
+
+    /// Those of an accepted socket that has the name `here`, and whose peer is `peer`.
+    pub(super) fn accepted(here: SocketName, peer: SocketName) -> Option<Ends> {
+        match (here, peer) {
+            (SocketName::Tcp(here), SocketName::Tcp(peer)) => Some(Ends::Tcp {
+                dialling: canonical(peer),
+                listening: canonical(here),
+            }),
+            (SocketName::Vsock(here), SocketName::Vsock(peer)) if peer.cid == CID_LOCAL => {
+                Some(Ends::Vsock {
+                    dialling: peer.port.0,
+                    listening: here.port.0,
+                })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// As it is at both ends, of which one may speak IPv6 and the other IPv4. To connect to the unspecified address is to
+/// connect to the loopback one.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(specified(address.ip().to_canonical()), address.port())
+}
+
+fn specified(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
     }
 }
 
 /// A connection to one of our own listeners, as long as it lives: see [`Routes`].
 #[derive(Debug, Default)]
 pub(super) struct Route {
-    /// The dialled socket, where it is known at the other end by its name.
-    outgoing: Option<Mark>,
+    /// The dialled connection, where it is known at the other end by its names.
+    outgoing: Option<Ends>,
     /// The edges that this connection stands for.
     edges: Vec<(ForwardId, ForwardId)>,
 }
@@ -188,7 +233,7 @@ struct Known {
     ports: HashSet<u16>,
     /// Whether there are Unix sockets among them.
     unix: bool,
-    outgoing: HashMap<Mark, ForwardId>,
+    outgoing: HashMap<Ends, ForwardId>,
     edges: HashMap<(ForwardId, ForwardId), usize>,
     /// Forwards through which a circle of Unix sockets went a moment ago, and until when they count as such.
     circles: HashMap<ForwardId, Instant>,
@@ -224,15 +269,14 @@ impl Routes {
         }
     }
 
-    /// Notes a dialled socket of `forward`, by which its connection will be known if it comes out at a listener of ours.
-    pub(super) fn dialled(&self, forward: ForwardId, mark: Mark, route: &mut Route) {
-        let mark = mark.canonical();
+    /// Notes a dialled connection of `forward`, by which it will be known if it comes out at a listener of ours.
+    pub(super) fn dialled(&self, forward: ForwardId, ends: Ends, route: &mut Route) {
         let mut known = self.known();
         // That of a dial that has failed.
-        if let Some(before) = route.outgoing.replace(mark.clone()) {
+        if let Some(before) = route.outgoing.replace(ends) {
             known.outgoing.remove(&before);
         }
-        known.outgoing.insert(mark, forward);
+        known.outgoing.insert(ends, forward);
         self.dialled.store(known.outgoing.len(), Ordering::Release);
     }
 
@@ -275,13 +319,21 @@ impl Routes {
         !known.circles.contains_key(&forward) || !is_ours()
     }
 
-    /// Takes that a client of that name has come to `forward`; false if it comes by a circle.
-    pub(super) fn accepted(&self, client: Mark, forward: ForwardId, route: &mut Route) -> bool {
+    /// Takes that a client has come to `forward`; false if it comes by a circle.
+    pub(super) fn accepted(
+        &self,
+        ends: impl FnOnce() -> Option<Ends>,
+        forward: ForwardId,
+        route: &mut Route,
+    ) -> bool {
         if self.dialled.load(Ordering::Acquire) == 0 {
             return true;
         }
+        let Some(ends) = ends() else {
+            return true;
+        };
         let mut known = self.known();
-        match known.outgoing.get(&client.canonical()).copied() {
+        match known.outgoing.get(&ends).copied() {
             Some(from) => known.add_edge(from, forward, route),
             None => true,
         }
@@ -290,8 +342,8 @@ impl Routes {
     /// Forgets a connection.
     pub(super) fn forget(&self, route: Route) {
         let mut known = self.known();
-        if let Some(mark) = route.outgoing {
-            known.outgoing.remove(&mark);
+        if let Some(ends) = route.outgoing {
+            known.outgoing.remove(&ends);
             self.dialled.store(known.outgoing.len(), Ordering::Release);
         }
         for edge in route.edges {
@@ -411,11 +463,15 @@ mod tests {
     fn an_edge_that_closes_a_circle_is_refused_until_the_others_are_gone() {
         let routes = Routes::default();
         let [a, b, c] = [0, 1, 2].map(ForwardId);
-        let socket = |port| Mark::Tcp(SocketAddr::from(([127, 0, 0, 1], port)));
+        let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let to = |listening| Endpoint::Tcp(SocketAddr::from((Ipv4Addr::UNSPECIFIED, listening)));
+        let socket =
+            |port, listening| Ends::dialled(SocketName::Tcp(local(port)), &to(listening)).unwrap();
         // As a listener on [::] sees it.
-        let seen = |port| {
+        let seen = |port, listening| {
             let ip = Ipv4Addr::LOCALHOST.to_ipv6_mapped();
-            Mark::Tcp(SocketAddr::from((ip, port)))
+            let name = move |port| SocketName::Tcp(SocketAddr::from((ip, port)));
+            move || Ends::accepted(name(listening), name(port))
         };
         let name = |name: &str| Mark::Unix(name.into());
         routes.listens(name("b"), b);
@@ -424,13 +480,15 @@ mod tests {
         assert!(routes.reached(a, &name("b"), &mut first, now));
         assert!(routes.reached(a, &name("other"), &mut first, now));
         let mut second = Route::default();
-        routes.dialled(b, socket(1), &mut second);
-        assert!(routes.accepted(seen(2), c, &mut second));
-        assert!(routes.accepted(seen(1), c, &mut second));
+        routes.dialled(b, socket(1, 80), &mut second);
+        assert!(routes.accepted(seen(2, 80), c, &mut second));
+        assert!(routes.accepted(seen(1, 80), c, &mut second));
         let mut third = Route::default();
-        routes.dialled(c, socket(3), &mut third);
-        assert!(!routes.accepted(seen(3), a, &mut Route::default()));
-        assert!(!routes.accepted(seen(3), c, &mut Route::default()));
+        routes.dialled(c, socket(3, 81), &mut third);
+        assert!(!routes.accepted(seen(3, 81), a, &mut Route::default()));
+        assert!(!routes.accepted(seen(3, 81), c, &mut Route::default()));
+        // A stranger may have the same port on its way to another listener.
+        assert!(routes.accepted(seen(3, 82), c, &mut Route::default()));
         // What was dialled already waits there to be accepted.
         assert!(routes.accepted_from_us(b, || true, now));
         assert!(!routes.reached(c, &name("b"), &mut Route::default(), now));
@@ -439,7 +497,7 @@ mod tests {
         assert!(routes.accepted_from_us(c, || true, now));
         assert!(routes.accepted_from_us(b, || true, now + CIRCLE));
         routes.forget(first);
-        assert!(routes.accepted(seen(3), a, &mut third));
+        assert!(routes.accepted(seen(3, 81), a, &mut third));
         routes.forget(second);
         routes.forget(third);
         let known = routes.known();

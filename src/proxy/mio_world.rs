@@ -386,8 +386,8 @@ impl World for MioWorld {
         }
     }
 
-    fn mark_of_end(&mut self, stream: &Stream) -> Option<Mark> {
-        Mark::of(stream.local_addr().ok()?)
+    fn name_of(&mut self, stream: &Stream) -> Option<SocketName> {
+        stream.local_addr().ok()
     }
 
     fn mark_of_peer(&mut self, stream: &Stream) -> Option<Mark> {

@@ -104,8 +104,8 @@ pub(crate) trait World {
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
     /// By what a listener's clients know it, if they do.
     fn mark_of_listener(&mut self, listener: &Self::Listener) -> Option<Mark>;
-    /// By what the peer of a dialled stream knows this end, if it does.
-    fn mark_of_end(&mut self, stream: &Self::Stream) -> Option<Mark>;
+    /// What the kernel calls this end of a stream.
+    fn name_of(&mut self, stream: &Self::Stream) -> Option<SocketName>;
     /// By what the Unix listener that a stream was dialled at is known.
     fn mark_of_peer(&mut self, stream: &Self::Stream) -> Option<Mark>;
     /// Whether an accepted Unix socket was connected by this very process.
