@@ -16,23 +16,6 @@ use std::time::Instant;
 use command::*;
 use common::*;
 use hvsock::simulate::{Service, Vm};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-
-/// A pipe without room for a single byte, and how many bytes are in it.
-fn full_pipe() -> (PipeReader, PipeWriter, usize) {
-    let (reader, mut writer) = std::io::pipe().unwrap();
-    fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-    let mut filled = 0;
-    let refused = loop {
-        match writer.write(&[b'.'; 4096]) {
-            Ok(n) => filled += n,
-            Err(e) => break e,
-        }
-    };
-    assert_eq!(refused.kind(), ErrorKind::WouldBlock);
-    fcntl(&writer, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
-    (reader, writer, filled)
-}
 
 /// A pipe whose reader has gone.
 fn dead_pipe() -> PipeWriter {

@@ -3,6 +3,8 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{BufRead, BufReader, Read};
+#[cfg(unix)]
+use std::io::{ErrorKind, PipeReader, PipeWriter, Write};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -114,6 +116,31 @@ pub(crate) fn next(lines: &Receiver<String>, part: &str) -> String {
             Err(_) => panic!("no line with {part:?}"),
         }
     }
+}
+
+/// Writes until no more fits, to what doesn't block; how many bytes that were.
+#[cfg(unix)]
+pub(crate) fn fill(writer: &mut impl Write) -> usize {
+    let mut filled = 0;
+    let refused = loop {
+        match writer.write(&[b'.'; 4096]) {
+            Ok(n) => filled += n,
+            Err(e) => break e,
+        }
+    };
+    assert_eq!(refused.kind(), ErrorKind::WouldBlock);
+    filled
+}
+
+/// A pipe without room for a single byte, and how many bytes are in it.
+#[cfg(unix)]
+pub(crate) fn full_pipe() -> (PipeReader, PipeWriter, usize) {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    let filled = fill(&mut writer);
+    fcntl(&writer, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    (reader, writer, filled)
 }
 
 /// What a command that ends by itself said.
