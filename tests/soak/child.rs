@@ -1,14 +1,19 @@
 //! The proxy: the real binary, as a child.
 
+use crate::command::{fill, full_pipe};
 use crate::crowd::{HOST_ECHO_TCP, HOST_ECHO_UNIX, HOST_REFUSED};
 use crate::guest::{LONG, PORTS};
 use crate::host::Host;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, PipeReader};
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread;
@@ -55,6 +60,11 @@ impl Places {
         }
     }
 
+    /// The control socket of a proxy that is disturbed.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.root.join("control.sock")
+    }
+
     pub(crate) fn unix(&self, port: u32) -> PathBuf {
         self.root.join(format!("{port}.sock"))
     }
@@ -71,12 +81,23 @@ impl Places {
     }
 }
 
+/// What becomes of what a proxy says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// What it complains about is kept in a file.
+    Kept,
+    /// Once it listens nobody reads anything, and not a byte more fits into its pipes.
+    Unread,
+}
+
 #[derive(Debug)]
 pub(crate) struct Proxy {
     child: Child,
     /// Kept open: a proxy that prints to a closed pipe would be another test.
     pub(crate) stdout: Option<BufReader<ChildStdout>>,
     log: PathBuf,
+    /// Kept open as well, and full.
+    _unread: Option<PipeReader>,
     /// Where each guest port is exposed over TCP.
     pub(crate) tcp: HashMap<u32, SocketAddr>,
 }
@@ -87,9 +108,12 @@ impl Proxy {
         places: &Places,
         tcp: &HashMap<u32, SocketAddr>,
         options: &[&str],
+        output: Output,
     ) -> Result<Proxy, String> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
-        command.arg("expose").arg("--vm").arg(&places.vm);
+        // Found by a URI, it needs none of its files.
+        let vm = format!("hyperkit://{}", places.vm.display());
+        command.args(["expose", "--vm", &vm]);
         command.args(["--workers", "2"]).args(options);
         for port in PORTS {
             let chosen = tcp.get(&port).map_or(0, SocketAddr::port);
@@ -100,9 +124,22 @@ impl Proxy {
         for (port, target) in &places.remotes {
             command.args(["-R", &format!("{port}:{target}")]);
         }
-        command.env("HVSOCK_LOG", "warn");
-        let mut proxy = Proxy::spawn(command, places.root.join("proxy.log"))?;
-        for _ in 0..2 * PORTS.len() + places.remotes.len() {
+        let mut lines = 2 * PORTS.len() + places.remotes.len();
+        let mut proxy = match output {
+            Output::Kept => {
+                command.env("HVSOCK_LOG", "warn");
+                Proxy::spawn(command, places.root.join("proxy.log"))?
+            }
+            Output::Unread => {
+                let control = places.control();
+                command.arg(format!("--control={}", control.display()));
+                // Where that is comes first.
+                lines += 1;
+                command.env("HVSOCK_LOG", "debug");
+                Proxy::spawn_unread(command)?
+            }
+        };
+        for _ in 0..lines {
             let line = proxy.line()?;
             if let Some(rest) = line.trim_end().strip_prefix("tcp://")
                 && let Some((address, port)) = rest.split_once(" -> guest port ")
@@ -115,30 +152,68 @@ impl Proxy {
                 proxy.tcp.insert(port, address);
             }
         }
+        if output == Output::Unread {
+            proxy.fill_stdout().map_err(|error| error.to_string())?;
+        }
         Ok(proxy)
     }
 
     /// Starts an hvsock that says on `log` what it has to complain about.
     pub(crate) fn spawn(mut command: Command, log: PathBuf) -> Result<Proxy, String> {
         let append = |path: &Path| File::options().create(true).append(true).open(path);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(append(&log).map_err(|e| e.to_string())?);
+        command.stderr(append(&log).map_err(|e| e.to_string())?);
+        Proxy::run(command, log, None)
+    }
+
+    /// Starts an hvsock whose log nobody reads.
+    fn spawn_unread(mut command: Command) -> Result<Proxy, String> {
+        let (log, to_log, _) = full_pipe();
+        command.stderr(to_log);
+        Proxy::run(command, PathBuf::new(), Some(log))
+    }
+
+    fn run(
+        mut command: Command,
+        log: PathBuf,
+        unread: Option<PipeReader>,
+    ) -> Result<Proxy, String> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(|e| e.to_string())?;
         let stdout = child.stdout.take().map(BufReader::new);
         Ok(Proxy {
             child,
             stdout,
             log,
+            _unread: unread,
             tcp: HashMap::new(),
         })
+    }
+
+    /// Fills the pipe to which it prints.
+    fn fill_stdout(&self) -> io::Result<()> {
+        let stdout = self.stdout.as_ref().expect("nobody else reads it");
+        // The other end, with a mode of its own: the proxy's may go on blocking.
+        let mut writer = File::options()
+            .write(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(format!("/proc/self/fd/{}", stdout.get_ref().as_raw_fd()))?;
+        fill(&mut writer);
+        Ok(())
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// The next line that it prints. It prints what it should or ends: either ends this.
     pub(crate) fn line(&mut self) -> Result<String, String> {
         let mut line = String::new();
         let stdout = self.stdout.as_mut().expect("nobody else reads it");
+        let mut readable = [PollFd::new(stdout.get_ref().as_fd(), PollFlags::POLLIN)];
+        let time = PollTimeout::try_from(LONG).expect("it is short enough");
+        if stdout.buffer().is_empty() && poll(&mut readable, time) == Ok(0) {
+            return Err(format!("the proxy says nothing: {}", self.log_tail()));
+        }
         match stdout.read_line(&mut line) {
             Ok(1..) => Ok(line),
             _ => Err(format!("the proxy didn't start: {}", self.log_tail())),

@@ -2,30 +2,74 @@
 
 use crate::guest::{self, LONG};
 use socket2::SockRef;
+use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Place {
     Tcp(SocketAddr),
     Unix(PathBuf),
 }
 
 #[derive(Debug)]
-pub(crate) enum Conn {
+enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
 }
 
+impl Stream {
+    fn half_close(&self) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            Stream::Unix(stream) => stream.shutdown(Shutdown::Write),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Conn {
+    stream: Stream,
+    place: Place,
+    begun: Instant,
+    /// Whether a byte has come.
+    answered: bool,
+}
+
+/// The cause of an error that ended a connection before a byte came: it may never have been accepted.
+#[derive(Debug)]
+pub(crate) struct Unanswered {
+    pub(crate) place: Place,
+    /// When its client began to connect.
+    pub(crate) begun: Instant,
+    error: io::Error,
+}
+
+impl fmt::Display for Unanswered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Unanswered { place, error, .. } = self;
+        write!(f, "{error}, before a byte came from {place:?}")
+    }
+}
+
+impl std::error::Error for Unanswered {}
+
 impl Conn {
     pub(crate) fn open(place: &Place) -> io::Result<Conn> {
-        let conn = match place {
-            Place::Tcp(address) => Conn::Tcp(TcpStream::connect(address)?),
-            Place::Unix(path) => Conn::Unix(UnixStream::connect(path)?),
+        let begun = Instant::now();
+        let stream = match place {
+            Place::Tcp(address) => TcpStream::connect(address).map(Stream::Tcp),
+            Place::Unix(path) => UnixStream::connect(path).map(Stream::Unix),
+        };
+        let conn = Conn {
+            stream: stream.map_err(|error| unanswered(place, begun, error))?,
+            place: place.clone(),
+            begun,
+            answered: false,
         };
         conn.set_timeout(LONG)?;
         Ok(conn)
@@ -40,51 +84,90 @@ impl Conn {
     }
 
     pub(crate) fn set_timeout(&self, time: Duration) -> io::Result<()> {
-        let socket = match self {
-            Conn::Tcp(stream) => SockRef::from(stream),
-            Conn::Unix(stream) => SockRef::from(stream),
+        let socket = match &self.stream {
+            Stream::Tcp(stream) => SockRef::from(stream),
+            Stream::Unix(stream) => SockRef::from(stream),
         };
         socket.set_read_timeout(Some(time))?;
         socket.set_write_timeout(Some(time))
     }
 
     pub(crate) fn half_close(&self) -> io::Result<()> {
-        match self {
-            Conn::Tcp(stream) => stream.shutdown(Shutdown::Write),
-            Conn::Unix(stream) => stream.shutdown(Shutdown::Write),
-        }
+        self.stream
+            .half_close()
+            .map_err(|error| self.explain(error))
     }
 
     /// Vanishes: over TCP the peer reads a reset.
     pub(crate) fn reset(self) {
-        if let Conn::Tcp(stream) = &self {
+        if let Stream::Tcp(stream) = &self.stream {
             let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
         }
     }
 
-    fn clone(&self) -> io::Result<Conn> {
-        Ok(match self {
-            Conn::Tcp(stream) => Conn::Tcp(stream.try_clone()?),
-            Conn::Unix(stream) => Conn::Unix(stream.try_clone()?),
+    /// A second handle, for what is written while this one reads.
+    fn writer(&self) -> io::Result<Stream> {
+        Ok(match &self.stream {
+            Stream::Tcp(stream) => Stream::Tcp(stream.try_clone()?),
+            Stream::Unix(stream) => Stream::Unix(stream.try_clone()?),
         })
+    }
+
+    fn explain(&self, error: io::Error) -> io::Error {
+        match self.answered {
+            true => error,
+            false => unanswered(&self.place, self.begun, error),
+        }
+    }
+}
+
+/// An error of the same kind, if it is one that a listener's end gives those who wait there.
+fn unanswered(place: &Place, begun: Instant, error: io::Error) -> io::Error {
+    match error.kind() {
+        ErrorKind::ConnectionRefused
+        | ErrorKind::NotFound
+        | ErrorKind::ConnectionReset
+        | ErrorKind::BrokenPipe
+        | ErrorKind::NotConnected => io::Error::new(
+            error.kind(),
+            Unanswered {
+                place: place.clone(),
+                begun,
+                error,
+            },
+        ),
+        _ => error,
     }
 }
 
 impl Read for Conn {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = match &mut self.stream {
+            Stream::Tcp(stream) => stream.read(buffer),
+            Stream::Unix(stream) => stream.read(buffer),
+        };
+        self.answered |= read.as_ref().is_ok_and(|n| *n > 0);
+        read.map_err(|error| self.explain(error))
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Conn::Tcp(stream) => stream.read(buffer),
-            Conn::Unix(stream) => stream.read(buffer),
+            Stream::Tcp(stream) => stream.write(bytes),
+            Stream::Unix(stream) => stream.write(bytes),
         }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
 impl Write for Conn {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Conn::Tcp(stream) => stream.write(bytes),
-            Conn::Unix(stream) => stream.write(bytes),
-        }
+        let written = self.stream.write(bytes);
+        written.map_err(|error| self.explain(error))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -145,7 +228,7 @@ pub(crate) fn echo(conn: &mut Conn, bytes: &[u8], half_close: bool) -> io::Resul
         }
         return finish_echo(conn, bytes, half_close);
     }
-    let mut writer = conn.clone()?;
+    let mut writer = conn.writer()?;
     thread::scope(|scope| {
         let written = scope.spawn(move || {
             writer.write_all(bytes)?;
@@ -157,7 +240,16 @@ pub(crate) fn echo(conn: &mut Conn, bytes: &[u8], half_close: bool) -> io::Resul
         });
         let read = finish_echo(conn, bytes, half_close);
         let written = written.join().expect("the writer doesn't panic");
-        read.and(written)
+        match (read, written) {
+            // Only one call is told of a reset: what the other reads then looks like an end.
+            (Err(end), Err(reset))
+                if end.kind() == ErrorKind::UnexpectedEof
+                    && reset.kind() == ErrorKind::ConnectionReset =>
+            {
+                Err(conn.explain(reset))
+            }
+            (read, written) => read.and(written),
+        }
     })
 }
 

@@ -1,7 +1,7 @@
 //! The crowd: polite clients, whose bytes must be right, and every kind of rude one.
 
-use crate::child::{Places, wait_until};
-use crate::client::{self, Conn, End, Place};
+use crate::child::{LOOK, Places, wait_until};
+use crate::client::{self, Conn, End, Place, Unanswered};
 use crate::guest::{
     CHARGEN, CLOSER, COUNT, DISCARD, DOWNLOAD, EARLY, ECHO, HTTP, LATE, LONG, NEVER, REFUSED,
     STUBBORN, early_answer, pattern,
@@ -13,6 +13,7 @@ use std::net::{Shutdown, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, RwLock};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Host ports that the guest dials.
@@ -22,6 +23,12 @@ pub(crate) const HOST_REFUSED: u32 = 5002;
 
 /// Connections that one thread keeps and neglects.
 const PARKED: usize = 12;
+
+/// How long a listener that was shut down may take to be bound again.
+const BOUND_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long a client may have to wait until it is accepted.
+const ACCEPTED: Duration = Duration::from_millis(250);
 
 /// How one kind of client fared.
 #[derive(Clone, Copy, Debug, Default)]
@@ -67,6 +74,10 @@ pub(crate) struct World<'a, V = Vm> {
     pub(crate) late_refusals: [AtomicUsize; 2],
     /// Connections made, by guest port and whether over TCP.
     pub(crate) opened: Mutex<HashMap<(u32, bool), u64>>,
+    /// When each listener was last shut down from outside.
+    pub(crate) shut_down: Mutex<HashMap<Place, Instant>>,
+    /// Clients that came at such a moment, and came again.
+    pub(crate) came_again: AtomicUsize,
 }
 
 impl<'a, V: Guests> World<'a, V> {
@@ -94,6 +105,8 @@ impl<'a, V: Guests> World<'a, V> {
             failures: Default::default(),
             late_refusals: Default::default(),
             opened: Default::default(),
+            shut_down: Default::default(),
+            came_again: 0.into(),
         }
     }
 
@@ -165,6 +178,32 @@ impl<'a, V: Guests> World<'a, V> {
         conn
     }
 
+    /// Runs a client, and again if it came when its listener was shut down: then it was the kernel that refused it.
+    pub(crate) fn served<T>(&self, mut client: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        loop {
+            match client() {
+                Err(error) if self.met_no_listener(&error) => {
+                    self.came_again.fetch_add(1, Ordering::Relaxed);
+                    thread::sleep(LOOK);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn met_no_listener(&self, error: &io::Error) -> bool {
+        let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+        let Some(Unanswered { place, begun, .. }) = cause else {
+            return false;
+        };
+        let shut_down = self.shut_down.lock().unwrap().get(place).copied();
+        shut_down.is_some_and(|at| match error.kind() {
+            ErrorKind::ConnectionRefused | ErrorKind::NotFound => at.elapsed() < BOUND_AGAIN,
+            // It was connected, and waited to be accepted.
+            _ => at < *begun + ACCEPTED && *begun < at + ACCEPTED,
+        })
+    }
+
     /// One thread's clients, until all have been.
     pub(crate) fn clients(&self) {
         let mut parked = Vec::new();
@@ -181,7 +220,12 @@ impl<'a, V: Guests> World<'a, V> {
             }
             let tcp = rng.bool();
             let changes = self.wait_for_proxy();
-            let (kind, outcome) = self.client(&mut rng, tcp, &mut parked);
+            let mut kind = "";
+            let outcome = self.served(|| {
+                let (it, outcome) = self.client(&mut rng.clone(), tcp, &mut parked);
+                kind = it;
+                outcome
+            });
             let over = if tcp { "over TCP" } else { "over Unix" };
             self.enter(
                 kind,

@@ -1,17 +1,25 @@
 //! The soak: the stand-in VM with all its frailties, the real binary in front of it, and a crowd that is mostly rude.
 //!
 //! `HVSOCK_SOAK` is the number of clients (1,500 if not said), `HVSOCK_SEED` repeats a run. The long run: `scripts/soak`.
+//! With `HVSOCK_SOAK_DISTURB` (Linux) a listener is shut down from outside each time so many milliseconds have gone by,
+//! nobody reads the log, and the VM's files are FIFOs and worse: `scripts/disturb`.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod child;
 mod client;
+#[path = "../common/command.rs"]
+mod command;
+#[path = "../common/mod.rs"]
+mod common;
 mod crowd;
+mod disturb;
 mod guest;
 mod host;
 
-use child::{Places, Proxy, wait_until};
+use child::{Output, Places, Proxy, wait_until};
 use client::{Conn, Place};
+use command::{run, text};
 use crowd::{Tally, World};
 use guest::{CHARGEN, DOWNLOAD, ECHO, LONG, NEVER, STUBBORN};
 use hvsock::simulate::Vm;
@@ -19,7 +27,7 @@ use nix::sys::signal::Signal;
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::process::ExitStatus;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,6 +42,9 @@ const DRAIN: &str = "2";
 
 /// How long the proxy takes leave of guests after the grace.
 const LAST_LEAVE: Duration = Duration::from_secs(2);
+
+/// How long the first connection may take.
+const UP: Duration = Duration::from_secs(10);
 
 /// What a loaded machine may add to any time.
 const SLACK: Duration = Duration::from_secs(4);
@@ -100,10 +111,19 @@ fn the_vm_survives_a_rude_crowd() {
     let host = host::Host::start(root.path());
     let places = Places::new(root.path(), &host);
     let vm = guest::builder(&places.vm).start().unwrap();
+    let disturb = variable("HVSOCK_SOAK_DISTURB").map(Duration::from_millis);
+    let output = match disturb {
+        Some(_) => Output::Unread,
+        None => Output::Kept,
+    };
+    if disturb.is_some() {
+        disturb::put_fifos(&places.vm).unwrap();
+    }
     let mut first = Proxy::start(
         &places,
         &HashMap::new(),
         &["--grace", "2", "--drain-timeout", DRAIN],
+        output,
     )
     .unwrap();
     let world = World::new(&vm, &places, seed, total, first.tcp.clone());
@@ -111,7 +131,13 @@ fn the_vm_survives_a_rude_crowd() {
     let mut peak = None;
     let mut second = None;
     let mut idle = None;
-    thread::scope(|scope| {
+    let pid = AtomicU32::new(first.pid());
+    let crowd_is_over = AtomicBool::new(false);
+    let shut_down = thread::scope(|scope| {
+        let disturber = disturb.map(|every| {
+            let (world, pid, over) = (&world, &pid, &crowd_is_over);
+            scope.spawn(move || disturb::shut_down_listeners(world, pid, every, over))
+        });
         let crowd: Vec<_> = (0..THREADS)
             .map(|_| scope.spawn(|| world.clients()))
             .chain((0..GUESTS).map(|guest| {
@@ -128,8 +154,12 @@ fn the_vm_survives_a_rude_crowd() {
             peak = first.peak_memory();
             end_in_the_middle(&world, &mut first)?;
             let options = ["--grace", "30", "--drain-timeout", DRAIN];
-            let again = Proxy::start(&places, &world.tcp, &options)?;
+            if disturb.is_some() {
+                disturb::put_odd_files(&places.vm).map_err(|error| error.to_string())?;
+            }
+            let again = Proxy::start(&places, &world.tcp, &options, output)?;
             idle = again.descriptors_at_rest();
+            pid.store(again.pid(), Ordering::SeqCst);
             second = Some(again);
             world.changes.fetch_add(1, Ordering::SeqCst);
             *world.may_dial.write().unwrap() = true;
@@ -148,6 +178,8 @@ fn the_vm_survives_a_rude_crowd() {
                 world.fail("a thread panicked".into());
             }
         }
+        crowd_is_over.store(true, Ordering::SeqCst);
+        disturber.map(|thread| thread.join().unwrap())
     });
     let carried = start.elapsed();
     report(&world);
@@ -168,6 +200,9 @@ fn the_vm_survives_a_rude_crowd() {
         "{:?} descriptors, and {idle:?} before all began",
         second.descriptors()
     );
+    if let Some(times) = shut_down {
+        check_disturbed(&world, times);
+    }
     peak = peak.max(second.peak_memory());
     assert!(peak.is_none_or(|peak| peak < MEMORY), "{peak:?} KiB");
 
@@ -192,11 +227,31 @@ fn the_vm_survives_a_rude_crowd() {
     );
 }
 
+/// The proxy was disturbed, and has got over it.
+fn check_disturbed(world: &World, shut_down: usize) {
+    let control = world.places.control();
+    let answer = run(&["status", "--json", "--control", text(&control)]);
+    assert!(answer.status.success(), "{answer:?}");
+    let status: serde_json::Value = serde_json::from_slice(&answer.stdout).unwrap();
+    assert_eq!(status["live"], 0, "{status}");
+    for forward in status["forwards"].as_array().unwrap() {
+        assert_eq!(forward["state"], "listening", "{forward}");
+    }
+    let dropped = status["log_dropped"].as_u64().unwrap();
+    assert!(dropped > 0 && shut_down > 0, "{dropped} {shut_down}");
+    println!(
+        "soak: {shut_down} listeners were shut down, {} clients came at such a moment, {dropped} lines of the log were dropped: no client noticed",
+        world.came_again.load(Ordering::Relaxed)
+    );
+}
+
 /// One connection through and through: then the proxy is wholly up.
 fn canary(world: &World) {
     for tcp in [true, false] {
         let mut conn = Conn::open(&world.place(ECHO, tcp)).unwrap();
-        client::echo(&mut conn, b"alive", true).unwrap();
+        conn.set_timeout(UP).unwrap();
+        client::echo(&mut conn, b"alive", true)
+            .unwrap_or_else(|error| panic!("the first client was not served: {error}"));
     }
 }
 
@@ -227,29 +282,40 @@ fn flood(world: &World) -> Result<(), String> {
     // Connections from before, on which the client goes on sending: that is no sign of life from the guest.
     let mut talkers = Vec::new();
     for tcp in [true, false] {
-        let mut conn = Conn::open(&world.place(ECHO, tcp)).map_err(text)?;
-        client::echo(&mut conn, b"before", false).map_err(text)?;
-        talkers.push(conn);
+        let talker = world.served(|| {
+            let mut conn = world.open(ECHO, tcp)?;
+            client::echo(&mut conn, b"before", false)?;
+            Ok(conn)
+        });
+        talkers.push(talker.map_err(text)?);
     }
     // Downloads that nobody read: what the guest sent before it was paused still comes out of the buffers. Nor is that one.
     let mut hoards = Vec::new();
     for _ in 0..HOARDS {
-        let mut conn = Conn::open(&world.place(CHARGEN, false)).map_err(text)?;
-        conn.read_exact(&mut [0]).map_err(text)?;
-        conn.set_timeout(child::LOOK).map_err(text)?;
-        hoards.push(conn);
+        let hoard = world.served(|| {
+            let mut conn = world.open(CHARGEN, false)?;
+            conn.read_exact(&mut [0])?;
+            conn.set_timeout(child::LOOK)?;
+            Ok(conn)
+        });
+        hoards.push(hoard.map_err(text)?);
     }
     world.vm.pause();
     let before = world.vm.counters().dials;
     let mut crowd = Vec::new();
     let mut hoard = vec![0; 128 * 1024];
     for number in 0..FLOOD {
-        let mut conn = Conn::open(&world.place(ECHO, number % 3 == 0)).map_err(text)?;
-        conn.write_all(b"anybody there?").map_err(text)?;
+        let tcp = number % 3 == 0;
+        let ask = move || {
+            let mut conn = world.open(ECHO, tcp)?;
+            conn.write_all(b"anybody there?")?;
+            Ok(conn)
+        };
+        let conn = world.served(ask).map_err(text)?;
         if number % 4 == 0 {
             conn.reset();
         } else {
-            crowd.push(conn);
+            crowd.push((conn, ask));
         }
         if number % 10 == 0 {
             for talker in &mut talkers {
@@ -276,8 +342,13 @@ fn flood(world: &World) -> Result<(), String> {
     if dialled > MOST_UNANSWERED {
         return Err(format!("{dialled} dials to a guest that answers none"));
     }
-    for mut conn in crowd.drain(..).step_by(20) {
-        client::expect(&mut conn, b"anybody there?", 64, Duration::ZERO).map_err(text)?;
+    for (conn, ask) in crowd.drain(..).step_by(20) {
+        let mut first = Some(conn);
+        let answered = world.served(|| {
+            let mut conn = first.take().map_or_else(ask, Ok)?;
+            client::expect(&mut conn, b"anybody there?", 64, Duration::ZERO)
+        });
+        answered.map_err(text)?;
     }
     Ok(())
 }
@@ -332,18 +403,24 @@ impl Transfers {
         for number in 0..8 {
             let tcp = number % 2 == 0;
             let seed = world.seed ^ number;
-            let mut conn = Conn::open(&world.place(DOWNLOAD, tcp))?;
-            conn.write_all(&guest::request(seed, FINISHING))?;
-            let start = &guest::pattern(seed, FINISHING)[..100];
-            client::expect(&mut conn, start, 100, Duration::ZERO)?;
+            let conn = world.served(|| {
+                let mut conn = world.open(DOWNLOAD, tcp)?;
+                conn.write_all(&guest::request(seed, FINISHING))?;
+                let start = &guest::pattern(seed, FINISHING)[..100];
+                client::expect(&mut conn, start, 100, Duration::ZERO)?;
+                Ok(conn)
+            })?;
             finishing.push((conn, seed));
 
-            let mut conn = Conn::open(&world.place(CHARGEN, tcp))?;
-            conn.read_exact(&mut [0; 100])?;
+            let conn = world.served(|| {
+                let mut conn = world.open(CHARGEN, tcp)?;
+                conn.read_exact(&mut [0; 100])?;
+                Ok(conn)
+            })?;
             endless.push((conn, tcp, number < 4));
 
             let port = [NEVER, ECHO, STUBBORN][number as usize % 3];
-            silent.push(Conn::open(&world.place(port, tcp))?);
+            silent.push(world.served(|| world.open(port, tcp))?);
         }
         Ok(Transfers {
             finishing,
@@ -500,7 +577,7 @@ fn a_new_vm_starts_afresh() {
     };
     let mut vm = guest::builder(&places.vm).start().unwrap();
     let options = ["--vm-connections", "4", "--dial-timeout", "5"];
-    let proxy = Proxy::start(&places, &HashMap::new(), &options).unwrap();
+    let proxy = Proxy::start(&places, &HashMap::new(), &options, Output::Kept).unwrap();
     let mut old = Vec::new();
     for _ in 0..5 {
         // They read nothing, so that the proxy doesn't learn of the old VM's end.
