@@ -77,9 +77,8 @@ impl TakesDescriptors {
         if !self.0 {
             return socket.read(buffer);
         }
-        closer::check_room()?;
         let received = sys::receive(socket.as_fd(), buffer)?;
-        closer::close_passed(received.descriptors);
+        closer::close_passed(received.descriptors)?;
         Ok(received.bytes)
     }
 }

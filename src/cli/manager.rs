@@ -50,7 +50,6 @@ impl Drop for Manager {
 mod system {
     use std::io;
     use std::sync::Once;
-    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
     use std::time::Duration;
 
@@ -59,51 +58,23 @@ mod system {
     use super::Handle;
     use crate::output::{LossyWriter, Patience};
 
-    /// How long it is waited for a manager that doesn't read what it is told.
-    const PATIENCE: Duration = Duration::from_secs(1);
-
     /// A status has one line; systemd cuts it off itself.
     pub(super) fn ready(status: String) {
-        patiently(move || tell(&[NotifyState::Ready, NotifyState::Status(&status)]));
+        tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
     }
 
     pub(super) fn reloading() {
-        patiently(|| match NotifyState::monotonic_usec_now() {
+        match NotifyState::monotonic_usec_now() {
             Ok(now) => tell(&[NotifyState::Reloading, now]),
             Err(e) => tracing::warn!("cannot tell the service manager that the file is read: {e}"),
-        });
+        }
     }
 
     pub(super) fn stopping(status: String) {
-        patiently(move || tell(&[NotifyState::Stopping, NotifyState::Status(&status)]));
+        tell(&[NotifyState::Stopping, NotifyState::Status(&status)]);
     }
 
-    /// Has a thread tell it something, and waits for that, but not for long: who tells may have signals to
-    /// heed. While one such thread hangs nothing more is told.
-    fn patiently(tell: impl FnOnce() + Send + 'static) {
-        static HANGS: AtomicBool = AtomicBool::new(false);
-        if HANGS.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let (told, wait) = channel::<()>();
-        let thread = std::thread::Builder::new().name("hvsock-manager".to_owned());
-        let spawned = thread.spawn(move || {
-            tell();
-            HANGS.store(false, Ordering::Release);
-            drop(told);
-        });
-        match spawned {
-            // It sends nothing: this is its end.
-            Ok(_) => drop(wait.recv_timeout(PATIENCE)),
-            Err(e) => {
-                HANGS.store(false, Ordering::Release);
-                tracing::warn!("cannot tell the service manager anything: {e}");
-            }
-        }
-    }
-
-    /// Says so once if it can't be told.
-    /// A manager that reads nothing makes a sender wait.
+    /// A manager that reads nothing makes a sender wait: who tells it may have signals to heed.
     static MANAGER: LossyWriter =
         LossyWriter::new("hvsock-manager", send, |_dropped| String::new());
 
@@ -115,6 +86,7 @@ mod system {
         MANAGER.send(lines.join("\n").into_bytes());
     }
 
+    /// Says so once if it can't be told.
     fn send(message: &[u8]) -> io::Result<usize> {
         static COMPLAINT: Once = Once::new();
         let text = String::from_utf8_lossy(message);

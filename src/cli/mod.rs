@@ -346,6 +346,19 @@ fn run_proxy(proxy: Proxy, grace: Duration, signals: EndSignals) -> Outcome {
 /// How long the last words may take once the proxy has ended: whoever is to hear them may hang.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// Ends the process some time after that grace, if it has not ended by itself: a worker that looks up a socket's path on
+/// a disk that hangs never does.
+fn end_without_what_hangs(grace: Duration) {
+    /// How long a proxy takes at the end at most: it takes leave of guests, and removes its files.
+    const END: Duration = Duration::from_secs(12);
+    std::thread::spawn(move || {
+        std::thread::sleep(grace.saturating_add(END));
+        complain("something hangs (a disk?): ending without it");
+        output::flush();
+        std::process::exit(1);
+    });
+}
+
 /// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one.
 /// Neither may wait for anything: a signal ends the process whatever else goes on.
 fn run_until_told(
@@ -378,10 +391,12 @@ fn run_until_told(
                 };
                 // First what ends it, then what is said of it.
                 handle.stop(grace);
+                end_without_what_hangs(grace);
                 complain(&status);
                 Manager::stopping(status);
             } else {
                 handle.stop(Duration::ZERO);
+                end_without_what_hangs(Duration::ZERO);
                 complain("cutting clients off, taking leave of guests");
             }
         }

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
@@ -401,7 +402,6 @@ fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixSt
 /// Refuses whom the kernel lets in though he must not be: another user (root), and whoever comes by way of this process,
 /// which is a client of some forward: a guest.
 fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
-    use std::os::fd::AsFd;
     let who = sys::connector(stream.as_fd())
         .map_err(|e| format!("the system doesn't say who it is: {e}"))?;
     if who.user != sys::user_id() {
@@ -418,6 +418,10 @@ async fn answer(mut stream: UnixStream, client: Arc<Client>, service: Service, a
     let request = timeout(REQUEST, read(&mut stream)).await;
     let response = match request {
         Ok(Ok(request)) => {
+            // What its client has given up while we stood still is not to happen.
+            if request.method != "GET" && sys::is_hung_up(stream.as_fd()) {
+                return;
+            }
             client.begins(Phase::Waiting);
             api.answer(service, request).await
         }

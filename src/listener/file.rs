@@ -29,6 +29,11 @@ impl SocketFile {
         }
     }
 
+    /// Returns the directory that it is in.
+    pub(crate) fn directory(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new(""))
+    }
+
     /// Gives it other permissions, unless it is somebody else's by now.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
         Place::of(&self.path)?.set_mode(self.identity, mode)

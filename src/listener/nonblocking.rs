@@ -10,10 +10,10 @@ use mio::{Interest, Registry, Token};
 use socket2::{Domain, SockRef, Socket, Type};
 
 #[cfg(unix)]
-use super::file::SocketFile;
+pub(crate) use super::file::SocketFile;
 use super::local::LocalListener;
 #[cfg(windows)]
-use super::local::SocketFile;
+pub(crate) use super::local::SocketFile;
 use crate::address::{Address, Host, TcpAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
 use crate::name::{SocketName, VsockName};

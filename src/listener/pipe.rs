@@ -35,6 +35,10 @@ pub(crate) struct LocalListener {
 pub(crate) enum SocketFile {}
 
 impl SocketFile {
+    pub(crate) fn directory(&self) -> &std::path::Path {
+        match *self {}
+    }
+
     pub(crate) fn state(&self) -> FileState {
         match *self {}
     }

@@ -398,7 +398,7 @@ impl<W: World> Worker<W> {
         let (error, reason) = match (&conn.state, full, last) {
             (_, Some(full), _) => {
                 let reason = match full {
-                    Full::Unanswered(_) => Reason::DialTimeout,
+                    Full::Unanswered(_) | Full::Hangs => Reason::DialTimeout,
                     Full::Live(_) | Full::Reserved(_) => Reason::Full,
                 };
                 let error = Error::new(Operation::Connect, target, late(full.to_string()));

@@ -231,20 +231,23 @@ impl Handle {
         let (tell, told) = channel();
         let wanted = Wanted::default();
         self.shared.inboxes[worker].send(command(wanted.clone(), tell));
-        let end = Instant::now() + ANSWER;
+        let begun = Instant::now();
         loop {
             match told.recv_timeout(LOOK) {
                 Ok(answer) => return Ok(answer),
                 Err(RecvTimeoutError::Disconnected) => return Err(stopping()),
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            let (over, late) = (self.shared.is_over(), Instant::now() >= end);
-            // What it has begun it ends soon.
+            let (over, late) = (self.shared.is_over(), begun.elapsed() >= ANSWER);
             if (over || late) && wanted.give_up() {
                 return Err(match over {
                     true => stopping(),
                     false => no_answer("nothing was changed"),
                 });
+            }
+            // What it has begun it ends soon, unless it is about a file on a disk that hangs.
+            if begun.elapsed() >= 2 * ANSWER {
+                return Err(no_answer("it has begun, and has not ended"));
             }
         }
     }
@@ -299,8 +302,7 @@ pub(super) fn too_few_descriptors(
 }
 
 fn no_answer(so: &str) -> io::Error {
-    let seconds = ANSWER.as_secs();
-    let why = format!("a worker has not answered for {seconds} s; {so}");
+    let why = format!("its worker has not answered in time; {so}");
     io::Error::new(io::ErrorKind::TimedOut, why)
 }
 

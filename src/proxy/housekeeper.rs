@@ -1,19 +1,61 @@
-//! One thread for all that may block: state directories, pid files and the files of sockets.
+//! Threads for all that may block: state directories, pid files and the files of sockets.
 //!
-//! Invariant 8: a worker touches sockets and the clock, and nothing else. A file system that hangs stops this thread, and
-//! so what it is asked for; traffic flows, and a signal ends the process.
+//! Invariant 8: a worker touches sockets and the clock, and nothing else. A directory that hangs keeps a thread, and what
+//! else is to be done in that very directory; the others are looked after as ever, traffic flows, and a signal ends the
+//! process.
 
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Sender, channel};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+/// The most threads: so many directories may hang before the others wait for them.
+const MOST: usize = 32;
+
+/// How long a thread that was needed beside others stays without work.
+const IDLE: Duration = Duration::from_secs(10);
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Runs jobs one after the other, in the order in which they were given, until it is dropped.
+/// Does jobs, those of one directory one after the other, until it is dropped. There is one thread, and more while some
+/// hang.
 #[derive(Clone, Debug)]
-pub(crate) struct Housekeeper {
-    jobs: Sender<Job>,
+pub(crate) struct Housekeeper(Arc<Handle>);
+
+/// Ends the threads when the last of its clones is gone.
+#[derive(Debug)]
+struct Handle(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// What waits to be done, by directory. One in which something is being done has an entry, too.
+    waiting: HashMap<PathBuf, VecDeque<Job>>,
+    /// Directories with something that can be begun.
+    ready: VecDeque<PathBuf>,
+    threads: usize,
+    idle: usize,
+    ends: bool,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Shared")
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.state().ends = true;
+        self.0.changed.notify_all();
+    }
 }
 
 impl Housekeeper {
@@ -22,30 +64,128 @@ impl Housekeeper {
     /// # Errors
     /// There is none to be had.
     pub(crate) fn start() -> io::Result<Housekeeper> {
-        let (jobs, given) = channel::<Job>();
-        // One that panics takes nothing from those behind it; the panic was told.
-        let run = move || {
-            for job in given {
-                let _ = catch_unwind(AssertUnwindSafe(job));
+        let shared = Arc::<Shared>::default();
+        shared.state().threads = 1;
+        spawn(&shared)?;
+        Ok(Housekeeper(Arc::new(Handle(shared))))
+    }
+
+    /// Has a job done that looks at something in `directory`. It is the caller's part that no more wait than there are
+    /// things to look after.
+    pub(crate) fn run(&self, directory: &Path, job: impl FnOnce() + Send + 'static) {
+        let shared = &self.0.0;
+        let mut state = shared.state();
+        match state.waiting.get_mut(directory) {
+            Some(waiting) => waiting.push_back(Box::new(job)),
+            None => {
+                let waiting = VecDeque::from([Box::new(job) as Job]);
+                state.waiting.insert(directory.to_owned(), waiting);
+                state.ready.push_back(directory.to_owned());
             }
-        };
-        let thread = std::thread::Builder::new().name("hvsock-housekeeper".to_owned());
-        thread.spawn(run)?;
-        Ok(Housekeeper { jobs })
+        }
+        if state.idle < state.ready.len() && state.threads < MOST {
+            // Without another one it waits for those that there are.
+            state.threads += usize::from(spawn(shared).is_ok());
+        }
+        drop(state);
+        shared.changed.notify_all();
     }
 
-    /// Has a job done. It is the caller's part that no more wait than there are things to look after.
-    pub(crate) fn run(&self, job: impl FnOnce() + Send + 'static) {
-        // It ends after the last handle: somebody takes it.
-        let _ = self.jobs.send(Box::new(job));
-    }
-
-    /// Waits until what was asked for so far is done, at most `timeout`.
+    /// Waits until all that was asked for is done, at most `timeout`.
     pub(crate) fn finish(&self, timeout: Duration) {
-        let (done, is_done) = channel();
-        self.run(move || {
-            let _ = done.send(());
+        let shared = &self.0.0;
+        let is_busy = |state: &mut State| !state.waiting.is_empty();
+        let waited = shared
+            .changed
+            .wait_timeout_while(shared.state(), timeout, is_busy);
+        drop(waited);
+    }
+}
+
+fn spawn(shared: &Arc<Shared>) -> io::Result<()> {
+    let shared = Arc::clone(shared);
+    let thread = std::thread::Builder::new().name("hvsock-housekeeper".to_owned());
+    thread.spawn(move || shared.work()).map(drop)
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does what there is to do, as one of the threads.
+    fn work(&self) {
+        let mut state = self.state();
+        loop {
+            if let Some(directory) = state.ready.pop_front() {
+                let waiting = state.waiting.get_mut(&directory);
+                let job = waiting.and_then(VecDeque::pop_front);
+                drop(state);
+                if let Some(job) = job {
+                    // One that panics takes nothing from the others; the panic was told.
+                    let _ = catch_unwind(AssertUnwindSafe(job));
+                }
+                state = self.state();
+                match state.waiting.get(&directory) {
+                    Some(waiting) if !waiting.is_empty() => state.ready.push_back(directory),
+                    _ => drop(state.waiting.remove(&directory)),
+                }
+                self.changed.notify_all();
+                continue;
+            }
+            if state.ends && state.waiting.is_empty() {
+                state.threads -= 1;
+                return;
+            }
+            state.idle += 1;
+            let waited = self.changed.wait_timeout(state, IDLE);
+            let (after, is_over) = waited.unwrap_or_else(PoisonError::into_inner);
+            state = after;
+            state.idle -= 1;
+            if is_over.timed_out() && state.threads > 1 && state.ready.is_empty() {
+                state.threads -= 1;
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_directory_that_hangs_keeps_its_own_jobs_alone() {
+        let housekeeper = Housekeeper::start().unwrap();
+        let (goes_on, hangs) = channel::<()>();
+        let (tell, told) = channel();
+        let first = tell.clone();
+        housekeeper.run(Path::new("/hangs"), move || {
+            let _ = hangs.recv();
+            first.send("first").unwrap();
         });
-        let _ = is_done.recv_timeout(timeout);
+        let second = tell.clone();
+        housekeeper.run(Path::new("/hangs"), move || second.send("second").unwrap());
+        for _ in 0..100 {
+            let tell = tell.clone();
+            housekeeper.run(Path::new("/other"), move || tell.send("other").unwrap());
+            assert_eq!(told.recv_timeout(PATIENCE), Ok("other"));
+        }
+        assert!(housekeeper.0.0.state().threads <= MOST);
+        housekeeper.finish(Duration::from_millis(10));
+        drop(goes_on);
+        assert_eq!(told.recv_timeout(PATIENCE), Ok("first"));
+        assert_eq!(told.recv_timeout(PATIENCE), Ok("second"));
+        housekeeper.run(Path::new("/other"), || panic!("as a test"));
+        let tell = tell.clone();
+        housekeeper.run(Path::new("/other"), move || tell.send("last").unwrap());
+        assert_eq!(told.recv_timeout(PATIENCE), Ok("last"));
+        housekeeper.finish(PATIENCE);
+        assert!(housekeeper.0.0.state().waiting.is_empty());
     }
 }

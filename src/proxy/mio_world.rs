@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::address::{Address, HyperkitVm};
 use crate::dial;
 use crate::error::{Error, Operation};
 use crate::hyperkit;
-use crate::listener::nonblocking::{FileState, Listener};
+use crate::listener::nonblocking::{FileState, Listener, SocketFile};
 use crate::name::SocketName;
 use crate::relay::Readiness;
 use crate::stream;
@@ -116,10 +116,15 @@ impl MioWorld {
         })
     }
 
-    /// Has the housekeeper do something, and the loop hear what has come of it.
-    fn ask_housekeeper(&self, job: impl FnOnce() -> Event<Stream, Listener> + Send + 'static) {
+    /// Has the housekeeper do something in a directory, and the loop hear what has come of it.
+    fn ask_housekeeper(
+        &self,
+        directory: &Path,
+        job: impl FnOnce() -> Event<Stream, Listener> + Send + 'static,
+    ) {
         let bell = Arc::clone(&self.bell);
-        self.housekeeper.run(move || bell.ring(News::Event(job())));
+        let job = move || bell.ring(News::Event(job()));
+        self.housekeeper.run(directory, job);
     }
 
     /// Ends a [`wait`](World::wait) from another thread.
@@ -138,6 +143,12 @@ impl MioWorld {
         };
         let thread = std::thread::Builder::new().name("hvsock-resolver".into());
         thread.spawn(ask).map(drop)
+    }
+
+    /// Closes a listener at once: its clients are refused from now on. Returns what is left to be removed.
+    fn shut(&self, mut listener: Listener) -> Option<Arc<SocketFile>> {
+        let _ = listener.unwatch(self.poll.registry());
+        listener.file()
     }
 
     /// Appends what the poller has told; how many events that were.
@@ -200,6 +211,20 @@ fn sign_of(vm: &HyperkitVm) -> Option<Sign> {
     let of = |path: PathBuf| Identity::of(&path).ok();
     let socket = of(vm.connect_path()).map(Sign::Socket);
     socket.or_else(|| of(vm.pid_path()).map(Sign::PidFile))
+}
+
+/// The directory of the socket's file by which an address is found.
+fn directory_of(address: &Address) -> Option<PathBuf> {
+    #[cfg(unix)]
+    {
+        let path = crate::listener::path_of(address)?;
+        Some(path.parent().unwrap_or(Path::new("")).to_owned())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = address;
+        None
+    }
 }
 
 fn bind(address: &Address, mode: u32) -> Found<Listener> {
@@ -298,7 +323,8 @@ impl World for MioWorld {
             return false;
         };
         let (address, mode) = (rule.listen.clone(), rule.mode);
-        self.ask_housekeeper(move || {
+        let directory = file.directory().to_owned();
+        self.ask_housekeeper(&directory, move || {
             let found = match file.state() {
                 FileState::Ours => Found::Ours,
                 FileState::Taken => Found::Taken,
@@ -310,21 +336,18 @@ impl World for MioWorld {
     }
 
     fn bind_again(&mut self, old: Option<Listener>, of: ListenerId, rule: &Rule) {
-        let old = old.map(|mut old| {
-            let _ = old.unwatch(self.poll.registry());
-            old
-        });
+        let file = old.and_then(|old| self.shut(old));
         let (address, mode) = (rule.listen.clone(), rule.mode);
-        let has_file = address.has_file();
+        let directory = directory_of(&address);
         let again = move || {
-            drop(old);
+            drop(file);
             let found = bind(&address, mode);
             Event::Listener { of, found }
         };
-        match has_file {
-            true => self.ask_housekeeper(again),
+        match directory {
+            Some(directory) => self.ask_housekeeper(&directory, again),
             // At once: until then its clients are refused.
-            false => self.bell.ring(News::Event(again())),
+            None => self.bell.ring(News::Event(again())),
         }
     }
 
@@ -335,25 +358,29 @@ impl World for MioWorld {
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     ) {
-        let file = listener.file();
-        self.housekeeper.run(move || {
+        let Some(file) = listener.file() else {
+            // Who asked may have given up.
+            return drop(done.send(Ok(())));
+        };
+        let directory = file.directory().to_owned();
+        self.housekeeper.run(&directory, move || {
             if wanted.begin() {
-                let _ = done.send(file.map_or(Ok(()), |file| file.set_mode(mode)));
+                let _ = done.send(file.set_mode(mode));
             }
         });
     }
 
-    fn close_listener(&mut self, mut listener: Listener, done: Option<Sender<()>>) {
-        let _ = listener.unwatch(self.poll.registry());
-        let has_file = listener.file().is_some();
-        let close = move || {
-            drop(listener);
+    fn close_listener(&mut self, listener: Listener, done: Option<Sender<()>>) {
+        let file = self.shut(listener);
+        let directory = file.as_ref().map(|file| file.directory().to_owned());
+        let remove = move || {
+            drop(file);
             // Who asked may have given up.
             done.map(|done| done.send(()));
         };
-        match has_file {
-            true => self.housekeeper.run(close),
-            false => close(),
+        match directory {
+            Some(directory) => self.housekeeper.run(&directory, remove),
+            None => remove(),
         }
     }
 
@@ -371,8 +398,12 @@ impl World for MioWorld {
         if !dial::wants_look(address, &error) {
             return Some(dial::explain(address, error));
         }
+        let directory = match address {
+            Address::Hyperkit(hyperkit) => hyperkit.vm.state_dir.clone(),
+            other => directory_of(other).unwrap_or_default(),
+        };
         let address = address.clone();
-        self.ask_housekeeper(move || {
+        self.ask_housekeeper(&directory, move || {
             let error = dial::explain(&address, error);
             Event::Explained { token, error }
         });
@@ -448,7 +479,8 @@ impl World for MioWorld {
 
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
         let gate = Arc::clone(gate);
-        self.ask_housekeeper(move || {
+        let directory = gate.vm().state_dir.clone();
+        self.ask_housekeeper(&directory, move || {
             let vm = gate.vm();
             Event::VmSeen {
                 sign: sign_of(vm),

@@ -10,26 +10,24 @@ use std::thread;
 /// How many closes may be under way.
 static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
 
-/// The most of them, before no more descriptors are taken in.
+/// The most of them, before a connection that brings more is broken off.
 const MOST: usize = 64;
 
-/// Whether descriptors may be taken in.
+/// Closes descriptors that came with bytes, if any did.
 ///
 /// # Errors
-/// That too many are being closed already.
-pub(crate) fn check_room() -> io::Result<()> {
-    match UNDER_WAY.load(Ordering::Relaxed) < MOST {
+/// Too many are being closed already: that connection, and no other, is to take no more of them in.
+pub(crate) fn close_passed(descriptors: Vec<OwnedFd>) -> io::Result<()> {
+    if descriptors.is_empty() {
+        return Ok(());
+    }
+    let has_room = UNDER_WAY.load(Ordering::Relaxed) < MOST;
+    close(descriptors);
+    match has_room {
         true => Ok(()),
         false => Err(io::Error::other(
             "descriptors were passed faster than they can be closed",
         )),
-    }
-}
-
-/// Closes descriptors that came with bytes, if any did.
-pub(crate) fn close_passed(descriptors: Vec<OwnedFd>) {
-    if !descriptors.is_empty() {
-        close(descriptors);
     }
 }
 

@@ -147,13 +147,12 @@ impl Read for Local {
         if self.descriptors == Descriptors::Refused {
             return self.stream.read(buffer);
         }
-        closer::check_room()?;
         let receive = || sys::receive(self.stream.as_fd(), buffer);
         let received = self.stream.try_io(receive)?;
-        closer::close_passed(received.descriptors);
         if received.stopped {
             self.descriptors = Descriptors::HaveCome;
         }
+        closer::close_passed(received.descriptors)?;
         #[cfg(target_os = "linux")]
         {
             self.stopped = received.stopped;

@@ -44,6 +44,9 @@ const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
 /// How many probes may be lost. With the highest cap of unanswered dials they are still fewer than the device's 512.
 const LOST_PROBES: u64 = 64;
 
+/// How long a look at a state directory takes at most, unless its file system hangs.
+const HANGS: Duration = Duration::from_secs(2);
+
 /// The caps of one VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GateLimits {
@@ -72,6 +75,8 @@ pub(crate) enum Full {
     /// So many places are free, and kept for others.
     Reserved(usize),
     Unanswered(u64),
+    /// A look at its state directory doesn't end: neither would a dial, and it would stop the worker.
+    Hangs,
 }
 
 impl std::fmt::Display for Full {
@@ -82,6 +87,7 @@ impl std::fmt::Display for Full {
                 f,
                 "the connections that its VM may have are in use but for {n}, which are reserved for others"
             ),
+            Full::Hangs => f.write_str("its state directory doesn't answer (does its disk hang?)"),
             Full::Unanswered(n) => {
                 write!(
                     f,
@@ -131,6 +137,8 @@ struct State {
     looked: Option<Instant>,
     /// What was seen then is not known yet.
     is_looking: bool,
+    /// When a dial told last which VM it is.
+    told: Option<Instant>,
     /// The last dial went through the `connect` socket: any port can be dialled there.
     has_connect_socket: bool,
     /// Workers that wait for a place, by their numbers.
@@ -161,6 +169,7 @@ impl Gate {
             next_proof: None,
             looked: None,
             is_looking: false,
+            told: None,
             has_connect_socket: true,
             sleepers: Vec::new(),
         };
@@ -196,6 +205,9 @@ impl Gate {
         forward: ForwardId,
         now: Instant,
     ) -> Admission {
+        if state.hangs(now) {
+            return Admission::Full(Full::Hangs);
+        }
         // With a single place there is none to be kept for proofs.
         let exempt = forward == PROOFS && state.shares.cap() <= 1;
         if state.shares.free_for(forward) == 0 && !exempt {
@@ -354,6 +366,10 @@ impl Gate {
     pub(super) fn look(&self, vm: Option<Sign>, process: Option<i32>, now: Instant) {
         let mut state = self.state();
         state.is_looking = false;
+        // A dial has told meanwhile, and what was seen may be older.
+        if state.told > state.looked {
+            return;
+        }
         let news = match vm {
             Some(vm) => {
                 let news = self.seen(&mut state, vm, now);
@@ -412,7 +428,10 @@ impl Gate {
             reserved: state.shares.kept(),
             unanswered: self.unanswered(),
             last_heard: self.heard.at().map(wall_time),
-            up: state.presence.is_up(),
+            up: state
+                .presence
+                .is_up()
+                .filter(|_| !state.hangs(Instant::now())),
             gone_since: state.presence.gone_since(),
             restarts: state.presence.restarts(),
         }
@@ -450,6 +469,12 @@ fn sleep(state: &mut State, worker: usize, wake: &Wake) {
 }
 
 impl State {
+    /// Whether the last look has not ended within a time in which any file system answers.
+    fn hangs(&self, now: Instant) -> bool {
+        let late = |at| now.saturating_duration_since(at) >= HANGS;
+        self.is_looking && self.looked.is_some_and(late)
+    }
+
     /// There may be a place now.
     fn wake(&mut self) {
         for (_, wake) in self.sleepers.drain(..) {

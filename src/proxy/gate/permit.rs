@@ -99,6 +99,7 @@ impl Permit {
         let gate = &self.place.gate;
         let mut state = gate.state();
         state.has_connect_socket = matches!(vm, Some(Sign::Socket(_)));
+        state.told = vm.map(|_| now).or(state.told);
         let seen = vm.and_then(|vm| gate.seen(&mut state, vm, now));
         if state.epoch == self.place.epoch {
             state.pending = state.pending.saturating_sub(1);

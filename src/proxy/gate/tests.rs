@@ -219,9 +219,14 @@ fn a_vm_is_looked_at_once_at_a_time() {
     let now = Instant::now();
     let second = Duration::from_secs(1);
     assert!(gate.begin_look(now, second));
-    // It hangs.
+    // It hangs: nobody is led there meanwhile.
     assert!(!gate.begin_look(now + 10 * second, second));
+    assert!(matches!(gate.admit(ONE, now + second), Admission::Go(_)));
+    let hangs = gate.admit(ONE, now + 3 * second);
+    assert!(matches!(hangs, Admission::Full(Full::Hangs)));
     gate.look(None, None, now + 10 * second);
+    let goes_on = gate.admit(ONE, now + 10 * second);
+    assert!(matches!(goes_on, Admission::Go(_)));
     assert!(gate.begin_look(now + 10 * second, second));
     gate.look(None, None, now + 10 * second);
     assert!(!gate.begin_look(now + 10 * second, second));
