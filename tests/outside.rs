@@ -334,6 +334,31 @@ fn many_listeners_leave_descriptors_for_every_client_that_is_accepted() {
     assert!(told.contains("ulimit -n"), "{told}");
 }
 
+#[test]
+fn a_vm_whose_state_can_not_be_read_takes_nothing_from_the_others() {
+    let dir = private_dir();
+    let state = dir.path().join("vm");
+    fs::create_dir(&state).unwrap();
+    let json = state.join("hyperkit.json");
+    fs::write(&json, "{\"vsock_guest_cid\": ").unwrap();
+    let echo = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let target = echo.local_addr().unwrap();
+    let file = dir.path().join("hvsock.toml");
+    let port = free_port();
+    let text_of_file = format!(
+        "control = \"off\"\n[vm.one]\nat = \"{}\"\n\
+         [forward.guest]\nlisten = \"127.0.0.1:0\"\nvm = \"one\"\nport = 7\n\
+         [forward.host]\nlisten = {port}\nconnect = \"{target}\"\n",
+        state.display()
+    );
+    fs::write(&file, text_of_file).unwrap();
+    let proxy = Running::start(&["run", text(&file)]);
+    let told = proxy.complains("is not there yet");
+    assert!(told.contains("hyperkit.json"), "{told}");
+    let _client = tcp(port);
+    echo.accept().unwrap();
+}
+
 /// A client that is led round in a circle is refused, and leaves nothing behind.
 fn refuses_a_circle(proxy: &Proxy, refused: impl Fn() -> bool) {
     assert!(refused());

@@ -274,10 +274,8 @@ impl Running {
 
 /// What is said of a VM that is not there yet.
 pub(super) fn absence(missing: &Missing) -> String {
-    let (name, directory) = (&missing.name, missing.vm.state_dir.display());
-    format!(
-        "VM {name:?} is not there yet: there is no {directory}; until then its clients are refused"
-    )
+    let Missing { name, why, .. } = missing;
+    format!("VM {name:?} is not there yet: {why}; until then its clients are refused")
 }
 
 /// Why a rule can't listen yet, if it is on a VM whose directory is missing.

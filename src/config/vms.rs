@@ -29,12 +29,14 @@ pub(super) enum Place {
     HyperV(address::Vm),
 }
 
-/// A hyperkit VM whose state directory is not there yet.
+/// A hyperkit VM whose state directory is not there yet, or can't be understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Missing {
     /// As the file calls it.
     pub(crate) name: String,
     pub(crate) vm: HyperkitVm,
+    /// What is wrong with it.
+    pub(crate) why: String,
 }
 
 /// The VMs and where they are; those that can't be found are left out.
@@ -126,8 +128,8 @@ pub(super) fn find<'a>(
         let Some(at) = &vm.at else {
             continue;
         };
-        let place = match locate(at, places) {
-            Ok(place) => place,
+        let (place, unreadable) = match locate(at, places) {
+            Ok(located) => located,
             Err(why) => {
                 let declared = vms
                     .iter()
@@ -148,13 +150,17 @@ pub(super) fn find<'a>(
             );
             complain(vm.line, text);
         }
-        if let Place::Hyperkit(hyperkit) = &place
-            && !hyperkit.state_dir.is_dir()
-        {
-            missing.push(Missing {
-                name: vm.name.clone(),
-                vm: hyperkit.clone(),
-            });
+        if let Place::Hyperkit(hyperkit) = &place {
+            let directory = &hyperkit.state_dir;
+            let is_missing = !directory.is_dir();
+            let why = is_missing.then(|| format!("there is no {}", directory.display()));
+            if let Some(why) = unreadable.or(why) {
+                missing.push(Missing {
+                    name: vm.name.clone(),
+                    vm: hyperkit.clone(),
+                    why,
+                });
+            }
         }
         found.push((vm, place));
     }
@@ -164,18 +170,28 @@ pub(super) fn find<'a>(
     }
 }
 
-fn locate(at: &str, places: &Places) -> Result<Place, String> {
+/// Where a VM is; and why its state can't be understood, if so: it may be writing it just now.
+fn locate(at: &str, places: &Places) -> Result<(Place, Option<String>), String> {
     if cfg!(windows) {
         let vm = address::Vm::parse(at);
         return vm
-            .map(Place::HyperV)
+            .map(|vm| (Place::HyperV(vm), None))
             .ok_or_else(|| format!("{at:?} is neither a VM's name nor its id"));
     }
     match hyperkit::find(at, places) {
-        Ok(vm) => Ok(Place::Hyperkit(vm)),
-        // A VM that was named by its directory may be made later.
-        Err(e) if e.kind() == io::ErrorKind::NotFound && at.contains('/') => {
-            Ok(Place::Hyperkit(HyperkitVm::new(absolute(at, places))))
+        Ok(vm) => Ok((Place::Hyperkit(vm), None)),
+        // A VM that was named by its directory may be made later. What is wrong with one takes nothing from the others.
+        Err(e) if at.contains('/') => {
+            let place = || Place::Hyperkit(HyperkitVm::new(absolute(at, places)));
+            match e.kind() {
+                io::ErrorKind::NotFound => Ok((place(), None)),
+                io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
+                    if absolute(at, places).is_dir() =>
+                {
+                    Ok((place(), Some(e.to_string())))
+                }
+                _ => Err(e.to_string()),
+            }
         }
         Err(e) => Err(e.to_string()),
     }
