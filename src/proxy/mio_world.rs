@@ -1,6 +1,8 @@
 //! The world as it is: mio's poller, the kernel's sockets, the monotonic clock, and a housekeeper for what may block.
 
 use std::collections::HashMap;
+#[cfg(unix)]
+use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
@@ -43,6 +45,10 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// How long it may take at the very end to remove the files of sockets. A file system that hangs keeps nobody longer.
 const LAST_FILES: Duration = Duration::from_secs(1);
+
+/// How many VMs' processes are remembered. Each has a descriptor on Linux.
+#[cfg(unix)]
+const PROCESSES: usize = 4;
 
 /// How many events one call of the poller takes.
 const EVENTS: usize = 1024;
@@ -97,6 +103,9 @@ pub(crate) struct MioWorld {
     bridges: HashMap<usize, Bridge>,
     crossings: Arc<Crossings>,
     housekeeper: Housekeeper,
+    /// VMs' processes that were asked for last.
+    #[cfg(unix)]
+    processes: VecDeque<sys::Process>,
 }
 
 impl MioWorld {
@@ -113,6 +122,8 @@ impl MioWorld {
             bridges: HashMap::new(),
             crossings: Arc::default(),
             housekeeper,
+            #[cfg(unix)]
+            processes: VecDeque::new(),
         })
     }
 
@@ -473,8 +484,28 @@ impl World for MioWorld {
         }
     }
 
+    #[cfg(unix)]
     fn has_peer_ended(&mut self, stream: &Stream) -> bool {
-        stream.has_peer_ended()
+        let Some(id) = stream.peer_process() else {
+            return false;
+        };
+        let index = self.processes.iter().position(|it| it.id == id);
+        let process = match index.and_then(|index| self.processes.remove(index)) {
+            Some(process) => process,
+            None => sys::Process::new(id),
+        };
+        let is_ending = process.is_ending();
+        // Its number may be another's soon.
+        if !is_ending {
+            self.processes.push_front(process);
+            self.processes.truncate(PROCESSES);
+        }
+        is_ending
+    }
+
+    #[cfg(not(unix))]
+    fn has_peer_ended(&mut self, _: &Stream) -> bool {
+        false
     }
 
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {

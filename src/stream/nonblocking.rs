@@ -207,20 +207,21 @@ impl Stream {
     /// Whether this process has connected to a Unix listener of its own to make this.
     pub(crate) fn is_from_us(&self) -> bool {
         match self {
-            #[cfg(unix)]
-            Stream::Local(stream) => sys::connector(stream.as_socket())
-                .is_ok_and(|peer| peer.process == Some(std::process::id())),
+            Stream::Local(_) => self.peer_process() == Some(std::process::id()),
             _ => false,
         }
     }
 
-    /// Whether the process at the other end of a Unix socket is ending or has ended, as far as the system tells. A process
-    /// that ends closes its sockets as one does that has said all.
-    pub(crate) fn has_peer_ended(&self) -> bool {
+    /// Returns the process that made the other end of a Unix socket, as far as the system tells.
+    pub(crate) fn peer_process(&self) -> Option<u32> {
         match self {
             #[cfg(unix)]
-            Stream::Local(stream) => sys::has_peer_ended(stream.as_socket()),
-            _ => false,
+            Stream::Local(stream) => {
+                let peer = sys::connector(stream.as_socket()).ok()?;
+                // 0: of another PID namespace.
+                peer.process.filter(|process| *process > 0)
+            }
+            _ => None,
         }
     }
 

@@ -19,7 +19,7 @@
 //! * `has_client(listener)`: whether an accept would find anybody, without one.
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: on whose behalf we are, and who is at the other end of a Unix socket.
-//! * `has_peer_ended(socket)`: whether the process at the other end of a Unix socket is ending.
+//! * `Process`: another process, and whether it is ending.
 //! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!

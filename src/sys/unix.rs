@@ -419,22 +419,48 @@ pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
     }
 }
 
-/// Whether the process that made the other end of a Unix socket is ending or has ended; false where that isn't known.
+/// Another process, to be asked again and again whether it is ending.
 ///
 /// It knows a process that ends already while it closes its files: that comes after it has given up its memory.
-pub(crate) fn has_peer_ended(socket: BorrowedFd<'_>) -> bool {
-    let peer = connector(socket).ok().and_then(|peer| peer.process);
-    // 0: of another PID namespace.
-    peer.is_some_and(|process| process > 0 && is_ending(process))
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) id: u32,
+    /// Its `proc_pid_statm(5)`, of which each read tells anew. It may be hidden from us (`hidepid=`).
+    #[cfg(target_os = "linux")]
+    pages: Option<fs::File>,
 }
 
-/// `proc_pid_statm(5)`: the pages of the process, all 0 when it has none any more.
-#[cfg(target_os = "linux")]
-fn is_ending(process: u32) -> bool {
-    match fs::read_to_string(format!("/proc/{process}/statm")) {
-        Ok(pages) => pages.starts_with("0 "),
-        // It may be hidden from us (`hidepid=`).
-        Err(_) => i32::try_from(process).is_ok_and(|pid| !super::process_is_alive(pid)),
+impl Process {
+    pub(crate) fn new(id: u32) -> Process {
+        Process {
+            id,
+            #[cfg(target_os = "linux")]
+            pages: fs::File::open(format!("/proc/{id}/statm")).ok(),
+        }
+    }
+
+    /// Whether it is ending or has ended; false where that isn't known.
+    pub(crate) fn is_ending(&self) -> bool {
+        #[cfg(target_os = "linux")]
+        {
+            use std::os::unix::fs::FileExt;
+            let mut start = [0; 2];
+            if let Some(pages) = &self.pages {
+                return match pages.read_at(&mut start, 0) {
+                    // All are 0 when it has no memory any more.
+                    Ok(_) => start == *b"0 ",
+                    Err(e) => e.raw_os_error() == Some(nix::libc::ESRCH),
+                };
+            }
+        }
+        #[cfg(target_vendor = "apple")]
+        {
+            is_ending(self.id)
+        }
+        #[cfg(not(target_vendor = "apple"))]
+        {
+            i32::try_from(self.id).is_ok_and(|id| !super::process_is_alive(id))
+        }
     }
 }
 
@@ -467,11 +493,6 @@ fn is_ending(process: u32) -> bool {
         n if n == size => info.flags & IN_EXIT != 0,
         _ => io::Error::last_os_error().raw_os_error() == Some(nix::libc::ESRCH),
     }
-}
-
-#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
-fn is_ending(process: u32) -> bool {
-    i32::try_from(process).is_ok_and(|pid| !super::process_is_alive(pid))
 }
 
 /// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
