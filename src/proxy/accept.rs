@@ -427,7 +427,12 @@ impl<W: World> Worker<W> {
         let forward = Arc::clone(&listening.forward);
         let listen = &forward.rule.listen;
         match found {
-            Found::Ours => {}
+            Found::Ours => {
+                if listening.obstacle == Some(Obstacle::Lost) {
+                    listening.lost = false;
+                    listening.found();
+                }
+            }
             Found::Taken => {
                 let why = "another program has taken its place";
                 listening.set_obstacle(Obstacle::Lost, &why, now);

@@ -288,9 +288,10 @@ impl<W: World> Worker<W> {
             self.shared.routes.forget(*route);
         }
         drop((conn.permit, conn.place));
-        self.shared.inboxes[self.index]
-            .load
-            .fetch_sub(1, Ordering::Relaxed);
+        let load = &self.shared.inboxes[self.index].load;
+        if load.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.world.rest();
+        }
         self.shared.has_ended(&conn.forward);
     }
 }

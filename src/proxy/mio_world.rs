@@ -508,6 +508,11 @@ impl World for MioWorld {
         false
     }
 
+    fn rest(&mut self) {
+        #[cfg(unix)]
+        self.processes.clear();
+    }
+
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
         let gate = Arc::clone(gate);
         let directory = gate.vm().state_dir.clone();

@@ -126,6 +126,8 @@ pub(crate) trait World {
     fn resolve(&mut self, token: usize, host: &str, port: u16);
     /// Whether the process at the other end of a stream is ending or has ended, as far as the system tells.
     fn has_peer_ended(&mut self, stream: &Self::Stream) -> bool;
+    /// Lets go of what was kept for connections: there are none.
+    fn rest(&mut self);
     /// Looks which VM stands behind the state directory of `gate` now, and whether its process lives; [`Event::VmSeen`]
     /// answers.
     fn look_at_vm(&mut self, gate: &Arc<Gate>);
