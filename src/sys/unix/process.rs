@@ -1,0 +1,82 @@
+//! Whether another process is ending: a process that ends closes its sockets as one does that has said all.
+
+#[cfg(target_os = "linux")]
+use std::fs;
+#[cfg(target_vendor = "apple")]
+use std::io;
+
+/// Another process, to be asked again and again whether it is ending.
+///
+/// It knows a process that ends already while it closes its files: that comes after it has given up its memory.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) id: u32,
+    /// Its `proc_pid_statm(5)`, of which each read tells anew. It may be hidden from us (`hidepid=`).
+    #[cfg(target_os = "linux")]
+    pages: Option<fs::File>,
+}
+
+impl Process {
+    pub(crate) fn new(id: u32) -> Process {
+        Process {
+            id,
+            #[cfg(target_os = "linux")]
+            pages: fs::File::open(format!("/proc/{id}/statm")).ok(),
+        }
+    }
+
+    /// Whether it is ending or has ended; false where that isn't known.
+    pub(crate) fn is_ending(&self) -> bool {
+        #[cfg(target_os = "linux")]
+        {
+            use std::os::unix::fs::FileExt;
+            let mut start = [0; 2];
+            if let Some(pages) = &self.pages {
+                return match pages.read_at(&mut start, 0) {
+                    // All are 0 when it has no memory any more.
+                    Ok(_) => start == *b"0 ",
+                    Err(e) => e.raw_os_error() == Some(nix::libc::ESRCH),
+                };
+            }
+        }
+        #[cfg(target_vendor = "apple")]
+        {
+            is_ending(self.id)
+        }
+        #[cfg(not(target_vendor = "apple"))]
+        {
+            i32::try_from(self.id).is_ok_and(|id| !crate::sys::process_is_alive(id))
+        }
+    }
+}
+
+/// `proc_pidinfo` with `PROC_PIDT_SHORTBSDINFO`, which tells of other users' processes, too (`bsd/sys/proc_info.h`).
+#[cfg(target_vendor = "apple")]
+#[allow(unsafe_code)]
+fn is_ending(process: u32) -> bool {
+    const SHORT_INFO: nix::libc::c_int = 13;
+    const IN_EXIT: u32 = 4;
+    /// `struct proc_bsdshortinfo`: 64 bytes.
+    #[repr(C)]
+    #[derive(Default)]
+    struct ShortInfo {
+        ids: [u32; 3],
+        status: u32,
+        command: [u8; 16],
+        flags: u32,
+        users: [u32; 6],
+        reserved: u32,
+    }
+    let mut info = ShortInfo::default();
+    let size = size_of::<ShortInfo>() as nix::libc::c_int;
+    let Ok(pid) = nix::libc::c_int::try_from(process) else {
+        return false;
+    };
+    // SAFETY: the call writes at most `size` bytes to `info`, which has so many and may hold any.
+    let written =
+        unsafe { nix::libc::proc_pidinfo(pid, SHORT_INFO, 0, (&raw mut info).cast(), size) };
+    match written {
+        n if n == size => info.flags & IN_EXIT != 0,
+        _ => io::Error::last_os_error().raw_os_error() == Some(nix::libc::ESRCH),
+    }
+}
