@@ -347,13 +347,14 @@ fn run_proxy(proxy: Proxy, grace: Duration, signals: EndSignals) -> Outcome {
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Ends the process some time after that grace, if it has not ended by itself: a worker that looks up a socket's path on
-/// a disk that hangs never does.
+/// a disk that hangs never does, nor one that waits for the reader of its report.
 fn end_without_what_hangs(grace: Duration) {
     /// How long a proxy takes at the end at most: it takes leave of guests, and removes its files.
     const END: Duration = Duration::from_secs(12);
     std::thread::spawn(move || {
         std::thread::sleep(grace.saturating_add(END));
-        complain("something hangs (a disk?): ending without it");
+        output::set_patience(Patience::Limited);
+        complain("something hangs: ending without it");
         output::flush();
         std::process::exit(1);
     });

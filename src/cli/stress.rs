@@ -190,6 +190,11 @@ impl Stress {
 fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) {
     std::thread::spawn(move || {
         for (count, ()) in signals.each().enumerate() {
+            // The one who is to read the report may have stopped.
+            super::end_without_what_hangs(match count {
+                0 => patience,
+                _ => Duration::ZERO,
+            });
             if count == 0 {
                 let seconds = patience.as_secs();
                 complain(format_args!(
