@@ -204,7 +204,9 @@ impl Proxy {
     ///
     /// # Errors
     /// The first listener that can't be bound; then none stays. `Unsupported` for families that aren't carried;
-    /// `InvalidInput` for one of [`listeners`](ProxyConfig::listeners) that no rule wants.
+    /// `InvalidInput` for one of [`listeners`](ProxyConfig::listeners) that no rule wants (without any rule they are kept for
+    /// those that are added later), and for a rule that leads back to itself; that the process may have too few descriptors
+    /// for a single connection beside its listeners.
     pub fn start(config: ProxyConfig) -> Result<Proxy> {
         Proxy::start_with(config, Waiter::of)
     }
