@@ -1,4 +1,4 @@
-//! Every call that takes a time takes `Duration::MAX`: "as long as it takes".
+//! Every call that takes a time takes `Duration::MAX`: "as long as it takes", and the shortest.
 
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -32,6 +32,23 @@ fn blocking_sockets_wait_for_ever() {
     (&server).read_exact(&mut [0]).unwrap();
     server.shutdown(Shutdown::Write).unwrap();
     client.finish(EVER).unwrap();
+}
+
+/// Kernels count in microseconds, or in milliseconds, and take a zero for "for ever".
+#[test]
+fn the_shortest_timeouts_end() {
+    let listener = Listener::bind(&any_tcp()).unwrap();
+    let client = Stream::connect(listener.address()).unwrap();
+    let (server, _) = listener.accept_timeout(EVER).unwrap().unwrap();
+    for shortest in [1, 999, 1_001].map(Duration::from_nanos) {
+        client.set_read_timeout(Some(shortest)).unwrap();
+        assert!(client.read_timeout().unwrap().is_some());
+        (&client).read(&mut [0]).unwrap_err();
+        client.set_write_timeout(Some(shortest)).unwrap();
+        assert!(client.write_timeout().unwrap().is_some());
+    }
+    client.finish(Duration::from_nanos(1)).unwrap_err();
+    drop(server);
 }
 
 #[test]

@@ -182,7 +182,7 @@ impl Stream {
     /// `InvalidInput` if it is zero.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         refuse_zero(timeout)?;
-        self.socket.set_read_timeout(unless_never(timeout))
+        self.socket.set_read_timeout(kernel_timeout(timeout))
     }
 
     /// What [`set_read_timeout`](Stream::set_read_timeout) has set.
@@ -208,7 +208,7 @@ impl Stream {
     /// `InvalidInput` if it is zero.
     pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         refuse_zero(timeout)?;
-        self.socket.set_write_timeout(unless_never(timeout))
+        self.socket.set_write_timeout(kernel_timeout(timeout))
     }
 
     /// Ends the connection so that no VM is hurt: half-closes, then reads and discards until the peer's EOF. What is left
@@ -236,7 +236,7 @@ impl Stream {
         let _ = match &self.frames {
             Some(frames) => {
                 // A peer that reads nothing may have no room even for this.
-                self.set_write_timeout(Some(timeout.max(Duration::from_millis(1))))?;
+                self.set_write_timeout(Some(timeout.max(SHORTEST)))?;
                 frames.close(&mut &self.socket)
             }
             None => self.shutdown(Shutdown::Write),
@@ -385,9 +385,19 @@ impl Stream {
     }
 }
 
-/// A timeout; none of one that nobody lives to see, and that not every kernel can count.
-fn unless_never(timeout: Option<Duration>) -> Option<Duration> {
-    timeout.filter(|timeout| *timeout < NEVER)
+/// The shortest timeout that a kernel can count. It cuts off what is shorter, and takes a zero for
+/// "for ever".
+const SHORTEST: Duration = match cfg!(windows) {
+    true => Duration::from_millis(1),
+    false => Duration::from_micros(1),
+};
+
+/// Returns a timeout that the kernel can count: none for one that nobody lives to see, and none so
+/// short that it would last for ever.
+fn kernel_timeout(timeout: Option<Duration>) -> Option<Duration> {
+    timeout
+        .filter(|timeout| *timeout < NEVER)
+        .map(|timeout| timeout.max(SHORTEST))
 }
 
 /// The kernel would take it for "for ever".
