@@ -54,6 +54,14 @@ pub(crate) enum Phase {
     Cutting,
 }
 
+/// Whether another turn of a worker's loop follows the one that is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    Again,
+    /// The proxy has stopped.
+    Last,
+}
+
 /// What a worker is told by others.
 pub(crate) enum Command<W: World> {
     /// Carry this accepted connection.
@@ -355,77 +363,91 @@ impl<W: World> Worker<W> {
     /// What the poller says, if it can't wait any more.
     pub(crate) fn run(mut self) -> io::Result<()> {
         let mut events = Vec::new();
-        loop {
-            let before = self.world.now();
-            let timeout = self.timeout(before);
-            self.world.wait(&mut events, timeout)?;
-            let now = self.world.now();
-            if timeout.is_some_and(|timeout| now > after(before, timeout) + FREEZE) {
-                self.thawed = Some(now);
-            }
-            if self.timers.next().is_some_and(|at| at <= now) {
-                // Invariant 9: what has come is read before a timer is believed. The process may have stood still since
-                // the events were fetched, and may so have missed what tells that a peer is not idle.
-                self.world.wait(&mut events, Some(Duration::ZERO))?;
-            }
-            for event in events.drain(..) {
-                self.take_event(event, now);
-            }
-            for command in self.shared.inboxes[self.index].take() {
-                match command {
-                    Command::Adopt(stream, peer, forward, ticket) => {
-                        self.adopt(stream, peer, forward, ticket, now);
-                    }
-                    Command::Listen(listener, forward, wanted, tell) => match wanted.begin() {
-                        true => drop(tell.send(self.add_listener(listener, forward))),
-                        false => self.world.close_listener(listener, None),
-                    },
-                    Command::Replace(forward, wanted, tell) => {
-                        if wanted.begin() {
-                            self.replace_forward(forward);
-                            let _ = tell.send(());
-                        }
-                    }
-                    Command::SetMode(forward, mode, wanted, tell) => {
-                        self.set_mode(forward, mode, wanted, tell);
-                    }
-                    Command::Remove(forward, grace, tell) => {
-                        self.remove(forward, grace, tell, now);
-                    }
-                    Command::Answer(tell) => drop(tell.send(())),
-                    Command::Tell(tell) => drop(tell.send(self.connections(now))),
-                    Command::Stop(grace) => self.stop(grace, now),
+        while self.turn(&mut events)? != Turn::Last {}
+        Ok(())
+    }
+
+    /// Waits once, at most for [`timeout`](Worker::timeout), and does what is to be done then.
+    /// `events` is empty before and after: it is lent, so that its memory is kept.
+    ///
+    /// # Errors
+    /// As those of [`run`](Worker::run).
+    pub(super) fn turn(
+        &mut self,
+        events: &mut Vec<Event<W::Stream, W::Listener>>,
+    ) -> io::Result<Turn> {
+        let before = self.world.now();
+        let timeout = self.timeout(before);
+        self.world.wait(events, timeout)?;
+        let now = self.world.now();
+        if timeout.is_some_and(|timeout| now > after(before, timeout) + FREEZE) {
+            self.thawed = Some(now);
+        }
+        if self.timers.next().is_some_and(|at| at <= now) {
+            // Invariant 9: what has come is read before a timer is believed. The process may have
+            // stood still since the events were fetched, and may so have missed what tells that a
+            // peer is not idle.
+            self.world.wait(events, Some(Duration::ZERO))?;
+        }
+        for event in events.drain(..) {
+            self.take_event(event, now);
+        }
+        for command in self.shared.inboxes[self.index].take() {
+            match command {
+                Command::Adopt(stream, peer, forward, ticket) => {
+                    self.adopt(stream, peer, forward, ticket, now);
                 }
-            }
-            self.run_timers(now);
-            self.accept_turns(now);
-            self.dial_turns(now);
-            // Only those who are ready now: who has more work goes to the back and waits for the next round.
-            for _ in 0..self.ready.len() {
-                let Some(id) = self.ready.pop_front() else {
-                    break;
-                };
-                if let Some(conn) = self.conns.get_mut(id) {
-                    conn.ready = false;
-                    self.step(id, now);
+                Command::Listen(listener, forward, wanted, tell) => match wanted.begin() {
+                    true => drop(tell.send(self.add_listener(listener, forward))),
+                    false => self.world.close_listener(listener, None),
+                },
+                Command::Replace(forward, wanted, tell) => {
+                    if wanted.begin() {
+                        self.replace_forward(forward);
+                        let _ = tell.send(());
+                    }
                 }
-            }
-            self.proof_turns(now);
-            self.cut_removed(now);
-            self.trim_pool(now);
-            if self.cut_at.is_some_and(|at| at <= now) {
-                self.cut_all(now);
-            }
-            if self.phase > Phase::Running && self.is_over(now) {
-                self.close_listeners();
-                return Ok(());
-            }
-            if self.end_at.is_some_and(|at| at <= now) {
-                self.close_listeners();
-                self.abandon_all(now);
-                return Ok(());
+                Command::SetMode(forward, mode, wanted, tell) => {
+                    self.set_mode(forward, mode, wanted, tell);
+                }
+                Command::Remove(forward, grace, tell) => {
+                    self.remove(forward, grace, tell, now);
+                }
+                Command::Answer(tell) => drop(tell.send(())),
+                Command::Tell(tell) => drop(tell.send(self.connections(now))),
+                Command::Stop(grace) => self.stop(grace, now),
             }
         }
+        self.run_timers(now);
+        self.accept_turns(now);
+        self.dial_turns(now);
+        // Only those who are ready now: who has more work goes to the back and waits for the next
+        // round.
+        for _ in 0..self.ready.len() {
+            let Some(id) = self.ready.pop_front() else {
+                break;
+            };
+            if let Some(conn) = self.conns.get_mut(id) {
+                conn.ready = false;
+                self.step(id, now);
+            }
+        }
+        self.proof_turns(now);
+        self.cut_removed(now);
+        self.trim_pool(now);
+        if self.cut_at.is_some_and(|at| at <= now) {
+            self.cut_all(now);
+        }
+        if self.phase > Phase::Running && self.is_over(now) {
+            self.close_listeners();
+            return Ok(Turn::Last);
+        }
+        if self.end_at.is_some_and(|at| at <= now) {
+            self.close_listeners();
+            self.abandon_all(now);
+            return Ok(Turn::Last);
+        }
+        Ok(Turn::Again)
     }
 
     fn take_event(&mut self, event: Event<W::Stream, W::Listener>, now: Instant) {
@@ -490,7 +512,8 @@ impl<W: World> Worker<W> {
         }
     }
 
-    fn timeout(&self, now: Instant) -> Option<Duration> {
+    /// Returns how long there is nothing to do unless something comes; `None`: for ever.
+    pub(super) fn timeout(&self, now: Instant) -> Option<Duration> {
         // mio's poll fallback may lose a wake-up while a socket is registered: so the inbox is looked into as well.
         if !self.ready.is_empty() || !self.shared.inboxes[self.index].is_empty() {
             return Some(Duration::ZERO);
