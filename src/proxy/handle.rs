@@ -88,7 +88,7 @@ impl Handle {
         let _change = self.binder.begin_change();
         let forwards = self.shared.forwards().clone();
         let home = self.shared.next_inbox();
-        let (listener, forward) = self.binder.bind(rule, home, &forwards)?;
+        let (listener, forward) = self.binder.bind::<MioWorld>(rule, home, &forwards)?;
         let (id, listen) = (forward.id, forward.rule.listen.clone());
         let fail = |e| Error::new(Operation::Listen, &listen, e);
         if self.shared.is_stopping() {

@@ -15,8 +15,9 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
 use crate::dial;
-use crate::error::{Error, Operation};
+use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
+use crate::listener;
 use crate::listener::nonblocking::{FileState, Listener, SocketFile};
 use crate::name::SocketName;
 use crate::relay::Readiness;
@@ -271,6 +272,18 @@ impl Order for Carried {
 impl World for MioWorld {
     type Stream = Stream;
     type Listener = Listener;
+
+    fn bind(address: &Address, mode: u32) -> Result<Listener> {
+        Listener::bind(address, mode)
+    }
+
+    fn take_passed(listener: listener::Listener) -> Listener {
+        listener.into_nonblocking()
+    }
+
+    fn bound(listener: &Listener, asked: &Address) -> Address {
+        listener.bound(asked)
+    }
 
     fn now(&self) -> Instant {
         Instant::now()

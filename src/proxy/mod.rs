@@ -345,7 +345,7 @@ fn prepare(
     }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for (index, rule) in config.rules.into_iter().enumerate() {
-        let (listener, forward) = binder.bind(rule, index % count, &forwards)?;
+        let (listener, forward) = binder.bind::<MioWorld>(rule, index % count, &forwards)?;
         listeners.push(listener);
         forwards.push(forward);
     }

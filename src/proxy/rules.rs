@@ -10,7 +10,7 @@ use crate::address::{Address, CID_ANY, Host, HyperkitVm, PORT_ANY, TcpAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::listener;
-use crate::listener::nonblocking::{Listener, not_carried};
+use crate::listener::nonblocking::not_carried;
 use crate::relay::CLIENT;
 use crate::stream::nonblocking::{Target, Waiter};
 
@@ -21,6 +21,7 @@ use super::gate::{Gate, GateLimits, Reservation};
 use super::handle::ForwardId;
 use super::loops;
 use super::observer::Observer;
+use super::world::World;
 
 /// Refuses a rule that can't work, whatever the system says and whatever other rules there are.
 fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
@@ -225,24 +226,24 @@ impl Binder {
     }
 
     /// Binds a rule beside others, for the worker `home`.
-    pub(super) fn bind(
+    pub(super) fn bind<W: World>(
         &self,
         mut rule: Rule,
         home: usize,
         others: &[Arc<Forward>],
-    ) -> Result<(Listener, Arc<Forward>)> {
+    ) -> Result<(W::Listener, Arc<Forward>)> {
         check_alone(&rule, self.waiter)?;
         self.permit(&rule)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let listener = match self.take(&rule.listen, id, others)? {
-            Some(listener) => listener,
-            None => Listener::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
+            Some(listener) => W::take_passed(listener),
+            None => W::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
                 io::ErrorKind::AddrInUse => self.explain(e, &rule.listen, others),
                 _ => e,
             })?,
         };
-        let asked = listener.bound(&rule.listen);
+        let asked = W::bound(&listener, &rule.listen);
         let asked = std::mem::replace(&mut rule.listen, asked);
         // Again: the port that was chosen may be the target's.
         check_alone(&rule, self.waiter)?;
@@ -265,7 +266,7 @@ impl Binder {
         address: &Address,
         id: ForwardId,
         others: &[Arc<Forward>],
-    ) -> Result<Option<Listener>> {
+    ) -> Result<Option<listener::Listener>> {
         let mut passed = self.passed();
         let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.by);
         let fits = |it: &Passed| it.socket.is_at(address) && is_free(it);
@@ -280,7 +281,7 @@ impl Binder {
             }
             None => passed.swap_remove(index).socket,
         };
-        Ok(Some(listener.into_nonblocking()))
+        Ok(Some(listener))
     }
 
     /// Says of an address in use which passed socket has it, if one may be meant.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::Address;
 use crate::error::{Error, Result};
+use crate::listener;
 use crate::name::SocketName;
 use crate::relay::{Readiness, Socket};
 use crate::stream::nonblocking::Endpoint;
@@ -67,10 +68,21 @@ pub(crate) enum Found<L> {
     Failed(Error),
 }
 
-/// Everything a worker asks of its surroundings.
-pub(crate) trait World {
+/// Everything a worker asks of its surroundings; and what those ask who look at a proxy and change
+/// it from outside of its workers' loops, who have no world at hand.
+pub(crate) trait World: Sized {
     type Stream: Socket;
     type Listener;
+
+    /// Binds an address and listens on it. A Unix socket's file gets the permissions `mode`.
+    ///
+    /// # Errors
+    /// `AddrInUse` if somebody listens there; what the system says otherwise.
+    fn bind(address: &Address, mode: u32) -> Result<Self::Listener>;
+    /// Takes over a socket that listened already.
+    fn take_passed(listener: listener::Listener) -> Self::Listener;
+    /// Returns the address that was bound when `asked` was asked for: with the port that was chosen.
+    fn bound(listener: &Self::Listener, asked: &Address) -> Address;
 
     fn now(&self) -> Instant;
     /// Waits for events, at most `timeout`, and appends all that have come.
