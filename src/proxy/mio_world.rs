@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -285,8 +285,19 @@ impl World for MioWorld {
         listener.bound(asked)
     }
 
-    fn now(&self) -> Instant {
+    fn clock() -> Instant {
         Instant::now()
+    }
+
+    fn receive<T>(
+        told: &Receiver<T>,
+        patience: Duration,
+    ) -> std::result::Result<T, RecvTimeoutError> {
+        told.recv_timeout(patience)
+    }
+
+    fn now(&self) -> Instant {
+        MioWorld::clock()
     }
 
     fn wait(

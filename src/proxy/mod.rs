@@ -35,6 +35,7 @@
 mod accept;
 mod bridge;
 mod conn;
+mod controller;
 mod counters;
 mod crossing;
 mod descriptors;
@@ -74,9 +75,9 @@ use crate::listener::Listener;
 use crate::relay::CLIENT;
 use crate::stream::nonblocking::Waiter;
 
+use controller::{Controller, too_few_descriptors};
 use descriptors::Descriptors;
 use gate::GateLimits;
-use handle::too_few_descriptors;
 use housekeeper::Housekeeper;
 use mio_world::MioWorld;
 use rules::Binder;
@@ -221,7 +222,7 @@ impl Proxy {
         let first = workers.remove(0);
         let mut proxy = Proxy::spawn(handle, workers)?;
         begun(proxy.handle());
-        let ended = run_to_the_end(first, 0, &proxy.handle.shared);
+        let ended = run_to_the_end(first, 0, &proxy.handle.0.shared);
         let others = proxy.join();
         ended.map_err(fail).and(others)
     }
@@ -240,11 +241,11 @@ impl Proxy {
         for worker in workers {
             let index = worker.index;
             let thread = std::thread::Builder::new().name(format!("hvsock-{index}"));
-            let shared = Arc::clone(&proxy.handle.shared);
+            let shared = Arc::clone(&proxy.handle.0.shared);
             let run = move || run_to_the_end(worker, index, &shared);
             let thread = thread.spawn(run).map_err(|e| {
                 // Those that run need not wait for those that never will.
-                let shared = &proxy.handle.shared;
+                let shared = &proxy.handle.0.shared;
                 let missing = shared.inboxes.len() - proxy.threads.len();
                 shared.stopping.fetch_add(missing, Ordering::AcqRel);
                 shared.ended.fetch_add(missing, Ordering::AcqRel);
@@ -377,7 +378,7 @@ fn prepare(
             .map_err(fail)?;
     }
     let binder = Arc::new(binder);
-    Ok((Handle { shared, binder }, workers))
+    Ok((Handle(Controller { shared, binder }), workers))
 }
 
 /// Runs a worker; if it fails, ends the others too: without it they would wait for its connections for ever.

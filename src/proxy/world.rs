@@ -4,7 +4,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
@@ -83,6 +83,16 @@ pub(crate) trait World: Sized {
     fn take_passed(listener: listener::Listener) -> Self::Listener;
     /// Returns the address that was bound when `asked` was asked for: with the port that was chosen.
     fn bound(listener: &Self::Listener, asked: &Address) -> Address;
+    /// Returns the time, on the clock that [`now`](World::now) shows.
+    fn clock() -> Instant;
+    /// Waits for what a worker has to tell, at most `patience`.
+    ///
+    /// # Errors
+    /// As those of [`Receiver::recv_timeout`].
+    fn receive<T>(
+        told: &Receiver<T>,
+        patience: Duration,
+    ) -> std::result::Result<T, RecvTimeoutError>;
 
     fn now(&self) -> Instant;
     /// Waits for events, at most `timeout`, and appends all that have come.

@@ -6,7 +6,8 @@ use super::super::forward::Forward;
 use super::super::handle::ForwardId;
 use super::super::rules::Binder;
 use super::super::{
-    Descriptors, GateLimits, Handle, Housekeeper, Inbox, Limits, MioWorld, Shared, Worker,
+    Controller, Descriptors, GateLimits, Handle, Housekeeper, Inbox, Limits, MioWorld, Shared,
+    Worker,
 };
 use super::*;
 use crate::listener::nonblocking::Listener;
@@ -55,7 +56,7 @@ fn guests_of(
     let mut worker = Worker::new(world, 0, Arc::clone(&shared), true);
     worker.add_listener(listener, forward).unwrap();
     (
-        Handle {
+        Handle(Controller {
             binder: Arc::new(Binder::new(
                 gate_limits,
                 Waiter::of,
@@ -64,7 +65,7 @@ fn guests_of(
                 Vec::new(),
             )),
             shared,
-        },
+        }),
         address,
         thread::spawn(move || worker.run()),
     )

@@ -1,0 +1,255 @@
+//! What is done with a proxy that runs from outside of its workers, in whichever world they are.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use crate::error::{Error, Operation, Result};
+use crate::relay::CLIENT;
+use crate::sys;
+
+use super::VmLimits;
+use super::forward::{Forward, Rule};
+use super::handle::{ConnectionStatus, ForwardId};
+use super::rules::Binder;
+use super::status::ForwardStatus;
+use super::worker::{Command, Shared, Wanted};
+use super::world::World;
+
+/// What a [`Handle`](super::Handle) does, in any world.
+#[derive(Debug)]
+pub(super) struct Controller<W: World> {
+    pub(super) shared: Arc<Shared<W>>,
+    pub(super) binder: Arc<Binder>,
+}
+
+impl<W: World> Clone for Controller<W> {
+    fn clone(&self) -> Controller<W> {
+        Controller {
+            shared: Arc::clone(&self.shared),
+            binder: Arc::clone(&self.binder),
+        }
+    }
+}
+
+/// How long a worker may take to answer: it does at once, unless it has ended.
+const ANSWER: Duration = Duration::from_secs(5);
+
+impl<W: World> Controller<W> {
+    /// As [`Handle::forwards`](super::Handle::forwards).
+    pub(super) fn forwards(&self) -> Vec<ForwardStatus> {
+        let forwards = self.shared.forwards();
+        forwards.iter().map(|forward| forward.status()).collect()
+    }
+
+    /// As [`Handle::add`](super::Handle::add).
+    pub(super) fn add(&self, rule: Rule) -> Result<ForwardId> {
+        let _change = self.binder.begin_change();
+        let forwards = self.shared.forwards().clone();
+        let home = self.shared.next_inbox();
+        let (listener, forward) = self.binder.bind::<W>(rule, home, &forwards)?;
+        let (id, listen) = (forward.id, forward.rule.listen.clone());
+        let fail = |e| Error::new(Operation::Listen, &listen, e);
+        if self.shared.is_stopping() {
+            return Err(fail(stopping()));
+        }
+        // Those that are there wait for their next client until there is room for it.
+        let listeners = forwards.len() + 1;
+        if self.shared.descriptors.room(listeners) == 0 {
+            return Err(too_few_descriptors(Operation::Listen, &listen, listeners));
+        }
+        if forward.is_polite(CLIENT) {
+            self.shared.descriptors.keep_some_for_guests();
+        }
+        self.shared.make_room(listeners);
+        let undo = |e| {
+            self.shared.make_room(forwards.len());
+            fail(e)
+        };
+        let listen = |wanted, tell| Command::Listen(listener, Arc::clone(&forward), wanted, tell);
+        let begun = self.ask(home, listen).and_then(|done| done);
+        begun.map_err(undo)?;
+        self.shared.keep(&forward);
+        self.shared.forwards().push(forward);
+        Ok(id)
+    }
+
+    /// As [`Handle::replace`](super::Handle::replace).
+    pub(super) fn replace(&self, id: ForwardId, rule: Rule) -> Result<()> {
+        let _change = self.binder.begin_change();
+        let forwards = self.shared.forwards().clone();
+        let old = &forwards[index_of(&forwards, id)?];
+        let others = forwards.iter().filter(|forward| forward.id != id);
+        let forward = self.binder.replace(rule, old, others)?;
+        let (home, mode) = (forward.home, forward.rule.mode);
+        let set_mode = || match mode == old.rule.mode {
+            true => Ok(()),
+            false => self
+                .ask(home, |wanted, tell| {
+                    Command::SetMode(id, mode, wanted, tell)
+                })
+                .and_then(|done| done),
+        };
+        let replace = |wanted, tell| Command::Replace(Arc::clone(&forward), wanted, tell);
+        if let Err(e) = set_mode().and_then(|()| self.ask(home, replace)) {
+            forward.keep_places(None);
+            self.binder.restore(old);
+            return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
+        }
+        self.shared.keep(&forward);
+        let mut forwards = self.shared.forwards();
+        let index = index_of(&forwards, id)?;
+        forwards[index] = forward;
+        Ok(())
+    }
+
+    /// As [`Handle::limit_vm`](super::Handle::limit_vm).
+    pub(super) fn limit_vm(&self, limits: &VmLimits) {
+        self.binder.limit(limits);
+    }
+
+    /// As [`Handle::remove`](super::Handle::remove).
+    pub(super) fn remove(&self, id: ForwardId, grace: Duration) -> Result<()> {
+        let _change = self.binder.begin_change();
+        let (forward, left) = {
+            let mut forwards = self.shared.forwards();
+            let index = index_of(&forwards, id)?;
+            (forwards.remove(index), forwards.len())
+        };
+        self.shared.release(&forward);
+        let answers = self.ask_all(
+            |tell| Command::Remove(Arc::clone(&forward), grace, tell),
+            ANSWER,
+        );
+        self.shared.make_room(left);
+        match answers.len() < self.shared.inboxes.len() && !self.shared.is_stopping() {
+            true => Err(Error::new(
+                Operation::Listen,
+                &forward.rule.listen,
+                no_answer("it is removed as soon as it does"),
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// As [`Handle::connections`](super::Handle::connections).
+    pub(super) fn connections(&self) -> Vec<ConnectionStatus> {
+        let answers = self.ask_all(Command::Tell, ANSWER);
+        answers.into_iter().flatten().collect()
+    }
+
+    /// As [`Handle::answers_within`](super::Handle::answers_within).
+    pub(super) fn answers_within(&self, patience: Duration) -> bool {
+        let answers = self.ask_all(Command::Answer, patience).len();
+        let ended = self.shared.ended.load(Ordering::Acquire);
+        answers + ended >= self.shared.inboxes.len()
+    }
+
+    /// As [`Handle::live`](super::Handle::live).
+    pub(super) fn live(&self) -> usize {
+        self.shared.live.load(Ordering::Relaxed)
+    }
+
+    /// As [`Handle::is_stopping`](super::Handle::is_stopping).
+    pub(super) fn is_stopping(&self) -> bool {
+        self.shared.is_stopping()
+    }
+
+    /// As [`Handle::stop`](super::Handle::stop).
+    pub(super) fn stop(&self, grace: Duration) {
+        self.shared.stop_asked.store(true, Ordering::Release);
+        self.binder.let_passed_go();
+        for inbox in &self.shared.inboxes {
+            inbox.send(Command::Stop(grace));
+        }
+    }
+
+    /// Has one worker do something that it says when it is done.
+    ///
+    /// # Errors
+    /// `NotConnected` if it has ended, `TimedOut` if it doesn't answer. Then it doesn't do it later either.
+    fn ask<T>(
+        &self,
+        worker: usize,
+        command: impl FnOnce(Wanted, Sender<T>) -> Command<W>,
+    ) -> io::Result<T> {
+        let (tell, told) = channel();
+        let wanted = Wanted::default();
+        self.shared.inboxes[worker].send(command(wanted.clone(), tell));
+        let begun = W::clock();
+        let elapsed = || W::clock().saturating_duration_since(begun);
+        loop {
+            match W::receive(&told, LOOK) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Disconnected) => return Err(stopping()),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let (over, late) = (self.shared.is_over(), elapsed() >= ANSWER);
+            if (over || late) && wanted.give_up() {
+                return Err(match over {
+                    true => stopping(),
+                    false => no_answer("nothing was changed"),
+                });
+            }
+            // What it has begun it ends soon, unless it is about a file on a disk that hangs.
+            if elapsed() >= 2 * ANSWER {
+                return Err(no_answer("it has begun, and has not ended"));
+            }
+        }
+    }
+
+    /// Tells all workers something, and waits for their answers, at most `patience`. Those that have ended give none.
+    fn ask_all<T>(&self, command: impl Fn(Sender<T>) -> Command<W>, patience: Duration) -> Vec<T> {
+        let (tell, told) = channel();
+        for inbox in &self.shared.inboxes {
+            inbox.send(command(tell.clone()));
+        }
+        drop(tell);
+        let end = crate::time::after(W::clock(), patience);
+        let mut answers = Vec::new();
+        while answers.len() < self.shared.inboxes.len() && !self.shared.is_over() {
+            match W::receive(&told, LOOK.min(patience)) {
+                Ok(answer) => answers.push(answer),
+                Err(RecvTimeoutError::Timeout) if W::clock() < end => {}
+                Err(_) => break,
+            }
+        }
+        answers
+    }
+}
+
+/// How often it is looked whether there is still somebody to answer.
+const LOOK: Duration = Duration::from_millis(50);
+
+fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
+    let index = forwards.iter().position(|forward| forward.id == id);
+    index.ok_or_else(|| {
+        let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
+        Error::new(Operation::Find, "the forward", cause)
+    })
+}
+
+/// The error for a proxy whose listeners leave no descriptors for connections.
+pub(super) fn too_few_descriptors(
+    operation: Operation,
+    subject: impl std::fmt::Display,
+    listeners: usize,
+) -> Error {
+    let limit = sys::descriptor_limit().unwrap_or(u64::MAX);
+    let why = format!(
+        "the process may have {limit} descriptors, and {listeners} listeners leave none for a connection"
+    );
+    Error::new(operation, subject, io::Error::other(why))
+        .with_remedy("raise the limit with `ulimit -n`")
+}
+
+fn no_answer(so: &str) -> io::Error {
+    let why = format!("its worker has not answered in time; {so}");
+    io::Error::new(io::ErrorKind::TimedOut, why)
+}
+
+fn stopping() -> io::Error {
+    io::Error::new(io::ErrorKind::NotConnected, "the proxy is stopping")
+}
