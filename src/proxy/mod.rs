@@ -77,12 +77,13 @@ use crate::stream::nonblocking::Waiter;
 
 use controller::{Controller, too_few_descriptors};
 use descriptors::Descriptors;
-use gate::GateLimits;
+use gate::{GateLimits, Wake};
 use housekeeper::Housekeeper;
 use mio_world::MioWorld;
 use rules::Binder;
 pub(crate) use rules::all_are_wanted;
-use worker::{Command, Inbox, Shared, Worker};
+use worker::{Inbox, Shared, Worker};
+use world::World;
 
 pub use counters::{Counters, Refusals, TimedOut};
 #[cfg(feature = "cli")]
@@ -310,11 +311,36 @@ fn fail(cause: io::Error) -> Error {
     Error::new(Operation::Run, "the proxy", cause)
 }
 
-/// Binds all listeners, and makes the workers.
+/// Prepares a proxy of the real world.
 fn prepare(
     config: ProxyConfig,
     waiter: fn(&Address) -> Waiter,
 ) -> Result<(Handle, Vec<Worker<MioWorld>>)> {
+    let mut housekeeper = None;
+    let make = || {
+        let housekeeper = match &mut housekeeper {
+            Some(there) => there,
+            none => none.insert(Housekeeper::start()?),
+        };
+        let world = MioWorld::new(housekeeper.clone())?;
+        let waker = world.waker();
+        let wake: Wake = Arc::new(move || {
+            // It fails only when the loop is gone, and then there is nobody to wake.
+            let _ = waker.wake();
+        });
+        Ok((world, wake))
+    };
+    let (controller, workers) = assemble(config, waiter, make)?;
+    Ok((Handle(controller), workers))
+}
+
+/// Binds all listeners, and makes the workers, each in a world that `make` has made for it, with
+/// what ends a wait there.
+fn assemble<W: World>(
+    config: ProxyConfig,
+    waiter: fn(&Address) -> Waiter,
+    mut make: impl FnMut() -> io::Result<(W, Wake)>,
+) -> Result<(Controller<W>, Vec<Worker<W>>)> {
     let gate_limits = GateLimits {
         live: config.limits.vm_connections,
         unanswered: config.limits.vm_unanswered as u64,
@@ -346,7 +372,7 @@ fn prepare(
     }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for (index, rule) in config.rules.into_iter().enumerate() {
-        let (listener, forward) = binder.bind::<MioWorld>(rule, index % count, &forwards)?;
+        let (listener, forward) = binder.bind::<W>(rule, index % count, &forwards)?;
         listeners.push(listener);
         forwards.push(forward);
     }
@@ -355,19 +381,14 @@ fn prepare(
     }
     let mut worlds = Vec::new();
     let mut inboxes = Vec::new();
-    let housekeeper = Housekeeper::start().map_err(fail)?;
     for _ in 0..count {
-        let world = MioWorld::new(housekeeper.clone()).map_err(fail)?;
-        let waker = world.waker();
-        inboxes.push(Inbox::new(move || {
-            // It fails only when the loop is gone, and then there is nobody to wake.
-            let _ = waker.wake();
-        }));
+        let (world, wake) = make().map_err(fail)?;
+        inboxes.push(Inbox::new(wake));
         worlds.push(world);
     }
     let bound: Vec<_> = listeners.into_iter().zip(forwards.clone()).collect();
     let shared = Arc::new(Shared::new(config.limits, descriptors, forwards, inboxes));
-    let mut workers: Vec<Worker<MioWorld>> = worlds
+    let mut workers: Vec<Worker<W>> = worlds
         .into_iter()
         .enumerate()
         .map(|(index, world)| Worker::new(world, index, Arc::clone(&shared), config.splice))
@@ -378,26 +399,14 @@ fn prepare(
             .map_err(fail)?;
     }
     let binder = Arc::new(binder);
-    Ok((Handle(Controller { shared, binder }), workers))
+    Ok((Controller { shared, binder }, workers))
 }
 
-/// Runs a worker; if it fails, ends the others too: without it they would wait for its connections for ever.
-fn run_to_the_end(
-    worker: Worker<MioWorld>,
-    index: usize,
-    shared: &Shared<MioWorld>,
-) -> io::Result<()> {
+/// Runs a worker, and notes its end.
+fn run_to_the_end<W: World>(worker: Worker<W>, index: usize, shared: &Shared<W>) -> io::Result<()> {
     let run = AssertUnwindSafe(|| worker.run());
     let ended = catch_unwind(run).unwrap_or_else(|_| Err(io::Error::other("a worker panicked")));
-    if ended.is_err() {
-        let lost = shared.inboxes[index].load.swap(0, Ordering::AcqRel);
-        shared.live.fetch_sub(lost, Ordering::AcqRel);
-        shared.stopping.fetch_add(1, Ordering::AcqRel);
-        for inbox in &shared.inboxes {
-            inbox.send(Command::Stop(Duration::ZERO));
-        }
-    }
-    shared.ended.fetch_add(1, Ordering::AcqRel);
+    shared.worker_has_ended(index, ended.is_err());
     ended
 }
 

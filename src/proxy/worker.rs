@@ -118,11 +118,11 @@ pub(crate) struct Inbox<W: World> {
 }
 
 impl<W: World> Inbox<W> {
-    pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Inbox<W> {
+    pub(crate) fn new(wake: Wake) -> Inbox<W> {
         Inbox {
             commands: Mutex::default(),
             load: AtomicUsize::new(0),
-            wake: Arc::new(wake),
+            wake,
         }
     }
 
@@ -281,6 +281,20 @@ impl<W: World> Shared<W> {
 
     pub(super) fn is_stopping(&self) -> bool {
         self.stop_asked.load(Ordering::Acquire) || self.stopping.load(Ordering::Acquire) > 0
+    }
+
+    /// A worker has ended. If it has failed, the others are ended too: without it they would wait
+    /// for its connections for ever.
+    pub(super) fn worker_has_ended(&self, index: usize, failed: bool) {
+        if failed {
+            let lost = self.inboxes[index].load.swap(0, Ordering::AcqRel);
+            self.live.fetch_sub(lost, Ordering::AcqRel);
+            self.stopping.fetch_add(1, Ordering::AcqRel);
+            for inbox in &self.inboxes {
+                inbox.send(Command::Stop(Duration::ZERO));
+            }
+        }
+        self.ended.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Whether nobody listens to commands any more.

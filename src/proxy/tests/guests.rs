@@ -51,7 +51,7 @@ fn guests_of(
         limits,
         Descriptors::new(1, 0),
         vec![Arc::clone(&forward)],
-        vec![Inbox::new(wake)],
+        vec![Inbox::new(Arc::new(wake))],
     ));
     let mut worker = Worker::new(world, 0, Arc::clone(&shared), true);
     worker.add_listener(listener, forward).unwrap();
