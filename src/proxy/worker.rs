@@ -62,6 +62,14 @@ pub(super) enum Turn {
     Last,
 }
 
+/// A wait for events, before a turn.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wait {
+    pub(super) begun: Instant,
+    /// How long it takes at most; `None`: until something comes.
+    pub(super) timeout: Option<Duration>,
+}
+
 /// What a worker is told by others.
 pub(crate) enum Command<W: World> {
     /// Carry this accepted connection.
@@ -377,24 +385,36 @@ impl<W: World> Worker<W> {
     /// What the poller says, if it can't wait any more.
     pub(crate) fn run(mut self) -> io::Result<()> {
         let mut events = Vec::new();
-        while self.turn(&mut events)? != Turn::Last {}
-        Ok(())
+        loop {
+            let wait = self.next_wait();
+            self.world.wait(&mut events, wait.timeout)?;
+            if self.turn(&mut events, wait)? == Turn::Last {
+                return Ok(());
+            }
+        }
     }
 
-    /// Waits once, at most for [`timeout`](Worker::timeout), and does what is to be done then.
-    /// `events` is empty before and after: it is lent, so that its memory is kept.
+    /// Returns the wait that is to come before the next turn.
+    pub(super) fn next_wait(&self) -> Wait {
+        let begun = self.world.now();
+        let timeout = self.timeout(begun);
+        Wait { begun, timeout }
+    }
+
+    /// Does what is to be done after a wait, and takes the events out that it brought.
     ///
     /// # Errors
     /// As those of [`run`](Worker::run).
     pub(super) fn turn(
         &mut self,
         events: &mut Vec<Event<W::Stream, W::Listener>>,
+        wait: Wait,
     ) -> io::Result<Turn> {
-        let before = self.world.now();
-        let timeout = self.timeout(before);
-        self.world.wait(events, timeout)?;
         let now = self.world.now();
-        if timeout.is_some_and(|timeout| now > after(before, timeout) + FREEZE) {
+        if wait
+            .timeout
+            .is_some_and(|timeout| now > after(wait.begun, timeout) + FREEZE)
+        {
             self.thawed = Some(now);
         }
         if self.timers.next().is_some_and(|at| at <= now) {
@@ -527,7 +547,7 @@ impl<W: World> Worker<W> {
     }
 
     /// Returns how long there is nothing to do unless something comes; `None`: for ever.
-    pub(super) fn timeout(&self, now: Instant) -> Option<Duration> {
+    fn timeout(&self, now: Instant) -> Option<Duration> {
         // mio's poll fallback may lose a wake-up while a socket is registered: so the inbox is looked into as well.
         if !self.ready.is_empty() || !self.shared.inboxes[self.index].is_empty() {
             return Some(Duration::ZERO);
