@@ -14,7 +14,7 @@ pub(super) fn descriptors() -> Check {
         return Check::ok(name, "not limited");
     };
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
-    let room = ProcessDescriptors::new(workers, 0).room(1);
+    let room = ProcessDescriptors::new(workers, 0, sys::descriptor_limit).room(1);
     let seen = format!("this process may have {limit}: enough for {room} connections");
     match room < Limits::default().vm_connections {
         false => Check::ok(name, seen),

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use crate::error::{Error, Operation, Result};
 use crate::relay::CLIENT;
-use crate::sys;
 
 use super::VmLimits;
 use super::forward::{Forward, Rule};
@@ -57,11 +56,12 @@ impl<W: World> Controller<W> {
         }
         // Those that are there wait for their next client until there is room for it.
         let listeners = forwards.len() + 1;
-        if self.shared.descriptors.room(listeners) == 0 {
-            return Err(too_few_descriptors(Operation::Listen, &listen, listeners));
+        let descriptors = &self.shared.descriptors;
+        if descriptors.room(listeners) == 0 {
+            return Err(descriptors.too_few(Operation::Listen, &listen, listeners));
         }
         if forward.is_polite(CLIENT) {
-            self.shared.descriptors.keep_some_for_guests();
+            descriptors.keep_some_for_guests();
         }
         self.shared.make_room(listeners);
         let undo = |e| {
@@ -229,20 +229,6 @@ fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
         let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
         Error::new(Operation::Find, "the forward", cause)
     })
-}
-
-/// The error for a proxy whose listeners leave no descriptors for connections.
-pub(super) fn too_few_descriptors(
-    operation: Operation,
-    subject: impl std::fmt::Display,
-    listeners: usize,
-) -> Error {
-    let limit = sys::descriptor_limit().unwrap_or(u64::MAX);
-    let why = format!(
-        "the process may have {limit} descriptors, and {listeners} listeners leave none for a connection"
-    );
-    Error::new(operation, subject, io::Error::other(why))
-        .with_remedy("raise the limit with `ulimit -n`")
 }
 
 fn no_answer(so: &str) -> io::Error {

@@ -4,9 +4,10 @@
 //! is accepted and then reset; on macOS one that can't be given a descriptor is lost. So all else that has one is counted
 //! first: listeners, also those that are added later, pollers, pipes, and what the program has beside the proxy.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::sys;
+use crate::error::{Error, Operation};
 
 /// Descriptors to spare: standard streams, the log, names that are being resolved, listeners that are being replaced.
 const SPARE: u64 = 64;
@@ -23,15 +24,18 @@ pub(crate) struct Descriptors {
     workers: u64,
     others: u64,
     guests: AtomicBool,
+    limit: fn() -> Option<u64>,
 }
 
 impl Descriptors {
-    /// Those of a proxy with so many workers, in a program that needs `others` for other things.
-    pub(crate) fn new(workers: usize, others: usize) -> Descriptors {
+    /// Those of a proxy with so many workers, in a program that needs `others` for other things and
+    /// may have as many as `limit` says whenever it is asked.
+    pub(crate) fn new(workers: usize, others: usize, limit: fn() -> Option<u64>) -> Descriptors {
         Descriptors {
             workers: workers as u64,
             others: others as u64,
             guests: AtomicBool::new(false),
+            limit,
         }
     }
 
@@ -42,10 +46,30 @@ impl Descriptors {
 
     /// How many connections there are descriptors for beside so many listeners.
     pub(crate) fn room(&self, listeners: usize) -> usize {
-        match sys::descriptor_limit() {
+        match (self.limit)() {
             Some(limit) => self.room_within(limit, listeners as u64),
             None => usize::MAX,
         }
+    }
+
+    /// Returns the error for so many listeners that they leave none for connections.
+    pub(super) fn too_few(
+        &self,
+        operation: Operation,
+        subject: impl std::fmt::Display,
+        listeners: usize,
+    ) -> Error {
+        let limit = (self.limit)().unwrap_or(u64::MAX);
+        let why = format!(
+            "the process may have {limit} descriptors, and {listeners} listeners leave none for a connection"
+        );
+        Error::new(operation, subject, io::Error::other(why))
+            .with_remedy("raise the limit with `ulimit -n`")
+    }
+
+    /// Returns how many pipes one worker may have, which gets as many as the others.
+    pub(super) fn pipes_of_a_worker(&self) -> usize {
+        (pipes((self.limit)()) / self.workers.max(1)) as usize
     }
 
     fn room_within(&self, limit: u64, listeners: u64) -> usize {
@@ -68,7 +92,7 @@ fn spare(limit: u64) -> u64 {
 
 /// Pipes that all workers may have together, where bytes can go through them: they take an eighth of the descriptors at
 /// most, and none where those are few.
-pub(super) fn pipes(descriptors: Option<u64>) -> u64 {
+fn pipes(descriptors: Option<u64>) -> u64 {
     const MOST: u64 = 256;
     match cfg!(target_os = "linux") {
         true => match descriptors {
@@ -86,7 +110,7 @@ mod tests {
 
     #[test]
     fn all_that_has_a_descriptor_is_counted_before_connections() {
-        let alone = Descriptors::new(2, 0);
+        let alone = Descriptors::new(2, 0, || None);
         for limit in [256, 1024, 4096] {
             let pipes = 2 * pipes(Some(limit));
             let spare = spare(limit);
@@ -99,11 +123,11 @@ mod tests {
                 room + 1 >= (limit - 100 - pipes - 6 - spare) / 2,
                 "{limit}: {room}"
             );
-            let beside = Descriptors::new(2, 40);
+            let beside = Descriptors::new(2, 40, || None);
             assert_eq!(beside.room_within(limit, 100) as u64, room - 20);
         }
         assert_eq!(alone.room_within(256, 400), 0);
-        let guests = Descriptors::new(2, 0);
+        let guests = Descriptors::new(2, 0, || None);
         guests.keep_some_for_guests();
         assert!(guests.room_within(1024, 1) <= alone.room_within(1024, 1) / 2 + 1);
     }

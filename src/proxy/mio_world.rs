@@ -296,6 +296,10 @@ impl World for MioWorld {
         told.recv_timeout(patience)
     }
 
+    fn descriptor_limit() -> Option<u64> {
+        sys::descriptor_limit()
+    }
+
     fn now(&self) -> Instant {
         MioWorld::clock()
     }

@@ -75,7 +75,7 @@ use crate::listener::Listener;
 use crate::relay::CLIENT;
 use crate::stream::nonblocking::Waiter;
 
-use controller::{Controller, too_few_descriptors};
+use controller::Controller;
 use descriptors::Descriptors;
 use gate::{GateLimits, Wake};
 use housekeeper::Housekeeper;
@@ -361,14 +361,10 @@ fn assemble<W: World>(
     }
     let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let count = config.workers.unwrap_or_else(cores).get();
-    let descriptors = Descriptors::new(count, config.other_descriptors);
-    if descriptors.room(config.rules.len()) == 0 {
-        let what = "the proxy";
-        return Err(too_few_descriptors(
-            Operation::Run,
-            what,
-            config.rules.len(),
-        ));
+    let descriptors = Descriptors::new(count, config.other_descriptors, W::descriptor_limit);
+    let rules = config.rules.len();
+    if descriptors.room(rules) == 0 {
+        return Err(descriptors.too_few(Operation::Run, "the proxy", rules));
     }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for (index, rule) in config.rules.into_iter().enumerate() {

@@ -9,13 +9,12 @@ use std::time::{Duration, Instant};
 
 use crate::name::SocketName;
 use crate::relay::{CLIENT, Pool, Socket};
-use crate::sys;
 
 use super::Limits;
 use super::accept::Listening;
 use super::conn::Conn;
 use super::counters::add_one;
-use super::descriptors::{self, Descriptors};
+use super::descriptors::Descriptors;
 use super::forward::Forward;
 use super::gate::{Ticket, Wake};
 use super::handle::{ConnectionStatus, ForwardId};
@@ -354,9 +353,7 @@ impl<W: World> Worker<W> {
     /// One of `shared`'s; its bytes may go through pipes if `splice`.
     pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W>>, splice: bool) -> Worker<W> {
         let pipes = match splice {
-            true => {
-                descriptors::pipes(sys::descriptor_limit()) as usize / shared.inboxes.len().max(1)
-            }
+            true => shared.descriptors.pipes_of_a_worker(),
             false => 0,
         };
         Worker {

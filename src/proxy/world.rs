@@ -93,6 +93,8 @@ pub(crate) trait World: Sized {
         told: &Receiver<T>,
         patience: Duration,
     ) -> std::result::Result<T, RecvTimeoutError>;
+    /// Returns how many descriptors the process may have; `None` if no limit is known.
+    fn descriptor_limit() -> Option<u64>;
 
     fn now(&self) -> Instant;
     /// Waits for events, at most `timeout`, and appends all that have come.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::super::forward::Forward;
 use super::super::handle::ForwardId;
 use super::super::rules::Binder;
+use super::super::world::World;
 use super::super::{
     Controller, Descriptors, GateLimits, Handle, Housekeeper, Inbox, Limits, MioWorld, Shared,
     Worker,
@@ -49,7 +50,7 @@ fn guests_of(
     };
     let shared = Arc::new(Shared::new(
         limits,
-        Descriptors::new(1, 0),
+        Descriptors::new(1, 0, MioWorld::descriptor_limit),
         vec![Arc::clone(&forward)],
         vec![Inbox::new(Arc::new(wake))],
     ));
