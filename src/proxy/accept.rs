@@ -57,9 +57,9 @@ pub(crate) struct Listening<L> {
 
 impl<L> Listening<L> {
     /// Notes what keeps clients from being accepted.
-    fn set_obstacle(&mut self, obstacle: Obstacle, why: &dyn std::fmt::Display, now: Instant) {
+    fn set_obstacle(&mut self, obstacle: Obstacle, why: &dyn std::fmt::Display) {
         self.obstacle = Some(obstacle);
-        self.forward.board.blocked(obstacle, why.to_string(), now);
+        self.forward.board.blocked(obstacle, why.to_string());
     }
 
     /// Someone was accepted, or nobody waits.
@@ -278,7 +278,7 @@ impl<W: World> Worker<W> {
         let listening = &mut self.listeners[index];
         let forward = Arc::clone(&listening.forward);
         listening.ready = false;
-        listening.set_obstacle(Obstacle::Lost, &"its listener was shut down", now);
+        listening.set_obstacle(Obstacle::Lost, &"its listener was shut down");
         if listening.complaints.admit("shut down", now).is_some() {
             let listen = &forward.rule.listen;
             warn!("the listener on {listen} was shut down from outside; binding it again");
@@ -328,7 +328,7 @@ impl<W: World> Worker<W> {
         now: Instant,
     ) {
         let listening = &mut self.listeners[index];
-        listening.set_obstacle(obstacle, reason, now);
+        listening.set_obstacle(obstacle, reason);
         let key = match obstacle {
             Obstacle::Full => "full",
             _ => "paused",
@@ -435,7 +435,7 @@ impl<W: World> Worker<W> {
             }
             Found::Taken => {
                 let why = "another program has taken its place";
-                listening.set_obstacle(Obstacle::Lost, &why, now);
+                listening.set_obstacle(Obstacle::Lost, &why);
                 if !listening.lost {
                     listening.lost = true;
                     error!(
@@ -453,7 +453,7 @@ impl<W: World> Worker<W> {
                 }
                 if let Err(e) = self.world.watch_listener(&mut listener, of.token) {
                     self.world.close_listener(listener, None);
-                    listening.set_obstacle(Obstacle::Lost, &e, now);
+                    listening.set_obstacle(Obstacle::Lost, &e);
                     error!("cannot watch {listen}: {e}");
                     return;
                 }
@@ -471,7 +471,7 @@ impl<W: World> Worker<W> {
                 listening.found();
             }
             Found::Failed(e) => {
-                listening.set_obstacle(Obstacle::Lost, &e, now);
+                listening.set_obstacle(Obstacle::Lost, &e);
                 let what = match listening.listener {
                     Some(_) => "has been removed, and it can't be made again yet",
                     None => "can't be bound again yet",
@@ -484,13 +484,13 @@ impl<W: World> Worker<W> {
     }
 
     /// Closes all listeners but those that guests dial: an unbound port is what hyperkit can't stand.
-    pub(super) fn close_client_listeners(&mut self, now: Instant) {
+    pub(super) fn close_client_listeners(&mut self) {
         for listening in &mut self.listeners {
             if !listening.forward.is_polite(CLIENT)
                 && let Some(listener) = listening.listener.take()
             {
                 self.world.close_listener(listener, None);
-                listening.set_obstacle(Obstacle::Closed, &"", now);
+                listening.set_obstacle(Obstacle::Closed, &"");
             }
         }
     }

@@ -233,7 +233,7 @@ impl<S: crate::relay::Socket> Conn<S> {
     pub(super) fn refused(&self, error: &Error, reason: Reason, now: Instant) {
         let forward = &self.forward;
         forward.tally.refused(reason);
-        forward.board.failed(error.to_string(), now);
+        forward.board.failed(error.to_string());
         self.tell(What::Refused(error));
         // Of those who are not there it was told when that was found.
         if reason == Reason::Absent {

@@ -40,7 +40,8 @@ impl<W: World> Controller<W> {
     /// As [`Handle::forwards`](super::Handle::forwards).
     pub(super) fn forwards(&self) -> Vec<ForwardStatus> {
         let forwards = self.shared.forwards();
-        forwards.iter().map(|forward| forward.status()).collect()
+        let now = W::clock();
+        forwards.iter().map(|forward| forward.status(now)).collect()
     }
 
     /// As [`Handle::add`](super::Handle::add).

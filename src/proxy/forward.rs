@@ -273,7 +273,7 @@ impl Forward {
         }
     }
 
-    pub(super) fn status(&self) -> ForwardStatus {
+    pub(super) fn status(&self, now: Instant) -> ForwardStatus {
         ForwardStatus {
             id: self.id,
             rule: Rule {
@@ -282,7 +282,7 @@ impl Forward {
             },
             listen: self.rule.listen.clone(),
             state: self.board.state(),
-            vm: self.gate().map(|gate| gate.status()),
+            vm: self.gate().map(|gate| gate.status(now)),
             last_error: self.board.last_error(),
             counters: self.tally.counters(),
         }

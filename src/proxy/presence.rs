@@ -8,8 +8,6 @@ use tracing::{info, warn};
 use crate::error::Error;
 use crate::sys::Identity;
 
-use super::status::wall_time;
-
 /// Something to be told, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum News {
@@ -106,7 +104,7 @@ impl Presence {
     fn take_for_gone(&mut self, now: Instant, told: bool) {
         let (since, at) = match self.state {
             State::Gone { since, at, .. } => (since, at),
-            State::Unknown | State::Up => (now, wall_time(now)),
+            State::Unknown | State::Up => (now, SystemTime::now()),
         };
         self.state = State::Gone { since, at, told };
     }

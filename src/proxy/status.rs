@@ -95,10 +95,11 @@ pub struct LastError {
     pub at: SystemTime,
 }
 
-/// The time on the wall when the clock of the loop showed `then`.
-pub(super) fn wall_time(then: Instant) -> SystemTime {
-    let now = SystemTime::now();
-    now.checked_sub(then.elapsed()).unwrap_or(now)
+/// Returns the time on the wall when the loop's clock, which shows `now`, showed `then`.
+pub(super) fn wall_time(then: Instant, now: Instant) -> SystemTime {
+    let wall = SystemTime::now();
+    let ago = now.saturating_duration_since(then);
+    wall.checked_sub(ago).unwrap_or(wall)
 }
 
 /// Why a listener takes nobody.
@@ -126,11 +127,11 @@ impl Board {
     }
 
     /// Notes why the listener takes nobody. The time of an obstacle that lasts is that of its beginning.
-    pub(super) fn blocked(&self, obstacle: Obstacle, why: String, now: Instant) {
+    pub(super) fn blocked(&self, obstacle: Obstacle, why: String) {
         let mut known = self.known();
         match &mut known.obstacle {
             Some((before, text, _)) if *before == obstacle => *text = why,
-            other => *other = Some((obstacle, why, wall_time(now))),
+            other => *other = Some((obstacle, why, SystemTime::now())),
         }
     }
 
@@ -139,8 +140,8 @@ impl Board {
         self.known().obstacle = None;
     }
 
-    pub(super) fn failed(&self, text: String, now: Instant) {
-        let at = wall_time(now);
+    pub(super) fn failed(&self, text: String) {
+        let at = SystemTime::now();
         self.known().error = Some(LastError { text, at });
     }
 

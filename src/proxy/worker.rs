@@ -576,7 +576,7 @@ impl<W: World> Worker<W> {
             self.accept_all(now);
             self.phase = Phase::Stopping;
             self.shared.stopping.fetch_add(1, Ordering::AcqRel);
-            self.close_client_listeners(now);
+            self.close_client_listeners();
             self.hurry_leaving(now);
         }
     }

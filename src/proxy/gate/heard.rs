@@ -1,5 +1,6 @@
 //! Keeps the time at which a guest was last heard from.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -7,21 +8,15 @@ use std::time::{Duration, Instant};
 const STEP: Duration = Duration::from_secs(1);
 
 /// The time of the latest byte or end that came from a guest, kept without a lock.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct LastHeard {
-    born: Instant,
+    /// When something came first.
+    first: OnceLock<Instant>,
     /// Milliseconds since then, and one more; 0 if nothing has come yet.
     at: AtomicU64,
 }
 
 impl LastHeard {
-    pub(super) fn new() -> LastHeard {
-        LastHeard {
-            born: Instant::now(),
-            at: AtomicU64::new(0),
-        }
-    }
-
     /// Returns whether the time has to be noted: it is later than the last one by more than a step.
     pub(super) fn is_news(&self, now: Instant) -> bool {
         let at = self.at.load(Ordering::Relaxed);
@@ -42,14 +37,32 @@ impl LastHeard {
     pub(super) fn at(&self) -> Option<Instant> {
         match self.at.load(Ordering::Relaxed) {
             0 => None,
-            at => self.born.checked_add(Duration::from_millis(at - 1)),
+            at => self.first.get()?.checked_add(Duration::from_millis(at - 1)),
         }
     }
 
     fn number(&self, now: Instant) -> u64 {
-        let since = now.saturating_duration_since(self.born).as_millis();
+        let first = *self.first.get_or_init(|| now);
+        let since = now.saturating_duration_since(first).as_millis();
         u64::try_from(since)
             .unwrap_or(u64::MAX - 1)
             .saturating_add(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_may_be_one_before_it_was_made() {
+        let then = Instant::now();
+        let heard = LastHeard::default();
+        assert_eq!(heard.at(), None);
+        heard.note(then);
+        assert_eq!(heard.at(), Some(then));
+        assert!(!heard.is_news(then + STEP / 2));
+        heard.note(then + 2 * STEP);
+        assert_eq!(heard.at(), Some(then + 2 * STEP));
     }
 }

@@ -178,7 +178,7 @@ impl Gate {
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
             answered: AtomicU64::new(0),
-            heard: LastHeard::new(),
+            heard: LastHeard::default(),
         }
     }
 
@@ -420,18 +420,15 @@ impl Gate {
         dialled.saturating_sub(answered)
     }
 
-    pub(super) fn status(&self) -> VmStatus {
+    pub(super) fn status(&self, now: Instant) -> VmStatus {
         let state = self.state();
         VmStatus {
             connections: state.shares.live(),
             limit: state.shares.cap(),
             reserved: state.shares.kept(),
             unanswered: self.unanswered(),
-            last_heard: self.heard.at().map(wall_time),
-            up: state
-                .presence
-                .is_up()
-                .filter(|_| !state.hangs(Instant::now())),
+            last_heard: self.heard.at().map(|then| wall_time(then, now)),
+            up: state.presence.is_up().filter(|_| !state.hangs(now)),
             gone_since: state.presence.gone_since(),
             restarts: state.presence.restarts(),
         }
