@@ -25,7 +25,7 @@ pub(super) const TO_PAIR: usize = TO_GUEST - 64 * 1024;
 
 /// How a connection came about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Origin {
+pub(crate) enum Origin {
     /// A line on `connect`.
     Line,
     /// A `guest_forwards` socket.

@@ -1,11 +1,46 @@
 //! Whether a host program broke a rule: what the device sees of its sockets' ends.
 
+use std::time::Duration;
+
 use super::afterlife::was_reset;
-use super::connection::Origin;
+pub(crate) use super::connection::Origin;
 use super::device::Device;
 use super::rules::{AT_ONCE, Fate, Rule};
 use super::slots::{Key, Subject};
 use mio::event::Event;
+
+/// What the device has seen of a connection whose host program has closed both directions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HostEnd {
+    /// It closed with bytes unread.
+    pub(crate) reset: bool,
+    /// Bytes that were written to it.
+    pub(crate) sent: u64,
+    /// It was told that the guest sends no more.
+    pub(crate) host_shut: bool,
+    /// How long before that the connection was made.
+    pub(crate) age: Duration,
+}
+
+/// Returns the rule that a host's program has broken by such an end, if one was. `has_input`, which
+/// says whether the program has sent anything, is asked only if it matters: looking at a socket may
+/// take away what else there is to be seen of it.
+pub(crate) fn broken_rule(
+    origin: Origin,
+    end: HostEnd,
+    has_input: impl FnOnce() -> bool,
+) -> Option<Rule> {
+    let unsent = end.sent == 0 && !end.host_shut;
+    match origin {
+        _ if end.reset && end.sent > 0 => Some(Rule::CloseUnread),
+        // It was never accepted: its listener was closed.
+        Origin::Guest if end.reset => Some(Rule::NoListener),
+        _ if !unsent || end.age >= AT_ONCE => None,
+        Origin::Guest => Some(Rule::AcceptAndClose),
+        Origin::Forward if !has_input() => Some(Rule::Probe),
+        Origin::Forward | Origin::Line => Some(Rule::ImmediateClose),
+    }
+}
 
 impl Device {
     pub(super) fn host_event(&mut self, key: Key, event: &Event) {
@@ -32,20 +67,17 @@ impl Device {
         };
         let (port, sent) = (connection.port, connection.sent);
         let age = connection.since.elapsed();
-        let unsent = sent == 0 && !connection.host_shut;
-        let reset = std::mem::take(&mut connection.host_reset);
-        let rule = match connection.origin {
-            _ if reset && sent > 0 => Rule::CloseUnread,
-            // It was never accepted: its listener was closed.
-            Origin::Guest if reset => Rule::NoListener,
-            _ if !unsent || age >= AT_ONCE => return,
-            Origin::Guest => Rule::AcceptAndClose,
-            Origin::Forward if !connection.has_input() => Rule::Probe,
-            Origin::Forward | Origin::Line => Rule::ImmediateClose,
+        let end = HostEnd {
+            reset: std::mem::take(&mut connection.host_reset),
+            sent,
+            host_shut: connection.host_shut,
+            age,
         };
-        let micros = age.as_micros();
-        let detail = format!("port {port}, {micros} µs old, {sent} bytes sent to it");
-        self.offend(rule, detail);
+        if let Some(rule) = broken_rule(connection.origin, end, || connection.has_input()) {
+            let micros = age.as_micros();
+            let detail = format!("port {port}, {micros} µs old, {sent} bytes sent to it");
+            self.offend(rule, detail);
+        }
     }
 
     /// Frees the slot; the host's program gets EOF.

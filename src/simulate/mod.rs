@@ -24,8 +24,8 @@ mod directory;
 mod guest;
 mod handshake;
 mod http;
-mod judge;
-mod rules;
+pub(crate) mod judge;
+pub(crate) mod rules;
 mod slots;
 
 pub use counters::Counters;

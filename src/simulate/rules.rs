@@ -17,10 +17,10 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 /// A peer that closes both directions this soon after the connection was made has closed "at once".
-pub(super) const AT_ONCE: Duration = Duration::from_millis(20);
+pub(crate) const AT_ONCE: Duration = Duration::from_millis(20);
 
 /// So many dials that a paused guest hasn't answered overflow the ring (`VTSOCK_REPLYRINGSZ`).
-pub(super) const UNANSWERED_LIMIT: u64 = 512;
+pub(crate) const UNANSWERED_LIMIT: u64 = 512;
 
 /// So many dials at once the ring takes while the guest is awake: 600 were fine, 800 were not.
 const RING: u64 = 600;
@@ -125,13 +125,13 @@ impl fmt::Display for Fate {
 /// known to be empty are taken as spread over the whole time since then: the guest takes that many before the ring counts as full. Dials spaced by [`DRAIN`]
 /// hence never overflow it, however late they are seen; a burst that came while we slept long may be missed.
 #[derive(Debug)]
-pub(super) struct Ring {
+pub(crate) struct Ring {
     /// Up to when the guest's time is used up.
     used: Instant,
 }
 
 impl Ring {
-    pub(super) fn new(now: Instant) -> Ring {
+    pub(crate) fn new(now: Instant) -> Ring {
         Ring { used: now }
     }
 
@@ -141,24 +141,24 @@ impl Ring {
     }
 
     /// How many of `waiting` dials are in the ring at `now`.
-    pub(super) fn level(&self, waiting: usize, now: Instant) -> u64 {
+    pub(crate) fn level(&self, waiting: usize, now: Instant) -> u64 {
         (waiting as u64).saturating_sub(self.could_take(now))
     }
 
     /// Whether so many overflow it.
-    pub(super) fn overflows(level: u64) -> bool {
+    pub(crate) fn overflows(level: u64) -> bool {
         level > RING
     }
 
     /// The guest takes what it can of `waiting` dials; how many that is.
-    pub(super) fn take(&mut self, waiting: usize, now: Instant) -> usize {
+    pub(crate) fn take(&mut self, waiting: usize, now: Instant) -> usize {
         let taken = self.could_take(now).min(waiting as u64);
         self.used += DRAIN * u32::try_from(taken).unwrap_or(u32::MAX);
         taken as usize
     }
 
     /// At `now` no dial was waiting anywhere: the guest is idle, and takes the next at once.
-    pub(super) fn idle(&mut self, now: Instant) {
+    pub(crate) fn idle(&mut self, now: Instant) {
         if let Some(ready) = now.checked_sub(DRAIN) {
             self.used = self.used.max(ready);
         }
