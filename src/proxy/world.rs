@@ -81,7 +81,8 @@ pub(crate) trait World: Sized {
     fn bind(address: &Address, mode: u32) -> Result<Self::Listener>;
     /// Takes over a socket that listened already.
     fn take_passed(listener: listener::Listener) -> Self::Listener;
-    /// Returns the address that was bound when `asked` was asked for: with the port that was chosen.
+    /// Returns the address that was bound when `asked` was asked for: with the port that was
+    /// chosen.
     fn bound(listener: &Self::Listener, asked: &Address) -> Address;
     /// Returns the time, on the clock that [`now`](World::now) shows.
     fn clock() -> Instant;
