@@ -46,13 +46,15 @@ pub(crate) struct Listening<L> {
     complaints: Complaints,
     /// When its socket's file and its VM are to be looked after.
     watch: Instant,
-    /// What has become of its file, or of binding it again, is not known yet.
-    is_checked: bool,
+    /// How often it was asked what has become of its file, or to bind it again, without an answer yet.
+    asked: u32,
     lost: bool,
     /// What status says of it.
     obstacle: Option<Obstacle>,
     /// Its forward is gone: another may have its place.
     removed: bool,
+    /// Who is to be told that the address is free, once it is known what has become of the file.
+    leaves: Option<Sender<()>>,
 }
 
 impl<L> Listening<L> {
@@ -85,7 +87,8 @@ impl<W: World> Worker<W> {
         forward: Arc<Forward>,
     ) -> io::Result<()> {
         let mut listener = listener;
-        let free = self.listeners.iter().position(|it| it.removed);
+        let is_free = |it: &Listening<W::Listener>| it.removed && it.asked == 0;
+        let free = self.listeners.iter().position(is_free);
         let index = free.unwrap_or(self.listeners.len());
         self.world.watch_listener(&mut listener, index)?;
         self.note_listener(&listener, forward.id);
@@ -98,10 +101,11 @@ impl<W: World> Worker<W> {
             full: None,
             complaints: Complaints::default(),
             watch,
-            is_checked: false,
+            asked: 0,
             lost: false,
             obstacle: None,
             removed: false,
+            leaves: None,
         };
         match self.listeners.get_mut(index) {
             Some(place) => *place = listening,
@@ -126,17 +130,30 @@ impl<W: World> Worker<W> {
     /// Ends the listener of a forward, if this worker has it, and tells when its address is free. Who waits there is
     /// served.
     pub(super) fn remove_listener(&mut self, forward: ForwardId, done: Sender<()>, now: Instant) {
-        let listener = self.listener_of(forward).and_then(|index| {
-            self.accept_waiting(index, now);
-            self.shared.routes.listens_no_more(forward);
-            let listening = &mut self.listeners[index];
-            listening.removed = true;
-            listening.listener.take()
-        });
-        match listener {
-            Some(listener) => self.world.close_listener(listener, Some(done)),
+        let Some(index) = self.listener_of(forward) else {
             // Who asked may have given up.
-            None => drop(done.send(())),
+            let _ = done.send(());
+            return;
+        };
+        let listening = &mut self.listeners[index];
+        listening.removed = true;
+        match listening.asked {
+            0 => self.end_listener(index, done, now),
+            // It may be bound again meanwhile.
+            _ => listening.leaves = Some(done),
+        }
+    }
+
+    /// Closes a listener whose forward is gone, once nothing is asked about its file any more.
+    fn end_listener(&mut self, index: usize, done: Sender<()>, now: Instant) {
+        self.accept_waiting(index, now);
+        let listening = &mut self.listeners[index];
+        self.shared.routes.listens_no_more(listening.forward.id);
+        match listening.listener.take() {
+            Some(listener) => self.world.close_listener(listener, Some(done)),
+            None => {
+                let _ = done.send(());
+            }
         }
     }
 
@@ -285,6 +302,7 @@ impl<W: World> Worker<W> {
         }
         if let Some(old) = listening.listener.take()
             && self.phase == Phase::Running
+            && !listening.removed
         {
             self.bind_again(index, Some(old));
         }
@@ -292,7 +310,7 @@ impl<W: World> Worker<W> {
 
     fn bind_again(&mut self, index: usize, old: Option<W::Listener>) {
         let listening = &mut self.listeners[index];
-        listening.is_checked = true;
+        listening.asked += 1;
         let of = ListenerId {
             token: index,
             forward: listening.forward.id,
@@ -385,45 +403,60 @@ impl<W: World> Worker<W> {
     fn look_after(&mut self, index: usize) {
         let listening = &mut self.listeners[index];
         // One question at a time: what is asked may hang.
-        if self.phase != Phase::Running || listening.is_checked {
+        if self.phase != Phase::Running || listening.asked > 0 {
             return;
         }
         match &listening.listener {
             None => self.bind_again(index, None),
             Some(listener) if listening.forward.rule.listen.has_file() => {
-                listening.is_checked = true;
+                listening.asked += 1;
                 let of = ListenerId {
                     token: index,
                     forward: listening.forward.id,
                 };
                 let rule = &listening.forward.rule;
                 if !self.world.check_file(listener, of, rule) {
-                    listening.is_checked = false;
+                    listening.asked -= 1;
                 }
             }
             Some(_) => {}
         }
     }
 
-    /// Takes what has become of a listener's file. One that someone removed was made again: a VM that starts may clear its
-    /// directory, and cleaners of `/tmp` remove what is old.
+    /// Takes what has become of a listener's file, or of binding its address again.
     pub(super) fn listener_found(
         &mut self,
         of: ListenerId,
         found: Found<W::Listener>,
         now: Instant,
     ) {
-        let its = |it: &&mut Listening<W::Listener>| !it.removed && it.forward.id == of.forward;
-        let running = self.phase == Phase::Running;
-        let listening = self.listeners.get_mut(of.token).filter(its);
-        let Some(listening) = listening.filter(|_| running) else {
-            // It was removed meanwhile, or takes nobody any more.
+        let its = |it: &&mut Listening<W::Listener>| it.forward.id == of.forward;
+        let Some(listening) = self.listeners.get_mut(of.token).filter(its) else {
             if let Found::Bound(listener) = found {
                 self.world.close_listener(listener, None);
             }
             return;
         };
-        listening.is_checked = false;
+        listening.asked -= 1;
+        let leaves = match listening.asked {
+            0 => listening.leaves.take(),
+            _ => None,
+        };
+        // Guests are accepted to the very end: one that waits at a socket which is closed is hurt.
+        let takes_clients = self.phase == Phase::Running || listening.forward.is_polite(CLIENT);
+        match found {
+            Found::Bound(listener) if !takes_clients => self.world.close_listener(listener, None),
+            found => self.take_found(of, found, now),
+        }
+        if let Some(done) = leaves {
+            self.end_listener(of.token, done, now);
+        }
+    }
+
+    /// Goes on with a listener's file as it is. One that someone removed was made again: a VM that starts may clear its
+    /// directory, and cleaners of `/tmp` remove what is old.
+    fn take_found(&mut self, of: ListenerId, found: Found<W::Listener>, now: Instant) {
+        let listening = &mut self.listeners[of.token];
         let forward = Arc::clone(&listening.forward);
         let listen = &forward.rule.listen;
         match found {
