@@ -245,9 +245,15 @@ impl<W: World> Worker<W> {
             if listening.listener.is_none() {
                 return;
             }
-            // Guests are accepted whatever happens: hyperkit stands still until they are.
-            if !listening.forward.is_polite(CLIENT)
-                && let Some(reason) = self.shared.is_full_for(listening.forward.id)
+            // Guests are accepted whatever happens: hyperkit stands still until they are. So is what
+            // comes from another forward: the place that it waits for may be that one's.
+            let (forward, live) = (&listening.forward, &listening.forward.tally.live);
+            if !forward.is_polite(CLIENT)
+                && let Some(reason) = self.shared.is_full_for(forward.id)
+                && !self
+                    .shared
+                    .routes
+                    .may_wait_at(forward.id, live.load(Ordering::Relaxed))
             {
                 return self.pause(index, Obstacle::Full, now, &reason);
             }

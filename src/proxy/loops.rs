@@ -169,6 +169,15 @@ impl Ends {
         }
     }
 
+    /// Returns whether it may come out at a listener that is known by that mark.
+    fn lead_to(&self, mark: &Mark) -> bool {
+        match (self, mark) {
+            (Ends::Tcp { listening, .. }, Mark::Tcp(bound)) => listening.port() == bound.port(),
+            (Ends::Vsock { listening, .. }, Mark::Vsock(port)) => listening == port,
+            _ => false,
+        }
+    }
+
     /// Those of an accepted socket that has the name `here`, and whose peer is `peer`.
     pub(super) fn accepted(here: SocketName, peer: SocketName) -> Option<Ends> {
         match (here, peer) {
@@ -337,6 +346,29 @@ impl Routes {
             Some(from) => known.add_edge(from, forward, route),
             None => true,
         }
+    }
+
+    /// Returns whether a connection of our own may wait to be accepted at a forward, which has
+    /// accepted so many that still live. It must not wait for the end of the connection that it
+    /// belongs to.
+    pub(super) fn may_wait_at(&self, forward: ForwardId, accepted: u64) -> bool {
+        let known = self.known();
+        let to_it = known.edges.iter().filter(|((_, to), _)| *to == forward);
+        let edges: usize = to_it.map(|(_, count)| count).sum();
+        let mut marks = known.listeners.iter().filter(|(_, it)| **it == forward);
+        marks.any(|(mark, _)| match mark {
+            // There is an edge from the dial on. Who else was accepted may wait for nobody.
+            Mark::Unix(_) => edges as u64 > accepted,
+            // There is one from the accept on.
+            _ => {
+                known
+                    .outgoing
+                    .keys()
+                    .filter(|ends| ends.lead_to(mark))
+                    .count()
+                    > edges
+            }
+        })
     }
 
     /// Forgets a connection.
