@@ -137,6 +137,13 @@ impl<W: World> Worker<W> {
         if ends[CLIENT].is_none() {
             conn.place = None;
         }
+        if self.thawed == Some(now)
+            && let Some(until) = until
+        {
+            // Invariant 9: the peer may have stood still as well, and have had no time to answer.
+            let drain = conn.forward.rule.timeouts.drain;
+            *until = (*until).max(after(now, LAST_LEAVE.min(drain)));
+        }
         let until = *until;
         if until.is_some_and(|until| now >= until) {
             return self.abandon(id, now);

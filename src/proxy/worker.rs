@@ -413,6 +413,8 @@ impl<W: World> Worker<W> {
             .is_some_and(|timeout| now > after(wait.begun, timeout) + FREEZE)
         {
             self.thawed = Some(now);
+            // Guests may have stood still as well.
+            self.end_at = self.end_at.map(|at| at.max(now + LAST_LEAVE));
         }
         if self.timers.next().is_some_and(|at| at <= now) {
             // Invariant 9: what has come is read before a timer is believed. The process may have
