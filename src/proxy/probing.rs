@@ -28,6 +28,9 @@ pub(crate) struct Proofs {
     gate: Arc<Gate>,
     waiting: Vec<Id>,
     next: Instant,
+    /// No proof is tried before this time: the last one could not be sent. Its permit, given back,
+    /// wakes the other workers, whose own may fail as well and wake this one.
+    not_before: Option<Instant>,
 }
 
 impl<W: World> Worker<W> {
@@ -110,6 +113,7 @@ impl<W: World> Worker<W> {
                 gate: Arc::clone(gate),
                 waiting: vec![id],
                 next: now,
+                not_before: None,
             }),
         }
         match conn.take_state() {
@@ -155,14 +159,17 @@ impl<W: World> Worker<W> {
                 }
             }
             if let Some(forward) = unanswered {
-                proofs.next = self.send_proof(&proofs, &forward, now);
+                proofs.next = match proofs.not_before.filter(|at| now < *at) {
+                    Some(at) => at,
+                    None => self.send_proof(&mut proofs, &forward, now),
+                };
                 self.proofs.push(proofs);
             }
         }
     }
 
     /// Sends a proof if none is under way; when that is to be looked at again.
-    fn send_proof(&mut self, proofs: &Proofs, forward: &Arc<Forward>, now: Instant) -> Instant {
+    fn send_proof(&mut self, proofs: &mut Proofs, forward: &Arc<Forward>, now: Instant) -> Instant {
         let wake = self.shared.inboxes[self.index].waker();
         let permit = match proofs.gate.admit_proof(now, self.index, &wake) {
             Admission::Go(permit) | Admission::Probe(permit) => permit,
@@ -177,7 +184,9 @@ impl<W: World> Worker<W> {
                 self.prove_by_silence(id, now);
             }
         }
-        now + FULL_PAUSE
+        let again = now + FULL_PAUSE;
+        proofs.not_before = Some(again);
+        again
     }
 
     /// Without a proof to be had, silence has to do: a guest that runs refuses within less.
