@@ -215,21 +215,24 @@ impl Gate {
         }
         let limit = state.may_lack;
         let unanswered = self.unanswered() + state.pending;
-        if unanswered >= limit {
-            if state.next_probe.is_some_and(|at| now < at) || unanswered >= limit + LOST_PROBES {
-                return Admission::Full(Full::Unanswered(limit));
-            }
-            state.next_probe = Some(now + state.patience);
-            state.patience = (state.patience * 2).min(LONGEST_PATIENCE);
-            return Admission::Probe(self.permit(state, forward, Kind::Probe));
+        let is_probe = unanswered >= limit;
+        let waits = state.next_probe.is_some_and(|at| now < at);
+        if is_probe && (waits || unanswered >= limit + LOST_PROBES) {
+            return Admission::Full(Full::Unanswered(limit));
         }
-        state.patience = PROBE_PATIENCE;
+        // A probe is a dial, too.
         let due = state.due.unwrap_or(now);
         let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
         if now < earliest {
             return Admission::At(earliest);
         }
         state.due = Some(due.max(now) + INTERVAL);
+        if is_probe {
+            state.next_probe = Some(now + state.patience);
+            state.patience = (state.patience * 2).min(LONGEST_PATIENCE);
+            return Admission::Probe(self.permit(state, forward, Kind::Probe));
+        }
+        state.patience = PROBE_PATIENCE;
         Admission::Go(self.permit(state, forward, Kind::Dial))
     }
 

@@ -53,6 +53,24 @@ fn dials_keep_their_distance_on_average() {
 }
 
 #[test]
+fn probes_keep_the_distance_of_dials() {
+    let gate = gate(900, 1);
+    let now = Instant::now();
+    // Each is answered at once.
+    for dial in 0..BURST {
+        match gate.admit(ONE, now) {
+            Admission::Go(mut permit) if dial % 2 == 0 => permit.dialled(None, now),
+            Admission::Probe(mut permit) if dial % 2 == 1 => {
+                permit.dialled(None, now);
+                permit.answered();
+            }
+            other => panic!("{dial}: {other:?}"),
+        }
+    }
+    assert!(matches!(gate.admit(ONE, now), Admission::At(_)));
+}
+
+#[test]
 fn a_guest_that_answers_nothing_is_not_dialled_without_end() {
     let gate = gate(900, 64);
     let mut now = Instant::now();
