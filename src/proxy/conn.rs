@@ -61,6 +61,9 @@ pub(crate) struct Conn<S: Socket> {
     pub(super) peer: SocketName,
     pub(super) since: Instant,
     pub(super) span: Span,
+    /// The name of its state, for what simulated runs reach.
+    #[cfg(all(test, target_os = "linux"))]
+    phase: &'static str,
 }
 
 #[derive(Debug)]
@@ -170,6 +173,8 @@ impl<S: crate::relay::Socket> Conn<S> {
             peer,
             since,
             span,
+            #[cfg(all(test, target_os = "linux"))]
+            phase: "new",
         }
     }
 
@@ -254,6 +259,28 @@ impl<S: crate::relay::Socket> Conn<S> {
     pub(super) fn take_state(&mut self) -> State<S> {
         std::mem::replace(&mut self.state, State::Moving)
     }
+
+    /// Goes over to another state.
+    pub(super) fn enter(&mut self, state: State<S>) {
+        #[cfg(all(test, target_os = "linux"))]
+        self.note_phase(match &state {
+            State::Waiting { .. } => "waiting",
+            State::Connecting { .. } => "connecting",
+            State::Proving { .. } => "proving",
+            State::Relaying { .. } => "relaying",
+            State::Bridged => "bridged",
+            State::Leaving { .. } => "leaving",
+            State::Moving => "moving",
+        });
+        self.state = state;
+    }
+
+    /// Notes the name of the state that it goes over to.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn note_phase(&mut self, phase: &'static str) {
+        let before = std::mem::replace(&mut self.phase, phase);
+        super::sim::note_transition(before, phase);
+    }
 }
 
 impl<W: World> Worker<W> {
@@ -300,7 +327,7 @@ impl<W: World> Worker<W> {
                 .world
                 .bridge(id.token(CLIENT), ends, &conn.forward, drain);
             self.timers.set(&mut conn.timer, id, None);
-            conn.state = State::Bridged;
+            conn.enter(State::Bridged);
             if let Err(e) = begun {
                 let error = Error::new(Operation::Run, "a connection's thread", e);
                 conn.refused(&error, Reason::Other, now);
@@ -339,11 +366,11 @@ impl<W: World> Worker<W> {
             }
         }
         self.timers.set(&mut conn.timer, id, None);
-        conn.state = State::Relaying {
+        conn.enter(State::Relaying {
             pair,
             hold,
             end: None,
-        };
+        });
         self.make_ready(id);
     }
 
@@ -417,7 +444,7 @@ impl<W: World> Worker<W> {
                         else {
                             return;
                         };
-                        conn.state = State::waiting(client, dial);
+                        conn.enter(State::waiting(client, dial));
                         self.world.close(server.socket);
                         if self.retry(id, e, now) {
                             self.connect(id, now);

@@ -66,7 +66,7 @@ impl<W: World> Worker<W> {
             ..Readiness::default()
         });
         if let Some(conn) = self.conns.get_mut(id) {
-            conn.state = State::waiting(client, Dial::new(deadline));
+            conn.enter(State::waiting(client, Dial::new(deadline)));
         }
         match watched {
             Err(e) => {
@@ -237,11 +237,11 @@ impl<W: World> Worker<W> {
                     }
                 }
                 if let State::Waiting { client, dial, .. } = conn.take_state() {
-                    conn.state = State::Connecting {
+                    conn.enter(State::Connecting {
                         client,
                         server: End::new(server),
                         dial,
-                    };
+                    });
                 }
                 self.connected(id, now);
             }
@@ -283,11 +283,11 @@ impl<W: World> Worker<W> {
                         writable: begun != Begun::InProgress,
                         ..Readiness::default()
                     });
-                    conn.state = State::Connecting {
+                    conn.enter(State::Connecting {
                         client,
                         server,
                         dial,
-                    };
+                    });
                     if !self.note_dial(id, now) {
                         return self.refuse_loop(id, now);
                     }

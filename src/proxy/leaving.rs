@@ -86,10 +86,10 @@ impl<W: World> Worker<W> {
             Phase::Running => LINGER,
         };
         self.timers.set(&mut conn.timer, id, None);
-        conn.state = State::Leaving {
+        conn.enter(State::Leaving {
             ends: leaving,
             until: Some(after(now, time)),
-        };
+        });
         self.go_on_leaving(id, now);
     }
 
@@ -271,6 +271,8 @@ impl<W: World> Worker<W> {
             return;
         };
         self.timers.set(&mut conn.timer, id, None);
+        #[cfg(all(test, target_os = "linux"))]
+        conn.note_phase("closed");
         match conn.take_state() {
             State::Waiting { client, .. } => self.world.close(client.socket),
             State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {

@@ -253,6 +253,15 @@ impl Routes {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Checks that no connection is known any more.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn check_books(&self) {
+        let known = self.known();
+        assert!(known.outgoing.is_empty(), "{:?}", known.outgoing);
+        assert!(known.edges.is_empty(), "{:?}", known.edges);
+        assert_eq!(self.dialled.load(Ordering::Relaxed), 0);
+    }
+
     /// Notes where a forward listens.
     pub(super) fn listens(&self, mark: Mark, forward: ForwardId) {
         let mut known = self.known();

@@ -55,6 +55,8 @@ mod queue;
 mod quiet;
 mod rules;
 mod shares;
+#[cfg(all(test, target_os = "linux"))]
+mod sim;
 mod status;
 mod table;
 mod timers;

@@ -85,10 +85,10 @@ impl<W: World> Worker<W> {
         };
         if let Some(conn) = self.conns.get_mut(id) {
             conn.permit = Some(permit);
-            conn.state = State::Leaving {
+            conn.enter(State::Leaving {
                 ends: [None, Some(Leave::new(end))],
                 until,
-            };
+            });
         }
         self.go_on_leaving(id, now);
         true
@@ -123,12 +123,12 @@ impl<W: World> Worker<W> {
                 dial,
             } => {
                 let deadline = dial.deadline();
-                conn.state = State::Proving {
+                conn.enter(State::Proving {
                     client,
                     server,
                     dial,
                     until: None,
-                };
+                });
                 self.set_timer(id, deadline);
             }
             other => conn.state = other,
@@ -267,7 +267,7 @@ impl<W: World> Worker<W> {
                 dial,
                 ..
             } => {
-                conn.state = State::waiting(client, dial);
+                conn.enter(State::waiting(client, dial));
                 self.world.close(server.socket);
                 let error = dial::refused_in_silence(&conn.forward.rule.connect);
                 self.failed(id, error, now);

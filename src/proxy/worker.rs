@@ -304,6 +304,16 @@ impl<W: World> Shared<W> {
         self.ended.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// Checks that nothing is counted any more.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn check_books(&self) {
+        assert_eq!(self.places().live(), 0, "places are taken");
+        for inbox in &self.inboxes {
+            assert_eq!(inbox.load.load(Ordering::Relaxed), 0, "a worker has load");
+        }
+        self.routes.check_books();
+    }
+
     /// Whether nobody listens to commands any more.
     pub(super) fn is_over(&self) -> bool {
         self.ended.load(Ordering::Acquire) >= self.inboxes.len()

@@ -42,6 +42,18 @@ impl Identity {
     }
 }
 
+#[cfg(all(test, target_os = "linux"))]
+impl Identity {
+    /// The identity of a file of that number, of a file system that there isn't.
+    pub(crate) fn numbered(inode: u64) -> Identity {
+        Identity {
+            device: 0,
+            inode,
+            born: None,
+        }
+    }
+}
+
 impl From<&fs::Metadata> for Identity {
     fn from(metadata: &fs::Metadata) -> Identity {
         Identity {

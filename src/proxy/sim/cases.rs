@@ -1,0 +1,224 @@
+//! Faults that schedules have found, each as a plan of its own, so that it is found again whatever
+//! seeds draw.
+
+use std::time::Duration;
+
+use crate::address::Address;
+use crate::proxy::Limits;
+use crate::proxy::forward::Rule;
+
+use super::cast::{ClientPlan, ServerPlan, Service};
+use super::kernel::Habits;
+use super::operator::Act;
+use super::plan::{Plan, RulePlan};
+use super::run::{keep_panics, run};
+use super::stage::{Name, Pace};
+use super::talk::{Exit, Manner};
+use super::vm::{Kind, VmAct, VmPlan};
+use super::world::place_of;
+
+/// So many orders of what happens at one time.
+const ORDERS: u64 = 400;
+
+/// None of these plans needs more.
+const MOST_STEPS: u64 = 3_000;
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// A proxy with these rules, to which nothing happens.
+fn plan(rules: &[(&str, &str)]) -> Plan {
+    let rule = |(listen, connect): &(&str, &str)| RulePlan {
+        rule: Rule::new(listen.parse().unwrap(), connect.parse().unwrap()),
+        is_first: true,
+        is_endangered: false,
+    };
+    Plan {
+        seed: 0,
+        workers: 2,
+        habits: Habits {
+            capacity: 1_000,
+            window: 1_000,
+            terse: false,
+            slow_network: false,
+            descriptors: 1_000,
+            backlog: 128,
+        },
+        limits: Limits::default(),
+        housekeeper: Pace::Late,
+        rules: rules.iter().map(rule).collect(),
+        names: Vec::new(),
+        silent: Vec::new(),
+        servers: Vec::new(),
+        vms: Vec::new(),
+        clients: Vec::new(),
+        acts: Vec::new(),
+        stops: Vec::new(),
+        grace: Duration::ZERO,
+    }
+}
+
+fn vm(path: &str, rules: usize) -> VmPlan {
+    VmPlan {
+        kind: Kind::Hyperkit,
+        path: path.into(),
+        ports: vec![(20, 0, Service::Echo)],
+        slots: 1_000,
+        unanswered: Limits::default().vm_unanswered as u64,
+        slow: Duration::ZERO,
+        acts: Vec::new(),
+        rules: (0..rules).collect(),
+        seed: 1,
+    }
+}
+
+fn server(address: &str, service: Service) -> ServerPlan {
+    let address: Address = address.parse().unwrap();
+    ServerPlan {
+        target: 0,
+        place: place_of(&address),
+        service,
+        opens: Duration::ZERO,
+        shuts: None,
+        slow: Duration::ZERO,
+        seed: 1,
+    }
+}
+
+/// A client of the rule of that number, at the beginning.
+fn client(plan: &Plan, rule: usize, manner: Manner, is_polite: bool) -> ClientPlan {
+    ClientPlan {
+        at: Duration::ZERO,
+        rule,
+        place: place_of(&plan.rules[rule].rule.listen),
+        manner,
+        is_polite,
+        seed: 7,
+    }
+}
+
+fn polite() -> Manner {
+    let mut manner = Manner::polite(100, 40);
+    manner.patience = Some(Duration::from_secs(5_000));
+    manner
+}
+
+/// Plays a plan in many orders.
+fn play(mut plan: Plan) {
+    keep_panics();
+    for seed in 0..ORDERS {
+        plan.seed = seed;
+        match run(&plan) {
+            Ok(outcome) => assert!(outcome.steps < MOST_STEPS, "order {seed} takes too long"),
+            Err(why) => panic!("order {seed}: {why}"),
+        }
+    }
+}
+
+/// Its address is free when the operator hears that it is removed: nothing binds it later.
+#[test]
+fn a_forward_is_removed_while_its_listener_is_bound_again() {
+    let mut plan = plan(&[("unix:///sim/rule", "unix:///sim/server")]);
+    plan.housekeeper = Pace::AtOnce;
+    plan.acts = vec![
+        (ms(5), Act::Break(0)),
+        (ms(5), Act::Remove(0, Duration::ZERO)),
+    ];
+    play(plan);
+}
+
+/// A connection of our own is accepted though all places are taken: the one that it belongs to has
+/// a place, and would wait for ever.
+#[test]
+fn a_chain_of_forwards_takes_no_more_places_than_there_are() {
+    let mut plan = plan(&[
+        ("tcp://127.0.0.1:1000", "tcp://chain:1001"),
+        ("tcp://127.0.0.1:1001", "tcp://127.0.0.1:200"),
+        ("unix:///sim/one", "unix:///sim/two"),
+        ("unix:///sim/two", "tcp://127.0.0.1:200"),
+    ]);
+    plan.limits.connections = 2;
+    let to = Name::Found(vec![([127, 0, 0, 1], 1001).into()]);
+    plan.names = vec![("chain".to_owned(), to)];
+    plan.servers = vec![server("tcp://127.0.0.1:200", Service::Echo)];
+    for rule in [0, 0, 0, 2, 2, 2] {
+        let client = client(&plan, rule, polite(), true);
+        plan.clients.push(client);
+    }
+    play(plan);
+}
+
+/// A guest that waits at a socket which was bound again is not cut off when its forward is removed,
+/// nor at the end.
+#[test]
+fn a_guest_waits_at_a_socket_that_was_bound_again() {
+    let listen = "hyperkit://:1000/sim/vm";
+    // The file is looked for once a second.
+    for stops in [vec![], vec![(ms(1_000), ms(100))]] {
+        let mut plan = plan(&[(listen, "tcp://127.0.0.1:200")]);
+        plan.servers = vec![server("tcp://127.0.0.1:200", Service::Echo)];
+        let mut vm = vm("/sim/vm", 1);
+        for _ in 0..6 {
+            let dial = VmAct::Dial {
+                rule: 0,
+                port: 1000,
+                manner: polite(),
+                is_polite: false,
+            };
+            vm.acts.push((ms(1_000), dial));
+        }
+        plan.vms = vec![vm];
+        plan.housekeeper = Pace::AtOnce;
+        plan.acts = vec![(ms(990), Act::RemoveFile(0))];
+        if stops.is_empty() {
+            plan.acts.push((ms(1_000), Act::Remove(0, Duration::ZERO)));
+        }
+        plan.stops = stops;
+        play(plan);
+    }
+}
+
+/// After a sleep of the machine its guests have had no more time than the proxy.
+#[test]
+fn a_guest_has_slept_as_long_as_the_proxy() {
+    let mut plan = plan(&[("tcp://127.0.0.1:1000", "hyperkit://:20/sim/vm")]);
+    plan.rules[0].rule.timeouts.drain = ms(40);
+    plan.vms = vec![vm("/sim/vm", 1)];
+    for exit in [Exit::Close, Exit::Reset, Exit::Reset, Exit::Reset] {
+        let mut manner = polite();
+        manner.vanishes = Some((0, exit));
+        let client = client(&plan, 0, manner, false);
+        plan.clients.push(client);
+    }
+    plan.acts = vec![(Duration::ZERO, Act::Sleep(ms(5_000)))];
+    play(plan);
+}
+
+/// A proof that can't be sent is not tried again at once by those whom its end wakes.
+#[test]
+fn a_proof_that_no_descriptor_is_left_for_is_tried_again_later() {
+    let mut plan = plan(&[
+        ("unix:///sim/rule", "hyperkit://:20/sim/vm"),
+        ("tcp://127.0.0.1:1000", "hyperkit://:20/sim/vm"),
+    ]);
+    plan.limits.vm_connections = 2;
+    plan.limits.vm_unanswered = 1;
+    // The proof doesn't fit in behind its dial; later there is no descriptor for it.
+    plan.habits.backlog = 1;
+    for rule in &mut plan.rules {
+        (rule.rule.wait, rule.is_endangered) = (Some(ms(500)), true);
+    }
+    let mut vm = vm("/sim/vm", 2);
+    (vm.unanswered, vm.slow) = (1, ms(40));
+    plan.vms = vec![vm];
+    for rule in [0, 1, 1, 1, 1] {
+        let client = client(&plan, rule, polite(), false);
+        plan.clients.push(client);
+    }
+    plan.acts = vec![
+        (Duration::ZERO, Act::Descriptors(0)),
+        (ms(300), Act::Descriptors(1_000)),
+    ];
+    play(plan);
+}

@@ -1,0 +1,378 @@
+//! What no schedule may break: who gets which bytes, how a talk ends, and what is left at the end.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::time::Duration;
+
+use crate::proxy::conn::State;
+use crate::proxy::worker::Worker;
+use crate::relay::CLIENT;
+
+use super::stage::Stage;
+use super::talk::{Exit, Finish, Talk, Voice};
+use super::world::SimWorld;
+
+/// Where a peer stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// It has connected to the proxy, by the listener of the rule of that number.
+    Client(usize),
+    /// The proxy has connected to it, where the targets of that number are.
+    Service(usize),
+}
+
+/// Of a peer: whether the proxy can be told by it, and it by the proxy, that a talk broke off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Candour {
+    /// A reset is an error (TCP, AF_VSOCK).
+    Tells,
+    /// An end is all that it reads (Unix sockets).
+    Conceals,
+}
+
+/// What is known of one peer's talk.
+#[derive(Clone, Debug)]
+pub(super) struct Record {
+    pub(super) role: Role,
+    pub(super) candour: Candour,
+    /// Of a client: it is to get all that its service says, if nothing stands in the way.
+    pub(super) is_polite: bool,
+    said: u64,
+    heard: u64,
+    heard_voice: Option<Voice>,
+    /// It has said all that it wanted, and ended what it says in order.
+    has_ended_well: bool,
+    /// It was ended from outside: its VM has died, or has forgotten it.
+    pub(super) was_struck: bool,
+    ended: Option<Duration>,
+    pub(super) finish: Option<Finish>,
+}
+
+/// What may keep a polite client from its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Hazard {
+    /// For the clients of that rule.
+    Rule(usize),
+    /// For all.
+    All,
+}
+
+/// A state that a connection is in, or comes from and goes to.
+pub(super) type Phase = &'static str;
+
+/// How connections go from state to state. Those that threads carry are not simulated.
+pub(super) const TRANSITIONS: [(Phase, Phase); 16] = [
+    ("new", "waiting"),
+    // A probe, which wants to be refused.
+    ("new", "leaving"),
+    ("waiting", "connecting"),
+    ("waiting", "leaving"),
+    ("waiting", "closed"),
+    ("connecting", "waiting"),
+    ("connecting", "proving"),
+    ("connecting", "relaying"),
+    ("connecting", "leaving"),
+    ("connecting", "closed"),
+    ("proving", "waiting"),
+    ("proving", "relaying"),
+    ("proving", "leaving"),
+    ("relaying", "leaving"),
+    // Its time is made shorter.
+    ("leaving", "leaving"),
+    ("leaving", "closed"),
+];
+
+#[derive(Debug, Default)]
+pub(super) struct Judge {
+    records: Vec<Record>,
+    /// Who has heard a voice first.
+    heard_by: BTreeMap<Voice, Voice>,
+    hazards: Vec<(Duration, Hazard)>,
+    /// What connections were in after the last turn of their worker.
+    states: BTreeMap<(usize, u64), Phase>,
+    /// From which state to which connections have gone.
+    pub(super) transitions: BTreeMap<(Phase, Phase), u64>,
+    /// What was counted, for what a run is worth.
+    pub(super) counts: BTreeMap<&'static str, u64>,
+    /// When those who are there have had their time.
+    pub(super) ends_by: Option<Duration>,
+    /// Connections that the observer was told of.
+    pub(super) observed: BTreeMap<u64, Observed>,
+}
+
+/// What the observer was told of a connection.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Observed {
+    pub(super) accepted: u32,
+    pub(super) connected: u32,
+    pub(super) refused: u32,
+    pub(super) closed: u32,
+    pub(super) sent: u64,
+    pub(super) received: u64,
+}
+
+impl Judge {
+    /// Gives a peer a voice.
+    pub(super) fn voice(&mut self, role: Role, candour: Candour, is_polite: bool) -> Voice {
+        self.records.push(Record {
+            role,
+            candour,
+            is_polite,
+            said: 0,
+            heard: 0,
+            heard_voice: None,
+            has_ended_well: false,
+            was_struck: false,
+            ended: None,
+            finish: None,
+        });
+        self.records.len() as Voice - 1
+    }
+
+    pub(super) fn record(&self, voice: Voice) -> &Record {
+        &self.records[voice as usize]
+    }
+
+    fn record_mut(&mut self, voice: Voice) -> &mut Record {
+        &mut self.records[voice as usize]
+    }
+
+    /// Counts something that has happened.
+    pub(super) fn count(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    /// Notes what may keep clients from their answers.
+    pub(super) fn hazard(&mut self, now: Duration, hazard: Hazard) {
+        self.hazards.push((now, hazard));
+    }
+
+    fn note(&mut self, talk: &Talk) {
+        let record = self.record_mut(talk.voice);
+        record.said = talk.said;
+        record.heard = talk.ear.heard;
+        record.heard_voice = talk.ear.voice();
+    }
+
+    /// A peer has heard something: of a voice that nobody else hears.
+    pub(super) fn heard(&mut self, talk: &Talk) {
+        self.note(talk);
+        let Some(voice) = talk.ear.voice() else {
+            return;
+        };
+        let known = usize::try_from(voice).is_ok_and(|index| index < self.records.len());
+        assert!(
+            known,
+            "voice {} has heard {voice}, which is none",
+            talk.voice
+        );
+        if voice == talk.voice {
+            return;
+        }
+        let first = *self.heard_by.entry(voice).or_insert(talk.voice);
+        assert_eq!(first, talk.voice, "two have heard voice {voice}");
+        // Who hears it is heard by it, if by anybody.
+        if let Some(back) = self.record(voice).heard_voice {
+            assert!(
+                back == talk.voice || back == voice,
+                "voice {voice} hears {back}, and is heard by {}",
+                talk.voice
+            );
+        }
+    }
+
+    /// A peer has read an EOF.
+    pub(super) fn heard_end(&mut self, talk: &Talk) {
+        self.note(talk);
+        self.check_end(talk);
+    }
+
+    pub(super) fn half_closed(&mut self, talk: &Talk) {
+        self.note(talk);
+        self.record_mut(talk.voice).has_ended_well = !talk.is_gagged;
+    }
+
+    /// A talk has ended.
+    pub(super) fn finished(&mut self, talk: &Talk, now: Duration) {
+        self.note(talk);
+        let record = self.record_mut(talk.voice);
+        record.ended = Some(now);
+        record.finish = talk.finish;
+        // What is unread at the close is a reset to the other; so it is not for the judge to say
+        // what that one is to hear.
+        record.has_ended_well |= talk.finish == Some(Finish::Left(Exit::Close));
+        let what = match (record.role, talk.finish) {
+            (Role::Client(_), Some(Finish::Eof)) => "clients that read EOF",
+            (Role::Client(_), Some(Finish::Broken(_))) => "clients that were reset",
+            (Role::Client(_), _) => "clients that left",
+            (Role::Service(_), Some(Finish::Eof)) => "services that read EOF",
+            (Role::Service(_), Some(Finish::Broken(_))) => "services that were reset",
+            (Role::Service(_), _) => "services that left",
+        };
+        self.count(what);
+    }
+
+    /// A client could not connect to the listener of a rule.
+    pub(super) fn turned_away(&mut self, rule: usize, error: &io::Error, now: Duration) {
+        self.count("clients that nobody listened for");
+        assert!(
+            self.is_endangered(rule, now),
+            "a client of rule {rule} is turned away: {error}"
+        );
+    }
+
+    /// The end of the proxy was asked for; those who are there have that time.
+    pub(super) fn stop_asked(&mut self, now: Duration, grace: Duration) {
+        let at = now + grace;
+        self.ends_by = Some(self.ends_by.map_or(at, |before| before.min(at)));
+    }
+
+    /// Dials that only want to be refused.
+    pub(super) fn probes(&self) -> u64 {
+        self.transitions
+            .get(&("new", "leaving"))
+            .copied()
+            .unwrap_or(0)
+    }
+
+    /// Ends a talk from outside.
+    pub(super) fn struck(&mut self, voice: Voice) {
+        self.record_mut(voice).was_struck = true;
+    }
+
+    /// What a clean EOF may be: the end of a whole answer, or of a whole question.
+    fn check_end(&self, talk: &Talk) {
+        let me = self.record(talk.voice);
+        let other = match talk.ear.voice() {
+            // What it has said came back: from who has heard it.
+            Some(voice) if voice == talk.voice => self.heard_by.get(&voice).copied(),
+            Some(voice) => Some(voice),
+            None => self.heard_by.get(&talk.voice).copied(),
+        };
+        let Some(other) = other else {
+            return;
+        };
+        let it = self.record(other);
+        // One that was reset may have been so by this very end.
+        let unclear = matches!(it.finish, Some(Finish::Broken(_)))
+            || matches!(it.finish, Some(Finish::Left(Exit::Close)))
+            || talk.is_gagged;
+        if unclear || me.candour == Candour::Conceals {
+            return;
+        }
+        let whole = it.has_ended_well && it.said == talk.ear.heard;
+        let can_be_told = match it.was_struck {
+            // Of what a VM forgets nobody is told.
+            true => false,
+            false => it.candour == Candour::Tells || it.finish.is_none(),
+        };
+        assert!(
+            whole || !can_be_told,
+            "voice {} has read a clean EOF after {} bytes, and voice {other} has said {} and {}",
+            talk.voice,
+            talk.ear.heard,
+            it.said,
+            match it.has_ended_well {
+                true => "ended",
+                false => "not ended",
+            }
+        );
+    }
+
+    /// Whether something stood in the way of a rule's clients up to that time.
+    fn is_endangered(&self, rule: usize, until: Duration) -> bool {
+        let stands =
+            |hazard: &Hazard| matches!(hazard, Hazard::All) || *hazard == Hazard::Rule(rule);
+        let mut hazards = self.hazards.iter();
+        hazards.any(|(at, hazard)| *at <= until && stands(hazard))
+    }
+
+    /// What polite clients may expect, if nothing stood in their way: a whole answer, and that all
+    /// they said was heard.
+    pub(super) fn check_served(&self) {
+        for (voice, record) in (0..).zip(&self.records) {
+            let Role::Client(rule) = record.role else {
+                continue;
+            };
+            let ended = record.ended.unwrap_or(Duration::MAX);
+            if !record.is_polite || self.is_endangered(rule, ended) {
+                continue;
+            }
+            assert_eq!(
+                record.finish,
+                Some(Finish::Eof),
+                "voice {voice} had nothing in its way, and was not served: {record:?}"
+            );
+            // What has gone wrong later may have kept what it said from its service.
+            if record.said == 0 || self.is_endangered(rule, Duration::MAX) {
+                continue;
+            }
+            let Some(other) = self.heard_by.get(&voice) else {
+                panic!("nobody has heard voice {voice}, which had nothing in its way");
+            };
+            assert_eq!(self.record(*other).heard, record.said, "of voice {voice}");
+        }
+    }
+
+    /// A connection goes from one state to another.
+    pub(super) fn note_transition(&mut self, from: Phase, to: Phase) {
+        *self.transitions.entry((from, to)).or_default() += 1;
+    }
+
+    /// Looks at a worker's connections after its turn.
+    pub(super) fn look_at(&mut self, index: usize, worker: &mut Worker<SimWorld>, stage: &Stage) {
+        let mut seen = BTreeSet::new();
+        for id in worker.conns.ids() {
+            let Some(conn) = worker.conns.get_mut(id) else {
+                continue;
+            };
+            let state = match &conn.state {
+                State::Waiting { .. }
+                    if conn.held.as_ref().is_some_and(|it| it.redial.is_some()) =>
+                {
+                    "held"
+                }
+                State::Waiting { .. } => "waiting",
+                State::Connecting { .. } => "connecting",
+                State::Proving { .. } => "proving",
+                State::Relaying { pair, .. } if pair.is_half_closed() => "half closed",
+                State::Relaying { .. } => "relaying",
+                State::Bridged => "bridged",
+                State::Leaving { .. } if conn.name.is_none() => "probing",
+                State::Leaving { .. } => "leaving",
+                State::Moving => panic!("a connection is left between two states"),
+            };
+            let key = (index, id.token(CLIENT) as u64);
+            seen.insert(key);
+            let before = self.states.insert(key, state).unwrap_or("new");
+            if before != state {
+                stage.tell(|| {
+                    let name = conn.name.map_or("probe".into(), |name| {
+                        format!("connection {}", u64::from(name))
+                    });
+                    format!("worker {index}: {name}: {before} -> {state}")
+                });
+            }
+        }
+        let gone: Vec<_> = self
+            .states
+            .range((index, 0)..=(index, u64::MAX))
+            .map(|(key, _)| *key)
+            .filter(|key| !seen.contains(key))
+            .collect();
+        for key in gone {
+            self.states.remove(&key);
+        }
+    }
+
+    /// What the observer was told, at the end: each connection accepted once, refused once at most,
+    /// closed once.
+    pub(super) fn check_observed(&self) {
+        for (connection, it) in &self.observed {
+            assert!(
+                it.accepted == 1 && it.closed == 1 && it.connected <= 1 && it.refused <= 1,
+                "connection {connection}: {it:?}"
+            );
+        }
+    }
+}

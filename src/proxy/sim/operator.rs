@@ -1,0 +1,282 @@
+//! Who changes the proxy while it runs, and the world around it; and who ends it.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::proxy::controller::Controller;
+use crate::proxy::forward::Rule;
+use crate::proxy::handle::ForwardId;
+
+use super::judge::Hazard;
+use super::kernel::{ListenerKey, Owner, Place};
+use super::stage::{Actor, Pace, Stage};
+use super::world::{SimWorld, place_of};
+
+/// What an operator does, or what happens to the machine. Rules are called by their numbers.
+#[derive(Clone, Debug)]
+pub(super) enum Act {
+    /// Takes a rule out; its connections have that time.
+    Remove(usize, Duration),
+    /// Adds it (again).
+    Add(usize),
+    /// Gives it another target: that of another rule.
+    Replace(usize, usize),
+    /// Gives its socket other permissions.
+    ChangeMode(usize, u32),
+    /// Takes some out and others in, as a reload does: what listens before first.
+    Move(usize, usize),
+    /// Looks at the forwards and the connections.
+    Look,
+    /// Somebody shuts its listener down.
+    Break(usize),
+    /// Somebody removes the file of its socket.
+    RemoveFile(usize),
+    /// Another program takes the place of its socket's file.
+    TakeFile(usize),
+    /// The machine sleeps.
+    Sleep(Duration),
+    /// What may block is done so from now on.
+    Housekeeper(Pace),
+    /// The machine has that many descriptors left for the process from now on.
+    Descriptors(usize),
+}
+
+pub(super) struct Operator {
+    controller: Controller<SimWorld>,
+    /// The rules of the plan, and the forwards that they are now.
+    rules: Vec<(Rule, Option<ForwardId>)>,
+    acts: VecDeque<(Duration, Act)>,
+    me: usize,
+}
+
+impl Operator {
+    pub(super) fn new(
+        controller: Controller<SimWorld>,
+        rules: Vec<(Rule, Option<ForwardId>)>,
+        mut acts: Vec<(Duration, Act)>,
+        me: usize,
+    ) -> Operator {
+        acts.sort_by_key(|(at, _)| *at);
+        Operator {
+            controller,
+            rules,
+            acts: acts.into(),
+            me,
+        }
+    }
+
+    fn endanger(&self, rule: usize, stage: &Rc<Stage>) {
+        let now = stage.now();
+        stage.judge().hazard(now, Hazard::Rule(rule));
+    }
+
+    /// The listener that is at a rule's place now.
+    fn listener_of(&self, rule: usize, stage: &Rc<Stage>) -> Option<ListenerKey> {
+        stage
+            .kernel()
+            .listener_at(&place_of(&self.rules[rule].0.listen))
+    }
+
+    fn carry_out(&mut self, act: &Act, stage: &Rc<Stage>) {
+        stage.tell(|| format!("operator: {act:?}"));
+        match *act {
+            Act::Remove(rule, grace) => self.remove(rule, grace, stage),
+            Act::Add(rule) => self.add(rule, stage),
+            Act::Replace(rule, other) => self.replace(rule, other, None, stage),
+            Act::ChangeMode(rule, mode) => self.replace(rule, rule, Some(mode), stage),
+            Act::Move(from, to) => {
+                self.add(to, stage);
+                self.remove(from, Duration::from_secs(1), stage);
+            }
+            Act::Look => self.look(stage),
+            // Those who wait there are cut off: of guests that hurts their device.
+            Act::Break(rule) if self.rules[rule].0.listen.is_delicate() => {}
+            Act::Break(rule) => {
+                self.endanger(rule, stage);
+                if let Some(key) = self.listener_of(rule, stage) {
+                    stage.kernel().break_listener(key);
+                }
+            }
+            Act::RemoveFile(rule) => {
+                if let Place::Path(path) = place_of(&self.rules[rule].0.listen) {
+                    self.endanger(rule, stage);
+                    stage.kernel().files.remove(&path);
+                }
+            }
+            Act::TakeFile(rule) => {
+                if let Place::Path(path) = place_of(&self.rules[rule].0.listen) {
+                    self.endanger(rule, stage);
+                    let mut kernel = stage.kernel();
+                    kernel.files.remove(&path);
+                    let taken = kernel.listen(&Place::Path(path), Owner::Actor(self.me));
+                    // It goes again at once, and leaves the file.
+                    if let Ok(key) = taken {
+                        kernel.close_listener(key);
+                    }
+                }
+            }
+            Act::Sleep(time) => {
+                let now = stage.now();
+                stage.judge().hazard(now, Hazard::All);
+                stage.sleep(time);
+            }
+            Act::Housekeeper(pace) => {
+                if matches!(pace, Pace::Hangs(_)) {
+                    let now = stage.now();
+                    stage.judge().hazard(now, Hazard::All);
+                }
+                stage.housekeeper.set(pace);
+            }
+            Act::Descriptors(most) => {
+                let now = stage.now();
+                stage.judge().hazard(now, Hazard::All);
+                stage.kernel().left = most;
+            }
+        }
+    }
+
+    fn remove(&mut self, rule: usize, grace: Duration, stage: &Rc<Stage>) {
+        self.endanger(rule, stage);
+        let Some(id) = self.rules[rule].1 else {
+            return;
+        };
+        let removed = self.controller.remove(id, grace);
+        stage.tell(|| format!("operator: rule {rule} is removed: {removed:?}"));
+        self.rules[rule].1 = None;
+        if removed.is_ok() && !self.controller.is_stopping() {
+            let left = self.listener_of(rule, stage);
+            assert!(left.is_none(), "rule {rule} is removed, and still listens");
+            stage.judge().count("rules removed");
+        }
+    }
+
+    fn add(&mut self, rule: usize, stage: &Rc<Stage>) {
+        if self.rules[rule].1.is_some() {
+            return;
+        }
+        let added = self.controller.add(self.rules[rule].0.clone());
+        stage.tell(|| format!("operator: rule {rule} is added: {added:?}"));
+        match added {
+            Ok(id) => {
+                self.rules[rule].1 = Some(id);
+                stage.judge().count("rules added");
+            }
+            Err(_) => {
+                // What was not added does not happen: nobody listens there, or it was there before.
+                let known = |id| {
+                    self.controller
+                        .forwards()
+                        .iter()
+                        .any(|it| Some(it.id) == id)
+                };
+                assert!(!known(self.rules[rule].1));
+                self.endanger(rule, stage);
+            }
+        }
+    }
+
+    /// Gives a forward the target of another rule, or its own again.
+    fn replace(&mut self, rule: usize, other: usize, mode: Option<u32>, stage: &Rc<Stage>) {
+        let Some(id) = self.rules[rule].1 else {
+            return;
+        };
+        if other != rule {
+            self.endanger(rule, stage);
+        }
+        let (connect, timeouts) = {
+            let other = &self.rules[other].0;
+            (other.connect.clone(), other.timeouts)
+        };
+        let mut new = self.rules[rule].0.clone();
+        (new.connect, new.timeouts) = (connect, timeouts);
+        new.mode = mode.unwrap_or(new.mode);
+        let replaced = self.controller.replace(id, new.clone());
+        stage.tell(|| format!("operator: rule {rule} is replaced: {replaced:?}"));
+        if replaced.is_ok() {
+            self.rules[rule].0 = new;
+            stage.judge().count("rules replaced");
+        }
+    }
+
+    /// What status says is so: it has the forwards that there are, and their counters add up.
+    fn look(&self, stage: &Rc<Stage>) {
+        let forwards = self.controller.forwards();
+        for (rule, (_, id)) in self.rules.iter().enumerate() {
+            let Some(id) = id else { continue };
+            let told = forwards.iter().filter(|it| it.id == *id).count();
+            assert_eq!(told, 1, "rule {rule} is told of {told} times");
+        }
+        for forward in &forwards {
+            let counters = forward.counters;
+            assert!(
+                counters.live <= counters.accepted + stage.verdicts().probes(),
+                "{counters:?}"
+            );
+        }
+        let connections = self.controller.connections();
+        stage.tell(|| format!("operator: sees {} connections", connections.len()));
+    }
+}
+
+impl Actor for Operator {
+    fn describe(&self) -> String {
+        format!("operator {}: {:?}", self.me, self.acts)
+    }
+
+    fn act(&mut self, stage: &Rc<Stage>) -> Option<Duration> {
+        let now = stage.now();
+        if self.acts.front().is_some_and(|(at, _)| *at <= now)
+            && let Some((_, act)) = self.acts.pop_front()
+            && !self.controller.is_stopping()
+        {
+            self.carry_out(&act, stage);
+        }
+        self.acts.front().map(|(at, _)| *at)
+    }
+
+    fn is_done(&self) -> bool {
+        self.acts.is_empty()
+    }
+}
+
+/// Who ends the proxy, at any step; again, sooner, if told to.
+pub(super) struct Stopper {
+    controller: Controller<SimWorld>,
+    /// When, and which time is left to those who are there.
+    stops: VecDeque<(Duration, Duration)>,
+}
+
+impl Stopper {
+    pub(super) fn new(
+        controller: Controller<SimWorld>,
+        mut stops: Vec<(Duration, Duration)>,
+    ) -> Stopper {
+        stops.sort();
+        let stops = stops.into();
+        Stopper { controller, stops }
+    }
+}
+
+impl Actor for Stopper {
+    fn describe(&self) -> String {
+        format!("stopper: {:?}", self.stops)
+    }
+
+    fn act(&mut self, stage: &Rc<Stage>) -> Option<Duration> {
+        let now = stage.now();
+        if self.stops.front().is_some_and(|(at, _)| *at <= now)
+            && let Some((_, grace)) = self.stops.pop_front()
+        {
+            stage.tell(|| format!("the proxy is told to stop within {grace:?}"));
+            stage.judge().hazard(now, Hazard::All);
+            stage.judge().stop_asked(now, grace);
+            self.controller.stop(grace);
+        }
+        self.stops.front().map(|(at, _)| *at)
+    }
+
+    fn is_done(&self) -> bool {
+        self.stops.is_empty()
+    }
+}

@@ -1,0 +1,472 @@
+//! Plays a plan to its end, and what is to be so then; many of them, and the smallest that fails.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Once};
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+
+use crate::proxy::controller::Controller;
+use crate::proxy::forward::Rule;
+use crate::proxy::observer::{Observer, What};
+use crate::proxy::{ForwardId, ProxyConfig, assemble};
+use crate::stream::nonblocking::Waiter;
+
+use super::cast::{Client, Server};
+use super::judge::{Hazard, Observed, Phase, TRANSITIONS};
+use super::kernel::Kernel;
+use super::operator::{Act, Operator, Stopper};
+use super::plan::Plan;
+use super::stage::Stage;
+use super::vm::Vm;
+use super::world::{SimWorld, set_stage};
+
+/// No run takes longer, on its own clock.
+const LONGEST: Duration = Duration::from_secs(20_000);
+
+/// What the proxy has at its end beyond the time of those who are there: guests are taken leave of.
+const LAST: Duration = Duration::from_secs(5);
+
+/// What came of a run.
+#[derive(Debug, Default)]
+pub(super) struct Outcome {
+    pub(super) steps: u64,
+    pub(super) transitions: BTreeMap<(Phase, Phase), u64>,
+    pub(super) counts: BTreeMap<&'static str, u64>,
+}
+
+/// What is told of a connection of the proxy, by its number.
+type Told = Arc<Mutex<BTreeMap<u64, Observed>>>;
+
+fn observer(told: &Told) -> Observer {
+    let told = Arc::clone(told);
+    Observer::new(move |event| {
+        let mut told = told.lock().unwrap();
+        let it = told.entry(event.connection.into()).or_default();
+        match event.what {
+            What::Accepted => it.accepted += 1,
+            What::Connected => it.connected += 1,
+            What::Refused(_) => it.refused += 1,
+            What::Closed { sent, received, .. } => {
+                it.closed += 1;
+                (it.sent, it.received) = (sent, received);
+            }
+        }
+    })
+}
+
+/// The stage with all on it.
+struct Run {
+    stage: Rc<Stage>,
+    controller: Controller<SimWorld>,
+    told: Told,
+}
+
+fn set(plan: &Plan, tells: bool) -> Run {
+    let mut rng = Rng::with_seed(plan.seed ^ 0x5EED);
+    let mut kernel = Kernel::new(plan.habits.clone(), plan.workers, rng.fork());
+    kernel.silent.extend(plan.silent.iter().cloned());
+    kernel.cids.insert(5);
+    let stage = Stage::new(kernel, plan.workers, rng.fork(), tells);
+    set_stage(Some(Rc::clone(&stage)));
+    stage.names.borrow_mut().extend(plan.names.iter().cloned());
+    stage.housekeeper.set(plan.housekeeper);
+    let told = Told::default();
+    let first = plan.rules.iter().filter(|it| it.is_first);
+    let mut config = ProxyConfig::new(first.map(|it| it.rule.clone()).collect());
+    config.workers = plan.workers.try_into().ok();
+    config.splice = false;
+    config.limits = plan.limits.clone();
+    config.observer = Some(observer(&told));
+    let mut worker = 0;
+    let make = || {
+        let world = SimWorld {
+            stage: Rc::clone(&stage),
+            worker,
+        };
+        worker += 1;
+        Ok((world, stage.wake_of(worker - 1)))
+    };
+    let assembled = assemble::<SimWorld>(config, Waiter::of, make);
+    let (controller, workers) = match assembled {
+        Ok(it) => it,
+        Err(e) => panic!("the proxy can't start: {e}"),
+    };
+    stage.seat(workers);
+    let mut forwards = controller.forwards().into_iter().map(|it| it.id);
+    let rules: Vec<(Rule, Option<ForwardId>)> = plan
+        .rules
+        .iter()
+        .map(|it| {
+            let id = it.is_first.then(|| forwards.next()).flatten();
+            (it.rule.clone(), id)
+        })
+        .collect();
+    stage.tell(|| {
+        format!(
+            "{} workers, {:?}, {:?}",
+            plan.workers, plan.limits, plan.habits
+        )
+    });
+    for (number, rule) in plan.rules.iter().enumerate() {
+        stage.tell(|| {
+            let Rule {
+                listen, connect, ..
+            } = &rule.rule;
+            format!("rule {number}: {listen} -> {connect}, {:?}", rule)
+        });
+        if rule.is_endangered {
+            stage.judge().hazard(Duration::ZERO, Hazard::Rule(number));
+        }
+    }
+    for plan in &plan.vms {
+        let me = stage.next_actor();
+        let mut vm = Vm::new(plan.clone(), me);
+        vm.start(&stage);
+        stage.add(Box::new(vm), Duration::ZERO);
+    }
+    for plan in &plan.servers {
+        let me = stage.next_actor();
+        let mut server = Server::new(plan.clone(), me);
+        server.open(&stage);
+        stage.add(Box::new(server), Duration::ZERO);
+    }
+    for plan in &plan.clients {
+        let me = stage.next_actor();
+        stage.add(Box::new(Client::new(plan.clone(), me)), plan.at);
+    }
+    let me = stage.next_actor();
+    let operator = Operator::new(controller.clone(), rules, plan.acts.clone(), me);
+    stage.add(Box::new(operator), Duration::ZERO);
+    let stopper = Stopper::new(controller.clone(), plan.stops.clone());
+    stage.add(Box::new(stopper), Duration::ZERO);
+    Run {
+        stage,
+        controller,
+        told,
+    }
+}
+
+/// Plays a plan; panics where something is not as it has to be.
+fn play(plan: &Plan, run: &Run) {
+    let stage = &run.stage;
+    while !stage.is_played() {
+        assert!(
+            stage.step(None),
+            "nothing happens any more, and some wait: {:#?}",
+            (stage.kernel().describe(), stage.unfinished())
+        );
+        assert!(
+            stage.now() < LONGEST,
+            "some wait for ever: {:#?}",
+            (stage.kernel().describe(), stage.unfinished())
+        );
+    }
+    let shared = Arc::clone(&run.controller.shared);
+    if !stage.is_over() {
+        let now = stage.now();
+        stage.judge().stop_asked(now, plan.grace);
+        run.controller.stop(plan.grace);
+    }
+    let slept = |(_, act): &(Duration, Act)| match act {
+        Act::Sleep(time) => *time + LAST,
+        _ => Duration::ZERO,
+    };
+    let slept: Duration = plan.acts.iter().map(slept).sum();
+    let ends_by = stage.verdicts().ends_by.unwrap_or_default() + LAST + slept;
+    while !stage.is_over() {
+        assert!(stage.step(None), "the proxy waits for nothing at its end");
+        assert!(
+            stage.now() <= ends_by,
+            "the proxy was to end at {ends_by:?}, and has {} connections",
+            run.controller.live()
+        );
+    }
+    // What the last ones were sent, and the housekeeper's last jobs.
+    while stage.step(None) && stage.now() < LONGEST {}
+    check_books(run, &shared);
+}
+
+/// What is left when all is over.
+fn check_books(run: &Run, shared: &crate::proxy::worker::Shared<SimWorld>) {
+    let stage = &run.stage;
+    let unfinished = stage.unfinished();
+    assert!(
+        unfinished.is_empty(),
+        "the proxy has ended, and some wait: {unfinished:#?}"
+    );
+    let kernel = stage.kernel();
+    assert_eq!(kernel.open_of_proxy(), 0, "sockets are left");
+    assert_eq!(kernel.descriptors, 0, "descriptors are left");
+    drop(kernel);
+    assert_eq!(run.controller.live(), 0, "connections are counted");
+    shared.check_books();
+    let told = run.told.lock().unwrap();
+    stage.judge().observed = told.clone();
+    drop(told);
+    stage.verdicts().check_observed();
+    stage.verdicts().check_served();
+    let forwards = run.controller.forwards();
+    for forward in &forwards {
+        assert_eq!(forward.counters.live, 0, "{}", forward.listen);
+        if let Some(vm) = &forward.vm {
+            assert_eq!(vm.connections, 0, "places in the VM of {}", forward.listen);
+        }
+    }
+}
+
+thread_local! {
+    /// Where a panic was, for the story.
+    static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Has panics of runs kept instead of printed.
+pub(super) fn keep_panics() {
+    static KEPT: Once = Once::new();
+    KEPT.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            let is_run = PANIC.with(|it| it.borrow().is_some());
+            match is_run {
+                true => PANIC.with(|it| *it.borrow_mut() = Some(panic.to_string())),
+                false => before(panic),
+            }
+        }));
+    });
+}
+
+/// Plays a plan; what came of it, and its story if that is to be told.
+fn play_through(plan: &Plan, tells: bool) -> (Result<Outcome, String>, Vec<String>) {
+    PANIC.with(|it| *it.borrow_mut() = Some(String::new()));
+    let mut there = None;
+    let played = catch_unwind(AssertUnwindSafe(|| {
+        let run = set(plan, tells);
+        let run = there.insert(run);
+        play(plan, run);
+    }));
+    let why = PANIC.with(|it| it.borrow_mut().take()).unwrap_or_default();
+    let stage = there.as_ref().map(|run| Rc::clone(&run.stage));
+    let mut outcome = Outcome::default();
+    let mut story = Vec::new();
+    if let Some(stage) = &stage {
+        story = stage.take_story();
+        outcome.steps = stage.steps();
+        outcome.transitions = std::mem::take(&mut stage.judge().transitions);
+        outcome.counts = std::mem::take(&mut stage.judge().counts);
+        // What is taken off may be in any state.
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            drop(there);
+            stage.clear();
+        }));
+    }
+    set_stage(None);
+    (played.map(|()| outcome).map_err(|_| why), story)
+}
+
+/// Plays a plan; what came of it, or why it has failed.
+pub(super) fn run(plan: &Plan) -> Result<Outcome, String> {
+    play_through(plan, false).0
+}
+
+fn run_and_tell(plan: &Plan) -> (Result<Outcome, String>, Vec<String>) {
+    play_through(plan, true)
+}
+
+/// Where a run has failed.
+fn place_of_failure(plan: &Plan) -> Option<String> {
+    let why = run(plan).err()?;
+    why.lines().next().map(str::to_owned)
+}
+
+/// The smallest plan found that fails at the same place.
+fn shrink(plan: &Plan) -> Plan {
+    let mut least = plan.clone();
+    let place = place_of_failure(plan);
+    let fails = |plan: &Plan| place_of_failure(plan) == place;
+    loop {
+        let mut smaller = Vec::new();
+        for index in 0..least.clients.len() {
+            let mut plan = least.clone();
+            plan.clients.remove(index);
+            smaller.push(plan);
+        }
+        for index in 0..least.acts.len() {
+            let mut plan = least.clone();
+            plan.acts.remove(index);
+            smaller.push(plan);
+        }
+        for index in 0..least.stops.len() {
+            let mut plan = least.clone();
+            plan.stops.remove(index);
+            smaller.push(plan);
+        }
+        for vm in 0..least.vms.len() {
+            for index in 0..least.vms[vm].acts.len() {
+                let mut plan = least.clone();
+                plan.vms[vm].acts.remove(index);
+                smaller.push(plan);
+            }
+        }
+        // What is scarce for a while is not to stay so.
+        smaller.retain(|plan| plan.has_descriptors_again());
+        if least.workers > 1 {
+            let mut plan = least.clone();
+            plan.workers -= 1;
+            smaller.push(plan);
+        }
+        if least.habits.slow_network {
+            let mut plan = least.clone();
+            plan.habits.slow_network = false;
+            smaller.push(plan);
+        }
+        match smaller.into_iter().find(fails) {
+            Some(plan) => least = plan,
+            None => return least,
+        }
+    }
+}
+
+/// What many runs came to.
+#[derive(Debug, Default)]
+struct Sum {
+    steps: u64,
+    transitions: BTreeMap<(Phase, Phase), u64>,
+    counts: BTreeMap<&'static str, u64>,
+}
+
+/// Plays so many runs from that seed on, on so many threads; the seed of the first that fails.
+fn play_all(schedules: u64, seed: u64, threads: usize) -> (Sum, Option<u64>) {
+    let next = AtomicU64::new(0);
+    let failed = AtomicBool::new(false);
+    let first = Mutex::new(None);
+    let sum = Mutex::new(Sum::default());
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let mut mine = Sum::default();
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= schedules || failed.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let seed = seed.wrapping_add(number);
+                    match run(&Plan::draw(seed)) {
+                        Ok(outcome) => {
+                            mine.steps += outcome.steps;
+                            for (key, n) in outcome.transitions {
+                                *mine.transitions.entry(key).or_default() += n;
+                            }
+                            for (key, n) in outcome.counts {
+                                *mine.counts.entry(key).or_default() += n;
+                            }
+                        }
+                        Err(_) => {
+                            failed.store(true, Ordering::Relaxed);
+                            let mut first = first.lock().unwrap();
+                            *first = Some(first.map_or(seed, |it: u64| it.min(seed)));
+                        }
+                    }
+                    if number > 0 && number.is_multiple_of(50_000) {
+                        let rate = number as f64 / begun.elapsed().as_secs_f64();
+                        eprintln!("{number} of {schedules} schedules, {rate:.0}/s");
+                    }
+                }
+                let mut sum = sum.lock().unwrap();
+                sum.steps += mine.steps;
+                for (key, n) in mine.transitions {
+                    *sum.transitions.entry(key).or_default() += n;
+                }
+                for (key, n) in mine.counts {
+                    *sum.counts.entry(key).or_default() += n;
+                }
+            });
+        }
+    });
+    (sum.into_inner().unwrap(), first.into_inner().unwrap())
+}
+
+/// Tells a run that fails, made as small as it can be.
+fn tell(seed: u64) -> String {
+    let plan = Plan::draw(seed);
+    let before = plan.size();
+    let least = shrink(&plan);
+    let (outcome, story) = run_and_tell(&least);
+    let why = outcome.err().unwrap_or_default();
+    format!(
+        "seed {seed} fails; of {before} clients and acts {} are left:\n{}\n{}",
+        least.size(),
+        story.join("\n"),
+        why
+    )
+}
+
+fn number(name: &str, otherwise: u64) -> u64 {
+    match std::env::var(name) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{name}={text:?} is no number")),
+        Err(_) => otherwise,
+    }
+}
+
+/// Says what was reached, and holds that it is all there is.
+fn report(sum: &Sum, schedules: u64, seed: u64, took: Duration) {
+    let (rate, steps) = (
+        schedules as f64 / took.as_secs_f64(),
+        sum.steps as f64 / schedules as f64,
+    );
+    println!("{schedules} schedules from seed {seed}: {rate:.0}/s, {steps:.0} steps each");
+    for (what, count) in &sum.counts {
+        println!("{count:>12}  {what}");
+    }
+    for ((from, to), count) in &sum.transitions {
+        println!("{count:>12}  {from} -> {to}");
+    }
+    let reached = |it: &&(Phase, Phase)| sum.transitions.contains_key(*it);
+    let reached = TRANSITIONS.iter().filter(reached).count();
+    let all = TRANSITIONS.len();
+    println!("{reached} of {all} transitions of a connection were reached");
+    let mut known = sum
+        .transitions
+        .keys()
+        .filter(|it| !TRANSITIONS.contains(it));
+    assert_eq!(known.next(), None, "a transition that is not known");
+    assert!(reached == all || schedules < ENOUGH, "not all were reached");
+}
+
+/// So many schedules reach all transitions.
+const ENOUGH: u64 = 1_000;
+
+#[test]
+fn schedules() {
+    keep_panics();
+    let schedules = number("HVSOCK_SIM_SCHEDULES", ENOUGH);
+    let seed = number("HVSOCK_SIM_SEED", 1);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let begun = Instant::now();
+    let (sum, failed) = play_all(schedules, seed, threads);
+    if let Some(seed) = failed {
+        panic!("{}", tell(seed));
+    }
+    report(&sum, schedules, seed, begun.elapsed());
+}
+
+/// The same seed gives the same run, step by step.
+#[test]
+fn a_seed_replays_its_run() {
+    keep_panics();
+    for seed in 0..20 {
+        let plan = Plan::draw(seed);
+        let stories = [(); 2].map(|()| {
+            let (outcome, story) = run_and_tell(&plan);
+            outcome.unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+            story
+        });
+        assert_eq!(stories[0], stories[1], "seed {seed}");
+    }
+}

@@ -1,0 +1,465 @@
+//! The stage of one run: who acts when, on which clock, in an order that the seed draws.
+//!
+//! All that could happen at one time is listed (a worker's turn, an actor's, a delivery of the
+//! network, a job of the housekeeper), and one of it is drawn. When nothing can happen, the clock goes
+//! on to the next time at which something can.
+
+use std::cell::{Cell, Ref, RefCell, RefMut};
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+
+use crate::address::HyperkitVm;
+use crate::proxy::gate::Wake;
+use crate::proxy::presence::Sign;
+use crate::proxy::worker::{Turn, Wait, Worker};
+use crate::proxy::world::{Event, World};
+
+use super::judge::Judge;
+use super::kernel::{Kernel, Place, SocketId};
+use super::world::{SimListener, SimStream, SimWorld, identity};
+
+/// More steps than any run needs, and those that it may take for each second on its clock: what can't
+/// go on is looked at again every 20 ms.
+const MOST_STEPS: u64 = 100_000;
+const STEPS_A_SECOND: u64 = 1_000;
+
+/// So many turns of a worker without progress, at one time, are a spin; and so many of all workers,
+/// which wake each other.
+const SPIN: u32 = 3;
+const SPIN_TOGETHER: u32 = 200;
+
+type SimEvent = Event<SimStream, SimListener>;
+
+/// Something that acts: a client, a server, a VM, an operator.
+pub(super) trait Actor {
+    fn describe(&self) -> String;
+    /// Does what it can do now, or a part of it; returns when it wants to act again, if nothing
+    /// happens to its sockets before.
+    fn act(&mut self, stage: &Rc<Stage>) -> Option<Duration>;
+    /// Whether it has nothing left to do.
+    fn is_done(&self) -> bool;
+}
+
+/// What is done later, and what has come of it for a worker.
+type Task = Box<dyn FnOnce(&Rc<Stage>) -> Option<SimEvent>>;
+
+/// What the housekeeper does, or whoever looks names up.
+struct Job {
+    at: Duration,
+    worker: usize,
+    run: Task,
+}
+
+/// How fast what may block is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    AtOnce,
+    Late,
+    /// Not before that time.
+    Hangs(Duration),
+}
+
+/// What becomes of a name that is asked for.
+#[derive(Clone, Debug)]
+pub(super) enum Name {
+    Found(Vec<SocketAddr>),
+    Missing,
+    /// Its server never answers.
+    Silent,
+}
+
+struct Seat {
+    worker: Worker<SimWorld>,
+    wait: Wait,
+    events: Vec<SimEvent>,
+    /// Turns without progress, and when they were.
+    idle: (Duration, u32),
+}
+
+pub(super) struct Stage {
+    kernel: RefCell<Kernel>,
+    seats: RefCell<Vec<Option<Seat>>>,
+    wakes: Vec<Arc<AtomicBool>>,
+    mail: RefCell<Vec<Vec<SimEvent>>>,
+    jobs: RefCell<Vec<Job>>,
+    cast: RefCell<Vec<Option<Box<dyn Actor>>>>,
+    dues: RefCell<Vec<Option<Duration>>>,
+    awake: RefCell<Vec<usize>>,
+    rng: RefCell<Rng>,
+    pub(super) names: RefCell<HashMap<String, Name>>,
+    /// The process of each VM that runs, by its state directory.
+    pub(super) processes: RefCell<HashMap<PathBuf, i32>>,
+    pub(super) housekeeper: Cell<Pace>,
+    judge: RefCell<Judge>,
+    story: RefCell<Option<Vec<String>>>,
+    steps: Cell<u64>,
+    /// Turns of all workers without progress: since when, and at which point.
+    idle: Cell<(Duration, u64, u32)>,
+    base: Instant,
+}
+
+impl std::fmt::Debug for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stage").finish_non_exhaustive()
+    }
+}
+
+/// The clock's zero, the same for all runs of the process.
+fn base() -> Instant {
+    static BASE: OnceLock<Instant> = OnceLock::new();
+    *BASE.get_or_init(Instant::now)
+}
+
+impl Stage {
+    pub(super) fn new(kernel: Kernel, workers: usize, rng: Rng, tells: bool) -> Rc<Stage> {
+        Rc::new(Stage {
+            kernel: RefCell::new(kernel),
+            seats: RefCell::default(),
+            wakes: (0..workers).map(|_| Arc::default()).collect(),
+            mail: RefCell::new((0..workers).map(|_| Vec::new()).collect()),
+            jobs: RefCell::default(),
+            cast: RefCell::default(),
+            dues: RefCell::default(),
+            awake: RefCell::default(),
+            rng: RefCell::new(rng),
+            names: RefCell::default(),
+            processes: RefCell::default(),
+            housekeeper: Cell::new(Pace::AtOnce),
+            judge: RefCell::default(),
+            story: RefCell::new(tells.then(Vec::new)),
+            steps: Cell::new(0),
+            idle: Cell::default(),
+            base: base(),
+        })
+    }
+
+    pub(super) fn kernel(&self) -> RefMut<'_, Kernel> {
+        self.kernel.borrow_mut()
+    }
+
+    pub(super) fn judge(&self) -> RefMut<'_, Judge> {
+        self.judge.borrow_mut()
+    }
+
+    pub(super) fn verdicts(&self) -> Ref<'_, Judge> {
+        self.judge.borrow()
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.kernel.borrow().now
+    }
+
+    pub(super) fn instant(&self) -> Instant {
+        self.base + self.now()
+    }
+
+    pub(super) fn steps(&self) -> u64 {
+        self.steps.get()
+    }
+
+    /// What wakes a worker.
+    pub(super) fn wake_of(&self, worker: usize) -> Wake {
+        let flag = Arc::clone(&self.wakes[worker]);
+        Arc::new(move || flag.store(true, Ordering::Relaxed))
+    }
+
+    /// Puts the workers on the stage.
+    pub(super) fn seat(&self, workers: Vec<Worker<SimWorld>>) {
+        let seats = workers.into_iter().map(|worker| {
+            Some(Seat {
+                wait: worker.next_wait(),
+                worker,
+                events: Vec::new(),
+                idle: (Duration::ZERO, 0),
+            })
+        });
+        *self.seats.borrow_mut() = seats.collect();
+    }
+
+    /// Takes all off the stage: what is still there knows the stage, and would keep it.
+    pub(super) fn clear(&self) {
+        let seats = std::mem::take(&mut *self.seats.borrow_mut());
+        drop(seats);
+        let jobs = std::mem::take(&mut *self.jobs.borrow_mut());
+        drop(jobs);
+        let cast = std::mem::take(&mut *self.cast.borrow_mut());
+        drop(cast);
+        let mail = std::mem::take(&mut *self.mail.borrow_mut());
+        drop(mail);
+    }
+
+    /// The number that the next actor will have.
+    pub(super) fn next_actor(&self) -> usize {
+        self.cast.borrow().len()
+    }
+
+    /// Adds an actor, which acts first at that time.
+    pub(super) fn add(&self, actor: Box<dyn Actor>, at: Duration) -> usize {
+        self.cast.borrow_mut().push(Some(actor));
+        self.dues.borrow_mut().push(Some(at));
+        self.next_actor() - 1
+    }
+
+    pub(super) fn rng(&self) -> RefMut<'_, Rng> {
+        self.rng.borrow_mut()
+    }
+
+    /// Adds a line to the story, if one is told.
+    pub(super) fn tell(&self, line: impl FnOnce() -> String) {
+        if let Ok(mut story) = self.story.try_borrow_mut()
+            && let Some(story) = &mut *story
+        {
+            let now = self.kernel.try_borrow().map_or(Duration::ZERO, |it| it.now);
+            story.push(format!("{:>12.3} ms  {}", now.as_secs_f64() * 1e3, line()));
+        }
+    }
+
+    pub(super) fn take_story(&self) -> Vec<String> {
+        self.story.borrow_mut().take().unwrap_or_default()
+    }
+
+    // What a world asks for.
+
+    pub(super) fn take_mail(&self, worker: usize) -> Vec<SimEvent> {
+        std::mem::take(&mut self.mail.borrow_mut()[worker])
+    }
+
+    /// Puts an event into a worker's mail; what comes after its end is dropped.
+    fn post(&self, worker: usize, event: SimEvent) {
+        let has_ended = self.seats.borrow().get(worker).is_none_or(Option::is_none);
+        match self.mail.borrow_mut().get_mut(worker) {
+            Some(mail) if !has_ended => mail.push(event),
+            _ => {}
+        }
+    }
+
+    /// Has the housekeeper do something; its worker gets what has come of it.
+    pub(super) fn ask_housekeeper(
+        &self,
+        worker: usize,
+        run: impl FnOnce(&Rc<Stage>) -> Option<SimEvent> + 'static,
+    ) {
+        let now = self.now();
+        let at = match self.housekeeper.get() {
+            Pace::AtOnce => now,
+            Pace::Late => now + Duration::from_micros(self.rng().u64(0..20_000)),
+            Pace::Hangs(until) => until.max(now),
+        };
+        let run = Box::new(run);
+        self.jobs.borrow_mut().push(Job { at, worker, run });
+    }
+
+    /// Asks for the addresses of a name.
+    pub(super) fn resolve(&self, worker: usize, token: usize, host: &str, port: u16) {
+        let name = self.names.borrow().get(host).cloned();
+        let late = Duration::from_micros([0, 100, 5_000, 2_000_000][self.rng().usize(..4)]);
+        let at = self.now() + late;
+        let addresses = match name {
+            Some(Name::Silent) => return,
+            Some(Name::Found(addresses)) => Ok(addresses
+                .iter()
+                .map(|address| SocketAddr::new(address.ip(), port))
+                .collect()),
+            Some(Name::Missing) | None => Err(io::Error::other("no such name")),
+        };
+        let run = Box::new(move |_: &Rc<Stage>| Some(Event::Resolved { token, addresses }));
+        self.jobs.borrow_mut().push(Job { at, worker, run });
+    }
+
+    /// By what a VM is known now.
+    pub(super) fn sign_of(&self, vm: &HyperkitVm) -> Option<Sign> {
+        let kernel = self.kernel();
+        let of = |path: PathBuf| kernel.files.get(&path).map(|file| identity(file.inode));
+        let socket = of(vm.connect_path()).map(Sign::Socket);
+        socket.or_else(|| of(vm.pid_path()).map(Sign::PidFile))
+    }
+
+    pub(super) fn process_of(&self, vm: &HyperkitVm) -> Option<i32> {
+        self.processes.borrow().get(&vm.state_dir).copied()
+    }
+
+    /// Takes a dial of the proxy.
+    pub(super) fn dialled(&self, socket: SocketId, place: &Place) {
+        self.tell(|| format!("the proxy dials {place:?} ({socket:?})"));
+    }
+
+    // The schedule.
+
+    /// Lets the machine sleep: nothing happens meanwhile.
+    pub(super) fn sleep(&self, time: Duration) {
+        self.kernel().now += time;
+    }
+
+    /// Does one thing, or lets time pass until one can be done; false once it is `end`.
+    pub(super) fn step_until(&self, end: Duration) -> bool {
+        if self.now() >= end {
+            return false;
+        }
+        self.step(Some(end))
+    }
+
+    /// Does one thing, or lets time pass; false if nothing will ever happen by itself.
+    pub(super) fn step(&self, end: Option<Duration>) -> bool {
+        #[derive(Clone, Copy)]
+        enum What {
+            Worker(usize),
+            Actor(usize),
+            Network,
+            Job(usize),
+        }
+        self.steps.set(self.steps.get() + 1);
+        let now = self.now();
+        let most = MOST_STEPS + now.as_secs() * STEPS_A_SECOND;
+        assert!(self.steps.get() < most, "the run doesn't end");
+        let mut next: Option<Duration> = end;
+        let mut can: Vec<What> = Vec::with_capacity(8);
+        let mut at = |when: Duration, what: What, can: &mut Vec<What>| match when <= now {
+            true => can.push(what),
+            false => next = Some(next.map_or(when, |before| before.min(when))),
+        };
+        for (index, seat) in self.seats.borrow().iter().enumerate() {
+            let Some(seat) = seat else { continue };
+            let is_woken = self.wakes[index].load(Ordering::Relaxed)
+                || self.kernel.borrow().has_events(index)
+                || !self.mail.borrow()[index].is_empty();
+            let due = seat.wait.timeout.map(|timeout| {
+                let begun = seat.wait.begun.saturating_duration_since(self.base);
+                begun.saturating_add(timeout)
+            });
+            match (is_woken, due) {
+                (true, _) => at(now, What::Worker(index), &mut can),
+                (false, Some(due)) => at(due, What::Worker(index), &mut can),
+                (false, None) => {}
+            }
+        }
+        let woken = self.kernel().take_woken();
+        let mut awake = self.awake.borrow_mut();
+        for actor in woken {
+            if !awake.contains(&actor) {
+                awake.push(actor);
+            }
+        }
+        for (index, due) in self.dues.borrow().iter().enumerate() {
+            if self.cast.borrow()[index].is_none() {
+                continue;
+            }
+            if awake.contains(&index) {
+                at(now, What::Actor(index), &mut can);
+            } else if let Some(due) = due {
+                at(*due, What::Actor(index), &mut can);
+            }
+        }
+        drop(awake);
+        if let Some(when) = self.kernel.borrow().next_move() {
+            at(when, What::Network, &mut can);
+        }
+        for (index, job) in self.jobs.borrow().iter().enumerate() {
+            at(job.at, What::Job(index), &mut can);
+        }
+        if can.is_empty() {
+            return match next {
+                Some(next) => {
+                    self.kernel().now = next;
+                    true
+                }
+                None => false,
+            };
+        }
+        let drawn = self.rng().usize(..can.len());
+        match can[drawn] {
+            What::Worker(index) => self.turn(index),
+            What::Actor(index) => self.act(index),
+            What::Network => drop(self.kernel().make_move()),
+            What::Job(index) => {
+                let job = self.jobs.borrow_mut().swap_remove(index);
+                let rc = self.rc();
+                if let Some(event) = (job.run)(&rc) {
+                    self.post(job.worker, event);
+                }
+            }
+        }
+        true
+    }
+
+    /// This stage, as others keep it.
+    fn rc(&self) -> Rc<Stage> {
+        super::world::this_stage()
+    }
+
+    fn act(&self, index: usize) {
+        self.awake.borrow_mut().retain(|actor| *actor != index);
+        let Some(mut actor) = self.cast.borrow_mut()[index].take() else {
+            return;
+        };
+        let due = actor.act(&self.rc());
+        self.dues.borrow_mut()[index] = due;
+        self.cast.borrow_mut()[index] = Some(actor);
+    }
+
+    fn turn(&self, index: usize) {
+        let Some(mut seat) = self.seats.borrow_mut()[index].take() else {
+            return;
+        };
+        let now = self.now();
+        let woken = self.wakes[index].swap(false, Ordering::Relaxed);
+        let progress = self.kernel().progress;
+        let _ = seat.worker.world.wait(&mut seat.events, None);
+        let has_events = !seat.events.is_empty();
+        let turn = seat.worker.turn(&mut seat.events, seat.wait);
+        let turn = turn.expect("a simulated poller does not fail");
+        self.judge().look_at(index, &mut seat.worker, self);
+        if turn == Turn::Last {
+            let shared = Arc::clone(&seat.worker.shared);
+            drop(seat);
+            let mail = self.take_mail(index);
+            drop(mail);
+            shared.worker_has_ended(index, false);
+            self.tell(|| format!("worker {index} has ended"));
+            return;
+        }
+        seat.wait = seat.worker.next_wait();
+        let wants_more = seat.wait.timeout == Some(Duration::ZERO);
+        let moved = woken || has_events || self.kernel().progress > progress;
+        seat.idle = match wants_more && !moved {
+            true if seat.idle.0 == now => (now, seat.idle.1 + 1),
+            true => (now, 1),
+            false => (now, 0),
+        };
+        assert!(seat.idle.1 < SPIN, "worker {index} spins");
+        let progress = self.kernel().progress;
+        let idle = match self.idle.get() {
+            (since, point, turns) if since == now && point == progress => turns + 1,
+            _ => 0,
+        };
+        assert!(idle < SPIN_TOGETHER, "workers wake each other");
+        self.idle.set((now, progress, idle));
+        self.seats.borrow_mut()[index] = Some(seat);
+    }
+
+    /// Whether all workers have ended.
+    pub(super) fn is_over(&self) -> bool {
+        self.seats.borrow().iter().all(Option::is_none)
+    }
+
+    /// Whether all actors have done what they wanted.
+    pub(super) fn is_played(&self) -> bool {
+        let cast = self.cast.borrow();
+        cast.iter().flatten().all(|actor| actor.is_done())
+    }
+
+    /// What those actors are that have not.
+    pub(super) fn unfinished(&self) -> Vec<String> {
+        let cast = self.cast.borrow();
+        let left = cast.iter().flatten().filter(|actor| !actor.is_done());
+        left.map(|actor| actor.describe()).collect()
+    }
+}

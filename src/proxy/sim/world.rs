@@ -1,0 +1,481 @@
+//! The simulated world of one worker: what the loop asks is answered by the [`Stage`].
+
+use std::cell::RefCell;
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use crate::address::{Address, Host, TcpAddress, UnixAddress};
+use crate::error::{Error, Operation, Result};
+use crate::hyperkit;
+use crate::listener;
+use crate::name::SocketName;
+use crate::proxy::bridge::Progress;
+use crate::proxy::forward::{Forward, Rule};
+use crate::proxy::gate::Gate;
+use crate::proxy::loops::Mark;
+use crate::proxy::presence::Sign;
+use crate::proxy::worker::Wanted;
+use crate::proxy::world::{Event, Found, ListenerId, World};
+use crate::relay::{Pipe, Socket};
+use crate::stream::nonblocking::Endpoint;
+use crate::sys::{self, Identity};
+
+use super::kernel::{ListenerKey, Owner, Place, SocketId};
+use super::stage::Stage;
+
+/// Nothing of the simulated kernel goes through pipes.
+#[derive(Debug)]
+pub(super) enum NoPipe {}
+
+impl Pipe for NoPipe {
+    fn new() -> Option<NoPipe> {
+        None
+    }
+}
+
+/// A socket of the proxy. Dropped, it is closed.
+#[derive(Debug)]
+pub(super) struct SimStream {
+    stage: Rc<Stage>,
+    pub(super) id: SocketId,
+}
+
+impl Drop for SimStream {
+    fn drop(&mut self) {
+        self.stage.kernel().close(self.id);
+    }
+}
+
+impl Socket for SimStream {
+    type Pipe = NoPipe;
+
+    const SHORT_WRITE_BLOCKS: bool = true;
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stage.kernel().read(self.id, buffer)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stage.kernel().write(self.id, bytes)
+    }
+
+    fn short_read_blocks(&self) -> bool {
+        true
+    }
+
+    fn splice_in(&mut self, pipe: &mut NoPipe) -> io::Result<usize> {
+        match *pipe {}
+    }
+
+    fn splice_out(&mut self, pipe: &mut NoPipe, _: usize) -> io::Result<usize> {
+        match *pipe {}
+    }
+
+    fn shutdown_write(&mut self) -> io::Result<()> {
+        self.stage.kernel().shutdown_write(self.id)
+    }
+
+    fn peer_took_all(&self) -> bool {
+        self.stage.kernel().peer_took_all(self.id)
+    }
+}
+
+/// A listener of the proxy. Dropped, it is closed, and its file removed, unless that is left to the
+/// housekeeper.
+#[derive(Debug)]
+pub(super) struct SimListener {
+    stage: Rc<Stage>,
+    pub(super) key: ListenerKey,
+    leaves_file: bool,
+}
+
+impl Drop for SimListener {
+    fn drop(&mut self) {
+        self.stage.kernel().close_listener(self.key);
+        self.stage
+            .tell(|| format!("the proxy closes {:?}", self.key));
+        if let (false, Place::Path(path)) = (self.leaves_file, self.place()) {
+            remove_file(&self.stage, self.key, &path);
+        }
+    }
+}
+
+impl SimListener {
+    fn place(&self) -> Place {
+        self.stage.kernel().place_of(self.key)
+    }
+
+    /// Closes it; where its file is that is to be removed.
+    fn shut(mut self) -> (ListenerKey, Option<PathBuf>) {
+        self.leaves_file = true;
+        let file = match self.place() {
+            Place::Path(path) => Some(path),
+            _ => None,
+        };
+        (self.key, file)
+    }
+}
+
+/// Where an address listens, or is connected to.
+pub(super) fn place_of(address: &Address) -> Place {
+    match address {
+        Address::Tcp(TcpAddress {
+            host: Host::Ip(ip),
+            port,
+        }) => Place::Tcp((*ip, *port).into()),
+        Address::Vsock(vsock) => Place::Vsock {
+            cid: vsock.cid,
+            port: vsock.port.0,
+        },
+        other => match listener::path_of(other) {
+            Some(path) => Place::Path(path.into_owned()),
+            None => panic!("{other} is not simulated"),
+        },
+    }
+}
+
+thread_local! {
+    /// Where the functions without a world find theirs: one run a thread.
+    static STAGE: RefCell<Option<Rc<Stage>>> = const { RefCell::new(None) };
+}
+
+/// Sets the stage of this thread.
+pub(super) fn set_stage(stage: Option<Rc<Stage>>) {
+    STAGE.with(|it| *it.borrow_mut() = stage);
+}
+
+/// Returns the stage of this thread.
+pub(super) fn this_stage() -> Rc<Stage> {
+    STAGE.with(|it| it.borrow().clone().expect("no run on this thread"))
+}
+
+/// Notes that a connection goes from one state to another, if it is one of a run.
+pub(super) fn note_transition(from: &'static str, to: &'static str) {
+    STAGE.with(|it| {
+        if let Some(stage) = &*it.borrow() {
+            stage.judge().note_transition(from, to);
+        }
+    });
+}
+
+pub(super) struct SimWorld {
+    pub(super) stage: Rc<Stage>,
+    pub(super) worker: usize,
+}
+
+impl SimWorld {
+    fn file_of(&self, key: ListenerKey) -> Option<PathBuf> {
+        match self.stage.kernel().place_of(key) {
+            Place::Path(path) => Some(path),
+            _ => None,
+        }
+    }
+}
+
+fn bind(stage: &Rc<Stage>, address: &Address) -> Result<SimListener> {
+    let bound = stage.kernel().listen(&place_of(address), Owner::Proxy);
+    stage.tell(|| format!("the proxy binds {address}: {bound:?}"));
+    match bound {
+        Ok(key) => Ok(SimListener {
+            stage: Rc::clone(stage),
+            key,
+            leaves_file: false,
+        }),
+        Err(e) => Err(Error::new(Operation::Listen, address, e)),
+    }
+}
+
+fn found(bound: Result<SimListener>) -> Found<SimListener> {
+    match bound {
+        Ok(listener) => Found::Bound(listener),
+        Err(error) => Found::Failed(error),
+    }
+}
+
+/// Removes the file of a listener, if it is still its own.
+fn remove_file(stage: &Stage, key: ListenerKey, path: &PathBuf) {
+    let mut kernel = stage.kernel();
+    if kernel.has_file(key) == Some(true) {
+        kernel.files.remove(path);
+    }
+}
+
+impl World for SimWorld {
+    type Stream = SimStream;
+    type Listener = SimListener;
+
+    fn bind(address: &Address, _: u32) -> Result<SimListener> {
+        bind(&this_stage(), address)
+    }
+
+    fn take_passed(_: listener::Listener) -> SimListener {
+        unreachable!("no socket was passed")
+    }
+
+    fn bound(_: &SimListener, asked: &Address) -> Address {
+        asked.clone()
+    }
+
+    fn clock() -> Instant {
+        this_stage().instant()
+    }
+
+    fn descriptor_limit() -> Option<u64> {
+        Some(this_stage().kernel().habits.descriptors as u64)
+    }
+
+    /// The others have their turns until the answer has come.
+    fn receive<T>(
+        told: &Receiver<T>,
+        patience: Duration,
+    ) -> std::result::Result<T, RecvTimeoutError> {
+        let stage = this_stage();
+        let end = stage.now() + patience;
+        loop {
+            match told.try_recv() {
+                Ok(answer) => return Ok(answer),
+                Err(std::sync::mpsc::TryRecvError::Disconnected) => {
+                    return Err(RecvTimeoutError::Disconnected);
+                }
+                Err(std::sync::mpsc::TryRecvError::Empty) => {}
+            }
+            if !stage.step_until(end) {
+                return Err(RecvTimeoutError::Timeout);
+            }
+        }
+    }
+
+    fn now(&self) -> Instant {
+        self.stage.instant()
+    }
+
+    fn wait(
+        &mut self,
+        events: &mut Vec<Event<SimStream, SimListener>>,
+        _: Option<Duration>,
+    ) -> io::Result<()> {
+        self.stage
+            .kernel()
+            .take_events(self.worker, |token, readiness| {
+                events.push(Event::Ready { token, readiness });
+            });
+        events.append(&mut self.stage.take_mail(self.worker));
+        Ok(())
+    }
+
+    fn watch_listener(&mut self, listener: &mut SimListener, token: usize) -> io::Result<()> {
+        let mut kernel = self.stage.kernel();
+        kernel.watch_listener(listener.key, self.worker, token);
+        Ok(())
+    }
+
+    fn accept(&mut self, listener: &SimListener) -> io::Result<(SimStream, SocketName)> {
+        let id = self.stage.kernel().accept(listener.key)?;
+        let peer = self.stage.kernel().peer_name_of(id);
+        let stage = Rc::clone(&self.stage);
+        Ok((SimStream { stage, id }, peer))
+    }
+
+    fn check_file(&mut self, listener: &SimListener, of: ListenerId, rule: &Rule) -> bool {
+        if self.file_of(listener.key).is_none() {
+            return false;
+        }
+        let (key, address) = (listener.key, rule.listen.clone());
+        self.stage.ask_housekeeper(self.worker, move |stage| {
+            let there = stage.kernel().has_file(key);
+            let found = match there {
+                Some(true) => Found::Ours,
+                Some(false) => Found::Taken,
+                None => found(bind(stage, &address)),
+            };
+            Some(Event::Listener { of, found })
+        });
+        true
+    }
+
+    fn bind_again(&mut self, old: Option<SimListener>, of: ListenerId, rule: &Rule) {
+        let old = old.map(SimListener::shut);
+        let address = rule.listen.clone();
+        let again = move |stage: &Rc<Stage>| {
+            if let Some((key, Some(path))) = &old {
+                remove_file(stage, *key, path);
+            }
+            let found = found(bind(stage, &address));
+            Some(Event::Listener { of, found })
+        };
+        self.stage.ask_housekeeper(self.worker, again);
+    }
+
+    fn set_mode(
+        &mut self,
+        listener: &SimListener,
+        _: u32,
+        wanted: Wanted,
+        done: Sender<io::Result<()>>,
+    ) {
+        if self.file_of(listener.key).is_none() {
+            return drop(done.send(Ok(())));
+        }
+        self.stage.ask_housekeeper(self.worker, move |_| {
+            if wanted.begin() {
+                let _ = done.send(Ok(()));
+            }
+            None
+        });
+    }
+
+    fn close_listener(&mut self, listener: SimListener, done: Option<Sender<()>>) {
+        let (key, file) = listener.shut();
+        // Who asked may have given up.
+        let tell = move || {
+            done.map(|done| done.send(()));
+        };
+        match file {
+            Some(path) => self.stage.ask_housekeeper(self.worker, move |stage| {
+                remove_file(stage, key, &path);
+                tell();
+                None
+            }),
+            None => tell(),
+        }
+    }
+
+    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(SimStream, Option<Sign>)> {
+        let place = match endpoint {
+            Endpoint::Tcp(address) => Place::Tcp(*address),
+            Endpoint::Unix(UnixAddress::Path(path)) => Place::Path(path.clone()),
+            Endpoint::Unix(UnixAddress::Abstract(_)) => unreachable!("no such names"),
+            Endpoint::Hyperkit(to) => Place::Path(to.vm.connect_path()),
+            Endpoint::Vsock(to) => Place::Vsock {
+                cid: to.cid,
+                port: to.port.0,
+            },
+            Endpoint::VsockMux(to) => Place::Path(to.path.clone()),
+        };
+        let id = self.stage.kernel().connect(&place, Owner::Proxy)?;
+        let stage = Rc::clone(&self.stage);
+        let mut stream = SimStream { stage, id };
+        let mut sign = None;
+        if let Endpoint::Hyperkit(to) = endpoint {
+            let line = hyperkit::connect_line(to.vm.cid, to.port.0);
+            let written = stream.write(&line)?;
+            assert_eq!(written, line.len(), "hyperkit reads its line at once");
+            sign = self.stage.sign_of(&to.vm);
+        }
+        self.stage.dialled(id, &place);
+        Ok((stream, sign))
+    }
+
+    fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
+        let error = Error::new(Operation::Connect, address, error);
+        if !crate::dial::wants_look(address, error.cause()) {
+            return Some(error);
+        }
+        self.stage.ask_housekeeper(self.worker, move |_| {
+            Some(Event::Explained { token, error })
+        });
+        None
+    }
+
+    fn mark_of_listener(&mut self, listener: &SimListener) -> Option<Mark> {
+        match self.stage.kernel().place_of(listener.key) {
+            Place::Tcp(address) => Some(Mark::Tcp(address)),
+            Place::Vsock { port, .. } => Some(Mark::Vsock(port)),
+            Place::Path(path) => Some(Mark::Unix(path.into_os_string().into_encoded_bytes())),
+        }
+    }
+
+    fn name_of(&mut self, stream: &SimStream) -> Option<SocketName> {
+        Some(self.stage.kernel().name_of(stream.id))
+    }
+
+    fn mark_of_peer(&mut self, stream: &SimStream) -> Option<Mark> {
+        let kernel = self.stage.kernel();
+        let path = kernel.listener_path(stream.id)?;
+        Some(Mark::Unix(path.as_os_str().as_encoded_bytes().to_vec()))
+    }
+
+    fn is_from_us(&mut self, stream: &SimStream) -> bool {
+        self.stage.kernel().owner_of_peer(stream.id) == Some(Owner::Proxy)
+    }
+
+    fn connected(&mut self, stream: &SimStream) -> io::Result<bool> {
+        self.stage.kernel().connected(stream.id)
+    }
+
+    fn watch(&mut self, stream: &mut SimStream, token: usize) -> io::Result<()> {
+        self.stage.kernel().watch(stream.id, self.worker, token);
+        Ok(())
+    }
+
+    fn shutdown_read(&mut self, stream: &SimStream) {
+        self.stage.kernel().shutdown_read(stream.id);
+    }
+
+    fn close(&mut self, stream: SimStream) {
+        drop(stream);
+    }
+
+    fn unacknowledged(&mut self, stream: &SimStream) -> usize {
+        self.stage.kernel().unacknowledged(stream.id)
+    }
+
+    fn reset(&mut self, stream: SimStream) {
+        self.stage.kernel().reset(stream.id);
+    }
+
+    fn resolve(&mut self, token: usize, host: &str, port: u16) {
+        self.stage.resolve(self.worker, token, host, port);
+    }
+
+    fn has_peer_ended(&mut self, stream: &SimStream) -> bool {
+        let kernel = self.stage.kernel();
+        kernel.is_unix(stream.id) && kernel.is_peer_gone(stream.id)
+    }
+
+    fn rest(&mut self) {}
+
+    fn look_at_vm(&mut self, gate: &Arc<Gate>) {
+        let gate = Arc::clone(gate);
+        self.stage.ask_housekeeper(self.worker, move |stage| {
+            Some(Event::VmSeen {
+                sign: stage.sign_of(gate.vm()),
+                process: stage.process_of(gate.vm()),
+                gate,
+            })
+        });
+    }
+
+    fn dial(&mut self, _: usize, address: &Address, _: Duration) {
+        unreachable!("nothing is dialled by threads: {address}")
+    }
+
+    fn bridge(
+        &mut self,
+        _: usize,
+        _: [SimStream; 2],
+        _: &Arc<Forward>,
+        _: Duration,
+    ) -> io::Result<()> {
+        unreachable!("nothing is carried by threads")
+    }
+
+    fn cross(&mut self, _: usize, _: &mut SimStream, _: Duration) -> io::Result<()> {
+        unreachable!("nothing is carried by threads")
+    }
+
+    fn bridged(&self, _: usize) -> Option<Progress> {
+        None
+    }
+
+    fn cut_bridge(&mut self, _: usize) {}
+}
+
+/// By what the kernel knows a file.
+pub(super) fn identity(inode: u64) -> Identity {
+    sys::Identity::numbered(inode)
+}
