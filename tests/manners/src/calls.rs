@@ -1,0 +1,376 @@
+//! The wrappers.
+
+use std::ffi::c_void;
+
+use libc::{
+    c_int, c_uint, iovec, loff_t, msghdr, nfds_t, pollfd, size_t, sockaddr, socklen_t, ssize_t,
+};
+
+use crate::kernel::{self, Ended};
+use crate::{Manner, error, fail, has, names, next};
+
+/// `SO_SNDBUF` of Unix stream sockets: Linux doubles it, and counts what its buffers take beside
+/// the bytes. So 8 KiB fit (macOS' `PIPSIZ`), written in pieces of 4 KiB or more.
+const SMALL: c_int = 4160;
+
+/// `kern.ipc.somaxconn`. Linux lets one more wait than it is told.
+const MOST_WAITING: c_int = 128 - 1;
+
+const DESCRIPTORS: libc::rlim_t = 256;
+const OPEN_MAX: libc::rlim_t = 10_240;
+
+/// Set for the processes that this one starts: they have from it what it has made of its limit.
+const LIMITED: &std::ffi::CStr = c"MANNERS_LIMITED";
+
+fn set_small(fd: c_int) {
+    kernel::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, SMALL);
+    kernel::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, SMALL);
+}
+
+fn is_unix_stream(domain: c_int, kind: c_int) -> bool {
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    domain == libc::AF_UNIX && kind & !flags == libc::SOCK_STREAM
+}
+
+/// # Safety
+/// As socket(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
+    // SAFETY: the caller's.
+    let fd = unsafe { next::socket(domain, kind, protocol) };
+    if fd >= 0 && is_unix_stream(domain, kind) && has(Manner::Buffers) {
+        set_small(fd);
+    }
+    fd
+}
+
+/// # Safety
+/// As socketpair(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn socketpair(
+    domain: c_int,
+    kind: c_int,
+    protocol: c_int,
+    pair: *mut c_int,
+) -> c_int {
+    // SAFETY: the caller's.
+    let result = unsafe { next::socketpair(domain, kind, protocol, pair) };
+    if result == 0 && is_unix_stream(domain, kind) && has(Manner::Buffers) {
+        // SAFETY: two descriptors were written there.
+        let [one, other] = unsafe { *pair.cast::<[c_int; 2]>() };
+        set_small(one);
+        set_small(other);
+    }
+    result
+}
+
+/// # Safety
+/// As bind(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn bind(fd: c_int, name: *const sockaddr, len: socklen_t) -> c_int {
+    // SAFETY: the caller's.
+    if has(Manner::Path) && unsafe { names::is_too_long(name, len) } {
+        return fail(libc::EINVAL);
+    }
+    // SAFETY: the caller's.
+    unsafe { next::bind(fd, name, len) }
+}
+
+/// # Safety
+/// As listen(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn listen(fd: c_int, backlog: c_int) -> c_int {
+    let backlog = match has(Manner::Backlog) {
+        true => backlog.min(MOST_WAITING),
+        false => backlog,
+    };
+    // SAFETY: the caller's.
+    unsafe { next::listen(fd, backlog) }
+}
+
+/// # Safety
+/// As connect(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn connect(fd: c_int, name: *const sockaddr, len: socklen_t) -> c_int {
+    // SAFETY: the caller's.
+    if has(Manner::Path) && unsafe { names::is_too_long(name, len) } {
+        return fail(libc::EINVAL);
+    }
+    if !has(Manner::Backlog) || !kernel::is_unix(fd) {
+        // SAFETY: the caller's.
+        return unsafe { next::connect(fd, name, len) };
+    }
+    // Linux would have a blocking one wait for room.
+    let blocks = !kernel::is_nonblocking(fd);
+    if blocks {
+        kernel::set_nonblocking(fd, true);
+    }
+    // SAFETY: the caller's.
+    let result = unsafe { next::connect(fd, name, len) };
+    let error = error();
+    if blocks {
+        kernel::set_nonblocking(fd, false);
+    }
+    match (result, error) {
+        (0, _) => 0,
+        (_, libc::EAGAIN) => fail(libc::ECONNREFUSED),
+        (_, error) => fail(error),
+    }
+}
+
+/// Gives an accepted socket what it would have from its listener.
+///
+/// # Safety
+/// `name` and `len` were filled by an accept.
+unsafe fn accepted(listener: c_int, fd: c_int, name: *mut sockaddr, len: *mut socklen_t) -> c_int {
+    if fd < 0 {
+        return fd;
+    }
+    if has(Manner::Inherit) && kernel::is_nonblocking(listener) {
+        kernel::set_nonblocking(fd, true);
+    }
+    let family = kernel::stream(fd);
+    if has(Manner::Buffers) && family == Some(libc::AF_UNIX) {
+        for option in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
+            if let Some(size) = kernel::option(listener, libc::SOL_SOCKET, option) {
+                kernel::set_option(fd, libc::SOL_SOCKET, option, size / 2);
+            }
+        }
+    }
+    let is_tcp = matches!(family, Some(libc::AF_INET | libc::AF_INET6));
+    if has(Manner::Nameless) && is_tcp && !name.is_null() && Ended::of(fd).both() {
+        // SAFETY: an address was written there, and its length.
+        unsafe {
+            (*name).sa_family = 0;
+            *len = 0;
+        }
+    }
+    fd
+}
+
+/// # Safety
+/// As accept(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn accept(fd: c_int, name: *mut sockaddr, len: *mut socklen_t) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { accepted(fd, next::accept(fd, name, len), name, len) }
+}
+
+/// # Safety
+/// As accept4(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn accept4(
+    fd: c_int,
+    name: *mut sockaddr,
+    len: *mut socklen_t,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { accepted(fd, next::accept4(fd, name, len, flags), name, len) }
+}
+
+/// # Safety
+/// As setsockopt(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn setsockopt(
+    fd: c_int,
+    level: c_int,
+    option: c_int,
+    value: *const c_void,
+    len: socklen_t,
+) -> c_int {
+    if has(Manner::Ended) && Ended::of(fd).both() {
+        return fail(libc::EINVAL);
+    }
+    // SAFETY: the caller's.
+    unsafe { next::setsockopt(fd, level, option, value, len) }
+}
+
+/// # Safety
+/// As getsockopt(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn getsockopt(
+    fd: c_int,
+    level: c_int,
+    option: c_int,
+    value: *mut c_void,
+    len: *mut socklen_t,
+) -> c_int {
+    // macOS' LOCAL_PEERPID.
+    let is_peer = level == libc::SOL_SOCKET && option == libc::SO_PEERCRED;
+    if is_peer && has(Manner::Ended) && Ended::of(fd).both() {
+        return fail(libc::ENOTCONN);
+    }
+    // SAFETY: the caller's.
+    let result = unsafe { next::getsockopt(fd, level, option, value, len) };
+    let is_error = level == libc::SOL_SOCKET && option == libc::SO_ERROR;
+    if is_error && result == 0 && has(Manner::Eof) && kernel::is_unix(fd) {
+        // SAFETY: an int was written there.
+        let noted = unsafe { &mut *value.cast::<c_int>() };
+        if *noted == libc::ECONNRESET {
+            *noted = 0;
+        }
+    }
+    result
+}
+
+/// # Safety
+/// As getpeername(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn getpeername(fd: c_int, name: *mut sockaddr, len: *mut socklen_t) -> c_int {
+    if has(Manner::Ended) && Ended::of(fd).both() {
+        return fail(libc::EINVAL);
+    }
+    // SAFETY: the caller's.
+    unsafe { next::getpeername(fd, name, len) }
+}
+
+/// # Safety
+/// As shutdown(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn shutdown(fd: c_int, how: c_int) -> c_int {
+    if has(Manner::Shutdown) {
+        let ended = Ended::of(fd);
+        if how != libc::SHUT_WR && ended.read {
+            return fail(libc::ENOTCONN);
+        }
+        if how != libc::SHUT_RD && ended.write {
+            if how == libc::SHUT_RDWR {
+                // SAFETY: no pointer is passed.
+                unsafe { next::shutdown(fd, libc::SHUT_RD) };
+            }
+            return fail(libc::ENOTCONN);
+        }
+    }
+    // SAFETY: no pointer is passed.
+    unsafe { next::shutdown(fd, how) }
+}
+
+/// What a read says, with the end in place of a Unix socket's reset.
+fn received(fd: c_int, count: ssize_t) -> ssize_t {
+    if count >= 0 {
+        return count;
+    }
+    match error() {
+        libc::ECONNRESET if has(Manner::Eof) && kernel::is_unix(fd) => 0,
+        error => fail(error) as ssize_t,
+    }
+}
+
+/// # Safety
+/// As recv(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn recv(fd: c_int, bytes: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
+    // SAFETY: the caller's.
+    received(fd, unsafe { next::recv(fd, bytes, len, flags) })
+}
+
+/// # Safety
+/// As recvfrom(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn recvfrom(
+    fd: c_int,
+    bytes: *mut c_void,
+    len: size_t,
+    flags: c_int,
+    name: *mut sockaddr,
+    name_len: *mut socklen_t,
+) -> ssize_t {
+    // SAFETY: the caller's.
+    received(fd, unsafe {
+        next::recvfrom(fd, bytes, len, flags, name, name_len)
+    })
+}
+
+/// # Safety
+/// As recvmsg(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: the caller's.
+    let count = received(fd, unsafe { next::recvmsg(fd, message, flags) });
+    if count == 0 {
+        // SAFETY: the caller's. Of an end nothing else has come; of an error the kernel has written
+        // nothing.
+        unsafe { (*message).msg_controllen = 0 };
+    }
+    count
+}
+
+/// # Safety
+/// As read(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn read(fd: c_int, bytes: *mut c_void, len: size_t) -> ssize_t {
+    // SAFETY: the caller's.
+    received(fd, unsafe { next::read(fd, bytes, len) })
+}
+
+/// # Safety
+/// As readv(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn readv(fd: c_int, parts: *const iovec, count: c_int) -> ssize_t {
+    // SAFETY: the caller's.
+    received(fd, unsafe { next::readv(fd, parts, count) })
+}
+
+/// # Safety
+/// As splice(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn splice(
+    from: c_int,
+    from_at: *mut loff_t,
+    to: c_int,
+    to_at: *mut loff_t,
+    len: size_t,
+    flags: c_uint,
+) -> ssize_t {
+    // SAFETY: the caller's.
+    received(from, unsafe {
+        next::splice(from, from_at, to, to_at, len, flags)
+    })
+}
+
+/// # Safety
+/// As poll(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn poll(asked: *mut pollfd, count: nfds_t, timeout: c_int) -> c_int {
+    // SAFETY: the caller's.
+    let ready = unsafe { next::poll(asked, count, timeout) };
+    if ready <= 0 || !has(Manner::Eof) {
+        return ready;
+    }
+    // SAFETY: the caller's: `count` of them are valid for reads and writes.
+    let all = unsafe { std::slice::from_raw_parts_mut(asked, count as usize) };
+    for one in all {
+        if one.revents & libc::POLLERR != 0 && kernel::is_unix(one.fd) {
+            // Takes the reset off it. There is an end, of which the poller tells as well.
+            kernel::option(one.fd, libc::SOL_SOCKET, libc::SO_ERROR);
+            one.revents &= !libc::POLLERR;
+        }
+    }
+    ready
+}
+
+/// Runs before the program does.
+extern "C" fn begin() {
+    // SAFETY: there is no other thread yet that could change the environment, and the names end
+    // with a NUL.
+    unsafe {
+        if !has(Manner::Descriptors) || !libc::getenv(LIMITED.as_ptr()).is_null() {
+            return;
+        }
+        libc::setenv(LIMITED.as_ptr(), c"".as_ptr(), 1);
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_max = limit.rlim_max.min(OPEN_MAX);
+            limit.rlim_cur = limit.rlim_max.min(DESCRIPTORS);
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
+
+#[used]
+#[unsafe(link_section = ".init_array")]
+static BEGIN: extern "C" fn() = begin;

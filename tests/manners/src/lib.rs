@@ -1,0 +1,82 @@
+//! Gives a Linux process the manners of macOS' sockets.
+//!
+//! Preloaded (`LD_PRELOAD`), it stands before libc's socket calls. `MANNERS` names those manners
+//! that are wanted, with commas between them; without it all are given. They are read in XNU's
+//! source (`bsd/kern/uipc_socket.c`, `uipc_usrreq.c`, `uipc_syscalls.c`); see [`Manner`].
+//!
+//! What isn't given: `SHUT_RD` of a Unix socket, after which the peer's writes are discarded
+//! (somebody would have to read them); an accept that loses its connection where there is no
+//! descriptor; calls that don't go through libc.
+
+mod calls;
+mod kernel;
+mod names;
+mod next;
+
+use std::sync::OnceLock;
+
+/// What macOS does differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    /// In a Unix stream socket 8 KiB lie unread, unless `SO_SNDBUF` is set; accepted ones take
+    /// their listener's.
+    Buffers,
+    /// `EINVAL` to setsockopt(2) and getpeername(2) once both directions have ended; `ENOTCONN` to
+    /// the question who a Unix peer is that has gone.
+    Ended,
+    /// `ENOTCONN` to shutdown(2) of a direction that has ended. One of both does nothing then.
+    Shutdown,
+    /// 128 clients wait at most, and `ECONNREFUSED` at once to the next one of a Unix socket.
+    Backlog,
+    /// The end, and no `ECONNRESET`, where a Unix peer has closed with bytes unread.
+    Eof,
+    /// Accepted sockets take `O_NONBLOCK` from their listener.
+    Inherit,
+    /// A TCP client that has reset its connection before it was accepted has no name.
+    Nameless,
+    /// 256 descriptors to begin with, and 10,240 at most.
+    Descriptors,
+    /// A Unix socket's path has 103 bytes at most.
+    Path,
+}
+
+const ALL: [(&str, Manner); 9] = [
+    ("buffers", Manner::Buffers),
+    ("ended", Manner::Ended),
+    ("shutdown", Manner::Shutdown),
+    ("backlog", Manner::Backlog),
+    ("eof", Manner::Eof),
+    ("inherit", Manner::Inherit),
+    ("nameless", Manner::Nameless),
+    ("descriptors", Manner::Descriptors),
+    ("path", Manner::Path),
+];
+
+/// Whether a manner is wanted.
+fn has(manner: Manner) -> bool {
+    static WANTED: OnceLock<Vec<Manner>> = OnceLock::new();
+    WANTED
+        .get_or_init(|| {
+            let named = std::env::var("MANNERS").ok();
+            let is_named = |name: &str| match &named {
+                Some(named) => named.split(',').any(|it| it == name),
+                None => true,
+            };
+            let wanted = ALL.iter().filter(|(name, _)| is_named(name));
+            wanted.map(|(_, manner)| *manner).collect()
+        })
+        .contains(&manner)
+}
+
+/// Says to the caller of a libc call that it has failed.
+fn fail(error: libc::c_int) -> libc::c_int {
+    // SAFETY: the location is this thread's own, and valid as long as it runs.
+    unsafe { *libc::__errno_location() = error };
+    -1
+}
+
+/// The error of the libc call that has just failed.
+fn error() -> libc::c_int {
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() }
+}
