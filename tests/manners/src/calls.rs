@@ -329,6 +329,20 @@ unsafe extern "C" fn splice(
     })
 }
 
+/// The third argument, where there is one, is an int or a pointer: it is passed on in its register,
+/// as it was passed here.
+///
+/// # Safety
+/// As fcntl(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn fcntl(fd: c_int, command: c_int, argument: usize) -> c_int {
+    if matches!(command, libc::F_SETPIPE_SZ | libc::F_GETPIPE_SZ) && has(Manner::Copy) {
+        return fail(libc::EINVAL);
+    }
+    // SAFETY: the caller's.
+    unsafe { next::fcntl(fd, command, argument) }
+}
+
 /// # Safety
 /// As poll(2).
 #[unsafe(no_mangle)]

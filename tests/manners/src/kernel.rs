@@ -108,18 +108,18 @@ fn has_sent_fin(fd: c_int) -> bool {
 
 pub(crate) fn is_nonblocking(fd: c_int) -> bool {
     // SAFETY: F_GETFL takes no pointer.
-    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    let flags = unsafe { next::fcntl(fd, libc::F_GETFL, 0) };
     flags >= 0 && flags & libc::O_NONBLOCK != 0
 }
 
 pub(crate) fn set_nonblocking(fd: c_int, on: bool) {
     // SAFETY: F_GETFL and F_SETFL take no pointer.
     unsafe {
-        let flags = libc::fcntl(fd, libc::F_GETFL);
+        let flags = next::fcntl(fd, libc::F_GETFL, 0);
         let flags = match on {
             true => flags | libc::O_NONBLOCK,
             false => flags & !libc::O_NONBLOCK,
         };
-        libc::fcntl(fd, libc::F_SETFL, flags);
+        next::fcntl(fd, libc::F_SETFL, flags as usize);
     }
 }

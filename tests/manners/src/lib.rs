@@ -38,9 +38,12 @@ enum Manner {
     Descriptors,
     /// A Unix socket's path has 103 bytes at most.
     Path,
+    /// A pipe's size is neither known nor to be set, so that nobody goes through pipes with
+    /// splice(2).
+    Copy,
 }
 
-const ALL: [(&str, Manner); 9] = [
+const ALL: [(&str, Manner); 10] = [
     ("buffers", Manner::Buffers),
     ("ended", Manner::Ended),
     ("shutdown", Manner::Shutdown),
@@ -50,6 +53,7 @@ const ALL: [(&str, Manner); 9] = [
     ("nameless", Manner::Nameless),
     ("descriptors", Manner::Descriptors),
     ("path", Manner::Path),
+    ("copy", Manner::Copy),
 ];
 
 /// Whether a manner is wanted.

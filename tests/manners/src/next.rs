@@ -100,5 +100,6 @@ libc_calls! {
         len: size_t,
         flags: c_uint
     ) -> ssize_t;
+    fcntl(fd: c_int, command: c_int, argument: usize) -> c_int;
     poll(asked: *mut pollfd, count: nfds_t, timeout: c_int) -> c_int;
 }

@@ -31,7 +31,7 @@ fn on_both(manner: &str, test: &str, body: impl FnOnce(bool)) {
         return body(case == "mac");
     }
     let program = std::env::current_exe().unwrap();
-    const ALL: [&str; 9] = [
+    const ALL: [&str; 10] = [
         "buffers",
         "ended",
         "shutdown",
@@ -41,6 +41,7 @@ fn on_both(manner: &str, test: &str, body: impl FnOnce(bool)) {
         "nameless",
         "descriptors",
         "path",
+        "copy",
     ];
     assert!(ALL.contains(&manner));
     let others: Vec<_> = ALL.into_iter().filter(|it| *it != manner).collect();
@@ -429,6 +430,22 @@ fn a_path_has_103_bytes() {
         UnixStream::connect(path(103)).map(drop).unwrap_err();
         assert_eq!(refused(&path(104)), mac);
         assert_eq!(is(UnixStream::connect(path(105)), libc::EINVAL), mac);
+    });
+}
+
+#[test]
+fn a_pipe_has_no_size() {
+    on_both("copy", "a_pipe_has_no_size", |mac| {
+        let (reader, _writer) = io::pipe().unwrap();
+        let size = |command, argument: libc::c_int| {
+            // SAFETY: no pointer is passed.
+            unsafe { libc::fcntl(reader.as_raw_fd(), command, argument) }
+        };
+        assert_eq!(size(libc::F_GETPIPE_SZ, 0) < 0, mac);
+        assert_eq!(size(libc::F_SETPIPE_SZ, 1 << 16) < 0, mac);
+        // Its other flags are set as ever.
+        assert_eq!(size(libc::F_SETFL, libc::O_NONBLOCK), 0);
+        assert_ne!(size(libc::F_GETFL, 0) & libc::O_NONBLOCK, 0);
     });
 }
 
