@@ -196,13 +196,14 @@ unsafe extern "C" fn getsockopt(
     value: *mut c_void,
     len: *mut socklen_t,
 ) -> c_int {
-    // macOS' LOCAL_PEERPID.
-    let is_peer = level == libc::SOL_SOCKET && option == libc::SO_PEERCRED;
-    if is_peer && has(Manner::Ended) && Ended::of(fd).both() {
-        return fail(libc::ENOTCONN);
-    }
     // SAFETY: the caller's.
     let result = unsafe { next::getsockopt(fd, level, option, value, len) };
+    // macOS tells the user, but not the process (LOCAL_PEERPID).
+    let is_peer = level == libc::SOL_SOCKET && option == libc::SO_PEERCRED;
+    if is_peer && result == 0 && has(Manner::Ended) && Ended::of(fd).both() {
+        // SAFETY: a `ucred` was written there.
+        unsafe { (*value.cast::<libc::ucred>()).pid = 0 };
+    }
     let is_error = level == libc::SOL_SOCKET && option == libc::SO_ERROR;
     if is_error && result == 0 && has(Manner::Eof) && kernel::is_unix(fd) {
         // SAFETY: an int was written there.

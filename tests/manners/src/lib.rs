@@ -21,8 +21,8 @@ enum Manner {
     /// In a Unix stream socket 8 KiB lie unread, unless `SO_SNDBUF` is set; accepted ones take
     /// their listener's.
     Buffers,
-    /// `EINVAL` to setsockopt(2) and getpeername(2) once both directions have ended; `ENOTCONN` to
-    /// the question who a Unix peer is that has gone.
+    /// `EINVAL` to setsockopt(2) and getpeername(2) once both directions have ended; nor is the
+    /// process told then that a Unix socket's peer is of.
     Ended,
     /// `ENOTCONN` to shutdown(2) of a direction that has ended. One of both does nothing then.
     Shutdown,
