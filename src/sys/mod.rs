@@ -115,9 +115,17 @@ pub(crate) const KERNEL_EDGES: bool = cfg!(all(
 /// An accepted TCP socket has its listener's options, so that they are set once (Linux' `inet_csk_clone_lock`).
 pub(crate) const ACCEPTED_INHERIT: bool = cfg!(target_os = "linux");
 
+/// Linux, and not under the manners of macOS that `scripts/check-manners` gives it: what that runs is
+/// built with mio's poll(2) fallback.
+#[cfg(unix)]
+const AS_ON_LINUX: bool = cfg!(all(
+    target_os = "linux",
+    not(mio_unsupported_force_poll_poll)
+));
+
 /// A Unix listener whose backlog is full refuses, as if nobody listened (macOS, BSD), where Linux says `EAGAIN`.
 #[cfg(unix)]
-pub(crate) const FULL_BACKLOG_REFUSES: bool = cfg!(not(target_os = "linux"));
+pub(crate) const FULL_BACKLOG_REFUSES: bool = !AS_ON_LINUX;
 
 /// The OS string of these bytes; the bytes back where this system has none for them.
 ///

@@ -20,7 +20,7 @@ pub(crate) use rights::{receive, refuse_descriptors, refuses_descriptors};
 
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
 /// macOS and the BSDs (`sys/un.h`).
-pub(crate) const SUN_PATH_LEN: usize = if cfg!(target_os = "linux") { 108 } else { 104 };
+pub(crate) const SUN_PATH_LEN: usize = if super::AS_ON_LINUX { 108 } else { 104 };
 
 /// The longest name of a socket that [`with_short_path`] can reach in any directory: `sun_path` less its NUL and
 /// less the longest prefix that it puts before the name.
@@ -422,7 +422,10 @@ pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
         #[cfg(target_vendor = "apple")]
         let process = {
             use nix::sys::socket::{getsockopt, sockopt::LocalPeerPid};
-            u32::try_from(getsockopt(&socket, LocalPeerPid)?).ok()
+            // Not told any more of a peer that has closed.
+            getsockopt(&socket, LocalPeerPid)
+                .ok()
+                .and_then(|process| u32::try_from(process).ok())
         };
         #[cfg(not(target_vendor = "apple"))]
         let process = None;
