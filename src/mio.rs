@@ -147,7 +147,8 @@ impl Stream {
     /// The name of the other end, as far as its family has one.
     ///
     /// # Errors
-    /// What the kernel says: that there is no connection yet, or none any more, for example.
+    /// What the kernel says: that there is no connection yet, or none any more, for example. As
+    /// [`crate::Stream::peer_addr`] says, macOS gives no name once both directions have ended.
     pub fn peer_addr(&self) -> io::Result<SocketName> {
         self.inner.peer_addr()
     }

@@ -187,7 +187,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
         if eof && ahead.is_empty() {
             // Where there is none, the close tells as much.
             if stream.has_half_close() {
-                stream.shutdown(Shutdown::Write)?;
+                stream.half_close()?;
             }
             return Ok(total);
         }

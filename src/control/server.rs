@@ -431,16 +431,13 @@ async fn answer(mut stream: UnixStream, client: Arc<Client>, service: Service, a
     };
     client.begins(Phase::Hearing);
     let told = timeout(REQUEST, stream.write_all(&response.to_bytes())).await;
-    if !matches!(told, Ok(Ok(()))) || shutdown_write(&stream).is_err() {
+    if !matches!(told, Ok(Ok(()))) {
         return;
     }
+    // Fails where both directions have ended. What has come is to be read all the same.
+    let _ = socket2::SockRef::from(&stream).shutdown(Shutdown::Write);
     let mut rest = stream.take(MOST_LINGERING);
     let _ = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
-}
-
-/// Half-closes, at once.
-fn shutdown_write(stream: &UnixStream) -> io::Result<()> {
-    socket2::SockRef::from(stream).shutdown(Shutdown::Write)
 }
 
 async fn read(stream: &mut UnixStream) -> std::result::Result<Request, NoRequest> {

@@ -65,8 +65,10 @@ impl Afterlife {
             Ok(1) => return false,
             Ok(_) | Err(_) => {}
         }
-        // Fails only where the peer has gone, and then there is an event at once.
-        let _ = stream.shutdown(Shutdown::Both);
+        // Each by itself: macOS ends neither where one has ended. They fail only where that is so,
+        // or where the peer has gone, and then there is an event at once.
+        let _ = stream.shutdown(Shutdown::Read);
+        let _ = stream.shutdown(Shutdown::Write);
         let watching = registry.reregister(&mut stream, token, Interest::READABLE);
         if watching.is_err() {
             return was_reset(&stream);

@@ -2,6 +2,7 @@
 
 use super::guest::{Endpoint, GuestSocket};
 use crate::error::{Error, Operation, Result};
+use crate::stream::unless_ended;
 use mio::net::{TcpListener, UnixListener};
 use mio::{Interest, Registry, Token};
 use std::io;
@@ -111,7 +112,7 @@ impl Door {
         match &self.socket {
             Socket::Tcp(socket) => {
                 let (stream, _) = socket.accept()?;
-                stream.set_nodelay(true)?;
+                unless_ended(stream.set_nodelay(true))?;
                 Ok(GuestSocket::Tcp(stream))
             }
             Socket::Unix(socket) => Ok(GuestSocket::Unix(socket.accept()?.0)),

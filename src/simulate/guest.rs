@@ -2,6 +2,7 @@
 
 use super::buffer::Buffer;
 use super::http::Http;
+use crate::stream::unless_ended;
 use mio::event::Source;
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
@@ -177,8 +178,7 @@ pub(super) enum GuestSocket {
 impl GuestSocket {
     /// Our end of a socket pair, with its buffer cut down so that a program that reads nothing doesn't let much more in than a guest's kernel.
     pub(super) fn of_pair(ours: StdUnixStream) -> io::Result<GuestSocket> {
-        // macOS takes none of a socket whose peer has closed; then there is nobody to fill it either.
-        let _ = SockRef::from(&ours).set_send_buffer_size(32 * 1024);
+        unless_ended(SockRef::from(&ours).set_send_buffer_size(32 * 1024))?;
         ours.set_nonblocking(true)?;
         Ok(GuestSocket::Unix(UnixStream::from_std(ours)))
     }
@@ -187,7 +187,7 @@ impl GuestSocket {
         match endpoint {
             Endpoint::Tcp(address) => {
                 let stream = TcpStream::connect(*address)?;
-                stream.set_nodelay(true)?;
+                unless_ended(stream.set_nodelay(true))?;
                 Ok(GuestSocket::Tcp(stream))
             }
             Endpoint::Unix(path) => UnixStream::connect(path).map(GuestSocket::Unix),

@@ -120,7 +120,8 @@ impl Stream {
     /// The name of the other end, as far as its family has one.
     ///
     /// # Errors
-    /// What the kernel says: that there is no connection any more, for example.
+    /// What the kernel says: that there is no connection any more, for example. macOS gives no name
+    /// (`InvalidInput`) once both directions have ended; elsewhere that takes a reset.
     pub fn peer_addr(&self) -> io::Result<SocketName> {
         #[cfg(unix)]
         return self.socket.peer_addr().map(|name| SocketName::of(&name));
@@ -145,13 +146,23 @@ impl Stream {
     /// its answer can still be read.
     ///
     /// # Errors
-    /// What the kernel says; `NotConnected` if the peer has reset the connection; `Unsupported` for the half-close of a
-    /// named pipe that its server made of byte type, not of message type: it has none. Where the stream speaks in frames,
+    /// What the kernel says; `NotConnected` if the peer has reset the connection, and on macOS also
+    /// if that direction has ended or a Unix socket's peer has closed; `Unsupported` for the half-close of a named pipe that its server made of byte type, not of message type: it has none. Where the stream speaks in frames,
     /// what [`Framed::shutdown`](crate::framing::Framed::shutdown) says.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match &self.frames {
             Some(frames) => frames.shutdown(&mut &self.socket, how),
-            None => self.socket.shutdown(how),
+            None => end(&self.socket, how),
+        }
+    }
+
+    /// Half-closes. Whoever has gone already needs no telling: what has become of it shows when it
+    /// is read.
+    #[cfg(feature = "cli")]
+    pub(crate) fn half_close(&self) -> io::Result<()> {
+        match self.shutdown(Shutdown::Write) {
+            Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(()),
+            done => done,
         }
     }
 
@@ -182,7 +193,7 @@ impl Stream {
     /// `InvalidInput` if it is zero.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         refuse_zero(timeout)?;
-        self.socket.set_read_timeout(kernel_timeout(timeout))
+        unless_ended(self.socket.set_read_timeout(kernel_timeout(timeout)))
     }
 
     /// What [`set_read_timeout`](Stream::set_read_timeout) has set.
@@ -208,7 +219,7 @@ impl Stream {
     /// `InvalidInput` if it is zero.
     pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         refuse_zero(timeout)?;
-        self.socket.set_write_timeout(kernel_timeout(timeout))
+        unless_ended(self.socket.set_write_timeout(kernel_timeout(timeout)))
     }
 
     /// Ends the connection so that no VM is hurt: half-closes, then reads and discards until the peer's EOF. What is left
@@ -358,7 +369,7 @@ impl Stream {
             Address::Tcp(_) => self.socket.peer_addr().map(drop),
             _ => Ok(()),
         };
-        !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected)
+        !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected || says_ended(&e))
     }
 
     /// Whether it speaks in frames: then its peer is told of the end, and waited for, before it is closed.
@@ -378,10 +389,48 @@ impl Stream {
 
     /// Shuts `how` down, and ends what other threads wait for there; on Windows whatever they wait for.
     pub(crate) fn interrupt(&self, how: Shutdown) {
-        let _ = self.socket.shutdown(how);
+        let _ = end(&self.socket, how);
         // There a shutdown is for the calls that follow.
         #[cfg(windows)]
         self.socket.cancel();
+    }
+}
+
+/// Ends one direction of a socket, or both: of both each by itself, for macOS ends neither where one
+/// has ended already (`ENOTCONN`).
+#[cfg(unix)]
+fn end(socket: &Inner, how: Shutdown) -> io::Result<()> {
+    if how != Shutdown::Both {
+        return socket.shutdown(how);
+    }
+    let read = socket.shutdown(Shutdown::Read);
+    let write = socket.shutdown(Shutdown::Write);
+    write.or(read)
+}
+
+#[cfg(windows)]
+fn end(socket: &Inner, how: Shutdown) -> io::Result<()> {
+    socket.shutdown(how)
+}
+
+/// Returns whether a socket call was refused because both directions have ended: macOS says `EINVAL`
+/// then to whoever sets an option, or asks for the peer's name.
+fn says_ended(error: &io::Error) -> bool {
+    #[cfg(unix)]
+    return error.raw_os_error() == Some(nix::libc::EINVAL);
+    #[cfg(windows)]
+    {
+        let _ = error;
+        false
+    }
+}
+
+/// Returns what setting an option has said, unless it is that the connection has ended: there it is
+/// not needed. Nothing waits any more, and what has come can be read.
+pub(crate) fn unless_ended(set: io::Result<()>) -> io::Result<()> {
+    match set {
+        Err(e) if says_ended(&e) => Ok(()),
+        set => set,
     }
 }
 

@@ -1,7 +1,6 @@
 //! One connection of a client: what it sends, what it compares, how it ends.
 
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -168,7 +167,7 @@ impl Exchange<'_> {
     }
 
     fn half_close(&self) -> Result<(), String> {
-        let done = self.stream.shutdown(Shutdown::Write);
+        let done = self.stream.half_close();
         done.map_err(|e| format!("half-close: {}", self.broken(&e)))
     }
 

@@ -1,7 +1,6 @@
 //! The server: echoes, or takes and sends what a client asks for.
 
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -120,7 +119,7 @@ fn give(mut stream: &Stream, request: &Request, data: &Data) -> io::Result<(&'st
 
 /// Half-closes and reads to the client's EOF.
 fn end(mut stream: &Stream) -> io::Result<()> {
-    stream.shutdown(Shutdown::Write)?;
+    stream.half_close()?;
     while stream.read(&mut [0; 64])? > 0 {}
     Ok(())
 }
