@@ -42,6 +42,9 @@ pub(crate) struct Local {
     stream: mio::net::UnixStream,
     /// The connect may take a while.
     is_vsock: bool,
+    /// The process that made the other end of a Unix socket, as far as the system tells: macOS
+    /// doesn't any more once that has closed.
+    peer: Option<u32>,
     descriptors: Descriptors,
     /// The last read ended where descriptors were passed: there may be more behind it, of which no event tells.
     #[cfg(target_os = "linux")]
@@ -66,16 +69,25 @@ impl Local {
     pub(crate) fn from_vsock(socket: Socket) -> Local {
         let stream = std::os::unix::net::UnixStream::from(OwnedFd::from(socket));
         Local {
+            stream: mio::net::UnixStream::from_std(stream),
             is_vsock: true,
-            ..Local::from_unix(mio::net::UnixStream::from_std(stream), Descriptors::Refused)
+            peer: None,
+            descriptors: Descriptors::Refused,
+            #[cfg(target_os = "linux")]
+            stopped: false,
         }
     }
 
-    /// A stream of a Unix socket.
+    /// A stream of a Unix socket that has just been connected or accepted.
     pub(crate) fn from_unix(stream: mio::net::UnixStream, descriptors: Descriptors) -> Local {
+        let peer = sys::connector(stream.as_fd()).ok();
         Local {
             stream,
             is_vsock: false,
+            // 0: of another PID namespace.
+            peer: peer
+                .and_then(|peer| peer.process)
+                .filter(|process| *process > 0),
             descriptors,
             #[cfg(target_os = "linux")]
             stopped: false,
@@ -106,6 +118,10 @@ impl Local {
             true => is_connected(SockRef::from(&self.stream)),
             false => Ok(true),
         }
+    }
+
+    pub(super) fn peer_process(&self) -> Option<u32> {
+        self.peer
     }
 
     pub(super) fn peer_name(&self) -> Option<Vec<u8>> {

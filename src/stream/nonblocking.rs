@@ -216,11 +216,7 @@ impl Stream {
     pub(crate) fn peer_process(&self) -> Option<u32> {
         match self {
             #[cfg(unix)]
-            Stream::Local(stream) => {
-                let peer = sys::connector(stream.as_socket()).ok()?;
-                // 0: of another PID namespace.
-                peer.process.filter(|process| *process > 0)
-            }
+            Stream::Local(stream) => stream.peer_process(),
             _ => None,
         }
     }
