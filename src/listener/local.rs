@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use mio::event::Source;
 use mio::unix::SourceFd;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use super::file::{self, SocketFile};
 use super::nonblocking::{BACKLOG, not_carried};
@@ -36,6 +36,8 @@ pub(crate) enum LocalListener {
         listener: mio::net::UnixListener,
         file: Option<Arc<SocketFile>>,
         descriptors: Refusal,
+        /// The system's own buffers are small, and what it accepts may have those.
+        small_buffers: bool,
     },
     Vsock(Socket),
 }
@@ -57,6 +59,7 @@ impl LocalListener {
             LocalListener::Unix {
                 listener,
                 descriptors,
+                small_buffers,
                 ..
             } => {
                 let accepted = listener.accept().map_err(|e| match e.kind() {
@@ -67,6 +70,9 @@ impl LocalListener {
                     _ => e,
                 });
                 let (stream, _) = accepted?;
+                if *small_buffers {
+                    sys::make_room(&SockRef::from(&stream));
+                }
                 let refused = match descriptors {
                     Refusal::All => true,
                     Refusal::None => false,
@@ -169,6 +175,7 @@ fn bind_abstract(address: &Address, name: &[u8]) -> Result<LocalListener> {
 }
 
 fn listen(socket: Socket, file: Option<SocketFile>) -> io::Result<LocalListener> {
+    let small_buffers = sys::make_room(&SockRef::from(&socket));
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
     let descriptors = match sys::refuses_descriptors(socket.as_socket()) {
@@ -179,5 +186,6 @@ fn listen(socket: Socket, file: Option<SocketFile>) -> io::Result<LocalListener>
         listener: mio::net::UnixListener::from_std(socket.into()),
         file: file.map(Arc::new),
         descriptors,
+        small_buffers,
     })
 }

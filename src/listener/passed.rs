@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nix::sys::socket::{getsockopt, sockopt};
-use socket2::{Socket, Type};
+use socket2::{SockRef, Socket, Type};
 
 use super::Listener;
 use super::local::{LocalListener, Refusal};
@@ -51,10 +51,12 @@ fn take(socket: Socket) -> io::Result<Listener> {
             true => Refusal::Some,
             false => Refusal::None,
         };
+        let small_buffers = sys::make_room(&SockRef::from(&socket));
         let listener = LocalListener::Unix {
             listener: mio::net::UnixListener::from_std(socket.into()),
             file: None,
             descriptors,
+            small_buffers,
         };
         (
             Address::Unix(address),

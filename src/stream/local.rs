@@ -223,6 +223,7 @@ fn connect_unix(address: &UnixAddress) -> io::Result<Local> {
 fn connect_to(address: &SockAddr) -> io::Result<Local> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
+    sys::make_room(&SockRef::from(&socket));
     // Before it has a peer.
     let descriptors = Descriptors::refused(sys::refuse_descriptors(&socket));
     socket.connect(address)?;

@@ -13,6 +13,7 @@
 //! * `descriptor_limit()`: how many descriptors the process may have.
 //! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have.
 //! * `unacknowledged(socket)`: what a reset now would take away from the peer.
+//! * `make_room(socket)`: buffers of a Unix socket that serve a relay, where the system's own are small.
 //! * `take_over(number)`: owns a descriptor that the process was started with, once.
 //! * `vsock_connect`, `vsock_listen`, `vsock_set_buffer`, `vsock_of`, `local_cid`: AF_VSOCK sockets, or `Unsupported`.
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
@@ -118,7 +119,7 @@ pub(crate) const ACCEPTED_INHERIT: bool = cfg!(target_os = "linux");
 /// Linux, and not under the manners of macOS that `scripts/check-manners` gives it: what that runs is
 /// built with mio's poll(2) fallback.
 #[cfg(unix)]
-const AS_ON_LINUX: bool = cfg!(all(
+pub(crate) const AS_ON_LINUX: bool = cfg!(all(
     target_os = "linux",
     not(mio_unsupported_force_poll_poll)
 ));

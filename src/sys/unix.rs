@@ -509,6 +509,25 @@ pub(crate) fn unacknowledged(socket: &impl std::os::fd::AsRawFd) -> usize {
     }
 }
 
+/// Bytes that are to fit unread into a Unix socket of ours: as many as a relay writes at once.
+const ROOM: usize = 128 * 1024;
+
+/// Gives a Unix socket larger buffers where the system's own are small; returns whether they were.
+/// macOS has 8 KiB (`net.local.stream.sendspace`), of which the writer's count, and gives what a
+/// listener has to what it accepts; Linux has 208 KiB (`net.core.wmem_default`).
+pub(crate) fn make_room(socket: &socket2::SockRef<'_>) -> bool {
+    let is_small = |size: io::Result<usize>| size.is_ok_and(|size| size < ROOM);
+    let small = is_small(socket.send_buffer_size());
+    // Refused where it is more than there may be, or the peer has gone: it does without.
+    if small {
+        let _ = socket.set_send_buffer_size(ROOM);
+    }
+    if is_small(socket.recv_buffer_size()) {
+        let _ = socket.set_recv_buffer_size(ROOM);
+    }
+    small
+}
+
 /// The name of a bound Unix socket: its path, or, behind a NUL, its abstract name.
 pub(crate) fn unix_name(address: &std::os::unix::net::SocketAddr) -> Option<Vec<u8>> {
     use std::os::unix::ffi::OsStrExt;
@@ -587,6 +606,19 @@ mod tests {
         );
         drop(listener);
         assert!(!is_socket_alive(&path).unwrap());
+    }
+
+    #[test]
+    fn a_small_buffer_is_made_larger_and_a_large_one_is_left() {
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let socket = socket2::SockRef::from(&one);
+        socket.set_send_buffer_size(8192).unwrap();
+        socket.set_recv_buffer_size(1 << 20).unwrap();
+        let large = socket.recv_buffer_size().unwrap();
+        assert!(make_room(&socket));
+        assert!(socket.send_buffer_size().unwrap() >= ROOM);
+        assert!(!make_room(&socket));
+        assert_eq!(socket.recv_buffer_size().unwrap(), large);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use socket2::Type;
+use socket2::{SockRef, Type};
 use tracing::warn;
 
 use crate::address::Address;
@@ -45,6 +45,8 @@ impl Log {
     /// As those of a [`Listener`](crate::Listener).
     pub(crate) fn bind(path: &Path, mode: u32) -> Result<Log> {
         let (socket, file) = file::bind(path.display(), path, Type::DGRAM, mode)?;
+        // (macOS would have it hold 4 KiB of messages.)
+        sys::make_room(&SockRef::from(&socket));
         let socket = UnixDatagram::from(std::os::fd::OwnedFd::from(socket));
         let fail = |e| Error::new(Operation::Listen, path.display(), e);
         socket.set_nonblocking(true).map_err(fail)?;
