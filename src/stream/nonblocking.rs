@@ -335,7 +335,7 @@ impl Socket for Stream {
     #[cfg(target_os = "linux")]
     fn peer_took_all(&self) -> bool {
         match self {
-            Stream::Local(stream) => {
+            Stream::Local(stream) if sys::AS_ON_LINUX => {
                 stream.has_splice()
                     && sys::unacknowledged(&stream.as_socket()) == 0
                     && matches!(SockRef::from(&stream.as_socket()).take_error(), Ok(None))
