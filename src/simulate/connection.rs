@@ -16,12 +16,17 @@ pub(super) const CHUNK: usize = 64 * 1024;
 /// What the device keeps for a host program that doesn't read (hyperkit's `DEFAULT_WRITE_BUF_LENGTH`).
 const TO_HOST: usize = 128 * 1024;
 
-/// What fits in towards a guest program that doesn't read, such that with the kernel's own buffers it comes to about hyperkit's 327,680 bytes. Linux counts what
-/// is under way on the sender (212,992 by default), macOS on the receiver (131,072, as hyperkit sets it).
+/// What fits in towards a guest program that doesn't read, such that with the client's own buffer it
+/// comes to about hyperkit's 327,680 bytes: on Linux 212,992 by default, on macOS 131,072 where the
+/// client has set as much as hyperkit does.
 const TO_GUEST: usize = if cfg!(target_os = "linux") { 96 } else { 192 } * 1024;
 
-/// The same where a socket pair's own buffer comes on top.
-pub(super) const TO_PAIR: usize = TO_GUEST - 64 * 1024;
+/// What is set as the buffer of a socket pair towards a guest program.
+pub(super) const PAIR_BUFFER: usize = 32 * 1024;
+
+/// As [`TO_GUEST`] where that buffer comes on top, which Linux doubles.
+pub(super) const TO_PAIR: usize =
+    TO_GUEST - PAIR_BUFFER * if cfg!(target_os = "linux") { 2 } else { 1 };
 
 /// How a connection came about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -270,7 +270,7 @@ impl Device {
     /// How long poll may sleep.
     fn patience(&self, now: Instant) -> Duration {
         let answers = !self.paused && !self.dials.is_empty();
-        if self.has_arrivals() && !self.is_full() || !self.work.is_empty() {
+        if self.has_arrivals() && !self.keeps_waiting() || !self.work.is_empty() {
             Duration::ZERO
         } else if answers && self.ring.level(1, now) > 0 {
             TO_NEXT_ANSWER

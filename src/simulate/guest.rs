@@ -1,6 +1,7 @@
 //! The guest: its services, and its programs' sockets.
 
 use super::buffer::Buffer;
+use super::connection::PAIR_BUFFER;
 use super::http::Http;
 use crate::stream::unless_ended;
 use mio::event::Source;
@@ -178,7 +179,7 @@ pub(super) enum GuestSocket {
 impl GuestSocket {
     /// Our end of a socket pair, with its buffer cut down so that a program that reads nothing doesn't let much more in than a guest's kernel.
     pub(super) fn of_pair(ours: StdUnixStream) -> io::Result<GuestSocket> {
-        unless_ended(SockRef::from(&ours).set_send_buffer_size(32 * 1024))?;
+        unless_ended(SockRef::from(&ours).set_send_buffer_size(PAIR_BUFFER))?;
         ours.set_nonblocking(true)?;
         Ok(GuestSocket::Unix(UnixStream::from_std(ours)))
     }

@@ -25,21 +25,29 @@ const SOCKET_BUFFER: usize = 128 * 1024;
 const LONG_STALL: Duration = Duration::from_millis(20);
 
 impl Device {
-    /// Out of descriptors: the device's `accept` fails, and its clients wait in the kernel.
-    pub(super) fn is_full(&self) -> bool {
+    /// Out of descriptors: the device's `accept` fails.
+    fn is_full(&self) -> bool {
         let limit = self.plan.descriptors;
         limit.is_some_and(|limit| self.slots.live() >= limit && limit < self.plan.slots)
+    }
+
+    /// Its clients wait in the kernel.
+    pub(super) fn keeps_waiting(&self) -> bool {
+        self.is_full() && !self.plan.loses_clients
     }
 
     pub(super) fn accept(&mut self) {
         for index in 0..self.listeners.len() {
             for _ in 0..ACCEPTS {
                 let full = self.is_full();
+                let waits = self.keeps_waiting();
                 let listener = &mut self.listeners[index];
-                if !listener.ready || full {
+                if !listener.ready || waits {
                     break;
                 }
                 match listener.socket.accept() {
+                    // The kernel takes it out of the queue before it looks for a descriptor.
+                    Ok(_) if full => self.counters.turned_away += 1,
                     Ok((stream, _)) => self.accepted(stream, index),
                     Err(error) if error.kind() == ErrorKind::WouldBlock => {
                         listener.ready = false;

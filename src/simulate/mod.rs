@@ -64,6 +64,7 @@ struct Plan {
     services: HashMap<u32, Service>,
     slots: usize,
     descriptors: Option<usize>,
+    loses_clients: bool,
     backlog: i32,
     lenient: bool,
 }
@@ -114,9 +115,17 @@ impl Builder {
         self
     }
 
-    /// The process's limit of descriptors (256 is macOS' default): 11 fewer connections work, and the rest is never accepted.
+    /// The process's limit of descriptors (256 is macOS' default): 11 fewer connections work. What
+    /// becomes of the rest says [`loses_clients`](Builder::loses_clients).
     pub fn descriptor_limit(mut self, limit: usize) -> Builder {
         self.plan.descriptors = Some(limit.saturating_sub(OWN_DESCRIPTORS));
+        self
+    }
+
+    /// Whether a client for whom there is no descriptor is lost, as with macOS' `accept`, which closes
+    /// the connection; or waits, as with Linux'. If not said, what this system does.
+    pub fn loses_clients(mut self, loses: bool) -> Builder {
+        self.plan.loses_clients = loses;
         self
     }
 
@@ -227,6 +236,7 @@ impl Vm {
                 services: HashMap::new(),
                 slots: 1024 - OWN_DESCRIPTORS,
                 descriptors: None,
+                loses_clients: cfg!(not(target_os = "linux")),
                 backlog: 4096,
                 lenient: false,
             },

@@ -181,7 +181,6 @@ fn a_rebooted_guest_has_forgotten_its_connections() {
 #[test]
 fn slots_are_limited() {
     let directory = tempfile::tempdir().unwrap();
-    raise_descriptor_limit();
     let vm = builder(&directory).start().unwrap();
     let mut streams = Vec::new();
     for i in 0..1013 {
@@ -211,10 +210,39 @@ fn slots_are_limited() {
     assert_alive(&vm);
 }
 
+/// As macOS' `accept` does it.
+#[test]
+fn without_descriptors_the_rest_is_lost() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = builder(&directory)
+        .descriptor_limit(256)
+        .loses_clients(true)
+        .start()
+        .unwrap();
+    let mut streams: Vec<_> = (0..245).map(|_| dial(&vm, ECHO)).collect();
+    assert!(vm.wait_for(LONG, |counters| counters.answered == 245));
+    for _ in 0..3 {
+        assert_closed(&mut connect(&vm));
+    }
+    assert!(vm.wait_for(LONG, |counters| counters.turned_away == 3));
+    assert_eq!(vm.counters().accepted, 245);
+    finish(streams.pop().unwrap());
+    assert!(vm.wait_for(LONG, |counters| counters.live_slots == 244));
+    echo(&vm, b"room again");
+    for stream in streams {
+        finish(stream);
+    }
+    assert_alive(&vm);
+}
+
 #[test]
 fn without_descriptors_the_rest_hangs() {
     let directory = tempfile::tempdir().unwrap();
-    let vm = builder(&directory).descriptor_limit(256).start().unwrap();
+    let vm = builder(&directory)
+        .descriptor_limit(256)
+        .loses_clients(false)
+        .start()
+        .unwrap();
     let mut streams: Vec<_> = (0..245).map(|_| dial(&vm, ECHO)).collect();
     assert!(vm.wait_for(LONG, |counters| counters.answered == 245));
     let mut hangs = dial(&vm, ECHO);
