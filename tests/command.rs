@@ -98,7 +98,8 @@ fn out_of_descriptors_it_waits_says_so_once_and_goes_on() {
     command.args(["expose", "--vm", text(dir.path()), "-L", "0:7"]);
     let proxy = Running::spawn(command);
     let port = proxy.tcp_port();
-    let mut clients: Vec<_> = (0..200).map(|_| tcp(port)).collect();
+    // More than it has descriptors for, and no more than macOS lets wait.
+    let mut clients: Vec<_> = (0..150).map(|_| tcp(port)).collect();
     proxy.complains("not accepting on tcp://");
     for client in &mut clients {
         client.write_all(b"patience").unwrap();
@@ -317,6 +318,9 @@ fn simulate_serves_a_directory_and_dies_of_a_rude_client() {
     drop(guest);
 
     // What no client should do: close with data unread.
+    if !tells_unread() {
+        return;
+    }
     let mut rude = unix_client(&state.join("connect"));
     rude.write_all(b"00000003.00000007\n0123456789").unwrap();
     rude.read_exact(&mut [0; 1]).unwrap();
@@ -572,6 +576,8 @@ fn vms_lists_what_is_found_or_says_where_it_looked() {
     assert_eq!(rows[0], ["NAME", "KEPT", "BY", "STATE", "WHERE"]);
     let escaped = text(&other).replace('\n', "\\n");
     assert_eq!(rows[1], ["oth\\ner", "minikube", "stopped", &escaped]);
+    // The kernel names the working directory, however it was spelled.
+    let one = one.canonicalize().unwrap();
     assert_eq!(rows[2], ["one", "linuxkit", "running", text(&one)]);
     assert!(!said.contains("looked in"), "{said}");
 }

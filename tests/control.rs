@@ -605,21 +605,10 @@ fn slow_silent_and_rude_clients_disturb_nobody_and_do_not_keep_it_from_ending() 
     drop((silent, slow, more));
 }
 
-/// Lets this process have a descriptor for each of many clients, and for as many servers of other tests.
-fn allow_descriptors(count: u64) {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    let wanted = count.min(hard);
-    if soft < wanted {
-        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).unwrap();
-    }
-}
-
 /// Idle and half-asked clients are put out for those who ask, and are few.
 #[test]
 fn a_flood_of_idle_clients_keeps_nobody_who_asks() {
     const IDLE: usize = 1000;
-    allow_descriptors(4096);
     let scene = Scene::with(&["--metrics", "0"]);
     let (path, port) = (scene.control(), scene.metrics.unwrap());
     scene.call("GET", "/v1/status", "");
@@ -885,8 +874,9 @@ fn the_commands_show_add_remove_and_stop() {
     let add = ["add", "--name", "web", "tcp://127.0.0.1:0", "./echo"];
     let (code, out, err) = hvsock(&add);
     assert_eq!(code, Some(0), "{err}");
+    let echo = format!("unix://{}/echo", text(&dir.canonicalize().unwrap()));
     assert!(
-        out.starts_with("web: tcp://127.0.0.1:") && out.contains(&scene.echo()),
+        out.starts_with("web: tcp://127.0.0.1:") && out.contains(&echo),
         "{out}"
     );
     assert_eq!(hvsock(&add), (Some(0), out.clone(), String::new()));
@@ -925,7 +915,7 @@ fn the_commands_show_add_remove_and_stop() {
         [
             "web",
             &listen,
-            &scene.echo(),
+            &echo,
             "listening",
             "0",
             "1",

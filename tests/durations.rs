@@ -92,17 +92,16 @@ fn a_proxy_waits_for_ever() {
     assert!(vm.fate().is_none());
 }
 
-/// It has one soon: a client that closes with bytes unread.
+/// It has one soon: a client that closes at once.
 #[test]
 fn a_stand_ins_fate_is_waited_for_for_ever() {
     let dir = private_dir();
-    let vm = Vm::builder(dir.path()).guest(19, Service::Chargen).start();
+    let vm = Vm::builder(dir.path()).guest(9, Service::Discard).start();
     let vm = vm.unwrap();
     let mut client = unix_client(&dir.path().join("connect"));
     client
-        .write_all(&hvsock::hyperkit::connect_line(3, 19))
+        .write_all(&hvsock::hyperkit::connect_line(3, 9))
         .unwrap();
-    client.read_exact(&mut [0]).unwrap();
     drop(client);
     assert!(vm.wait_for_fate(EVER).is_some());
 }

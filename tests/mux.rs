@@ -236,7 +236,8 @@ fn guests_dial_the_socket_of_their_port() {
     let mut rest = String::new();
     (&accepted).read_to_string(&mut rest).unwrap();
     assert_eq!(rest, "the rest");
-    guest.set_read_timeout(Some(PATIENCE)).unwrap();
+    // (macOS takes none when both directions have ended.)
+    let _ = guest.set_read_timeout(Some(PATIENCE));
     assert_eq!((&guest).read(&mut [0; 1]).unwrap(), 0);
     drop(proxy);
     assert!(!file.exists());

@@ -300,6 +300,7 @@ fn a_request_of_a_guest_that_breaks_off_because_the_vm_was_killed_is_reset() {
 
 #[test]
 fn many_listeners_leave_descriptors_for_every_client_that_is_accepted() {
+    allow_descriptors(4096);
     let server = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let target = format!("tcp://{}", server.local_addr().unwrap());
     thread::spawn(move || {

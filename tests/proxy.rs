@@ -132,7 +132,7 @@ fn a_refusal_is_a_reset_with_and_without_data_and_half_close() {
                 // The reset may come before any of these.
                 let client = std::net::TcpStream::connect(("127.0.0.1", port_of(&proxy, 0)));
                 let end = client.and_then(|mut client| {
-                    client.set_read_timeout(Some(PATIENCE))?;
+                    let _ = client.set_read_timeout(Some(PATIENCE));
                     if sends {
                         client.write_all(b"request")?;
                     }
@@ -176,7 +176,8 @@ fn an_empty_answer_is_no_refusal() {
 }
 
 // Where a Unix socket that is closed with bytes unread shows as an EOF, that can't be told from a refusal.
-#[cfg(target_os = "linux")]
+// (So it is where Linux is given the manners of macOS, which is built with that switch.)
+#[cfg(all(target_os = "linux", not(mio_unsupported_force_poll_poll)))]
 #[test]
 fn a_guest_that_reads_and_closes_at_once_without_a_byte_has_taken_the_connection() {
     let dir = private_dir();

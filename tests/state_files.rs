@@ -44,7 +44,8 @@ fn no_command_waits_for_a_state_file_that_is_none() {
         (Some("/dev/zero"), "it is a device"),
     ] {
         let root = private_dir();
-        let directory = root.path().join("vm");
+        // As the kernel names the working directory.
+        let directory = root.path().canonicalize().unwrap().join("vm");
         let vm = Vm::builder(&directory).guest(7, Service::Echo).start();
         let vm = vm.unwrap();
         let state = text(&directory);

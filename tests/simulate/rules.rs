@@ -10,8 +10,10 @@ use std::thread;
 use std::time::Duration;
 
 #[test]
-#[cfg(target_os = "linux")]
 fn dies_of_a_close_with_data_unread() {
+    if !tells_unread() {
+        return;
+    }
     let (_directory, mid_download) = vm();
     let mut stream = dial(&mid_download, CHARGEN);
     stream.read_exact(&mut [0; 100]).unwrap();
@@ -70,7 +72,17 @@ fn dies_of_a_burst() {
         let (_directory, vm) = vm();
         let mut stall = connect(&vm);
         assert!(vm.wait_for(LONG, |counters| counters.stalls > 0));
-        let streams: Vec<_> = (0..1010).map(|_| dial(&vm, ECHO)).collect();
+        let streams: Option<Vec<_>> = (0..1010)
+            .map(|_| {
+                let mut stream = try_connect(&vm)?;
+                stream.write_all(&connect_line(3, ECHO)).unwrap();
+                Some(stream)
+            })
+            .collect();
+        let Some(streams) = streams else {
+            println!("skipped: the backlog of this system is no burst (macOS' is of 128)");
+            return;
+        };
         assert!(vm.wait_for(LONG, |counters| counters.longest_stall
             > Duration::from_millis(25)));
         let _ = stall.write_all(&connect_line(3, ECHO));
@@ -165,9 +177,10 @@ fn a_lenient_vm_only_counts() {
     let mut stream = dial(&vm, CHARGEN);
     stream.read_exact(&mut [0; 100]).unwrap();
     drop(stream);
+    let unread = u64::from(tells_unread());
     assert!(vm.wait_for(LONG, |counters| {
         counters.offences(Rule::ImmediateClose) == 3
-            && (cfg!(not(target_os = "linux")) || counters.offences(Rule::CloseUnread) == 1)
+            && counters.offences(Rule::CloseUnread) == unread
     }));
     free(&vm);
     assert_alive(&vm);
@@ -221,7 +234,6 @@ fn polite_clients_in_numbers_do_no_harm() {
 
 #[test]
 fn many_live_connections_with_a_quick_turnover_do_no_harm() {
-    raise_descriptor_limit();
     let (_directory, vm) = vm();
     let mut idle = Vec::new();
     // Paced as a good neighbour paces them: the next when the last was answered.
@@ -260,8 +272,10 @@ fn closing_in_its_own_time_does_no_harm() {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn every_close_with_data_unread_is_seen() {
+    if !tells_unread() {
+        return;
+    }
     let directory = tempfile::tempdir().unwrap();
     let vm = builder(&directory).lenient(true).start().unwrap();
     for i in 1..=300 {

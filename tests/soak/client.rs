@@ -5,8 +5,8 @@ use socket2::SockRef;
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,12 +58,33 @@ impl fmt::Display for Unanswered {
 
 impl std::error::Error for Unanswered {}
 
+/// Connects to a Unix socket. Where a full backlog refuses (macOS), who listens there is asked by a
+/// datagram socket, and tried again.
+fn connect(path: &Path, begun: Instant) -> io::Result<UnixStream> {
+    let listens = || {
+        let asked = UnixDatagram::unbound().and_then(|socket| socket.connect(path));
+        matches!(asked, Err(error) if error.raw_os_error() == Some(nix::libc::EPROTOTYPE))
+    };
+    loop {
+        match UnixStream::connect(path) {
+            Err(error)
+                if error.kind() == ErrorKind::ConnectionRefused
+                    && listens()
+                    && begun.elapsed() < LONG =>
+            {
+                thread::sleep(Duration::from_millis(1));
+            }
+            connected => return connected,
+        }
+    }
+}
+
 impl Conn {
     pub(crate) fn open(place: &Place) -> io::Result<Conn> {
         let begun = Instant::now();
         let stream = match place {
             Place::Tcp(address) => TcpStream::connect(address).map(Stream::Tcp),
-            Place::Unix(path) => UnixStream::connect(path).map(Stream::Unix),
+            Place::Unix(path) => connect(path, begun).map(Stream::Unix),
         };
         let conn = Conn {
             stream: stream.map_err(|error| unanswered(place, begun, error))?,
@@ -71,7 +92,7 @@ impl Conn {
             begun,
             answered: false,
         };
-        conn.set_timeout(LONG)?;
+        conn.set_timeout(LONG);
         Ok(conn)
     }
 
@@ -83,13 +104,14 @@ impl Conn {
         }
     }
 
-    pub(crate) fn set_timeout(&self, time: Duration) -> io::Result<()> {
+    pub(crate) fn set_timeout(&self, time: Duration) {
         let socket = match &self.stream {
             Stream::Tcp(stream) => SockRef::from(stream),
             Stream::Unix(stream) => SockRef::from(stream),
         };
-        socket.set_read_timeout(Some(time))?;
-        socket.set_write_timeout(Some(time))
+        // (macOS takes none for one that has ended already, where nothing waits.)
+        let _ = socket.set_read_timeout(Some(time));
+        let _ = socket.set_write_timeout(Some(time));
     }
 
     pub(crate) fn half_close(&self) -> io::Result<()> {

@@ -459,7 +459,7 @@ impl<'a, V: Guests> World<'a, V> {
             _ => (
                 "reads nothing of its echo",
                 open(ECHO).and_then(|mut conn| {
-                    conn.set_timeout(Duration::from_millis(hold))?;
+                    conn.set_timeout(Duration::from_millis(hold));
                     // It blocks, since nobody reads the echo.
                     let _ = conn.write_all(&pattern(seed, 3_000_000));
                     vanish(conn)
@@ -534,8 +534,8 @@ fn gone(error: &io::Error) -> bool {
 }
 
 fn guest_echo(mut stream: UnixStream, bytes: &[u8]) -> io::Result<()> {
-    stream.set_read_timeout(Some(LONG))?;
-    stream.set_write_timeout(Some(LONG))?;
+    let _ = stream.set_read_timeout(Some(LONG));
+    let _ = stream.set_write_timeout(Some(LONG));
     stream.write_all(bytes)?;
     stream.shutdown(Shutdown::Write)?;
     let mut back = Vec::new();
@@ -551,7 +551,7 @@ fn guest_echo(mut stream: UnixStream, bytes: &[u8]) -> io::Result<()> {
 }
 
 fn guest_refused(mut stream: UnixStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(LONG))?;
+    let _ = stream.set_read_timeout(Some(LONG));
     match stream.read(&mut [0]) {
         Ok(0) => Ok(()),
         Ok(_) => Err(client::wrong("bytes from a target that refuses")),

@@ -249,7 +249,7 @@ fn check_disturbed(world: &World, shut_down: usize) {
 fn canary(world: &World) {
     for tcp in [true, false] {
         let mut conn = Conn::open(&world.place(ECHO, tcp)).unwrap();
-        conn.set_timeout(UP).unwrap();
+        conn.set_timeout(UP);
         client::echo(&mut conn, b"alive", true)
             .unwrap_or_else(|error| panic!("the first client was not served: {error}"));
     }
@@ -295,7 +295,7 @@ fn flood(world: &World) -> Result<(), String> {
         let hoard = world.served(|| {
             let mut conn = world.open(CHARGEN, false)?;
             conn.read_exact(&mut [0])?;
-            conn.set_timeout(child::LOOK)?;
+            conn.set_timeout(child::LOOK);
             Ok(conn)
         });
         hoards.push(hoard.map_err(text)?);
