@@ -303,6 +303,29 @@ fn what_a_broken_direction_still_gets_is_dropped_until_it_ends() {
     assert_eq!(pair.pair.farewell(CLIENT), Farewell::Close);
 }
 
+/// As macOS' Unix sockets have it.
+#[test]
+fn a_server_that_closes_with_bytes_unread_where_nothing_tells_has_said_all() {
+    let hides = Habits {
+        hides_resets: true,
+        ..Habits::default()
+    };
+    let mut pair = Kernel::with([Habits::default(), hides]);
+    pair.client().say(10);
+    pair.settle();
+    pair.server().say(4);
+    pair.server().close();
+    pair.settle();
+    assert_eq!(hear_all(pair.client()), 4);
+    assert!(pair.client().saw_eof);
+    // The next thing that it says is what tells.
+    pair.client().say(1);
+    pair.settle();
+    assert_eq!(pair.last, Turn::Done);
+    assert_eq!(pair.wire(SERVER).write_error, Some(ErrorKind::BrokenPipe));
+    assert_eq!(pair.pair.farewell(CLIENT), Farewell::Linger);
+}
+
 #[test]
 fn nobody_waits_for_a_server_whose_client_is_dead() {
     let mut pair = Kernel::calm();

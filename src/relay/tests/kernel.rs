@@ -19,6 +19,8 @@
 //!   what was queued, `recv` → 0.)
 //! - A peer that shut its receiving side: writes fail with EPIPE while reads go on.
 //! - A close with data unread, or with data that comes later: the peer is reset, and loses what it hasn't read.
+//! - macOS' Unix sockets (`hides_resets`): a peer that closes with data unread has ended like any other, a half-close to
+//!   who has closed fails, and what is written to a peer that shut its receiving side goes nowhere.
 //!
 //! The wire itself asserts what no schedule may break: each side gets its bytes once and in order, nothing is
 //! written after a half-close or an error, nothing read after EOF or an error, and no half-close is sent twice.
@@ -59,6 +61,8 @@ pub(super) struct Habits {
     pub(super) drains: bool,
     /// Its bytes can go through pipes.
     pub(super) splices: bool,
+    /// Neither bytes left unread nor a receiving side that was shut are told (macOS' Unix sockets).
+    pub(super) hides_resets: bool,
 }
 
 /// A calm kernel with room for everything.
@@ -75,6 +79,7 @@ impl Default for Habits {
             urgent: false,
             drains: false,
             splices: false,
+            hides_resets: false,
         }
     }
 }
@@ -121,6 +126,8 @@ pub(super) struct Wire {
     pub(super) fin: bool,
     /// The peer takes nothing more: writes fail.
     pub(super) deaf: bool,
+    /// The peer has closed, and no reset has told of it.
+    left: bool,
     /// The peer is gone: nothing comes or goes.
     pub(super) gone: bool,
     /// Why, until it was told.
@@ -172,6 +179,7 @@ impl Wire {
             outgoing: VecDeque::new(),
             fin: false,
             deaf: false,
+            left: false,
             gone: false,
             error: None,
             sent: 0,
@@ -217,9 +225,10 @@ impl Wire {
     }
 
     pub(super) fn close(&mut self) {
-        if self.outgoing.is_empty() {
+        if self.outgoing.is_empty() || self.habits.hides_resets {
             self.fin();
             self.turn_deaf();
+            self.left = true;
         } else {
             self.reset(ErrorKind::ConnectionReset);
         }
@@ -405,6 +414,11 @@ impl Wire {
         }
     }
 
+    /// Whether what is written to a peer that takes no more is discarded.
+    fn goes_nowhere(&self) -> bool {
+        self.habits.hides_resets && !self.left
+    }
+
     fn would_block<T>(&mut self) -> io::Result<T> {
         self.armed.readable = true;
         self.armed.writable = true;
@@ -491,7 +505,7 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
             return Err(ErrorKind::Interrupted.into());
         }
         wire.meanwhile();
-        if wire.gone || wire.deaf {
+        if wire.gone || wire.deaf && !wire.goes_nowhere() {
             let error = match wire.error {
                 Some(_) if wire.habits.write_takes_error => wire.error.take(),
                 _ => None,
@@ -499,6 +513,10 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
             let error = error.unwrap_or(ErrorKind::BrokenPipe);
             wire.write_error = Some(error);
             return Err(error.into());
+        }
+        if wire.deaf && wire.goes_nowhere() {
+            wire.written += bytes.len() as u64;
+            return Ok(bytes.len());
         }
         let room = (wire.habits.send_queue - wire.outgoing.len()).min(bytes.len());
         if room == 0 {
@@ -563,7 +581,7 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
         wire.calls += 1;
         wire.half_closes += 1;
         assert_eq!(wire.half_closes, 1, "half-closed twice");
-        match wire.gone {
+        match wire.gone || wire.left && wire.habits.hides_resets {
             true => Err(ErrorKind::NotConnected.into()),
             false => Ok(()),
         }

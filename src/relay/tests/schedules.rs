@@ -80,6 +80,7 @@ fn random_habits(rng: &mut Rng) -> Habits {
         urgent: rng.u8(..4) == 0,
         drains: rng.bool(),
         splices: rng.bool(),
+        hides_resets: rng.u8(..4) == 0,
     }
 }
 
