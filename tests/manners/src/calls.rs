@@ -9,9 +9,14 @@ use libc::{
 use crate::kernel::{self, Ended};
 use crate::{Manner, error, fail, has, names, next};
 
-/// `SO_SNDBUF` of Unix stream sockets: Linux doubles it, and counts what its buffers take beside
-/// the bytes. So 8 KiB fit (macOS' `PIPSIZ`), written in pieces of 4 KiB or more.
-const SMALL: c_int = 4160;
+/// macOS' `PIPSIZ`.
+const SMALL: c_int = 8 << 10;
+
+/// What has so many bytes fit into a Unix stream socket, written in pieces of 8 KiB or more: Linux
+/// doubles what it is given, and counts what its buffers take beside the bytes.
+fn for_linux(size: c_int) -> c_int {
+    size / 2 + 64
+}
 
 /// `kern.ipc.somaxconn`. Linux lets one more wait than it is told.
 const MOST_WAITING: c_int = 128 - 1;
@@ -22,9 +27,20 @@ const OPEN_MAX: libc::rlim_t = 10_240;
 /// Set for the processes that this one starts: they have from it what it has made of its limit.
 const LIMITED: &std::ffi::CStr = c"MANNERS_LIMITED";
 
+const BUFFERS: [c_int; 2] = [libc::SO_SNDBUF, libc::SO_RCVBUF];
+
+/// Whether it is the size of a Unix stream socket's buffer.
+fn is_buffer(fd: c_int, level: c_int, option: c_int) -> bool {
+    level == libc::SOL_SOCKET
+        && BUFFERS.contains(&option)
+        && has(Manner::Buffers)
+        && kernel::is_unix(fd)
+}
+
 fn set_small(fd: c_int) {
-    kernel::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, SMALL);
-    kernel::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, SMALL);
+    for option in BUFFERS {
+        kernel::set_option(fd, libc::SOL_SOCKET, option, for_linux(SMALL));
+    }
 }
 
 fn is_unix_stream(domain: c_int, kind: c_int) -> bool {
@@ -131,7 +147,7 @@ unsafe fn accepted(listener: c_int, fd: c_int, name: *mut sockaddr, len: *mut so
     }
     let family = kernel::stream(fd);
     if has(Manner::Buffers) && family == Some(libc::AF_UNIX) {
-        for option in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
+        for option in BUFFERS {
             if let Some(size) = kernel::option(listener, libc::SOL_SOCKET, option) {
                 kernel::set_option(fd, libc::SOL_SOCKET, option, size / 2);
             }
@@ -182,6 +198,12 @@ unsafe extern "C" fn setsockopt(
     if has(Manner::Ended) && Ended::of(fd).both() {
         return fail(libc::EINVAL);
     }
+    if is_buffer(fd, level, option) && len as usize >= size_of::<c_int>() {
+        // SAFETY: an int is there.
+        let size = unsafe { value.cast::<c_int>().read_unaligned() };
+        kernel::set_option(fd, level, option, for_linux(size));
+        return 0;
+    }
     // SAFETY: the caller's.
     unsafe { next::setsockopt(fd, level, option, value, len) }
 }
@@ -198,6 +220,10 @@ unsafe extern "C" fn getsockopt(
 ) -> c_int {
     // SAFETY: the caller's.
     let result = unsafe { next::getsockopt(fd, level, option, value, len) };
+    if result == 0 && is_buffer(fd, level, option) {
+        // SAFETY: an int was written there.
+        unsafe { *value.cast::<c_int>() -= 2 * for_linux(0) };
+    }
     // macOS tells the user, but not the process (LOCAL_PEERPID).
     let is_peer = level == libc::SOL_SOCKET && option == libc::SO_PEERCRED;
     if is_peer && result == 0 && has(Manner::Ended) && Ended::of(fd).both() {
