@@ -204,18 +204,22 @@ impl Stream {
         }
     }
 
-    /// Whether this process has connected to a Unix listener of its own to make this.
+    /// Whether this process may have connected to a Unix listener of its own to make this: it has, or
+    /// the peer had gone before it could be asked for (macOS).
     pub(crate) fn is_from_us(&self) -> bool {
         match self {
-            Stream::Local(_) => self.peer_process() == Some(std::process::id()),
+            #[cfg(unix)]
+            Stream::Local(stream) => stream
+                .peer_process()
+                .is_none_or(|process| process == std::process::id()),
             _ => false,
         }
     }
 
     /// Returns the process that made the other end of a Unix socket, as far as the system tells.
+    #[cfg(unix)]
     pub(crate) fn peer_process(&self) -> Option<u32> {
         match self {
-            #[cfg(unix)]
             Stream::Local(stream) => stream.peer_process(),
             _ => None,
         }
