@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::server::{self, Service};
+use crate::server::{self, Room, Service};
 
 /// What all contenders lead to.
 pub(crate) struct Backs {
@@ -20,7 +20,9 @@ pub(crate) struct Backs {
 impl Backs {
     pub(crate) fn start(dir: &Path, descriptors: u64) -> Backs {
         for service in Service::ALL {
-            server::unix(service, dir);
+            for room in Room::ALL {
+                server::unix(service, room, dir);
+            }
         }
         server::hyperkit(dir);
         Backs {
@@ -29,8 +31,8 @@ impl Backs {
         }
     }
 
-    fn socket(&self, service: Service) -> String {
-        format!("{}/{}.sock", self.dir.display(), service.name())
+    fn socket(&self, service: Service, room: Room) -> String {
+        server::path(service, room, &self.dir).display().to_string()
     }
 }
 
@@ -45,14 +47,23 @@ pub(crate) const BARE: &str = "bare";
 /// It copies.
 pub(crate) const BARE_COPY: &str = "bare --copy";
 
+/// As on a Mac: Unix sockets have 8 KiB unless more is asked for (tests/manners), the server's as
+/// well, and all is copied. In the last one the server has set as much as hyperkit does.
+const BARE_MAC: &str = "bare --copy, Mac";
+const MAC: &str = "hvsock, Mac";
+const MAC_128: &str = "hvsock, Mac, 128k";
+
 /// Those that can be had, in the order in which they are printed.
-pub(crate) const NAMES: [&str; 10] = [
+pub(crate) const NAMES: [&str; 13] = [
     "no proxy",
     BARE,
     BARE_COPY,
     "hvsock",
     "hvsock --no-splice",
     "hvsock, hyperkit",
+    BARE_MAC,
+    MAC,
+    MAC_128,
     "haproxy",
     "haproxy 128k",
     "nginx",
@@ -69,21 +80,34 @@ impl Contender {
             _ => [free()?, free()?, free()?],
         };
         let fronts = || Service::ALL.into_iter().zip(ports);
+        let room = match name {
+            BARE_MAC | MAC => Room::Mac,
+            MAC_128 => Room::Hyperkit,
+            _ => Room::Default,
+        };
+        let manners = match room {
+            Room::Default => None,
+            // Where the library is, which scripts/bench builds.
+            _ => match std::env::var_os("HVSOCK_BENCH_MANNERS") {
+                Some(library) => Some(library),
+                None => return Ok(None),
+            },
+        };
         let mut commands = Vec::new();
         match name {
             "no proxy" => {}
-            BARE | BARE_COPY => {
+            BARE | BARE_COPY | BARE_MAC => {
                 let mut command = Command::new(std::env::current_exe()?);
-                command.args(name.split(' '));
+                command.args(name.trim_end_matches(", Mac").split(' '));
                 for (service, port) in fronts() {
-                    command.args([port.to_string(), backs.socket(service)]);
+                    command.args([port.to_string(), backs.socket(service, room)]);
                 }
                 commands.push(command);
             }
-            "hvsock" | "hvsock --no-splice" | "hvsock, hyperkit" => {
+            "hvsock" | "hvsock --no-splice" | "hvsock, hyperkit" | MAC | MAC_128 => {
                 let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
                 command.arg("forward");
-                if name.ends_with("--no-splice") {
+                if name.ends_with("--no-splice") || room != Room::Default {
                     command.arg("--no-splice");
                 }
                 for (service, port) in fronts() {
@@ -91,7 +115,7 @@ impl Contender {
                         "hvsock, hyperkit" => {
                             format!("hyperkit://:{}{}", service.port(), backs.dir.display())
                         }
-                        _ => backs.socket(service),
+                        _ => backs.socket(service, room),
                     };
                     command.args([format!("tcp://127.0.0.1:{port}"), to]);
                 }
@@ -108,7 +132,7 @@ impl Contender {
                     "global\nnbthread 2\nmaxconn {most}\n{buffers}defaults\nmode tcp\noption splice-auto\ntimeout connect 10s\ntimeout client 1h\ntimeout server 1h\n"
                 );
                 for (service, port) in fronts() {
-                    let socket = backs.socket(service);
+                    let socket = backs.socket(service, room);
                     config += &format!(
                         "listen {service:?}\nbind 127.0.0.1:{port}\nserver s unix@{socket}\n"
                     );
@@ -126,7 +150,7 @@ impl Contender {
                     "load_module modules/ngx_stream_module.so;\nuser root;\ndaemon off;\npid {dir}/nginx.pid;\nerror_log stderr crit;\nworker_processes 2;\nevents {{ worker_connections {most}; }}\nstream {{ proxy_half_close on; proxy_timeout 1h;\n"
                 );
                 for (service, port) in fronts() {
-                    let socket = backs.socket(service);
+                    let socket = backs.socket(service, room);
                     config += &format!(
                         "server {{ listen 127.0.0.1:{port} backlog=4096; proxy_pass unix:{socket}; }}\n"
                     );
@@ -147,7 +171,7 @@ impl Contender {
                         "-b262144".to_owned(),
                         "-t3600".to_owned(),
                         format!("TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,backlog=4096"),
-                        format!("UNIX-CONNECT:{}", backs.socket(service)),
+                        format!("UNIX-CONNECT:{}", backs.socket(service, room)),
                     ]);
                     commands.push(command);
                 }
@@ -159,6 +183,9 @@ impl Contender {
         };
         for mut command in commands {
             command.stdin(Stdio::null()).stdout(Stdio::null());
+            if let Some(library) = &manners {
+                command.env("LD_PRELOAD", library).env("MANNERS", "buffers");
+            }
             // What it says of its end is of no interest; what goes wrong shows in the results.
             command.stderr(Stdio::null());
             match command.spawn() {

@@ -93,15 +93,49 @@ pub(crate) fn tcp(service: Service) -> u16 {
     port
 }
 
-pub(crate) fn unix(service: Service, dir: &Path) -> PathBuf {
-    let path = dir.join(format!("{}.sock", service.name()));
-    let listener = listen(&path);
+/// What a server's Unix sockets have room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    /// The system's own.
+    Default,
+    /// macOS' own: 8 KiB.
+    Mac,
+    /// What hyperkit sets: 128 KiB.
+    Hyperkit,
+}
+
+impl Room {
+    pub(crate) const ALL: [Room; 3] = [Room::Default, Room::Mac, Room::Hyperkit];
+
+    fn give(self, stream: &UnixStream) -> io::Result<()> {
+        let bytes = match self {
+            Room::Default => return Ok(()),
+            Room::Mac => 8 << 10,
+            Room::Hyperkit => 128 << 10,
+        };
+        // Linux doubles it, and counts what its buffers take beside the bytes.
+        socket2::SockRef::from(stream).set_send_buffer_size(bytes / 2 + 64)
+    }
+}
+
+pub(crate) fn path(service: Service, room: Room, dir: &Path) -> PathBuf {
+    dir.join(match room {
+        Room::Default => format!("{}.sock", service.name()),
+        room => format!("{}-{room:?}.sock", service.name()),
+    })
+}
+
+pub(crate) fn unix(service: Service, room: Room, dir: &Path) {
+    let listener = listen(&path(service, room, dir));
     spawn(move || {
         for stream in listener.incoming().flatten() {
-            spawn(move || drop(service.serve(&stream)));
+            let serve = move |stream: UnixStream| {
+                room.give(&stream)?;
+                service.serve(&stream)
+            };
+            spawn(move || drop(serve(stream)));
         }
     });
-    path
 }
 
 /// Serves a state directory as hyperkit does: a line with the port, then the guest.

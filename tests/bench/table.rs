@@ -258,7 +258,7 @@ fn idle(count: usize, backs: &Backs) -> io::Result<()> {
     );
     for name in NAMES
         .into_iter()
-        .filter(|name| !["no proxy", BARE, BARE_COPY].contains(name))
+        .filter(|name| !["no proxy", BARE, BARE_COPY].contains(name) && !name.contains("Mac"))
     {
         // A process a connection.
         if name == "socat" || name == "hvsock, hyperkit" {
