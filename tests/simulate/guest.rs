@@ -191,7 +191,7 @@ fn a_guest_that_reads_nothing_lets_a_bounded_amount_in() {
             total += n;
             assert!(total < 1 << 20, "no backpressure on port {port}");
         }
-        assert!((200_000..420_000).contains(&total), "port {port}: {total}");
+        assert!((150_000..420_000).contains(&total), "port {port}: {total}");
     }
     assert_alive(&vm);
 }
