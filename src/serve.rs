@@ -219,3 +219,20 @@ pub(crate) fn again<T>(result: io::Result<T>) -> io::Result<Option<T>> {
         Err(e) => Err(e),
     }
 }
+
+#[cfg(all(test, unix))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_client_that_has_said_nothing_and_gone_is_no_failure() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let ours = std::os::fd::OwnedFd::from(ours);
+        let ours = Stream::from_socket(ours, "unix:///s".parse().unwrap());
+        drop(theirs);
+        assert_eq!(echo(&ours, b"").unwrap(), 0);
+    }
+}

@@ -565,3 +565,33 @@ impl std::os::fd::AsFd for Stream {
         self.socket.as_fd()
     }
 }
+
+#[cfg(all(test, unix))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn a_reset_leaves_no_peer_and_an_end_does() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let ours = Stream::from_socket(client, "tcp://127.0.0.1:1".parse().unwrap());
+        ours.set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let theirs = listener.accept().unwrap().0;
+        theirs.shutdown(Shutdown::Write).unwrap();
+        assert_eq!((&ours).read(&mut [0]).unwrap(), 0);
+        assert!(ours.has_peer());
+        let theirs = socket2::Socket::from(theirs);
+        theirs.set_linger(Some(Duration::ZERO)).unwrap();
+        drop((theirs, listener));
+        // Until it has come.
+        let end = Instant::now() + Duration::from_secs(20);
+        while (&ours).write(b"x").is_ok() {
+            assert!(Instant::now() < end, "no reset came");
+        }
+        assert!(!ours.has_peer());
+    }
+}
