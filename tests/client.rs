@@ -126,7 +126,7 @@ fn another_users_socket_is_not_believed() {
     fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
     // Nobody may not get at that of the build.
     let binary = dir.path().join("hvsock-binary");
-    fs::copy(env!("CARGO_BIN_EXE_hvsock"), &binary).unwrap();
+    put_program(&binary);
     let as_nobody = |arguments: &[&str]| {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(&binary);

@@ -520,7 +520,7 @@ fn a_state_directory_that_may_not_be_read_is_told_apart_from_none() {
     if nobody_is_needed() {
         // Root may read everything. The user nobody may run the binary only where it can be reached.
         let binary = dir.path().join("hvsock");
-        std::fs::copy(env!("CARGO_BIN_EXE_hvsock"), &binary).unwrap();
+        put_program(&binary);
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         command = Command::new(binary);
         command.args(["expose", "--vm", text(&state), "-L", "0:7"]);

@@ -198,7 +198,7 @@ fn who_may_not_is_told_so() {
     // Whoever root is may do all: it becomes nobody.
     let is_root = nobody("true").status().is_ok_and(|status| status.success());
     let binary = dir.path().join("hvsock");
-    fs::copy(env!("CARGO_BIN_EXE_hvsock"), &binary).unwrap();
+    put_program(&binary);
     let examine = |vm: &Path| {
         let mut command = match is_root {
             true => nobody(text(&binary)),

@@ -204,6 +204,15 @@ pub(crate) fn in_runtime(runtime: &Path, arguments: &[&str]) -> Command {
     command
 }
 
+/// Puts the program where another user may run it. As a link if that can be: a file that is written
+/// to can't be run, and a process that another test starts meanwhile has it open for a moment.
+pub(crate) fn put_program(at: &Path) {
+    let program = env!("CARGO_BIN_EXE_hvsock");
+    if std::fs::hard_link(program, at).is_err() {
+        std::fs::copy(program, at).unwrap();
+    }
+}
+
 pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
