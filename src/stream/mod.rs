@@ -356,10 +356,14 @@ impl Stream {
     /// Makes the close a reset, where the family can, so that the peer doesn't take what it was sent for all; and ends a
     /// read that waits.
     pub(crate) fn abort(&self) {
+        self.reset_at_close();
+        self.interrupt(Shutdown::Read);
+    }
+
+    fn reset_at_close(&self) {
         if let Address::Tcp(_) | Address::Npipe(_) = self.address {
             let _ = self.socket.set_linger(Some(Duration::ZERO));
         }
-        self.interrupt(Shutdown::Read);
     }
 
     /// Whether there is a connection, as far as the family tells: a reset leaves none, and an EOF does unless we have
@@ -387,8 +391,14 @@ impl Stream {
         }
     }
 
-    /// Shuts `how` down, and ends what other threads wait for there; on Windows whatever they wait for.
+    /// Shuts `how` down, and ends what other threads wait for there; on Windows whatever they wait
+    /// for. After both the close is a reset, as that of [`abort`](Stream::abort): macOS wouldn't let
+    /// that be said any more.
     pub(crate) fn interrupt(&self, how: Shutdown) {
+        #[cfg(unix)]
+        if how == Shutdown::Both {
+            self.reset_at_close();
+        }
         let _ = end(&self.socket, how);
         // There a shutdown is for the calls that follow.
         #[cfg(windows)]
@@ -572,6 +582,24 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     use super::*;
+
+    #[test]
+    fn a_connection_that_is_broken_off_amid_its_bytes_is_reset() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let ours = Stream::from_socket(client, "tcp://127.0.0.1:1".parse().unwrap());
+        let mut theirs = listener.accept().unwrap().0;
+        theirs
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        ours.set_nonblocking(true).unwrap();
+        while (&ours).write(&[7; 64 * 1024]).is_ok() {}
+        ours.interrupt(Shutdown::Both);
+        ours.abort();
+        drop(ours);
+        let error = io::copy(&mut theirs, &mut io::sink()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
 
     #[test]
     fn a_reset_leaves_no_peer_and_an_end_does() {
