@@ -247,13 +247,10 @@ impl<W: World> Worker<W> {
             }
             // Guests are accepted whatever happens: hyperkit stands still until they are. So is what
             // comes from another forward: the place that it waits for may be that one's.
-            let (forward, live) = (&listening.forward, &listening.forward.tally.live);
+            let forward = &listening.forward;
             if !forward.is_polite(CLIENT)
                 && let Some(reason) = self.shared.is_full_for(forward.id)
-                && !self
-                    .shared
-                    .routes
-                    .may_wait_at(forward.id, live.load(Ordering::Relaxed))
+                && !self.shared.may_come_from_us(forward)
             {
                 return self.pause(index, Obstacle::Full, now, &reason);
             }
@@ -331,7 +328,13 @@ impl<W: World> Worker<W> {
             // Guests are accepted whatever happens.
             Some(gate) if !forward.is_polite(CLIENT) && !all => {
                 let wake = self.shared.inboxes[self.index].waker();
-                gate.enter(forward.id, self.index, &wake).map(Some)
+                match gate.enter(forward.id, self.index, &wake) {
+                    // As with all places: it may be that one's.
+                    Err(_) if self.shared.may_come_from_us(forward) => {
+                        Ok(Some(gate.line_up(forward.id)))
+                    }
+                    entered => entered.map(Some),
+                }
             }
             Some(gate) => Ok(Some(gate.line_up(forward.id))),
             None => Ok(None),

@@ -247,6 +247,12 @@ impl<W: World> Shared<W> {
         }))
     }
 
+    /// Returns whether a connection of another forward may wait to be accepted at that one.
+    pub(super) fn may_come_from_us(&self, forward: &Forward) -> bool {
+        let live = forward.tally.live.load(Ordering::Relaxed);
+        self.routes.may_wait_at(forward.id, live)
+    }
+
     /// A connection begins, or a probe.
     pub(super) fn begins(&self, forward: &Forward) {
         add_one(&forward.tally.live);

@@ -149,6 +149,33 @@ fn a_chain_of_forwards_takes_no_more_places_than_there_are() {
     play(plan);
 }
 
+/// Nor does one that needs a place in a VM, of which its guest has taken the last by the chain's
+/// first connection.
+#[test]
+fn a_chain_from_a_vm_to_itself_ends() {
+    let mut plan = plan(&[
+        ("hyperkit://:1000/sim/vm", "tcp://chain:1001"),
+        ("tcp://127.0.0.1:1001", "hyperkit://:20/sim/vm"),
+    ]);
+    plan.limits.vm_connections = 1;
+    plan.rules[1].rule.timeouts.dial = ms(2_000);
+    let to = Name::Found(vec![([127, 0, 0, 1], 1001).into()]);
+    plan.names = vec![("chain".to_owned(), to)];
+    let mut vm = vm("/sim/vm", 2);
+    let dial = VmAct::Dial {
+        rule: 0,
+        port: 1000,
+        manner: polite(),
+        is_polite: false,
+    };
+    vm.acts.push((Duration::ZERO, dial));
+    plan.vms = vec![vm];
+    let mut late = client(&plan, 1, polite(), true);
+    late.at = ms(10_000);
+    plan.clients.push(late);
+    play(plan);
+}
+
 /// A guest that waits at a socket which was bound again is not cut off when its forward is removed,
 /// nor at the end.
 #[test]

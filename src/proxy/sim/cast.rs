@@ -1,6 +1,6 @@
 //! Clients that connect to the proxy, and servers that it connects to.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -125,18 +125,32 @@ impl Client {
                 self.step = Step::Connecting(socket);
                 self.go_on(stage)
             }
-            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+            Err(e) if e.kind() == ErrorKind::WouldBlock && !self.gives_up(stage) => {
                 let pause = self.rng.u64(1..100);
                 Some(stage.now() + Duration::from_millis(pause))
             }
             Err(e) => {
-                stage.tell(|| format!("client {} can't connect: {e}", self.me));
-                let now = stage.now();
-                stage.judge().turned_away(self.plan.rule, &e, now);
-                self.step = Step::Gone;
+                self.turn_away(&e, stage);
                 None
             }
         }
+    }
+
+    /// Whether it has waited long enough to be accepted: whoever was before it may stay for ever.
+    fn gives_up(&self, stage: &Rc<Stage>) -> bool {
+        let patience = self.plan.manner.patience;
+        patience.is_some_and(|time| stage.now() >= self.plan.at + time)
+    }
+
+    /// Nobody has accepted it; of one that was in a hurry that says nothing.
+    fn turn_away(&mut self, error: &io::Error, stage: &Rc<Stage>) {
+        let (me, rule, now) = (self.me, self.plan.rule, stage.now());
+        stage.tell(|| format!("client {me} can't connect: {error}"));
+        let is_late = matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock);
+        if self.plan.is_polite || !is_late {
+            stage.judge().turned_away(rule, error, now);
+        }
+        self.step = Step::Gone;
     }
 
     fn go_on(&mut self, stage: &Rc<Stage>) -> Option<Duration> {
@@ -160,28 +174,17 @@ impl Client {
                 Some(now)
             }
             Ok(false) => {
-                // Whoever has been accepted before may stay for ever.
-                let gives_up = self.plan.manner.patience.map(|time| self.plan.at + time);
-                if gives_up.is_some_and(|at| stage.now() >= at) {
+                if self.gives_up(stage) {
                     stage.kernel().close(socket);
-                    stage.tell(|| format!("client {} waits no longer", self.me));
-                    if self.plan.is_polite {
-                        let late = ErrorKind::TimedOut.into();
-                        stage
-                            .judge()
-                            .turned_away(self.plan.rule, &late, stage.now());
-                    }
-                    self.step = Step::Gone;
+                    self.turn_away(&ErrorKind::TimedOut.into(), stage);
                     return None;
                 }
-                gives_up
+                let patience = self.plan.manner.patience;
+                patience.map(|time| self.plan.at + time)
             }
             Err(e) => {
                 stage.kernel().close(socket);
-                stage.tell(|| format!("client {} is refused: {e}", self.me));
-                let now = stage.now();
-                stage.judge().turned_away(self.plan.rule, &e, now);
-                self.step = Step::Gone;
+                self.turn_away(&e, stage);
                 None
             }
         }
