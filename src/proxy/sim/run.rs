@@ -390,9 +390,14 @@ fn play_all(schedules: u64, seed: u64, threads: usize) -> (Sum, Option<u64>) {
     (sum.into_inner().unwrap(), first.into_inner().unwrap())
 }
 
-/// Tells a run that fails, made as small as it can be.
+/// Tells a run that fails, made as small as it can be; with `HVSOCK_SIM_SHRINK=no` only why it does.
 fn tell(seed: u64) -> String {
     let plan = Plan::draw(seed);
+    if std::env::var("HVSOCK_SIM_SHRINK").is_ok_and(|it| it == "no") {
+        let failure = run(&plan, false).err();
+        let why = failure.map_or_else(|| "not again".to_owned(), |it| it.why);
+        return format!("seed {seed} fails: {why}");
+    }
     let before = plan.size();
     let least = shrink(&plan);
     let (outcome, story) = run_and_tell(&least);
