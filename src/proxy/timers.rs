@@ -27,6 +27,12 @@ impl Timers {
         *timer = at;
     }
 
+    /// Returns how many are set.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Returns the earliest one.
     pub(super) fn next(&self) -> Option<Instant> {
         self.0.first().map(|(at, _)| *at)

@@ -31,6 +31,7 @@ fn ms(n: u64) -> Duration {
 fn plan(rules: &[(&str, &str)]) -> Plan {
     let rule = |(listen, connect): &(&str, &str)| RulePlan {
         rule: Rule::new(listen.parse().unwrap(), connect.parse().unwrap()),
+        target: (!connect.contains("chain")).then_some(0),
         is_first: true,
         is_endangered: false,
     };
@@ -135,8 +136,8 @@ fn a_chain_of_forwards_takes_no_more_places_than_there_are() {
     let mut plan = plan(&[
         ("tcp://127.0.0.1:1000", "tcp://chain:1001"),
         ("tcp://127.0.0.1:1001", "tcp://127.0.0.1:200"),
-        ("unix:///sim/one", "unix:///sim/two"),
-        ("unix:///sim/two", "tcp://127.0.0.1:200"),
+        ("unix:///sim/one", "unix:///sim/chain"),
+        ("unix:///sim/chain", "tcp://127.0.0.1:200"),
     ]);
     plan.limits.connections = 2;
     let to = Name::Found(vec![([127, 0, 0, 1], 1001).into()]);

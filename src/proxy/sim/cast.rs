@@ -166,7 +166,9 @@ impl Client {
                 };
                 let now = stage.now();
                 let role = Role::Client(self.plan.rule);
-                let voice = stage.judge().voice(role, candour, self.plan.is_polite);
+                let born = stage.kernel().born(socket);
+                let is_polite = self.plan.is_polite;
+                let voice = stage.judge().voice(role, candour, is_polite, born);
                 stage.tell(|| format!("client {} is connected: voice {voice}", self.me));
                 let rng = self.rng.fork();
                 let talk = Talk::new(socket, voice, self.plan.manner.clone(), rng, now);
@@ -293,7 +295,8 @@ impl Server {
             false => Candour::Tells,
         };
         let role = Role::Service(self.plan.target);
-        let voice = stage.judge().voice(role, candour, false);
+        let born = stage.kernel().born(socket);
+        let voice = stage.judge().voice(role, candour, false, born);
         stage.tell(|| {
             let (target, service) = (self.plan.target, self.plan.service);
             format!("target {target} ({service:?}) accepts {socket:?}: voice {voice}")

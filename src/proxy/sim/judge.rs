@@ -8,6 +8,7 @@ use crate::proxy::conn::State;
 use crate::proxy::worker::Worker;
 use crate::relay::CLIENT;
 
+use super::audit::Audit;
 use super::stage::Stage;
 use super::talk::{Exit, Finish, Talk, Voice};
 use super::world::SimWorld;
@@ -44,6 +45,10 @@ pub(super) struct Record {
     has_ended_well: bool,
     /// It was ended from outside: its VM has died, or has forgotten it.
     pub(super) was_struck: bool,
+    /// So by the death of its VM, of which others are told.
+    was_killed: bool,
+    /// When its socket was made.
+    born: Duration,
     ended: Option<Duration>,
     pub(super) finish: Option<Finish>,
 }
@@ -96,6 +101,12 @@ pub(super) struct Judge {
     pub(super) counts: BTreeMap<&'static str, u64>,
     /// When those who are there have had their time.
     pub(super) ends_by: Option<Duration>,
+    pub(super) audit: Audit,
+    /// Targets that end a connection in silence before they accept it, or can't be reset.
+    pub(super) unix_targets: BTreeSet<usize>,
+    pub(super) vsock_targets: BTreeSet<usize>,
+    /// To which targets rules lead, and have led: from when, until when.
+    leads: BTreeMap<usize, Vec<(Option<usize>, Duration, Duration)>>,
     /// Connections that the observer was told of.
     pub(super) observed: BTreeMap<u64, Observed>,
 }
@@ -103,6 +114,7 @@ pub(super) struct Judge {
 /// What the observer was told of a connection.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Observed {
+    pub(super) forward: u64,
     pub(super) accepted: u32,
     pub(super) connected: u32,
     pub(super) refused: u32,
@@ -113,7 +125,13 @@ pub(super) struct Observed {
 
 impl Judge {
     /// Gives a peer a voice.
-    pub(super) fn voice(&mut self, role: Role, candour: Candour, is_polite: bool) -> Voice {
+    pub(super) fn voice(
+        &mut self,
+        role: Role,
+        candour: Candour,
+        is_polite: bool,
+        born: Duration,
+    ) -> Voice {
         self.records.push(Record {
             role,
             candour,
@@ -123,6 +141,8 @@ impl Judge {
             heard_voice: None,
             has_ended_well: false,
             was_struck: false,
+            was_killed: false,
+            born,
             ended: None,
             finish: None,
         });
@@ -169,6 +189,7 @@ impl Judge {
         if voice == talk.voice {
             return;
         }
+        self.check_target(talk.voice, voice);
         let first = *self.heard_by.entry(voice).or_insert(talk.voice);
         assert_eq!(first, talk.voice, "two have heard voice {voice}");
         // Who hears it is heard by it, if by anybody.
@@ -224,6 +245,7 @@ impl Judge {
     /// The end of the proxy was asked for; those who are there have that time.
     pub(super) fn stop_asked(&mut self, now: Duration, grace: Duration) {
         let at = now + grace;
+        self.audit.stop_asked(now);
         self.ends_by = Some(self.ends_by.map_or(at, |before| before.min(at)));
     }
 
@@ -233,6 +255,34 @@ impl Judge {
             .get(&("new", "leaving"))
             .copied()
             .unwrap_or(0)
+    }
+
+    /// Notes that a rule may lead to that target from now on, beside where it led before. (`None`:
+    /// anywhere.)
+    pub(super) fn leads(&mut self, rule: usize, now: Duration, target: Option<usize>) {
+        let leads = self.leads.entry(rule).or_default();
+        leads.push((target, now, Duration::MAX));
+    }
+
+    /// Notes that a rule leads to that target alone from now on.
+    pub(super) fn leads_alone(&mut self, rule: usize, now: Duration, target: Option<usize>) {
+        let leads = self.leads.entry(rule).or_default();
+        for (_, _, until) in leads.iter_mut() {
+            *until = now.min(*until);
+        }
+        leads.push((target, now, Duration::MAX));
+    }
+
+    /// Whether a rule may have led there, of a client that has come then.
+    fn may_lead(&self, rule: usize, target: usize, born: Duration) -> bool {
+        let leads = self.leads.get(&rule).into_iter().flatten();
+        let mut leads = leads.filter(|(_, _, until)| *until >= born);
+        leads.any(|(to, _, _)| to.is_none_or(|to| to == target))
+    }
+
+    /// Ends a talk, by the death of its VM.
+    pub(super) fn killed(&mut self, voice: Voice) {
+        self.record_mut(voice).was_killed = true;
     }
 
     /// Ends a talk from outside.
@@ -250,7 +300,7 @@ impl Judge {
             None => self.heard_by.get(&talk.voice).copied(),
         };
         let Some(other) = other else {
-            return;
+            return self.check_silent_end(me, talk);
         };
         let it = self.record(other);
         // One that was reset may have been so by this very end.
@@ -264,6 +314,10 @@ impl Judge {
         let can_be_told = match it.was_struck {
             // Of what a VM forgets nobody is told.
             true => false,
+            // Only over TCP is it passed on.
+            false if it.was_killed => {
+                !matches!(me.role, Role::Service(target) if self.vsock_targets.contains(&target))
+            }
             false => it.candour == Candour::Tells || it.finish.is_none(),
         };
         assert!(
@@ -276,6 +330,46 @@ impl Judge {
                 true => "ended",
                 false => "not ended",
             }
+        );
+    }
+
+    /// Who hear each other are a client and one of those that its rule leads to.
+    fn check_target(&self, one: Voice, other: Voice) {
+        let (one, other) = (self.record(one), self.record(other));
+        let (rule, target, born) = match (one.role, other.role) {
+            (Role::Client(rule), Role::Service(target)) => (rule, target, one.born),
+            (Role::Service(target), Role::Client(rule)) => (rule, target, other.born),
+            _ => return,
+        };
+        assert!(
+            self.may_lead(rule, target, born),
+            "a client of rule {rule}, come at {born:?}, was led to target {target}"
+        );
+    }
+
+    /// A clean EOF before the first byte is that of a service which has ended, not a refusal.
+    fn check_silent_end(&self, me: &Record, talk: &Talk) {
+        let Role::Client(rule) = me.role else {
+            return;
+        };
+        // After its half-close, a guest's refusal can't be told from an empty answer.
+        let is_unclear = talk.is_gagged || talk.half_closed || talk.ear.heard > 0;
+        let mut unix = self.unix_targets.iter();
+        let is_unclear = is_unclear || unix.any(|it| self.may_lead(rule, *it, me.born));
+        if me.candour == Candour::Conceals || is_unclear {
+            return;
+        }
+        let ended = |it: &&Record| {
+            let Role::Service(target) = it.role else {
+                return false;
+            };
+            let has_ended = it.has_ended_well || it.was_struck || it.finish.is_some();
+            has_ended && it.born >= me.born && self.may_lead(rule, target, me.born)
+        };
+        assert!(
+            self.records.iter().any(|it| ended(&it)),
+            "voice {} of rule {rule} has read a clean EOF, and was not served",
+            talk.voice
         );
     }
 
@@ -321,6 +415,7 @@ impl Judge {
 
     /// Looks at a worker's connections after its turn.
     pub(super) fn look_at(&mut self, index: usize, worker: &mut Worker<SimWorld>, stage: &Stage) {
+        self.audit.look_at(worker, stage);
         let mut seen = BTreeSet::new();
         for id in worker.conns.ids() {
             let Some(conn) = worker.conns.get_mut(id) else {

@@ -317,6 +317,11 @@ impl Kernel {
         }
     }
 
+    /// Whether a worker accepts there.
+    pub(super) fn is_watched(&self, key: ListenerKey) -> bool {
+        self.listeners[key.0].watched.is_some()
+    }
+
     /// Takes the first who waits.
     pub(super) fn accept(&mut self, key: ListenerKey) -> io::Result<SocketId> {
         let listener = &self.listeners[key.0];

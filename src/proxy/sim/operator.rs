@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
+use crate::error::Result;
+use crate::proxy::VmLimits;
 use crate::proxy::controller::Controller;
 use crate::proxy::forward::Rule;
 use crate::proxy::handle::ForwardId;
@@ -11,6 +13,7 @@ use crate::proxy::handle::ForwardId;
 use super::judge::Hazard;
 use super::kernel::{ListenerKey, Owner, Place};
 use super::stage::{Actor, Pace, Stage};
+use super::vm::VmPlan;
 use super::world::{SimWorld, place_of};
 
 /// What an operator does, or what happens to the machine. Rules are called by their numbers.
@@ -36,6 +39,10 @@ pub(super) enum Act {
     TakeFile(usize),
     /// The machine sleeps.
     Sleep(Duration),
+    /// A worker stands still for that time, after it has got its events; the others go on.
+    Stall(usize, Duration),
+    /// The VM of that state directory may have so many connections from now on.
+    LimitVm(usize, usize),
     /// What may block is done so from now on.
     Housekeeper(Pace),
     /// The machine has that many descriptors left for the process from now on.
@@ -46,7 +53,10 @@ pub(super) struct Operator {
     controller: Controller<SimWorld>,
     /// The rules of the plan, and the forwards that they are now.
     rules: Vec<(Rule, Option<ForwardId>)>,
+    /// The targets that they lead to.
+    targets: Vec<Option<usize>>,
     acts: VecDeque<(Duration, Act)>,
+    vms: Vec<VmPlan>,
     me: usize,
 }
 
@@ -54,14 +64,18 @@ impl Operator {
     pub(super) fn new(
         controller: Controller<SimWorld>,
         rules: Vec<(Rule, Option<ForwardId>)>,
+        targets: Vec<Option<usize>>,
         mut acts: Vec<(Duration, Act)>,
+        vms: Vec<VmPlan>,
         me: usize,
     ) -> Operator {
         acts.sort_by_key(|(at, _)| *at);
         Operator {
             controller,
             rules,
+            targets,
             acts: acts.into(),
+            vms,
             me,
         }
     }
@@ -121,8 +135,25 @@ impl Operator {
                 stage.judge().hazard(now, Hazard::All);
                 stage.sleep(time);
             }
+            Act::Stall(worker, time) => {
+                let now = stage.now();
+                stage.judge().hazard(now, Hazard::All);
+                stage.may_hang.set(true);
+                stage.stall(worker, now + time);
+            }
+            Act::LimitVm(vm, connections) => {
+                let now = stage.now();
+                stage.judge().hazard(now, Hazard::All);
+                if let Some(vm) = self.vms.get(vm) {
+                    let mut limits = VmLimits::new(vm.hyperkit());
+                    limits.connections = connections;
+                    limits.unanswered = vm.unanswered as usize;
+                    self.controller.limit_vm(&limits);
+                }
+            }
             Act::Housekeeper(pace) => {
                 if matches!(pace, Pace::Hangs(_)) {
+                    stage.may_hang.set(true);
                     let now = stage.now();
                     stage.judge().hazard(now, Hazard::All);
                 }
@@ -141,9 +172,13 @@ impl Operator {
         let Some(id) = self.rules[rule].1 else {
             return;
         };
+        stage.judge().audit.removed(id.0, Duration::MAX);
         let removed = self.controller.remove(id, grace);
         stage.tell(|| format!("operator: rule {rule} is removed: {removed:?}"));
         self.rules[rule].1 = None;
+        check_answered(&removed, stage);
+        let grace_ends = stage.now() + grace;
+        stage.judge().audit.removed(id.0, grace_ends);
         if removed.is_ok() && !self.controller.is_stopping() {
             let left = self.listener_of(rule, stage);
             assert!(left.is_none(), "rule {rule} is removed, and still listens");
@@ -155,7 +190,13 @@ impl Operator {
         if self.rules[rule].1.is_some() {
             return;
         }
+        // What is given up is closed with the guests that wait there.
+        let is_stalled = stage.now() < stage.stalled_until();
+        if is_stalled && self.rules[rule].0.listen.is_delicate() {
+            return;
+        }
         let added = self.controller.add(self.rules[rule].0.clone());
+        check_answered(&added, stage);
         stage.tell(|| format!("operator: rule {rule} is added: {added:?}"));
         match added {
             Ok(id) => {
@@ -191,10 +232,20 @@ impl Operator {
         let mut new = self.rules[rule].0.clone();
         (new.connect, new.timeouts) = (connect, timeouts);
         new.mode = mode.unwrap_or(new.mode);
+        let target = self.targets[other];
+        let before = stage.now();
+        stage.judge().leads(rule, before, target);
         let replaced = self.controller.replace(id, new.clone());
+        check_answered(&replaced, stage);
         stage.tell(|| format!("operator: rule {rule} is replaced: {replaced:?}"));
         if replaced.is_ok() {
+            let now = stage.now();
+            stage.judge().leads_alone(rule, now, target);
+            let forwards = self.controller.forwards();
+            let told = forwards.iter().find(|it| it.id == id);
+            assert_eq!(told.map(|it| &it.rule.connect), Some(&new.connect));
             self.rules[rule].0 = new;
+            self.targets[rule] = target;
             stage.judge().count("rules replaced");
         }
     }
@@ -216,6 +267,17 @@ impl Operator {
         }
         let connections = self.controller.connections();
         stage.tell(|| format!("operator: sees {} connections", connections.len()));
+    }
+}
+
+/// Who asks gets an answer in time, unless something stands still.
+fn check_answered<T>(answer: &Result<T>, stage: &Stage) {
+    if let Err(e) = answer {
+        let is_late = e.kind() == std::io::ErrorKind::TimedOut;
+        assert!(
+            !is_late || stage.may_hang.get(),
+            "a worker gave no answer: {e}"
+        );
     }
 }
 
@@ -270,6 +332,8 @@ impl Actor for Stopper {
         {
             stage.tell(|| format!("the proxy is told to stop within {grace:?}"));
             stage.judge().hazard(now, Hazard::All);
+            // What is handed to a worker that has ended meanwhile is left.
+            stage.end_stalls();
             stage.judge().stop_asked(now, grace);
             self.controller.stop(grace);
         }

@@ -29,6 +29,8 @@ pub(super) struct RulePlan {
     /// Something may stand in the way of its clients from the start: a short timeout, a target that
     /// isn't there.
     pub(super) is_endangered: bool,
+    /// The number of the target that it leads to; none if it leads to another rule.
+    pub(super) target: Option<usize>,
 }
 
 /// A run.
@@ -259,13 +261,18 @@ impl Plan {
                         let name = format!("name{number}");
                         let here = SocketAddr::from(([127, 0, 0, 1], port));
                         let elsewhere = SocketAddr::from(([127, 0, 0, 9], port));
-                        let fate = if is_calm { 0 } else { rng.usize(..4) };
-                        is_named = fate > 0;
+                        let silent = SocketAddr::from(([127, 0, 0, 8], port));
+                        let fate = if is_calm { 0 } else { rng.usize(..5) };
+                        is_named = matches!(fate, 2 | 3);
                         let found = match fate {
                             0 => Name::Found(vec![here]),
                             1 => Name::Found(vec![elsewhere, here]),
                             2 => Name::Missing,
-                            _ => Name::Silent,
+                            3 => Name::Silent,
+                            _ => {
+                                self.silent.push(Place::Tcp(silent));
+                                Name::Found(vec![silent, here])
+                            }
                         };
                         self.names.push((name.clone(), found));
                         Address::Tcp(TcpAddress {
@@ -333,7 +340,8 @@ impl Plan {
 
     fn draw_rules(&mut self, rng: &mut Rng, targets: &[Target], is_calm: bool, tight: bool) {
         for number in 0..rng.usize(1..5) {
-            let target = &targets[rng.usize(..targets.len())];
+            let target_number = rng.usize(..targets.len());
+            let target = &targets[target_number];
             let vm = match self.vms.is_empty() {
                 true => None,
                 false => Some(rng.usize(..self.vms.len())),
@@ -405,6 +413,7 @@ impl Plan {
                 rule,
                 is_first: is_calm || rng.u8(..6) > 0,
                 is_endangered,
+                target: (!is_chained).then_some(target_number),
             });
         }
         // What a guest has forgotten may hold a place that others wait for.
@@ -473,7 +482,12 @@ impl Plan {
         for _ in 0..count {
             let at = some_time(rng, ms(4_000));
             let (rule, other) = (rng.usize(..self.rules.len()), rng.usize(..self.rules.len()));
-            let act = match rng.usize(..14) {
+            let act = match rng.usize(..16) {
+                14 => Act::Stall(
+                    rng.usize(..self.workers),
+                    one(rng, &[ms(5), ms(700), ms(7_000), ms(40_000)]),
+                ),
+                15 => Act::LimitVm(0, one(rng, &[6, 8, 1_000])),
                 0 | 1 => Act::Remove(rule, one(rng, &[ms(0), ms(500), ms(30_000)])),
                 2 | 3 => Act::Add(rule),
                 4 | 5 => Act::Replace(rule, other),
@@ -519,6 +533,13 @@ impl Plan {
                 }
             }
         }
+    }
+
+    /// Whether no limit and no lack of descriptors keeps a client from being accepted.
+    pub(super) fn has_room(&self) -> bool {
+        let bound = |it: &RulePlan| it.rule.connections.is_some();
+        let has_places = self.limits.connections >= 100 && !self.rules.iter().any(bound);
+        has_places && self.habits.descriptors >= 500
     }
 
     /// Whether the process has descriptors in the end.

@@ -13,16 +13,17 @@ use fastrand::Rng;
 use crate::proxy::controller::Controller;
 use crate::proxy::forward::Rule;
 use crate::proxy::observer::{Observer, What};
+use crate::proxy::status::ForwardStatus;
 use crate::proxy::{ForwardId, ProxyConfig, assemble};
 use crate::stream::nonblocking::Waiter;
 
 use super::cast::{Client, Server};
 use super::judge::{Hazard, Observed, Phase, TRANSITIONS};
-use super::kernel::Kernel;
+use super::kernel::{Kernel, Place};
 use super::operator::{Act, Operator, Stopper};
 use super::plan::Plan;
 use super::stage::Stage;
-use super::vm::Vm;
+use super::vm::{Kind, Vm};
 use super::world::{SimWorld, set_stage};
 
 /// No run takes longer, on its own clock.
@@ -30,6 +31,9 @@ const LONGEST: Duration = Duration::from_secs(20_000);
 
 /// What the proxy has at its end beyond the time of those who are there: guests are taken leave of.
 const LAST: Duration = Duration::from_secs(5);
+
+/// How long the proxy may take to end once nobody is there.
+const AT_ONCE: Duration = Duration::from_millis(100);
 
 /// What came of a run.
 #[derive(Debug, Default)]
@@ -47,6 +51,7 @@ fn observer(told: &Told) -> Observer {
     Observer::new(move |event| {
         let mut told = told.lock().unwrap();
         let it = told.entry(event.connection.into()).or_default();
+        it.forward = event.forward.into();
         match event.what {
             What::Accepted => it.accepted += 1,
             What::Connected => it.connected += 1,
@@ -75,6 +80,10 @@ fn set(plan: &Plan, tells: bool) -> Run {
     set_stage(Some(Rc::clone(&stage)));
     stage.names.borrow_mut().extend(plan.names.iter().cloned());
     stage.housekeeper.set(plan.housekeeper);
+    stage
+        .has_chains
+        .set(plan.rules.iter().any(|it| it.target.is_none()));
+    stage.has_room.set(plan.has_room());
     let told = Told::default();
     let first = plan.rules.iter().filter(|it| it.is_first);
     let mut config = ProxyConfig::new(first.map(|it| it.rule.clone()).collect());
@@ -119,6 +128,9 @@ fn set(plan: &Plan, tells: bool) -> Run {
             } = &rule.rule;
             format!("rule {number}: {listen} -> {connect}, {:?}", rule)
         });
+        stage
+            .judge()
+            .leads_alone(number, Duration::ZERO, rule.target);
         if rule.is_endangered {
             stage.judge().hazard(Duration::ZERO, Hazard::Rule(number));
         }
@@ -135,12 +147,23 @@ fn set(plan: &Plan, tells: bool) -> Run {
         server.open(&stage);
         stage.add(Box::new(server), Duration::ZERO);
     }
+    for server in &plan.servers {
+        match server.place {
+            Place::Path(_) => stage.judge().unix_targets.insert(server.target),
+            Place::Vsock { .. } => stage.judge().vsock_targets.insert(server.target),
+            Place::Tcp(_) => false,
+        };
+    }
     for plan in &plan.clients {
         let me = stage.next_actor();
         stage.add(Box::new(Client::new(plan.clone(), me)), plan.at);
     }
     let me = stage.next_actor();
-    let operator = Operator::new(controller.clone(), rules, plan.acts.clone(), me);
+    let targets = plan.rules.iter().map(|it| it.target).collect();
+    let vms = plan.vms.iter().filter(|it| it.kind == Kind::Hyperkit);
+    let vms = vms.cloned().collect();
+    let acts = plan.acts.clone();
+    let operator = Operator::new(controller.clone(), rules, targets, acts, vms, me);
     stage.add(Box::new(operator), Duration::ZERO);
     let stopper = Stopper::new(controller.clone(), plan.stops.clone());
     stage.add(Box::new(stopper), Duration::ZERO);
@@ -169,14 +192,16 @@ fn play(plan: &Plan, run: &Run) {
     let shared = Arc::clone(&run.controller.shared);
     if !stage.is_over() {
         let now = stage.now();
+        stage.end_stalls();
         stage.judge().stop_asked(now, plan.grace);
         run.controller.stop(plan.grace);
     }
     let slept = |(_, act): &(Duration, Act)| match act {
-        Act::Sleep(time) => *time + LAST,
+        Act::Sleep(time) | Act::Stall(_, time) => *time + LAST,
         _ => Duration::ZERO,
     };
     let slept: Duration = plan.acts.iter().map(slept).sum();
+    let mut idle_since = None;
     let ends_by = stage.verdicts().ends_by.unwrap_or_default() + LAST + slept;
     while !stage.is_over() {
         assert!(stage.step(None), "the proxy waits for nothing at its end");
@@ -184,6 +209,16 @@ fn play(plan: &Plan, run: &Run) {
             stage.now() <= ends_by,
             "the proxy was to end at {ends_by:?}, and has {} connections",
             run.controller.live()
+        );
+        // Who waits for nobody ends at once.
+        idle_since = match run.controller.live() {
+            0 => idle_since.or_else(|| Some(stage.now())),
+            _ => None,
+        };
+        let idle = idle_since.unwrap_or(stage.now()).max(stage.stalled_until());
+        assert!(
+            stage.now() <= idle + AT_ONCE,
+            "nobody is there since {idle:?}, and the proxy does not end"
         );
     }
     // What the last ones were sent, and the housekeeper's last jobs.
@@ -213,10 +248,32 @@ fn check_books(run: &Run, shared: &crate::proxy::worker::Shared<SimWorld>) {
     let forwards = run.controller.forwards();
     for forward in &forwards {
         assert_eq!(forward.counters.live, 0, "{}", forward.listen);
+        check_counters(forward, &run.told.lock().unwrap());
         if let Some(vm) = &forward.vm {
             assert_eq!(vm.connections, 0, "places in the VM of {}", forward.listen);
         }
     }
+}
+
+/// What status counts is what the observer was told.
+fn check_counters(forward: &ForwardStatus, told: &BTreeMap<u64, Observed>) {
+    let id = u64::from(forward.id);
+    let its = || told.values().filter(|it| it.forward == id);
+    let sum = |of: fn(&Observed) -> u64| its().map(of).sum::<u64>();
+    let counters = &forward.counters;
+    let counted = [
+        counters.accepted,
+        counters.refused,
+        counters.sent,
+        counters.received,
+    ];
+    let told = [
+        sum(|it| it.accepted.into()),
+        sum(|it| it.refused.into()),
+        sum(|it| it.sent),
+        sum(|it| it.received),
+    ];
+    assert_eq!(counted, told, "counters of {}", forward.listen);
 }
 
 thread_local! {
@@ -394,8 +451,7 @@ fn play_all(schedules: u64, seed: u64, threads: usize) -> (Sum, Option<u64>) {
 fn tell(seed: u64) -> String {
     let plan = Plan::draw(seed);
     if std::env::var("HVSOCK_SIM_SHRINK").is_ok_and(|it| it == "no") {
-        let failure = run(&plan, false).err();
-        let why = failure.map_or_else(|| "not again".to_owned(), |it| it.why);
+        let why = run(&plan).err().unwrap_or_default();
         return format!("seed {seed} fails: {why}");
     }
     let before = plan.size();

@@ -78,6 +78,8 @@ pub(super) enum Name {
 }
 
 struct Seat {
+    /// Until when it stands still; its events it has got before.
+    stalled: Option<Duration>,
     worker: Worker<SimWorld>,
     wait: Wait,
     events: Vec<SimEvent>,
@@ -99,6 +101,12 @@ pub(super) struct Stage {
     /// The process of each VM that runs, by its state directory.
     pub(super) processes: RefCell<HashMap<PathBuf, i32>>,
     pub(super) housekeeper: Cell<Pace>,
+    /// Something stands still, or has stood.
+    pub(super) may_hang: Cell<bool>,
+    /// No limit and no lack keeps a client from being accepted.
+    pub(super) has_room: Cell<bool>,
+    /// A rule leads to another one.
+    pub(super) has_chains: Cell<bool>,
     judge: RefCell<Judge>,
     story: RefCell<Option<Vec<String>>>,
     steps: Cell<u64>,
@@ -134,6 +142,9 @@ impl Stage {
             names: RefCell::default(),
             processes: RefCell::default(),
             housekeeper: Cell::new(Pace::AtOnce),
+            may_hang: Cell::new(false),
+            has_room: Cell::new(false),
+            has_chains: Cell::new(false),
             judge: RefCell::default(),
             story: RefCell::new(tells.then(Vec::new)),
             steps: Cell::new(0),
@@ -162,6 +173,11 @@ impl Stage {
         self.base + self.now()
     }
 
+    /// When that was on the run's clock.
+    pub(super) fn time_of(&self, at: Instant) -> Duration {
+        at.saturating_duration_since(self.base)
+    }
+
     pub(super) fn steps(&self) -> u64 {
         self.steps.get()
     }
@@ -176,6 +192,7 @@ impl Stage {
     pub(super) fn seat(&self, workers: Vec<Worker<SimWorld>>) {
         let seats = workers.into_iter().map(|worker| {
             Some(Seat {
+                stalled: None,
                 wait: worker.next_wait(),
                 worker,
                 events: Vec::new(),
@@ -297,6 +314,33 @@ impl Stage {
     /// Lets the machine sleep: nothing happens meanwhile.
     pub(super) fn sleep(&self, time: Duration) {
         self.kernel().now += time;
+        let now = self.now();
+        self.judge().audit.stands_still(now);
+    }
+
+    /// Lets a worker stand still, after it has got its events.
+    pub(super) fn stall(&self, worker: usize, until: Duration) {
+        let mut seats = self.seats.borrow_mut();
+        if let Some(Some(seat)) = seats.get_mut(worker)
+            && seat.stalled.is_none()
+        {
+            let _ = seat.worker.world.wait(&mut seat.events, None);
+            seat.stalled = Some(until);
+            self.judge().audit.stands_still(until);
+        }
+    }
+
+    /// Lets all workers go on.
+    pub(super) fn end_stalls(&self) {
+        let now = self.now();
+        for seat in self.seats.borrow_mut().iter_mut().flatten() {
+            seat.stalled = seat.stalled.map(|until| until.min(now));
+        }
+    }
+
+    /// Until when workers stand still.
+    pub(super) fn stalled_until(&self) -> Duration {
+        self.verdicts().audit.still()
     }
 
     /// Does one thing, or lets time pass until one can be done; false once it is `end`.
@@ -328,6 +372,10 @@ impl Stage {
         };
         for (index, seat) in self.seats.borrow().iter().enumerate() {
             let Some(seat) = seat else { continue };
+            if let Some(until) = seat.stalled {
+                at(until, What::Worker(index), &mut can);
+                continue;
+            }
             let is_woken = self.wakes[index].load(Ordering::Relaxed)
                 || self.kernel.borrow().has_events(index)
                 || !self.mail.borrow()[index].is_empty();
@@ -368,6 +416,7 @@ impl Stage {
         if can.is_empty() {
             return match next {
                 Some(next) => {
+                    self.check_times();
                     self.kernel().now = next;
                     true
                 }
@@ -388,6 +437,12 @@ impl Stage {
             }
         }
         true
+    }
+
+    fn check_times(&self) {
+        for seat in self.seats.borrow_mut().iter_mut().flatten() {
+            self.verdicts().audit.check_times(&mut seat.worker, self);
+        }
     }
 
     /// This stage, as others keep it.
@@ -412,7 +467,9 @@ impl Stage {
         let now = self.now();
         let woken = self.wakes[index].swap(false, Ordering::Relaxed);
         let progress = self.kernel().progress;
-        let _ = seat.worker.world.wait(&mut seat.events, None);
+        if seat.stalled.take().is_none() {
+            let _ = seat.worker.world.wait(&mut seat.events, None);
+        }
         let has_events = !seat.events.is_empty();
         let turn = seat.worker.turn(&mut seat.events, seat.wait);
         let turn = turn.expect("a simulated poller does not fail");

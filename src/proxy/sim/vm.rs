@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
-use crate::address::{HyperkitVm, Port};
+use crate::address::{HyperkitVm, PORT_ANY, Port};
 use crate::simulate::judge::{HostEnd, Origin, broken_rule};
 
 use super::cast::Service;
@@ -228,7 +228,7 @@ impl Vm {
         self.closed.clear();
         for slot in self.slots.drain(..) {
             if let Guest::Talks(talk) = &slot.guest {
-                stage.judge().struck(talk.voice);
+                stage.judge().killed(talk.voice);
             }
             let mut kernel = stage.kernel();
             kernel.gone.insert(slot.socket);
@@ -254,7 +254,7 @@ impl Vm {
         match connected {
             Ok(socket) => {
                 let role = Role::Client(rule);
-                let voice = stage.judge().voice(role, Candour::Conceals, is_polite);
+                let voice = stage.judge().voice(role, Candour::Conceals, is_polite, now);
                 stage.tell(|| {
                     format!("VM {}: the guest dials rule {rule} ({socket:?}): voice {voice}, {manner:?}", self.me)
                 });
@@ -370,6 +370,14 @@ impl Vm {
                 self.unanswered
             );
         }
+        let is_dial =
+            |slot: &&Slot| matches!(slot.guest, Guest::Unanswered(port) if port != PORT_ANY.0);
+        let dials = self.slots.iter().filter(is_dial).count() as u64;
+        assert!(
+            !self.is_hyperkit() || dials <= self.plan.unanswered,
+            "{dials} dials without an answer, of {} that may be",
+            self.plan.unanswered
+        );
         let pause = self.rng.u64(0..=self.plan.slow.as_micros() as u64);
         self.answers_at = stage.now() + Duration::from_micros(pause);
     }
@@ -405,7 +413,8 @@ impl Vm {
             }
         }
         let role = Role::Service(*target);
-        let voice = stage.judge().voice(role, Candour::Conceals, false);
+        let born = stage.kernel().born(socket);
+        let voice = stage.judge().voice(role, Candour::Conceals, false, born);
         stage.tell(|| {
             format!(
                 "VM {}: the guest takes port {port} ({socket:?}): voice {voice}, {service:?}",

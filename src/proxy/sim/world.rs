@@ -189,6 +189,19 @@ fn bind(stage: &Rc<Stage>, address: &Address) -> Result<SimListener> {
     }
 }
 
+/// Who waits at a listener is accepted before it is closed, if there is room.
+fn check_backlog(stage: &Stage, key: ListenerKey) {
+    let kernel = stage.kernel();
+    // Of guests their VM judges. What was never watched was bound for nothing.
+    let is_guests =
+        matches!(kernel.place_of(key), Place::Path(path) if path.starts_with("/sim/vm"));
+    let has_room = stage.has_room.get() && kernel.left > 500;
+    assert!(
+        kernel.waiting(key) == 0 || !has_room || is_guests || !kernel.is_watched(key),
+        "{key:?} is closed, and clients wait there"
+    );
+}
+
 fn found(bound: Result<SimListener>) -> Found<SimListener> {
     match bound {
         Ok(listener) => Found::Bound(listener),
@@ -329,6 +342,7 @@ impl World for SimWorld {
     }
 
     fn close_listener(&mut self, listener: SimListener, done: Option<Sender<()>>) {
+        check_backlog(&self.stage, listener.key);
         let (key, file) = listener.shut();
         // Who asked may have given up.
         let tell = move || {

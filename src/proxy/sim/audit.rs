@@ -1,0 +1,235 @@
+//! What the connections of a worker show between its turns: that times and limits are kept, and that
+//! what is counted is so.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::proxy::conn::{Conn, State};
+use crate::proxy::forward::Forward;
+use crate::proxy::worker::{Phase, Worker};
+use crate::relay::{CLIENT, SERVER};
+
+use super::stage::Stage;
+use super::world::{SimStream, SimWorld};
+
+/// How much later than its time something may happen.
+const SLACK: Duration = Duration::from_millis(30);
+
+/// What all have beyond their times after the process stood still.
+const AFTER_STILL: Duration = Duration::from_secs(3);
+
+/// How long a leave may take while the proxy stops: two of five seconds, if it is cut off meanwhile.
+const LAST_LEAVES: Duration = Duration::from_secs(12);
+
+/// A worker and a connection.
+type Key = (usize, u64);
+
+/// What is known of an open connection.
+#[derive(Clone, Debug)]
+struct Pulse {
+    forward: Arc<Forward>,
+    delivered: u64,
+    /// When something was delivered last.
+    moved: Duration,
+    /// When one side was seen to have ended.
+    half_closed: Option<Duration>,
+    idle: Option<Duration>,
+    half_closed_time: Option<Duration>,
+}
+
+impl Pulse {
+    /// When it is to be cut off, if nothing moves.
+    fn end(&self) -> Option<Duration> {
+        let idle = self.idle.map(|time| self.moved + time);
+        let half_closed = self.half_closed.zip(self.half_closed_time);
+        let half_closed = half_closed.map(|(at, time)| self.moved.max(at) + time);
+        idle.into_iter().chain(half_closed).min()
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Audit {
+    pulses: BTreeMap<Key, Pulse>,
+    /// When what is being left was begun to be.
+    leaves: BTreeMap<Key, Duration>,
+    /// Connections of a forward that were cut off because nothing moved.
+    timed_out: BTreeMap<u64, u64>,
+    /// Forwards that were removed, and when their connections are to be cut off.
+    removed: BTreeMap<u64, Duration>,
+    /// Until when the process stood still.
+    still: Duration,
+    /// When the end was asked for.
+    stop: Option<Duration>,
+}
+
+impl Audit {
+    /// Notes that all or some of the process stands still until that time.
+    pub(super) fn stands_still(&mut self, until: Duration) {
+        self.still = self.still.max(until);
+    }
+
+    /// Until when it stands still, or stood.
+    pub(super) fn still(&self) -> Duration {
+        self.still
+    }
+
+    pub(super) fn stop_asked(&mut self, now: Duration) {
+        self.stop.get_or_insert(now);
+    }
+
+    /// Notes that a forward is being removed: nothing bounds it any more.
+    pub(super) fn removed(&mut self, forward: u64, cut_at: Duration) {
+        self.removed.insert(forward, cut_at);
+    }
+
+    /// Looks at a worker after its turn.
+    pub(super) fn look_at(&mut self, worker: &mut Worker<SimWorld>, stage: &Stage) {
+        let now = stage.now();
+        let index = worker.index;
+        let (mut timers, mut open, mut leaving) = (0, BTreeMap::new(), BTreeMap::new());
+        let mut bounds = BTreeMap::new();
+        for id in worker.conns.ids() {
+            let Some(conn) = worker.conns.get_mut(id) else {
+                continue;
+            };
+            let key = (index, id.token(CLIENT) as u64);
+            timers += usize::from(conn.timer.is_some());
+            // Guests are accepted whatever happens.
+            let is_bound = conn.name.is_some()
+                && !conn.forward.is_polite(CLIENT)
+                && !self.removed.contains_key(&conn.forward.id.0);
+            if let Some(most) = conn.forward.rule.connections.filter(|_| is_bound) {
+                let bound: &mut (usize, usize) = bounds.entry(conn.forward.id.0).or_default();
+                *bound = (bound.0 + 1, most);
+            }
+            match &conn.state {
+                State::Relaying { .. } => {
+                    let pulse = self.pulse(key, conn, now);
+                    open.insert(key, pulse);
+                }
+                State::Leaving { .. } => {
+                    leaving.insert(key, *self.leaves.get(&key).unwrap_or(&now));
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(worker.timers.len(), timers, "worker {index}: timers");
+        if !stage.has_chains.get() {
+            for (forward, (count, most)) in bounds {
+                assert!(
+                    count <= most,
+                    "{count} connections of forward {forward}, of {most}"
+                );
+            }
+        }
+        let mine = (index, 0)..=(index, u64::MAX);
+        let before: Vec<_> = self.pulses.extract_if(mine.clone(), |_, _| true).collect();
+        self.check_cuts(&before, &open, now);
+        self.pulses.extend(open);
+        self.leaves.retain(|key, _| !mine.contains(key));
+        self.leaves.extend(leaving);
+    }
+
+    fn pulse(&self, key: Key, conn: &Conn<SimStream>, now: Duration) -> Pulse {
+        let State::Relaying { pair, .. } = &conn.state else {
+            unreachable!("only open connections have a pulse");
+        };
+        let timeouts = &conn.forward.rule.timeouts;
+        let delivered = pair.delivered(CLIENT) + pair.delivered(SERVER);
+        let before = self.pulses.get(&key);
+        let moved = before.filter(|it| it.delivered == delivered);
+        let half_closed = before.and_then(|it| it.half_closed);
+        Pulse {
+            forward: Arc::clone(&conn.forward),
+            delivered,
+            moved: moved.map_or(now, |it| it.moved),
+            half_closed: half_closed.or_else(|| pair.is_half_closed().then_some(now)),
+            idle: timeouts.idle,
+            half_closed_time: timeouts.half_closed,
+        }
+    }
+
+    /// Only those on which nothing has moved for their time are cut off for that.
+    fn check_cuts(&mut self, before: &[(Key, Pulse)], open: &BTreeMap<Key, Pulse>, now: Duration) {
+        for (_, pulse) in before {
+            let forward = pulse.forward.id.0;
+            let tally = pulse.forward.tally.counters().timed_out;
+            let count = tally.idle + tally.half_closed;
+            let known = self.timed_out.insert(forward, count).unwrap_or(0);
+            let quiet = |(key, it): &&(Key, Pulse)| {
+                it.forward.id.0 == forward
+                    && !open.contains_key(key)
+                    && it.end().is_some_and(|end| end <= now)
+            };
+            let quiet = before.iter().filter(quiet).count() as u64;
+            assert!(
+                count <= known + quiet,
+                "{} connections of forward {forward} are cut off as quiet, and {quiet} were",
+                count - known
+            );
+        }
+    }
+
+    /// Looks, before the clock goes on, whether a time has passed without what was to happen then.
+    pub(super) fn check_times(&self, worker: &mut Worker<SimWorld>, stage: &Stage) {
+        let now = stage.now();
+        if now < self.still + AFTER_STILL {
+            return;
+        }
+        let late = |at: Duration| now > at.saturating_add(SLACK);
+        let (index, phase) = (worker.index, worker.phase);
+        for id in worker.conns.ids() {
+            let Some(conn) = worker.conns.get_mut(id) else {
+                continue;
+            };
+            let key = (index, id.token(CLIENT) as u64);
+            let forward = &conn.forward;
+            let timeouts = &forward.rule.timeouts;
+            let cut = self.removed.get(&forward.id.0).copied();
+            let is_left = matches!(conn.state, State::Leaving { .. });
+            assert!(
+                is_left || !cut.is_some_and(late),
+                "a connection outlives its forward, which was removed"
+            );
+            match &conn.state {
+                State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
+                    let patience = forward.wait().unwrap_or(timeouts.dial);
+                    let end = stage.time_of(conn.since).saturating_add(patience);
+                    assert!(
+                        !late(end),
+                        "a client was to be served or refused at {end:?}"
+                    );
+                    let redial = conn.held.as_ref().and_then(|held| held.redial);
+                    let redial = redial.map(|at| stage.time_of(at));
+                    assert!(
+                        !redial.is_some_and(late),
+                        "a target was to be dialled again at {redial:?}"
+                    );
+                }
+                State::Relaying { .. } => {
+                    let end = self.pulses.get(&key).and_then(Pulse::end);
+                    assert!(
+                        !end.is_some_and(late),
+                        "nothing has moved on a connection, which was to be cut off at {end:?}"
+                    );
+                }
+                State::Leaving { until, .. } => {
+                    let until = until.map(|at| stage.time_of(at));
+                    assert!(
+                        !until.is_some_and(late),
+                        "a connection was to be closed at {until:?}"
+                    );
+                    let since = self.leaves.get(&key).copied().unwrap_or(now);
+                    let stop = self.stop.filter(|_| phase > Phase::Running);
+                    let last = stop.map(|at| at.max(since) + LAST_LEAVES);
+                    assert!(
+                        !last.is_some_and(late),
+                        "one that has gone holds up the end since {since:?}"
+                    );
+                }
+                State::Bridged | State::Moving => {}
+            }
+        }
+    }
+}
