@@ -124,7 +124,12 @@ impl Audit {
             }
         }
         let mine = (index, 0)..=(index, u64::MAX);
-        let before: Vec<_> = self.pulses.extract_if(mine.clone(), |_, _| true).collect();
+        let before: Vec<_> = self
+            .pulses
+            .range(mine.clone())
+            .map(|(key, it)| (*key, it.clone()))
+            .collect();
+        self.pulses.retain(|key, _| !mine.contains(key));
         self.check_cuts(&before, &open, now);
         self.pulses.extend(open);
         self.leaves.retain(|key, _| !mine.contains(key));

@@ -104,6 +104,8 @@ pub(super) struct Judge {
     pub(super) audit: Audit,
     /// Targets that end a connection in silence before they accept it, or can't be reset.
     pub(super) unix_targets: BTreeSet<usize>,
+    /// Rules of VMs that had no slot left.
+    pub(super) crowded: BTreeSet<usize>,
     pub(super) vsock_targets: BTreeSet<usize>,
     /// To which targets rules lead, and have led: from when, until when.
     leads: BTreeMap<usize, Vec<(Option<usize>, Duration, Duration)>>,
@@ -354,6 +356,8 @@ impl Judge {
         };
         // After its half-close, a guest's refusal can't be told from an empty answer.
         let is_unclear = talk.is_gagged || talk.half_closed || talk.ear.heard > 0;
+        // A proof that finds no slot in its VM ends as if the guest had refused it.
+        let is_unclear = is_unclear || self.crowded.contains(&rule);
         let mut unix = self.unix_targets.iter();
         let is_unclear = is_unclear || unix.any(|it| self.may_lead(rule, *it, me.born));
         if me.candour == Candour::Conceals || is_unclear {

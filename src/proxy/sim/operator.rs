@@ -177,8 +177,11 @@ impl Operator {
         stage.tell(|| format!("operator: rule {rule} is removed: {removed:?}"));
         self.rules[rule].1 = None;
         check_answered(&removed, stage);
-        let grace_ends = stage.now() + grace;
-        stage.judge().audit.removed(id.0, grace_ends);
+        // A worker that stands still counts from when it hears of it.
+        if removed.is_ok() {
+            let grace_ends = stage.now() + grace;
+            stage.judge().audit.removed(id.0, grace_ends);
+        }
         if removed.is_ok() && !self.controller.is_stopping() {
             let left = self.listener_of(rule, stage);
             assert!(left.is_none(), "rule {rule} is removed, and still listens");

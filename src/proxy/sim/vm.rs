@@ -295,6 +295,7 @@ impl Vm {
         if self.slots.len() >= self.plan.slots {
             stage.tell(|| format!("VM {}: no slot for {socket:?}", self.me));
             stage.judge().count("clients of a VM without a slot");
+            stage.judge().crowded.extend(&self.plan.rules);
             self.endanger(stage);
             stage.kernel().close(socket);
             return;
