@@ -58,6 +58,15 @@ pub(crate) struct Listening<L> {
 }
 
 impl<L> Listening<L> {
+    /// Returns whether it waits to be woken though its clients would be let in.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn sleeps_in_vain(&self) -> bool {
+        let is_asleep =
+            self.listener.is_some() && self.ready && self.full.is_some() && self.paused.is_none();
+        let gate = self.forward.gates[SERVER].as_ref();
+        is_asleep && gate.is_none_or(|gate| gate.would_let_in(self.forward.id))
+    }
+
     /// Notes what keeps clients from being accepted.
     fn set_obstacle(&mut self, obstacle: Obstacle, why: &dyn std::fmt::Display) {
         self.obstacle = Some(obstacle);

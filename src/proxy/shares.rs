@@ -129,6 +129,13 @@ impl Shares {
         free
     }
 
+    /// Returns whether [`queue`](Shares::queue) would let one in.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn would_queue(&self, forward: ForwardId) -> bool {
+        let queued = self.shares.get(&forward).map_or(0, |share| share.queued);
+        queued < self.free_for(forward)
+    }
+
     pub(super) fn line_up(&mut self, forward: ForwardId) {
         self.change(forward, |share| share.queued += 1);
     }

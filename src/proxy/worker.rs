@@ -314,6 +314,10 @@ impl<W: World> Shared<W> {
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn check_books(&self) {
         assert_eq!(self.places().live(), 0, "places are taken");
+        let forwards = self.forwards();
+        let reserved: usize = forwards.iter().map(|it| it.rule.reserved).sum();
+        assert!(self.places().kept() <= reserved, "places are reserved");
+        drop(forwards);
         for inbox in &self.inboxes {
             assert_eq!(inbox.load.load(Ordering::Relaxed), 0, "a worker has load");
         }

@@ -447,6 +447,12 @@ impl Gate {
         presence::tell(news, &subject, error, forwards);
     }
 
+    /// Returns whether [`enter`](Gate::enter) would let a client in.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn would_let_in(&self, forward: ForwardId) -> bool {
+        self.state().shares.would_queue(forward)
+    }
+
     /// Connections that count against the cap now.
     #[cfg(test)]
     fn live(&self) -> usize {

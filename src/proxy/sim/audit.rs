@@ -11,7 +11,7 @@ use crate::proxy::worker::{Phase, Worker};
 use crate::relay::{CLIENT, SERVER};
 
 use super::stage::Stage;
-use super::world::{SimStream, SimWorld};
+use super::world::{SimStream, SimWorld, place_of};
 
 /// How much later than its time something may happen.
 const SLACK: Duration = Duration::from_millis(30);
@@ -72,6 +72,11 @@ impl Audit {
     /// Until when it stands still, or stood.
     pub(super) fn still(&self) -> Duration {
         self.still
+    }
+
+    /// Whether the end was asked for, or something has stood still.
+    pub(super) fn is_disturbed(&self) -> bool {
+        self.stop.is_some() || !self.still.is_zero()
     }
 
     pub(super) fn stop_asked(&mut self, now: Duration) {
@@ -172,6 +177,25 @@ impl Audit {
                 count <= known + quiet,
                 "{} connections of forward {forward} are cut off as quiet, and {quiet} were",
                 count - known
+            );
+        }
+    }
+
+    /// Looks whether the listeners of a worker are as they are to be.
+    pub(super) fn check_listeners(&self, worker: &Worker<SimWorld>, stage: &Stage) {
+        let in_vain = worker.listeners.iter().any(|it| it.sleeps_in_vain());
+        assert!(!in_vain, "a listener sleeps, and its VM has a place");
+        if worker.phase == Phase::Running || stage.has_lost_files.get() {
+            return;
+        }
+        let forwards = worker.shared.forwards();
+        for forward in forwards.iter().filter(|it| it.home == worker.index) {
+            let is_guests = forward.is_polite(CLIENT);
+            let place = place_of(&forward.rule.listen);
+            let listens = stage.kernel().listener_at(&place).is_some();
+            assert_eq!(
+                listens, is_guests,
+                "while the proxy stops, guests find their ports, and others none: {place:?}"
             );
         }
     }

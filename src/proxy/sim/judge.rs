@@ -31,6 +31,9 @@ pub(super) enum Candour {
     Conceals,
 }
 
+/// After what time a connection is open for certain.
+const OPENS: Duration = Duration::from_millis(500);
+
 /// What is known of one peer's talk.
 #[derive(Clone, Debug)]
 pub(super) struct Record {
@@ -46,7 +49,7 @@ pub(super) struct Record {
     /// It was ended from outside: its VM has died, or has forgotten it.
     pub(super) was_struck: bool,
     /// So by the death of its VM, of which others are told.
-    was_killed: bool,
+    killed: Option<Duration>,
     /// When its socket was made.
     born: Duration,
     ended: Option<Duration>,
@@ -102,10 +105,11 @@ pub(super) struct Judge {
     /// When those who are there have had their time.
     pub(super) ends_by: Option<Duration>,
     pub(super) audit: Audit,
-    /// Targets that end a connection in silence before they accept it, or can't be reset.
-    pub(super) unix_targets: BTreeSet<usize>,
-    /// Rules of VMs that had no slot left.
-    pub(super) crowded: BTreeSet<usize>,
+    /// Targets that end a connection in silence though they have not accepted it.
+    pub(super) unclear_targets: BTreeSet<usize>,
+    /// A VM has few slots: one that is full refuses what its guest has not heard of.
+    pub(super) has_few_slots: bool,
+    /// Targets behind AF_VSOCK.
     pub(super) vsock_targets: BTreeSet<usize>,
     /// To which targets rules lead, and have led: from when, until when.
     leads: BTreeMap<usize, Vec<(Option<usize>, Duration, Duration)>>,
@@ -143,7 +147,7 @@ impl Judge {
             heard_voice: None,
             has_ended_well: false,
             was_struck: false,
-            was_killed: false,
+            killed: None,
             born,
             ended: None,
             finish: None,
@@ -283,13 +287,27 @@ impl Judge {
     }
 
     /// Ends a talk, by the death of its VM.
-    pub(super) fn killed(&mut self, voice: Voice) {
-        self.record_mut(voice).was_killed = true;
+    pub(super) fn killed(&mut self, voice: Voice, now: Duration) {
+        self.record_mut(voice).killed = Some(now);
     }
 
     /// Ends a talk from outside.
     pub(super) fn struck(&mut self, voice: Voice) {
         self.record_mut(voice).was_struck = true;
+    }
+
+    /// Takes how much of what a client was sent is lost, as it is reset.
+    pub(super) fn check_loss(&self, talk: &Talk, lost: Option<u64>) {
+        let Role::Client(rule) = self.record(talk.voice).role else {
+            return;
+        };
+        // Once the end was asked for, nobody has the time to wait for what is on its way.
+        let is_clear = !self.audit.is_disturbed() && !self.is_endangered(rule, Duration::MAX);
+        assert!(
+            !is_clear || lost.is_none_or(|lost| lost == 0),
+            "voice {} is reset, and {lost:?} bytes to it are lost",
+            talk.voice
+        );
     }
 
     /// What a clean EOF may be: the end of a whole answer, or of a whole question.
@@ -316,9 +334,13 @@ impl Judge {
         let can_be_told = match it.was_struck {
             // Of what a VM forgets nobody is told.
             true => false,
-            // Only over TCP is it passed on.
-            false if it.was_killed => {
-                !matches!(me.role, Role::Service(target) if self.vsock_targets.contains(&target))
+            // Only over TCP is it passed on, and of one that was open by then.
+            false if it.killed.is_some() => {
+                let opened = me.born.max(it.born) + OPENS;
+                let is_vsock = |target| self.vsock_targets.contains(target);
+                it.killed.is_some_and(|at| at > opened)
+                    && !self.audit.is_disturbed()
+                    && !matches!(&me.role, Role::Service(target) if is_vsock(target))
             }
             false => it.candour == Candour::Tells || it.finish.is_none(),
         };
@@ -355,11 +377,10 @@ impl Judge {
             return;
         };
         // After its half-close, a guest's refusal can't be told from an empty answer.
-        let is_unclear = talk.is_gagged || talk.half_closed || talk.ear.heard > 0;
-        // A proof that finds no slot in its VM ends as if the guest had refused it.
-        let is_unclear = is_unclear || self.crowded.contains(&rule);
-        let mut unix = self.unix_targets.iter();
-        let is_unclear = is_unclear || unix.any(|it| self.may_lead(rule, *it, me.born));
+        let is_unclear =
+            self.has_few_slots || talk.is_gagged || talk.half_closed || talk.ear.heard > 0;
+        let mut targets = self.unclear_targets.iter();
+        let is_unclear = is_unclear || targets.any(|it| self.may_lead(rule, *it, me.born));
         if me.candour == Candour::Conceals || is_unclear {
             return;
         }

@@ -863,6 +863,15 @@ impl Kernel {
         [self.sockets[id.0].written, self.sockets[id.0].read]
     }
 
+    /// How much of what the proxy has written to a TCP socket did not come, nor will.
+    pub(super) fn lost(&self, id: SocketId) -> Option<u64> {
+        let socket = &self.sockets[id.0];
+        let peer = &self.sockets[socket.peer?.0];
+        let is_of_proxy = peer.owner == Owner::Proxy && !socket.is_unix;
+        let come = socket.read + socket.inbox.len() as u64;
+        is_of_proxy.then(|| peer.written - come)
+    }
+
     /// The open connections, in words.
     pub(super) fn describe(&self) -> Vec<String> {
         let open = |(_, it): &(usize, &Socket)| it.state != State::Closed;

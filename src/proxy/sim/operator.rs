@@ -115,12 +115,14 @@ impl Operator {
             Act::RemoveFile(rule) => {
                 if let Place::Path(path) = place_of(&self.rules[rule].0.listen) {
                     self.endanger(rule, stage);
+                    stage.has_lost_files.set(true);
                     stage.kernel().files.remove(&path);
                 }
             }
             Act::TakeFile(rule) => {
                 if let Place::Path(path) = place_of(&self.rules[rule].0.listen) {
                     self.endanger(rule, stage);
+                    stage.has_lost_files.set(true);
                     let mut kernel = stage.kernel();
                     kernel.files.remove(&path);
                     let taken = kernel.listen(&Place::Path(path), Owner::Actor(self.me));
@@ -177,11 +179,9 @@ impl Operator {
         stage.tell(|| format!("operator: rule {rule} is removed: {removed:?}"));
         self.rules[rule].1 = None;
         check_answered(&removed, stage);
-        // A worker that stands still counts from when it hears of it.
-        if removed.is_ok() {
-            let grace_ends = stage.now() + grace;
-            stage.judge().audit.removed(id.0, grace_ends);
-        }
+        // A worker that stands still begins to count when it goes on.
+        let grace_ends = stage.now().max(stage.stalled_until()) + grace;
+        stage.judge().audit.removed(id.0, grace_ends);
         if removed.is_ok() && !self.controller.is_stopping() {
             let left = self.listener_of(rule, stage);
             assert!(left.is_none(), "rule {rule} is removed, and still listens");

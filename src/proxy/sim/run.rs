@@ -13,7 +13,7 @@ use fastrand::Rng;
 use crate::proxy::controller::Controller;
 use crate::proxy::forward::Rule;
 use crate::proxy::observer::{Observer, What};
-use crate::proxy::status::ForwardStatus;
+use crate::proxy::status::{ForwardState, ForwardStatus};
 use crate::proxy::{ForwardId, ProxyConfig, assemble};
 use crate::stream::nonblocking::Waiter;
 
@@ -24,13 +24,16 @@ use super::operator::{Act, Operator, Stopper};
 use super::plan::Plan;
 use super::stage::Stage;
 use super::vm::{Kind, Vm};
-use super::world::{SimWorld, set_stage};
+use super::world::{SimWorld, place_of, set_stage};
 
 /// No run takes longer, on its own clock.
 const LONGEST: Duration = Duration::from_secs(20_000);
 
 /// What the proxy has at its end beyond the time of those who are there: guests are taken leave of.
 const LAST: Duration = Duration::from_secs(5);
+
+/// How long nobody comes before it is looked whether all listen: files are looked after each second.
+const QUIET: Duration = Duration::from_secs(3);
 
 /// How long the proxy may take to end once nobody is there.
 const AT_ONCE: Duration = Duration::from_millis(100);
@@ -147,9 +150,10 @@ fn set(plan: &Plan, tells: bool) -> Run {
         server.open(&stage);
         stage.add(Box::new(server), Duration::ZERO);
     }
+    stage.judge().has_few_slots = plan.vms.iter().any(|vm| vm.slots < 100);
     for server in &plan.servers {
         match server.place {
-            Place::Path(_) => stage.judge().unix_targets.insert(server.target),
+            Place::Path(_) => stage.judge().unclear_targets.insert(server.target),
             Place::Vsock { .. } => stage.judge().vsock_targets.insert(server.target),
             Place::Tcp(_) => false,
         };
@@ -190,6 +194,9 @@ fn play(plan: &Plan, run: &Run) {
         );
     }
     let shared = Arc::clone(&run.controller.shared);
+    if !stage.is_over() && !run.controller.is_stopping() {
+        check_listeners(plan, run);
+    }
     if !stage.is_over() {
         let now = stage.now();
         stage.end_stalls();
@@ -226,6 +233,35 @@ fn play(plan: &Plan, run: &Run) {
     check_books(run, &shared);
 }
 
+/// After a while in which nobody comes, each forward listens, and says so.
+fn check_listeners(plan: &Plan, run: &Run) {
+    let stage = &run.stage;
+    let spoils = |act: &Act| matches!(act, Act::TakeFile(_) | Act::Descriptors(_));
+    let is_spoilt = plan.acts.iter().any(|(_, act)| spoils(act));
+    if is_spoilt
+        || stage.may_hang.get()
+        || run.controller.live() > 0
+        || plan.habits.descriptors < 500
+    {
+        return;
+    }
+    let end = stage.now().max(stage.stalled_until()) + QUIET;
+    while stage.step_until(end) {}
+    for forward in run.controller.forwards() {
+        if run.controller.live() > 0 {
+            return;
+        }
+        let listens = stage.kernel().listener_at(&place_of(&forward.listen));
+        assert!(listens.is_some(), "nobody listens on {}", forward.listen);
+        let is_told = forward.state == ForwardState::Listening;
+        assert!(
+            is_told,
+            "{} is said to be {:?}",
+            forward.listen, forward.state
+        );
+    }
+}
+
 /// What is left when all is over.
 fn check_books(run: &Run, shared: &crate::proxy::worker::Shared<SimWorld>) {
     let stage = &run.stage;
@@ -246,10 +282,13 @@ fn check_books(run: &Run, shared: &crate::proxy::worker::Shared<SimWorld>) {
     stage.verdicts().check_observed();
     stage.verdicts().check_served();
     let forwards = run.controller.forwards();
+    let reserved: usize = forwards.iter().map(|it| it.rule.reserved).sum();
     for forward in &forwards {
         assert_eq!(forward.counters.live, 0, "{}", forward.listen);
         check_counters(forward, &run.told.lock().unwrap());
         if let Some(vm) = &forward.vm {
+            // One is for proofs.
+            assert!(vm.reserved <= reserved + 1, "reserved: {}", vm.reserved);
             assert_eq!(vm.connections, 0, "places in the VM of {}", forward.listen);
         }
     }

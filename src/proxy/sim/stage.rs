@@ -103,6 +103,8 @@ pub(super) struct Stage {
     pub(super) housekeeper: Cell<Pace>,
     /// Something stands still, or has stood.
     pub(super) may_hang: Cell<bool>,
+    /// Somebody has removed files of listeners, or has put others in their place.
+    pub(super) has_lost_files: Cell<bool>,
     /// No limit and no lack keeps a client from being accepted.
     pub(super) has_room: Cell<bool>,
     /// A rule leads to another one.
@@ -143,6 +145,7 @@ impl Stage {
             processes: RefCell::default(),
             housekeeper: Cell::new(Pace::AtOnce),
             may_hang: Cell::new(false),
+            has_lost_files: Cell::new(false),
             has_room: Cell::new(false),
             has_chains: Cell::new(false),
             judge: RefCell::default(),
@@ -441,7 +444,11 @@ impl Stage {
 
     fn check_times(&self) {
         for seat in self.seats.borrow_mut().iter_mut().flatten() {
-            self.verdicts().audit.check_times(&mut seat.worker, self);
+            let verdicts = self.verdicts();
+            verdicts.audit.check_times(&mut seat.worker, self);
+            if seat.stalled.is_none() {
+                verdicts.audit.check_listeners(&seat.worker, self);
+            }
         }
     }
 

@@ -326,6 +326,13 @@ impl Talk {
     }
 
     fn break_off(&mut self, stage: &Rc<Stage>, kind: ErrorKind) {
+        let kernel = stage.kernel();
+        let lost = kernel.lost(self.socket);
+        drop(kernel);
+        let reads_all = self.manner.reads == u64::MAX && self.manner.pause.is_zero();
+        stage
+            .verdicts()
+            .check_loss(self, lost.filter(|_| reads_all));
         self.finish = Some(Finish::Broken(kind));
         stage.judge().finished(self, stage.now());
         stage.kernel().close(self.socket);

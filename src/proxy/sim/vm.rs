@@ -223,12 +223,13 @@ impl Vm {
             let directory = self.plan.hyperkit().state_dir;
             stage.processes.borrow_mut().remove(&directory);
         }
+        let now = stage.now();
         stage.kernel().close_listener(key);
         self.dials.clear();
         self.closed.clear();
         for slot in self.slots.drain(..) {
             if let Guest::Talks(talk) = &slot.guest {
-                stage.judge().killed(talk.voice);
+                stage.judge().killed(talk.voice, now);
             }
             let mut kernel = stage.kernel();
             kernel.gone.insert(slot.socket);
@@ -295,7 +296,6 @@ impl Vm {
         if self.slots.len() >= self.plan.slots {
             stage.tell(|| format!("VM {}: no slot for {socket:?}", self.me));
             stage.judge().count("clients of a VM without a slot");
-            stage.judge().crowded.extend(&self.plan.rules);
             self.endanger(stage);
             stage.kernel().close(socket);
             return;
