@@ -1,7 +1,7 @@
 //! What the connections of a worker show between its turns: that times and limits are kept, and that
 //! what is counted is so.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,6 +57,10 @@ pub(super) struct Audit {
     timed_out: BTreeMap<u64, u64>,
     /// Forwards that were removed, and when their connections are to be cut off.
     removed: BTreeMap<u64, Duration>,
+    /// Forwards that were there from the start.
+    first: BTreeSet<u64>,
+    /// Forwards that were added, and since when they were so for certain.
+    added: BTreeMap<u64, Duration>,
     /// Until when the process stood still.
     still: Duration,
     /// When the end was asked for.
@@ -83,6 +87,16 @@ impl Audit {
         self.stop.get_or_insert(now);
     }
 
+    /// Notes that a forward is there from the start.
+    pub(super) fn is_first(&mut self, forward: u64) {
+        self.first.insert(forward);
+    }
+
+    /// Notes that a forward was added.
+    pub(super) fn added(&mut self, forward: u64, now: Duration) {
+        self.added.insert(forward, now);
+    }
+
     /// Notes that a forward is being removed: nothing bounds it any more.
     pub(super) fn removed(&mut self, forward: u64, cut_at: Duration) {
         self.removed.insert(forward, cut_at);
@@ -105,8 +119,9 @@ impl Audit {
                 && !conn.forward.is_polite(CLIENT)
                 && !self.removed.contains_key(&conn.forward.id.0);
             if let Some(most) = conn.forward.rule.connections.filter(|_| is_bound) {
-                let bound: &mut (usize, usize) = bounds.entry(conn.forward.id.0).or_default();
-                *bound = (bound.0 + 1, most);
+                let bound = bounds.entry(conn.forward.id.0).or_insert((0, most, None));
+                let since = stage.time_of(conn.since);
+                *bound = (bound.0 + 1, most, bound.2.max(Some(since)));
             }
             match &conn.state {
                 State::Relaying { .. } => {
@@ -121,9 +136,12 @@ impl Audit {
         }
         assert_eq!(worker.timers.len(), timers, "worker {index}: timers");
         if !stage.has_chains.get() {
-            for (forward, (count, most)) in bounds {
+            for (forward, (count, most, last)) in bounds {
+                // One that was added listens before its bound holds.
+                let is_bound = self.first.contains(&forward)
+                    || self.added.get(&forward).is_some_and(|at| last > Some(*at));
                 assert!(
-                    count <= most,
+                    count <= most || !is_bound,
                     "{count} connections of forward {forward}, of {most}"
                 );
             }

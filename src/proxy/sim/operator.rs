@@ -179,9 +179,11 @@ impl Operator {
         stage.tell(|| format!("operator: rule {rule} is removed: {removed:?}"));
         self.rules[rule].1 = None;
         check_answered(&removed, stage);
-        // A worker that stands still begins to count when it goes on.
-        let grace_ends = stage.now().max(stage.stalled_until()) + grace;
-        stage.judge().audit.removed(id.0, grace_ends);
+        // A worker that gave no answer begins to count when it goes on.
+        if removed.is_ok() {
+            let grace_ends = stage.now() + grace;
+            stage.judge().audit.removed(id.0, grace_ends);
+        }
         if removed.is_ok() && !self.controller.is_stopping() {
             let left = self.listener_of(rule, stage);
             assert!(left.is_none(), "rule {rule} is removed, and still listens");
@@ -204,6 +206,8 @@ impl Operator {
         match added {
             Ok(id) => {
                 self.rules[rule].1 = Some(id);
+                let now = stage.now();
+                stage.judge().audit.added(id.0, now);
                 stage.judge().count("rules added");
             }
             Err(_) => {

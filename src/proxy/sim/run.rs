@@ -109,6 +109,9 @@ fn set(plan: &Plan, tells: bool) -> Run {
         Err(e) => panic!("the proxy can't start: {e}"),
     };
     stage.seat(workers);
+    for forward in controller.forwards() {
+        stage.judge().audit.is_first(forward.id.0);
+    }
     let mut forwards = controller.forwards().into_iter().map(|it| it.id);
     let rules: Vec<(Rule, Option<ForwardId>)> = plan
         .rules
