@@ -515,6 +515,19 @@ impl Plan {
             };
             self.acts.push((at, act));
         }
+        // A socket that is bound again while its worker stands still is closed with its guests, if
+        // the worker ends before it has heard of it.
+        let stalls = self
+            .acts
+            .iter()
+            .any(|(_, act)| matches!(act, Act::Stall(..)));
+        let rules = &self.rules;
+        self.acts.retain(|(_, act)| match act {
+            Act::RemoveFile(rule) | Act::TakeFile(rule) => {
+                !stalls || !rules[*rule].rule.listen.is_delicate()
+            }
+            _ => true,
+        });
     }
 
     fn draw_vm_acts(&mut self, rng: &mut Rng) {
