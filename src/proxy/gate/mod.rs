@@ -191,6 +191,7 @@ impl Gate {
         let mut state = self.state();
         state.shares.set_cap(limits.live);
         state.may_lack = limits.unanswered;
+        state.keep_for_proofs();
         state.wake();
     }
 
@@ -320,7 +321,7 @@ impl Gate {
         holds: Option<bool>,
     ) -> Result<Reservation, usize> {
         let mut state = self.state();
-        // A proof needs a place beside that of the dial.
+        // A proof needs a place beside that of the dial, where there are two.
         let proves = holds == Some(true) && state.shares.cap() > 1;
         if proves && state.forwards[1] == 0 {
             state.shares.reserve(PROOFS, 1)?;
@@ -475,6 +476,13 @@ fn sleep(state: &mut State, worker: usize, wake: &Wake) {
 }
 
 impl State {
+    /// Keeps a place for proofs where forwards want them, and where it is not the only one.
+    fn keep_for_proofs(&mut self) {
+        let places = usize::from(self.forwards[1] > 0 && self.shares.cap() > 1);
+        // Where the others have reserved all, proofs get what is free.
+        let _ = self.shares.reserve(PROOFS, places);
+    }
+
     /// Whether the last look has not ended within a time in which any file system answers.
     fn hangs(&self, now: Instant) -> bool {
         let late = |at| now.saturating_duration_since(at) >= HANGS;

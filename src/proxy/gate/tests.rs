@@ -71,6 +71,19 @@ fn probes_keep_the_distance_of_dials() {
 }
 
 #[test]
+fn a_vm_that_may_have_one_connection_only_keeps_no_place_for_proofs() {
+    let gate = gate(900, 64);
+    let _places = gate.reserve(ONE, 0, Some(true)).unwrap();
+    gate.set_limits(GateLimits {
+        live: 1,
+        unanswered: 64,
+    });
+    let other = ForwardId(2);
+    let admission = gate.admit(other, Instant::now());
+    assert!(matches!(admission, Admission::Go(_)), "{admission:?}");
+}
+
+#[test]
 fn a_guest_that_answers_nothing_is_not_dialled_without_end() {
     let gate = gate(900, 64);
     let mut now = Instant::now();
