@@ -65,14 +65,16 @@ impl<W: World> Controller<W> {
             descriptors.keep_some_for_guests();
         }
         self.shared.make_room(listeners);
+        // Its bound holds for its first client.
+        self.shared.keep(&forward);
         let undo = |e| {
+            self.shared.release(&forward);
             self.shared.make_room(forwards.len());
             fail(e)
         };
         let listen = |wanted, tell| Command::Listen(listener, Arc::clone(&forward), wanted, tell);
         let begun = self.ask(home, listen).and_then(|done| done);
         begun.map_err(undo)?;
-        self.shared.keep(&forward);
         self.shared.forwards().push(forward);
         Ok(id)
     }
