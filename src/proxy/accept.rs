@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use tracing::{debug, error, info, warn};
@@ -61,8 +61,7 @@ impl<L> Listening<L> {
     /// Returns whether it waits to be woken though its clients would be let in.
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn sleeps_in_vain(&self) -> bool {
-        let is_asleep =
-            self.listener.is_some() && self.ready && self.full.is_some() && self.paused.is_none();
+        let is_asleep = self.listener.is_some() && self.ready && self.full.is_some();
         let gate = self.forward.gates[SERVER].as_ref();
         is_asleep && gate.is_none_or(|gate| gate.would_let_in(self.forward.id))
     }
@@ -121,6 +120,25 @@ impl<W: World> Worker<W> {
             None => self.listeners.push(listening),
         }
         Ok(())
+    }
+
+    /// Closes a listener that is not to be taken over, after its addition was given up. Guests that
+    /// wait there are refused as any others: one that is closed at once hurts its device.
+    pub(super) fn give_up_listener(
+        &mut self,
+        listener: W::Listener,
+        forward: Arc<Forward>,
+        now: Instant,
+    ) {
+        if !forward.is_polite(CLIENT) {
+            return self.world.close_listener(listener, None);
+        }
+        forward.cut.store(true, Ordering::Release);
+        let id = forward.id;
+        // One that can't be watched is closed by that.
+        if self.add_listener(listener, forward).is_ok() {
+            self.remove_listener(id, channel().0, now);
+        }
     }
 
     /// Notes by what the clients of a forward know it.
@@ -351,7 +369,9 @@ impl<W: World> Worker<W> {
     }
 
     fn pause(&mut self, index: usize, obstacle: Obstacle, now: Instant, reason: &io::Error) {
-        self.listeners[index].paused = Some(now + PAUSE);
+        let listening = &mut self.listeners[index];
+        // It looks again by itself, whatever its VM was like before.
+        (listening.paused, listening.full) = (Some(now + PAUSE), None);
         self.block(index, obstacle, reason, now);
     }
 
@@ -389,7 +409,7 @@ impl<W: World> Worker<W> {
         // Once the end has begun the others may be gone.
         let least = (0..self.shared.inboxes.len())
             .min_by_key(load)
-            .filter(|index| self.phase == Phase::Running && load(index) < mine);
+            .filter(|index| !self.shared.is_stopping() && load(index) < mine);
         let to = match stream.is_settled() {
             true => self.index,
             false => least.unwrap_or(self.index),

@@ -452,7 +452,7 @@ impl<W: World> Worker<W> {
                 }
                 Command::Listen(listener, forward, wanted, tell) => match wanted.begin() {
                     true => drop(tell.send(self.add_listener(listener, forward))),
-                    false => self.world.close_listener(listener, None),
+                    false => self.give_up_listener(listener, forward, now),
                 },
                 Command::Replace(forward, wanted, tell) => {
                     if wanted.begin() {

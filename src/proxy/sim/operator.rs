@@ -195,11 +195,6 @@ impl Operator {
         if self.rules[rule].1.is_some() {
             return;
         }
-        // What is given up is closed with the guests that wait there.
-        let is_stalled = stage.now() < stage.stalled_until();
-        if is_stalled && self.rules[rule].0.listen.is_delicate() {
-            return;
-        }
         let added = self.controller.add(self.rules[rule].0.clone());
         check_answered(&added, stage);
         stage.tell(|| format!("operator: rule {rule} is added: {added:?}"));
