@@ -489,7 +489,7 @@ impl Plan {
                     rng.usize(..self.workers),
                     one(rng, &[ms(5), ms(700), ms(7_000), ms(40_000)]),
                 ),
-                15 => Act::LimitVm(0, one(rng, &[1, 2, 8, 1_000])),
+                15 => Act::LimitVm(0, one(rng, &[6, 8, 1_000])),
                 0 | 1 => Act::Remove(rule, one(rng, &[ms(0), ms(500), ms(30_000)])),
                 2 | 3 => Act::Add(rule),
                 4 | 5 => Act::Replace(rule, other),
