@@ -147,8 +147,9 @@ impl Stream {
     ///
     /// # Errors
     /// What the kernel says; `NotConnected` if the peer has reset the connection, and on macOS also
-    /// if that direction has ended or a Unix socket's peer has closed; `Unsupported` for the half-close of a named pipe that its server made of byte type, not of message type: it has none. Where the stream speaks in frames,
-    /// what [`Framed::shutdown`](crate::framing::Framed::shutdown) says.
+    /// if that direction has ended or a Unix socket's peer has closed; `Unsupported` for the half-close
+    /// of a named pipe that its server made of byte type, not of message type: it has none. Where the
+    /// stream speaks in frames, what [`Framed::shutdown`](crate::framing::Framed::shutdown) says.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match &self.frames {
             Some(frames) => frames.shutdown(&mut &self.socket, how),
