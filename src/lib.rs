@@ -70,20 +70,10 @@
 
 pub mod address;
 #[cfg(feature = "cli")]
-mod cat;
-#[cfg(feature = "cli")]
 #[doc(hidden)]
-pub mod cli;
-#[cfg(feature = "cli")]
-mod config;
-#[cfg(all(unix, feature = "cli"))]
-mod control;
+pub mod app;
 mod dial;
-#[cfg(feature = "cli")]
-mod doctor;
 pub mod error;
-#[cfg(feature = "cli")]
-mod escape;
 pub mod family;
 mod file;
 pub mod framing;
@@ -93,26 +83,16 @@ mod listener;
 pub mod mio;
 mod mux;
 mod name;
-#[cfg(feature = "cli")]
-mod output;
 pub mod proxy;
 mod relay;
-#[cfg(feature = "cli")]
-mod serve;
 pub mod services;
 #[cfg(unix)]
 pub mod simulate;
 mod stream;
-#[cfg(feature = "cli")]
-mod stress;
 mod sys;
-#[cfg(all(unix, feature = "cli"))]
-mod syslog;
 mod time;
 #[cfg(all(unix, feature = "tokio"))]
 pub mod tokio;
-#[cfg(all(unix, feature = "cli"))]
-mod top;
 pub mod vsock;
 
 pub use address::{Address, AddressError};

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    hvsock::cli::run(std::env::args_os())
+    hvsock::app::run(std::env::args_os())
 }

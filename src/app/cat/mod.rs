@@ -1,0 +1,260 @@
+//! Standard input and output over a connection of any family.
+
+mod session;
+
+use std::io;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use crate::address::{Address, HyperkitAddress, PORT_ANY};
+use crate::app::serve::LOOK;
+use crate::dial;
+use crate::error::{Error, Operation};
+use crate::listener::lasting::LastingListener;
+use crate::stream::Stream;
+use crate::sys::Wanted;
+use crate::time::after;
+
+use session::{Input, Session};
+
+/// What `cat` is to do.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) address: Address,
+    /// How long a connection that can't be had yet is tried for again.
+    pub(crate) wait: Duration,
+    /// How long the peer may take to end when we are told to; and how long nothing may come before a half-close that is
+    /// kept back is sent all the same.
+    pub(crate) drain: Duration,
+    /// One client is served after the other.
+    pub(crate) keeps: bool,
+}
+
+/// Why a connection didn't do all that it was to do.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Failed(String),
+    /// Standard output's reader has gone: it knows best why.
+    OutputClosed,
+    Interrupted,
+}
+
+impl From<crate::Error> for Failure {
+    fn from(error: crate::Error) -> Failure {
+        Failure::Failed(error.to_string())
+    }
+}
+
+pub(crate) type Outcome = Result<(), Failure>;
+
+/// Something that a session has to know of.
+#[derive(Debug)]
+enum Event {
+    /// A signal asks for the end.
+    Interrupt,
+    /// From the threads of a session, by its number.
+    Session(u64, session::Event),
+}
+
+/// One standard input and output, and the connections that have them one after the other.
+#[derive(Debug)]
+pub(crate) struct Cat {
+    plan: Plan,
+    input: Input,
+    events: Receiver<Event>,
+    tell: Sender<Event>,
+    sessions: u64,
+}
+
+/// Tells a [`Cat`] to end.
+#[derive(Clone, Debug)]
+pub(crate) struct Interrupter(Sender<Event>);
+
+impl Interrupter {
+    pub(crate) fn interrupt(&self) {
+        // If nobody listens any more, it has ended already.
+        let _ = self.0.send(Event::Interrupt);
+    }
+}
+
+impl Cat {
+    pub(crate) fn new(plan: Plan) -> Cat {
+        let (tell, events) = channel();
+        Cat {
+            plan,
+            input: Input::default(),
+            events,
+            tell,
+            sessions: 0,
+        }
+    }
+
+    pub(crate) fn interrupter(&self) -> Interrupter {
+        Interrupter(self.tell.clone())
+    }
+
+    /// Connects and carries, to the end of both directions.
+    pub(crate) fn connect(&mut self) -> Outcome {
+        let (stream, connected) = self.dial()?;
+        self.carry(stream, connected)
+    }
+
+    /// Takes a client and carries, to the end of both directions; false if none has come for a while.
+    pub(crate) fn accept(&mut self, listener: &mut LastingListener) -> Result<bool, Failure> {
+        let Some((stream, _)) = listener.accept_timeout(LOOK) else {
+            return Ok(false);
+        };
+        self.carry(stream, Instant::now()).map(|()| true)
+    }
+
+    fn carry(&mut self, stream: Stream, connected: Instant) -> Outcome {
+        self.sessions += 1;
+        Session {
+            number: self.sessions,
+            stream: stream.into(),
+            connected,
+            drain: self.plan.drain,
+            keeps: self.plan.keeps,
+            input: &self.input,
+            events: &self.events,
+            tell: &self.tell,
+        }
+        .run()
+    }
+
+    /// Whether the end was asked for since that was asked last.
+    pub(crate) fn is_interrupted(&self) -> bool {
+        // Those of threads of an earlier session say nothing any more.
+        self.events
+            .try_iter()
+            .any(|event| matches!(event, Event::Interrupt))
+    }
+
+    /// Connects, trying again while there is time; and when that was.
+    fn dial(&self) -> Result<(Stream, Instant), Failure> {
+        let begun = Instant::now();
+        let mut pause = Duration::from_millis(50);
+        loop {
+            let left = self.plan.wait.saturating_sub(begun.elapsed());
+            let error = match self.dial_once(left) {
+                Ok(connected) => return Ok(connected),
+                Err(Attempt::Interrupted) => return Err(Failure::Interrupted),
+                Err(Attempt::Failed(e)) => e,
+            };
+            // An attempt may take longer than it was to.
+            let left = self.plan.wait.saturating_sub(begun.elapsed());
+            if left.is_zero() || !dial::may_come(&error) {
+                return Err(error.into());
+            }
+            let until = Instant::now() + pause.min(left);
+            while Instant::now() < until {
+                if self.is_interrupted() {
+                    return Err(Failure::Interrupted);
+                }
+                let rest = until.saturating_duration_since(Instant::now());
+                std::thread::sleep(rest.min(LOOK));
+            }
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+
+    fn dial_once(&self, left: Duration) -> Result<(Stream, Instant), Attempt> {
+        let address = &self.plan.address;
+        let timeout = match self.plan.wait.is_zero() {
+            true => DIAL,
+            false => left.max(LOOK),
+        };
+        let deadline = after(Instant::now(), timeout);
+        let stream = Stream::connect_unless(address, timeout, &|| self.is_interrupted())?;
+        let connected = Instant::now();
+        match address {
+            Address::Hyperkit(hyperkit) if !self.plan.wait.is_zero() => {
+                let outcome = self.is_taken(&stream, hyperkit, deadline);
+                if outcome.is_err() {
+                    let _ = stream.finish(LEAVE);
+                }
+                outcome?;
+            }
+            _ => {}
+        }
+        Ok((stream, connected))
+    }
+
+    /// Waits until it is known that the guest has taken a dial.
+    ///
+    /// hyperkit tells a refusal by EOF and nothing else, and a guest that boots says nothing for a while. But a guest
+    /// answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
+    /// answered, too.
+    fn is_taken(
+        &self,
+        stream: &Stream,
+        address: &HyperkitAddress,
+        deadline: Instant,
+    ) -> Result<(), Attempt> {
+        let probe = HyperkitAddress {
+            port: PORT_ANY,
+            ..address.clone()
+        };
+        // With `guest_forwards` alone there is nothing to probe with. And a VM that has gone ends ours, too.
+        let Ok(probe) = Stream::connect_timeout(&probe.into(), DIAL) else {
+            return self.is_refused(stream, LOOK);
+        };
+        let answered = self.is_answered(&probe, deadline);
+        // However that went: a probe, too, is a dial that must not just be closed.
+        let _ = probe.finish(LEAVE);
+        if answered? {
+            return self.is_refused(stream, Duration::ZERO);
+        }
+        let cause = io::Error::new(io::ErrorKind::TimedOut, "the guest doesn't answer");
+        let error = Error::new(Operation::Connect, &self.plan.address, cause);
+        Err(error.with_remedy("is it booting, paused or asleep?").into())
+    }
+
+    /// Whether the guest ends it within `timeout`.
+    fn is_refused(&self, stream: &Stream, timeout: Duration) -> Result<(), Attempt> {
+        match stream.wait(Wanted::Readable, timeout) {
+            Ok(true) if stream.has_ended() => {
+                Err(dial::refused_in_silence(&self.plan.address).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the probe is ended in time.
+    fn is_answered(&self, probe: &Stream, deadline: Instant) -> Result<bool, Attempt> {
+        loop {
+            if self.is_interrupted() {
+                return Err(Attempt::Interrupted);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            // A failure to wait is one of the socket: what there is to say of it, ours says as well.
+            if probe.wait(Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
+                return Ok(true);
+            }
+        }
+    }
+}
+
+/// Why a dial came to nothing.
+enum Attempt {
+    Failed(Error),
+    Interrupted,
+}
+
+impl From<Error> for Attempt {
+    fn from(error: Error) -> Attempt {
+        match error.kind() {
+            io::ErrorKind::Interrupted => Attempt::Interrupted,
+            _ => Attempt::Failed(error),
+        }
+    }
+}
+
+/// How long one dial may take when it isn't to be tried again.
+const DIAL: Duration = Duration::from_secs(30);
+
+/// How long a dial of which only the end is wanted may take to be ended.
+const LEAVE: Duration = Duration::from_secs(1);

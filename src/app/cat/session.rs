@@ -1,0 +1,368 @@
+//! One connection between standard input and standard output.
+//!
+//! A thread carries each direction, so that neither ever waits for the other; this one waits for what they tell. Each
+//! direction ends by itself: EOF on standard input becomes a half-close, and what comes is written to its end.
+
+use std::io::{self, IsTerminal, Read, Write};
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::info;
+
+use crate::app::serve::{self, LOOK};
+use crate::dial;
+use crate::stream::Stream;
+use crate::sys;
+
+use super::{Failure, Outcome};
+
+const BUFFER: usize = 128 * 1024;
+
+/// How long a wait may be of which nothing but an event is expected.
+const IDLE: Duration = Duration::from_secs(3600);
+
+/// How long the half-close to a guest that has said nothing yet is kept back: hyperkit refuses by EOF, some 50 µs after
+/// the dial, and behind our half-close that would look like an empty answer.
+const HOLD: Duration = Duration::from_millis(10);
+
+/// A wait at the end is told of if it is longer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What a thread of a session has to tell.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// All of standard input was sent, and the half-close if the peer can bear it.
+    InputEnded,
+    /// Standard input can't be read.
+    InputFailed(io::Error),
+    /// The peer takes no more.
+    SendFailed(io::Error),
+    /// The peer's EOF, after so many bytes.
+    PeerEnded(u64),
+    /// Nothing more can be read, after so many bytes.
+    ReceiveFailed(u64, io::Error),
+    OutputFailed(io::Error),
+}
+
+/// What is read from standard input: bytes, or none at its end.
+type Chunk = io::Result<Vec<u8>>;
+
+/// Standard input, read by a thread that outlives sessions: what it waits for can't be taken back.
+#[derive(Debug, Default)]
+pub(super) struct Input(OnceLock<Arc<Mutex<Chunks>>>);
+
+impl Input {
+    fn chunks(&self, wait: Duration) -> Arc<Mutex<Chunks>> {
+        let start = || {
+            let (put, come) = sync_channel(1);
+            thread::spawn(move || read_input(&put));
+            Arc::new(Mutex::new(Chunks {
+                come,
+                kept: None,
+                wait,
+            }))
+        };
+        Arc::clone(self.0.get_or_init(start))
+    }
+}
+
+/// What was read and no session has sent yet.
+#[derive(Debug)]
+struct Chunks {
+    come: Receiver<Chunk>,
+    /// Taken for a session that was over by then.
+    kept: Option<Chunk>,
+    /// How long a session waits before it looks whether it is over.
+    wait: Duration,
+}
+
+impl Chunks {
+    /// Waits a while for the next one.
+    fn next(&mut self, over: &AtomicBool) -> Option<Chunk> {
+        let chunk = match self.kept.take() {
+            Some(chunk) => chunk,
+            None => match self.come.recv_timeout(self.wait) {
+                Ok(chunk) => chunk,
+                Err(RecvTimeoutError::Timeout) => return None,
+                // Its end was told to an earlier session.
+                Err(RecvTimeoutError::Disconnected) => Ok(Vec::new()),
+            },
+        };
+        if over.load(Ordering::Acquire) {
+            self.kept = Some(chunk);
+            return None;
+        }
+        Some(chunk)
+    }
+}
+
+fn read_input(put: &SyncSender<Chunk>) {
+    let mut input = match sys::standard_input() {
+        Ok(input) => input,
+        Err(e) => return drop(put.send(Err(e))),
+    };
+    loop {
+        let mut chunk = vec![0; BUFFER];
+        let read = input.read(&mut chunk);
+        let ended = match read {
+            Ok(n) => {
+                chunk.truncate(n);
+                put.send(Ok(chunk)).is_err() || n == 0
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
+            Err(e) => {
+                let _ = put.send(Err(e));
+                true
+            }
+        };
+        if ended {
+            return;
+        }
+    }
+}
+
+/// One connection, and all it has to do with.
+pub(super) struct Session<'a> {
+    pub(super) number: u64,
+    pub(super) stream: Arc<Stream>,
+    pub(super) connected: Instant,
+    pub(super) drain: Duration,
+    /// Another session may follow.
+    pub(super) keeps: bool,
+    pub(super) input: &'a Input,
+    pub(super) events: &'a Receiver<super::Event>,
+    pub(super) tell: &'a Sender<super::Event>,
+}
+
+/// What the threads of a session have in common.
+#[derive(Clone, Debug)]
+struct Shared {
+    stream: Arc<Stream>,
+    /// The session is over, or only to be ended.
+    over: Arc<AtomicBool>,
+    half_closed: Arc<AtomicBool>,
+    received: Arc<AtomicU64>,
+}
+
+impl Session<'_> {
+    /// Carries until both directions have ended, or one has failed; the connection is ended as the peer needs it.
+    pub(super) fn run(self) -> Outcome {
+        let shared = Shared {
+            stream: Arc::clone(&self.stream),
+            over: Arc::default(),
+            half_closed: Arc::default(),
+            received: Arc::default(),
+        };
+        self.spawn(&shared, receive);
+        // Where no other session follows, none needs to let go of the input.
+        let chunks = self.input.chunks(if self.keeps { LOOK } else { IDLE });
+        let connected = self.connected;
+        self.spawn(&shared, move |shared, tell| {
+            send(shared, &chunks, connected, tell)
+        });
+        let mut peer_ended = false;
+        let outcome = self.wait(&shared, &mut peer_ended);
+        shared.over.store(true, Ordering::Release);
+        let is_delicate = self.stream.address().is_delicate();
+        if !peer_ended || outcome.is_err() && !is_delicate {
+            // The peer may have ended and still be waiting for the rest of ours.
+            self.leave();
+        } else {
+            self.half_close(&shared);
+        }
+        outcome
+    }
+
+    fn half_close(&self, shared: &Shared) {
+        if !shared.half_closed.swap(true, Ordering::Relaxed) {
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
+    }
+
+    fn spawn(&self, shared: &Shared, work: impl FnOnce(&Shared, &dyn Fn(Event)) + Send + 'static) {
+        let (number, shared, tell) = (self.number, shared.clone(), self.tell.clone());
+        thread::spawn(move || {
+            work(&shared, &|event| {
+                // A session that is over doesn't listen any more.
+                let _ = tell.send(super::Event::Session(number, event));
+            });
+        });
+    }
+
+    /// Waits for the end.
+    fn wait(&self, shared: &Shared, peer_ended: &mut bool) -> Outcome {
+        let address = self.stream.address();
+        let mut sent = None;
+        let mut moved = (0, Instant::now());
+        loop {
+            match &sent {
+                Some(Ok(())) if *peer_ended => return Ok(()),
+                Some(Err(e)) if *peer_ended => {
+                    return Err(Failure::Failed(format!(
+                        "cannot send all of standard input to {address}: {e}"
+                    )));
+                }
+                _ => {}
+            }
+            // There is something to look for only at the end: an idle connection wakes nobody.
+            let wait = match *peer_ended || sent.is_some() {
+                true => LOOK,
+                false => IDLE,
+            };
+            let event = match self.events.recv_timeout(wait) {
+                Ok(super::Event::Session(number, event)) if number == self.number => event,
+                Ok(super::Event::Session(..)) => continue,
+                Ok(super::Event::Interrupt) => return Err(Failure::Interrupted),
+                // Only now: a failure that is on its way comes first.
+                Err(RecvTimeoutError::Timeout) if *peer_ended && self.nobody_is_left() => {
+                    return Ok(());
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    let received = shared.received.load(Ordering::Relaxed);
+                    if received != moved.0 || sent.is_none() {
+                        moved = (received, Instant::now());
+                    } else if moved.1.elapsed() >= self.drain {
+                        // The half-close that was kept back may be what the peer waits for. Without one, its silence
+                        // is all that it will say.
+                        if !self.stream.has_half_close() {
+                            return Ok(());
+                        }
+                        self.half_close(shared);
+                    }
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Interrupted),
+            };
+            match event {
+                Event::InputEnded => sent = Some(Ok(())),
+                Event::SendFailed(e) => sent = Some(Err(e)),
+                Event::PeerEnded(count) => {
+                    *peer_ended = true;
+                    let half_closed = shared.half_closed.load(Ordering::Relaxed);
+                    if count == 0 && address.refuses_in_silence() && !half_closed {
+                        return Err(dial::refused_in_silence(address).into());
+                    }
+                }
+                Event::ReceiveFailed(0, _) if address.refuses_in_silence() => {
+                    *peer_ended = true;
+                    return Err(dial::refused_in_silence(address).into());
+                }
+                Event::ReceiveFailed(_, e) => {
+                    *peer_ended = true;
+                    let why = format!("the connection to {address} broke: {e}");
+                    return Err(Failure::Failed(why));
+                }
+                Event::InputFailed(e) => {
+                    let why = format!("cannot read standard input: {e}");
+                    return Err(Failure::Failed(why));
+                }
+                Event::OutputFailed(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                    return Err(Failure::OutputClosed);
+                }
+                Event::OutputFailed(e) => {
+                    let why = format!("cannot write to standard output: {e}");
+                    return Err(Failure::Failed(why));
+                }
+            }
+        }
+    }
+
+    /// Whether what standard input may still say has nobody to hear it: a terminal's user waits for us, not we for him;
+    /// and a peer that has closed altogether takes nothing.
+    fn nobody_is_left(&self) -> bool {
+        io::stdin().is_terminal() || self.stream.is_hung_up()
+    }
+
+    /// Ends a connection in the middle: what was sent is never made to look complete where the family can tell.
+    fn leave(&self) {
+        if !self.stream.address().is_delicate() {
+            self.stream.abort();
+            return;
+        }
+        let mut told = false;
+        // Not left to the receiving thread: standard output may keep it.
+        serve::take_leave(&self.stream, self.drain, |passed| {
+            if passed >= PATIENCE && !std::mem::replace(&mut told, true) {
+                let (address, seconds) = (self.stream.address(), self.drain.as_secs());
+                info!(
+                    "giving {address} {seconds} s to end the connection, as its VM needs it; a signal cuts that short"
+                );
+            }
+            let interrupted = |event| matches!(event, super::Event::Interrupt);
+            !self.events.try_iter().any(interrupted)
+        });
+    }
+}
+
+/// Carries what comes to standard output; when that can't be, discards it until the session is over.
+fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
+    let mut stream = &*shared.stream;
+    let mut output = match sys::standard_output() {
+        Ok(output) => Some(output),
+        Err(e) => {
+            tell(Event::OutputFailed(e));
+            None
+        }
+    };
+    let mut buffer = vec![0; BUFFER];
+    let mut total = 0;
+    loop {
+        let n = match stream.read(&mut buffer) {
+            Ok(0) => return tell(Event::PeerEnded(total)),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return tell(Event::ReceiveFailed(total, e)),
+        };
+        total += n as u64;
+        shared.received.store(total, Ordering::Relaxed);
+        if shared.over.load(Ordering::Relaxed) {
+            output = None;
+        }
+        if let Some(to) = &mut output
+            && let Err(e) = to.write_all(&buffer[..n])
+        {
+            tell(Event::OutputFailed(e));
+            output = None;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Carries standard input to the peer, and half-closes at its end.
+fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn Fn(Event)) {
+    let mut stream = &*shared.stream;
+    loop {
+        let next = lock(chunks).next(&shared.over);
+        let chunk = match next {
+            Some(chunk) => chunk,
+            None if shared.over.load(Ordering::Acquire) => return,
+            None => continue,
+        };
+        match chunk {
+            Ok(chunk) if chunk.is_empty() => break,
+            Ok(chunk) => {
+                if let Err(e) = stream.write_all(&chunk) {
+                    return tell(Event::SendFailed(e));
+                }
+            }
+            Err(e) => return tell(Event::InputFailed(e)),
+        }
+    }
+    let address = stream.address();
+    if address.refuses_in_silence() {
+        thread::sleep(HOLD.saturating_sub(connected.elapsed()));
+    }
+    if !stream.takes_half_close_for_the_end() {
+        shared.half_closed.store(true, Ordering::Relaxed);
+        // A peer that has gone needs none.
+        let _ = stream.shutdown(Shutdown::Write);
+    }
+    tell(Event::InputEnded);
+}

@@ -1,0 +1,168 @@
+//! `hvsock cat`: standard input and output over any address.
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::options::{Peer, parse_mode, parse_seconds};
+use super::signals::EndSignals;
+use super::{Failure, Outcome, complain, services};
+use crate::address::Address;
+use crate::app::cat::{self, Plan};
+use crate::app::serve::{self, Stop};
+use crate::listener::lasting::LastingListener;
+
+/// Carry standard input and output over any address, as netcat does
+#[derive(Args, Debug)]
+#[command(
+    after_help = "EOF on standard input is passed on as a half-close, and the answer is read to its end. The exit code \
+    is 0 if all of both went through.
+
+Examples:
+  hvsock cat vsock://2:1024 <request >answer
+  hvsock cat --vm docker 2375
+  ssh -o ProxyCommand='hvsock cat --wait 30 --vm docker 22' root@docker
+  hvsock cat -l vsock://:1024 >upload
+  hvsock cat -lk --echo vsock://:7
+Addresses: see `hvsock forward --help`."
+)]
+pub(super) struct Cat {
+    #[command(flatten)]
+    peer: Peer,
+    /// Listen, and serve one client
+    #[arg(short = 'l', long, conflicts_with = "wait")]
+    listen: bool,
+    /// With -l, serve one client after the other; with --echo, all at the same time
+    #[arg(short = 'k', long, requires = "listen")]
+    keep_listening: bool,
+    /// With -l, send back what comes, instead of standard input
+    #[arg(long, requires = "listen")]
+    echo: bool,
+    /// With -l, register the service of an hvsock:// address first, as `hvsock register` does (Windows only)
+    #[arg(long, requires = "listen")]
+    register: bool,
+    /// Seconds to go on trying when nobody is there yet
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
+    wait: Duration,
+    /// After SIGINT or SIGTERM, seconds a guest may take to end the connection; to vsock-mux, seconds without a byte
+    /// until EOF on standard input is passed on all the same, and to a pipe without a half-close until all is over
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
+    drain_timeout: Duration,
+    /// With -l, permissions of a Unix listening socket, octal
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, requires = "listen")]
+    mode: u32,
+}
+
+impl Cat {
+    pub(super) fn run(self) -> Outcome {
+        let begun = Instant::now();
+        let address = self.peer.address(crate::time::after(begun, self.wait))?;
+        if self.register {
+            register(&address)?;
+        }
+        let plan = Plan {
+            address,
+            wait: self.wait.saturating_sub(begun.elapsed()),
+            drain: self.drain_timeout,
+            keeps: self.keep_listening,
+        };
+        if !self.listen {
+            return connect(plan);
+        }
+        let signals = EndSignals::take()?;
+        let listener = LastingListener::bind(&plan.address, self.mode)?;
+        if listener.address() != &plan.address {
+            // That wasn't known before.
+            complain(format_args!("listening on {}", listener.address()));
+        }
+        match self.echo {
+            true => self.echo(plan, listener, signals),
+            false => accept(plan, listener, signals),
+        }
+    }
+
+    fn echo(&self, plan: Plan, mut listener: LastingListener, mut signals: EndSignals) -> Outcome {
+        let stop = Stop::default();
+        let stopper = stop.clone();
+        std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
+        let plan = serve::Plan {
+            in_all: (!self.keep_listening).then_some(1),
+            grace: plan.drain,
+        };
+        let _ = crate::sys::raise_descriptor_limit();
+        let failure = std::sync::Mutex::new(None);
+        serve::serve(
+            &mut listener,
+            plan,
+            &stop,
+            |_, stream, peer| match serve::echo(stream, &[]) {
+                Ok(bytes) => tracing::debug!("echoed {bytes} bytes to {peer}"),
+                Err(e) if self.keep_listening => tracing::debug!("{peer}: {e}"),
+                Err(e) => {
+                    if let Ok(mut failure) = failure.lock() {
+                        *failure = Some(e);
+                    }
+                }
+            },
+        );
+        match failure.into_inner() {
+            Ok(Some(e)) => Err(e.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Lets guests dial what is going to be listened on.
+fn register(address: &Address) -> Outcome {
+    let why = match address {
+        _ if cfg!(not(windows)) => {
+            "for Windows, where a service has to be in the registry before guests can dial it; here nothing needs it"
+        }
+        Address::Hvsock(hvsock) => {
+            complain(services::register(hvsock.service, None)?);
+            return Ok(());
+        }
+        _ => "for hvsock:// addresses: no other has to be in the registry",
+    };
+    Err(Failure::Usage(format!("--register is {why}")))
+}
+
+fn connect(plan: Plan) -> Outcome {
+    let signals = EndSignals::take()?;
+    let mut cat = cat::Cat::new(plan);
+    interrupt_by(signals, &cat);
+    Ok(cat.connect()?)
+}
+
+fn accept(plan: Plan, mut listener: LastingListener, signals: EndSignals) -> Outcome {
+    let keeps = plan.keeps;
+    let mut cat = cat::Cat::new(plan);
+    interrupt_by(signals, &cat);
+    loop {
+        if cat.is_interrupted() {
+            // Between two clients nothing is lost.
+            return if keeps { Ok(()) } else { Err(Failure::Silent) };
+        }
+        match cat.accept(&mut listener) {
+            Ok(served) if served && !keeps => return Ok(()),
+            Ok(_) => {}
+            Err(cat::Failure::Failed(why)) if keeps => complain(why),
+            Err(failure) => return Err(failure.into()),
+        }
+    }
+}
+
+fn interrupt_by(mut signals: EndSignals, cat: &cat::Cat) {
+    let interrupter = cat.interrupter();
+    std::thread::spawn(move || signals.each().for_each(|()| interrupter.interrupt()));
+}
+
+impl From<cat::Failure> for Failure {
+    fn from(failure: cat::Failure) -> Failure {
+        match failure {
+            cat::Failure::Failed(why) => Failure::Failed(why),
+            // ssh ends its ProxyCommand by a signal whenever it has done.
+            cat::Failure::Interrupted | cat::Failure::OutputClosed => Failure::Silent,
+        }
+    }
+}

@@ -1,0 +1,478 @@
+//! `hvsock status`, `add`, `remove`, `reload`, `stop`: what is asked of an hvsock that runs, by its control socket.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use indicatif::{HumanBytes, HumanCount, HumanDuration};
+use serde_json::Value;
+
+use super::expose::vm_at;
+use super::kept::{KeepTrying, Kept};
+use super::options::{ProxyOptions, parse_seconds};
+use super::reconciler::danger;
+use super::spec::{Local, Remote};
+use super::summary::tried_again;
+use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
+use crate::address::{Address, TcpAddress, UnixAddress};
+use crate::app::config::local_address;
+use crate::app::control::{
+    self, Actions, Bound, Control, RuleBody, Unanswered, Unavailable, ask, read, segment,
+};
+use crate::app::escape;
+use crate::proxy::{Proxy, ProxyConfig};
+
+/// How a proxy that runs can be looked at and changed.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Control")]
+pub(super) struct ControlOptions {
+    /// Let `hvsock status`, `top`, `add` and `remove` at it, by a Unix socket at PATH [default: one in your runtime directory]
+    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, value_parser = parse_path)]
+    control: Option<Option<PathBuf>>,
+    /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
+    #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
+    metrics: Option<TcpAddress>,
+}
+
+impl ControlOptions {
+    pub(super) fn options(&self) -> control::Options {
+        let path = self.control.clone();
+        control::Options {
+            control: path.map(|path| path.unwrap_or_else(control::default_path)),
+            metrics: self.metrics.clone(),
+            unavailable: Unavailable::Fails,
+        }
+    }
+}
+
+/// The path of a control socket. Whoever writes a URI means something else.
+fn parse_path(text: &str) -> Result<PathBuf, String> {
+    match text {
+        "" => Err("it is empty; leave the = out for the usual place".to_owned()),
+        text if text.contains("://") || text.starts_with(['@', '-']) => {
+            Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
+        }
+        text => Ok(PathBuf::from(text)),
+    }
+}
+
+fn parse_metrics(text: &str) -> Result<TcpAddress, String> {
+    match local_address(text)? {
+        Address::Tcp(tcp) => Ok(tcp),
+        other => Err(format!(
+            "{other} is no TCP address; a right one: 9100 or 127.0.0.1:9100"
+        )),
+    }
+}
+
+/// Binds the control socket and the metrics, if they are asked for; no forward of the proxy may lead there.
+pub(super) fn open(
+    options: &ProxyOptions,
+    patience: KeepTrying,
+    mut config: ProxyConfig,
+) -> crate::Result<(ProxyConfig, Option<Bound>)> {
+    let mut wanted = options.control();
+    wanted.unavailable = patience.unavailable();
+    if wanted.control.is_none() && wanted.metrics.is_none() {
+        return Ok((config, None));
+    }
+    let bound = control::bind(&wanted)?;
+    config.forbidden.extend(bound.addresses());
+    config.other_descriptors += bound.descriptors();
+    Ok((config, Some(bound)))
+}
+
+/// Begins to serve there.
+pub(super) fn begin(
+    options: &ProxyOptions,
+    bound: Option<Bound>,
+    proxy: &Proxy,
+    kept: Option<Arc<Kept>>,
+) -> crate::Result<Option<Control>> {
+    let grace = options.grace();
+    let actions = Actions {
+        rule: Box::new(options.usual_rule()),
+        pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
+        reload: None,
+        grace: Box::new(move || grace),
+    };
+    bound.map(|bound| serve(bound, proxy, actions)).transpose()
+}
+
+/// Serves on sockets where a proxy lets no forward lead; where they are is told.
+pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
+    let states = bound.states();
+    let control = bound.serve(proxy.handle(), actions)?;
+    for (address, trouble) in states {
+        match (address, trouble) {
+            (_, Some(why)) => complain(tried_again(&why)),
+            (Address::Tcp(tcp), None) => {
+                let (host, port) = (tcp.host, tcp.port);
+                say(format_args!("metrics at http://{host}:{port}/metrics"));
+            }
+            (other, None) => say(format_args!("controlled at {other}")),
+        }
+    }
+    Ok(control)
+}
+
+/// Which hvsock is meant.
+#[derive(Args, Debug)]
+pub(super) struct Which {
+    /// The control socket of the hvsock that is meant [default: the one in your runtime directory]
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+}
+
+impl Which {
+    pub(super) fn path(&self) -> PathBuf {
+        self.control.clone().unwrap_or_else(control::default_path)
+    }
+}
+
+/// Show what an hvsock that runs is doing
+#[derive(Args, Debug)]
+#[command(
+    after_help = "The hvsock that is meant was started with --control, or by `hvsock run`. `hvsock top` shows it live.
+
+Examples:
+  hvsock status
+  hvsock status --json | jq '.forwards[] | select(.state != \"listening\")'"
+)]
+pub(super) struct Status {
+    /// Print what the control socket says, as it is
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    which: Which,
+}
+
+impl Status {
+    pub(super) fn run(self) -> Outcome {
+        let answer = ask(&self.which.path(), "GET", "/v1/status", "")?;
+        if self.json {
+            return print_json(answer.trim_end());
+        }
+        let status: control::Status = read(&answer)?;
+        print_text(overview(&status, SystemTime::now()))
+    }
+}
+
+const HEADINGS: [&str; 9] = [
+    "NAME", "LISTEN", "CONNECT", "STATE", "LIVE", "TOTAL", "SENT", "RECEIVED", "REFUSED",
+];
+
+/// A status as people read it.
+fn overview(status: &control::Status, now: SystemTime) -> String {
+    let stopping = if status.stopping { ", stopping" } else { "" };
+    let mut text = format!(
+        "hvsock {}, process {}, up {}, {}{stopping}\n",
+        status.version,
+        status.pid,
+        HumanDuration(duration(status.uptime_seconds)),
+        table::counted(status.live as u64, "connection"),
+    );
+    let rows = status.forwards.iter().map(|it| {
+        let counters = &it.counters;
+        [
+            it.label(),
+            it.listen.clone(),
+            it.connect.clone(),
+            it.state.clone(),
+            HumanCount(counters.live).to_string(),
+            HumanCount(counters.accepted).to_string(),
+            HumanBytes(counters.sent).to_string(),
+            HumanBytes(counters.received).to_string(),
+            refusals(counters),
+        ]
+    });
+    text += &match status.forwards.is_empty() {
+        true => "no forwards; `hvsock add` adds some".to_owned(),
+        false => table::of(HEADINGS, rows),
+    };
+    let mut lines = Vec::new();
+    for it in &status.unserved {
+        let (service, since) = (&it.service, ago(it.since, now));
+        lines.push(format!("{service} can't be had since {since}: {}", it.why));
+    }
+    for vm in status.vms() {
+        lines.push(format!(
+            "VM {}: {}; {} of {} connections, {}",
+            vm.directory,
+            vm.health(now),
+            vm.connections,
+            vm.limit,
+            table::counted(vm.restarts, "restart")
+        ));
+    }
+    for forward in &status.forwards {
+        if let (Some(why), Some(since)) = (&forward.why, forward.since) {
+            lines.push(format!(
+                "{} is {} since {}: {why}",
+                forward.label(),
+                forward.state,
+                ago(since, now)
+            ));
+        }
+        if let Some(error) = &forward.last_error {
+            lines.push(format!(
+                "{}, {}: {}",
+                forward.label(),
+                ago(error.at, now),
+                error.text
+            ));
+        }
+    }
+    for line in lines {
+        text += "\n";
+        text += &escape::line(&line);
+    }
+    text
+}
+
+/// How many were refused, and why.
+fn refusals(counters: &control::Tally) -> String {
+    if counters.refused == 0 {
+        return "0".to_owned();
+    }
+    let why = counters.refusals.each();
+    let why = why.iter().filter(|(_, count)| *count > 0);
+    let why = why.map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")));
+    let why: Vec<String> = why.collect();
+    format!("{} ({})", counters.refused, why.join(", "))
+}
+
+fn duration(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or_default()
+}
+
+fn ago(unix: f64, now: SystemTime) -> String {
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("{} ago", HumanDuration(now.saturating_sub(duration(unix))))
+}
+
+/// Add forwards to an hvsock that runs
+#[derive(Args, Debug)]
+#[command(
+    after_help = "It is written as for `hvsock forward` and `hvsock expose`. What is there already, exactly so, is left as it is.
+
+Examples:
+  hvsock add --name web tcp://127.0.0.1:8080 /run/web.sock
+  hvsock add --vm docker -L 8080:80 -L 2222:22
+  hvsock add --name agent --vm docker -R 5000:./agent.sock"
+)]
+pub(super) struct Add {
+    /// What the forward is called, by `hvsock remove` for example
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Pairs of an address to listen on and the address that its connections go to
+    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., value_parser = clap::value_parser!(Address))]
+    addresses: Vec<Address>,
+    /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
+    #[arg(long, value_name = "VM")]
+    vm: Option<String>,
+    /// Host to guest, as for `hvsock expose`
+    #[arg(
+        short = 'L',
+        value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT",
+        requires = "vm"
+    )]
+    local: Vec<Local>,
+    /// Guest to host, as for `hvsock expose`
+    #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm")]
+    remote: Vec<Remote>,
+    /// Print what the control socket says, as it is
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    which: Which,
+}
+
+impl Add {
+    pub(super) fn run(self) -> Outcome {
+        let pairs = self.pairs()?;
+        if pairs.len() != 1 && self.name.is_some() {
+            return Err(Failure::Usage(
+                "--name is that of one forward, and there are more".into(),
+            ));
+        }
+        let path = self.which.path();
+        for (listen, connect) in pairs {
+            let body = RuleBody {
+                name: self.name.clone(),
+                ..RuleBody::new(&absolute(listen)?, &absolute(connect)?)
+            };
+            let body = serde_json::to_string(&body)?;
+            let answer = ask(&path, "POST", "/v1/forwards", &body)?;
+            if self.json {
+                print_json(answer.trim_end())?;
+                continue;
+            }
+            let added: control::Forward = read(&answer)?;
+            print(format_args!(
+                "{}: {} -> {}",
+                added.label(),
+                added.listen,
+                added.connect
+            ))?;
+        }
+        Ok(())
+    }
+
+    /// What leads where.
+    fn pairs(&self) -> Result<Vec<(Address, Address)>, Failure> {
+        let (given, rest) = self.addresses.as_chunks::<2>();
+        if let [alone] = rest {
+            return Err(Failure::Usage(format!(
+                "{alone} has no address to connect to: addresses come in pairs"
+            )));
+        }
+        let mut pairs: Vec<_> = given
+            .iter()
+            .cloned()
+            .map(|[listen, connect]| (listen, connect))
+            .collect();
+        if let Some(vm) = &self.vm {
+            let vm = vm_at(vm)?;
+            for local in &self.local {
+                pairs.push((local.listen.clone(), vm(local.guest_port)?));
+            }
+            for remote in &self.remote {
+                pairs.push((vm(remote.host_port)?, remote.target.clone()));
+            }
+        }
+        match pairs.is_empty() {
+            true => Err(Failure::Usage(
+                "nothing to add: give LISTEN and CONNECT, or --vm with -L or -R".into(),
+            )),
+            false => Ok(pairs),
+        }
+    }
+}
+
+/// The same address for a process in another directory.
+fn absolute(address: Address) -> Result<Address, Failure> {
+    let from_here = |path: &Path| std::path::absolute(path);
+    Ok(match address {
+        Address::Unix(UnixAddress::Path(path)) => UnixAddress::Path(from_here(&path)?).into(),
+        Address::Hyperkit(mut to) => {
+            to.vm.state_dir = from_here(&to.vm.state_dir)?;
+            to.into()
+        }
+        Address::VsockMux(mut to) => {
+            to.path = from_here(&to.path)?;
+            to.into()
+        }
+        other => other,
+    })
+}
+
+/// Remove forwards from an hvsock that runs
+///
+/// They take no more clients. Those that are there go on, and are cut off after the grace.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  hvsock remove web
+  hvsock remove tcp://127.0.0.1:8080 --grace 0")]
+pub(super) struct Remove {
+    /// The forwards: their names, where they listen, or their ids, as `hvsock status` has them
+    #[arg(value_name = "NAME", required = true)]
+    names: Vec<String>,
+    /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    grace: Option<Duration>,
+    #[command(flatten)]
+    which: Which,
+}
+
+impl Remove {
+    pub(super) fn run(self) -> Outcome {
+        let path = self.which.path();
+        for name in &self.names {
+            let call = format!("/v1/forwards/{}{}", segment(name), query(self.grace));
+            let removed: control::Forward = read(&ask(&path, "DELETE", &call, "")?)?;
+            let live = match removed.counters.live {
+                0 => String::new(),
+                n => format!("; {} may finish", table::counted(n, "connection")),
+            };
+            let (name, listen) = (removed.label(), &removed.listen);
+            print(format_args!(
+                "removed {name}: {listen} -> {}{live}",
+                removed.connect
+            ))?;
+            let listen = listen.parse().ok();
+            if let Some(why) = listen.and_then(|listen| danger(&name, &listen)) {
+                complain(why);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn query(grace: Option<Duration>) -> String {
+    grace.map_or(String::new(), |it| format!("?grace={}", it.as_secs_f64()))
+}
+
+/// Have an hvsock that runs read its configuration again
+#[derive(Args, Debug)]
+pub(super) struct Reload {
+    #[command(flatten)]
+    which: Which,
+}
+
+impl Reload {
+    pub(super) fn run(self) -> Outcome {
+        // What is wrong with the file has many lines.
+        let listed = |why: Unanswered| {
+            let why = why.to_string();
+            Failure::Listed(why.lines().map(str::to_owned).collect())
+        };
+        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(listed)?;
+        print_json(answer.trim_end())?;
+        let read: Value = read(&answer)?;
+        match read["failed"].as_object() {
+            // The answer says which, and why.
+            Some(failed) if !failed.is_empty() => Err(Failure::Silent),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Stop an hvsock that runs, and wait for its end
+#[derive(Args, Debug)]
+pub(super) struct Stop {
+    /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    grace: Option<Duration>,
+    #[command(flatten)]
+    which: Which,
+}
+
+/// How often it is looked whether it has ended.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How much longer than its grace an hvsock may take: guests are taken leave of.
+const LEAVE: Duration = Duration::from_secs(10);
+
+impl Stop {
+    pub(super) fn run(self) -> Outcome {
+        let path = self.which.path();
+        let call = format!("/v1/stop{}", query(self.grace));
+        let answer: Value = read(&ask(&path, "POST", &call, "")?)?;
+        let grace = duration(answer["grace_seconds"].as_f64().unwrap_or(0.0));
+        let end = crate::time::after(Instant::now(), grace.saturating_add(LEAVE));
+        while Instant::now() < end {
+            match control::get::<control::Status>(&path, "/v1/status") {
+                Err(Unanswered::Absent(_)) => return print("stopped"),
+                _ => thread::sleep(LOOK),
+            }
+        }
+        Err(Failure::Failed(format!(
+            "it has not ended within {} and {} more",
+            HumanDuration(grace),
+            HumanDuration(LEAVE)
+        )))
+    }
+}

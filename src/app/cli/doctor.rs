@@ -1,0 +1,116 @@
+//! `hvsock doctor`: what is wrong, and what to do about it.
+
+use std::io::{self, IsTerminal};
+
+use clap::Args;
+use serde_json::json;
+
+use super::{Failure, Outcome, print_json, print_text};
+use crate::address::Port;
+use crate::app::doctor::{Check, Plan, Verdict, examine};
+use crate::app::escape;
+
+/// Look at all that can be wrong on the way to a VM, and say what to do about it
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Without --vm it looks at this system alone. The exit code is 1 if anything has failed. The guest is \
+    dialled once, and twice for each --port, to which nothing is sent; host ports are looked at without connecting.
+
+Examples:
+  hvsock doctor --vm docker
+  hvsock doctor --vm ./linux-state --port 22 --port 0x50 --host-port 5000
+  hvsock doctor --vm docker --json | jq -r '.checks[] | select(.verdict == \"failed\") | .name'"
+)]
+pub(super) struct Doctor {
+    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR; on Windows a Hyper-V
+    /// VM's name or id
+    #[arg(long, value_name = "VM")]
+    vm: Option<String>,
+    /// A vsock port on which a program in the guest should listen
+    #[arg(long, value_name = "PORT", requires = "vm")]
+    port: Vec<Port>,
+    /// A port that the guest dials, on which something here should listen (on Windows: that should be registered)
+    #[arg(long, value_name = "PORT", requires = "vm")]
+    host_port: Vec<Port>,
+    /// Seconds that the guest may take to answer
+    #[cfg(unix)]
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = super::options::parse_some_seconds)]
+    timeout: std::time::Duration,
+    /// Print JSON: {"ok": …, "checks": [{"name", "verdict", "seen", "remedy"}, …]}
+    #[arg(long)]
+    json: bool,
+}
+
+impl Doctor {
+    pub(super) fn run(self) -> Outcome {
+        let checks = examine(&Plan {
+            vm: self.vm,
+            ports: self.port,
+            host_ports: self.host_port,
+            #[cfg(unix)]
+            patience: self.timeout,
+        });
+        let ok = checks.iter().all(|check| check.verdict != Verdict::Failed);
+        match self.json {
+            true => print_json(&to_json(&checks, ok))?,
+            false => {
+                let signs = io::stdout().is_terminal() && speaks_utf8();
+                print_text(to_text(&checks, signs))?;
+            }
+        }
+        match ok {
+            true => Ok(()),
+            false => Err(Failure::Silent),
+        }
+    }
+}
+
+fn to_json(checks: &[Check], ok: bool) -> String {
+    let checks = checks.iter().map(|check| {
+        json!({
+            "name": check.name,
+            "verdict": check.verdict.name(),
+            "seen": check.seen,
+            "remedy": check.remedy,
+        })
+    });
+    let checks: Vec<_> = checks.collect();
+    format!("{:#}", json!({ "ok": ok, "checks": checks }))
+}
+
+/// A line a check, and its remedy below.
+fn to_text(checks: &[Check], signs: bool) -> String {
+    let width = checks
+        .iter()
+        .map(|check| check.name.len())
+        .max()
+        .unwrap_or(0);
+    let mut lines = Vec::new();
+    for check in checks {
+        let sign = match (check.verdict, signs) {
+            (Verdict::Ok, true) => "✓",
+            (Verdict::Warning, true) => "!",
+            (Verdict::Failed, true) => "✗",
+            (Verdict::Skipped, true) => "-",
+            (Verdict::Ok, false) => "ok  ",
+            (Verdict::Warning, false) => "warn",
+            (Verdict::Failed, false) => "FAIL",
+            (Verdict::Skipped, false) => "skip",
+        };
+        let (name, seen) = (escape::line(&check.name), escape::line(&check.seen));
+        lines.push(format!("{sign} {name:width$}  {seen}"));
+        if let Some(remedy) = &check.remedy {
+            let indent = sign.chars().count() + 1 + width + 2;
+            lines.push(format!("{:indent$}{}", "", escape::line(remedy)));
+        }
+    }
+    lines.join("\n")
+}
+
+/// Whether the terminal was told to be one of UTF-8; Windows' consoles take it from std whatever they were told.
+fn speaks_utf8() -> bool {
+    let locale = ["LC_ALL", "LC_CTYPE", "LANG"].map(|name| std::env::var(name).unwrap_or_default());
+    let locale = locale.into_iter().find(|value| !value.is_empty());
+    let locale = locale.unwrap_or_default().to_lowercase();
+    cfg!(windows) || locale.contains("utf-8") || locale.contains("utf8")
+}

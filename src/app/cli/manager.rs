@@ -1,0 +1,153 @@
+//! What the service manager is told: systemd's `sd_notify(3)`. Without one, and elsewhere, nothing.
+
+use std::sync::mpsc::Sender;
+
+use crate::proxy::Handle;
+
+/// Tells the service manager how it goes, and feeds its watchdog, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Manager {
+    /// The watchdog's thread ends with it.
+    _watchdog: Option<Sender<()>>,
+}
+
+impl Manager {
+    /// Says that it is ready. From then on the manager's watchdog, if there is one, hears of us as long as all workers
+    /// answer.
+    pub(super) fn begin(handle: &Handle) -> Manager {
+        Manager::ready(handle);
+        Manager {
+            _watchdog: system::watch(handle),
+        }
+    }
+
+    /// Says that all listeners that can be had are bound.
+    pub(super) fn ready(handle: &Handle) {
+        system::ready(match handle.forwards().len() {
+            1 => "carrying 1 forward".to_owned(),
+            n => format!("carrying {n} forwards"),
+        });
+    }
+
+    /// Says that the file is read again; [`ready`](Manager::ready) is to follow.
+    pub(super) fn reloading() {
+        system::reloading();
+    }
+
+    /// Says that the end has begun, in the words that people are told.
+    pub(super) fn stopping(status: String) {
+        system::stopping(status);
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        system::flush();
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod system {
+    use std::io;
+    use std::sync::Once;
+    use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+    use std::time::Duration;
+
+    use sd_notify::NotifyState;
+
+    use super::Handle;
+    use crate::app::output::{LossyWriter, Patience};
+
+    /// A status has one line; systemd cuts it off itself.
+    pub(super) fn ready(status: String) {
+        tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
+    }
+
+    pub(super) fn reloading() {
+        match NotifyState::monotonic_usec_now() {
+            Ok(now) => tell(&[NotifyState::Reloading, now]),
+            Err(e) => tracing::warn!("cannot tell the service manager that the file is read: {e}"),
+        }
+    }
+
+    pub(super) fn stopping(status: String) {
+        tell(&[NotifyState::Stopping, NotifyState::Status(&status)]);
+    }
+
+    /// A manager that reads nothing makes a sender wait: who tells it may have signals to heed.
+    static MANAGER: LossyWriter =
+        LossyWriter::new("hvsock-manager", send, |_dropped| String::new());
+
+    fn tell(what: &[NotifyState<'_>]) {
+        if std::env::var_os("NOTIFY_SOCKET").is_none() {
+            return;
+        }
+        let lines: Vec<String> = what.iter().map(NotifyState::to_string).collect();
+        MANAGER.send(lines.join("\n").into_bytes());
+    }
+
+    /// Says so once if it can't be told.
+    fn send(message: &[u8]) -> io::Result<usize> {
+        static COMPLAINT: Once = Once::new();
+        let text = String::from_utf8_lossy(message);
+        let sent = sd_notify::notify(&[NotifyState::Custom(&text)]);
+        if let Err(e) = &sent {
+            COMPLAINT.call_once(|| {
+                tracing::warn!("cannot tell the service manager ($NOTIFY_SOCKET): {e}");
+            });
+        }
+        sent.map(|()| message.len())
+    }
+
+    pub(super) fn flush() {
+        MANAGER.flush(Patience::Limited);
+    }
+
+    /// Feeds the watchdog, if there is one, until what it returns is dropped.
+    pub(super) fn watch(handle: &Handle) -> Option<Sender<()>> {
+        let patience = sd_notify::watchdog_enabled().filter(|patience| !patience.is_zero())?;
+        // Twice in its time, as sd_watchdog_enabled(3) advises.
+        let every = (patience / 2).max(Duration::from_millis(1));
+        let handle = handle.clone();
+        let (end, ended) = channel();
+        let feed = move || {
+            loop {
+                match handle.answers_within(every) {
+                    true => tell(&[NotifyState::Watchdog]),
+                    false => tracing::error!(
+                        "a worker hasn't answered for {} ms; the watchdog isn't told that all is well",
+                        every.as_millis()
+                    ),
+                }
+                if ended.recv_timeout(every) != Err(RecvTimeoutError::Timeout) {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("hvsock-watchdog".to_owned());
+        match thread.spawn(feed) {
+            Ok(_) => Some(end),
+            Err(e) => {
+                tracing::error!("cannot feed the watchdog: {e}");
+                None
+            }
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod system {
+    use super::{Handle, Sender};
+
+    pub(super) fn ready(_: String) {}
+
+    pub(super) fn reloading() {}
+
+    pub(super) fn stopping(_: String) {}
+
+    pub(super) fn flush() {}
+
+    pub(super) fn watch(_: &Handle) -> Option<Sender<()>> {
+        None
+    }
+}

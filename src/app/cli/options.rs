@@ -1,0 +1,178 @@
+//! The options that several commands have, and what their values may be.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::Failure;
+use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
+pub(super) use crate::app::config::parse_mode;
+use crate::hyperkit::{Places, find};
+use crate::proxy::{ProxyConfig, Rule};
+use crate::sys;
+
+/// One end of a connection: a URI, or a port of a VM.
+#[derive(Args, Debug)]
+pub(super) struct Peer {
+    /// Where to connect or listen; with --vm a vsock port alone
+    #[arg(value_name = "ADDRESS")]
+    address: String,
+    /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
+    /// hyperkit:///STATE/DIR; on Windows a Hyper-V VM's name or id, and ADDRESS may be a service's GUID
+    #[arg(long, value_name = "VM")]
+    vm: Option<String>,
+}
+
+/// How often a VM that isn't there yet is looked for.
+const LOOK_FOR_VM: Duration = Duration::from_millis(200);
+
+impl Peer {
+    /// Its address. A VM that can't be found is looked for until `deadline`.
+    pub(super) fn address(&self, deadline: Instant) -> Result<Address, Failure> {
+        let Some(vm) = &self.vm else {
+            let parsed = self.address.parse::<Address>();
+            return parsed.map_err(|e| Failure::Usage(e.to_string()));
+        };
+        if cfg!(windows) {
+            return hyper_v(vm, &self.address);
+        }
+        let port: Port = self
+            .address
+            .parse()
+            .map_err(|e| Failure::Usage(format!("{:?} with --vm: {e}", self.address)))?;
+        let places = Places::from_env();
+        loop {
+            match find(vm, &places) {
+                Ok(vm) => return Ok(HyperkitAddress { vm, port }.into()),
+                Err(e) if e.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
+                    thread::sleep(LOOK_FOR_VM);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+/// A service of a Hyper-V VM.
+fn hyper_v(vm: &str, service: &str) -> Result<Address, Failure> {
+    let service =
+        parse_service(service).map_err(|e| Failure::Usage(format!("{service:?} with --vm {e}")))?;
+    hyper_v_service(vm, service)
+}
+
+/// As [`hyper_v`].
+pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, Failure> {
+    let vm = Vm::parse(vm)
+        .ok_or_else(|| Failure::Usage(format!("{vm:?} is neither a VM's name nor its id")))?;
+    Ok(HvsockAddress::new(vm, service).into())
+}
+
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Limits")]
+pub(super) struct ProxyOptions {
+    #[cfg(unix)]
+    #[command(flatten)]
+    control: super::control::ControlOptions,
+    /// Permissions of Unix listening sockets, octal (a named pipe's are in its address)
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
+    mode: u32,
+    /// Threads, at most 256 [default: one a core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: Option<u16>,
+    /// Copy bytes where they could be handed from socket to socket (Linux' splice), as on other systems
+    #[arg(long)]
+    no_splice: bool,
+    /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_seconds)]
+    grace: Duration,
+    /// Seconds a client may wait for its target to be connected
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_seconds)]
+    dial_timeout: Duration,
+    /// Seconds a guest may take to end a connection after our half-close
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_some_seconds)]
+    drain_timeout: Duration,
+    /// Seconds that a client is held whose target isn't there yet, and is dialled again meanwhile [default: it is refused]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    wait: Option<Duration>,
+    /// Seconds without a byte either way after which a connection is cut off [default: never]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_some_seconds)]
+    idle_timeout: Option<Duration>,
+    /// The same, once one side has ended [default: never]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_some_seconds)]
+    half_closed_timeout: Option<Duration>,
+    /// Connections of each forward at a time; more clients wait [default: as many as all may have]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    connections: Option<u32>,
+    /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors)
+    #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    vm_connections: u16,
+    /// Dials to one VM that the guest may leave unanswered before more clients wait, at most 400
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=400))]
+    vm_unanswered: u16,
+}
+
+impl ProxyOptions {
+    /// A proxy of these rules, with as many connections as there can be descriptors for.
+    pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
+        let rules = rules
+            .into_iter()
+            .map(|rule| self.applied_to(rule))
+            .collect();
+        let mut config = ProxyConfig::new(rules);
+        config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
+        config.splice = !self.no_splice;
+        // Without it there are fewer; the proxy knows.
+        let _ = sys::raise_descriptor_limit();
+        config.limits.connections = usize::MAX;
+        config.limits.vm_connections = self.vm_connections.into();
+        config.limits.vm_unanswered = self.vm_unanswered.into();
+        config
+    }
+
+    /// A rule as these options have it.
+    fn applied_to(&self, mut rule: Rule) -> Rule {
+        rule.mode = self.mode;
+        rule.timeouts.dial = self.dial_timeout;
+        rule.timeouts.drain = self.drain_timeout;
+        rule.timeouts.idle = self.idle_timeout;
+        rule.timeouts.half_closed = self.half_closed_timeout;
+        rule.wait = self.wait;
+        rule.connections = self.connections.map(|most| most as usize);
+        rule
+    }
+
+    /// What makes of two addresses a rule as these options have it.
+    #[cfg(unix)]
+    pub(super) fn usual_rule(&self) -> impl Fn(Address, Address) -> Rule + Send + Sync + 'static {
+        let options = self.clone();
+        move |listen, connect| options.applied_to(Rule::new(listen, connect))
+    }
+
+    #[cfg(unix)]
+    pub(super) fn control(&self) -> crate::app::control::Options {
+        self.control.options()
+    }
+
+    pub(super) fn grace(&self) -> Duration {
+        self.grace
+    }
+}
+
+/// A time in seconds that is not zero.
+pub(super) fn parse_some_seconds(text: &str) -> Result<Duration, String> {
+    match parse_seconds(text)? {
+        Duration::ZERO => Err("it can't be 0".to_owned()),
+        time => Ok(time),
+    }
+}
+
+/// A time in seconds.
+pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("it is a number of seconds, such as 0.5, and at most 1000000".to_owned()),
+    }
+}

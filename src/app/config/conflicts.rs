@@ -1,0 +1,118 @@
+//! Forwards that are in each other's way, or in the way of where the program itself listens.
+
+use std::collections::HashMap;
+
+use super::Control;
+use super::forward::Forward;
+#[cfg(unix)]
+use crate::address::UnixAddress;
+use crate::address::{Address, Host, TcpAddress};
+use crate::proxy::{Rule, describe_loop, find_loop, is_chosen, leads_to};
+
+/// Where the program itself listens, and the key that says so.
+type Door = (&'static str, Address);
+
+/// Says which rules can't be carried beside each other, and which come out where it is controlled from, or looked at.
+pub(super) fn find(
+    rules: &[(&Forward, Rule)],
+    control: &Control,
+    metrics: Option<&TcpAddress>,
+    complain: &mut dyn FnMut(usize, String),
+) {
+    let doors = doors(control, metrics);
+    let mut taken: HashMap<Place<'_>, Vec<(&Forward, &Address)>> = HashMap::new();
+    for (forward, rule) in rules {
+        let name = &forward.name;
+        let listen = &rule.listen;
+        let others = taken.entry(Place::of(listen)).or_default();
+        if let Some((other, there)) = others.iter().find(|(_, it)| collide(it, listen)) {
+            let text = format!(
+                "[forward.{name}]: [forward.{}] in line {} listens on {there} already; remove one, or choose another address",
+                other.name, other.listen_line
+            );
+            complain(forward.listen_line, text);
+        }
+        others.push((forward, listen));
+        let beside = rules.iter().filter(|(other, _)| other.name != *name);
+        if let Some(trail) = find_loop(rule, beside.map(|(_, rule)| rule)) {
+            let text = format!(
+                "[forward.{name}]: {}; choose another target",
+                describe_loop(&trail)
+            );
+            complain(forward.connect_line, text);
+        }
+        for (key, door) in &doors {
+            if collide(door, listen) {
+                let text = format!(
+                    "[forward.{name}]: {key} is at {door} already; choose another address for one of them"
+                );
+                complain(forward.listen_line, text);
+            }
+            if leads_to(&rule.connect, door) {
+                let text = format!(
+                    "[forward.{name}]: {} leads to this hvsock's own {key} ({door}), where no forward may lead; choose another target",
+                    rule.connect
+                );
+                complain(forward.connect_line, text);
+            }
+        }
+    }
+}
+
+fn doors(control: &Control, metrics: Option<&TcpAddress>) -> Vec<Door> {
+    let mut doors = Vec::new();
+    #[cfg(unix)]
+    {
+        let path = match control {
+            Control::Usual => Some(crate::app::control::default_path()),
+            Control::At(path) => Some(path.clone()),
+            Control::Off => None,
+        };
+        let door = |path| ("control", Address::Unix(UnixAddress::Path(path)));
+        doors.extend(path.map(door));
+    }
+    #[cfg(not(unix))]
+    let _ = control;
+    doors.extend(metrics.map(|at| ("metrics", Address::Tcp(at.clone()))));
+    doors
+}
+
+/// What two addresses have in common that collide.
+#[derive(PartialEq, Eq, Hash)]
+enum Place<'a> {
+    Port(u16),
+    Other(&'a Address),
+}
+
+impl Place<'_> {
+    fn of(address: &Address) -> Place<'_> {
+        match address {
+            Address::Tcp(tcp) => Place::Port(tcp.port),
+            other => Place::Other(other),
+        }
+    }
+}
+
+/// Whether only one of two can be listened on.
+fn collide(one: &Address, other: &Address) -> bool {
+    if is_chosen(one) || is_chosen(other) {
+        return false;
+    }
+    match (one, other) {
+        (Address::Tcp(one), Address::Tcp(other)) => {
+            let all = |tcp: &TcpAddress| matches!(&tcp.host, Host::Ip(ip) if ip.is_unspecified());
+            // Elsewhere one of all addresses may have another listener.
+            let all =
+                cfg!(target_os = "linux") && is_one_kind(one, other) && (all(one) || all(other));
+            one.port == other.port && (one.host == other.host || all)
+        }
+        _ => one == other,
+    }
+}
+
+fn is_one_kind(one: &TcpAddress, other: &TcpAddress) -> bool {
+    match (&one.host, &other.host) {
+        (Host::Ip(one), Host::Ip(other)) => one.is_ipv4() == other.is_ipv4(),
+        _ => false,
+    }
+}

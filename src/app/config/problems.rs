@@ -1,0 +1,67 @@
+//! All that is wrong with a file, at once.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::app::escape;
+
+/// One thing that is wrong, in a line of the file if it is one's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Problem {
+    pub(crate) line: Option<usize>,
+    pub(crate) text: String,
+}
+
+/// All that is wrong with a file; never empty. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`, without a newline at
+/// the end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Problems {
+    file: PathBuf,
+    list: Vec<Problem>,
+}
+
+impl Problems {
+    /// In the order of the lines.
+    pub(super) fn new(file: &Path, mut list: Vec<Problem>) -> Problems {
+        list.sort();
+        list.dedup();
+        Problems {
+            file: file.to_owned(),
+            list,
+        }
+    }
+
+    /// One, of the file as a whole.
+    pub(crate) fn of(file: &Path, text: impl Into<String>) -> Problems {
+        let text = text.into();
+        Problems::new(file, vec![Problem { line: None, text }])
+    }
+
+    /// Of which file, and how many.
+    pub(crate) fn summary(&self) -> String {
+        match self.list.len() {
+            1 => format!("{}: 1 thing is wrong", self.file.display()),
+            n => format!("{}: {n} things are wrong", self.file.display()),
+        }
+    }
+
+    /// Returns each in a line, whatever names the file has.
+    pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
+        let line = |problem: &Problem| {
+            let file = self.file.display();
+            let line = problem
+                .line
+                .map_or(String::new(), |line| format!("{line}:"));
+            let text = format!("{file}:{line} {}", problem.text);
+            escape::line(&text).into_owned()
+        };
+        self.list.iter().map(line)
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<String> = self.lines().collect();
+        f.write_str(&lines.join("\n"))
+    }
+}

@@ -1,0 +1,376 @@
+//! The calls: what a request asks for, and what it is answered.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio::sync::Semaphore;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+use tracing::info;
+
+use crate::address::Address;
+use crate::app::output;
+use crate::proxy::{ForwardStatus, Handle};
+
+use super::http::{Request, Response};
+use super::metrics;
+use super::model::{Connection, Forward, RuleBody, Status, Unserved, seconds, unix};
+use super::server::{Endpoint, Service, Trouble};
+use super::{Actions, Problem};
+
+/// Answers requests.
+#[derive(Debug)]
+pub(super) struct Api {
+    handle: Handle,
+    actions: Actions,
+    /// Where it is asked.
+    endpoints: Vec<Arc<Endpoint>>,
+    lanes: Lanes,
+    started: Instant,
+}
+
+/// How many calls of a kind are answered at a time. Each may block, and none keeps those of another
+/// kind: the end can be asked for though a change hangs.
+#[derive(Debug)]
+struct Lanes {
+    looks: Arc<Semaphore>,
+    /// One: what is looked at before it still holds then.
+    changes: Arc<Semaphore>,
+    stops: Arc<Semaphore>,
+}
+
+const LOOKS_AT_A_TIME: usize = 4;
+
+/// How long a call may wait for its turn: half as long as our clients wait for an answer.
+const TURN: Duration = Duration::from_secs(5);
+
+/// Of all kinds together.
+pub(super) const CALLS_AT_A_TIME: usize = LOOKS_AT_A_TIME + 2;
+
+type Answer = Result<(u16, String), Problem>;
+
+fn json(status: u16, body: &impl Serialize) -> Answer {
+    match serde_json::to_string_pretty(body) {
+        Ok(text) => Ok((status, text + "\n")),
+        Err(e) => Err(Problem::new(500, format!("the answer is no JSON: {e}"))),
+    }
+}
+
+impl Api {
+    pub(super) fn new(handle: Handle, actions: Actions, endpoints: Vec<Arc<Endpoint>>) -> Api {
+        let lane = |count| Arc::new(Semaphore::new(count));
+        Api {
+            handle,
+            actions,
+            endpoints,
+            lanes: Lanes {
+                looks: lane(LOOKS_AT_A_TIME),
+                changes: lane(1),
+                stops: lane(1),
+            },
+            started: Instant::now(),
+        }
+    }
+
+    /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
+    /// never done: who asked would have given up.
+    pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
+        let lane = match (service, request.method.as_str(), request.path.as_str()) {
+            (Service::Metrics, ..) | (_, "GET", _) => &self.lanes.looks,
+            (_, _, "/v1/stop") => &self.lanes.stops,
+            _ => &self.lanes.changes,
+        };
+        let Ok(turn) = timeout(TURN, Arc::clone(lane).acquire_owned()).await else {
+            let problem = Problem::new(503, "another call is under way, and takes long");
+            return problem.with_remedy("try again later").response();
+        };
+        let api = Arc::clone(&self);
+        let call = move || {
+            // Until it is done, whoever waits for it.
+            let _turn = turn;
+            match service {
+                Service::Control => api.answer_all(&request),
+                Service::Metrics => api.answer_metrics(&request),
+            }
+        };
+        let answered = spawn_blocking(call).await;
+        answered.unwrap_or_else(|e| Problem::new(500, format!("the call failed: {e}")).response())
+    }
+
+    fn answer_all(&self, request: &Request) -> Response {
+        let path = request.path.as_str();
+        let (method, query) = (request.method.as_str(), request.query.as_slice());
+        let answer = match (method, path) {
+            (_, "/metrics") => return self.answer_metrics(request),
+            ("GET", "/v1/status") => none(query).and_then(|()| json(200, &self.status())),
+            ("GET", "/v1/forwards") => none(query).and_then(|()| json(200, &self.forwards())),
+            ("GET", "/v1/connections") => none(query).and_then(|()| json(200, &self.connections())),
+            ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
+            ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
+            ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
+            (_, "/v1/status" | "/v1/connections") => return wrong_method("GET"),
+            (_, "/v1/forwards") => return wrong_method("GET, POST"),
+            (_, "/v1/reload" | "/v1/stop") => return wrong_method("POST"),
+            _ => match (path.strip_prefix("/v1/forwards/"), method) {
+                (None | Some(""), _) => Err(no_such_call(path)),
+                (Some(name), "GET") => none(query)
+                    .and_then(|()| self.forward(name))
+                    .and_then(|found| json(200, &found)),
+                (Some(name), "DELETE") => {
+                    self.grace(query).and_then(|grace| self.remove(name, grace))
+                }
+                (Some(_), _) => return wrong_method("GET, DELETE"),
+            },
+        };
+        match answer {
+            Ok((status, body)) => Response {
+                status,
+                content_type: JSON,
+                allow: None,
+                body,
+            },
+            Err(problem) => problem.response(),
+        }
+    }
+
+    /// Answers as if there were nothing but the metrics.
+    fn answer_metrics(&self, request: &Request) -> Response {
+        match (request.method.as_str(), request.path.as_str()) {
+            ("GET", "/metrics") => Response {
+                status: 200,
+                content_type: metrics::CONTENT_TYPE,
+                allow: None,
+                body: metrics::text(&self.status()),
+            },
+            (_, "/metrics") => wrong_method("GET"),
+            (_, path) => Problem::new(404, format!("there is no {path} here"))
+                .with_remedy("there is /metrics")
+                .response(),
+        }
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
+            stopping: self.handle.is_stopping(),
+            live: self.handle.live(),
+            log_dropped: output::dropped(),
+            forwards: self.forwards(),
+            unserved: self
+                .endpoints
+                .iter()
+                .filter_map(|it| unserved(it))
+                .collect(),
+        }
+    }
+
+    fn forwards(&self) -> Vec<Forward> {
+        // First: one that is carried at last just now has its row. It, and one that can't be changed, have one only.
+        let mut pending = (self.actions.pending)();
+        let carried = self.handle.forwards();
+        let is_carried = |it: &Forward| {
+            let same = |other: &ForwardStatus| {
+                other.rule.name == it.name && other.rule.listen.to_string() == it.listen
+            };
+            carried.iter().any(same)
+        };
+        pending.retain(|it| !is_carried(it));
+        carried.iter().map(Forward::from).chain(pending).collect()
+    }
+
+    fn forward(&self, name: &str) -> Result<Forward, Problem> {
+        let pending = self.pending(name);
+        let carried = self.find(name).map(|it| Forward::from(&it));
+        carried.or_else(|e| pending.ok_or(e))
+    }
+
+    /// The forward of that name, or of that address, that is wanted and can't be had now.
+    fn pending(&self, name: &str) -> Option<Forward> {
+        let mut pending = (self.actions.pending)().into_iter();
+        pending.find(|it| it.name.as_deref() == Some(name) || it.listen == name)
+    }
+
+    fn connections(&self) -> Vec<Connection> {
+        let all = self.handle.connections();
+        all.iter().map(Connection::from).collect()
+    }
+
+    /// The forward of that name, or else that listens there, or else that has this id.
+    fn find(&self, name: &str) -> Result<ForwardStatus, Problem> {
+        let mut forwards = self.handle.forwards();
+        let named = |it: &ForwardStatus| it.rule.name.as_deref() == Some(name);
+        let address = name.parse::<Address>().ok();
+        let there = |it: &ForwardStatus| {
+            let here = [&it.listen, &it.rule.listen];
+            address
+                .as_ref()
+                .is_some_and(|address| here.contains(&address))
+        };
+        let id = name.parse::<u64>().ok();
+        let numbered = |it: &ForwardStatus| id == Some(it.id.into());
+        let index = forwards
+            .iter()
+            .position(named)
+            .or_else(|| forwards.iter().position(there))
+            .or_else(|| forwards.iter().position(numbered));
+        match index {
+            Some(index) => Ok(forwards.swap_remove(index)),
+            None => {
+                let problem = Problem::new(404, format!("there is no forward {name:?}"));
+                Err(problem.with_remedy("`hvsock status` lists those that there are"))
+            }
+        }
+    }
+
+    fn add(&self, body: &[u8]) -> Answer {
+        let body: RuleBody = serde_json::from_slice(body).map_err(|e| {
+            let problem = Problem::new(400, format!("that is no rule: {e}"));
+            problem.with_remedy(
+                r#"one is {"name": "web", "listen": "tcp://127.0.0.1:8080", "connect": "unix:///run/web.sock"}"#,
+            )
+        })?;
+        let rule = body.rule(|listen, connect| (self.actions.rule)(listen, connect))?;
+        let forwards = self.handle.forwards();
+        let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
+        let there = |it: &&ForwardStatus| it.listen == rule.listen;
+        let same = forwards.iter().find(named);
+        let same = same.or_else(|| forwards.iter().find(there));
+        if let Some(there) = same {
+            if there.rule == rule {
+                return json(200, &Forward::from(there));
+            }
+            let name = label(there);
+            let differs = RuleBody::from(&there.rule).difference(&RuleBody::from(&rule));
+            let problem = Problem::new(409, format!("another forward is there, {name}: {differs}"));
+            return Err(problem
+                .with_remedy("remove that one first, or take another name and another address"));
+        }
+        let id = self.handle.add(rule)?;
+        let added = self.handle.forwards().into_iter().find(|it| it.id == id);
+        let Some(added) = added else {
+            return Err(Problem::new(409, "it was removed at once by somebody else"));
+        };
+        let (name, connect) = (label(&added), &added.rule.connect);
+        info!("added {name}: {} -> {connect}", added.listen);
+        json(201, &Forward::from(&added))
+    }
+
+    fn remove(&self, name: &str, grace: Duration) -> Answer {
+        let pending = self.pending(name);
+        let found = self.find(name).map_err(|e| match pending {
+            None => e,
+            Some(it) => {
+                let why = it.why.unwrap_or(it.state);
+                let problem = Problem::new(409, format!("{name:?} isn't carried: {why}"));
+                problem.with_remedy(match self.actions.reload {
+                    Some(_) => "the file asks for it: take it out there, and reload",
+                    None => "it was asked for at the start, and is tried again",
+                })
+            }
+        })?;
+        self.handle.remove(found.id, grace)?;
+        info!(
+            "removed {}: {} -> {}",
+            label(&found),
+            found.listen,
+            found.rule.connect
+        );
+        json(200, &Forward::from(&found))
+    }
+
+    fn reload(&self) -> Answer {
+        let Some(reload) = &self.actions.reload else {
+            let problem = Problem::new(409, "there is no file to read again");
+            return Err(problem.with_remedy("`hvsock run CONFIG` has one"));
+        };
+        json(200, &reload()?)
+    }
+
+    fn stop(&self, grace: Duration) -> Answer {
+        info!("stopping, as was asked for");
+        self.handle.stop(grace);
+        let live = self.handle.live();
+        let body = serde_json::json!({"live": live, "grace_seconds": grace.as_secs_f64()});
+        json(202, &body)
+    }
+
+    /// How long connections that are there may take, as the query says.
+    fn grace(&self, query: &[(String, String)]) -> Result<Duration, Problem> {
+        let mut grace = (self.actions.grace)();
+        for (key, value) in query {
+            if key != "grace" {
+                return Err(unknown(key));
+            }
+            grace = seconds("grace", value.parse().unwrap_or(f64::NAN), 0.0)?;
+        }
+        Ok(grace)
+    }
+}
+
+/// Tells of an endpoint where nobody is served.
+fn unserved(endpoint: &Endpoint) -> Option<Unserved> {
+    let Trouble { why, since } = endpoint.trouble()?;
+    let service = match endpoint.service {
+        Service::Control => "control",
+        Service::Metrics => "metrics",
+    };
+    Some(Unserved {
+        service: service.to_owned(),
+        address: endpoint.address.to_string(),
+        why,
+        since: unix(since),
+    })
+}
+
+/// What a forward is called.
+fn label(forward: &ForwardStatus) -> String {
+    match &forward.rule.name {
+        Some(name) => format!("{name:?}"),
+        None => forward.listen.to_string(),
+    }
+}
+
+fn none(query: &[(String, String)]) -> Result<(), Problem> {
+    match query.first() {
+        None => Ok(()),
+        Some((key, _)) => Err(unknown(key)),
+    }
+}
+
+fn unknown(key: &str) -> Problem {
+    Problem::new(400, format!("nothing is called {key:?} here"))
+}
+
+const JSON: &str = "application/json";
+
+const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
+    GET /v1/connections, POST /v1/reload, POST /v1/stop, GET /metrics";
+
+fn no_such_call(path: &str) -> Problem {
+    Problem::new(404, format!("there is no {path:?} here")).with_remedy(CALLS)
+}
+
+fn wrong_method(allow: &'static str) -> Response {
+    Response {
+        allow: Some(allow),
+        ..Problem::new(405, format!("that takes {allow}")).response()
+    }
+}
+
+impl Problem {
+    pub(super) fn response(&self) -> Response {
+        let mut body = serde_json::json!({"error": self.error});
+        if let Some(remedy) = &self.remedy {
+            body["remedy"] = remedy.as_str().into();
+        }
+        Response {
+            status: self.status,
+            content_type: JSON,
+            allow: None,
+            body: format!("{body:#}\n"),
+        }
+    }
+}

@@ -1,0 +1,601 @@
+//! The sockets of the control interface: who is let in, and how long they may take.
+//!
+//! One thread runs them all, with a task for each socket and each client. When there are too many for a
+//! newcomer, the client that has kept us waiting longest is put out for it: who asks is never kept by
+//! those who don't. What may block (a call, a look at the socket's file) is done on other threads, of
+//! which there are few.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
+use tokio::sync::oneshot;
+use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
+use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
+
+use crate::address::{Address, UnixAddress};
+use crate::error::{Error, Operation, Result};
+use crate::listener::DEFAULT_MODE;
+use crate::listener::lasting::FileWatch;
+use crate::listener::nonblocking::{Listener, has_client_left, is_broken};
+use crate::stream::{Stream, nonblocking};
+use crate::sys::{self, AsSocket};
+
+use super::api::{Api, CALLS_AT_A_TIME};
+use super::clients::{Client, Clients, Phase, lock, most_clients};
+use super::http::{Incoming, NoRequest, Progress, Request};
+use super::{Problem, place};
+
+/// Returns how many descriptors the server of so many sockets needs: for their clients, themselves, and the runtime.
+pub(super) fn descriptors(sockets: usize) -> usize {
+    /// tokio's poller, its waker, and what they were made of.
+    const RUNTIME: usize = 6;
+    match sockets {
+        0 => 0,
+        sockets => RUNTIME + sockets * (1 + most_clients()),
+    }
+}
+
+/// How long a request may take to come, and an answer to go.
+const REQUEST: Duration = Duration::from_secs(5);
+
+/// How long, and for how many bytes, it is read on what a client sends behind its request: closed with bytes unread, a connection is
+/// reset, and the client may never see its answer.
+const LINGER: Duration = Duration::from_millis(500);
+const MOST_LINGERING: u64 = 1024 * 1024;
+
+/// How long answers under way may take when the server ends.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// How long the sockets' files may take to be removed then.
+const REMOVAL: Duration = Duration::from_secs(1);
+
+/// How long a socket rests that can't accept now, or was shut down.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// How often the socket's file is looked after.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// How often a socket is tried again that can't be bound.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
+
+/// What is served on a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Service {
+    /// Everything, to this user.
+    Control,
+    /// The metrics alone, to whoever can connect.
+    Metrics,
+}
+
+/// Where a service is to be, and how it is there.
+#[derive(Debug)]
+pub(super) struct Endpoint {
+    pub(super) service: Service,
+    /// With the port that was chosen, if one was to be.
+    pub(super) address: Address,
+    trouble: Mutex<Option<Trouble>>,
+}
+
+/// Why nobody is served at an endpoint.
+#[derive(Clone, Debug)]
+pub(super) struct Trouble {
+    pub(super) why: String,
+    pub(super) since: SystemTime,
+}
+
+impl Endpoint {
+    fn lock(&self) -> MutexGuard<'_, Option<Trouble>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why nobody is served there, if so.
+    pub(super) fn trouble(&self) -> Option<Trouble> {
+        self.lock().clone()
+    }
+
+    /// Notes why nobody is served; whether that is news.
+    fn is_lost(&self, why: String) -> bool {
+        let mut trouble = self.lock();
+        let before = trouble.take();
+        let is_new = before.as_ref().is_none_or(|before| before.why != why);
+        let since = before.map_or_else(SystemTime::now, |before| before.since);
+        *trouble = Some(Trouble { why, since });
+        is_new
+    }
+
+    /// Listens there. It may block.
+    fn bind(&self) -> Result<Listener> {
+        bind(self.service, &self.address)
+    }
+}
+
+fn bind(service: Service, address: &Address) -> Result<Listener> {
+    if let (Service::Control, Address::Unix(UnixAddress::Path(path))) = (service, address) {
+        place::prepare(path)?;
+    }
+    Listener::bind(address, DEFAULT_MODE)
+}
+
+/// An endpoint, and the socket that listens there, if it could be bound.
+#[derive(Debug)]
+pub(super) struct Door {
+    pub(super) endpoint: Arc<Endpoint>,
+    listener: Option<Arc<Listener>>,
+}
+
+impl Door {
+    /// Listens at `address`: nobody is served yet, who connects waits.
+    ///
+    /// # Errors
+    /// As those of [`Listener::bind`], and that others could get at the control socket.
+    pub(super) fn open(service: Service, address: &Address) -> Result<Door> {
+        let listener = bind(service, address)?;
+        let address = listener.bound(address);
+        Ok(Door {
+            endpoint: Arc::new(Endpoint {
+                service,
+                address,
+                trouble: Mutex::default(),
+            }),
+            listener: Some(Arc::new(listener)),
+        })
+    }
+
+    /// One that can't be opened yet, for that reason.
+    pub(super) fn closed(service: Service, address: &Address, error: &Error) -> Door {
+        let endpoint = Endpoint {
+            service,
+            address: address.clone(),
+            trouble: Mutex::default(),
+        };
+        endpoint.is_lost(error.to_string());
+        Door {
+            endpoint: Arc::new(endpoint),
+            listener: None,
+        }
+    }
+}
+
+fn fail(cause: io::Error) -> Error {
+    Error::new(Operation::Run, "the control socket", cause)
+}
+
+/// A server that runs until it is dropped.
+#[derive(Debug)]
+pub(super) struct Server {
+    stop: Option<oneshot::Sender<()>>,
+    /// Nothing comes of it but its end, which is the thread's.
+    ended: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Server {
+    /// Begins to serve.
+    pub(super) fn start(doors: Vec<Door>, api: Api) -> Result<Server> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            // And for each socket those that bind it and look after its file.
+            .max_blocking_threads(CALLS_AT_A_TIME + 2 * doors.len())
+            .thread_name("hvsock-client")
+            .build()
+            .map_err(fail)?;
+        let (stop, stopped) = oneshot::channel();
+        let (running, ended) = mpsc::channel();
+        let run = move || {
+            let _running: mpsc::Sender<()> = running;
+            serve(runtime, doors, Arc::new(api), stopped);
+        };
+        let thread = thread::Builder::new().name("hvsock-control".to_owned());
+        thread.spawn(run).map_err(fail)?;
+        Ok(Server {
+            stop: Some(stop),
+            ended: Mutex::new(ended),
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // To remove a socket's file may take for ever, as a disk does: the process ends all the same.
+        let _ = ended.recv_timeout(LAST_ANSWERS + REMOVAL);
+    }
+}
+
+fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Receiver<()>) {
+    runtime.block_on(async {
+        let mut open = JoinSet::new();
+        let mut all = Vec::new();
+        for door in doors {
+            let clients = Arc::new(Mutex::new(Clients::new()));
+            all.push(Arc::clone(&clients));
+            open.spawn(Acceptor::new(door, Arc::clone(&api), clients).accept_all());
+        }
+        // That its sender is dropped is what is waited for.
+        let _ = stopped.await;
+        // First the listeners and their files: whoever sees none may take their place.
+        open.shutdown().await;
+        let all: Vec<Clients> = all
+            .iter()
+            .map(|clients| std::mem::replace(&mut *lock(clients), Clients::new()))
+            .collect();
+        // Who has not asked yet won't, and the others have a moment for their answers.
+        let last = async {
+            for mut clients in all {
+                clients.put_out_who_has_not_asked();
+                while clients.tasks.join_next().await.is_some() {}
+            }
+        };
+        let _ = timeout(LAST_ANSWERS, last).await;
+    });
+    // A call that hangs is not waited for.
+    runtime.shutdown_background();
+}
+
+/// Who takes a socket's clients in, and looks after the socket.
+struct Acceptor {
+    endpoint: Arc<Endpoint>,
+    listener: Option<Arc<Listener>>,
+    api: Arc<Api>,
+    clients: Arc<Mutex<Clients>>,
+    /// A stranger, or an error, was told of.
+    complained: bool,
+    look_at: Instant,
+    watch: FileWatch,
+    /// One who looks at the socket's file; what it has made, if that was removed.
+    look: Option<JoinHandle<(FileWatch, Option<Listener>)>>,
+}
+
+impl Acceptor {
+    fn new(door: Door, api: Arc<Api>, clients: Arc<Mutex<Clients>>) -> Acceptor {
+        Acceptor {
+            endpoint: door.endpoint,
+            listener: door.listener,
+            api,
+            clients,
+            complained: false,
+            look_at: Instant::now(),
+            watch: FileWatch::default(),
+            look: None,
+        }
+    }
+
+    async fn accept_all(mut self) {
+        loop {
+            let Some(listener) = &self.listener else {
+                self.bind_again().await;
+                continue;
+            };
+            match timeout(WATCH, next_client(listener)).await {
+                // Nobody has come.
+                Err(_) => {}
+                Ok(Ok(stream)) => self.let_in(stream),
+                Ok(Err(e)) => self.could_not_accept(&e).await,
+            }
+            self.look_after_file().await;
+        }
+    }
+
+    /// Says something once.
+    fn complain(&mut self, what: impl std::fmt::Display) {
+        if !std::mem::replace(&mut self.complained, true) {
+            warn!("{}: {what}", self.endpoint.address);
+        }
+    }
+
+    async fn could_not_accept(&mut self, error: &io::Error) {
+        if error.kind() == io::ErrorKind::Interrupted || has_client_left(error) {
+            return;
+        }
+        if is_broken(error) {
+            let why = format!("the socket was shut down from outside ({error})");
+            if self.endpoint.is_lost(why.clone()) {
+                warn!("{}: {why}; it is bound again", self.endpoint.address);
+            }
+            // First, for it has the address.
+            self.listener = None;
+        } else {
+            self.complain(format_args!("{error}; clients wait"));
+            // Most often descriptors ran out: that brings one.
+            lock(&self.clients).put_out_one();
+        }
+        sleep(PAUSE).await;
+    }
+
+    async fn bind_again(&mut self) {
+        let endpoint = Arc::clone(&self.endpoint);
+        let made = spawn_blocking(move || endpoint.bind()).await;
+        let address = &self.endpoint.address;
+        match made.unwrap_or_else(|e| Err(fail(io::Error::other(e)))) {
+            Ok(listener) => {
+                info!("listening on {address} now");
+                self.listener = Some(Arc::new(listener));
+                *self.endpoint.lock() = None;
+            }
+            Err(e) => {
+                if self.endpoint.is_lost(e.to_string()) {
+                    warn!("{e}");
+                }
+                sleep(TRY_AGAIN).await;
+            }
+        }
+    }
+
+    fn let_in(&mut self, stream: nonblocking::Stream) {
+        let stream = match to_tokio(stream, &self.endpoint.address) {
+            Ok(stream) => stream,
+            Err(e) => return self.complain(format_args!("a client can't be served: {e}")),
+        };
+        let service = self.endpoint.service;
+        if service == Service::Control
+            && let Err(why) = check_connector(&stream)
+        {
+            return self.complain(format_args!("refused a client: {why}"));
+        }
+        let client = Arc::new(Client::new());
+        let task = answer(stream, Arc::clone(&client), service, Arc::clone(&self.api));
+        lock(&self.clients).admit(&client, task);
+    }
+
+    /// Has a socket's file made again that someone removed.
+    async fn look_after_file(&mut self) {
+        if let Some(look) = self.look.take_if(|look| look.is_finished()) {
+            // It doesn't panic; if it did, it would begin anew.
+            let (watch, made) = look.await.unwrap_or_default();
+            self.watch = watch;
+            if let Some(made) = made {
+                self.replace(made);
+            }
+        }
+        let now = Instant::now();
+        if let (None, Some(listener)) = (&self.look, &self.listener)
+            && matches!(self.endpoint.address, Address::Unix(_))
+            && self.look_at <= now
+        {
+            self.look_at = now + WATCH;
+            let (listener, endpoint) = (Arc::clone(listener), Arc::clone(&self.endpoint));
+            let mut watch = std::mem::take(&mut self.watch);
+            self.look = Some(spawn_blocking(move || {
+                let state = || listener.file_state();
+                let made = watch.look(&endpoint.address, state, || endpoint.bind());
+                (watch, made)
+            }));
+        }
+    }
+
+    /// Takes in who came to the old socket, and listens on the new one.
+    fn replace(&mut self, made: Listener) {
+        let old = self.listener.replace(Arc::new(made));
+        while let Some(Ok((stream, _))) = old.as_ref().map(|old| old.accept()) {
+            self.let_in(stream);
+        }
+    }
+}
+
+/// Waits for a client.
+async fn next_client(listener: &Listener) -> io::Result<nonblocking::Stream> {
+    let watched = sys::watch_borrowed(listener.as_socket())?;
+    loop {
+        let mut ready = watched.readable().await?;
+        if let Ok(accepted) = ready.try_io(|_| listener.accept()) {
+            return accepted.map(|(stream, _)| stream);
+        }
+    }
+}
+
+/// The runtime's kind of stream. Its Unix one carries any stream socket.
+fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixStream> {
+    let socket = Stream::from_nonblocking(stream, address)?.into_socket();
+    socket.set_nonblocking(true)?;
+    UnixStream::from_std(OwnedFd::from(socket).into())
+}
+
+/// Refuses whom the kernel lets in though he must not be: another user (root), and whoever comes by way of this process,
+/// which is a client of some forward: a guest.
+fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
+    let who = sys::connector(stream.as_fd())
+        .map_err(|e| format!("the system doesn't say who it is: {e}"))?;
+    if who.user != sys::user_id() {
+        return Err(format!("it is user {}, and not ours", who.user));
+    }
+    if who.process == Some(std::process::id()) {
+        return Err("it came through one of our own forwards".to_owned());
+    }
+    Ok(())
+}
+
+/// Serves a client. Who breaks off needs no answer.
+async fn answer(mut stream: UnixStream, client: Arc<Client>, service: Service, api: Arc<Api>) {
+    let request = timeout(REQUEST, read(&mut stream)).await;
+    let response = match request {
+        Ok(Ok(request)) => {
+            // What its client has given up while we stood still is not to happen.
+            if request.method != "GET" && sys::is_hung_up(stream.as_fd()) {
+                return;
+            }
+            client.begins(Phase::Waiting);
+            api.answer(service, request).await
+        }
+        Ok(Err(NoRequest::Gone)) => return,
+        Ok(Err(NoRequest::Refused(problem))) => problem.response(),
+        Err(_) => Problem::new(408, "the request took too long to come").response(),
+    };
+    client.begins(Phase::Hearing);
+    let told = timeout(REQUEST, stream.write_all(&response.to_bytes())).await;
+    if !matches!(told, Ok(Ok(()))) {
+        return;
+    }
+    // Fails where both directions have ended. What has come is to be read all the same.
+    let _ = socket2::SockRef::from(&stream).shutdown(Shutdown::Write);
+    let mut rest = stream.take(MOST_LINGERING);
+    let _ = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+}
+
+async fn read(stream: &mut UnixStream) -> std::result::Result<Request, NoRequest> {
+    let mut incoming = Incoming::default();
+    let mut buffer = [0; 4096];
+    loop {
+        let count = stream.read(&mut buffer).await.unwrap_or(0);
+        if count == 0 {
+            return Err(NoRequest::Gone);
+        }
+        match incoming.take(&buffer[..count])? {
+            Progress::More => {}
+            Progress::Waits(word) => {
+                let said = stream.write_all(word).await;
+                said.map_err(|_| NoRequest::Gone)?;
+            }
+            Progress::Whole(request) => return Ok(request),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::app::control::Actions;
+    use crate::proxy::{Proxy, ProxyConfig, Rule};
+
+    /// No wait is longer.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn actions(reload: impl Fn() + Send + Sync + 'static) -> Actions {
+        Actions {
+            rule: Box::new(Rule::new),
+            pending: Box::new(Vec::new),
+            reload: Some(Box::new(move || {
+                reload();
+                Ok(serde_json::Value::Null)
+            })),
+            grace: Box::new(|| Duration::ZERO),
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    mod shut_down {
+        use std::io::{Read, Write};
+
+        use super::*;
+
+        /// The metrics at an address (which also clients of this process may have), and what listens there.
+        fn start(
+            address: &Address,
+            actions: Actions,
+        ) -> (Server, Proxy, Arc<Listener>, Arc<Endpoint>) {
+            let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
+            let door = Door::open(Service::Metrics, address).unwrap();
+            let (listener, endpoint) = (door.listener.clone().unwrap(), Arc::clone(&door.endpoint));
+            let api = Api::new(proxy.handle(), actions, vec![Arc::clone(&endpoint)]);
+            let server = Server::start(vec![door], api).unwrap();
+            (server, proxy, listener, endpoint)
+        }
+
+        fn scrape(address: &Address) -> io::Result<String> {
+            let fail = |e: Error| io::Error::from(e.kind());
+            let mut stream = Stream::connect_timeout(address, PATIENCE).map_err(fail)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        }
+
+        fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+            let end = Instant::now() + PATIENCE;
+            while !done() {
+                assert!(Instant::now() < end, "in vain: {what}");
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+
+        /// By `ss -K`, or by another process that has it.
+        #[test]
+        fn a_socket_that_is_shut_down_from_outside_is_bound_again() {
+            let dir = tempfile::tempdir().unwrap();
+            let unix = format!("unix://{}", dir.path().join("s").display());
+            for address in ["tcp://127.0.0.1:0", &unix] {
+                let asked = address.parse().unwrap();
+                let (server, _proxy, listener, endpoint) = start(&asked, actions(|| ()));
+                assert!(scrape(&endpoint.address).unwrap().contains("200 OK"));
+                let socket = listener.as_socket();
+                let socket = socket2::SockRef::from(&socket);
+                socket.shutdown(Shutdown::Both).unwrap();
+                drop(listener);
+                eventually("it is served again", || {
+                    scrape(&endpoint.address).is_ok_and(|answer| answer.contains("200 OK"))
+                });
+                assert!(endpoint.trouble().is_none());
+                drop(server);
+                assert!(scrape(&endpoint.address).is_err(), "{address}");
+            }
+        }
+    }
+
+    /// A change that hangs keeps neither those who look nor the end.
+    #[test]
+    fn it_can_be_looked_at_and_stopped_while_a_change_hangs() {
+        // It waits for its threads: what they hang on has to go before it.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(CALLS_AT_A_TIME)
+            .build()
+            .unwrap();
+        let (begins, begun) = channel();
+        let (goes_on, hangs) = channel::<()>();
+        let (begins, hangs) = (Mutex::new(begins), Mutex::new(hangs));
+        let reload = move || {
+            begins.lock().unwrap().send(()).unwrap();
+            let _ = hangs.lock().unwrap().recv();
+        };
+        let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
+        let api = Arc::new(Api::new(proxy.handle(), actions(reload), Vec::new()));
+        let call = |method: &str, path: &str| {
+            let request = Request {
+                method: method.to_owned(),
+                path: path.to_owned(),
+                ..Request::default()
+            };
+            Arc::clone(&api).answer(Service::Control, request)
+        };
+        runtime.block_on(async {
+            let first = tokio::spawn(call("POST", "/v1/reload"));
+            tokio::task::yield_now().await;
+            begun.recv_timeout(PATIENCE).unwrap();
+            for (method, path, status) in [
+                ("GET", "/v1/status", 200),
+                ("GET", "/v1/connections", 200),
+                ("GET", "/metrics", 200),
+                ("POST", "/v1/stop", 202),
+            ] {
+                let answer = timeout(PATIENCE, call(method, path)).await;
+                assert_eq!(answer.unwrap().status, status, "{path}");
+            }
+            // Whoever wants another change is told so, however many they are.
+            let others: Vec<_> = (0..50)
+                .map(|_| tokio::spawn(call("POST", "/v1/reload")))
+                .collect();
+            for other in others {
+                let answer = timeout(PATIENCE, other).await.unwrap().unwrap();
+                assert_eq!(answer.status, 503);
+            }
+            assert!(!first.is_finished());
+        });
+        // What was refused does not happen later.
+        drop(goes_on);
+        begun.recv_timeout(Duration::from_millis(100)).unwrap_err();
+        runtime.shutdown_background();
+        proxy.wait().unwrap();
+    }
+}

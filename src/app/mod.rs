@@ -1,0 +1,19 @@
+//! The command: its words, its file and the requests to its control socket, turned into [`Rule`](crate::Rule)s; and
+//! what people look at.
+
+mod cat;
+mod cli;
+mod config;
+#[cfg(unix)]
+mod control;
+mod doctor;
+mod escape;
+mod output;
+mod serve;
+mod stress;
+#[cfg(unix)]
+mod syslog;
+#[cfg(unix)]
+mod top;
+
+pub use cli::run;

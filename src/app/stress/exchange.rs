@@ -1,0 +1,310 @@
+//! One connection of a client: what it sends, what it compares, how it ends.
+
+use std::io::{self, Read, Write};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::app::serve::{LOOK, Stop, again};
+use crate::stream::Stream;
+use crate::sys::Wanted;
+
+use super::data::{Data, MARK, Request, Way};
+use super::{Load, Plan, Progress};
+
+const ONLY_ECHOES: &str = "the server only echoes: this load wants a `hvsock stress --server`";
+
+/// What a connection moved, and when.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Done {
+    pub(super) sent: u64,
+    pub(super) received: u64,
+    /// From the dial to the first byte that came.
+    pub(super) first_byte: Option<Duration>,
+}
+
+/// A connection and what is known of it.
+#[derive(Debug)]
+pub(super) struct Exchange<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) stream: &'a Stream,
+    pub(super) data: &'a Data,
+    pub(super) stop: &'a Stop,
+    pub(super) progress: &'a Progress,
+    pub(super) rng: fastrand::Rng,
+    /// Where in the data it begins.
+    pub(super) start: u64,
+    /// When the dial began.
+    pub(super) dialled: Instant,
+    /// When something moved last.
+    pub(super) moved: Instant,
+    pub(super) done: Done,
+}
+
+impl Exchange<'_> {
+    /// Does what the plan asks for, to the end; `told` is called with each round trip.
+    ///
+    /// # Errors
+    /// What a person is to read of it.
+    pub(super) fn run(&mut self, told: impl FnMut(Duration)) -> Result<(), String> {
+        let nonblocking = self.stream.set_nonblocking(true);
+        nonblocking.map_err(|e| e.to_string())?;
+        let size = self.rng.u64(self.plan.size.clone());
+        match self.plan.load {
+            Load::Echo => self.echo(size),
+            Load::Up => self.up(size),
+            Load::Down => self.down(size),
+            Load::RoundTrips(count) => self.round_trips(count, size, told),
+        }
+    }
+
+    fn echo(&mut self, size: u64) -> Result<(), String> {
+        let mut buffer = self.buffer();
+        let mut half_closed = false;
+        loop {
+            let mut wanted = Wanted::Readable;
+            let mut idle = true;
+            if self.done.sent < size {
+                idle = !self.write_some(size)?;
+                wanted = Wanted::Either;
+            } else if !half_closed && (!self.held() || self.done.received == size) {
+                if !self.stream.has_half_close() {
+                    return self.whole(size);
+                }
+                half_closed = true;
+                self.half_close()?;
+            }
+            let len = self.draw(&buffer);
+            match again((&*self.stream).read(&mut buffer[..len])) {
+                Ok(None) => {}
+                Ok(Some(0)) => return self.whole(size),
+                Ok(Some(n)) => {
+                    idle = false;
+                    self.compare(&buffer[..n], size)?;
+                }
+                // A VMM that ends both directions at once may do it by a reset.
+                Err(_) if half_closed && self.held() => return self.whole(size),
+                Err(e) => return Err(self.broken(&e)),
+            }
+            if idle {
+                self.wait(wanted)?;
+            }
+        }
+    }
+
+    fn up(&mut self, size: u64) -> Result<(), String> {
+        self.request(Way::Up, size)?;
+        while self.done.sent < size {
+            if !self.write_some(size)? {
+                self.wait(Wanted::Writable)?;
+            }
+        }
+        let mut answer = Vec::new();
+        self.read_line(&mut answer)?;
+        if answer.starts_with(MARK) {
+            return Err(ONLY_ECHOES.to_owned());
+        }
+        if answer != b"ok\n" {
+            let answer = String::from_utf8_lossy(&answer);
+            return Err(format!("the server says: {}", answer.trim_end()));
+        }
+        self.end()
+    }
+
+    fn down(&mut self, size: u64) -> Result<(), String> {
+        self.request(Way::Down, size)?;
+        let mut buffer = self.buffer();
+        while self.done.received < size {
+            let len = self.draw(&buffer);
+            let n = self.read_some(&mut buffer[..len])?;
+            self.compare(&buffer[..n], size)?;
+        }
+        self.end()
+    }
+
+    fn round_trips(
+        &mut self,
+        count: u64,
+        size: u64,
+        mut told: impl FnMut(Duration),
+    ) -> Result<(), String> {
+        let mut buffer = vec![0; usize::try_from(size).unwrap_or(usize::MAX).max(1)];
+        for trip in 1..=count {
+            let begun = Instant::now();
+            while self.done.sent < trip * size {
+                if !self.write_some(trip * size)? {
+                    self.wait(Wanted::Writable)?;
+                }
+            }
+            while self.done.received < trip * size {
+                let left = (trip * size - self.done.received) as usize;
+                let n = self.read_some(&mut buffer[..left])?;
+                self.compare(&buffer[..n], trip * size)?;
+            }
+            told(begun.elapsed());
+            if self.stop.is_asked() {
+                break;
+            }
+        }
+        self.end()
+    }
+
+    /// Half-closes and reads to the server's EOF.
+    fn end(&mut self) -> Result<(), String> {
+        // Where there is none, our close is what ends it.
+        if !self.stream.has_half_close() {
+            return Ok(());
+        }
+        self.half_close()?;
+        loop {
+            match again((&*self.stream).read(&mut [0; 64])) {
+                Ok(Some(0)) => return Ok(()),
+                Ok(Some(_)) => return Err("more came than was asked for".to_owned()),
+                Ok(None) => self.wait(Wanted::Readable)?,
+                Err(_) if self.held() => return Ok(()),
+                Err(e) => return Err(self.broken(&e)),
+            }
+        }
+    }
+
+    fn half_close(&self) -> Result<(), String> {
+        let done = self.stream.half_close();
+        done.map_err(|e| format!("half-close: {}", self.broken(&e)))
+    }
+
+    fn held(&self) -> bool {
+        self.stream.takes_half_close_for_the_end()
+    }
+
+    fn request(&mut self, way: Way, bytes: u64) -> Result<(), String> {
+        let request = Request {
+            way,
+            bytes,
+            seed: self.data.seed,
+            start: self.start,
+        };
+        let line = request.to_string();
+        let mut rest = line.as_bytes();
+        while !rest.is_empty() {
+            match again((&*self.stream).write(rest)).map_err(|e| self.broken(&e))? {
+                Some(n) => rest = &rest[n..],
+                None => self.wait(Wanted::Writable)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn read_line(&mut self, line: &mut Vec<u8>) -> Result<(), String> {
+        let mut byte = [0];
+        while !line.ends_with(b"\n") && line.len() < 256 {
+            self.read_some(&mut byte)?;
+            line.push(byte[0]);
+        }
+        Ok(())
+    }
+
+    /// Writes a buffer's worth, if there is room, and no further than `until`; whether there was.
+    fn write_some(&mut self, until: u64) -> Result<bool, String> {
+        let most = self.rng.u64(self.plan.buffer.clone());
+        let len = most.min(until - self.done.sent);
+        let bytes = self.data.at(self.start + self.done.sent, len);
+        match again((&*self.stream).write(bytes)).map_err(|e| self.broken(&e))? {
+            Some(n) => {
+                self.done.sent += n as u64;
+                self.went(n);
+                Ok(true)
+            }
+            None => Ok(false),
+        }
+    }
+
+    /// Waits for bytes.
+    fn read_some(&mut self, buffer: &mut [u8]) -> Result<usize, String> {
+        loop {
+            match again((&*self.stream).read(buffer)).map_err(|e| self.broken(&e))? {
+                Some(0) => return Err(self.ended()),
+                Some(n) => return Ok(n),
+                None => self.wait(Wanted::Readable)?,
+            }
+        }
+    }
+
+    fn went(&mut self, bytes: usize) {
+        self.moved = Instant::now();
+        self.progress
+            .moved
+            .fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn came(&mut self, bytes: usize) {
+        self.went(bytes);
+        let first = self.moved.duration_since(self.dialled);
+        self.done.first_byte.get_or_insert(first);
+    }
+
+    /// Takes bytes that came, of `size` that are to come.
+    fn compare(&mut self, bytes: &[u8], size: u64) -> Result<(), String> {
+        self.came(bytes.len());
+        let at = self.start + self.done.received;
+        self.done.received += bytes.len() as u64;
+        if self.done.received > size {
+            return Err("more came back than was sent".to_owned());
+        }
+        match self.data.difference(at, bytes) {
+            None => Ok(()),
+            Some(_) if self.plan.load == Load::Down && bytes.starts_with(MARK) => {
+                Err(ONLY_ECHOES.to_owned())
+            }
+            Some(differs) => Err(format!(
+                "MISMATCH: byte {} is not the one that was sent",
+                differs - self.start
+            )),
+        }
+    }
+
+    /// Judges a connection that the server has ended.
+    fn whole(&self, size: u64) -> Result<(), String> {
+        if self.done.received == size && self.done.sent == size {
+            return Ok(());
+        }
+        Err(self.ended())
+    }
+
+    fn ended(&self) -> String {
+        if self.done.received == 0 && self.stream.address().refuses_in_silence() {
+            return crate::dial::refused_in_silence(self.stream.address()).to_string();
+        }
+        "the server ended it early".to_owned()
+    }
+
+    fn broken(&self, error: &io::Error) -> String {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset};
+        match error.kind() {
+            // What comes of a refusal once something was sent.
+            BrokenPipe | ConnectionReset if self.done.received == 0 => self.ended(),
+            _ => error.to_string(),
+        }
+    }
+
+    /// Waits until something may move.
+    fn wait(&mut self, wanted: Wanted) -> Result<(), String> {
+        let ready = self.stream.wait(wanted, LOOK).map_err(|e| e.to_string())?;
+        if self.stop.is_urgent() {
+            return Err("interrupted".to_owned());
+        }
+        if !ready && self.moved.elapsed() >= self.plan.timeout {
+            let seconds = self.plan.timeout.as_secs();
+            return Err(format!("nothing moved for {seconds} s"));
+        }
+        Ok(())
+    }
+
+    fn buffer(&self) -> Vec<u8> {
+        vec![0; usize::try_from(*self.plan.buffer.end()).unwrap_or(usize::MAX)]
+    }
+
+    /// How much is to be read at once.
+    fn draw(&mut self, buffer: &[u8]) -> usize {
+        let len = self.rng.u64(self.plan.buffer.clone());
+        usize::try_from(len).unwrap_or(usize::MAX).min(buffer.len())
+    }
+}

@@ -1,0 +1,228 @@
+//! What came of a run: counts, rates, latencies, reasons of failures.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use indicatif::BinaryBytes;
+
+use super::exchange::Done;
+use super::{Load, Plan};
+use crate::app::escape;
+
+/// What came of a run.
+#[derive(Debug)]
+pub(crate) struct Report {
+    load: Load,
+    seed: u64,
+    wanted: u64,
+    pub(super) took: Duration,
+    whole: u64,
+    failed: u64,
+    sent: u64,
+    received: u64,
+    reasons: Reasons,
+    notes: Vec<String>,
+    pub(super) latencies: Latencies,
+}
+
+impl Report {
+    pub(super) fn new(plan: &Plan) -> Report {
+        Report {
+            load: plan.load,
+            seed: plan.seed,
+            wanted: plan.connections,
+            took: Duration::ZERO,
+            whole: 0,
+            failed: 0,
+            sent: 0,
+            received: 0,
+            reasons: Reasons::default(),
+            notes: Vec::new(),
+            latencies: Latencies::default(),
+        }
+    }
+
+    /// Counts a connection that ended.
+    pub(super) fn count(&mut self, done: &Done, whole: bool) {
+        self.sent += done.sent;
+        self.received += done.received;
+        match whole {
+            true => self.whole += 1,
+            false => self.failed += 1,
+        }
+    }
+
+    /// Takes the reason why a connection failed.
+    pub(super) fn fail(&mut self, why: &str, done: &Done) {
+        self.reasons.add(&escape::line(why), done);
+    }
+
+    /// Takes what is wrong with more than a connection.
+    pub(super) fn note(&mut self, what: String) {
+        self.notes.push(escape::line(&what).into_owned());
+    }
+
+    /// Whether every connection that was asked for was made, and whole.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.whole == self.wanted && self.notes.is_empty()
+    }
+
+    /// One line that says what is wrong, if anything is.
+    pub(crate) fn verdict(&self) -> Option<String> {
+        let missing = self.wanted - self.whole - self.failed;
+        match (self.failed, missing) {
+            _ if self.is_whole() => None,
+            (0, missing) => Some(format!("{missing} connections were not made")),
+            (failed, 0) => Some(format!("{failed} of {} connections failed", self.wanted)),
+            (failed, missing) => Some(format!(
+                "{failed} of {} connections failed, {missing} were not made",
+                self.wanted
+            )),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.took.as_secs_f64().max(1e-9);
+        let ended = self.whole + self.failed;
+        writeln!(
+            f,
+            "connections  {} whole, {} failed, in {seconds:.2} s: {:.0} a second",
+            self.whole,
+            self.failed,
+            ended as f64 / seconds
+        )?;
+        for (name, bytes) in [("sent", self.sent), ("received", self.received)] {
+            let rate = bytes as f64 / seconds / f64::from(1 << 20);
+            let amount = BinaryBytes(bytes);
+            writeln!(f, "{name:<12} {bytes} bytes ({amount}): {rate:.1} MiB/s")?;
+        }
+        if let Load::RoundTrips(_) = self.load {
+            let trips = self.latencies.round_trip.0.len();
+            let rate = trips as f64 / seconds;
+            writeln!(f, "round trips  {trips}: {rate:.0} a second")?;
+        }
+        self.latencies.fmt(f)?;
+        self.reasons.fmt(f)?;
+        for note in &self.notes {
+            writeln!(f, "note         {note}")?;
+        }
+        write!(f, "seed         {}", self.seed)
+    }
+}
+
+/// How long things took.
+#[derive(Debug, Default)]
+pub(super) struct Latencies {
+    /// From a dial to the first byte that came back.
+    pub(super) first_byte: Times,
+    pub(super) round_trip: Times,
+    /// From a dial to the server's EOF.
+    pub(super) connection: Times,
+}
+
+impl Latencies {
+    pub(super) fn merge(&mut self, other: &Latencies) {
+        self.first_byte.merge(&other.first_byte);
+        self.round_trip.merge(&other.round_trip);
+        self.connection.merge(&other.connection);
+    }
+}
+
+impl fmt::Display for Latencies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rows = [
+            ("first byte", &self.first_byte),
+            ("round trip", &self.round_trip),
+            ("connection", &self.connection),
+        ];
+        if rows.iter().all(|(_, times)| times.0.is_empty()) {
+            return Ok(());
+        }
+        let columns = ["p50", "p90", "p99", "p99.9", "max"];
+        write!(f, "{:<12}", "latency")?;
+        for column in columns {
+            write!(f, " {column:>9}")?;
+        }
+        writeln!(f, "  ms")?;
+        for (name, times) in rows.iter().filter(|(_, times)| !times.0.is_empty()) {
+            write!(f, "{name:<12}")?;
+            for quantile in [0.5, 0.9, 0.99, 0.999, 1.0] {
+                let ms = times.0.value_at_quantile(quantile) as f64 / 1e6;
+                write!(f, " {ms:>9.3}")?;
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+}
+
+/// Durations, counted in nanoseconds with three digits.
+#[derive(Debug)]
+pub(super) struct Times(Histogram<u64>);
+
+/// Longer ones are counted as this.
+const LONGEST: u64 = 3_600_000_000_000;
+
+impl Default for Times {
+    #[allow(clippy::expect_used)]
+    fn default() -> Times {
+        Times(Histogram::new_with_max(LONGEST, 3).expect("the bounds are right"))
+    }
+}
+
+impl Times {
+    pub(super) fn record(&mut self, time: Duration) {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(LONGEST);
+        self.0.saturating_record(nanoseconds);
+    }
+
+    fn merge(&mut self, other: &Times) {
+        // It fails only if the other one has longer times, and all have the same bounds.
+        let _ = self.0.add(&other.0);
+    }
+}
+
+/// Why connections failed, and how often.
+#[derive(Debug, Default)]
+struct Reasons(BTreeMap<String, Reason>);
+
+#[derive(Debug)]
+struct Reason {
+    count: u64,
+    /// What the first such connection had done.
+    first: Done,
+}
+
+/// Reasons that differ are told apart up to this number.
+const MOST_REASONS: usize = 20;
+
+impl Reasons {
+    fn add(&mut self, why: &str, done: &Done) {
+        let known = self.0.contains_key(why) || self.0.len() < MOST_REASONS;
+        let why = if known { why } else { "other reasons" };
+        let reason = self.0.entry(why.to_owned()).or_insert(Reason {
+            count: 0,
+            first: *done,
+        });
+        reason.count += 1;
+    }
+}
+
+impl fmt::Display for Reasons {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (why, Reason { count, first }) in &self.0 {
+            let Done { sent, received, .. } = first;
+            let at = match (sent, received, count) {
+                (0, 0, _) => String::new(),
+                (_, _, 1) => format!(" ({sent} bytes sent, {received} received)"),
+                _ => format!(" (the first one: {sent} bytes sent, {received} received)"),
+            };
+            writeln!(f, "failed       {count} x {why}{at}")?;
+        }
+        Ok(())
+    }
+}

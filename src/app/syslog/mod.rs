@@ -1,0 +1,174 @@
+//! Syslog messages of local programs, carried over a stream: what vsudd's `-syslog` did.
+//!
+//! Programs write datagrams to a Unix socket, as `/dev/log` is one. Each goes on as a frame of RFC 6587's octet counting
+//! (RFC 5425 has the same): its length in decimal, a space, its bytes.
+
+mod link;
+mod queue;
+
+use std::io;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use socket2::{SockRef, Type};
+use tracing::warn;
+
+use crate::address::Address;
+use crate::app::serve::{LOOK, Stop};
+use crate::error::{Error, Operation, Result};
+use crate::listener::file::{self, SocketFile};
+use crate::listener::lasting::FileWatch;
+use crate::stream::closer;
+use crate::sys::{self, AsSocket, Wanted};
+
+use link::Link;
+use queue::Kept;
+
+/// How long a message may be; longer ones are cut off, as syslog daemons do. Linux' `net.core.wmem_default` lets no
+/// program send more than some 200 KiB.
+const LONGEST_MESSAGE: usize = 256 * 1024;
+
+/// The socket that programs write to.
+#[derive(Debug)]
+pub(crate) struct Log {
+    socket: UnixDatagram,
+    file: SocketFile,
+    path: PathBuf,
+    mode: u32,
+}
+
+impl Log {
+    /// Binds the socket at `path`, with these permissions.
+    ///
+    /// # Errors
+    /// As those of a [`Listener`](crate::Listener).
+    pub(crate) fn bind(path: &Path, mode: u32) -> Result<Log> {
+        let (socket, file) = file::bind(path.display(), path, Type::DGRAM, mode)?;
+        // (macOS would have it hold 4 KiB of messages.)
+        sys::make_room(&SockRef::from(&socket));
+        let socket = UnixDatagram::from(std::os::fd::OwnedFd::from(socket));
+        let fail = |e| Error::new(Operation::Listen, path.display(), e);
+        socket.set_nonblocking(true).map_err(fail)?;
+        Ok(Log {
+            socket,
+            file,
+            path: path.to_owned(),
+            mode,
+        })
+    }
+}
+
+/// Carries messages from `log` to `target` until `stop` is asked for; how many were not delivered. A connection that is
+/// lost is made again, and what came meanwhile is kept, in bounds.
+///
+/// # Errors
+/// What taking messages says.
+pub(crate) fn carry(log: Log, target: &Address, stop: &Stop) -> io::Result<u64> {
+    let kept = Kept::default();
+    thread::scope(|scope| {
+        // Apart from the dials, however long those take: the kernel keeps a few messages only, and then programs wait.
+        let taking = scope.spawn(|| {
+            let taken = take(log, &kept, stop);
+            if taken.is_err() {
+                stop.ask();
+            }
+            taken
+        });
+        let mut link = Link::new(target, stop);
+        while !(link.is_over() || taking.is_finished() && kept.is_empty()) {
+            match link.pause() {
+                pause if pause.is_zero() => kept.wait(LOOK),
+                pause => thread::sleep(pause.min(LOOK)),
+            }
+            link.deliver(&kept);
+        }
+        let taken = taking.join();
+        let undelivered = link.end(&kept);
+        match taken {
+            Ok(taken) => taken.map(|()| undelivered),
+            Err(_) => Err(io::Error::other(
+                "the thread that takes messages has panicked",
+            )),
+        }
+    })
+}
+
+/// Takes what programs write, until the end is asked for.
+fn take(mut log: Log, kept: &Kept, stop: &Stop) -> io::Result<()> {
+    let mut buffer = vec![0; LONGEST_MESSAGE];
+    let mut watch = FileWatch::default();
+    loop {
+        match sys::receive(log.socket.as_socket(), &mut buffer) {
+            Ok(received) => {
+                kept.push(&buffer[..received.bytes]);
+                // There is no connection to be broken off.
+                let _ = closer::close_passed(received.descriptors);
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                if stop.is_asked() {
+                    return Ok(());
+                }
+                if sys::is_shut_down(log.socket.as_socket()) {
+                    warn!("{} was shut down, and is made again", log.path.display());
+                    match bind_again(log, stop) {
+                        Some(made) => log = made,
+                        None => return Ok(()),
+                    }
+                    continue;
+                }
+                let again = || Log::bind(&log.path, log.mode);
+                if let Some(made) = watch.look(log.path.display(), || log.file.state(), again) {
+                    log = made;
+                }
+                sys::wait(log.socket.as_socket(), Wanted::Readable, LOOK)?;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Makes the socket again, as soon as it can be made; `None` if the end was asked for before.
+fn bind_again(old: Log, stop: &Stop) -> Option<Log> {
+    let (path, mode) = (old.path.clone(), old.mode);
+    // It still has the name.
+    drop(old);
+    while !stop.is_asked() {
+        if let Ok(made) = Log::bind(&path, mode) {
+            return Some(made);
+        }
+        thread::sleep(LOOK);
+    }
+    None
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn a_socket_that_was_shut_down_is_made_again() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("log");
+        let log = Log::bind(&path, 0o600).unwrap();
+        let both = std::net::Shutdown::Both;
+        socket2::SockRef::from(&log.socket).shutdown(both).unwrap();
+        let (kept, stop) = (Kept::default(), Stop::default());
+        thread::scope(|scope| {
+            let taking = scope.spawn(|| take(log, &kept, &stop));
+            let program = UnixDatagram::unbound().unwrap();
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while kept.is_empty() && Instant::now() < deadline {
+                let _ = program.send_to(b"hello", &path);
+                thread::sleep(Duration::from_millis(5));
+            }
+            stop.ask();
+            taking.join().unwrap().unwrap();
+        });
+        assert!(!kept.is_empty(), "nobody takes it");
+    }
+}

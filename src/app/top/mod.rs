@@ -1,0 +1,121 @@
+//! A live view of an hvsock that runs: asks its control socket once a second, keeps what has been heard in a
+//! [`Model`], and draws that.
+
+mod draw;
+mod model;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use signal_hook::consts::{SIGHUP, SIGTERM};
+
+use crate::app::control::{self, Unanswered};
+use crate::sys::{self, Wanted};
+use model::{Model, Sample};
+
+/// How often it is asked.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// How often it is looked for an answer or a signal while no key is pressed.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Shows the hvsock whose control socket is at `path`, until the user has had enough.
+///
+/// # Errors
+/// If nobody answers there to begin with; what the terminal says.
+pub(crate) fn run(path: &Path) -> io::Result<()> {
+    let mut model = Model::default();
+    model.heard(ask(path).map_err(io::Error::other)?);
+    let end = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&end))?;
+    }
+    // Of one: what nobody takes, as while the terminal is stopped, must not pile up.
+    let (tell, told) = sync_channel(1);
+    let place: PathBuf = path.to_owned();
+    thread::spawn(move || keep_asking(&place, &tell));
+    let _screen = Screen;
+    let mut terminal = ratatui::try_init()?;
+    while !end.load(Ordering::Relaxed) {
+        terminal.draw(|frame| draw::draw(frame, &model))?;
+        // crossterm, left to wait, would read the EOF of a terminal that has gone for ever.
+        let keys = io::stdin();
+        sys::wait(keys.as_fd(), Wanted::Readable, LOOK)?;
+        if sys::is_hung_up(keys.as_fd()) {
+            break;
+        }
+        while event::poll(Duration::ZERO)? {
+            if let Event::Key(key) = event::read()?
+                && key.kind == KeyEventKind::Press
+                && !press(&mut model, key)
+            {
+                return Ok(());
+            }
+        }
+        take(&mut model, &told);
+    }
+    Ok(())
+}
+
+/// Gives the terminal back at the end. After a panic ratatui's hook does, before the message.
+struct Screen;
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        ratatui::restore();
+    }
+}
+
+/// Does what a key says; whether to go on.
+fn press(model: &mut Model, key: KeyEvent) -> bool {
+    match key.code {
+        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return false,
+        KeyCode::Char('q') | KeyCode::Esc => return false,
+        KeyCode::Char('s') => model.sort_anew(),
+        KeyCode::Down | KeyCode::Char('j') => model.scroll(1),
+        KeyCode::Up | KeyCode::Char('k') => model.scroll(-1),
+        _ => {}
+    }
+    true
+}
+
+fn take(model: &mut Model, told: &Receiver<Result<Sample, String>>) {
+    for answer in told.try_iter() {
+        match answer {
+            Ok(sample) => model.heard(sample),
+            Err(why) => model.lost(why),
+        }
+    }
+}
+
+fn ask(path: &Path) -> Result<Sample, Unanswered> {
+    Ok(Sample {
+        status: control::get(path, "/v1/status")?,
+        connections: control::get(path, "/v1/connections")?,
+        at: Instant::now(),
+    })
+}
+
+/// Asks until nobody wants to hear any more.
+fn keep_asking(path: &Path, tell: &SyncSender<Result<Sample, String>>) {
+    loop {
+        thread::sleep(EVERY);
+        let answer = ask(path).map_err(|e| match e {
+            Unanswered::Absent(error) => error.cause().to_string(),
+            Unanswered::Untrusted(error) => error.to_string(),
+            Unanswered::Refused(problem) => problem.to_string(),
+        });
+        if tell.send(answer).is_err() {
+            return;
+        }
+    }
+}

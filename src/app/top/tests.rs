@@ -1,0 +1,221 @@
+#![allow(clippy::unwrap_used)]
+
+use std::time::{Duration, Instant};
+
+use ratatui::Terminal;
+use ratatui::backend::TestBackend;
+
+use super::draw::{draw, sparkline};
+use super::model::{Model, Sample, Sort, called};
+use crate::app::control::{Connection, Forward, RuleBody, Status, Tally, Vm};
+
+fn forward(id: u64, sent: u64, received: u64) -> Forward {
+    let listen = format!("tcp://127.0.0.1:80{id}");
+    let connect = "hyperkit://:80/var/vm";
+    Forward {
+        id: Some(id),
+        name: Some(format!("web{id}")),
+        listen: listen.clone(),
+        connect: connect.to_owned(),
+        state: "listening".to_owned(),
+        why: None,
+        since: None,
+        vm: Some(Vm {
+            directory: "/var/vm".to_owned(),
+            connections: 450,
+            limit: 900,
+            reserved: 0,
+            unanswered: 3,
+            last_heard: None,
+            up: Some(true),
+            gone_since: None,
+            restarts: 0,
+        }),
+        last_error: None,
+        counters: Tally {
+            live: id,
+            sent,
+            received,
+            ..Tally::default()
+        },
+        rule: RuleBody::new(&listen.parse().unwrap(), &connect.parse().unwrap()),
+    }
+}
+
+fn connection(id: u64, forward: u64, sent: u64) -> Connection {
+    Connection {
+        id,
+        forward,
+        peer: Some(format!("tcp://127.0.0.1:5000{id}")),
+        state: "open".to_owned(),
+        sent,
+        received: 0,
+        age_seconds: 61.0,
+    }
+}
+
+fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> Sample {
+    Sample {
+        status: Status {
+            version: "1.2.3".to_owned(),
+            pid: 7,
+            uptime_seconds: 60.0,
+            stopping: false,
+            live: 9,
+            log_dropped: 0,
+            forwards,
+            unserved: Vec::new(),
+        },
+        connections,
+        at,
+    }
+}
+
+/// A model that has heard twice, 2 s apart: web1 sends 2 KiB a second, web2 receives 5 KiB, and the second of three
+/// connections is the busiest.
+fn model() -> Model {
+    let start = Instant::now();
+    let mut model = Model::default();
+    let first = vec![forward(1, 1000, 0), forward(2, 0, 77)];
+    let connections = vec![connection(1, 1, 10), connection(2, 1, 0)];
+    model.heard(sample(start, first, connections));
+    let next = vec![forward(1, 1000 + 4096, 0), forward(2, 0, 77 + 10_240)];
+    let connections = vec![
+        connection(1, 1, 10),
+        connection(2, 1, 4096),
+        connection(3, 9, 2048),
+    ];
+    model.heard(sample(start + Duration::from_secs(2), next, connections));
+    model
+}
+
+fn screen(model: &Model, width: u16, height: u16) -> String {
+    let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+    terminal.draw(|frame| draw(frame, model)).unwrap();
+    let buffer = terminal.backend().buffer();
+    let row = |y| (0..width).map(move |x| buffer[(x, y)].symbol());
+    let rows = (0..height).map(|y| row(y).collect::<String>());
+    rows.map(|row| row.trim_end().to_owned() + "\n").collect()
+}
+
+/// The line that contains `part`.
+fn line<'a>(screen: &'a str, part: &str) -> &'a str {
+    let found = screen.lines().find(|line| line.contains(part));
+    found.unwrap_or_else(|| panic!("no {part:?} in\n{screen}"))
+}
+
+#[test]
+fn rates_are_of_what_has_moved_in_between() {
+    let model = model();
+    let rates = model.lanes();
+    let rates = rates.iter().map(|it| (it.rate().sent, it.rate().received));
+    assert_eq!(rates.collect::<Vec<_>>(), [(2048, 0), (0, 5120)]);
+    let busiest = model.busiest.iter();
+    let busiest = busiest.map(|it| (it.connection.id, it.rate.sent, it.forward.as_str()));
+    assert_eq!(
+        busiest.collect::<Vec<_>>(),
+        [(2, 2048, "web1"), (3, 1024, "(removed)"), (1, 0, "web1")]
+    );
+}
+
+#[test]
+fn a_proxy_that_was_started_anew_has_no_rates_of_the_old_one() {
+    let mut model = model();
+    let mut again = sample(Instant::now(), vec![forward(1, 9_999_999, 0)], Vec::new());
+    again.status.pid = 8;
+    model.heard(again);
+    assert_eq!(model.lanes()[0].rates.len(), 1);
+    assert_eq!(model.lanes()[0].rate().sent, 0);
+}
+
+#[test]
+fn a_wide_terminal_shows_all_of_it() {
+    let screen = screen(&model(), 160, 30);
+    assert!(line(&screen, "up ").contains("9 connections"), "{screen}");
+    let words = "450 of 900 slots; up, not heard from yet, last 3 dials silent so far";
+    assert!(line(&screen, "VM vm").contains(words));
+    let web = line(&screen, "tcp://127.0.0.1:801");
+    for part in [
+        "web1",
+        "hyperkit://:80/var/vm",
+        "listening",
+        "2.00 KiB/s",
+        "█",
+    ] {
+        assert!(web.contains(part), "{part}: {screen}");
+    }
+    let busiest = line(&screen, "127.0.0.1:50002");
+    for part in ["web1", "open", "2.00 KiB/s", "4.00 KiB", "1 min"] {
+        assert!(busiest.contains(part), "{part}: {screen}");
+    }
+    let place = |part: &str| screen.find(part).unwrap();
+    assert!(place(":50002") < place(":50003") && place(":50003") < place(":50001"));
+}
+
+#[test]
+fn a_small_terminal_shows_what_matters_most_and_none_is_too_small() {
+    let model = model();
+    let small = screen(&model, 60, 15);
+    let web = line(&small, "web2");
+    for part in ["listening", "5.00 KiB/s"] {
+        assert!(web.contains(part), "{part}: {small}");
+    }
+    // Which forward it is goes last of all.
+    for width in [58, 50, 44] {
+        line(&screen(&model, width, 15), "web2");
+    }
+    line(&small, "450 of 900 slots");
+    line(&small, "50002");
+    for (width, height) in [(1, 1), (10, 2), (20, 5), (60, 3), (300, 100)] {
+        screen(&model, width, height);
+        screen(&Model::default(), width, height);
+    }
+}
+
+#[test]
+fn who_does_not_answer_any_more_is_told_and_what_was_known_stays() {
+    let mut model = model();
+    model.lost("connection refused".to_owned());
+    let lost = screen(&model, 80, 20);
+    line(&lost, "no answer any more: connection refused");
+    line(&lost, "web1");
+    model.heard(sample(Instant::now(), vec![forward(1, 0, 0)], Vec::new()));
+    assert!(!screen(&model, 80, 20).contains("no answer"));
+}
+
+#[test]
+fn forwards_are_sorted_and_scrolled() {
+    let mut model = model();
+    let first = |model: &Model| model.lanes()[0].forward.id.unwrap();
+    assert_eq!((model.sort, first(&model)), (Sort::Given, 1));
+    model.sort_anew();
+    assert_eq!((model.sort, first(&model)), (Sort::Rate, 2));
+    model.scroll(5);
+    assert_eq!((model.lanes().len(), first(&model)), (1, 1));
+    assert!(screen(&model, 80, 20).contains("+1↑"));
+    model.scroll(-5);
+    model.sort_anew();
+    assert_eq!((model.sort, first(&model)), (Sort::Live, 2));
+}
+
+#[test]
+fn a_forward_without_a_name_is_called_by_where_it_listens() {
+    let of = |listen: &str| {
+        let mut forward = forward(1, 0, 0);
+        forward.name = None;
+        forward.listen = listen.to_owned();
+        called(&forward)
+    };
+    assert_eq!(of("tcp://127.0.0.1:8080"), "127.0.0.1:8080");
+    assert_eq!(of("unix:///run/user/1000/docker.sock"), "…000/docker.sock");
+    assert_eq!(of("unix:./é.sock"), "unix:./é.sock");
+}
+
+#[test]
+fn sparklines_are_of_the_latest_and_as_high_as_the_highest() {
+    assert_eq!(sparkline(&[0, 4, 8], 3), " ▄█");
+    assert_eq!(sparkline(&[9, 1, 1_000_000], 2), "▁█");
+    assert_eq!(sparkline(&[5], 3), "  █");
+    assert_eq!(sparkline(&[], 2), "  ");
+    assert_eq!(sparkline(&[0, u64::MAX], 2), " █");
+}
