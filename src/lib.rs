@@ -73,6 +73,7 @@ pub mod address;
 #[doc(hidden)]
 pub mod app;
 mod dial;
+mod engine;
 pub mod error;
 pub mod family;
 mod file;
@@ -84,7 +85,6 @@ pub mod mio;
 mod mux;
 mod name;
 pub mod proxy;
-mod relay;
 pub mod services;
 #[cfg(unix)]
 pub mod simulate;

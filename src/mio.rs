@@ -45,11 +45,11 @@ use ::mio::{Interest, Registry, Token};
 
 use crate::address::Address;
 use crate::dial::explain;
+use crate::engine::relay::Socket;
 use crate::error::{Error, Operation, Result};
 use crate::listener::{DEFAULT_MODE, nonblocking as listener};
 use crate::mux::Handshake;
 use crate::name::SocketName;
-use crate::relay::Socket;
 use crate::stream::nonblocking::{self, Target, Waiter};
 
 /// A non-blocking stream of any family but AF_HYPERV, for whose sockets no poller can wait.

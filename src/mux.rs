@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::address::Port;
-use crate::relay::Socket;
+use crate::engine::relay::Socket;
 
 /// The longest answer that is waited for: `OK ` and a port of 32 bits, with room to spare.
 const LONGEST_ANSWER: usize = 32;

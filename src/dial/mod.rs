@@ -9,9 +9,9 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crate::address::{Address, UnixAddress};
+use crate::engine::relay::Socket;
 use crate::error::{Error, Operation};
 use crate::mux::Handshake;
-use crate::relay::Socket;
 use crate::stream::nonblocking::Endpoint;
 use crate::sys;
 

@@ -8,17 +8,19 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, error, info, warn};
 
+use crate::engine::relay::{CLIENT, SERVER, Socket};
 use crate::listener::nonblocking::{has_client_left, is_broken};
 use crate::name::SocketName;
-use crate::relay::{CLIENT, SERVER, Socket};
 
-use super::counters::add_one;
-use super::forward::{Complaints, Forward};
-use super::gate::{Full, Gate, Ticket};
-use super::handle::ForwardId;
-use super::status::Obstacle;
-use super::worker::{Command, Phase, Wanted, Worker};
+use super::worker::{Command, Wanted, Worker};
 use super::world::{Found, ListenerId, World};
+use crate::engine::Phase;
+use crate::engine::admission::{Full, Gate, Ticket};
+use crate::engine::counters::add_one;
+use crate::engine::forward::Forward;
+use crate::engine::id::ForwardId;
+use crate::engine::log_limiter::Complaints;
+use crate::engine::status::Obstacle;
 
 /// Connections that one listener may accept before the others have their turn.
 const BATCH: usize = 64;

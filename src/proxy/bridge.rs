@@ -2,7 +2,7 @@
 //!
 //! The rules are the relay's. EOF of one side becomes a half-close of the other after the last byte. An error ends its
 //! own direction, and what the other still holds may arrive; once both have ended, each side is owed what
-//! [`Farewell`] says, so that a broken upload is no clean EOF where the family can reset. What is different: a side
+//! [`CloseMode`] says, so that a broken upload is no clean EOF where the family can reset. What is different: a side
 //! whose bytes nobody takes any more isn't read on, so that its end is noticed only when the other direction ends; and
 //! an idle connection holds two threads and their buffers.
 //!
@@ -21,10 +21,10 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::relay::{CLIENT, Farewell, SERVER};
+use crate::engine::relay::{CLIENT, CloseMode, SERVER};
 use crate::stream::Stream;
 
-use super::leaving::{LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
+use crate::engine::connection::{LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
 
 /// Bytes a direction's buffer holds.
 const BUFFER: usize = 64 * 1024;
@@ -211,13 +211,13 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     let mut abandoned = false;
     for (side, end) in ends.into_iter().enumerate() {
         let whole = flows[1 - side] == Flow::Finished;
-        abandoned |= match farewell(flows, side) {
-            Farewell::Close if !end.stream.is_framed() || flows[side] == Flow::Dead => false,
+        abandoned |= match close_mode(flows, side) {
+            CloseMode::Close if !end.stream.is_framed() || flows[side] == Flow::Dead => false,
             _ if cut.load(Ordering::Acquire) => abort(&end.stream),
-            Farewell::Close | Farewell::Linger => {
+            CloseMode::Close | CloseMode::Linger => {
                 drain(&end.stream, order.drain(side).unwrap_or(LINGER))
             }
-            Farewell::Reset => match order.drain(side).filter(|_| whole) {
+            CloseMode::Reset => match order.drain(side).filter(|_| whole) {
                 Some(time) => drain(&end.stream, time),
                 // What a peer has not got that takes nothing, it will never get.
                 None if flows[1 - side] == Flow::Refused => abort(&end.stream),
@@ -285,14 +285,14 @@ fn flow(ends: &[Arc<End>; 2], side: usize, order: &impl Order) -> Flow {
     }
 }
 
-/// What `side` is owed: see [`Pair::farewell`](crate::relay::Pair::farewell), of which this is the same.
-fn farewell(flows: [Flow; 2], side: usize) -> Farewell {
+/// What `side` is owed: see [`Pair::close_mode`](crate::engine::relay::Pair::close_mode), of which this is the same.
+fn close_mode(flows: [Flow; 2], side: usize) -> CloseMode {
     let dead = flows[side] == Flow::Dead;
     match flows[1 - side] {
-        Flow::Finished if dead || flows[side] == Flow::Finished => Farewell::Close,
-        Flow::Finished if side == CLIENT => Farewell::Linger,
-        _ if dead => Farewell::Close,
-        _ => Farewell::Reset,
+        Flow::Finished if dead || flows[side] == Flow::Finished => CloseMode::Close,
+        Flow::Finished if side == CLIENT => CloseMode::Linger,
+        _ if dead => CloseMode::Close,
+        _ => CloseMode::Reset,
     }
 }
 

@@ -6,16 +6,18 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
+use crate::engine::relay::CLIENT;
 use crate::error::{Error, Operation, Result};
-use crate::relay::CLIENT;
 
-use super::VmLimits;
-use super::forward::{Forward, Rule};
-use super::handle::{ConnectionStatus, ForwardId};
 use super::rules::Binder;
-use super::status::ForwardStatus;
 use super::worker::{Command, Shared, Wanted};
 use super::world::World;
+use crate::engine::forward::Forward;
+use crate::engine::id::ForwardId;
+use crate::engine::rule::Rule;
+use crate::engine::rule::VmLimits;
+use crate::engine::status::ConnectionStatus;
+use crate::engine::status::ForwardStatus;
 
 /// What a [`Handle`](super::Handle) does, in any world.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use socket2::SockRef;
 
 use super::bridge::{Bridge, Ended, Order};
 use crate::address::{Address, Host, TcpAddress};
-use crate::relay::CLIENT;
+use crate::engine::relay::CLIENT;
 use crate::stream;
 use crate::stream::nonblocking::{Stream, set_tcp_options};
 

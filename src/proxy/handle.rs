@@ -2,58 +2,13 @@
 
 use std::time::Duration;
 
+use crate::engine::id::ForwardId;
+use crate::engine::rule::{Rule, VmLimits};
+use crate::engine::status::{ConnectionStatus, ForwardStatus};
 use crate::error::Result;
-use crate::name::SocketName;
 
-use super::VmLimits;
 use super::controller::Controller;
-use super::forward::Rule;
 use super::mio_world::MioWorld;
-use super::observer::ConnectionId;
-use super::status::ForwardStatus;
-
-/// Which forward of a proxy is meant. No two of one proxy are the same, also after one was removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ForwardId(pub(super) u64);
-
-/// Its number, counted from 0.
-impl From<ForwardId> for u64 {
-    fn from(id: ForwardId) -> u64 {
-        id.0
-    }
-}
-
-/// How far a connection is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ConnectionState {
-    /// Its target is being connected to, or waited for.
-    Dialling,
-    /// Bytes can go both ways.
-    Open,
-    /// Carried to its end; what is left is to close it as its peers need it.
-    Ending,
-}
-
-/// A connection that is carried now.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct ConnectionStatus {
-    /// Which one it is.
-    pub id: ConnectionId,
-    /// Whose it is.
-    pub forward: ForwardId,
-    /// Who it is from, as far as the kernel knows.
-    pub peer: SocketName,
-    /// How far it is.
-    pub state: ConnectionState,
-    /// Bytes from the accepting to the dialled side.
-    pub sent: u64,
-    /// Bytes from the dialled to the accepting side.
-    pub received: u64,
-    /// How long ago it was accepted.
-    pub age: Duration,
-}
 
 /// A proxy that runs, for whoever is to look at it, change it or stop it from another thread. It doesn't keep it running.
 #[derive(Clone, Debug)]

@@ -15,25 +15,27 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
 use crate::dial;
+use crate::engine::connection::Socket;
+use crate::engine::relay::Readiness;
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
 use crate::listener;
 use crate::listener::nonblocking::{FileState, Listener, SocketFile};
 use crate::name::SocketName;
-use crate::relay::Readiness;
 use crate::stream;
 use crate::stream::nonblocking::{Endpoint, Stream};
 use crate::sys::{self, Identity};
 
 use super::bridge::{Bridge, Ended, Order, Progress};
 use super::crossing::{self, Crossings};
-use super::forward::{Forward, Rule};
-use super::gate::Gate;
 use super::housekeeper::Housekeeper;
-use super::loops::Mark;
-use super::presence::Sign;
 use super::worker::Wanted;
 use super::world::{Event, Found, ListenerId, World};
+use crate::engine::admission::Gate;
+use crate::engine::forward::Forward;
+use crate::engine::health::Sign;
+use crate::engine::routes::Mark;
+use crate::engine::rule::Rule;
 
 /// Token of the waker.
 const WAKER: Token = Token(usize::MAX);
@@ -269,6 +271,32 @@ impl Order for Carried {
     }
 }
 
+impl Socket for Stream {
+    fn connected(&self) -> io::Result<bool> {
+        Stream::connected(self)
+    }
+
+    fn shutdown_read(&self) {
+        Stream::shutdown_read(self);
+    }
+
+    fn unacknowledged(&self) -> usize {
+        Stream::unacknowledged(self)
+    }
+
+    fn local_name(&self) -> Option<SocketName> {
+        self.local_addr().ok()
+    }
+
+    fn unix_peer_name(&self) -> Option<Vec<u8>> {
+        self.peer_name()
+    }
+
+    fn is_from_this_process(&self) -> bool {
+        self.is_from_us()
+    }
+}
+
 impl World for MioWorld {
     type Stream = Stream;
     type Listener = Listener;
@@ -456,34 +484,10 @@ impl World for MioWorld {
         }
     }
 
-    fn name_of(&mut self, stream: &Stream) -> Option<SocketName> {
-        stream.local_addr().ok()
-    }
-
-    fn mark_of_peer(&mut self, stream: &Stream) -> Option<Mark> {
-        stream.peer_name().map(Mark::Unix)
-    }
-
-    fn is_from_us(&mut self, stream: &Stream) -> bool {
-        stream.is_from_us()
-    }
-
-    fn connected(&mut self, stream: &Stream) -> io::Result<bool> {
-        stream.connected()
-    }
-
     fn watch(&mut self, stream: &mut Stream, token: usize) -> io::Result<()> {
         self.poll
             .registry()
             .register(stream, Token(token), interest())
-    }
-
-    fn shutdown_read(&mut self, stream: &Stream) {
-        stream.shutdown_read();
-    }
-
-    fn unacknowledged(&mut self, stream: &Stream) -> usize {
-        stream.unacknowledged()
     }
 
     fn close(&mut self, mut stream: Stream) {

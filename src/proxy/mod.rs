@@ -34,32 +34,20 @@
 
 mod accept;
 mod bridge;
-mod conn;
+mod connections;
 mod controller;
-mod counters;
 mod crossing;
 mod descriptors;
-mod dialling;
 mod forbidden;
-mod forward;
-mod gate;
 mod handle;
 mod housekeeper;
-mod leaving;
 mod loops;
 mod mio_world;
-mod observer;
-mod presence;
 mod probing;
 mod queue;
-mod quiet;
 mod rules;
-mod shares;
 #[cfg(all(test, target_os = "linux"))]
-mod sim;
-mod status;
-mod table;
-mod timers;
+pub(crate) mod sim;
 mod worker;
 mod world;
 
@@ -71,15 +59,15 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::address::{Address, HyperkitVm};
+use crate::address::Address;
+use crate::engine::admission::{GateLimits, Wake};
+use crate::engine::relay::CLIENT;
 use crate::error::{Error, Operation, Result};
 use crate::listener::Listener;
-use crate::relay::CLIENT;
 use crate::stream::nonblocking::Waiter;
 
 use controller::Controller;
 use descriptors::Descriptors;
-use gate::{GateLimits, Wake};
 use housekeeper::Housekeeper;
 use mio_world::MioWorld;
 use rules::Binder;
@@ -87,67 +75,22 @@ pub(crate) use rules::all_are_wanted;
 use worker::{Inbox, Shared, Worker};
 use world::World;
 
-pub use counters::{Counters, Refusals, TimedOut};
+pub use crate::engine::counters::{Counters, Refusals, TimedOut};
+pub use crate::engine::id::{ConnectionId, ForwardId};
+pub use crate::engine::observer::{Event, Observer, What};
+pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
+pub use crate::engine::status::{
+    ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus,
+};
 #[cfg(feature = "cli")]
 pub(crate) use descriptors::Descriptors as ProcessDescriptors;
 #[cfg(feature = "cli")]
 pub(crate) use forbidden::leads_to;
-pub use forward::{Rule, Timeouts};
-pub use handle::{ConnectionState, ConnectionStatus, ForwardId, Handle};
+pub use handle::Handle;
 #[cfg(feature = "cli")]
 pub(crate) use loops::{describe as describe_loop, find as find_loop};
-pub use observer::{ConnectionId, Event, Observer, What};
 #[cfg(feature = "cli")]
 pub(crate) use rules::{check_name, check_rule, is_chosen};
-pub use status::{ForwardState, ForwardStatus, LastError, VmStatus};
-
-/// What bounds a proxy.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Limits {
-    /// Connections of all rules at a time; more clients wait in the listeners' backlogs. Guests that dial the host are
-    /// not bound by it. Each connection has two descriptors: the process' limit of them lowers this one.
-    pub connections: usize,
-    /// Connections to one hyperkit VM at a time; more wait to be dialled. hyperkit has 1,024 slots, and closes the
-    /// excess; started with 256 descriptors, it hangs beyond 245.
-    pub vm_connections: usize,
-    /// Dials to one hyperkit VM without a sign of life from the guest; more wait. hyperkit aborts at 512.
-    pub vm_unanswered: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits {
-            connections: 10_000,
-            vm_connections: 900,
-            vm_unanswered: 64,
-        }
-    }
-}
-
-/// What bounds the use of one hyperkit VM, in place of what [`Limits`] has for all.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct VmLimits {
-    /// Which one; its CID doesn't matter.
-    pub vm: HyperkitVm,
-    /// As [`Limits::vm_connections`].
-    pub connections: usize,
-    /// As [`Limits::vm_unanswered`].
-    pub unanswered: usize,
-}
-
-impl VmLimits {
-    /// The usual ones.
-    pub fn new(vm: HyperkitVm) -> VmLimits {
-        let usual = Limits::default();
-        VmLimits {
-            vm,
-            connections: usual.vm_connections,
-            unanswered: usual.vm_unanswered,
-        }
-    }
-}
 
 /// What a proxy is to do.
 #[derive(Debug)]

@@ -4,14 +4,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::relay::SERVER;
+use crate::engine::relay::SERVER;
 
-use super::conn::State;
-use super::forward::Forward;
-use super::gate::{Admission, Gate};
-use super::table::Id;
 use super::worker::Worker;
 use super::world::World;
+use crate::engine::admission::{Admission, Gate};
+use crate::engine::forward::Forward;
+use crate::engine::table::Id;
 
 /// How long a dial waits when a cap of its VM is reached before it asks again.
 pub(super) const FULL_PAUSE: Duration = Duration::from_millis(10);
@@ -79,23 +78,15 @@ impl<W: World> Worker<W> {
             return false;
         };
         // Who has left since, or was refused, needs no dial.
-        let waits = |state: &State<W::Stream>| matches!(state, State::Waiting { .. });
-        if !self
-            .conns
-            .get_mut(id)
-            .is_some_and(|conn| waits(&conn.state))
-        {
+        let connection = self.conns.get_mut(id);
+        if !connection.is_some_and(|it| it.is_waiting()) {
             queue.waiting.pop_front();
             return true;
         }
         match queue.gate.admit(queue.forward.id, now) {
             Admission::Go(permit) => {
                 queue.waiting.pop_front();
-                if let Some(conn) = self.conns.get_mut(id) {
-                    conn.permit = Some(permit);
-                    conn.ticket = None;
-                }
-                self.connect(id, now);
+                self.with(id, now, |it, cx| it.take_permit(permit, cx));
                 return true;
             }
             Admission::At(at) => queue.next = at,
@@ -111,16 +102,8 @@ impl<W: World> Worker<W> {
                 self.look_at_vm(&queue.gate, now, FULL_LOOK);
                 let conns = &mut self.conns;
                 queue.waiting.retain(|id| {
-                    let Some(conn) = conns.get_mut(*id) else {
-                        return false;
-                    };
-                    match &mut conn.state {
-                        State::Waiting { full, .. } => {
-                            *full = Some(why);
-                            true
-                        }
-                        _ => false,
-                    }
+                    let connection = conns.get_mut(*id);
+                    connection.is_some_and(|it| it.take_full(why))
                 });
             }
         }

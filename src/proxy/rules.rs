@@ -8,20 +8,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::{Address, CID_ANY, Host, HyperkitVm, PORT_ANY, TcpAddress};
 use crate::dial;
+use crate::engine::relay::CLIENT;
 use crate::error::{Error, Operation, Result};
 use crate::listener;
 use crate::listener::nonblocking::not_carried;
-use crate::relay::CLIENT;
 use crate::stream::nonblocking::{Target, Waiter};
 
-use super::VmLimits;
 use super::forbidden::leads_to;
-use super::forward::{Forward, Rule};
-use super::gate::{Gate, GateLimits, Reservation};
-use super::handle::ForwardId;
 use super::loops;
-use super::observer::Observer;
 use super::world::World;
+use crate::engine::admission::{Gate, GateLimits, Reservation};
+use crate::engine::forward::Forward;
+use crate::engine::id::ForwardId;
+use crate::engine::observer::Observer;
+use crate::engine::rule::Rule;
+use crate::engine::rule::VmLimits;
 
 /// Refuses a rule that can't work, whatever the system says and whatever other rules there are.
 fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {

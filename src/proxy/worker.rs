@@ -7,26 +7,28 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::engine::Phase;
+use crate::engine::connection::{Connection, LAST_DRAIN};
+use crate::engine::relay::{Pool, Socket};
 use crate::name::SocketName;
-use crate::relay::{CLIENT, Pool, Socket};
 
-use super::Limits;
 use super::accept::Listening;
-use super::conn::Conn;
-use super::counters::add_one;
+use super::connections::Actions;
 use super::descriptors::Descriptors;
-use super::forward::Forward;
-use super::gate::{Ticket, Wake};
-use super::handle::{ConnectionStatus, ForwardId};
-use super::leaving::LAST_LEAVE;
-use super::loops::Routes;
-use super::observer::ConnectionId;
 use super::probing::Proofs;
 use super::queue::DialQueue;
-use super::shares::Shares;
-use super::table::{Id, Table};
-use super::timers::Timers;
 use super::world::{Event, World};
+use crate::engine::admission::quotas::Shares;
+use crate::engine::admission::{Ticket, Wake};
+use crate::engine::counters::add_one;
+use crate::engine::forward::Forward;
+use crate::engine::id::ConnectionId;
+use crate::engine::id::ForwardId;
+use crate::engine::routes::Routes;
+use crate::engine::rule::Limits;
+use crate::engine::status::ConnectionStatus;
+use crate::engine::table::{Id, Table};
+use crate::engine::timers::Timers;
 
 /// Bytes a buffer holds. A pair in flight borrows at most two.
 const BUFFER: usize = 128 * 1024;
@@ -42,16 +44,6 @@ const FREEZE: Duration = Duration::from_millis(500);
 
 /// While it stops, how often a worker looks whether the others are done.
 const STOP_TICK: Duration = Duration::from_millis(10);
-
-/// How far the proxy is on its way to the end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Phase {
-    Running,
-    /// No new clients; those that are there go on.
-    Stopping,
-    /// Clients are cut off; guests are still taken leave of politely.
-    Cutting,
-}
 
 /// Whether another turn of a worker's loop follows the one that is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -346,7 +338,8 @@ pub(crate) struct Worker<W: World> {
     pub(super) world: W,
     pub(super) index: usize,
     pub(super) shared: Arc<Shared<W>>,
-    pub(super) conns: Table<Conn<W::Stream>>,
+    pub(super) conns: Table<Connection<W::Stream>>,
+    pub(super) actions: Actions<W::Stream>,
     pub(super) listeners: Vec<Listening<W::Listener>>,
     pub(super) queues: VecDeque<DialQueue>,
     pub(super) proofs: Vec<Proofs>,
@@ -381,6 +374,7 @@ impl<W: World> Worker<W> {
             index,
             shared,
             conns: Table::new(),
+            actions: Actions::default(),
             listeners: Vec::new(),
             queues: VecDeque::new(),
             proofs: Vec::new(),
@@ -434,7 +428,7 @@ impl<W: World> Worker<W> {
         {
             self.thawed = Some(now);
             // Guests may have stood still as well.
-            self.end_at = self.end_at.map(|at| at.max(now + LAST_LEAVE));
+            self.end_at = self.end_at.map(|at| at.max(now + LAST_DRAIN));
         }
         if self.timers.next().is_some_and(|at| at <= now) {
             // Invariant 9: what has come is read before a timer is believed. The process may have
@@ -480,9 +474,9 @@ impl<W: World> Worker<W> {
             let Some(id) = self.ready.pop_front() else {
                 break;
             };
-            if let Some(conn) = self.conns.get_mut(id) {
-                conn.ready = false;
-                self.step(id, now);
+            if let Some(connection) = self.conns.get_mut(id) {
+                connection.is_queued = false;
+                self.with(id, now, Connection::step);
             }
         }
         self.proof_turns(now);
@@ -513,19 +507,23 @@ impl<W: World> Worker<W> {
             }
             Event::Ready { token, readiness } => {
                 let (id, side) = Id::from_token(token);
-                if let Some(conn) = self.conns.get_mut(id) {
-                    conn.latch(side, readiness);
+                if let Some(connection) = self.conns.get_mut(id) {
+                    connection.latch(side, readiness);
                     self.make_ready(id);
                 }
             }
             Event::Resolved { token, addresses } => {
-                self.resolved(Id::from_token(token).0, addresses, now)
+                let id = Id::from_token(token).0;
+                self.with(id, now, |it, cx| it.take_addresses(addresses, cx));
             }
             Event::Dialled { token, stream } => {
                 self.dialled(Id::from_token(token).0, stream, now);
             }
             Event::Bridged { token, ended } => {
-                self.bridge_ended(Id::from_token(token).0, ended, now);
+                let id = Id::from_token(token).0;
+                self.with(id, now, |it, cx| {
+                    it.take_threads_end(ended.delivered, ended.abandoned, cx);
+                });
             }
             Event::VmSeen {
                 gate,
@@ -534,32 +532,26 @@ impl<W: World> Worker<W> {
             } => gate.look(sign, process, now),
             Event::Listener { of, found } => self.listener_found(of, found, now),
             Event::Explained { token, error } => {
-                self.explained(Id::from_token(token).0, error, now);
+                let id = Id::from_token(token).0;
+                self.with(id, now, |it, cx| it.take_explanation(error, cx));
             }
         }
     }
 
     /// Puts a connection at the end of the ready queue, once.
     pub(super) fn make_ready(&mut self, id: Id) {
-        if let Some(conn) = self.conns.get_mut(id)
-            && !conn.ready
+        if let Some(connection) = self.conns.get_mut(id)
+            && !connection.is_queued
         {
-            conn.ready = true;
+            connection.is_queued = true;
             self.ready.push_back(id);
-        }
-    }
-
-    /// Has [`step`](Worker::step) called at `at`, instead of when it was set to before.
-    pub(super) fn set_timer(&mut self, id: Id, at: Instant) {
-        if let Some(conn) = self.conns.get_mut(id) {
-            self.timers.set(&mut conn.timer, id, Some(at));
         }
     }
 
     fn run_timers(&mut self, now: Instant) {
         while let Some(id) = self.timers.pop_due(now) {
-            if let Some(conn) = self.conns.get_mut(id) {
-                conn.timer = None;
+            if let Some(connection) = self.conns.get_mut(id) {
+                connection.wake_at = None;
                 self.make_ready(id);
             }
         }
@@ -599,7 +591,7 @@ impl<W: World> Worker<W> {
             self.phase = Phase::Stopping;
             self.shared.stopping.fetch_add(1, Ordering::AcqRel);
             self.close_client_listeners();
-            self.hurry_leaving(now);
+            self.hurry_closing(now);
         }
     }
 
@@ -619,8 +611,8 @@ impl<W: World> Worker<W> {
             // What is handed over after this is cut off when it comes.
             forward.cut.store(true, Ordering::Release);
             for id in self.conns.ids() {
-                let its = |conn: &Conn<W::Stream>| conn.forward.id == forward.id;
-                if self.conns.get_mut(id).is_some_and(|conn| its(conn)) {
+                let connection = self.conns.get_mut(id);
+                if connection.is_some_and(|it| it.forward.id == forward.id) {
                     self.cut(id, now);
                 }
             }
@@ -638,23 +630,12 @@ impl<W: World> Worker<W> {
         }
     }
 
-    fn connections(&mut self, now: Instant) -> Vec<ConnectionStatus> {
-        let mut all = Vec::new();
-        for id in self.conns.ids() {
-            let bridged = self.world.bridged(id.token(CLIENT));
-            let bridged = bridged.map(|progress| progress.delivered);
-            let conn = self.conns.get_mut(id);
-            all.extend(conn.and_then(|conn| conn.status(bridged, now)));
-        }
-        all
-    }
-
     fn cut_all(&mut self, now: Instant) {
         self.cut_at = None;
         if self.phase < Phase::Cutting {
             self.phase = Phase::Cutting;
             // Guests that go on dialling each get their leave, but can't keep us for ever.
-            self.end_at = Some(now + 2 * LAST_LEAVE);
+            self.end_at = Some(now + 2 * LAST_DRAIN);
             for id in self.conns.ids() {
                 self.cut(id, now);
             }

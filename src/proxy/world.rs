@@ -8,19 +8,21 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
+use crate::engine::connection::Socket;
+use crate::engine::relay::Readiness;
 use crate::error::{Error, Result};
 use crate::listener;
 use crate::name::SocketName;
-use crate::relay::{Readiness, Socket};
 use crate::stream::nonblocking::Endpoint;
 
 use super::bridge::{Ended, Progress};
-use super::forward::{Forward, Rule};
-use super::gate::Gate;
-use super::handle::ForwardId;
-use super::loops::Mark;
-use super::presence::Sign;
 use super::worker::Wanted;
+use crate::engine::admission::Gate;
+use crate::engine::forward::Forward;
+use crate::engine::health::Sign;
+use crate::engine::id::ForwardId;
+use crate::engine::routes::Mark;
+use crate::engine::rule::Rule;
 
 /// What the loop learns in one wait.
 #[derive(Debug)]
@@ -129,21 +131,9 @@ pub(crate) trait World: Sized {
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
     /// By what a listener's clients know it, if they do.
     fn mark_of_listener(&mut self, listener: &Self::Listener) -> Option<Mark>;
-    /// What the kernel calls this end of a stream.
-    fn name_of(&mut self, stream: &Self::Stream) -> Option<SocketName>;
-    /// By what the Unix listener that a stream was dialled at is known.
-    fn mark_of_peer(&mut self, stream: &Self::Stream) -> Option<Mark>;
-    /// Whether an accepted Unix socket was connected by this very process.
-    fn is_from_us(&mut self, stream: &Self::Stream) -> bool;
-    /// Whether a connect that was begun is done.
-    fn connected(&mut self, stream: &Self::Stream) -> io::Result<bool>;
     /// Registers a stream, readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
-    /// Takes nothing more from the peer.
-    fn shutdown_read(&mut self, stream: &Self::Stream);
     fn close(&mut self, stream: Self::Stream);
-    /// Bytes written that a reset now would take away from the peer.
-    fn unacknowledged(&mut self, stream: &Self::Stream) -> usize;
     /// Closes so that the peer reads a reset, where the family can.
     fn reset(&mut self, stream: Self::Stream);
 

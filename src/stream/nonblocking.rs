@@ -12,9 +12,9 @@ use super::local::Local;
 #[cfg(windows)]
 use crate::address::NpipeAddress;
 use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
+use crate::engine::relay::Socket;
 use crate::mux::Handshake;
 use crate::name::SocketName;
-use crate::relay::Socket;
 use crate::sys::{self, AsSocket, Wanted};
 
 /// What it takes to connect to an address.

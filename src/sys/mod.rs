@@ -90,7 +90,7 @@ pub(crate) use no_vsock::*;
 pub(crate) enum Pipe {}
 
 #[cfg(not(target_os = "linux"))]
-impl crate::relay::Pipe for Pipe {
+impl crate::engine::relay::Pipe for Pipe {
     fn new() -> Option<Pipe> {
         None
     }

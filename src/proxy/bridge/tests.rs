@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use super::{Bridge, Ended, Order};
 use crate::address::Address;
+use crate::engine::relay::{CLIENT, SERVER};
 use crate::listener::Listener;
-use crate::relay::{CLIENT, SERVER};
 use crate::stream::Stream;
 
 const PATIENCE: Duration = Duration::from_secs(20);

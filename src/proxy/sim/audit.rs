@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::proxy::conn::{Conn, State};
-use crate::proxy::forward::Forward;
-use crate::proxy::worker::{Phase, Worker};
-use crate::relay::{CLIENT, SERVER};
+use crate::engine::Phase;
+use crate::engine::connection::{Connection, State};
+use crate::engine::forward::Forward;
+use crate::engine::relay::{CLIENT, SERVER};
+use crate::proxy::worker::Worker;
 
 use super::stage::Stage;
 use super::world::{SimStream, SimWorld, place_of};
@@ -113,7 +114,7 @@ impl Audit {
                 continue;
             };
             let key = (index, id.token(CLIENT) as u64);
-            timers += usize::from(conn.timer.is_some());
+            timers += usize::from(conn.wake_at.is_some());
             // Guests are accepted whatever happens.
             let is_bound = conn.name.is_some()
                 && !conn.forward.is_polite(CLIENT)
@@ -128,7 +129,7 @@ impl Audit {
                     let pulse = self.pulse(key, conn, now);
                     open.insert(key, pulse);
                 }
-                State::Leaving { .. } => {
+                State::Closing { .. } => {
                     leaving.insert(key, *self.leaves.get(&key).unwrap_or(&now));
                 }
                 _ => {}
@@ -159,7 +160,7 @@ impl Audit {
         self.leaves.extend(leaving);
     }
 
-    fn pulse(&self, key: Key, conn: &Conn<SimStream>, now: Duration) -> Pulse {
+    fn pulse(&self, key: Key, conn: &Connection<SimStream>, now: Duration) -> Pulse {
         let State::Relaying { pair, .. } = &conn.state else {
             unreachable!("only open connections have a pulse");
         };
@@ -234,7 +235,7 @@ impl Audit {
             let forward = &conn.forward;
             let timeouts = &forward.rule.timeouts;
             let cut = self.removed.get(&forward.id.0).copied();
-            let is_left = matches!(conn.state, State::Leaving { .. });
+            let is_left = matches!(conn.state, State::Closing { .. });
             assert!(
                 is_left || !cut.is_some_and(late),
                 "a connection outlives its forward, which was removed"
@@ -261,7 +262,7 @@ impl Audit {
                         "nothing has moved on a connection, which was to be cut off at {end:?}"
                     );
                 }
-                State::Leaving { until, .. } => {
+                State::Closing { until, .. } => {
                     let until = until.map(|at| stage.time_of(at));
                     assert!(
                         !until.is_some_and(late),
@@ -275,7 +276,7 @@ impl Audit {
                         "one that has gone holds up the end since {since:?}"
                     );
                 }
-                State::Bridged | State::Moving => {}
+                State::OnThreads | State::Closed => {}
             }
         }
     }

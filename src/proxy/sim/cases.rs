@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use crate::address::Address;
-use crate::proxy::Limits;
-use crate::proxy::forward::Rule;
+use crate::engine::rule::Limits;
+use crate::engine::rule::Rule;
 
 use super::cast::{ClientPlan, ServerPlan, Service};
 use super::kernel::Habits;

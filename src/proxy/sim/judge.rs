@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 
-use crate::proxy::conn::State;
+use crate::engine::connection::State;
+use crate::engine::relay::CLIENT;
 use crate::proxy::worker::Worker;
-use crate::relay::CLIENT;
 
 use super::audit::Audit;
 use super::stage::Stage;
@@ -72,22 +72,22 @@ pub(super) type Phase = &'static str;
 pub(super) const TRANSITIONS: [(Phase, Phase); 16] = [
     ("new", "waiting"),
     // A probe, which wants to be refused.
-    ("new", "leaving"),
+    ("new", "closing"),
     ("waiting", "connecting"),
-    ("waiting", "leaving"),
+    ("waiting", "closing"),
     ("waiting", "closed"),
     ("connecting", "waiting"),
     ("connecting", "proving"),
     ("connecting", "relaying"),
-    ("connecting", "leaving"),
+    ("connecting", "closing"),
     ("connecting", "closed"),
     ("proving", "waiting"),
     ("proving", "relaying"),
-    ("proving", "leaving"),
-    ("relaying", "leaving"),
+    ("proving", "closing"),
+    ("relaying", "closing"),
     // Its time is made shorter.
-    ("leaving", "leaving"),
-    ("leaving", "closed"),
+    ("closing", "closing"),
+    ("closing", "closed"),
 ];
 
 #[derive(Debug, Default)]
@@ -258,7 +258,7 @@ impl Judge {
     /// Dials that only want to be refused.
     pub(super) fn probes(&self) -> u64 {
         self.transitions
-            .get(&("new", "leaving"))
+            .get(&("new", "closing"))
             .copied()
             .unwrap_or(0)
     }
@@ -457,10 +457,10 @@ impl Judge {
                 State::Proving { .. } => "proving",
                 State::Relaying { pair, .. } if pair.is_half_closed() => "half closed",
                 State::Relaying { .. } => "relaying",
-                State::Bridged => "bridged",
-                State::Leaving { .. } if conn.name.is_none() => "probing",
-                State::Leaving { .. } => "leaving",
-                State::Moving => panic!("a connection is left between two states"),
+                State::OnThreads => "on threads",
+                State::Closing { .. } if conn.name.is_none() => "probing",
+                State::Closing { .. } => "closing",
+                State::Closed => panic!("a connection is left between two states"),
             };
             let key = (index, id.token(CLIENT) as u64);
             seen.insert(key);

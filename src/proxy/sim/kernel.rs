@@ -33,8 +33,8 @@ use fastrand::Rng;
 use nix::libc;
 
 use crate::address::Port;
+use crate::engine::relay::Readiness;
 use crate::name::{SocketName, VsockName};
-use crate::relay::Readiness;
 
 /// How long AF_VSOCK waits for a guest that is silent (Linux: `VSOCK_DEFAULT_CONNECT_TIMEOUT`).
 const VSOCK_TIMEOUT: Duration = Duration::from_secs(2);

@@ -24,6 +24,6 @@ mod vm;
 mod world;
 
 /// Notes that a connection goes from one state to another.
-pub(super) fn note_transition(from: &'static str, to: &'static str) {
+pub(crate) fn note_transition(from: &'static str, to: &'static str) {
     world::note_transition(from, to);
 }

@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
+use crate::engine::id::ForwardId;
+use crate::engine::rule::Rule;
+use crate::engine::rule::VmLimits;
 use crate::error::Result;
-use crate::proxy::VmLimits;
 use crate::proxy::controller::Controller;
-use crate::proxy::forward::Rule;
-use crate::proxy::handle::ForwardId;
 
 use super::judge::Hazard;
 use super::kernel::{ListenerKey, Owner, Place};

@@ -9,8 +9,8 @@ use fastrand::Rng;
 use crate::address::{
     Address, Host, HyperkitAddress, Port, TcpAddress, UnixAddress, VsockAddress, VsockMuxAddress,
 };
-use crate::proxy::Limits;
-use crate::proxy::forward::{Rule, Timeouts};
+use crate::engine::rule::Limits;
+use crate::engine::rule::{Rule, Timeouts};
 
 use super::cast::{ClientPlan, ServerPlan, Service};
 use super::kernel::{Habits, Place};

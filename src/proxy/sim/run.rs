@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
+use crate::engine::observer::{Observer, What};
+use crate::engine::rule::Rule;
+use crate::engine::status::{ForwardState, ForwardStatus};
 use crate::proxy::controller::Controller;
-use crate::proxy::forward::Rule;
-use crate::proxy::observer::{Observer, What};
-use crate::proxy::status::{ForwardState, ForwardStatus};
 use crate::proxy::{ForwardId, ProxyConfig, assemble};
 use crate::stream::nonblocking::Waiter;
 

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use crate::address::HyperkitVm;
-use crate::proxy::gate::Wake;
-use crate::proxy::presence::Sign;
+use crate::engine::admission::Wake;
+use crate::engine::health::Sign;
 use crate::proxy::worker::{Turn, Wait, Worker};
 use crate::proxy::world::{Event, World};
 

@@ -9,18 +9,20 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
+use crate::engine::admission::Gate;
+use crate::engine::connection;
+use crate::engine::forward::Forward;
+use crate::engine::health::Sign;
+use crate::engine::relay::{Pipe, Socket};
+use crate::engine::routes::Mark;
+use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
 use crate::listener;
 use crate::name::SocketName;
 use crate::proxy::bridge::Progress;
-use crate::proxy::forward::{Forward, Rule};
-use crate::proxy::gate::Gate;
-use crate::proxy::loops::Mark;
-use crate::proxy::presence::Sign;
 use crate::proxy::worker::Wanted;
 use crate::proxy::world::{Event, Found, ListenerId, World};
-use crate::relay::{Pipe, Socket};
 use crate::stream::nonblocking::Endpoint;
 use crate::sys::{self, Identity};
 
@@ -81,6 +83,34 @@ impl Socket for SimStream {
 
     fn peer_took_all(&self) -> bool {
         self.stage.kernel().peer_took_all(self.id)
+    }
+}
+
+impl connection::Socket for SimStream {
+    fn connected(&self) -> io::Result<bool> {
+        self.stage.kernel().connected(self.id)
+    }
+
+    fn shutdown_read(&self) {
+        self.stage.kernel().shutdown_read(self.id);
+    }
+
+    fn unacknowledged(&self) -> usize {
+        self.stage.kernel().unacknowledged(self.id)
+    }
+
+    fn local_name(&self) -> Option<SocketName> {
+        Some(self.stage.kernel().name_of(self.id))
+    }
+
+    fn unix_peer_name(&self) -> Option<Vec<u8>> {
+        let kernel = self.stage.kernel();
+        let path = kernel.listener_path(self.id)?;
+        Some(path.as_os_str().as_encoded_bytes().to_vec())
+    }
+
+    fn is_from_this_process(&self) -> bool {
+        self.stage.kernel().owner_of_peer(self.id) == Some(Owner::Proxy)
     }
 }
 
@@ -403,39 +433,13 @@ impl World for SimWorld {
         }
     }
 
-    fn name_of(&mut self, stream: &SimStream) -> Option<SocketName> {
-        Some(self.stage.kernel().name_of(stream.id))
-    }
-
-    fn mark_of_peer(&mut self, stream: &SimStream) -> Option<Mark> {
-        let kernel = self.stage.kernel();
-        let path = kernel.listener_path(stream.id)?;
-        Some(Mark::Unix(path.as_os_str().as_encoded_bytes().to_vec()))
-    }
-
-    fn is_from_us(&mut self, stream: &SimStream) -> bool {
-        self.stage.kernel().owner_of_peer(stream.id) == Some(Owner::Proxy)
-    }
-
-    fn connected(&mut self, stream: &SimStream) -> io::Result<bool> {
-        self.stage.kernel().connected(stream.id)
-    }
-
     fn watch(&mut self, stream: &mut SimStream, token: usize) -> io::Result<()> {
         self.stage.kernel().watch(stream.id, self.worker, token);
         Ok(())
     }
 
-    fn shutdown_read(&mut self, stream: &SimStream) {
-        self.stage.kernel().shutdown_read(stream.id);
-    }
-
     fn close(&mut self, stream: SimStream) {
         drop(stream);
-    }
-
-    fn unacknowledged(&mut self, stream: &SimStream) -> usize {
-        self.stage.kernel().unacknowledged(stream.id)
     }
 
     fn reset(&mut self, stream: SimStream) {

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use super::super::forward::Forward;
-use super::super::handle::ForwardId;
 use super::super::rules::Binder;
 use super::super::world::World;
 use super::super::{
@@ -11,6 +9,8 @@ use super::super::{
     Worker,
 };
 use super::*;
+use crate::engine::forward::Forward;
+use crate::engine::id::ForwardId;
 use crate::listener::nonblocking::Listener;
 
 /// A worker in front of `target` whose guests are TCP clients that are accepted as AF_HYPERV's are; where they connect to.

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use nix::fcntl::{FcntlArg, SpliceFFlags, fcntl, splice};
 
-use crate::relay;
+use crate::engine::relay;
 
 /// Bytes a pipe holds at most. Less and each call moves less; more than the sender's and the receiver's buffers hold
 /// brings nothing.

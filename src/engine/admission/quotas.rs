@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use super::handle::ForwardId;
+use crate::engine::id::ForwardId;
 
 /// The places of one VM or of the process, by forward.
 #[derive(Debug)]
-pub(super) struct Shares {
+pub(crate) struct Shares {
     cap: usize,
     live: usize,
     /// Free places that are kept: what each forward has reserved and doesn't use.
@@ -31,7 +31,7 @@ impl Share {
 }
 
 impl Shares {
-    pub(super) fn new(cap: usize) -> Shares {
+    pub(crate) fn new(cap: usize) -> Shares {
         Shares {
             cap,
             live: 0,
@@ -40,19 +40,19 @@ impl Shares {
         }
     }
 
-    pub(super) fn cap(&self) -> usize {
+    pub(crate) fn cap(&self) -> usize {
         self.cap
     }
 
-    pub(super) fn set_cap(&mut self, cap: usize) {
+    pub(crate) fn set_cap(&mut self, cap: usize) {
         self.cap = cap;
     }
 
-    pub(super) fn live(&self) -> usize {
+    pub(crate) fn live(&self) -> usize {
         self.live
     }
 
-    pub(super) fn kept(&self) -> usize {
+    pub(crate) fn kept(&self) -> usize {
         self.kept
     }
 
@@ -68,7 +68,7 @@ impl Shares {
     }
 
     /// Keeps places for a forward; how many there are to be had if those are too many.
-    pub(super) fn reserve(&mut self, forward: ForwardId, places: usize) -> Result<(), usize> {
+    pub(crate) fn reserve(&mut self, forward: ForwardId, places: usize) -> Result<(), usize> {
         let others = self.shares.iter().filter(|(id, _)| **id != forward);
         let taken = others.map(|(_, share)| share.reserved).sum();
         let left = self.cap.saturating_sub(taken);
@@ -80,28 +80,28 @@ impl Shares {
     }
 
     /// Bounds how many places a forward may have at a time.
-    pub(super) fn bound(&mut self, forward: ForwardId, most: Option<usize>) {
+    pub(crate) fn bound(&mut self, forward: ForwardId, most: Option<usize>) {
         self.change(forward, |share| share.most = most);
     }
 
     /// Neither keeps places for a forward any longer, nor bounds it.
-    pub(super) fn give_up(&mut self, forward: ForwardId) {
+    pub(crate) fn give_up(&mut self, forward: ForwardId) {
         self.change(forward, |share| {
             share.reserved = 0;
             share.most = None;
         });
     }
 
-    pub(super) fn take(&mut self, forward: ForwardId) {
+    pub(crate) fn take(&mut self, forward: ForwardId) {
         self.change(forward, |share| share.live += 1);
     }
 
-    pub(super) fn give_back(&mut self, forward: ForwardId) {
+    pub(crate) fn give_back(&mut self, forward: ForwardId) {
         self.change(forward, |share| share.live = share.live.saturating_sub(1));
     }
 
     /// Free places that this forward may have.
-    pub(super) fn free_for(&self, forward: ForwardId) -> usize {
+    pub(crate) fn free_for(&self, forward: ForwardId) -> usize {
         match self.is_at_its_bound(forward) {
             Some(_) => 0,
             None => self.cap.saturating_sub(self.live + self.kept_from(forward)),
@@ -109,18 +109,18 @@ impl Shares {
     }
 
     /// The places that a forward may have, if it has all of them.
-    pub(super) fn is_at_its_bound(&self, forward: ForwardId) -> Option<usize> {
+    pub(crate) fn is_at_its_bound(&self, forward: ForwardId) -> Option<usize> {
         let share = self.shares.get(&forward)?;
         share.most.filter(|most| share.live >= *most)
     }
 
     /// Free places that are kept for others than this forward.
-    pub(super) fn kept_from(&self, forward: ForwardId) -> usize {
+    pub(crate) fn kept_from(&self, forward: ForwardId) -> usize {
         self.kept - self.shares.get(&forward).map_or(0, Share::unused)
     }
 
     /// A client of the forward is to be dialled for; false if all that is free waits for others of it.
-    pub(super) fn queue(&mut self, forward: ForwardId) -> bool {
+    pub(crate) fn queue(&mut self, forward: ForwardId) -> bool {
         let queued = self.shares.get(&forward).map_or(0, |share| share.queued);
         let free = queued < self.free_for(forward);
         if free {
@@ -131,23 +131,23 @@ impl Shares {
 
     /// Returns whether [`queue`](Shares::queue) would let one in.
     #[cfg(all(test, target_os = "linux"))]
-    pub(super) fn would_queue(&self, forward: ForwardId) -> bool {
+    pub(crate) fn would_queue(&self, forward: ForwardId) -> bool {
         let queued = self.shares.get(&forward).map_or(0, |share| share.queued);
         queued < self.free_for(forward)
     }
 
-    pub(super) fn line_up(&mut self, forward: ForwardId) {
+    pub(crate) fn line_up(&mut self, forward: ForwardId) {
         self.change(forward, |share| share.queued += 1);
     }
 
-    pub(super) fn unqueue(&mut self, forward: ForwardId) {
+    pub(crate) fn unqueue(&mut self, forward: ForwardId) {
         self.change(forward, |share| {
             share.queued = share.queued.saturating_sub(1)
         });
     }
 
     /// All connections are gone.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         let forwards: Vec<ForwardId> = self.shares.keys().copied().collect();
         for forward in forwards {
             self.change(forward, |share| share.live = 0);

@@ -9,7 +9,7 @@ const STEP: Duration = Duration::from_secs(1);
 
 /// The time of the latest byte or end that came from a guest, kept without a lock.
 #[derive(Debug, Default)]
-pub(super) struct LastHeard {
+pub(crate) struct LastHeard {
     /// When something came first.
     first: OnceLock<Instant>,
     /// Milliseconds since then, and one more; 0 if nothing has come yet.
@@ -18,23 +18,23 @@ pub(super) struct LastHeard {
 
 impl LastHeard {
     /// Returns whether the time has to be noted: it is later than the last one by more than a step.
-    pub(super) fn is_news(&self, now: Instant) -> bool {
+    pub(crate) fn is_news(&self, now: Instant) -> bool {
         let at = self.at.load(Ordering::Relaxed);
         at == 0 || self.number(now) >= at + STEP.as_millis() as u64
     }
 
     /// Notes that something has come.
-    pub(super) fn note(&self, now: Instant) {
+    pub(crate) fn note(&self, now: Instant) {
         self.at.fetch_max(self.number(now), Ordering::Relaxed);
     }
 
     /// Forgets the time: it is another guest now.
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.at.store(0, Ordering::Relaxed);
     }
 
     /// Returns when something came last.
-    pub(super) fn at(&self) -> Option<Instant> {
+    pub(crate) fn at(&self) -> Option<Instant> {
         match self.at.load(Ordering::Relaxed) {
             0 => None,
             at => self.first.get()?.checked_add(Duration::from_millis(at - 1)),

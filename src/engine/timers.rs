@@ -3,43 +3,42 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::table::Id;
+use crate::engine::table::Id;
 
 /// The timers of one worker's connections.
 ///
 /// Invariant 7: a connection has one entry at most. A timer that is set anew replaces the old one, and a connection that
 /// is forgotten takes its entry with it: what is kept does not grow with the connections that have ended.
 #[derive(Debug, Default)]
-pub(super) struct Timers(BTreeSet<(Instant, Id)>);
+pub(crate) struct Timers(BTreeSet<(Instant, Id)>);
 
 impl Timers {
-    /// Sets the timer of a connection, whose present one is `timer`; `None` ends it.
-    pub(super) fn set(&mut self, timer: &mut Option<Instant>, id: Id, at: Option<Instant>) {
-        if *timer == at {
+    /// Changes the timer of a connection, which was set to `before`; `None` is none.
+    pub(crate) fn change(&mut self, id: Id, before: Option<Instant>, at: Option<Instant>) {
+        if before == at {
             return;
         }
-        if let Some(before) = *timer {
+        if let Some(before) = before {
             self.0.remove(&(before, id));
         }
         if let Some(at) = at {
             self.0.insert((at, id));
         }
-        *timer = at;
     }
 
     /// Returns how many are set.
     #[cfg(all(test, target_os = "linux"))]
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
 
     /// Returns the earliest one.
-    pub(super) fn next(&self) -> Option<Instant> {
+    pub(crate) fn next(&self) -> Option<Instant> {
         self.0.first().map(|(at, _)| *at)
     }
 
     /// Takes out the earliest one, if it is due.
-    pub(super) fn pop_due(&mut self, now: Instant) -> Option<Id> {
+    pub(crate) fn pop_due(&mut self, now: Instant) -> Option<Id> {
         match self.0.first() {
             Some((at, _)) if *at <= now => self.0.pop_first().map(|(_, id)| id),
             _ => None,
@@ -51,8 +50,8 @@ impl Timers {
 mod tests {
     use std::time::Duration;
 
-    use super::super::table::Table;
     use super::*;
+    use crate::engine::table::Table;
 
     #[test]
     fn a_connection_has_one_entry_however_often_its_timer_is_set() {
@@ -62,17 +61,17 @@ mod tests {
         let after = |seconds| Some(start + Duration::from_secs(seconds));
         let (mut first, mut second) = (None, None);
         for seconds in (1..1000).rev() {
-            timers.set(&mut first, one, after(seconds));
-            timers.set(&mut second, other, after(2 * seconds));
+            let (one_at, other_at) = (after(seconds), after(2 * seconds));
+            timers.change(one, std::mem::replace(&mut first, one_at), one_at);
+            timers.change(other, std::mem::replace(&mut second, other_at), other_at);
             assert_eq!(timers.0.len(), 2);
         }
         assert_eq!(timers.next(), after(1));
         assert_eq!(timers.pop_due(start), None);
         assert_eq!(timers.pop_due(start + Duration::from_secs(1)), Some(one));
-        first = None;
-        timers.set(&mut first, one, after(1));
-        timers.set(&mut first, one, None);
-        timers.set(&mut second, other, None);
+        timers.change(one, None, after(1));
+        timers.change(one, after(1), None);
+        timers.change(other, second, None);
         assert!(timers.0.is_empty());
     }
 }

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use super::bench::Bench;
 use super::kernel::Habits;
-use crate::relay::{CLIENT, Ending, Farewell, SERVER, Turn};
+use crate::engine::relay::{CLIENT, CloseMode, Ending, SERVER, Turn};
 
 type Kernel = Bench<true>;
 
@@ -21,13 +21,13 @@ fn assert_refused(pair: &Kernel) {
     assert!(pair.pair.refused());
     assert_eq!(pair.last, Turn::Done);
     assert_eq!(pair.wire(CLIENT).half_closes, 0);
-    assert_eq!(pair.pair.farewell(CLIENT), Farewell::Reset);
+    assert_eq!(pair.pair.close_mode(CLIENT), CloseMode::Reset);
 }
 
 fn assert_answered(pair: &Kernel) {
     assert!(!pair.pair.refused());
     assert_eq!(pair.wire(CLIENT).half_closes, 1);
-    assert_ne!(pair.pair.farewell(CLIENT), Farewell::Reset);
+    assert_ne!(pair.pair.close_mode(CLIENT), CloseMode::Reset);
 }
 
 #[test]
@@ -53,7 +53,7 @@ fn a_refusal_releases_the_half_close_that_was_held() {
     pair.settle();
     assert_refused(&pair);
     assert_eq!(pair.wire(SERVER).half_closes, 1);
-    assert_eq!(pair.pair.farewell(SERVER), Farewell::Close);
+    assert_eq!(pair.pair.close_mode(SERVER), CloseMode::Close);
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn a_held_half_close_goes_when_the_server_has_ended() {
         (pair.wire(SERVER).half_closes, pair.wire(CLIENT).half_closes),
         (1, 1)
     );
-    assert_eq!(pair.farewells(), [Farewell::Close; 2]);
+    assert_eq!(pair.close_modes(), [CloseMode::Close; 2]);
 }
 
 #[test]
@@ -175,9 +175,9 @@ fn only_the_clients_half_close_is_held() {
 
 #[test]
 fn an_end_that_is_in_doubt_is_passed_on_when_it_is_known_what_it_is() {
-    for (end, farewell) in [
-        (Ending::Whole, Farewell::Close),
-        (Ending::BrokenOff, Farewell::Reset),
+    for (end, close_mode) in [
+        (Ending::Whole, CloseMode::Close),
+        (Ending::BrokenOff, CloseMode::Reset),
     ] {
         let mut pair = Kernel::calm();
         pair.pair.doubt_end(SERVER);
@@ -191,7 +191,7 @@ fn an_end_that_is_in_doubt_is_passed_on_when_it_is_known_what_it_is() {
         assert!(!pair.pair.has_doubtful_end(SERVER));
         pair.turn();
         assert_eq!(pair.settle(), Turn::Done);
-        assert_eq!(pair.pair.farewell(CLIENT), farewell);
+        assert_eq!(pair.pair.close_mode(CLIENT), close_mode);
         let whole = end == Ending::Whole;
         assert_eq!(pair.wire(CLIENT).half_closes, u32::from(whole));
     }

@@ -32,7 +32,7 @@ use std::rc::Rc;
 
 use fastrand::Rng;
 
-use crate::relay::{Pipe, Readiness, Socket};
+use crate::engine::relay::{Pipe, Readiness, Socket};
 
 /// The `i`th byte that the peer at `side` sends.
 fn byte(side: usize, i: u64) -> u8 {

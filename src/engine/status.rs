@@ -1,13 +1,14 @@
 //! What can be told of a forward that is carried.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::address::Address;
+use crate::name::SocketName;
 
-use super::counters::Counters;
-use super::forward::Rule;
-use super::handle::ForwardId;
+use super::id::{ConnectionId, ForwardId};
+use super::rule::Rule;
+use crate::engine::counters::Counters;
 
 /// A rule that is carried, and what has been counted of it.
 #[derive(Clone, Debug)]
@@ -60,13 +61,45 @@ pub enum ForwardState {
     Closed,
 }
 
+/// How far a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConnectionState {
+    /// Its target is being connected to, or waited for.
+    Dialling,
+    /// Bytes can go both ways.
+    Open,
+    /// Carried to its end; what is left is to close it as its peers need it.
+    Ending,
+}
+
+/// A connection that is carried now.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ConnectionStatus {
+    /// Which one it is.
+    pub id: ConnectionId,
+    /// Whose it is.
+    pub forward: ForwardId,
+    /// Who it is from, as far as the kernel knows.
+    pub peer: SocketName,
+    /// How far it is.
+    pub state: ConnectionState,
+    /// Bytes from the accepting to the dialled side.
+    pub sent: u64,
+    /// Bytes from the dialled to the accepting side.
+    pub received: u64,
+    /// How long ago it was accepted.
+    pub age: Duration,
+}
+
 /// A hyperkit VM. All forwards of one VM tell the same of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VmStatus {
     /// Connections to it and from it now.
     pub connections: usize,
-    /// How many there may be ([`Limits::vm_connections`](super::Limits::vm_connections)).
+    /// How many there may be ([`Limits::vm_connections`](super::rule::Limits::vm_connections)).
     pub limit: usize,
     /// How many of those that are free are kept for forwards that reserve them.
     pub reserved: usize,
@@ -96,7 +129,7 @@ pub struct LastError {
 }
 
 /// Returns the time on the wall when the loop's clock, which shows `now`, showed `then`.
-pub(super) fn wall_time(then: Instant, now: Instant) -> SystemTime {
+pub(crate) fn wall_time(then: Instant, now: Instant) -> SystemTime {
     let wall = SystemTime::now();
     let ago = now.saturating_duration_since(then);
     wall.checked_sub(ago).unwrap_or(wall)
@@ -104,7 +137,7 @@ pub(super) fn wall_time(then: Instant, now: Instant) -> SystemTime {
 
 /// Why a listener takes nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Obstacle {
+pub(crate) enum Obstacle {
     Full,
     Paused,
     Lost,
@@ -119,7 +152,7 @@ struct Known {
 
 /// What workers leave behind for whoever asks how a forward is.
 #[derive(Debug, Default)]
-pub(super) struct Board(Mutex<Known>);
+pub(crate) struct Board(Mutex<Known>);
 
 impl Board {
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -127,7 +160,7 @@ impl Board {
     }
 
     /// Notes why the listener takes nobody. The time of an obstacle that lasts is that of its beginning.
-    pub(super) fn blocked(&self, obstacle: Obstacle, why: String) {
+    pub(crate) fn blocked(&self, obstacle: Obstacle, why: String) {
         let mut known = self.known();
         match &mut known.obstacle {
             Some((before, text, _)) if *before == obstacle => *text = why,
@@ -136,16 +169,16 @@ impl Board {
     }
 
     /// Notes that the listener takes clients again.
-    pub(super) fn unblocked(&self) {
+    pub(crate) fn unblocked(&self) {
         self.known().obstacle = None;
     }
 
-    pub(super) fn failed(&self, text: String) {
+    pub(crate) fn failed(&self, text: String) {
         let at = SystemTime::now();
         self.known().error = Some(LastError { text, at });
     }
 
-    pub(super) fn state(&self) -> ForwardState {
+    pub(crate) fn state(&self) -> ForwardState {
         let known = self.known();
         let Some((obstacle, why, since)) = &known.obstacle else {
             return ForwardState::Listening;
@@ -159,7 +192,7 @@ impl Board {
         }
     }
 
-    pub(super) fn last_error(&self) -> Option<LastError> {
+    pub(crate) fn last_error(&self) -> Option<LastError> {
         self.known().error.clone()
     }
 }

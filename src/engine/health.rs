@@ -10,7 +10,7 @@ use crate::sys::Identity;
 
 /// Something to be told, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum News {
+pub(crate) enum News {
     /// It has gone; or it was never there, as far as is known.
     Gone { was_there: bool },
     /// It is there, and was gone for so long.
@@ -45,7 +45,7 @@ const SETTLES: Duration = Duration::from_millis(100);
 
 /// What is known of one VM or one server.
 #[derive(Debug)]
-pub(super) struct Presence {
+pub(crate) struct Presence {
     state: State,
     was_there: bool,
     /// What it was when it was seen last.
@@ -79,7 +79,7 @@ impl Default for Presence {
 
 impl Presence {
     /// Takes a dial that found nobody.
-    pub(super) fn failed(&mut self, now: Instant) -> Option<News> {
+    pub(crate) fn failed(&mut self, now: Instant) -> Option<News> {
         match self.state {
             State::Gone { told: true, .. } => return None,
             State::Up if self.settles(now) => return None,
@@ -110,7 +110,7 @@ impl Presence {
     }
 
     /// Takes a dial that found somebody.
-    pub(super) fn connected(&mut self, now: Instant) -> Option<News> {
+    pub(crate) fn connected(&mut self, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.state, State::Up);
         self.was_there = true;
         match before {
@@ -124,7 +124,7 @@ impl Presence {
     }
 
     /// Takes what it is now; whether it is another than before.
-    pub(super) fn seen(&mut self, sign: Sign, now: Instant) -> (bool, Option<News>) {
+    pub(crate) fn seen(&mut self, sign: Sign, now: Instant) -> (bool, Option<News>) {
         // That a VM's socket is missing says nothing of who it is: one that begins has its pid file first. So once one
         // has had a socket, its pid file is no sign any more.
         if matches!((self.sign, sign), (Some(Sign::Socket(_)), Sign::PidFile(_))) {
@@ -164,7 +164,7 @@ impl Presence {
     }
 
     /// Takes that there is nothing to be seen of it.
-    pub(super) fn not_seen(&mut self, now: Instant) -> Option<News> {
+    pub(crate) fn not_seen(&mut self, now: Instant) -> Option<News> {
         self.unseen = true;
         self.process = None;
         match self.state {
@@ -179,7 +179,7 @@ impl Presence {
 
     /// Takes which process it is, of which a file tells that may be missing or an old one: only that a process has ended
     /// which had been alive says that it is gone.
-    pub(super) fn process(&mut self, process: Option<i32>, now: Instant) -> Option<News> {
+    pub(crate) fn process(&mut self, process: Option<i32>, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.process, process);
         match (self.state, process) {
             (State::Unknown, Some(_)) => self.connected(now),
@@ -189,7 +189,7 @@ impl Presence {
     }
 
     /// Whether it is there; `None` if nothing is known.
-    pub(super) fn is_up(&self) -> Option<bool> {
+    pub(crate) fn is_up(&self) -> Option<bool> {
         match self.state {
             State::Unknown => None,
             State::Up => Some(true),
@@ -197,20 +197,20 @@ impl Presence {
         }
     }
 
-    pub(super) fn gone_since(&self) -> Option<SystemTime> {
+    pub(crate) fn gone_since(&self) -> Option<SystemTime> {
         match self.state {
             State::Gone { at, .. } => Some(at),
             State::Unknown | State::Up => None,
         }
     }
 
-    pub(super) fn restarts(&self) -> u64 {
+    pub(crate) fn restarts(&self) -> u64 {
         self.restarts
     }
 }
 
 /// Says in the log what is new of `subject`. `clients` are how many forwards refuse theirs meanwhile, and hold them.
-pub(super) fn tell(
+pub(crate) fn tell(
     news: News,
     subject: &dyn fmt::Display,
     error: Option<&Error>,

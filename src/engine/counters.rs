@@ -4,8 +4,8 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::address::Address;
+use crate::engine::relay::{CLIENT, SERVER};
 use crate::error::{Error, Operation};
-use crate::relay::{CLIENT, SERVER};
 use crate::sys;
 
 /// What was counted of a forward since it began.
@@ -58,7 +58,7 @@ pub struct TimedOut {
 
 /// Why a connection could not be carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reason {
+pub(crate) enum Reason {
     ByTarget,
     Absent,
     DialTimeout,
@@ -68,7 +68,7 @@ pub(super) enum Reason {
 
 impl Reason {
     /// The reason that an error of a dial tells of.
-    pub(super) fn of(target: &Address, error: &Error) -> Reason {
+    pub(crate) fn of(target: &Address, error: &Error) -> Reason {
         use io::ErrorKind::{
             BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
             NetworkUnreachable, NotFound, TimedOut,
@@ -98,34 +98,34 @@ impl Reason {
 
 /// What the workers count of a forward together.
 #[derive(Debug, Default)]
-pub(super) struct Tally {
-    pub(super) accepted: AtomicU64,
-    pub(super) live: AtomicU64,
+pub(crate) struct Tally {
+    pub(crate) accepted: AtomicU64,
+    pub(crate) live: AtomicU64,
     refusals: [AtomicU64; 5],
-    pub(super) idle: AtomicU64,
-    pub(super) half_closed: AtomicU64,
-    pub(super) abandoned: AtomicU64,
+    pub(crate) idle: AtomicU64,
+    pub(crate) half_closed: AtomicU64,
+    pub(crate) abandoned: AtomicU64,
     delivered: [AtomicU64; 2],
 }
 
 /// One more.
-pub(super) fn add_one(counter: &AtomicU64) {
+pub(crate) fn add_one(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
 impl Tally {
-    pub(super) fn refused(&self, reason: Reason) {
+    pub(crate) fn refused(&self, reason: Reason) {
         add_one(&self.refusals[reason as usize]);
     }
 
     /// Counts bytes that `side` sent and the other was given.
-    pub(super) fn delivered(&self, side: usize, bytes: u64) {
+    pub(crate) fn delivered(&self, side: usize, bytes: u64) {
         if bytes > 0 {
             self.delivered[side].fetch_add(bytes, Ordering::Relaxed);
         }
     }
 
-    pub(super) fn counters(&self) -> Counters {
+    pub(crate) fn counters(&self) -> Counters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let of = |reason: Reason| get(&self.refusals[reason as usize]);
         let refusals = Refusals {

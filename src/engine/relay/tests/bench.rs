@@ -6,7 +6,9 @@ use std::rc::Rc;
 use fastrand::Rng;
 
 use super::kernel::{FakePipe, FakeSocket, Habits, PIPE, Script, Wire};
-use crate::relay::{CLIENT, Carrier, End, Farewell, Pair, Pool, Readiness, SERVER, State, Turn};
+use crate::engine::relay::{
+    CLIENT, Carrier, CloseMode, End, Pair, Pool, Readiness, SERVER, State, Turn,
+};
 
 /// Calls of a turn that only discards: see `End::discard`.
 const DISCARDS: u64 = 4;
@@ -31,7 +33,7 @@ pub(super) struct Bench<const KERNEL_EDGES: bool> {
 /// What became of a pair.
 #[derive(Debug)]
 pub(super) struct Ended {
-    pub(super) farewells: [Farewell; 2],
+    pub(super) close_modes: [CloseMode; 2],
     pub(super) refused: bool,
 }
 
@@ -162,8 +164,8 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
         self.pair.flows[side].carrier.left() as u64
     }
 
-    pub(super) fn farewells(&self) -> [Farewell; 2] {
-        [self.pair.farewell(CLIENT), self.pair.farewell(SERVER)]
+    pub(super) fn close_modes(&self) -> [CloseMode; 2] {
+        [self.pair.close_mode(CLIENT), self.pair.close_mode(SERVER)]
     }
 
     /// Takes the pair apart as the proxy does. A client that is owed a linger is read from until it ends, as long as
@@ -176,7 +178,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             ..
         } = self;
         let ended = Ended {
-            farewells: [pair.farewell(CLIENT), pair.farewell(SERVER)],
+            close_modes: [pair.close_mode(CLIENT), pair.close_mode(SERVER)],
             refused: pair.refused(),
         };
         let ends = pair.into_ends(&mut pool);
@@ -184,10 +186,10 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
         let mut lingering = None;
         for (side, end) in ends.into_iter().enumerate() {
             let mut wire = wires[side].borrow_mut();
-            match ended.farewells[side] {
-                Farewell::Close => wire.close_here(),
-                Farewell::Reset => wire.reset_here(),
-                Farewell::Linger => lingering = Some((side, end)),
+            match ended.close_modes[side] {
+                CloseMode::Close => wire.close_here(),
+                CloseMode::Reset => wire.reset_here(),
+                CloseMode::Linger => lingering = Some((side, end)),
             }
         }
         let Some((side, mut end)) = lingering else {

@@ -4,22 +4,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use super::super::handle::ForwardId;
-use super::super::presence::Sign;
 use super::{Gate, PROBE_PATIENCE, PROOFS};
+use crate::engine::health::Sign;
+use crate::engine::id::ForwardId;
 
 /// One of the connections that the VM has now; dropped when its socket is closed.
 #[derive(Debug)]
 pub(crate) struct Place {
-    pub(super) gate: Arc<Gate>,
-    pub(super) forward: ForwardId,
-    pub(super) epoch: u64,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) forward: ForwardId,
+    pub(crate) epoch: u64,
 }
 
 impl Place {
     /// Notes that a byte or an end came from the guest on this connection, or the connection
     /// itself.
-    pub(in crate::proxy) fn heard(&self, now: Instant) {
+    pub(crate) fn heard(&self, now: Instant) {
         let gate = &self.gate;
         // The lock is taken once a second: what an older VM left behind is no sign of this one.
         if gate.heard.is_news(now) && gate.state().epoch == self.epoch {
@@ -41,8 +41,8 @@ impl Drop for Place {
 /// An accepted client's right to the next place.
 #[derive(Debug)]
 pub(crate) struct Ticket {
-    pub(super) gate: Arc<Gate>,
-    pub(super) forward: ForwardId,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) forward: ForwardId,
 }
 
 impl Drop for Ticket {
@@ -55,10 +55,10 @@ impl Drop for Ticket {
 
 /// The places that a forward keeps.
 #[derive(Debug)]
-pub(in crate::proxy) struct Reservation {
-    pub(super) gate: Arc<Gate>,
-    pub(super) forward: ForwardId,
-    pub(super) holds: Option<bool>,
+pub(crate) struct Reservation {
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) forward: ForwardId,
+    pub(crate) holds: Option<bool>,
 }
 
 impl Drop for Reservation {
@@ -76,7 +76,7 @@ impl Drop for Reservation {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Dial,
     /// To find out whether the guest lives.
     Probe,
@@ -87,10 +87,10 @@ pub(super) enum Kind {
 /// Leave to dial the VM once, and the place of the connection that comes of it.
 #[derive(Debug)]
 pub(crate) struct Permit {
-    pub(super) place: Place,
+    pub(crate) place: Place,
     /// The number of its dial, once there was one.
-    pub(super) number: Option<u64>,
-    pub(super) kind: Kind,
+    pub(crate) number: Option<u64>,
+    pub(crate) kind: Kind,
 }
 
 impl Permit {
@@ -115,7 +115,7 @@ impl Permit {
     }
 
     /// Notes that a byte or an end came from the guest on this connection just now.
-    pub(in crate::proxy) fn heard(&self, now: Instant) {
+    pub(crate) fn heard(&self, now: Instant) {
         self.answered();
         self.place.heard(now);
     }
@@ -131,7 +131,7 @@ impl Permit {
     }
 
     /// Whether the guest has answered this dial, or one behind it. If it was refused, that can be read now.
-    pub(in crate::proxy) fn is_answered(&self) -> bool {
+    pub(crate) fn is_answered(&self) -> bool {
         let gate = &self.place.gate;
         // What another VM answers says nothing, nor does that this one has gone.
         let same = gate.state().epoch == self.place.epoch;

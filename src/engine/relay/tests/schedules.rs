@@ -10,7 +10,7 @@ use fastrand::Rng;
 
 use super::bench::{Bench, Wires};
 use super::kernel::{Ending, Habits, Script, Wire};
-use crate::relay::{CLIENT, Farewell, Readiness, SERVER, State, Turn};
+use crate::engine::relay::{CLIENT, CloseMode, Readiness, SERVER, State, Turn};
 
 const SEEDS: Range<u64> = 0..3000;
 
@@ -160,11 +160,11 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         let done = self.relay();
         if self.manners == Manners::Polite {
             assert!(done);
-            assert_eq!(self.bench.farewells(), [Farewell::Close; 2]);
+            assert_eq!(self.bench.close_modes(), [CloseMode::Close; 2]);
         }
         for side in [CLIENT, SERVER] {
             self.check_direction(side);
-            self.check_farewell(side);
+            self.check_close_mode(side);
         }
         let answered = self.is_whole(SERVER) && self.is_healthy(CLIENT);
         let Schedule {
@@ -349,7 +349,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         }
     }
 
-    fn check_farewell(&self, side: usize) {
+    fn check_close_mode(&self, side: usize) {
         let pair = &self.bench.pair;
         let (end, wire, source) = (
             &pair.ends[side],
@@ -358,12 +358,12 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         );
         let expected = match wire.half_closes > 0 {
             // It has all, and has said all or is gone.
-            true if wire.read_ended => Farewell::Close,
-            true if side == CLIENT => Farewell::Linger,
-            _ if end.is_dead() => Farewell::Close,
-            _ => Farewell::Reset,
+            true if wire.read_ended => CloseMode::Close,
+            true if side == CLIENT => CloseMode::Linger,
+            _ if end.is_dead() => CloseMode::Close,
+            _ => CloseMode::Reset,
         };
-        assert_eq!(pair.farewell(side), expected);
+        assert_eq!(pair.close_mode(side), expected);
         if pair.refused() || source.read_error.is_some() {
             assert!(side == SERVER || wire.half_closes == 0);
         }

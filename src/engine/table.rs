@@ -58,17 +58,24 @@ impl<T> Table<T> {
         }
     }
 
+    /// Returns the id that the next one to be inserted will have.
+    pub(crate) fn next_id(&self) -> Id {
+        match self.free.last() {
+            Some(&index) => Id::new(index, self.slots[index].generation),
+            None => Id::new(self.slots.len(), 1),
+        }
+    }
+
     pub(crate) fn insert(&mut self, value: T) -> Id {
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot {
+        let id = self.next_id();
+        match self.free.pop() {
+            Some(index) => self.slots[index].value = Some(value),
+            None => self.slots.push(Slot {
                 generation: 1,
-                value: None,
-            });
-            self.slots.len() - 1
-        });
-        let slot = &mut self.slots[index];
-        slot.value = Some(value);
-        Id::new(index, slot.generation)
+                value: Some(value),
+            }),
+        }
+        id
     }
 
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut T> {

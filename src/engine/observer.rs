@@ -7,18 +7,7 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::name::SocketName;
 
-use super::handle::ForwardId;
-
-/// Which connection of a proxy is meant. No two of one proxy are the same, also after one was closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ConnectionId(pub(super) u64);
-
-/// Its number.
-impl From<ConnectionId> for u64 {
-    fn from(id: ConnectionId) -> u64 {
-        id.0
-    }
-}
+use super::id::{ConnectionId, ForwardId};
 
 /// Something that happened to a connection.
 #[derive(Clone, Copy, Debug)]
@@ -68,7 +57,7 @@ impl Observer {
         Observer(Arc::new(tell))
     }
 
-    pub(super) fn tell(&self, event: &Event<'_>) {
+    pub(crate) fn tell(&self, event: &Event<'_>) {
         (self.0)(event);
     }
 }

@@ -4,8 +4,8 @@ use std::cell::Cell;
 
 use super::bench::Bench;
 use super::kernel::{FakePipe, Habits, PIPE};
-use crate::relay::carrier::{Pipe, Pool};
-use crate::relay::{CLIENT, Carrier, SERVER, Turn};
+use crate::engine::relay::carrier::{Pipe, Pool};
+use crate::engine::relay::{CLIENT, Carrier, SERVER, Turn};
 
 type Kernel = Bench<true>;
 

@@ -11,6 +11,7 @@
 
 mod heard;
 mod permit;
+pub(crate) mod quotas;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,14 +20,14 @@ use std::time::{Duration, Instant};
 use crate::address::HyperkitVm;
 use crate::error::Error;
 
-use super::handle::ForwardId;
-use super::presence::{self, News, Presence, Sign};
-use super::shares::Shares;
-use super::status::{VmStatus, wall_time};
+use crate::engine::admission::quotas::Shares;
+use crate::engine::health::{self, News, Presence, Sign};
+use crate::engine::id::ForwardId;
+use crate::engine::status::{VmStatus, wall_time};
 
 use heard::LastHeard;
 use permit::Kind;
-pub(super) use permit::Reservation;
+pub(crate) use permit::Reservation;
 pub(crate) use permit::{Permit, Place, Ticket};
 
 /// The average distance of two dials. 100 µs never hurt the device.
@@ -99,7 +100,7 @@ impl std::fmt::Display for Full {
 }
 
 /// Wakes a worker.
-pub(super) type Wake = Arc<dyn Fn() + Send + Sync>;
+pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// Whose place a proof has.
 const PROOFS: ForwardId = ForwardId(u64::MAX);
@@ -187,7 +188,7 @@ impl Gate {
     }
 
     /// From now on these hold. Who is connected beyond them stays.
-    pub(super) fn set_limits(&self, limits: GateLimits) {
+    pub(crate) fn set_limits(&self, limits: GateLimits) {
         let mut state = self.state();
         state.shares.set_cap(limits.live);
         state.may_lack = limits.unanswered;
@@ -239,7 +240,7 @@ impl Gate {
 
     /// Asks for leave to dial a port where nobody listens, to know by its refusal that the guest has answered all dials
     /// before it. One such proof at a time serves all workers: who is told to wait for it is woken when it has come.
-    pub(super) fn admit_proof(
+    pub(crate) fn admit_proof(
         self: &Arc<Gate>,
         now: Instant,
         worker: usize,
@@ -276,7 +277,7 @@ impl Gate {
     }
 
     /// Lets a client in, whether there will be a place or not: it was in before.
-    pub(super) fn line_up(self: &Arc<Gate>, forward: ForwardId) -> Ticket {
+    pub(crate) fn line_up(self: &Arc<Gate>, forward: ForwardId) -> Ticket {
         self.state().shares.line_up(forward);
         let gate = Arc::clone(self);
         Ticket { gate, forward }
@@ -295,7 +296,7 @@ impl Gate {
     ///
     /// # Errors
     /// Why there is none now. `wake` is called when that may have changed.
-    pub(super) fn enter(
+    pub(crate) fn enter(
         self: &Arc<Gate>,
         forward: ForwardId,
         worker: usize,
@@ -314,7 +315,7 @@ impl Gate {
     ///
     /// # Errors
     /// How many can be kept, if those are too many.
-    pub(super) fn reserve(
+    pub(crate) fn reserve(
         self: &Arc<Gate>,
         forward: ForwardId,
         places: usize,
@@ -341,19 +342,19 @@ impl Gate {
     }
 
     /// A dial has failed as it does where no VM is.
-    pub(super) fn found_nobody(&self, error: &Error, now: Instant) {
+    pub(crate) fn found_nobody(&self, error: &Error, now: Instant) {
         let news = self.state().presence.failed(now);
         self.tell(news, Some(error));
     }
 
     /// Returns the VM.
-    pub(super) fn vm(&self) -> &HyperkitVm {
+    pub(crate) fn vm(&self) -> &HyperkitVm {
         &self.vm
     }
 
     /// Returns whether the VM is to be looked at now, by whoever asks first: the last look was so long ago, and is over.
     /// [`look`](Gate::look) is to follow.
-    pub(super) fn begin_look(&self, now: Instant, every: Duration) -> bool {
+    pub(crate) fn begin_look(&self, now: Instant, every: Duration) -> bool {
         let mut state = self.state();
         let soon = state
             .looked
@@ -367,7 +368,7 @@ impl Gate {
     }
 
     /// Takes what was seen of the VM.
-    pub(super) fn look(&self, vm: Option<Sign>, process: Option<i32>, now: Instant) {
+    pub(crate) fn look(&self, vm: Option<Sign>, process: Option<i32>, now: Instant) {
         let mut state = self.state();
         state.is_looking = false;
         // A dial has told meanwhile, and what was seen may be older.
@@ -386,7 +387,7 @@ impl Gate {
     }
 
     /// Returns whether a port where nobody listens can be dialled: not where there are `guest_forwards` alone.
-    pub(super) fn can_be_probed(&self) -> bool {
+    pub(crate) fn can_be_probed(&self) -> bool {
         self.state().has_connect_socket
     }
 
@@ -424,7 +425,7 @@ impl Gate {
         dialled.saturating_sub(answered)
     }
 
-    pub(super) fn status(&self, now: Instant) -> VmStatus {
+    pub(crate) fn status(&self, now: Instant) -> VmStatus {
         let state = self.state();
         VmStatus {
             connections: state.shares.live(),
@@ -445,12 +446,12 @@ impl Gate {
         };
         let forwards = self.state().forwards;
         let subject = format_args!("the VM at {}", self.vm.state_dir.display());
-        presence::tell(news, &subject, error, forwards);
+        health::tell(news, &subject, error, forwards);
     }
 
     /// Returns whether [`enter`](Gate::enter) would let a client in.
     #[cfg(all(test, target_os = "linux"))]
-    pub(super) fn would_let_in(&self, forward: ForwardId) -> bool {
+    pub(crate) fn would_let_in(&self, forward: ForwardId) -> bool {
         self.state().shares.would_queue(forward)
     }
 

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use super::bench::Bench;
 use super::kernel::{Habits, Wire};
-use crate::relay::{CLIENT, End, Farewell, Half, Pool, Readiness, SERVER, Turn};
+use crate::engine::relay::{CLIENT, CloseMode, End, Half, Pool, Readiness, SERVER, Turn};
 
 type Kernel = Bench<true>;
 type Emulated = Bench<false>;
@@ -154,7 +154,7 @@ fn a_pair_taken_apart_gives_its_buffers_back() {
     pair.client().say(1000);
     pair.settle();
     let ended = pair.leave(|_| false);
-    assert_eq!(ended.farewells, [Farewell::Reset; 2]);
+    assert_eq!(ended.close_modes, [CloseMode::Reset; 2]);
 }
 
 // 3. EOF.
@@ -192,7 +192,7 @@ fn each_direction_ends_by_itself() {
         pair.wires[second].borrow_mut().fin();
         assert_eq!(pair.settle(), Turn::Done);
         assert_eq!(pair.wire(first).half_closes, 1);
-        assert_eq!(pair.farewells(), [Farewell::Close; 2]);
+        assert_eq!(pair.close_modes(), [CloseMode::Close; 2]);
     }
 }
 
@@ -210,8 +210,8 @@ fn a_source_that_breaks_is_no_eof() {
             (pair.wire(sink).written, pair.wire(sink).half_closes),
             (100, 0)
         );
-        assert_eq!(pair.pair.farewell(sink), Farewell::Reset);
-        assert_eq!(pair.pair.farewell(broken), Farewell::Close);
+        assert_eq!(pair.pair.close_mode(sink), CloseMode::Reset);
+        assert_eq!(pair.pair.close_mode(broken), CloseMode::Close);
         let wires = pair.wires.clone();
         pair.leave(|_| false);
         assert!(wires[sink].borrow().saw_reset && !wires[sink].borrow().saw_eof);
@@ -240,7 +240,7 @@ fn a_reset_that_a_write_was_told_of_is_no_eof() {
     hear_out(&mut pair, CLIENT, 50);
     assert_eq!(pair.wire(SERVER).read_error, None);
     assert_eq!(pair.wire(CLIENT).half_closes, 0);
-    assert_eq!(pair.pair.farewell(CLIENT), Farewell::Reset);
+    assert_eq!(pair.pair.close_mode(CLIENT), CloseMode::Reset);
 }
 
 #[test]
@@ -258,7 +258,7 @@ fn a_server_that_takes_no_more_still_answers_a_client_that_goes_on_sending() {
         (pair.wire(CLIENT).written, pair.wire(CLIENT).half_closes),
         (40, 1)
     );
-    assert_eq!(pair.farewells(), [Farewell::Linger, Farewell::Reset]);
+    assert_eq!(pair.close_modes(), [CloseMode::Linger, CloseMode::Reset]);
 
     // It sends on while it is lingered for, and still gets the whole answer.
     let mut rounds = 0;
@@ -287,7 +287,7 @@ fn a_server_whose_reader_is_gone_is_reset() {
     pair.server().say(100);
     assert_eq!(pair.settle(), Turn::Done);
     assert_eq!(pair.wire(SERVER).half_closes, 1);
-    assert_eq!(pair.farewells(), [Farewell::Reset; 2]);
+    assert_eq!(pair.close_modes(), [CloseMode::Reset; 2]);
 }
 
 #[test]
@@ -300,7 +300,7 @@ fn what_a_broken_direction_still_gets_is_dropped_until_it_ends() {
     pair.client().fin();
     pair.server().fin();
     assert_eq!(pair.settle(), Turn::Done);
-    assert_eq!(pair.pair.farewell(CLIENT), Farewell::Close);
+    assert_eq!(pair.pair.close_mode(CLIENT), CloseMode::Close);
 }
 
 /// As macOS' Unix sockets have it.
@@ -323,7 +323,7 @@ fn a_server_that_closes_with_bytes_unread_where_nothing_tells_has_said_all() {
     pair.settle();
     assert_eq!(pair.last, Turn::Done);
     assert_eq!(pair.wire(SERVER).write_error, Some(ErrorKind::BrokenPipe));
-    assert_eq!(pair.pair.farewell(CLIENT), Farewell::Linger);
+    assert_eq!(pair.pair.close_mode(CLIENT), CloseMode::Linger);
 }
 
 #[test]
@@ -333,7 +333,7 @@ fn nobody_waits_for_a_server_whose_client_is_dead() {
     pair.settle();
     pair.client().reset(RESET);
     assert_eq!(pair.settle(), Turn::Done);
-    assert_eq!(pair.farewells(), [Farewell::Close, Farewell::Reset]);
+    assert_eq!(pair.close_modes(), [CloseMode::Close, CloseMode::Reset]);
 }
 
 #[test]
@@ -361,7 +361,7 @@ fn the_last_words_of_a_dead_client_wait_for_their_reader() {
     assert_eq!(hear_all(pair.server()), 20);
     assert_eq!(pair.settle(), Turn::Done);
     assert_eq!(hear_all(pair.server()), 26);
-    assert_eq!(pair.pair.farewell(SERVER), Farewell::Reset);
+    assert_eq!(pair.pair.close_mode(SERVER), CloseMode::Reset);
 }
 
 #[test]

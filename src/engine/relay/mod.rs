@@ -10,7 +10,7 @@
 //! 3. EOF on one side becomes `shutdown(Write)` on the other, once, after the last byte. Each direction ends by
 //!    itself; the pair is done when both are.
 //! 4. An error ends its own direction; what the other still holds may arrive. A broken upload is never turned into a
-//!    clean EOF: [`Farewell::Reset`] says where a reset is owed.
+//!    clean EOF: [`CloseMode::Reset`] says where a reset is owed.
 //! 5. Work per turn is bounded by a budget of bytes; [`Turn::Again`] asks for another.
 //! 7. An idle connection holds no buffer and no pipe: carriers are borrowed from a [`Pool`] while bytes are in flight.
 
@@ -31,13 +31,13 @@ pub(crate) enum Turn {
     Wait,
     /// The budget ran out: take another turn after the others.
     Again,
-    /// Both directions have ended: ask [`Pair::farewell`] what each end is owed.
+    /// Both directions have ended: ask [`Pair::close_mode`] what each end is owed.
     Done,
 }
 
 /// How an end of a finished pair is to be taken leave of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Farewell {
+pub(crate) enum CloseMode {
     /// Everything was said: close.
     Close,
     /// A client that has its whole answer and is still sending to a server that is gone. Read and discard to its
@@ -352,13 +352,13 @@ impl<S: Socket> Pair<S> {
     }
 
     /// What `side` is owed after [`Turn::Done`], or when the pair is cut off before.
-    pub(crate) fn farewell(&self, side: usize) -> Farewell {
+    pub(crate) fn close_mode(&self, side: usize) -> CloseMode {
         let end = &self.ends[side];
         match self.flows[1 - side].state {
-            State::Finished if end.input_ended() => Farewell::Close,
-            State::Finished if side == CLIENT => Farewell::Linger,
-            _ if end.is_dead() => Farewell::Close,
-            _ => Farewell::Reset,
+            State::Finished if end.input_ended() => CloseMode::Close,
+            State::Finished if side == CLIENT => CloseMode::Linger,
+            _ if end.is_dead() => CloseMode::Close,
+            _ => CloseMode::Reset,
         }
     }
 

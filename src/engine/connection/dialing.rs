@@ -1,0 +1,544 @@
+//! How a connection comes to be: accepted, its target named, admitted by the VM's gate, connected, or refused.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::dial::{self, Begun, Dial, Next};
+use crate::engine::Phase;
+use crate::engine::admission::{Full, Gate, Permit, Ticket};
+use crate::engine::counters::Reason;
+use crate::engine::forward::Forward;
+use crate::engine::health::Sign;
+use crate::engine::id::ConnectionId;
+use crate::engine::observer::What;
+use crate::engine::relay::{CLIENT, End, Readiness, SERVER};
+use crate::engine::routes::{Ends, Mark, Route};
+use crate::error::{Error, Operation};
+use crate::listener::nonblocking::not_carried;
+use crate::name::SocketName;
+use crate::stream::nonblocking::{Endpoint, Target};
+use crate::time::after;
+
+use super::relaying::Acceptance;
+use super::{Action, Closing, Connection, Context, Socket, State};
+
+/// How long a client is held before its target is dialed again, doubled with each time up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// A client that is held while its target isn't there.
+#[derive(Debug)]
+pub(crate) struct Held {
+    /// Before the next try after this one.
+    pause: Duration,
+    /// When the next try is due, if none is under way.
+    pub(crate) redial: Option<Instant>,
+    /// What the last one came to.
+    last: Option<(Error, Reason)>,
+}
+
+/// A socket that was made and begins to connect.
+#[derive(Debug)]
+pub(crate) struct Dialed<S> {
+    pub(crate) socket: S,
+    /// Of a hyperkit VM: by what it is known.
+    pub(crate) sign: Option<Sign>,
+    /// Whether the poller watches it.
+    pub(crate) watched: io::Result<()>,
+}
+
+impl<S: Socket> Connection<S> {
+    /// Takes over an accepted socket; [`begin`](Connection::begin) is to follow.
+    pub(crate) fn accepted(
+        name: ConnectionId,
+        forward: Arc<Forward>,
+        socket: S,
+        peer: SocketName,
+        ticket: Option<Ticket>,
+        now: Instant,
+    ) -> Connection<S> {
+        let mut client = End::new(socket);
+        client.latch(Readiness {
+            readable: client.socket.is_settled(),
+            ..Readiness::default()
+        });
+        let patience = forward.wait().unwrap_or(forward.rule.timeouts.dial);
+        let state = State::waiting(client, Dial::new(after(now, patience)));
+        let held = forward.wait().map(|_| Held {
+            pause: FIRST_PAUSE,
+            redial: None,
+            last: None,
+        });
+        let mut connection = Connection::new(Some(name), forward, peer, state, now);
+        (connection.ticket, connection.held) = (ticket, held);
+        connection.tell(What::Accepted);
+        connection
+    }
+
+    /// Begins to dial its target. `watched`: whether the poller watches its client.
+    pub(crate) fn begin(&mut self, watched: io::Result<()>, cx: &mut Context<'_, S>) {
+        // Guests find the port bound until the very end, but are not served any more.
+        let is_closed = match cx.phase {
+            Phase::Running => self.forward.is_cut(),
+            Phase::Stopping => self.forward.is_polite(CLIENT),
+            Phase::Cutting => true,
+        };
+        match watched {
+            Err(e) => {
+                let error = Error::new(Operation::Accept, &self.forward.rule.listen, e);
+                self.refuse(&error, Reason::Other, cx);
+            }
+            Ok(()) if is_closed => self.refuse_at_the_end(cx),
+            Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
+            Ok(()) => self.begin_dial(cx),
+        }
+    }
+
+    /// Notes that a client may be a dialed socket of ours; false if it has come by a circle.
+    fn note_client(&mut self, cx: &mut Context<'_, S>) -> bool {
+        let State::Waiting { client, .. } = &self.state else {
+            return true;
+        };
+        let (forward, peer) = (self.forward.id, self.peer);
+        if peer == SocketName::Unnamed {
+            let is_ours = || client.socket.is_from_this_process();
+            return cx.routes.accepted_from_us(forward, is_ours, cx.now);
+        }
+        let ends = || Ends::accepted(client.socket.local_name()?, peer);
+        let mut route = Route::default();
+        let goes_on = cx.routes.accepted(ends, forward, &mut route);
+        self.route = route.kept();
+        goes_on
+    }
+
+    /// Notes that a dialed socket may lead to a listener of ours; false if that closes a circle.
+    fn note_dial(&mut self, cx: &mut Context<'_, S>) -> bool {
+        let State::Connecting { server, dial, .. } = &self.state else {
+            return true;
+        };
+        let (routes, forward) = (cx.routes, self.forward.id);
+        let endpoint = dial.endpoint().filter(|it| routes.may_reach(it));
+        let Some(endpoint) = endpoint else {
+            return true;
+        };
+        let mut route = self.route.take().map(|it| *it).unwrap_or_default();
+        let goes_on = match endpoint {
+            Endpoint::Tcp(_) | Endpoint::Vsock(_) => {
+                let here = server.socket.local_name();
+                if let Some(ends) = here.and_then(|here| Ends::dialled(here, endpoint)) {
+                    routes.dialled(forward, ends, &mut route);
+                }
+                true
+            }
+            _ => match server.socket.unix_peer_name() {
+                Some(name) => routes.reached(forward, &Mark::Unix(name), &mut route, cx.now),
+                None => true,
+            },
+        };
+        self.route = route.kept();
+        goes_on
+    }
+
+    /// Refuses a client that would be led round in a circle.
+    fn refuse_loop(&mut self, cx: &mut Context<'_, S>) {
+        let why = "it leads back to a forward of this hvsock that its client has come through";
+        let error = Error::new(
+            Operation::Connect,
+            &self.forward.rule.connect,
+            io::Error::other(why),
+        );
+        let error = error.with_remedy("have the forward lead elsewhere");
+        self.refuse(&error, Reason::Other, cx);
+    }
+
+    /// Begins to dial the target, for the first time or once more.
+    fn begin_dial(&mut self, cx: &mut Context<'_, S>) {
+        let State::Waiting { dial, .. } = &mut self.state else {
+            return;
+        };
+        if let Some(held) = &mut self.held {
+            held.redial = None;
+        }
+        let deadline = dial.deadline();
+        let target = &self.forward.rule.connect;
+        if self.forward.is_blocking(SERVER) {
+            let left = deadline.saturating_duration_since(cx.now);
+            cx.act(Action::DialOnThread(dial::patience(target, left)));
+        } else {
+            match Target::of(target) {
+                Target::Endpoint(endpoint) => {
+                    // To hyperkit only with a permit of its gate.
+                    let action = match endpoint {
+                        Endpoint::Hyperkit(_) => Action::Admit,
+                        _ => Action::Connect,
+                    };
+                    dial.add([endpoint]);
+                    cx.act(action);
+                }
+                Target::Name { .. } => cx.act(Action::Resolve),
+                Target::NotCarried => {
+                    let error = not_carried(Operation::Connect, target);
+                    return self.refuse(&error, Reason::Other, cx);
+                }
+            }
+        }
+        self.wake_at = self.wake_at.or(Some(deadline));
+    }
+
+    /// Waits for a name, a permit or the time of another try.
+    pub(super) fn go_on_waiting(&mut self, cx: &mut Context<'_, S>) {
+        let State::Waiting { client, dial, .. } = &self.state else {
+            return;
+        };
+        if client.is_gone() {
+            return self.close(cx);
+        }
+        let deadline = dial.deadline();
+        if cx.now >= deadline {
+            return self.time_out(cx);
+        }
+        if let Some(redial) = self.held.as_ref().and_then(|held| held.redial) {
+            match cx.now < redial {
+                true => self.wake_at = Some(redial),
+                false => self.begin_dial(cx),
+            }
+        } else if self.wake_at.is_none() {
+            // The timer was that of another try, unless the dial still waits for a name or for a permit.
+            let is_admitted = self.permit.is_some() || self.forward.gates[SERVER].is_none();
+            if dial.endpoint().is_some() && is_admitted {
+                cx.act(Action::Connect);
+            }
+            self.wake_at = Some(deadline);
+        }
+    }
+
+    /// Returns what is to be connected to now.
+    pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
+        match &self.state {
+            State::Waiting { dial, .. } => dial.endpoint(),
+            _ => None,
+        }
+    }
+
+    /// Takes the addresses of the target's name.
+    pub(crate) fn take_addresses(
+        &mut self,
+        addresses: io::Result<Vec<SocketAddr>>,
+        cx: &mut Context<'_, S>,
+    ) {
+        let State::Waiting { dial, .. } = &mut self.state else {
+            return;
+        };
+        let error = match addresses {
+            Ok(addresses) if !addresses.is_empty() => {
+                dial.add(addresses.into_iter().map(Endpoint::Tcp));
+                return cx.act(Action::Connect);
+            }
+            Ok(_) => io::Error::new(io::ErrorKind::NotFound, "the name has no address"),
+            Err(e) => e,
+        };
+        let error = Error::new(Operation::Resolve, &self.forward.rule.connect, error);
+        let error = error.with_remedy("is the name right, and does DNS answer?");
+        self.dial_failed(error, cx);
+    }
+
+    /// Takes a permit of the gate.
+    pub(crate) fn take_permit(&mut self, permit: Permit, cx: &mut Context<'_, S>) {
+        (self.permit, self.ticket) = (Some(permit), None);
+        cx.act(Action::Connect);
+    }
+
+    /// Takes why the gate has no permit for it now; false if it wants none any more.
+    pub(crate) fn take_full(&mut self, why: Full) -> bool {
+        match &mut self.state {
+            State::Waiting { full, .. } => {
+                *full = Some(why);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes what a dial on a thread of its own has come to: a connected socket, and whether the poller watches it, if
+    /// it has to.
+    pub(crate) fn take_dialed(
+        &mut self,
+        dialed: Result<(S, io::Result<()>), Error>,
+        cx: &mut Context<'_, S>,
+    ) {
+        match dialed {
+            // The client has left, or was refused in the meantime.
+            Ok((socket, _)) if !self.is_waiting() => cx.act(Action::Close(socket)),
+            Err(_) if !self.is_waiting() => {}
+            Ok((socket, Err(e))) => {
+                let error = Error::new(Operation::Connect, &self.forward.rule.connect, e);
+                cx.act(Action::Close(socket));
+                self.refuse(&error, Reason::Other, cx);
+            }
+            Ok((socket, Ok(()))) => {
+                if let State::Waiting { client, dial, .. } = self.leave_state() {
+                    let server = End::new(socket);
+                    self.enter(State::Connecting {
+                        client,
+                        server,
+                        dial,
+                    });
+                }
+                self.begin_relaying(None, Acceptance::Unknown, cx);
+            }
+            Err(error) => self.dial_failed(error, cx),
+        }
+    }
+
+    /// Takes what has come of the begin of a connect.
+    pub(crate) fn take_connect(&mut self, connect: io::Result<Dialed<S>>, cx: &mut Context<'_, S>) {
+        let dialed = match connect {
+            Ok(dialed) => dialed,
+            Err(e) => return self.attempt_failed(e, cx),
+        };
+        if let Some(permit) = &mut self.permit {
+            permit.dialled(dialed.sign, cx.now);
+        }
+        let (client, mut dial) = match self.leave_state() {
+            State::Waiting { client, dial, .. } => (client, dial),
+            other => {
+                self.state = other;
+                return cx.act(Action::Close(dialed.socket));
+            }
+        };
+        let mut server = End::new(dialed.socket);
+        let begun = dial.begun(cx.now);
+        let attempt_deadline = dial.attempt_deadline();
+        let deadline = dial.deadline();
+        // A socket just connected has room; no need to wait until an event says so.
+        server.latch(Readiness {
+            writable: begun != Begun::InProgress,
+            ..Readiness::default()
+        });
+        self.enter(State::Connecting {
+            client,
+            server,
+            dial,
+        });
+        if !self.note_dial(cx) {
+            return self.refuse_loop(cx);
+        }
+        let target = &self.forward.rule.connect;
+        if let Err(e) = dialed.watched {
+            let error = Error::new(Operation::Connect, target, e);
+            return self.refuse(&error, Reason::Other, cx);
+        }
+        match begun {
+            Begun::Connected if self.held.is_some() && target.refuses_in_silence() => {
+                self.begin_proving(deadline, cx);
+            }
+            Begun::Connected => self.begin_relaying(None, Acceptance::Unknown, cx),
+            Begun::Handshake => self.go_on_connecting(cx),
+            Begun::InProgress => self.wake_at = Some(attempt_deadline),
+        }
+    }
+
+    pub(super) fn go_on_connecting(&mut self, cx: &mut Context<'_, S>) {
+        let State::Connecting {
+            client,
+            server,
+            dial,
+        } = &mut self.state
+        else {
+            return;
+        };
+        if client.is_gone() {
+            return self.leave_server(cx);
+        }
+        // First what has come: a connect may have succeeded while the process stood still.
+        let attempt = match server.is_writable() {
+            true => match server.socket.connected() {
+                Ok(true) => dial.shake_hands(&mut server.socket),
+                other => other,
+            },
+            false => Ok(false),
+        };
+        match attempt {
+            Ok(true) => self.begin_relaying(None, Acceptance::Unknown, cx),
+            Ok(false) if cx.now >= dial.deadline() => self.time_out(cx),
+            Ok(false) if cx.now < dial.attempt_deadline() => {
+                self.wake_at = Some(dial.attempt_deadline());
+            }
+            failed => {
+                let error = failed
+                    .err()
+                    .unwrap_or_else(|| io::ErrorKind::TimedOut.into());
+                if let State::Connecting {
+                    client,
+                    server,
+                    dial,
+                } = self.leave_state()
+                {
+                    self.enter(State::waiting(client, dial));
+                    cx.act(Action::Close(server.socket));
+                }
+                self.attempt_failed(error, cx);
+            }
+        }
+    }
+
+    /// Tries another endpoint, or the same once more, after the last one has failed; or gives up.
+    fn attempt_failed(&mut self, error: io::Error, cx: &mut Context<'_, S>) {
+        let State::Waiting { dial, .. } = &mut self.state else {
+            return;
+        };
+        match dial.failed(cx.now, error) {
+            Next::Now => cx.act(Action::Connect),
+            Next::At(at) => self.wake_at = Some(at),
+            Next::GiveUp(error) => cx.act(Action::Explain(error)),
+        }
+    }
+
+    /// Takes what the failure of a dial was explained as.
+    pub(crate) fn take_explanation(&mut self, error: Error, cx: &mut Context<'_, S>) {
+        if self.is_waiting() {
+            self.dial_failed(error, cx);
+        }
+    }
+
+    /// Takes the failure of a dial: the client is held until another one is to be tried, or refused.
+    pub(super) fn dial_failed(&mut self, error: Error, cx: &mut Context<'_, S>) {
+        let now = cx.now;
+        let reason = Reason::of(&self.forward.rule.connect, &error);
+        if reason == Reason::Absent {
+            self.forward.found_nobody(&error, now);
+        }
+        let is_ending = cx.phase == Phase::Cutting || self.forward.is_cut();
+        if let (Some(held), State::Waiting { dial, full, .. }) = (&mut self.held, &mut self.state)
+            && dial::may_come(&error)
+            && !is_ending
+        {
+            let redial = (now + held.pause).min(dial.deadline());
+            held.pause = (held.pause * 2).min(LONGEST_PAUSE);
+            held.redial = Some(redial);
+            held.last = Some((error, reason));
+            *dial = Dial::new(dial.deadline());
+            *full = None;
+            // It keeps its right to a place, and nothing of this dial.
+            self.ticket = self.ticket.take().or_else(|| {
+                let gate = self.forward.gates[SERVER].as_ref();
+                gate.map(|gate| Gate::line_up(gate, self.forward.id))
+            });
+            self.permit = None;
+            self.wake_at = Some(redial);
+            return;
+        }
+        self.refuse(&error, reason, cx);
+    }
+
+    /// Refuses a client whose time is over.
+    pub(super) fn time_out(&mut self, cx: &mut Context<'_, S>) {
+        let target = &self.forward.rule.connect;
+        let late = |why: String| io::Error::new(io::ErrorKind::TimedOut, why);
+        let full = match &self.state {
+            State::Waiting { full, .. } => *full,
+            _ => None,
+        };
+        let last = self.held.as_mut().and_then(|held| held.last.take());
+        let (error, reason) = match (&self.state, full, last) {
+            (_, Some(full), _) => {
+                let reason = match full {
+                    Full::Unanswered(_) | Full::Hangs => Reason::DialTimeout,
+                    Full::Live(_) | Full::Reserved(_) => Reason::Full,
+                };
+                let error = Error::new(Operation::Connect, target, late(full.to_string()));
+                (error, reason)
+            }
+            (State::Proving { .. }, ..) => {
+                let cause = late("the guest doesn't answer".to_owned());
+                let error = Error::new(Operation::Connect, target, cause);
+                let error = error.with_remedy("is it booting, paused or asleep?");
+                (error, Reason::DialTimeout)
+            }
+            (_, None, Some(last)) => last,
+            (state, None, None) => {
+                let cause = late("no connection within the dial timeout".to_owned());
+                let error = match state {
+                    State::Connecting { .. } => dial::explain(target, cause),
+                    _ => Error::new(Operation::Connect, target, cause),
+                };
+                (error, Reason::DialTimeout)
+            }
+        };
+        self.refuse(&error, reason, cx);
+    }
+
+    /// Refuses a client because the proxy is stopping, or its forward was removed.
+    pub(super) fn refuse_at_the_end(&mut self, cx: &mut Context<'_, S>) {
+        let cause = io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
+        let error = Error::new(Operation::Connect, &self.forward.rule.connect, cause);
+        self.refuse(&error, Reason::Other, cx);
+    }
+
+    /// Ends a connection that could not be made, and says why.
+    pub(super) fn refuse(&mut self, error: &Error, reason: Reason, cx: &mut Context<'_, S>) {
+        let (mut client, server) = match self.leave_state() {
+            State::Waiting { client, .. } => (client, None),
+            State::Connecting {
+                client,
+                server,
+                dial,
+            } => match dial.is_shaking_hands() || self.forward.is_polite(SERVER) {
+                true => {
+                    let mut server = server;
+                    if !dial.is_shaking_hands() {
+                        server.shutdown_write();
+                    }
+                    (client, Some(Closing::drain(server)))
+                }
+                false => {
+                    cx.act(Action::Close(server.socket));
+                    (client, None)
+                }
+            },
+            State::Proving {
+                client, mut server, ..
+            } => {
+                server.shutdown_write();
+                (client, Some(Closing::drain(server)))
+            }
+            other => return self.state = other,
+        };
+        self.note_refusal(error, reason, cx.now);
+        self.ticket = None;
+        // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
+        let client = if self.forward.is_polite(CLIENT) && !client.is_dead() {
+            client.shutdown_write();
+            Some(Closing::drain(client))
+        } else {
+            cx.act(Action::Reset(client.socket));
+            None
+        };
+        self.begin_closing([client, server], cx);
+    }
+
+    /// Takes that the client has left while its target was being connected.
+    pub(super) fn leave_server(&mut self, cx: &mut Context<'_, S>) {
+        let (client, server) = match self.leave_state() {
+            State::Connecting {
+                client,
+                server,
+                dial,
+            } if dial.is_shaking_hands() => (client, server),
+            State::Proving {
+                client, mut server, ..
+            } => {
+                server.shutdown_write();
+                (client, server)
+            }
+            state => {
+                self.state = state;
+                return self.close(cx);
+            }
+        };
+        cx.act(Action::Close(client.socket));
+        self.begin_closing([None, Some(Closing::drain(server))], cx);
+    }
+}

@@ -1,0 +1,195 @@
+//! A connection whose both ends are there: bytes and half-closes go on, until both directions have ended.
+
+use std::io;
+
+use tracing::debug;
+
+use crate::engine::counters::Reason;
+use crate::engine::observer::What;
+use crate::engine::relay::{CLIENT, Ending, Pair, SERVER, Turn};
+use crate::error::{Error, Operation};
+use crate::time::after;
+
+use super::idle::Idle;
+use super::proving::HOLD;
+use super::{Action, Connection, Context, Socket, State};
+
+/// Bytes that one connection may move in each direction before the others have their turn.
+const BUDGET: usize = 256 * 1024;
+
+/// How much can lie unread between us and a guest that has not accepted: more delivered than this, and it has.
+/// (hyperkit asks for socket buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels double it.)
+const UNREAD: u64 = 1024 * 1024;
+
+/// Whether the target has taken the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Acceptance {
+    /// A refusal would be known by now, however the target's family tells it.
+    Known,
+    /// Where its family tells a refusal by EOF, one may still come.
+    Unknown,
+}
+
+impl<S: Socket> Connection<S> {
+    /// Begins to carry between the client and its server, of which these first bytes have come already.
+    pub(super) fn begin_relaying(
+        &mut self,
+        first: Option<(Box<[u8]>, usize)>,
+        acceptance: Acceptance,
+        cx: &mut Context<'_, S>,
+    ) {
+        let (client, server) = match self.leave_state() {
+            State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {
+                (client, server)
+            }
+            other => return self.state = other,
+        };
+        self.span.in_scope(|| debug!("connected"));
+        self.tell(What::Connected);
+        self.forward.found(cx.now);
+        (self.ticket, self.held) = (None, None);
+        self.idle = Idle::new(cx.now);
+        self.wake_at = None;
+        if self.forward.is_bridged() {
+            self.enter(State::OnThreads);
+            return cx.act(Action::StartThreads([client.socket, server.socket]));
+        }
+        let mut pair = Pair::new(client, server);
+        let mut hold = None;
+        if self.forward.rule.connect.refuses_in_silence() && acceptance == Acceptance::Unknown {
+            pair.refuses_silently(UNREAD);
+            pair.hold(CLIENT);
+            hold = Some(cx.now + HOLD);
+        }
+        if let Some((buffer, len)) = first {
+            pair.give(SERVER, buffer, len);
+        }
+        for side in [CLIENT, SERVER] {
+            // Towards a peer that takes a half-close for the end of both directions it is kept back until the peer has
+            // ended.
+            if self.forward.takes_half_close_for_the_end(side)
+                || !pair.ends[side].socket.has_half_close()
+            {
+                pair.hold(1 - side);
+            }
+            // A VM that dies ends its connections with an EOF, and a peer that can be told so is to know that it broke
+            // off.
+            if self.forward.is_polite(side) && self.forward.can_reset(1 - side) {
+                pair.doubt_end(side);
+                cx.act(Action::LookAtPeer(side));
+            }
+        }
+        self.enter(State::Relaying {
+            pair,
+            hold,
+            end: None,
+        });
+        cx.again = true;
+    }
+
+    /// Takes that there are no threads to be had; both sockets were reset.
+    pub(crate) fn take_threads_failure(&mut self, error: io::Error, cx: &mut Context<'_, S>) {
+        let error = Error::new(Operation::Run, "a connection's thread", error);
+        self.note_refusal(&error, Reason::Other, cx.now);
+        self.close(cx);
+    }
+
+    /// Takes whether the process at the other end of a side is ending.
+    pub(crate) fn take_peer(&mut self, side: usize, is_ending: bool, cx: &mut Context<'_, S>) {
+        let State::Relaying { pair, .. } = &mut self.state else {
+            return;
+        };
+        if pair.has_doubtful_end(side) {
+            let end = match is_ending {
+                true => Ending::BrokenOff,
+                false => Ending::Whole,
+            };
+            pair.settle_end(side, end);
+            self.relay(cx);
+        } else if is_ending {
+            // Of a process that has gone already nothing can be learnt later: another serves in its place.
+            pair.settle_end(side, Ending::Whole);
+        }
+    }
+
+    /// Carries what can be carried now.
+    pub(super) fn relay(&mut self, cx: &mut Context<'_, S>) {
+        let now = cx.now;
+        let State::Relaying { pair, hold, end } = &mut self.state else {
+            return;
+        };
+        let signs = |pair: &Pair<_>| {
+            [CLIENT, SERVER].map(|side| {
+                let end = &pair.ends[side];
+                (end.received(), end.input_ended())
+            })
+        };
+        let before = signs(pair);
+        let mut turn = pair.turn(cx.pool, BUDGET);
+        if let Some(until) = *hold
+            && pair.is_holding(CLIENT)
+            && (pair.ends[SERVER].received() > 0 || now >= until)
+        {
+            pair.release(CLIENT);
+            turn = pair.turn(cx.pool, BUDGET);
+        }
+        let mut moved = false;
+        for side in [CLIENT, SERVER] {
+            let delivered = pair.delivered(side);
+            moved |= delivered > self.counted[side];
+            self.forward
+                .tally
+                .delivered(side, delivered - self.counted[side]);
+            self.counted[side] = delivered;
+        }
+        let seen = signs(pair);
+        if let Some(permit) = &self.permit {
+            if seen[SERVER] != (0, false) {
+                permit.answered();
+            }
+            if seen[SERVER] != before[SERVER] {
+                permit.heard(now);
+            }
+        }
+        if let Some(place) = &self.place
+            && seen[CLIENT] != before[CLIENT]
+        {
+            place.heard(now);
+        }
+        self.idle.note(moved, pair.is_half_closed(), now);
+        let mut asks = false;
+        for side in [CLIENT, SERVER] {
+            if pair.has_doubtful_end(side) {
+                cx.act(Action::LookAtPeer(side));
+                asks = true;
+            }
+        }
+        match turn {
+            // The answer comes before anything else.
+            _ if asks => return,
+            Turn::Again => return cx.again = true,
+            Turn::Done => return self.close_pair(cx),
+            Turn::Wait if pair.is_holding(CLIENT) && hold.is_some() => {
+                if let Some(until) = *hold {
+                    self.wake_by(until);
+                }
+            }
+            // A half-close that is kept back may wait for an end that never comes: that peer may not pass its own on,
+            // or wait for ours. As long as bytes move there is something to wait for.
+            Turn::Wait
+                if pair.is_ending() || pair.is_holding(CLIENT) || pair.is_holding(SERVER) =>
+            {
+                if moved && !pair.is_ending() {
+                    *end = None;
+                }
+                let end = *end.get_or_insert(after(now, self.forward.rule.timeouts.drain));
+                if now >= end {
+                    return self.close_pair(cx);
+                }
+                self.wake_by(end);
+            }
+            Turn::Wait => {}
+        }
+        self.cut_if_idle(cx);
+    }
+}

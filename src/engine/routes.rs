@@ -1,0 +1,384 @@
+//! Which forwards of this process lead to which, by the connections that live: a connection that one forward makes to
+//! another's listener is an edge from the one to the other; an edge that would close a circle is refused.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::name::SocketName;
+use crate::stream::nonblocking::Endpoint;
+
+use super::id::ForwardId;
+
+/// How long a forward counts as part of a circle after a dial has closed one.
+const CIRCLE: Duration = Duration::from_secs(1);
+
+/// CID of this very system (`VMADDR_CID_LOCAL`, `include/uapi/linux/vm_sockets.h`).
+pub(crate) const CID_LOCAL: u32 = 1;
+
+/// Where a listener of ours is, as those who connect to it know it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Mark {
+    Tcp(SocketAddr),
+    /// The port of an AF_VSOCK socket.
+    Vsock(u32),
+    /// The name that a Unix socket was bound to.
+    #[cfg_attr(not(unix), allow(dead_code))]
+    Unix(Vec<u8>),
+}
+
+impl Mark {
+    /// That of a listener of this name, if it has one.
+    pub(crate) fn of(name: SocketName) -> Option<Mark> {
+        match name {
+            SocketName::Tcp(address) => Some(Mark::Tcp(address)),
+            SocketName::Vsock(name) => Some(Mark::Vsock(name.port.0)),
+            _ => None,
+        }
+    }
+}
+
+/// A connection of this machine with itself, as both its ends know it. (One end alone would not do: the kernel gives one
+/// port to several connections that lead to different places.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Ends {
+    Tcp {
+        dialling: SocketAddr,
+        listening: SocketAddr,
+    },
+    /// The ports of AF_VSOCK sockets.
+    Vsock { dialling: u32, listening: u32 },
+}
+
+impl Ends {
+    /// Those of a dialled socket that has the name `here`, and was to be connected to `endpoint`.
+    pub(crate) fn dialled(here: SocketName, endpoint: &Endpoint) -> Option<Ends> {
+        match (here, endpoint) {
+            (SocketName::Tcp(here), Endpoint::Tcp(to)) => Some(Ends::Tcp {
+                dialling: canonical(here),
+                listening: canonical(*to),
+            }),
+            (SocketName::Vsock(here), Endpoint::Vsock(to)) => Some(Ends::Vsock {
+                dialling: here.port.0,
+                listening: to.port.0,
+            }),
+            _ => None,
+        }
+    }
+
+    /// Returns whether it may come out at a listener that is known by that mark.
+    fn lead_to(&self, mark: &Mark) -> bool {
+        match (self, mark) {
+            (Ends::Tcp { listening, .. }, Mark::Tcp(bound)) => listening.port() == bound.port(),
+            (Ends::Vsock { listening, .. }, Mark::Vsock(port)) => listening == port,
+            _ => false,
+        }
+    }
+
+    /// Those of an accepted socket that has the name `here`, and whose peer is `peer`.
+    pub(crate) fn accepted(here: SocketName, peer: SocketName) -> Option<Ends> {
+        match (here, peer) {
+            (SocketName::Tcp(here), SocketName::Tcp(peer)) => Some(Ends::Tcp {
+                dialling: canonical(peer),
+                listening: canonical(here),
+            }),
+            (SocketName::Vsock(here), SocketName::Vsock(peer)) if peer.cid == CID_LOCAL => {
+                Some(Ends::Vsock {
+                    dialling: peer.port.0,
+                    listening: here.port.0,
+                })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// As it is at both ends, of which one may speak IPv6 and the other IPv4. To connect to the unspecified address is to
+/// connect to the loopback one.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(specified(address.ip().to_canonical()), address.port())
+}
+
+/// Returns the address that a connect to `ip` goes to: the unspecified one is the loopback one.
+pub(crate) fn specified(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    }
+}
+
+/// A connection to one of our own listeners, as long as it lives: see [`Routes`].
+#[derive(Debug, Default)]
+pub(crate) struct Route {
+    /// The dialled connection, where it is known at the other end by its names.
+    outgoing: Option<Ends>,
+    /// The edges that this connection stands for.
+    edges: Vec<(ForwardId, ForwardId)>,
+}
+
+impl Route {
+    /// Returns itself, if there is something in it.
+    pub(crate) fn kept(self) -> Option<Box<Route>> {
+        (self.outgoing.is_some() || !self.edges.is_empty()).then(|| Box::new(self))
+    }
+}
+
+/// Which forwards of this process lead to which, by the connections that live.
+#[derive(Debug, Default)]
+pub(crate) struct Routes {
+    known: Mutex<Known>,
+    /// Dialled sockets that may lead to a listener of ours. Where there are none nobody need look for one.
+    dialled: AtomicUsize,
+    has_circles: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    listeners: HashMap<Mark, ForwardId>,
+    /// The TCP ports among them.
+    ports: HashSet<u16>,
+    /// Whether there are Unix sockets among them.
+    unix: bool,
+    outgoing: HashMap<Ends, ForwardId>,
+    edges: HashMap<(ForwardId, ForwardId), usize>,
+    /// Forwards through which a circle of Unix sockets went a moment ago, and until when they count as such.
+    circles: HashMap<ForwardId, Instant>,
+}
+
+impl Routes {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Checks that no connection is known any more.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(crate) fn check_books(&self) {
+        let known = self.known();
+        assert!(known.outgoing.is_empty(), "{:?}", known.outgoing);
+        assert!(known.edges.is_empty(), "{:?}", known.edges);
+        assert_eq!(self.dialled.load(Ordering::Relaxed), 0);
+    }
+
+    /// Notes where a forward listens.
+    pub(crate) fn listens(&self, mark: Mark, forward: ForwardId) {
+        let mut known = self.known();
+        known.listeners.retain(|_, it| *it != forward);
+        known.listeners.insert(mark, forward);
+        known.note_kinds();
+    }
+
+    /// Notes that a forward listens no more.
+    pub(crate) fn listens_no_more(&self, forward: ForwardId) {
+        let mut known = self.known();
+        known.listeners.retain(|_, it| *it != forward);
+        known.note_kinds();
+    }
+
+    /// Whether a connection to that endpoint may come out at a listener of ours. What few do costs the others nothing.
+    pub(crate) fn may_reach(&self, endpoint: &Endpoint) -> bool {
+        let known = self.known();
+        match endpoint {
+            Endpoint::Tcp(to) => known.ports.contains(&to.port()),
+            Endpoint::Vsock(to) => known.listeners.contains_key(&Mark::Vsock(to.port.0)),
+            _ => known.unix,
+        }
+    }
+
+    /// Notes a dialled connection of `forward`, by which it will be known if it comes out at a listener of ours.
+    pub(crate) fn dialled(&self, forward: ForwardId, ends: Ends, route: &mut Route) {
+        let mut known = self.known();
+        // That of a dial that has failed.
+        if let Some(before) = route.outgoing.replace(ends) {
+            known.outgoing.remove(&before);
+        }
+        known.outgoing.insert(ends, forward);
+        self.dialled.store(known.outgoing.len(), Ordering::Release);
+    }
+
+    /// Takes that a connection of `forward` has come out at the Unix listener of that name; false if that closes a circle.
+    /// It waits to be accepted there already: see [`accepted_from_us`](Routes::accepted_from_us).
+    pub(crate) fn reached(
+        &self,
+        forward: ForwardId,
+        name: &Mark,
+        route: &mut Route,
+        now: Instant,
+    ) -> bool {
+        let mut known = self.known();
+        let Some(to) = known.listeners.get(name).copied() else {
+            return true;
+        };
+        let goes_on = known.add_edge(forward, to, route);
+        if !goes_on {
+            known.circles.insert(to, now + CIRCLE);
+            self.has_circles.store(true, Ordering::Release);
+        }
+        goes_on
+    }
+
+    /// Takes that a client without a name has come to `forward`, which is one of our own dialled sockets if `is_ours`;
+    /// false if a circle goes through there, so that it may be one that was refused when it was dialled.
+    pub(crate) fn accepted_from_us(
+        &self,
+        forward: ForwardId,
+        is_ours: impl FnOnce() -> bool,
+        now: Instant,
+    ) -> bool {
+        if !self.has_circles.load(Ordering::Acquire) {
+            return true;
+        }
+        let mut known = self.known();
+        known.circles.retain(|_, until| now < *until);
+        let some = !known.circles.is_empty();
+        self.has_circles.store(some, Ordering::Release);
+        !known.circles.contains_key(&forward) || !is_ours()
+    }
+
+    /// Takes that a client has come to `forward`; false if it comes by a circle.
+    pub(crate) fn accepted(
+        &self,
+        ends: impl FnOnce() -> Option<Ends>,
+        forward: ForwardId,
+        route: &mut Route,
+    ) -> bool {
+        if self.dialled.load(Ordering::Acquire) == 0 {
+            return true;
+        }
+        let Some(ends) = ends() else {
+            return true;
+        };
+        let mut known = self.known();
+        match known.outgoing.get(&ends).copied() {
+            Some(from) => known.add_edge(from, forward, route),
+            None => true,
+        }
+    }
+
+    /// Returns whether a connection of our own may wait to be accepted at a forward, which has
+    /// accepted so many that still live. It must not wait for the end of the connection that it
+    /// belongs to.
+    pub(crate) fn may_wait_at(&self, forward: ForwardId, accepted: u64) -> bool {
+        let known = self.known();
+        let to_it = known.edges.iter().filter(|((_, to), _)| *to == forward);
+        let edges: usize = to_it.map(|(_, count)| count).sum();
+        let mut marks = known.listeners.iter().filter(|(_, it)| **it == forward);
+        marks.any(|(mark, _)| match mark {
+            // There is an edge from the dial on. Who else was accepted may wait for nobody.
+            Mark::Unix(_) => edges as u64 > accepted,
+            // There is one from the accept on.
+            _ => {
+                known
+                    .outgoing
+                    .keys()
+                    .filter(|ends| ends.lead_to(mark))
+                    .count()
+                    > edges
+            }
+        })
+    }
+
+    /// Forgets a connection.
+    pub(crate) fn forget(&self, route: Route) {
+        let mut known = self.known();
+        if let Some(ends) = route.outgoing {
+            known.outgoing.remove(&ends);
+            self.dialled.store(known.outgoing.len(), Ordering::Release);
+        }
+        for edge in route.edges {
+            if let Entry::Occupied(mut entry) = known.edges.entry(edge) {
+                *entry.get_mut() -= 1;
+                if *entry.get() == 0 {
+                    entry.remove();
+                }
+            }
+        }
+    }
+}
+
+impl Known {
+    fn note_kinds(&mut self) {
+        let port = |mark: &Mark| match mark {
+            Mark::Tcp(address) => Some(address.port()),
+            _ => None,
+        };
+        self.ports = self.listeners.keys().filter_map(port).collect();
+        let unix = |mark: &Mark| matches!(mark, Mark::Unix(_));
+        self.unix = self.listeners.keys().any(unix);
+    }
+
+    /// Adds an edge, unless one can come from its end to its beginning.
+    fn add_edge(&mut self, from: ForwardId, to: ForwardId, route: &mut Route) -> bool {
+        let mut seen = vec![to];
+        let mut next = 0;
+        while let Some(&at) = seen.get(next) {
+            if at == from {
+                return false;
+            }
+            for &(one, other) in self.edges.keys() {
+                if one == at && !seen.contains(&other) {
+                    seen.push(other);
+                }
+            }
+            next += 1;
+        }
+        *self.edges.entry((from, to)).or_default() += 1;
+        route.edges.push((from, to));
+        true
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_edge_that_closes_a_circle_is_refused_until_the_others_are_gone() {
+        let routes = Routes::default();
+        let [a, b, c] = [0, 1, 2].map(ForwardId);
+        let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let to = |listening| Endpoint::Tcp(SocketAddr::from((Ipv4Addr::UNSPECIFIED, listening)));
+        let socket =
+            |port, listening| Ends::dialled(SocketName::Tcp(local(port)), &to(listening)).unwrap();
+        // As a listener on [::] sees it.
+        let seen = |port, listening| {
+            let ip = Ipv4Addr::LOCALHOST.to_ipv6_mapped();
+            let name = move |port| SocketName::Tcp(SocketAddr::from((ip, port)));
+            move || Ends::accepted(name(listening), name(port))
+        };
+        let name = |name: &str| Mark::Unix(name.into());
+        routes.listens(name("b"), b);
+        let mut first = Route::default();
+        let now = Instant::now();
+        assert!(routes.reached(a, &name("b"), &mut first, now));
+        assert!(routes.reached(a, &name("other"), &mut first, now));
+        let mut second = Route::default();
+        routes.dialled(b, socket(1, 80), &mut second);
+        assert!(routes.accepted(seen(2, 80), c, &mut second));
+        assert!(routes.accepted(seen(1, 80), c, &mut second));
+        let mut third = Route::default();
+        routes.dialled(c, socket(3, 81), &mut third);
+        assert!(!routes.accepted(seen(3, 81), a, &mut Route::default()));
+        assert!(!routes.accepted(seen(3, 81), c, &mut Route::default()));
+        // A stranger may have the same port on its way to another listener.
+        assert!(routes.accepted(seen(3, 82), c, &mut Route::default()));
+        // What was dialled already waits there to be accepted.
+        assert!(routes.accepted_from_us(b, || true, now));
+        assert!(!routes.reached(c, &name("b"), &mut Route::default(), now));
+        assert!(!routes.accepted_from_us(b, || true, now));
+        assert!(routes.accepted_from_us(b, || false, now));
+        assert!(routes.accepted_from_us(c, || true, now));
+        assert!(routes.accepted_from_us(b, || true, now + CIRCLE));
+        routes.forget(first);
+        assert!(routes.accepted(seen(3, 81), a, &mut third));
+        routes.forget(second);
+        routes.forget(third);
+        let known = routes.known();
+        assert!(known.edges.is_empty() && known.outgoing.is_empty());
+        assert_eq!(routes.dialled.load(Ordering::Acquire), 0);
+    }
+}
