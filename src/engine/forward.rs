@@ -40,8 +40,8 @@ pub(crate) struct Forward {
     pub(crate) complaints: Complaints,
     /// Whether its target is there, where no gate knows it.
     presence: Mutex<Presence>,
-    /// The places of its VM that it keeps, until it is removed.
-    pub(crate) places: Mutex<Option<Reservation>>,
+    /// The slots of its VM that it keeps, until it is removed.
+    pub(crate) quota: Mutex<Option<Reservation>>,
     /// It was removed, and the time of its connections is over.
     pub(crate) cut: Arc<AtomicBool>,
     observer: Option<Observer>,
@@ -54,7 +54,7 @@ impl Forward {
         rule: Rule,
         asked: Address,
         gates: [Option<Arc<Gate>>; 2],
-        places: Option<Reservation>,
+        quota: Option<Reservation>,
         waiter: fn(&Address) -> Waiter,
         observer: Option<Observer>,
     ) -> Forward {
@@ -69,7 +69,7 @@ impl Forward {
             board: Arc::default(),
             complaints: Complaints::default(),
             presence: Mutex::default(),
-            places: Mutex::new(places),
+            quota: Mutex::new(quota),
             cut: Arc::default(),
             observer,
         }
@@ -80,7 +80,7 @@ impl Forward {
         &self,
         rule: Rule,
         gates: [Option<Arc<Gate>>; 2],
-        places: Option<Reservation>,
+        quota: Option<Reservation>,
         waiter: Waiter,
     ) -> Forward {
         Forward {
@@ -94,7 +94,7 @@ impl Forward {
             board: Arc::clone(&self.board),
             complaints: Complaints::default(),
             presence: Mutex::default(),
-            places: Mutex::new(places),
+            quota: Mutex::new(quota),
             cut: Arc::clone(&self.cut),
             observer: self.observer.clone(),
         }
@@ -163,9 +163,9 @@ impl Forward {
         self.rule.wait.filter(|wait| !wait.is_zero())
     }
 
-    /// Keeps these places, and no others.
-    pub(crate) fn keep_places(&self, places: Option<Reservation>) {
-        *self.places.lock().unwrap_or_else(PoisonError::into_inner) = places;
+    /// Keeps these slots, and no others.
+    pub(crate) fn keep_quota(&self, quota: Option<Reservation>) {
+        *self.quota.lock().unwrap_or_else(PoisonError::into_inner) = quota;
     }
 
     fn presence(&self) -> MutexGuard<'_, Presence> {

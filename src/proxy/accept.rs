@@ -15,7 +15,7 @@ use crate::name::SocketName;
 use super::worker::{Command, Wanted, Worker};
 use super::world::{Found, ListenerId, World};
 use crate::engine::Phase;
-use crate::engine::admission::{Full, Gate, Ticket};
+use crate::engine::admission::{Full, Gate, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
@@ -65,7 +65,7 @@ impl<L> Listening<L> {
     pub(super) fn sleeps_in_vain(&self) -> bool {
         let is_asleep = self.listener.is_some() && self.ready && self.full.is_some();
         let gate = self.forward.gates[SERVER].as_ref();
-        is_asleep && gate.is_none_or(|gate| gate.would_let_in(self.forward.id))
+        is_asleep && gate.is_none_or(|gate| gate.would_queue(self.forward.id))
     }
 
     /// Notes what keeps clients from being accepted.
@@ -283,8 +283,8 @@ impl<W: World> Worker<W> {
             {
                 return self.pause(index, Obstacle::Full, now, &reason);
             }
-            let ticket = match self.ticket(index, all) {
-                Ok(ticket) => ticket,
+            let slot = match self.slot(index, all) {
+                Ok(slot) => slot,
                 Err(full) => {
                     let known = self.listeners[index].full.replace(full) == Some(full);
                     if !known {
@@ -305,7 +305,7 @@ impl<W: World> Worker<W> {
                     debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
                     self.shared.begins(&forward);
-                    self.hand_over(stream, peer, forward, ticket, now);
+                    self.hand_over(stream, peer, forward, slot, now);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     listening.ready = false;
@@ -351,21 +351,21 @@ impl<W: World> Worker<W> {
     }
 
     /// A client's right to a place in the VM that its forward leads to, if there is one.
-    fn ticket(&self, index: usize, all: bool) -> Result<Option<Ticket>, Full> {
+    fn slot(&self, index: usize, all: bool) -> Result<Option<Slot>, Full> {
         let forward = &self.listeners[index].forward;
         match &forward.gates[SERVER] {
             // Guests are accepted whatever happens.
             Some(gate) if !forward.is_polite(CLIENT) && !all => {
                 let wake = self.shared.inboxes[self.index].waker();
-                match gate.enter(forward.id, self.index, &wake) {
+                match gate.queue(forward.id, self.index, &wake) {
                     // As with all places: it may be that one's.
                     Err(_) if self.shared.may_come_from_us(forward) => {
-                        Ok(Some(gate.line_up(forward.id)))
+                        Ok(Some(gate.queue_always(forward.id)))
                     }
                     entered => entered.map(Some),
                 }
             }
-            Some(gate) => Ok(Some(gate.line_up(forward.id))),
+            Some(gate) => Ok(Some(gate.queue_always(forward.id))),
             None => Ok(None),
         }
     }
@@ -403,7 +403,7 @@ impl<W: World> Worker<W> {
         stream: W::Stream,
         peer: SocketName,
         forward: Arc<Forward>,
-        ticket: Option<Ticket>,
+        slot: Option<Slot>,
         now: Instant,
     ) {
         let load = |index: &usize| self.shared.inboxes[*index].load.load(Ordering::Relaxed);
@@ -418,9 +418,9 @@ impl<W: World> Worker<W> {
         };
         self.shared.inboxes[to].load.fetch_add(1, Ordering::Relaxed);
         if to == self.index {
-            self.adopt(stream, peer, forward, ticket, now);
+            self.adopt(stream, peer, forward, slot, now);
         } else {
-            self.shared.inboxes[to].send(Command::Adopt(stream, peer, forward, ticket));
+            self.shared.inboxes[to].send(Command::Adopt(stream, peer, forward, slot));
         }
     }
 

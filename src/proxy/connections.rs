@@ -13,7 +13,7 @@ use crate::stream::nonblocking::Target;
 
 use super::worker::Worker;
 use super::world::World;
-use crate::engine::admission::Ticket;
+use crate::engine::admission::Slot;
 use crate::engine::forward::Forward;
 use crate::engine::status::ConnectionStatus;
 use crate::engine::table::Id;
@@ -42,7 +42,7 @@ impl<W: World> Worker<W> {
         mut stream: W::Stream,
         peer: SocketName,
         forward: Arc<Forward>,
-        ticket: Option<Ticket>,
+        slot: Option<Slot>,
         now: Instant,
     ) {
         let id = self.conns.next_id();
@@ -53,7 +53,7 @@ impl<W: World> Worker<W> {
         };
         let watched = crossed.and_then(|()| self.world.watch(&mut stream, id.token(CLIENT)));
         let name = self.shared.next_connection();
-        let connection = Connection::accepted(name, forward, stream, peer, ticket, now);
+        let connection = Connection::accepted(name, forward, stream, peer, slot, now);
         self.conns.insert(connection);
         self.with(id, now, |connection, cx| connection.begin(watched, cx));
     }
@@ -101,7 +101,10 @@ impl<W: World> Worker<W> {
     fn run_action(&mut self, id: Id, action: Action<W::Stream>, now: Instant) {
         let action = match action {
             // These are owed even if the connection is gone.
-            Action::Close(stream) => return self.world.close(stream),
+            Action::Close(stream, slot) => {
+                self.world.close(stream);
+                return drop(slot);
+            }
             Action::Reset(stream) => return self.world.reset(stream),
             Action::Drop => return self.drop_connection(id, now),
             other => other,
@@ -143,7 +146,7 @@ impl<W: World> Worker<W> {
             }
             Action::LookAtThreads => self.look_at_threads(id, now),
             Action::CutThreads => self.world.cut_bridge(id.token(CLIENT)),
-            Action::Close(_) | Action::Reset(_) | Action::Drop => {}
+            Action::Close(..) | Action::Reset(_) | Action::Drop => {}
         }
     }
 

@@ -99,7 +99,7 @@ impl<W: World> Controller<W> {
         };
         let replace = |wanted, tell| Command::Replace(Arc::clone(&forward), wanted, tell);
         if let Err(e) = set_mode().and_then(|()| self.ask(home, replace)) {
-            forward.keep_places(None);
+            forward.keep_quota(None);
             self.binder.restore(old);
             return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
         }

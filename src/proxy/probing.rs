@@ -13,7 +13,7 @@ use crate::stream::nonblocking::Endpoint;
 use super::queue::FULL_PAUSE;
 use super::worker::Worker;
 use super::world::World;
-use crate::engine::admission::{Admission, Gate, Permit};
+use crate::engine::admission::{Admission, Gate, Slot};
 use crate::engine::forward::Forward;
 use crate::engine::table::Id;
 
@@ -26,7 +26,7 @@ pub(crate) struct Proofs {
     gate: Arc<Gate>,
     waiting: Vec<Id>,
     next: Instant,
-    /// No proof is tried before this time: the last one could not be sent. Its permit, given back,
+    /// No proof is tried before this time: the last one could not be sent. Its slot, given back,
     /// wakes the other workers, whose own may fail as well and wake this one.
     not_before: Option<Instant>,
 }
@@ -36,7 +36,7 @@ impl<W: World> Worker<W> {
     ///
     /// However long that takes, this one is never given up: its answer may come at any time. False if it could not be
     /// sent now.
-    pub(super) fn probe(&mut self, permit: Permit, forward: &Arc<Forward>, now: Instant) -> bool {
+    pub(super) fn probe(&mut self, slot: Slot, forward: &Arc<Forward>, now: Instant) -> bool {
         let (Address::Hyperkit(target), Some(gate)) =
             (&forward.rule.connect, &forward.gates[SERVER])
         else {
@@ -50,7 +50,7 @@ impl<W: World> Worker<W> {
         let (mut stream, sign) = match self.world.connect(&Endpoint::Hyperkit(probe)) {
             Ok(connected) => connected,
             Err(e) => {
-                drop(permit);
+                drop(slot);
                 // A full backlog (the device stands still) or no descriptor left here says nothing of the VM: what the
                 // guest has not answered is still there.
                 let gone = dial::says_gone(&e) && gate.can_be_probed();
@@ -71,7 +71,7 @@ impl<W: World> Worker<W> {
             .load
             .fetch_add(1, Ordering::Relaxed);
         self.shared.begins(forward);
-        let probe = Connection::probe(Arc::clone(forward), dialed, permit, self.phase, now);
+        let probe = Connection::probe(Arc::clone(forward), dialed, slot, self.phase, now);
         self.conns.insert(probe);
         self.with(id, now, Connection::begin_probe);
         true
@@ -132,12 +132,12 @@ impl<W: World> Worker<W> {
     /// Sends a proof if none is under way; when that is to be looked at again.
     fn send_proof(&mut self, proofs: &mut Proofs, forward: &Arc<Forward>, now: Instant) -> Instant {
         let wake = self.shared.inboxes[self.index].waker();
-        let permit = match proofs.gate.admit_proof(now, self.index, &wake) {
-            Admission::Go(permit) | Admission::Probe(permit) => permit,
+        let slot = match proofs.gate.admit_probe(now, self.index, &wake) {
+            Admission::Go(slot) | Admission::Probe(slot) => slot,
             Admission::At(at) => return at.min(now + PROOF_LOOK),
             Admission::Full(_) => return now + FULL_PAUSE,
         };
-        if self.probe(permit, forward, now) {
+        if self.probe(slot, forward, now) {
             return now + PROOF_LOOK;
         }
         if !proofs.gate.can_be_probed() {

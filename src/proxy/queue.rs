@@ -84,14 +84,14 @@ impl<W: World> Worker<W> {
             return true;
         }
         match queue.gate.admit(queue.forward.id, now) {
-            Admission::Go(permit) => {
+            Admission::Go(slot) => {
                 queue.waiting.pop_front();
-                self.with(id, now, |it, cx| it.take_permit(permit, cx));
+                self.with(id, now, |it, cx| it.take_slot(slot, cx));
                 return true;
             }
             Admission::At(at) => queue.next = at,
-            Admission::Probe(permit) => {
-                if self.probe(permit, &queue.forward, now) {
+            Admission::Probe(slot) => {
+                if self.probe(slot, &queue.forward, now) {
                     return true;
                 }
                 queue.next = now + FULL_PAUSE;

@@ -250,9 +250,9 @@ impl Binder {
         check_alone(&rule, self.waiter)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
-        let places = keep_places(&rule, &gates, id)?;
+        let quota = reserve_slots(&rule, &gates, id)?;
         let observer = self.observer.clone();
-        let mut forward = Forward::new(id, rule, asked, gates, places, self.waiter, observer);
+        let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, observer);
         forward.home = home;
         Ok((listener, Arc::new(forward)))
     }
@@ -331,16 +331,16 @@ impl Binder {
         let gates = [old.gates[CLIENT].clone(), self.gate_of(&rule.connect)];
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new ones would have to be free beside the old ones.
-        old.keep_places(None);
-        let places = keep_places(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
-        Ok(Arc::new(old.with_rule(rule, gates, places, waiter)))
+        old.keep_quota(None);
+        let quota = reserve_slots(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
+        Ok(Arc::new(old.with_rule(rule, gates, quota, waiter)))
     }
 
     /// Has a forward keep its places again, after another rule for it has failed.
     pub(super) fn restore(&self, forward: &Forward) {
-        let places = keep_places(&forward.rule, &forward.gates, forward.id);
+        let quota = reserve_slots(&forward.rule, &forward.gates, forward.id);
         // There are as many as before, unless the VM has got fewer since.
-        forward.keep_places(places.unwrap_or(None));
+        forward.keep_quota(quota.unwrap_or(None));
     }
 
     /// Bounds the use of a VM from now on.
@@ -387,7 +387,7 @@ fn agree(passed: &Address, asked: &Address) -> String {
 }
 
 /// Keeps the places that a rule reserves, in the VM that it leads to, or else in the one that dials it.
-fn keep_places(
+fn reserve_slots(
     rule: &Rule,
     gates: &[Option<Arc<Gate>>; 2],
     id: ForwardId,

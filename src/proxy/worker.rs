@@ -18,8 +18,8 @@ use super::descriptors::Descriptors;
 use super::probing::Proofs;
 use super::queue::DialQueue;
 use super::world::{Event, World};
-use crate::engine::admission::quotas::Shares;
-use crate::engine::admission::{Ticket, Wake};
+use crate::engine::admission::quotas::{Holder, Quotas};
+use crate::engine::admission::{Slot, Wake};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
@@ -64,7 +64,7 @@ pub(super) struct Wait {
 /// What a worker is told by others.
 pub(crate) enum Command<W: World> {
     /// Carry this accepted connection.
-    Adopt(W::Stream, SocketName, Arc<Forward>, Option<Ticket>),
+    Adopt(W::Stream, SocketName, Arc<Forward>, Option<Slot>),
     /// Accept clients of this forward; say whether that goes.
     Listen(W::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
     /// Carry the clients of the forward of this id as this one says from now on; say so.
@@ -165,7 +165,7 @@ pub(crate) struct Shared<W: World> {
     pub(crate) inboxes: Vec<Inbox<W>>,
     /// How many connections there may be: what the limits say, and no more than there are descriptors for. What a forward
     /// reserves in its VM is kept for it here as well.
-    places: Mutex<Shares>,
+    quotas: Mutex<Quotas>,
     /// As the limits say.
     most: usize,
     pub(super) descriptors: Descriptors,
@@ -191,16 +191,16 @@ impl<W: World> Shared<W> {
         forwards: Vec<Arc<Forward>>,
         inboxes: Vec<Inbox<W>>,
     ) -> Shared<W> {
-        let mut places = Shares::new(limits.connections.min(descriptors.room(forwards.len())));
+        let mut quotas = Quotas::new(limits.connections.min(descriptors.room(forwards.len())));
         for forward in &forwards {
-            keep(&mut places, forward);
+            keep(&mut quotas, forward);
         }
         Shared {
             next: AtomicUsize::new(forwards.len()),
             next_connection: AtomicU64::new(0),
             forwards: Mutex::new(forwards),
             inboxes,
-            places: Mutex::new(places),
+            quotas: Mutex::new(quotas),
             most: limits.connections,
             descriptors,
             routes: Routes::default(),
@@ -215,22 +215,22 @@ impl<W: World> Shared<W> {
         self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn places(&self) -> MutexGuard<'_, Shares> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    fn quotas(&self) -> MutexGuard<'_, Quotas> {
+        self.quotas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Why no connection of that forward may begin now, if so.
     pub(super) fn is_full_for(&self, forward: ForwardId) -> Option<io::Error> {
-        let places = self.places();
-        if places.free_for(forward) > 0 {
+        let (quotas, holder) = (self.quotas(), Holder::Forward(forward));
+        if quotas.free_for(holder) > 0 {
             return None;
         }
-        if let Some(most) = places.is_at_its_bound(forward) {
+        if let Some(most) = quotas.is_at_its_bound(holder) {
             let why =
                 format!("{most} connections of this forward are open, and more are not allowed");
             return Some(io::Error::other(why));
         }
-        let (cap, kept) = (places.cap(), places.kept_from(forward));
+        let (cap, kept) = (quotas.cap(), quotas.kept_from(holder));
         Some(io::Error::other(match kept {
             0 => format!("{cap} connections are open, and more are not allowed"),
             _ => format!(
@@ -248,31 +248,31 @@ impl<W: World> Shared<W> {
     /// A connection begins, or a probe.
     pub(super) fn begins(&self, forward: &Forward) {
         add_one(&forward.tally.live);
-        self.places().take(forward.id);
+        self.quotas().take(Holder::Forward(forward.id));
         self.live.fetch_add(1, Ordering::AcqRel);
     }
 
     /// One has ended.
     pub(super) fn has_ended(&self, forward: &Forward) {
         forward.tally.live.fetch_sub(1, Ordering::Relaxed);
-        self.places().give_back(forward.id);
+        self.quotas().give_back(Holder::Forward(forward.id));
         self.live.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Keeps for a forward what it reserves, until [`release`](Shared::release).
     pub(super) fn keep(&self, forward: &Forward) {
-        keep(&mut self.places(), forward);
+        keep(&mut self.quotas(), forward);
     }
 
     pub(super) fn release(&self, forward: &Forward) {
-        self.places().give_up(forward.id);
-        forward.keep_places(None);
+        self.quotas().give_up(Holder::Forward(forward.id));
+        forward.keep_quota(None);
     }
 
     /// Allows as many connections as there are descriptors for beside so many listeners.
     pub(super) fn make_room(&self, listeners: usize) {
         let room = self.descriptors.room(listeners);
-        self.places().set_cap(self.most.min(room));
+        self.quotas().set_cap(self.most.min(room));
     }
 
     /// Who is to have the next listener.
@@ -305,10 +305,10 @@ impl<W: World> Shared<W> {
     /// Checks that nothing is counted any more.
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn check_books(&self) {
-        assert_eq!(self.places().live(), 0, "places are taken");
+        assert_eq!(self.quotas().live(), 0, "places are taken");
         let forwards = self.forwards();
         let reserved: usize = forwards.iter().map(|it| it.rule.reserved).sum();
-        assert!(self.places().kept() <= reserved, "places are reserved");
+        assert!(self.quotas().kept() <= reserved, "places are reserved");
         drop(forwards);
         for inbox in &self.inboxes {
             assert_eq!(inbox.load.load(Ordering::Relaxed), 0, "a worker has load");
@@ -323,13 +323,14 @@ impl<W: World> Shared<W> {
 }
 
 /// Keeps for a forward what it reserves, or as much of it as there are descriptors for, and bounds it.
-fn keep(places: &mut Shares, forward: &Forward) {
+fn keep(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
-    places.bound(forward.id, forward.rule.connections);
-    if let Err(left) = places.reserve(forward.id, reserved) {
+    let holder = Holder::Forward(forward.id);
+    quotas.bound(holder, forward.rule.connections);
+    if let Err(left) = quotas.reserve(holder, reserved) {
         tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
         // So much is to be had.
-        let _ = places.reserve(forward.id, left);
+        let _ = quotas.reserve(holder, left);
     }
 }
 
@@ -441,8 +442,8 @@ impl<W: World> Worker<W> {
         }
         for command in self.shared.inboxes[self.index].take() {
             match command {
-                Command::Adopt(stream, peer, forward, ticket) => {
-                    self.adopt(stream, peer, forward, ticket, now);
+                Command::Adopt(stream, peer, forward, slot) => {
+                    self.adopt(stream, peer, forward, slot, now);
                 }
                 Command::Listen(listener, forward, wanted, tell) => match wanted.begin() {
                     true => drop(tell.send(self.add_listener(listener, forward))),

@@ -5,13 +5,13 @@
 //!
 //! hyperkit says nothing when a guest accepts. That a guest has taken a dial, and all before it, is known when the first
 //! byte or the end comes on that very connection. (What comes on an older one may have lain in buffers since before the
-//! guest stopped.) And services that wait for their client to speak send nothing: so when the cap is reached, one dial
-//! to a port where nobody listens asks the guest's kernel, which answers by refusing as soon as it runs. So does a proof,
-//! which tells a client that is to be held from one whose dial the guest has taken.
+//! guest stopped.) And services that wait for their client to speak send nothing: so when the cap is reached, a probe asks
+//! the guest's kernel: a dial of a port where nobody listens, which it refuses as soon as it runs. The same probe tells a
+//! client that is to be held from one whose dial the guest has taken.
 
 mod heard;
-mod permit;
 pub(crate) mod quotas;
+mod slot;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,15 +20,14 @@ use std::time::{Duration, Instant};
 use crate::address::HyperkitVm;
 use crate::error::Error;
 
-use crate::engine::admission::quotas::Shares;
 use crate::engine::health::{self, News, Presence, Sign};
 use crate::engine::id::ForwardId;
 use crate::engine::status::{VmStatus, wall_time};
 
 use heard::LastHeard;
-use permit::Kind;
-pub(crate) use permit::Reservation;
-pub(crate) use permit::{Permit, Place, Ticket};
+use quotas::{Holder, Quotas};
+use slot::Stage;
+pub(crate) use slot::{Reservation, Slot};
 
 /// The average distance of two dials. 100 µs never hurt the device.
 const INTERVAL: Duration = Duration::from_micros(150);
@@ -60,13 +59,13 @@ pub(crate) struct GateLimits {
 /// Whether a dial may go.
 #[derive(Debug)]
 pub(crate) enum Admission {
-    Go(Permit),
+    Go(Slot),
     /// Too soon: ask again then.
     At(Instant),
     /// A cap is reached: ask again later.
     Full(Full),
     /// The guest has answered nothing for so long that one dial is to find out whether it lives; nothing else may go.
-    Probe(Permit),
+    Probe(Slot),
 }
 
 /// Which cap is reached.
@@ -102,9 +101,6 @@ impl std::fmt::Display for Full {
 /// Wakes a worker.
 pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 
-/// Whose place a proof has.
-const PROOFS: ForwardId = ForwardId(u64::MAX);
-
 /// One VM's gate, shared by all workers.
 #[derive(Debug)]
 pub(crate) struct Gate {
@@ -118,9 +114,9 @@ pub(crate) struct Gate {
 }
 
 struct State {
-    presence: Presence,
+    health: Presence,
     epoch: u64,
-    shares: Shares,
+    quotas: Quotas,
     /// Dials that the guest may leave unanswered.
     may_lack: u64,
     /// Forwards that lead here, by whether they hold their clients while the VM isn't there.
@@ -132,8 +128,6 @@ struct State {
     /// A probe is on its way; another one may go then.
     next_probe: Option<Instant>,
     patience: Duration,
-    /// A proof is on its way; another one may go then.
-    next_proof: Option<Instant>,
     /// When the VM was looked at last.
     looked: Option<Instant>,
     /// What was seen then is not known yet.
@@ -149,8 +143,8 @@ struct State {
 impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("State")
-            .field("presence", &self.presence)
-            .field("shares", &self.shares)
+            .field("health", &self.health)
+            .field("quotas", &self.quotas)
             .finish_non_exhaustive()
     }
 }
@@ -158,16 +152,15 @@ impl std::fmt::Debug for State {
 impl Gate {
     pub(crate) fn new(limits: GateLimits, vm: HyperkitVm) -> Gate {
         let state = State {
-            presence: Presence::default(),
+            health: Presence::default(),
             epoch: 0,
-            shares: Shares::new(limits.live),
+            quotas: Quotas::new(limits.live),
             may_lack: limits.unanswered,
             forwards: [0; 2],
             pending: 0,
             due: None,
             next_probe: None,
             patience: PROBE_PATIENCE,
-            next_proof: None,
             looked: None,
             is_looking: false,
             told: None,
@@ -190,150 +183,152 @@ impl Gate {
     /// From now on these hold. Who is connected beyond them stays.
     pub(crate) fn set_limits(&self, limits: GateLimits) {
         let mut state = self.state();
-        state.shares.set_cap(limits.live);
+        state.quotas.set_cap(limits.live);
         state.may_lack = limits.unanswered;
-        state.keep_for_proofs();
+        state.keep_for_probes();
         state.wake();
     }
 
-    /// Asks for leave to dial for `forward`.
+    /// Asks whether a dial of `forward` may go.
     pub(crate) fn admit(self: &Arc<Gate>, forward: ForwardId, now: Instant) -> Admission {
-        self.admit_to(&mut self.state(), forward, now)
+        let mut state = self.state();
+        let admission = self.admit_to(&mut state, Holder::Forward(forward), now);
+        match admission {
+            Some(full) => full,
+            // Nothing else may go then.
+            None if self.is_unanswered(&state) => self.begin_probe(&mut state, now),
+            None => {
+                state.patience = PROBE_PATIENCE;
+                Admission::Go(self.slot(&mut state, Holder::Forward(forward), Stage::Admitted))
+            }
+        }
     }
 
-    fn admit_to(
-        self: &Arc<Gate>,
-        state: &mut State,
-        forward: ForwardId,
-        now: Instant,
-    ) -> Admission {
+    /// Returns why no dial of `holder` may go now, or takes it into the pace of the others.
+    fn admit_to(&self, state: &mut State, holder: Holder, now: Instant) -> Option<Admission> {
         if state.hangs(now) {
-            return Admission::Full(Full::Hangs);
+            return Some(Admission::Full(Full::Hangs));
         }
-        // With a single place there is none to be kept for proofs.
-        let exempt = forward == PROOFS && state.shares.cap() <= 1;
-        if state.shares.free_for(forward) == 0 && !exempt {
-            return Admission::Full(why_full(&state.shares, forward));
+        // With a single slot there is none to be kept for probes.
+        let is_exempt = holder == Holder::Probes && state.quotas.cap() <= 1;
+        if state.quotas.free_for(holder) == 0 && !is_exempt {
+            return Some(Admission::Full(why_full(&state.quotas, holder)));
         }
         let limit = state.may_lack;
-        let unanswered = self.unanswered() + state.pending;
-        let is_probe = unanswered >= limit;
-        let waits = state.next_probe.is_some_and(|at| now < at);
-        if is_probe && (waits || unanswered >= limit + LOST_PROBES) {
-            return Admission::Full(Full::Unanswered(limit));
+        let is_waiting = state.next_probe.is_some_and(|at| now < at);
+        let is_lost = self.unanswered() + state.pending >= limit + LOST_PROBES;
+        if self.is_unanswered(state) && (is_waiting || is_lost) {
+            return Some(Admission::Full(Full::Unanswered(limit)));
         }
         // A probe is a dial, too.
         let due = state.due.unwrap_or(now);
         let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
         if now < earliest {
-            return Admission::At(earliest);
+            return Some(Admission::At(earliest));
         }
         state.due = Some(due.max(now) + INTERVAL);
-        if is_probe {
-            state.next_probe = Some(now + state.patience);
-            state.patience = (state.patience * 2).min(LONGEST_PATIENCE);
-            return Admission::Probe(self.permit(state, forward, Kind::Probe));
-        }
-        state.patience = PROBE_PATIENCE;
-        Admission::Go(self.permit(state, forward, Kind::Dial))
+        None
     }
 
-    /// Asks for leave to dial a port where nobody listens, to know by its refusal that the guest has answered all dials
-    /// before it. One such proof at a time serves all workers: who is told to wait for it is woken when it has come.
-    pub(crate) fn admit_proof(
+    /// Returns whether the guest has answered nothing for so long that nothing but a probe may go.
+    fn is_unanswered(&self, state: &State) -> bool {
+        self.unanswered() + state.pending >= state.may_lack
+    }
+
+    fn begin_probe(self: &Arc<Gate>, state: &mut State, now: Instant) -> Admission {
+        state.next_probe = Some(now + state.patience);
+        state.patience = match self.is_unanswered(state) {
+            true => (state.patience * 2).min(LONGEST_PATIENCE),
+            false => PROBE_PATIENCE,
+        };
+        Admission::Probe(self.slot(state, Holder::Probes, Stage::Admitted))
+    }
+
+    /// Asks whether a probe may go: a dial of a port where nobody listens. Its refusal tells that the guest has answered
+    /// all dials before it. One at a time serves all workers: one that is told to wait for it is woken when it has come.
+    pub(crate) fn admit_probe(
         self: &Arc<Gate>,
         now: Instant,
         worker: usize,
         wake: &Wake,
     ) -> Admission {
         let mut state = self.state();
-        if let Some(at) = state.next_proof.filter(|&at| now < at) {
+        if let Some(at) = state.next_probe.filter(|&at| now < at) {
             sleep(&mut state, worker, wake);
             return Admission::At(at);
         }
-        let admission = self.admit_to(&mut state, PROOFS, now);
-        match admission {
-            Admission::Go(mut permit) => {
-                state.next_proof = Some(now + PROBE_PATIENCE);
-                permit.kind = Kind::Proof;
-                Admission::Go(permit)
-            }
-            other => other,
+        let admission = self.admit_to(&mut state, Holder::Probes, now);
+        admission.unwrap_or_else(|| self.begin_probe(&mut state, now))
+    }
+
+    fn slot(self: &Arc<Gate>, state: &mut State, holder: Holder, stage: Stage) -> Slot {
+        match stage {
+            Stage::Queued => state.quotas.line_up(holder),
+            _ => state.quotas.take(holder),
         }
-    }
-
-    fn permit(self: &Arc<Gate>, state: &mut State, forward: ForwardId, kind: Kind) -> Permit {
-        state.pending += 1;
-        Permit {
-            place: self.take_place(state, forward),
-            number: None,
-            kind,
+        if stage == Stage::Admitted {
+            state.pending += 1;
         }
-    }
-
-    /// A guest has dialled us: that takes a place in its VM, too, and can't be refused one.
-    pub(crate) fn place(self: &Arc<Gate>, forward: ForwardId) -> Place {
-        self.take_place(&mut self.state(), forward)
-    }
-
-    /// Lets a client in, whether there will be a place or not: it was in before.
-    pub(crate) fn line_up(self: &Arc<Gate>, forward: ForwardId) -> Ticket {
-        self.state().shares.line_up(forward);
-        let gate = Arc::clone(self);
-        Ticket { gate, forward }
-    }
-
-    fn take_place(self: &Arc<Gate>, state: &mut State, forward: ForwardId) -> Place {
-        state.shares.take(forward);
-        Place {
+        Slot {
             gate: Arc::clone(self),
-            forward,
+            holder,
             epoch: state.epoch,
+            stage,
         }
     }
 
-    /// Lets a client in for whom there will be a place.
+    /// Takes that a guest has dialed us: that takes a slot of its VM, too, and can't be refused one.
+    pub(crate) fn accept(self: &Arc<Gate>, forward: ForwardId) -> Slot {
+        let holder = Holder::Forward(forward);
+        self.slot(&mut self.state(), holder, Stage::Accepted)
+    }
+
+    /// Queues a client, whether there will be a slot for it or not.
+    pub(crate) fn queue_always(self: &Arc<Gate>, forward: ForwardId) -> Slot {
+        let holder = Holder::Forward(forward);
+        self.slot(&mut self.state(), holder, Stage::Queued)
+    }
+
+    /// Queues a client for which there will be a slot.
     ///
     /// # Errors
     /// Why there is none now. `wake` is called when that may have changed.
-    pub(crate) fn enter(
+    pub(crate) fn queue(
         self: &Arc<Gate>,
         forward: ForwardId,
         worker: usize,
         wake: &Wake,
-    ) -> Result<Ticket, Full> {
+    ) -> Result<Slot, Full> {
+        let holder = Holder::Forward(forward);
         let mut state = self.state();
-        if state.shares.queue(forward) {
-            let gate = Arc::clone(self);
-            return Ok(Ticket { gate, forward });
+        if state.quotas.may_queue(holder) {
+            return Ok(self.slot(&mut state, holder, Stage::Queued));
         }
         sleep(&mut state, worker, wake);
-        Err(why_full(&state.shares, forward))
+        Err(why_full(&state.quotas, holder))
     }
 
-    /// Keeps places for a forward. One that leads here `holds` its clients while the VM isn't there, or does not.
+    /// Keeps slots for a forward. One that leads here `holds` its clients while the VM isn't there, or does not.
     ///
     /// # Errors
     /// How many can be kept, if those are too many.
     pub(crate) fn reserve(
         self: &Arc<Gate>,
         forward: ForwardId,
-        places: usize,
+        slots: usize,
         holds: Option<bool>,
     ) -> Result<Reservation, usize> {
         let mut state = self.state();
-        // A proof needs a place beside that of the dial, where there are two.
-        let proves = holds == Some(true) && state.shares.cap() > 1;
-        if proves && state.forwards[1] == 0 {
-            state.shares.reserve(PROOFS, 1)?;
+        // A probe needs a slot beside that of the dial, where there are two.
+        let probes = holds == Some(true) && state.quotas.cap() > 1;
+        if probes && state.forwards[1] == 0 {
+            state.quotas.reserve(Holder::Probes, 1)?;
         }
-        let reserved = state.shares.reserve(forward, places);
+        let reserved = state.quotas.reserve(Holder::Forward(forward), slots);
         if let (Ok(()), Some(holds)) = (reserved, holds) {
             state.forwards[usize::from(holds)] += 1;
         }
-        if state.forwards[1] == 0 {
-            state.shares.give_up(PROOFS);
-        }
+        state.keep_for_probes();
         reserved.map(|()| Reservation {
             gate: Arc::clone(self),
             forward,
@@ -343,7 +338,7 @@ impl Gate {
 
     /// A dial has failed as it does where no VM is.
     pub(crate) fn found_nobody(&self, error: &Error, now: Instant) {
-        let news = self.state().presence.failed(now);
+        let news = self.state().health.failed(now);
         self.tell(news, Some(error));
     }
 
@@ -378,9 +373,9 @@ impl Gate {
         let news = match vm {
             Some(vm) => {
                 let news = self.seen(&mut state, vm, now);
-                news.or(state.presence.process(process, now))
+                news.or(state.health.process(process, now))
             }
-            None => state.presence.not_seen(now),
+            None => state.health.not_seen(now),
         };
         drop(state);
         self.tell(news, None);
@@ -394,7 +389,7 @@ impl Gate {
     /// Takes a sign of the VM. Another one than before is another VM (rule 8): nothing that was held against the old one
     /// counts.
     fn seen(&self, state: &mut State, vm: Sign, now: Instant) -> Option<News> {
-        let (is_new, news) = state.presence.seen(vm, now);
+        let (is_new, news) = state.health.seen(vm, now);
         if is_new {
             self.forget_vm(state);
         }
@@ -409,10 +404,9 @@ impl Gate {
     fn forget_vm(&self, state: &mut State) {
         state.epoch += 1;
         self.heard.forget();
-        state.shares.clear();
+        state.quotas.clear();
         state.pending = 0;
         state.next_probe = None;
-        state.next_proof = None;
         state.patience = PROBE_PATIENCE;
         let dialled = self.dialled.load(Ordering::Relaxed);
         self.answered.fetch_max(dialled, Ordering::Relaxed);
@@ -428,14 +422,14 @@ impl Gate {
     pub(crate) fn status(&self, now: Instant) -> VmStatus {
         let state = self.state();
         VmStatus {
-            connections: state.shares.live(),
-            limit: state.shares.cap(),
-            reserved: state.shares.kept(),
+            connections: state.quotas.live(),
+            limit: state.quotas.cap(),
+            reserved: state.quotas.kept(),
             unanswered: self.unanswered(),
             last_heard: self.heard.at().map(|then| wall_time(then, now)),
-            up: state.presence.is_up().filter(|_| !state.hangs(now)),
-            gone_since: state.presence.gone_since(),
-            restarts: state.presence.restarts(),
+            up: state.health.is_up().filter(|_| !state.hangs(now)),
+            gone_since: state.health.gone_since(),
+            restarts: state.health.restarts(),
         }
     }
 
@@ -449,23 +443,23 @@ impl Gate {
         health::tell(news, &subject, error, forwards);
     }
 
-    /// Returns whether [`enter`](Gate::enter) would let a client in.
+    /// Returns whether [`queue`](Gate::queue) would let a client in.
     #[cfg(all(test, target_os = "linux"))]
-    pub(crate) fn would_let_in(&self, forward: ForwardId) -> bool {
-        self.state().shares.would_queue(forward)
+    pub(crate) fn would_queue(&self, forward: ForwardId) -> bool {
+        self.state().quotas.may_queue(Holder::Forward(forward))
     }
 
     /// Connections that count against the cap now.
     #[cfg(test)]
     fn live(&self) -> usize {
-        self.state().shares.live()
+        self.state().quotas.live()
     }
 }
 
-/// Why a forward can have no place, or no more than are asked for already.
-fn why_full(shares: &Shares, forward: ForwardId) -> Full {
-    match shares.kept_from(forward) {
-        0 => Full::Live(shares.cap()),
+/// Why a holder can have no slot, or no more than are asked for already.
+fn why_full(quotas: &Quotas, holder: Holder) -> Full {
+    match quotas.kept_from(holder) {
+        0 => Full::Live(quotas.cap()),
         kept => Full::Reserved(kept),
     }
 }
@@ -477,11 +471,11 @@ fn sleep(state: &mut State, worker: usize, wake: &Wake) {
 }
 
 impl State {
-    /// Keeps a place for proofs where forwards want them, and where it is not the only one.
-    fn keep_for_proofs(&mut self) {
-        let places = usize::from(self.forwards[1] > 0 && self.shares.cap() > 1);
-        // Where the others have reserved all, proofs get what is free.
-        let _ = self.shares.reserve(PROOFS, places);
+    /// Keeps a slot for probes where forwards want them, and where it is not the only one.
+    fn keep_for_probes(&mut self) {
+        let slots = usize::from(self.forwards[1] > 0 && self.quotas.cap() > 1);
+        // Where the others have reserved all, probes get what is free.
+        let _ = self.quotas.reserve(Holder::Probes, slots);
     }
 
     /// Whether the last look has not ended within a time in which any file system answers.

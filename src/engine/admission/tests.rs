@@ -11,11 +11,11 @@ fn gate(live: usize, unanswered: u64) -> Arc<Gate> {
     ))
 }
 
-fn go(gate: &Arc<Gate>, now: Instant) -> Permit {
+fn go(gate: &Arc<Gate>, now: Instant) -> Slot {
     match gate.admit(ONE, now) {
-        Admission::Go(mut permit) => {
-            permit.dialled(None, now);
-            permit
+        Admission::Go(mut slot) => {
+            slot.note_dial(None, now);
+            slot
         }
         other => panic!("{other:?}"),
     }
@@ -29,8 +29,8 @@ fn dials_keep_their_distance_on_average() {
     let mut times = Vec::new();
     while times.len() < 1000 {
         match gate.admit(ONE, now) {
-            Admission::Go(mut permit) => {
-                permit.dialled(None, now);
+            Admission::Go(mut slot) => {
+                slot.note_dial(None, now);
                 times.push(now);
             }
             Admission::At(then) => {
@@ -59,10 +59,10 @@ fn probes_keep_the_distance_of_dials() {
     // Each is answered at once.
     for dial in 0..BURST {
         match gate.admit(ONE, now) {
-            Admission::Go(mut permit) if dial % 2 == 0 => permit.dialled(None, now),
-            Admission::Probe(mut permit) if dial % 2 == 1 => {
-                permit.dialled(None, now);
-                permit.answered();
+            Admission::Go(mut slot) if dial % 2 == 0 => slot.note_dial(None, now),
+            Admission::Probe(mut slot) if dial % 2 == 1 => {
+                slot.note_dial(None, now);
+                slot.note_answer(now);
             }
             other => panic!("{dial}: {other:?}"),
         }
@@ -71,9 +71,9 @@ fn probes_keep_the_distance_of_dials() {
 }
 
 #[test]
-fn a_vm_that_may_have_one_connection_only_keeps_no_place_for_proofs() {
+fn a_vm_that_may_have_one_connection_only_keeps_no_slot_for_probes() {
     let gate = gate(900, 64);
-    let _places = gate.reserve(ONE, 0, Some(true)).unwrap();
+    let _slots = gate.reserve(ONE, 0, Some(true)).unwrap();
     gate.set_limits(GateLimits {
         live: 1,
         unanswered: 64,
@@ -87,28 +87,28 @@ fn a_vm_that_may_have_one_connection_only_keeps_no_place_for_proofs() {
 fn a_guest_that_answers_nothing_is_not_dialled_without_end() {
     let gate = gate(900, 64);
     let mut now = Instant::now();
-    let mut permits = Vec::new();
+    let mut slots = Vec::new();
     for _ in 0..64 {
         now += Duration::from_millis(1);
-        permits.push(go(&gate, now));
+        slots.push(go(&gate, now));
     }
     now += Duration::from_secs(1);
     let Admission::Probe(mut probe) = gate.admit(ONE, now) else {
         panic!()
     };
-    probe.dialled(None, now);
+    probe.note_dial(None, now);
     assert!(matches!(
         gate.admit(ONE, now),
         Admission::Full(Full::Unanswered(64))
     ));
     // Dropping them is no answer.
-    let last = permits.pop().unwrap();
-    permits.clear();
+    let last = slots.pop().unwrap();
+    slots.clear();
     assert!(matches!(
         gate.admit(ONE, now),
         Admission::Full(Full::Unanswered(64))
     ));
-    last.answered();
+    last.note_answer(now);
     drop(go(&gate, now));
 }
 
@@ -117,12 +117,12 @@ fn old_connections_say_nothing_of_newer_dials() {
     let gate = gate(900, 3);
     let mut now = Instant::now();
     let first = go(&gate, now);
-    first.answered();
+    first.note_answer(now);
     for _ in 0..3 {
         now += Duration::from_millis(1);
         drop(go(&gate, now));
     }
-    first.answered();
+    first.note_answer(now);
     assert!(matches!(gate.admit(ONE, now), Admission::Probe(_)));
 }
 
@@ -135,9 +135,9 @@ fn an_answered_probe_lets_the_others_through() {
     let Admission::Probe(mut probe) = gate.admit(ONE, now) else {
         panic!()
     };
-    probe.dialled(None, now);
+    probe.note_dial(None, now);
     assert!(matches!(gate.admit(ONE, now), Admission::Full(_)));
-    probe.answered();
+    probe.note_answer(now);
     drop(probe);
     drop(go(&gate, now));
 }
@@ -152,13 +152,13 @@ fn a_probe_that_a_reboot_swallowed_locks_nobody_out() {
         let Admission::Probe(mut probe) = gate.admit(ONE, now) else {
             panic!()
         };
-        probe.dialled(None, now);
+        probe.note_dial(None, now);
         lost.push(probe);
         now += Duration::from_secs(patience - 1);
         assert!(matches!(gate.admit(ONE, now), Admission::Full(_)));
         now += Duration::from_secs(1);
     }
-    lost.pop().unwrap().answered();
+    lost.pop().unwrap().note_answer(now);
     drop(go(&gate, now));
 }
 
@@ -169,8 +169,8 @@ fn lost_probes_are_not_enough_to_kill_the_device() {
     let mut dials = 0;
     for _ in 0..1000 {
         match gate.admit(ONE, now) {
-            Admission::Go(mut permit) | Admission::Probe(mut permit) => {
-                permit.dialled(None, now);
+            Admission::Go(mut slot) | Admission::Probe(mut slot) => {
+                slot.note_dial(None, now);
                 dials += 1;
             }
             _ => {}
@@ -183,7 +183,7 @@ fn lost_probes_are_not_enough_to_kill_the_device() {
 // It takes the identities of two files, which only Unix has.
 #[cfg(unix)]
 #[test]
-fn a_new_vm_starts_afresh_and_old_permits_do_not_count() {
+fn a_new_vm_starts_afresh_and_old_slots_do_not_count() {
     let directory = tempfile::tempdir().unwrap();
     let (one, two) = (directory.path().join("one"), directory.path().join("two"));
     std::fs::write(&one, "").unwrap();
@@ -195,7 +195,7 @@ fn a_new_vm_starts_afresh_and_old_permits_do_not_count() {
     let Admission::Go(mut old) = gate.admit(ONE, now) else {
         panic!()
     };
-    old.dialled(one, now);
+    old.note_dial(one, now);
     assert!(matches!(
         gate.admit(ONE, now),
         Admission::Full(Full::Live(1))
@@ -205,7 +205,7 @@ fn a_new_vm_starts_afresh_and_old_permits_do_not_count() {
     let Admission::Go(mut new) = gate.admit(ONE, now) else {
         panic!()
     };
-    new.dialled(two, now);
+    new.note_dial(two, now);
     drop(old);
     assert_eq!(gate.live(), 1);
     drop(new);
@@ -226,19 +226,19 @@ fn a_dial_that_another_vm_has_got_than_the_one_it_was_admitted_to_counts_there()
     let gate = gate(4, 64);
     let now = Instant::now();
     let go = || match gate.admit(ONE, now) {
-        Admission::Go(permit) => permit,
+        Admission::Go(slot) => slot,
         other => panic!("{other:?}"),
     };
     let (mut first, mut second, third) = (go(), go(), go());
-    first.dialled(one, now);
-    second.dialled(two, now);
+    first.note_dial(one, now);
+    second.note_dial(two, now);
     assert_eq!(gate.live(), 1);
     drop(first);
     // One that was never dialled, and was admitted to the old one.
     drop(third);
     assert_eq!((gate.live(), gate.status(now).unanswered), (1, 1));
     assert!(!second.is_answered());
-    second.answered();
+    second.note_answer(now);
     assert!(second.is_answered());
     drop(second);
     assert_eq!((gate.live(), gate.status(now).unanswered), (0, 0));
@@ -264,10 +264,10 @@ fn a_vm_is_looked_at_once_at_a_time() {
 }
 
 #[test]
-fn who_dialled_us_takes_a_place_too() {
+fn a_guest_that_dialed_us_takes_a_slot_too() {
     let gate = gate(2, 64);
     let now = Instant::now();
-    let guests = [gate.place(ONE), gate.place(ONE)];
+    let guests = [gate.accept(ONE), gate.accept(ONE)];
     assert!(matches!(
         gate.admit(ONE, now),
         Admission::Full(Full::Live(2))
@@ -278,12 +278,12 @@ fn who_dialled_us_takes_a_place_too() {
 }
 
 #[test]
-fn a_permit_that_never_became_a_dial_leaves_no_trace() {
+fn a_slot_that_never_became_a_dial_leaves_no_trace() {
     let gate = gate(2, 1);
     let now = Instant::now();
     for _ in 0..3 {
         match gate.admit(ONE, now) {
-            Admission::Go(permit) => drop(permit),
+            Admission::Go(slot) => drop(slot),
             other => panic!("{other:?}"),
         }
     }
@@ -291,7 +291,7 @@ fn a_permit_that_never_became_a_dial_leaves_no_trace() {
 }
 
 #[test]
-fn who_waits_for_a_place_is_woken_when_there_is_one() {
+fn a_worker_that_waits_for_a_slot_is_woken_when_there_is_one() {
     let gate = gate(2, 64);
     let woken = Arc::new(AtomicU64::new(0));
     let wake: Wake = {
@@ -300,17 +300,17 @@ fn who_waits_for_a_place_is_woken_when_there_is_one() {
             woken.fetch_add(1, Ordering::Relaxed);
         })
     };
-    let enter = || gate.enter(ONE, 0, &wake);
-    let place = gate.place(ONE);
-    let ticket = enter().unwrap();
+    let enter = || gate.queue(ONE, 0, &wake);
+    let slot = gate.accept(ONE);
+    let queued = enter().unwrap();
     for _ in 0..3 {
         assert_eq!(enter().unwrap_err(), Full::Live(2));
     }
-    drop(place);
+    drop(slot);
     assert_eq!(woken.load(Ordering::Relaxed), 1);
     let other = enter().unwrap();
     assert!(enter().is_err());
-    drop(ticket);
+    drop(queued);
     assert_eq!(woken.load(Ordering::Relaxed), 2);
     // Nobody waits any more.
     drop(other);
@@ -318,36 +318,36 @@ fn who_waits_for_a_place_is_woken_when_there_is_one() {
 }
 
 #[test]
-fn one_proof_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
+fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     let gate = gate(2, 64);
     let wake: Wake = Arc::new(|| {});
     let _kept = gate.reserve(ONE, 0, Some(true)).unwrap();
     let now = Instant::now();
     let dial = go(&gate, now);
-    // The other place is for proofs.
+    // The other slot is for probes.
     assert!(matches!(
         gate.admit(ONE, now),
         Admission::Full(Full::Reserved(1))
     ));
-    let Admission::Go(mut proof) = gate.admit_proof(now, 0, &wake) else {
+    let Admission::Probe(mut probe) = gate.admit_probe(now, 0, &wake) else {
         panic!()
     };
-    proof.dialled(None, now);
-    assert!(matches!(gate.admit_proof(now, 1, &wake), Admission::At(_)));
+    probe.note_dial(None, now);
+    assert!(matches!(gate.admit_probe(now, 1, &wake), Admission::At(_)));
     assert!(!dial.is_answered());
-    proof.answered();
-    drop(proof);
+    probe.note_answer(now);
+    drop(probe);
     assert!(dial.is_answered());
-    let Admission::Go(mut lost) = gate.admit_proof(now, 1, &wake) else {
+    let Admission::Probe(mut lost) = gate.admit_probe(now, 1, &wake) else {
         panic!()
     };
-    lost.dialled(None, now);
+    lost.note_dial(None, now);
     drop(lost);
-    assert!(matches!(gate.admit_proof(now, 1, &wake), Admission::At(_)));
+    assert!(matches!(gate.admit_probe(now, 1, &wake), Admission::At(_)));
     let later = now + PROBE_PATIENCE;
     assert!(matches!(
-        gate.admit_proof(later, 1, &wake),
-        Admission::Go(_)
+        gate.admit_probe(later, 1, &wake),
+        Admission::Probe(_)
     ));
     // Of another VM's answers nothing follows.
     gate.vm_is_gone();

@@ -76,7 +76,7 @@ impl<S: Socket> Connection<S> {
                 end.shutdown_write();
                 ends[side] = Some(Closing::drain(end));
             } else if is_graceful || mode == CloseMode::Close {
-                cx.act(Action::Close(end.socket));
+                self.close_socket(side, end, cx);
             } else {
                 ends[side] = Some(Closing::reset(end));
             }
@@ -113,10 +113,10 @@ impl<S: Socket> Connection<S> {
             };
             let before = (end.received(), end.input_ended());
             cx.again |= end.discard(cx.pool);
-            if let Some(permit) = self.permit.as_ref().filter(|_| side == SERVER)
+            if let Some(slot) = self.slots[side].as_ref().filter(|_| side == SERVER)
                 && (end.received(), end.input_ended()) != before
             {
-                permit.heard(now);
+                slot.note_answer(now);
             }
             if let Some(pause) = reset {
                 if end.takes_nothing() || end.socket.unacknowledged() == 0 {
@@ -126,7 +126,7 @@ impl<S: Socket> Connection<S> {
                 look_again =
                     Some(look_again.map_or(now + pause, |at: Instant| at.min(now + pause)));
             } else if end.input_ended() {
-                cx.act(Action::Close(end.socket));
+                cx.act(Action::Close(end.socket, self.slots[side].take()));
                 continue;
             }
             let reset = reset.map(|pause| (2 * pause).min(LONGEST_RESET_PAUSE));
@@ -135,12 +135,11 @@ impl<S: Socket> Connection<S> {
         if ends.iter().all(Option::is_none) {
             return self.close(cx);
         }
-        // Whose socket is closed has no place in its VM any more, though the other side lingers.
-        if ends[SERVER].is_none() {
-            self.permit = None;
-        }
-        if ends[CLIENT].is_none() {
-            self.place = None;
+        // What never became a socket, or was reset, has no slot any more, though the other side lingers.
+        for side in [CLIENT, SERVER] {
+            if ends[side].is_none() {
+                self.slots[side] = None;
+            }
         }
         if cx.thawed == Some(now)
             && let Some(until) = until
@@ -184,7 +183,7 @@ impl<S: Socket> Connection<S> {
                     break;
                 }
             }
-            cx.act(Action::Close(end.socket));
+            self.close_socket(side, end, cx);
             if self.forward.is_polite(side) {
                 let text = match cx.phase {
                     Phase::Cutting => "closed connections that the guest had not ended yet",
@@ -250,10 +249,10 @@ impl<S: Socket> Connection<S> {
     /// Closes what it still has: it is over.
     pub(super) fn close(&mut self, cx: &mut Context<'_, S>) {
         match self.leave_state() {
-            State::Waiting { client, .. } => cx.act(Action::Close(client.socket)),
+            State::Waiting { client, .. } => self.close_socket(CLIENT, client, cx),
             State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {
-                cx.act(Action::Close(client.socket));
-                cx.act(Action::Close(server.socket));
+                self.close_socket(CLIENT, client, cx);
+                self.close_socket(SERVER, server, cx);
             }
             State::Relaying { .. } | State::OnThreads | State::Closing { .. } | State::Closed => {}
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::dial::{self, Begun, Dial, Next};
 use crate::engine::Phase;
-use crate::engine::admission::{Full, Gate, Permit, Ticket};
+use crate::engine::admission::{Full, Gate, Slot};
 use crate::engine::counters::Reason;
 use crate::engine::forward::Forward;
 use crate::engine::health::Sign;
@@ -56,7 +56,7 @@ impl<S: Socket> Connection<S> {
         forward: Arc<Forward>,
         socket: S,
         peer: SocketName,
-        ticket: Option<Ticket>,
+        slot: Option<Slot>,
         now: Instant,
     ) -> Connection<S> {
         let mut client = End::new(socket);
@@ -72,7 +72,8 @@ impl<S: Socket> Connection<S> {
             last: None,
         });
         let mut connection = Connection::new(Some(name), forward, peer, state, now);
-        (connection.ticket, connection.held) = (ticket, held);
+        connection.slots[SERVER] = slot;
+        connection.held = held;
         connection.tell(What::Accepted);
         connection
     }
@@ -169,7 +170,7 @@ impl<S: Socket> Connection<S> {
         } else {
             match Target::of(target) {
                 Target::Endpoint(endpoint) => {
-                    // To hyperkit only with a permit of its gate.
+                    // To hyperkit only with a slot of its gate.
                     let action = match endpoint {
                         Endpoint::Hyperkit(_) => Action::Admit,
                         _ => Action::Connect,
@@ -187,7 +188,7 @@ impl<S: Socket> Connection<S> {
         self.wake_at = self.wake_at.or(Some(deadline));
     }
 
-    /// Waits for a name, a permit or the time of another try.
+    /// Waits for a name, a slot or the time of another try.
     pub(super) fn go_on_waiting(&mut self, cx: &mut Context<'_, S>) {
         let State::Waiting { client, dial, .. } = &self.state else {
             return;
@@ -205,8 +206,9 @@ impl<S: Socket> Connection<S> {
                 false => self.begin_dial(cx),
             }
         } else if self.wake_at.is_none() {
-            // The timer was that of another try, unless the dial still waits for a name or for a permit.
-            let is_admitted = self.permit.is_some() || self.forward.gates[SERVER].is_none();
+            // The timer was that of another try, unless the dial still waits for a name or for a slot.
+            let slot = self.slots[SERVER].as_ref();
+            let is_admitted = slot.is_none_or(Slot::is_admitted);
             if dial.endpoint().is_some() && is_admitted {
                 cx.act(Action::Connect);
             }
@@ -244,13 +246,13 @@ impl<S: Socket> Connection<S> {
         self.dial_failed(error, cx);
     }
 
-    /// Takes a permit of the gate.
-    pub(crate) fn take_permit(&mut self, permit: Permit, cx: &mut Context<'_, S>) {
-        (self.permit, self.ticket) = (Some(permit), None);
+    /// Takes a slot of the target's VM, in place of the one that it was queued for.
+    pub(crate) fn take_slot(&mut self, slot: Slot, cx: &mut Context<'_, S>) {
+        self.slots[SERVER] = Some(slot);
         cx.act(Action::Connect);
     }
 
-    /// Takes why the gate has no permit for it now; false if it wants none any more.
+    /// Takes why the gate has no slot for it now; false if it wants none any more.
     pub(crate) fn take_full(&mut self, why: Full) -> bool {
         match &mut self.state {
             State::Waiting { full, .. } => {
@@ -270,11 +272,11 @@ impl<S: Socket> Connection<S> {
     ) {
         match dialed {
             // The client has left, or was refused in the meantime.
-            Ok((socket, _)) if !self.is_waiting() => cx.act(Action::Close(socket)),
+            Ok((socket, _)) if !self.is_waiting() => cx.act(Action::Close(socket, None)),
             Err(_) if !self.is_waiting() => {}
             Ok((socket, Err(e))) => {
                 let error = Error::new(Operation::Connect, &self.forward.rule.connect, e);
-                cx.act(Action::Close(socket));
+                cx.act(Action::Close(socket, None));
                 self.refuse(&error, Reason::Other, cx);
             }
             Ok((socket, Ok(()))) => {
@@ -298,14 +300,14 @@ impl<S: Socket> Connection<S> {
             Ok(dialed) => dialed,
             Err(e) => return self.attempt_failed(e, cx),
         };
-        if let Some(permit) = &mut self.permit {
-            permit.dialled(dialed.sign, cx.now);
+        if let Some(slot) = &mut self.slots[SERVER] {
+            slot.note_dial(dialed.sign, cx.now);
         }
         let (client, mut dial) = match self.leave_state() {
             State::Waiting { client, dial, .. } => (client, dial),
             other => {
                 self.state = other;
-                return cx.act(Action::Close(dialed.socket));
+                return cx.act(Action::Close(dialed.socket, None));
             }
         };
         let mut server = End::new(dialed.socket);
@@ -377,7 +379,7 @@ impl<S: Socket> Connection<S> {
                 } = self.leave_state()
                 {
                     self.enter(State::waiting(client, dial));
-                    cx.act(Action::Close(server.socket));
+                    cx.act(Action::Close(server.socket, None));
                 }
                 self.attempt_failed(error, cx);
             }
@@ -421,12 +423,11 @@ impl<S: Socket> Connection<S> {
             held.last = Some((error, reason));
             *dial = Dial::new(dial.deadline());
             *full = None;
-            // It keeps its right to a place, and nothing of this dial.
-            self.ticket = self.ticket.take().or_else(|| {
+            // It stays in the queue for a slot, and keeps nothing of this dial.
+            if self.slots[SERVER].as_ref().is_none_or(Slot::is_admitted) {
                 let gate = self.forward.gates[SERVER].as_ref();
-                gate.map(|gate| Gate::line_up(gate, self.forward.id))
-            });
-            self.permit = None;
+                self.slots[SERVER] = gate.map(|gate| Gate::queue_always(gate, self.forward.id));
+            }
             self.wake_at = Some(redial);
             return;
         }
@@ -494,7 +495,7 @@ impl<S: Socket> Connection<S> {
                     (client, Some(Closing::drain(server)))
                 }
                 false => {
-                    cx.act(Action::Close(server.socket));
+                    self.close_socket(SERVER, server, cx);
                     (client, None)
                 }
             },
@@ -507,7 +508,6 @@ impl<S: Socket> Connection<S> {
             other => return self.state = other,
         };
         self.note_refusal(error, reason, cx.now);
-        self.ticket = None;
         // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
         let client = if self.forward.is_polite(CLIENT) && !client.is_dead() {
             client.shutdown_write();
@@ -538,7 +538,7 @@ impl<S: Socket> Connection<S> {
                 return self.close(cx);
             }
         };
-        cx.act(Action::Close(client.socket));
+        self.close_socket(CLIENT, client, cx);
         self.begin_closing([None, Some(Closing::drain(server))], cx);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! | state | what it waits for | then |
 //! |---|---|---|
-//! | [`Waiting`](State::Waiting) | a name, a permit of the VM's gate, the next try | connecting, closing |
+//! | [`Waiting`](State::Waiting) | a name, a slot of the VM, the next try | connecting, closing |
 //! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting for the next address, closing |
 //! | [`Proving`](State::Proving) | whether the guest has taken the dial | relaying, waiting for the next try, closing |
 //! | [`Relaying`](State::Relaying) | bytes, half-closes, timeouts | closing |
@@ -27,7 +27,7 @@ use tracing::{Span, debug, debug_span, warn};
 
 use crate::dial::Dial;
 use crate::engine::Phase;
-use crate::engine::admission::{Full, Permit, Place, Ticket};
+use crate::engine::admission::{Full, Slot};
 use crate::engine::counters::Reason;
 use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
@@ -69,7 +69,7 @@ pub(crate) enum Action<S> {
     Resolve,
     /// Dial the target on a thread, for so long at most; [`Connection::take_dialed`].
     DialOnThread(Duration),
-    /// Ask the gate of the target's VM for a permit; [`Connection::take_permit`].
+    /// Ask the gate of the target's VM for a slot; [`Connection::take_slot`].
     Admit,
     /// Begin to connect to [`Connection::endpoint`]; [`Connection::take_connect`].
     Connect,
@@ -85,8 +85,8 @@ pub(crate) enum Action<S> {
     LookAtThreads,
     /// End the threads.
     CutThreads,
-    /// Close a socket.
-    Close(S),
+    /// Close a socket, and then give its slot back.
+    Close(S, Option<Slot>),
     /// Close a socket so that its peer reads a reset, where the family can.
     Reset(S),
     /// Drop the connection: it is over.
@@ -127,12 +127,8 @@ pub(crate) struct Connection<S: relay::Socket> {
     pub(crate) wake_at: Option<Instant>,
     /// Set by the loop alone: it stands in the ready queue.
     pub(crate) is_queued: bool,
-    /// Leave to use the VM that was dialed.
-    permit: Option<Permit>,
-    /// The place that it takes in the VM of the guest that dialed us.
-    place: Option<Place>,
-    /// Its right to a place in the VM that is to be dialed.
-    ticket: Option<Ticket>,
+    /// The slot of each side's VM.
+    slots: [Option<Slot>; 2],
     /// What of it leads to another forward of ours, or comes from one.
     route: Option<Box<Route>>,
     /// What is to be known of it while its target isn't there, if it is to be held then.
@@ -150,7 +146,7 @@ pub(crate) struct Connection<S: relay::Socket> {
 
 #[derive(Debug)]
 pub(crate) enum State<S: relay::Socket> {
-    /// For a name, for leave to dial, or for another try.
+    /// For a name, for a slot, or for another try.
     Waiting {
         client: End<S>,
         dial: Dial,
@@ -220,12 +216,11 @@ impl<S: relay::Socket> Connection<S> {
     ) -> Connection<S> {
         let rule = &forward.rule;
         let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
-        let place = forward.gates[CLIENT]
-            .as_ref()
-            .map(|gate| gate.place(forward.id));
-        if let Some(place) = &place {
-            // That a guest dials us is a sign of life.
-            place.heard(now);
+        let guest = forward.gates[CLIENT].as_ref();
+        let guest = guest.map(|gate| gate.accept(forward.id));
+        if let Some(guest) = &guest {
+            // That it dials us is a sign of life.
+            guest.note_answer(now);
         }
         #[cfg(all(test, target_os = "linux"))]
         crate::proxy::sim::note_transition("new", state.name());
@@ -237,9 +232,7 @@ impl<S: relay::Socket> Connection<S> {
             state,
             wake_at: None,
             is_queued: false,
-            permit: None,
-            place,
-            ticket: None,
+            slots: [guest, None],
             route: None,
             held: None,
             idle: Idle::new(now),
@@ -338,6 +331,14 @@ impl<S: relay::Socket> Connection<S> {
             State::Relaying { pair, .. } => Some(&pair.ends[side].socket),
             _ => None,
         }
+    }
+
+    /// Has the socket of a side closed, and its slot given back.
+    fn close_socket(&mut self, side: usize, end: End<S>, cx: &mut Context<'_, S>)
+    where
+        S: Socket,
+    {
+        cx.act(Action::Close(end.socket, self.slots[side].take()));
     }
 
     /// Latches what an event has said of one side's socket; [`step`](Connection::step) is to follow.

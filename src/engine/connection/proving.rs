@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::dial;
 use crate::engine::Phase;
-use crate::engine::admission::Permit;
+use crate::engine::admission::Slot;
 use crate::engine::forward::Forward;
 use crate::engine::relay::{End, Readiness, SERVER};
 use crate::name::SocketName;
@@ -26,11 +26,11 @@ impl<S: Socket> Connection<S> {
     pub(crate) fn probe(
         forward: Arc<Forward>,
         dialed: Dialed<S>,
-        mut permit: Permit,
+        mut slot: Slot,
         phase: Phase,
         now: Instant,
     ) -> Connection<S> {
-        permit.dialled(dialed.sign, now);
+        slot.note_dial(dialed.sign, now);
         let mut end = End::new(dialed.socket);
         end.shutdown_write();
         // However long the answer takes, a probe is never given up: it may come at any time. But one of which no event
@@ -43,7 +43,7 @@ impl<S: Socket> Connection<S> {
         let ends = [None, Some(Closing::drain(end))];
         let state = State::Closing { ends, until };
         let mut connection = Connection::new(None, forward, SocketName::Unnamed, state, now);
-        connection.permit = Some(permit);
+        connection.slots[SERVER] = Some(slot);
         connection
     }
 
@@ -70,7 +70,8 @@ impl<S: Socket> Connection<S> {
     /// Returns whether its dial still waits for an answer: `None` if it waits for none.
     pub(crate) fn is_answered(&self) -> Option<bool> {
         let is_proving = matches!(self.state, State::Proving { .. });
-        is_proving.then(|| self.permit.as_ref().is_some_and(Permit::is_answered))
+        let slot = self.slots[SERVER].as_ref();
+        is_proving.then(|| slot.is_some_and(Slot::is_answered))
     }
 
     /// Takes that no proof is to be had. So silence has to do: a guest that runs refuses within less.
@@ -86,7 +87,8 @@ impl<S: Socket> Connection<S> {
     }
 
     pub(super) fn go_on_proving(&mut self, cx: &mut Context<'_, S>) {
-        let answered = self.permit.as_ref().is_some_and(Permit::is_answered);
+        let slot = self.slots[SERVER].as_ref();
+        let answered = slot.is_some_and(Slot::is_answered);
         let State::Proving {
             client,
             server,
@@ -118,9 +120,9 @@ impl<S: Socket> Connection<S> {
         let wait_until = until.map_or(deadline, |until| until.min(deadline));
         let silent = until.is_some_and(|until| cx.now >= until);
         if (first.is_some() || refused)
-            && let Some(permit) = &self.permit
+            && let Some(slot) = slot
         {
-            permit.heard(cx.now);
+            slot.note_answer(cx.now);
         }
         if refused {
             self.refused_in_silence(cx);
@@ -145,7 +147,7 @@ impl<S: Socket> Connection<S> {
         } = self.leave_state()
         {
             self.enter(State::waiting(client, dial));
-            cx.act(Action::Close(server.socket));
+            self.close_socket(SERVER, server, cx);
         }
         let error = dial::refused_in_silence(&self.forward.rule.connect);
         self.dial_failed(error, cx);

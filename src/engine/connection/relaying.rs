@@ -47,7 +47,7 @@ impl<S: Socket> Connection<S> {
         self.span.in_scope(|| debug!("connected"));
         self.tell(What::Connected);
         self.forward.found(cx.now);
-        (self.ticket, self.held) = (None, None);
+        self.held = None;
         self.idle = Idle::new(cx.now);
         self.wake_at = None;
         if self.forward.is_bridged() {
@@ -143,18 +143,12 @@ impl<S: Socket> Connection<S> {
             self.counted[side] = delivered;
         }
         let seen = signs(pair);
-        if let Some(permit) = &self.permit {
-            if seen[SERVER] != (0, false) {
-                permit.answered();
+        for side in [CLIENT, SERVER] {
+            if let Some(slot) = &self.slots[side]
+                && seen[side] != before[side]
+            {
+                slot.note_answer(now);
             }
-            if seen[SERVER] != before[SERVER] {
-                permit.heard(now);
-            }
-        }
-        if let Some(place) = &self.place
-            && seen[CLIENT] != before[CLIENT]
-        {
-            place.heard(now);
         }
         self.idle.note(moved, pair.is_half_closed(), now);
         let mut asks = false;
