@@ -50,7 +50,8 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::{DEFAULT_MODE, nonblocking as listener};
 use crate::mux::Handshake;
 use crate::name::SocketName;
-use crate::stream::nonblocking::{self, Target, Waiter};
+use crate::stream::endpoint::{Target, Waiter, not_carried};
+use crate::stream::nonblocking;
 
 /// A non-blocking stream of any family but AF_HYPERV, for whose sockets no poller can wait.
 ///
@@ -87,7 +88,7 @@ impl Stream {
             Target::Name { .. } => {
                 return fail(io::ErrorKind::InvalidInput, "a name is not resolved here");
             }
-            Target::NotCarried => return Err(listener::not_carried(Operation::Connect, address)),
+            Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
         };
         let inner = nonblocking::Stream::connect(&endpoint).map_err(|e| explain(address, e))?;
         Ok(Stream {

@@ -4,22 +4,12 @@
 //! the VMM connects to the Unix socket PATH_PORT. Source: Firecracker's `docs/vsock.md`.
 
 use std::io;
-#[cfg(unix)]
-use std::path::{Path, PathBuf};
 
 use crate::address::Port;
 use crate::engine::relay::Socket;
 
 /// The longest answer that is waited for: `OK ` and a port of 32 bits, with room to spare.
 const LONGEST_ANSWER: usize = 32;
-
-/// Where a program of the host listens for guests that dial the host's `port`.
-#[cfg(unix)]
-pub(crate) fn listen_path(path: &Path, port: Port) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!("_{}", port.0));
-    PathBuf::from(name)
-}
 
 /// A dial's line and its answer, as far as they have gone. Nothing else is sent before the answer has come whole: the
 /// VMMs lose what follows the line too closely.

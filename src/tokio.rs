@@ -38,9 +38,10 @@ use socket2::Socket;
 use crate::address::Address;
 use crate::dial::{Begun, Dial, Next, explain};
 use crate::error::{Error, Operation, Result};
-use crate::listener::nonblocking::{has_client_left, not_carried};
+use crate::listener::nonblocking::has_client_left;
 use crate::name::SocketName;
-use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
+use crate::stream::endpoint::{Endpoint, Target, not_carried};
+use crate::stream::nonblocking::Stream as Nonblocking;
 use crate::stream::{MOST_UNREAD, closer};
 use crate::sys;
 

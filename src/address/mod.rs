@@ -15,7 +15,7 @@
 
 mod error;
 mod hvsock;
-mod hyperkit;
+pub(crate) mod hyperkit;
 mod npipe;
 mod port;
 #[cfg(test)]
@@ -27,7 +27,9 @@ mod unix;
 mod uri;
 mod vsock;
 
+use std::borrow::Cow;
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 pub use error::{AddressError, Part};
@@ -102,6 +104,16 @@ impl Address {
             self,
             Address::Hyperkit(_) | Address::VsockMux(_) | Address::Unix(UnixAddress::Path(_))
         )
+    }
+
+    /// Returns the file of the Unix socket that is made to listen on it; `None` if there is none.
+    pub(crate) fn listen_path(&self) -> Option<Cow<'_, Path>> {
+        match self {
+            Address::Unix(UnixAddress::Path(path)) => Some(path.into()),
+            Address::Hyperkit(hyperkit) => Some(hyperkit.vm.listen_path(hyperkit.port).into()),
+            Address::VsockMux(mux) => Some(mux.listen_path().into()),
+            _ => None,
+        }
     }
 
     /// Whether the peer speaks in frames.

@@ -116,6 +116,15 @@ pub struct VsockMuxAddress {
     pub half_close: bool,
 }
 
+impl VsockMuxAddress {
+    /// Returns the path at which a program of the host listens for guests that dial the host's port.
+    pub fn listen_path(&self) -> PathBuf {
+        let mut path = self.path.clone().into_os_string();
+        path.push(format!("_{}", self.port.0));
+        path.into()
+    }
+}
+
 impl fmt::Display for VsockMuxAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "vsock-mux://:{}", self.port.0)?;

@@ -1,20 +1,19 @@
 //! Connecting a blocking stream: a dial that is driven on the caller's thread.
 
-use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{io, thread};
 
 use crate::address::Address;
 use crate::error::{Error, Operation, Result};
-use crate::listener::nonblocking::not_carried;
-use crate::stream::nonblocking::{Endpoint, Stream as Nonblocking, Target};
+use crate::stream::endpoint::{Endpoint, Target, not_carried};
+use crate::stream::nonblocking::Stream as Nonblocking;
 use crate::stream::{Stream, is_timeout, refuse_zero};
 use crate::sys::Wanted;
 use crate::time::after;
 
-use super::{Begun, Dial, Next, explain};
+use super::{Begun, Dial, HVSOCK_TIMEOUT, Next, explain};
 
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,10 +27,6 @@ type GivenUp<'a> = Option<&'a dyn Fn() -> bool>;
 fn is(given_up: GivenUp<'_>) -> bool {
     given_up.is_some_and(|given_up| given_up())
 }
-
-/// How long it tries AF_HYPERV: a connect may wait for ever though its server listens by now, and there a VM that is up
-/// answers at once.
-pub(super) const HVSOCK_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Stream {
     /// Connects to `address`, within 30 s, to a `hvsock://` one within 1 s:

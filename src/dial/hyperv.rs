@@ -5,16 +5,14 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::explain;
+use super::{HVSOCK_TIMEOUT, explain};
 use crate::address::{Address, HvsockAddress, Vm};
 use crate::error::{Operation, Result};
 use crate::hyperv;
-use crate::listener::nonblocking::not_carried;
 use crate::stream::Stream;
+use crate::stream::endpoint::not_carried;
 use crate::sys::{self, HvOptions};
 use crate::time::after;
-
-use super::blocking::HVSOCK_TIMEOUT;
 
 /// Connects, one attempt after the other until `timeout`: a connect that came before its server's listen may not notice
 /// that one.

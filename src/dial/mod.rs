@@ -12,7 +12,7 @@ use crate::address::{Address, UnixAddress};
 use crate::engine::relay::Socket;
 use crate::error::{Error, Operation};
 use crate::mux::Handshake;
-use crate::stream::nonblocking::Endpoint;
+use crate::stream::endpoint::Endpoint;
 use crate::sys;
 
 pub(crate) use blocking::{check, patience};
@@ -22,6 +22,10 @@ pub(crate) use hyperv::{hv_options, vm_id};
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
+
+/// How long an AF_HYPERV service is dialled: a connect may wait for ever though its server listens by now, and a VM that
+/// is up answers at once.
+const HVSOCK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What is to be done after a failed attempt.
 #[derive(Debug)]

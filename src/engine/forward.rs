@@ -8,13 +8,12 @@ use crate::address::Address;
 use crate::engine::relay::{CLIENT, SERVER};
 use crate::error::Error;
 use crate::name::SocketName;
-use crate::stream::nonblocking::Waiter;
+use crate::stream::endpoint::Waiter;
 
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
 use crate::engine::health::{self, News, Presence};
-use crate::engine::id::ConnectionId;
-use crate::engine::id::ForwardId;
+use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::log_limiter::Complaints;
 use crate::engine::observer::{Event, Observer, What};
 use crate::engine::rule::Rule;

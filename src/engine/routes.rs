@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::name::SocketName;
-use crate::stream::nonblocking::Endpoint;
+use crate::stream::endpoint::Endpoint;
 
 use super::id::ForwardId;
 

@@ -38,10 +38,13 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
-
 pub use crate::address::HyperkitVm;
-use crate::address::{HyperkitAddress, Port};
+pub use crate::address::hyperkit::{
+    CONNECT_NAME, GUEST_CID, HOST_CID, LINE_LEN, MAX_STATE_DIR, PID_NAME, connect_line,
+    parse_connect_line, socket_name,
+};
+
+use crate::address::HyperkitAddress;
 use crate::family;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use state::configured_cid;
@@ -55,79 +58,3 @@ pub use discovery::{Discovered, Places, Source, discover, find};
 pub type Stream = family::Stream<HyperkitAddress>;
 /// A port of the host that a hyperkit guest dials.
 pub type Listener = family::Listener<HyperkitAddress>;
-
-/// The CID of the host, as the guest dials it (`VMADDR_CID_HOST`).
-pub const HOST_CID: u32 = 2;
-
-/// The CID of the guest unless hyperkit's `guest_cid=` said otherwise.
-pub const GUEST_CID: u32 = 3;
-
-/// The name of the socket on which hyperkit takes connections to the guest (`CONNECT_SOCKET_NAME`).
-pub const CONNECT_NAME: &str = "connect";
-
-/// How many bytes [`connect_line`] has.
-pub const LINE_LEN: usize = 18;
-
-/// The line that asks hyperkit for a connection to `port` of the guest `cid`: `%08x.%08x\n`.
-///
-/// hyperkit takes it with one `read` of 18 bytes and closes in silence if fewer are there at that moment: write it in one piece, at once after connect.
-pub fn connect_line(cid: u32, port: u32) -> [u8; LINE_LEN] {
-    let mut line = [b'\n'; LINE_LEN];
-    line[..LINE_LEN - 1].copy_from_slice(socket_name(cid, port).as_bytes());
-    line
-}
-
-/// The cid and the port in a [`connect_line`]; `None` if hyperkit would not understand it.
-pub fn parse_connect_line(line: &[u8; LINE_LEN]) -> Option<(u32, u32)> {
-    let text = std::str::from_utf8(line.strip_suffix(b"\n")?).ok()?;
-    let (cid, port) = text.split_once('.')?;
-    Some((
-        u32::from_str_radix(cid, 16).ok()?,
-        u32::from_str_radix(port, 16).ok()?,
-    ))
-}
-
-/// The file name of a socket in the state directory: `%08x.%08x` (cid, port; `PRIaddr`).
-pub fn socket_name(cid: u32, port: u32) -> String {
-    format!("{cid:08x}.{port:08x}")
-}
-
-/// The file in the state directory to which hyperkit writes its pid, in decimal (`-F`, as hyperkit's Go package passes it).
-pub const PID_NAME: &str = "hyperkit.pid";
-
-/// How many bytes hyperkit takes as the path of its state directory (`pci_vtsock_init`: "path too long").
-///
-/// A socket's path on macOS has at most 104 bytes with its closing NUL (`sun_path`), and the longest name needs 18 of them: `/00000003.00000050`.
-pub const MAX_STATE_DIR: usize = 104 - "/00000003.00000050".len() - 1;
-
-impl HyperkitVm {
-    /// The socket on which hyperkit takes connections to any port of the guest, each begun by a [`connect_line`].
-    pub fn connect_path(&self) -> PathBuf {
-        self.state_dir.join(&self.connect)
-    }
-
-    /// The socket of a guest port that was given at hyperkit's start (`guest_forwards=`): no line there.
-    pub fn forward_path(&self, port: Port) -> PathBuf {
-        self.socket_path(self.cid, port)
-    }
-
-    /// The link to [`forward_path`](HyperkitVm::forward_path) by which the guest's CID need not be known: `guest.%08x`, without the prefix.
-    pub fn guest_link_path(&self, port: Port) -> PathBuf {
-        self.state_dir.join(format!("guest.{:08x}", port.0))
-    }
-
-    /// Where a program of the host listens for guests that dial the host's `port`.
-    pub fn listen_path(&self, port: Port) -> PathBuf {
-        self.socket_path(HOST_CID, port)
-    }
-
-    /// The file with hyperkit's pid. It is not there where `vsock_dir` in hyperkit.json puts the sockets elsewhere than the state.
-    pub fn pid_path(&self) -> PathBuf {
-        self.state_dir.join(PID_NAME)
-    }
-
-    fn socket_path(&self, cid: u32, port: Port) -> PathBuf {
-        let name = socket_name(cid, port.0);
-        self.state_dir.join(format!("{}{name}", self.prefix))
-    }
-}

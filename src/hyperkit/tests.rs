@@ -1,6 +1,9 @@
 #![allow(clippy::unwrap_used)]
 
+use std::path::PathBuf;
+
 use super::*;
+use crate::address::Port;
 
 #[test]
 fn names_are_hyperkits() {

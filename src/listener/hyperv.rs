@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use super::nonblocking::BACKLOG;
+use super::defaults::BACKLOG;
 use crate::address::{Address, HvsockAddress};
 use crate::dial::{self, hv_options, vm_id};
 use crate::error::{Error, Operation, Result};
@@ -37,7 +37,7 @@ impl HypervListener {
     }
 
     pub(super) fn local_addr(&self) -> io::Result<SocketName> {
-        self.acceptor.local_addr()
+        self.acceptor.local_addr().map(|name| SocketName::of(&name))
     }
 
     pub(super) fn wait(&self, timeout: Duration) -> io::Result<()> {

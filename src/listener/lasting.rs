@@ -1,13 +1,13 @@
 //! Listening for those who have no event loop, whatever becomes of the socket and of its file.
 
-use std::fmt;
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{fmt, thread};
 
 use tracing::{debug, error, info, warn};
 
-use super::Listener;
-use super::nonblocking::{FileState, is_broken};
+use super::blocking::Listener;
+use super::file::FileState;
+use super::nonblocking::is_broken;
 use crate::address::Address;
 use crate::error::Result;
 use crate::name::SocketName;

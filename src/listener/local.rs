@@ -10,13 +10,13 @@ use mio::event::Source;
 use mio::unix::SourceFd;
 use socket2::{Domain, SockRef, Socket, Type};
 
+use super::defaults::BACKLOG;
 use super::file::{self, SocketFile};
-use super::nonblocking::{BACKLOG, not_carried};
-use super::passed::path_of;
 use crate::address::{Address, UnixAddress, VsockAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
+use crate::stream::endpoint::not_carried;
 use crate::stream::local::{Descriptors, Local};
 use crate::sys::{self, AsSocket, BorrowedSocket};
 
@@ -44,7 +44,7 @@ pub(crate) enum LocalListener {
 
 impl LocalListener {
     pub(super) fn bind(address: &Address, mode: u32) -> Result<LocalListener> {
-        if let Some(path) = path_of(address) {
+        if let Some(path) = address.listen_path() {
             return bind_path(address, &path, mode);
         }
         match address {

@@ -9,20 +9,16 @@ use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, SockRef, Socket, Type};
 
-#[cfg(unix)]
-pub(crate) use super::file::SocketFile;
+use super::defaults::BACKLOG;
+#[cfg(feature = "cli")]
+use super::file::FileState;
+use super::file::SocketFile;
 use super::local::LocalListener;
-#[cfg(windows)]
-pub(crate) use super::local::SocketFile;
 use crate::address::{Address, Host, TcpAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
 use crate::name::{SocketName, VsockName};
 use crate::stream::nonblocking::{Stream, set_tcp_options};
 use crate::sys::{self, AsSocket, Wanted};
-
-/// How many connections may wait to be accepted; the kernel lowers it to its own limit (`net.core.somaxconn`,
-/// `kern.ipc.somaxconn`).
-pub(super) const BACKLOG: i32 = 4096;
 
 /// A listening socket. Dropping it removes the socket's file, if that is still ours.
 #[derive(Debug)]
@@ -179,31 +175,6 @@ pub(crate) fn has_client_left(error: &io::Error) -> bool {
         io::ErrorKind::InvalidInput => error.raw_os_error().is_none(),
         _ => false,
     }
-}
-
-/// What has become of a listening socket's file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(not(unix), allow(dead_code))]
-pub(crate) enum FileState {
-    /// There, or there is none to look for.
-    Ours,
-    /// Removed: nobody can find the socket any more.
-    Missing,
-    /// Somebody else's file has its name.
-    Taken,
-}
-
-/// The error for a family whose sockets this system, or this version, doesn't carry.
-pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
-    let why = match address {
-        Address::Npipe(_) => "named pipes are Windows'".to_owned(),
-        other => format!("{} sockets are not carried here", other.scheme()),
-    };
-    let cause = io::Error::new(io::ErrorKind::Unsupported, why);
-    Error::new(operation, address, cause).with_remedy(match cfg!(unix) {
-        true => "use a hyperkit://, vsock://, vsock-mux://, unix: or tcp:// address",
-        false => "use a tcp://, npipe:// or hvsock:// address",
-    })
 }
 
 /// The address that is bound for a TCP address.

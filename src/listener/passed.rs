@@ -1,6 +1,5 @@
 //! Listening sockets that another process has bound: a service manager's, passed to the one that it starts.
 
-use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::io;
 use std::net::SocketAddr;
@@ -11,12 +10,11 @@ use std::path::Path;
 use nix::sys::socket::{getsockopt, sockopt};
 use socket2::{SockRef, Socket, Type};
 
-use super::Listener;
+use super::blocking::Listener;
 use super::local::{LocalListener, Refusal};
 use super::nonblocking;
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
-use crate::mux;
 use crate::sys::{self, Identity};
 
 /// Takes over a socket that listens already. A Unix socket's file stays its maker's: it is never removed, nor made again
@@ -106,9 +104,9 @@ impl Listener {
             (Address::Vsock(bound), Address::Vsock(asked)) => {
                 (bound.cid, bound.port) == (asked.cid, asked.port)
             }
-            (Address::Unix(UnixAddress::Path(bound)), asked) => {
-                path_of(asked).is_some_and(|asked| is_same(bound, &asked))
-            }
+            (Address::Unix(UnixAddress::Path(bound)), asked) => asked
+                .listen_path()
+                .is_some_and(|asked| is_same(bound, &asked)),
             (bound, asked) => bound == asked,
         }
     }
@@ -128,7 +126,7 @@ impl Listener {
                 };
                 let asked = match asked {
                     Address::Unix(asked) => last(asked),
-                    asked => path_of(asked).and_then(|path| name(&path)),
+                    asked => asked.listen_path().and_then(|path| name(&path)),
                 };
                 asked.is_some() && asked == last(bound)
             }
@@ -163,16 +161,6 @@ impl Listener {
         let size = vsock.buffer_size;
         let set = size.map_or(Ok(()), |size| sys::vsock_set_buffer(socket, size));
         set.map_err(|e| Error::new(Operation::Listen, address, e))
-    }
-}
-
-/// The file of the Unix socket that is made to listen on an address.
-pub(crate) fn path_of(address: &Address) -> Option<Cow<'_, Path>> {
-    match address {
-        Address::Unix(UnixAddress::Path(path)) => Some(path.into()),
-        Address::Hyperkit(hyperkit) => Some(hyperkit.vm.listen_path(hyperkit.port).into()),
-        Address::VsockMux(to) => Some(mux::listen_path(&to.path, to.port).into()),
-        _ => None,
     }
 }
 

@@ -11,11 +11,12 @@ use mio::event::Source;
 use mio::windows::NamedPipe;
 use mio::{Interest, Registry, Token};
 
-use super::DEFAULT_MODE;
-use super::nonblocking::{FileState, not_carried};
+use super::defaults::DEFAULT_MODE;
+use super::file::SocketFile;
 use crate::address::Address;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
+use crate::stream::endpoint::not_carried;
 use crate::stream::local::Local;
 use crate::sys::{self, Access};
 
@@ -28,24 +29,6 @@ pub(crate) struct LocalListener {
     name: String,
     access: Access,
     waiting: Mutex<Waiting>,
-}
-
-/// A file by which a listener is found: pipes have none.
-#[derive(Debug)]
-pub(crate) enum SocketFile {}
-
-impl SocketFile {
-    pub(crate) fn directory(&self) -> &std::path::Path {
-        match *self {}
-    }
-
-    pub(crate) fn state(&self) -> FileState {
-        match *self {}
-    }
-
-    pub(crate) fn set_mode(&self, _: u32) -> io::Result<()> {
-        match *self {}
-    }
 }
 
 /// The instances that wait for a client.

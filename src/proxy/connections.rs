@@ -9,7 +9,7 @@ use crate::engine::connection::{Action, Connection, Context, Dialed};
 use crate::engine::relay::{CLIENT, SERVER};
 use crate::error::Error;
 use crate::name::SocketName;
-use crate::stream::nonblocking::Target;
+use crate::stream::endpoint::Target;
 
 use super::worker::Worker;
 use super::world::World;

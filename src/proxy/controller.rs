@@ -14,10 +14,8 @@ use super::worker::{Command, Shared, Wanted};
 use super::world::World;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
-use crate::engine::rule::Rule;
-use crate::engine::rule::VmLimits;
-use crate::engine::status::ConnectionStatus;
-use crate::engine::status::ForwardStatus;
+use crate::engine::rule::{Rule, VmLimits};
+use crate::engine::status::{ConnectionStatus, ForwardStatus};
 
 /// What a [`Handle`](super::Handle) does, in any world.
 #[derive(Debug)]

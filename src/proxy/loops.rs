@@ -64,7 +64,7 @@ fn reaches(target: &Address, listen: &Address) -> bool {
         }
         _ => {
             #[cfg(unix)]
-            if let Some(listen) = listener::path_of(listen) {
+            if let Some(listen) = listen.listen_path() {
                 let paths = forbidden::paths_of(target);
                 return paths.iter().any(|path| forbidden::is_same(path, &listen));
             }

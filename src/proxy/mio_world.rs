@@ -14,17 +14,16 @@ use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
-use crate::dial;
 use crate::engine::connection::Socket;
 use crate::engine::relay::Readiness;
 use crate::error::{Error, Operation, Result};
-use crate::hyperkit;
-use crate::listener;
-use crate::listener::nonblocking::{FileState, Listener, SocketFile};
+use crate::listener::file::{FileState, SocketFile};
+use crate::listener::nonblocking::Listener;
 use crate::name::SocketName;
-use crate::stream;
-use crate::stream::nonblocking::{Endpoint, Stream};
+use crate::stream::endpoint::Endpoint;
+use crate::stream::nonblocking::Stream;
 use crate::sys::{self, Identity};
+use crate::{dial, hyperkit, listener, stream};
 
 use super::bridge::{Bridge, Ended, Order, Progress};
 use super::crossing::{self, Crossings};
@@ -231,7 +230,7 @@ fn sign_of(vm: &HyperkitVm) -> Option<Sign> {
 fn directory_of(address: &Address) -> Option<PathBuf> {
     #[cfg(unix)]
     {
-        let path = crate::listener::path_of(address)?;
+        let path = address.listen_path()?;
         Some(path.parent().unwrap_or(Path::new("")).to_owned())
     }
     #[cfg(not(unix))]

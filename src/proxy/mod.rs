@@ -64,7 +64,7 @@ use crate::engine::admission::{GateLimits, Wake};
 use crate::engine::relay::CLIENT;
 use crate::error::{Error, Operation, Result};
 use crate::listener::Listener;
-use crate::stream::nonblocking::Waiter;
+use crate::stream::endpoint::Waiter;
 
 use controller::Controller;
 use descriptors::Descriptors;

@@ -8,7 +8,7 @@ use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial;
 use crate::engine::connection::{Connection, Dialed};
 use crate::engine::relay::SERVER;
-use crate::stream::nonblocking::Endpoint;
+use crate::stream::endpoint::Endpoint;
 
 use super::queue::FULL_PAUSE;
 use super::worker::Worker;

@@ -7,12 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::{Address, CID_ANY, Host, HyperkitVm, PORT_ANY, TcpAddress};
-use crate::dial;
 use crate::engine::relay::CLIENT;
 use crate::error::{Error, Operation, Result};
-use crate::listener;
-use crate::listener::nonblocking::not_carried;
-use crate::stream::nonblocking::{Target, Waiter};
+use crate::stream::endpoint::{Target, Waiter, not_carried};
+use crate::{dial, listener};
 
 use super::forbidden::leads_to;
 use super::loops;
@@ -21,8 +19,7 @@ use crate::engine::admission::{Gate, GateLimits, Reservation};
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
 use crate::engine::observer::Observer;
-use crate::engine::rule::Rule;
-use crate::engine::rule::VmLimits;
+use crate::engine::rule::{Rule, VmLimits};
 
 /// Refuses a rule that can't work, whatever the system says and whatever other rules there are.
 fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {

@@ -13,7 +13,7 @@ use crate::engine::relay::Readiness;
 use crate::error::{Error, Result};
 use crate::listener;
 use crate::name::SocketName;
-use crate::stream::nonblocking::Endpoint;
+use crate::stream::endpoint::Endpoint;
 
 use super::bridge::{Ended, Progress};
 use super::worker::Wanted;

@@ -2,7 +2,7 @@
 
 use super::guest::{Endpoint, GuestSocket};
 use crate::error::{Error, Operation, Result};
-use crate::stream::unless_ended;
+use crate::sys::unless_ended;
 use mio::net::{TcpListener, UnixListener};
 use mio::{Interest, Registry, Token};
 use std::io;

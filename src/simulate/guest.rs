@@ -3,7 +3,7 @@
 use super::buffer::Buffer;
 use super::connection::PAIR_BUFFER;
 use super::http::Http;
-use crate::stream::unless_ended;
+use crate::sys::unless_ended;
 use mio::event::Source;
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};

@@ -2,17 +2,17 @@
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::Shutdown;
+use std::os::windows::io::OwnedHandle;
 use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::Socket;
 
 use super::blocking_pipe::Pipe;
-use super::nonblocking;
 use crate::name::SocketName;
 #[cfg(feature = "cli")]
 use crate::sys::Wanted;
-use crate::sys::{self, AsSocket, OwnedSocket};
+use crate::sys::{self, AsSocket, PipeKind};
 
 #[derive(Debug)]
 pub(super) enum Inner {
@@ -20,24 +20,15 @@ pub(super) enum Inner {
     Pipe(Arc<Pipe>),
 }
 
-impl TryFrom<nonblocking::Stream> for Inner {
-    type Error = io::Error;
-
-    fn try_from(stream: nonblocking::Stream) -> io::Result<Inner> {
-        match stream {
-            nonblocking::Stream::Tcp(stream) => {
-                Ok(Inner::Socket(Socket::from(OwnedSocket::from(stream))))
-            }
-            nonblocking::Stream::Local(pipe) => match pipe.into_free() {
-                Some((pipe, kind)) => Ok(Inner::Pipe(Arc::new(Pipe::new(pipe, kind)?))),
-                None => Err(io::Error::other("the pipe is an event loop's")),
-            },
-            nonblocking::Stream::Blocking(stream) => Ok(stream.socket),
+impl Inner {
+    /// Takes over a pipe, unless an event loop has it.
+    pub(super) fn from_pipe(free: Option<(OwnedHandle, PipeKind)>) -> io::Result<Inner> {
+        match free {
+            Some((pipe, kind)) => Ok(Inner::Pipe(Arc::new(Pipe::new(pipe, kind)?))),
+            None => Err(io::Error::other("the pipe is an event loop's")),
         }
     }
-}
 
-impl Inner {
     pub(super) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match self {
             Inner::Socket(socket) => socket.shutdown(how),

@@ -10,11 +10,10 @@ use mio::event::Source;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use crate::address::{HyperkitAddress, UnixAddress};
-use crate::hyperkit;
-use crate::sys;
+use crate::{hyperkit, sys};
 
 use super::closer;
-use super::nonblocking::{Endpoint, is_connected};
+use super::endpoint::{Endpoint, is_connected};
 
 /// Whether descriptors may come with the bytes of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,115 +1,20 @@
 //! Connected sockets for an event loop.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr};
+use std::net::Shutdown;
 use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 
+use super::blocking;
+use super::endpoint::{Endpoint, is_connected};
 use super::local::Local;
-#[cfg(windows)]
-use crate::address::NpipeAddress;
-use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
+use crate::address::Address;
 use crate::engine::relay::Socket;
-use crate::mux::Handshake;
 use crate::name::SocketName;
 use crate::sys::{self, AsSocket, Wanted};
-
-/// What it takes to connect to an address.
-#[derive(Debug)]
-pub(crate) enum Target<'a> {
-    Endpoint(Endpoint),
-    /// The name is to be resolved first.
-    Name {
-        host: &'a str,
-        port: u16,
-    },
-    /// This system has no such sockets, or this version doesn't carry them.
-    NotCarried,
-}
-
-impl Target<'_> {
-    pub(crate) fn of(address: &Address) -> Target<'_> {
-        Target::Endpoint(match address {
-            #[cfg(windows)]
-            Address::Npipe(pipe) => Endpoint::Npipe(pipe.clone()),
-            #[cfg(not(windows))]
-            Address::Npipe(_) => return Target::NotCarried,
-            _ if cfg!(not(unix)) && !matches!(address, Address::Tcp(_)) => {
-                return Target::NotCarried;
-            }
-            Address::Hyperkit(hyperkit) => Endpoint::Hyperkit(hyperkit.clone()),
-            Address::Unix(unix) => Endpoint::Unix(unix.clone()),
-            Address::VsockMux(mux) => Endpoint::VsockMux(mux.clone()),
-            Address::Vsock(vsock) => Endpoint::Vsock(vsock.clone()),
-            Address::Hvsock(_) => return Target::NotCarried,
-            Address::Tcp(tcp) => match &tcp.host {
-                Host::Ip(ip) => Endpoint::Tcp(SocketAddr::new(*ip, tcp.port)),
-                Host::Name(host) => {
-                    let port = tcp.port;
-                    return Target::Name { host, port };
-                }
-            },
-        })
-    }
-}
-
-/// An address to connect to with no name left to resolve.
-#[derive(Clone, Debug)]
-#[cfg_attr(not(unix), allow(dead_code))]
-pub(crate) enum Endpoint {
-    Tcp(SocketAddr),
-    Unix(UnixAddress),
-    Hyperkit(HyperkitAddress),
-    Vsock(VsockAddress),
-    /// The Unix socket at this path; a [`Handshake`] for the port is to follow.
-    VsockMux(VsockMuxAddress),
-    #[cfg(windows)]
-    Npipe(NpipeAddress),
-}
-
-impl Endpoint {
-    /// What is to be said and heard on the connected socket before it is the peer's.
-    pub(crate) fn handshake(&self) -> Option<Handshake> {
-        match self {
-            Endpoint::VsockMux(address) => Some(Handshake::new(address.port)),
-            _ => None,
-        }
-    }
-
-    /// Whether a connect is done when it returns.
-    pub(crate) fn connects_at_once(&self) -> bool {
-        !matches!(self, Endpoint::Tcp(_) | Endpoint::Vsock(_))
-    }
-}
-
-/// What can wait for a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Waiter {
-    Any,
-    /// The poller that had it first.
-    Poller,
-    /// A thread that blocks.
-    Thread,
-}
-
-impl Waiter {
-    /// What can wait for the sockets of that address.
-    ///
-    /// Those of AF_HYPERV are reported not to work with `select`. They are carried by threads of their own, until this says
-    /// otherwise: then [`Endpoint`] and [`Stream::connect`] must know them. So are those that speak in frames: their
-    /// readiness isn't that of their bytes.
-    pub(crate) fn of(address: &Address) -> Waiter {
-        match address {
-            _ if address.is_framed() => Waiter::Thread,
-            Address::Hvsock(_) if cfg!(windows) => Waiter::Thread,
-            Address::Npipe(_) => Waiter::Poller,
-            _ => Waiter::Any,
-        }
-    }
-}
 
 /// A connected stream, or one whose connect is in progress.
 #[derive(Debug)]
@@ -117,7 +22,7 @@ pub(crate) enum Stream {
     Tcp(mio::net::TcpStream),
     Local(Local),
     /// One whose calls block: no poller can wait for it, and no loop may read or write it.
-    Blocking(super::Stream),
+    Blocking(blocking::Stream),
 }
 
 impl Stream {
@@ -462,16 +367,24 @@ pub(crate) fn set_tcp_options(socket: SockRef<'_>) {
     let _ = socket.set_keepalive(true);
 }
 
-/// Whether a connect that was begun is done.
-pub(super) fn is_connected(socket: SockRef<'_>) -> io::Result<bool> {
-    if let Some(error) = socket.take_error()? {
-        return Err(error);
-    }
-    match socket.peer_addr() {
-        Ok(_) => Ok(true),
-        // macOS, of a peer that has come and gone.
-        Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(false),
-        Err(e) => Err(e),
+impl blocking::Stream {
+    /// Takes over a stream of the event loop's kind.
+    pub(crate) fn from_nonblocking(
+        stream: Stream,
+        address: &Address,
+    ) -> io::Result<blocking::Stream> {
+        if let Stream::Blocking(stream) = stream {
+            return Ok(stream);
+        }
+        #[cfg(unix)]
+        let socket = socket2::Socket::from(sys::OwnedSocket::from(stream));
+        #[cfg(windows)]
+        let socket = match stream {
+            Stream::Tcp(stream) => Inner::Socket(sys::OwnedSocket::from(stream).into()),
+            Stream::Local(pipe) => Inner::from_pipe(pipe.into_free())?,
+            Stream::Blocking(stream) => stream.socket,
+        };
+        socket.set_nonblocking(false)?;
+        Ok(blocking::Stream::new(socket, address.clone()))
     }
 }

@@ -14,7 +14,7 @@ use mio::{Interest, Registry, Token};
 
 use crate::sys::{self, Last, LastWord, PipeKind};
 
-use super::nonblocking::Endpoint;
+use super::endpoint::Endpoint;
 
 /// A connected pipe.
 #[derive(Debug)]

@@ -33,6 +33,7 @@
 //! Nothing here decides anything: policy stands above.
 
 use std::ffi::OsString;
+use std::io;
 
 #[cfg(target_os = "linux")]
 mod linux;
@@ -173,5 +174,26 @@ pub(crate) fn process_is_alive(pid: i32) -> bool {
         // hyperkit runs on macOS only: a pid file seen elsewhere was copied from there.
         let _ = pid;
         false
+    }
+}
+
+/// Returns whether a socket call was refused because both directions have ended: macOS says `EINVAL`
+/// then to whoever sets an option, or asks for the peer's name.
+pub(crate) fn says_ended(error: &io::Error) -> bool {
+    #[cfg(unix)]
+    return error.raw_os_error() == Some(nix::libc::EINVAL);
+    #[cfg(windows)]
+    {
+        let _ = error;
+        false
+    }
+}
+
+/// Returns what setting an option has said, unless it is that the connection has ended: there it is
+/// not needed. Nothing waits any more, and what has come can be read.
+pub(crate) fn unless_ended(set: io::Result<()>) -> io::Result<()> {
+    match set {
+        Err(e) if says_ended(&e) => Ok(()),
+        set => set,
     }
 }

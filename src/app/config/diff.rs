@@ -2,9 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::address::{Address, Host, TcpAddress, UnixAddress};
-#[cfg(unix)]
-use crate::mux;
+use crate::address::{Address, Host, TcpAddress};
 use crate::proxy::{Rule, is_chosen};
 
 /// A forward that is carried now.
@@ -159,14 +157,8 @@ fn may_collide(one: &Address, other: &Address) -> bool {
 
 /// The file of the Unix socket that is made for an address, however its directory is spelled.
 fn file_of(listen: &Address) -> Option<PathBuf> {
-    let path = match listen {
-        Address::Unix(UnixAddress::Path(path)) => path.clone(),
-        Address::Hyperkit(to) => to.vm.listen_path(to.port),
-        #[cfg(unix)]
-        Address::VsockMux(to) => mux::listen_path(&to.path, to.port),
-        _ => return None,
-    };
-    let path = std::path::absolute(&path).unwrap_or(path);
+    let path = listen.listen_path()?;
+    let path = std::path::absolute(&path).unwrap_or_else(|_| path.into_owned());
     let directory = path.parent().and_then(|it| it.canonicalize().ok());
     match (directory, path.file_name()) {
         (Some(directory), Some(name)) => Some(directory.join(name)),

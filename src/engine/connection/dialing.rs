@@ -16,9 +16,8 @@ use crate::engine::observer::What;
 use crate::engine::relay::{CLIENT, End, Readiness, SERVER};
 use crate::engine::routes::{Ends, Mark, Route};
 use crate::error::{Error, Operation};
-use crate::listener::nonblocking::not_carried;
 use crate::name::SocketName;
-use crate::stream::nonblocking::{Endpoint, Target};
+use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::time::after;
 
 use super::relaying::Acceptance;

@@ -4,8 +4,7 @@
 use std::time::Duration;
 
 use crate::address::Address;
-use crate::engine::rule::Limits;
-use crate::engine::rule::Rule;
+use crate::engine::rule::{Limits, Rule};
 
 use super::cast::{ClientPlan, ServerPlan, Service};
 use super::kernel::Habits;

@@ -5,8 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::engine::id::ForwardId;
-use crate::engine::rule::Rule;
-use crate::engine::rule::VmLimits;
+use crate::engine::rule::{Rule, VmLimits};
 use crate::error::Result;
 use crate::proxy::controller::Controller;
 

@@ -9,8 +9,7 @@ use fastrand::Rng;
 use crate::address::{
     Address, Host, HyperkitAddress, Port, TcpAddress, UnixAddress, VsockAddress, VsockMuxAddress,
 };
-use crate::engine::rule::Limits;
-use crate::engine::rule::{Rule, Timeouts};
+use crate::engine::rule::{Limits, Rule, Timeouts};
 
 use super::cast::{ClientPlan, ServerPlan, Service};
 use super::kernel::{Habits, Place};

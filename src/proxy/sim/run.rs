@@ -15,7 +15,7 @@ use crate::engine::rule::Rule;
 use crate::engine::status::{ForwardState, ForwardStatus};
 use crate::proxy::controller::Controller;
 use crate::proxy::{ForwardId, ProxyConfig, assemble};
-use crate::stream::nonblocking::Waiter;
+use crate::stream::endpoint::Waiter;
 
 use super::cast::{Client, Server};
 use super::judge::{Hazard, Observed, Phase, TRANSITIONS};

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
-use crate::address::{HyperkitVm, PORT_ANY, Port};
+use crate::address::{HyperkitVm, PORT_ANY, Port, VsockMuxAddress};
 use crate::simulate::judge::{HostEnd, Origin, broken_rule};
 
 use super::cast::Service;
@@ -247,7 +247,16 @@ impl Vm {
     ) {
         let path = match self.plan.kind {
             Kind::Hyperkit => self.plan.hyperkit().listen_path(Port(port)),
-            Kind::Mux { .. } => crate::mux::listen_path(&self.plan.path, Port(port)),
+            Kind::Mux { half_close } => {
+                let path = self.plan.path.clone();
+                let port = Port(port);
+                VsockMuxAddress {
+                    path,
+                    port,
+                    half_close,
+                }
+                .listen_path()
+            }
         };
         let owner = Owner::Actor(self.me);
         let connected = stage.kernel().connect(&Place::Path(path), owner);

@@ -17,14 +17,13 @@ use crate::engine::relay::{Pipe, Socket};
 use crate::engine::routes::Mark;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
-use crate::hyperkit;
-use crate::listener;
 use crate::name::SocketName;
 use crate::proxy::bridge::Progress;
 use crate::proxy::worker::Wanted;
 use crate::proxy::world::{Event, Found, ListenerId, World};
-use crate::stream::nonblocking::Endpoint;
+use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
+use crate::{hyperkit, listener};
 
 use super::kernel::{ListenerKey, Owner, Place, SocketId};
 use super::stage::Stage;
@@ -161,7 +160,7 @@ pub(super) fn place_of(address: &Address) -> Place {
             cid: vsock.cid,
             port: vsock.port.0,
         },
-        other => match listener::path_of(other) {
+        other => match other.listen_path() {
             Some(path) => Place::Path(path.into_owned()),
             None => panic!("{other} is not simulated"),
         },

@@ -11,8 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::name::SocketName;
-use socket2::Socket;
+use socket2::{SockAddr, Socket};
 use windows_sys::Win32::Networking::WinSock;
 use windows_sys::Win32::System::IO::OVERLAPPED;
 
@@ -45,8 +44,8 @@ impl Acceptor {
         })
     }
 
-    pub(crate) fn local_addr(&self) -> io::Result<SocketName> {
-        self.listener.local_addr().map(|name| SocketName::of(&name))
+    pub(crate) fn local_addr(&self) -> io::Result<SockAddr> {
+        self.listener.local_addr()
     }
 
     /// Takes a client that has come.

@@ -1,13 +1,12 @@
 //! Unix sockets bound to a path, and the files that they leave in the file system.
 
-use std::fs;
-use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::nonblocking::FileState;
+use super::state::FileState;
 use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Identity, Place};
 

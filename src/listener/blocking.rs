@@ -1,0 +1,161 @@
+//! Listening sockets for a caller that blocks.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::defaults::DEFAULT_MODE;
+use super::nonblocking;
+use crate::address::Address;
+use crate::error::{Error, Operation, Result};
+use crate::name::SocketName;
+use crate::stream::Stream;
+use crate::time::after;
+
+/// A listening socket of any family. Dropping it removes the socket's file, if there is one and it is still this
+/// listener's.
+///
+/// ```
+/// use hvsock::{Listener, Stream};
+///
+/// let listener = Listener::bind(&"tcp://127.0.0.1:0".parse()?)?; // or vsock://:1024, unix:///path, …
+/// let client = Stream::connect(listener.address())?;
+/// let (stream, peer) = listener.accept()?;
+/// assert_eq!(peer, client.local_addr()?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Listener {
+    pub(super) inner: nonblocking::Listener,
+    pub(super) address: Address,
+    /// Somebody else has bound it, and may have it still: that we close it doesn't free its address.
+    #[cfg(unix)]
+    pub(super) is_foreign: bool,
+}
+
+impl Listener {
+    /// Listens on `address`: [`bind_with_mode`](Listener::bind_with_mode) with [`DEFAULT_MODE`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn bind(address: &Address) -> Result<Listener> {
+        Listener::bind_with_mode(address, DEFAULT_MODE)
+    }
+
+    /// Listens on `address`; a Unix socket's file has the permissions `mode` before anyone can connect. A named pipe has
+    /// none (its address says who may connect), and takes [`DEFAULT_MODE`] only.
+    ///
+    /// Listening on a `hyperkit://` or `vsock-mux://` address is taking what the guest dials. A file in the way is
+    /// replaced only if it is a socket on which nobody listens.
+    ///
+    /// # Errors
+    /// `AddrInUse` if somebody listens there; `AlreadyExists` if the file in the way is no socket; `Unsupported` for a
+    /// family that this system doesn't carry; what the kernel says otherwise.
+    pub fn bind_with_mode(address: &Address, mode: u32) -> Result<Listener> {
+        let inner = nonblocking::Listener::bind(address, mode)?;
+        let address = inner.bound(address);
+        Ok(Listener {
+            inner,
+            address,
+            #[cfg(unix)]
+            is_foreign: false,
+        })
+    }
+
+    /// Whether it is the socket that binding `address` would make.
+    #[cfg(not(unix))]
+    pub(crate) fn is_at(&self, address: &Address) -> bool {
+        self.address == *address
+    }
+
+    /// Returns whether it may be meant by another address: here none is passed.
+    #[cfg(not(unix))]
+    pub(crate) fn is_near(&self, _: &Address) -> bool {
+        false
+    }
+
+    /// Another handle of a socket that somebody else has bound: here there is none.
+    #[cfg(not(unix))]
+    pub(crate) fn share(&self) -> Result<Option<Listener>> {
+        Ok(None)
+    }
+
+    /// Sets what an address asks for beside the place: here nothing.
+    #[cfg(not(unix))]
+    pub(crate) fn prepare(&self, _: &Address) -> Result<()> {
+        Ok(())
+    }
+
+    /// What it is for an event loop.
+    pub(crate) fn into_nonblocking(self) -> nonblocking::Listener {
+        self.inner
+    }
+
+    /// Where it listens: what was asked for, with the port that the kernel chose if it was to choose one.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// The name of the socket, as far as its family has one; a chosen port is in it.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketName> {
+        self.inner.local_addr()
+    }
+
+    /// Waits for a connection, for ever.
+    ///
+    /// # Errors
+    /// What the kernel says; one that tells of descriptors doesn't end the listener. A listener that another process
+    /// has shut down is broken (`InvalidInput`): bind it again.
+    pub fn accept(&self) -> Result<(Stream, SocketName)> {
+        loop {
+            // kevent and poll count in 32 bits.
+            if let Some(accepted) = self.accept_timeout(Duration::from_secs(3600))? {
+                return Ok(accepted);
+            }
+        }
+    }
+
+    /// Waits for a connection, at most `timeout`; `None` if none has come.
+    ///
+    /// # Errors
+    /// As [`accept`](Listener::accept).
+    pub fn accept_timeout(&self, timeout: Duration) -> Result<Option<(Stream, SocketName)>> {
+        let deadline = after(Instant::now(), timeout);
+        let fail = |e| Error::new(Operation::Accept, &self.address, e);
+        loop {
+            match self.accept_now() {
+                Ok(accepted) => return Ok(Some(accepted)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if nonblocking::has_client_left(&e) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Ok(None);
+                    }
+                    self.inner.wait(left).map_err(fail)?;
+                }
+                Err(e) => return Err(fail(e)),
+            }
+        }
+    }
+
+    /// Takes a connection that is there; `WouldBlock` if none is.
+    pub(crate) fn accept_now(&self) -> io::Result<(Stream, SocketName)> {
+        let (stream, name) = self.inner.accept()?;
+        Ok((Stream::from_nonblocking(stream, &self.address)?, name))
+    }
+
+    /// Takes one connection after the other, for ever.
+    pub fn incoming(&self) -> impl Iterator<Item = Result<(Stream, SocketName)>> + '_ {
+        std::iter::repeat_with(|| self.accept())
+    }
+}
+
+#[cfg(unix)]
+impl std::os::fd::AsFd for Listener {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        crate::sys::AsSocket::as_socket(&self.inner)
+    }
+}

@@ -1,0 +1,23 @@
+//! Where a listener has no file: those of named pipes are not in the file system.
+
+use std::io;
+
+use super::state::FileState;
+
+/// A file by which a listener is found: pipes have none.
+#[derive(Debug)]
+pub(crate) enum SocketFile {}
+
+impl SocketFile {
+    pub(crate) fn directory(&self) -> &std::path::Path {
+        match *self {}
+    }
+
+    pub(crate) fn state(&self) -> FileState {
+        match *self {}
+    }
+
+    pub(crate) fn set_mode(&self, _: u32) -> io::Result<()> {
+        match *self {}
+    }
+}

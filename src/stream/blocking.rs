@@ -1,0 +1,570 @@
+//! Connected sockets for a caller that blocks.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::address::Address;
+use crate::framing::Frames;
+use crate::name::SocketName;
+use crate::sys;
+#[cfg(feature = "cli")]
+use crate::sys::Wanted;
+use crate::time::{NEVER, after};
+
+#[cfg(all(windows, feature = "cli"))]
+use super::endpoint::Waiter;
+#[cfg(windows)]
+use super::inner::Inner;
+/// What a stream is underneath.
+#[cfg(unix)]
+use socket2::Socket as Inner;
+
+/// More than a socket can hold unread.
+pub(crate) const MOST_UNREAD: usize = 64 * 1024 * 1024;
+
+/// How long a wait is where nothing tells of its end.
+#[cfg(all(windows, feature = "cli"))]
+const BLIND_PAUSE: Duration = Duration::from_millis(1);
+
+/// A connected, blocking stream of any family.
+///
+/// [`Stream::connect`] makes one, [`Listener::accept`](crate::Listener::accept) another. It reads and writes as
+/// `std::net::TcpStream` does, through a shared reference too, so that two threads can carry its two directions.
+///
+/// Dropping it closes it. One that leads to a VM over its VMM's Unix socket (`hyperkit://`, `vsock-mux://`) is safe to drop
+/// once a read has said EOF, or has failed; in every other case, error paths and `?` included, [`Stream::finish`] it
+/// first: hyperkit's device can hang or die when a connection is closed that has not been read to its end. Of a named pipe it waits, 30 s at most, until the peer
+/// has taken what a write with a timeout, or one that was not to block, has left under way.
+#[derive(Debug)]
+pub struct Stream {
+    pub(super) socket: Inner,
+    address: Address,
+    /// In which it speaks; its clones have them in common.
+    frames: Option<Arc<Frames>>,
+}
+
+impl Stream {
+    pub(super) fn new(socket: Inner, address: Address) -> Stream {
+        let frames = address.is_framed().then(Arc::default);
+        Stream {
+            socket,
+            address,
+            frames,
+        }
+    }
+
+    /// Takes over a connected, blocking socket.
+    #[cfg(windows)]
+    pub(crate) fn from_connected(socket: socket2::Socket, address: &Address) -> Stream {
+        Stream::new(Inner::Socket(socket), address.clone())
+    }
+
+    /// Takes over a connected socket, of std or socket2 for example. `address` says what it is: of its family the stream's
+    /// behaviour is, and errors speak of it. Neither is checked against the socket, which should be a blocking one.
+    pub fn from_socket(socket: impl Into<socket2::Socket>, address: Address) -> Stream {
+        #[cfg(unix)]
+        let socket = socket.into();
+        #[cfg(windows)]
+        let socket = Inner::Socket(socket.into());
+        Stream::new(socket, address)
+    }
+
+    /// The name of this end, as far as its family has one.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketName> {
+        #[cfg(unix)]
+        return self.socket.local_addr().map(|name| SocketName::of(&name));
+        #[cfg(windows)]
+        self.socket.local_addr()
+    }
+
+    /// The name of the other end, as far as its family has one.
+    ///
+    /// # Errors
+    /// What the kernel says: that there is no connection any more, for example. macOS gives no name
+    /// (`InvalidInput`) once both directions have ended; elsewhere that takes a reset.
+    pub fn peer_addr(&self) -> io::Result<SocketName> {
+        #[cfg(unix)]
+        return self.socket.peer_addr().map(|name| SocketName::of(&name));
+        #[cfg(windows)]
+        self.socket.peer_addr()
+    }
+
+    /// An error that the kernel has noted and no call has told of yet, once.
+    ///
+    /// # Errors
+    /// What the kernel says of the question.
+    pub fn take_error(&self) -> io::Result<Option<io::Error>> {
+        self.socket.take_error()
+    }
+
+    /// The address that was dialled, or that of the listener that accepted it.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Ends one direction, or both. After `Shutdown::Write`, a half-close, the peer reads EOF behind the last byte, and
+    /// its answer can still be read.
+    ///
+    /// # Errors
+    /// What the kernel says; `NotConnected` if the peer has reset the connection, and on macOS also
+    /// if that direction has ended or a Unix socket's peer has closed; `Unsupported` for the half-close
+    /// of a named pipe that its server made of byte type, not of message type: it has none. Where the
+    /// stream speaks in frames, what [`Framed::shutdown`](crate::framing::Framed::shutdown) says.
+    pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        match &self.frames {
+            Some(frames) => frames.shutdown(&mut &self.socket, how),
+            None => end(&self.socket, how),
+        }
+    }
+
+    /// Half-closes. Whoever has gone already needs no telling: what has become of it shows when it
+    /// is read.
+    #[cfg(feature = "cli")]
+    pub(crate) fn half_close(&self) -> io::Result<()> {
+        match self.shutdown(Shutdown::Write) {
+            Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Another handle of the same connection: it ends when the last one is dropped.
+    ///
+    /// # Errors
+    /// What the kernel says; mostly that there is no descriptor left.
+    pub fn try_clone(&self) -> io::Result<Stream> {
+        Ok(Stream {
+            socket: self.socket.try_clone()?,
+            address: self.address.clone(),
+            frames: self.frames.clone(),
+        })
+    }
+
+    /// Whether reads and writes fail with `WouldBlock` where they would have to wait. Clones have this in common.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        self.socket.set_nonblocking(nonblocking)
+    }
+
+    /// How long a read waits for the first byte; `None`: for ever. A read that has waited so long fails with
+    /// `WouldBlock` (Unix) or `TimedOut` (Windows).
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is zero.
+    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        refuse_zero(timeout)?;
+        sys::unless_ended(self.socket.set_read_timeout(kernel_timeout(timeout)))
+    }
+
+    /// What [`set_read_timeout`](Stream::set_read_timeout) has set.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn read_timeout(&self) -> io::Result<Option<Duration>> {
+        self.socket.read_timeout()
+    }
+
+    /// What [`set_write_timeout`](Stream::set_write_timeout) has set.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn write_timeout(&self) -> io::Result<Option<Duration>> {
+        self.socket.write_timeout()
+    }
+
+    /// How long a write waits for room; `None`: for ever. It fails as [`set_read_timeout`](Stream::set_read_timeout)
+    /// says.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is zero.
+    pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        refuse_zero(timeout)?;
+        sys::unless_ended(self.socket.set_write_timeout(kernel_timeout(timeout)))
+    }
+
+    /// Ends the connection so that no VM is hurt: half-closes, then reads and discards until the peer's EOF. What is left
+    /// to do is to drop it.
+    ///
+    /// # Errors
+    /// `TimedOut` if the peer hasn't ended within `timeout`: then nothing more is taken from it. What the kernel says of a connection that was broken
+    /// already.
+    pub fn finish(&self, timeout: Duration) -> io::Result<()> {
+        let drained = self.drain(timeout);
+        if matches!(&drained, Err(e) if e.kind() == io::ErrorKind::TimedOut) {
+            self.empty();
+        }
+        drained
+    }
+
+    /// Half-closes, and reads and discards until the peer's EOF.
+    ///
+    /// # Errors
+    /// `TimedOut`; what the kernel says.
+    pub(crate) fn drain(&self, timeout: Duration) -> io::Result<()> {
+        let deadline = after(Instant::now(), timeout);
+        self.set_nonblocking(false)?;
+        // One that the peer has reset says so when it is read.
+        let _ = match &self.frames {
+            Some(frames) => {
+                // A peer that reads nothing may have no room even for this.
+                self.set_write_timeout(Some(timeout.max(SHORTEST)))?;
+                frames.close(&mut &self.socket)
+            }
+            None => self.shutdown(Shutdown::Write),
+        };
+        let mut rest = [0; 16 * 1024];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.set_read_timeout(Some(left))?;
+            let ended = match &self.frames {
+                Some(frames) => frames.discard(&mut &self.socket, &mut rest),
+                None => (&self.socket).read(&mut rest).map(|count| count == 0),
+            };
+            match ended {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(e) if is_timeout(&e) || e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Takes nothing more, and discards what has come: a close with bytes unread is what hurts a VM most.
+    pub(crate) fn empty(&self) {
+        let _ = self.socket.shutdown(Shutdown::Read);
+        let _ = self.set_nonblocking(true);
+        let mut rest = [0; 16 * 1024];
+        for _ in 0..MOST_UNREAD / rest.len() {
+            if !matches!((&self.socket).read(&mut rest), Ok(1..)) {
+                break;
+            }
+        }
+    }
+
+    /// Waits until a read or a write would not have to, or the stream has failed; false if `timeout` has passed.
+    #[cfg(feature = "cli")]
+    pub(crate) fn wait(&self, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
+        #[cfg(unix)]
+        return sys::wait(sys::AsSocket::as_socket(&self.socket), wanted, timeout);
+        #[cfg(windows)]
+        match Waiter::of(&self.address) {
+            Waiter::Thread => {
+                // Nothing tells: who waits is to try again.
+                std::thread::sleep(timeout.min(BLIND_PAUSE));
+                Ok(true)
+            }
+            _ => self.socket.wait(wanted, timeout),
+        }
+    }
+
+    /// Whether the peer has closed, so that nothing can be sent to it either, as far as the system knows.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_hung_up(&self) -> bool {
+        #[cfg(unix)]
+        return sys::is_hung_up(sys::AsSocket::as_socket(&self.socket));
+        #[cfg(windows)]
+        self.socket.is_hung_up()
+    }
+
+    /// Whether the peer can be told that nothing more comes, but by a close.
+    #[cfg(feature = "cli")]
+    pub(crate) fn has_half_close(&self) -> bool {
+        #[cfg(unix)]
+        return true;
+        #[cfg(windows)]
+        self.socket.has_half_close()
+    }
+
+    /// Whether a half-close of ours would be the end of both directions, or there is none.
+    #[cfg(feature = "cli")]
+    pub(crate) fn takes_half_close_for_the_end(&self) -> bool {
+        self.address.takes_half_close_for_the_end() || !self.has_half_close()
+    }
+
+    /// Whether there is an end to be read, and nothing before it.
+    #[cfg(feature = "cli")]
+    pub(crate) fn has_ended(&self) -> bool {
+        if self
+            .frames
+            .as_ref()
+            .is_some_and(|frames| frames.has_ended())
+        {
+            return true;
+        }
+        match self.socket.peek(&mut [std::mem::MaybeUninit::uninit()]) {
+            Ok(count) => count == 0,
+            Err(e) => !is_timeout(&e),
+        }
+    }
+
+    /// What it is underneath.
+    #[cfg(all(unix, any(feature = "tokio", feature = "cli")))]
+    pub(crate) fn into_socket(self) -> socket2::Socket {
+        self.socket
+    }
+
+    /// How many bytes were written that nobody has taken yet, as far as the kernel tells (at least; Linux counts what
+    /// they occupy): TCP's peer hasn't acknowledged them, a Unix socket's hasn't read them.
+    #[cfg(unix)]
+    pub(crate) fn untaken(&self) -> usize {
+        sys::unacknowledged(&self.socket)
+    }
+
+    /// Makes the close a reset, where the family can, so that the peer doesn't take what it was sent for all; and ends a
+    /// read that waits.
+    pub(crate) fn abort(&self) {
+        self.reset_at_close();
+        self.interrupt(Shutdown::Read);
+    }
+
+    fn reset_at_close(&self) {
+        if let Address::Tcp(_) | Address::Npipe(_) = self.address {
+            let _ = self.socket.set_linger(Some(Duration::ZERO));
+        }
+    }
+
+    /// Whether there is a connection, as far as the family tells: a reset leaves none, and an EOF does unless we have
+    /// half-closed.
+    pub(crate) fn has_peer(&self) -> bool {
+        let peer = match self.address {
+            Address::Tcp(_) => self.socket.peer_addr().map(drop),
+            _ => Ok(()),
+        };
+        !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected || sys::says_ended(&e))
+    }
+
+    /// Whether it speaks in frames: then its peer is told of the end, and waited for, before it is closed.
+    pub(crate) fn is_framed(&self) -> bool {
+        self.frames.is_some()
+    }
+
+    /// Bytes written that a reset now would take away from the peer.
+    pub(crate) fn unacknowledged(&self) -> usize {
+        match self.address {
+            #[cfg(unix)]
+            Address::Tcp(_) => self.untaken(),
+            // Windows doesn't tell; elsewhere written is there.
+            _ => 0,
+        }
+    }
+
+    /// Shuts `how` down, and ends what other threads wait for there; on Windows whatever they wait
+    /// for. After both the close is a reset, as that of [`abort`](Stream::abort): macOS wouldn't let
+    /// that be said any more.
+    pub(crate) fn interrupt(&self, how: Shutdown) {
+        #[cfg(unix)]
+        if how == Shutdown::Both {
+            self.reset_at_close();
+        }
+        let _ = end(&self.socket, how);
+        // There a shutdown is for the calls that follow.
+        #[cfg(windows)]
+        self.socket.cancel();
+    }
+}
+
+/// Ends one direction of a socket, or both: of both each by itself, for macOS ends neither where one
+/// has ended already (`ENOTCONN`).
+#[cfg(unix)]
+fn end(socket: &Inner, how: Shutdown) -> io::Result<()> {
+    if how != Shutdown::Both {
+        return socket.shutdown(how);
+    }
+    let read = socket.shutdown(Shutdown::Read);
+    let write = socket.shutdown(Shutdown::Write);
+    write.or(read)
+}
+
+#[cfg(windows)]
+fn end(socket: &Inner, how: Shutdown) -> io::Result<()> {
+    socket.shutdown(how)
+}
+
+/// The shortest timeout that a kernel can count. It cuts off what is shorter, and takes a zero for
+/// "for ever".
+const SHORTEST: Duration = match cfg!(windows) {
+    true => Duration::from_millis(1),
+    false => Duration::from_micros(1),
+};
+
+/// Returns a timeout that the kernel can count: none for one that nobody lives to see, and none so
+/// short that it would last for ever.
+fn kernel_timeout(timeout: Option<Duration>) -> Option<Duration> {
+    timeout
+        .filter(|timeout| *timeout < NEVER)
+        .map(|timeout| timeout.max(SHORTEST))
+}
+
+/// The kernel would take it for "for ever".
+pub(crate) fn refuse_zero(timeout: Option<Duration>) -> io::Result<()> {
+    if timeout == Some(Duration::ZERO) {
+        let why = "a timeout of zero would never let anything pass";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    Ok(())
+}
+
+/// Whether a call failed because its timeout has passed.
+pub(crate) fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
+}
+
+impl Read for &Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &self.frames {
+            Some(frames) => frames.read(&mut &self.socket, buffer),
+            None => (&self.socket).read(buffer),
+        }
+    }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        if self.frames.is_none() {
+            return (&self.socket).read_vectored(buffers);
+        }
+        match buffers.iter_mut().find(|buffer| !buffer.is_empty()) {
+            Some(buffer) => self.read(buffer),
+            None => Ok(0),
+        }
+    }
+}
+
+impl Write for &Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &self.frames {
+            Some(frames) => frames.write(&mut &self.socket, bytes),
+            None => (&self.socket).write(bytes),
+        }
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        if self.frames.is_none() {
+            return (&self.socket).write_vectored(buffers);
+        }
+        match buffers.iter().find(|buffer| !buffer.is_empty()) {
+            Some(buffer) => self.write(buffer),
+            None => Ok(0),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&*self).read(buffer)
+    }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        (&*self).read_vectored(buffers)
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        (&*self).write(bytes)
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        (&*self).write_vectored(buffers)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(unix)]
+impl From<Stream> for std::os::fd::OwnedFd {
+    fn from(stream: Stream) -> std::os::fd::OwnedFd {
+        stream.socket.into()
+    }
+}
+
+#[cfg(unix)]
+impl std::os::fd::AsRawFd for Stream {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// A named pipe is no socket: it is given back.
+#[cfg(windows)]
+impl TryFrom<Stream> for std::os::windows::io::OwnedSocket {
+    type Error = Stream;
+
+    fn try_from(stream: Stream) -> std::result::Result<Self, Stream> {
+        match stream.socket {
+            Inner::Socket(socket) => Ok(socket.into()),
+            Inner::Pipe(_) => Err(stream),
+        }
+    }
+}
+
+#[cfg(unix)]
+impl std::os::fd::AsFd for Stream {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+#[cfg(all(test, unix))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn a_connection_that_is_broken_off_amid_its_bytes_is_reset() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let ours = Stream::from_socket(client, "tcp://127.0.0.1:1".parse().unwrap());
+        let mut theirs = listener.accept().unwrap().0;
+        theirs
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        ours.set_nonblocking(true).unwrap();
+        while (&ours).write(&[7; 64 * 1024]).is_ok() {}
+        ours.interrupt(Shutdown::Both);
+        ours.abort();
+        drop(ours);
+        let error = io::copy(&mut theirs, &mut io::sink()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[test]
+    fn a_reset_leaves_no_peer_and_an_end_does() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let ours = Stream::from_socket(client, "tcp://127.0.0.1:1".parse().unwrap());
+        ours.set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let theirs = listener.accept().unwrap().0;
+        theirs.shutdown(Shutdown::Write).unwrap();
+        assert_eq!((&ours).read(&mut [0]).unwrap(), 0);
+        assert!(ours.has_peer());
+        let theirs = socket2::Socket::from(theirs);
+        theirs.set_linger(Some(Duration::ZERO)).unwrap();
+        drop((theirs, listener));
+        // Until it has come.
+        let end = Instant::now() + Duration::from_secs(20);
+        while (&ours).write(b"x").is_ok() {
+            assert!(Instant::now() < end, "no reset came");
+        }
+        assert!(!ours.has_peer());
+    }
+}

@@ -1,0 +1,133 @@
+//! What is connected to for an address.
+
+use std::io;
+use std::net::SocketAddr;
+
+use socket2::SockRef;
+
+#[cfg(windows)]
+use crate::address::NpipeAddress;
+use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
+use crate::error::{Error, Operation};
+use crate::mux::Handshake;
+
+/// What it takes to connect to an address.
+#[derive(Debug)]
+pub(crate) enum Target<'a> {
+    Endpoint(Endpoint),
+    /// The name is to be resolved first.
+    Name {
+        host: &'a str,
+        port: u16,
+    },
+    /// This system has no such sockets, or this version doesn't carry them.
+    NotCarried,
+}
+
+impl Target<'_> {
+    pub(crate) fn of(address: &Address) -> Target<'_> {
+        Target::Endpoint(match address {
+            #[cfg(windows)]
+            Address::Npipe(pipe) => Endpoint::Npipe(pipe.clone()),
+            #[cfg(not(windows))]
+            Address::Npipe(_) => return Target::NotCarried,
+            _ if cfg!(not(unix)) && !matches!(address, Address::Tcp(_)) => {
+                return Target::NotCarried;
+            }
+            Address::Hyperkit(hyperkit) => Endpoint::Hyperkit(hyperkit.clone()),
+            Address::Unix(unix) => Endpoint::Unix(unix.clone()),
+            Address::VsockMux(mux) => Endpoint::VsockMux(mux.clone()),
+            Address::Vsock(vsock) => Endpoint::Vsock(vsock.clone()),
+            Address::Hvsock(_) => return Target::NotCarried,
+            Address::Tcp(tcp) => match &tcp.host {
+                Host::Ip(ip) => Endpoint::Tcp(SocketAddr::new(*ip, tcp.port)),
+                Host::Name(host) => {
+                    let port = tcp.port;
+                    return Target::Name { host, port };
+                }
+            },
+        })
+    }
+}
+
+/// An address to connect to with no name left to resolve.
+#[derive(Clone, Debug)]
+#[cfg_attr(not(unix), allow(dead_code))]
+pub(crate) enum Endpoint {
+    Tcp(SocketAddr),
+    Unix(UnixAddress),
+    Hyperkit(HyperkitAddress),
+    Vsock(VsockAddress),
+    /// The Unix socket at this path; a [`Handshake`] for the port is to follow.
+    VsockMux(VsockMuxAddress),
+    #[cfg(windows)]
+    Npipe(NpipeAddress),
+}
+
+impl Endpoint {
+    /// What is to be said and heard on the connected socket before it is the peer's.
+    pub(crate) fn handshake(&self) -> Option<Handshake> {
+        match self {
+            Endpoint::VsockMux(address) => Some(Handshake::new(address.port)),
+            _ => None,
+        }
+    }
+
+    /// Whether a connect is done when it returns.
+    pub(crate) fn connects_at_once(&self) -> bool {
+        !matches!(self, Endpoint::Tcp(_) | Endpoint::Vsock(_))
+    }
+}
+
+/// What can wait for a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiter {
+    Any,
+    /// The poller that had it first.
+    Poller,
+    /// A thread that blocks.
+    Thread,
+}
+
+impl Waiter {
+    /// What can wait for the sockets of that address.
+    ///
+    /// Those of AF_HYPERV are reported not to work with `select`. They are carried by threads of their own, until this says
+    /// otherwise: then [`Endpoint`] must know them. So are those that speak in frames: their
+    /// readiness isn't that of their bytes.
+    pub(crate) fn of(address: &Address) -> Waiter {
+        match address {
+            _ if address.is_framed() => Waiter::Thread,
+            Address::Hvsock(_) if cfg!(windows) => Waiter::Thread,
+            Address::Npipe(_) => Waiter::Poller,
+            _ => Waiter::Any,
+        }
+    }
+}
+
+/// The error for a family whose sockets this system, or this version, doesn't carry.
+pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
+    let why = match address {
+        Address::Npipe(_) => "named pipes are Windows'".to_owned(),
+        other => format!("{} sockets are not carried here", other.scheme()),
+    };
+    let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+    Error::new(operation, address, cause).with_remedy(match cfg!(unix) {
+        true => "use a hyperkit://, vsock://, vsock-mux://, unix: or tcp:// address",
+        false => "use a tcp://, npipe:// or hvsock:// address",
+    })
+}
+
+/// Whether a connect that was begun is done.
+pub(super) fn is_connected(socket: SockRef<'_>) -> io::Result<bool> {
+    if let Some(error) = socket.take_error()? {
+        return Err(error);
+    }
+    match socket.peer_addr() {
+        Ok(_) => Ok(true),
+        // macOS, of a peer that has come and gone.
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(false),
+        Err(e) => Err(e),
+    }
+}
