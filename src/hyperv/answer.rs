@@ -1,6 +1,6 @@
 //! What `list.ps1` says.
 
-use super::Machine;
+use super::machine::Machine;
 use crate::address::{VmId, parse_guid};
 
 /// Why there is no list, as far as the script knows.

@@ -85,8 +85,12 @@ pub fn unregister(id: ServiceId) -> Result<Service> {
 /// # Errors
 /// `Unsupported` on systems other than Windows; what the registry says.
 pub fn list() -> Result<Vec<Service>> {
-    let mut services = registry::list()
+    let found = registry::list()
         .map_err(|e| Error::new(Operation::List, "Hyper-V's registered services", e))?;
+    let mut services: Vec<Service> = found
+        .into_iter()
+        .map(|(id, name)| Service { id, name })
+        .collect();
     services.sort_by_key(|service| service.id.0);
     Ok(services)
 }

@@ -2,7 +2,6 @@
 
 use std::io;
 
-use super::Service;
 use crate::address::ServiceId;
 
 fn none<T>() -> io::Result<T> {
@@ -22,6 +21,6 @@ pub(super) fn remove(_: ServiceId) -> io::Result<()> {
     none()
 }
 
-pub(super) fn list() -> io::Result<Vec<Service>> {
+pub(super) fn list() -> io::Result<Vec<(ServiceId, String)>> {
     none()
 }

@@ -5,7 +5,6 @@ use std::io;
 use winreg::enums::{DELETE, KEY_READ, KEY_WOW64_64KEY, KEY_WRITE};
 use winreg::{HKLM, RegKey};
 
-use super::Service;
 use crate::address::{ServiceId, parse_guid};
 
 const SERVICES: &str =
@@ -47,7 +46,8 @@ pub(super) fn remove(id: ServiceId) -> io::Result<()> {
         .delete_subkey_all(id.0.to_string())
 }
 
-pub(super) fn list() -> io::Result<Vec<Service>> {
+/// The services, each with its name.
+pub(super) fn list() -> io::Result<Vec<(ServiceId, String)>> {
     let services = match HKLM.open_subkey_with_flags(SERVICES, READ) {
         // Hyper-V was never there.
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -64,7 +64,7 @@ pub(super) fn list() -> io::Result<Vec<Service>> {
             .open_subkey_with_flags(&key, READ)
             .and_then(|key| name_in(&key));
         match name {
-            Ok(name) => found.push(Service { id, name }),
+            Ok(name) => found.push((id, name)),
             // It was taken out just now.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(e),

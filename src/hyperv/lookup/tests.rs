@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::answer::{Why, parse};
 use super::*;
+use crate::hyperv::answer::{Why, parse};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -185,7 +185,7 @@ const FAKE: &str = "HVSOCK_FAKE_POWERSHELL";
 /// This test program again, in the place of PowerShell: prints what it is told to.
 fn fake(print: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "hyperv::tests::stand_in", "--nocapture"]);
+    command.args(["--exact", "hyperv::lookup::tests::stand_in", "--nocapture"]);
     command.env(FAKE, print);
     command
 }

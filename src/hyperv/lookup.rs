@@ -1,0 +1,186 @@
+//! Asks Hyper-V for its VMs, and finds one by its name.
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::address::VmId;
+use crate::error::{Error, Operation, Result};
+
+#[cfg(any(windows, test))]
+use super::answer;
+use super::machine::Machine;
+#[cfg(any(windows, test))]
+use super::powershell;
+
+/// The VMs of this host, by name. A PowerShell is started to ask for them.
+///
+/// # Errors
+/// `PermissionDenied` for a user who may not ask Hyper-V; `Unsupported` if Hyper-V's PowerShell module or PowerShell
+/// isn't there, or on systems other than Windows; `TimedOut` if there is no answer within 30 s; `InvalidData` if it isn't
+/// understood.
+pub fn list() -> Result<Vec<Machine>> {
+    ask().map_err(|failed| failed.doing(Operation::List, "Hyper-V's VMs"))
+}
+
+/// The id of the VM that a person calls `name`: the one of exactly this name, else the one whose name differs from it by
+/// small and capital letters alone.
+///
+/// If the name stands in a list that is less than a minute old, that will do: who dials often doesn't ask as often.
+///
+/// # Errors
+/// `NotFound` if there is none; `InvalidInput` if there are several; as [`list`].
+pub fn find(name: &str) -> Result<VmId> {
+    static KNOWN: Known = Known(Mutex::new(None));
+    KNOWN
+        .find(name, ask)
+        .map_err(|failed| failed.doing(Operation::Find, &format!("VM {name:?}")))
+}
+
+/// The last list, and when it came.
+struct Known(Mutex<Option<(Instant, Vec<Machine>)>>);
+
+const KNOWN_FOR: Duration = Duration::from_secs(60);
+
+impl Known {
+    fn find(
+        &self,
+        name: &str,
+        ask: impl FnOnce() -> std::result::Result<Vec<Machine>, Failed>,
+    ) -> std::result::Result<VmId, Failed> {
+        let begun = Instant::now();
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, machines)) = &*known {
+            let found = find_in(machines, name);
+            // What has come while we waited for another's answer is news for us, too.
+            if *at >= begun || found.is_ok() && at.elapsed() < KNOWN_FOR {
+                return found;
+            }
+        }
+        let (_, machines) = known.insert((Instant::now(), ask()?));
+        find_in(machines, name)
+    }
+}
+
+/// Why there is no list, or no such VM in it, and what can be done; nothing, if that is empty.
+#[derive(Debug)]
+struct Failed {
+    cause: io::Error,
+    remedy: &'static str,
+}
+
+impl Failed {
+    fn new(kind: io::ErrorKind, why: impl Into<String>, remedy: &'static str) -> Failed {
+        let cause = io::Error::new(kind, why.into());
+        Failed { cause, remedy }
+    }
+
+    fn doing(self, operation: Operation, subject: &str) -> Error {
+        let error = Error::new(operation, subject, self.cause);
+        match (self.remedy, operation) {
+            ("", _) => error,
+            (BY_ID, _) | (_, Operation::List) => error.with_remedy(self.remedy),
+            (remedy, _) => error.with_remedy(format!("{remedy}, or {BY_ID}")),
+        }
+    }
+}
+
+const BY_ID: &str = "name the VM by its id, which (Get-VM NAME).Id prints";
+
+fn find_in(machines: &[Machine], name: &str) -> std::result::Result<VmId, Failed> {
+    let lower = name.to_lowercase();
+    let exact: Vec<&Machine> = machines.iter().filter(|vm| vm.name == name).collect();
+    let named = match exact.is_empty() {
+        true => machines
+            .iter()
+            .filter(|vm| vm.name.to_lowercase() == lower)
+            .collect(),
+        false => exact,
+    };
+    match &named[..] {
+        [one] => Ok(one.id),
+        [] => {
+            let names: Vec<String> = machines.iter().map(|vm| format!("{:?}", vm.name)).collect();
+            let why = match names.is_empty() {
+                true => "Hyper-V has no VM".to_owned(),
+                false => format!("no VM has this name; there are {}", names.join(", ")),
+            };
+            Err(Failed::new(io::ErrorKind::NotFound, why, ""))
+        }
+        several => {
+            let ids: Vec<String> = several.iter().map(|vm| vm.id.0.to_string()).collect();
+            let why = format!("several VMs have this name: {}", ids.join(", "));
+            Err(Failed::new(io::ErrorKind::InvalidInput, why, BY_ID))
+        }
+    }
+}
+
+/// Prints the VMs. Microsoft documents no other way to their names that is as stable.
+#[cfg(any(windows, test))]
+const SCRIPT: &str = include_str!("list.ps1");
+
+#[cfg(windows)]
+fn ask() -> std::result::Result<Vec<Machine>, Failed> {
+    /// A PowerShell and Hyper-V's module have to be loaded first.
+    const ANSWER: Duration = Duration::from_secs(30);
+    ask_within(powershell::powershell(SCRIPT), ANSWER)
+}
+
+#[cfg(not(windows))]
+fn ask() -> std::result::Result<Vec<Machine>, Failed> {
+    let why = "Hyper-V is on Windows only";
+    Err(Failed::new(io::ErrorKind::Unsupported, why, ""))
+}
+
+#[cfg(any(windows, test))]
+fn ask_within(
+    command: std::process::Command,
+    timeout: Duration,
+) -> std::result::Result<Vec<Machine>, Failed> {
+    use answer::{Why, one_line};
+    use io::ErrorKind::{InvalidData, NotFound, Other, PermissionDenied, TimedOut, Unsupported};
+    let printed = powershell::run(command, timeout).map_err(|e| {
+        // "Not found" would be a VM, which may come.
+        let kind = match e.kind() {
+            NotFound => Unsupported,
+            kind => kind,
+        };
+        let remedy = match kind {
+            TimedOut => "see whether Hyper-V's service, vmms, is well",
+            _ => "see whether Windows PowerShell starts",
+        };
+        Failed::new(kind, format!("PowerShell can't be asked: {e}"), remedy)
+    })?;
+    let mut machines = answer::parse(&printed.out).map_err(|why| match why {
+        Some((Why::Denied, message)) => Failed::new(
+            PermissionDenied,
+            one_line(&message),
+            "run as Administrator, or as a member of the group Hyper-V Administrators",
+        ),
+        Some((Why::Module, message)) => Failed::new(
+            Unsupported,
+            format!(
+                "Hyper-V's PowerShell module can't be loaded: {}",
+                one_line(&message)
+            ),
+            "turn Hyper-V and its management tools on",
+        ),
+        Some((Why::Other, message)) => Failed::new(
+            Other,
+            one_line(&message),
+            "see what Get-VM says in PowerShell",
+        ),
+        None => {
+            let why = match one_line(&printed.complaint).as_str() {
+                "" => "PowerShell has not run our script to its end".to_owned(),
+                complaint => format!("PowerShell has failed: {complaint}"),
+            };
+            Failed::new(InvalidData, why, "see what Get-VM says in PowerShell")
+        }
+    })?;
+    machines.sort_by(|a, b| (&a.name, a.id.0).cmp(&(&b.name, b.id.0)));
+    Ok(machines)
+}
