@@ -1,5 +1,8 @@
 //! Bytes under way in one direction, up to a limit.
 
+/// What is set as the buffer of a socket pair towards a guest program.
+pub(super) const PAIR_BUFFER: usize = 32 * 1024;
+
 #[derive(Debug)]
 pub(super) struct Buffer {
     data: Vec<u8>,

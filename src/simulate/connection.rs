@@ -1,8 +1,9 @@
 //! One slot of the device: a host socket, a guest program, and what is under way between them.
 
 use super::afterlife::has_unread;
-use super::buffer::Buffer;
-use super::guest::{Builtin, GuestSocket, Life};
+use super::buffer::{Buffer, PAIR_BUFFER};
+use super::guest::{Builtin, GuestSocket};
+use super::http::Life;
 use crate::sys::KERNEL_EDGES;
 use mio::event::Event;
 use mio::net::UnixStream;
@@ -20,9 +21,6 @@ const TO_HOST: usize = 128 * 1024;
 /// comes to about hyperkit's 327,680 bytes: on Linux 212,992 by default, on macOS 131,072 where the
 /// client has set as much as hyperkit does.
 const TO_GUEST: usize = if cfg!(target_os = "linux") { 96 } else { 192 } * 1024;
-
-/// What is set as the buffer of a socket pair towards a guest program.
-pub(super) const PAIR_BUFFER: usize = 32 * 1024;
 
 /// As [`TO_GUEST`] where that buffer comes on top, which Linux doubles.
 pub(super) const TO_PAIR: usize =

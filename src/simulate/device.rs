@@ -2,12 +2,13 @@
 
 use super::afterlife::Afterlife;
 use super::connection::{CHUNK, Connection, Guest, Turn};
+use super::counters::Counters;
 use super::dial::{Dialling, Door, LOOK_AGAIN};
 use super::directory::Listeners;
 use super::guest::GuestSocket;
+use super::plan::{Plan, Shared};
 use super::rules::{Fate, FateKind, Ring, Rule};
 use super::slots::{Key, MAX_SLOTS, Slots, Subject};
-use super::{Counters, Plan, Shared};
 use mio::event::Event;
 use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Waker};

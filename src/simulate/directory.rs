@@ -1,6 +1,6 @@
 //! The state directory: hyperkit's sockets and files.
 
-use super::Plan;
+use super::plan::Plan;
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
 use crate::sys;

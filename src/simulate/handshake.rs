@@ -1,10 +1,11 @@
 //! How connections come about: the accept, the line, the guest's answer, and the guest's own dials.
 
+use super::chargen::Chargen;
 use super::connection::{Connection, Guest, Origin, TO_PAIR};
 use super::device::Device;
 use super::dial::Dialling;
 use super::directory::{scan_line, socket_path};
-use super::guest::{Builtin, Chargen, GuestSocket, Service};
+use super::guest::{Builtin, GuestSocket, Service};
 use super::http::Http;
 use super::rules::{Ring, Rule, UNANSWERED_LIMIT};
 use super::slots::{Key, Subject};

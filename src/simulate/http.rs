@@ -1,13 +1,22 @@
 //! The guest's web server: small, honest HTTP/1.1.
 
 use super::buffer::Buffer;
-use super::guest::{Chargen, Life};
+use super::chargen::Chargen;
 
 /// The longest request head it takes.
 const HEAD_LIMIT: usize = 16 * 1024;
 
 /// Room that an answer needs at most: it repeats the path.
 const ANSWER_LIMIT: usize = HEAD_LIMIT + 1024;
+
+/// How far a program in the guest has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    Running,
+    /// Sends no more, and still reads.
+    SentAll,
+    Closed,
+}
 
 /// One connection to the guest's web server.
 ///

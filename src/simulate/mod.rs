@@ -16,6 +16,7 @@
 
 mod afterlife;
 mod buffer;
+mod chargen;
 mod connection;
 mod counters;
 mod device;
@@ -25,6 +26,7 @@ mod guest;
 mod handshake;
 mod http;
 pub(crate) mod judge;
+mod plan;
 pub(crate) mod rules;
 mod slots;
 
@@ -37,12 +39,13 @@ use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
 use crate::time::after;
 use device::{Command, Device};
+use plan::{Plan, Shared};
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -51,23 +54,6 @@ const OWN_DESCRIPTORS: usize = 11;
 
 /// hyperkit's `VTSOCK_MAXFWDS`.
 const MAX_FORWARDS: usize = 4;
-
-/// What a VM is to be.
-#[derive(Clone, Debug)]
-struct Plan {
-    directory: PathBuf,
-    name: String,
-    cid: u32,
-    connect_name: String,
-    prefix: String,
-    forwards: Vec<u32>,
-    services: HashMap<u32, Service>,
-    slots: usize,
-    descriptors: Option<usize>,
-    loses_clients: bool,
-    backlog: i32,
-    lenient: bool,
-}
 
 /// A VM to be started.
 #[derive(Clone, Debug)]
@@ -191,19 +177,6 @@ impl Builder {
             waker,
             thread: Some(thread),
         })
-    }
-}
-
-/// What the device tells its [`Vm`].
-#[derive(Debug, Default)]
-struct Shared {
-    state: Mutex<(Counters, Option<Fate>)>,
-    changed: Condvar,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, (Counters, Option<Fate>)> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

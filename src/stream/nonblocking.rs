@@ -10,6 +10,8 @@ use socket2::SockRef;
 
 use super::blocking;
 use super::endpoint::{Endpoint, is_connected};
+#[cfg(windows)]
+use super::inner::Inner;
 use super::local::Local;
 use crate::address::Address;
 use crate::engine::relay::Socket;

@@ -1,0 +1,38 @@
+//! What a VM is to be, and what its device tells of it.
+
+use super::counters::Counters;
+use super::guest::Service;
+use super::rules::Fate;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// What a VM is to be.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) directory: PathBuf,
+    pub(super) name: String,
+    pub(super) cid: u32,
+    pub(super) connect_name: String,
+    pub(super) prefix: String,
+    pub(super) forwards: Vec<u32>,
+    pub(super) services: HashMap<u32, Service>,
+    pub(super) slots: usize,
+    pub(super) descriptors: Option<usize>,
+    pub(super) loses_clients: bool,
+    pub(super) backlog: i32,
+    pub(super) lenient: bool,
+}
+
+/// What the device tells its [`Vm`](super::Vm).
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    pub(super) state: Mutex<(Counters, Option<Fate>)>,
+    pub(super) changed: Condvar,
+}
+
+impl Shared {
+    pub(super) fn lock(&self) -> MutexGuard<'_, (Counters, Option<Fate>)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
