@@ -1,5 +1,6 @@
 //! Standard input and output over a connection of any family.
 
+mod event;
 mod session;
 
 use std::io;
@@ -15,6 +16,8 @@ use crate::stream::Stream;
 use crate::sys::Wanted;
 use crate::time::after;
 
+use event::Event;
+pub(crate) use event::{Failure, Outcome};
 use session::{Input, Session};
 
 /// What `cat` is to do.
@@ -28,32 +31,6 @@ pub(crate) struct Plan {
     pub(crate) drain: Duration,
     /// One client is served after the other.
     pub(crate) keeps: bool,
-}
-
-/// Why a connection didn't do all that it was to do.
-#[derive(Debug)]
-pub(crate) enum Failure {
-    Failed(String),
-    /// Standard output's reader has gone: it knows best why.
-    OutputClosed,
-    Interrupted,
-}
-
-impl From<crate::Error> for Failure {
-    fn from(error: crate::Error) -> Failure {
-        Failure::Failed(error.to_string())
-    }
-}
-
-pub(crate) type Outcome = Result<(), Failure>;
-
-/// Something that a session has to know of.
-#[derive(Debug)]
-enum Event {
-    /// A signal asks for the end.
-    Interrupt,
-    /// From the threads of a session, by its number.
-    Session(u64, session::Event),
 }
 
 /// One standard input and output, and the connections that have them one after the other.

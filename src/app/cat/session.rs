@@ -18,7 +18,7 @@ use crate::dial;
 use crate::stream::Stream;
 use crate::sys;
 
-use super::{Failure, Outcome};
+use super::event::{Event, Failure, Outcome, SessionEvent};
 
 const BUFFER: usize = 128 * 1024;
 
@@ -31,22 +31,6 @@ const HOLD: Duration = Duration::from_millis(10);
 
 /// A wait at the end is told of if it is longer.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// What a thread of a session has to tell.
-#[derive(Debug)]
-pub(super) enum Event {
-    /// All of standard input was sent, and the half-close if the peer can bear it.
-    InputEnded,
-    /// Standard input can't be read.
-    InputFailed(io::Error),
-    /// The peer takes no more.
-    SendFailed(io::Error),
-    /// The peer's EOF, after so many bytes.
-    PeerEnded(u64),
-    /// Nothing more can be read, after so many bytes.
-    ReceiveFailed(u64, io::Error),
-    OutputFailed(io::Error),
-}
 
 /// What is read from standard input: bytes, or none at its end.
 type Chunk = io::Result<Vec<u8>>;
@@ -134,8 +118,8 @@ pub(super) struct Session<'a> {
     /// Another session may follow.
     pub(super) keeps: bool,
     pub(super) input: &'a Input,
-    pub(super) events: &'a Receiver<super::Event>,
-    pub(super) tell: &'a Sender<super::Event>,
+    pub(super) events: &'a Receiver<Event>,
+    pub(super) tell: &'a Sender<Event>,
 }
 
 /// What the threads of a session have in common.
@@ -183,12 +167,16 @@ impl Session<'_> {
         }
     }
 
-    fn spawn(&self, shared: &Shared, work: impl FnOnce(&Shared, &dyn Fn(Event)) + Send + 'static) {
+    fn spawn(
+        &self,
+        shared: &Shared,
+        work: impl FnOnce(&Shared, &dyn Fn(SessionEvent)) + Send + 'static,
+    ) {
         let (number, shared, tell) = (self.number, shared.clone(), self.tell.clone());
         thread::spawn(move || {
             work(&shared, &|event| {
                 // A session that is over doesn't listen any more.
-                let _ = tell.send(super::Event::Session(number, event));
+                let _ = tell.send(Event::Session(number, event));
             });
         });
     }
@@ -214,9 +202,9 @@ impl Session<'_> {
                 false => IDLE,
             };
             let event = match self.events.recv_timeout(wait) {
-                Ok(super::Event::Session(number, event)) if number == self.number => event,
-                Ok(super::Event::Session(..)) => continue,
-                Ok(super::Event::Interrupt) => return Err(Failure::Interrupted),
+                Ok(Event::Session(number, event)) if number == self.number => event,
+                Ok(Event::Session(..)) => continue,
+                Ok(Event::Interrupt) => return Err(Failure::Interrupted),
                 // Only now: a failure that is on its way comes first.
                 Err(RecvTimeoutError::Timeout) if *peer_ended && self.nobody_is_left() => {
                     return Ok(());
@@ -238,32 +226,32 @@ impl Session<'_> {
                 Err(RecvTimeoutError::Disconnected) => return Err(Failure::Interrupted),
             };
             match event {
-                Event::InputEnded => sent = Some(Ok(())),
-                Event::SendFailed(e) => sent = Some(Err(e)),
-                Event::PeerEnded(count) => {
+                SessionEvent::InputEnded => sent = Some(Ok(())),
+                SessionEvent::SendFailed(e) => sent = Some(Err(e)),
+                SessionEvent::PeerEnded(count) => {
                     *peer_ended = true;
                     let half_closed = shared.half_closed.load(Ordering::Relaxed);
                     if count == 0 && address.refuses_in_silence() && !half_closed {
                         return Err(dial::refused_in_silence(address).into());
                     }
                 }
-                Event::ReceiveFailed(0, _) if address.refuses_in_silence() => {
+                SessionEvent::ReceiveFailed(0, _) if address.refuses_in_silence() => {
                     *peer_ended = true;
                     return Err(dial::refused_in_silence(address).into());
                 }
-                Event::ReceiveFailed(_, e) => {
+                SessionEvent::ReceiveFailed(_, e) => {
                     *peer_ended = true;
                     let why = format!("the connection to {address} broke: {e}");
                     return Err(Failure::Failed(why));
                 }
-                Event::InputFailed(e) => {
+                SessionEvent::InputFailed(e) => {
                     let why = format!("cannot read standard input: {e}");
                     return Err(Failure::Failed(why));
                 }
-                Event::OutputFailed(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                SessionEvent::OutputFailed(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                     return Err(Failure::OutputClosed);
                 }
-                Event::OutputFailed(e) => {
+                SessionEvent::OutputFailed(e) => {
                     let why = format!("cannot write to standard output: {e}");
                     return Err(Failure::Failed(why));
                 }
@@ -292,19 +280,19 @@ impl Session<'_> {
                     "giving {address} {seconds} s to end the connection, as its VM needs it; a signal cuts that short"
                 );
             }
-            let interrupted = |event| matches!(event, super::Event::Interrupt);
+            let interrupted = |event| matches!(event, Event::Interrupt);
             !self.events.try_iter().any(interrupted)
         });
     }
 }
 
 /// Carries what comes to standard output; when that can't be, discards it until the session is over.
-fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
+fn receive(shared: &Shared, tell: &dyn Fn(SessionEvent)) {
     let mut stream = &*shared.stream;
     let mut output = match sys::standard_output() {
         Ok(output) => Some(output),
         Err(e) => {
-            tell(Event::OutputFailed(e));
+            tell(SessionEvent::OutputFailed(e));
             None
         }
     };
@@ -312,10 +300,10 @@ fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
     let mut total = 0;
     loop {
         let n = match stream.read(&mut buffer) {
-            Ok(0) => return tell(Event::PeerEnded(total)),
+            Ok(0) => return tell(SessionEvent::PeerEnded(total)),
             Ok(n) => n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) => return tell(Event::ReceiveFailed(total, e)),
+            Err(e) => return tell(SessionEvent::ReceiveFailed(total, e)),
         };
         total += n as u64;
         shared.received.store(total, Ordering::Relaxed);
@@ -325,7 +313,7 @@ fn receive(shared: &Shared, tell: &dyn Fn(Event)) {
         if let Some(to) = &mut output
             && let Err(e) = to.write_all(&buffer[..n])
         {
-            tell(Event::OutputFailed(e));
+            tell(SessionEvent::OutputFailed(e));
             output = None;
         }
     }
@@ -336,7 +324,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Carries standard input to the peer, and half-closes at its end.
-fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn Fn(Event)) {
+fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn Fn(SessionEvent)) {
     let mut stream = &*shared.stream;
     loop {
         let next = lock(chunks).next(&shared.over);
@@ -349,10 +337,10 @@ fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn 
             Ok(chunk) if chunk.is_empty() => break,
             Ok(chunk) => {
                 if let Err(e) = stream.write_all(&chunk) {
-                    return tell(Event::SendFailed(e));
+                    return tell(SessionEvent::SendFailed(e));
                 }
             }
-            Err(e) => return tell(Event::InputFailed(e)),
+            Err(e) => return tell(SessionEvent::InputFailed(e)),
         }
     }
     let address = stream.address();
@@ -364,5 +352,5 @@ fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn 
         // A peer that has gone needs none.
         let _ = stream.shutdown(Shutdown::Write);
     }
-    tell(Event::InputEnded);
+    tell(SessionEvent::InputEnded);
 }

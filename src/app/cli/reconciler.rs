@@ -11,10 +11,7 @@ use crate::address::{Address, HyperkitAddress};
 use crate::app::config::{Existing, Step, plan};
 use crate::proxy::{ForwardId, Handle, Rule};
 
-use super::summary::{Failed, Retried, Summary};
-
-/// How often it is tried again to listen where that could not be done.
-pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
+use super::summary::{Failed, Retried, Summary, TRY_AGAIN};
 
 /// What makes a proxy that runs carry what is wanted. Forwards that were added by hand are left alone.
 #[derive(Debug)]

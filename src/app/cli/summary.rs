@@ -1,8 +1,10 @@
 //! What has become of what a file asks for, as people and programs are told.
 
 use std::fmt;
+use std::time::Duration;
 
-use super::reconciler::TRY_AGAIN;
+/// How often it is tried again to listen where that could not be done.
+pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
 
 /// What became of the forwards when the file was read again, by their names. Prints as how many they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::{Check, Plan};
+use super::check::{Check, Plan};
 use crate::address::{HyperkitAddress, PORT_ANY, Port, is_guest_cid};
 use crate::error::Result;
 use crate::file;

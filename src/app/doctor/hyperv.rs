@@ -1,6 +1,6 @@
 //! A VM of Hyper-V.
 
-use super::{Check, Plan};
+use super::check::{Check, Plan};
 use crate::address::{Port, ServiceId, VmId};
 use crate::hyperv::{self, Machine};
 use crate::services;

@@ -1,6 +1,6 @@
 //! This system, whatever the VM.
 
-use super::Check;
+use super::check::Check;
 use crate::proxy::{Limits, ProcessDescriptors};
 use crate::sys;
 
