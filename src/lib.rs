@@ -4,7 +4,7 @@
 //! # A request to a guest
 //!
 //! ```
-//! # #[cfg(unix)] {
+//! # #[cfg(all(unix, feature = "simulate"))] {
 //! use hvsock::simulate::{Service, Vm};
 //! use hvsock::address::HyperkitAddress;
 //! use hvsock::{Address, Proxy, ProxyConfig, Rule, Stream};
@@ -47,10 +47,11 @@
 //! | [`framing`] | half-close for peers that have none |
 //! | [`mio`] | the same sockets for an event loop of mio's |
 //! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio |
-//! | `simulate` (Unix) | a stand-in VM for tests |
+//! | `simulate` (Unix; feature `simulate`) | a stand-in VM for tests |
 //!
 //! The library installs no signal handler, prints nothing, and logs through [`tracing`] only. The feature `cli`, on by
-//! default, is the command: `default-features = false` leaves it and its dependencies out.
+//! default, is the command, which has the feature `simulate` with it: `default-features = false` leaves both out, and the
+//! dependencies of the command.
 //!
 //! # Coming from ocaml-hvsock
 //!
@@ -86,7 +87,7 @@ mod mux;
 mod name;
 pub mod proxy;
 pub mod services;
-#[cfg(unix)]
+#[cfg(all(unix, any(feature = "simulate", test)))]
 pub mod simulate;
 mod stream;
 mod sys;

@@ -6,7 +6,7 @@
 //! half-close, and read on until then.
 //!
 //! ```
-//! # #[cfg(unix)] {
+//! # #[cfg(all(unix, feature = "simulate"))] {
 //! use hvsock::address::HyperkitAddress;
 //! use mio::{Events, Interest, Poll, Token};
 //! use std::io::{self, Read, Write};

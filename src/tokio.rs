@@ -6,6 +6,7 @@
 //! ```
 //! # #[tokio::main]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # #[cfg(feature = "simulate")] {
 //! use hvsock::address::HyperkitAddress;
 //! use tokio::io::{AsyncReadExt, AsyncWriteExt};
 //! # use hvsock::simulate::{Service, Vm};
@@ -19,6 +20,7 @@
 //! let mut answer = Vec::new();
 //! stream.read_to_end(&mut answer).await?;
 //! assert!(answer.starts_with(b"HTTP/1."));
+//! # }
 //! # Ok(())
 //! # }
 //! ```

@@ -1,6 +1,6 @@
 //! `hvsock cat`: standard input and output over any address.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

@@ -1,6 +1,6 @@
 //! The command as a user has it: the real binary, its words, its files, its signals, its exit codes.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

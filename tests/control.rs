@@ -1,6 +1,6 @@
 //! The control socket of a real hvsock: every call over raw HTTP, the commands that use it, and who is kept out of it.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

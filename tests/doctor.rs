@@ -1,6 +1,6 @@
 //! `hvsock doctor`, in front of a good VM and of every broken one; none is hurt by it.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

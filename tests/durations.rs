@@ -1,6 +1,6 @@
 //! Every call that takes a time takes `Duration::MAX`: "as long as it takes", and the shortest.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

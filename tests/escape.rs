@@ -1,6 +1,6 @@
 //! Files and directories with names that would move a terminal or fake a line: whatever is said of
 //! them is shown.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

@@ -1,6 +1,6 @@
 //! The sockets of one family alone.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used)]
 
 mod common;

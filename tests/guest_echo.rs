@@ -1,5 +1,5 @@
 //! A host's port that a guest dials: an echo server of mio's, written against the docs alone.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used)]
 use hvsock::{address::HyperkitAddress, mio as hv, simulate::Vm};
 use mio::{Events, Interest, Poll, Token};

@@ -1,5 +1,5 @@
 //! A guest's web server asked in HTTP/1.1 by hand, blocking, written against the docs alone.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used)]
 use hvsock::simulate::{Service, Vm};
 use hvsock::{Stream, address::HyperkitAddress};

@@ -1,5 +1,5 @@
 //! A host's port that a guest dials: a web server of hyper's, written against the docs alone.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 use http_body_util::{BodyExt, Full};
 use hvsock::{address::HyperkitAddress, simulate::Vm, tokio::Listener};
 use hyper::body::{Bytes, Incoming};

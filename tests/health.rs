@@ -1,6 +1,6 @@
 //! What is told of a VM whose guest is silent: when it was last heard from, and no more than is
 //! known.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

@@ -1,6 +1,6 @@
 //! What a proxy that runs for months sees: VMs that go and come back, connections on which nothing moves.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

@@ -1,5 +1,5 @@
 //! What the command says, to readers that read nothing, have gone or refuse: no client notices.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

@@ -1,7 +1,7 @@
 //! Whatever happens outside the sockets (a log, a file, a name, a clock that jumps, a listener that is shut down), traffic
 //! flows.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

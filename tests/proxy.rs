@@ -1,6 +1,6 @@
 //! The proxy in this process, in front of the stand-in VM with all its frailties on.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

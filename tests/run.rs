@@ -1,6 +1,6 @@
 //! `hvsock run` and `check`: the real binary, its file, and what a changed file does to those who are connected.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

@@ -1,5 +1,5 @@
 //! The command under a service manager: sockets that are passed, and what the manager is told.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

@@ -1,6 +1,6 @@
 //! The places of one VM among its forwards: a noisy one can't lock the others out, and who waits, waits in the backlog.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

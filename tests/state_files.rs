@@ -1,6 +1,6 @@
 //! What the files of a state directory may turn out to be: whatever it is, nothing waits for it, and it is said.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

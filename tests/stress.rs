@@ -1,6 +1,6 @@
 //! `hvsock stress`: what it counts, and what it must not overlook.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "common/command.rs"]

@@ -1,6 +1,6 @@
 //! The sockets under tokio: hyper on both ends of a VM's ports.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

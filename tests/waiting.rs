@@ -1,6 +1,6 @@
 //! Clients that are held while their target isn't there yet.
 
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

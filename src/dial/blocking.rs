@@ -33,7 +33,7 @@ impl Stream {
     /// [`connect_timeout`](Stream::connect_timeout).
     ///
     /// ```
-    /// # #[cfg(unix)] {
+    /// # #[cfg(all(unix, feature = "simulate"))] {
     /// use hvsock::address::HyperkitAddress;
     /// use std::io::{Read, Write};
     /// # use hvsock::simulate::{Service, Vm};

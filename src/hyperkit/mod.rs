@@ -3,7 +3,7 @@
 //! Source of every name and number here: hyperkit's `src/lib/pci_virtio_sock.c`.
 //!
 //! ```
-//! # #[cfg(unix)] {
+//! # #[cfg(all(unix, feature = "simulate"))] {
 //! use hvsock::address::HyperkitAddress;
 //! use hvsock::hyperkit::{Listener, Stream};
 //! use std::io::{Read, Write};

@@ -3,7 +3,7 @@
 //!
 //! `HVSOCK_MONTH` is how many seconds it lasts, `HVSOCK_MONTH_RESTART` how many lie between two restarts of the VM,
 //! `HVSOCK_SEED` repeats a run's choices. The long run: `scripts/month`.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../soak/child.rs"]

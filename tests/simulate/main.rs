@@ -1,5 +1,5 @@
 //! The stand-in VM, driven through its sockets as a host's programs would.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod device;

@@ -3,7 +3,7 @@
 //! `HVSOCK_SOAK` is the number of clients (1,500 if not said), `HVSOCK_SEED` repeats a run. The long run: `scripts/soak`.
 //! With `HVSOCK_SOAK_DISTURB` (Linux) a listener is shut down from outside each time so many milliseconds have gone by,
 //! nobody reads the log, and the VM's files are FIFOs and worse: `scripts/disturb`.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod child;
