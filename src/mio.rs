@@ -43,14 +43,14 @@ use std::net::Shutdown;
 use ::mio::event::Source;
 use ::mio::{Interest, Registry, Token};
 
-use crate::address::Address;
+use crate::address::{Address, Waiter};
 use crate::dial::explain;
 use crate::engine::relay::Socket;
 use crate::error::{Error, Operation, Result};
 use crate::listener::{DEFAULT_MODE, nonblocking as listener};
 use crate::mux::Handshake;
 use crate::name::SocketName;
-use crate::stream::endpoint::{Target, Waiter, not_carried};
+use crate::stream::endpoint::{Target, not_carried};
 use crate::stream::nonblocking;
 
 /// A non-blocking stream of any family but AF_HYPERV, for whose sockets no poller can wait.

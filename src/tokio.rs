@@ -91,7 +91,7 @@ const LEAVE: Duration = Duration::from_secs(60);
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.ended || !self.address.is_delicate() {
+        if self.ended || !self.address.transport().needs_graceful_close {
             return;
         }
         let address = self.address.clone();

@@ -19,17 +19,16 @@ pub(crate) mod hyperkit;
 mod npipe;
 mod port;
 #[cfg(test)]
-mod properties;
+mod proptests;
 mod tcp;
 #[cfg(test)]
 mod tests;
+pub(crate) mod transport;
 mod unix;
 mod uri;
 mod vsock;
 
-use std::borrow::Cow;
 use std::fmt;
-use std::path::Path;
 use std::str::FromStr;
 
 pub use error::{AddressError, Part};
@@ -43,6 +42,7 @@ pub use hyperkit::{HyperkitAddress, HyperkitVm};
 pub use npipe::NpipeAddress;
 pub use port::{Port, PortError};
 pub use tcp::{Host, TcpAddress};
+pub(crate) use transport::{HalfClose, Refusal, Reset, SocketKind, Waiter};
 pub use unix::{UnixAddress, VsockMuxAddress};
 pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, PORT_ANY, VsockAddress};
 
@@ -65,74 +65,12 @@ pub enum Address {
     Tcp(TcpAddress),
 }
 
-/// Every scheme with a right address of it.
-const SCHEMES: [(&str, &str); 7] = [
-    ("hyperkit", "hyperkit://:80/path/to/state"),
-    ("vsock", "vsock://3:1024"),
-    ("hvsock", "hvsock://parent/1024"),
-    ("vsock-mux", "vsock-mux://:1024/run/vm.sock"),
-    ("unix", "unix:///run/service.sock"),
-    ("npipe", "npipe:////./pipe/docker_engine"),
-    ("tcp", TCP_EXAMPLE),
-];
-
 const TCP_EXAMPLE: &str = "tcp://127.0.0.1:8080";
 
 impl Address {
     /// The scheme that stands before `:` in the printed address.
     pub fn scheme(&self) -> &'static str {
-        match self {
-            Address::Hyperkit(_) => "hyperkit",
-            Address::Vsock(_) => "vsock",
-            Address::Hvsock(_) => "hvsock",
-            Address::VsockMux(_) => "vsock-mux",
-            Address::Unix(_) => "unix",
-            Address::Npipe(_) => "npipe",
-            Address::Tcp(_) => "tcp",
-        }
-    }
-
-    /// Whether a VMM stands there that can hang or die when a connection is closed that wasn't half-closed and read to
-    /// its end.
-    pub(crate) fn is_delicate(&self) -> bool {
-        matches!(self, Address::Hyperkit(_) | Address::VsockMux(_))
-    }
-
-    /// Whether who listens there has a file by which it is found.
-    pub(crate) fn has_file(&self) -> bool {
-        matches!(
-            self,
-            Address::Hyperkit(_) | Address::VsockMux(_) | Address::Unix(UnixAddress::Path(_))
-        )
-    }
-
-    /// Returns the file of the Unix socket that is made to listen on it; `None` if there is none.
-    pub(crate) fn listen_path(&self) -> Option<Cow<'_, Path>> {
-        match self {
-            Address::Unix(UnixAddress::Path(path)) => Some(path.into()),
-            Address::Hyperkit(hyperkit) => Some(hyperkit.vm.listen_path(hyperkit.port).into()),
-            Address::VsockMux(mux) => Some(mux.listen_path().into()),
-            _ => None,
-        }
-    }
-
-    /// Whether the peer speaks in frames.
-    pub(crate) fn is_framed(&self) -> bool {
-        match self {
-            Address::Vsock(vsock) => vsock.framing,
-            Address::Hvsock(hvsock) => hvsock.framing,
-            _ => false,
-        }
-    }
-
-    /// Whether an EOF before the first byte is how a refusal looks.
-    pub(crate) fn refuses_in_silence(&self) -> bool {
-        matches!(self, Address::Hyperkit(_))
-    }
-
-    /// Whether a half-close of ours makes the VMM end the guest's direction as well.
-    pub(crate) fn takes_half_close_for_the_end(&self) -> bool {
-        matches!(self, Address::VsockMux(mux) if !mux.half_close)
+        self.transport().scheme
     }
 }
 
@@ -191,7 +129,7 @@ fn unknown(input: &str, scheme: &str) -> AddressError {
     if input.is_empty() {
         return AddressError::new(input, Part::Address, "", "is empty", TCP_EXAMPLE);
     }
-    let list = SCHEMES.map(|(scheme, _)| scheme).join(", ");
+    let list = transport::ALL.map(|row| row.scheme).join(", ");
     let missing = format!("is missing (known: {list})");
     let behind = input.rsplit_once(':').map_or(input, |(_, behind)| behind);
     if !input.contains("://") && behind.starts_with(|c: char| c.is_ascii_digit()) {
@@ -215,14 +153,14 @@ fn unknown(input: &str, scheme: &str) -> AddressError {
         return AddressError::new(input, Part::Scheme, "", missing, example);
     }
     let letters = |s: &str| s.replace(|c: char| !c.is_alphanumeric(), "").to_lowercase();
-    let near = SCHEMES
+    let near = transport::ALL
         .iter()
-        .find(|(known, _)| letters(known) == letters(scheme));
+        .find(|row| letters(row.scheme) == letters(scheme));
     AddressError::new(
         input,
         Part::Scheme,
         scheme,
         format!("is unknown (known: {list})"),
-        near.map_or(TCP_EXAMPLE, |(_, example)| example),
+        near.map_or(TCP_EXAMPLE, |row| row.example),
     )
 }

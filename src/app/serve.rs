@@ -105,7 +105,7 @@ pub(crate) fn serve(
     let handle = |number, stream: &Stream, peer| {
         handle(number, stream, peer);
         // Of a guest that is still there: whatever happened, it is not closed before it has ended.
-        if stream.address().is_delicate() {
+        if stream.address().transport().needs_graceful_close {
             take_leave(stream, plan.grace, |_| !stop.is_urgent());
         }
         crowd.lock().remove(&number);

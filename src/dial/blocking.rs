@@ -13,7 +13,7 @@ use crate::stream::{Stream, is_timeout, refuse_zero};
 use crate::sys::Wanted;
 use crate::time::after;
 
-use super::{Begun, Dial, HVSOCK_TIMEOUT, Next, explain};
+use super::{Begun, Dial, Next, explain};
 
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -137,10 +137,8 @@ fn apart<T: Send + 'static>(
 
 /// How much of `timeout` a dial to `address` is given when nobody asked for that very time.
 pub(crate) fn patience(address: &Address, timeout: Duration) -> Duration {
-    match address {
-        Address::Hvsock(_) => timeout.min(HVSOCK_TIMEOUT),
-        _ => timeout,
-    }
+    let longest = address.transport().connect_timeout;
+    longest.map_or(timeout, |longest| timeout.min(longest))
 }
 
 /// Whether this system has such sockets at all, for those to which connecting blocks.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::{HVSOCK_TIMEOUT, explain};
+use super::explain;
 use crate::address::{Address, HvsockAddress, Vm};
 use crate::error::{Operation, Result};
 use crate::hyperv;
@@ -21,13 +21,13 @@ pub(super) fn connect(address: &Address, timeout: Duration) -> Result<Stream> {
         return Err(not_carried(Operation::Connect, address));
     };
     let vm = vm_id(hvsock)?;
+    let attempt = address.transport().connect_timeout.unwrap_or(timeout);
     let deadline = after(Instant::now(), timeout);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let patience = left.min(HVSOCK_TIMEOUT);
-        match sys::hv_connect(vm, hvsock.service.0, patience, hv_options(hvsock)) {
+        match sys::hv_connect(vm, hvsock.service.0, left.min(attempt), hv_options(hvsock)) {
             Ok(socket) => return Ok(Stream::from_connected(socket, address)),
-            Err(e) if e.kind() == io::ErrorKind::TimedOut && left > HVSOCK_TIMEOUT => {}
+            Err(e) if e.kind() == io::ErrorKind::TimedOut && left > attempt => {}
             Err(e) => return Err(explain(address, e)),
         }
     }

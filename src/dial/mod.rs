@@ -23,10 +23,6 @@ pub(crate) use hyperv::{hv_options, vm_id};
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 
-/// How long an AF_HYPERV service is dialled: a connect may wait for ever though its server listens by now, and a VM that
-/// is up answers at once.
-const HVSOCK_TIMEOUT: Duration = Duration::from_secs(1);
-
 /// What is to be done after a failed attempt.
 #[derive(Debug)]
 pub(crate) enum Next {
@@ -251,7 +247,7 @@ pub(crate) fn explain_hvsock(operation: Operation, address: &Address, cause: io:
 }
 
 /// The error of a hyperkit connection that ended before its first byte: all that its device says of a refusal.
-pub(crate) fn refused_in_silence(address: &Address) -> Error {
+pub(crate) fn refused_by_eof(address: &Address) -> Error {
     let why = "the guest ended it without a byte";
     let cause = io::Error::new(io::ErrorKind::ConnectionRefused, why);
     let error = Error::new(Operation::Connect, address, cause);

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::address::Address;
+use crate::address::{Address, SocketKind};
 use crate::engine::relay::{CLIENT, SERVER};
 use crate::error::{Error, Operation};
 use crate::sys;
@@ -79,10 +79,7 @@ impl Reason {
             // A socket's file that nobody listens on any more.
             ConnectionRefused
                 if error.cause().raw_os_error().is_some()
-                    && matches!(
-                        target,
-                        Address::Hyperkit(_) | Address::VsockMux(_) | Address::Unix(_)
-                    ) =>
+                    && target.transport().socket == SocketKind::Unix =>
             {
                 Reason::Absent
             }

@@ -4,11 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::address::Address;
+use crate::address::{Address, HalfClose, Reset, Waiter};
 use crate::engine::relay::{CLIENT, SERVER};
 use crate::error::Error;
 use crate::name::SocketName;
-use crate::stream::endpoint::Waiter;
 
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
@@ -117,7 +116,7 @@ impl Forward {
 
     /// Whether connections of that side are ended by half-close, drain, close.
     pub(crate) fn is_polite(&self, side: usize) -> bool {
-        self.address(side).is_delicate()
+        self.address(side).transport().needs_graceful_close
     }
 
     /// Whether its connections are carried by threads of their own.
@@ -137,12 +136,12 @@ impl Forward {
 
     /// Whether a half-close that `side` reads makes its VMM end the guest's direction as well.
     pub(crate) fn takes_half_close_for_the_end(&self, side: usize) -> bool {
-        self.address(side).takes_half_close_for_the_end()
+        self.address(side).half_close() == HalfClose::BothDirections
     }
 
     /// Whether a peer of that side can be told, by a reset, that its connection broke off.
     pub(crate) fn can_reset(&self, side: usize) -> bool {
-        matches!(self.address(side), Address::Tcp(_))
+        self.address(side).transport().reset == Reset::EitherEnd
     }
 
     fn address(&self, side: usize) -> &Address {

@@ -448,7 +448,7 @@ impl<W: World> Worker<W> {
         }
         match &listening.listener {
             None => self.bind_again(index, None),
-            Some(listener) if listening.forward.rule.listen.has_file() => {
+            Some(listener) if listening.forward.rule.listen.listen_path().is_some() => {
                 listening.asked += 1;
                 let of = ListenerId {
                     token: index,
@@ -579,5 +579,5 @@ impl<W: World> Worker<W> {
 
 /// Whether there is something to be looked at now and then.
 fn is_watched(forward: &Forward) -> bool {
-    forward.rule.listen.has_file() || forward.gate().is_some()
+    forward.rule.listen.listen_path().is_some() || forward.gate().is_some()
 }

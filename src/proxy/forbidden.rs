@@ -11,21 +11,12 @@ use crate::address::{Address, Host, TcpAddress, UnixAddress};
 /// Whether who connects to `target` may come out at `place`.
 pub(crate) fn leads_to(target: &Address, place: &Address) -> bool {
     match place {
-        Address::Unix(UnixAddress::Path(place)) => {
-            paths_of(target).iter().any(|path| is_same(path, place))
-        }
+        Address::Unix(UnixAddress::Path(place)) => target
+            .connect_paths()
+            .iter()
+            .any(|path| is_same(path, place)),
         Address::Tcp(place) => matches!(target, Address::Tcp(tcp) if may_be(tcp, place)),
         place => target == place,
-    }
-}
-
-/// The sockets' files that a connection to `target` may go to.
-pub(super) fn paths_of(target: &Address) -> Vec<PathBuf> {
-    match target {
-        Address::Unix(UnixAddress::Path(path)) => vec![path.clone()],
-        Address::Hyperkit(to) => vec![to.vm.connect_path(), to.vm.forward_path(to.port)],
-        Address::VsockMux(to) => vec![to.path.clone()],
-        _ => Vec::new(),
     }
 }
 

@@ -8,8 +8,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crate::address::{Address, Host, TcpAddress};
 use crate::engine::routes::{CID_LOCAL, specified};
 use crate::engine::rule::Rule;
-#[cfg(unix)]
-use crate::listener;
 
 use super::forbidden;
 
@@ -65,7 +63,7 @@ fn reaches(target: &Address, listen: &Address) -> bool {
         _ => {
             #[cfg(unix)]
             if let Some(listen) = listen.listen_path() {
-                let paths = forbidden::paths_of(target);
+                let paths = target.connect_paths();
                 return paths.iter().any(|path| forbidden::is_same(path, &listen));
             }
             target == listen

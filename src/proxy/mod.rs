@@ -59,12 +59,11 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::address::Address;
+use crate::address::{Address, Waiter};
 use crate::engine::admission::{GateLimits, Wake};
 use crate::engine::relay::CLIENT;
 use crate::error::{Error, Operation, Result};
 use crate::listener::Listener;
-use crate::stream::endpoint::Waiter;
 
 use controller::Controller;
 use descriptors::Descriptors;
@@ -90,7 +89,7 @@ pub use handle::Handle;
 #[cfg(feature = "cli")]
 pub(crate) use loops::{describe as describe_loop, find as find_loop};
 #[cfg(feature = "cli")]
-pub(crate) use rules::{check_name, check_rule, is_chosen};
+pub(crate) use rules::{check_name, check_rule};
 
 /// What a proxy is to do.
 #[derive(Debug)]

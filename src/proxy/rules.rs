@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::address::{Address, CID_ANY, Host, HyperkitVm, PORT_ANY, TcpAddress};
+use crate::address::{Address, Host, HyperkitVm, TcpAddress, Waiter};
 use crate::engine::relay::CLIENT;
 use crate::error::{Error, Operation, Result};
-use crate::stream::endpoint::{Target, Waiter, not_carried};
+use crate::stream::endpoint::{Target, not_carried};
 use crate::{dial, listener};
 
 use super::forbidden::leads_to;
@@ -32,18 +32,12 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
     };
-    if matches!(&rule.connect, Address::Tcp(tcp) if tcp.port == 0) {
-        let why = "port 0 can't be connected to";
-        return invalid(Operation::Connect, &rule.connect, why);
-    }
-    if matches!(&rule.connect, Address::Vsock(vsock) if vsock.cid == CID_ANY) {
-        let why = "there is no CID to connect to";
-        return invalid(Operation::Connect, &rule.connect, why)
-            .map_err(|error| error.with_remedy("name one, as in vsock://3:1024"));
-    }
-    if matches!(&rule.connect, Address::Npipe(pipe) if pipe.sddl.is_some()) {
-        let why = "sddl says who may connect: it belongs to the address that is listened on";
-        return invalid(Operation::Connect, &rule.connect, why);
+    if let Some((why, remedy)) = rule.connect.why_no_target() {
+        let error = invalid(Operation::Connect, &rule.connect, why);
+        return error.map_err(|error| match remedy {
+            Some(remedy) => error.with_remedy(remedy),
+            None => error,
+        });
     }
     check_bridge(rule, waiter)?;
     if let Some(most) = rule.connections.filter(|most| *most < rule.reserved.max(1)) {
@@ -56,7 +50,7 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         };
         return invalid(Operation::Listen, &rule.listen, &why);
     }
-    if rule.listen == rule.connect && !is_chosen(&rule.listen) {
+    if rule.listen == rule.connect && !rule.listen.leaves_port_to_kernel() {
         let why = "it would connect to itself";
         return invalid(Operation::Connect, &rule.connect, why);
     }
@@ -67,7 +61,7 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
 fn check_bridge(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     let [listen, connect] = [&rule.listen, &rule.connect];
     for (one, other) in [(listen, connect), (connect, listen)] {
-        if waiter(one) == Waiter::Thread && other.is_delicate() {
+        if waiter(one) == Waiter::Thread && other.transport().needs_graceful_close {
             let why = format!(
                 "{} can't lead to a {} address or from one",
                 one,
@@ -106,15 +100,6 @@ pub(crate) fn check_rule(rule: &Rule) -> Result<()> {
     check_alone(rule, Waiter::of)
 }
 
-/// Whether the system is to choose a port to listen on.
-pub(crate) fn is_chosen(listen: &Address) -> bool {
-    match listen {
-        Address::Tcp(tcp) => tcp.port == 0,
-        Address::Vsock(vsock) => vsock.port == PORT_ANY,
-        _ => false,
-    }
-}
-
 /// Refuses a rule that others stand in the way of.
 fn check_beside<'a>(rule: &'a Rule, others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
     let invalid = |why: String| {
@@ -128,7 +113,9 @@ fn check_beside<'a>(rule: &'a Rule, others: impl Iterator<Item = &'a Rule> + Clo
     {
         return invalid(format!("another forward has the name {name:?}"));
     }
-    if !is_chosen(&rule.listen) && others.clone().any(|other| other.listen == rule.listen) {
+    if !rule.listen.leaves_port_to_kernel()
+        && others.clone().any(|other| other.listen == rule.listen)
+    {
         return invalid("it is given twice".to_owned());
     }
     if let Some(trail) = loops::find(rule, others) {

@@ -5,7 +5,11 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::address::Address;
+#[cfg(feature = "cli")]
+use crate::address::HalfClose;
+#[cfg(all(windows, feature = "cli"))]
+use crate::address::Waiter;
+use crate::address::{Address, Reset, SocketKind};
 use crate::framing::Frames;
 use crate::name::SocketName;
 use crate::sys;
@@ -13,8 +17,6 @@ use crate::sys;
 use crate::sys::Wanted;
 use crate::time::{NEVER, after};
 
-#[cfg(all(windows, feature = "cli"))]
-use super::endpoint::Waiter;
 #[cfg(windows)]
 use super::inner::Inner;
 /// What a stream is underneath.
@@ -284,10 +286,10 @@ impl Stream {
         self.socket.has_half_close()
     }
 
-    /// Whether a half-close of ours would be the end of both directions, or there is none.
+    /// Returns whether a half-close of ours would end both directions, or there is none.
     #[cfg(feature = "cli")]
-    pub(crate) fn takes_half_close_for_the_end(&self) -> bool {
-        self.address.takes_half_close_for_the_end() || !self.has_half_close()
+    pub(crate) fn half_close_ends_both(&self) -> bool {
+        self.address.half_close() == HalfClose::BothDirections || !self.has_half_close()
     }
 
     /// Whether there is an end to be read, and nothing before it.
@@ -319,6 +321,12 @@ impl Stream {
         sys::unacknowledged(&self.socket)
     }
 
+    /// Returns whether the peer is known to have read all that was written: of a Unix socket the kernel tells.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn has_been_read(&self) -> bool {
+        matches!(self.address, Address::Unix(_)) && self.untaken() == 0
+    }
+
     /// Makes the close a reset, where the family can, so that the peer doesn't take what it was sent for all; and ends a
     /// read that waits.
     pub(crate) fn abort(&self) {
@@ -327,7 +335,7 @@ impl Stream {
     }
 
     fn reset_at_close(&self) {
-        if let Address::Tcp(_) | Address::Npipe(_) = self.address {
+        if self.address.transport().reset != Reset::Nobody {
             let _ = self.socket.set_linger(Some(Duration::ZERO));
         }
     }
@@ -335,8 +343,8 @@ impl Stream {
     /// Whether there is a connection, as far as the family tells: a reset leaves none, and an EOF does unless we have
     /// half-closed.
     pub(crate) fn has_peer(&self) -> bool {
-        let peer = match self.address {
-            Address::Tcp(_) => self.socket.peer_addr().map(drop),
+        let peer = match self.address.transport().socket {
+            SocketKind::Inet => self.socket.peer_addr().map(drop),
             _ => Ok(()),
         };
         !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected || sys::says_ended(&e))
@@ -349,9 +357,9 @@ impl Stream {
 
     /// Bytes written that a reset now would take away from the peer.
     pub(crate) fn unacknowledged(&self) -> usize {
-        match self.address {
+        match self.address.transport().socket {
             #[cfg(unix)]
-            Address::Tcp(_) => self.untaken(),
+            SocketKind::Inet => self.untaken(),
             // Windows doesn't tell; elsewhere written is there.
             _ => 0,
         }

@@ -79,32 +79,6 @@ impl Endpoint {
     }
 }
 
-/// What can wait for a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Waiter {
-    Any,
-    /// The poller that had it first.
-    Poller,
-    /// A thread that blocks.
-    Thread,
-}
-
-impl Waiter {
-    /// What can wait for the sockets of that address.
-    ///
-    /// Those of AF_HYPERV are reported not to work with `select`. They are carried by threads of their own, until this says
-    /// otherwise: then [`Endpoint`] must know them. So are those that speak in frames: their
-    /// readiness isn't that of their bytes.
-    pub(crate) fn of(address: &Address) -> Waiter {
-        match address {
-            _ if address.is_framed() => Waiter::Thread,
-            Address::Hvsock(_) if cfg!(windows) => Waiter::Thread,
-            Address::Npipe(_) => Waiter::Poller,
-            _ => Waiter::Any,
-        }
-    }
-}
-
 /// The error for a family whose sockets this system, or this version, doesn't carry.
 pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
     let why = match address {

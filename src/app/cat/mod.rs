@@ -190,9 +190,7 @@ impl Cat {
     /// Whether the guest ends it within `timeout`.
     fn is_refused(&self, stream: &Stream, timeout: Duration) -> Result<(), Attempt> {
         match stream.wait(Wanted::Readable, timeout) {
-            Ok(true) if stream.has_ended() => {
-                Err(dial::refused_in_silence(&self.plan.address).into())
-            }
+            Ok(true) if stream.has_ended() => Err(dial::refused_by_eof(&self.plan.address).into()),
             _ => Ok(()),
         }
     }

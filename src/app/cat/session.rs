@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use tracing::info;
 
+use crate::address::Refusal;
 use crate::app::serve::{self, LOOK};
 use crate::dial;
 use crate::stream::Stream;
@@ -151,8 +152,8 @@ impl Session<'_> {
         let mut peer_ended = false;
         let outcome = self.wait(&shared, &mut peer_ended);
         shared.over.store(true, Ordering::Release);
-        let is_delicate = self.stream.address().is_delicate();
-        if !peer_ended || outcome.is_err() && !is_delicate {
+        let is_graceful = self.stream.address().transport().needs_graceful_close;
+        if !peer_ended || outcome.is_err() && !is_graceful {
             // The peer may have ended and still be waiting for the rest of ours.
             self.leave();
         } else {
@@ -231,13 +232,15 @@ impl Session<'_> {
                 SessionEvent::PeerEnded(count) => {
                     *peer_ended = true;
                     let half_closed = shared.half_closed.load(Ordering::Relaxed);
-                    if count == 0 && address.refuses_in_silence() && !half_closed {
-                        return Err(dial::refused_in_silence(address).into());
+                    if count == 0 && address.transport().refusal == Refusal::Eof && !half_closed {
+                        return Err(dial::refused_by_eof(address).into());
                     }
                 }
-                SessionEvent::ReceiveFailed(0, _) if address.refuses_in_silence() => {
+                SessionEvent::ReceiveFailed(0, _)
+                    if address.transport().refusal == Refusal::Eof =>
+                {
                     *peer_ended = true;
-                    return Err(dial::refused_in_silence(address).into());
+                    return Err(dial::refused_by_eof(address).into());
                 }
                 SessionEvent::ReceiveFailed(_, e) => {
                     *peer_ended = true;
@@ -267,7 +270,7 @@ impl Session<'_> {
 
     /// Ends a connection in the middle: what was sent is never made to look complete where the family can tell.
     fn leave(&self) {
-        if !self.stream.address().is_delicate() {
+        if !self.stream.address().transport().needs_graceful_close {
             self.stream.abort();
             return;
         }
@@ -344,10 +347,10 @@ fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn 
         }
     }
     let address = stream.address();
-    if address.refuses_in_silence() {
+    if address.transport().refusal == Refusal::Eof {
         thread::sleep(HOLD.saturating_sub(connected.elapsed()));
     }
-    if !stream.takes_half_close_for_the_end() {
+    if !stream.half_close_ends_both() {
         shared.half_closed.store(true, Ordering::Relaxed);
         // A peer that has gone needs none.
         let _ = stream.shutdown(Shutdown::Write);

@@ -62,7 +62,7 @@ impl Expose {
 /// A forward, on one line.
 fn describe(forward: &ForwardStatus) -> String {
     let (listen, connect) = (&forward.listen, &forward.rule.connect);
-    match (guest_port(listen), guest_port(connect)) {
+    match (listen.guest_port(), connect.guest_port()) {
         (_, Some(port)) => format!("{listen} -> guest port {port}"),
         (Some(port), _) => format!("guest, to CID 2 port {port} -> {connect}"),
         _ => format!("{listen} -> {connect}"),
@@ -87,15 +87,6 @@ pub(super) fn vm_at(
         .into()),
         None => hyper_v_service(&name, port.into()),
     })
-}
-
-/// The vsock port of a VM that an address means.
-pub(super) fn guest_port(address: &Address) -> Option<Port> {
-    match address {
-        Address::Hyperkit(address) => Some(address.port),
-        Address::Hvsock(address) => address.service.port(),
-        _ => None,
-    }
 }
 
 /// Says at once what every client would find out: that there is no directory, that it can't be used, that no VM runs.

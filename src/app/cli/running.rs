@@ -10,7 +10,6 @@ use crate::hyperkit::Places;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
 use crate::sys;
 
-use super::expose::guest_port;
 use super::reconciler::{Occasion, Reconciler, name_of};
 use super::summary::{Summary, failures};
 use super::{Failure, complain, list, say};
@@ -296,7 +295,7 @@ pub(super) fn describe(
     vm: Option<&str>,
 ) -> String {
     let vm = vm.unwrap_or("guest");
-    match (guest_port(listen), guest_port(connect)) {
+    match (listen.guest_port(), connect.guest_port()) {
         (_, Some(port)) => format!("{name}: {listen} -> {vm}, port {port}"),
         (Some(port), _) => format!("{name}: {vm}, to CID 2 port {port} -> {connect}"),
         _ => format!("{name}: {listen} -> {connect}"),

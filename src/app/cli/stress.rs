@@ -140,9 +140,10 @@ impl Stress {
 
     fn plan(self, address: Address) -> Result<Plan, Failure> {
         let parallel = usize::from(self.parallel);
-        if matches!(address, Address::Hyperkit(_)) && parallel > MOST_PARALLEL {
+        if address.transport().needs_pacing && parallel > MOST_PARALLEL {
             return Err(Failure::Usage(format!(
-                "{parallel} connections at a time to a hyperkit VM: more than {MOST_PARALLEL} could kill it"
+                "{parallel} connections at a time to a {} VM: more than {MOST_PARALLEL} could kill it",
+                address.scheme()
             )));
         }
         if self.round_trips.is_some() && self.bench != Some(Bench::Rtt) {

@@ -7,7 +7,7 @@ use super::forward::Forward;
 #[cfg(unix)]
 use crate::address::UnixAddress;
 use crate::address::{Address, Host, TcpAddress};
-use crate::proxy::{Rule, describe_loop, find_loop, is_chosen, leads_to};
+use crate::proxy::{Rule, describe_loop, find_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
 type Door = (&'static str, Address);
@@ -95,7 +95,7 @@ impl Place<'_> {
 
 /// Whether only one of two can be listened on.
 fn collide(one: &Address, other: &Address) -> bool {
-    if is_chosen(one) || is_chosen(other) {
+    if one.leaves_port_to_kernel() || other.leaves_port_to_kernel() {
         return false;
     }
     match (one, other) {

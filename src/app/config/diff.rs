@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::address::{Address, Host, TcpAddress};
-use crate::proxy::{Rule, is_chosen};
+use crate::proxy::Rule;
 
 /// A forward that is carried now.
 #[derive(Clone, Debug)]
@@ -56,7 +56,7 @@ pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule
     };
     let mut matches: Vec<(&Rule, Found<'_, I>)> = Vec::new();
     for rule in wanted {
-        let chosen = is_chosen(&rule.listen);
+        let chosen = rule.listen.leaves_port_to_kernel();
         let fits = |it: &Existing<I>| {
             it.rule.listen == rule.listen && (!chosen || it.rule.name == rule.name)
         };
@@ -134,7 +134,7 @@ fn order<I: Copy + PartialEq>(mut moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step
 
 /// Whether who listens at one may be in the way of who wants to at the other.
 fn may_collide(one: &Address, other: &Address) -> bool {
-    if is_chosen(one) || is_chosen(other) {
+    if one.leaves_port_to_kernel() || other.leaves_port_to_kernel() {
         return false;
     }
     match (one, other) {

@@ -5,7 +5,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::address::Address;
 use crate::app::serve::{LOOK, Stop, take_leave};
 use crate::stream::Stream;
 
@@ -142,7 +141,7 @@ impl Run<'_> {
                 latencies.first_byte.record(first);
             }
             latencies.connection.record(dialled.elapsed());
-        } else if plan.address.is_delicate() {
+        } else if plan.address.transport().needs_graceful_close {
             let ended = take_leave(&stream, LEAVE.min(plan.timeout), |_| !self.stop.is_urgent());
             if !ended && done.received == 0 {
                 self.note_silence();
@@ -161,7 +160,7 @@ impl Run<'_> {
 
     /// Keeps the pace at which a hyperkit VM may be dialled.
     fn wait_for_leave(&self) {
-        if !matches!(self.plan.address, Address::Hyperkit(_)) {
+        if !self.plan.address.transport().needs_pacing {
             return;
         }
         let mut next = lock(&self.pace);

@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::address::Refusal;
 use crate::app::serve::{LOOK, Stop, again};
 use crate::stream::Stream;
 use crate::sys::Wanted;
@@ -172,7 +173,7 @@ impl Exchange<'_> {
     }
 
     fn held(&self) -> bool {
-        self.stream.takes_half_close_for_the_end()
+        self.stream.half_close_ends_both()
     }
 
     fn request(&mut self, way: Way, bytes: u64) -> Result<(), String> {
@@ -270,8 +271,8 @@ impl Exchange<'_> {
     }
 
     fn ended(&self) -> String {
-        if self.done.received == 0 && self.stream.address().refuses_in_silence() {
-            return crate::dial::refused_in_silence(self.stream.address()).to_string();
+        if self.done.received == 0 && self.stream.address().transport().refusal == Refusal::Eof {
+            return crate::dial::refused_by_eof(self.stream.address()).to_string();
         }
         "the server ended it early".to_owned()
     }

@@ -306,7 +306,7 @@ impl Connection {
 
     /// Ends it; whether the collector has, too, and so has read all.
     fn end(&self) -> bool {
-        if self.torn && !self.stream.address().is_delicate() {
+        if self.torn && !self.stream.address().transport().needs_graceful_close {
             // Half a frame must not look like all.
             self.stream.abort();
             return false;
@@ -314,9 +314,7 @@ impl Connection {
         match self.stream.finish(LAST) {
             Ok(()) => self.sent.is_empty() || !self.is_doubted(),
             // A Unix socket tells what was read.
-            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
-                matches!(self.stream.address(), Address::Unix(_)) && self.stream.untaken() == 0
-            }
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => self.stream.has_been_read(),
             Err(_) => false,
         }
     }

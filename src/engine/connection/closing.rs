@@ -63,7 +63,7 @@ impl<S: Socket> Connection<S> {
             return;
         };
         if pair.refused() {
-            let error = dial::refused_in_silence(&self.forward.rule.connect);
+            let error = dial::refused_by_eof(&self.forward.rule.connect);
             self.note_refusal(&error, Reason::ByTarget, cx.now);
         }
         let modes = [pair.close_mode(CLIENT), pair.close_mode(SERVER)];

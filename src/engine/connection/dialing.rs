@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::address::Refusal;
 use crate::dial::{self, Begun, Dial, Next};
 use crate::engine::Phase;
 use crate::engine::admission::{Full, Gate, Slot};
@@ -332,7 +333,9 @@ impl<S: Socket> Connection<S> {
             return self.refuse(&error, Reason::Other, cx);
         }
         match begun {
-            Begun::Connected if self.held.is_some() && target.refuses_in_silence() => {
+            Begun::Connected
+                if self.held.is_some() && target.transport().refusal == Refusal::Eof =>
+            {
                 self.begin_proving(deadline, cx);
             }
             Begun::Connected => self.begin_relaying(None, Acceptance::Unknown, cx),

@@ -125,7 +125,7 @@ impl<S: Socket> Connection<S> {
             slot.note_answer(cx.now);
         }
         if refused {
-            self.refused_in_silence(cx);
+            self.refused_by_eof(cx);
         } else if answered || first.is_some() {
             self.begin_relaying(first, Acceptance::Known, cx);
         } else if silent {
@@ -138,7 +138,7 @@ impl<S: Socket> Connection<S> {
     }
 
     /// Takes that the guest has refused: the client is told, or held.
-    fn refused_in_silence(&mut self, cx: &mut Context<'_, S>) {
+    fn refused_by_eof(&mut self, cx: &mut Context<'_, S>) {
         if let State::Proving {
             client,
             server,
@@ -149,7 +149,7 @@ impl<S: Socket> Connection<S> {
             self.enter(State::waiting(client, dial));
             self.close_socket(SERVER, server, cx);
         }
-        let error = dial::refused_in_silence(&self.forward.rule.connect);
+        let error = dial::refused_by_eof(&self.forward.rule.connect);
         self.dial_failed(error, cx);
     }
 

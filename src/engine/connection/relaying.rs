@@ -4,6 +4,7 @@ use std::io;
 
 use tracing::debug;
 
+use crate::address::Refusal;
 use crate::engine::counters::Reason;
 use crate::engine::observer::What;
 use crate::engine::relay::{CLIENT, Ending, Pair, SERVER, Turn};
@@ -56,7 +57,8 @@ impl<S: Socket> Connection<S> {
         }
         let mut pair = Pair::new(client, server);
         let mut hold = None;
-        if self.forward.rule.connect.refuses_in_silence() && acceptance == Acceptance::Unknown {
+        let refusal = self.forward.rule.connect.transport().refusal;
+        if refusal == Refusal::Eof && acceptance == Acceptance::Unknown {
             pair.refuses_silently(UNREAD);
             pair.hold(CLIENT);
             hold = Some(cx.now + HOLD);

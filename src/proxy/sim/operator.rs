@@ -104,7 +104,7 @@ impl Operator {
             }
             Act::Look => self.look(stage),
             // Those who wait there are cut off: of guests that hurts their device.
-            Act::Break(rule) if self.rules[rule].0.listen.is_delicate() => {}
+            Act::Break(rule) if self.rules[rule].0.listen.transport().needs_graceful_close => {}
             Act::Break(rule) => {
                 self.endanger(rule, stage);
                 if let Some(key) = self.listener_of(rule, stage) {

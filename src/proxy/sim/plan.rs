@@ -505,7 +505,13 @@ impl Plan {
                     _ => Pace::Hangs(at + one(rng, &[ms(500), ms(4_000), ms(60_000)])),
                 }),
                 // A guest that can't be accepted is cut off at the end, which hurts its device.
-                _ if self.rules.iter().any(|it| it.rule.listen.is_delicate()) => Act::Look,
+                _ if self
+                    .rules
+                    .iter()
+                    .any(|it| it.rule.listen.transport().needs_graceful_close) =>
+                {
+                    Act::Look
+                }
                 _ => {
                     let later = at + one(rng, &[ms(1), ms(100), ms(3_000)]);
                     self.acts.push((later, Act::Descriptors(1_000)));
@@ -523,7 +529,7 @@ impl Plan {
         let rules = &self.rules;
         self.acts.retain(|(_, act)| match act {
             Act::RemoveFile(rule) | Act::TakeFile(rule) => {
-                !stalls || !rules[*rule].rule.listen.is_delicate()
+                !stalls || !rules[*rule].rule.listen.transport().needs_graceful_close
             }
             _ => true,
         });

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
+use crate::address::Waiter;
 use crate::engine::observer::{Observer, What};
 use crate::engine::rule::Rule;
 use crate::engine::status::{ForwardState, ForwardStatus};
 use crate::proxy::controller::Controller;
 use crate::proxy::{ForwardId, ProxyConfig, assemble};
-use crate::stream::endpoint::Waiter;
 
 use super::cast::{Client, Server};
 use super::judge::{Hazard, Observed, Phase, TRANSITIONS};

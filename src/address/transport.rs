@@ -1,0 +1,281 @@
+//! What is true of each family of addresses: one row a family.
+//!
+//! Whoever has to treat one family otherwise than another reads it here. What an address's own options say beside it is
+//! told by the methods of [`Address`].
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+#[cfg(feature = "cli")]
+use super::Port;
+use super::{Address, CID_ANY, PORT_ANY, UnixAddress};
+
+/// The kind of socket that carries a family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SocketKind {
+    /// `AF_INET` and `AF_INET6`.
+    Inet,
+    /// `AF_UNIX`.
+    Unix,
+    /// `AF_VSOCK`.
+    Vsock,
+    /// `AF_HYPERV`.
+    Hyperv,
+    /// A named pipe of Windows, which is no socket.
+    Pipe,
+}
+
+/// How a peer that nobody listens at refuses a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// The connect, or the handshake behind it, fails.
+    Error,
+    /// The connect succeeds, and an EOF comes before the first byte.
+    Eof,
+}
+
+/// What a half-close ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HalfClose {
+    /// The direction that it is sent in.
+    OneDirection,
+    /// Both: the VMM takes it for the end of the connection.
+    BothDirections,
+    /// One direction, or there is none: the connected stream tells.
+    PerStream,
+}
+
+/// Who can end a connection so that its peer reads an error and no EOF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reset {
+    EitherEnd,
+    /// The end that has listened.
+    Listener,
+    Nobody,
+}
+
+/// What can wait for a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiter {
+    Any,
+    /// The poller that had it first.
+    Poller,
+    /// A thread that blocks.
+    Thread,
+}
+
+/// What is true of every connection of a family.
+#[derive(Debug)]
+pub(crate) struct Transport {
+    /// Its scheme, as it is printed.
+    pub(crate) scheme: &'static str,
+    /// An address of it.
+    pub(crate) example: &'static str,
+    pub(crate) socket: SocketKind,
+    pub(crate) refusal: Refusal,
+    half_close: HalfClose,
+    pub(crate) reset: Reset,
+    /// A VMM is at the other end that can hang or die when a connection is closed that was not half-closed and read to
+    /// its end.
+    pub(crate) needs_graceful_close: bool,
+    /// A VMM is at the other end that dies of too many connections, or of too many dials that its guest hasn't answered.
+    #[cfg_attr(not(feature = "cli"), allow(dead_code))]
+    pub(crate) needs_pacing: bool,
+    waiter: Waiter,
+    /// How long a dial is tried unless another time is asked for; `None`: as long as any.
+    pub(crate) connect_timeout: Option<Duration>,
+}
+
+/// What is true of most, for a row to say what differs.
+const ORDINARY: Transport = Transport {
+    scheme: "",
+    example: "",
+    socket: SocketKind::Unix,
+    refusal: Refusal::Error,
+    half_close: HalfClose::OneDirection,
+    reset: Reset::Nobody,
+    needs_graceful_close: false,
+    needs_pacing: false,
+    waiter: Waiter::Any,
+    connect_timeout: None,
+};
+
+const HYPERKIT: Transport = Transport {
+    scheme: "hyperkit",
+    example: "hyperkit://:80/path/to/state",
+    refusal: Refusal::Eof,
+    needs_graceful_close: true,
+    needs_pacing: true,
+    ..ORDINARY
+};
+
+const VSOCK: Transport = Transport {
+    scheme: "vsock",
+    example: "vsock://3:1024",
+    socket: SocketKind::Vsock,
+    ..ORDINARY
+};
+
+const HVSOCK: Transport = Transport {
+    scheme: "hvsock",
+    example: "hvsock://parent/1024",
+    socket: SocketKind::Hyperv,
+    // Its sockets are reported not to work with `select`.
+    waiter: match cfg!(windows) {
+        true => Waiter::Thread,
+        false => Waiter::Any,
+    },
+    // A connect may wait for ever though its server listens by now, and a VM that is up answers at once.
+    connect_timeout: Some(Duration::from_secs(1)),
+    ..ORDINARY
+};
+
+const VSOCK_MUX: Transport = Transport {
+    scheme: "vsock-mux",
+    example: "vsock-mux://:1024/run/vm.sock",
+    half_close: HalfClose::BothDirections,
+    needs_graceful_close: true,
+    ..ORDINARY
+};
+
+const UNIX: Transport = Transport {
+    scheme: "unix",
+    example: "unix:///run/service.sock",
+    ..ORDINARY
+};
+
+const NPIPE: Transport = Transport {
+    scheme: "npipe",
+    example: "npipe:////./pipe/docker_engine",
+    socket: SocketKind::Pipe,
+    half_close: HalfClose::PerStream,
+    reset: Reset::Listener,
+    waiter: Waiter::Poller,
+    ..ORDINARY
+};
+
+const TCP: Transport = Transport {
+    scheme: "tcp",
+    example: super::TCP_EXAMPLE,
+    socket: SocketKind::Inet,
+    reset: Reset::EitherEnd,
+    ..ORDINARY
+};
+
+/// Every family's row.
+pub(super) const ALL: [&Transport; 7] =
+    [&HYPERKIT, &VSOCK, &HVSOCK, &VSOCK_MUX, &UNIX, &NPIPE, &TCP];
+
+impl Waiter {
+    /// Returns what can wait for the sockets of that address: a thread where it speaks in frames, for their readiness isn't
+    /// that of their bytes.
+    pub(crate) fn of(address: &Address) -> Waiter {
+        match address.is_framed() {
+            true => Waiter::Thread,
+            false => address.transport().waiter,
+        }
+    }
+}
+
+impl Address {
+    /// Returns the row of its family.
+    pub(crate) fn transport(&self) -> &'static Transport {
+        match self {
+            Address::Hyperkit(_) => &HYPERKIT,
+            Address::Vsock(_) => &VSOCK,
+            Address::Hvsock(_) => &HVSOCK,
+            Address::VsockMux(_) => &VSOCK_MUX,
+            Address::Unix(_) => &UNIX,
+            Address::Npipe(_) => &NPIPE,
+            Address::Tcp(_) => &TCP,
+        }
+    }
+
+    /// Returns what a half-close ends there: of some families the address says it.
+    pub(crate) fn half_close(&self) -> HalfClose {
+        match self {
+            Address::VsockMux(mux) if mux.half_close => HalfClose::OneDirection,
+            _ => self.transport().half_close,
+        }
+    }
+
+    /// Returns whether the peer speaks in frames.
+    pub(crate) fn is_framed(&self) -> bool {
+        match self {
+            Address::Vsock(vsock) => vsock.framing,
+            Address::Hvsock(hvsock) => hvsock.framing,
+            _ => false,
+        }
+    }
+
+    /// Returns the file of the Unix socket that is made to listen on it; `None` if there is none.
+    pub(crate) fn listen_path(&self) -> Option<Cow<'_, Path>> {
+        match self {
+            Address::Unix(UnixAddress::Path(path)) => Some(path.into()),
+            Address::Hyperkit(hyperkit) => Some(hyperkit.vm.listen_path(hyperkit.port).into()),
+            Address::VsockMux(mux) => Some(mux.listen_path().into()),
+            _ => None,
+        }
+    }
+
+    /// Returns the files of the Unix sockets that a connection to it may go to.
+    pub(crate) fn connect_paths(&self) -> Vec<PathBuf> {
+        match self {
+            Address::Unix(UnixAddress::Path(path)) => vec![path.clone()],
+            Address::Hyperkit(to) => vec![to.vm.connect_path(), to.vm.forward_path(to.port)],
+            Address::VsockMux(to) => vec![to.path.clone()],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Returns whether the kernel is to choose the port to listen on.
+    pub(crate) fn leaves_port_to_kernel(&self) -> bool {
+        match self {
+            Address::Tcp(tcp) => tcp.port == 0,
+            Address::Vsock(vsock) => vsock.port == PORT_ANY,
+            _ => false,
+        }
+    }
+
+    /// Returns why nothing can ever be connected to there, and what can be done about it; `None` if something can.
+    pub(crate) fn why_no_target(&self) -> Option<(&'static str, Option<&'static str>)> {
+        match self {
+            Address::Tcp(tcp) if tcp.port == 0 => Some(("port 0 can't be connected to", None)),
+            Address::Vsock(vsock) if vsock.cid == CID_ANY => Some((
+                "there is no CID to connect to",
+                Some("name one, as in vsock://3:1024"),
+            )),
+            Address::Npipe(pipe) if pipe.sddl.is_some() => Some((
+                "sddl says who may connect: it belongs to the address that is listened on",
+                None,
+            )),
+            _ => None,
+        }
+    }
+
+    /// Returns the vsock port of a VM that it means.
+    #[cfg(feature = "cli")]
+    pub(crate) fn guest_port(&self) -> Option<Port> {
+        match self {
+            Address::Hyperkit(hyperkit) => Some(hyperkit.port),
+            Address::Hvsock(hvsock) => hvsock.service.port(),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_example_is_of_its_family() {
+        for row in ALL {
+            let address: Address = row.example.parse().unwrap();
+            assert_eq!(address.transport().scheme, row.scheme);
+            assert_eq!(address.to_string(), row.example);
+        }
+    }
+}
