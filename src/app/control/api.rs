@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hyper::StatusCode;
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
@@ -124,12 +126,7 @@ impl Api {
             },
         };
         match answer {
-            Ok((status, body)) => Response {
-                status,
-                content_type: JSON,
-                allow: None,
-                body,
-            },
+            Ok((status, body)) => response(status, JSON, body),
             Err(problem) => problem.response(),
         }
     }
@@ -137,12 +134,9 @@ impl Api {
     /// Answers as if there were nothing but the metrics.
     fn answer_metrics(&self, request: &Request) -> Response {
         match (request.method.as_str(), request.path.as_str()) {
-            ("GET", "/metrics") => Response {
-                status: 200,
-                content_type: metrics::CONTENT_TYPE,
-                allow: None,
-                body: metrics::text(&self.status()),
-            },
+            ("GET", "/metrics") => {
+                response(200, metrics::CONTENT_TYPE, metrics::text(&self.status()))
+            }
             (_, "/metrics") => wrong_method("GET"),
             (_, path) => Problem::new(404, format!("there is no {path} here"))
                 .with_remedy("there is /metrics")
@@ -354,10 +348,19 @@ fn no_such_call(path: &str) -> Problem {
 }
 
 fn wrong_method(allow: &'static str) -> Response {
-    Response {
-        allow: Some(allow),
-        ..Problem::new(405, format!("that takes {allow}")).response()
-    }
+    let mut response = Problem::new(405, format!("that takes {allow}")).response();
+    let allow = HeaderValue::from_static(allow);
+    response.headers_mut().insert(ALLOW, allow);
+    response
+}
+
+fn response(status: u16, content_type: &'static str, body: String) -> Response {
+    let mut response = Response::new(body);
+    // Of our own none is out of range.
+    *response.status_mut() = StatusCode::from_u16(status).unwrap_or_default();
+    let content_type = HeaderValue::from_static(content_type);
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    response
 }
 
 impl Problem {
@@ -366,11 +369,6 @@ impl Problem {
         if let Some(remedy) = &self.remedy {
             body["remedy"] = remedy.as_str().into();
         }
-        Response {
-            status: self.status,
-            content_type: JSON,
-            allow: None,
-            body: format!("{body:#}\n"),
-        }
+        response(self.status, JSON, format!("{body:#}\n"))
     }
 }

@@ -3,15 +3,23 @@
 //! Whoever sits there is believed only if it is a process of this user's, and only so much of it is
 //! read, for so long. What it has named is escaped: it may come from files and peers of others.
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::error::Error as _;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::Request;
+use hyper::client::conn::http1;
+use hyper::header::HOST;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
 
+use super::http::Io;
 use super::{Problem, place};
 use crate::app::escape;
 use crate::error::{Error, Operation};
@@ -24,8 +32,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The longest answer. A connection has some 200 bytes in it, a forward some 1000.
 const MOST_BYTES: usize = 16 << 20;
-
-const MOST_HEADERS: usize = 64;
 
 /// Why there is no answer to go by.
 #[derive(Debug)]
@@ -116,22 +122,21 @@ fn exchange(
     let end = Instant::now() + PATIENCE;
     let address = place::address(path);
     place::check(path).map_err(Unanswered::Untrusted)?;
-    let connected = Stream::connect_timeout(&address, PATIENCE);
-    let mut stream = connected.map_err(Unanswered::Absent)?;
+    let stream = Stream::connect_timeout(&address, PATIENCE).map_err(Unanswered::Absent)?;
     check_owner(&stream).map_err(Unanswered::Untrusted)?;
-    let mut talk = || -> io::Result<(u16, String)> {
-        stream.set_write_timeout(Some(PATIENCE))?;
-        let length = body.len();
-        let request = format!(
-            "{method} {call} HTTP/1.1\r\nHost: hvsock\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
-        );
-        stream.write_all(request.as_bytes())?;
-        read_response(&mut stream, |stream| {
-            let left = end.saturating_duration_since(Instant::now());
-            match left.is_zero() {
-                true => Err(ErrorKind::TimedOut.into()),
-                false => stream.set_read_timeout(Some(left)),
-            }
+    let request = Request::builder().method(method).uri(call);
+    let request = request.header(HOST, "hvsock").body(body.to_owned());
+    let talk = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let left = end.saturating_duration_since(Instant::now());
+        runtime.block_on(async {
+            let answer = send(
+                stream.into_socket().into(),
+                request.map_err(io::Error::other)?,
+            );
+            timeout(left, answer).await.map_err(io::Error::from)?
         })
     };
     talk().map_err(|e| Unanswered::Absent(Error::new(Operation::Connect, &address, e)))
@@ -154,48 +159,39 @@ fn check_owner(stream: &Stream) -> crate::Result<()> {
     )))
 }
 
-/// Reads an answer to its end, which is that of the connection: its status and its body. `wait` is
-/// called before each read.
-fn read_response<R: Read>(
-    stream: &mut R,
-    mut wait: impl FnMut(&mut R) -> io::Result<()>,
-) -> io::Result<(u16, String)> {
+/// Sends a request, and reads its answer: status and body.
+async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<(u16, String)> {
+    let stream = std::os::unix::net::UnixStream::from(socket);
+    stream.set_nonblocking(true)?;
+    let io = Io::new(UnixStream::from_std(stream)?);
+    let (mut sender, connection) = http1::handshake(io).await.map_err(no_answer)?;
+    // It ends with the runtime.
+    tokio::spawn(connection);
+    let answer = sender.send_request(request).await.map_err(no_answer)?;
+    let status = answer.status().as_u16();
     let broken = |why: &str| io::Error::new(ErrorKind::InvalidData, why);
-    let mut received = Vec::new();
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        wait(stream)?;
-        match stream.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(n) => received.extend_from_slice(&buffer[..n]),
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-        if received.len() > MOST_BYTES {
-            return Err(broken("the answer has more than 16 MiB"));
-        }
+    let body = Limited::new(answer.into_body(), MOST_BYTES).collect().await;
+    let body = body.map_err(|e| match e.is::<LengthLimitError>() {
+        true => broken("the answer has more than 16 MiB"),
+        false => broken("the answer was cut short"),
+    })?;
+    let body = String::from_utf8(body.to_bytes().into());
+    Ok((status, body.map_err(|_| broken("the answer is no UTF-8"))?))
+}
+
+/// Says why there is no answer.
+fn no_answer(error: hyper::Error) -> io::Error {
+    let cause = error.source().and_then(|it| it.downcast_ref::<io::Error>());
+    if let Some(code) = cause.and_then(io::Error::raw_os_error) {
+        return io::Error::from_raw_os_error(code);
     }
-    if received.is_empty() {
-        let why = "it closed the connection without an answer (it serves nobody but the user who runs it)";
-        return Err(io::Error::new(ErrorKind::ConnectionAborted, why));
+    match error.is_parse() {
+        true => io::Error::new(ErrorKind::InvalidData, "what came is no HTTP answer"),
+        false => io::Error::new(
+            ErrorKind::ConnectionAborted,
+            "it closed the connection without an answer (it serves nobody but the user who runs it)",
+        ),
     }
-    let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
-    let mut parsed = httparse::Response::new(&mut headers);
-    let Ok(httparse::Status::Complete(len)) = parsed.parse(&received) else {
-        return Err(broken("what came is no HTTP answer"));
-    };
-    let status = parsed.code.unwrap_or(0);
-    let told = parsed
-        .headers
-        .iter()
-        .find(|it| it.name.eq_ignore_ascii_case("Content-Length"))
-        .and_then(|it| std::str::from_utf8(it.value).ok()?.parse().ok());
-    let body = received.split_off(len);
-    if told != Some(body.len()) {
-        return Err(broken("the answer was cut short"));
-    }
-    let body = String::from_utf8(body).map_err(|_| broken("the answer is no UTF-8"))?;
-    Ok((status, body))
 }
 
 impl Problem {
@@ -218,12 +214,21 @@ impl Problem {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
     fn an_answer_that_was_cut_short_is_none() {
         let sent = "HTTP/1.1 409 Conflict\r\nContent-Length: 9\r\n\r\n{\"é\": 1}";
-        let read = |len: usize| read_response(&mut &sent.as_bytes()[..len], |_| Ok(()));
+        let read = |len: usize| {
+            let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            ours.write_all(&sent.as_bytes()[..len]).unwrap();
+            ours.shutdown(std::net::Shutdown::Write).unwrap();
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = runtime.enable_all().build().unwrap();
+            runtime.block_on(send(theirs.into(), Request::new(String::new())))
+        };
         assert_eq!(read(sent.len()).unwrap(), (409, "{\"é\": 1}".to_owned()));
         for len in [0, 10, sent.len() - 1] {
             read(len).unwrap_err();

@@ -1,9 +1,10 @@
 //! The clients of a socket of the control interface: how many there are, and which has to go for a newcomer.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::sleep;
 
 use crate::sys;
 
@@ -42,16 +43,34 @@ impl Client {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (phase, Instant::now());
     }
 
+    fn state(&self) -> (Phase, Instant) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.state().0
+    }
+
+    /// Returns when it has kept us waiting for that long.
+    pub(super) async fn keeps_waiting(&self, most: Duration) {
+        loop {
+            let (phase, since) = self.state();
+            let left = match phase {
+                Phase::Waiting => most,
+                Phase::Asking | Phase::Hearing => most.saturating_sub(since.elapsed()),
+            };
+            if left.is_zero() {
+                return;
+            }
+            sleep(left).await;
+        }
+    }
+
     /// The less, the sooner it has to go: those who keep us waiting, the longest first, before those whom
     /// we do.
     fn right_to_stay(&self) -> (bool, Instant) {
-        let (phase, since) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (phase, since) = self.state();
         (phase == Phase::Waiting, since)
-    }
-
-    fn has_asked(&self) -> bool {
-        let (phase, _) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        phase != Phase::Asking
     }
 }
 
@@ -102,7 +121,7 @@ impl Clients {
 
     pub(super) fn put_out_who_has_not_asked(&mut self) {
         for (client, task) in &self.served {
-            if !client.has_asked() {
+            if client.phase() == Phase::Asking {
                 task.abort();
             }
         }

@@ -6,14 +6,11 @@
 //! which there are few.
 
 use std::io;
-use std::net::Shutdown;
-use std::os::fd::AsFd;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
@@ -30,9 +27,8 @@ use crate::stream::{Stream, nonblocking};
 use crate::sys::{self, AsSocket};
 
 use super::api::{Api, CALLS_AT_A_TIME};
-use super::clients::{Client, Clients, Phase, lock, most_clients};
-use super::http::{Incoming, NoRequest, Progress, Request};
-use super::{Problem, place};
+use super::clients::{Client, Clients, lock, most_clients};
+use super::{http, place};
 
 /// Returns how many descriptors the server of so many sockets needs: for their clients, themselves, and the runtime.
 pub(super) fn descriptors(sockets: usize) -> usize {
@@ -43,14 +39,6 @@ pub(super) fn descriptors(sockets: usize) -> usize {
         sockets => RUNTIME + sockets * (1 + most_clients()),
     }
 }
-
-/// How long a request may take to come, and an answer to go.
-const REQUEST: Duration = Duration::from_secs(5);
-
-/// How long, and for how many bytes, it is read on what a client sends behind its request: closed with bytes unread, a connection is
-/// reset, and the client may never see its answer.
-const LINGER: Duration = Duration::from_millis(500);
-const MOST_LINGERING: u64 = 1024 * 1024;
 
 /// How long answers under way may take when the server ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -342,7 +330,11 @@ impl Acceptor {
             return self.complain(format_args!("refused a client: {why}"));
         }
         let client = Arc::new(Client::new());
-        let task = answer(stream, Arc::clone(&client), service, Arc::clone(&self.api));
+        let (served, api) = (Arc::clone(&client), Arc::clone(&self.api));
+        let task = async move {
+            let answer = |request| Arc::clone(&api).answer(service, request);
+            http::serve(stream, &served, answer).await;
+        };
         lock(&self.clients).admit(&client, task);
     }
 
@@ -392,7 +384,7 @@ async fn next_client(listener: &Listener) -> io::Result<nonblocking::Stream> {
     }
 }
 
-/// The runtime's kind of stream. Its Unix one carries any stream socket.
+/// Returns the runtime's kind of stream. Its Unix one carries any stream socket.
 fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixStream> {
     let socket = Stream::from_nonblocking(stream, address)?.into_socket();
     socket.set_nonblocking(true)?;
@@ -413,57 +405,12 @@ fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// Serves a client. Who breaks off needs no answer.
-async fn answer(mut stream: UnixStream, client: Arc<Client>, service: Service, api: Arc<Api>) {
-    let request = timeout(REQUEST, read(&mut stream)).await;
-    let response = match request {
-        Ok(Ok(request)) => {
-            // What its client has given up while we stood still is not to happen.
-            if request.method != "GET" && sys::is_hung_up(stream.as_fd()) {
-                return;
-            }
-            client.begins(Phase::Waiting);
-            api.answer(service, request).await
-        }
-        Ok(Err(NoRequest::Gone)) => return,
-        Ok(Err(NoRequest::Refused(problem))) => problem.response(),
-        Err(_) => Problem::new(408, "the request took too long to come").response(),
-    };
-    client.begins(Phase::Hearing);
-    let told = timeout(REQUEST, stream.write_all(&response.to_bytes())).await;
-    if !matches!(told, Ok(Ok(()))) {
-        return;
-    }
-    // Fails where both directions have ended. What has come is to be read all the same.
-    let _ = socket2::SockRef::from(&stream).shutdown(Shutdown::Write);
-    let mut rest = stream.take(MOST_LINGERING);
-    let _ = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
-}
-
-async fn read(stream: &mut UnixStream) -> std::result::Result<Request, NoRequest> {
-    let mut incoming = Incoming::default();
-    let mut buffer = [0; 4096];
-    loop {
-        let count = stream.read(&mut buffer).await.unwrap_or(0);
-        if count == 0 {
-            return Err(NoRequest::Gone);
-        }
-        match incoming.take(&buffer[..count])? {
-            Progress::More => {}
-            Progress::Waits(word) => {
-                let said = stream.write_all(word).await;
-                said.map_err(|_| NoRequest::Gone)?;
-            }
-            Progress::Whole(request) => return Ok(request),
-        }
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::sync::mpsc::channel;
 
+    use super::http::Request;
     use super::*;
     use crate::app::control::Actions;
     use crate::proxy::{Proxy, ProxyConfig, Rule};
@@ -486,6 +433,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     mod shut_down {
         use std::io::{Read, Write};
+        use std::net::Shutdown;
 
         use super::*;
 
@@ -563,7 +511,7 @@ mod tests {
         let api = Arc::new(Api::new(proxy.handle(), actions(reload), Vec::new()));
         let call = |method: &str, path: &str| {
             let request = Request {
-                method: method.to_owned(),
+                method: method.parse().unwrap(),
                 path: path.to_owned(),
                 ..Request::default()
             };
@@ -580,7 +528,7 @@ mod tests {
                 ("POST", "/v1/stop", 202),
             ] {
                 let answer = timeout(PATIENCE, call(method, path)).await;
-                assert_eq!(answer.unwrap().status, status, "{path}");
+                assert_eq!(answer.unwrap().status(), status, "{path}");
             }
             // Whoever wants another change is told so, however many they are.
             let others: Vec<_> = (0..50)
@@ -588,7 +536,7 @@ mod tests {
                 .collect();
             for other in others {
                 let answer = timeout(PATIENCE, other).await.unwrap().unwrap();
-                assert_eq!(answer.status, 503);
+                assert_eq!(answer.status(), 503);
             }
             assert!(!first.is_finished());
         });
