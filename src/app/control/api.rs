@@ -135,7 +135,7 @@ impl Api {
     fn answer_metrics(&self, request: &Request) -> Response {
         match (request.method.as_str(), request.path.as_str()) {
             ("GET", "/metrics") => {
-                response(200, metrics::CONTENT_TYPE, metrics::text(&self.status()))
+                response(200, metrics::CONTENT_TYPE, metrics::text(self.status()))
             }
             (_, "/metrics") => wrong_method("GET"),
             (_, path) => Problem::new(404, format!("there is no {path} here"))

@@ -1,172 +1,212 @@
-//! Prometheus' text format (version 0.0.4). The counters are the proxy's, so that a library that keeps counters of its own would have
-//! nothing to do but the escaping of three characters.
+//! The metrics of a proxy, in Prometheus' text format.
 
-use std::fmt::Write;
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet, prometheus_text,
+};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
 
 use super::model::{Forward, Status, Tally, Vm};
 use crate::sys;
 
-pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(super) use prometheus_text::CONTENT_TYPE;
 
-/// The metrics of a proxy.
-pub(super) fn text(status: &Status) -> String {
-    let mut text = Text::default();
-    let version = [("version", status.version.as_str())];
-    text.family("hvsock_build_info", "gauge", "Which hvsock it is.");
-    text.sample("hvsock_build_info", &version, 1.0);
-    text.single(
-        "hvsock_uptime_seconds",
-        "gauge",
-        "Seconds since the start.",
-        status.uptime_seconds,
-    );
-    text.single(
-        "hvsock_connections",
-        "gauge",
-        "Connections that are not closed yet, those of removed forwards included.",
-        status.live as f64,
-    );
-    text.single(
-        "hvsock_log_dropped_total",
-        "counter",
-        "Lines of the log that nobody took in time.",
-        status.log_dropped as f64,
-    );
-    if let Some(open) = open_descriptors() {
-        text.single(
-            "process_open_fds",
-            "gauge",
-            "Descriptors that are open.",
-            open as f64,
-        );
-    }
-    if let Some(limit) = sys::descriptor_limit() {
-        let what = "Descriptors that the process may have.";
-        text.single("process_max_fds", "gauge", what, limit as f64);
-    }
-    for (name, kind, help, of) in FORWARD {
-        text.family(name, kind, help);
-        for forward in &status.forwards {
-            text.sample(name, &labels(forward), of(&forward.counters) as f64);
-        }
-    }
-    let refused = "hvsock_forward_refused_total";
-    text.family(refused, "counter", "Connections that could not be carried.");
-    for forward in &status.forwards {
-        for (reason, count) in forward.counters.refusals.each() {
-            let labels = [&labels(forward)[..], &[("reason", reason)]].concat();
-            text.sample(refused, &labels, count as f64);
-        }
-    }
-    let listening = "hvsock_forward_listening";
-    text.family(
-        listening,
-        "gauge",
-        "Whether it takes clients now (1) or not (0).",
-    );
-    for forward in &status.forwards {
-        let value = f64::from(u8::from(forward.state == "listening"));
-        text.sample(listening, &labels(forward), value);
-    }
-    for (name, kind, help, of) in VM {
-        let of = |vm: &Vm| Some((vm.directory.clone(), of(vm)?));
-        let values: Vec<(String, f64)> = status.vms().into_iter().filter_map(of).collect();
-        if !values.is_empty() {
-            text.family(name, kind, help);
-        }
-        for (directory, value) in values {
-            text.sample(name, &[("vm", &directory)], value);
-        }
-    }
-    text.0
+/// Returns the metrics of a proxy.
+pub(super) fn text(status: Status) -> String {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Metrics(status)));
+    let mut text = String::new();
+    // Writing to a string can't fail.
+    let _ = prometheus_text::encode(&mut text, &registry);
+    text
 }
 
-type VmFamily = (
-    &'static str,
-    &'static str,
-    &'static str,
-    fn(&Vm) -> Option<f64>,
-);
+/// What has been counted already: nothing is counted here.
+#[derive(Debug)]
+struct Metrics(Status);
 
-const VM: [VmFamily; 6] = [
-    (
-        "hvsock_vm_connections",
-        "gauge",
-        "Connections to a hyperkit VM and from it.",
-        |it| Some(it.connections as f64),
-    ),
-    (
-        "hvsock_vm_connections_limit",
-        "gauge",
-        "How many connections there may be to a hyperkit VM and from it.",
-        |it| Some(it.limit as f64),
-    ),
-    (
-        "hvsock_vm_unanswered",
-        "gauge",
-        "How many of the latest dials to a VM have brought nothing back yet; a service that waits for its client is silent.",
-        |it| Some(it.unanswered as f64),
-    ),
-    (
-        "hvsock_vm_last_heard_timestamp_seconds",
-        "gauge",
-        "When a byte or an end came last from a VM's guest, in seconds since 1970.",
-        |it| it.last_heard,
-    ),
-    (
-        "hvsock_vm_up",
-        "gauge",
-        "Whether a VM runs (1) or not (0), where that is known.",
-        |it| it.up.map(|up| f64::from(u8::from(up))),
-    ),
-    (
-        "hvsock_vm_restarts_total",
-        "counter",
-        "How often a VM was started anew.",
-        |it| Some(it.restarts as f64),
-    ),
-];
+impl Collector for Metrics {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
+        let status = &self.0;
+        Families(&mut to).of_process(status)?;
+        Families(&mut to).of_forwards(&status.forwards)?;
+        Families(&mut to).of_vms(&status.vms())
+    }
+}
 
-type Family = (&'static str, &'static str, &'static str, fn(&Tally) -> u64);
+/// The value of a sample. A counter's name ends in `_total`, which is left out here.
+#[derive(Clone, Copy, Debug)]
+enum Value {
+    Counter(u64),
+    Gauge(u64),
+    Seconds(f64),
+}
 
-const FORWARD: [Family; 6] = [
-    (
-        "hvsock_forward_accepted_total",
-        "counter",
-        "Connections accepted.",
-        |it| it.accepted,
-    ),
-    (
-        "hvsock_forward_live",
-        "gauge",
-        "Connections that are not closed yet.",
-        |it| it.live,
-    ),
-    (
-        "hvsock_forward_timed_out_total",
-        "counter",
-        "Open connections on which nothing moved for too long.",
-        |it| it.idle + it.half_closed,
-    ),
-    (
-        "hvsock_forward_abandoned_total",
-        "counter",
-        "Connections that were closed before their peer had ended them.",
-        |it| it.abandoned,
-    ),
-    (
-        "hvsock_forward_sent_bytes_total",
-        "counter",
-        "Bytes from the accepting to the dialled side.",
-        |it| it.sent,
-    ),
-    (
-        "hvsock_forward_received_bytes_total",
-        "counter",
-        "Bytes from the dialled to the accepting side.",
-        |it| it.received,
-    ),
-];
+use Value::{Counter, Gauge, Seconds};
+
+impl EncodeMetric for Value {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
+        match self {
+            Counter(count) => encoder.encode_counter::<NoLabelSet, _, u64>(count, None),
+            Gauge(count) => encoder.encode_gauge(count),
+            Seconds(seconds) => encoder.encode_gauge(seconds),
+        }
+    }
+
+    fn metric_type(&self) -> MetricType {
+        match self {
+            Counter(_) => MetricType::Counter,
+            Gauge(_) | Seconds(_) => MetricType::Gauge,
+        }
+    }
+}
+
+struct Families<'a, 'b>(&'a mut DescriptorEncoder<'b>);
+
+impl Families<'_, '_> {
+    /// Writes a family, if it has samples.
+    fn family<L: EncodeLabelSet>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (L, Value)>,
+    ) -> fmt::Result {
+        let mut samples = samples.into_iter().peekable();
+        let Some((_, first)) = samples.peek() else {
+            return Ok(());
+        };
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, None, first.metric_type())?;
+        for (labels, value) in samples {
+            value.encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn of_process(&mut self, status: &Status) -> fmt::Result {
+        let version = [("version", status.version.as_str())];
+        let build = [(version, Gauge(1))];
+        self.family("hvsock_build_info", "Which hvsock it is.", build)?;
+        let open = open_descriptors().map(|open| Gauge(open as u64));
+        let limit = sys::descriptor_limit().map(Gauge);
+        for (name, help, value) in [
+            (
+                "hvsock_uptime_seconds",
+                "Seconds since the start.",
+                Some(Seconds(status.uptime_seconds)),
+            ),
+            (
+                "hvsock_connections",
+                "Connections that are not closed yet, those of removed forwards included.",
+                Some(Gauge(status.live as u64)),
+            ),
+            (
+                "hvsock_log_dropped",
+                "Lines of the log that nobody took in time.",
+                Some(Counter(status.log_dropped)),
+            ),
+            ("process_open_fds", "Descriptors that are open.", open),
+            (
+                "process_max_fds",
+                "Descriptors that the process may have.",
+                limit,
+            ),
+        ] {
+            self.family(name, help, value.map(|value| (NO_LABELS, value)))?;
+        }
+        Ok(())
+    }
+
+    fn of_forwards(&mut self, forwards: &[Forward]) -> fmt::Result {
+        let mut each = |name, help, of: fn(&Tally) -> Value| {
+            let samples = forwards.iter().map(|it| (labels(it), of(&it.counters)));
+            self.family(name, help, samples)
+        };
+        each("hvsock_forward_accepted", "Connections accepted.", |it| {
+            Counter(it.accepted)
+        })?;
+        each(
+            "hvsock_forward_live",
+            "Connections that are not closed yet.",
+            |it| Gauge(it.live),
+        )?;
+        each(
+            "hvsock_forward_timed_out",
+            "Open connections on which nothing moved for too long.",
+            |it| Counter(it.idle + it.half_closed),
+        )?;
+        each(
+            "hvsock_forward_abandoned",
+            "Connections that were closed before their peer had ended them.",
+            |it| Counter(it.abandoned),
+        )?;
+        each(
+            "hvsock_forward_sent_bytes",
+            "Bytes from the accepting to the dialled side.",
+            |it| Counter(it.sent),
+        )?;
+        each(
+            "hvsock_forward_received_bytes",
+            "Bytes from the dialled to the accepting side.",
+            |it| Counter(it.received),
+        )?;
+        let refused = forwards.iter().flat_map(|it| {
+            let reasons = it.counters.refusals.each().into_iter();
+            reasons.map(|(reason, count)| ((labels(it), [("reason", reason)]), Counter(count)))
+        });
+        let help = "Connections that could not be carried.";
+        self.family("hvsock_forward_refused", help, refused)?;
+        let listening = forwards.iter().map(|it| {
+            let listens = it.state == "listening";
+            (labels(it), Gauge(listens.into()))
+        });
+        let help = "Whether it takes clients now (1) or not (0).";
+        self.family("hvsock_forward_listening", help, listening)
+    }
+
+    fn of_vms(&mut self, vms: &[&Vm]) -> fmt::Result {
+        let mut each = |name, help, of: fn(&Vm) -> Option<Value>| {
+            let sample = |vm: &&Vm| Some(([("vm", vm.directory.clone())], of(vm)?));
+            self.family(name, help, vms.iter().filter_map(sample))
+        };
+        each(
+            "hvsock_vm_connections",
+            "Connections to a hyperkit VM and from it.",
+            |it| Some(Gauge(it.connections as u64)),
+        )?;
+        each(
+            "hvsock_vm_connections_limit",
+            "How many connections there may be to a hyperkit VM and from it.",
+            |it| Some(Gauge(it.limit as u64)),
+        )?;
+        each(
+            "hvsock_vm_unanswered",
+            "How many of the latest dials to a VM have brought nothing back yet; a service that waits for its client is silent.",
+            |it| Some(Gauge(it.unanswered)),
+        )?;
+        each(
+            "hvsock_vm_last_heard_timestamp_seconds",
+            "When a byte or an end came last from a VM's guest, in seconds since 1970.",
+            |it| it.last_heard.map(Seconds),
+        )?;
+        each(
+            "hvsock_vm_up",
+            "Whether a VM runs (1) or not (0), where that is known.",
+            |it| it.up.map(|up| Gauge(up.into())),
+        )?;
+        each(
+            "hvsock_vm_restarts",
+            "How often a VM was started anew.",
+            |it| Some(Counter(it.restarts)),
+        )
+    }
+}
+
+const NO_LABELS: [(&str, &str); 0] = [];
 
 fn labels(forward: &Forward) -> [(&'static str, &str); 3] {
     [
@@ -182,65 +222,31 @@ fn open_descriptors() -> Option<usize> {
     all.count().checked_sub(1)
 }
 
-#[derive(Default)]
-struct Text(String);
-
-impl Text {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        self.line(format_args!("# HELP {name} {}", escape(help, false)));
-        self.line(format_args!("# TYPE {name} {kind}"));
-    }
-
-    fn single(&mut self, name: &str, kind: &str, help: &str, value: f64) {
-        self.family(name, kind, help);
-        self.sample(name, &[], value);
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
-        let labels: Vec<String> = labels
-            .iter()
-            .map(|(key, value)| format!("{key}=\"{}\"", escape(value, true)))
-            .collect();
-        match labels.is_empty() {
-            true => self.line(format_args!("{name} {value}")),
-            false => self.line(format_args!("{name}{{{}}} {value}", labels.join(","))),
-        }
-    }
-
-    fn line(&mut self, line: std::fmt::Arguments<'_>) {
-        // Writing to a string can't fail.
-        let _ = writeln!(self.0, "{line}");
-    }
-}
-
-/// What may not stand in a help text, or, `quoted`, in a label's value, as it is.
-fn escape(text: &str, quoted: bool) -> String {
-    let mut escaped = String::new();
-    for c in text.chars() {
-        match c {
-            '\\' => escaped.push_str("\\\\"),
-            '\n' => escaped.push_str("\\n"),
-            '"' if quoted => escaped.push_str("\\\""),
-            c => escaped.push(c),
-        }
-    }
-    escaped
-}
-
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
-    fn labels_stay_on_their_line_and_in_their_quotes() {
-        let mut text = Text::default();
-        text.family("a", "gauge", "one\ntwo \\ \"three\"");
-        text.sample(
-            "a",
-            &[("x", "C:\\new\n\"it\"")],
-            18_446_744_073_709_551_615_u64 as f64,
-        );
-        let right = "# HELP a one\\ntwo \\\\ \"three\"\n# TYPE a gauge\na{x=\"C:\\\\new\\n\\\"it\\\"\"} 18446744073709552000\n";
-        assert_eq!(text.0, right);
+    fn families_and_labels_are_as_the_format_has_them() {
+        #[derive(Debug)]
+        struct Some;
+        impl Collector for Some {
+            fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
+                let odd = [("x", "C:\\new\n\"it\"")];
+                let samples = [(odd, Counter(u64::MAX)), ([("x", "")], Counter(0))];
+                Families(&mut to).family("a", "one\ntwo \\ \"three\"", samples)?;
+                Families(&mut to).family("b", "gone", [(odd, Gauge(0)); 0])?;
+                Families(&mut to).family("c", "when", [(NO_LABELS, Seconds(1_764_456_789.25))])
+            }
+        }
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Some));
+        let mut text = String::new();
+        prometheus_text::encode(&mut text, &registry).unwrap();
+        let right = "# HELP a_total one\\ntwo \\\\ \"three\"\n# TYPE a_total counter\n\
+            a_total{x=\"C:\\\\new\\n\\\"it\\\"\"} 18446744073709551615\na_total{x=\"\"} 0\n\
+            # HELP c when\n# TYPE c gauge\nc 1764456789.25\n";
+        assert_eq!(text, right);
     }
 }
