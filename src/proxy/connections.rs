@@ -156,12 +156,16 @@ impl<W: World> Worker<W> {
         let Some(endpoint) = connection.as_ref().and_then(|it| it.endpoint()) else {
             return;
         };
+        let asks = connection.as_ref().is_some_and(|it| it.doubts_server());
         let connected = self.world.connect(endpoint);
         let dialed = connected.map(|(mut socket, sign)| {
+            // Asked at once: of one that is gone later, the connection broke off.
+            let is_inherited = asks && self.world.has_peer_ended(&socket);
             let watched = self.world.watch(&mut socket, id.token(SERVER));
             Dialed {
                 socket,
                 sign,
+                is_inherited,
                 watched,
             }
         });

@@ -65,6 +65,7 @@ impl<W: World> Worker<W> {
         let dialed = Dialed {
             socket: stream,
             sign,
+            is_inherited: false,
             watched,
         };
         self.shared.inboxes[self.index]

@@ -45,6 +45,9 @@ pub(crate) struct Dialed<S> {
     pub(crate) socket: S,
     /// Of a hyperkit VM: by what it is known.
     pub(crate) sign: Option<Sign>,
+    /// The process that began to listen there was gone by then: another serves in its place, of which nothing can be
+    /// learnt.
+    pub(crate) is_inherited: bool,
     /// Whether the poller watches it.
     pub(crate) watched: io::Result<()>,
 }
@@ -224,6 +227,11 @@ impl<S: Socket> Connection<S> {
         }
     }
 
+    /// Returns whether the EOF of its server may be that of a VM that has died, and its client can be told so.
+    pub(crate) fn doubts_server(&self) -> bool {
+        self.forward.is_polite(SERVER) && self.forward.can_reset(CLIENT)
+    }
+
     /// Takes the addresses of the target's name.
     pub(crate) fn take_addresses(
         &mut self,
@@ -303,6 +311,7 @@ impl<S: Socket> Connection<S> {
         if let Some(slot) = &mut self.slots[SERVER] {
             slot.note_dial(dialed.sign, cx.now);
         }
+        self.is_inherited = dialed.is_inherited;
         let (client, mut dial) = match self.leave_state() {
             State::Waiting { client, dial, .. } => (client, dial),
             other => {

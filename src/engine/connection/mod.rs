@@ -134,6 +134,8 @@ pub(crate) struct Connection<S: relay::Socket> {
     /// What is to be known of it while its target isn't there, if it is to be held then.
     pub(crate) held: Option<Held>,
     idle: Idle,
+    /// See [`Dialed::is_inherited`].
+    is_inherited: bool,
     /// Bytes of each side that were counted.
     counted: [u64; 2],
     peer: SocketName,
@@ -236,6 +238,7 @@ impl<S: relay::Socket> Connection<S> {
             route: None,
             held: None,
             idle: Idle::new(now),
+            is_inherited: false,
             counted: [0; 2],
             peer,
             since: now,

@@ -76,9 +76,9 @@ impl<S: Socket> Connection<S> {
             }
             // A VM that dies ends its connections with an EOF, and a peer that can be told so is to know that it broke
             // off.
-            if self.forward.is_polite(side) && self.forward.can_reset(1 - side) {
+            let is_inherited = side == SERVER && self.is_inherited;
+            if self.forward.is_polite(side) && self.forward.can_reset(1 - side) && !is_inherited {
                 pair.doubt_end(side);
-                cx.act(Action::LookAtPeer(side));
             }
         }
         self.enter(State::Relaying {
@@ -108,9 +108,6 @@ impl<S: Socket> Connection<S> {
             };
             pair.settle_end(side, end);
             self.relay(cx);
-        } else if is_ending {
-            // Of a process that has gone already nothing can be learnt later: another serves in its place.
-            pair.settle_end(side, Ending::Whole);
         }
     }
 

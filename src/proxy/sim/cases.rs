@@ -65,6 +65,7 @@ fn vm(path: &str, rules: usize) -> VmPlan {
         path: path.into(),
         ports: vec![(20, 0, Service::Echo)],
         slots: 1_000,
+        is_inherited: false,
         unanswered: Limits::default().vm_unanswered as u64,
         slow: Duration::ZERO,
         acts: Vec::new(),
@@ -248,4 +249,31 @@ fn a_proof_that_no_descriptor_is_left_for_is_tried_again_later() {
         (ms(300), Act::Descriptors(1_000)),
     ];
     play(plan);
+}
+
+/// A VM that has died before its connection was carried has broken it off. One whose listener was
+/// another process', which is gone, serves all the same.
+#[test]
+fn a_vm_dies_before_its_connection_is_carried() {
+    for is_inherited in [false, true] {
+        let mut plan = plan(&[(
+            "tcp://127.0.0.1:1000",
+            "vsock-mux://:20/sim/vm?half-close=yes",
+        )]);
+        plan.workers = 1;
+        let mut vm = vm("/sim/vm", 1);
+        vm.kind = Kind::Mux { half_close: true };
+        (vm.is_inherited, vm.slow) = (is_inherited, ms(40));
+        if !is_inherited {
+            vm.acts = vec![(ms(1_000), VmAct::Die)];
+            plan.acts = vec![(ms(1), Act::Stall(0, ms(2_000)))];
+        }
+        plan.vms = vec![vm];
+        let mut manner = polite();
+        // More than is taken before it is carried.
+        manner.says = 5_000;
+        let client = client(&plan, 0, manner, is_inherited);
+        plan.clients.push(client);
+        play(plan);
+    }
 }

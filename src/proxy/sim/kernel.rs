@@ -129,6 +129,8 @@ struct Listener {
     /// Somebody has shut it down.
     is_broken: bool,
     is_closed: bool,
+    /// Whoever began to listen is gone, and has left it to another process.
+    is_inherited: bool,
     watched: Option<(usize, usize)>,
     is_raised: bool,
 }
@@ -192,7 +194,7 @@ pub(super) struct Kernel {
     pub(super) progress: u64,
     /// Unix sockets whose peer, the proxy's, was closed with bytes unread that they had written.
     pub(super) closed_unread: HashSet<SocketId>,
-    /// Sockets whose process is gone.
+    /// Sockets whose process is gone, or is not the one that the other end is told of.
     pub(super) gone: HashSet<SocketId>,
 }
 
@@ -275,6 +277,7 @@ impl Kernel {
             longest: self.habits.backlog,
             is_broken: false,
             is_closed: false,
+            is_inherited: false,
             watched: None,
             is_raised: false,
         });
@@ -304,6 +307,17 @@ impl Kernel {
             place => *self.bound.get(place)?,
         };
         Some(key).filter(|key| self.is_listening(*key))
+    }
+
+    /// Leaves a listener to another process than the one that the other ends are told of.
+    pub(super) fn inherit(&mut self, key: ListenerKey) {
+        self.listeners[key.0].is_inherited = true;
+    }
+
+    /// Closes a listener whose process ends, and with it who waits there.
+    pub(super) fn end_listener(&mut self, key: ListenerKey) {
+        self.gone.extend(&self.listeners[key.0].backlog);
+        self.close_listener(key);
     }
 
     pub(super) fn place_of(&self, key: ListenerKey) -> Place {
@@ -528,6 +542,9 @@ impl Kernel {
         let accepted = self.new_socket(&place, owner, State::Open, name);
         self.sockets[accepted.0].peer_name = peer_name;
         self.sockets[accepted.0].peer = Some(id);
+        if self.listeners[key.0].is_inherited {
+            self.gone.insert(accepted);
+        }
         let socket = &mut self.sockets[id.0];
         socket.peer = Some(accepted);
         socket.state = State::Open;

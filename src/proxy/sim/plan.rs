@@ -304,6 +304,8 @@ impl Plan {
                     path: PathBuf::from(format!("/sim/vm{number}")),
                     ports: Vec::new(),
                     slots: if is_calm || rng.u8(..6) > 0 { 1_000 } else { 3 },
+                    // hyperkit listens for itself.
+                    is_inherited: kind != Kind::Hyperkit && rng.u8(..4) == 0,
                     unanswered: self.limits.vm_unanswered as u64,
                     slow: one(rng, &[ms(0), ms(1), ms(40)]),
                     acts: Vec::new(),

@@ -68,6 +68,8 @@ pub(super) struct VmPlan {
     /// What listens in the guest: the port, the number of the target, the service.
     pub(super) ports: Vec<(u32, usize, Service)>,
     pub(super) slots: usize,
+    /// Another process has begun to listen for it, and is gone.
+    pub(super) is_inherited: bool,
     /// The limit of unanswered dials that the proxy has.
     pub(super) unanswered: u64,
     /// How long the guest takes to answer a dial, at most.
@@ -165,6 +167,9 @@ impl Vm {
         let place = self.place();
         let listener = stage.kernel().listen(&place, Owner::Actor(self.me));
         self.listener = listener.ok();
+        if let Some(key) = self.listener.filter(|_| self.plan.is_inherited) {
+            stage.kernel().inherit(key);
+        }
         if self.is_hyperkit() {
             let vm = self.plan.hyperkit();
             stage.kernel().make_file(&vm.pid_path(), None);
@@ -224,12 +229,17 @@ impl Vm {
             stage.processes.borrow_mut().remove(&directory);
         }
         let now = stage.now();
-        stage.kernel().close_listener(key);
+        stage.kernel().end_listener(key);
         self.dials.clear();
         self.closed.clear();
         for slot in self.slots.drain(..) {
             if let Guest::Talks(talk) = &slot.guest {
-                stage.judge().killed(talk.voice, now);
+                // Of the end of a process that nobody was told of, nobody is told.
+                let is_unknown = self.plan.is_inherited && slot.origin == Origin::Line;
+                match is_unknown {
+                    true => stage.judge().struck(talk.voice),
+                    false => stage.judge().killed(talk.voice, now),
+                }
             }
             let mut kernel = stage.kernel();
             kernel.gone.insert(slot.socket);
