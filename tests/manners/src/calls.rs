@@ -6,8 +6,8 @@ use libc::{
     c_int, c_uint, iovec, loff_t, msghdr, nfds_t, pollfd, size_t, sockaddr, socklen_t, ssize_t,
 };
 
-use crate::kernel::{self, Ended};
-use crate::{Manner, error, fail, has, names, next};
+use crate::ended::{self, Ended};
+use crate::{Manner, error, fail, has, kernel, lost, names, next};
 
 /// macOS' `PIPSIZ`.
 const SMALL: c_int = 8 << 10;
@@ -54,6 +54,7 @@ fn is_unix_stream(domain: c_int, kind: c_int) -> bool {
 unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
     // SAFETY: the caller's.
     let fd = unsafe { next::socket(domain, kind, protocol) };
+    ended::note_half_close(fd, false);
     if fd >= 0 && is_unix_stream(domain, kind) && has(Manner::Buffers) {
         set_small(fd);
     }
@@ -71,11 +72,14 @@ unsafe extern "C" fn socketpair(
 ) -> c_int {
     // SAFETY: the caller's.
     let result = unsafe { next::socketpair(domain, kind, protocol, pair) };
-    if result == 0 && is_unix_stream(domain, kind) && has(Manner::Buffers) {
+    if result == 0 && is_unix_stream(domain, kind) {
         // SAFETY: two descriptors were written there.
-        let [one, other] = unsafe { *pair.cast::<[c_int; 2]>() };
-        set_small(one);
-        set_small(other);
+        for fd in unsafe { *pair.cast::<[c_int; 2]>() } {
+            ended::note_half_close(fd, false);
+            if has(Manner::Buffers) {
+                set_small(fd);
+            }
+        }
     }
     result
 }
@@ -100,6 +104,9 @@ unsafe extern "C" fn listen(fd: c_int, backlog: c_int) -> c_int {
         true => backlog.min(MOST_WAITING),
         false => backlog,
     };
+    if has(Manner::Lost) {
+        lost::keep_spare();
+    }
     // SAFETY: the caller's.
     unsafe { next::listen(fd, backlog) }
 }
@@ -140,8 +147,21 @@ unsafe extern "C" fn connect(fd: c_int, name: *const sockaddr, len: socklen_t) -
 /// `name` and `len` were filled by an accept.
 unsafe fn accepted(listener: c_int, fd: c_int, name: *mut sockaddr, len: *mut socklen_t) -> c_int {
     if fd < 0 {
-        return fd;
+        return match error() {
+            // Linux looks for a descriptor first.
+            libc::EMFILE if has(Manner::Lost) => {
+                let had_client = lost::lose_client(listener);
+                let would_block = !had_client && kernel::is_nonblocking(listener);
+                fail(if would_block {
+                    libc::EAGAIN
+                } else {
+                    libc::EMFILE
+                })
+            }
+            error => fail(error),
+        };
     }
+    ended::note_half_close(fd, false);
     if has(Manner::Inherit) && kernel::is_nonblocking(listener) {
         kernel::set_nonblocking(fd, true);
     }
@@ -263,14 +283,112 @@ unsafe extern "C" fn shutdown(fd: c_int, how: c_int) -> c_int {
         }
         if how != libc::SHUT_RD && ended.write {
             if how == libc::SHUT_RDWR {
-                // SAFETY: no pointer is passed.
-                unsafe { next::shutdown(fd, libc::SHUT_RD) };
+                shut_down(fd, libc::SHUT_RD);
             }
             return fail(libc::ENOTCONN);
         }
     }
+    shut_down(fd, how)
+}
+
+fn shut_down(fd: c_int, how: c_int) -> c_int {
     // SAFETY: no pointer is passed.
-    unsafe { next::shutdown(fd, how) }
+    let result = unsafe { next::shutdown(fd, how) };
+    if result != 0 {
+        return result;
+    }
+    if how != libc::SHUT_RD {
+        ended::note_half_close(fd, true);
+    }
+    if how != libc::SHUT_WR && has(Manner::Silence) && kernel::is_unix(fd) {
+        discard(fd);
+    }
+    0
+}
+
+/// Discards what has come.
+fn discard(fd: c_int) {
+    let mut bytes = [0_u8; 16 << 10];
+    let (start, len) = (bytes.as_mut_ptr().cast(), bytes.len());
+    // SAFETY: at most `len` bytes are written to `bytes`, which has so many.
+    while unsafe { next::recv(fd, start, len, libc::MSG_DONTWAIT) } > 0 {}
+}
+
+/// What a write of so many bytes says: they are discarded in silence where the peer takes nothing
+/// more.
+fn sent(fd: c_int, result: ssize_t, len: size_t) -> ssize_t {
+    if result >= 0 {
+        return result;
+    }
+    match error() {
+        libc::EPIPE if has(Manner::Silence) && ended::is_unheard(fd) => len as ssize_t,
+        error => fail(error) as ssize_t,
+    }
+}
+
+/// How many bytes the parts have.
+///
+/// # Safety
+/// `parts` is valid for reads of `count` of them.
+unsafe fn total(parts: *const iovec, count: usize) -> size_t {
+    // SAFETY: the caller's.
+    (0..count)
+        .map(|at| unsafe { (*parts.add(at)).iov_len })
+        .sum()
+}
+
+/// # Safety
+/// As send(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn send(fd: c_int, bytes: *const c_void, len: size_t, flags: c_int) -> ssize_t {
+    // SAFETY: the caller's.
+    sent(fd, unsafe { next::send(fd, bytes, len, flags) }, len)
+}
+
+/// # Safety
+/// As sendto(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn sendto(
+    fd: c_int,
+    bytes: *const c_void,
+    len: size_t,
+    flags: c_int,
+    name: *const sockaddr,
+    name_len: socklen_t,
+) -> ssize_t {
+    // SAFETY: the caller's.
+    let result = unsafe { next::sendto(fd, bytes, len, flags, name, name_len) };
+    sent(fd, result, len)
+}
+
+/// # Safety
+/// As sendmsg(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: the caller's.
+    let result = unsafe { next::sendmsg(fd, message, flags) };
+    // SAFETY: the caller's: the message has so many parts.
+    let len = unsafe { total((*message).msg_iov, (*message).msg_iovlen) };
+    sent(fd, result, len)
+}
+
+/// # Safety
+/// As write(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn write(fd: c_int, bytes: *const c_void, len: size_t) -> ssize_t {
+    // SAFETY: the caller's.
+    sent(fd, unsafe { next::write(fd, bytes, len) }, len)
+}
+
+/// # Safety
+/// As writev(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn writev(fd: c_int, parts: *const iovec, count: c_int) -> ssize_t {
+    // SAFETY: the caller's.
+    let result = unsafe { next::writev(fd, parts, count) };
+    // SAFETY: the caller's.
+    let len = unsafe { total(parts, usize::try_from(count).unwrap_or(0)) };
+    sent(fd, result, len)
 }
 
 /// What a read says, with the end in place of a Unix socket's reset.
@@ -367,7 +485,11 @@ unsafe extern "C" fn fcntl(fd: c_int, command: c_int, argument: usize) -> c_int 
         return fail(libc::EINVAL);
     }
     // SAFETY: the caller's.
-    unsafe { next::fcntl(fd, command, argument) }
+    let result = unsafe { next::fcntl(fd, command, argument) };
+    if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
+        ended::note_twin(result, fd);
+    }
+    result
 }
 
 /// # Safety

@@ -4,12 +4,13 @@
 //! that are wanted, with commas between them; without it all are given. They are read in XNU's
 //! source (`bsd/kern/uipc_socket.c`, `uipc_usrreq.c`, `uipc_syscalls.c`); see [`Manner`].
 //!
-//! What isn't given: `SHUT_RD` of a Unix socket, after which the peer's writes are discarded
-//! (somebody would have to read them); an accept that loses its connection where there is no
-//! descriptor; calls that don't go through libc.
+//! What isn't given: calls that don't go through libc; to a peer that has shut down both of its
+//! directions a write fails as to one that has closed.
 
 mod calls;
+mod ended;
 mod kernel;
+mod lost;
 mod names;
 mod next;
 
@@ -30,6 +31,11 @@ enum Manner {
     Backlog,
     /// The end, and no `ECONNRESET`, where a Unix peer has closed with bytes unread.
     Eof,
+    /// What a Unix peer writes after our `SHUT_RD` is discarded, as is what has come before: no
+    /// `EPIPE`.
+    Silence,
+    /// An accept that finds no descriptor closes its connection.
+    Lost,
     /// Accepted sockets take `O_NONBLOCK` from their listener.
     Inherit,
     /// A TCP client that has reset its connection before it was accepted has no name.
@@ -43,12 +49,14 @@ enum Manner {
     Copy,
 }
 
-const ALL: [(&str, Manner); 10] = [
+const ALL: [(&str, Manner); 12] = [
     ("buffers", Manner::Buffers),
     ("ended", Manner::Ended),
     ("shutdown", Manner::Shutdown),
     ("backlog", Manner::Backlog),
     ("eof", Manner::Eof),
+    ("silence", Manner::Silence),
+    ("lost", Manner::Lost),
     ("inherit", Manner::Inherit),
     ("nameless", Manner::Nameless),
     ("descriptors", Manner::Descriptors),

@@ -80,6 +80,17 @@ libc_calls! {
     getpeername(fd: c_int, name: *mut sockaddr, len: *mut socklen_t) -> c_int;
     shutdown(fd: c_int, how: c_int) -> c_int;
     send(fd: c_int, bytes: *const c_void, len: size_t, flags: c_int) -> ssize_t;
+    sendto(
+        fd: c_int,
+        bytes: *const c_void,
+        len: size_t,
+        flags: c_int,
+        name: *const sockaddr,
+        name_len: socklen_t
+    ) -> ssize_t;
+    sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t;
+    write(fd: c_int, bytes: *const c_void, len: size_t) -> ssize_t;
+    writev(fd: c_int, parts: *const iovec, count: c_int) -> ssize_t;
     recv(fd: c_int, bytes: *mut c_void, len: size_t, flags: c_int) -> ssize_t;
     recvfrom(
         fd: c_int,

@@ -31,12 +31,14 @@ fn on_both(manner: &str, test: &str, body: impl FnOnce(bool)) {
         return body(case == "mac");
     }
     let program = std::env::current_exe().unwrap();
-    const ALL: [&str; 10] = [
+    const ALL: [&str; 12] = [
         "buffers",
         "ended",
         "shutdown",
         "backlog",
         "eof",
+        "silence",
+        "lost",
         "inherit",
         "nameless",
         "descriptors",
@@ -345,6 +347,84 @@ fn bytes_unread_are_no_reset() {
         let error = (&ours).read(&mut [0]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     });
+}
+
+#[test]
+fn nobody_is_told_of_a_peer_that_takes_nothing_more() {
+    let test = "nobody_is_told_of_a_peer_that_takes_nothing_more";
+    on_both("silence", test, |mac| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (&theirs).write_all(b"before").unwrap();
+        ours.shutdown(Shutdown::Read).unwrap();
+        // What has come is gone as well.
+        let unread = if mac { 0 } else { 6 };
+        assert_eq!((&ours).read(&mut [0; 10]).unwrap(), unread);
+        let twin = theirs.try_clone().unwrap();
+        let bytes = [0; 100_000];
+        let parts = [io::IoSlice::new(&bytes), io::IoSlice::new(b"more")];
+        let says = |written: io::Result<usize>, count: usize| match mac {
+            true => assert_eq!(written.unwrap(), count),
+            false => assert_eq!(written.unwrap_err().kind(), ErrorKind::BrokenPipe),
+        };
+        for _ in 0..10 {
+            says((&theirs).write(&bytes), bytes.len());
+            says((&twin).write_vectored(&parts), bytes.len() + 4);
+        }
+        let fd = theirs.as_raw_fd();
+        let (start, flags) = (bytes.as_ptr().cast(), libc::MSG_NOSIGNAL);
+        // SAFETY: one byte is read from the pointer, which has more.
+        let sent = unsafe { libc::send(fd, start, 1, flags) };
+        assert_eq!(sent == 1, mac);
+        assert_eq!((&ours).read(&mut [0]).unwrap(), 0);
+        // The other direction is as it was.
+        (&ours).write_all(b"back").unwrap();
+        assert_eq!((&theirs).read(&mut [0; 10]).unwrap(), 4);
+        // Who has ended it itself is told so, and of a peer that has gone.
+        theirs.shutdown(Shutdown::Write).unwrap();
+        for it in [&theirs, &theirs.try_clone().unwrap()] {
+            let error = (&mut &*it).write(&bytes).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+        }
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.shutdown(Shutdown::Read).unwrap();
+        says((&theirs).write(&bytes), bytes.len());
+        drop(ours);
+        let error = (&theirs).write(&bytes).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    });
+}
+
+#[test]
+fn who_is_accepted_without_a_descriptor_is_lost() {
+    on_both(
+        "lost",
+        "who_is_accepted_without_a_descriptor_is_lost",
+        |mac| {
+            let dir = Private::new("lost");
+            let listener = UnixListener::bind(dir.socket()).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let mut client = UnixStream::connect(dir.socket()).unwrap();
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut taken = Vec::new();
+            let error = loop {
+                match File::open("/dev/null") {
+                    Ok(file) => taken.push(file),
+                    Err(e) => break e,
+                }
+            };
+            assert_eq!(error.raw_os_error(), Some(libc::EMFILE));
+            assert!(is(listener.accept(), libc::EMFILE));
+            let nobody = if mac { libc::EAGAIN } else { libc::EMFILE };
+            assert!(is(listener.accept(), nobody));
+            drop(taken);
+            let accepted = listener.accept();
+            assert_eq!(accepted.is_err(), mac);
+            drop(accepted);
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+            let _client = UnixStream::connect(dir.socket()).unwrap();
+            listener.accept().unwrap();
+        },
+    );
 }
 
 #[test]
