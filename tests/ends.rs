@@ -1,5 +1,5 @@
 //! Connections that have ended, in part or on both sides: what can still be read is read, whatever
-//! the system says to who sets an option there. And what fits into a Unix socket.
+//! the system says to who sets an option there. And what fits into a Unix socket, and into its address.
 
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
@@ -99,4 +99,21 @@ fn what_a_relay_writes_at_once_fits_into_a_unix_socket() {
     let _client = UnixStream::connect(&path).unwrap();
     let (accepted, _) = passed.accept_timeout(PATIENCE).unwrap().unwrap();
     assert!(room(&accepted) >= LEAST);
+}
+
+/// A path is bound and dialled whether it fits into the system's `sockaddr_un` (104 bytes with a NUL
+/// on macOS, 108 on Linux) or not.
+#[test]
+fn a_path_of_any_length_is_bound_and_dialled() {
+    let root = private_dir();
+    for len in 101..=110 {
+        let pad = len - root.path().as_os_str().len() - "//s".len();
+        let deep = root.path().join("d".repeat(pad));
+        std::fs::create_dir(&deep).unwrap();
+        let path = deep.join("s");
+        assert_eq!(path.as_os_str().len(), len);
+        let (ours, theirs) = pair(&unix(path));
+        (&ours).write_all(b"x").unwrap();
+        (&theirs).read_exact(&mut [0]).unwrap();
+    }
 }

@@ -10,6 +10,7 @@ use super::http::Http;
 use super::rules::{Ring, Rule, UNANSWERED_LIMIT};
 use super::slots::{Key, Subject};
 use crate::hyperkit::{HOST_CID, LINE_LEN};
+use crate::listener::nonblocking::has_client_left;
 use mio::net::UnixStream;
 use socket2::SockRef;
 use std::io::{self, ErrorKind, Read};
@@ -232,6 +233,7 @@ impl Device {
                         self.doors[index].ready = false;
                     }
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) if has_client_left(&error) => {}
                     Err(_) => break,
                 }
             }

@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::{Duration, Instant};
 
 #[test]
 fn the_guest_serves_the_web() {
@@ -90,6 +91,42 @@ fn the_guest_dials_the_host() {
     });
     free(&vm);
     assert_eq!(vm.counters().guest_dials, 2);
+    assert_alive(&vm);
+}
+
+/// Some before they are accepted, some (`scripts/check-manners`) just after.
+#[test]
+fn programs_that_have_left_keep_no_other_waiting() {
+    /// The device would sleep once for each of them, 250 ms.
+    const GONE: usize = 60;
+    let directory = tempfile::tempdir().unwrap();
+    let any = Endpoint::Tcp(([127, 0, 0, 1], 0).into());
+    let vm = builder(&directory).dial(5000, Dial::Listen(any));
+    let vm = vm.start().unwrap();
+    let Some(Endpoint::Tcp(address)) = vm.dial_addr(5000) else {
+        panic!("no address");
+    };
+    let listener = host_socket(&vm, 5000);
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || io::copy(&mut &stream, &mut &stream));
+        }
+    });
+    vm.pause();
+    for _ in 0..GONE {
+        let program = TcpStream::connect(address).unwrap();
+        let socket = socket2::SockRef::from(&program);
+        socket.set_linger(Some(Duration::ZERO)).unwrap();
+    }
+    let mut program = TcpStream::connect(address).unwrap();
+    program.set_read_timeout(Some(LONG)).unwrap();
+    program.write_all(b"here").unwrap();
+    program.shutdown(Shutdown::Write).unwrap();
+    let resumed = Instant::now();
+    vm.resume();
+    assert_eq!(read_all(&mut program), b"here");
+    let took = resumed.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
     assert_alive(&vm);
 }
 
