@@ -48,13 +48,15 @@ pub(crate) const BARE: &str = "bare";
 pub(crate) const BARE_COPY: &str = "bare --copy";
 
 /// As on a Mac: Unix sockets have 8 KiB unless more is asked for (tests/manners), the server's as
-/// well, and all is copied. In the last one the server has set as much as hyperkit does.
+/// well, and all is copied. Of the last two, one gets no more, whatever it asks for, and to the other
+/// the server gives as much as hyperkit does.
 const BARE_MAC: &str = "bare --copy, Mac";
 const MAC: &str = "hvsock, Mac";
+const MAC_CAPPED: &str = "hvsock, Mac, 8k";
 const MAC_128: &str = "hvsock, Mac, 128k";
 
 /// Those that can be had, in the order in which they are printed.
-pub(crate) const NAMES: [&str; 13] = [
+pub(crate) const NAMES: [&str; 14] = [
     "no proxy",
     BARE,
     BARE_COPY,
@@ -63,6 +65,7 @@ pub(crate) const NAMES: [&str; 13] = [
     "hvsock, hyperkit",
     BARE_MAC,
     MAC,
+    MAC_CAPPED,
     MAC_128,
     "haproxy",
     "haproxy 128k",
@@ -81,7 +84,7 @@ impl Contender {
         };
         let fronts = || Service::ALL.into_iter().zip(ports);
         let room = match name {
-            BARE_MAC | MAC => Room::Mac,
+            BARE_MAC | MAC | MAC_CAPPED => Room::Mac,
             MAC_128 => Room::Hyperkit,
             _ => Room::Default,
         };
@@ -104,7 +107,7 @@ impl Contender {
                 }
                 commands.push(command);
             }
-            "hvsock" | "hvsock --no-splice" | "hvsock, hyperkit" | MAC | MAC_128 => {
+            "hvsock" | "hvsock --no-splice" | "hvsock, hyperkit" | MAC | MAC_CAPPED | MAC_128 => {
                 let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
                 command.arg("forward");
                 if name.ends_with("--no-splice") || room != Room::Default {
@@ -184,7 +187,11 @@ impl Contender {
         for mut command in commands {
             command.stdin(Stdio::null()).stdout(Stdio::null());
             if let Some(library) = &manners {
-                command.env("LD_PRELOAD", library).env("MANNERS", "buffers");
+                let manners = match name {
+                    MAC_CAPPED => "buffers,capped",
+                    _ => "buffers",
+                };
+                command.env("LD_PRELOAD", library).env("MANNERS", manners);
             }
             // What it says of its end is of no interest; what goes wrong shows in the results.
             command.stderr(Stdio::null());

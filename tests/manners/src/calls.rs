@@ -31,10 +31,7 @@ const BUFFERS: [c_int; 2] = [libc::SO_SNDBUF, libc::SO_RCVBUF];
 
 /// Whether it is the size of a Unix stream socket's buffer.
 fn is_buffer(fd: c_int, level: c_int, option: c_int) -> bool {
-    level == libc::SOL_SOCKET
-        && BUFFERS.contains(&option)
-        && has(Manner::Buffers)
-        && kernel::is_unix(fd)
+    level == libc::SOL_SOCKET && BUFFERS.contains(&option) && kernel::is_unix(fd)
 }
 
 fn set_small(fd: c_int) {
@@ -221,8 +218,13 @@ unsafe extern "C" fn setsockopt(
     if is_buffer(fd, level, option) && len as usize >= size_of::<c_int>() {
         // SAFETY: an int is there.
         let size = unsafe { value.cast::<c_int>().read_unaligned() };
-        kernel::set_option(fd, level, option, for_linux(size));
-        return 0;
+        if has(Manner::Capped) && size > SMALL {
+            return fail(libc::ENOBUFS);
+        }
+        if has(Manner::Buffers) {
+            kernel::set_option(fd, level, option, for_linux(size));
+            return 0;
+        }
     }
     // SAFETY: the caller's.
     unsafe { next::setsockopt(fd, level, option, value, len) }
@@ -240,7 +242,7 @@ unsafe extern "C" fn getsockopt(
 ) -> c_int {
     // SAFETY: the caller's.
     let result = unsafe { next::getsockopt(fd, level, option, value, len) };
-    if result == 0 && is_buffer(fd, level, option) {
+    if result == 0 && has(Manner::Buffers) && is_buffer(fd, level, option) {
         // SAFETY: an int was written there.
         unsafe { *value.cast::<c_int>() -= 2 * for_linux(0) };
     }

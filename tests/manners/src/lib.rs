@@ -1,8 +1,8 @@
 //! Gives a Linux process the manners of macOS' sockets.
 //!
 //! Preloaded (`LD_PRELOAD`), it stands before libc's socket calls. `MANNERS` names those manners
-//! that are wanted, with commas between them; without it all are given. They are read in XNU's
-//! source (`bsd/kern/uipc_socket.c`, `uipc_usrreq.c`, `uipc_syscalls.c`); see [`Manner`].
+//! that are wanted, with commas between them; without it all are given but `capped`. They are read
+//! in XNU's source (`bsd/kern/uipc_socket.c`, `uipc_usrreq.c`, `uipc_syscalls.c`); see [`Manner`].
 //!
 //! What isn't given: calls that don't go through libc; to a peer that has shut down both of its
 //! directions a write fails as to one that has closed.
@@ -22,6 +22,8 @@ enum Manner {
     /// In a Unix stream socket 8 KiB lie unread, unless `SO_SNDBUF` is set; accepted ones take
     /// their listener's.
     Buffers,
+    /// `ENOBUFS` to whoever asks for larger ones: `kern.ipc.maxsockbuf`, were it as small.
+    Capped,
     /// `EINVAL` to setsockopt(2) and getpeername(2) once both directions have ended; nor is the
     /// process told then that a Unix socket's peer is of.
     Ended,
@@ -49,8 +51,9 @@ enum Manner {
     Copy,
 }
 
-const ALL: [(&str, Manner); 12] = [
+const ALL: [(&str, Manner); 13] = [
     ("buffers", Manner::Buffers),
+    ("capped", Manner::Capped),
     ("ended", Manner::Ended),
     ("shutdown", Manner::Shutdown),
     ("backlog", Manner::Backlog),
@@ -70,11 +73,11 @@ fn has(manner: Manner) -> bool {
     WANTED
         .get_or_init(|| {
             let named = std::env::var("MANNERS").ok();
-            let is_named = |name: &str| match &named {
-                Some(named) => named.split(',').any(|it| it == name),
-                None => true,
+            let is_wanted = |(name, manner): &&(&str, Manner)| match &named {
+                Some(named) => named.split(',').any(|it| it == *name),
+                None => *manner != Manner::Capped,
             };
-            let wanted = ALL.iter().filter(|(name, _)| is_named(name));
+            let wanted = ALL.iter().filter(is_wanted);
             wanted.map(|(_, manner)| *manner).collect()
         })
         .contains(&manner)

@@ -31,8 +31,9 @@ fn on_both(manner: &str, test: &str, body: impl FnOnce(bool)) {
         return body(case == "mac");
     }
     let program = std::env::current_exe().unwrap();
-    const ALL: [&str; 12] = [
+    const ALL: [&str; 13] = [
         "buffers",
+        "capped",
         "ended",
         "shutdown",
         "backlog",
@@ -46,7 +47,9 @@ fn on_both(manner: &str, test: &str, body: impl FnOnce(bool)) {
         "copy",
     ];
     assert!(ALL.contains(&manner));
-    let others: Vec<_> = ALL.into_iter().filter(|it| *it != manner).collect();
+    // Nor with the one that nobody has who doesn't name it.
+    let is_other = |it: &&str| ![manner, "capped"].contains(it);
+    let others: Vec<_> = ALL.into_iter().filter(is_other).collect();
     for (case, manners) in [("mac", manner), ("linux", &others.join(","))] {
         let mut command = Command::new(&program);
         command
@@ -181,6 +184,24 @@ fn eight_kib_fit_unless_more_is_asked_for() {
         let filled = fill(&listener.accept().unwrap().0, ASKED as usize);
         assert_eq!(filled == ASKED as usize, mac, "{filled}");
     });
+}
+
+#[test]
+fn no_buffer_is_larger_than_the_system_allows() {
+    on_both(
+        "capped",
+        "no_buffer_is_larger_than_the_system_allows",
+        |mac| {
+            let (one, _other) = UnixStream::pair().unwrap();
+            for option in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
+                let refused = |size| is(set_option(&one, option, size), libc::ENOBUFS);
+                assert_eq!(refused(8193), mac);
+                assert!(!refused(8192));
+            }
+            let (tcp, _other) = tcp_pair();
+            set_option(&tcp, libc::SO_SNDBUF, 8193).unwrap();
+        },
+    );
 }
 
 #[test]
@@ -536,6 +557,7 @@ fn all_manners_are_given_unless_some_are_named() {
     if std::env::var(CASE).is_ok() {
         let (one, other) = UnixStream::pair().unwrap();
         assert_eq!(fill(&one, 8192), 8192);
+        set_option(&one, libc::SO_SNDBUF, 8193).unwrap();
         drop(other);
         assert!(is(one.peer_addr(), libc::EINVAL));
         return;
