@@ -10,7 +10,8 @@ use crate::engine::relay::CLIENT;
 use crate::error::{Error, Operation, Result};
 
 use super::rules::Binder;
-use super::worker::{Command, Shared, Wanted};
+use super::shared::{Command, Shared};
+use super::world::Wanted;
 use super::world::World;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;

@@ -28,7 +28,7 @@ use crate::{dial, hyperkit, listener, stream};
 use super::bridge::{Bridge, Ended, Order, Progress};
 use super::crossing::{self, Crossings};
 use super::housekeeper::Housekeeper;
-use super::worker::Wanted;
+use super::world::Wanted;
 use super::world::{Event, Found, ListenerId, World};
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;

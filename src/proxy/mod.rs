@@ -32,7 +32,6 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod accept;
 mod bridge;
 mod connections;
 mod controller;
@@ -41,13 +40,13 @@ mod descriptors;
 mod forbidden;
 mod handle;
 mod housekeeper;
+mod listeners;
 mod loops;
 mod mio_world;
-mod probing;
-mod queue;
 mod rules;
+mod shared;
 #[cfg(all(test, target_os = "linux"))]
-pub(crate) mod sim;
+mod sim;
 mod worker;
 mod world;
 
@@ -71,7 +70,8 @@ use housekeeper::Housekeeper;
 use mio_world::MioWorld;
 use rules::Binder;
 pub(crate) use rules::all_are_wanted;
-use worker::{Inbox, Shared, Worker};
+use shared::{Inbox, Shared};
+use worker::Worker;
 use world::World;
 
 pub use crate::engine::counters::{Counters, Refusals, TimedOut};

@@ -4,6 +4,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
@@ -16,13 +17,39 @@ use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
 use super::bridge::{Ended, Progress};
-use super::worker::Wanted;
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::Sign;
 use crate::engine::id::ForwardId;
 use crate::engine::routes::Mark;
 use crate::engine::rule::Rule;
+
+/// Whether what a worker is told to do is still wanted: it begins, or the one that asked gives up, whichever is first.
+/// What was given up does not happen.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wanted(Arc<AtomicU8>);
+
+impl Wanted {
+    const ASKED: u8 = 0;
+    const BEGUN: u8 = 1;
+    const GIVEN_UP: u8 = 2;
+
+    fn decide(&self, on: u8) -> bool {
+        let (release, acquire) = (Ordering::AcqRel, Ordering::Acquire);
+        let decided = self.0.compare_exchange(Wanted::ASKED, on, release, acquire);
+        decided.is_ok()
+    }
+
+    /// Begins it; false if it was given up.
+    pub(crate) fn begin(&self) -> bool {
+        self.decide(Wanted::BEGUN)
+    }
+
+    /// Gives it up; false if it was begun.
+    pub(crate) fn give_up(&self) -> bool {
+        self.decide(Wanted::GIVEN_UP)
+    }
+}
 
 /// What the loop learns in one wait.
 #[derive(Debug)]

@@ -17,6 +17,8 @@ mod dialing;
 mod idle;
 mod proving;
 mod relaying;
+#[cfg(all(test, target_os = "linux"))]
+pub(crate) mod transitions;
 
 use std::collections::VecDeque;
 use std::io;
@@ -141,9 +143,9 @@ pub(crate) struct Connection<S: relay::Socket> {
     peer: SocketName,
     pub(crate) since: Instant,
     span: Span,
-    /// The name of its state, for what simulated runs reach.
+    /// The name of its state.
     #[cfg(all(test, target_os = "linux"))]
-    phase: &'static str,
+    state_name: &'static str,
 }
 
 #[derive(Debug)]
@@ -225,12 +227,12 @@ impl<S: relay::Socket> Connection<S> {
             guest.note_answer(now);
         }
         #[cfg(all(test, target_os = "linux"))]
-        crate::proxy::sim::note_transition("new", state.name());
+        transitions::note("new", state.name());
         Connection {
             name,
             forward,
             #[cfg(all(test, target_os = "linux"))]
-            phase: state.name(),
+            state_name: state.name(),
             state,
             wake_at: None,
             is_queued: false,
@@ -251,8 +253,8 @@ impl<S: relay::Socket> Connection<S> {
         #[cfg(all(test, target_os = "linux"))]
         {
             let name = state.name();
-            let before = std::mem::replace(&mut self.phase, name);
-            crate::proxy::sim::note_transition(before, name);
+            let before = std::mem::replace(&mut self.state_name, name);
+            transitions::note(before, name);
         }
         self.state = state;
     }

@@ -2,7 +2,7 @@
 //! the refusal is wanted.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::dial;
 use crate::engine::Phase;
@@ -13,12 +13,8 @@ use crate::name::SocketName;
 use crate::time::after;
 
 use super::closing::LAST_DRAIN;
-use super::relaying::Acceptance;
+use super::relaying::{Acceptance, HOLD};
 use super::{Action, Closing, Connection, Context, Dialed, Socket, State};
-
-/// How long a half-close to a guest that has said nothing yet is kept back. hyperkit refuses by EOF, some 50 µs after
-/// the dial: an EOF before our half-close is a refusal, one after it an empty answer.
-pub(super) const HOLD: Duration = Duration::from_millis(10);
 
 impl<S: Socket> Connection<S> {
     /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.

@@ -109,8 +109,8 @@ impl Audit {
         let index = worker.index;
         let (mut timers, mut open, mut leaving) = (0, BTreeMap::new(), BTreeMap::new());
         let mut bounds = BTreeMap::new();
-        for id in worker.conns.ids() {
-            let Some(conn) = worker.conns.get_mut(id) else {
+        for id in worker.connections.table.ids() {
+            let Some(conn) = worker.connections.table.get_mut(id) else {
                 continue;
             };
             let key = (index, id.token(CLIENT) as u64);
@@ -135,7 +135,11 @@ impl Audit {
                 _ => {}
             }
         }
-        assert_eq!(worker.timers.len(), timers, "worker {index}: timers");
+        assert_eq!(
+            worker.connections.timers.len(),
+            timers,
+            "worker {index}: timers"
+        );
         if !stage.has_chains.get() {
             for (forward, (count, most, last)) in bounds {
                 // One that was added listens before its bound holds.
@@ -202,7 +206,7 @@ impl Audit {
 
     /// Looks whether the listeners of a worker are as they are to be.
     pub(super) fn check_listeners(&self, worker: &Worker<SimWorld>, stage: &Stage) {
-        let in_vain = worker.listeners.iter().any(|it| it.sleeps_in_vain());
+        let in_vain = worker.listeners.all().iter().any(|it| it.sleeps_in_vain());
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
         if worker.phase == Phase::Running || stage.has_lost_files.get() {
             return;
@@ -227,8 +231,8 @@ impl Audit {
         }
         let late = |at: Duration| now > at.saturating_add(SLACK);
         let (index, phase) = (worker.index, worker.phase);
-        for id in worker.conns.ids() {
-            let Some(conn) = worker.conns.get_mut(id) else {
+        for id in worker.connections.table.ids() {
+            let Some(conn) = worker.connections.table.get_mut(id) else {
                 continue;
             };
             let key = (index, id.token(CLIENT) as u64);

@@ -442,8 +442,8 @@ impl Judge {
     pub(super) fn look_at(&mut self, index: usize, worker: &mut Worker<SimWorld>, stage: &Stage) {
         self.audit.look_at(worker, stage);
         let mut seen = BTreeSet::new();
-        for id in worker.conns.ids() {
-            let Some(conn) = worker.conns.get_mut(id) else {
+        for id in worker.connections.table.ids() {
+            let Some(conn) = worker.connections.table.get_mut(id) else {
                 continue;
             };
             let state = match &conn.state {

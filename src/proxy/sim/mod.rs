@@ -22,8 +22,3 @@ mod stage;
 mod talk;
 mod vm;
 mod world;
-
-/// Notes that a connection goes from one state to another.
-pub(crate) fn note_transition(from: &'static str, to: &'static str) {
-    world::note_transition(from, to);
-}

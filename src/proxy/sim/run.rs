@@ -266,7 +266,7 @@ fn check_listeners(plan: &Plan, run: &Run) {
 }
 
 /// What is left when all is over.
-fn check_books(run: &Run, shared: &crate::proxy::worker::Shared<SimWorld>) {
+fn check_books(run: &Run, shared: &crate::proxy::shared::Shared<SimWorld>) {
     let stage = &run.stage;
     let unfinished = stage.unfinished();
     assert!(

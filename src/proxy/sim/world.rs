@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::engine::admission::Gate;
-use crate::engine::connection;
+use crate::engine::connection::{self, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::Sign;
 use crate::engine::relay::{Pipe, Socket};
@@ -19,7 +19,7 @@ use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
 use crate::proxy::bridge::Progress;
-use crate::proxy::worker::Wanted;
+use crate::proxy::world::Wanted;
 use crate::proxy::world::{Event, Found, ListenerId, World};
 use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
@@ -175,6 +175,7 @@ thread_local! {
 /// Sets the stage of this thread.
 pub(super) fn set_stage(stage: Option<Rc<Stage>>) {
     STAGE.with(|it| *it.borrow_mut() = stage);
+    transitions::listen(note_transition);
 }
 
 /// Returns the stage of this thread.
@@ -183,7 +184,7 @@ pub(super) fn this_stage() -> Rc<Stage> {
 }
 
 /// Notes that a connection goes from one state to another, if it is one of a run.
-pub(super) fn note_transition(from: &'static str, to: &'static str) {
+fn note_transition(from: &'static str, to: &'static str) {
     STAGE.with(|it| {
         if let Some(stage) = &*it.borrow() {
             stage.judge().note_transition(from, to);

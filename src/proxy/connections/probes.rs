@@ -1,4 +1,4 @@
-//! Dials of which only the refusal is wanted: it tells that the guest lives, and has answered all dials before.
+//! Probes: dials of which only the refusal is wanted. It tells that the guest lives, and has answered all dials before.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,33 +10,38 @@ use crate::engine::connection::{Connection, Dialed};
 use crate::engine::relay::SERVER;
 use crate::stream::endpoint::Endpoint;
 
-use super::queue::FULL_PAUSE;
-use super::worker::Worker;
-use super::world::World;
+use super::{Connections, FULL_PAUSE};
 use crate::engine::admission::{Admission, Gate, Slot};
 use crate::engine::forward::Forward;
 use crate::engine::table::Id;
+use crate::proxy::shared::TurnContext;
+use crate::proxy::world::World;
 
-/// When a proof that is under way is asked after, if no wake-up tells of it before.
-const PROOF_LOOK: Duration = Duration::from_secs(1);
+/// When a probe that is under way is asked after, if no wake-up tells of it before.
+const PROBE_LOOK: Duration = Duration::from_secs(1);
 
 /// Connections of this worker to one VM of which it is not known yet whether the guest has taken them.
 #[derive(Debug)]
-pub(crate) struct Proofs {
+pub(in crate::proxy) struct ProbeQueue {
     gate: Arc<Gate>,
     waiting: Vec<Id>,
     next: Instant,
-    /// No proof is tried before this time: the last one could not be sent. Its slot, given back,
+    /// No probe is tried before this time: the last one could not be sent. Its slot, given back,
     /// wakes the other workers, whose own may fail as well and wake this one.
     not_before: Option<Instant>,
 }
 
-impl<W: World> Worker<W> {
+impl<W: World> Connections<W> {
     /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
     ///
     /// However long that takes, this one is never given up: its answer may come at any time. False if it could not be
     /// sent now.
-    pub(super) fn probe(&mut self, slot: Slot, forward: &Arc<Forward>, now: Instant) -> bool {
+    pub(super) fn probe(
+        &mut self,
+        slot: Slot,
+        forward: &Arc<Forward>,
+        cx: &mut TurnContext<'_, W>,
+    ) -> bool {
         let (Address::Hyperkit(target), Some(gate)) =
             (&forward.rule.connect, &forward.gates[SERVER])
         else {
@@ -47,7 +52,7 @@ impl<W: World> Worker<W> {
             // To which nothing can be bound.
             port: PORT_ANY,
         };
-        let (mut stream, sign) = match self.world.connect(&Endpoint::Hyperkit(probe)) {
+        let (mut stream, sign) = match cx.world.connect(&Endpoint::Hyperkit(probe)) {
             Ok(connected) => connected,
             Err(e) => {
                 drop(slot);
@@ -60,36 +65,36 @@ impl<W: World> Worker<W> {
                 return gone;
             }
         };
-        let id = self.conns.next_id();
-        let watched = self.world.watch(&mut stream, id.token(SERVER));
+        let id = self.table.next_id();
+        let watched = cx.world.watch(&mut stream, id.token(SERVER));
         let dialed = Dialed {
             socket: stream,
             sign,
             is_inherited: false,
             watched,
         };
-        self.shared.inboxes[self.index]
+        cx.shared.inboxes[cx.index]
             .load
             .fetch_add(1, Ordering::Relaxed);
-        self.shared.begins(forward);
-        let probe = Connection::probe(Arc::clone(forward), dialed, slot, self.phase, now);
-        self.conns.insert(probe);
-        self.with(id, now, Connection::begin_probe);
+        cx.shared.begins(forward);
+        let probe = Connection::probe(Arc::clone(forward), dialed, slot, cx.phase, cx.now);
+        self.table.insert(probe);
+        self.with(id, cx, Connection::begin_probe);
         true
     }
 
     /// Has a connection take its turn once the guest has answered its dial, or one behind it.
-    pub(super) fn queue_proof(&mut self, id: Id, forward: &Arc<Forward>, now: Instant) {
+    pub(super) fn queue_probe(&mut self, id: Id, forward: &Arc<Forward>, now: Instant) {
         let Some(gate) = &forward.gates[SERVER] else {
             return;
         };
         match self
-            .proofs
+            .probes
             .iter_mut()
             .find(|it| Arc::ptr_eq(&it.gate, gate))
         {
-            Some(proofs) => proofs.waiting.push(id),
-            None => self.proofs.push(Proofs {
+            Some(probes) => probes.waiting.push(id),
+            None => self.probes.push(ProbeQueue {
                 gate: Arc::clone(gate),
                 waiting: vec![id],
                 next: now,
@@ -98,56 +103,61 @@ impl<W: World> Worker<W> {
         }
     }
 
-    pub(super) fn next_proof(&self) -> Option<Instant> {
-        self.proofs.iter().map(|proofs| proofs.next).min()
+    pub(super) fn next_probe(&self) -> Option<Instant> {
+        self.probes.iter().map(|probes| probes.next).min()
     }
 
-    /// Goes on with those whose dials have been answered, and sends a proof for those that are left.
-    pub(super) fn proof_turns(&mut self, now: Instant) {
-        for mut proofs in std::mem::take(&mut self.proofs) {
+    /// Goes on with those whose dials have been answered, and sends a probe for those that are left.
+    pub(super) fn probe_turns(&mut self, cx: &mut TurnContext<'_, W>) {
+        for mut probes in std::mem::take(&mut self.probes) {
             let mut unanswered = None;
-            let waiting = std::mem::take(&mut proofs.waiting);
+            let waiting = std::mem::take(&mut probes.waiting);
             for id in waiting {
-                let Some(connection) = self.conns.get_mut(id) else {
+                let Some(connection) = self.table.get_mut(id) else {
                     continue;
                 };
                 match connection.is_answered() {
                     Some(true) => self.make_ready(id),
                     Some(false) => {
                         unanswered = Some(Arc::clone(&connection.forward));
-                        proofs.waiting.push(id);
+                        probes.waiting.push(id);
                     }
                     None => {}
                 }
             }
             if let Some(forward) = unanswered {
-                proofs.next = match proofs.not_before.filter(|at| now < *at) {
+                probes.next = match probes.not_before.filter(|at| cx.now < *at) {
                     Some(at) => at,
-                    None => self.send_proof(&mut proofs, &forward, now),
+                    None => self.send_probe(&mut probes, &forward, cx),
                 };
-                self.proofs.push(proofs);
+                self.probes.push(probes);
             }
         }
     }
 
-    /// Sends a proof if none is under way; when that is to be looked at again.
-    fn send_proof(&mut self, proofs: &mut Proofs, forward: &Arc<Forward>, now: Instant) -> Instant {
-        let wake = self.shared.inboxes[self.index].waker();
-        let slot = match proofs.gate.admit_probe(now, self.index, &wake) {
+    /// Sends a probe if none is under way; when that is to be looked at again.
+    fn send_probe(
+        &mut self,
+        probes: &mut ProbeQueue,
+        forward: &Arc<Forward>,
+        cx: &mut TurnContext<'_, W>,
+    ) -> Instant {
+        let wake = cx.shared.inboxes[cx.index].waker();
+        let slot = match probes.gate.admit_probe(cx.now, cx.index, &wake) {
             Admission::Go(slot) | Admission::Probe(slot) => slot,
-            Admission::At(at) => return at.min(now + PROOF_LOOK),
-            Admission::Full(_) => return now + FULL_PAUSE,
+            Admission::At(at) => return at.min(cx.now + PROBE_LOOK),
+            Admission::Full(_) => return cx.now + FULL_PAUSE,
         };
-        if self.probe(slot, forward, now) {
-            return now + PROOF_LOOK;
+        if self.probe(slot, forward, cx) {
+            return cx.now + PROBE_LOOK;
         }
-        if !proofs.gate.can_be_probed() {
-            for &id in &proofs.waiting {
-                self.with(id, now, Connection::prove_by_silence);
+        if !probes.gate.can_be_probed() {
+            for &id in &probes.waiting {
+                self.with(id, cx, Connection::prove_by_silence);
             }
         }
-        let again = now + FULL_PAUSE;
-        proofs.not_before = Some(again);
+        let again = cx.now + FULL_PAUSE;
+        probes.not_before = Some(again);
         again
     }
 }

@@ -10,12 +10,11 @@ use tracing::{debug, error, info, warn};
 
 use crate::engine::relay::{CLIENT, SERVER, Socket};
 use crate::listener::nonblocking::{has_client_left, is_broken};
-use crate::name::SocketName;
 
-use super::worker::{Command, Wanted, Worker};
-use super::world::{Found, ListenerId, World};
+use super::shared::{Accepted, Command, TurnContext};
+use super::world::{Found, ListenerId, Wanted, World};
 use crate::engine::Phase;
-use crate::engine::admission::{Full, Gate, Slot};
+use crate::engine::admission::{Full, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
@@ -25,7 +24,7 @@ use crate::engine::status::Obstacle;
 /// Connections that one listener may accept before the others have their turn.
 const BATCH: usize = 64;
 
-/// What [`accept_all`](Worker::accept_all) takes from one listener at most.
+/// What [`accept_all`](Listeners::accept_all) takes from one listener at most.
 const LONGEST_BACKLOG: usize = 4096;
 
 /// How long a listener that can't accept now waits before it looks again.
@@ -89,20 +88,59 @@ impl<L> Listening<L> {
     }
 }
 
-impl<W: World> Worker<W> {
+/// The listeners of one worker.
+#[derive(Debug)]
+pub(super) struct Listeners<W: World> {
+    all: Vec<Listening<W::Listener>>,
+    /// Connections of this worker that were accepted and are to be taken over.
+    accepted: Vec<Accepted<W::Stream>>,
+}
+
+impl<W: World> Default for Listeners<W> {
+    fn default() -> Listeners<W> {
+        Listeners {
+            all: Vec::new(),
+            accepted: Vec::new(),
+        }
+    }
+}
+
+impl<W: World> Listeners<W> {
+    /// Returns all of them.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn all(&self) -> &[Listening<W::Listener>] {
+        &self.all
+    }
+
+    /// Takes out what was accepted for this worker.
+    pub(super) fn take_accepted(&mut self) -> Vec<Accepted<W::Stream>> {
+        std::mem::take(&mut self.accepted)
+    }
+
+    /// Latches that somebody waits at the listener of a token.
+    pub(super) fn latch(&mut self, token: usize) {
+        if let Some(listening) = self.all.get_mut(token) {
+            listening.ready = true;
+        }
+    }
+
     /// Takes over a bound listener.
-    pub(crate) fn add_listener(
+    ///
+    /// # Errors
+    /// The poller can't watch it.
+    pub(super) fn add(
         &mut self,
         listener: W::Listener,
         forward: Arc<Forward>,
+        cx: &mut TurnContext<'_, W>,
     ) -> io::Result<()> {
         let mut listener = listener;
         let is_free = |it: &Listening<W::Listener>| it.removed && it.asked == 0;
-        let free = self.listeners.iter().position(is_free);
-        let index = free.unwrap_or(self.listeners.len());
-        self.world.watch_listener(&mut listener, index)?;
-        self.note_listener(&listener, forward.id);
-        let watch = self.world.now();
+        let free = self.all.iter().position(is_free);
+        let index = free.unwrap_or(self.all.len());
+        cx.world.watch_listener(&mut listener, index)?;
+        Self::note_mark(&listener, forward.id, cx);
+        let watch = cx.now;
         let listening = Listening {
             listener: Some(listener),
             forward,
@@ -117,69 +155,74 @@ impl<W: World> Worker<W> {
             removed: false,
             leaves: None,
         };
-        match self.listeners.get_mut(index) {
+        match self.all.get_mut(index) {
             Some(place) => *place = listening,
-            None => self.listeners.push(listening),
+            None => self.all.push(listening),
         }
         Ok(())
     }
 
     /// Closes a listener that is not to be taken over, after its addition was given up. Guests that
     /// wait there are refused as any others: one that is closed at once hurts its device.
-    pub(super) fn give_up_listener(
+    pub(super) fn give_up(
         &mut self,
         listener: W::Listener,
         forward: Arc<Forward>,
-        now: Instant,
+        cx: &mut TurnContext<'_, W>,
     ) {
         if !forward.is_polite(CLIENT) {
-            return self.world.close_listener(listener, None);
+            return cx.world.close_listener(listener, None);
         }
         forward.cut.store(true, Ordering::Release);
         let id = forward.id;
         // One that can't be watched is closed by that.
-        if self.add_listener(listener, forward).is_ok() {
-            self.remove_listener(id, channel().0, now);
+        if self.add(listener, forward, cx).is_ok() {
+            self.remove(id, channel().0, cx);
         }
     }
 
     /// Notes by what the clients of a forward know it.
-    fn note_listener(&mut self, listener: &W::Listener, forward: ForwardId) {
-        if let Some(mark) = self.world.mark_of_listener(listener) {
-            self.shared.routes.listens(mark, forward);
+    fn note_mark(listener: &W::Listener, forward: ForwardId, cx: &mut TurnContext<'_, W>) {
+        if let Some(mark) = cx.world.mark_of_listener(listener) {
+            cx.shared.routes.listens(mark, forward);
         }
     }
 
     /// Where the listener of a forward is, if this worker has it.
     fn listener_of(&self, forward: ForwardId) -> Option<usize> {
         let its = |it: &Listening<W::Listener>| !it.removed && it.forward.id == forward;
-        self.listeners.iter().position(its)
+        self.all.iter().position(its)
     }
 
     /// Ends the listener of a forward, if this worker has it, and tells when its address is free. Who waits there is
     /// served.
-    pub(super) fn remove_listener(&mut self, forward: ForwardId, done: Sender<()>, now: Instant) {
+    pub(super) fn remove(
+        &mut self,
+        forward: ForwardId,
+        done: Sender<()>,
+        cx: &mut TurnContext<'_, W>,
+    ) {
         let Some(index) = self.listener_of(forward) else {
             // Who asked may have given up.
             let _ = done.send(());
             return;
         };
-        let listening = &mut self.listeners[index];
+        let listening = &mut self.all[index];
         listening.removed = true;
         match listening.asked {
-            0 => self.end_listener(index, done, now),
+            0 => self.end_listener(index, done, cx),
             // It may be bound again meanwhile.
             _ => listening.leaves = Some(done),
         }
     }
 
     /// Closes a listener whose forward is gone, once nothing is asked about its file any more.
-    fn end_listener(&mut self, index: usize, done: Sender<()>, now: Instant) {
-        self.accept_waiting(index, now);
-        let listening = &mut self.listeners[index];
-        self.shared.routes.listens_no_more(listening.forward.id);
+    fn end_listener(&mut self, index: usize, done: Sender<()>, cx: &mut TurnContext<'_, W>) {
+        self.accept_waiting(index, cx);
+        let listening = &mut self.all[index];
+        cx.shared.routes.listens_no_more(listening.forward.id);
         match listening.listener.take() {
-            Some(listener) => self.world.close_listener(listener, Some(done)),
+            Some(listener) => cx.world.close_listener(listener, Some(done)),
             None => {
                 let _ = done.send(());
             }
@@ -193,10 +236,11 @@ impl<W: World> Worker<W> {
         mode: u32,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
+        cx: &mut TurnContext<'_, W>,
     ) {
         let index = self.listener_of(forward);
-        match index.and_then(|index| self.listeners[index].listener.as_ref()) {
-            Some(listener) => self.world.set_mode(listener, mode, wanted, done),
+        match index.and_then(|index| self.all[index].listener.as_ref()) {
+            Some(listener) => cx.world.set_mode(listener, mode, wanted, done),
             // Who asked may have given up.
             None => drop(done.send(Ok(()))),
         }
@@ -205,7 +249,7 @@ impl<W: World> Worker<W> {
     /// Gives the clients that are accepted from now on another rule, if this worker has the forward's listener.
     pub(super) fn replace_forward(&mut self, forward: Arc<Forward>) {
         if let Some(index) = self.listener_of(forward.id) {
-            let listening = &mut self.listeners[index];
+            let listening = &mut self.all[index];
             // Where there was no place there may be one: it may be another VM's.
             listening.full = None;
             listening.forward = forward;
@@ -213,7 +257,7 @@ impl<W: World> Worker<W> {
     }
 
     /// When a listener wants to be looked at without an event.
-    pub(super) fn next_accept(&self, now: Instant) -> Option<Instant> {
+    pub(super) fn next(&self, now: Instant) -> Option<Instant> {
         let wants = |listening: &Listening<W::Listener>| {
             let ready =
                 (listening.ready && listening.full.is_none() && listening.listener.is_some())
@@ -225,52 +269,52 @@ impl<W: World> Worker<W> {
                 .flatten()
                 .min()
         };
-        self.listeners.iter().filter_map(wants).min()
+        self.all.iter().filter_map(wants).min()
     }
 
-    pub(super) fn accept_turns(&mut self, now: Instant) {
-        for index in 0..self.listeners.len() {
-            let listening = &mut self.listeners[index];
-            if listening.paused.is_some_and(|at| at <= now) {
+    pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, W>) {
+        for index in 0..self.all.len() {
+            let listening = &mut self.all[index];
+            if listening.paused.is_some_and(|at| at <= cx.now) {
                 listening.paused = None;
             }
             if listening.ready && listening.paused.is_none() {
-                self.accept_from(index, false, now);
+                self.accept_from(index, false, cx);
             }
-            let listening = &mut self.listeners[index];
-            if listening.watch <= now && !listening.removed {
-                listening.watch = now + WATCH;
-                self.look_after(index);
-                self.look_at_vms(index, now);
+            let listening = &mut self.all[index];
+            if listening.watch <= cx.now && !listening.removed {
+                listening.watch = cx.now + WATCH;
+                self.look_after(index, cx);
+                self.look_at_vms(index, cx);
             }
         }
     }
 
     /// Accepts all who wait at the listeners now.
-    pub(super) fn accept_all(&mut self, now: Instant) {
-        for index in 0..self.listeners.len() {
-            self.accept_waiting(index, now);
+    pub(super) fn accept_all(&mut self, cx: &mut TurnContext<'_, W>) {
+        for index in 0..self.all.len() {
+            self.accept_waiting(index, cx);
         }
     }
 
     /// Accepts all who wait at a listener now, whether an event has told of them or not.
-    fn accept_waiting(&mut self, index: usize, now: Instant) {
-        let listening = &mut self.listeners[index];
+    fn accept_waiting(&mut self, index: usize, cx: &mut TurnContext<'_, W>) {
+        let listening = &mut self.all[index];
         (listening.ready, listening.paused) = (true, None);
         // As many turns as the longest backlog takes.
         for _ in 0..LONGEST_BACKLOG / BATCH {
-            let listening = &self.listeners[index];
+            let listening = &self.all[index];
             if !listening.ready || listening.paused.is_some() || listening.listener.is_none() {
                 break;
             }
-            self.accept_from(index, true, now);
+            self.accept_from(index, true, cx);
         }
     }
 
     /// Accepts who waits at a listener: those for whom there is a place in its VM, or `all` of them.
-    fn accept_from(&mut self, index: usize, all: bool, now: Instant) {
+    fn accept_from(&mut self, index: usize, all: bool, cx: &mut TurnContext<'_, W>) {
         for _ in 0..BATCH {
-            let listening = &mut self.listeners[index];
+            let listening = &mut self.all[index];
             if listening.listener.is_none() {
                 return;
             }
@@ -278,34 +322,40 @@ impl<W: World> Worker<W> {
             // comes from another forward: the place that it waits for may be that one's.
             let forward = &listening.forward;
             if !forward.is_polite(CLIENT)
-                && let Some(reason) = self.shared.is_full_for(forward.id)
-                && !self.shared.may_come_from_us(forward)
+                && let Some(reason) = cx.shared.is_full_for(forward.id)
+                && !cx.shared.may_come_from_us(forward)
             {
-                return self.pause(index, Obstacle::Full, now, &reason);
+                return self.pause(index, Obstacle::Full, cx, &reason);
             }
-            let slot = match self.slot(index, all) {
+            let slot = match self.queue_for_slot(index, all, cx) {
                 Ok(slot) => slot,
                 Err(full) => {
-                    let known = self.listeners[index].full.replace(full) == Some(full);
+                    let known = self.all[index].full.replace(full) == Some(full);
                     if !known {
-                        self.block(index, Obstacle::Full, &full, now);
+                        self.block(index, Obstacle::Full, &full, cx);
                     }
                     return;
                 }
             };
-            let listening = &mut self.listeners[index];
+            let listening = &mut self.all[index];
             let Some(listener) = &listening.listener else {
                 return;
             };
             listening.full = None;
-            match self.world.accept(listener) {
+            match cx.world.accept(listener) {
                 Ok((stream, peer)) => {
                     listening.unblock();
                     let forward = Arc::clone(&listening.forward);
                     debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
-                    self.shared.begins(&forward);
-                    self.hand_over(stream, peer, forward, slot, now);
+                    cx.shared.begins(&forward);
+                    let accepted = Accepted {
+                        stream,
+                        peer,
+                        forward,
+                        slot,
+                    };
+                    self.hand_over(accepted, cx);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     listening.ready = false;
@@ -315,51 +365,56 @@ impl<W: World> Worker<W> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 // The next one may not have left.
                 Err(e) if has_client_left(&e) => {}
-                Err(e) if is_broken(&e) => return self.replace_broken(index, now),
+                Err(e) if is_broken(&e) => return self.replace_broken(index, cx),
                 // Invariant 10: no error ends a listener. Most often descriptors ran out: a close brings one.
-                Err(e) => return self.pause(index, Obstacle::Paused, now, &e),
+                Err(e) => return self.pause(index, Obstacle::Paused, cx, &e),
             }
         }
     }
 
     /// Binds the address of a listener again that somebody has shut down (`ss -K`, or another process that has it).
-    fn replace_broken(&mut self, index: usize, now: Instant) {
-        let listening = &mut self.listeners[index];
+    fn replace_broken(&mut self, index: usize, cx: &mut TurnContext<'_, W>) {
+        let listening = &mut self.all[index];
         let forward = Arc::clone(&listening.forward);
         listening.ready = false;
         listening.set_obstacle(Obstacle::Lost, &"its listener was shut down");
-        if listening.complaints.admit("shut down", now).is_some() {
+        if listening.complaints.admit("shut down", cx.now).is_some() {
             let listen = &forward.rule.listen;
             warn!("the listener on {listen} was shut down from outside; binding it again");
         }
         if let Some(old) = listening.listener.take()
-            && self.phase == Phase::Running
+            && cx.phase == Phase::Running
             && !listening.removed
         {
-            self.bind_again(index, Some(old));
+            self.bind_again(index, Some(old), cx);
         }
     }
 
-    fn bind_again(&mut self, index: usize, old: Option<W::Listener>) {
-        let listening = &mut self.listeners[index];
+    fn bind_again(&mut self, index: usize, old: Option<W::Listener>, cx: &mut TurnContext<'_, W>) {
+        let listening = &mut self.all[index];
         listening.asked += 1;
         let of = ListenerId {
             token: index,
             forward: listening.forward.id,
         };
-        self.world.bind_again(old, of, &listening.forward.rule);
+        cx.world.bind_again(old, of, &listening.forward.rule);
     }
 
     /// A client's right to a place in the VM that its forward leads to, if there is one.
-    fn slot(&self, index: usize, all: bool) -> Result<Option<Slot>, Full> {
-        let forward = &self.listeners[index].forward;
+    fn queue_for_slot(
+        &self,
+        index: usize,
+        all: bool,
+        cx: &TurnContext<'_, W>,
+    ) -> Result<Option<Slot>, Full> {
+        let forward = &self.all[index].forward;
         match &forward.gates[SERVER] {
             // Guests are accepted whatever happens.
             Some(gate) if !forward.is_polite(CLIENT) && !all => {
-                let wake = self.shared.inboxes[self.index].waker();
-                match gate.queue(forward.id, self.index, &wake) {
+                let wake = cx.shared.inboxes[cx.index].waker();
+                match gate.queue(forward.id, cx.index, &wake) {
                     // As with all places: it may be that one's.
-                    Err(_) if self.shared.may_come_from_us(forward) => {
+                    Err(_) if cx.shared.may_come_from_us(forward) => {
                         Ok(Some(gate.queue_always(forward.id)))
                     }
                     entered => entered.map(Some),
@@ -370,11 +425,17 @@ impl<W: World> Worker<W> {
         }
     }
 
-    fn pause(&mut self, index: usize, obstacle: Obstacle, now: Instant, reason: &io::Error) {
-        let listening = &mut self.listeners[index];
+    fn pause(
+        &mut self,
+        index: usize,
+        obstacle: Obstacle,
+        cx: &mut TurnContext<'_, W>,
+        reason: &io::Error,
+    ) {
+        let listening = &mut self.all[index];
         // It looks again by itself, whatever its VM was like before.
-        (listening.paused, listening.full) = (Some(now + PAUSE), None);
-        self.block(index, obstacle, reason, now);
+        (listening.paused, listening.full) = (Some(cx.now + PAUSE), None);
+        self.block(index, obstacle, reason, cx);
     }
 
     /// Says why clients have to wait.
@@ -383,71 +444,59 @@ impl<W: World> Worker<W> {
         index: usize,
         obstacle: Obstacle,
         reason: &dyn std::fmt::Display,
-        now: Instant,
+        cx: &mut TurnContext<'_, W>,
     ) {
-        let listening = &mut self.listeners[index];
+        let listening = &mut self.all[index];
         listening.set_obstacle(obstacle, reason);
         let key = match obstacle {
             Obstacle::Full => "full",
             _ => "paused",
         };
-        if listening.complaints.admit(key, now).is_some() {
+        if listening.complaints.admit(key, cx.now).is_some() {
             let listen = &listening.forward.rule.listen;
             warn!("not accepting on {listen} for now: {reason}; new clients wait");
         }
     }
 
     /// Gives a connection to the worker that has the fewest.
-    fn hand_over(
-        &mut self,
-        stream: W::Stream,
-        peer: SocketName,
-        forward: Arc<Forward>,
-        slot: Option<Slot>,
-        now: Instant,
-    ) {
-        let load = |index: &usize| self.shared.inboxes[*index].load.load(Ordering::Relaxed);
-        let mine = load(&self.index);
+    fn hand_over(&mut self, accepted: Accepted<W::Stream>, cx: &mut TurnContext<'_, W>) {
+        let load = |index: &usize| cx.shared.inboxes[*index].load.load(Ordering::Relaxed);
+        let mine = load(&cx.index);
         // Once the end has begun the others may be gone.
-        let least = (0..self.shared.inboxes.len())
+        let least = (0..cx.shared.inboxes.len())
             .min_by_key(load)
-            .filter(|index| !self.shared.is_stopping() && load(index) < mine);
-        let to = match stream.is_settled() {
-            true => self.index,
-            false => least.unwrap_or(self.index),
+            .filter(|index| !cx.shared.is_stopping() && load(index) < mine);
+        let to = match accepted.stream.is_settled() {
+            true => cx.index,
+            false => least.unwrap_or(cx.index),
         };
-        self.shared.inboxes[to].load.fetch_add(1, Ordering::Relaxed);
-        if to == self.index {
-            self.adopt(stream, peer, forward, slot, now);
+        cx.shared.inboxes[to].load.fetch_add(1, Ordering::Relaxed);
+        if to == cx.index {
+            self.accepted.push(accepted);
         } else {
-            self.shared.inboxes[to].send(Command::Adopt(stream, peer, forward, slot));
+            cx.shared.inboxes[to].send(Command::Adopt(accepted));
         }
     }
 
     /// Looks whether the VMs of a forward are there: so it is known without a client who finds out.
-    fn look_at_vms(&mut self, index: usize, now: Instant) {
-        let forward = Arc::clone(&self.listeners[index].forward);
+    fn look_at_vms(&mut self, index: usize, cx: &mut TurnContext<'_, W>) {
+        let forward = Arc::clone(&self.all[index].forward);
         for gate in forward.gates.iter().flatten() {
-            self.look_at_vm(gate, now, WATCH);
-        }
-    }
-
-    /// Has a VM looked at, unless the last look was less than `every` ago.
-    pub(super) fn look_at_vm(&mut self, gate: &Arc<Gate>, now: Instant, every: Duration) {
-        if gate.begin_look(now, every) {
-            self.world.look_at_vm(gate);
+            if gate.begin_look(cx.now, WATCH) {
+                cx.world.look_at_vm(gate);
+            }
         }
     }
 
     /// Has a socket's file looked after, and one that could not be bound again tried again.
-    fn look_after(&mut self, index: usize) {
-        let listening = &mut self.listeners[index];
+    fn look_after(&mut self, index: usize, cx: &mut TurnContext<'_, W>) {
+        let listening = &mut self.all[index];
         // One question at a time: what is asked may hang.
-        if self.phase != Phase::Running || listening.asked > 0 {
+        if cx.phase != Phase::Running || listening.asked > 0 {
             return;
         }
         match &listening.listener {
-            None => self.bind_again(index, None),
+            None => self.bind_again(index, None, cx),
             Some(listener) if listening.forward.rule.listen.listen_path().is_some() => {
                 listening.asked += 1;
                 let of = ListenerId {
@@ -455,7 +504,7 @@ impl<W: World> Worker<W> {
                     forward: listening.forward.id,
                 };
                 let rule = &listening.forward.rule;
-                if !self.world.check_file(listener, of, rule) {
+                if !cx.world.check_file(listener, of, rule) {
                     listening.asked -= 1;
                 }
             }
@@ -464,16 +513,16 @@ impl<W: World> Worker<W> {
     }
 
     /// Takes what has become of a listener's file, or of binding its address again.
-    pub(super) fn listener_found(
+    pub(super) fn take_listener(
         &mut self,
         of: ListenerId,
         found: Found<W::Listener>,
-        now: Instant,
+        cx: &mut TurnContext<'_, W>,
     ) {
         let its = |it: &&mut Listening<W::Listener>| it.forward.id == of.forward;
-        let Some(listening) = self.listeners.get_mut(of.token).filter(its) else {
+        let Some(listening) = self.all.get_mut(of.token).filter(its) else {
             if let Found::Bound(listener) = found {
-                self.world.close_listener(listener, None);
+                cx.world.close_listener(listener, None);
             }
             return;
         };
@@ -483,20 +532,25 @@ impl<W: World> Worker<W> {
             _ => None,
         };
         // Guests are accepted to the very end: one that waits at a socket which is closed is hurt.
-        let takes_clients = self.phase == Phase::Running || listening.forward.is_polite(CLIENT);
+        let takes_clients = cx.phase == Phase::Running || listening.forward.is_polite(CLIENT);
         match found {
-            Found::Bound(listener) if !takes_clients => self.world.close_listener(listener, None),
-            found => self.take_found(of, found, now),
+            Found::Bound(listener) if !takes_clients => cx.world.close_listener(listener, None),
+            found => self.take_found(of, found, cx),
         }
         if let Some(done) = leaves {
-            self.end_listener(of.token, done, now);
+            self.end_listener(of.token, done, cx);
         }
     }
 
     /// Goes on with a listener's file as it is. One that someone removed was made again: a VM that starts may clear its
     /// directory, and cleaners of `/tmp` remove what is old.
-    fn take_found(&mut self, of: ListenerId, found: Found<W::Listener>, now: Instant) {
-        let listening = &mut self.listeners[of.token];
+    fn take_found(
+        &mut self,
+        of: ListenerId,
+        found: Found<W::Listener>,
+        cx: &mut TurnContext<'_, W>,
+    ) {
+        let listening = &mut self.all[of.token];
         let forward = Arc::clone(&listening.forward);
         let listen = &forward.rule.listen;
         match found {
@@ -519,26 +573,26 @@ impl<W: World> Worker<W> {
             Found::Bound(mut listener) => {
                 // The old one first, who waits there before that.
                 let was_shut_down = listening.listener.is_none();
-                self.accept_waiting(of.token, now);
-                let listening = &mut self.listeners[of.token];
+                self.accept_waiting(of.token, cx);
+                let listening = &mut self.all[of.token];
                 if let Some(old) = listening.listener.take() {
-                    self.world.close_listener(old, None);
+                    cx.world.close_listener(old, None);
                 }
-                if let Err(e) = self.world.watch_listener(&mut listener, of.token) {
-                    self.world.close_listener(listener, None);
+                if let Err(e) = cx.world.watch_listener(&mut listener, of.token) {
+                    cx.world.close_listener(listener, None);
                     listening.set_obstacle(Obstacle::Lost, &e);
                     error!("cannot watch {listen}: {e}");
                     return;
                 }
-                let listening = &mut self.listeners[of.token];
+                let listening = &mut self.all[of.token];
                 match was_shut_down {
                     false => info!("made {listen} again: its file had been removed"),
                     // That it was shut down was told; it may be so again and again.
                     true if !listening.lost => debug!("listening on {listen} again"),
                     true => info!("listening on {listen} again"),
                 }
-                self.note_listener(&listener, of.forward);
-                let listening = &mut self.listeners[of.token];
+                Self::note_mark(&listener, of.forward, cx);
+                let listening = &mut self.all[of.token];
                 listening.listener = Some(listener);
                 (listening.ready, listening.lost) = (true, false);
                 listening.found();
@@ -557,21 +611,21 @@ impl<W: World> Worker<W> {
     }
 
     /// Closes all listeners but those that guests dial: an unbound port is what hyperkit can't stand.
-    pub(super) fn close_client_listeners(&mut self) {
-        for listening in &mut self.listeners {
+    pub(super) fn close_those_of_clients(&mut self, cx: &mut TurnContext<'_, W>) {
+        for listening in &mut self.all {
             if !listening.forward.is_polite(CLIENT)
                 && let Some(listener) = listening.listener.take()
             {
-                self.world.close_listener(listener, None);
+                cx.world.close_listener(listener, None);
                 listening.set_obstacle(Obstacle::Closed, &"");
             }
         }
     }
 
-    pub(super) fn close_listeners(&mut self) {
-        for listening in &mut self.listeners {
+    pub(super) fn close_all(&mut self, cx: &mut TurnContext<'_, W>) {
+        for listening in &mut self.all {
             if let Some(listener) = listening.listener.take() {
-                self.world.close_listener(listener, None);
+                cx.world.close_listener(listener, None);
             }
         }
     }

@@ -1,0 +1,381 @@
+//! The loop's part in its connections: it takes them over, gives them what has come, and does what they ask for.
+
+mod dials;
+mod probes;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::engine::connection::{Action, Connection, Context, Dialed};
+use crate::engine::id::ForwardId;
+use crate::engine::relay::{CLIENT, Pool, SERVER, Socket};
+use crate::engine::status::ConnectionStatus;
+use crate::engine::table::{Id, Table};
+use crate::engine::timers::Timers;
+use crate::error::Error;
+use crate::stream::endpoint::Target;
+
+use super::shared::{Accepted, TurnContext};
+use super::world::{Event, World};
+
+use dials::DialQueue;
+use probes::ProbeQueue;
+
+/// Bytes a buffer holds. A pair in flight borrows at most two.
+const BUFFER: usize = 128 * 1024;
+
+/// Buffers that a worker keeps though nobody needs them.
+const KEEP: usize = 16;
+
+/// How often buffers and pipes are looked for that nobody needs any more.
+const TRIM: Duration = Duration::from_secs(1);
+
+/// How long a dial waits when a cap of its VM is reached before it asks again.
+const FULL_PAUSE: Duration = Duration::from_millis(10);
+
+/// The connections of one worker.
+pub(super) struct Connections<W: World> {
+    pub(super) table: Table<Connection<W::Stream>>,
+    /// What they have asked for and has not been done yet.
+    actions: VecDeque<(Id, Action<W::Stream>)>,
+    runs_actions: bool,
+    /// Those that have work left, in the order of their turns (invariant 5).
+    ready: VecDeque<Id>,
+    pub(super) timers: Timers,
+    pub(super) pool: Pool<<W::Stream as Socket>::Pipe>,
+    /// When buffers and pipes that nobody needs any more are dropped.
+    trim_at: Option<Instant>,
+    dials: VecDeque<DialQueue>,
+    pub(super) probes: Vec<ProbeQueue>,
+}
+
+impl<W: World> Connections<W> {
+    /// None yet; their bytes may go through so many pipes.
+    pub(super) fn new(pipes: usize) -> Connections<W> {
+        Connections {
+            table: Table::new(),
+            actions: VecDeque::new(),
+            runs_actions: false,
+            ready: VecDeque::new(),
+            timers: Timers::default(),
+            pool: Pool::new(BUFFER, KEEP, pipes),
+            trim_at: None,
+            dials: VecDeque::new(),
+            probes: Vec::new(),
+        }
+    }
+
+    /// Takes over an accepted connection and begins to dial its target.
+    pub(super) fn adopt(&mut self, accepted: Accepted<W::Stream>, cx: &mut TurnContext<'_, W>) {
+        let Accepted {
+            mut stream,
+            peer,
+            forward,
+            slot,
+        } = accepted;
+        let id = self.table.next_id();
+        let drain = forward.rule.timeouts.drain;
+        let crossed = match forward.is_crossed(CLIENT) {
+            true => cx.world.cross(CLIENT, &mut stream, drain),
+            false => Ok(()),
+        };
+        let watched = crossed.and_then(|()| cx.world.watch(&mut stream, id.token(CLIENT)));
+        let name = cx.shared.next_connection();
+        let connection = Connection::accepted(name, forward, stream, peer, slot, cx.now);
+        self.table.insert(connection);
+        self.with(id, cx, |connection, to| connection.begin(watched, to));
+    }
+
+    /// Takes an event of one of the connections.
+    pub(super) fn take_event(
+        &mut self,
+        event: Event<W::Stream, W::Listener>,
+        cx: &mut TurnContext<'_, W>,
+    ) {
+        match event {
+            Event::Ready { token, readiness } => {
+                let (id, side) = Id::from_token(token);
+                if let Some(connection) = self.table.get_mut(id) {
+                    connection.latch(side, readiness);
+                    self.make_ready(id);
+                }
+            }
+            Event::Resolved { token, addresses } => {
+                let id = Id::from_token(token).0;
+                self.with(id, cx, |it, to| it.take_addresses(addresses, to));
+            }
+            Event::Dialled { token, stream } => {
+                self.take_dialed(Id::from_token(token).0, stream, cx);
+            }
+            Event::Bridged { token, ended } => {
+                let id = Id::from_token(token).0;
+                self.with(id, cx, |it, to| {
+                    it.take_threads_end(ended.delivered, ended.abandoned, to);
+                });
+            }
+            Event::Explained { token, error } => {
+                let id = Id::from_token(token).0;
+                self.with(id, cx, |it, to| it.take_explanation(error, to));
+            }
+            Event::VmSeen { .. } | Event::Listener { .. } => {}
+        }
+    }
+
+    /// Puts a connection at the end of the ready queue, once.
+    fn make_ready(&mut self, id: Id) {
+        if let Some(connection) = self.table.get_mut(id)
+            && !connection.is_queued
+        {
+            connection.is_queued = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    /// Gives each connection its turn that has work or whose time has come.
+    pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, W>) {
+        while let Some(id) = self.timers.pop_due(cx.now) {
+            if let Some(connection) = self.table.get_mut(id) {
+                connection.wake_at = None;
+                self.make_ready(id);
+            }
+        }
+        self.dial_turns(cx);
+        // Only those that are ready now: one that has more work goes to the back and waits for the next round.
+        for _ in 0..self.ready.len() {
+            let Some(id) = self.ready.pop_front() else {
+                break;
+            };
+            if let Some(connection) = self.table.get_mut(id) {
+                connection.is_queued = false;
+                self.with(id, cx, Connection::step);
+            }
+        }
+        self.probe_turns(cx);
+        self.trim_pool(cx.now);
+    }
+
+    /// Returns when there is something to do, if nothing comes before.
+    pub(super) fn next(&self, now: Instant) -> Option<Instant> {
+        let ready = (!self.ready.is_empty()).then_some(now);
+        let times = [
+            ready,
+            self.timers.next(),
+            self.trim_at,
+            self.next_dial(),
+            self.next_probe(),
+        ];
+        times.into_iter().flatten().min()
+    }
+
+    /// Returns whether a timer is due.
+    pub(super) fn has_due_timer(&self, now: Instant) -> bool {
+        self.timers.next().is_some_and(|at| at <= now)
+    }
+
+    /// A pipe rests for a second or two before it is closed.
+    fn trim_pool(&mut self, now: Instant) {
+        if self.trim_at.is_some_and(|at| at <= now) {
+            self.pool.trim();
+            self.trim_at = None;
+        }
+        if self.trim_at.is_none() && self.pool.wants_trim() {
+            self.trim_at = Some(now + TRIM);
+        }
+    }
+
+    /// Calls a connection, and does what it asks for.
+    pub(super) fn with(
+        &mut self,
+        id: Id,
+        cx: &mut TurnContext<'_, W>,
+        call: impl FnOnce(&mut Connection<W::Stream>, &mut Context<'_, W::Stream>),
+    ) {
+        let Some(connection) = self.table.get_mut(id) else {
+            return;
+        };
+        let timer = connection.wake_at;
+        let mut to = Context {
+            id,
+            now: cx.now,
+            phase: cx.phase,
+            thawed: cx.thawed,
+            routes: &cx.shared.routes,
+            pool: &mut self.pool,
+            actions: &mut self.actions,
+            again: false,
+        };
+        call(connection, &mut to);
+        let again = to.again;
+        self.timers.change(id, timer, connection.wake_at);
+        if again {
+            self.make_ready(id);
+        }
+        self.run_actions(cx);
+    }
+
+    fn run_actions(&mut self, cx: &mut TurnContext<'_, W>) {
+        // What is asked for while an action runs comes after those before it.
+        if std::mem::replace(&mut self.runs_actions, true) {
+            return;
+        }
+        while let Some((id, action)) = self.actions.pop_front() {
+            self.run_action(id, action, cx);
+        }
+        self.runs_actions = false;
+    }
+
+    fn run_action(&mut self, id: Id, action: Action<W::Stream>, cx: &mut TurnContext<'_, W>) {
+        let action = match action {
+            // These are owed even if the connection is gone.
+            Action::Close(stream, slot) => {
+                cx.world.close(stream);
+                return drop(slot);
+            }
+            Action::Reset(stream) => return cx.world.reset(stream),
+            Action::Drop => return self.drop_connection(id, cx),
+            other => other,
+        };
+        let Some(connection) = self.table.get_mut(id) else {
+            return;
+        };
+        let forward = Arc::clone(&connection.forward);
+        let (rule, token) = (&forward.rule, id.token(SERVER));
+        match action {
+            Action::Resolve => {
+                if let Target::Name { host, port } = Target::of(&rule.connect) {
+                    cx.world.resolve(token, host, port);
+                }
+            }
+            Action::DialOnThread(patience) => cx.world.dial(token, &rule.connect, patience),
+            Action::Admit => self.queue_dial(id, &forward, cx),
+            Action::Connect => self.connect(id, cx),
+            Action::Explain(error) => {
+                if let Some(error) = cx.world.explain(token, &rule.connect, error) {
+                    self.with(id, cx, |it, to| it.take_explanation(error, to));
+                }
+            }
+            Action::Prove => self.queue_probe(id, &forward, cx.now),
+            Action::LookAtPeer(side) => {
+                let socket = connection.socket(side);
+                let is_ending = socket.is_some_and(|it| cx.world.has_peer_ended(it));
+                self.with(id, cx, |it, to| it.take_peer(side, is_ending, to));
+            }
+            Action::StartThreads(streams) => {
+                let drain = rule.timeouts.drain;
+                let begun = cx.world.bridge(id.token(CLIENT), streams, &forward, drain);
+                match begun {
+                    Ok(()) => self.look_at_threads(id, cx),
+                    Err(e) => self.with(id, cx, |it, to| it.take_threads_failure(e, to)),
+                }
+            }
+            Action::LookAtThreads => self.look_at_threads(id, cx),
+            Action::CutThreads => cx.world.cut_bridge(id.token(CLIENT)),
+            Action::Close(..) | Action::Reset(_) | Action::Drop => {}
+        }
+    }
+
+    /// Begins to connect a connection to its endpoint.
+    fn connect(&mut self, id: Id, cx: &mut TurnContext<'_, W>) {
+        let connection = self.table.get_mut(id);
+        let Some(endpoint) = connection.as_ref().and_then(|it| it.endpoint()) else {
+            return;
+        };
+        let asks = connection.as_ref().is_some_and(|it| it.doubts_server());
+        let connected = cx.world.connect(endpoint);
+        let dialed = connected.map(|(mut socket, sign)| {
+            // Asked at once: of one that is gone later, the connection broke off.
+            let is_inherited = asks && cx.world.has_peer_ended(&socket);
+            let watched = cx.world.watch(&mut socket, id.token(SERVER));
+            Dialed {
+                socket,
+                sign,
+                is_inherited,
+                watched,
+            }
+        });
+        self.with(id, cx, |it, to| it.take_connect(dialed, to));
+    }
+
+    /// Takes what a dial on a thread of its own has come to.
+    fn take_dialed(
+        &mut self,
+        id: Id,
+        dialed: std::result::Result<W::Stream, Error>,
+        cx: &mut TurnContext<'_, W>,
+    ) {
+        let forward = self.table.get_mut(id).map(|it| Arc::clone(&it.forward));
+        let dialed = match (dialed, forward) {
+            (Ok(stream), None) => return cx.world.close(stream),
+            (Ok(mut stream), Some(forward)) if forward.is_crossed(SERVER) => {
+                let drain = forward.rule.timeouts.drain;
+                let crossed = cx.world.cross(SERVER, &mut stream, drain);
+                let watched = crossed.and_then(|()| cx.world.watch(&mut stream, id.token(SERVER)));
+                Ok((stream, watched))
+            }
+            (dialed, _) => dialed.map(|stream| (stream, Ok(()))),
+        };
+        self.with(id, cx, |it, to| it.take_dialed(dialed, to));
+    }
+
+    fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, W>) {
+        if let Some(progress) = cx.world.bridged(id.token(CLIENT)) {
+            let (delivered, half_closed) = (progress.delivered, progress.half_closed);
+            self.with(id, cx, |it, to| {
+                it.take_progress(delivered, half_closed, to);
+            });
+        }
+    }
+
+    /// Takes a connection that is over out of the books.
+    fn drop_connection(&mut self, id: Id, cx: &mut TurnContext<'_, W>) {
+        let Some(connection) = self.table.remove(id) else {
+            return;
+        };
+        self.timers.change(id, connection.wake_at, None);
+        let forward = connection.end(&cx.shared.routes, cx.now);
+        let load = &cx.shared.inboxes[cx.index].load;
+        if load.fetch_sub(1, Ordering::Relaxed) == 1 {
+            cx.world.rest();
+        }
+        cx.shared.has_ended(&forward);
+    }
+
+    /// Cuts off the connections of a forward; `None`: all.
+    pub(super) fn cut(&mut self, forward: Option<ForwardId>, cx: &mut TurnContext<'_, W>) {
+        for id in self.table.ids() {
+            let connection = self.table.get_mut(id);
+            if connection.is_some_and(|it| forward.is_none_or(|of| it.forward.id == of)) {
+                self.with(id, cx, Connection::cut);
+            }
+        }
+    }
+
+    /// Shortens the time of what is being closed, when the proxy begins to stop.
+    pub(super) fn begin_to_stop(&mut self, cx: &mut TurnContext<'_, W>) {
+        for id in self.table.ids() {
+            self.with(id, cx, Connection::begin_to_stop);
+        }
+    }
+
+    /// Closes all that is still there, as the last thing before the end.
+    pub(super) fn abandon_all(&mut self, cx: &mut TurnContext<'_, W>) {
+        for id in self.table.ids() {
+            self.with(id, cx, Connection::cut);
+            self.with(id, cx, Connection::abandon);
+        }
+    }
+
+    /// Returns what is to be told of all connections.
+    pub(super) fn statuses(&mut self, cx: &mut TurnContext<'_, W>) -> Vec<ConnectionStatus> {
+        let mut all = Vec::new();
+        for id in self.table.ids() {
+            let progress = cx.world.bridged(id.token(CLIENT));
+            let delivered = progress.map(|progress| progress.delivered);
+            let connection = self.table.get_mut(id);
+            all.extend(connection.and_then(|it| it.status(delivered, cx.now)));
+        }
+        all
+    }
+}

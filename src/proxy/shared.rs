@@ -1,0 +1,289 @@
+//! What the workers of a proxy share, and what they are told from outside.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::engine::Phase;
+use crate::engine::admission::quotas::{Holder, Quotas};
+use crate::engine::admission::{Slot, Wake};
+use crate::engine::counters::add_one;
+use crate::engine::forward::Forward;
+use crate::engine::id::{ConnectionId, ForwardId};
+use crate::engine::routes::Routes;
+use crate::engine::rule::Limits;
+use crate::engine::status::ConnectionStatus;
+use crate::name::SocketName;
+
+use super::descriptors::Descriptors;
+use super::world::{Wanted, World};
+
+/// What a worker has at hand in one turn of its loop.
+pub(super) struct TurnContext<'a, W: World> {
+    pub(super) world: &'a mut W,
+    /// The number of the worker.
+    pub(super) index: usize,
+    pub(super) shared: &'a Shared<W>,
+    pub(super) phase: Phase,
+    /// When the process went on that had stood still.
+    pub(super) thawed: Option<Instant>,
+    pub(super) now: Instant,
+}
+
+/// A connection that was accepted.
+#[derive(Debug)]
+pub(crate) struct Accepted<S> {
+    pub(super) stream: S,
+    pub(super) peer: SocketName,
+    pub(super) forward: Arc<Forward>,
+    /// What it is queued for in the VM that its forward leads to.
+    pub(super) slot: Option<Slot>,
+}
+
+/// What a worker is told by others.
+pub(crate) enum Command<W: World> {
+    /// Carry this accepted connection.
+    Adopt(Accepted<W::Stream>),
+    /// Accept clients of this forward; say whether that goes.
+    Listen(W::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
+    /// Carry the clients of the forward of this id as this one says from now on; say so.
+    Replace(Arc<Forward>, Wanted, Sender<()>),
+    /// Give the file of the forward's socket these permissions; say whether that goes.
+    SetMode(ForwardId, u32, Wanted, Sender<io::Result<()>>),
+    /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
+    Remove(Arc<Forward>, Duration, Sender<()>),
+    /// Say that it listens.
+    Answer(Sender<()>),
+    /// Say what is carried.
+    Tell(Sender<Vec<ConnectionStatus>>),
+    /// Accept no more clients, and cut off those that are there after this time.
+    Stop(Duration),
+}
+
+/// What a worker is told, and how it is woken to listen.
+pub(crate) struct Inbox<W: World> {
+    commands: Mutex<Vec<Command<W>>>,
+    /// Connections of this worker.
+    pub(crate) load: AtomicUsize,
+    wake: Wake,
+}
+
+impl<W: World> Inbox<W> {
+    pub(crate) fn new(wake: Wake) -> Inbox<W> {
+        Inbox {
+            commands: Mutex::default(),
+            load: AtomicUsize::new(0),
+            wake,
+        }
+    }
+
+    /// What wakes its worker.
+    pub(super) fn waker(&self) -> Wake {
+        Arc::clone(&self.wake)
+    }
+
+    pub(crate) fn send(&self, command: Command<W>) {
+        self.commands
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(command);
+        (self.wake)();
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.commands
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_empty()
+    }
+
+    pub(super) fn take(&self) -> Vec<Command<W>> {
+        std::mem::take(&mut *self.commands.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl<W: World> std::fmt::Debug for Inbox<W> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inbox")
+            .field("load", &self.load)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the workers of a proxy share.
+#[derive(Debug)]
+pub(crate) struct Shared<W: World> {
+    forwards: Mutex<Vec<Arc<Forward>>>,
+    pub(crate) inboxes: Vec<Inbox<W>>,
+    /// How many connections there may be: what the limits say, and no more than there are descriptors for. What a forward
+    /// reserves in its VM is kept for it here as well.
+    quotas: Mutex<Quotas>,
+    /// As the limits say.
+    most: usize,
+    pub(super) descriptors: Descriptors,
+    pub(super) routes: Routes,
+    /// Connections of all workers, counted from the accept on.
+    pub(crate) live: AtomicUsize,
+    /// The end was asked for.
+    pub(super) stop_asked: AtomicBool,
+    /// Workers that have heard of the end: they hand nothing over any more.
+    pub(crate) stopping: AtomicUsize,
+    /// Workers that have ended.
+    pub(crate) ended: AtomicUsize,
+    /// Who gets the next listener.
+    next: AtomicUsize,
+    /// The number of the next connection.
+    next_connection: AtomicU64,
+}
+
+impl<W: World> Shared<W> {
+    pub(crate) fn new(
+        limits: Limits,
+        descriptors: Descriptors,
+        forwards: Vec<Arc<Forward>>,
+        inboxes: Vec<Inbox<W>>,
+    ) -> Shared<W> {
+        let mut quotas = Quotas::new(limits.connections.min(descriptors.room(forwards.len())));
+        for forward in &forwards {
+            keep(&mut quotas, forward);
+        }
+        Shared {
+            next: AtomicUsize::new(forwards.len()),
+            next_connection: AtomicU64::new(0),
+            forwards: Mutex::new(forwards),
+            inboxes,
+            quotas: Mutex::new(quotas),
+            most: limits.connections,
+            descriptors,
+            routes: Routes::default(),
+            live: AtomicUsize::new(0),
+            stop_asked: AtomicBool::new(false),
+            stopping: AtomicUsize::new(0),
+            ended: AtomicUsize::new(0),
+        }
+    }
+
+    pub(super) fn forwards(&self) -> MutexGuard<'_, Vec<Arc<Forward>>> {
+        self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn quotas(&self) -> MutexGuard<'_, Quotas> {
+        self.quotas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why no connection of that forward may begin now, if so.
+    pub(super) fn is_full_for(&self, forward: ForwardId) -> Option<io::Error> {
+        let (quotas, holder) = (self.quotas(), Holder::Forward(forward));
+        if quotas.free_for(holder) > 0 {
+            return None;
+        }
+        if let Some(most) = quotas.is_at_its_bound(holder) {
+            let why =
+                format!("{most} connections of this forward are open, and more are not allowed");
+            return Some(io::Error::other(why));
+        }
+        let (cap, kept) = (quotas.cap(), quotas.kept_from(holder));
+        Some(io::Error::other(match kept {
+            0 => format!("{cap} connections are open, and more are not allowed"),
+            _ => format!(
+                "{cap} connections may be open, and the last {kept} are reserved for others"
+            ),
+        }))
+    }
+
+    /// Returns whether a connection of another forward may wait to be accepted at that one.
+    pub(super) fn may_come_from_us(&self, forward: &Forward) -> bool {
+        let live = forward.tally.live.load(Ordering::Relaxed);
+        self.routes.may_wait_at(forward.id, live)
+    }
+
+    /// A connection begins, or a probe.
+    pub(super) fn begins(&self, forward: &Forward) {
+        add_one(&forward.tally.live);
+        self.quotas().take(Holder::Forward(forward.id));
+        self.live.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// One has ended.
+    pub(super) fn has_ended(&self, forward: &Forward) {
+        forward.tally.live.fetch_sub(1, Ordering::Relaxed);
+        self.quotas().give_back(Holder::Forward(forward.id));
+        self.live.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Keeps for a forward what it reserves, until [`release`](Shared::release).
+    pub(super) fn keep(&self, forward: &Forward) {
+        keep(&mut self.quotas(), forward);
+    }
+
+    pub(super) fn release(&self, forward: &Forward) {
+        self.quotas().give_up(Holder::Forward(forward.id));
+        forward.keep_quota(None);
+    }
+
+    /// Allows as many connections as there are descriptors for beside so many listeners.
+    pub(super) fn make_room(&self, listeners: usize) {
+        let room = self.descriptors.room(listeners);
+        self.quotas().set_cap(self.most.min(room));
+    }
+
+    /// Who is to have the next listener.
+    pub(super) fn next_inbox(&self) -> usize {
+        self.next.fetch_add(1, Ordering::Relaxed) % self.inboxes.len()
+    }
+
+    pub(super) fn next_connection(&self) -> ConnectionId {
+        ConnectionId(self.next_connection.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stop_asked.load(Ordering::Acquire) || self.stopping.load(Ordering::Acquire) > 0
+    }
+
+    /// A worker has ended. If it has failed, the others are ended too: without it they would wait
+    /// for its connections for ever.
+    pub(super) fn worker_has_ended(&self, index: usize, failed: bool) {
+        if failed {
+            let lost = self.inboxes[index].load.swap(0, Ordering::AcqRel);
+            self.live.fetch_sub(lost, Ordering::AcqRel);
+            self.stopping.fetch_add(1, Ordering::AcqRel);
+            for inbox in &self.inboxes {
+                inbox.send(Command::Stop(Duration::ZERO));
+            }
+        }
+        self.ended.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Checks that nothing is counted any more.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn check_books(&self) {
+        assert_eq!(self.quotas().live(), 0, "places are taken");
+        let forwards = self.forwards();
+        let reserved: usize = forwards.iter().map(|it| it.rule.reserved).sum();
+        assert!(self.quotas().kept() <= reserved, "places are reserved");
+        drop(forwards);
+        for inbox in &self.inboxes {
+            assert_eq!(inbox.load.load(Ordering::Relaxed), 0, "a worker has load");
+        }
+        self.routes.check_books();
+    }
+
+    /// Whether nobody listens to commands any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.ended.load(Ordering::Acquire) >= self.inboxes.len()
+    }
+}
+
+/// Keeps for a forward what it reserves, or as much of it as there are descriptors for, and bounds it.
+fn keep(quotas: &mut Quotas, forward: &Forward) {
+    let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
+    let holder = Holder::Forward(forward.id);
+    quotas.bound(holder, forward.rule.connections);
+    if let Err(left) = quotas.reserve(holder, reserved) {
+        tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
+        // So much is to be had.
+        let _ = quotas.reserve(holder, left);
+    }
+}
