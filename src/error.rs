@@ -1,4 +1,5 @@
-//! What went wrong: the operation, the thing it was done to, the cause, and the remedy where a person can mend it.
+//! What went wrong: the operation, the thing it was done to, the cause, and the remedy where a
+//! person can mend it.
 
 use std::fmt;
 use std::io;
@@ -58,7 +59,8 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of `operation` on `subject` (an address, a path or a name as the user knows it).
+    /// Makes an error of `operation` on `subject` (an address, a path or a name as the user knows
+    /// it).
     pub fn new(operation: Operation, subject: impl fmt::Display, cause: io::Error) -> Error {
         Error {
             operation,
@@ -68,34 +70,34 @@ impl Error {
         }
     }
 
-    /// The same error with what a person can do about it.
+    /// Adds what a person can do about it.
     #[must_use]
     pub fn with_remedy(mut self, remedy: impl Into<String>) -> Error {
         self.remedy = Some(remedy.into());
         self
     }
 
-    /// What was being done.
+    /// Returns what was being done.
     pub fn operation(&self) -> Operation {
         self.operation
     }
 
-    /// What it was done to: an address, a path or a name.
+    /// Returns what it was done to: an address, a path or a name.
     pub fn subject(&self) -> &str {
         &self.subject
     }
 
-    /// Why it failed.
+    /// Returns why it failed.
     pub fn cause(&self) -> &io::Error {
         &self.cause
     }
 
-    /// What a person can do about it, where that is known.
+    /// Returns what a person can do about it, where that is known.
     pub fn remedy(&self) -> Option<&str> {
         self.remedy.as_deref()
     }
 
-    /// The cause's kind, for `match`.
+    /// Returns the cause's kind, for `match`.
     pub fn kind(&self) -> io::ErrorKind {
         self.cause.kind()
     }

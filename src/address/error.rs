@@ -1,4 +1,4 @@
-//! Why a text is not an address.
+//! The error of a text that is not an address.
 
 use std::fmt;
 
@@ -61,7 +61,8 @@ pub struct AddressError {
 }
 
 impl AddressError {
-    /// `text` is the part as it stands in the input, empty where there is nothing to show.
+    /// Makes an error of the part `text`, as it stands in the input; empty where there is nothing
+    /// to show.
     pub(crate) fn new(
         input: &str,
         part: Part,
@@ -78,22 +79,22 @@ impl AddressError {
         }
     }
 
-    /// The text that was to be an address.
+    /// Returns the text that was to be an address.
     pub fn input(&self) -> &str {
         &self.input
     }
 
-    /// Which part of it is wrong.
+    /// Returns which part of it is wrong.
     pub fn part(&self) -> Part {
         self.part
     }
 
-    /// Why it is wrong.
+    /// Returns why it is wrong.
     pub fn reason(&self) -> &str {
         &self.reason
     }
 
-    /// A right address, as near to the input as can be told.
+    /// Returns a right address, as near to the input as can be told.
     pub fn example(&self) -> &str {
         &self.example
     }

@@ -12,7 +12,8 @@ use super::{AddressError, Part, Port};
 
 /// The id of a VM, or one of the well-known ids that stand for several partitions.
 ///
-/// The constants are the `HV_GUID_*` of the Windows SDK's `hvsocket.h`, described in Microsoft's "Make your own integration services".
+/// The constants are the `HV_GUID_*` of the Windows SDK's `hvsocket.h`, described in Microsoft's
+/// "Make your own integration services".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct VmId(pub Uuid);
 
@@ -39,7 +40,7 @@ impl VmId {
         ("silohost", VmId::SILOHOST),
     ];
 
-    /// An id by its name (`parent`, …; empty for the wildcard) or as a GUID.
+    /// Parses the name of an id (`parent`, …; empty for the wildcard) or a GUID.
     fn parse(text: &str) -> Option<VmId> {
         VmId::NAMES
             .iter()
@@ -60,17 +61,18 @@ impl fmt::Display for VmId {
 pub enum Vm {
     /// By its id, or by a well-known one.
     Id(VmId),
-    /// By the name that Hyper-V's manager shows, never empty; its id is looked up when it is dialled
-    /// ([`hyperv::find`](crate::hyperv::find)).
+    /// By the name that Hyper-V's manager shows, never empty; its id is looked up when it is
+    /// dialled ([`hyperv::find`](crate::hyperv::find)).
     Name(String),
 }
 
 #[cfg(feature = "cli")]
 impl Vm {
-    /// What a person calls a VM: an id, the name of a well-known one, else a VM's name; `None` if it can't be one.
+    /// Parses what a person calls a VM: an id, the name of a well-known one, or a VM's name.
+    /// Returns `None` if it can't be one.
     pub(crate) fn parse(text: &str) -> Option<Vm> {
         match VmId::parse(text) {
-            // No VM is the wildcard, and only listening has a use for it.
+            // The wildcard is for listening only.
             _ if text.is_empty() || text.contains('\0') => None,
             Some(id) => Some(Vm::Id(id)),
             None => Some(Vm::Name(text.to_owned())),
@@ -96,19 +98,20 @@ impl fmt::Display for Vm {
 pub struct ServiceId(pub Uuid);
 
 impl ServiceId {
-    /// The ids that stand for vsock ports of a Linux guest, `PPPPPPPP-facb-11e6-bd58-64006a7986d3` (`HV_GUID_VSOCK_TEMPLATE`; Linux'
-    /// `net/vmw_vsock/hyperv_transport.c`): here the one of port 0.
+    /// The ids that stand for vsock ports of a Linux guest, `PPPPPPPP-facb-11e6-bd58-64006a7986d3`
+    /// (`HV_GUID_VSOCK_TEMPLATE`; Linux' `net/vmw_vsock/hyperv_transport.c`): here the one of port
+    /// 0.
     pub const VSOCK_TEMPLATE: ServiceId =
         ServiceId(Uuid::from_u128(0x00000000_facb_11e6_bd58_64006a7986d3));
 
-    /// The service id of a vsock port: the template with the port as its first 32 bits.
+    /// Returns the service id of a vsock port: the template with the port as its first 32 bits.
     pub const fn from_port(port: Port) -> ServiceId {
         ServiceId(Uuid::from_u128(
             ServiceId::VSOCK_TEMPLATE.0.as_u128() | (port.0 as u128) << 96,
         ))
     }
 
-    /// The vsock port that this id stands for, if it is of the template.
+    /// Returns the vsock port that this id stands for, if it is of the template.
     pub fn port(self) -> Option<Port> {
         let port = Port(self.0.as_fields().0);
         (ServiceId::from_port(port) == self).then_some(port)
@@ -132,27 +135,31 @@ impl fmt::Display for ServiceId {
 
 /// An address of Windows' `AF_HYPERV`: `hvsock://VM/SERVICE`.
 ///
-/// The VM is a GUID, nothing for the wildcard, `parent`, `children`, `loopback`, `broadcast`, `silohost`, or a VM's name, percent-encoded where it could
-/// be taken for one of these. The service is a GUID, or a vsock port for [`ServiceId::from_port`].
+/// The VM is a GUID, nothing for the wildcard, `parent`, `children`, `loopback`, `broadcast`,
+/// `silohost`, or a VM's name, percent-encoded where it could be taken for one of these. The
+/// service is a GUID, or a vsock port for [`ServiceId::from_port`].
 ///
-/// `?connected-suspend=yes` and `?container-passthru=yes` set options of the socket: those that are dialled, those that listen, and those that are
-/// accepted. `?framing=yes` speaks in the frames of [`framing`](crate::framing).
+/// `?connected-suspend=yes` and `?container-passthru=yes` set options of the socket: those that are
+/// dialled, those that listen, and those that are accepted. `?framing=yes` speaks in the frames of
+/// [`framing`](crate::framing).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HvsockAddress {
     /// Which VM, or which partitions.
     pub vm: Vm,
     /// Which service there.
     pub service: ServiceId,
-    /// The connection outlives a pause of its VM (`HVSOCKET_CONNECTED_SUSPEND`); otherwise it ends with it.
+    /// The connection outlives a pause of its VM (`HVSOCKET_CONNECTED_SUSPEND`); otherwise it ends
+    /// with it.
     pub connected_suspend: bool,
-    /// A VM's id means the container in that VM (`HVSOCKET_CONTAINER_PASSTHRU`), as for Hyper-V isolated containers.
+    /// A VM's id means the container in that VM (`HVSOCKET_CONTAINER_PASSTHRU`), as for Hyper-V
+    /// isolated containers.
     pub container_passthru: bool,
     /// The peer speaks in frames ([`framing`](crate::framing)).
     pub framing: bool,
 }
 
 impl HvsockAddress {
-    /// That service (or the vsock port for which it stands) of that VM, with nothing out of the ordinary.
+    /// Makes the address of a service, or of the vsock port that stands for it, with no option set.
     pub fn new(vm: Vm, service: impl Into<ServiceId>) -> HvsockAddress {
         HvsockAddress {
             vm,
@@ -205,7 +212,7 @@ impl FromStr for HvsockAddress {
     }
 }
 
-/// A service by its GUID, or by a vsock port; why it is neither.
+/// Parses a service: a GUID, or a vsock port. Returns why it is neither.
 pub(crate) fn parse_service(text: &str) -> Result<ServiceId, String> {
     if let Some(id) = parse_guid(text) {
         return Ok(ServiceId(id));
@@ -221,7 +228,8 @@ pub(crate) fn parse_service(text: &str) -> Result<ServiceId, String> {
         })
 }
 
-/// A GUID as Windows prints it, with or without braces. Other notations of UUIDs could be a VM's name.
+/// Parses a GUID as Windows prints it, with or without braces. Other notations of UUIDs could be a
+/// VM's name.
 pub(crate) fn parse_guid(text: &str) -> Option<Uuid> {
     let braced = text
         .strip_prefix('{')

@@ -13,23 +13,27 @@ const EXAMPLE: &str = "hyperkit://:80/path/to/state";
 const VM_EXAMPLE: &str = "hyperkit:///path/to/state";
 const NO_DIR: &str = "to the VM's state directory is missing";
 
-/// A hyperkit VM, known by its state directory: `hyperkit://[CID]/STATE/DIR[?connect=NAME][&prefix=P]`.
+/// A hyperkit VM, known by its state directory:
+/// `hyperkit://[CID]/STATE/DIR[?connect=NAME][&prefix=P]`.
 ///
 /// Only what differs from [`HyperkitVm::new`] is printed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HyperkitVm {
-    /// The directory that holds the sockets; neither empty nor `/`. `/./rel` in the URI is the relative `rel`.
+    /// The directory that holds the sockets; neither empty nor `/`. `/./rel` in the URI is the
+    /// relative `rel`.
     pub state_dir: PathBuf,
     /// The guest's CID, `guest_cid=` of hyperkit: from 3 (the host is 2) to 4294967294.
     pub cid: u32,
-    /// The file name of the socket that takes connections, `CONNECT_SOCKET_NAME` of hyperkit's build: `connect`, or `@connect` for an old Docker.
+    /// The file name of the socket that takes connections, `CONNECT_SOCKET_NAME` of hyperkit's
+    /// build: `connect`, or `@connect` for an old Docker.
     pub connect: String,
-    /// What stands before names such as `00000002.00000050`, `PRI_ADDR_PREFIX` of hyperkit's build: nothing, or `@` for an old Docker.
+    /// What stands before names such as `00000002.00000050`, `PRI_ADDR_PREFIX` of hyperkit's build:
+    /// nothing, or `@` for an old Docker.
     pub prefix: String,
 }
 
 impl HyperkitVm {
-    /// The VM of this state directory, with the names and the CID that hyperkit has by default.
+    /// Makes the VM of a state directory, with the names and the CID that hyperkit has by default.
     pub fn new(state_dir: impl Into<PathBuf>) -> HyperkitVm {
         HyperkitVm {
             state_dir: state_dir.into(),
@@ -77,7 +81,7 @@ impl HyperkitVm {
     }
 }
 
-/// Whether hyperkit would take it as `guest_cid=` (`pci_vtsock_init`).
+/// Returns whether hyperkit would take `cid` as `guest_cid=` (`pci_vtsock_init`).
 pub(crate) fn is_guest_cid(cid: u32) -> bool {
     cid > HOST_CID && cid < u32::MAX
 }
@@ -112,7 +116,7 @@ pub struct HyperkitAddress {
 }
 
 impl HyperkitAddress {
-    /// That port of the VM with this state directory.
+    /// Makes the address of a port of the VM with this state directory.
     pub fn new(state_dir: impl Into<PathBuf>, port: impl Into<Port>) -> HyperkitAddress {
         HyperkitAddress {
             vm: HyperkitVm::new(state_dir),
@@ -152,16 +156,19 @@ pub const CONNECT_NAME: &str = "connect";
 /// How many bytes [`connect_line`] has.
 pub const LINE_LEN: usize = 18;
 
-/// The line that asks hyperkit for a connection to `port` of the guest `cid`: `%08x.%08x\n`.
+/// Returns the line that asks hyperkit for a connection to `port` of the guest `cid`:
+/// `%08x.%08x\n`.
 ///
-/// hyperkit takes it with one `read` of 18 bytes and closes in silence if fewer are there at that moment: write it in one piece, at once after connect.
+/// hyperkit takes it with one `read` of 18 bytes, and closes without an answer if fewer have come:
+/// write it in one piece, at once after the connect.
 pub fn connect_line(cid: u32, port: u32) -> [u8; LINE_LEN] {
     let mut line = [b'\n'; LINE_LEN];
     line[..LINE_LEN - 1].copy_from_slice(socket_name(cid, port).as_bytes());
     line
 }
 
-/// The cid and the port in a [`connect_line`]; `None` if hyperkit would not understand it.
+/// Parses the CID and the port out of a [`connect_line`]; `None` if hyperkit wouldn't understand
+/// it.
 pub fn parse_connect_line(line: &[u8; LINE_LEN]) -> Option<(u32, u32)> {
     let text = std::str::from_utf8(line.strip_suffix(b"\n")?).ok()?;
     let (cid, port) = text.split_once('.')?;
@@ -171,41 +178,49 @@ pub fn parse_connect_line(line: &[u8; LINE_LEN]) -> Option<(u32, u32)> {
     ))
 }
 
-/// The file name of a socket in the state directory: `%08x.%08x` (cid, port; `PRIaddr`).
+/// Returns the file name of a socket in the state directory: `%08x.%08x` (cid, port; `PRIaddr`).
 pub fn socket_name(cid: u32, port: u32) -> String {
     format!("{cid:08x}.{port:08x}")
 }
 
-/// The file in the state directory to which hyperkit writes its pid, in decimal (`-F`, as hyperkit's Go package passes it).
+/// The file in the state directory to which hyperkit writes its pid, in decimal (`-F`, as
+/// hyperkit's Go package passes it).
 pub const PID_NAME: &str = "hyperkit.pid";
 
-/// How many bytes hyperkit takes as the path of its state directory (`pci_vtsock_init`: "path too long").
+/// How many bytes hyperkit takes as the path of its state directory (`pci_vtsock_init`: "path too
+/// long").
 ///
-/// A socket's path on macOS has at most 104 bytes with its closing NUL (`sun_path`), and the longest name needs 18 of them: `/00000003.00000050`.
+/// A socket's path on macOS has at most 104 bytes with its closing NUL (`sun_path`), and the
+/// longest name needs 18 of them: `/00000003.00000050`.
 pub const MAX_STATE_DIR: usize = 104 - "/00000003.00000050".len() - 1;
 
 impl HyperkitVm {
-    /// The socket on which hyperkit takes connections to any port of the guest, each begun by a [`connect_line`].
+    /// Returns the path of the socket on which hyperkit takes connections to any port of the guest.
+    /// Each begins with a [`connect_line`].
     pub fn connect_path(&self) -> PathBuf {
         self.state_dir.join(&self.connect)
     }
 
-    /// The socket of a guest port that was given at hyperkit's start (`guest_forwards=`): no line there.
+    /// Returns the path of the socket of a guest port that was given at hyperkit's start
+    /// (`guest_forwards=`). No line is written there.
     pub fn forward_path(&self, port: Port) -> PathBuf {
         self.socket_path(self.cid, port)
     }
 
-    /// The link to [`forward_path`](HyperkitVm::forward_path) by which the guest's CID need not be known: `guest.%08x`, without the prefix.
+    /// Returns the path of the link to [`forward_path`](HyperkitVm::forward_path) that has no CID
+    /// in it: `guest.%08x`, without the prefix.
     pub fn guest_link_path(&self, port: Port) -> PathBuf {
         self.state_dir.join(format!("guest.{:08x}", port.0))
     }
 
-    /// Where a program of the host listens for guests that dial the host's `port`.
+    /// Returns the path at which a program of the host listens for guests that dial the host's
+    /// `port`.
     pub fn listen_path(&self, port: Port) -> PathBuf {
         self.socket_path(HOST_CID, port)
     }
 
-    /// The file with hyperkit's pid. It is not there where `vsock_dir` in hyperkit.json puts the sockets elsewhere than the state.
+    /// Returns the path of the file with hyperkit's pid. There is none where `vsock_dir` in
+    /// hyperkit.json puts the sockets elsewhere than the state.
     pub fn pid_path(&self) -> PathBuf {
         self.state_dir.join(PID_NAME)
     }

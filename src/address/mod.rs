@@ -1,4 +1,4 @@
-//! Addresses: where a connection comes from and where it goes.
+//! Addresses to listen on and to connect to.
 //!
 //! | address | what it is |
 //! |---|---|
@@ -10,8 +10,9 @@
 //! | `npipe:////./pipe/NAME`, `//./pipe/NAME`, `\\.\pipe\NAME` | a named pipe of Windows |
 //! | `tcp://HOST:PORT` | TCP |
 //!
-//! Every address parses and prints on every system, whether or not that system can dial it, and what it prints parses to the same address. Ports and CIDs
-//! are decimal, or hex behind `0x`. In URIs, names and paths are percent-encoded; `/./rel` is the relative path `rel`.
+//! Every address parses and prints on every system, whether or not that system can dial it, and
+//! what it prints parses to the same address. Ports and CIDs are decimal, or hex behind `0x`. In
+//! URIs, names and paths are percent-encoded; `/./rel` is the relative path `rel`.
 
 mod error;
 mod hvsock;
@@ -68,7 +69,7 @@ pub enum Address {
 const TCP_EXAMPLE: &str = "tcp://127.0.0.1:8080";
 
 impl Address {
-    /// The scheme that stands before `:` in the printed address.
+    /// Returns its scheme, which stands before `:` when it is printed.
     pub fn scheme(&self) -> &'static str {
         self.transport().scheme
     }
@@ -124,7 +125,7 @@ macro_rules! from {
 
 from!(Hyperkit: HyperkitAddress, Vsock: VsockAddress, Hvsock: HvsockAddress, VsockMux: VsockMuxAddress, Unix: UnixAddress, Npipe: NpipeAddress, Tcp: TcpAddress);
 
-/// The error for an input of no known scheme, with the example that comes nearest to what was meant.
+/// Returns the error for an input of no known scheme, with the example that comes nearest to it.
 fn unknown(input: &str, scheme: &str) -> AddressError {
     if input.is_empty() {
         return AddressError::new(input, Part::Address, "", "is empty", TCP_EXAMPLE);

@@ -11,28 +11,30 @@ const SCHEME: &str = "npipe";
 const EXAMPLE: &str = "npipe:////./pipe/docker_engine";
 const SDDL: &str = "sddl";
 
-/// A named pipe of this machine: `npipe:////./pipe/NAME[?sddl=TEXT]` as Docker writes it (or `npipe://./pipe/NAME`),
-/// percent-encoded; or `//./pipe/NAME` and `\\.\pipe\NAME`, as they are.
+/// A named pipe of this machine: `npipe:////./pipe/NAME[?sddl=TEXT]` as Docker writes it (or
+/// `npipe://./pipe/NAME`), percent-encoded; or `//./pipe/NAME` and `\\.\pipe\NAME`, as they are.
 ///
 /// Slashes and backslashes mean the same. Printed it is always Docker's URI.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NpipeAddress {
-    /// What stands behind `\\.\pipe\`, with slashes for backslashes: never empty, and no part of it is empty, `.` or
-    /// `..`, which Windows would take out. To Windows capital and small letters are the same.
+    /// What stands behind `\\.\pipe\`, with slashes for backslashes: never empty, and no part of it
+    /// is empty, `.` or `..`, which Windows would take out. To Windows capital and small letters
+    /// are the same.
     pub name: String,
-    /// To listen: who may do what, as a security descriptor in Microsoft's SDDL, such as `D:P(A;;GA;;;BA)` for
-    /// administrators. It has to let the user who listens do all (`GA`). `None`: that user, and nobody else.
+    /// To listen: who may do what, as a security descriptor in Microsoft's SDDL, such as
+    /// `D:P(A;;GA;;;BA)` for administrators. It has to let the user who listens do all (`GA`).
+    /// `None`: that user, and nobody else.
     pub sddl: Option<String>,
 }
 
 impl NpipeAddress {
-    /// Whether a text without a scheme is to be the path of a pipe. What begins with two backslashes can be nothing
-    /// else that is carried.
+    /// Returns whether a text without a scheme is the path of a pipe. Two backslashes at the start
+    /// mean nothing else here.
     pub(super) fn is_plain(input: &str) -> bool {
         input.starts_with(r"\\") || behind_prefix(&slashes(input)).is_some()
     }
 
-    /// A path as people write it, nothing encoded.
+    /// Parses a path as people write it, without percent-encoding.
     pub(super) fn from_plain(input: &str) -> Result<NpipeAddress, AddressError> {
         let error = |reason| AddressError::new(input, Part::Path, input, reason, EXAMPLE);
         Ok(NpipeAddress {
@@ -52,7 +54,7 @@ fn behind_prefix(path: &str) -> Option<&str> {
     prefix.eq_ignore_ascii_case(PREFIX).then_some(name)
 }
 
-/// The name in `//./pipe/NAME`.
+/// Returns the name in `//./pipe/NAME`.
 fn name_of(path: &str) -> Result<String, &'static str> {
     let name = match behind_prefix(path) {
         Some(name) => name,
@@ -67,7 +69,8 @@ fn name_of(path: &str) -> Result<String, &'static str> {
     if name.contains('\0') {
         return Err("has a NUL");
     }
-    // Windows takes these out before it looks for the pipe: `..` leads out of the directory of pipes.
+    // Windows takes these out before it looks for the pipe: `..` leads out of the directory of
+    // pipes.
     if name.split('/').any(|part| matches!(part, "" | "." | "..")) {
         return Err("has an empty part, or one that is . or ..");
     }

@@ -5,8 +5,9 @@ use std::str::FromStr;
 
 /// The port of a hypervisor socket: 32 bits, unlike TCP's 16.
 ///
-/// hyperkit writes ports in hex in file names (`00000003.00000050`) and takes them in decimal on its command line, so both are read (`80`, `0x50`), and
-/// printing shows both: `80 (0x50)`. Inside addresses the number is plain decimal.
+/// hyperkit writes ports in hex in file names (`00000003.00000050`) and takes them in decimal on
+/// its command line, so both are read (`80`, `0x50`), and printing shows both: `80 (0x50)`. Inside
+/// addresses the number is plain decimal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Port(pub u32);
 
@@ -42,7 +43,8 @@ impl FromStr for Port {
     }
 }
 
-/// A text that is not a [`Port`]. Prints as one line, such as `port "-1" is not a number (80, or 0x50 in hex)`.
+/// A text that is not a [`Port`]. Prints as one line, such as `port "-1" is not a number (80, or
+/// 0x50 in hex)`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PortError {
     text: String,
@@ -61,7 +63,7 @@ impl fmt::Display for PortError {
 
 impl std::error::Error for PortError {}
 
-/// A number of 32 bits, or why it is none.
+/// Parses a number of 32 bits, or returns why it is none.
 pub(super) fn parse_u32(text: &str) -> Result<u32, String> {
     match parse_number(text)? {
         Some(number) if number <= u32::MAX.into() => Ok(number as u32),
@@ -69,7 +71,7 @@ pub(super) fn parse_u32(text: &str) -> Result<u32, String> {
     }
 }
 
-/// A number of 16 bits, or why it is none.
+/// Parses a number of 16 bits, or returns why it is none.
 pub(super) fn parse_u16(text: &str) -> Result<u16, String> {
     match parse_number(text)? {
         Some(number) if number <= u16::MAX.into() => Ok(number as u16),
@@ -77,7 +79,7 @@ pub(super) fn parse_u16(text: &str) -> Result<u16, String> {
     }
 }
 
-/// A number in decimal, or in hex behind `0x`; `None` is one too large for 64 bits.
+/// Parses a number in decimal, or in hex behind `0x`; `None` if it is too large for 64 bits.
 fn parse_number(text: &str) -> Result<Option<u64>, String> {
     if text.is_empty() {
         return Err("is missing".to_owned());

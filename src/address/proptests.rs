@@ -226,7 +226,8 @@ fn nearly_address() -> impl Strategy<Value = String> {
     prop::collection::vec(piece, 0..10).prop_map(|pieces| pieces.concat())
 }
 
-/// A text that has the form of an address, with parts as people, and those who mean ill, write them.
+/// A text that has the form of an address, with parts as people, and those who mean ill, write
+/// them.
 fn formed_address() -> impl Strategy<Value = String> {
     let text = |parts: &'static [&'static str]| prop::sample::select(parts);
     let scheme = text(&[

@@ -13,7 +13,8 @@ use super::{AddressError, Part};
 pub enum Host {
     /// An IP address; IPv6 stands in brackets.
     Ip(IpAddr),
-    /// A name to be resolved by whoever dials; also an IPv6 address with its zone, `fe80::1%en0`, which system resolvers take. Never empty.
+    /// A name to be resolved by whoever dials; also an IPv6 address with its zone, `fe80::1%en0`,
+    /// which system resolvers take. Never empty.
     Name(String),
 }
 
@@ -89,7 +90,8 @@ fn parse_host(uri: &Uri<'_>, host: &str) -> Result<Host, AddressError> {
                 Err(_) => error("is no IPv6 address"),
             },
             Some((ip, zone)) => {
-                // A zone of the bare number 25 is one, a % written as RFC 6874 wants it has more behind it.
+                // A zone of the bare number 25 is one, a % written as RFC 6874 wants it has more
+                // behind it.
                 let zone = match zone.strip_prefix("25") {
                     Some(rest) if !rest.is_empty() => rest,
                     _ => zone,
@@ -111,14 +113,16 @@ fn parse_host(uri: &Uri<'_>, host: &str) -> Result<Host, AddressError> {
     uri.name(Part::Host, host).map(Host::Name)
 }
 
-/// An IPv6 address and its zone, if `name` is these two; in their only form, so that printing loses nothing.
+/// Splits an IPv6 address and its zone, if `name` is these two in their only form: printing loses
+/// nothing then.
 fn split_zone(name: &str) -> Option<(Ipv6Addr, &str)> {
     let (text, zone) = name.split_once('%')?;
     let ip: Ipv6Addr = text.parse().ok()?;
     (!zone.is_empty() && ip.to_string() == text).then_some((ip, zone))
 }
 
-/// The address meant by an IPv6 address that has no brackets, with a port behind it or without.
+/// Returns the address that an IPv6 address without brackets means, with or without a port behind
+/// it.
 fn unbracketed(authority: &str) -> Option<String> {
     if let Some((host, port)) = authority.rsplit_once(':')
         && let (Ok(ip), Ok(port)) = (host.parse::<Ipv6Addr>(), parse_u16(port))

@@ -1,7 +1,7 @@
 //! What is true of each family of addresses: one row a family.
 //!
-//! Whoever has to treat one family otherwise than another reads it here. What an address's own options say beside it is
-//! told by the methods of [`Address`].
+//! Whoever has to treat one family otherwise than another reads it here. What an address's own
+//! options say beside it is told by the methods of [`Address`].
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -76,10 +76,11 @@ pub(crate) struct Transport {
     pub(crate) refusal: Refusal,
     half_close: HalfClose,
     pub(crate) reset: Reset,
-    /// A VMM is at the other end that can hang or die when a connection is closed that was not half-closed and read to
-    /// its end.
+    /// A VMM is at the other end that can hang or die when a connection is closed that was not
+    /// half-closed and read to its end.
     pub(crate) needs_graceful_close: bool,
-    /// A VMM is at the other end that dies of too many connections, or of too many dials that its guest hasn't answered.
+    /// A VMM is at the other end that dies of too many connections, or of too many dials that its
+    /// guest hasn't answered.
     #[cfg_attr(not(feature = "cli"), allow(dead_code))]
     pub(crate) needs_pacing: bool,
     waiter: Waiter,
@@ -126,7 +127,8 @@ const HVSOCK: Transport = Transport {
         true => Waiter::Thread,
         false => Waiter::Any,
     },
-    // A connect may wait for ever though its server listens by now, and a VM that is up answers at once.
+    // A connect may wait for ever though its server listens by now, and a VM that is up answers at
+    // once.
     connect_timeout: Some(Duration::from_secs(1)),
     ..ORDINARY
 };
@@ -168,8 +170,8 @@ pub(super) const ALL: [&Transport; 7] =
     [&HYPERKIT, &VSOCK, &HVSOCK, &VSOCK_MUX, &UNIX, &NPIPE, &TCP];
 
 impl Waiter {
-    /// Returns what can wait for the sockets of that address: a thread where it speaks in frames, for their readiness isn't
-    /// that of their bytes.
+    /// Returns what can wait for the sockets of that address: a thread where it speaks in frames,
+    /// for their readiness isn't that of their bytes.
     pub(crate) fn of(address: &Address) -> Waiter {
         match address.is_framed() {
             true => Waiter::Thread,
@@ -238,7 +240,8 @@ impl Address {
         }
     }
 
-    /// Returns why nothing can ever be connected to there, and what can be done about it; `None` if something can.
+    /// Returns why nothing can ever be connected to there, and what can be done about it; `None` if
+    /// something can.
     pub(crate) fn why_no_target(&self) -> Option<(&'static str, Option<&'static str>)> {
         match self {
             Address::Tcp(tcp) if tcp.port == 0 => Some(("port 0 can't be connected to", None)),

@@ -9,19 +9,21 @@ use super::{AddressError, Part, Port};
 
 const UNIX_EXAMPLE: &str = "unix:///run/service.sock";
 
-/// A Unix socket: a path that begins with `/`, `./` or `../`, as it is; or `unix:///abs`, `unix:rel`, `unix:@abstract`, percent-encoded.
+/// A Unix socket: a path that begins with `/`, `./` or `../`, as it is; or `unix:///abs`,
+/// `unix:rel`, `unix:@abstract`, percent-encoded.
 ///
 /// Printed it is always the URI, in which no byte is lost.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum UnixAddress {
     /// A socket in the file system; never empty.
     Path(PathBuf),
-    /// A name in Linux's abstract namespace, without the NUL that precedes it there; any bytes, never empty.
+    /// A name in Linux's abstract namespace, without the NUL that precedes it there; any bytes,
+    /// never empty.
     Abstract(Vec<u8>),
 }
 
 impl UnixAddress {
-    /// A path as people write it, nothing encoded.
+    /// Parses a path as people write it, without percent-encoding.
     pub(super) fn from_plain(input: &str) -> Result<UnixAddress, AddressError> {
         if input.contains('\0') {
             return Err(AddressError::new(
@@ -40,7 +42,8 @@ impl fmt::Display for UnixAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             UnixAddress::Path(path) => {
-                // Not Path::is_absolute: what counts is how the text will be read again, on any system.
+                // Not Path::is_absolute: what counts is how the text will be read again, on any
+                // system.
                 let absolute = path.as_os_str().as_encoded_bytes().starts_with(b"/");
                 let start = if absolute { "unix://" } else { "unix:" };
                 write!(f, "{start}{}", uri::encode_path(path))
@@ -111,13 +114,14 @@ pub struct VsockMuxAddress {
     pub path: PathBuf,
     /// The guest's port to dial, or the host's port to listen on.
     pub port: Port,
-    /// The VMM goes on carrying the guest's direction after the host's half-close. Most take a half-close for the end
-    /// of both.
+    /// The VMM goes on carrying the guest's direction after the host's half-close. Most take a
+    /// half-close for the end of both.
     pub half_close: bool,
 }
 
 impl VsockMuxAddress {
-    /// Returns the path at which a program of the host listens for guests that dial the host's port.
+    /// Returns the path at which a program of the host listens for guests that dial the host's
+    /// port.
     pub fn listen_path(&self) -> PathBuf {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", self.port.0));

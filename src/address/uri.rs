@@ -1,4 +1,4 @@
-//! Taking URIs apart and putting them together: what all schemes have in common.
+//! Parses and prints URIs: what all schemes have in common.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -10,7 +10,8 @@ use super::port::parse_u32;
 use super::{AddressError, Part, Port};
 use crate::sys;
 
-/// What a path may not hold as it is: what would end it, what people cannot see, and `@`, which begins an abstract name.
+/// What a path may not hold as it is: what would end it, what people cannot see, and `@`, which
+/// begins an abstract name.
 const IN_PATH: &AsciiSet = &CONTROLS
     .add(b' ')
     .add(b'"')
@@ -29,14 +30,15 @@ const IN_PATH: &AsciiSet = &CONTROLS
     .add(b'|')
     .add(b'}');
 
-/// What a name (of a host, a VM, a file in a query) may not hold as it is: all but RFC 3986's unreserved characters.
+/// What a name (of a host, a VM, a file in a query) may not hold as it is: all but RFC 3986's
+/// unreserved characters.
 const IN_NAME: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'.')
     .remove(b'_')
     .remove(b'~');
 
-/// `SCHEME://AUTHORITY/PATH?QUERY`, taken apart, nothing decoded.
+/// A URI, `SCHEME://AUTHORITY/PATH?QUERY`, split and not decoded.
 pub(super) struct Uri<'a> {
     input: &'a str,
     example: &'static str,
@@ -47,7 +49,7 @@ pub(super) struct Uri<'a> {
 }
 
 impl<'a> Uri<'a> {
-    /// Takes `input` apart if its scheme is `scheme`; `example` goes into the errors.
+    /// Splits `input` if its scheme is `scheme`; `example` goes into the errors.
     pub(super) fn parse(
         input: &'a str,
         scheme: &str,
@@ -88,7 +90,7 @@ impl<'a> Uri<'a> {
         AddressError::new(self.input, part, text, reason, self.example)
     }
 
-    /// The same with an example made for this input.
+    /// Makes an error with an example for this input.
     pub(super) fn error_with_example(
         &self,
         part: Part,
@@ -99,7 +101,7 @@ impl<'a> Uri<'a> {
         AddressError::new(self.input, part, text, reason, example)
     }
 
-    /// The authority's two halves, `BEFORE:PORT`.
+    /// Splits the authority into its halves, `BEFORE:PORT`.
     pub(super) fn split_port(&self) -> Result<(&'a str, &'a str), AddressError> {
         self.authority
             .rsplit_once(':')
@@ -112,7 +114,7 @@ impl<'a> Uri<'a> {
             .map_err(|reason| self.error(Part::Port, text, reason))
     }
 
-    /// Decodes a name, which is not empty and has no NUL.
+    /// Decodes a name, and refuses one that is empty or has a NUL.
     pub(super) fn name(&self, part: Part, text: &str) -> Result<String, AddressError> {
         let error = |reason: &str| self.error(part, text, reason);
         let name = String::from_utf8(decode(text).map_err(error)?)
@@ -124,7 +126,7 @@ impl<'a> Uri<'a> {
         }
     }
 
-    /// The path as a file's: `/abs`, or `/./rel` for the relative `rel`.
+    /// Decodes the path of a file: `/abs`, or `/./rel` for the relative `rel`.
     pub(super) fn file(&self, missing: &str) -> Result<PathBuf, AddressError> {
         let text = match self.path {
             "" | "/" => return Err(self.error(Part::Path, "", missing)),
@@ -132,14 +134,14 @@ impl<'a> Uri<'a> {
             path => path.strip_prefix("/./").unwrap_or(path),
         };
         match decode_path(text) {
-            // As `/./` and a slash behind it say it, or an encoded one.
+            // `/.//`, or with an encoded slash.
             Ok(path) if path.as_os_str() == "/" => Err(self.error(Part::Path, self.path, missing)),
             Ok(path) => Ok(path),
             Err(reason) => Err(self.error(Part::Path, self.path, reason)),
         }
     }
 
-    /// The query's pairs, decoded; each key is one of `known` and stands there once.
+    /// Decodes the pairs of the query. Each key is one of `known` and stands there once.
     pub(super) fn query(
         &self,
         known: &[&'static str],
@@ -165,7 +167,7 @@ impl<'a> Uri<'a> {
         Ok(pairs)
     }
 
-    /// The value of the query's `key` as a switch.
+    /// Parses the value of the query's `key` as a switch.
     pub(super) fn yes_or_no(&self, key: &str, value: &str) -> Result<bool, AddressError> {
         match value {
             "yes" => Ok(true),
@@ -191,7 +193,7 @@ impl<'a> Uri<'a> {
 
 const NOT_UTF8: &str = "is not UTF-8 when decoded";
 
-/// `text` up to `mark`, and what is behind it.
+/// Returns `text` up to `mark`, and what is behind it.
 fn cut(text: &str, mark: char) -> (&str, Option<&str>) {
     match text.split_once(mark) {
         Some((before, behind)) => (before, Some(behind)),
@@ -199,7 +201,7 @@ fn cut(text: &str, mark: char) -> (&str, Option<&str>) {
     }
 }
 
-/// Undoes percent-encoding; unlike lenient decoders it takes no `%` that begins nothing.
+/// Decodes percent-encoding. Unlike lenient decoders it refuses a `%` without two hex digits.
 pub(super) fn decode(text: &str) -> Result<Vec<u8>, &'static str> {
     let hex = |digit: Option<&u8>| digit.is_some_and(u8::is_ascii_hexdigit);
     for part in text.split('%').skip(1).map(str::as_bytes) {
@@ -210,7 +212,7 @@ pub(super) fn decode(text: &str) -> Result<Vec<u8>, &'static str> {
     Ok(percent_decode_str(text).collect())
 }
 
-/// Undoes percent-encoding of a file's path.
+/// Decodes percent-encoding of a file's path.
 pub(super) fn decode_path(text: &str) -> Result<PathBuf, &'static str> {
     let bytes = decode(text)?;
     if bytes.contains(&0) {
@@ -226,7 +228,7 @@ pub(super) fn encode_name(name: &[u8]) -> impl fmt::Display {
     percent_encode(name, IN_NAME)
 }
 
-/// Prints a name that, as it is, would be read as something else: its first byte is encoded in any case.
+/// Prints a name that would be read as something else: its first byte is always encoded.
 pub(super) fn write_guarded_name(f: &mut fmt::Formatter<'_>, name: &str) -> fmt::Result {
     match name.as_bytes().split_first() {
         Some((first, rest)) => write!(f, "%{first:02X}{}", encode_name(rest)),
@@ -242,7 +244,7 @@ pub(super) fn encode_path(path: &Path) -> impl fmt::Display {
 /// Prints a path as [`Uri::file`] reads it.
 pub(super) fn write_file(f: &mut fmt::Formatter<'_>, path: &Path) -> fmt::Result {
     match path.as_os_str().as_encoded_bytes() {
-        // An absolute path that looks like the mark of a relative one.
+        // An absolute path that begins as a relative one is marked.
         [b'/', b'.', rest @ ..] if matches!(rest, [] | [b'/', ..]) => {
             write!(f, "/%2E{}", percent_encode(rest, IN_PATH))
         }

@@ -29,23 +29,25 @@ const NAMES: [(&str, u32); 4] = [
 
 /// An address of Linux's `AF_VSOCK`: `vsock://[CID]:PORT`.
 ///
-/// The CID is a number or one of `any`, `hypervisor`, `local`, `host`; left out it is `any`, and printed so.
-/// `?buffer-size=BYTES` sets the socket's buffer, `?framing=yes` speaks in the frames of [`framing`](crate::framing).
+/// The CID is a number or one of `any`, `hypervisor`, `local`, `host`; left out it is `any`, and
+/// printed so. `?buffer-size=BYTES` sets the socket's buffer, `?framing=yes` speaks in the frames
+/// of [`framing`](crate::framing).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct VsockAddress {
-    /// The context id, by which a VM or the host is known.
+    /// The context id of a VM or of the host.
     pub cid: u32,
     /// The port.
     pub port: Port,
-    /// How many bytes the peer may send ahead of our reading (`SO_VM_SOCKETS_BUFFER_SIZE`), at least 128; `None`: the
-    /// kernel's 256 KiB. Newer kernels (seen: Debian's 6.1.0-56) let no sender go further than its own size, either.
+    /// How many bytes the peer may send ahead of our reading (`SO_VM_SOCKETS_BUFFER_SIZE`), at
+    /// least 128; `None`: the kernel's 256 KiB. Newer kernels (seen: Debian's 6.1.0-56) let no
+    /// sender go further than its own size, either.
     pub buffer_size: Option<u64>,
     /// The peer speaks in frames ([`framing`](crate::framing)).
     pub framing: bool,
 }
 
 impl VsockAddress {
-    /// That port of that CID, with nothing out of the ordinary.
+    /// Makes the address of a port of a CID, with no option set.
     pub fn new(cid: u32, port: impl Into<Port>) -> VsockAddress {
         VsockAddress {
             cid,
@@ -59,7 +61,8 @@ impl VsockAddress {
 const BUFFER_SIZE: &str = "buffer-size";
 pub(super) const FRAMING: &str = "framing";
 
-/// The kernel's `VSOCK_DEFAULT_BUFFER_MIN_SIZE` (`net/vmw_vsock/af_vsock.c`): less is raised to it in silence.
+/// The kernel's `VSOCK_DEFAULT_BUFFER_MIN_SIZE` (`net/vmw_vsock/af_vsock.c`): less is raised to it
+/// in silence.
 const LEAST_BUFFER: u64 = 128;
 
 impl fmt::Display for VsockAddress {
