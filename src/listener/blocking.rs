@@ -11,8 +11,8 @@ use crate::name::SocketName;
 use crate::stream::Stream;
 use crate::time::after;
 
-/// A listening socket of any family. Dropping it removes the socket's file, if there is one and it is still this
-/// listener's.
+/// A listening socket of any family. Dropping it removes the socket's file, if there is one and it
+/// is still this listener's.
 ///
 /// ```
 /// use hvsock::{Listener, Stream};
@@ -27,7 +27,7 @@ use crate::time::after;
 pub struct Listener {
     pub(super) inner: nonblocking::Listener,
     pub(super) address: Address,
-    /// Somebody else has bound it, and may have it still: that we close it doesn't free its address.
+    /// Another process has bound it and may keep it: closing it here doesn't free its address.
     #[cfg(unix)]
     pub(super) is_foreign: bool,
 }
@@ -41,15 +41,16 @@ impl Listener {
         Listener::bind_with_mode(address, DEFAULT_MODE)
     }
 
-    /// Listens on `address`; a Unix socket's file has the permissions `mode` before anyone can connect. A named pipe has
-    /// none (its address says who may connect), and takes [`DEFAULT_MODE`] only.
+    /// Listens on `address`; a Unix socket's file has the permissions `mode` before anyone can
+    /// connect. A named pipe has none (its address says who may connect), and takes
+    /// [`DEFAULT_MODE`] only.
     ///
-    /// Listening on a `hyperkit://` or `vsock-mux://` address is taking what the guest dials. A file in the way is
-    /// replaced only if it is a socket on which nobody listens.
+    /// Listening on a `hyperkit://` or `vsock-mux://` address is taking what the guest dials. A
+    /// file in the way is replaced only if it is a socket on which nobody listens.
     ///
     /// # Errors
-    /// `AddrInUse` if somebody listens there; `AlreadyExists` if the file in the way is no socket; `Unsupported` for a
-    /// family that this system doesn't carry; what the kernel says otherwise.
+    /// `AddrInUse` if somebody listens there; `AlreadyExists` if the file in the way is no socket;
+    /// `Unsupported` for a family that this system doesn't carry; what the kernel says otherwise.
     pub fn bind_with_mode(address: &Address, mode: u32) -> Result<Listener> {
         let inner = nonblocking::Listener::bind(address, mode)?;
         let address = inner.bound(address);
@@ -61,41 +62,43 @@ impl Listener {
         })
     }
 
-    /// Whether it is the socket that binding `address` would make.
+    /// Returns whether it is the socket that binding `address` would make.
     #[cfg(not(unix))]
     pub(crate) fn is_at(&self, address: &Address) -> bool {
         self.address == *address
     }
 
-    /// Returns whether it may be meant by another address: here none is passed.
+    /// Returns whether it may be meant by another address: no socket is passed here.
     #[cfg(not(unix))]
     pub(crate) fn is_near(&self, _: &Address) -> bool {
         false
     }
 
-    /// Another handle of a socket that somebody else has bound: here there is none.
+    /// Returns another handle of a passed socket: there is none here.
     #[cfg(not(unix))]
     pub(crate) fn share(&self) -> Result<Option<Listener>> {
         Ok(None)
     }
 
-    /// Sets what an address asks for beside the place: here nothing.
+    /// Sets the options that an address asks for: there are none here.
     #[cfg(not(unix))]
     pub(crate) fn prepare(&self, _: &Address) -> Result<()> {
         Ok(())
     }
 
-    /// What it is for an event loop.
+    /// Returns the event loop's listener in it.
     pub(crate) fn into_nonblocking(self) -> nonblocking::Listener {
         self.inner
     }
 
-    /// Where it listens: what was asked for, with the port that the kernel chose if it was to choose one.
+    /// Returns the address that it listens on, with the port that the kernel chose if it was to
+    /// choose one.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// The name of the socket, as far as its family has one; a chosen port is in it.
+    /// Returns the name of the socket, as far as its family has one, with the port that the kernel
+    /// chose.
     ///
     /// # Errors
     /// What the kernel says.
@@ -106,8 +109,8 @@ impl Listener {
     /// Waits for a connection, for ever.
     ///
     /// # Errors
-    /// What the kernel says; one that tells of descriptors doesn't end the listener. A listener that another process
-    /// has shut down is broken (`InvalidInput`): bind it again.
+    /// What the kernel says. That descriptors have run out doesn't end the listener. A listener
+    /// that another process has shut down is broken (`InvalidInput`): bind it again.
     pub fn accept(&self) -> Result<(Stream, SocketName)> {
         loop {
             // kevent and poll count in 32 bits.
@@ -141,13 +144,13 @@ impl Listener {
         }
     }
 
-    /// Takes a connection that is there; `WouldBlock` if none is.
+    /// Accepts a connection without waiting; `WouldBlock` if there is none.
     pub(crate) fn accept_now(&self) -> io::Result<(Stream, SocketName)> {
         let (stream, name) = self.inner.accept()?;
         Ok((Stream::from_nonblocking(stream, &self.address)?, name))
     }
 
-    /// Takes one connection after the other, for ever.
+    /// Accepts one connection after the other, for ever.
     pub fn incoming(&self) -> impl Iterator<Item = Result<(Stream, SocketName)>> + '_ {
         std::iter::repeat_with(|| self.accept())
     }

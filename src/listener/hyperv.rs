@@ -44,8 +44,8 @@ impl HypervListener {
         self.acceptor.wait(timeout)
     }
 
-    pub(super) fn watch(&mut self, tell: impl Fn() + Send + 'static) -> io::Result<()> {
-        self.acceptor.watch(tell)
+    pub(super) fn watch(&mut self, notify: impl Fn() + Send + 'static) -> io::Result<()> {
+        self.acceptor.watch(notify)
     }
 }
 

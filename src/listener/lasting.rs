@@ -1,4 +1,5 @@
-//! Listening for those who have no event loop, whatever becomes of the socket and of its file.
+//! Listeners for callers without an event loop that outlast errors: the socket and its file are
+//! made again.
 
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
@@ -13,27 +14,27 @@ use crate::error::Result;
 use crate::name::SocketName;
 use crate::stream::Stream;
 
-/// How long an error keeps a listener from being tried again: most often descriptors ran out.
+/// The pause after an error, which most often says that descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// A [`Listener`] that no error ends: its socket's file is made again if someone removes it, and the socket is bound
-/// again if someone shuts it down.
+/// A [`Listener`] that no error ends: its socket's file is made again if someone removes it, and
+/// the socket is bound again if someone shuts it down.
 #[derive(Debug)]
 pub(crate) struct LastingListener {
     /// `None`: it was broken, and can't be bound again yet.
     listener: Option<Listener>,
-    /// Who came before the file was removed waits there.
+    /// The listener whose file was removed: clients that came before wait there.
     old: Option<Listener>,
     /// Where it listens.
     address: Address,
     mode: u32,
     watch: FileWatch,
-    /// A trouble was told since the last client came.
-    complained: bool,
+    /// An error was logged since the last client came.
+    has_logged: bool,
 }
 
 impl LastingListener {
-    /// As [`Listener::bind_with_mode`].
+    /// Binds as [`Listener::bind_with_mode`] does.
     ///
     /// # Errors
     /// As there.
@@ -45,20 +46,20 @@ impl LastingListener {
             old: None,
             mode,
             watch: FileWatch::default(),
-            complained: false,
+            has_logged: false,
         })
     }
 
-    /// Where it listens.
+    /// Returns the address that it listens on.
     pub(crate) fn address(&self) -> &Address {
         &self.address
     }
 
     /// Waits for a connection, at most `timeout` or a little longer; `None` if none has come.
     pub(crate) fn accept_timeout(&mut self, timeout: Duration) -> Option<(Stream, SocketName)> {
-        self.look_after_file();
+        self.restore_file();
         if let Some(old) = &self.old {
-            // Whatever error it gives, nobody can come to it any more.
+            // After an error, too: no client can find it any more.
             if let Ok(Some(accepted)) = old.accept_timeout(Duration::ZERO) {
                 return Some(accepted);
             }
@@ -74,7 +75,7 @@ impl LastingListener {
         };
         match accepted {
             Ok(Some(accepted)) => {
-                self.complained = false;
+                self.has_logged = false;
                 Some(accepted)
             }
             Ok(None) => None,
@@ -84,7 +85,7 @@ impl LastingListener {
                     // Closed first: it still has the address.
                     self.listener = None;
                 }
-                if !std::mem::replace(&mut self.complained, true) {
+                if !std::mem::replace(&mut self.has_logged, true) {
                     match broken {
                         true => warn!("{e}: the listener was shut down, and is bound again"),
                         false => warn!("{e}; going on"),
@@ -96,30 +97,32 @@ impl LastingListener {
         }
     }
 
-    fn look_after_file(&mut self) {
+    fn restore_file(&mut self) {
         let Some(listener) = &self.listener else {
             return;
         };
         let state = || listener.inner.file_state();
-        let again = || Listener::bind_with_mode(&self.address, self.mode);
-        if let Some(made) = self.watch.look(&self.address, state, again) {
+        let bind = || Listener::bind_with_mode(&self.address, self.mode);
+        if let Some(made) = self.watch.look(&self.address, state, bind) {
             self.old = self.listener.replace(made);
         }
     }
 }
 
-/// Looks now and then whether a socket's file is still there, for those who have no event loop that does.
+/// Checks now and then that a socket's file is still there, for callers without an event loop that
+/// does.
 #[derive(Debug, Default)]
 pub(crate) struct FileWatch {
     next: Option<Instant>,
-    complained: bool,
+    has_logged: bool,
 }
 
 impl FileWatch {
     /// How often it looks.
     const EVERY: Duration = Duration::from_secs(1);
 
-    /// Looks, if it is time; what `make` has made if the file was removed. What can't be mended is told once.
+    /// Looks, if it is time, and returns what `make` has made if the file was removed. What can't
+    /// be mended is logged once.
     pub(crate) fn look<T>(
         &mut self,
         what: impl fmt::Display,
@@ -145,9 +148,9 @@ impl FileWatch {
                 }
             },
         };
-        let complained = std::mem::replace(&mut self.complained, trouble.is_some());
+        let has_logged = std::mem::replace(&mut self.has_logged, trouble.is_some());
         if let Some(why) = trouble
-            && !complained
+            && !has_logged
         {
             error!("{what} {why}");
         }

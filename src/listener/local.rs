@@ -1,5 +1,5 @@
-//! Listening sockets of one machine, for an event loop: Unix sockets, those that VMMs connect to among them, and
-//! AF_VSOCK.
+//! Listening sockets of one machine, for an event loop: Unix sockets, those that VMMs connect to
+//! among them, and AF_VSOCK.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -20,13 +20,13 @@ use crate::stream::endpoint::not_carried;
 use crate::stream::local::{Descriptors, Local};
 use crate::sys::{self, AsSocket, BorrowedSocket};
 
-/// Which sockets of a Unix listener refuse the descriptors that a peer would pass.
+/// Which connections of a Unix listener refuse descriptors that a peer passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// What it accepts has inherited that from it.
+    /// All: they inherit it from the listener.
     All,
     None,
-    /// Those that came since it does: each is to be asked.
+    /// Those that came after the listener was set so: each is asked.
     Some,
 }
 
@@ -63,7 +63,7 @@ impl LocalListener {
                 ..
             } => {
                 let accepted = listener.accept().map_err(|e| match e.kind() {
-                    // It would say so for ever.
+                    // Linux says so for ever.
                     io::ErrorKind::WouldBlock if sys::is_shut_down(listener.as_socket()) => {
                         shut_down()
                     }
@@ -82,7 +82,8 @@ impl LocalListener {
                 Ok((stream, SocketName::Unnamed))
             }
             LocalListener::Vsock(listener) => {
-                // On Linux 6.1 an accept that finds nobody sleeps until the next tick, though non-blocking.
+                // On Linux 6.1 an accept that finds no client sleeps until the next tick, though
+                // non-blocking.
                 if !sys::has_client(listener.as_socket())? {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }
@@ -117,7 +118,7 @@ impl LocalListener {
         }
     }
 
-    /// Calls `f` with what mio knows to register.
+    /// Calls `f` with the source that mio registers.
     pub(super) fn with_source<T>(&mut self, f: impl FnOnce(&mut dyn Source) -> T) -> T {
         match self {
             LocalListener::Unix { listener, .. } => f(listener),
@@ -135,7 +136,7 @@ impl AsSocket for LocalListener {
     }
 }
 
-/// What TCP's accept says of a listener that was shut down.
+/// Returns the error that an accept of TCP gives for a listener that was shut down.
 fn shut_down() -> io::Error {
     io::Error::from_raw_os_error(nix::libc::EINVAL)
 }

@@ -25,7 +25,8 @@ use crate::sys::{self, AsSocket, Wanted};
 pub(crate) enum Listener {
     Tcp {
         listener: mio::net::TcpListener,
-        /// What it accepts has its options from it. One that was passed may have been given clients before it had them.
+        /// What it accepts inherits its options. A passed listener may have had clients before they
+        /// were set.
         leaves_options: bool,
     },
     Local(LocalListener),
@@ -34,13 +35,14 @@ pub(crate) enum Listener {
 }
 
 impl Listener {
-    /// Binds `address` and listens on it. A Unix socket's file gets the permissions `mode`, before anyone can connect.
+    /// Binds `address` and listens on it. A Unix socket's file gets the permissions `mode`, before
+    /// anyone can connect.
     ///
     /// A file in the way is replaced only if it is a socket on which nobody listens.
     ///
     /// # Errors
-    /// `AddrInUse` if somebody listens there; `AlreadyExists` if the file in the way is no socket; what the kernel
-    /// says otherwise. `Unsupported` for a family that isn't carried.
+    /// `AddrInUse` if somebody listens there; `AlreadyExists` if the file in the way is no socket;
+    /// what the kernel says otherwise. `Unsupported` for a family that isn't carried.
     pub(crate) fn bind(address: &Address, mode: u32) -> Result<Listener> {
         match address {
             Address::Tcp(tcp) => bind_tcp(address, tcp),
@@ -52,8 +54,8 @@ impl Listener {
         }
     }
 
-    /// Accepts one connection, without waiting for it; who it is from, for the log. The stream is non-blocking, where
-    /// its family has readiness.
+    /// Accepts one connection without waiting, and returns its peer's name. The stream is
+    /// non-blocking, where its family has readiness.
     pub(crate) fn accept(&self) -> io::Result<(Stream, SocketName)> {
         match self {
             Listener::Tcp {
@@ -95,8 +97,8 @@ impl Listener {
         }
     }
 
-    /// The address that was bound when `asked` was asked for: it says what the kernel chose for TCP port 0, and for the
-    /// highest vsock port, `VMADDR_PORT_ANY`.
+    /// Returns the address that was bound when `asked` was asked for. It has the port that the
+    /// kernel chose for TCP port 0 and for vsock's `VMADDR_PORT_ANY`.
     pub(crate) fn bound(&self, asked: &Address) -> Address {
         match (self.local_addr(), asked) {
             (Ok(SocketName::Tcp(bound)), _) => Address::Tcp(TcpAddress {
@@ -113,7 +115,7 @@ impl Listener {
         }
     }
 
-    /// Returns the name that a Unix socket was bound to, as its clients' `getpeername(2)` tells it.
+    /// Returns the name that a Unix socket was bound to, which `getpeername(2)` gives its clients.
     pub(crate) fn bound_name(&self) -> Option<Vec<u8>> {
         match self {
             #[cfg(unix)]
@@ -131,8 +133,8 @@ impl Listener {
         }
     }
 
-    /// Returns the socket's file, if it has one that we made. It is removed when the listener and all that this has
-    /// returned are dropped.
+    /// Returns the socket's file, if it has one that we made. It is removed when the listener and
+    /// all that this has returned are dropped.
     pub(crate) fn file(&self) -> Option<Arc<SocketFile>> {
         match self {
             Listener::Local(listener) => listener.file(),
@@ -140,19 +142,20 @@ impl Listener {
         }
     }
 
-    /// What has become of the socket's file.
+    /// Returns the state of the socket's file.
     #[cfg(feature = "cli")]
     pub(crate) fn file_state(&self) -> FileState {
         self.file().map_or(FileState::Ours, |file| file.state())
     }
 }
 
-/// Whether an accept error says that the listener is broken: no later accept can succeed, and only binding it again
-/// helps.
+/// Returns whether an accept error says that the listener is broken: no later accept can succeed,
+/// and only binding it again helps.
 ///
-/// A listener that was shut down from outside (`ss -K`, or a `shutdown` by another process that has it) is one:
-/// `EINVAL`, again and again. Linux' `accept(2)` names network errors, `EOPNOTSUPP` among them, that tell of one client
-/// only. The `InvalidInput` that mio makes of a client that has left (macOS) has no number.
+/// A listener that was shut down from outside (`ss -K`, or a `shutdown` by another process that has
+/// it) is broken: `EINVAL`, again and again. Linux' `accept(2)` names network errors, `EOPNOTSUPP`
+/// among them, that concern one client only. The `InvalidInput` that mio makes of a client that has
+/// left (macOS) has no number.
 pub(crate) fn is_broken(error: &io::Error) -> bool {
     #[cfg(unix)]
     const BROKEN: [i32; 3] = [nix::libc::EINVAL, nix::libc::EBADF, nix::libc::ENOTSOCK];
@@ -166,9 +169,11 @@ pub(crate) fn is_broken(error: &io::Error) -> bool {
         .is_some_and(|number| BROKEN.contains(&number))
 }
 
-/// Whether an accept error says that a client has left before it was accepted. The next one may still be there.
+/// Returns whether an accept error says that a client has left before it was accepted. The next one
+/// may still be there.
 ///
-/// macOS may then give a socket without an address, of which mio makes an `InvalidInput` without a number.
+/// macOS may then give a socket without an address, of which mio makes an `InvalidInput` without a
+/// number.
 pub(crate) fn has_client_left(error: &io::Error) -> bool {
     match error.kind() {
         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset => true,
@@ -177,7 +182,7 @@ pub(crate) fn has_client_left(error: &io::Error) -> bool {
     }
 }
 
-/// The address that is bound for a TCP address.
+/// Resolves a TCP address to the one that is bound.
 ///
 /// # Errors
 /// That its name can't be resolved.
@@ -195,7 +200,8 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
     let socket_address = socket_address(tcp)?;
     let listen = || {
         let socket = Socket::new(Domain::for_address(socket_address), Type::STREAM, None)?;
-        // Without it a port stays unusable for a minute after a restart. On Windows it means something else.
+        // Without it a port stays unusable for a minute after a restart. On Windows it means
+        // something else.
         #[cfg(unix)]
         socket.set_reuse_address(true)?;
         if sys::ACCEPTED_INHERIT {
@@ -231,24 +237,24 @@ fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
 }
 
 impl Listener {
-    /// Has the poller of `registry` tell of connections under `token`; where none can wait for the listener, `tell` is
-    /// called instead.
+    /// Has the poller of `registry` report connections under `token`. Where no poller can wait for
+    /// the listener, `notify` is called instead.
     pub(crate) fn watch(
         &mut self,
         registry: &Registry,
         token: Token,
-        tell: impl Fn() + Send + 'static,
+        notify: impl Fn() + Send + 'static,
     ) -> io::Result<()> {
         let what = Interest::READABLE;
         // Not needed where all can be waited for.
-        let _ = &tell;
+        let _ = &notify;
         match self {
             Listener::Tcp { listener, .. } => listener.register(registry, token, what),
             Listener::Local(listener) => {
                 listener.with_source(|source| source.register(registry, token, what))
             }
             #[cfg(windows)]
-            Listener::Hyperv(listener) => listener.watch(tell),
+            Listener::Hyperv(listener) => listener.watch(notify),
         }
     }
 

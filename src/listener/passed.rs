@@ -1,4 +1,5 @@
-//! Listening sockets that another process has bound: a service manager's, passed to the one that it starts.
+//! Listening sockets that another process has bound, such as those that a service manager passes to
+//! what it starts.
 
 use std::ffi::OsStr;
 use std::io;
@@ -17,8 +18,8 @@ use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Identity};
 
-/// Takes over a socket that listens already. A Unix socket's file stays its maker's: it is never removed, nor made again
-/// or given other permissions.
+/// Takes over a socket that listens already. The file of a Unix socket is left as it is: it is
+/// never removed, made again or given other permissions.
 ///
 /// # Errors
 /// `InvalidInput` if it is no stream socket, doesn't listen, or is of a family that isn't carried.
@@ -95,7 +96,7 @@ fn tcp(bound: SocketAddr) -> Address {
 }
 
 impl Listener {
-    /// Whether it is the socket that binding `address` would make.
+    /// Returns whether it is the socket that binding `address` would make.
     pub(crate) fn is_at(&self, address: &Address) -> bool {
         match (&self.address, address) {
             (Address::Tcp(_), Address::Tcp(asked)) => {
@@ -134,8 +135,8 @@ impl Listener {
         }
     }
 
-    /// Another handle of a socket that somebody else has bound, for a poller, which this one never meets; `None` for
-    /// others, which can be bound again.
+    /// Returns another handle of a socket that another process has bound, for a poller that hasn't
+    /// this one; `None` for others, which can be bound again.
     ///
     /// # Errors
     /// That the process can have no more descriptors.
@@ -148,7 +149,7 @@ impl Listener {
         Listener::try_from(socket).map(Some)
     }
 
-    /// Sets what an address asks for beside the place.
+    /// Sets the options that an address asks for.
     ///
     /// # Errors
     /// What the kernel says.
@@ -164,7 +165,7 @@ impl Listener {
     }
 }
 
-/// However it is spelled.
+/// Returns whether two paths name one file, however they are spelled.
 fn is_same(one: &Path, other: &Path) -> bool {
     one == other
         || matches!((Identity::of(one), Identity::of(other)), (Ok(one), Ok(other)) if one == other)

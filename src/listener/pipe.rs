@@ -1,6 +1,7 @@
 //! Listening on named pipes.
 //!
-//! A pipe has an instance for each client. So many wait for one; when a client has come to one, another is made.
+//! A pipe has an instance for each client. [`WAITING`] of them wait; when a client has come to one,
+//! another is made.
 
 use std::io;
 use std::os::windows::io::{AsHandle, OwnedHandle};
@@ -20,7 +21,7 @@ use crate::stream::endpoint::not_carried;
 use crate::stream::local::Local;
 use crate::sys::{self, Access};
 
-/// How many instances wait: clients that come at the same time. More find the pipe busy, and try again.
+/// How many instances wait, for as many clients at a time. More find the pipe busy, and try again.
 const WAITING: usize = 16;
 
 /// A listening pipe, for a caller that blocks or for a loop.
@@ -191,7 +192,8 @@ impl LocalListener {
             waiting.watch_made()?;
             return Err(io::ErrorKind::WouldBlock.into());
         };
-        // Another instead of it, before the next accept. Without it clients would find the pipe busy, and try again.
+        // Another instead of it, before the next accept. Without it clients would find the pipe
+        // busy, and try again.
         let _ = self
             .fill_up(&mut waiting)
             .and_then(|()| waiting.watch_made());

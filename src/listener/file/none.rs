@@ -1,10 +1,10 @@
-//! Where a listener has no file: those of named pipes are not in the file system.
+//! No file: named pipes are not in the file system.
 
 use std::io;
 
 use super::state::FileState;
 
-/// A file by which a listener is found: pipes have none.
+/// The file of a listener: there is none.
 #[derive(Debug)]
 pub(crate) enum SocketFile {}
 

@@ -10,7 +10,8 @@ use super::state::FileState;
 use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Identity, Place};
 
-/// The file of a Unix socket that we made. Dropping it removes the file, if it is still ours.
+/// The file of a Unix socket that this process made. Dropping it removes the file, if it is still
+/// that one.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
@@ -23,7 +24,7 @@ impl SocketFile {
             Ok(now) if now == self.identity => FileState::Ours,
             Ok(_) => FileState::Taken,
             Err(e) if e.kind() == io::ErrorKind::NotFound => FileState::Missing,
-            // What can't be looked at can't be mended either.
+            // What can't be seen can't be restored.
             Err(_) => FileState::Ours,
         }
     }
@@ -33,7 +34,7 @@ impl SocketFile {
         self.path.parent().unwrap_or(Path::new(""))
     }
 
-    /// Gives it other permissions, unless it is somebody else's by now.
+    /// Sets its permissions, unless another file has its name by now.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
         Place::of(&self.path)?.set_mode(self.identity, mode)
     }
@@ -41,17 +42,18 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // By now the name may be somebody else's, or that of nobody.
+        // Another file may have the name by now, or none.
         let _ = Place::of(&self.path).and_then(|place| place.remove(self.identity));
     }
 }
 
 /// Binds a socket to `path`, and gives its file the permissions `mode`; errors speak of `subject`.
 ///
-/// A file in the way is replaced only if it is a socket that nobody has bound.
+/// A file in the way is replaced only if it is a socket that no process has bound.
 ///
 /// # Errors
-/// `AddrInUse` if somebody has; `AlreadyExists` if the file in the way is no socket; what the kernel says otherwise.
+/// `AddrInUse` if one has; `AlreadyExists` if the file in the way is no socket; what the kernel
+/// says otherwise.
 pub(crate) fn bind(
     subject: impl std::fmt::Display,
     path: &Path,
@@ -65,7 +67,7 @@ pub(crate) fn bind(
             None => error,
         }
     };
-    clear_the_way(path).map_err(|e| {
+    remove_dead_socket(path).map_err(|e| {
         let remedy = match e.kind() {
             io::ErrorKind::AddrInUse => {
                 "another program listens there: stop it, or choose another path or port"
@@ -81,11 +83,12 @@ pub(crate) fn bind(
     })?;
     let bind = |short: &Path| {
         let socket = Socket::new(Domain::UNIX, kind, None)?;
-        // Before anyone can send: what it accepts inherits it.
+        // Before a peer can send: what it accepts inherits it.
         sys::refuse_descriptors(&socket);
         sys::set_bound_mode(&socket, mode);
         socket.bind(&SockAddr::unix(short)?)?;
-        // Before it listens nobody can connect, so there is no moment with other permissions than asked for.
+        // No client can connect before it listens, so the permissions are never others than asked
+        // for.
         let file = SocketFile {
             path: path.to_path_buf(),
             identity: Place::of(path)?.finish_bind(mode)?,
@@ -103,8 +106,8 @@ pub(crate) fn bind(
     })
 }
 
-/// Removes the file at `path` if it is a socket on which nobody listens.
-fn clear_the_way(path: &Path) -> io::Result<()> {
+/// Removes the file at `path` if it is a socket that no process has.
+fn remove_dead_socket(path: &Path) -> io::Result<()> {
     let before = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -124,7 +127,7 @@ fn clear_the_way(path: &Path) -> io::Result<()> {
             Err(io::Error::new(io::ErrorKind::AddrInUse, why))
         }
         Ok(false) => {
-            // The one that was found dead, and no other.
+            // The file that was found dead, and no other.
             place.remove(identity)
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
