@@ -1,4 +1,4 @@
-//! Connecting a blocking stream: a dial that is driven on the caller's thread.
+//! Connects a blocking stream: a dial that is driven on the caller's thread.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -18,14 +18,17 @@ use super::{Begun, Dial, Next, explain};
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often a connect that can be given up looks whether it is.
+/// How often a connect that can be cancelled checks whether it is.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Says whether a connect is to be given up; without one, never.
-type GivenUp<'a> = Option<&'a dyn Fn() -> bool>;
+/// Tells whether a connect is cancelled; `None`: it never is.
+type IsCancelled<'a> = Option<&'a dyn Fn() -> bool>;
 
-fn is(given_up: GivenUp<'_>) -> bool {
-    given_up.is_some_and(|given_up| given_up())
+fn check_cancelled(is_cancelled: IsCancelled<'_>) -> io::Result<()> {
+    match is_cancelled {
+        Some(is_cancelled) if is_cancelled() => Err(io::ErrorKind::Interrupted.into()),
+        _ => Ok(()),
+    }
 }
 
 impl Stream {
@@ -47,7 +50,7 @@ impl Stream {
     /// let mut echo = [0; 5];
     /// stream.read_exact(&mut echo)?;
     /// assert_eq!(&echo, b"hello");
-    /// // A hyperkit guest is taken leave of: no connection is closed unread.
+    /// // A connection with a hyperkit guest is closed gracefully, and never unread.
     /// stream.finish(std::time::Duration::from_secs(5))?;
     /// # }
     /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -56,44 +59,46 @@ impl Stream {
     /// # Errors
     /// As there.
     pub fn connect(address: &Address) -> Result<Stream> {
-        Stream::connect_timeout(address, patience(address, CONNECT_TIMEOUT))
+        Stream::connect_timeout(address, limit_timeout(address, CONNECT_TIMEOUT))
     }
 
-    /// Connects to `address`, within `timeout`. A name has to be resolved first, which takes what time it takes; a Hyper-V
-    /// VM's at most 30 s ([`hyperv::find`](crate::hyperv::find)).
+    /// Connects to `address`, within `timeout`. A name has to be resolved first, which takes what
+    /// time it takes; a Hyper-V VM's at most 30 s ([`hyperv::find`](crate::hyperv::find)).
     ///
-    /// hyperkit doesn't say whether the guest has accepted. That nobody listens is told by what comes before the first
-    /// byte: an EOF; or, to who has written already, `ConnectionReset` or `BrokenPipe`.
+    /// hyperkit doesn't say whether the guest has accepted. If nobody listens there, an EOF comes
+    /// before the first byte; or, if something was written already, `ConnectionReset` or
+    /// `BrokenPipe`.
     ///
     /// # Errors
-    /// `ConnectionRefused` (AF_VSOCK: `ConnectionReset`) if nobody listens there; `NotFound` if there is no such socket
-    /// or name; `TimedOut`; `InvalidInput` if `timeout` is zero; `Unsupported` for a family that this system doesn't carry;
-    /// what the kernel says otherwise.
+    /// `ConnectionRefused` (AF_VSOCK: `ConnectionReset`) if nothing listens there; `NotFound` if
+    /// there is no such socket or name; `TimedOut`; `InvalidInput` if `timeout` is zero;
+    /// `Unsupported` for a family that this system doesn't carry; what the kernel says otherwise.
     pub fn connect_timeout(address: &Address, timeout: Duration) -> Result<Stream> {
         refuse_zero(Some(timeout)).map_err(|e| Error::new(Operation::Connect, address, e))?;
         dial(address, timeout, None)
     }
 
-    /// [`connect_timeout`](Stream::connect_timeout), unless `given_up` says so before.
+    /// Connects as [`connect_timeout`](Stream::connect_timeout) does, unless it is cancelled
+    /// before.
     ///
     /// # Errors
-    /// As there; `Interrupted` if it was given up.
+    /// As there; `Interrupted` if it was cancelled.
     #[cfg(feature = "cli")]
     pub(crate) fn connect_unless(
         address: &Address,
         timeout: Duration,
-        given_up: &dyn Fn() -> bool,
+        is_cancelled: &dyn Fn() -> bool,
     ) -> Result<Stream> {
-        dial(address, timeout, Some(given_up))
+        dial(address, timeout, Some(is_cancelled))
     }
 }
 
-fn dial(address: &Address, timeout: Duration, given_up: GivenUp<'_>) -> Result<Stream> {
+fn dial(address: &Address, timeout: Duration, is_cancelled: IsCancelled<'_>) -> Result<Stream> {
     let begun = Instant::now();
     #[cfg(windows)]
     if let Address::Hvsock(_) = address {
         let to = address.clone();
-        return apart(address, given_up, move || {
+        return call_cancellable(address, is_cancelled, move || {
             super::hyperv::connect(&to, timeout)
         });
     }
@@ -101,54 +106,56 @@ fn dial(address: &Address, timeout: Duration, given_up: GivenUp<'_>) -> Result<S
         Target::Endpoint(endpoint) => vec![endpoint],
         Target::Name { host, port } => {
             let name = host.to_owned();
-            apart(address, given_up, move || resolve(&name, port))?
+            call_cancellable(address, is_cancelled, move || resolve(&name, port))?
         }
         Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
     };
     let mut dial = Dial::new(after(begun, timeout));
     dial.add(endpoints);
-    connect(&mut dial, given_up)
+    connect(&mut dial, is_cancelled)
         .and_then(|stream| Stream::from_nonblocking(stream, address))
         .map_err(|e| explain(address, e))
 }
 
-/// Calls what blocks: on another thread if it can be given up.
-fn apart<T: Send + 'static>(
+/// Calls what blocks; on another thread if it can be cancelled.
+fn call_cancellable<T: Send + 'static>(
     address: &Address,
-    given_up: GivenUp<'_>,
+    is_cancelled: IsCancelled<'_>,
     call: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    if given_up.is_none() {
+    if is_cancelled.is_none() {
         return call();
     }
     let fail = |cause| Error::new(Operation::Connect, address, cause);
-    let (tell, told) = channel();
-    // If nobody listens any more, it was given up.
-    let call = move || drop(tell.send(call()));
+    let (sender, receiver) = channel();
+    // Without a receiver it was cancelled.
+    let call = move || drop(sender.send(call()));
     thread::Builder::new().spawn(call).map_err(fail)?;
     loop {
-        match told.recv_timeout(LOOK) {
+        match receiver.recv_timeout(LOOK) {
             Ok(result) => return result,
-            Err(RecvTimeoutError::Timeout) if !is(given_up) => {}
-            Err(_) => return Err(fail(io::ErrorKind::Interrupted.into())),
+            Err(RecvTimeoutError::Timeout) => check_cancelled(is_cancelled).map_err(fail)?,
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(fail(io::ErrorKind::Interrupted.into()));
+            }
         }
     }
 }
 
-/// How much of `timeout` a dial to `address` is given when nobody asked for that very time.
-pub(crate) fn patience(address: &Address, timeout: Duration) -> Duration {
+/// Returns how much of `timeout` a dial to `address` has, unless a caller asked for that very time.
+pub(crate) fn limit_timeout(address: &Address, timeout: Duration) -> Duration {
     let longest = address.transport().connect_timeout;
     longest.map_or(timeout, |longest| timeout.min(longest))
 }
 
-/// Whether this system has such sockets at all, for those to which connecting blocks.
+/// Checks that this system has sockets of the family, where a connect blocks.
 ///
 /// # Errors
 /// Why it hasn't.
-pub(crate) fn check(address: &Address) -> Result<()> {
+pub(crate) fn check_supported(address: &Address) -> Result<()> {
     match address {
         #[cfg(windows)]
-        Address::Hvsock(hvsock) => super::hyperv::check(address, hvsock),
+        Address::Hvsock(hvsock) => super::hyperv::check_supported(address, hvsock),
         _ if matches!(Target::of(address), Target::NotCarried) => {
             Err(not_carried(Operation::Connect, address))
         }
@@ -167,9 +174,9 @@ fn resolve(host: &str, port: u16) -> Result<Vec<Endpoint>> {
 }
 
 /// Tries one endpoint after the other.
-fn connect(dial: &mut Dial, given_up: GivenUp<'_>) -> io::Result<Nonblocking> {
+fn connect(dial: &mut Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblocking> {
     loop {
-        let error = match attempt(dial, given_up) {
+        let error = match attempt(dial, is_cancelled) {
             Ok(stream) => return Ok(stream),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Err(e),
             Err(e) => e,
@@ -178,16 +185,14 @@ fn connect(dial: &mut Dial, given_up: GivenUp<'_>) -> io::Result<Nonblocking> {
             Next::Now => {}
             Next::At(at) => {
                 thread::sleep(at.saturating_duration_since(Instant::now()));
-                if is(given_up) {
-                    return Err(io::ErrorKind::Interrupted.into());
-                }
+                check_cancelled(is_cancelled)?;
             }
             Next::GiveUp(e) => return Err(e),
         }
     }
 }
 
-fn attempt(dial: &mut Dial, given_up: GivenUp<'_>) -> io::Result<Nonblocking> {
+fn attempt(dial: &mut Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblocking> {
     let Some(endpoint) = dial.endpoint() else {
         let why = "the name has no address";
         return Err(io::Error::new(io::ErrorKind::NotFound, why));
@@ -196,27 +201,35 @@ fn attempt(dial: &mut Dial, given_up: GivenUp<'_>) -> io::Result<Nonblocking> {
     let begun = dial.begun(Instant::now());
     if begun == Begun::InProgress {
         while !stream.connected()? {
-            wait(&stream, Wanted::Writable, dial.attempt_deadline(), given_up)?;
+            wait(
+                &stream,
+                Wanted::Writable,
+                dial.attempt_deadline(),
+                is_cancelled,
+            )?;
         }
     }
     while !dial.shake_hands(&mut stream)? {
-        wait(&stream, Wanted::Readable, dial.attempt_deadline(), given_up)?;
+        wait(
+            &stream,
+            Wanted::Readable,
+            dial.attempt_deadline(),
+            is_cancelled,
+        )?;
     }
     Ok(stream)
 }
 
-/// Waits for a while; what comes of it is to be looked at then.
+/// Waits for a while; the caller looks at what has come of it.
 fn wait(
     stream: &Nonblocking,
     wanted: Wanted,
     deadline: Instant,
-    given_up: GivenUp<'_>,
+    is_cancelled: IsCancelled<'_>,
 ) -> io::Result<()> {
-    if is(given_up) {
-        return Err(io::ErrorKind::Interrupted.into());
-    }
+    check_cancelled(is_cancelled)?;
     let left = deadline.saturating_duration_since(Instant::now());
-    let step = given_up.map_or(left, |_| left.min(LOOK));
+    let step = is_cancelled.map_or(left, |_| left.min(LOOK));
     match stream.wait(wanted, step) {
         Ok(true) => Ok(()),
         Ok(false) if left.is_zero() => {

@@ -1,4 +1,4 @@
-//! Dialling a Hyper-V service: on the caller's thread, for the kernel keeps the time.
+//! Connects to a Hyper-V service on the caller's thread: the kernel keeps the time.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -14,8 +14,8 @@ use crate::stream::endpoint::not_carried;
 use crate::sys::{self, HvOptions};
 use crate::time::after;
 
-/// Connects, one attempt after the other until `timeout`: a connect that came before its server's listen may not notice
-/// that one.
+/// Connects, one attempt after the other until `timeout`: a connect that came before its server's
+/// listen may never notice it.
 pub(super) fn connect(address: &Address, timeout: Duration) -> Result<Stream> {
     let Address::Hvsock(hvsock) = address else {
         return Err(not_carried(Operation::Connect, address));
@@ -33,8 +33,8 @@ pub(super) fn connect(address: &Address, timeout: Duration) -> Result<Stream> {
     }
 }
 
-/// Whether such sockets can be made, and the address means a VM.
-pub(super) fn check(address: &Address, hvsock: &HvsockAddress) -> Result<()> {
+/// Checks that such sockets can be made, and that the address names a VM.
+pub(super) fn check_supported(address: &Address, hvsock: &HvsockAddress) -> Result<()> {
     vm_id(hvsock)?;
     let made = sys::hv_socket(hv_options(hvsock));
     made.map(drop).map_err(|e| explain(address, e))
@@ -47,7 +47,7 @@ pub(crate) fn hv_options(hvsock: &HvsockAddress) -> HvOptions {
     }
 }
 
-/// The id of the VM that is meant.
+/// Returns the id of the VM, which is looked up if it is named.
 pub(crate) fn vm_id(hvsock: &HvsockAddress) -> Result<Uuid> {
     match &hvsock.vm {
         Vm::Id(id) => Ok(id.0),

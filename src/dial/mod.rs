@@ -1,4 +1,5 @@
-//! Connecting as a state machine: one address after the other, again when a backlog is full, until a deadline.
+//! Connecting as a state machine: tries one address after the other, again when a backlog is full,
+//! until a deadline.
 
 mod blocking;
 #[cfg(windows)]
@@ -15,7 +16,7 @@ use crate::mux::Handshake;
 use crate::stream::endpoint::Endpoint;
 use crate::sys;
 
-pub(crate) use blocking::{check, patience};
+pub(crate) use blocking::{check_supported, limit_timeout};
 #[cfg(windows)]
 pub(crate) use hyperv::{hv_options, vm_id};
 
@@ -23,14 +24,14 @@ pub(crate) use hyperv::{hv_options, vm_id};
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 
-/// What is to be done after a failed attempt.
+/// What to do after a failed attempt.
 #[derive(Debug)]
 pub(crate) enum Next {
     /// Try [`Dial::endpoint`], now another one.
     Now,
     /// Try again then.
     At(Instant),
-    /// It can't be had.
+    /// Give up, with this error.
     GiveUp(io::Error),
 }
 
@@ -40,11 +41,11 @@ pub(crate) enum Begun {
     Connected,
     /// Connected; [`Dial::shake_hands`] is to follow.
     Handshake,
-    /// An event will tell.
+    /// Connecting: an event tells when it is done.
     InProgress,
 }
 
-/// An attempt to connect.
+/// A connect to one address or to several, one after the other.
 #[derive(Debug)]
 pub(crate) struct Dial {
     candidates: VecDeque<Endpoint>,
@@ -56,7 +57,7 @@ pub(crate) struct Dial {
 }
 
 impl Dial {
-    /// A dial that gives up at `deadline`; without an endpoint yet.
+    /// Makes a dial that gives up at `deadline`, without an endpoint yet.
     pub(crate) fn new(deadline: Instant) -> Dial {
         Dial {
             candidates: VecDeque::new(),
@@ -72,14 +73,14 @@ impl Dial {
         self.candidates.extend(endpoints);
     }
 
-    /// What to connect to now.
+    /// Returns the endpoint to connect to now.
     pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
         self.candidates.front()
     }
 
-    /// Notes that the endpoint's socket was made; what is to be waited for.
+    /// Notes that the endpoint's socket was made. Returns what to wait for.
     pub(crate) fn begun(&mut self, now: Instant) -> Begun {
-        // An address that doesn't answer must leave time for those behind it.
+        // An address that doesn't answer leaves time for those after it.
         let left = self.deadline.saturating_duration_since(now);
         let share = u32::try_from(self.candidates.len()).unwrap_or(u32::MAX);
         self.attempt_deadline = now + left / share.max(1);
@@ -91,15 +92,16 @@ impl Dial {
         }
     }
 
-    /// The peer was asked for something and hasn't answered yet: some VMMs die if it is closed now.
+    /// Returns whether the peer has a request that it hasn't answered: some VMMs die if they are
+    /// closed now.
     pub(crate) fn is_shaking_hands(&self) -> bool {
         self.handshake.is_some()
     }
 
-    /// Goes on with what the connected socket's family wants to be said first; whether that is done.
+    /// Goes on with the handshake of the socket's family. Returns whether it is done.
     ///
     /// # Errors
-    /// Why the peer isn't to be had.
+    /// Why the peer can't be connected to.
     pub(crate) fn shake_hands(&mut self, socket: &mut impl Socket) -> io::Result<bool> {
         match &mut self.handshake {
             Some(handshake) => handshake.advance(socket),
@@ -107,7 +109,7 @@ impl Dial {
         }
     }
 
-    /// When the attempt under way is given up.
+    /// Returns when the attempt under way is given up.
     pub(crate) fn attempt_deadline(&self) -> Instant {
         self.attempt_deadline
     }
@@ -116,7 +118,7 @@ impl Dial {
         self.deadline
     }
 
-    /// Takes the failure of the attempt at [`endpoint`](Dial::endpoint).
+    /// Notes that the attempt at [`endpoint`](Dial::endpoint) failed. Returns what to do next.
     pub(crate) fn failed(&mut self, now: Instant, error: io::Error) -> Next {
         if error.kind() == io::ErrorKind::WouldBlock {
             let at = now + self.pause;
@@ -138,13 +140,13 @@ impl Dial {
     }
 }
 
-/// Whether another dial may have more luck later: what failed isn't there yet, or not up yet.
-pub(crate) fn may_come(error: &Error) -> bool {
+/// Returns whether a later dial may succeed: what failed isn't there yet, or not up yet.
+pub(crate) fn is_worth_retrying(error: &Error) -> bool {
     use io::ErrorKind::{
         BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
         NetworkUnreachable, NotFound, TimedOut,
     };
-    let comes = matches!(
+    let may_come = matches!(
         error.kind(),
         BrokenPipe
             | ConnectionAborted
@@ -156,17 +158,18 @@ pub(crate) fn may_come(error: &Error) -> bool {
             | TimedOut
     );
     let no_such_cid = sys::is_no_such_cid(error.cause());
-    comes || no_such_cid || error.operation() == Operation::Resolve
+    may_come || no_such_cid || error.operation() == Operation::Resolve
 }
 
-/// Whether a failed connect to a Unix socket proves that nobody listens there (a full backlog is `WouldBlock`).
-pub(crate) fn says_gone(error: &io::Error) -> bool {
+/// Returns whether a failed connect to a Unix socket proves that no socket listens there. (A full
+/// backlog is `WouldBlock`.)
+pub(crate) fn proves_no_listener(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionRefused, NotFound};
     matches!(error.kind(), NotFound | ConnectionRefused)
 }
 
-/// Whether [`explain`] looks at files to tell what can be done about it.
-pub(crate) fn wants_look(address: &Address, cause: &io::Error) -> bool {
+/// Returns whether [`explain`] reads files for its remedy.
+pub(crate) fn explanation_reads_files(address: &Address, cause: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionRefused, NotFound};
     matches!(
         (address, cause.kind()),
@@ -174,7 +177,7 @@ pub(crate) fn wants_look(address: &Address, cause: &io::Error) -> bool {
     )
 }
 
-/// The error of a dial to `address`, with what can be done about it.
+/// Returns the error of a dial to `address`, with what can be done about it.
 pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
     use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotFound, PermissionDenied, TimedOut};
     match address {
@@ -214,7 +217,7 @@ pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
     Error::new(Operation::Connect, address, cause).with_remedy(remedy)
 }
 
-/// The error of an AF_VSOCK socket, with what can be done about it.
+/// Returns the error of an AF_VSOCK socket, with what can be done about it.
 pub(crate) fn explain_vsock(operation: Operation, address: &Address, cause: io::Error) -> Error {
     use io::ErrorKind::{ConnectionReset, PermissionDenied, TimedOut};
     // Linux says "refused" by ECONNRESET, and "no such CID" by ENODEV.
@@ -231,7 +234,7 @@ pub(crate) fn explain_vsock(operation: Operation, address: &Address, cause: io::
     Error::new(operation, address, cause).with_remedy(remedy)
 }
 
-/// The error of an AF_HYPERV socket, with what can be done about it.
+/// Returns the error of an AF_HYPERV socket, with what can be done about it.
 pub(crate) fn explain_hvsock(operation: Operation, address: &Address, cause: io::Error) -> Error {
     use io::ErrorKind::{ConnectionRefused, TimedOut};
     let remedy = match cause.kind() {
@@ -246,7 +249,8 @@ pub(crate) fn explain_hvsock(operation: Operation, address: &Address, cause: io:
     Error::new(operation, address, cause).with_remedy(remedy)
 }
 
-/// The error of a hyperkit connection that ended before its first byte: all that its device says of a refusal.
+/// Returns the error of a connection that ended before its first byte, which is how hyperkit
+/// refuses.
 pub(crate) fn refused_by_eof(address: &Address) -> Error {
     let why = "the guest ended it without a byte";
     let cause = io::Error::new(io::ErrorKind::ConnectionRefused, why);

@@ -461,7 +461,7 @@ impl World for MioWorld {
     }
 
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
-        if !dial::wants_look(address, &error) {
+        if !dial::explanation_reads_files(address, &error) {
             return Some(dial::explain(address, error));
         }
         let directory = match address {

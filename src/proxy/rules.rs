@@ -24,7 +24,7 @@ use crate::engine::rule::{Rule, VmLimits};
 /// Refuses a rule that can't work, whatever the system says and whatever other rules there are.
 fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     if waiter(&rule.connect) == Waiter::Thread {
-        dial::check(&rule.connect)?;
+        dial::check_supported(&rule.connect)?;
     } else if matches!(Target::of(&rule.connect), Target::NotCarried) {
         return Err(not_carried(Operation::Connect, &rule.connect));
     }

@@ -19,31 +19,34 @@ use crate::time::{NEVER, after};
 
 #[cfg(windows)]
 use super::inner::Inner;
-/// What a stream is underneath.
+/// The socket in a stream.
 #[cfg(unix)]
 use socket2::Socket as Inner;
 
 /// More than a socket can hold unread.
 pub(crate) const MOST_UNREAD: usize = 64 * 1024 * 1024;
 
-/// How long a wait is where nothing tells of its end.
+/// How long a wait sleeps where no event ends it.
 #[cfg(all(windows, feature = "cli"))]
 const BLIND_PAUSE: Duration = Duration::from_millis(1);
 
 /// A connected, blocking stream of any family.
 ///
-/// [`Stream::connect`] makes one, [`Listener::accept`](crate::Listener::accept) another. It reads and writes as
-/// `std::net::TcpStream` does, through a shared reference too, so that two threads can carry its two directions.
+/// [`Stream::connect`] makes one, [`Listener::accept`](crate::Listener::accept) another. It reads
+/// and writes as `std::net::TcpStream` does, through a shared reference too, so that two threads
+/// can carry its two directions.
 ///
-/// Dropping it closes it. One that leads to a VM over its VMM's Unix socket (`hyperkit://`, `vsock-mux://`) is safe to drop
-/// once a read has said EOF, or has failed; in every other case, error paths and `?` included, [`Stream::finish`] it
-/// first: hyperkit's device can hang or die when a connection is closed that has not been read to its end. Of a named pipe it waits, 30 s at most, until the peer
-/// has taken what a write with a timeout, or one that was not to block, has left under way.
+/// Dropping it closes it. One that leads to a VM over its VMM's Unix socket (`hyperkit://`,
+/// `vsock-mux://`) is safe to drop once a read has said EOF, or has failed; in every other case,
+/// error paths and `?` included, [`Stream::finish`] it first: hyperkit's device can hang or die
+/// when a connection is closed that has not been read to its end. Dropping a named pipe waits, 30 s
+/// at most, until the peer has taken what a write with a timeout or a non-blocking write has left
+/// under way.
 #[derive(Debug)]
 pub struct Stream {
     pub(super) socket: Inner,
     address: Address,
-    /// In which it speaks; its clones have them in common.
+    /// The state of its frames, if it speaks in frames; clones share it.
     frames: Option<Arc<Frames>>,
 }
 
@@ -63,8 +66,8 @@ impl Stream {
         Stream::new(Inner::Socket(socket), address.clone())
     }
 
-    /// Takes over a connected socket, of std or socket2 for example. `address` says what it is: of its family the stream's
-    /// behaviour is, and errors speak of it. Neither is checked against the socket, which should be a blocking one.
+    /// Takes over a connected, blocking socket, such as one of std or socket2. `address` gives the
+    /// stream its family, and errors name it; neither is checked.
     pub fn from_socket(socket: impl Into<socket2::Socket>, address: Address) -> Stream {
         #[cfg(unix)]
         let socket = socket.into();
@@ -73,7 +76,7 @@ impl Stream {
         Stream::new(socket, address)
     }
 
-    /// The name of this end, as far as its family has one.
+    /// Returns the name of this end, as far as its family has one.
     ///
     /// # Errors
     /// What the kernel says.
@@ -84,7 +87,7 @@ impl Stream {
         self.socket.local_addr()
     }
 
-    /// The name of the other end, as far as its family has one.
+    /// Returns the name of the other end, as far as its family has one.
     ///
     /// # Errors
     /// What the kernel says: that there is no connection any more, for example. macOS gives no name
@@ -96,7 +99,7 @@ impl Stream {
         self.socket.peer_addr()
     }
 
-    /// An error that the kernel has noted and no call has told of yet, once.
+    /// Returns an error that the kernel has noted and no call has returned yet, and clears it.
     ///
     /// # Errors
     /// What the kernel says of the question.
@@ -104,19 +107,20 @@ impl Stream {
         self.socket.take_error()
     }
 
-    /// The address that was dialled, or that of the listener that accepted it.
+    /// Returns the address that was dialled, or that of the listener that accepted it.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// Ends one direction, or both. After `Shutdown::Write`, a half-close, the peer reads EOF behind the last byte, and
-    /// its answer can still be read.
+    /// Shuts one direction down, or both. After `Shutdown::Write`, a half-close, the peer reads EOF
+    /// behind the last byte, and its answer can still be read.
     ///
     /// # Errors
     /// What the kernel says; `NotConnected` if the peer has reset the connection, and on macOS also
-    /// if that direction has ended or a Unix socket's peer has closed; `Unsupported` for the half-close
-    /// of a named pipe that its server made of byte type, not of message type: it has none. Where the
-    /// stream speaks in frames, what [`Framed::shutdown`](crate::framing::Framed::shutdown) says.
+    /// if that direction has ended or a Unix socket's peer has closed; `Unsupported` for the
+    /// half-close of a named pipe that its server made of byte type, not of message type: it has
+    /// none. Where the stream speaks in frames, what
+    /// [`Framed::shutdown`](crate::framing::Framed::shutdown) says.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match &self.frames {
             Some(frames) => frames.shutdown(&mut &self.socket, how),
@@ -124,8 +128,7 @@ impl Stream {
         }
     }
 
-    /// Half-closes. Whoever has gone already needs no telling: what has become of it shows when it
-    /// is read.
+    /// Half-closes. A peer that has gone needs none: what has become of it shows when it is read.
     #[cfg(feature = "cli")]
     pub(crate) fn half_close(&self) -> io::Result<()> {
         match self.shutdown(Shutdown::Write) {
@@ -134,7 +137,7 @@ impl Stream {
         }
     }
 
-    /// Another handle of the same connection: it ends when the last one is dropped.
+    /// Returns another handle of the same connection: it ends when the last one is dropped.
     ///
     /// # Errors
     /// What the kernel says; mostly that there is no descriptor left.
@@ -146,7 +149,7 @@ impl Stream {
         })
     }
 
-    /// Whether reads and writes fail with `WouldBlock` where they would have to wait. Clones have this in common.
+    /// Sets whether reads and writes that would wait fail with `WouldBlock`. Clones share it.
     ///
     /// # Errors
     /// What the kernel says.
@@ -154,8 +157,8 @@ impl Stream {
         self.socket.set_nonblocking(nonblocking)
     }
 
-    /// How long a read waits for the first byte; `None`: for ever. A read that has waited so long fails with
-    /// `WouldBlock` (Unix) or `TimedOut` (Windows).
+    /// Sets how long a read waits for the first byte; `None`: for ever. A read that has waited so
+    /// long fails with `WouldBlock` (Unix) or `TimedOut` (Windows).
     ///
     /// # Errors
     /// `InvalidInput` if it is zero.
@@ -164,7 +167,7 @@ impl Stream {
         sys::unless_ended(self.socket.set_read_timeout(kernel_timeout(timeout)))
     }
 
-    /// What [`set_read_timeout`](Stream::set_read_timeout) has set.
+    /// Returns the timeout of [`set_read_timeout`](Stream::set_read_timeout).
     ///
     /// # Errors
     /// What the kernel says.
@@ -172,7 +175,7 @@ impl Stream {
         self.socket.read_timeout()
     }
 
-    /// What [`set_write_timeout`](Stream::set_write_timeout) has set.
+    /// Returns the timeout of [`set_write_timeout`](Stream::set_write_timeout).
     ///
     /// # Errors
     /// What the kernel says.
@@ -180,8 +183,8 @@ impl Stream {
         self.socket.write_timeout()
     }
 
-    /// How long a write waits for room; `None`: for ever. It fails as [`set_read_timeout`](Stream::set_read_timeout)
-    /// says.
+    /// Sets how long a write waits for room; `None`: for ever. It fails as
+    /// [`set_read_timeout`](Stream::set_read_timeout) says.
     ///
     /// # Errors
     /// `InvalidInput` if it is zero.
@@ -190,12 +193,12 @@ impl Stream {
         sys::unless_ended(self.socket.set_write_timeout(kernel_timeout(timeout)))
     }
 
-    /// Ends the connection so that no VM is hurt: half-closes, then reads and discards until the peer's EOF. What is left
-    /// to do is to drop it.
+    /// Closes gracefully, so that no VM is hurt: half-closes, then reads and discards until the
+    /// peer's EOF. Drop the stream then.
     ///
     /// # Errors
-    /// `TimedOut` if the peer hasn't ended within `timeout`: then nothing more is taken from it. What the kernel says of a connection that was broken
-    /// already.
+    /// `TimedOut` if the peer hasn't ended within `timeout`: nothing more is read from it then.
+    /// What the kernel says of a connection that was broken already.
     pub fn finish(&self, timeout: Duration) -> io::Result<()> {
         let drained = self.drain(timeout);
         if matches!(&drained, Err(e) if e.kind() == io::ErrorKind::TimedOut) {
@@ -211,7 +214,7 @@ impl Stream {
     pub(crate) fn drain(&self, timeout: Duration) -> io::Result<()> {
         let deadline = after(Instant::now(), timeout);
         self.set_nonblocking(false)?;
-        // One that the peer has reset says so when it is read.
+        // A reset by the peer shows when it is read.
         let _ = match &self.frames {
             Some(frames) => {
                 // A peer that reads nothing may have no room even for this.
@@ -240,7 +243,8 @@ impl Stream {
         }
     }
 
-    /// Takes nothing more, and discards what has come: a close with bytes unread is what hurts a VM most.
+    /// Shuts the reading side down and discards what has come: a close with bytes unread hurts a VM
+    /// most.
     pub(crate) fn empty(&self) {
         let _ = self.socket.shutdown(Shutdown::Read);
         let _ = self.set_nonblocking(true);
@@ -252,7 +256,8 @@ impl Stream {
         }
     }
 
-    /// Waits until a read or a write would not have to, or the stream has failed; false if `timeout` has passed.
+    /// Waits until a read or a write would not have to, or the stream has failed; false if
+    /// `timeout` has passed.
     #[cfg(feature = "cli")]
     pub(crate) fn wait(&self, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
         #[cfg(unix)]
@@ -260,7 +265,7 @@ impl Stream {
         #[cfg(windows)]
         match Waiter::of(&self.address) {
             Waiter::Thread => {
-                // Nothing tells: who waits is to try again.
+                // No event comes: the caller tries again.
                 std::thread::sleep(timeout.min(BLIND_PAUSE));
                 Ok(true)
             }
@@ -268,7 +273,7 @@ impl Stream {
         }
     }
 
-    /// Whether the peer has closed, so that nothing can be sent to it either, as far as the system knows.
+    /// Returns whether the peer has closed both directions, as far as the system knows.
     #[cfg(feature = "cli")]
     pub(crate) fn is_hung_up(&self) -> bool {
         #[cfg(unix)]
@@ -277,7 +282,7 @@ impl Stream {
         self.socket.is_hung_up()
     }
 
-    /// Whether the peer can be told that nothing more comes, but by a close.
+    /// Returns whether a half-close is possible.
     #[cfg(feature = "cli")]
     pub(crate) fn has_half_close(&self) -> bool {
         #[cfg(unix)]
@@ -292,7 +297,7 @@ impl Stream {
         self.address.half_close() == HalfClose::BothDirections || !self.has_half_close()
     }
 
-    /// Whether there is an end to be read, and nothing before it.
+    /// Returns whether the next read would be an EOF or an error.
     #[cfg(feature = "cli")]
     pub(crate) fn has_ended(&self) -> bool {
         if self
@@ -308,27 +313,29 @@ impl Stream {
         }
     }
 
-    /// What it is underneath.
+    /// Returns the socket in it.
     #[cfg(all(unix, any(feature = "tokio", feature = "cli")))]
     pub(crate) fn into_socket(self) -> socket2::Socket {
         self.socket
     }
 
-    /// How many bytes were written that nobody has taken yet, as far as the kernel tells (at least; Linux counts what
-    /// they occupy): TCP's peer hasn't acknowledged them, a Unix socket's hasn't read them.
+    /// Returns how many written bytes the peer hasn't taken yet, as far as the kernel tells (at
+    /// least; Linux counts what they occupy): TCP's peer hasn't acknowledged them, a Unix socket's
+    /// hasn't read them.
     #[cfg(unix)]
     pub(crate) fn untaken(&self) -> usize {
         sys::unacknowledged(&self.socket)
     }
 
-    /// Returns whether the peer is known to have read all that was written: of a Unix socket the kernel tells.
+    /// Returns whether the peer is known to have read all that was written: of a Unix socket the
+    /// kernel tells.
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn has_been_read(&self) -> bool {
         matches!(self.address, Address::Unix(_)) && self.untaken() == 0
     }
 
-    /// Makes the close a reset, where the family can, so that the peer doesn't take what it was sent for all; and ends a
-    /// read that waits.
+    /// Makes the close a reset, where the family can, so that the peer doesn't take what it has for
+    /// all. Ends a read that waits.
     pub(crate) fn abort(&self) {
         self.reset_at_close();
         self.interrupt(Shutdown::Read);
@@ -340,8 +347,8 @@ impl Stream {
         }
     }
 
-    /// Whether there is a connection, as far as the family tells: a reset leaves none, and an EOF does unless we have
-    /// half-closed.
+    /// Returns whether there is a connection, as far as the family tells: a reset leaves none, and
+    /// an EOF does unless we have half-closed.
     pub(crate) fn has_peer(&self) -> bool {
         let peer = match self.address.transport().socket {
             SocketKind::Inet => self.socket.peer_addr().map(drop),
@@ -350,38 +357,39 @@ impl Stream {
         !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected || sys::says_ended(&e))
     }
 
-    /// Whether it speaks in frames: then its peer is told of the end, and waited for, before it is closed.
+    /// Returns whether it speaks in frames. Its peer is then told of the end, and waited for,
+    /// before a close.
     pub(crate) fn is_framed(&self) -> bool {
         self.frames.is_some()
     }
 
-    /// Bytes written that a reset now would take away from the peer.
+    /// Returns how many written bytes a reset now would take away from the peer.
     pub(crate) fn unacknowledged(&self) -> usize {
         match self.address.transport().socket {
             #[cfg(unix)]
             SocketKind::Inet => self.untaken(),
-            // Windows doesn't tell; elsewhere written is there.
+            // Windows doesn't tell; in other families what was written is at the peer.
             _ => 0,
         }
     }
 
-    /// Shuts `how` down, and ends what other threads wait for there; on Windows whatever they wait
-    /// for. After both the close is a reset, as that of [`abort`](Stream::abort): macOS wouldn't let
-    /// that be said any more.
+    /// Shuts `how` down, and ends the calls of other threads that wait for it; on Windows all
+    /// calls. After both the close is a reset, as with [`abort`](Stream::abort): macOS couldn't be
+    /// told later.
     pub(crate) fn interrupt(&self, how: Shutdown) {
         #[cfg(unix)]
         if how == Shutdown::Both {
             self.reset_at_close();
         }
         let _ = end(&self.socket, how);
-        // There a shutdown is for the calls that follow.
+        // On Windows a shutdown affects only the calls that follow.
         #[cfg(windows)]
         self.socket.cancel();
     }
 }
 
-/// Ends one direction of a socket, or both: of both each by itself, for macOS ends neither where one
-/// has ended already (`ENOTCONN`).
+/// Shuts one direction of a socket down, or both. For both it makes two calls: macOS ends neither
+/// where one has ended already (`ENOTCONN`).
 #[cfg(unix)]
 fn end(socket: &Inner, how: Shutdown) -> io::Result<()> {
     if how != Shutdown::Both {
@@ -412,7 +420,7 @@ fn kernel_timeout(timeout: Option<Duration>) -> Option<Duration> {
         .map(|timeout| timeout.max(SHORTEST))
 }
 
-/// The kernel would take it for "for ever".
+/// Refuses a timeout of zero, which the kernel would take for "for ever".
 pub(crate) fn refuse_zero(timeout: Option<Duration>) -> io::Result<()> {
     if timeout == Some(Duration::ZERO) {
         let why = "a timeout of zero would never let anything pass";
@@ -421,7 +429,7 @@ pub(crate) fn refuse_zero(timeout: Option<Duration>) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a call failed because its timeout has passed.
+/// Returns whether a call failed because its timeout has passed.
 pub(crate) fn is_timeout(error: &io::Error) -> bool {
     matches!(
         error.kind(),

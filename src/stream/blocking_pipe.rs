@@ -1,5 +1,5 @@
-//! Named pipes for a caller that blocks: overlapped operations, so that both directions can wait at a time, with a
-//! timeout, and be called off from another thread.
+//! Named pipes for a caller that blocks: overlapped operations, so that both directions can wait at
+//! a time, with a timeout, and be cancelled from another thread.
 
 use std::io;
 use std::net::Shutdown;
@@ -16,7 +16,7 @@ use crate::time::after;
 
 const BUFFER: u32 = 64 * 1024;
 
-/// How long a drop waits for a peer to take a write that is under way: closed before, it would be lost.
+/// How long a drop waits for a peer to take a write that is under way, which a close would lose.
 const LEFT: Duration = Duration::from_secs(30);
 
 /// A connected pipe.
@@ -32,13 +32,13 @@ pub(super) struct Pipe {
     handle: Arc<OwnedHandle>,
 }
 
-/// What is known of one direction without waiting for who uses it.
+/// What is known of one direction without waiting for its user.
 #[derive(Debug)]
 struct End {
     timeout: Mutex<Option<Duration>>,
-    /// Nobody reads or writes here any more.
+    /// It was shut down.
     shut: AtomicBool,
-    /// Set when it is shut.
+    /// Set when it is shut down.
     event: Event,
 }
 
@@ -148,7 +148,7 @@ struct Writing {
 }
 
 impl Writing {
-    /// Whether what was taken is written, or has failed.
+    /// Returns whether the bytes that were taken are written, or have failed.
     fn is_done(&mut self) -> bool {
         if self.pending
             && let Some(outcome) = self.operation.outcome()
@@ -161,7 +161,7 @@ impl Writing {
 }
 
 impl Pipe {
-    /// Of a pipe that no event loop has.
+    /// Takes over a pipe that no event loop has.
     pub(super) fn new(handle: OwnedHandle, kind: PipeKind) -> io::Result<Pipe> {
         let handle = Arc::new(handle);
         Ok(Pipe {
@@ -296,7 +296,7 @@ impl Pipe {
         sys::wait_for_any(&events, Some(timeout))
     }
 
-    /// Whether there is an end to be read, and nothing before it; `None` if nothing is known to come.
+    /// Returns whether an EOF or an error comes next; `None` if nothing has come.
     #[cfg(feature = "cli")]
     pub(super) fn has_ended(&self) -> Option<bool> {
         let mut reading = lock(&self.reading);

@@ -1,22 +1,23 @@
-//! Closing what a peer has passed, where nobody waits for it.
+//! Closes descriptors that a peer has passed, on threads that nothing waits for.
 //!
-//! A close may take as long as a peer likes: of a TCP socket with `SO_LINGER` and bytes that nobody takes, for example.
+//! A close may take as long as a peer likes, as that of a TCP socket with `SO_LINGER` and unsent
+//! bytes does.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-/// How many closes may be under way.
+/// How many closes are under way.
 static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
 
-/// The most of them, before a connection that brings more is broken off.
+/// How many may be: a connection that brings more is broken off.
 const MOST: usize = 64;
 
 /// Closes descriptors that came with bytes, if any did.
 ///
 /// # Errors
-/// Too many are being closed already: that connection, and no other, is to take no more of them in.
+/// Too many are being closed already. Only the connection that brought these is to end.
 pub(crate) fn close_passed(descriptors: Vec<OwnedFd>) -> io::Result<()> {
     if descriptors.is_empty() {
         return Ok(());
@@ -31,14 +32,14 @@ pub(crate) fn close_passed(descriptors: Vec<OwnedFd>) -> io::Result<()> {
     }
 }
 
-/// Drops it in a thread of its own: what waits for one close isn't to wait for another.
+/// Drops it on a thread of its own, so that one close doesn't wait for another.
 pub(crate) fn close(what: impl Send + 'static) {
     UNDER_WAY.fetch_add(1, Ordering::Relaxed);
     let close = move || {
         drop(what);
         UNDER_WAY.fetch_sub(1, Ordering::Relaxed);
     };
-    // Where there is no thread it was dropped here.
+    // Without a thread it was dropped here.
     if thread::Builder::new()
         .name("closer".into())
         .spawn(close)

@@ -1,4 +1,4 @@
-//! What is connected to for an address.
+//! Endpoints: what a connect to an address connects to.
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,12 +15,12 @@ use crate::mux::Handshake;
 #[derive(Debug)]
 pub(crate) enum Target<'a> {
     Endpoint(Endpoint),
-    /// The name is to be resolved first.
+    /// A name that has to be resolved first.
     Name {
         host: &'a str,
         port: u16,
     },
-    /// This system has no such sockets, or this version doesn't carry them.
+    /// Nothing: this system has no such sockets, or they are not carried.
     NotCarried,
 }
 
@@ -65,7 +65,7 @@ pub(crate) enum Endpoint {
 }
 
 impl Endpoint {
-    /// What is to be said and heard on the connected socket before it is the peer's.
+    /// Returns the handshake that follows the connect, if there is one.
     pub(crate) fn handshake(&self) -> Option<Handshake> {
         match self {
             Endpoint::VsockMux(address) => Some(Handshake::new(address.port)),
@@ -73,13 +73,13 @@ impl Endpoint {
         }
     }
 
-    /// Whether a connect is done when it returns.
+    /// Returns whether a connect is done when it returns.
     pub(crate) fn connects_at_once(&self) -> bool {
         !matches!(self, Endpoint::Tcp(_) | Endpoint::Vsock(_))
     }
 }
 
-/// The error for a family whose sockets this system, or this version, doesn't carry.
+/// Returns the error for a family whose sockets this system doesn't carry.
 pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
     let why = match address {
         Address::Npipe(_) => "named pipes are Windows'".to_owned(),
@@ -92,7 +92,7 @@ pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
     })
 }
 
-/// Whether a connect that was begun is done.
+/// Returns whether a connect that was begun is done.
 pub(super) fn is_connected(socket: SockRef<'_>) -> io::Result<bool> {
     if let Some(error) = socket.take_error()? {
         return Err(error);

@@ -1,4 +1,4 @@
-//! What a blocking stream is on Windows: a socket or a pipe, with the calls of a socket.
+//! The inside of a blocking stream on Windows: a socket or a pipe, with the calls of a socket.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::Shutdown;
@@ -73,7 +73,7 @@ impl Inner {
         }
     }
 
-    /// Of a pipe it tells an end from bytes, and not which.
+    /// Peeks. Of a pipe it tells only an EOF from bytes, not which bytes.
     #[cfg(feature = "cli")]
     pub(super) fn peek(&self, buffer: &mut [std::mem::MaybeUninit<u8>]) -> io::Result<usize> {
         match self {
@@ -85,7 +85,8 @@ impl Inner {
         }
     }
 
-    /// Of a pipe, zero cuts a client off at once, and there is nothing else.
+    /// Sets what a close does with unsent bytes. A pipe knows zero only, which cuts a client off at
+    /// once.
     pub(super) fn set_linger(&self, time: Option<Duration>) -> io::Result<()> {
         match self {
             Inner::Socket(socket) => socket.set_linger(time),
@@ -138,7 +139,7 @@ impl Inner {
         }
     }
 
-    /// A pipe keeps none back.
+    /// Returns the pending error. A pipe has none.
     pub(super) fn take_error(&self) -> io::Result<Option<io::Error>> {
         match self {
             Inner::Socket(socket) => socket.take_error(),
@@ -160,7 +161,7 @@ impl Inner {
         }
     }
 
-    /// Ends what other threads wait for, where a shutdown is only for the calls that follow.
+    /// Ends the calls in which other threads wait, where a shutdown affects only later calls.
     pub(super) fn cancel(&self) {
         if let Inner::Socket(socket) = self {
             sys::cancel(socket.as_socket());

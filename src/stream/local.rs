@@ -25,7 +25,8 @@ pub(crate) enum Descriptors {
 }
 
 impl Descriptors {
-    /// What holds of a socket of which [`sys::refuse_descriptors`] or [`sys::refuses_descriptors`] has said so.
+    /// Returns what follows from the result of [`sys::refuse_descriptors`] or
+    /// [`sys::refuses_descriptors`].
     pub(crate) fn refused(refused: bool) -> Descriptors {
         match refused {
             true => Descriptors::Refused,
@@ -41,11 +42,12 @@ pub(crate) struct Local {
     stream: mio::net::UnixStream,
     /// The connect may take a while.
     is_vsock: bool,
-    /// The process that made the other end of a Unix socket, as far as the system tells: macOS
-    /// doesn't any more once that has closed.
+    /// The process that made the other end of a Unix socket, as far as the system tells. macOS
+    /// doesn't once that has closed.
     peer: Option<u32>,
     descriptors: Descriptors,
-    /// The last read ended where descriptors were passed: there may be more behind it, of which no event tells.
+    /// The last read ended where descriptors were passed: more may follow, and no event comes for
+    /// it.
     #[cfg(target_os = "linux")]
     stopped: bool,
 }
@@ -64,7 +66,7 @@ impl Local {
         }
     }
 
-    /// A stream of a non-blocking AF_VSOCK socket.
+    /// Makes a stream of a non-blocking AF_VSOCK socket.
     pub(crate) fn from_vsock(socket: Socket) -> Local {
         let stream = std::os::unix::net::UnixStream::from(OwnedFd::from(socket));
         Local {
@@ -77,7 +79,7 @@ impl Local {
         }
     }
 
-    /// A stream of a Unix socket that has just been connected or accepted.
+    /// Makes a stream of a Unix socket that has just been connected or accepted.
     pub(crate) fn from_unix(stream: mio::net::UnixStream, descriptors: Descriptors) -> Local {
         let peer = sys::connector(stream.as_fd()).ok();
         Local {
@@ -93,7 +95,7 @@ impl Local {
         }
     }
 
-    /// Closes it; in another thread if descriptors may lie in it unread, which are closed with it.
+    /// Closes it; on another thread if it may hold unread descriptors, which are closed with it.
     pub(super) fn close(self) {
         let unread = || {
             let peeked = SockRef::from(&self.stream).peek(&mut [MaybeUninit::uninit()]);
@@ -106,7 +108,8 @@ impl Local {
         }
     }
 
-    /// See the relay's `Socket`. Not known of AF_VSOCK.
+    /// Returns whether a short read means that no more has come. AF_VSOCK is not known to keep
+    /// that.
     #[cfg(target_os = "linux")]
     pub(super) fn short_read_blocks(&self) -> bool {
         !self.is_vsock && !self.stopped
@@ -134,19 +137,20 @@ impl Local {
         self.stream.shutdown(how)
     }
 
-    /// Whether what it receives can go through a pipe: a splice closes the descriptors that came with it.
+    /// Returns whether what it receives can go through a pipe. A splice would close the descriptors
+    /// that came with it.
     #[cfg(target_os = "linux")]
     pub(super) fn can_splice_in(&self) -> bool {
         self.has_splice() && self.descriptors == Descriptors::Refused
     }
 
-    /// Whether bytes can go through a pipe: not those of AF_VSOCK, whose kernel code has no splice.
+    /// Returns whether bytes can go through a pipe; AF_VSOCK's kernel code has no splice.
     #[cfg(target_os = "linux")]
     pub(super) fn has_splice(&self) -> bool {
         !self.is_vsock
     }
 
-    /// See mio's `try_io`.
+    /// Calls as mio's `try_io` does.
     #[cfg(target_os = "linux")]
     pub(super) fn try_io<T>(&self, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         self.stream.try_io(call)
@@ -230,8 +234,8 @@ fn connect_to(address: &SockAddr) -> io::Result<Local> {
     Ok(Local::from_unix(stream, descriptors))
 }
 
-/// Connects to the `connect` socket and asks for the port, or, where there is no such socket, to the one that
-/// hyperkit's `guest_forwards=` made for the port.
+/// Connects to the `connect` socket and asks for the port, or, where there is no such socket, to
+/// the one that hyperkit's `guest_forwards=` made for the port.
 fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<Local> {
     let vm = &address.vm;
     let connected = connect_path(&vm.connect_path());
@@ -249,7 +253,7 @@ fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<Local> {
     let line = hyperkit::connect_line(vm.cid, address.port.0);
     match stream.write(&line) {
         Ok(n) if n == line.len() => Ok(stream),
-        // The rest would come too late: hyperkit has read what was there and closed.
+        // The rest would be too late: hyperkit has read what had come, and closed.
         Ok(n) => Err(io::Error::new(
             io::ErrorKind::WriteZero,
             format!(

@@ -23,18 +23,19 @@ use crate::sys::{self, AsSocket, Wanted};
 pub(crate) enum Stream {
     Tcp(mio::net::TcpStream),
     Local(Local),
-    /// One whose calls block: no poller can wait for it, and no loop may read or write it.
+    /// A stream whose calls block: no poller can wait for it, and no loop may read or write it.
     Blocking(blocking::Stream),
 }
 
 impl Stream {
     /// Begins to connect, without blocking. [`Stream::connected`] says when it is done.
     ///
-    /// To hyperkit the line that names the port is written before this returns: between connect and line the device
-    /// stands still for everybody.
+    /// To hyperkit the line that names the port is written before this returns: between connect and
+    /// line the device stands still for everybody.
     ///
     /// # Errors
-    /// `WouldBlock` when a Unix listener's backlog is full: try again later. Otherwise what the kernel says.
+    /// `WouldBlock` when a Unix listener's backlog is full: try again later. Otherwise what the
+    /// kernel says.
     pub(crate) fn connect(endpoint: &Endpoint) -> io::Result<Stream> {
         let stream = match endpoint {
             Endpoint::Tcp(address) => Stream::Tcp(mio::net::TcpStream::connect(*address)?),
@@ -44,7 +45,8 @@ impl Stream {
         Ok(stream)
     }
 
-    /// Whether the connect that was begun is done. Ask after an event said that the stream is writable.
+    /// Returns whether the connect that was begun is done. Ask after an event said that the stream
+    /// is writable.
     ///
     /// # Errors
     /// Why it failed.
@@ -56,9 +58,9 @@ impl Stream {
         }
     }
 
-    /// What every stream is to have, wherever it is from: see [`set_tcp_options`].
+    /// Sets the options that every stream has: see [`set_tcp_options`].
     pub(crate) fn set_options(&self) {
-        // For programs that link us and don't ignore SIGPIPE: what accept makes has no setting of its own there.
+        // For programs that don't ignore SIGPIPE: accepted sockets don't inherit it there.
         #[cfg(target_vendor = "apple")]
         let _ = match self {
             Stream::Tcp(stream) => SockRef::from(stream).set_nosigpipe(true),
@@ -70,7 +72,7 @@ impl Stream {
         }
     }
 
-    /// Closes, without waiting for what a peer may have passed.
+    /// Closes, without waiting for the close of descriptors that the peer has passed.
     pub(crate) fn close(self) {
         #[cfg(unix)]
         if let Stream::Local(stream) = self {
@@ -92,17 +94,17 @@ impl Stream {
         }
     }
 
-    /// Bytes written that a [`reset`](Stream::reset) now would take away from the peer.
+    /// Returns how many written bytes a [`reset`](Stream::reset) now would take away from the peer.
     pub(crate) fn unacknowledged(&self) -> usize {
         match self {
             Stream::Tcp(stream) => sys::unacknowledged(stream),
-            // Written is there: it lies in the peer's own queue. And AF_VSOCK has no reset to send.
+            // What was written is in the peer's own queue. And AF_VSOCK has no reset to send.
             Stream::Local(_) => 0,
             Stream::Blocking(stream) => stream.unacknowledged(),
         }
     }
 
-    /// Returns the name that the Unix listener was bound to that this was connected to.
+    /// Returns the name of the Unix listener that it was connected to.
     pub(crate) fn peer_name(&self) -> Option<Vec<u8>> {
         match self {
             #[cfg(unix)]
@@ -111,8 +113,8 @@ impl Stream {
         }
     }
 
-    /// Whether this process may have connected to a Unix listener of its own to make this: it has, or
-    /// the peer had gone before it could be asked for (macOS).
+    /// Returns whether this process may have made the other end of a Unix socket: it has, or the
+    /// peer had gone before it could be asked (macOS).
     pub(crate) fn is_from_us(&self) -> bool {
         match self {
             #[cfg(unix)]
@@ -132,7 +134,7 @@ impl Stream {
         }
     }
 
-    /// The name of this end.
+    /// Returns the name of this end.
     pub(crate) fn local_addr(&self) -> io::Result<SocketName> {
         match self {
             Stream::Tcp(stream) => stream.local_addr().map(SocketName::Tcp),
@@ -147,7 +149,7 @@ impl Stream {
         }
     }
 
-    /// The name of the other end.
+    /// Returns the name of the other end.
     pub(crate) fn peer_addr(&self) -> io::Result<SocketName> {
         match self {
             Stream::Tcp(stream) => stream.peer_addr().map(SocketName::Tcp),
@@ -162,7 +164,7 @@ impl Stream {
         }
     }
 
-    /// Takes nothing more: on Linux the peer's next write fails, on macOS it goes nowhere.
+    /// Shuts the reading side down: on Linux the peer's next write fails, on macOS it goes nowhere.
     pub(crate) fn shutdown_read(&self) {
         let _ = match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
@@ -241,8 +243,8 @@ impl Socket for Stream {
         }
     }
 
-    // A Unix socket's ioctl tells of what its peer has not read (`unix_outq_len`). What the peer leaves when it closes is
-    // dropped, and shows as an error, which is there before.
+    // A Unix socket's ioctl tells of what its peer has not read (`unix_outq_len`). What the peer
+    // leaves when it closes is dropped, and shows as an error, which is there before.
     #[cfg(target_os = "linux")]
     fn peer_took_all(&self) -> bool {
         match self {
@@ -283,7 +285,8 @@ impl Socket for Stream {
 }
 
 impl Stream {
-    /// A call that mio has no name for. Its emulated edges come after a `WouldBlock` that mio was told of, and no others.
+    /// Makes a call that mio has no name for. mio's emulated edges come only after a `WouldBlock`
+    /// that it has seen.
     #[cfg(target_os = "linux")]
     fn try_io<T>(
         &self,
@@ -296,7 +299,7 @@ impl Stream {
         }
     }
 
-    /// What a poller can wait for.
+    /// Returns the source that a poller waits for; `None` for a blocking stream.
     fn source(&mut self) -> Option<&mut dyn Source> {
         match self {
             Stream::Tcp(stream) => Some(stream),
@@ -306,7 +309,7 @@ impl Stream {
     }
 }
 
-/// Of a blocking stream no event ever tells.
+/// A blocking stream is no source: no event ever comes.
 impl Source for Stream {
     fn register(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
         self.source()
@@ -347,7 +350,7 @@ impl From<Stream> for sys::OwnedSocket {
 }
 
 impl Stream {
-    /// Waits until it is ready, or has failed; false if `timeout` has passed.
+    /// Waits until it is ready, or has failed; returns false if `timeout` has passed.
     pub(crate) fn wait(&self, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
         match self {
             Stream::Tcp(stream) => sys::wait(stream.as_socket(), wanted, timeout),
@@ -361,16 +364,16 @@ impl Stream {
     }
 }
 
-/// Small messages are sent at once, for a relay has no reason to wait for more; and a peer that vanished without a word
-/// is noticed in the end (after two hours, as systems have it).
+/// Has small messages sent at once, for a relay has no reason to wait for more, and turns keepalive
+/// on: a peer that vanished is noticed in the end (after two hours by default).
 pub(crate) fn set_tcp_options(socket: SockRef<'_>) {
-    // They fail only on a connection that has ended, as the next read will say.
+    // Setting them fails only on a connection that has ended, as the next read says.
     let _ = socket.set_tcp_nodelay(true);
     let _ = socket.set_keepalive(true);
 }
 
 impl blocking::Stream {
-    /// Takes over a stream of the event loop's kind.
+    /// Makes a blocking stream of the event loop's.
     pub(crate) fn from_nonblocking(
         stream: Stream,
         address: &Address,

@@ -1,7 +1,8 @@
 //! Named pipes for an event loop.
 //!
-//! mio reads ahead, and takes a write whole before it is done: what it has taken goes out though the pipe is dropped, as
-//! long as the loop lives. A zero-byte message, the peer's half-close, is read as EOF.
+//! mio reads ahead, and takes a write whole before it is done: what it has taken goes out though
+//! the pipe is dropped, as long as the loop lives. A zero-byte message, the peer's half-close, is
+//! read as EOF.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -47,7 +48,7 @@ impl Local {
         }
     }
 
-    /// A pipe that no loop watches.
+    /// Makes a stream of a pipe that no loop watches.
     pub(crate) fn new(pipe: OwnedHandle) -> io::Result<Local> {
         Ok(Local {
             kind: PipeKind::of(&pipe)?,
@@ -57,7 +58,8 @@ impl Local {
         })
     }
 
-    /// A listener's pipe, which the loop has watched since before its client came.
+    /// Makes a stream of a listener's pipe, which the loop has watched since before its client
+    /// came.
     pub(crate) fn accepted(pipe: NamedPipe) -> Local {
         Local {
             pipe: Pipe::Watched(pipe),
@@ -74,7 +76,7 @@ impl Local {
         Ok(true)
     }
 
-    /// No poller but the one that watches it can have it any more.
+    /// Returns whether a poller watches it already: no other can any more.
     pub(super) fn is_settled(&self) -> bool {
         matches!(self.pipe, Pipe::Watched(_))
     }
@@ -83,22 +85,23 @@ impl Local {
         self.kind.has_half_close
     }
 
-    /// The half-close, where there is one. A pipe has no way to refuse what its peer writes, but to be closed.
+    /// Half-closes, where the pipe can. What the peer writes can only be refused by a close.
     pub(super) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         if how != Shutdown::Read && self.kind.has_half_close && self.last.get().is_none() {
-            self.say(Last::HalfClose)?;
+            self.send_last(Last::HalfClose)?;
         }
         Ok(())
     }
 
-    /// Closes so that a client reads a failure and no EOF, when it has read what was sent before. A server reads EOF.
+    /// Closes so that a client reads an error and no EOF, after what was sent before. A server
+    /// reads EOF.
     pub(super) fn reset(self) {
         if self.kind.is_server && self.last.get().is_none() {
-            let _ = self.say(Last::Disconnect);
+            let _ = self.send_last(Last::Disconnect);
         }
     }
 
-    fn say(&self, last: Last) -> io::Result<()> {
+    fn send_last(&self, last: Last) -> io::Result<()> {
         let pipe = match &self.pipe {
             Pipe::Free(pipe) => pipe.try_clone()?,
             Pipe::Watched(pipe) => sys::clone_handle(pipe)?,
@@ -113,7 +116,7 @@ impl Local {
         Ok(())
     }
 
-    /// The pipe, if no loop has it.
+    /// Returns the pipe, if no loop has it.
     pub(super) fn into_free(mut self) -> Option<(OwnedHandle, PipeKind)> {
         match std::mem::replace(&mut self.pipe, Pipe::Gone) {
             Pipe::Free(pipe) => Some((pipe, self.kind)),

@@ -120,7 +120,7 @@ impl Cat {
             };
             // An attempt may take longer than it was to.
             let left = self.plan.wait.saturating_sub(begun.elapsed());
-            if left.is_zero() || !dial::may_come(&error) {
+            if left.is_zero() || !dial::is_worth_retrying(&error) {
                 return Err(error.into());
             }
             let until = Instant::now() + pause.min(left);

@@ -169,7 +169,7 @@ impl<S: Socket> Connection<S> {
         let target = &self.forward.rule.connect;
         if self.forward.is_blocking(SERVER) {
             let left = deadline.saturating_duration_since(cx.now);
-            cx.act(Action::DialOnThread(dial::patience(target, left)));
+            cx.act(Action::DialOnThread(dial::limit_timeout(target, left)));
         } else {
             match Target::of(target) {
                 Target::Endpoint(endpoint) => {
@@ -425,7 +425,7 @@ impl<S: Socket> Connection<S> {
         }
         let is_ending = cx.phase == Phase::Cutting || self.forward.is_cut();
         if let (Some(held), State::Waiting { dial, full, .. }) = (&mut self.held, &mut self.state)
-            && dial::may_come(&error)
+            && dial::is_worth_retrying(&error)
             && !is_ending
         {
             let redial = (now + held.pause).min(dial.deadline());

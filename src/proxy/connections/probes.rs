@@ -58,7 +58,7 @@ impl<W: World> Connections<W> {
                 drop(slot);
                 // A full backlog (the device stands still) or no descriptor left here says nothing of the VM: what the
                 // guest has not answered is still there.
-                let gone = dial::says_gone(&e) && gate.can_be_probed();
+                let gone = dial::proves_no_listener(&e) && gate.can_be_probed();
                 if gone {
                     gate.vm_is_gone();
                 }

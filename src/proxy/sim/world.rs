@@ -416,7 +416,7 @@ impl World for SimWorld {
 
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
         let error = Error::new(Operation::Connect, address, error);
-        if !crate::dial::wants_look(address, error.cause()) {
+        if !crate::dial::explanation_reads_files(address, error.cause()) {
             return Some(error);
         }
         self.stage.ask_housekeeper(self.worker, move |_| {
