@@ -354,7 +354,7 @@ impl Stream {
             SocketKind::Inet => self.socket.peer_addr().map(drop),
             _ => Ok(()),
         };
-        !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected || sys::says_ended(&e))
+        !matches!(peer, Err(e) if e.kind() == io::ErrorKind::NotConnected || sys::is_ended_error(&e))
     }
 
     /// Returns whether it speaks in frames. Its peer is then told of the end, and waited for,

@@ -12,8 +12,10 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 pub(crate) use splice::Pipe;
 
-// Socket options of the level AF_VSOCK; numbers, types and units from `include/uapi/linux/vm_sockets.h`.
-/// Bytes that the peer may send ahead of our reading; `u64`. What exceeds [`BUFFER_MAX_SIZE`] is cut off.
+// Socket options of the level AF_VSOCK; numbers, types and units from
+// `include/uapi/linux/vm_sockets.h`.
+/// Bytes that the peer may send ahead of our reads; `u64`. What exceeds [`BUFFER_MAX_SIZE`] is
+/// cut off.
 const BUFFER_SIZE: libc::c_int = 0;
 /// The most that [`BUFFER_SIZE`] can be set to, 256 KiB unless set; `u64`.
 const BUFFER_MAX_SIZE: libc::c_int = 2;
@@ -24,8 +26,8 @@ const CONNECT_TIMEOUT: libc::c_int = 6;
 /// `_IO(7, 0xb9)`, of the same file.
 const GET_LOCAL_CID: libc::Ioctl = 0x7b9;
 
-/// Begins to connect a non-blocking AF_VSOCK socket. Whoever waits for it bounds the wait: the kernel's own 2 s are
-/// too short for a VM that boots.
+/// Begins to connect a non-blocking AF_VSOCK socket. The caller bounds the wait: the kernel's own 2
+/// s are too short for a VM that boots.
 pub(crate) fn vsock_connect(cid: u32, port: u32, buffer_size: Option<u64>) -> io::Result<Socket> {
     let socket = vsock_socket(buffer_size)?;
     #[cfg(target_pointer_width = "64")]
@@ -66,7 +68,8 @@ fn vsock_socket(buffer_size: Option<u64>) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Lets the peers of a socket, or of those that it accepts, send so many bytes ahead of our reading.
+/// Lets the peers of a socket, or of those that it accepts, send so many bytes ahead of our
+/// reading.
 pub(crate) fn vsock_set_buffer(socket: &Socket, size: u64) -> io::Result<()> {
     set_option(socket, BUFFER_MAX_SIZE, &size)?;
     set_option(socket, BUFFER_SIZE, &size)
@@ -74,7 +77,8 @@ pub(crate) fn vsock_set_buffer(socket: &Socket, size: u64) -> io::Result<()> {
 
 #[allow(unsafe_code)]
 fn set_option<T>(socket: &Socket, option: libc::c_int, value: &T) -> io::Result<()> {
-    // SAFETY: the kernel reads the given number of bytes from the pointer, which are those of `value`.
+    // SAFETY: the kernel reads the given number of bytes from the pointer, which are those of
+    // `value`.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -90,12 +94,12 @@ fn set_option<T>(socket: &Socket, option: libc::c_int, value: &T) -> io::Result<
     }
 }
 
-/// The CID and the port of an AF_VSOCK address.
+/// Returns the CID and the port of an AF_VSOCK address.
 pub(crate) fn vsock_of(address: &SockAddr) -> Option<(u32, u32)> {
     address.as_vsock_address()
 }
 
-/// The CID that this system has for its host, or for its guests.
+/// Returns the CID that this system has for its host, or for its guests.
 #[allow(unsafe_code)]
 pub(crate) fn local_cid() -> io::Result<u32> {
     let device = File::options()
@@ -106,7 +110,8 @@ pub(crate) fn local_cid() -> io::Result<u32> {
         return Err(io::Error::other("/dev/vsock is no device"));
     }
     let mut cid: libc::c_uint = 0;
-    // SAFETY: IOCTL_VM_SOCKETS_GET_LOCAL_CID writes one unsigned int, to which the pointer is valid, and nothing else.
+    // SAFETY: IOCTL_VM_SOCKETS_GET_LOCAL_CID writes one unsigned int, to which the pointer is
+    // valid, and nothing else.
     match unsafe { libc::ioctl(device.as_raw_fd(), GET_LOCAL_CID, &raw mut cid) } {
         0 => Ok(cid),
         _ => Err(io::Error::last_os_error()),

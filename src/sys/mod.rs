@@ -1,36 +1,48 @@
-//! What the operating system is asked for that std, mio and socket2 have no name for. All `unsafe` lives here.
+//! Calls of the operating system that std, mio and socket2 have no name for. All `unsafe` is here.
 //!
-//! A system that is to carry Unix sockets supplies:
+//! A system that carries Unix sockets supplies:
 //!
-//! * `with_short_path(path, f)`: runs `f` with a path to the same file that fits into a `sockaddr_un`, however
-//!   long `path` is, as long as its last component fits. Whatever it needs for that is gone when it returns.
-//! * `is_socket_alive(path)`: whether a process has the socket of that file, without connecting to it.
-//! * `Identity::of(path)`: tells two files apart that had the same name one after the other, without following a
-//!   symbolic link and without touching the file in any way that its owner could notice.
-//! * `refuse_descriptors(socket)`, `refuses_descriptors(socket)`, `receive(socket, buffer)`: descriptors that a peer passes.
-//! * `Place::of(path)`: a file by its directory and name, to be changed only if it is still the right one, no link followed.
-//! * `set_bound_mode(socket, mode)`: the permissions of the file that a bind of this socket will make, where they can be set.
+//! * `with_short_path(path, f)`: runs `f` with a path to the same file that fits into a
+//!   `sockaddr_un`, however long `path` is, as long as its last component fits. What it makes for
+//!   that is gone when it returns.
+//! * `is_socket_alive(path)`: whether a process has the socket of that file, without connecting to
+//!   it.
+//! * `Identity::of(path)`: tells two files apart that had the same name one after the other,
+//!   without following a symbolic link and without touching the file in any way that its owner
+//!   could notice.
+//! * `refuse_descriptors(socket)`, `refuses_descriptors(socket)`, `receive(socket, buffer)`:
+//!   descriptors that a peer passes.
+//! * `Place::of(path)`: a file by its directory and name, to be changed only if it is still the
+//!   right one, no link followed.
+//! * `set_bound_mode(socket, mode)`: the permissions of the file that a bind of this socket will
+//!   make, where they can be set.
 //! * `descriptor_limit()`: how many descriptors the process may have.
 //! * `raise_descriptor_limit()`: lets the process have as many descriptors as it may have.
-//! * `unacknowledged(socket)`: what a reset now would take away from the peer.
-//! * `make_room(socket)`: buffers of a Unix socket that serve a relay, where the system's own are small.
-//! * `take_over(number)`: owns a descriptor that the process was started with, once.
-//! * `vsock_connect`, `vsock_listen`, `vsock_set_buffer`, `vsock_of`, `local_cid`: AF_VSOCK sockets, or `Unsupported`.
-//! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking callers.
-//! * `has_client(listener)`: whether an accept would find anybody, without one.
+//! * `unacknowledged(socket)`: how many bytes a reset now would take away from the peer.
+//! * `make_room(socket)`: buffers of a Unix socket that serve a relay, where the system's own are
+//!   small.
+//! * `take_over(number)`: takes ownership of a descriptor that the process was started with, once.
+//! * `vsock_connect`, `vsock_listen`, `vsock_set_buffer`, `vsock_of`, `local_cid`: AF_VSOCK
+//!   sockets, or `Unsupported`.
+//! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking
+//!   callers.
+//! * `has_client(listener)`: whether an accept would find a client, without accepting.
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
-//! * `user_id()`, `connector(socket)`: on whose behalf we are, and who is at the other end of a Unix socket.
+//! * `user_id()`, `connector(socket)`: the user of this process, and the process at the other end
+//!   of a Unix socket.
 //! * `Process`: another process, and whether it is ending.
 //! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
-//! Windows supplies what is left of it without Unix sockets: `wait`, `is_hung_up`, standard input and output. And
+//! Windows supplies what is left of this without Unix sockets: `wait`, `is_hung_up`, standard input
+//! and output. And
 //!
 //! * `hv_connect`, `hv_listen`, `hv_of`: AF_HYPERV sockets, all of them blocking.
 //! * `Acceptor`: accepting where a listener can't be waited for by a poller.
-//! * `cancel(socket)`: ends the calls that other threads wait in, which a shutdown alone needn't do there.
+//! * `cancel(socket)`: ends the calls in which other threads wait, which a shutdown alone may not
+//!   do there.
 //!
-//! Nothing here decides anything: policy stands above.
+//! Nothing here decides anything: policy is for the callers.
 
 use std::ffi::OsString;
 use std::io;
@@ -85,7 +97,7 @@ mod no_vsock {
 #[cfg(all(unix, not(target_os = "linux")))]
 pub(crate) use no_vsock::*;
 
-/// Where bytes can't go from one socket to another without being copied.
+/// No pipe: bytes can't go from one socket to another here without being copied.
 #[cfg(not(target_os = "linux"))]
 #[derive(Debug)]
 pub(crate) enum Pipe {}
@@ -97,7 +109,7 @@ impl crate::engine::relay::Pipe for Pipe {
     }
 }
 
-/// What is waited for.
+/// The readiness that is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wanted {
     Readable,
@@ -106,30 +118,32 @@ pub(crate) enum Wanted {
     Either,
 }
 
-/// Poll edges come from the kernel (epoll, kqueue) and not from mio's emulation, which arms a socket again only when
-/// a call on it has said `WouldBlock`.
+/// Whether poll edges come from the kernel (epoll, kqueue) and not from mio's emulation, which arms
+/// a socket again only after a call on it has failed with `WouldBlock`.
 pub(crate) const KERNEL_EDGES: bool = cfg!(all(
     unix,
     not(mio_unsupported_force_poll_poll),
     not(target_os = "solaris")
 ));
 
-/// An accepted TCP socket has its listener's options, so that they are set once (Linux' `inet_csk_clone_lock`).
+/// Whether an accepted TCP socket inherits its listener's options, so that they are set once
+/// (Linux' `inet_csk_clone_lock`).
 pub(crate) const ACCEPTED_INHERIT: bool = cfg!(target_os = "linux");
 
-/// Linux, and not under the manners of macOS that `scripts/check-manners` gives it: what that runs is
-/// built with mio's poll(2) fallback.
+/// Whether this is Linux, and not with the manners of macOS that `scripts/check-manners` gives it:
+/// what that runs is built with mio's poll(2) fallback.
 #[cfg(unix)]
 pub(crate) const AS_ON_LINUX: bool = cfg!(all(
     target_os = "linux",
     not(mio_unsupported_force_poll_poll)
 ));
 
-/// A Unix listener whose backlog is full refuses, as if nobody listened (macOS, BSD), where Linux says `EAGAIN`.
+/// Whether a Unix listener whose backlog is full refuses, as if nothing listened (macOS, BSD).
+/// Linux says `EAGAIN`.
 #[cfg(unix)]
 pub(crate) const FULL_BACKLOG_REFUSES: bool = !AS_ON_LINUX;
 
-/// The OS string of these bytes; the bytes back where this system has none for them.
+/// Makes an OS string of bytes; returns the bytes where this system has none for them.
 ///
 /// Unix names are any bytes. Elsewhere they are Unicode, so that only UTF-8 has a meaning there.
 pub(crate) fn os_string_from_bytes(bytes: Vec<u8>) -> Result<OsString, Vec<u8>> {
@@ -145,7 +159,8 @@ pub(crate) fn os_string_from_bytes(bytes: Vec<u8>) -> Result<OsString, Vec<u8>> 
     }
 }
 
-/// Whether there is a file at `path`, and it is no socket. Linux refuses to connect to one as if nobody listened.
+/// Returns whether the file at `path` exists and is no socket. Linux refuses to connect to one as
+/// if nothing listened.
 pub(crate) fn is_no_socket(path: &std::path::Path) -> bool {
     #[cfg(unix)]
     {
@@ -159,14 +174,15 @@ pub(crate) fn is_no_socket(path: &std::path::Path) -> bool {
     }
 }
 
-/// Whether a process of this id lives, as far as this user can know.
+/// Returns whether a process of this id lives, as far as this user can know.
 pub(crate) fn process_is_alive(pid: i32) -> bool {
     #[cfg(unix)]
     {
         use nix::errno::Errno;
         use nix::sys::signal::kill;
         use nix::unistd::Pid;
-        // Zero and negative ids mean process groups to kill(2). EPERM: it lives, as another user (minikube runs hyperkit as root).
+        // Zero and negative ids mean process groups to kill(2). EPERM: it lives, as another user
+        // (minikube runs hyperkit as root).
         pid > 0 && matches!(kill(Pid::from_raw(pid), None), Ok(()) | Err(Errno::EPERM))
     }
     #[cfg(not(unix))]
@@ -177,9 +193,9 @@ pub(crate) fn process_is_alive(pid: i32) -> bool {
     }
 }
 
-/// Returns whether a socket call was refused because both directions have ended: macOS says `EINVAL`
-/// then to whoever sets an option, or asks for the peer's name.
-pub(crate) fn says_ended(error: &io::Error) -> bool {
+/// Returns whether a socket call failed because both directions have ended: macOS says `EINVAL`
+/// then when an option is set or the peer's name is asked for.
+pub(crate) fn is_ended_error(error: &io::Error) -> bool {
     #[cfg(unix)]
     return error.raw_os_error() == Some(nix::libc::EINVAL);
     #[cfg(windows)]
@@ -189,11 +205,11 @@ pub(crate) fn says_ended(error: &io::Error) -> bool {
     }
 }
 
-/// Returns what setting an option has said, unless it is that the connection has ended: there it is
-/// not needed. Nothing waits any more, and what has come can be read.
+/// Returns the result of setting an option, unless it failed because both directions have ended: it
+/// isn't needed then. Nothing waits any more, and what has come can be read.
 pub(crate) fn unless_ended(set: io::Result<()>) -> io::Result<()> {
     match set {
-        Err(e) if says_ended(&e) => Ok(()),
+        Err(e) if is_ended_error(&e) => Ok(()),
         set => set,
     }
 }

@@ -18,25 +18,26 @@ pub(crate) use place::Place;
 pub(crate) use process::Process;
 pub(crate) use rights::{receive, refuse_descriptors, refuses_descriptors};
 
-/// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux (`unix(7)`), 104 on
-/// macOS and the BSDs (`sys/un.h`).
+/// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux
+/// (`unix(7)`), 104 on macOS and the BSDs (`sys/un.h`).
 pub(crate) const SUN_PATH_LEN: usize = if super::AS_ON_LINUX { 108 } else { 104 };
 
-/// The longest name of a socket that [`with_short_path`] can reach in any directory: `sun_path` less its NUL and
-/// less the longest prefix that it puts before the name.
+/// The longest name of a socket that [`with_short_path`] can reach in any directory: `sun_path`
+/// less its NUL and less the longest prefix that it puts before the name.
 const LONGEST_NAME: usize = SUN_PATH_LEN - 1 - 32;
 
-/// Which file a path names: device, inode and time of birth.
+/// The identity of a file: its device, inode and time of birth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     device: u64,
     inode: u64,
-    /// Some file systems give a new file the number of the one just removed. `None` where none is kept.
+    /// Some file systems give a new file the inode of the one just removed. `None` where it isn't
+    /// kept.
     born: Option<SystemTime>,
 }
 
 impl Identity {
-    /// The identity of the file at `path`, not following a symbolic link.
+    /// Returns the identity of the file at `path`, not following a symbolic link.
     pub(crate) fn of(path: &Path) -> io::Result<Identity> {
         Ok(Identity::from(&fs::symlink_metadata(path)?))
     }
@@ -44,7 +45,7 @@ impl Identity {
 
 #[cfg(all(test, target_os = "linux"))]
 impl Identity {
-    /// The identity of a file of that number, of a file system that there isn't.
+    /// Returns the identity of a file of that number, of a file system that there isn't.
     pub(crate) fn numbered(inode: u64) -> Identity {
         Identity {
             device: 0,
@@ -64,7 +65,7 @@ impl From<&fs::Metadata> for Identity {
     }
 }
 
-/// As std makes it of the same.
+/// The same identity as std's metadata give.
 #[cfg(not(target_os = "linux"))]
 impl From<&nix::sys::stat::FileStat> for Identity {
     #[allow(clippy::unnecessary_cast)]
@@ -89,12 +90,13 @@ impl From<&nix::sys::stat::FileStat> for Identity {
 
 /// Calls `f` with a path to the same file that fits into a `sockaddr_un`.
 ///
-/// A path that fits already is passed as it is. Of a longer one the directory is reached by a detour: on Linux through
-/// an open descriptor of it (`/proc/self/fd/N`), elsewhere, or without `/proc`, through a symbolic link in a private
-/// directory that is removed again before this returns.
+/// A path that fits is passed as it is. The directory of a longer one is reached by a detour: on
+/// Linux through an open descriptor of it (`/proc/self/fd/N`), elsewhere, or without `/proc`,
+/// through a symbolic link in a private directory that is removed again before this returns.
 ///
 /// # Errors
-/// `InvalidFilename` if the last component alone is too long; what opening the directory says; what `f` says.
+/// `InvalidFilename` if the last component alone is too long; what opening the directory says; what
+/// `f` says.
 pub(crate) fn with_short_path<T>(
     path: &Path,
     f: impl FnOnce(&Path) -> io::Result<T>,
@@ -142,13 +144,13 @@ fn through_link<T>(
     f(&link.join(name))
 }
 
-/// Sets the permissions of the file that a bind of this socket will make, less the umask: Linux takes them from the socket.
-/// Elsewhere that can't be said before.
+/// Sets the permissions of the file that a bind of this socket will make, less the umask: Linux
+/// takes them from the socket. Other systems have no way to set them before.
 pub(crate) fn set_bound_mode(socket: &socket2::Socket, mode: u32) {
     #[cfg(target_os = "linux")]
     {
         let mode = nix::sys::stat::Mode::from_bits_truncate(mode);
-        // The file is looked at again when there is one.
+        // It is checked again once the file exists.
         let _ = nix::sys::stat::fchmod(socket, mode);
     }
     #[cfg(not(target_os = "linux"))]
@@ -157,11 +159,12 @@ pub(crate) fn set_bound_mode(socket: &socket2::Socket, mode: u32) {
     }
 }
 
-/// Whether a process has bound the stream socket at `path` and still has it. Nobody notices the question.
+/// Returns whether a process has bound the stream socket at `path` and still has it. The process
+/// doesn't notice.
 ///
-/// A datagram socket can't be connected to a stream socket: the kernel says so (`EPROTOTYPE`) if there is one, whatever
-/// its backlog holds, and refuses if only the file is left. A stream connect would be refused by a full backlog, too
-/// (macOS), or by a socket that doesn't listen yet.
+/// A datagram socket can't be connected to a stream socket: the kernel says so (`EPROTOTYPE`) if
+/// there is one, whatever its backlog holds, and refuses if only the file is left. A stream connect
+/// would be refused by a full backlog, too (macOS), or by a socket that doesn't listen yet.
 ///
 /// # Errors
 /// What else the kernel says, such as that there is no file or that it may not be used.
@@ -181,7 +184,7 @@ pub(crate) fn is_socket_alive(path: &Path) -> io::Result<bool> {
 
 pub(crate) use std::os::fd::{BorrowedFd as BorrowedSocket, OwnedFd as OwnedSocket};
 
-/// Lends its socket; Windows' std has a trait of that name.
+/// Borrows the socket, as the trait of that name in Windows' std does.
 pub(crate) trait AsSocket {
     fn as_socket(&self) -> BorrowedSocket<'_>;
 }
@@ -192,7 +195,8 @@ impl<T: AsFd> AsSocket for T {
     }
 }
 
-/// Standard input or output, past std's buffer. Whoever started us may have made it non-blocking: it waits.
+/// Standard input or output, without std's buffer. It waits though it may have been made
+/// non-blocking by another process.
 #[cfg(feature = "cli")]
 #[derive(Debug)]
 pub(crate) struct Standard(fs::File);
@@ -252,7 +256,7 @@ pub(crate) fn write_output(bytes: &[u8]) -> io::Result<usize> {
     write_waiting(io::stdout().as_fd(), bytes)
 }
 
-/// As [`write_output`], to standard error.
+/// Writes to standard error as [`write_output`] does to standard output.
 #[cfg(feature = "cli")]
 pub(crate) fn write_error(bytes: &[u8]) -> io::Result<usize> {
     write_waiting(io::stderr().as_fd(), bytes)
@@ -270,17 +274,18 @@ fn write_waiting(stream: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     }
 }
 
-/// Whether a socket call says that there is no such CID.
+/// Returns whether a socket call failed because there is no such CID.
 pub(crate) fn is_no_such_cid(error: &io::Error) -> bool {
     error.raw_os_error() == Some(nix::libc::ENODEV)
 }
 
-/// Whether a socket call says that there is no such address family.
+/// Returns whether a socket call failed because the kernel has no such address family.
 pub(crate) fn is_no_such_family(error: &io::Error) -> bool {
     error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT)
 }
 
-/// Waits until the socket is ready, or has failed; false if `timeout` has passed, or a signal came in between.
+/// Waits until the socket is ready, or has failed. Returns false if `timeout` has passed, or a
+/// signal came.
 pub(crate) fn wait(socket: BorrowedFd<'_>, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
     let flags = match wanted {
         Wanted::Readable => PollFlags::POLLIN,
@@ -298,8 +303,8 @@ pub(crate) fn wait(socket: BorrowedFd<'_>, wanted: Wanted, timeout: Duration) ->
     }
 }
 
-/// Whether the peer has closed, so that nothing can be sent to it either, as far as the kernel knows: of TCP it doesn't
-/// until something was sent.
+/// Returns whether the peer has closed both directions, as far as the kernel knows: with TCP it
+/// doesn't until something was sent.
 #[cfg(feature = "cli")]
 pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     let mut asked = [PollFd::new(socket, PollFlags::empty())];
@@ -308,7 +313,7 @@ pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     answered && asked[0].revents().is_some_and(|now| now.intersects(gone))
 }
 
-/// Whether an accept would find a client now, or an error.
+/// Returns whether an accept would find a client now, or an error.
 pub(crate) fn has_client(listener: BorrowedFd<'_>) -> io::Result<bool> {
     loop {
         match poll(
@@ -322,9 +327,10 @@ pub(crate) fn has_client(listener: BorrowedFd<'_>) -> io::Result<bool> {
     }
 }
 
-/// Whether a listening socket was shut down, so that nobody can connect to it any more.
+/// Returns whether a listening socket was shut down, so that nobody can connect to it any more.
 ///
-/// A Unix listener that is non-blocking doesn't say so when it accepts: Linux goes on to say `EAGAIN`.
+/// A Unix listener that is non-blocking doesn't say so when it accepts: Linux goes on to say
+/// `EAGAIN`.
 #[allow(unsafe_code)]
 pub(crate) fn is_shut_down(listener: BorrowedFd<'_>) -> bool {
     use nix::libc;
@@ -339,12 +345,14 @@ pub(crate) fn is_shut_down(listener: BorrowedFd<'_>) -> bool {
         events: READ_HUNG_UP,
         revents: 0,
     };
-    // SAFETY: one `pollfd` is passed, which is valid for reads and writes; a timeout of 0 doesn't wait.
+    // SAFETY: one `pollfd` is passed, which is valid for reads and writes; a timeout of 0 doesn't
+    // wait.
     let answered = unsafe { libc::poll(&raw mut asked, 1, 0) };
     answered > 0 && asked.revents & (libc::POLLHUP | READ_HUNG_UP) != 0
 }
 
-/// How many descriptors the process may have at a time (`RLIMIT_NOFILE`); `None` if that can't be asked.
+/// Returns how many descriptors the process may have at a time (`RLIMIT_NOFILE`); `None` if that
+/// can't be asked.
 pub(crate) fn descriptor_limit() -> Option<u64> {
     getrlimit(Resource::RLIMIT_NOFILE)
         .ok()
@@ -390,13 +398,13 @@ pub(crate) fn watch_socket(
     watched.map_err(io::Error::from)
 }
 
-/// The user on whose behalf this process acts.
+/// Returns the effective user of this process.
 #[cfg(feature = "cli")]
 pub(crate) fn user_id() -> u32 {
     nix::unistd::geteuid().as_raw()
 }
 
-/// Who connected to a Unix socket, or had it connected.
+/// The peer that connected a Unix socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Connector {
     #[cfg_attr(not(feature = "cli"), allow(dead_code))]
@@ -405,7 +413,7 @@ pub(crate) struct Connector {
     pub(crate) process: Option<u32>,
 }
 
-/// Who is at the other end of a connected Unix socket, as the kernel noted it then.
+/// Returns the peer of a connected Unix socket, as the kernel noted it at the connect.
 pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
     #[cfg(target_os = "linux")]
     {
@@ -422,7 +430,7 @@ pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
         #[cfg(target_vendor = "apple")]
         let process = {
             use nix::sys::socket::{getsockopt, sockopt::LocalPeerPid};
-            // Not told any more of a peer that has closed.
+            // It isn't told of a peer that has closed.
             getsockopt(&socket, LocalPeerPid)
                 .ok()
                 .and_then(|process| u32::try_from(process).ok())
@@ -436,13 +444,13 @@ pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
     }
 }
 
-/// Whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
+/// Returns whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
 #[cfg(any(feature = "cli", target_os = "linux"))]
 #[allow(unsafe_code)]
 pub(crate) fn is_ignored(signal: i32) -> bool {
     let mut old = std::mem::MaybeUninit::<nix::libc::sigaction>::zeroed();
-    // SAFETY: with a null `act` the call only writes the present action to `old`, which is zeroed, valid for writes
-    // and of the right type.
+    // SAFETY: with a null `act` the call only writes the present action to `old`, which is zeroed,
+    // valid for writes and of the right type.
     unsafe {
         nix::libc::sigaction(signal, std::ptr::null(), old.as_mut_ptr()) == 0
             && old.assume_init().sa_sigaction == nix::libc::SIG_IGN
@@ -451,8 +459,8 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
 
 /// Takes over a descriptor that the process was started with.
 ///
-/// Only what came through exec(2) has no close-on-exec: std, mio and all that is opened here set it. So does this, and
-/// what was taken over once isn't given a second time.
+/// Only a descriptor that came through exec(2) has no close-on-exec: std, mio and all that is
+/// opened here set it. This sets it as well, so that no descriptor is taken over twice.
 ///
 /// # Errors
 /// `NotFound` if there is none of that number, or one that this process has opened itself.
@@ -471,22 +479,26 @@ pub(crate) fn take_over(number: std::os::fd::RawFd) -> io::Result<std::os::fd::O
     if unsafe { fcntl(number, F_SETFD, flags | FD_CLOEXEC) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it is open, and nobody's: it was there before the program began, and this is the first who takes it.
+    // SAFETY: it is open and has no owner: it was open before the program began, and this is the
+    // first call to take it.
     Ok(unsafe { std::os::fd::OwnedFd::from_raw_fd(number) })
 }
 
-/// Bytes that were written to a TCP socket and that its peer has not acknowledged; 0 where the system doesn't tell.
+/// Returns how many bytes were written to a TCP socket that its peer hasn't acknowledged; 0 where
+/// the system doesn't tell.
 #[allow(unsafe_code)]
 pub(crate) fn unacknowledged(socket: &impl std::os::fd::AsRawFd) -> usize {
     let mut bytes: nix::libc::c_int = 0;
-    // SAFETY: TIOCOUTQ (SIOCOUTQ, `tcp(7)`) writes one int, to which the pointer is valid, and nothing else.
+    // SAFETY: TIOCOUTQ (SIOCOUTQ, `tcp(7)`) writes one int, to which the pointer is valid, and
+    // nothing else.
     #[cfg(target_os = "linux")]
     let result =
         unsafe { nix::libc::ioctl(socket.as_raw_fd(), nix::libc::TIOCOUTQ, &raw mut bytes) };
     #[cfg(target_vendor = "apple")]
     let result = {
         let mut len = size_of::<nix::libc::c_int>() as nix::libc::socklen_t;
-        // SAFETY: SO_NWRITE (`sys/socket.h`) writes one int of the given length; both pointers are valid.
+        // SAFETY: SO_NWRITE (`sys/socket.h`) writes one int of the given length; both pointers are
+        // valid.
         unsafe {
             nix::libc::getsockopt(
                 socket.as_raw_fd(),
@@ -509,16 +521,17 @@ pub(crate) fn unacknowledged(socket: &impl std::os::fd::AsRawFd) -> usize {
     }
 }
 
-/// Bytes that are to fit unread into a Unix socket of ours: as many as a relay writes at once.
+/// How many unread bytes fit into a Unix socket made here: as many as a relay writes at once.
 const ROOM: usize = 128 * 1024;
 
-/// Gives a Unix socket larger buffers where the system's own are small; returns whether they were.
-/// macOS has 8 KiB (`net.local.stream.sendspace`), of which the writer's count, and gives what a
-/// listener has to what it accepts; Linux has 208 KiB (`net.core.wmem_default`).
+/// Gives a Unix socket larger buffers where the system's own are small. Returns whether they were.
+/// macOS has 8 KiB (`net.local.stream.sendspace`), of which the writer's count, and accepted
+/// sockets inherit the listener's; Linux has 208 KiB (`net.core.wmem_default`).
 pub(crate) fn make_room(socket: &socket2::SockRef<'_>) -> bool {
     let is_small = |size: io::Result<usize>| size.is_ok_and(|size| size < ROOM);
     let small = is_small(socket.send_buffer_size());
-    // Refused where it is more than there may be, or the peer has gone: it does without.
+    // It fails where that is more than the limit, or the peer has gone: the socket keeps its
+    // buffer.
     if small {
         let _ = socket.set_send_buffer_size(ROOM);
     }
@@ -528,7 +541,7 @@ pub(crate) fn make_room(socket: &socket2::SockRef<'_>) -> bool {
     small
 }
 
-/// The name of a bound Unix socket: its path, or, behind a NUL, its abstract name.
+/// Returns the name of a bound Unix socket: its path, or, behind a NUL, its abstract name.
 pub(crate) fn unix_name(address: &std::os::unix::net::SocketAddr) -> Option<Vec<u8>> {
     use std::os::unix::ffi::OsStrExt;
     #[cfg(target_os = "linux")]
@@ -543,7 +556,7 @@ pub(crate) fn unix_name(address: &std::os::unix::net::SocketAddr) -> Option<Vec<
         .map(|path| path.as_os_str().as_bytes().to_vec())
 }
 
-/// The address of an abstract Unix socket.
+/// Returns the address of an abstract Unix socket.
 ///
 /// # Errors
 /// `Unsupported` where there are none: they are Linux'; `InvalidInput` if the name is too long.

@@ -25,7 +25,8 @@ pub(crate) use pipe::*;
 
 pub(crate) use std::os::windows::io::{AsSocket, BorrowedSocket, OwnedSocket};
 
-/// Which file a path names. It is asked of the files of hyperkit's VMs only, and those are not on this system.
+/// Which file a path names. It is asked of the files of hyperkit's VMs only, and those are not on
+/// this system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity;
 
@@ -43,8 +44,8 @@ fn poll(socket: BorrowedSocket<'_>, events: i16, timeout: i32) -> io::Result<i16
         events,
         revents: 0,
     };
-    // SAFETY: the pointer is valid for the one structure that the count says, and the socket is open as long as it is
-    // borrowed.
+    // SAFETY: the pointer is valid for the one structure that the count says, and the socket is
+    // open as long as it is borrowed.
     match unsafe { WinSock::WSAPoll(&raw mut asked, 1, timeout) } {
         WinSock::SOCKET_ERROR => Err(io::Error::last_os_error()),
         _ => Ok(asked.revents),
@@ -69,14 +70,14 @@ pub(crate) fn wait(
     poll(socket, events, timeout).map(|ready| ready != 0)
 }
 
-/// Whether the peer has closed, so that nothing can be sent to it either, as far as the system knows.
+/// Returns whether the peer has closed both directions, as far as the system knows.
 #[cfg(feature = "cli")]
 pub(crate) fn is_hung_up(socket: BorrowedSocket<'_>) -> bool {
     let gone = WinSock::POLLERR | WinSock::POLLNVAL;
     poll(socket, WinSock::POLLWRNORM, 0).is_ok_and(|now| now & gone != 0)
 }
 
-/// Standard input or output, past std's buffer.
+/// Returns standard input, without std's buffer.
 #[cfg(feature = "cli")]
 pub(crate) fn standard_input() -> io::Result<fs::File> {
     use std::os::windows::io::AsHandle;
@@ -84,7 +85,7 @@ pub(crate) fn standard_input() -> io::Result<fs::File> {
     Ok(handle.into())
 }
 
-/// As [`standard_input`].
+/// Returns standard output, without std's buffer.
 #[cfg(feature = "cli")]
 pub(crate) fn standard_output() -> io::Result<fs::File> {
     use std::os::windows::io::AsHandle;
@@ -101,18 +102,18 @@ pub(crate) fn write_output(bytes: &[u8]) -> io::Result<usize> {
     Ok(written)
 }
 
-/// As [`write_output`], to standard error.
+/// Writes to standard error as [`write_output`] does to standard output.
 #[cfg(feature = "cli")]
 pub(crate) fn write_error(bytes: &[u8]) -> io::Result<usize> {
     io::Write::write(&mut io::stderr(), bytes)
 }
 
-/// Whether a socket call says that there is no such CID. There are none here.
+/// Returns whether a socket call failed because there is no such CID. Windows has none.
 pub(crate) fn is_no_such_cid(_: &io::Error) -> bool {
     false
 }
 
-/// Whether a socket call says that there is no such address family.
+/// Returns whether a socket call failed because the system has no such address family.
 pub(crate) fn is_no_such_family(error: &io::Error) -> bool {
     error.raw_os_error() == Some(WinSock::WSAEAFNOSUPPORT)
 }
@@ -122,7 +123,7 @@ pub(crate) fn descriptor_limit() -> Option<u64> {
     None
 }
 
-/// There is no limit to raise.
+/// Does nothing: there is no limit to raise.
 #[cfg(feature = "cli")]
 pub(crate) fn raise_descriptor_limit() -> io::Result<()> {
     Ok(())
@@ -133,7 +134,7 @@ pub(crate) fn unacknowledged(_: &impl AsSocket) -> usize {
     0
 }
 
-/// AF_VSOCK is Linux'.
+/// Fails: AF_VSOCK is Linux'.
 pub(crate) fn local_cid() -> io::Result<u32> {
     Err(io::Error::new(
         io::ErrorKind::Unsupported,
@@ -154,7 +155,7 @@ fn guid(id: Uuid) -> windows_sys::core::GUID {
     }
 }
 
-/// The address of a service of a Hyper-V partition.
+/// Returns the address of a service of a Hyper-V partition.
 #[allow(unsafe_code)]
 fn hv_address(vm: Uuid, service: Uuid) -> io::Result<SockAddr> {
     let address = Hypervisor::SOCKADDR_HV {
@@ -164,8 +165,8 @@ fn hv_address(vm: Uuid, service: Uuid) -> io::Result<SockAddr> {
         ServiceId: guid(service),
     };
     let write = |storage: *mut SockAddrStorage, len: *mut i32| {
-        // SAFETY: the storage is larger than any address, aligned for all of them, and both pointers are valid for
-        // writes.
+        // SAFETY: the storage is larger than any address, aligned for all of them, and both
+        // pointers are valid for writes.
         unsafe {
             storage.cast::<Hypervisor::SOCKADDR_HV>().write(address);
             *len = size_of::<Hypervisor::SOCKADDR_HV>() as i32;
@@ -177,7 +178,7 @@ fn hv_address(vm: Uuid, service: Uuid) -> io::Result<SockAddr> {
     Ok(address)
 }
 
-/// The VM's id and the service id of an AF_HYPERV address.
+/// Returns the VM's id and the service id of an AF_HYPERV address.
 #[allow(unsafe_code)]
 pub(crate) fn hv_of(address: &SockAddr) -> Option<(Uuid, Uuid)> {
     let len = usize::try_from(address.len()).ok()?;
@@ -208,7 +209,7 @@ pub(crate) struct HvOptions {
 /// `HVSOCKET_CONTAINER_PASSTHRU` of the SDK's `hvsocket.h`, which windows-sys leaves out.
 const HVSOCKET_CONTAINER_PASSTHRU: u32 = 2;
 
-/// An AF_HYPERV socket that is neither bound nor connected.
+/// Makes an AF_HYPERV socket that is neither bound nor connected.
 pub(crate) fn hv_socket(options: HvOptions) -> io::Result<Socket> {
     let family = Domain::from(i32::from(WinSock::AF_HYPERV));
     let protocol = Protocol::from(HV_PROTOCOL_RAW);
@@ -229,7 +230,8 @@ pub(crate) fn hv_socket(options: HvOptions) -> io::Result<Socket> {
 
 #[allow(unsafe_code)]
 fn hv_set(socket: &Socket, option: u32, value: u32) -> io::Result<()> {
-    // SAFETY: the kernel reads the given number of bytes from the pointer, which are those of `value`.
+    // SAFETY: the kernel reads the given number of bytes from the pointer, which are those of
+    // `value`.
     let set = unsafe {
         WinSock::setsockopt(
             usize::try_from(socket.as_raw_socket()).map_err(io::Error::other)?,
@@ -245,8 +247,8 @@ fn hv_set(socket: &Socket, option: u32, value: u32) -> io::Result<()> {
     }
 }
 
-/// Connects an AF_HYPERV socket, within `timeout` (at most 300 s, `HVSOCKET_CONNECT_TIMEOUT_MAX`): without one, a
-/// connect that comes before its server's listen may wait for ever.
+/// Connects an AF_HYPERV socket, within `timeout` (at most 300 s, `HVSOCKET_CONNECT_TIMEOUT_MAX`):
+/// without one, a connect that comes before its server's listen may wait for ever.
 pub(crate) fn hv_connect(
     vm: Uuid,
     service: Uuid,
@@ -274,7 +276,8 @@ pub(crate) fn hv_listen(
     Acceptor::new(socket, move || hv_socket(options))
 }
 
-/// Ends what other threads wait for on a socket, a connect, read or write; calls that begin later wait as ever.
+/// Ends what other threads wait for on a socket, a connect, read or write; calls that begin later
+/// wait as ever.
 #[allow(unsafe_code)]
 pub(crate) fn cancel(socket: BorrowedSocket<'_>) {
     // SAFETY: the socket is open as long as it is borrowed. That nothing waits is its only error.

@@ -7,8 +7,8 @@ use nix::fcntl::{FcntlArg, SpliceFFlags, fcntl, splice};
 
 use crate::engine::relay;
 
-/// Bytes a pipe holds at most. Less and each call moves less; more than the sender's and the receiver's buffers hold
-/// brings nothing.
+/// Bytes a pipe holds at most. Less and each call moves less; more than the sender's and the
+/// receiver's buffers hold brings nothing.
 const SIZE: i32 = 256 * 1024;
 
 /// A pipe that holds less costs more than to copy.
@@ -23,14 +23,14 @@ pub(crate) struct Pipe {
 
 impl relay::Pipe for Pipe {
     fn new() -> Option<Pipe> {
-        // Where SIGPIPE isn't ignored, a splice to a socket whose peer has gone would end the process: there is no
-        // MSG_NOSIGNAL for it.
+        // Where SIGPIPE isn't ignored, a splice to a socket whose peer has gone would end the
+        // process: there is no MSG_NOSIGNAL for it.
         if !crate::sys::is_ignored(nix::libc::SIGPIPE) {
             return None;
         }
         let (reader, writer) = io::pipe().ok()?;
-        // A user's pipes may have so many pages in all (/proc/sys/fs/pipe-user-pages-soft): beyond them they stay as they
-        // are, and at last are small from the start.
+        // A user's pipes may have so many pages in all (/proc/sys/fs/pipe-user-pages-soft): beyond
+        // them they stay as they are, and at last are small from the start.
         let enlarged = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(SIZE));
         let size = enlarged.or_else(|_| fcntl(&writer, FcntlArg::F_GETPIPE_SZ));
         let big_enough = size.is_ok_and(|size| size >= LEAST);
@@ -52,7 +52,8 @@ impl Pipe {
         )?)
     }
 
-    /// Gives `socket` the `len` bytes that it holds. (Never with SPLICE_F_MORE, which holds bytes back for 200 ms.)
+    /// Gives `socket` the `len` bytes that it holds. (Never with SPLICE_F_MORE, which holds bytes
+    /// back for 200 ms.)
     pub(crate) fn empty(&mut self, socket: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
         let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
         Ok(splice(&self.reader, None, socket, None, len, flags)?)

@@ -1,7 +1,7 @@
-//! A file by its place: the directory that it is in, held open, and its name there.
-//!
-//! Whoever may write to a directory on the way, or to this one, can put another file, or a link, where ours was. So nothing
-//! is changed by a path: what is there is looked at, and changed only if it is the right file, and no link is followed.
+//! A file by its place: the directory that it is in, held open, and its name there. Any user who
+//! may write to the directory, or to one above it, can put another file or a link in the place of a
+//! file made here. So no file is changed by its path: it is opened, and changed only if it is the
+//! right one, and no link is followed.
 
 use std::ffi::OsString;
 use std::io;
@@ -23,7 +23,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// The place that `path` names now.
+    /// Returns the place that `path` names now.
     ///
     /// # Errors
     /// That its directory can't be opened; `InvalidInput` if it names none.
@@ -42,7 +42,7 @@ impl Place {
         })
     }
 
-    /// Which file is there.
+    /// Returns the identity of the file there.
     ///
     /// # Errors
     /// `NotFound`; what the system says.
@@ -74,7 +74,8 @@ impl Place {
         }
     }
 
-    /// Sees to it that the socket which was just bound here has these permissions; which file it is.
+    /// Gives the socket that was just bound here these permissions. Returns the identity of its
+    /// file.
     ///
     /// # Errors
     /// `PermissionDenied` if there is something else by now; what the system says.
@@ -138,8 +139,8 @@ mod found {
     }
 }
 
-/// Elsewhere no descriptor of a socket's file is to be had. Between the look and the change another file may take its name,
-/// but no link is followed.
+/// Elsewhere no descriptor of a socket's file is to be had. Between the look and the change another
+/// file may take its name, but no link is followed.
 #[cfg(not(target_os = "linux"))]
 mod found {
     use nix::fcntl::AtFlags;

@@ -1,17 +1,17 @@
-//! Whether another process is ending: a process that ends closes its sockets as one does that has said all.
+//! Whether another process is ending: a process that crashes closes its sockets as one does that
+//! has finished.
 
 #[cfg(target_os = "linux")]
 use std::fs;
 #[cfg(target_vendor = "apple")]
 use std::io;
 
-/// Another process, to be asked again and again whether it is ending.
-///
-/// It knows a process that ends already while it closes its files: that comes after it has given up its memory.
+/// Another process, to be asked again and again whether it is ending. A process counts as ending
+/// while it closes its files: it does that after it has freed its memory.
 #[derive(Debug)]
 pub(crate) struct Process {
     pub(crate) id: u32,
-    /// Its `proc_pid_statm(5)`, of which each read tells anew. It may be hidden from us (`hidepid=`).
+    /// Its `proc_pid_statm(5)`, of which each read is up to date. It may be hidden (`hidepid=`).
     #[cfg(target_os = "linux")]
     pages: Option<fs::File>,
 }
@@ -25,7 +25,7 @@ impl Process {
         }
     }
 
-    /// Whether it is ending or has ended; false where that isn't known.
+    /// Returns whether it is ending or has ended; false where that isn't known.
     pub(crate) fn is_ending(&self) -> bool {
         #[cfg(target_os = "linux")]
         {
@@ -50,7 +50,8 @@ impl Process {
     }
 }
 
-/// `proc_pidinfo` with `PROC_PIDT_SHORTBSDINFO`, which tells of other users' processes, too (`bsd/sys/proc_info.h`).
+/// `proc_pidinfo` with `PROC_PIDT_SHORTBSDINFO`, which tells of other users' processes, too
+/// (`bsd/sys/proc_info.h`).
 #[cfg(target_vendor = "apple")]
 #[allow(unsafe_code)]
 fn is_ending(process: u32) -> bool {

@@ -1,7 +1,6 @@
-//! Descriptors that a peer passes over a Unix socket (`SCM_RIGHTS`), which nobody here has asked for.
-//!
-//! Who receives one owns it, and so has to close it, and a close may take its time: of a TCP socket with `SO_LINGER`,
-//! of a file on a slow disk or a far one. A read without room for them closes them as well, before it returns.
+//! Descriptors that a peer passes over a Unix socket (`SCM_RIGHTS`), unasked. A receiver owns them
+//! and has to close them, and a close may take long: of a TCP socket with `SO_LINGER`, or of a file
+//! on a slow or remote disk. A read without room for them closes them before it returns.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -9,11 +8,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::libc;
 
-/// As many as one message can pass (`SCM_MAX_FD`, Linux' `include/net/scm.h`; elsewhere it is more than is usual).
+/// As many as one message can pass (`SCM_MAX_FD`, Linux' `include/net/scm.h`; elsewhere it is more
+/// than is usual).
 const MOST: usize = 253;
 
-/// Has the kernel refuse descriptors that a peer would pass (Linux 6.16; its `sendmsg` fails). What a listener accepts
-/// inherits it. False where the kernel can't.
+/// Has the kernel refuse descriptors that a peer passes (Linux 6.16; its `sendmsg` fails). What a
+/// listener accepts inherits it. Returns false where the kernel can't.
 pub(crate) fn refuse_descriptors(socket: &socket2::Socket) -> bool {
     #[cfg(target_os = "linux")]
     {
@@ -27,8 +27,8 @@ pub(crate) fn refuse_descriptors(socket: &socket2::Socket) -> bool {
     }
 }
 
-/// Whether [`refuse_descriptors`] was in force when a peer could first have passed any to this Unix socket: what was
-/// accepted has inherited it, or hasn't.
+/// Returns whether the kernel refuses descriptors on this Unix socket, and has since a peer could
+/// first pass any: an accepted socket inherits it.
 pub(crate) fn refuses_descriptors(socket: BorrowedFd<'_>) -> bool {
     #[cfg(target_os = "linux")]
     {
@@ -41,7 +41,8 @@ pub(crate) fn refuses_descriptors(socket: BorrowedFd<'_>) -> bool {
     }
 }
 
-/// `SO_PASSRIGHTS`, of `include/uapi/asm-generic/socket.h` and, of these two, `arch/sparc/include/uapi/asm/socket.h`.
+/// `SO_PASSRIGHTS`, of `include/uapi/asm-generic/socket.h` and, of these two,
+/// `arch/sparc/include/uapi/asm/socket.h`.
 #[cfg(target_os = "linux")]
 const PASS_RIGHTS: libc::c_int = match cfg!(any(target_arch = "sparc", target_arch = "sparc64")) {
     true => 0x5c,
@@ -118,14 +119,15 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<R
     // (There a process that is started meanwhile may have them for a moment.)
     #[cfg(target_vendor = "apple")]
     let flags = 0;
-    // SAFETY: the message points to one buffer and one control buffer, each valid for writes of the length given, and
-    // both outlive the call.
+    // SAFETY: the message points to one buffer and one control buffer, each valid for writes of the
+    // length given, and both outlive the call.
     let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
     let bytes = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
     let mut descriptors = Vec::new();
-    // SAFETY: the kernel has filled the control buffer and set its length; the macros walk through it within that.
-    // Each header's data is as long as it says, and of SCM_RIGHTS it is descriptors that are this process' from now on,
-    // and that nobody else here knows of. They may be not aligned.
+    // SAFETY: the kernel has filled the control buffer and set its length; the macros walk through
+    // it within that. Each header's data is as long as it says, and of SCM_RIGHTS it is descriptors
+    // that are this process' from now on, and that nobody else here knows of. They may be not
+    // aligned.
     unsafe {
         let mut header = libc::CMSG_FIRSTHDR(&raw const message);
         while !header.is_null() {

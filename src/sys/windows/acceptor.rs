@@ -1,5 +1,6 @@
-//! Accepting where a listener can't be waited for by a poller: one `AcceptEx` at a time, and the event that tells of
-//! its end. So does Microsoft's WSL with AF_HYPERV (`src/windows/common/socket.cpp` of microsoft/WSL).
+//! Accepting where a listener can't be waited for by a poller: one `AcceptEx` at a time, and the
+//! event that tells of its end. So does Microsoft's WSL with AF_HYPERV
+//! (`src/windows/common/socket.cpp` of microsoft/WSL).
 
 #![allow(unsafe_code)]
 
@@ -30,7 +31,8 @@ pub(crate) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts from `listener`; `make` makes sockets of its family that are neither bound nor connected.
+    /// Accepts from `listener`; `make` makes sockets of its family that are neither bound nor
+    /// connected.
     pub(crate) fn new(
         listener: Socket,
         make: impl Fn() -> io::Result<Socket> + Send + Sync + 'static,
@@ -48,11 +50,11 @@ impl Acceptor {
         self.listener.local_addr()
     }
 
-    /// Takes a client that has come.
+    /// Accepts a client that has come.
     ///
     /// # Errors
-    /// `WouldBlock` if none has: [`wait`](Acceptor::wait) and [`watch`](Acceptor::watch) tell of the next.
-    /// `ConnectionAborted` if it has gone again; what the kernel says otherwise.
+    /// `WouldBlock` if none has: [`wait`](Acceptor::wait) and [`watch`](Acceptor::watch) tell of
+    /// the next. `ConnectionAborted` if it has gone again; what the kernel says otherwise.
     pub(crate) fn accept(&self) -> io::Result<Socket> {
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -85,10 +87,10 @@ impl Acceptor {
         self.ended.wait(Some(timeout))
     }
 
-    /// Has `tell` called for each client that [`accept`](Acceptor::accept) found missing when it comes, and now and
-    /// then for none.
-    pub(crate) fn watch(&mut self, tell: impl Fn() + Send + 'static) -> io::Result<()> {
-        self.watcher = Some(Watcher::start(Arc::clone(&self.ended), tell)?);
+    /// Has `notify` called for each client that [`accept`](Acceptor::accept) found missing when it
+    /// comes, and now and then for none.
+    pub(crate) fn watch(&mut self, notify: impl Fn() + Send + 'static) -> io::Result<()> {
+        self.watcher = Some(Watcher::start(Arc::clone(&self.ended), notify)?);
         Ok(())
     }
 }
@@ -114,7 +116,8 @@ impl Drop for Acceptor {
     }
 }
 
-/// An `AcceptEx` that was begun. It has to be ended before it goes: the kernel writes into its room until then.
+/// An `AcceptEx` that was begun. It has to be ended before it goes: the kernel writes into its room
+/// until then.
 struct Pending {
     socket: Socket,
     room: NonNull<Room>,
@@ -143,8 +146,8 @@ impl Pending {
             room: NonNull::from(Box::leak(room)),
         };
         let mut received = 0;
-        // SAFETY: both sockets are open; the room is as large as is said, and stays where it is until `into_socket`,
-        // which is called when the accept has ended.
+        // SAFETY: both sockets are open; the room is as large as is said, and stays where it is
+        // until `into_socket`, which is called when the accept has ended.
         let done = unsafe {
             WinSock::AcceptEx(
                 raw(listener)?,
@@ -169,7 +172,7 @@ impl Pending {
         }
     }
 
-    /// How it has ended; `None` if it hasn't.
+    /// Returns the result of the accept; `None` if it is under way.
     fn ended(&self, listener: &Socket, wait: bool) -> Option<io::Result<()>> {
         let (mut received, mut flags) = (0, 0);
         let listener = match raw(listener) {
@@ -193,7 +196,7 @@ impl Pending {
         (error.raw_os_error() != Some(WinSock::WSA_IO_INCOMPLETE)).then_some(Err(error))
     }
 
-    /// The client's socket, or what was to become it.
+    /// Returns the client's socket, or the one that was to become it.
     ///
     /// # Safety
     /// The accept has ended: the kernel doesn't write any more.
@@ -251,16 +254,17 @@ struct Watcher {
 }
 
 impl Watcher {
-    fn start(event: Arc<Event>, tell: impl Fn() + Send + 'static) -> io::Result<Watcher> {
+    fn start(event: Arc<Event>, notify: impl Fn() + Send + 'static) -> io::Result<Watcher> {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, signalled) = (Arc::clone(&stop), Arc::clone(&event));
         let watch = move || {
-            // First the reset: what is signalled after it is waited for again, what was before is told of now.
+            // First the reset: what is signalled after it is waited for again, what was before is
+            // told of now.
             while signalled.wait(None).is_ok()
                 && signalled.reset().is_ok()
                 && !stopped.load(Ordering::Acquire)
             {
-                tell();
+                notify();
             }
         };
         let thread = std::thread::Builder::new().name("hvsock-acceptor".into());
@@ -388,8 +392,8 @@ mod tests {
     #[test]
     fn who_watches_is_told_of_each_client_and_of_none_after_the_end() {
         let (mut acceptor, address) = acceptor();
-        let (tell, told) = mpsc::channel();
-        acceptor.watch(move || tell.send(()).unwrap()).unwrap();
+        let (notify, told) = mpsc::channel();
+        acceptor.watch(move || notify.send(()).unwrap()).unwrap();
         for _ in 0..3 {
             assert!(is_nobody(acceptor.accept()));
             let _client = TcpStream::connect(address).unwrap();

@@ -43,7 +43,7 @@ impl Event {
 }
 
 impl Event {
-    /// For an operation of which an event loop is to hear nothing: that is what the lowest bit says.
+    /// Returns the event with its lowest bit set: no event loop hears of the operation then.
     pub(super) fn unheard(&self) -> HANDLE {
         self.0.as_raw_handle().map_addr(|address| address | 1)
     }
@@ -55,7 +55,8 @@ impl AsHandle for Event {
     }
 }
 
-/// Waits until one of the events (64 at most) is set; false if `timeout` has passed. `None`: for ever.
+/// Waits until one of the events (64 at most) is set; false if `timeout` has passed. `None`: for
+/// ever.
 #[allow(unsafe_code)]
 pub(crate) fn wait_for_any(
     events: &[BorrowedHandle<'_>],
@@ -134,7 +135,7 @@ impl Operation {
         })
     }
 
-    /// What is set when the operation that was begun is done.
+    /// Returns the event that is set when the operation that was begun is done.
     pub(crate) fn event(&self) -> BorrowedHandle<'_> {
         self.event.as_handle()
     }
@@ -148,7 +149,8 @@ impl Operation {
         self.begin(|handle, memory| {
             memory.buffer.resize(len as usize, 0);
             let buffer = memory.buffer.as_mut_ptr();
-            // SAFETY: buffer and structure stay where they are until the operation is done, which `pending` tells.
+            // SAFETY: buffer and structure stay where they are until the operation is done, which
+            // `pending` tells.
             done(unsafe {
                 ReadFile(
                     handle,
@@ -192,12 +194,12 @@ impl Operation {
         match begun {
             Ok(()) => Ok(false),
             // There is a client, or there was one, and what it wrote can be read.
-            Err(e) if is(&e, ERROR_PIPE_CONNECTED) || is(&e, ERROR_NO_DATA) => Ok(true),
+            Err(e) if has_code(&e, ERROR_PIPE_CONNECTED) || has_code(&e, ERROR_NO_DATA) => Ok(true),
             Err(e) => Err(e),
         }
     }
 
-    /// As [`write`](Operation::write), but the thread may end before it is done.
+    /// Writes as [`write`](Operation::write) does, but the thread may end before it is done.
     #[allow(unsafe_code)]
     pub(crate) fn write_lastingly(&mut self, bytes: &[u8]) -> io::Result<()> {
         let len = u32::try_from(bytes.len()).map_err(io::Error::other)?;
@@ -230,7 +232,7 @@ impl Operation {
             ..OVERLAPPED::default()
         };
         match start(self.handle.as_raw_handle(), memory) {
-            Err(e) if !is(&e, ERROR_IO_PENDING) => Err(e),
+            Err(e) if !has_code(&e, ERROR_IO_PENDING) => Err(e),
             _ => {
                 self.pending = true;
                 Ok(())
@@ -238,10 +240,11 @@ impl Operation {
         }
     }
 
-    /// The outcome of what was begun, once: how many bytes were moved; `None` while it is under way.
+    /// Returns the result of the operation that was begun, once: how many bytes were moved; `None`
+    /// while it is under way.
     pub(crate) fn outcome(&mut self) -> Option<io::Result<usize>> {
         match self.result(false) {
-            Err(e) if is(&e, ERROR_IO_INCOMPLETE) => None,
+            Err(e) if has_code(&e, ERROR_IO_INCOMPLETE) => None,
             outcome => {
                 self.pending = false;
                 Some(outcome)
@@ -268,7 +271,7 @@ impl Operation {
         }
     }
 
-    /// What was read.
+    /// Returns the bytes that were read.
     #[allow(unsafe_code)]
     pub(crate) fn bytes(&self) -> &[u8] {
         if self.pending {
@@ -278,7 +281,7 @@ impl Operation {
         unsafe { &(*self.memory).buffer }
     }
 
-    /// The handle, if no other operation has it; nothing is under way on it any more.
+    /// Returns the handle, if no other operation has it. No operation is under way on it then.
     pub(crate) fn into_handle(self) -> Option<OwnedHandle> {
         let handle = Arc::clone(&self.handle);
         drop(self);
@@ -310,7 +313,7 @@ impl std::fmt::Debug for Operation {
     }
 }
 
-/// What a call of the system says of itself.
+/// Returns the result of a call of the system.
 fn done(result: i32) -> io::Result<()> {
     match result {
         0 => Err(io::Error::last_os_error()),
@@ -318,12 +321,13 @@ fn done(result: i32) -> io::Result<()> {
     }
 }
 
-/// Whether an operation was cancelled: by the end of the thread that began it, where nobody else did.
+/// Returns whether an operation was cancelled: by the end of the thread that began it, unless
+/// something else did.
 pub(crate) fn is_cancelled(error: &io::Error) -> bool {
-    is(error, ERROR_OPERATION_ABORTED)
+    has_code(error, ERROR_OPERATION_ABORTED)
 }
 
-/// Whether the system's error has this code.
-pub(super) fn is(error: &io::Error, code: u32) -> bool {
+/// Returns whether an error of the system has this code.
+pub(super) fn has_code(error: &io::Error, code: u32) -> bool {
     error.raw_os_error() == Some(code.cast_signed())
 }

@@ -1,7 +1,8 @@
 //! Named pipes: making, opening, and the end of what was written to one.
 //!
-//! A pipe of message type that is read as bytes has a half-close: a message of no bytes, which the reader takes for EOF.
-//! That is go-winio's convention, and so Docker's. A pipe of byte type has none.
+//! A pipe of message type that is read as bytes has a half-close: a message of no bytes, which the
+//! reader takes for EOF. That is go-winio's convention, and so Docker's. A pipe of byte type has
+//! none.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -37,12 +38,12 @@ use windows_sys::Win32::System::Pipes::{
 };
 use windows_sys::Win32::System::Threading::{GetCurrentProcess, OpenProcessToken};
 
-use super::overlapped::{Event, is};
+use super::overlapped::{Event, has_code};
 
 /// What a pipe holds unread before its writer has to wait; Docker's engine has the same.
 const BUFFER: u32 = 64 * 1024;
 
-/// The path of the pipe that an address calls `name`.
+/// Returns the path of the pipe that an address names.
 fn path(name: &str) -> String {
     format!(r"\\.\pipe\{}", name.replace('/', r"\"))
 }
@@ -56,7 +57,7 @@ fn wide(text: &str) -> Vec<u16> {
 pub(crate) struct Access(Box<[u64]>);
 
 impl Access {
-    /// Of a text in SDDL; without one, the user of this process alone.
+    /// Parses a text in SDDL; without one it allows the user of this process alone.
     pub(crate) fn new(sddl: Option<&str>) -> io::Result<Access> {
         match sddl {
             Some(sddl) => Access::parse(sddl),
@@ -82,7 +83,8 @@ impl Access {
         }
         let len = len as usize;
         let mut copy = vec![0u64; len.div_ceil(size_of::<u64>())].into_boxed_slice();
-        // SAFETY: the system gave `len` bytes in one piece (self-relative), and the copy has room for them.
+        // SAFETY: the system gave `len` bytes in one piece (self-relative), and the copy has room
+        // for them.
         unsafe { ptr::copy_nonoverlapping(descriptor.cast(), copy.as_mut_ptr().cast::<u8>(), len) };
         // SAFETY: it is the system's to free, once.
         unsafe { LocalFree(descriptor) };
@@ -90,7 +92,7 @@ impl Access {
     }
 }
 
-/// The id of the user whose process this is, as text (`S-1-5-…`).
+/// Returns the id of the user of this process, as text (`S-1-5-…`).
 #[allow(unsafe_code)]
 fn user() -> io::Result<String> {
     let mut token = ptr::null_mut();
@@ -134,7 +136,8 @@ fn user() -> io::Result<String> {
     String::from_utf16(&id).map_err(io::Error::other)
 }
 
-/// Makes an instance of a pipe, to which one client of this machine can connect. Only one program can make the first.
+/// Makes an instance of a pipe, to which one client of this machine can connect. Only one program
+/// can make the first.
 ///
 /// # Errors
 /// `AddrInUse` if another program has the name; what the system says otherwise.
@@ -149,7 +152,8 @@ pub(crate) fn create_pipe(name: &str, access: &Access, first: bool) -> io::Resul
         true => FILE_FLAG_FIRST_PIPE_INSTANCE,
         false => 0,
     };
-    // SAFETY: the name ends with a NUL, and the attributes lead to a descriptor; both are only read, and now.
+    // SAFETY: the name ends with a NUL, and the attributes lead to a descriptor; both are only
+    // read, and now.
     let pipe = unsafe {
         CreateNamedPipeW(
             wide(&path(name)).as_ptr(),
@@ -165,7 +169,7 @@ pub(crate) fn create_pipe(name: &str, access: &Access, first: bool) -> io::Resul
     if pipe == INVALID_HANDLE_VALUE {
         let error = io::Error::last_os_error();
         // Whoever has it may have limited its instances, too.
-        let taken = is(&error, ERROR_ACCESS_DENIED) || is(&error, ERROR_PIPE_BUSY);
+        let taken = has_code(&error, ERROR_ACCESS_DENIED) || has_code(&error, ERROR_PIPE_BUSY);
         return match first && taken {
             true => Err(io::ErrorKind::AddrInUse.into()),
             false => Err(error),
@@ -178,7 +182,8 @@ pub(crate) fn create_pipe(name: &str, access: &Access, first: bool) -> io::Resul
 /// Connects to a pipe. Its server learns nothing of us, and can't act in our name.
 ///
 /// # Errors
-/// `NotFound` if nobody listens there; `WouldBlock` if all its instances are taken: try again later.
+/// `NotFound` if nobody listens there; `WouldBlock` if all its instances are taken: try again
+/// later.
 pub(crate) fn open_pipe(name: &str) -> io::Result<OwnedHandle> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
@@ -186,7 +191,7 @@ pub(crate) fn open_pipe(name: &str) -> io::Result<OwnedHandle> {
     options.security_qos_flags(SECURITY_ANONYMOUS);
     match options.open(path(name)) {
         Ok(pipe) => Ok(pipe.into()),
-        Err(e) if is(&e, ERROR_PIPE_BUSY) => Err(io::ErrorKind::WouldBlock.into()),
+        Err(e) if has_code(&e, ERROR_PIPE_BUSY) => Err(io::ErrorKind::WouldBlock.into()),
         Err(e) => Err(e),
     }
 }
@@ -215,21 +220,21 @@ impl PipeKind {
     }
 }
 
-/// The pipe for an event loop.
+/// Makes a pipe for an event loop.
 #[allow(unsafe_code)]
 pub(crate) fn into_named_pipe(pipe: OwnedHandle) -> NamedPipe {
     // SAFETY: the handle is an overlapped pipe's, and is given away.
     unsafe { NamedPipe::from_raw_handle(pipe.into_raw_handle()) }
 }
 
-/// Another handle of an event loop's pipe.
+/// Returns another handle of an event loop's pipe.
 #[allow(unsafe_code)]
 pub(crate) fn clone_handle(pipe: &NamedPipe) -> io::Result<OwnedHandle> {
     // SAFETY: it is open as long as the pipe is borrowed.
     unsafe { BorrowedHandle::borrow_raw(pipe.as_raw_handle()) }.try_clone_to_owned()
 }
 
-/// Whether the peer has closed, and nothing that it sent is left.
+/// Returns whether the peer has closed, and all that it sent was read.
 #[cfg(feature = "cli")]
 #[allow(unsafe_code)]
 pub(crate) fn is_pipe_hung_up(pipe: &OwnedHandle) -> bool {
@@ -248,9 +253,9 @@ pub(crate) fn is_pipe_hung_up(pipe: &OwnedHandle) -> bool {
     peeked == 0
 }
 
-/// Whether a read says that the peer has closed.
+/// Returns whether a read failed because the peer has closed.
 pub(crate) fn is_pipe_eof(error: &io::Error) -> bool {
-    is(error, ERROR_BROKEN_PIPE)
+    has_code(error, ERROR_BROKEN_PIPE)
 }
 
 /// Cuts a client off: its reads and writes fail, and what it hasn't read is lost.
@@ -290,7 +295,7 @@ fn write_nothing(pipe: &OwnedHandle) -> io::Result<()> {
         let none = ptr::null_mut();
         if WriteFile(handle, ptr::null(), 0, none, &raw mut overlapped) == 0 {
             let error = io::Error::last_os_error();
-            if !is(&error, ERROR_IO_PENDING) {
+            if !has_code(&error, ERROR_IO_PENDING) {
                 return Err(error);
             }
         }
@@ -312,9 +317,10 @@ pub(crate) enum Last {
 /// How long a peer may take to read what is left after we have closed.
 const LEFT: Duration = Duration::from_secs(60);
 
-/// What follows the last byte of a pipe, kept back until the peer has read that: a message of no bytes that a reader
-/// finds behind others can be swallowed together with them (go-winio flushes first as well), and a disconnect takes
-/// what is unread away. Only a blocking call tells that all was read: it has a thread.
+/// What follows the last byte of a pipe, kept back until the peer has read that: a message of no
+/// bytes that a reader finds behind others can be swallowed together with them (go-winio flushes
+/// first as well), and a disconnect takes what is unread away. Only a blocking call tells that all
+/// was read: it has a thread.
 ///
 /// Dropped when the connection is over: then the peer has [`LEFT`] to read the rest.
 #[derive(Debug)]
@@ -396,7 +402,8 @@ pub(crate) fn say_at_once(pipe: &OwnedHandle, last: Last) {
 static UNSAID: Mutex<usize> = Mutex::new(0);
 static SAID: Condvar = Condvar::new();
 
-/// Waits until all last words are said, at most `timeout`: the end of the process would cut them short.
+/// Waits until all last words are said, at most `timeout`: the end of the process would cut them
+/// short.
 pub(crate) fn wait_for_last_words(timeout: Duration) {
     drop(SAID.wait_timeout_while(lock(&UNSAID), timeout, |unsaid| *unsaid > 0));
 }
@@ -417,7 +424,8 @@ mod tests {
     fn access_of(pipe: &OwnedHandle) -> String {
         let (mut descriptor, mut text, mut len) = ([0u64; 128], ptr::null_mut(), 0);
         let what = DACL_SECURITY_INFORMATION;
-        // SAFETY: the memory is as large as said, and the pointers are valid for writes; the text has `len` units.
+        // SAFETY: the memory is as large as said, and the pointers are valid for writes; the text
+        // has `len` units.
         unsafe {
             let memory = descriptor.as_mut_ptr().cast();
             let got = GetKernelObjectSecurity(pipe.as_raw_handle(), what, memory, 1024, &mut len);
