@@ -1,4 +1,4 @@
-//! Finding hyperkit's VMs where the programs that start them keep them.
+//! Finds hyperkit's VMs where the programs that start them keep them.
 
 #[cfg(test)]
 mod tests;
@@ -13,19 +13,20 @@ use super::HyperkitVm;
 use super::state;
 use crate::error::{Error, Operation, Result};
 
-/// Where VMs are looked for.
+/// The places where VMs are looked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Places {
     /// The user's home directory: minikube's machines and Docker Desktop's container are below it.
     pub home: Option<PathBuf>,
-    /// `MINIKUBE_HOME`, which moves minikube's directory: itself if it is named `.minikube`, else the `.minikube` in it.
+    /// `MINIKUBE_HOME`, which moves minikube's directory: itself if it is named `.minikube`, else
+    /// the `.minikube` in it.
     pub minikube_home: Option<PathBuf>,
     /// Where linuxkit keeps its `NAME-state`, and what relative paths start from.
     pub current_dir: PathBuf,
 }
 
 impl Places {
-    /// The places of this process: `HOME`, `MINIKUBE_HOME` and the current directory.
+    /// Returns the places of this process: `HOME`, `MINIKUBE_HOME` and the current directory.
     pub fn from_env() -> Places {
         let var = |name| {
             std::env::var_os(name)
@@ -39,7 +40,7 @@ impl Places {
         }
     }
 
-    /// Where minikube keeps its machines, `machines/NAME`.
+    /// Returns where minikube keeps its machines, `machines/NAME`.
     fn minikube(&self) -> Option<PathBuf> {
         let dir = match (&self.minikube_home, &self.home) {
             (Some(dir), _) if dir.file_name() == Some(OsStr::new(".minikube")) => dir.clone(),
@@ -49,7 +50,7 @@ impl Places {
         Some(dir.join("machines"))
     }
 
-    /// Docker Desktop's state directories, the newest version's first.
+    /// Returns Docker Desktop's state directories, the newest version's first.
     fn docker(&self) -> Vec<PathBuf> {
         let data = self
             .home
@@ -95,30 +96,31 @@ impl fmt::Display for Source {
 pub struct Discovered {
     /// The name by which [`find`] finds it.
     pub name: String,
-    /// Who keeps it.
+    /// The program that keeps it.
     pub source: Source,
     /// The VM itself.
     pub vm: HyperkitVm,
-    /// Whether the process named by its `hyperkit.pid` lives. No socket was touched to learn it.
+    /// Whether the process named by its `hyperkit.pid` lives. No socket was touched for it.
     pub running: bool,
 }
 
-/// The VMs at these places, by name within each place. What can't be read is left out; [`find`] tells of it.
+/// Returns the VMs at these places, by name within each place. VMs that can't be read are left out;
+/// [`find`] says why.
 pub fn discover(places: &Places) -> Vec<Discovered> {
     Search::run(places).found
 }
 
-/// What was seen on one look at all places.
+/// What a search of all places has found.
 #[cfg(feature = "cli")]
 pub(crate) struct Survey {
     pub(crate) found: Vec<Discovered>,
-    /// The places, each with what is to be said of it.
+    /// The places, each with a note.
     pub(crate) looked: Vec<String>,
     /// One of them may not be read.
     pub(crate) denied: bool,
 }
 
-/// As [`discover`], with what else is to be told.
+/// Searches as [`discover`] does, and keeps what was seen at each place.
 #[cfg(feature = "cli")]
 pub(crate) fn survey(places: &Places) -> Survey {
     let search = Search::run(places);
@@ -129,7 +131,7 @@ pub(crate) fn survey(places: &Places) -> Survey {
     }
 }
 
-/// The VM that a person means by `vm`, the first of these that it is:
+/// Returns the VM that a person means by `vm`, the first of these that it is:
 ///
 /// 1. a `hyperkit://` URI without a port;
 /// 2. a path with a `/` in it, or `.` or `..`: a state directory;
@@ -137,7 +139,8 @@ pub(crate) fn survey(places: &Places) -> Survey {
 /// 4. the name of a VM that [`discover`] finds;
 /// 5. the name of any directory in the current one, in which a VM may start later.
 ///
-/// Except by URI, the VM's CID and the place of its sockets come from the directory's `hyperkit.json`.
+/// Except by URI, the VM's CID and the place of its sockets come from the directory's
+/// `hyperkit.json`.
 pub fn find(vm: &str, places: &Places) -> Result<HyperkitVm> {
     let scheme = vm.split_once("://").map_or("", |(scheme, _)| scheme);
     if !scheme.is_empty()
@@ -157,7 +160,7 @@ pub fn find(vm: &str, places: &Places) -> Result<HyperkitVm> {
     if vm.contains(std::path::is_separator) || vm == "." || vm == ".." {
         return from_dir(vm, &dir);
     }
-    if state::is_one(&dir) {
+    if state::holds_vm(&dir) {
         return from_dir(vm, &dir);
     }
     let search = Search::run(places);
@@ -182,7 +185,7 @@ fn failed(vm: &str, kind: io::ErrorKind, why: impl fmt::Display) -> Error {
     )
 }
 
-/// The VM of a state directory that was named.
+/// Returns the VM of a state directory.
 fn from_dir(vm: &str, dir: &Path) -> Result<HyperkitVm> {
     let state = state::read(dir).map_err(|why| {
         let remedy = match why.kind() {
@@ -193,7 +196,7 @@ fn from_dir(vm: &str, dir: &Path) -> Result<HyperkitVm> {
             | io::ErrorKind::IsADirectory => "name the VM by hyperkit:// to do without the file",
             _ => "give the VM's state directory",
         };
-        // An error of a file in the directory names that file itself.
+        // The error of a file in the directory names the file.
         let why_text = match why.get_ref() {
             Some(inner) => inner.to_string(),
             None => format!("{dir:?}: {why}"),
@@ -212,13 +215,13 @@ fn from_dir(vm: &str, dir: &Path) -> Result<HyperkitVm> {
     Ok(state.vm)
 }
 
-/// One look at all places.
+/// A search of all places.
 #[derive(Default)]
 struct Search {
     found: Vec<Discovered>,
     /// Names and state directories, also of VMs whose state can't be read.
     dirs: Vec<(String, PathBuf)>,
-    /// The places, each with what is to be said of it.
+    /// The places, each with a note.
     looked: Vec<String>,
     denied: bool,
 }
@@ -228,7 +231,7 @@ impl Search {
         let mut search = Search::default();
         if let Some(machines) = places.minikube() {
             for dir in search.list(&machines) {
-                if state::is_one(&dir) {
+                if state::holds_vm(&dir) {
                     search.add(name_of(&dir), Source::Minikube, &dir);
                 } else if let Some(driver) = state::driver(&dir) {
                     let name = name_of(&dir);
@@ -237,7 +240,7 @@ impl Search {
             }
         }
         let docker = places.docker();
-        match docker.iter().find(|dir| state::is_one(dir)) {
+        match docker.iter().find(|dir| state::holds_vm(dir)) {
             Some(dir) => search.add("docker".to_owned(), Source::Docker, dir),
             None => {
                 for dir in docker {
@@ -252,7 +255,7 @@ impl Search {
         for dir in search.list(&places.current_dir) {
             let name = name_of(&dir);
             match name.strip_suffix("-state") {
-                Some(name) if !name.is_empty() && state::is_one(&dir) => {
+                Some(name) if !name.is_empty() && state::holds_vm(&dir) => {
                     search.add(name.to_owned(), Source::Linuxkit, &dir);
                 }
                 _ if state::has_json(&dir) => search.add(name, Source::HyperkitJson, &dir),
@@ -262,7 +265,7 @@ impl Search {
         search
     }
 
-    /// The directories in `place`, sorted.
+    /// Returns the directories in `place`, sorted.
     fn list(&mut self, place: &Path) -> Vec<PathBuf> {
         match fs::read_dir(place) {
             Ok(entries) => {
@@ -337,7 +340,7 @@ fn name_of(dir: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// The path without `.` in it: every byte of a socket's path counts.
+/// Returns the path without `.` in it, for every byte of a socket's path counts.
 fn clean(path: &Path) -> PathBuf {
     path.components().collect()
 }

@@ -1,4 +1,5 @@
-//! hyperkit's VMs: their state directories, the 18-byte line that asks for a connection, and their sockets alone.
+//! hyperkit's VMs: their state directories, the 18-byte line that asks for a connection, and their
+//! sockets alone.
 //!
 //! Source of every name and number here: hyperkit's `src/lib/pci_virtio_sock.c`.
 //!
@@ -54,7 +55,8 @@ pub(crate) use state::running_pid;
 pub(crate) use discovery::survey;
 pub use discovery::{Discovered, Places, Source, discover, find};
 
-/// A connection with a hyperkit guest. Dropping it is not enough: see [`finish`](crate::Stream::finish).
+/// A connection with a hyperkit guest. Dropping it is not enough: see
+/// [`finish`](crate::Stream::finish).
 pub type Stream = family::Stream<HyperkitAddress>;
 /// A port of the host that a hyperkit guest dials.
 pub type Listener = family::Listener<HyperkitAddress>;

@@ -1,4 +1,4 @@
-//! One state directory: what hyperkit and its Go package left in it.
+//! One state directory: what hyperkit and its Go package have written there.
 
 use std::fs;
 use std::io;
@@ -10,13 +10,14 @@ use super::{CONNECT_NAME, HyperkitVm, PID_NAME};
 use crate::address::is_guest_cid;
 use crate::{file, sys};
 
-/// The configuration that hyperkit's Go package writes into the state directory (`go/hyperkit.go`, `jsonFile`).
+/// The configuration that hyperkit's Go package writes into the state directory (`go/hyperkit.go`,
+/// `jsonFile`).
 pub(super) const JSON_NAME: &str = "hyperkit.json";
 
 /// The socket's name in old builds for Docker, whose other sockets have the prefix `@`.
 const OLD_CONNECT_NAME: &str = "@connect";
 
-/// What is known of a VM from its state directory.
+/// What a state directory tells of its VM.
 pub(super) struct State {
     pub(super) vm: HyperkitVm,
     /// The configuration says that the VM has no vsock device, and there is no socket either.
@@ -49,19 +50,20 @@ pub(super) fn read(dir: &Path) -> io::Result<State> {
     })
 }
 
-/// The CID that the configuration in `dir` gives the guest, whatever number that is.
+/// Returns the CID that the configuration in `dir` gives the guest, whether or not it is valid.
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) fn configured_cid(dir: &Path) -> Option<u64> {
     read_json(&dir.join(JSON_NAME)).ok()?["vsock_guest_cid"].as_u64()
 }
 
-/// Where the sockets are: `vsock_dir` of the configuration, else the state directory itself.
+/// Returns the directory of the sockets: `vsock_dir` of the configuration, or the state directory.
 fn vsock_dir(dir: &Path, json: &Value) -> PathBuf {
     match json["vsock_dir"].as_str().map(Path::new) {
         None => dir.to_owned(),
         Some(vsock_dir) if vsock_dir.as_os_str().is_empty() => dir.to_owned(),
         Some(vsock_dir) if vsock_dir.is_absolute() => vsock_dir.to_owned(),
-        // Relative to where hyperkit was started, which is told only by how the state directory was given there.
+        // It is relative to where hyperkit was started, which only the state directory as given
+        // there tells.
         Some(vsock_dir) => match json["state_dir"].as_str().map(Path::new) {
             Some(state_dir) if dir.ends_with(state_dir) => {
                 let up = state_dir.components().count();
@@ -73,8 +75,9 @@ fn vsock_dir(dir: &Path, json: &Value) -> PathBuf {
     }
 }
 
-/// Whether something in `dir` tells that a hyperkit VM lives there, or did. A directory that hides it may hold one.
-pub(super) fn is_one(dir: &Path) -> bool {
+/// Returns whether a hyperkit VM has left something in `dir`. A directory that may not be read may
+/// hold one.
+pub(super) fn holds_vm(dir: &Path) -> bool {
     let may_have = |name: &str| match dir.join(name).symlink_metadata() {
         Ok(_) => true,
         Err(why) => why.kind() == io::ErrorKind::PermissionDenied,
@@ -85,25 +88,27 @@ pub(super) fn is_one(dir: &Path) -> bool {
         || driver(dir).is_some_and(|driver| driver == "hyperkit")
 }
 
-/// Whether hyperkit's Go package has written its configuration into `dir`.
+/// Returns whether hyperkit's Go package has written its configuration into `dir`.
 pub(super) fn has_json(dir: &Path) -> bool {
     dir.join(JSON_NAME).symlink_metadata().is_ok()
 }
 
-/// The driver of a minikube machine, from the `config.json` of docker-machine's format in its directory.
+/// Returns the driver of a minikube machine, from the `config.json` in its directory, which has
+/// docker-machine's format.
 pub(super) fn driver(dir: &Path) -> Option<String> {
     let config = read_json(&dir.join("config.json")).ok()?;
     config["DriverName"].as_str().map(str::to_owned)
 }
 
-/// The process named by hyperkit.pid, if it lives. Never asked by connecting: a probe can stop the VM's device.
+/// Returns the process named by hyperkit.pid, if it lives. No connection is made: a probe can stop
+/// the VM's device.
 pub(crate) fn running_pid(dir: &Path) -> Option<i32> {
     let pid = file::read_text(&dir.join(PID_NAME), file::STATE_FILE).ok()?;
     let pid = pid.trim().parse().ok()?;
     sys::process_is_alive(pid).then_some(pid)
 }
 
-/// A file's JSON, `Null` if there is no such file.
+/// Reads a file's JSON; `Null` if there is no such file.
 fn read_json(path: &Path) -> io::Result<Value> {
     let error =
         |kind, why: &dyn std::fmt::Display| io::Error::new(kind, format!("{path:?}: {why}"));

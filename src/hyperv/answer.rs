@@ -13,10 +13,11 @@ pub(super) enum Why {
     Other,
 }
 
-/// The VMs that an answer lists. Lines that aren't the script's are passed over.
+/// Parses the VMs that an answer lists. Lines that aren't the script's are skipped.
 ///
 /// # Errors
-/// Why there is no list, with the system's own words; `None` if it isn't an answer of the script, or not the whole one.
+/// Why there is no list, with the system's own words; `None` if it isn't an answer of the script,
+/// or not the whole one.
 pub(super) fn parse(answer: &[u8]) -> Result<Vec<Machine>, Option<(Why, String)>> {
     // What else a PowerShell has to say may be of any encoding.
     let mut lines = answer
@@ -55,7 +56,7 @@ fn machine(id: &str, state: &str, name: &str) -> Option<Machine> {
     })
 }
 
-/// The text of `-` and two hexadecimal digits a byte of UTF-8.
+/// Decodes `-` and two hexadecimal digits for each byte of UTF-8.
 fn unhex(text: &str) -> Option<String> {
     let digits = text.strip_prefix('-')?.as_bytes();
     let (pairs, rest) = digits.as_chunks::<2>();
@@ -72,7 +73,7 @@ fn unhex(text: &str) -> Option<String> {
     }
 }
 
-/// What PowerShell says to people, within an error: one line of at most 300 characters, without what moves a terminal.
+/// Returns PowerShell's message as one line of at most 300 characters, without control characters.
 pub(super) fn one_line(message: &str) -> String {
     let words: Vec<&str> = message.split_whitespace().collect();
     let line = words.join(" ").replace(char::is_control, "?");

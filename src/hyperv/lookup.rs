@@ -16,20 +16,21 @@ use super::machine::Machine;
 #[cfg(any(windows, test))]
 use super::powershell;
 
-/// The VMs of this host, by name. A PowerShell is started to ask for them.
+/// Returns the VMs of this host, by name. It starts a PowerShell to ask for them.
 ///
 /// # Errors
-/// `PermissionDenied` for a user who may not ask Hyper-V; `Unsupported` if Hyper-V's PowerShell module or PowerShell
-/// isn't there, or on systems other than Windows; `TimedOut` if there is no answer within 30 s; `InvalidData` if it isn't
-/// understood.
+/// `PermissionDenied` for a user who may not ask Hyper-V; `Unsupported` if Hyper-V's PowerShell
+/// module or PowerShell isn't there, or on systems other than Windows; `TimedOut` if there is no
+/// answer within 30 s; `InvalidData` if it isn't understood.
 pub fn list() -> Result<Vec<Machine>> {
-    ask().map_err(|failed| failed.doing(Operation::List, "Hyper-V's VMs"))
+    ask().map_err(|failed| failed.into_error(Operation::List, "Hyper-V's VMs"))
 }
 
-/// The id of the VM that a person calls `name`: the one of exactly this name, else the one whose name differs from it by
-/// small and capital letters alone.
+/// Returns the id of the VM named `name`: the one of exactly this name, or else the only one whose
+/// name differs from it in case alone.
 ///
-/// If the name stands in a list that is less than a minute old, that will do: who dials often doesn't ask as often.
+/// A list that is less than a minute old is used again, so that a program that dials often doesn't
+/// ask as often.
 ///
 /// # Errors
 /// `NotFound` if there is none; `InvalidInput` if there are several; as [`list`].
@@ -37,10 +38,10 @@ pub fn find(name: &str) -> Result<VmId> {
     static KNOWN: Known = Known(Mutex::new(None));
     KNOWN
         .find(name, ask)
-        .map_err(|failed| failed.doing(Operation::Find, &format!("VM {name:?}")))
+        .map_err(|failed| failed.into_error(Operation::Find, &format!("VM {name:?}")))
 }
 
-/// The last list, and when it came.
+/// The last list, and its time.
 struct Known(Mutex<Option<(Instant, Vec<Machine>)>>);
 
 const KNOWN_FOR: Duration = Duration::from_secs(60);
@@ -55,7 +56,7 @@ impl Known {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, machines)) = &*known {
             let found = find_in(machines, name);
-            // What has come while we waited for another's answer is news for us, too.
+            // A list that came while this call waited for another's is new enough.
             if *at >= begun || found.is_ok() && at.elapsed() < KNOWN_FOR {
                 return found;
             }
@@ -65,7 +66,7 @@ impl Known {
     }
 }
 
-/// Why there is no list, or no such VM in it, and what can be done; nothing, if that is empty.
+/// Why there is no list, or no such VM in it, and what can be done about it; empty if nothing can.
 #[derive(Debug)]
 struct Failed {
     cause: io::Error,
@@ -78,7 +79,7 @@ impl Failed {
         Failed { cause, remedy }
     }
 
-    fn doing(self, operation: Operation, subject: &str) -> Error {
+    fn into_error(self, operation: Operation, subject: &str) -> Error {
         let error = Error::new(operation, subject, self.cause);
         match (self.remedy, operation) {
             ("", _) => error,
@@ -118,13 +119,14 @@ fn find_in(machines: &[Machine], name: &str) -> std::result::Result<VmId, Failed
     }
 }
 
-/// Prints the VMs. Microsoft documents no other way to their names that is as stable.
+/// The script that prints the VMs. Microsoft documents no other way to their names that is as
+/// stable.
 #[cfg(any(windows, test))]
 const SCRIPT: &str = include_str!("list.ps1");
 
 #[cfg(windows)]
 fn ask() -> std::result::Result<Vec<Machine>, Failed> {
-    /// A PowerShell and Hyper-V's module have to be loaded first.
+    /// The time for an answer: PowerShell and Hyper-V's module are loaded first.
     const ANSWER: Duration = Duration::from_secs(30);
     ask_within(powershell::powershell(SCRIPT), ANSWER)
 }
@@ -143,7 +145,7 @@ fn ask_within(
     use answer::{Why, one_line};
     use io::ErrorKind::{InvalidData, NotFound, Other, PermissionDenied, TimedOut, Unsupported};
     let printed = powershell::run(command, timeout).map_err(|e| {
-        // "Not found" would be a VM, which may come.
+        // "Not found" would mean the VM, which may come yet.
         let kind = match e.kind() {
             NotFound => Unsupported,
             kind => kind,

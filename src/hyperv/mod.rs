@@ -8,9 +8,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! AF_HYPERV knows VMs by their ids alone, people by their names. Windows PowerShell's `Get-VM` knows both; it is asked
-//! for all VMs, and a name is looked for here, so that no name ever gets into a script. On systems other than Windows
-//! every call says `Unsupported`.
+//! AF_HYPERV knows VMs by their ids, people by their names. Windows PowerShell's `Get-VM` knows
+//! both: it is asked for all VMs, and the name is looked for here, so that no name gets into a
+//! script. On systems other than Windows every call fails with `Unsupported`.
 
 #[cfg(any(windows, test))]
 mod answer;

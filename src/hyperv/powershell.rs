@@ -20,8 +20,8 @@ pub(super) struct Printed {
     pub(super) complaint: String,
 }
 
-/// Windows PowerShell, which is part of every Windows, with `script` to run. Not by `PATH`: another program of that name
-/// might stand there.
+/// Windows PowerShell, which is part of every Windows, with `script` to run. Not by `PATH`: another
+/// program of that name might stand there.
 #[cfg(windows)]
 pub(super) fn powershell(script: &str) -> Command {
     use std::os::windows::process::CommandExt;
@@ -65,7 +65,8 @@ pub(super) fn run(mut command: Command, timeout: Duration) -> io::Result<Printed
         match told.recv_timeout(left) {
             Ok((true, bytes)) => out = Some(bytes?),
             Ok((false, bytes)) => complaint = Some(bytes.unwrap_or_default()),
-            // It has closed its output, and only somebody whom it has started still has the other one.
+            // It has closed its output, and only somebody whom it has started still has the other
+            // one.
             Err(_) if out.is_some() => break,
             Err(RecvTimeoutError::Timeout) => {
                 let why = format!("it hasn't answered within {} s", timeout.as_secs());

@@ -1,9 +1,11 @@
 //! Windows' register of services: what a Hyper-V guest may dial has to be in it once.
 //!
-//! It is the registry's key `HKEY_LOCAL_MACHINE\SOFTWARE\Microsoft\Windows NT\CurrentVersion\Virtualization\`
-//! `GuestCommunicationServices`, in which every service has a key named by its GUID, without braces, with the value
-//! `ElementName` (Microsoft's "Make your own integration services"). What is in it outlasts programs and restarts. On
-//! systems other than Windows every call says `Unsupported`: AF_VSOCK and hyperkit have no such register.
+//! It is the key `GuestCommunicationServices` in the registry's
+//! `HKEY_LOCAL_MACHINE\SOFTWARE\Microsoft\Windows NT\CurrentVersion\Virtualization`. Every service
+//! has a key in it, named by its GUID, without braces, with the value `ElementName` (Microsoft's
+//! "Make your own integration services"). What is in it outlasts programs and restarts. On systems
+//! other than Windows every call fails with `Unsupported`: AF_VSOCK and hyperkit have no such
+//! register.
 
 #[cfg(windows)]
 mod registry;
@@ -23,9 +25,9 @@ pub const DEFAULT_NAME: &str = "hvsock";
 /// A registered service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// What guests and hosts dial it by.
+    /// Its id, by which guests and hosts dial it.
     pub id: ServiceId,
-    /// What people call it (`ElementName`); empty if nobody has named it.
+    /// Its name (`ElementName`); empty if it has none.
     pub name: String,
 }
 
@@ -40,14 +42,16 @@ pub enum Registration {
     Unchanged,
 }
 
-/// Registers a service, so that Hyper-V lets guests dial it, or changes the name of a registered one. Without a name a
-/// new service is named [`DEFAULT_NAME`], and a registered one keeps its own. The service as it is registered now, and
-/// what was done for it.
+/// Registers a service, so that Hyper-V lets guests dial it, or changes the name of a registered
+/// one. Without a name a new service is named [`DEFAULT_NAME`], and a registered one keeps its
+/// name. Returns the service as it is registered now, and what was done.
 ///
-/// Only a change needs an Administrator's rights: of a service that is registered as asked, anyone may register it.
+/// Only a change needs an Administrator's rights: any user may register what is registered as
+/// asked.
 ///
 /// # Errors
-/// `PermissionDenied` without these rights; `Unsupported` on systems other than Windows; what the registry says.
+/// `PermissionDenied` without these rights; `Unsupported` on systems other than Windows; what the
+/// registry says.
 pub fn register(id: ServiceId, name: Option<&str>) -> Result<(Service, Registration)> {
     let service = |name: &str| Service {
         id,
@@ -68,19 +72,20 @@ pub fn register(id: ServiceId, name: Option<&str>) -> Result<(Service, Registrat
     done.map_err(|e| explain(Operation::Register, id, e))
 }
 
-/// Takes a service out of the register; the service as it was. Guests can't dial it any more.
+/// Removes a service from the register, so that guests can't dial it any more. Returns it as it
+/// was.
 ///
 /// # Errors
-/// `NotFound` if it isn't registered; `PermissionDenied` without an Administrator's rights; `Unsupported` on systems
-/// other than Windows; what the registry says.
+/// `NotFound` if it isn't registered; `PermissionDenied` without an Administrator's rights;
+/// `Unsupported` on systems other than Windows; what the registry says.
 pub fn unregister(id: ServiceId) -> Result<Service> {
     registry::name(id)
         .and_then(|name| registry::remove(id).map(|()| Service { id, name }))
         .map_err(|e| explain(Operation::Unregister, id, e))
 }
 
-/// The registered services, by their GUIDs, so that those of vsock ports stand by port. Keys that are no GUID are left
-/// out.
+/// Returns the registered services, by their GUIDs, which sorts those of vsock ports by port. Keys
+/// that are no GUID are left out.
 ///
 /// # Errors
 /// `Unsupported` on systems other than Windows; what the registry says.
@@ -95,7 +100,7 @@ pub fn list() -> Result<Vec<Service>> {
     Ok(services)
 }
 
-/// A service as people know it: `service 5000 (0x1388)`, `service 3049197c-…`.
+/// Prints a service for people: `service 5000 (0x1388)`, `service 3049197c-…`.
 pub(crate) struct Named(pub(crate) ServiceId);
 
 impl fmt::Display for Named {

@@ -1,4 +1,4 @@
-//! Where there is no such register.
+//! No register: this system has none.
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! The register in Windows' registry.
+//! The register of services in Windows' registry.
 
 use std::io;
 
@@ -23,33 +23,33 @@ fn key_of(id: ServiceId) -> String {
 
 fn name_in(key: &RegKey) -> io::Result<String> {
     match key.get_value(NAME) {
-        // There is none, or something that is no text.
+        // It has no name, or one that is no text.
         Err(e) if e.kind() != io::ErrorKind::PermissionDenied => Ok(String::new()),
         name => name,
     }
 }
 
-/// The name of a service; `NotFound` if there is no such service.
+/// Returns the name of a service; `NotFound` if there is no such service.
 pub(super) fn name(id: ServiceId) -> io::Result<String> {
     name_in(&HKLM.open_subkey_with_flags(key_of(id), READ)?)
 }
 
-/// Makes the service, if it isn't there, and names it.
+/// Registers the service, if it isn't registered, and sets its name.
 pub(super) fn write(id: ServiceId, name: &str) -> io::Result<()> {
     let (key, _) = HKLM.create_subkey_with_flags(key_of(id), WRITE)?;
     key.set_value(NAME, &name)
 }
 
 pub(super) fn remove(id: ServiceId) -> io::Result<()> {
-    // With what others may have put below it: a key with keys in it isn't deleted otherwise.
+    // Its subkeys too: a key with subkeys isn't deleted otherwise.
     HKLM.open_subkey_with_flags(SERVICES, WRITE | DELETE)?
         .delete_subkey_all(id.0.to_string())
 }
 
-/// The services, each with its name.
+/// Returns the services, each with its name.
 pub(super) fn list() -> io::Result<Vec<(ServiceId, String)>> {
     let services = match HKLM.open_subkey_with_flags(SERVICES, READ) {
-        // Hyper-V was never there.
+        // Hyper-V was never installed.
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         services => services?,
     };
@@ -65,7 +65,7 @@ pub(super) fn list() -> io::Result<Vec<(ServiceId, String)>> {
             .and_then(|key| name_in(&key));
         match name {
             Ok(name) => found.push((id, name)),
-            // It was taken out just now.
+            // It has just been removed.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(e),
         }

@@ -249,7 +249,7 @@ fn why_there_is_no_list_is_told_apart() {
     ] {
         let error = ask_within(fake(&print), PATIENCE)
             .unwrap_err()
-            .doing(Operation::Find, "VM \"x\"");
+            .into_error(Operation::Find, "VM \"x\"");
         assert_eq!(error.kind(), kind);
         let said = error.to_string();
         for part in ["cannot find VM \"x\": "].into_iter().chain(words) {
