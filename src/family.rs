@@ -1,6 +1,7 @@
-//! Blocking sockets of one family, for programs that want no other: [`vsock`](crate::vsock),
-//! [`hyperkit`](crate::hyperkit) and [`hyperv`](crate::hyperv) name them. They are the crate's [`Stream`](crate::Stream)
-//! and [`Listener`](crate::Listener), whose other methods they have, too, with the family's own address and names.
+//! Blocking sockets of one family, for programs that use no other: [`vsock`](crate::vsock),
+//! [`hyperkit`](crate::hyperkit) and [`hyperv`](crate::hyperv) name them. They are the crate's
+//! [`Stream`](crate::Stream) and [`Listener`](crate::Listener), and have their methods, with the
+//! family's own address and names.
 
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -12,9 +13,9 @@ use crate::address::{Address, HvsockAddress, HyperkitAddress, VsockAddress};
 use crate::error::Result;
 use crate::name::{HvsockName, SocketName, VsockName};
 
-/// The address of a family that has sockets of its own here. Nobody else can implement it.
+/// The address of a family that has socket types of its own here. Only this crate implements it.
 pub trait Family: Clone + fmt::Debug + Into<Address> + sealed::Sealed {
-    /// What the kernel calls an end of a connection.
+    /// The name of an end of a connection.
     type Name: Copy + fmt::Debug + Eq;
 
     #[doc(hidden)]
@@ -30,7 +31,8 @@ mod sealed {
     impl Sealed for super::HyperkitAddress {}
 }
 
-/// An end of a connection to hyperkit, of which the kernel knows nothing: it is a Unix socket without a name.
+/// An end of a connection to hyperkit, of which the kernel knows nothing: it is a Unix socket
+/// without a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Unnamed;
 
@@ -85,7 +87,7 @@ impl Family for HyperkitAddress {
     }
 }
 
-/// The kernel's name, if it is one of the family.
+/// Returns the name as one of the family.
 fn named<A: Family>(name: SocketName) -> io::Result<A::Name> {
     A::name(name).ok_or_else(|| {
         let why = format!("{name} is of another family");
@@ -122,7 +124,7 @@ impl<A: Family> Stream<A> {
         Stream(stream, PhantomData)
     }
 
-    /// The name of this end.
+    /// Returns the name of this end.
     ///
     /// # Errors
     /// What the kernel says.
@@ -130,7 +132,7 @@ impl<A: Family> Stream<A> {
         self.0.local_addr().and_then(named::<A>)
     }
 
-    /// The name of the other end.
+    /// Returns the name of the other end.
     ///
     /// # Errors
     /// What the kernel says: that there is no connection any more, for example.
@@ -138,7 +140,7 @@ impl<A: Family> Stream<A> {
         self.0.peer_addr().and_then(named::<A>)
     }
 
-    /// Another handle of the same connection; see [`crate::Stream::try_clone`].
+    /// Returns another handle of the same connection; see [`crate::Stream::try_clone`].
     ///
     /// # Errors
     /// As there.
@@ -246,7 +248,8 @@ impl<A: Family> Listener<A> {
         crate::Listener::bind(&address.clone().into()).map(Listener::wrap)
     }
 
-    /// Listens, a Unix socket's file with those permissions; see [`crate::Listener::bind_with_mode`].
+    /// Listens, a Unix socket's file with those permissions; see
+    /// [`crate::Listener::bind_with_mode`].
     ///
     /// # Errors
     /// As there.
@@ -258,7 +261,7 @@ impl<A: Family> Listener<A> {
         Listener(listener, PhantomData)
     }
 
-    /// The name of the socket; a chosen port is in it.
+    /// Returns the name of the socket; a chosen port is in it.
     ///
     /// # Errors
     /// What the kernel says.
@@ -266,7 +269,7 @@ impl<A: Family> Listener<A> {
         self.0.local_addr().and_then(named::<A>)
     }
 
-    /// Waits for a connection, for ever; who it is from.
+    /// Waits for a connection, for ever. Returns it with its peer's name.
     ///
     /// # Errors
     /// As those of [`crate::Listener::accept`].
@@ -283,7 +286,7 @@ impl<A: Family> Listener<A> {
         accepted.map(|accepted| self.accepted(accepted)).transpose()
     }
 
-    /// Takes one connection after the other, for ever.
+    /// Accepts one connection after the other, for ever.
     pub fn incoming(&self) -> impl Iterator<Item = Result<(Stream<A>, A::Name)>> + '_ {
         std::iter::repeat_with(|| self.accept())
     }

@@ -4,14 +4,16 @@ use std::fs::{self, File, FileType, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::path::Path;
 
-/// The most bytes of a file of a VM's state: hyperkit.json has some 2 KiB, minikube's config.json some 4 KiB.
+/// The most bytes of a file of a VM's state: hyperkit.json has some 2 KiB, minikube's config.json
+/// some 4 KiB.
 pub(crate) const STATE_FILE: u64 = 64 * 1024;
 
-/// Reads a regular file of at most `most` bytes, links followed. It never waits for a writer, and never takes more
-/// memory.
+/// Reads a regular file of at most `most` bytes, links followed. It never waits for a writer, and
+/// never takes more memory.
 ///
 /// # Errors
-/// `IsADirectory`; `InvalidInput` if it is no regular file for another reason, or longer; what the system says.
+/// `IsADirectory`; `InvalidInput` if it is no regular file for another reason, or longer; what the
+/// system says.
 pub(crate) fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     // Asked before as well: to open a device may have an effect.
     check(&fs::metadata(path)?)?;
@@ -27,7 +29,7 @@ pub(crate) fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// As [`read`], of text.
+/// Reads as [`read`] does, and returns text.
 ///
 /// # Errors
 /// As there; `InvalidData` if it is no UTF-8.

@@ -1,8 +1,9 @@
 //! Half-close for peers whose sockets have none: the frames of ocaml-hvsock's `flow_shutdown`.
 //!
-//! Hyper-V sockets of early Windows 10 builds lost data when one direction was shut down, so Docker's programs spoke of
-//! it inside the stream. Each frame begins with four bytes, little-endian: a length of at most 4096, with so many bytes
-//! behind it, or one of three marks. Source of all numbers: `lwt/flow_shutdown.ml` of ocaml-hvsock.
+//! Hyper-V sockets of early Windows 10 builds lost data when one direction was shut down, so
+//! Docker's programs sent the shutdown inside the stream. Each frame begins with four bytes,
+//! little-endian: a length of at most 4096, with so many bytes behind it, or one of three marks.
+//! Source of the numbers: `lwt/flow_shutdown.ml` of ocaml-hvsock.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
@@ -12,17 +13,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The most bytes of one frame (`maxMsgSize`: newer builds of Windows failed with more).
 pub const LARGEST_FRAME: usize = 4096;
 
-/// The sender takes no more.
+/// The sender reads no more.
 const SHUTDOWN_READ: u32 = 0xdead_beef;
-/// The sender has said all.
+/// The sender writes no more.
 const SHUTDOWN_WRITE: u32 = 0xbeef_dead;
-/// Both.
+/// The sender has closed.
 const CLOSE: u32 = 0xdead_dead;
 
-/// A stream in frames, over any stream that reads and writes through a shared reference, as std's sockets and
-/// [`Stream`](crate::Stream) do. It does so itself: one thread may read while another writes.
+/// A stream in frames, over any stream that reads and writes through a shared reference, as std's
+/// sockets and [`Stream`](crate::Stream) do. It can be used through a shared reference, too: one
+/// thread may read while another writes.
 ///
-/// Over a non-blocking stream it is non-blocking: after `WouldBlock` the same bytes are to be offered again.
+/// Over a non-blocking stream it is non-blocking: after `WouldBlock`, write the same bytes again.
 ///
 /// ```
 /// use std::io::{Read, Write};
@@ -44,14 +46,14 @@ pub struct Framed<S> {
     frames: Frames,
 }
 
-/// How far the frames of one connection are. Who calls has the stream below.
+/// The state of the frames of one connection. Callers pass the stream below.
 #[derive(Debug, Default)]
 pub(crate) struct Frames {
     reading: Mutex<Reading>,
     writing: Mutex<Writing>,
     /// Nothing can be read any more.
     read_ended: AtomicBool,
-    /// Nothing can be written any more: we have said all, or the peer takes no more.
+    /// Nothing can be written any more: this end has shut down, or the peer reads no more.
     write_ended: AtomicBool,
     peer_closed: AtomicBool,
 }
@@ -61,7 +63,7 @@ struct Reading {
     header: [u8; 4],
     /// How much of the header has come.
     have: usize,
-    /// What is still to come of the frame.
+    /// How many bytes of the frame are still to come.
     left: usize,
 }
 
@@ -70,7 +72,7 @@ struct Writing {
     header: [u8; 4],
     /// How much of the header is still to be written.
     header_left: usize,
-    /// What the frame begun still wants.
+    /// How many bytes of the frame are still to be written.
     left: usize,
 }
 
@@ -90,7 +92,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<S> Framed<S> {
-    /// Frames over `inner`, with which nothing was done yet.
+    /// Makes a framed stream over `inner`, on which nothing was sent or received yet.
     pub fn new(inner: S) -> Framed<S> {
         Framed {
             inner,
@@ -98,12 +100,13 @@ impl<S> Framed<S> {
         }
     }
 
-    /// The stream below, to set its timeouts, for example. Bytes read from it or written to it break the frames.
+    /// Returns the stream below, to set its timeouts, for example. Bytes read from it or written to
+    /// it break the frames.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
 
-    /// The stream below, as it is.
+    /// Returns the stream below as it is.
     pub fn into_inner(self) -> S {
         self.inner
     }
@@ -113,20 +116,22 @@ impl<S> Framed<S>
 where
     for<'a> &'a S: Read + Write,
 {
-    /// Tells the peer that one direction, or both, have ended. After `Shutdown::Write` it reads EOF behind the last
-    /// byte, and its answer can still be read. What was told before is not told again.
+    /// Shuts one direction down, or both. After `Shutdown::Write` the peer reads EOF behind the
+    /// last byte, and its answer can still be read. A shutdown is sent once.
     ///
     /// # Errors
-    /// What writing says; `InvalidInput` if a write said `WouldBlock` and was not repeated, for its frame is begun.
+    /// What the write says; `InvalidInput` if a write said `WouldBlock` and was not repeated, for
+    /// its frame is begun.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         self.frames.shutdown(&mut &self.inner, how)
     }
 
-    /// Ends the connection so that nothing that was written is lost: says so, then reads and discards until the peer has
-    /// closed, too. The stream below can be dropped then. A peer that never does is bounded by that stream's timeouts.
+    /// Closes so that nothing that was written is lost: tells the peer, then reads and discards
+    /// until the peer has closed, too. Returns the stream below, to be dropped. Its timeouts bound
+    /// the wait.
     ///
     /// # Errors
-    /// What writing or reading says; `InvalidInput` as [`shutdown`](Framed::shutdown).
+    /// What the write or the read says; `InvalidInput` as [`shutdown`](Framed::shutdown).
     pub fn close(self) -> io::Result<S> {
         self.frames.close(&mut &self.inner)?;
         let mut rest = [0; LARGEST_FRAME];
@@ -142,7 +147,7 @@ where
 }
 
 impl Frames {
-    /// As [`Framed::shutdown`].
+    /// Shuts down as [`Framed::shutdown`] does.
     pub(crate) fn shutdown(&self, inner: &mut impl Write, how: Shutdown) -> io::Result<()> {
         let mut writing = self.between_frames(inner)?;
         let tells = |ended: &AtomicBool| !ended.swap(true, Ordering::AcqRel);
@@ -157,19 +162,20 @@ impl Frames {
         Ok(())
     }
 
-    /// Says that both directions have ended. What is left is to [`discard`](Frames::discard).
+    /// Tells the peer that both directions have ended. [`discard`](Frames::discard) until it has
+    /// closed.
     pub(crate) fn close(&self, inner: &mut impl Write) -> io::Result<()> {
         let mut writing = self.between_frames(inner)?;
         writing.begin(CLOSE);
         flush_header(inner, &mut writing)
     }
 
-    /// Reads on, once; whether the peer has closed, too.
+    /// Reads once more and discards. Returns whether the peer has closed, too.
     pub(crate) fn discard(&self, inner: &mut impl Read, rest: &mut [u8]) -> io::Result<bool> {
         if self.peer_closed.load(Ordering::Acquire) {
             return Ok(true);
         }
-        // Who only takes no more waits for our close alone.
+        // A peer that only reads no more waits for this end's close.
         let ended = matches!(
             self.read_frame(inner, rest)?,
             Some(Frame::Mark(SHUTDOWN_READ)) | None
@@ -177,13 +183,13 @@ impl Frames {
         Ok(ended || self.peer_closed.load(Ordering::Acquire))
     }
 
-    /// Whether the peer has said all, and it was read.
+    /// Returns whether the peer has shut its writing side down, and all of it was read.
     #[cfg(feature = "cli")]
     pub(crate) fn has_ended(&self) -> bool {
         self.read_ended.load(Ordering::Acquire)
     }
 
-    /// Leave to write something else than data.
+    /// Locks the writing side between two frames, to write a mark.
     fn between_frames(&self, inner: &mut impl Write) -> io::Result<MutexGuard<'_, Writing>> {
         let mut writing = lock(&self.writing);
         if writing.left > 0 {
@@ -194,7 +200,7 @@ impl Frames {
         Ok(writing)
     }
 
-    /// The next bytes, or mark; `None` at the end of the stream below.
+    /// Reads the next bytes or mark; `None` at the EOF of the stream below.
     fn read_frame(&self, inner: &mut impl Read, buffer: &mut [u8]) -> io::Result<Option<Frame>> {
         let mut reading = lock(&self.reading);
         while reading.left == 0 {
@@ -233,7 +239,7 @@ impl Frames {
         Ok(Some(Frame::Data(n)))
     }
 
-    /// As a read of [`Framed`].
+    /// Reads as [`Framed`] does.
     pub(crate) fn read(&self, inner: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
         if buffer.is_empty() {
             return Ok(0);
@@ -255,7 +261,7 @@ impl Frames {
         Ok(0)
     }
 
-    /// As a write of [`Framed`].
+    /// Writes as [`Framed`] does.
     pub(crate) fn write(&self, inner: &mut impl Write, bytes: &[u8]) -> io::Result<usize> {
         if bytes.is_empty() {
             return Ok(0);
@@ -303,9 +309,9 @@ enum Frame {
     Mark(u32),
 }
 
-/// A peer in order says that it ends.
+/// Returns the error of a stream that ends without a mark.
 fn broken_off() -> io::Error {
-    let why = "the peer went without a word";
+    let why = "the peer closed without a shutdown";
     io::Error::new(io::ErrorKind::UnexpectedEof, why)
 }
 

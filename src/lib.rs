@@ -1,5 +1,6 @@
-//! Hypervisor sockets of every family, and a proxy that carries them: hyperkit's Unix-socket vsock, Linux' AF_VSOCK,
-//! Windows' AF_HYPERV, the socket of Firecracker and its kin, beside TCP, Unix sockets and named pipes.
+//! Hypervisor sockets of every family, and a proxy that carries them: hyperkit's Unix-socket vsock,
+//! Linux' AF_VSOCK, Windows' AF_HYPERV, the socket of Firecracker and its kin, beside TCP, Unix
+//! sockets and named pipes.
 //!
 //! # A request to a guest
 //!
@@ -49,9 +50,9 @@
 //! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio |
 //! | `simulate` (Unix; feature `simulate`) | a stand-in VM for tests |
 //!
-//! The library installs no signal handler, prints nothing, and logs through [`tracing`] only. The feature `cli`, on by
-//! default, is the command, which has the feature `simulate` with it: `default-features = false` leaves both out, and the
-//! dependencies of the command.
+//! The library installs no signal handler, prints nothing, and logs through [`tracing`] only. The
+//! feature `cli`, on by default, is the command, which has the feature `simulate` with it:
+//! `default-features = false` leaves both out, and the dependencies of the command.
 //!
 //! # Coming from ocaml-hvsock
 //!

@@ -1,9 +1,10 @@
 //! The sockets for an event loop of mio's.
 //!
-//! They are used as mio's own: register, wait, and call until it says `WouldBlock`, for events are edges.
+//! They are used as mio's own: register, wait for an event, and call until `WouldBlock`, for events
+//! are edges.
 //!
-//! A stream that leads to a VM (`hyperkit://`, `vsock-mux://`) is not to be dropped before a read has said EOF or has failed:
-//! half-close, and read on until then.
+//! A stream that leads to a VM (`hyperkit://`, `vsock-mux://`) is not to be dropped before a read
+//! has said EOF or has failed: half-close, and read on until then.
 //!
 //! ```
 //! # #[cfg(all(unix, feature = "simulate"))] {
@@ -55,26 +56,27 @@ use crate::stream::nonblocking;
 
 /// A non-blocking stream of any family but AF_HYPERV, for whose sockets no poller can wait.
 ///
-/// Dropping it closes it. Of a hyperkit VM that is not enough: its device can hang or die when a connection is closed that
-/// has not been read to its end. Half-close and read to EOF first.
+/// Dropping it closes it. Of a hyperkit VM that is not enough: its device can hang or die when a
+/// connection is closed that has not been read to its end. Half-close and read to EOF first.
 #[derive(Debug)]
 pub struct Stream {
     inner: nonblocking::Stream,
     address: Address,
     /// The connect is in progress.
     connecting: bool,
-    /// What is to be said and heard first.
+    /// The handshake that is still to be done.
     handshake: Option<Handshake>,
 }
 
 impl Stream {
-    /// Begins to connect to `address`. Nothing blocks, whatever the family; [`is_connected`](Stream::is_connected) says
-    /// when it is done.
+    /// Begins to connect to `address`. Nothing blocks, whatever the family;
+    /// [`is_connected`](Stream::is_connected) says when it is done.
     ///
     /// # Errors
-    /// `WouldBlock` if the backlog of a Unix socket's listener is full, or all instances of a pipe are taken: try again
-    /// later. `InvalidInput` for a TCP name, which has to be resolved first. `Unsupported` for AF_HYPERV and for families
-    /// that this system doesn't carry; what the kernel says otherwise.
+    /// `WouldBlock` if the backlog of a Unix socket's listener is full, or all instances of a pipe
+    /// are taken: try again later. `InvalidInput` for a TCP name, which has to be resolved first.
+    /// `Unsupported` for AF_HYPERV and for families that this system doesn't carry; what the kernel
+    /// says otherwise.
     pub fn connect(address: &Address) -> Result<Stream> {
         let fail = |kind, why: &str| {
             let cause = io::Error::new(kind, why.to_owned());
@@ -99,12 +101,13 @@ impl Stream {
         })
     }
 
-    /// Whether it is connected by now, the handshake of vsock-mux included. To be asked after each event until it says so;
-    /// reads and writes say `WouldBlock` before. What a listener accepted is connected.
+    /// Returns whether it is connected, the handshake of vsock-mux included. Ask after each event
+    /// until it is; until then reads and writes fail with `WouldBlock`. What a listener accepted is
+    /// connected.
     ///
     /// # Errors
-    /// Why it can't be connected: as those of [`crate::Stream::connect_timeout`]. hyperkit doesn't say whether the guest
-    /// has accepted: see there.
+    /// Why it can't be connected: as those of [`crate::Stream::connect_timeout`]. hyperkit doesn't
+    /// say whether the guest has accepted: see there.
     pub fn is_connected(&mut self) -> Result<bool> {
         self.advance().map_err(|e| explain(&self.address, e))
     }
@@ -132,12 +135,12 @@ impl Stream {
         }
     }
 
-    /// The address that was dialled, or that of the listener that accepted it.
+    /// Returns the address that was dialled, or that of the listener that accepted it.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// The name of this end, as far as its family has one.
+    /// Returns the name of this end, as far as its family has one.
     ///
     /// # Errors
     /// What the kernel says.
@@ -145,7 +148,7 @@ impl Stream {
         self.inner.local_addr()
     }
 
-    /// The name of the other end, as far as its family has one.
+    /// Returns the name of the other end, as far as its family has one.
     ///
     /// # Errors
     /// What the kernel says: that there is no connection yet, or none any more, for example. As
@@ -162,12 +165,13 @@ impl Stream {
         self.inner.shutdown_write()
     }
 
-    /// Takes nothing more from the peer.
+    /// Shuts the reading side down: nothing more is taken from the peer.
     pub fn shutdown_read(&self) {
         self.inner.shutdown_read();
     }
 
-    /// Ends one direction, or both: [`shutdown_write`](Stream::shutdown_write), [`shutdown_read`](Stream::shutdown_read).
+    /// Shuts one direction down, or both: [`shutdown_write`](Stream::shutdown_write),
+    /// [`shutdown_read`](Stream::shutdown_read).
     ///
     /// # Errors
     /// As [`shutdown_write`](Stream::shutdown_write).
@@ -217,7 +221,8 @@ impl Source for Stream {
     }
 }
 
-/// A listening socket of any family but AF_HYPERV. Dropping it removes the socket's file, if that is still its own.
+/// A listening socket of any family but AF_HYPERV. Dropping it removes the socket's file, if that
+/// is still its own.
 #[derive(Debug)]
 pub struct Listener {
     inner: listener::Listener,
@@ -239,16 +244,17 @@ impl Listener {
         Ok(Listener { inner, address })
     }
 
-    /// Where it listens, with the port that was chosen if one was to be.
+    /// Returns the address that it listens on, with the port that the kernel chose if it was to
+    /// choose one.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// Takes a connection that is there, and who it is from.
+    /// Accepts a connection that has come, and returns its peer's name.
     ///
     /// # Errors
-    /// `WouldBlock` if none is; what the kernel says otherwise. One that tells of a single client, or of descriptors,
-    /// doesn't end the listener.
+    /// `WouldBlock` if none is; what the kernel says otherwise. One that tells of a single client,
+    /// or of descriptors, doesn't end the listener.
     pub fn accept(&self) -> io::Result<(Stream, SocketName)> {
         let (inner, name) = self.inner.accept()?;
         let stream = Stream {

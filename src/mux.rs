@@ -1,7 +1,9 @@
-//! The protocol of the Unix socket that Firecracker, Cloud Hypervisor and rust-vmm's vhost-device-vsock share.
+//! The protocol of the Unix socket that Firecracker, Cloud Hypervisor and rust-vmm's
+//! vhost-device-vsock share.
 //!
-//! To the guest: connect, `CONNECT PORT\n`, and the VMM answers `OK NUMBER\n` when the guest has accepted. From the guest:
-//! the VMM connects to the Unix socket PATH_PORT. Source: Firecracker's `docs/vsock.md`.
+//! To the guest: connect, `CONNECT PORT\n`, and the VMM answers `OK NUMBER\n` when the guest has
+//! accepted. From the guest: the VMM connects to the Unix socket PATH_PORT. Source: Firecracker's
+//! `docs/vsock.md`.
 
 use std::io;
 
@@ -11,8 +13,8 @@ use crate::engine::relay::Socket;
 /// The longest answer that is waited for: `OK ` and a port of 32 bits, with room to spare.
 const LONGEST_ANSWER: usize = 32;
 
-/// A dial's line and its answer, as far as they have gone. Nothing else is sent before the answer has come whole: the
-/// VMMs lose what follows the line too closely.
+/// The state of a dial's line and its answer. Nothing else is sent before the whole answer has
+/// come: the VMMs lose what follows the line too closely.
 #[derive(Debug)]
 pub(crate) struct Handshake {
     line: Vec<u8>,
@@ -29,11 +31,12 @@ impl Handshake {
         }
     }
 
-    /// Goes on as far as the socket lets it; whether the guest has accepted.
+    /// Goes on as far as the socket lets it. Returns whether the guest has accepted.
     ///
     /// # Errors
-    /// `ConnectionRefused` if the VMM ends the connection without an answer: nobody listens on that port of the guest.
-    /// `ConnectionReset` if it resets it: the guest isn't up. `InvalidData` for another answer.
+    /// `ConnectionRefused` if the VMM ends the connection without an answer: nothing listens on
+    /// that port of the guest. `ConnectionReset` if it resets it: the guest isn't up. `InvalidData`
+    /// for another answer.
     pub(crate) fn advance(&mut self, socket: &mut impl Socket) -> io::Result<bool> {
         loop {
             let done = if self.sent < self.line.len() {
@@ -44,7 +47,9 @@ impl Handshake {
                 self.read_on(socket)
             };
             match done {
-                Ok(()) if self.answer.ends_with(b"\n") => return self.judge().map(|()| true),
+                Ok(()) if self.answer.ends_with(b"\n") => {
+                    return self.check_answer().map(|()| true);
+                }
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -53,7 +58,7 @@ impl Handshake {
         }
     }
 
-    /// Reads one byte: what stands behind the answer is the guest's.
+    /// Reads one byte: what follows the answer is the guest's.
     fn read_on(&mut self, socket: &mut impl Socket) -> io::Result<()> {
         let mut byte = [0];
         if socket.read(&mut byte)? == 0 {
@@ -64,11 +69,11 @@ impl Handshake {
         if self.answer.len() < LONGEST_ANSWER {
             Ok(())
         } else {
-            self.judge()
+            self.check_answer()
         }
     }
 
-    fn judge(&self) -> io::Result<()> {
+    fn check_answer(&self) -> io::Result<()> {
         if self.answer.starts_with(b"OK ") && self.answer.ends_with(b"\n") {
             return Ok(());
         }

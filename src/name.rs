@@ -1,4 +1,4 @@
-//! What the kernel calls an end of a connection.
+//! The names that the kernel has for the ends of a connection.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -8,10 +8,10 @@ use socket2::SockAddr;
 use crate::address::{Port, ServiceId, VmId};
 use crate::sys;
 
-/// An end of a connection, as `getsockname(2)` and `getpeername(2)` tell of it.
+/// The name of an end of a connection, as `getsockname(2)` and `getpeername(2)` return it.
 ///
-/// The kernel knows nothing of who is behind some of them: a hyperkit guest that dials the host comes over a Unix socket
-/// without a name.
+/// Some ends have none: a hyperkit guest that dials the host comes over a Unix socket without a
+/// name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SocketName {
@@ -21,7 +21,8 @@ pub enum SocketName {
     Vsock(VsockName),
     /// Of AF_HYPERV.
     Hvsock(HvsockName),
-    /// Of a Unix socket, as those of hyperkit and vsock-mux are, or of a named pipe: [`Address`](crate::Address) says which one.
+    /// Of a Unix socket, as those of hyperkit and vsock-mux are, or of a named pipe:
+    /// [`Address`](crate::Address) says which one.
     Unnamed,
 }
 
@@ -37,7 +38,7 @@ pub struct VsockName {
 /// An end of an AF_HYPERV connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HvsockName {
-    /// The id of its VM, as its partition is called here.
+    /// The id of its VM, as this partition knows it.
     pub vm: VmId,
     /// Its own service id; of a client mostly one of the system's choice.
     pub service: ServiceId,

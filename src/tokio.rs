@@ -1,7 +1,7 @@
 //! The sockets for tokio: with the feature `tokio`, on Unix.
 //!
-//! hyper takes them in `hyper_util::rt::TokioIo`. A guest may half-close behind its request: a hyper server wants
-//! `.half_close(true)`, or it gives such a guest no answer.
+//! hyper takes them in `hyper_util::rt::TokioIo`. A guest may half-close behind its request: a
+//! hyper server wants `.half_close(true)`, or it gives such a guest no answer.
 //!
 //! ```
 //! # #[tokio::main]
@@ -52,10 +52,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A connected stream of any family.
 ///
-/// `poll_shutdown` is a half-close. Dropping it closes it; but a VM's device can hang or die when a connection is closed
-/// that was not read to its EOF, so that a connection with one (`hyperkit://`, `vsock-mux://`) goes on in a task of the
-/// runtime, half-closed, until the peer's EOF or for a minute. A runtime that ends ends such tasks: there
-/// [`finish`](Stream::finish) first.
+/// `poll_shutdown` is a half-close. Dropping it closes it; but a VM's device can hang or die when a
+/// connection is closed that was not read to its EOF, so that a connection with one (`hyperkit://`,
+/// `vsock-mux://`) goes on in a task of the runtime, half-closed, until the peer's EOF or for a
+/// minute. A runtime that ends ends such tasks: there [`finish`](Stream::finish) first.
 #[derive(Debug)]
 pub struct Stream {
     socket: AsyncFd<Socket>,
@@ -75,7 +75,7 @@ impl TakesDescriptors {
         TakesDescriptors(is_unix && !sys::refuses_descriptors(socket.as_fd()))
     }
 
-    /// Reads. Descriptors that came with the bytes are closed where that may take its time.
+    /// Reads, and closes descriptors that came with the bytes on a thread that nothing waits for.
     fn read(self, mut socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
         if !self.0 {
             return socket.read(buffer);
@@ -87,7 +87,7 @@ impl TakesDescriptors {
 }
 
 /// How long a guest may take to end a connection that was dropped.
-const LEAVE: Duration = Duration::from_secs(60);
+const DROP_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Drop for Stream {
     fn drop(&mut self) {
@@ -95,7 +95,7 @@ impl Drop for Stream {
             return;
         }
         let address = self.address.clone();
-        // Without a descriptor for it there is no leave to be had.
+        // Without a descriptor for it there is no graceful close.
         let Ok(socket) = self.socket.get_ref().try_clone() else {
             return;
         };
@@ -104,20 +104,21 @@ impl Drop for Stream {
             Ok(runtime) => drop(runtime.spawn(async move {
                 if let Ok(mut stream) = Stream::try_from(stream) {
                     // However it ends, nothing more can be done.
-                    let _ = stream.finish(LEAVE).await;
+                    let _ = stream.finish(DROP_TIMEOUT).await;
                 }
             })),
-            Err(_) => drop(std::thread::spawn(move || stream.finish(LEAVE))),
+            Err(_) => drop(std::thread::spawn(move || stream.finish(DROP_TIMEOUT))),
         }
     }
 }
 
 impl Stream {
-    /// Connects to `address`, within 30 s. Nothing blocks: names are resolved on tokio's blocking threads, and the
-    /// handshake of vsock-mux is awaited.
+    /// Connects to `address`, within 30 s. Nothing blocks: names are resolved on tokio's blocking
+    /// threads, and the handshake of vsock-mux is awaited.
     ///
     /// # Errors
-    /// As those of [`crate::Stream::connect_timeout`]. Also if it is called outside of a runtime with I/O and time.
+    /// As those of [`crate::Stream::connect_timeout`]. Also if it is called outside of a runtime
+    /// with I/O and time.
     pub async fn connect(address: &Address) -> Result<Stream> {
         refuse_frames(address.is_framed()).map_err(|e| explain(address, e))?;
         let deadline = Instant::now() + CONNECT_TIMEOUT;
@@ -140,12 +141,12 @@ impl Stream {
         Stream::try_from(stream).map_err(fail)
     }
 
-    /// The address that was dialled, or that of the listener that accepted it.
+    /// Returns the address that was dialled, or that of the listener that accepted it.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// The name of this end, as far as its family has one.
+    /// Returns the name of this end, as far as its family has one.
     ///
     /// # Errors
     /// What the kernel says.
@@ -154,7 +155,7 @@ impl Stream {
         Ok(SocketName::of(&name))
     }
 
-    /// The name of the other end, as far as its family has one.
+    /// Returns the name of the other end, as far as its family has one.
     ///
     /// # Errors
     /// What the kernel says: that there is no connection any more, for example.
@@ -163,12 +164,12 @@ impl Stream {
         Ok(SocketName::of(&name))
     }
 
-    /// Ends the connection so that no VM is hurt: half-closes, then reads and discards until the peer's EOF. What is left
-    /// to do is to drop it.
+    /// Ends the connection so that no VM is hurt: half-closes, then reads and discards until the
+    /// peer's EOF. What is left to do is to drop it.
     ///
     /// # Errors
-    /// `TimedOut` if the peer hasn't ended within `timeout`: then nothing more is taken from it. What the kernel says of a
-    /// connection that was broken already.
+    /// `TimedOut` if the peer hasn't ended within `timeout`: then nothing more is taken from it.
+    /// What the kernel says of a connection that was broken already.
     pub async fn finish(&mut self, timeout: Duration) -> io::Result<()> {
         let drained = ::tokio::time::timeout(timeout, self.drain()).await;
         self.ended = true;
@@ -204,7 +205,7 @@ impl Stream {
     }
 }
 
-/// Without them what a peer said in frames would come as it is.
+/// Refuses a stream in frames: without them its bytes would be the frames.
 fn refuse_frames(framed: bool) -> io::Result<()> {
     match framed {
         true => {
@@ -354,7 +355,8 @@ impl Listener {
         crate::Listener::bind(address).map(Listener)
     }
 
-    /// Where it listens, with the port that was chosen if one was to be.
+    /// Returns the address that it listens on, with the port that the kernel chose if it was to
+    /// choose one.
     pub fn address(&self) -> &Address {
         self.0.address()
     }
