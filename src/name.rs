@@ -65,6 +65,17 @@ impl SocketName {
     }
 }
 
+/// As it is shown; none of one without a name.
+#[cfg(feature = "cli")]
+impl serde::Serialize for SocketName {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self {
+            SocketName::Unnamed => to.serialize_none(),
+            named => to.collect_str(named),
+        }
+    }
+}
+
 impl fmt::Display for SocketName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

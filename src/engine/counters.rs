@@ -10,6 +10,7 @@ use crate::sys;
 
 /// What was counted of a forward since it began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct Counters {
     /// Connections accepted.
@@ -21,6 +22,7 @@ pub struct Counters {
     /// Why they could not; the sum is `refused`.
     pub refusals: Refusals,
     /// Connections that were open and on which nothing moved for longer than [`Timeouts`](super::Timeouts) allow.
+    #[cfg_attr(feature = "cli", serde(flatten))]
     pub timed_out: TimedOut,
     /// Connections whose peer did not end within the drain timeout and were closed all the same.
     pub abandoned: u64,
@@ -32,6 +34,7 @@ pub struct Counters {
 
 /// Connections that could not be carried, by what was in the way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct Refusals {
     /// The target said no: its VM or its host is there, but nobody listens on that port.
@@ -48,6 +51,7 @@ pub struct Refusals {
 
 /// Connections that were cut off because nothing moved on them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct TimedOut {
     /// After [`Timeouts::idle`](super::Timeouts::idle).

@@ -2,6 +2,7 @@
 
 /// Which forward of a proxy is meant. No two of one proxy are the same, also after one was removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "cli", derive(serde::Serialize))]
 pub struct ForwardId(pub(crate) u64);
 
 /// Its number, counted from 0.
@@ -13,6 +14,7 @@ impl From<ForwardId> for u64 {
 
 /// Which connection of a proxy is meant. No two of one proxy are the same, also after one was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "cli", derive(serde::Serialize))]
 pub struct ConnectionId(pub(crate) u64);
 
 /// Its number.

@@ -63,6 +63,11 @@ pub enum ForwardState {
 
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "cli",
+    derive(serde::Serialize),
+    serde(rename_all = "lowercase")
+)]
 #[non_exhaustive]
 pub enum ConnectionState {
     /// Its target is being connected to, or waited for.
@@ -75,6 +80,7 @@ pub enum ConnectionState {
 
 /// A connection that is carried now.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "cli", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ConnectionStatus {
     /// Which one it is.
@@ -90,11 +96,16 @@ pub struct ConnectionStatus {
     /// Bytes from the dialled to the accepting side.
     pub received: u64,
     /// How long ago it was accepted.
+    #[cfg_attr(
+        feature = "cli",
+        serde(rename = "age_seconds", serialize_with = "crate::time::write_seconds")
+    )]
     pub age: Duration,
 }
 
 /// A hyperkit VM. All forwards of one VM tell the same of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct VmStatus {
     /// Connections to it and from it now.
@@ -109,10 +120,12 @@ pub struct VmStatus {
     pub unanswered: u64,
     /// When a byte or an end came last from the guest, on whichever connection, or it dialled us;
     /// exact to a second. `None` if it hasn't been heard from since it was started or first seen.
+    #[cfg_attr(feature = "cli", serde(with = "crate::time::unix_option"))]
     pub last_heard: Option<SystemTime>,
     /// Whether it runs, as far as its sockets and its process tell; `None` while nothing is known.
     pub up: Option<bool>,
     /// Since when it is known to be gone.
+    #[cfg_attr(feature = "cli", serde(with = "crate::time::unix_option"))]
     pub gone_since: Option<SystemTime>,
     /// How often it was started anew since the proxy has known it.
     pub restarts: u64,
@@ -120,11 +133,13 @@ pub struct VmStatus {
 
 /// Why a client was refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct LastError {
     /// What the log says.
     pub text: String,
     /// When.
+    #[cfg_attr(feature = "cli", serde(with = "crate::time::unix"))]
     pub at: SystemTime,
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use clap::Args;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
@@ -19,10 +19,11 @@ use super::{Failure, Outcome, complain, print, print_json, print_text, say, tabl
 use crate::address::{Address, TcpAddress, UnixAddress};
 use crate::app::config::local_address;
 use crate::app::control::{
-    self, Actions, Bound, Control, RuleBody, Unanswered, Unavailable, ask, read, segment,
+    self, Actions, Bound, Control, RuleBody, Unanswered, Unavailable, ask, read,
+    refusals_by_reason, segment,
 };
 use crate::app::escape;
-use crate::proxy::{Proxy, ProxyConfig};
+use crate::proxy::{Counters, Proxy, ProxyConfig};
 
 /// How a proxy that runs can be looked at and changed.
 #[derive(Args, Clone, Debug)]
@@ -202,9 +203,9 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             "VM {}: {}; {} of {} connections, {}",
             vm.directory,
             vm.health(now),
-            vm.connections,
-            vm.limit,
-            table::counted(vm.restarts, "restart")
+            vm.status.connections,
+            vm.status.limit,
+            table::counted(vm.status.restarts, "restart")
         ));
     }
     for forward in &status.forwards {
@@ -233,11 +234,11 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
 }
 
 /// How many were refused, and why.
-fn refusals(counters: &control::Tally) -> String {
+fn refusals(counters: &Counters) -> String {
     if counters.refused == 0 {
         return "0".to_owned();
     }
-    let why = counters.refusals.each();
+    let why = refusals_by_reason(&counters.refusals);
     let why = why.iter().filter(|(_, count)| *count > 0);
     let why = why.map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")));
     let why: Vec<String> = why.collect();
@@ -248,9 +249,9 @@ fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
-fn ago(unix: f64, now: SystemTime) -> String {
-    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-    format!("{} ago", HumanDuration(now.saturating_sub(duration(unix))))
+fn ago(then: SystemTime, now: SystemTime) -> String {
+    let passed = now.duration_since(then).unwrap_or_default();
+    format!("{} ago", HumanDuration(passed))
 }
 
 /// Add forwards to an hvsock that runs

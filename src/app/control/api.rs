@@ -17,7 +17,7 @@ use crate::proxy::{ForwardStatus, Handle};
 
 use super::http::{Request, Response};
 use super::metrics;
-use super::model::{Connection, Forward, RuleBody, Status, Unserved, seconds, unix};
+use super::model::{Forward, RuleBody, Status, Unserved, seconds};
 use super::server::{Endpoint, Service, Trouble};
 use super::{Actions, Problem};
 
@@ -107,7 +107,9 @@ impl Api {
             (_, "/metrics") => return self.answer_metrics(request),
             ("GET", "/v1/status") => none(query).and_then(|()| json(200, &self.status())),
             ("GET", "/v1/forwards") => none(query).and_then(|()| json(200, &self.forwards())),
-            ("GET", "/v1/connections") => none(query).and_then(|()| json(200, &self.connections())),
+            ("GET", "/v1/connections") => {
+                none(query).and_then(|()| json(200, &self.handle.connections()))
+            }
             ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
             ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
             ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
@@ -185,11 +187,6 @@ impl Api {
     fn pending(&self, name: &str) -> Option<Forward> {
         let mut pending = (self.actions.pending)().into_iter();
         pending.find(|it| it.name.as_deref() == Some(name) || it.listen == name)
-    }
-
-    fn connections(&self) -> Vec<Connection> {
-        let all = self.handle.connections();
-        all.iter().map(Connection::from).collect()
     }
 
     /// The forward of that name, or else that listens there, or else that has this id.
@@ -315,7 +312,7 @@ fn unserved(endpoint: &Endpoint) -> Option<Unserved> {
         service: service.to_owned(),
         address: endpoint.address.to_string(),
         why,
-        since: unix(since),
+        since,
     })
 }
 

@@ -1,6 +1,7 @@
 //! The metrics of a proxy, in Prometheus' text format.
 
 use std::fmt;
+use std::time::UNIX_EPOCH;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
@@ -9,7 +10,8 @@ use prometheus_client::encoding::{
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use super::model::{Forward, Status, Tally, Vm};
+use super::model::{Forward, Status, Vm, refusals_by_reason};
+use crate::proxy::{Counters, VmStatus};
 use crate::sys;
 
 pub(super) use prometheus_text::CONTENT_TYPE;
@@ -122,7 +124,7 @@ impl Families<'_, '_> {
     }
 
     fn of_forwards(&mut self, forwards: &[Forward]) -> fmt::Result {
-        let mut each = |name, help, of: fn(&Tally) -> Value| {
+        let mut each = |name, help, of: fn(&Counters) -> Value| {
             let samples = forwards.iter().map(|it| (labels(it), of(&it.counters)));
             self.family(name, help, samples)
         };
@@ -137,7 +139,7 @@ impl Families<'_, '_> {
         each(
             "hvsock_forward_timed_out",
             "Open connections on which nothing moved for too long.",
-            |it| Counter(it.idle + it.half_closed),
+            |it| Counter(it.timed_out.idle + it.timed_out.half_closed),
         )?;
         each(
             "hvsock_forward_abandoned",
@@ -155,7 +157,7 @@ impl Families<'_, '_> {
             |it| Counter(it.received),
         )?;
         let refused = forwards.iter().flat_map(|it| {
-            let reasons = it.counters.refusals.each().into_iter();
+            let reasons = refusals_by_reason(&it.counters.refusals).into_iter();
             reasons.map(|(reason, count)| ((labels(it), [("reason", reason)]), Counter(count)))
         });
         let help = "Connections that could not be carried.";
@@ -169,8 +171,8 @@ impl Families<'_, '_> {
     }
 
     fn of_vms(&mut self, vms: &[&Vm]) -> fmt::Result {
-        let mut each = |name, help, of: fn(&Vm) -> Option<Value>| {
-            let sample = |vm: &&Vm| Some(([("vm", vm.directory.clone())], of(vm)?));
+        let mut each = |name, help, of: fn(&VmStatus) -> Option<Value>| {
+            let sample = |vm: &&Vm| Some(([("vm", vm.directory.clone())], of(&vm.status)?));
             self.family(name, help, vms.iter().filter_map(sample))
         };
         each(
@@ -191,7 +193,10 @@ impl Families<'_, '_> {
         each(
             "hvsock_vm_last_heard_timestamp_seconds",
             "When a byte or an end came last from a VM's guest, in seconds since 1970.",
-            |it| it.last_heard.map(Seconds),
+            |it| {
+                let at = it.last_heard?.duration_since(UNIX_EPOCH);
+                Some(Seconds(at.unwrap_or_default().as_secs_f64()))
+            },
         )?;
         each(
             "hvsock_vm_up",

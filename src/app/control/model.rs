@@ -1,14 +1,14 @@
 //! What goes over the control socket, as JSON.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::address::Address;
 use crate::proxy::{
-    ConnectionState, ConnectionStatus, Counters, ForwardState, ForwardStatus, Refusals, Rule,
-    VmStatus, check_name,
+    Counters, ForwardState, ForwardStatus, LastError, Refusals, Rule, VmStatus, check_name,
 };
+use crate::time::{unix, unix_option};
 
 use super::Problem;
 
@@ -38,8 +38,8 @@ pub(crate) struct Unserved {
     pub(crate) service: String,
     pub(crate) address: String,
     pub(crate) why: String,
-    /// Seconds since 1970.
-    pub(crate) since: f64,
+    #[serde(with = "unix")]
+    pub(crate) since: SystemTime,
 }
 
 /// A forward.
@@ -56,93 +56,39 @@ pub(crate) struct Forward {
     pub(crate) state: String,
     /// What is in the way, and since when, where it isn't listening. Times are seconds since 1970.
     pub(crate) why: Option<String>,
-    pub(crate) since: Option<f64>,
+    #[serde(with = "unix_option")]
+    pub(crate) since: Option<SystemTime>,
     /// The hyperkit VM that it leads to, or else the one that dials it.
     pub(crate) vm: Option<Vm>,
     /// Why the last client that could not be carried was refused.
     pub(crate) last_error: Option<LastError>,
-    pub(crate) counters: Tally,
+    pub(crate) counters: Counters,
     /// As it was given, and can be given again.
     pub(crate) rule: RuleBody,
 }
 
-/// A hyperkit VM. All forwards of one VM tell the same of it.
+/// A hyperkit VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Vm {
     /// Its state directory.
     pub(crate) directory: String,
-    /// Connections to it and from it now, of `limit`.
-    pub(crate) connections: usize,
-    pub(crate) limit: usize,
-    /// How many of those that are free are kept for forwards that reserve them.
-    pub(crate) reserved: usize,
-    /// How many of the latest dials have brought nothing back yet. Those to services that wait for
-    /// their client to speak are among them.
-    pub(crate) unanswered: u64,
-    /// When a byte or an end came last from its guest, in seconds since 1970; `null` if none has
-    /// yet.
-    pub(crate) last_heard: Option<f64>,
-    /// Whether it runs; `null` while nothing is known.
-    pub(crate) up: Option<bool>,
-    pub(crate) gone_since: Option<f64>,
-    pub(crate) restarts: u64,
+    #[serde(flatten)]
+    pub(crate) status: VmStatus,
 }
 
-/// Why a client was refused, and when.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct LastError {
-    pub(crate) text: String,
-    pub(crate) at: f64,
+/// Returns how many connections could not be carried, each number with the name of its reason.
+pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 5] {
+    [
+        ("by_target", refusals.by_target),
+        ("absent", refusals.absent),
+        ("dial_timeout", refusals.dial_timeout),
+        ("full", refusals.full),
+        ("other", refusals.other),
+    ]
 }
 
-/// What has been counted of a forward.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Tally {
-    pub(crate) accepted: u64,
-    pub(crate) live: u64,
-    /// Connections that could not be carried, and why.
-    pub(crate) refused: u64,
-    pub(crate) refusals: RefusalTally,
-    /// Open connections on which nothing moved for too long.
-    pub(crate) idle: u64,
-    pub(crate) half_closed: u64,
-    /// Connections that were closed before their peer had ended them.
-    pub(crate) abandoned: u64,
-    /// Bytes from the accepting to the dialled side.
-    pub(crate) sent: u64,
-    /// Bytes from the dialled to the accepting side.
-    pub(crate) received: u64,
-}
-
-/// Why connections could not be carried.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct RefusalTally {
-    /// The target said no.
-    pub(crate) by_target: u64,
-    /// It was not there.
-    pub(crate) absent: u64,
-    /// It was not connected in time.
-    pub(crate) dial_timeout: u64,
-    /// A limit of its VM was reached.
-    pub(crate) full: u64,
-    pub(crate) other: u64,
-}
-
-impl RefusalTally {
-    /// All of them with the name of the reason.
-    pub(crate) fn each(&self) -> [(&'static str, u64); 5] {
-        [
-            ("by_target", self.by_target),
-            ("absent", self.absent),
-            ("dial_timeout", self.dial_timeout),
-            ("full", self.full),
-            ("other", self.other),
-        ]
-    }
-}
-
-/// A connection that is carried now.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// A connection that is carried now, as [`ConnectionStatus`](crate::ConnectionStatus) is told of.
+#[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Connection {
     pub(crate) id: u64,
     /// The forward's id, which may have been removed.
@@ -380,12 +326,6 @@ pub(crate) fn age(seconds: u64) -> String {
     }
 }
 
-/// Seconds since 1970.
-pub(super) fn unix(time: SystemTime) -> f64 {
-    let since = time.duration_since(UNIX_EPOCH);
-    since.unwrap_or_default().as_secs_f64()
-}
-
 impl From<&ForwardStatus> for Forward {
     fn from(status: &ForwardStatus) -> Forward {
         let (state, trouble) = match &status.state {
@@ -395,21 +335,17 @@ impl From<&ForwardStatus> for Forward {
             ForwardState::Lost { why, since } => ("lost", Some((why, since))),
             ForwardState::Closed => ("closed", None),
         };
-        let last_error = status.last_error.as_ref().map(|error| LastError {
-            text: error.text.clone(),
-            at: unix(error.at),
-        });
         Forward {
             state: state.to_owned(),
             why: trouble.map(|(why, _)| why.clone()),
-            since: trouble.map(|(_, since)| unix(*since)),
+            since: trouble.map(|(_, since)| *since),
             vm: status.vm.as_ref().map(|vm| Vm::of(&status.rule, vm)),
-            last_error,
+            last_error: status.last_error.clone(),
             id: Some(status.id.into()),
             name: status.rule.name.clone(),
             listen: status.listen.to_string(),
             connect: status.rule.connect.to_string(),
-            counters: status.counters.into(),
+            counters: status.counters,
             rule: (&status.rule).into(),
         }
     }
@@ -429,10 +365,10 @@ impl Forward {
             }
             .to_owned(),
             why: Some(why.to_owned()),
-            since: Some(unix(since)),
+            since: Some(since),
             vm: None,
             last_error: None,
-            counters: Tally::default(),
+            counters: Counters::default(),
             rule: rule.into(),
         }
     }
@@ -442,18 +378,19 @@ impl Vm {
     /// Returns in words what is known of it: `up, last heard from 12 s ago, last 40 dials silent so
     /// far`.
     pub(crate) fn health(&self, now: SystemTime) -> String {
-        let ago = |then: f64| age((unix(now) - then).max(0.0) as u64);
-        let up = match (self.up, self.gone_since) {
+        let ago = |then| age(now.duration_since(then).unwrap_or_default().as_secs());
+        let VmStatus { up, gone_since, .. } = self.status;
+        let up = match (up, gone_since) {
             (Some(false), Some(since)) => return format!("gone for {}", ago(since)),
             (Some(false), None) => return "gone".to_owned(),
             (Some(true), _) => "up",
             (None, _) => "not known yet",
         };
-        let heard = self.last_heard.map_or_else(
+        let heard = self.status.last_heard.map_or_else(
             || "not heard from yet".to_owned(),
             |at| format!("last heard from {} ago", ago(at)),
         );
-        let silent = match self.unanswered {
+        let silent = match self.status.unanswered {
             0 => String::new(),
             1 => ", last dial silent so far".to_owned(),
             n => format!(", last {n} dials silent so far"),
@@ -468,65 +405,7 @@ impl Vm {
         };
         Vm {
             directory: directory.to_string(),
-            connections: vm.connections,
-            limit: vm.limit,
-            reserved: vm.reserved,
-            unanswered: vm.unanswered,
-            last_heard: vm.last_heard.map(unix),
-            up: vm.up,
-            gone_since: vm.gone_since.map(unix),
-            restarts: vm.restarts,
-        }
-    }
-}
-
-impl From<Refusals> for RefusalTally {
-    fn from(refusals: Refusals) -> RefusalTally {
-        RefusalTally {
-            by_target: refusals.by_target,
-            absent: refusals.absent,
-            dial_timeout: refusals.dial_timeout,
-            full: refusals.full,
-            other: refusals.other,
-        }
-    }
-}
-
-impl From<Counters> for Tally {
-    fn from(counters: Counters) -> Tally {
-        Tally {
-            accepted: counters.accepted,
-            live: counters.live,
-            refused: counters.refused,
-            refusals: counters.refusals.into(),
-            idle: counters.timed_out.idle,
-            half_closed: counters.timed_out.half_closed,
-            abandoned: counters.abandoned,
-            sent: counters.sent,
-            received: counters.received,
-        }
-    }
-}
-
-impl From<&ConnectionStatus> for Connection {
-    fn from(status: &ConnectionStatus) -> Connection {
-        let peer = match status.peer {
-            crate::SocketName::Unnamed => None,
-            peer => Some(peer.to_string()),
-        };
-        Connection {
-            id: status.id.into(),
-            forward: status.forward.into(),
-            peer,
-            state: match status.state {
-                ConnectionState::Dialling => "dialling",
-                ConnectionState::Open => "open",
-                ConnectionState::Ending => "ending",
-            }
-            .to_owned(),
-            sent: status.sent,
-            received: status.received,
-            age_seconds: status.age.as_secs_f64(),
+            status: vm.clone(),
         }
     }
 }

@@ -97,14 +97,15 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
     let sides = [Constraint::Length(width), Constraint::Min(0)];
     let [left, right] = Layout::horizontal(sides).areas(area);
     frame.render_widget(Line::from(name), left);
-    let used = vm.connections as f64 / vm.limit.max(1) as f64;
-    let color = match vm.up {
+    let status = &vm.status;
+    let used = status.connections as f64 / status.limit.max(1) as f64;
+    let color = match status.up {
         Some(false) => Color::Red,
         _ if used >= 0.9 => Color::Red,
         _ if used >= 0.7 => Color::Yellow,
         _ => Color::Green,
     };
-    let (connections, limit) = (vm.connections, vm.limit);
+    let (connections, limit) = (status.connections, status.limit);
     let health = vm.health(SystemTime::now());
     let text = format!("{connections} of {limit} slots; {health}");
     let gauge = Gauge::default().ratio(used.clamp(0.0, 1.0)).label(text);

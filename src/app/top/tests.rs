@@ -7,7 +7,8 @@ use ratatui::backend::TestBackend;
 
 use super::draw::{draw, sparkline};
 use super::model::{Model, Sample, Sort, called};
-use crate::app::control::{Connection, Forward, RuleBody, Status, Tally, Vm};
+use crate::app::control::{Connection, Forward, RuleBody, Status, Vm};
+use crate::proxy::{Counters, VmStatus};
 
 fn forward(id: u64, sent: u64, received: u64) -> Forward {
     let listen = format!("tcp://127.0.0.1:80{id}");
@@ -22,21 +23,23 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
         since: None,
         vm: Some(Vm {
             directory: "/var/vm".to_owned(),
-            connections: 450,
-            limit: 900,
-            reserved: 0,
-            unanswered: 3,
-            last_heard: None,
-            up: Some(true),
-            gone_since: None,
-            restarts: 0,
+            status: VmStatus {
+                connections: 450,
+                limit: 900,
+                reserved: 0,
+                unanswered: 3,
+                last_heard: None,
+                up: Some(true),
+                gone_since: None,
+                restarts: 0,
+            },
         }),
         last_error: None,
-        counters: Tally {
+        counters: Counters {
             live: id,
             sent,
             received,
-            ..Tally::default()
+            ..Counters::default()
         },
         rule: RuleBody::new(&listen.parse().unwrap(), &connect.parse().unwrap()),
     }
