@@ -331,7 +331,7 @@ fn what_makes_no_sense_is_refused_and_said() {
             "/v1/forwards",
             rule(r#", "connections": 0"#),
             400,
-            "no connection at all",
+            "0 is not a number from 1",
         ),
         (
             "POST",

@@ -332,7 +332,11 @@ fn bad_words_are_told() {
     fails(&words("--size", "99999999999G"), 2, &["is no size"]);
     fails(&words("--buffer", "0-1"), 2, &["1 byte to 16M"]);
     fails(&words("-n", "0"), 2, &["1.."]);
-    fails(&["stress", "--pause=-1", "/tmp/s"], 2, &["--pause", "0.5"]);
+    fails(
+        &["stress", "--pause=-1", "/tmp/s"],
+        2,
+        &["--pause", "a number of seconds"],
+    );
     fails(
         &["stress", "--bench", "rtt", "--size", "0", "/tmp/s"],
         2,

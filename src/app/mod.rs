@@ -9,11 +9,13 @@ mod control;
 mod doctor;
 mod escape;
 mod output;
+mod rule;
 mod serve;
 mod stress;
 #[cfg(unix)]
 mod syslog;
 #[cfg(unix)]
 mod top;
+mod values;
 
 pub use cli::run;

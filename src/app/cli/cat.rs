@@ -4,12 +4,13 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::options::{Peer, parse_mode, parse_seconds};
+use super::options::Peer;
 use super::signals::EndSignals;
 use super::{Failure, Outcome, complain, services};
 use crate::address::Address;
 use crate::app::cat::{self, Plan};
 use crate::app::serve::{self, Stop};
+use crate::app::values::{parse_mode, parse_time};
 use crate::listener::lasting::LastingListener;
 
 /// Carry standard input and output over any address, as netcat does
@@ -42,11 +43,11 @@ pub(super) struct Cat {
     #[arg(long, requires = "listen")]
     register: bool,
     /// Seconds to go on trying when nobody is there yet
-    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_time)]
     wait: Duration,
     /// After SIGINT or SIGTERM, seconds a guest may take to end the connection; to vsock-mux, seconds without a byte
     /// until EOF on standard input is passed on all the same, and to a pipe without a half-close until all is over
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_time)]
     drain_timeout: Duration,
     /// With -l, permissions of a Unix listening socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, requires = "listen")]

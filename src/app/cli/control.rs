@@ -7,22 +7,21 @@ use std::time::{Duration, Instant, SystemTime};
 
 use clap::Args;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::expose::vm_at;
 use super::kept::{KeepTrying, Kept};
-use super::options::{ProxyOptions, parse_seconds};
+use super::options::ProxyOptions;
 use super::reconciler::danger;
 use super::spec::{Local, Remote};
 use super::summary::tried_again;
 use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
 use crate::address::{Address, TcpAddress, UnixAddress};
-use crate::app::config::local_address;
 use crate::app::control::{
-    self, Actions, Bound, Control, RuleBody, Unanswered, Unavailable, ask, read,
-    refusals_by_reason, segment,
+    self, Actions, Bound, Control, Unanswered, Unavailable, ask, read, refusals_by_reason, segment,
 };
 use crate::app::escape;
+use crate::app::values::{local_address, parse_time};
 use crate::proxy::{Counters, Proxy, ProxyConfig};
 
 /// How a proxy that runs can be looked at and changed.
@@ -92,9 +91,9 @@ pub(super) fn begin(
     proxy: &Proxy,
     kept: Option<Arc<Kept>>,
 ) -> crate::Result<Option<Control>> {
-    let grace = options.grace();
+    let (grace, rule) = (options.grace(), options.rule().clone());
     let actions = Actions {
-        rule: Box::new(options.usual_rule()),
+        options: Box::new(move || rule.clone()),
         pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
         reload: None,
         grace: Box::new(move || grace),
@@ -301,12 +300,10 @@ impl Add {
         }
         let path = self.which.path();
         for (listen, connect) in pairs {
-            let body = RuleBody {
-                name: self.name.clone(),
-                ..RuleBody::new(&absolute(listen)?, &absolute(connect)?)
-            };
-            let body = serde_json::to_string(&body)?;
-            let answer = ask(&path, "POST", "/v1/forwards", &body)?;
+            let (listen, connect) = (absolute(listen)?, absolute(connect)?);
+            let (listen, connect) = (listen.to_string(), connect.to_string());
+            let rule = json!({"name": self.name, "listen": listen, "connect": connect});
+            let answer = ask(&path, "POST", "/v1/forwards", &rule.to_string())?;
             if self.json {
                 print_json(answer.trim_end())?;
                 continue;
@@ -382,7 +379,7 @@ pub(super) struct Remove {
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
     /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_time)]
     grace: Option<Duration>,
     #[command(flatten)]
     which: Which,
@@ -445,7 +442,7 @@ impl Reload {
 #[derive(Args, Debug)]
 pub(super) struct Stop {
     /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_time)]
     grace: Option<Duration>,
     #[command(flatten)]
     which: Which,

@@ -34,7 +34,7 @@ pub(super) struct Doctor {
     host_port: Vec<Port>,
     /// Seconds that the guest may take to answer
     #[cfg(unix)]
-    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = super::options::parse_some_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = crate::app::values::parse_some_time)]
     timeout: std::time::Duration,
     /// Print JSON: {"ok": …, "checks": [{"name", "verdict", "seen", "remedy"}, …]}
     #[arg(long)]

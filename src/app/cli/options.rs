@@ -9,7 +9,8 @@ use clap::Args;
 
 use super::Failure;
 use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
-pub(super) use crate::app::config::parse_mode;
+use crate::app::rule::RuleOptions;
+use crate::app::values::parse_time;
 use crate::hyperkit::{Places, find};
 use crate::proxy::{ProxyConfig, Rule};
 use crate::sys;
@@ -76,9 +77,8 @@ pub(super) struct ProxyOptions {
     #[cfg(unix)]
     #[command(flatten)]
     control: super::control::ControlOptions,
-    /// Permissions of Unix listening sockets, octal (a named pipe's are in its address)
-    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
-    mode: u32,
+    #[command(flatten)]
+    rule: RuleOptions,
     /// Threads, at most 256 [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
@@ -86,26 +86,8 @@ pub(super) struct ProxyOptions {
     #[arg(long)]
     no_splice: bool,
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     grace: Duration,
-    /// Seconds a client may wait for its target to be connected
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_seconds)]
-    dial_timeout: Duration,
-    /// Seconds a guest may take to end a connection after our half-close
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_some_seconds)]
-    drain_timeout: Duration,
-    /// Seconds that a client is held whose target isn't there yet, and is dialled again meanwhile [default: it is refused]
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
-    wait: Option<Duration>,
-    /// Seconds without a byte either way after which a connection is cut off [default: never]
-    #[arg(long, value_name = "SECONDS", value_parser = parse_some_seconds)]
-    idle_timeout: Option<Duration>,
-    /// The same, once one side has ended [default: never]
-    #[arg(long, value_name = "SECONDS", value_parser = parse_some_seconds)]
-    half_closed_timeout: Option<Duration>,
-    /// Connections of each forward at a time; more clients wait [default: as many as all may have]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    connections: Option<u32>,
     /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors)
     #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]
     vm_connections: u16,
@@ -119,7 +101,7 @@ impl ProxyOptions {
     pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
         let rules = rules
             .into_iter()
-            .map(|rule| self.applied_to(rule))
+            .map(|rule| self.rule.applied_to(rule))
             .collect();
         let mut config = ProxyConfig::new(rules);
         config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
@@ -132,23 +114,10 @@ impl ProxyOptions {
         config
     }
 
-    /// A rule as these options have it.
-    fn applied_to(&self, mut rule: Rule) -> Rule {
-        rule.mode = self.mode;
-        rule.timeouts.dial = self.dial_timeout;
-        rule.timeouts.drain = self.drain_timeout;
-        rule.timeouts.idle = self.idle_timeout;
-        rule.timeouts.half_closed = self.half_closed_timeout;
-        rule.wait = self.wait;
-        rule.connections = self.connections.map(|most| most as usize);
-        rule
-    }
-
-    /// What makes of two addresses a rule as these options have it.
+    /// Returns the options of rules that are added later.
     #[cfg(unix)]
-    pub(super) fn usual_rule(&self) -> impl Fn(Address, Address) -> Rule + Send + Sync + 'static {
-        let options = self.clone();
-        move |listen, connect| options.applied_to(Rule::new(listen, connect))
+    pub(super) fn rule(&self) -> &RuleOptions {
+        &self.rule
     }
 
     #[cfg(unix)]
@@ -158,21 +127,5 @@ impl ProxyOptions {
 
     pub(super) fn grace(&self) -> Duration {
         self.grace
-    }
-}
-
-/// A time in seconds that is not zero.
-pub(super) fn parse_some_seconds(text: &str) -> Result<Duration, String> {
-    match parse_seconds(text)? {
-        Duration::ZERO => Err("it can't be 0".to_owned()),
-        time => Ok(time),
-    }
-}
-
-/// A time in seconds.
-pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
-    match text.parse() {
-        Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
-        _ => Err("it is a number of seconds, such as 0.5, and at most 1000000".to_owned()),
     }
 }

@@ -119,14 +119,14 @@ fn control(
     proxy: &Proxy,
 ) -> crate::Result<crate::app::control::Control> {
     use crate::app::control::{Actions, Problem};
-    let (read, rule, grace, pending) = (
+    let (read, options, grace, pending) = (
         Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
     );
     let actions = Actions {
-        rule: Box::new(move |listen, connect| rule.usual_rule(listen, connect)),
+        options: Box::new(move || options.defaults()),
         pending: Box::new(move || pending.pending()),
         reload: Some(Box::new(move || match reload(&read) {
             Ok(summary) => Ok(summary.json()),

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use crate::address::{Address, HyperkitAddress};
 use crate::app::config::{Config, Control, Missing, Problems, Wanted};
+#[cfg(unix)]
+use crate::app::rule::RuleOptions;
 use crate::hyperkit::Places;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
 use crate::sys;
@@ -121,10 +123,10 @@ impl Running {
         Arc::clone(&config)
     }
 
-    /// A rule of two addresses, with what the file has for all forwards.
+    /// Returns the options that the file has for all forwards.
     #[cfg(unix)]
-    pub(super) fn usual_rule(&self, listen: Address, connect: Address) -> Rule {
-        self.config().usual_rule(listen, connect)
+    pub(super) fn defaults(&self) -> RuleOptions {
+        self.config().defaults.clone()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

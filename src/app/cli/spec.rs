@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use crate::address::{Address, Port};
-use crate::app::config::local_address;
+use crate::app::values::local_address;
 
 /// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
-use super::options::{Peer, parse_mode, parse_seconds, parse_some_seconds};
+use super::options::Peer;
 use super::signals::EndSignals;
 use super::{Failure, Outcome, complain, print_text, say};
 use crate::address::Address;
 use crate::app::serve::{self, LOOK, Stop};
 use crate::app::stress::{self, Load, MOST_PARALLEL, Plan, Progress, Report};
+use crate::app::values::{parse_mode, parse_some_time, parse_time};
 use crate::listener::lasting::LastingListener;
 
 /// Send random data through any address to a server that returns it, compare every byte, and measure
@@ -55,10 +56,10 @@ pub(super) struct Stress {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     round_trips: Option<u64>,
     /// Seconds between a connection and the next one in its place
-    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_time)]
     pause: Duration,
     /// Seconds that connecting may take, and that nothing may move
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_some_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_some_time)]
     timeout: Duration,
     /// End with the first failure
     #[arg(short = 'e', long)]

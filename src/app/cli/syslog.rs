@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::options::parse_mode;
 use super::signals::EndSignals;
 use super::{Failure, Outcome, say};
 use crate::address::Address;
 use crate::app::serve::Stop;
 use crate::app::syslog::{Log, carry};
+use crate::app::values::parse_mode;
 
 /// Carry the syslog messages of local programs to a collector, framed as RFC 6587 says
 #[derive(Args, Debug)]

@@ -1,70 +1,11 @@
-//! `[defaults]` and `[forward.NAME]`.
-
-use std::time::Duration;
+//! `[forward.NAME]`.
 
 use super::section::Section;
-use super::values;
 use super::vms::Place;
 use crate::address::{Address, Port};
-use crate::listener::DEFAULT_MODE;
-use crate::proxy::{Rule, Timeouts};
-
-/// What `[defaults]` has for all forwards, and each can have for itself.
-#[derive(Clone, Debug)]
-pub(super) struct Settings {
-    mode: u32,
-    timeouts: Timeouts,
-    wait: Option<Duration>,
-}
-
-impl Default for Settings {
-    fn default() -> Settings {
-        Settings {
-            mode: DEFAULT_MODE,
-            timeouts: Timeouts::default(),
-            wait: None,
-        }
-    }
-}
-
-impl Settings {
-    /// These, but for what the section says.
-    pub(super) fn read(&self, section: &mut Section<'_, '_>) -> Settings {
-        let mut read = self.clone();
-        let timeouts = &mut read.timeouts;
-        set(&mut read.mode, section.take("mode", values::mode));
-        set(
-            &mut timeouts.dial,
-            section.take("dial-timeout", values::time),
-        );
-        set(
-            &mut timeouts.drain,
-            section.take("drain-timeout", values::some_time),
-        );
-        let never = |value: &_| values::time_or("never", value);
-        set(&mut timeouts.idle, section.take("idle-timeout", never));
-        set(
-            &mut timeouts.half_closed,
-            section.take("half-closed-timeout", never),
-        );
-        let fail = |value: &_| values::time_or("fail", value);
-        set(&mut read.wait, section.take("wait", fail));
-        read
-    }
-
-    pub(super) fn applied_to(&self, mut rule: Rule) -> Rule {
-        rule.mode = self.mode;
-        rule.timeouts = self.timeouts;
-        rule.wait = self.wait;
-        rule
-    }
-}
-
-fn set<T>(to: &mut T, value: Option<T>) {
-    if let Some(value) = value {
-        *to = value;
-    }
-}
+use crate::app::rule::RuleOptions;
+use crate::app::values;
+use crate::proxy::Rule;
 
 /// One end of a forward.
 #[derive(Clone, Debug)]
@@ -85,9 +26,7 @@ pub(super) struct Forward {
     connect: End,
     /// As the file calls it, and the line in which it does.
     vm: Option<(String, usize)>,
-    settings: Settings,
-    pub(super) reserved: usize,
-    connections: Option<usize>,
+    pub(super) options: RuleOptions,
 }
 
 impl Forward {
@@ -95,7 +34,7 @@ impl Forward {
     pub(super) fn read(
         name: String,
         mut section: Section<'_, '_>,
-        defaults: &Settings,
+        defaults: &RuleOptions,
     ) -> Option<Forward> {
         let line = section.line;
         let vm = section.take("vm", values::text);
@@ -104,9 +43,7 @@ impl Forward {
         let guest_dials = section.take("guest-dials", values::port);
         let listen = section.take("listen", values::address);
         let connect = section.take("connect", values::address);
-        let settings = defaults.read(&mut section);
-        let reserved = section.take("reserved", values::count(0..=1000));
-        let connections = section.take("connections", values::count(1..=1_000_000));
+        let options = section.take_options(defaults);
         let ends = ends(&section);
         let listen = listen.map(End::At).or(guest_dials.map(End::Vm));
         let connect = connect.map(End::At).or(port.map(End::Vm));
@@ -127,9 +64,7 @@ impl Forward {
                 listen,
                 connect,
                 vm,
-                settings,
-                reserved: reserved.unwrap_or(0),
-                connections,
+                options,
             }),
             _ => None,
         }
@@ -142,7 +77,7 @@ impl Forward {
 
     /// Whether it holds its clients while its VM isn't there.
     pub(super) fn waits_for_vm(&self) -> bool {
-        matches!(self.connect, End::Vm(_)) && self.settings.wait.is_some()
+        matches!(self.connect, End::Vm(_)) && self.options.wait.is_some()
     }
 
     /// The rule, with the VM where it was found.
@@ -152,10 +87,8 @@ impl Forward {
             End::Vm(port) => vm.map(|vm| vm.address(*port)),
         };
         let rule = Rule::new(address(&self.listen)?, address(&self.connect)?);
-        let mut rule = self.settings.applied_to(rule);
+        let mut rule = self.options.applied_to(rule);
         rule.name = Some(self.name.clone());
-        rule.reserved = self.reserved;
-        rule.connections = self.connections;
         Some(rule)
     }
 }

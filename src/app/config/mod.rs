@@ -23,31 +23,29 @@ mod problems;
 mod section;
 #[cfg(test)]
 mod tests;
-mod values;
 mod vms;
-mod words;
 
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde_json::Value;
 use toml::de::DeTable;
 
-#[cfg(unix)]
-use crate::address::Address;
 use crate::address::TcpAddress;
+use crate::app::rule::RuleOptions;
+use crate::app::values;
 use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
 
 pub(crate) use diff::{Existing, Step, plan};
-use forward::{Forward, Settings};
+use forward::Forward;
 use problems::Problem;
 pub(crate) use problems::Problems;
 use section::{Section, Source};
 pub(crate) use vms::Missing;
 use vms::{Found, Vm};
-pub(crate) use words::{local_address, parse_mode};
 
 /// What the file says. That it can be carried out, as far as can be known without trying, was found by whoever read it.
 #[derive(Clone, Debug)]
@@ -63,7 +61,7 @@ pub(crate) struct Config {
     pub(crate) metrics: Option<TcpAddress>,
     /// For who adds forwards by the control socket.
     #[cfg(unix)]
-    defaults: Settings,
+    pub(crate) defaults: RuleOptions,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
 }
@@ -77,6 +75,19 @@ pub(crate) enum Control {
     At(PathBuf),
     /// Nowhere.
     Off,
+}
+
+impl Control {
+    /// Reads the path of the control socket, or `"off"`.
+    fn read(value: &Value) -> Result<Control, String> {
+        match values::text(value)?.as_str() {
+            "" => Err("it is empty; write a path, or \"off\"".to_owned()),
+            "off" => Ok(Control::Off),
+            text => Ok(Control::At(PathBuf::from(
+                values::at_home(text)?.into_owned(),
+            ))),
+        }
+    }
 }
 
 /// What is to be carried, now that it is known where the VMs are.
@@ -144,12 +155,12 @@ impl Config {
         let grace = root.take("grace", values::time);
         let workers = root.take("workers", values::count(1..=256));
         let splice = root.take("splice", values::yes_or_no);
-        let control = root.take("control", values::control);
+        let control = root.take("control", Control::read);
         let metrics = root.take("metrics", values::tcp);
-        let mut settings = Settings::default();
-        if let Some(mut defaults) = root.table("defaults") {
-            settings = settings.read(&mut defaults);
-            defaults.finish();
+        let mut defaults = RuleOptions::default();
+        if let Some(mut section) = root.table("defaults") {
+            defaults = section.take_options(&defaults);
+            section.finish();
         }
         let mut vms = Vec::new();
         for (name, section) in root.named("vm") {
@@ -157,7 +168,7 @@ impl Config {
         }
         let mut forwards = Vec::new();
         for (name, section) in root.named("forward") {
-            forwards.extend(Forward::read(name, section, &settings));
+            forwards.extend(Forward::read(name, section, &defaults));
         }
         root.finish();
         for forward in &forwards {
@@ -174,16 +185,10 @@ impl Config {
             control: control.unwrap_or_default(),
             metrics,
             #[cfg(unix)]
-            defaults: settings,
+            defaults,
             vms,
             forwards,
         }
-    }
-
-    /// A rule of two addresses with what `[defaults]` has.
-    #[cfg(unix)]
-    pub(crate) fn usual_rule(&self, listen: Address, connect: Address) -> Rule {
-        self.defaults.applied_to(Rule::new(listen, connect))
     }
 
     /// What the file asks for, with its VMs as they can be found now.
@@ -246,7 +251,7 @@ impl Config {
         for (vm, _) in &vms {
             let of = |forward: &&Forward| forward.vm().is_some_and(|(name, _)| name == vm.name);
             let mut its = self.forwards.iter().filter(of);
-            let places = its.clone().map(|it| it.reserved).sum::<usize>();
+            let places = its.clone().map(|it| it.options.reserved).sum::<usize>();
             let (reserved, cap) = (places, vm.connections());
             // To know that a guest has taken a client that waits takes a place, too.
             let proof = usize::from(cap > 1 && places > 0 && its.any(Forward::waits_for_vm));

@@ -1,12 +1,16 @@
 //! Reading a table of the file key by key, and gathering what is wrong with it instead of ending there.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ops::Range;
 
+use serde_json::{Number, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::problems::Problem;
+use crate::app::rule::RuleOptions;
+use crate::app::values;
 use crate::proxy::check_name;
 
 /// The text, and what is wrong with it so far.
@@ -52,7 +56,7 @@ pub(super) struct Section<'a, 'i> {
     /// As people write it: `[vm.docker]`; empty for the whole file.
     title: String,
     table: &'a DeTable<'i>,
-    known: Vec<&'static str>,
+    known: Vec<Cow<'static, str>>,
     pub(super) line: usize,
 }
 
@@ -79,11 +83,11 @@ impl<'a, 'i> Section<'a, 'i> {
     }
 
     fn unknown(&self, key: &str) -> bool {
-        !self.known.contains(&key)
+        !self.known.iter().any(|known| known == key)
     }
 
-    fn nearest(&self, key: &str) -> Option<&'static str> {
-        nearest(key, self.known.iter().copied())
+    fn nearest(&self, key: &str) -> Option<&str> {
+        nearest(key, self.known.iter().map(Cow::as_ref))
     }
 
     /// The line of a key that is there, or of the section.
@@ -107,10 +111,10 @@ impl<'a, 'i> Section<'a, 'i> {
     pub(super) fn take<T>(
         &mut self,
         key: &'static str,
-        read: impl FnOnce(&DeValue<'i>) -> Result<T, String>,
+        read: impl FnOnce(&Value) -> Result<T, String>,
     ) -> Option<T> {
-        self.known.push(key);
-        match read(self.table.get(key)?.get_ref()) {
+        self.known.push(key.into());
+        match to_json(key, self.table.get(key)?.get_ref()).and_then(|value| read(&value)) {
             Ok(value) => Some(value),
             Err(why) => {
                 self.complain(Some(key), why);
@@ -119,16 +123,31 @@ impl<'a, 'i> Section<'a, 'i> {
         }
     }
 
+    /// Takes a rule's options, which are as in `usual` where the section doesn't say.
+    pub(super) fn take_options(&mut self, usual: &RuleOptions) -> RuleOptions {
+        let mut options = usual.clone();
+        for (key, path) in RuleOptions::keys() {
+            if let Some(value) = self.table.get(key.as_str()) {
+                let value = to_json(&key, value.get_ref());
+                if let Err(why) = value.and_then(|value| options.set(&path, value)) {
+                    self.complain(Some(&key), why);
+                }
+            }
+            self.known.push(key.into());
+        }
+        options
+    }
+
     /// Takes a table.
     pub(super) fn table(&mut self, key: &'static str) -> Option<Section<'a, 'i>> {
-        self.known.push(key);
+        self.known.push(key.into());
         let (key, value) = self.table.get_key_value(key)?;
         self.section(key, value, format!("[{}]", key.get_ref()), "[KEY]")
     }
 
     /// Takes a table of named tables, as in `[vm.NAME]`, in the order of the file.
     pub(super) fn named(&mut self, key: &'static str) -> Vec<(String, Section<'a, 'i>)> {
-        self.known.push(key);
+        self.known.push(key.into());
         let Some((key, value)) = self.table.get_key_value(key) else {
             return Vec::new();
         };
@@ -154,7 +173,7 @@ impl<'a, 'i> Section<'a, 'i> {
 
     fn section(
         &self,
-        key: &Spanned<std::borrow::Cow<'i, str>>,
+        key: &Spanned<Cow<'i, str>>,
         value: &'a Spanned<DeValue<'i>>,
         title: String,
         right: &str,
@@ -222,14 +241,32 @@ fn bare(key: &str) -> String {
     }
 }
 
-/// What a value is, for people.
-pub(super) fn kind(value: &DeValue<'_>) -> &'static str {
+/// Returns what a value is, for people.
+fn kind(value: &DeValue<'_>) -> &'static str {
     match value {
-        DeValue::String(_) => "a string",
-        DeValue::Integer(_) | DeValue::Float(_) => "a number",
-        DeValue::Boolean(_) => "true or false",
         DeValue::Datetime(_) => "a date",
-        DeValue::Array(_) => "a list",
-        DeValue::Table(_) => "a table",
+        other => to_json("", other).map_or("no value", |value| values::kind(&value)),
     }
+}
+
+/// Returns a value as those of JSON are.
+fn to_json(key: &str, value: &DeValue<'_>) -> Result<Value, String> {
+    Ok(match value {
+        DeValue::String(text) => Value::String(text.to_string()),
+        // TOML's way to write permissions.
+        DeValue::Integer(number) if key == "mode" && number.radix() == 8 => number.as_str().into(),
+        DeValue::Integer(number) => {
+            let read = i128::from_str_radix(number.as_str(), number.radix()).ok();
+            let number = read.and_then(Number::from_i128);
+            number.ok_or("it is too large a number")?.into()
+        }
+        DeValue::Float(number) => {
+            let read = number.as_str().parse().ok().and_then(Number::from_f64);
+            read.map_or_else(|| number.as_str().into(), Value::Number)
+        }
+        DeValue::Boolean(yes) => Value::Bool(*yes),
+        DeValue::Datetime(_) => return Err("it is a date, which no key takes".to_owned()),
+        DeValue::Array(_) => Value::Array(Vec::new()),
+        DeValue::Table(_) => Value::Object(serde_json::Map::new()),
+    })
 }

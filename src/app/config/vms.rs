@@ -4,8 +4,8 @@ use std::io;
 use std::path::PathBuf;
 
 use super::section::{Section, nearest};
-use super::values;
 use crate::address::{self, Address, HvsockAddress, HyperkitAddress, HyperkitVm, Port};
+use crate::app::values;
 use crate::hyperkit::{self, Places};
 use crate::proxy::{Limits, VmLimits};
 

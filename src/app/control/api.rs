@@ -13,11 +13,12 @@ use tracing::info;
 
 use crate::address::Address;
 use crate::app::output;
+use crate::app::values::parse_time;
 use crate::proxy::{ForwardStatus, Handle};
 
 use super::http::{Request, Response};
 use super::metrics;
-use super::model::{Forward, RuleBody, Status, Unserved, seconds};
+use super::model::{Forward, RuleBody, Status, Unserved, read_rule};
 use super::server::{Endpoint, Service, Trouble};
 use super::{Actions, Problem};
 
@@ -217,13 +218,7 @@ impl Api {
     }
 
     fn add(&self, body: &[u8]) -> Answer {
-        let body: RuleBody = serde_json::from_slice(body).map_err(|e| {
-            let problem = Problem::new(400, format!("that is no rule: {e}"));
-            problem.with_remedy(
-                r#"one is {"name": "web", "listen": "tcp://127.0.0.1:8080", "connect": "unix:///run/web.sock"}"#,
-            )
-        })?;
-        let rule = body.rule(|listen, connect| (self.actions.rule)(listen, connect))?;
+        let rule = read_rule(body, (self.actions.options)())?;
         let forwards = self.handle.forwards();
         let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
         let there = |it: &&ForwardStatus| it.listen == rule.listen;
@@ -295,7 +290,8 @@ impl Api {
             if key != "grace" {
                 return Err(unknown(key));
             }
-            grace = seconds("grace", value.parse().unwrap_or(f64::NAN), 0.0)?;
+            let wrong = |why| Problem::new(400, format!("grace: {why}"));
+            grace = parse_time(value).map_err(wrong)?;
         }
         Ok(grace)
     }

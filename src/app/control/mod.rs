@@ -12,7 +12,7 @@
 //! |---|---|---|
 //! | `GET /v1/status` | all of it: version, uptime, forwards | [`Status`] |
 //! | `GET /v1/forwards` | the forwards | an array of [`Forward`] |
-//! | `POST /v1/forwards` | adds one; the body is a [`RuleBody`] | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
+//! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
 //! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
 //! | `GET /v1/connections` | the connections that are carried now | an array of [`ConnectionStatus`](crate::ConnectionStatus) |
@@ -51,11 +51,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::address::{Address, TcpAddress};
+use crate::app::rule::RuleOptions;
 use crate::error::{Error, Result};
-use crate::proxy::{Handle, Rule};
+use crate::proxy::Handle;
 
 pub(crate) use client::{Unanswered, ask, get, read, segment};
-pub(crate) use model::{Connection, Forward, RuleBody, Status, Vm, age, refusals_by_reason};
+pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
 pub(crate) use place::default_path;
 
 use api::Api;
@@ -82,8 +83,8 @@ pub(crate) enum Unavailable {
 
 /// What the server needs of its program.
 pub(crate) struct Actions {
-    /// The rule of two addresses, with all that is not said as this program has it.
-    pub(crate) rule: Box<dyn Fn(Address, Address) -> Rule + Send + Sync>,
+    /// The options of a rule that says none.
+    pub(crate) options: Box<dyn Fn() -> RuleOptions + Send + Sync>,
     /// The forwards that are wanted and can't be had now.
     pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
     /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.

@@ -1,10 +1,14 @@
 //! What goes over the control socket, as JSON.
 
-use std::time::{Duration, SystemTime};
+use std::fmt;
+use std::time::SystemTime;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::address::Address;
+use crate::app::rule::RuleOptions;
+use crate::app::values;
 use crate::proxy::{
     Counters, ForwardState, ForwardStatus, LastError, Refusals, Rule, VmStatus, check_name,
 };
@@ -102,134 +106,79 @@ pub(crate) struct Connection {
     pub(crate) age_seconds: f64,
 }
 
-/// A rule, as it is given. What is left out is as for the forwards that were there from the start.
+/// A rule as it is told, and can be given again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an object with listen and connect")]
 pub(crate) struct RuleBody {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) name: Option<String>,
     pub(crate) listen: String,
     pub(crate) connect: String,
-    /// Octal, as `"600"`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) mode: Option<String>,
-    #[serde(default)]
-    pub(crate) timeouts: TimeoutsBody,
-    /// Seconds for which a client is held whose target isn't there; `null`: it is refused at once.
-    #[serde(
-        default,
-        deserialize_with = "given",
-        skip_serializing_if = "Option::is_none"
-    )]
-    pub(crate) wait: Option<Option<f64>>,
-    /// Places, also of its VM's, that only this rule's connections may have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) reserved: Option<usize>,
-    /// Connections that it may have at a time; `null`: what bounds all bounds it.
-    #[serde(
-        default,
-        deserialize_with = "given",
-        skip_serializing_if = "Option::is_none"
-    )]
-    pub(crate) connections: Option<Option<usize>>,
+    #[serde(flatten)]
+    pub(crate) options: RuleOptions,
 }
 
-/// In seconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an object of times in seconds")]
-pub(crate) struct TimeoutsBody {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) dial: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) drain: Option<f64>,
-    /// `null`: for ever.
-    #[serde(
-        default,
-        deserialize_with = "given",
-        skip_serializing_if = "Option::is_none"
-    )]
-    pub(crate) idle: Option<Option<f64>>,
-    /// `null`: for ever.
-    #[serde(
-        default,
-        deserialize_with = "given",
-        skip_serializing_if = "Option::is_none"
-    )]
-    pub(crate) half_closed: Option<Option<f64>>,
+impl From<&Rule> for RuleBody {
+    fn from(rule: &Rule) -> RuleBody {
+        RuleBody {
+            name: rule.name.clone(),
+            listen: rule.listen.to_string(),
+            connect: rule.connect.to_string(),
+            options: rule.into(),
+        }
+    }
 }
 
-/// A value that was given, be it `null`, which is not the same as to be left out.
-fn given<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Option<Option<T>>, D::Error> {
-    Option::deserialize(deserializer).map(Some)
+/// Reads the rule that is asked for; what is left out is as in `usual`.
+pub(super) fn read_rule(body: &[u8], usual: RuleOptions) -> Result<Rule, Problem> {
+    let no_rule = |why: &dyn fmt::Display| {
+        let problem = Problem::new(400, format!("that is no rule: {why}"));
+        problem.with_remedy(
+            r#"one is {"name": "web", "listen": "tcp://127.0.0.1:8080", "connect": "unix:///run/web.sock"}"#,
+        )
+    };
+    let wrong = |key: &str, why: String| Problem::new(400, format!("{key}: {why}"));
+    let mut asked = match serde_json::from_slice(body).map_err(|e| no_rule(&e))? {
+        Value::Object(asked) => asked,
+        _ => return Err(no_rule(&"it is not an object with listen and connect")),
+    };
+    let mut address = |key| {
+        let asked = asked.remove(key);
+        let asked = asked.ok_or_else(|| no_rule(&format_args!("{key} is missing")))?;
+        let text = values::text(&asked).map_err(|why| wrong(key, why))?;
+        text.parse::<Address>()
+            .map_err(|e| wrong(key, e.to_string()))
+    };
+    let mut rule = Rule::new(address("listen")?, address("connect")?);
+    let name = asked.remove("name").filter(|name| !name.is_null());
+    let name = name.map(|name| values::text(&name)).transpose();
+    rule.name = name.map_err(|why| wrong("name", why))?;
+    if let Some(name) = &rule.name {
+        check_name(name).map_err(|why| wrong("name", why.to_owned()))?;
+    }
+    let mut options = usual;
+    let mut set = |path: &[String], value| {
+        let set = options.set(path, value);
+        set.map_err(|why| wrong(&path.join("."), why))
+    };
+    let keys = RuleOptions::keys();
+    let is_group = |key: &String| {
+        keys.iter()
+            .any(|(_, path)| path.len() > 1 && path[0] == *key)
+    };
+    for (key, value) in asked {
+        match value {
+            Value::Object(parts) if is_group(&key) => {
+                for (part, value) in parts {
+                    set(&[key.clone(), part], value)?;
+                }
+            }
+            value => set(&[key], value)?,
+        }
+    }
+    Ok(options.applied_to(rule))
 }
 
 impl RuleBody {
-    /// A rule of no more than this.
-    pub(crate) fn new(listen: &Address, connect: &Address) -> RuleBody {
-        RuleBody {
-            name: None,
-            listen: listen.to_string(),
-            connect: connect.to_string(),
-            mode: None,
-            timeouts: TimeoutsBody::default(),
-            wait: None,
-            reserved: None,
-            connections: None,
-        }
-    }
-
-    /// The rule that is meant; `usual` makes one of two addresses, with all that is left out.
-    pub(super) fn rule(self, usual: impl Fn(Address, Address) -> Rule) -> Result<Rule, Problem> {
-        let address = |key, text: &str| {
-            let parsed = text.parse::<Address>();
-            parsed.map_err(|e| Problem::new(400, format!("{key}: {e}")))
-        };
-        let mut rule = usual(
-            address("listen", &self.listen)?,
-            address("connect", &self.connect)?,
-        );
-        if let Some(name) = &self.name {
-            check_name(name).map_err(|why| Problem::new(400, format!("name: {why}")))?;
-        }
-        rule.name = self.name;
-        if let Some(mode) = self.mode {
-            let parsed = u32::from_str_radix(&mode, 8);
-            rule.mode = parsed.ok().filter(|it| *it <= 0o777).ok_or_else(|| {
-                let why = "mode: it is up to three octal digits in a string, as \"600\"";
-                Problem::new(400, why)
-            })?;
-        }
-        let set = |key, to: Option<f64>, at_least, time: &mut Duration| -> Result<(), Problem> {
-            if let Some(value) = to {
-                *time = seconds(key, value, at_least)?;
-            }
-            Ok(())
-        };
-        let (times, asked) = (&mut rule.timeouts, self.timeouts);
-        set("timeouts.dial", asked.dial, 0.0, &mut times.dial)?;
-        set("timeouts.drain", asked.drain, SHORTEST, &mut times.drain)?;
-        let set =
-            |key, to: Option<Option<f64>>, time: &mut Option<Duration>| -> Result<(), Problem> {
-                if let Some(value) = to {
-                    let value = value.map(|value| seconds(key, value, SHORTEST));
-                    *time = value.transpose()?;
-                }
-                Ok(())
-            };
-        set("timeouts.idle", asked.idle, &mut times.idle)?;
-        set(
-            "timeouts.half_closed",
-            asked.half_closed,
-            &mut times.half_closed,
-        )?;
-        set("wait", self.wait, &mut rule.wait)?;
-        rule.reserved = self.reserved.unwrap_or(rule.reserved);
-        rule.connections = self.connections.unwrap_or(rule.connections);
-        Ok(rule)
-    }
-
     /// What differs between two rules, for people: `its KEY is X, not Y`.
     pub(super) fn difference(&self, asked: &RuleBody) -> String {
         let of = |body: &RuleBody| serde_json::to_value(body).unwrap_or_default();
@@ -256,39 +205,6 @@ impl RuleBody {
             )
         });
         said.collect::<Vec<_>>().join("; ")
-    }
-}
-
-/// Of times that mean nothing if they are zero: a millisecond.
-const SHORTEST: f64 = 0.001;
-
-/// A time that was given in seconds.
-pub(super) fn seconds(key: &str, value: f64, at_least: f64) -> Result<Duration, Problem> {
-    match (at_least..=1e6).contains(&value) {
-        true => Ok(Duration::from_secs_f64(value)),
-        false => {
-            let why = format!("{key}: it is a number of seconds from {at_least} to 1000000");
-            Err(Problem::new(400, why))
-        }
-    }
-}
-
-impl From<&Rule> for RuleBody {
-    fn from(rule: &Rule) -> RuleBody {
-        RuleBody {
-            name: rule.name.clone(),
-            mode: Some(format!("{:o}", rule.mode)),
-            timeouts: TimeoutsBody {
-                dial: Some(rule.timeouts.dial.as_secs_f64()),
-                drain: Some(rule.timeouts.drain.as_secs_f64()),
-                idle: Some(rule.timeouts.idle.map(|it| it.as_secs_f64())),
-                half_closed: Some(rule.timeouts.half_closed.map(|it| it.as_secs_f64())),
-            },
-            wait: Some(rule.wait.map(|it| it.as_secs_f64())),
-            reserved: Some(rule.reserved),
-            connections: Some(rule.connections),
-            ..RuleBody::new(&rule.listen, &rule.connect)
-        }
     }
 }
 

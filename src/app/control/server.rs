@@ -413,14 +413,15 @@ mod tests {
     use super::http::Request;
     use super::*;
     use crate::app::control::Actions;
-    use crate::proxy::{Proxy, ProxyConfig, Rule};
+    use crate::app::rule::RuleOptions;
+    use crate::proxy::{Proxy, ProxyConfig};
 
     /// No wait is longer.
     const PATIENCE: Duration = Duration::from_secs(20);
 
     fn actions(reload: impl Fn() + Send + Sync + 'static) -> Actions {
         Actions {
-            rule: Box::new(Rule::new),
+            options: Box::new(RuleOptions::default),
             pending: Box::new(Vec::new),
             reload: Some(Box::new(move || {
                 reload();

@@ -7,8 +7,8 @@ use ratatui::backend::TestBackend;
 
 use super::draw::{draw, sparkline};
 use super::model::{Model, Sample, Sort, called};
-use crate::app::control::{Connection, Forward, RuleBody, Status, Vm};
-use crate::proxy::{Counters, VmStatus};
+use crate::app::control::{Connection, Forward, Status, Vm};
+use crate::proxy::{Counters, Rule, VmStatus};
 
 fn forward(id: u64, sent: u64, received: u64) -> Forward {
     let listen = format!("tcp://127.0.0.1:80{id}");
@@ -41,7 +41,7 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
             received,
             ..Counters::default()
         },
-        rule: RuleBody::new(&listen.parse().unwrap(), &connect.parse().unwrap()),
+        rule: (&Rule::new(listen.parse().unwrap(), connect.parse().unwrap())).into(),
     }
 }
 

@@ -1,0 +1,277 @@
+//! The options of a rule. The command line, the file and the control socket all have them from here:
+//! what is added to [`RuleOptions`] is an option of each.
+
+use std::time::Duration;
+
+use clap::Args;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+use super::values::{self, parse_mode, parse_some_time, parse_time};
+use crate::listener::DEFAULT_MODE;
+use crate::proxy::{Rule, Timeouts};
+use crate::time::write_seconds;
+
+/// What a rule says beside its name and its addresses.
+///
+/// As JSON it is what the control socket tells and takes; [`keys`](RuleOptions::keys) are those of
+/// the file.
+#[derive(Args, Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[command(next_help_heading = "Limits")]
+pub(crate) struct RuleOptions {
+    /// Permissions of Unix listening sockets, octal (a named pipe's are in its address)
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
+    #[serde(deserialize_with = "read_mode", serialize_with = "write_mode")]
+    mode: u32,
+    #[command(flatten)]
+    timeouts: TimeoutOptions,
+    /// Seconds that a client is held whose target isn't there yet, and is dialled again meanwhile [default: it is refused]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_time)]
+    #[serde(deserialize_with = "read_wait", serialize_with = "write_seconds")]
+    pub(crate) wait: Option<Duration>,
+    /// Those of [`Rule::reserved`].
+    #[arg(skip)]
+    #[serde(deserialize_with = "read_reserved")]
+    pub(crate) reserved: usize,
+    /// Connections of each forward at a time; more clients wait [default: as many as all may have]
+    #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=MOST))]
+    #[serde(deserialize_with = "read_connections")]
+    connections: Option<usize>,
+}
+
+/// How long the connections of a rule may take for what.
+#[derive(Args, Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(expecting = "an object of times in seconds")]
+struct TimeoutOptions {
+    /// Seconds a client may wait for its target to be connected
+    #[arg(long = "dial-timeout", value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
+    #[serde(deserialize_with = "read_time", serialize_with = "write_seconds")]
+    dial: Duration,
+    /// Seconds a guest may take to end a connection after our half-close
+    #[arg(long = "drain-timeout", value_name = "SECONDS", default_value = "60", value_parser = parse_some_time)]
+    #[serde(deserialize_with = "read_some_time", serialize_with = "write_seconds")]
+    drain: Duration,
+    /// Seconds without a byte either way after which a connection is cut off [default: never]
+    #[arg(long = "idle-timeout", value_name = "SECONDS", value_parser = parse_some_time)]
+    #[serde(deserialize_with = "read_idle", serialize_with = "write_seconds")]
+    idle: Option<Duration>,
+    /// The same, once one side has ended [default: never]
+    #[arg(long = "half-closed-timeout", value_name = "SECONDS", value_parser = parse_some_time)]
+    #[serde(deserialize_with = "read_idle", serialize_with = "write_seconds")]
+    half_closed: Option<Duration>,
+}
+
+/// The most connections that a rule may have or reserve.
+const MOST: u64 = 1_000_000;
+
+impl Default for RuleOptions {
+    fn default() -> RuleOptions {
+        RuleOptions {
+            mode: DEFAULT_MODE,
+            timeouts: Timeouts::default().into(),
+            wait: None,
+            reserved: 0,
+            connections: None,
+        }
+    }
+}
+
+impl From<&Rule> for RuleOptions {
+    fn from(rule: &Rule) -> RuleOptions {
+        let Rule {
+            name: _,
+            listen: _,
+            connect: _,
+            mode,
+            timeouts,
+            wait,
+            reserved,
+            connections,
+        } = *rule;
+        RuleOptions {
+            mode,
+            timeouts: timeouts.into(),
+            wait,
+            reserved,
+            connections,
+        }
+    }
+}
+
+impl From<Timeouts> for TimeoutOptions {
+    fn from(timeouts: Timeouts) -> TimeoutOptions {
+        let Timeouts {
+            dial,
+            drain,
+            idle,
+            half_closed,
+        } = timeouts;
+        TimeoutOptions {
+            dial,
+            drain,
+            idle,
+            half_closed,
+        }
+    }
+}
+
+impl RuleOptions {
+    /// Returns a rule as these options have it.
+    pub(crate) fn applied_to(&self, rule: Rule) -> Rule {
+        let mut timeouts = rule.timeouts;
+        timeouts.dial = self.timeouts.dial;
+        timeouts.drain = self.timeouts.drain;
+        timeouts.idle = self.timeouts.idle;
+        timeouts.half_closed = self.timeouts.half_closed;
+        Rule {
+            mode: self.mode,
+            timeouts,
+            wait: self.wait,
+            reserved: self.reserved,
+            connections: self.connections,
+            ..rule
+        }
+    }
+
+    /// Returns the keys that a file has for them, each with its path in the JSON: `dial-timeout` is
+    /// `dial` in `timeouts`.
+    pub(crate) fn keys() -> Vec<(String, Vec<String>)> {
+        let mut keys = Vec::new();
+        for (key, value) in json(&RuleOptions::default())
+            .as_object()
+            .into_iter()
+            .flatten()
+        {
+            match value {
+                Value::Object(times) => keys.extend(times.keys().map(|time| {
+                    let name = format!("{}-timeout", time.replace('_', "-"));
+                    (name, vec![key.clone(), time.clone()])
+                })),
+                _ => keys.push((key.clone(), vec![key.clone()])),
+            }
+        }
+        keys
+    }
+
+    /// Sets the value at a path in the JSON. `null` where there may be none leaves it as it is.
+    ///
+    /// # Errors
+    /// Why it can't be that one; then nothing is changed.
+    pub(crate) fn set(&mut self, path: &[String], value: Value) -> Result<(), String> {
+        let mut all = json(self);
+        let mut place = &mut all;
+        for key in path {
+            let known = place.as_object().into_iter().flat_map(|it| it.keys());
+            let known: Vec<String> = known.map(|key| format!("`{key}`")).collect();
+            let unknown = || format!("there is no `{key}`; there are {}", known.join(", "));
+            place = place.get_mut(key).ok_or_else(unknown)?;
+        }
+        let is_left_out = value.is_null() && !place.is_object();
+        *place = value;
+        match serde_json::from_value(all) {
+            Ok(options) => *self = options,
+            Err(_) if is_left_out => {}
+            Err(e) => return Err(e.to_string()),
+        }
+        Ok(())
+    }
+}
+
+fn json(options: &RuleOptions) -> Value {
+    // It is made of objects, texts and numbers.
+    serde_json::to_value(options).unwrap_or_default()
+}
+
+fn read<'de, T, D: Deserializer<'de>>(
+    from: D,
+    read: impl FnOnce(&Value) -> Result<T, String>,
+) -> Result<T, D::Error> {
+    read(&Value::deserialize(from)?).map_err(D::Error::custom)
+}
+
+fn read_reserved<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
+    read(from, values::count(0..=MOST as usize))
+}
+
+fn read_connections<'de, D: Deserializer<'de>>(from: D) -> Result<Option<usize>, D::Error> {
+    read(from, |value| match value {
+        Value::Null => Ok(None),
+        other => values::count(1..=MOST as usize)(other).map(Some),
+    })
+}
+
+fn read_mode<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    read(from, values::mode)
+}
+
+fn write_mode<S: Serializer>(mode: &u32, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(&format_args!("{mode:o}"))
+}
+
+fn read_time<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    read(from, values::time)
+}
+
+fn read_some_time<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    read(from, values::some_time)
+}
+
+fn read_idle<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+    read(from, |value| values::time_or("never", value))
+}
+
+fn read_wait<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+    read(from, |value| values::time_or("fail", value))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use clap::Parser;
+    use serde_json::json;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: RuleOptions,
+    }
+
+    fn rule() -> Rule {
+        Rule::new("/a".parse().unwrap(), "/b".parse().unwrap())
+    }
+
+    #[test]
+    fn what_is_not_said_is_the_same_everywhere() {
+        let line = Line::parse_from(["x"]).options;
+        assert_eq!(line, RuleOptions::default());
+        assert_eq!(line.applied_to(rule()), rule());
+        assert_eq!(RuleOptions::from(&rule()), line);
+    }
+
+    /// Each option by each face, with a value that no other has.
+    #[test]
+    fn each_option_is_on_the_command_line_in_the_file_and_in_json() {
+        let json = json!({"mode": "640", "timeouts": {"dial": 1.0, "drain": 2.0, "idle": 3.0, "half_closed": 4.0},
+            "wait": 5.0, "reserved": 0, "connections": 7});
+        let options: RuleOptions = serde_json::from_value(json.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&options).unwrap(), json);
+        let mut by_file = RuleOptions::default();
+        let mut words = vec!["x".to_owned()];
+        for (key, path) in RuleOptions::keys() {
+            let value = json.pointer(&format!("/{}", path.join("/"))).unwrap();
+            by_file.set(&path, value.clone()).unwrap();
+            if key != "reserved" {
+                let text = value
+                    .as_str()
+                    .map_or_else(|| value.to_string(), str::to_owned);
+                words.push(format!("--{key}={text}"));
+            }
+        }
+        assert_eq!(by_file, options);
+        assert_eq!(Line::parse_from(words).options, options);
+        assert_eq!(RuleOptions::from(&options.applied_to(rule())), options);
+    }
+}

@@ -1,0 +1,228 @@
+//! The values that people write, on the command line, in a file and as JSON: what they may be, and
+//! what is said of others.
+
+use std::borrow::Cow;
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::address::{Address, Host, Port, TcpAddress};
+
+/// No time is longer: with it, `1M`, which is a month, isn't taken for a minute.
+const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Returns what a value is, for people.
+pub(super) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::String(_) => "a string",
+        Value::Number(_) => "a number",
+        Value::Bool(_) => "true or false",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "a table",
+    }
+}
+
+fn wants(value: &Value, what: &str) -> String {
+    format!("it is {}; write {what}", kind(value))
+}
+
+pub(super) fn text(value: &Value) -> Result<String, String> {
+    match value {
+        Value::String(text) => Ok(text.clone()),
+        other => Err(wants(other, "a string, in quotes")),
+    }
+}
+
+pub(super) fn yes_or_no(value: &Value) -> Result<bool, String> {
+    match value {
+        Value::Bool(yes) => Ok(*yes),
+        other => Err(wants(other, "true or false")),
+    }
+}
+
+/// Reads a time, 30 days at most: `"1m30s"`, or a number of seconds.
+pub(super) fn time(value: &Value) -> Result<Duration, String> {
+    const RIGHT: &str = "\"30s\", \"1m30s\", \"250ms\", or a number of seconds";
+    let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).ok();
+    let time = match value {
+        Value::String(text) => match text.parse() {
+            Ok(number) => seconds(number),
+            Err(_) => humantime::parse_duration(text).ok(),
+        },
+        Value::Number(number) => number.as_f64().and_then(seconds),
+        other => return Err(wants(other, &format!("a time: {RIGHT}"))),
+    };
+    match time {
+        Some(time) if time <= LONGEST => Ok(time),
+        Some(_) => Err(format!(
+            "{value} is more than 30 days (m is a minute, M a month)"
+        )),
+        None => Err(format!("{value} is no time; write {RIGHT}")),
+    }
+}
+
+/// Reads a time that is not zero.
+pub(super) fn some_time(value: &Value) -> Result<Duration, String> {
+    match time(value)? {
+        Duration::ZERO => Err("it can't be 0".to_owned()),
+        time => Ok(time),
+    }
+}
+
+/// Reads a time, or what says that there is none: a word, or null.
+pub(super) fn time_or(word: &str, value: &Value) -> Result<Option<Duration>, String> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(text) if text == word => Ok(None),
+        other => some_time(other)
+            .map(Some)
+            .map_err(|why| format!("{why}; or {word:?}")),
+    }
+}
+
+pub(super) fn count(range: RangeInclusive<usize>) -> impl FnOnce(&Value) -> Result<usize, String> {
+    move |value| {
+        let right = format!("a number from {} to {}", range.start(), range.end());
+        let Value::Number(number) = value else {
+            return Err(wants(value, &right));
+        };
+        let read = number
+            .as_u64()
+            .and_then(|number| usize::try_from(number).ok());
+        match read.filter(|number| range.contains(number)) {
+            Some(number) => Ok(number),
+            None => Err(format!("{number} is not {right}")),
+        }
+    }
+}
+
+/// Reads a vsock port.
+pub(super) fn port(value: &Value) -> Result<Port, String> {
+    match value {
+        Value::Number(number) => number
+            .as_u64()
+            .and_then(|number| u32::try_from(number).ok())
+            .map(Port)
+            .ok_or_else(|| {
+                let largest = u32::MAX;
+                format!("{number} is no vsock port: those are 0 to {largest}")
+            }),
+        Value::String(text) => text
+            .parse()
+            .map_err(|e: crate::address::PortError| e.to_string()),
+        other => Err(wants(other, "a port: 80 or \"0x50\"")),
+    }
+}
+
+/// Reads permissions: a string, for a bare 600 is another number than it looks like.
+pub(super) fn mode(value: &Value) -> Result<u32, String> {
+    match value {
+        Value::String(text) => parse_mode(text),
+        other => Err(wants(other, "permissions as a string: \"600\"")),
+    }
+}
+
+/// Reads a local address, as on the left of `-L`.
+pub(super) fn address(value: &Value) -> Result<Address, String> {
+    match value {
+        Value::String(text) => local_address(&at_home(text)?),
+        Value::Number(number) => local_address(&number.to_string()),
+        other => Err(wants(
+            other,
+            "an address: 8080, \"127.0.0.1:8080\", \"/run/web.sock\" or a URI",
+        )),
+    }
+}
+
+/// Reads a TCP address, as in `9100` or `"127.0.0.1:9100"`.
+pub(super) fn tcp(value: &Value) -> Result<TcpAddress, String> {
+    match address(value)? {
+        Address::Tcp(tcp) => Ok(tcp),
+        other => Err(format!(
+            "{other} is no TCP address; write 9100 or \"127.0.0.1:9100\""
+        )),
+    }
+}
+
+/// Returns a text whose `~/` is the user's home: there is no shell here that would do it.
+pub(super) fn at_home(text: &str) -> Result<Cow<'_, str>, String> {
+    let Some(rest) = text.strip_prefix("~/") else {
+        return match text.starts_with('~') {
+            true => Err(format!(
+                "{text:?}: only ~/ is known, the home of who runs this; write the path"
+            )),
+            false => Ok(text.into()),
+        };
+    };
+    let home =
+        std::env::home_dir().and_then(|home| home.join(rest).into_os_string().into_string().ok());
+    home.map(Cow::from)
+        .ok_or_else(|| format!("{text:?}: no home is known; write the whole path"))
+}
+
+/// Reads a path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1.
+pub(super) fn local_address(text: &str) -> Result<Address, String> {
+    if text.starts_with(['/', '.', '\\']) || text.contains("://") || text.starts_with("unix:") {
+        return text.parse().map_err(|e: crate::AddressError| e.to_string());
+    }
+    if !text.contains(':') {
+        return local_port(text);
+    }
+    let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+    if !host.is_empty() && host.chars().all(|c| c.is_ascii_digit()) {
+        return Err(format!(
+            "{host:?} stands where an address would: there is no host on the vsock side, as there is in ssh; a right one: 8080:80 or 127.0.0.1:8080:80"
+        ));
+    }
+    if matches!(
+        host,
+        "tcp" | "npipe" | "hyperkit" | "vsock" | "vsock-mux" | "hvsock"
+    ) {
+        return Err(format!("a URI has two slashes: {host}://…:{port}"));
+    }
+    // As in ssh. The other spelling of it there, an empty address, is too easily written by mistake.
+    let text = match text.strip_prefix("*:") {
+        Some(port) => format!("0.0.0.0:{port}"),
+        None if text.starts_with(':') && !text.starts_with("::") => {
+            return Err("the address before the port is empty: leave the colon out for 127.0.0.1, or write * for all interfaces".into());
+        }
+        None => text.to_owned(),
+    };
+    format!("tcp://{text}")
+        .parse()
+        .map_err(|e: crate::AddressError| e.to_string())
+}
+
+/// Reads a bare port of 127.0.0.1.
+fn local_port(text: &str) -> Result<Address, String> {
+    let right =
+        "a right one: 8080, 127.0.0.1:8080, or for a Unix socket /run/web.sock or ./web.sock";
+    let port: Port = text.parse().map_err(|e| format!("{e}; {right}"))?;
+    let port = u16::try_from(port.0)
+        .map_err(|_| format!("TCP port {} is larger than 65535; {right}", port.0))?;
+    Ok(Address::Tcp(TcpAddress {
+        host: Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        port,
+    }))
+}
+
+/// Reads permissions, octal.
+pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err("permissions are up to three octal digits, such as 600 or 660".into()),
+    }
+}
+
+/// Reads a time: `1m30s`, or a number of seconds.
+pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
+    time(&text.into())
+}
+
+/// Reads a time that is not zero.
+pub(super) fn parse_some_time(text: &str) -> Result<Duration, String> {
+    some_time(&text.into())
+}
