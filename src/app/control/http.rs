@@ -289,6 +289,7 @@ mod tests {
     fn refused(sent: impl AsRef<[u8]>) -> u16 {
         let answer = ask(sent, 4096);
         assert!(answer.contains("\r\n\r\n{\n  \"error\": \""), "{answer}");
+        assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{answer}");
         answer["HTTP/1.1 ".len()..][..3].parse().unwrap()
     }
 
