@@ -42,6 +42,8 @@ pub(crate) struct Forward {
     pub(crate) quota: Mutex<Option<Reservation>>,
     /// It was removed, and the time of its connections is over.
     pub(crate) cut: Arc<AtomicBool>,
+    /// It was removed, and its listener is closed: nobody comes any more.
+    pub(crate) closed: Arc<AtomicBool>,
     observer: Option<Observer>,
 }
 
@@ -69,6 +71,7 @@ impl Forward {
             presence: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::default(),
+            closed: Arc::default(),
             observer,
         }
     }
@@ -94,6 +97,7 @@ impl Forward {
             presence: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::clone(&self.cut),
+            closed: Arc::clone(&self.closed),
             observer: self.observer.clone(),
         }
     }

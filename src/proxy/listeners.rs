@@ -14,6 +14,7 @@ use crate::listener::nonblocking::{has_client_left, is_broken};
 use super::shared::{Accepted, Command, TurnContext};
 use super::world::{Found, ListenerId, Wanted, World};
 use crate::engine::Phase;
+use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
@@ -221,6 +222,7 @@ impl<W: World> Listeners<W> {
         self.accept_waiting(index, cx);
         let listening = &mut self.all[index];
         cx.shared.routes.listens_no_more(listening.forward.id);
+        listening.forward.closed.store(true, Ordering::Release);
         match listening.listener.take() {
             Some(listener) => cx.world.close_listener(listener, Some(done)),
             None => {
@@ -348,7 +350,7 @@ impl<W: World> Listeners<W> {
                     let forward = Arc::clone(&listening.forward);
                     debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
-                    cx.shared.begins(&forward);
+                    cx.shared.begins(&forward, Holder::Forward(forward.id));
                     let accepted = Accepted {
                         stream,
                         peer,

@@ -199,17 +199,17 @@ impl<W: World> Shared<W> {
         self.routes.may_wait_at(forward.id, live)
     }
 
-    /// A connection begins, or a probe.
-    pub(super) fn begins(&self, forward: &Forward) {
+    /// A connection of a forward begins, or a probe of its VM: that one takes none of the slots that the forward may have.
+    pub(super) fn begins(&self, forward: &Forward, holder: Holder) {
         add_one(&forward.tally.live);
-        self.quotas().take(Holder::Forward(forward.id));
+        self.quotas().take(holder);
         self.live.fetch_add(1, Ordering::AcqRel);
     }
 
     /// One has ended.
-    pub(super) fn has_ended(&self, forward: &Forward) {
+    pub(super) fn has_ended(&self, forward: &Forward, holder: Holder) {
         forward.tally.live.fetch_sub(1, Ordering::Relaxed);
-        self.quotas().give_back(Holder::Forward(forward.id));
+        self.quotas().give_back(holder);
         self.live.fetch_sub(1, Ordering::AcqRel);
     }
 

@@ -267,9 +267,11 @@ impl<W: World> Worker<W> {
     fn remove(&mut self, forward: Arc<Forward>, grace: Duration, tell: Sender<()>, now: Instant) {
         call!(self.listeners.remove(forward.id, tell), now);
         self.adopt_accepted(now);
-        // Of those removed before, all workers know by now: what has no connection gets none any more.
+        // First this: whoever accepted the last one has counted it before.
+        let may_come = |it: &Forward| !it.closed.load(Ordering::Acquire);
+        let has_some = |it: &Forward| it.tally.live.load(Ordering::Relaxed) > 0;
         self.removed
-            .retain(|(_, before)| before.tally.live.load(Ordering::Relaxed) > 0);
+            .retain(|(_, before)| may_come(before) || has_some(before));
         self.removed.push((after(now, grace), forward));
     }
 

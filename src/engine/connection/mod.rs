@@ -29,6 +29,7 @@ use tracing::{Span, debug, debug_span, warn};
 
 use crate::dial::Dial;
 use crate::engine::Phase;
+use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
 use crate::engine::counters::Reason;
 use crate::engine::forward::Forward;
@@ -130,7 +131,7 @@ pub(crate) struct Connection<S: relay::Socket> {
     /// Set by the loop alone: it stands in the ready queue.
     pub(crate) is_queued: bool,
     /// The slot of each side's VM.
-    slots: [Option<Slot>; 2],
+    pub(crate) slots: [Option<Slot>; 2],
     /// What of it leads to another forward of ours, or comes from one.
     route: Option<Box<Route>>,
     /// What is to be known of it while its target isn't there, if it is to be held then.
@@ -267,6 +268,14 @@ impl<S: relay::Socket> Connection<S> {
     /// Has [`step`](Connection::step) called at `at` at the latest.
     fn wake_by(&mut self, at: Instant) {
         self.wake_at = Some(self.wake_at.map_or(at, |before| before.min(at)));
+    }
+
+    /// Returns what its slots are counted for.
+    pub(crate) fn holder(&self) -> Holder {
+        match self.name {
+            Some(_) => Holder::Forward(self.forward.id),
+            None => Holder::Probes,
+        }
     }
 
     /// Returns whether it is [`Waiting`](State::Waiting).

@@ -334,12 +334,13 @@ impl<W: World> Connections<W> {
             return;
         };
         self.timers.change(id, connection.wake_at, None);
+        let holder = connection.holder();
         let forward = connection.end(&cx.shared.routes, cx.now);
         let load = &cx.shared.inboxes[cx.index].load;
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
             cx.world.rest();
         }
-        cx.shared.has_ended(&forward);
+        cx.shared.has_ended(&forward, holder);
     }
 
     /// Cuts off the connections of a forward; `None`: all.

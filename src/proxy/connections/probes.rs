@@ -11,6 +11,7 @@ use crate::engine::relay::SERVER;
 use crate::stream::endpoint::Endpoint;
 
 use super::{Connections, FULL_PAUSE};
+use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Admission, Gate, Slot};
 use crate::engine::forward::Forward;
 use crate::engine::table::Id;
@@ -76,7 +77,7 @@ impl<W: World> Connections<W> {
         cx.shared.inboxes[cx.index]
             .load
             .fetch_add(1, Ordering::Relaxed);
-        cx.shared.begins(forward);
+        cx.shared.begins(forward, Holder::Probes);
         let probe = Connection::probe(Arc::clone(forward), dialed, slot, cx.phase, cx.now);
         self.table.insert(probe);
         self.with(id, cx, Connection::begin_probe);

@@ -1,8 +1,9 @@
 //! What the connections of a worker show between its turns: that times and limits are kept, and that
 //! what is counted is so.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::engine::Phase;
@@ -49,19 +50,59 @@ impl Pulse {
     }
 }
 
+/// What is kept for a forward is there for it.
+fn check_places(worker: &Worker<SimWorld>, has_probes: bool) {
+    let shared = &worker.shared;
+    for forward in shared.forwards().iter() {
+        let live = forward.tally.live.load(Ordering::Relaxed);
+        if forward.home != worker.index || live >= forward.rule.reserved as u64 {
+            continue;
+        }
+        let full = shared.is_full_for(forward.id);
+        // A probe takes what there is: it can't wait.
+        assert!(
+            full.is_none() || has_probes,
+            "{forward:?} finds no place: {full:?}"
+        );
+        let gate = forward.gates[SERVER].as_ref();
+        assert!(
+            gate.is_none_or(|gate| gate.would_queue(forward.id)),
+            "{forward:?} finds no place in its VM"
+        );
+    }
+}
+
+/// While the proxy stops, guests who come are not served, nobody is left to wait, and what is being
+/// left has its time.
+fn check_at_end(conn: &Connection<SimStream>, phase: Phase, is_late: bool) {
+    let is_guests = conn.name.is_some() && conn.forward.is_polite(CLIENT);
+    match &conn.state {
+        State::Closing { until, .. } => {
+            assert!(until.is_some(), "one that has gone may hold up the end");
+        }
+        State::Relaying { .. } => assert!(!is_late || !is_guests, "a guest is served at the end"),
+        _ => {
+            assert!(!is_late || !is_guests, "a guest is served at the end");
+            assert!(phase < Phase::Cutting, "one is left to wait at the end");
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Audit {
     pulses: BTreeMap<Key, Pulse>,
     /// When what is being left was begun to be.
     leaves: BTreeMap<Key, Duration>,
+    /// How many probes each worker has.
+    probes: BTreeMap<usize, usize>,
+    /// Since when it is not known of a dial whether it was taken.
+    proofs: BTreeMap<Key, Duration>,
     /// Connections of a forward that were cut off because nothing moved.
     timed_out: BTreeMap<u64, u64>,
     /// Forwards that were removed, and when their connections are to be cut off.
     removed: BTreeMap<u64, Duration>,
-    /// Forwards that were there from the start.
-    first: BTreeSet<u64>,
-    /// Forwards that were added, and since when they were so for certain.
-    added: BTreeMap<u64, Duration>,
+    /// Workers that have heard of the end, and when.
+    stopped: BTreeMap<usize, Duration>,
     /// Until when the process stood still.
     still: Duration,
     /// When the end was asked for.
@@ -88,14 +129,19 @@ impl Audit {
         self.stop.get_or_insert(now);
     }
 
-    /// Notes that a forward is there from the start.
-    pub(super) fn is_first(&mut self, forward: u64) {
-        self.first.insert(forward);
+    /// Whether the end was not asked for yet.
+    pub(super) fn is_before_stop(&self, at: Duration) -> bool {
+        self.stop.is_none_or(|stop| at < stop)
     }
 
-    /// Notes that a forward was added.
-    pub(super) fn added(&mut self, forward: u64, now: Duration) {
-        self.added.insert(forward, now);
+    /// Whether the connections of a forward are to end, or all are.
+    pub(super) fn is_ending(&self, forward: u64) -> bool {
+        self.stop.is_some() || self.removed.contains_key(&forward)
+    }
+
+    /// Whether a worker has heard of the end.
+    pub(super) fn has_stopped(&self, worker: usize) -> bool {
+        self.stopped.contains_key(&worker)
     }
 
     /// Notes that a forward is being removed: nothing bounds it any more.
@@ -108,28 +154,39 @@ impl Audit {
         let now = stage.now();
         let index = worker.index;
         let (mut timers, mut open, mut leaving) = (0, BTreeMap::new(), BTreeMap::new());
-        let mut bounds = BTreeMap::new();
+        let (mut proving, mut probes) = (BTreeMap::new(), 0);
+        let phase = worker.phase;
+        if phase > Phase::Running {
+            self.stopped.entry(index).or_insert(now);
+        }
+        let end_since = self.stopped.get(&index).copied();
         for id in worker.connections.table.ids() {
             let Some(conn) = worker.connections.table.get_mut(id) else {
                 continue;
             };
             let key = (index, id.token(CLIENT) as u64);
             timers += usize::from(conn.wake_at.is_some());
-            // Guests are accepted whatever happens.
-            let is_bound = conn.name.is_some()
-                && !conn.forward.is_polite(CLIENT)
-                && !self.removed.contains_key(&conn.forward.id.0);
-            if let Some(most) = conn.forward.rule.connections.filter(|_| is_bound) {
-                let bound = bounds.entry(conn.forward.id.0).or_insert((0, most, None));
-                let since = stage.time_of(conn.since);
-                *bound = (bound.0 + 1, most, bound.2.max(Some(since)));
+            probes += usize::from(conn.name.is_none());
+            if let Some(end) = end_since {
+                check_at_end(conn, phase, stage.time_of(conn.since) > end);
             }
             match &conn.state {
                 State::Relaying { .. } => {
                     let pulse = self.pulse(key, conn, now);
                     open.insert(key, pulse);
                 }
-                State::Closing { .. } => {
+                State::Proving { .. } => {
+                    proving.insert(key, *self.proofs.get(&key).unwrap_or(&now));
+                }
+                State::Closing { ends, .. } => {
+                    // Though the other side lingers.
+                    let has_left = ends[SERVER].is_some() || conn.slots[SERVER].is_none();
+                    let has_left =
+                        has_left && (ends[CLIENT].is_some() || conn.slots[CLIENT].is_none());
+                    assert!(
+                        has_left,
+                        "a socket is closed, and keeps its place in its VM"
+                    );
                     leaving.insert(key, *self.leaves.get(&key).unwrap_or(&now));
                 }
                 _ => {}
@@ -140,17 +197,6 @@ impl Audit {
             timers,
             "worker {index}: timers"
         );
-        if !stage.has_chains.get() {
-            for (forward, (count, most, last)) in bounds {
-                // One that was added listens before its bound holds.
-                let is_bound = self.first.contains(&forward)
-                    || self.added.get(&forward).is_some_and(|at| last > Some(*at));
-                assert!(
-                    count <= most || !is_bound,
-                    "{count} connections of forward {forward}, of {most}"
-                );
-            }
-        }
         let mine = (index, 0)..=(index, u64::MAX);
         let before: Vec<_> = self
             .pulses
@@ -162,6 +208,9 @@ impl Audit {
         self.pulses.extend(open);
         self.leaves.retain(|key, _| !mine.contains(key));
         self.leaves.extend(leaving);
+        self.probes.insert(index, probes);
+        self.proofs.retain(|key, _| !mine.contains(key));
+        self.proofs.extend(proving);
     }
 
     fn pulse(&self, key: Key, conn: &Connection<SimStream>, now: Duration) -> Pulse {
@@ -208,6 +257,10 @@ impl Audit {
     pub(super) fn check_listeners(&self, worker: &Worker<SimWorld>, stage: &Stage) {
         let in_vain = worker.listeners.all().iter().any(|it| it.sleeps_in_vain());
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
+        if stage.keeps_places.get() {
+            let probes: usize = self.probes.values().sum();
+            check_places(worker, probes > 0);
+        }
         if worker.phase == Phase::Running || stage.has_lost_files.get() {
             return;
         }
@@ -251,6 +304,16 @@ impl Audit {
                     assert!(
                         !late(end),
                         "a client was to be served or refused at {end:?}"
+                    );
+                    let proves_by = self.proofs.get(&key).zip(stage.proves_within.get());
+                    let proves_by = proves_by.and_then(|(since, within)| {
+                        let ready =
+                            stage.ready_since(&forward.gates[SERVER].as_ref()?.vm().state_dir);
+                        Some(ready.max(*since).max(self.still).saturating_add(within))
+                    });
+                    assert!(
+                        !proves_by.is_some_and(late),
+                        "it was to be known at {proves_by:?} whether a guest has taken a dial"
                     );
                     let redial = conn.held.as_ref().and_then(|held| held.redial);
                     let redial = redial.map(|at| stage.time_of(at));

@@ -12,7 +12,7 @@ use super::operator::Act;
 use super::plan::{Plan, RulePlan};
 use super::run::{keep_panics, run};
 use super::stage::{Name, Pace};
-use super::talk::{Exit, Manner};
+use super::talk::{Ends, Exit, Manner};
 use super::vm::{Kind, VmAct, VmPlan};
 use super::world::place_of;
 
@@ -20,7 +20,7 @@ use super::world::place_of;
 const ORDERS: u64 = 400;
 
 /// None of these plans needs more.
-const MOST_STEPS: u64 = 3_000;
+const MOST_STEPS: u64 = 5_000;
 
 fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -276,4 +276,49 @@ fn a_vm_dies_before_its_connection_is_carried() {
         plan.clients.push(client);
         play(plan);
     }
+}
+
+/// A proof that is lost, as its guest reboots, takes none of the connections that its rule may have.
+#[test]
+fn a_lost_proof_keeps_no_client_out() {
+    let mut plan = plan(&[("tcp://127.0.0.1:1000", "hyperkit://:20/sim/vm")]);
+    (plan.rules[0].rule.wait, plan.rules[0].rule.connections) = (Some(ms(20_000)), Some(1));
+    let mut vm = vm("/sim/vm", 0);
+    vm.slow = ms(40);
+    vm.acts = vec![
+        (Duration::ZERO, VmAct::Pause),
+        (ms(1_000), VmAct::Reboot),
+        (ms(1_000), VmAct::Resume),
+    ];
+    plan.vms = vec![vm];
+    let mut first = client(&plan, 0, polite(), false);
+    first.manner.patience = Some(ms(2_000));
+    let mut second = client(&plan, 0, polite(), true);
+    second.at = ms(40_000);
+    plan.clients = vec![first, second];
+    play(plan);
+}
+
+/// Who was accepted late for a rule that was removed, as its worker stood still, has no more time
+/// than the others, though another rule was removed meanwhile.
+#[test]
+fn a_client_of_a_removed_rule_that_is_accepted_late_is_cut_off() {
+    let mut plan = plan(&[
+        ("unix:///sim/rule", "tcp://127.0.0.1:200"),
+        ("unix:///sim/other", "tcp://127.0.0.1:200"),
+    ]);
+    plan.servers = vec![server("tcp://127.0.0.1:200", Service::NeverReads)];
+    let mut manner = polite();
+    (manner.ends, manner.patience) = (Ends::Never, Some(ms(60_000)));
+    for _ in 0..4 {
+        let mut late = client(&plan, 0, manner.clone(), false);
+        late.at = ms(20);
+        plan.clients.push(late);
+    }
+    plan.acts = vec![
+        (ms(10), Act::Stall(0, ms(7_000))),
+        (ms(11), Act::Remove(0, ms(10_000))),
+        (ms(12), Act::Remove(1, Duration::ZERO)),
+    ];
+    play(plan);
 }

@@ -9,6 +9,7 @@ use crate::engine::relay::CLIENT;
 use crate::proxy::worker::Worker;
 
 use super::audit::Audit;
+use super::ledger::Ledger;
 use super::stage::Stage;
 use super::talk::{Exit, Finish, Talk, Voice};
 use super::world::SimWorld;
@@ -105,6 +106,7 @@ pub(super) struct Judge {
     /// When those who are there have had their time.
     pub(super) ends_by: Option<Duration>,
     pub(super) audit: Audit,
+    pub(super) ledger: Ledger,
     /// Targets that end a connection in silence though they have not accepted it.
     pub(super) unclear_targets: BTreeSet<usize>,
     /// A VM has few slots: one that is full refuses what its guest has not heard of.
@@ -115,6 +117,10 @@ pub(super) struct Judge {
     leads: BTreeMap<usize, Vec<(Option<usize>, Duration, Duration)>>,
     /// Connections that the observer was told of.
     pub(super) observed: BTreeMap<u64, Observed>,
+    /// Which forwards a rule has been, and whether nobody has cut its clients off.
+    forwards: BTreeMap<u64, usize>,
+    /// Rules whose clients were cut off before they were accepted, or whose connections were.
+    cut: BTreeSet<usize>,
 }
 
 /// What the observer was told of a connection.
@@ -433,6 +439,50 @@ impl Judge {
         }
     }
 
+    /// Notes that a rule is that forward from now on.
+    pub(super) fn is_forward(&mut self, rule: usize, forward: u64) {
+        self.forwards.insert(forward, rule);
+    }
+
+    /// Notes that clients of a rule are cut off.
+    pub(super) fn cuts(&mut self, rule: usize) {
+        self.cut.insert(rule);
+    }
+
+    /// Who was cut off though nobody has served it was refused, and counted so: where rules lead to
+    /// hyperkit, and its guest lets nobody in.
+    pub(super) fn check_refused(&self, rules: &BTreeSet<usize>) {
+        let serves = |it: &Record| matches!(it.role, Role::Service(_));
+        if !self.audit.still().is_zero() || self.has_few_slots {
+            return;
+        }
+        for rule in rules.iter().filter(|rule| !self.cut.contains(rule)) {
+            let leads = |target| self.may_lead(*rule, target, Duration::ZERO);
+            let is_served = self.records.iter().filter(|it| serves(it)).any(|it| {
+                let Role::Service(target) = it.role else {
+                    return false;
+                };
+                leads(target)
+            });
+            if is_served {
+                continue;
+            }
+            let its = |it: &&Record| {
+                let is_its = it.role == Role::Client(*rule) && it.candour == Candour::Tells;
+                let broken = matches!(it.finish, Some(Finish::Broken(_)));
+                let is_early = it.ended.is_some_and(|at| self.audit.is_before_stop(at));
+                is_its && broken && is_early && it.heard == 0 && !it.has_ended_well
+            };
+            let broken = self.records.iter().filter(its).count() as u64;
+            let forwards = self.forwards.iter().filter(|(_, it)| *it == rule);
+            let refused: u64 = forwards.map(|(id, _)| self.ledger.refused_of(*id)).sum();
+            assert!(
+                broken <= refused,
+                "{broken} clients of rule {rule} were cut off, and {refused} refused"
+            );
+        }
+    }
+
     /// A connection goes from one state to another.
     pub(super) fn note_transition(&mut self, from: Phase, to: Phase) {
         *self.transitions.entry((from, to)).or_default() += 1;
@@ -465,6 +515,9 @@ impl Judge {
             let key = (index, id.token(CLIENT) as u64);
             seen.insert(key);
             let before = self.states.insert(key, state).unwrap_or("new");
+            if let ("new", Some(name)) = (before, conn.name) {
+                self.ledger.comes_under(name.into(), &conn.forward);
+            }
             if before != state {
                 stage.tell(|| {
                     let name = conn.name.map_or("probe".into(), |name| {

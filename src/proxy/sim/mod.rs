@@ -15,6 +15,7 @@ mod cases;
 mod cast;
 mod judge;
 mod kernel;
+mod ledger;
 mod operator;
 mod plan;
 mod run;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::engine::id::ForwardId;
 use crate::engine::rule::{Rule, VmLimits};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::proxy::controller::Controller;
 
 use super::judge::Hazard;
@@ -107,6 +107,7 @@ impl Operator {
             Act::Break(rule) if self.rules[rule].0.listen.transport().needs_graceful_close => {}
             Act::Break(rule) => {
                 self.endanger(rule, stage);
+                stage.judge().cuts(rule);
                 if let Some(key) = self.listener_of(rule, stage) {
                     stage.kernel().break_listener(key);
                 }
@@ -174,13 +175,19 @@ impl Operator {
             return;
         };
         stage.judge().audit.removed(id.0, Duration::MAX);
+        stage.judge().ledger.unbound(id.0);
+        stage.judge().cuts(rule);
+        let keeps = stage.keeps_places.replace(false);
         let removed = self.controller.remove(id, grace);
+        stage.keeps_places.set(keeps);
         stage.tell(|| format!("operator: rule {rule} is removed: {removed:?}"));
         self.rules[rule].1 = None;
         check_answered(&removed, stage);
         // A worker that gave no answer begins to count when it goes on.
-        if removed.is_ok() {
-            let grace_ends = stage.now() + grace;
+        let is_late = |e: &Error| e.kind() == std::io::ErrorKind::TimedOut;
+        let hangs = matches!(stage.housekeeper.get(), Pace::Hangs(_));
+        if !hangs && removed.as_ref().map_or_else(is_late, |()| true) {
+            let grace_ends = stage.now().max(stage.stalled_until()) + grace;
             stage.judge().audit.removed(id.0, grace_ends);
         }
         if removed.is_ok() && !self.controller.is_stopping() {
@@ -194,14 +201,16 @@ impl Operator {
         if self.rules[rule].1.is_some() {
             return;
         }
+        let keeps = stage.keeps_places.replace(false);
         let added = self.controller.add(self.rules[rule].0.clone());
+        stage.keeps_places.set(keeps);
         check_answered(&added, stage);
         stage.tell(|| format!("operator: rule {rule} is added: {added:?}"));
         match added {
             Ok(id) => {
                 self.rules[rule].1 = Some(id);
-                let now = stage.now();
-                stage.judge().audit.added(id.0, now);
+                stage.judge().is_forward(rule, id.0);
+                self.is_bounded(id, stage);
                 stage.judge().count("rules added");
             }
             Err(_) => {
@@ -214,11 +223,22 @@ impl Operator {
                 };
                 assert!(!known(self.rules[rule].1));
                 self.endanger(rule, stage);
+                stage.judge().cuts(rule);
+                stage.judge().ledger.has_failed_additions = true;
             }
         }
     }
 
-    /// Gives a forward the target of another rule, or its own again.
+    /// Its bound holds for those who come from now on.
+    fn is_bounded(&self, id: ForwardId, stage: &Rc<Stage>) {
+        let forwards = self.controller.shared.forwards();
+        if let Some(forward) = forwards.iter().find(|it| it.id == id) {
+            let since = stage.now().max(stage.stalled_until());
+            stage.judge().ledger.bound(forward, Some(since));
+        }
+    }
+
+    /// Gives a forward the target of another rule and its bounds, or its own again.
     fn replace(&mut self, rule: usize, other: usize, mode: Option<u32>, stage: &Rc<Stage>) {
         let Some(id) = self.rules[rule].1 else {
             return;
@@ -226,22 +246,30 @@ impl Operator {
         if other != rule {
             self.endanger(rule, stage);
         }
-        let (connect, timeouts) = {
-            let other = &self.rules[other].0;
-            (other.connect.clone(), other.timeouts)
-        };
         let mut new = self.rules[rule].0.clone();
-        (new.connect, new.timeouts) = (connect, timeouts);
+        let like = self.rules[other].0.clone();
+        (new.connect, new.timeouts) = (like.connect, like.timeouts);
+        (new.connections, new.reserved) = (like.connections, like.reserved);
         new.mode = mode.unwrap_or(new.mode);
         let target = self.targets[other];
         let before = stage.now();
         stage.judge().leads(rule, before, target);
+        stage.judge().ledger.unbound(id.0);
+        let keeps = stage.keeps_places.replace(false);
         let replaced = self.controller.replace(id, new.clone());
+        stage.keeps_places.set(keeps);
+        if let Err(e) = &replaced
+            && !e.to_string().contains("it has begun")
+        {
+            let now = stage.now();
+            stage.judge().leads_alone(rule, now, self.targets[rule]);
+        }
         check_answered(&replaced, stage);
         stage.tell(|| format!("operator: rule {rule} is replaced: {replaced:?}"));
         if replaced.is_ok() {
             let now = stage.now();
             stage.judge().leads_alone(rule, now, target);
+            self.is_bounded(id, stage);
             let forwards = self.controller.forwards();
             let told = forwards.iter().find(|it| it.id == id);
             assert_eq!(told.map(|it| &it.rule.connect), Some(&new.connect));

@@ -1,5 +1,6 @@
 //! What a run is made of, drawn from its seed: rules, targets, clients, and what befalls them.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use crate::engine::rule::{Limits, Rule, Timeouts};
 
 use super::cast::{ClientPlan, ServerPlan, Service};
 use super::kernel::{Habits, Place};
+use super::ledger::{Bounds, Spot};
 use super::operator::Act;
 use super::stage::{Name, Pace};
 use super::talk::{Ends, Exit, Manner};
@@ -175,12 +177,17 @@ impl Plan {
         };
         let mut limits = Limits::default();
         if rng.u8(..3) == 0 {
-            limits.connections = one(rng, &[1, 3, 8]);
+            limits.connections = one(rng, &[1, 3, 8, 8]);
         }
         let tight = !is_calm && rng.u8(..3) == 0;
         if tight {
-            limits.vm_connections = one(rng, &[1, 2, 6]);
-            limits.vm_unanswered = one(rng, &[1, 2, 8]);
+            let few = rng.u8(1..4);
+            if few & 1 > 0 {
+                limits.vm_connections = one(rng, &[1, 2, 6, 6]);
+            }
+            if few & 2 > 0 {
+                limits.vm_unanswered = one(rng, &[1, 2, 8]);
+            }
         }
         let housekeeper = one(rng, &[Pace::AtOnce, Pace::Late]);
         let mut plan = Plan {
@@ -395,11 +402,14 @@ impl Plan {
             }
             rule.timeouts = timeouts;
             rule.wait = one(rng, &[None, None, Some(ms(500)), Some(ms(20_000))]);
+            if !is_calm && rng.u8(..40) == 0 {
+                rule.wait = Some(ms(400_000));
+            }
             if rng.u8(..5) == 0 {
                 rule.connections = Some(one(rng, &[1, 2, 5]));
             }
             let has_room = self.limits.connections >= 8 && self.limits.vm_connections >= 6;
-            if has_room && rng.u8(..6) == 0 {
+            if has_room && rng.u8(..4) == 0 {
                 rule.reserved = 1;
             }
             for vm in [target.vm, from].into_iter().flatten() {
@@ -522,6 +532,9 @@ impl Plan {
             };
             self.acts.push((at, act));
         }
+        if self.workers > 1 && rng.u8(..12) == 0 {
+            self.draw_change(rng);
+        }
         // A socket that is bound again while its worker stands still is closed with its guests, if
         // the worker ends before it has heard of it.
         let stalls = self
@@ -535,6 +548,50 @@ impl Plan {
             }
             _ => true,
         });
+    }
+
+    /// A rule is removed or replaced while the worker that accepts its clients stands still, and some
+    /// wait there.
+    fn draw_change(&mut self, rng: &mut Rng) {
+        let rule = rng.usize(..self.rules.len());
+        let place = place_of(&self.rules[rule].rule.listen);
+        if self.rules[rule]
+            .rule
+            .listen
+            .transport()
+            .needs_graceful_close
+        {
+            return;
+        }
+        let at = some_time(rng, ms(2_000)) + ms(10);
+        let (act, time, later) = match rng.bool() {
+            true => {
+                let time = one(rng, &[ms(700), ms(4_000), ms(7_000)]);
+                (Act::Remove(rule, one(rng, &[ms(0), ms(300)])), time, ms(5))
+            }
+            // Whoever asks has given up by then.
+            false => {
+                let other = rng.usize(..self.rules.len());
+                (Act::Replace(rule, other), ms(7_000), ms(6_000))
+            }
+        };
+        self.acts.push((at, Act::Stall(rule % self.workers, time)));
+        self.acts.push((at + ms(1), act));
+        for n in 0..6 {
+            // Some before it, so that another worker has fewer.
+            let at = if n < 3 { at - ms(10) } else { at + later };
+            let mut manner = Manner::polite(some_size(rng, &self.habits), 500);
+            (manner.ends, manner.patience) = (Ends::Never, Some(ms(40_000)));
+            let seed = rng.u64(..);
+            self.clients.push(ClientPlan {
+                at,
+                rule,
+                place: place.clone(),
+                manner,
+                is_polite: false,
+                seed,
+            });
+        }
     }
 
     fn draw_vm_acts(&mut self, rng: &mut Rng) {
@@ -562,6 +619,108 @@ impl Plan {
         let bound = |it: &RulePlan| it.rule.connections.is_some();
         let has_places = self.limits.connections >= 100 && !self.rules.iter().any(bound);
         has_places && self.habits.descriptors >= 500
+    }
+
+    /// Whether what is reserved is there for whom it is reserved for.
+    pub(super) fn keeps_places(&self) -> bool {
+        let is_free =
+            |it: &RulePlan| !it.rule.listen.transport().needs_graceful_close && it.target.is_some();
+        let takes =
+            |(_, act): &(Duration, Act)| matches!(act, Act::Descriptors(_) | Act::LimitVm(..));
+        self.rules.iter().any(|it| it.rule.reserved > 0)
+            && self.rules.iter().all(is_free)
+            && self.habits.descriptors >= 500
+            && !self.acts.iter().any(takes)
+    }
+
+    /// How soon it is known whether a guest that answers has taken a dial, where that is certain.
+    pub(super) fn proves_within(&self) -> Option<Duration> {
+        let stands = |act: &Act| {
+            matches!(
+                act,
+                Act::Descriptors(_) | Act::Housekeeper(Pace::Hangs(_)) | Act::LimitVm(..)
+            )
+        };
+        let is_free =
+            |it: &RulePlan| !it.rule.listen.transport().needs_graceful_close && it.target.is_some();
+        let has_room = self.habits.descriptors >= 500 && self.vms.iter().all(|vm| vm.slots >= 100);
+        if !has_room
+            || self.acts.iter().any(|(_, act)| stands(act))
+            || !self.rules.iter().all(is_free)
+        {
+            return None;
+        }
+        let loses = |(_, act): &(Duration, VmAct)| {
+            matches!(act, VmAct::Reboot | VmAct::Die | VmAct::Return)
+        };
+        let is_lost = self.vms.iter().any(|vm| vm.acts.iter().any(loses));
+        match is_lost {
+            false => Some(ms(2_000)),
+            // What a guest has forgotten keeps its place.
+            true if self.limits.vm_connections >= 100 => Some(ms(200_000)),
+            true => None,
+        }
+    }
+
+    pub(super) fn bounds(&self) -> Bounds {
+        let limits = self.acts.iter().filter_map(|(_, act)| match act {
+            Act::LimitVm(_, most) => Some(*most),
+            _ => None,
+        });
+        let least = limits.min().unwrap_or(usize::MAX);
+        Bounds {
+            vm_connections: self.limits.vm_connections.min(least),
+            vm_unanswered: self.limits.vm_unanswered,
+            has_chains: self.rules.iter().any(|it| it.target.is_none()),
+        }
+    }
+
+    /// What the rules lead to.
+    pub(super) fn spots(&self) -> Vec<Spot> {
+        let spot = |it: &RulePlan| {
+            let connect = &it.rule.connect;
+            let host = match connect {
+                Address::Tcp(TcpAddress {
+                    host: Host::Name(name),
+                    ..
+                }) => Some(name.clone()),
+                _ => None,
+            };
+            let name = host.as_ref().and_then(|host| {
+                let its = |(known, _): &&(String, Name)| known == host;
+                self.names.iter().find(its).map(|(_, name)| name)
+            });
+            let places = match (connect, name) {
+                (Address::Hyperkit(it), _) => vec![Place::Path(it.vm.connect_path())],
+                (Address::VsockMux(it), _) => vec![Place::Path(it.path.clone())],
+                (Address::Tcp(tcp), Some(Name::Found(found))) => {
+                    let at = |it: &SocketAddr| SocketAddr::new(it.ip(), tcp.port);
+                    found.iter().map(at).map(Place::Tcp).collect()
+                }
+                _ if host.is_some() => Vec::new(),
+                (connect, _) => vec![place_of(connect)],
+            };
+            Spot {
+                text: connect.to_string(),
+                places,
+                host,
+            }
+        };
+        self.rules.iter().map(spot).collect()
+    }
+
+    /// Rules that lead to hyperkit and to nothing else.
+    pub(super) fn rules_of_hyperkit(&self) -> BTreeSet<usize> {
+        let is_moved = |rule: usize| {
+            let moves =
+                |(_, act): &(Duration, Act)| matches!(act, Act::Replace(it, _) if *it == rule);
+            self.acts.iter().any(moves)
+        };
+        let is_its = |(rule, it): &(usize, &RulePlan)| {
+            matches!(it.rule.connect, Address::Hyperkit(_)) && !is_moved(*rule)
+        };
+        let rules = self.rules.iter().enumerate();
+        rules.filter(is_its).map(|(rule, _)| rule).collect()
     }
 
     /// Whether the process has descriptors in the end.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use crate::address::Waiter;
-use crate::engine::observer::{Observer, What};
+use crate::engine::observer::{Event, Observer, What};
 use crate::engine::rule::Rule;
 use crate::engine::status::{ForwardState, ForwardStatus};
 use crate::proxy::controller::Controller;
@@ -22,9 +22,9 @@ use super::judge::{Hazard, Observed, Phase, TRANSITIONS};
 use super::kernel::{Kernel, Place};
 use super::operator::{Act, Operator, Stopper};
 use super::plan::Plan;
-use super::stage::Stage;
+use super::stage::{Pace, Stage};
 use super::vm::{Kind, Vm};
-use super::world::{SimWorld, place_of, set_stage};
+use super::world::{SimWorld, place_of, set_stage, this_stage};
 
 /// No run takes longer, on its own clock.
 const LONGEST: Duration = Duration::from_secs(20_000);
@@ -52,6 +52,7 @@ type Told = Arc<Mutex<BTreeMap<u64, Observed>>>;
 fn observer(told: &Told) -> Observer {
     let told = Arc::clone(told);
     Observer::new(move |event| {
+        note(event);
         let mut told = told.lock().unwrap();
         let it = told.entry(event.connection.into()).or_default();
         it.forward = event.forward.into();
@@ -65,6 +66,26 @@ fn observer(told: &Told) -> Observer {
             }
         }
     })
+}
+
+/// Has what is told of a connection judged.
+fn note(event: &Event<'_>) {
+    let stage = this_stage();
+    let (forward, connection) = (event.forward.into(), event.connection.into());
+    let now = stage.now();
+    let mut judge = stage.judge();
+    match event.what {
+        What::Accepted => judge.ledger.accepted(connection, forward, now),
+        What::Connected => judge.ledger.connected(connection),
+        What::Refused(error) => {
+            // Why a dial has failed may be known late.
+            let is_slow = judge.audit.is_disturbed() || stage.may_hang.get();
+            let ends = (judge.audit.is_ending(forward), is_slow);
+            let of = (forward, connection);
+            judge.ledger.check_refusal(of, error, ends, &stage.kernel());
+        }
+        What::Closed { .. } => judge.ledger.closed(forward),
+    }
 }
 
 /// The stage with all on it.
@@ -83,10 +104,11 @@ fn set(plan: &Plan, tells: bool) -> Run {
     set_stage(Some(Rc::clone(&stage)));
     stage.names.borrow_mut().extend(plan.names.iter().cloned());
     stage.housekeeper.set(plan.housekeeper);
-    stage
-        .has_chains
-        .set(plan.rules.iter().any(|it| it.target.is_none()));
     stage.has_room.set(plan.has_room());
+    stage.keeps_places.set(plan.keeps_places());
+    stage.proves_within.set(plan.proves_within());
+    stage.judge().ledger.limits = plan.bounds();
+    stage.judge().ledger.spots = plan.spots();
     let told = Told::default();
     let first = plan.rules.iter().filter(|it| it.is_first);
     let mut config = ProxyConfig::new(first.map(|it| it.rule.clone()).collect());
@@ -109,8 +131,8 @@ fn set(plan: &Plan, tells: bool) -> Run {
         Err(e) => panic!("the proxy can't start: {e}"),
     };
     stage.seat(workers);
-    for forward in controller.forwards() {
-        stage.judge().audit.is_first(forward.id.0);
+    for forward in controller.shared.forwards().iter() {
+        stage.judge().ledger.bound(forward, None);
     }
     let mut forwards = controller.forwards().into_iter().map(|it| it.id);
     let rules: Vec<(Rule, Option<ForwardId>)> = plan
@@ -127,6 +149,11 @@ fn set(plan: &Plan, tells: bool) -> Run {
             plan.workers, plan.limits, plan.habits
         )
     });
+    for (number, (_, id)) in rules.iter().enumerate() {
+        if let Some(id) = id {
+            stage.judge().is_forward(number, id.0);
+        }
+    }
     for (number, rule) in plan.rules.iter().enumerate() {
         stage.tell(|| {
             let Rule {
@@ -199,6 +226,7 @@ fn play(plan: &Plan, run: &Run) {
     let shared = Arc::clone(&run.controller.shared);
     if !stage.is_over() && !run.controller.is_stopping() {
         check_listeners(plan, run);
+        check_additions(plan, run);
     }
     if !stage.is_over() {
         let now = stage.now();
@@ -233,7 +261,7 @@ fn play(plan: &Plan, run: &Run) {
     }
     // What the last ones were sent, and the housekeeper's last jobs.
     while stage.step(None) && stage.now() < LONGEST {}
-    check_books(run, &shared);
+    check_books(plan, run, &shared);
 }
 
 /// After a while in which nobody comes, each forward listens, and says so.
@@ -265,8 +293,27 @@ fn check_listeners(plan: &Plan, run: &Run) {
     }
 }
 
+/// What was not added, or was removed, listens nowhere once all workers have gone on.
+fn check_additions(plan: &Plan, run: &Run) {
+    let stage = &run.stage;
+    let hangs = |act: &Act| matches!(act, Act::Housekeeper(Pace::Hangs(_)));
+    if plan.acts.iter().any(|(_, act)| hangs(act)) {
+        return;
+    }
+    let end = stage.now().max(stage.stalled_until()) + AT_ONCE;
+    while stage.step_until(end) {}
+    let forwards = run.controller.forwards();
+    let known: Vec<Place> = forwards.iter().map(|it| place_of(&it.listen)).collect();
+    for place in stage.kernel().listeners_of_proxy() {
+        assert!(
+            known.contains(place),
+            "nobody knows of a listener: {place:?}"
+        );
+    }
+}
+
 /// What is left when all is over.
-fn check_books(run: &Run, shared: &crate::proxy::shared::Shared<SimWorld>) {
+fn check_books(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<SimWorld>) {
     let stage = &run.stage;
     let unfinished = stage.unfinished();
     assert!(
@@ -284,6 +331,14 @@ fn check_books(run: &Run, shared: &crate::proxy::shared::Shared<SimWorld>) {
     drop(told);
     stage.verdicts().check_observed();
     stage.verdicts().check_served();
+    stage.verdicts().check_refused(&plan.rules_of_hyperkit());
+    let abandoned = stage.verdicts().ledger.abandoned();
+    let may_miss = stage.verdicts().ledger.has_failed_additions;
+    assert!(
+        may_miss || abandoned == stage.kernel().abandoned,
+        "{abandoned} are counted as not ended in time, and {} were",
+        stage.kernel().abandoned
+    );
     let forwards = run.controller.forwards();
     let reserved: usize = forwards.iter().map(|it| it.rule.reserved).sum();
     for forward in &forwards {

@@ -8,7 +8,7 @@ use std::cell::{Cell, Ref, RefCell, RefMut};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -18,6 +18,7 @@ use fastrand::Rng;
 
 use crate::address::HyperkitVm;
 use crate::engine::admission::Wake;
+use crate::engine::connection::State;
 use crate::engine::health::Sign;
 use crate::proxy::worker::{Turn, Wait, Worker};
 use crate::proxy::world::{Event, World};
@@ -30,6 +31,9 @@ use super::world::{SimListener, SimStream, SimWorld, identity};
 /// go on is looked at again every 20 ms.
 const MOST_STEPS: u64 = 100_000;
 const STEPS_A_SECOND: u64 = 1_000;
+
+/// A wait that takes so much longer tells that the process stood still.
+const FREEZE: Duration = Duration::from_millis(500);
 
 /// So many turns of a worker without progress, at one time, are a spin; and so many of all workers,
 /// which wake each other.
@@ -99,6 +103,7 @@ pub(super) struct Stage {
     pub(super) names: RefCell<HashMap<String, Name>>,
     /// The process of each VM that runs, by its state directory.
     pub(super) processes: RefCell<HashMap<PathBuf, i32>>,
+    ready: RefCell<HashMap<PathBuf, Duration>>,
     pub(super) housekeeper: Cell<Pace>,
     /// Something stands still, or has stood.
     pub(super) may_hang: Cell<bool>,
@@ -106,8 +111,11 @@ pub(super) struct Stage {
     pub(super) has_lost_files: Cell<bool>,
     /// No limit and no lack keeps a client from being accepted.
     pub(super) has_room: Cell<bool>,
-    /// A rule leads to another one.
-    pub(super) has_chains: Cell<bool>,
+    /// What is reserved is not taken by guests, nor by what comes from another rule, and not being
+    /// changed.
+    pub(super) keeps_places: Cell<bool>,
+    /// How soon it is known whether a guest that answers has taken a dial.
+    pub(super) proves_within: Cell<Option<Duration>>,
     judge: RefCell<Judge>,
     story: RefCell<Option<Vec<String>>>,
     steps: Cell<u64>,
@@ -142,11 +150,13 @@ impl Stage {
             rng: RefCell::new(rng),
             names: RefCell::default(),
             processes: RefCell::default(),
+            ready: RefCell::default(),
+            proves_within: Cell::default(),
             housekeeper: Cell::new(Pace::AtOnce),
             may_hang: Cell::new(false),
             has_lost_files: Cell::new(false),
             has_room: Cell::new(false),
-            has_chains: Cell::new(false),
+            keeps_places: Cell::new(false),
             judge: RefCell::default(),
             story: RefCell::new(tells.then(Vec::new)),
             steps: Cell::new(0),
@@ -290,7 +300,14 @@ impl Stage {
                 .collect()),
             Some(Name::Missing) | None => Err(io::Error::other("no such name")),
         };
-        let run = Box::new(move |_: &Rc<Stage>| Some(Event::Resolved { token, addresses }));
+        let host = host.to_owned();
+        let run = Box::new(move |stage: &Rc<Stage>| {
+            if addresses.is_err() {
+                let now = stage.now();
+                stage.judge().ledger.note_missing(now, &host);
+            }
+            Some(Event::Resolved { token, addresses })
+        });
         self.jobs.borrow_mut().push(Job { at, worker, run });
     }
 
@@ -300,6 +317,17 @@ impl Stage {
         let of = |path: PathBuf| kernel.files.get(&path).map(|file| identity(file.inode));
         let socket = of(vm.connect_path()).map(Sign::Socket);
         socket.or_else(|| of(vm.pid_path()).map(Sign::PidFile))
+    }
+
+    /// Notes since when a VM's guest answers.
+    pub(super) fn is_ready(&self, vm: &Path, since: Duration) {
+        self.ready.borrow_mut().insert(vm.to_owned(), since);
+    }
+
+    /// Since when a VM's guest answers.
+    pub(super) fn ready_since(&self, vm: &Path) -> Duration {
+        let ready = self.ready.borrow().get(vm).copied();
+        ready.unwrap_or(Duration::MAX)
     }
 
     pub(super) fn process_of(&self, vm: &HyperkitVm) -> Option<i32> {
@@ -441,6 +469,26 @@ impl Stage {
         true
     }
 
+    /// The connections of a worker that wait for an answer which is there, and their clients for them.
+    fn answered(&self, worker: &mut Worker<SimWorld>) -> Vec<u64> {
+        let kernel = self.kernel();
+        let mut answered = Vec::new();
+        for id in worker.connections.table.ids() {
+            let Some(conn) = worker.connections.table.get_mut(id) else {
+                continue;
+            };
+            if let (State::Connecting { client, server, .. }, Some(name)) = (&conn.state, conn.name)
+                && !kernel.is_unix(server.socket.id)
+                && [client, server]
+                    .iter()
+                    .all(|end| kernel.is_sound(end.socket.id))
+            {
+                answered.push(name.into());
+            }
+        }
+        answered
+    }
+
     fn check_times(&self) {
         for seat in self.seats.borrow_mut().iter_mut().flatten() {
             let verdicts = self.verdicts();
@@ -477,8 +525,19 @@ impl Stage {
             let _ = seat.worker.world.wait(&mut seat.events, None);
         }
         let has_events = !seat.events.is_empty();
+        let due = seat.wait.timeout.map(|timeout| seat.wait.begun + timeout);
+        let answered = match due.is_some_and(|at| self.instant() > at + FREEZE) {
+            true => self.answered(&mut seat.worker),
+            false => Vec::new(),
+        };
         let turn = seat.worker.turn(&mut seat.events, seat.wait);
         let turn = turn.expect("a simulated poller does not fail");
+        for connection in answered {
+            assert!(
+                !self.verdicts().ledger.has_timed_out(connection),
+                "connection {connection} had its answer while the process stood still"
+            );
+        }
         self.judge().look_at(index, &mut seat.worker, self);
         if turn == Turn::Last {
             let shared = Arc::clone(&seat.worker.shared);

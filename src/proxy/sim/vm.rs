@@ -94,6 +94,8 @@ enum Guest {
     Talks(Box<Talk>),
     /// The guest knows nothing of it.
     Forgotten,
+    /// Nor will it hear of it: the host had ended it before.
+    Lost,
 }
 
 #[derive(Debug)]
@@ -176,6 +178,7 @@ impl Vm {
             let process = self.rng.i32(1..10_000);
             stage.processes.borrow_mut().insert(vm.state_dir, process);
         }
+        stage.is_ready(&self.plan.path, stage.now());
         (self.is_paused, self.was_there) = (false, true);
         (self.unanswered, self.due) = (0, stage.now());
     }
@@ -188,24 +191,43 @@ impl Vm {
     }
 
     fn carry_out(&mut self, act: VmAct, stage: &Rc<Stage>) {
-        let vm = self.me;
+        let (vm, now) = (self.me, stage.now());
         if !matches!(act, VmAct::Dial { .. }) {
             stage.tell(|| format!("VM {vm}: {act:?}"));
             self.endanger(stage);
         }
         match act {
-            VmAct::Pause => self.is_paused = true,
+            VmAct::Pause => {
+                self.is_paused = true;
+                stage.is_ready(&self.plan.path, Duration::MAX);
+            }
             VmAct::Resume => {
                 self.is_paused = false;
+                stage.is_ready(&self.plan.path, now);
                 self.unanswered = 0;
             }
             VmAct::Reboot => {
+                let is_hyperkit = self.is_hyperkit();
                 for slot in &mut self.slots {
-                    if let Guest::Talks(talk) = &slot.guest {
-                        stage.judge().struck(talk.voice);
-                        slot.guest = Guest::Forgotten;
+                    match &slot.guest {
+                        Guest::Talks(talk) => {
+                            stage.judge().struck(talk.voice);
+                            slot.guest = Guest::Forgotten;
+                        }
+                        Guest::Unanswered(_) if is_hyperkit => {
+                            slot.guest = match stage.kernel().has_peer_ended(slot.socket) {
+                                true => Guest::Lost,
+                                false => Guest::Forgotten,
+                            };
+                        }
+                        _ => {}
                     }
                 }
+                if is_hyperkit {
+                    self.dials.clear();
+                    self.unanswered = 0;
+                }
+                stage.is_ready(&self.plan.path, now);
             }
             VmAct::Die => self.die(stage),
             VmAct::Return if self.listener.is_none() => self.start(stage),
@@ -224,6 +246,7 @@ impl Vm {
         let Some(key) = self.listener.take() else {
             return;
         };
+        stage.is_ready(&self.plan.path, Duration::MAX);
         if self.is_hyperkit() {
             let directory = self.plan.hyperkit().state_dir;
             stage.processes.borrow_mut().remove(&directory);
@@ -496,6 +519,13 @@ impl Vm {
                 }
             }
             // Who sends or half-closes on one that the guest has forgotten gets an end.
+            Guest::Lost => {
+                let mut kernel = stage.kernel();
+                if kernel.has_peer_closed(slot.socket) {
+                    kernel.close(slot.socket);
+                }
+                slot.again = None;
+            }
             Guest::Forgotten if !self.is_paused => {
                 let mut kernel = stage.kernel();
                 if kernel.has_peer_ended(slot.socket) || kernel.unread(slot.socket) > 0 || is_mux {
@@ -545,7 +575,7 @@ impl Actor for Vm {
         self.answer(stage);
         let is_over = |slot: &mut Slot| match &slot.guest {
             Guest::Talks(talk) => talk.is_over(),
-            Guest::Forgotten => stage.kernel().is_closed(slot.socket),
+            Guest::Forgotten | Guest::Lost => stage.kernel().is_closed(slot.socket),
             _ => false,
         };
         let over: Vec<_> = self.slots.extract_if(.., is_over).collect();

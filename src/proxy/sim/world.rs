@@ -19,8 +19,7 @@ use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
 use crate::proxy::bridge::Progress;
-use crate::proxy::world::Wanted;
-use crate::proxy::world::{Event, Found, ListenerId, World};
+use crate::proxy::world::{Event, Found, ListenerId, Wanted, World};
 use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
 use crate::{hyperkit, listener};
@@ -198,6 +197,12 @@ pub(super) struct SimWorld {
 }
 
 impl SimWorld {
+    /// While the proxy stops, nothing is bound again.
+    fn check_running(&self) {
+        let has_stopped = self.stage.verdicts().audit.has_stopped(self.worker);
+        assert!(!has_stopped, "files are looked after at the end");
+    }
+
     fn file_of(&self, key: ListenerKey) -> Option<PathBuf> {
         match self.stage.kernel().place_of(key) {
             Place::Path(path) => Some(path),
@@ -327,6 +332,7 @@ impl World for SimWorld {
         if self.file_of(listener.key).is_none() {
             return false;
         }
+        self.check_running();
         let (key, address) = (listener.key, rule.listen.clone());
         self.stage.ask_housekeeper(self.worker, move |stage| {
             let there = stage.kernel().has_file(key);
@@ -341,6 +347,7 @@ impl World for SimWorld {
     }
 
     fn bind_again(&mut self, old: Option<SimListener>, of: ListenerId, rule: &Rule) {
+        self.check_running();
         let old = old.map(SimListener::shut);
         let address = rule.listen.clone();
         let again = move |stage: &Rc<Stage>| {
