@@ -11,12 +11,12 @@ use crate::name::SocketName;
 
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
-use crate::engine::health::{self, News, Presence};
+use crate::engine::health::{self, Health, News};
 use crate::engine::id::{ConnectionId, ForwardId};
-use crate::engine::log_limiter::Complaints;
+use crate::engine::log_limiter::LogLimiter;
 use crate::engine::observer::{Event, Observer, What};
 use crate::engine::rule::Rule;
-use crate::engine::status::{Board, ForwardStatus};
+use crate::engine::status::{ForwardStatus, StatusCell};
 
 /// A rule, and all that its connections share.
 #[derive(Debug)]
@@ -32,12 +32,12 @@ pub(crate) struct Forward {
     pub(crate) gates: [Option<Arc<Gate>>; 2],
     /// What can wait for the sockets of each side.
     waiters: [Waiter; 2],
-    /// This, the board and the cut stay the same when the rule becomes another.
+    /// This, the status_cell and the cut stay the same when the rule becomes another.
     pub(crate) tally: Arc<Tally>,
-    pub(crate) board: Arc<Board>,
-    pub(crate) complaints: Complaints,
+    pub(crate) status_cell: Arc<StatusCell>,
+    pub(crate) log_limiter: LogLimiter,
     /// Whether its target is there, where no gate knows it.
-    presence: Mutex<Presence>,
+    presence: Mutex<Health>,
     /// The slots of its VM that it keeps, until it is removed.
     pub(crate) quota: Mutex<Option<Reservation>>,
     /// It was removed, and the time of its connections is over.
@@ -66,8 +66,8 @@ impl Forward {
             asked,
             gates,
             tally: Arc::default(),
-            board: Arc::default(),
-            complaints: Complaints::default(),
+            status_cell: Arc::default(),
+            log_limiter: LogLimiter::default(),
             presence: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::default(),
@@ -92,8 +92,8 @@ impl Forward {
             gates,
             waiters: [self.waiters[CLIENT], waiter],
             tally: Arc::clone(&self.tally),
-            board: Arc::clone(&self.board),
-            complaints: Complaints::default(),
+            status_cell: Arc::clone(&self.status_cell),
+            log_limiter: LogLimiter::default(),
             presence: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::clone(&self.cut),
@@ -119,12 +119,12 @@ impl Forward {
     }
 
     /// Whether connections of that side are ended by half-close, drain, close.
-    pub(crate) fn is_polite(&self, side: usize) -> bool {
+    pub(crate) fn needs_graceful_close(&self, side: usize) -> bool {
         self.address(side).transport().needs_graceful_close
     }
 
     /// Whether its connections are carried by threads of their own.
-    pub(crate) fn is_bridged(&self) -> bool {
+    pub(crate) fn is_on_threads(&self) -> bool {
         self.waiters.contains(&Waiter::Thread) && !self.waiters.contains(&Waiter::Poller)
     }
 
@@ -133,13 +133,13 @@ impl Forward {
         self.waiters[side] == Waiter::Thread
     }
 
-    /// Whether no poller can wait for the end of `side`, and nothing but a poller for the other: a crossing lies between.
-    pub(crate) fn is_crossed(&self, side: usize) -> bool {
+    /// Whether no poller can wait for the end of `side`, and nothing but a poller for the other: a adapter lies between.
+    pub(crate) fn needs_adapter(&self, side: usize) -> bool {
         self.is_blocking(side) && self.waiters[1 - side] == Waiter::Poller
     }
 
     /// Whether a half-close that `side` reads makes its VMM end the guest's direction as well.
-    pub(crate) fn takes_half_close_for_the_end(&self, side: usize) -> bool {
+    pub(crate) fn half_close_ends_both(&self, side: usize) -> bool {
         self.address(side).half_close() == HalfClose::BothDirections
     }
 
@@ -170,18 +170,18 @@ impl Forward {
         *self.quota.lock().unwrap_or_else(PoisonError::into_inner) = quota;
     }
 
-    fn presence(&self) -> MutexGuard<'_, Presence> {
+    fn presence(&self) -> MutexGuard<'_, Health> {
         self.presence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A dial has found nobody.
-    pub(crate) fn found_nobody(&self, error: &Error, now: Instant) {
+    pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
         if let Some(gate) = &self.gates[SERVER] {
-            return gate.found_nobody(error, now);
+            return gate.mark_down(error, now);
         }
         // What comes and goes all the time isn't told of each time.
         let told = self.presence().is_up() == Some(false);
-        if !told && self.complaints.admit(ABSENT, now).is_some() {
+        if !told && self.log_limiter.admit(ABSENT, now).is_some() {
             let news = self.presence().failed(now);
             self.tell_news(news, Some(error));
         }
@@ -213,13 +213,13 @@ impl Forward {
                 ..self.rule.clone()
             },
             listen: self.rule.listen.clone(),
-            state: self.board.state(),
+            state: self.status_cell.state(),
             vm: self.gate().map(|gate| gate.status(now)),
-            last_error: self.board.last_error(),
+            last_error: self.status_cell.last_error(),
             counters: self.tally.counters(),
         }
     }
 }
 
-/// The key of complaints about targets that are not there.
+/// The key of log_limiter about targets that are not there.
 const ABSENT: &str = "absent";

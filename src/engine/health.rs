@@ -21,7 +21,7 @@ pub(crate) enum News {
 
 /// By what a VM is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Sign {
+pub(crate) enum VmIdentity {
     /// What its `connect` socket is.
     Socket(Identity),
     /// What its process' file is, where there is no such socket.
@@ -45,25 +45,25 @@ const SETTLES: Duration = Duration::from_millis(100);
 
 /// What is known of one VM or one server.
 #[derive(Debug)]
-pub(crate) struct Presence {
+pub(crate) struct Health {
     state: State,
     was_there: bool,
     /// What it was when it was seen last.
-    sign: Option<Sign>,
+    sign: Option<VmIdentity>,
     /// It could not be seen since.
     unseen: bool,
     process: Option<i32>,
     back: Option<Instant>,
     /// What it was before, and until when that may still be seen.
-    replaced: Option<(Sign, Instant)>,
+    replaced: Option<(VmIdentity, Instant)>,
     /// A dial has found it, that it is back was told, and what it is now has not been seen since.
     told_before_seen: bool,
     restarts: u64,
 }
 
-impl Default for Presence {
-    fn default() -> Presence {
-        Presence {
+impl Default for Health {
+    fn default() -> Health {
+        Health {
             state: State::Unknown,
             was_there: false,
             sign: None,
@@ -77,7 +77,7 @@ impl Default for Presence {
     }
 }
 
-impl Presence {
+impl Health {
     /// Takes a dial that found nobody.
     pub(crate) fn failed(&mut self, now: Instant) -> Option<News> {
         match self.state {
@@ -124,10 +124,13 @@ impl Presence {
     }
 
     /// Takes what it is now; whether it is another than before.
-    pub(crate) fn seen(&mut self, sign: Sign, now: Instant) -> (bool, Option<News>) {
+    pub(crate) fn seen(&mut self, sign: VmIdentity, now: Instant) -> (bool, Option<News>) {
         // That a VM's socket is missing says nothing of who it is: one that begins has its pid file first. So once one
         // has had a socket, its pid file is no sign any more.
-        if matches!((self.sign, sign), (Some(Sign::Socket(_)), Sign::PidFile(_))) {
+        if matches!(
+            (self.sign, sign),
+            (Some(VmIdentity::Socket(_)), VmIdentity::PidFile(_))
+        ) {
             return (false, self.not_seen(now));
         }
         // What another worker has seen may be older than what is known.
@@ -139,7 +142,7 @@ impl Presence {
         }
         let before = self.sign.replace(sign);
         let is_new = match (before, sign) {
-            (None, _) | (Some(Sign::PidFile(_)), Sign::Socket(_)) => false,
+            (None, _) | (Some(VmIdentity::PidFile(_)), VmIdentity::Socket(_)) => false,
             (Some(before), _) => before != sign,
         };
         if is_new {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 /// Lets one complaint through now and then: what a peer can cause again and again must not fill the log.
 #[derive(Debug, Default)]
-pub(crate) struct Complaints(Mutex<Option<Heard>>);
+pub(crate) struct LogLimiter(Mutex<Option<Heard>>);
 
 #[derive(Debug)]
 struct Heard {
@@ -19,8 +19,8 @@ const QUIET: Duration = Duration::from_secs(60);
 /// At most one complaint in this time at all.
 const SILENT: Duration = Duration::from_secs(1);
 
-impl Complaints {
-    /// How many complaints were swallowed since the last one, if this one may be said.
+impl LogLimiter {
+    /// How many log_limiter were swallowed since the last one, if this one may be said.
     pub(crate) fn admit(&self, text: &str, now: Instant) -> Option<u64> {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(heard) = &mut *last {
@@ -47,25 +47,25 @@ mod tests {
 
     #[test]
     fn what_repeats_is_said_once_and_counted() {
-        let complaints = Complaints::default();
+        let log_limiter = LogLimiter::default();
         let start = Instant::now();
-        assert_eq!(complaints.admit("down", start), Some(0));
+        assert_eq!(log_limiter.admit("down", start), Some(0));
         for i in 1..10 {
             assert_eq!(
-                complaints.admit("down", start + Duration::from_secs(i)),
+                log_limiter.admit("down", start + Duration::from_secs(i)),
                 None
             );
         }
         assert_eq!(
-            complaints.admit("refused", start + Duration::from_secs(10)),
+            log_limiter.admit("refused", start + Duration::from_secs(10)),
             Some(9)
         );
         assert_eq!(
-            complaints.admit("down", start + Duration::from_millis(10_500)),
+            log_limiter.admit("down", start + Duration::from_millis(10_500)),
             None
         );
         assert_eq!(
-            complaints.admit("down", start + Duration::from_secs(12)),
+            log_limiter.admit("down", start + Duration::from_secs(12)),
             Some(1)
         );
     }

@@ -167,9 +167,9 @@ struct Known {
 
 /// What workers leave behind for whoever asks how a forward is.
 #[derive(Debug, Default)]
-pub(crate) struct Board(Mutex<Known>);
+pub(crate) struct StatusCell(Mutex<Known>);
 
-impl Board {
+impl StatusCell {
     fn known(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,4 +1,4 @@
-//! What is done with a proxy that runs from outside of its workers, in whichever world they are.
+//! What is done with a proxy that runs from outside of its workers, whichever driver they have.
 
 use std::io;
 use std::sync::Arc;
@@ -9,24 +9,24 @@ use std::time::Duration;
 use crate::engine::relay::CLIENT;
 use crate::error::{Error, Operation, Result};
 
+use super::driver::Driver;
+use super::driver::Wanted;
 use super::rules::Binder;
 use super::shared::{Command, Shared};
-use super::world::Wanted;
-use super::world::World;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{ConnectionStatus, ForwardStatus};
 
-/// What a [`Handle`](super::Handle) does, in any world.
+/// What a [`Handle`](super::Handle) does, in any driver.
 #[derive(Debug)]
-pub(super) struct Controller<W: World> {
-    pub(super) shared: Arc<Shared<W>>,
+pub(super) struct Controller<D: Driver> {
+    pub(super) shared: Arc<Shared<D>>,
     pub(super) binder: Arc<Binder>,
 }
 
-impl<W: World> Clone for Controller<W> {
-    fn clone(&self) -> Controller<W> {
+impl<D: Driver> Clone for Controller<D> {
+    fn clone(&self) -> Controller<D> {
         Controller {
             shared: Arc::clone(&self.shared),
             binder: Arc::clone(&self.binder),
@@ -37,11 +37,11 @@ impl<W: World> Clone for Controller<W> {
 /// How long a worker may take to answer: it does at once, unless it has ended.
 const ANSWER: Duration = Duration::from_secs(5);
 
-impl<W: World> Controller<W> {
+impl<D: Driver> Controller<D> {
     /// As [`Handle::forwards`](super::Handle::forwards).
     pub(super) fn forwards(&self) -> Vec<ForwardStatus> {
         let forwards = self.shared.forwards();
-        let now = W::clock();
+        let now = D::clock();
         forwards.iter().map(|forward| forward.status(now)).collect()
     }
 
@@ -50,7 +50,7 @@ impl<W: World> Controller<W> {
         let _change = self.binder.begin_change();
         let forwards = self.shared.forwards().clone();
         let home = self.shared.next_inbox();
-        let (listener, forward) = self.binder.bind::<W>(rule, home, &forwards)?;
+        let (listener, forward) = self.binder.bind::<D>(rule, home, &forwards)?;
         let (id, listen) = (forward.id, forward.rule.listen.clone());
         let fail = |e| Error::new(Operation::Listen, &listen, e);
         if self.shared.is_stopping() {
@@ -62,7 +62,7 @@ impl<W: World> Controller<W> {
         if descriptors.room(listeners) == 0 {
             return Err(descriptors.too_few(Operation::Listen, &listen, listeners));
         }
-        if forward.is_polite(CLIENT) {
+        if forward.needs_graceful_close(CLIENT) {
             descriptors.keep_some_for_guests();
         }
         self.shared.make_room(listeners);
@@ -140,13 +140,13 @@ impl<W: World> Controller<W> {
 
     /// As [`Handle::connections`](super::Handle::connections).
     pub(super) fn connections(&self) -> Vec<ConnectionStatus> {
-        let answers = self.ask_all(Command::Tell, ANSWER);
+        let answers = self.ask_all(Command::ListConnections, ANSWER);
         answers.into_iter().flatten().collect()
     }
 
     /// As [`Handle::answers_within`](super::Handle::answers_within).
     pub(super) fn answers_within(&self, patience: Duration) -> bool {
-        let answers = self.ask_all(Command::Answer, patience).len();
+        let answers = self.ask_all(Command::Ping, patience).len();
         let ended = self.shared.ended.load(Ordering::Acquire);
         answers + ended >= self.shared.inboxes.len()
     }
@@ -177,15 +177,15 @@ impl<W: World> Controller<W> {
     fn ask<T>(
         &self,
         worker: usize,
-        command: impl FnOnce(Wanted, Sender<T>) -> Command<W>,
+        command: impl FnOnce(Wanted, Sender<T>) -> Command<D>,
     ) -> io::Result<T> {
         let (tell, told) = channel();
         let wanted = Wanted::default();
         self.shared.inboxes[worker].send(command(wanted.clone(), tell));
-        let begun = W::clock();
-        let elapsed = || W::clock().saturating_duration_since(begun);
+        let begun = D::clock();
+        let elapsed = || D::clock().saturating_duration_since(begun);
         loop {
-            match W::receive(&told, LOOK) {
+            match D::receive(&told, LOOK) {
                 Ok(answer) => return Ok(answer),
                 Err(RecvTimeoutError::Disconnected) => return Err(stopping()),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -205,18 +205,18 @@ impl<W: World> Controller<W> {
     }
 
     /// Tells all workers something, and waits for their answers, at most `patience`. Those that have ended give none.
-    fn ask_all<T>(&self, command: impl Fn(Sender<T>) -> Command<W>, patience: Duration) -> Vec<T> {
+    fn ask_all<T>(&self, command: impl Fn(Sender<T>) -> Command<D>, patience: Duration) -> Vec<T> {
         let (tell, told) = channel();
         for inbox in &self.shared.inboxes {
             inbox.send(command(tell.clone()));
         }
         drop(tell);
-        let end = crate::time::after(W::clock(), patience);
+        let end = crate::time::after(D::clock(), patience);
         let mut answers = Vec::new();
         while answers.len() < self.shared.inboxes.len() && !self.shared.is_over() {
-            match W::receive(&told, LOOK.min(patience)) {
+            match D::receive(&told, LOOK.min(patience)) {
                 Ok(answer) => answers.push(answer),
-                Err(RecvTimeoutError::Timeout) if W::clock() < end => {}
+                Err(RecvTimeoutError::Timeout) if D::clock() < end => {}
                 Err(_) => break,
             }
         }

@@ -8,11 +8,11 @@ use crate::engine::status::{ConnectionStatus, ForwardStatus};
 use crate::error::Result;
 
 use super::controller::Controller;
-use super::mio_world::MioWorld;
+use super::mio_driver::MioDriver;
 
 /// A proxy that runs, for whoever is to look at it, change it or stop it from another thread. It doesn't keep it running.
 #[derive(Clone, Debug)]
-pub struct Handle(pub(super) Controller<MioWorld>);
+pub struct Handle(pub(super) Controller<MioDriver>);
 
 impl Handle {
     /// The forwards, in the order in which they were given.

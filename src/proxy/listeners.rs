@@ -11,15 +11,15 @@ use tracing::{debug, error, info, warn};
 use crate::engine::relay::{CLIENT, SERVER, Socket};
 use crate::listener::nonblocking::{has_client_left, is_broken};
 
+use super::driver::{Driver, Found, ListenerId, Wanted};
 use super::shared::{Accepted, Command, TurnContext};
-use super::world::{Found, ListenerId, Wanted, World};
 use crate::engine::Phase;
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
-use crate::engine::log_limiter::Complaints;
+use crate::engine::log_limiter::LogLimiter;
 use crate::engine::status::Obstacle;
 
 /// Connections that one listener may accept before the others have their turn.
@@ -45,7 +45,7 @@ pub(crate) struct Listening<L> {
     paused: Option<Instant>,
     /// Its VM has no place for it: the gate wakes us when that may have changed.
     full: Option<Full>,
-    complaints: Complaints,
+    log_limiter: LogLimiter,
     /// When its socket's file and its VM are to be looked after.
     watch: Instant,
     /// How often it was asked what has become of its file, or to bind it again, without an answer yet.
@@ -71,7 +71,7 @@ impl<L> Listening<L> {
     /// Notes what keeps clients from being accepted.
     fn set_obstacle(&mut self, obstacle: Obstacle, why: &dyn std::fmt::Display) {
         self.obstacle = Some(obstacle);
-        self.forward.board.blocked(obstacle, why.to_string());
+        self.forward.status_cell.blocked(obstacle, why.to_string());
     }
 
     /// Someone was accepted, or nobody waits.
@@ -84,21 +84,21 @@ impl<L> Listening<L> {
 
     fn found(&mut self) {
         if self.obstacle.take().is_some() {
-            self.forward.board.unblocked();
+            self.forward.status_cell.unblocked();
         }
     }
 }
 
 /// The listeners of one worker.
 #[derive(Debug)]
-pub(super) struct Listeners<W: World> {
-    all: Vec<Listening<W::Listener>>,
+pub(super) struct Listeners<D: Driver> {
+    all: Vec<Listening<D::Listener>>,
     /// Connections of this worker that were accepted and are to be taken over.
-    accepted: Vec<Accepted<W::Stream>>,
+    accepted: Vec<Accepted<D::Stream>>,
 }
 
-impl<W: World> Default for Listeners<W> {
-    fn default() -> Listeners<W> {
+impl<D: Driver> Default for Listeners<D> {
+    fn default() -> Listeners<D> {
         Listeners {
             all: Vec::new(),
             accepted: Vec::new(),
@@ -106,15 +106,15 @@ impl<W: World> Default for Listeners<W> {
     }
 }
 
-impl<W: World> Listeners<W> {
+impl<D: Driver> Listeners<D> {
     /// Returns all of them.
     #[cfg(all(test, target_os = "linux"))]
-    pub(super) fn all(&self) -> &[Listening<W::Listener>] {
+    pub(super) fn all(&self) -> &[Listening<D::Listener>] {
         &self.all
     }
 
     /// Takes out what was accepted for this worker.
-    pub(super) fn take_accepted(&mut self) -> Vec<Accepted<W::Stream>> {
+    pub(super) fn take_accepted(&mut self) -> Vec<Accepted<D::Stream>> {
         std::mem::take(&mut self.accepted)
     }
 
@@ -131,15 +131,15 @@ impl<W: World> Listeners<W> {
     /// The poller can't watch it.
     pub(super) fn add(
         &mut self,
-        listener: W::Listener,
+        listener: D::Listener,
         forward: Arc<Forward>,
-        cx: &mut TurnContext<'_, W>,
+        cx: &mut TurnContext<'_, D>,
     ) -> io::Result<()> {
         let mut listener = listener;
-        let is_free = |it: &Listening<W::Listener>| it.removed && it.asked == 0;
+        let is_free = |it: &Listening<D::Listener>| it.removed && it.asked == 0;
         let free = self.all.iter().position(is_free);
         let index = free.unwrap_or(self.all.len());
-        cx.world.watch_listener(&mut listener, index)?;
+        cx.driver.watch_listener(&mut listener, index)?;
         Self::note_mark(&listener, forward.id, cx);
         let watch = cx.now;
         let listening = Listening {
@@ -148,7 +148,7 @@ impl<W: World> Listeners<W> {
             ready: true,
             paused: None,
             full: None,
-            complaints: Complaints::default(),
+            log_limiter: LogLimiter::default(),
             watch,
             asked: 0,
             lost: false,
@@ -167,12 +167,12 @@ impl<W: World> Listeners<W> {
     /// wait there are refused as any others: one that is closed at once hurts its device.
     pub(super) fn give_up(
         &mut self,
-        listener: W::Listener,
+        listener: D::Listener,
         forward: Arc<Forward>,
-        cx: &mut TurnContext<'_, W>,
+        cx: &mut TurnContext<'_, D>,
     ) {
-        if !forward.is_polite(CLIENT) {
-            return cx.world.close_listener(listener, None);
+        if !forward.needs_graceful_close(CLIENT) {
+            return cx.driver.close_listener(listener, None);
         }
         forward.cut.store(true, Ordering::Release);
         let id = forward.id;
@@ -183,15 +183,15 @@ impl<W: World> Listeners<W> {
     }
 
     /// Notes by what the clients of a forward know it.
-    fn note_mark(listener: &W::Listener, forward: ForwardId, cx: &mut TurnContext<'_, W>) {
-        if let Some(mark) = cx.world.mark_of_listener(listener) {
+    fn note_mark(listener: &D::Listener, forward: ForwardId, cx: &mut TurnContext<'_, D>) {
+        if let Some(mark) = cx.driver.mark_of_listener(listener) {
             cx.shared.routes.listens(mark, forward);
         }
     }
 
     /// Where the listener of a forward is, if this worker has it.
     fn listener_of(&self, forward: ForwardId) -> Option<usize> {
-        let its = |it: &Listening<W::Listener>| !it.removed && it.forward.id == forward;
+        let its = |it: &Listening<D::Listener>| !it.removed && it.forward.id == forward;
         self.all.iter().position(its)
     }
 
@@ -201,7 +201,7 @@ impl<W: World> Listeners<W> {
         &mut self,
         forward: ForwardId,
         done: Sender<()>,
-        cx: &mut TurnContext<'_, W>,
+        cx: &mut TurnContext<'_, D>,
     ) {
         let Some(index) = self.listener_of(forward) else {
             // Who asked may have given up.
@@ -218,13 +218,13 @@ impl<W: World> Listeners<W> {
     }
 
     /// Closes a listener whose forward is gone, once nothing is asked about its file any more.
-    fn end_listener(&mut self, index: usize, done: Sender<()>, cx: &mut TurnContext<'_, W>) {
+    fn end_listener(&mut self, index: usize, done: Sender<()>, cx: &mut TurnContext<'_, D>) {
         self.accept_waiting(index, cx);
         let listening = &mut self.all[index];
         cx.shared.routes.listens_no_more(listening.forward.id);
         listening.forward.closed.store(true, Ordering::Release);
         match listening.listener.take() {
-            Some(listener) => cx.world.close_listener(listener, Some(done)),
+            Some(listener) => cx.driver.close_listener(listener, Some(done)),
             None => {
                 let _ = done.send(());
             }
@@ -238,11 +238,11 @@ impl<W: World> Listeners<W> {
         mode: u32,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
-        cx: &mut TurnContext<'_, W>,
+        cx: &mut TurnContext<'_, D>,
     ) {
         let index = self.listener_of(forward);
         match index.and_then(|index| self.all[index].listener.as_ref()) {
-            Some(listener) => cx.world.set_mode(listener, mode, wanted, done),
+            Some(listener) => cx.driver.set_mode(listener, mode, wanted, done),
             // Who asked may have given up.
             None => drop(done.send(Ok(()))),
         }
@@ -260,7 +260,7 @@ impl<W: World> Listeners<W> {
 
     /// When a listener wants to be looked at without an event.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
-        let wants = |listening: &Listening<W::Listener>| {
+        let wants = |listening: &Listening<D::Listener>| {
             let ready =
                 (listening.ready && listening.full.is_none() && listening.listener.is_some())
                     .then(|| listening.paused.unwrap_or(now));
@@ -274,7 +274,7 @@ impl<W: World> Listeners<W> {
         self.all.iter().filter_map(wants).min()
     }
 
-    pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, D>) {
         for index in 0..self.all.len() {
             let listening = &mut self.all[index];
             if listening.paused.is_some_and(|at| at <= cx.now) {
@@ -293,14 +293,14 @@ impl<W: World> Listeners<W> {
     }
 
     /// Accepts all who wait at the listeners now.
-    pub(super) fn accept_all(&mut self, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn accept_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for index in 0..self.all.len() {
             self.accept_waiting(index, cx);
         }
     }
 
     /// Accepts all who wait at a listener now, whether an event has told of them or not.
-    fn accept_waiting(&mut self, index: usize, cx: &mut TurnContext<'_, W>) {
+    fn accept_waiting(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
         (listening.ready, listening.paused) = (true, None);
         // As many turns as the longest backlog takes.
@@ -314,7 +314,7 @@ impl<W: World> Listeners<W> {
     }
 
     /// Accepts who waits at a listener: those for whom there is a place in its VM, or `all` of them.
-    fn accept_from(&mut self, index: usize, all: bool, cx: &mut TurnContext<'_, W>) {
+    fn accept_from(&mut self, index: usize, all: bool, cx: &mut TurnContext<'_, D>) {
         for _ in 0..BATCH {
             let listening = &mut self.all[index];
             if listening.listener.is_none() {
@@ -323,7 +323,7 @@ impl<W: World> Listeners<W> {
             // Guests are accepted whatever happens: hyperkit stands still until they are. So is what
             // comes from another forward: the place that it waits for may be that one's.
             let forward = &listening.forward;
-            if !forward.is_polite(CLIENT)
+            if !forward.needs_graceful_close(CLIENT)
                 && let Some(reason) = cx.shared.is_full_for(forward.id)
                 && !cx.shared.may_come_from_us(forward)
             {
@@ -344,7 +344,7 @@ impl<W: World> Listeners<W> {
                 return;
             };
             listening.full = None;
-            match cx.world.accept(listener) {
+            match cx.driver.accept(listener) {
                 Ok((stream, peer)) => {
                     listening.unblock();
                     let forward = Arc::clone(&listening.forward);
@@ -375,12 +375,12 @@ impl<W: World> Listeners<W> {
     }
 
     /// Binds the address of a listener again that somebody has shut down (`ss -K`, or another process that has it).
-    fn replace_broken(&mut self, index: usize, cx: &mut TurnContext<'_, W>) {
+    fn replace_broken(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
         let forward = Arc::clone(&listening.forward);
         listening.ready = false;
         listening.set_obstacle(Obstacle::Lost, &"its listener was shut down");
-        if listening.complaints.admit("shut down", cx.now).is_some() {
+        if listening.log_limiter.admit("shut down", cx.now).is_some() {
             let listen = &forward.rule.listen;
             warn!("the listener on {listen} was shut down from outside; binding it again");
         }
@@ -392,14 +392,14 @@ impl<W: World> Listeners<W> {
         }
     }
 
-    fn bind_again(&mut self, index: usize, old: Option<W::Listener>, cx: &mut TurnContext<'_, W>) {
+    fn bind_again(&mut self, index: usize, old: Option<D::Listener>, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
         listening.asked += 1;
         let of = ListenerId {
             token: index,
             forward: listening.forward.id,
         };
-        cx.world.bind_again(old, of, &listening.forward.rule);
+        cx.driver.bind_again(old, of, &listening.forward.rule);
     }
 
     /// A client's right to a place in the VM that its forward leads to, if there is one.
@@ -407,12 +407,12 @@ impl<W: World> Listeners<W> {
         &self,
         index: usize,
         all: bool,
-        cx: &TurnContext<'_, W>,
+        cx: &TurnContext<'_, D>,
     ) -> Result<Option<Slot>, Full> {
         let forward = &self.all[index].forward;
         match &forward.gates[SERVER] {
             // Guests are accepted whatever happens.
-            Some(gate) if !forward.is_polite(CLIENT) && !all => {
+            Some(gate) if !forward.needs_graceful_close(CLIENT) && !all => {
                 let wake = cx.shared.inboxes[cx.index].waker();
                 match gate.queue(forward.id, cx.index, &wake) {
                     // As with all places: it may be that one's.
@@ -431,7 +431,7 @@ impl<W: World> Listeners<W> {
         &mut self,
         index: usize,
         obstacle: Obstacle,
-        cx: &mut TurnContext<'_, W>,
+        cx: &mut TurnContext<'_, D>,
         reason: &io::Error,
     ) {
         let listening = &mut self.all[index];
@@ -446,7 +446,7 @@ impl<W: World> Listeners<W> {
         index: usize,
         obstacle: Obstacle,
         reason: &dyn std::fmt::Display,
-        cx: &mut TurnContext<'_, W>,
+        cx: &mut TurnContext<'_, D>,
     ) {
         let listening = &mut self.all[index];
         listening.set_obstacle(obstacle, reason);
@@ -454,14 +454,14 @@ impl<W: World> Listeners<W> {
             Obstacle::Full => "full",
             _ => "paused",
         };
-        if listening.complaints.admit(key, cx.now).is_some() {
+        if listening.log_limiter.admit(key, cx.now).is_some() {
             let listen = &listening.forward.rule.listen;
             warn!("not accepting on {listen} for now: {reason}; new clients wait");
         }
     }
 
     /// Gives a connection to the worker that has the fewest.
-    fn hand_over(&mut self, accepted: Accepted<W::Stream>, cx: &mut TurnContext<'_, W>) {
+    fn hand_over(&mut self, accepted: Accepted<D::Stream>, cx: &mut TurnContext<'_, D>) {
         let load = |index: &usize| cx.shared.inboxes[*index].load.load(Ordering::Relaxed);
         let mine = load(&cx.index);
         // Once the end has begun the others may be gone.
@@ -481,17 +481,17 @@ impl<W: World> Listeners<W> {
     }
 
     /// Looks whether the VMs of a forward are there: so it is known without a client who finds out.
-    fn look_at_vms(&mut self, index: usize, cx: &mut TurnContext<'_, W>) {
+    fn look_at_vms(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let forward = Arc::clone(&self.all[index].forward);
         for gate in forward.gates.iter().flatten() {
             if gate.begin_look(cx.now, WATCH) {
-                cx.world.look_at_vm(gate);
+                cx.driver.look_at_vm(gate);
             }
         }
     }
 
     /// Has a socket's file looked after, and one that could not be bound again tried again.
-    fn look_after(&mut self, index: usize, cx: &mut TurnContext<'_, W>) {
+    fn look_after(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
         // One question at a time: what is asked may hang.
         if cx.phase != Phase::Running || listening.asked > 0 {
@@ -506,7 +506,7 @@ impl<W: World> Listeners<W> {
                     forward: listening.forward.id,
                 };
                 let rule = &listening.forward.rule;
-                if !cx.world.check_file(listener, of, rule) {
+                if !cx.driver.check_file(listener, of, rule) {
                     listening.asked -= 1;
                 }
             }
@@ -518,13 +518,13 @@ impl<W: World> Listeners<W> {
     pub(super) fn take_listener(
         &mut self,
         of: ListenerId,
-        found: Found<W::Listener>,
-        cx: &mut TurnContext<'_, W>,
+        found: Found<D::Listener>,
+        cx: &mut TurnContext<'_, D>,
     ) {
-        let its = |it: &&mut Listening<W::Listener>| it.forward.id == of.forward;
+        let its = |it: &&mut Listening<D::Listener>| it.forward.id == of.forward;
         let Some(listening) = self.all.get_mut(of.token).filter(its) else {
             if let Found::Bound(listener) = found {
-                cx.world.close_listener(listener, None);
+                cx.driver.close_listener(listener, None);
             }
             return;
         };
@@ -534,9 +534,10 @@ impl<W: World> Listeners<W> {
             _ => None,
         };
         // Guests are accepted to the very end: one that waits at a socket which is closed is hurt.
-        let takes_clients = cx.phase == Phase::Running || listening.forward.is_polite(CLIENT);
+        let takes_clients =
+            cx.phase == Phase::Running || listening.forward.needs_graceful_close(CLIENT);
         match found {
-            Found::Bound(listener) if !takes_clients => cx.world.close_listener(listener, None),
+            Found::Bound(listener) if !takes_clients => cx.driver.close_listener(listener, None),
             found => self.take_found(of, found, cx),
         }
         if let Some(done) = leaves {
@@ -549,8 +550,8 @@ impl<W: World> Listeners<W> {
     fn take_found(
         &mut self,
         of: ListenerId,
-        found: Found<W::Listener>,
-        cx: &mut TurnContext<'_, W>,
+        found: Found<D::Listener>,
+        cx: &mut TurnContext<'_, D>,
     ) {
         let listening = &mut self.all[of.token];
         let forward = Arc::clone(&listening.forward);
@@ -578,10 +579,10 @@ impl<W: World> Listeners<W> {
                 self.accept_waiting(of.token, cx);
                 let listening = &mut self.all[of.token];
                 if let Some(old) = listening.listener.take() {
-                    cx.world.close_listener(old, None);
+                    cx.driver.close_listener(old, None);
                 }
-                if let Err(e) = cx.world.watch_listener(&mut listener, of.token) {
-                    cx.world.close_listener(listener, None);
+                if let Err(e) = cx.driver.watch_listener(&mut listener, of.token) {
+                    cx.driver.close_listener(listener, None);
                     listening.set_obstacle(Obstacle::Lost, &e);
                     error!("cannot watch {listen}: {e}");
                     return;
@@ -613,21 +614,21 @@ impl<W: World> Listeners<W> {
     }
 
     /// Closes all listeners but those that guests dial: an unbound port is what hyperkit can't stand.
-    pub(super) fn close_those_of_clients(&mut self, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn close_those_of_clients(&mut self, cx: &mut TurnContext<'_, D>) {
         for listening in &mut self.all {
-            if !listening.forward.is_polite(CLIENT)
+            if !listening.forward.needs_graceful_close(CLIENT)
                 && let Some(listener) = listening.listener.take()
             {
-                cx.world.close_listener(listener, None);
+                cx.driver.close_listener(listener, None);
                 listening.set_obstacle(Obstacle::Closed, &"");
             }
         }
     }
 
-    pub(super) fn close_all(&mut self, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn close_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for listening in &mut self.all {
             if let Some(listener) = listening.listener.take() {
-                cx.world.close_listener(listener, None);
+                cx.driver.close_listener(listener, None);
             }
         }
     }

@@ -32,23 +32,23 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod bridge;
+mod adapter;
 mod connections;
 mod controller;
-mod crossing;
 mod descriptors;
+mod driver;
 mod forbidden;
 mod handle;
 mod housekeeper;
 mod listeners;
 mod loops;
-mod mio_world;
+mod mio_driver;
+mod relay_threads;
 mod rules;
 mod shared;
 #[cfg(all(test, target_os = "linux"))]
 mod sim;
 mod worker;
-mod world;
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -66,13 +66,13 @@ use crate::listener::Listener;
 
 use controller::Controller;
 use descriptors::Descriptors;
+use driver::Driver;
 use housekeeper::Housekeeper;
-use mio_world::MioWorld;
+use mio_driver::MioDriver;
 use rules::Binder;
 pub(crate) use rules::all_are_wanted;
 use shared::{Inbox, Shared};
 use worker::Worker;
-use world::World;
 
 pub use crate::engine::counters::{Counters, Refusals, TimedOut};
 pub use crate::engine::id::{ConnectionId, ForwardId};
@@ -178,7 +178,7 @@ impl Proxy {
         Proxy::spawn(handle, workers)
     }
 
-    fn spawn(handle: Handle, workers: Vec<Worker<MioWorld>>) -> Result<Proxy> {
+    fn spawn(handle: Handle, workers: Vec<Worker<MioDriver>>) -> Result<Proxy> {
         let mut proxy = Proxy {
             handle,
             threads: Vec::new(),
@@ -255,36 +255,36 @@ fn fail(cause: io::Error) -> Error {
     Error::new(Operation::Run, "the proxy", cause)
 }
 
-/// Prepares a proxy of the real world.
+/// Prepares a proxy of the real driver.
 fn prepare(
     config: ProxyConfig,
     waiter: fn(&Address) -> Waiter,
-) -> Result<(Handle, Vec<Worker<MioWorld>>)> {
+) -> Result<(Handle, Vec<Worker<MioDriver>>)> {
     let mut housekeeper = None;
     let make = || {
         let housekeeper = match &mut housekeeper {
             Some(there) => there,
             none => none.insert(Housekeeper::start()?),
         };
-        let world = MioWorld::new(housekeeper.clone())?;
-        let waker = world.waker();
+        let driver = MioDriver::new(housekeeper.clone())?;
+        let waker = driver.waker();
         let wake: Wake = Arc::new(move || {
             // It fails only when the loop is gone, and then there is nobody to wake.
             let _ = waker.wake();
         });
-        Ok((world, wake))
+        Ok((driver, wake))
     };
     let (controller, workers) = assemble(config, waiter, make)?;
     Ok((Handle(controller), workers))
 }
 
-/// Binds all listeners, and makes the workers, each in a world that `make` has made for it, with
+/// Binds all listeners, and makes the workers, each with a driver that `make` has made for it, and with
 /// what ends a wait there.
-fn assemble<W: World>(
+fn assemble<D: Driver>(
     config: ProxyConfig,
     waiter: fn(&Address) -> Waiter,
-    mut make: impl FnMut() -> io::Result<(W, Wake)>,
-) -> Result<(Controller<W>, Vec<Worker<W>>)> {
+    mut make: impl FnMut() -> io::Result<(D, Wake)>,
+) -> Result<(Controller<D>, Vec<Worker<D>>)> {
     let gate_limits = GateLimits {
         live: config.limits.vm_connections,
         unanswered: config.limits.vm_unanswered as u64,
@@ -305,33 +305,36 @@ fn assemble<W: World>(
     }
     let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let count = config.workers.unwrap_or_else(cores).get();
-    let descriptors = Descriptors::new(count, config.other_descriptors, W::descriptor_limit);
+    let descriptors = Descriptors::new(count, config.other_descriptors, D::descriptor_limit);
     let rules = config.rules.len();
     if descriptors.room(rules) == 0 {
         return Err(descriptors.too_few(Operation::Run, "the proxy", rules));
     }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for (index, rule) in config.rules.into_iter().enumerate() {
-        let (listener, forward) = binder.bind::<W>(rule, index % count, &forwards)?;
+        let (listener, forward) = binder.bind::<D>(rule, index % count, &forwards)?;
         listeners.push(listener);
         forwards.push(forward);
     }
-    if forwards.iter().any(|forward| forward.is_polite(CLIENT)) {
+    if forwards
+        .iter()
+        .any(|forward| forward.needs_graceful_close(CLIENT))
+    {
         descriptors.keep_some_for_guests();
     }
-    let mut worlds = Vec::new();
+    let mut drivers = Vec::new();
     let mut inboxes = Vec::new();
     for _ in 0..count {
-        let (world, wake) = make().map_err(fail)?;
+        let (driver, wake) = make().map_err(fail)?;
         inboxes.push(Inbox::new(wake));
-        worlds.push(world);
+        drivers.push(driver);
     }
     let bound: Vec<_> = listeners.into_iter().zip(forwards.clone()).collect();
     let shared = Arc::new(Shared::new(config.limits, descriptors, forwards, inboxes));
-    let mut workers: Vec<Worker<W>> = worlds
+    let mut workers: Vec<Worker<D>> = drivers
         .into_iter()
         .enumerate()
-        .map(|(index, world)| Worker::new(world, index, Arc::clone(&shared), config.splice))
+        .map(|(index, driver)| Worker::new(driver, index, Arc::clone(&shared), config.splice))
         .collect();
     for (listener, forward) in bound {
         workers[forward.home]
@@ -343,7 +346,11 @@ fn assemble<W: World>(
 }
 
 /// Runs a worker, and notes its end.
-fn run_to_the_end<W: World>(worker: Worker<W>, index: usize, shared: &Shared<W>) -> io::Result<()> {
+fn run_to_the_end<D: Driver>(
+    worker: Worker<D>,
+    index: usize,
+    shared: &Shared<D>,
+) -> io::Result<()> {
     let run = AssertUnwindSafe(|| worker.run());
     let ended = catch_unwind(run).unwrap_or_else(|_| Err(io::Error::other("a worker panicked")));
     shared.worker_has_ended(index, ended.is_err());

@@ -12,9 +12,9 @@ use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Target, not_carried};
 use crate::{dial, listener};
 
+use super::driver::Driver;
 use super::forbidden::leads_to;
 use super::loops;
-use super::world::World;
 use crate::engine::admission::{Gate, GateLimits, Reservation};
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
@@ -211,24 +211,24 @@ impl Binder {
     }
 
     /// Binds a rule beside others, for the worker `home`.
-    pub(super) fn bind<W: World>(
+    pub(super) fn bind<D: Driver>(
         &self,
         mut rule: Rule,
         home: usize,
         others: &[Arc<Forward>],
-    ) -> Result<(W::Listener, Arc<Forward>)> {
+    ) -> Result<(D::Listener, Arc<Forward>)> {
         check_alone(&rule, self.waiter)?;
         self.permit(&rule)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let listener = match self.take(&rule.listen, id, others)? {
-            Some(listener) => W::take_passed(listener),
-            None => W::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
+            Some(listener) => D::take_passed(listener),
+            None => D::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
                 io::ErrorKind::AddrInUse => self.explain(e, &rule.listen, others),
                 _ => e,
             })?,
         };
-        let asked = W::bound(&listener, &rule.listen);
+        let asked = D::bound(&listener, &rule.listen);
         let asked = std::mem::replace(&mut rule.listen, asked);
         // Again: the port that was chosen may be the target's.
         check_alone(&rule, self.waiter)?;

@@ -18,14 +18,14 @@ use crate::engine::status::ConnectionStatus;
 use crate::name::SocketName;
 
 use super::descriptors::Descriptors;
-use super::world::{Wanted, World};
+use super::driver::{Driver, Wanted};
 
 /// What a worker has at hand in one turn of its loop.
-pub(super) struct TurnContext<'a, W: World> {
-    pub(super) world: &'a mut W,
+pub(super) struct TurnContext<'a, D: Driver> {
+    pub(super) driver: &'a mut D,
     /// The number of the worker.
     pub(super) index: usize,
-    pub(super) shared: &'a Shared<W>,
+    pub(super) shared: &'a Shared<D>,
     pub(super) phase: Phase,
     /// When the process went on that had stood still.
     pub(super) thawed: Option<Instant>,
@@ -43,11 +43,11 @@ pub(crate) struct Accepted<S> {
 }
 
 /// What a worker is told by others.
-pub(crate) enum Command<W: World> {
+pub(crate) enum Command<D: Driver> {
     /// Carry this accepted connection.
-    Adopt(Accepted<W::Stream>),
+    Adopt(Accepted<D::Stream>),
     /// Accept clients of this forward; say whether that goes.
-    Listen(W::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
+    Listen(D::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
     /// Carry the clients of the forward of this id as this one says from now on; say so.
     Replace(Arc<Forward>, Wanted, Sender<()>),
     /// Give the file of the forward's socket these permissions; say whether that goes.
@@ -55,23 +55,23 @@ pub(crate) enum Command<W: World> {
     /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
     Remove(Arc<Forward>, Duration, Sender<()>),
     /// Say that it listens.
-    Answer(Sender<()>),
+    Ping(Sender<()>),
     /// Say what is carried.
-    Tell(Sender<Vec<ConnectionStatus>>),
+    ListConnections(Sender<Vec<ConnectionStatus>>),
     /// Accept no more clients, and cut off those that are there after this time.
     Stop(Duration),
 }
 
 /// What a worker is told, and how it is woken to listen.
-pub(crate) struct Inbox<W: World> {
-    commands: Mutex<Vec<Command<W>>>,
+pub(crate) struct Inbox<D: Driver> {
+    commands: Mutex<Vec<Command<D>>>,
     /// Connections of this worker.
     pub(crate) load: AtomicUsize,
     wake: Wake,
 }
 
-impl<W: World> Inbox<W> {
-    pub(crate) fn new(wake: Wake) -> Inbox<W> {
+impl<D: Driver> Inbox<D> {
+    pub(crate) fn new(wake: Wake) -> Inbox<D> {
         Inbox {
             commands: Mutex::default(),
             load: AtomicUsize::new(0),
@@ -84,7 +84,7 @@ impl<W: World> Inbox<W> {
         Arc::clone(&self.wake)
     }
 
-    pub(crate) fn send(&self, command: Command<W>) {
+    pub(crate) fn send(&self, command: Command<D>) {
         self.commands
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -99,12 +99,12 @@ impl<W: World> Inbox<W> {
             .is_empty()
     }
 
-    pub(super) fn take(&self) -> Vec<Command<W>> {
+    pub(super) fn take(&self) -> Vec<Command<D>> {
         std::mem::take(&mut *self.commands.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-impl<W: World> std::fmt::Debug for Inbox<W> {
+impl<D: Driver> std::fmt::Debug for Inbox<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Inbox")
             .field("load", &self.load)
@@ -114,9 +114,9 @@ impl<W: World> std::fmt::Debug for Inbox<W> {
 
 /// What the workers of a proxy share.
 #[derive(Debug)]
-pub(crate) struct Shared<W: World> {
+pub(crate) struct Shared<D: Driver> {
     forwards: Mutex<Vec<Arc<Forward>>>,
-    pub(crate) inboxes: Vec<Inbox<W>>,
+    pub(crate) inboxes: Vec<Inbox<D>>,
     /// How many connections there may be: what the limits say, and no more than there are descriptors for. What a forward
     /// reserves in its VM is kept for it here as well.
     quotas: Mutex<Quotas>,
@@ -138,13 +138,13 @@ pub(crate) struct Shared<W: World> {
     next_connection: AtomicU64,
 }
 
-impl<W: World> Shared<W> {
+impl<D: Driver> Shared<D> {
     pub(crate) fn new(
         limits: Limits,
         descriptors: Descriptors,
         forwards: Vec<Arc<Forward>>,
-        inboxes: Vec<Inbox<W>>,
-    ) -> Shared<W> {
+        inboxes: Vec<Inbox<D>>,
+    ) -> Shared<D> {
         let mut quotas = Quotas::new(limits.connections.min(descriptors.room(forwards.len())));
         for forward in &forwards {
             keep(&mut quotas, forward);

@@ -13,9 +13,9 @@ use crate::engine::table::Id;
 use crate::time::after;
 
 use super::connections::Connections;
+use super::driver::{Driver, Event};
 use super::listeners::Listeners;
 use super::shared::{Command, Shared, TurnContext};
-use super::world::{Event, World};
 
 /// A wait that takes so much longer than asked for tells that the process stood still (SIGSTOP, a machine asleep).
 const FREEZE: Duration = Duration::from_millis(500);
@@ -39,13 +39,13 @@ pub(super) struct Wait {
     pub(super) timeout: Option<Duration>,
 }
 
-/// A worker: its connections, its listeners, its part of the world.
-pub(crate) struct Worker<W: World> {
-    pub(super) world: W,
+/// A worker: its connections, its listeners, its part of the driver.
+pub(crate) struct Worker<D: Driver> {
+    pub(super) driver: D,
     pub(super) index: usize,
-    pub(super) shared: Arc<Shared<W>>,
-    pub(super) connections: Connections<W>,
-    pub(super) listeners: Listeners<W>,
+    pub(super) shared: Arc<Shared<D>>,
+    pub(super) connections: Connections<D>,
+    pub(super) listeners: Listeners<D>,
     /// Forwards that were removed, and when their connections are cut off.
     removed: Vec<(Instant, Arc<Forward>)>,
     pub(super) phase: Phase,
@@ -61,7 +61,7 @@ pub(crate) struct Worker<W: World> {
 macro_rules! call {
     ($self:ident.$part:ident.$method:ident($($argument:expr),*), $now:expr) => {{
         let mut cx = TurnContext {
-            world: &mut $self.world,
+            driver: &mut $self.driver,
             index: $self.index,
             shared: &$self.shared,
             phase: $self.phase,
@@ -72,15 +72,15 @@ macro_rules! call {
     }};
 }
 
-impl<W: World> Worker<W> {
+impl<D: Driver> Worker<D> {
     /// One of `shared`'s; its bytes may go through pipes if `splice`.
-    pub(crate) fn new(world: W, index: usize, shared: Arc<Shared<W>>, splice: bool) -> Worker<W> {
+    pub(crate) fn new(driver: D, index: usize, shared: Arc<Shared<D>>, splice: bool) -> Worker<D> {
         let pipes = match splice {
             true => shared.descriptors.pipes_of_a_worker(),
             false => 0,
         };
         Worker {
-            world,
+            driver,
             index,
             shared,
             connections: Connections::new(pipes),
@@ -99,10 +99,10 @@ impl<W: World> Worker<W> {
     /// The poller can't watch it.
     pub(crate) fn add_listener(
         &mut self,
-        listener: W::Listener,
+        listener: D::Listener,
         forward: Arc<Forward>,
     ) -> io::Result<()> {
-        let now = self.world.now();
+        let now = self.driver.now();
         call!(self.listeners.add(listener, forward), now)
     }
 
@@ -114,7 +114,7 @@ impl<W: World> Worker<W> {
         let mut events = Vec::new();
         loop {
             let wait = self.next_wait();
-            self.world.wait(&mut events, wait.timeout)?;
+            self.driver.wait(&mut events, wait.timeout)?;
             if self.turn(&mut events, wait)? == Turn::Last {
                 return Ok(());
             }
@@ -123,7 +123,7 @@ impl<W: World> Worker<W> {
 
     /// Returns the wait that is to come before the next turn.
     pub(super) fn next_wait(&self) -> Wait {
-        let begun = self.world.now();
+        let begun = self.driver.now();
         let timeout = self.timeout(begun);
         Wait { begun, timeout }
     }
@@ -134,10 +134,10 @@ impl<W: World> Worker<W> {
     /// As those of [`run`](Worker::run).
     pub(super) fn turn(
         &mut self,
-        events: &mut Vec<Event<W::Stream, W::Listener>>,
+        events: &mut Vec<Event<D::Stream, D::Listener>>,
         wait: Wait,
     ) -> io::Result<Turn> {
-        let now = self.world.now();
+        let now = self.driver.now();
         if wait
             .timeout
             .is_some_and(|timeout| now > after(wait.begun, timeout) + FREEZE)
@@ -150,7 +150,7 @@ impl<W: World> Worker<W> {
             // Invariant 9: what has come is read before a timer is believed. The process may have
             // stood still since the events were fetched, and may so have missed what tells that a
             // peer is not idle.
-            self.world.wait(events, Some(Duration::ZERO))?;
+            self.driver.wait(events, Some(Duration::ZERO))?;
         }
         for event in events.drain(..) {
             self.take_event(event, now);
@@ -177,7 +177,7 @@ impl<W: World> Worker<W> {
         Ok(Turn::Again)
     }
 
-    fn take_event(&mut self, event: Event<W::Stream, W::Listener>, now: Instant) {
+    fn take_event(&mut self, event: Event<D::Stream, D::Listener>, now: Instant) {
         match event {
             Event::Ready { token, readiness } if token < Id::FIRST => {
                 // That a pipe's client has come makes it writable.
@@ -199,7 +199,7 @@ impl<W: World> Worker<W> {
     }
 
     /// Does what the worker is told. Whoever asked may have given up by now.
-    fn obey(&mut self, command: Command<W>, now: Instant) {
+    fn obey(&mut self, command: Command<D>, now: Instant) {
         match command {
             Command::Adopt(accepted) => call!(self.connections.adopt(accepted), now),
             Command::Listen(listener, forward, wanted, done) => match wanted.begin() {
@@ -216,8 +216,10 @@ impl<W: World> Worker<W> {
                 call!(self.listeners.set_mode(forward, mode, wanted, done), now);
             }
             Command::Remove(forward, grace, done) => self.remove(forward, grace, done, now),
-            Command::Answer(done) => drop(done.send(())),
-            Command::Tell(done) => drop(done.send(call!(self.connections.statuses(), now))),
+            Command::Ping(done) => drop(done.send(())),
+            Command::ListConnections(done) => {
+                drop(done.send(call!(self.connections.statuses(), now)))
+            }
             Command::Stop(grace) => self.stop(grace, now),
         }
         self.adopt_accepted(now);
@@ -307,7 +309,7 @@ impl<W: World> Worker<W> {
         if self.shared.stopping.load(Ordering::Acquire) < self.shared.inboxes.len() {
             return false;
         }
-        let none = |shared: &Shared<W>| shared.live.load(Ordering::Acquire) == 0;
+        let none = |shared: &Shared<D>| shared.live.load(Ordering::Acquire) == 0;
         if !none(&self.shared) {
             return false;
         }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use crate::address::HyperkitVm;
 use crate::error::Error;
 
-use crate::engine::health::{self, News, Presence, Sign};
+use crate::engine::health::{self, Health, News, VmIdentity};
 use crate::engine::id::ForwardId;
 use crate::engine::status::{VmStatus, wall_time};
 
@@ -114,7 +114,7 @@ pub(crate) struct Gate {
 }
 
 struct State {
-    health: Presence,
+    health: Health,
     epoch: u64,
     quotas: Quotas,
     /// Dials that the guest may leave unanswered.
@@ -152,7 +152,7 @@ impl std::fmt::Debug for State {
 impl Gate {
     pub(crate) fn new(limits: GateLimits, vm: HyperkitVm) -> Gate {
         let state = State {
-            health: Presence::default(),
+            health: Health::default(),
             epoch: 0,
             quotas: Quotas::new(limits.live),
             may_lack: limits.unanswered,
@@ -277,7 +277,7 @@ impl Gate {
         }
     }
 
-    /// Takes that a guest has dialed us: that takes a slot of its VM, too, and can't be refused one.
+    /// Takes that a guest has dialled us: that takes a slot of its VM, too, and can't be refused one.
     pub(crate) fn accept(self: &Arc<Gate>, forward: ForwardId) -> Slot {
         let holder = Holder::Forward(forward);
         self.slot(&mut self.state(), holder, Stage::Accepted)
@@ -337,7 +337,7 @@ impl Gate {
     }
 
     /// A dial has failed as it does where no VM is.
-    pub(crate) fn found_nobody(&self, error: &Error, now: Instant) {
+    pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
         let news = self.state().health.failed(now);
         self.tell(news, Some(error));
     }
@@ -363,7 +363,7 @@ impl Gate {
     }
 
     /// Takes what was seen of the VM.
-    pub(crate) fn look(&self, vm: Option<Sign>, process: Option<i32>, now: Instant) {
+    pub(crate) fn look(&self, vm: Option<VmIdentity>, process: Option<i32>, now: Instant) {
         let mut state = self.state();
         state.is_looking = false;
         // A dial has told meanwhile, and what was seen may be older.
@@ -388,7 +388,7 @@ impl Gate {
 
     /// Takes a sign of the VM. Another one than before is another VM (rule 8): nothing that was held against the old one
     /// counts.
-    fn seen(&self, state: &mut State, vm: Sign, now: Instant) -> Option<News> {
+    fn seen(&self, state: &mut State, vm: VmIdentity, now: Instant) -> Option<News> {
         let (is_new, news) = state.health.seen(vm, now);
         if is_new {
             self.forget_vm(state);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use crate::engine::health::Sign;
+use crate::engine::health::VmIdentity;
 use crate::engine::id::ForwardId;
 
 use super::quotas::Holder;
@@ -28,8 +28,8 @@ pub(super) enum Stage {
     /// It is taken, and its dial may be made.
     Admitted,
     /// It is taken by the dial of this number.
-    Dialed(u64),
-    /// It is taken by a guest that has dialed us.
+    Dialled(u64),
+    /// It is taken by a guest that has dialled us.
     Accepted,
 }
 
@@ -42,16 +42,16 @@ impl Slot {
     /// Returns the number of its dial, once that was made.
     fn number(&self) -> Option<u64> {
         match self.stage {
-            Stage::Dialed(number) => Some(number),
+            Stage::Dialled(number) => Some(number),
             _ => None,
         }
     }
 
     /// Takes that the device has got the dial: that of the VM that `vm` is a sign of.
-    pub(crate) fn note_dial(&mut self, vm: Option<Sign>, now: Instant) {
+    pub(crate) fn note_dial(&mut self, vm: Option<VmIdentity>, now: Instant) {
         let gate = &self.gate;
         let mut state = gate.state();
-        state.has_connect_socket = matches!(vm, Some(Sign::Socket(_)));
+        state.has_connect_socket = matches!(vm, Some(VmIdentity::Socket(_)));
         state.told = vm.map(|_| now).or(state.told);
         let seen = vm.and_then(|vm| gate.seen(&mut state, vm, now));
         if state.epoch == self.epoch {
@@ -63,7 +63,7 @@ impl Slot {
         }
         let news = state.health.connected(now);
         let number = gate.dialled.fetch_add(1, Ordering::Relaxed) + 1;
-        self.stage = Stage::Dialed(number);
+        self.stage = Stage::Dialled(number);
         drop(state);
         gate.tell(seen.or(news), None);
     }

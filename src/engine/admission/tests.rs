@@ -188,7 +188,7 @@ fn a_new_vm_starts_afresh_and_old_slots_do_not_count() {
     let (one, two) = (directory.path().join("one"), directory.path().join("two"));
     std::fs::write(&one, "").unwrap();
     std::fs::write(&two, "").unwrap();
-    let of = |path| crate::sys::Identity::of(path).ok().map(Sign::Socket);
+    let of = |path| crate::sys::Identity::of(path).ok().map(VmIdentity::Socket);
     let (one, two) = (of(&one), of(&two));
     let gate = gate(1, 64);
     let now = Instant::now();
@@ -220,7 +220,7 @@ fn a_dial_that_another_vm_has_got_than_the_one_it_was_admitted_to_counts_there()
     let of = |name| {
         let path = directory.path().join(name);
         std::fs::write(&path, "").unwrap();
-        crate::sys::Identity::of(&path).ok().map(Sign::Socket)
+        crate::sys::Identity::of(&path).ok().map(VmIdentity::Socket)
     };
     let (one, two) = (of("one"), of("two"));
     let gate = gate(4, 64);

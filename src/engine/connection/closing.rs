@@ -71,7 +71,7 @@ impl<S: Socket> Connection<S> {
         let mut ends = [None, None];
         for (side, (mut end, mode)) in sides.enumerate() {
             // Rule 2 of a good neighbour: hyperkit reads EOF from us and is read to its EOF, whatever happened.
-            let is_graceful = self.forward.is_polite(side);
+            let is_graceful = self.forward.needs_graceful_close(side);
             if is_graceful && !end.input_ended() || !is_graceful && mode == CloseMode::Linger {
                 end.shutdown_write();
                 ends[side] = Some(Closing::drain(end));
@@ -86,7 +86,8 @@ impl<S: Socket> Connection<S> {
 
     /// Begins to close what is left of it.
     pub(super) fn begin_closing(&mut self, ends: [Option<Closing<S>>; 2], cx: &mut Context<'_, S>) {
-        let is_graceful = |side: usize| ends[side].is_some() && self.forward.is_polite(side);
+        let is_graceful =
+            |side: usize| ends[side].is_some() && self.forward.needs_graceful_close(side);
         let drain = self.forward.rule.timeouts.drain;
         let time = match cx.phase {
             Phase::Cutting => LAST_DRAIN.min(drain),
@@ -112,7 +113,7 @@ impl<S: Socket> Connection<S> {
                 continue;
             };
             let before = (end.received(), end.input_ended());
-            cx.again |= end.discard(cx.pool);
+            cx.has_more_work |= end.discard(cx.pool);
             if let Some(slot) = self.slots[side].as_ref().filter(|_| side == SERVER)
                 && (end.received(), end.input_ended()) != before
             {
@@ -120,13 +121,13 @@ impl<S: Socket> Connection<S> {
             }
             if let Some(pause) = reset {
                 if end.takes_nothing() || end.socket.unacknowledged() == 0 {
-                    cx.act(Action::Reset(end.socket));
+                    cx.request(Action::Reset(end.socket));
                     continue;
                 }
                 look_again =
                     Some(look_again.map_or(now + pause, |at: Instant| at.min(now + pause)));
             } else if end.input_ended() {
-                cx.act(Action::Close(end.socket, self.slots[side].take()));
+                cx.request(Action::Close(end.socket, self.slots[side].take()));
                 continue;
             }
             let reset = reset.map(|pause| (2 * pause).min(LONGEST_RESET_PAUSE));
@@ -168,7 +169,7 @@ impl<S: Socket> Connection<S> {
                 continue;
             };
             if reset.is_some() {
-                cx.act(Action::Reset(end.socket));
+                cx.request(Action::Reset(end.socket));
                 continue;
             }
             // First nothing more may come (on Linux the device's next write fails, and it tells the guest), then what
@@ -184,7 +185,7 @@ impl<S: Socket> Connection<S> {
                 }
             }
             self.close_socket(side, end, cx);
-            if self.forward.is_polite(side) {
+            if self.forward.needs_graceful_close(side) {
                 let text = match cx.phase {
                     Phase::Cutting => "closed connections that the guest had not ended yet",
                     _ => NOT_ENDED,
@@ -199,7 +200,7 @@ impl<S: Socket> Connection<S> {
     fn note_abandoned(&self, text: &str, now: Instant) {
         let forward = &self.forward;
         add_one(&forward.tally.abandoned);
-        if forward.complaints.admit(text, now).is_some() {
+        if forward.log_limiter.admit(text, now).is_some() {
             warn!("{}: {text}", forward.rule.connect);
         }
     }
@@ -227,7 +228,7 @@ impl<S: Socket> Connection<S> {
 
     /// Ends the threads, until they say that they have ended.
     pub(super) fn cut_threads(&mut self, cx: &mut Context<'_, S>) {
-        cx.act(Action::CutThreads);
+        cx.request(Action::CutThreads);
         self.wake_at = Some(cx.now + CUT_PAUSE);
     }
 
@@ -258,6 +259,6 @@ impl<S: Socket> Connection<S> {
         }
         self.wake_at = None;
         self.enter(State::Closed);
-        cx.act(Action::Drop);
+        cx.request(Action::Drop);
     }
 }

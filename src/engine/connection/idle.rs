@@ -121,7 +121,7 @@ impl<S: Socket> Connection<S> {
         if cx.phase == Phase::Cutting || self.forward.is_cut() || self.idle.has_timed_out() {
             self.cut_threads(cx);
         } else {
-            cx.act(Action::LookAtThreads);
+            cx.request(Action::LookAtThreads);
         }
     }
 }

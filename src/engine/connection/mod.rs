@@ -13,7 +13,7 @@
 //! done; what comes of it is told by the `take_` function that the action names.
 
 mod closing;
-mod dialing;
+mod dialling;
 mod idle;
 mod proving;
 mod relaying;
@@ -43,7 +43,7 @@ use crate::error::Error;
 use crate::name::SocketName;
 
 pub(crate) use closing::{Closing, LAST_DRAIN, LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
-pub(crate) use dialing::{Dialed, Held};
+pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
 
 /// What a connection asks of its sockets beside carrying bytes.
@@ -59,7 +59,7 @@ pub(crate) trait Socket: relay::Socket {
     fn unacknowledged(&self) -> usize;
     /// Returns what the kernel calls this end.
     fn local_name(&self) -> Option<SocketName>;
-    /// Returns the name of the Unix listener that it was dialed at.
+    /// Returns the name of the Unix listener that it was dialled at.
     fn unix_peer_name(&self) -> Option<Vec<u8>>;
     /// Returns whether this accepted Unix socket was connected by this very process.
     fn is_from_this_process(&self) -> bool;
@@ -70,7 +70,7 @@ pub(crate) trait Socket: relay::Socket {
 pub(crate) enum Action<S> {
     /// Ask for the addresses of the target's name; [`Connection::take_addresses`].
     Resolve,
-    /// Dial the target on a thread, for so long at most; [`Connection::take_dialed`].
+    /// Dial the target on a thread, for so long at most; [`Connection::take_dialled`].
     DialOnThread(Duration),
     /// Ask the gate of the target's VM for a slot; [`Connection::take_slot`].
     Admit,
@@ -110,11 +110,11 @@ pub(crate) struct Context<'a, S: Socket> {
     /// What the loop is to do, of all connections.
     pub(crate) actions: &'a mut VecDeque<(Id, Action<S>)>,
     /// The connection has work left: [`Connection::step`] is to be called again, after the others.
-    pub(crate) again: bool,
+    pub(crate) has_more_work: bool,
 }
 
 impl<S: Socket> Context<'_, S> {
-    fn act(&mut self, action: Action<S>) {
+    fn request(&mut self, action: Action<S>) {
         self.actions.push_back((self.id, action));
     }
 }
@@ -137,7 +137,7 @@ pub(crate) struct Connection<S: relay::Socket> {
     /// What is to be known of it while its target isn't there, if it is to be held then.
     pub(crate) held: Option<Held>,
     idle: Idle,
-    /// See [`Dialed::is_inherited`].
+    /// See [`Dialled::is_inherited`].
     is_inherited: bool,
     /// Bytes of each side that were counted.
     counted: [u64; 2],
@@ -294,14 +294,14 @@ impl<S: relay::Socket> Connection<S> {
     fn note_refusal(&self, error: &Error, reason: Reason, now: Instant) {
         let forward = &self.forward;
         forward.tally.refused(reason);
-        forward.board.failed(error.to_string());
+        forward.status_cell.failed(error.to_string());
         self.tell(What::Refused(error));
         // Of those who are not there it was told when that was found.
         if reason == Reason::Absent {
             debug!("refused a client of {}: {error}", forward.rule.listen);
             return;
         }
-        if let Some(more) = forward.complaints.admit(&error.to_string(), now) {
+        if let Some(more) = forward.log_limiter.admit(&error.to_string(), now) {
             match more {
                 0 => warn!("refused a client of {}: {error}", forward.rule.listen),
                 _ => warn!(
@@ -352,7 +352,7 @@ impl<S: relay::Socket> Connection<S> {
     where
         S: Socket,
     {
-        cx.act(Action::Close(end.socket, self.slots[side].take()));
+        cx.request(Action::Close(end.socket, self.slots[side].take()));
     }
 
     /// Latches what an event has said of one side's socket; [`step`](Connection::step) is to follow.

@@ -14,25 +14,25 @@ use crate::time::after;
 
 use super::closing::LAST_DRAIN;
 use super::relaying::{Acceptance, HOLD};
-use super::{Action, Closing, Connection, Context, Dialed, Socket, State};
+use super::{Action, Closing, Connection, Context, Dialled, Socket, State};
 
 impl<S: Socket> Connection<S> {
     /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
     /// [`begin_probe`](Connection::begin_probe) is to follow.
     pub(crate) fn probe(
         forward: Arc<Forward>,
-        dialed: Dialed<S>,
+        dialled: Dialled<S>,
         mut slot: Slot,
         phase: Phase,
         now: Instant,
     ) -> Connection<S> {
-        slot.note_dial(dialed.sign, now);
-        let mut end = End::new(dialed.socket);
+        slot.note_dial(dialled.sign, now);
+        let mut end = End::new(dialled.socket);
         end.shutdown_write();
         // However long the answer takes, a probe is never given up: it may come at any time. But one of which no event
         // will tell is closed by the clock; and none outlives the proxy.
         let until = match phase {
-            _ if dialed.watched.is_err() => Some(after(now, forward.rule.timeouts.drain)),
+            _ if dialled.watched.is_err() => Some(after(now, forward.rule.timeouts.drain)),
             Phase::Running => None,
             _ => Some(now + LAST_DRAIN),
         };
@@ -60,7 +60,7 @@ impl<S: Socket> Connection<S> {
             });
         }
         self.wake_at = Some(deadline);
-        cx.act(Action::Prove);
+        cx.request(Action::Prove);
     }
 
     /// Returns whether its dial still waits for an answer: `None` if it waits for none.

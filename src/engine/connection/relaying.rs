@@ -55,9 +55,9 @@ impl<S: Socket> Connection<S> {
         self.held = None;
         self.idle = Idle::new(cx.now);
         self.wake_at = None;
-        if self.forward.is_bridged() {
+        if self.forward.is_on_threads() {
             self.enter(State::OnThreads);
-            return cx.act(Action::StartThreads([client.socket, server.socket]));
+            return cx.request(Action::StartThreads([client.socket, server.socket]));
         }
         let mut pair = Pair::new(client, server);
         let mut hold = None;
@@ -73,15 +73,16 @@ impl<S: Socket> Connection<S> {
         for side in [CLIENT, SERVER] {
             // Towards a peer that takes a half-close for the end of both directions it is kept back until the peer has
             // ended.
-            if self.forward.takes_half_close_for_the_end(side)
-                || !pair.ends[side].socket.has_half_close()
-            {
+            if self.forward.half_close_ends_both(side) || !pair.ends[side].socket.has_half_close() {
                 pair.hold(1 - side);
             }
             // A VM that dies ends its connections with an EOF, and a peer that can be told so is to know that it broke
             // off.
             let is_inherited = side == SERVER && self.is_inherited;
-            if self.forward.is_polite(side) && self.forward.can_reset(1 - side) && !is_inherited {
+            if self.forward.needs_graceful_close(side)
+                && self.forward.can_reset(1 - side)
+                && !is_inherited
+            {
                 pair.doubt_end(side);
             }
         }
@@ -90,7 +91,7 @@ impl<S: Socket> Connection<S> {
             hold,
             end: None,
         });
-        cx.again = true;
+        cx.has_more_work = true;
     }
 
     /// Takes that there are no threads to be had; both sockets were reset.
@@ -157,14 +158,14 @@ impl<S: Socket> Connection<S> {
         let mut asks = false;
         for side in [CLIENT, SERVER] {
             if pair.has_doubtful_end(side) {
-                cx.act(Action::LookAtPeer(side));
+                cx.request(Action::LookAtPeer(side));
                 asks = true;
             }
         }
         match turn {
             // The answer comes before anything else.
             _ if asks => return,
-            Turn::Again => return cx.again = true,
+            Turn::Again => return cx.has_more_work = true,
             Turn::Done => return self.close_pair(cx),
             Turn::Wait if pair.is_holding(CLIENT) && hold.is_some() => {
                 if let Some(until) = *hold {

@@ -6,7 +6,7 @@ const GONE: Option<News> = Some(News::Gone { was_there: true });
 
 #[test]
 fn what_repeats_is_no_news() {
-    let mut presence = Presence::default();
+    let mut presence = Health::default();
     let start = Instant::now();
     let later = start + Duration::from_secs(3);
     assert_eq!(presence.is_up(), None);
@@ -26,7 +26,7 @@ fn what_repeats_is_no_news() {
 
 #[test]
 fn who_was_never_there_is_told_of_when_somebody_misses_it() {
-    let mut presence = Presence::default();
+    let mut presence = Health::default();
     let now = Instant::now();
     assert_eq!(presence.not_seen(now), None);
     assert_eq!(presence.is_up(), Some(false));
@@ -36,7 +36,7 @@ fn who_was_never_there_is_told_of_when_somebody_misses_it() {
 
 #[test]
 fn a_process_that_ended_is_gone_and_one_that_never_lived_says_nothing() {
-    let mut presence = Presence::default();
+    let mut presence = Health::default();
     let now = Instant::now();
     presence.connected(now);
     assert_eq!(presence.process(None, now), None);
@@ -53,10 +53,10 @@ fn another_file_is_another_vm_and_the_same_one_no_sign_of_life() {
     let [one, two] = ["one", "two"].map(|name| {
         let path = directory.path().join(name);
         std::fs::write(&path, "").unwrap();
-        Sign::Socket(Identity::of(&path).unwrap())
+        VmIdentity::Socket(Identity::of(&path).unwrap())
     });
     let now = Instant::now();
-    let mut presence = Presence::default();
+    let mut presence = Health::default();
     assert_eq!(presence.seen(one, now), (false, None));
     assert_eq!(presence.is_up(), None);
     presence.connected(now);
@@ -93,9 +93,9 @@ fn a_file_beside_the_socket_is_no_other_vm() {
         std::fs::write(&path, "").unwrap();
         Identity::of(&path).unwrap()
     });
-    let (socket, file) = (Sign::Socket, Sign::PidFile);
+    let (socket, file) = (VmIdentity::Socket, VmIdentity::PidFile);
     let mut now = Instant::now();
-    let mut presence = Presence::default();
+    let mut presence = Health::default();
     assert_eq!(presence.seen(file(pid), now), (false, None));
     assert_eq!(presence.seen(socket(one), now), (false, None));
     presence.connected(now);
@@ -106,7 +106,7 @@ fn a_file_beside_the_socket_is_no_other_vm() {
     assert_eq!(presence.seen(socket(two), now), (true, back));
     assert_eq!(presence.restarts(), 1);
     // Where there is nothing else to know it by.
-    let mut presence = Presence::default();
+    let mut presence = Health::default();
     assert_eq!(presence.seen(file(pid), now), (false, None));
     assert!(presence.seen(file(other), now).0);
     assert_eq!(presence.restarts(), 1);

@@ -10,8 +10,8 @@ use super::{Connections, FULL_PAUSE};
 use crate::engine::admission::{Admission, Gate};
 use crate::engine::forward::Forward;
 use crate::engine::table::Id;
+use crate::proxy::driver::Driver;
 use crate::proxy::shared::TurnContext;
-use crate::proxy::world::World;
 
 /// How often a VM is looked at while a cap of it is reached.
 const FULL_LOOK: Duration = Duration::from_millis(50);
@@ -25,12 +25,12 @@ pub(super) struct DialQueue {
     next: Instant,
 }
 
-impl<W: World> Connections<W> {
+impl<D: Driver> Connections<D> {
     pub(super) fn queue_dial(
         &mut self,
         id: Id,
         forward: &Arc<Forward>,
-        cx: &mut TurnContext<'_, W>,
+        cx: &mut TurnContext<'_, D>,
     ) {
         let Some(gate) = &forward.gates[SERVER] else {
             return;
@@ -57,7 +57,7 @@ impl<W: World> Connections<W> {
     }
 
     /// Dials as many of those who wait as their VMs' gates let through, one of each queue after the other.
-    pub(super) fn dial_turns(&mut self, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn dial_turns(&mut self, cx: &mut TurnContext<'_, D>) {
         // A dial that fails at once may come back to the end of its queue: that one has its turn later.
         let mut turns: usize = self.dials.iter().map(|queue| queue.waiting.len()).sum();
         let mut idle = 0;
@@ -76,7 +76,7 @@ impl<W: World> Connections<W> {
     }
 
     /// Lets the first who waits dial; false if it can't now.
-    fn dial_turn(&mut self, queue: &mut DialQueue, cx: &mut TurnContext<'_, W>) -> bool {
+    fn dial_turn(&mut self, queue: &mut DialQueue, cx: &mut TurnContext<'_, D>) -> bool {
         let Some(&id) = queue.waiting.front() else {
             return false;
         };
@@ -103,7 +103,7 @@ impl<W: World> Connections<W> {
                 queue.next = cx.now + FULL_PAUSE;
                 // Another VM may be there by now, which has none of that.
                 if queue.gate.begin_look(cx.now, FULL_LOOK) {
-                    cx.world.look_at_vm(&queue.gate);
+                    cx.driver.look_at_vm(&queue.gate);
                 }
                 let conns = &mut self.table;
                 queue.waiting.retain(|id| {

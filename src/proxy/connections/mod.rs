@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::engine::connection::{Action, Connection, Context, Dialed};
+use crate::engine::connection::{Action, Connection, Context, Dialled};
 use crate::engine::id::ForwardId;
 use crate::engine::relay::{CLIENT, Pool, SERVER, Socket};
 use crate::engine::status::ConnectionStatus;
@@ -17,8 +17,8 @@ use crate::engine::timers::Timers;
 use crate::error::Error;
 use crate::stream::endpoint::Target;
 
+use super::driver::{Driver, Event};
 use super::shared::{Accepted, TurnContext};
-use super::world::{Event, World};
 
 use dials::DialQueue;
 use probes::ProbeQueue;
@@ -36,24 +36,24 @@ const TRIM: Duration = Duration::from_secs(1);
 const FULL_PAUSE: Duration = Duration::from_millis(10);
 
 /// The connections of one worker.
-pub(super) struct Connections<W: World> {
-    pub(super) table: Table<Connection<W::Stream>>,
+pub(super) struct Connections<D: Driver> {
+    pub(super) table: Table<Connection<D::Stream>>,
     /// What they have asked for and has not been done yet.
-    actions: VecDeque<(Id, Action<W::Stream>)>,
+    actions: VecDeque<(Id, Action<D::Stream>)>,
     runs_actions: bool,
     /// Those that have work left, in the order of their turns (invariant 5).
     ready: VecDeque<Id>,
     pub(super) timers: Timers,
-    pub(super) pool: Pool<<W::Stream as Socket>::Pipe>,
+    pub(super) pool: Pool<<D::Stream as Socket>::Pipe>,
     /// When buffers and pipes that nobody needs any more are dropped.
     trim_at: Option<Instant>,
     dials: VecDeque<DialQueue>,
     pub(super) probes: Vec<ProbeQueue>,
 }
 
-impl<W: World> Connections<W> {
+impl<D: Driver> Connections<D> {
     /// None yet; their bytes may go through so many pipes.
-    pub(super) fn new(pipes: usize) -> Connections<W> {
+    pub(super) fn new(pipes: usize) -> Connections<D> {
         Connections {
             table: Table::new(),
             actions: VecDeque::new(),
@@ -68,7 +68,7 @@ impl<W: World> Connections<W> {
     }
 
     /// Takes over an accepted connection and begins to dial its target.
-    pub(super) fn adopt(&mut self, accepted: Accepted<W::Stream>, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn adopt(&mut self, accepted: Accepted<D::Stream>, cx: &mut TurnContext<'_, D>) {
         let Accepted {
             mut stream,
             peer,
@@ -77,11 +77,11 @@ impl<W: World> Connections<W> {
         } = accepted;
         let id = self.table.next_id();
         let drain = forward.rule.timeouts.drain;
-        let crossed = match forward.is_crossed(CLIENT) {
-            true => cx.world.cross(CLIENT, &mut stream, drain),
+        let adapted = match forward.needs_adapter(CLIENT) {
+            true => cx.driver.insert_adapter(CLIENT, &mut stream, drain),
             false => Ok(()),
         };
-        let watched = crossed.and_then(|()| cx.world.watch(&mut stream, id.token(CLIENT)));
+        let watched = adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(CLIENT)));
         let name = cx.shared.next_connection();
         let connection = Connection::accepted(name, forward, stream, peer, slot, cx.now);
         self.table.insert(connection);
@@ -91,8 +91,8 @@ impl<W: World> Connections<W> {
     /// Takes an event of one of the connections.
     pub(super) fn take_event(
         &mut self,
-        event: Event<W::Stream, W::Listener>,
-        cx: &mut TurnContext<'_, W>,
+        event: Event<D::Stream, D::Listener>,
+        cx: &mut TurnContext<'_, D>,
     ) {
         match event {
             Event::Ready { token, readiness } => {
@@ -107,9 +107,9 @@ impl<W: World> Connections<W> {
                 self.with(id, cx, |it, to| it.take_addresses(addresses, to));
             }
             Event::Dialled { token, stream } => {
-                self.take_dialed(Id::from_token(token).0, stream, cx);
+                self.take_dialled(Id::from_token(token).0, stream, cx);
             }
-            Event::Bridged { token, ended } => {
+            Event::ThreadsEnded { token, ended } => {
                 let id = Id::from_token(token).0;
                 self.with(id, cx, |it, to| {
                     it.take_threads_end(ended.delivered, ended.abandoned, to);
@@ -134,7 +134,7 @@ impl<W: World> Connections<W> {
     }
 
     /// Gives each connection its turn that has work or whose time has come.
-    pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, D>) {
         while let Some(id) = self.timers.pop_due(cx.now) {
             if let Some(connection) = self.table.get_mut(id) {
                 connection.wake_at = None;
@@ -189,8 +189,8 @@ impl<W: World> Connections<W> {
     pub(super) fn with(
         &mut self,
         id: Id,
-        cx: &mut TurnContext<'_, W>,
-        call: impl FnOnce(&mut Connection<W::Stream>, &mut Context<'_, W::Stream>),
+        cx: &mut TurnContext<'_, D>,
+        call: impl FnOnce(&mut Connection<D::Stream>, &mut Context<'_, D::Stream>),
     ) {
         let Some(connection) = self.table.get_mut(id) else {
             return;
@@ -204,10 +204,10 @@ impl<W: World> Connections<W> {
             routes: &cx.shared.routes,
             pool: &mut self.pool,
             actions: &mut self.actions,
-            again: false,
+            has_more_work: false,
         };
         call(connection, &mut to);
-        let again = to.again;
+        let again = to.has_more_work;
         self.timers.change(id, timer, connection.wake_at);
         if again {
             self.make_ready(id);
@@ -215,7 +215,7 @@ impl<W: World> Connections<W> {
         self.run_actions(cx);
     }
 
-    fn run_actions(&mut self, cx: &mut TurnContext<'_, W>) {
+    fn run_actions(&mut self, cx: &mut TurnContext<'_, D>) {
         // What is asked for while an action runs comes after those before it.
         if std::mem::replace(&mut self.runs_actions, true) {
             return;
@@ -226,14 +226,14 @@ impl<W: World> Connections<W> {
         self.runs_actions = false;
     }
 
-    fn run_action(&mut self, id: Id, action: Action<W::Stream>, cx: &mut TurnContext<'_, W>) {
+    fn run_action(&mut self, id: Id, action: Action<D::Stream>, cx: &mut TurnContext<'_, D>) {
         let action = match action {
             // These are owed even if the connection is gone.
             Action::Close(stream, slot) => {
-                cx.world.close(stream);
+                cx.driver.close(stream);
                 return drop(slot);
             }
-            Action::Reset(stream) => return cx.world.reset(stream),
+            Action::Reset(stream) => return cx.driver.reset(stream),
             Action::Drop => return self.drop_connection(id, cx),
             other => other,
         };
@@ -245,82 +245,84 @@ impl<W: World> Connections<W> {
         match action {
             Action::Resolve => {
                 if let Target::Name { host, port } = Target::of(&rule.connect) {
-                    cx.world.resolve(token, host, port);
+                    cx.driver.resolve(token, host, port);
                 }
             }
-            Action::DialOnThread(patience) => cx.world.dial(token, &rule.connect, patience),
+            Action::DialOnThread(patience) => cx.driver.dial(token, &rule.connect, patience),
             Action::Admit => self.queue_dial(id, &forward, cx),
             Action::Connect => self.connect(id, cx),
             Action::Explain(error) => {
-                if let Some(error) = cx.world.explain(token, &rule.connect, error) {
+                if let Some(error) = cx.driver.explain(token, &rule.connect, error) {
                     self.with(id, cx, |it, to| it.take_explanation(error, to));
                 }
             }
             Action::Prove => self.queue_probe(id, &forward, cx.now),
             Action::LookAtPeer(side) => {
                 let socket = connection.socket(side);
-                let is_ending = socket.is_some_and(|it| cx.world.has_peer_ended(it));
+                let is_ending = socket.is_some_and(|it| cx.driver.has_peer_ended(it));
                 self.with(id, cx, |it, to| it.take_peer(side, is_ending, to));
             }
             Action::StartThreads(streams) => {
                 let drain = rule.timeouts.drain;
-                let begun = cx.world.bridge(id.token(CLIENT), streams, &forward, drain);
+                let begun = cx
+                    .driver
+                    .start_threads(id.token(CLIENT), streams, &forward, drain);
                 match begun {
                     Ok(()) => self.look_at_threads(id, cx),
                     Err(e) => self.with(id, cx, |it, to| it.take_threads_failure(e, to)),
                 }
             }
             Action::LookAtThreads => self.look_at_threads(id, cx),
-            Action::CutThreads => cx.world.cut_bridge(id.token(CLIENT)),
+            Action::CutThreads => cx.driver.cut_threads(id.token(CLIENT)),
             Action::Close(..) | Action::Reset(_) | Action::Drop => {}
         }
     }
 
     /// Begins to connect a connection to its endpoint.
-    fn connect(&mut self, id: Id, cx: &mut TurnContext<'_, W>) {
+    fn connect(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         let connection = self.table.get_mut(id);
         let Some(endpoint) = connection.as_ref().and_then(|it| it.endpoint()) else {
             return;
         };
         let asks = connection.as_ref().is_some_and(|it| it.doubts_server());
-        let connected = cx.world.connect(endpoint);
-        let dialed = connected.map(|(mut socket, sign)| {
+        let connected = cx.driver.connect(endpoint);
+        let dialled = connected.map(|(mut socket, sign)| {
             // Asked at once: of one that is gone later, the connection broke off.
-            let is_inherited = asks && cx.world.has_peer_ended(&socket);
-            let watched = cx.world.watch(&mut socket, id.token(SERVER));
-            Dialed {
+            let is_inherited = asks && cx.driver.has_peer_ended(&socket);
+            let watched = cx.driver.watch(&mut socket, id.token(SERVER));
+            Dialled {
                 socket,
                 sign,
                 is_inherited,
                 watched,
             }
         });
-        self.with(id, cx, |it, to| it.take_connect(dialed, to));
+        self.with(id, cx, |it, to| it.take_connect(dialled, to));
     }
 
     /// Takes what a dial on a thread of its own has come to.
-    fn take_dialed(
+    fn take_dialled(
         &mut self,
         id: Id,
-        dialed: std::result::Result<W::Stream, Error>,
-        cx: &mut TurnContext<'_, W>,
+        dialled: std::result::Result<D::Stream, Error>,
+        cx: &mut TurnContext<'_, D>,
     ) {
         let forward = self.table.get_mut(id).map(|it| Arc::clone(&it.forward));
-        let dialed = match (dialed, forward) {
-            (Ok(stream), None) => return cx.world.close(stream),
-            (Ok(mut stream), Some(forward)) if forward.is_crossed(SERVER) => {
+        let dialled = match (dialled, forward) {
+            (Ok(stream), None) => return cx.driver.close(stream),
+            (Ok(mut stream), Some(forward)) if forward.needs_adapter(SERVER) => {
                 let drain = forward.rule.timeouts.drain;
-                let crossed = cx.world.cross(SERVER, &mut stream, drain);
-                let watched = crossed.and_then(|()| cx.world.watch(&mut stream, id.token(SERVER)));
+                let adapted = cx.driver.insert_adapter(SERVER, &mut stream, drain);
+                let watched = adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(SERVER)));
                 Ok((stream, watched))
             }
-            (dialed, _) => dialed.map(|stream| (stream, Ok(()))),
+            (dialled, _) => dialled.map(|stream| (stream, Ok(()))),
         };
-        self.with(id, cx, |it, to| it.take_dialed(dialed, to));
+        self.with(id, cx, |it, to| it.take_dialled(dialled, to));
     }
 
-    fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, W>) {
-        if let Some(progress) = cx.world.bridged(id.token(CLIENT)) {
+    fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
+        if let Some(progress) = cx.driver.threads_progress(id.token(CLIENT)) {
             let (delivered, half_closed) = (progress.delivered, progress.half_closed);
             self.with(id, cx, |it, to| {
                 it.take_progress(delivered, half_closed, to);
@@ -329,7 +331,7 @@ impl<W: World> Connections<W> {
     }
 
     /// Takes a connection that is over out of the books.
-    fn drop_connection(&mut self, id: Id, cx: &mut TurnContext<'_, W>) {
+    fn drop_connection(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         let Some(connection) = self.table.remove(id) else {
             return;
         };
@@ -338,13 +340,13 @@ impl<W: World> Connections<W> {
         let forward = connection.end(&cx.shared.routes, cx.now);
         let load = &cx.shared.inboxes[cx.index].load;
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
-            cx.world.rest();
+            cx.driver.rest();
         }
         cx.shared.has_ended(&forward, holder);
     }
 
     /// Cuts off the connections of a forward; `None`: all.
-    pub(super) fn cut(&mut self, forward: Option<ForwardId>, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn cut(&mut self, forward: Option<ForwardId>, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
             if connection.is_some_and(|it| forward.is_none_or(|of| it.forward.id == of)) {
@@ -354,14 +356,14 @@ impl<W: World> Connections<W> {
     }
 
     /// Shortens the time of what is being closed, when the proxy begins to stop.
-    pub(super) fn begin_to_stop(&mut self, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn begin_to_stop(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
             self.with(id, cx, Connection::begin_to_stop);
         }
     }
 
     /// Closes all that is still there, as the last thing before the end.
-    pub(super) fn abandon_all(&mut self, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn abandon_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
             self.with(id, cx, Connection::cut);
             self.with(id, cx, Connection::abandon);
@@ -369,10 +371,10 @@ impl<W: World> Connections<W> {
     }
 
     /// Returns what is to be told of all connections.
-    pub(super) fn statuses(&mut self, cx: &mut TurnContext<'_, W>) -> Vec<ConnectionStatus> {
+    pub(super) fn statuses(&mut self, cx: &mut TurnContext<'_, D>) -> Vec<ConnectionStatus> {
         let mut all = Vec::new();
         for id in self.table.ids() {
-            let progress = cx.world.bridged(id.token(CLIENT));
+            let progress = cx.driver.threads_progress(id.token(CLIENT));
             let delivered = progress.map(|progress| progress.delivered);
             let connection = self.table.get_mut(id);
             all.extend(connection.and_then(|it| it.status(delivered, cx.now)));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial;
-use crate::engine::connection::{Connection, Dialed};
+use crate::engine::connection::{Connection, Dialled};
 use crate::engine::relay::SERVER;
 use crate::stream::endpoint::Endpoint;
 
@@ -15,8 +15,8 @@ use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Admission, Gate, Slot};
 use crate::engine::forward::Forward;
 use crate::engine::table::Id;
+use crate::proxy::driver::Driver;
 use crate::proxy::shared::TurnContext;
-use crate::proxy::world::World;
 
 /// When a probe that is under way is asked after, if no wake-up tells of it before.
 const PROBE_LOOK: Duration = Duration::from_secs(1);
@@ -32,7 +32,7 @@ pub(in crate::proxy) struct ProbeQueue {
     not_before: Option<Instant>,
 }
 
-impl<W: World> Connections<W> {
+impl<D: Driver> Connections<D> {
     /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
     ///
     /// However long that takes, this one is never given up: its answer may come at any time. False if it could not be
@@ -41,7 +41,7 @@ impl<W: World> Connections<W> {
         &mut self,
         slot: Slot,
         forward: &Arc<Forward>,
-        cx: &mut TurnContext<'_, W>,
+        cx: &mut TurnContext<'_, D>,
     ) -> bool {
         let (Address::Hyperkit(target), Some(gate)) =
             (&forward.rule.connect, &forward.gates[SERVER])
@@ -53,7 +53,7 @@ impl<W: World> Connections<W> {
             // To which nothing can be bound.
             port: PORT_ANY,
         };
-        let (mut stream, sign) = match cx.world.connect(&Endpoint::Hyperkit(probe)) {
+        let (mut stream, sign) = match cx.driver.connect(&Endpoint::Hyperkit(probe)) {
             Ok(connected) => connected,
             Err(e) => {
                 drop(slot);
@@ -67,8 +67,8 @@ impl<W: World> Connections<W> {
             }
         };
         let id = self.table.next_id();
-        let watched = cx.world.watch(&mut stream, id.token(SERVER));
-        let dialed = Dialed {
+        let watched = cx.driver.watch(&mut stream, id.token(SERVER));
+        let dialled = Dialled {
             socket: stream,
             sign,
             is_inherited: false,
@@ -78,7 +78,7 @@ impl<W: World> Connections<W> {
             .load
             .fetch_add(1, Ordering::Relaxed);
         cx.shared.begins(forward, Holder::Probes);
-        let probe = Connection::probe(Arc::clone(forward), dialed, slot, cx.phase, cx.now);
+        let probe = Connection::probe(Arc::clone(forward), dialled, slot, cx.phase, cx.now);
         self.table.insert(probe);
         self.with(id, cx, Connection::begin_probe);
         true
@@ -109,7 +109,7 @@ impl<W: World> Connections<W> {
     }
 
     /// Goes on with those whose dials have been answered, and sends a probe for those that are left.
-    pub(super) fn probe_turns(&mut self, cx: &mut TurnContext<'_, W>) {
+    pub(super) fn probe_turns(&mut self, cx: &mut TurnContext<'_, D>) {
         for mut probes in std::mem::take(&mut self.probes) {
             let mut unanswered = None;
             let waiting = std::mem::take(&mut probes.waiting);
@@ -141,7 +141,7 @@ impl<W: World> Connections<W> {
         &mut self,
         probes: &mut ProbeQueue,
         forward: &Arc<Forward>,
-        cx: &mut TurnContext<'_, W>,
+        cx: &mut TurnContext<'_, D>,
     ) -> Instant {
         let wake = cx.shared.inboxes[cx.index].waker();
         let slot = match probes.gate.admit_probe(cx.now, cx.index, &wake) {

@@ -12,8 +12,8 @@ use crate::engine::forward::Forward;
 use crate::engine::relay::{CLIENT, SERVER};
 use crate::proxy::worker::Worker;
 
+use super::driver::{SimDriver, SimStream, place_of};
 use super::stage::Stage;
-use super::world::{SimStream, SimWorld, place_of};
 
 /// How much later than its time something may happen.
 const SLACK: Duration = Duration::from_millis(30);
@@ -51,7 +51,7 @@ impl Pulse {
 }
 
 /// What is kept for a forward is there for it.
-fn check_places(worker: &Worker<SimWorld>, has_probes: bool) {
+fn check_places(worker: &Worker<SimDriver>, has_probes: bool) {
     let shared = &worker.shared;
     for forward in shared.forwards().iter() {
         let live = forward.tally.live.load(Ordering::Relaxed);
@@ -75,7 +75,7 @@ fn check_places(worker: &Worker<SimWorld>, has_probes: bool) {
 /// While the proxy stops, guests who come are not served, nobody is left to wait, and what is being
 /// left has its time.
 fn check_at_end(conn: &Connection<SimStream>, phase: Phase, is_late: bool) {
-    let is_guests = conn.name.is_some() && conn.forward.is_polite(CLIENT);
+    let is_guests = conn.name.is_some() && conn.forward.needs_graceful_close(CLIENT);
     match &conn.state {
         State::Closing { until, .. } => {
             assert!(until.is_some(), "one that has gone may hold up the end");
@@ -150,7 +150,7 @@ impl Audit {
     }
 
     /// Looks at a worker after its turn.
-    pub(super) fn look_at(&mut self, worker: &mut Worker<SimWorld>, stage: &Stage) {
+    pub(super) fn look_at(&mut self, worker: &mut Worker<SimDriver>, stage: &Stage) {
         let now = stage.now();
         let index = worker.index;
         let (mut timers, mut open, mut leaving) = (0, BTreeMap::new(), BTreeMap::new());
@@ -254,7 +254,7 @@ impl Audit {
     }
 
     /// Looks whether the listeners of a worker are as they are to be.
-    pub(super) fn check_listeners(&self, worker: &Worker<SimWorld>, stage: &Stage) {
+    pub(super) fn check_listeners(&self, worker: &Worker<SimDriver>, stage: &Stage) {
         let in_vain = worker.listeners.all().iter().any(|it| it.sleeps_in_vain());
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
         if stage.keeps_places.get() {
@@ -266,7 +266,7 @@ impl Audit {
         }
         let forwards = worker.shared.forwards();
         for forward in forwards.iter().filter(|it| it.home == worker.index) {
-            let is_guests = forward.is_polite(CLIENT);
+            let is_guests = forward.needs_graceful_close(CLIENT);
             let place = place_of(&forward.rule.listen);
             let listens = stage.kernel().listener_at(&place).is_some();
             assert_eq!(
@@ -277,7 +277,7 @@ impl Audit {
     }
 
     /// Looks, before the clock goes on, whether a time has passed without what was to happen then.
-    pub(super) fn check_times(&self, worker: &mut Worker<SimWorld>, stage: &Stage) {
+    pub(super) fn check_times(&self, worker: &mut Worker<SimDriver>, stage: &Stage) {
         let now = stage.now();
         if now < self.still + AFTER_STILL {
             return;

@@ -7,6 +7,7 @@ use crate::address::Address;
 use crate::engine::rule::{Limits, Rule};
 
 use super::cast::{ClientPlan, ServerPlan, Service};
+use super::driver::place_of;
 use super::kernel::Habits;
 use super::operator::Act;
 use super::plan::{Plan, RulePlan};
@@ -14,7 +15,6 @@ use super::run::{keep_panics, run};
 use super::stage::{Name, Pace};
 use super::talk::{Ends, Exit, Manner};
 use super::vm::{Kind, VmAct, VmPlan};
-use super::world::place_of;
 
 /// So many orders of what happens at one time.
 const ORDERS: u64 = 400;

@@ -9,10 +9,10 @@ use crate::engine::relay::CLIENT;
 use crate::proxy::worker::Worker;
 
 use super::audit::Audit;
+use super::driver::SimDriver;
 use super::ledger::Ledger;
 use super::stage::Stage;
 use super::talk::{Exit, Finish, Talk, Voice};
-use super::world::SimWorld;
 
 /// Where a peer stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -489,7 +489,7 @@ impl Judge {
     }
 
     /// Looks at a worker's connections after its turn.
-    pub(super) fn look_at(&mut self, index: usize, worker: &mut Worker<SimWorld>, stage: &Stage) {
+    pub(super) fn look_at(&mut self, index: usize, worker: &mut Worker<SimDriver>, stage: &Stage) {
         self.audit.look_at(worker, stage);
         let mut seen = BTreeSet::new();
         for id in worker.connections.table.ids() {

@@ -109,7 +109,7 @@ impl Ledger {
         let most = forward
             .rule
             .connections
-            .filter(|_| !forward.is_polite(CLIENT));
+            .filter(|_| !forward.needs_graceful_close(CLIENT));
         if let Some(most) = most {
             self.bounds.insert(forward.id.0, Bound { most, since });
         }

@@ -13,6 +13,7 @@
 mod audit;
 mod cases;
 mod cast;
+mod driver;
 mod judge;
 mod kernel;
 mod ledger;
@@ -22,4 +23,3 @@ mod run;
 mod stage;
 mod talk;
 mod vm;
-mod world;

@@ -9,11 +9,11 @@ use crate::engine::rule::{Rule, VmLimits};
 use crate::error::{Error, Result};
 use crate::proxy::controller::Controller;
 
+use super::driver::{SimDriver, place_of};
 use super::judge::Hazard;
 use super::kernel::{ListenerKey, Owner, Place};
 use super::stage::{Actor, Pace, Stage};
 use super::vm::VmPlan;
-use super::world::{SimWorld, place_of};
 
 /// What an operator does, or what happens to the machine. Rules are called by their numbers.
 #[derive(Clone, Debug)]
@@ -49,7 +49,7 @@ pub(super) enum Act {
 }
 
 pub(super) struct Operator {
-    controller: Controller<SimWorld>,
+    controller: Controller<SimDriver>,
     /// The rules of the plan, and the forwards that they are now.
     rules: Vec<(Rule, Option<ForwardId>)>,
     /// The targets that they lead to.
@@ -61,7 +61,7 @@ pub(super) struct Operator {
 
 impl Operator {
     pub(super) fn new(
-        controller: Controller<SimWorld>,
+        controller: Controller<SimDriver>,
         rules: Vec<(Rule, Option<ForwardId>)>,
         targets: Vec<Option<usize>>,
         mut acts: Vec<(Duration, Act)>,
@@ -333,14 +333,14 @@ impl Actor for Operator {
 
 /// Who ends the proxy, at any step; again, sooner, if told to.
 pub(super) struct Stopper {
-    controller: Controller<SimWorld>,
+    controller: Controller<SimDriver>,
     /// When, and which time is left to those who are there.
     stops: VecDeque<(Duration, Duration)>,
 }
 
 impl Stopper {
     pub(super) fn new(
-        controller: Controller<SimWorld>,
+        controller: Controller<SimDriver>,
         mut stops: Vec<(Duration, Duration)>,
     ) -> Stopper {
         stops.sort();

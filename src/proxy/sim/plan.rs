@@ -13,13 +13,13 @@ use crate::address::{
 use crate::engine::rule::{Limits, Rule, Timeouts};
 
 use super::cast::{ClientPlan, ServerPlan, Service};
+use super::driver::place_of;
 use super::kernel::{Habits, Place};
 use super::ledger::{Bounds, Spot};
 use super::operator::Act;
 use super::stage::{Name, Pace};
 use super::talk::{Ends, Exit, Manner};
 use super::vm::{Kind, VmAct, VmPlan};
-use super::world::place_of;
 
 /// A rule of a run.
 #[derive(Clone, Debug)]

@@ -18,13 +18,13 @@ use crate::proxy::controller::Controller;
 use crate::proxy::{ForwardId, ProxyConfig, assemble};
 
 use super::cast::{Client, Server};
+use super::driver::{SimDriver, place_of, set_stage, this_stage};
 use super::judge::{Hazard, Observed, Phase, TRANSITIONS};
 use super::kernel::{Kernel, Place};
 use super::operator::{Act, Operator, Stopper};
 use super::plan::Plan;
 use super::stage::{Pace, Stage};
 use super::vm::{Kind, Vm};
-use super::world::{SimWorld, place_of, set_stage, this_stage};
 
 /// No run takes longer, on its own clock.
 const LONGEST: Duration = Duration::from_secs(20_000);
@@ -91,7 +91,7 @@ fn note(event: &Event<'_>) {
 /// The stage with all on it.
 struct Run {
     stage: Rc<Stage>,
-    controller: Controller<SimWorld>,
+    controller: Controller<SimDriver>,
     told: Told,
 }
 
@@ -118,14 +118,14 @@ fn set(plan: &Plan, tells: bool) -> Run {
     config.observer = Some(observer(&told));
     let mut worker = 0;
     let make = || {
-        let world = SimWorld {
+        let driver = SimDriver {
             stage: Rc::clone(&stage),
             worker,
         };
         worker += 1;
-        Ok((world, stage.wake_of(worker - 1)))
+        Ok((driver, stage.wake_of(worker - 1)))
     };
-    let assembled = assemble::<SimWorld>(config, Waiter::of, make);
+    let assembled = assemble::<SimDriver>(config, Waiter::of, make);
     let (controller, workers) = match assembled {
         Ok(it) => it,
         Err(e) => panic!("the proxy can't start: {e}"),
@@ -313,7 +313,7 @@ fn check_additions(plan: &Plan, run: &Run) {
 }
 
 /// What is left when all is over.
-fn check_books(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<SimWorld>) {
+fn check_books(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<SimDriver>) {
     let stage = &run.stage;
     let unfinished = stage.unfinished();
     assert!(

@@ -19,13 +19,13 @@ use fastrand::Rng;
 use crate::address::HyperkitVm;
 use crate::engine::admission::Wake;
 use crate::engine::connection::State;
-use crate::engine::health::Sign;
+use crate::engine::health::VmIdentity;
+use crate::proxy::driver::{Driver, Event};
 use crate::proxy::worker::{Turn, Wait, Worker};
-use crate::proxy::world::{Event, World};
 
+use super::driver::{SimDriver, SimListener, SimStream, identity};
 use super::judge::Judge;
 use super::kernel::{Kernel, Place, SocketId};
-use super::world::{SimListener, SimStream, SimWorld, identity};
 
 /// More steps than any run needs, and those that it may take for each second on its clock: what can't
 /// go on is looked at again every 20 ms.
@@ -83,7 +83,7 @@ pub(super) enum Name {
 struct Seat {
     /// Until when it stands still; its events it has got before.
     stalled: Option<Duration>,
-    worker: Worker<SimWorld>,
+    worker: Worker<SimDriver>,
     wait: Wait,
     events: Vec<SimEvent>,
     /// Turns without progress, and when they were.
@@ -201,7 +201,7 @@ impl Stage {
     }
 
     /// Puts the workers on the stage.
-    pub(super) fn seat(&self, workers: Vec<Worker<SimWorld>>) {
+    pub(super) fn seat(&self, workers: Vec<Worker<SimDriver>>) {
         let seats = workers.into_iter().map(|worker| {
             Some(Seat {
                 stalled: None,
@@ -312,11 +312,11 @@ impl Stage {
     }
 
     /// By what a VM is known now.
-    pub(super) fn sign_of(&self, vm: &HyperkitVm) -> Option<Sign> {
+    pub(super) fn sign_of(&self, vm: &HyperkitVm) -> Option<VmIdentity> {
         let kernel = self.kernel();
         let of = |path: PathBuf| kernel.files.get(&path).map(|file| identity(file.inode));
-        let socket = of(vm.connect_path()).map(Sign::Socket);
-        socket.or_else(|| of(vm.pid_path()).map(Sign::PidFile))
+        let socket = of(vm.connect_path()).map(VmIdentity::Socket);
+        socket.or_else(|| of(vm.pid_path()).map(VmIdentity::PidFile))
     }
 
     /// Notes since when a VM's guest answers.
@@ -354,7 +354,7 @@ impl Stage {
         if let Some(Some(seat)) = seats.get_mut(worker)
             && seat.stalled.is_none()
         {
-            let _ = seat.worker.world.wait(&mut seat.events, None);
+            let _ = seat.worker.driver.wait(&mut seat.events, None);
             seat.stalled = Some(until);
             self.judge().audit.stands_still(until);
         }
@@ -470,7 +470,7 @@ impl Stage {
     }
 
     /// The connections of a worker that wait for an answer which is there, and their clients for them.
-    fn answered(&self, worker: &mut Worker<SimWorld>) -> Vec<u64> {
+    fn answered(&self, worker: &mut Worker<SimDriver>) -> Vec<u64> {
         let kernel = self.kernel();
         let mut answered = Vec::new();
         for id in worker.connections.table.ids() {
@@ -501,7 +501,7 @@ impl Stage {
 
     /// This stage, as others keep it.
     fn rc(&self) -> Rc<Stage> {
-        super::world::this_stage()
+        super::driver::this_stage()
     }
 
     fn act(&self, index: usize) {
@@ -522,7 +522,7 @@ impl Stage {
         let woken = self.wakes[index].swap(false, Ordering::Relaxed);
         let progress = self.kernel().progress;
         if seat.stalled.take().is_none() {
-            let _ = seat.worker.world.wait(&mut seat.events, None);
+            let _ = seat.worker.driver.wait(&mut seat.events, None);
         }
         let has_events = !seat.events.is_empty();
         let due = seat.wait.timeout.map(|timeout| seat.wait.begun + timeout);

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use super::super::driver::Driver;
 use super::super::rules::Binder;
-use super::super::world::World;
 use super::super::{
-    Controller, Descriptors, GateLimits, Handle, Housekeeper, Inbox, Limits, MioWorld, Shared,
+    Controller, Descriptors, GateLimits, Handle, Housekeeper, Inbox, Limits, MioDriver, Shared,
     Worker,
 };
 use super::*;
@@ -41,8 +41,8 @@ fn guests_of(
         Waiter::of,
         None,
     ));
-    let world = MioWorld::new(Housekeeper::start().unwrap()).unwrap();
-    let waker = world.waker();
+    let driver = MioDriver::new(Housekeeper::start().unwrap()).unwrap();
+    let waker = driver.waker();
     let wake = move || waker.wake().unwrap();
     let gate_limits = GateLimits {
         live: limits.vm_connections,
@@ -50,11 +50,11 @@ fn guests_of(
     };
     let shared = Arc::new(Shared::new(
         limits,
-        Descriptors::new(1, 0, MioWorld::descriptor_limit),
+        Descriptors::new(1, 0, MioDriver::descriptor_limit),
         vec![Arc::clone(&forward)],
         vec![Inbox::new(Arc::new(wake))],
     ));
-    let mut worker = Worker::new(world, 0, Arc::clone(&shared), true);
+    let mut worker = Worker::new(driver, 0, Arc::clone(&shared), true);
     worker.add_listener(listener, forward).unwrap();
     (
         Handle(Controller {

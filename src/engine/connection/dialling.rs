@@ -11,7 +11,7 @@ use crate::engine::Phase;
 use crate::engine::admission::{Full, Gate, Slot};
 use crate::engine::counters::Reason;
 use crate::engine::forward::Forward;
-use crate::engine::health::Sign;
+use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{CLIENT, End, Readiness, SERVER};
@@ -24,7 +24,7 @@ use crate::time::after;
 use super::relaying::Acceptance;
 use super::{Action, Closing, Connection, Context, Socket, State};
 
-/// How long a client is held before its target is dialed again, doubled with each time up to the longest.
+/// How long a client is held before its target is dialled again, doubled with each time up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -41,10 +41,10 @@ pub(crate) struct Held {
 
 /// A socket that was made and begins to connect.
 #[derive(Debug)]
-pub(crate) struct Dialed<S> {
+pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
     /// Of a hyperkit VM: by what it is known.
-    pub(crate) sign: Option<Sign>,
+    pub(crate) sign: Option<VmIdentity>,
     /// The process that began to listen there was gone by then: another serves in its place, of which nothing can be
     /// learnt.
     pub(crate) is_inherited: bool,
@@ -86,7 +86,7 @@ impl<S: Socket> Connection<S> {
         // Guests find the port bound until the very end, but are not served any more.
         let is_closed = match cx.phase {
             Phase::Running => self.forward.is_cut(),
-            Phase::Stopping => self.forward.is_polite(CLIENT),
+            Phase::Stopping => self.forward.needs_graceful_close(CLIENT),
             Phase::Cutting => true,
         };
         match watched {
@@ -100,7 +100,7 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Notes that a client may be a dialed socket of ours; false if it has come by a circle.
+    /// Notes that a client may be a dialled socket of ours; false if it has come by a circle.
     fn note_client(&mut self, cx: &mut Context<'_, S>) -> bool {
         let State::Waiting { client, .. } = &self.state else {
             return true;
@@ -117,7 +117,7 @@ impl<S: Socket> Connection<S> {
         goes_on
     }
 
-    /// Notes that a dialed socket may lead to a listener of ours; false if that closes a circle.
+    /// Notes that a dialled socket may lead to a listener of ours; false if that closes a circle.
     fn note_dial(&mut self, cx: &mut Context<'_, S>) -> bool {
         let State::Connecting { server, dial, .. } = &self.state else {
             return true;
@@ -169,7 +169,7 @@ impl<S: Socket> Connection<S> {
         let target = &self.forward.rule.connect;
         if self.forward.is_blocking(SERVER) {
             let left = deadline.saturating_duration_since(cx.now);
-            cx.act(Action::DialOnThread(dial::limit_timeout(target, left)));
+            cx.request(Action::DialOnThread(dial::limit_timeout(target, left)));
         } else {
             match Target::of(target) {
                 Target::Endpoint(endpoint) => {
@@ -179,9 +179,9 @@ impl<S: Socket> Connection<S> {
                         _ => Action::Connect,
                     };
                     dial.add([endpoint]);
-                    cx.act(action);
+                    cx.request(action);
                 }
-                Target::Name { .. } => cx.act(Action::Resolve),
+                Target::Name { .. } => cx.request(Action::Resolve),
                 Target::NotCarried => {
                     let error = not_carried(Operation::Connect, target);
                     return self.refuse(&error, Reason::Other, cx);
@@ -213,7 +213,7 @@ impl<S: Socket> Connection<S> {
             let slot = self.slots[SERVER].as_ref();
             let is_admitted = slot.is_none_or(Slot::is_admitted);
             if dial.endpoint().is_some() && is_admitted {
-                cx.act(Action::Connect);
+                cx.request(Action::Connect);
             }
             self.wake_at = Some(deadline);
         }
@@ -229,7 +229,7 @@ impl<S: Socket> Connection<S> {
 
     /// Returns whether the EOF of its server may be that of a VM that has died, and its client can be told so.
     pub(crate) fn doubts_server(&self) -> bool {
-        self.forward.is_polite(SERVER) && self.forward.can_reset(CLIENT)
+        self.forward.needs_graceful_close(SERVER) && self.forward.can_reset(CLIENT)
     }
 
     /// Takes the addresses of the target's name.
@@ -244,7 +244,7 @@ impl<S: Socket> Connection<S> {
         let error = match addresses {
             Ok(addresses) if !addresses.is_empty() => {
                 dial.add(addresses.into_iter().map(Endpoint::Tcp));
-                return cx.act(Action::Connect);
+                return cx.request(Action::Connect);
             }
             Ok(_) => io::Error::new(io::ErrorKind::NotFound, "the name has no address"),
             Err(e) => e,
@@ -257,7 +257,7 @@ impl<S: Socket> Connection<S> {
     /// Takes a slot of the target's VM, in place of the one that it was queued for.
     pub(crate) fn take_slot(&mut self, slot: Slot, cx: &mut Context<'_, S>) {
         self.slots[SERVER] = Some(slot);
-        cx.act(Action::Connect);
+        cx.request(Action::Connect);
     }
 
     /// Takes why the gate has no slot for it now; false if it wants none any more.
@@ -273,18 +273,18 @@ impl<S: Socket> Connection<S> {
 
     /// Takes what a dial on a thread of its own has come to: a connected socket, and whether the poller watches it, if
     /// it has to.
-    pub(crate) fn take_dialed(
+    pub(crate) fn take_dialled(
         &mut self,
-        dialed: Result<(S, io::Result<()>), Error>,
+        dialled: Result<(S, io::Result<()>), Error>,
         cx: &mut Context<'_, S>,
     ) {
-        match dialed {
+        match dialled {
             // The client has left, or was refused in the meantime.
-            Ok((socket, _)) if !self.is_waiting() => cx.act(Action::Close(socket, None)),
+            Ok((socket, _)) if !self.is_waiting() => cx.request(Action::Close(socket, None)),
             Err(_) if !self.is_waiting() => {}
             Ok((socket, Err(e))) => {
                 let error = Error::new(Operation::Connect, &self.forward.rule.connect, e);
-                cx.act(Action::Close(socket, None));
+                cx.request(Action::Close(socket, None));
                 self.refuse(&error, Reason::Other, cx);
             }
             Ok((socket, Ok(()))) => {
@@ -303,23 +303,27 @@ impl<S: Socket> Connection<S> {
     }
 
     /// Takes what has come of the begin of a connect.
-    pub(crate) fn take_connect(&mut self, connect: io::Result<Dialed<S>>, cx: &mut Context<'_, S>) {
-        let dialed = match connect {
-            Ok(dialed) => dialed,
+    pub(crate) fn take_connect(
+        &mut self,
+        connect: io::Result<Dialled<S>>,
+        cx: &mut Context<'_, S>,
+    ) {
+        let dialled = match connect {
+            Ok(dialled) => dialled,
             Err(e) => return self.attempt_failed(e, cx),
         };
         if let Some(slot) = &mut self.slots[SERVER] {
-            slot.note_dial(dialed.sign, cx.now);
+            slot.note_dial(dialled.sign, cx.now);
         }
-        self.is_inherited = dialed.is_inherited;
+        self.is_inherited = dialled.is_inherited;
         let (client, mut dial) = match self.leave_state() {
             State::Waiting { client, dial, .. } => (client, dial),
             other => {
                 self.state = other;
-                return cx.act(Action::Close(dialed.socket, None));
+                return cx.request(Action::Close(dialled.socket, None));
             }
         };
-        let mut server = End::new(dialed.socket);
+        let mut server = End::new(dialled.socket);
         let begun = dial.begun(cx.now);
         let attempt_deadline = dial.attempt_deadline();
         let deadline = dial.deadline();
@@ -337,7 +341,7 @@ impl<S: Socket> Connection<S> {
             return self.refuse_loop(cx);
         }
         let target = &self.forward.rule.connect;
-        if let Err(e) = dialed.watched {
+        if let Err(e) = dialled.watched {
             let error = Error::new(Operation::Connect, target, e);
             return self.refuse(&error, Reason::Other, cx);
         }
@@ -390,7 +394,7 @@ impl<S: Socket> Connection<S> {
                 } = self.leave_state()
                 {
                     self.enter(State::waiting(client, dial));
-                    cx.act(Action::Close(server.socket, None));
+                    cx.request(Action::Close(server.socket, None));
                 }
                 self.attempt_failed(error, cx);
             }
@@ -403,9 +407,9 @@ impl<S: Socket> Connection<S> {
             return;
         };
         match dial.failed(cx.now, error) {
-            Next::Now => cx.act(Action::Connect),
+            Next::Now => cx.request(Action::Connect),
             Next::At(at) => self.wake_at = Some(at),
-            Next::GiveUp(error) => cx.act(Action::Explain(error)),
+            Next::GiveUp(error) => cx.request(Action::Explain(error)),
         }
     }
 
@@ -421,7 +425,7 @@ impl<S: Socket> Connection<S> {
         let now = cx.now;
         let reason = Reason::of(&self.forward.rule.connect, &error);
         if reason == Reason::Absent {
-            self.forward.found_nobody(&error, now);
+            self.forward.mark_down(&error, now);
         }
         let is_ending = cx.phase == Phase::Cutting || self.forward.is_cut();
         if let (Some(held), State::Waiting { dial, full, .. }) = (&mut self.held, &mut self.state)
@@ -497,7 +501,7 @@ impl<S: Socket> Connection<S> {
                 client,
                 server,
                 dial,
-            } => match dial.is_shaking_hands() || self.forward.is_polite(SERVER) {
+            } => match dial.is_shaking_hands() || self.forward.needs_graceful_close(SERVER) {
                 true => {
                     let mut server = server;
                     if !dial.is_shaking_hands() {
@@ -520,11 +524,11 @@ impl<S: Socket> Connection<S> {
         };
         self.note_refusal(error, reason, cx.now);
         // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
-        let client = if self.forward.is_polite(CLIENT) && !client.is_dead() {
+        let client = if self.forward.needs_graceful_close(CLIENT) && !client.is_dead() {
             client.shutdown_write();
             Some(Closing::drain(client))
         } else {
-            cx.act(Action::Reset(client.socket));
+            cx.request(Action::Reset(client.socket));
             None
         };
         self.begin_closing([client, server], cx);

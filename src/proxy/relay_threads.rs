@@ -62,21 +62,21 @@ pub(crate) struct Progress {
 
 /// Cuts a bridge off.
 #[derive(Debug)]
-pub(crate) struct Bridge {
+pub(crate) struct RelayThreads {
     /// Gone when they are closed: a bridge that has ended isn't kept open by this.
     ends: [Weak<End>; 2],
     cut: Arc<AtomicBool>,
 }
 
-impl Bridge {
+impl RelayThreads {
     /// Begins to carry between two streams, connected and blocking; [`Order::ended`] tells of the end.
     ///
     /// # Errors
     /// There is no thread to be had: both streams were reset.
-    pub(crate) fn start(streams: [Stream; 2], order: impl Order) -> io::Result<Bridge> {
+    pub(crate) fn start(streams: [Stream; 2], order: impl Order) -> io::Result<RelayThreads> {
         let ends = streams.map(|stream| Arc::new(End::new(stream)));
         let cut = Arc::new(AtomicBool::new(false));
-        let bridge = Bridge {
+        let bridge = RelayThreads {
             ends: [CLIENT, SERVER].map(|side| Arc::downgrade(&ends[side])),
             cut: Arc::clone(&cut),
         };

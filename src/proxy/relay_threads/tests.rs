@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Bridge, Ended, Order};
+use super::{Ended, Order, RelayThreads};
 use crate::address::Address;
 use crate::engine::relay::{CLIENT, SERVER};
 use crate::listener::Listener;
@@ -50,15 +50,15 @@ impl Order for Arc<Noted> {
     }
 }
 
-struct Bridged {
+struct ThreadsEnded {
     client: Stream,
     server: Stream,
-    bridge: Bridge,
+    bridge: RelayThreads,
     noted: Arc<Noted>,
     ended: Receiver<Ended>,
 }
 
-impl Bridged {
+impl ThreadsEnded {
     fn ended(&self) -> Ended {
         self.ended.recv_timeout(PATIENCE).unwrap()
     }
@@ -89,12 +89,16 @@ impl Bridged {
     }
 }
 
-fn bridged_on(address: &str, drain: [Option<Duration>; 2]) -> Bridged {
+fn bridged_on(address: &str, drain: [Option<Duration>; 2]) -> ThreadsEnded {
     bridged_as(address, drain, |end| end)
 }
 
 /// `make` makes each of the four ends what it is to be.
-fn bridged_as(address: &str, drain: [Option<Duration>; 2], make: fn(Stream) -> Stream) -> Bridged {
+fn bridged_as(
+    address: &str,
+    drain: [Option<Duration>; 2],
+    make: fn(Stream) -> Stream,
+) -> ThreadsEnded {
     let address: Address = address.parse().unwrap();
     let listener = Listener::bind(&address).unwrap();
     let connection = || {
@@ -109,8 +113,8 @@ fn bridged_as(address: &str, drain: [Option<Duration>; 2], make: fn(Stream) -> S
         drain,
         ended: Mutex::new(tell),
     });
-    let bridge = Bridge::start([near_client, near_server], Arc::clone(&noted)).unwrap();
-    Bridged {
+    let bridge = RelayThreads::start([near_client, near_server], Arc::clone(&noted)).unwrap();
+    ThreadsEnded {
         client,
         server,
         bridge,
@@ -121,7 +125,7 @@ fn bridged_as(address: &str, drain: [Option<Duration>; 2], make: fn(Stream) -> S
 
 const TCP: &str = "tcp://127.0.0.1:0";
 
-fn bridged() -> Bridged {
+fn on_threads() -> ThreadsEnded {
     bridged_on(TCP, [None, None])
 }
 
@@ -136,8 +140,8 @@ fn framed(end: Stream) -> Stream {
 }
 
 /// Runs `case` over every family, and in frames.
-fn everywhere(case: impl Fn(Bridged)) {
-    case(bridged());
+fn everywhere(case: impl Fn(ThreadsEnded)) {
+    case(on_threads());
     case(bridged_as(TCP, [None, None], framed));
     #[cfg(unix)]
     {
@@ -248,7 +252,7 @@ fn a_half_close_before_a_byte_is_passed_on() {
 
 #[test]
 fn a_broken_upload_is_no_clean_eof_and_wakes_the_thread_of_a_silent_server() {
-    let mut it = bridged();
+    let mut it = on_threads();
     (&it.client).write_all(b"half of a").unwrap();
     let mut heard = [0; 9];
     it.server.read_exact(&mut heard).unwrap();
@@ -286,7 +290,7 @@ fn an_end_without_a_frame_is_no_clean_eof() {
 
 #[test]
 fn a_broken_answer_arrives_as_far_as_it_went_and_is_no_clean_eof() {
-    let it = bridged();
+    let it = on_threads();
     (&it.server).write_all(b"half of an").unwrap();
     // What is not on its way yet, a reset would overtake.
     it.settle(SERVER);
@@ -301,7 +305,7 @@ fn a_broken_answer_arrives_as_far_as_it_went_and_is_no_clean_eof() {
 
 #[test]
 fn a_server_that_closes_with_an_upload_on_its_way_breaks_it_off() {
-    let it = bridged();
+    let it = on_threads();
     let sending = send_much(&it.client);
     it.settle(CLIENT);
     // With bytes unread: a reset.
@@ -315,7 +319,7 @@ fn a_server_that_closes_with_an_upload_on_its_way_breaks_it_off() {
 #[cfg(target_os = "linux")]
 #[test]
 fn what_a_client_was_given_arrives_before_the_reset() {
-    let it = bridged();
+    let it = on_threads();
     let soon = Some(Duration::from_millis(300));
     it.server.set_write_timeout(soon).unwrap();
     (&it.server).write_all(&vec![7; MUCH]).unwrap_err();
@@ -338,7 +342,7 @@ fn what_a_client_was_given_arrives_before_the_reset() {
 
 #[test]
 fn a_client_that_goes_on_sending_still_gets_its_whole_answer() {
-    let it = bridged();
+    let it = on_threads();
     (&it.server).write_all(b"answer").unwrap();
     it.server.shutdown(Shutdown::Write).unwrap();
     it.settle(SERVER);
@@ -389,7 +393,7 @@ fn a_client_that_does_not_read_holds_up_nothing_but_its_own_server() {
     });
 }
 
-fn cut(it: &Bridged) {
+fn cut(it: &ThreadsEnded) {
     let end = Instant::now() + PATIENCE;
     loop {
         it.bridge.cut();

@@ -12,14 +12,14 @@ use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::engine::admission::Gate;
 use crate::engine::connection::{self, transitions};
 use crate::engine::forward::Forward;
-use crate::engine::health::Sign;
+use crate::engine::health::VmIdentity;
 use crate::engine::relay::{Pipe, Socket};
 use crate::engine::routes::Mark;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
-use crate::proxy::bridge::Progress;
-use crate::proxy::world::{Event, Found, ListenerId, Wanted, World};
+use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
+use crate::proxy::relay_threads::Progress;
 use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
 use crate::{hyperkit, listener};
@@ -191,12 +191,12 @@ fn note_transition(from: &'static str, to: &'static str) {
     });
 }
 
-pub(super) struct SimWorld {
+pub(super) struct SimDriver {
     pub(super) stage: Rc<Stage>,
     pub(super) worker: usize,
 }
 
-impl SimWorld {
+impl SimDriver {
     /// While the proxy stops, nothing is bound again.
     fn check_running(&self) {
         let has_stopped = self.stage.verdicts().audit.has_stopped(self.worker);
@@ -252,7 +252,7 @@ fn remove_file(stage: &Stage, key: ListenerKey, path: &PathBuf) {
     }
 }
 
-impl World for SimWorld {
+impl Driver for SimDriver {
     type Stream = SimStream;
     type Listener = SimListener;
 
@@ -395,7 +395,7 @@ impl World for SimWorld {
         }
     }
 
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(SimStream, Option<Sign>)> {
+    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(SimStream, Option<VmIdentity>)> {
         let place = match endpoint {
             Endpoint::Tcp(address) => Place::Tcp(*address),
             Endpoint::Unix(UnixAddress::Path(path)) => Place::Path(path.clone()),
@@ -479,7 +479,7 @@ impl World for SimWorld {
         unreachable!("nothing is dialled by threads: {address}")
     }
 
-    fn bridge(
+    fn start_threads(
         &mut self,
         _: usize,
         _: [SimStream; 2],
@@ -489,15 +489,15 @@ impl World for SimWorld {
         unreachable!("nothing is carried by threads")
     }
 
-    fn cross(&mut self, _: usize, _: &mut SimStream, _: Duration) -> io::Result<()> {
+    fn insert_adapter(&mut self, _: usize, _: &mut SimStream, _: Duration) -> io::Result<()> {
         unreachable!("nothing is carried by threads")
     }
 
-    fn bridged(&self, _: usize) -> Option<Progress> {
+    fn threads_progress(&self, _: usize) -> Option<Progress> {
         None
     }
 
-    fn cut_bridge(&mut self, _: usize) {}
+    fn cut_threads(&mut self, _: usize) {}
 }
 
 /// By what the kernel knows a file.

@@ -8,20 +8,20 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use super::bridge::{Bridge, Ended, Order};
+use super::relay_threads::{Ended, Order, RelayThreads};
 use crate::address::{Address, Host, TcpAddress};
 use crate::engine::relay::CLIENT;
 use crate::stream;
 use crate::stream::nonblocking::{Stream, set_tcp_options};
 
-/// How many crossings there are.
+/// How many adapters there are.
 #[derive(Debug, Default)]
-pub(super) struct Crossings {
+pub(super) struct Adapters {
     live: Mutex<usize>,
     ended: Condvar,
 }
 
-impl Crossings {
+impl Adapters {
     fn live(&self) -> MutexGuard<'_, usize> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -33,15 +33,15 @@ impl Crossings {
     }
 }
 
-/// One crossing.
-struct Crossing {
+/// One adapter.
+struct Adapter {
     /// The side of the stream that is waited for by threads.
     side: usize,
     drain: Duration,
-    crossings: Arc<Crossings>,
+    adapters: Arc<Adapters>,
 }
 
-impl Order for Crossing {
+impl Order for Adapter {
     /// The loop counts.
     fn delivered(&self, _: usize, _: u64) {}
 
@@ -50,17 +50,17 @@ impl Order for Crossing {
     }
 
     fn ended(&self, _: Ended) {
-        *self.crossings.live() -= 1;
-        self.crossings.ended.notify_all();
+        *self.adapters.live() -= 1;
+        self.adapters.ended.notify_all();
     }
 }
 
 /// Puts a stream that leads to `stream`, the end of `side`, in its place.
-pub(super) fn cross(
+pub(super) fn insert(
     side: usize,
     stream: &mut Stream,
     drain: Duration,
-    crossings: &Arc<Crossings>,
+    adapters: &Arc<Adapters>,
 ) -> io::Result<()> {
     let [near, far] = pair()?;
     near.set_nonblocking(true)?;
@@ -79,15 +79,15 @@ pub(super) fn cross(
         CLIENT => [blocking, far],
         _ => [far, blocking],
     };
-    *crossings.live() += 1;
-    let order = Crossing {
+    *adapters.live() += 1;
+    let order = Adapter {
         side,
         drain,
-        crossings: Arc::clone(crossings),
+        adapters: Arc::clone(adapters),
     };
-    if Bridge::start(streams, order).is_err() {
+    if RelayThreads::start(streams, order).is_err() {
         // There is no thread. Both were reset, and `stream` is with them.
-        *crossings.live() -= 1;
+        *adapters.live() -= 1;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The world as it is: mio's poller, the kernel's sockets, the monotonic clock, and a housekeeper for what may block.
+//! The driver of the real world: mio's poller, the kernel's sockets, the monotonic clock, and a housekeeper for what may block.
 
 use std::collections::HashMap;
 #[cfg(unix)]
@@ -25,14 +25,14 @@ use crate::stream::nonblocking::Stream;
 use crate::sys::{self, Identity};
 use crate::{dial, hyperkit, listener, stream};
 
-use super::bridge::{Bridge, Ended, Order, Progress};
-use super::crossing::{self, Crossings};
+use super::adapter::{self, Adapters};
+use super::driver::Wanted;
+use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
-use super::world::Wanted;
-use super::world::{Event, Found, ListenerId, World};
+use super::relay_threads::{Ended, Order, Progress, RelayThreads};
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
-use crate::engine::health::Sign;
+use crate::engine::health::VmIdentity;
 use crate::engine::routes::Mark;
 use crate::engine::rule::Rule;
 
@@ -42,7 +42,7 @@ const WAKER: Token = Token(usize::MAX);
 /// kevent takes no timeout above 100,000,000 seconds.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// How long peers of pipes, and those behind crossings, may take at the very end to get what was written to them.
+/// How long peers of pipes, and those behind adapters, may take at the very end to get what was written to them.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// How long it may take at the very end to remove the files of sockets. A file system that hangs keeps nobody longer.
@@ -76,13 +76,13 @@ enum News {
 
 /// Takes the news of other threads, and wakes the loop for them.
 #[derive(Debug)]
-struct Bell {
+struct Notifier {
     news: Mutex<Vec<News>>,
     waker: Arc<Waker>,
 }
 
-impl Bell {
-    fn ring(&self, news: News) {
+impl Notifier {
+    fn notify(&self, news: News) {
         self.news().push(news);
         // The loop is gone if it can't be woken.
         let _ = self.waker.wake();
@@ -93,36 +93,36 @@ impl Bell {
     }
 }
 
-/// The real world: mio, the kernel's sockets, the monotonic clock.
+/// The driver of the real world: mio, the kernel's sockets, the monotonic clock.
 #[derive(Debug)]
-pub(crate) struct MioWorld {
+pub(crate) struct MioDriver {
     poll: Poll,
     events: Events,
-    bell: Arc<Bell>,
+    notifier: Arc<Notifier>,
     /// Who waits for the addresses of each name that is being asked for, and with which port.
     asking: HashMap<String, Vec<(usize, u16)>>,
     /// Those that have not told of their end.
-    bridges: HashMap<usize, Bridge>,
-    crossings: Arc<Crossings>,
+    relay_threads: HashMap<usize, RelayThreads>,
+    adapters: Arc<Adapters>,
     housekeeper: Housekeeper,
     /// VMs' processes that were asked for last.
     #[cfg(unix)]
     processes: VecDeque<sys::Process>,
 }
 
-impl MioWorld {
-    pub(crate) fn new(housekeeper: Housekeeper) -> io::Result<MioWorld> {
+impl MioDriver {
+    pub(crate) fn new(housekeeper: Housekeeper) -> io::Result<MioDriver> {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let events = Events::with_capacity(EVENTS);
         let news = Mutex::default();
-        Ok(MioWorld {
+        Ok(MioDriver {
             poll,
             events,
-            bell: Arc::new(Bell { news, waker }),
+            notifier: Arc::new(Notifier { news, waker }),
             asking: HashMap::new(),
-            bridges: HashMap::new(),
-            crossings: Arc::default(),
+            relay_threads: HashMap::new(),
+            adapters: Arc::default(),
             housekeeper,
             #[cfg(unix)]
             processes: VecDeque::new(),
@@ -135,24 +135,24 @@ impl MioWorld {
         directory: &Path,
         job: impl FnOnce() -> Event<Stream, Listener> + Send + 'static,
     ) {
-        let bell = Arc::clone(&self.bell);
-        let job = move || bell.ring(News::Event(job()));
+        let notifier = Arc::clone(&self.notifier);
+        let job = move || notifier.notify(News::Event(job()));
         self.housekeeper.run(directory, job);
     }
 
-    /// Ends a [`wait`](World::wait) from another thread.
+    /// Ends a [`wait`](Driver::wait) from another thread.
     pub(crate) fn waker(&self) -> Arc<Waker> {
-        Arc::clone(&self.bell.waker)
+        Arc::clone(&self.notifier.waker)
     }
 
     /// Asks for the addresses of `host` on a thread of its own: `getaddrinfo` blocks and has no other form, and a name
     /// whose server is silent must not keep the others waiting. There is one thread a name at most.
     fn ask(&self, host: &str) -> io::Result<()> {
-        let bell = Arc::clone(&self.bell);
+        let notifier = Arc::clone(&self.notifier);
         let host = host.to_owned();
         let ask = move || {
             let found = (host.as_str(), 0).to_socket_addrs().map(Iterator::collect);
-            bell.ring(News::Found(host, found));
+            notifier.notify(News::Found(host, found));
         };
         let thread = std::thread::Builder::new().name("hvsock-resolver".into());
         thread.spawn(ask).map(drop)
@@ -208,10 +208,10 @@ impl MioWorld {
     }
 }
 
-impl Drop for MioWorld {
+impl Drop for MioDriver {
     fn drop(&mut self) {
         self.housekeeper.finish(LAST_FILES);
-        self.crossings.wait(LAST_WORDS);
+        self.adapters.wait(LAST_WORDS);
         // What was written to a pipe and not taken yet goes out as long as its poller lives.
         #[cfg(windows)]
         sys::wait_for_last_words(LAST_WORDS);
@@ -219,11 +219,11 @@ impl Drop for MioWorld {
 }
 
 /// By what the VM behind a state directory is known now; `None` if there is none.
-fn sign_of(vm: &HyperkitVm) -> Option<Sign> {
+fn sign_of(vm: &HyperkitVm) -> Option<VmIdentity> {
     // A VM with `guest_forwards` alone has no `connect` socket.
     let of = |path: PathBuf| Identity::of(&path).ok();
-    let socket = of(vm.connect_path()).map(Sign::Socket);
-    socket.or_else(|| of(vm.pid_path()).map(Sign::PidFile))
+    let socket = of(vm.connect_path()).map(VmIdentity::Socket);
+    socket.or_else(|| of(vm.pid_path()).map(VmIdentity::PidFile))
 }
 
 /// The directory of the socket's file by which an address is found.
@@ -247,12 +247,12 @@ fn bind(address: &Address, mode: u32) -> Found<Listener> {
     }
 }
 
-/// A bridge of a forward, as its world knows it.
+/// Relay threads of a forward, as its driver knows them.
 struct Carried {
     token: usize,
     forward: Arc<Forward>,
     drain: Duration,
-    bell: Arc<Bell>,
+    notifier: Arc<Notifier>,
 }
 
 impl Order for Carried {
@@ -261,12 +261,14 @@ impl Order for Carried {
     }
 
     fn drain(&self, side: usize) -> Option<Duration> {
-        (self.forward.is_blocking(side) || self.forward.is_polite(side)).then_some(self.drain)
+        (self.forward.is_blocking(side) || self.forward.needs_graceful_close(side))
+            .then_some(self.drain)
     }
 
     fn ended(&self, ended: Ended) {
         let token = self.token;
-        self.bell.ring(News::Event(Event::Bridged { token, ended }));
+        self.notifier
+            .notify(News::Event(Event::ThreadsEnded { token, ended }));
     }
 }
 
@@ -296,7 +298,7 @@ impl Socket for Stream {
     }
 }
 
-impl World for MioWorld {
+impl Driver for MioDriver {
     type Stream = Stream;
     type Listener = Listener;
 
@@ -328,7 +330,7 @@ impl World for MioWorld {
     }
 
     fn now(&self) -> Instant {
-        MioWorld::clock()
+        MioDriver::clock()
     }
 
     fn wait(
@@ -337,7 +339,7 @@ impl World for MioWorld {
         timeout: Option<Duration>,
     ) -> io::Result<()> {
         // As with the inbox: news may be there although their wake-up was lost.
-        let told = !self.bell.news().is_empty();
+        let told = !self.notifier.news().is_empty();
         let timeout = match timeout {
             _ if told => Some(Duration::ZERO),
             timeout => timeout.map(|timeout| timeout.min(LONGEST_WAIT)),
@@ -353,13 +355,13 @@ impl World for MioWorld {
             }
             timeout = Some(Duration::ZERO);
         }
-        let news = std::mem::take(&mut *self.bell.news());
+        let news = std::mem::take(&mut *self.notifier.news());
         for news in news {
             match news {
                 News::Found(host, found) => self.tell(&host, &found, events),
                 News::Event(event) => {
-                    if let Event::Bridged { token, .. } = &event {
-                        self.bridges.remove(token);
+                    if let Event::ThreadsEnded { token, .. } = &event {
+                        self.relay_threads.remove(token);
                     }
                     events.push(event);
                 }
@@ -369,13 +371,13 @@ impl World for MioWorld {
     }
 
     fn watch_listener(&mut self, listener: &mut Listener, token: usize) -> io::Result<()> {
-        let bell = Arc::clone(&self.bell);
+        let notifier = Arc::clone(&self.notifier);
         let tell = move || {
             let readiness = Readiness {
                 readable: true,
                 ..Readiness::default()
             };
-            bell.ring(News::Event(Event::Ready { token, readiness }));
+            notifier.notify(News::Event(Event::Ready { token, readiness }));
         };
         listener.watch(self.poll.registry(), Token(token), tell)
     }
@@ -413,7 +415,7 @@ impl World for MioWorld {
         match directory {
             Some(directory) => self.ask_housekeeper(&directory, again),
             // At once: until then its clients are refused.
-            None => self.bell.ring(News::Event(again())),
+            None => self.notifier.notify(News::Event(again())),
         }
     }
 
@@ -451,7 +453,7 @@ impl World for MioWorld {
     }
 
     /// A path is looked up to connect to it, for connect(2) has no other form; and once more to know who is there.
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<Sign>)> {
+    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
         let stream = Stream::connect(endpoint)?;
         let sign = match endpoint {
             Endpoint::Hyperkit(hyperkit) => sign_of(&hyperkit.vm),
@@ -511,7 +513,7 @@ impl World for MioWorld {
         }
         self.asking.insert(host.to_owned(), vec![(token, port)]);
         if let Err(e) = self.ask(host) {
-            self.bell.ring(News::Found(host.to_owned(), Err(e)));
+            self.notifier.notify(News::Found(host.to_owned(), Err(e)));
         }
     }
 
@@ -558,21 +560,21 @@ impl World for MioWorld {
     }
 
     fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
-        let bell = Arc::clone(&self.bell);
+        let notifier = Arc::clone(&self.notifier);
         let target = address.clone();
         let dial = move || {
             let stream = stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking);
-            bell.ring(News::Event(Event::Dialled { token, stream }));
+            notifier.notify(News::Event(Event::Dialled { token, stream }));
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());
         if let Err(e) = thread.spawn(dial) {
             let stream = Err(Error::new(Operation::Connect, address, e));
-            self.bell
-                .ring(News::Event(Event::Dialled { token, stream }));
+            self.notifier
+                .notify(News::Event(Event::Dialled { token, stream }));
         }
     }
 
-    fn bridge(
+    fn start_threads(
         &mut self,
         token: usize,
         streams: [Stream; 2],
@@ -598,23 +600,28 @@ impl World for MioWorld {
             token,
             forward: Arc::clone(forward),
             drain,
-            bell: Arc::clone(&self.bell),
+            notifier: Arc::clone(&self.notifier),
         };
-        let bridge = Bridge::start([client, server], order)?;
-        self.bridges.insert(token, bridge);
+        let bridge = RelayThreads::start([client, server], order)?;
+        self.relay_threads.insert(token, bridge);
         Ok(())
     }
 
-    fn cross(&mut self, side: usize, stream: &mut Stream, drain: Duration) -> io::Result<()> {
-        crossing::cross(side, stream, drain, &self.crossings)
+    fn insert_adapter(
+        &mut self,
+        side: usize,
+        stream: &mut Stream,
+        drain: Duration,
+    ) -> io::Result<()> {
+        adapter::insert(side, stream, drain, &self.adapters)
     }
 
-    fn bridged(&self, token: usize) -> Option<Progress> {
-        self.bridges.get(&token).map(Bridge::progress)
+    fn threads_progress(&self, token: usize) -> Option<Progress> {
+        self.relay_threads.get(&token).map(RelayThreads::progress)
     }
 
-    fn cut_bridge(&mut self, token: usize) {
-        if let Some(bridge) = self.bridges.get(&token) {
+    fn cut_threads(&mut self, token: usize) {
+        if let Some(bridge) = self.relay_threads.get(&token) {
             bridge.cut();
         }
     }

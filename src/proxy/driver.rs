@@ -1,5 +1,5 @@
-//! The seam between the loop and the world (invariant 9): readiness, results of socket calls, and time come through
-//! [`World`] and nowhere else, so that a whole worker can run against simulated sockets and a simulated clock.
+//! What the loop learns from the world, and does to it (invariant 9): readiness, results of socket calls, and time come through
+//! [`Driver`] and nowhere else, so that a whole worker can run against simulated sockets and a simulated clock.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,10 +16,10 @@ use crate::listener;
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
-use super::bridge::{Ended, Progress};
+use super::relay_threads::{Ended, Progress};
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
-use crate::engine::health::Sign;
+use crate::engine::health::VmIdentity;
 use crate::engine::id::ForwardId;
 use crate::engine::routes::Mark;
 use crate::engine::rule::Rule;
@@ -64,11 +64,11 @@ pub(crate) enum Event<S, L> {
     /// The dial that was begun with this token has come to this.
     Dialled { token: usize, stream: Result<S> },
     /// The bridge that was begun with this token has closed its streams.
-    Bridged { token: usize, ended: Ended },
+    ThreadsEnded { token: usize, ended: Ended },
     /// What was seen of a VM from outside.
     VmSeen {
         gate: Arc<Gate>,
-        sign: Option<Sign>,
+        sign: Option<VmIdentity>,
         process: Option<i32>,
     },
     /// What has become of a listener's file, or of a listener that was to be bound again.
@@ -98,8 +98,8 @@ pub(crate) enum Found<L> {
 }
 
 /// Everything a worker asks of its surroundings; and what those ask who look at a proxy and change
-/// it from outside of its workers' loops, who have no world at hand.
-pub(crate) trait World: Sized {
+/// it from outside of its workers' loops, which have no driver at hand.
+pub(crate) trait Driver: Sized {
     type Stream: Socket;
     type Listener;
 
@@ -113,7 +113,7 @@ pub(crate) trait World: Sized {
     /// Returns the address that was bound when `asked` was asked for: with the port that was
     /// chosen.
     fn bound(listener: &Self::Listener, asked: &Address) -> Address;
-    /// Returns the time, on the clock that [`now`](World::now) shows.
+    /// Returns the time, on the clock that [`now`](Driver::now) shows.
     fn clock() -> Instant;
     /// Waits for what a worker has to tell, at most `patience`.
     ///
@@ -153,7 +153,7 @@ pub(crate) trait World: Sized {
     fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
 
     /// Begins to connect. Of a hyperkit VM: and by what it is known.
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Self::Stream, Option<Sign>)>;
+    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
     /// Explains why a dial has failed; `None` if that takes a look at files: then [`Event::Explained`] answers.
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
     /// By what a listener's clients know it, if they do.
@@ -176,12 +176,12 @@ pub(crate) trait World: Sized {
 
     /// Connects to an address to which connecting blocks; [`Event::Dialled`] answers.
     fn dial(&mut self, token: usize, address: &Address, timeout: Duration);
-    /// Carries between two streams, of which one at least can't be waited for, until [`Event::Bridged`]. It may take
+    /// Carries between two streams, of which one at least can't be waited for, until [`Event::ThreadsEnded`]. It may take
     /// `drain` to take leave of a side.
     ///
     /// # Errors
     /// It can't be begun; both were reset.
-    fn bridge(
+    fn start_threads(
         &mut self,
         token: usize,
         streams: [Self::Stream; 2],
@@ -193,9 +193,14 @@ pub(crate) trait World: Sized {
     ///
     /// # Errors
     /// It can't be had: the stream is as it was.
-    fn cross(&mut self, side: usize, stream: &mut Self::Stream, drain: Duration) -> io::Result<()>;
+    fn insert_adapter(
+        &mut self,
+        side: usize,
+        stream: &mut Self::Stream,
+        drain: Duration,
+    ) -> io::Result<()>;
     /// How far a bridge is; `None` if there is none.
-    fn bridged(&self, token: usize) -> Option<Progress>;
-    /// Breaks a bridge off, which is to be tried again until [`Event::Bridged`].
-    fn cut_bridge(&mut self, token: usize);
+    fn threads_progress(&self, token: usize) -> Option<Progress>;
+    /// Breaks a bridge off, which is to be tried again until [`Event::ThreadsEnded`].
+    fn cut_threads(&mut self, token: usize);
 }
