@@ -72,7 +72,7 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// The reason that an error of a dial tells of.
-    pub(crate) fn of(target: &Address, error: &Error) -> Reason {
+    pub(crate) fn from_error(target: &Address, error: &Error) -> Reason {
         use io::ErrorKind::{
             BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
             NetworkUnreachable, NotFound, TimedOut,

@@ -37,7 +37,7 @@ pub(crate) struct Forward {
     pub(crate) status_cell: Arc<StatusCell>,
     pub(crate) log_limiter: LogLimiter,
     /// Whether its target is there, where no gate knows it.
-    presence: Mutex<Health>,
+    health: Mutex<Health>,
     /// The slots of its VM that it keeps, until it is removed.
     pub(crate) quota: Mutex<Option<Reservation>>,
     /// It was removed, and the time of its connections is over.
@@ -68,7 +68,7 @@ impl Forward {
             tally: Arc::default(),
             status_cell: Arc::default(),
             log_limiter: LogLimiter::default(),
-            presence: Mutex::default(),
+            health: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::default(),
             closed: Arc::default(),
@@ -94,7 +94,7 @@ impl Forward {
             tally: Arc::clone(&self.tally),
             status_cell: Arc::clone(&self.status_cell),
             log_limiter: LogLimiter::default(),
-            presence: Mutex::default(),
+            health: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::clone(&self.cut),
             closed: Arc::clone(&self.closed),
@@ -103,9 +103,14 @@ impl Forward {
     }
 
     /// Tells the observer, if there is one.
-    pub(crate) fn tell(&self, connection: ConnectionId, peer: SocketName, what: What<'_>) {
+    pub(crate) fn notify_observer(
+        &self,
+        connection: ConnectionId,
+        peer: SocketName,
+        what: What<'_>,
+    ) {
         if let Some(observer) = &self.observer {
-            observer.tell(&Event {
+            observer.notify(&Event {
                 forward: self.id,
                 connection,
                 peer,
@@ -170,8 +175,8 @@ impl Forward {
         *self.quota.lock().unwrap_or_else(PoisonError::into_inner) = quota;
     }
 
-    fn presence(&self) -> MutexGuard<'_, Health> {
-        self.presence.lock().unwrap_or_else(PoisonError::into_inner)
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A dial has found nobody.
@@ -180,28 +185,28 @@ impl Forward {
             return gate.mark_down(error, now);
         }
         // What comes and goes all the time isn't told of each time.
-        let told = self.presence().is_up() == Some(false);
+        let told = self.health().is_up() == Some(false);
         if !told && self.log_limiter.admit(ABSENT, now).is_some() {
-            let news = self.presence().failed(now);
-            self.tell_news(news, Some(error));
+            let news = self.health().mark_down(now);
+            self.log_change(news, Some(error));
         }
     }
 
     /// A dial has found somebody.
-    pub(crate) fn found(&self, now: Instant) {
+    pub(crate) fn mark_up(&self, now: Instant) {
         if self.gates[SERVER].is_none() {
-            let news = self.presence().connected(now);
-            self.tell_news(news, None);
+            let news = self.health().mark_up(now);
+            self.log_change(news, None);
         }
     }
 
-    fn tell_news(&self, news: Option<News>, error: Option<&Error>) {
+    fn log_change(&self, news: Option<News>, error: Option<&Error>) {
         if let Some(news) = news {
             let clients = match self.wait() {
                 None => [1, 0],
                 Some(_) => [0, 1],
             };
-            health::tell(news, &self.rule.connect, error, clients);
+            health::log_change(news, &self.rule.connect, error, clients);
         }
     }
 

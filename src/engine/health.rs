@@ -49,7 +49,7 @@ pub(crate) struct Health {
     state: State,
     was_there: bool,
     /// What it was when it was seen last.
-    sign: Option<VmIdentity>,
+    identity: Option<VmIdentity>,
     /// It could not be seen since.
     unseen: bool,
     process: Option<i32>,
@@ -66,7 +66,7 @@ impl Default for Health {
         Health {
             state: State::Unknown,
             was_there: false,
-            sign: None,
+            identity: None,
             unseen: false,
             process: None,
             back: None,
@@ -79,7 +79,7 @@ impl Default for Health {
 
 impl Health {
     /// Takes a dial that found nobody.
-    pub(crate) fn failed(&mut self, now: Instant) -> Option<News> {
+    pub(crate) fn mark_down(&mut self, now: Instant) -> Option<News> {
         match self.state {
             State::Gone { told: true, .. } => return None,
             State::Up if self.settles(now) => return None,
@@ -94,14 +94,14 @@ impl Health {
     }
 
     fn gone(&mut self, now: Instant) -> News {
-        self.take_for_gone(now, true);
+        self.set_gone(now, true);
         News::Gone {
             was_there: self.was_there,
         }
     }
 
     /// Takes it for gone; if it is so already, since when it was.
-    fn take_for_gone(&mut self, now: Instant, told: bool) {
+    fn set_gone(&mut self, now: Instant, told: bool) {
         let (since, at) = match self.state {
             State::Gone { since, at, .. } => (since, at),
             State::Unknown | State::Up => (now, SystemTime::now()),
@@ -110,7 +110,7 @@ impl Health {
     }
 
     /// Takes a dial that found somebody.
-    pub(crate) fn connected(&mut self, now: Instant) -> Option<News> {
+    pub(crate) fn mark_up(&mut self, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.state, State::Up);
         self.was_there = true;
         match before {
@@ -124,26 +124,30 @@ impl Health {
     }
 
     /// Takes what it is now; whether it is another than before.
-    pub(crate) fn seen(&mut self, sign: VmIdentity, now: Instant) -> (bool, Option<News>) {
+    pub(crate) fn note_identity(
+        &mut self,
+        identity: VmIdentity,
+        now: Instant,
+    ) -> (bool, Option<News>) {
         // That a VM's socket is missing says nothing of who it is: one that begins has its pid file first. So once one
-        // has had a socket, its pid file is no sign any more.
+        // has had a socket, its pid file is no identity any more.
         if matches!(
-            (self.sign, sign),
+            (self.identity, identity),
             (Some(VmIdentity::Socket(_)), VmIdentity::PidFile(_))
         ) {
-            return (false, self.not_seen(now));
+            return (false, self.note_absence(now));
         }
         // What another worker has seen may be older than what is known.
         if let Some((old, until)) = self.replaced
-            && old == sign
+            && old == identity
             && now < until
         {
             return (false, None);
         }
-        let before = self.sign.replace(sign);
-        let is_new = match (before, sign) {
+        let before = self.identity.replace(identity);
+        let is_new = match (before, identity) {
             (None, _) | (Some(VmIdentity::PidFile(_)), VmIdentity::Socket(_)) => false,
-            (Some(before), _) => before != sign,
+            (Some(before), _) => before != identity,
         };
         if is_new {
             self.restarts += 1;
@@ -155,7 +159,7 @@ impl Health {
         self.told_before_seen &= !is_new && self.settles(now);
         let news = match self.state {
             State::Gone { .. } if came => {
-                let news = self.connected(now);
+                let news = self.mark_up(now);
                 self.told_before_seen = false;
                 news
             }
@@ -167,13 +171,13 @@ impl Health {
     }
 
     /// Takes that there is nothing to be seen of it.
-    pub(crate) fn not_seen(&mut self, now: Instant) -> Option<News> {
+    pub(crate) fn note_absence(&mut self, now: Instant) -> Option<News> {
         self.unseen = true;
         self.process = None;
         match self.state {
             State::Up => Some(self.gone(now)),
             State::Unknown => {
-                self.take_for_gone(now, false);
+                self.set_gone(now, false);
                 None
             }
             State::Gone { .. } => None,
@@ -182,10 +186,10 @@ impl Health {
 
     /// Takes which process it is, of which a file tells that may be missing or an old one: only that a process has ended
     /// which had been alive says that it is gone.
-    pub(crate) fn process(&mut self, process: Option<i32>, now: Instant) -> Option<News> {
+    pub(crate) fn note_process(&mut self, process: Option<i32>, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.process, process);
         match (self.state, process) {
-            (State::Unknown, Some(_)) => self.connected(now),
+            (State::Unknown, Some(_)) => self.mark_up(now),
             (State::Up, None) if before.is_some() => Some(self.gone(now)),
             _ => None,
         }
@@ -213,7 +217,7 @@ impl Health {
 }
 
 /// Says in the log what is new of `subject`. `clients` are how many forwards refuse theirs meanwhile, and hold them.
-pub(crate) fn tell(
+pub(crate) fn log_change(
     news: News,
     subject: &dyn fmt::Display,
     error: Option<&Error>,

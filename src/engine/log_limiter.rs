@@ -15,17 +15,21 @@ struct Heard {
 }
 
 /// At most one complaint in this time, unless its text is a new one.
-const QUIET: Duration = Duration::from_secs(60);
+const SAME_TEXT_INTERVAL: Duration = Duration::from_secs(60);
 /// At most one complaint in this time at all.
-const SILENT: Duration = Duration::from_secs(1);
+const INTERVAL: Duration = Duration::from_secs(1);
 
 impl LogLimiter {
     /// How many log_limiter were swallowed since the last one, if this one may be said.
     pub(crate) fn admit(&self, text: &str, now: Instant) -> Option<u64> {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(heard) = &mut *last {
-            let quiet = if heard.text == text { QUIET } else { SILENT };
-            if now.saturating_duration_since(heard.at) < quiet {
+            let interval = if heard.text == text {
+                SAME_TEXT_INTERVAL
+            } else {
+                INTERVAL
+            };
+            if now.saturating_duration_since(heard.at) < interval {
                 heard.more += 1;
                 return None;
             }

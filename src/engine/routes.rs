@@ -21,7 +21,7 @@ pub(crate) const CID_LOCAL: u32 = 1;
 
 /// Where a listener of ours is, as those who connect to it know it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Mark {
+pub(crate) enum ListenerName {
     Tcp(SocketAddr),
     /// The port of an AF_VSOCK socket.
     Vsock(u32),
@@ -30,12 +30,12 @@ pub(crate) enum Mark {
     Unix(Vec<u8>),
 }
 
-impl Mark {
+impl ListenerName {
     /// That of a listener of this name, if it has one.
-    pub(crate) fn of(name: SocketName) -> Option<Mark> {
+    pub(crate) fn from_socket(name: SocketName) -> Option<ListenerName> {
         match name {
-            SocketName::Tcp(address) => Some(Mark::Tcp(address)),
-            SocketName::Vsock(name) => Some(Mark::Vsock(name.port.0)),
+            SocketName::Tcp(address) => Some(ListenerName::Tcp(address)),
+            SocketName::Vsock(name) => Some(ListenerName::Vsock(name.port.0)),
             _ => None,
         }
     }
@@ -44,7 +44,7 @@ impl Mark {
 /// A connection of this machine with itself, as both its ends know it. (One end alone would not do: the kernel gives one
 /// port to several connections that lead to different places.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Ends {
+pub(crate) enum PeerNames {
     Tcp {
         dialling: SocketAddr,
         listening: SocketAddr,
@@ -53,15 +53,15 @@ pub(crate) enum Ends {
     Vsock { dialling: u32, listening: u32 },
 }
 
-impl Ends {
+impl PeerNames {
     /// Those of a dialled socket that has the name `here`, and was to be connected to `endpoint`.
-    pub(crate) fn dialled(here: SocketName, endpoint: &Endpoint) -> Option<Ends> {
+    pub(crate) fn dialled(here: SocketName, endpoint: &Endpoint) -> Option<PeerNames> {
         match (here, endpoint) {
-            (SocketName::Tcp(here), Endpoint::Tcp(to)) => Some(Ends::Tcp {
+            (SocketName::Tcp(here), Endpoint::Tcp(to)) => Some(PeerNames::Tcp {
                 dialling: canonical(here),
                 listening: canonical(*to),
             }),
-            (SocketName::Vsock(here), Endpoint::Vsock(to)) => Some(Ends::Vsock {
+            (SocketName::Vsock(here), Endpoint::Vsock(to)) => Some(PeerNames::Vsock {
                 dialling: here.port.0,
                 listening: to.port.0,
             }),
@@ -70,23 +70,25 @@ impl Ends {
     }
 
     /// Returns whether it may come out at a listener that is known by that mark.
-    fn lead_to(&self, mark: &Mark) -> bool {
+    fn lead_to(&self, mark: &ListenerName) -> bool {
         match (self, mark) {
-            (Ends::Tcp { listening, .. }, Mark::Tcp(bound)) => listening.port() == bound.port(),
-            (Ends::Vsock { listening, .. }, Mark::Vsock(port)) => listening == port,
+            (PeerNames::Tcp { listening, .. }, ListenerName::Tcp(bound)) => {
+                listening.port() == bound.port()
+            }
+            (PeerNames::Vsock { listening, .. }, ListenerName::Vsock(port)) => listening == port,
             _ => false,
         }
     }
 
     /// Those of an accepted socket that has the name `here`, and whose peer is `peer`.
-    pub(crate) fn accepted(here: SocketName, peer: SocketName) -> Option<Ends> {
+    pub(crate) fn accepted(here: SocketName, peer: SocketName) -> Option<PeerNames> {
         match (here, peer) {
-            (SocketName::Tcp(here), SocketName::Tcp(peer)) => Some(Ends::Tcp {
+            (SocketName::Tcp(here), SocketName::Tcp(peer)) => Some(PeerNames::Tcp {
                 dialling: canonical(peer),
                 listening: canonical(here),
             }),
             (SocketName::Vsock(here), SocketName::Vsock(peer)) if peer.cid == CID_LOCAL => {
-                Some(Ends::Vsock {
+                Some(PeerNames::Vsock {
                     dialling: peer.port.0,
                     listening: here.port.0,
                 })
@@ -115,7 +117,7 @@ pub(crate) fn specified(ip: IpAddr) -> IpAddr {
 #[derive(Debug, Default)]
 pub(crate) struct Route {
     /// The dialled connection, where it is known at the other end by its names.
-    outgoing: Option<Ends>,
+    outgoing: Option<PeerNames>,
     /// The edges that this connection stands for.
     edges: Vec<(ForwardId, ForwardId)>,
 }
@@ -138,12 +140,12 @@ pub(crate) struct Routes {
 
 #[derive(Debug, Default)]
 struct Known {
-    listeners: HashMap<Mark, ForwardId>,
+    listeners: HashMap<ListenerName, ForwardId>,
     /// The TCP ports among them.
     ports: HashSet<u16>,
     /// Whether there are Unix sockets among them.
     unix: bool,
-    outgoing: HashMap<Ends, ForwardId>,
+    outgoing: HashMap<PeerNames, ForwardId>,
     edges: HashMap<(ForwardId, ForwardId), usize>,
     /// Forwards through which a circle of Unix sockets went a moment ago, and until when they count as such.
     circles: HashMap<ForwardId, Instant>,
@@ -164,7 +166,7 @@ impl Routes {
     }
 
     /// Notes where a forward listens.
-    pub(crate) fn listens(&self, mark: Mark, forward: ForwardId) {
+    pub(crate) fn listens(&self, mark: ListenerName, forward: ForwardId) {
         let mut known = self.known();
         known.listeners.retain(|_, it| *it != forward);
         known.listeners.insert(mark, forward);
@@ -183,13 +185,15 @@ impl Routes {
         let known = self.known();
         match endpoint {
             Endpoint::Tcp(to) => known.ports.contains(&to.port()),
-            Endpoint::Vsock(to) => known.listeners.contains_key(&Mark::Vsock(to.port.0)),
+            Endpoint::Vsock(to) => known
+                .listeners
+                .contains_key(&ListenerName::Vsock(to.port.0)),
             _ => known.unix,
         }
     }
 
     /// Notes a dialled connection of `forward`, by which it will be known if it comes out at a listener of ours.
-    pub(crate) fn dialled(&self, forward: ForwardId, ends: Ends, route: &mut Route) {
+    pub(crate) fn dialled(&self, forward: ForwardId, ends: PeerNames, route: &mut Route) {
         let mut known = self.known();
         // That of a dial that has failed.
         if let Some(before) = route.outgoing.replace(ends) {
@@ -204,7 +208,7 @@ impl Routes {
     pub(crate) fn reached(
         &self,
         forward: ForwardId,
-        name: &Mark,
+        name: &ListenerName,
         route: &mut Route,
         now: Instant,
     ) -> bool {
@@ -241,7 +245,7 @@ impl Routes {
     /// Takes that a client has come to `forward`; false if it comes by a circle.
     pub(crate) fn accepted(
         &self,
-        ends: impl FnOnce() -> Option<Ends>,
+        ends: impl FnOnce() -> Option<PeerNames>,
         forward: ForwardId,
         route: &mut Route,
     ) -> bool {
@@ -268,7 +272,7 @@ impl Routes {
         let mut marks = known.listeners.iter().filter(|(_, it)| **it == forward);
         marks.any(|(mark, _)| match mark {
             // There is an edge from the dial on. Who else was accepted may wait for nobody.
-            Mark::Unix(_) => edges as u64 > accepted,
+            ListenerName::Unix(_) => edges as u64 > accepted,
             // There is one from the accept on.
             _ => {
                 known
@@ -301,12 +305,12 @@ impl Routes {
 
 impl Known {
     fn note_kinds(&mut self) {
-        let port = |mark: &Mark| match mark {
-            Mark::Tcp(address) => Some(address.port()),
+        let port = |mark: &ListenerName| match mark {
+            ListenerName::Tcp(address) => Some(address.port()),
             _ => None,
         };
         self.ports = self.listeners.keys().filter_map(port).collect();
-        let unix = |mark: &Mark| matches!(mark, Mark::Unix(_));
+        let unix = |mark: &ListenerName| matches!(mark, ListenerName::Unix(_));
         self.unix = self.listeners.keys().any(unix);
     }
 
@@ -342,15 +346,16 @@ mod tests {
         let [a, b, c] = [0, 1, 2].map(ForwardId);
         let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let to = |listening| Endpoint::Tcp(SocketAddr::from((Ipv4Addr::UNSPECIFIED, listening)));
-        let socket =
-            |port, listening| Ends::dialled(SocketName::Tcp(local(port)), &to(listening)).unwrap();
+        let socket = |port, listening| {
+            PeerNames::dialled(SocketName::Tcp(local(port)), &to(listening)).unwrap()
+        };
         // As a listener on [::] sees it.
         let seen = |port, listening| {
             let ip = Ipv4Addr::LOCALHOST.to_ipv6_mapped();
             let name = move |port| SocketName::Tcp(SocketAddr::from((ip, port)));
-            move || Ends::accepted(name(listening), name(port))
+            move || PeerNames::accepted(name(listening), name(port))
         };
-        let name = |name: &str| Mark::Unix(name.into());
+        let name = |name: &str| ListenerName::Unix(name.into());
         routes.listens(name("b"), b);
         let mut first = Route::default();
         let now = Instant::now();

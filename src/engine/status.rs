@@ -175,7 +175,7 @@ impl StatusCell {
     }
 
     /// Notes why the listener takes nobody. The time of an obstacle that lasts is that of its beginning.
-    pub(crate) fn blocked(&self, obstacle: Obstacle, why: String) {
+    pub(crate) fn set_obstacle(&self, obstacle: Obstacle, why: String) {
         let mut known = self.known();
         match &mut known.obstacle {
             Some((before, text, _)) if *before == obstacle => *text = why,
@@ -184,11 +184,11 @@ impl StatusCell {
     }
 
     /// Notes that the listener takes clients again.
-    pub(crate) fn unblocked(&self) {
+    pub(crate) fn clear_obstacle(&self) {
         self.known().obstacle = None;
     }
 
-    pub(crate) fn failed(&self, text: String) {
+    pub(crate) fn set_error(&self, text: String) {
         let at = SystemTime::now();
         self.known().error = Some(LastError { text, at });
     }

@@ -21,7 +21,7 @@ use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ForwardId;
-use crate::engine::routes::Mark;
+use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 
 /// Whether what a worker is told to do is still wanted: it begins, or the one that asked gives up, whichever is first.
@@ -68,7 +68,7 @@ pub(crate) enum Event<S, L> {
     /// What was seen of a VM from outside.
     VmSeen {
         gate: Arc<Gate>,
-        sign: Option<VmIdentity>,
+        identity: Option<VmIdentity>,
         process: Option<i32>,
     },
     /// What has become of a listener's file, or of a listener that was to be bound again.
@@ -157,7 +157,7 @@ pub(crate) trait Driver: Sized {
     /// Explains why a dial has failed; `None` if that takes a look at files: then [`Event::Explained`] answers.
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
     /// By what a listener's clients know it, if they do.
-    fn mark_of_listener(&mut self, listener: &Self::Listener) -> Option<Mark>;
+    fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
     /// Registers a stream, readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
     fn close(&mut self, stream: Self::Stream);

@@ -71,20 +71,22 @@ impl<L> Listening<L> {
     /// Notes what keeps clients from being accepted.
     fn set_obstacle(&mut self, obstacle: Obstacle, why: &dyn std::fmt::Display) {
         self.obstacle = Some(obstacle);
-        self.forward.status_cell.blocked(obstacle, why.to_string());
+        self.forward
+            .status_cell
+            .set_obstacle(obstacle, why.to_string());
     }
 
     /// Someone was accepted, or nobody waits.
     fn unblock(&mut self) {
         // Who comes to a socket whose file is lost came before that.
         if self.obstacle != Some(Obstacle::Lost) {
-            self.found();
+            self.clear_obstacle();
         }
     }
 
-    fn found(&mut self) {
+    fn clear_obstacle(&mut self) {
         if self.obstacle.take().is_some() {
-            self.forward.status_cell.unblocked();
+            self.forward.status_cell.clear_obstacle();
         }
     }
 }
@@ -184,7 +186,7 @@ impl<D: Driver> Listeners<D> {
 
     /// Notes by what the clients of a forward know it.
     fn note_mark(listener: &D::Listener, forward: ForwardId, cx: &mut TurnContext<'_, D>) {
-        if let Some(mark) = cx.driver.mark_of_listener(listener) {
+        if let Some(mark) = cx.driver.name_of_listener(listener) {
             cx.shared.routes.listens(mark, forward);
         }
     }
@@ -560,7 +562,7 @@ impl<D: Driver> Listeners<D> {
             Found::Ours => {
                 if listening.obstacle == Some(Obstacle::Lost) {
                     listening.lost = false;
-                    listening.found();
+                    listening.clear_obstacle();
                 }
             }
             Found::Taken => {
@@ -598,7 +600,7 @@ impl<D: Driver> Listeners<D> {
                 let listening = &mut self.all[of.token];
                 listening.listener = Some(listener);
                 (listening.ready, listening.lost) = (true, false);
-                listening.found();
+                listening.clear_obstacle();
             }
             Found::Failed(e) => {
                 listening.set_obstacle(Obstacle::Lost, &e);

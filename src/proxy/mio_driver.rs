@@ -33,7 +33,7 @@ use super::relay_threads::{Ended, Order, Progress, RelayThreads};
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
-use crate::engine::routes::Mark;
+use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 
 /// Token of the waker.
@@ -189,7 +189,7 @@ impl MioDriver {
     }
 
     /// Tells who waited for a name what was found.
-    fn tell(
+    fn deliver_addresses(
         &mut self,
         host: &str,
         found: &io::Result<Vec<SocketAddr>>,
@@ -219,7 +219,7 @@ impl Drop for MioDriver {
 }
 
 /// By what the VM behind a state directory is known now; `None` if there is none.
-fn sign_of(vm: &HyperkitVm) -> Option<VmIdentity> {
+fn identity_of_vm(vm: &HyperkitVm) -> Option<VmIdentity> {
     // A VM with `guest_forwards` alone has no `connect` socket.
     let of = |path: PathBuf| Identity::of(&path).ok();
     let socket = of(vm.connect_path()).map(VmIdentity::Socket);
@@ -358,7 +358,7 @@ impl Driver for MioDriver {
         let news = std::mem::take(&mut *self.notifier.news());
         for news in news {
             match news {
-                News::Found(host, found) => self.tell(&host, &found, events),
+                News::Found(host, found) => self.deliver_addresses(&host, &found, events),
                 News::Event(event) => {
                     if let Event::ThreadsEnded { token, .. } = &event {
                         self.relay_threads.remove(token);
@@ -455,11 +455,11 @@ impl Driver for MioDriver {
     /// A path is looked up to connect to it, for connect(2) has no other form; and once more to know who is there.
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
         let stream = Stream::connect(endpoint)?;
-        let sign = match endpoint {
-            Endpoint::Hyperkit(hyperkit) => sign_of(&hyperkit.vm),
+        let identity = match endpoint {
+            Endpoint::Hyperkit(hyperkit) => identity_of_vm(&hyperkit.vm),
             _ => None,
         };
-        Ok((stream, sign))
+        Ok((stream, identity))
     }
 
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
@@ -478,10 +478,10 @@ impl Driver for MioDriver {
         None
     }
 
-    fn mark_of_listener(&mut self, listener: &Listener) -> Option<Mark> {
+    fn name_of_listener(&mut self, listener: &Listener) -> Option<ListenerName> {
         match listener.bound_name() {
-            Some(name) => Some(Mark::Unix(name)),
-            None => Mark::of(listener.local_addr().ok()?),
+            Some(name) => Some(ListenerName::Unix(name)),
+            None => ListenerName::from_socket(listener.local_addr().ok()?),
         }
     }
 
@@ -552,7 +552,7 @@ impl Driver for MioDriver {
         self.ask_housekeeper(&directory, move || {
             let vm = gate.vm();
             Event::VmSeen {
-                sign: sign_of(vm),
+                identity: identity_of_vm(vm),
                 process: hyperkit::running_pid(&vm.state_dir),
                 gate,
             }

@@ -187,9 +187,9 @@ impl<D: Driver> Worker<D> {
             }
             Event::VmSeen {
                 gate,
-                sign,
+                identity,
                 process,
-            } => gate.look(sign, process, now),
+            } => gate.take_look(identity, process, now),
             Event::Listener { of, found } => {
                 call!(self.listeners.take_listener(of, found), now);
                 self.adopt_accepted(now);

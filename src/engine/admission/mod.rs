@@ -338,8 +338,8 @@ impl Gate {
 
     /// A dial has failed as it does where no VM is.
     pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
-        let news = self.state().health.failed(now);
-        self.tell(news, Some(error));
+        let news = self.state().health.mark_down(now);
+        self.log_change(news, Some(error));
     }
 
     /// Returns the VM.
@@ -363,7 +363,7 @@ impl Gate {
     }
 
     /// Takes what was seen of the VM.
-    pub(crate) fn look(&self, vm: Option<VmIdentity>, process: Option<i32>, now: Instant) {
+    pub(crate) fn take_look(&self, vm: Option<VmIdentity>, process: Option<i32>, now: Instant) {
         let mut state = self.state();
         state.is_looking = false;
         // A dial has told meanwhile, and what was seen may be older.
@@ -372,13 +372,13 @@ impl Gate {
         }
         let news = match vm {
             Some(vm) => {
-                let news = self.seen(&mut state, vm, now);
-                news.or(state.health.process(process, now))
+                let news = self.note_identity(&mut state, vm, now);
+                news.or(state.health.note_process(process, now))
             }
-            None => state.health.not_seen(now),
+            None => state.health.note_absence(now),
         };
         drop(state);
-        self.tell(news, None);
+        self.log_change(news, None);
     }
 
     /// Returns whether a port where nobody listens can be dialled: not where there are `guest_forwards` alone.
@@ -386,10 +386,10 @@ impl Gate {
         self.state().has_connect_socket
     }
 
-    /// Takes a sign of the VM. Another one than before is another VM (rule 8): nothing that was held against the old one
+    /// Takes the identity of the VM. Another one than before is another VM (rule 8): nothing that was held against the old one
     /// counts.
-    fn seen(&self, state: &mut State, vm: VmIdentity, now: Instant) -> Option<News> {
-        let (is_new, news) = state.health.seen(vm, now);
+    fn note_identity(&self, state: &mut State, vm: VmIdentity, now: Instant) -> Option<News> {
+        let (is_new, news) = state.health.note_identity(vm, now);
         if is_new {
             self.forget_vm(state);
         }
@@ -434,13 +434,13 @@ impl Gate {
     }
 
     /// Says in the log what is new.
-    fn tell(&self, news: Option<News>, error: Option<&Error>) {
+    fn log_change(&self, news: Option<News>, error: Option<&Error>) {
         let Some(news) = news else {
             return;
         };
         let forwards = self.state().forwards;
         let subject = format_args!("the VM at {}", self.vm.state_dir.display());
-        health::tell(news, &subject, error, forwards);
+        health::log_change(news, &subject, error, forwards);
     }
 
     /// Returns whether [`queue`](Gate::queue) would let a client in.

@@ -47,13 +47,13 @@ impl Slot {
         }
     }
 
-    /// Takes that the device has got the dial: that of the VM that `vm` is a sign of.
+    /// Takes that the device has got the dial: that of the VM that `vm` is the identity of.
     pub(crate) fn note_dial(&mut self, vm: Option<VmIdentity>, now: Instant) {
         let gate = &self.gate;
         let mut state = gate.state();
         state.has_connect_socket = matches!(vm, Some(VmIdentity::Socket(_)));
         state.told = vm.map(|_| now).or(state.told);
-        let seen = vm.and_then(|vm| gate.seen(&mut state, vm, now));
+        let seen = vm.and_then(|vm| gate.note_identity(&mut state, vm, now));
         if state.epoch == self.epoch {
             state.pending = state.pending.saturating_sub(1);
         } else {
@@ -61,11 +61,11 @@ impl Slot {
             self.epoch = state.epoch;
             state.quotas.take(self.holder);
         }
-        let news = state.health.connected(now);
+        let news = state.health.mark_up(now);
         let number = gate.dialled.fetch_add(1, Ordering::Relaxed) + 1;
         self.stage = Stage::Dialled(number);
         drop(state);
-        gate.tell(seen.or(news), None);
+        gate.log_change(seen.or(news), None);
     }
 
     /// Notes that a byte or an end came from the guest on this connection, or the connection itself.

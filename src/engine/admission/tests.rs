@@ -201,7 +201,7 @@ fn a_new_vm_starts_afresh_and_old_slots_do_not_count() {
         Admission::Full(Full::Live(1))
     ));
     assert!(gate.begin_look(now, Duration::ZERO));
-    gate.look(two, None, now);
+    gate.take_look(two, None, now);
     let Admission::Go(mut new) = gate.admit(ONE, now) else {
         panic!()
     };
@@ -255,11 +255,11 @@ fn a_vm_is_looked_at_once_at_a_time() {
     assert!(matches!(gate.admit(ONE, now + second), Admission::Go(_)));
     let hangs = gate.admit(ONE, now + 3 * second);
     assert!(matches!(hangs, Admission::Full(Full::Hangs)));
-    gate.look(None, None, now + 10 * second);
+    gate.take_look(None, None, now + 10 * second);
     let goes_on = gate.admit(ONE, now + 10 * second);
     assert!(matches!(goes_on, Admission::Go(_)));
     assert!(gate.begin_look(now + 10 * second, second));
-    gate.look(None, None, now + 10 * second);
+    gate.take_look(None, None, now + 10 * second);
     assert!(!gate.begin_look(now + 10 * second, second));
 }
 

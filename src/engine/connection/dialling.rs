@@ -15,7 +15,7 @@ use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{CLIENT, End, Readiness, SERVER};
-use crate::engine::routes::{Ends, Mark, Route};
+use crate::engine::routes::{ListenerName, PeerNames, Route};
 use crate::error::{Error, Operation};
 use crate::name::SocketName;
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
@@ -44,7 +44,7 @@ pub(crate) struct Held {
 pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
     /// Of a hyperkit VM: by what it is known.
-    pub(crate) sign: Option<VmIdentity>,
+    pub(crate) identity: Option<VmIdentity>,
     /// The process that began to listen there was gone by then: another serves in its place, of which nothing can be
     /// learnt.
     pub(crate) is_inherited: bool,
@@ -77,7 +77,7 @@ impl<S: Socket> Connection<S> {
         let mut connection = Connection::new(Some(name), forward, peer, state, now);
         connection.slots[SERVER] = slot;
         connection.held = held;
-        connection.tell(What::Accepted);
+        connection.notify(What::Accepted);
         connection
     }
 
@@ -110,7 +110,7 @@ impl<S: Socket> Connection<S> {
             let is_ours = || client.socket.is_from_this_process();
             return cx.routes.accepted_from_us(forward, is_ours, cx.now);
         }
-        let ends = || Ends::accepted(client.socket.local_name()?, peer);
+        let ends = || PeerNames::accepted(client.socket.local_name()?, peer);
         let mut route = Route::default();
         let goes_on = cx.routes.accepted(ends, forward, &mut route);
         self.route = route.kept();
@@ -131,13 +131,15 @@ impl<S: Socket> Connection<S> {
         let goes_on = match endpoint {
             Endpoint::Tcp(_) | Endpoint::Vsock(_) => {
                 let here = server.socket.local_name();
-                if let Some(ends) = here.and_then(|here| Ends::dialled(here, endpoint)) {
+                if let Some(ends) = here.and_then(|here| PeerNames::dialled(here, endpoint)) {
                     routes.dialled(forward, ends, &mut route);
                 }
                 true
             }
             _ => match server.socket.unix_peer_name() {
-                Some(name) => routes.reached(forward, &Mark::Unix(name), &mut route, cx.now),
+                Some(name) => {
+                    routes.reached(forward, &ListenerName::Unix(name), &mut route, cx.now)
+                }
                 None => true,
             },
         };
@@ -313,7 +315,7 @@ impl<S: Socket> Connection<S> {
             Err(e) => return self.attempt_failed(e, cx),
         };
         if let Some(slot) = &mut self.slots[SERVER] {
-            slot.note_dial(dialled.sign, cx.now);
+            slot.note_dial(dialled.identity, cx.now);
         }
         self.is_inherited = dialled.is_inherited;
         let (client, mut dial) = match self.leave_state() {
@@ -423,7 +425,7 @@ impl<S: Socket> Connection<S> {
     /// Takes the failure of a dial: the client is held until another one is to be tried, or refused.
     pub(super) fn dial_failed(&mut self, error: Error, cx: &mut Context<'_, S>) {
         let now = cx.now;
-        let reason = Reason::of(&self.forward.rule.connect, &error);
+        let reason = Reason::from_error(&self.forward.rule.connect, &error);
         if reason == Reason::Absent {
             self.forward.mark_down(&error, now);
         }
@@ -493,7 +495,7 @@ impl<S: Socket> Connection<S> {
         self.refuse(&error, Reason::Other, cx);
     }
 
-    /// Ends a connection that could not be made, and says why.
+    /// PeerNames a connection that could not be made, and says why.
     pub(super) fn refuse(&mut self, error: &Error, reason: Reason, cx: &mut Context<'_, S>) {
         let (mut client, server) = match self.leave_state() {
             State::Waiting { client, .. } => (client, None),

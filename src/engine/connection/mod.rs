@@ -284,9 +284,9 @@ impl<S: relay::Socket> Connection<S> {
     }
 
     /// Tells the observer.
-    fn tell(&self, what: What<'_>) {
+    fn notify(&self, what: What<'_>) {
         if let Some(name) = self.name {
-            self.forward.tell(name, self.peer, what);
+            self.forward.notify_observer(name, self.peer, what);
         }
     }
 
@@ -294,8 +294,8 @@ impl<S: relay::Socket> Connection<S> {
     fn note_refusal(&self, error: &Error, reason: Reason, now: Instant) {
         let forward = &self.forward;
         forward.tally.refused(reason);
-        forward.status_cell.failed(error.to_string());
-        self.tell(What::Refused(error));
+        forward.status_cell.set_error(error.to_string());
+        self.notify(What::Refused(error));
         // Of those who are not there it was told when that was found.
         if reason == Reason::Absent {
             debug!("refused a client of {}: {error}", forward.rule.listen);
@@ -418,7 +418,7 @@ impl<S: Socket> Connection<S> {
                 "closed"
             )
         });
-        self.tell(What::Closed {
+        self.notify(What::Closed {
             sent: self.counted[CLIENT],
             received: self.counted[SERVER],
             age: now.saturating_duration_since(self.since),

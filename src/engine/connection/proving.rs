@@ -26,7 +26,7 @@ impl<S: Socket> Connection<S> {
         phase: Phase,
         now: Instant,
     ) -> Connection<S> {
-        slot.note_dial(dialled.sign, now);
+        slot.note_dial(dialled.identity, now);
         let mut end = End::new(dialled.socket);
         end.shutdown_write();
         // However long the answer takes, a probe is never given up: it may come at any time. But one of which no event

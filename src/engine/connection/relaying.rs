@@ -50,8 +50,8 @@ impl<S: Socket> Connection<S> {
             other => return self.state = other,
         };
         self.span.in_scope(|| debug!("connected"));
-        self.tell(What::Connected);
-        self.forward.found(cx.now);
+        self.notify(What::Connected);
+        self.forward.mark_up(cx.now);
         self.held = None;
         self.idle = Idle::new(cx.now);
         self.wake_at = None;

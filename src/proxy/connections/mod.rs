@@ -286,13 +286,13 @@ impl<D: Driver> Connections<D> {
         };
         let asks = connection.as_ref().is_some_and(|it| it.doubts_server());
         let connected = cx.driver.connect(endpoint);
-        let dialled = connected.map(|(mut socket, sign)| {
+        let dialled = connected.map(|(mut socket, identity)| {
             // Asked at once: of one that is gone later, the connection broke off.
             let is_inherited = asks && cx.driver.has_peer_ended(&socket);
             let watched = cx.driver.watch(&mut socket, id.token(SERVER));
             Dialled {
                 socket,
-                sign,
+                identity,
                 is_inherited,
                 watched,
             }

@@ -53,7 +53,7 @@ impl<D: Driver> Connections<D> {
             // To which nothing can be bound.
             port: PORT_ANY,
         };
-        let (mut stream, sign) = match cx.driver.connect(&Endpoint::Hyperkit(probe)) {
+        let (mut stream, identity) = match cx.driver.connect(&Endpoint::Hyperkit(probe)) {
             Ok(connected) => connected,
             Err(e) => {
                 drop(slot);
@@ -70,7 +70,7 @@ impl<D: Driver> Connections<D> {
         let watched = cx.driver.watch(&mut stream, id.token(SERVER));
         let dialled = Dialled {
             socket: stream,
-            sign,
+            identity,
             is_inherited: false,
             watched,
         };

@@ -14,7 +14,7 @@ use crate::engine::connection::{self, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::relay::{Pipe, Socket};
-use crate::engine::routes::Mark;
+use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
@@ -410,15 +410,15 @@ impl Driver for SimDriver {
         let id = self.stage.kernel().connect(&place, Owner::Proxy)?;
         let stage = Rc::clone(&self.stage);
         let mut stream = SimStream { stage, id };
-        let mut sign = None;
+        let mut identity = None;
         if let Endpoint::Hyperkit(to) = endpoint {
             let line = hyperkit::connect_line(to.vm.cid, to.port.0);
             let written = stream.write(&line)?;
             assert_eq!(written, line.len(), "hyperkit reads its line at once");
-            sign = self.stage.sign_of(&to.vm);
+            identity = self.stage.sign_of(&to.vm);
         }
         self.stage.dialled(id, &place);
-        Ok((stream, sign))
+        Ok((stream, identity))
     }
 
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
@@ -432,11 +432,13 @@ impl Driver for SimDriver {
         None
     }
 
-    fn mark_of_listener(&mut self, listener: &SimListener) -> Option<Mark> {
+    fn name_of_listener(&mut self, listener: &SimListener) -> Option<ListenerName> {
         match self.stage.kernel().place_of(listener.key) {
-            Place::Tcp(address) => Some(Mark::Tcp(address)),
-            Place::Vsock { port, .. } => Some(Mark::Vsock(port)),
-            Place::Path(path) => Some(Mark::Unix(path.into_os_string().into_encoded_bytes())),
+            Place::Tcp(address) => Some(ListenerName::Tcp(address)),
+            Place::Vsock { port, .. } => Some(ListenerName::Vsock(port)),
+            Place::Path(path) => Some(ListenerName::Unix(
+                path.into_os_string().into_encoded_bytes(),
+            )),
         }
     }
 
@@ -468,7 +470,7 @@ impl Driver for SimDriver {
         let gate = Arc::clone(gate);
         self.stage.ask_housekeeper(self.worker, move |stage| {
             Some(Event::VmSeen {
-                sign: stage.sign_of(gate.vm()),
+                identity: stage.sign_of(gate.vm()),
                 process: stage.process_of(gate.vm()),
                 gate,
             })
