@@ -1,4 +1,4 @@
-//! Reading files that somebody else has made, and that may be anything.
+//! Reads files that others have written, which may be anything.
 
 use std::fs::{self, File, FileType, Metadata, OpenOptions};
 use std::io::{self, Read};

@@ -253,8 +253,8 @@ impl Listener {
     /// Accepts a connection that has come, and returns its peer's name.
     ///
     /// # Errors
-    /// `WouldBlock` if none is; what the kernel says otherwise. One that tells of a single client,
-    /// or of descriptors, doesn't end the listener.
+    /// `WouldBlock` if none is; what the kernel says otherwise. An error that concerns one client,
+    /// or descriptors, doesn't end the listener.
     pub fn accept(&self) -> io::Result<(Stream, SocketName)> {
         let (inner, name) = self.inner.accept()?;
         let stream = Stream {

@@ -94,7 +94,7 @@ impl AddressError {
         &self.reason
     }
 
-    /// Returns a right address, as near to the input as can be told.
+    /// Returns a right address that is near to the input.
     pub fn example(&self) -> &str {
         &self.example
     }

@@ -23,7 +23,7 @@ pub struct NpipeAddress {
     pub name: String,
     /// To listen: who may do what, as a security descriptor in Microsoft's SDDL, such as
     /// `D:P(A;;GA;;;BA)` for administrators. It has to let the user who listens do all (`GA`).
-    /// `None`: that user, and nobody else.
+    /// `None`: that user alone.
     pub sddl: Option<String>,
 }
 

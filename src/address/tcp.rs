@@ -13,7 +13,7 @@ use super::{AddressError, Part};
 pub enum Host {
     /// An IP address; IPv6 stands in brackets.
     Ip(IpAddr),
-    /// A name to be resolved by whoever dials; also an IPv6 address with its zone, `fe80::1%en0`,
+    /// A name that a dial resolves; also an IPv6 address with its zone, `fe80::1%en0`,
     /// which system resolvers take. Never empty.
     Name(String),
 }

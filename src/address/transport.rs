@@ -1,7 +1,6 @@
-//! What is true of each family of addresses: one row a family.
-//!
-//! Whoever has to treat one family otherwise than another reads it here. What an address's own
-//! options say beside it is told by the methods of [`Address`].
+//! What is true of each family of addresses: one row a family. Code that treats one family
+//! otherwise than another reads this table. The methods of [`Address`] beside it say what depends
+//! on an address's own options.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -26,7 +25,7 @@ pub(crate) enum SocketKind {
     Pipe,
 }
 
-/// How a peer that nobody listens at refuses a connection.
+/// How a connection is refused if nothing listens at its address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     /// The connect, or the handshake behind it, fails.
@@ -42,17 +41,17 @@ pub(crate) enum HalfClose {
     OneDirection,
     /// Both: the VMM takes it for the end of the connection.
     BothDirections,
-    /// One direction, or there is none: the connected stream tells.
+    /// One direction, or there is no half-close: it depends on the connected stream.
     PerStream,
 }
 
-/// Who can end a connection so that its peer reads an error and no EOF.
+/// Which end can close a connection so that the other one reads an error and no EOF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reset {
     EitherEnd,
-    /// The end that has listened.
+    /// The end that listened.
     Listener,
-    Nobody,
+    Neither,
 }
 
 /// What can wait for a socket.
@@ -95,7 +94,7 @@ const ORDINARY: Transport = Transport {
     socket: SocketKind::Unix,
     refusal: Refusal::Error,
     half_close: HalfClose::OneDirection,
-    reset: Reset::Nobody,
+    reset: Reset::Neither,
     needs_graceful_close: false,
     needs_pacing: false,
     waiter: Waiter::Any,

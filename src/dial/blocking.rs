@@ -65,7 +65,7 @@ impl Stream {
     /// Connects to `address`, within `timeout`. A name has to be resolved first, which takes what
     /// time it takes; a Hyper-V VM's at most 30 s ([`hyperv::find`](crate::hyperv::find)).
     ///
-    /// hyperkit doesn't say whether the guest has accepted. If nobody listens there, an EOF comes
+    /// hyperkit doesn't say whether the guest has accepted. If nothing listens there, an EOF comes
     /// before the first byte; or, if something was written already, `ConnectionReset` or
     /// `BrokenPipe`.
     ///

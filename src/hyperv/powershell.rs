@@ -65,7 +65,7 @@ pub(super) fn run(mut command: Command, timeout: Duration) -> io::Result<Printed
         match told.recv_timeout(left) {
             Ok((true, bytes)) => out = Some(bytes?),
             Ok((false, bytes)) => complaint = Some(bytes.unwrap_or_default()),
-            // It has closed its output, and only somebody whom it has started still has the other
+            // It has closed its output, and only a process that it has started still has the other
             // one.
             Err(_) if out.is_some() => break,
             Err(RecvTimeoutError::Timeout) => {

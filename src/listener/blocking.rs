@@ -46,11 +46,12 @@ impl Listener {
     /// [`DEFAULT_MODE`] only.
     ///
     /// Listening on a `hyperkit://` or `vsock-mux://` address is taking what the guest dials. A
-    /// file in the way is replaced only if it is a socket on which nobody listens.
+    /// file in the way is replaced only if it is a socket that no process has.
     ///
     /// # Errors
-    /// `AddrInUse` if somebody listens there; `AlreadyExists` if the file in the way is no socket;
-    /// `Unsupported` for a family that this system doesn't carry; what the kernel says otherwise.
+    /// `AddrInUse` if another socket listens there; `AlreadyExists` if the file in the way is no
+    /// socket; `Unsupported` for a family that this system doesn't carry; what the kernel says
+    /// otherwise.
     pub fn bind_with_mode(address: &Address, mode: u32) -> Result<Listener> {
         let inner = nonblocking::Listener::bind(address, mode)?;
         let address = inner.bound(address);

@@ -38,11 +38,11 @@ impl Listener {
     /// Binds `address` and listens on it. A Unix socket's file gets the permissions `mode`, before
     /// anyone can connect.
     ///
-    /// A file in the way is replaced only if it is a socket on which nobody listens.
+    /// A file in the way is replaced only if it is a socket that no process has.
     ///
     /// # Errors
-    /// `AddrInUse` if somebody listens there; `AlreadyExists` if the file in the way is no socket;
-    /// what the kernel says otherwise. `Unsupported` for a family that isn't carried.
+    /// `AddrInUse` if another socket listens there; `AlreadyExists` if the file in the way is no
+    /// socket; what the kernel says otherwise. `Unsupported` for a family that isn't carried.
     pub(crate) fn bind(address: &Address, mode: u32) -> Result<Listener> {
         match address {
             Address::Tcp(tcp) => bind_tcp(address, tcp),

@@ -99,7 +99,7 @@ impl Waiting {
                     let pipe = self.operations.swap_remove(index).into_handle();
                     return pipe.map(Local::new).transpose();
                 }
-                // Whoever came has gone before it was told.
+                // Its client has gone already.
                 Err(_) => drop(self.operations.swap_remove(index)),
             }
         }
@@ -180,7 +180,7 @@ impl LocalListener {
 
     pub(super) fn accept(&self) -> io::Result<(Local, SocketName)> {
         let mut waiting = self.lock();
-        // That no more can be made is told only when nobody has come to those that are there.
+        // That no more can be made matters only when no client has come to those that wait.
         let _ = self.fill_up(&mut waiting);
         let accepted = match waiting.watcher {
             Some(_) => waiting.accept_watched()?,

@@ -342,7 +342,7 @@ impl Stream {
     }
 
     fn reset_at_close(&self) {
-        if self.address.transport().reset != Reset::Nobody {
+        if self.address.transport().reset != Reset::Neither {
             let _ = self.socket.set_linger(Some(Duration::ZERO));
         }
     }
@@ -374,8 +374,8 @@ impl Stream {
     }
 
     /// Shuts `how` down, and ends the calls of other threads that wait for it; on Windows all
-    /// calls. After both the close is a reset, as with [`abort`](Stream::abort): macOS couldn't be
-    /// told later.
+    /// calls. After both the close is a reset, as with [`abort`](Stream::abort): macOS takes no
+    /// such option later.
     pub(crate) fn interrupt(&self, how: Shutdown) {
         #[cfg(unix)]
         if how == Shutdown::Both {
@@ -412,7 +412,7 @@ const SHORTEST: Duration = match cfg!(windows) {
     false => Duration::from_micros(1),
 };
 
-/// Returns a timeout that the kernel can count: none for one that nobody lives to see, and none so
+/// Returns a timeout that the kernel can count: `None` for one of more than a century, and none so
 /// short that it would last for ever.
 fn kernel_timeout(timeout: Option<Duration>) -> Option<Duration> {
     timeout

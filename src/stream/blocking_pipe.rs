@@ -89,7 +89,7 @@ enum Input {
 }
 
 impl Reading {
-    /// Goes on as far as it goes without waiting; whether there is something to be told.
+    /// Goes on as far as it can without waiting. Returns whether there is a result.
     fn advance(&mut self) -> bool {
         let outcome = match self.state {
             Input::Idle => match self.operation.read(BUFFER) {
@@ -143,7 +143,7 @@ impl Reading {
 struct Writing {
     operation: Operation,
     pending: bool,
-    /// Of a write that was taken; the next one tells.
+    /// The failure of a write that was taken, for the next one to return.
     failure: Option<io::Error>,
 }
 
@@ -328,7 +328,8 @@ impl Pipe {
         Ok(())
     }
 
-    /// Cuts a client off, and lets nobody wait here. A server reads EOF when this is dropped.
+    /// Cuts a client off, and ends the calls that wait here. A server reads EOF when this is
+    /// dropped.
     pub(super) fn reset(&self) {
         self.read_end.shut();
         self.write_end.shut();
@@ -340,7 +341,7 @@ impl Pipe {
 
 impl Drop for Pipe {
     fn drop(&mut self) {
-        // Who has shut both directions wants nothing more to come of it.
+        // With both directions shut down, nothing more is to come of it.
         if self.read_end.is_shut() && self.write_end.is_shut() {
             return;
         }

@@ -243,8 +243,8 @@ impl Socket for Stream {
         }
     }
 
-    // A Unix socket's ioctl tells of what its peer has not read (`unix_outq_len`). What the peer
-    // leaves when it closes is dropped, and shows as an error, which is there before.
+    // A Unix socket's ioctl counts what its peer has not read (`unix_outq_len`). What the peer
+    // leaves unread at its close is dropped, but the socket's error is set before.
     #[cfg(target_os = "linux")]
     fn peer_took_all(&self) -> bool {
         match self {

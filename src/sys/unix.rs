@@ -174,7 +174,7 @@ pub(crate) fn is_socket_alive(path: &Path) -> io::Result<bool> {
         socket.connect(&socket2::SockAddr::unix(short)?)
     });
     match asked {
-        // Connected: somebody's datagram socket.
+        // Connected: it is a datagram socket that a process has.
         Ok(()) => Ok(true),
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(false),
         Err(e) if e.raw_os_error() == Some(nix::libc::EPROTOTYPE) => Ok(true),
@@ -327,7 +327,7 @@ pub(crate) fn has_client(listener: BorrowedFd<'_>) -> io::Result<bool> {
     }
 }
 
-/// Returns whether a listening socket was shut down, so that nobody can connect to it any more.
+/// Returns whether a listening socket was shut down, so that no client can connect to it any more.
 ///
 /// A Unix listener that is non-blocking doesn't say so when it accepts: Linux goes on to say
 /// `EAGAIN`.
@@ -335,7 +335,7 @@ pub(crate) fn has_client(listener: BorrowedFd<'_>) -> io::Result<bool> {
 pub(crate) fn is_shut_down(listener: BorrowedFd<'_>) -> bool {
     use nix::libc;
     use std::os::fd::AsRawFd;
-    // (nix doesn't know POLLRDHUP, without which Linux tells of both directions only.)
+    // (nix has no POLLRDHUP, without which Linux reports a shutdown of both directions only.)
     #[cfg(target_os = "linux")]
     const READ_HUNG_UP: libc::c_short = libc::POLLRDHUP;
     #[cfg(not(target_os = "linux"))]
@@ -430,7 +430,7 @@ pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
         #[cfg(target_vendor = "apple")]
         let process = {
             use nix::sys::socket::{getsockopt, sockopt::LocalPeerPid};
-            // It isn't told of a peer that has closed.
+            // macOS doesn't tell it of a peer that has closed.
             getsockopt(&socket, LocalPeerPid)
                 .ok()
                 .and_then(|process| u32::try_from(process).ok())

@@ -82,7 +82,7 @@ impl Place {
     pub(crate) fn finish_bind(&self, mode: u32) -> io::Result<Identity> {
         let found = Found::at(self)?;
         let is_right = found.mode == mode;
-        // (Of some network file systems the owner is not who made it.)
+        // (On some network file systems the owner is not the user who made it.)
         let is_ours = is_right || found.owner == nix::unistd::geteuid().as_raw();
         if !found.is_socket || !is_ours {
             let why = "another file has taken its place while it was bound";

@@ -126,7 +126,7 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<R
     let mut descriptors = Vec::new();
     // SAFETY: the kernel has filled the control buffer and set its length; the macros walk through
     // it within that. Each header's data is as long as it says, and of SCM_RIGHTS it is descriptors
-    // that are this process' from now on, and that nobody else here knows of. They may be not
+    // that this process owns from now on, and that have no other owner here. They may not be
     // aligned.
     unsafe {
         let mut header = libc::CMSG_FIRSTHDR(&raw const message);

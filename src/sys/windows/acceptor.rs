@@ -1,5 +1,5 @@
 //! Accepting where a listener can't be waited for by a poller: one `AcceptEx` at a time, and the
-//! event that tells of its end. So does Microsoft's WSL with AF_HYPERV
+//! event that is set at its end. So does Microsoft's WSL with AF_HYPERV
 //! (`src/windows/common/socket.cpp` of microsoft/WSL).
 
 #![allow(unsafe_code)]
@@ -297,7 +297,7 @@ impl Event {
         if event == WinSock::WSA_INVALID_EVENT {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: it was just made, is nobody else's, and is closed as any handle is.
+        // SAFETY: it was just made, has no other owner, and is closed as any handle is.
         Ok(Event(unsafe { OwnedHandle::from_raw_handle(event as _) }))
     }
 

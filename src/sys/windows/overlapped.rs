@@ -31,7 +31,7 @@ impl Event {
         if event.is_null() {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: it was just made, and nobody else has it.
+        // SAFETY: it was just made, and has no other owner.
         Ok(Event(unsafe { OwnedHandle::from_raw_handle(event) }))
     }
 
@@ -213,7 +213,7 @@ impl Operation {
                 let buffer = ptr::with_exposed_provenance(buffer);
                 let overlapped = ptr::with_exposed_provenance_mut(overlapped);
                 let handle = pipe.as_raw_handle();
-                // SAFETY: as for `read`; who asked for this waits until it has returned.
+                // SAFETY: as for `read`; the caller waits until it has returned.
                 done(unsafe { WriteFile(handle, buffer, len, ptr::null_mut(), overlapped) })
             })
         })
@@ -225,7 +225,7 @@ impl Operation {
         start: impl FnOnce(HANDLE, &mut Memory) -> io::Result<()>,
     ) -> io::Result<()> {
         debug_assert!(!self.pending);
-        // SAFETY: the system doesn't touch the memory now, and nobody else has it.
+        // SAFETY: the system doesn't touch the memory now, and nothing else has it.
         let memory = unsafe { &mut *self.memory };
         memory.overlapped = OVERLAPPED {
             hEvent: self.event.0.as_raw_handle(),
@@ -299,7 +299,7 @@ impl Drop for Operation {
             // Cancelled or done: the system lets go of the memory only then.
             let _ = self.result(true);
         }
-        // SAFETY: it came from a box, and nobody uses it any more.
+        // SAFETY: it came from a box, and is used no more.
         drop(unsafe { Box::from_raw(self.memory) });
     }
 }

@@ -52,7 +52,7 @@ fn wide(text: &str) -> Vec<u16> {
     text.encode_utf16().chain([0]).collect()
 }
 
-/// Who may use a pipe: a security descriptor.
+/// The users who may use a pipe, as a security descriptor.
 #[derive(Debug)]
 pub(crate) struct Access(Box<[u64]>);
 
@@ -100,7 +100,7 @@ fn user() -> io::Result<String> {
     if unsafe { OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, &mut token) } == 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it was just made, and nobody else has it.
+    // SAFETY: it was just made, and has no other owner.
     let token = unsafe { OwnedHandle::from_raw_handle(token) };
     // A TOKEN_USER with the id behind it, which has 68 bytes at most (SECURITY_MAX_SID_SIZE).
     let mut information = [0u64; 32];
@@ -168,21 +168,21 @@ pub(crate) fn create_pipe(name: &str, access: &Access, first: bool) -> io::Resul
     };
     if pipe == INVALID_HANDLE_VALUE {
         let error = io::Error::last_os_error();
-        // Whoever has it may have limited its instances, too.
+        // The server that has it may have limited its instances, too.
         let taken = has_code(&error, ERROR_ACCESS_DENIED) || has_code(&error, ERROR_PIPE_BUSY);
         return match first && taken {
             true => Err(io::ErrorKind::AddrInUse.into()),
             false => Err(error),
         };
     }
-    // SAFETY: it was just made, and nobody else has it.
+    // SAFETY: it was just made, and has no other owner.
     Ok(unsafe { OwnedHandle::from_raw_handle(pipe) })
 }
 
 /// Connects to a pipe. Its server learns nothing of us, and can't act in our name.
 ///
 /// # Errors
-/// `NotFound` if nobody listens there; `WouldBlock` if all its instances are taken: try again
+/// `NotFound` if no server listens there; `WouldBlock` if all its instances are taken: try again
 /// later.
 pub(crate) fn open_pipe(name: &str) -> io::Result<OwnedHandle> {
     let mut options = OpenOptions::new();
@@ -199,7 +199,7 @@ pub(crate) fn open_pipe(name: &str) -> io::Result<OwnedHandle> {
 /// What kind of pipe a handle is of.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PipeKind {
-    /// The end of who listens.
+    /// This is the end that listened.
     pub(crate) is_server: bool,
     pub(crate) has_half_close: bool,
 }
@@ -209,7 +209,7 @@ impl PipeKind {
     pub(crate) fn of(pipe: &OwnedHandle) -> io::Result<PipeKind> {
         let mut flags = 0;
         let none = ptr::null_mut();
-        // SAFETY: one pointer is valid for a write, the others say that nobody wants to know.
+        // SAFETY: one pointer is valid for a write, and null pointers ask for nothing.
         match unsafe { GetNamedPipeInfo(pipe.as_raw_handle(), &mut flags, none, none, none) } {
             0 => Err(io::Error::last_os_error()),
             _ => Ok(PipeKind {
@@ -239,7 +239,7 @@ pub(crate) fn clone_handle(pipe: &NamedPipe) -> io::Result<OwnedHandle> {
 #[allow(unsafe_code)]
 pub(crate) fn is_pipe_hung_up(pipe: &OwnedHandle) -> bool {
     let none = ptr::null_mut();
-    // SAFETY: null pointers say that nobody wants to know.
+    // SAFETY: null pointers ask for nothing.
     let peeked = unsafe {
         windows_sys::Win32::System::Pipes::PeekNamedPipe(
             pipe.as_raw_handle(),
