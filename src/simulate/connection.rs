@@ -1,7 +1,7 @@
-//! One slot of the device: a host socket, a guest program, and what is under way between them.
+//! One slot of the device: a host socket, a guest program, and the bytes between them.
 
-use super::afterlife::has_unread;
 use super::buffer::{Buffer, PAIR_BUFFER};
+use super::closed::has_unread;
 use super::guest::{Builtin, GuestSocket};
 use super::http::Life;
 use crate::sys::KERNEL_EDGES;
@@ -14,12 +14,13 @@ use std::time::Instant;
 /// How much is read at once.
 pub(super) const CHUNK: usize = 64 * 1024;
 
-/// What the device keeps for a host program that doesn't read (hyperkit's `DEFAULT_WRITE_BUF_LENGTH`).
+/// What the device keeps for a host program that doesn't read (hyperkit's
+/// `DEFAULT_WRITE_BUF_LENGTH`).
 const TO_HOST: usize = 128 * 1024;
 
-/// What fits in towards a guest program that doesn't read, such that with the client's own buffer it
-/// comes to about hyperkit's 327,680 bytes: on Linux 212,992 by default, on macOS 131,072 where the
-/// client has set as much as hyperkit does.
+/// What fits in towards a guest program that doesn't read, such that with the client's own buffer
+/// it comes to about hyperkit's 327,680 bytes: on Linux 212,992 by default, on macOS 131,072 where
+/// the client has set as much as hyperkit does.
 const TO_GUEST: usize = if cfg!(target_os = "linux") { 96 } else { 192 } * 1024;
 
 /// As [`TO_GUEST`] where that buffer comes on top, which Linux doubles.
@@ -50,8 +51,8 @@ pub(super) enum Guest {
     Forgotten,
 }
 
-/// Readiness as edges told it; cleared by `WouldBlock`, or by a short read unless EOF is known to be behind it (or the
-/// poller's edges are emulated and come only after a `WouldBlock`).
+/// Readiness as edges told it; cleared by `WouldBlock`, or by a short read unless EOF is known to
+/// be behind it (or the poller's edges are emulated and come only after a `WouldBlock`).
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Ready {
     read: bool,
@@ -72,10 +73,10 @@ impl Ready {
     }
 }
 
-/// What one turn of a connection came to.
+/// The result of one turn of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
-    /// Nothing more to do until an event.
+    /// There is nothing more to do until an event.
     Idle,
     /// There may be more.
     Again,
@@ -141,18 +142,18 @@ impl Connection {
         }
     }
 
-    /// Whether the host's program has sent anything, read or not.
+    /// Returns whether the host's program has sent anything, read or not.
     pub(super) fn has_input(&self) -> bool {
         self.received > 0 || has_unread(&self.host)
     }
 
     pub(super) fn guest_event(&mut self, event: &Event) {
         self.guest_ready.note(event);
-        // What it has sent before is still read; then this is the end of it.
+        // What it sent before is still read.
         self.guest_deaf |= event.is_write_closed() || event.is_error();
     }
 
-    /// Moves what can be moved, boundedly.
+    /// Moves bytes, as many as one turn may.
     pub(super) fn turn(&mut self, scratch: &mut [u8], paused: bool) -> Turn {
         match self.guest {
             Guest::Unanswered | Guest::Connecting(_) => return Turn::Idle,
@@ -165,7 +166,7 @@ impl Connection {
             moved |= self.run_guest(scratch);
         }
         moved |= self.flush();
-        if self.over() {
+        if self.is_over() {
             return Turn::Over;
         }
         if moved {
@@ -176,7 +177,7 @@ impl Connection {
         Turn::Idle
     }
 
-    /// The first packet to a guest that has forgotten the connection is answered by a reset.
+    /// Ends a connection that the guest has forgotten at its first packet: the guest resets.
     fn turn_forgotten(&mut self, scratch: &mut [u8], paused: bool) -> Turn {
         self.flush();
         if self.host_ready.read && !paused && !self.broken {
@@ -190,7 +191,7 @@ impl Connection {
         if self.broken { Turn::Over } else { Turn::Idle }
     }
 
-    /// To the host's program: bytes, then EOF.
+    /// Writes to the host's program: bytes, then EOF. Returns whether anything was written.
     fn flush(&mut self) -> bool {
         let mut moved = false;
         while !self.to_host.is_empty() && self.host_ready.write {
@@ -212,14 +213,14 @@ impl Connection {
         }
         if self.guest_eof && self.to_host.is_empty() && !self.host_shut && !self.guest_deaf {
             self.host_shut = true;
-            // Fails only if the peer has gone, and that is told by an event.
+            // It fails only if the peer has gone, of which an event comes.
             let _ = self.host.shutdown(Shutdown::Write);
             moved = true;
         }
         moved
     }
 
-    /// The host's program has gone while we wrote to it, or with bytes unread.
+    /// Notes that the host's program has gone while it was written to, or with bytes unread.
     fn host_failed(&mut self, error: &io::Error) {
         let reset = |error: &io::Error| error.kind() == ErrorKind::ConnectionReset;
         let pending = self.host.take_error().ok().flatten();
@@ -339,8 +340,9 @@ impl Connection {
         true
     }
 
-    /// Whether the device frees the slot: the guest has closed and all that it sent is out; or both directions have ended; or a write failed, and the guest was reset.
-    fn over(&self) -> bool {
+    /// Returns whether the device frees the slot: the guest has closed and all that it sent is out;
+    /// or both directions have ended; or a write failed, and the guest was reset.
+    fn is_over(&self) -> bool {
         if self.broken {
             return true;
         }

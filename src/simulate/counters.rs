@@ -1,4 +1,4 @@
-//! What the stand-in counts.
+//! The counters of the stand-in.
 
 use super::rules::Rule;
 use std::time::Duration;
@@ -15,7 +15,8 @@ pub struct Counters {
     pub answered: u64,
     /// Dials that the guest refused: no such service.
     pub refused: u64,
-    /// Connections closed in silence: a line cut short, malformed, for another CID, or none at all.
+    /// Connections closed without an answer: a line cut short, malformed, for another CID, or none
+    /// at all.
     pub silent_closes: u64,
     /// Connections closed at once because all slots were taken.
     pub turned_away: u64,
@@ -27,10 +28,10 @@ pub struct Counters {
     pub peak_slots: u64,
     /// The most dials that were in the ring to the guest at once.
     pub peak_burst: u64,
-    /// How often the whole device stood still because a client had connected and not written its line yet. Those that last
-    /// microseconds can't be helped: connect and write are two calls.
+    /// How often the whole device stood still because a client had connected and not written its
+    /// line yet. Stalls of microseconds can't be avoided: connect and write are two calls.
     pub stalls: u64,
-    /// The longest of them.
+    /// The longest of these stalls.
     pub longest_stall: Duration,
     /// Connections from the guest to a host port.
     pub guest_dials: u64,
@@ -44,12 +45,13 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// How often clients broke `rule`. Over one only if the VM is [lenient](super::Builder::lenient).
+    /// Returns how often clients broke `rule`. It exceeds one only if the VM is
+    /// [lenient](super::Builder::lenient).
     pub fn offences(&self, rule: Rule) -> u64 {
         self.offences[rule.index()]
     }
 
-    /// How often clients broke any rule.
+    /// Returns how often clients broke any rule.
     pub fn all_offences(&self) -> u64 {
         self.offences.iter().sum()
     }

@@ -1,9 +1,9 @@
 //! The device's thread: one loop over all its sockets, as in hyperkit.
 
-use super::afterlife::Afterlife;
+use super::closed::ClosedSockets;
 use super::connection::{CHUNK, Connection, Guest, Turn};
 use super::counters::Counters;
-use super::dial::{Dialling, Door, LOOK_AGAIN};
+use super::dial::{DialListener, Dialling, LOOK_AGAIN};
 use super::directory::Listeners;
 use super::guest::GuestSocket;
 use super::plan::{Plan, Shared};
@@ -25,7 +25,8 @@ const TURNS: usize = 32;
 /// How long it sleeps when a dial waits for the guest's next answer, under 100 µs away.
 const TO_NEXT_ANSWER: Duration = Duration::from_micros(25);
 
-/// How long the loop sleeps at most while dials come: so it knows closely when none had come (see [`Ring`]).
+/// How long the loop sleeps at most while dials come, so that it knows when none had come (see
+/// [`Ring`]).
 const HEARTBEAT: Duration = Duration::from_millis(5);
 
 /// The same while no dials come.
@@ -54,15 +55,15 @@ pub(super) struct Device {
     pub(super) plan: Plan,
     pub(super) poll: Poll,
     pub(super) listeners: Vec<Listener>,
-    pub(super) doors: Vec<Door>,
+    pub(super) dial_listeners: Vec<DialListener>,
     pub(super) slots: Slots,
     /// Dials that the guest hasn't answered, in order.
     pub(super) dials: VecDeque<Key>,
-    /// Guest programs that wait for somebody to listen.
+    /// Guest programs that wait for a listener.
     pub(super) dialling: Vec<Dialling>,
-    /// Host ports on which somebody has listened since the start.
+    /// Host ports that have had a listener since the start.
     pub(super) known_ports: HashSet<u32>,
-    /// A client that has connected and not written its line: nothing else moves.
+    /// A client that has connected and not written its line: the device waits for it alone.
     pub(super) stall: Option<(mio::net::UnixStream, Instant)>,
     pub(super) paused: bool,
     pub(super) ring: Ring,
@@ -70,9 +71,9 @@ pub(super) struct Device {
     pub(super) counters: Counters,
     pub(super) fate: Option<Fate>,
     work: VecDeque<Key>,
-    pub(super) afterlife: Afterlife,
-    /// How many sockets that has watched.
-    pub(super) buried: usize,
+    pub(super) closed_sockets: ClosedSockets,
+    /// How many sockets it has watched.
+    pub(super) closed_count: usize,
     scratch: Vec<u8>,
     inbox: Receiver<Command>,
     shared: Arc<Shared>,
@@ -82,7 +83,7 @@ impl Device {
     pub(super) fn new(
         mut plan: Plan,
         listeners: Listeners,
-        mut doors: Vec<Door>,
+        mut dial_listeners: Vec<DialListener>,
         inbox: Receiver<Command>,
         shared: Arc<Shared>,
     ) -> io::Result<(Device, Waker)> {
@@ -100,14 +101,14 @@ impl Device {
                 ready: false,
             });
         }
-        for (index, door) in doors.iter_mut().enumerate() {
-            door.register(poll.registry(), Subject::Door(index).token())?;
+        for (index, dial_listener) in dial_listeners.iter_mut().enumerate() {
+            dial_listener.register(poll.registry(), Subject::DialListener(index).token())?;
         }
         let device = Device {
             plan,
             poll,
             listeners: listening,
-            doors,
+            dial_listeners,
             slots: Slots::default(),
             dials: VecDeque::new(),
             dialling: Vec::new(),
@@ -119,8 +120,8 @@ impl Device {
             counters: Counters::default(),
             fate: None,
             work: VecDeque::new(),
-            afterlife: Afterlife::default(),
-            buried: 0,
+            closed_sockets: ClosedSockets::default(),
+            closed_count: 0,
             scratch: vec![0; CHUNK],
             inbox,
             shared,
@@ -146,7 +147,7 @@ impl Device {
         }
     }
 
-    /// A deadlocked device: its sockets stay open until the power is switched off.
+    /// Behaves as a deadlocked device: its sockets stay open until it is powered off.
     fn hang(self) {
         while let Ok(command) = self.inbox.recv() {
             match command {
@@ -162,11 +163,11 @@ impl Device {
 
     fn power_off(self, done: &Sender<()>) {
         drop(self);
-        // The handle waits for this; if it doesn't, nobody needs to know.
+        // Without the handle it has no receiver.
         let _ = done.send(());
     }
 
-    /// Carries out what was asked; whom to tell if that was the power switch.
+    /// Carries out the commands that have come. Returns the reply of one to power off.
     fn commands(&mut self) -> Option<Sender<()>> {
         loop {
             let done = match self.inbox.try_recv() {
@@ -204,7 +205,7 @@ impl Device {
             return;
         }
         self.paused = false;
-        // It finds all that was dialled meanwhile, at once.
+        // The guest finds all that was dialled meanwhile at once.
         self.ring.idle(Instant::now());
         self.counters.unanswered = 0;
         for key in self.slots.keys() {
@@ -222,22 +223,22 @@ impl Device {
                 self.queue(key);
             }
         }
-        // The programs are gone with their sockets.
+        // The programs have gone with their sockets.
         self.dialling.clear();
     }
 
     fn turn(&mut self, events: &mut Events) {
         let before = Instant::now();
-        let patience = self.patience(before);
-        if patience == TO_NEXT_ANSWER {
+        let timeout = self.poll_timeout(before);
+        if timeout == TO_NEXT_ANSWER {
             // Poll can't sleep for so short a time.
             std::thread::sleep(TO_NEXT_ANSWER);
         }
-        let patience = (patience != TO_NEXT_ANSWER).then_some(patience);
-        if let Err(error) = self.poll.poll(events, patience.or(Some(Duration::ZERO)))
+        let timeout = (timeout != TO_NEXT_ANSWER).then_some(timeout);
+        if let Err(error) = self.poll.poll(events, timeout.or(Some(Duration::ZERO)))
             && error.kind() != io::ErrorKind::Interrupted
         {
-            // Nothing sensible is left to do without poll; the stand-in's own failure is no client's fault.
+            // A failure of the stand-in itself is no client's fault.
             tracing::error!(%error, "the stand-in's poll failed");
             std::thread::sleep(HEARTBEAT);
         }
@@ -268,10 +269,10 @@ impl Device {
         }
     }
 
-    /// How long poll may sleep.
-    fn patience(&self, now: Instant) -> Duration {
+    /// Returns how long poll may sleep.
+    fn poll_timeout(&self, now: Instant) -> Duration {
         let answers = !self.paused && !self.dials.is_empty();
-        if self.has_arrivals() && !self.keeps_waiting() || !self.work.is_empty() {
+        if self.has_arrivals() && !self.leaves_clients_waiting() || !self.work.is_empty() {
             Duration::ZERO
         } else if answers && self.ring.level(1, now) > 0 {
             TO_NEXT_ANSWER
@@ -289,7 +290,7 @@ impl Device {
         }
     }
 
-    /// Whether connections may be waiting to be accepted.
+    /// Returns whether connections may wait to be accepted.
     fn has_arrivals(&self) -> bool {
         self.listeners.iter().any(|listener| listener.ready)
     }
@@ -302,17 +303,17 @@ impl Device {
                     listener.ready = true;
                 }
             }
-            Subject::Door(index) => {
-                if let Some(door) = self.doors.get_mut(index) {
-                    door.ready = true;
+            Subject::DialListener(index) => {
+                if let Some(dial_listener) = self.dial_listeners.get_mut(index) {
+                    dial_listener.ready = true;
                 }
             }
             Subject::Host(key) => self.host_event(key, event),
             Subject::Guest(key) => self.guest_event(key, event),
-            Subject::Afterlife(_) => {
-                if let Some(port) = self.afterlife.event(event.token()) {
+            Subject::Closed(_) => {
+                if let Some(port) = self.closed_sockets.event(event.token()) {
                     let detail = format!("port {port}, after the guest had closed");
-                    self.offend(Rule::CloseUnread, detail);
+                    self.note_offence(Rule::CloseUnread, detail);
                 }
             }
         }
@@ -350,7 +351,7 @@ impl Device {
         self.counters.bytes_to_host += connection.sent - sent;
         self.counters.bytes_to_guest += connection.received - received;
         if connection.host_reset || connection.host_gone && !was_gone {
-            self.judge(key);
+            self.check_host_end(key);
         }
         match turn {
             Turn::Idle => {}

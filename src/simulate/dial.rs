@@ -9,17 +9,18 @@ use std::io;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-/// How long a dial waits for somebody to listen on a port on which nobody has yet.
+/// How long a dial waits for a listener on a port that has had none yet.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How often it looks.
+/// How often it tries again.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// What makes the guest dial a host port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Dial {
-    /// The stand-in listens here; each connection it accepts is a program in the guest that dials the host. TCP port 0 is chosen, and a Unix socket's file replaced.
+    /// The stand-in listens here; each connection that it accepts is a program in the guest that
+    /// dials the host. For TCP port 0 the kernel chooses one; a Unix socket's file is replaced.
     Listen(Endpoint),
 }
 
@@ -46,7 +47,7 @@ impl Dialling {
         }
     }
 
-    /// Tells the program; what it has of the connection is dropped if that failed.
+    /// Sends the program the result. Drop what is returned if that is an error.
     pub(super) fn answer(self, outcome: io::Result<()>) -> GuestSocket {
         if let Some(reply) = &self.reply {
             // A program that doesn't wait any more has hung up.
@@ -64,7 +65,7 @@ enum Socket {
 
 /// A listener whose clients are programs in the guest.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct DialListener {
     socket: Socket,
     pub(super) port: u32,
     pub(super) ready: bool,
@@ -72,8 +73,8 @@ pub(super) struct Door {
     pub(super) endpoint: Endpoint,
 }
 
-impl Door {
-    pub(super) fn open(port: u32, dial: &Dial) -> Result<Door> {
+impl DialListener {
+    pub(super) fn open(port: u32, dial: &Dial) -> Result<DialListener> {
         let Dial::Listen(endpoint) = dial;
         let open = || {
             Ok(match endpoint {
@@ -93,7 +94,7 @@ impl Door {
         };
         let (socket, endpoint) =
             open().map_err(|cause| Error::new(Operation::Listen, endpoint, cause))?;
-        Ok(Door {
+        Ok(DialListener {
             socket,
             port,
             ready: false,

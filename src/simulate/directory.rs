@@ -17,7 +17,7 @@ const SUN_PATH: usize = 104;
 /// The listening sockets, and which guest port each stands for (`None`: the line tells).
 pub(super) type Listeners = Vec<(UnixListener, Option<u32>)>;
 
-/// The path of the socket that stands for `port` of `cid`.
+/// Returns the path of the socket that stands for `port` of `cid`.
 pub(super) fn socket_path(plan: &Plan, cid: u32, port: u32) -> PathBuf {
     plan.directory.join(format!(
         "{}{}",
@@ -78,8 +78,8 @@ fn listen(path: &Path, backlog: i32) -> Result<UnixListener> {
     listen().map_err(|cause| Error::new(Operation::Listen, path.display(), cause))
 }
 
-/// Puts a file in the place of what an earlier VM, or somebody else, has left there. It never writes to that, which may
-/// be a FIFO without a reader, or a link to another file.
+/// Replaces the file that an earlier VM, or another program, has left there. It never writes to the
+/// old one, which may be a FIFO without a reader, or a link to another file.
 fn replace(path: &Path, text: &str) -> io::Result<()> {
     remove(path)?;
     fs::File::create_new(path)?.write_all(text.as_bytes())
@@ -122,7 +122,7 @@ pub(super) fn prepare(plan: &Plan) -> Result<Listeners> {
     Ok(listeners)
 }
 
-/// `hyperkit.json` with the keys of hyperkit's Go package.
+/// Returns `hyperkit.json` with the keys of hyperkit's Go package.
 fn configuration(plan: &Plan, pid: u32) -> String {
     let directory = plan.directory.to_string_lossy();
     let program = std::env::args().next().unwrap_or_default();
@@ -163,9 +163,10 @@ fn configuration(plan: &Plan, pid: u32) -> String {
     .to_string()
 }
 
-/// The cid and port in a line, read as `sscanf("%08x.%08x\n")` reads it: leniently.
+/// Parses the CID and the port in a line, as leniently as `sscanf("%08x.%08x\n")` does.
 ///
-/// Its own reading, not [`hyperkit::parse_connect_line`]: the stand-in must not share a mistake with what it is there to try.
+/// It isn't [`hyperkit::parse_connect_line`]: the stand-in must not share a mistake with what it
+/// tests.
 pub(super) fn scan_line(line: &[u8; hyperkit::LINE_LEN]) -> Option<(u32, u32)> {
     let text = line.strip_suffix(b"\n")?;
     let (cid, rest) = scan_hex(text)?;
@@ -173,7 +174,8 @@ pub(super) fn scan_line(line: &[u8; hyperkit::LINE_LEN]) -> Option<(u32, u32)> {
     Some((cid, port))
 }
 
-/// One `%08x`: blanks, at most eight characters with an optional sign and `0x`, and the rest.
+/// Parses one `%08x`: blanks, and at most eight characters with an optional sign and `0x`. Returns
+/// it with the rest.
 fn scan_hex(text: &[u8]) -> Option<(u32, &[u8])> {
     let blanks = text
         .iter()

@@ -15,7 +15,8 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Where a socket of this machine is: a real server behind a guest port, or a listener whose clients become programs in the guest.
+/// Where a socket of this machine is: a real server behind a guest port, or a listener whose
+/// clients become programs in the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// A TCP address.
@@ -52,12 +53,13 @@ pub enum Service {
     Silent,
     /// A real server at this address; a connection that it doesn't take is refused.
     Forward(Endpoint),
-    /// A function that gets the guest's end of each connection, on a thread of its own. Its last clone dropped is the guest's close.
+    /// A function that gets the guest's end of each connection, on a thread of its own. Its last
+    /// clone dropped is the guest's close.
     Custom(Program),
 }
 
 impl Service {
-    /// A [`Service::Custom`] of a function.
+    /// Makes a [`Service::Custom`] of a function.
     pub fn custom(program: impl Fn(StdUnixStream) + Send + Sync + 'static) -> Service {
         Service::Custom(Arc::new(program))
     }
@@ -127,7 +129,8 @@ pub(super) enum GuestSocket {
 }
 
 impl GuestSocket {
-    /// Our end of a socket pair, with its buffer cut down so that a program that reads nothing doesn't let much more in than a guest's kernel.
+    /// Takes over this end of a socket pair, with a smaller buffer: to a program that reads
+    /// nothing, little more is sent than to a guest's kernel.
     pub(super) fn of_pair(ours: StdUnixStream) -> io::Result<GuestSocket> {
         unless_ended(SockRef::from(&ours).set_send_buffer_size(PAIR_BUFFER))?;
         ours.set_nonblocking(true)?;
@@ -145,7 +148,7 @@ impl GuestSocket {
         }
     }
 
-    /// Whether a connection in progress has been made.
+    /// Returns whether a connect in progress is done.
     pub(super) fn connected(&self) -> io::Result<bool> {
         let (error, peer) = match self {
             GuestSocket::Tcp(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),

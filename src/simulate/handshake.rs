@@ -1,4 +1,4 @@
-//! How connections come about: the accept, the line, the guest's answer, and the guest's own dials.
+//! How connections begin: the accept, the line, the guest's answer, and the guest's own dials.
 
 use super::chargen::Chargen;
 use super::connection::{Connection, Guest, Origin, TO_PAIR};
@@ -27,14 +27,14 @@ const SOCKET_BUFFER: usize = 128 * 1024;
 const LONG_STALL: Duration = Duration::from_millis(20);
 
 impl Device {
-    /// Out of descriptors: the device's `accept` fails.
+    /// Returns whether the device is out of descriptors, so that its `accept` fails.
     fn is_full(&self) -> bool {
         let limit = self.plan.descriptors;
         limit.is_some_and(|limit| self.slots.live() >= limit && limit < self.plan.slots)
     }
 
-    /// Its clients wait in the kernel.
-    pub(super) fn keeps_waiting(&self) -> bool {
+    /// Returns whether clients wait in the kernel for a descriptor.
+    pub(super) fn leaves_clients_waiting(&self) -> bool {
         self.is_full() && !self.plan.loses_clients
     }
 
@@ -42,7 +42,7 @@ impl Device {
         for index in 0..self.listeners.len() {
             for _ in 0..ACCEPTS {
                 let full = self.is_full();
-                let waits = self.keeps_waiting();
+                let waits = self.leaves_clients_waiting();
                 let listener = &mut self.listeners[index];
                 if !listener.ready || waits {
                     break;
@@ -56,7 +56,8 @@ impl Device {
                     }
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
                     Err(_) => {
-                        // Our own process is out of descriptors: again at the next turn, and not in a spin.
+                        // This process is out of descriptors: it tries again at the next turn,
+                        // without a spin.
                         std::thread::sleep(Duration::from_millis(1));
                         break;
                     }
@@ -102,7 +103,7 @@ impl Device {
         None
     }
 
-    /// The whole device waits for one client's line: hyperkit's loop around `EAGAIN`.
+    /// Waits with the whole device for one client's line, as hyperkit's loop around `EAGAIN` does.
     pub(super) fn wait_for_line(&mut self) {
         let Some((stream, since)) = self.stall.take() else {
             return;
@@ -111,7 +112,7 @@ impl Device {
         self.counters.longest_stall = self.counters.longest_stall.max(age);
         if let Some(stream) = self.read_line(stream) {
             self.stall = Some((stream, since));
-            // A polite client's line is microseconds away.
+            // The line of a careful client comes within microseconds.
             if age < Duration::from_micros(200) {
                 std::thread::yield_now();
             } else {
@@ -123,7 +124,7 @@ impl Device {
         }
     }
 
-    /// A host program asks for `port` of the guest.
+    /// Takes a dial of a host program to `port` of the guest.
     fn dialled(&mut self, stream: UnixStream, port: u32, origin: Origin) {
         self.counters.dials += 1;
         let now = Instant::now();
@@ -132,13 +133,13 @@ impl Device {
             self.counters.unanswered += 1;
             let unanswered = self.counters.unanswered;
             if unanswered >= UNANSWERED_LIMIT {
-                self.offend(Rule::Unanswered, format!("{unanswered} dials"));
+                self.note_offence(Rule::Unanswered, format!("{unanswered} dials"));
             }
         } else {
             let level = self.ring.level(self.dials.len() + 1, now);
             self.counters.peak_burst = self.counters.peak_burst.max(level);
             if Ring::overflows(level) {
-                self.offend(Rule::Burst, format!("{level} dials in the ring"));
+                self.note_offence(Rule::Burst, format!("{level} dials in the ring"));
             }
         }
         if self.fate.is_some() {
@@ -151,7 +152,7 @@ impl Device {
         }
     }
 
-    /// The guest's kernel answers what was dialled.
+    /// Has the guest's kernel answer the dials.
     pub(super) fn answer(&mut self) {
         if self.paused {
             return;
@@ -169,7 +170,7 @@ impl Device {
         }
     }
 
-    /// A program of the guest takes the connection.
+    /// Connects a dial to a program of the guest.
     fn take(&mut self, key: Key, service: Service) -> io::Result<()> {
         let Some(connection) = self.slots.get(key) else {
             return Ok(());
@@ -210,7 +211,7 @@ impl Device {
         Ok(())
     }
 
-    /// The guest resets: nothing listens there.
+    /// Has the guest reset a dial: nothing listens there.
     pub(super) fn refuse(&mut self, key: Key) {
         self.counters.refused += 1;
         // Closed, not merely ended: a payload that came with the line is lost, and Linux says so.
@@ -222,15 +223,15 @@ impl Device {
         if self.paused {
             return;
         }
-        for index in 0..self.doors.len() {
-            while self.doors[index].ready {
-                match self.doors[index].accept() {
+        for index in 0..self.dial_listeners.len() {
+            while self.dial_listeners[index].ready {
+                match self.dial_listeners[index].accept() {
                     Ok(socket) => {
-                        let port = self.doors[index].port;
+                        let port = self.dial_listeners[index].port;
                         self.dialling.push(Dialling::new(port, socket, None));
                     }
                     Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                        self.doors[index].ready = false;
+                        self.dial_listeners[index].ready = false;
                     }
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
                     Err(error) if has_client_left(&error) => {}
@@ -276,7 +277,7 @@ impl Device {
             Err(error) => {
                 self.counters.guest_dials_failed += 1;
                 if known {
-                    self.offend(Rule::NoListener, format!("port {port}: {error}"));
+                    self.note_offence(Rule::NoListener, format!("port {port}: {error}"));
                 }
                 drop(dialling.answer(Err(error)));
             }

@@ -1,4 +1,4 @@
-//! The guest's web server: small, honest HTTP/1.1.
+//! The guest's web server: a little of HTTP/1.1.
 
 use super::buffer::Buffer;
 use super::chargen::Chargen;
@@ -20,7 +20,8 @@ pub(super) enum Life {
 
 /// One connection to the guest's web server.
 ///
-/// `GET` and `HEAD` of any path get a page that names the VM and the path; `/bytes/N` is a body of N bytes, and `/missing…` is not found.
+/// `GET` and `HEAD` of any path get a page that names the VM and the path; `/bytes/N` is a body of
+/// N bytes, and `/missing…` is not found.
 #[derive(Debug)]
 pub(super) struct Http {
     place: String,
@@ -41,7 +42,7 @@ struct Request {
 }
 
 impl Http {
-    /// A server at `place` ("VM, port"), as its pages call it.
+    /// Makes a server at `place` ("VM, port"), as its pages name it.
     pub(super) fn new(place: String) -> Http {
         Http {
             place,
@@ -157,7 +158,7 @@ impl Http {
         }
     }
 
-    /// An answer after which the connection makes no sense any more.
+    /// Sends an error, after which it closes.
     fn refuse(&mut self, status: &str, output: &mut Buffer) {
         self.closing = true;
         self.skip = 0;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::afterlife::was_reset;
+use super::closed::was_reset;
 pub(crate) use super::connection::Origin;
 use super::device::Device;
 use super::rules::{AT_ONCE, Fate, Rule};
@@ -55,13 +55,13 @@ impl Device {
         // After our own EOF a half-close looks like this too.
         connection.host_gone |= event.is_write_closed() && !connection.host_shut;
         if connection.host_reset || connection.host_gone && !was_gone {
-            self.judge(key);
+            self.check_host_end(key);
         }
         self.queue(key);
     }
 
-    /// The host's program has closed both directions: was that against a rule?
-    pub(super) fn judge(&mut self, key: Key) {
+    /// Notes an offence if the host's program has broken a rule by closing both directions.
+    pub(super) fn check_host_end(&mut self, key: Key) {
         let Some(connection) = self.slots.get(key) else {
             return;
         };
@@ -76,7 +76,7 @@ impl Device {
         if let Some(rule) = broken_rule(connection.origin, end, || connection.has_input()) {
             let micros = age.as_micros();
             let detail = format!("port {port}, {micros} µs old, {sent} bytes sent to it");
-            self.offend(rule, detail);
+            self.note_offence(rule, detail);
         }
     }
 
@@ -93,21 +93,21 @@ impl Device {
             // Its end and the trace of unread bytes are not set in one step.
             was_reset(&connection.host)
         } else {
-            self.buried += 1;
-            let token = Subject::Afterlife(self.buried).token();
+            self.closed_count += 1;
+            let token = Subject::Closed(self.closed_count).token();
             let (host, half_closed) = (connection.host, connection.host_eof);
             let registry = self.poll.registry();
-            self.afterlife
+            self.closed_sockets
                 .watch(host, port, half_closed, registry, token)
         };
         if reset {
             let detail = format!("port {port}, as the guest closed");
-            self.offend(Rule::CloseUnread, detail);
+            self.note_offence(Rule::CloseUnread, detail);
         }
     }
 
-    /// A client broke a rule.
-    pub(super) fn offend(&mut self, rule: Rule, detail: String) {
+    /// Counts an offence of a client; the first one ends a VM that isn't lenient.
+    pub(super) fn note_offence(&mut self, rule: Rule, detail: String) {
         self.counters.offences[rule.index()] += 1;
         tracing::debug!(%rule, detail, "a rule was broken");
         if !self.plan.lenient && self.fate.is_none() {

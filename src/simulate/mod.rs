@@ -1,8 +1,11 @@
-//! A stand-in for a hyperkit VM: its state directory over real Unix sockets, its frailties included.
+//! A stand-in for a hyperkit VM: its state directory over real Unix sockets, its frailties
+//! included.
 //!
-//! It lets anyone try and test a proxy without a Mac, and lets tests prove that the proxy never kills a VM. What it imitates is hyperkit's vsock device
-//! (`pci_virtio_sock.c`) with a Linux guest behind it: the `connect` socket and its line of 18 bytes, the `guest_forwards` sockets, the guest's dials to
-//! `00000002.PORT`, half-close both ways, slots, backpressure, and all that kills or hangs the device ([`Rule`]). It shares no code with the proxy.
+//! It lets anyone try and test a proxy without a Mac, and lets tests prove that the proxy never
+//! kills a VM. What it imitates is hyperkit's vsock device (`pci_virtio_sock.c`) with a Linux guest
+//! behind it: the `connect` socket and its line of 18 bytes, the `guest_forwards` sockets, the
+//! guest's dials to `00000002.PORT`, half-close both ways, slots, backpressure, and all that kills
+//! or hangs the device ([`Rule`]). It shares no code with the proxy.
 //!
 //! ```
 //! use hvsock::simulate::{Service, Vm};
@@ -14,9 +17,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod afterlife;
 mod buffer;
 mod chargen;
+mod closed;
 mod connection;
 mod counters;
 mod device;
@@ -49,7 +52,8 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// The descriptors that the device itself uses: of 1,024 (`FD_SETSIZE`) it has 1,013 for connections, of 256 only 245.
+/// The descriptors that the device itself uses: of 1,024 (`FD_SETSIZE`) it has 1,013 for
+/// connections, of 256 only 245.
 const OWN_DESCRIPTORS: usize = 11;
 
 /// hyperkit's `VTSOCK_MAXFWDS`.
@@ -64,76 +68,80 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// The guest's CID; 3 if not said.
+    /// Sets the guest's CID; 3 by default.
     pub fn cid(mut self, cid: u32) -> Builder {
         self.plan.cid = cid;
         self
     }
 
-    /// The VM's name, as its web pages show it; the directory's name if not said.
+    /// Sets the VM's name, which its web pages show; the directory's name by default.
     pub fn name(mut self, name: impl Into<String>) -> Builder {
         self.plan.name = name.into();
         self
     }
 
-    /// What listens on `port` of the guest. A port without a service refuses.
+    /// Sets what listens on `port` of the guest. A port without a service refuses.
     pub fn guest(mut self, port: u32, service: Service) -> Builder {
         self.plan.services.insert(port, service);
         self
     }
 
-    /// Guest ports with a socket of their own (`guest_forwards=`), at most four.
+    /// Sets the guest ports that have a socket of their own (`guest_forwards=`), at most four.
     pub fn guest_forwards(mut self, ports: &[u32]) -> Builder {
         self.plan.forwards = ports.to_vec();
         self
     }
 
-    /// Something that makes the guest dial `port` of the host.
+    /// Adds what makes the guest dial `port` of the host.
     pub fn dial(mut self, port: u32, dial: Dial) -> Builder {
         self.dials.push((port, dial));
         self
     }
 
-    /// How many connections the device takes; what exceeds them is closed at once. 1,013 if not said, as with hyperkit,
-    /// and at most 1,024.
+    /// Sets how many connections the device takes; others are closed at once. 1,013 by default, as
+    /// with hyperkit, and at most 1,024.
     pub fn slots(mut self, slots: usize) -> Builder {
         self.plan.slots = slots;
         self
     }
 
-    /// The process's limit of descriptors (256 is macOS' default): 11 fewer connections work. What
-    /// becomes of the rest says [`loses_clients`](Builder::loses_clients).
+    /// Sets the process's limit of descriptors (256 is macOS' default): 11 fewer connections work.
+    /// For the rest see [`loses_clients`](Builder::loses_clients).
     pub fn descriptor_limit(mut self, limit: usize) -> Builder {
         self.plan.descriptors = Some(limit.saturating_sub(OWN_DESCRIPTORS));
         self
     }
 
-    /// Whether a client for whom there is no descriptor is lost, as with macOS' `accept`, which closes
-    /// the connection; or waits, as with Linux'. If not said, what this system does.
+    /// Sets whether a client without a descriptor is lost, as with macOS' `accept`, which closes
+    /// the connection, or waits, as with Linux'. By default what this system does.
     pub fn loses_clients(mut self, loses: bool) -> Builder {
         self.plan.loses_clients = loses;
         self
     }
 
-    /// How many connections may queue before the device accepts them. 4,096 if not said, Linux' `SOMAXCONN`; macOS has 128.
+    /// Sets how many connections may queue before the device accepts them. 4,096 by default, Linux'
+    /// `SOMAXCONN`; macOS has 128.
     pub fn backlog(mut self, backlog: u16) -> Builder {
         self.plan.backlog = backlog.into();
         self
     }
 
-    /// The name of the `connect` socket (hyperkit's `CONNECT_SOCKET_NAME`; `@connect` in old Dockers).
+    /// Sets the name of the `connect` socket (hyperkit's `CONNECT_SOCKET_NAME`; `@connect` in old
+    /// Dockers).
     pub fn connect_name(mut self, name: impl Into<String>) -> Builder {
         self.plan.connect_name = name.into();
         self
     }
 
-    /// What precedes `CID.PORT` in socket names (hyperkit's `PRI_ADDR_PREFIX`; `@` in old Dockers).
+    /// Sets what precedes `CID.PORT` in socket names (hyperkit's `PRI_ADDR_PREFIX`; `@` in old
+    /// Dockers).
     pub fn prefix(mut self, prefix: impl Into<String>) -> Builder {
         self.plan.prefix = prefix.into();
         self
     }
 
-    /// Whether broken rules are only counted, and the VM lives on. Otherwise the first one is its end.
+    /// Sets whether broken rules are only counted, and the VM lives on. Otherwise the first one
+    /// ends it.
     pub fn lenient(mut self, lenient: bool) -> Builder {
         self.plan.lenient = lenient;
         self
@@ -151,19 +159,25 @@ impl Builder {
             let why = format!("{} is no guest's CID", plan.cid);
             return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, why)));
         }
-        let doors = dials
+        let dial_listeners = dials
             .iter()
-            .map(|(port, dial)| dial::Door::open(*port, dial))
+            .map(|(port, dial)| dial::DialListener::open(*port, dial))
             .collect::<Result<Vec<_>>>()?;
-        let endpoints = doors
+        let endpoints = dial_listeners
             .iter()
-            .map(|door| (door.port, door.endpoint.clone()))
+            .map(|listener| (listener.port, listener.endpoint.clone()))
             .collect();
         let listeners = directory::prepare(&plan)?;
         let shared = Arc::new(Shared::default());
         let (commands, inbox) = mpsc::channel();
         let directory = plan.directory.clone();
-        let device = Device::new(plan.clone(), listeners, doors, inbox, Arc::clone(&shared));
+        let device = Device::new(
+            plan.clone(),
+            listeners,
+            dial_listeners,
+            inbox,
+            Arc::clone(&shared),
+        );
         let (device, waker) = device.map_err(failed)?;
         let thread = std::thread::Builder::new()
             .name("hyperkit".into())
@@ -192,7 +206,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM with its state in `directory`: CID 3, no services.
+    /// Returns a builder of a VM with its state in `directory`: CID 3, no services.
     pub fn builder(directory: impl Into<PathBuf>) -> Builder {
         let directory = directory.into();
         let name = directory
@@ -217,35 +231,36 @@ impl Vm {
         }
     }
 
-    /// The state directory.
+    /// Returns the state directory.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Where the [`Dial::Listen`] of `port` listens.
+    /// Returns where the [`Dial::Listen`] of `port` listens.
     pub fn dial_addr(&self, port: u32) -> Option<&Endpoint> {
         self.endpoints.get(&port)
     }
 
-    /// The guest stops: it answers no dial and moves no byte. The device goes on accepting.
+    /// Pauses the guest: it answers no dial and moves no byte. The device goes on accepting.
     pub fn pause(&self) {
         self.command(Command::Pause);
     }
 
-    /// The guest goes on.
+    /// Resumes the guest.
     pub fn resume(&self) {
         self.command(Command::Resume);
     }
 
-    /// The guest forgets all its connections. Those of the host's programs stay open; whoever sends or half-closes on one gets EOF.
+    /// Reboots the guest, which forgets all its connections. Those of the host's programs stay
+    /// open; one that sends or half-closes gets EOF.
     pub fn reboot_guest(&self) {
         self.command(Command::Reboot);
     }
 
-    /// A program in the guest dials `port` of the host; its end of the connection.
+    /// Has a program in the guest dial `port` of the host. Returns its end of the connection.
     ///
-    /// Blocks for up to 30 seconds until somebody listens there, if nobody has since the VM's start. The stream is a blocking one. Dropped, the
-    /// program has closed its socket.
+    /// It waits up to 30 seconds for a listener, if there was none since the VM's start. The stream
+    /// is a blocking one. Dropping it closes the program's socket.
     pub fn dial(&self, port: u32) -> io::Result<UnixStream> {
         let (program, device) = UnixStream::pair()?;
         let (reply, answer) = mpsc::channel();
@@ -260,23 +275,23 @@ impl Vm {
         }
     }
 
-    /// How the VM ended; `None` while it is alive.
+    /// Returns how the VM ended; `None` while it is alive.
     pub fn fate(&self) -> Option<Fate> {
         self.shared.lock().1.clone()
     }
 
-    /// What it has counted so far.
+    /// Returns what it has counted so far.
     pub fn counters(&self) -> Counters {
         self.shared.lock().0
     }
 
-    /// Waits until the VM has died or hangs, at most for `time`.
+    /// Waits until the VM has died or hangs, at most for `time`. Returns how it ended.
     pub fn wait_for_fate(&self, time: Duration) -> Option<Fate> {
         self.wait(time, |_, fate| fate.is_some());
         self.fate()
     }
 
-    /// Waits until `reached` holds of the counters, at most for `time`; whether it does.
+    /// Waits until `reached` is true of the counters, at most for `time`. Returns whether it is.
     pub fn wait_for(&self, time: Duration, mut reached: impl FnMut(&Counters) -> bool) -> bool {
         self.wait(time, |counters, _| reached(counters))
     }
@@ -298,13 +313,13 @@ impl Vm {
         true
     }
 
-    /// Hands a command over; `None` if the device's thread has ended.
+    /// Sends a command; `None` if the device's thread has ended.
     fn send(&self, command: Command) -> Option<()> {
         self.commands.send(command).ok()?;
         self.waker.wake().ok()
     }
 
-    /// Hands a command over and waits until it has been carried out.
+    /// Sends a command and waits until it has been carried out.
     fn command(&self, command: fn(Sender<()>) -> Command) {
         let (done, wait) = mpsc::channel();
         if self.send(command(done)).is_some() {

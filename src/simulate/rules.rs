@@ -2,7 +2,7 @@
 //!
 //! | rule | real device | how it is seen here |
 //! |---|---|---|
-//! | [`Rule::CloseUnread`] | aborts | Linux sets `ECONNRESET` on our end when a peer closes with a non-empty receive queue. Ends that the device has closed already are watched a little longer. Other systems leave no trace: not seen there |
+//! | [`Rule::CloseUnread`] | aborts | Linux sets `ECONNRESET` on this end when a peer closes with a non-empty receive queue. Ends that the device has closed already are watched a little longer. Other systems leave no trace: not seen there |
 //! | [`Rule::Unanswered`] | aborts: a ring of 512 replies overflows | dials since the guest was paused are counted, closed ones included |
 //! | [`Rule::Burst`] | aborts, the same ring | [`Ring`] |
 //! | [`Rule::ImmediateClose`] | deadlocks: `setsockopt` fails on the closed socket, and the error path takes two locks in the wrong order | both directions closed by the peer within [`AT_ONCE`] of the accept, before the device sent it a byte or EOF |
@@ -10,8 +10,10 @@
 //! | [`Rule::NoListener`] | deadlocks on the same error path, after a failed `connect` | `ENOENT` or `ECONNREFUSED` on a port that was listened on before |
 //! | [`Rule::AcceptAndClose`] | deadlocks, as the immediate close | as the immediate close, on a connection that the guest dialled |
 //!
-//! The real device falls for most of these once in some tens to thousands of tries. The stand-in falls the first time, so that a test is deterministic.
-//! Source: hyperkit's `pci_virtio_sock.c` (`send_response_common`, `shutdown_local_sock`, `handle_connect_fd`, `connect_sock`), and that code under load.
+//! The real device falls for most of these once in some tens to thousands of tries. The stand-in
+//! falls the first time, so that a test is deterministic. Source: hyperkit's `pci_virtio_sock.c`
+//! (`send_response_common`, `shutdown_local_sock`, `handle_connect_fd`, `connect_sock`), and that
+//! code under load.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -32,7 +34,8 @@ const DRAIN: Duration = Duration::from_micros(100);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Rule {
-    /// A host program closed a connection while bytes that the device had written to it were unread.
+    /// A host program closed a connection while bytes that the device had written to it were
+    /// unread.
     CloseUnread,
     /// 512 dials while the guest answered none.
     Unanswered,
@@ -42,7 +45,7 @@ pub enum Rule {
     ImmediateClose,
     /// A client connected to a `guest_forwards` socket and closed at once, with nothing sent.
     Probe,
-    /// The guest dialled a host port on which nobody listens any more.
+    /// The guest dialled a host port that has no listener any more.
     NoListener,
     /// A host program accepted the guest's connection and closed it at once.
     AcceptAndClose,
@@ -60,7 +63,7 @@ impl Rule {
         Rule::AcceptAndClose,
     ];
 
-    /// What becomes of a VM whose client breaks this rule.
+    /// Returns what becomes of a VM whose client breaks this rule.
     pub fn consequence(self) -> FateKind {
         match self {
             Rule::CloseUnread | Rule::Unanswered | Rule::Burst => FateKind::Died,
@@ -98,7 +101,7 @@ pub enum FateKind {
     Hung,
 }
 
-/// How a VM ended, and whose fault it was.
+/// How a VM ended, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fate {
     /// Died or hung.
@@ -121,9 +124,11 @@ impl fmt::Display for Fate {
 
 /// The ring in which dials wait for the guest, one taken every [`DRAIN`].
 ///
-/// Nothing tells when a queued connection was made, and our own thread may have slept while it was. So all connections accepted since the socket was last
-/// known to be empty are taken as spread over the whole time since then: the guest takes that many before the ring counts as full. Dials spaced by [`DRAIN`]
-/// hence never overflow it, however late they are seen; a burst that came while we slept long may be missed.
+/// Nothing tells when a queued connection was made, and our own thread may have slept while it was.
+/// So all connections accepted since the socket was last known to be empty are taken as spread over
+/// the whole time since then: the guest takes that many before the ring counts as full. Dials
+/// spaced by [`DRAIN`] hence never overflow it, however late they are seen; a burst that came while
+/// we slept long may be missed.
 #[derive(Debug)]
 pub(crate) struct Ring {
     /// Up to when the guest's time is used up.
@@ -140,24 +145,24 @@ impl Ring {
         (time.as_nanos() / DRAIN.as_nanos()) as u64
     }
 
-    /// How many of `waiting` dials are in the ring at `now`.
+    /// Returns how many of `waiting` dials are in the ring at `now`.
     pub(crate) fn level(&self, waiting: usize, now: Instant) -> u64 {
         (waiting as u64).saturating_sub(self.could_take(now))
     }
 
-    /// Whether so many overflow it.
+    /// Returns whether so many overflow it.
     pub(crate) fn overflows(level: u64) -> bool {
         level > RING
     }
 
-    /// The guest takes what it can of `waiting` dials; how many that is.
+    /// Takes what the guest can of `waiting` dials. Returns how many that is.
     pub(crate) fn take(&mut self, waiting: usize, now: Instant) -> usize {
         let taken = self.could_take(now).min(waiting as u64);
         self.used += DRAIN * u32::try_from(taken).unwrap_or(u32::MAX);
         taken as usize
     }
 
-    /// At `now` no dial was waiting anywhere: the guest is idle, and takes the next at once.
+    /// Notes that no dial waited at `now`: the guest is idle, and takes the next one at once.
     pub(crate) fn idle(&mut self, now: Instant) {
         if let Some(ready) = now.checked_sub(DRAIN) {
             self.used = self.used.max(ready);

@@ -6,7 +6,8 @@ use mio::Token;
 /// hyperkit's `VTSOCK_MAXSOCKS`.
 pub(super) const MAX_SLOTS: usize = 1024;
 
-/// A slot, in one of its lives: an event that is older than the connection in the slot names another key.
+/// A slot, in one of its lives: an event that is older than the connection in the slot names
+/// another key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Key(usize);
 
@@ -17,11 +18,11 @@ pub(super) enum Subject {
     /// A listening socket of the state directory.
     Listener(usize),
     /// A listening socket whose clients are programs in the guest.
-    Door(usize),
+    DialListener(usize),
     Host(Key),
     Guest(Key),
     /// A host socket that the device is done with.
-    Afterlife(usize),
+    Closed(usize),
 }
 
 impl Subject {
@@ -29,10 +30,10 @@ impl Subject {
         let (kind, value) = match self {
             Subject::Waker => (0, 0),
             Subject::Listener(index) => (1, index),
-            Subject::Door(index) => (2, index),
+            Subject::DialListener(index) => (2, index),
             Subject::Host(key) => (3, key.0),
             Subject::Guest(key) => (4, key.0),
-            Subject::Afterlife(number) => (5, number),
+            Subject::Closed(number) => (5, number),
         };
         Token(value << 3 | kind)
     }
@@ -42,10 +43,10 @@ impl Subject {
         match token.0 & 7 {
             0 => Subject::Waker,
             1 => Subject::Listener(value),
-            2 => Subject::Door(value),
+            2 => Subject::DialListener(value),
             3 => Subject::Host(Key(value)),
             4 => Subject::Guest(Key(value)),
-            _ => Subject::Afterlife(value),
+            _ => Subject::Closed(value),
         }
     }
 }
@@ -91,7 +92,7 @@ impl Slots {
         Some(connection)
     }
 
-    /// The keys of all connections.
+    /// Returns the keys of all connections.
     pub(super) fn keys(&self) -> Vec<Key> {
         let live = self.entries.iter().filter(|(_, entry)| entry.is_some());
         live.map(|(key, _)| *key).collect()
@@ -107,10 +108,10 @@ mod tests {
         for subject in [
             Subject::Waker,
             Subject::Listener(4),
-            Subject::Door(7),
+            Subject::DialListener(7),
             Subject::Host(Key(1023 + 5 * MAX_SLOTS)),
             Subject::Guest(Key(0)),
-            Subject::Afterlife(123_456),
+            Subject::Closed(123_456),
         ] {
             assert_eq!(Subject::of(subject.token()), subject);
         }

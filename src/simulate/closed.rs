@@ -1,7 +1,8 @@
-//! Host sockets that the device is done with, watched for a close with data unread.
+//! Host sockets that the device has closed, watched for a close by their peer with data unread.
 //!
-//! The slot is free and the client sees EOF, as after a close. But whether the client reads what was written to it before it closes shows only on our end, and
-//! that end must then still exist. Linux only: other systems don't tell.
+//! The slot is free and the client sees EOF, as after a close. But only this end shows whether the
+//! client reads all that was written to it before it closes, so the end is kept. Linux only: other
+//! systems don't tell.
 
 use mio::net::UnixStream;
 use mio::{Interest, Registry, Token};
@@ -12,21 +13,21 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 
-/// How many are watched at once; the oldest goes first.
+/// How many are watched at a time; the oldest is dropped first.
 const LIMIT: usize = 256;
 
-/// How many bytes of the peer are seen to be waiting on `stream`, at most one. Takes a pending error off it.
+/// Returns how many bytes from the peer wait on `stream`, at most one. Clears a pending error.
 fn peek(stream: &UnixStream) -> nix::Result<usize> {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     recv(stream.as_raw_fd(), &mut [0], flags)
 }
 
-/// Whether bytes of the peer are waiting on `stream`.
+/// Returns whether bytes from the peer wait on `stream`.
 pub(super) fn has_unread(stream: &UnixStream) -> bool {
     peek(stream).is_ok_and(|n| n > 0)
 }
 
-/// Whether the peer of `stream` closed with bytes of ours unread.
+/// Returns whether the peer of `stream` closed with bytes unread.
 pub(super) fn was_reset(stream: &UnixStream) -> bool {
     let error = stream.take_error().ok().flatten();
     error.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionReset)
@@ -36,18 +37,19 @@ pub(super) fn was_reset(stream: &UnixStream) -> bool {
 struct Watched {
     stream: UnixStream,
     port: u32,
-    /// How many events there are until the peer has surely closed.
+    /// How many more events come until the peer has closed for certain.
     events: u8,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Afterlife {
+pub(super) struct ClosedSockets {
     watched: HashMap<usize, Watched>,
     order: VecDeque<usize>,
 }
 
-impl Afterlife {
-    /// Ends `stream` for its peer, and watches what the peer does. `half_closed`: the peer has sent EOF. True if it has closed with bytes unread already.
+impl ClosedSockets {
+    /// Shuts `stream` down, and watches what its peer does. `half_closed`: the peer has sent EOF.
+    /// Returns true if the peer has closed with bytes unread already.
     pub(super) fn watch(
         &mut self,
         mut stream: UnixStream,
@@ -76,7 +78,8 @@ impl Afterlife {
         let watched = Watched {
             stream,
             port,
-            // One for the registration, one for the peer's half-close unless that was before, and one for its close.
+            // One for the registration, one for the peer's half-close unless that was before, and
+            // one for its close.
             events: if half_closed { 2 } else { 3 },
         };
         self.watched.insert(token.0, watched);
@@ -89,7 +92,8 @@ impl Afterlife {
         false
     }
 
-    /// An event on a watched socket: the guest port it was for, if its peer closed with bytes unread.
+    /// Handles an event on a watched socket. Returns its guest port if its peer closed with bytes
+    /// unread.
     pub(super) fn event(&mut self, token: Token) -> Option<u32> {
         let watched = self.watched.get_mut(&token.0)?;
         let reset = was_reset(&watched.stream).then_some(watched.port);
