@@ -19,6 +19,7 @@ use crate::time::write_seconds;
 /// the file.
 #[derive(Args, Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[command(next_help_heading = "Limits")]
+#[serde(default)]
 pub(crate) struct RuleOptions {
     /// Permissions of Unix listening sockets, octal (a named pipe's are in its address)
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
@@ -42,7 +43,7 @@ pub(crate) struct RuleOptions {
 
 /// How long the connections of a rule may take for what.
 #[derive(Args, Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(expecting = "an object of times in seconds")]
+#[serde(default, expecting = "an object of times in seconds")]
 struct TimeoutOptions {
     /// Seconds a client may wait for its target to be connected
     #[arg(long = "dial-timeout", value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
@@ -69,11 +70,17 @@ impl Default for RuleOptions {
     fn default() -> RuleOptions {
         RuleOptions {
             mode: DEFAULT_MODE,
-            timeouts: Timeouts::default().into(),
+            timeouts: TimeoutOptions::default(),
             wait: None,
             reserved: 0,
             connections: None,
         }
+    }
+}
+
+impl Default for TimeoutOptions {
+    fn default() -> TimeoutOptions {
+        Timeouts::default().into()
     }
 }
 

@@ -91,7 +91,8 @@ pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 5
     ]
 }
 
-/// A connection that is carried now, as [`ConnectionStatus`](crate::ConnectionStatus) is told of.
+/// A connection that is carried now, as a [`ConnectionStatus`](crate::proxy::ConnectionStatus) is
+/// read.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Connection {
     pub(crate) id: u64,
