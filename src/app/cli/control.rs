@@ -9,7 +9,8 @@ use clap::Args;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
-use super::expose::vm_at;
+use super::expose::rules_of_vm;
+use super::forward::rules_of;
 use super::kept::{KeepTrying, Kept};
 use super::options::ProxyOptions;
 use super::reconciler::danger;
@@ -292,15 +293,23 @@ pub(super) struct Add {
 
 impl Add {
     pub(super) fn run(self) -> Outcome {
-        let pairs = self.pairs()?;
-        if pairs.len() != 1 && self.name.is_some() {
+        let mut rules = rules_of(&self.addresses)?;
+        if let Some(vm) = &self.vm {
+            rules.extend(rules_of_vm(vm, &self.local, &self.remote)?);
+        }
+        if rules.is_empty() {
+            return Err(Failure::Usage(
+                "nothing to add: give LISTEN and CONNECT, or --vm with -L or -R".into(),
+            ));
+        }
+        if rules.len() != 1 && self.name.is_some() {
             return Err(Failure::Usage(
                 "--name is that of one forward, and there are more".into(),
             ));
         }
         let path = self.which.path();
-        for (listen, connect) in pairs {
-            let (listen, connect) = (absolute(listen)?, absolute(connect)?);
+        for rule in rules {
+            let (listen, connect) = (absolute(rule.listen)?, absolute(rule.connect)?);
             let (listen, connect) = (listen.to_string(), connect.to_string());
             let rule = json!({"name": self.name, "listen": listen, "connect": connect});
             let answer = ask(&path, "POST", "/v1/forwards", &rule.to_string())?;
@@ -317,36 +326,6 @@ impl Add {
             ))?;
         }
         Ok(())
-    }
-
-    /// What leads where.
-    fn pairs(&self) -> Result<Vec<(Address, Address)>, Failure> {
-        let (given, rest) = self.addresses.as_chunks::<2>();
-        if let [alone] = rest {
-            return Err(Failure::Usage(format!(
-                "{alone} has no address to connect to: addresses come in pairs"
-            )));
-        }
-        let mut pairs: Vec<_> = given
-            .iter()
-            .cloned()
-            .map(|[listen, connect]| (listen, connect))
-            .collect();
-        if let Some(vm) = &self.vm {
-            let vm = vm_at(vm)?;
-            for local in &self.local {
-                pairs.push((local.listen.clone(), vm(local.guest_port)?));
-            }
-            for remote in &self.remote {
-                pairs.push((vm(remote.host_port)?, remote.target.clone()));
-            }
-        }
-        match pairs.is_empty() {
-            true => Err(Failure::Usage(
-                "nothing to add: give LISTEN and CONNECT, or --vm with -L or -R".into(),
-            )),
-            false => Ok(pairs),
-        }
     }
 }
 

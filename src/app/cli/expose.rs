@@ -46,14 +46,7 @@ impl Expose {
                 "nothing to expose: give at least one -L or -R".into(),
             ));
         }
-        let vm = vm_at(&self.vm)?;
-        let mut rules = Vec::new();
-        for local in &self.local {
-            rules.push(Rule::new(local.listen.clone(), vm(local.guest_port)?));
-        }
-        for remote in &self.remote {
-            rules.push(Rule::new(vm(remote.host_port)?, remote.target.clone()));
-        }
+        let rules = rules_of_vm(&self.vm, &self.local, &self.remote)?;
         let signals = EndSignals::take()?;
         carry(&self.options, self.patience, rules, describe, signals)
     }
@@ -69,24 +62,33 @@ fn describe(forward: &ForwardStatus) -> String {
     }
 }
 
-/// The address of a port of the VM.
-pub(super) fn vm_at(
+/// Returns the rules of `-L` and `-R`.
+pub(super) fn rules_of_vm(
     name: &str,
-) -> Result<impl Fn(Port) -> Result<Address, Failure> + use<>, Failure> {
+    local: &[Local],
+    remote: &[Remote],
+) -> Result<Vec<Rule>, Failure> {
     let hyperkit = match cfg!(windows) {
         true => None,
         false => Some(find(name, &Places::from_env())?),
     };
     hyperkit.as_ref().map_or(Ok(()), look_at)?;
-    let name = name.to_owned();
-    Ok(move |port: Port| match &hyperkit {
+    let vm = |port: Port| match &hyperkit {
         Some(vm) => Ok(HyperkitAddress {
             vm: vm.clone(),
             port,
         }
         .into()),
-        None => hyper_v_service(&name, port.into()),
-    })
+        None => hyper_v_service(name, port.into()),
+    };
+    let mut rules = Vec::new();
+    for Local { listen, guest_port } in local {
+        rules.push(Rule::new(listen.clone(), vm(*guest_port)?));
+    }
+    for Remote { host_port, target } in remote {
+        rules.push(Rule::new(vm(*host_port)?, target.clone()));
+    }
+    Ok(rules)
 }
 
 /// Says at once what every client would find out: that there is no directory, that it can't be used, that no VM runs.

@@ -35,17 +35,23 @@ pub(super) struct Forward {
 
 impl Forward {
     pub(super) fn run(self) -> Outcome {
-        let (pairs, rest) = self.addresses.as_chunks::<2>();
-        if let [alone] = rest {
-            return Err(Failure::Usage(format!(
-                "{alone} has no address to connect to: addresses come in pairs"
-            )));
-        }
-        let rules = pairs
-            .iter()
-            .map(|[listen, connect]| Rule::new(listen.clone(), connect.clone()));
+        let rules = rules_of(&self.addresses)?;
         let signals = EndSignals::take()?;
         let describe = |it: &ForwardStatus| format!("{} -> {}", it.listen, it.rule.connect);
         carry(&self.options, self.patience, rules, describe, signals)
     }
+}
+
+/// Returns the rules of addresses to listen on, each with the one to connect to behind it.
+pub(super) fn rules_of(addresses: &[Address]) -> Result<Vec<Rule>, Failure> {
+    let (pairs, rest) = addresses.as_chunks::<2>();
+    if let [alone] = rest {
+        return Err(Failure::Usage(format!(
+            "{alone} has no address to connect to: addresses come in pairs"
+        )));
+    }
+    let pairs = pairs.iter().cloned();
+    Ok(pairs
+        .map(|[listen, connect]| Rule::new(listen, connect))
+        .collect())
 }
