@@ -18,8 +18,8 @@ use crate::proxy::{ForwardStatus, Handle};
 
 use super::http::{Request, Response};
 use super::metrics;
-use super::model::{Forward, RuleBody, Status, Unserved, read_rule};
-use super::server::{Endpoint, Service, Trouble};
+use super::model::{Forward, RuleBody, Status, read_rule};
+use super::server::{Endpoint, Service};
 use super::{Actions, Problem};
 
 /// Answers requests.
@@ -159,7 +159,7 @@ impl Api {
             unserved: self
                 .endpoints
                 .iter()
-                .filter_map(|it| unserved(it))
+                .filter_map(|it| it.trouble())
                 .collect(),
         }
     }
@@ -295,21 +295,6 @@ impl Api {
         }
         Ok(grace)
     }
-}
-
-/// Tells of an endpoint where nobody is served.
-fn unserved(endpoint: &Endpoint) -> Option<Unserved> {
-    let Trouble { why, since } = endpoint.trouble()?;
-    let service = match endpoint.service {
-        Service::Control => "control",
-        Service::Metrics => "metrics",
-    };
-    Some(Unserved {
-        service: service.to_owned(),
-        address: endpoint.address.to_string(),
-        why,
-        since,
-    })
 }
 
 /// What a forward is called.

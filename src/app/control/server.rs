@@ -28,6 +28,7 @@ use crate::sys::{self, AsSocket};
 
 use super::api::{Api, CALLS_AT_A_TIME};
 use super::clients::{Client, Clients, lock, most_clients};
+use super::model::Unserved;
 use super::{http, place};
 
 /// Returns how many descriptors the server of so many sockets needs: for their clients, themselves, and the runtime.
@@ -70,33 +71,34 @@ pub(super) struct Endpoint {
     pub(super) service: Service,
     /// With the port that was chosen, if one was to be.
     pub(super) address: Address,
-    trouble: Mutex<Option<Trouble>>,
-}
-
-/// Why nobody is served at an endpoint.
-#[derive(Clone, Debug)]
-pub(super) struct Trouble {
-    pub(super) why: String,
-    pub(super) since: SystemTime,
+    /// Why nobody is served there, if so.
+    trouble: Mutex<Option<Unserved>>,
 }
 
 impl Endpoint {
-    fn lock(&self) -> MutexGuard<'_, Option<Trouble>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Unserved>> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Why nobody is served there, if so.
-    pub(super) fn trouble(&self) -> Option<Trouble> {
+    /// Returns why nobody is served there, if so.
+    pub(super) fn trouble(&self) -> Option<Unserved> {
         self.lock().clone()
     }
 
-    /// Notes why nobody is served; whether that is news.
-    fn is_lost(&self, why: String) -> bool {
+    /// Notes why nobody is served, and returns whether that is news.
+    fn mark_unserved(&self, why: String) -> bool {
         let mut trouble = self.lock();
         let before = trouble.take();
         let is_new = before.as_ref().is_none_or(|before| before.why != why);
-        let since = before.map_or_else(SystemTime::now, |before| before.since);
-        *trouble = Some(Trouble { why, since });
+        *trouble = Some(Unserved {
+            service: match self.service {
+                Service::Control => "control".to_owned(),
+                Service::Metrics => "metrics".to_owned(),
+            },
+            address: self.address.to_string(),
+            why,
+            since: before.map_or_else(SystemTime::now, |before| before.since),
+        });
         is_new
     }
 
@@ -145,7 +147,7 @@ impl Door {
             address: address.clone(),
             trouble: Mutex::default(),
         };
-        endpoint.is_lost(error.to_string());
+        endpoint.mark_unserved(error.to_string());
         Door {
             endpoint: Arc::new(endpoint),
             listener: None,
@@ -286,7 +288,7 @@ impl Acceptor {
         }
         if is_broken(error) {
             let why = format!("the socket was shut down from outside ({error})");
-            if self.endpoint.is_lost(why.clone()) {
+            if self.endpoint.mark_unserved(why.clone()) {
                 warn!("{}: {why}; it is bound again", self.endpoint.address);
             }
             // First, for it has the address.
@@ -310,7 +312,7 @@ impl Acceptor {
                 *self.endpoint.lock() = None;
             }
             Err(e) => {
-                if self.endpoint.is_lost(e.to_string()) {
+                if self.endpoint.mark_unserved(e.to_string()) {
                     warn!("{e}");
                 }
                 sleep(TRY_AGAIN).await;
