@@ -9,7 +9,7 @@ use super::options::{ProxyOptions, hyper_v_service};
 use super::signals::EndSignals;
 use super::spec::{Local, Remote};
 use super::{Failure, Outcome, carry, complain};
-use crate::address::{Address, HyperkitAddress, HyperkitVm, Port};
+use crate::address::{HyperkitAddress, HyperkitVm, Port};
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
 use crate::proxy::{ForwardStatus, Rule};

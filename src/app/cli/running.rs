@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::address::{Address, HyperkitAddress};
-use crate::app::config::{Config, Control, Missing, Problems, Wanted};
+use crate::app::config::{Config, Missing, Problems, Wanted};
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
 use crate::hyperkit::Places;
@@ -59,11 +59,7 @@ pub(super) struct Doors;
 #[cfg(unix)]
 fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
     let bound = crate::app::control::bind(&crate::app::control::Options {
-        control: match &config.control {
-            Control::Usual => Some(crate::app::control::default_path()),
-            Control::At(path) => Some(path.clone()),
-            Control::Off => None,
-        },
+        control: config.control.clone(),
         metrics: config.metrics.clone(),
         unavailable: crate::app::control::Unavailable::IsTriedAgain,
     })
@@ -80,7 +76,7 @@ fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> 
 
 #[cfg(not(unix))]
 fn open_doors(config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
-    if matches!(config.control, Control::At(_)) || config.metrics.is_some() {
+    if config.control.is_some() || config.metrics.is_some() {
         complain("control and metrics are for Unix systems: they are not served here");
     }
     Ok(Doors)

@@ -1,12 +1,10 @@
 //! Forwards that are in each other's way, or in the way of where the program itself listens.
 
 use std::collections::HashMap;
+use std::path::Path;
 
-use super::Control;
 use super::forward::Forward;
-#[cfg(unix)]
-use crate::address::UnixAddress;
-use crate::address::{Address, Host, TcpAddress};
+use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::proxy::{Rule, describe_loop, find_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
@@ -15,7 +13,7 @@ type Door = (&'static str, Address);
 /// Says which rules can't be carried beside each other, and which come out where it is controlled from, or looked at.
 pub(super) fn find(
     rules: &[(&Forward, Rule)],
-    control: &Control,
+    control: Option<&Path>,
     metrics: Option<&TcpAddress>,
     complain: &mut dyn FnMut(usize, String),
 ) {
@@ -59,22 +57,11 @@ pub(super) fn find(
     }
 }
 
-fn doors(control: &Control, metrics: Option<&TcpAddress>) -> Vec<Door> {
-    let mut doors = Vec::new();
-    #[cfg(unix)]
-    {
-        let path = match control {
-            Control::Usual => Some(crate::app::control::default_path()),
-            Control::At(path) => Some(path.clone()),
-            Control::Off => None,
-        };
-        let door = |path| ("control", Address::Unix(UnixAddress::Path(path)));
-        doors.extend(path.map(door));
-    }
-    #[cfg(not(unix))]
-    let _ = control;
-    doors.extend(metrics.map(|at| ("metrics", Address::Tcp(at.clone()))));
-    doors
+fn doors(control: Option<&Path>, metrics: Option<&TcpAddress>) -> Vec<Door> {
+    let control = control.map(|path| Address::Unix(UnixAddress::Path(path.to_owned())));
+    let metrics = metrics.map(|at| Address::Tcp(at.clone()));
+    let doors = [("control", control), ("metrics", metrics)].into_iter();
+    doors.filter_map(|(key, door)| Some((key, door?))).collect()
 }
 
 /// What two addresses have in common that collide.

@@ -55,8 +55,8 @@ pub(crate) struct Config {
     pub(crate) workers: Option<NonZeroUsize>,
     /// Whether bytes may go through pipes.
     pub(crate) splice: bool,
-    /// Where it is controlled from.
-    pub(crate) control: Control,
+    /// Where it is controlled from, if anywhere.
+    pub(crate) control: Option<PathBuf>,
     /// Where it tells of itself.
     pub(crate) metrics: Option<TcpAddress>,
     /// For who adds forwards by the control socket.
@@ -66,28 +66,21 @@ pub(crate) struct Config {
     forwards: Vec<Forward>,
 }
 
-/// Where an hvsock is controlled from.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Control {
-    /// Where all commands look for it.
-    #[default]
-    Usual,
-    At(PathBuf),
-    /// Nowhere.
-    Off,
+/// Reads the path of the control socket; `"off"` is none.
+fn read_control(value: &Value) -> Result<Option<PathBuf>, String> {
+    match values::text(value)?.as_str() {
+        "" => Err("it is empty; write a path, or \"off\"".to_owned()),
+        "off" => Ok(None),
+        text => Ok(Some(values::at_home(text)?.into_owned().into())),
+    }
 }
 
-impl Control {
-    /// Reads the path of the control socket, or `"off"`.
-    fn read(value: &Value) -> Result<Control, String> {
-        match values::text(value)?.as_str() {
-            "" => Err("it is empty; write a path, or \"off\"".to_owned()),
-            "off" => Ok(Control::Off),
-            text => Ok(Control::At(PathBuf::from(
-                values::at_home(text)?.into_owned(),
-            ))),
-        }
-    }
+/// Returns where the control socket is if the file doesn't say.
+fn usual_control() -> Option<PathBuf> {
+    #[cfg(unix)]
+    return Some(crate::app::control::default_path());
+    #[cfg(not(unix))]
+    None
 }
 
 /// What is to be carried, now that it is known where the VMs are.
@@ -155,7 +148,7 @@ impl Config {
         let grace = root.take("grace", values::time);
         let workers = root.take("workers", values::count(1..=256));
         let splice = root.take("splice", values::yes_or_no);
-        let control = root.take("control", Control::read);
+        let control = root.take("control", read_control);
         let metrics = root.take("metrics", values::tcp);
         let mut defaults = RuleOptions::default();
         if let Some(mut section) = root.table("defaults") {
@@ -182,7 +175,7 @@ impl Config {
             grace: grace.unwrap_or(Duration::from_secs(30)),
             workers: workers.and_then(NonZeroUsize::new),
             splice: splice.unwrap_or(true),
-            control: control.unwrap_or_default(),
+            control: control.unwrap_or_else(usual_control),
             metrics,
             #[cfg(unix)]
             defaults,
@@ -247,7 +240,12 @@ impl Config {
             }
             seen.push((forward, rule));
         }
-        conflicts::find(&seen, &self.control, self.metrics.as_ref(), complain);
+        conflicts::find(
+            &seen,
+            self.control.as_deref(),
+            self.metrics.as_ref(),
+            complain,
+        );
         for (vm, _) in &vms {
             let of = |forward: &&Forward| forward.vm().is_some_and(|(name, _)| name == vm.name);
             let mut its = self.forwards.iter().filter(of);
