@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::address::{Address, SocketKind};
-use crate::engine::relay::{CLIENT, SERVER};
+use crate::engine::relay::Side;
 use crate::error::{Error, Operation};
 use crate::sys;
 
@@ -120,7 +120,7 @@ impl Tally {
     }
 
     /// Counts bytes that `side` sent and the other was given.
-    pub(crate) fn delivered(&self, side: usize, bytes: u64) {
+    pub(crate) fn delivered(&self, side: Side, bytes: u64) {
         if bytes > 0 {
             self.delivered[side].fetch_add(bytes, Ordering::Relaxed);
         }
@@ -146,8 +146,8 @@ impl Tally {
                 half_closed: get(&self.half_closed),
             },
             abandoned: get(&self.abandoned),
-            sent: get(&self.delivered[CLIENT]),
-            received: get(&self.delivered[SERVER]),
+            sent: get(&self.delivered[Side::Client]),
+            received: get(&self.delivered[Side::Server]),
         }
     }
 }

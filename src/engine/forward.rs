@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::address::{Address, HalfClose, Reset, Waiter};
-use crate::engine::relay::{CLIENT, SERVER};
+use crate::engine::relay::Side;
 use crate::error::Error;
 use crate::name::SocketName;
 
@@ -90,7 +90,7 @@ impl Forward {
             rule,
             asked: self.asked.clone(),
             gates,
-            waiters: [self.waiters[CLIENT], waiter],
+            waiters: [self.waiters[Side::Client], waiter],
             tally: Arc::clone(&self.tally),
             status_cell: Arc::clone(&self.status_cell),
             log_limiter: LogLimiter::default(),
@@ -124,7 +124,7 @@ impl Forward {
     }
 
     /// Whether connections of that side are ended by half-close, drain, close.
-    pub(crate) fn needs_graceful_close(&self, side: usize) -> bool {
+    pub(crate) fn needs_graceful_close(&self, side: Side) -> bool {
         self.address(side).transport().needs_graceful_close
     }
 
@@ -134,35 +134,37 @@ impl Forward {
     }
 
     /// Whether no poller can wait for the end of `side`.
-    pub(crate) fn is_blocking(&self, side: usize) -> bool {
+    pub(crate) fn is_blocking(&self, side: Side) -> bool {
         self.waiters[side] == Waiter::Thread
     }
 
     /// Whether no poller can wait for the end of `side`, and nothing but a poller for the other: a adapter lies between.
-    pub(crate) fn needs_adapter(&self, side: usize) -> bool {
-        self.is_blocking(side) && self.waiters[1 - side] == Waiter::Poller
+    pub(crate) fn needs_adapter(&self, side: Side) -> bool {
+        self.is_blocking(side) && self.waiters[side.other()] == Waiter::Poller
     }
 
     /// Whether a half-close that `side` reads makes its VMM end the guest's direction as well.
-    pub(crate) fn half_close_ends_both(&self, side: usize) -> bool {
+    pub(crate) fn half_close_ends_both(&self, side: Side) -> bool {
         self.address(side).half_close() == HalfClose::BothDirections
     }
 
     /// Whether a peer of that side can be told, by a reset, that its connection broke off.
-    pub(crate) fn can_reset(&self, side: usize) -> bool {
+    pub(crate) fn can_reset(&self, side: Side) -> bool {
         self.address(side).transport().reset == Reset::EitherEnd
     }
 
-    fn address(&self, side: usize) -> &Address {
+    fn address(&self, side: Side) -> &Address {
         match side {
-            CLIENT => &self.rule.listen,
-            _ => &self.rule.connect,
+            Side::Client => &self.rule.listen,
+            Side::Server => &self.rule.connect,
         }
     }
 
     /// The gate of the VM that is spoken of where one is meant: the one that it leads to, or else the one that dials it.
     pub(crate) fn gate(&self) -> Option<&Arc<Gate>> {
-        self.gates[SERVER].as_ref().or(self.gates[CLIENT].as_ref())
+        self.gates[Side::Server]
+            .as_ref()
+            .or(self.gates[Side::Client].as_ref())
     }
 
     /// How long its clients are held while the target isn't there.
@@ -181,7 +183,7 @@ impl Forward {
 
     /// A dial has found nobody.
     pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
-        if let Some(gate) = &self.gates[SERVER] {
+        if let Some(gate) = &self.gates[Side::Server] {
             return gate.mark_down(error, now);
         }
         // What comes and goes all the time isn't told of each time.
@@ -194,7 +196,7 @@ impl Forward {
 
     /// A dial has found somebody.
     pub(crate) fn mark_up(&self, now: Instant) {
-        if self.gates[SERVER].is_none() {
+        if self.gates[Side::Server].is_none() {
             let news = self.health().mark_up(now);
             self.log_change(news, None);
         }

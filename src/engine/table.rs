@@ -3,6 +3,8 @@
 //! Invariant 6: an event for an older generation is dropped. An event that was fetched before its socket was closed
 //! must not reach the connection that has the place now.
 
+use super::relay::Side;
+
 /// Names a connection. Its generation is never 0: tokens below [`Id::FIRST`] are free for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Id(u64);
@@ -26,14 +28,18 @@ impl Id {
         (self.0 >> GENERATION_SHIFT) as u32
     }
 
-    /// The token under which `side` (0 or 1) is registered.
-    pub(crate) fn token(self, side: usize) -> usize {
-        self.0 as usize | side
+    /// The token under which `side` is registered.
+    pub(crate) fn token(self, side: Side) -> usize {
+        self.0 as usize | side as usize
     }
 
     /// The connection and the side of a token.
-    pub(crate) fn from_token(token: usize) -> (Id, usize) {
-        (Id(token as u64 & !1), token & 1)
+    pub(crate) fn from_token(token: usize) -> (Id, Side) {
+        let side = match token & 1 {
+            0 => Side::Client,
+            _ => Side::Server,
+        };
+        (Id(token as u64 & !1), side)
     }
 }
 
@@ -121,8 +127,8 @@ mod tests {
     fn a_place_used_again_does_not_answer_to_its_old_name() {
         let mut table = Table::new();
         let old = table.insert('a');
-        assert_eq!(Id::from_token(old.token(1)), (old, 1));
-        assert!(old.token(0) >= Id::FIRST);
+        assert_eq!(Id::from_token(old.token(Side::Server)), (old, Side::Server));
+        assert!(old.token(Side::Client) >= Id::FIRST);
         assert_eq!(table.remove(old), Some('a'));
         let new = table.insert('b');
         assert_eq!(old.index(), new.index());

@@ -10,7 +10,7 @@ use socket2::SockRef;
 
 use super::relay_threads::{Ended, Order, RelayThreads};
 use crate::address::{Address, Host, TcpAddress};
-use crate::engine::relay::CLIENT;
+use crate::engine::relay::Side;
 use crate::stream;
 use crate::stream::nonblocking::{Stream, set_tcp_options};
 
@@ -36,16 +36,16 @@ impl Adapters {
 /// One adapter.
 struct Adapter {
     /// The side of the stream that is waited for by threads.
-    side: usize,
+    side: Side,
     drain: Duration,
     adapters: Arc<Adapters>,
 }
 
 impl Order for Adapter {
     /// The loop counts.
-    fn delivered(&self, _: usize, _: u64) {}
+    fn delivered(&self, _: Side, _: u64) {}
 
-    fn drain(&self, side: usize) -> Option<Duration> {
+    fn drain(&self, side: Side) -> Option<Duration> {
         (side == self.side).then_some(self.drain)
     }
 
@@ -57,7 +57,7 @@ impl Order for Adapter {
 
 /// Puts a stream that leads to `stream`, the end of `side`, in its place.
 pub(super) fn insert(
-    side: usize,
+    side: Side,
     stream: &mut Stream,
     drain: Duration,
     adapters: &Arc<Adapters>,
@@ -76,8 +76,8 @@ pub(super) fn insert(
     let blocking = std::mem::replace(stream, near);
     let blocking = stream::Stream::from_nonblocking(blocking, &address)?;
     let streams = match side {
-        CLIENT => [blocking, far],
-        _ => [far, blocking],
+        Side::Client => [blocking, far],
+        Side::Server => [far, blocking],
     };
     *adapters.live() += 1;
     let order = Adapter {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-use crate::engine::relay::CLIENT;
+use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 
 use super::driver::Driver;
@@ -62,7 +62,7 @@ impl<D: Driver> Controller<D> {
         if descriptors.room(listeners) == 0 {
             return Err(descriptors.too_few(Operation::Listen, &listen, listeners));
         }
-        if forward.needs_graceful_close(CLIENT) {
+        if forward.needs_graceful_close(Side::Client) {
             descriptors.keep_some_for_guests();
         }
         self.shared.make_room(listeners);

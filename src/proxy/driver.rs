@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::Address;
 use crate::engine::connection::Socket;
-use crate::engine::relay::Readiness;
+use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Result};
 use crate::listener;
 use crate::name::SocketName;
@@ -195,7 +195,7 @@ pub(crate) trait Driver: Sized {
     /// It can't be had: the stream is as it was.
     fn insert_adapter(
         &mut self,
-        side: usize,
+        side: Side,
         stream: &mut Self::Stream,
         drain: Duration,
     ) -> io::Result<()>;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, error, info, warn};
 
-use crate::engine::relay::{CLIENT, SERVER, Socket};
+use crate::engine::relay::{Side, Socket};
 use crate::listener::nonblocking::{has_client_left, is_broken};
 
 use super::driver::{Driver, Found, ListenerId, Wanted};
@@ -64,7 +64,7 @@ impl<L> Listening<L> {
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn sleeps_in_vain(&self) -> bool {
         let is_asleep = self.listener.is_some() && self.ready && self.full.is_some();
-        let gate = self.forward.gates[SERVER].as_ref();
+        let gate = self.forward.gates[Side::Server].as_ref();
         is_asleep && gate.is_none_or(|gate| gate.would_queue(self.forward.id))
     }
 
@@ -173,7 +173,7 @@ impl<D: Driver> Listeners<D> {
         forward: Arc<Forward>,
         cx: &mut TurnContext<'_, D>,
     ) {
-        if !forward.needs_graceful_close(CLIENT) {
+        if !forward.needs_graceful_close(Side::Client) {
             return cx.driver.close_listener(listener, None);
         }
         forward.cut.store(true, Ordering::Release);
@@ -325,7 +325,7 @@ impl<D: Driver> Listeners<D> {
             // Guests are accepted whatever happens: hyperkit stands still until they are. So is what
             // comes from another forward: the place that it waits for may be that one's.
             let forward = &listening.forward;
-            if !forward.needs_graceful_close(CLIENT)
+            if !forward.needs_graceful_close(Side::Client)
                 && let Some(reason) = cx.shared.is_full_for(forward.id)
                 && !cx.shared.may_come_from_us(forward)
             {
@@ -412,9 +412,9 @@ impl<D: Driver> Listeners<D> {
         cx: &TurnContext<'_, D>,
     ) -> Result<Option<Slot>, Full> {
         let forward = &self.all[index].forward;
-        match &forward.gates[SERVER] {
+        match &forward.gates[Side::Server] {
             // Guests are accepted whatever happens.
-            Some(gate) if !forward.needs_graceful_close(CLIENT) && !all => {
+            Some(gate) if !forward.needs_graceful_close(Side::Client) && !all => {
                 let wake = cx.shared.inboxes[cx.index].waker();
                 match gate.queue(forward.id, cx.index, &wake) {
                     // As with all places: it may be that one's.
@@ -537,7 +537,7 @@ impl<D: Driver> Listeners<D> {
         };
         // Guests are accepted to the very end: one that waits at a socket which is closed is hurt.
         let takes_clients =
-            cx.phase == Phase::Running || listening.forward.needs_graceful_close(CLIENT);
+            cx.phase == Phase::Running || listening.forward.needs_graceful_close(Side::Client);
         match found {
             Found::Bound(listener) if !takes_clients => cx.driver.close_listener(listener, None),
             found => self.take_found(of, found, cx),
@@ -618,7 +618,7 @@ impl<D: Driver> Listeners<D> {
     /// Closes all listeners but those that guests dial: an unbound port is what hyperkit can't stand.
     pub(super) fn close_those_of_clients(&mut self, cx: &mut TurnContext<'_, D>) {
         for listening in &mut self.all {
-            if !listening.forward.needs_graceful_close(CLIENT)
+            if !listening.forward.needs_graceful_close(Side::Client)
                 && let Some(listener) = listening.listener.take()
             {
                 cx.driver.close_listener(listener, None);

@@ -15,7 +15,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
 use crate::engine::connection::Socket;
-use crate::engine::relay::Readiness;
+use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
@@ -256,11 +256,11 @@ struct Carried {
 }
 
 impl Order for Carried {
-    fn delivered(&self, side: usize, bytes: u64) {
+    fn delivered(&self, side: Side, bytes: u64) {
         self.forward.tally.delivered(side, bytes);
     }
 
-    fn drain(&self, side: usize) -> Option<Duration> {
+    fn drain(&self, side: Side) -> Option<Duration> {
         (self.forward.is_blocking(side) || self.forward.needs_graceful_close(side))
             .then_some(self.drain)
     }
@@ -609,7 +609,7 @@ impl Driver for MioDriver {
 
     fn insert_adapter(
         &mut self,
-        side: usize,
+        side: Side,
         stream: &mut Stream,
         drain: Duration,
     ) -> io::Result<()> {

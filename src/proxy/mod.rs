@@ -60,7 +60,7 @@ use std::time::Duration;
 
 use crate::address::{Address, Waiter};
 use crate::engine::admission::{GateLimits, Wake};
-use crate::engine::relay::CLIENT;
+use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 use crate::listener::Listener;
 
@@ -318,7 +318,7 @@ fn assemble<D: Driver>(
     }
     if forwards
         .iter()
-        .any(|forward| forward.needs_graceful_close(CLIENT))
+        .any(|forward| forward.needs_graceful_close(Side::Client))
     {
         descriptors.keep_some_for_guests();
     }

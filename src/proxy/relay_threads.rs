@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::engine::relay::{CLIENT, CloseMode, SERVER};
+use crate::engine::relay::{CloseMode, Side};
 use crate::stream::Stream;
 
 use crate::engine::connection::{LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
@@ -35,9 +35,9 @@ const STACK: usize = 256 * 1024;
 /// What a bridge does with its streams and their bytes besides carrying them.
 pub(crate) trait Order: Send + Sync + 'static {
     /// Bytes that `side` sent were given to the other.
-    fn delivered(&self, side: usize, bytes: u64);
+    fn delivered(&self, side: Side, bytes: u64);
     /// Whether a side's end is to be read to its EOF before it is closed; how long that may take.
-    fn drain(&self, side: usize) -> Option<Duration>;
+    fn drain(&self, side: Side) -> Option<Duration>;
     /// Both streams are closed.
     fn ended(&self, ended: Ended);
 }
@@ -77,7 +77,7 @@ impl RelayThreads {
         let ends = streams.map(|stream| Arc::new(End::new(stream)));
         let cut = Arc::new(AtomicBool::new(false));
         let bridge = RelayThreads {
-            ends: [CLIENT, SERVER].map(|side| Arc::downgrade(&ends[side])),
+            ends: Side::BOTH.map(|side| Arc::downgrade(&ends[side])),
             cut: Arc::clone(&cut),
         };
         let kept = ends.clone();
@@ -196,7 +196,7 @@ enum Flow {
 fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     let flows = thread::scope(|scope| {
         let answer =
-            thread("hvsock-bridge-answer").spawn_scoped(scope, || flow(&ends, SERVER, order));
+            thread("hvsock-bridge-answer").spawn_scoped(scope, || flow(&ends, Side::Server, order));
         let answer = match answer {
             Ok(answer) => answer,
             Err(e) => {
@@ -204,13 +204,13 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
                 return [Flow::Interrupted; 2];
             }
         };
-        let request = flow(&ends, CLIENT, order);
+        let request = flow(&ends, Side::Client, order);
         [request, answer.join().unwrap_or(Flow::Interrupted)]
     });
-    let delivered = [CLIENT, SERVER].map(|side| ends[side].delivered.load(Ordering::Relaxed));
+    let delivered = Side::BOTH.map(|side| ends[side].delivered.load(Ordering::Relaxed));
     let mut abandoned = false;
-    for (side, end) in ends.into_iter().enumerate() {
-        let whole = flows[1 - side] == Flow::Finished;
+    for (side, end) in Side::BOTH.into_iter().zip(ends) {
+        let whole = flows[side.other()] == Flow::Finished;
         abandoned |= match close_mode(flows, side) {
             CloseMode::Close if !end.stream.is_framed() || flows[side] == Flow::Dead => false,
             _ if cut.load(Ordering::Acquire) => abort(&end.stream),
@@ -220,7 +220,7 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
             CloseMode::Reset => match order.drain(side).filter(|_| whole) {
                 Some(time) => drain(&end.stream, time),
                 // What a peer has not got that takes nothing, it will never get.
-                None if flows[1 - side] == Flow::Refused => abort(&end.stream),
+                None if flows[side.other()] == Flow::Refused => abort(&end.stream),
                 None => {
                     arrive(&end.stream, cut);
                     abort(&end.stream)
@@ -235,8 +235,8 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
 }
 
 /// Carries what `side` sends.
-fn flow(ends: &[Arc<End>; 2], side: usize, order: &impl Order) -> Flow {
-    let (source, sink) = (&ends[side], &ends[1 - side]);
+fn flow(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
+    let (source, sink) = (&ends[side], &ends[side.other()]);
     let mut buffer = vec![0; BUFFER];
     loop {
         let read = (&source.stream).read(&mut buffer);
@@ -286,11 +286,11 @@ fn flow(ends: &[Arc<End>; 2], side: usize, order: &impl Order) -> Flow {
 }
 
 /// What `side` is owed: see [`Pair::close_mode`](crate::engine::relay::Pair::close_mode), of which this is the same.
-fn close_mode(flows: [Flow; 2], side: usize) -> CloseMode {
+fn close_mode(flows: [Flow; 2], side: Side) -> CloseMode {
     let dead = flows[side] == Flow::Dead;
-    match flows[1 - side] {
+    match flows[side.other()] {
         Flow::Finished if dead || flows[side] == Flow::Finished => CloseMode::Close,
-        Flow::Finished if side == CLIENT => CloseMode::Linger,
+        Flow::Finished if side == Side::Client => CloseMode::Linger,
         _ if dead => CloseMode::Close,
         _ => CloseMode::Reset,
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::{Address, Host, HyperkitVm, TcpAddress, Waiter};
-use crate::engine::relay::CLIENT;
+use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Target, not_carried};
 use crate::{dial, listener};
@@ -312,7 +312,7 @@ impl Binder {
         check_alone(&rule, self.waiter)?;
         self.permit(&rule)?;
         check_beside(&rule, others.map(|forward| &forward.rule))?;
-        let gates = [old.gates[CLIENT].clone(), self.gate_of(&rule.connect)];
+        let gates = [old.gates[Side::Client].clone(), self.gate_of(&rule.connect)];
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new ones would have to be free beside the old ones.
         old.keep_quota(None);

@@ -7,7 +7,7 @@ use tracing::warn;
 use crate::dial;
 use crate::engine::Phase;
 use crate::engine::counters::{Reason, add_one};
-use crate::engine::relay::{CLIENT, CloseMode, End, Readiness, SERVER};
+use crate::engine::relay::{CloseMode, End, Readiness, Side};
 use crate::time::after;
 
 use super::{Action, Connection, Context, Socket, State};
@@ -66,10 +66,10 @@ impl<S: Socket> Connection<S> {
             let error = dial::refused_by_eof(&self.forward.rule.connect);
             self.note_refusal(&error, Reason::ByTarget, cx.now);
         }
-        let modes = [pair.close_mode(CLIENT), pair.close_mode(SERVER)];
-        let sides = pair.into_ends(cx.pool).into_iter().zip(modes);
+        let modes = Side::BOTH.map(|side| pair.close_mode(side));
         let mut ends = [None, None];
-        for (side, (mut end, mode)) in sides.enumerate() {
+        for (side, mut end) in Side::BOTH.into_iter().zip(pair.into_ends(cx.pool)) {
+            let mode = modes[side];
             // Rule 2 of a good neighbour: hyperkit reads EOF from us and is read to its EOF, whatever happened.
             let is_graceful = self.forward.needs_graceful_close(side);
             if is_graceful && !end.input_ended() || !is_graceful && mode == CloseMode::Linger {
@@ -87,13 +87,13 @@ impl<S: Socket> Connection<S> {
     /// Begins to close what is left of it.
     pub(super) fn begin_closing(&mut self, ends: [Option<Closing<S>>; 2], cx: &mut Context<'_, S>) {
         let is_graceful =
-            |side: usize| ends[side].is_some() && self.forward.needs_graceful_close(side);
+            |side: Side| ends[side].is_some() && self.forward.needs_graceful_close(side);
         let drain = self.forward.rule.timeouts.drain;
         let time = match cx.phase {
             Phase::Cutting => LAST_DRAIN.min(drain),
             // Nobody who has gone holds up the end: the grace is for those who are there.
             Phase::Stopping => LINGER.min(drain),
-            Phase::Running if is_graceful(CLIENT) || is_graceful(SERVER) => drain,
+            Phase::Running if is_graceful(Side::Client) || is_graceful(Side::Server) => drain,
             Phase::Running => LINGER,
         };
         self.wake_at = None;
@@ -108,13 +108,13 @@ impl<S: Socket> Connection<S> {
             return;
         };
         let mut look_again = None;
-        for (side, slot) in ends.iter_mut().enumerate() {
+        for (side, slot) in Side::BOTH.into_iter().zip(ends.iter_mut()) {
             let Some(Closing { mut end, reset }) = slot.take() else {
                 continue;
             };
             let before = (end.received(), end.input_ended());
             cx.has_more_work |= end.discard(cx.pool);
-            if let Some(slot) = self.slots[side].as_ref().filter(|_| side == SERVER)
+            if let Some(slot) = self.slots[side].as_ref().filter(|_| side == Side::Server)
                 && (end.received(), end.input_ended()) != before
             {
                 slot.note_answer(now);
@@ -137,7 +137,7 @@ impl<S: Socket> Connection<S> {
             return self.close(cx);
         }
         // What never became a socket, or was reset, has no slot any more, though the other side lingers.
-        for side in [CLIENT, SERVER] {
+        for side in Side::BOTH {
             if ends[side].is_none() {
                 self.slots[side] = None;
             }
@@ -164,7 +164,7 @@ impl<S: Socket> Connection<S> {
             return;
         };
         let ends = std::mem::take(ends);
-        for (side, closing) in ends.into_iter().enumerate() {
+        for (side, closing) in Side::BOTH.into_iter().zip(ends) {
             let Some(Closing { mut end, reset }) = closing else {
                 continue;
             };
@@ -250,10 +250,10 @@ impl<S: Socket> Connection<S> {
     /// Closes what it still has: it is over.
     pub(super) fn close(&mut self, cx: &mut Context<'_, S>) {
         match self.leave_state() {
-            State::Waiting { client, .. } => self.close_socket(CLIENT, client, cx),
+            State::Waiting { client, .. } => self.close_socket(Side::Client, client, cx),
             State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {
-                self.close_socket(CLIENT, client, cx);
-                self.close_socket(SERVER, server, cx);
+                self.close_socket(Side::Client, client, cx);
+                self.close_socket(Side::Server, server, cx);
             }
             State::Relaying { .. } | State::OnThreads | State::Closing { .. } | State::Closed => {}
         }

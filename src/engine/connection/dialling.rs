@@ -14,7 +14,7 @@ use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
-use crate::engine::relay::{CLIENT, End, Readiness, SERVER};
+use crate::engine::relay::{End, Readiness, Side};
 use crate::engine::routes::{ListenerName, PeerNames, Route};
 use crate::error::{Error, Operation};
 use crate::name::SocketName;
@@ -75,7 +75,7 @@ impl<S: Socket> Connection<S> {
             last: None,
         });
         let mut connection = Connection::new(Some(name), forward, peer, state, now);
-        connection.slots[SERVER] = slot;
+        connection.slots[Side::Server] = slot;
         connection.held = held;
         connection.notify(What::Accepted);
         connection
@@ -86,7 +86,7 @@ impl<S: Socket> Connection<S> {
         // Guests find the port bound until the very end, but are not served any more.
         let is_closed = match cx.phase {
             Phase::Running => self.forward.is_cut(),
-            Phase::Stopping => self.forward.needs_graceful_close(CLIENT),
+            Phase::Stopping => self.forward.needs_graceful_close(Side::Client),
             Phase::Cutting => true,
         };
         match watched {
@@ -169,7 +169,7 @@ impl<S: Socket> Connection<S> {
         }
         let deadline = dial.deadline();
         let target = &self.forward.rule.connect;
-        if self.forward.is_blocking(SERVER) {
+        if self.forward.is_blocking(Side::Server) {
             let left = deadline.saturating_duration_since(cx.now);
             cx.request(Action::DialOnThread(dial::limit_timeout(target, left)));
         } else {
@@ -212,7 +212,7 @@ impl<S: Socket> Connection<S> {
             }
         } else if self.wake_at.is_none() {
             // The timer was that of another try, unless the dial still waits for a name or for a slot.
-            let slot = self.slots[SERVER].as_ref();
+            let slot = self.slots[Side::Server].as_ref();
             let is_admitted = slot.is_none_or(Slot::is_admitted);
             if dial.endpoint().is_some() && is_admitted {
                 cx.request(Action::Connect);
@@ -231,7 +231,7 @@ impl<S: Socket> Connection<S> {
 
     /// Returns whether the EOF of its server may be that of a VM that has died, and its client can be told so.
     pub(crate) fn doubts_server(&self) -> bool {
-        self.forward.needs_graceful_close(SERVER) && self.forward.can_reset(CLIENT)
+        self.forward.needs_graceful_close(Side::Server) && self.forward.can_reset(Side::Client)
     }
 
     /// Takes the addresses of the target's name.
@@ -258,7 +258,7 @@ impl<S: Socket> Connection<S> {
 
     /// Takes a slot of the target's VM, in place of the one that it was queued for.
     pub(crate) fn take_slot(&mut self, slot: Slot, cx: &mut Context<'_, S>) {
-        self.slots[SERVER] = Some(slot);
+        self.slots[Side::Server] = Some(slot);
         cx.request(Action::Connect);
     }
 
@@ -314,7 +314,7 @@ impl<S: Socket> Connection<S> {
             Ok(dialled) => dialled,
             Err(e) => return self.attempt_failed(e, cx),
         };
-        if let Some(slot) = &mut self.slots[SERVER] {
+        if let Some(slot) = &mut self.slots[Side::Server] {
             slot.note_dial(dialled.identity, cx.now);
         }
         self.is_inherited = dialled.is_inherited;
@@ -441,9 +441,13 @@ impl<S: Socket> Connection<S> {
             *dial = Dial::new(dial.deadline());
             *full = None;
             // It stays in the queue for a slot, and keeps nothing of this dial.
-            if self.slots[SERVER].as_ref().is_none_or(Slot::is_admitted) {
-                let gate = self.forward.gates[SERVER].as_ref();
-                self.slots[SERVER] = gate.map(|gate| Gate::queue_always(gate, self.forward.id));
+            if self.slots[Side::Server]
+                .as_ref()
+                .is_none_or(Slot::is_admitted)
+            {
+                let gate = self.forward.gates[Side::Server].as_ref();
+                self.slots[Side::Server] =
+                    gate.map(|gate| Gate::queue_always(gate, self.forward.id));
             }
             self.wake_at = Some(redial);
             return;
@@ -503,7 +507,7 @@ impl<S: Socket> Connection<S> {
                 client,
                 server,
                 dial,
-            } => match dial.is_shaking_hands() || self.forward.needs_graceful_close(SERVER) {
+            } => match dial.is_shaking_hands() || self.forward.needs_graceful_close(Side::Server) {
                 true => {
                     let mut server = server;
                     if !dial.is_shaking_hands() {
@@ -512,7 +516,7 @@ impl<S: Socket> Connection<S> {
                     (client, Some(Closing::drain(server)))
                 }
                 false => {
-                    self.close_socket(SERVER, server, cx);
+                    self.close_socket(Side::Server, server, cx);
                     (client, None)
                 }
             },
@@ -526,7 +530,7 @@ impl<S: Socket> Connection<S> {
         };
         self.note_refusal(error, reason, cx.now);
         // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
-        let client = if self.forward.needs_graceful_close(CLIENT) && !client.is_dead() {
+        let client = if self.forward.needs_graceful_close(Side::Client) && !client.is_dead() {
             client.shutdown_write();
             Some(Closing::drain(client))
         } else {
@@ -555,7 +559,7 @@ impl<S: Socket> Connection<S> {
                 return self.close(cx);
             }
         };
-        self.close_socket(CLIENT, client, cx);
+        self.close_socket(Side::Client, client, cx);
         self.begin_closing([None, Some(Closing::drain(server))], cx);
     }
 }

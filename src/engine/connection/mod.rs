@@ -35,7 +35,7 @@ use crate::engine::counters::Reason;
 use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
-use crate::engine::relay::{self, CLIENT, End, Pair, Pool, Readiness, SERVER};
+use crate::engine::relay::{self, End, Pair, Pool, Readiness, Side};
 use crate::engine::routes::{Route, Routes};
 use crate::engine::status::{ConnectionState, ConnectionStatus};
 use crate::engine::table::Id;
@@ -81,7 +81,7 @@ pub(crate) enum Action<S> {
     /// Find out whether the guest has answered this dial; [`Connection::step`] once it has.
     Prove,
     /// Look whether the process at the other end of that side is ending; [`Connection::take_peer`].
-    LookAtPeer(usize),
+    LookAtPeer(Side),
     /// Carry between these two by threads; [`Connection::take_threads_end`].
     StartThreads([S; 2]),
     /// Look how far the threads are; [`Connection::take_progress`].
@@ -221,7 +221,7 @@ impl<S: relay::Socket> Connection<S> {
     ) -> Connection<S> {
         let rule = &forward.rule;
         let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
-        let guest = forward.gates[CLIENT].as_ref();
+        let guest = forward.gates[Side::Client].as_ref();
         let guest = guest.map(|gate| gate.accept(forward.id));
         if let Some(guest) = &guest {
             // That it dials us is a sign of life.
@@ -319,7 +319,7 @@ impl<S: relay::Socket> Connection<S> {
         now: Instant,
     ) -> Option<ConnectionStatus> {
         let moved = match &self.state {
-            State::Relaying { pair, .. } => [CLIENT, SERVER].map(|side| pair.delivered(side)),
+            State::Relaying { pair, .. } => Side::BOTH.map(|side| pair.delivered(side)),
             _ => on_threads.unwrap_or(self.counted),
         };
         Some(ConnectionStatus {
@@ -333,14 +333,14 @@ impl<S: relay::Socket> Connection<S> {
                 State::Relaying { .. } | State::OnThreads => ConnectionState::Open,
                 State::Closing { .. } | State::Closed => ConnectionState::Ending,
             },
-            sent: moved[CLIENT],
-            received: moved[SERVER],
+            sent: moved[Side::Client],
+            received: moved[Side::Server],
             age: now.saturating_duration_since(self.since),
         })
     }
 
     /// Returns the socket of a side while it is [`Relaying`](State::Relaying).
-    pub(crate) fn socket(&self, side: usize) -> Option<&S> {
+    pub(crate) fn socket(&self, side: Side) -> Option<&S> {
         match &self.state {
             State::Relaying { pair, .. } => Some(&pair.ends[side].socket),
             _ => None,
@@ -348,7 +348,7 @@ impl<S: relay::Socket> Connection<S> {
     }
 
     /// Has the socket of a side closed, and its slot given back.
-    fn close_socket(&mut self, side: usize, end: End<S>, cx: &mut Context<'_, S>)
+    fn close_socket(&mut self, side: Side, end: End<S>, cx: &mut Context<'_, S>)
     where
         S: Socket,
     {
@@ -356,7 +356,7 @@ impl<S: relay::Socket> Connection<S> {
     }
 
     /// Latches what an event has said of one side's socket; [`step`](Connection::step) is to follow.
-    pub(crate) fn latch(&mut self, side: usize, readiness: Readiness)
+    pub(crate) fn latch(&mut self, side: Side, readiness: Readiness)
     where
         S: Socket,
     {
@@ -364,7 +364,7 @@ impl<S: relay::Socket> Connection<S> {
             State::Waiting { client, .. }
             | State::Connecting { client, .. }
             | State::Proving { client, .. }
-                if side == CLIENT =>
+                if side == Side::Client =>
             {
                 client.latch(readiness);
             }
@@ -413,14 +413,14 @@ impl<S: Socket> Connection<S> {
     pub(crate) fn end(mut self, routes: &Routes, now: Instant) -> Arc<Forward> {
         self.span.in_scope(|| {
             debug!(
-                sent = self.counted[CLIENT],
-                received = self.counted[SERVER],
+                sent = self.counted[Side::Client],
+                received = self.counted[Side::Server],
                 "closed"
             )
         });
         self.notify(What::Closed {
-            sent: self.counted[CLIENT],
-            received: self.counted[SERVER],
+            sent: self.counted[Side::Client],
+            received: self.counted[Side::Server],
             age: now.saturating_duration_since(self.since),
         });
         if let Some(route) = self.route.take() {

@@ -8,7 +8,7 @@ use crate::dial;
 use crate::engine::Phase;
 use crate::engine::admission::Slot;
 use crate::engine::forward::Forward;
-use crate::engine::relay::{End, Readiness, SERVER};
+use crate::engine::relay::{End, Readiness, Side};
 use crate::name::SocketName;
 use crate::time::after;
 
@@ -39,7 +39,7 @@ impl<S: Socket> Connection<S> {
         let ends = [None, Some(Closing::drain(end))];
         let state = State::Closing { ends, until };
         let mut connection = Connection::new(None, forward, SocketName::Unnamed, state, now);
-        connection.slots[SERVER] = Some(slot);
+        connection.slots[Side::Server] = Some(slot);
         connection
     }
 
@@ -66,7 +66,7 @@ impl<S: Socket> Connection<S> {
     /// Returns whether its dial still waits for an answer: `None` if it waits for none.
     pub(crate) fn is_answered(&self) -> Option<bool> {
         let is_proving = matches!(self.state, State::Proving { .. });
-        let slot = self.slots[SERVER].as_ref();
+        let slot = self.slots[Side::Server].as_ref();
         is_proving.then(|| slot.is_some_and(Slot::is_answered))
     }
 
@@ -83,7 +83,7 @@ impl<S: Socket> Connection<S> {
     }
 
     pub(super) fn go_on_proving(&mut self, cx: &mut Context<'_, S>) {
-        let slot = self.slots[SERVER].as_ref();
+        let slot = self.slots[Side::Server].as_ref();
         let answered = slot.is_some_and(Slot::is_answered);
         let State::Proving {
             client,
@@ -143,7 +143,7 @@ impl<S: Socket> Connection<S> {
         } = self.leave_state()
         {
             self.enter(State::waiting(client, dial));
-            self.close_socket(SERVER, server, cx);
+            self.close_socket(Side::Server, server, cx);
         }
         let error = dial::refused_by_eof(&self.forward.rule.connect);
         self.dial_failed(error, cx);
@@ -151,7 +151,7 @@ impl<S: Socket> Connection<S> {
 
     /// Looks at once whether the answer of a probe is there.
     pub(crate) fn begin_probe(&mut self, cx: &mut Context<'_, S>) {
-        debug_assert!(self.forward.gates[SERVER].is_some());
+        debug_assert!(self.forward.gates[Side::Server].is_some());
         self.go_on_closing(cx);
     }
 }

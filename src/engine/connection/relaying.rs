@@ -8,7 +8,7 @@ use tracing::debug;
 use crate::address::Refusal;
 use crate::engine::counters::Reason;
 use crate::engine::observer::What;
-use crate::engine::relay::{CLIENT, Ending, Pair, SERVER, Turn};
+use crate::engine::relay::{Ending, Pair, Side, Turn};
 use crate::error::{Error, Operation};
 use crate::time::after;
 
@@ -64,23 +64,23 @@ impl<S: Socket> Connection<S> {
         let refusal = self.forward.rule.connect.transport().refusal;
         if refusal == Refusal::Eof && acceptance == Acceptance::Unknown {
             pair.refuses_silently(UNREAD);
-            pair.hold(CLIENT);
+            pair.hold(Side::Client);
             hold = Some(cx.now + HOLD);
         }
         if let Some((buffer, len)) = first {
-            pair.give(SERVER, buffer, len);
+            pair.give(Side::Server, buffer, len);
         }
-        for side in [CLIENT, SERVER] {
+        for side in Side::BOTH {
             // Towards a peer that takes a half-close for the end of both directions it is kept back until the peer has
             // ended.
             if self.forward.half_close_ends_both(side) || !pair.ends[side].socket.has_half_close() {
-                pair.hold(1 - side);
+                pair.hold(side.other());
             }
             // A VM that dies ends its connections with an EOF, and a peer that can be told so is to know that it broke
             // off.
-            let is_inherited = side == SERVER && self.is_inherited;
+            let is_inherited = side == Side::Server && self.is_inherited;
             if self.forward.needs_graceful_close(side)
-                && self.forward.can_reset(1 - side)
+                && self.forward.can_reset(side.other())
                 && !is_inherited
             {
                 pair.doubt_end(side);
@@ -102,7 +102,7 @@ impl<S: Socket> Connection<S> {
     }
 
     /// Takes whether the process at the other end of a side is ending.
-    pub(crate) fn take_peer(&mut self, side: usize, is_ending: bool, cx: &mut Context<'_, S>) {
+    pub(crate) fn take_peer(&mut self, side: Side, is_ending: bool, cx: &mut Context<'_, S>) {
         let State::Relaying { pair, .. } = &mut self.state else {
             return;
         };
@@ -123,7 +123,7 @@ impl<S: Socket> Connection<S> {
             return;
         };
         let signs = |pair: &Pair<_>| {
-            [CLIENT, SERVER].map(|side| {
+            Side::BOTH.map(|side| {
                 let end = &pair.ends[side];
                 (end.received(), end.input_ended())
             })
@@ -131,14 +131,14 @@ impl<S: Socket> Connection<S> {
         let before = signs(pair);
         let mut turn = pair.turn(cx.pool, BUDGET);
         if let Some(until) = *hold
-            && pair.is_holding(CLIENT)
-            && (pair.ends[SERVER].received() > 0 || now >= until)
+            && pair.is_holding(Side::Client)
+            && (pair.ends[Side::Server].received() > 0 || now >= until)
         {
-            pair.release(CLIENT);
+            pair.release(Side::Client);
             turn = pair.turn(cx.pool, BUDGET);
         }
         let mut moved = false;
-        for side in [CLIENT, SERVER] {
+        for side in Side::BOTH {
             let delivered = pair.delivered(side);
             moved |= delivered > self.counted[side];
             self.forward
@@ -147,7 +147,7 @@ impl<S: Socket> Connection<S> {
             self.counted[side] = delivered;
         }
         let seen = signs(pair);
-        for side in [CLIENT, SERVER] {
+        for side in Side::BOTH {
             if let Some(slot) = &self.slots[side]
                 && seen[side] != before[side]
             {
@@ -156,7 +156,7 @@ impl<S: Socket> Connection<S> {
         }
         self.idle.note(moved, pair.is_half_closed(), now);
         let mut asks = false;
-        for side in [CLIENT, SERVER] {
+        for side in Side::BOTH {
             if pair.has_doubtful_end(side) {
                 cx.request(Action::LookAtPeer(side));
                 asks = true;
@@ -167,7 +167,7 @@ impl<S: Socket> Connection<S> {
             _ if asks => return,
             Turn::Again => return cx.has_more_work = true,
             Turn::Done => return self.close_pair(cx),
-            Turn::Wait if pair.is_holding(CLIENT) && hold.is_some() => {
+            Turn::Wait if pair.is_holding(Side::Client) && hold.is_some() => {
                 if let Some(until) = *hold {
                     self.wake_by(until);
                 }
@@ -175,7 +175,9 @@ impl<S: Socket> Connection<S> {
             // A half-close that is kept back may wait for an end that never comes: that peer may not pass its own on,
             // or wait for ours. As long as bytes move there is something to wait for.
             Turn::Wait
-                if pair.is_ending() || pair.is_holding(CLIENT) || pair.is_holding(SERVER) =>
+                if pair.is_ending()
+                    || pair.is_holding(Side::Client)
+                    || pair.is_holding(Side::Server) =>
             {
                 if moved && !pair.is_ending() {
                     *end = None;

@@ -18,11 +18,13 @@ use std::io;
 
 mod carrier;
 mod end;
+mod side;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use carrier::{Carrier, Pipe, Pool};
 pub(crate) use end::{End, Half, Readiness, Socket};
+pub(crate) use side::Side;
 
 /// How a turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -218,12 +220,7 @@ impl<P: Pipe> Flow<P> {
     }
 }
 
-/// The side of a pair that was accepted.
-pub(crate) const CLIENT: usize = 0;
-/// The side of a pair that was dialled.
-pub(crate) const SERVER: usize = 1;
-
-/// Two ends and the two directions between them. Side [`CLIENT`] was accepted, side [`SERVER`] dialled.
+/// Two ends and the two directions between them.
 #[derive(Debug)]
 pub(crate) struct Pair<S: Socket> {
     pub(crate) ends: [End<S>; 2],
@@ -253,22 +250,22 @@ impl<S: Socket> Pair<S> {
     }
 
     /// Keeps the half-close of `side` back until [`release`](Pair::release), or until the other direction has ended.
-    pub(crate) fn hold(&mut self, side: usize) {
+    pub(crate) fn hold(&mut self, side: Side) {
         self.flows[side].hold = true;
     }
 
-    pub(crate) fn release(&mut self, side: usize) {
+    pub(crate) fn release(&mut self, side: Side) {
         self.flows[side].hold = false;
     }
 
     /// Has an EOF of `side` not passed on before [`settle_end`](Pair::settle_end) says what it is: the family gives the
     /// same one when its VM dies.
-    pub(crate) fn doubt_end(&mut self, side: usize) {
+    pub(crate) fn doubt_end(&mut self, side: Side) {
         self.flows[side].doubt = true;
     }
 
     /// The EOF of `side` is there, all before it was delivered, and it is not known yet what it is.
-    pub(crate) fn has_doubtful_end(&self, side: usize) -> bool {
+    pub(crate) fn has_doubtful_end(&self, side: Side) -> bool {
         let flow = &self.flows[side];
         flow.doubt
             && flow.state == State::Open
@@ -277,7 +274,7 @@ impl<S: Socket> Pair<S> {
     }
 
     /// Says what the EOF of `side` is: the peer's own, or that of a connection that broke off.
-    pub(crate) fn settle_end(&mut self, side: usize, end: Ending) {
+    pub(crate) fn settle_end(&mut self, side: Side, end: Ending) {
         self.flows[side].doubt = false;
         if end == Ending::BrokenOff {
             self.ends[side].input = Half::Failed(io::ErrorKind::ConnectionReset);
@@ -285,13 +282,13 @@ impl<S: Socket> Pair<S> {
     }
 
     /// Begins with what `side` has said already: the first `len` bytes of a buffer of the pool.
-    pub(crate) fn give(&mut self, side: usize, buffer: Box<[u8]>, len: usize) {
+    pub(crate) fn give(&mut self, side: Side, buffer: Box<[u8]>, len: usize) {
         let filled = 0..len;
         self.flows[side].carrier = Carrier::Memory { buffer, filled };
     }
 
     /// The half-close of `side` is there and waits for [`release`](Pair::release).
-    pub(crate) fn is_holding(&self, side: usize) -> bool {
+    pub(crate) fn is_holding(&self, side: Side) -> bool {
         let flow = &self.flows[side];
         flow.hold
             && flow.state == State::Open
@@ -301,17 +298,17 @@ impl<S: Socket> Pair<S> {
 
     /// One side has ended; whether the other knows of it yet or not.
     pub(crate) fn is_half_closed(&self) -> bool {
-        let ended = |side: usize| self.flows[side].state != State::Open || self.is_holding(side);
-        ended(CLIENT) || ended(SERVER)
+        let ended = |side: Side| self.flows[side].state != State::Open || self.is_holding(side);
+        ended(Side::Client) || ended(Side::Server)
     }
 
     /// The server ended before its first byte, and its family says "refused" that way.
     pub(crate) fn refused(&self) -> bool {
-        self.ends[SERVER].input == Half::Failed(io::ErrorKind::ConnectionRefused)
+        self.ends[Side::Server].input == Half::Failed(io::ErrorKind::ConnectionRefused)
     }
 
     /// Bytes delivered of what `side` sent.
-    pub(crate) fn delivered(&self, side: usize) -> u64 {
+    pub(crate) fn delivered(&self, side: Side) -> u64 {
         self.flows[side].delivered
     }
 
@@ -325,21 +322,24 @@ impl<S: Socket> Pair<S> {
     /// Does a bounded amount of work, at most about `budget` bytes in each direction.
     pub(crate) fn turn(&mut self, pool: &mut Pool<S::Pipe>, budget: usize) -> Turn {
         let mut more = false;
-        for side in [SERVER, CLIENT] {
+        for side in [Side::Server, Side::Client] {
             more |= self.run(side, pool, budget);
         }
         // The end of one direction releases the half-close of the other, and so do two that wait for each other.
-        let ended = |side: usize| self.flows[side].state != State::Open || self.is_holding(side);
-        if ended(CLIENT) && ended(SERVER) && (self.is_holding(CLIENT) || self.is_holding(SERVER)) {
-            self.release(CLIENT);
-            self.release(SERVER);
+        let ended = |side: Side| self.flows[side].state != State::Open || self.is_holding(side);
+        if ended(Side::Client)
+            && ended(Side::Server)
+            && (self.is_holding(Side::Client) || self.is_holding(Side::Server))
+        {
+            self.release(Side::Client);
+            self.release(Side::Server);
             more = true;
         }
-        for side in [CLIENT, SERVER] {
+        for side in Side::BOTH {
             // Nobody is left to take what the other side sends. What it holds went as far as it goes without
             // waiting; waiting for more would be for nobody.
-            if self.ends[side].is_dead() && !more && self.flows[1 - side].state == State::Open {
-                self.flows[1 - side].break_off(pool);
+            if self.ends[side].is_dead() && !more && self.flows[side.other()].state == State::Open {
+                self.flows[side.other()].break_off(pool);
             }
         }
         if self.flows.iter().all(|flow| flow.state != State::Open) {
@@ -352,11 +352,11 @@ impl<S: Socket> Pair<S> {
     }
 
     /// What `side` is owed after [`Turn::Done`], or when the pair is cut off before.
-    pub(crate) fn close_mode(&self, side: usize) -> CloseMode {
+    pub(crate) fn close_mode(&self, side: Side) -> CloseMode {
         let end = &self.ends[side];
-        match self.flows[1 - side].state {
+        match self.flows[side.other()].state {
             State::Finished if end.input_ended() => CloseMode::Close,
-            State::Finished if side == CLIENT => CloseMode::Linger,
+            State::Finished if side == Side::Client => CloseMode::Linger,
             _ if end.is_dead() => CloseMode::Close,
             _ => CloseMode::Reset,
         }
@@ -370,9 +370,9 @@ impl<S: Socket> Pair<S> {
         self.ends
     }
 
-    fn run(&mut self, side: usize, pool: &mut Pool<S::Pipe>, budget: usize) -> bool {
-        let request = &self.flows[CLIENT];
-        let silent_end = match self.silent_within.filter(|_| side == SERVER) {
+    fn run(&mut self, side: Side, pool: &mut Pool<S::Pipe>, budget: usize) -> bool {
+        let request = &self.flows[Side::Client];
+        let silent_end = match self.silent_within.filter(|_| side == Side::Server) {
             Some(within) if request.state != State::Finished && request.delivered <= within => {
                 match request.delivered {
                     0 => SilentEnd::Refuses,
@@ -383,8 +383,8 @@ impl<S: Socket> Pair<S> {
         };
         let [client, server] = &mut self.ends;
         let (source, sink) = match side {
-            CLIENT => (client, server),
-            _ => (server, client),
+            Side::Client => (client, server),
+            Side::Server => (server, client),
         };
         self.flows[side].run(source, sink, pool, budget, silent_end)
     }

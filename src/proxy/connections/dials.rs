@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::relay::SERVER;
+use crate::engine::relay::Side;
 
 use super::{Connections, FULL_PAUSE};
 use crate::engine::admission::{Admission, Gate};
@@ -32,7 +32,7 @@ impl<D: Driver> Connections<D> {
         forward: &Arc<Forward>,
         cx: &mut TurnContext<'_, D>,
     ) {
-        let Some(gate) = &forward.gates[SERVER] else {
+        let Some(gate) = &forward.gates[Side::Server] else {
             return;
         };
         // Those of other forwards have their turns before it.

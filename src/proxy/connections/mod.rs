@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::connection::{Action, Connection, Context, Dialled};
 use crate::engine::id::ForwardId;
-use crate::engine::relay::{CLIENT, Pool, SERVER, Socket};
+use crate::engine::relay::{Pool, Side, Socket};
 use crate::engine::status::ConnectionStatus;
 use crate::engine::table::{Id, Table};
 use crate::engine::timers::Timers;
@@ -77,11 +77,11 @@ impl<D: Driver> Connections<D> {
         } = accepted;
         let id = self.table.next_id();
         let drain = forward.rule.timeouts.drain;
-        let adapted = match forward.needs_adapter(CLIENT) {
-            true => cx.driver.insert_adapter(CLIENT, &mut stream, drain),
+        let adapted = match forward.needs_adapter(Side::Client) {
+            true => cx.driver.insert_adapter(Side::Client, &mut stream, drain),
             false => Ok(()),
         };
-        let watched = adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(CLIENT)));
+        let watched = adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(Side::Client)));
         let name = cx.shared.next_connection();
         let connection = Connection::accepted(name, forward, stream, peer, slot, cx.now);
         self.table.insert(connection);
@@ -241,7 +241,7 @@ impl<D: Driver> Connections<D> {
             return;
         };
         let forward = Arc::clone(&connection.forward);
-        let (rule, token) = (&forward.rule, id.token(SERVER));
+        let (rule, token) = (&forward.rule, id.token(Side::Server));
         match action {
             Action::Resolve => {
                 if let Target::Name { host, port } = Target::of(&rule.connect) {
@@ -264,16 +264,16 @@ impl<D: Driver> Connections<D> {
             }
             Action::StartThreads(streams) => {
                 let drain = rule.timeouts.drain;
-                let begun = cx
-                    .driver
-                    .start_threads(id.token(CLIENT), streams, &forward, drain);
+                let begun =
+                    cx.driver
+                        .start_threads(id.token(Side::Client), streams, &forward, drain);
                 match begun {
                     Ok(()) => self.look_at_threads(id, cx),
                     Err(e) => self.with(id, cx, |it, to| it.take_threads_failure(e, to)),
                 }
             }
             Action::LookAtThreads => self.look_at_threads(id, cx),
-            Action::CutThreads => cx.driver.cut_threads(id.token(CLIENT)),
+            Action::CutThreads => cx.driver.cut_threads(id.token(Side::Client)),
             Action::Close(..) | Action::Reset(_) | Action::Drop => {}
         }
     }
@@ -289,7 +289,7 @@ impl<D: Driver> Connections<D> {
         let dialled = connected.map(|(mut socket, identity)| {
             // Asked at once: of one that is gone later, the connection broke off.
             let is_inherited = asks && cx.driver.has_peer_ended(&socket);
-            let watched = cx.driver.watch(&mut socket, id.token(SERVER));
+            let watched = cx.driver.watch(&mut socket, id.token(Side::Server));
             Dialled {
                 socket,
                 identity,
@@ -310,10 +310,11 @@ impl<D: Driver> Connections<D> {
         let forward = self.table.get_mut(id).map(|it| Arc::clone(&it.forward));
         let dialled = match (dialled, forward) {
             (Ok(stream), None) => return cx.driver.close(stream),
-            (Ok(mut stream), Some(forward)) if forward.needs_adapter(SERVER) => {
+            (Ok(mut stream), Some(forward)) if forward.needs_adapter(Side::Server) => {
                 let drain = forward.rule.timeouts.drain;
-                let adapted = cx.driver.insert_adapter(SERVER, &mut stream, drain);
-                let watched = adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(SERVER)));
+                let adapted = cx.driver.insert_adapter(Side::Server, &mut stream, drain);
+                let watched =
+                    adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(Side::Server)));
                 Ok((stream, watched))
             }
             (dialled, _) => dialled.map(|stream| (stream, Ok(()))),
@@ -322,7 +323,7 @@ impl<D: Driver> Connections<D> {
     }
 
     fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
-        if let Some(progress) = cx.driver.threads_progress(id.token(CLIENT)) {
+        if let Some(progress) = cx.driver.threads_progress(id.token(Side::Client)) {
             let (delivered, half_closed) = (progress.delivered, progress.half_closed);
             self.with(id, cx, |it, to| {
                 it.take_progress(delivered, half_closed, to);
@@ -374,7 +375,7 @@ impl<D: Driver> Connections<D> {
     pub(super) fn statuses(&mut self, cx: &mut TurnContext<'_, D>) -> Vec<ConnectionStatus> {
         let mut all = Vec::new();
         for id in self.table.ids() {
-            let progress = cx.driver.threads_progress(id.token(CLIENT));
+            let progress = cx.driver.threads_progress(id.token(Side::Client));
             let delivered = progress.map(|progress| progress.delivered);
             let connection = self.table.get_mut(id);
             all.extend(connection.and_then(|it| it.status(delivered, cx.now)));

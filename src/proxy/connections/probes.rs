@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial;
 use crate::engine::connection::{Connection, Dialled};
-use crate::engine::relay::SERVER;
+use crate::engine::relay::Side;
 use crate::stream::endpoint::Endpoint;
 
 use super::{Connections, FULL_PAUSE};
@@ -44,7 +44,7 @@ impl<D: Driver> Connections<D> {
         cx: &mut TurnContext<'_, D>,
     ) -> bool {
         let (Address::Hyperkit(target), Some(gate)) =
-            (&forward.rule.connect, &forward.gates[SERVER])
+            (&forward.rule.connect, &forward.gates[Side::Server])
         else {
             return false;
         };
@@ -67,7 +67,7 @@ impl<D: Driver> Connections<D> {
             }
         };
         let id = self.table.next_id();
-        let watched = cx.driver.watch(&mut stream, id.token(SERVER));
+        let watched = cx.driver.watch(&mut stream, id.token(Side::Server));
         let dialled = Dialled {
             socket: stream,
             identity,
@@ -86,7 +86,7 @@ impl<D: Driver> Connections<D> {
 
     /// Has a connection take its turn once the guest has answered its dial, or one behind it.
     pub(super) fn queue_probe(&mut self, id: Id, forward: &Arc<Forward>, now: Instant) {
-        let Some(gate) = &forward.gates[SERVER] else {
+        let Some(gate) = &forward.gates[Side::Server] else {
             return;
         };
         match self

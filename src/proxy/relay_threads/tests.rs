@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::{Ended, Order, RelayThreads};
 use crate::address::Address;
-use crate::engine::relay::{CLIENT, SERVER};
+use crate::engine::relay::Side;
 use crate::listener::Listener;
 use crate::stream::Stream;
 
@@ -37,11 +37,11 @@ struct Noted {
 }
 
 impl Order for Arc<Noted> {
-    fn delivered(&self, side: usize, bytes: u64) {
+    fn delivered(&self, side: Side, bytes: u64) {
         self.delivered[side].fetch_add(bytes, Ordering::Relaxed);
     }
 
-    fn drain(&self, side: usize) -> Option<Duration> {
+    fn drain(&self, side: Side) -> Option<Duration> {
         self.drain[side]
     }
 
@@ -73,12 +73,12 @@ impl ThreadsEnded {
         });
     }
 
-    fn delivered(&self, side: usize) -> u64 {
+    fn delivered(&self, side: Side) -> u64 {
         self.noted.delivered[side].load(Ordering::Relaxed)
     }
 
     /// Waits until bytes of `side` have gone through, and no more do.
-    fn settle(&self, side: usize) {
+    fn settle(&self, side: Side) {
         let end = Instant::now() + PATIENCE;
         let mut before = 0;
         while before == 0 || self.delivered(side) != before {
@@ -213,16 +213,16 @@ fn every_byte_and_both_ends_go_through() {
             abandoned: false,
         };
         assert_eq!(it.ended(), expected);
-        assert_eq!(it.delivered(CLIENT), 3 << 20);
+        assert_eq!(it.delivered(Side::Client), 3 << 20);
     });
 }
 
 #[test]
 fn a_half_close_of_either_side_leaves_the_answer_its_way() {
-    for first in [CLIENT, SERVER] {
+    for first in Side::BOTH {
         everywhere(|it| {
             let (mut asking, mut answering) = match first {
-                CLIENT => (&it.client, &it.server),
+                Side::Client => (&it.client, &it.server),
                 _ => (&it.server, &it.client),
             };
             asking.write_all(b"question").unwrap();
@@ -293,7 +293,7 @@ fn a_broken_answer_arrives_as_far_as_it_went_and_is_no_clean_eof() {
     let it = on_threads();
     (&it.server).write_all(b"half of an").unwrap();
     // What is not on its way yet, a reset would overtake.
-    it.settle(SERVER);
+    it.settle(Side::Server);
     it.server.abort();
     drop(it.server);
     let (was_reset, bytes) = end_of(&it.client);
@@ -307,7 +307,7 @@ fn a_broken_answer_arrives_as_far_as_it_went_and_is_no_clean_eof() {
 fn a_server_that_closes_with_an_upload_on_its_way_breaks_it_off() {
     let it = on_threads();
     let sending = send_much(&it.client);
-    it.settle(CLIENT);
+    it.settle(Side::Client);
     // With bytes unread: a reset.
     drop(it.server);
     let error = sending.join().unwrap().unwrap_err();
@@ -337,7 +337,10 @@ fn what_a_client_was_given_arrives_before_the_reset() {
         }
     };
     assert!(was_reset, "a clean EOF");
-    assert_eq!(bytes, it.noted.delivered[SERVER].load(Ordering::Relaxed));
+    assert_eq!(
+        bytes,
+        it.noted.delivered[Side::Server].load(Ordering::Relaxed)
+    );
 }
 
 #[test]
@@ -345,9 +348,9 @@ fn a_client_that_goes_on_sending_still_gets_its_whole_answer() {
     let it = on_threads();
     (&it.server).write_all(b"answer").unwrap();
     it.server.shutdown(Shutdown::Write).unwrap();
-    it.settle(SERVER);
+    it.settle(Side::Server);
     let sending = send_much(&it.client);
-    it.settle(CLIENT);
+    it.settle(Side::Client);
     drop(it.server);
     sending.join().unwrap().unwrap();
     assert_eq!(end_of(&it.client), (false, 6));
@@ -374,8 +377,8 @@ fn a_server_that_takes_no_more_may_still_answer() {
 fn a_client_that_does_not_read_holds_up_nothing_but_its_own_server() {
     everywhere(|it| {
         let sending = send_much(&it.server);
-        it.settle(SERVER);
-        assert!(it.delivered(SERVER) < MUCH as u64);
+        it.settle(Side::Server);
+        assert!(it.delivered(Side::Server) < MUCH as u64);
         (&it.client).write_all(b"still there").unwrap();
         let mut heard = [0; 11];
         (&it.server).read_exact(&mut heard).unwrap();
@@ -423,8 +426,8 @@ fn one_that_is_cut_off_while_nobody_reads_is_reset() {
     everywhere(|it| {
         let tcp = matches!(it.client.address(), Address::Tcp(_));
         let sending = [send_much(&it.client), send_much(&it.server)];
-        it.settle(CLIENT);
-        it.settle(SERVER);
+        it.settle(Side::Client);
+        it.settle(Side::Server);
         cut(&it);
         for (sending, stream) in sending.into_iter().zip([&it.client, &it.server]) {
             // (macOS discards in silence what is written to a Unix socket that is cut off.)

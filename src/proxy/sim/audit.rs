@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::engine::Phase;
 use crate::engine::connection::{Connection, State};
 use crate::engine::forward::Forward;
-use crate::engine::relay::{CLIENT, SERVER};
+use crate::engine::relay::Side;
 use crate::proxy::worker::Worker;
 
 use super::driver::{SimDriver, SimStream, place_of};
@@ -64,7 +64,7 @@ fn check_places(worker: &Worker<SimDriver>, has_probes: bool) {
             full.is_none() || has_probes,
             "{forward:?} finds no place: {full:?}"
         );
-        let gate = forward.gates[SERVER].as_ref();
+        let gate = forward.gates[Side::Server].as_ref();
         assert!(
             gate.is_none_or(|gate| gate.would_queue(forward.id)),
             "{forward:?} finds no place in its VM"
@@ -75,7 +75,7 @@ fn check_places(worker: &Worker<SimDriver>, has_probes: bool) {
 /// While the proxy stops, guests who come are not served, nobody is left to wait, and what is being
 /// left has its time.
 fn check_at_end(conn: &Connection<SimStream>, phase: Phase, is_late: bool) {
-    let is_guests = conn.name.is_some() && conn.forward.needs_graceful_close(CLIENT);
+    let is_guests = conn.name.is_some() && conn.forward.needs_graceful_close(Side::Client);
     match &conn.state {
         State::Closing { until, .. } => {
             assert!(until.is_some(), "one that has gone may hold up the end");
@@ -164,7 +164,7 @@ impl Audit {
             let Some(conn) = worker.connections.table.get_mut(id) else {
                 continue;
             };
-            let key = (index, id.token(CLIENT) as u64);
+            let key = (index, id.token(Side::Client) as u64);
             timers += usize::from(conn.wake_at.is_some());
             probes += usize::from(conn.name.is_none());
             if let Some(end) = end_since {
@@ -180,9 +180,10 @@ impl Audit {
                 }
                 State::Closing { ends, .. } => {
                     // Though the other side lingers.
-                    let has_left = ends[SERVER].is_some() || conn.slots[SERVER].is_none();
                     let has_left =
-                        has_left && (ends[CLIENT].is_some() || conn.slots[CLIENT].is_none());
+                        ends[Side::Server].is_some() || conn.slots[Side::Server].is_none();
+                    let has_left = has_left
+                        && (ends[Side::Client].is_some() || conn.slots[Side::Client].is_none());
                     assert!(
                         has_left,
                         "a socket is closed, and keeps its place in its VM"
@@ -218,7 +219,7 @@ impl Audit {
             unreachable!("only open connections have a pulse");
         };
         let timeouts = &conn.forward.rule.timeouts;
-        let delivered = pair.delivered(CLIENT) + pair.delivered(SERVER);
+        let delivered = pair.delivered(Side::Client) + pair.delivered(Side::Server);
         let before = self.pulses.get(&key);
         let moved = before.filter(|it| it.delivered == delivered);
         let half_closed = before.and_then(|it| it.half_closed);
@@ -266,7 +267,7 @@ impl Audit {
         }
         let forwards = worker.shared.forwards();
         for forward in forwards.iter().filter(|it| it.home == worker.index) {
-            let is_guests = forward.needs_graceful_close(CLIENT);
+            let is_guests = forward.needs_graceful_close(Side::Client);
             let place = place_of(&forward.rule.listen);
             let listens = stage.kernel().listener_at(&place).is_some();
             assert_eq!(
@@ -288,7 +289,7 @@ impl Audit {
             let Some(conn) = worker.connections.table.get_mut(id) else {
                 continue;
             };
-            let key = (index, id.token(CLIENT) as u64);
+            let key = (index, id.token(Side::Client) as u64);
             let forward = &conn.forward;
             let timeouts = &forward.rule.timeouts;
             let cut = self.removed.get(&forward.id.0).copied();
@@ -307,8 +308,8 @@ impl Audit {
                     );
                     let proves_by = self.proofs.get(&key).zip(stage.proves_within.get());
                     let proves_by = proves_by.and_then(|(since, within)| {
-                        let ready =
-                            stage.ready_since(&forward.gates[SERVER].as_ref()?.vm().state_dir);
+                        let ready = stage
+                            .ready_since(&forward.gates[Side::Server].as_ref()?.vm().state_dir);
                         Some(ready.max(*since).max(self.still).saturating_add(within))
                     });
                     assert!(

@@ -13,7 +13,7 @@ use crate::engine::admission::Gate;
 use crate::engine::connection::{self, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
-use crate::engine::relay::{Pipe, Socket};
+use crate::engine::relay::{Pipe, Side, Socket};
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
@@ -491,7 +491,7 @@ impl Driver for SimDriver {
         unreachable!("nothing is carried by threads")
     }
 
-    fn insert_adapter(&mut self, _: usize, _: &mut SimStream, _: Duration) -> io::Result<()> {
+    fn insert_adapter(&mut self, _: Side, _: &mut SimStream, _: Duration) -> io::Result<()> {
         unreachable!("nothing is carried by threads")
     }
 

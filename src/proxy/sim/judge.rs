@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::engine::connection::State;
-use crate::engine::relay::CLIENT;
+use crate::engine::relay::Side;
 use crate::proxy::worker::Worker;
 
 use super::audit::Audit;
@@ -512,7 +512,7 @@ impl Judge {
                 State::Closing { .. } => "closing",
                 State::Closed => panic!("a connection is left between two states"),
             };
-            let key = (index, id.token(CLIENT) as u64);
+            let key = (index, id.token(Side::Client) as u64);
             seen.insert(key);
             let before = self.states.insert(key, state).unwrap_or("new");
             if let ("new", Some(name)) = (before, conn.name) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::engine::counters::{Reason, Refusals};
 use crate::engine::forward::Forward;
-use crate::engine::relay::{CLIENT, SERVER};
+use crate::engine::relay::Side;
 use crate::error::Error;
 
 use super::kernel::{Kernel, Place};
@@ -109,7 +109,7 @@ impl Ledger {
         let most = forward
             .rule
             .connections
-            .filter(|_| !forward.needs_graceful_close(CLIENT));
+            .filter(|_| !forward.needs_graceful_close(Side::Client));
         if let Some(most) = most {
             self.bounds.insert(forward.id.0, Bound { most, since });
         }
@@ -270,7 +270,7 @@ impl Ledger {
 fn was_answered(entry: &Entry, spots: &[&Spot], text: &str, kernel: &Kernel) -> bool {
     let is_held = entry.rule.as_ref().is_some_and(|rule| {
         // Behind a gate, or by its name, it may not have been dialled at all.
-        rule.wait().is_some() && rule.gates[SERVER].is_none()
+        rule.wait().is_some() && rule.gates[Side::Server].is_none()
     });
     if !is_held || !text.contains("no connection within") {
         return false;

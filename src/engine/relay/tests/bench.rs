@@ -6,9 +6,7 @@ use std::rc::Rc;
 use fastrand::Rng;
 
 use super::kernel::{FakePipe, FakeSocket, Habits, PIPE, Script, Wire};
-use crate::engine::relay::{
-    CLIENT, Carrier, CloseMode, End, Pair, Pool, Readiness, SERVER, State, Turn,
-};
+use crate::engine::relay::{Carrier, CloseMode, End, Pair, Pool, Readiness, Side, State, Turn};
 
 /// Calls of a turn that only discards: see `End::discard`.
 const DISCARDS: u64 = 4;
@@ -60,16 +58,16 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             Rc::new(RefCell::new(Wire::new(side, habits, script, rng.fork())))
         };
         let wires = [
-            wire(CLIENT, client_habits, client_script),
-            wire(SERVER, server_habits, server_script),
+            wire(Side::Client, client_habits, client_script),
+            wire(Side::Server, server_habits, server_script),
         ];
-        let end = |side: usize| End::new(FakeSocket(Rc::clone(&wires[side])));
+        let end = |side: Side| End::new(FakeSocket(Rc::clone(&wires[side])));
         let mut pool = Pool::new(buffer, usize::MAX, PIPES);
         for _ in 0..BUFFERS {
             pool.give_buffer(vec![0; buffer].into_boxed_slice());
         }
         Bench {
-            pair: Pair::new(end(CLIENT), end(SERVER)),
+            pair: Pair::new(end(Side::Client), end(Side::Server)),
             pool,
             buffer,
             budget,
@@ -80,19 +78,19 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
     }
 
     pub(super) fn client(&self) -> RefMut<'_, Wire> {
-        self.wires[CLIENT].borrow_mut()
+        self.wires[Side::Client].borrow_mut()
     }
 
     pub(super) fn server(&self) -> RefMut<'_, Wire> {
-        self.wires[SERVER].borrow_mut()
+        self.wires[Side::Server].borrow_mut()
     }
 
-    pub(super) fn wire(&self, side: usize) -> Ref<'_, Wire> {
+    pub(super) fn wire(&self, side: Side) -> Ref<'_, Wire> {
         self.wires[side].borrow()
     }
 
     /// Latches the event that is due for `side`.
-    pub(super) fn poll(&mut self, side: usize) -> bool {
+    pub(super) fn poll(&mut self, side: Side) -> bool {
         let event = self.wires[side].borrow_mut().poll(KERNEL_EDGES);
         if let Some(event) = event {
             self.latch(side, event);
@@ -100,7 +98,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
         event.is_some()
     }
 
-    pub(super) fn latch(&mut self, side: usize, event: Readiness) {
+    pub(super) fn latch(&mut self, side: Side, event: Readiness) {
         self.pair.ends[side].latch(event);
         self.ready = true;
     }
@@ -109,7 +107,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
     pub(super) fn turn(&mut self) -> Turn {
         let read_before = [self.client().read, self.server().read];
         let turn = self.pair.turn(&mut self.pool, self.budget);
-        for (side, before) in read_before.into_iter().enumerate() {
+        for (side, before) in Side::BOTH.into_iter().zip(read_before) {
             let read = self.wire(side).read - before;
             let mut bound = self.budget + self.buffer.max(PIPE) - 1;
             if self.pair.flows[side].state == State::Broken {
@@ -117,7 +115,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             }
             assert!(
                 read <= bound as u64,
-                "{read} bytes read of {side} in a turn"
+                "{read} bytes read of {side:?} in a turn"
             );
         }
         self.assert_no_idle_buffer();
@@ -150,7 +148,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
     /// Takes events and turns until nothing is left to do, and says how it ended.
     pub(super) fn settle(&mut self) -> Turn {
         for _ in 0..10_000 {
-            let events = [self.poll(CLIENT), self.poll(SERVER)];
+            let events = [self.poll(Side::Client), self.poll(Side::Server)];
             if self.last == Turn::Done || (events == [false; 2] && !self.ready) {
                 return self.last;
             }
@@ -160,12 +158,15 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
     }
 
     /// What is carried of what `side` sent.
-    pub(super) fn carried(&self, side: usize) -> u64 {
+    pub(super) fn carried(&self, side: Side) -> u64 {
         self.pair.flows[side].carrier.left() as u64
     }
 
     pub(super) fn close_modes(&self) -> [CloseMode; 2] {
-        [self.pair.close_mode(CLIENT), self.pair.close_mode(SERVER)]
+        [
+            self.pair.close_mode(Side::Client),
+            self.pair.close_mode(Side::Server),
+        ]
     }
 
     /// Takes the pair apart as the proxy does. A client that is owed a linger is read from until it ends, as long as
@@ -178,13 +179,13 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             ..
         } = self;
         let ended = Ended {
-            close_modes: [pair.close_mode(CLIENT), pair.close_mode(SERVER)],
+            close_modes: [pair.close_mode(Side::Client), pair.close_mode(Side::Server)],
             refused: pair.refused(),
         };
         let ends = pair.into_ends(&mut pool);
         assert_eq!(pool.resting(), BUFFERS);
         let mut lingering = None;
-        for (side, end) in ends.into_iter().enumerate() {
+        for (side, end) in Side::BOTH.into_iter().zip(ends) {
             let mut wire = wires[side].borrow_mut();
             match ended.close_modes[side] {
                 CloseMode::Close => wire.close_here(),

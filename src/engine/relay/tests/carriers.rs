@@ -5,7 +5,7 @@ use std::cell::Cell;
 use super::bench::Bench;
 use super::kernel::{FakePipe, Habits, PIPE};
 use crate::engine::relay::carrier::{Pipe, Pool};
-use crate::engine::relay::{CLIENT, Carrier, SERVER, Turn};
+use crate::engine::relay::{Carrier, Side, Turn};
 
 type Kernel = Bench<true>;
 
@@ -27,7 +27,7 @@ fn pair(habits: Habits) -> Kernel {
 }
 
 fn calls(pair: &Kernel) -> [u64; 2] {
-    [CLIENT, SERVER].map(|side| pair.wire(side).calls)
+    Side::BOTH.map(|side| pair.wire(side).calls)
 }
 
 #[test]
@@ -36,7 +36,7 @@ fn a_message_takes_one_read_and_one_write() {
     pair.client().say(10);
     assert_eq!(pair.settle(), Turn::Wait);
     assert_eq!(calls(&pair), [1, 1]);
-    assert_eq!(pair.wire(SERVER).written, 10);
+    assert_eq!(pair.wire(Side::Server).written, 10);
 }
 
 #[test]
@@ -53,7 +53,7 @@ fn an_end_that_came_with_the_data_is_looked_for() {
     pair.client().say(10);
     pair.client().fin();
     pair.settle();
-    assert_eq!(pair.wire(SERVER).half_closes, 1);
+    assert_eq!(pair.wire(Side::Server).half_closes, 1);
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn what_stands_behind_urgent_data_is_looked_for() {
     pair.client().habits.mark = Some(3);
     pair.client().say(10);
     assert_eq!(pair.settle(), Turn::Wait);
-    assert_eq!(pair.wire(SERVER).written, 10);
+    assert_eq!(pair.wire(Side::Server).written, 10);
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn a_flow_with_urgent_data_goes_through_memory() {
     pair.client().habits.mark = Some(3);
     pair.client().say(PIPE);
     assert_eq!(pair.settle(), Turn::Wait);
-    assert_eq!(pair.wire(SERVER).written, 32 + 2 * PIPE as u64);
+    assert_eq!(pair.wire(Side::Server).written, 32 + 2 * PIPE as u64);
 }
 
 /// A splice that began before the event came says the same at urgent data as at an end.
@@ -83,16 +83,16 @@ fn an_end_of_a_splice_is_believed_only_when_a_read_says_so() {
     pair.client().say(32 + PIPE);
     pair.settle();
     pair.client().say(PIPE);
-    assert!(pair.poll(CLIENT));
+    assert!(pair.poll(Side::Client));
     pair.client().habits.mark = Some(PIPE);
     pair.client().say(PIPE);
     pair.turn();
     assert_eq!(pair.settle(), Turn::Wait);
-    assert_eq!(pair.wire(SERVER).written, 32 + 3 * PIPE as u64);
-    assert_eq!(pair.wire(SERVER).half_closes, 0);
+    assert_eq!(pair.wire(Side::Server).written, 32 + 3 * PIPE as u64);
+    assert_eq!(pair.wire(Side::Server).half_closes, 0);
     pair.client().fin();
     pair.settle();
-    assert_eq!(pair.wire(SERVER).half_closes, 1);
+    assert_eq!(pair.wire(Side::Server).half_closes, 1);
 }
 
 #[test]
@@ -100,17 +100,17 @@ fn what_comes_before_the_end_goes_on_through_a_pipe() {
     let mut pair = pair(tcp());
     pair.client().say(32 + PIPE);
     pair.settle();
-    let before = calls(&pair)[CLIENT];
+    let before = calls(&pair)[Side::Client];
     pair.client().say(2 * PIPE);
     pair.client().fin();
     pair.settle();
     assert_eq!(
-        calls(&pair)[CLIENT] - before,
+        calls(&pair)[Side::Client] - before,
         4,
         "two splices, one that finds the end, and a read that says so, too"
     );
-    assert_eq!(pair.wire(SERVER).written, 32 + 3 * PIPE as u64);
-    assert_eq!(pair.wire(SERVER).half_closes, 1);
+    assert_eq!(pair.wire(Side::Server).written, 32 + 3 * PIPE as u64);
+    assert_eq!(pair.wire(Side::Server).half_closes, 1);
 }
 
 #[test]
@@ -128,13 +128,13 @@ fn much_goes_through_a_pipe_and_little_through_memory() {
     // at least half a buffer.
     let sizes = [(2, 2), (1, 2), (7, 1), (8, 1), (8, 2)];
     for (size, reads) in sizes {
-        let before = calls(&pair)[CLIENT];
+        let before = calls(&pair)[Side::Client];
         pair.client().say(size);
         pair.settle();
-        assert_eq!(calls(&pair)[CLIENT] - before, reads, "{size} bytes");
+        assert_eq!(calls(&pair)[Side::Client] - before, reads, "{size} bytes");
     }
     let sum: usize = sizes.iter().map(|(size, _)| size).sum();
-    assert_eq!(pair.wire(SERVER).written, (16 + PIPE + sum) as u64);
+    assert_eq!(pair.wire(Side::Server).written, (16 + PIPE + sum) as u64);
 }
 
 #[test]
@@ -147,17 +147,17 @@ fn what_is_in_a_pipe_waits_there_and_a_pipe_with_bytes_is_not_used_again() {
     pair.client().say(16 + PIPE);
     assert_eq!(pair.settle(), Turn::Wait);
     assert!(matches!(
-        pair.pair.flows[CLIENT].carrier,
+        pair.pair.flows[Side::Client].carrier,
         Carrier::Pipe { holds: 24, .. }
     ));
     // The server takes no more: what it holds goes nowhere.
     pair.server().turn_deaf();
     pair.settle();
-    assert!(pair.pair.flows[CLIENT].carrier.is_empty());
+    assert!(pair.pair.flows[Side::Client].carrier.is_empty());
     // (The accounting of each turn says that its place was given back.)
     pair.server().say(2 * (32 + PIPE));
     pair.settle();
-    assert_eq!(pair.wire(CLIENT).written, 2 * (32 + PIPE as u64));
+    assert_eq!(pair.wire(Side::Client).written, 2 * (32 + PIPE as u64));
 }
 
 #[test]
@@ -165,7 +165,7 @@ fn no_pipe_is_borrowed_where_one_side_has_none() {
     let mut pair = Kernel::with([tcp(), Habits::default()]);
     pair.client().say(200);
     pair.settle();
-    assert_eq!(pair.wire(SERVER).written, 200);
+    assert_eq!(pair.wire(Side::Server).written, 200);
     assert_eq!(pair.pool.made_pipes(), 0);
 }
 
@@ -186,7 +186,7 @@ fn pipes_that_nobody_needs_are_closed() {
     assert!(!pair.pool.wants_trim());
     // (The accounting of each turn says that others can be made.)
     carry(&mut pair);
-    assert_eq!(pair.wire(SERVER).written, 3 * (32 + PIPE as u64));
+    assert_eq!(pair.wire(Side::Server).written, 3 * (32 + PIPE as u64));
 }
 
 #[test]

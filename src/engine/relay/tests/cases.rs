@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use super::bench::Bench;
 use super::kernel::{Habits, Wire};
-use crate::engine::relay::{CLIENT, CloseMode, End, Half, Pool, Readiness, SERVER, Turn};
+use crate::engine::relay::{CloseMode, End, Half, Pool, Readiness, Side, Turn};
 
 type Kernel = Bench<true>;
 type Emulated = Bench<false>;
@@ -27,7 +27,7 @@ fn hear_all(mut wire: std::cell::RefMut<'_, Wire>) -> u64 {
 }
 
 /// Lets `side` read until it has heard `n` bytes.
-fn hear_out(pair: &mut Kernel, side: usize, n: u64) {
+fn hear_out(pair: &mut Kernel, side: Side, n: u64) {
     for _ in 0..=n {
         hear_all(pair.wires[side].borrow_mut());
         pair.settle();
@@ -43,10 +43,13 @@ fn an_eof_in_the_event_of_the_last_data_is_seen() {
     pair.settle();
     pair.client().say(5);
     pair.client().fin();
-    assert!(pair.poll(CLIENT));
+    assert!(pair.poll(Side::Client));
     pair.turn();
     assert_eq!(
-        (pair.wire(SERVER).written, pair.wire(SERVER).half_closes),
+        (
+            pair.wire(Side::Server).written,
+            pair.wire(Side::Server).half_closes
+        ),
         (5, 1)
     );
 }
@@ -56,12 +59,15 @@ fn an_eof_after_the_event_of_the_last_data_is_seen() {
     let mut pair = Kernel::calm();
     pair.settle();
     pair.client().say(5);
-    pair.poll(CLIENT);
+    pair.poll(Side::Client);
     pair.client().fin();
     pair.turn();
     pair.settle();
     assert_eq!(
-        (pair.wire(SERVER).written, pair.wire(SERVER).half_closes),
+        (
+            pair.wire(Side::Server).written,
+            pair.wire(Side::Server).half_closes
+        ),
         (5, 1)
     );
 }
@@ -75,7 +81,7 @@ fn a_short_read_may_have_more_behind_it() {
     let mut pair = Kernel::with([mark, Habits::default()]);
     pair.client().say(9);
     pair.settle();
-    assert_eq!(pair.wire(SERVER).written, 9);
+    assert_eq!(pair.wire(Side::Server).written, 9);
 }
 
 #[test]
@@ -83,9 +89,9 @@ fn a_full_read_is_followed_by_another() {
     let mut pair = Kernel::calm();
     pair.settle();
     pair.client().say(3 * pair.buffer + 1);
-    pair.poll(CLIENT);
+    pair.poll(Side::Client);
     pair.turn();
-    assert_eq!(pair.wire(SERVER).written, 3 * 16 + 1);
+    assert_eq!(pair.wire(Side::Server).written, 3 * 16 + 1);
 }
 
 #[test]
@@ -94,7 +100,7 @@ fn emulated_edges_are_armed_by_reading_on_after_a_short_read() {
     for round in 1..=3 {
         pair.client().say(5);
         pair.settle();
-        assert_eq!(pair.wire(SERVER).written, 5 * round);
+        assert_eq!(pair.wire(Side::Server).written, 5 * round);
     }
 }
 
@@ -121,11 +127,11 @@ fn an_event_with_nothing_behind_it_does_no_harm() {
         writable: true,
         ..Readiness::default()
     };
-    pair.latch(CLIENT, event);
+    pair.latch(Side::Client, event);
     assert_eq!(pair.turn(), Turn::Wait);
     pair.client().say(3);
     pair.settle();
-    assert_eq!(pair.wire(SERVER).written, 3);
+    assert_eq!(pair.wire(Side::Server).written, 3);
 }
 
 // 2 and 7. Memory.
@@ -136,16 +142,19 @@ fn a_server_that_reads_nothing_costs_one_buffer() {
     pair.client().say(1000);
     pair.settle();
     assert_eq!(
-        (pair.wire(CLIENT).read, pair.wire(SERVER).written),
+        (
+            pair.wire(Side::Client).read,
+            pair.wire(Side::Server).written
+        ),
         (16, 10)
     );
-    assert_eq!((pair.carried(CLIENT), pair.pool.resting()), (6, 1));
+    assert_eq!((pair.carried(Side::Client), pair.pool.resting()), (6, 1));
     // The other direction isn't held up.
     pair.server().say(100);
     pair.settle();
-    assert_eq!(pair.wire(CLIENT).written, 100);
-    hear_out(&mut pair, SERVER, 1000);
-    assert_eq!((pair.carried(CLIENT), pair.pool.resting()), (0, 2));
+    assert_eq!(pair.wire(Side::Client).written, 100);
+    hear_out(&mut pair, Side::Server, 1000);
+    assert_eq!((pair.carried(Side::Client), pair.pool.resting()), (0, 2));
 }
 
 #[test]
@@ -166,20 +175,20 @@ fn eof_waits_for_the_last_byte() {
     pair.client().fin();
     for heard in [4, 8] {
         pair.settle();
-        assert_eq!(pair.wire(SERVER).half_closes, 0);
+        assert_eq!(pair.wire(Side::Server).half_closes, 0);
         assert_eq!(hear_all(pair.server()), heard);
     }
     pair.settle();
-    assert_eq!(pair.wire(SERVER).half_closes, 1);
+    assert_eq!(pair.wire(Side::Server).half_closes, 1);
     assert_eq!(hear_all(pair.server()), 10);
-    assert!(pair.wire(SERVER).saw_eof);
+    assert!(pair.wire(Side::Server).saw_eof);
 }
 
 #[test]
 fn each_direction_ends_by_itself() {
-    for first in [CLIENT, SERVER] {
+    for first in Side::BOTH {
         let mut pair = Kernel::calm();
-        let second = 1 - first;
+        let second = first.other();
         pair.wires[first].borrow_mut().fin();
         assert_eq!(pair.settle(), Turn::Wait);
         assert_eq!(
@@ -200,12 +209,12 @@ fn each_direction_ends_by_itself() {
 
 #[test]
 fn a_source_that_breaks_is_no_eof() {
-    for broken in [CLIENT, SERVER] {
+    for broken in Side::BOTH {
         let mut pair = Kernel::calm();
         pair.wires[broken].borrow_mut().say(100);
         pair.wires[broken].borrow_mut().reset(RESET);
         assert_eq!(pair.settle(), Turn::Done);
-        let sink = 1 - broken;
+        let sink = broken.other();
         assert_eq!(
             (pair.wire(sink).written, pair.wire(sink).half_closes),
             (100, 0)
@@ -236,11 +245,11 @@ fn a_reset_that_a_write_was_told_of_is_no_eof() {
     pair.client().say(1);
     pair.server().reset(RESET);
     pair.settle();
-    assert_eq!(pair.wire(SERVER).write_error, Some(RESET));
-    hear_out(&mut pair, CLIENT, 50);
-    assert_eq!(pair.wire(SERVER).read_error, None);
-    assert_eq!(pair.wire(CLIENT).half_closes, 0);
-    assert_eq!(pair.pair.close_mode(CLIENT), CloseMode::Reset);
+    assert_eq!(pair.wire(Side::Server).write_error, Some(RESET));
+    hear_out(&mut pair, Side::Client, 50);
+    assert_eq!(pair.wire(Side::Server).read_error, None);
+    assert_eq!(pair.wire(Side::Client).half_closes, 0);
+    assert_eq!(pair.pair.close_mode(Side::Client), CloseMode::Reset);
 }
 
 #[test]
@@ -249,13 +258,19 @@ fn a_server_that_takes_no_more_still_answers_a_client_that_goes_on_sending() {
     pair.server().turn_deaf();
     pair.client().say(100);
     assert_eq!(pair.settle(), Turn::Wait);
-    assert_eq!(pair.wire(SERVER).write_error, Some(ErrorKind::BrokenPipe));
+    assert_eq!(
+        pair.wire(Side::Server).write_error,
+        Some(ErrorKind::BrokenPipe)
+    );
     pair.server().say(40);
     pair.server().fin();
     pair.client().say(100);
     assert_eq!(pair.settle(), Turn::Done);
     assert_eq!(
-        (pair.wire(CLIENT).written, pair.wire(CLIENT).half_closes),
+        (
+            pair.wire(Side::Client).written,
+            pair.wire(Side::Client).half_closes
+        ),
         (40, 1)
     );
     assert_eq!(pair.close_modes(), [CloseMode::Linger, CloseMode::Reset]);
@@ -265,7 +280,7 @@ fn a_server_that_takes_no_more_still_answers_a_client_that_goes_on_sending() {
     let wires = pair.wires.clone();
     pair.leave(|wires| {
         rounds += 1;
-        let mut client = wires[CLIENT].borrow_mut();
+        let mut client = wires[Side::Client].borrow_mut();
         match rounds {
             1..10 => client.say(1000),
             10 => client.fin(),
@@ -273,7 +288,7 @@ fn a_server_that_takes_no_more_still_answers_a_client_that_goes_on_sending() {
         }
         rounds < 100
     });
-    let mut client = wires[CLIENT].borrow_mut();
+    let mut client = wires[Side::Client].borrow_mut();
     client.hear(100);
     assert_eq!((client.heard, client.saw_eof), (40, true));
     assert_eq!(client.read, client.sent);
@@ -286,7 +301,7 @@ fn a_server_whose_reader_is_gone_is_reset() {
     pair.client().turn_deaf();
     pair.server().say(100);
     assert_eq!(pair.settle(), Turn::Done);
-    assert_eq!(pair.wire(SERVER).half_closes, 1);
+    assert_eq!(pair.wire(Side::Server).half_closes, 1);
     assert_eq!(pair.close_modes(), [CloseMode::Reset; 2]);
 }
 
@@ -296,11 +311,11 @@ fn what_a_broken_direction_still_gets_is_dropped_until_it_ends() {
     pair.server().turn_deaf();
     pair.client().say(1000);
     assert_eq!(pair.settle(), Turn::Wait);
-    assert_eq!(pair.wire(CLIENT).read, 1000);
+    assert_eq!(pair.wire(Side::Client).read, 1000);
     pair.client().fin();
     pair.server().fin();
     assert_eq!(pair.settle(), Turn::Done);
-    assert_eq!(pair.pair.close_mode(CLIENT), CloseMode::Close);
+    assert_eq!(pair.pair.close_mode(Side::Client), CloseMode::Close);
 }
 
 /// As macOS' Unix sockets have it.
@@ -322,8 +337,11 @@ fn a_server_that_closes_with_bytes_unread_where_nothing_tells_has_said_all() {
     pair.client().say(1);
     pair.settle();
     assert_eq!(pair.last, Turn::Done);
-    assert_eq!(pair.wire(SERVER).write_error, Some(ErrorKind::BrokenPipe));
-    assert_eq!(pair.pair.close_mode(CLIENT), CloseMode::Linger);
+    assert_eq!(
+        pair.wire(Side::Server).write_error,
+        Some(ErrorKind::BrokenPipe)
+    );
+    assert_eq!(pair.pair.close_mode(Side::Client), CloseMode::Linger);
 }
 
 #[test]
@@ -341,9 +359,9 @@ fn what_can_go_to_a_dead_client_without_waiting_goes() {
     let mut pair = Kernel::calm();
     pair.budget = 40;
     pair.server().say(100);
-    pair.pair.ends[CLIENT].input = Half::Failed(RESET);
+    pair.pair.ends[Side::Client].input = Half::Failed(RESET);
     assert_eq!(pair.settle(), Turn::Done);
-    assert_eq!(pair.wire(CLIENT).written, 100);
+    assert_eq!(pair.wire(Side::Client).written, 100);
 }
 
 #[test]
@@ -361,7 +379,7 @@ fn the_last_words_of_a_dead_client_wait_for_their_reader() {
     assert_eq!(hear_all(pair.server()), 20);
     assert_eq!(pair.settle(), Turn::Done);
     assert_eq!(hear_all(pair.server()), 26);
-    assert_eq!(pair.pair.close_mode(SERVER), CloseMode::Reset);
+    assert_eq!(pair.pair.close_mode(Side::Server), CloseMode::Reset);
 }
 
 #[test]
@@ -373,14 +391,14 @@ fn a_pair_is_ending_when_a_dead_end_has_undelivered_bytes() {
         failed: true,
         ..Readiness::default()
     };
-    pair.latch(CLIENT, failed);
+    pair.latch(Side::Client, failed);
     pair.turn();
     assert_eq!(pair.last, Turn::Wait);
     assert!(pair.pair.is_ending());
-    assert_eq!(pair.carried(CLIENT), 2);
+    assert_eq!(pair.carried(Side::Client), 2);
     assert_eq!(hear_all(pair.server()), 10);
     pair.settle();
-    assert_eq!(pair.wire(SERVER).written, 12);
+    assert_eq!(pair.wire(Side::Server).written, 12);
 }
 
 #[test]
@@ -395,7 +413,7 @@ fn a_pair_that_only_waits_is_not_ending() {
 
 #[test]
 fn an_end_is_gone_as_soon_as_an_event_says_so() {
-    let wire = Kernel::calm().wires[CLIENT].clone();
+    let wire = Kernel::calm().wires[Side::Client].clone();
     let mut end = End::new(super::kernel::FakeSocket::<true>(wire));
     assert!(!end.is_gone());
     end.latch(Readiness {
@@ -414,18 +432,24 @@ fn a_turn_moves_its_budget_in_each_direction_and_asks_for_another() {
     pair.budget = 40;
     pair.client().say(100);
     pair.server().say(100);
-    pair.poll(CLIENT);
-    pair.poll(SERVER);
+    pair.poll(Side::Client);
+    pair.poll(Side::Server);
     for moved in [48, 96] {
         assert_eq!(pair.turn(), Turn::Again);
         assert_eq!(
-            (pair.wire(SERVER).written, pair.wire(CLIENT).written),
+            (
+                pair.wire(Side::Server).written,
+                pair.wire(Side::Client).written
+            ),
             (moved, moved)
         );
     }
     assert_eq!(pair.turn(), Turn::Wait);
     assert_eq!(
-        (pair.wire(SERVER).written, pair.wire(CLIENT).written),
+        (
+            pair.wire(Side::Server).written,
+            pair.wire(Side::Client).written
+        ),
         (100, 100)
     );
 }
@@ -434,13 +458,13 @@ fn a_turn_moves_its_budget_in_each_direction_and_asks_for_another() {
 fn the_turn_that_releases_the_half_close_keeps_its_budget() {
     let mut pair = Kernel::calm();
     pair.budget = 40;
-    pair.pair.hold(CLIENT);
+    pair.pair.hold(Side::Client);
     pair.client().say(100);
     pair.server().fin();
-    pair.poll(CLIENT);
-    pair.poll(SERVER);
+    pair.poll(Side::Client);
+    pair.poll(Side::Server);
     assert_eq!(pair.turn(), Turn::Again);
-    assert_eq!(pair.wire(CLIENT).read, 48);
+    assert_eq!(pair.wire(Side::Client).read, 48);
 }
 
 #[test]
@@ -448,7 +472,7 @@ fn discarding_takes_turns_too() {
     let pair = Kernel::calm();
     let mut pool = Pool::new(16, 9, 0);
     let mut end = pair.pair.ends.into_iter().next().unwrap();
-    let wire = &pair.wires[CLIENT];
+    let wire = &pair.wires[Side::Client];
     wire.borrow_mut().say(100);
     assert!(!end.discard(&mut pool), "no event yet");
     end.latch(wire.borrow_mut().poll(true).unwrap());

@@ -32,10 +32,10 @@ use std::rc::Rc;
 
 use fastrand::Rng;
 
-use crate::engine::relay::{Pipe, Readiness, Socket};
+use crate::engine::relay::{Pipe, Readiness, Side, Socket};
 
 /// The `i`th byte that the peer at `side` sends.
-fn byte(side: usize, i: u64) -> u8 {
+fn byte(side: Side, i: u64) -> u8 {
     (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8 ^ (side as u8 * 85)
 }
 
@@ -115,7 +115,7 @@ pub(super) struct Script {
 
 #[derive(Debug)]
 pub(super) struct Wire {
-    pub(super) side: usize,
+    pub(super) side: Side,
     pub(super) habits: Habits,
     script: Option<Script>,
     rng: Rng,
@@ -164,7 +164,7 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    pub(super) fn new(side: usize, habits: Habits, script: Option<Script>, rng: Rng) -> Wire {
+    pub(super) fn new(side: Side, habits: Habits, script: Option<Script>, rng: Rng) -> Wire {
         let both = Readiness {
             readable: true,
             writable: true,
@@ -259,8 +259,8 @@ impl Wire {
     pub(super) fn hear(&mut self, n: usize) {
         for _ in 0..n.min(self.outgoing.len()) {
             let heard = self.outgoing.pop_front().unwrap();
-            let right = byte(1 - self.side, self.heard);
-            assert_eq!(heard, right, "byte {} to {}", self.heard, self.side);
+            let right = byte(self.side.other(), self.heard);
+            assert_eq!(heard, right, "byte {} to {:?}", self.heard, self.side);
             self.heard += 1;
         }
         if self.blocked && self.has_room() {

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use super::bench::Bench;
 use super::kernel::Habits;
-use crate::engine::relay::{CLIENT, CloseMode, Ending, SERVER, Turn};
+use crate::engine::relay::{CloseMode, Ending, Side, Turn};
 
 type Kernel = Bench<true>;
 
@@ -20,14 +20,14 @@ fn silent() -> Kernel {
 fn assert_refused(pair: &Kernel) {
     assert!(pair.pair.refused());
     assert_eq!(pair.last, Turn::Done);
-    assert_eq!(pair.wire(CLIENT).half_closes, 0);
-    assert_eq!(pair.pair.close_mode(CLIENT), CloseMode::Reset);
+    assert_eq!(pair.wire(Side::Client).half_closes, 0);
+    assert_eq!(pair.pair.close_mode(Side::Client), CloseMode::Reset);
 }
 
 fn assert_answered(pair: &Kernel) {
     assert!(!pair.pair.refused());
-    assert_eq!(pair.wire(CLIENT).half_closes, 1);
-    assert_ne!(pair.pair.close_mode(CLIENT), CloseMode::Reset);
+    assert_eq!(pair.wire(Side::Client).half_closes, 1);
+    assert_ne!(pair.pair.close_mode(Side::Client), CloseMode::Reset);
 }
 
 #[test]
@@ -46,14 +46,14 @@ fn an_end_before_the_first_byte_is_a_refusal() {
 #[test]
 fn a_refusal_releases_the_half_close_that_was_held() {
     let mut pair = silent();
-    pair.pair.hold(CLIENT);
+    pair.pair.hold(Side::Client);
     pair.client().fin();
     pair.settle();
     pair.server().fin();
     pair.settle();
     assert_refused(&pair);
-    assert_eq!(pair.wire(SERVER).half_closes, 1);
-    assert_eq!(pair.pair.close_mode(SERVER), CloseMode::Close);
+    assert_eq!(pair.wire(Side::Server).half_closes, 1);
+    assert_eq!(pair.pair.close_mode(Side::Server), CloseMode::Close);
 }
 
 #[test]
@@ -71,9 +71,9 @@ fn a_refusal_that_a_write_was_told_of_first_is_one() {
             None => pair.server().turn_deaf(),
         }
         pair.client().say(10);
-        pair.poll(CLIENT);
+        pair.poll(Side::Client);
         pair.turn();
-        assert!(pair.wire(SERVER).write_error.is_some());
+        assert!(pair.wire(Side::Server).write_error.is_some());
         if error.is_none() {
             pair.server().fin();
         }
@@ -130,35 +130,41 @@ fn a_family_that_refuses_aloud_may_end_without_a_byte() {
 #[test]
 fn a_held_half_close_waits_for_its_release() {
     let mut pair = Kernel::calm();
-    pair.pair.hold(CLIENT);
+    pair.pair.hold(Side::Client);
     pair.client().say(5);
     pair.settle();
-    assert!(!pair.pair.is_holding(CLIENT), "it hasn't come");
+    assert!(!pair.pair.is_holding(Side::Client), "it hasn't come");
     pair.client().fin();
     assert_eq!(pair.settle(), Turn::Wait);
     // The bytes before it are not held.
     assert_eq!(
-        (pair.wire(SERVER).written, pair.wire(SERVER).half_closes),
+        (
+            pair.wire(Side::Server).written,
+            pair.wire(Side::Server).half_closes
+        ),
         (5, 0)
     );
-    assert!(pair.pair.is_holding(CLIENT));
-    pair.pair.release(CLIENT);
-    assert!(!pair.pair.is_holding(CLIENT));
+    assert!(pair.pair.is_holding(Side::Client));
+    pair.pair.release(Side::Client);
+    assert!(!pair.pair.is_holding(Side::Client));
     assert_eq!(pair.turn(), Turn::Wait);
-    assert_eq!(pair.wire(SERVER).half_closes, 1);
+    assert_eq!(pair.wire(Side::Server).half_closes, 1);
 }
 
 #[test]
 fn a_held_half_close_goes_when_the_server_has_ended() {
     let mut pair = Kernel::calm();
-    pair.pair.hold(CLIENT);
+    pair.pair.hold(Side::Client);
     pair.client().fin();
     pair.settle();
     pair.server().say(5);
     pair.server().fin();
     assert_eq!(pair.settle(), Turn::Done);
     assert_eq!(
-        (pair.wire(SERVER).half_closes, pair.wire(CLIENT).half_closes),
+        (
+            pair.wire(Side::Server).half_closes,
+            pair.wire(Side::Client).half_closes
+        ),
         (1, 1)
     );
     assert_eq!(pair.close_modes(), [CloseMode::Close; 2]);
@@ -167,10 +173,10 @@ fn a_held_half_close_goes_when_the_server_has_ended() {
 #[test]
 fn only_the_clients_half_close_is_held() {
     let mut pair = Kernel::calm();
-    pair.pair.hold(CLIENT);
+    pair.pair.hold(Side::Client);
     pair.server().fin();
     pair.settle();
-    assert_eq!(pair.wire(CLIENT).half_closes, 1);
+    assert_eq!(pair.wire(Side::Client).half_closes, 1);
 }
 
 #[test]
@@ -180,19 +186,19 @@ fn an_end_that_is_in_doubt_is_passed_on_when_it_is_known_what_it_is() {
         (Ending::BrokenOff, CloseMode::Reset),
     ] {
         let mut pair = Kernel::calm();
-        pair.pair.doubt_end(SERVER);
+        pair.pair.doubt_end(Side::Server);
         pair.client().fin();
         pair.server().say(5);
         pair.server().fin();
         assert_eq!(pair.settle(), Turn::Wait);
-        assert!(pair.pair.has_doubtful_end(SERVER));
-        assert_eq!(pair.wire(CLIENT).half_closes, 0);
-        pair.pair.settle_end(SERVER, end);
-        assert!(!pair.pair.has_doubtful_end(SERVER));
+        assert!(pair.pair.has_doubtful_end(Side::Server));
+        assert_eq!(pair.wire(Side::Client).half_closes, 0);
+        pair.pair.settle_end(Side::Server, end);
+        assert!(!pair.pair.has_doubtful_end(Side::Server));
         pair.turn();
         assert_eq!(pair.settle(), Turn::Done);
-        assert_eq!(pair.pair.close_mode(CLIENT), close_mode);
+        assert_eq!(pair.pair.close_mode(Side::Client), close_mode);
         let whole = end == Ending::Whole;
-        assert_eq!(pair.wire(CLIENT).half_closes, u32::from(whole));
+        assert_eq!(pair.wire(Side::Client).half_closes, u32::from(whole));
     }
 }

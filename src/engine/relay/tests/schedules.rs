@@ -10,7 +10,7 @@ use fastrand::Rng;
 
 use super::bench::{Bench, Wires};
 use super::kernel::{Ending, Habits, Script, Wire};
-use crate::engine::relay::{CLIENT, CloseMode, Readiness, SERVER, State, Turn};
+use crate::engine::relay::{CloseMode, Readiness, Side, State, Turn};
 
 const SEEDS: Range<u64> = 0..3000;
 
@@ -133,13 +133,13 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             random_script(&mut rng, manners),
         ];
         // Who both wait for each other's EOF wait for ever.
-        scripts[CLIENT].waits &= !scripts[SERVER].waits;
+        scripts[Side::Client].waits &= !scripts[Side::Server].waits;
         let (buffer, budget) = (rng.usize(1..=64), rng.usize(1..=300));
         let each = scripts.clone().map(Some);
         let mut bench = Bench::new(habits, each, buffer, budget, &mut rng);
         let hold = (rng.u8(..3) == 0).then(|| rng.usize(..400));
         if hold.is_some() {
-            bench.pair.hold(CLIENT);
+            bench.pair.hold(Side::Client);
         }
         // A polite server that answers nothing and doesn't wait for the request would be taken for a refusal.
         let unread = (manners == Manners::Rude && rng.u8(..3) == 0).then(|| rng.u64(..200));
@@ -162,11 +162,11 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             assert!(done);
             assert_eq!(self.bench.close_modes(), [CloseMode::Close; 2]);
         }
-        for side in [CLIENT, SERVER] {
+        for side in Side::BOTH {
             self.check_direction(side);
             self.check_close_mode(side);
         }
-        let answered = self.is_whole(SERVER) && self.is_healthy(CLIENT);
+        let answered = self.is_whole(Side::Server) && self.is_healthy(Side::Client);
         let Schedule {
             bench,
             manners,
@@ -175,28 +175,31 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         } = self;
         let wires = bench.wires.clone();
         let mut go_on = |wires: &Wires| {
-            wires[CLIENT].borrow_mut().tick();
-            wires[SERVER].borrow_mut().tick();
+            wires[Side::Client].borrow_mut().tick();
+            wires[Side::Server].borrow_mut().tick();
             wires.iter().any(|wire| wire.borrow().is_busy()) || rng.u8(..8) > 0
         };
         let ended = bench.leave(&mut go_on);
         while wires.iter().any(|wire| wire.borrow().is_busy()) {
             go_on(&wires);
         }
-        for side in [CLIENT, SERVER] {
-            let (source, sink) = (wires[1 - side].borrow(), wires[side].borrow());
+        for side in Side::BOTH {
+            let (source, sink) = (wires[side.other()].borrow(), wires[side].borrow());
             // A server that refused is closed: whoever said no hears no more, and no lie.
-            let refused = ended.refused && side == SERVER;
+            let refused = ended.refused && side == Side::Server;
             if sink.saw_eof && !refused {
-                assert!(source.fin, "{side} read an EOF that was never sent");
+                assert!(source.fin, "{side:?} read an EOF that was never sent");
                 assert_eq!(sink.heard, source.sent);
             }
             let stays = !sink.gone && !sink.deaf;
-            if manners == Manners::Polite || (side == CLIENT && answered && stays) {
-                assert!(sink.saw_eof, "{side} never read EOF");
+            if manners == Manners::Polite || (side == Side::Client && answered && stays) {
+                assert!(sink.saw_eof, "{side:?} never read EOF");
             }
-            if side == SERVER && ended.refused {
-                assert!(!wires[CLIENT].borrow().saw_eof, "a refusal is no answer");
+            if side == Side::Server && ended.refused {
+                assert!(
+                    !wires[Side::Client].borrow().saw_eof,
+                    "a refusal is no answer"
+                );
             }
         }
     }
@@ -207,8 +210,8 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             match self.rng.u8(..8) {
                 0 | 1 => self.bench.client().tick(),
                 2 | 3 => self.bench.server().tick(),
-                4 => _ = self.bench.poll(CLIENT),
-                5 => _ = self.bench.poll(SERVER),
+                4 => _ = self.bench.poll(Side::Client),
+                5 => _ = self.bench.poll(Side::Server),
                 6 if self.rng.u8(..16) == 0 => self.latch_at_random(),
                 _ if self.bench.ready => self.turn(step),
                 _ => {}
@@ -217,7 +220,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
                 return true;
             }
             if self.is_quiet() {
-                if self.bench.pair.is_holding(CLIENT) {
+                if self.bench.pair.is_holding(Side::Client) {
                     self.release();
                     continue;
                 }
@@ -237,7 +240,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             hidden: self.rng.bool(),
             urgent: self.rng.bool(),
         };
-        let side = self.rng.usize(..2);
+        let side = Side::BOTH[self.rng.usize(..2)];
         self.bench.latch(side, event);
     }
 
@@ -245,15 +248,15 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         let busy = |wire: &Rc<RefCell<Wire>>| wire.borrow().is_busy();
         !self.bench.wires.iter().any(busy)
             && !self.bench.ready
-            && !self.bench.poll(CLIENT)
-            && !self.bench.poll(SERVER)
+            && !self.bench.poll(Side::Client)
+            && !self.bench.poll(Side::Server)
     }
 
     /// A turn as the proxy gives it, with the refusal and the half-close that it holds back.
     fn turn(&mut self, step: usize) {
         self.bare_turn();
-        if self.bench.pair.is_holding(CLIENT) {
-            let heard = self.bench.pair.ends[SERVER].received() > 0;
+        if self.bench.pair.is_holding(Side::Client) {
+            let heard = self.bench.pair.ends[Side::Server].received() > 0;
             if heard || self.hold.is_some_and(|until| step >= until) {
                 self.release();
                 self.bare_turn();
@@ -263,27 +266,27 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
 
     fn release(&mut self) {
         self.hold = None;
-        self.bench.pair.release(CLIENT);
+        self.bench.pair.release(Side::Client);
         self.bench.ready = true;
     }
 
     fn bare_turn(&mut self) {
         let bench = &mut self.bench;
-        let open = bench.pair.flows[SERVER].state == State::Open;
-        let request = bench.pair.delivered(CLIENT);
+        let open = bench.pair.flows[Side::Server].state == State::Open;
+        let request = bench.pair.delivered(Side::Client);
         let asked = bench.server().half_closes > 0;
         let ended = bench.server().read_ended;
         bench.turn();
-        for side in [CLIENT, SERVER] {
+        for side in Side::BOTH {
             assert_eq!(bench.pair.ends[side].received(), bench.wire(side).read);
-            assert_eq!(bench.pair.delivered(side), bench.wire(1 - side).written);
+            assert_eq!(bench.pair.delivered(side), bench.wire(side.other()).written);
         }
         if !ended && bench.server().read_ended {
             let silent = open && bench.server().read == 0 && !asked;
             let refused = silent && self.unread.is_some_and(|unread| request <= unread);
             assert_eq!(bench.pair.refused(), refused);
         }
-        if self.hold.is_some() && bench.pair.flows[SERVER].state == State::Open {
+        if self.hold.is_some() && bench.pair.flows[Side::Server].state == State::Open {
             assert_eq!(
                 bench.server().half_closes,
                 0,
@@ -305,17 +308,17 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
 
     /// Nothing happens any more, and the pair isn't done: so a peer has said no end, or reads no more.
     fn check_stuck(&self) {
-        let stays = |side: usize| {
+        let stays = |side: Side| {
             let script = &self.scripts[side];
             script.ending == Ending::Never || script.stalls.is_some()
         };
-        assert!(stays(CLIENT) || stays(SERVER), "it hangs");
+        assert!(stays(Side::Client) || stays(Side::Server), "it hangs");
         let gone = self.bench.pair.ends.iter().any(|end| end.is_gone());
         assert_eq!(self.bench.pair.is_ending(), gone);
     }
 
     /// Takes all that is sent, as far as the relay can know.
-    fn is_healthy(&self, side: usize) -> bool {
+    fn is_healthy(&self, side: Side) -> bool {
         let wire = self.bench.wire(side);
         !wire.gone
             && !wire.deaf
@@ -324,48 +327,48 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
     }
 
     /// Has sent all, and its EOF.
-    fn is_whole(&self, side: usize) -> bool {
+    fn is_whole(&self, side: Side) -> bool {
         let wire = self.bench.wire(side);
-        wire.fin && !wire.gone && !(side == SERVER && self.bench.pair.refused())
+        wire.fin && !wire.gone && !(side == Side::Server && self.bench.pair.refused())
     }
 
     /// What `side` sent went to a sink that took it, with the end that it had.
-    fn check_direction(&self, side: usize) {
-        let (source, sink) = (self.bench.wire(side), self.bench.wire(1 - side));
+    fn check_direction(&self, side: Side) {
+        let (source, sink) = (self.bench.wire(side), self.bench.wire(side.other()));
         let refused = self.bench.pair.refused();
-        if self.is_whole(side) && self.is_healthy(1 - side) && !refused {
+        if self.is_whole(side) && self.is_healthy(side.other()) && !refused {
             assert_eq!(sink.written, source.sent, "whole");
             assert_eq!(sink.half_closes, 1);
         }
-        if source.read_error.is_some() && self.is_healthy(1 - side) && !refused {
+        if source.read_error.is_some() && self.is_healthy(side.other()) && !refused {
             assert_eq!(
                 sink.written, source.read,
                 "all that was read of a source that broke"
             );
         }
         if sink.half_closes > 0 {
-            assert!(source.fin, "EOF from {side}, which never sent it");
+            assert!(source.fin, "EOF from {side:?}, which never sent it");
             assert_eq!(sink.written, source.sent);
         }
     }
 
-    fn check_close_mode(&self, side: usize) {
+    fn check_close_mode(&self, side: Side) {
         let pair = &self.bench.pair;
         let (end, wire, source) = (
             &pair.ends[side],
             self.bench.wire(side),
-            self.bench.wire(1 - side),
+            self.bench.wire(side.other()),
         );
         let expected = match wire.half_closes > 0 {
             // It has all, and has said all or is gone.
             true if wire.read_ended => CloseMode::Close,
-            true if side == CLIENT => CloseMode::Linger,
+            true if side == Side::Client => CloseMode::Linger,
             _ if end.is_dead() => CloseMode::Close,
             _ => CloseMode::Reset,
         };
         assert_eq!(pair.close_mode(side), expected);
         if pair.refused() || source.read_error.is_some() {
-            assert!(side == SERVER || wire.half_closes == 0);
+            assert!(side == Side::Server || wire.half_closes == 0);
         }
     }
 }
