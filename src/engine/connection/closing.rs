@@ -1,4 +1,8 @@
-//! How a connection ends: each side is closed, reset, or half-closed and read to its end, as it is owed.
+//! The closing of a connection. Each side is closed, reset, or half-closed and read to its EOF, as
+//! its family and the way in which the pair ended require.
+//!
+//! Which of these a side needs is decided here; the sockets themselves are closed by the loop,
+//! through [`Action`]s. No socket call here waits for its peer.
 
 use std::time::{Duration, Instant};
 
@@ -12,42 +16,44 @@ use crate::time::after;
 
 use super::{Action, Connection, Context, Socket, State};
 
-/// How long a client that goes on sending is read from after it got its whole answer.
+/// How long input is read and discarded from a client that has received its whole answer and goes
+/// on sending.
 pub(crate) const LINGER: Duration = Duration::from_secs(5);
 
-/// After how long it is looked whether a peer that is to be reset has got what was sent before; doubled each time, up
-/// to the longest.
+/// The pause before the first check whether a peer that is to be reset has received what was sent
+/// before. It doubles with each check, up to [`LONGEST_RESET_PAUSE`].
 pub(crate) const RESET_PAUSE: Duration = Duration::from_millis(2);
 pub(crate) const LONGEST_RESET_PAUSE: Duration = Duration::from_millis(128);
 
-/// How long guests may take to end their connections when the proxy is told to end at once.
+/// How long guests may take to end their connections once the proxy is told to end at once.
 pub(crate) const LAST_DRAIN: Duration = Duration::from_secs(2);
 
-/// Turns of an end that is emptied before it is closed by force: what a socket can hold, many times over.
+/// How often an end is read empty before it is closed by force. This is many times what a socket
+/// can hold.
 const LAST_TURNS: usize = 64;
 
-/// What the log says of guests that have not ended in time.
+/// The log message about guests that did not end their connections in time.
 const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout";
 
-/// How long threads that were cut off may take to end before they are cut again.
+/// How long threads may take to end after they were cut off, before they are cut off again.
 const CUT_PAUSE: Duration = Duration::from_millis(10);
 
-/// An end that is not to be closed at once.
+/// An end that must not be closed at once.
 #[derive(Debug)]
 pub(crate) struct Closing<S> {
     pub(crate) end: End<S>,
-    /// To be reset when the peer has what was sent before, instead of being read to its EOF: a reset overtakes. It is
-    /// looked again after this pause.
+    /// The pause before the next check, if the end is to be reset rather than read to its EOF. A
+    /// reset overtakes data, so it waits until the peer has what was sent before.
     reset: Option<Duration>,
 }
 
 impl<S> Closing<S> {
-    /// An end to be read to its EOF.
+    /// Makes an end that is read to its EOF.
     pub(super) fn drain(end: End<S>) -> Closing<S> {
         Closing { end, reset: None }
     }
 
-    /// An end to be reset once the peer has what was sent before.
+    /// Makes an end that is reset once the peer has what was sent before.
     fn reset(end: End<S>) -> Closing<S> {
         Closing {
             end,
@@ -57,9 +63,10 @@ impl<S> Closing<S> {
 }
 
 impl<S: Socket> Connection<S> {
-    /// Ends a pair, done or not: closes, resets, or half-closes and goes on reading, as each side is owed.
+    /// Ends a pair, whether it is done or not: closes each side, resets it, or half-closes it and
+    /// drains it.
     pub(super) fn close_pair(&mut self, cx: &mut Context<'_, S>) {
-        let State::Relaying { pair, .. } = self.leave_state() else {
+        let State::Relaying { pair, .. } = self.take_state() else {
             return;
         };
         if pair.refused() {
@@ -70,7 +77,8 @@ impl<S: Socket> Connection<S> {
         let mut ends = [None, None];
         for (side, mut end) in Side::BOTH.into_iter().zip(pair.into_ends(cx.pool)) {
             let mode = modes[side];
-            // Rule 2 of a good neighbour: hyperkit reads EOF from us and is read to its EOF, whatever happened.
+            // Rule 2 of a good neighbour: hyperkit must read EOF from us, and must be read to its
+            // EOF, whatever happened.
             let is_graceful = self.forward.needs_graceful_close(side);
             if is_graceful && !end.input_ended() || !is_graceful && mode == CloseMode::Linger {
                 end.shutdown_write();
@@ -84,14 +92,14 @@ impl<S: Socket> Connection<S> {
         self.begin_closing(ends, cx);
     }
 
-    /// Begins to close what is left of it.
+    /// Begins to close the ends that are left.
     pub(super) fn begin_closing(&mut self, ends: [Option<Closing<S>>; 2], cx: &mut Context<'_, S>) {
         let is_graceful =
             |side: Side| ends[side].is_some() && self.forward.needs_graceful_close(side);
         let drain = self.forward.rule.timeouts.drain;
         let time = match cx.phase {
             Phase::Cutting => LAST_DRAIN.min(drain),
-            // Nobody who has gone holds up the end: the grace is for those who are there.
+            // A peer that is no longer there must not delay the stop.
             Phase::Stopping => LINGER.min(drain),
             Phase::Running if is_graceful(Side::Client) || is_graceful(Side::Server) => drain,
             Phase::Running => LINGER,
@@ -107,7 +115,7 @@ impl<S: Socket> Connection<S> {
         let State::Closing { ends, until } = &mut self.state else {
             return;
         };
-        let mut look_again = None;
+        let mut check_at = None;
         for (side, slot) in Side::BOTH.into_iter().zip(ends.iter_mut()) {
             let Some(Closing { mut end, reset }) = slot.take() else {
                 continue;
@@ -124,8 +132,7 @@ impl<S: Socket> Connection<S> {
                     cx.request(Action::Reset(end.socket));
                     continue;
                 }
-                look_again =
-                    Some(look_again.map_or(now + pause, |at: Instant| at.min(now + pause)));
+                check_at = Some(check_at.map_or(now + pause, |at: Instant| at.min(now + pause)));
             } else if end.input_ended() {
                 cx.request(Action::Close(end.socket, self.slots[side].take()));
                 continue;
@@ -136,7 +143,8 @@ impl<S: Socket> Connection<S> {
         if ends.iter().all(Option::is_none) {
             return self.close(cx);
         }
-        // What never became a socket, or was reset, has no slot any more, though the other side lingers.
+        // A side that never had a socket, or whose socket was reset, needs no slot any more, even
+        // while the other side is drained.
         for side in Side::BOTH {
             if ends[side].is_none() {
                 self.slots[side] = None;
@@ -145,7 +153,7 @@ impl<S: Socket> Connection<S> {
         if cx.thawed == Some(now)
             && let Some(until) = until
         {
-            // Invariant 9: the peer may have stood still as well, and have had no time to answer.
+            // Invariant 9: the peer may have been frozen as well, and had no time to answer.
             let drain = self.forward.rule.timeouts.drain;
             *until = (*until).max(after(now, LAST_DRAIN.min(drain)));
         }
@@ -153,12 +161,12 @@ impl<S: Socket> Connection<S> {
         if until.is_some_and(|until| now >= until) {
             return self.abandon(cx);
         }
-        if let Some(at) = [until, look_again].into_iter().flatten().min() {
+        if let Some(at) = [until, check_at].into_iter().flatten().min() {
             self.wake_at = Some(at);
         }
     }
 
-    /// Closes what did not end in time, with nothing unread in it.
+    /// Closes by force what has not ended in time, after reading out what is unread.
     pub(crate) fn abandon(&mut self, cx: &mut Context<'_, S>) {
         let State::Closing { ends, .. } = &mut self.state else {
             return;
@@ -172,8 +180,9 @@ impl<S: Socket> Connection<S> {
                 cx.request(Action::Reset(end.socket));
                 continue;
             }
-            // First nothing more may come (on Linux the device's next write fails, and it tells the guest), then what
-            // has come is taken out: a close with data unread is what kills the VM.
+            // First the input is shut down (on Linux the device's next write then fails, and it
+            // tells the guest); then what has arrived is read. A close with unread data kills the
+            // VM.
             end.socket.shutdown_read();
             end.latch(Readiness {
                 readable: true,
@@ -196,7 +205,7 @@ impl<S: Socket> Connection<S> {
         self.close(cx);
     }
 
-    /// Counts an end that its peer has not ended in time.
+    /// Counts and logs an end that the peer has not ended in time.
     fn note_abandoned(&self, text: &str, now: Instant) {
         let forward = &self.forward;
         add_one(&forward.tally.abandoned);
@@ -205,16 +214,15 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Shortens the time of what is being closed as the phase says.
-    pub(super) fn hurry(&mut self, cx: &mut Context<'_, S>) {
+    /// Shortens the closing to what the current phase allows.
+    pub(super) fn shorten_closing(&mut self, cx: &mut Context<'_, S>) {
         if let State::Closing { ends, .. } = &mut self.state {
             let ends = std::mem::take(ends);
             self.begin_closing(ends, cx);
         }
     }
 
-    /// Shortens the time of what is being closed, when the proxy begins to stop: nobody is there for it. Probes have none
-    /// before.
+    /// Shortens the closing when the proxy begins to stop. Only then do probes get a limit at all.
     pub(crate) fn begin_to_stop(&mut self, cx: &mut Context<'_, S>) {
         if let State::Closing { until, .. } = &mut self.state {
             let at = match *until {
@@ -226,14 +234,14 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Ends the threads, until they say that they have ended.
+    /// Requests the end of the threads, and tries again until they report that they have ended.
     pub(super) fn cut_threads(&mut self, cx: &mut Context<'_, S>) {
         cx.request(Action::CutThreads);
         self.wake_at = Some(cx.now + CUT_PAUSE);
     }
 
-    /// Takes that the threads have ended, what they have delivered of each side, and whether a guest has not ended in
-    /// time.
+    /// Takes the end of the threads: the bytes that they delivered from each side, and whether a
+    /// guest failed to end its connection in time.
     pub(crate) fn take_threads_end(
         &mut self,
         delivered: [u64; 2],
@@ -247,9 +255,9 @@ impl<S: Socket> Connection<S> {
         self.close(cx);
     }
 
-    /// Closes what it still has: it is over.
+    /// Closes all sockets that are left and ends the connection.
     pub(super) fn close(&mut self, cx: &mut Context<'_, S>) {
-        match self.leave_state() {
+        match self.take_state() {
             State::Waiting { client, .. } => self.close_socket(Side::Client, client, cx),
             State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {
                 self.close_socket(Side::Client, client, cx);

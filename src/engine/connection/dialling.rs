@@ -1,4 +1,8 @@
-//! How a connection comes to be: accepted, its target named, admitted by the VM's gate, connected, or refused.
+//! The beginning of a connection: its client was accepted, its target is resolved, admitted by the
+//! VM's gate and connected, or the client is refused.
+//!
+//! Names, gates and connects belong to the loop; this room only requests them and takes their
+//! results.
 
 use std::io;
 use std::net::SocketAddr;
@@ -24,36 +28,37 @@ use crate::time::after;
 use super::relaying::Acceptance;
 use super::{Action, Closing, Connection, Context, Socket, State};
 
-/// How long a client is held before its target is dialled again, doubled with each time up to the longest.
+/// The pause before the target of a held client is dialled again. It doubles with each dial, up to
+/// [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// A client that is held while its target isn't there.
+/// The retries for a client that is held while its target is absent.
 #[derive(Debug)]
 pub(crate) struct Held {
-    /// Before the next try after this one.
+    /// The pause after the next dial.
     pause: Duration,
-    /// When the next try is due, if none is under way.
+    /// The time of the next dial, if none is in progress.
     pub(crate) redial: Option<Instant>,
-    /// What the last one came to.
+    /// The error of the last dial.
     last: Option<(Error, Reason)>,
 }
 
-/// A socket that was made and begins to connect.
+/// A socket that was created and has begun to connect.
 #[derive(Debug)]
 pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
-    /// Of a hyperkit VM: by what it is known.
+    /// The identity of the VM, if the target is a hyperkit VM.
     pub(crate) identity: Option<VmIdentity>,
-    /// The process that began to listen there was gone by then: another serves in its place, of which nothing can be
-    /// learnt.
+    /// Whether the process that began to listen had gone by then. Another process serves its
+    /// socket, and nothing can be learnt of that one.
     pub(crate) is_inherited: bool,
-    /// Whether the poller watches it.
+    /// Whether the poller could register the socket.
     pub(crate) watched: io::Result<()>,
 }
 
 impl<S: Socket> Connection<S> {
-    /// Takes over an accepted socket; [`begin`](Connection::begin) is to follow.
+    /// Makes a connection of an accepted socket; [`begin`](Connection::begin) must follow.
     pub(crate) fn accepted(
         name: ConnectionId,
         forward: Arc<Forward>,
@@ -81,7 +86,7 @@ impl<S: Socket> Connection<S> {
         connection
     }
 
-    /// Begins to dial its target. `watched`: whether the poller watches its client.
+    /// Begins to dial the target. `watched` says whether the poller could register the client.
     pub(crate) fn begin(&mut self, watched: io::Result<()>, cx: &mut Context<'_, S>) {
         // Guests find the port bound until the very end, but are not served any more.
         let is_closed = match cx.phase {
@@ -100,7 +105,8 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Notes that a client may be a dialled socket of ours; false if it has come by a circle.
+    /// Notes that the client may be a socket that this process dialled. Returns false if the
+    /// connection closes a loop of forwards.
     fn note_client(&mut self, cx: &mut Context<'_, S>) -> bool {
         let State::Waiting { client, .. } = &self.state else {
             return true;
@@ -112,12 +118,13 @@ impl<S: Socket> Connection<S> {
         }
         let ends = || PeerNames::accepted(client.socket.local_name()?, peer);
         let mut route = Route::default();
-        let goes_on = cx.routes.accepted(ends, forward, &mut route);
+        let is_acyclic = cx.routes.accepted(ends, forward, &mut route);
         self.route = route.kept();
-        goes_on
+        is_acyclic
     }
 
-    /// Notes that a dialled socket may lead to a listener of ours; false if that closes a circle.
+    /// Notes that the dialled socket may lead to a listener of this process. Returns false if that
+    /// closes a loop of forwards.
     fn note_dial(&mut self, cx: &mut Context<'_, S>) -> bool {
         let State::Connecting { server, dial, .. } = &self.state else {
             return true;
@@ -128,7 +135,7 @@ impl<S: Socket> Connection<S> {
             return true;
         };
         let mut route = self.route.take().map(|it| *it).unwrap_or_default();
-        let goes_on = match endpoint {
+        let is_acyclic = match endpoint {
             Endpoint::Tcp(_) | Endpoint::Vsock(_) => {
                 let here = server.socket.local_name();
                 if let Some(ends) = here.and_then(|here| PeerNames::dialled(here, endpoint)) {
@@ -144,10 +151,10 @@ impl<S: Socket> Connection<S> {
             },
         };
         self.route = route.kept();
-        goes_on
+        is_acyclic
     }
 
-    /// Refuses a client that would be led round in a circle.
+    /// Refuses a client whose connection would loop.
     fn refuse_loop(&mut self, cx: &mut Context<'_, S>) {
         let why = "it leads back to a forward of this hvsock that its client has come through";
         let error = Error::new(
@@ -159,7 +166,7 @@ impl<S: Socket> Connection<S> {
         self.refuse(&error, Reason::Other, cx);
     }
 
-    /// Begins to dial the target, for the first time or once more.
+    /// Begins to dial the target, for the first time or again.
     fn begin_dial(&mut self, cx: &mut Context<'_, S>) {
         let State::Waiting { dial, .. } = &mut self.state else {
             return;
@@ -175,7 +182,7 @@ impl<S: Socket> Connection<S> {
         } else {
             match Target::of(target) {
                 Target::Endpoint(endpoint) => {
-                    // To hyperkit only with a slot of its gate.
+                    // hyperkit is dialled only with a slot of its gate.
                     let action = match endpoint {
                         Endpoint::Hyperkit(_) => Action::Admit,
                         _ => Action::Connect,
@@ -193,7 +200,7 @@ impl<S: Socket> Connection<S> {
         self.wake_at = self.wake_at.or(Some(deadline));
     }
 
-    /// Waits for a name, a slot or the time of another try.
+    /// Waits for an address, a slot or the time of the next dial.
     pub(super) fn go_on_waiting(&mut self, cx: &mut Context<'_, S>) {
         let State::Waiting { client, dial, .. } = &self.state else {
             return;
@@ -211,7 +218,8 @@ impl<S: Socket> Connection<S> {
                 false => self.begin_dial(cx),
             }
         } else if self.wake_at.is_none() {
-            // The timer was that of another try, unless the dial still waits for a name or for a slot.
+            // The timer was that of the next dial, unless the dial still waits for an address or a
+            // slot.
             let slot = self.slots[Side::Server].as_ref();
             let is_admitted = slot.is_none_or(Slot::is_admitted);
             if dial.endpoint().is_some() && is_admitted {
@@ -221,7 +229,7 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Returns what is to be connected to now.
+    /// Returns the endpoint that is to be connected next.
     pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
         match &self.state {
             State::Waiting { dial, .. } => dial.endpoint(),
@@ -229,12 +237,13 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Returns whether the EOF of its server may be that of a VM that has died, and its client can be told so.
+    /// Returns whether an EOF from the server may mean that its VM has died, and the client can be
+    /// told of it by a reset.
     pub(crate) fn doubts_server(&self) -> bool {
         self.forward.needs_graceful_close(Side::Server) && self.forward.can_reset(Side::Client)
     }
 
-    /// Takes the addresses of the target's name.
+    /// Takes the result of resolving the target's name.
     pub(crate) fn take_addresses(
         &mut self,
         addresses: io::Result<Vec<SocketAddr>>,
@@ -256,13 +265,13 @@ impl<S: Socket> Connection<S> {
         self.dial_failed(error, cx);
     }
 
-    /// Takes a slot of the target's VM, in place of the one that it was queued for.
+    /// Takes a slot of the target's VM, in place of the one that was queued.
     pub(crate) fn take_slot(&mut self, slot: Slot, cx: &mut Context<'_, S>) {
         self.slots[Side::Server] = Some(slot);
         cx.request(Action::Connect);
     }
 
-    /// Takes why the gate has no slot for it now; false if it wants none any more.
+    /// Takes the reason why the gate has no slot now. Returns false if none is wanted any more.
     pub(crate) fn take_full(&mut self, why: Full) -> bool {
         match &mut self.state {
             State::Waiting { full, .. } => {
@@ -273,15 +282,15 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Takes what a dial on a thread of its own has come to: a connected socket, and whether the poller watches it, if
-    /// it has to.
+    /// Takes the result of a dial on a thread: a connected socket, and whether the poller could
+    /// register it where it has to.
     pub(crate) fn take_dialled(
         &mut self,
         dialled: Result<(S, io::Result<()>), Error>,
         cx: &mut Context<'_, S>,
     ) {
         match dialled {
-            // The client has left, or was refused in the meantime.
+            // The client has gone, or was refused in the meantime.
             Ok((socket, _)) if !self.is_waiting() => cx.request(Action::Close(socket, None)),
             Err(_) if !self.is_waiting() => {}
             Ok((socket, Err(e))) => {
@@ -290,7 +299,7 @@ impl<S: Socket> Connection<S> {
                 self.refuse(&error, Reason::Other, cx);
             }
             Ok((socket, Ok(()))) => {
-                if let State::Waiting { client, dial, .. } = self.leave_state() {
+                if let State::Waiting { client, dial, .. } = self.take_state() {
                     let server = End::new(socket);
                     self.enter(State::Connecting {
                         client,
@@ -304,7 +313,7 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Takes what has come of the begin of a connect.
+    /// Takes the result of beginning to connect.
     pub(crate) fn take_connect(
         &mut self,
         connect: io::Result<Dialled<S>>,
@@ -318,7 +327,7 @@ impl<S: Socket> Connection<S> {
             slot.note_dial(dialled.identity, cx.now);
         }
         self.is_inherited = dialled.is_inherited;
-        let (client, mut dial) = match self.leave_state() {
+        let (client, mut dial) = match self.take_state() {
             State::Waiting { client, dial, .. } => (client, dial),
             other => {
                 self.state = other;
@@ -329,7 +338,7 @@ impl<S: Socket> Connection<S> {
         let begun = dial.begun(cx.now);
         let attempt_deadline = dial.attempt_deadline();
         let deadline = dial.deadline();
-        // A socket just connected has room; no need to wait until an event says so.
+        // A socket that has just connected has room; no event needs to say so.
         server.latch(Readiness {
             writable: begun != Begun::InProgress,
             ..Readiness::default()
@@ -369,9 +378,9 @@ impl<S: Socket> Connection<S> {
             return;
         };
         if client.is_gone() {
-            return self.leave_server(cx);
+            return self.close_without_client(cx);
         }
-        // First what has come: a connect may have succeeded while the process stood still.
+        // Readiness is handled first: a connect may have succeeded while the process was frozen.
         let attempt = match server.is_writable() {
             true => match server.socket.connected() {
                 Ok(true) => dial.shake_hands(&mut server.socket),
@@ -393,7 +402,7 @@ impl<S: Socket> Connection<S> {
                     client,
                     server,
                     dial,
-                } = self.leave_state()
+                } = self.take_state()
                 {
                     self.enter(State::waiting(client, dial));
                     cx.request(Action::Close(server.socket, None));
@@ -403,7 +412,7 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Tries another endpoint, or the same once more, after the last one has failed; or gives up.
+    /// Tries the next endpoint after one has failed, or the same one again, or gives up.
     fn attempt_failed(&mut self, error: io::Error, cx: &mut Context<'_, S>) {
         let State::Waiting { dial, .. } = &mut self.state else {
             return;
@@ -415,14 +424,14 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Takes what the failure of a dial was explained as.
+    /// Takes the explained error of a dial that failed.
     pub(crate) fn take_explanation(&mut self, error: Error, cx: &mut Context<'_, S>) {
         if self.is_waiting() {
             self.dial_failed(error, cx);
         }
     }
 
-    /// Takes the failure of a dial: the client is held until another one is to be tried, or refused.
+    /// Takes the failure of a dial: holds the client until the next dial, or refuses it.
     pub(super) fn dial_failed(&mut self, error: Error, cx: &mut Context<'_, S>) {
         let now = cx.now;
         let reason = Reason::from_error(&self.forward.rule.connect, &error);
@@ -440,7 +449,7 @@ impl<S: Socket> Connection<S> {
             held.last = Some((error, reason));
             *dial = Dial::new(dial.deadline());
             *full = None;
-            // It stays in the queue for a slot, and keeps nothing of this dial.
+            // The client stays in the queue for a slot, and keeps nothing of this dial.
             if self.slots[Side::Server]
                 .as_ref()
                 .is_none_or(Slot::is_admitted)
@@ -455,7 +464,7 @@ impl<S: Socket> Connection<S> {
         self.refuse(&error, reason, cx);
     }
 
-    /// Refuses a client whose time is over.
+    /// Refuses a client whose dial timeout has passed.
     pub(super) fn time_out(&mut self, cx: &mut Context<'_, S>) {
         let target = &self.forward.rule.connect;
         let late = |why: String| io::Error::new(io::ErrorKind::TimedOut, why);
@@ -492,16 +501,16 @@ impl<S: Socket> Connection<S> {
         self.refuse(&error, reason, cx);
     }
 
-    /// Refuses a client because the proxy is stopping, or its forward was removed.
+    /// Refuses a client because the proxy is stopping, or because its forward was removed.
     pub(super) fn refuse_at_the_end(&mut self, cx: &mut Context<'_, S>) {
         let cause = io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
         let error = Error::new(Operation::Connect, &self.forward.rule.connect, cause);
         self.refuse(&error, Reason::Other, cx);
     }
 
-    /// PeerNames a connection that could not be made, and says why.
+    /// Ends a connection that could not be made, and reports why.
     pub(super) fn refuse(&mut self, error: &Error, reason: Reason, cx: &mut Context<'_, S>) {
-        let (mut client, server) = match self.leave_state() {
+        let (mut client, server) = match self.take_state() {
             State::Waiting { client, .. } => (client, None),
             State::Connecting {
                 client,
@@ -540,9 +549,9 @@ impl<S: Socket> Connection<S> {
         self.begin_closing([client, server], cx);
     }
 
-    /// Takes that the client has left while its target was being connected.
-    pub(super) fn leave_server(&mut self, cx: &mut Context<'_, S>) {
-        let (client, server) = match self.leave_state() {
+    /// Ends the connection after its client has gone while the target was being connected.
+    pub(super) fn close_without_client(&mut self, cx: &mut Context<'_, S>) {
+        let (client, server) = match self.take_state() {
             State::Connecting {
                 client,
                 server,

@@ -1,6 +1,7 @@
-//! How long nothing has moved on a connection, and what its rule says of that.
+//! The idle timeouts of a connection: how long no byte has moved, and what its rule says about it.
 //!
-//! No byte sets a timer. One that is due looks when something moved last, and is set to what is left from then.
+//! Moving a byte sets no timer. A timer that is due compares the time of the last byte with the
+//! timeout, and is set to what is left.
 
 use std::time::{Duration, Instant};
 
@@ -12,20 +13,21 @@ use crate::time::after;
 
 use super::{Action, Connection, Context, Socket, State};
 
-/// The bytes of threads are counted by them; so often within a timeout it is looked whether some were.
-const LOOKS: u32 = 4;
+/// How often within a timeout the byte counts of relay threads are read. The threads count bytes,
+/// but report no times.
+const CHECKS: u32 = 4;
 
-/// Since when nothing has moved on a connection.
+/// The time since which no byte has moved on a connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Idle {
-    /// When a byte was delivered last, or the connection opened.
-    moved: Instant,
-    /// When one side ended.
+    /// The time of the last byte delivered, or of the connection's opening.
+    last_moved: Instant,
+    /// The time at which the first side ended.
     half_closed: Option<Instant>,
-    /// What threads had delivered then.
+    /// The bytes that threads had delivered at the last check.
     delivered: u64,
-    /// It has timed out.
-    over: bool,
+    /// Whether a timeout has passed.
+    timed_out: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,16 +39,16 @@ enum Timeout {
 impl Idle {
     pub(super) fn new(now: Instant) -> Idle {
         Idle {
-            moved: now,
+            last_moved: now,
             half_closed: None,
             delivered: 0,
-            over: false,
+            timed_out: false,
         }
     }
 
     pub(super) fn note(&mut self, moved: bool, half_closed: bool, now: Instant) {
         if moved {
-            self.moved = now;
+            self.last_moved = now;
         }
         if half_closed {
             self.half_closed.get_or_insert(now);
@@ -54,17 +56,17 @@ impl Idle {
     }
 
     pub(super) fn has_timed_out(&self) -> bool {
-        self.over
+        self.timed_out
     }
 
-    /// When it times out, if nothing moves until then, and which timeout that is.
-    fn end(&self, timeouts: &Timeouts) -> Option<(Instant, Timeout)> {
+    /// Returns the time of the next timeout if no byte moves until then, and which timeout it is.
+    fn next_timeout(&self, timeouts: &Timeouts) -> Option<(Instant, Timeout)> {
         let idle = timeouts
             .idle
-            .map(|time| (after(self.moved, time), Timeout::Idle));
+            .map(|time| (after(self.last_moved, time), Timeout::Idle));
         let half_closed = self.half_closed.zip(timeouts.half_closed);
-        let half_closed =
-            half_closed.map(|(at, time)| (after(self.moved.max(at), time), Timeout::HalfClosed));
+        let half_closed = half_closed
+            .map(|(at, time)| (after(self.last_moved.max(at), time), Timeout::HalfClosed));
         [idle, half_closed]
             .into_iter()
             .flatten()
@@ -73,9 +75,9 @@ impl Idle {
 }
 
 impl<S: Socket> Connection<S> {
-    /// Cuts an open connection off if nothing has moved on it for too long; returns whether it was.
+    /// Cuts off an open connection on which no byte has moved for too long. Returns whether it did.
     pub(super) fn cut_if_idle(&mut self, cx: &mut Context<'_, S>) -> bool {
-        let Some((at, timeout)) = self.idle.end(&self.forward.rule.timeouts) else {
+        let Some((at, timeout)) = self.idle.next_timeout(&self.forward.rule.timeouts) else {
             return false;
         };
         if cx.now < at {
@@ -87,13 +89,14 @@ impl<S: Socket> Connection<S> {
             Timeout::Idle => &tally.idle,
             Timeout::HalfClosed => &tally.half_closed,
         });
-        self.idle.over = true;
+        self.idle.timed_out = true;
         self.span.in_scope(|| debug!(?timeout, "timed out"));
         self.cut(cx);
         true
     }
 
-    /// Takes how far the threads are: the bytes of each side that they have delivered, and whether one has ended.
+    /// Takes the progress of the threads: the bytes delivered from each side, and whether one side
+    /// has ended.
     pub(crate) fn take_progress(
         &mut self,
         delivered: [u64; 2],
@@ -106,10 +109,11 @@ impl<S: Socket> Connection<S> {
         let delivered = delivered.iter().sum();
         let moved = std::mem::replace(&mut self.idle.delivered, delivered) != delivered;
         self.idle.note(moved, half_closed, cx.now);
-        let Some(time) = look_interval(&self.forward.rule.timeouts) else {
+        let Some(time) = check_interval(&self.forward.rule.timeouts) else {
             return;
         };
-        // Invariant 9: the threads stood still as well. They read what has come before a timeout is believed.
+        // Invariant 9: the threads were frozen as well. They read what has arrived before a timeout
+        // is believed.
         let thawed = cx.thawed.is_some_and(|at| cx.now < after(at, time));
         if thawed || !self.cut_if_idle(cx) {
             self.wake_by(after(cx.now, time));
@@ -126,8 +130,8 @@ impl<S: Socket> Connection<S> {
     }
 }
 
-/// How often threads are to be looked at.
-fn look_interval(timeouts: &Timeouts) -> Option<Duration> {
+/// Returns how often the progress of threads is to be checked.
+fn check_interval(timeouts: &Timeouts) -> Option<Duration> {
     let times = [timeouts.idle, timeouts.half_closed];
-    times.into_iter().flatten().min().map(|time| time / LOOKS)
+    times.into_iter().flatten().min().map(|time| time / CHECKS)
 }

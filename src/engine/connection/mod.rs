@@ -1,16 +1,16 @@
-//! One connection as a state machine: events, results and the time go in, [`Action`]s and a deadline come out.
-//!
+//! One connection as a state machine: events, results and the time go in; [`Action`]s and a
+//! deadline come out.
 //! | state | what it waits for | then |
 //! |---|---|---|
-//! | [`Waiting`](State::Waiting) | a name, a slot of the VM, the next try | connecting, closing |
-//! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting for the next address, closing |
-//! | [`Proving`](State::Proving) | whether the guest has taken the dial | relaying, waiting for the next try, closing |
+//! | [`Waiting`](State::Waiting) | a name, a slot of the VM, the next dial | connecting, closing |
+//! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting (next address), closing |
+//! | [`Proving`](State::Proving) | whether the guest has taken the dial | relaying, waiting (next dial), closing |
 //! | [`Relaying`](State::Relaying) | bytes, half-closes, timeouts | closing |
-//! | [`OnThreads`](State::OnThreads) | the end of the threads that carry it | closed |
+//! | [`OnThreads`](State::OnThreads) | the end of the relay threads | closed |
 //! | [`Closing`](State::Closing) | each peer's EOF, or the drain timeout | closed |
-//!
-//! Nothing here reaches into the loop. What has to be done by it is an [`Action`], in the order in which it is to be
-//! done; what comes of it is told by the `take_` function that the action names.
+//! The engine never calls the loop. What the loop has to do is an [`Action`]; actions are carried
+//! out in their order, and the result is handed back through the `take_` method that the action's
+//! doc names.
 
 mod closing;
 mod dialling;
@@ -46,70 +46,76 @@ pub(crate) use closing::{Closing, LAST_DRAIN, LINGER, LONGEST_RESET_PAUSE, RESET
 pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
 
-/// What a connection asks of its sockets beside carrying bytes.
+/// What a connection needs of its sockets besides carrying bytes.
 pub(crate) trait Socket: relay::Socket {
     /// Returns whether a connect that was begun is done.
     ///
     /// # Errors
-    /// Why it has failed.
+    /// Returns why the connect failed.
     fn connected(&self) -> io::Result<bool>;
-    /// Takes nothing more from the peer.
+    /// Shuts down the input: nothing more is taken from the peer.
     fn shutdown_read(&self);
-    /// Returns how many bytes were written that a reset now would take away from the peer.
+    /// Returns how many bytes were written that a reset would now discard before the peer has them.
     fn unacknowledged(&self) -> usize;
-    /// Returns what the kernel calls this end.
+    /// Returns the local name that the kernel gives this socket.
     fn local_name(&self) -> Option<SocketName>;
-    /// Returns the name of the Unix listener that it was dialled at.
+    /// Returns the name of the Unix listener at which the socket was dialled.
     fn unix_peer_name(&self) -> Option<Vec<u8>>;
-    /// Returns whether this accepted Unix socket was connected by this very process.
+    /// Returns whether this accepted Unix socket was connected by this process.
     fn is_from_this_process(&self) -> bool;
 }
 
 /// What the loop is to do for a connection.
 #[derive(Debug)]
 pub(crate) enum Action<S> {
-    /// Ask for the addresses of the target's name; [`Connection::take_addresses`].
+    /// Resolve the target's name; the result goes to [`Connection::take_addresses`].
     Resolve,
-    /// Dial the target on a thread, for so long at most; [`Connection::take_dialled`].
+    /// Dial the target on a thread, for at most so long; the result goes to
+    /// [`Connection::take_dialled`].
     DialOnThread(Duration),
-    /// Ask the gate of the target's VM for a slot; [`Connection::take_slot`].
+    /// Ask the gate of the target's VM for a slot; it goes to [`Connection::take_slot`].
     Admit,
-    /// Begin to connect to [`Connection::endpoint`]; [`Connection::take_connect`].
+    /// Begin to connect to [`Connection::endpoint`]; the result goes to
+    /// [`Connection::take_connect`].
     Connect,
-    /// Explain why a dial has failed; [`Connection::take_explanation`].
+    /// Explain why a dial failed; the explanation goes to [`Connection::take_explanation`].
     Explain(io::Error),
-    /// Find out whether the guest has answered this dial; [`Connection::step`] once it has.
+    /// Find out whether the guest has answered this dial; [`Connection::step`] is called once it
+    /// has.
     Prove,
-    /// Look whether the process at the other end of that side is ending; [`Connection::take_peer`].
+    /// Find out whether the process at the other end of that side is ending; the answer goes to
+    /// [`Connection::take_peer`].
     LookAtPeer(Side),
-    /// Carry between these two by threads; [`Connection::take_threads_end`].
+    /// Relay between these two sockets on threads; their end goes to
+    /// [`Connection::take_threads_end`].
     StartThreads([S; 2]),
-    /// Look how far the threads are; [`Connection::take_progress`].
+    /// Read the progress of the threads; it goes to [`Connection::take_progress`].
     LookAtThreads,
     /// End the threads.
     CutThreads,
-    /// Close a socket, and then give its slot back.
+    /// Close a socket, then give its slot back.
     Close(S, Option<Slot>),
-    /// Close a socket so that its peer reads a reset, where the family can.
+    /// Close a socket so that its peer reads a reset, where the family can reset.
     Reset(S),
-    /// Drop the connection: it is over.
+    /// Drop the connection, which is closed.
     Drop,
 }
 
-/// What a connection is given with each call.
+/// What every call of a connection is given.
 #[derive(Debug)]
 pub(crate) struct Context<'a, S: Socket> {
-    /// By what the loop knows the connection.
+    /// The loop's identifier of the connection.
     pub(crate) id: Id,
     pub(crate) now: Instant,
     pub(crate) phase: Phase,
-    /// When the process went on that had stood still.
+    /// The time at which the process last went on after a freeze.
     pub(crate) thawed: Option<Instant>,
     pub(crate) routes: &'a Routes,
     pub(crate) pool: &'a mut Pool<S::Pipe>,
-    /// What the loop is to do, of all connections.
+    /// The queue of actions, of all connections.
     pub(crate) actions: &'a mut VecDeque<(Id, Action<S>)>,
-    /// The connection has work left: [`Connection::step`] is to be called again, after the others.
+    /// Whether the connection has work left: [`Connection::step`] is to be called again, after the
+    /// others.
     pub(crate) has_more_work: bool,
 }
 
@@ -122,36 +128,36 @@ impl<S: Socket> Context<'_, S> {
 /// One connection.
 #[derive(Debug)]
 pub(crate) struct Connection<S: relay::Socket> {
-    /// How others call it; a probe has no name.
+    /// The public identifier; a probe has none.
     pub(crate) name: Option<ConnectionId>,
     pub(crate) forward: Arc<Forward>,
     pub(crate) state: State<S>,
-    /// When [`step`](Connection::step) is to be called, if nothing comes before.
+    /// The time at which [`step`](Connection::step) is to be called, if no event comes before.
     pub(crate) wake_at: Option<Instant>,
-    /// Set by the loop alone: it stands in the ready queue.
+    /// Whether the connection stands in the ready queue. Only the loop sets it.
     pub(crate) is_queued: bool,
     /// The slot of each side's VM.
     pub(crate) slots: [Option<Slot>; 2],
-    /// What of it leads to another forward of ours, or comes from one.
+    /// How the connection leads to another forward of this process, or comes from one.
     route: Option<Box<Route>>,
-    /// What is to be known of it while its target isn't there, if it is to be held then.
+    /// The retries, if the client is held while its target is absent.
     pub(crate) held: Option<Held>,
     idle: Idle,
     /// See [`Dialled::is_inherited`].
     is_inherited: bool,
-    /// Bytes of each side that were counted.
+    /// The bytes of each side that the counters include already.
     counted: [u64; 2],
     peer: SocketName,
     pub(crate) since: Instant,
     span: Span,
-    /// The name of its state.
+    /// The name of the current state.
     #[cfg(all(test, target_os = "linux"))]
     state_name: &'static str,
 }
 
 #[derive(Debug)]
 pub(crate) enum State<S: relay::Socket> {
-    /// For a name, for a slot, or for another try.
+    /// Waits for an address, for a slot, or for the next dial.
     Waiting {
         client: End<S>,
         dial: Dial,
@@ -162,7 +168,8 @@ pub(crate) enum State<S: relay::Socket> {
         server: End<S>,
         dial: Dial,
     },
-    /// It is not known yet whether the guest has taken the dial. Until then, if that can't be found out otherwise.
+    /// It is not known yet whether the guest has taken the dial. `until` ends the wait if no probe
+    /// can tell.
     Proving {
         client: End<S>,
         server: End<S>,
@@ -171,19 +178,21 @@ pub(crate) enum State<S: relay::Socket> {
     },
     Relaying {
         pair: Pair<S>,
-        /// Until when the client's half-close to hyperkit is kept back.
+        /// The time until which the client's half-close to hyperkit is held back.
         hold: Option<Instant>,
-        /// When a pair that can only end any more, or waits for one peer's end alone, must have done so.
+        /// The time by which a pair must be done that can only end any more, or that waits for the
+        /// end of one peer alone.
         end: Option<Instant>,
     },
-    /// Carried by threads of its own, which also close the ends gracefully: one of them can't be waited for.
+    /// Relayed by threads, which also drain and close the ends, because one of them can't be
+    /// polled.
     OnThreads,
-    /// Each end is closed gracefully or reset, until then (or until the proxy stops).
+    /// Each end is drained or reset, until the given time (or until the proxy stops).
     Closing {
         ends: [Option<Closing<S>>; 2],
         until: Option<Instant>,
     },
-    /// It has no socket any more.
+    /// The connection has no socket any more.
     Closed,
 }
 
@@ -196,7 +205,7 @@ impl<S: relay::Socket> State<S> {
         }
     }
 
-    /// Returns its name.
+    /// Returns the state's name.
     #[cfg(all(test, target_os = "linux"))]
     fn name(&self) -> &'static str {
         match self {
@@ -224,7 +233,7 @@ impl<S: relay::Socket> Connection<S> {
         let guest = forward.gates[Side::Client].as_ref();
         let guest = guest.map(|gate| gate.accept(forward.id));
         if let Some(guest) = &guest {
-            // That it dials us is a sign of life.
+            // A dial from the guest is a sign that it runs.
             guest.note_answer(now);
         }
         #[cfg(all(test, target_os = "linux"))]
@@ -249,7 +258,7 @@ impl<S: relay::Socket> Connection<S> {
         }
     }
 
-    /// Goes over to another state.
+    /// Changes to another state.
     fn enter(&mut self, state: State<S>) {
         #[cfg(all(test, target_os = "linux"))]
         {
@@ -260,17 +269,17 @@ impl<S: relay::Socket> Connection<S> {
         self.state = state;
     }
 
-    /// Takes the sockets out of a state that is over; [`enter`](Connection::enter) is to follow.
-    fn leave_state(&mut self) -> State<S> {
+    /// Takes the sockets out of a state that ends; [`enter`](Connection::enter) must follow.
+    fn take_state(&mut self) -> State<S> {
         std::mem::replace(&mut self.state, State::Closed)
     }
 
-    /// Has [`step`](Connection::step) called at `at` at the latest.
+    /// Ensures that [`step`](Connection::step) is called at `at` or before.
     fn wake_by(&mut self, at: Instant) {
         self.wake_at = Some(self.wake_at.map_or(at, |before| before.min(at)));
     }
 
-    /// Returns what its slots are counted for.
+    /// Returns the holder that the connection's slots are counted for.
     pub(crate) fn holder(&self) -> Holder {
         match self.name {
             Some(_) => Holder::Forward(self.forward.id),
@@ -278,25 +287,25 @@ impl<S: relay::Socket> Connection<S> {
         }
     }
 
-    /// Returns whether it is [`Waiting`](State::Waiting).
+    /// Returns whether the connection is [`Waiting`](State::Waiting).
     pub(crate) fn is_waiting(&self) -> bool {
         matches!(self.state, State::Waiting { .. })
     }
 
-    /// Tells the observer.
+    /// Notifies the observer.
     fn notify(&self, what: What<'_>) {
         if let Some(name) = self.name {
             self.forward.notify_observer(name, self.peer, what);
         }
     }
 
-    /// Counts a client that could not be carried, and says why, unless that was said a moment ago.
+    /// Counts a refused client and logs the reason, unless the same one was logged a moment ago.
     fn note_refusal(&self, error: &Error, reason: Reason, now: Instant) {
         let forward = &self.forward;
         forward.tally.refused(reason);
         forward.status_cell.set_error(error.to_string());
         self.notify(What::Refused(error));
-        // Of those who are not there it was told when that was found.
+        // The absence of a target was logged when it was noticed.
         if reason == Reason::Absent {
             debug!("refused a client of {}: {error}", forward.rule.listen);
             return;
@@ -312,7 +321,7 @@ impl<S: relay::Socket> Connection<S> {
         }
     }
 
-    /// Returns what is to be told of it; `on_threads` is what its threads have delivered.
+    /// Returns the connection's status. `on_threads` is what its threads have delivered.
     pub(crate) fn status(
         &self,
         on_threads: Option<[u64; 2]>,
@@ -339,7 +348,7 @@ impl<S: relay::Socket> Connection<S> {
         })
     }
 
-    /// Returns the socket of a side while it is [`Relaying`](State::Relaying).
+    /// Returns the socket of a side while the connection is [`Relaying`](State::Relaying).
     pub(crate) fn socket(&self, side: Side) -> Option<&S> {
         match &self.state {
             State::Relaying { pair, .. } => Some(&pair.ends[side].socket),
@@ -347,7 +356,7 @@ impl<S: relay::Socket> Connection<S> {
         }
     }
 
-    /// Has the socket of a side closed, and its slot given back.
+    /// Requests the close of a side's socket; its slot is given back after that.
     fn close_socket(&mut self, side: Side, end: End<S>, cx: &mut Context<'_, S>)
     where
         S: Socket,
@@ -355,7 +364,7 @@ impl<S: relay::Socket> Connection<S> {
         cx.request(Action::Close(end.socket, self.slots[side].take()));
     }
 
-    /// Latches what an event has said of one side's socket; [`step`](Connection::step) is to follow.
+    /// Latches the readiness of one side's socket; [`step`](Connection::step) must follow.
     pub(crate) fn latch(&mut self, side: Side, readiness: Readiness)
     where
         S: Socket,
@@ -383,7 +392,7 @@ impl<S: relay::Socket> Connection<S> {
 }
 
 impl<S: Socket> Connection<S> {
-    /// Goes on: something has come, or its time has.
+    /// Goes on after an event or after the deadline.
     pub(crate) fn step(&mut self, cx: &mut Context<'_, S>) {
         match &self.state {
             State::Waiting { .. } => self.go_on_waiting(cx),
@@ -396,7 +405,7 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Cuts it off, or shortens the time of its closing.
+    /// Cuts the connection off, or shortens its closing.
     pub(crate) fn cut(&mut self, cx: &mut Context<'_, S>) {
         match &self.state {
             State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
@@ -404,12 +413,13 @@ impl<S: Socket> Connection<S> {
             }
             State::Relaying { .. } => self.close_pair(cx),
             State::OnThreads => self.cut_threads(cx),
-            State::Closing { .. } => self.hurry(cx),
+            State::Closing { .. } => self.shorten_closing(cx),
             State::Closed => {}
         }
     }
 
-    /// Tells of the end, once it is [`Closed`](State::Closed) and its sockets are.
+    /// Reports the end of a connection that is [`Closed`](State::Closed), after its sockets were
+    /// closed.
     pub(crate) fn end(mut self, routes: &Routes, now: Instant) -> Arc<Forward> {
         self.span.in_scope(|| {
             debug!(

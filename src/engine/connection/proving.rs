@@ -1,5 +1,7 @@
-//! Whether a guest has taken a dial, where its family tells a refusal by EOF and nothing else; and dials of which only
-//! the refusal is wanted.
+//! The proof that a guest has taken a dial, where the family refuses with an EOF and nothing else;
+//! and probes, dials of which only the refusal is wanted.
+//!
+//! When a probe may be sent, and where to, is decided by the gate and the loop.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,8 +19,8 @@ use super::relaying::{Acceptance, HOLD};
 use super::{Action, Closing, Connection, Context, Dialled, Socket, State};
 
 impl<S: Socket> Connection<S> {
-    /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
-    /// [`begin_probe`](Connection::begin_probe) is to follow.
+    /// Makes a probe of a dialled port on which nobody listens. The guest's refusal says that it
+    /// runs and has taken all earlier dials. [`begin_probe`](Connection::begin_probe) must follow.
     pub(crate) fn probe(
         forward: Arc<Forward>,
         dialled: Dialled<S>,
@@ -29,8 +31,9 @@ impl<S: Socket> Connection<S> {
         slot.note_dial(dialled.identity, now);
         let mut end = End::new(dialled.socket);
         end.shutdown_write();
-        // However long the answer takes, a probe is never given up: it may come at any time. But one of which no event
-        // will tell is closed by the clock; and none outlives the proxy.
+        // However long the answer takes, a probe is not given up, since the answer may come at any
+        // time. But a probe for which no event can arrive is closed by a timer, and none outlives
+        // the proxy.
         let until = match phase {
             _ if dialled.watched.is_err() => Some(after(now, forward.rule.timeouts.drain)),
             Phase::Running => None,
@@ -43,14 +46,14 @@ impl<S: Socket> Connection<S> {
         connection
     }
 
-    /// Holds what the client sends back until the guest has taken the dial. What tells is the first byte, or that the
-    /// guest has answered a dial behind this one.
+    /// Holds back what the client sends until the guest has taken the dial. The first byte says so,
+    /// or the guest's answer to a later dial.
     pub(super) fn begin_proving(&mut self, deadline: Instant, cx: &mut Context<'_, S>) {
         if let State::Connecting {
             client,
             server,
             dial,
-        } = self.leave_state()
+        } = self.take_state()
         {
             self.enter(State::Proving {
                 client,
@@ -63,14 +66,15 @@ impl<S: Socket> Connection<S> {
         cx.request(Action::Prove);
     }
 
-    /// Returns whether its dial still waits for an answer: `None` if it waits for none.
+    /// Returns whether the guest has answered the dial, or `None` if no answer is being waited for.
     pub(crate) fn is_answered(&self) -> Option<bool> {
         let is_proving = matches!(self.state, State::Proving { .. });
         let slot = self.slots[Side::Server].as_ref();
         is_proving.then(|| slot.is_some_and(Slot::is_answered))
     }
 
-    /// Takes that no proof is to be had. So silence has to do: a guest that runs refuses within less.
+    /// Takes that no probe can be sent. The absence of a refusal then has to do: a guest that runs
+    /// refuses within less time.
     pub(crate) fn prove_by_silence(&mut self, cx: &mut Context<'_, S>) {
         if let State::Proving {
             until: until @ None,
@@ -95,10 +99,11 @@ impl<S: Socket> Connection<S> {
             return;
         };
         if client.is_gone() {
-            return self.leave_server(cx);
+            return self.close_without_client(cx);
         }
         if answered {
-            // If it was a refusal, its EOF is there, whether an event has told of it or not.
+            // If the dial was refused, its EOF can be read now, whether an event has said so or
+            // not.
             server.latch(Readiness {
                 readable: true,
                 ..Readiness::default()
@@ -133,14 +138,14 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Takes that the guest has refused: the client is told, or held.
+    /// Takes the guest's refusal: the client is refused, or held.
     fn refused_by_eof(&mut self, cx: &mut Context<'_, S>) {
         if let State::Proving {
             client,
             server,
             dial,
             ..
-        } = self.leave_state()
+        } = self.take_state()
         {
             self.enter(State::waiting(client, dial));
             self.close_socket(Side::Server, server, cx);
@@ -149,7 +154,7 @@ impl<S: Socket> Connection<S> {
         self.dial_failed(error, cx);
     }
 
-    /// Looks at once whether the answer of a probe is there.
+    /// Reads at once whether the answer to a probe has arrived.
     pub(crate) fn begin_probe(&mut self, cx: &mut Context<'_, S>) {
         debug_assert!(self.forward.gates[Side::Server].is_some());
         self.go_on_closing(cx);

@@ -1,4 +1,8 @@
-//! A connection whose both ends are there: bytes and half-closes go on, until both directions have ended.
+//! The relaying of a connection whose two ends are connected: bytes and half-closes are passed on
+//! until both directions have ended.
+//!
+//! The copying itself is [`relay`](crate::engine::relay)'s; here are its limits and what follows
+//! from its end.
 
 use std::io;
 use std::time::Duration;
@@ -15,35 +19,38 @@ use crate::time::after;
 use super::idle::Idle;
 use super::{Action, Connection, Context, Socket, State};
 
-/// Bytes that one connection may move in each direction before the others have their turn.
+/// The bytes that one connection may move in each direction before the others have their turn.
 const BUDGET: usize = 256 * 1024;
 
-/// How long a half-close to a guest that has said nothing yet is kept back. hyperkit refuses by EOF, some 50 µs after
-/// the dial: an EOF before our half-close is a refusal, one after it an empty answer.
+/// How long a half-close to a guest that has sent nothing yet is held back. hyperkit refuses with
+/// an EOF, some 50 µs after the dial: an EOF before our half-close is a refusal, one after it is an
+/// empty answer.
 pub(super) const HOLD: Duration = Duration::from_millis(10);
 
-/// How much can lie unread between us and a guest that has not accepted: more delivered than this, and it has.
-/// (hyperkit asks for socket buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels double it.)
+/// How much can lie unread between us and a guest that has not accepted. If more was delivered, it
+/// has accepted. (hyperkit awaits_peer for socket buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels
+/// double it.)
 const UNREAD: u64 = 1024 * 1024;
 
 /// Whether the target has taken the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Acceptance {
-    /// A refusal would be known by now, however the target's family tells it.
+    /// A refusal would be known by now, whatever form the target's family gives it.
     Known,
-    /// Where its family tells a refusal by EOF, one may still come.
+    /// A refusal by EOF may still come, where the family refuses that way.
     Unknown,
 }
 
 impl<S: Socket> Connection<S> {
-    /// Begins to carry between the client and its server, of which these first bytes have come already.
+    /// Begins to relay between the client and its server. `first` is what the server has sent
+    /// already.
     pub(super) fn begin_relaying(
         &mut self,
         first: Option<(Box<[u8]>, usize)>,
         acceptance: Acceptance,
         cx: &mut Context<'_, S>,
     ) {
-        let (client, server) = match self.leave_state() {
+        let (client, server) = match self.take_state() {
             State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {
                 (client, server)
             }
@@ -71,13 +78,13 @@ impl<S: Socket> Connection<S> {
             pair.give(Side::Server, buffer, len);
         }
         for side in Side::BOTH {
-            // Towards a peer that takes a half-close for the end of both directions it is kept back until the peer has
-            // ended.
+            // A half-close towards a peer that takes it for the end of both directions is held back
+            // until that peer has ended.
             if self.forward.half_close_ends_both(side) || !pair.ends[side].socket.has_half_close() {
                 pair.hold(side.other());
             }
-            // A VM that dies ends its connections with an EOF, and a peer that can be told so is to know that it broke
-            // off.
+            // A VM that dies ends its connections with an EOF. Where the other peer can be told by
+            // a reset that its connection broke off, it is.
             let is_inherited = side == Side::Server && self.is_inherited;
             if self.forward.needs_graceful_close(side)
                 && self.forward.can_reset(side.other())
@@ -94,7 +101,7 @@ impl<S: Socket> Connection<S> {
         cx.has_more_work = true;
     }
 
-    /// Takes that there are no threads to be had; both sockets were reset.
+    /// Takes that no threads could be started; both sockets were reset.
     pub(crate) fn take_threads_failure(&mut self, error: io::Error, cx: &mut Context<'_, S>) {
         let error = Error::new(Operation::Run, "a connection's thread", error);
         self.note_refusal(&error, Reason::Other, cx.now);
@@ -116,7 +123,7 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Carries what can be carried now.
+    /// Relays what can be relayed now.
     pub(super) fn relay(&mut self, cx: &mut Context<'_, S>) {
         let now = cx.now;
         let State::Relaying { pair, hold, end } = &mut self.state else {
@@ -155,16 +162,16 @@ impl<S: Socket> Connection<S> {
             }
         }
         self.idle.note(moved, pair.is_half_closed(), now);
-        let mut asks = false;
+        let mut awaits_peer = false;
         for side in Side::BOTH {
             if pair.has_doubtful_end(side) {
                 cx.request(Action::LookAtPeer(side));
-                asks = true;
+                awaits_peer = true;
             }
         }
         match turn {
-            // The answer comes before anything else.
-            _ if asks => return,
+            // Nothing else is decided before the answer is there.
+            _ if awaits_peer => return,
             Turn::Again => return cx.has_more_work = true,
             Turn::Done => return self.close_pair(cx),
             Turn::Wait if pair.is_holding(Side::Client) && hold.is_some() => {
@@ -172,8 +179,9 @@ impl<S: Socket> Connection<S> {
                     self.wake_by(until);
                 }
             }
-            // A half-close that is kept back may wait for an end that never comes: that peer may not pass its own on,
-            // or wait for ours. As long as bytes move there is something to wait for.
+            // A half-close that is held back may wait for an end that never comes: that peer may
+            // not pass on its own end, or may wait for ours. As long as bytes move there is
+            // something to wait for.
             Turn::Wait
                 if pair.is_ending()
                     || pair.is_holding(Side::Client)
