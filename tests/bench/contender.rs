@@ -55,12 +55,16 @@ const MAC: &str = "hvsock, Mac";
 const MAC_CAPPED: &str = "hvsock, Mac, 8k";
 const MAC_128: &str = "hvsock, Mac, 128k";
 
+/// Another build of hvsock, `HVSOCK_BENCH_BEFORE`.
+const BEFORE: &str = "hvsock, before";
+
 /// Those that can be had, in the order in which they are printed.
-pub(crate) const NAMES: [&str; 14] = [
+pub(crate) const NAMES: [&str; 15] = [
     "no proxy",
     BARE,
     BARE_COPY,
     "hvsock",
+    BEFORE,
     "hvsock --no-splice",
     "hvsock, hyperkit",
     BARE_MAC,
@@ -107,8 +111,15 @@ impl Contender {
                 }
                 commands.push(command);
             }
-            "hvsock" | "hvsock --no-splice" | "hvsock, hyperkit" | MAC | MAC_CAPPED | MAC_128 => {
-                let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+            "hvsock" | BEFORE | "hvsock --no-splice" | "hvsock, hyperkit" | MAC | MAC_CAPPED
+            | MAC_128 => {
+                let mut command = match name {
+                    BEFORE => match std::env::var_os("HVSOCK_BENCH_BEFORE") {
+                        Some(program) => Command::new(program),
+                        None => return Ok(None),
+                    },
+                    _ => Command::new(env!("CARGO_BIN_EXE_hvsock")),
+                };
                 command.arg("forward");
                 if name.ends_with("--no-splice") || room != Room::Default {
                     command.arg("--no-splice");
