@@ -219,7 +219,7 @@ impl<D: Driver> Shared<D> {
     }
 
     pub(super) fn release(&self, forward: &Forward) {
-        self.quotas().give_up(Holder::Forward(forward.id));
+        self.quotas().release(Holder::Forward(forward.id));
         forward.keep_quota(None);
     }
 

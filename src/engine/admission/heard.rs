@@ -1,24 +1,24 @@
-//! Keeps the time at which a guest was last heard from.
+//! The time at which a guest was last heard from.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// How exactly that is known: what comes in between costs no more than a look.
+/// The precision of that time. Bytes within one step cost no more than one atomic load.
 const STEP: Duration = Duration::from_secs(1);
 
 /// The time of the latest byte or end that came from a guest, kept without a lock.
 #[derive(Debug, Default)]
 pub(crate) struct LastHeard {
-    /// When something came first.
+    /// The time of the first one.
     first: OnceLock<Instant>,
-    /// Milliseconds since then, and one more; 0 if nothing has come yet.
+    /// The milliseconds since then, plus one; 0 if nothing has come yet.
     at: AtomicU64,
 }
 
 impl LastHeard {
-    /// Returns whether the time has to be noted: it is later than the last one by more than a step.
-    pub(crate) fn is_news(&self, now: Instant) -> bool {
+    /// Returns whether the time is to be noted: it is later than the last one by at least a step.
+    pub(crate) fn is_due(&self, now: Instant) -> bool {
         let at = self.at.load(Ordering::Relaxed);
         at == 0 || self.number(now) >= at + STEP.as_millis() as u64
     }
@@ -28,12 +28,12 @@ impl LastHeard {
         self.at.fetch_max(self.number(now), Ordering::Relaxed);
     }
 
-    /// Forgets the time: it is another guest now.
+    /// Forgets the time, because the VM is another one now.
     pub(crate) fn forget(&self) {
         self.at.store(0, Ordering::Relaxed);
     }
 
-    /// Returns when something came last.
+    /// Returns the time at which something came last.
     pub(crate) fn at(&self) -> Option<Instant> {
         match self.at.load(Ordering::Relaxed) {
             0 => None,
@@ -61,7 +61,7 @@ mod tests {
         assert_eq!(heard.at(), None);
         heard.note(then);
         assert_eq!(heard.at(), Some(then));
-        assert!(!heard.is_news(then + STEP / 2));
+        assert!(!heard.is_due(then + STEP / 2));
         heard.note(then + 2 * STEP);
         assert_eq!(heard.at(), Some(then + 2 * STEP));
     }

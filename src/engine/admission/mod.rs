@@ -1,13 +1,18 @@
-//! Where every dial to one hyperkit VM passes: pace, and the two caps that keep its device alive.
+//! The admission of connections to one hyperkit VM: the pace of dials, and the two caps that keep
+//! the VM's device alive.
 //!
-//! Rule 5 of a good neighbour (`hyperkit.md`): a burst of dials overflows the ring of 512 replies in which the device
-//! keeps what the guest hasn't fetched yet, and the VM dies; so it does of 512 dials to a guest that is not answering.
+//! Rule 5 of a good neighbour (`hyperkit.md`): a burst of dials overflows the ring of 512 replies
+//! in which the device keeps what the guest has not fetched yet, and the VM dies. So it does after
+//! 512 dials to a guest that does not answer.
 //!
-//! hyperkit says nothing when a guest accepts. That a guest has taken a dial, and all before it, is known when the first
-//! byte or the end comes on that very connection. (What comes on an older one may have lain in buffers since before the
-//! guest stopped.) And services that wait for their client to speak send nothing: so when the cap is reached, a probe asks
-//! the guest's kernel: a dial of a port where nobody listens, which it refuses as soon as it runs. The same probe tells a
-//! client that is to be held from one whose dial the guest has taken.
+//! hyperkit reports nothing when a guest accepts. A guest has taken a dial, and all dials before
+//! it, once the first byte or the EOF arrives on that very connection. (What arrives on an older
+//! one may have lain in buffers since before the guest stopped.) Services that wait for their
+//! client to speak send nothing. So when the cap is reached, a probe asks the guest's kernel: a
+//! dial of a port on which nobody listens, which the kernel refuses as soon as it runs. The same
+//! probe tells whether the dial of a held client was taken.
+//!
+//! A gate decides and counts. It knows no socket, and makes no dial.
 
 mod heard;
 pub(crate) mod quotas;
@@ -29,53 +34,57 @@ use quotas::{Holder, Quotas};
 use slot::Stage;
 pub(crate) use slot::{Reservation, Slot};
 
-/// The average distance of two dials. 100 µs never hurt the device.
+/// The average interval between two dials. 100 µs never harmed the device.
 const INTERVAL: Duration = Duration::from_micros(150);
 
-/// How many dials may follow each other without a pause: poll timeouts count in milliseconds, so the pace is kept by
-/// the millisecond. Far below the 512 that the device's ring holds.
+/// How many dials may follow each other without a pause. Poll timeouts count in milliseconds, so
+/// the pace is kept per millisecond. The number is far below the 512 replies that the device's ring
+/// holds.
 const BURST: u32 = 8;
 
-/// When a probe counts as lost, and another one may go: a guest that rebooted forgets what it had not answered, and
-/// nothing ever comes on such a connection. Doubled with each, for each holds a slot for good.
+/// The time after which a probe counts as lost, and another one may go. A guest that rebooted
+/// forgets what it had not answered, and nothing ever arrives on such a connection. The time
+/// doubles with each lost probe, up to [`LONGEST_PATIENCE`], since each holds a slot for good.
 const PROBE_PATIENCE: Duration = Duration::from_secs(30);
 const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
 
-/// How many probes may be lost. With the highest cap of unanswered dials they are still fewer than the device's 512.
+/// How many probes may be lost. With the highest cap of unanswered dials they are still fewer than
+/// the device's 512.
 const LOST_PROBES: u64 = 64;
 
-/// How long a look at a state directory takes at most, unless its file system hangs.
-const HANGS: Duration = Duration::from_secs(2);
+/// The time after which a look at a state directory counts as hanging.
+const HANG_TIME: Duration = Duration::from_secs(2);
 
 /// The caps of one VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GateLimits {
     /// Connections at a time.
     pub(crate) live: usize,
-    /// Dials without a sign of life from the guest since.
+    /// Dials since the guest last answered one.
     pub(crate) unanswered: u64,
 }
 
-/// Whether a dial may go.
+/// The gate's answer to a request for a dial.
 #[derive(Debug)]
 pub(crate) enum Admission {
     Go(Slot),
-    /// Too soon: ask again then.
+    /// It is too soon: the caller asks again at that time.
     At(Instant),
-    /// A cap is reached: ask again later.
+    /// A cap is reached: the caller asks again later.
     Full(Full),
-    /// The guest has answered nothing for so long that one dial is to find out whether it lives; nothing else may go.
+    /// The guest has answered nothing for so long that only a probe may go, to find out whether it
+    /// runs.
     Probe(Slot),
 }
 
-/// Which cap is reached.
+/// The cap that is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Full {
     Live(usize),
-    /// So many places are free, and kept for others.
+    /// So many slots are free, and reserved for others.
     Reserved(usize),
     Unanswered(u64),
-    /// A look at its state directory doesn't end: neither would a dial, and it would stop the worker.
+    /// A look at the VM's state directory hangs. A dial would hang as well, and block the worker.
     Hangs,
 }
 
@@ -98,17 +107,18 @@ impl std::fmt::Display for Full {
     }
 }
 
-/// Wakes a worker.
+/// A function that wakes a worker.
 pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 
-/// One VM's gate, shared by all workers.
+/// The admission gate of one VM, shared by all workers.
 #[derive(Debug)]
 pub(crate) struct Gate {
     vm: HyperkitVm,
     state: Mutex<State>,
-    /// Number of the last dial.
+    /// The number of the last dial.
     dialled: AtomicU64,
-    /// The highest number of a dial that was answered, and so were all before it: a guest takes them in order.
+    /// The highest number of a dial that was answered. All dials before it were taken too: a guest
+    /// takes them in order.
     answered: AtomicU64,
     heard: LastHeard,
 }
@@ -117,27 +127,28 @@ struct State {
     health: Health,
     epoch: u64,
     quotas: Quotas,
-    /// Dials that the guest may leave unanswered.
-    may_lack: u64,
-    /// Forwards that lead here, by whether they hold their clients while the VM isn't there.
+    /// How many dials the guest may leave unanswered.
+    unanswered_limit: u64,
+    /// The number of forwards that lead to the VM: those that refuse their clients while the VM is
+    /// down, and those that hold them.
     forwards: [usize; 2],
-    /// Permits that have not become a dial yet.
+    /// The slots that were admitted and have not become a dial yet.
     pending: u64,
-    /// When the next dial would be due if all kept the average distance.
-    due: Option<Instant>,
-    /// A probe is on its way; another one may go then.
+    /// The time at which the next dial would be due if all kept the average interval.
+    next_dial: Option<Instant>,
+    /// The time at which another probe may go, while one is under way.
     next_probe: Option<Instant>,
     patience: Duration,
-    /// When the VM was looked at last.
-    looked: Option<Instant>,
-    /// What was seen then is not known yet.
+    /// The time of the last look at the VM.
+    looked_at: Option<Instant>,
+    /// Whether the result of that look is still to come.
     is_looking: bool,
-    /// When a dial told last which VM it is.
-    told: Option<Instant>,
-    /// The last dial went through the `connect` socket: any port can be dialled there.
+    /// The time at which a dial last told the VM's identity.
+    identified_at: Option<Instant>,
+    /// Whether the last dial went through the `connect` socket, where any port can be dialled.
     has_connect_socket: bool,
-    /// Workers that wait for a place, by their numbers.
-    sleepers: Vec<(usize, Wake)>,
+    /// The workers that wait for a slot, by their numbers.
+    waiting_workers: Vec<(usize, Wake)>,
 }
 
 impl std::fmt::Debug for State {
@@ -155,17 +166,17 @@ impl Gate {
             health: Health::default(),
             epoch: 0,
             quotas: Quotas::new(limits.live),
-            may_lack: limits.unanswered,
+            unanswered_limit: limits.unanswered,
             forwards: [0; 2],
             pending: 0,
-            due: None,
+            next_dial: None,
             next_probe: None,
             patience: PROBE_PATIENCE,
-            looked: None,
+            looked_at: None,
             is_looking: false,
-            told: None,
+            identified_at: None,
             has_connect_socket: true,
-            sleepers: Vec::new(),
+            waiting_workers: Vec::new(),
         };
         Gate {
             vm,
@@ -180,22 +191,22 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on these hold. Who is connected beyond them stays.
+    /// Sets the caps. Connections beyond them stay.
     pub(crate) fn set_limits(&self, limits: GateLimits) {
         let mut state = self.state();
         state.quotas.set_cap(limits.live);
-        state.may_lack = limits.unanswered;
-        state.keep_for_probes();
+        state.unanswered_limit = limits.unanswered;
+        state.reserve_for_probes();
         state.wake();
     }
 
-    /// Asks whether a dial of `forward` may go.
+    /// Asks for a dial of `forward`.
     pub(crate) fn admit(self: &Arc<Gate>, forward: ForwardId, now: Instant) -> Admission {
         let mut state = self.state();
         let admission = self.admit_to(&mut state, Holder::Forward(forward), now);
         match admission {
             Some(full) => full,
-            // Nothing else may go then.
+            // Only a probe may go then.
             None if self.is_unanswered(&state) => self.begin_probe(&mut state, now),
             None => {
                 state.patience = PROBE_PATIENCE;
@@ -204,35 +215,35 @@ impl Gate {
         }
     }
 
-    /// Returns why no dial of `holder` may go now, or takes it into the pace of the others.
+    /// Returns why no dial of `holder` may go now; otherwise counts it towards the pace.
     fn admit_to(&self, state: &mut State, holder: Holder, now: Instant) -> Option<Admission> {
-        if state.hangs(now) {
+        if state.is_hanging(now) {
             return Some(Admission::Full(Full::Hangs));
         }
-        // With a single slot there is none to be kept for probes.
+        // If there is a single slot, none is reserved for probes.
         let is_exempt = holder == Holder::Probes && state.quotas.cap() <= 1;
         if state.quotas.free_for(holder) == 0 && !is_exempt {
             return Some(Admission::Full(why_full(&state.quotas, holder)));
         }
-        let limit = state.may_lack;
+        let limit = state.unanswered_limit;
         let is_waiting = state.next_probe.is_some_and(|at| now < at);
         let is_lost = self.unanswered() + state.pending >= limit + LOST_PROBES;
         if self.is_unanswered(state) && (is_waiting || is_lost) {
             return Some(Admission::Full(Full::Unanswered(limit)));
         }
-        // A probe is a dial, too.
-        let due = state.due.unwrap_or(now);
+        // A probe counts towards the pace as well.
+        let due = state.next_dial.unwrap_or(now);
         let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
         if now < earliest {
             return Some(Admission::At(earliest));
         }
-        state.due = Some(due.max(now) + INTERVAL);
+        state.next_dial = Some(due.max(now) + INTERVAL);
         None
     }
 
-    /// Returns whether the guest has answered nothing for so long that nothing but a probe may go.
+    /// Returns whether the guest has answered nothing for so long that only a probe may go.
     fn is_unanswered(&self, state: &State) -> bool {
-        self.unanswered() + state.pending >= state.may_lack
+        self.unanswered() + state.pending >= state.unanswered_limit
     }
 
     fn begin_probe(self: &Arc<Gate>, state: &mut State, now: Instant) -> Admission {
@@ -244,8 +255,9 @@ impl Gate {
         Admission::Probe(self.slot(state, Holder::Probes, Stage::Admitted))
     }
 
-    /// Asks whether a probe may go: a dial of a port where nobody listens. Its refusal tells that the guest has answered
-    /// all dials before it. One at a time serves all workers: one that is told to wait for it is woken when it has come.
+    /// Asks for a probe: a dial of a port on which nobody listens. Its refusal says that the guest
+    /// has answered all dials before it. One probe at a time serves all workers; a worker that has
+    /// to wait for it is woken when its answer has come.
     pub(crate) fn admit_probe(
         self: &Arc<Gate>,
         now: Instant,
@@ -254,7 +266,7 @@ impl Gate {
     ) -> Admission {
         let mut state = self.state();
         if let Some(at) = state.next_probe.filter(|&at| now < at) {
-            sleep(&mut state, worker, wake);
+            add_waiting_worker(&mut state, worker, wake);
             return Admission::At(at);
         }
         let admission = self.admit_to(&mut state, Holder::Probes, now);
@@ -263,7 +275,7 @@ impl Gate {
 
     fn slot(self: &Arc<Gate>, state: &mut State, holder: Holder, stage: Stage) -> Slot {
         match stage {
-            Stage::Queued => state.quotas.line_up(holder),
+            Stage::Queued => state.quotas.queue(holder),
             _ => state.quotas.take(holder),
         }
         if stage == Stage::Admitted {
@@ -277,7 +289,7 @@ impl Gate {
         }
     }
 
-    /// Takes that a guest has dialled us: that takes a slot of its VM, too, and can't be refused one.
+    /// Takes a slot for a dial from the guest, which can't be refused one.
     pub(crate) fn accept(self: &Arc<Gate>, forward: ForwardId) -> Slot {
         let holder = Holder::Forward(forward);
         self.slot(&mut self.state(), holder, Stage::Accepted)
@@ -292,7 +304,7 @@ impl Gate {
     /// Queues a client for which there will be a slot.
     ///
     /// # Errors
-    /// Why there is none now. `wake` is called when that may have changed.
+    /// Returns why there is none now. `wake` is called when that may have changed.
     pub(crate) fn queue(
         self: &Arc<Gate>,
         forward: ForwardId,
@@ -304,14 +316,15 @@ impl Gate {
         if state.quotas.may_queue(holder) {
             return Ok(self.slot(&mut state, holder, Stage::Queued));
         }
-        sleep(&mut state, worker, wake);
+        add_waiting_worker(&mut state, worker, wake);
         Err(why_full(&state.quotas, holder))
     }
 
-    /// Keeps slots for a forward. One that leads here `holds` its clients while the VM isn't there, or does not.
+    /// Reserves slots for a forward. If it leads to the VM, `holds` says whether it holds its
+    /// clients while the VM is down.
     ///
     /// # Errors
-    /// How many can be kept, if those are too many.
+    /// Returns how many slots can be reserved, if there are too few.
     pub(crate) fn reserve(
         self: &Arc<Gate>,
         forward: ForwardId,
@@ -319,7 +332,7 @@ impl Gate {
         holds: Option<bool>,
     ) -> Result<Reservation, usize> {
         let mut state = self.state();
-        // A probe needs a slot beside that of the dial, where there are two.
+        // A probe needs a slot besides that of the dial, where there are two.
         let probes = holds == Some(true) && state.quotas.cap() > 1;
         if probes && state.forwards[1] == 0 {
             state.quotas.reserve(Holder::Probes, 1)?;
@@ -328,7 +341,7 @@ impl Gate {
         if let (Ok(()), Some(holds)) = (reserved, holds) {
             state.forwards[usize::from(holds)] += 1;
         }
-        state.keep_for_probes();
+        state.reserve_for_probes();
         reserved.map(|()| Reservation {
             gate: Arc::clone(self),
             forward,
@@ -336,7 +349,7 @@ impl Gate {
         })
     }
 
-    /// A dial has failed as it does where no VM is.
+    /// Marks the VM down after a dial that failed as it does where no VM is.
     pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
         let news = self.state().health.mark_down(now);
         self.log_change(news, Some(error));
@@ -347,27 +360,27 @@ impl Gate {
         &self.vm
     }
 
-    /// Returns whether the VM is to be looked at now, by whoever asks first: the last look was so long ago, and is over.
-    /// [`look`](Gate::look) is to follow.
+    /// Returns whether the caller is to look at the VM now: the last look is over, and was at least
+    /// `every` ago. [`take_look`](Gate::take_look) must follow.
     pub(crate) fn begin_look(&self, now: Instant, every: Duration) -> bool {
         let mut state = self.state();
         let soon = state
-            .looked
+            .looked_at
             .is_some_and(|at| now.saturating_duration_since(at) < every);
         if state.is_looking || soon {
             return false;
         }
         state.is_looking = true;
-        state.looked = Some(now);
+        state.looked_at = Some(now);
         true
     }
 
-    /// Takes what was seen of the VM.
+    /// Takes the result of a look at the VM.
     pub(crate) fn take_look(&self, vm: Option<VmIdentity>, process: Option<i32>, now: Instant) {
         let mut state = self.state();
         state.is_looking = false;
-        // A dial has told meanwhile, and what was seen may be older.
-        if state.told > state.looked {
+        // A dial has told the identity since, and what the look saw may be older.
+        if state.identified_at > state.looked_at {
             return;
         }
         let news = match vm {
@@ -381,13 +394,14 @@ impl Gate {
         self.log_change(news, None);
     }
 
-    /// Returns whether a port where nobody listens can be dialled: not where there are `guest_forwards` alone.
+    /// Returns whether a port on which nobody listens can be dialled. It can't where there are
+    /// `guest_forwards` alone.
     pub(crate) fn can_be_probed(&self) -> bool {
         self.state().has_connect_socket
     }
 
-    /// Takes the identity of the VM. Another one than before is another VM (rule 8): nothing that was held against the old one
-    /// counts.
+    /// Notes the VM's identity. Another identity is another VM (rule 8): nothing counted for the
+    /// old one applies to it.
     fn note_identity(&self, state: &mut State, vm: VmIdentity, now: Instant) -> Option<News> {
         let (is_new, news) = state.health.note_identity(vm, now);
         if is_new {
@@ -396,7 +410,7 @@ impl Gate {
         news
     }
 
-    /// The VM can't be connected to: what was held against it counts no more.
+    /// Forgets what was counted for the VM, since it can't be connected to any more.
     pub(crate) fn vm_is_gone(&self) {
         self.forget_vm(&mut self.state());
     }
@@ -427,13 +441,13 @@ impl Gate {
             reserved: state.quotas.kept(),
             unanswered: self.unanswered(),
             last_heard: self.heard.at().map(|then| wall_time(then, now)),
-            up: state.health.is_up().filter(|_| !state.hangs(now)),
+            up: state.health.is_up().filter(|_| !state.is_hanging(now)),
             gone_since: state.health.gone_since(),
             restarts: state.health.restarts(),
         }
     }
 
-    /// Says in the log what is new.
+    /// Logs a change of the VM's health.
     fn log_change(&self, news: Option<News>, error: Option<&Error>) {
         let Some(news) = news else {
             return;
@@ -443,20 +457,20 @@ impl Gate {
         health::log_change(news, &subject, error, forwards);
     }
 
-    /// Returns whether [`queue`](Gate::queue) would let a client in.
+    /// Returns whether [`queue`](Gate::queue) would admit a client.
     #[cfg(all(test, target_os = "linux"))]
     pub(crate) fn would_queue(&self, forward: ForwardId) -> bool {
         self.state().quotas.may_queue(Holder::Forward(forward))
     }
 
-    /// Connections that count against the cap now.
+    /// Returns the connections that count against the cap now.
     #[cfg(test)]
     fn live(&self) -> usize {
         self.state().quotas.live()
     }
 }
 
-/// Why a holder can have no slot, or no more than are asked for already.
+/// Returns why a holder can have no slot, or no more than are queued for already.
 fn why_full(quotas: &Quotas, holder: Holder) -> Full {
     match quotas.kept_from(holder) {
         0 => Full::Live(quotas.cap()),
@@ -464,29 +478,33 @@ fn why_full(quotas: &Quotas, holder: Holder) -> Full {
     }
 }
 
-fn sleep(state: &mut State, worker: usize, wake: &Wake) {
-    if state.sleepers.iter().all(|(number, _)| *number != worker) {
-        state.sleepers.push((worker, Arc::clone(wake)));
+fn add_waiting_worker(state: &mut State, worker: usize, wake: &Wake) {
+    if state
+        .waiting_workers
+        .iter()
+        .all(|(number, _)| *number != worker)
+    {
+        state.waiting_workers.push((worker, Arc::clone(wake)));
     }
 }
 
 impl State {
-    /// Keeps a slot for probes where forwards want them, and where it is not the only one.
-    fn keep_for_probes(&mut self) {
+    /// Reserves a slot for probes where forwards need them and it is not the only one.
+    fn reserve_for_probes(&mut self) {
         let slots = usize::from(self.forwards[1] > 0 && self.quotas.cap() > 1);
-        // Where the others have reserved all, probes get what is free.
+        // If the others have reserved all slots, probes get what is free.
         let _ = self.quotas.reserve(Holder::Probes, slots);
     }
 
-    /// Whether the last look has not ended within a time in which any file system answers.
-    fn hangs(&self, now: Instant) -> bool {
-        let late = |at| now.saturating_duration_since(at) >= HANGS;
-        self.is_looking && self.looked.is_some_and(late)
+    /// Returns whether the last look has not ended within the time in which a file system answers.
+    fn is_hanging(&self, now: Instant) -> bool {
+        let late = |at| now.saturating_duration_since(at) >= HANG_TIME;
+        self.is_looking && self.looked_at.is_some_and(late)
     }
 
-    /// There may be a place now.
+    /// Wakes the workers that wait: there may be a slot now.
     fn wake(&mut self) {
-        for (_, wake) in self.sleepers.drain(..) {
+        for (_, wake) in self.waiting_workers.drain(..) {
             wake();
         }
     }

@@ -1,10 +1,13 @@
-//! Who may have how many of the connections of a VM, or of the process: a cap for all, and slots that are kept for some.
+//! Quotas of the connections of one VM, or of the process: a cap for all, and slots that are
+//! reserved for some.
+//!
+//! Only counts are kept here: who waits, and for how long, is the gate's matter.
 
 use std::collections::HashMap;
 
 use crate::engine::id::ForwardId;
 
-/// What has slots.
+/// A party that slots are counted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Holder {
     /// The connections of a forward.
@@ -13,14 +16,14 @@ pub(crate) enum Holder {
     Probes,
 }
 
-/// The slots of one VM or of the process, by what has them.
+/// The slots of one VM or of the process, by holder.
 #[derive(Debug)]
 pub(crate) struct Quotas {
     cap: usize,
     live: usize,
-    /// Free slots that are kept: what each holder has reserved and doesn't use.
+    /// The free slots that are reserved: for each holder, what it has reserved and does not use.
     kept: usize,
-    /// Those with nothing in them are left out.
+    /// The quotas. One that is empty is left out.
     quotas: HashMap<Holder, Quota>,
 }
 
@@ -29,7 +32,7 @@ struct Quota {
     reserved: usize,
     live: usize,
     queued: usize,
-    /// How many slots it may have at a time, whatever is free.
+    /// The most slots that the holder may have at a time, whatever is free.
     most: Option<usize>,
 }
 
@@ -76,7 +79,7 @@ impl Quotas {
         }
     }
 
-    /// Keeps slots for a holder; how many there are to be had if those are too many.
+    /// Reserves slots for a holder. If there are too few, returns how many can be reserved.
     pub(crate) fn reserve(&mut self, holder: Holder, slots: usize) -> Result<(), usize> {
         let others = self.quotas.iter().filter(|(id, _)| **id != holder);
         let taken = others.map(|(_, quota)| quota.reserved).sum();
@@ -93,8 +96,8 @@ impl Quotas {
         self.change(holder, |quota| quota.most = most);
     }
 
-    /// Neither keeps slots for a holder any longer, nor bounds it.
-    pub(crate) fn give_up(&mut self, holder: Holder) {
+    /// Ends a holder's reservation and its bound.
+    pub(crate) fn release(&mut self, holder: Holder) {
         self.change(holder, |quota| {
             quota.reserved = 0;
             quota.most = None;
@@ -109,7 +112,7 @@ impl Quotas {
         self.change(holder, |quota| quota.live = quota.live.saturating_sub(1));
     }
 
-    /// Free slots that this holder may have.
+    /// Returns how many more slots a holder may take.
     pub(crate) fn free_for(&self, holder: Holder) -> usize {
         match self.is_at_its_bound(holder) {
             Some(_) => 0,
@@ -117,24 +120,25 @@ impl Quotas {
         }
     }
 
-    /// The slots that a holder may have, if it has all of them.
+    /// Returns a holder's bound, if it has reached it.
     pub(crate) fn is_at_its_bound(&self, holder: Holder) -> Option<usize> {
         let quota = self.quotas.get(&holder)?;
         quota.most.filter(|most| quota.live >= *most)
     }
 
-    /// Free slots that are kept for others than this holder.
+    /// Returns how many free slots are reserved for other holders.
     pub(crate) fn kept_from(&self, holder: Holder) -> usize {
         self.kept - self.quotas.get(&holder).map_or(0, Quota::unused)
     }
 
-    /// Returns whether one more may be queued: what is free is not asked for by others of it.
+    /// Returns whether one more client may be queued: fewer of the holder are queued than it may
+    /// take slots.
     pub(crate) fn may_queue(&self, holder: Holder) -> bool {
         let queued = self.quotas.get(&holder).map_or(0, |quota| quota.queued);
         queued < self.free_for(holder)
     }
 
-    pub(crate) fn line_up(&mut self, holder: Holder) {
+    pub(crate) fn queue(&mut self, holder: Holder) {
         self.change(holder, |quota| quota.queued += 1);
     }
 
@@ -144,7 +148,7 @@ impl Quotas {
         });
     }
 
-    /// All connections are gone.
+    /// Forgets all connections.
     pub(crate) fn clear(&mut self) {
         let holders: Vec<Holder> = self.quotas.keys().copied().collect();
         for holder in holders {
@@ -162,7 +166,7 @@ mod tests {
     const DOCKER: Holder = Holder::Forward(ForwardId(1));
 
     #[test]
-    fn what_is_reserved_is_nobody_elses() {
+    fn reserved_slots_are_not_for_other_holders() {
         let mut quotas = Quotas::new(10);
         quotas.reserve(DOCKER, 3).unwrap();
         assert_eq!((quotas.free_for(NOISY), quotas.free_for(DOCKER)), (7, 10));
@@ -174,19 +178,19 @@ mod tests {
         assert_eq!((quotas.free_for(NOISY), quotas.free_for(DOCKER)), (0, 2));
         quotas.give_back(NOISY);
         assert_eq!((quotas.free_for(NOISY), quotas.free_for(DOCKER)), (1, 3));
-        quotas.give_up(DOCKER);
+        quotas.release(DOCKER);
         assert_eq!((quotas.free_for(NOISY), quotas.free_for(DOCKER)), (3, 3));
     }
 
     #[test]
-    fn who_uses_more_than_it_reserved_keeps_nothing_free() {
+    fn a_holder_that_uses_more_than_it_reserved_has_nothing_reserved_left() {
         let mut quotas = Quotas::new(4);
         quotas.reserve(DOCKER, 1).unwrap();
         for _ in 0..3 {
             quotas.take(DOCKER);
         }
         assert_eq!((quotas.kept(), quotas.free_for(NOISY)), (0, 1));
-        // A guest takes a place whatever is left.
+        // A dial from a guest takes a slot whatever is left.
         quotas.take(NOISY);
         quotas.take(NOISY);
         assert_eq!((quotas.live(), quotas.free_for(DOCKER)), (5, 0));
@@ -200,12 +204,12 @@ mod tests {
         quotas.reserve(DOCKER, 8).unwrap();
         assert_eq!(quotas.reserve(NOISY, 3), Err(2));
         quotas.reserve(NOISY, 2).unwrap();
-        quotas.give_up(DOCKER);
+        quotas.release(DOCKER);
         quotas.reserve(NOISY, 10).unwrap();
     }
 
     #[test]
-    fn who_is_bounded_has_no_more_though_others_have() {
+    fn a_bounded_holder_gets_no_more_though_others_do() {
         let mut quotas = Quotas::new(10);
         quotas.bound(NOISY, Some(2));
         quotas.take(NOISY);
@@ -216,30 +220,30 @@ mod tests {
         assert_eq!((quotas.free_for(NOISY), quotas.free_for(DOCKER)), (0, 8));
         quotas.give_back(NOISY);
         assert!(quotas.free_for(NOISY) > 0);
-        // It holds though none is there now, until it is taken back.
+        // The bound outlives the last connection, until it is released.
         quotas.give_back(NOISY);
         quotas.take(NOISY);
         quotas.take(NOISY);
         assert_eq!(quotas.free_for(NOISY), 0);
-        quotas.give_up(NOISY);
+        quotas.release(NOISY);
         assert_eq!(quotas.free_for(NOISY), 8);
         quotas.clear();
         assert!(quotas.quotas.is_empty());
     }
 
     #[test]
-    fn no_more_are_queued_than_there_are_places() {
+    fn no_more_are_queued_than_there_are_slots() {
         let mut quotas = Quotas::new(2);
         quotas.take(DOCKER);
         assert!(quotas.may_queue(NOISY));
-        quotas.line_up(NOISY);
+        quotas.queue(NOISY);
         assert!(!quotas.may_queue(NOISY));
         quotas.unqueue(NOISY);
         assert!(quotas.may_queue(NOISY));
-        quotas.line_up(NOISY);
+        quotas.queue(NOISY);
         quotas.give_back(DOCKER);
         assert!(quotas.may_queue(NOISY));
-        quotas.line_up(NOISY);
+        quotas.queue(NOISY);
         quotas.unqueue(NOISY);
         quotas.unqueue(NOISY);
         assert!(quotas.quotas.is_empty());

@@ -1,4 +1,5 @@
-//! What a connection holds of its VM's connections, and what a forward keeps of them; given back by being dropped.
+//! A connection's slot at a VM's gate, and a forward's reservation of slots. Both are given back by
+//! being dropped.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,36 +11,37 @@ use crate::engine::id::ForwardId;
 use super::quotas::Holder;
 use super::{Gate, PROBE_PATIENCE};
 
-/// One of the connections that a VM may have. It is dropped after its socket was closed.
+/// One of the connections that a VM may have. It is dropped after the connection's socket was
+/// closed.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(super) gate: Arc<Gate>,
     pub(super) holder: Holder,
-    /// Of the VM that it was taken of; one that was started anew has another.
+    /// The epoch of the VM that the slot was taken of; a VM that was restarted has another.
     pub(super) epoch: u64,
     pub(super) stage: Stage,
 }
 
-/// How far a slot is.
+/// How far a slot has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// The next free one is to be its.
+    /// Waits for a free slot.
     Queued,
-    /// It is taken, and its dial may be made.
+    /// Is taken; the dial may be made.
     Admitted,
-    /// It is taken by the dial of this number.
+    /// Is taken by the dial of this number.
     Dialled(u64),
-    /// It is taken by a guest that has dialled us.
+    /// Is taken by a dial from the guest.
     Accepted,
 }
 
 impl Slot {
-    /// Returns whether its dial may be made, or was made.
+    /// Returns whether the dial may be made, or was made.
     pub(crate) fn is_admitted(&self) -> bool {
         self.stage != Stage::Queued
     }
 
-    /// Returns the number of its dial, once that was made.
+    /// Returns the number of the dial, once it was made.
     fn number(&self) -> Option<u64> {
         match self.stage {
             Stage::Dialled(number) => Some(number),
@@ -47,17 +49,17 @@ impl Slot {
         }
     }
 
-    /// Takes that the device has got the dial: that of the VM that `vm` is the identity of.
+    /// Notes that the dial was made. `vm` is the identity of the VM that got it.
     pub(crate) fn note_dial(&mut self, vm: Option<VmIdentity>, now: Instant) {
         let gate = &self.gate;
         let mut state = gate.state();
         state.has_connect_socket = matches!(vm, Some(VmIdentity::Socket(_)));
-        state.told = vm.map(|_| now).or(state.told);
+        state.identified_at = vm.map(|_| now).or(state.identified_at);
         let seen = vm.and_then(|vm| gate.note_identity(&mut state, vm, now));
         if state.epoch == self.epoch {
             state.pending = state.pending.saturating_sub(1);
         } else {
-            // It was admitted to another VM, and this one has it now.
+            // It was admitted to another VM; this one has the dial now.
             self.epoch = state.epoch;
             state.quotas.take(self.holder);
         }
@@ -68,7 +70,8 @@ impl Slot {
         gate.log_change(seen.or(news), None);
     }
 
-    /// Notes that a byte or an end came from the guest on this connection, or the connection itself.
+    /// Notes that the guest has sent a byte or an EOF on this connection, or has made the
+    /// connection.
     pub(crate) fn note_answer(&self, now: Instant) {
         let gate = &self.gate;
         if let Some(number) = self.number()
@@ -76,15 +79,17 @@ impl Slot {
         {
             gate.answered.fetch_max(number, Ordering::Relaxed);
         }
-        // The lock is taken once a second: what an older VM left behind is no sign of this one.
-        if gate.heard.is_news(now) && gate.state().epoch == self.epoch {
+        // The lock is taken at most once a second: what an older VM left behind says nothing about
+        // this one.
+        if gate.heard.is_due(now) && gate.state().epoch == self.epoch {
             gate.heard.note(now);
         }
     }
 
-    /// Returns whether the guest has answered this dial, or one behind it. If it was refused, that can be read now.
+    /// Returns whether the guest has answered this dial, or a later one. If it was refused, the EOF
+    /// can be read now.
     pub(crate) fn is_answered(&self) -> bool {
-        // What another VM answers says nothing, nor does that this one has gone.
+        // An answer of another VM says nothing, nor does the end of this one.
         let is_same = self.gate.state().epoch == self.epoch;
         let answered = self.gate.answered.load(Ordering::Relaxed);
         is_same && self.number().is_some_and(|number| number <= answered)
@@ -102,7 +107,7 @@ impl Drop for Slot {
             return;
         }
         let answered = self.gate.answered.load(Ordering::Relaxed);
-        // A probe that was lost does not make room for another before its time.
+        // A lost probe does not make room for another before its time.
         let is_lost = self.number().is_some_and(|number| number > answered);
         if self.holder == Holder::Probes && !is_lost {
             state.next_probe = None;
@@ -116,7 +121,7 @@ impl Drop for Slot {
     }
 }
 
-/// The slots that a forward keeps.
+/// The slots that a forward has reserved.
 #[derive(Debug)]
 pub(crate) struct Reservation {
     pub(super) gate: Arc<Gate>,
@@ -127,11 +132,11 @@ pub(crate) struct Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = self.gate.state();
-        state.quotas.give_up(Holder::Forward(self.forward));
+        state.quotas.release(Holder::Forward(self.forward));
         if let Some(holds) = self.holds {
             state.forwards[usize::from(holds)] -= 1;
         }
-        state.keep_for_probes();
+        state.reserve_for_probes();
         state.wake();
     }
 }

@@ -35,7 +35,7 @@ fn dials_keep_their_distance_on_average() {
             }
             Admission::At(then) => {
                 assert!(then > now);
-                // A poller's millisecond.
+                // The millisecond of a poll timeout.
                 now = then + Duration::from_micros(900);
             }
             other => panic!("{other:?}"),
@@ -101,7 +101,7 @@ fn a_guest_that_answers_nothing_is_not_dialled_without_end() {
         gate.admit(ONE, now),
         Admission::Full(Full::Unanswered(64))
     ));
-    // Dropping them is no answer.
+    // Dropping slots is no answer.
     let last = slots.pop().unwrap();
     slots.clear();
     assert!(matches!(
@@ -143,7 +143,7 @@ fn an_answered_probe_lets_the_others_through() {
 }
 
 #[test]
-fn a_probe_that_a_reboot_swallowed_locks_nobody_out() {
+fn a_probe_lost_in_a_reboot_does_not_block_dials_for_ever() {
     let gate = gate(900, 1);
     let mut now = Instant::now();
     let _silent = go(&gate, now);
@@ -180,7 +180,7 @@ fn lost_probes_are_not_enough_to_kill_the_device() {
     assert_eq!(dials, 4 + LOST_PROBES);
 }
 
-// It takes the identities of two files, which only Unix has.
+// The identities of two files are needed, which only Unix has.
 #[cfg(unix)]
 #[test]
 fn a_new_vm_starts_afresh_and_old_slots_do_not_count() {
@@ -212,10 +212,10 @@ fn a_new_vm_starts_afresh_and_old_slots_do_not_count() {
     assert_eq!(gate.live(), 0);
 }
 
-// It takes the identities of two files, which only Unix has.
+// The identities of two files are needed, which only Unix has.
 #[cfg(unix)]
 #[test]
-fn a_dial_that_another_vm_has_got_than_the_one_it_was_admitted_to_counts_there() {
+fn a_dial_counts_for_the_vm_that_got_it() {
     let directory = tempfile::tempdir().unwrap();
     let of = |name| {
         let path = directory.path().join(name);
@@ -234,7 +234,7 @@ fn a_dial_that_another_vm_has_got_than_the_one_it_was_admitted_to_counts_there()
     second.note_dial(two, now);
     assert_eq!(gate.live(), 1);
     drop(first);
-    // One that was never dialled, and was admitted to the old one.
+    // A slot that was never dialled, and was admitted to the old VM.
     drop(third);
     assert_eq!((gate.live(), gate.status(now).unanswered), (1, 1));
     assert!(!second.is_answered());
@@ -250,21 +250,21 @@ fn a_vm_is_looked_at_once_at_a_time() {
     let now = Instant::now();
     let second = Duration::from_secs(1);
     assert!(gate.begin_look(now, second));
-    // It hangs: nobody is led there meanwhile.
+    // The look hangs: dials are refused meanwhile.
     assert!(!gate.begin_look(now + 10 * second, second));
     assert!(matches!(gate.admit(ONE, now + second), Admission::Go(_)));
     let hangs = gate.admit(ONE, now + 3 * second);
     assert!(matches!(hangs, Admission::Full(Full::Hangs)));
     gate.take_look(None, None, now + 10 * second);
-    let goes_on = gate.admit(ONE, now + 10 * second);
-    assert!(matches!(goes_on, Admission::Go(_)));
+    let admission = gate.admit(ONE, now + 10 * second);
+    assert!(matches!(admission, Admission::Go(_)));
     assert!(gate.begin_look(now + 10 * second, second));
     gate.take_look(None, None, now + 10 * second);
     assert!(!gate.begin_look(now + 10 * second, second));
 }
 
 #[test]
-fn a_guest_that_dialed_us_takes_a_slot_too() {
+fn a_dial_from_the_guest_takes_a_slot_too() {
     let gate = gate(2, 64);
     let now = Instant::now();
     let guests = [gate.accept(ONE), gate.accept(ONE)];
@@ -278,7 +278,7 @@ fn a_guest_that_dialed_us_takes_a_slot_too() {
 }
 
 #[test]
-fn a_slot_that_never_became_a_dial_leaves_no_trace() {
+fn a_slot_that_never_became_a_dial_is_given_back() {
     let gate = gate(2, 1);
     let now = Instant::now();
     for _ in 0..3 {
@@ -312,7 +312,7 @@ fn a_worker_that_waits_for_a_slot_is_woken_when_there_is_one() {
     assert!(enter().is_err());
     drop(queued);
     assert_eq!(woken.load(Ordering::Relaxed), 2);
-    // Nobody waits any more.
+    // No worker waits any more.
     drop(other);
     assert_eq!(woken.load(Ordering::Relaxed), 2);
 }
@@ -324,7 +324,7 @@ fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     let _kept = gate.reserve(ONE, 0, Some(true)).unwrap();
     let now = Instant::now();
     let dial = go(&gate, now);
-    // The other slot is for probes.
+    // The other slot is reserved for probes.
     assert!(matches!(
         gate.admit(ONE, now),
         Admission::Full(Full::Reserved(1))
@@ -349,7 +349,7 @@ fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
         gate.admit_probe(later, 1, &wake),
         Admission::Probe(_)
     ));
-    // Of another VM's answers nothing follows.
+    // The answers of another VM say nothing about this dial.
     gate.vm_is_gone();
     assert!(!dial.is_answered());
 }
