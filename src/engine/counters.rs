@@ -1,4 +1,4 @@
-//! What is counted of a forward.
+//! The counters of a forward. Any thread may add to them; they know no socket and no clock.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,23 +8,25 @@ use crate::engine::relay::Side;
 use crate::error::{Error, Operation};
 use crate::sys;
 
-/// What was counted of a forward since it began.
+/// The counters of a forward since it began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct Counters {
     /// Connections accepted.
     pub accepted: u64,
-    /// Connections that are not closed yet, those that are being drained included.
+    /// Connections that are not closed yet, including those that are being drained.
     pub live: u64,
-    /// Connections that could not be carried: the target refused, was not there, or a limit was reached.
+    /// Connections that could not be made: the target refused or was absent, or a limit was
+    /// reached.
     pub refused: u64,
-    /// Why they could not; the sum is `refused`.
+    /// The refused connections by reason; their sum is `refused`.
     pub refusals: Refusals,
-    /// Connections that were open and on which nothing moved for longer than [`Timeouts`](super::Timeouts) allow.
+    /// Open connections that were cut off because no byte moved for longer than
+    /// [`Timeouts`](super::Timeouts) allow.
     #[cfg_attr(feature = "cli", serde(flatten))]
     pub timed_out: TimedOut,
-    /// Connections whose peer did not end within the drain timeout and were closed all the same.
+    /// Connections that were closed because their peer did not end them within the drain timeout.
     pub abandoned: u64,
     /// Bytes from the accepting to the dialled side.
     pub sent: u64,
@@ -32,35 +34,35 @@ pub struct Counters {
     pub received: u64,
 }
 
-/// Connections that could not be carried, by what was in the way.
+/// Connections that could not be made, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct Refusals {
-    /// The target said no: its VM or its host is there, but nobody listens on that port.
+    /// The target refused: its VM or host is there, but nobody listens on that port.
     pub by_target: u64,
-    /// The target was not there: no VM, no file, no such name, no way to it.
+    /// The target was absent: no VM, no file, no such name, no route.
     pub absent: u64,
-    /// It was not connected within the dial timeout, or within the time that the rule waits.
+    /// The target was not connected within the dial timeout, or within the rule's `wait`.
     pub dial_timeout: u64,
-    /// A limit of its VM was reached, and stayed so for as long as a dial may take.
+    /// A limit of the VM was reached, and stayed so for as long as a dial may take.
     pub full: u64,
-    /// Anything else: no rights, no descriptors, the proxy's end.
+    /// Any other reason: no permission, no descriptors, the end of the proxy.
     pub other: u64,
 }
 
-/// Connections that were cut off because nothing moved on them.
+/// Connections that were cut off because no byte moved on them, by timeout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct TimedOut {
-    /// After [`Timeouts::idle`](super::Timeouts::idle).
+    /// Cut off after [`Timeouts::idle`](super::Timeouts::idle).
     pub idle: u64,
-    /// After [`Timeouts::half_closed`](super::Timeouts::half_closed).
+    /// Cut off after [`Timeouts::half_closed`](super::Timeouts::half_closed).
     pub half_closed: u64,
 }
 
-/// Why a connection could not be carried.
+/// The reason why a connection could not be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
     ByTarget,
@@ -71,7 +73,7 @@ pub(crate) enum Reason {
 }
 
 impl Reason {
-    /// The reason that an error of a dial tells of.
+    /// Returns the reason that the error of a dial stands for.
     pub(crate) fn from_error(target: &Address, error: &Error) -> Reason {
         use io::ErrorKind::{
             BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
@@ -80,7 +82,7 @@ impl Reason {
         match error.kind() {
             _ if error.operation() == Operation::Resolve => Reason::Absent,
             NotFound | HostUnreachable | NetworkUnreachable => Reason::Absent,
-            // A socket's file that nobody listens on any more.
+            // A socket file on which nobody listens any more.
             ConnectionRefused
                 if error.cause().raw_os_error().is_some()
                     && target.transport().socket == SocketKind::Unix =>
@@ -97,7 +99,7 @@ impl Reason {
     }
 }
 
-/// What the workers count of a forward together.
+/// The counters of a forward, shared by the workers.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) accepted: AtomicU64,
@@ -109,7 +111,7 @@ pub(crate) struct Tally {
     delivered: [AtomicU64; 2],
 }
 
-/// One more.
+/// Adds one to a counter.
 pub(crate) fn add_one(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
@@ -119,7 +121,7 @@ impl Tally {
         add_one(&self.refusals[reason as usize]);
     }
 
-    /// Counts bytes that `side` sent and the other was given.
+    /// Counts bytes that `side` sent and that were delivered to the other side.
     pub(crate) fn delivered(&self, side: Side, bytes: u64) {
         if bytes > 0 {
             self.delivered[side].fetch_add(bytes, Ordering::Relaxed);

@@ -1,4 +1,6 @@
-//! One rule of the proxy as its workers share it, and what they count of it.
+//! One rule of the proxy in the form that its workers share, with its gates, counters and health.
+//!
+//! It opens no socket: the listener and the connections hold a reference to it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,33 +24,33 @@ use crate::engine::status::{ForwardStatus, StatusCell};
 #[derive(Debug)]
 pub(crate) struct Forward {
     pub(crate) id: ForwardId,
-    /// The worker that has its listener; the first unless it is set.
+    /// The index of the worker that has the listener; 0 unless it is set.
     pub(crate) home: usize,
     /// The rule, with the address that was bound.
     pub(crate) rule: Rule,
     /// The address that the rule asked for.
     pub(crate) asked: Address,
-    /// The gate of the VM on each side that is hyperkit's.
+    /// The gate of each side's VM, where the side is a hyperkit VM.
     pub(crate) gates: [Option<Arc<Gate>>; 2],
-    /// What can wait for the sockets of each side.
+    /// The kind of waiter that each side's sockets need.
     waiters: [Waiter; 2],
-    /// This, the status_cell and the cut stay the same when the rule becomes another.
+    /// The counters. They, the status cell and the cut stay the same when the rule is replaced.
     pub(crate) tally: Arc<Tally>,
     pub(crate) status_cell: Arc<StatusCell>,
     pub(crate) log_limiter: LogLimiter,
-    /// Whether its target is there, where no gate knows it.
+    /// The health of the target, where no gate keeps it.
     health: Mutex<Health>,
-    /// The slots of its VM that it keeps, until it is removed.
+    /// The slots of the VM that the forward has reserved, until it is removed.
     pub(crate) quota: Mutex<Option<Reservation>>,
-    /// It was removed, and the time of its connections is over.
+    /// Whether the forward was removed and the time of its connections is over.
     pub(crate) cut: Arc<AtomicBool>,
-    /// It was removed, and its listener is closed: nobody comes any more.
+    /// Whether the forward was removed and its listener is closed.
     pub(crate) closed: Arc<AtomicBool>,
     observer: Option<Observer>,
 }
 
 impl Forward {
-    /// `waiter`: see [`Waiter::of`].
+    /// Makes a forward. `waiter` is [`Waiter::of`] or a substitute.
     pub(crate) fn new(
         id: ForwardId,
         rule: Rule,
@@ -76,7 +78,8 @@ impl Forward {
         }
     }
 
-    /// The same forward, which listens where it did, with another rule for those that come from now on.
+    /// Returns the same forward, listening where it did, with another rule for the connections that
+    /// are accepted from now on.
     pub(crate) fn with_rule(
         &self,
         rule: Rule,
@@ -102,7 +105,7 @@ impl Forward {
         }
     }
 
-    /// Tells the observer, if there is one.
+    /// Notifies the observer, if there is one.
     pub(crate) fn notify_observer(
         &self,
         connection: ConnectionId,
@@ -123,32 +126,34 @@ impl Forward {
         self.cut.load(Ordering::Acquire)
     }
 
-    /// Whether connections of that side are ended by half-close, drain, close.
+    /// Returns whether connections of that side must be closed by half-close, drain, close.
     pub(crate) fn needs_graceful_close(&self, side: Side) -> bool {
         self.address(side).transport().needs_graceful_close
     }
 
-    /// Whether its connections are carried by threads of their own.
+    /// Returns whether connections are relayed by threads.
     pub(crate) fn is_on_threads(&self) -> bool {
         self.waiters.contains(&Waiter::Thread) && !self.waiters.contains(&Waiter::Poller)
     }
 
-    /// Whether no poller can wait for the end of `side`.
+    /// Returns whether no poller can wait for the sockets of `side`.
     pub(crate) fn is_blocking(&self, side: Side) -> bool {
         self.waiters[side] == Waiter::Thread
     }
 
-    /// Whether no poller can wait for the end of `side`, and nothing but a poller for the other: a adapter lies between.
+    /// Returns whether no poller can wait for `side` and only a poller can wait for the other side,
+    /// so that an adapter is needed between them.
     pub(crate) fn needs_adapter(&self, side: Side) -> bool {
         self.is_blocking(side) && self.waiters[side.other()] == Waiter::Poller
     }
 
-    /// Whether a half-close that `side` reads makes its VMM end the guest's direction as well.
+    /// Returns whether a half-close that `side` reads makes its VMM end the guest's direction as
+    /// well.
     pub(crate) fn half_close_ends_both(&self, side: Side) -> bool {
         self.address(side).half_close() == HalfClose::BothDirections
     }
 
-    /// Whether a peer of that side can be told, by a reset, that its connection broke off.
+    /// Returns whether a reset can tell a peer of that side that its connection broke off.
     pub(crate) fn can_reset(&self, side: Side) -> bool {
         self.address(side).transport().reset == Reset::EitherEnd
     }
@@ -160,19 +165,20 @@ impl Forward {
         }
     }
 
-    /// The gate of the VM that is spoken of where one is meant: the one that it leads to, or else the one that dials it.
+    /// Returns the gate that status reports are about: that of the VM dialled, or else that of the
+    /// VM that dials.
     pub(crate) fn gate(&self) -> Option<&Arc<Gate>> {
         self.gates[Side::Server]
             .as_ref()
             .or(self.gates[Side::Client].as_ref())
     }
 
-    /// How long its clients are held while the target isn't there.
+    /// Returns how long clients are held while the target is absent.
     pub(crate) fn wait(&self) -> Option<Duration> {
         self.rule.wait.filter(|wait| !wait.is_zero())
     }
 
-    /// Keeps these slots, and no others.
+    /// Replaces the reservation of slots.
     pub(crate) fn keep_quota(&self, quota: Option<Reservation>) {
         *self.quota.lock().unwrap_or_else(PoisonError::into_inner) = quota;
     }
@@ -181,20 +187,20 @@ impl Forward {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A dial has found nobody.
+    /// Marks the target down after a dial that found it absent.
     pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
         if let Some(gate) = &self.gates[Side::Server] {
             return gate.mark_down(error, now);
         }
-        // What comes and goes all the time isn't told of each time.
-        let told = self.health().is_up() == Some(false);
-        if !told && self.log_limiter.admit(ABSENT, now).is_some() {
+        // A target that comes and goes all the time is not logged each time.
+        let is_reported = self.health().is_up() == Some(false);
+        if !is_reported && self.log_limiter.admit(ABSENT, now).is_some() {
             let news = self.health().mark_down(now);
             self.log_change(news, Some(error));
         }
     }
 
-    /// A dial has found somebody.
+    /// Marks the target up after a dial that found it.
     pub(crate) fn mark_up(&self, now: Instant) {
         if self.gates[Side::Server].is_none() {
             let news = self.health().mark_up(now);
@@ -228,5 +234,5 @@ impl Forward {
     }
 }
 
-/// The key of log_limiter about targets that are not there.
+/// The log limiter's key for absent targets.
 const ABSENT: &str = "absent";

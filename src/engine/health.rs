@@ -1,4 +1,7 @@
-//! Whether who is dialled is there: what is known of it, and what of that is news.
+//! The health of a dialled VM or server: whether it is up or down, and which changes are worth a
+//! line in the log.
+//!
+//! Observations and times come in; nothing is looked at or dialled here.
 
 use std::fmt;
 use std::time::{Duration, Instant, SystemTime};
@@ -8,23 +11,23 @@ use tracing::{info, warn};
 use crate::error::Error;
 use crate::sys::Identity;
 
-/// Something to be told, once.
+/// A change of health that is reported once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum News {
-    /// It has gone; or it was never there, as far as is known.
+    /// The target is gone, or was never seen.
     Gone { was_there: bool },
-    /// It is there, and was gone for so long.
+    /// The target is back, after so long a time.
     Back(Duration),
-    /// It was started anew, and nobody has noticed that it was gone.
+    /// The target was restarted, and its absence was not noticed.
     Restarted,
 }
 
-/// By what a VM is known.
+/// The identity of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum VmIdentity {
-    /// What its `connect` socket is.
+    /// The identity of its `connect` socket.
     Socket(Identity),
-    /// What its process' file is, where there is no such socket.
+    /// The identity of its pid file, where there is no such socket.
     PidFile(Identity),
 }
 
@@ -34,30 +37,31 @@ enum State {
     Up,
     Gone {
         since: Instant,
-        /// The same on the wall's clock, which goes on while the machine sleeps.
+        /// The same on the wall clock, which goes on while the machine sleeps.
         at: SystemTime,
-        told: bool,
+        reported: bool,
     },
 }
 
-/// How long after it has come back a dial may still fail that was begun before, on another worker.
-const SETTLES: Duration = Duration::from_millis(100);
+/// How long after a return a dial may still fail that another worker began before it.
+const SETTLE_TIME: Duration = Duration::from_millis(100);
 
-/// What is known of one VM or one server.
+/// The health of one VM or one server.
 #[derive(Debug)]
 pub(crate) struct Health {
     state: State,
     was_there: bool,
-    /// What it was when it was seen last.
+    /// The identity that was seen last.
     identity: Option<VmIdentity>,
-    /// It could not be seen since.
-    unseen: bool,
+    /// Whether the target could not be seen since.
+    was_absent: bool,
     process: Option<i32>,
-    back: Option<Instant>,
-    /// What it was before, and until when that may still be seen.
+    returned_at: Option<Instant>,
+    /// The identity before that, and the time until which it may still be seen.
     replaced: Option<(VmIdentity, Instant)>,
-    /// A dial has found it, that it is back was told, and what it is now has not been seen since.
-    told_before_seen: bool,
+    /// Whether a dial found the target, its return was reported, and its identity has not been seen
+    /// since.
+    reported_before_seen: bool,
     restarts: u64,
 }
 
@@ -67,70 +71,74 @@ impl Default for Health {
             state: State::Unknown,
             was_there: false,
             identity: None,
-            unseen: false,
+            was_absent: false,
             process: None,
-            back: None,
+            returned_at: None,
             replaced: None,
-            told_before_seen: false,
+            reported_before_seen: false,
             restarts: 0,
         }
     }
 }
 
 impl Health {
-    /// Takes a dial that found nobody.
+    /// Marks the target down after a dial that found it absent.
     pub(crate) fn mark_down(&mut self, now: Instant) -> Option<News> {
         match self.state {
-            State::Gone { told: true, .. } => return None,
-            State::Up if self.settles(now) => return None,
+            State::Gone { reported: true, .. } => return None,
+            State::Up if self.has_just_returned(now) => return None,
             State::Gone { .. } | State::Unknown | State::Up => {}
         }
-        Some(self.gone(now))
+        Some(self.set_gone_and_report(now))
     }
 
-    /// It has come back just now.
-    fn settles(&self, now: Instant) -> bool {
-        self.back.is_some_and(|back| now < back + SETTLES)
+    /// Returns whether the target has returned just now.
+    fn has_just_returned(&self, now: Instant) -> bool {
+        self.returned_at.is_some_and(|at| now < at + SETTLE_TIME)
     }
 
-    fn gone(&mut self, now: Instant) -> News {
+    fn set_gone_and_report(&mut self, now: Instant) -> News {
         self.set_gone(now, true);
         News::Gone {
             was_there: self.was_there,
         }
     }
 
-    /// Takes it for gone; if it is so already, since when it was.
-    fn set_gone(&mut self, now: Instant, told: bool) {
+    /// Sets the state to gone, keeping the earlier time if it is gone already.
+    fn set_gone(&mut self, now: Instant, reported: bool) {
         let (since, at) = match self.state {
             State::Gone { since, at, .. } => (since, at),
             State::Unknown | State::Up => (now, SystemTime::now()),
         };
-        self.state = State::Gone { since, at, told };
+        self.state = State::Gone {
+            since,
+            at,
+            reported,
+        };
     }
 
-    /// Takes a dial that found somebody.
+    /// Marks the target up after a dial that found it.
     pub(crate) fn mark_up(&mut self, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.state, State::Up);
         self.was_there = true;
         match before {
             State::Gone { since, .. } => {
-                self.told_before_seen = true;
-                self.back = Some(now);
+                self.reported_before_seen = true;
+                self.returned_at = Some(now);
                 Some(News::Back(now.saturating_duration_since(since)))
             }
             State::Unknown | State::Up => None,
         }
     }
 
-    /// Takes what it is now; whether it is another than before.
+    /// Notes the identity that was seen. Returns whether it is another one than before.
     pub(crate) fn note_identity(
         &mut self,
         identity: VmIdentity,
         now: Instant,
     ) -> (bool, Option<News>) {
-        // That a VM's socket is missing says nothing of who it is: one that begins has its pid file first. So once one
-        // has had a socket, its pid file is no identity any more.
+        // A missing socket says nothing about the identity: a VM that starts has its pid file
+        // first. So once a VM has had a socket, its pid file is no identity any more.
         if matches!(
             (self.identity, identity),
             (Some(VmIdentity::Socket(_)), VmIdentity::PidFile(_))
@@ -151,31 +159,33 @@ impl Health {
         };
         if is_new {
             self.restarts += 1;
-            self.replaced = before.map(|before| (before, now + SETTLES));
+            self.replaced = before.map(|before| (before, now + SETTLE_TIME));
         }
-        let came = std::mem::take(&mut self.unseen) || is_new;
-        // So may it be older than what a dial has found.
-        let told = self.told_before_seen;
-        self.told_before_seen &= !is_new && self.settles(now);
+        let has_returned = std::mem::take(&mut self.was_absent) || is_new;
+        // It may also be older than what a dial has found.
+        let was_reported = self.reported_before_seen;
+        self.reported_before_seen &= !is_new && self.has_just_returned(now);
         let news = match self.state {
-            State::Gone { .. } if came => {
+            State::Gone { .. } if has_returned => {
                 let news = self.mark_up(now);
-                self.told_before_seen = false;
+                self.reported_before_seen = false;
                 news
             }
-            // One that begins has its socket only after its other files.
-            State::Up if is_new && !told && !self.settles(now) => Some(News::Restarted),
+            // A VM that starts has its socket only after its other files.
+            State::Up if is_new && !was_reported && !self.has_just_returned(now) => {
+                Some(News::Restarted)
+            }
             _ => None,
         };
         (is_new, news)
     }
 
-    /// Takes that there is nothing to be seen of it.
+    /// Notes that nothing of the target can be seen.
     pub(crate) fn note_absence(&mut self, now: Instant) -> Option<News> {
-        self.unseen = true;
+        self.was_absent = true;
         self.process = None;
         match self.state {
-            State::Up => Some(self.gone(now)),
+            State::Up => Some(self.set_gone_and_report(now)),
             State::Unknown => {
                 self.set_gone(now, false);
                 None
@@ -184,18 +194,18 @@ impl Health {
         }
     }
 
-    /// Takes which process it is, of which a file tells that may be missing or an old one: only that a process has ended
-    /// which had been alive says that it is gone.
+    /// Notes the process that the pid file names. The file may be missing or stale, so only the end
+    /// of a process that was alive marks the target down.
     pub(crate) fn note_process(&mut self, process: Option<i32>, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.process, process);
         match (self.state, process) {
             (State::Unknown, Some(_)) => self.mark_up(now),
-            (State::Up, None) if before.is_some() => Some(self.gone(now)),
+            (State::Up, None) if before.is_some() => Some(self.set_gone_and_report(now)),
             _ => None,
         }
     }
 
-    /// Whether it is there; `None` if nothing is known.
+    /// Returns whether the target is up, or `None` if nothing is known.
     pub(crate) fn is_up(&self) -> Option<bool> {
         match self.state {
             State::Unknown => None,
@@ -216,7 +226,8 @@ impl Health {
     }
 }
 
-/// Says in the log what is new of `subject`. `clients` are how many forwards refuse theirs meanwhile, and hold them.
+/// Logs a change of `subject`'s health. `clients` are the numbers of forwards that refuse and that
+/// hold their clients while it is down.
 pub(crate) fn log_change(
     news: News,
     subject: &dyn fmt::Display,

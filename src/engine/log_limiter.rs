@@ -1,46 +1,47 @@
-//! What a peer can cause again and again is logged now and then.
+//! The rate limit of log lines that a peer can cause again and again. It knows neither the log nor
+//! the clock: the text and the time come in.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lets one complaint through now and then: what a peer can cause again and again must not fill the log.
+/// A limiter that admits one line in a while, so that no peer can fill the log.
 #[derive(Debug, Default)]
-pub(crate) struct LogLimiter(Mutex<Option<Heard>>);
+pub(crate) struct LogLimiter(Mutex<Option<LastLine>>);
 
 #[derive(Debug)]
-struct Heard {
+struct LastLine {
     text: String,
     at: Instant,
-    more: u64,
+    suppressed: u64,
 }
 
-/// At most one complaint in this time, unless its text is a new one.
+/// The interval between two lines of the same text.
 const SAME_TEXT_INTERVAL: Duration = Duration::from_secs(60);
-/// At most one complaint in this time at all.
+/// The interval between any two lines.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 impl LogLimiter {
-    /// How many log_limiter were swallowed since the last one, if this one may be said.
+    /// Returns how many lines were suppressed since the last one, if this one may be logged.
     pub(crate) fn admit(&self, text: &str, now: Instant) -> Option<u64> {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(heard) = &mut *last {
-            let interval = if heard.text == text {
+        if let Some(line) = &mut *last {
+            let interval = if line.text == text {
                 SAME_TEXT_INTERVAL
             } else {
                 INTERVAL
             };
-            if now.saturating_duration_since(heard.at) < interval {
-                heard.more += 1;
+            if now.saturating_duration_since(line.at) < interval {
+                line.suppressed += 1;
                 return None;
             }
         }
-        let more = last.take().map_or(0, |heard| heard.more);
-        *last = Some(Heard {
+        let suppressed = last.take().map_or(0, |line| line.suppressed);
+        *last = Some(LastLine {
             text: text.to_owned(),
             at: now,
-            more: 0,
+            suppressed: 0,
         });
-        Some(more)
+        Some(suppressed)
     }
 }
 

@@ -1,5 +1,30 @@
-//! What becomes of a connection, without an operating system: events, results and the time go in, actions and
-//! deadlines come out. [`proxy`](crate::proxy) is the loop around it.
+//! The engine decides what happens to a connection, without an operating system: events, results
+//! and the time come in; actions and deadlines go out. [`proxy`](crate::proxy) is the loop around
+//! it. Nothing here knows mio, files, threads or the system's clock.
+//!
+//! A room imports only rooms below it in this table:
+//!
+//! | room | what it is | what it may import |
+//! |---|---|---|
+//! | [`connection`] | a connection as a state machine | all rooms below, `dial`, `stream` |
+//! | [`forward`] | a rule as workers share it: gates, counters, health | all rooms below |
+//! | [`admission`] | the gate of a VM: slots, quotas, the pace of dials | `health`, `id`, `status` |
+//! | [`routes`] | the connections between forwards, to refuse loops | `id`, `stream` |
+//! | [`observer`] | events for the caller | `id` |
+//! | [`status`] | what a forward's status reports | `counters`, `id`, `rule` |
+//! | [`health`] | whether a VM or a server is up | `sys`, for identities |
+//! | [`counters`] | what is counted of a forward | `relay`, for sides; `sys`, for error codes |
+//! | [`rule`] | what a proxy forwards, and its limits | `listener`, for defaults |
+//! | [`relay`] | two sockets and the bytes between them | nothing |
+//! | [`timers`] | the deadlines of connections | `table` |
+//! | [`table`] | connections by token and generation | nothing |
+//! | [`log_limiter`] | the rate limit of log lines | nothing |
+//! | [`id`] | identifiers | nothing |
+//!
+//! All may import `address`, `error`, `name` and `time`. The engine's invariants have numbers; each
+//! stands above the code that relies on it: 1 to 5 in [`relay`], 6 in [`table`], 7 in [`timers`]
+//! and [`relay`], 9 where [`connection`] handles a freeze. Those of the loop are in
+//! [`proxy`](crate::proxy).
 
 pub(crate) mod admission;
 pub(crate) mod connection;
@@ -16,11 +41,11 @@ pub(crate) mod status;
 pub(crate) mod table;
 pub(crate) mod timers;
 
-/// How far the proxy is on its way to the end.
+/// The phase of the proxy's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
     Running,
-    /// No new clients; those that are there go on.
+    /// No client is accepted any more; existing connections go on.
     Stopping,
     /// Clients are cut off; guests may still end their connections.
     Cutting,

@@ -1,4 +1,4 @@
-//! Telling a caller what happens to the connections of its proxy.
+//! Events that tell a caller what happens to the connections of its proxy.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,50 +9,52 @@ use crate::name::SocketName;
 
 use super::id::{ConnectionId, ForwardId};
 
-/// Something that happened to a connection.
+/// An event of a connection.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Event<'a> {
-    /// Whose it is.
+    /// The forward that the connection belongs to.
     pub forward: ForwardId,
-    /// Which one it is.
+    /// The connection.
     pub connection: ConnectionId,
-    /// Who it is from, as far as the kernel knows.
+    /// The peer that was accepted, as far as the kernel knows its name.
     pub peer: SocketName,
     /// What happened.
     pub what: What<'a>,
 }
 
-/// What happens to connections. The first of each is `Accepted`, the last `Closed`; each comes once at most.
+/// What happened to a connection. The first event of a connection is `Accepted`, the last is
+/// `Closed`; each occurs at most once.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum What<'a> {
-    /// It was accepted; now its target is being connected.
+    /// The connection was accepted; its target is being connected.
     Accepted,
-    /// Its target is connected. (A hyperkit guest, and whoever else refuses by an EOF, may refuse even now.)
+    /// The target is connected. (A hyperkit guest, or any other target that refuses by an EOF, may
+    /// still refuse.)
     Connected,
-    /// It could not be carried: its target refused or was not there, or a limit was reached.
+    /// The connection could not be made: the target refused or was absent, or a limit was reached.
     Refused(&'a Error),
-    /// All of it is closed, and its peers were taken leave of.
+    /// Both sides are closed.
     Closed {
         /// Bytes from the accepting to the dialled side.
         sent: u64,
         /// Bytes from the dialled to the accepting side.
         received: u64,
-        /// Since it was accepted.
+        /// The time since the connection was accepted.
         age: Duration,
     },
 }
 
-/// A function that is told of each [`Event`], by the thread that caused it.
+/// A function that is called with each [`Event`], on the thread that caused it.
 ///
-/// All connections of that thread wait until it returns: it hands over what takes time. If it panics, the proxy ends with
-/// an error.
+/// All connections of that thread wait until the function returns, so it must hand over whatever
+/// takes time. If it panics, the proxy ends with an error.
 #[derive(Clone)]
 pub struct Observer(Arc<dyn Fn(&Event<'_>) + Send + Sync>);
 
 impl Observer {
-    /// Calls that function.
+    /// Makes an observer that calls `tell`.
     pub fn new(tell: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Observer {
         Observer(Arc::new(tell))
     }

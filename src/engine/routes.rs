@@ -1,5 +1,8 @@
-//! Which forwards of this process lead to which, by the connections that live: a connection that one forward makes to
-//! another's listener is an edge from the one to the other; an edge that would close a circle is refused.
+//! The routes between the forwards of this process, by their live connections. A connection that
+//! one forward makes to another's listener is an edge from the one to the other; an edge that would
+//! close a loop of forwards is refused.
+//!
+//! Names of sockets come in; no socket is known here.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -13,13 +16,13 @@ use crate::stream::endpoint::Endpoint;
 
 use super::id::ForwardId;
 
-/// How long a forward counts as part of a circle after a dial has closed one.
-const CIRCLE: Duration = Duration::from_secs(1);
+/// How long a forward counts as part of a loop after a dial has closed one.
+const LOOP_TIME: Duration = Duration::from_secs(1);
 
-/// CID of this very system (`VMADDR_CID_LOCAL`, `include/uapi/linux/vm_sockets.h`).
+/// The CID of this system itself (`VMADDR_CID_LOCAL`, `include/uapi/linux/vm_sockets.h`).
 pub(crate) const CID_LOCAL: u32 = 1;
 
-/// Where a listener of ours is, as those who connect to it know it.
+/// The name of a listener of this process, as its clients know it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum ListenerName {
     Tcp(SocketAddr),
@@ -31,7 +34,7 @@ pub(crate) enum ListenerName {
 }
 
 impl ListenerName {
-    /// That of a listener of this name, if it has one.
+    /// Returns the name of a listener whose socket has this name, if clients know it.
     pub(crate) fn from_socket(name: SocketName) -> Option<ListenerName> {
         match name {
             SocketName::Tcp(address) => Some(ListenerName::Tcp(address)),
@@ -41,8 +44,8 @@ impl ListenerName {
     }
 }
 
-/// A connection of this machine with itself, as both its ends know it. (One end alone would not do: the kernel gives one
-/// port to several connections that lead to different places.)
+/// The names of a connection of this machine with itself, which both its ends know. (The name of
+/// one end is not enough: the kernel gives one port to several connections with different targets.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum PeerNames {
     Tcp {
@@ -54,7 +57,8 @@ pub(crate) enum PeerNames {
 }
 
 impl PeerNames {
-    /// Those of a dialled socket that has the name `here`, and was to be connected to `endpoint`.
+    /// Returns the names of a dialled socket with the local name `here` that connects to
+    /// `endpoint`.
     pub(crate) fn dialled(here: SocketName, endpoint: &Endpoint) -> Option<PeerNames> {
         match (here, endpoint) {
             (SocketName::Tcp(here), Endpoint::Tcp(to)) => Some(PeerNames::Tcp {
@@ -69,9 +73,9 @@ impl PeerNames {
         }
     }
 
-    /// Returns whether it may come out at a listener that is known by that mark.
-    fn lead_to(&self, mark: &ListenerName) -> bool {
-        match (self, mark) {
+    /// Returns whether the connection may arrive at that listener.
+    fn lead_to(&self, listener: &ListenerName) -> bool {
+        match (self, listener) {
             (PeerNames::Tcp { listening, .. }, ListenerName::Tcp(bound)) => {
                 listening.port() == bound.port()
             }
@@ -80,7 +84,7 @@ impl PeerNames {
         }
     }
 
-    /// Those of an accepted socket that has the name `here`, and whose peer is `peer`.
+    /// Returns the names of an accepted socket with the local name `here` and the peer `peer`.
     pub(crate) fn accepted(here: SocketName, peer: SocketName) -> Option<PeerNames> {
         match (here, peer) {
             (SocketName::Tcp(here), SocketName::Tcp(peer)) => Some(PeerNames::Tcp {
@@ -98,13 +102,13 @@ impl PeerNames {
     }
 }
 
-/// As it is at both ends, of which one may speak IPv6 and the other IPv4. To connect to the unspecified address is to
-/// connect to the loopback one.
+/// Returns the form of an address that both ends agree on. One may speak IPv6 and the other IPv4,
+/// and a connect to the unspecified address goes to the loopback one.
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(specified(address.ip().to_canonical()), address.port())
 }
 
-/// Returns the address that a connect to `ip` goes to: the unspecified one is the loopback one.
+/// Returns the address that a connect to `ip` goes to: for the unspecified one, the loopback one.
 pub(crate) fn specified(ip: IpAddr) -> IpAddr {
     match ip {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -113,42 +117,44 @@ pub(crate) fn specified(ip: IpAddr) -> IpAddr {
     }
 }
 
-/// A connection to one of our own listeners, as long as it lives: see [`Routes`].
+/// A connection's entries in [`Routes`], for as long as it lives.
 #[derive(Debug, Default)]
 pub(crate) struct Route {
-    /// The dialled connection, where it is known at the other end by its names.
+    /// The dialled socket's names, by which the accepting end may find it.
     outgoing: Option<PeerNames>,
-    /// The edges that this connection stands for.
+    /// The edges that the connection counts for.
     edges: Vec<(ForwardId, ForwardId)>,
 }
 
 impl Route {
-    /// Returns itself, if there is something in it.
+    /// Returns the route itself, boxed, unless it is empty.
     pub(crate) fn kept(self) -> Option<Box<Route>> {
         (self.outgoing.is_some() || !self.edges.is_empty()).then(|| Box::new(self))
     }
 }
 
-/// Which forwards of this process lead to which, by the connections that live.
+/// The routes between the forwards of this process, by their live connections.
 #[derive(Debug, Default)]
 pub(crate) struct Routes {
     known: Mutex<Known>,
-    /// Dialled sockets that may lead to a listener of ours. Where there are none nobody need look for one.
+    /// The number of dialled sockets that may lead to a listener of this process. While it is 0, no
+    /// accepted socket needs to be looked up.
     dialled: AtomicUsize,
-    has_circles: AtomicBool,
+    has_loops: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Known {
     listeners: HashMap<ListenerName, ForwardId>,
-    /// The TCP ports among them.
+    /// The TCP ports of the listeners.
     ports: HashSet<u16>,
-    /// Whether there are Unix sockets among them.
+    /// Whether Unix sockets are among the listeners.
     unix: bool,
     outgoing: HashMap<PeerNames, ForwardId>,
     edges: HashMap<(ForwardId, ForwardId), usize>,
-    /// Forwards through which a circle of Unix sockets went a moment ago, and until when they count as such.
-    circles: HashMap<ForwardId, Instant>,
+    /// The forwards through which a loop of Unix sockets went lately, and the time until which they
+    /// count as part of it.
+    loops: HashMap<ForwardId, Instant>,
 }
 
 impl Routes {
@@ -165,11 +171,11 @@ impl Routes {
         assert_eq!(self.dialled.load(Ordering::Relaxed), 0);
     }
 
-    /// Notes where a forward listens.
-    pub(crate) fn listens(&self, mark: ListenerName, forward: ForwardId) {
+    /// Notes the name at which a forward listens.
+    pub(crate) fn listens(&self, listener: ListenerName, forward: ForwardId) {
         let mut known = self.known();
         known.listeners.retain(|_, it| *it != forward);
-        known.listeners.insert(mark, forward);
+        known.listeners.insert(listener, forward);
         known.note_kinds();
     }
 
@@ -180,7 +186,8 @@ impl Routes {
         known.note_kinds();
     }
 
-    /// Whether a connection to that endpoint may come out at a listener of ours. What few do costs the others nothing.
+    /// Returns whether a connection to that endpoint may arrive at a listener of this process.
+    /// Where it can't, the caller saves all further calls.
     pub(crate) fn may_reach(&self, endpoint: &Endpoint) -> bool {
         let known = self.known();
         match endpoint {
@@ -192,10 +199,11 @@ impl Routes {
         }
     }
 
-    /// Notes a dialled connection of `forward`, by which it will be known if it comes out at a listener of ours.
+    /// Notes a dialled connection of `forward`, so that it is recognized if it arrives at a
+    /// listener of this process.
     pub(crate) fn dialled(&self, forward: ForwardId, ends: PeerNames, route: &mut Route) {
         let mut known = self.known();
-        // That of a dial that has failed.
+        // This is the entry of an earlier dial that failed.
         if let Some(before) = route.outgoing.replace(ends) {
             known.outgoing.remove(&before);
         }
@@ -203,8 +211,9 @@ impl Routes {
         self.dialled.store(known.outgoing.len(), Ordering::Release);
     }
 
-    /// Takes that a connection of `forward` has come out at the Unix listener of that name; false if that closes a circle.
-    /// It waits to be accepted there already: see [`accepted_from_us`](Routes::accepted_from_us).
+    /// Notes that a connection of `forward` has arrived at the Unix listener of that name. Returns
+    /// false if that closes a loop. By then the connection waits to be accepted already: see
+    /// [`accepted_from_us`](Routes::accepted_from_us).
     pub(crate) fn reached(
         &self,
         forward: ForwardId,
@@ -216,33 +225,34 @@ impl Routes {
         let Some(to) = known.listeners.get(name).copied() else {
             return true;
         };
-        let goes_on = known.add_edge(forward, to, route);
-        if !goes_on {
-            known.circles.insert(to, now + CIRCLE);
-            self.has_circles.store(true, Ordering::Release);
+        let is_acyclic = known.add_edge(forward, to, route);
+        if !is_acyclic {
+            known.loops.insert(to, now + LOOP_TIME);
+            self.has_loops.store(true, Ordering::Release);
         }
-        goes_on
+        is_acyclic
     }
 
-    /// Takes that a client without a name has come to `forward`, which is one of our own dialled sockets if `is_ours`;
-    /// false if a circle goes through there, so that it may be one that was refused when it was dialled.
+    /// Takes a client of `forward` that has no name; `is_ours` tells whether this process dialled
+    /// it. Returns false if a loop goes through `forward`, so that the client may be the connection
+    /// that was refused when it was dialled.
     pub(crate) fn accepted_from_us(
         &self,
         forward: ForwardId,
         is_ours: impl FnOnce() -> bool,
         now: Instant,
     ) -> bool {
-        if !self.has_circles.load(Ordering::Acquire) {
+        if !self.has_loops.load(Ordering::Acquire) {
             return true;
         }
         let mut known = self.known();
-        known.circles.retain(|_, until| now < *until);
-        let some = !known.circles.is_empty();
-        self.has_circles.store(some, Ordering::Release);
-        !known.circles.contains_key(&forward) || !is_ours()
+        known.loops.retain(|_, until| now < *until);
+        let some = !known.loops.is_empty();
+        self.has_loops.store(some, Ordering::Release);
+        !known.loops.contains_key(&forward) || !is_ours()
     }
 
-    /// Takes that a client has come to `forward`; false if it comes by a circle.
+    /// Takes a client of `forward`. Returns false if it closes a loop.
     pub(crate) fn accepted(
         &self,
         ends: impl FnOnce() -> Option<PeerNames>,
@@ -262,23 +272,24 @@ impl Routes {
         }
     }
 
-    /// Returns whether a connection of our own may wait to be accepted at a forward, which has
-    /// accepted so many that still live. It must not wait for the end of the connection that it
-    /// belongs to.
+    /// Returns whether a connection dialled by this process may wait to be accepted at a forward
+    /// that has accepted so many that still live. Such a connection must not wait for the end of
+    /// the connection that it belongs to.
     pub(crate) fn may_wait_at(&self, forward: ForwardId, accepted: u64) -> bool {
         let known = self.known();
         let to_it = known.edges.iter().filter(|((_, to), _)| *to == forward);
         let edges: usize = to_it.map(|(_, count)| count).sum();
-        let mut marks = known.listeners.iter().filter(|(_, it)| **it == forward);
-        marks.any(|(mark, _)| match mark {
-            // There is an edge from the dial on. Who else was accepted may wait for nobody.
+        let mut listeners = known.listeners.iter().filter(|(_, it)| **it == forward);
+        listeners.any(|(listener, _)| match listener {
+            // The edge exists from the dial on. Other connections that were accepted wait for
+            // nothing.
             ListenerName::Unix(_) => edges as u64 > accepted,
-            // There is one from the accept on.
+            // The edge exists from the accept on.
             _ => {
                 known
                     .outgoing
                     .keys()
-                    .filter(|ends| ends.lead_to(mark))
+                    .filter(|ends| ends.lead_to(listener))
                     .count()
                     > edges
             }
@@ -305,16 +316,16 @@ impl Routes {
 
 impl Known {
     fn note_kinds(&mut self) {
-        let port = |mark: &ListenerName| match mark {
+        let port = |listener: &ListenerName| match listener {
             ListenerName::Tcp(address) => Some(address.port()),
             _ => None,
         };
         self.ports = self.listeners.keys().filter_map(port).collect();
-        let unix = |mark: &ListenerName| matches!(mark, ListenerName::Unix(_));
+        let unix = |listener: &ListenerName| matches!(listener, ListenerName::Unix(_));
         self.unix = self.listeners.keys().any(unix);
     }
 
-    /// Adds an edge, unless one can come from its end to its beginning.
+    /// Adds an edge, unless a path leads from its end back to its beginning.
     fn add_edge(&mut self, from: ForwardId, to: ForwardId, route: &mut Route) -> bool {
         let mut seen = vec![to];
         let mut next = 0;
@@ -341,7 +352,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_edge_that_closes_a_circle_is_refused_until_the_others_are_gone() {
+    fn an_edge_that_closes_a_loop_is_refused_until_the_others_are_gone() {
         let routes = Routes::default();
         let [a, b, c] = [0, 1, 2].map(ForwardId);
         let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
@@ -349,7 +360,7 @@ mod tests {
         let socket = |port, listening| {
             PeerNames::dialled(SocketName::Tcp(local(port)), &to(listening)).unwrap()
         };
-        // As a listener on [::] sees it.
+        // The names as a listener on [::] sees them.
         let seen = |port, listening| {
             let ip = Ipv4Addr::LOCALHOST.to_ipv6_mapped();
             let name = move |port| SocketName::Tcp(SocketAddr::from((ip, port)));
@@ -369,15 +380,15 @@ mod tests {
         routes.dialled(c, socket(3, 81), &mut third);
         assert!(!routes.accepted(seen(3, 81), a, &mut Route::default()));
         assert!(!routes.accepted(seen(3, 81), c, &mut Route::default()));
-        // A stranger may have the same port on its way to another listener.
+        // Another program's socket may have the same port on its way to another listener.
         assert!(routes.accepted(seen(3, 82), c, &mut Route::default()));
-        // What was dialled already waits there to be accepted.
+        // A connection that was dialled before waits there to be accepted.
         assert!(routes.accepted_from_us(b, || true, now));
         assert!(!routes.reached(c, &name("b"), &mut Route::default(), now));
         assert!(!routes.accepted_from_us(b, || true, now));
         assert!(routes.accepted_from_us(b, || false, now));
         assert!(routes.accepted_from_us(c, || true, now));
-        assert!(routes.accepted_from_us(b, || true, now + CIRCLE));
+        assert!(routes.accepted_from_us(b, || true, now + LOOP_TIME));
         routes.forget(first);
         assert!(routes.accepted(seen(3, 81), a, &mut third));
         routes.forget(second);

@@ -1,40 +1,44 @@
-//! What a proxy is to carry where, and what bounds it.
+//! The rules of a proxy: what it forwards where, and its timeouts and limits. They are plain data;
+//! what follows from them is decided elsewhere.
 
 use std::time::Duration;
 
 use crate::address::{Address, HyperkitVm};
 use crate::listener::DEFAULT_MODE;
 
-/// Every connection accepted at `listen` is carried to `connect`.
+/// A rule: every connection accepted at `listen` is forwarded to `connect`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Rule {
-    /// What people call it. No two of a proxy have the same.
+    /// A name for people. No two rules of a proxy have the same.
     pub name: Option<String>,
-    /// Where to listen. A `hyperkit://` address is the port of the host (CID 2) that the guest dials, whatever its CID.
+    /// The address to listen at. A `hyperkit://` address is the port of the host (CID 2) that the
+    /// guest dials, whatever the address's CID is.
     pub listen: Address,
-    /// Where each connection goes.
+    /// The address that each connection is forwarded to.
     pub connect: Address,
-    /// Permissions of the file of a Unix listening socket, as for `chmod`: 0o600 lets only the owner connect. Named
-    /// pipes take no other; their address can say who may connect.
+    /// Permissions of the file of a Unix listening socket, as for `chmod`: 0o600 lets only the
+    /// owner connect. Named pipes ignore it; their address can say who may connect.
     pub mode: u32,
-    /// How long things may take.
+    /// The timeouts of its connections.
     pub timeouts: Timeouts,
-    /// How long a client is held whose target is not there or refuses, while it is dialled again and again; counted from
-    /// the accept, and [`Timeouts::dial`] does not bound it. Nothing of what the client sends is sent before it is known
-    /// that the target has taken the connection. `None`: such a client is refused at once.
+    /// How long a client is held whose target is absent or refuses, while the target is dialled
+    /// again and again. The time counts from the accept, and [`Timeouts::dial`] does not bound it.
+    /// Nothing that the client sends is forwarded before the target is known to have taken the
+    /// connection. `None`: such a client is refused at once.
     pub wait: Option<Duration>,
-    /// Places among [`Limits::connections`](Limits::connections) that only this rule's connections
-    /// may have, and where a side of it is a hyperkit VM as many among
+    /// Slots among [`Limits::connections`](Limits::connections) that are reserved for this rule's
+    /// connections; if a side of the rule is a hyperkit VM, as many are reserved among
     /// [`Limits::vm_connections`](Limits::vm_connections).
     pub reserved: usize,
-    /// Connections of this rule at a time; more clients wait in the listener's backlog. Guests that dial
-    /// the host are not bound by it. `None`: what bounds all rules bounds it.
+    /// The most connections of this rule at a time; further clients wait in the listener's backlog.
+    /// Guests that dial the host are not bound by it. `None`: only the limits of all rules apply.
     pub connections: Option<usize>,
 }
 
 impl Rule {
-    /// A rule whose Unix socket, if it has one, only its owner may use.
+    /// Makes a rule with the default settings. Only the owner may use its Unix socket, if it has
+    /// one.
     pub fn new(listen: Address, connect: Address) -> Rule {
         Rule {
             name: None,
@@ -49,20 +53,23 @@ impl Rule {
     }
 }
 
-/// How long the connections of a rule may take for what.
+/// The timeouts of a rule's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Timeouts {
-    /// How long a client may wait until its target is connected; a `hvsock://` one has a second at most.
+    /// How long a client may wait until its target is connected; at most a second if the target is
+    /// a `hvsock://` address.
     pub dial: Duration,
-    /// How long a guest may take to end a connection after the half-close, before it is closed all the same. Guests of
-    /// Hyper-V are guests, too.
+    /// How long a guest may take to end a connection after the half-close, before the connection is
+    /// closed nevertheless. This applies to guests of Hyper-V as well.
     pub drain: Duration,
-    /// How long an open connection may go on without a byte either way before it is cut off: its client and its target
-    /// are told that it broke off, where their family can tell, and guests are taken leave of. `None`: for ever.
-    /// A connection with a `hvsock://` side may take a quarter longer.
+    /// The idle timeout: how long an open connection may go on without a byte in either direction
+    /// before it is cut off. Its client and its target are reset, where their family can be, and
+    /// guests are closed gracefully. `None`: for ever. A connection with a `hvsock://` side may
+    /// take a quarter longer.
     pub idle: Option<Duration>,
-    /// The same for a connection of which one side has ended: how long no byte may come from the other. `None`: for ever.
+    /// The idle timeout of a connection of which one side has ended: how long no byte may come from
+    /// the other. `None`: for ever.
     pub half_closed: Option<Duration>,
 }
 
@@ -77,17 +84,18 @@ impl Default for Timeouts {
     }
 }
 
-/// What bounds a proxy.
+/// The limits of a proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Connections of all rules at a time; more clients wait in the listeners' backlogs. Guests that dial the host are
-    /// not bound by it. Each connection has two descriptors: the process' limit of them lowers this one.
+    /// Connections of all rules at a time; further clients wait in the listeners' backlogs. Guests
+    /// that dial the host are not bound by it. Each connection takes two descriptors, so the
+    /// process' descriptor limit may lower this one.
     pub connections: usize,
-    /// Connections to one hyperkit VM at a time; more wait to be dialled. hyperkit has 1,024 slots, and closes the
-    /// excess; started with 256 descriptors, it hangs beyond 245.
+    /// Connections to one hyperkit VM at a time; further clients wait to be dialled. hyperkit has
+    /// 1,024 slots and closes what exceeds them; started with 256 descriptors, it hangs beyond 245.
     pub vm_connections: usize,
-    /// Dials to one hyperkit VM without a sign of life from the guest; more wait. hyperkit aborts at 512.
+    /// Unanswered dials to one hyperkit VM at a time; further clients wait. hyperkit aborts at 512.
     pub vm_unanswered: usize,
 }
 
@@ -101,11 +109,11 @@ impl Default for Limits {
     }
 }
 
-/// What bounds the use of one hyperkit VM, in place of what [`Limits`] has for all.
+/// The limits of one hyperkit VM, in place of those that [`Limits`] has for all.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VmLimits {
-    /// Which one; its CID doesn't matter.
+    /// The VM; its CID does not matter.
     pub vm: HyperkitVm,
     /// As [`Limits::vm_connections`].
     pub connections: usize,
@@ -114,7 +122,7 @@ pub struct VmLimits {
 }
 
 impl VmLimits {
-    /// The usual ones.
+    /// Makes the limits of a VM with the default values.
     pub fn new(vm: HyperkitVm) -> VmLimits {
         let usual = Limits::default();
         VmLimits {

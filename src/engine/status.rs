@@ -1,4 +1,5 @@
-//! What can be told of a forward that is carried.
+//! The status of forwards, connections and VMs, as a caller reads it, and the cell in which workers
+//! leave it. It opens nothing and asks nobody: whoever knows something puts it here.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -10,58 +11,62 @@ use super::id::{ConnectionId, ForwardId};
 use super::rule::Rule;
 use crate::engine::counters::Counters;
 
-/// A rule that is carried, and what has been counted of it.
+/// The status of a forward.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ForwardStatus {
-    /// Which one it is.
+    /// The forward's identifier.
     pub id: ForwardId,
     /// The rule as it was given.
     pub rule: Rule,
-    /// Where it listens: with the port that was chosen, where the rule said port 0 (of vsock the highest).
+    /// The address that was bound. If the rule said port 0 (for vsock, the highest port), it has
+    /// the port that was chosen.
     pub listen: Address,
-    /// Whether it takes clients now.
+    /// Whether the forward accepts clients now.
     pub state: ForwardState,
-    /// The hyperkit VM that it leads to, or else the one that dials it.
+    /// The hyperkit VM that the forward dials, or else the one that dials it.
     pub vm: Option<VmStatus>,
-    /// Why the last client that could not be carried was refused.
+    /// Why the last client that was refused was refused.
     pub last_error: Option<LastError>,
-    /// Counted since the start.
+    /// The counters since the start.
     pub counters: Counters,
 }
 
-/// Whether a forward takes clients.
+/// Whether a forward accepts clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ForwardState {
-    /// It does.
+    /// It accepts clients.
     Listening,
-    /// A limit is reached: new clients wait in the backlog until a connection ends. Guests are never made to wait.
+    /// A limit is reached: new clients wait in the backlog until a connection ends. Guests are
+    /// never made to wait.
     Full {
-        /// Which limit.
+        /// The limit.
         why: String,
-        /// Since when.
+        /// The time at which it was reached.
         since: SystemTime,
     },
-    /// The system refuses to accept, as it does when descriptors run out: new clients wait in the backlog.
+    /// The system refuses to accept, as it does when descriptors run out: new clients wait in the
+    /// backlog.
     Paused {
-        /// What it says.
+        /// The system's error.
         why: String,
-        /// Since when.
+        /// The time of its first occurrence.
         since: SystemTime,
     },
-    /// Its socket's file is another program's, or can't be made again: no client finds it.
+    /// The socket's file belongs to another program, or can't be created again: no client can
+    /// connect.
     Lost {
-        /// What happened to it.
+        /// What happened to the file.
         why: String,
-        /// Since when.
+        /// The time at which it was noticed.
         since: SystemTime,
     },
-    /// The proxy is stopping: it takes no more clients.
+    /// The proxy is stopping: no client is accepted any more.
     Closed,
 }
 
-/// How far a connection is.
+/// The state of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "cli",
@@ -70,32 +75,32 @@ pub enum ForwardState {
 )]
 #[non_exhaustive]
 pub enum ConnectionState {
-    /// Its target is being connected to, or waited for.
+    /// The target is being connected to, or waited for.
     Dialling,
-    /// Bytes can go both ways.
+    /// Bytes can pass in both directions.
     Open,
-    /// Carried to its end; what is left is to close it as its peers need it.
+    /// All bytes were forwarded; the sockets are being closed.
     Ending,
 }
 
-/// A connection that is carried now.
+/// The status of a live connection.
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "cli", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ConnectionStatus {
-    /// Which one it is.
+    /// The connection's identifier.
     pub id: ConnectionId,
-    /// Whose it is.
+    /// The forward that it belongs to.
     pub forward: ForwardId,
-    /// Who it is from, as far as the kernel knows.
+    /// The peer that was accepted, as far as the kernel knows its name.
     pub peer: SocketName,
-    /// How far it is.
+    /// The state.
     pub state: ConnectionState,
     /// Bytes from the accepting to the dialled side.
     pub sent: u64,
     /// Bytes from the dialled to the accepting side.
     pub received: u64,
-    /// How long ago it was accepted.
+    /// The time since it was accepted.
     #[cfg_attr(
         feature = "cli",
         serde(rename = "age_seconds", serialize_with = "crate::time::write_seconds")
@@ -103,54 +108,55 @@ pub struct ConnectionStatus {
     pub age: Duration,
 }
 
-/// A hyperkit VM. All forwards of one VM tell the same of it.
+/// The status of a hyperkit VM, the same for all forwards of that VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct VmStatus {
-    /// Connections to it and from it now.
+    /// Connections to the VM and from it now.
     pub connections: usize,
-    /// How many there may be ([`Limits::vm_connections`](super::rule::Limits::vm_connections)).
+    /// The limit of connections ([`Limits::vm_connections`](super::rule::Limits::vm_connections)).
     pub limit: usize,
-    /// How many of those that are free are kept for forwards that reserve them.
+    /// The free slots that are reserved for forwards.
     pub reserved: usize,
-    /// How many of the latest dials have brought nothing back yet, neither a byte nor an end. Those
-    /// to services that wait for their client to speak are among them: it alone is no sign that the
-    /// guest is gone.
+    /// How many of the latest dials have not been answered yet, with neither a byte nor an EOF.
+    /// Dials to services that wait for their client to speak are among them, so the number alone
+    /// does not mean that the guest is gone.
     pub unanswered: u64,
-    /// When a byte or an end came last from the guest, on whichever connection, or it dialled us;
-    /// exact to a second. `None` if it hasn't been heard from since it was started or first seen.
+    /// When the guest last sent a byte or an EOF on any connection, or dialled the host; exact to a
+    /// second. `None` if nothing has come since the VM was started or first seen.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix_option"))]
     pub last_heard: Option<SystemTime>,
-    /// Whether it runs, as far as its sockets and its process tell; `None` while nothing is known.
+    /// Whether the VM runs, as far as its sockets and its process tell. `None` while nothing is
+    /// known.
     pub up: Option<bool>,
-    /// Since when it is known to be gone.
+    /// The time since which the VM is known to be gone.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix_option"))]
     pub gone_since: Option<SystemTime>,
-    /// How often it was started anew since the proxy has known it.
+    /// How often the VM was restarted since the proxy has known it.
     pub restarts: u64,
 }
 
-/// Why a client was refused.
+/// The reason for which a client was refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct LastError {
-    /// What the log says.
+    /// The error's text, as in the log.
     pub text: String,
-    /// When.
+    /// The time of the refusal.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix"))]
     pub at: SystemTime,
 }
 
-/// Returns the time on the wall when the loop's clock, which shows `now`, showed `then`.
+/// Converts `then`, a time of the loop's clock that shows `now`, to the wall clock.
 pub(crate) fn wall_time(then: Instant, now: Instant) -> SystemTime {
     let wall = SystemTime::now();
     let ago = now.saturating_duration_since(then);
     wall.checked_sub(ago).unwrap_or(wall)
 }
 
-/// Why a listener takes nobody.
+/// The reason why a listener accepts no client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Obstacle {
     Full,
@@ -165,7 +171,7 @@ struct Known {
     error: Option<LastError>,
 }
 
-/// What workers leave behind for whoever asks how a forward is.
+/// A cell in which workers leave the status of a forward for those who ask.
 #[derive(Debug, Default)]
 pub(crate) struct StatusCell(Mutex<Known>);
 
@@ -174,7 +180,8 @@ impl StatusCell {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes why the listener takes nobody. The time of an obstacle that lasts is that of its beginning.
+    /// Notes why the listener accepts no client. An obstacle that lasts keeps the time of its
+    /// beginning.
     pub(crate) fn set_obstacle(&self, obstacle: Obstacle, why: String) {
         let mut known = self.known();
         match &mut known.obstacle {
@@ -183,7 +190,7 @@ impl StatusCell {
         }
     }
 
-    /// Notes that the listener takes clients again.
+    /// Notes that the listener accepts clients again.
     pub(crate) fn clear_obstacle(&self) {
         self.known().obstacle = None;
     }

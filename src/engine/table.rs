@@ -1,11 +1,12 @@
 //! The connections of one worker, found by tokens that carry a generation.
 //!
-//! Invariant 6: an event for an older generation is dropped. An event that was fetched before its socket was closed
-//! must not reach the connection that has the place now.
+//! Invariant 6: an event for an older generation is dropped. An event that was fetched before its
+//! socket was closed must not reach the connection that uses the same index now.
 
 use super::relay::Side;
 
-/// Names a connection. Its generation is never 0: tokens below [`Id::FIRST`] are free for others.
+/// The identifier of a connection within its worker. Its generation is never 0: tokens below
+/// [`Id::FIRST`] are free for other uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Id(u64);
 
@@ -28,12 +29,12 @@ impl Id {
         (self.0 >> GENERATION_SHIFT) as u32
     }
 
-    /// The token under which `side` is registered.
+    /// Returns the token under which `side` is registered.
     pub(crate) fn token(self, side: Side) -> usize {
         self.0 as usize | side as usize
     }
 
-    /// The connection and the side of a token.
+    /// Returns the connection and the side of a token.
     pub(crate) fn from_token(token: usize) -> (Id, Side) {
         let side = match token & 1 {
             0 => Side::Client,
@@ -49,7 +50,7 @@ struct Slot<T> {
     value: Option<T>,
 }
 
-/// Values under [`Id`]s that are never used twice (but for a wrap of 2³² uses of one place).
+/// A table of values by [`Id`]. No id is used twice (short of 2³² uses of one index).
 #[derive(Debug)]
 pub(crate) struct Table<T> {
     slots: Vec<Slot<T>>,
@@ -64,7 +65,7 @@ impl<T> Table<T> {
         }
     }
 
-    /// Returns the id that the next one to be inserted will have.
+    /// Returns the id that the next inserted value will have.
     pub(crate) fn next_id(&self) -> Id {
         match self.free.last() {
             Some(&index) => Id::new(index, self.slots[index].generation),
@@ -115,7 +116,7 @@ impl<T> Table<T> {
     }
 }
 
-// A token holds a generation of 32 bits beside the place.
+// A token holds a generation of 32 bits besides the index.
 const _: () = assert!(usize::BITS == 64, "hvsock needs a 64-bit system");
 
 #[cfg(test)]
@@ -124,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_used_again_does_not_answer_to_its_old_name() {
+    fn an_id_does_not_find_the_next_value_at_its_index() {
         let mut table = Table::new();
         let old = table.insert('a');
         assert_eq!(Id::from_token(old.token(Side::Server)), (old, Side::Server));

@@ -1,4 +1,5 @@
-//! When connections want a turn without an event.
+//! The deadlines of connections that want a turn without an event. Times come in; no clock is read
+//! here.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -7,13 +8,14 @@ use crate::engine::table::Id;
 
 /// The timers of one worker's connections.
 ///
-/// Invariant 7: a connection has one entry at most. A timer that is set anew replaces the old one, and a connection that
-/// is forgotten takes its entry with it: what is kept does not grow with the connections that have ended.
+/// Invariant 7: a connection has at most one entry. Setting a timer replaces the old one, and the
+/// entry of a connection is removed with it, so what is kept does not grow with the connections
+/// that have ended.
 #[derive(Debug, Default)]
 pub(crate) struct Timers(BTreeSet<(Instant, Id)>);
 
 impl Timers {
-    /// Changes the timer of a connection, which was set to `before`; `None` is none.
+    /// Changes the timer of a connection from `before` to `at`; `None` is no timer.
     pub(crate) fn change(&mut self, id: Id, before: Option<Instant>, at: Option<Instant>) {
         if before == at {
             return;
@@ -26,18 +28,18 @@ impl Timers {
         }
     }
 
-    /// Returns how many are set.
+    /// Returns the number of timers.
     #[cfg(all(test, target_os = "linux"))]
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Returns the earliest one.
+    /// Returns the earliest time.
     pub(crate) fn next(&self) -> Option<Instant> {
         self.0.first().map(|(at, _)| *at)
     }
 
-    /// Takes out the earliest one, if it is due.
+    /// Removes the earliest timer, if it is due, and returns its connection.
     pub(crate) fn pop_due(&mut self, now: Instant) -> Option<Id> {
         match self.0.first() {
             Some((at, _)) if *at <= now => self.0.pop_first().map(|(_, id)| id),

@@ -1,13 +1,15 @@
 //! One connection as a state machine: events, results and the time go in; [`Action`]s and a
 //! deadline come out.
+//!
 //! | state | what it waits for | then |
 //! |---|---|---|
 //! | [`Waiting`](State::Waiting) | a name, a slot of the VM, the next dial | connecting, closing |
-//! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting (next address), closing |
-//! | [`Proving`](State::Proving) | whether the guest has taken the dial | relaying, waiting (next dial), closing |
+//! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting, closing |
+//! | [`Proving`](State::Proving) | whether the guest took the dial | relaying, waiting, closing |
 //! | [`Relaying`](State::Relaying) | bytes, half-closes, timeouts | closing |
 //! | [`OnThreads`](State::OnThreads) | the end of the relay threads | closed |
 //! | [`Closing`](State::Closing) | each peer's EOF, or the drain timeout | closed |
+//!
 //! The engine never calls the loop. What the loop has to do is an [`Action`]; actions are carried
 //! out in their order, and the result is handed back through the `take_` method that the action's
 //! doc names.

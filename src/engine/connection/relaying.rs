@@ -28,7 +28,7 @@ const BUDGET: usize = 256 * 1024;
 pub(super) const HOLD: Duration = Duration::from_millis(10);
 
 /// How much can lie unread between us and a guest that has not accepted. If more was delivered, it
-/// has accepted. (hyperkit awaits_peer for socket buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels
+/// has accepted. (hyperkit asks for socket buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels
 /// double it.)
 const UNREAD: u64 = 1024 * 1024;
 

@@ -5,7 +5,7 @@ use super::*;
 const GONE: Option<News> = Some(News::Gone { was_there: true });
 
 #[test]
-fn what_repeats_is_no_news() {
+fn a_repeated_observation_is_not_reported() {
     let mut health = Health::default();
     let start = Instant::now();
     let later = start + Duration::from_secs(3);
@@ -19,13 +19,13 @@ fn what_repeats_is_no_news() {
     let back = Some(News::Back(Duration::from_secs(3)));
     assert_eq!(health.mark_up(later), back);
     assert_eq!(health.mark_up(later), None);
-    // A dial that was begun before.
+    // A dial that was begun before fails.
     assert_eq!(health.mark_down(later), None);
-    assert_eq!(health.mark_down(later + SETTLES), GONE);
+    assert_eq!(health.mark_down(later + SETTLE_TIME), GONE);
 }
 
 #[test]
-fn who_was_never_there_is_told_of_when_somebody_misses_it() {
+fn absence_from_the_start_is_reported_by_the_first_failed_dial() {
     let mut health = Health::default();
     let now = Instant::now();
     assert_eq!(health.note_absence(now), None);
@@ -35,7 +35,7 @@ fn who_was_never_there_is_told_of_when_somebody_misses_it() {
 }
 
 #[test]
-fn a_process_that_ended_is_gone_and_one_that_never_lived_says_nothing() {
+fn only_a_process_that_was_alive_marks_the_vm_down_by_its_end() {
     let mut health = Health::default();
     let now = Instant::now();
     health.mark_up(now);
@@ -45,10 +45,10 @@ fn a_process_that_ended_is_gone_and_one_that_never_lived_says_nothing() {
     assert_eq!(health.note_process(None, now), None);
 }
 
-// It takes the identities of two files, which only Unix has.
+// The identities of two files are needed, which only Unix has.
 #[cfg(unix)]
 #[test]
-fn another_file_is_another_vm_and_the_same_one_no_sign_of_life() {
+fn another_file_is_another_vm_and_the_same_file_marks_nothing_up() {
     let directory = tempfile::tempdir().unwrap();
     let [one, two] = ["one", "two"].map(|name| {
         let path = directory.path().join(name);
@@ -61,14 +61,14 @@ fn another_file_is_another_vm_and_the_same_one_no_sign_of_life() {
     assert_eq!(health.is_up(), None);
     health.mark_up(now);
     health.mark_down(now);
-    // A socket that was left behind.
+    // A socket that was left behind is seen.
     assert_eq!(health.note_identity(one, now), (false, None));
     let back = Some(News::Back(Duration::ZERO));
     assert_eq!(health.note_identity(two, now), (true, back));
     assert_eq!(health.note_identity(two, now), (false, None));
-    // A worker that looked before.
+    // Another worker looked before the change.
     assert_eq!(health.note_identity(one, now), (false, None));
-    let now = now + SETTLES;
+    let now = now + SETTLE_TIME;
     assert_eq!(
         health.note_identity(one, now),
         (true, Some(News::Restarted))
@@ -76,23 +76,23 @@ fn another_file_is_another_vm_and_the_same_one_no_sign_of_life() {
     assert_eq!(health.note_absence(now), GONE);
     assert_eq!(health.note_identity(one, now), (false, back));
     assert_eq!(health.restarts(), 2);
-    // A dial may find the new one before anybody has looked at its file.
-    let now = now + SETTLES;
+    // A dial may find the new VM before anything has looked at its file.
+    let now = now + SETTLE_TIME;
     assert_eq!(health.mark_down(now), GONE);
     assert_eq!(health.mark_up(now), back);
-    let now = now + 2 * SETTLES;
+    let now = now + 2 * SETTLE_TIME;
     assert_eq!(health.note_identity(two, now), (true, None));
-    let now = now + SETTLES;
+    let now = now + SETTLE_TIME;
     assert_eq!(
         health.note_identity(one, now),
         (true, Some(News::Restarted))
     );
 }
 
-/// One that begins has its other files before its socket: it began once all the same.
+/// A VM that starts has its other files before its socket; this is still one start.
 #[cfg(unix)]
 #[test]
-fn a_file_beside_the_socket_is_no_other_vm() {
+fn a_pid_file_beside_the_socket_is_no_other_vm() {
     let directory = tempfile::tempdir().unwrap();
     let [one, pid, two, other] = ["one", "pid", "two", "other"].map(|name| {
         let path = directory.path().join(name);
@@ -105,13 +105,13 @@ fn a_file_beside_the_socket_is_no_other_vm() {
     assert_eq!(health.note_identity(file(pid), now), (false, None));
     assert_eq!(health.note_identity(socket(one), now), (false, None));
     health.mark_up(now);
-    now += SETTLES;
+    now += SETTLE_TIME;
     assert_eq!(health.note_identity(file(pid), now), (false, GONE));
-    let back = Some(News::Back(SETTLES));
-    now += SETTLES;
+    let back = Some(News::Back(SETTLE_TIME));
+    now += SETTLE_TIME;
     assert_eq!(health.note_identity(socket(two), now), (true, back));
     assert_eq!(health.restarts(), 1);
-    // Where there is nothing else to know it by.
+    // A VM without a socket is known by its pid file.
     let mut health = Health::default();
     assert_eq!(health.note_identity(file(pid), now), (false, None));
     assert!(health.note_identity(file(other), now).0);

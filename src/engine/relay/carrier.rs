@@ -1,25 +1,28 @@
-//! What carries bytes from one socket to another, memory or a pipe, and the pool that lends both.
+//! The carriers of bytes from one socket to another, memory buffers or pipes, and the pool that
+//! lends them.
 
 use std::fmt::Debug;
 use std::ops::Range;
 
-/// What bytes go through without being copied: a pipe for `splice(2)`, or nothing, where there is no such thing.
+/// A channel through which bytes pass without being copied: a pipe for `splice(2)`, or nothing
+/// where there is none.
 pub(crate) trait Pipe: Sized + Debug {
-    /// An empty one, if there is one to be had.
+    /// Makes an empty pipe, if the system gives one.
     fn new() -> Option<Self>;
 }
 
-/// What is to be lent again: the last that came back first, for it may still be in a cache.
+/// A free list. What was returned last is lent first, since it may still be in a cache.
 #[derive(Debug)]
-struct Shelf<T> {
+struct FreeList<T> {
     items: Vec<T>,
-    /// The fewest that lay here since the last [`trim`](Shelf::trim): so many nobody has needed since.
+    /// The fewest items on the list since the last [`trim`](FreeList::trim): so many were not
+    /// needed since.
     fewest: usize,
 }
 
-impl<T> Shelf<T> {
-    const fn new() -> Shelf<T> {
-        Shelf {
+impl<T> FreeList<T> {
+    const fn new() -> FreeList<T> {
+        FreeList {
             items: Vec::new(),
             fewest: 0,
         }
@@ -31,7 +34,8 @@ impl<T> Shelf<T> {
         item
     }
 
-    /// Drops what nobody has needed since this was called before, but for so many; how many.
+    /// Drops the items that were not needed since the last call, except for `keep`. Returns how
+    /// many.
     fn trim(&mut self, keep: usize) -> usize {
         let surplus = self.fewest.min(self.items.len().saturating_sub(keep));
         self.items.drain(..surplus);
@@ -40,28 +44,28 @@ impl<T> Shelf<T> {
     }
 }
 
-/// Buffers and pipes that wait for the next bytes, shared by all connections of one worker.
+/// The free buffers and pipes of one worker, shared by all its connections.
 #[derive(Debug)]
 pub(crate) struct Pool<P> {
-    buffers: Shelf<Box<[u8]>>,
+    buffers: FreeList<Box<[u8]>>,
     size: usize,
     keep: usize,
-    pipes: Shelf<P>,
-    /// How many pipes may still be made.
+    pipes: FreeList<P>,
+    /// How many more pipes may be made.
     to_make: usize,
-    /// Those that the system would not give; they are asked for again after the next [`trim`](Pool::trim).
+    /// How many pipes the system refused; they are tried again after the next [`trim`](Pool::trim).
     refused: usize,
 }
 
 impl<P: Pipe> Pool<P> {
-    /// A pool of buffers of `size` bytes, of which `keep` are kept though nobody needs them, and of at most `pipes` pipes
-    /// in all.
+    /// Makes a pool of buffers of `size` bytes, of which `keep` are kept even if they are not
+    /// needed, and of at most `pipes` pipes.
     pub(crate) fn new(size: usize, keep: usize, pipes: usize) -> Pool<P> {
         Pool {
-            buffers: Shelf::new(),
+            buffers: FreeList::new(),
             size,
             keep,
-            pipes: Shelf::new(),
+            pipes: FreeList::new(),
             to_make: pipes,
             refused: 0,
         }
@@ -77,7 +81,7 @@ impl<P: Pipe> Pool<P> {
         self.buffers.items.push(buffer);
     }
 
-    /// An empty pipe; `None` if all are in use.
+    /// Lends an empty pipe, or returns `None` if all are in use.
     pub(crate) fn take_pipe(&mut self) -> Option<P> {
         if let Some(pipe) = self.pipes.take() {
             return Some(pipe);
@@ -88,13 +92,13 @@ impl<P: Pipe> Pool<P> {
         let made = P::new();
         match made {
             Some(_) => self.to_make -= 1,
-            // Where there is none now it isn't asked for again and again.
+            // Once the system refuses one, it is not asked again and again.
             None => self.refused += std::mem::take(&mut self.to_make),
         }
         made
     }
 
-    /// How many bytes a buffer holds.
+    /// Returns how many bytes a buffer holds.
     pub(crate) fn size(&self) -> usize {
         self.size
     }
@@ -104,36 +108,36 @@ impl<P: Pipe> Pool<P> {
         self.pipes.items.push(pipe);
     }
 
-    /// Whether there is something for [`trim`](Pool::trim) to do, now or later.
+    /// Returns whether [`trim`](Pool::trim) has something to do, now or later.
     pub(crate) fn wants_trim(&self) -> bool {
         self.buffers.items.len() > self.keep || !self.pipes.items.is_empty() || self.refused > 0
     }
 
-    /// Drops the buffers and pipes that nobody has needed since this was called before; pipes that could not be had then
-    /// may be now.
+    /// Drops the buffers and pipes that were not needed since the last call, and allows pipes that
+    /// were refused to be tried again.
     pub(crate) fn trim(&mut self) {
         self.buffers.trim(self.keep);
         self.to_make += self.pipes.trim(0) + std::mem::take(&mut self.refused);
     }
 
-    /// One that still held bytes is gone: another may take its place.
+    /// Notes that a pipe was dropped with bytes in it: another may be made.
     fn lose_pipe(&mut self) {
         self.to_make += 1;
     }
 
-    /// Buffers that nobody has borrowed.
+    /// Returns the number of free buffers.
     #[cfg(test)]
     pub(crate) fn resting(&self) -> usize {
         self.buffers.items.len()
     }
 
-    /// Pipes that were made, of those that nobody has borrowed.
+    /// Returns the number of free pipes that were made.
     #[cfg(test)]
     pub(crate) fn made_pipes(&self) -> usize {
         self.pipes.items.len()
     }
 
-    /// Pipes that nobody has borrowed, or that are still to be made.
+    /// Returns the number of pipes that are free or may still be made.
     #[cfg(test)]
     pub(crate) fn resting_pipes(&self) -> usize {
         self.pipes.items.len() + self.to_make
@@ -142,7 +146,8 @@ impl<P: Pipe> Pool<P> {
 
 /// Bytes on their way from one socket to another.
 ///
-/// Filled only when empty (invariant 2), and without a buffer or a pipe while empty (invariant 7).
+/// It is filled only when empty (invariant 2), and holds no buffer or pipe while empty (invariant
+/// 7).
 #[derive(Debug)]
 pub(crate) enum Carrier<P> {
     Empty,
@@ -161,7 +166,7 @@ impl<P: Pipe> Carrier<P> {
         matches!(self, Carrier::Empty)
     }
 
-    /// Bytes that are still to be written.
+    /// Returns how many bytes are still to be written.
     #[cfg(test)]
     pub(crate) fn left(&self) -> usize {
         match self {
@@ -189,13 +194,13 @@ impl<P: Pipe> Carrier<P> {
         }
     }
 
-    /// Drops what is left and gives back what carried it.
+    /// Drops the bytes that are left, and returns the buffer or pipe.
     pub(crate) fn clear(&mut self, pool: &mut Pool<P>) {
         match std::mem::replace(self, Carrier::Empty) {
             Carrier::Empty => {}
             Carrier::Memory { buffer, .. } => pool.give_buffer(buffer),
             Carrier::Pipe { pipe, holds: 0 } => pool.give_pipe(pipe),
-            // What it holds can't be taken out but by another write.
+            // Only another write could empty the pipe.
             Carrier::Pipe { .. } => pool.lose_pipe(),
         }
     }

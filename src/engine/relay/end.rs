@@ -1,92 +1,98 @@
-//! One end of a connection: a socket, and what is known of it.
+//! One end of a connection: a socket with its latched readiness and the state of both its halves.
 
 use std::io;
 
 use super::carrier::{Pipe, Pool};
 
-/// What the relay asks of a non-blocking socket.
+/// What the relay needs of a non-blocking socket.
 pub(crate) trait Socket {
-    /// What bytes go through from one socket to another without being copied.
+    /// The channel for bytes that pass from one socket to another without being copied.
     type Pipe: Pipe;
 
-    /// Whether a write that took less than it was given tells that the next one would block, and the poller
-    /// raises an edge all the same. True of epoll and kqueue; pollers that emulate edges (Windows, mio's
-    /// `poll`) arm the next one only when a call has said `WouldBlock`.
+    /// Whether a write that took less than it was given says that the next one would block, and the
+    /// poller raises an edge nevertheless. This is true of epoll and kqueue. Pollers that emulate
+    /// edges (Windows, mio's `poll`) arm the next edge only when a call has returned `WouldBlock`.
     const SHORT_WRITE_BLOCKS: bool;
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
 
-    /// Whether the last read, if it gave less than was asked for, has taken all there was, and the next byte, EOF or error
-    /// is an edge: unless an event has said [`Readiness::hidden`].
+    /// Returns whether the last read, if it returned less than was asked for, has taken all there
+    /// was, so that the next byte, EOF or error raises an edge; unless an event has said
+    /// [`Readiness::hidden`].
     fn short_read_blocks(&self) -> bool {
         false
     }
 
-    /// Whether its bytes can go through a pipe.
+    /// Returns whether the socket's bytes can pass through a pipe.
     fn has_splice(&self) -> bool {
         false
     }
 
-    /// Whether what it receives can, too.
+    /// Returns whether what the socket receives can pass through a pipe.
     fn can_splice_in(&self) -> bool {
         self.has_splice()
     }
 
-    /// A read into a pipe that is empty. A short one says nothing.
+    /// Reads into an empty pipe. A short read has no meaning.
     fn splice_in(&mut self, pipe: &mut Self::Pipe) -> io::Result<usize>;
-    /// A write of `len` bytes, all that the pipe holds. A short one says nothing.
+    /// Writes `len` bytes, all that the pipe holds. A short write has no meaning.
     fn splice_out(&mut self, pipe: &mut Self::Pipe, len: usize) -> io::Result<usize>;
 
-    /// Half-close: the peer reads EOF after the last byte.
+    /// Sends the half-close: the peer reads EOF after the last byte.
     fn shutdown_write(&mut self) -> io::Result<()>;
 
-    /// Whether there is a half-close to be sent. Without one, nothing but a close tells the peer that no more comes.
+    /// Returns whether the socket can send a half-close. If it can't, only a close tells the peer
+    /// that no more comes.
     fn has_half_close(&self) -> bool {
         true
     }
 
-    /// Whether it is certain that a peer which has ended has taken every byte that was sent to it.
+    /// Returns whether it is certain that a peer which has ended has taken every byte that was sent
+    /// to it.
     fn peer_took_all(&self) -> bool {
         false
     }
 
-    /// Whether one poller has it for good. It has told already what came before the socket was accepted.
+    /// Returns whether one poller has the socket for good, and has reported what came before the
+    /// accept.
     fn is_settled(&self) -> bool {
         false
     }
 }
 
-/// What an event said of a socket.
+/// What an event says about a socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Readiness {
     pub(crate) readable: bool,
     pub(crate) writable: bool,
-    /// The connection has failed: what has come may still be read, and then a call will tell the error.
+    /// The connection has failed: what has arrived may still be read; then a call returns the
+    /// error.
     pub(crate) failed: bool,
-    /// Something may stand behind what a short read gives, of which no further event will tell: an EOF, an error, or what
-    /// comes after urgent data.
+    /// Something may follow what a short read returns, for which no further event comes: an EOF, an
+    /// error, or what follows urgent data.
     pub(crate) hidden: bool,
-    /// Urgent data has come.
+    /// Urgent data has arrived.
     pub(crate) urgent: bool,
 }
 
-/// What is known of one direction of a socket.
+/// The state of one direction of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Half {
     Open,
     /// Input: EOF was read. Output: the half-close was sent.
     Closed,
-    /// A call failed: nothing more comes or goes here.
+    /// A call failed: nothing more passes in this direction.
     Failed(io::ErrorKind),
 }
 
 /// A socket with its latched readiness.
 ///
-/// Invariant 1: a socket is registered once, readable and writable, with an edge-triggered poller. Readiness is
-/// latched by events and cleared only by `WouldBlock`, by a short write, or by a short read of a socket whose short reads
-/// are known to have taken all ([`Socket::short_read_blocks`]), as long as no event has said that something is hidden
-/// behind it: an EOF that came with the data would never be seen.
+/// Invariant 1: a socket is registered once, readable and writable, with an edge-triggered poller.
+/// Readiness is latched by events. It is cleared only by `WouldBlock`, by a short write, or by a
+/// short read of a socket whose short reads are known to have taken all
+/// ([`Socket::short_read_blocks`]), and the latter only while no event has said that something is
+/// hidden behind it. Otherwise an EOF that came with the data would never be seen.
 #[derive(Debug)]
 pub(crate) struct End<S> {
     pub(crate) socket: S,
@@ -100,11 +106,11 @@ pub(crate) struct End<S> {
     received: u64,
 }
 
-/// Calls per [`End::discard`] turn: with the buffer's size, the bound of its work.
+/// Reads per [`End::discard`]; with the buffer's size it bounds the work.
 const DISCARDS: usize = 4;
 
 impl<S: Socket> End<S> {
-    /// An end of which no event has told anything yet.
+    /// Makes an end for which no event has come yet.
     pub(crate) fn new(socket: S) -> End<S> {
         End {
             socket,
@@ -119,7 +125,7 @@ impl<S: Socket> End<S> {
         }
     }
 
-    /// Latches what an event said.
+    /// Latches what an event says.
     pub(crate) fn latch(&mut self, event: Readiness) {
         self.readable |= event.readable;
         self.writable |= event.writable;
@@ -136,33 +142,35 @@ impl<S: Socket> End<S> {
         self.writable
     }
 
-    /// Bytes read so far.
+    /// Returns the number of bytes read so far.
     pub(crate) fn received(&self) -> u64 {
         self.received
     }
 
-    /// Nothing will come any more.
+    /// Returns whether nothing more will arrive.
     pub(crate) fn input_ended(&self) -> bool {
         self.input != Half::Open
     }
 
-    /// The peer is gone: a read failed. No peer that can still take bytes makes a read fail.
+    /// Returns whether the peer is gone: a read failed. No peer that can still take bytes makes a
+    /// read fail.
     pub(crate) fn is_dead(&self) -> bool {
         matches!(self.input, Half::Failed(_))
     }
 
-    /// The peer is gone, whether a call has told of it yet or only an event.
+    /// Returns whether the peer is gone, whether a call has reported it yet or only an event.
     pub(crate) fn is_gone(&self) -> bool {
         self.failed || self.is_dead()
     }
 
-    /// What was sent and hasn't arrived will not arrive any more: a write failed, or the connection has. A peer whose
-    /// EOF was read before its reset is dead by no read.
+    /// Returns whether what was sent and has not arrived will never arrive: a write failed, or the
+    /// connection has. A peer whose EOF was read before its reset makes no read fail.
     pub(crate) fn takes_nothing(&self) -> bool {
         self.is_gone() || matches!(self.output, Half::Failed(_))
     }
 
-    /// Reads once; `None` when nothing came (would block, EOF or error: the latch and `input` say which).
+    /// Reads once. Returns `None` if nothing was read: it would block, or there was an EOF or an
+    /// error; the latch and `input` say which.
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Option<usize> {
         let n = self.socket.read(buffer);
         let n = self.note_read(n)?;
@@ -172,17 +180,18 @@ impl<S: Socket> End<S> {
         Some(n)
     }
 
-    /// Whether bytes from here can go through a pipe. Of what stands behind urgent data a splice tells nothing; an error
-    /// it tells as a read does.
+    /// Returns whether bytes from here can pass through a pipe. A splice does not see what follows
+    /// urgent data; it reports an error as a read does.
     pub(crate) fn has_splice(&self) -> bool {
         !self.urgent && self.socket.can_splice_in()
     }
 
-    /// As [`read`](End::read), into a pipe that is empty. Only a read tells of an end: `None` may mean as well that
-    /// there is no splice here any more.
+    /// Reads once, as [`read`](End::read) does, into an empty pipe. Only a read reports an EOF:
+    /// `None` may also mean that nothing can be spliced from here any more.
     pub(crate) fn splice_in(&mut self, pipe: &mut S::Pipe) -> Option<usize> {
         match self.socket.splice_in(pipe) {
-            // An EOF, or urgent data of which no event has told yet: Linux' splice says the same of both.
+            // This is an EOF, or urgent data that no event has reported yet: Linux' splice returns
+            // the same for both.
             Ok(0) => {
                 self.urgent = true;
                 self.hidden = true;
@@ -196,8 +205,9 @@ impl<S: Socket> End<S> {
         match read {
             Ok(0) => {
                 self.input = match self.output {
-                    // A kernel tells an error once. Where a write was told of it (Linux' TCP), the read that should
-                    // have failed finds an EOF that no peer sent. EPIPE alone says nothing of what comes from there.
+                    // A kernel reports an error once. If a write got it (Linux' TCP), the read that
+                    // should have failed finds an EOF that no peer sent. EPIPE alone says nothing
+                    // about the input.
                     Half::Failed(kind) if kind != io::ErrorKind::BrokenPipe => Half::Failed(kind),
                     _ => Half::Closed,
                 };
@@ -210,7 +220,7 @@ impl<S: Socket> End<S> {
             Err(e) => {
                 match e.kind() {
                     io::ErrorKind::WouldBlock => self.readable = false,
-                    // Readable still: the next turn tries again.
+                    // The end is readable still: the next turn tries again.
                     io::ErrorKind::Interrupted => {}
                     kind => self.input = Half::Failed(kind),
                 }
@@ -219,7 +229,7 @@ impl<S: Socket> End<S> {
         }
     }
 
-    /// Writes once; how many bytes went (none: the latch and `output` say why).
+    /// Writes once. Returns how many bytes were taken; if none, the latch and `output` say why.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> usize {
         let written = self.socket.write(bytes);
         let is_short = matches!(written, Ok(n) if n < bytes.len());
@@ -230,7 +240,7 @@ impl<S: Socket> End<S> {
         n
     }
 
-    /// As [`write`](End::write), of the `len` bytes that the pipe holds.
+    /// Writes once, as [`write`](End::write) does, of the `len` bytes that the pipe holds.
     pub(crate) fn splice_out(&mut self, pipe: &mut S::Pipe, len: usize) -> usize {
         let written = self.socket.splice_out(pipe, len);
         self.note_write(written)
@@ -258,13 +268,13 @@ impl<S: Socket> End<S> {
     /// Sends the half-close, once.
     pub(crate) fn shutdown_write(&mut self) {
         if self.output == Half::Open {
-            // An error says that the peer has closed already: then there is nobody to tell.
+            // An error says that the peer has closed already: then nobody needs to be told.
             let _ = self.socket.shutdown_write();
             self.output = Half::Closed;
         }
     }
 
-    /// Reads and drops a bounded amount of what can be read; true if more can be read at once.
+    /// Reads and drops a bounded amount of input. Returns whether more can be read at once.
     pub(crate) fn discard(&mut self, pool: &mut Pool<S::Pipe>) -> bool {
         if !self.is_readable() {
             return false;

@@ -1,18 +1,22 @@
-//! Two sockets made one connection: every byte, every half-close and every failure of one end reaches the other.
+//! The relay between two sockets: every byte, every half-close and every failure of one end reaches
+//! the other.
 //!
-//! `std` only: no poller, no clock, no operating system. What a socket does comes through [`Socket`], what a poller
-//! says through [`End::latch`].
+//! It knows no poller, no clock and no operating system. Sockets are reached through [`Socket`]; a
+//! poller's events come in through [`End::latch`].
 //!
 //! # Invariants
-//! 1. Readiness is latched: see [`End`]. The end of a splice is believed only when a read says so too.
-//! 2. A carrier is filled only when it is empty: see [`Carrier`]. So memory is bounded, backpressure is free, EOF
-//!    never overtakes data, and a `WouldBlock` has one meaning.
-//! 3. EOF on one side becomes `shutdown(Write)` on the other, once, after the last byte. Each direction ends by
-//!    itself; the pair is done when both are.
-//! 4. An error ends its own direction; what the other still holds may arrive. A broken upload is never turned into a
-//!    clean EOF: [`CloseMode::Reset`] says where a reset is owed.
-//! 5. Work per turn is bounded by a budget of bytes; [`Turn::Again`] asks for another.
-//! 7. An idle connection holds no buffer and no pipe: carriers are borrowed from a [`Pool`] while bytes are in flight.
+//! 1. Readiness is latched: see [`End`]. The end of a splice is believed only when a read says so
+//!    too.
+//! 2. A carrier is filled only when it is empty: see [`Carrier`]. So memory is bounded,
+//!    backpressure is free, EOF never overtakes data, and a `WouldBlock` has one meaning.
+//! 3. EOF on one side becomes `shutdown(Write)` on the other, once, after the last byte. Each
+//!    direction ends by itself; the pair is done when both are.
+//! 4. An error ends its own direction; what the other still holds may arrive. A broken upload is
+//!    never turned into a clean EOF: [`CloseMode::Reset`] says where a reset is required.
+//! 5. Work per turn is bounded by a budget of bytes; [`Turn::Again`] asks for another turn.
+//!
+//! Invariant 7: an idle connection holds no buffer and no pipe; carriers are borrowed from a
+//! [`Pool`] while bytes are in flight.
 
 use std::io;
 
@@ -31,39 +35,41 @@ pub(crate) use side::Side;
 pub(crate) enum Turn {
     /// Nothing more can be done before an event.
     Wait,
-    /// The budget ran out: take another turn after the others.
+    /// The budget ran out: another turn is due after the others.
     Again,
-    /// Both directions have ended: ask [`Pair::close_mode`] what each end is owed.
+    /// Both directions have ended: [`Pair::close_mode`] says how to close each end.
     Done,
 }
 
-/// How an end of a finished pair is to be taken leave of.
+/// How an end of a finished pair is to be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CloseMode {
-    /// Everything was said: close.
+    /// Close: both directions ended cleanly.
     Close,
-    /// A client that has its whole answer and is still sending to a server that is gone. Read and discard to its
-    /// EOF, then close: closing with data unread would destroy the part of the answer that it has not read yet.
+    /// Read and discard to the EOF, then close. The end is a client that has its whole answer and
+    /// is still sending to a server that is gone; a close with unread data would destroy the part
+    /// of the answer that it has not read yet.
     Linger,
-    /// What it was being sent broke off, and a clean EOF would be a lie; or a server whose reader is gone.
+    /// Reset: what the peer was sent broke off, and a clean EOF would be wrong; or the reader of a
+    /// server's data is gone.
     Reset,
 }
 
-/// What an EOF is: see [`Pair::doubt_end`].
+/// What an EOF means: see [`Pair::doubt_end`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// The peer has said all.
+    /// The peer has sent all of its data.
     Whole,
     BrokenOff,
 }
 
-/// What an end before the first byte says.
+/// What an EOF before the first byte means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SilentEnd {
-    /// That all was said.
+    /// The peer has nothing to send.
     Answers,
     Refuses,
-    /// "Refused", unless the peer took what was delivered: before it has accepted nobody does.
+    /// A refusal, unless the peer took what was delivered: before it accepts, it takes nothing.
     RefusesUnread,
 }
 
@@ -80,9 +86,10 @@ impl SilentEnd {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Open,
-    /// EOF was passed on.
+    /// The EOF was passed on.
     Finished,
-    /// Ended by an error; what the source still sends is read and dropped, so that its end is noticed.
+    /// An error ended the direction; what the source still sends is read and dropped, so that its
+    /// end is noticed.
     Broken,
 }
 
@@ -91,20 +98,20 @@ enum State {
 struct Flow<P> {
     state: State,
     carrier: Carrier<P>,
-    /// The last read brought much.
+    /// Whether the last read brought much.
     bulk: bool,
-    /// Keeps the half-close back while the other direction is open.
+    /// Whether the half-close is held back while the other direction is open.
     hold: bool,
-    /// An EOF of the source may be that of a connection that broke off.
+    /// Whether an EOF of the source may mean that its connection broke off.
     doubt: bool,
     delivered: u64,
 }
 
-/// A flow that brings at least this part of a buffer at a time goes through a pipe from then on: it has much to say.
+/// A flow that brings at least this part of a buffer at a time goes through a pipe from then on.
 /// Small messages are cheaper to copy.
 const MUCH: usize = 2;
 
-/// As soon as a pipe is given less at a time than this part of a buffer, the flow is one of small messages again.
+/// A flow that brings less than this part of a buffer at a time goes through memory again.
 const LITTLE: usize = 8;
 
 impl<P: Pipe> Flow<P> {
@@ -124,7 +131,7 @@ impl<P: Pipe> Flow<P> {
         self.state = State::Broken;
     }
 
-    /// Moves about `budget` bytes at most; true if more could be moved at once.
+    /// Moves at most about `budget` bytes. Returns whether more could be moved at once.
     fn run<S: Socket<Pipe = P>>(
         &mut self,
         source: &mut End<S>,
@@ -180,7 +187,7 @@ impl<P: Pipe> Flow<P> {
         self.state == State::Broken && source.discard(pool)
     }
 
-    /// Reads once; how many bytes came.
+    /// Reads once. Returns how many bytes arrived.
     fn fill<S: Socket<Pipe = P>>(
         &mut self,
         source: &mut End<S>,
@@ -224,9 +231,9 @@ impl<P: Pipe> Flow<P> {
 #[derive(Debug)]
 pub(crate) struct Pair<S: Socket> {
     pub(crate) ends: [End<S>; 2],
-    /// `flows[X]` carries what side X sends.
+    /// The two directions; `flows[X]` carries what side X sends.
     flows: [Flow<S::Pipe>; 2],
-    /// See [`Pair::refuses_silently`].
+    /// The most bytes within which an EOF is a refusal: see [`Pair::refuses_silently`].
     silent_within: Option<u64>,
 }
 
@@ -239,17 +246,19 @@ impl<S: Socket> Pair<S> {
         }
     }
 
-    /// Says that the server's family answers a refusal only by ending before its first byte.
+    /// Sets that the server's family refuses only by an EOF before the first byte.
     ///
-    /// Such an end is then an error, not an EOF, unless the half-close was passed on before it (then it is an answer
-    /// to that) or somebody took what was delivered: more than `unread` bytes, which is more than can lie unread in
-    /// between, or all of it, where the system tells ([`Socket::peer_took_all`]; Linux). Elsewhere (macOS) a guest that
-    /// reads less and closes at once without a byte can't be told from one that refuses.
+    /// Such an EOF is then an error, unless the half-close was passed on before it (then it answers
+    /// that) or the peer took what was delivered: more than `unread` bytes, which is more than can
+    /// lie unread in between, or all of it, where the system can tell ([`Socket::peer_took_all`];
+    /// Linux). Elsewhere (macOS) a guest that reads less and closes at once without a byte can't be
+    /// told from one that refuses.
     pub(crate) fn refuses_silently(&mut self, unread: u64) {
         self.silent_within = Some(unread);
     }
 
-    /// Keeps the half-close of `side` back until [`release`](Pair::release), or until the other direction has ended.
+    /// Holds back the half-close of `side` until [`release`](Pair::release), or until the other
+    /// direction has ended.
     pub(crate) fn hold(&mut self, side: Side) {
         self.flows[side].hold = true;
     }
@@ -258,13 +267,14 @@ impl<S: Socket> Pair<S> {
         self.flows[side].hold = false;
     }
 
-    /// Has an EOF of `side` not passed on before [`settle_end`](Pair::settle_end) says what it is: the family gives the
-    /// same one when its VM dies.
+    /// Holds back an EOF of `side` until [`settle_end`](Pair::settle_end) says what it means, since
+    /// the family sends the same EOF when its VM dies.
     pub(crate) fn doubt_end(&mut self, side: Side) {
         self.flows[side].doubt = true;
     }
 
-    /// The EOF of `side` is there, all before it was delivered, and it is not known yet what it is.
+    /// Returns whether the EOF of `side` was read, all data before it was delivered, and its
+    /// meaning is not known yet.
     pub(crate) fn has_doubtful_end(&self, side: Side) -> bool {
         let flow = &self.flows[side];
         flow.doubt
@@ -273,7 +283,7 @@ impl<S: Socket> Pair<S> {
             && self.ends[side].input == Half::Closed
     }
 
-    /// Says what the EOF of `side` is: the peer's own, or that of a connection that broke off.
+    /// Sets what the EOF of `side` means: the peer's own end, or a connection that broke off.
     pub(crate) fn settle_end(&mut self, side: Side, end: Ending) {
         self.flows[side].doubt = false;
         if end == Ending::BrokenOff {
@@ -281,13 +291,13 @@ impl<S: Socket> Pair<S> {
         }
     }
 
-    /// Begins with what `side` has said already: the first `len` bytes of a buffer of the pool.
+    /// Begins with what `side` has sent already: the first `len` bytes of a buffer of the pool.
     pub(crate) fn give(&mut self, side: Side, buffer: Box<[u8]>, len: usize) {
         let filled = 0..len;
         self.flows[side].carrier = Carrier::Memory { buffer, filled };
     }
 
-    /// The half-close of `side` is there and waits for [`release`](Pair::release).
+    /// Returns whether the half-close of `side` is held back now, until [`release`](Pair::release).
     pub(crate) fn is_holding(&self, side: Side) -> bool {
         let flow = &self.flows[side];
         flow.hold
@@ -296,24 +306,24 @@ impl<S: Socket> Pair<S> {
             && self.ends[side].input == Half::Closed
     }
 
-    /// One side has ended; whether the other knows of it yet or not.
+    /// Returns whether one side has ended, whether the other has been told or not.
     pub(crate) fn is_half_closed(&self) -> bool {
         let ended = |side: Side| self.flows[side].state != State::Open || self.is_holding(side);
         ended(Side::Client) || ended(Side::Server)
     }
 
-    /// The server ended before its first byte, and its family says "refused" that way.
+    /// Returns whether the server refused by an EOF before its first byte.
     pub(crate) fn refused(&self) -> bool {
         self.ends[Side::Server].input == Half::Failed(io::ErrorKind::ConnectionRefused)
     }
 
-    /// Bytes delivered of what `side` sent.
+    /// Returns how many bytes of what `side` sent were delivered.
     pub(crate) fn delivered(&self, side: Side) -> u64 {
         self.flows[side].delivered
     }
 
-    /// A peer is gone, or no direction is open: what is left waits for somebody who may never take it. The caller
-    /// bounds this by a deadline.
+    /// Returns whether a peer is gone, or no direction is open. What is left may then never be
+    /// taken; the caller bounds the wait by a deadline.
     pub(crate) fn is_ending(&self) -> bool {
         let open = |flow: &Flow<S::Pipe>| flow.state == State::Open;
         self.ends.iter().any(End::is_gone) || !self.flows.iter().any(open)
@@ -325,7 +335,8 @@ impl<S: Socket> Pair<S> {
         for side in [Side::Server, Side::Client] {
             more |= self.run(side, pool, budget);
         }
-        // The end of one direction releases the half-close of the other, and so do two that wait for each other.
+        // The end of one direction releases the half-close of the other; two that wait for each
+        // other are both released.
         let ended = |side: Side| self.flows[side].state != State::Open || self.is_holding(side);
         if ended(Side::Client)
             && ended(Side::Server)
@@ -336,8 +347,8 @@ impl<S: Socket> Pair<S> {
             more = true;
         }
         for side in Side::BOTH {
-            // Nobody is left to take what the other side sends. What it holds went as far as it goes without
-            // waiting; waiting for more would be for nobody.
+            // Nobody is left to take what the other side sends. What could be delivered without
+            // waiting was; waiting for more would be useless.
             if self.ends[side].is_dead() && !more && self.flows[side.other()].state == State::Open {
                 self.flows[side.other()].break_off(pool);
             }
@@ -351,7 +362,7 @@ impl<S: Socket> Pair<S> {
         }
     }
 
-    /// What `side` is owed after [`Turn::Done`], or when the pair is cut off before.
+    /// Returns how `side` is to be closed after [`Turn::Done`], or when the pair is cut off before.
     pub(crate) fn close_mode(&self, side: Side) -> CloseMode {
         let end = &self.ends[side];
         match self.flows[side.other()].state {
