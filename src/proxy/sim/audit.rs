@@ -1,10 +1,11 @@
 //! What the connections of a worker show between its turns: that times and limits are kept, and that
 //! what is counted is so.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
 use crate::engine::connection::{Connection, State};
@@ -50,28 +51,6 @@ impl Pulse {
     }
 }
 
-/// What is kept for a forward is there for it.
-fn check_places(worker: &Worker<SimDriver>, has_probes: bool) {
-    let shared = &worker.shared;
-    for forward in shared.forwards().iter() {
-        let live = forward.tally.live.load(Ordering::Relaxed);
-        if forward.home != worker.index || live >= forward.rule.reserved as u64 {
-            continue;
-        }
-        let full = shared.is_full_for(forward.id);
-        // A probe takes what there is: it can't wait.
-        assert!(
-            full.is_none() || has_probes,
-            "{forward:?} finds no place: {full:?}"
-        );
-        let gate = forward.gates[Side::Server].as_ref();
-        assert!(
-            gate.is_none_or(|gate| gate.would_queue(forward.id)),
-            "{forward:?} finds no place in its VM"
-        );
-    }
-}
-
 /// While the proxy stops, guests who come are not served, nobody is left to wait, and what is being
 /// left has its time.
 fn check_at_end(conn: &Connection<SimStream>, phase: Phase, is_late: bool) {
@@ -93,6 +72,8 @@ pub(super) struct Audit {
     pulses: BTreeMap<Key, Pulse>,
     /// When what is being left was begun to be.
     leaves: BTreeMap<Key, Duration>,
+    /// Forwards that have found what they reserve.
+    settled: RefCell<BTreeSet<u64>>,
     /// How many probes each worker has.
     probes: BTreeMap<usize, usize>,
     /// Since when it is not known of a dial whether it was taken.
@@ -101,6 +82,8 @@ pub(super) struct Audit {
     timed_out: BTreeMap<u64, u64>,
     /// Forwards that were removed, and when their connections are to be cut off.
     removed: BTreeMap<u64, Duration>,
+    /// Those of which a worker that stands still has not heard yet, and the time of their connections.
+    removed_late: BTreeMap<u64, Duration>,
     /// Workers that have heard of the end, and when.
     stopped: BTreeMap<usize, Duration>,
     /// Until when the process stood still.
@@ -113,6 +96,9 @@ impl Audit {
     /// Notes that all or some of the process stands still until that time.
     pub(super) fn stands_still(&mut self, until: Duration) {
         self.still = self.still.max(until);
+        for (forward, grace) in &self.removed_late {
+            self.removed.insert(*forward, self.still + *grace);
+        }
     }
 
     /// Until when it stands still, or stood.
@@ -149,12 +135,18 @@ impl Audit {
         self.removed.insert(forward, cut_at);
     }
 
+    /// Notes that a forward is removed as soon as all workers go on.
+    pub(super) fn removed_late(&mut self, forward: u64, grace: Duration) {
+        self.removed_late.insert(forward, grace);
+        self.removed.insert(forward, self.still + grace);
+    }
+
     /// Looks at a worker after its turn.
     pub(super) fn look_at(&mut self, worker: &mut Worker<SimDriver>, stage: &Stage) {
         let now = stage.now();
         let index = worker.index;
         let (mut timers, mut open, mut leaving) = (0, BTreeMap::new(), BTreeMap::new());
-        let (mut proving, mut probes) = (BTreeMap::new(), 0);
+        let (mut proving, mut probes, mut let_in) = (BTreeMap::new(), 0, 0);
         let phase = worker.phase;
         if phase > Phase::Running {
             self.stopped.entry(index).or_insert(now);
@@ -167,6 +159,8 @@ impl Audit {
             let key = (index, id.token(Side::Client) as u64);
             timers += usize::from(conn.wake_at.is_some());
             probes += usize::from(conn.name.is_none());
+            let is_in = conn.slots[Side::Server].is_some();
+            let_in += usize::from(conn.name.is_some() && is_in);
             if let Some(end) = end_since {
                 check_at_end(conn, phase, stage.time_of(conn.since) > end);
             }
@@ -197,6 +191,11 @@ impl Audit {
             worker.connections.timers.len(),
             timers,
             "worker {index}: timers"
+        );
+        let most_in = stage.most_in.get().filter(|_| phase == Phase::Running);
+        assert!(
+            most_in.is_none_or(|most| let_in <= most),
+            "{let_in} clients of a VM are let in, of {most_in:?}"
         );
         let mine = (index, 0)..=(index, u64::MAX);
         let before: Vec<_> = self
@@ -254,13 +253,47 @@ impl Audit {
         }
     }
 
+    /// What is kept for a forward is there for it, once it has been: before, others may have it.
+    fn check_places(&self, worker: &Worker<SimDriver>, has_probes: bool, now: Instant) {
+        let shared = &worker.shared;
+        for forward in shared.forwards().iter() {
+            let live = forward.tally.live.load(Ordering::Relaxed);
+            if forward.home != worker.index || live >= forward.rule.reserved as u64 {
+                continue;
+            }
+            let full = shared.is_full_for(forward.id);
+            let gate = forward.gates[Side::Server].as_ref();
+            let is_let_in = gate.is_none_or(|gate| gate.would_queue(forward.id));
+            if !self.settled.borrow().contains(&forward.id.0) {
+                if full.is_none() && is_let_in {
+                    self.settled.borrow_mut().insert(forward.id.0);
+                }
+                continue;
+            }
+            // A probe takes what there is: it can't wait.
+            assert!(
+                full.is_none() || has_probes,
+                "{forward:?} finds no place: {full:?}"
+            );
+            assert!(is_let_in, "{forward:?} finds no place in its VM");
+            let kept = gate.map_or(u64::MAX, |gate| gate.status(now).reserved as u64);
+            let least = forward.rule.reserved as u64 - live;
+            assert!(kept >= least, "{forward:?} is kept no place in its VM");
+        }
+    }
+
+    /// Notes that what a forward reserves may have changed.
+    pub(super) fn unsettles(&mut self, forward: u64) {
+        self.settled.borrow_mut().remove(&forward);
+    }
+
     /// Looks whether the listeners of a worker are as they are to be.
     pub(super) fn check_listeners(&self, worker: &Worker<SimDriver>, stage: &Stage) {
         let in_vain = worker.listeners.all().iter().any(|it| it.sleeps_in_vain());
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
         if stage.keeps_places.get() {
             let probes: usize = self.probes.values().sum();
-            check_places(worker, probes > 0);
+            self.check_places(worker, probes > 0, stage.instant());
         }
         if worker.phase == Phase::Running || stage.has_lost_files.get() {
             return;
@@ -306,7 +339,9 @@ impl Audit {
                         !late(end),
                         "a client was to be served or refused at {end:?}"
                     );
-                    let proves_by = self.proofs.get(&key).zip(stage.proves_within.get());
+                    // While the proxy stops, a proof is not waited for as long.
+                    let proves_within = stage.proves_within.get().filter(|_| self.stop.is_none());
+                    let proves_by = self.proofs.get(&key).zip(proves_within);
                     let proves_by = proves_by.and_then(|(since, within)| {
                         let ready = stage
                             .ready_since(&forward.gates[Side::Server].as_ref()?.vm().state_dir);
@@ -323,7 +358,18 @@ impl Audit {
                         "a target was to be dialled again at {redial:?}"
                     );
                 }
-                State::Relaying { .. } => {
+                State::Relaying { pair, hold, end } => {
+                    let hold = hold.filter(|_| pair.is_holding(Side::Client));
+                    let is_ending =
+                        pair.is_ending() || Side::BOTH.iter().any(|side| pair.is_holding(*side));
+                    let end = end.filter(|_| is_ending);
+                    for at in [hold, end].into_iter().flatten() {
+                        let at = stage.time_of(at);
+                        assert!(
+                            !late(at),
+                            "a half-close was to be passed on, or all ended, at {at:?}"
+                        );
+                    }
                     let end = self.pulses.get(&key).and_then(Pulse::end);
                     assert!(
                         !end.is_some_and(late),

@@ -67,6 +67,7 @@ fn vm(path: &str, rules: usize) -> VmPlan {
         slots: 1_000,
         is_inherited: false,
         unanswered: Limits::default().vm_unanswered as u64,
+        connections: None,
         slow: Duration::ZERO,
         acts: Vec::new(),
         rules: (0..rules).collect(),

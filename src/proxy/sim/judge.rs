@@ -269,6 +269,12 @@ impl Judge {
             .unwrap_or(0)
     }
 
+    /// Notes that all or some of the process stands still until that time.
+    pub(super) fn stands_still(&mut self, until: Duration) {
+        self.audit.stands_still(until);
+        self.ledger.stands_still(until);
+    }
+
     /// Notes that a rule may lead to that target from now on, beside where it led before. (`None`:
     /// anywhere.)
     pub(super) fn leads(&mut self, rule: usize, now: Duration, target: Option<usize>) {

@@ -115,6 +115,14 @@ impl Ledger {
         }
     }
 
+    /// Notes that all or some of the process stands still until then: who was accepted before a bound
+    /// changed may be told of as late.
+    pub(super) fn stands_still(&mut self, until: Duration) {
+        for bound in self.bounds.values_mut() {
+            bound.since = bound.since.map(|at| at.max(until));
+        }
+    }
+
     /// Notes that it is not certain how many connections a forward may have.
     pub(super) fn unbound(&mut self, forward: u64) {
         self.bounds.remove(&forward);
@@ -259,8 +267,10 @@ impl Ledger {
             is_so,
             "connection {connection}, come at {since:?}, is refused as {reason:?}: {text}"
         );
+        // Of one that was held it was known by then that it was taken.
+        let is_held = entry.rule.as_ref().is_some_and(|it| it.wait().is_some());
         assert!(
-            !entry.is_connected || reason == Reason::ByTarget,
+            !entry.is_connected || reason == Reason::ByTarget && !is_held,
             "connection {connection} is refused as {reason:?} after it was connected: {text}"
         );
     }

@@ -185,10 +185,14 @@ impl Operator {
         check_answered(&removed, stage);
         // A worker that gave no answer begins to count when it goes on.
         let is_late = |e: &Error| e.kind() == std::io::ErrorKind::TimedOut;
-        let hangs = matches!(stage.housekeeper.get(), Pace::Hangs(_));
-        if !hangs && removed.as_ref().map_or_else(is_late, |()| true) {
-            let grace_ends = stage.now().max(stage.stalled_until()) + grace;
-            stage.judge().audit.removed(id.0, grace_ends);
+        if !matches!(stage.housekeeper.get(), Pace::Hangs(_)) {
+            let now = stage.now();
+            let mut judge = stage.judge();
+            match &removed {
+                Ok(()) => judge.audit.removed(id.0, now + grace),
+                Err(e) if is_late(e) => judge.audit.removed_late(id.0, grace),
+                Err(_) => {}
+            }
         }
         if removed.is_ok() && !self.controller.is_stopping() {
             let left = self.listener_of(rule, stage);
@@ -257,6 +261,7 @@ impl Operator {
         stage.judge().ledger.unbound(id.0);
         let keeps = stage.keeps_places.replace(false);
         let replaced = self.controller.replace(id, new.clone());
+        stage.judge().audit.unsettles(id.0);
         stage.keeps_places.set(keeps);
         if let Err(e) = &replaced
             && !e.to_string().contains("it has begun")

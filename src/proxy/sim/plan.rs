@@ -314,6 +314,7 @@ impl Plan {
                     // hyperkit listens for itself.
                     is_inherited: kind != Kind::Hyperkit && rng.u8(..4) == 0,
                     unanswered: self.limits.vm_unanswered as u64,
+                    connections: Some(self.limits.vm_connections),
                     slow: one(rng, &[ms(0), ms(1), ms(40)]),
                     acts: Vec::new(),
                     rules: Vec::new(),
@@ -535,6 +536,12 @@ impl Plan {
         if self.workers > 1 && rng.u8(..12) == 0 {
             self.draw_change(rng);
         }
+        let limits = |(_, act): &(Duration, Act)| matches!(act, Act::LimitVm(..));
+        if self.acts.iter().any(limits) {
+            for vm in &mut self.vms {
+                vm.connections = None;
+            }
+        }
         // A socket that is bound again while its worker stands still is closed with its guests, if
         // the worker ends before it has heard of it.
         let stalls = self
@@ -660,6 +667,29 @@ impl Plan {
             true if self.limits.vm_connections >= 100 => Some(ms(200_000)),
             true => None,
         }
+    }
+
+    /// How many clients of a VM are let in: those that there are places for, where one rule leads
+    /// there, unless some come before or are held, or what had places is gone.
+    pub(super) fn most_in(&self) -> Option<usize> {
+        let is_free = |it: &RulePlan| {
+            let is_held = it.rule.wait.is_some();
+            !is_held && !it.rule.listen.transport().needs_graceful_close && it.target.is_some()
+        };
+        let is_calm = |(_, act): &(Duration, Act)| {
+            matches!(
+                act,
+                Act::Look | Act::ChangeMode(..) | Act::Sleep(_) | Act::Replace(..)
+            )
+        };
+        let dies = |(_, act): &(Duration, VmAct)| matches!(act, VmAct::Die | VmAct::Return);
+        let leads = |it: &&RulePlan| matches!(it.rule.connect, Address::Hyperkit(_));
+        let is_certain = self.workers == 1
+            && self.rules.iter().filter(leads).count() == 1
+            && self.rules.iter().all(is_free)
+            && self.acts.iter().all(is_calm)
+            && !self.vms.iter().any(|vm| vm.acts.iter().any(dies));
+        is_certain.then_some(self.limits.vm_connections)
     }
 
     pub(super) fn bounds(&self) -> Bounds {

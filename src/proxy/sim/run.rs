@@ -107,6 +107,7 @@ fn set(plan: &Plan, tells: bool) -> Run {
     stage.has_room.set(plan.has_room());
     stage.keeps_places.set(plan.keeps_places());
     stage.proves_within.set(plan.proves_within());
+    stage.most_in.set(plan.most_in());
     stage.judge().ledger.limits = plan.bounds();
     stage.judge().ledger.spots = plan.spots();
     let told = Told::default();

@@ -114,6 +114,8 @@ pub(super) struct Stage {
     /// What is reserved is not taken by guests, nor by what comes from another rule, and not being
     /// changed.
     pub(super) keeps_places: Cell<bool>,
+    /// How many clients of a VM are let in, where that is certain.
+    pub(super) most_in: Cell<Option<usize>>,
     /// How soon it is known whether a guest that answers has taken a dial.
     pub(super) proves_within: Cell<Option<Duration>>,
     judge: RefCell<Judge>,
@@ -152,6 +154,7 @@ impl Stage {
             processes: RefCell::default(),
             ready: RefCell::default(),
             proves_within: Cell::default(),
+            most_in: Cell::default(),
             housekeeper: Cell::new(Pace::AtOnce),
             may_hang: Cell::new(false),
             has_lost_files: Cell::new(false),
@@ -345,7 +348,7 @@ impl Stage {
     pub(super) fn sleep(&self, time: Duration) {
         self.kernel().now += time;
         let now = self.now();
-        self.judge().audit.stands_still(now);
+        self.judge().stands_still(now);
     }
 
     /// Lets a worker stand still, after it has got its events.
@@ -356,7 +359,7 @@ impl Stage {
         {
             let _ = seat.worker.driver.wait(&mut seat.events, None);
             seat.stalled = Some(until);
-            self.judge().audit.stands_still(until);
+            self.judge().stands_still(until);
         }
     }
 

@@ -72,6 +72,8 @@ pub(super) struct VmPlan {
     pub(super) is_inherited: bool,
     /// The limit of unanswered dials that the proxy has.
     pub(super) unanswered: u64,
+    /// That of its connections; none if it changes.
+    pub(super) connections: Option<usize>,
     /// How long the guest takes to answer a dial, at most.
     pub(super) slow: Duration,
     pub(super) acts: Vec<(Duration, VmAct)>,
@@ -208,6 +210,10 @@ impl Vm {
             }
             VmAct::Reboot => {
                 let is_hyperkit = self.is_hyperkit();
+                // A later dial's end tells that it has answered those before, which it forgot.
+                for rule in &self.plan.rules {
+                    stage.judge().cuts(*rule);
+                }
                 for slot in &mut self.slots {
                     match &slot.guest {
                         Guest::Talks(talk) => {
@@ -345,6 +351,7 @@ impl Vm {
         if self.is_hyperkit() {
             let dialled = stage.kernel().born(socket);
             self.judge_pace(dialled);
+            self.judge_number(stage);
         }
         self.slots.push(Slot {
             socket,
@@ -354,6 +361,18 @@ impl Vm {
             is_judged: false,
             again: Some(now),
         });
+    }
+
+    /// The proxy has no more connections than it may have, and one for a proof where that is one.
+    fn judge_number(&self, stage: &Rc<Stage>) {
+        let kernel = stage.kernel();
+        let is_open = |it: &&Slot| it.origin == Origin::Line && !kernel.has_peer_closed(it.socket);
+        let before = self.slots.iter().filter(is_open).count();
+        let most = self.plan.connections.map(|most| most.max(2));
+        assert!(
+            most.is_none_or(|most| before < most),
+            "{before} connections and one more, of {most:?}"
+        );
     }
 
     /// Dials keep their distance.
