@@ -11,6 +11,7 @@ use tracing::warn;
 use crate::dial;
 use crate::engine::Phase;
 use crate::engine::counters::{Reason, add_one};
+use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Readiness, Side};
 use crate::time::after;
 
@@ -94,16 +95,7 @@ impl<S: Socket> Connection<S> {
 
     /// Begins to close the ends that are left.
     pub(super) fn begin_closing(&mut self, ends: [Option<Closing<S>>; 2], cx: &mut Context<'_, S>) {
-        let is_graceful =
-            |side: Side| ends[side].is_some() && self.forward.needs_graceful_close(side);
-        let drain = self.forward.rule.timeouts.drain;
-        let time = match cx.phase {
-            Phase::Cutting => LAST_DRAIN.min(drain),
-            // A peer that is no longer there must not delay the stop.
-            Phase::Stopping => LINGER.min(drain),
-            Phase::Running if is_graceful(Side::Client) || is_graceful(Side::Server) => drain,
-            Phase::Running => LINGER,
-        };
+        let time = time_to_close(&self.forward, &ends, cx.phase);
         self.wake_at = None;
         let until = Some(after(cx.now, time));
         self.enter(State::Closing { ends, until });
@@ -214,24 +206,19 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Shortens the closing to what the current phase allows.
-    pub(super) fn shorten_closing(&mut self, cx: &mut Context<'_, S>) {
-        if let State::Closing { ends, .. } = &mut self.state {
-            let ends = std::mem::take(ends);
-            self.begin_closing(ends, cx);
-        }
-    }
-
-    /// Shortens the closing when the proxy begins to stop. Only then do probes get a limit at all.
-    pub(crate) fn begin_to_stop(&mut self, cx: &mut Context<'_, S>) {
-        if let State::Closing { until, .. } = &mut self.state {
-            let at = match *until {
-                None => cx.now + LAST_DRAIN,
-                Some(until) => until.min(cx.now + LINGER),
-            };
-            *until = Some(at);
-            self.wake_by(at);
-        }
+    /// Shortens the closing to what the current phase allows. A probe may take as long as the proxy
+    /// runs.
+    pub(crate) fn shorten_closing(&mut self, cx: &mut Context<'_, S>) {
+        let State::Closing { ends, until } = &mut self.state else {
+            return;
+        };
+        let at = match *until {
+            None if cx.phase == Phase::Running => return,
+            None => cx.now + LAST_DRAIN,
+            Some(until) => until.min(after(cx.now, time_to_close(&self.forward, ends, cx.phase))),
+        };
+        *until = Some(at);
+        self.wake_by(at);
     }
 
     /// Requests the end of the threads, and tries again until they report that they have ended.
@@ -268,5 +255,18 @@ impl<S: Socket> Connection<S> {
         self.wake_at = None;
         self.enter(State::Closed);
         cx.request(Action::Drop);
+    }
+}
+
+/// Returns how long the ends that are left may take to close.
+fn time_to_close<S>(forward: &Forward, ends: &[Option<Closing<S>>; 2], phase: Phase) -> Duration {
+    let drain = forward.rule.timeouts.drain;
+    let is_graceful = |side: &Side| ends[*side].is_some() && forward.needs_graceful_close(*side);
+    match phase {
+        Phase::Cutting => LAST_DRAIN.min(drain),
+        // A peer that is no longer there must not delay the stop.
+        Phase::Stopping => LINGER.min(drain),
+        Phase::Running if Side::BOTH.iter().any(is_graceful) => drain,
+        Phase::Running => LINGER,
     }
 }

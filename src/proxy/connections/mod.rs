@@ -359,7 +359,7 @@ impl<D: Driver> Connections<D> {
     /// Shortens the time of what is being closed, when the proxy begins to stop.
     pub(super) fn begin_to_stop(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
-            self.with(id, cx, Connection::begin_to_stop);
+            self.with(id, cx, Connection::shorten_closing);
         }
     }
 

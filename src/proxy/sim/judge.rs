@@ -70,7 +70,7 @@ pub(super) enum Hazard {
 pub(super) type Phase = &'static str;
 
 /// How connections go from state to state. Those that threads carry are not simulated.
-pub(super) const TRANSITIONS: [(Phase, Phase); 16] = [
+pub(super) const TRANSITIONS: [(Phase, Phase); 15] = [
     ("new", "waiting"),
     // A probe, which wants to be refused.
     ("new", "closing"),
@@ -87,7 +87,6 @@ pub(super) const TRANSITIONS: [(Phase, Phase); 16] = [
     ("proving", "closing"),
     ("relaying", "closing"),
     // Its time is made shorter.
-    ("closing", "closing"),
     ("closing", "closed"),
 ];
 
