@@ -43,7 +43,7 @@ pub(crate) struct RuleOptions {
 
 /// How long the connections of a rule may take for what.
 #[derive(Args, Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(default, expecting = "an object of times in seconds")]
+#[serde(default)]
 struct TimeoutOptions {
     /// Seconds a client may wait for its target to be connected
     #[arg(long = "dial-timeout", value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
@@ -174,7 +174,11 @@ impl RuleOptions {
             let unknown = || format!("there is no `{key}`; there are {}", known.join(", "));
             place = place.get_mut(key).ok_or_else(unknown)?;
         }
-        let is_left_out = value.is_null() && !place.is_object();
+        if place.is_object() {
+            let kind = values::kind(&value);
+            return Err(format!("it is {kind}; write an object of times in seconds"));
+        }
+        let is_left_out = value.is_null();
         *place = value;
         match serde_json::from_value(all) {
             Ok(options) => *self = options,
@@ -280,5 +284,40 @@ mod tests {
         assert_eq!(by_file, options);
         assert_eq!(Line::parse_from(words).options, options);
         assert_eq!(RuleOptions::from(&options.applied_to(rule())), options);
+    }
+
+    #[test]
+    fn what_can_not_be_is_told_and_changes_nothing() {
+        let mut options = RuleOptions::default();
+        let mut set = |path: &str, value| {
+            let path: Vec<String> = path.split('.').map(str::to_owned).collect();
+            let set = options.set(&path, value);
+            (
+                set.map_or_else(|why| why, |()| String::new()),
+                options.clone(),
+            )
+        };
+        for (path, value, part) in [
+            ("mode", json!(600), "write permissions as a string"),
+            ("timeouts", json!([]), "an object of times"),
+            ("timeouts.x", json!(1), "there is no `x`; there are `dial`"),
+            ("colour", json!(1), "there is no `colour`"),
+            ("connections", json!(0), "0 is not a number from 1"),
+            // As if it were left out.
+            ("mode", Value::Null, ""),
+        ] {
+            let (why, options) = set(path, value);
+            assert!(
+                why.contains(part) && (part.is_empty() == why.is_empty()),
+                "{path}: {why}"
+            );
+            assert_eq!(options, RuleOptions::default(), "{path}");
+        }
+        let idle = |(_, options): (String, RuleOptions)| options.timeouts.idle;
+        assert_eq!(
+            idle(set("timeouts.idle", json!("1m"))),
+            Some(Duration::from_secs(60))
+        );
+        assert_eq!(idle(set("timeouts.idle", Value::Null)), None);
     }
 }

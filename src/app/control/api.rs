@@ -1,10 +1,10 @@
 //! The calls: what a request asks for, and what it is answered.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hyper::StatusCode;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ALLOW, HeaderValue};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
@@ -13,14 +13,37 @@ use tracing::info;
 
 use crate::address::Address;
 use crate::app::output;
+use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::proxy::{ForwardStatus, Handle};
 
-use super::http::{Request, Response};
+use super::endpoint::{Endpoint, Service};
+use super::http::{JSON, Request, Response, response};
 use super::metrics;
 use super::model::{Forward, RuleBody, Status, read_rule};
-use super::server::{Endpoint, Service};
-use super::{Actions, Problem};
+use super::problem::Problem;
+
+/// What the server needs of its program.
+pub(crate) struct Actions {
+    /// The options of a rule that says none.
+    pub(crate) options: Box<dyn Fn() -> RuleOptions + Send + Sync>,
+    /// The forwards that are wanted and can't be had now.
+    pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
+    /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.
+    pub(crate) reload: Option<Reload>,
+    /// How long connections may take to finish unless it is said.
+    pub(crate) grace: Box<dyn Fn() -> Duration + Send + Sync>,
+}
+
+/// See [`Actions::reload`].
+pub(crate) type Reload =
+    Box<dyn Fn() -> std::result::Result<serde_json::Value, Problem> + Send + Sync>;
+
+impl fmt::Debug for Actions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Actions")
+    }
+}
 
 /// Answers requests.
 #[derive(Debug)]
@@ -316,8 +339,6 @@ fn unknown(key: &str) -> Problem {
     Problem::new(400, format!("nothing is called {key:?} here"))
 }
 
-const JSON: &str = "application/json";
-
 const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
     GET /v1/connections, POST /v1/reload, POST /v1/stop, GET /metrics";
 
@@ -330,23 +351,4 @@ fn wrong_method(allow: &'static str) -> Response {
     let allow = HeaderValue::from_static(allow);
     response.headers_mut().insert(ALLOW, allow);
     response
-}
-
-fn response(status: u16, content_type: &'static str, body: String) -> Response {
-    let mut response = Response::new(body);
-    // Of our own none is out of range.
-    *response.status_mut() = StatusCode::from_u16(status).unwrap_or_default();
-    let content_type = HeaderValue::from_static(content_type);
-    response.headers_mut().insert(CONTENT_TYPE, content_type);
-    response
-}
-
-impl Problem {
-    pub(super) fn response(&self) -> Response {
-        let mut body = serde_json::json!({"error": self.error});
-        if let Some(remedy) = &self.remedy {
-            body["remedy"] = remedy.as_str().into();
-        }
-        response(self.status, JSON, format!("{body:#}\n"))
-    }
 }

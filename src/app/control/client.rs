@@ -20,7 +20,8 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::http::Io;
-use super::{Problem, place};
+use super::place;
+use super::problem::Problem;
 use crate::app::escape;
 use crate::error::{Error, Operation};
 use crate::stream::Stream;

@@ -169,4 +169,24 @@ mod tests {
             assert!(is_there(&clients, &last) && clients.served.len() == 3);
         });
     }
+
+    #[test]
+    fn who_waits_for_us_is_given_all_the_time_and_who_does_not_so_much() {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_time().build().unwrap();
+        runtime.block_on(async {
+            let (client, most) = (Client::new(), Duration::from_millis(5));
+            let patience = Duration::from_secs(20);
+            tokio::time::timeout(patience, client.keeps_waiting(most))
+                .await
+                .unwrap();
+            client.begins(Phase::Waiting);
+            let waits = tokio::time::timeout(20 * most, client.keeps_waiting(most));
+            waits.await.unwrap_err();
+            client.begins(Phase::Hearing);
+            tokio::time::timeout(patience, client.keeps_waiting(most))
+                .await
+                .unwrap();
+        });
+    }
 }

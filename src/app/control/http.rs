@@ -11,19 +11,19 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http_body_util::BodyExt;
-use hyper::Method;
 use hyper::body::{Body, Bytes, Incoming};
-use hyper::header::TRANSFER_ENCODING;
+use hyper::header::{CONTENT_TYPE, HeaderValue, TRANSFER_ENCODING};
 use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
+use hyper::{Method, StatusCode};
 use percent_encoding::percent_decode_str;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::Problem;
 use super::clients::{Client, Phase};
+use super::problem::Problem;
 use crate::sys;
 
 /// The longest request line and headers.
@@ -53,6 +53,29 @@ pub(super) struct Request {
 
 /// What a client is answered.
 pub(super) type Response = hyper::Response<String>;
+
+pub(super) const JSON: &str = "application/json";
+
+/// Returns an answer.
+pub(super) fn response(status: u16, content_type: &'static str, body: String) -> Response {
+    let mut response = Response::new(body);
+    // Of our own none is out of range.
+    *response.status_mut() = StatusCode::from_u16(status).unwrap_or_default();
+    let content_type = HeaderValue::from_static(content_type);
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    response
+}
+
+impl Problem {
+    /// Returns it as an answer.
+    pub(super) fn response(&self) -> Response {
+        let mut body = serde_json::json!({"error": self.error});
+        if let Some(remedy) = &self.remedy {
+            body["remedy"] = remedy.as_str().into();
+        }
+        response(self.status, JSON, format!("{body:#}\n"))
+    }
+}
 
 /// Answers a client's request as `answer` does. A client that breaks off needs no answer.
 pub(super) async fn serve<F: Future<Output = Response>>(

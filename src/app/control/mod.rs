@@ -38,29 +38,31 @@
 mod api;
 mod client;
 mod clients;
+mod endpoint;
 mod http;
 mod metrics;
 mod model;
 mod place;
+mod problem;
 mod server;
 
-use std::fmt;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::address::{Address, TcpAddress};
-use crate::app::rule::RuleOptions;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::proxy::Handle;
 
+pub(crate) use api::Actions;
 pub(crate) use client::{Unanswered, ask, get, read, segment};
 pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
 pub(crate) use place::default_path;
+pub(crate) use problem::Problem;
 
 use api::Api;
-use server::{Door, Server, Service};
+use endpoint::{Door, Service};
+use server::Server;
 
 /// Which sockets there are to be.
 #[derive(Clone, Debug, Default)]
@@ -79,28 +81,6 @@ pub(crate) enum Unavailable {
     Fails,
     /// It is tried again, and shown meanwhile. But a control socket that another hvsock has fails.
     IsTriedAgain,
-}
-
-/// What the server needs of its program.
-pub(crate) struct Actions {
-    /// The options of a rule that says none.
-    pub(crate) options: Box<dyn Fn() -> RuleOptions + Send + Sync>,
-    /// The forwards that are wanted and can't be had now.
-    pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
-    /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.
-    pub(crate) reload: Option<Reload>,
-    /// How long connections may take to finish unless it is said.
-    pub(crate) grace: Box<dyn Fn() -> Duration + Send + Sync>,
-}
-
-/// See [`Actions::reload`].
-pub(crate) type Reload =
-    Box<dyn Fn() -> std::result::Result<serde_json::Value, Problem> + Send + Sync>;
-
-impl fmt::Debug for Actions {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Actions")
-    }
 }
 
 /// Sockets on which nobody is served yet: who connects waits. Dropped, they are gone.
@@ -178,60 +158,4 @@ impl Bound {
 #[derive(Debug)]
 pub(crate) struct Control {
     _server: Server,
-}
-
-/// Why something that was asked for is not done.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Problem {
-    /// HTTP's.
-    pub(crate) status: u16,
-    pub(crate) error: String,
-    pub(crate) remedy: Option<String>,
-}
-
-impl Problem {
-    pub(crate) fn new(status: u16, error: impl Into<String>) -> Problem {
-        Problem {
-            status,
-            error: error.into(),
-            remedy: None,
-        }
-    }
-
-    pub(crate) fn with_remedy(mut self, remedy: impl Into<String>) -> Problem {
-        self.remedy = Some(remedy.into());
-        self
-    }
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.error)?;
-        match &self.remedy {
-            Some(remedy) => write!(f, "; {remedy}"),
-            None => Ok(()),
-        }
-    }
-}
-
-impl From<Error> for Problem {
-    fn from(error: Error) -> Problem {
-        let status = match error.kind() {
-            ErrorKind::InvalidInput
-            | ErrorKind::InvalidFilename
-            | ErrorKind::Unsupported
-            | ErrorKind::NotFound
-            | ErrorKind::AddrNotAvailable => 400,
-            ErrorKind::PermissionDenied => 403,
-            ErrorKind::AddrInUse | ErrorKind::AlreadyExists => 409,
-            ErrorKind::NotConnected => 503,
-            _ => 500,
-        };
-        let (operation, subject, cause) = (error.operation(), error.subject(), error.cause());
-        Problem {
-            status,
-            error: format!("{operation} {subject}: {cause}"),
-            remedy: error.remedy().map(str::to_owned),
-        }
-    }
 }

@@ -14,7 +14,7 @@ use crate::proxy::{
 };
 use crate::time::{unix, unix_option};
 
-use super::Problem;
+use super::problem::Problem;
 
 /// All there is to see at a glance.
 #[derive(Clone, Debug, Serialize, Deserialize)]

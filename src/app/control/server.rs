@@ -7,9 +7,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
@@ -18,9 +18,8 @@ use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
-use crate::address::{Address, UnixAddress};
+use crate::address::Address;
 use crate::error::{Error, Operation, Result};
-use crate::listener::DEFAULT_MODE;
 use crate::listener::lasting::FileWatch;
 use crate::listener::nonblocking::{Listener, has_client_left, is_broken};
 use crate::stream::{Stream, nonblocking};
@@ -28,8 +27,8 @@ use crate::sys::{self, AsSocket};
 
 use super::api::{Api, CALLS_AT_A_TIME};
 use super::clients::{Client, Clients, lock, most_clients};
-use super::model::Unserved;
-use super::{http, place};
+use super::endpoint::{Door, Endpoint, Service};
+use super::http;
 
 /// Returns how many descriptors the server of so many sockets needs: for their clients, themselves, and the runtime.
 pub(super) fn descriptors(sockets: usize) -> usize {
@@ -55,105 +54,6 @@ const WATCH: Duration = Duration::from_secs(1);
 
 /// How often a socket is tried again that can't be bound.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
-
-/// What is served on a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Service {
-    /// Everything, to this user.
-    Control,
-    /// The metrics alone, to whoever can connect.
-    Metrics,
-}
-
-/// Where a service is to be, and how it is there.
-#[derive(Debug)]
-pub(super) struct Endpoint {
-    pub(super) service: Service,
-    /// With the port that was chosen, if one was to be.
-    pub(super) address: Address,
-    /// Why nobody is served there, if so.
-    trouble: Mutex<Option<Unserved>>,
-}
-
-impl Endpoint {
-    fn lock(&self) -> MutexGuard<'_, Option<Unserved>> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Returns why nobody is served there, if so.
-    pub(super) fn trouble(&self) -> Option<Unserved> {
-        self.lock().clone()
-    }
-
-    /// Notes why nobody is served, and returns whether that is news.
-    fn mark_unserved(&self, why: String) -> bool {
-        let mut trouble = self.lock();
-        let before = trouble.take();
-        let is_new = before.as_ref().is_none_or(|before| before.why != why);
-        *trouble = Some(Unserved {
-            service: match self.service {
-                Service::Control => "control".to_owned(),
-                Service::Metrics => "metrics".to_owned(),
-            },
-            address: self.address.to_string(),
-            why,
-            since: before.map_or_else(SystemTime::now, |before| before.since),
-        });
-        is_new
-    }
-
-    /// Listens there. It may block.
-    fn bind(&self) -> Result<Listener> {
-        bind(self.service, &self.address)
-    }
-}
-
-fn bind(service: Service, address: &Address) -> Result<Listener> {
-    if let (Service::Control, Address::Unix(UnixAddress::Path(path))) = (service, address) {
-        place::prepare(path)?;
-    }
-    Listener::bind(address, DEFAULT_MODE)
-}
-
-/// An endpoint, and the socket that listens there, if it could be bound.
-#[derive(Debug)]
-pub(super) struct Door {
-    pub(super) endpoint: Arc<Endpoint>,
-    listener: Option<Arc<Listener>>,
-}
-
-impl Door {
-    /// Listens at `address`: nobody is served yet, who connects waits.
-    ///
-    /// # Errors
-    /// As those of [`Listener::bind`], and that others could get at the control socket.
-    pub(super) fn open(service: Service, address: &Address) -> Result<Door> {
-        let listener = bind(service, address)?;
-        let address = listener.bound(address);
-        Ok(Door {
-            endpoint: Arc::new(Endpoint {
-                service,
-                address,
-                trouble: Mutex::default(),
-            }),
-            listener: Some(Arc::new(listener)),
-        })
-    }
-
-    /// One that can't be opened yet, for that reason.
-    pub(super) fn closed(service: Service, address: &Address, error: &Error) -> Door {
-        let endpoint = Endpoint {
-            service,
-            address: address.clone(),
-            trouble: Mutex::default(),
-        };
-        endpoint.mark_unserved(error.to_string());
-        Door {
-            endpoint: Arc::new(endpoint),
-            listener: None,
-        }
-    }
-}
 
 fn fail(cause: io::Error) -> Error {
     Error::new(Operation::Run, "the control socket", cause)
@@ -309,7 +209,7 @@ impl Acceptor {
             Ok(listener) => {
                 info!("listening on {address} now");
                 self.listener = Some(Arc::new(listener));
-                *self.endpoint.lock() = None;
+                self.endpoint.mark_served();
             }
             Err(e) => {
                 if self.endpoint.mark_unserved(e.to_string()) {
@@ -414,7 +314,7 @@ mod tests {
 
     use super::http::Request;
     use super::*;
-    use crate::app::control::Actions;
+    use crate::app::control::api::Actions;
     use crate::app::rule::RuleOptions;
     use crate::proxy::{Proxy, ProxyConfig};
 

@@ -1,0 +1,62 @@
+//! Why something that was asked for is not done.
+
+use std::fmt;
+use std::io::ErrorKind;
+
+use crate::error::Error;
+
+/// Why something that was asked for is not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Problem {
+    /// HTTP's.
+    pub(crate) status: u16,
+    pub(crate) error: String,
+    pub(crate) remedy: Option<String>,
+}
+
+impl Problem {
+    pub(crate) fn new(status: u16, error: impl Into<String>) -> Problem {
+        Problem {
+            status,
+            error: error.into(),
+            remedy: None,
+        }
+    }
+
+    pub(crate) fn with_remedy(mut self, remedy: impl Into<String>) -> Problem {
+        self.remedy = Some(remedy.into());
+        self
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.error)?;
+        match &self.remedy {
+            Some(remedy) => write!(f, "; {remedy}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Problem {
+        let status = match error.kind() {
+            ErrorKind::InvalidInput
+            | ErrorKind::InvalidFilename
+            | ErrorKind::Unsupported
+            | ErrorKind::NotFound
+            | ErrorKind::AddrNotAvailable => 400,
+            ErrorKind::PermissionDenied => 403,
+            ErrorKind::AddrInUse | ErrorKind::AlreadyExists => 409,
+            ErrorKind::NotConnected => 503,
+            _ => 500,
+        };
+        let (operation, subject, cause) = (error.operation(), error.subject(), error.cause());
+        Problem {
+            status,
+            error: format!("{operation} {subject}: {cause}"),
+            remedy: error.remedy().map(str::to_owned),
+        }
+    }
+}
