@@ -1,5 +1,7 @@
-//! Between a stream for which no poller can wait, and one for which nothing else can: a named pipe whose poller had it
-//! first, and AF_HYPERV. A pair of TCP sockets of this machine lies between; a bridge carries from the one to the other.
+//! Adapters between a stream that no poller can wait for and one that only a poller can wait for:
+//! AF_HYPERV, and a named pipe whose poller had it first. A pair of local TCP sockets lies between
+//! them; relay threads carry the bytes from the one to the other. The loop sees only the TCP
+//! socket.
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -14,7 +16,7 @@ use crate::engine::relay::Side;
 use crate::stream;
 use crate::stream::nonblocking::{Stream, set_tcp_options};
 
-/// How many adapters there are.
+/// The number of live adapters.
 #[derive(Debug, Default)]
 pub(super) struct Adapters {
     live: Mutex<usize>,
@@ -26,7 +28,7 @@ impl Adapters {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until all have ended, at most `timeout`.
+    /// Waits until all adapters have ended, at most `timeout`.
     pub(super) fn wait(&self, timeout: Duration) {
         let some = |live: &mut usize| *live > 0;
         drop(self.ended.wait_timeout_while(self.live(), timeout, some));
@@ -35,14 +37,14 @@ impl Adapters {
 
 /// One adapter.
 struct Adapter {
-    /// The side of the stream that is waited for by threads.
+    /// The side of the stream that threads wait for.
     side: Side,
     drain: Duration,
     adapters: Arc<Adapters>,
 }
 
 impl Order for Adapter {
-    /// The loop counts.
+    /// Does nothing, because the loop counts the bytes.
     fn delivered(&self, _: Side, _: u64) {}
 
     fn drain(&self, side: Side) -> Option<Duration> {
@@ -55,7 +57,7 @@ impl Order for Adapter {
     }
 }
 
-/// Puts a stream that leads to `stream`, the end of `side`, in its place.
+/// Replaces `stream`, the end of `side`, by a TCP socket that leads to it through an adapter.
 pub(super) fn insert(
     side: Side,
     stream: &mut Stream,
@@ -86,18 +88,19 @@ pub(super) fn insert(
         adapters: Arc::clone(adapters),
     };
     if RelayThreads::start(streams, order).is_err() {
-        // There is no thread. Both were reset, and `stream` is with them.
+        // No thread could be started. Both streams were reset, and with them what `stream` leads
+        // to.
         *adapters.live() -= 1;
     }
     Ok(())
 }
 
-/// Two sockets of this machine that are connected with each other.
+/// Returns two local sockets that are connected with each other.
 fn pair() -> io::Result<[TcpStream; 2]> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let near = TcpStream::connect(listener.local_addr()?)?;
     let ours = near.local_addr()?;
-    // Another program may have guessed the port and been quicker.
+    // Another program may have guessed the port and connected first.
     for _ in 0..16 {
         let (far, peer) = listener.accept()?;
         if peer == ours {

@@ -1,4 +1,5 @@
-//! What is done with a proxy that runs from outside of its workers, whichever driver they have.
+//! The operations on a running proxy from outside of its workers, with any driver. They reach the
+//! workers through their inboxes, and wait for the answers.
 
 use std::io;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use crate::engine::id::ForwardId;
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{ConnectionStatus, ForwardStatus};
 
-/// What a [`Handle`](super::Handle) does, in any driver.
+/// The implementation of [`Handle`](super::Handle) for any driver.
 #[derive(Debug)]
 pub(super) struct Controller<D: Driver> {
     pub(super) shared: Arc<Shared<D>>,
@@ -34,18 +35,18 @@ impl<D: Driver> Clone for Controller<D> {
     }
 }
 
-/// How long a worker may take to answer: it does at once, unless it has ended.
+/// How long a worker may take to answer. It answers at once, unless it hangs or has ended.
 const ANSWER: Duration = Duration::from_secs(5);
 
 impl<D: Driver> Controller<D> {
-    /// As [`Handle::forwards`](super::Handle::forwards).
+    /// See [`Handle::forwards`](super::Handle::forwards).
     pub(super) fn forwards(&self) -> Vec<ForwardStatus> {
         let forwards = self.shared.forwards();
         let now = D::clock();
         forwards.iter().map(|forward| forward.status(now)).collect()
     }
 
-    /// As [`Handle::add`](super::Handle::add).
+    /// See [`Handle::add`](super::Handle::add).
     pub(super) fn add(&self, rule: Rule) -> Result<ForwardId> {
         let _change = self.binder.begin_change();
         let forwards = self.shared.forwards().clone();
@@ -56,7 +57,7 @@ impl<D: Driver> Controller<D> {
         if self.shared.is_stopping() {
             return Err(fail(stopping()));
         }
-        // Those that are there wait for their next client until there is room for it.
+        // Existing connections stay; the next client waits until there is room for it.
         let listeners = forwards.len() + 1;
         let descriptors = &self.shared.descriptors;
         if descriptors.room(listeners) == 0 {
@@ -66,7 +67,7 @@ impl<D: Driver> Controller<D> {
             descriptors.keep_some_for_guests();
         }
         self.shared.make_room(listeners);
-        // Its bound holds for its first client.
+        // The rule's bound must apply to its first client.
         self.shared.keep(&forward);
         let undo = |e| {
             self.shared.release(&forward);
@@ -80,7 +81,7 @@ impl<D: Driver> Controller<D> {
         Ok(id)
     }
 
-    /// As [`Handle::replace`](super::Handle::replace).
+    /// See [`Handle::replace`](super::Handle::replace).
     pub(super) fn replace(&self, id: ForwardId, rule: Rule) -> Result<()> {
         let _change = self.binder.begin_change();
         let forwards = self.shared.forwards().clone();
@@ -109,12 +110,12 @@ impl<D: Driver> Controller<D> {
         Ok(())
     }
 
-    /// As [`Handle::limit_vm`](super::Handle::limit_vm).
+    /// See [`Handle::limit_vm`](super::Handle::limit_vm).
     pub(super) fn limit_vm(&self, limits: &VmLimits) {
         self.binder.limit(limits);
     }
 
-    /// As [`Handle::remove`](super::Handle::remove).
+    /// See [`Handle::remove`](super::Handle::remove).
     pub(super) fn remove(&self, id: ForwardId, grace: Duration) -> Result<()> {
         let _change = self.binder.begin_change();
         let (forward, left) = {
@@ -138,30 +139,30 @@ impl<D: Driver> Controller<D> {
         }
     }
 
-    /// As [`Handle::connections`](super::Handle::connections).
+    /// See [`Handle::connections`](super::Handle::connections).
     pub(super) fn connections(&self) -> Vec<ConnectionStatus> {
         let answers = self.ask_all(Command::ListConnections, ANSWER);
         answers.into_iter().flatten().collect()
     }
 
-    /// As [`Handle::answers_within`](super::Handle::answers_within).
+    /// See [`Handle::answers_within`](super::Handle::answers_within).
     pub(super) fn answers_within(&self, patience: Duration) -> bool {
         let answers = self.ask_all(Command::Ping, patience).len();
         let ended = self.shared.ended.load(Ordering::Acquire);
         answers + ended >= self.shared.inboxes.len()
     }
 
-    /// As [`Handle::live`](super::Handle::live).
+    /// See [`Handle::live`](super::Handle::live).
     pub(super) fn live(&self) -> usize {
         self.shared.live.load(Ordering::Relaxed)
     }
 
-    /// As [`Handle::is_stopping`](super::Handle::is_stopping).
+    /// See [`Handle::is_stopping`](super::Handle::is_stopping).
     pub(super) fn is_stopping(&self) -> bool {
         self.shared.is_stopping()
     }
 
-    /// As [`Handle::stop`](super::Handle::stop).
+    /// See [`Handle::stop`](super::Handle::stop).
     pub(super) fn stop(&self, grace: Duration) {
         self.shared.stop_asked.store(true, Ordering::Release);
         self.binder.let_passed_go();
@@ -170,10 +171,11 @@ impl<D: Driver> Controller<D> {
         }
     }
 
-    /// Has one worker do something that it says when it is done.
+    /// Sends a command to one worker, and returns its answer.
     ///
     /// # Errors
-    /// `NotConnected` if it has ended, `TimedOut` if it doesn't answer. Then it doesn't do it later either.
+    /// Returns `NotConnected` if the worker has ended, `TimedOut` if it does not answer. The
+    /// command has no effect later either.
     fn ask<T>(
         &self,
         worker: usize,
@@ -197,14 +199,15 @@ impl<D: Driver> Controller<D> {
                     false => no_answer("nothing was changed"),
                 });
             }
-            // What it has begun it ends soon, unless it is about a file on a disk that hangs.
+            // A command that was begun ends soon, unless it is about a file on a disk that hangs.
             if elapsed() >= 2 * ANSWER {
                 return Err(no_answer("it has begun, and has not ended"));
             }
         }
     }
 
-    /// Tells all workers something, and waits for their answers, at most `patience`. Those that have ended give none.
+    /// Sends a command to all workers, and returns the answers that come within `patience`. Workers
+    /// that have ended give none.
     fn ask_all<T>(&self, command: impl Fn(Sender<T>) -> Command<D>, patience: Duration) -> Vec<T> {
         let (tell, told) = channel();
         for inbox in &self.shared.inboxes {
@@ -224,7 +227,7 @@ impl<D: Driver> Controller<D> {
     }
 }
 
-/// How often it is looked whether there is still somebody to answer.
+/// How often a wait for answers checks whether any worker is left.
 const LOOK: Duration = Duration::from_millis(50);
 
 fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {

@@ -1,24 +1,27 @@
-//! How the descriptors of the process are shared out.
+//! The budget of the process' descriptors. It counts, and opens nothing.
 //!
-//! Invariant 10: a connection is accepted only if there are descriptors for both its sockets. Out of descriptors a client
-//! is accepted and then reset; on macOS one that can't be given a descriptor is lost. So all else that has one is counted
-//! first: listeners, also those that are added later, pollers, pipes, and what the program has beside the proxy.
+//! Invariant 10: a connection is accepted only if there are descriptors for both its sockets.
+//! Without descriptors, a client is accepted and then reset; on macOS a client that can't be given
+//! a descriptor is lost. So everything else that has a descriptor is counted first: listeners,
+//! including those added later, pollers, pipes, and what the program has besides the proxy.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Operation};
 
-/// Descriptors to spare: standard streams, the log, names that are being resolved, listeners that are being replaced.
+/// The descriptors kept in reserve: for standard streams, the log, names that are being resolved,
+/// listeners that are being replaced.
 const SPARE: u64 = 64;
 
-/// Descriptors for the connections of guests, which can't be made to wait: hyperkit has 1,024 slots.
+/// The descriptors for connections of guests, which can't be made to wait: hyperkit has 1,024
+/// slots.
 const FOR_GUESTS: u64 = 2 * 1024;
 
-/// A poller, its waker and its registry's copy.
+/// A poller, its waker, and the copy of its registry.
 const PER_WORKER: u64 = 3;
 
-/// What takes descriptors beside connections.
+/// What uses descriptors besides connections.
 #[derive(Debug)]
 pub(crate) struct Descriptors {
     workers: u64,
@@ -28,8 +31,8 @@ pub(crate) struct Descriptors {
 }
 
 impl Descriptors {
-    /// Those of a proxy with so many workers, in a program that needs `others` for other things and
-    /// may have as many as `limit` says whenever it is asked.
+    /// Makes the budget of a proxy with so many workers, in a program that needs `others` for other
+    /// purposes. `limit` returns the process' limit whenever it is called.
     pub(crate) fn new(workers: usize, others: usize, limit: fn() -> Option<u64>) -> Descriptors {
         Descriptors {
             workers: workers as u64,
@@ -39,12 +42,12 @@ impl Descriptors {
         }
     }
 
-    /// Keeps some for guests, who can't be made to wait, from now on.
+    /// Keeps some descriptors for guests, which can't be made to wait, from now on.
     pub(super) fn keep_some_for_guests(&self) {
         self.guests.store(true, Ordering::Release);
     }
 
-    /// How many connections there are descriptors for beside so many listeners.
+    /// Returns how many connections there are descriptors for besides so many listeners.
     pub(crate) fn room(&self, listeners: usize) -> usize {
         match (self.limit)() {
             Some(limit) => self.room_within(limit, listeners as u64),
@@ -52,7 +55,7 @@ impl Descriptors {
         }
     }
 
-    /// Returns the error for so many listeners that they leave none for connections.
+    /// Returns the error for so many listeners that they leave no descriptors for connections.
     pub(super) fn too_few(
         &self,
         operation: Operation,
@@ -67,7 +70,7 @@ impl Descriptors {
             .with_remedy("raise the limit with `ulimit -n`")
     }
 
-    /// Returns how many pipes one worker may have, which gets as many as the others.
+    /// Returns how many pipes one worker may have. All workers get the same number.
     pub(super) fn pipes_of_a_worker(&self) -> usize {
         (pipes((self.limit)()) / self.workers.max(1)) as usize
     }
@@ -84,14 +87,14 @@ impl Descriptors {
     }
 }
 
-/// Where all is scarce a part of what is to spare has to do.
+/// Returns the reserve, which is smaller where the limit is low.
 fn spare(limit: u64) -> u64 {
     const LEAST: u64 = 16;
     (limit / 8).clamp(LEAST, SPARE)
 }
 
-/// Pipes that all workers may have together, where bytes can go through them: they take an eighth of the descriptors at
-/// most, and none where those are few.
+/// Returns how many pipes all workers may have together, where bytes can pass through pipes. They
+/// use at most an eighth of the descriptors, and none where the limit is low.
 fn pipes(descriptors: Option<u64>) -> u64 {
     const MOST: u64 = 256;
     match cfg!(target_os = "linux") {

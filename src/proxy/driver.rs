@@ -1,5 +1,8 @@
-//! What the loop learns from the world, and does to it (invariant 9): readiness, results of socket calls, and time come through
-//! [`Driver`] and nowhere else, so that a whole worker can run against simulated sockets and a simulated clock.
+//! The interface between the loop and the operating system. Readiness, results of socket calls, and
+//! time come to the loop through [`Driver`] and by no other way (invariant 9), so that a whole
+//! worker can run against simulated sockets and a simulated clock.
+//!
+//! Nothing here decides anything: policy belongs to the engine and to the loop.
 
 use std::io;
 use std::net::SocketAddr;
@@ -24,8 +27,8 @@ use crate::engine::id::ForwardId;
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 
-/// Whether what a worker is told to do is still wanted: it begins, or the one that asked gives up, whichever is first.
-/// What was given up does not happen.
+/// Whether a command to a worker is still wanted. Either the worker begins it, or the thread that
+/// asked gives it up, whichever is first. A command that was given up has no effect.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Wanted(Arc<AtomicU8>);
 
@@ -40,65 +43,65 @@ impl Wanted {
         decided.is_ok()
     }
 
-    /// Begins it; false if it was given up.
+    /// Begins the command. Returns false if it was given up.
     pub(crate) fn begin(&self) -> bool {
         self.decide(Wanted::BEGUN)
     }
 
-    /// Gives it up; false if it was begun.
+    /// Gives the command up. Returns false if it was begun.
     pub(crate) fn give_up(&self) -> bool {
         self.decide(Wanted::GIVEN_UP)
     }
 }
 
-/// What the loop learns in one wait.
+/// An event that one wait of the loop returns.
 #[derive(Debug)]
 pub(crate) enum Event<S, L> {
     /// The socket registered under this token became ready.
     Ready { token: usize, readiness: Readiness },
-    /// The name asked for with this token has these addresses.
+    /// The name that was resolved with this token has these addresses.
     Resolved {
         token: usize,
         addresses: io::Result<Vec<SocketAddr>>,
     },
-    /// The dial that was begun with this token has come to this.
+    /// The dial that was begun with this token has ended with this result.
     Dialled { token: usize, stream: Result<S> },
-    /// The bridge that was begun with this token has closed its streams.
+    /// The relay threads that were started with this token have closed their streams.
     ThreadsEnded { token: usize, ended: Ended },
-    /// What was seen of a VM from outside.
+    /// A look at a VM from outside has this result.
     VmSeen {
         gate: Arc<Gate>,
         identity: Option<VmIdentity>,
         process: Option<i32>,
     },
-    /// What has become of a listener's file, or of a listener that was to be bound again.
+    /// A listener's file was checked, or its address was bound again, with this result.
     Listener { of: ListenerId, found: Found<L> },
-    /// Why the dial of this token has failed.
+    /// The dial of this token failed for this reason.
     Explained { token: usize, error: Error },
 }
 
-/// A listener of a worker: its token, and the forward whose it is, for a token is used again.
+/// The identifier of a worker's listener: its token, and its forward, since tokens are used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListenerId {
     pub(crate) token: usize,
     pub(crate) forward: ForwardId,
 }
 
-/// What was found where a listener's socket should be.
+/// The result of checking a listener's file or of binding its address again.
 #[derive(Debug)]
 pub(crate) enum Found<L> {
-    /// Its file is there.
+    /// The file is the listener's own.
     Ours,
-    /// Another program's file is there.
+    /// The file belongs to another program.
     Taken,
-    /// There was none; a new one was bound.
+    /// The file was missing; a new listener was bound.
     Bound(L),
-    /// There is none, and none can be bound.
+    /// The file is missing, and no listener can be bound.
     Failed(Error),
 }
 
-/// Everything a worker asks of its surroundings; and what those ask who look at a proxy and change
-/// it from outside of its workers' loops, which have no driver at hand.
+/// Everything that a worker needs of the operating system. Functions without `self` serve callers
+/// outside of the workers' loops, which have no driver.
 pub(crate) trait Driver: Sized {
     type Stream: Socket;
     type Listener;
@@ -106,24 +109,23 @@ pub(crate) trait Driver: Sized {
     /// Binds an address and listens on it. A Unix socket's file gets the permissions `mode`.
     ///
     /// # Errors
-    /// `AddrInUse` if somebody listens there; what the system says otherwise.
+    /// Returns `AddrInUse` if another socket listens there, or else the system's error.
     fn bind(address: &Address, mode: u32) -> Result<Self::Listener>;
-    /// Takes over a socket that listened already.
+    /// Converts a socket that listened already.
     fn take_passed(listener: listener::Listener) -> Self::Listener;
-    /// Returns the address that was bound when `asked` was asked for: with the port that was
-    /// chosen.
+    /// Returns the address that was bound for `asked`, with the port that was chosen.
     fn bound(listener: &Self::Listener, asked: &Address) -> Address;
-    /// Returns the time, on the clock that [`now`](Driver::now) shows.
+    /// Returns the time of the clock that [`now`](Driver::now) reads.
     fn clock() -> Instant;
-    /// Waits for what a worker has to tell, at most `patience`.
+    /// Waits for the answer of a worker, at most `patience`.
     ///
     /// # Errors
-    /// As those of [`Receiver::recv_timeout`].
+    /// Returns the errors of [`Receiver::recv_timeout`].
     fn receive<T>(
         told: &Receiver<T>,
         patience: Duration,
     ) -> std::result::Result<T, RecvTimeoutError>;
-    /// Returns how many descriptors the process may have; `None` if no limit is known.
+    /// Returns the process' limit of descriptors, or `None` if none is known.
     fn descriptor_limit() -> Option<u64>;
 
     fn now(&self) -> Instant;
@@ -136,12 +138,15 @@ pub(crate) trait Driver: Sized {
 
     fn watch_listener(&mut self, listener: &mut Self::Listener, token: usize) -> io::Result<()>;
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
-    /// Looks whether a listener's file is still there, and binds the address again if it isn't; [`Event::Listener`]
-    /// answers. False if it has no file of its own.
+    /// Checks whether a listener's file is still there, and binds the address again if it is
+    /// missing; the result is an [`Event::Listener`]. Returns false if the listener has no file of
+    /// its own.
     fn check_file(&mut self, listener: &Self::Listener, of: ListenerId, rule: &Rule) -> bool;
-    /// Binds an address again, after its listener was closed, if there is one; [`Event::Listener`] answers.
+    /// Closes the old listener, if there is one, and binds its address again; the result is an
+    /// [`Event::Listener`].
     fn bind_again(&mut self, old: Option<Self::Listener>, of: ListenerId, rule: &Rule);
-    /// Gives a listener's file other permissions, if they are still wanted then; `done` gets what has come of it.
+    /// Changes the permissions of a listener's file, if that is still wanted then. The result is
+    /// sent to `done`.
     fn set_mode(
         &mut self,
         listener: &Self::Listener,
@@ -149,38 +154,40 @@ pub(crate) trait Driver: Sized {
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     );
-    /// Closes a listener and removes its file; `done` is told when its address is free again.
+    /// Closes a listener and removes its file. `done` is notified when the address is free.
     fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
 
-    /// Begins to connect. Of a hyperkit VM: and by what it is known.
+    /// Begins to connect. For a hyperkit VM it also returns the VM's identity.
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
-    /// Explains why a dial has failed; `None` if that takes a look at files: then [`Event::Explained`] answers.
+    /// Explains why a dial failed. Returns `None` if that requires a look at files; the result is
+    /// then an [`Event::Explained`].
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
-    /// By what a listener's clients know it, if they do.
+    /// Returns the name by which clients know a listener, if they know one.
     fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
     /// Registers a stream, readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
     fn close(&mut self, stream: Self::Stream);
-    /// Closes so that the peer reads a reset, where the family can.
+    /// Closes a stream so that its peer reads a reset, where the family can reset.
     fn reset(&mut self, stream: Self::Stream);
 
-    /// Asks for the addresses of `host`; [`Event::Resolved`] answers.
+    /// Resolves `host`; the result is an [`Event::Resolved`].
     fn resolve(&mut self, token: usize, host: &str, port: u16);
-    /// Whether the process at the other end of a stream is ending or has ended, as far as the system tells.
+    /// Returns whether the process at the other end of a stream is ending or has ended, as far as
+    /// the system tells.
     fn has_peer_ended(&mut self, stream: &Self::Stream) -> bool;
-    /// Lets go of what was kept for connections: there are none.
+    /// Releases what was kept for connections, since there are none any more.
     fn rest(&mut self);
-    /// Looks which VM stands behind the state directory of `gate` now, and whether its process lives; [`Event::VmSeen`]
-    /// answers.
+    /// Looks up the VM behind the state directory of `gate`, and whether its process lives; the
+    /// result is an [`Event::VmSeen`].
     fn look_at_vm(&mut self, gate: &Arc<Gate>);
 
-    /// Connects to an address to which connecting blocks; [`Event::Dialled`] answers.
+    /// Connects to an address to which connecting blocks; the result is an [`Event::Dialled`].
     fn dial(&mut self, token: usize, address: &Address, timeout: Duration);
-    /// Carries between two streams, of which one at least can't be waited for, until [`Event::ThreadsEnded`]. It may take
-    /// `drain` to take leave of a side.
+    /// Relays between two streams on threads, since at least one of them can't be polled, until
+    /// [`Event::ThreadsEnded`]. Draining a side may take `drain`.
     ///
     /// # Errors
-    /// It can't be begun; both were reset.
+    /// Returns the reason if no thread can be started; both streams were reset then.
     fn start_threads(
         &mut self,
         token: usize,
@@ -188,19 +195,19 @@ pub(crate) trait Driver: Sized {
         forward: &Arc<Forward>,
         drain: Duration,
     ) -> io::Result<()>;
-    /// Puts a stream for which a poller can wait in the place of one, that of `side`, for which none can. What is written
-    /// to it at the end may take `drain` to arrive.
+    /// Replaces `stream`, the end of `side`, which no poller can wait for, by one that can be
+    /// polled. What is written to it at the end may take `drain` to arrive.
     ///
     /// # Errors
-    /// It can't be had: the stream is as it was.
+    /// Returns the reason if there can be no adapter; the stream is unchanged then.
     fn insert_adapter(
         &mut self,
         side: Side,
         stream: &mut Self::Stream,
         drain: Duration,
     ) -> io::Result<()>;
-    /// How far a bridge is; `None` if there is none.
+    /// Returns the progress of relay threads, or `None` if there are none under the token.
     fn threads_progress(&self, token: usize) -> Option<Progress>;
-    /// Breaks a bridge off, which is to be tried again until [`Event::ThreadsEnded`].
+    /// Cuts relay threads off. It is called again until [`Event::ThreadsEnded`] comes.
     fn cut_threads(&mut self, token: usize);
 }

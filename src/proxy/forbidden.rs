@@ -1,14 +1,15 @@
-//! Whether a target is one of those where no rule may lead, however it is spelled.
+//! Targets that no rule may have, in whatever form they are spelled.
 //!
-//! It is asked when a rule is bound, and answers for that moment: who can make symbolic links can lead elsewhere later.
-//! So whoever listens at such a place had better look at who comes, too.
+//! The check is made when a rule is bound, and holds for that moment: a person who can create
+//! symbolic links can redirect a path later. So the program that listens at such an address should
+//! check its peers as well.
 
 use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 
-/// Whether who connects to `target` may come out at `place`.
+/// Returns whether a connection to `target` may arrive at `place`.
 pub(crate) fn leads_to(target: &Address, place: &Address) -> bool {
     match place {
         Address::Unix(UnixAddress::Path(place)) => target
@@ -24,7 +25,7 @@ pub(super) fn is_same(one: &Path, other: &Path) -> bool {
     is_one_file(one, other) || real(one) == real(other)
 }
 
-/// Whether both are names of one file, that is there.
+/// Returns whether both paths name one existing file.
 fn is_one_file(one: &Path, other: &Path) -> bool {
     #[cfg(unix)]
     {
@@ -40,7 +41,7 @@ fn is_one_file(one: &Path, other: &Path) -> bool {
     }
 }
 
-/// Where the path leads in the end; the file itself need not be there.
+/// Returns the path without symbolic links; the file itself need not exist.
 fn real(path: &Path) -> PathBuf {
     if let Ok(real) = path.canonicalize() {
         return real;
@@ -56,8 +57,9 @@ fn real(path: &Path) -> PathBuf {
     }
 }
 
-/// Whether `target` may be the port of `place`. A listener on one of this machine's addresses is taken to be reachable by
-/// each of them, and a name to mean anything: it is resolved anew for each connection.
+/// Returns whether `target` may be the port of `place`. A listener on one of this machine's
+/// addresses is assumed to be reachable by each of them. A name is assumed to stand for any
+/// address, since it is resolved anew for each connection.
 fn may_be(target: &TcpAddress, place: &TcpAddress) -> bool {
     target.port == place.port
         && match (&target.host, &place.host) {
@@ -68,7 +70,7 @@ fn may_be(target: &TcpAddress, place: &TcpAddress) -> bool {
 }
 
 pub(super) fn is_this_machine(ip: IpAddr) -> bool {
-    // What can be bound is ours; nothing is sent.
+    // An address that can be bound is this machine's; nothing is sent.
     ip.is_unspecified() || ip.is_loopback() || UdpSocket::bind((ip, 0)).is_ok()
 }
 
@@ -101,7 +103,7 @@ mod tests {
                 assert!(leads(&format!("tcp://{host}:9100"), place), "{host}");
                 assert!(!leads(&format!("tcp://{host}:9101"), place), "{host}");
             }
-            // RFC 5737: nobody's. (Wine binds whatever it is asked for.)
+            // An address of nobody's (RFC 5737). (Wine binds whatever it is asked for.)
             assert!(cfg!(windows) || !leads("tcp://192.0.2.1:9100", place));
         }
         assert!(leads("tcp://192.0.2.1:9100", "tcp://192.0.2.1:9100"));
@@ -119,7 +121,7 @@ mod tests {
         fs::create_dir(dir.join("d")).unwrap();
         symlink("d", dir.join("dlink")).unwrap();
         symlink("d/s", dir.join("link")).unwrap();
-        // Whether it is there yet or not.
+        // Before and after the file exists.
         for there in [false, true] {
             let place = at("d/s");
             assert!(leads_to(&at("d/s"), &place));
@@ -134,7 +136,7 @@ mod tests {
                 fs::hard_link(dir.join("d/s"), dir.join("hard")).unwrap();
             }
         }
-        // What hyperkit and other VMMs are dialled by are files, too.
+        // The sockets at which hyperkit and other VMMs are dialled are files, too.
         let vm = dir.join("vm");
         fs::create_dir(&vm).unwrap();
         let hyperkit = format!("hyperkit://:80{}", vm.display());

@@ -1,8 +1,9 @@
-//! Threads for all that may block: state directories, pid files and the files of sockets.
+//! The threads for all calls that may block: on state directories, pid files and socket files. They
+//! know no connection.
 //!
-//! Invariant 8: a worker touches sockets and the clock, and nothing else. A directory that hangs keeps a thread, and what
-//! else is to be done in that very directory; the others are looked after as ever, traffic flows, and a signal ends the
-//! process.
+//! Invariant 8: a worker touches sockets and the clock, and nothing else. A directory that hangs
+//! blocks one thread, and further jobs for that same directory. Jobs for other directories are
+//! done, traffic flows, and a signal ends the process.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -11,20 +12,20 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The most threads: so many directories may hang before the others wait for them.
+/// The most threads: so many directories may hang before jobs for others have to wait.
 const MOST: usize = 32;
 
-/// How long a thread that was needed beside others stays without work.
+/// How long an additional thread stays without work.
 const IDLE: Duration = Duration::from_secs(10);
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Does jobs, those of one directory one after the other, until it is dropped. There is one thread, and more while some
-/// hang.
+/// A queue of jobs, which runs those of one directory one after the other, until it is dropped. It
+/// has one thread, and more while some hang.
 #[derive(Clone, Debug)]
 pub(crate) struct Housekeeper(Arc<Handle>);
 
-/// Ends the threads when the last of its clones is gone.
+/// The last handle of the threads, which ends them when it is dropped.
 #[derive(Debug)]
 struct Handle(Arc<Shared>);
 
@@ -36,9 +37,9 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// What waits to be done, by directory. One in which something is being done has an entry, too.
+    /// The waiting jobs, by directory. A directory in which a job is running has an entry, too.
     waiting: HashMap<PathBuf, VecDeque<Job>>,
-    /// Directories with something that can be begun.
+    /// The directories with a job that can be begun.
     ready: VecDeque<PathBuf>,
     threads: usize,
     idle: usize,
@@ -59,10 +60,10 @@ impl Drop for Handle {
 }
 
 impl Housekeeper {
-    /// Starts the thread.
+    /// Starts the first thread.
     ///
     /// # Errors
-    /// There is none to be had.
+    /// Returns the reason if no thread can be started.
     pub(crate) fn start() -> io::Result<Housekeeper> {
         let shared = Arc::<Shared>::default();
         shared.state().threads = 1;
@@ -70,8 +71,8 @@ impl Housekeeper {
         Ok(Housekeeper(Arc::new(Handle(shared))))
     }
 
-    /// Has a job done that looks at something in `directory`. It is the caller's part that no more wait than there are
-    /// things to look after.
+    /// Runs a job that looks at something in `directory`. The caller must bound the number of
+    /// waiting jobs.
     pub(crate) fn run(&self, directory: &Path, job: impl FnOnce() + Send + 'static) {
         let shared = &self.0.0;
         let mut state = shared.state();
@@ -84,14 +85,14 @@ impl Housekeeper {
             }
         }
         if state.idle < state.ready.len() && state.threads < MOST {
-            // Without another one it waits for those that there are.
+            // If no other thread can be started, the job waits for the existing ones.
             state.threads += usize::from(spawn(shared).is_ok());
         }
         drop(state);
         shared.changed.notify_all();
     }
 
-    /// Waits until all that was asked for is done, at most `timeout`.
+    /// Waits until all jobs are done, at most `timeout`.
     pub(crate) fn finish(&self, timeout: Duration) {
         let shared = &self.0.0;
         let is_busy = |state: &mut State| !state.waiting.is_empty();
@@ -113,7 +114,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does what there is to do, as one of the threads.
+    /// Runs jobs, as one of the threads.
     fn work(&self) {
         let mut state = self.state();
         loop {
@@ -122,7 +123,7 @@ impl Shared {
                 let job = waiting.and_then(VecDeque::pop_front);
                 drop(state);
                 if let Some(job) = job {
-                    // One that panics takes nothing from the others; the panic was told.
+                    // A job that panics must not end the thread; the panic was logged.
                     let _ = catch_unwind(AssertUnwindSafe(job));
                 }
                 state = self.state();

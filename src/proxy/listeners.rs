@@ -1,4 +1,6 @@
-//! The listeners of a worker: accepting in batches, surviving every error, keeping their files.
+//! The listeners of a worker: they accept in batches, survive every error, and keep their files.
+//!
+//! What becomes of an accepted connection is not known here: it is handed over to a worker.
 
 use std::io;
 use std::sync::Arc;
@@ -22,16 +24,16 @@ use crate::engine::id::ForwardId;
 use crate::engine::log_limiter::LogLimiter;
 use crate::engine::status::Obstacle;
 
-/// Connections that one listener may accept before the others have their turn.
+/// The connections that one listener may accept before the others have their turn.
 const BATCH: usize = 64;
 
-/// What [`accept_all`](Listeners::accept_all) takes from one listener at most.
+/// The most connections that [`accept_all`](Listeners::accept_all) accepts at one listener.
 const LONGEST_BACKLOG: usize = 4096;
 
-/// How long a listener that can't accept now waits before it looks again.
+/// How long a listener that can't accept now waits before it tries again.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How often the files of Unix sockets are looked after.
+/// How often the files of Unix sockets, and VMs, are checked.
 const WATCH: Duration = Duration::from_secs(1);
 
 /// A listener in a worker's loop.
@@ -39,28 +41,29 @@ const WATCH: Duration = Duration::from_secs(1);
 pub(crate) struct Listening<L> {
     listener: Option<L>,
     forward: Arc<Forward>,
-    /// Someone waits to be accepted, as far as is known.
+    /// Whether a client may wait to be accepted.
     pub(super) ready: bool,
-    /// Not before this time.
+    /// The time before which the listener does not accept.
     paused: Option<Instant>,
-    /// Its VM has no place for it: the gate wakes us when that may have changed.
+    /// The cap for which its VM has no slot. The gate wakes the worker when that may have changed.
     full: Option<Full>,
     log_limiter: LogLimiter,
-    /// When its socket's file and its VM are to be looked after.
+    /// The time of the next check of the socket's file and of the VMs.
     watch: Instant,
-    /// How often it was asked what has become of its file, or to bind it again, without an answer yet.
+    /// How many checks of the file, or requests to bind the address again, are not answered yet.
     asked: u32,
     lost: bool,
-    /// What status says of it.
+    /// The obstacle that status reports.
     obstacle: Option<Obstacle>,
-    /// Its forward is gone: another may have its place.
+    /// Whether the forward was removed; the entry may be used for another listener.
     removed: bool,
-    /// Who is to be told that the address is free, once it is known what has become of the file.
+    /// The sender that is notified when the address is free. It waits for pending checks of the
+    /// file.
     leaves: Option<Sender<()>>,
 }
 
 impl<L> Listening<L> {
-    /// Returns whether it waits to be woken though its clients would be let in.
+    /// Returns whether the listener waits to be woken although its clients would be admitted.
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn sleeps_in_vain(&self) -> bool {
         let is_asleep = self.listener.is_some() && self.ready && self.full.is_some();
@@ -76,9 +79,9 @@ impl<L> Listening<L> {
             .set_obstacle(obstacle, why.to_string());
     }
 
-    /// Someone was accepted, or nobody waits.
+    /// Notes that a client was accepted, or that none waits.
     fn unblock(&mut self) {
-        // Who comes to a socket whose file is lost came before that.
+        // A client that arrives at a lost file's socket connected before the file was lost.
         if self.obstacle != Some(Obstacle::Lost) {
             self.clear_obstacle();
         }
@@ -95,7 +98,7 @@ impl<L> Listening<L> {
 #[derive(Debug)]
 pub(super) struct Listeners<D: Driver> {
     all: Vec<Listening<D::Listener>>,
-    /// Connections of this worker that were accepted and are to be taken over.
+    /// The accepted connections that this worker is to take over.
     accepted: Vec<Accepted<D::Stream>>,
 }
 
@@ -109,28 +112,28 @@ impl<D: Driver> Default for Listeners<D> {
 }
 
 impl<D: Driver> Listeners<D> {
-    /// Returns all of them.
+    /// Returns all listeners.
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn all(&self) -> &[Listening<D::Listener>] {
         &self.all
     }
 
-    /// Takes out what was accepted for this worker.
+    /// Takes the connections that were accepted for this worker.
     pub(super) fn take_accepted(&mut self) -> Vec<Accepted<D::Stream>> {
         std::mem::take(&mut self.accepted)
     }
 
-    /// Latches that somebody waits at the listener of a token.
+    /// Latches that a client waits at the listener of a token.
     pub(super) fn latch(&mut self, token: usize) {
         if let Some(listening) = self.all.get_mut(token) {
             listening.ready = true;
         }
     }
 
-    /// Takes over a bound listener.
+    /// Adds a bound listener.
     ///
     /// # Errors
-    /// The poller can't watch it.
+    /// Returns the poller's error, if it can't watch the listener.
     pub(super) fn add(
         &mut self,
         listener: D::Listener,
@@ -165,8 +168,8 @@ impl<D: Driver> Listeners<D> {
         Ok(())
     }
 
-    /// Closes a listener that is not to be taken over, after its addition was given up. Guests that
-    /// wait there are refused as any others: one that is closed at once hurts its device.
+    /// Closes a listener whose addition was given up. Guests that wait there are refused as usual,
+    /// since closing their connections at once would harm their device.
     pub(super) fn give_up(
         &mut self,
         listener: D::Listener,
@@ -178,27 +181,27 @@ impl<D: Driver> Listeners<D> {
         }
         forward.cut.store(true, Ordering::Release);
         let id = forward.id;
-        // One that can't be watched is closed by that.
+        // A listener that can't be watched is closed by that.
         if self.add(listener, forward, cx).is_ok() {
             self.remove(id, channel().0, cx);
         }
     }
 
-    /// Notes by what the clients of a forward know it.
+    /// Notes the name by which the clients of a forward know its listener.
     fn note_mark(listener: &D::Listener, forward: ForwardId, cx: &mut TurnContext<'_, D>) {
         if let Some(mark) = cx.driver.name_of_listener(listener) {
             cx.shared.routes.listens(mark, forward);
         }
     }
 
-    /// Where the listener of a forward is, if this worker has it.
+    /// Returns the index of a forward's listener, if this worker has it.
     fn listener_of(&self, forward: ForwardId) -> Option<usize> {
         let its = |it: &Listening<D::Listener>| !it.removed && it.forward.id == forward;
         self.all.iter().position(its)
     }
 
-    /// Ends the listener of a forward, if this worker has it, and tells when its address is free. Who waits there is
-    /// served.
+    /// Removes the listener of a forward, if this worker has it, and notifies `done` when its
+    /// address is free. Clients that wait there are served.
     pub(super) fn remove(
         &mut self,
         forward: ForwardId,
@@ -206,7 +209,7 @@ impl<D: Driver> Listeners<D> {
         cx: &mut TurnContext<'_, D>,
     ) {
         let Some(index) = self.listener_of(forward) else {
-            // Who asked may have given up.
+            // The thread that asked may have given up.
             let _ = done.send(());
             return;
         };
@@ -214,12 +217,12 @@ impl<D: Driver> Listeners<D> {
         listening.removed = true;
         match listening.asked {
             0 => self.end_listener(index, done, cx),
-            // It may be bound again meanwhile.
+            // The address may be bound again meanwhile.
             _ => listening.leaves = Some(done),
         }
     }
 
-    /// Closes a listener whose forward is gone, once nothing is asked about its file any more.
+    /// Closes the listener of a removed forward, once no check of its file is pending.
     fn end_listener(&mut self, index: usize, done: Sender<()>, cx: &mut TurnContext<'_, D>) {
         self.accept_waiting(index, cx);
         let listening = &mut self.all[index];
@@ -233,7 +236,7 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Gives the file of a forward's socket other permissions, if this worker has its listener.
+    /// Changes the permissions of a forward's socket file, if this worker has the listener.
     pub(super) fn set_mode(
         &mut self,
         forward: ForwardId,
@@ -245,22 +248,23 @@ impl<D: Driver> Listeners<D> {
         let index = self.listener_of(forward);
         match index.and_then(|index| self.all[index].listener.as_ref()) {
             Some(listener) => cx.driver.set_mode(listener, mode, wanted, done),
-            // Who asked may have given up.
+            // The thread that asked may have given up.
             None => drop(done.send(Ok(()))),
         }
     }
 
-    /// Gives the clients that are accepted from now on another rule, if this worker has the forward's listener.
+    /// Replaces the rule for the clients that are accepted from now on, if this worker has the
+    /// forward's listener.
     pub(super) fn replace_forward(&mut self, forward: Arc<Forward>) {
         if let Some(index) = self.listener_of(forward.id) {
             let listening = &mut self.all[index];
-            // Where there was no place there may be one: it may be another VM's.
+            // The new rule may lead to another VM, which may have a slot.
             listening.full = None;
             listening.forward = forward;
         }
     }
 
-    /// When a listener wants to be looked at without an event.
+    /// Returns the time of the next turn without an event.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
         let wants = |listening: &Listening<D::Listener>| {
             let ready =
@@ -294,18 +298,18 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Accepts all who wait at the listeners now.
+    /// Accepts all clients that wait at the listeners now.
     pub(super) fn accept_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for index in 0..self.all.len() {
             self.accept_waiting(index, cx);
         }
     }
 
-    /// Accepts all who wait at a listener now, whether an event has told of them or not.
+    /// Accepts all clients that wait at a listener now, whether an event has reported them or not.
     fn accept_waiting(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
         (listening.ready, listening.paused) = (true, None);
-        // As many turns as the longest backlog takes.
+        // As many turns as the longest backlog needs.
         for _ in 0..LONGEST_BACKLOG / BATCH {
             let listening = &self.all[index];
             if !listening.ready || listening.paused.is_some() || listening.listener.is_none() {
@@ -315,15 +319,16 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Accepts who waits at a listener: those for whom there is a place in its VM, or `all` of them.
+    /// Accepts clients that wait at a listener: those for which its VM has a slot, or `all`.
     fn accept_from(&mut self, index: usize, all: bool, cx: &mut TurnContext<'_, D>) {
         for _ in 0..BATCH {
             let listening = &mut self.all[index];
             if listening.listener.is_none() {
                 return;
             }
-            // Guests are accepted whatever happens: hyperkit stands still until they are. So is what
-            // comes from another forward: the place that it waits for may be that one's.
+            // Guests are accepted whatever happens: hyperkit blocks until they are. So are
+            // connections of other forwards: the slot that is missing may be held by the same
+            // connection.
             let forward = &listening.forward;
             if !forward.needs_graceful_close(Side::Client)
                 && let Some(reason) = cx.shared.is_full_for(forward.id)
@@ -367,16 +372,18 @@ impl<D: Driver> Listeners<D> {
                     return;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // The next one may not have left.
+                // The next client may still be there.
                 Err(e) if has_client_left(&e) => {}
                 Err(e) if is_broken(&e) => return self.replace_broken(index, cx),
-                // Invariant 10: no error ends a listener. Most often descriptors ran out: a close brings one.
+                // Invariant 10: no error ends a listener. Most often descriptors ran out, and a
+                // close frees one.
                 Err(e) => return self.pause(index, Obstacle::Paused, cx, &e),
             }
         }
     }
 
-    /// Binds the address of a listener again that somebody has shut down (`ss -K`, or another process that has it).
+    /// Binds the address of a listener again that was shut down from outside (`ss -K`, or another
+    /// process that shares it).
     fn replace_broken(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
         let forward = Arc::clone(&listening.forward);
@@ -404,7 +411,7 @@ impl<D: Driver> Listeners<D> {
         cx.driver.bind_again(old, of, &listening.forward.rule);
     }
 
-    /// A client's right to a place in the VM that its forward leads to, if there is one.
+    /// Queues the next client for a slot of the VM that its forward leads to, if there is one.
     fn queue_for_slot(
         &self,
         index: usize,
@@ -417,7 +424,8 @@ impl<D: Driver> Listeners<D> {
             Some(gate) if !forward.needs_graceful_close(Side::Client) && !all => {
                 let wake = cx.shared.inboxes[cx.index].waker();
                 match gate.queue(forward.id, cx.index, &wake) {
-                    // As with all places: it may be that one's.
+                    // As with the process' slots, the missing slot may be held by the same
+                    // connection.
                     Err(_) if cx.shared.may_come_from_us(forward) => {
                         Ok(Some(gate.queue_always(forward.id)))
                     }
@@ -437,12 +445,12 @@ impl<D: Driver> Listeners<D> {
         reason: &io::Error,
     ) {
         let listening = &mut self.all[index];
-        // It looks again by itself, whatever its VM was like before.
+        // The listener tries again by itself, whatever the state of its VM was.
         (listening.paused, listening.full) = (Some(cx.now + PAUSE), None);
         self.block(index, obstacle, reason, cx);
     }
 
-    /// Says why clients have to wait.
+    /// Reports why clients have to wait.
     fn block(
         &mut self,
         index: usize,
@@ -462,11 +470,11 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Gives a connection to the worker that has the fewest.
+    /// Hands a connection over to the worker with the fewest.
     fn hand_over(&mut self, accepted: Accepted<D::Stream>, cx: &mut TurnContext<'_, D>) {
         let load = |index: &usize| cx.shared.inboxes[*index].load.load(Ordering::Relaxed);
         let mine = load(&cx.index);
-        // Once the end has begun the others may be gone.
+        // Once the stop has begun, other workers may have ended.
         let least = (0..cx.shared.inboxes.len())
             .min_by_key(load)
             .filter(|index| !cx.shared.is_stopping() && load(index) < mine);
@@ -482,7 +490,7 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Looks whether the VMs of a forward are there: so it is known without a client who finds out.
+    /// Looks at the VMs of a forward, so that a change is known before a client meets it.
     fn look_at_vms(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let forward = Arc::clone(&self.all[index].forward);
         for gate in forward.gates.iter().flatten() {
@@ -492,10 +500,10 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Has a socket's file looked after, and one that could not be bound again tried again.
+    /// Checks a socket's file, or tries again to bind the address.
     fn look_after(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
-        // One question at a time: what is asked may hang.
+        // One check at a time, since it may hang.
         if cx.phase != Phase::Running || listening.asked > 0 {
             return;
         }
@@ -516,7 +524,7 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Takes what has become of a listener's file, or of binding its address again.
+    /// Takes the result of checking a listener's file, or of binding its address again.
     pub(super) fn take_listener(
         &mut self,
         of: ListenerId,
@@ -535,7 +543,8 @@ impl<D: Driver> Listeners<D> {
             0 => listening.leaves.take(),
             _ => None,
         };
-        // Guests are accepted to the very end: one that waits at a socket which is closed is hurt.
+        // Guests are accepted to the very end: closing a socket at which one waits would harm its
+        // device.
         let takes_clients =
             cx.phase == Phase::Running || listening.forward.needs_graceful_close(Side::Client);
         match found {
@@ -547,8 +556,8 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Goes on with a listener's file as it is. One that someone removed was made again: a VM that starts may clear its
-    /// directory, and cleaners of `/tmp` remove what is old.
+    /// Acts on the state of a listener's file. A file that was removed was created again: a VM that
+    /// starts may clear its directory, and cleaners of `/tmp` remove old files.
     fn take_found(
         &mut self,
         of: ListenerId,
@@ -576,7 +585,7 @@ impl<D: Driver> Listeners<D> {
                 }
             }
             Found::Bound(mut listener) => {
-                // The old one first, who waits there before that.
+                // Clients that wait at the old one connected earlier, and are accepted first.
                 let was_shut_down = listening.listener.is_none();
                 self.accept_waiting(of.token, cx);
                 let listening = &mut self.all[of.token];
@@ -592,7 +601,7 @@ impl<D: Driver> Listeners<D> {
                 let listening = &mut self.all[of.token];
                 match was_shut_down {
                     false => info!("made {listen} again: its file had been removed"),
-                    // That it was shut down was told; it may be so again and again.
+                    // The shutdown was logged; it may happen again and again.
                     true if !listening.lost => debug!("listening on {listen} again"),
                     true => info!("listening on {listen} again"),
                 }
@@ -615,7 +624,7 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Closes all listeners but those that guests dial: an unbound port is what hyperkit can't stand.
+    /// Closes all listeners except those that guests dial: hyperkit can't bear an unbound port.
     pub(super) fn close_those_of_clients(&mut self, cx: &mut TurnContext<'_, D>) {
         for listening in &mut self.all {
             if !listening.forward.needs_graceful_close(Side::Client)
@@ -636,7 +645,7 @@ impl<D: Driver> Listeners<D> {
     }
 }
 
-/// Whether there is something to be looked at now and then.
+/// Returns whether a forward has something that is checked regularly.
 fn is_watched(forward: &Forward) -> bool {
     forward.rule.listen.listen_path().is_some() || forward.gate().is_some()
 }

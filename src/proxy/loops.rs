@@ -1,7 +1,8 @@
-//! Forwards that lead back to themselves: a single client of one would take every connection that there is.
+//! Forwarding loops: forwards that lead back to themselves, so that a single client would use up
+//! all connections.
 //!
-//! What can be seen in the addresses is refused when a rule is bound. The rest (links, names, addresses that are changed
-//! later) is seen while it runs: see [`routes`](crate::engine::routes).
+//! A loop that shows in the addresses is refused when a rule is bound. The others (by links, names,
+//! addresses that change later) are found at run time: see [`routes`](crate::engine::routes).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -11,8 +12,8 @@ use crate::engine::rule::Rule;
 
 use super::forbidden;
 
-/// Returns where a client of `rule` is led to before it comes back to `rule`, if it is certain that it does: the addresses
-/// that the rules listen on, `rule` itself as the last one.
+/// Returns the path by which a client of `rule` certainly comes back to `rule`: the addresses that
+/// the rules listen on, `rule`'s own as the last one.
 pub(crate) fn find<'a>(
     rule: &'a Rule,
     others: impl Iterator<Item = &'a Rule> + Clone,
@@ -21,7 +22,7 @@ pub(crate) fn find<'a>(
     follow(rule, rule, &others, &mut trail).then_some(trail)
 }
 
-/// Says where a client is led, in words.
+/// Describes a path in words.
 pub(crate) fn describe(trail: &[&Address]) -> String {
     match trail {
         [_] | [] => "it would lead back to itself".to_owned(),
@@ -53,7 +54,7 @@ fn follow<'a>(
     false
 }
 
-/// Whether it is certain that a connection to `target` comes out at a socket that listens on `listen`.
+/// Returns whether a connection to `target` certainly arrives at a socket that listens on `listen`.
 fn reaches(target: &Address, listen: &Address) -> bool {
     match (target, listen) {
         (Address::Tcp(target), Address::Tcp(listen)) => reaches_tcp(target, listen),
@@ -76,7 +77,7 @@ fn reaches_tcp(target: &TcpAddress, listen: &TcpAddress) -> bool {
         let target = specified(target);
         match listen {
             _ if target == listen => true,
-            // [::] takes those of IPv4, too.
+            // [::] accepts IPv4 as well.
             IpAddr::V6(ip) if ip.is_unspecified() => forbidden::is_this_machine(target),
             IpAddr::V4(ip) if ip.is_unspecified() => {
                 target.is_ipv4() && forbidden::is_this_machine(target)
@@ -92,7 +93,7 @@ fn reaches_tcp(target: &TcpAddress, listen: &TcpAddress) -> bool {
             .any(|target| listens.iter().any(|listen| any_reaches(*target, *listen)))
 }
 
-/// The addresses of a host, as far as they are known without asking.
+/// Returns the addresses of a host that are known without resolving it.
 fn addresses(host: &Host) -> Vec<IpAddr> {
     match host {
         Host::Ip(ip) => vec![ip.to_canonical()],
@@ -162,7 +163,7 @@ mod tests {
             two,
             ("unix:@three", "tcp://127.0.0.1:4")
         ]));
-        // The circle of others is not its own.
+        // A loop of other rules is not this rule's.
         let circle = ("unix:@three", "tcp://127.0.0.1:2");
         assert!(!comes_back(&[one, two, circle]));
         let rules = rules(&[one, two, ("unix:@three", "tcp://127.0.0.1:1")]);

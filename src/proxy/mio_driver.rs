@@ -1,4 +1,6 @@
-//! The driver of the real world: mio's poller, the kernel's sockets, the monotonic clock, and a housekeeper for what may block.
+//! The driver for real sockets: mio's poller, the kernel's sockets, the monotonic clock, and a
+//! housekeeper for calls that may block. It carries out what the loop asks for, and decides
+//! nothing.
 
 use std::collections::HashMap;
 #[cfg(unix)]
@@ -36,29 +38,33 @@ use crate::engine::health::VmIdentity;
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 
-/// Token of the waker.
+/// The token of the waker.
 const WAKER: Token = Token(usize::MAX);
 
-/// kevent takes no timeout above 100,000,000 seconds.
+/// The longest timeout of the poller. kevent accepts none above 100,000,000 seconds.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// How long peers of pipes, and those behind adapters, may take at the very end to get what was written to them.
+/// How long, at the end of the proxy, peers of pipes and of adapters may take to receive what was
+/// written to them.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// How long it may take at the very end to remove the files of sockets. A file system that hangs keeps nobody longer.
+/// How long, at the end of the proxy, the removal of socket files may take. A file system that
+/// hangs delays the end no longer.
 const LAST_FILES: Duration = Duration::from_secs(1);
 
-/// How many VMs' processes are remembered. Each has a descriptor on Linux.
+/// How many processes of VMs are remembered. Each has a descriptor on Linux.
 #[cfg(unix)]
 const PROCESSES: usize = 4;
 
-/// How many events one call of the poller takes.
+/// How many events one call of the poller returns at most.
 const EVENTS: usize = 1024;
 
-/// How often one wait calls the poller at most: a bound of its work. What is left then comes with the next wait.
+/// How often one wait calls the poller at most, which bounds its work. The remaining events come
+/// with the next wait.
 const WAITS: usize = 16;
 
-/// What is to be told of a stream: of urgent data too, where a poller knows it.
+/// Returns the interest with which streams are registered: with urgent data, where the poller knows
+/// it.
 fn interest() -> Interest {
     let both = Interest::READABLE | Interest::WRITABLE;
     #[cfg(target_os = "linux")]
@@ -66,15 +72,15 @@ fn interest() -> Interest {
     both
 }
 
-/// What other threads have to tell.
+/// A report of another thread.
 #[derive(Debug)]
 enum News {
-    /// What was found for a name.
+    /// The result of resolving a name.
     Found(String, io::Result<Vec<SocketAddr>>),
     Event(Event<Stream, Listener>),
 }
 
-/// Takes the news of other threads, and wakes the loop for them.
+/// A queue of reports from other threads, which wakes the loop for each.
 #[derive(Debug)]
 struct Notifier {
     news: Mutex<Vec<News>>,
@@ -84,7 +90,7 @@ struct Notifier {
 impl Notifier {
     fn notify(&self, news: News) {
         self.news().push(news);
-        // The loop is gone if it can't be woken.
+        // If the loop can't be woken, it is gone.
         let _ = self.waker.wake();
     }
 
@@ -93,19 +99,19 @@ impl Notifier {
     }
 }
 
-/// The driver of the real world: mio, the kernel's sockets, the monotonic clock.
+/// The driver for real sockets.
 #[derive(Debug)]
 pub(crate) struct MioDriver {
     poll: Poll,
     events: Events,
     notifier: Arc<Notifier>,
-    /// Who waits for the addresses of each name that is being asked for, and with which port.
+    /// The names that are being resolved, each with the tokens and ports of those that wait for it.
     asking: HashMap<String, Vec<(usize, u16)>>,
-    /// Those that have not told of their end.
+    /// The relay threads that have not reported their end.
     relay_threads: HashMap<usize, RelayThreads>,
     adapters: Arc<Adapters>,
     housekeeper: Housekeeper,
-    /// VMs' processes that were asked for last.
+    /// The processes of VMs that were looked up last.
     #[cfg(unix)]
     processes: VecDeque<sys::Process>,
 }
@@ -129,7 +135,7 @@ impl MioDriver {
         })
     }
 
-    /// Has the housekeeper do something in a directory, and the loop hear what has come of it.
+    /// Has the housekeeper run a job in a directory, and the loop receive its result.
     fn ask_housekeeper(
         &self,
         directory: &Path,
@@ -140,13 +146,14 @@ impl MioDriver {
         self.housekeeper.run(directory, job);
     }
 
-    /// Ends a [`wait`](Driver::wait) from another thread.
+    /// Returns the waker, which ends a [`wait`](Driver::wait) from another thread.
     pub(crate) fn waker(&self) -> Arc<Waker> {
         Arc::clone(&self.notifier.waker)
     }
 
-    /// Asks for the addresses of `host` on a thread of its own: `getaddrinfo` blocks and has no other form, and a name
-    /// whose server is silent must not keep the others waiting. There is one thread a name at most.
+    /// Resolves `host` on a thread of its own, since `getaddrinfo` has no form that does not block,
+    /// and a name server that does not answer must not delay other names. There is at most one
+    /// thread per name.
     fn ask(&self, host: &str) -> io::Result<()> {
         let notifier = Arc::clone(&self.notifier);
         let host = host.to_owned();
@@ -158,13 +165,14 @@ impl MioDriver {
         thread.spawn(ask).map(drop)
     }
 
-    /// Closes a listener at once: its clients are refused from now on. Returns what is left to be removed.
+    /// Closes a listener at once, so that its clients are refused. Returns its file, which is still
+    /// to be removed.
     fn shut(&self, mut listener: Listener) -> Option<Arc<SocketFile>> {
         let _ = listener.unwatch(self.poll.registry());
         listener.file()
     }
 
-    /// Appends what the poller has told; how many events that were.
+    /// Appends the events of the last poll. Returns how many there were.
     fn take_events(&self, events: &mut Vec<Event<Stream, Listener>>) -> usize {
         let mut count = 0;
         for event in &self.events {
@@ -188,7 +196,7 @@ impl MioDriver {
         count
     }
 
-    /// Tells who waited for a name what was found.
+    /// Reports the addresses of a name to all that wait for it.
     fn deliver_addresses(
         &mut self,
         host: &str,
@@ -212,13 +220,13 @@ impl Drop for MioDriver {
     fn drop(&mut self) {
         self.housekeeper.finish(LAST_FILES);
         self.adapters.wait(LAST_WORDS);
-        // What was written to a pipe and not taken yet goes out as long as its poller lives.
+        // What was written to a pipe and not read yet is delivered only while its poller lives.
         #[cfg(windows)]
         sys::wait_for_last_words(LAST_WORDS);
     }
 }
 
-/// By what the VM behind a state directory is known now; `None` if there is none.
+/// Returns the current identity of the VM behind a state directory, or `None` if there is none.
 fn identity_of_vm(vm: &HyperkitVm) -> Option<VmIdentity> {
     // A VM with `guest_forwards` alone has no `connect` socket.
     let of = |path: PathBuf| Identity::of(&path).ok();
@@ -226,7 +234,7 @@ fn identity_of_vm(vm: &HyperkitVm) -> Option<VmIdentity> {
     socket.or_else(|| of(vm.pid_path()).map(VmIdentity::PidFile))
 }
 
-/// The directory of the socket's file by which an address is found.
+/// Returns the directory of the socket file that an address stands for.
 fn directory_of(address: &Address) -> Option<PathBuf> {
     #[cfg(unix)]
     {
@@ -247,7 +255,7 @@ fn bind(address: &Address, mode: u32) -> Found<Listener> {
     }
 }
 
-/// Relay threads of a forward, as its driver knows them.
+/// The relay threads' view of their connection.
 struct Carried {
     token: usize,
     forward: Arc<Forward>,
@@ -338,7 +346,7 @@ impl Driver for MioDriver {
         events: &mut Vec<Event<Stream, Listener>>,
         timeout: Option<Duration>,
     ) -> io::Result<()> {
-        // As with the inbox: news may be there although their wake-up was lost.
+        // As with the inbox, reports may be there although their wake-up was lost.
         let told = !self.notifier.news().is_empty();
         let timeout = match timeout {
             _ if told => Some(Duration::ZERO),
@@ -414,7 +422,7 @@ impl Driver for MioDriver {
         };
         match directory {
             Some(directory) => self.ask_housekeeper(&directory, again),
-            // At once: until then its clients are refused.
+            // Bound at once, since clients are refused until then.
             None => self.notifier.notify(News::Event(again())),
         }
     }
@@ -427,7 +435,7 @@ impl Driver for MioDriver {
         done: Sender<io::Result<()>>,
     ) {
         let Some(file) = listener.file() else {
-            // Who asked may have given up.
+            // The thread that asked may have given up.
             return drop(done.send(Ok(())));
         };
         let directory = file.directory().to_owned();
@@ -443,7 +451,7 @@ impl Driver for MioDriver {
         let directory = file.as_ref().map(|file| file.directory().to_owned());
         let remove = move || {
             drop(file);
-            // Who asked may have given up.
+            // The thread that asked may have given up.
             done.map(|done| done.send(()));
         };
         match directory {
@@ -452,7 +460,7 @@ impl Driver for MioDriver {
         }
     }
 
-    /// A path is looked up to connect to it, for connect(2) has no other form; and once more to know who is there.
+    /// Connects, and looks the path up again for the VM's identity: connect(2) takes a path only.
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
         let stream = Stream::connect(endpoint)?;
         let identity = match endpoint {
@@ -492,7 +500,8 @@ impl Driver for MioDriver {
     }
 
     fn close(&mut self, mut stream: Stream) {
-        // epoll and kqueue forget a descriptor that is closed and was never dup'ed; mio's emulations must be told.
+        // epoll and kqueue forget a descriptor that is closed and was never dup'ed; mio's
+        // emulations must be told.
         if !sys::KERNEL_EDGES {
             let _ = stream.deregister(self.poll.registry());
         }
@@ -528,7 +537,7 @@ impl Driver for MioDriver {
             None => sys::Process::new(id),
         };
         let is_ending = process.is_ending();
-        // Its number may be another's soon.
+        // A process that has ended is not remembered: its number may be used again.
         if !is_ending {
             self.processes.push_front(process);
             self.processes.truncate(PROCESSES);
@@ -583,7 +592,7 @@ impl Driver for MioDriver {
     ) -> io::Result<()> {
         let [mut client, mut server] = streams;
         for stream in [&mut client, &mut server] {
-            // What was never registered says so.
+            // A stream that was never registered returns an error here.
             let _ = stream.deregister(self.poll.registry());
         }
         let client = stream::Stream::from_nonblocking(client, &forward.rule.listen);

@@ -1,5 +1,8 @@
-//! The proxy: rules that are carried by a few threads, each with a mio event loop. Where a family's sockets can't be waited
-//! for (AF_HYPERV), a connection has two threads more.
+//! The proxy: it forwards connections by rules, on a few threads with a mio event loop each. If a
+//! family's sockets can't be polled (AF_HYPERV), a connection has two more threads.
+//!
+//! The loop accepts and dials, passes events to the engine, and carries out the actions that the
+//! engine returns. It does not know what a family of sockets does.
 //!
 //! ```
 //! # #[cfg(unix)] {
@@ -7,7 +10,7 @@
 //! use hvsock::{Proxy, ProxyConfig, Rule};
 //! use std::time::Duration;
 //!
-//! // To start with no rule is fine: others come and go while it runs.
+//! // A proxy may start without rules: they can be added and removed while it runs.
 //! let mut config = ProxyConfig::new(Vec::new());
 //! config.limits.vm_connections = 500;
 //! config.observer = Some(Observer::new(|event| {
@@ -26,7 +29,7 @@
 //! }
 //! handle.remove(web, Duration::from_secs(5))?;
 //!
-//! proxy.stop(Duration::from_secs(5)); // lets those who are there finish
+//! proxy.stop(Duration::from_secs(5)); // lets existing connections finish
 //! proxy.wait()?;
 //! # }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -91,38 +94,42 @@ pub(crate) use loops::{describe as describe_loop, find as find_loop};
 #[cfg(feature = "cli")]
 pub(crate) use rules::{check_name, check_rule};
 
-/// What a proxy is to do.
+/// The configuration of a proxy.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ProxyConfig {
-    /// What is carried where.
+    /// The rules: which addresses are forwarded where.
     pub rules: Vec<Rule>,
-    /// Threads; one a core if not said.
+    /// The number of threads. `None`: one per core.
     pub workers: Option<NonZeroUsize>,
-    /// Whether bytes may go through pipes from socket to socket (`splice(2)`), where the system can do that and a
-    /// connection has much to say. Without, they are copied, as they are on other systems.
+    /// Whether bytes may pass from socket to socket through pipes (`splice(2)`), where the system
+    /// supports it and a connection moves many bytes. Otherwise they are copied, as on other
+    /// systems.
     pub splice: bool,
-    /// What bounds it.
+    /// The limits of the proxy.
     pub limits: Limits,
-    /// What bounds the use of single VMs.
+    /// The limits of single VMs.
     pub vms: Vec<VmLimits>,
-    /// Who is told what happens to its connections.
+    /// The observer of the connections.
     pub observer: Option<Observer>,
-    /// Where no rule may lead, whoever its clients are: the places from which this very program is controlled or watched,
-    /// which a guest must not reach. A file is known through symbolic links and under other names, a TCP port under each
-    /// of this machine's addresses; and of a host's name it is supposed that it may be this machine's.
+    /// Targets that no rule may have, whoever its clients are: the addresses at which this program
+    /// is controlled or watched, which a guest must not reach. A file is recognized through
+    /// symbolic links and under other names, a TCP port under each of this machine's addresses. A
+    /// host's name is assumed to be possibly this machine's.
     pub forbidden: Vec<Address>,
-    /// Sockets that listen already, such as those that a service manager has passed: a rule that is to listen where one
-    /// of them does takes it, and binds none. One that somebody else has bound (`TryFrom<OwnedFd>`) is kept when its
-    /// forward is removed: clients wait there until another one takes it. Each is to be wanted by one of the rules; with
-    /// no rule at all they are kept for those that are added.
+    /// Sockets that listen already, such as those that a service manager has passed. A rule whose
+    /// address one of them listens at uses that socket, and binds none. A socket that another
+    /// program has bound (`TryFrom<OwnedFd>`) is kept when its forward is removed: clients wait
+    /// there until another forward uses it. Each must be used by one of the rules; if there is no
+    /// rule at all, they are kept for rules that are added later.
     pub listeners: Vec<Listener>,
-    /// Descriptors that the program needs for other things than this proxy. Connections don't take them.
+    /// The number of descriptors that the program needs besides this proxy. They are not used for
+    /// connections.
     pub other_descriptors: usize,
 }
 
 impl ProxyConfig {
-    /// These rules, one thread a core, the usual limits.
+    /// Makes a configuration of these rules, with one thread per core and the default limits.
     pub fn new(rules: Vec<Rule>) -> ProxyConfig {
         ProxyConfig {
             rules,
@@ -138,7 +145,7 @@ impl ProxyConfig {
     }
 }
 
-/// A running proxy. Dropping it stops it at once, and waits for that.
+/// A running proxy. Dropping it stops it at once, and waits for its end.
 #[derive(Debug)]
 pub struct Proxy {
     handle: Handle,
@@ -149,19 +156,22 @@ impl Proxy {
     /// Binds all listeners and starts the threads.
     ///
     /// # Errors
-    /// The first listener that can't be bound; then none stays. `Unsupported` for families that aren't carried;
-    /// `InvalidInput` for one of [`listeners`](ProxyConfig::listeners) that no rule wants (without any rule they are kept for
-    /// those that are added later), and for a rule that leads back to itself; that the process may have too few descriptors
-    /// for a single connection beside its listeners.
+    /// Returns the error of the first listener that can't be bound; no listener stays bound then.
+    /// Returns `Unsupported` for families that can't be forwarded; `InvalidInput` for one of
+    /// [`listeners`](ProxyConfig::listeners) that no rule uses (if there are no rules, they are
+    /// kept for those that are added later), and for a rule that leads back to itself; and an error
+    /// if the process may have too few descriptors for a single connection besides its listeners.
     pub fn start(config: ProxyConfig) -> Result<Proxy> {
         Proxy::start_with(config, Waiter::of)
     }
 
-    /// [`start`](Proxy::start) and [`wait`](Proxy::wait) on the caller's thread: with one worker there is no other. `begun`
-    /// gets the handle, by which the end is asked for, once all listeners are bound.
+    /// Starts the proxy and waits for its end, as [`start`](Proxy::start) and [`wait`](Proxy::wait)
+    /// do, with the first worker on the caller's thread. With one worker there is no other thread.
+    /// Once all listeners are bound, `begun` is called with the handle, by which the proxy can be
+    /// stopped.
     ///
     /// # Errors
-    /// As those two.
+    /// Returns the errors of [`start`](Proxy::start) and [`wait`](Proxy::wait).
     pub fn run(config: ProxyConfig, begun: impl FnOnce(Handle)) -> Result<()> {
         let (handle, mut workers) = prepare(config, Waiter::of)?;
         let first = workers.remove(0);
@@ -172,7 +182,8 @@ impl Proxy {
         ended.map_err(fail).and(others)
     }
 
-    /// As [`start`](Proxy::start), where `waiter` says what can wait for whose sockets.
+    /// Starts the proxy as [`start`](Proxy::start) does, where `waiter` says what can wait for the
+    /// sockets of an address.
     fn start_with(config: ProxyConfig, waiter: fn(&Address) -> Waiter) -> Result<Proxy> {
         let (handle, workers) = prepare(config, waiter)?;
         Proxy::spawn(handle, workers)
@@ -189,7 +200,7 @@ impl Proxy {
             let shared = Arc::clone(&proxy.handle.0.shared);
             let run = move || run_to_the_end(worker, index, &shared);
             let thread = thread.spawn(run).map_err(|e| {
-                // Those that run need not wait for those that never will.
+                // The workers that run need not wait for those that never will.
                 let shared = &proxy.handle.0.shared;
                 let missing = shared.inboxes.len() - proxy.threads.len();
                 shared.stopping.fetch_add(missing, Ordering::AcqRel);
@@ -201,20 +212,22 @@ impl Proxy {
         Ok(proxy)
     }
 
-    /// The forwards: see [`Handle::forwards`].
+    /// Returns the status of all forwards: see [`Handle::forwards`].
     pub fn forwards(&self) -> Vec<ForwardStatus> {
         self.handle.forwards()
     }
 
-    /// Accepts no more clients, lets those that are there finish, and cuts them off after `grace`.
+    /// Stops the proxy: accepts no more clients, lets the existing connections finish, and cuts
+    /// them off after `grace`.
     ///
-    /// Returns at once; [`wait`](Proxy::wait) waits for the end. Called again it can only shorten the time. Guests are
-    /// taken leave of politely even then, for two seconds at most.
+    /// Returns at once; [`wait`](Proxy::wait) waits for the end. Calling it again can only shorten
+    /// the time. Connections of guests are closed gracefully even after `grace`, for at most two
+    /// seconds.
     pub fn stop(&self, grace: Duration) {
         self.handle.stop(grace);
     }
 
-    /// What can look at the proxy, change it and stop it while another thread waits for it.
+    /// Returns a handle, with which other threads can inspect, change and stop the proxy.
     pub fn handle(&self) -> Handle {
         self.handle.clone()
     }
@@ -222,7 +235,7 @@ impl Proxy {
     /// Waits until the proxy has stopped.
     ///
     /// # Errors
-    /// What ended a thread before it was told to.
+    /// Returns the error that ended a thread before the proxy was stopped.
     pub fn wait(mut self) -> Result<()> {
         self.join()
     }
@@ -255,7 +268,7 @@ fn fail(cause: io::Error) -> Error {
     Error::new(Operation::Run, "the proxy", cause)
 }
 
-/// Prepares a proxy of the real driver.
+/// Prepares a proxy with the driver for real sockets.
 fn prepare(
     config: ProxyConfig,
     waiter: fn(&Address) -> Waiter,
@@ -269,7 +282,7 @@ fn prepare(
         let driver = MioDriver::new(housekeeper.clone())?;
         let waker = driver.waker();
         let wake: Wake = Arc::new(move || {
-            // It fails only when the loop is gone, and then there is nobody to wake.
+            // Waking fails only when the loop is gone; then there is nothing to wake.
             let _ = waker.wake();
         });
         Ok((driver, wake))
@@ -278,8 +291,8 @@ fn prepare(
     Ok((Handle(controller), workers))
 }
 
-/// Binds all listeners, and makes the workers, each with a driver that `make` has made for it, and with
-/// what ends a wait there.
+/// Binds all listeners, and makes the workers. `make` makes the driver of each, and the function
+/// that ends a wait of that driver.
 fn assemble<D: Driver>(
     config: ProxyConfig,
     waiter: fn(&Address) -> Waiter,
@@ -289,7 +302,7 @@ fn assemble<D: Driver>(
         live: config.limits.vm_connections,
         unanswered: config.limits.vm_unanswered as u64,
     };
-    // Without a rule they are for those that are added later.
+    // If there are no rules, the sockets are kept for those that are added later.
     if !config.rules.is_empty() {
         all_are_wanted(&config.listeners, &config.rules)?;
     }

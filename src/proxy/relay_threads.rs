@@ -1,16 +1,20 @@
-//! Connections with an end that no poller can wait for: two threads carry one, each a direction, with blocking calls.
+//! Relay threads, for connections with an end that no poller can wait for: two threads relay one
+//! connection, each in one direction, with blocking calls. They know neither the loop nor the
+//! engine's connection; what they have to tell goes to their [`Order`].
 //!
-//! The rules are the relay's. EOF of one side becomes a half-close of the other after the last byte. An error ends its
-//! own direction, and what the other still holds may arrive; once both have ended, each side is owed what
-//! [`CloseMode`] says, so that a broken upload is no clean EOF where the family can reset. What is different: a side
-//! whose bytes nobody takes any more isn't read on, so that its end is noticed only when the other direction ends; and
-//! an idle connection holds two threads and their buffers.
+//! The rules are the relay's. EOF of one side becomes a half-close of the other after the last
+//! byte. An error ends its own direction, and what the other still holds may arrive. Once both have
+//! ended, each side is closed as [`CloseMode`] says, so that a broken upload is never a clean EOF
+//! where the family can reset. Two things differ. A side whose bytes nobody takes any more is not
+//! read on, so its end is noticed only when the other direction ends. And an idle connection holds
+//! two threads and their buffers.
 //!
-//! A thread that waits is woken by [`Stream::interrupt`], and by nothing else: none looks around now and then.
+//! A waiting thread is woken by [`Stream::interrupt`] and by nothing else: none polls.
 //!
-//! On Windows hosts bytes in flight are reported lost when an AF_HYPERV socket is closed. So such an end is never closed
-//! before its peer's EOF was read, unless the drain timeout has passed, a direction has failed, or the proxy cuts off.
-//! No more can be done: when the peer has ended first, nothing tells whether it has got the last bytes that it was sent.
+//! On Windows hosts, bytes in flight are reported lost when an AF_HYPERV socket is closed. So such
+//! an end is never closed before its peer's EOF was read, unless the drain timeout has passed, a
+//! direction has failed, or the proxy cuts the connection off. More can't be done: if the peer has
+//! ended first, nothing tells whether it has received the last bytes that it was sent.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -26,53 +30,55 @@ use crate::stream::Stream;
 
 use crate::engine::connection::{LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
 
-/// Bytes a direction's buffer holds.
+/// The size of a direction's buffer.
 const BUFFER: usize = 64 * 1024;
 
-/// A bridge's threads call nothing deep; the buffers are on the heap.
+/// The stack of a relay thread. Its calls are not deep, and the buffers are on the heap.
 const STACK: usize = 256 * 1024;
 
-/// What a bridge does with its streams and their bytes besides carrying them.
+/// What relay threads do besides relaying, and how they report.
 pub(crate) trait Order: Send + Sync + 'static {
-    /// Bytes that `side` sent were given to the other.
+    /// Notes that bytes of `side` were delivered to the other side.
     fn delivered(&self, side: Side, bytes: u64);
-    /// Whether a side's end is to be read to its EOF before it is closed; how long that may take.
+    /// Returns how long a side may be drained before it is closed, or `None` if it need not be
+    /// drained.
     fn drain(&self, side: Side) -> Option<Duration>;
-    /// Both streams are closed.
+    /// Notes that both streams are closed.
     fn ended(&self, ended: Ended);
 }
 
-/// What has become of a bridge.
+/// The result of relay threads that have ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ended {
-    /// Bytes of each side that the other was given.
+    /// The bytes of each side that were delivered to the other.
     pub(crate) delivered: [u64; 2],
-    /// A side didn't end within the time that [`Order::drain`] gave it.
+    /// Whether a side did not end within the time that [`Order::drain`] gave it.
     pub(crate) abandoned: bool,
 }
 
-/// How far a bridge is that carries.
+/// The progress of relay threads.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Progress {
-    /// Bytes of each side that were given to the other.
+    /// The bytes of each side that were delivered to the other.
     pub(crate) delivered: [u64; 2],
-    /// One side has ended.
+    /// Whether one side has ended.
     pub(crate) half_closed: bool,
 }
 
-/// Cuts a bridge off.
+/// A handle of the relay threads of one connection.
 #[derive(Debug)]
 pub(crate) struct RelayThreads {
-    /// Gone when they are closed: a bridge that has ended isn't kept open by this.
+    /// The two ends, while they are open: the handle does not keep them open.
     ends: [Weak<End>; 2],
     cut: Arc<AtomicBool>,
 }
 
 impl RelayThreads {
-    /// Begins to carry between two streams, connected and blocking; [`Order::ended`] tells of the end.
+    /// Starts to relay between two streams, connected and blocking. [`Order::ended`] reports the
+    /// end.
     ///
     /// # Errors
-    /// There is no thread to be had: both streams were reset.
+    /// Returns the reason if no thread can be started; both streams were reset then.
     pub(crate) fn start(streams: [Stream; 2], order: impl Order) -> io::Result<RelayThreads> {
         let ends = streams.map(|stream| Arc::new(End::new(stream)));
         let cut = Arc::new(AtomicBool::new(false));
@@ -99,7 +105,7 @@ impl RelayThreads {
         }
     }
 
-    /// How far it is.
+    /// Returns the progress.
     pub(crate) fn progress(&self) -> Progress {
         let ends = self.ends.each_ref().map(Weak::upgrade);
         let delivered = |end: &Arc<End>| end.delivered.load(Ordering::Relaxed);
@@ -110,11 +116,12 @@ impl RelayThreads {
         }
     }
 
-    /// Breaks both directions off. To be called again until the end is told: what a thread was about to begin is not
-    /// ended by the first call.
+    /// Cuts both directions off. It must be called again until the end is reported: a call that a
+    /// thread was about to begin is not ended by the first one.
     pub(crate) fn cut(&self) {
-        // Whoever still writes after the first call waits for room, and a half-close comes behind what is waiting there:
-        // it doesn't arrive before the reset does. To who is only slow it would be a clean EOF.
+        // A thread that still writes after the first call waits for room, and a half-close is
+        // queued behind the bytes that wait there, so it does not arrive before the reset does. A
+        // peer that is only slow would read it as a clean EOF.
         let again = self.cut.swap(true, Ordering::AcqRel);
         for end in self.ends.iter().filter_map(Weak::upgrade) {
             end.interrupted.store(true, Ordering::Release);
@@ -127,7 +134,7 @@ impl RelayThreads {
     }
 }
 
-/// Tells of the end, whatever happens.
+/// A guard that reports the end, even after a panic.
 struct Telling<'a, O: Order> {
     order: &'a O,
     ended: Ended,
@@ -148,11 +155,11 @@ fn thread(name: &str) -> thread::Builder {
 #[derive(Debug)]
 struct End {
     stream: Stream,
-    /// What its reads say any more is our own doing.
+    /// Whether reads are interrupted from here, so that their results say nothing about the peer.
     interrupted: AtomicBool,
-    /// A thread is in a write to it.
+    /// Whether a thread is writing to the stream.
     writing: AtomicBool,
-    /// A write has failed, and not only because the peer doesn't take more.
+    /// Whether a write has failed for another reason than that the peer takes no more.
     failed: AtomicBool,
     half_closed: AtomicBool,
     delivered: AtomicU64,
@@ -170,11 +177,12 @@ impl End {
         }
     }
 
-    /// Whether an EOF that was read is one that the peer has sent. A kernel tells of an error once: where a write is told
-    /// of it, a read finds an EOF, and may do so before the write returns.
+    /// Returns whether an EOF that was read was sent by the peer. A kernel reports an error once:
+    /// if a write gets it, a read finds an EOF, perhaps before the write returns.
     fn has_ended(&self) -> bool {
         let told = self.failed.load(Ordering::Acquire);
-        // Behind our own half-close there are no writes, and an EOF leaves no connection.
+        // After our own half-close there are no writes that could get the error. Otherwise the
+        // socket has lost its peer after an error, and has it still after an EOF.
         !told && (self.half_closed.load(Ordering::Acquire) || self.stream.has_peer())
     }
 }
@@ -182,17 +190,17 @@ impl End {
 /// How a direction has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flow {
-    /// EOF was passed on.
+    /// The EOF was passed on.
     Finished,
     /// The source is dead: a read failed.
     Dead,
-    /// The sink takes nothing more.
+    /// The sink takes no more.
     Refused,
-    /// By us: there was nobody left for whom to go on.
+    /// The direction was interrupted, since there was no use in going on.
     Interrupted,
 }
 
-/// Carries both directions to their ends, and takes leave of both sides.
+/// Relays both directions to their ends, and closes both sides.
 fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     let flows = thread::scope(|scope| {
         let answer =
@@ -219,7 +227,7 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
             }
             CloseMode::Reset => match order.drain(side).filter(|_| whole) {
                 Some(time) => drain(&end.stream, time),
-                // What a peer has not got that takes nothing, it will never get.
+                // A peer that takes no more will never receive what it has not received yet.
                 None if flows[side.other()] == Flow::Refused => abort(&end.stream),
                 None => {
                     arrive(&end.stream, cut);
@@ -234,7 +242,7 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     }
 }
 
-/// Carries what `side` sends.
+/// Relays what `side` sends.
 fn flow(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
     let (source, sink) = (&ends[side], &ends[side.other()]);
     let mut buffer = vec![0; BUFFER];
@@ -246,7 +254,7 @@ fn flow(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
         let n = match read {
             Ok(0) if source.has_ended() => {
                 sink.half_closed.store(true, Ordering::Release);
-                // An error says that the peer has closed already: then there is nobody to tell.
+                // An error says that the peer has closed already: then nobody needs to be told.
                 let _ = sink.stream.shutdown(Shutdown::Write);
                 return Flow::Finished;
             }
@@ -261,7 +269,7 @@ fn flow(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
             Ok(n) => n,
         };
         let mut rest = &buffer[..n];
-        // (Under Wine a write that waits while an EOF comes takes nothing, and says so.)
+        // (Under Wine a write that waits while an EOF arrives takes nothing, and returns 0.)
         while !rest.is_empty() {
             sink.writing.store(true, Ordering::Release);
             let written = (&sink.stream).write(rest);
@@ -276,7 +284,7 @@ fn flow(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
             if let Err(e) = written
                 && e.kind() != io::ErrorKind::Interrupted
             {
-                // EPIPE alone says nothing of what comes from there.
+                // EPIPE alone says nothing about the input.
                 let deaf = e.kind() == io::ErrorKind::BrokenPipe;
                 sink.failed.fetch_or(!deaf, Ordering::AcqRel);
                 return Flow::Refused;
@@ -285,7 +293,8 @@ fn flow(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
     }
 }
 
-/// What `side` is owed: see [`Pair::close_mode`](crate::engine::relay::Pair::close_mode), of which this is the same.
+/// Returns how `side` is to be closed, by the rules of
+/// [`Pair::close_mode`](crate::engine::relay::Pair::close_mode).
 fn close_mode(flows: [Flow; 2], side: Side) -> CloseMode {
     let dead = flows[side] == Flow::Dead;
     match flows[side.other()] {
@@ -296,19 +305,20 @@ fn close_mode(flows: [Flow; 2], side: Side) -> CloseMode {
     }
 }
 
-/// Has the close be a reset; nobody is abandoned by it.
+/// Makes the close a reset. Returns false: no peer is abandoned by it.
 fn abort(stream: &Stream) -> bool {
     stream.abort();
     false
 }
 
-/// Reads to the peer's EOF; whether it didn't come in time.
+/// Reads to the peer's EOF. Returns whether it did not come in time.
 fn drain(stream: &Stream, time: Duration) -> bool {
     let drained = stream.drain(time);
     drained.is_err_and(|e| e.kind() == io::ErrorKind::TimedOut)
 }
 
-/// Waits until the peer has what it was sent, for a reset overtakes; not for ever, and not when it is cut off.
+/// Waits until the peer has received what it was sent, since a reset overtakes it; for at most
+/// [`LINGER`], and only until the connection is cut off.
 fn arrive(stream: &Stream, cut: &AtomicBool) {
     let end = Instant::now() + LINGER;
     let mut pause = RESET_PAUSE;

@@ -1,4 +1,5 @@
-//! Rules: what none may ask for, and how one becomes a listener and a forward.
+//! The checks of rules, and the binding of a rule to a listener and a forward. It runs on the
+//! callers' threads, never on a worker's.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,7 +22,7 @@ use crate::engine::id::ForwardId;
 use crate::engine::observer::Observer;
 use crate::engine::rule::{Rule, VmLimits};
 
-/// Refuses a rule that can't work, whatever the system says and whatever other rules there are.
+/// Checks a rule by itself: refuses one that can't work on any system and with any other rules.
 fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     if waiter(&rule.connect) == Waiter::Thread {
         dial::check_supported(&rule.connect)?;
@@ -57,7 +58,8 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     Ok(())
 }
 
-/// Refuses what a bridge can't carry: it doesn't know of refusals by EOF, nor keeps half-closes back.
+/// Refuses a rule that relay threads can't carry: they neither know refusals by EOF nor hold back
+/// half-closes.
 fn check_bridge(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     let [listen, connect] = [&rule.listen, &rule.connect];
     for (one, other) in [(listen, connect), (connect, listen)] {
@@ -75,13 +77,14 @@ fn check_bridge(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     Ok(())
 }
 
-/// Names of forwards and VMs stand in logs, in tables and on command lines.
+/// Checks the name of a forward or a VM. Names are shown in logs and tables, and used on command
+/// lines.
 ///
 /// # Errors
-/// Why that is none.
+/// Returns why the name is not allowed.
 #[cfg(feature = "cli")]
 pub(crate) fn check_name(name: &str) -> std::result::Result<(), &'static str> {
-    /// Bytes.
+    /// The most bytes.
     const LONGEST: usize = 100;
     match name {
         "" => Err("a name can't be empty"),
@@ -94,13 +97,13 @@ pub(crate) fn check_name(name: &str) -> std::result::Result<(), &'static str> {
     }
 }
 
-/// As [`Proxy::start`](super::Proxy::start) would refuse it, without trying to listen.
+/// Checks a rule as [`Proxy::start`](super::Proxy::start) does, without listening.
 #[cfg(feature = "cli")]
 pub(crate) fn check_rule(rule: &Rule) -> Result<()> {
     check_alone(rule, Waiter::of)
 }
 
-/// Refuses a rule that others stand in the way of.
+/// Checks a rule against the other rules.
 fn check_beside<'a>(rule: &'a Rule, others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
     let invalid = |why: String| {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
@@ -127,7 +130,7 @@ fn check_beside<'a>(rule: &'a Rule, others: impl Iterator<Item = &'a Rule> + Clo
     Ok(())
 }
 
-/// Refuses a passed socket that no rule wants: its clients would wait for ever.
+/// Refuses a passed socket that no rule wants, since its clients would wait for ever.
 pub(crate) fn all_are_wanted(passed: &[listener::Listener], rules: &[Rule]) -> Result<()> {
     let is_wanted = |it: &listener::Listener| rules.iter().any(|rule| it.is_at(&rule.listen));
     let Some(left) = passed.iter().find(|it| !is_wanted(it)) else {
@@ -144,16 +147,16 @@ pub(crate) fn all_are_wanted(passed: &[listener::Listener], rules: &[Rule]) -> R
     Err(Error::new(Operation::Listen, left.address(), cause).with_remedy(remedy))
 }
 
-/// A socket that listened already. One that somebody else has bound is kept while forwards come and go: nobody could bind
-/// it again.
+/// A socket that listened already. One that another program has bound is kept while forwards are
+/// added and removed, since this process could not bind it again.
 #[derive(Debug)]
 struct Passed {
     socket: listener::Listener,
-    /// Who has used it last.
+    /// The forward that used it last.
     by: Option<ForwardId>,
 }
 
-/// Binds rules, and knows the VMs that they lead to.
+/// The part of a proxy that binds rules, and knows the gates of their VMs.
 #[derive(Debug)]
 pub(super) struct Binder {
     gates: Mutex<Vec<(PathBuf, Arc<Gate>)>>,
@@ -162,7 +165,8 @@ pub(super) struct Binder {
     observer: Option<Observer>,
     passed: Mutex<Vec<Passed>>,
     next: AtomicU64,
-    /// Held by whoever changes the forwards, to the end of it: two that ask for one address are told apart.
+    /// The lock that a change of the forwards holds to its end, so that two rules for one address
+    /// can't be bound at once.
     change: Mutex<()>,
     forbidden: Vec<Address>,
 }
@@ -192,7 +196,7 @@ impl Binder {
         }
     }
 
-    /// Refuses a rule that leads where none may lead.
+    /// Refuses a rule with a forbidden target.
     fn permit(&self, rule: &Rule) -> Result<()> {
         let Some(place) = self.forbidden.iter().find(|it| leads_to(&rule.connect, it)) else {
             return Ok(());
@@ -205,12 +209,13 @@ impl Binder {
             .with_remedy("connect to another address, by number if it is a name"))
     }
 
-    /// Waits until nobody else changes the forwards. No worker, and nobody who looks or asks for the end, waits for this.
+    /// Waits until no other thread changes the forwards. No worker waits for this, nor does a
+    /// thread that inspects or stops the proxy.
     pub(super) fn begin_change(&self) -> MutexGuard<'_, ()> {
         self.change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Binds a rule beside others, for the worker `home`.
+    /// Binds a rule besides others, for the worker `home`.
     pub(super) fn bind<D: Driver>(
         &self,
         mut rule: Rule,
@@ -230,7 +235,7 @@ impl Binder {
         };
         let asked = D::bound(&listener, &rule.listen);
         let asked = std::mem::replace(&mut rule.listen, asked);
-        // Again: the port that was chosen may be the target's.
+        // Checked again, because the port that was chosen may be the target's.
         check_alone(&rule, self.waiter)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
@@ -245,7 +250,8 @@ impl Binder {
         self.passed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The socket that listens on `address` already, if one was passed and none of the others has it.
+    /// Returns the socket that listens on `address` already, if one was passed and none of the
+    /// others uses it.
     fn take(
         &self,
         address: &Address,
@@ -269,7 +275,7 @@ impl Binder {
         Ok(Some(listener))
     }
 
-    /// Says of an address in use which passed socket has it, if one may be meant.
+    /// Adds to an error about an address in use which passed socket has it, if one may be meant.
     fn explain(&self, error: Error, address: &Address, others: &[Arc<Forward>]) -> Error {
         let passed = self.passed();
         let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.by);
@@ -286,15 +292,17 @@ impl Binder {
         }
     }
 
-    /// Keeps no socket that was passed any longer.
+    /// Closes the passed sockets that are still kept.
     pub(super) fn let_passed_go(&self) {
-        // Who looks for one now may wait for a file or a name: the end doesn't wait for that.
+        // A thread that holds the lock may wait for a file or a name; the stop does not wait for
+        // it.
         if let Ok(mut passed) = self.passed.try_lock() {
             passed.clear();
         }
     }
 
-    /// Another rule for a forward that listens already, which keeps no places of its VM from now on.
+    /// Makes a forward with another rule for one that listens already. The old one has no slots
+    /// reserved from then on.
     pub(super) fn replace<'a>(
         &self,
         rule: Rule,
@@ -314,20 +322,20 @@ impl Binder {
         check_beside(&rule, others.map(|forward| &forward.rule))?;
         let gates = [old.gates[Side::Client].clone(), self.gate_of(&rule.connect)];
         let waiter = (self.waiter)(&rule.connect);
-        // Otherwise the new ones would have to be free beside the old ones.
+        // Otherwise the new slots would have to be free besides the old ones.
         old.keep_quota(None);
         let quota = reserve_slots(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
         Ok(Arc::new(old.with_rule(rule, gates, quota, waiter)))
     }
 
-    /// Has a forward keep its places again, after another rule for it has failed.
+    /// Reserves the slots of a forward again, after its replacement has failed.
     pub(super) fn restore(&self, forward: &Forward) {
         let quota = reserve_slots(&forward.rule, &forward.gates, forward.id);
-        // There are as many as before, unless the VM has got fewer since.
+        // There are as many as before, unless the VM's limit was lowered since.
         forward.keep_quota(quota.unwrap_or(None));
     }
 
-    /// Bounds the use of a VM from now on.
+    /// Sets the limits of a VM.
     pub(super) fn limit(&self, limits: &VmLimits) {
         self.gate_of_vm(&limits.vm).set_limits(GateLimits {
             live: limits.connections,
@@ -335,7 +343,7 @@ impl Binder {
         });
     }
 
-    /// The gate of the VM that an address is of, if it is hyperkit's.
+    /// Returns the gate of an address' VM, if it is a hyperkit address.
     fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
         match address {
             Address::Hyperkit(hyperkit) => Some(self.gate_of_vm(&hyperkit.vm)),
@@ -355,7 +363,7 @@ impl Binder {
     }
 }
 
-/// Says how a rule and a passed socket that nearly meet can be made to meet.
+/// Describes how a rule and a passed socket that differ only slightly can be made to match.
 fn agree(passed: &Address, asked: &Address) -> String {
     let systemd = match asked {
         // systemd takes no names.
@@ -370,7 +378,8 @@ fn agree(passed: &Address, asked: &Address) -> String {
     )
 }
 
-/// Keeps the places that a rule reserves, in the VM that it leads to, or else in the one that dials it.
+/// Reserves the slots that a rule asks for, at the VM that it leads to, or else at the one that
+/// dials it.
 fn reserve_slots(
     rule: &Rule,
     gates: &[Option<Arc<Gate>>; 2],
@@ -396,7 +405,8 @@ fn reserve_slots(
     }
 }
 
-/// One VM has one gate, however its directory is spelled, and be it there or not yet.
+/// Returns the path that identifies a VM. One VM has one gate, however its directory is spelled,
+/// and whether it exists yet or not.
 fn socket_of(vm: &HyperkitVm) -> PathBuf {
     let directory = std::path::absolute(&vm.state_dir).unwrap_or_else(|_| vm.state_dir.clone());
     let real = directory.ancestors().find_map(|there| {

@@ -1,4 +1,5 @@
-//! What the workers of a proxy share, and what they are told from outside.
+//! What the workers of a proxy share: the forwards, the process' quotas, the counts, and the
+//! inboxes through which they get commands. No socket is used here.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -20,14 +21,14 @@ use crate::name::SocketName;
 use super::descriptors::Descriptors;
 use super::driver::{Driver, Wanted};
 
-/// What a worker has at hand in one turn of its loop.
+/// The context of one turn of a worker's loop.
 pub(super) struct TurnContext<'a, D: Driver> {
     pub(super) driver: &'a mut D,
-    /// The number of the worker.
+    /// The worker's number.
     pub(super) index: usize,
     pub(super) shared: &'a Shared<D>,
     pub(super) phase: Phase,
-    /// When the process went on that had stood still.
+    /// The time at which the process last went on after a freeze.
     pub(super) thawed: Option<Instant>,
     pub(super) now: Instant,
 }
@@ -38,34 +39,35 @@ pub(crate) struct Accepted<S> {
     pub(super) stream: S,
     pub(super) peer: SocketName,
     pub(super) forward: Arc<Forward>,
-    /// What it is queued for in the VM that its forward leads to.
+    /// The queued slot of the VM that the forward leads to.
     pub(super) slot: Option<Slot>,
 }
 
-/// What a worker is told by others.
+/// A command to a worker.
 pub(crate) enum Command<D: Driver> {
-    /// Carry this accepted connection.
+    /// Take over this accepted connection.
     Adopt(Accepted<D::Stream>),
-    /// Accept clients of this forward; say whether that goes.
+    /// Accept clients of this forward, and report whether that is possible.
     Listen(D::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
-    /// Carry the clients of the forward of this id as this one says from now on; say so.
+    /// Replace the forward of the same id for new clients, and report it.
     Replace(Arc<Forward>, Wanted, Sender<()>),
-    /// Give the file of the forward's socket these permissions; say whether that goes.
+    /// Change the permissions of the forward's socket file, and report the result.
     SetMode(ForwardId, u32, Wanted, Sender<io::Result<()>>),
-    /// Accept no more clients of this forward, say so, and cut off those that are there after this time.
+    /// Accept no more clients of this forward, report that, and cut off its connections after this
+    /// time.
     Remove(Arc<Forward>, Duration, Sender<()>),
-    /// Say that it listens.
+    /// Answer.
     Ping(Sender<()>),
-    /// Say what is carried.
+    /// Report the status of all connections.
     ListConnections(Sender<Vec<ConnectionStatus>>),
-    /// Accept no more clients, and cut off those that are there after this time.
+    /// Accept no more clients, and cut off all connections after this time.
     Stop(Duration),
 }
 
-/// What a worker is told, and how it is woken to listen.
+/// The inbox of a worker, and the function that wakes it.
 pub(crate) struct Inbox<D: Driver> {
     commands: Mutex<Vec<Command<D>>>,
-    /// Connections of this worker.
+    /// The number of the worker's connections.
     pub(crate) load: AtomicUsize,
     wake: Wake,
 }
@@ -79,7 +81,7 @@ impl<D: Driver> Inbox<D> {
         }
     }
 
-    /// What wakes its worker.
+    /// Returns the function that wakes the worker.
     pub(super) fn waker(&self) -> Wake {
         Arc::clone(&self.wake)
     }
@@ -117,24 +119,25 @@ impl<D: Driver> std::fmt::Debug for Inbox<D> {
 pub(crate) struct Shared<D: Driver> {
     forwards: Mutex<Vec<Arc<Forward>>>,
     pub(crate) inboxes: Vec<Inbox<D>>,
-    /// How many connections there may be: what the limits say, and no more than there are descriptors for. What a forward
-    /// reserves in its VM is kept for it here as well.
+    /// The connections that the process may have: as many as the limits allow, and no more than
+    /// there are descriptors for. What a forward reserves at its VM is reserved for it here as
+    /// well.
     quotas: Mutex<Quotas>,
-    /// As the limits say.
+    /// The limit that was configured.
     most: usize,
     pub(super) descriptors: Descriptors,
     pub(super) routes: Routes,
-    /// Connections of all workers, counted from the accept on.
+    /// The connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
-    /// The end was asked for.
+    /// Whether the proxy was told to stop.
     pub(super) stop_asked: AtomicBool,
-    /// Workers that have heard of the end: they hand nothing over any more.
+    /// The number of workers that have begun to stop. They hand no connection over any more.
     pub(crate) stopping: AtomicUsize,
-    /// Workers that have ended.
+    /// The number of workers that have ended.
     pub(crate) ended: AtomicUsize,
-    /// Who gets the next listener.
+    /// The counter that chooses the worker of the next listener.
     next: AtomicUsize,
-    /// The number of the next connection.
+    /// The identifier of the next connection.
     next_connection: AtomicU64,
 }
 
@@ -173,7 +176,7 @@ impl<D: Driver> Shared<D> {
         self.quotas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Why no connection of that forward may begin now, if so.
+    /// Returns why no connection of that forward may begin now, if so.
     pub(super) fn is_full_for(&self, forward: ForwardId) -> Option<io::Error> {
         let (quotas, holder) = (self.quotas(), Holder::Forward(forward));
         if quotas.free_for(holder) > 0 {
@@ -193,27 +196,28 @@ impl<D: Driver> Shared<D> {
         }))
     }
 
-    /// Returns whether a connection of another forward may wait to be accepted at that one.
+    /// Returns whether a connection dialled by another forward may wait to be accepted at this one.
     pub(super) fn may_come_from_us(&self, forward: &Forward) -> bool {
         let live = forward.tally.live.load(Ordering::Relaxed);
         self.routes.may_wait_at(forward.id, live)
     }
 
-    /// A connection of a forward begins, or a probe of its VM: that one takes none of the slots that the forward may have.
+    /// Counts a connection of a forward that begins, or a probe of its VM, which takes none of the
+    /// forward's slots.
     pub(super) fn begins(&self, forward: &Forward, holder: Holder) {
         add_one(&forward.tally.live);
         self.quotas().take(holder);
         self.live.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// One has ended.
+    /// Counts the end of a connection or probe.
     pub(super) fn has_ended(&self, forward: &Forward, holder: Holder) {
         forward.tally.live.fetch_sub(1, Ordering::Relaxed);
         self.quotas().give_back(holder);
         self.live.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// Keeps for a forward what it reserves, until [`release`](Shared::release).
+    /// Reserves a forward's slots, until [`release`](Shared::release).
     pub(super) fn keep(&self, forward: &Forward) {
         keep(&mut self.quotas(), forward);
     }
@@ -223,13 +227,13 @@ impl<D: Driver> Shared<D> {
         forward.keep_quota(None);
     }
 
-    /// Allows as many connections as there are descriptors for beside so many listeners.
+    /// Allows as many connections as there are descriptors for besides so many listeners.
     pub(super) fn make_room(&self, listeners: usize) {
         let room = self.descriptors.room(listeners);
         self.quotas().set_cap(self.most.min(room));
     }
 
-    /// Who is to have the next listener.
+    /// Returns the worker that is to have the next listener.
     pub(super) fn next_inbox(&self) -> usize {
         self.next.fetch_add(1, Ordering::Relaxed) % self.inboxes.len()
     }
@@ -242,8 +246,8 @@ impl<D: Driver> Shared<D> {
         self.stop_asked.load(Ordering::Acquire) || self.stopping.load(Ordering::Acquire) > 0
     }
 
-    /// A worker has ended. If it has failed, the others are ended too: without it they would wait
-    /// for its connections for ever.
+    /// Notes the end of a worker. If it has failed, the others are stopped: otherwise they would
+    /// wait for its connections for ever.
     pub(super) fn worker_has_ended(&self, index: usize, failed: bool) {
         if failed {
             let lost = self.inboxes[index].load.swap(0, Ordering::AcqRel);
@@ -270,20 +274,20 @@ impl<D: Driver> Shared<D> {
         self.routes.check_books();
     }
 
-    /// Whether nobody listens to commands any more.
+    /// Returns whether no worker is left to take commands.
     pub(super) fn is_over(&self) -> bool {
         self.ended.load(Ordering::Acquire) >= self.inboxes.len()
     }
 }
 
-/// Keeps for a forward what it reserves, or as much of it as there are descriptors for, and bounds it.
+/// Reserves a forward's slots, or as many as there are descriptors for, and sets its bound.
 fn keep(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
     let holder = Holder::Forward(forward.id);
     quotas.bound(holder, forward.rule.connections);
     if let Err(left) = quotas.reserve(holder, reserved) {
         tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
-        // So much is to be had.
+        // As many as are left.
         let _ = quotas.reserve(holder, left);
     }
 }

@@ -1,4 +1,5 @@
-//! The proxy where no socket can be waited for: each connection has its threads, and all else is as ever.
+//! The proxy with sockets that no poller can wait for: each connection has its threads, and all
+//! else is as usual.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,7 +20,7 @@ struct Blocking {
     port: u16,
 }
 
-/// A proxy whose every socket can't be waited for, in front of that address.
+/// Starts a proxy in front of that address, none of whose sockets can be polled.
 fn proxy_to(connect: Address, adjust: impl FnOnce(&mut ProxyConfig)) -> Blocking {
     proxy_with(connect, adjust, |_| Waiter::Thread)
 }
@@ -41,7 +42,7 @@ fn proxy_with(
     Blocking { proxy, port }
 }
 
-/// A proxy in front of a listener of this test.
+/// Starts such a proxy in front of a listener of this test.
 fn proxy(adjust: impl FnOnce(&mut ProxyConfig)) -> (Blocking, TcpListener) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = format!("tcp://{}", listener.local_addr().unwrap());
@@ -59,7 +60,7 @@ impl Blocking {
         patient(TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).unwrap())
     }
 
-    /// A connection that carries bytes both ways.
+    /// Returns both ends of a connection that carries bytes in both directions.
     fn pair(&self, listener: &TcpListener) -> (TcpStream, TcpStream) {
         let mut client = self.client();
         client.write_all(b"x").unwrap();
@@ -83,7 +84,7 @@ impl Blocking {
     }
 }
 
-/// Wine makes an EOF of a reset.
+/// Checks that a reset was read. Wine turns a reset into an EOF.
 fn assert_reset(read: io::Result<usize>) {
     let was_reset = matches!(&read, Err(e) if e.kind() == io::ErrorKind::ConnectionReset);
     assert!(
@@ -154,12 +155,12 @@ fn bytes_and_half_closes_go_through_and_are_counted() {
     assert_eq!(client.read(&mut [0]).unwrap(), 0);
 }
 
-/// Whether the address names its host: here, that of a target and not that of a listener.
+/// Returns whether the address names its host: here, that of a target and not that of a listener.
 fn is_target(address: &Address) -> bool {
     matches!(address, Address::Tcp(tcp) if matches!(tcp.host, Host::Name(_)))
 }
 
-/// What waits for the listener's side and for the target's.
+/// Returns a function that gives the waiter of the listener's side and of the target's.
 fn waiters(listener: Waiter, target: Waiter) -> fn(&Address) -> Waiter {
     use Waiter::{Any, Poller, Thread};
     match (listener, target) {
@@ -171,7 +172,7 @@ fn waiters(listener: Waiter, target: Waiter) -> fn(&Address) -> Waiter {
     }
 }
 
-/// A proxy where these wait for the sides.
+/// Starts a proxy with these waiters for its sides.
 fn mixed(listener: Waiter, target: Waiter) -> (Blocking, TcpListener) {
     let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = server.local_addr().unwrap().port();
@@ -250,7 +251,8 @@ fn a_mixed_proxy_ends_with_its_connections() {
     }
 }
 
-/// A listener that takes no connection, and those that made it so: a connect to it waits.
+/// Returns a listener whose backlog is full, with the connections that fill it: a connect to it
+/// waits.
 fn full_listener() -> (Socket, Vec<TcpStream>, Address) {
     let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -303,7 +305,7 @@ fn a_client_that_leaves_while_its_target_is_dialled_frees_its_place() {
         .set_linger(Some(Duration::ZERO))
         .unwrap();
     drop(client);
-    // Wine makes an EOF of a reset, and an EOF is a half-close.
+    // Wine turns a reset into an EOF, and an EOF is a half-close.
     if cfg!(unix) {
         it.wait_for(|counters| counters.live == 0);
     }
@@ -343,7 +345,7 @@ fn a_stop_waits_for_a_bridge_and_a_second_one_cuts_it_off() {
     it.wait_for(|_| TcpStream::connect((Ipv4Addr::LOCALHOST, it.port)).is_err());
     client.write_all(b"still").unwrap();
     server.read_exact(&mut [0; 5]).unwrap();
-    // Those that only asked whether it still listens wait for the server's accept.
+    // Connections that only checked whether the proxy still listens wait for the server's accept.
     it.wait_for(|counters| counters.live == counters.accepted);
     it.proxy.stop(Duration::ZERO);
     assert_reset(client.read(&mut [0]));
@@ -367,7 +369,7 @@ fn a_stop_ends_when_the_last_bridge_has() {
 fn a_proxy_that_is_dropped_takes_its_bridges_along() {
     let (it, listener) = proxy(|_| {});
     let (mut client, server) = it.pair(&listener);
-    // Nobody reads: threads wait for room.
+    // Nobody reads, so threads wait for room.
     let mut flood = server.try_clone().unwrap();
     let flooding = thread::spawn(move || flood.write_all(&vec![7; 32 << 20]).is_err());
     let mut before = u64::MAX;

@@ -1,4 +1,7 @@
-//! One thread's loop: waits, latches what came, gives each connection with work a bounded turn.
+//! The loop of one thread: it waits, latches events, and gives each connection with work a bounded
+//! turn.
+//!
+//! It does not know what a family of sockets does, nor what a connection is about to do next.
 
 use std::io;
 use std::sync::Arc;
@@ -17,13 +20,14 @@ use super::driver::{Driver, Event};
 use super::listeners::Listeners;
 use super::shared::{Command, Shared, TurnContext};
 
-/// A wait that takes so much longer than asked for tells that the process stood still (SIGSTOP, a machine asleep).
+/// How much longer than asked for a wait must take to mean that the process was frozen (SIGSTOP, a
+/// sleeping machine).
 const FREEZE: Duration = Duration::from_millis(500);
 
-/// While it stops, how often a worker looks whether the others are done.
+/// How often a worker checks during the stop whether the others are done.
 const STOP_TICK: Duration = Duration::from_millis(10);
 
-/// Whether another turn of a worker's loop follows the one that is over.
+/// Whether another turn of the loop follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
     Again,
@@ -35,29 +39,29 @@ pub(super) enum Turn {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wait {
     pub(super) begun: Instant,
-    /// How long it takes at most; `None`: until something comes.
+    /// The longest time of the wait. `None`: until an event comes.
     pub(super) timeout: Option<Duration>,
 }
 
-/// A worker: its connections, its listeners, its part of the driver.
+/// A worker, with its connections, its listeners and its driver.
 pub(crate) struct Worker<D: Driver> {
     pub(super) driver: D,
     pub(super) index: usize,
     pub(super) shared: Arc<Shared<D>>,
     pub(super) connections: Connections<D>,
     pub(super) listeners: Listeners<D>,
-    /// Forwards that were removed, and when their connections are cut off.
+    /// The removed forwards, each with the time at which its connections are cut off.
     removed: Vec<(Instant, Arc<Forward>)>,
     pub(super) phase: Phase,
-    /// When the phase [`Phase::Cutting`] begins.
+    /// The time at which [`Phase::Cutting`] begins.
     cut_at: Option<Instant>,
-    /// When that one ends, whatever is still there.
+    /// The time at which that phase ends, whatever is left.
     end_at: Option<Instant>,
-    /// When the process went on that had stood still.
+    /// The time at which the process last went on after a freeze.
     thawed: Option<Instant>,
 }
 
-/// Calls a method of a part of the worker with what it has at hand.
+/// Calls a method of a part of the worker with the context of this turn.
 macro_rules! call {
     ($self:ident.$part:ident.$method:ident($($argument:expr),*), $now:expr) => {{
         let mut cx = TurnContext {
@@ -73,7 +77,7 @@ macro_rules! call {
 }
 
 impl<D: Driver> Worker<D> {
-    /// One of `shared`'s; its bytes may go through pipes if `splice`.
+    /// Makes a worker of `shared`. Its bytes may pass through pipes if `splice` is set.
     pub(crate) fn new(driver: D, index: usize, shared: Arc<Shared<D>>, splice: bool) -> Worker<D> {
         let pipes = match splice {
             true => shared.descriptors.pipes_of_a_worker(),
@@ -93,10 +97,10 @@ impl<D: Driver> Worker<D> {
         }
     }
 
-    /// Takes over a bound listener.
+    /// Adds a bound listener.
     ///
     /// # Errors
-    /// The poller can't watch it.
+    /// Returns the poller's error, if it can't watch the listener.
     pub(crate) fn add_listener(
         &mut self,
         listener: D::Listener,
@@ -109,7 +113,7 @@ impl<D: Driver> Worker<D> {
     /// Runs until the proxy has stopped.
     ///
     /// # Errors
-    /// What the poller says, if it can't wait any more.
+    /// Returns the poller's error, if it can't wait any more.
     pub(crate) fn run(mut self) -> io::Result<()> {
         let mut events = Vec::new();
         loop {
@@ -121,17 +125,17 @@ impl<D: Driver> Worker<D> {
         }
     }
 
-    /// Returns the wait that is to come before the next turn.
+    /// Returns the wait before the next turn.
     pub(super) fn next_wait(&self) -> Wait {
         let begun = self.driver.now();
         let timeout = self.timeout(begun);
         Wait { begun, timeout }
     }
 
-    /// Does what is to be done after a wait, and takes the events out that it brought.
+    /// Does the work of one turn after a wait, and drains the events that it returned.
     ///
     /// # Errors
-    /// As those of [`run`](Worker::run).
+    /// Returns the errors of [`run`](Worker::run).
     pub(super) fn turn(
         &mut self,
         events: &mut Vec<Event<D::Stream, D::Listener>>,
@@ -143,13 +147,13 @@ impl<D: Driver> Worker<D> {
             .is_some_and(|timeout| now > after(wait.begun, timeout) + FREEZE)
         {
             self.thawed = Some(now);
-            // Guests may have stood still as well.
+            // Guests may have been frozen as well.
             self.end_at = self.end_at.map(|at| at.max(now + LAST_DRAIN));
         }
         if self.connections.has_due_timer(now) {
             // Invariant 9: what has come is read before a timer is believed. The process may have
-            // stood still since the events were fetched, and may so have missed what tells that a
-            // peer is not idle.
+            // been frozen since the events were fetched, and may so have missed the event that
+            // shows that a peer is not idle.
             self.driver.wait(events, Some(Duration::ZERO))?;
         }
         for event in events.drain(..) {
@@ -180,7 +184,7 @@ impl<D: Driver> Worker<D> {
     fn take_event(&mut self, event: Event<D::Stream, D::Listener>, now: Instant) {
         match event {
             Event::Ready { token, readiness } if token < Id::FIRST => {
-                // That a pipe's client has come makes it writable.
+                // A client of a named pipe makes it writable.
                 if readiness.readable || readiness.writable {
                     self.listeners.latch(token);
                 }
@@ -198,7 +202,7 @@ impl<D: Driver> Worker<D> {
         }
     }
 
-    /// Does what the worker is told. Whoever asked may have given up by now.
+    /// Carries out a command. The thread that sent it may have given up by now.
     fn obey(&mut self, command: Command<D>, now: Instant) {
         match command {
             Command::Adopt(accepted) => call!(self.connections.adopt(accepted), now),
@@ -231,9 +235,10 @@ impl<D: Driver> Worker<D> {
         }
     }
 
-    /// Returns how long there is nothing to do unless something comes; `None`: for ever.
+    /// Returns how long there is nothing to do unless an event comes; `None` means for ever.
     fn timeout(&self, now: Instant) -> Option<Duration> {
-        // mio's poll fallback may lose a wake-up while a socket is registered: so the inbox is looked into as well.
+        // mio's poll fallback may lose a wake-up while a socket is registered, so the inbox is
+        // checked as well.
         if !self.shared.inboxes[self.index].is_empty() {
             return Some(Duration::ZERO);
         }
@@ -256,7 +261,7 @@ impl<D: Driver> Worker<D> {
         let at = after(now, grace);
         self.cut_at = Some(self.cut_at.map_or(at, |before| before.min(at)));
         if self.phase == Phase::Running {
-            // Who is connected by now, as far as the kernel is concerned, is still served.
+            // A client that the kernel has connected by now is still served.
             self.accept_all(now);
             self.phase = Phase::Stopping;
             self.shared.stopping.fetch_add(1, Ordering::AcqRel);
@@ -265,11 +270,11 @@ impl<D: Driver> Worker<D> {
         }
     }
 
-    /// Takes a forward out: nobody is accepted any more, and who is there has that time.
+    /// Removes a forward: accepts no more clients, and cuts off its connections after `grace`.
     fn remove(&mut self, forward: Arc<Forward>, grace: Duration, tell: Sender<()>, now: Instant) {
         call!(self.listeners.remove(forward.id, tell), now);
         self.adopt_accepted(now);
-        // First this: whoever accepted the last one has counted it before.
+        // This is read first: the worker that accepted the last client has counted it before.
         let may_come = |it: &Forward| !it.closed.load(Ordering::Acquire);
         let has_some = |it: &Forward| it.tally.live.load(Ordering::Relaxed) > 0;
         self.removed
@@ -277,11 +282,11 @@ impl<D: Driver> Worker<D> {
         self.removed.push((after(now, grace), forward));
     }
 
-    /// Cuts off the connections of removed forwards whose time has come.
+    /// Cuts off the connections of removed forwards whose grace is over.
     fn cut_removed(&mut self, now: Instant) {
         let due = self.removed.extract_if(.., |(at, _)| *at <= now);
         for (_, forward) in due.collect::<Vec<_>>() {
-            // What is handed over after this is cut off when it comes.
+            // A connection that is handed over after this is cut off when it arrives.
             forward.cut.store(true, Ordering::Release);
             call!(self.connections.cut(Some(forward.id)), now);
         }
@@ -291,21 +296,24 @@ impl<D: Driver> Worker<D> {
         self.cut_at = None;
         if self.phase < Phase::Cutting {
             self.phase = Phase::Cutting;
-            // Guests that go on dialling each get their leave, but can't keep us for ever.
+            // Guests that go on dialling are each closed gracefully, but can't delay the end for
+            // ever.
             self.end_at = Some(now + 2 * LAST_DRAIN);
             call!(self.connections.cut(None), now);
         }
     }
 
-    /// Accepts all that wait at the listeners now.
+    /// Accepts all clients that wait at the listeners now.
     fn accept_all(&mut self, now: Instant) {
         call!(self.listeners.accept_all(), now);
         self.adopt_accepted(now);
     }
 
-    /// All connections of all workers have ended, none can be handed over any more, and no guest waits at the door.
+    /// Returns whether the connections of all workers have ended, none can be handed over any more,
+    /// and no guest waits to be accepted.
     fn is_over(&mut self, now: Instant) -> bool {
-        // First this: who has not heard of the end yet may still count a connection and hand it to us.
+        // This is read first: a worker that has not received the stop yet may still count a
+        // connection and hand it over.
         if self.shared.stopping.load(Ordering::Acquire) < self.shared.inboxes.len() {
             return false;
         }

@@ -1,4 +1,5 @@
-//! Dials that wait for a slot of their VM: one queue a forward, so that a noisy one is in nobody's way.
+//! The dials that wait for a slot of their VM, in one queue per forward, so that a busy forward
+//! does not delay the others. Whether a dial may go is decided by the VM's gate.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use crate::engine::table::Id;
 use crate::proxy::driver::Driver;
 use crate::proxy::shared::TurnContext;
 
-/// How often a VM is looked at while a cap of it is reached.
+/// How often a VM is looked at while one of its caps is reached.
 const FULL_LOOK: Duration = Duration::from_millis(50);
 
 /// The connections of one forward and this worker that wait for a slot, first come, first served.
@@ -35,7 +36,7 @@ impl<D: Driver> Connections<D> {
         let Some(gate) = &forward.gates[Side::Server] else {
             return;
         };
-        // Those of other forwards have their turns before it.
+        // If there are queues of other forwards, they have their turns first.
         let alone = self.dials.iter().all(|it| !Arc::ptr_eq(&it.gate, gate));
         let its = |queue: &DialQueue| Arc::ptr_eq(&queue.forward, forward);
         match self.dials.iter().position(its) {
@@ -56,9 +57,9 @@ impl<D: Driver> Connections<D> {
         self.dials.iter().map(|queue| queue.next).min()
     }
 
-    /// Dials as many of those who wait as their VMs' gates let through, one of each queue after the other.
+    /// Dials for as many waiting connections as their VMs' gates admit, one of each queue in turn.
     pub(super) fn dial_turns(&mut self, cx: &mut TurnContext<'_, D>) {
-        // A dial that fails at once may come back to the end of its queue: that one has its turn later.
+        // A dial that fails at once may be queued again: it has its turn later.
         let mut turns: usize = self.dials.iter().map(|queue| queue.waiting.len()).sum();
         let mut idle = 0;
         while turns > 0 && idle < self.dials.len() {
@@ -75,12 +76,12 @@ impl<D: Driver> Connections<D> {
         }
     }
 
-    /// Lets the first who waits dial; false if it can't now.
+    /// Dials for the first waiting connection. Returns false if it can't now.
     fn dial_turn(&mut self, queue: &mut DialQueue, cx: &mut TurnContext<'_, D>) -> bool {
         let Some(&id) = queue.waiting.front() else {
             return false;
         };
-        // Who has left since, or was refused, needs no dial.
+        // A connection whose client has gone, or was refused, needs no dial.
         let connection = self.table.get_mut(id);
         if !connection.is_some_and(|it| it.is_waiting()) {
             queue.waiting.pop_front();
@@ -101,7 +102,7 @@ impl<D: Driver> Connections<D> {
             }
             Admission::Full(why) => {
                 queue.next = cx.now + FULL_PAUSE;
-                // Another VM may be there by now, which has none of that.
+                // Another VM may be there by now, whose caps are not reached.
                 if queue.gate.begin_look(cx.now, FULL_LOOK) {
                     cx.driver.look_at_vm(&queue.gate);
                 }

@@ -1,4 +1,6 @@
-//! The loop's part in its connections: it takes them over, gives them what has come, and does what they ask for.
+//! The loop's part in connections: it takes over accepted ones, passes events to them, and carries
+//! out the actions that they request. What a connection does next is decided by the
+//! [engine](crate::engine::connection) alone.
 
 mod dials;
 mod probes;
@@ -23,36 +25,36 @@ use super::shared::{Accepted, TurnContext};
 use dials::DialQueue;
 use probes::ProbeQueue;
 
-/// Bytes a buffer holds. A pair in flight borrows at most two.
+/// The size of a buffer. A pair in flight borrows at most two.
 const BUFFER: usize = 128 * 1024;
 
-/// Buffers that a worker keeps though nobody needs them.
+/// The buffers that a worker keeps even if they are not needed.
 const KEEP: usize = 16;
 
-/// How often buffers and pipes are looked for that nobody needs any more.
+/// How often unneeded buffers and pipes are dropped.
 const TRIM: Duration = Duration::from_secs(1);
 
-/// How long a dial waits when a cap of its VM is reached before it asks again.
+/// How long a dial waits before it asks again, if a cap of its VM is reached.
 const FULL_PAUSE: Duration = Duration::from_millis(10);
 
 /// The connections of one worker.
 pub(super) struct Connections<D: Driver> {
     pub(super) table: Table<Connection<D::Stream>>,
-    /// What they have asked for and has not been done yet.
+    /// The requested actions that are not carried out yet.
     actions: VecDeque<(Id, Action<D::Stream>)>,
     runs_actions: bool,
-    /// Those that have work left, in the order of their turns (invariant 5).
+    /// The connections with work left, in the order of their turns (invariant 5).
     ready: VecDeque<Id>,
     pub(super) timers: Timers,
     pub(super) pool: Pool<<D::Stream as Socket>::Pipe>,
-    /// When buffers and pipes that nobody needs any more are dropped.
+    /// The time at which unneeded buffers and pipes are dropped.
     trim_at: Option<Instant>,
     dials: VecDeque<DialQueue>,
     pub(super) probes: Vec<ProbeQueue>,
 }
 
 impl<D: Driver> Connections<D> {
-    /// None yet; their bytes may go through so many pipes.
+    /// Makes an empty set of connections, whose bytes may pass through so many pipes.
     pub(super) fn new(pipes: usize) -> Connections<D> {
         Connections {
             table: Table::new(),
@@ -88,7 +90,7 @@ impl<D: Driver> Connections<D> {
         self.with(id, cx, |connection, to| connection.begin(watched, to));
     }
 
-    /// Takes an event of one of the connections.
+    /// Passes an event to its connection.
     pub(super) fn take_event(
         &mut self,
         event: Event<D::Stream, D::Listener>,
@@ -133,7 +135,7 @@ impl<D: Driver> Connections<D> {
         }
     }
 
-    /// Gives each connection its turn that has work or whose time has come.
+    /// Gives a turn to each connection that has work or whose timer is due.
     pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, D>) {
         while let Some(id) = self.timers.pop_due(cx.now) {
             if let Some(connection) = self.table.get_mut(id) {
@@ -142,7 +144,8 @@ impl<D: Driver> Connections<D> {
             }
         }
         self.dial_turns(cx);
-        // Only those that are ready now: one that has more work goes to the back and waits for the next round.
+        // Only connections that are ready now: one that has more work goes to the back of the queue
+        // and waits for the next round.
         for _ in 0..self.ready.len() {
             let Some(id) = self.ready.pop_front() else {
                 break;
@@ -156,7 +159,7 @@ impl<D: Driver> Connections<D> {
         self.trim_pool(cx.now);
     }
 
-    /// Returns when there is something to do, if nothing comes before.
+    /// Returns the time of the next turn, if no event comes before.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
         let ready = (!self.ready.is_empty()).then_some(now);
         let times = [
@@ -174,7 +177,7 @@ impl<D: Driver> Connections<D> {
         self.timers.next().is_some_and(|at| at <= now)
     }
 
-    /// A pipe rests for a second or two before it is closed.
+    /// Drops unneeded buffers and pipes. A pipe stays for a second or two before it is closed.
     fn trim_pool(&mut self, now: Instant) {
         if self.trim_at.is_some_and(|at| at <= now) {
             self.pool.trim();
@@ -185,7 +188,7 @@ impl<D: Driver> Connections<D> {
         }
     }
 
-    /// Calls a connection, and does what it asks for.
+    /// Calls a method of a connection, and carries out the actions that it requests.
     pub(super) fn with(
         &mut self,
         id: Id,
@@ -216,7 +219,7 @@ impl<D: Driver> Connections<D> {
     }
 
     fn run_actions(&mut self, cx: &mut TurnContext<'_, D>) {
-        // What is asked for while an action runs comes after those before it.
+        // Actions that are requested while one is carried out come after the earlier ones.
         if std::mem::replace(&mut self.runs_actions, true) {
             return;
         }
@@ -228,7 +231,7 @@ impl<D: Driver> Connections<D> {
 
     fn run_action(&mut self, id: Id, action: Action<D::Stream>, cx: &mut TurnContext<'_, D>) {
         let action = match action {
-            // These are owed even if the connection is gone.
+            // These are carried out even if the connection is gone.
             Action::Close(stream, slot) => {
                 cx.driver.close(stream);
                 return drop(slot);
@@ -287,7 +290,7 @@ impl<D: Driver> Connections<D> {
         let asks = connection.as_ref().is_some_and(|it| it.doubts_server());
         let connected = cx.driver.connect(endpoint);
         let dialled = connected.map(|(mut socket, identity)| {
-            // Asked at once: of one that is gone later, the connection broke off.
+            // Checked at once: if the process is gone later, the connection broke off.
             let is_inherited = asks && cx.driver.has_peer_ended(&socket);
             let watched = cx.driver.watch(&mut socket, id.token(Side::Server));
             Dialled {
@@ -300,7 +303,7 @@ impl<D: Driver> Connections<D> {
         self.with(id, cx, |it, to| it.take_connect(dialled, to));
     }
 
-    /// Takes what a dial on a thread of its own has come to.
+    /// Takes the result of a dial on a thread.
     fn take_dialled(
         &mut self,
         id: Id,
@@ -331,7 +334,7 @@ impl<D: Driver> Connections<D> {
         }
     }
 
-    /// Takes a connection that is over out of the books.
+    /// Removes a connection that has ended, with all that is counted for it.
     fn drop_connection(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         let Some(connection) = self.table.remove(id) else {
             return;
@@ -346,7 +349,7 @@ impl<D: Driver> Connections<D> {
         cx.shared.has_ended(&forward, holder);
     }
 
-    /// Cuts off the connections of a forward; `None`: all.
+    /// Cuts off the connections of a forward; `None` means all.
     pub(super) fn cut(&mut self, forward: Option<ForwardId>, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
@@ -356,14 +359,14 @@ impl<D: Driver> Connections<D> {
         }
     }
 
-    /// Shortens the time of what is being closed, when the proxy begins to stop.
+    /// Shortens the closing of connections, when the proxy begins to stop.
     pub(super) fn begin_to_stop(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
             self.with(id, cx, Connection::shorten_closing);
         }
     }
 
-    /// Closes all that is still there, as the last thing before the end.
+    /// Closes all that is left by force, as the last thing before the end.
     pub(super) fn abandon_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
             self.with(id, cx, Connection::cut);
@@ -371,7 +374,7 @@ impl<D: Driver> Connections<D> {
         }
     }
 
-    /// Returns what is to be told of all connections.
+    /// Returns the status of all connections.
     pub(super) fn statuses(&mut self, cx: &mut TurnContext<'_, D>) -> Vec<ConnectionStatus> {
         let mut all = Vec::new();
         for id in self.table.ids() {

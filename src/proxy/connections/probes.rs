@@ -1,4 +1,5 @@
-//! Probes: dials of which only the refusal is wanted. It tells that the guest lives, and has answered all dials before.
+//! Probes: dials of which only the refusal is wanted. It says that the guest runs, and has answered
+//! all earlier dials. When one may be sent is decided by the VM's gate.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,25 +19,27 @@ use crate::engine::table::Id;
 use crate::proxy::driver::Driver;
 use crate::proxy::shared::TurnContext;
 
-/// When a probe that is under way is asked after, if no wake-up tells of it before.
+/// How often a pending probe is checked, if no wake-up comes before.
 const PROBE_LOOK: Duration = Duration::from_secs(1);
 
-/// Connections of this worker to one VM of which it is not known yet whether the guest has taken them.
+/// The connections of this worker to one VM of which it is not known yet whether the guest has
+/// taken them.
 #[derive(Debug)]
 pub(in crate::proxy) struct ProbeQueue {
     gate: Arc<Gate>,
     waiting: Vec<Id>,
     next: Instant,
-    /// No probe is tried before this time: the last one could not be sent. Its slot, given back,
-    /// wakes the other workers, whose own may fail as well and wake this one.
+    /// The time before which no probe is tried, because the last one could not be sent. Giving its
+    /// slot back wakes the other workers, whose own probes may fail as well and wake this one.
     not_before: Option<Instant>,
 }
 
 impl<D: Driver> Connections<D> {
-    /// Dials a port on which nobody listens: that the guest refuses tells that it lives, and has taken all dials before.
+    /// Dials a port on which nobody listens. The guest's refusal says that it runs, and has taken
+    /// all earlier dials.
     ///
-    /// However long that takes, this one is never given up: its answer may come at any time. False if it could not be
-    /// sent now.
+    /// However long the answer takes, a probe is never given up, since it may come at any time.
+    /// Returns false if the probe could not be sent now.
     pub(super) fn probe(
         &mut self,
         slot: Slot,
@@ -50,15 +53,15 @@ impl<D: Driver> Connections<D> {
         };
         let probe = HyperkitAddress {
             vm: target.vm.clone(),
-            // To which nothing can be bound.
+            // A port that nothing can be bound to.
             port: PORT_ANY,
         };
         let (mut stream, identity) = match cx.driver.connect(&Endpoint::Hyperkit(probe)) {
             Ok(connected) => connected,
             Err(e) => {
                 drop(slot);
-                // A full backlog (the device stands still) or no descriptor left here says nothing of the VM: what the
-                // guest has not answered is still there.
+                // A full backlog (the device hangs), or the lack of a descriptor here, says nothing
+                // about the VM: what the guest has not answered is still pending.
                 let gone = dial::proves_no_listener(&e) && gate.can_be_probed();
                 if gone {
                     gate.vm_is_gone();
@@ -84,7 +87,7 @@ impl<D: Driver> Connections<D> {
         true
     }
 
-    /// Has a connection take its turn once the guest has answered its dial, or one behind it.
+    /// Queues a connection for a turn once the guest has answered its dial, or a later one.
     pub(super) fn queue_probe(&mut self, id: Id, forward: &Arc<Forward>, now: Instant) {
         let Some(gate) = &forward.gates[Side::Server] else {
             return;
@@ -108,7 +111,8 @@ impl<D: Driver> Connections<D> {
         self.probes.iter().map(|probes| probes.next).min()
     }
 
-    /// Goes on with those whose dials have been answered, and sends a probe for those that are left.
+    /// Makes the connections ready whose dials were answered, and sends a probe for those that are
+    /// left.
     pub(super) fn probe_turns(&mut self, cx: &mut TurnContext<'_, D>) {
         for mut probes in std::mem::take(&mut self.probes) {
             let mut unanswered = None;
@@ -136,7 +140,7 @@ impl<D: Driver> Connections<D> {
         }
     }
 
-    /// Sends a probe if none is under way; when that is to be looked at again.
+    /// Sends a probe if none is pending. Returns when to check again.
     fn send_probe(
         &mut self,
         probes: &mut ProbeQueue,

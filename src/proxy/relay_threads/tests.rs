@@ -1,4 +1,5 @@
-//! A bridge between streams of every family that this system can make pairs of, under the relay's rules.
+//! Relay threads between streams of every family that this system can make pairs of, under the
+//! relay's rules.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,10 +19,10 @@ use crate::stream::Stream;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// More than two sockets' buffers take.
+/// More than the buffers of two sockets hold.
 const MUCH: usize = 32 << 20;
 
-/// A peer's end and the bridge's end of one connection.
+/// Returns the peer's end and the relay threads' end of one connection.
 fn connection(listener: &Listener) -> (Stream, Stream) {
     let near = Stream::connect(listener.address()).unwrap();
     let (far, _) = listener.accept().unwrap();
@@ -63,7 +64,7 @@ impl ThreadsEnded {
         self.ended.recv_timeout(PATIENCE).unwrap()
     }
 
-    /// Of frames each peer says that it closes, once both directions have ended.
+    /// Closes framed peers as they must: each says that it closes, once both directions have ended.
     fn take_leave(&self) {
         let framed = [&self.client, &self.server].map(|end| end.is_framed().then_some(end));
         thread::scope(|scope| {
@@ -77,7 +78,7 @@ impl ThreadsEnded {
         self.noted.delivered[side].load(Ordering::Relaxed)
     }
 
-    /// Waits until bytes of `side` have gone through, and no more do.
+    /// Waits until bytes of `side` have been delivered, and no more are.
     fn settle(&self, side: Side) {
         let end = Instant::now() + PATIENCE;
         let mut before = 0;
@@ -93,7 +94,7 @@ fn bridged_on(address: &str, drain: [Option<Duration>; 2]) -> ThreadsEnded {
     bridged_as(address, drain, |end| end)
 }
 
-/// `make` makes each of the four ends what it is to be.
+/// Starts relay threads between two connections, whose four ends `make` converts.
 fn bridged_as(
     address: &str,
     drain: [Option<Duration>; 2],
@@ -129,7 +130,7 @@ fn on_threads() -> ThreadsEnded {
     bridged_on(TCP, [None, None])
 }
 
-/// The same connection, in frames.
+/// Converts an end to a framed one.
 fn framed(end: Stream) -> Stream {
     let address = "vsock://3:1?framing=yes".parse().unwrap();
     #[cfg(unix)]
@@ -161,7 +162,7 @@ fn all_of(mut stream: &Stream) -> io::Result<Vec<u8>> {
     stream.read_to_end(&mut all).map(|_| all)
 }
 
-/// Reads to the end; whether it was a reset, and how many bytes came before.
+/// Reads to the end. Returns whether it was a reset, and how many bytes came before.
 fn end_of(mut stream: &Stream) -> (bool, u64) {
     let mut sum = 0;
     let mut buffer = [0; 16 * 1024];
@@ -177,12 +178,12 @@ fn end_of(mut stream: &Stream) -> (bool, u64) {
     }
 }
 
-/// A kernel tells of a reset once, be it to a write.
+/// Returns whether an error means a reset. A kernel reports a reset once, be it to a write.
 fn is_reset(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::ConnectionReset
 }
 
-/// Has the peer read a reset, and not an EOF. Wine makes an EOF of it.
+/// Checks that the peer read a reset, and not an EOF. Wine turns a reset into an EOF.
 fn assert_reset(was_reset: bool) {
     assert!(was_reset || cfg!(windows), "a clean EOF");
 }
@@ -277,7 +278,7 @@ fn a_peer_in_frames_is_waited_for() {
     assert_eq!(it.ended(), Ended::default());
 }
 
-/// A framed peer that goes without a word has broken off: so is its answer.
+/// A framed peer that closes without a frame has broken off, and so has its answer.
 #[test]
 fn an_end_without_a_frame_is_no_clean_eof() {
     let it = bridged_as(TCP, [None, None], framed);
@@ -292,7 +293,7 @@ fn an_end_without_a_frame_is_no_clean_eof() {
 fn a_broken_answer_arrives_as_far_as_it_went_and_is_no_clean_eof() {
     let it = on_threads();
     (&it.server).write_all(b"half of an").unwrap();
-    // What is not on its way yet, a reset would overtake.
+    // A reset would overtake what is not on its way yet.
     it.settle(Side::Server);
     it.server.abort();
     drop(it.server);
@@ -308,14 +309,14 @@ fn a_server_that_closes_with_an_upload_on_its_way_breaks_it_off() {
     let it = on_threads();
     let sending = send_much(&it.client);
     it.settle(Side::Client);
-    // With bytes unread: a reset.
+    // With bytes unread, so that the close is a reset.
     drop(it.server);
     let error = sending.join().unwrap().unwrap_err();
     assert_reset(is_reset(&error) || end_of(&it.client).0);
     it.ended.recv_timeout(PATIENCE).unwrap();
 }
 
-/// Others don't tell what a peer has not acknowledged.
+/// Other systems don't tell what a peer has not acknowledged.
 #[cfg(target_os = "linux")]
 #[test]
 fn what_a_client_was_given_arrives_before_the_reset() {
@@ -430,7 +431,7 @@ fn one_that_is_cut_off_while_nobody_reads_is_reset() {
         it.settle(Side::Server);
         cut(&it);
         for (sending, stream) in sending.into_iter().zip([&it.client, &it.server]) {
-            // (macOS discards in silence what is written to a Unix socket that is cut off.)
+            // (macOS silently discards what is written to a Unix socket that was cut off.)
             let sent = sending.join().unwrap();
             let was_reset = sent.is_err_and(|e| is_reset(&e)) || end_of(stream).0;
             assert!(!tcp || was_reset || cfg!(windows), "a clean EOF");
@@ -465,7 +466,7 @@ fn a_side_that_does_not_end_in_time_is_abandoned() {
     drop(it.client);
     let end = Instant::now() + PATIENCE;
     let ended = loop {
-        // Until it has bytes for the client, the bridge doesn't know that it has gone.
+        // Until the threads have bytes for the client, they don't notice that it has gone.
         let _ = (&it.server).write_all(b"x");
         match it.ended.recv_timeout(Duration::from_millis(1)) {
             Ok(ended) => break ended,

@@ -13,7 +13,8 @@ use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
 use crate::listener::nonblocking::Listener;
 
-/// A worker in front of `target` whose guests are TCP clients that are accepted as AF_HYPERV's are; where they connect to.
+/// Starts a worker in front of `target` whose guests are TCP clients, accepted as AF_HYPERV's are.
+/// Returns the address that they connect to.
 fn guests_of(
     target: &TcpListener,
     limits: Limits,

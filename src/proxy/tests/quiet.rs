@@ -1,4 +1,4 @@
-//! Bridges on which nothing moves.
+//! Relay threads on which no byte moves.
 
 use super::*;
 
@@ -38,7 +38,7 @@ fn a_bridge_of_which_one_side_has_ended_is_broken_off() {
     assert_eq!(it.counters().timed_out.half_closed, 1);
 }
 
-/// Where a bridge's server is not there yet.
+/// The server that no poller can wait for is absent at first.
 #[test]
 fn a_client_is_held_until_what_no_poller_can_wait_for_is_there() {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
