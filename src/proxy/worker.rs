@@ -110,6 +110,12 @@ impl<D: Driver> Worker<D> {
         call!(self.listeners.add(listener, forward), now)
     }
 
+    /// Returns whether the process has stood still.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn has_slept(&self) -> bool {
+        self.thawed.is_some()
+    }
+
     /// Runs until the proxy has stopped.
     ///
     /// # Errors

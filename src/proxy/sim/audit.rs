@@ -67,11 +67,23 @@ fn check_at_end(conn: &Connection<SimStream>, phase: Phase, is_late: bool) {
     }
 }
 
+/// Whether a time by which a connection is to be closed was not put off. Only the end bounds a probe.
+fn is_no_later(until: Option<Duration>, before: Option<Option<Duration>>, phase: Phase) -> bool {
+    match (until, before) {
+        (_, None) => true,
+        (None, Some(before)) => before.is_none(),
+        (Some(_), Some(None)) => phase > Phase::Running,
+        (Some(until), Some(Some(before))) => until <= before,
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Audit {
     pulses: BTreeMap<Key, Pulse>,
     /// When what is being left was begun to be.
     leaves: BTreeMap<Key, Duration>,
+    /// When it is to be closed, if its peers have not ended by then.
+    closing: BTreeMap<Key, Option<Duration>>,
     /// Forwards that have found what they reserve.
     settled: RefCell<BTreeSet<u64>>,
     /// How many probes each worker has.
@@ -146,6 +158,8 @@ impl Audit {
         let now = stage.now();
         let index = worker.index;
         let (mut timers, mut open, mut leaving) = (0, BTreeMap::new(), BTreeMap::new());
+        let mut closing = BTreeMap::new();
+        let has_slept = worker.has_slept();
         let (mut proving, mut probes, mut let_in) = (BTreeMap::new(), 0, 0);
         let phase = worker.phase;
         if phase > Phase::Running {
@@ -172,7 +186,7 @@ impl Audit {
                 State::Proving { .. } => {
                     proving.insert(key, *self.proofs.get(&key).unwrap_or(&now));
                 }
-                State::Closing { ends, .. } => {
+                State::Closing { ends, until } => {
                     // Though the other side lingers.
                     let has_left =
                         ends[Side::Server].is_some() || conn.slots[Side::Server].is_none();
@@ -183,6 +197,13 @@ impl Audit {
                         "a socket is closed, and keeps its place in its VM"
                     );
                     leaving.insert(key, *self.leaves.get(&key).unwrap_or(&now));
+                    let until = until.map(|at| stage.time_of(at));
+                    let before = self.closing.get(&key).copied();
+                    assert!(
+                        has_slept || is_no_later(until, before, phase),
+                        "a connection may be closed at {until:?}, after {before:?}"
+                    );
+                    closing.insert(key, until);
                 }
                 _ => {}
             }
@@ -208,6 +229,8 @@ impl Audit {
         self.pulses.extend(open);
         self.leaves.retain(|key, _| !mine.contains(key));
         self.leaves.extend(leaving);
+        self.closing.retain(|key, _| !mine.contains(key));
+        self.closing.extend(closing);
         self.probes.insert(index, probes);
         self.proofs.retain(|key, _| !mine.contains(key));
         self.proofs.extend(proving);
