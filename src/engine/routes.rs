@@ -171,16 +171,16 @@ impl Routes {
         assert_eq!(self.dialled.load(Ordering::Relaxed), 0);
     }
 
-    /// Notes the name at which a forward listens.
-    pub(crate) fn listens(&self, listener: ListenerName, forward: ForwardId) {
+    /// Adds the listener of a forward.
+    pub(crate) fn add_listener(&self, listener: ListenerName, forward: ForwardId) {
         let mut known = self.known();
         known.listeners.retain(|_, it| *it != forward);
         known.listeners.insert(listener, forward);
         known.note_kinds();
     }
 
-    /// Notes that a forward listens no more.
-    pub(crate) fn listens_no_more(&self, forward: ForwardId) {
+    /// Removes the listener of a forward.
+    pub(crate) fn remove_listener(&self, forward: ForwardId) {
         let mut known = self.known();
         known.listeners.retain(|_, it| *it != forward);
         known.note_kinds();
@@ -367,7 +367,7 @@ mod tests {
             move || PeerNames::accepted(name(listening), name(port))
         };
         let name = |name: &str| ListenerName::Unix(name.into());
-        routes.listens(name("b"), b);
+        routes.add_listener(name("b"), b);
         let mut first = Route::default();
         let now = Instant::now();
         assert!(routes.reached(a, &name("b"), &mut first, now));

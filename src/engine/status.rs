@@ -1,5 +1,5 @@
 //! The status of forwards, connections and VMs, as a caller reads it, and the cell in which workers
-//! leave it. It opens nothing and asks nobody: whoever knows something puts it here.
+//! leave it. Nothing is looked up here.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};

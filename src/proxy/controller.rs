@@ -36,7 +36,7 @@ impl<D: Driver> Clone for Controller<D> {
 }
 
 /// How long a worker may take to answer. It answers at once, unless it hangs or has ended.
-const ANSWER: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl<D: Driver> Controller<D> {
     /// See [`Handle::forwards`](super::Handle::forwards).
@@ -68,7 +68,7 @@ impl<D: Driver> Controller<D> {
         }
         self.shared.make_room(listeners);
         // The rule's bound must apply to its first client.
-        self.shared.keep(&forward);
+        self.shared.reserve_slots(&forward);
         let undo = |e| {
             self.shared.release(&forward);
             self.shared.make_room(forwards.len());
@@ -103,7 +103,7 @@ impl<D: Driver> Controller<D> {
             self.binder.restore(old);
             return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
         }
-        self.shared.keep(&forward);
+        self.shared.reserve_slots(&forward);
         let mut forwards = self.shared.forwards();
         let index = index_of(&forwards, id)?;
         forwards[index] = forward;
@@ -126,7 +126,7 @@ impl<D: Driver> Controller<D> {
         self.shared.release(&forward);
         let answers = self.ask_all(
             |tell| Command::Remove(Arc::clone(&forward), grace, tell),
-            ANSWER,
+            ANSWER_TIMEOUT,
         );
         self.shared.make_room(left);
         match answers.len() < self.shared.inboxes.len() && !self.shared.is_stopping() {
@@ -141,7 +141,7 @@ impl<D: Driver> Controller<D> {
 
     /// See [`Handle::connections`](super::Handle::connections).
     pub(super) fn connections(&self) -> Vec<ConnectionStatus> {
-        let answers = self.ask_all(Command::ListConnections, ANSWER);
+        let answers = self.ask_all(Command::ListConnections, ANSWER_TIMEOUT);
         answers.into_iter().flatten().collect()
     }
 
@@ -165,7 +165,7 @@ impl<D: Driver> Controller<D> {
     /// See [`Handle::stop`](super::Handle::stop).
     pub(super) fn stop(&self, grace: Duration) {
         self.shared.stop_asked.store(true, Ordering::Release);
-        self.binder.let_passed_go();
+        self.binder.close_passed();
         for inbox in &self.shared.inboxes {
             inbox.send(Command::Stop(grace));
         }
@@ -187,12 +187,12 @@ impl<D: Driver> Controller<D> {
         let begun = D::clock();
         let elapsed = || D::clock().saturating_duration_since(begun);
         loop {
-            match D::receive(&told, LOOK) {
+            match D::receive(&told, CHECK_INTERVAL) {
                 Ok(answer) => return Ok(answer),
                 Err(RecvTimeoutError::Disconnected) => return Err(stopping()),
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            let (over, late) = (self.shared.is_over(), elapsed() >= ANSWER);
+            let (over, late) = (self.shared.is_over(), elapsed() >= ANSWER_TIMEOUT);
             if (over || late) && wanted.give_up() {
                 return Err(match over {
                     true => stopping(),
@@ -200,7 +200,7 @@ impl<D: Driver> Controller<D> {
                 });
             }
             // A command that was begun ends soon, unless it is about a file on a disk that hangs.
-            if elapsed() >= 2 * ANSWER {
+            if elapsed() >= 2 * ANSWER_TIMEOUT {
                 return Err(no_answer("it has begun, and has not ended"));
             }
         }
@@ -217,7 +217,7 @@ impl<D: Driver> Controller<D> {
         let end = crate::time::after(D::clock(), patience);
         let mut answers = Vec::new();
         while answers.len() < self.shared.inboxes.len() && !self.shared.is_over() {
-            match D::receive(&told, LOOK.min(patience)) {
+            match D::receive(&told, CHECK_INTERVAL.min(patience)) {
                 Ok(answer) => answers.push(answer),
                 Err(RecvTimeoutError::Timeout) if D::clock() < end => {}
                 Err(_) => break,
@@ -228,7 +228,7 @@ impl<D: Driver> Controller<D> {
 }
 
 /// How often a wait for answers checks whether any worker is left.
-const LOOK: Duration = Duration::from_millis(50);
+const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
     let index = forwards.iter().position(|forward| forward.id == id);

@@ -13,10 +13,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// The most threads: so many directories may hang before jobs for others have to wait.
-const MOST: usize = 32;
+const MAX_THREADS: usize = 32;
 
 /// How long an additional thread stays without work.
-const IDLE: Duration = Duration::from_secs(10);
+const IDLE_TIME: Duration = Duration::from_secs(10);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -43,7 +43,7 @@ struct State {
     ready: VecDeque<PathBuf>,
     threads: usize,
     idle: usize,
-    ends: bool,
+    is_ending: bool,
 }
 
 impl std::fmt::Debug for Shared {
@@ -54,7 +54,7 @@ impl std::fmt::Debug for Shared {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.0.state().ends = true;
+        self.0.state().is_ending = true;
         self.0.changed.notify_all();
     }
 }
@@ -84,7 +84,7 @@ impl Housekeeper {
                 state.ready.push_back(directory.to_owned());
             }
         }
-        if state.idle < state.ready.len() && state.threads < MOST {
+        if state.idle < state.ready.len() && state.threads < MAX_THREADS {
             // If no other thread can be started, the job waits for the existing ones.
             state.threads += usize::from(spawn(shared).is_ok());
         }
@@ -134,12 +134,12 @@ impl Shared {
                 self.changed.notify_all();
                 continue;
             }
-            if state.ends && state.waiting.is_empty() {
+            if state.is_ending && state.waiting.is_empty() {
                 state.threads -= 1;
                 return;
             }
             state.idle += 1;
-            let waited = self.changed.wait_timeout(state, IDLE);
+            let waited = self.changed.wait_timeout(state, IDLE_TIME);
             let (after, is_over) = waited.unwrap_or_else(PoisonError::into_inner);
             state = after;
             state.idle -= 1;
@@ -163,11 +163,11 @@ mod tests {
     #[test]
     fn a_directory_that_hangs_keeps_its_own_jobs_alone() {
         let housekeeper = Housekeeper::start().unwrap();
-        let (goes_on, hangs) = channel::<()>();
+        let (release, blocked) = channel::<()>();
         let (tell, told) = channel();
         let first = tell.clone();
         housekeeper.run(Path::new("/hangs"), move || {
-            let _ = hangs.recv();
+            let _ = blocked.recv();
             first.send("first").unwrap();
         });
         let second = tell.clone();
@@ -177,9 +177,9 @@ mod tests {
             housekeeper.run(Path::new("/other"), move || tell.send("other").unwrap());
             assert_eq!(told.recv_timeout(PATIENCE), Ok("other"));
         }
-        assert!(housekeeper.0.0.state().threads <= MOST);
+        assert!(housekeeper.0.0.state().threads <= MAX_THREADS);
         housekeeper.finish(Duration::from_millis(10));
-        drop(goes_on);
+        drop(release);
         assert_eq!(told.recv_timeout(PATIENCE), Ok("first"));
         assert_eq!(told.recv_timeout(PATIENCE), Ok("second"));
         housekeeper.run(Path::new("/other"), || panic!("as a test"));

@@ -34,7 +34,7 @@ const LONGEST_BACKLOG: usize = 4096;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// How often the files of Unix sockets, and VMs, are checked.
-const WATCH: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A listener in a worker's loop.
 #[derive(Debug)]
@@ -44,14 +44,14 @@ pub(crate) struct Listening<L> {
     /// Whether a client may wait to be accepted.
     pub(super) ready: bool,
     /// The time before which the listener does not accept.
-    paused: Option<Instant>,
+    paused_until: Option<Instant>,
     /// The cap for which its VM has no slot. The gate wakes the worker when that may have changed.
     full: Option<Full>,
     log_limiter: LogLimiter,
     /// The time of the next check of the socket's file and of the VMs.
-    watch: Instant,
+    check_at: Instant,
     /// How many checks of the file, or requests to bind the address again, are not answered yet.
-    asked: u32,
+    pending_checks: u32,
     lost: bool,
     /// The obstacle that status reports.
     obstacle: Option<Obstacle>,
@@ -59,7 +59,7 @@ pub(crate) struct Listening<L> {
     removed: bool,
     /// The sender that is notified when the address is free. It waits for pending checks of the
     /// file.
-    leaves: Option<Sender<()>>,
+    on_closed: Option<Sender<()>>,
 }
 
 impl<L> Listening<L> {
@@ -141,28 +141,27 @@ impl<D: Driver> Listeners<D> {
         cx: &mut TurnContext<'_, D>,
     ) -> io::Result<()> {
         let mut listener = listener;
-        let is_free = |it: &Listening<D::Listener>| it.removed && it.asked == 0;
+        let is_free = |it: &Listening<D::Listener>| it.removed && it.pending_checks == 0;
         let free = self.all.iter().position(is_free);
         let index = free.unwrap_or(self.all.len());
         cx.driver.watch_listener(&mut listener, index)?;
-        Self::note_mark(&listener, forward.id, cx);
-        let watch = cx.now;
+        Self::note_name(&listener, forward.id, cx);
         let listening = Listening {
             listener: Some(listener),
             forward,
             ready: true,
-            paused: None,
+            paused_until: None,
             full: None,
             log_limiter: LogLimiter::default(),
-            watch,
-            asked: 0,
+            check_at: cx.now,
+            pending_checks: 0,
             lost: false,
             obstacle: None,
             removed: false,
-            leaves: None,
+            on_closed: None,
         };
         match self.all.get_mut(index) {
-            Some(place) => *place = listening,
+            Some(free) => *free = listening,
             None => self.all.push(listening),
         }
         Ok(())
@@ -188,9 +187,9 @@ impl<D: Driver> Listeners<D> {
     }
 
     /// Notes the name by which the clients of a forward know its listener.
-    fn note_mark(listener: &D::Listener, forward: ForwardId, cx: &mut TurnContext<'_, D>) {
-        if let Some(mark) = cx.driver.name_of_listener(listener) {
-            cx.shared.routes.listens(mark, forward);
+    fn note_name(listener: &D::Listener, forward: ForwardId, cx: &mut TurnContext<'_, D>) {
+        if let Some(name) = cx.driver.name_of_listener(listener) {
+            cx.shared.routes.add_listener(name, forward);
         }
     }
 
@@ -215,10 +214,10 @@ impl<D: Driver> Listeners<D> {
         };
         let listening = &mut self.all[index];
         listening.removed = true;
-        match listening.asked {
+        match listening.pending_checks {
             0 => self.end_listener(index, done, cx),
             // The address may be bound again meanwhile.
-            _ => listening.leaves = Some(done),
+            _ => listening.on_closed = Some(done),
         }
     }
 
@@ -226,7 +225,7 @@ impl<D: Driver> Listeners<D> {
     fn end_listener(&mut self, index: usize, done: Sender<()>, cx: &mut TurnContext<'_, D>) {
         self.accept_waiting(index, cx);
         let listening = &mut self.all[index];
-        cx.shared.routes.listens_no_more(listening.forward.id);
+        cx.shared.routes.remove_listener(listening.forward.id);
         listening.forward.closed.store(true, Ordering::Release);
         match listening.listener.take() {
             Some(listener) => cx.driver.close_listener(listener, Some(done)),
@@ -266,33 +265,33 @@ impl<D: Driver> Listeners<D> {
 
     /// Returns the time of the next turn without an event.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
-        let wants = |listening: &Listening<D::Listener>| {
+        let next = |listening: &Listening<D::Listener>| {
             let ready =
                 (listening.ready && listening.full.is_none() && listening.listener.is_some())
-                    .then(|| listening.paused.unwrap_or(now));
+                    .then(|| listening.paused_until.unwrap_or(now));
             let watched = !listening.removed
-                && (listening.listener.is_none() || is_watched(&listening.forward));
-            [ready, watched.then_some(listening.watch)]
+                && (listening.listener.is_none() || needs_checks(&listening.forward));
+            [ready, watched.then_some(listening.check_at)]
                 .into_iter()
                 .flatten()
                 .min()
         };
-        self.all.iter().filter_map(wants).min()
+        self.all.iter().filter_map(next).min()
     }
 
     pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, D>) {
         for index in 0..self.all.len() {
             let listening = &mut self.all[index];
-            if listening.paused.is_some_and(|at| at <= cx.now) {
-                listening.paused = None;
+            if listening.paused_until.is_some_and(|at| at <= cx.now) {
+                listening.paused_until = None;
             }
-            if listening.ready && listening.paused.is_none() {
+            if listening.ready && listening.paused_until.is_none() {
                 self.accept_from(index, false, cx);
             }
             let listening = &mut self.all[index];
-            if listening.watch <= cx.now && !listening.removed {
-                listening.watch = cx.now + WATCH;
-                self.look_after(index, cx);
+            if listening.check_at <= cx.now && !listening.removed {
+                listening.check_at = cx.now + CHECK_INTERVAL;
+                self.check_file(index, cx);
                 self.look_at_vms(index, cx);
             }
         }
@@ -308,11 +307,12 @@ impl<D: Driver> Listeners<D> {
     /// Accepts all clients that wait at a listener now, whether an event has reported them or not.
     fn accept_waiting(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
-        (listening.ready, listening.paused) = (true, None);
+        (listening.ready, listening.paused_until) = (true, None);
         // As many turns as the longest backlog needs.
         for _ in 0..LONGEST_BACKLOG / BATCH {
             let listening = &self.all[index];
-            if !listening.ready || listening.paused.is_some() || listening.listener.is_none() {
+            if !listening.ready || listening.paused_until.is_some() || listening.listener.is_none()
+            {
                 break;
             }
             self.accept_from(index, true, cx);
@@ -339,8 +339,8 @@ impl<D: Driver> Listeners<D> {
             let slot = match self.queue_for_slot(index, all, cx) {
                 Ok(slot) => slot,
                 Err(full) => {
-                    let known = self.all[index].full.replace(full) == Some(full);
-                    if !known {
+                    let is_reported = self.all[index].full.replace(full) == Some(full);
+                    if !is_reported {
                         self.block(index, Obstacle::Full, &full, cx);
                     }
                     return;
@@ -357,7 +357,7 @@ impl<D: Driver> Listeners<D> {
                     let forward = Arc::clone(&listening.forward);
                     debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
-                    cx.shared.begins(&forward, Holder::Forward(forward.id));
+                    cx.shared.note_begin(&forward, Holder::Forward(forward.id));
                     let accepted = Accepted {
                         stream,
                         peer,
@@ -403,7 +403,7 @@ impl<D: Driver> Listeners<D> {
 
     fn bind_again(&mut self, index: usize, old: Option<D::Listener>, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
-        listening.asked += 1;
+        listening.pending_checks += 1;
         let of = ListenerId {
             token: index,
             forward: listening.forward.id,
@@ -429,7 +429,7 @@ impl<D: Driver> Listeners<D> {
                     Err(_) if cx.shared.may_come_from_us(forward) => {
                         Ok(Some(gate.queue_always(forward.id)))
                     }
-                    entered => entered.map(Some),
+                    queued => queued.map(Some),
                 }
             }
             Some(gate) => Ok(Some(gate.queue_always(forward.id))),
@@ -446,7 +446,7 @@ impl<D: Driver> Listeners<D> {
     ) {
         let listening = &mut self.all[index];
         // The listener tries again by itself, whatever the state of its VM was.
-        (listening.paused, listening.full) = (Some(cx.now + PAUSE), None);
+        (listening.paused_until, listening.full) = (Some(cx.now + PAUSE), None);
         self.block(index, obstacle, reason, cx);
     }
 
@@ -494,30 +494,30 @@ impl<D: Driver> Listeners<D> {
     fn look_at_vms(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let forward = Arc::clone(&self.all[index].forward);
         for gate in forward.gates.iter().flatten() {
-            if gate.begin_look(cx.now, WATCH) {
+            if gate.begin_look(cx.now, CHECK_INTERVAL) {
                 cx.driver.look_at_vm(gate);
             }
         }
     }
 
     /// Checks a socket's file, or tries again to bind the address.
-    fn look_after(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
+    fn check_file(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
         // One check at a time, since it may hang.
-        if cx.phase != Phase::Running || listening.asked > 0 {
+        if cx.phase != Phase::Running || listening.pending_checks > 0 {
             return;
         }
         match &listening.listener {
             None => self.bind_again(index, None, cx),
             Some(listener) if listening.forward.rule.listen.listen_path().is_some() => {
-                listening.asked += 1;
+                listening.pending_checks += 1;
                 let of = ListenerId {
                     token: index,
                     forward: listening.forward.id,
                 };
                 let rule = &listening.forward.rule;
                 if !cx.driver.check_file(listener, of, rule) {
-                    listening.asked -= 1;
+                    listening.pending_checks -= 1;
                 }
             }
             Some(_) => {}
@@ -538,9 +538,9 @@ impl<D: Driver> Listeners<D> {
             }
             return;
         };
-        listening.asked -= 1;
-        let leaves = match listening.asked {
-            0 => listening.leaves.take(),
+        listening.pending_checks -= 1;
+        let on_closed = match listening.pending_checks {
+            0 => listening.on_closed.take(),
             _ => None,
         };
         // Guests are accepted to the very end: closing a socket at which one waits would harm its
@@ -549,16 +549,16 @@ impl<D: Driver> Listeners<D> {
             cx.phase == Phase::Running || listening.forward.needs_graceful_close(Side::Client);
         match found {
             Found::Bound(listener) if !takes_clients => cx.driver.close_listener(listener, None),
-            found => self.take_found(of, found, cx),
+            found => self.take_file_state(of, found, cx),
         }
-        if let Some(done) = leaves {
+        if let Some(done) = on_closed {
             self.end_listener(of.token, done, cx);
         }
     }
 
     /// Acts on the state of a listener's file. A file that was removed was created again: a VM that
     /// starts may clear its directory, and cleaners of `/tmp` remove old files.
-    fn take_found(
+    fn take_file_state(
         &mut self,
         of: ListenerId,
         found: Found<D::Listener>,
@@ -605,7 +605,7 @@ impl<D: Driver> Listeners<D> {
                     true if !listening.lost => debug!("listening on {listen} again"),
                     true => info!("listening on {listen} again"),
                 }
-                Self::note_mark(&listener, of.forward, cx);
+                Self::note_name(&listener, of.forward, cx);
                 let listening = &mut self.all[of.token];
                 listening.listener = Some(listener);
                 (listening.ready, listening.lost) = (true, false);
@@ -625,7 +625,7 @@ impl<D: Driver> Listeners<D> {
     }
 
     /// Closes all listeners except those that guests dial: hyperkit can't bear an unbound port.
-    pub(super) fn close_those_of_clients(&mut self, cx: &mut TurnContext<'_, D>) {
+    pub(super) fn close_client_listeners(&mut self, cx: &mut TurnContext<'_, D>) {
         for listening in &mut self.all {
             if !listening.forward.needs_graceful_close(Side::Client)
                 && let Some(listener) = listening.listener.take()
@@ -646,6 +646,6 @@ impl<D: Driver> Listeners<D> {
 }
 
 /// Returns whether a forward has something that is checked regularly.
-fn is_watched(forward: &Forward) -> bool {
+fn needs_checks(forward: &Forward) -> bool {
     forward.rule.listen.listen_path().is_some() || forward.gate().is_some()
 }

@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_is_seen_in_the_addresses_however_they_are_spelled() {
+    fn a_loop_is_seen_in_the_addresses_however_they_are_spelled() {
         for (listen, connect) in [
             ("tcp://0.0.0.0:80", "tcp://127.0.0.1:80"),
             ("tcp://127.0.0.1:80", "tcp://localhost:80"),
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_is_seen_through_other_rules_and_a_chain_is_none() {
+    fn a_loop_is_seen_through_other_rules_and_a_chain_is_none() {
         let one = ("tcp://127.0.0.1:1", "tcp://127.0.0.1:2");
         let two = ("tcp://127.0.0.1:2", "unix:@three");
         assert!(comes_back(&[
@@ -164,8 +164,8 @@ mod tests {
             ("unix:@three", "tcp://127.0.0.1:4")
         ]));
         // A loop of other rules is not this rule's.
-        let circle = ("unix:@three", "tcp://127.0.0.1:2");
-        assert!(!comes_back(&[one, two, circle]));
+        let other_loop = ("unix:@three", "tcp://127.0.0.1:2");
+        assert!(!comes_back(&[one, two, other_loop]));
         let rules = rules(&[one, two, ("unix:@three", "tcp://127.0.0.1:1")]);
         let trail = find(&rules[0], rules[1..].iter()).unwrap();
         assert_eq!(

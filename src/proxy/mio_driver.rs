@@ -74,7 +74,7 @@ fn interest() -> Interest {
 
 /// A report of another thread.
 #[derive(Debug)]
-enum News {
+enum Report {
     /// The result of resolving a name.
     Found(String, io::Result<Vec<SocketAddr>>),
     Event(Event<Stream, Listener>),
@@ -83,19 +83,19 @@ enum News {
 /// A queue of reports from other threads, which wakes the loop for each.
 #[derive(Debug)]
 struct Notifier {
-    news: Mutex<Vec<News>>,
+    reports: Mutex<Vec<Report>>,
     waker: Arc<Waker>,
 }
 
 impl Notifier {
-    fn notify(&self, news: News) {
-        self.news().push(news);
+    fn notify(&self, report: Report) {
+        self.reports().push(report);
         // If the loop can't be woken, it is gone.
         let _ = self.waker.wake();
     }
 
-    fn news(&self) -> MutexGuard<'_, Vec<News>> {
-        self.news.lock().unwrap_or_else(PoisonError::into_inner)
+    fn reports(&self) -> MutexGuard<'_, Vec<Report>> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -106,7 +106,7 @@ pub(crate) struct MioDriver {
     events: Events,
     notifier: Arc<Notifier>,
     /// The names that are being resolved, each with the tokens and ports of those that wait for it.
-    asking: HashMap<String, Vec<(usize, u16)>>,
+    resolving: HashMap<String, Vec<(usize, u16)>>,
     /// The relay threads that have not reported their end.
     relay_threads: HashMap<usize, RelayThreads>,
     adapters: Arc<Adapters>,
@@ -121,12 +121,12 @@ impl MioDriver {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let events = Events::with_capacity(EVENTS);
-        let news = Mutex::default();
+        let reports = Mutex::default();
         Ok(MioDriver {
             poll,
             events,
-            notifier: Arc::new(Notifier { news, waker }),
-            asking: HashMap::new(),
+            notifier: Arc::new(Notifier { reports, waker }),
+            resolving: HashMap::new(),
             relay_threads: HashMap::new(),
             adapters: Arc::default(),
             housekeeper,
@@ -142,7 +142,7 @@ impl MioDriver {
         job: impl FnOnce() -> Event<Stream, Listener> + Send + 'static,
     ) {
         let notifier = Arc::clone(&self.notifier);
-        let job = move || notifier.notify(News::Event(job()));
+        let job = move || notifier.notify(Report::Event(job()));
         self.housekeeper.run(directory, job);
     }
 
@@ -154,20 +154,20 @@ impl MioDriver {
     /// Resolves `host` on a thread of its own, since `getaddrinfo` has no form that does not block,
     /// and a name server that does not answer must not delay other names. There is at most one
     /// thread per name.
-    fn ask(&self, host: &str) -> io::Result<()> {
+    fn start_resolver(&self, host: &str) -> io::Result<()> {
         let notifier = Arc::clone(&self.notifier);
         let host = host.to_owned();
-        let ask = move || {
+        let resolve = move || {
             let found = (host.as_str(), 0).to_socket_addrs().map(Iterator::collect);
-            notifier.notify(News::Found(host, found));
+            notifier.notify(Report::Found(host, found));
         };
         let thread = std::thread::Builder::new().name("hvsock-resolver".into());
-        thread.spawn(ask).map(drop)
+        thread.spawn(resolve).map(drop)
     }
 
     /// Closes a listener at once, so that its clients are refused. Returns its file, which is still
     /// to be removed.
-    fn shut(&self, mut listener: Listener) -> Option<Arc<SocketFile>> {
+    fn close_at_once(&self, mut listener: Listener) -> Option<Arc<SocketFile>> {
         let _ = listener.unwatch(self.poll.registry());
         listener.file()
     }
@@ -203,7 +203,7 @@ impl MioDriver {
         found: &io::Result<Vec<SocketAddr>>,
         events: &mut Vec<Event<Stream, Listener>>,
     ) {
-        for (token, port) in self.asking.remove(host).unwrap_or_default() {
+        for (token, port) in self.resolving.remove(host).unwrap_or_default() {
             let addresses = match found {
                 Ok(found) => {
                     let with_port = |address: &SocketAddr| SocketAddr::new(address.ip(), port);
@@ -256,14 +256,14 @@ fn bind(address: &Address, mode: u32) -> Found<Listener> {
 }
 
 /// The relay threads' view of their connection.
-struct Carried {
+struct RelayOrder {
     token: usize,
     forward: Arc<Forward>,
     drain: Duration,
     notifier: Arc<Notifier>,
 }
 
-impl Order for Carried {
+impl Order for RelayOrder {
     fn delivered(&self, side: Side, bytes: u64) {
         self.forward.tally.delivered(side, bytes);
     }
@@ -276,7 +276,7 @@ impl Order for Carried {
     fn ended(&self, ended: Ended) {
         let token = self.token;
         self.notifier
-            .notify(News::Event(Event::ThreadsEnded { token, ended }));
+            .notify(Report::Event(Event::ThreadsEnded { token, ended }));
     }
 }
 
@@ -347,9 +347,9 @@ impl Driver for MioDriver {
         timeout: Option<Duration>,
     ) -> io::Result<()> {
         // As with the inbox, reports may be there although their wake-up was lost.
-        let told = !self.notifier.news().is_empty();
+        let has_reports = !self.notifier.reports().is_empty();
         let timeout = match timeout {
-            _ if told => Some(Duration::ZERO),
+            _ if has_reports => Some(Duration::ZERO),
             timeout => timeout.map(|timeout| timeout.min(LONGEST_WAIT)),
         };
         let mut timeout = timeout;
@@ -363,11 +363,11 @@ impl Driver for MioDriver {
             }
             timeout = Some(Duration::ZERO);
         }
-        let news = std::mem::take(&mut *self.notifier.news());
-        for news in news {
-            match news {
-                News::Found(host, found) => self.deliver_addresses(&host, &found, events),
-                News::Event(event) => {
+        let reports = std::mem::take(&mut *self.notifier.reports());
+        for report in reports {
+            match report {
+                Report::Found(host, found) => self.deliver_addresses(&host, &found, events),
+                Report::Event(event) => {
                     if let Event::ThreadsEnded { token, .. } = &event {
                         self.relay_threads.remove(token);
                     }
@@ -385,7 +385,7 @@ impl Driver for MioDriver {
                 readable: true,
                 ..Readiness::default()
             };
-            notifier.notify(News::Event(Event::Ready { token, readiness }));
+            notifier.notify(Report::Event(Event::Ready { token, readiness }));
         };
         listener.watch(self.poll.registry(), Token(token), tell)
     }
@@ -412,18 +412,18 @@ impl Driver for MioDriver {
     }
 
     fn bind_again(&mut self, old: Option<Listener>, of: ListenerId, rule: &Rule) {
-        let file = old.and_then(|old| self.shut(old));
+        let file = old.and_then(|old| self.close_at_once(old));
         let (address, mode) = (rule.listen.clone(), rule.mode);
         let directory = directory_of(&address);
-        let again = move || {
+        let bind_again = move || {
             drop(file);
             let found = bind(&address, mode);
             Event::Listener { of, found }
         };
         match directory {
-            Some(directory) => self.ask_housekeeper(&directory, again),
+            Some(directory) => self.ask_housekeeper(&directory, bind_again),
             // Bound at once, since clients are refused until then.
-            None => self.notifier.notify(News::Event(again())),
+            None => self.notifier.notify(Report::Event(bind_again())),
         }
     }
 
@@ -447,7 +447,7 @@ impl Driver for MioDriver {
     }
 
     fn close_listener(&mut self, listener: Listener, done: Option<Sender<()>>) {
-        let file = self.shut(listener);
+        let file = self.close_at_once(listener);
         let directory = file.as_ref().map(|file| file.directory().to_owned());
         let remove = move || {
             drop(file);
@@ -516,13 +516,13 @@ impl Driver for MioDriver {
     }
 
     fn resolve(&mut self, token: usize, host: &str, port: u16) {
-        if let Some(waiting) = self.asking.get_mut(host) {
+        if let Some(waiting) = self.resolving.get_mut(host) {
             waiting.push((token, port));
             return;
         }
-        self.asking.insert(host.to_owned(), vec![(token, port)]);
-        if let Err(e) = self.ask(host) {
-            self.notifier.notify(News::Found(host.to_owned(), Err(e)));
+        self.resolving.insert(host.to_owned(), vec![(token, port)]);
+        if let Err(e) = self.start_resolver(host) {
+            self.notifier.notify(Report::Found(host.to_owned(), Err(e)));
         }
     }
 
@@ -573,13 +573,13 @@ impl Driver for MioDriver {
         let target = address.clone();
         let dial = move || {
             let stream = stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking);
-            notifier.notify(News::Event(Event::Dialled { token, stream }));
+            notifier.notify(Report::Event(Event::Dialled { token, stream }));
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());
         if let Err(e) = thread.spawn(dial) {
             let stream = Err(Error::new(Operation::Connect, address, e));
             self.notifier
-                .notify(News::Event(Event::Dialled { token, stream }));
+                .notify(Report::Event(Event::Dialled { token, stream }));
         }
     }
 
@@ -605,14 +605,14 @@ impl Driver for MioDriver {
             }
             (Err(e), Err(_)) => return Err(e),
         };
-        let order = Carried {
+        let order = RelayOrder {
             token,
             forward: Arc::clone(forward),
             drain,
             notifier: Arc::clone(&self.notifier),
         };
-        let bridge = RelayThreads::start([client, server], order)?;
-        self.relay_threads.insert(token, bridge);
+        let threads = RelayThreads::start([client, server], order)?;
+        self.relay_threads.insert(token, threads);
         Ok(())
     }
 
@@ -630,8 +630,8 @@ impl Driver for MioDriver {
     }
 
     fn cut_threads(&mut self, token: usize) {
-        if let Some(bridge) = self.relay_threads.get(&token) {
-            bridge.cut();
+        if let Some(threads) = self.relay_threads.get(&token) {
+            threads.cut();
         }
     }
 }

@@ -177,7 +177,7 @@ impl Proxy {
         let first = workers.remove(0);
         let mut proxy = Proxy::spawn(handle, workers)?;
         begun(proxy.handle());
-        let ended = run_to_the_end(first, 0, &proxy.handle.0.shared);
+        let ended = run_worker(first, 0, &proxy.handle.0.shared);
         let others = proxy.join();
         ended.map_err(fail).and(others)
     }
@@ -198,7 +198,7 @@ impl Proxy {
             let index = worker.index;
             let thread = std::thread::Builder::new().name(format!("hvsock-{index}"));
             let shared = Arc::clone(&proxy.handle.0.shared);
-            let run = move || run_to_the_end(worker, index, &shared);
+            let run = move || run_worker(worker, index, &shared);
             let thread = thread.spawn(run).map_err(|e| {
                 // The workers that run need not wait for those that never will.
                 let shared = &proxy.handle.0.shared;
@@ -359,11 +359,7 @@ fn assemble<D: Driver>(
 }
 
 /// Runs a worker, and notes its end.
-fn run_to_the_end<D: Driver>(
-    worker: Worker<D>,
-    index: usize,
-    shared: &Shared<D>,
-) -> io::Result<()> {
+fn run_worker<D: Driver>(worker: Worker<D>, index: usize, shared: &Shared<D>) -> io::Result<()> {
     let run = AssertUnwindSafe(|| worker.run());
     let ended = catch_unwind(run).unwrap_or_else(|_| Err(io::Error::other("a worker panicked")));
     shared.worker_has_ended(index, ended.is_err());

@@ -1,6 +1,6 @@
 //! Relay threads, for connections with an end that no poller can wait for: two threads relay one
 //! connection, each in one direction, with blocking calls. They know neither the loop nor the
-//! engine's connection; what they have to tell goes to their [`Order`].
+//! engine's connection, and report to their [`Order`].
 //!
 //! The rules are the relay's. EOF of one side becomes a half-close of the other after the last
 //! byte. An error ends its own direction, and what the other still holds may arrive. Once both have
@@ -82,22 +82,22 @@ impl RelayThreads {
     pub(crate) fn start(streams: [Stream; 2], order: impl Order) -> io::Result<RelayThreads> {
         let ends = streams.map(|stream| Arc::new(End::new(stream)));
         let cut = Arc::new(AtomicBool::new(false));
-        let bridge = RelayThreads {
+        let threads = RelayThreads {
             ends: Side::BOTH.map(|side| Arc::downgrade(&ends[side])),
             cut: Arc::clone(&cut),
         };
-        let kept = ends.clone();
+        let both = ends.clone();
         let carry = move || {
-            let mut telling = Telling {
+            let mut report = EndReport {
                 order: &order,
                 ended: Ended::default(),
             };
-            telling.ended = carry(ends, &cut, &order);
+            report.ended = carry(ends, &cut, &order);
         };
-        match thread("hvsock-bridge").spawn(carry) {
-            Ok(_) => Ok(bridge),
+        match thread("hvsock-relay").spawn(carry) {
+            Ok(_) => Ok(threads),
             Err(e) => {
-                for end in kept {
+                for end in both {
                     end.stream.abort();
                 }
                 Err(e)
@@ -135,12 +135,12 @@ impl RelayThreads {
 }
 
 /// A guard that reports the end, even after a panic.
-struct Telling<'a, O: Order> {
+struct EndReport<'a, O: Order> {
     order: &'a O,
     ended: Ended,
 }
 
-impl<O: Order> Drop for Telling<'_, O> {
+impl<O: Order> Drop for EndReport<'_, O> {
     fn drop(&mut self) {
         self.order.ended(self.ended);
     }
@@ -180,10 +180,10 @@ impl End {
     /// Returns whether an EOF that was read was sent by the peer. A kernel reports an error once:
     /// if a write gets it, a read finds an EOF, perhaps before the write returns.
     fn has_ended(&self) -> bool {
-        let told = self.failed.load(Ordering::Acquire);
+        let has_error = self.failed.load(Ordering::Acquire);
         // After our own half-close there are no writes that could get the error. Otherwise the
         // socket has lost its peer after an error, and has it still after an EOF.
-        !told && (self.half_closed.load(Ordering::Acquire) || self.stream.has_peer())
+        !has_error && (self.half_closed.load(Ordering::Acquire) || self.stream.has_peer())
     }
 }
 
@@ -203,8 +203,8 @@ enum Flow {
 /// Relays both directions to their ends, and closes both sides.
 fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     let flows = thread::scope(|scope| {
-        let answer =
-            thread("hvsock-bridge-answer").spawn_scoped(scope, || flow(&ends, Side::Server, order));
+        let answer = thread("hvsock-relay-answer")
+            .spawn_scoped(scope, || relay_direction(&ends, Side::Server, order));
         let answer = match answer {
             Ok(answer) => answer,
             Err(e) => {
@@ -212,7 +212,7 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
                 return [Flow::Interrupted; 2];
             }
         };
-        let request = flow(&ends, Side::Client, order);
+        let request = relay_direction(&ends, Side::Client, order);
         [request, answer.join().unwrap_or(Flow::Interrupted)]
     });
     let delivered = Side::BOTH.map(|side| ends[side].delivered.load(Ordering::Relaxed));
@@ -230,7 +230,7 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
                 // A peer that takes no more will never receive what it has not received yet.
                 None if flows[side.other()] == Flow::Refused => abort(&end.stream),
                 None => {
-                    arrive(&end.stream, cut);
+                    wait_for_arrival(&end.stream, cut);
                     abort(&end.stream)
                 }
             },
@@ -243,7 +243,7 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
 }
 
 /// Relays what `side` sends.
-fn flow(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
+fn relay_direction(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
     let (source, sink) = (&ends[side], &ends[side.other()]);
     let mut buffer = vec![0; BUFFER];
     loop {
@@ -285,8 +285,8 @@ fn flow(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
                 && e.kind() != io::ErrorKind::Interrupted
             {
                 // EPIPE alone says nothing about the input.
-                let deaf = e.kind() == io::ErrorKind::BrokenPipe;
-                sink.failed.fetch_or(!deaf, Ordering::AcqRel);
+                let is_broken_pipe = e.kind() == io::ErrorKind::BrokenPipe;
+                sink.failed.fetch_or(!is_broken_pipe, Ordering::AcqRel);
                 return Flow::Refused;
             }
         }
@@ -319,7 +319,7 @@ fn drain(stream: &Stream, time: Duration) -> bool {
 
 /// Waits until the peer has received what it was sent, since a reset overtakes it; for at most
 /// [`LINGER`], and only until the connection is cut off.
-fn arrive(stream: &Stream, cut: &AtomicBool) {
+fn wait_for_arrival(stream: &Stream, cut: &AtomicBool) {
     let end = Instant::now() + LINGER;
     let mut pause = RESET_PAUSE;
     while stream.unacknowledged() > 0 && Instant::now() < end && !cut.load(Ordering::Acquire) {

@@ -40,7 +40,7 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
             None => error,
         });
     }
-    check_bridge(rule, waiter)?;
+    check_relay_threads(rule, waiter)?;
     if let Some(most) = rule.connections.filter(|most| *most < rule.reserved.max(1)) {
         let why = match most {
             0 => "it may have no connection at all".to_owned(),
@@ -60,7 +60,7 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
 
 /// Refuses a rule that relay threads can't carry: they neither know refusals by EOF nor hold back
 /// half-closes.
-fn check_bridge(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+fn check_relay_threads(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     let [listen, connect] = [&rule.listen, &rule.connect];
     for (one, other) in [(listen, connect), (connect, listen)] {
         if waiter(one) == Waiter::Thread && other.transport().needs_graceful_close {
@@ -142,7 +142,7 @@ pub(crate) fn all_are_wanted(passed: &[listener::Listener], rules: &[Rule]) -> R
     let near = asked.find(|asked| left.is_near(asked));
     let remedy = near.map_or_else(
         || "add a rule that does, or have it not passed".to_owned(),
-        |asked| agree(left.address(), asked),
+        |asked| describe_mismatch(left.address(), asked),
     );
     Err(Error::new(Operation::Listen, left.address(), cause).with_remedy(remedy))
 }
@@ -153,7 +153,7 @@ pub(crate) fn all_are_wanted(passed: &[listener::Listener], rules: &[Rule]) -> R
 struct Passed {
     socket: listener::Listener,
     /// The forward that used it last.
-    by: Option<ForwardId>,
+    used_by: Option<ForwardId>,
 }
 
 /// The part of a proxy that binds rules, and knows the gates of their VMs.
@@ -187,7 +187,10 @@ impl Binder {
             passed: Mutex::new(
                 passed
                     .into_iter()
-                    .map(|socket| Passed { socket, by: None })
+                    .map(|socket| Passed {
+                        socket,
+                        used_by: None,
+                    })
                     .collect(),
             ),
             next: AtomicU64::new(0),
@@ -197,12 +200,12 @@ impl Binder {
     }
 
     /// Refuses a rule with a forbidden target.
-    fn permit(&self, rule: &Rule) -> Result<()> {
-        let Some(place) = self.forbidden.iter().find(|it| leads_to(&rule.connect, it)) else {
+    fn check_forbidden(&self, rule: &Rule) -> Result<()> {
+        let Some(forbidden) = self.forbidden.iter().find(|it| leads_to(&rule.connect, it)) else {
             return Ok(());
         };
         let why = format!(
-            "from {place} this hvsock is controlled or watched, and no forward may lead there, lest a guest get at it"
+            "from {forbidden} this hvsock is controlled or watched, and no forward may lead there, lest a guest get at it"
         );
         let cause = io::Error::new(io::ErrorKind::PermissionDenied, why);
         Err(Error::new(Operation::Connect, &rule.connect, cause)
@@ -223,7 +226,7 @@ impl Binder {
         others: &[Arc<Forward>],
     ) -> Result<(D::Listener, Arc<Forward>)> {
         check_alone(&rule, self.waiter)?;
-        self.permit(&rule)?;
+        self.check_forbidden(&rule)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let listener = match self.take(&rule.listen, id, others)? {
@@ -259,7 +262,7 @@ impl Binder {
         others: &[Arc<Forward>],
     ) -> Result<Option<listener::Listener>> {
         let mut passed = self.passed();
-        let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.by);
+        let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.used_by);
         let fits = |it: &Passed| it.socket.is_at(address) && is_free(it);
         let Some(index) = passed.iter().position(fits) else {
             return Ok(None);
@@ -267,7 +270,7 @@ impl Binder {
         passed[index].socket.prepare(address)?;
         let listener = match passed[index].socket.share()? {
             Some(again) => {
-                passed[index].by = Some(id);
+                passed[index].used_by = Some(id);
                 again
             }
             None => passed.swap_remove(index).socket,
@@ -278,14 +281,14 @@ impl Binder {
     /// Adds to an error about an address in use which passed socket has it, if one may be meant.
     fn explain(&self, error: Error, address: &Address, others: &[Arc<Forward>]) -> Error {
         let passed = self.passed();
-        let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.by);
+        let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.used_by);
         let near = passed
             .iter()
             .find(|it| it.socket.is_near(address) && is_free(it));
         match near {
             Some(near) => {
                 let near = near.socket.address();
-                let remedy = agree(near, address);
+                let remedy = describe_mismatch(near, address);
                 error.with_remedy(format!("{near} was passed to us, but {remedy}"))
             }
             None => error,
@@ -293,7 +296,7 @@ impl Binder {
     }
 
     /// Closes the passed sockets that are still kept.
-    pub(super) fn let_passed_go(&self) {
+    pub(super) fn close_passed(&self) {
         // A thread that holds the lock may wait for a file or a name; the stop does not wait for
         // it.
         if let Ok(mut passed) = self.passed.try_lock() {
@@ -318,7 +321,7 @@ impl Binder {
         let listen = old.rule.listen.clone();
         let rule = Rule { listen, ..rule };
         check_alone(&rule, self.waiter)?;
-        self.permit(&rule)?;
+        self.check_forbidden(&rule)?;
         check_beside(&rule, others.map(|forward| &forward.rule))?;
         let gates = [old.gates[Side::Client].clone(), self.gate_of(&rule.connect)];
         let waiter = (self.waiter)(&rule.connect);
@@ -364,7 +367,7 @@ impl Binder {
 }
 
 /// Describes how a rule and a passed socket that differ only slightly can be made to match.
-fn agree(passed: &Address, asked: &Address) -> String {
+fn describe_mismatch(passed: &Address, asked: &Address) -> String {
     let systemd = match asked {
         // systemd takes no names.
         Address::Tcp(TcpAddress {
@@ -395,7 +398,7 @@ fn reserve_slots(
         [None, None] => return Ok(None),
     };
     match gate.reserve(id, rule.reserved, holds) {
-        Ok(places) => Ok(Some(places)),
+        Ok(reservation) => Ok(Some(reservation)),
         Err(left) => {
             let wanted = rule.reserved;
             let why = format!("it reserves {wanted} connections of its VM, and {left} are left");

@@ -150,7 +150,7 @@ impl<D: Driver> Shared<D> {
     ) -> Shared<D> {
         let mut quotas = Quotas::new(limits.connections.min(descriptors.room(forwards.len())));
         for forward in &forwards {
-            keep(&mut quotas, forward);
+            reserve_slots(&mut quotas, forward);
         }
         Shared {
             next: AtomicUsize::new(forwards.len()),
@@ -204,22 +204,22 @@ impl<D: Driver> Shared<D> {
 
     /// Counts a connection of a forward that begins, or a probe of its VM, which takes none of the
     /// forward's slots.
-    pub(super) fn begins(&self, forward: &Forward, holder: Holder) {
+    pub(super) fn note_begin(&self, forward: &Forward, holder: Holder) {
         add_one(&forward.tally.live);
         self.quotas().take(holder);
         self.live.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Counts the end of a connection or probe.
-    pub(super) fn has_ended(&self, forward: &Forward, holder: Holder) {
+    pub(super) fn note_end(&self, forward: &Forward, holder: Holder) {
         forward.tally.live.fetch_sub(1, Ordering::Relaxed);
         self.quotas().give_back(holder);
         self.live.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Reserves a forward's slots, until [`release`](Shared::release).
-    pub(super) fn keep(&self, forward: &Forward) {
-        keep(&mut self.quotas(), forward);
+    pub(super) fn reserve_slots(&self, forward: &Forward) {
+        reserve_slots(&mut self.quotas(), forward);
     }
 
     pub(super) fn release(&self, forward: &Forward) {
@@ -263,10 +263,10 @@ impl<D: Driver> Shared<D> {
     /// Checks that nothing is counted any more.
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn check_books(&self) {
-        assert_eq!(self.quotas().live(), 0, "places are taken");
+        assert_eq!(self.quotas().live(), 0, "slots are taken");
         let forwards = self.forwards();
         let reserved: usize = forwards.iter().map(|it| it.rule.reserved).sum();
-        assert!(self.quotas().kept() <= reserved, "places are reserved");
+        assert!(self.quotas().kept() <= reserved, "slots are reserved");
         drop(forwards);
         for inbox in &self.inboxes {
             assert_eq!(inbox.load.load(Ordering::Relaxed), 0, "a worker has load");
@@ -281,7 +281,7 @@ impl<D: Driver> Shared<D> {
 }
 
 /// Reserves a forward's slots, or as many as there are descriptors for, and sets its bound.
-fn keep(quotas: &mut Quotas, forward: &Forward) {
+fn reserve_slots(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
     let holder = Holder::Forward(forward.id);
     quotas.bound(holder, forward.rule.connections);

@@ -322,7 +322,7 @@ fn a_client_whose_target_is_not_there_is_refused() {
 }
 
 #[test]
-fn a_bridge_has_a_place_among_the_connections_until_it_ends() {
+fn relay_threads_count_as_a_connection_until_they_end() {
     let (it, listener) = proxy(|config| config.limits.connections = 1);
     let (first, server) = it.pair(&listener);
     let mut second = it.client();
@@ -337,7 +337,7 @@ fn a_bridge_has_a_place_among_the_connections_until_it_ends() {
 }
 
 #[test]
-fn a_stop_waits_for_a_bridge_and_a_second_one_cuts_it_off() {
+fn a_stop_waits_for_relay_threads_and_a_second_one_cuts_them_off() {
     let (it, listener) = proxy(|_| {});
     let (mut client, mut server) = it.pair(&listener);
     let idle = it.pair(&listener);
@@ -357,7 +357,7 @@ fn a_stop_waits_for_a_bridge_and_a_second_one_cuts_it_off() {
 }
 
 #[test]
-fn a_stop_ends_when_the_last_bridge_has() {
+fn a_stop_ends_with_the_last_relay_threads() {
     let (it, listener) = proxy(|_| {});
     let (client, server) = it.pair(&listener);
     it.proxy.stop(Duration::from_secs(3600));
@@ -366,7 +366,7 @@ fn a_stop_ends_when_the_last_bridge_has() {
 }
 
 #[test]
-fn a_proxy_that_is_dropped_takes_its_bridges_along() {
+fn a_proxy_that_is_dropped_ends_its_relay_threads() {
     let (it, listener) = proxy(|_| {});
     let (mut client, server) = it.pair(&listener);
     // Nobody reads, so threads wait for room.

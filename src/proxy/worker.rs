@@ -166,7 +166,7 @@ impl<D: Driver> Worker<D> {
             self.take_event(event, now);
         }
         for command in self.shared.inboxes[self.index].take() {
-            self.obey(command, now);
+            self.run_command(command, now);
         }
         call!(self.listeners.take_turns(), now);
         self.adopt_accepted(now);
@@ -209,7 +209,7 @@ impl<D: Driver> Worker<D> {
     }
 
     /// Carries out a command. The thread that sent it may have given up by now.
-    fn obey(&mut self, command: Command<D>, now: Instant) {
+    fn run_command(&mut self, command: Command<D>, now: Instant) {
         match command {
             Command::Adopt(accepted) => call!(self.connections.adopt(accepted), now),
             Command::Listen(listener, forward, wanted, done) => match wanted.begin() {
@@ -271,7 +271,7 @@ impl<D: Driver> Worker<D> {
             self.accept_all(now);
             self.phase = Phase::Stopping;
             self.shared.stopping.fetch_add(1, Ordering::AcqRel);
-            call!(self.listeners.close_those_of_clients(), now);
+            call!(self.listeners.close_client_listeners(), now);
             call!(self.connections.begin_to_stop(), now);
         }
     }

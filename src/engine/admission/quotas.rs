@@ -1,7 +1,7 @@
 //! Quotas of the connections of one VM, or of the process: a cap for all, and slots that are
 //! reserved for some.
 //!
-//! Only counts are kept here: who waits, and for how long, is the gate's matter.
+//! Only counts are kept here; the gate decides which client waits, and for how long.
 
 use std::collections::HashMap;
 

@@ -26,7 +26,7 @@ pub(crate) const LINGER: Duration = Duration::from_secs(5);
 pub(crate) const RESET_PAUSE: Duration = Duration::from_millis(2);
 pub(crate) const LONGEST_RESET_PAUSE: Duration = Duration::from_millis(128);
 
-/// How long guests may take to end their connections once the proxy is told to end at once.
+/// How long guests may take to end their connections when the proxy has to end at once.
 pub(crate) const LAST_DRAIN: Duration = Duration::from_secs(2);
 
 /// How often an end is read empty before it is closed by force. This is many times what a socket

@@ -37,7 +37,7 @@ impl<D: Driver> Connections<D> {
             return;
         };
         // If there are queues of other forwards, they have their turns first.
-        let alone = self.dials.iter().all(|it| !Arc::ptr_eq(&it.gate, gate));
+        let is_only_forward = self.dials.iter().all(|it| !Arc::ptr_eq(&it.gate, gate));
         let its = |queue: &DialQueue| Arc::ptr_eq(&queue.forward, forward);
         match self.dials.iter().position(its) {
             Some(queue) => self.dials[queue].waiting.push_back(id),
@@ -48,7 +48,7 @@ impl<D: Driver> Connections<D> {
                 next: cx.now,
             }),
         }
-        if alone {
+        if is_only_forward {
             self.dial_turns(cx);
         }
     }
@@ -61,14 +61,14 @@ impl<D: Driver> Connections<D> {
     pub(super) fn dial_turns(&mut self, cx: &mut TurnContext<'_, D>) {
         // A dial that fails at once may be queued again: it has its turn later.
         let mut turns: usize = self.dials.iter().map(|queue| queue.waiting.len()).sum();
-        let mut idle = 0;
-        while turns > 0 && idle < self.dials.len() {
+        let mut not_due = 0;
+        while turns > 0 && not_due < self.dials.len() {
             let Some(mut queue) = self.dials.pop_front() else {
                 return;
             };
             match queue.next <= cx.now && self.dial_turn(&mut queue, cx) {
-                true => (turns, idle) = (turns - 1, 0),
-                false => idle += 1,
+                true => (turns, not_due) = (turns - 1, 0),
+                false => not_due += 1,
             }
             if !queue.waiting.is_empty() {
                 self.dials.push_back(queue);
@@ -106,9 +106,9 @@ impl<D: Driver> Connections<D> {
                 if queue.gate.begin_look(cx.now, FULL_LOOK) {
                     cx.driver.look_at_vm(&queue.gate);
                 }
-                let conns = &mut self.table;
+                let table = &mut self.table;
                 queue.waiting.retain(|id| {
-                    let connection = conns.get_mut(*id);
+                    let connection = table.get_mut(*id);
                     connection.is_some_and(|it| it.take_full(why))
                 });
             }

@@ -287,11 +287,11 @@ impl<D: Driver> Connections<D> {
         let Some(endpoint) = connection.as_ref().and_then(|it| it.endpoint()) else {
             return;
         };
-        let asks = connection.as_ref().is_some_and(|it| it.doubts_server());
+        let needs_check = connection.as_ref().is_some_and(|it| it.doubts_server());
         let connected = cx.driver.connect(endpoint);
         let dialled = connected.map(|(mut socket, identity)| {
             // Checked at once: if the process is gone later, the connection broke off.
-            let is_inherited = asks && cx.driver.has_peer_ended(&socket);
+            let is_inherited = needs_check && cx.driver.has_peer_ended(&socket);
             let watched = cx.driver.watch(&mut socket, id.token(Side::Server));
             Dialled {
                 socket,
@@ -346,7 +346,7 @@ impl<D: Driver> Connections<D> {
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
             cx.driver.rest();
         }
-        cx.shared.has_ended(&forward, holder);
+        cx.shared.note_end(&forward, holder);
     }
 
     /// Cuts off the connections of a forward; `None` means all.

@@ -80,7 +80,7 @@ impl<D: Driver> Connections<D> {
         cx.shared.inboxes[cx.index]
             .load
             .fetch_add(1, Ordering::Relaxed);
-        cx.shared.begins(forward, Holder::Probes);
+        cx.shared.note_begin(forward, Holder::Probes);
         let probe = Connection::probe(Arc::clone(forward), dialled, slot, cx.phase, cx.now);
         self.table.insert(probe);
         self.with(id, cx, Connection::begin_probe);

@@ -54,7 +54,7 @@ impl Order for Arc<Noted> {
 struct ThreadsEnded {
     client: Stream,
     server: Stream,
-    bridge: RelayThreads,
+    threads: RelayThreads,
     noted: Arc<Noted>,
     ended: Receiver<Ended>,
 }
@@ -90,12 +90,12 @@ impl ThreadsEnded {
     }
 }
 
-fn bridged_on(address: &str, drain: [Option<Duration>; 2]) -> ThreadsEnded {
-    bridged_as(address, drain, |end| end)
+fn relay_on(address: &str, drain: [Option<Duration>; 2]) -> ThreadsEnded {
+    relay_as(address, drain, |end| end)
 }
 
 /// Starts relay threads between two connections, whose four ends `make` converts.
-fn bridged_as(
+fn relay_as(
     address: &str,
     drain: [Option<Duration>; 2],
     make: fn(Stream) -> Stream,
@@ -114,11 +114,11 @@ fn bridged_as(
         drain,
         ended: Mutex::new(tell),
     });
-    let bridge = RelayThreads::start([near_client, near_server], Arc::clone(&noted)).unwrap();
+    let threads = RelayThreads::start([near_client, near_server], Arc::clone(&noted)).unwrap();
     ThreadsEnded {
         client,
         server,
-        bridge,
+        threads,
         noted,
         ended,
     }
@@ -127,7 +127,7 @@ fn bridged_as(
 const TCP: &str = "tcp://127.0.0.1:0";
 
 fn on_threads() -> ThreadsEnded {
-    bridged_on(TCP, [None, None])
+    relay_on(TCP, [None, None])
 }
 
 /// Converts an end to a framed one.
@@ -143,12 +143,12 @@ fn framed(end: Stream) -> Stream {
 /// Runs `case` over every family, and in frames.
 fn everywhere(case: impl Fn(ThreadsEnded)) {
     case(on_threads());
-    case(bridged_as(TCP, [None, None], framed));
+    case(relay_as(TCP, [None, None], framed));
     #[cfg(unix)]
     {
         let directory = tempfile::tempdir_in("/tmp").unwrap();
         let path = directory.path().join("s");
-        case(bridged_on(path.to_str().unwrap(), [None, None]));
+        case(relay_on(path.to_str().unwrap(), [None, None]));
     }
 }
 
@@ -267,7 +267,7 @@ fn a_broken_upload_is_no_clean_eof_and_wakes_the_thread_of_a_silent_server() {
 /// In frames nothing is closed before the peer has said that it closes, too.
 #[test]
 fn a_peer_in_frames_is_waited_for() {
-    let it = bridged_as(TCP, [None, Some(PATIENCE)], framed);
+    let it = relay_as(TCP, [None, Some(PATIENCE)], framed);
     it.client.shutdown(Shutdown::Write).unwrap();
     it.server.shutdown(Shutdown::Write).unwrap();
     assert_eq!(all_of(&it.client).unwrap(), b"");
@@ -281,7 +281,7 @@ fn a_peer_in_frames_is_waited_for() {
 /// A framed peer that closes without a frame has broken off, and so has its answer.
 #[test]
 fn an_end_without_a_frame_is_no_clean_eof() {
-    let it = bridged_as(TCP, [None, None], framed);
+    let it = relay_as(TCP, [None, None], framed);
     (&it.server).write_all(b"half an ans").unwrap();
     drop(it.server);
     assert_eq!(end_of(&it.client), (true, 11));
@@ -364,7 +364,7 @@ fn a_client_that_goes_on_sending_still_gets_its_whole_answer() {
 fn a_server_that_takes_no_more_may_still_answer() {
     let directory = tempfile::tempdir_in("/tmp").unwrap();
     let path = directory.path().join("s");
-    let it = bridged_on(path.to_str().unwrap(), [None, None]);
+    let it = relay_on(path.to_str().unwrap(), [None, None]);
     it.server.shutdown(Shutdown::Read).unwrap();
     (&it.client).write_all(b"for nobody").unwrap();
     (&it.server).write_all(b"enough").unwrap();
@@ -400,7 +400,7 @@ fn a_client_that_does_not_read_holds_up_nothing_but_its_own_server() {
 fn cut(it: &ThreadsEnded) {
     let end = Instant::now() + PATIENCE;
     loop {
-        it.bridge.cut();
+        it.threads.cut();
         match it.ended.recv_timeout(Duration::from_millis(10)) {
             Ok(_) => return,
             Err(_) => assert!(Instant::now() < end, "it doesn't end"),
@@ -441,7 +441,7 @@ fn one_that_is_cut_off_while_nobody_reads_is_reset() {
 
 #[test]
 fn a_side_to_be_drained_is_read_to_its_end() {
-    let it = bridged_on(TCP, [None, Some(PATIENCE)]);
+    let it = relay_on(TCP, [None, Some(PATIENCE)]);
     it.client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(all_of(&it.server).unwrap(), b"");
     it.client.abort();
@@ -459,7 +459,7 @@ fn a_side_to_be_drained_is_read_to_its_end() {
 
 #[test]
 fn a_side_that_does_not_end_in_time_is_abandoned() {
-    let it = bridged_on(TCP, [None, Some(Duration::from_millis(50))]);
+    let it = relay_on(TCP, [None, Some(Duration::from_millis(50))]);
     it.client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(all_of(&it.server).unwrap(), b"");
     it.client.abort();

@@ -5,7 +5,7 @@ use super::*;
 const TIME: Duration = Duration::from_millis(1_500);
 
 #[test]
-fn a_bridge_on_which_nothing_moves_is_broken_off() {
+fn relay_threads_on_which_nothing_moves_are_cut_off() {
     let (it, listener) = proxy(|config| config.rules[0].timeouts.idle = Some(TIME));
     let (mut client, mut server) = it.pair(&listener);
     let begun = Instant::now();
@@ -25,7 +25,7 @@ fn a_bridge_on_which_nothing_moves_is_broken_off() {
 }
 
 #[test]
-fn a_bridge_of_which_one_side_has_ended_is_broken_off() {
+fn relay_threads_of_which_one_side_has_ended_are_cut_off() {
     let (it, listener) = proxy(|config| config.rules[0].timeouts.half_closed = Some(TIME));
     let (mut client, mut server) = it.pair(&listener);
     thread::sleep(2 * TIME);
