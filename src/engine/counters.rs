@@ -23,7 +23,7 @@ pub struct Counters {
     /// The refused connections by reason; their sum is `refused`.
     pub refusals: Refusals,
     /// Open connections that were cut off because no byte moved for longer than
-    /// [`Timeouts`](super::Timeouts) allow.
+    /// [`Timeouts`](super::rule::Timeouts) allow.
     #[cfg_attr(feature = "cli", serde(flatten))]
     pub timed_out: TimedOut,
     /// Connections that were closed because their peer did not end them within the drain timeout.
@@ -56,9 +56,9 @@ pub struct Refusals {
 #[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct TimedOut {
-    /// Cut off after [`Timeouts::idle`](super::Timeouts::idle).
+    /// Cut off after [`Timeouts::idle`](super::rule::Timeouts::idle).
     pub idle: u64,
-    /// Cut off after [`Timeouts::half_closed`](super::Timeouts::half_closed).
+    /// Cut off after [`Timeouts::half_closed`](super::rule::Timeouts::half_closed).
     pub half_closed: u64,
 }
 

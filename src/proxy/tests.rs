@@ -188,7 +188,7 @@ const MIXED: [(Waiter, Waiter); 4] = [
 ];
 
 #[test]
-fn sides_of_both_kinds_can_be_had_together() {
+fn a_polled_side_and_a_blocking_one_can_be_combined() {
     for waiters in MIXED {
         let (it, listener) = mixed(waiters.0, waiters.1);
         let (mut client, mut server) = it.pair(&listener);
@@ -296,7 +296,7 @@ fn a_client_waits_for_a_dial_no_longer_than_it_is_to() {
 }
 
 #[test]
-fn a_client_that_leaves_while_its_target_is_dialled_frees_its_place() {
+fn a_client_that_leaves_while_its_target_is_dialled_frees_its_slot() {
     let (_listener, _waiting, address) = full_listener();
     let it = proxy_to(address, |_| {});
     let client = it.client();
@@ -401,4 +401,4 @@ fn a_client_that_leaves_at_once_is_an_empty_connection() {
 
 #[cfg(windows)]
 mod guests;
-mod quiet;
+mod idle;

@@ -109,10 +109,10 @@ struct Flow<P> {
 
 /// A flow that brings at least this part of a buffer at a time goes through a pipe from then on.
 /// Small messages are cheaper to copy.
-const MUCH: usize = 2;
+const BULK_PART: usize = 2;
 
 /// A flow that brings less than this part of a buffer at a time goes through memory again.
-const LITTLE: usize = 8;
+const SMALL_PART: usize = 8;
 
 impl<P: Pipe> Flow<P> {
     fn new() -> Flow<P> {
@@ -201,7 +201,7 @@ impl<P: Pipe> Flow<P> {
         {
             match source.splice_in(&mut pipe) {
                 Some(holds) => {
-                    self.bulk = holds >= pool.size() / LITTLE;
+                    self.bulk = holds >= pool.size() / SMALL_PART;
                     self.carrier = Carrier::Pipe { pipe, holds };
                     return holds;
                 }
@@ -214,7 +214,7 @@ impl<P: Pipe> Flow<P> {
         let mut buffer = pool.take_buffer();
         match source.read(&mut buffer) {
             Some(n) => {
-                self.bulk = n >= buffer.len() / MUCH;
+                self.bulk = n >= buffer.len() / BULK_PART;
                 let filled = 0..n;
                 self.carrier = Carrier::Memory { buffer, filled };
                 n

@@ -409,7 +409,7 @@ fn cut(it: &ThreadsEnded) {
 }
 
 #[test]
-fn one_that_is_cut_off_while_idle_is_reset() {
+fn a_connection_that_is_cut_off_while_idle_is_reset() {
     everywhere(|it| {
         let tcp = matches!(it.client.address(), Address::Tcp(_));
         (&it.client).write_all(b"x").unwrap();
@@ -423,7 +423,7 @@ fn one_that_is_cut_off_while_idle_is_reset() {
 }
 
 #[test]
-fn one_that_is_cut_off_while_nobody_reads_is_reset() {
+fn a_connection_that_is_cut_off_while_nobody_reads_is_reset() {
     everywhere(|it| {
         let tcp = matches!(it.client.address(), Address::Tcp(_));
         let sending = [send_much(&it.client), send_much(&it.server)];

@@ -74,7 +74,7 @@ fn guests_of(
 }
 
 #[test]
-fn guests_are_accepted_one_by_one_and_not_beyond_the_places() {
+fn guests_are_accepted_one_by_one_and_not_beyond_the_slots() {
     let target = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let limits = Limits {
         connections: 2,
@@ -118,7 +118,7 @@ fn guests_are_accepted_one_by_one_and_not_beyond_the_places() {
 }
 
 #[test]
-fn a_proxy_that_waits_for_guests_ends_when_it_is_told_to() {
+fn a_proxy_that_waits_for_guests_ends_when_it_is_stopped() {
     let target = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let (stopper, address, worker) = guests_of(&target, Limits::default());
     stopper.stop(Duration::from_secs(3600));
