@@ -179,7 +179,7 @@ impl Forward {
     }
 
     /// Replaces the reservation of slots.
-    pub(crate) fn keep_quota(&self, quota: Option<Reservation>) {
+    pub(crate) fn set_quota(&self, quota: Option<Reservation>) {
         *self.quota.lock().unwrap_or_else(PoisonError::into_inner) = quota;
     }
 

@@ -99,7 +99,7 @@ impl<D: Driver> Controller<D> {
         };
         let replace = |wanted, tell| Command::Replace(Arc::clone(&forward), wanted, tell);
         if let Err(e) = set_mode().and_then(|()| self.ask(home, replace)) {
-            forward.keep_quota(None);
+            forward.set_quota(None);
             self.binder.restore(old);
             return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
         }

@@ -16,17 +16,17 @@ pub(crate) fn leads_to(target: &Address, place: &Address) -> bool {
             .connect_paths()
             .iter()
             .any(|path| is_same(path, place)),
-        Address::Tcp(place) => matches!(target, Address::Tcp(tcp) if may_be(tcp, place)),
+        Address::Tcp(place) => matches!(target, Address::Tcp(tcp) if may_reach(tcp, place)),
         place => target == place,
     }
 }
 
 pub(super) fn is_same(one: &Path, other: &Path) -> bool {
-    is_one_file(one, other) || real(one) == real(other)
+    is_same_file(one, other) || resolve_links(one) == resolve_links(other)
 }
 
 /// Returns whether both paths name one existing file.
-fn is_one_file(one: &Path, other: &Path) -> bool {
+fn is_same_file(one: &Path, other: &Path) -> bool {
     #[cfg(unix)]
     {
         use std::fs;
@@ -42,7 +42,7 @@ fn is_one_file(one: &Path, other: &Path) -> bool {
 }
 
 /// Returns the path without symbolic links; the file itself need not exist.
-fn real(path: &Path) -> PathBuf {
+fn resolve_links(path: &Path) -> PathBuf {
     if let Ok(real) = path.canonicalize() {
         return real;
     }
@@ -60,7 +60,7 @@ fn real(path: &Path) -> PathBuf {
 /// Returns whether `target` may be the port of `place`. A listener on one of this machine's
 /// addresses is assumed to be reachable by each of them. A name is assumed to stand for any
 /// address, since it is resolved anew for each connection.
-fn may_be(target: &TcpAddress, place: &TcpAddress) -> bool {
+fn may_reach(target: &TcpAddress, place: &TcpAddress) -> bool {
     target.port == place.port
         && match (&target.host, &place.host) {
             (Host::Name(_), _) => true,

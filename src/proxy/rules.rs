@@ -326,7 +326,7 @@ impl Binder {
         let gates = [old.gates[Side::Client].clone(), self.gate_of(&rule.connect)];
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new slots would have to be free besides the old ones.
-        old.keep_quota(None);
+        old.set_quota(None);
         let quota = reserve_slots(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
         Ok(Arc::new(old.with_rule(rule, gates, quota, waiter)))
     }
@@ -335,7 +335,7 @@ impl Binder {
     pub(super) fn restore(&self, forward: &Forward) {
         let quota = reserve_slots(&forward.rule, &forward.gates, forward.id);
         // There are as many as before, unless the VM's limit was lowered since.
-        forward.keep_quota(quota.unwrap_or(None));
+        forward.set_quota(quota.unwrap_or(None));
     }
 
     /// Sets the limits of a VM.

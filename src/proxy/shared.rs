@@ -224,7 +224,7 @@ impl<D: Driver> Shared<D> {
 
     pub(super) fn release(&self, forward: &Forward) {
         self.quotas().release(Holder::Forward(forward.id));
-        forward.keep_quota(None);
+        forward.set_quota(None);
     }
 
     /// Allows as many connections as there are descriptors for besides so many listeners.

@@ -411,7 +411,7 @@ impl Gate {
     }
 
     /// Forgets what was counted for the VM, since it can't be connected to any more.
-    pub(crate) fn vm_is_gone(&self) {
+    pub(crate) fn note_vm_gone(&self) {
         self.forget_vm(&mut self.state());
     }
 

@@ -350,6 +350,6 @@ fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
         Admission::Probe(_)
     ));
     // The answers of another VM say nothing about this dial.
-    gate.vm_is_gone();
+    gate.note_vm_gone();
     assert!(!dial.is_answered());
 }

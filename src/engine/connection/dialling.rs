@@ -99,7 +99,7 @@ impl<S: Socket> Connection<S> {
                 let error = Error::new(Operation::Accept, &self.forward.rule.listen, e);
                 self.refuse(&error, Reason::Other, cx);
             }
-            Ok(()) if is_closed => self.refuse_at_the_end(cx),
+            Ok(()) if is_closed => self.refuse_cut_off(cx),
             Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
             Ok(()) => self.begin_dial(cx),
         }
@@ -502,7 +502,7 @@ impl<S: Socket> Connection<S> {
     }
 
     /// Refuses a client because the proxy is stopping, or because its forward was removed.
-    pub(super) fn refuse_at_the_end(&mut self, cx: &mut Context<'_, S>) {
+    pub(super) fn refuse_cut_off(&mut self, cx: &mut Context<'_, S>) {
         let cause = io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
         let error = Error::new(Operation::Connect, &self.forward.rule.connect, cause);
         self.refuse(&error, Reason::Other, cx);

@@ -411,7 +411,7 @@ impl<S: Socket> Connection<S> {
     pub(crate) fn cut(&mut self, cx: &mut Context<'_, S>) {
         match &self.state {
             State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
-                self.refuse_at_the_end(cx);
+                self.refuse_cut_off(cx);
             }
             State::Relaying { .. } => self.close_pair(cx),
             State::OnThreads => self.cut_threads(cx),

@@ -19,8 +19,9 @@ use super::relaying::{Acceptance, HOLD};
 use super::{Action, Closing, Connection, Context, Dialled, Socket, State};
 
 impl<S: Socket> Connection<S> {
-    /// Makes a probe of a dialled port on which nobody listens. The guest's refusal says that it
-    /// runs and has taken all earlier dials. [`begin_probe`](Connection::begin_probe) must follow.
+    /// Makes a probe of a socket that was dialled at a port on which nobody listens. The guest's
+    /// refusal says that it runs and has taken all earlier dials.
+    /// [`begin_probe`](Connection::begin_probe) must follow.
     pub(crate) fn probe(
         forward: Arc<Forward>,
         dialled: Dialled<S>,
@@ -73,7 +74,7 @@ impl<S: Socket> Connection<S> {
         is_proving.then(|| slot.is_some_and(Slot::is_answered))
     }
 
-    /// Takes that no probe can be sent. The absence of a refusal then has to do: a guest that runs
+    /// Takes that no probe can be sent. The absence of a refusal then has to suffice: a guest that runs
     /// refuses within less time.
     pub(crate) fn prove_by_silence(&mut self, cx: &mut Context<'_, S>) {
         if let State::Proving {

@@ -64,7 +64,7 @@ impl<D: Driver> Connections<D> {
                 // about the VM: what the guest has not answered is still pending.
                 let gone = dial::proves_no_listener(&e) && gate.can_be_probed();
                 if gone {
-                    gate.vm_is_gone();
+                    gate.note_vm_gone();
                 }
                 return gone;
             }

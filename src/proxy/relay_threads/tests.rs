@@ -65,7 +65,7 @@ impl ThreadsEnded {
     }
 
     /// Closes framed peers as they must: each says that it closes, once both directions have ended.
-    fn take_leave(&self) {
+    fn close_framed(&self) {
         let framed = [&self.client, &self.server].map(|end| end.is_framed().then_some(end));
         thread::scope(|scope| {
             for end in framed.into_iter().flatten() {
@@ -208,7 +208,7 @@ fn every_byte_and_both_ends_go_through() {
             assert!(all_of(&it.server).unwrap() == sent[0]);
             assert!(heard.join().unwrap() == sent[1]);
         });
-        it.take_leave();
+        it.close_framed();
         let expected = Ended {
             delivered: [3 << 20, 5 << 20],
             abandoned: false,
@@ -233,7 +233,7 @@ fn a_half_close_of_either_side_leaves_the_answer_its_way() {
             answering.write_all(b"answer").unwrap();
             answering.shutdown(Shutdown::Write).unwrap();
             assert_eq!(all_of(asking).unwrap(), b"answer");
-            it.take_leave();
+            it.close_framed();
             it.ended();
         });
     }
@@ -246,7 +246,7 @@ fn a_half_close_before_a_byte_is_passed_on() {
         assert_eq!(all_of(&it.server).unwrap(), b"");
         it.server.shutdown(Shutdown::Write).unwrap();
         assert_eq!(all_of(&it.client).unwrap(), b"");
-        it.take_leave();
+        it.close_framed();
         assert_eq!(it.ended(), Ended::default());
     });
 }
@@ -392,7 +392,7 @@ fn a_client_that_does_not_read_holds_up_nothing_but_its_own_server() {
             reading.join().unwrap()
         });
         assert_eq!(all, (false, MUCH as u64));
-        it.take_leave();
+        it.close_framed();
         it.ended();
     });
 }
