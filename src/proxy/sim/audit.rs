@@ -94,7 +94,7 @@ pub(super) struct Audit {
     timed_out: BTreeMap<u64, u64>,
     /// Forwards that were removed, and when their connections are to be cut off.
     removed: BTreeMap<u64, Duration>,
-    /// Those of which a worker that stands still has not heard yet, and the time of their connections.
+    /// Those of which a worker that stands still has not heard yet, and the time that is left then.
     removed_late: BTreeMap<u64, Duration>,
     /// Workers that have heard of the end, and when.
     stopped: BTreeMap<usize, Duration>,
@@ -362,8 +362,10 @@ impl Audit {
                         !late(end),
                         "a client was to be served or refused at {end:?}"
                     );
-                    // While the proxy stops, a proof is not waited for as long.
-                    let proves_within = stage.proves_within.get().filter(|_| self.stop.is_none());
+                    // While the proxy stops, a proof is not waited for as long; and with its rule goes
+                    // the place that is kept for it.
+                    let is_kept = self.stop.is_none() && cut.is_none();
+                    let proves_within = stage.proves_within.get().filter(|_| is_kept);
                     let proves_by = self.proofs.get(&key).zip(proves_within);
                     let proves_by = proves_by.and_then(|(since, within)| {
                         let ready = stage

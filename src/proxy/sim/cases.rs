@@ -279,7 +279,7 @@ fn a_vm_dies_before_its_connection_is_carried() {
     }
 }
 
-/// A proof that is lost, as its guest reboots, takes none of the connections that its rule may have.
+/// A proof that is lost, as its guest reboots, takes none of the connections of its rule.
 #[test]
 fn a_lost_proof_keeps_no_client_out() {
     let mut plan = plan(&[("tcp://127.0.0.1:1000", "hyperkit://:20/sim/vm")]);

@@ -115,7 +115,7 @@ impl Ledger {
         }
     }
 
-    /// Notes that all or some of the process stands still until then: who was accepted before a bound
+    /// Notes that some of the process stands still until then: who was accepted before a bound
     /// changed may be told of as late.
     pub(super) fn stands_still(&mut self, until: Duration) {
         for bound in self.bounds.values_mut() {

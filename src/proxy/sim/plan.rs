@@ -314,7 +314,8 @@ impl Plan {
                     // hyperkit listens for itself.
                     is_inherited: kind != Kind::Hyperkit && rng.u8(..4) == 0,
                     unanswered: self.limits.vm_unanswered as u64,
-                    connections: Some(self.limits.vm_connections),
+                    // Where that is one, proofs come on top.
+                    connections: Some(self.limits.vm_connections).filter(|most| *most > 1),
                     slow: one(rng, &[ms(0), ms(1), ms(40)]),
                     acts: Vec::new(),
                     rules: Vec::new(),
@@ -557,8 +558,8 @@ impl Plan {
         });
     }
 
-    /// A rule is removed or replaced while the worker that accepts its clients stands still, and some
-    /// wait there.
+    /// A rule is removed or replaced while the worker that accepts its clients stands still, and
+    /// some wait there.
     fn draw_change(&mut self, rng: &mut Rng) {
         let rule = rng.usize(..self.rules.len());
         let place = place_of(&self.rules[rule].rule.listen);

@@ -363,12 +363,12 @@ impl Vm {
         });
     }
 
-    /// The proxy has no more connections than it may have, and one for a proof where that is one.
+    /// The proxy has no more connections than it may have.
     fn judge_number(&self, stage: &Rc<Stage>) {
         let kernel = stage.kernel();
         let is_open = |it: &&Slot| it.origin == Origin::Line && !kernel.has_peer_closed(it.socket);
         let before = self.slots.iter().filter(is_open).count();
-        let most = self.plan.connections.map(|most| most.max(2));
+        let most = self.plan.connections;
         assert!(
             most.is_none_or(|most| before < most),
             "{before} connections and one more, of {most:?}"

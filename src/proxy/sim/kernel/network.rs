@@ -61,6 +61,9 @@ impl Kernel {
                         return self.establish(id, key);
                     }
                     if !is_vsock {
+                        if self.sockets[id.0].owner == Owner::Proxy {
+                            self.note_failure(&place, libc::EAGAIN);
+                        }
                         let at = self.now + SYN_AGAIN;
                         return self.moves.push(Move { at, socket: id });
                     }
