@@ -132,6 +132,8 @@ const HVSOCK: Transport = Transport {
     ..ORDINARY
 };
 
+/// Firecracker and its kin. Which half-closes are held back, and until when, is decided in
+/// `engine/connection/relaying.rs`.
 const VSOCK_MUX: Transport = Transport {
     scheme: "vsock-mux",
     example: "vsock-mux://:1024/run/vm.sock",

@@ -60,8 +60,10 @@ pub struct Timeouts {
     /// How long a client may wait until its target is connected; at most a second if the target is
     /// a `hvsock://` address.
     pub dial: Duration,
-    /// How long a guest may take to end a connection after the half-close, before the connection is
-    /// closed nevertheless. This applies to guests of Hyper-V as well.
+    /// The drain timeout: how long a guest may take to end a connection that is being closed, or
+    /// whose half-close is held back, before the connection is closed nevertheless. This applies to
+    /// guests of Hyper-V as well. For a half-close that was passed on see
+    /// [`half_closed`](Timeouts::half_closed).
     pub drain: Duration,
     /// The idle timeout: how long an open connection may go on without a byte in either direction
     /// before it is cut off. Its client and its target are reset, where their family can be, and
@@ -92,7 +94,8 @@ pub struct Limits {
     /// that dial the host are not bound by it. Each connection takes two descriptors, so the
     /// process' descriptor limit may lower this one.
     pub connections: usize,
-    /// Connections to one hyperkit VM at a time; further clients wait to be dialled. hyperkit has
+    /// Connections to one hyperkit VM at a time; further clients wait in the listener's backlog, and
+    /// those that can't be made to wait there (guests, chained forwards) to be dialled. hyperkit has
     /// 1,024 slots and closes what exceeds them; started with 256 descriptors, it hangs beyond 245.
     pub vm_connections: usize,
     /// Unanswered dials to one hyperkit VM at a time; further clients wait. hyperkit aborts at 512.

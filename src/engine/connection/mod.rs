@@ -3,7 +3,7 @@
 //!
 //! | state | what it waits for | then |
 //! |---|---|---|
-//! | [`Waiting`](State::Waiting) | a name, a slot of the VM, the next dial | connecting, closing |
+//! | [`Waiting`](State::Waiting) | a name, a slot of the VM, the next dial | connecting, closing, closed |
 //! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting, closing |
 //! | [`Proving`](State::Proving) | whether the guest took the dial | relaying, waiting, closing |
 //! | [`Relaying`](State::Relaying) | bytes, half-closes, timeouts | closing |
@@ -75,7 +75,8 @@ pub(crate) enum Action<S> {
     /// Dial the target on a thread, for at most so long; the result goes to
     /// [`Connection::take_dialled`].
     DialOnThread(Duration),
-    /// Ask the gate of the target's VM for a slot; it goes to [`Connection::take_slot`].
+    /// Ask the gate of the target's VM for a slot; it goes to [`Connection::take_slot`], and the
+    /// reason why there is none yet to [`Connection::take_full`].
     Admit,
     /// Begin to connect to [`Connection::endpoint`]; the result goes to
     /// [`Connection::take_connect`].
@@ -97,7 +98,7 @@ pub(crate) enum Action<S> {
     CutThreads,
     /// Close a socket, then give its slot back.
     Close(S, Option<Slot>),
-    /// Close a socket so that its peer reads a reset, where the family can reset.
+    /// Close a socket so that its peer reads a reset; where the family has none, close it.
     Reset(S),
     /// Drop the connection, which is closed.
     Drop,
@@ -138,7 +139,7 @@ pub(crate) struct Connection<S: relay::Socket> {
     pub(crate) wake_at: Option<Instant>,
     /// Whether the connection stands in the ready queue. Only the loop sets it.
     pub(crate) is_queued: bool,
-    /// The slot of each side's VM.
+    /// The slot of each side that is a hyperkit VM.
     pub(crate) slots: [Option<Slot>; 2],
     /// How the connection leads to another forward of this process, or comes from one.
     route: Option<Box<Route>>,
@@ -180,11 +181,11 @@ pub(crate) enum State<S: relay::Socket> {
     },
     Relaying {
         pair: Pair<S>,
-        /// The time until which the client's half-close to hyperkit is held back.
-        hold: Option<Instant>,
-        /// The time by which a pair must be done that can only end any more, or that waits for the
-        /// end of one peer alone.
-        end: Option<Instant>,
+        /// The time until which the client's half-close to hyperkit is held back, for a refusal to
+        /// be told from an empty answer.
+        refusal_wait: Option<Instant>,
+        /// The end of the drain timeout, set while a peer is gone or a half-close is held back.
+        drain_deadline: Option<Instant>,
     },
     /// Relayed by threads, which also drain and close the ends, because one of them can't be
     /// polled.

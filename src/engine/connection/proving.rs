@@ -15,7 +15,7 @@ use crate::name::SocketName;
 use crate::time::after;
 
 use super::closing::LAST_DRAIN;
-use super::relaying::{Acceptance, HOLD};
+use super::relaying::{Acceptance, REFUSAL_WAIT};
 use super::{Action, Closing, Connection, Context, Dialled, Socket, State};
 
 impl<S: Socket> Connection<S> {
@@ -82,7 +82,7 @@ impl<S: Socket> Connection<S> {
             ..
         } = &mut self.state
         {
-            *until = Some(cx.now + HOLD);
+            *until = Some(cx.now + REFUSAL_WAIT);
             self.wake_at = *until;
         }
     }

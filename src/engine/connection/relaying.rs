@@ -25,7 +25,7 @@ const BUDGET: usize = 256 * 1024;
 /// How long a half-close to a guest that has sent nothing yet is held back. hyperkit refuses with
 /// an EOF, some 50 µs after the dial: an EOF before our half-close is a refusal, one after it is an
 /// empty answer.
-pub(super) const HOLD: Duration = Duration::from_millis(10);
+pub(super) const REFUSAL_WAIT: Duration = Duration::from_millis(10);
 
 /// How much can lie unread between us and a guest that has not accepted. If more was delivered, it
 /// has accepted. (hyperkit asks for socket buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels
@@ -67,12 +67,12 @@ impl<S: Socket> Connection<S> {
             return cx.request(Action::StartThreads([client.socket, server.socket]));
         }
         let mut pair = Pair::new(client, server);
-        let mut hold = None;
+        let mut refusal_wait = None;
         let refusal = self.forward.rule.connect.transport().refusal;
         if refusal == Refusal::Eof && acceptance == Acceptance::Unknown {
             pair.refuses_silently(UNREAD);
-            pair.hold(Side::Client);
-            hold = Some(cx.now + HOLD);
+            pair.hold_half_close(Side::Client);
+            refusal_wait = Some(cx.now + REFUSAL_WAIT);
         }
         if let Some((buffer, len)) = first {
             pair.give(Side::Server, buffer, len);
@@ -81,7 +81,7 @@ impl<S: Socket> Connection<S> {
             // A half-close towards a peer that takes it for the end of both directions is held back
             // until that peer has ended.
             if self.forward.half_close_ends_both(side) || !pair.ends[side].socket.has_half_close() {
-                pair.hold(side.other());
+                pair.hold_half_close(side.other());
             }
             // A VM that dies ends its connections with an EOF. Where the other peer can be told by
             // a reset that its connection broke off, it is.
@@ -95,8 +95,8 @@ impl<S: Socket> Connection<S> {
         }
         self.enter(State::Relaying {
             pair,
-            hold,
-            end: None,
+            refusal_wait,
+            drain_deadline: None,
         });
         cx.has_more_work = true;
     }
@@ -126,7 +126,12 @@ impl<S: Socket> Connection<S> {
     /// Relays what can be relayed now.
     pub(super) fn relay(&mut self, cx: &mut Context<'_, S>) {
         let now = cx.now;
-        let State::Relaying { pair, hold, end } = &mut self.state else {
+        let State::Relaying {
+            pair,
+            refusal_wait,
+            drain_deadline,
+        } = &mut self.state
+        else {
             return;
         };
         let signs = |pair: &Pair<_>| {
@@ -137,11 +142,11 @@ impl<S: Socket> Connection<S> {
         };
         let before = signs(pair);
         let mut turn = pair.turn(cx.pool, BUDGET);
-        if let Some(until) = *hold
-            && pair.is_holding(Side::Client)
+        if let Some(until) = *refusal_wait
+            && pair.is_holding_half_close(Side::Client)
             && (pair.ends[Side::Server].received() > 0 || now >= until)
         {
-            pair.release(Side::Client);
+            pair.release_half_close(Side::Client);
             turn = pair.turn(cx.pool, BUDGET);
         }
         let mut moved = false;
@@ -174,8 +179,8 @@ impl<S: Socket> Connection<S> {
             _ if awaits_peer => return,
             Turn::Again => return cx.has_more_work = true,
             Turn::Done => return self.close_pair(cx),
-            Turn::Wait if pair.is_holding(Side::Client) && hold.is_some() => {
-                if let Some(until) = *hold {
+            Turn::Wait if pair.is_holding_half_close(Side::Client) && refusal_wait.is_some() => {
+                if let Some(until) = *refusal_wait {
                     self.wake_by(until);
                 }
             }
@@ -184,13 +189,14 @@ impl<S: Socket> Connection<S> {
             // something to wait for.
             Turn::Wait
                 if pair.is_ending()
-                    || pair.is_holding(Side::Client)
-                    || pair.is_holding(Side::Server) =>
+                    || pair.is_holding_half_close(Side::Client)
+                    || pair.is_holding_half_close(Side::Server) =>
             {
                 if moved && !pair.is_ending() {
-                    *end = None;
+                    *drain_deadline = None;
                 }
-                let end = *end.get_or_insert(after(now, self.forward.rule.timeouts.drain));
+                let end =
+                    *drain_deadline.get_or_insert(after(now, self.forward.rule.timeouts.drain));
                 if now >= end {
                     return self.close_pair(cx);
                 }

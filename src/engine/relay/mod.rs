@@ -9,8 +9,9 @@
 //!    too.
 //! 2. A carrier is filled only when it is empty: see [`Carrier`]. So memory is bounded,
 //!    backpressure is free, EOF never overtakes data, and a `WouldBlock` has one meaning.
-//! 3. EOF on one side becomes `shutdown(Write)` on the other, once, after the last byte. Each
-//!    direction ends by itself; the pair is done when both are.
+//! 3. EOF on one side becomes `shutdown(Write)` on the other, once, after the last byte, unless
+//!    [`Pair::hold_half_close`] keeps it back. Each direction ends by itself; the pair is done when
+//!    both are.
 //! 4. An error ends its own direction; what the other still holds may arrive. A broken upload is
 //!    never turned into a clean EOF: [`CloseMode::Reset`] says where a reset is required.
 //! 5. Work per turn is bounded by a budget of bytes; [`Turn::Again`] asks for another turn.
@@ -257,13 +258,13 @@ impl<S: Socket> Pair<S> {
         self.silent_within = Some(unread);
     }
 
-    /// Holds back the half-close of `side` until [`release`](Pair::release), or until the other
+    /// Holds back the half-close of `side` until [`release_half_close`](Pair::release_half_close), or until the other
     /// direction has ended.
-    pub(crate) fn hold(&mut self, side: Side) {
+    pub(crate) fn hold_half_close(&mut self, side: Side) {
         self.flows[side].hold = true;
     }
 
-    pub(crate) fn release(&mut self, side: Side) {
+    pub(crate) fn release_half_close(&mut self, side: Side) {
         self.flows[side].hold = false;
     }
 
@@ -297,8 +298,8 @@ impl<S: Socket> Pair<S> {
         self.flows[side].carrier = Carrier::Memory { buffer, filled };
     }
 
-    /// Returns whether the half-close of `side` is held back now, until [`release`](Pair::release).
-    pub(crate) fn is_holding(&self, side: Side) -> bool {
+    /// Returns whether the half-close of `side` is held back now, until [`release_half_close`](Pair::release_half_close).
+    pub(crate) fn is_holding_half_close(&self, side: Side) -> bool {
         let flow = &self.flows[side];
         flow.hold
             && flow.state == State::Open
@@ -308,7 +309,8 @@ impl<S: Socket> Pair<S> {
 
     /// Returns whether one side has ended, whether the other has been told or not.
     pub(crate) fn is_half_closed(&self) -> bool {
-        let ended = |side: Side| self.flows[side].state != State::Open || self.is_holding(side);
+        let ended =
+            |side: Side| self.flows[side].state != State::Open || self.is_holding_half_close(side);
         ended(Side::Client) || ended(Side::Server)
     }
 
@@ -337,13 +339,15 @@ impl<S: Socket> Pair<S> {
         }
         // The end of one direction releases the half-close of the other; two that wait for each
         // other are both released.
-        let ended = |side: Side| self.flows[side].state != State::Open || self.is_holding(side);
+        let ended =
+            |side: Side| self.flows[side].state != State::Open || self.is_holding_half_close(side);
         if ended(Side::Client)
             && ended(Side::Server)
-            && (self.is_holding(Side::Client) || self.is_holding(Side::Server))
+            && (self.is_holding_half_close(Side::Client)
+                || self.is_holding_half_close(Side::Server))
         {
-            self.release(Side::Client);
-            self.release(Side::Server);
+            self.release_half_close(Side::Client);
+            self.release_half_close(Side::Server);
             more = true;
         }
         for side in Side::BOTH {

@@ -383,10 +383,16 @@ impl Audit {
                         "a target was to be dialled again at {redial:?}"
                     );
                 }
-                State::Relaying { pair, hold, end } => {
-                    let hold = hold.filter(|_| pair.is_holding(Side::Client));
-                    let is_ending =
-                        pair.is_ending() || Side::BOTH.iter().any(|side| pair.is_holding(*side));
+                State::Relaying {
+                    pair,
+                    refusal_wait: hold,
+                    drain_deadline: end,
+                } => {
+                    let hold = hold.filter(|_| pair.is_holding_half_close(Side::Client));
+                    let is_ending = pair.is_ending()
+                        || Side::BOTH
+                            .iter()
+                            .any(|side| pair.is_holding_half_close(*side));
                     let end = end.filter(|_| is_ending);
                     for at in [hold, end].into_iter().flatten() {
                         let at = stage.time_of(at);

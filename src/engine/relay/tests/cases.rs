@@ -458,7 +458,7 @@ fn a_turn_moves_its_budget_in_each_direction_and_asks_for_another() {
 fn the_turn_that_releases_the_half_close_keeps_its_budget() {
     let mut pair = Kernel::calm();
     pair.budget = 40;
-    pair.pair.hold(Side::Client);
+    pair.pair.hold_half_close(Side::Client);
     pair.client().say(100);
     pair.server().fin();
     pair.poll(Side::Client);

@@ -46,7 +46,7 @@ fn an_end_before_the_first_byte_is_a_refusal() {
 #[test]
 fn a_refusal_releases_the_half_close_that_was_held() {
     let mut pair = silent();
-    pair.pair.hold(Side::Client);
+    pair.pair.hold_half_close(Side::Client);
     pair.client().fin();
     pair.settle();
     pair.server().fin();
@@ -130,10 +130,13 @@ fn a_family_that_refuses_aloud_may_end_without_a_byte() {
 #[test]
 fn a_held_half_close_waits_for_its_release() {
     let mut pair = Kernel::calm();
-    pair.pair.hold(Side::Client);
+    pair.pair.hold_half_close(Side::Client);
     pair.client().say(5);
     pair.settle();
-    assert!(!pair.pair.is_holding(Side::Client), "it hasn't come");
+    assert!(
+        !pair.pair.is_holding_half_close(Side::Client),
+        "it hasn't come"
+    );
     pair.client().fin();
     assert_eq!(pair.settle(), Turn::Wait);
     // The bytes before it are not held.
@@ -144,9 +147,9 @@ fn a_held_half_close_waits_for_its_release() {
         ),
         (5, 0)
     );
-    assert!(pair.pair.is_holding(Side::Client));
-    pair.pair.release(Side::Client);
-    assert!(!pair.pair.is_holding(Side::Client));
+    assert!(pair.pair.is_holding_half_close(Side::Client));
+    pair.pair.release_half_close(Side::Client);
+    assert!(!pair.pair.is_holding_half_close(Side::Client));
     assert_eq!(pair.turn(), Turn::Wait);
     assert_eq!(pair.wire(Side::Server).half_closes, 1);
 }
@@ -154,7 +157,7 @@ fn a_held_half_close_waits_for_its_release() {
 #[test]
 fn a_held_half_close_goes_when_the_server_has_ended() {
     let mut pair = Kernel::calm();
-    pair.pair.hold(Side::Client);
+    pair.pair.hold_half_close(Side::Client);
     pair.client().fin();
     pair.settle();
     pair.server().say(5);
@@ -173,7 +176,7 @@ fn a_held_half_close_goes_when_the_server_has_ended() {
 #[test]
 fn only_the_clients_half_close_is_held() {
     let mut pair = Kernel::calm();
-    pair.pair.hold(Side::Client);
+    pair.pair.hold_half_close(Side::Client);
     pair.server().fin();
     pair.settle();
     assert_eq!(pair.wire(Side::Client).half_closes, 1);

@@ -139,7 +139,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         let mut bench = Bench::new(habits, each, buffer, budget, &mut rng);
         let hold = (rng.u8(..3) == 0).then(|| rng.usize(..400));
         if hold.is_some() {
-            bench.pair.hold(Side::Client);
+            bench.pair.hold_half_close(Side::Client);
         }
         // A polite server that answers nothing and doesn't wait for the request would be taken for a refusal.
         let unread = (manners == Manners::Rude && rng.u8(..3) == 0).then(|| rng.u64(..200));
@@ -220,7 +220,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
                 return true;
             }
             if self.is_quiet() {
-                if self.bench.pair.is_holding(Side::Client) {
+                if self.bench.pair.is_holding_half_close(Side::Client) {
                     self.release();
                     continue;
                 }
@@ -255,7 +255,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
     /// A turn as the proxy gives it, with the refusal and the half-close that it holds back.
     fn turn(&mut self, step: usize) {
         self.bare_turn();
-        if self.bench.pair.is_holding(Side::Client) {
+        if self.bench.pair.is_holding_half_close(Side::Client) {
             let heard = self.bench.pair.ends[Side::Server].received() > 0;
             if heard || self.hold.is_some_and(|until| step >= until) {
                 self.release();
@@ -266,7 +266,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
 
     fn release(&mut self) {
         self.hold = None;
-        self.bench.pair.release(Side::Client);
+        self.bench.pair.release_half_close(Side::Client);
         self.bench.ready = true;
     }
 
