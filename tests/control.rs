@@ -980,6 +980,19 @@ fn metrics_keep_to_prometheus_format_and_are_all_that_tcp_serves() {
     let (status, _, gone) = scene.add(r#"it's "a" \ name"#);
     assert_eq!(status, 201);
     assert_eq!(ask(tcp(gone), &[7; 5000]).unwrap(), [7; 5000]);
+    // One that answers with less than it was sent.
+    let brief = scene.dir.path().join("brief");
+    let listener = UnixListener::bind(&brief).unwrap();
+    let serve = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_to_end(&mut Vec::new()).unwrap();
+        stream.write_all(b"ok").unwrap();
+    });
+    let target = format!("unix://{}", text(&brief));
+    let (status, _, short) = add(&scene.control(), &target, "brief");
+    assert_eq!(status, 201);
+    assert_eq!(ask(tcp(short), &[7; 300]).unwrap(), *b"ok");
+    serve.join().unwrap();
     eventually("all is counted", || {
         scene.call("GET", "/v1/status", "").1["live"] == 0
     });
@@ -1013,6 +1026,8 @@ fn metrics_keep_to_prometheus_format_and_are_all_that_tcp_serves() {
         let name = r#"it's "a" \ name"#;
         assert_eq!(of("hvsock_forward_accepted_total", name), 1.0);
         assert_eq!(of("hvsock_forward_sent_bytes_total", name), 5000.0);
+        assert_eq!(of("hvsock_forward_sent_bytes_total", "brief"), 300.0);
+        assert_eq!(of("hvsock_forward_received_bytes_total", "brief"), 2.0);
         assert_eq!(of("hvsock_forward_live", ""), 0.0);
         let open = samples
             .iter()
