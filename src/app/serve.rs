@@ -106,7 +106,7 @@ pub(crate) fn serve(
         handle(number, stream, peer);
         // Of a guest that is still there: whatever happened, it is not closed before it has ended.
         if stream.address().transport().needs_graceful_close {
-            take_leave(stream, plan.grace, |_| !stop.is_urgent());
+            close_gracefully(stream, plan.grace, |_| !stop.is_urgent());
         }
         crowd.lock().remove(&number);
         crowd.left.notify_all();
@@ -145,9 +145,9 @@ pub(crate) fn serve(
     });
 }
 
-/// Takes leave of a guest: half-closes and reads to its end, at most for `patience`, and as long as `goes_on` says so of
+/// Closes a guest's connection gracefully: half-closes and reads to its end, at most for `patience`, and as long as `goes_on` says so of
 /// the time that has passed. One that goes on for ever is not closed with bytes unread, either. Whether it has ended.
-pub(crate) fn take_leave(
+pub(crate) fn close_gracefully(
     stream: &Stream,
     patience: Duration,
     mut goes_on: impl FnMut(Duration) -> bool,

@@ -276,7 +276,7 @@ impl Session<'_> {
         }
         let mut told = false;
         // Not left to the receiving thread: standard output may keep it.
-        serve::take_leave(&self.stream, self.drain, |passed| {
+        serve::close_gracefully(&self.stream, self.drain, |passed| {
             if passed >= PATIENCE && !std::mem::replace(&mut told, true) {
                 let (address, seconds) = (self.stream.address(), self.drain.as_secs());
                 info!(

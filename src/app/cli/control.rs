@@ -430,7 +430,7 @@ pub(super) struct Stop {
 /// How often it is looked whether it has ended.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How much longer than its grace an hvsock may take: guests are taken leave of.
+/// How much longer than its grace an hvsock may take: the connections of guests are closed gracefully.
 const LEAVE: Duration = Duration::from_secs(10);
 
 impl Stop {

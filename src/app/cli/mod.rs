@@ -349,7 +349,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Ends the process some time after that grace, if it has not ended by itself: a worker that looks up a socket's path on
 /// a disk that hangs never does, nor one that waits for the reader of its report.
 fn end_without_what_hangs(grace: Duration) {
-    /// How long a proxy takes at the end at most: it takes leave of guests, and removes its files.
+    /// How long a proxy takes at the end at most: it closes the connections of guests, and removes its files.
     const END: Duration = Duration::from_secs(12);
     std::thread::spawn(move || {
         std::thread::sleep(grace.saturating_add(END));
@@ -398,7 +398,7 @@ fn run_until_told(
             } else {
                 handle.stop(Duration::ZERO);
                 end_without_what_hangs(Duration::ZERO);
-                complain("cutting clients off, taking leave of guests");
+                complain("cutting clients off, closing the connections of guests");
             }
         }
     });

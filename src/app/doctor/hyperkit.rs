@@ -348,13 +348,13 @@ fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
         _ => Answer::After(begun.elapsed()),
     };
     // However that went.
-    let _ = take_leave(&stream, LEAVE);
+    let _ = close_gracefully(&stream, LEAVE);
     Ok(answer)
 }
 
 /// Ends a dial, which must not just be closed. One that hyperkit hasn't even taken (it has no descriptor left, say) would
 /// be found closed when it is: that hangs the device. It is given ten seconds.
-fn take_leave(stream: &Stream, time: Duration) -> io::Result<()> {
+fn close_gracefully(stream: &Stream, time: Duration) -> io::Result<()> {
     const UNTAKEN: Duration = Duration::from_secs(10);
     let time = match stream.untaken() {
         0 => time,
@@ -406,7 +406,7 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
     let answered = probe(vm, patience);
     let readable = stream.wait(Wanted::Readable, Duration::ZERO);
     let refused = readable.unwrap_or(true) && stream.has_ended();
-    let left = take_leave(&stream, patience);
+    let left = close_gracefully(&stream, patience);
     match answered {
         Err(e) => Check::error(name, &e),
         Ok(Answer::None | Answer::NotTaken) => Check::failed(

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::app::serve::{LOOK, Stop, take_leave};
+use crate::app::serve::{LOOK, Stop, close_gracefully};
 use crate::stream::Stream;
 
 use super::data::Data;
@@ -142,7 +142,8 @@ impl Run<'_> {
             }
             latencies.connection.record(dialled.elapsed());
         } else if plan.address.transport().needs_graceful_close {
-            let ended = take_leave(&stream, LEAVE.min(plan.timeout), |_| !self.stop.is_urgent());
+            let ended =
+                close_gracefully(&stream, LEAVE.min(plan.timeout), |_| !self.stop.is_urgent());
             if !ended && done.received == 0 {
                 self.note_silence();
             }

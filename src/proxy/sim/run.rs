@@ -29,7 +29,7 @@ use super::vm::{Kind, Vm};
 /// No run takes longer, on its own clock.
 const LONGEST: Duration = Duration::from_secs(20_000);
 
-/// What the proxy has at its end beyond the time of those who are there: guests are taken leave of.
+/// What the proxy has at its end beyond the time of those who are there: guests' connections are closed gracefully.
 const LAST: Duration = Duration::from_secs(5);
 
 /// How long nobody comes before it is looked whether all listen: files are looked after each second.
