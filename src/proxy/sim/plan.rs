@@ -671,17 +671,15 @@ impl Plan {
     }
 
     /// How many clients of a VM are let in: those that there are places for, where one rule leads
-    /// there, unless some come before or are held, or what had places is gone.
+    /// there (clients are queued per rule) and none is made to, unless some come before or are held,
+    /// or what had places is gone.
     pub(super) fn most_in(&self) -> Option<usize> {
         let is_free = |it: &RulePlan| {
             let is_held = it.rule.wait.is_some();
             !is_held && !it.rule.listen.transport().needs_graceful_close && it.target.is_some()
         };
         let is_calm = |(_, act): &(Duration, Act)| {
-            matches!(
-                act,
-                Act::Look | Act::ChangeMode(..) | Act::Sleep(_) | Act::Replace(..)
-            )
+            matches!(act, Act::Look | Act::ChangeMode(..) | Act::Sleep(_))
         };
         let dies = |(_, act): &(Duration, VmAct)| matches!(act, VmAct::Die | VmAct::Return);
         let leads = |it: &&RulePlan| matches!(it.rule.connect, Address::Hyperkit(_));
