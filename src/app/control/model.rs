@@ -166,7 +166,18 @@ pub(super) fn read_rule(body: &[u8], usual: RuleOptions) -> Result<Rule, Problem
         keys.iter()
             .any(|(_, path)| path.len() > 1 && path[0] == *key)
     };
+    let mut known: Vec<&str> = keys.iter().map(|(_, path)| path[0].as_str()).collect();
+    known.extend(["connect", "listen", "name"]);
+    known.sort_unstable();
+    known.dedup();
     for (key, value) in asked {
+        if !known.contains(&key.as_str()) {
+            let known = known.join("`, `");
+            return Err(wrong(
+                &key,
+                format!("there is no `{key}`; there are `{known}`"),
+            ));
+        }
         match value {
             Value::Object(parts) if is_group(&key) => {
                 for (part, value) in parts {
