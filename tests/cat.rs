@@ -176,9 +176,14 @@ fn a_broken_input_is_no_clean_end() {
     // Reading a directory fails.
     command.stdin(File::open("/").unwrap());
     let output = thread::spawn(move || command.output().unwrap());
-    let (mut stream, _) = listener.accept().unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    assert!(is_reset(stream.read(&mut [0])));
+    match listener.accept() {
+        Ok((mut stream, _)) => {
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            assert!(is_reset(stream.read(&mut [0])));
+        }
+        // One that was reset before it is accepted has no name on a Mac, which std can't read.
+        Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::InvalidInput),
+    }
     let output = output.join().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
