@@ -45,12 +45,12 @@ impl Stop {
 
 /// Those who are being served.
 #[derive(Debug, Default)]
-struct Crowd {
+struct Clients {
     live: Mutex<HashMap<u64, Arc<Stream>>>,
     left: Condvar,
 }
 
-impl Crowd {
+impl Clients {
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Stream>>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -101,21 +101,21 @@ pub(crate) fn serve(
     stop: &Stop,
     handle: impl Fn(u64, &Stream, SocketName) + Sync,
 ) {
-    let crowd = Crowd::default();
+    let clients = Clients::default();
     let handle = |number, stream: &Stream, peer| {
         handle(number, stream, peer);
         // Of a guest that is still there: whatever happened, it is not closed before it has ended.
         if stream.address().transport().needs_graceful_close {
             close_gracefully(stream, plan.grace, |_| !stop.is_urgent());
         }
-        crowd.lock().remove(&number);
-        crowd.left.notify_all();
+        clients.lock().remove(&number);
+        clients.left.notify_all();
     };
     thread::scope(|scope| {
         let mut number = 0;
         let mut full = false;
         while !stop.is_asked() && plan.in_all != Some(number) {
-            if !crowd.wait_for_room(MOST_CLIENTS, LOOK) {
+            if !clients.wait_for_room(MOST_CLIENTS, LOOK) {
                 if !std::mem::replace(&mut full, true) {
                     warn!("{MOST_CLIENTS} clients are being served; more have to wait");
                 }
@@ -125,22 +125,22 @@ pub(crate) fn serve(
                 continue;
             };
             let stream = Arc::new(stream);
-            crowd.lock().insert(number, Arc::clone(&stream));
+            clients.lock().insert(number, Arc::clone(&stream));
             let serve = {
                 let (handle, stream) = (&handle, Arc::clone(&stream));
                 move || handle(number, &stream, peer)
             };
             if let Err(e) = thread::Builder::new().spawn_scoped(scope, serve) {
                 warn!("no thread for {peer}: {e}");
-                crowd.lock().remove(&number);
+                clients.lock().remove(&number);
             }
             number += 1;
         }
         if stop.is_asked() {
-            crowd.shutdown(Shutdown::Write);
+            clients.shutdown(Shutdown::Write);
             let end = after(Instant::now(), plan.grace);
-            while !crowd.wait_for_room(1, LOOK) && Instant::now() < end && !stop.is_urgent() {}
-            crowd.shutdown(Shutdown::Both);
+            while !clients.wait_for_room(1, LOOK) && Instant::now() < end && !stop.is_urgent() {}
+            clients.shutdown(Shutdown::Both);
         }
     });
 }
