@@ -22,7 +22,7 @@ use crate::time::write_seconds;
 #[serde(default)]
 pub(crate) struct RuleOptions {
     /// Permissions of Unix listening sockets, octal (a named pipe's are in its address)
-    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, help_heading = None)]
     #[serde(deserialize_with = "read_mode", serialize_with = "write_mode")]
     mode: u32,
     #[command(flatten)]

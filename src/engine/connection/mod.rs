@@ -4,7 +4,7 @@
 //! | state | what it waits for | then |
 //! |---|---|---|
 //! | [`Waiting`](State::Waiting) | a name, a slot of the VM, the next dial | connecting, closing, closed |
-//! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting, closing |
+//! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting, closing, closed |
 //! | [`Proving`](State::Proving) | whether the guest took the dial | relaying, waiting, closing |
 //! | [`Relaying`](State::Relaying) | bytes, half-closes, timeouts | closing |
 //! | [`OnThreads`](State::OnThreads) | the end of the relay threads | closed |
@@ -302,7 +302,7 @@ impl<S: relay::Socket> Connection<S> {
         }
     }
 
-    /// Counts a refused client and logs the reason, unless the same one was logged a moment ago.
+    /// Counts a refused client, and logs the reason; a repeated one only now and then.
     fn note_refusal(&self, error: &Error, reason: Reason, now: Instant) {
         let forward = &self.forward;
         forward.tally.refused(reason);
