@@ -10,6 +10,7 @@ use super::signals::EndSignals;
 use super::spec::{Local, Remote};
 use super::{Failure, Outcome, carry, complain};
 use crate::address::{HyperkitAddress, HyperkitVm, Port};
+use crate::app::log::LogOptions;
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
 use crate::proxy::{ForwardStatus, Rule};
@@ -40,6 +41,10 @@ pub(super) struct Expose {
 }
 
 impl Expose {
+    pub(super) fn log(&self) -> LogOptions {
+        self.options.log().clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         if self.local.is_empty() && self.remote.is_empty() {
             return Err(Failure::Usage(

@@ -7,6 +7,7 @@ use super::options::ProxyOptions;
 use super::signals::EndSignals;
 use super::{Failure, Outcome, carry};
 use crate::address::Address;
+use crate::app::log::LogOptions;
 use crate::proxy::{ForwardStatus, Rule};
 
 /// Forward any address to any address
@@ -34,6 +35,10 @@ pub(super) struct Forward {
 }
 
 impl Forward {
+    pub(super) fn log(&self) -> LogOptions {
+        self.options.log().clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         let rules = rules_of(&self.addresses)?;
         let signals = EndSignals::take()?;

@@ -34,19 +34,17 @@ mod vms;
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::field::MakeExt;
-use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::fmt::format::debug_fn;
+use tracing::Level;
 
-use crate::app::escape;
-use crate::app::output::{self, LogWriter, Patience};
+use crate::app::log::{self, LogOptions};
+use crate::app::lossy_writer::{Patience, set_patience};
+use crate::app::{escape, output};
 use crate::proxy::{Proxy, ProxyConfig, Rule};
 use kept::{Describe, KeepTrying, Kept};
 use manager::Manager;
@@ -59,7 +57,8 @@ use signals::{Asked, EndSignals};
 #[command(name = "hvsock", version, max_term_width = 100)]
 #[command(after_help = "Vsock ports are decimal, or hexadecimal with 0x. \
     Try `hvsock demo`: it needs no VM.\n\
-    HVSOCK_LOG=debug says more on standard error, HVSOCK_LOG=error less.")]
+    HVSOCK_LOG=debug says more on standard error, HVSOCK_LOG=error less, HVSOCK_LOG=info,connection=debug more of one \
+    part (access, connection, control, listener, syslog, vm).")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -115,6 +114,18 @@ impl Command {
             _ => false,
         }
     }
+
+    /// Returns where its log goes, if that can be said.
+    fn log(&self) -> LogOptions {
+        match self {
+            Command::Expose(expose) => expose.log(),
+            Command::Forward(forward) => forward.log(),
+            Command::Run(run) => run.log(),
+            #[cfg(unix)]
+            Command::Syslog(syslog) => syslog.log(),
+            _ => LogOptions::default(),
+        }
+    }
 }
 
 /// Why a command ended without having done what it was asked for.
@@ -143,7 +154,7 @@ type Outcome = Result<(), Failure>;
 /// 1 failed, 2 usage.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let _flush = Flush;
-    output::set_patience(Patience::Unlimited);
+    set_patience(Patience::Unlimited);
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(e) => {
@@ -158,9 +169,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     if arguments.command.serves() {
-        output::set_patience(Patience::Limited);
+        set_patience(Patience::Limited);
     }
-    start_log();
+    if let Err(why) = log::start(&arguments.command.log()) {
+        fail(why);
+        return ExitCode::FAILURE;
+    }
     let outcome = match arguments.command {
         Command::Expose(expose) => expose.run(),
         Command::Forward(forward) => forward.run(),
@@ -197,18 +211,18 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(why)) => {
-            complain(why);
+            fail(why);
             list(["Try --help."]);
             ExitCode::from(2)
         }
         Err(Failure::Failed(why)) => {
-            complain(why);
+            fail(why);
             ExitCode::FAILURE
         }
         #[cfg(unix)]
         Err(Failure::Listed(lines)) => {
             let mut lines = lines.into_iter();
-            complain(lines.next().unwrap_or_default());
+            fail(lines.next().unwrap_or_default());
             // Whoever wrote them, none looks as if it were another message.
             list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
@@ -226,16 +240,20 @@ impl Drop for Flush {
     }
 }
 
-/// Says something on standard error as `hvsock: …`, in one line. One that serves never waits for it
-/// to be read.
+/// Says what people should know. One that serves never waits for it to be read.
 fn complain(what: impl fmt::Display) {
-    list([format_args!("hvsock: {what}")]);
+    log::say(Level::WARN, what);
+}
+
+/// Says why it ends.
+fn fail(what: impl fmt::Display) {
+    log::say(Level::ERROR, what);
 }
 
 /// Says more of it, line by line.
 fn list(lines: impl IntoIterator<Item = impl fmt::Display>) {
     for line in lines {
-        output::ERR.send(one_line(line).into_bytes());
+        log::say_more(Level::WARN, line);
     }
 }
 
@@ -267,39 +285,6 @@ fn print_json(json: &str) -> Outcome {
 fn write_out(bytes: &[u8]) -> Outcome {
     let written = output::print(bytes);
     written.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
-}
-
-fn start_log() {
-    let level = match std::env::var("HVSOCK_LOG") {
-        Ok(level) if !level.is_empty() => level.parse().unwrap_or_else(|_| {
-            complain(format_args!(
-                "HVSOCK_LOG={level:?} is no level; taking info (error, warn, info, debug, trace or off)"
-            ));
-            LevelFilter::INFO
-        }),
-        _ => LevelFilter::INFO,
-    };
-    output::take_panics();
-    // Whatever a peer or a file has named stays in its line. The formatter's own colours are not
-    // touched.
-    let fields = debug_fn(|line, field, value| {
-        let value = format!("{value:?}");
-        let value = escape::line(&value);
-        match field.name() {
-            "message" => write!(line, "{value}"),
-            name => write!(line, "{name}={value}"),
-        }
-    });
-    let log = tracing_subscriber::fmt()
-        .fmt_fields(fields.delimited(" "))
-        .with_max_level(level)
-        .with_target(false)
-        .with_ansi(io::stderr().is_terminal())
-        // It would tell of them with `eprintln!`, which panics.
-        .log_internal_errors(false)
-        .with_writer(|| LogWriter);
-    // Another program that calls us may have set up its own.
-    let _ = log.try_init();
 }
 
 /// Carries rules as the options have it until the end is asked for; the control socket and the metrics
@@ -353,7 +338,7 @@ fn end_without_what_hangs(grace: Duration) {
     const END: Duration = Duration::from_secs(12);
     std::thread::spawn(move || {
         std::thread::sleep(grace.saturating_add(END));
-        output::set_patience(Patience::Limited);
+        set_patience(Patience::Limited);
         complain("something hangs: ending without it");
         output::flush();
         std::process::exit(1);

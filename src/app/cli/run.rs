@@ -12,6 +12,7 @@ use super::signals::EndSignals;
 use super::summary::Summary;
 use super::{Failure, Outcome, complain, list, print, run_until_told, say};
 use crate::app::config::{Config, Problems};
+use crate::app::log::LogOptions;
 use crate::hyperkit::Places;
 #[cfg(unix)]
 use crate::proxy::Proxy;
@@ -42,6 +43,8 @@ pub(super) struct Run {
     /// The file, in TOML
     #[arg(value_name = "CONFIG")]
     file: PathBuf,
+    #[command(flatten)]
+    log: LogOptions,
 }
 
 /// Say all that is wrong with such a file, or what it would forward
@@ -74,6 +77,10 @@ impl Check {
 }
 
 impl Run {
+    pub(super) fn log(&self) -> LogOptions {
+        self.log.clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take_with_reload()?;
         let (proxy, running, doors) = Running::start(&self.file).map_err(|e| match e {

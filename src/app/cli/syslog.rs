@@ -7,6 +7,7 @@ use clap::Args;
 use super::signals::EndSignals;
 use super::{Failure, Outcome, say};
 use crate::address::Address;
+use crate::app::log::LogOptions;
 use crate::app::serve::Stop;
 use crate::app::syslog::{Log, carry};
 use crate::app::values::parse_mode;
@@ -32,9 +33,15 @@ pub(super) struct Syslog {
     /// Permissions of the socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "666", value_parser = parse_mode)]
     mode: u32,
+    #[command(flatten)]
+    log: LogOptions,
 }
 
 impl Syslog {
+    pub(super) fn log(&self) -> LogOptions {
+        self.log.clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         let stop = Stop::default();
         let mut signals = EndSignals::take()?;
