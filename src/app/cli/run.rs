@@ -136,7 +136,9 @@ fn control(
         options: Box::new(move || options.defaults()),
         pending: Box::new(move || pending.pending()),
         reload: Some(Box::new(move || match reload(&read) {
-            Ok(summary) => Ok(summary.json()),
+            Ok(summary) => {
+                serde_json::to_value(summary.report()).map_err(|e| Problem::new(500, e.to_string()))
+            }
             Err(problems) => Err(Problem::new(
                 400,
                 format!("{}; all stays as it was\n{problems}", problems.summary()),
