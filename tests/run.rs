@@ -12,7 +12,7 @@ use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -1043,4 +1043,50 @@ fn a_reload_with_a_forward_that_can_not_be_had_fails() {
     let b = &status["forwards"][1];
     assert_eq!((&b["name"], &b["state"]), (&"b".into(), &"failed".into()));
     assert!(b["id"].is_null() && b["why"].as_str().unwrap().contains("in use"));
+}
+
+/// As in `envsubst <template | hvsock run -`.
+#[test]
+fn a_file_may_come_from_standard_input_and_have_ranges_and_variables() {
+    let dir = private_dir();
+    let server = echo_server();
+    let content = format!(
+        "control = \"off\"\n[forward.a]\nlisten = \"${{NOWHERE:-{}/s}}\"\nconnect = \"${{SERVER}}\"\n",
+        dir.path().display()
+    );
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(["run", "-"]).env("SERVER", server.to_string());
+    command.stdin(Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(content.as_bytes())
+        .unwrap();
+    let out = lines(child.stdout.take().unwrap());
+    let err = lines(child.stderr.take().unwrap());
+    let mut proxy = Mortal(child);
+    next(&out, "a: unix://");
+    let socket = dir.path().join("s");
+    assert_eq!(ask(unix_client(&socket), b"hello").unwrap(), b"hello");
+    proxy.signal("HUP");
+    next(&err, "standard input: it came from there");
+    assert_eq!(ask(unix_client(&socket), b"hello").unwrap(), b"hello");
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+
+    let output = output({
+        let mut check = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        let file = File::new(dir.path(), &content);
+        check.args(["check", text(&file.0)]).env_remove("SERVER");
+        check
+    });
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains(":4: ") && said.contains("${SERVER} is not set"),
+        "{said}"
+    );
 }

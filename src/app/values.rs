@@ -13,6 +13,9 @@ use crate::address::{Address, Host, Port, TcpAddress};
 /// No time is longer: with it, `1M`, which is a month, isn't taken for a minute.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
 
+/// The most ports of a range. Each is a listener with a descriptor.
+const MOST_PORTS: u32 = 4096;
+
 /// Returns what a value is, for people.
 pub(super) fn kind(value: &Value) -> &'static str {
     match value {
@@ -33,6 +36,14 @@ pub(super) fn text(value: &Value) -> Result<String, String> {
     match value {
         Value::String(text) => Ok(text.clone()),
         other => Err(wants(other, "a string, in quotes")),
+    }
+}
+
+/// Reads a list of strings.
+pub(super) fn texts(value: &Value) -> Result<Vec<String>, String> {
+    match value {
+        Value::Array(values) => values.iter().map(text).collect(),
+        other => Err(wants(other, "a list: [\"FILE\"]")),
     }
 }
 
@@ -83,7 +94,7 @@ pub(super) fn time_or(word: &str, value: &Value) -> Result<Option<Duration>, Str
     }
 }
 
-pub(super) fn count(range: RangeInclusive<usize>) -> impl FnOnce(&Value) -> Result<usize, String> {
+pub(super) fn count(range: RangeInclusive<usize>) -> impl Fn(&Value) -> Result<usize, String> {
     move |value| {
         let right = format!("a number from {} to {}", range.start(), range.end());
         let Value::Number(number) = value else {
@@ -99,8 +110,19 @@ pub(super) fn count(range: RangeInclusive<usize>) -> impl FnOnce(&Value) -> Resu
     }
 }
 
+/// Reads a vsock port, or a range of them: `"8000-8010"`.
+pub(super) fn ports(value: &Value) -> Result<Vec<Port>, String> {
+    match value {
+        Value::String(text) => {
+            let texts = expand_ports(text)?.into_iter();
+            texts.map(|text| port(&Value::String(text))).collect()
+        }
+        other => Ok(vec![port(other)?]),
+    }
+}
+
 /// Reads a vsock port.
-pub(super) fn port(value: &Value) -> Result<Port, String> {
+fn port(value: &Value) -> Result<Port, String> {
     match value {
         Value::Number(number) => number
             .as_u64()
@@ -123,6 +145,46 @@ pub(super) fn mode(value: &Value) -> Result<u32, String> {
         Value::String(text) => parse_mode(text),
         other => Err(wants(other, "permissions as a string: \"600\"")),
     }
+}
+
+/// Reads a local address, or those of a range of ports: `"127.0.0.1:8000-8010"`.
+pub(super) fn addresses(value: &Value) -> Result<Vec<Address>, String> {
+    match value {
+        Value::String(text) => {
+            let texts = expand_ports(text)?.into_iter();
+            texts.map(|text| address(&Value::String(text))).collect()
+        }
+        other => Ok(vec![address(other)?]),
+    }
+}
+
+/// Returns the texts that one with a range of TCP or vsock ports at its end stands for, or the text
+/// itself. A path has no range.
+pub(super) fn expand_ports(text: &str) -> Result<Vec<String>, String> {
+    let whole = || Ok(vec![text.to_owned()]);
+    let address = text.strip_prefix("tcp://").unwrap_or(text);
+    let (host, range) = address.rsplit_once(':').unwrap_or(("", address));
+    let Some((first, last)) = range.split_once('-') else {
+        return whole();
+    };
+    let is_number = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_digit());
+    if host.contains(['/', '\\']) || !is_number(first) || !is_number(last) {
+        return whole();
+    }
+    let number = |text: &str| text.parse().map_err(|_| format!("{text} is no port"));
+    let (first, last): (u32, u32) = (number(first)?, number(last)?);
+    if first > last {
+        return Err(format!("the range {range} goes down; write {last}-{first}"));
+    }
+    if last - first >= MOST_PORTS {
+        return Err(format!(
+            "the range {range} has more than {MOST_PORTS} ports"
+        ));
+    }
+    let before = &text[..text.len() - range.len()];
+    Ok((first..=last)
+        .map(|port| format!("{before}{port}"))
+        .collect())
 }
 
 /// Reads a local address, as on the left of `-L`.

@@ -14,7 +14,7 @@ use super::forward::rules_of;
 use super::kept::{KeepTrying, Kept};
 use super::options::ProxyOptions;
 use super::reconciler::danger;
-use super::spec::{Local, Remote};
+use super::spec::{Locals, Remotes};
 use super::summary::{Report, tried_again};
 use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
 use crate::address::{Address, TcpAddress, UnixAddress};
@@ -280,10 +280,10 @@ pub(super) struct Add {
         value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT",
         requires = "vm"
     )]
-    local: Vec<Local>,
+    local: Vec<Locals>,
     /// Guest to host, as for `hvsock expose`
     #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm")]
-    remote: Vec<Remote>,
+    remote: Vec<Remotes>,
     /// Print what the control socket says, as it is
     #[arg(long)]
     json: bool,

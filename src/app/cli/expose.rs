@@ -7,7 +7,7 @@ use clap::Args;
 use super::kept::KeepTrying;
 use super::options::{ProxyOptions, hyper_v_service};
 use super::signals::EndSignals;
-use super::spec::{Local, Remote};
+use super::spec::{Local, Locals, Remote, Remotes};
 use super::{Failure, Outcome, carry, complain};
 use crate::address::{HyperkitAddress, HyperkitVm, Port};
 use crate::app::log::LogOptions;
@@ -20,6 +20,7 @@ use crate::proxy::{ForwardStatus, Rule};
 #[command(after_help = "Examples:
   hvsock expose --vm docker -L /tmp/docker.sock:2375
   hvsock expose --vm ~/.minikube/machines/minikube -L 8080:80 -L 2222:22
+  hvsock expose --vm docker -L 8000-8010:8000-8010
   hvsock expose --vm ./linux-state -L 0:0x50 -R 5000:127.0.0.1:5000 -R 5001:/run/agent.sock
   hvsock expose --vm \"My VM\" -L //./pipe/docker_vm:2375      (Windows)")]
 pub(super) struct Expose {
@@ -28,12 +29,12 @@ pub(super) struct Expose {
     #[arg(long, value_name = "VM")]
     vm: String,
     /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen), a Unix socket or a named
-    /// pipe, and lead to the guest's vsock port
+    /// pipe, and lead to the guest's vsock port; 8000-8010:8000-8010 is a range
     #[arg(short = 'L', value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT")]
-    local: Vec<Local>,
+    local: Vec<Locals>,
     /// Guest to host: when the guest dials HOSTPORT of CID 2, lead to TARGET (PORT, HOST:PORT, a path or a URI)
     #[arg(short = 'R', value_name = "HOSTPORT:TARGET")]
-    remote: Vec<Remote>,
+    remote: Vec<Remotes>,
     #[command(flatten)]
     patience: KeepTrying,
     #[command(flatten)]
@@ -70,8 +71,8 @@ fn describe(forward: &ForwardStatus) -> String {
 /// Returns the rules of `-L` and `-R`.
 pub(super) fn rules_of_vm(
     name: &str,
-    local: &[Local],
-    remote: &[Remote],
+    local: &[Locals],
+    remote: &[Remotes],
 ) -> Result<Vec<Rule>, Failure> {
     let hyperkit = match cfg!(windows) {
         true => None,
@@ -87,10 +88,10 @@ pub(super) fn rules_of_vm(
         None => hyper_v_service(name, port.into()),
     };
     let mut rules = Vec::new();
-    for Local { listen, guest_port } in local {
+    for Local { listen, guest_port } in local.iter().flat_map(|it| &it.0) {
         rules.push(Rule::new(listen.clone(), vm(*guest_port)?));
     }
-    for Remote { host_port, target } in remote {
+    for Remote { host_port, target } in remote.iter().flat_map(|it| &it.0) {
         rules.push(Rule::new(vm(*host_port)?, target.clone()));
     }
     Ok(rules)

@@ -11,7 +11,7 @@ use super::running::{self, Doors, NotStarted, Running};
 use super::signals::EndSignals;
 use super::summary::Summary;
 use super::{Failure, Outcome, complain, list, print, run_until_told, say};
-use crate::app::config::{Config, Problems};
+use crate::app::config::{Config, Problems, display_name};
 use crate::app::log::LogOptions;
 use crate::hyperkit::Places;
 #[cfg(unix)]
@@ -40,7 +40,7 @@ What can't be listened on now is said, and tried again every 2 s. SIGHUP reads t
 touched, live connections stay, and a file with a mistake in it changes nothing. SIGINT and SIGTERM end as with `expose`."
 )]
 pub(super) struct Run {
-    /// The file, in TOML
+    /// The file, in TOML; - is standard input
     #[arg(value_name = "CONFIG")]
     file: PathBuf,
     #[command(flatten)]
@@ -51,7 +51,7 @@ pub(super) struct Run {
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct Check {
-    /// The file, in TOML
+    /// The file, in TOML; - is standard input
     #[arg(value_name = "CONFIG")]
     file: PathBuf,
 }
@@ -68,7 +68,7 @@ impl Check {
             let vm = config.vm_of(name);
             print(running::describe(name, &rule.listen, &rule.connect, vm))?;
         }
-        let file = self.file.display();
+        let file = display_name(&self.file);
         match wanted.rules.len() {
             1 => print(format_args!("{file} is right: 1 forward")),
             n => print(format_args!("{file} is right: {n} forwards")),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tracing::{error, info, warn};
 
 use crate::address::{Address, HyperkitAddress};
-use crate::app::config::{Config, Missing, Problems, Wanted};
+use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, Wanted, display_name};
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
 use crate::hyperkit::Places;
@@ -101,7 +101,7 @@ impl Running {
         let _ = sys::raise_descriptor_limit();
         proxy.limits.connections = usize::MAX;
         let doors = open_doors(&config, &mut proxy)
-            .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;
+            .map_err(|e| Failure::Failed(format!("{}: {e}", display_name(file))))?;
         let proxy = super::on_passed_sockets(proxy)?;
         all_are_wanted(&proxy.listeners, &wanted.rules)?;
         let proxy = Proxy::start(proxy)?;
@@ -170,7 +170,7 @@ impl Running {
     /// # Errors
     /// All that is wrong with the file; then all stays as it was.
     pub(super) fn reload(&self) -> Result<Summary, Problems> {
-        let file = self.file.display();
+        let file = display_name(&self.file);
         let outcome = self.read_again();
         match &outcome {
             Ok(summary) => {
@@ -201,6 +201,10 @@ impl Running {
                 &self.file,
                 "not read again: the proxy is stopping",
             ));
+        }
+        if self.file == Path::new(STANDARD_INPUT) {
+            let why = "it came from there, and can't be read again";
+            return Err(Problems::of(&self.file, why));
         }
         let (config, wanted) = Config::read(&self.file, &Places::from_env())?;
         let new = Arc::new(config);

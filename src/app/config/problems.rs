@@ -2,14 +2,44 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::app::escape;
+
+/// A line of the file, or of one that it includes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Line {
+    /// `None`: the file itself.
+    pub(super) included: Option<Arc<Path>>,
+    /// From 1.
+    pub(super) number: usize,
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.included {
+            Some(file) => write!(f, "{} of {}", self.number, file.display()),
+            None => self.number.fmt(f),
+        }
+    }
+}
 
 /// One thing that is wrong, in a line of the file if it is one's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Problem {
-    pub(crate) line: Option<usize>,
+    pub(crate) line: Option<Line>,
     pub(crate) text: String,
+}
+
+/// The path that stands for standard input.
+pub(crate) const STANDARD_INPUT: &str = "-";
+
+/// Returns a file's name for people.
+pub(crate) fn display_name(file: &Path) -> std::path::Display<'_> {
+    match file == Path::new(STANDARD_INPUT) {
+        true => Path::new("standard input").display(),
+        false => file.display(),
+    }
 }
 
 /// All that is wrong with a file; never empty. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`, without a newline at
@@ -40,19 +70,19 @@ impl Problems {
     /// Of which file, and how many.
     pub(crate) fn summary(&self) -> String {
         match self.list.len() {
-            1 => format!("{}: 1 thing is wrong", self.file.display()),
-            n => format!("{}: {n} things are wrong", self.file.display()),
+            1 => format!("{}: 1 thing is wrong", display_name(&self.file)),
+            n => format!("{}: {n} things are wrong", display_name(&self.file)),
         }
     }
 
     /// Returns each in a line, whatever names the file has.
     pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
         let line = |problem: &Problem| {
-            let file = self.file.display();
-            let line = problem
-                .line
-                .map_or(String::new(), |line| format!("{line}:"));
-            let text = format!("{file}:{line} {}", problem.text);
+            let line = problem.line.as_ref();
+            let included = line.and_then(|line| line.included.as_deref());
+            let file = display_name(included.unwrap_or(&self.file));
+            let number = line.map_or(String::new(), |line| format!("{}:", line.number));
+            let text = format!("{file}:{number} {}", problem.text);
             escape::line(&text).into_owned()
         };
         self.list.iter().map(line)

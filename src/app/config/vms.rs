@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::problems::Line;
 use super::section::{Section, nearest};
 use crate::address::{self, Address, HvsockAddress, HyperkitAddress, HyperkitVm, Port};
 use crate::app::values;
@@ -13,7 +14,7 @@ use crate::proxy::{Limits, VmLimits};
 #[derive(Clone, Debug)]
 pub(super) struct Vm {
     pub(super) name: String,
-    pub(super) line: usize,
+    pub(super) line: Line,
     /// A state directory, a name or a URI; `None` if what the file says is none.
     at: Option<String>,
     /// It has a section.
@@ -71,7 +72,7 @@ impl Vm {
     }
 
     /// One that has no section: its name is what `--vm` takes.
-    pub(super) fn undeclared(name: &str, line: usize) -> Vm {
+    pub(super) fn undeclared(name: &str, line: Line) -> Vm {
         Vm {
             name: name.to_owned(),
             line,
@@ -120,7 +121,7 @@ impl Place {
 pub(super) fn find<'a>(
     vms: &'a [Vm],
     places: &Places,
-    complain: &mut dyn FnMut(usize, String),
+    complain: &mut dyn FnMut(Line, String),
 ) -> Found<'a> {
     let mut found: Vec<(&Vm, Place)> = Vec::new();
     let mut missing = Vec::new();
@@ -139,7 +140,7 @@ pub(super) fn find<'a>(
                     Some(near) if !vm.declared => format!("; did you mean {near:?}?"),
                     _ => String::new(),
                 };
-                complain(vm.line, format!("{why}{hint}"));
+                complain(vm.line.clone(), format!("{why}{hint}"));
                 continue;
             }
         };
@@ -148,7 +149,7 @@ pub(super) fn find<'a>(
                 "{:?} is the same VM as {:?}; use one name for it",
                 vm.name, other.name
             );
-            complain(vm.line, text);
+            complain(vm.line.clone(), text);
         }
         if let Place::Hyperkit(hyperkit) = &place {
             let directory = &hyperkit.state_dir;
