@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tracing::{error, info, warn};
 
-use crate::address::{Address, HyperkitAddress};
+use crate::address::Address;
 use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, Wanted, display_name};
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
@@ -283,9 +283,7 @@ pub(super) fn absence(missing: &Missing) -> String {
 
 /// Why a rule can't listen yet, if it is on a VM whose directory is missing.
 fn waits_for(rule: &Rule, missing: &[Missing]) -> Option<String> {
-    let Address::Hyperkit(HyperkitAddress { vm, .. }) = &rule.listen else {
-        return None;
-    };
+    let vm = rule.listen.hyperkit_vm()?;
     let missing = missing.iter().find(|missing| missing.vm == *vm)?;
     let directory = missing.vm.state_dir.display();
     Some(format!("waits for the VM's state directory, {directory}"))
