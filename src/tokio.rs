@@ -42,10 +42,12 @@ use crate::dial::{Begun, Dial, Next, explain};
 use crate::error::{Error, Operation, Result};
 use crate::listener::nonblocking::has_client_left;
 use crate::name::SocketName;
+use crate::stream::closer;
+use crate::stream::closing::{GracefulClose, Step};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::stream::nonblocking::Stream as Nonblocking;
-use crate::stream::{MOST_UNREAD, closer};
 use crate::sys;
+use crate::time::after;
 
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -171,35 +173,43 @@ impl Stream {
     /// `TimedOut` if the peer hasn't ended within `timeout`: then nothing more is taken from it.
     /// What the kernel says of a connection that was broken already.
     pub async fn finish(&mut self, timeout: Duration) -> io::Result<()> {
-        let drained = ::tokio::time::timeout(timeout, self.drain()).await;
-        self.ended = true;
-        drained.unwrap_or_else(|_| {
-            // What has come is taken out: a close with bytes unread is what hurts a VM most.
-            let _ = self.socket.get_ref().shutdown(Shutdown::Read);
-            let mut rest = [0; 16 * 1024];
-            for _ in 0..MOST_UNREAD / rest.len() {
-                let read = self
-                    .takes_descriptors
-                    .read(self.socket.get_ref(), &mut rest);
-                if !matches!(read, Ok(1..)) {
-                    break;
+        let mut close = GracefulClose::new(after(Instant::now(), timeout));
+        let mut rest = [0; 16 * 1024];
+        let outcome = loop {
+            let outcome = match close.next(Instant::now()) {
+                Step::ShutdownWrite { .. } => {
+                    let _ = self.socket.get_ref().shutdown(Shutdown::Write);
+                    None
                 }
+                Step::Read { until } => {
+                    let read = timeout_at(until.into(), self.discard(&mut rest)).await;
+                    close.take_read(read.unwrap_or(Err(io::ErrorKind::WouldBlock.into())))
+                }
+                Step::ShutdownRead => {
+                    let _ = self.socket.get_ref().shutdown(Shutdown::Read);
+                    None
+                }
+                Step::ReadUnread => {
+                    let socket = self.socket.get_ref();
+                    close.take_read(self.takes_descriptors.read(socket, &mut rest))
+                }
+            };
+            if let Some(outcome) = outcome {
+                break outcome;
             }
-            Err(io::ErrorKind::TimedOut.into())
-        })
+        };
+        self.ended = true;
+        outcome.into_result()
     }
 
-    async fn drain(&mut self) -> io::Result<()> {
-        // One that the peer has reset says so when it is read.
-        let _ = self.socket.get_ref().shutdown(Shutdown::Write);
-        let mut rest = [0; 16 * 1024];
+    /// Waits for input, and discards some. Returns 0 at the peer's EOF.
+    async fn discard(&self, rest: &mut [u8]) -> io::Result<usize> {
         loop {
             let mut ready = self.socket.readable().await?;
             let takes_descriptors = self.takes_descriptors;
-            match ready.try_io(|socket| takes_descriptors.read(socket.get_ref(), &mut rest)) {
-                Ok(Ok(0)) => return Ok(()),
-                Ok(Err(e)) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
-                _ => {}
+            if let Ok(read) = ready.try_io(|socket| takes_descriptors.read(socket.get_ref(), rest))
+            {
+                return read;
             }
         }
     }

@@ -27,8 +27,9 @@ use tracing::warn;
 
 use crate::engine::relay::{CloseMode, Side};
 use crate::stream::Stream;
+use crate::stream::closing::{Outcome, ResetWait};
 
-use crate::engine::connection::{LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
+use crate::engine::connection::LINGER;
 
 /// The size of a direction's buffer.
 const BUFFER: usize = 64 * 1024;
@@ -218,20 +219,29 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     let delivered = Side::BOTH.map(|side| ends[side].delivered.load(Ordering::Relaxed));
     let mut abandoned = false;
     for (side, end) in Side::BOTH.into_iter().zip(ends) {
+        let stream = &end.stream;
+        let drain = order.drain(side);
+        let was_cut = cut.load(Ordering::Acquire);
         let whole = flows[side.other()] == Flow::Finished;
         abandoned |= match close_mode(flows, side) {
-            CloseMode::Close if !end.stream.is_framed() || flows[side] == Flow::Dead => false,
-            _ if cut.load(Ordering::Acquire) => abort(&end.stream),
+            CloseMode::Close if !stream.is_framed() || flows[side] == Flow::Dead => false,
+            // Rule 2 of a good neighbour: a VMM's connection is read to its EOF whatever happened,
+            // and never closed with bytes unread.
+            _ if stream.address().transport().needs_graceful_close => match was_cut {
+                true => close_gracefully(stream, Duration::ZERO),
+                false => close_gracefully(stream, drain.unwrap_or(LINGER)),
+            },
+            _ if was_cut => abort(stream),
             CloseMode::Close | CloseMode::Linger => {
-                drain(&end.stream, order.drain(side).unwrap_or(LINGER))
+                close_gracefully(stream, drain.unwrap_or(LINGER))
             }
-            CloseMode::Reset => match order.drain(side).filter(|_| whole) {
-                Some(time) => drain(&end.stream, time),
+            CloseMode::Reset => match drain.filter(|_| whole) {
+                Some(time) => close_gracefully(stream, time),
                 // A peer that takes no more will never receive what it has not received yet.
-                None if flows[side.other()] == Flow::Refused => abort(&end.stream),
+                None if flows[side.other()] == Flow::Refused => abort(stream),
                 None => {
-                    wait_for_arrival(&end.stream, cut);
-                    abort(&end.stream)
+                    wait_for_arrival(stream, cut);
+                    abort(stream)
                 }
             },
         };
@@ -311,20 +321,21 @@ fn abort(stream: &Stream) -> bool {
     false
 }
 
-/// Reads to the peer's EOF. Returns whether it did not come in time.
-fn drain(stream: &Stream, time: Duration) -> bool {
-    let drained = stream.drain(time);
-    drained.is_err_and(|e| e.kind() == io::ErrorKind::TimedOut)
+/// Half-closes and reads to the peer's EOF. Returns whether that did not come in time.
+fn close_gracefully(stream: &Stream, time: Duration) -> bool {
+    matches!(stream.close_gracefully(time), Outcome::GivenUp)
 }
 
 /// Waits until the peer has received what it was sent, since a reset overtakes it; for at most
 /// [`LINGER`], and only until the connection is cut off.
 fn wait_for_arrival(stream: &Stream, cut: &AtomicBool) {
-    let end = Instant::now() + LINGER;
-    let mut pause = RESET_PAUSE;
-    while stream.unacknowledged() > 0 && Instant::now() < end && !cut.load(Ordering::Acquire) {
-        thread::sleep(pause);
-        pause = (2 * pause).min(LONGEST_RESET_PAUSE);
+    let mut wait = ResetWait::new(Instant::now() + LINGER);
+    loop {
+        let now = Instant::now();
+        match wait.check(stream.unacknowledged(), now) {
+            Some(again) if !cut.load(Ordering::Acquire) => thread::sleep(again - now),
+            _ => return,
+        }
     }
 }
 

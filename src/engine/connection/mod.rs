@@ -44,7 +44,7 @@ use crate::engine::table::Id;
 use crate::error::Error;
 use crate::name::SocketName;
 
-pub(crate) use closing::{Closing, LAST_DRAIN, LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
+pub(crate) use closing::{Closing, LAST_DRAIN, LINGER};
 pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
 

@@ -108,13 +108,23 @@ fn relay_as(
     };
     let (client, near_client) = connection();
     let (server, near_server) = connection();
+    relay_between([client, server], [near_client, near_server], drain)
+}
+
+/// Starts relay threads between two ends, whose peers are `far`.
+fn relay_between(
+    far: [Stream; 2],
+    near: [Stream; 2],
+    drain: [Option<Duration>; 2],
+) -> ThreadsEnded {
+    let [client, server] = far;
     let (tell, ended) = mpsc::channel();
     let noted = Arc::new(Noted {
         delivered: Default::default(),
         drain,
         ended: Mutex::new(tell),
     });
-    let threads = RelayThreads::start([near_client, near_server], Arc::clone(&noted)).unwrap();
+    let threads = RelayThreads::start(near, Arc::clone(&noted)).unwrap();
     ThreadsEnded {
         client,
         server,
@@ -397,12 +407,12 @@ fn a_client_that_does_not_read_holds_up_nothing_but_its_own_server() {
     });
 }
 
-fn cut(it: &ThreadsEnded) {
+fn cut(it: &ThreadsEnded) -> Ended {
     let end = Instant::now() + PATIENCE;
     loop {
         it.threads.cut();
         match it.ended.recv_timeout(Duration::from_millis(10)) {
-            Ok(_) => return,
+            Ok(ended) => return ended,
             Err(_) => assert!(Instant::now() < end, "it doesn't end"),
         }
     }
@@ -474,4 +484,44 @@ fn a_side_that_does_not_end_in_time_is_abandoned() {
         }
     };
     assert!(ended.abandoned);
+}
+
+/// A VMM dies of a close that leaves its bytes unread. The peer of a Unix socket reads such a close
+/// as a reset.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_vmm_s_connection_is_never_closed_with_bytes_unread() {
+    let break_off: [fn(&mut ThreadsEnded); 3] = [
+        |it| assert!(cut(it).abandoned),
+        |it| {
+            it.client.interrupt(Shutdown::Both);
+            assert!(it.ended().abandoned);
+        },
+        |it| {
+            it.client.abort();
+            // The last handle of the connection closes it.
+            it.client = it.server.try_clone().unwrap();
+            it.ended();
+        },
+    ];
+    for (case, break_off) in break_off.into_iter().enumerate() {
+        let listener = Listener::bind(&TCP.parse().unwrap()).unwrap();
+        let (client, near_client) = connection(&listener);
+        let vmm = std::os::unix::net::UnixStream::pair().unwrap();
+        let [vmm, near_server] = [vmm.0, vmm.1].map(|socket| {
+            let socket = std::os::fd::OwnedFd::from(socket);
+            Stream::from_socket(socket, "hyperkit://:80/nowhere".parse().unwrap())
+        });
+        vmm.set_read_timeout(Some(PATIENCE)).unwrap();
+        let drain = [None, Some(Duration::from_millis(50))];
+        let mut it = relay_between([client, vmm], [near_client, near_server], drain);
+        // It sends for ever, to a client that reads nothing.
+        let vmm = it.server.try_clone().unwrap();
+        let sending = thread::spawn(move || io::copy(&mut io::repeat(7), &mut &vmm).unwrap_err());
+        it.settle(Side::Server);
+        break_off(&mut it);
+        let error = sending.join().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe, "case {case}");
+        assert_eq!((&it.server).read(&mut [0]).unwrap(), 0, "case {case}");
+    }
 }
