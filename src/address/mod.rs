@@ -18,6 +18,8 @@ mod error;
 mod hvsock;
 pub(crate) mod hyperkit;
 mod npipe;
+#[cfg(feature = "cli")]
+pub(crate) mod overlap;
 mod port;
 #[cfg(test)]
 mod proptests;

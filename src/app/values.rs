@@ -139,12 +139,10 @@ pub(super) fn address(value: &Value) -> Result<Address, String> {
 
 /// Reads a TCP address, as in `9100` or `"127.0.0.1:9100"`.
 pub(super) fn tcp(value: &Value) -> Result<TcpAddress, String> {
-    match address(value)? {
-        Address::Tcp(tcp) => Ok(tcp),
-        other => Err(format!(
-            "{other} is no TCP address; write 9100 or \"127.0.0.1:9100\""
-        )),
-    }
+    let address = address(value)?;
+    address.as_tcp().cloned().ok_or_else(|| {
+        format!("{address} is no TCP address; a right one: 9100 or \"127.0.0.1:9100\"")
+    })
 }
 
 /// Returns a text whose `~/` is the user's home: there is no shell here that would do it.

@@ -2,12 +2,11 @@
 //! callers' threads, never on a worker's.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::address::{Address, Host, HyperkitVm, TcpAddress, Waiter};
+use crate::address::{Address, HyperkitVm, TcpAddress, Waiter};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Target, not_carried};
@@ -348,10 +347,7 @@ impl Binder {
 
     /// Returns the gate of an address' VM, if it is a hyperkit address.
     fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
-        match address {
-            Address::Hyperkit(hyperkit) => Some(self.gate_of_vm(&hyperkit.vm)),
-            _ => None,
-        }
+        address.hyperkit_vm().map(|vm| self.gate_of_vm(vm))
     }
 
     fn gate_of_vm(&self, vm: &HyperkitVm) -> Arc<Gate> {
@@ -368,13 +364,10 @@ impl Binder {
 
 /// Describes how a rule and a passed socket that differ only slightly can be made to match.
 fn describe_mismatch(passed: &Address, asked: &Address) -> String {
-    let systemd = match asked {
-        // systemd takes no names.
-        Address::Tcp(TcpAddress {
-            host: Host::Ip(ip),
-            port,
-        }) => format!(" (ListenStream={})", SocketAddr::new(*ip, *port)),
-        _ => String::new(),
+    // systemd takes no names.
+    let systemd = match asked.as_tcp().and_then(TcpAddress::socket_addr) {
+        Some(address) => format!(" (ListenStream={address})"),
+        None => String::new(),
     };
     format!(
         "a rule listens on {asked}: have it listen on {passed}, or pass a socket of {asked}{systemd}"

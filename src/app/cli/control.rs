@@ -1,6 +1,6 @@
 //! `hvsock status`, `add`, `remove`, `reload`, `stop`: what is asked of an hvsock that runs, by its control socket.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -17,12 +17,12 @@ use super::reconciler::danger;
 use super::spec::{Local, Remote};
 use super::summary::tried_again;
 use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
-use crate::address::{Address, TcpAddress, UnixAddress};
+use crate::address::{Address, TcpAddress};
 use crate::app::control::{
     self, Actions, Bound, Control, Unanswered, Unavailable, ask, read, refusals_by_reason, segment,
 };
 use crate::app::escape;
-use crate::app::values::{local_address, parse_time};
+use crate::app::values::{parse_time, tcp};
 use crate::proxy::{Counters, Proxy, ProxyConfig};
 
 /// How a proxy that runs can be looked at and changed.
@@ -60,12 +60,7 @@ fn parse_path(text: &str) -> Result<PathBuf, String> {
 }
 
 fn parse_metrics(text: &str) -> Result<TcpAddress, String> {
-    match local_address(text)? {
-        Address::Tcp(tcp) => Ok(tcp),
-        other => Err(format!(
-            "{other} is no TCP address; a right one: 9100 or 127.0.0.1:9100"
-        )),
-    }
+    tcp(&text.into())
 }
 
 /// Binds the control socket and the metrics, if they are asked for; no forward of the proxy may lead there.
@@ -107,13 +102,12 @@ pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Res
     let states = bound.states();
     let control = bound.serve(proxy.handle(), actions)?;
     for (address, trouble) in states {
-        match (address, trouble) {
+        match (address.as_tcp(), trouble) {
             (_, Some(why)) => complain(tried_again(&why)),
-            (Address::Tcp(tcp), None) => {
-                let (host, port) = (tcp.host, tcp.port);
+            (Some(TcpAddress { host, port }), None) => {
                 say(format_args!("metrics at http://{host}:{port}/metrics"));
             }
-            (other, None) => say(format_args!("controlled at {other}")),
+            (None, None) => say(format_args!("controlled at {address}")),
         }
     }
     Ok(control)
@@ -309,7 +303,7 @@ impl Add {
         }
         let path = self.which.path();
         for rule in rules {
-            let (listen, connect) = (absolute(rule.listen)?, absolute(rule.connect)?);
+            let (listen, connect) = (rule.listen.absolute()?, rule.connect.absolute()?);
             let (listen, connect) = (listen.to_string(), connect.to_string());
             let rule = json!({"name": self.name, "listen": listen, "connect": connect});
             let answer = ask(&path, "POST", "/v1/forwards", &rule.to_string())?;
@@ -327,23 +321,6 @@ impl Add {
         }
         Ok(())
     }
-}
-
-/// The same address for a process in another directory.
-fn absolute(address: Address) -> Result<Address, Failure> {
-    let from_here = |path: &Path| std::path::absolute(path);
-    Ok(match address {
-        Address::Unix(UnixAddress::Path(path)) => UnixAddress::Path(from_here(&path)?).into(),
-        Address::Hyperkit(mut to) => {
-            to.vm.state_dir = from_here(&to.vm.state_dir)?;
-            to.into()
-        }
-        Address::VsockMux(mut to) => {
-            to.path = from_here(&to.path)?;
-            to.into()
-        }
-        other => other,
-    })
 }
 
 /// Remove forwards from an hvsock that runs

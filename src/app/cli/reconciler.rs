@@ -7,7 +7,7 @@ use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use crate::address::{Address, HyperkitAddress};
+use crate::address::Address;
 use crate::app::config::{Existing, Step, plan};
 use crate::proxy::{ForwardId, Handle, Rule};
 
@@ -323,9 +323,7 @@ impl Change<'_> {
 
 /// What is dangerous about a forward's being removed.
 pub(super) fn danger(name: &str, listen: &Address) -> Option<String> {
-    let Address::Hyperkit(HyperkitAddress { vm, port }) = listen else {
-        return None;
-    };
+    let (vm, port) = (listen.hyperkit_vm()?, listen.guest_port()?);
     let directory = vm.state_dir.display();
     Some(format!(
         "{name} is gone: if the guest of {directory} goes on dialling port {port}, on which nobody listens any more, its VM may hang"

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::address::{Address, HyperkitAddress};
+use crate::address::Address;
 use crate::app::config::{Config, Missing, Problems, Wanted};
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
@@ -277,9 +277,7 @@ pub(super) fn absence(missing: &Missing) -> String {
 
 /// Why a rule can't listen yet, if it is on a VM whose directory is missing.
 fn waits_for(rule: &Rule, missing: &[Missing]) -> Option<String> {
-    let Address::Hyperkit(HyperkitAddress { vm, .. }) = &rule.listen else {
-        return None;
-    };
+    let vm = rule.listen.hyperkit_vm()?;
     let missing = missing.iter().find(|missing| missing.vm == *vm)?;
     let directory = missing.vm.state_dir.display();
     Some(format!("waits for the VM's state directory, {directory}"))

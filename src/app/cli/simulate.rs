@@ -11,7 +11,7 @@ use signal_hook::consts::{SIGUSR1, SIGUSR2};
 
 use super::signals::EndSignals;
 use super::{Failure, Outcome, complain, say};
-use crate::address::{Address, Host, Port, TcpAddress, UnixAddress, is_guest_cid};
+use crate::address::{Address, Host, Port, TcpAddress, is_guest_cid};
 use crate::simulate::{Dial, Endpoint, Service, Vm};
 
 /// How often the VM's fate and the signals are looked at.
@@ -121,28 +121,25 @@ fn split<'a>(text: &'a str, right: &str) -> Result<(Port, &'a str), String> {
 
 /// A TCP or Unix address of this machine, names resolved.
 fn endpoint(text: &str) -> Result<Endpoint, String> {
-    match text.parse::<Address>().map_err(|e| e.to_string())? {
-        Address::Tcp(TcpAddress {
-            host: Host::Ip(ip),
-            port,
-        }) => Ok(Endpoint::Tcp(SocketAddr::new(ip, port))),
-        Address::Tcp(TcpAddress {
-            host: Host::Name(name),
-            port,
-        }) => {
-            let mut found = (name.as_str(), port)
-                .to_socket_addrs()
-                .map_err(|e| format!("{name}: {e}"))?;
-            found
-                .next()
-                .map(Endpoint::Tcp)
-                .ok_or_else(|| format!("{name} has no address"))
-        }
-        Address::Unix(UnixAddress::Path(path)) => Ok(Endpoint::Unix(path)),
-        other => Err(format!(
-            "{other}: only tcp:// and unix: addresses can stand here"
+    let address = text.parse::<Address>().map_err(|e| e.to_string())?;
+    match (address.as_tcp(), address.unix_path()) {
+        (Some(tcp), _) => resolve(tcp).map(Endpoint::Tcp),
+        (_, Some(path)) => Ok(Endpoint::Unix(path.to_owned())),
+        _ => Err(format!(
+            "{address}: only tcp:// and unix: addresses can stand here"
         )),
     }
+}
+
+fn resolve(tcp: &TcpAddress) -> Result<SocketAddr, String> {
+    let Host::Name(name) = &tcp.host else {
+        return tcp
+            .socket_addr()
+            .ok_or_else(|| format!("{tcp} has no address"));
+    };
+    let found = (name.as_str(), tcp.port).to_socket_addrs();
+    let mut found = found.map_err(|e| format!("{name}: {e}"))?;
+    found.next().ok_or_else(|| format!("{name} has no address"))
 }
 
 impl Simulate {

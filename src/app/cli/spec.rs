@@ -45,8 +45,9 @@ impl FromStr for Remote {
             .parse()
             .map_err(|e| format!("the host's {e}; a right one: 5000:127.0.0.1:8080"))?;
         let target = local_address(target)?;
-        if matches!(&target, Address::Tcp(tcp) if tcp.port == 0) {
-            return Err("port 0 can't be connected to".into());
+        if let Some((why, remedy)) = target.why_no_target() {
+            let remedy = remedy.map(|remedy| format!("; {remedy}"));
+            return Err(format!("{why}{}", remedy.unwrap_or_default()));
         }
         Ok(Remote { host_port, target })
     }

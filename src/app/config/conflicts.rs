@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::forward::Forward;
-use crate::address::{Address, Host, TcpAddress, UnixAddress};
+use crate::address::overlap::ListenKey;
+use crate::address::{Address, TcpAddress, UnixAddress};
 use crate::proxy::{Rule, describe_loop, find_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
@@ -18,12 +19,12 @@ pub(super) fn find(
     complain: &mut dyn FnMut(usize, String),
 ) {
     let doors = doors(control, metrics);
-    let mut taken: HashMap<Place<'_>, Vec<(&Forward, &Address)>> = HashMap::new();
+    let mut taken: HashMap<ListenKey<'_>, Vec<(&Forward, &Address)>> = HashMap::new();
     for (forward, rule) in rules {
         let name = &forward.name;
         let listen = &rule.listen;
-        let others = taken.entry(Place::of(listen)).or_default();
-        if let Some((other, there)) = others.iter().find(|(_, it)| collide(it, listen)) {
+        let others = taken.entry(listen.listen_key()).or_default();
+        if let Some((other, there)) = others.iter().find(|(_, it)| it.collides(listen)) {
             let text = format!(
                 "[forward.{name}]: [forward.{}] in line {} listens on {there} already; remove one, or choose another address",
                 other.name, other.listen_line
@@ -40,7 +41,7 @@ pub(super) fn find(
             complain(forward.connect_line, text);
         }
         for (key, door) in &doors {
-            if collide(door, listen) {
+            if door.collides(listen) {
                 let text = format!(
                     "[forward.{name}]: {key} is at {door} already; choose another address for one of them"
                 );
@@ -58,48 +59,8 @@ pub(super) fn find(
 }
 
 fn doors(control: Option<&Path>, metrics: Option<&TcpAddress>) -> Vec<Door> {
-    let control = control.map(|path| Address::Unix(UnixAddress::Path(path.to_owned())));
-    let metrics = metrics.map(|at| Address::Tcp(at.clone()));
+    let control = control.map(|path| UnixAddress::Path(path.to_owned()).into());
+    let metrics = metrics.map(|at| at.clone().into());
     let doors = [("control", control), ("metrics", metrics)].into_iter();
     doors.filter_map(|(key, door)| Some((key, door?))).collect()
-}
-
-/// What two addresses have in common that collide.
-#[derive(PartialEq, Eq, Hash)]
-enum Place<'a> {
-    Port(u16),
-    Other(&'a Address),
-}
-
-impl Place<'_> {
-    fn of(address: &Address) -> Place<'_> {
-        match address {
-            Address::Tcp(tcp) => Place::Port(tcp.port),
-            other => Place::Other(other),
-        }
-    }
-}
-
-/// Whether only one of two can be listened on.
-fn collide(one: &Address, other: &Address) -> bool {
-    if one.leaves_port_to_kernel() || other.leaves_port_to_kernel() {
-        return false;
-    }
-    match (one, other) {
-        (Address::Tcp(one), Address::Tcp(other)) => {
-            let all = |tcp: &TcpAddress| matches!(&tcp.host, Host::Ip(ip) if ip.is_unspecified());
-            // Elsewhere one of all addresses may have another listener.
-            let all =
-                cfg!(target_os = "linux") && is_one_kind(one, other) && (all(one) || all(other));
-            one.port == other.port && (one.host == other.host || all)
-        }
-        _ => one == other,
-    }
-}
-
-fn is_one_kind(one: &TcpAddress, other: &TcpAddress) -> bool {
-    match (&one.host, &other.host) {
-        (Host::Ip(one), Host::Ip(other)) => one.is_ipv4() == other.is_ipv4(),
-        _ => false,
-    }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use crate::address::{Address, UnixAddress};
+use crate::address::Address;
 use crate::error::{Error, Result};
 use crate::listener::DEFAULT_MODE;
 use crate::listener::nonblocking::Listener;
@@ -69,7 +69,7 @@ impl Endpoint {
 }
 
 fn bind(service: Service, address: &Address) -> Result<Listener> {
-    if let (Service::Control, Address::Unix(UnixAddress::Path(path))) = (service, address) {
+    if let (Service::Control, Some(path)) = (service, address.unix_path()) {
         place::prepare(path)?;
     }
     Listener::bind(address, DEFAULT_MODE)

@@ -327,12 +327,10 @@ impl Vm {
     }
 
     fn of(rule: &Rule, vm: &VmStatus) -> Vm {
-        let directory = match (&rule.connect, &rule.listen) {
-            (Address::Hyperkit(it), _) | (_, Address::Hyperkit(it)) => it.vm.state_dir.display(),
-            _ => std::path::Path::new("").display(),
-        };
+        let hyperkit = rule.connect.hyperkit_vm().or(rule.listen.hyperkit_vm());
+        let directory = hyperkit.map(|it| it.state_dir.display().to_string());
         Vm {
-            directory: directory.to_string(),
+            directory: directory.unwrap_or_default(),
             status: vm.clone(),
         }
     }

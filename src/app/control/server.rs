@@ -252,7 +252,7 @@ impl Acceptor {
         }
         let now = Instant::now();
         if let (None, Some(listener)) = (&self.look, &self.listener)
-            && matches!(self.endpoint.address, Address::Unix(_))
+            && self.endpoint.address.listen_path().is_some()
             && self.look_at <= now
         {
             self.look_at = now + WATCH;

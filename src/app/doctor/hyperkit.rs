@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::check::{Check, Plan};
-use crate::address::{HyperkitAddress, PORT_ANY, Port, is_guest_cid};
+use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::error::Result;
 use crate::file;
 use crate::hyperkit::{
@@ -340,7 +340,7 @@ enum Answer {
 /// Dials a port that nobody can have.
 fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
     let begun = Instant::now();
-    let stream = dial(vm, PORT_ANY, patience)?;
+    let stream = Stream::connect_timeout(&vm.probe_address().into(), patience)?;
     // A failure to wait is one of the connection: it is over, too.
     let answer = match stream.wait(Wanted::Readable, patience) {
         Ok(false) if stream.untaken() > 0 => Answer::NotTaken,
