@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::Failure;
+use super::outcome::Failure;
 use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
@@ -76,7 +76,7 @@ pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, F
 pub(super) struct ProxyOptions {
     #[cfg(unix)]
     #[command(flatten)]
-    control: super::control::ControlOptions,
+    control: super::control_socket::ControlOptions,
     #[command(flatten)]
     rule: RuleOptions,
     /// Threads, at most 256 [default: one a core]
@@ -121,8 +121,8 @@ impl ProxyOptions {
     }
 
     #[cfg(unix)]
-    pub(super) fn control(&self) -> crate::app::control::Options {
-        self.control.options()
+    pub(super) fn control(&self) -> &super::control_socket::ControlOptions {
+        &self.control
     }
 
     pub(super) fn grace(&self) -> Duration {
