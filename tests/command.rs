@@ -506,7 +506,7 @@ fn a_log_level_that_is_none_is_told_and_the_usual_kept() {
     command.env("HVSOCK_LOG", "debgu");
     command.args(["forward", "tcp://127.0.0.1:0", "tcp://127.0.0.1:1"]);
     let proxy = Running::spawn(command);
-    proxy.complains("HVSOCK_LOG=\"debgu\" is no level");
+    proxy.complains("HVSOCK_LOG=\"debgu\": \"debgu\" is no level");
     assert!(resets_clients(proxy.tcp_port()));
     proxy.complains("refused a client");
 }

@@ -8,6 +8,8 @@ mod config;
 mod control;
 mod doctor;
 mod escape;
+mod log;
+mod lossy_writer;
 mod output;
 mod rule;
 mod serve;

@@ -1,20 +1,26 @@
-//! What a command says on standard error and prints on standard output, each line made fit for a terminal.
+//! What a command says of itself, and prints on standard output, each line made fit for a terminal.
 
 use std::fmt;
 
-use super::outcome::{Failure, Outcome};
-use crate::app::{escape, output};
+use tracing::Level;
 
-/// Says something on standard error as `hvsock: …`, in one line. One that serves never waits for it
-/// to be read.
+use super::outcome::{Failure, Outcome};
+use crate::app::{escape, log, output};
+
+/// Says what people should know. One that serves never waits for it to be read.
 pub(super) fn complain(what: impl fmt::Display) {
-    list([format_args!("hvsock: {what}")]);
+    log::say(Level::WARN, what);
+}
+
+/// Says why it ends.
+pub(super) fn fail(what: impl fmt::Display) {
+    log::say(Level::ERROR, what);
 }
 
 /// Says more of it, line by line.
 pub(super) fn list(lines: impl IntoIterator<Item = impl fmt::Display>) {
     for line in lines {
-        output::ERR.send(one_line(line).into_bytes());
+        log::say_more(Level::WARN, line);
     }
 }
 

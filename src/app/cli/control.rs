@@ -13,6 +13,7 @@ use super::outcome::{Failure, Outcome};
 use super::reconciler::danger;
 use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Local, Remote};
+use super::summary::Report;
 use super::table;
 use crate::address::Address;
 use crate::app::control::{self, Unanswered, ask, read, refusals_by_reason, segment};
@@ -276,9 +277,14 @@ fn query(grace: Option<Duration>) -> String {
     grace.map_or(String::new(), |it| format!("?grace={}", it.as_secs_f64()))
 }
 
-/// Have an hvsock that runs read its configuration again
+/// Have an hvsock that runs read its file again, and say what has changed
+///
+/// A file with a mistake in it changes nothing. The exit code is 1 then, and where a forward can't be had now.
 #[derive(Args, Debug)]
 pub(super) struct Reload {
+    /// Print what the control socket says, as it is
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     which: Which,
 }
@@ -291,12 +297,18 @@ impl Reload {
             Failure::Listed(why.lines().map(str::to_owned).collect())
         };
         let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(listed)?;
-        print_json(answer.trim_end())?;
-        let read: Value = read(&answer)?;
-        match read["failed"].as_object() {
-            // The answer says which, and why.
-            Some(failed) if !failed.is_empty() => Err(Failure::Silent),
-            _ => Ok(()),
+        let report: Report = read(&answer)?;
+        match self.json {
+            true => print_json(answer.trim_end())?,
+            false => {
+                report.changes().iter().try_for_each(print)?;
+                report.troubles().iter().for_each(complain);
+            }
+        }
+        match report.failed.is_empty() {
+            true => Ok(()),
+            // It was said which, and why.
+            false => Err(Failure::Silent),
         }
     }
 }

@@ -7,7 +7,8 @@ use super::console::complain;
 use super::manager::Manager;
 use super::outcome::Outcome;
 use super::signals::{Asked, EndSignals};
-use crate::app::output::{self, Patience};
+use crate::app::lossy_writer::{Patience, set_patience};
+use crate::app::output;
 use crate::proxy::Proxy;
 
 /// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
@@ -25,7 +26,7 @@ pub(super) fn end_without_what_hangs(grace: Duration) {
     const END: Duration = Duration::from_secs(12);
     std::thread::spawn(move || {
         std::thread::sleep(grace.saturating_add(END));
-        output::set_patience(Patience::Limited);
+        set_patience(Patience::Limited);
         complain("something hangs: ending without it");
         output::flush();
         std::process::exit(1);

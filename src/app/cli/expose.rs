@@ -9,6 +9,7 @@ use super::outcome::{Failure, Outcome};
 use super::rules::rules_of_vm;
 use super::signals::EndSignals;
 use super::spec::{Local, Remote};
+use crate::app::log::LogOptions;
 use crate::proxy::ForwardStatus;
 
 /// Expose a VM's vsock ports as local sockets, and local services to its guest
@@ -37,6 +38,10 @@ pub(super) struct Expose {
 }
 
 impl Expose {
+    pub(super) fn log(&self) -> LogOptions {
+        self.options.log().clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         if self.local.is_empty() && self.remote.is_empty() {
             return Err(Failure::Usage(

@@ -9,6 +9,7 @@ use super::outcome::Outcome;
 use super::rules::rules_of;
 use super::signals::EndSignals;
 use crate::address::Address;
+use crate::app::log::LogOptions;
 use crate::proxy::ForwardStatus;
 
 /// Forward any address to any address
@@ -36,6 +37,10 @@ pub(super) struct Forward {
 }
 
 impl Forward {
+    pub(super) fn log(&self) -> LogOptions {
+        self.options.log().clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         let rules = rules_of(&self.addresses)?;
         let signals = EndSignals::take()?;

@@ -56,7 +56,7 @@ mod system {
     use sd_notify::NotifyState;
 
     use super::Handle;
-    use crate::app::output::{LossyWriter, Patience};
+    use crate::app::lossy_writer::{LossyWriter, Patience};
 
     /// A status has one line; systemd cuts it off itself.
     pub(super) fn ready(status: String) {

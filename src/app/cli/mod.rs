@@ -39,17 +39,14 @@ mod top;
 mod vms;
 
 use std::ffi::OsString;
-use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use tracing_subscriber::field::MakeExt;
-use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::fmt::format::debug_fn;
 
-use crate::app::escape;
-use crate::app::output::{self, LogWriter, Patience};
-use console::{complain, list};
+use crate::app::log::{self, LogOptions};
+use crate::app::lossy_writer::{Patience, set_patience};
+use crate::app::output;
+use console::{complain, fail, list};
 use outcome::Failure;
 
 /// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
@@ -58,7 +55,8 @@ use outcome::Failure;
 #[command(name = "hvsock", version, max_term_width = 100)]
 #[command(after_help = "Vsock ports are decimal, or hexadecimal with 0x. \
     Try `hvsock demo`: it needs no VM.\n\
-    HVSOCK_LOG=debug says more on standard error, HVSOCK_LOG=error less.")]
+    HVSOCK_LOG=debug says more on standard error, HVSOCK_LOG=error less, HVSOCK_LOG=info,connection=debug more of one \
+    part (access, connection, control, listener, syslog, vm).")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -114,13 +112,25 @@ impl Command {
             _ => false,
         }
     }
+
+    /// Returns where its log goes, if that can be said.
+    fn log(&self) -> LogOptions {
+        match self {
+            Command::Expose(expose) => expose.log(),
+            Command::Forward(forward) => forward.log(),
+            Command::Run(run) => run.log(),
+            #[cfg(unix)]
+            Command::Syslog(syslog) => syslog.log(),
+            _ => LogOptions::default(),
+        }
+    }
 }
 
 /// Runs the command that `arguments` ask for (the first is the program's name); the process' exit code: 0 done,
 /// 1 failed, 2 usage.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let _flush = Flush;
-    output::set_patience(Patience::Unlimited);
+    set_patience(Patience::Unlimited);
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(e) => {
@@ -135,9 +145,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     if arguments.command.serves() {
-        output::set_patience(Patience::Limited);
+        set_patience(Patience::Limited);
     }
-    start_log();
+    if let Err(why) = log::start(&arguments.command.log()) {
+        fail(why);
+        return ExitCode::FAILURE;
+    }
     let outcome = match arguments.command {
         Command::Expose(expose) => expose.run(),
         Command::Forward(forward) => forward.run(),
@@ -174,18 +187,18 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(why)) => {
-            complain(why);
+            fail(why);
             list(["Try --help."]);
             ExitCode::from(2)
         }
         Err(Failure::Failed(why)) => {
-            complain(why);
+            fail(why);
             ExitCode::FAILURE
         }
         #[cfg(unix)]
         Err(Failure::Listed(lines)) => {
             let mut lines = lines.into_iter();
-            complain(lines.next().unwrap_or_default());
+            fail(lines.next().unwrap_or_default());
             // Whoever wrote them, none looks as if it were another message.
             list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
@@ -201,37 +214,4 @@ impl Drop for Flush {
     fn drop(&mut self) {
         output::flush();
     }
-}
-
-fn start_log() {
-    let level = match std::env::var("HVSOCK_LOG") {
-        Ok(level) if !level.is_empty() => level.parse().unwrap_or_else(|_| {
-            complain(format_args!(
-                "HVSOCK_LOG={level:?} is no level; taking info (error, warn, info, debug, trace or off)"
-            ));
-            LevelFilter::INFO
-        }),
-        _ => LevelFilter::INFO,
-    };
-    output::take_panics();
-    // Whatever a peer or a file has named stays in its line. The formatter's own colours are not
-    // touched.
-    let fields = debug_fn(|line, field, value| {
-        let value = format!("{value:?}");
-        let value = escape::line(&value);
-        match field.name() {
-            "message" => write!(line, "{value}"),
-            name => write!(line, "{name}={value}"),
-        }
-    });
-    let log = tracing_subscriber::fmt()
-        .fmt_fields(fields.delimited(" "))
-        .with_max_level(level)
-        .with_target(false)
-        .with_ansi(io::stderr().is_terminal())
-        // It would tell of them with `eprintln!`, which panics.
-        .log_internal_errors(false)
-        .with_writer(|| LogWriter);
-    // Another program that calls us may have set up its own.
-    let _ = log.try_init();
 }

@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::outcome::Failure;
 use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
+use crate::app::log::LogOptions;
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::hyperkit::{Places, find};
@@ -79,6 +80,8 @@ pub(super) struct ProxyOptions {
     control: super::control_socket::ControlOptions,
     #[command(flatten)]
     rule: RuleOptions,
+    #[command(flatten)]
+    log: LogOptions,
     /// Threads, at most 256 [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
@@ -123,6 +126,11 @@ impl ProxyOptions {
     #[cfg(unix)]
     pub(super) fn control(&self) -> &super::control_socket::ControlOptions {
         &self.control
+    }
+
+    /// Returns where the log goes.
+    pub(super) fn log(&self) -> &LogOptions {
+        &self.log
     }
 
     pub(super) fn grace(&self) -> Duration {

@@ -14,6 +14,7 @@ use super::running::{self, Doors, NotStarted, Running};
 use super::signals::EndSignals;
 use super::summary::Summary;
 use crate::app::config::{Config, Problems};
+use crate::app::log::LogOptions;
 use crate::hyperkit::Places;
 #[cfg(unix)]
 use crate::proxy::Proxy;
@@ -44,6 +45,8 @@ pub(super) struct Run {
     /// The file, in TOML
     #[arg(value_name = "CONFIG")]
     file: PathBuf,
+    #[command(flatten)]
+    log: LogOptions,
 }
 
 /// Say all that is wrong with such a file, or what it would forward
@@ -76,6 +79,10 @@ impl Check {
 }
 
 impl Run {
+    pub(super) fn log(&self) -> LogOptions {
+        self.log.clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take_with_reload()?;
         let (proxy, running, doors) = Running::start(&self.file).map_err(|e| match e {
@@ -131,7 +138,9 @@ fn control(
         options: Box::new(move || options.defaults()),
         pending: Box::new(move || pending.pending()),
         reload: Some(Box::new(move || match reload(&read) {
-            Ok(summary) => Ok(summary.json()),
+            Ok(summary) => {
+                serde_json::to_value(summary.report()).map_err(|e| Problem::new(500, e.to_string()))
+            }
             Err(problems) => Err(Problem::new(
                 400,
                 format!("{}; all stays as it was\n{problems}", problems.summary()),

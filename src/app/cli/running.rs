@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tracing::{error, info, warn};
+
 use crate::address::Address;
 use crate::app::config::{Config, Missing, Problems, Wanted};
 #[cfg(unix)]
@@ -12,7 +14,7 @@ use crate::hyperkit::Places;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
 use crate::sys;
 
-use super::console::{complain, list, say};
+use super::console::say;
 use super::outcome::Failure;
 use super::passed::on_passed_sockets;
 use super::reconciler::{Occasion, Reconciler, name_of};
@@ -76,7 +78,7 @@ fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> 
 #[cfg(not(unix))]
 fn open_doors(config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
     if config.control.is_some() || config.metrics.is_some() {
-        complain("control and metrics are for Unix systems: they are not served here");
+        super::complain("control and metrics are for Unix systems: they are not served here");
     }
     Ok(Doors)
 }
@@ -171,13 +173,13 @@ impl Running {
         let outcome = self.read_again();
         match &outcome {
             Ok(summary) => {
-                say(format_args!("{file} was read again: {summary}"));
+                info!("{file} was read again: {summary}");
                 self.tell_of(summary);
             }
             Err(problems) => {
                 let summary = problems.summary();
-                complain(format_args!("{summary}; all stays as it was"));
-                list(problems.lines());
+                error!("{summary}; all stays as it was");
+                problems.lines().for_each(|line| error!("{line}"));
             }
         }
         outcome
@@ -188,7 +190,7 @@ impl Running {
         if !names.is_empty() {
             self.describe(&names).iter().for_each(say);
         }
-        summary.troubles().iter().for_each(complain);
+        summary.troubles().iter().for_each(|line| warn!("{line}"));
     }
 
     fn read_again(&self) -> Result<Summary, Problems> {
