@@ -78,7 +78,9 @@ fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> 
 #[cfg(not(unix))]
 fn open_doors(config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
     if config.control.is_some() || config.metrics.is_some() {
-        super::complain("control and metrics are for Unix systems: they are not served here");
+        super::console::complain(
+            "control and metrics are for Unix systems: they are not served here",
+        );
     }
     Ok(Doors)
 }
