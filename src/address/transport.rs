@@ -160,9 +160,11 @@ const NPIPE: Transport = Transport {
     ..ORDINARY
 };
 
+pub(super) const TCP_EXAMPLE: &str = "tcp://127.0.0.1:8080";
+
 const TCP: Transport = Transport {
     scheme: "tcp",
-    example: super::TCP_EXAMPLE,
+    example: TCP_EXAMPLE,
     socket: SocketKind::Inet,
     reset: Reset::EitherEnd,
     ..ORDINARY

@@ -9,8 +9,9 @@ use std::path::Path;
 use mio::event::Source;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
+use crate::address::hyperkit::connect_line;
 use crate::address::{HyperkitAddress, UnixAddress};
-use crate::{hyperkit, sys};
+use crate::sys;
 
 use super::closer;
 use super::endpoint::{Endpoint, is_connected};
@@ -250,7 +251,7 @@ fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<Local> {
         }
         Err(e) => return Err(e),
     };
-    let line = hyperkit::connect_line(vm.cid, address.port.0);
+    let line = connect_line(vm.cid, address.port.0);
     match stream.write(&line) {
         Ok(n) if n == line.len() => Ok(stream),
         // The rest would be too late: hyperkit has read what had come, and closed.

@@ -4,9 +4,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::console::complain;
 use super::options::Peer;
+use super::outcome::{Failure, Outcome};
+use super::services;
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complain, services};
 use crate::address::Address;
 use crate::app::cat::{self, Plan};
 use crate::app::serve::{self, Stop};

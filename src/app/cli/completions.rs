@@ -1,9 +1,10 @@
 //! `hvsock completions`: what a shell has to know to complete our words.
 
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 use clap_complete::Shell;
 
-use super::{Arguments, Outcome, write_out};
+use super::console::write_out;
+use super::outcome::Outcome;
 
 /// Print a shell's completions of this command line
 #[derive(Args, Debug)]
@@ -19,9 +20,9 @@ pub(super) struct Completions {
 }
 
 impl Completions {
-    pub(super) fn run(self) -> Outcome {
+    pub(super) fn run(self, mut hvsock: Command) -> Outcome {
         let mut text = Vec::new();
-        clap_complete::generate(self.shell, &mut Arguments::command(), "hvsock", &mut text);
+        clap_complete::generate(self.shell, &mut hvsock, "hvsock", &mut text);
         write_out(&text)
     }
 }

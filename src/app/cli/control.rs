@@ -1,7 +1,6 @@
 //! `hvsock status`, `add`, `remove`, `reload`, `stop`: what is asked of an hvsock that runs, by its control socket.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -9,109 +8,18 @@ use clap::Args;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
-use super::expose::rules_of_vm;
-use super::forward::rules_of;
-use super::kept::{KeepTrying, Kept};
-use super::options::ProxyOptions;
+use super::console::{complain, print, print_json, print_text};
+use super::outcome::{Failure, Outcome};
 use super::reconciler::danger;
+use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
-use super::summary::{Report, tried_again};
-use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
-use crate::address::{Address, TcpAddress};
-use crate::app::control::{
-    self, Actions, Bound, Control, Unanswered, Unavailable, ask, read, refusals_by_reason, segment,
-};
+use super::summary::Report;
+use super::table;
+use crate::address::Address;
+use crate::app::control::{self, Unanswered, ask, read, refusals_by_reason, segment};
 use crate::app::escape;
-use crate::app::values::{parse_time, tcp};
-use crate::proxy::{Counters, Proxy, ProxyConfig};
-
-/// How a proxy that runs can be looked at and changed.
-#[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Control")]
-pub(super) struct ControlOptions {
-    /// Let `hvsock status`, `top`, `add` and `remove` at it, by a Unix socket at PATH [default: one in your runtime directory]
-    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, value_parser = parse_path)]
-    control: Option<Option<PathBuf>>,
-    /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
-    #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
-    metrics: Option<TcpAddress>,
-}
-
-impl ControlOptions {
-    pub(super) fn options(&self) -> control::Options {
-        let path = self.control.clone();
-        control::Options {
-            control: path.map(|path| path.unwrap_or_else(control::default_path)),
-            metrics: self.metrics.clone(),
-            unavailable: Unavailable::Fails,
-        }
-    }
-}
-
-/// The path of a control socket. Whoever writes a URI means something else.
-fn parse_path(text: &str) -> Result<PathBuf, String> {
-    match text {
-        "" => Err("it is empty; leave the = out for the usual place".to_owned()),
-        text if text.contains("://") || text.starts_with(['@', '-']) => {
-            Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
-        }
-        text => Ok(PathBuf::from(text)),
-    }
-}
-
-fn parse_metrics(text: &str) -> Result<TcpAddress, String> {
-    tcp(&text.into())
-}
-
-/// Binds the control socket and the metrics, if they are asked for; no forward of the proxy may lead there.
-pub(super) fn open(
-    options: &ProxyOptions,
-    patience: KeepTrying,
-    mut config: ProxyConfig,
-) -> crate::Result<(ProxyConfig, Option<Bound>)> {
-    let mut wanted = options.control();
-    wanted.unavailable = patience.unavailable();
-    if wanted.control.is_none() && wanted.metrics.is_none() {
-        return Ok((config, None));
-    }
-    let bound = control::bind(&wanted)?;
-    config.forbidden.extend(bound.addresses());
-    config.other_descriptors += bound.descriptors();
-    Ok((config, Some(bound)))
-}
-
-/// Begins to serve there.
-pub(super) fn begin(
-    options: &ProxyOptions,
-    bound: Option<Bound>,
-    proxy: &Proxy,
-    kept: Option<Arc<Kept>>,
-) -> crate::Result<Option<Control>> {
-    let (grace, rule) = (options.grace(), options.rule().clone());
-    let actions = Actions {
-        options: Box::new(move || rule.clone()),
-        pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
-        reload: None,
-        grace: Box::new(move || grace),
-    };
-    bound.map(|bound| serve(bound, proxy, actions)).transpose()
-}
-
-/// Serves on sockets where a proxy lets no forward lead; where they are is told.
-pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
-    let states = bound.states();
-    let control = bound.serve(proxy.handle(), actions)?;
-    for (address, trouble) in states {
-        match (address.as_tcp(), trouble) {
-            (_, Some(why)) => complain(tried_again(&why)),
-            (Some(TcpAddress { host, port }), None) => {
-                say(format_args!("metrics at http://{host}:{port}/metrics"));
-            }
-            (None, None) => say(format_args!("controlled at {address}")),
-        }
-    }
-    Ok(control)
-}
+use crate::app::values::parse_time;
+use crate::proxy::Counters;
 
 /// Which hvsock is meant.
 #[derive(Args, Debug)]

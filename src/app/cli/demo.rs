@@ -8,9 +8,12 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::console::say;
+use super::ending::run_proxy;
 use super::options::ProxyOptions;
+use super::outcome::Outcome;
+use super::passed::start;
 use super::signals::EndSignals;
-use super::{Outcome, run_proxy, say, start};
 use crate::address::{Address, HyperkitAddress, Port, UnixAddress};
 use crate::error::{Error, Operation};
 use crate::proxy::Rule;

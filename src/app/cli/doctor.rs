@@ -5,7 +5,8 @@ use std::io::{self, IsTerminal};
 use clap::Args;
 use serde_json::json;
 
-use super::{Failure, Outcome, print_json, print_text};
+use super::console::{print_json, print_text};
+use super::outcome::{Failure, Outcome};
 use crate::address::Port;
 use crate::app::doctor::{Check, Plan, Verdict, examine};
 use crate::app::escape;

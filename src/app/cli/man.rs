@@ -4,11 +4,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Command, CommandFactory};
+use clap::{Args, Command};
 use clap_mangen::Man as Page;
 use clap_mangen::roff::{Roff, roman};
 
-use super::{Arguments, Failure, Outcome, write_out};
+use super::console::write_out;
+use super::outcome::{Failure, Outcome};
 
 /// Print a man page, or write them all
 #[derive(Args, Debug)]
@@ -25,8 +26,8 @@ pub(super) struct Man {
 }
 
 impl Man {
-    pub(super) fn run(self) -> Outcome {
-        let mut all = Arguments::command().disable_help_subcommand(true);
+    pub(super) fn run(self, hvsock: Command) -> Outcome {
+        let mut all = hvsock.disable_help_subcommand(true);
         // It gives the commands their full names.
         all.build();
         if let Some(dir) = self.dir {

@@ -1,21 +1,27 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
+mod carrying;
 mod cat;
 mod completions;
+mod console;
 #[cfg(unix)]
 mod control;
 #[cfg(unix)]
+mod control_socket;
+#[cfg(unix)]
 mod demo;
 mod doctor;
+mod ending;
 mod expose;
 mod forward;
 mod kept;
 mod man;
 mod manager;
 mod options;
-#[cfg(unix)]
+mod outcome;
 mod passed;
 mod reconciler;
+mod rules;
 mod run;
 mod running;
 mod services;
@@ -33,23 +39,15 @@ mod top;
 mod vms;
 
 use std::ffi::OsString;
-use std::fmt;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::mpsc::channel;
-use std::time::Duration;
 
-use clap::{Parser, Subcommand};
-use tracing::Level;
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::app::log::{self, LogOptions};
 use crate::app::lossy_writer::{Patience, set_patience};
-use crate::app::{escape, output};
-use crate::proxy::{Proxy, ProxyConfig, Rule};
-use kept::{Describe, KeepTrying, Kept};
-use manager::Manager;
-use options::ProxyOptions;
-use signals::{Asked, EndSignals};
+use crate::app::output;
+use console::{complain, fail, list};
+use outcome::Failure;
 
 /// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
 /// from the guest.
@@ -128,28 +126,6 @@ impl Command {
     }
 }
 
-/// Why a command ended without having done what it was asked for.
-#[derive(Debug)]
-enum Failure {
-    /// The words were wrong: exit code 2.
-    Usage(String),
-    /// It could not be done: exit code 1.
-    Failed(String),
-    /// The same, in several lines, of which the first says what.
-    #[cfg(unix)]
-    Listed(Vec<String>),
-    /// It could not be done, and whoever would be told knows: exit code 1.
-    Silent,
-}
-
-impl<E: std::error::Error> From<E> for Failure {
-    fn from(error: E) -> Failure {
-        Failure::Failed(error.to_string())
-    }
-}
-
-type Outcome = Result<(), Failure>;
-
 /// Runs the command that `arguments` ask for (the first is the program's name); the process' exit code: 0 done,
 /// 1 failed, 2 usage.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -205,8 +181,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Simulate(simulate) => simulate.run(),
         #[cfg(unix)]
         Command::Demo(demo) => demo.run(),
-        Command::Completions(completions) => completions.run(),
-        Command::Man(man) => man.run(),
+        Command::Completions(completions) => completions.run(Arguments::command()),
+        Command::Man(man) => man.run(Arguments::command()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -238,158 +214,4 @@ impl Drop for Flush {
     fn drop(&mut self) {
         output::flush();
     }
-}
-
-/// Says what people should know. One that serves never waits for it to be read.
-fn complain(what: impl fmt::Display) {
-    log::say(Level::WARN, what);
-}
-
-/// Says why it ends.
-fn fail(what: impl fmt::Display) {
-    log::say(Level::ERROR, what);
-}
-
-/// Says more of it, line by line.
-fn list(lines: impl IntoIterator<Item = impl fmt::Display>) {
-    for line in lines {
-        log::say_more(Level::WARN, line);
-    }
-}
-
-/// Says a line on standard output; a closed one is no reason to stop carrying.
-fn say(line: impl fmt::Display) {
-    output::OUT.send(one_line(line).into_bytes());
-}
-
-fn one_line(text: impl fmt::Display) -> String {
-    format!("{}\n", escape::line(&text.to_string()))
-}
-
-/// Prints a line that was asked for.
-fn print(line: impl fmt::Display) -> Outcome {
-    write_out(one_line(line).as_bytes())
-}
-
-/// Prints what was asked for and has many lines; what stands in one of them was made fit for it.
-fn print_text(text: impl fmt::Display) -> Outcome {
-    write_out(format!("{}\n", escape::text(&text.to_string())).as_bytes())
-}
-
-/// Prints JSON that was asked for.
-fn print_json(json: &str) -> Outcome {
-    write_out(format!("{}\n", escape::json(json)).as_bytes())
-}
-
-/// Writes to standard output.
-fn write_out(bytes: &[u8]) -> Outcome {
-    let written = output::print(bytes);
-    written.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
-}
-
-/// Carries rules as the options have it until the end is asked for; the control socket and the metrics
-/// beside it, if they were asked for.
-fn carry(
-    options: &ProxyOptions,
-    patience: KeepTrying,
-    rules: impl IntoIterator<Item = Rule>,
-    describe: Describe,
-    signals: EndSignals,
-) -> Outcome {
-    let config = options.config(rules);
-    #[cfg(unix)]
-    let (config, bound) = control::open(options, patience, config)?;
-    let (proxy, kept) = patience.start(config, describe)?;
-    let kept = kept.map(Arc::new);
-    #[cfg(unix)]
-    let _control = control::begin(options, bound, &proxy, kept.clone())?;
-    proxy.forwards().iter().map(describe).for_each(say);
-    kept.iter().for_each(|kept| kept.complain());
-    let _retry = kept.map(Kept::keep_trying).transpose()?;
-    run_proxy(proxy, options.grace(), signals)
-}
-
-/// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
-fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
-    Ok(Proxy::start(on_passed_sockets(config)?)?)
-}
-
-/// Adds the sockets that a service manager has passed; to be called once.
-fn on_passed_sockets(mut config: ProxyConfig) -> Result<ProxyConfig, Failure> {
-    #[cfg(unix)]
-    config.listeners.extend(passed::listeners()?);
-    // Elsewhere there are none.
-    let _ = &mut config;
-    Ok(config)
-}
-
-/// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
-fn run_proxy(proxy: Proxy, grace: Duration, signals: EndSignals) -> Outcome {
-    run_until_told(proxy, signals, move || grace, || {})
-}
-
-/// How long the last words may take once the proxy has ended: whoever is to hear them may hang.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// Ends the process some time after that grace, if it has not ended by itself: a worker that looks up a socket's path on
-/// a disk that hangs never does, nor one that waits for the reader of its report.
-fn end_without_what_hangs(grace: Duration) {
-    /// How long a proxy takes at the end at most: it closes the connections of guests, and removes its files.
-    const END: Duration = Duration::from_secs(12);
-    std::thread::spawn(move || {
-        std::thread::sleep(grace.saturating_add(END));
-        set_patience(Patience::Limited);
-        complain("something hangs: ending without it");
-        output::flush();
-        std::process::exit(1);
-    });
-}
-
-/// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one.
-/// Neither may wait for anything: a signal ends the process whatever else goes on.
-fn run_until_told(
-    proxy: Proxy,
-    mut signals: EndSignals,
-    grace: impl Fn() -> Duration + Send + 'static,
-    reload: impl Fn() + Send + 'static,
-) -> Outcome {
-    let closer = signals.closer();
-    let handle = proxy.handle();
-    let _manager = Manager::begin(&handle);
-    let (speaking, silence) = channel::<()>();
-    std::thread::spawn(move || {
-        let _speaking = speaking;
-        let end = |asked: &Asked| {
-            if *asked == Asked::Reload {
-                reload();
-            }
-            *asked == Asked::End
-        };
-        for (count, _) in signals.asked().filter(end).enumerate() {
-            if count == 0 {
-                let grace = grace();
-                let status = match handle.live() {
-                    0 => "stopping".to_owned(),
-                    n => format!(
-                        "stopping: no new clients; {n} connections have {} s to finish; once more to cut them off",
-                        grace.as_secs()
-                    ),
-                };
-                // First what ends it, then what is said of it.
-                handle.stop(grace);
-                end_without_what_hangs(grace);
-                complain(&status);
-                Manager::stopping(status);
-            } else {
-                handle.stop(Duration::ZERO);
-                end_without_what_hangs(Duration::ZERO);
-                complain("cutting clients off, closing the connections of guests");
-            }
-        }
-    });
-    let ended = proxy.wait();
-    closer.close();
-    // It has nothing to send: this is the thread's end.
-    let _ = silence.recv_timeout(LAST_WORDS);
-    Ok(ended?)
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::Failure;
+use super::outcome::Failure;
 use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
 use crate::app::log::LogOptions;
 use crate::app::rule::RuleOptions;
@@ -77,7 +77,7 @@ pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, F
 pub(super) struct ProxyOptions {
     #[cfg(unix)]
     #[command(flatten)]
-    control: super::control::ControlOptions,
+    control: super::control_socket::ControlOptions,
     #[command(flatten)]
     rule: RuleOptions,
     #[command(flatten)]
@@ -124,8 +124,8 @@ impl ProxyOptions {
     }
 
     #[cfg(unix)]
-    pub(super) fn control(&self) -> crate::app::control::Options {
-        self.control.options()
+    pub(super) fn control(&self) -> &super::control_socket::ControlOptions {
+        &self.control
     }
 
     /// Returns where the log goes.

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use clap::Args;
 
+use super::console::{complain, list, print, say};
+use super::ending::run_until_told;
 use super::manager::Manager;
+use super::outcome::{Failure, Outcome};
 use super::reconciler::RetryThread;
 use super::running::{self, Doors, NotStarted, Running};
 use super::signals::EndSignals;
 use super::summary::Summary;
-use super::{Failure, Outcome, complain, list, print, run_until_told, say};
 use crate::app::config::{Config, Problems, display_name};
 use crate::app::log::LogOptions;
 use crate::hyperkit::Places;
@@ -146,7 +148,7 @@ fn control(
         })),
         grace: Box::new(move || grace.grace()),
     };
-    super::control::serve(doors, proxy, actions)
+    super::control_socket::serve(doors, proxy, actions)
 }
 
 fn show(problems: &Problems) -> Failure {

@@ -14,9 +14,11 @@ use crate::hyperkit::Places;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
 use crate::sys;
 
+use super::console::say;
+use super::outcome::Failure;
+use super::passed::on_passed_sockets;
 use super::reconciler::{Occasion, Reconciler, name_of};
 use super::summary::{Summary, failures};
-use super::{Failure, say};
 
 /// A running proxy and its file.
 #[derive(Debug)]
@@ -60,26 +62,25 @@ pub(super) struct Doors;
 
 #[cfg(unix)]
 fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
-    let bound = crate::app::control::bind(&crate::app::control::Options {
+    let sockets = crate::app::control::Options {
         control: config.control.clone(),
         metrics: config.metrics.clone(),
         unavailable: crate::app::control::Unavailable::IsTriedAgain,
-    })
-    .map_err(|e| match e.kind() {
+    };
+    super::control_socket::open(&sockets, proxy).map_err(|e| match e.kind() {
         std::io::ErrorKind::AddrInUse => {
             e.with_remedy("does another hvsock run? Give this one a path of its own, control = \"PATH\", or none, control = \"off\"")
         }
         _ => e,
-    })?;
-    proxy.forbidden = bound.addresses();
-    proxy.other_descriptors = bound.descriptors();
-    Ok(bound)
+    })
 }
 
 #[cfg(not(unix))]
 fn open_doors(config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
     if config.control.is_some() || config.metrics.is_some() {
-        super::complain("control and metrics are for Unix systems: they are not served here");
+        super::console::complain(
+            "control and metrics are for Unix systems: they are not served here",
+        );
     }
     Ok(Doors)
 }
@@ -102,7 +103,7 @@ impl Running {
         proxy.limits.connections = usize::MAX;
         let doors = open_doors(&config, &mut proxy)
             .map_err(|e| Failure::Failed(format!("{}: {e}", display_name(file))))?;
-        let proxy = super::on_passed_sockets(proxy)?;
+        let proxy = on_passed_sockets(proxy)?;
         all_are_wanted(&proxy.listeners, &wanted.rules)?;
         let proxy = Proxy::start(proxy)?;
         let running = Running {

@@ -9,8 +9,9 @@ use std::time::Duration;
 use clap::Args;
 use signal_hook::consts::{SIGUSR1, SIGUSR2};
 
+use super::console::{complain, say};
+use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complain, say};
 use crate::address::{Address, Host, Port, TcpAddress, is_guest_cid};
 use crate::simulate::{Dial, Endpoint, Service, Vm};
 

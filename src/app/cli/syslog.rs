@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::console::say;
+use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
-use super::{Failure, Outcome, say};
 use crate::address::Address;
 use crate::app::log::LogOptions;
 use crate::app::serve::Stop;

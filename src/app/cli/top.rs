@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal};
 use clap::Args;
 
 use super::control::Which;
-use super::{Failure, Outcome};
+use super::outcome::{Failure, Outcome};
 use crate::app::top;
 
 /// Watch an hvsock that runs, live in the terminal

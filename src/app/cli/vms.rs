@@ -4,7 +4,9 @@ use std::io::ErrorKind;
 
 use clap::Args;
 
-use super::{Outcome, complain, print, print_text, table};
+use super::console::{complain, print, print_text};
+use super::outcome::Outcome;
+use super::table;
 use crate::address::{CID_HOST, is_guest_cid};
 use crate::hyperkit::{self, Places};
 use crate::hyperv;

@@ -10,7 +10,8 @@ use tracing::Level;
 
 use crate::app::lossy_writer::LossyWriter;
 
-use super::{ERR, dropped_line};
+use super::stderr::ERR;
+use super::style::dropped_line;
 
 /// The queue in front of the file.
 pub(crate) static LOG: LossyWriter = LossyWriter::new("hvsock-log", write, dropped_line);

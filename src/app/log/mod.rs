@@ -3,13 +3,14 @@
 mod file;
 mod filter;
 mod format;
+mod stderr;
+mod style;
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
-use std::sync::OnceLock;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use tracing::Level;
 use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::EnvFilter;
@@ -19,16 +20,13 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::app::escape;
-use crate::app::lossy_writer::LossyWriter;
-use crate::sys;
 
 pub(crate) use file::LOG;
 #[cfg(unix)]
 pub(crate) use file::reopen;
-
-/// Standard error: the log, and what people should know.
-pub(crate) static ERR: LossyWriter =
-    LossyWriter::new("hvsock-stderr", sys::write_error, dropped_line);
+pub(crate) use stderr::ERR;
+pub(crate) use style::dropped_line;
+use style::{LogFormat, Style};
 
 /// The name of the variable that says which lines there are.
 const VARIABLE: &str = "HVSOCK_LOG";
@@ -45,37 +43,9 @@ pub(crate) struct LogOptions {
     log_format: Option<LogFormat>,
 }
 
-/// How a line of the log looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LogFormat {
-    /// Time, level and text, for people.
-    Text,
-    /// One JSON object a line.
-    Json,
-    /// The priority as sd-daemon(3) has it (`<4>`), and no time: the journal has its own.
-    Journal,
-}
-
-/// What was decided when the log was started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Style {
-    format: LogFormat,
-    to_file: bool,
-}
-
-static STYLE: OnceLock<Style> = OnceLock::new();
-
-fn style() -> Style {
-    let plain = Style {
-        format: LogFormat::Text,
-        to_file: false,
-    };
-    STYLE.get().copied().unwrap_or(plain)
-}
-
 /// Returns whether the log goes to a file.
 pub(crate) fn is_in_file() -> bool {
-    style().to_file
+    Style::get().to_file
 }
 
 /// Starts the log.
@@ -92,10 +62,11 @@ pub(crate) fn start(options: &LogOptions) -> Result<(), String> {
             false => LogFormat::Text,
         }
     });
-    let _ = STYLE.set(Style {
+    Style {
         format,
         to_file: options.log.is_some(),
-    });
+    }
+    .set();
     let text = std::env::var(VARIABLE).unwrap_or_default();
     let (filter, trouble) = match filter::parse(&text) {
         Ok(filter) => (filter, None),
@@ -154,11 +125,7 @@ fn subscribe(format: LogFormat, filter: EnvFilter) {
 /// Says something that people should know: as `hvsock: …` on standard error where the log is text
 /// there, else as a line of the log. It is said even if the log leaves that level out.
 pub(crate) fn say(level: Level, what: impl fmt::Display) {
-    let plain = Style {
-        format: LogFormat::Text,
-        to_file: false,
-    };
-    let is_logged = style() != plain && takes(level);
+    let is_logged = Style::get() != Style::PLAIN && takes(level);
     if is_logged {
         match level {
             Level::ERROR => tracing::error!("{what}"),
@@ -175,7 +142,7 @@ pub(crate) fn say(level: Level, what: impl fmt::Display) {
 
 /// Says a line that follows one of [`say`].
 pub(crate) fn say_more(level: Level, line: impl fmt::Display) {
-    match style() {
+    match Style::get() {
         Style {
             format: LogFormat::Text,
             to_file: false,
@@ -189,20 +156,6 @@ fn takes(level: Level) -> bool {
         Level::ERROR => tracing::enabled!(Level::ERROR),
         Level::WARN => tracing::enabled!(Level::WARN),
         _ => tracing::enabled!(Level::INFO),
-    }
-}
-
-/// Returns the line that says that so many lines were dropped.
-pub(crate) fn dropped_line(count: u64) -> String {
-    let lines = match count {
-        1 => "line was",
-        _ => "lines were",
-    };
-    let text = format!("{count} log {lines} dropped here");
-    match style().format {
-        LogFormat::Text => format!("hvsock: {text}\n"),
-        LogFormat::Json => format!("{{\"level\":\"WARN\",\"message\":\"{text}\"}}\n"),
-        LogFormat::Journal => format!("{}{text}\n", format::priority(Level::WARN)),
     }
 }
 
