@@ -7,6 +7,8 @@ use crate::engine::id::ForwardId;
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{ConnectionStatus, ForwardStatus};
 use crate::error::Result;
+#[cfg(unix)]
+use crate::keeper::LinkStatus;
 
 use super::controller::Controller;
 use super::mio_driver::MioDriver;
@@ -74,6 +76,13 @@ impl Handle {
     /// them hangs. This is meant for a watchdog.
     pub fn answers_within(&self, patience: Duration) -> bool {
         self.0.answers_within(patience)
+    }
+
+    /// Returns the state of the keeper that keeps the VMs of this proxy whole when it is gone;
+    /// `None` if it is configured without one.
+    #[cfg(unix)]
+    pub fn keeper(&self) -> Option<LinkStatus> {
+        None
     }
 
     /// Returns the number of connections that are not closed yet.

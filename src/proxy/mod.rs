@@ -65,6 +65,8 @@ use crate::address::{Address, Waiter};
 use crate::engine::admission::{GateLimits, Wake};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
+#[cfg(unix)]
+use crate::keeper::Keeper;
 use crate::listener::Listener;
 
 use controller::Controller;
@@ -126,6 +128,11 @@ pub struct ProxyConfig {
     /// The number of descriptors that the program needs besides this proxy. They are not used for
     /// connections.
     pub other_descriptors: usize,
+    /// The program that keeps hyperkit VMs whole when this proxy is gone: see
+    /// [`keeper`](crate::keeper). `None`: there is none. It is started when the first rule with a
+    /// hyperkit VM comes.
+    #[cfg(unix)]
+    pub keeper: Option<Keeper>,
 }
 
 impl ProxyConfig {
@@ -141,6 +148,8 @@ impl ProxyConfig {
             forbidden: Vec::new(),
             listeners: Vec::new(),
             other_descriptors: 0,
+            #[cfg(unix)]
+            keeper: None,
         }
     }
 }
