@@ -22,10 +22,19 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+mod ending;
+mod link;
+mod ports;
+mod process;
+mod protocol;
 pub(crate) mod status;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+
+pub(crate) use link::{DESCRIPTORS, Kept, Link, View, When};
+pub(crate) use protocol::Port;
+pub(crate) use status::Taken;
 
 /// The version of the protocol that a proxy speaks with its keeper. A keeper serves proxies of this
 /// version and of all earlier ones.
@@ -37,6 +46,8 @@ pub(crate) const PROTOCOL: u32 = 1;
 pub struct Keeper {
     program: PathBuf,
     arguments: Vec<OsString>,
+    /// The name that process lists show, if it is not the program's.
+    name: Option<OsString>,
 }
 
 impl Keeper {
@@ -46,7 +57,23 @@ impl Keeper {
         Keeper {
             program: program.into(),
             arguments: Vec::new(),
+            name: None,
         }
+    }
+
+    /// Makes the keeper of the command: the program that runs now, whatever is at its path by then.
+    ///
+    /// # Errors
+    /// Returns the system's error if that can't be found out.
+    #[cfg(feature = "cli")]
+    pub(crate) fn of_this_program() -> std::io::Result<Keeper> {
+        let program = match cfg!(target_os = "linux") {
+            true => PathBuf::from("/proc/self/exe"),
+            false => std::env::current_exe()?,
+        };
+        let mut keeper = Keeper::new(program).arg("keeper");
+        keeper.name = Some("hvsock".into());
+        Ok(keeper)
     }
 
     /// Adds an argument before the version of the protocol, which is the last.
@@ -78,7 +105,10 @@ pub struct LinkStatus {
 
 /// Runs as a keeper, with the last argument of the process as the version of the protocol. Returns
 /// the exit code of the process, once there is nothing left to keep.
+///
+/// The process leaves its session and ignores SIGHUP, SIGINT, SIGQUIT, SIGTERM and SIGPIPE; all its
+/// descriptors but the standard ones are closed.
 pub fn serve() -> i32 {
-    // The loop follows.
-    0
+    let last = std::env::args_os().next_back();
+    process::run(last.and_then(|it| it.into_string().ok()).as_deref())
 }

@@ -15,17 +15,23 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::sys;
+use crate::sys::{self, Identity, Process};
 
 /// The name of a status socket is this, and the keeper's process id.
 const PREFIX: &str = "hvsock-keeper.";
 
 /// How long a keeper may take to answer. It answers at once, unless it is stopped or hangs.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a proxy that is ending may take until its keeper knows that it has ended.
+const LAST_MOMENTS: Duration = Duration::from_secs(1);
+
+/// The pause before the keeper is asked again.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// What a keeper tells of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,6 +137,11 @@ impl KeeperStatus {
     }
 }
 
+/// Returns the answer to a line that asks for something.
+pub(super) fn answer(done: bool) -> String {
+    json!({ "done": done }).to_string()
+}
+
 /// Returns the path of the status socket of the keeper `pid`.
 pub(crate) fn socket_path(directory: &Path, pid: u32) -> PathBuf {
     directory.join(format!("{PREFIX}{pid}"))
@@ -140,6 +151,12 @@ pub(crate) fn socket_path(directory: &Path, pid: u32) -> PathBuf {
 /// of their processes. It waits for a keeper that hangs, at most two seconds; keepers of other users
 /// are left out.
 pub(crate) fn query(directory: &Path) -> Vec<KeeperStatus> {
+    let asked = clients(directory).into_iter();
+    asked.map(|(_, status)| status).collect()
+}
+
+/// Connects to each of these keepers. Returns the status of each as well.
+fn clients(directory: &Path) -> Vec<(Client, KeeperStatus)> {
     let Ok(entries) = std::fs::read_dir(directory) else {
         return Vec::new();
     };
@@ -150,8 +167,58 @@ pub(crate) fn query(directory: &Path) -> Vec<KeeperStatus> {
         })
         .collect();
     pids.sort_unstable();
-    let ask = |pid| Client::connect(directory, pid).ok()?.status().ok();
+    let ask = |pid| {
+        let mut client = Client::connect(directory, pid).ok()?;
+        let status = client.status().ok()?;
+        Some((client, status))
+    };
     pids.into_iter().filter_map(ask).collect()
+}
+
+/// A port that a keeper serves and that this process has reserved, to bind its path anew.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    client: Client,
+    inode: u64,
+}
+
+impl Taken {
+    /// Takes the port whose socket is at `path`, if a keeper serves it. `None` if none does, such as
+    /// when another proxy listens there. It may wait for a proxy that is just ending, at most a
+    /// second, and for a keeper that hangs.
+    pub(crate) fn take(path: &Path) -> Option<Taken> {
+        let begun = Instant::now();
+        let directory = path.parent()?;
+        let inode = Identity::of(path).ok()?.inode();
+        loop {
+            let mut is_ending = false;
+            for (mut client, status) in clients(directory) {
+                let Some(port) = status.ports.iter().find(|port| port.socket == inode) else {
+                    continue;
+                };
+                match port.state {
+                    PortState::Serving => {
+                        let is_taken = client.ask(&format!("take {inode}"));
+                        return is_taken
+                            .is_ok_and(|is_taken| is_taken)
+                            .then_some(Taken { client, inode });
+                    }
+                    PortState::Held => is_ending = Process::new(status.proxy).is_ending(),
+                }
+            }
+            // A process that was killed closes its files one after the other.
+            if !is_ending || begun.elapsed() > LAST_MOMENTS {
+                return None;
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Has the keeper close the port, now that another socket has its path.
+    pub(crate) fn release(mut self) {
+        // If the keeper is gone, so is its socket; and it looks at the path by itself as well.
+        let _ = self.client.ask(&format!("release {}", self.inode));
+    }
 }
 
 /// Ends the keeper `pid`, which has a status socket in `directory`. It closes the connections that
