@@ -8,6 +8,8 @@ use clap::Args;
 use super::console::{complain, list, print, say};
 use super::ending::run_until_told;
 use super::manager::Manager;
+#[cfg(unix)]
+use super::options::KeeperOptions;
 use super::outcome::{Failure, Outcome};
 use super::reconciler::RetryThread;
 use super::running::{self, Doors, NotStarted, Running};
@@ -18,6 +20,7 @@ use crate::app::log::LogOptions;
 use crate::hyperkit::Places;
 #[cfg(unix)]
 use crate::proxy::Proxy;
+use crate::proxy::ProxyConfig;
 
 const EXAMPLE: &str = "Example:
   [vm.docker]
@@ -47,6 +50,9 @@ pub(super) struct Run {
     file: PathBuf,
     #[command(flatten)]
     log: LogOptions,
+    #[cfg(unix)]
+    #[command(flatten)]
+    keeper: KeeperOptions,
 }
 
 /// Say all that is wrong with such a file, or what it would forward
@@ -85,7 +91,14 @@ impl Run {
 
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take_with_reload()?;
-        let (proxy, running, doors) = Running::start(&self.file).map_err(|e| match e {
+        let configure = |config: &mut ProxyConfig| {
+            #[cfg(unix)]
+            self.keeper.apply(config);
+            // Elsewhere there is none.
+            let _ = config;
+        };
+        let started = Running::start(&self.file, configure);
+        let (proxy, running, doors) = started.map_err(|e| match e {
             NotStarted::File(problems) => show(&problems),
             NotStarted::Failed(why) => why,
         })?;
