@@ -111,6 +111,21 @@ impl LocalListener {
         }
     }
 
+    /// See [`Listener::adopt`](super::nonblocking::Listener::adopt).
+    #[cfg(feature = "cli")]
+    pub(super) fn adopt(&mut self, adopted: Option<SocketFile>) {
+        if let LocalListener::Unix {
+            file, descriptors, ..
+        } = self
+        {
+            *file = adopted.map(Arc::new);
+            // It was set so before it was bound.
+            if *descriptors == Refusal::Some {
+                *descriptors = Refusal::All;
+            }
+        }
+    }
+
     pub(super) fn file(&self) -> Option<Arc<SocketFile>> {
         match self {
             LocalListener::Unix { file, .. } => file.clone(),

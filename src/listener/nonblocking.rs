@@ -142,6 +142,25 @@ impl Listener {
         }
     }
 
+    /// Makes it as it would be if this process had bound it: another hvsock has, and hands it over
+    /// with this file.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn adopt(&mut self, file: Option<SocketFile>) {
+        match self {
+            Listener::Tcp {
+                listener,
+                leaves_options,
+            } => {
+                // That other may be of a version with other options.
+                if sys::ACCEPTED_INHERIT {
+                    set_tcp_options(SockRef::from(&*listener));
+                    *leaves_options = true;
+                }
+            }
+            Listener::Local(listener) => listener.adopt(file),
+        }
+    }
+
     /// Returns the state of the socket's file.
     #[cfg(feature = "cli")]
     pub(crate) fn file_state(&self) -> FileState {

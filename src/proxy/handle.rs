@@ -65,6 +65,28 @@ impl Handle {
         self.0.remove(id, grace)
     }
 
+    /// See [`Controller::hand_over`].
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn hand_over(
+        &self,
+        give: impl FnOnce(Vec<super::Offered>) -> std::io::Result<Vec<ForwardId>>,
+    ) -> std::io::Result<()> {
+        self.0.hand_over(give)
+    }
+
+    /// Has clients wait at all listeners, those that are added later included, until
+    /// [`admit_clients`](Handle::admit_clients).
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn hold_clients(&self) {
+        self.0.hold(super::shared::Hold::On);
+    }
+
+    /// Accepts clients, those that have waited first.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn admit_clients(&self) {
+        self.0.hold(super::shared::Hold::Off);
+    }
+
     /// Returns the status of all live connections, including those of removed forwards.
     pub fn connections(&self) -> Vec<ConnectionStatus> {
         self.0.connections()

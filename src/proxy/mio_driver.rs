@@ -24,10 +24,14 @@ use crate::listener::nonblocking::Listener;
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 use crate::stream::nonblocking::Stream;
+#[cfg(all(unix, feature = "cli"))]
+use crate::sys::AsSocket;
 use crate::sys::{self, Identity};
 use crate::{dial, hyperkit, listener, stream};
 
 use super::adapter::{self, Adapters};
+#[cfg(all(unix, feature = "cli"))]
+use super::driver::Lent;
 use super::driver::Wanted;
 use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
@@ -457,6 +461,22 @@ impl Driver for MioDriver {
         match directory {
             Some(directory) => self.housekeeper.run(&directory, remove),
             None => remove(),
+        }
+    }
+
+    #[cfg(all(unix, feature = "cli"))]
+    fn lend_listener(&self, listener: &Listener) -> io::Result<Lent> {
+        Ok(Lent {
+            socket: listener.as_socket().try_clone_to_owned()?,
+            file: listener.file().map(|file| file.identity()),
+        })
+    }
+
+    #[cfg(all(unix, feature = "cli"))]
+    fn give_listener(&mut self, listener: Listener) {
+        // It is unregistered by that: the socket lives on, and would go on to report clients.
+        if let Some(file) = self.close_at_once(listener) {
+            file.disown();
         }
     }
 

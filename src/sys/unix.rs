@@ -16,6 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 pub(crate) use place::Place;
 pub(crate) use process::Process;
+#[cfg(feature = "cli")]
+pub(crate) use rights::send;
 pub(crate) use rights::{receive, refuse_descriptors, refuses_descriptors};
 
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux
@@ -28,6 +30,7 @@ const LONGEST_NAME: usize = SUN_PATH_LEN - 1 - 32;
 
 /// The identity of a file: its device, inode and time of birth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 pub(crate) struct Identity {
     device: u64,
     inode: u64,

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs, io};
 
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -10,15 +11,50 @@ use super::state::FileState;
 use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Identity, Place};
 
-/// The file of a Unix socket that this process made. Dropping it removes the file, if it is still
-/// that one.
+/// The file of a Unix socket that this process made, or has from the process that made it. Dropping
+/// it removes the file, if it is still that one and this process owns it.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
     identity: Identity,
+    is_owned: AtomicBool,
 }
 
 impl SocketFile {
+    fn new(path: &Path, identity: Identity) -> SocketFile {
+        SocketFile {
+            path: path.to_owned(),
+            identity,
+            is_owned: AtomicBool::new(true),
+        }
+    }
+
+    /// Returns the file of a socket that another process hands over. That process owns it until
+    /// [`own`](SocketFile::own).
+    #[cfg(feature = "cli")]
+    pub(crate) fn handed(path: &Path, identity: Identity) -> SocketFile {
+        let file = SocketFile::new(path, identity);
+        file.disown();
+        file
+    }
+
+    /// Makes this process the owner of the file: it removes it at the end.
+    #[cfg(feature = "cli")]
+    pub(crate) fn own(&self) {
+        self.is_owned.store(true, Ordering::Release);
+    }
+
+    /// Leaves the file to another process: this one doesn't remove it.
+    #[cfg(feature = "cli")]
+    pub(crate) fn disown(&self) {
+        self.is_owned.store(false, Ordering::Release);
+    }
+
+    #[cfg(feature = "cli")]
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
+    }
+
     pub(crate) fn state(&self) -> FileState {
         match Identity::of(&self.path) {
             Ok(now) if now == self.identity => FileState::Ours,
@@ -42,6 +78,9 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if !*self.is_owned.get_mut() {
+            return;
+        }
         // Another file may have the name by now, or none.
         let _ = Place::of(&self.path).and_then(|place| place.remove(self.identity));
     }
@@ -89,10 +128,7 @@ pub(crate) fn bind(
         socket.bind(&SockAddr::unix(short)?)?;
         // No client can connect before it listens, so the permissions are never others than asked
         // for.
-        let file = SocketFile {
-            path: path.to_path_buf(),
-            identity: Place::of(path)?.finish_bind(mode)?,
-        };
+        let file = SocketFile::new(path, Place::of(path)?.finish_bind(mode)?);
         Ok((socket, file))
     };
     sys::with_short_path(path, bind).map_err(|e| {

@@ -150,3 +150,41 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<R
         descriptors,
     })
 }
+
+/// Writes, and passes a descriptor with the first of the bytes. Returns how many bytes were
+/// written. A stream that waits waits; there is no SIGPIPE, which Rust's programs ignore.
+#[cfg(feature = "cli")]
+#[allow(unsafe_code)]
+pub(crate) fn send(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    descriptor: BorrowedFd<'_>,
+) -> io::Result<usize> {
+    // Words, for a `cmsghdr` is aligned; one descriptor and its header take less.
+    let mut control = [0_u64; 8];
+    let mut part = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: a `msghdr` is plain data, of which all zeros is a value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    // SAFETY: the macros compute with the length given, and walk within the control buffer, which
+    // has room for one header and one descriptor. A descriptor may not be aligned there.
+    unsafe {
+        let length = size_of::<RawFd>() as libc::c_uint;
+        message.msg_controllen = libc::CMSG_SPACE(length) as _;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(length) as _;
+        let data = libc::CMSG_DATA(header).cast::<RawFd>();
+        data.write_unaligned(descriptor.as_raw_fd());
+    }
+    // SAFETY: the message points to one buffer, which is only read, and to one control buffer, each
+    // valid for the length given, and both outlive the call.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
