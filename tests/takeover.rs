@@ -7,10 +7,10 @@ mod command;
 mod common;
 
 use std::fs;
-use std::io::{self, IoSliceMut, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,8 +19,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
@@ -99,17 +100,27 @@ impl Scene {
     }
 
     fn call(&self, method: &str, target: &str, body: &str) -> (u16, Value) {
-        let mut client = unix_client(&self.control());
+        self.try_call(method, target, body).unwrap()
+    }
+
+    fn try_call(&self, method: &str, target: &str, body: &str) -> io::Result<(u16, Value)> {
+        let mut client = local_client(&self.control())?;
         let length = body.len();
         let request = format!(
             "{method} {target} HTTP/1.1\r\nHost: hvsock\r\nContent-Length: {length}\r\n\r\n{body}"
         );
-        client.write_all(request.as_bytes()).unwrap();
+        client.write_all(request.as_bytes())?;
         let mut answer = String::new();
-        client.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        client.read_to_string(&mut answer)?;
+        let (head, body) = answer
+            .split_once("\r\n\r\n")
+            .ok_or(ErrorKind::UnexpectedEof)?;
         let status = head["HTTP/1.1 ".len()..][..3].parse().unwrap();
-        (status, serde_json::from_str(body).unwrap_or_default())
+        Ok((status, serde_json::from_str(body).unwrap_or_default()))
+    }
+
+    fn is_read_again(&self) -> bool {
+        matches!(self.try_call("POST", "/v1/reload", ""), Ok((200, _)))
     }
 
     fn status(&self) -> Value {
@@ -445,19 +456,26 @@ fn a_successor_that_is_killed_leaves_the_old_one_or_nothing() {
     for round in 0..30 {
         let port = scene.port("tcp");
         let mut new = scene.take_over();
-        thread::sleep(Duration::from_micros(random.u64(0..40_000)));
+        thread::sleep(Duration::from_micros(random.u64(0..20_000)));
         new.child.0.kill().unwrap();
         new.child.0.wait().unwrap();
-        // What it had said is heard by then: the old one has nobody to wait for, and ends at once.
-        thread::sleep(Duration::from_millis(100));
-        match old.child.0.try_wait().unwrap() {
-            None => {
+        // A file is read again only while nothing is handed over, and not by one that has.
+        let mut stays = None;
+        eventually("it is clear which one it is", || {
+            stays = match old.child.0.try_wait().unwrap() {
+                Some(code) => Some(Err(code)),
+                None => scene.is_read_again().then_some(Ok(())),
+            };
+            stays.is_some()
+        });
+        match stays.unwrap() {
+            Ok(()) => {
                 stayed += 1;
                 assert_eq!(scene.pid(), old.child.0.id(), "round {round}");
                 assert_eq!(ask(tcp(port), b"tcp").unwrap(), b"tcp", "round {round}");
                 assert_eq!(ask(unix_client(&front), b"unix").unwrap(), b"unix");
             }
-            Some(code) => {
+            Err(code) => {
                 given += 1;
                 assert_eq!(code.code(), Some(0), "round {round}");
                 old = scene.run();
@@ -468,6 +486,148 @@ fn a_successor_that_is_killed_leaves_the_old_one_or_nothing() {
     assert!(stayed > 0);
     old.signal("TERM");
     assert_eq!(old.exit_code(), Some(0));
+}
+
+/// A predecessor whose every step the test takes: it has one listener, at `at`.
+struct Before {
+    wire: UnixStream,
+    listener: UnixListener,
+}
+
+impl Before {
+    /// Has `successor` take over from it, as far as that it has the socket.
+    fn meet(scene: &Scene, at: &Path) -> (Before, Running) {
+        fs::create_dir(scene.control().parent().unwrap()).unwrap();
+        fs::set_permissions(
+            scene.control().parent().unwrap(),
+            fs::Permissions::from_mode(0o700),
+        )
+        .unwrap();
+        let control = UnixListener::bind(scene.control()).unwrap();
+        let listener = UnixListener::bind(at).unwrap();
+        let successor = scene.take_over();
+        let status = json!({"version": "0", "pid": 1, "uptime_seconds": 0.0, "stopping": false,
+                            "live": 0, "log_dropped": 0, "forwards": []});
+        answer(&control, 200, &status);
+        let asked = answer(&control, 202, &json!({}));
+        let meeting = asked["socket"].as_str().unwrap();
+        let mut wire = UnixStream::connect(meeting.strip_prefix("unix://").unwrap()).unwrap();
+        wire.set_read_timeout(Some(PATIENCE)).unwrap();
+        wire.write_all(b"{\"sockets\": 1}\n").unwrap();
+        let metadata = fs::symlink_metadata(at).unwrap();
+        let since = metadata.created().unwrap();
+        let since = since.duration_since(std::time::UNIX_EPOCH).unwrap();
+        let address = format!("unix://{}", text(at));
+        let line = json!({
+            "use": "forward", "name": "unix", "asked": address, "bound": address,
+            "file": {"at": address, "identity": {
+                "device": metadata.dev(), "inode": metadata.ino(),
+                "born": {"secs_since_epoch": since.as_secs(),
+                         "nanos_since_epoch": since.subsec_nanos()},
+            }},
+            "foreign": false, "added": null,
+        });
+        let line = format!("{line}\n");
+        let passed = [listener.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&passed)];
+        let part = [IoSlice::new(line.as_bytes())];
+        let flags = MsgFlags::empty();
+        sendmsg::<()>(wire.as_raw_fd(), &part, &rights, flags, None).unwrap();
+        (Before { wire, listener }, successor)
+    }
+
+    /// Reads the line by which the successor is ready.
+    fn hears(&mut self) -> String {
+        let mut line = String::new();
+        BufReader::new(&self.wire).read_line(&mut line).unwrap();
+        line
+    }
+
+    /// Whether a client waits to be accepted.
+    fn is_waited_for(&self) -> bool {
+        let mut asked = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        poll(&mut asked, PollTimeout::ZERO).unwrap() == 1
+    }
+}
+
+/// Answers the next request; its body.
+fn answer(control: &UnixListener, status: u16, body: &Value) -> Value {
+    let (mut client, _) = control.accept().unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut request = Vec::new();
+    let mut byte = [0];
+    while !request.ends_with(b"\r\n\r\n") {
+        client.read_exact(&mut byte).unwrap();
+        request.push(byte[0]);
+    }
+    let head = String::from_utf8(request).unwrap().to_lowercase();
+    let length = head.split("content-length: ").nth(1);
+    let length = length.map_or(0, |rest| rest.lines().next().unwrap().parse().unwrap());
+    let mut asked = vec![0; length];
+    client.read_exact(&mut asked).unwrap();
+    let (body, line) = (body.to_string(), "Content-Length");
+    let answer = format!(
+        "HTTP/1.1 {status} OK\r\n{line}: {}\r\n\r\n{body}",
+        body.len()
+    );
+    client.write_all(answer.as_bytes()).unwrap();
+    serde_json::from_slice(&asked).unwrap_or_default()
+}
+
+#[test]
+fn nobody_is_accepted_before_the_other_has_agreed() {
+    let scene = Scene::new();
+    let front = scene.at("front");
+    scene.write(&scene.forward("unix", &front));
+    let (mut before, mut new) = Before::meet(&scene, &front);
+    let early = unix_client(&front);
+    let answered = thread::spawn(move || ask(early, b"early"));
+    assert_eq!(before.hears(), "{\"taken\":[0]}\n");
+    for _ in 0..20 {
+        assert!(before.is_waited_for(), "a client was accepted too early");
+        thread::sleep(Duration::from_millis(5));
+    }
+    before
+        .wire
+        .write_all(b"{\"yours\": true}\n{\"done\": true}\n")
+        .unwrap();
+    assert_eq!(answered.join().unwrap().unwrap(), b"early");
+    drop(before);
+    assert_eq!(ask(unix_client(&front), b"late").unwrap(), b"late");
+    new.says("took over");
+    // The file is its own.
+    new.signal("TERM");
+    assert_eq!(new.exit_code(), Some(0));
+    assert!(!front.exists());
+}
+
+#[test]
+fn one_that_is_not_agreed_with_leaves_everything_as_it_was() {
+    let scene = Scene::new();
+    let front = scene.at("front");
+    let comes = scene.at("comes");
+    for (line, part) in [
+        ("", "unexpected end of file"),
+        ("{\"yours\": false}\n", "it keeps them"),
+        ("{\"yours\": ", "unexpected end of file"),
+    ] {
+        scene.write(&[scene.forward("unix", &front), scene.forward("new", &comes)].concat());
+        let (mut before, mut new) = Before::meet(&scene, &front);
+        before.hears();
+        assert!(comes.exists());
+        let client = unix_client(&front);
+        before.wire.write_all(line.as_bytes()).unwrap();
+        drop(before.wire);
+        assert_eq!(new.exit_code(), Some(1));
+        let said: String = new.err.iter().collect();
+        assert!(said.contains(part) && said.contains("it goes on"), "{said}");
+        assert!(front.exists() && !comes.exists());
+        // Who came meanwhile waits where it did.
+        assert!(before.listener.accept().is_ok());
+        drop(client);
+        fs::remove_file(&front).unwrap();
+        fs::remove_dir_all(scene.control().parent().unwrap()).unwrap();
+    }
 }
 
 #[test]
