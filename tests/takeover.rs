@@ -517,14 +517,13 @@ impl Before {
         let metadata = fs::symlink_metadata(at).unwrap();
         let since = metadata.created().unwrap();
         let since = since.duration_since(std::time::UNIX_EPOCH).unwrap();
+        let (device, inode) = (metadata.dev(), metadata.ino());
+        let (seconds, part) = (since.as_secs(), since.subsec_nanos());
+        let identity = format!("{device}:{inode}:{seconds}:{part}");
         let address = format!("unix://{}", text(at));
         let line = json!({
             "use": "forward", "name": "unix", "asked": address, "bound": address,
-            "file": {"at": address, "identity": {
-                "device": metadata.dev(), "inode": metadata.ino(),
-                "born": {"secs_since_epoch": since.as_secs(),
-                         "nanos_since_epoch": since.subsec_nanos()},
-            }},
+            "file": {"at": address, "identity": identity},
             "foreign": false, "added": null,
         });
         let line = format!("{line}\n");

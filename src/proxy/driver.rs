@@ -145,7 +145,13 @@ pub(crate) trait Driver: Sized {
         timeout: Option<Duration>,
     ) -> io::Result<()>;
 
-    fn watch_listener(&mut self, listener: &mut Self::Listener, token: usize) -> io::Result<()>;
+    /// Registers the listener of a rule, once. A keeper may be given a copy of it.
+    fn watch_listener(
+        &mut self,
+        listener: &mut Self::Listener,
+        token: usize,
+        rule: &Rule,
+    ) -> io::Result<()>;
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
     /// Checks whether a listener's file is still there, and binds the address again if it is
     /// missing; the result is an [`Event::Listener`]. Returns false if the listener has no file of
@@ -163,8 +169,12 @@ pub(crate) trait Driver: Sized {
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     );
-    /// Closes a listener and removes its file. `done` is notified when the address is free.
+    /// Closes a listener and removes its file; a keeper that has a copy of it accepts there from
+    /// now on. `done` is notified when the address can be bound again.
     fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
+    /// Has a keeper keep a listener that another process has left to this one since it was watched.
+    #[cfg(all(unix, feature = "cli"))]
+    fn keep_listener(&mut self, listener: &mut Self::Listener, rule: &Rule);
     /// Duplicates a listener's socket, for another process.
     ///
     /// # Errors
@@ -189,6 +199,8 @@ pub(crate) trait Driver: Sized {
     fn close(&mut self, stream: Self::Stream);
     /// Closes a stream so that its peer reads a reset, where the family can reset.
     fn reset(&mut self, stream: Self::Stream);
+    /// Leaves a stream to the keeper, which closes it when this process has ended.
+    fn leave(&mut self, stream: Self::Stream);
 
     /// Resolves `host`; the result is an [`Event::Resolved`].
     fn resolve(&mut self, token: usize, host: &str, port: u16);

@@ -150,7 +150,8 @@ impl<D: Driver> Listeners<D> {
         let is_free = |it: &Listening<D::Listener>| it.removed && it.pending_checks == 0;
         let free = self.all.iter().position(is_free);
         let index = free.unwrap_or(self.all.len());
-        cx.driver.watch_listener(&mut listener, index)?;
+        cx.driver
+            .watch_listener(&mut listener, index, &forward.rule)?;
         Self::note_name(&listener, forward.id, cx);
         let listening = Listening {
             listener: Some(listener),
@@ -272,8 +273,16 @@ impl<D: Driver> Listeners<D> {
 
     /// Has clients wait at all listeners, those that are added later included, or no more.
     #[cfg(all(unix, feature = "cli"))]
-    pub(super) fn hold(&mut self, hold: Hold) {
+    pub(super) fn hold(&mut self, hold: Hold, cx: &mut TurnContext<'_, D>) {
         self.hold = hold;
+        if hold == Hold::On {
+            return;
+        }
+        for it in &mut self.all {
+            if let Some(listener) = &mut it.listener {
+                cx.driver.keep_listener(listener, &it.forward.rule);
+            }
+        }
     }
 
     /// Returns duplicates of all listeners, for another process.
@@ -651,7 +660,8 @@ impl<D: Driver> Listeners<D> {
                 if let Some(old) = listening.listener.take() {
                     cx.driver.close_listener(old, None);
                 }
-                if let Err(e) = cx.driver.watch_listener(&mut listener, of.token) {
+                let rule = &forward.rule;
+                if let Err(e) = cx.driver.watch_listener(&mut listener, of.token, rule) {
                     cx.driver.close_listener(listener, None);
                     listening.set_obstacle(Obstacle::Lost, &e);
                     error!("cannot watch {listen}: {e}");

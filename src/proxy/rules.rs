@@ -307,7 +307,7 @@ impl Binder {
     pub(super) fn give_passed(&self) {
         for it in self.passed().drain(..) {
             if let Some(file) = it.socket.file() {
-                file.disown();
+                file.leave();
             }
         }
     }

@@ -12,6 +12,8 @@ use std::time::Duration;
 use clap::Args;
 
 use super::manager::Manager;
+#[cfg(unix)]
+use super::options::KeeperOptions;
 use super::reconciler::RetryThread;
 use super::running::{self, Doors, NotStarted, Running};
 use super::signals::EndSignals;
@@ -19,6 +21,7 @@ use super::summary::Summary;
 use super::{Failure, Outcome, complain, list, print, run_until_told, say};
 use crate::app::config::{Config, Problems};
 use crate::hyperkit::Places;
+use crate::proxy::ProxyConfig;
 #[cfg(unix)]
 use crate::proxy::{Handle, Proxy};
 
@@ -55,6 +58,9 @@ pub(super) struct Run {
     #[cfg(unix)]
     #[arg(long)]
     take_over: bool,
+    #[cfg(unix)]
+    #[command(flatten)]
+    keeper: KeeperOptions,
 }
 
 /// Say all that is wrong with such a file, or what it would forward
@@ -89,15 +95,21 @@ impl Check {
 impl Run {
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take_with_reload()?;
+        let configure = |config: &mut ProxyConfig| {
+            #[cfg(unix)]
+            self.keeper.apply(config);
+            // Elsewhere there is none.
+            let _ = config;
+        };
         #[cfg(unix)]
         let program = std::env::current_exe();
         #[cfg(unix)]
         let started = match self.take_over {
-            true => Running::take_over(&self.file),
-            false => Running::start(&self.file),
+            true => Running::take_over(&self.file, configure),
+            false => Running::start(&self.file, configure),
         };
         #[cfg(not(unix))]
-        let started = Running::start(&self.file);
+        let started = Running::start(&self.file, configure);
         let (proxy, running, doors) = started.map_err(|e| match e {
             NotStarted::File(problems) => show(&problems),
             NotStarted::Failed(why) => why,

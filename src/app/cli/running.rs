@@ -140,14 +140,19 @@ fn empty_proxy(config: &Config) -> ProxyConfig {
 }
 
 impl Running {
-    /// Starts what a file asks for; what could not be had is to be tried again.
+    /// Starts what a file asks for; what could not be had is to be tried again. `configure` adds to the proxy's
+    /// configuration what the file says nothing of.
     ///
     /// # Errors
     /// All that is wrong with the file; that another hvsock is controlled where this one is to be; that
     /// there can be no proxy at all.
-    pub(super) fn start(file: &Path) -> Result<(Proxy, Running, Doors), NotStarted> {
+    pub(super) fn start(
+        file: &Path,
+        configure: impl FnOnce(&mut ProxyConfig),
+    ) -> Result<(Proxy, Running, Doors), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         let mut proxy = empty_proxy(&config);
+        configure(&mut proxy);
         let doors = open_doors(file, &config, &mut proxy)
             .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;
         let proxy = super::on_passed_sockets(proxy)?;
@@ -165,7 +170,10 @@ impl Running {
     /// As those of [`start`](Running::start); that nothing runs there, or that it doesn't hand over. It goes on as
     /// before then.
     #[cfg(unix)]
-    pub(super) fn take_over(file: &Path) -> Result<(Proxy, Running, Doors), NotStarted> {
+    pub(super) fn take_over(
+        file: &Path,
+        configure: impl FnOnce(&mut ProxyConfig),
+    ) -> Result<(Proxy, Running, Doors), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         let Some(path) = &config.control else {
             let why = "control = \"off\": an hvsock that is to be taken over is asked by its control socket";
@@ -175,6 +183,7 @@ impl Running {
         let old: control::Status = control::get(path, "/v1/status").map_err(fail)?;
         // Each socket takes a descriptor.
         let mut proxy = empty_proxy(&config);
+        configure(&mut proxy);
         let mut predecessor = control::Predecessor::ask(path).map_err(fail)?;
         let doors = control::take(&door_options(&config), &mut predecessor)
             .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;

@@ -64,7 +64,7 @@ impl Endpoint {
     /// Leaves the socket and its file to another process, which has it: nobody is accepted here any more.
     pub(super) fn give_away(&self) {
         if let Some(file) = self.listener().and_then(|listener| listener.file()) {
-            file.disown();
+            file.leave();
         }
         self.given_away.notify_one();
     }

@@ -12,12 +12,13 @@ use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Identity, Place};
 
 /// The file of a Unix socket that this process made, or has from the process that made it. Dropping
-/// it removes the file, if it is still that one and this process owns it.
+/// it removes the file, if it is still that one and no other process has it.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
     identity: Identity,
-    is_owned: AtomicBool,
+    /// Whether another process has the socket, and removes the file.
+    is_left: AtomicBool,
 }
 
 impl SocketFile {
@@ -25,34 +26,28 @@ impl SocketFile {
         SocketFile {
             path: path.to_owned(),
             identity,
-            is_owned: AtomicBool::new(true),
+            is_left: AtomicBool::new(false),
         }
     }
 
-    /// Returns the file of a socket that another process hands over. That process owns it until
+    /// Returns the file of a socket that another process hands over. It is that process' until
     /// [`own`](SocketFile::own).
     #[cfg(feature = "cli")]
     pub(crate) fn handed(path: &Path, identity: Identity) -> SocketFile {
         let file = SocketFile::new(path, identity);
-        file.disown();
+        file.leave();
         file
     }
 
-    /// Makes this process the owner of the file: it removes it at the end.
+    /// Makes the file this process' own: it is removed at the end.
     #[cfg(feature = "cli")]
     pub(crate) fn own(&self) {
-        self.is_owned.store(true, Ordering::Release);
+        self.is_left.store(false, Ordering::Relaxed);
     }
 
-    /// Leaves the file to another process: this one doesn't remove it.
-    #[cfg(feature = "cli")]
-    pub(crate) fn disown(&self) {
-        self.is_owned.store(false, Ordering::Release);
-    }
-
-    #[cfg(feature = "cli")]
-    pub(crate) fn identity(&self) -> Identity {
-        self.identity
+    /// Returns whether the file is another process'.
+    pub(crate) fn is_left(&self) -> bool {
+        self.is_left.load(Ordering::Relaxed)
     }
 
     pub(crate) fn state(&self) -> FileState {
@@ -70,6 +65,30 @@ impl SocketFile {
         self.path.parent().unwrap_or(Path::new(""))
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Leaves the file to another process that has the socket: it is not removed.
+    pub(crate) fn leave(&self) {
+        self.is_left.store(true, Ordering::Relaxed);
+    }
+
+    /// Gives it another name in its directory, in the place of what has that name.
+    ///
+    /// # Errors
+    /// What the system says; it keeps its name then.
+    pub(crate) fn rename(mut self, path: &Path) -> io::Result<SocketFile> {
+        let name = path.file_name().unwrap_or_default();
+        Place::of(&self.path)?.rename(self.identity, name)?;
+        self.path = path.to_path_buf();
+        Ok(self)
+    }
+
     /// Sets its permissions, unless another file has its name by now.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
         Place::of(&self.path)?.set_mode(self.identity, mode)
@@ -78,7 +97,7 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if !*self.is_owned.get_mut() {
+        if self.is_left() {
             return;
         }
         // Another file may have the name by now, or none.

@@ -119,6 +119,6 @@ fn file_line(bound: &Address, identity: Option<Identity>) -> Option<FileLine> {
     let path = std::path::absolute(&path).unwrap_or_else(|_| Path::new(&*path).to_owned());
     Some(FileLine {
         at: address_of(&path),
-        identity,
+        identity: identity.to_text(),
     })
 }

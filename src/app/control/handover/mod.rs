@@ -20,7 +20,7 @@ pub(super) mod take;
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::address::{Address, UnixAddress};
-use crate::sys::{self, Identity};
+use crate::sys::{self, Wanted};
 
 /// The version of the protocol. A predecessor speaks no other.
 pub(super) const PROTOCOL: u32 = 1;
@@ -89,7 +89,8 @@ struct SocketLine {
 struct FileLine {
     /// Its path, as the address of a Unix socket.
     at: String,
-    identity: Identity,
+    /// Its identity, as [`sys::Identity::to_text`] writes it.
+    identity: String,
 }
 
 /// Which sockets the successor takes, by their numbers from 0. The others are closed by the predecessor.
@@ -159,10 +160,19 @@ impl Wire {
     /// Sends a line, and a descriptor with it.
     fn send_with(&mut self, line: &impl Serialize, descriptor: BorrowedFd<'_>) -> io::Result<()> {
         let line = to_line(line)?;
+        let end = Instant::now() + PATIENCE;
         let sent = loop {
-            match sys::send(self.stream.as_fd(), &line, descriptor) {
+            let socket = self.stream.as_fd();
+            match sys::send(socket, &line, Some(descriptor.as_raw_fd())) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                sent => break sent.map_err(late)?,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    let left = end.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(ErrorKind::TimedOut.into());
+                    }
+                    sys::wait(socket, Wanted::Writable, left)?;
+                }
+                sent => break sent?,
             }
         };
         // The descriptor goes with the first byte.

@@ -18,7 +18,7 @@ use crate::app::rule::RuleOptions;
 use crate::listener::file::SocketFile;
 use crate::listener::{Handed, Listener};
 use crate::proxy::Rule;
-use crate::sys;
+use crate::sys::{self, Identity};
 
 /// An hvsock that runs, and offers all its listening sockets. Dropped, it goes on as before.
 #[derive(Debug)]
@@ -150,13 +150,15 @@ impl Predecessor {
 fn read(line: SocketLine, descriptor: OwnedFd) -> io::Result<Socket> {
     let address = |text: &str| text.parse::<Address>().map_err(|e| invalid(e.to_string()));
     let asked = line.asked.as_deref().map(address).transpose()?;
-    let file = line
-        .file
-        .map(|file| Ok((path_of(&file.at)?, file.identity)));
+    let file = line.file.map(|file| {
+        let identity = Identity::from_text(&file.identity);
+        let identity = identity.ok_or_else(|| invalid("a file's identity is none"))?;
+        Ok::<_, io::Error>((path_of(&file.at)?, identity))
+    });
     let handed = Handed {
         wish: asked.map(|asked| (line.name, asked)),
         address: address(&line.bound)?,
-        file: file.transpose().map_err(|e: io::Error| e)?,
+        file: file.transpose()?,
         is_foreign: line.foreign,
     };
     let added = line.added.map(|body| {
