@@ -400,7 +400,7 @@ fn a_successor_that_fails_before_it_has_confirmed_has_changed_nothing() {
         .come("TCP client", move || tcp_client(port))
         .come("Unix client", move || local_client(&path));
     type Failing = fn(Fake);
-    let ways: [(&str, Failing); 7] = [
+    let ways: [(&str, Failing); 8] = [
         ("leaves at once", drop),
         ("leaves after the first line", |mut fake| {
             drop(fake.reads(1))
@@ -415,6 +415,11 @@ fn a_successor_that_fails_before_it_has_confirmed_has_changed_nothing() {
             let _sockets = fake.reads(4);
             fake.wire.write_all(b"{}\n").unwrap();
             assert_eq!(fake.wire.read(&mut [0; 8]).unwrap_or(0), 0);
+        }),
+        ("leaves when they are its own", |mut fake| {
+            let _sockets = fake.reads(4);
+            fake.wire.write_all(b"{\"taken\": [0, 1, 2]}\n").unwrap();
+            fake.reads(1);
         }),
         ("says nothing", |mut fake| {
             let _sockets = fake.reads(4);
@@ -448,7 +453,16 @@ fn a_successor_that_fails_before_it_has_confirmed_has_changed_nothing() {
 fn a_successor_that_is_killed_leaves_the_old_one_or_nothing() {
     let scene = Scene::new();
     let front = scene.at("front");
-    let rules = [scene.forward("tcp", 0), scene.forward("unix", &front)];
+    let state = scene.at("vm");
+    let vm = Vm::builder(&state).start().unwrap();
+    let rules = [
+        scene.forward("tcp", 0),
+        scene.forward("unix", &front),
+        format!(
+            "[forward.dialled]\nvm = {state:?}\nguest-dials = 5000\nconnect = {}\n",
+            scene.echo
+        ),
+    ];
     scene.write(&rules.concat());
     let mut random = fastrand::Rng::with_seed(7);
     let mut old = scene.run();
@@ -456,7 +470,7 @@ fn a_successor_that_is_killed_leaves_the_old_one_or_nothing() {
     for round in 0..30 {
         let port = scene.port("tcp");
         let mut new = scene.take_over();
-        thread::sleep(Duration::from_micros(random.u64(0..20_000)));
+        thread::sleep(Duration::from_micros(random.u64(0..30_000)));
         new.child.0.kill().unwrap();
         new.child.0.wait().unwrap();
         // A file is read again only while nothing is handed over, and not by one that has.
@@ -474,11 +488,18 @@ fn a_successor_that_is_killed_leaves_the_old_one_or_nothing() {
                 assert_eq!(scene.pid(), old.child.0.id(), "round {round}");
                 assert_eq!(ask(tcp(port), b"tcp").unwrap(), b"tcp", "round {round}");
                 assert_eq!(ask(unix_client(&front), b"unix").unwrap(), b"unix");
+                // Nor does the keeper of the one that was killed take any.
+                for _ in 0..10 {
+                    assert_eq!(ask(vm.dial(5000).unwrap(), b"guest").unwrap(), b"guest");
+                }
             }
             Err(code) => {
                 given += 1;
                 assert_eq!(code.code(), Some(0), "round {round}");
+                // Its keeper takes what the guest dials, until there is another one.
+                assert_eq!(ask(vm.dial(5000).unwrap(), b"guest").unwrap(), b"");
                 old = scene.run();
+                assert_eq!(ask(vm.dial(5000).unwrap(), b"guest").unwrap(), b"guest");
             }
         }
     }
@@ -486,6 +507,7 @@ fn a_successor_that_is_killed_leaves_the_old_one_or_nothing() {
     assert!(stayed > 0);
     old.signal("TERM");
     assert_eq!(old.exit_code(), Some(0));
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
 /// A predecessor whose every step the test takes: it has one listener, at `at`.
@@ -586,11 +608,10 @@ fn nobody_is_accepted_before_the_other_has_agreed() {
         assert!(before.is_waited_for(), "a client was accepted too early");
         thread::sleep(Duration::from_millis(5));
     }
-    before
-        .wire
-        .write_all(b"{\"yours\": true}\n{\"done\": true}\n")
-        .unwrap();
+    before.wire.write_all(b"{\"yours\": true}\n").unwrap();
     assert_eq!(answered.join().unwrap().unwrap(), b"early");
+    assert_eq!(before.hears(), "{\"mine\":true}\n");
+    // Its end is as good as its word.
     drop(before);
     assert_eq!(ask(unix_client(&front), b"late").unwrap(), b"late");
     new.says("took over");

@@ -80,6 +80,16 @@ impl Handle {
         self.controller.hand_over(give)
     }
 
+    /// Starts the keeper, if there is to be one, and waits a moment until it can take what the
+    /// guests of the VM in that state directory dial.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn start_keeper(&self, directory: &std::path::Path) {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        if let Some(keeper) = &self.keeper {
+            keeper.start(directory, PATIENCE);
+        }
+    }
+
     /// Has clients wait at all listeners, those that are added later included, until
     /// [`admit_clients`](Handle::admit_clients).
     #[cfg(all(unix, feature = "cli"))]
@@ -87,7 +97,7 @@ impl Handle {
         self.controller.hold(super::shared::Hold::On);
     }
 
-    /// Accepts clients, those that have waited first.
+    /// Accepts clients, those that have waited first. A keeper has what guests dial by then.
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn admit_clients(&self) {
         self.controller.hold(super::shared::Hold::Off);

@@ -102,8 +102,6 @@ impl<D: Driver> Controller<D> {
 
     /// Has clients wait at all listeners, those that are added later included, or no more.
     pub(super) fn hold(&self, hold: Hold) {
-        for inbox in &self.shared.inboxes {
-            inbox.send(Command::Hold(hold));
-        }
+        self.ask_all(|tell| Command::Hold(hold, tell), ANSWER_TIMEOUT);
     }
 }

@@ -67,9 +67,9 @@ pub(crate) enum Command<D: Driver> {
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time.
     Remove(Arc<Forward>, Duration, Sender<()>),
-    /// Accept no clients, and change no file, until that is allowed.
+    /// Accept no clients, and change no file, until that is allowed; report it.
     #[cfg(all(unix, feature = "cli"))]
-    Hold(Hold),
+    Hold(Hold, Sender<()>),
     /// Report duplicates of all listeners.
     #[cfg(all(unix, feature = "cli"))]
     Lend(Sender<Vec<(ForwardId, io::Result<Lent>)>>),

@@ -227,7 +227,10 @@ impl<D: Driver> Worker<D> {
             }
             Command::Remove(forward, grace, done) => self.remove(forward, grace, done, now),
             #[cfg(all(unix, feature = "cli"))]
-            Command::Hold(hold) => call!(self.listeners.hold(hold), now),
+            Command::Hold(hold, done) => {
+                call!(self.listeners.hold(hold), now);
+                let _ = done.send(());
+            }
             #[cfg(all(unix, feature = "cli"))]
             Command::Lend(done) => drop(done.send(call!(self.listeners.lend(), now))),
             #[cfg(all(unix, feature = "cli"))]

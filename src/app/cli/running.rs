@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+#[cfg(unix)]
+use crate::address::HyperkitVm;
 use crate::address::{Address, HyperkitAddress};
 use crate::app::config::{Config, Missing, Problems, Wanted};
 #[cfg(unix)]
@@ -203,13 +205,17 @@ impl Running {
             }
         }
         let left = predecessor.left();
-        predecessor.confirm().map_err(|e| {
+        for vm in rules.iter().filter_map(|rule| guest_of(&rule.listen)) {
+            running.handle().start_keeper(&vm.state_dir);
+        }
+        let agreed = predecessor.agree().map_err(|e| {
             let pid = old.pid;
             Failure::Failed(format!(
                 "process {pid} has not handed over: {e}; it goes on"
             ))
         })?;
         running.handle().admit_clients();
+        agreed.finish();
         say(format_args!(
             "took over from process {} (hvsock {})",
             old.pid, old.version
@@ -403,6 +409,15 @@ impl Running {
 pub(super) fn absence(missing: &Missing) -> String {
     let Missing { name, why, .. } = missing;
     format!("VM {name:?} is not there yet: {why}; until then its clients are refused")
+}
+
+/// The VM whose guest dials an address.
+#[cfg(unix)]
+fn guest_of(listen: &Address) -> Option<&HyperkitVm> {
+    match listen {
+        Address::Hyperkit(HyperkitAddress { vm, .. }) => Some(vm),
+        _ => None,
+    }
 }
 
 /// Why a rule can't listen yet, if it is on a VM whose directory is missing.

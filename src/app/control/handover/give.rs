@@ -6,7 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Done, FileLine, Head, SocketLine, Taken, Use, Wire, Yours, address_of};
+use super::{Done, FileLine, Head, Mine, SocketLine, Taken, Use, Wire, Yours};
+use super::{address_of, guest_port, take_from_keepers};
 use crate::address::Address;
 use crate::app::control::endpoint::{Endpoint, Service};
 use crate::app::control::model::RuleBody;
@@ -47,7 +48,8 @@ impl Successor {
             .filter_map(|it| Some((it, it.listener()?)))
             .collect();
         let mut taken = Vec::new();
-        handle.hand_over(|offered| {
+        let mut guest_ports = Vec::new();
+        let handed = handle.hand_over(|offered| {
             wire.send(&Head {
                 sockets: doors.len() + offered.len(),
             })?;
@@ -58,6 +60,7 @@ impl Successor {
             for it in offered {
                 let socket: BorrowedFd<'_> = it.socket.as_fd();
                 wire.send_with(&forward_line(&it, is_listed), socket)?;
+                guest_ports.extend(guest_port(&it.bound));
                 // Its descriptor is closed by that: there may be many.
                 forwards.push(it.forward.map(|(id, _)| id));
             }
@@ -66,10 +69,19 @@ impl Successor {
                 return Err(io::Error::other("it was given up"));
             }
             wire.send(&Yours { yours: true })?;
+            match wire.next::<Mine>() {
+                // One that hangs has them all the same.
+                Err(e) if e.kind() != io::ErrorKind::TimedOut => return Err(e),
+                _ => {}
+            }
             let index = |number: &usize| number.checked_sub(doors.len());
             let id = |index: usize| forwards.get(index).copied().flatten();
             Ok(taken.iter().filter_map(index).filter_map(id).collect())
-        })?;
+        });
+        if handed.is_err() {
+            take_from_keepers(&guest_ports);
+            return handed;
+        }
         for (number, (endpoint, _)) in doors.iter().enumerate() {
             if taken.contains(&number) {
                 endpoint.give_away();

@@ -10,10 +10,16 @@
 //! | predecessor | [`SocketLine`], for each of them | with the descriptor itself (`SCM_RIGHTS`) |
 //! | successor | [`Taken`] | it is ready to accept at these, and has accepted nobody yet |
 //! | predecessor | [`Yours`] | they are the successor's, and their files are |
+//! | successor | [`Mine`] | it accepts at them |
 //! | predecessor | [`Done`] | it accepts nobody any more |
 //!
-//! Until `yours` is sent the predecessor serves all clients, and goes on as if nothing had happened if the successor
-//! ends. Nothing changes its forwards meanwhile. After `done` it lets its connections finish, and ends.
+//! The predecessor serves all clients until `mine` has come, and goes on as if nothing had happened if the successor
+//! ends before. Nothing changes its forwards meanwhile. After `done` it lets its connections finish, and ends. From
+//! `yours` on the successor ends the conversation by its own end only: whoever hears of no end, and of nothing else,
+//! believes that the other has the sockets.
+//!
+//! If one of them is killed in between, its keeper serves the ports that guests dial, which the other one serves: that
+//! one takes them from it.
 
 pub(super) mod give;
 pub(super) mod take;
@@ -30,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::address::{Address, UnixAddress};
+use crate::keeper;
 use crate::sys::{self, Wanted};
 
 /// The version of the protocol. A predecessor speaks no other.
@@ -105,6 +112,11 @@ struct Yours {
 }
 
 #[derive(Debug, Deserialize, Serialize)]
+struct Mine {
+    mine: bool,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
 struct Done {
     done: bool,
 }
@@ -119,6 +131,22 @@ fn path_of(address: &str) -> io::Result<PathBuf> {
     match address.parse() {
         Ok(Address::Unix(UnixAddress::Path(path))) => Ok(path),
         _ => Err(invalid(format!("{address:?} is no path"))),
+    }
+}
+
+/// Takes ports that guests dial, by the paths of their sockets, from a keeper that serves them for a process that was
+/// killed.
+fn take_from_keepers(ports: &[PathBuf]) {
+    for taken in ports.iter().filter_map(|path| keeper::Taken::take(path)) {
+        taken.release();
+    }
+}
+
+/// Returns the path of the socket at which a guest of a hyperkit VM dials, if this is one's address.
+fn guest_port(address: &Address) -> Option<PathBuf> {
+    match address {
+        Address::Hyperkit(_) => address.listen_path().map(PathBuf::from),
+        _ => None,
     }
 }
 

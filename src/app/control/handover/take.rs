@@ -3,13 +3,13 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use super::{Done, Head, PATIENCE, PROTOCOL, Request, SocketLine, Taken, Use, Wire, Yours};
-use super::{address_of, invalid, path_of};
+use super::{Done, Head, Mine, PATIENCE, PROTOCOL, Request, SocketLine, Taken, Use, Wire, Yours};
+use super::{address_of, guest_port, invalid, path_of, take_from_keepers};
 use crate::address::Address;
 use crate::app::control::client::{Unanswered, ask};
 use crate::app::control::model::read_rule;
@@ -29,6 +29,8 @@ pub(crate) struct Predecessor {
     taken: Vec<usize>,
     /// The files of the sockets that are taken, each with the permissions that it is to have.
     files: Vec<(Arc<SocketFile>, Option<u32>)>,
+    /// The paths of those of them at which guests dial.
+    guest_ports: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -71,6 +73,7 @@ impl Predecessor {
             sockets,
             taken: Vec::new(),
             files: Vec::new(),
+            guest_ports: Vec::new(),
         })
     }
 
@@ -111,6 +114,8 @@ impl Predecessor {
     fn take(&mut self, fits: impl Fn(&Socket) -> bool, mode: Option<u32>) -> Option<Listener> {
         let index = self.sockets.iter().position(|(_, socket)| fits(socket))?;
         let (number, socket) = self.sockets.remove(index);
+        self.guest_ports
+            .extend(guest_port(socket.listener.address()));
         self.taken.push(number);
         let file = socket.listener.file();
         self.files.extend(file.map(|file| (file, mode)));
@@ -124,11 +129,12 @@ impl Predecessor {
         left.map(|(_, it)| it.listener.address().clone()).collect()
     }
 
-    /// Says which sockets are taken, all of which are ready. Once this returns they are this process' alone.
+    /// Says which sockets are taken, all of which are ready. Once this returns they are this process', and it is to
+    /// accept at them.
     ///
     /// # Errors
     /// Why the other keeps them, as if nothing had happened: it has ended, or was told to, or this took too long.
-    pub(crate) fn confirm(mut self) -> io::Result<()> {
+    pub(crate) fn agree(mut self) -> io::Result<Agreed> {
         self.wire.send(&Taken {
             taken: std::mem::take(&mut self.taken),
         })?;
@@ -141,9 +147,28 @@ impl Predecessor {
             // That they can't be set is no reason to serve nobody.
             let _ = mode.map(|mode| file.set_mode(mode));
         }
-        // Unless it hangs, it says so at once; and if it has ended, it accepts nobody either.
-        let _ = self.wire.next::<Done>();
-        Ok(())
+        Ok(Agreed {
+            wire: self.wire,
+            guest_ports: self.guest_ports,
+        })
+    }
+}
+
+/// A hand-over on which both have agreed.
+#[derive(Debug)]
+pub(crate) struct Agreed {
+    wire: Wire,
+    guest_ports: Vec<PathBuf>,
+}
+
+impl Agreed {
+    /// Says that clients are accepted here, and returns when the other accepts none any more.
+    pub(crate) fn finish(mut self) {
+        let done = self.wire.send(&Mine { mine: true });
+        if done.and_then(|()| self.wire.next::<Done>()).is_err() {
+            // It was killed, or hangs, and is to have nothing in either case.
+            take_from_keepers(&self.guest_ports);
+        }
     }
 }
 
