@@ -51,6 +51,7 @@ fn actions(options: &ProxyOptions, kept: Option<Arc<Kept>>) -> Actions {
         options: Box::new(move || rule.clone()),
         pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
         reload: None,
+        succession: None,
         grace: Box::new(move || grace),
     }
 }

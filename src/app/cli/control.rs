@@ -313,6 +313,40 @@ impl Reload {
     }
 }
 
+/// Have an hvsock that runs replaced by its program as it is now, and refuse no client meanwhile
+///
+/// It starts the program that is now where its own was, with its own words and --take-over, which takes over all its
+/// listening sockets. Its connections go on, and are cut off after its grace. If the new one can't start, the old one goes
+/// on as before.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "It is for `hvsock run`. What the file says now is carried from then on.
+
+Example:
+  cargo install hvsock && hvsock upgrade"
+)]
+pub(super) struct Upgrade {
+    #[command(flatten)]
+    which: Which,
+}
+
+impl Upgrade {
+    pub(super) fn run(self) -> Outcome {
+        let path = self.which.path();
+        let before: control::Status = control::get(&path, "/v1/status")?;
+        read::<Value>(&ask(&path, "POST", "/v1/upgrade", "")?)?;
+        let after: control::Status = control::get(&path, "/v1/status")?;
+        print(format_args!(
+            "process {} (hvsock {}) has taken over from {} (hvsock {}): {}",
+            after.pid,
+            after.version,
+            before.pid,
+            before.version,
+            table::counted(after.forwards.len() as u64, "forward"),
+        ))
+    }
+}
+
 /// Stop an hvsock that runs, and wait for its end
 #[derive(Args, Debug)]
 pub(super) struct Stop {

@@ -79,6 +79,8 @@ enum Command {
     #[cfg(unix)]
     Reload(control::Reload),
     #[cfg(unix)]
+    Upgrade(control::Upgrade),
+    #[cfg(unix)]
     Stop(control::Stop),
     Cat(cat::Cat),
     Stress(stress::Stress),
@@ -166,6 +168,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Remove(remove) => remove.run(),
         #[cfg(unix)]
         Command::Reload(reload) => reload.run(),
+        #[cfg(unix)]
+        Command::Upgrade(upgrade) => upgrade.run(),
         #[cfg(unix)]
         Command::Stop(stop) => stop.run(),
         Command::Cat(cat) => cat.run(),

@@ -21,6 +21,9 @@ use super::problem::Problem;
 pub(crate) struct Status {
     pub(crate) version: String,
     pub(crate) pid: u32,
+    /// The file that says what is carried, if there is one.
+    #[serde(default)]
+    pub(crate) file: Option<String>,
     /// Since the start.
     pub(crate) uptime_seconds: f64,
     /// The end has been asked for.
