@@ -17,7 +17,7 @@ use super::driver::{Driver, Found, ListenerId, Wanted};
 use super::shared::{Accepted, Command, TurnContext};
 use crate::engine::Phase;
 use crate::engine::admission::quotas::Holder;
-use crate::engine::admission::{Full, Slot};
+use crate::engine::admission::{Full, Guest, NotServed, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
@@ -357,12 +357,14 @@ impl<D: Driver> Listeners<D> {
                     let forward = Arc::clone(&listening.forward);
                     debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
+                    let (guest, served) = take_guest(&forward, cx);
                     cx.shared.note_begin(&forward, Holder::Forward(forward.id));
                     let accepted = Accepted {
                         stream,
                         peer,
                         forward,
-                        slot,
+                        slots: [guest, slot],
+                        served,
                     };
                     self.hand_over(accepted, cx);
                 }
@@ -643,6 +645,19 @@ impl<D: Driver> Listeners<D> {
             }
         }
     }
+}
+
+/// Takes a slot for a client that was accepted, if it is a guest. Returns it, and whether the guest
+/// is served.
+fn take_guest<D: Driver>(
+    forward: &Forward,
+    cx: &TurnContext<'_, D>,
+) -> (Option<Slot>, Result<(), NotServed>) {
+    let Some(gate) = &forward.gates[Side::Client] else {
+        return (None, Ok(()));
+    };
+    let Guest { slot, served } = gate.accept(forward.id, cx.shared.reached_bound(forward.id));
+    (Some(slot), served)
 }
 
 /// Returns whether a forward has something that is checked regularly.

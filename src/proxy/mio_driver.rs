@@ -499,6 +499,10 @@ impl Driver for MioDriver {
             .register(stream, Token(token), interest())
     }
 
+    fn set_keepalive(&mut self, stream: &Stream, time: Option<Duration>) {
+        stream.set_keepalive(time);
+    }
+
     fn close(&mut self, mut stream: Stream) {
         // epoll and kqueue forget a descriptor that is closed and was never dup'ed; mio's
         // emulations must be told.
