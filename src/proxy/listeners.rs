@@ -16,6 +16,8 @@ use crate::listener::nonblocking::{has_client_left, is_broken};
 use super::driver::{Driver, Found, ListenerId, Wanted};
 use super::shared::{Accepted, Command, TurnContext};
 use crate::engine::Phase;
+#[cfg(all(test, target_os = "linux"))]
+use crate::engine::admission::Gate;
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Guest, NotServed, Slot};
 use crate::engine::counters::add_one;
@@ -69,6 +71,15 @@ impl<L> Listening<L> {
         let is_asleep = self.listener.is_some() && self.ready && self.full.is_some();
         let gate = self.forward.gates[Side::Server].as_ref();
         is_asleep && gate.is_none_or(|gate| gate.would_queue(self.forward.id))
+    }
+
+    /// Returns the gate whose VM has no slot for the listener's clients.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn full_gate(&self) -> Option<&Arc<Gate>> {
+        let is_full = self.listener.is_some() && self.ready && self.full.is_some();
+        self.forward.gates[Side::Server]
+            .as_ref()
+            .filter(|_| is_full)
     }
 
     /// Notes what keeps clients from being accepted.

@@ -347,7 +347,7 @@ impl Vm {
         }
         if lost > 0 {
             text += &format!(
-                ", {lost} slots lost to programs in the guest that don't end their connections (end them, and restart the VM)"
+                ", {lost} slots lost to programs in the guest that don't end their connections (see `hvsock doctor`)"
             );
         }
         text

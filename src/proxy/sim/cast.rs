@@ -63,7 +63,7 @@ impl Service {
             Service::NeverReads => (manner.reads, manner.ends) = (0, Ends::Never),
             Service::Closes => manner.ends = Ends::Closes,
             Service::SendsOn => {
-                (manner.says, manner.ends) = (u64::MAX, Ends::Never);
+                (manner.says, manner.ends, manner.piece) = (u64::MAX, Ends::Never, 16);
                 manner.pause = Duration::from_millis([200, 500, 3_000][rng.usize(..3)]);
             }
         }

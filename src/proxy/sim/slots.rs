@@ -100,6 +100,12 @@ impl Slots {
                 }
             }
         }
+        let full = worker
+            .listeners
+            .all()
+            .iter()
+            .filter_map(|it| it.full_gate());
+        waited_for.extend(full.map(|gate| gate.vm().state_dir.clone()));
         self.guests.insert(index, guests);
         self.waited_for.insert(index, waited_for);
         self.drains.retain(|(of, ..), _| *of != index);
