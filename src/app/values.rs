@@ -83,6 +83,22 @@ pub(super) fn some_time(value: &Value) -> Result<Duration, String> {
     }
 }
 
+/// Reads the time of TCP's keepalive; zero is off.
+pub(super) fn keepalive(value: &Value) -> Result<Duration, String> {
+    /// Linux takes no more than 32,767 s.
+    const LONGEST_KEEPALIVE: Duration = Duration::from_secs(9 * 3600);
+    if value == "off" {
+        return Ok(Duration::ZERO);
+    }
+    match time(value).map_err(|why| format!("{why}; or \"off\""))? {
+        time if time.subsec_nanos() > 0 => {
+            Err(format!("{value} is not possible: TCP counts whole seconds"))
+        }
+        time if time > LONGEST_KEEPALIVE => Err(format!("{value} is more than 9 hours")),
+        time => Ok(time),
+    }
+}
+
 /// Reads a time, or what says that there is none: a word, or null.
 pub(super) fn time_or(word: &str, value: &Value) -> Result<Option<Duration>, String> {
     match value {
@@ -280,6 +296,11 @@ pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
 /// Reads a time: `1m30s`, or a number of seconds.
 pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
     time(&text.into())
+}
+
+/// Reads the time of TCP's keepalive: seconds, or `off`.
+pub(super) fn parse_keepalive(text: &str) -> Result<Duration, String> {
+    keepalive(&text.into())
 }
 
 /// Reads a time that is not zero.

@@ -26,7 +26,8 @@ pub struct Counters {
     /// [`Timeouts`](super::rule::Timeouts) allow.
     #[cfg_attr(feature = "cli", serde(flatten))]
     pub timed_out: TimedOut,
-    /// Connections that were closed because their peer did not end them within the drain timeout.
+    /// Connections that were closed by force, because their guest did not end them within the drain
+    /// timeout, or went on sending to nobody.
     pub abandoned: u64,
     /// Bytes from the accepting to the dialled side.
     pub sent: u64,

@@ -39,7 +39,7 @@ pub enum ForwardState {
     /// It accepts clients.
     Listening,
     /// A limit is reached: new clients wait in the backlog until a connection ends. Guests are
-    /// never made to wait.
+    /// never made to wait: those beyond a limit are ended at once.
     Full {
         /// The limit.
         why: String,
@@ -117,6 +117,21 @@ pub struct VmStatus {
     pub connections: usize,
     /// The limit of connections ([`Limits::vm_connections`](super::rule::Limits::vm_connections)).
     pub limit: usize,
+    /// The slots of the VM that were lost: their connections were closed after the drain timeout,
+    /// or by force, and their programs in the guest have not ended them, so the device still counts
+    /// them. They come back when the VM is restarted, and are taken from the limit until then.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub lost: usize,
+    /// Connections that the guest has made, and that are served.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub guests: usize,
+    /// How many connections of the guest are served at a time.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub guest_limit: usize,
+    /// How many dials of the guest were ended at once since the VM was started or first seen,
+    /// because a limit was reached.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub turned_away: u64,
     /// The free slots that are reserved for forwards.
     pub reserved: usize,
     /// How many of the latest dials have not been answered yet, with neither a byte nor an EOF.

@@ -196,6 +196,9 @@ pub(crate) trait Driver: Sized {
     fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
     /// Registers a stream, readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
+    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody. Other
+    /// families always know.
+    fn set_keepalive(&mut self, stream: &Self::Stream, time: Option<Duration>);
     fn close(&mut self, stream: Self::Stream);
     /// Closes a stream so that its peer reads a reset, where the family can reset.
     fn reset(&mut self, stream: Self::Stream);

@@ -18,8 +18,10 @@ use super::driver::Lent;
 use super::driver::{Driver, Found, ListenerId, Wanted};
 use super::shared::{Accepted, Command, Hold, TurnContext};
 use crate::engine::Phase;
+#[cfg(all(test, target_os = "linux"))]
+use crate::engine::admission::Gate;
 use crate::engine::admission::quotas::Holder;
-use crate::engine::admission::{Full, Slot};
+use crate::engine::admission::{Full, Guest, NotServed, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
@@ -73,6 +75,15 @@ impl<L> Listening<L> {
         let is_asleep = self.listener.is_some() && self.ready && self.full.is_some();
         let gate = self.forward.gates[Side::Server].as_ref();
         is_asleep && gate.is_none_or(|gate| gate.would_queue(self.forward.id))
+    }
+
+    /// Returns the gate whose VM has no slot for the listener's clients.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn full_gate(&self) -> Option<&Arc<Gate>> {
+        let is_full = self.listener.is_some() && self.ready && self.full.is_some();
+        self.forward.gates[Side::Server]
+            .as_ref()
+            .filter(|_| is_full)
     }
 
     /// Notes what keeps clients from being accepted.
@@ -421,12 +432,14 @@ impl<D: Driver> Listeners<D> {
                     let forward = Arc::clone(&listening.forward);
                     debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
+                    let (guest, served) = take_guest(&forward, cx);
                     cx.shared.note_begin(&forward, Holder::Forward(forward.id));
                     let accepted = Accepted {
                         stream,
                         peer,
                         forward,
-                        slot,
+                        slots: [guest, slot],
+                        served,
                     };
                     self.hand_over(accepted, cx);
                 }
@@ -712,6 +725,19 @@ impl<D: Driver> Listeners<D> {
             }
         }
     }
+}
+
+/// Takes a slot for a client that was accepted, if it is a guest. Returns it, and whether the guest
+/// is served.
+fn take_guest<D: Driver>(
+    forward: &Forward,
+    cx: &TurnContext<'_, D>,
+) -> (Option<Slot>, Result<(), NotServed>) {
+    let Some(gate) = &forward.gates[Side::Client] else {
+        return (None, Ok(()));
+    };
+    let Guest { slot, served } = gate.accept(forward.id, cx.shared.reached_bound(forward.id));
+    (Some(slot), served)
 }
 
 /// Returns whether a forward has something that is checked regularly.

@@ -581,6 +581,10 @@ impl Driver for MioDriver {
             .register(stream, Token(token), interest())
     }
 
+    fn set_keepalive(&mut self, stream: &Stream, time: Option<Duration>) {
+        stream.set_keepalive(time);
+    }
+
     fn close(&mut self, mut stream: Stream) {
         self.unwatch(&mut stream);
         #[cfg(unix)]

@@ -425,7 +425,10 @@ fn reserve_slots(
         [None, None] => return Ok(None),
     };
     match gate.reserve(id, rule.reserved, holds) {
-        Ok(reservation) => Ok(Some(reservation)),
+        Ok(reservation) => Ok(Some(match &gates[Side::Client] {
+            Some(gate) => reservation.dialled_by(gate),
+            None => reservation,
+        })),
         Err(left) => {
             let wanted = rule.reserved;
             let why = format!("it reserves {wanted} connections of its VM, and {left} are left");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
 use crate::engine::admission::quotas::{Holder, Quotas};
-use crate::engine::admission::{Slot, Wake};
+use crate::engine::admission::{NotServed, Slot, Wake};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::{ConnectionId, ForwardId};
@@ -41,8 +41,11 @@ pub(crate) struct Accepted<S> {
     pub(super) stream: S,
     pub(super) peer: SocketName,
     pub(super) forward: Arc<Forward>,
-    /// The queued slot of the VM that the forward leads to.
-    pub(super) slot: Option<Slot>,
+    /// The slot of the VM whose guest it is, and the one that is queued at the VM that the forward
+    /// leads to.
+    pub(super) slots: [Option<Slot>; 2],
+    /// Whether it is served, if it is a guest.
+    pub(super) served: Result<(), NotServed>,
 }
 
 /// Whether clients have to wait at all listeners, since another process may serve them yet.
@@ -215,6 +218,11 @@ impl<D: Driver> Shared<D> {
                 "{cap} connections may be open, and the last {kept} are reserved for others"
             ),
         }))
+    }
+
+    /// Returns how many connections a forward may have, if it has as many.
+    pub(super) fn reached_bound(&self, forward: ForwardId) -> Option<usize> {
+        self.quotas().is_at_its_bound(Holder::Forward(forward))
     }
 
     /// Returns whether a connection dialled by another forward may wait to be accepted at this one.

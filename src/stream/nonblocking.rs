@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
-use socket2::SockRef;
+use socket2::{SockRef, TcpKeepalive};
 
 use super::blocking;
 use super::endpoint::{Endpoint, is_connected};
@@ -19,6 +19,11 @@ use crate::engine::relay::Socket;
 use crate::keeper::Link;
 use crate::name::SocketName;
 use crate::sys::{self, AsSocket, Wanted};
+
+/// How often TCP asks a silent peer, and how many questions without an answer end the connection:
+/// after a minute. Of the default keepalive of a minute that makes two.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_RETRIES: u32 = 6;
 
 /// A connected stream, or one whose connect is in progress.
 #[derive(Debug)]
@@ -111,6 +116,24 @@ impl Stream {
         if let Stream::Local(stream) = self {
             stream.leave();
         }
+    }
+
+    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody.
+    pub(crate) fn set_keepalive(&self, time: Option<Duration>) {
+        let Stream::Tcp(stream) = self else {
+            return;
+        };
+        let socket = SockRef::from(stream);
+        // Setting it fails only on a connection that has ended, as the next read says.
+        let _ = match time {
+            None => socket.set_keepalive(false),
+            Some(time) => socket.set_tcp_keepalive(
+                &TcpKeepalive::new()
+                    .with_time(time.max(Duration::from_secs(1)))
+                    .with_interval(KEEPALIVE_INTERVAL)
+                    .with_retries(KEEPALIVE_RETRIES),
+            ),
+        };
     }
 
     /// Closes, without waiting for the close of descriptors that the peer has passed.

@@ -102,11 +102,10 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     }
     for vm in status.vms() {
         lines.push(format!(
-            "VM {}: {}; {} of {} connections, {}",
+            "VM {}: {}; {}, {}",
             vm.directory,
             vm.health(now),
-            vm.status.connections,
-            vm.status.limit,
+            vm.slots(),
             table::counted(vm.status.restarts, "restart")
         ));
     }

@@ -37,6 +37,10 @@ pub(super) struct Doctor {
     #[cfg(unix)]
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = crate::app::values::parse_some_time)]
     timeout: std::time::Duration,
+    /// The control socket of the hvsock that leads to the VM, which knows how its slots are used [default: the one in your runtime directory]
+    #[cfg(unix)]
+    #[arg(long, value_name = "PATH", requires = "vm")]
+    control: Option<std::path::PathBuf>,
     /// Print JSON: {"ok": …, "checks": [{"name", "verdict", "seen", "remedy"}, …]}
     #[arg(long)]
     json: bool,
@@ -50,6 +54,8 @@ impl Doctor {
             host_ports: self.host_port,
             #[cfg(unix)]
             patience: self.timeout,
+            #[cfg(unix)]
+            control: self.control,
         });
         let ok = checks.iter().all(|check| check.verdict != Verdict::Failed);
         match self.json {

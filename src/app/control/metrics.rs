@@ -186,6 +186,21 @@ impl Families<'_, '_> {
             |it| Some(Gauge(it.limit as u64)),
         )?;
         each(
+            "hvsock_vm_lost_slots",
+            "Slots of a VM whose connections were closed and never ended by its guest; they come back when the VM is restarted.",
+            |it| Some(Gauge(it.lost as u64)),
+        )?;
+        each(
+            "hvsock_vm_guest_connections",
+            "Connections that a VM's guest has made to this host, and that are served.",
+            |it| Some(Gauge(it.guests as u64)),
+        )?;
+        each(
+            "hvsock_vm_guest_turned_away",
+            "Dials of a VM's guest that were ended at once, because a limit was reached; from 0 when the VM is restarted.",
+            |it| Some(Counter(it.turned_away)),
+        )?;
+        each(
             "hvsock_vm_unanswered",
             "How many of the latest dials to a VM have brought nothing back yet; a service that waits for its client is silent.",
             |it| Some(Gauge(it.unanswered)),

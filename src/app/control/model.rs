@@ -329,6 +329,33 @@ impl Vm {
         format!("{up}, {heard}{silent}")
     }
 
+    /// Returns in words how its slots are used: `12 of 900 connections, 3 lost`, and what to do about
+    /// it.
+    pub(crate) fn slots(&self) -> String {
+        let VmStatus {
+            connections,
+            limit,
+            lost,
+            guests,
+            guest_limit,
+            turned_away,
+            ..
+        } = self.status;
+        let mut text = format!("{connections} of {limit} connections");
+        if guests > 0 || turned_away > 0 {
+            text += &format!(", {guests} of them the guest's (of {guest_limit})");
+        }
+        if turned_away > 0 {
+            text += &format!(", {turned_away} dials of the guest ended at once");
+        }
+        if lost > 0 {
+            text += &format!(
+                ", {lost} slots lost to programs in the guest that don't end their connections (see `hvsock doctor`)"
+            );
+        }
+        text
+    }
+
     fn of(rule: &Rule, vm: &VmStatus) -> Vm {
         let hyperkit = rule.connect.hyperkit_vm().or(rule.listen.hyperkit_vm());
         let directory = hyperkit.map(|it| it.state_dir.display().to_string());

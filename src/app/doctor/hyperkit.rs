@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::check::{Check, Plan};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
+use crate::app::control::{self, Status};
 use crate::error::Result;
 use crate::file;
 use crate::hyperkit::{
@@ -69,6 +70,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
         socket(name, &vm.listen_path(*port), &remedy)
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
+    checks.extend(slots(&vm, plan.control.as_deref()));
     checks
 }
 
@@ -427,6 +429,40 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
             },
         ),
     }
+}
+
+/// How the slots of its device are used, as far as an hvsock that runs knows: the one of that control
+/// socket, or the usual one.
+fn slots(vm: &HyperkitVm, control: Option<&Path>) -> Option<Check> {
+    let name = "slots";
+    let path = control.map_or_else(control::default_path, Path::to_path_buf);
+    let status = control::get::<Status>(&path, "/v1/status");
+    let status = match (status, control) {
+        (Ok(status), _) => status,
+        // Most often none runs.
+        (Err(_), None) => return None,
+        (Err(e), Some(_)) => return Some(Check::skipped(name, e)),
+    };
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let its = |it: &&control::Vm| real(Path::new(&it.directory)) == real(&vm.state_dir);
+    let vms = status.vms();
+    let Some(known) = vms.into_iter().find(its) else {
+        let why = format!("the hvsock at {} doesn't lead to it", path.display());
+        return control.map(|_| Check::skipped(name, why));
+    };
+    let used = known.slots();
+    let is_crowded = known.status.guests > 0 && known.status.guests >= known.status.guest_limit;
+    Some(match known.status.lost {
+        0 if is_crowded => {
+            let remedy = "see in `hvsock status` to which target the guest's connections lead, and whether it hangs";
+            Check::warning(name, used, remedy)
+        }
+        0 => Check::ok(name, used),
+        _ => {
+            let remedy = "end the programs in the guest that keep connections open whose other end is gone, and restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
+            Check::warning(name, used, remedy)
+        }
+    })
 }
 
 /// Sockets that guests may dial, and that nobody listens on.

@@ -98,7 +98,7 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
     let [left, right] = Layout::horizontal(sides).areas(area);
     frame.render_widget(Line::from(name), left);
     let status = &vm.status;
-    let used = status.connections as f64 / status.limit.max(1) as f64;
+    let used = (status.connections + status.lost) as f64 / status.limit.max(1) as f64;
     let color = match status.up {
         Some(false) => Color::Red,
         _ if used >= 0.9 => Color::Red,
@@ -107,7 +107,11 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
     };
     let (connections, limit) = (status.connections, status.limit);
     let health = vm.health(SystemTime::now());
-    let text = format!("{connections} of {limit} slots; {health}");
+    let lost = match status.lost {
+        0 => String::new(),
+        lost => format!(", {lost} lost"),
+    };
+    let text = format!("{connections} of {limit} slots{lost}; {health}");
     let gauge = Gauge::default().ratio(used.clamp(0.0, 1.0)).label(text);
     let style = Style::new().fg(color).bg(Color::Black);
     frame.render_widget(gauge.gauge_style(style), right);

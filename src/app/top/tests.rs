@@ -26,6 +26,10 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
             status: VmStatus {
                 connections: 450,
                 limit: 900,
+                lost: 0,
+                guests: 0,
+                guest_limit: 800,
+                turned_away: 0,
                 reserved: 0,
                 unanswered: 3,
                 last_heard: None,

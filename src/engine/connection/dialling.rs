@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::address::Refusal;
 use crate::dial::{self, Begun, Dial, Next};
 use crate::engine::Phase;
-use crate::engine::admission::{Full, Gate, Slot};
+use crate::engine::admission::{Full, Gate, NotServed, Slot};
 use crate::engine::counters::Reason;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
@@ -58,13 +58,14 @@ pub(crate) struct Dialled<S> {
 }
 
 impl<S: Socket> Connection<S> {
-    /// Makes a connection of an accepted socket; [`begin`](Connection::begin) must follow.
+    /// Makes a connection of an accepted socket; [`begin`](Connection::begin) must follow. `slots`
+    /// are that of a guest's dial, and that which is queued at the target's VM.
     pub(crate) fn accepted(
         name: ConnectionId,
         forward: Arc<Forward>,
         socket: S,
         peer: SocketName,
-        slot: Option<Slot>,
+        slots: [Option<Slot>; 2],
         now: Instant,
     ) -> Connection<S> {
         let mut client = End::new(socket);
@@ -80,14 +81,24 @@ impl<S: Socket> Connection<S> {
             last: None,
         });
         let mut connection = Connection::new(Some(name), forward, peer, state, now);
-        connection.slots[Side::Server] = slot;
+        if let Some(guest) = &slots[Side::Client] {
+            // A dial from the guest is a sign that it runs.
+            guest.note_answer(now);
+        }
+        connection.slots = slots;
         connection.held = held;
         connection.notify(What::Accepted);
         connection
     }
 
-    /// Begins to dial the target. `watched` says whether the poller could register the client.
-    pub(crate) fn begin(&mut self, watched: io::Result<()>, cx: &mut Context<'_, S>) {
+    /// Begins to dial the target. `watched` says whether the poller could register the client,
+    /// `served` whether the client, if it is a guest, has a part in its VM's slots.
+    pub(crate) fn begin(
+        &mut self,
+        watched: io::Result<()>,
+        served: Result<(), NotServed>,
+        cx: &mut Context<'_, S>,
+    ) {
         // Guests find the port bound until the very end, but are not served any more.
         let is_closed = match cx.phase {
             Phase::Running => self.forward.is_cut(),
@@ -100,8 +111,18 @@ impl<S: Socket> Connection<S> {
                 self.refuse(&error, Reason::Other, cx);
             }
             Ok(()) if is_closed => self.refuse_cut_off(cx),
+            Ok(()) if served.is_err() => self.turn_away(served, cx),
             Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
             Ok(()) => self.begin_dial(cx),
+        }
+    }
+
+    /// Ends a guest's dial that is not served.
+    fn turn_away(&mut self, served: Result<(), NotServed>, cx: &mut Context<'_, S>) {
+        if let Err(why) = served {
+            let cause = io::Error::other(why.to_string());
+            let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
+            self.refuse(&error, Reason::Full, cx);
         }
     }
 
@@ -477,7 +498,7 @@ impl<S: Socket> Connection<S> {
             (_, Some(full), _) => {
                 let reason = match full {
                     Full::Unanswered(_) | Full::Hangs => Reason::DialTimeout,
-                    Full::Live(_) | Full::Reserved(_) => Reason::Full,
+                    Full::Live { .. } | Full::Reserved(_) => Reason::Full,
                 };
                 let error = Error::new(Operation::Connect, target, late(full.to_string()));
                 (error, reason)

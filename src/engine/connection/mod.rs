@@ -16,6 +16,7 @@
 
 mod closing;
 mod dialling;
+mod draining;
 mod idle;
 mod proving;
 mod relaying;
@@ -195,10 +196,12 @@ pub(crate) enum State<S: relay::Socket> {
     /// Relayed by threads, which also drain and close the ends, because one of them can't be
     /// polled.
     OnThreads,
-    /// Each end is drained or reset, until the given time (or until the proxy stops).
+    /// Each end is drained or reset, until the given time (or until the proxy stops). `settled` is
+    /// when the slots of ends that were given up are free again, if there are such.
     Closing {
         ends: [Option<Closing<S>>; 2],
         until: Option<Instant>,
+        settled: Option<Instant>,
     },
     /// The connection has no socket any more.
     Closed,
@@ -238,12 +241,6 @@ impl<S: relay::Socket> Connection<S> {
     ) -> Connection<S> {
         let rule = &forward.rule;
         let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
-        let guest = forward.gates[Side::Client].as_ref();
-        let guest = guest.map(|gate| gate.accept(forward.id));
-        if let Some(guest) = &guest {
-            // A dial from the guest is a sign that it runs.
-            guest.note_answer(now);
-        }
         #[cfg(all(test, target_os = "linux"))]
         transitions::note("new", state.name());
         Connection {
@@ -254,7 +251,7 @@ impl<S: relay::Socket> Connection<S> {
             state,
             wake_at: None,
             is_queued: false,
-            slots: [guest, None],
+            slots: [None, None],
             route: None,
             held: None,
             idle: Idle::new(now),
@@ -313,8 +310,12 @@ impl<S: relay::Socket> Connection<S> {
         forward.tally.refused(reason);
         forward.status_cell.set_error(error.to_string());
         self.notify(What::Refused(error));
-        // The absence of a target was logged when it was noticed.
-        if reason == Reason::Absent {
+        let is_turned_away = self.slots[Side::Client]
+            .as_ref()
+            .is_some_and(Slot::is_turned_away);
+        // The absence of a target was logged when it was noticed, and that a guest dials too much
+        // by the gate.
+        if reason == Reason::Absent || is_turned_away {
             debug!("refused a client of {}: {error}", forward.rule.listen);
             return;
         }

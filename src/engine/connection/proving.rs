@@ -41,7 +41,11 @@ impl<S: Socket> Connection<S> {
             _ => Some(now + LAST_DRAIN),
         };
         let ends = [None, Some(Closing::drain(end))];
-        let state = State::Closing { ends, until };
+        let state = State::Closing {
+            ends,
+            until,
+            settled: None,
+        };
         let mut connection = Connection::new(None, forward, SocketName::Unnamed, state, now);
         connection.slots[Side::Server] = Some(slot);
         connection

@@ -75,19 +75,23 @@ impl<D: Driver> Connections<D> {
             mut stream,
             peer,
             forward,
-            slot,
+            slots,
+            served,
         } = accepted;
         let id = self.table.next_id();
         let drain = forward.rule.timeouts.drain;
+        cx.driver.set_keepalive(&stream, forward.rule.keepalive);
         let adapted = match forward.needs_adapter(Side::Client) {
             true => cx.driver.insert_adapter(Side::Client, &mut stream, drain),
             false => Ok(()),
         };
         let watched = adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(Side::Client)));
         let name = cx.shared.next_connection();
-        let connection = Connection::accepted(name, forward, stream, peer, slot, cx.now);
+        let connection = Connection::accepted(name, forward, stream, peer, slots, cx.now);
         self.table.insert(connection);
-        self.with(id, cx, |connection, to| connection.begin(watched, to));
+        self.with(id, cx, |connection, to| {
+            connection.begin(watched, served, to)
+        });
     }
 
     /// Passes an event to its connection.
@@ -288,11 +292,13 @@ impl<D: Driver> Connections<D> {
         let Some(endpoint) = connection.as_ref().and_then(|it| it.endpoint()) else {
             return;
         };
+        let keepalive = connection.as_ref().and_then(|it| it.forward.rule.keepalive);
         let needs_check = connection.as_ref().is_some_and(|it| it.doubts_server());
         let connected = cx.driver.connect(endpoint);
         let dialled = connected.map(|(mut socket, identity)| {
             // Checked at once: if the process is gone later, the connection broke off.
             let is_inherited = needs_check && cx.driver.has_peer_ended(&socket);
+            cx.driver.set_keepalive(&socket, keepalive);
             let watched = cx.driver.watch(&mut socket, id.token(Side::Server));
             Dialled {
                 socket,

@@ -467,8 +467,20 @@ impl Driver for SimDriver {
     }
 
     fn watch(&mut self, stream: &mut SimStream, token: usize) -> io::Result<()> {
+        let kernel = self.stage.kernel();
+        let is_kept_alive = kernel.is_unix(stream.id) || kernel.kept_alive.contains(&stream.id);
+        drop(kernel);
+        assert!(
+            is_kept_alive,
+            "whether a peer is there is asked from the start"
+        );
         self.stage.kernel().watch(stream.id, self.worker, token);
         Ok(())
+    }
+
+    fn set_keepalive(&mut self, stream: &SimStream, time: Option<Duration>) {
+        assert_eq!(time, Some(Duration::from_secs(60)), "a rule's keepalive");
+        self.stage.kernel().kept_alive.insert(stream.id);
     }
 
     fn close(&mut self, stream: SimStream) {

@@ -173,6 +173,13 @@ impl Judge {
         *self.counts.entry(what).or_default() += 1;
     }
 
+    /// Counts something that has happened so often.
+    pub(super) fn count_some(&mut self, what: &'static str, count: u64) {
+        if count > 0 {
+            *self.counts.entry(what).or_default() += count;
+        }
+    }
+
     /// Notes what may keep clients from their answers.
     pub(super) fn hazard(&mut self, now: Duration, hazard: Hazard) {
         self.hazards.push((now, hazard));

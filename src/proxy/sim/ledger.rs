@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::engine::counters::{Reason, Refusals};
 use crate::engine::forward::Forward;
 use crate::engine::relay::Side;
-use crate::error::Error;
+use crate::error::{Error, Operation};
 
 use super::kernel::{Kernel, Place};
 
@@ -102,7 +102,7 @@ impl Ledger {
     }
 
     /// Notes how many connections a forward may have from now on, or from the start. Guests are
-    /// not bounded.
+    /// accepted whatever the bound is.
     pub(super) fn bound(&mut self, forward: &Arc<Forward>, since: Option<Duration>) {
         self.knows(forward);
         self.unbound(forward.id.0);
@@ -256,6 +256,10 @@ impl Ledger {
                 let is_silent = is_late || happened(Fate::Silent);
                 let fits = !text.contains("has not answered") || self.limits.vm_unanswered < 64;
                 is_silent && fits && (is_slow || !was_answered(&entry, &spots, &text, kernel))
+            }
+            // A guest's dial can't wait.
+            Reason::Full if error.operation() == Operation::Accept => {
+                self.limits.vm_connections < 100 || text.contains("of this forward")
             }
             Reason::Full => is_late && self.limits.vm_connections < 100,
             Reason::Other => {
