@@ -242,6 +242,7 @@ fn guests_reach_the_host_and_its_socket_is_made_again() {
 
     std::fs::remove_file(&file).unwrap();
     let vm = Vm::builder(dir.path()).start().unwrap();
+    assert!(vm.wait_for_listener(5000, PATIENCE));
     assert_eq!(ask_host(&vm), b"from the guest");
     assert_well(&vm);
     proxy.stop(PATIENCE);

@@ -303,13 +303,17 @@ impl Vm {
     pub fn wait_for_listener(&self, port: u32, time: Duration) -> bool {
         let path = directory::socket_path(&self.plan, hyperkit::HOST_CID, port);
         let deadline = after(Instant::now(), time);
+        let mut seen = false;
         loop {
-            if sys::is_socket_alive(&path).unwrap_or(false) {
+            // A socket is there when it is bound: it begins to listen just after.
+            let there = sys::is_socket_alive(&path).unwrap_or(false);
+            if seen && there {
                 return true;
             }
-            if Instant::now() >= deadline {
+            if !there && Instant::now() >= deadline {
                 return false;
             }
+            seen = there;
             std::thread::sleep(LOOK);
         }
     }
