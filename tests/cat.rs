@@ -99,6 +99,7 @@ fn vm(dir: &Path) -> Vm {
         .guest(7, Service::Echo)
         .guest(19, Service::Chargen)
         .guest(9, Service::Silent)
+        .strict(true)
         .start()
         .unwrap()
 }

@@ -18,6 +18,7 @@ use hvsock::{Proxy, Rule};
 fn echo_vm(directory: &std::path::Path) -> Vm {
     Vm::builder(directory)
         .guest(7, Service::Echo)
+        .strict(true)
         .start()
         .unwrap()
 }
@@ -709,6 +710,7 @@ fn a_stop_cuts_off_after_the_grace_and_hurts_no_vm() {
     let vm = Vm::builder(dir.path())
         .guest(19, Service::Chargen)
         .guest(20, Service::Silent)
+        .strict(true)
         .start()
         .unwrap();
     let rules = [19, 20].map(|port| Rule::new(any_tcp(), hyperkit(dir.path(), port)));
