@@ -82,6 +82,8 @@ mod file;
 pub mod framing;
 pub mod hyperkit;
 pub mod hyperv;
+#[cfg(unix)]
+pub mod keeper;
 mod listener;
 pub mod mio;
 mod mux;

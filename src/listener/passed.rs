@@ -52,6 +52,7 @@ fn take(socket: Socket) -> io::Result<Listener> {
         };
         let small_buffers = sys::make_room(&SockRef::from(&socket));
         let listener = LocalListener::Unix {
+            kept: None,
             listener: mio::net::UnixListener::from_std(socket.into()),
             file: None,
             descriptors,

@@ -136,7 +136,13 @@ pub(crate) trait Driver: Sized {
         timeout: Option<Duration>,
     ) -> io::Result<()>;
 
-    fn watch_listener(&mut self, listener: &mut Self::Listener, token: usize) -> io::Result<()>;
+    /// Registers the listener of a rule, once. A keeper may be given a copy of it.
+    fn watch_listener(
+        &mut self,
+        listener: &mut Self::Listener,
+        token: usize,
+        rule: &Rule,
+    ) -> io::Result<()>;
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
     /// Checks whether a listener's file is still there, and binds the address again if it is
     /// missing; the result is an [`Event::Listener`]. Returns false if the listener has no file of
@@ -154,7 +160,8 @@ pub(crate) trait Driver: Sized {
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     );
-    /// Closes a listener and removes its file. `done` is notified when the address is free.
+    /// Closes a listener and removes its file; a keeper that has a copy of it accepts there from
+    /// now on. `done` is notified when the address can be bound again.
     fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
 
     /// Begins to connect. For a hyperkit VM it also returns the VM's identity.
@@ -169,6 +176,8 @@ pub(crate) trait Driver: Sized {
     fn close(&mut self, stream: Self::Stream);
     /// Closes a stream so that its peer reads a reset, where the family can reset.
     fn reset(&mut self, stream: Self::Stream);
+    /// Leaves a stream to the keeper, which closes it when this process has ended.
+    fn leave(&mut self, stream: Self::Stream);
 
     /// Resolves `host`; the result is an [`Event::Resolved`].
     fn resolve(&mut self, token: usize, host: &str, port: u16);

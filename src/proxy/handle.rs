@@ -7,6 +7,8 @@ use crate::engine::id::ForwardId;
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{ConnectionStatus, ForwardStatus};
 use crate::error::Result;
+#[cfg(unix)]
+use crate::keeper::{LinkStatus, View};
 
 use super::controller::Controller;
 use super::mio_driver::MioDriver;
@@ -14,12 +16,16 @@ use super::mio_driver::MioDriver;
 /// A handle of a running proxy, with which any thread can inspect, change and stop it. It does not
 /// keep the proxy running.
 #[derive(Clone, Debug)]
-pub struct Handle(pub(super) Controller<MioDriver>);
+pub struct Handle {
+    pub(super) controller: Controller<MioDriver>,
+    #[cfg(unix)]
+    pub(super) keeper: Option<View>,
+}
 
 impl Handle {
     /// Returns the status of all forwards, in the order in which their rules were given.
     pub fn forwards(&self) -> Vec<ForwardStatus> {
-        self.0.forwards()
+        self.controller.forwards()
     }
 
     /// Adds a rule to the proxy, and returns the identifier of its forward.
@@ -29,7 +35,7 @@ impl Handle {
     /// stopping; `TimedOut` if the worker does not answer, in which case the rule is not added
     /// later either.
     pub fn add(&self, rule: Rule) -> Result<ForwardId> {
-        self.0.add(rule)
+        self.controller.add(rule)
     }
 
     /// Replaces the rule of a forward. The new rule applies to clients that are accepted from now
@@ -42,13 +48,13 @@ impl Handle {
     /// permissions of the socket's file can't be changed; `TimedOut` if the worker does not answer.
     /// In all these cases the old rule stays.
     pub fn replace(&self, id: ForwardId, rule: Rule) -> Result<()> {
-        self.0.replace(id, rule)
+        self.controller.replace(id, rule)
     }
 
     /// Sets the limits of a VM, in place of the earlier ones. Existing connections beyond them
     /// stay.
     pub fn limit_vm(&self, limits: &VmLimits) {
-        self.0.limit_vm(limits);
+        self.controller.limit_vm(limits);
     }
 
     /// Removes a forward, and stops listening for it. Its connections go on, and are cut off after
@@ -62,32 +68,39 @@ impl Handle {
     /// Returns `NotFound` if there is no such forward; `TimedOut` if the worker does not answer, in
     /// which case the forward is removed as soon as it does.
     pub fn remove(&self, id: ForwardId, grace: Duration) -> Result<()> {
-        self.0.remove(id, grace)
+        self.controller.remove(id, grace)
     }
 
     /// Returns the status of all live connections, including those of removed forwards.
     pub fn connections(&self) -> Vec<ConnectionStatus> {
-        self.0.connections()
+        self.controller.connections()
     }
 
     /// Returns whether all workers that have not ended answer within `patience`, so that none of
     /// them hangs. This is meant for a watchdog.
     pub fn answers_within(&self, patience: Duration) -> bool {
-        self.0.answers_within(patience)
+        self.controller.answers_within(patience)
+    }
+
+    /// Returns the state of the keeper that keeps the VMs of this proxy whole when it is gone;
+    /// `None` if it is configured without one.
+    #[cfg(unix)]
+    pub fn keeper(&self) -> Option<LinkStatus> {
+        self.keeper.as_ref().map(View::status)
     }
 
     /// Returns the number of connections that are not closed yet.
     pub fn live(&self) -> usize {
-        self.0.live()
+        self.controller.live()
     }
 
     /// Returns whether the proxy was told to stop.
     pub fn is_stopping(&self) -> bool {
-        self.0.is_stopping()
+        self.controller.is_stopping()
     }
 
     /// Stops the proxy, as [`Proxy::stop`](super::Proxy::stop) does.
     pub fn stop(&self, grace: Duration) {
-        self.0.stop(grace);
+        self.controller.stop(grace);
     }
 }

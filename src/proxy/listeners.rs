@@ -144,7 +144,8 @@ impl<D: Driver> Listeners<D> {
         let is_free = |it: &Listening<D::Listener>| it.removed && it.pending_checks == 0;
         let free = self.all.iter().position(is_free);
         let index = free.unwrap_or(self.all.len());
-        cx.driver.watch_listener(&mut listener, index)?;
+        cx.driver
+            .watch_listener(&mut listener, index, &forward.rule)?;
         Self::note_name(&listener, forward.id, cx);
         let listening = Listening {
             listener: Some(listener),
@@ -592,7 +593,8 @@ impl<D: Driver> Listeners<D> {
                 if let Some(old) = listening.listener.take() {
                     cx.driver.close_listener(old, None);
                 }
-                if let Err(e) = cx.driver.watch_listener(&mut listener, of.token) {
+                let rule = &forward.rule;
+                if let Err(e) = cx.driver.watch_listener(&mut listener, of.token, rule) {
                     cx.driver.close_listener(listener, None);
                     listening.set_obstacle(Obstacle::Lost, &e);
                     error!("cannot watch {listen}: {e}");

@@ -19,6 +19,8 @@ use crate::address::{Address, HyperkitVm};
 use crate::engine::connection::Socket;
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
+#[cfg(unix)]
+use crate::keeper::Link;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
 use crate::name::SocketName;
@@ -111,13 +113,18 @@ pub(crate) struct MioDriver {
     relay_threads: HashMap<usize, RelayThreads>,
     adapters: Arc<Adapters>,
     housekeeper: Housekeeper,
+    #[cfg(unix)]
+    keeper: Option<Link>,
     /// The processes of VMs that were looked up last.
     #[cfg(unix)]
     processes: VecDeque<sys::Process>,
 }
 
 impl MioDriver {
-    pub(crate) fn new(housekeeper: Housekeeper) -> io::Result<MioDriver> {
+    pub(crate) fn new(
+        housekeeper: Housekeeper,
+        #[cfg(unix)] keeper: Option<Link>,
+    ) -> io::Result<MioDriver> {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let events = Events::with_capacity(EVENTS);
@@ -130,6 +137,8 @@ impl MioDriver {
             relay_threads: HashMap::new(),
             adapters: Arc::default(),
             housekeeper,
+            #[cfg(unix)]
+            keeper,
             #[cfg(unix)]
             processes: VecDeque::new(),
         })
@@ -170,6 +179,18 @@ impl MioDriver {
     fn close_at_once(&self, mut listener: Listener) -> Option<Arc<SocketFile>> {
         let _ = listener.unwatch(self.poll.registry());
         listener.file()
+    }
+
+    /// Prepares a stream to be closed. epoll and kqueue forget a descriptor that is closed and was
+    /// never dup'ed; mio's emulations must be told, and so must epoll if a keeper has a copy.
+    fn unwatch(&self, stream: &mut Stream) {
+        #[cfg(unix)]
+        let is_kept = stream.is_kept();
+        #[cfg(not(unix))]
+        let is_kept = false;
+        if is_kept || !sys::KERNEL_EDGES {
+            let _ = stream.deregister(self.poll.registry());
+        }
     }
 
     /// Appends the events of the last poll. Returns how many there were.
@@ -293,6 +314,10 @@ impl Socket for Stream {
         Stream::unacknowledged(self)
     }
 
+    fn is_guarded(&self) -> bool {
+        Stream::is_guarded(self)
+    }
+
     fn local_name(&self) -> Option<SocketName> {
         self.local_addr().ok()
     }
@@ -378,7 +403,12 @@ impl Driver for MioDriver {
         Ok(())
     }
 
-    fn watch_listener(&mut self, listener: &mut Listener, token: usize) -> io::Result<()> {
+    fn watch_listener(
+        &mut self,
+        listener: &mut Listener,
+        token: usize,
+        rule: &Rule,
+    ) -> io::Result<()> {
         let notifier = Arc::clone(&self.notifier);
         let tell = move || {
             let readiness = Readiness {
@@ -387,11 +417,26 @@ impl Driver for MioDriver {
             };
             notifier.notify(Report::Event(Event::Ready { token, readiness }));
         };
-        listener.watch(self.poll.registry(), Token(token), tell)
+        listener.watch(self.poll.registry(), Token(token), tell)?;
+        #[cfg(unix)]
+        if let Some(keeper) = &self.keeper {
+            listener.keep(keeper, &rule.listen);
+        }
+        #[cfg(not(unix))]
+        let _ = rule;
+        Ok(())
     }
 
     fn accept(&mut self, listener: &Listener) -> io::Result<(Stream, SocketName)> {
-        listener.accept()
+        let accepted = listener.accept();
+        #[cfg(unix)]
+        let accepted = accepted.map(|(mut stream, peer)| {
+            if let Some(keeper) = self.keeper.as_ref().filter(|_| listener.is_kept()) {
+                stream.keep(keeper);
+            }
+            (stream, peer)
+        });
+        accepted
     }
 
     fn check_file(&mut self, listener: &Listener, of: ListenerId, rule: &Rule) -> bool {
@@ -447,6 +492,8 @@ impl Driver for MioDriver {
     }
 
     fn close_listener(&mut self, listener: Listener, done: Option<Sender<()>>) {
+        #[cfg(unix)]
+        listener.leave_file();
         let file = self.close_at_once(listener);
         let directory = file.as_ref().map(|file| file.directory().to_owned());
         let remove = move || {
@@ -463,11 +510,18 @@ impl Driver for MioDriver {
     /// Connects, and looks the path up again for the VM's identity: connect(2) takes a path only.
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
         let stream = Stream::connect(endpoint)?;
-        let identity = match endpoint {
-            Endpoint::Hyperkit(hyperkit) => identity_of_vm(&hyperkit.vm),
-            _ => None,
+        let Endpoint::Hyperkit(hyperkit) = endpoint else {
+            return Ok((stream, None));
         };
-        Ok((stream, identity))
+        #[cfg(unix)]
+        let stream = {
+            let mut stream = stream;
+            if let Some(keeper) = &self.keeper {
+                stream.keep(keeper);
+            }
+            stream
+        };
+        Ok((stream, identity_of_vm(&hyperkit.vm)))
     }
 
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
@@ -500,19 +554,23 @@ impl Driver for MioDriver {
     }
 
     fn close(&mut self, mut stream: Stream) {
-        // epoll and kqueue forget a descriptor that is closed and was never dup'ed; mio's
-        // emulations must be told.
-        if !sys::KERNEL_EDGES {
-            let _ = stream.deregister(self.poll.registry());
-        }
+        self.unwatch(&mut stream);
+        #[cfg(unix)]
+        stream.end_kept();
         stream.close();
     }
 
     fn reset(&mut self, mut stream: Stream) {
-        if !sys::KERNEL_EDGES {
-            let _ = stream.deregister(self.poll.registry());
-        }
+        self.unwatch(&mut stream);
+        #[cfg(unix)]
+        stream.end_kept();
         stream.reset();
+    }
+
+    fn leave(&mut self, mut stream: Stream) {
+        self.unwatch(&mut stream);
+        #[cfg(unix)]
+        stream.leave();
     }
 
     fn resolve(&mut self, token: usize, host: &str, port: u16) {
@@ -558,8 +616,14 @@ impl Driver for MioDriver {
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
         let gate = Arc::clone(gate);
         let directory = gate.vm().state_dir.clone();
+        #[cfg(unix)]
+        let keeper = self.keeper.as_ref().map(Link::view);
         self.ask_housekeeper(&directory, move || {
             let vm = gate.vm();
+            #[cfg(unix)]
+            if let Some(keeper) = keeper {
+                keeper.look_after(&vm.state_dir);
+            }
             Event::VmSeen {
                 identity: identity_of_vm(vm),
                 process: hyperkit::running_pid(&vm.state_dir),

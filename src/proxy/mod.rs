@@ -65,6 +65,8 @@ use crate::address::{Address, Waiter};
 use crate::engine::admission::{GateLimits, Wake};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
+#[cfg(unix)]
+use crate::keeper::{self, Keeper, Link};
 use crate::listener::Listener;
 
 use controller::Controller;
@@ -126,6 +128,11 @@ pub struct ProxyConfig {
     /// The number of descriptors that the program needs besides this proxy. They are not used for
     /// connections.
     pub other_descriptors: usize,
+    /// The program that keeps hyperkit VMs whole when this proxy is gone: see
+    /// [`keeper`](crate::keeper). `None`: there is none. It is started when the first rule with a
+    /// hyperkit VM comes.
+    #[cfg(unix)]
+    pub keeper: Option<Keeper>,
 }
 
 impl ProxyConfig {
@@ -141,6 +148,8 @@ impl ProxyConfig {
             forbidden: Vec::new(),
             listeners: Vec::new(),
             other_descriptors: 0,
+            #[cfg(unix)]
+            keeper: None,
         }
     }
 }
@@ -177,7 +186,7 @@ impl Proxy {
         let first = workers.remove(0);
         let mut proxy = Proxy::spawn(handle, workers)?;
         begun(proxy.handle());
-        let ended = run_worker(first, 0, &proxy.handle.0.shared);
+        let ended = run_worker(first, 0, &proxy.handle.controller.shared);
         let others = proxy.join();
         ended.map_err(fail).and(others)
     }
@@ -197,11 +206,11 @@ impl Proxy {
         for worker in workers {
             let index = worker.index;
             let thread = std::thread::Builder::new().name(format!("hvsock-{index}"));
-            let shared = Arc::clone(&proxy.handle.0.shared);
+            let shared = Arc::clone(&proxy.handle.controller.shared);
             let run = move || run_worker(worker, index, &shared);
             let thread = thread.spawn(run).map_err(|e| {
                 // The workers that run need not wait for those that never will.
-                let shared = &proxy.handle.0.shared;
+                let shared = &proxy.handle.controller.shared;
                 let missing = shared.inboxes.len() - proxy.threads.len();
                 shared.stopping.fetch_add(missing, Ordering::AcqRel);
                 shared.ended.fetch_add(missing, Ordering::AcqRel);
@@ -274,12 +283,24 @@ fn prepare(
     waiter: fn(&Address) -> Waiter,
 ) -> Result<(Handle, Vec<Worker<MioDriver>>)> {
     let mut housekeeper = None;
+    #[cfg(unix)]
+    let mut config = config;
+    #[cfg(unix)]
+    let keeper = config.keeper.take().map(Link::new);
+    #[cfg(unix)]
+    if keeper.is_some() {
+        config.other_descriptors += keeper::DESCRIPTORS;
+    }
     let make = || {
         let housekeeper = match &mut housekeeper {
             Some(there) => there,
             none => none.insert(Housekeeper::start()?),
         };
-        let driver = MioDriver::new(housekeeper.clone())?;
+        let driver = MioDriver::new(
+            housekeeper.clone(),
+            #[cfg(unix)]
+            keeper.clone(),
+        )?;
         let waker = driver.waker();
         let wake: Wake = Arc::new(move || {
             // Waking fails only when the loop is gone; then there is nothing to wake.
@@ -288,7 +309,12 @@ fn prepare(
         Ok((driver, wake))
     };
     let (controller, workers) = assemble(config, waiter, make)?;
-    Ok((Handle(controller), workers))
+    let handle = Handle {
+        controller,
+        #[cfg(unix)]
+        keeper: keeper.map(|keeper| keeper.view()),
+    };
+    Ok((handle, workers))
 }
 
 /// Binds all listeners, and makes the workers. `make` makes the driver of each, and the function

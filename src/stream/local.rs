@@ -10,6 +10,7 @@ use mio::event::Source;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use crate::address::{HyperkitAddress, UnixAddress};
+use crate::keeper::{Kept, Link, When};
 use crate::{hyperkit, sys};
 
 use super::closer;
@@ -38,6 +39,9 @@ impl Descriptors {
 /// A connected socket, or one whose connect is in progress.
 #[derive(Debug)]
 pub(crate) struct Local {
+    /// The note that a keeper has a copy of it. It is the first field, and so dropped before the
+    /// socket is closed.
+    kept: Option<Kept>,
     /// mio has no name for an AF_VSOCK socket, but its Unix stream carries any stream socket.
     stream: mio::net::UnixStream,
     /// The connect may take a while.
@@ -70,6 +74,7 @@ impl Local {
     pub(crate) fn from_vsock(socket: Socket) -> Local {
         let stream = std::os::unix::net::UnixStream::from(OwnedFd::from(socket));
         Local {
+            kept: None,
             stream: mio::net::UnixStream::from_std(stream),
             is_vsock: true,
             peer: None,
@@ -83,6 +88,7 @@ impl Local {
     pub(crate) fn from_unix(stream: mio::net::UnixStream, descriptors: Descriptors) -> Local {
         let peer = sys::connector(stream.as_fd()).ok();
         Local {
+            kept: None,
             stream,
             is_vsock: false,
             // 0: of another PID namespace.
@@ -92,6 +98,53 @@ impl Local {
             descriptors,
             #[cfg(target_os = "linux")]
             stopped: false,
+        }
+    }
+
+    /// Has a keeper keep a copy of it, until it is closed.
+    pub(super) fn keep(&mut self, keeper: &Link) {
+        self.kept = keeper.keep_connection(self.stream.as_fd());
+    }
+
+    /// Returns whether a keeper has a copy of it.
+    pub(super) fn is_guarded(&self) -> bool {
+        self.kept.as_ref().is_some_and(Kept::is_guarded)
+    }
+
+    /// Returns whether it was given to a keeper.
+    pub(super) fn is_kept(&self) -> bool {
+        self.kept.is_some()
+    }
+
+    /// Ends both directions, for a close doesn't while a keeper has a copy, and has the keeper close
+    /// that.
+    pub(super) fn end_kept(&mut self) {
+        let Some(kept) = self.kept.take() else {
+            return;
+        };
+        let socket = SockRef::from(&self.stream);
+        let peeked = socket.peek(&mut [MaybeUninit::uninit()]);
+        let has_ended = match peeked {
+            Ok(bytes) => bytes == 0,
+            Err(e) => e.kind() != io::ErrorKind::WouldBlock,
+        };
+        // One direction after the other: together they fail if one has ended (macOS).
+        let _ = socket.shutdown(Shutdown::Write);
+        let when = match has_ended {
+            true => When::Later,
+            false => {
+                let _ = socket.shutdown(Shutdown::Read);
+                // On macOS that alone doesn't keep the peer from writing.
+                When::Now
+            }
+        };
+        kept.release(when);
+    }
+
+    /// Leaves it to the keeper, which ends it when this process has ended.
+    pub(super) fn leave(mut self) {
+        if let Some(kept) = self.kept.take() {
+            kept.leave();
         }
     }
 

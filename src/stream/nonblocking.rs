@@ -15,6 +15,8 @@ use super::inner::Inner;
 use super::local::Local;
 use crate::address::Address;
 use crate::engine::relay::Socket;
+#[cfg(unix)]
+use crate::keeper::Link;
 use crate::name::SocketName;
 use crate::sys::{self, AsSocket, Wanted};
 
@@ -69,6 +71,45 @@ impl Stream {
         };
         if let Stream::Tcp(stream) = self {
             set_tcp_options(SockRef::from(stream));
+        }
+    }
+
+    /// Has a keeper keep a copy of it, until it is closed.
+    #[cfg(unix)]
+    pub(crate) fn keep(&mut self, keeper: &Link) {
+        if let Stream::Local(stream) = self {
+            stream.keep(keeper);
+        }
+    }
+
+    /// Returns whether it was given to a keeper.
+    #[cfg(unix)]
+    pub(crate) fn is_kept(&self) -> bool {
+        matches!(self, Stream::Local(stream) if stream.is_kept())
+    }
+
+    /// Ends both directions of one that was given to a keeper, which is to be closed.
+    #[cfg(unix)]
+    pub(crate) fn end_kept(&mut self) {
+        if let Stream::Local(stream) = self {
+            stream.end_kept();
+        }
+    }
+
+    /// Returns whether a keeper has a copy of it.
+    pub(crate) fn is_guarded(&self) -> bool {
+        match self {
+            #[cfg(unix)]
+            Stream::Local(stream) => stream.is_guarded(),
+            _ => false,
+        }
+    }
+
+    /// Leaves it to the keeper, which ends it when this process has ended.
+    #[cfg(unix)]
+    pub(crate) fn leave(self) {
+        if let Stream::Local(stream) = self {
+            stream.leave();
         }
     }
 

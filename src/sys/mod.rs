@@ -11,7 +11,8 @@
 //!   without following a symbolic link and without touching the file in any way that its owner
 //!   could notice.
 //! * `refuse_descriptors(socket)`, `refuses_descriptors(socket)`, `receive(socket, buffer)`:
-//!   descriptors that a peer passes.
+//!   descriptors that a peer passes; `send(socket, bytes, descriptor)`: one passed to a peer.
+//! * `detach()`: makes this process independent of the one that has started it.
 //! * `Place::of(path)`: a file by its directory and name, to be changed only if it is still the
 //!   right one, no link followed.
 //! * `set_bound_mode(socket, mode)`: the permissions of the file that a bind of this socket will

@@ -8,10 +8,14 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::Failure;
+#[cfg(unix)]
+use super::complain;
 use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::hyperkit::{Places, find};
+#[cfg(unix)]
+use crate::keeper::Keeper;
 use crate::proxy::{ProxyConfig, Rule};
 use crate::sys;
 
@@ -71,6 +75,30 @@ pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, F
     Ok(HvsockAddress::new(vm, service).into())
 }
 
+/// Whether there is a keeper.
+#[cfg(unix)]
+#[derive(Args, Clone, Copy, Debug)]
+pub(super) struct KeeperOptions {
+    /// Start no keeper, the small process that ends a VM's connections gracefully when this one is killed, and goes on
+    /// accepting what the guest dials: without it, the VM may die or hang then
+    #[arg(long)]
+    no_keeper: bool,
+}
+
+#[cfg(unix)]
+impl KeeperOptions {
+    /// Has the proxy start a keeper, if one is wanted and can be had.
+    pub(super) fn apply(self, config: &mut ProxyConfig) {
+        if self.no_keeper {
+            return;
+        }
+        match Keeper::of_this_program() {
+            Ok(keeper) => config.keeper = Some(keeper),
+            Err(e) => complain(format_args!("no keeper: where is this program? {e}")),
+        }
+    }
+}
+
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ProxyOptions {
@@ -85,6 +113,9 @@ pub(super) struct ProxyOptions {
     /// Copy bytes where they could be handed from socket to socket (Linux' splice), as on other systems
     #[arg(long)]
     no_splice: bool,
+    #[cfg(unix)]
+    #[command(flatten)]
+    keeper: KeeperOptions,
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     grace: Duration,
@@ -111,6 +142,8 @@ impl ProxyOptions {
         config.limits.connections = usize::MAX;
         config.limits.vm_connections = self.vm_connections.into();
         config.limits.vm_unanswered = self.vm_unanswered.into();
+        #[cfg(unix)]
+        self.keeper.apply(&mut config);
         config
     }
 

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::manager::Manager;
+#[cfg(unix)]
+use super::options::KeeperOptions;
 use super::reconciler::RetryThread;
 use super::running::{self, Doors, NotStarted, Running};
 use super::signals::EndSignals;
@@ -15,6 +17,7 @@ use crate::app::config::{Config, Problems};
 use crate::hyperkit::Places;
 #[cfg(unix)]
 use crate::proxy::Proxy;
+use crate::proxy::ProxyConfig;
 
 const EXAMPLE: &str = "Example:
   [vm.docker]
@@ -42,6 +45,9 @@ pub(super) struct Run {
     /// The file, in TOML
     #[arg(value_name = "CONFIG")]
     file: PathBuf,
+    #[cfg(unix)]
+    #[command(flatten)]
+    keeper: KeeperOptions,
 }
 
 /// Say all that is wrong with such a file, or what it would forward
@@ -76,7 +82,14 @@ impl Check {
 impl Run {
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take_with_reload()?;
-        let (proxy, running, doors) = Running::start(&self.file).map_err(|e| match e {
+        let configure = |config: &mut ProxyConfig| {
+            #[cfg(unix)]
+            self.keeper.apply(config);
+            // Elsewhere there is none.
+            let _ = config;
+        };
+        let started = Running::start(&self.file, configure);
+        let (proxy, running, doors) = started.map_err(|e| match e {
             NotStarted::File(problems) => show(&problems),
             NotStarted::Failed(why) => why,
         })?;

@@ -83,18 +83,23 @@ fn open_doors(config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
 }
 
 impl Running {
-    /// Starts what a file asks for; what could not be had is to be tried again.
+    /// Starts what a file asks for; what could not be had is to be tried again. `configure` adds to the proxy's
+    /// configuration what the file says nothing of.
     ///
     /// # Errors
     /// All that is wrong with the file; that another hvsock is controlled where this one is to be; that
     /// there can be no proxy at all.
-    pub(super) fn start(file: &Path) -> Result<(Proxy, Running, Doors), NotStarted> {
+    pub(super) fn start(
+        file: &Path,
+        configure: impl FnOnce(&mut ProxyConfig),
+    ) -> Result<(Proxy, Running, Doors), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         // It starts with no forward, and gets them as when the file is read again: one that can't be had keeps
         // no other.
         let mut proxy = ProxyConfig::new(Vec::new());
         proxy.workers = config.workers;
         proxy.splice = config.splice;
+        configure(&mut proxy);
         // Without it there are fewer; the proxy knows.
         let _ = sys::raise_descriptor_limit();
         proxy.limits.connections = usize::MAX;

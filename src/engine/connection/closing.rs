@@ -172,6 +172,11 @@ impl<S: Socket> Connection<S> {
                 cx.request(Action::Reset(end.socket));
                 continue;
             }
+            // At the end of the process, its keeper has all the time that the guest needs.
+            if cx.phase == Phase::Cutting && end.socket.is_guarded() {
+                cx.request(Action::Leave(end.socket));
+                continue;
+            }
             // First the input is shut down (on Linux the device's next write then fails, and it
             // tells the guest); then what has arrived is read. A close with unread data kills the
             // VM.

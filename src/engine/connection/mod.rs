@@ -65,6 +65,9 @@ pub(crate) trait Socket: relay::Socket {
     fn unix_peer_name(&self) -> Option<Vec<u8>>;
     /// Returns whether this accepted Unix socket was connected by this process.
     fn is_from_this_process(&self) -> bool;
+    /// Returns whether another process has a copy of it, and will close it gracefully when this
+    /// process has ended.
+    fn is_guarded(&self) -> bool;
 }
 
 /// What the loop is to do for a connection.
@@ -100,6 +103,8 @@ pub(crate) enum Action<S> {
     Close(S, Option<Slot>),
     /// Close a socket so that its peer reads a reset; where the family has none, close it.
     Reset(S),
+    /// Leave a socket to the process that has a copy of it.
+    Leave(S),
     /// Drop the connection, which is closed.
     Drop,
 }

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs, io};
 
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -16,6 +17,8 @@ use crate::sys::{self, Identity, Place};
 pub(crate) struct SocketFile {
     path: PathBuf,
     identity: Identity,
+    /// Whether another process has the socket, and removes the file.
+    is_left: AtomicBool,
 }
 
 impl SocketFile {
@@ -34,6 +37,30 @@ impl SocketFile {
         self.path.parent().unwrap_or(Path::new(""))
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Leaves the file to another process that has the socket: it is not removed.
+    pub(crate) fn leave(&self) {
+        self.is_left.store(true, Ordering::Relaxed);
+    }
+
+    /// Gives it another name in its directory, in the place of what has that name.
+    ///
+    /// # Errors
+    /// What the system says; it keeps its name then.
+    pub(crate) fn rename(mut self, path: &Path) -> io::Result<SocketFile> {
+        let name = path.file_name().unwrap_or_default();
+        Place::of(&self.path)?.rename(self.identity, name)?;
+        self.path = path.to_path_buf();
+        Ok(self)
+    }
+
     /// Sets its permissions, unless another file has its name by now.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
         Place::of(&self.path)?.set_mode(self.identity, mode)
@@ -42,6 +69,9 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if self.is_left.load(Ordering::Relaxed) {
+            return;
+        }
         // Another file may have the name by now, or none.
         let _ = Place::of(&self.path).and_then(|place| place.remove(self.identity));
     }
@@ -92,6 +122,7 @@ pub(crate) fn bind(
         let file = SocketFile {
             path: path.to_path_buf(),
             identity: Place::of(path)?.finish_bind(mode)?,
+            is_left: AtomicBool::new(false),
         };
         Ok((socket, file))
     };

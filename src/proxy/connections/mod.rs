@@ -237,6 +237,7 @@ impl<D: Driver> Connections<D> {
                 return drop(slot);
             }
             Action::Reset(stream) => return cx.driver.reset(stream),
+            Action::Leave(stream) => return cx.driver.leave(stream),
             Action::Drop => return self.drop_connection(id, cx),
             other => other,
         };
@@ -277,7 +278,7 @@ impl<D: Driver> Connections<D> {
             }
             Action::LookAtThreads => self.look_at_threads(id, cx),
             Action::CutThreads => cx.driver.cut_threads(id.token(Side::Client)),
-            Action::Close(..) | Action::Reset(_) | Action::Drop => {}
+            Action::Close(..) | Action::Reset(_) | Action::Leave(_) | Action::Drop => {}
         }
     }
 

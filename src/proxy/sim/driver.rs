@@ -107,6 +107,10 @@ impl connection::Socket for SimStream {
         Some(path.as_os_str().as_encoded_bytes().to_vec())
     }
 
+    fn is_guarded(&self) -> bool {
+        false
+    }
+
     fn is_from_this_process(&self) -> bool {
         self.stage.kernel().owner_of_peer(self.id) == Some(Owner::Proxy)
     }
@@ -315,7 +319,12 @@ impl Driver for SimDriver {
         Ok(())
     }
 
-    fn watch_listener(&mut self, listener: &mut SimListener, token: usize) -> io::Result<()> {
+    fn watch_listener(
+        &mut self,
+        listener: &mut SimListener,
+        token: usize,
+        _: &Rule,
+    ) -> io::Result<()> {
         let mut kernel = self.stage.kernel();
         kernel.watch_listener(listener.key, self.worker, token);
         Ok(())
@@ -453,6 +462,10 @@ impl Driver for SimDriver {
 
     fn reset(&mut self, stream: SimStream) {
         self.stage.kernel().reset(stream.id);
+    }
+
+    fn leave(&mut self, _: SimStream) {
+        unreachable!("there is no keeper");
     }
 
     fn resolve(&mut self, token: usize, host: &str, port: u16) {

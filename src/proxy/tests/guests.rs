@@ -58,16 +58,18 @@ fn guests_of(
     let mut worker = Worker::new(driver, 0, Arc::clone(&shared), true);
     worker.add_listener(listener, forward).unwrap();
     (
-        Handle(Controller {
-            binder: Arc::new(Binder::new(
-                gate_limits,
-                Waiter::of,
-                None,
-                Vec::new(),
-                Vec::new(),
-            )),
-            shared,
-        }),
+        Handle {
+            controller: Controller {
+                binder: Arc::new(Binder::new(
+                    gate_limits,
+                    Waiter::of,
+                    None,
+                    Vec::new(),
+                    Vec::new(),
+                )),
+                shared,
+            },
+        },
         address,
         thread::spawn(move || worker.run()),
     )
