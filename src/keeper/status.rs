@@ -30,6 +30,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How long a proxy that is ending may take until its keeper knows that it has ended.
 const LAST_MOMENTS: Duration = Duration::from_secs(1);
 
+/// How long a proxy that was killed may take until it shows that it is ending.
+const LAST_SIGNAL: Duration = Duration::from_millis(200);
+
 /// The pause before the keeper is asked again.
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -184,14 +187,14 @@ pub(crate) struct Taken {
 
 impl Taken {
     /// Takes the port whose socket is at `path`, if a keeper serves it. `None` if none does, such as
-    /// when another proxy listens there. It may wait for a proxy that is just ending, at most a
+    /// when another proxy listens there. It waits for a proxy that may just be ending, at most a
     /// second, and for a keeper that hangs.
     pub(crate) fn take(path: &Path) -> Option<Taken> {
         let begun = Instant::now();
         let directory = path.parent()?;
         let inode = Identity::of(path).ok()?.inode();
         loop {
-            let mut is_ending = false;
+            let mut patience = Duration::ZERO;
             for (mut client, status) in clients(directory) {
                 let Some(port) = status.ports.iter().find(|port| port.socket == inode) else {
                     continue;
@@ -203,11 +206,17 @@ impl Taken {
                             .is_ok_and(|is_taken| is_taken)
                             .then_some(Taken { client, inode });
                     }
-                    PortState::Held => is_ending = Process::new(status.proxy).is_ending(),
+                    // A process that was killed closes its files one after the other, some time
+                    // after the signal.
+                    PortState::Held => {
+                        patience = match Process::new(status.proxy).is_ending() {
+                            true => LAST_MOMENTS,
+                            false => LAST_SIGNAL,
+                        };
+                    }
                 }
             }
-            // A process that was killed closes its files one after the other.
-            if !is_ending || begun.elapsed() > LAST_MOMENTS {
+            if begun.elapsed() >= patience {
                 return None;
             }
             std::thread::sleep(PAUSE);
