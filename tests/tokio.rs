@@ -24,6 +24,7 @@ fn vm(dir: &std::path::Path) -> Vm {
     Vm::builder(dir)
         .guest(80, Service::Http)
         .guest(7, Service::Echo)
+        .strict(true)
         .start()
         .unwrap()
 }

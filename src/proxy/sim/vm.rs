@@ -1,7 +1,7 @@
 //! A VM: hyperkit's device with its guest, or one of the VMMs behind a `CONNECT` line.
 //!
-//! The device is single-threaded. What its clients must not do is judged by the same rules as the
-//! stand-in's ([`broken_rule`]); of dials it is known how many may go how fast, and how many may be
+//! The device is single-threaded. What its clients must not do is judged by the rules of a strict
+//! stand-in ([`broken_rule`]); of dials it is known how many may go how fast, and how many may be
 //! unanswered, so that is judged as well.
 
 use std::collections::VecDeque;
@@ -14,6 +14,7 @@ use fastrand::Rng;
 
 use crate::address::{HyperkitVm, PORT_ANY, Port, VsockMuxAddress};
 use crate::simulate::judge::{HostEnd, Origin, broken_rule};
+use crate::simulate::rules::Strictness;
 
 use super::cast::Service;
 use super::judge::{Candour, Hazard, Role};
@@ -516,10 +517,12 @@ impl Vm {
             reset: kernel.error_of(slot.socket) == Some(nix::libc::ECONNRESET),
             sent: kernel.moved(slot.socket)[0],
             host_shut: kernel.has_half_closed(slot.socket),
+            // A strict device doesn't ask.
+            undelivered: false,
             age: kernel.now - slot.since,
         };
         let has_input = || kernel.unread(slot.socket) > 0;
-        let broken = broken_rule(slot.origin, end, has_input);
+        let broken = broken_rule(slot.origin, end, Strictness::Strict, has_input);
         assert!(
             broken.is_none(),
             "hyperkit's device is hurt: {} ({:?}, {end:?})",
