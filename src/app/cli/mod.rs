@@ -23,6 +23,8 @@ mod signals;
 #[cfg(unix)]
 mod simulate;
 mod spec;
+#[cfg(unix)]
+mod stop;
 mod stress;
 mod summary;
 #[cfg(unix)]
@@ -84,7 +86,7 @@ enum Command {
     #[cfg(unix)]
     Upgrade(control::Upgrade),
     #[cfg(unix)]
-    Stop(control::Stop),
+    Stop(stop::Stop),
     Cat(cat::Cat),
     Stress(stress::Stress),
     #[cfg(unix)]
