@@ -431,6 +431,71 @@ fn a_removed_port_is_served_gracefully_and_one_that_is_added_again_by_its_forwar
 }
 
 #[test]
+fn a_port_that_a_reload_takes_away_and_brings_back_is_never_without_a_listener() {
+    let dir = private_dir();
+    let (dir, target) = (dir.path(), echo_server());
+    let vm = vm(dir);
+    let file = dir.join("hvsock.toml");
+    let state = dir.join("vm");
+    let without = format!(
+        "control = \"off\"\n[vm.a]\nat = {state:?}\n[forward.echo]\nlisten = {:?}\nvm = \"a\"\nport = {ECHO}\n",
+        dir.join("echo"),
+    );
+    let with = format!(
+        "{without}[forward.dialled]\nvm = \"a\"\nguest-dials = {HOST_PORT}\nconnect = \"127.0.0.1:{target}\"\n"
+    );
+    std::fs::write(&file, &with).unwrap();
+    let running = Running::start(&["run", text(&file)]);
+    running.says("dialled:");
+    let keeper = keeper_of(dir, running.child.0.id(), |it| has_port(it, "held"));
+    let reload = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        running.signal("HUP");
+        running.says("was read again");
+    };
+    for _ in 0..3 {
+        assert!(guest_is_served(&vm));
+        reload(&without);
+        assert!(has_port(&status(dir, keeper).unwrap(), "serving"));
+        assert!(!guest_is_served(&vm));
+        reload(&with);
+    }
+    assert!(guest_is_served(&vm));
+    drop(running);
+    all_slots_come_back(&vm);
+    vm.stop();
+    nothing_is_left(dir, &[keeper]);
+}
+
+#[test]
+fn what_a_guest_does_not_end_in_time_is_left_to_the_keeper() {
+    const SILENT: u32 = 11;
+    let dir = private_dir();
+    let dir = dir.path();
+    let vm = Vm::builder(dir.join("vm")).guest(SILENT, Service::Silent);
+    let vm = vm.start().unwrap();
+    let local = format!("{}:{SILENT}", text(&dir.join("silent")));
+    let state = dir.join("vm");
+    let mut proxy = Running::start(&["expose", "--vm", text(&state), "-L", &local, "--grace", "0"]);
+    proxy.says("silent");
+    let pid = proxy.child.0.id();
+    let mut client = unix_client(&dir.join("silent"));
+    client.write_all(b"hello").unwrap();
+    eventually("it arrives", || vm.counters().bytes_to_guest == 5);
+    let keeper = keeper_of(dir, pid, |it| it["connections"] == 1);
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    keeper_of(dir, pid, |it| {
+        it["proxy_ended"] == true && it["connections"] == 1
+    });
+    // The guest's program has been told, and its end is still waited for.
+    assert_eq!(vm.counters().live_slots, 1);
+    assert_eq!(vm.fate(), None);
+    vm.stop();
+    nothing_is_left(dir, &[keeper]);
+}
+
+#[test]
 fn two_proxies_have_one_vm_and_no_port_in_common() {
     let dir = private_dir();
     let (dir, target) = (dir.path(), echo_server());

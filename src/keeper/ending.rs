@@ -16,8 +16,10 @@ const READS: usize = 4;
 /// A guest that goes on sending for longer than this is read slowly from then on.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The pause between turns in which only such guests have sent something. Some megabytes a second
-/// get through.
+/// How much of it is read in a turn.
+const SLOWLY: usize = 8 * 1024;
+
+/// The pause between turns in which only such guests have sent something.
 pub(super) const PAUSE: Duration = Duration::from_millis(20);
 
 /// A connection that is ended.
@@ -58,8 +60,12 @@ impl Ending {
         buffer.resize(BUFFER, 0);
         let is_endless = now.saturating_duration_since(self.since) > PATIENCE;
         self.ready = false;
-        for _ in 0..if is_endless { 1 } else { READS } {
-            match self.stream.read(buffer) {
+        let (reads, most) = match is_endless {
+            true => (1, SLOWLY),
+            false => (READS, BUFFER),
+        };
+        for _ in 0..reads {
+            match self.stream.read(&mut buffer[..most]) {
                 Ok(0) => return Turn::Ended,
                 Ok(_) => {}
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Turn::Open,

@@ -38,8 +38,9 @@ const MOST_WAITING: u32 = if cfg!(target_vendor = "apple") { 1 } else { 64 };
 /// How many bytes without a descriptor wait to be sent with the next one.
 const MOST_PENDING: usize = 64 * FRAME;
 
-/// How many of those that the keeper could not take before are given with the next one.
-const RETRIES: usize = 8;
+/// How many of those that the keeper could not take before it is given at a time. Others wait for
+/// the lock meanwhile.
+const BATCH: usize = 8;
 
 /// A keeper that has lived no longer than this has ended at once, and is not replaced at once.
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -105,11 +106,13 @@ impl View {
         let is_there =
             pid.is_some_and(|pid| socket_path(&directory, pid).symlink_metadata().is_ok());
         let mut state = inner.state();
-        state.give_missing(usize::MAX);
         let is_new = state.directories.insert(directory.clone());
         if is_new || (!is_there && state.pid == pid) {
             // If it can't take that now, this is called again.
             state.send(&Order::Directory(directory), When::Now);
+        }
+        if !state.missing.is_empty() {
+            inner.catch_up(state);
         }
     }
 }
@@ -150,6 +153,7 @@ impl Kept {
     }
 
     /// Has the keeper close its copy of a listening socket, whose file another process has now.
+    #[allow(dead_code)]
     pub(crate) fn forget(mut self) {
         self.finish(Some(Order::Forget(self.id)), When::Now);
     }
@@ -177,10 +181,11 @@ impl Drop for Kept {
             let entry = state.kept.get(&self.id);
             entry.is_some_and(|it| matches!(it.order, Order::Listener(..)))
         };
-        match is_listener {
-            true => self.finish(Some(Order::Serve(self.id)), When::Now),
-            false => self.finish(Some(Order::Release(self.id)), When::Later),
-        }
+        let order = match is_listener {
+            true => Order::Serve(self.id),
+            false => Order::Release(self.id),
+        };
+        self.finish(Some(order), When::Now);
     }
 }
 
@@ -229,6 +234,17 @@ struct Inner {
     keeper: Keeper,
     state: Mutex<State>,
     changed: Condvar,
+}
+
+/// What has become of those that the keeper had no copy of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// It has all of them.
+    Done,
+    /// It has some of them, and can take more.
+    Some,
+    /// It can take none now.
+    Blocked,
 }
 
 #[derive(Debug, Default)]
@@ -352,19 +368,19 @@ impl State {
         }
     }
 
-    /// Gives the keeper some of those that it has no copy of. Returns whether it has all now.
-    fn give_missing(&mut self, most: usize) -> bool {
-        for _ in 0..most {
+    /// Gives the keeper some of those that it has no copy of.
+    fn give_missing(&mut self) -> Progress {
+        for _ in 0..BATCH {
             let Some(id) = self.missing.front().copied() else {
-                break;
+                return Progress::Done;
             };
             let is_kept = self.kept.get(&id).is_some_and(|it| !it.is_given);
             if is_kept && !self.give(id) {
-                return false;
+                return Progress::Blocked;
             }
             self.missing.pop_front();
         }
-        self.missing.is_empty()
+        Progress::Some
     }
 }
 
@@ -413,7 +429,7 @@ impl Link {
             is_given: false,
         };
         state.kept.insert(id, entry);
-        if !state.give_missing(RETRIES) || !state.give(id) {
+        if state.give_missing() != Progress::Done || !state.give(id) {
             state.missing.push_back(id);
             if state.pid.is_some() && !std::mem::replace(&mut state.has_warned, true) {
                 warn!(
@@ -545,9 +561,15 @@ impl Inner {
     fn give_all(&self) {
         loop {
             let mut state = self.state();
-            let is_done = state.flush() && state.give_missing(usize::MAX);
+            let progress = match state.flush() {
+                true => state.give_missing(),
+                false => Progress::Blocked,
+            };
+            if progress == Progress::Some {
+                continue;
+            }
             state.ring();
-            let Some(ends) = state.ends.clone().filter(|_| !is_done) else {
+            let Some(ends) = state.ends.clone().filter(|_| progress != Progress::Done) else {
                 return;
             };
             drop(state);

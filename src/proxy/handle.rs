@@ -61,8 +61,10 @@ impl Handle {
     /// `grace`. When this returns, the address is free again and no new client is accepted; a
     /// client that the kernel had connected by then is still served.
     ///
-    /// For a port that a hyperkit guest dials this carries a risk: a guest that dials a port on
-    /// which nobody listens may hang its device.
+    /// A port that a hyperkit guest dials is still accepted at by the [`keeper`](crate::keeper),
+    /// which ends each connection gracefully until a forward for that port is added again. Without
+    /// a keeper this carries a risk: a guest that dials a port on which nobody listens may hang its
+    /// device.
     ///
     /// # Errors
     /// Returns `NotFound` if there is no such forward; `TimedOut` if the worker does not answer, in
