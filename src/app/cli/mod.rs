@@ -29,6 +29,8 @@ mod signals;
 #[cfg(unix)]
 mod simulate;
 mod spec;
+#[cfg(unix)]
+mod stop;
 mod stress;
 mod summary;
 #[cfg(unix)]
@@ -81,7 +83,7 @@ enum Command {
     #[cfg(unix)]
     Upgrade(control::Upgrade),
     #[cfg(unix)]
-    Stop(control::Stop),
+    Stop(stop::Stop),
     Cat(cat::Cat),
     Stress(stress::Stress),
     #[cfg(unix)]

@@ -323,12 +323,27 @@ impl Change<'_> {
     fn note_removed(&mut self, id: ForwardId) {
         let rule = self.rules[&id];
         let name = name_of(rule);
-        self.summary.warnings.extend(danger(&name, &rule.listen));
+        let danger = danger(&name, &rule.listen);
+        let danger = danger.filter(|_| !has_keeper(self.handle));
+        self.summary.warnings.extend(danger);
         self.summary.removed.push(name);
     }
 }
 
-/// What is dangerous about a forward's being removed.
+/// Whether a keeper goes on to accept what guests dial.
+fn has_keeper(handle: &Handle) -> bool {
+    #[cfg(unix)]
+    {
+        handle.keeper().is_some_and(|keeper| keeper.pid.is_some())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = handle;
+        false
+    }
+}
+
+/// What is dangerous about a forward's being removed, if there is no keeper.
 pub(super) fn danger(name: &str, listen: &Address) -> Option<String> {
     let (vm, port) = (listen.hyperkit_vm()?, listen.guest_port()?);
     let directory = vm.state_dir.display();

@@ -231,6 +231,7 @@ impl Api {
             live: self.handle.live(),
             log_dropped: output::dropped(),
             forwards: self.forwards(),
+            keeper: self.handle.keeper(),
             unserved: self
                 .endpoints
                 .iter()

@@ -65,6 +65,7 @@ fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> 
     Sample {
         status: Status {
             file: None,
+            keeper: None,
             version: "1.2.3".to_owned(),
             pid: 7,
             uptime_seconds: 60.0,

@@ -175,7 +175,7 @@ impl Slots {
     }
 }
 
-fn go_on(before: Option<&Sending>, vm: &PathBuf, received: u64, now: Duration) -> Sending {
+fn go_on(before: Option<&Sending>, vm: &Path, received: u64, now: Duration) -> Sending {
     let vm = vm.clone();
     match before {
         Some(it) if it.received == received => it.clone(),
