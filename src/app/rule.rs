@@ -53,7 +53,7 @@ struct TimeoutOptions {
     #[arg(long = "dial-timeout", value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     #[serde(deserialize_with = "read_time", serialize_with = "write_seconds")]
     dial: Duration,
-    /// Seconds a guest may take to end a connection after our half-close
+    /// Seconds a guest may take to end a connection after our half-close (10 at most if it goes on sending)
     #[arg(long = "drain-timeout", value_name = "SECONDS", default_value = "60", value_parser = parse_some_time)]
     #[serde(deserialize_with = "read_some_time", serialize_with = "write_seconds")]
     drain: Duration,

@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | [`connection`] | a connection as a state machine | all rooms below, `dial`, `stream` |
 //! | [`forward`] | a rule as workers share it: gates, counters, health | all rooms below |
-//! | [`admission`] | the gate of a VM: slots, quotas, pace | `health`, `id`, `status` |
+//! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `status` |
 //! | [`routes`] | the connections between forwards, to refuse loops | `id`, `stream` |
 //! | [`observer`] | events for the caller | `id` |
 //! | [`status`] | what a forward's status reports | `counters`, `id`, `rule` |

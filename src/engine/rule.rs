@@ -32,8 +32,8 @@ pub struct Rule {
     /// [`Limits::vm_connections`](Limits::vm_connections).
     pub reserved: usize,
     /// The most connections of this rule at a time; further clients wait in the listener's backlog,
-    /// and further guests that dial the host are ended at once. `None`: only the limits of all rules
-    /// apply.
+    /// and further dials of a hyperkit guest are ended at once. (Guests of other VMMs are not bound
+    /// by it.) `None`: only the limits of all rules apply.
     pub connections: Option<usize>,
     /// The time after which TCP asks a peer that has sent nothing whether it is still there, of TCP
     /// clients and TCP targets; in whole seconds, from 1 to 32,767. A peer that is gone without a
@@ -71,8 +71,10 @@ pub struct Timeouts {
     /// a `hvsock://` address.
     pub dial: Duration,
     /// The drain timeout: how long a guest may take to end a connection that is being closed, or
-    /// whose half-close is held back, before the connection is closed nevertheless. This applies to
-    /// guests of Hyper-V as well. For a half-close that was passed on see
+    /// whose half-close is held back, before the connection is closed nevertheless. A guest that
+    /// goes on sending though nobody is left to read is given up after ten seconds, or when clients
+    /// wait and such connections have more than a tenth of its VM's slots; it is read slowly until
+    /// then. This applies to guests of Hyper-V as well. For a half-close that was passed on see
     /// [`half_closed`](Timeouts::half_closed).
     pub drain: Duration,
     /// The idle timeout: how long an open connection may go on without a byte in either direction

@@ -122,7 +122,7 @@ pub(super) struct ProxyOptions {
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     grace: Duration,
-    /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors)
+    /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors); up to eight ninths of them may be its guest's, whose dials beyond that are ended at once
     #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]
     vm_connections: u16,
     /// Dials to one VM that the guest may leave unanswered before more clients wait, at most 400

@@ -2,7 +2,7 @@
 //! wait for, and which slots are lost.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::engine::Phase;
@@ -176,7 +176,7 @@ impl Slots {
 }
 
 fn go_on(before: Option<&Sending>, vm: &Path, received: u64, now: Duration) -> Sending {
-    let vm = vm.clone();
+    let vm = vm.to_path_buf();
     match before {
         Some(it) if it.received == received => it.clone(),
         Some(it) if now < it.last + SILENT && it.since != Duration::MAX => Sending {
