@@ -153,7 +153,7 @@ impl Kept {
     }
 
     /// Has the keeper close its copy of a listening socket, whose file another process has now.
-    #[allow(dead_code)]
+    #[cfg(feature = "cli")]
     pub(crate) fn forget(mut self) {
         self.finish(Some(Order::Forget(self.id)), When::Now);
     }
