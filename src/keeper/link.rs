@@ -49,6 +49,10 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
+/// How often it is looked whether a keeper that was started can be asked.
+#[cfg(feature = "cli")]
+const LOOK: Duration = Duration::from_millis(2);
+
 /// How many descriptors a link needs.
 pub(crate) const DESCRIPTORS: usize = 6;
 
@@ -72,6 +76,21 @@ pub(crate) struct View(Arc<Inner>);
 impl View {
     pub(crate) fn status(&self) -> LinkStatus {
         self.0.state().status()
+    }
+
+    /// Starts the keeper, if it doesn't run yet, and waits until it can be asked in the state
+    /// directory of a VM, at most for `patience`.
+    #[cfg(feature = "cli")]
+    pub(crate) fn start(&self, directory: &Path, patience: Duration) {
+        let end = Instant::now() + patience;
+        let is_there = |pid| socket_path(directory, pid).symlink_metadata().is_ok();
+        loop {
+            self.look_after(directory);
+            if self.status().pid.is_some_and(is_there) || Instant::now() >= end {
+                return;
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Sees to it that the keeper can be asked in the state directory of a VM, and has what it could
@@ -134,7 +153,7 @@ impl Kept {
     }
 
     /// Has the keeper close its copy of a listening socket, whose file another process has now.
-    #[allow(dead_code)]
+    #[cfg(feature = "cli")]
     pub(crate) fn forget(mut self) {
         self.finish(Some(Order::Forget(self.id)), When::Now);
     }

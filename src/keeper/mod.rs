@@ -85,7 +85,7 @@ impl Keeper {
 
 /// The state of a proxy's keeper, as the proxy knows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "cli", derive(serde::Serialize))]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct LinkStatus {
     /// The keeper's process, if it runs.

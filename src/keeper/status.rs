@@ -153,7 +153,7 @@ pub(crate) fn socket_path(directory: &Path, pid: u32) -> PathBuf {
 /// Returns the status of each keeper that lives and has a status socket in `directory`, in the order
 /// of their processes. It waits for a keeper that hangs, at most two seconds; keepers of other users
 /// are left out.
-#[allow(dead_code)]
+#[cfg(feature = "cli")]
 pub(crate) fn query(directory: &Path) -> Vec<KeeperStatus> {
     let asked = clients(directory).into_iter();
     asked.map(|(_, status)| status).collect()
@@ -237,7 +237,6 @@ impl Taken {
 /// # Errors
 /// Returns `NotFound` or `ConnectionRefused` if there is no such keeper; what the system says.
 #[cfg(feature = "cli")]
-#[allow(dead_code)]
 pub(crate) fn end(directory: &Path, pid: u32) -> io::Result<()> {
     Client::connect(directory, pid)?.ask("end").map(drop)
 }

@@ -30,6 +30,9 @@ pub struct Listener {
     /// Another process has bound it and may keep it: closing it here doesn't free its address.
     #[cfg(unix)]
     pub(super) is_foreign: bool,
+    /// The rule that it was bound for, if another process hands it over.
+    #[cfg(unix)]
+    pub(super) wish: Option<super::passed::Wish>,
 }
 
 impl Listener {
@@ -60,12 +63,14 @@ impl Listener {
             address,
             #[cfg(unix)]
             is_foreign: false,
+            #[cfg(unix)]
+            wish: None,
         })
     }
 
     /// Returns whether it is the socket that binding `address` would make.
     #[cfg(not(unix))]
-    pub(crate) fn is_at(&self, address: &Address) -> bool {
+    pub(crate) fn is_for(&self, _: Option<&str>, address: &Address) -> bool {
         self.address == *address
     }
 

@@ -116,6 +116,21 @@ impl LocalListener {
         }
     }
 
+    /// See [`Listener::adopt`](super::nonblocking::Listener::adopt).
+    #[cfg(feature = "cli")]
+    pub(super) fn adopt(&mut self, adopted: Option<SocketFile>) {
+        if let LocalListener::Unix {
+            file, descriptors, ..
+        } = self
+        {
+            *file = adopted.map(Arc::new);
+            // It was set so before it was bound.
+            if *descriptors == Refusal::Some {
+                *descriptors = Refusal::All;
+            }
+        }
+    }
+
     pub(super) fn file(&self) -> Option<Arc<SocketFile>> {
         match self {
             LocalListener::Unix { file, .. } => file.clone(),
@@ -137,8 +152,8 @@ impl LocalListener {
         else {
             return;
         };
-        let Some(file) = file else {
-            // Who has passed the socket has it still, and keeps the port.
+        // Who has passed the socket has it still, and keeps the port.
+        let Some(file) = file.as_ref().filter(|file| !file.is_left()) else {
             return;
         };
         let absolute = |path: &Path| std::path::absolute(path);
@@ -158,6 +173,16 @@ impl LocalListener {
     /// Returns whether it was given to a keeper.
     pub(super) fn is_kept(&self) -> bool {
         matches!(self, LocalListener::Unix { kept: Some(_), .. })
+    }
+
+    /// Has the keeper close its copy, since another process has the socket and its file now.
+    #[cfg(feature = "cli")]
+    pub(super) fn forget(&mut self) {
+        if let LocalListener::Unix { kept, .. } = self
+            && let Some(kept) = kept.take()
+        {
+            kept.forget();
+        }
     }
 
     /// Leaves the socket's file to the keeper, if that has a copy of the socket: it accepts there

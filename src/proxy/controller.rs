@@ -36,7 +36,7 @@ impl<D: Driver> Clone for Controller<D> {
 }
 
 /// How long a worker may take to answer. It answers at once, unless it hangs or has ended.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl<D: Driver> Controller<D> {
     /// See [`Handle::forwards`](super::Handle::forwards).
@@ -208,7 +208,11 @@ impl<D: Driver> Controller<D> {
 
     /// Sends a command to all workers, and returns the answers that come within `patience`. Workers
     /// that have ended give none.
-    fn ask_all<T>(&self, command: impl Fn(Sender<T>) -> Command<D>, patience: Duration) -> Vec<T> {
+    pub(super) fn ask_all<T>(
+        &self,
+        command: impl Fn(Sender<T>) -> Command<D>,
+        patience: Duration,
+    ) -> Vec<T> {
         let (tell, told) = channel();
         for inbox in &self.shared.inboxes {
             inbox.send(command(tell.clone()));
@@ -238,11 +242,11 @@ fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
     })
 }
 
-fn no_answer(so: &str) -> io::Error {
+pub(super) fn no_answer(so: &str) -> io::Error {
     let why = format!("its worker has not answered in time; {so}");
     io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
-fn stopping() -> io::Error {
+pub(super) fn stopping() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the proxy is stopping")
 }

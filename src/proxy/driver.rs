@@ -100,6 +100,15 @@ pub(crate) enum Found<L> {
     Failed(Error),
 }
 
+/// A duplicate of a listener's socket, for another process.
+#[cfg(all(unix, feature = "cli"))]
+#[derive(Debug)]
+pub(crate) struct Lent {
+    pub(crate) socket: std::os::fd::OwnedFd,
+    /// The identity of the file that this process made for it.
+    pub(crate) file: Option<crate::sys::Identity>,
+}
+
 /// Everything that a worker needs of the operating system. Functions without `self` serve callers
 /// outside of the workers' loops, which have no driver.
 pub(crate) trait Driver: Sized {
@@ -163,6 +172,20 @@ pub(crate) trait Driver: Sized {
     /// Closes a listener and removes its file; a keeper that has a copy of it accepts there from
     /// now on. `done` is notified when the address can be bound again.
     fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
+    /// Has a keeper keep a listener that another process has left to this one since it was watched.
+    #[cfg(all(unix, feature = "cli"))]
+    fn keep_listener(&mut self, listener: &mut Self::Listener, rule: &Rule);
+    /// Duplicates a listener's socket, for another process.
+    ///
+    /// # Errors
+    /// Returns `Unsupported` where no socket can be passed; the system's error, if there is no
+    /// descriptor left.
+    #[cfg(all(unix, feature = "cli"))]
+    fn lend_listener(&self, listener: &Self::Listener) -> io::Result<Lent>;
+    /// Closes a listener that another process has now, and leaves the file to that process. Clients
+    /// that wait there are not lost by that.
+    #[cfg(all(unix, feature = "cli"))]
+    fn give_listener(&mut self, listener: Self::Listener);
 
     /// Begins to connect. For a hyperkit VM it also returns the VM's identity.
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Self::Stream, Option<VmIdentity>)>;

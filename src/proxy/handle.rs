@@ -73,6 +73,38 @@ impl Handle {
         self.controller.remove(id, grace)
     }
 
+    /// See [`Controller::hand_over`].
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn hand_over(
+        &self,
+        give: impl FnOnce(Vec<super::Offered>) -> std::io::Result<Vec<ForwardId>>,
+    ) -> std::io::Result<()> {
+        self.controller.hand_over(give)
+    }
+
+    /// Starts the keeper, if there is to be one, and waits a moment until it can take what the
+    /// guests of the VM in that state directory dial.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn start_keeper(&self, directory: &std::path::Path) {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        if let Some(keeper) = &self.keeper {
+            keeper.start(directory, PATIENCE);
+        }
+    }
+
+    /// Has clients wait at all listeners, those that are added later included, until
+    /// [`admit_clients`](Handle::admit_clients).
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn hold_clients(&self) {
+        self.controller.hold(super::shared::Hold::On);
+    }
+
+    /// Accepts clients, those that have waited first. A keeper has what guests dial by then.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn admit_clients(&self) {
+        self.controller.hold(super::shared::Hold::Off);
+    }
+
     /// Returns the status of all live connections, including those of removed forwards.
     pub fn connections(&self) -> Vec<ConnectionStatus> {
         self.controller.connections()

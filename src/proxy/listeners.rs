@@ -13,8 +13,10 @@ use tracing::{debug, error, info, warn};
 use crate::engine::relay::{Side, Socket};
 use crate::listener::nonblocking::{has_client_left, is_broken};
 
+#[cfg(all(unix, feature = "cli"))]
+use super::driver::Lent;
 use super::driver::{Driver, Found, ListenerId, Wanted};
-use super::shared::{Accepted, Command, TurnContext};
+use super::shared::{Accepted, Command, Hold, TurnContext};
 use crate::engine::Phase;
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
@@ -57,6 +59,8 @@ pub(crate) struct Listening<L> {
     obstacle: Option<Obstacle>,
     /// Whether the forward was removed; the entry may be used for another listener.
     removed: bool,
+    /// Whether another process has the listener now.
+    given: bool,
     /// The sender that is notified when the address is free. It waits for pending checks of the
     /// file.
     on_closed: Option<Sender<()>>,
@@ -100,6 +104,7 @@ pub(super) struct Listeners<D: Driver> {
     all: Vec<Listening<D::Listener>>,
     /// The accepted connections that this worker is to take over.
     accepted: Vec<Accepted<D::Stream>>,
+    hold: Hold,
 }
 
 impl<D: Driver> Default for Listeners<D> {
@@ -107,6 +112,7 @@ impl<D: Driver> Default for Listeners<D> {
         Listeners {
             all: Vec::new(),
             accepted: Vec::new(),
+            hold: Hold::default(),
         }
     }
 }
@@ -159,6 +165,7 @@ impl<D: Driver> Listeners<D> {
             lost: false,
             obstacle: None,
             removed: false,
+            given: false,
             on_closed: None,
         };
         match self.all.get_mut(index) {
@@ -264,8 +271,58 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
+    /// Has clients wait at all listeners, those that are added later included, or no more.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn hold(&mut self, hold: Hold, cx: &mut TurnContext<'_, D>) {
+        self.hold = hold;
+        if hold == Hold::On {
+            return;
+        }
+        for it in &mut self.all {
+            if let Some(listener) = &mut it.listener {
+                cx.driver.keep_listener(listener, &it.forward.rule);
+            }
+        }
+    }
+
+    /// Returns duplicates of all listeners, for another process.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn lend(
+        &mut self,
+        cx: &mut TurnContext<'_, D>,
+    ) -> Vec<(ForwardId, io::Result<Lent>)> {
+        let lend = |it: &Listening<D::Listener>| {
+            let listener = it.listener.as_ref().filter(|_| !it.removed)?;
+            Some((it.forward.id, cx.driver.lend_listener(listener)))
+        };
+        self.all.iter().filter_map(lend).collect()
+    }
+
+    /// Leaves the listeners of these forwards, if this worker has them, to another process. Clients
+    /// that wait there are that process'.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn give(&mut self, forwards: &[ForwardId], cx: &mut TurnContext<'_, D>) {
+        for listening in &mut self.all {
+            let id = listening.forward.id;
+            if listening.removed || !forwards.contains(&id) {
+                continue;
+            }
+            (listening.removed, listening.given) = (true, true);
+            cx.shared.routes.remove_listener(id);
+            listening.forward.closed.store(true, Ordering::Release);
+            if let Some(listener) = listening.listener.take() {
+                cx.driver.give_listener(listener);
+            }
+            listening.set_obstacle(Obstacle::Closed, &"");
+        }
+    }
+
     /// Returns the time of the next turn without an event.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
+        // The end of the hold is a command.
+        if self.hold == Hold::On {
+            return None;
+        }
         let next = |listening: &Listening<D::Listener>| {
             let ready =
                 (listening.ready && listening.full.is_none() && listening.listener.is_some())
@@ -281,6 +338,9 @@ impl<D: Driver> Listeners<D> {
     }
 
     pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, D>) {
+        if self.hold == Hold::On {
+            return;
+        }
         for index in 0..self.all.len() {
             let listening = &mut self.all[index];
             if listening.paused_until.is_some_and(|at| at <= cx.now) {
@@ -307,6 +367,9 @@ impl<D: Driver> Listeners<D> {
 
     /// Accepts all clients that wait at a listener now, whether an event has reported them or not.
     fn accept_waiting(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
+        if self.hold == Hold::On {
+            return;
+        }
         let listening = &mut self.all[index];
         (listening.ready, listening.paused_until) = (true, None);
         // As many turns as the longest backlog needs.
@@ -549,7 +612,11 @@ impl<D: Driver> Listeners<D> {
         let takes_clients =
             cx.phase == Phase::Running || listening.forward.needs_graceful_close(Side::Client);
         match found {
-            Found::Bound(listener) if !takes_clients => cx.driver.close_listener(listener, None),
+            // If its file was removed, the process that has the listener makes it again.
+            Found::Bound(listener) if !takes_clients || listening.given => {
+                cx.driver.close_listener(listener, None);
+            }
+            _ if listening.given => {}
             found => self.take_file_state(of, found, cx),
         }
         if let Some(done) = on_closed {

@@ -26,10 +26,14 @@ use crate::listener::nonblocking::Listener;
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 use crate::stream::nonblocking::Stream;
+#[cfg(all(unix, feature = "cli"))]
+use crate::sys::AsSocket;
 use crate::sys::{self, Identity};
 use crate::{dial, hyperkit, listener, stream};
 
 use super::adapter::{self, Adapters};
+#[cfg(all(unix, feature = "cli"))]
+use super::driver::Lent;
 use super::driver::Wanted;
 use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
@@ -427,6 +431,13 @@ impl Driver for MioDriver {
         Ok(())
     }
 
+    #[cfg(all(unix, feature = "cli"))]
+    fn keep_listener(&mut self, listener: &mut Listener, rule: &Rule) {
+        if let Some(keeper) = self.keeper.as_ref().filter(|_| !listener.is_kept()) {
+            listener.keep(keeper, &rule.listen);
+        }
+    }
+
     fn accept(&mut self, listener: &Listener) -> io::Result<(Stream, SocketName)> {
         let accepted = listener.accept();
         #[cfg(unix)]
@@ -504,6 +515,23 @@ impl Driver for MioDriver {
         match directory {
             Some(directory) => self.housekeeper.run(&directory, remove),
             None => remove(),
+        }
+    }
+
+    #[cfg(all(unix, feature = "cli"))]
+    fn lend_listener(&self, listener: &Listener) -> io::Result<Lent> {
+        Ok(Lent {
+            socket: listener.as_socket().try_clone_to_owned()?,
+            file: listener.file().map(|file| file.identity()),
+        })
+    }
+
+    #[cfg(all(unix, feature = "cli"))]
+    fn give_listener(&mut self, mut listener: Listener) {
+        listener.forget();
+        // It is unregistered by that: the socket lives on, and would go on to report clients.
+        if let Some(file) = self.close_at_once(listener) {
+            file.leave();
         }
     }
 

@@ -42,6 +42,8 @@ mod descriptors;
 mod driver;
 mod forbidden;
 mod handle;
+#[cfg(all(unix, feature = "cli"))]
+mod handover;
 mod housekeeper;
 mod listeners;
 mod loops;
@@ -91,6 +93,8 @@ pub(crate) use descriptors::Descriptors as ProcessDescriptors;
 #[cfg(feature = "cli")]
 pub(crate) use forbidden::leads_to;
 pub use handle::Handle;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use handover::Offered;
 #[cfg(feature = "cli")]
 pub(crate) use loops::{describe as describe_loop, find as find_loop};
 #[cfg(feature = "cli")]

@@ -132,7 +132,10 @@ fn check_beside<'a>(rule: &'a Rule, others: impl Iterator<Item = &'a Rule> + Clo
 
 /// Refuses a passed socket that no rule wants, since its clients would wait for ever.
 pub(crate) fn all_are_wanted(passed: &[listener::Listener], rules: &[Rule]) -> Result<()> {
-    let is_wanted = |it: &listener::Listener| rules.iter().any(|rule| it.is_at(&rule.listen));
+    let is_wanted = |it: &listener::Listener| {
+        let mut rules = rules.iter();
+        rules.any(|rule| it.is_for(rule.name.as_deref(), &rule.listen))
+    };
     let Some(left) = passed.iter().find(|it| !is_wanted(it)) else {
         return Ok(());
     };
@@ -229,7 +232,7 @@ impl Binder {
         self.check_forbidden(&rule)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
-        let listener = match self.take(&rule.listen, id, others)? {
+        let listener = match self.take(&rule, id, others)? {
             Some(listener) => D::take_passed(listener),
             None => D::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
                 io::ErrorKind::AddrInUse => self.explain(e, &rule.listen, others),
@@ -253,17 +256,18 @@ impl Binder {
         self.passed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the socket that listens on `address` already, if one was passed and none of the
-    /// others uses it.
+    /// Returns the socket of a rule that listens already, if one was passed and none of the others
+    /// uses it.
     fn take(
         &self,
-        address: &Address,
+        rule: &Rule,
         id: ForwardId,
         others: &[Arc<Forward>],
     ) -> Result<Option<listener::Listener>> {
         let mut passed = self.passed();
         let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.used_by);
-        let fits = |it: &Passed| it.socket.is_at(address) && is_free(it);
+        let (name, address) = (rule.name.as_deref(), &rule.listen);
+        let fits = |it: &Passed| it.socket.is_for(name, address) && is_free(it);
         let Some(index) = passed.iter().position(fits) else {
             return Ok(None);
         };
@@ -276,6 +280,36 @@ impl Binder {
             None => passed.swap_remove(index).socket,
         };
         Ok(Some(listener))
+    }
+
+    /// Returns whether another program has bound the socket that a forward listens on.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn is_foreign(&self, forward: ForwardId) -> bool {
+        let passed = self.passed();
+        passed.iter().any(|it| it.used_by == Some(forward))
+    }
+
+    /// Calls `f` with each passed socket that none of these forwards uses.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn for_each_unused(
+        &self,
+        forwards: &[Arc<Forward>],
+        mut f: impl FnMut(&listener::Listener) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let passed = self.passed();
+        let is_free = |it: &&Passed| !forwards.iter().any(|other| Some(other.id) == it.used_by);
+        let mut free = passed.iter().filter(is_free);
+        free.try_for_each(|it| f(&it.socket))
+    }
+
+    /// Leaves the passed sockets to another process.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn give_passed(&self) {
+        for it in self.passed().drain(..) {
+            if let Some(file) = it.socket.file() {
+                file.leave();
+            }
+        }
     }
 
     /// Adds to an error about an address in use which passed socket has it, if one may be meant.

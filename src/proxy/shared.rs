@@ -19,6 +19,8 @@ use crate::engine::status::ConnectionStatus;
 use crate::name::SocketName;
 
 use super::descriptors::Descriptors;
+#[cfg(all(unix, feature = "cli"))]
+use super::driver::Lent;
 use super::driver::{Driver, Wanted};
 
 /// The context of one turn of a worker's loop.
@@ -43,6 +45,15 @@ pub(crate) struct Accepted<S> {
     pub(super) slot: Option<Slot>,
 }
 
+/// Whether clients have to wait at all listeners, since another process may serve them yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Hold {
+    #[default]
+    Off,
+    #[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
+    On,
+}
+
 /// A command to a worker.
 pub(crate) enum Command<D: Driver> {
     /// Take over this accepted connection.
@@ -56,6 +67,16 @@ pub(crate) enum Command<D: Driver> {
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time.
     Remove(Arc<Forward>, Duration, Sender<()>),
+    /// Accept no clients, and change no file, until that is allowed; report it.
+    #[cfg(all(unix, feature = "cli"))]
+    Hold(Hold, Sender<()>),
+    /// Report duplicates of all listeners.
+    #[cfg(all(unix, feature = "cli"))]
+    Lend(Sender<Vec<(ForwardId, io::Result<Lent>)>>),
+    /// Leave the listeners of these forwards to the process that has their duplicates, and report
+    /// it.
+    #[cfg(all(unix, feature = "cli"))]
+    Give(Arc<[ForwardId]>, Sender<()>),
     /// Answer.
     Ping(Sender<()>),
     /// Report the status of all connections.

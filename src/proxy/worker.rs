@@ -226,6 +226,18 @@ impl<D: Driver> Worker<D> {
                 call!(self.listeners.set_mode(forward, mode, wanted, done), now);
             }
             Command::Remove(forward, grace, done) => self.remove(forward, grace, done, now),
+            #[cfg(all(unix, feature = "cli"))]
+            Command::Hold(hold, done) => {
+                call!(self.listeners.hold(hold), now);
+                let _ = done.send(());
+            }
+            #[cfg(all(unix, feature = "cli"))]
+            Command::Lend(done) => drop(done.send(call!(self.listeners.lend(), now))),
+            #[cfg(all(unix, feature = "cli"))]
+            Command::Give(forwards, done) => {
+                call!(self.listeners.give(&forwards), now);
+                let _ = done.send(());
+            }
             Command::Ping(done) => drop(done.send(())),
             Command::ListConnections(done) => {
                 drop(done.send(call!(self.connections.statuses(), now)))

@@ -1,9 +1,8 @@
-//! `hvsock status`, `add`, `remove`, `reload`, `stop`: what is asked of an hvsock that runs, by its control socket.
+//! `hvsock status`, `add`, `remove`, `reload`, `upgrade`: what is asked of an hvsock that runs, by its control socket.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
@@ -23,6 +22,7 @@ use crate::app::control::{
 };
 use crate::app::escape;
 use crate::app::values::{local_address, parse_time};
+use crate::keeper::LinkStatus;
 use crate::proxy::{Counters, Proxy, ProxyConfig};
 
 /// How a proxy that runs can be looked at and changed.
@@ -97,6 +97,7 @@ pub(super) fn begin(
         options: Box::new(move || rule.clone()),
         pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
         reload: None,
+        succession: None,
         grace: Box::new(move || grace),
     };
     bound.map(|bound| serve(bound, proxy, actions)).transpose()
@@ -208,6 +209,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             table::counted(vm.status.restarts, "restart")
         ));
     }
+    lines.extend(status.keeper.as_ref().and_then(describe_keeper));
     for forward in &status.forwards {
         if let (Some(why), Some(since)) = (&forward.why, forward.since) {
             lines.push(format!(
@@ -233,6 +235,29 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     text
 }
 
+/// What the proxy knows of its keeper, unless none was needed yet.
+fn describe_keeper(keeper: &LinkStatus) -> Option<String> {
+    let mut text = match (keeper.pid, &keeper.trouble) {
+        (Some(pid), _) => format!(
+            "keeper: process {pid}, with copies of {} and {}",
+            table::counted(keeper.connections as u64, "connection"),
+            table::counted(keeper.ports as u64, "port")
+        ),
+        (None, Some(trouble)) => format!("keeper: none: {trouble}"),
+        (None, None) => return None,
+    };
+    if keeper.unguarded > 0 {
+        text += &format!(
+            "; {} more are unguarded: if hvsock is killed, their VM may end",
+            keeper.unguarded
+        );
+    }
+    if keeper.restarts > 0 {
+        text += &format!("; {}", table::counted(keeper.restarts, "restart"));
+    }
+    Some(text)
+}
+
 /// How many were refused, and why.
 fn refusals(counters: &Counters) -> String {
     if counters.refused == 0 {
@@ -245,7 +270,7 @@ fn refusals(counters: &Counters) -> String {
     format!("{} ({})", counters.refused, why.join(", "))
 }
 
-fn duration(seconds: f64) -> Duration {
+pub(super) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
@@ -380,7 +405,8 @@ impl Remove {
                 removed.connect
             ))?;
             let listen = listen.parse().ok();
-            if let Some(why) = listen.and_then(|listen| danger(&name, &listen)) {
+            let danger = listen.and_then(|listen| danger(&name, &listen));
+            if let Some(why) = danger.filter(|_| !has_keeper(&path)) {
                 complain(why);
             }
         }
@@ -388,7 +414,14 @@ impl Remove {
     }
 }
 
-fn query(grace: Option<Duration>) -> String {
+/// Whether the hvsock that is controlled there has a keeper, which goes on to accept what guests dial.
+fn has_keeper(path: &Path) -> bool {
+    let status = control::get::<control::Status>(path, "/v1/status");
+    let keeper = status.ok().and_then(|status| status.keeper);
+    keeper.is_some_and(|keeper| keeper.pid.is_some())
+}
+
+pub(super) fn query(grace: Option<Duration>) -> String {
     grace.map_or(String::new(), |it| format!("?grace={}", it.as_secs_f64()))
 }
 
@@ -417,39 +450,36 @@ impl Reload {
     }
 }
 
-/// Stop an hvsock that runs, and wait for its end
+/// Have an hvsock that runs replaced by its program as it is now, and refuse no client meanwhile
+///
+/// It starts the program that is now where its own was, with its own words and --take-over, which takes over all its
+/// listening sockets. Its connections go on, and are cut off after its grace. If the new one can't start, the old one goes
+/// on as before.
 #[derive(Args, Debug)]
-pub(super) struct Stop {
-    /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
-    #[arg(long, value_name = "SECONDS", value_parser = parse_time)]
-    grace: Option<Duration>,
+#[command(
+    after_help = "It is for `hvsock run`. What the file says now is carried from then on.
+
+Example:
+  cargo install hvsock && hvsock upgrade"
+)]
+pub(super) struct Upgrade {
     #[command(flatten)]
     which: Which,
 }
 
-/// How often it is looked whether it has ended.
-const LOOK: Duration = Duration::from_millis(100);
-
-/// How much longer than its grace an hvsock may take: the connections of guests are closed gracefully.
-const LEAVE: Duration = Duration::from_secs(10);
-
-impl Stop {
+impl Upgrade {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
-        let call = format!("/v1/stop{}", query(self.grace));
-        let answer: Value = read(&ask(&path, "POST", &call, "")?)?;
-        let grace = duration(answer["grace_seconds"].as_f64().unwrap_or(0.0));
-        let end = crate::time::after(Instant::now(), grace.saturating_add(LEAVE));
-        while Instant::now() < end {
-            match control::get::<control::Status>(&path, "/v1/status") {
-                Err(Unanswered::Absent(_)) => return print("stopped"),
-                _ => thread::sleep(LOOK),
-            }
-        }
-        Err(Failure::Failed(format!(
-            "it has not ended within {} and {} more",
-            HumanDuration(grace),
-            HumanDuration(LEAVE)
-        )))
+        let before: control::Status = control::get(&path, "/v1/status")?;
+        read::<Value>(&ask(&path, "POST", "/v1/upgrade", "")?)?;
+        let after: control::Status = control::get(&path, "/v1/status")?;
+        print(format_args!(
+            "process {} (hvsock {}) has taken over from {} (hvsock {}): {}",
+            after.pid,
+            after.version,
+            before.pid,
+            before.version,
+            table::counted(after.forwards.len() as u64, "forward"),
+        ))
     }
 }

@@ -23,6 +23,8 @@ mod signals;
 #[cfg(unix)]
 mod simulate;
 mod spec;
+#[cfg(unix)]
+mod stop;
 mod stress;
 mod summary;
 #[cfg(unix)]
@@ -82,7 +84,9 @@ enum Command {
     #[cfg(unix)]
     Reload(control::Reload),
     #[cfg(unix)]
-    Stop(control::Stop),
+    Upgrade(control::Upgrade),
+    #[cfg(unix)]
+    Stop(stop::Stop),
     Cat(cat::Cat),
     Stress(stress::Stress),
     #[cfg(unix)]
@@ -176,6 +180,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Remove(remove) => remove.run(),
         #[cfg(unix)]
         Command::Reload(reload) => reload.run(),
+        #[cfg(unix)]
+        Command::Upgrade(upgrade) => upgrade.run(),
         #[cfg(unix)]
         Command::Stop(stop) => stop.run(),
         Command::Cat(cat) => cat.run(),

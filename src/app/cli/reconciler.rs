@@ -67,6 +67,13 @@ impl Reconciler {
         !self.pending().is_empty()
     }
 
+    /// Calls `f` while nothing that is wanted changes, with what says whether a forward was made here.
+    #[cfg(unix)]
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&dyn Fn(ForwardId) -> bool)) {
+        let ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+        f(&|id| ours.contains(&id));
+    }
+
     /// The names of what could not be had, and why.
     pub(super) fn failed(&self) -> Vec<Failed> {
         failed(&self.pending())
@@ -316,12 +323,27 @@ impl Change<'_> {
     fn note_removed(&mut self, id: ForwardId) {
         let rule = self.rules[&id];
         let name = name_of(rule);
-        self.summary.warnings.extend(danger(&name, &rule.listen));
+        let danger = danger(&name, &rule.listen);
+        let danger = danger.filter(|_| !has_keeper(self.handle));
+        self.summary.warnings.extend(danger);
         self.summary.removed.push(name);
     }
 }
 
-/// What is dangerous about a forward's being removed.
+/// Whether a keeper goes on to accept what guests dial.
+fn has_keeper(handle: &Handle) -> bool {
+    #[cfg(unix)]
+    {
+        handle.keeper().is_some_and(|keeper| keeper.pid.is_some())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = handle;
+        false
+    }
+}
+
+/// What is dangerous about a forward's being removed, if there is no keeper.
 pub(super) fn danger(name: &str, listen: &Address) -> Option<String> {
     let Address::Hyperkit(HyperkitAddress { vm, port }) = listen else {
         return None;

@@ -4,11 +4,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+#[cfg(unix)]
+use crate::address::HyperkitVm;
 use crate::address::{Address, HyperkitAddress};
 use crate::app::config::{Config, Missing, Problems, Wanted};
 #[cfg(unix)]
+use crate::app::control;
+#[cfg(unix)]
 use crate::app::rule::RuleOptions;
 use crate::hyperkit::Places;
+#[cfg(unix)]
+use crate::proxy::ForwardId;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
 use crate::sys;
 
@@ -51,35 +57,88 @@ impl<E: Into<Failure>> From<E> for NotStarted {
 
 /// The sockets by which it can be looked at and changed.
 #[cfg(unix)]
-pub(super) type Doors = crate::app::control::Bound;
+pub(super) type Doors = control::Bound;
 #[cfg(not(unix))]
 #[derive(Debug)]
 pub(super) struct Doors;
 
 #[cfg(unix)]
-fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
-    let bound = crate::app::control::bind(&crate::app::control::Options {
+fn door_options(config: &Config) -> control::Options {
+    control::Options {
         control: config.control.clone(),
         metrics: config.metrics.clone(),
-        unavailable: crate::app::control::Unavailable::IsTriedAgain,
-    })
-    .map_err(|e| match e.kind() {
-        std::io::ErrorKind::AddrInUse => {
-            e.with_remedy("does another hvsock run? Give this one a path of its own, control = \"PATH\", or none, control = \"off\"")
-        }
-        _ => e,
-    })?;
+        unavailable: control::Unavailable::IsTriedAgain,
+    }
+}
+
+#[cfg(unix)]
+fn open_doors(file: &Path, config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
+    let bound =
+        control::bind(&door_options(config)).map_err(|e| match (e.kind(), &config.control) {
+            (std::io::ErrorKind::AddrInUse, Some(path)) => e.with_remedy(in_place_of(path, file)),
+            _ => e,
+        })?;
+    Ok(forbid(bound, proxy))
+}
+
+/// Lets no forward of the proxy lead to the sockets.
+#[cfg(unix)]
+fn forbid(bound: Doors, proxy: &mut ProxyConfig) -> Doors {
     proxy.forbidden = bound.addresses();
     proxy.other_descriptors = bound.descriptors();
-    Ok(bound)
+    bound
+}
+
+/// What can be done about an hvsock that is controlled where one of this file is to be.
+#[cfg(unix)]
+fn in_place_of(path: &Path, file: &Path) -> String {
+    let elsewhere =
+        "give this one a path of its own, control = \"PATH\", or none, control = \"off\"";
+    match control::get::<control::Status>(path, "/v1/status") {
+        Ok(status) => {
+            let carried = status.file.map(|file| format!(" and carries {file}"));
+            let carried = carried.unwrap_or_default();
+            let file = file.display();
+            format!(
+                "hvsock process {} runs there{carried}: take over from it with `hvsock run {file} --take-over`, or {elsewhere}",
+                status.pid
+            )
+        }
+        Err(_) => format!("does another hvsock run? {elsewhere}"),
+    }
+}
+
+/// Why nothing can be taken over.
+#[cfg(unix)]
+fn not_taken_over(why: &control::Unanswered) -> Failure {
+    Failure::Failed(match why {
+        control::Unanswered::Absent(error) => format!(
+            "there is nothing to take over: no hvsock answers at {}: {}; leave --take-over out",
+            error.subject(),
+            error.cause()
+        ),
+        other => other.to_string(),
+    })
 }
 
 #[cfg(not(unix))]
-fn open_doors(config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
+fn open_doors(_: &Path, config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
     if config.control.is_some() || config.metrics.is_some() {
         complain("control and metrics are for Unix systems: they are not served here");
     }
     Ok(Doors)
+}
+
+/// A proxy that starts with no forward, and gets them as when the file is read again: one that can't be had keeps no
+/// other.
+fn empty_proxy(config: &Config) -> ProxyConfig {
+    let mut proxy = ProxyConfig::new(Vec::new());
+    proxy.workers = config.workers;
+    proxy.splice = config.splice;
+    // Without it there are fewer; the proxy knows.
+    let _ = sys::raise_descriptor_limit();
+    proxy.limits.connections = usize::MAX;
+    proxy
 }
 
 impl Running {
@@ -94,28 +153,100 @@ impl Running {
         configure: impl FnOnce(&mut ProxyConfig),
     ) -> Result<(Proxy, Running, Doors), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
-        // It starts with no forward, and gets them as when the file is read again: one that can't be had keeps
-        // no other.
-        let mut proxy = ProxyConfig::new(Vec::new());
-        proxy.workers = config.workers;
-        proxy.splice = config.splice;
+        let mut proxy = empty_proxy(&config);
         configure(&mut proxy);
-        // Without it there are fewer; the proxy knows.
-        let _ = sys::raise_descriptor_limit();
-        proxy.limits.connections = usize::MAX;
-        let doors = open_doors(&config, &mut proxy)
+        let doors = open_doors(file, &config, &mut proxy)
             .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;
         let proxy = super::on_passed_sockets(proxy)?;
         all_are_wanted(&proxy.listeners, &wanted.rules)?;
         let proxy = Proxy::start(proxy)?;
-        let running = Running {
+        let running = Running::new(file, config, &proxy);
+        running.apply(&mut running.state(), wanted, Occasion::Asked);
+        Ok((proxy, running, doors))
+    }
+
+    /// Starts what a file asks for on the sockets of the hvsock that is controlled where this one is to be. That one has
+    /// no listeners any more when this returns, and accepts nobody; before, this one does not.
+    ///
+    /// # Errors
+    /// As those of [`start`](Running::start); that nothing runs there, or that it doesn't hand over. It goes on as
+    /// before then.
+    #[cfg(unix)]
+    pub(super) fn take_over(
+        file: &Path,
+        configure: impl FnOnce(&mut ProxyConfig),
+    ) -> Result<(Proxy, Running, Doors), NotStarted> {
+        let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
+        let Some(path) = &config.control else {
+            let why = "control = \"off\": an hvsock that is to be taken over is asked by its control socket";
+            return Err(Failure::Failed(format!("{}: {why}", file.display())).into());
+        };
+        let fail = |why: control::Unanswered| not_taken_over(&why);
+        let old: control::Status = control::get(path, "/v1/status").map_err(fail)?;
+        // Each socket takes a descriptor.
+        let mut proxy = empty_proxy(&config);
+        configure(&mut proxy);
+        let mut predecessor = control::Predecessor::ask(path).map_err(fail)?;
+        let doors = control::take(&door_options(&config), &mut predecessor)
+            .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;
+        let doors = forbid(doors, &mut proxy);
+        let added = predecessor.added();
+        let rules: Vec<Rule> = wanted.rules.iter().chain(&added).cloned().collect();
+        proxy.listeners = predecessor.take_listeners(&rules);
+        let proxy = Proxy::start(proxy)?;
+        let running = Running::new(file, config, &proxy);
+        // The other one serves them until it has heard that this one can.
+        running.handle().hold_clients();
+        running.apply(&mut running.state(), wanted, Occasion::Asked);
+        for rule in added {
+            let name = name_of(&rule);
+            if let Err(e) = running.handle().add(rule) {
+                complain(format_args!("{name}, which was added by hand: {e}"));
+            }
+        }
+        let left = predecessor.left();
+        for vm in rules.iter().filter_map(|rule| guest_of(&rule.listen)) {
+            running.handle().start_keeper(&vm.state_dir);
+        }
+        let agreed = predecessor.agree().map_err(|e| {
+            let pid = old.pid;
+            Failure::Failed(format!(
+                "process {pid} has not handed over: {e}; it goes on"
+            ))
+        })?;
+        running.handle().admit_clients();
+        agreed.finish();
+        say(format_args!(
+            "took over from process {} (hvsock {})",
+            old.pid, old.version
+        ));
+        for gone in left {
+            say(format_args!(
+                "{gone} is not in {} and is closed",
+                file.display()
+            ));
+        }
+        Ok((proxy, running, doors))
+    }
+
+    fn new(file: &Path, config: Config, proxy: &Proxy) -> Running {
+        Running {
             reconciler: Reconciler::new(proxy.handle()),
             file: file.to_owned(),
             config: Mutex::new(Arc::new(config)),
             state: Mutex::default(),
-        };
-        running.apply(&mut running.state(), wanted, Occasion::Asked);
-        Ok((proxy, running, doors))
+        }
+    }
+
+    /// See [`Reconciler::while_unchanged`].
+    #[cfg(unix)]
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&dyn Fn(ForwardId) -> bool)) {
+        self.reconciler.while_unchanged(f);
+    }
+
+    #[cfg(unix)]
+    pub(super) fn file(&self) -> &Path {
+        &self.file
     }
 
     /// What the file said last.
@@ -278,6 +409,15 @@ impl Running {
 pub(super) fn absence(missing: &Missing) -> String {
     let Missing { name, why, .. } = missing;
     format!("VM {name:?} is not there yet: {why}; until then its clients are refused")
+}
+
+/// The VM whose guest dials an address.
+#[cfg(unix)]
+fn guest_of(listen: &Address) -> Option<&HyperkitVm> {
+    match listen {
+        Address::Hyperkit(HyperkitAddress { vm, .. }) => Some(vm),
+        _ => None,
+    }
 }
 
 /// Why a rule can't listen yet, if it is on a VM whose directory is missing.

@@ -11,6 +11,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use super::model::{Forward, Status, Vm, refusals_by_reason};
+use crate::keeper::LinkStatus;
 use crate::proxy::{Counters, VmStatus};
 use crate::sys;
 
@@ -34,6 +35,7 @@ impl Collector for Metrics {
     fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
         let status = &self.0;
         Families(&mut to).of_process(status)?;
+        Families(&mut to).of_keeper(status.keeper.as_ref())?;
         Families(&mut to).of_forwards(&status.forwards)?;
         Families(&mut to).of_vms(&status.vms())
     }
@@ -121,6 +123,37 @@ impl Families<'_, '_> {
             self.family(name, help, value.map(|value| (NO_LABELS, value)))?;
         }
         Ok(())
+    }
+
+    fn of_keeper(&mut self, keeper: Option<&LinkStatus>) -> fmt::Result {
+        let mut each = |name, help, of: fn(&LinkStatus) -> Value| {
+            self.family(name, help, keeper.map(|it| (NO_LABELS, of(it))))
+        };
+        each(
+            "hvsock_keeper_pid",
+            "The process that keeps VMs whole when this one is gone; 0 if none runs.",
+            |it| Gauge(it.pid.unwrap_or_default().into()),
+        )?;
+        each(
+            "hvsock_keeper_connections",
+            "Connections of VMs of which the keeper has a copy.",
+            |it| Gauge(it.connections as u64),
+        )?;
+        each(
+            "hvsock_keeper_ports",
+            "Ports that guests dial and of which the keeper has a copy.",
+            |it| Gauge(it.ports as u64),
+        )?;
+        each(
+            "hvsock_keeper_unguarded",
+            "Connections and ports of which the keeper should have a copy and has none.",
+            |it| Gauge(it.unguarded as u64),
+        )?;
+        each(
+            "hvsock_keeper_restarts",
+            "Keepers that ended and were replaced.",
+            |it| Counter(it.restarts),
+        )
     }
 
     fn of_forwards(&mut self, forwards: &[Forward]) -> fmt::Result {

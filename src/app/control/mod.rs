@@ -17,6 +17,8 @@
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
 //! | `GET /v1/connections` | the connections that are carried now | an array of [`ConnectionStatus`](crate::proxy::ConnectionStatus) |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
+//! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
+//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200 and its process' id; 409 if there is no file; 500 if it doesn't take over |
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
 //! | `GET /metrics` | the counters | Prometheus' text format |
 //!
@@ -39,6 +41,7 @@ mod api;
 mod client;
 mod clients;
 mod endpoint;
+mod handover;
 mod http;
 mod metrics;
 mod model;
@@ -54,14 +57,16 @@ use crate::address::{Address, TcpAddress};
 use crate::error::Result;
 use crate::proxy::Handle;
 
-pub(crate) use api::Actions;
+pub(crate) use api::{Actions, Succession};
 pub(crate) use client::{Unanswered, ask, get, read, segment};
+pub(crate) use handover::take::Predecessor;
 pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
 pub(crate) use place::default_path;
 pub(crate) use problem::Problem;
 
 use api::Api;
 use endpoint::{Door, Service};
+use handover::Use;
 use server::Server;
 
 /// Which sockets there are to be.
@@ -87,16 +92,42 @@ pub(crate) enum Unavailable {
 #[derive(Debug)]
 pub(crate) struct Bound(Vec<Door>);
 
+/// Takes the sockets that an hvsock which is to be taken over has for them, and binds the others.
+///
+/// # Errors
+/// As those of [`bind`].
+pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
+    open(options, |service, address| {
+        let used_for = match service {
+            Service::Control => Use::Control,
+            Service::Metrics => Use::Metrics,
+        };
+        let socket = from.take_door(used_for, address)?;
+        Some(Door::handed(service, address, socket))
+    })
+}
+
 /// Binds the sockets.
 ///
 /// # Errors
 /// `AddrInUse` if another process has the control socket, or the metrics' port; `PermissionDenied` if others could get
 /// at the control socket; what the system says otherwise: but see [`Unavailable`].
 pub(crate) fn bind(options: &Options) -> Result<Bound> {
+    open(options, |_, _| None)
+}
+
+fn open(
+    options: &Options,
+    mut take: impl FnMut(Service, &Address) -> Option<Door>,
+) -> Result<Bound> {
     let mut doors = Vec::new();
+    let mut open = |service, address: &Address| match take(service, address) {
+        Some(door) => Ok(door),
+        None => Door::open(service, address),
+    };
     if let Some(path) = &options.control {
         let address = place::address(path);
-        doors.push(match Door::open(Service::Control, &address) {
+        doors.push(match open(Service::Control, &address) {
             Err(e) if e.kind() == ErrorKind::AddrInUse => {
                 return Err(e.with_remedy(
                     "another hvsock runs (`hvsock status` shows it): give this one --control PATH with a path of its own",
@@ -112,7 +143,7 @@ pub(crate) fn bind(options: &Options) -> Result<Bound> {
         let address = Address::Tcp(metrics.clone());
         // No forward may lead there: of a port that is yet to be chosen nobody can say so.
         let waits = options.unavailable == Unavailable::IsTriedAgain && metrics.port != 0;
-        doors.push(match Door::open(Service::Metrics, &address) {
+        doors.push(match open(Service::Metrics, &address) {
             Err(e) if waits => Door::closed(Service::Metrics, &address, &e),
             opened => opened?,
         });

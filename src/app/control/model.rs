@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::address::Address;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
+use crate::keeper::LinkStatus;
 use crate::proxy::{
     Counters, ForwardState, ForwardStatus, LastError, Refusals, Rule, VmStatus, check_name,
 };
@@ -21,6 +22,9 @@ use super::problem::Problem;
 pub(crate) struct Status {
     pub(crate) version: String,
     pub(crate) pid: u32,
+    /// The file that says what is carried, if there is one.
+    #[serde(default)]
+    pub(crate) file: Option<String>,
     /// Since the start.
     pub(crate) uptime_seconds: f64,
     /// The end has been asked for.
@@ -30,6 +34,9 @@ pub(crate) struct Status {
     /// Lines of the log, and of what else it said, that nobody took in time.
     pub(crate) log_dropped: u64,
     pub(crate) forwards: Vec<Forward>,
+    /// The process that keeps VMs whole when this one is gone; `null` if there is to be none.
+    #[serde(default)]
+    pub(crate) keeper: Option<LinkStatus>,
     /// What of the control interface itself can't be had now; it is tried again.
     #[serde(default)]
     pub(crate) unserved: Vec<Unserved>,

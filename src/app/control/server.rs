@@ -165,7 +165,11 @@ impl Acceptor {
                 self.bind_again().await;
                 continue;
             };
-            match timeout(WATCH, next_client(listener)).await {
+            let came = tokio::select! {
+                came = timeout(WATCH, next_client(listener)) => came,
+                () = self.endpoint.wait_until_given_away() => return,
+            };
+            match came {
                 // Nobody has come.
                 Err(_) => {}
                 Ok(Ok(stream)) => self.let_in(stream),
@@ -208,7 +212,7 @@ impl Acceptor {
         match made.unwrap_or_else(|e| Err(fail(io::Error::other(e)))) {
             Ok(listener) => {
                 info!("listening on {address} now");
-                self.listener = Some(Arc::new(listener));
+                self.listen_on(listener);
                 self.endpoint.mark_served();
             }
             Err(e) => {
@@ -266,9 +270,16 @@ impl Acceptor {
         }
     }
 
+    /// Listens on another socket, and returns the one before.
+    fn listen_on(&mut self, listener: Listener) -> Option<Arc<Listener>> {
+        let listener = Arc::new(listener);
+        self.endpoint.note_listener(&listener);
+        self.listener.replace(listener)
+    }
+
     /// Takes in who came to the old socket, and listens on the new one.
     fn replace(&mut self, made: Listener) {
-        let old = self.listener.replace(Arc::new(made));
+        let old = self.listen_on(made);
         while let Some(Ok((stream, _))) = old.as_ref().map(|old| old.accept()) {
             self.let_in(stream);
         }
@@ -329,6 +340,7 @@ mod tests {
                 reload();
                 Ok(serde_json::Value::Null)
             })),
+            succession: None,
             grace: Box::new(|| Duration::ZERO),
         }
     }

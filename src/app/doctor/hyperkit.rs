@@ -16,6 +16,7 @@ use crate::file;
 use crate::hyperkit::{
     self, HOST_CID, HyperkitVm, MAX_STATE_DIR, PID_NAME, Places, find, socket_name,
 };
+use crate::keeper::status::{self as keepers, KeeperStatus};
 use crate::stream::Stream;
 use crate::sys::{self, SUN_PATH_LEN, Wanted};
 
@@ -69,7 +70,39 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
         socket(name, &vm.listen_path(*port), &remedy)
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
+    checks.extend(keepers(&vm));
     checks
+}
+
+/// Whether those who keep the VM whole have an hvsock.
+fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
+    let name = "keeper";
+    let check = move |it: KeeperStatus| {
+        let (pid, proxy) = (it.pid, it.proxy);
+        let ports = it.ports.iter().map(|port| Port(port.port).to_string());
+        let ports: Vec<String> = ports.collect();
+        let ports = match ports.is_empty() {
+            true => "no port".to_owned(),
+            false => format!("port {}", ports.join(", ")),
+        };
+        let connections = it.connections;
+        match it.proxy_ended {
+            false => Check::ok(
+                name,
+                format_args!(
+                    "process {pid} of hvsock {proxy} has copies of {connections} connections and of {ports}"
+                ),
+            ),
+            true => Check::warning(
+                name,
+                format_args!(
+                    "hvsock {proxy} has ended, and process {pid} ends {connections} connections, and what the guest dials on {ports}"
+                ),
+                "start hvsock again, which takes that over; `hvsock stop VM --keeper` ends it, and the VM may hang if its guest goes on dialling",
+            ),
+        }
+    };
+    keepers::query(&vm.state_dir).into_iter().map(check)
 }
 
 fn named_port(port: Port) -> String {

@@ -60,6 +60,8 @@ fn connection(id: u64, forward: u64, sent: u64) -> Connection {
 fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> Sample {
     Sample {
         status: Status {
+            file: None,
+            keeper: None,
             version: "1.2.3".to_owned(),
             pid: 7,
             uptime_seconds: 60.0,

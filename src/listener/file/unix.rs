@@ -11,8 +11,8 @@ use super::state::FileState;
 use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Identity, Place};
 
-/// The file of a Unix socket that this process made. Dropping it removes the file, if it is still
-/// that one.
+/// The file of a Unix socket that this process made, or has from the process that made it. Dropping
+/// it removes the file, if it is still that one and no other process has it.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
@@ -22,6 +22,34 @@ pub(crate) struct SocketFile {
 }
 
 impl SocketFile {
+    fn new(path: &Path, identity: Identity) -> SocketFile {
+        SocketFile {
+            path: path.to_owned(),
+            identity,
+            is_left: AtomicBool::new(false),
+        }
+    }
+
+    /// Returns the file of a socket that another process hands over. It is that process' until
+    /// [`own`](SocketFile::own).
+    #[cfg(feature = "cli")]
+    pub(crate) fn handed(path: &Path, identity: Identity) -> SocketFile {
+        let file = SocketFile::new(path, identity);
+        file.leave();
+        file
+    }
+
+    /// Makes the file this process' own: it is removed at the end.
+    #[cfg(feature = "cli")]
+    pub(crate) fn own(&self) {
+        self.is_left.store(false, Ordering::Relaxed);
+    }
+
+    /// Returns whether the file is another process'.
+    pub(crate) fn is_left(&self) -> bool {
+        self.is_left.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn state(&self) -> FileState {
         match Identity::of(&self.path) {
             Ok(now) if now == self.identity => FileState::Ours,
@@ -69,7 +97,7 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if self.is_left.load(Ordering::Relaxed) {
+        if self.is_left() {
             return;
         }
         // Another file may have the name by now, or none.
@@ -119,11 +147,7 @@ pub(crate) fn bind(
         socket.bind(&SockAddr::unix(short)?)?;
         // No client can connect before it listens, so the permissions are never others than asked
         // for.
-        let file = SocketFile {
-            path: path.to_path_buf(),
-            identity: Place::of(path)?.finish_bind(mode)?,
-            is_left: AtomicBool::new(false),
-        };
+        let file = SocketFile::new(path, Place::of(path)?.finish_bind(mode)?);
         Ok((socket, file))
     };
     sys::with_short_path(path, bind).map_err(|e| {

@@ -18,6 +18,8 @@ use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
+#[cfg(feature = "cli")]
+use crate::proxy::driver::Lent;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
 use crate::proxy::relay_threads::Progress;
 use crate::stream::endpoint::Endpoint;
@@ -385,6 +387,19 @@ impl Driver for SimDriver {
             }
             None
         });
+    }
+
+    #[cfg(feature = "cli")]
+    fn keep_listener(&mut self, _: &mut SimListener, _: &Rule) {}
+
+    #[cfg(feature = "cli")]
+    fn lend_listener(&self, _: &SimListener) -> io::Result<Lent> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    #[cfg(feature = "cli")]
+    fn give_listener(&mut self, _: SimListener) {
+        unreachable!("no listener is lent")
     }
 
     fn close_listener(&mut self, listener: SimListener, done: Option<Sender<()>>) {
