@@ -537,17 +537,12 @@ impl Driver for MioDriver {
 
     /// Connects, and looks the path up again for the VM's identity: connect(2) takes a path only.
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
+        #[cfg(unix)]
+        let stream = Stream::connect_kept(endpoint, self.keeper.as_ref())?;
+        #[cfg(not(unix))]
         let stream = Stream::connect(endpoint)?;
         let Endpoint::Hyperkit(hyperkit) = endpoint else {
             return Ok((stream, None));
-        };
-        #[cfg(unix)]
-        let stream = {
-            let mut stream = stream;
-            if let Some(keeper) = &self.keeper {
-                stream.keep(keeper);
-            }
-            stream
         };
         Ok((stream, identity_of_vm(&hyperkit.vm)))
     }

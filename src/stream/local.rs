@@ -59,10 +59,16 @@ pub(crate) struct Local {
 
 impl Local {
     pub(super) fn connect(endpoint: &Endpoint) -> io::Result<Local> {
+        Local::connect_kept(endpoint, None)
+    }
+
+    /// Connects. A connection to a hyperkit VM is kept by `keeper`, if there is one, from before it
+    /// is made: when this process is killed, nothing is closed that the device has just accepted.
+    pub(super) fn connect_kept(endpoint: &Endpoint, keeper: Option<&Link>) -> io::Result<Local> {
         match endpoint {
             Endpoint::Unix(address) => connect_unix(address),
-            Endpoint::Hyperkit(address) => connect_hyperkit(address),
-            Endpoint::VsockMux(address) => connect_path(&address.path),
+            Endpoint::Hyperkit(address) => connect_hyperkit(address, keeper),
+            Endpoint::VsockMux(address) => connect_path(&address.path, None),
             Endpoint::Vsock(address) => {
                 sys::vsock_connect(address.cid, address.port.0, address.buffer_size)
                     .map(Local::from_vsock)
@@ -256,8 +262,8 @@ impl AsFd for Local {
     }
 }
 
-fn connect_path(path: &Path) -> io::Result<Local> {
-    let connected = sys::with_short_path(path, |short| connect_to(&SockAddr::unix(short)?));
+fn connect_path(path: &Path, keeper: Option<&Link>) -> io::Result<Local> {
+    let connected = sys::with_short_path(path, |short| connect_to(&SockAddr::unix(short)?, keeper));
     match connected {
         Err(e)
             if sys::FULL_BACKLOG_REFUSES
@@ -272,32 +278,35 @@ fn connect_path(path: &Path) -> io::Result<Local> {
 
 fn connect_unix(address: &UnixAddress) -> io::Result<Local> {
     match address {
-        UnixAddress::Path(path) => connect_path(path),
-        UnixAddress::Abstract(name) => connect_to(&sys::abstract_address(name)?),
+        UnixAddress::Path(path) => connect_path(path, None),
+        UnixAddress::Abstract(name) => connect_to(&sys::abstract_address(name)?, None),
     }
 }
 
-fn connect_to(address: &SockAddr) -> io::Result<Local> {
+fn connect_to(address: &SockAddr, keeper: Option<&Link>) -> io::Result<Local> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     sys::make_room(&SockRef::from(&socket));
     // Before it has a peer.
     let descriptors = Descriptors::refused(sys::refuse_descriptors(&socket));
+    let kept = keeper.and_then(|keeper| keeper.keep_connection(socket.as_fd()));
     socket.connect(address)?;
     let stream = mio::net::UnixStream::from_std(socket.into());
-    Ok(Local::from_unix(stream, descriptors))
+    let mut stream = Local::from_unix(stream, descriptors);
+    stream.kept = kept;
+    Ok(stream)
 }
 
 /// Connects to the `connect` socket and asks for the port, or, where there is no such socket, to
 /// the one that hyperkit's `guest_forwards=` made for the port.
-fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<Local> {
+fn connect_hyperkit(address: &HyperkitAddress, keeper: Option<&Link>) -> io::Result<Local> {
     let vm = &address.vm;
-    let connected = connect_path(&vm.connect_path());
+    let connected = connect_path(&vm.connect_path(), keeper);
     let mut stream = match connected {
         Ok(stream) => stream,
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let forward = vm.forward_path(address.port);
-            return match connect_path(&forward) {
+            return match connect_path(&forward, keeper) {
                 Err(second) if second.kind() == io::ErrorKind::NotFound => Err(e),
                 other => other,
             };

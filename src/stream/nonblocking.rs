@@ -52,6 +52,23 @@ impl Stream {
         Ok(stream)
     }
 
+    /// Connects, and has a keeper keep a copy of it if it leads to a hyperkit VM, from before it is
+    /// connected.
+    ///
+    /// # Errors
+    /// As those of [`connect`](Stream::connect).
+    #[cfg(unix)]
+    pub(crate) fn connect_kept(endpoint: &Endpoint, keeper: Option<&Link>) -> io::Result<Stream> {
+        match endpoint {
+            Endpoint::Hyperkit(_) => {
+                let stream = Stream::Local(Local::connect_kept(endpoint, keeper)?);
+                stream.set_options();
+                Ok(stream)
+            }
+            _ => Stream::connect(endpoint),
+        }
+    }
+
     /// Returns whether the connect that was begun is done. Ask after an event said that the stream
     /// is writable.
     ///

@@ -67,7 +67,7 @@ const END: Duration = Duration::from_secs(20);
 const GLANCE: Duration = Duration::from_millis(200);
 
 /// How many of each there are by default: in the order of [`Blow::ALL`].
-const FEW: [usize; 4] = [6, 4, 0, 3];
+const FEW: [usize; 4] = [6, 4, 3, 3];
 
 /// What befalls hvsock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -69,13 +69,10 @@ impl Places {
         self.root.join(format!("{port}.sock"))
     }
 
-    /// Socket files that are the proxy's and still there.
+    /// Socket files that are the proxy's and still there. Those that the guest dials are its keeper's.
     pub(crate) fn left_over(&self) -> Vec<PathBuf> {
         let locals = PORTS.iter().map(|&port| self.unix(port));
-        let name = |port: u32| self.vm.join(format!("00000002.{port:08x}"));
-        let remotes = self.remotes.iter().map(|(port, _)| name(*port));
         locals
-            .chain(remotes)
             .filter(|path| path.symlink_metadata().is_ok())
             .collect()
     }

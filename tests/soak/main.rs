@@ -1,6 +1,7 @@
 //! The soak: the stand-in VM with all its frailties, the real binary in front of it, and a crowd that is mostly rude.
 //!
 //! `HVSOCK_SOAK` is the number of clients (1,500 if not said), `HVSOCK_SEED` repeats a run. The long run: `scripts/soak`.
+//! `HVSOCK_SOAK_RESTART` has hvsock restarted each time so many seconds have gone by, and only that run.
 //! With `HVSOCK_SOAK_DISTURB` (Linux) a listener is shut down from outside each time so many milliseconds have gone by,
 //! nobody reads the log, and the VM's files are FIFOs and worse: `scripts/disturb`.
 #![cfg(all(unix, feature = "simulate"))]
@@ -16,6 +17,7 @@ mod crowd;
 mod disturb;
 mod guest;
 mod host;
+mod restarts;
 
 use child::{Output, Places, Proxy, wait_until};
 use client::{Conn, Place};
