@@ -4,11 +4,7 @@
 //! `hyper_util::rt::TokioIo`. A guest may half-close behind its request: a hyper server wants
 //! `.half_close(true)`, or it gives such a guest no answer.
 //!
-//! With the feature `axum` a [`Listener`] is what `axum::serve` takes, and [`SocketName`] what its
-//! `ConnectInfo` extracts. With the feature `tonic` a tonic server takes streams
-//! (`serve_with_incoming`), and a request's extensions have the client's [`SocketName`].
-//!
-//! [`SocketName`]: crate::SocketName
+//! # A request
 //!
 //! ```
 //! # #[tokio::main]
@@ -31,6 +27,30 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Serving
+//!
+//! With the feature `axum` a [`Listener`] is what `axum::serve` takes, and [`SocketName`] what its
+//! `ConnectInfo` extracts. With the feature `tonic` a tonic server takes streams
+//! (`serve_with_incoming`), and a request's extensions have the client's [`SocketName`].
+//! Neither takes a half-close for less than the end of the connection.
+//!
+//! ```no_run
+//! # #[cfg(feature = "axum")]
+//! # async fn serve() -> Result<(), Box<dyn std::error::Error>> {
+//! use axum::Router;
+//! use axum::routing::get;
+//! use hvsock::tokio::Listener;
+//!
+//! // Port 5000 of the host, as the guest dials it.
+//! let listener = Listener::bind(&"hyperkit://:5000/path/to/state".parse()?)?;
+//! let service = Router::new().route("/", get(|| async { "hello, guest" }));
+//! axum::serve(listener, service).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`SocketName`]: crate::SocketName
 
 #[cfg(feature = "axum")]
 mod axum;
