@@ -47,7 +47,7 @@
 //! | [`vsock`], [`hyperkit`], [`hyperv`] | `Stream` and `Listener` of that family alone; this system's CID |
 //! | [`framing`] | half-close for peers that have none |
 //! | [`mio`] | the same sockets for an event loop of mio's |
-//! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio |
+//! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio; with the features `axum` and `tonic` for their servers, too |
 //! | `simulate` (Unix; feature `simulate`) | a stand-in VM for tests |
 //!
 //! The library installs no signal handler, prints nothing, and logs through [`tracing`] only. The

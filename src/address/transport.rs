@@ -3,7 +3,7 @@
 //! on an address's own options.
 
 use std::borrow::Cow;
-#[cfg(feature = "cli")]
+#[cfg(all(unix, feature = "cli"))]
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -298,7 +298,7 @@ impl Address {
     }
 
     /// Returns the file of a Unix socket that is no VMM's.
-    #[cfg(feature = "cli")]
+    #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn unix_path(&self) -> Option<&Path> {
         match self {
             Address::Unix(UnixAddress::Path(path)) => Some(path),
@@ -310,7 +310,7 @@ impl Address {
     ///
     /// # Errors
     /// The directory of this process can't be had.
-    #[cfg(feature = "cli")]
+    #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn absolute(mut self) -> io::Result<Address> {
         let path = match &mut self {
             Address::Unix(UnixAddress::Path(path)) => path,

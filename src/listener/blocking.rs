@@ -156,9 +156,16 @@ impl Listener {
         Ok((Stream::from_nonblocking(stream, &self.address)?, name))
     }
 
-    /// Accepts one connection after the other, for ever.
-    pub fn incoming(&self) -> impl Iterator<Item = Result<(Stream, SocketName)>> + '_ {
-        std::iter::repeat_with(|| self.accept())
+    /// Accepts one connection after the other, for ever; [`Stream::peer_addr`] has the names.
+    pub fn incoming(&self) -> impl Iterator<Item = Result<Stream>> + '_ {
+        std::iter::repeat_with(|| self.accept().map(|(stream, _)| stream))
+    }
+}
+
+#[cfg(unix)]
+impl std::os::fd::AsRawFd for Listener {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(self))
     }
 }
 

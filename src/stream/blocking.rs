@@ -12,9 +12,9 @@ use crate::address::Waiter;
 use crate::address::{Address, Reset, SocketKind};
 use crate::framing::Frames;
 use crate::name::SocketName;
-use crate::sys;
 #[cfg(feature = "cli")]
 use crate::sys::Wanted;
+use crate::sys::{self, OwnedSocket};
 use crate::time::{NEVER, after};
 
 use super::closing::{GracefulClose, Outcome, Step};
@@ -64,13 +64,12 @@ impl Stream {
         Stream::new(Inner::Socket(socket), address.clone())
     }
 
-    /// Takes over a connected, blocking socket, such as one of std or socket2. `address` gives the
-    /// stream its family, and errors name it; neither is checked.
-    pub fn from_socket(socket: impl Into<socket2::Socket>, address: Address) -> Stream {
-        #[cfg(unix)]
-        let socket = socket.into();
+    /// Takes over a connected, blocking socket, such as one of std. `address` gives the stream its
+    /// family, and errors name it; neither is checked. (On Windows it is an `OwnedSocket`.)
+    pub fn from_socket(socket: impl Into<OwnedSocket>, address: Address) -> Stream {
+        let socket = socket2::Socket::from(socket.into());
         #[cfg(windows)]
-        let socket = Inner::Socket(socket.into());
+        let socket = Inner::Socket(socket);
         Stream::new(socket, address)
     }
 

@@ -1,51 +1,27 @@
-//! The sockets for tokio: with the feature `tokio`, on Unix.
-//!
-//! hyper takes them in `hyper_util::rt::TokioIo`. A guest may half-close behind its request: a
-//! hyper server wants `.half_close(true)`, or it gives such a guest no answer.
-//!
-//! ```
-//! # #[tokio::main]
-//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # #[cfg(feature = "simulate")] {
-//! use hvsock::address::HyperkitAddress;
-//! use tokio::io::{AsyncReadExt, AsyncWriteExt};
-//! # use hvsock::simulate::{Service, Vm};
-//! # let dir = tempfile::tempdir()?;
-//! # let vm = Vm::builder(dir.path()).guest(80, Service::Http).start()?;
-//! # let state_dir = dir.path();
-//!
-//! let guest = HyperkitAddress::new(state_dir, 80).into();
-//! let mut stream = hvsock::tokio::Stream::connect(&guest).await?;
-//! stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
-//! let mut answer = Vec::new();
-//! stream.read_to_end(&mut answer).await?;
-//! assert!(answer.starts_with(b"HTTP/1."));
-//! # }
-//! # Ok(())
-//! # }
-//! ```
+//! Connected streams for tokio.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use ::tokio::io::unix::AsyncFd;
-use ::tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use ::tokio::time::{sleep_until, timeout_at};
+use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use ::tokio::time::timeout_at;
 use socket2::Socket;
 
+use super::dial;
+use super::split::{OwnedReadHalf, OwnedWriteHalf};
 use crate::address::Address;
-use crate::dial::{Begun, Dial, Next, explain};
-use crate::error::{Error, Operation, Result};
-use crate::listener::nonblocking::has_client_left;
+use crate::dial::explain;
+use crate::error::Result;
 use crate::name::SocketName;
 use crate::stream::closer;
 use crate::stream::closing::{GracefulClose, Step};
-use crate::stream::endpoint::{Endpoint, Target, not_carried};
-use crate::stream::nonblocking::Stream as Nonblocking;
 use crate::sys;
 use crate::time::after;
 
@@ -63,7 +39,7 @@ pub struct Stream {
     socket: AsyncFd<Socket>,
     address: Address,
     /// Nothing more comes: it can be closed.
-    ended: bool,
+    ended: AtomicBool,
     takes_descriptors: TakesDescriptors,
 }
 
@@ -93,7 +69,7 @@ const DROP_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.ended || !self.address.transport().needs_graceful_close {
+        if self.ended.load(Ordering::Acquire) || !self.address.transport().needs_graceful_close {
             return;
         }
         let address = self.address.clone();
@@ -119,28 +95,52 @@ impl Stream {
     /// threads, and the handshake of vsock-mux is awaited.
     ///
     /// # Errors
-    /// As those of [`crate::Stream::connect_timeout`]. Also if it is called outside of a runtime
-    /// with I/O and time.
+    /// As those of [`crate::Stream::connect_timeout`]; `Unsupported` for an address in frames. Also
+    /// if it is called outside of a runtime with I/O and time.
     pub async fn connect(address: &Address) -> Result<Stream> {
-        refuse_frames(address.is_framed()).map_err(|e| explain(address, e))?;
-        let deadline = Instant::now() + CONNECT_TIMEOUT;
-        let mut dial = Dial::new(deadline);
-        match Target::of(address) {
-            Target::Endpoint(endpoint) => dial.add([endpoint]),
-            Target::Name { host, port } => {
-                let found = ::tokio::net::lookup_host((host, port)).await;
-                let found = found.map_err(|e| {
-                    Error::new(Operation::Resolve, host, e)
-                        .with_remedy("is the name right, and does DNS answer?")
-                })?;
-                dial.add(found.map(Endpoint::Tcp));
-            }
-            Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
-        }
+        Stream::connect_timeout(address, CONNECT_TIMEOUT).await
+    }
+
+    /// Connects to `address`, within `timeout`, as [`connect`](Stream::connect) does.
+    ///
+    /// # Errors
+    /// As there; `TimedOut` if `timeout` has passed.
+    pub async fn connect_timeout(address: &Address, timeout: Duration) -> Result<Stream> {
         let fail = |e| explain(address, e);
-        let connected = connect(&mut dial).await.map_err(fail)?;
+        refuse_frames(address.is_framed()).map_err(fail)?;
+        let connected = dial::connect(address, after(Instant::now(), timeout)).await?;
         let stream = crate::Stream::from_nonblocking(connected, address).map_err(fail)?;
         Stream::try_from(stream).map_err(fail)
+    }
+
+    /// Splits it into a half that reads and a half that writes, for two tasks. Dropping the half
+    /// that writes half-closes. Once both are dropped the stream is, with all that its drop does.
+    ///
+    /// ```
+    /// # use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    /// # #[tokio::main]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use hvsock::tokio::{Listener, Stream};
+    ///
+    /// let listener = Listener::bind(&"tcp://127.0.0.1:0".parse()?)?;
+    /// let client = Stream::connect(listener.address()).await?;
+    /// let (mut served, _) = listener.accept().await?;
+    /// served.write_all(b"hello").await?;
+    /// served.shutdown().await?;
+    ///
+    /// let (mut read, mut write) = client.into_split();
+    /// let writing = tokio::spawn(async move { write.write_all(b"good evening").await });
+    /// let mut heard = String::new();
+    /// read.read_to_string(&mut heard).await?;
+    /// assert_eq!(heard, "hello");
+    /// writing.await??;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn into_split(self) -> (OwnedReadHalf, OwnedWriteHalf) {
+        let stream = Arc::new(self);
+        let write = OwnedWriteHalf::new(Arc::clone(&stream));
+        (OwnedReadHalf::new(stream), write)
     }
 
     /// Returns the address that was dialled, or that of the listener that accepted it.
@@ -198,7 +198,7 @@ impl Stream {
                 break outcome;
             }
         };
-        self.ended = true;
+        self.ended.store(true, Ordering::Release);
         outcome.into_result()
     }
 
@@ -215,18 +215,7 @@ impl Stream {
     }
 }
 
-/// Refuses a stream in frames: without them its bytes would be the frames.
-fn refuse_frames(framed: bool) -> io::Result<()> {
-    match framed {
-        true => {
-            let why = "frames are for the blocking sockets";
-            Err(io::Error::new(io::ErrorKind::Unsupported, why))
-        }
-        false => Ok(()),
-    }
-}
-
-/// Takes over a blocking stream.
+/// Takes over a blocking stream, within a runtime with I/O.
 impl TryFrom<crate::Stream> for Stream {
     type Error = io::Error;
 
@@ -240,53 +229,63 @@ impl TryFrom<crate::Stream> for Stream {
         Ok(Stream {
             socket,
             address,
-            ended: false,
+            ended: AtomicBool::new(false),
             takes_descriptors,
         })
     }
 }
 
-/// Tries one endpoint after the other.
-async fn connect(dial: &mut Dial) -> io::Result<Nonblocking> {
-    loop {
-        let error = match attempt(dial).await {
-            Ok(stream) => return Ok(stream),
-            Err(e) => e,
-        };
-        match dial.failed(Instant::now(), error) {
-            Next::Now => {}
-            Next::At(at) => sleep_until(at.into()).await,
-            Next::GiveUp(e) => return Err(e),
+/// What the halves of a stream share.
+impl Stream {
+    pub(super) fn poll_read_shared(
+        &self,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let mut ready = ready!(self.socket.poll_read_ready(context))?;
+            let takes_descriptors = self.takes_descriptors;
+            let read = ready.try_io(|socket| {
+                takes_descriptors.read(socket.get_ref(), buffer.initialize_unfilled())
+            });
+            match read {
+                Ok(Ok(n)) => {
+                    if n == 0 && buffer.remaining() > 0 {
+                        self.ended.store(true, Ordering::Release);
+                    }
+                    buffer.advance(n);
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(e)) => {
+                    self.ended.store(true, Ordering::Release);
+                    return Poll::Ready(Err(e));
+                }
+                Err(_would_block) => {}
+            }
         }
     }
-}
 
-async fn attempt(dial: &mut Dial) -> io::Result<Nonblocking> {
-    let Some(endpoint) = dial.endpoint() else {
-        let why = "the name has no address";
-        return Err(io::Error::new(io::ErrorKind::NotFound, why));
-    };
-    let mut stream = Nonblocking::connect(endpoint)?;
-    if dial.begun(Instant::now()) == Begun::InProgress {
-        while !stream.connected()? {
-            wait(&stream, Interest::WRITABLE, dial).await?;
+    pub(super) fn poll_write_shared(
+        &self,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.socket.poll_write_ready(context))?;
+            match ready.try_io(|socket| socket.get_ref().write_vectored(slices)) {
+                Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(written) => return Poll::Ready(written),
+                Err(_would_block) => {}
+            }
         }
     }
-    while !dial.shake_hands(&mut stream)? {
-        wait(&stream, Interest::READABLE, dial).await?;
-    }
-    Ok(stream)
-}
 
-/// Waits until the stream is ready, at most until the attempt's deadline.
-async fn wait(stream: &Nonblocking, interest: Interest, dial: &Dial) -> io::Result<()> {
-    let watched = sys::watch_borrowed(stream.as_fd())?;
-    let ready = watched.ready(interest);
-    match timeout_at(dial.attempt_deadline().into(), ready).await {
-        Ok(ready) => ready.map(drop),
-        Err(_) => {
-            let why = "it hasn't answered in time";
-            Err(io::Error::new(io::ErrorKind::TimedOut, why))
+    /// Half-closes. A peer that has gone needs none.
+    pub(super) fn half_close(&self) -> io::Result<()> {
+        match self.socket.get_ref().shutdown(Shutdown::Write) {
+            Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(()),
+            done => done,
         }
     }
 }
@@ -297,27 +296,7 @@ impl AsyncRead for Stream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        loop {
-            let mut ready = ready!(this.socket.poll_read_ready(context))?;
-            let takes_descriptors = this.takes_descriptors;
-            let read = ready.try_io(|socket| {
-                takes_descriptors.read(socket.get_ref(), buffer.initialize_unfilled())
-            });
-            match read {
-                Ok(Ok(n)) => {
-                    this.ended |= n == 0 && buffer.remaining() > 0;
-                    buffer.advance(n);
-                    return Poll::Ready(Ok(()));
-                }
-                Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
-                Ok(Err(e)) => {
-                    this.ended = true;
-                    return Poll::Ready(Err(e));
-                }
-                Err(_would_block) => {}
-            }
-        }
+        self.poll_read_shared(context, buffer)
     }
 }
 
@@ -327,14 +306,19 @@ impl AsyncWrite for Stream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        loop {
-            let mut ready = ready!(self.socket.poll_write_ready(context))?;
-            match ready.try_io(|socket| socket.get_ref().write(bytes)) {
-                Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
-                Ok(written) => return Poll::Ready(written),
-                Err(_would_block) => {}
-            }
-        }
+        self.poll_write_shared(context, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_shared(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -342,61 +326,29 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.socket.get_ref().shutdown(Shutdown::Write) {
-            // A peer that has gone needs none.
-            Err(e) if e.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
-            done => Poll::Ready(done),
-        }
+        Poll::Ready(self.half_close())
     }
 }
 
-/// A listening socket of any family: see [`crate::Listener`], from which it is made.
-#[derive(Debug)]
-pub struct Listener(crate::Listener);
-
-impl Listener {
-    /// Listens on `address`.
-    ///
-    /// # Errors
-    /// As those of [`crate::Listener::bind_with_mode`].
-    pub fn bind(address: &Address) -> Result<Listener> {
-        let fail = |e| Error::new(Operation::Listen, address, e);
-        refuse_frames(address.is_framed()).map_err(fail)?;
-        crate::Listener::bind(address).map(Listener)
-    }
-
-    /// Returns the address that it listens on, with the port that the kernel chose if it was to
-    /// choose one.
-    pub fn address(&self) -> &Address {
-        self.0.address()
-    }
-
-    /// Waits for a connection.
-    ///
-    /// # Errors
-    /// As those of [`crate::Listener::accept`].
-    pub async fn accept(&self) -> Result<(Stream, SocketName)> {
-        let fail = |e| Error::new(Operation::Accept, self.address(), e);
-        let watched = sys::watch_borrowed(self.0.as_fd()).map_err(fail)?;
-        loop {
-            let mut ready = watched.readable().await.map_err(fail)?;
-            match ready.try_io(|_| self.0.accept_now()) {
-                Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
-                Ok(accepted) => {
-                    let (stream, name) = match accepted {
-                        Err(e) if has_client_left(&e) => continue,
-                        accepted => accepted.map_err(fail)?,
-                    };
-                    return Ok((Stream::try_from(stream).map_err(fail)?, name));
-                }
-                Err(_would_block) => {}
-            }
-        }
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.get_ref().as_fd()
     }
 }
 
-impl From<crate::Listener> for Listener {
-    fn from(listener: crate::Listener) -> Listener {
-        Listener(listener)
+impl AsRawFd for Stream {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// Refuses what is in frames: without them its bytes would be the frames.
+pub(super) fn refuse_frames(framed: bool) -> io::Result<()> {
+    match framed {
+        true => {
+            let why = "frames are for the blocking sockets";
+            Err(io::Error::new(io::ErrorKind::Unsupported, why))
+        }
+        false => Ok(()),
     }
 }
