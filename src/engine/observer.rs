@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::name::SocketName;
 
+use super::end_reason::EndReason;
 use super::id::{ConnectionId, ForwardId};
 
 /// An event of a connection.
@@ -43,6 +44,8 @@ pub enum What<'a> {
         received: u64,
         /// The time since the connection was accepted.
         age: Duration,
+        /// Why it has ended.
+        why: EndReason,
     },
 }
 

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::manager::Manager;
 use super::reconciler::RetryThread;
-use super::running::{self, Doors, NotStarted, Running};
+use super::running::{self, AccessLog, Doors, NotStarted, Running};
 use super::signals::EndSignals;
 use super::summary::Summary;
 use super::{Failure, Outcome, complain, list, print, run_until_told, say};
@@ -42,6 +42,9 @@ pub(super) struct Run {
     /// The file, in TOML
     #[arg(value_name = "CONFIG")]
     file: PathBuf,
+    /// Log a line for each connection that has ended, with why it has, whatever the file says
+    #[arg(long)]
+    access_log: bool,
 }
 
 /// Say all that is wrong with such a file, or what it would forward
@@ -76,10 +79,15 @@ impl Check {
 impl Run {
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take_with_reload()?;
-        let (proxy, running, doors) = Running::start(&self.file).map_err(|e| match e {
-            NotStarted::File(problems) => show(&problems),
-            NotStarted::Failed(why) => why,
-        })?;
+        let access_log = match self.access_log {
+            true => AccessLog::Asked,
+            false => AccessLog::AsFileSays,
+        };
+        let (proxy, running, doors) =
+            Running::start(&self.file, access_log).map_err(|e| match e {
+                NotStarted::File(problems) => show(&problems),
+                NotStarted::Failed(why) => why,
+            })?;
         let running = Arc::new(running);
         #[cfg(unix)]
         let _control = control(&running, doors, &proxy)?;

@@ -36,6 +36,13 @@ struct State {
     missing: Vec<Missing>,
 }
 
+/// Whether the command line asks for the access log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AccessLog {
+    Asked,
+    AsFileSays,
+}
+
 /// Why a proxy could not be started.
 #[derive(Debug)]
 pub(super) enum NotStarted {
@@ -88,13 +95,17 @@ impl Running {
     /// # Errors
     /// All that is wrong with the file; that another hvsock is controlled where this one is to be; that
     /// there can be no proxy at all.
-    pub(super) fn start(file: &Path) -> Result<(Proxy, Running, Doors), NotStarted> {
+    pub(super) fn start(
+        file: &Path,
+        access_log: AccessLog,
+    ) -> Result<(Proxy, Running, Doors), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         // It starts with no forward, and gets them as when the file is read again: one that can't be had keeps
         // no other.
         let mut proxy = ProxyConfig::new(Vec::new());
         proxy.workers = config.workers;
         proxy.splice = config.splice;
+        proxy.access_log = config.access_log || access_log == AccessLog::Asked;
         // Without it there are fewer; the proxy knows.
         let _ = sys::raise_descriptor_limit();
         proxy.limits.connections = usize::MAX;
@@ -210,6 +221,7 @@ impl Running {
         for (key, same) in [
             ("workers", old.workers == new.workers),
             ("splice", old.splice == new.splice),
+            ("access-log", old.access_log == new.access_log),
             ("control", old.control == new.control),
             ("metrics", old.metrics == new.metrics),
         ] {

@@ -13,7 +13,7 @@ use crate::address::Refusal;
 use crate::dial::{self, Begun, Dial, Next};
 use crate::engine::Phase;
 use crate::engine::admission::{Full, Gate, Slot};
-use crate::engine::counters::Reason;
+use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
@@ -99,7 +99,13 @@ impl<S: Socket> Connection<S> {
                 let error = Error::new(Operation::Accept, &self.forward.rule.listen, e);
                 self.refuse(&error, Reason::Other, cx);
             }
-            Ok(()) if is_closed => self.refuse_cut_off(cx),
+            Ok(()) if is_closed => {
+                self.end_because(match cx.phase {
+                    Phase::Running => EndReason::Removed,
+                    Phase::Stopping | Phase::Cutting => EndReason::Stopped,
+                });
+                self.refuse_cut_off(cx);
+            }
             Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
             Ok(()) => self.begin_dial(cx),
         }
@@ -206,6 +212,7 @@ impl<S: Socket> Connection<S> {
             return;
         };
         if client.is_gone() {
+            self.end_because(EndReason::ClientGaveUp);
             return self.close(cx);
         }
         let deadline = dial.deadline();
@@ -237,10 +244,9 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Returns whether an EOF from the server may mean that its VM has died, and the client can be
-    /// told of it by a reset.
+    /// Returns whether an EOF from the server may mean that its VM has died.
     pub(crate) fn doubts_server(&self) -> bool {
-        self.forward.needs_graceful_close(Side::Server) && self.forward.can_reset(Side::Client)
+        self.forward.needs_graceful_close(Side::Server)
     }
 
     /// Takes the result of resolving the target's name.
@@ -501,9 +507,14 @@ impl<S: Socket> Connection<S> {
         self.refuse(&error, reason, cx);
     }
 
-    /// Refuses a client because the proxy is stopping, or because its forward was removed.
+    /// Refuses a client because the proxy is stopping, its forward was removed, or it was closed.
     pub(super) fn refuse_cut_off(&mut self, cx: &mut Context<'_, S>) {
-        let cause = io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
+        let why = match self.why {
+            Some(EndReason::Closed) => "it was closed while it was being connected",
+            Some(EndReason::Removed) => "its forward was removed",
+            _ => "the proxy is stopping",
+        };
+        let cause = io::Error::new(io::ErrorKind::ConnectionAborted, why);
         let error = Error::new(Operation::Connect, &self.forward.rule.connect, cause);
         self.refuse(&error, Reason::Other, cx);
     }
@@ -537,6 +548,7 @@ impl<S: Socket> Connection<S> {
             }
             other => return self.state = other,
         };
+        self.end_because(EndReason::Refused(reason));
         self.note_refusal(error, reason, cx.now);
         // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
         let client = if self.forward.needs_graceful_close(Side::Client) && !client.is_dead() {
@@ -551,6 +563,7 @@ impl<S: Socket> Connection<S> {
 
     /// Ends the connection after its client has gone while the target was being connected.
     pub(super) fn close_without_client(&mut self, cx: &mut Context<'_, S>) {
+        self.end_because(EndReason::ClientGaveUp);
         let (client, server) = match self.take_state() {
             State::Connecting {
                 client,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use crate::engine::counters::add_one;
+use crate::engine::end_reason::EndReason;
 use crate::engine::rule::Timeouts;
 use crate::time::after;
 
@@ -85,13 +86,14 @@ impl<S: Socket> Connection<S> {
             return false;
         }
         let tally = &self.forward.tally;
-        add_one(match timeout {
-            Timeout::Idle => &tally.idle,
-            Timeout::HalfClosed => &tally.half_closed,
-        });
+        let (counter, why) = match timeout {
+            Timeout::Idle => (&tally.idle, EndReason::IdleTimeout),
+            Timeout::HalfClosed => (&tally.half_closed, EndReason::HalfClosedTimeout),
+        };
+        add_one(counter);
         self.idle.timed_out = true;
-        self.span.in_scope(|| debug!(?timeout, "timed out"));
-        self.cut(cx);
+        self.debug(|| debug!(?timeout, "timed out"));
+        self.cut(why, cx);
         true
     }
 

@@ -27,14 +27,15 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tracing::{Span, debug, debug_span, warn};
+use tracing::level_filters::LevelFilter;
+use tracing::{Span, debug, error_span, info, warn};
 
 use crate::dial::Dial;
 use crate::engine::Phase;
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
-use crate::engine::counters::Reason;
-use crate::engine::forward::Forward;
+use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::forward::{AccessLog, Forward};
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{self, End, Pair, Pool, Readiness, Side};
@@ -43,6 +44,9 @@ use crate::engine::status::{ConnectionState, ConnectionStatus};
 use crate::engine::table::Id;
 use crate::error::Error;
 use crate::name::SocketName;
+
+/// The target of the lines of the access log, by which they can be filtered.
+const ACCESS: &str = "hvsock::access";
 
 pub(crate) use closing::{Closing, LAST_DRAIN, LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
 pub(crate) use dialling::{Dialled, Held};
@@ -152,7 +156,8 @@ pub(crate) struct Connection<S: relay::Socket> {
     counted: [u64; 2],
     peer: SocketName,
     pub(crate) since: Instant,
-    span: Span,
+    /// Why the connection ends, as far as it is known.
+    why: Option<EndReason>,
     /// The name of the current state.
     #[cfg(all(test, target_os = "linux"))]
     state_name: &'static str,
@@ -231,8 +236,6 @@ impl<S: relay::Socket> Connection<S> {
         state: State<S>,
         now: Instant,
     ) -> Connection<S> {
-        let rule = &forward.rule;
-        let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
         let guest = forward.gates[Side::Client].as_ref();
         let guest = guest.map(|gate| gate.accept(forward.id));
         if let Some(guest) = &guest {
@@ -257,7 +260,7 @@ impl<S: relay::Socket> Connection<S> {
             counted: [0; 2],
             peer,
             since: now,
-            span,
+            why: None,
         }
     }
 
@@ -295,6 +298,28 @@ impl<S: relay::Socket> Connection<S> {
         matches!(self.state, State::Waiting { .. })
     }
 
+    /// Returns the span of the connection's log lines. It is made for each of them, so that a
+    /// connection of which nothing is logged costs none.
+    fn span(&self) -> Span {
+        let forward = self.forward.label();
+        match self.name {
+            Some(ConnectionId(id)) => error_span!("connection", id, %forward, peer = %self.peer),
+            None => error_span!("probe", %forward),
+        }
+    }
+
+    /// Writes a line at the level debug, in the connection's span.
+    fn debug(&self, write: impl FnOnce()) {
+        if LevelFilter::current() >= LevelFilter::DEBUG {
+            self.span().in_scope(write);
+        }
+    }
+
+    /// Notes why the connection ends: see [`EndReason::note`].
+    fn end_because(&mut self, why: EndReason) {
+        why.note(&mut self.why);
+    }
+
     /// Notifies the observer.
     fn notify(&self, what: What<'_>) {
         if let Some(name) = self.name {
@@ -310,17 +335,16 @@ impl<S: relay::Socket> Connection<S> {
         self.notify(What::Refused(error));
         // The absence of a target was logged when it was noticed.
         if reason == Reason::Absent {
-            debug!("refused a client of {}: {error}", forward.rule.listen);
-            return;
+            return self.debug(|| debug!("refused a client of {}: {error}", forward.rule.listen));
         }
         if let Some(more) = forward.log_limiter.admit(&error.to_string(), now) {
-            match more {
+            self.span().in_scope(|| match more {
                 0 => warn!("refused a client of {}: {error}", forward.rule.listen),
                 _ => warn!(
                     "refused a client of {}: {error} ({more} more since the last line)",
                     forward.rule.listen
                 ),
-            }
+            });
         }
     }
 
@@ -408,8 +432,11 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Cuts the connection off, or shortens its closing.
-    pub(crate) fn cut(&mut self, cx: &mut Context<'_, S>) {
+    /// Cuts the connection off, for that reason, or shortens its closing.
+    pub(crate) fn cut(&mut self, why: EndReason, cx: &mut Context<'_, S>) {
+        if !matches!(self.state, State::Closing { .. } | State::Closed) {
+            self.end_because(why);
+        }
         match &self.state {
             State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
                 self.refuse_cut_off(cx);
@@ -424,21 +451,50 @@ impl<S: Socket> Connection<S> {
     /// Reports the end of a connection that is [`Closed`](State::Closed), after its sockets were
     /// closed.
     pub(crate) fn end(mut self, routes: &Routes, now: Instant) -> Arc<Forward> {
-        self.span.in_scope(|| {
-            debug!(
-                sent = self.counted[Side::Client],
-                received = self.counted[Side::Server],
-                "closed"
-            )
-        });
-        self.notify(What::Closed {
-            sent: self.counted[Side::Client],
-            received: self.counted[Side::Server],
-            age: now.saturating_duration_since(self.since),
-        });
+        if self.name.is_some() {
+            self.report_end(now);
+        }
         if let Some(route) = self.route.take() {
             routes.forget(*route);
         }
         self.forward
+    }
+
+    /// Counts the end, and reports it to the log and to the observer.
+    fn report_end(&self, now: Instant) {
+        let why = self.why.unwrap_or(EndReason::Failed);
+        let [sent, received] = self.counted;
+        let age = now.saturating_duration_since(self.since);
+        self.forward.tally.ended(why);
+        self.log_access(why, age);
+        self.notify(What::Closed {
+            sent,
+            received,
+            age,
+            why,
+        });
+    }
+
+    /// Writes the line of the access log. It has all in it, and stands in no span, so that it can
+    /// be filtered by its target alone.
+    fn log_access(&self, why: EndReason, age: Duration) {
+        let (forward, peer) = (self.forward.label(), self.peer);
+        let target = &self.forward.rule.connect;
+        let id = self.name.map(u64::from);
+        let [sent, received] = self.counted;
+        let seconds = age.as_secs_f64();
+        // The level of a line is a part of its place in the source.
+        macro_rules! log {
+            ($level:ident) => {
+                $level!(
+                    target: ACCESS, id, %forward, %peer, %target, sent, received, seconds, %why,
+                    "closed"
+                )
+            };
+        }
+        match self.forward.access_log() {
+            AccessLog::Info => log!(info),
+            AccessLog::Debug => log!(debug),
+        }
     }
 }

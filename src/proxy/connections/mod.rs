@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::engine::connection::{Action, Connection, Context, Dialled};
+use crate::engine::end_reason::EndReason;
 use crate::engine::id::ForwardId;
 use crate::engine::relay::{Pool, Side, Socket};
 use crate::engine::status::ConnectionStatus;
@@ -114,7 +115,7 @@ impl<D: Driver> Connections<D> {
             Event::ThreadsEnded { token, ended } => {
                 let id = Id::from_token(token).0;
                 self.with(id, cx, |it, to| {
-                    it.take_threads_end(ended.delivered, ended.abandoned, to);
+                    it.take_threads_end(ended.delivered, ended.abandoned, ended.first, to);
                 });
             }
             Event::Explained { token, error } => {
@@ -349,12 +350,17 @@ impl<D: Driver> Connections<D> {
         cx.shared.note_end(&forward, holder);
     }
 
-    /// Cuts off the connections of a forward; `None` means all.
-    pub(super) fn cut(&mut self, forward: Option<ForwardId>, cx: &mut TurnContext<'_, D>) {
+    /// Cuts off the connections of a forward, or of all (`None`), for that reason.
+    pub(super) fn cut(
+        &mut self,
+        forward: Option<ForwardId>,
+        why: EndReason,
+        cx: &mut TurnContext<'_, D>,
+    ) {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
             if connection.is_some_and(|it| forward.is_none_or(|of| it.forward.id == of)) {
-                self.with(id, cx, Connection::cut);
+                self.with(id, cx, |it, to| it.cut(why, to));
             }
         }
     }
@@ -369,7 +375,7 @@ impl<D: Driver> Connections<D> {
     /// Closes all that is left by force, as the last thing before the end.
     pub(super) fn abandon_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
-            self.with(id, cx, Connection::cut);
+            self.with(id, cx, |it, to| it.cut(EndReason::Stopped, to));
             self.with(id, cx, Connection::abandon);
         }
     }

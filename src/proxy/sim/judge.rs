@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::engine::connection::State;
+use crate::engine::end_reason::EndReason;
 use crate::engine::relay::Side;
 use crate::proxy::worker::Worker;
 
@@ -132,6 +133,7 @@ pub(super) struct Observed {
     pub(super) closed: u32,
     pub(super) sent: u64,
     pub(super) received: u64,
+    pub(super) why: Option<EndReason>,
 }
 
 impl Judge {
@@ -548,7 +550,11 @@ impl Judge {
     pub(super) fn check_observed(&self) {
         for (connection, it) in &self.observed {
             assert!(
-                it.accepted == 1 && it.closed == 1 && it.connected <= 1 && it.refused <= 1,
+                it.accepted == 1
+                    && it.closed == 1
+                    && it.why.is_some()
+                    && it.connected <= 1
+                    && it.refused <= 1,
                 "connection {connection}: {it:?}"
             );
         }
