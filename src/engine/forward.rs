@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::address::{Address, HalfClose, Reset, Waiter};
 use crate::engine::relay::Side;
 use crate::error::Error;
-use crate::name::SocketName;
+use crate::name::Peer;
 
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
@@ -120,17 +120,13 @@ impl Forward {
     }
 
     /// Notifies the observer, if there is one.
-    pub(crate) fn notify_observer(
-        &self,
-        connection: ConnectionId,
-        peer: SocketName,
-        what: What<'_>,
-    ) {
+    pub(crate) fn notify_observer(&self, connection: ConnectionId, peer: Peer, what: What<'_>) {
         if let Some(observer) = &self.reports.observer {
             observer.notify(&Event {
                 forward: self.id,
                 connection,
-                peer,
+                peer: peer.name,
+                process: peer.process,
                 what,
             });
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Error;
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName};
 
 use super::end_reason::EndReason;
 use super::id::{ConnectionId, ForwardId};
@@ -20,6 +20,8 @@ pub struct Event<'a> {
     pub connection: ConnectionId,
     /// The peer that was accepted, as far as the kernel knows its name.
     pub peer: SocketName,
+    /// The process that made the peer, if it is a Unix socket.
+    pub process: Option<PeerProcess>,
     /// What happened.
     pub what: What<'a>,
 }

@@ -84,7 +84,7 @@ pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
 pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
 pub use crate::engine::status::{
-    ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus,
+    ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus, Waiting,
 };
 #[cfg(feature = "cli")]
 pub(crate) use descriptors::Descriptors as ProcessDescriptors;

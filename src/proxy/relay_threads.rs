@@ -28,7 +28,7 @@ use tracing::warn;
 use crate::engine::relay::{CloseMode, Ending, Side};
 use crate::stream::Stream;
 
-use crate::engine::connection::{LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
+use crate::engine::connection::{LINGER, LONGEST_RESET_PAUSE, Progress, RESET_PAUSE};
 
 /// The size of a direction's buffer.
 const BUFFER: usize = 64 * 1024;
@@ -56,15 +56,6 @@ pub(crate) struct Ended {
     pub(crate) abandoned: bool,
     /// The side that ended first, and how. One that broke off comes before one that did not.
     pub(crate) first: Option<(Side, Ending)>,
-}
-
-/// The progress of relay threads.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Progress {
-    /// The bytes of each side that were delivered to the other.
-    pub(crate) delivered: [u64; 2],
-    /// Whether one side has ended.
-    pub(crate) half_closed: bool,
 }
 
 /// A handle of the relay threads of one connection.
@@ -114,7 +105,10 @@ impl RelayThreads {
         let half_closed = |end: &Arc<End>| end.half_closed.load(Ordering::Acquire);
         Progress {
             delivered: ends.each_ref().map(|end| end.as_ref().map_or(0, delivered)),
-            half_closed: ends.iter().flatten().any(half_closed),
+            // The end to which a half-close was passed on is that of the other side.
+            half_closed: Side::BOTH
+                .into_iter()
+                .find(|side| ends[side.other()].as_ref().is_some_and(half_closed)),
         }
     }
 

@@ -231,6 +231,7 @@ impl<D: Driver> Worker<D> {
             Command::ListConnections(done) => {
                 drop(done.send(call!(self.connections.statuses(), now)))
             }
+            Command::Close(name, done) => drop(done.send(call!(self.connections.close(name), now))),
             Command::Stop(grace) => self.stop(grace, now),
         }
         self.adopt_accepted(now);

@@ -10,6 +10,7 @@ use mio::event::Source;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use crate::address::{HyperkitAddress, UnixAddress};
+use crate::name::PeerProcess;
 use crate::{hyperkit, sys};
 
 use super::closer;
@@ -44,7 +45,7 @@ pub(crate) struct Local {
     is_vsock: bool,
     /// The process that made the other end of a Unix socket, as far as the system tells. macOS
     /// doesn't once that has closed.
-    peer: Option<u32>,
+    peer: Option<PeerProcess>,
     descriptors: Descriptors,
     /// The last read ended where descriptors were passed: more may follow, and no event comes for
     /// it.
@@ -85,10 +86,11 @@ impl Local {
         Local {
             stream,
             is_vsock: false,
-            // 0: of another PID namespace.
-            peer: peer
-                .and_then(|peer| peer.process)
-                .filter(|process| *process > 0),
+            peer: peer.map(|peer| PeerProcess {
+                // 0: of another PID namespace.
+                id: peer.process.filter(|process| *process > 0),
+                user: peer.user,
+            }),
             descriptors,
             #[cfg(target_os = "linux")]
             stopped: false,
@@ -122,7 +124,7 @@ impl Local {
         }
     }
 
-    pub(super) fn peer_process(&self) -> Option<u32> {
+    pub(super) fn peer_process(&self) -> Option<PeerProcess> {
         self.peer
     }
 

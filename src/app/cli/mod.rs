@@ -3,6 +3,8 @@
 mod cat;
 mod completions;
 #[cfg(unix)]
+mod connections;
+#[cfg(unix)]
 mod control;
 #[cfg(unix)]
 mod demo;
@@ -73,6 +75,10 @@ enum Command {
     Check(run::Check),
     #[cfg(unix)]
     Status(control::Status),
+    #[cfg(unix)]
+    Connections(connections::Connections),
+    #[cfg(unix)]
+    Close(connections::Close),
     #[cfg(unix)]
     Top(top::Top),
     #[cfg(unix)]
@@ -168,6 +174,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Check(check) => check.run(),
         #[cfg(unix)]
         Command::Status(status) => status.run(),
+        #[cfg(unix)]
+        Command::Connections(connections) => connections.run(),
+        #[cfg(unix)]
+        Command::Close(close) => close.run(),
         #[cfg(unix)]
         Command::Top(top) => top.run(),
         #[cfg(unix)]

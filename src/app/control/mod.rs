@@ -15,7 +15,8 @@
 //! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
 //! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
-//! | `GET /v1/connections` | the connections that are carried now | an array of [`ConnectionStatus`](crate::proxy::ConnectionStatus) |
+//! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
+//! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
 //! | `GET /metrics` | the counters | Prometheus' text format |

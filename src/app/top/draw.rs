@@ -208,19 +208,16 @@ fn draw_busiest(frame: &mut Frame<'_>, area: Rect, busiest: &[Busy]) {
     let shown = busiest.iter().take(area.height.into());
     let rows = shown.map(|busy| {
         let it = &busy.connection;
-        let peer = match &it.peer {
-            Some(peer) => without_scheme(peer).to_owned(),
-            None => format!("number {}", it.id),
-        };
+        let peer = it.peer_in_words();
         let mut cells = vec![
-            Cell::from(peer),
+            Cell::from(without_scheme(&peer).to_owned()),
             Cell::from(busy.forward.as_str()),
             Cell::from(speed(busy.rate.sent)).fg(SENT),
             Cell::from(speed(busy.rate.received)).fg(RECEIVED),
         ];
         if wide {
             let moved = it.sent.saturating_add(it.received);
-            cells.push(Cell::from(it.state.as_str()));
+            cells.push(Cell::from(it.state.to_string()));
             cells.push(Cell::from(HumanBytes(moved).to_string()));
             cells.push(Cell::from(age(it.age_seconds as u64)));
         }

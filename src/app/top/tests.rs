@@ -8,7 +8,7 @@ use ratatui::backend::TestBackend;
 use super::draw::{draw, sparkline};
 use super::model::{Model, Sample, Sort, called};
 use crate::app::control::{Connection, Forward, Status, Vm};
-use crate::proxy::{Counters, Rule, VmStatus};
+use crate::proxy::{ConnectionState, Counters, Rule, VmStatus};
 
 fn forward(id: u64, sent: u64, received: u64) -> Forward {
     let listen = format!("tcp://127.0.0.1:80{id}");
@@ -50,7 +50,10 @@ fn connection(id: u64, forward: u64, sent: u64) -> Connection {
         id,
         forward,
         peer: Some(format!("tcp://127.0.0.1:5000{id}")),
-        state: "open".to_owned(),
+        process: None,
+        state: ConnectionState::Open,
+        waiting: None,
+        idle_seconds: 0.0,
         sent,
         received: 0,
         age_seconds: 61.0,

@@ -21,7 +21,7 @@ use crate::engine::observer::What;
 use crate::engine::relay::{End, Readiness, Side};
 use crate::engine::routes::{ListenerName, PeerNames, Route};
 use crate::error::{Error, Operation};
-use crate::name::SocketName;
+use crate::name::{Peer, SocketName};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::time::after;
 
@@ -72,6 +72,10 @@ impl<S: Socket> Connection<S> {
             readable: client.socket.is_settled(),
             ..Readiness::default()
         });
+        let peer = Peer {
+            name: peer,
+            process: client.socket.peer_process(),
+        };
         let patience = forward.wait().unwrap_or(forward.rule.timeouts.dial);
         let state = State::waiting(client, Dial::new(after(now, patience)));
         let held = forward.wait().map(|_| Held {
@@ -117,7 +121,7 @@ impl<S: Socket> Connection<S> {
         let State::Waiting { client, .. } = &self.state else {
             return true;
         };
-        let (forward, peer) = (self.forward.id, self.peer);
+        let (forward, peer) = (self.forward.id, self.peer.name);
         if peer == SocketName::Unnamed {
             let is_ours = || client.socket.is_from_this_process();
             return cx.routes.accepted_from_us(forward, is_ours, cx.now);

@@ -40,10 +40,10 @@ use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{self, End, Pair, Pool, Readiness, Side};
 use crate::engine::routes::{Route, Routes};
-use crate::engine::status::{ConnectionState, ConnectionStatus};
+use crate::engine::status::{ConnectionState, ConnectionStatus, Waiting};
 use crate::engine::table::Id;
 use crate::error::Error;
-use crate::name::SocketName;
+use crate::name::{Peer, PeerProcess, SocketName};
 
 /// The target of the lines of the access log, by which they can be filtered.
 const ACCESS: &str = "hvsock::access";
@@ -51,6 +51,7 @@ const ACCESS: &str = "hvsock::access";
 pub(crate) use closing::{Closing, LAST_DRAIN, LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
 pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
+pub(crate) use idle::Progress;
 
 /// What a connection needs of its sockets besides carrying bytes.
 pub(crate) trait Socket: relay::Socket {
@@ -67,6 +68,10 @@ pub(crate) trait Socket: relay::Socket {
     fn local_name(&self) -> Option<SocketName>;
     /// Returns the name of the Unix listener at which the socket was dialled.
     fn unix_peer_name(&self) -> Option<Vec<u8>>;
+    /// Returns the process that made the other end, if it is a Unix socket.
+    fn peer_process(&self) -> Option<PeerProcess>;
+    /// Returns how many bytes have come that were not read yet, as far as the system tells.
+    fn unread(&self) -> Option<u64>;
     /// Returns whether this accepted Unix socket was connected by this process.
     fn is_from_this_process(&self) -> bool;
 }
@@ -154,7 +159,7 @@ pub(crate) struct Connection<S: relay::Socket> {
     is_inherited: bool,
     /// The bytes of each side that the counters include already.
     counted: [u64; 2],
-    peer: SocketName,
+    peer: Peer,
     pub(crate) since: Instant,
     /// Why the connection ends, as far as it is known.
     why: Option<EndReason>,
@@ -232,7 +237,7 @@ impl<S: relay::Socket> Connection<S> {
     fn new(
         name: Option<ConnectionId>,
         forward: Arc<Forward>,
-        peer: SocketName,
+        peer: Peer,
         state: State<S>,
         now: Instant,
     ) -> Connection<S> {
@@ -348,31 +353,26 @@ impl<S: relay::Socket> Connection<S> {
         }
     }
 
-    /// Returns the connection's status. `on_threads` is what its threads have delivered.
-    pub(crate) fn status(
-        &self,
-        on_threads: Option<[u64; 2]>,
-        now: Instant,
-    ) -> Option<ConnectionStatus> {
-        let moved = match &self.state {
-            State::Relaying { pair, .. } => Side::BOTH.map(|side| pair.delivered(side)),
-            _ => on_threads.unwrap_or(self.counted),
-        };
-        Some(ConnectionStatus {
-            id: self.name?,
-            forward: self.forward.id,
-            peer: self.peer,
-            state: match &self.state {
-                State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
-                    ConnectionState::Dialling
+    /// Returns the state in the words of a status. `half_closed` is the side that has ended.
+    fn state_word(&self, half_closed: Option<Side>) -> ConnectionState {
+        match &self.state {
+            State::Waiting { full, .. } => {
+                let redials = self.held.as_ref().is_some_and(|held| held.redial.is_some());
+                let slot = self.slots[Side::Server].as_ref();
+                let is_queued = slot.is_some_and(|slot| !slot.is_admitted());
+                match full.is_some() || redials || is_queued {
+                    true => ConnectionState::Held,
+                    false => ConnectionState::Dialling,
                 }
-                State::Relaying { .. } | State::OnThreads => ConnectionState::Open,
-                State::Closing { .. } | State::Closed => ConnectionState::Ending,
+            }
+            State::Connecting { .. } | State::Proving { .. } => ConnectionState::Dialling,
+            State::Relaying { .. } | State::OnThreads => match half_closed {
+                None => ConnectionState::Open,
+                Some(Side::Client) => ConnectionState::HalfClosedByClient,
+                Some(Side::Server) => ConnectionState::HalfClosedByServer,
             },
-            sent: moved[Side::Client],
-            received: moved[Side::Server],
-            age: now.saturating_duration_since(self.since),
-        })
+            State::Closing { .. } | State::Closed => ConnectionState::Closing,
+        }
     }
 
     /// Returns the socket of a side while the connection is [`Relaying`](State::Relaying).
@@ -419,6 +419,40 @@ impl<S: relay::Socket> Connection<S> {
 }
 
 impl<S: Socket> Connection<S> {
+    /// Returns the connection's status. `on_threads` is how far its threads are.
+    pub(crate) fn status(
+        &mut self,
+        on_threads: Option<Progress>,
+        now: Instant,
+    ) -> Option<ConnectionStatus> {
+        if let Some(progress) = on_threads {
+            self.note_progress(progress, now);
+        }
+        let (mut moved, mut half_closed, mut waiting) = (self.counted, None, None);
+        if let State::Relaying { pair, .. } = &self.state {
+            moved = Side::BOTH.map(|side| pair.delivered(side));
+            half_closed = pair.half_closed_by();
+            waiting = Some(Waiting {
+                to_server: bytes_on_their_way(pair, Side::Client),
+                to_client: bytes_on_their_way(pair, Side::Server),
+            });
+        } else if let Some(progress) = on_threads {
+            (moved, half_closed) = (progress.delivered, progress.half_closed);
+        }
+        Some(ConnectionStatus {
+            id: self.name?,
+            forward: self.forward.id,
+            peer: self.peer.name,
+            process: self.peer.process,
+            state: self.state_word(half_closed),
+            sent: moved[Side::Client],
+            received: moved[Side::Server],
+            waiting,
+            idle: self.idle.time(now),
+            age: now.saturating_duration_since(self.since),
+        })
+    }
+
     /// Goes on after an event or after the deadline.
     pub(crate) fn step(&mut self, cx: &mut Context<'_, S>) {
         match &self.state {
@@ -497,4 +531,12 @@ impl<S: Socket> Connection<S> {
             AccessLog::Debug => log!(debug),
         }
     }
+}
+
+/// Returns how many bytes of what `side` sends are on their way to the other side: not read yet,
+/// held by the relay, or not taken yet where the system tells so.
+fn bytes_on_their_way<S: Socket>(pair: &Pair<S>, side: Side) -> Option<u64> {
+    let unread = pair.ends[side].socket.unread()?;
+    let sent = pair.ends[side.other()].socket.unacknowledged();
+    Some(unread + (pair.held(side) + sent) as u64)
 }

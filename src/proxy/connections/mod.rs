@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::connection::{Action, Connection, Context, Dialled};
 use crate::engine::end_reason::EndReason;
-use crate::engine::id::ForwardId;
+use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::relay::{Pool, Side, Socket};
 use crate::engine::status::ConnectionStatus;
 use crate::engine::table::{Id, Table};
@@ -328,10 +328,7 @@ impl<D: Driver> Connections<D> {
 
     fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         if let Some(progress) = cx.driver.threads_progress(id.token(Side::Client)) {
-            let (delivered, half_closed) = (progress.delivered, progress.half_closed);
-            self.with(id, cx, |it, to| {
-                it.take_progress(delivered, half_closed, to);
-            });
+            self.with(id, cx, |it, to| it.take_progress(progress, to));
         }
     }
 
@@ -365,6 +362,22 @@ impl<D: Driver> Connections<D> {
         }
     }
 
+    /// Cuts off a connection for the operator, and returns what its status was. Returns `None` if
+    /// there is none of that name here.
+    pub(super) fn close(
+        &mut self,
+        name: ConnectionId,
+        cx: &mut TurnContext<'_, D>,
+    ) -> Option<ConnectionStatus> {
+        let mut ids = self.table.ids().into_iter();
+        let is_it = |id: &Id| self.table.get_mut(*id).and_then(|it| it.name) == Some(name);
+        let id = ids.find(is_it)?;
+        let progress = cx.driver.threads_progress(id.token(Side::Client));
+        let status = self.table.get_mut(id)?.status(progress, cx.now);
+        self.with(id, cx, |it, to| it.cut(EndReason::Closed, to));
+        status
+    }
+
     /// Shortens the closing of connections, when the proxy begins to stop.
     pub(super) fn begin_to_stop(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
@@ -385,9 +398,8 @@ impl<D: Driver> Connections<D> {
         let mut all = Vec::new();
         for id in self.table.ids() {
             let progress = cx.driver.threads_progress(id.token(Side::Client));
-            let delivered = progress.map(|progress| progress.delivered);
             let connection = self.table.get_mut(id);
-            all.extend(connection.and_then(|it| it.status(delivered, cx.now)));
+            all.extend(connection.and_then(|it| it.status(progress, cx.now)));
         }
         all
     }

@@ -10,16 +10,15 @@ use std::time::{Duration, Instant};
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::engine::admission::Gate;
-use crate::engine::connection::{self, transitions};
+use crate::engine::connection::{self, Progress, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::relay::{Pipe, Side, Socket};
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName};
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
-use crate::proxy::relay_threads::Progress;
 use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
 use crate::{hyperkit, listener};
@@ -105,6 +104,14 @@ impl connection::Socket for SimStream {
         let kernel = self.stage.kernel();
         let path = kernel.listener_path(self.id)?;
         Some(path.as_os_str().as_encoded_bytes().to_vec())
+    }
+
+    fn peer_process(&self) -> Option<PeerProcess> {
+        None
+    }
+
+    fn unread(&self) -> Option<u64> {
+        None
     }
 
     fn is_from_this_process(&self) -> bool {

@@ -117,6 +117,8 @@ pub(super) struct Judge {
     leads: BTreeMap<usize, Vec<(Option<usize>, Duration, Duration)>>,
     /// Connections that the observer was told of.
     pub(super) observed: BTreeMap<u64, Observed>,
+    /// Connections that the operator has closed.
+    pub(super) closed: BTreeSet<u64>,
     /// Which forwards a rule has been, and whether nobody has cut its clients off.
     forwards: BTreeMap<u64, usize>,
     /// Rules whose clients were cut off before they were accepted, or whose connections were.

@@ -267,7 +267,7 @@ impl Ledger {
     }
 
     /// A client was refused: what is told and counted as the reason has happened since it came.
-    /// `is_ending`: all are to go, or those of this forward. `is_slow`: something stands still.
+    /// `is_ending`: all are to go, or those of this forward, or it was closed. `is_slow`: something stands still.
     pub(super) fn check_refusal(
         &mut self,
         (forward, connection): (u64, u64),

@@ -87,7 +87,8 @@ fn note(event: &Event<'_>) {
         What::Refused(error) => {
             // Why a dial has failed may be known late.
             let is_slow = judge.audit.is_disturbed() || stage.may_hang.get();
-            let ends = (judge.audit.is_ending(forward), is_slow);
+            let is_ending = judge.audit.is_ending(forward) || judge.closed.contains(&connection);
+            let ends = (is_ending, is_slow);
             let of = (forward, connection);
             judge.ledger.check_refusal(of, error, ends, &stage.kernel());
         }
@@ -96,7 +97,7 @@ fn note(event: &Event<'_>) {
                 vm_gone: stage.kernel().is_anybody_gone(),
                 removed: judge.audit.is_removed(forward),
                 stop: judge.audit.is_stopping(),
-                closed: false,
+                closed: judge.closed.contains(&connection),
             };
             judge.ledger.check_end(connection, why, happened);
             judge.ledger.closed(forward);
