@@ -9,6 +9,8 @@ mod control;
 mod doctor;
 mod escape;
 mod output;
+#[cfg(unix)]
+mod processes;
 mod rule;
 mod serve;
 mod stress;

@@ -19,7 +19,8 @@ use super::summary::tried_again;
 use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
 use crate::address::{Address, TcpAddress, UnixAddress};
 use crate::app::control::{
-    self, Actions, Bound, Control, Unanswered, Unavailable, ask, read, refusals_by_reason, segment,
+    self, Actions, Bound, Control, Place, Unanswered, Unavailable, ask, read, refusals_by_reason,
+    segment,
 };
 use crate::app::escape;
 use crate::app::values::{local_address, parse_time};
@@ -29,9 +30,10 @@ use crate::proxy::{Counters, Proxy, ProxyConfig};
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Control")]
 pub(super) struct ControlOptions {
-    /// Let `hvsock status`, `top`, `add` and `remove` at it, by a Unix socket at PATH [default: one in your runtime directory]
-    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, value_parser = parse_path)]
-    control: Option<Option<PathBuf>>,
+    /// Let `hvsock status`, `top`, `add` and `remove` at it by a Unix socket at PATH, or without =PATH where they look
+    /// first. =off: there is none [default: one under the process' number, which `hvsock ps` lists]
+    #[arg(long, value_name = "PATH|off", num_args = 0..=1, require_equals = true, value_parser = parse_place)]
+    control: Option<Option<Place>>,
     /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
     #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
     metrics: Option<TcpAddress>,
@@ -39,23 +41,26 @@ pub(super) struct ControlOptions {
 
 impl ControlOptions {
     pub(super) fn options(&self) -> control::Options {
-        let path = self.control.clone();
         control::Options {
-            control: path.map(|path| path.unwrap_or_else(control::default_path)),
+            control: match self.control.clone() {
+                None => Place::Own,
+                Some(place) => place.unwrap_or_else(|| Place::At(control::default_path())),
+            },
             metrics: self.metrics.clone(),
             unavailable: Unavailable::Fails,
         }
     }
 }
 
-/// The path of a control socket. Whoever writes a URI means something else.
-fn parse_path(text: &str) -> Result<PathBuf, String> {
+/// The path of a control socket, or `off`. Whoever writes a URI means something else.
+fn parse_place(text: &str) -> Result<Place, String> {
     match text {
+        "off" => Ok(Place::Nowhere),
         "" => Err("it is empty; leave the = out for the usual place".to_owned()),
         text if text.contains("://") || text.starts_with(['@', '-']) => {
             Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
         }
-        text => Ok(PathBuf::from(text)),
+        text => Ok(Place::At(PathBuf::from(text))),
     }
 }
 
@@ -76,10 +81,13 @@ pub(super) fn open(
 ) -> crate::Result<(ProxyConfig, Option<Bound>)> {
     let mut wanted = options.control();
     wanted.unavailable = patience.unavailable();
-    if wanted.control.is_none() && wanted.metrics.is_none() {
+    if wanted.control == Place::Nowhere && wanted.metrics.is_none() {
         return Ok((config, None));
     }
     let bound = control::bind(&wanted)?;
+    if bound.is_empty() {
+        return Ok((config, None));
+    }
     config.forbidden.extend(bound.addresses());
     config.other_descriptors += bound.descriptors();
     Ok((config, Some(bound)))
@@ -122,14 +130,22 @@ pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Res
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
 pub(super) struct Which {
-    /// The control socket of the hvsock that is meant [default: the one in your runtime directory]
+    /// The control socket of the hvsock that is meant [default: the one in your runtime directory, or else that of the
+    /// only hvsock that runs]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// The number of the `hvsock expose` or `forward` that is meant, as `hvsock ps` has it
+    #[arg(long, value_name = "PID", conflicts_with = "control")]
+    pid: Option<u32>,
 }
 
 impl Which {
     pub(super) fn path(&self) -> PathBuf {
-        self.control.clone().unwrap_or_else(control::default_path)
+        match (&self.control, self.pid) {
+            (Some(path), _) => path.clone(),
+            (None, Some(process)) => control::own_path(process),
+            (None, None) => control::usual_path(),
+        }
     }
 }
 

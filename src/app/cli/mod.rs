@@ -17,6 +17,8 @@ mod manager;
 mod options;
 #[cfg(unix)]
 mod passed;
+#[cfg(unix)]
+mod ps;
 mod reconciler;
 mod run;
 mod running;
@@ -75,6 +77,8 @@ enum Command {
     Check(run::Check),
     #[cfg(unix)]
     Status(control::Status),
+    #[cfg(unix)]
+    Ps(ps::Ps),
     #[cfg(unix)]
     Connections(connections::Connections),
     #[cfg(unix)]
@@ -174,6 +178,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Check(check) => check.run(),
         #[cfg(unix)]
         Command::Status(status) => status.run(),
+        #[cfg(unix)]
+        Command::Ps(ps) => ps.run(),
         #[cfg(unix)]
         Command::Connections(connections) => connections.run(),
         #[cfg(unix)]

@@ -65,8 +65,12 @@ pub(super) struct Doors;
 
 #[cfg(unix)]
 fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
+    use crate::app::control::Place;
     let bound = crate::app::control::bind(&crate::app::control::Options {
-        control: config.control.clone(),
+        control: config
+            .control
+            .clone()
+            .map_or(Place::Nowhere, Place::At),
         metrics: config.metrics.clone(),
         unavailable: crate::app::control::Unavailable::IsTriedAgain,
     })

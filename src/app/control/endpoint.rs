@@ -20,10 +20,19 @@ pub(super) enum Service {
     Metrics,
 }
 
+/// Whether the user has asked for a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Demand {
+    Asked,
+    /// There is one nevertheless.
+    OwnAccord,
+}
+
 /// Where a service is to be, and how it is there.
 #[derive(Debug)]
 pub(super) struct Endpoint {
     pub(super) service: Service,
+    pub(super) demand: Demand,
     /// With the port that was chosen, if one was to be.
     pub(super) address: Address,
     /// Why nobody is served there, if so.
@@ -87,12 +96,13 @@ impl Door {
     ///
     /// # Errors
     /// As those of [`Listener::bind`], and that others could get at the control socket.
-    pub(super) fn open(service: Service, address: &Address) -> Result<Door> {
+    pub(super) fn open(service: Service, address: &Address, demand: Demand) -> Result<Door> {
         let listener = bind(service, address)?;
         let address = listener.bound(address);
         Ok(Door {
             endpoint: Arc::new(Endpoint {
                 service,
+                demand,
                 address,
                 trouble: Mutex::default(),
             }),
@@ -104,6 +114,7 @@ impl Door {
     pub(super) fn closed(service: Service, address: &Address, error: &Error) -> Door {
         let endpoint = Endpoint {
             service,
+            demand: Demand::Asked,
             address: address.clone(),
             trouble: Mutex::default(),
         };

@@ -51,25 +51,39 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tracing::info;
+
 use crate::address::{Address, TcpAddress};
 use crate::error::Result;
 use crate::proxy::Handle;
 
 pub(crate) use api::Actions;
-pub(crate) use client::{Unanswered, ask, get, read, segment};
+pub(crate) use client::{Unanswered, ask, ask_status, get, read, segment};
 pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
-pub(crate) use place::default_path;
+pub(crate) use place::{default_path, own_path, usual_path};
 pub(crate) use problem::Problem;
 
 use api::Api;
-use endpoint::{Door, Service};
+use clients::most_clients;
+use endpoint::{Demand, Door, Service};
 use server::Server;
+
+/// Where the control socket is to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// There is none.
+    #[default]
+    Nowhere,
+    At(PathBuf),
+    /// In the user's directory, under the process' number. Nobody has asked for it: it is for a few
+    /// clients, nothing is said of it, and where it can't be there is none.
+    Own,
+}
 
 /// Which sockets there are to be.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
-    /// The control socket's path.
-    pub(crate) control: Option<PathBuf>,
+    pub(crate) control: Place,
     /// Where else the metrics are to be had, and nothing but them, by whoever can connect.
     pub(crate) metrics: Option<TcpAddress>,
     pub(crate) unavailable: Unavailable,
@@ -95,9 +109,17 @@ pub(crate) struct Bound(Vec<Door>);
 /// at the control socket; what the system says otherwise: but see [`Unavailable`].
 pub(crate) fn bind(options: &Options) -> Result<Bound> {
     let mut doors = Vec::new();
-    if let Some(path) = &options.control {
+    if options.control == Place::Own {
+        place::remove_stale();
+        let address = place::address(&place::own_path(std::process::id()));
+        match Door::open(Service::Control, &address, Demand::OwnAccord) {
+            Ok(door) => doors.push(door),
+            Err(e) => info!("without a control socket: {e}"),
+        }
+    }
+    if let Place::At(path) = &options.control {
         let address = place::address(path);
-        doors.push(match Door::open(Service::Control, &address) {
+        doors.push(match Door::open(Service::Control, &address, Demand::Asked) {
             Err(e) if e.kind() == ErrorKind::AddrInUse => {
                 return Err(e.with_remedy(
                     "another hvsock runs (`hvsock status` shows it): give this one --control PATH with a path of its own",
@@ -113,18 +135,26 @@ pub(crate) fn bind(options: &Options) -> Result<Bound> {
         let address = Address::Tcp(metrics.clone());
         // No forward may lead there: of a port that is yet to be chosen nobody can say so.
         let waits = options.unavailable == Unavailable::IsTriedAgain && metrics.port != 0;
-        doors.push(match Door::open(Service::Metrics, &address) {
-            Err(e) if waits => Door::closed(Service::Metrics, &address, &e),
-            opened => opened?,
-        });
+        doors.push(
+            match Door::open(Service::Metrics, &address, Demand::Asked) {
+                Err(e) if waits => Door::closed(Service::Metrics, &address, &e),
+                opened => opened?,
+            },
+        );
     }
     Ok(Bound(doors))
 }
 
 impl Bound {
+    /// Returns whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Returns how many descriptors they and their clients need.
     pub(crate) fn descriptors(&self) -> usize {
-        server::descriptors(self.0.len())
+        let clients = self.0.iter().map(|it| most_clients(it.endpoint.demand));
+        server::descriptors(clients)
     }
 
     /// Where they are, or are to be. No forward may lead there.
@@ -135,10 +165,11 @@ impl Bound {
             .collect()
     }
 
-    /// Where they are, and why nobody can be served there, if so.
+    /// Where those are that were asked for, and why nobody can be served there, if so.
     pub(crate) fn states(&self) -> Vec<(Address, Option<String>)> {
         let why = |it: &Door| it.endpoint.trouble().map(|trouble| trouble.why);
-        let doors = self.0.iter();
+        let is_asked = |it: &&Door| it.endpoint.demand == Demand::Asked;
+        let doors = self.0.iter().filter(is_asked);
         doors
             .map(|it| (it.endpoint.address.clone(), why(it)))
             .collect()
