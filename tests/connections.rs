@@ -250,6 +250,20 @@ fn one_is_closed_and_the_others_go_on() {
     assert_eq!(scene.asked(&["close", "1"]).0, Some(1));
 }
 
+#[test]
+fn top_says_a_word_where_it_can_not_draw_and_draws_nothing() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.arg("top").env("TERM", "dumb");
+    let said = output(command);
+    assert_eq!((said.status.code(), said.stdout.len()), (Some(1), 0));
+    let said = String::from_utf8(said.stderr).unwrap();
+    assert!(
+        said.contains("TERM=dumb") && said.contains("hvsock status"),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
+
 /// The guest reads an end, may go on, and is waited for: a close at once would stall its device.
 #[test]
 fn a_vm_is_left_gracefully() {

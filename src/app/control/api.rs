@@ -313,7 +313,7 @@ impl Api {
                 }
                 _ => e.into(),
             })?;
-        info!(target: "hvsock::access", id = number, "closing a connection, as was asked for");
+        info!("closing connection {number}, as was asked for");
         let closed = Connection::all(&[closed]);
         json(200, &closed.first())
     }

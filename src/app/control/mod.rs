@@ -59,6 +59,8 @@ use crate::proxy::Handle;
 
 pub(crate) use api::Actions;
 pub(crate) use client::{Unanswered, ask, ask_status, get, read, segment};
+#[cfg(test)]
+pub(crate) use model::Process;
 pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
 pub(crate) use place::{default_path, own_path, usual_path};
 pub(crate) use problem::Problem;

@@ -155,6 +155,19 @@ impl Connection {
         told.collect()
     }
 
+    /// Returns the same in fewer letters: `127.0.0.1:50000`, or `curl[123]`.
+    pub(crate) fn peer_in_short(&self) -> String {
+        match (&self.peer, &self.process) {
+            (Some(peer), _) => peer.strip_prefix("tcp://").unwrap_or(peer).to_owned(),
+            (None, Some(process)) => match (&process.program, process.pid) {
+                (Some(program), Some(pid)) => format!("{program}[{pid}]"),
+                (None, Some(pid)) => format!("pid {pid}"),
+                (_, None) => format!("uid {}", process.user),
+            },
+            (None, None) => format!("number {}", self.id),
+        }
+    }
+
     /// Returns what is known of the peer, for people: its address, or else its process.
     pub(crate) fn peer_in_words(&self) -> String {
         match (&self.peer, &self.process) {
