@@ -204,8 +204,10 @@ fn lines_of_a_connection_bear_its_id_and_the_usual_log_has_no_line_of_its_end() 
         hvsock.signal("TERM");
         (line, hvsock.err.iter().collect::<Vec<_>>().join("\n"))
     };
-    let (line, _) = lines("debug", "refused a client");
-    assert!(line.contains("connection{id=0 forward=tcp://"), "{line}");
+    for mark in ["accepted", "refused a client"] {
+        let (line, _) = lines("debug", mark);
+        assert!(line.contains("connection{id=0 forward=tcp://"), "{line}");
+    }
     let (line, _) = lines("debug", "why=refused (absent)");
     assert!(line.contains("DEBUG"), "{line}");
     let (_, rest) = lines("info", "is not there");

@@ -26,6 +26,7 @@ pub struct Counters {
     /// Connections that were closed because their peer did not end them within the drain timeout.
     pub abandoned: u64,
     /// The connections that have ended, by [`EndReason`].
+    #[cfg_attr(feature = "cli", serde(default))]
     pub ended: EndCounts,
     /// Bytes from the accepting to the dialled side.
     pub sent: u64,
@@ -177,7 +178,7 @@ impl Tally {
 
 impl EndCounts {
     /// Returns each count with the [name](EndReason::name) of its reason.
-    pub fn by_reason(&self) -> [(&'static str, u64); EndReason::COUNT] {
+    pub fn by_reason(&self) -> impl Iterator<Item = (&'static str, u64)> {
         [
             (EndReason::ClientClosed, self.client_closed),
             (EndReason::ServerClosed, self.server_closed),
@@ -194,6 +195,7 @@ impl EndCounts {
             (EndReason::Stopped, self.stopped),
             (EndReason::Failed, self.failed),
         ]
+        .into_iter()
         .map(|(why, count)| (why.name(), count))
     }
 }

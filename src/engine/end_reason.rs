@@ -46,7 +46,7 @@ pub enum EndReason {
 
 impl EndReason {
     /// How many kinds of reasons there are. All refusals are one.
-    pub const COUNT: usize = 14;
+    pub(crate) const COUNT: usize = 14;
 
     /// Returns the number of the kind, and its name for programs and for people.
     fn description(self) -> (usize, &'static str, &'static str) {

@@ -355,7 +355,6 @@ impl<D: Driver> Listeners<D> {
                 Ok((stream, peer)) => {
                     listening.unblock();
                     let forward = Arc::clone(&listening.forward);
-                    debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
                     cx.shared.note_begin(&forward, Holder::Forward(forward.id));
                     let accepted = Accepted {

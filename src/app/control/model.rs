@@ -111,6 +111,7 @@ pub(crate) struct Connection {
     /// Bytes on their way, `to_server` and `to_client`; `null` where that isn't known.
     pub(crate) waiting: Option<Waiting>,
     /// The time since a byte was delivered.
+    #[serde(default)]
     pub(crate) idle_seconds: f64,
     pub(crate) age_seconds: f64,
 }

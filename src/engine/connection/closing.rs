@@ -205,7 +205,8 @@ impl<S: Socket> Connection<S> {
         let forward = &self.forward;
         add_one(&forward.tally.abandoned);
         if forward.log_limiter.admit(text, now).is_some() {
-            warn!("{}: {text}", forward.rule.connect);
+            self.span()
+                .in_scope(|| warn!("{}: {text}", forward.rule.connect));
         }
     }
 

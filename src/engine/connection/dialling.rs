@@ -9,6 +9,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tracing::debug;
+
 use crate::address::Refusal;
 use crate::dial::{self, Begun, Dial, Next};
 use crate::engine::Phase;
@@ -86,6 +88,7 @@ impl<S: Socket> Connection<S> {
         let mut connection = Connection::new(Some(name), forward, peer, state, now);
         connection.slots[Side::Server] = slot;
         connection.held = held;
+        connection.debug(|| debug!("accepted"));
         connection.notify(What::Accepted);
         connection
     }

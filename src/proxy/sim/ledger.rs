@@ -189,7 +189,7 @@ impl Ledger {
         let Some(entry) = self.entries.get(&connection) else {
             panic!("connection {connection} has ended, and was not accepted");
         };
-        let timeouts = entry.rule.as_ref().map(|it| it.rule.timeouts.clone());
+        let timeouts = entry.rule.as_ref().map(|it| it.rule.timeouts);
         let is_so = match why {
             EndReason::ClientClosed
             | EndReason::ServerClosed

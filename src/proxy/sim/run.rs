@@ -395,7 +395,7 @@ fn check_counters(forward: &ForwardStatus, told: &BTreeMap<u64, Observed>) {
     for why in its().filter_map(|it| it.why) {
         *told.entry(why.name()).or_default() += 1;
     }
-    let counted = counters.ended.by_reason().into_iter();
+    let counted = counters.ended.by_reason();
     let counted: BTreeMap<&str, u64> = counted.filter(|(_, count)| *count > 0).collect();
     assert_eq!(counted, told, "why connections of {} ended", forward.listen);
     assert_eq!(counted.values().sum::<u64>(), counters.accepted);
