@@ -102,6 +102,6 @@ pub mod vsock;
 pub use address::{Address, AddressError};
 pub use error::{Error, Operation, Result};
 pub use listener::{DEFAULT_MODE, Listener};
-pub use name::{HvsockName, SocketName, VsockName};
+pub use name::{HvsockName, PeerProcess, SocketName, VsockName};
 pub use proxy::{Proxy, ProxyConfig, Rule};
 pub use stream::Stream;

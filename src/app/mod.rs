@@ -11,6 +11,8 @@ mod escape;
 mod log;
 mod lossy_writer;
 mod output;
+#[cfg(unix)]
+mod processes;
 mod rule;
 mod serve;
 mod stress;

@@ -15,7 +15,7 @@ use super::driver::Wanted;
 use super::rules::Binder;
 use super::shared::{Command, Shared};
 use crate::engine::forward::Forward;
-use crate::engine::id::ForwardId;
+use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{ConnectionStatus, ForwardStatus};
 
@@ -143,6 +143,21 @@ impl<D: Driver> Controller<D> {
     pub(super) fn connections(&self) -> Vec<ConnectionStatus> {
         let answers = self.ask_all(Command::ListConnections, ANSWER_TIMEOUT);
         answers.into_iter().flatten().collect()
+    }
+
+    /// See [`Handle::close`](super::Handle::close).
+    pub(super) fn close(&self, id: ConnectionId) -> Result<ConnectionStatus> {
+        let answers = self.ask_all(|tell| Command::Close(id, tell), ANSWER_TIMEOUT);
+        let all_answered = answers.len() >= self.shared.inboxes.len() || self.shared.is_over();
+        if let Some(status) = answers.into_iter().flatten().next() {
+            return Ok(status);
+        }
+        let cause = match all_answered {
+            true => io::Error::new(io::ErrorKind::NotFound, "there is none of that id"),
+            false => no_answer("it is closed as soon as it does, if it has it"),
+        };
+        let which = format!("connection {}", id.0);
+        Err(Error::new(Operation::Find, which, cause))
     }
 
     /// See [`Handle::answers_within`](super::Handle::answers_within).

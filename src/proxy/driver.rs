@@ -12,14 +12,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
-use crate::engine::connection::Socket;
+use crate::engine::connection::{Progress, Socket};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Result};
 use crate::listener;
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
-use super::relay_threads::{Ended, Progress};
+use super::relay_threads::Ended;
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;

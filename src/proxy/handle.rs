@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::engine::id::ForwardId;
+use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{ConnectionStatus, ForwardStatus};
 use crate::error::Result;
@@ -108,6 +108,20 @@ impl Handle {
     /// Returns the status of all live connections, including those of removed forwards.
     pub fn connections(&self) -> Vec<ConnectionStatus> {
         self.controller.connections()
+    }
+
+    /// Closes a connection, and returns its status before that. A client that is waiting for its
+    /// target is refused; an open connection is cut off, a VM's side of it gracefully: it is
+    /// half-closed, read to its EOF, and closed.
+    ///
+    /// Returns at once. Until its sockets are closed, the connection is
+    /// [`Closing`](crate::proxy::ConnectionState::Closing); one that is so already is left to it.
+    ///
+    /// # Errors
+    /// Returns `NotFound` if there is no such connection (any more); `TimedOut` if a worker does not
+    /// answer, in which case the connection is closed as soon as it does.
+    pub fn close(&self, id: ConnectionId) -> Result<ConnectionStatus> {
+        self.controller.close(id)
     }
 
     /// Returns whether all workers that have not ended answer within `patience`, so that none of

@@ -430,7 +430,6 @@ impl<D: Driver> Listeners<D> {
                 Ok((stream, peer)) => {
                     listening.unblock();
                     let forward = Arc::clone(&listening.forward);
-                    debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
                     let (guest, served) = take_guest(&forward, cx);
                     cx.shared.note_begin(&forward, Holder::Forward(forward.id));

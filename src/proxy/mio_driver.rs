@@ -16,14 +16,14 @@ use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
-use crate::engine::connection::Socket;
+use crate::engine::connection::{Progress, Socket};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
 #[cfg(unix)]
 use crate::keeper::Link;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName};
 use crate::stream::endpoint::Endpoint;
 use crate::stream::nonblocking::Stream;
 #[cfg(all(unix, feature = "cli"))]
@@ -37,7 +37,7 @@ use super::driver::Lent;
 use super::driver::Wanted;
 use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
-use super::relay_threads::{Ended, Order, Progress, RelayThreads};
+use super::relay_threads::{Ended, Order, RelayThreads};
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
@@ -330,6 +330,14 @@ impl Socket for Stream {
         self.peer_name()
     }
 
+    fn peer_process(&self) -> Option<PeerProcess> {
+        Stream::peer_process(self)
+    }
+
+    fn unread(&self) -> Option<u64> {
+        Stream::unread(self)
+    }
+
     fn is_from_this_process(&self) -> bool {
         self.is_from_us()
     }
@@ -613,7 +621,7 @@ impl Driver for MioDriver {
 
     #[cfg(unix)]
     fn has_peer_ended(&mut self, stream: &Stream) -> bool {
-        let Some(id) = stream.peer_process() else {
+        let Some(id) = stream.peer_process().and_then(|it| it.id) else {
             return false;
         };
         let index = self.processes.iter().position(|it| it.id == id);

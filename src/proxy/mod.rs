@@ -65,6 +65,7 @@ use std::time::Duration;
 
 use crate::address::{Address, Waiter};
 use crate::engine::admission::{GateLimits, Wake};
+use crate::engine::forward::{AccessLog, Reports};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 #[cfg(unix)]
@@ -81,12 +82,13 @@ pub(crate) use rules::all_are_wanted;
 use shared::{Inbox, Shared};
 use worker::Worker;
 
-pub use crate::engine::counters::{Counters, Refusals, TimedOut};
+pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
+pub use crate::engine::end_reason::{EndReason, Reason as RefusalReason};
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
 pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
 pub use crate::engine::status::{
-    ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus,
+    ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus, Waiting,
 };
 #[cfg(feature = "cli")]
 pub(crate) use descriptors::Descriptors as ProcessDescriptors;
@@ -118,6 +120,9 @@ pub struct ProxyConfig {
     pub vms: Vec<VmLimits>,
     /// The observer of the connections.
     pub observer: Option<Observer>,
+    /// Whether the line of each connection that has ended is logged at the level info, not debug. It
+    /// has the target `hvsock::access`.
+    pub access_log: bool,
     /// Targets that no rule may have, whoever its clients are: the addresses at which this program
     /// is controlled or watched, which a guest must not reach. A file is recognized through
     /// symbolic links and under other names, a TCP port under each of this machine's addresses. A
@@ -149,6 +154,7 @@ impl ProxyConfig {
             limits: Limits::default(),
             vms: Vec::new(),
             observer: None,
+            access_log: false,
             forbidden: Vec::new(),
             listeners: Vec::new(),
             other_descriptors: 0,
@@ -336,10 +342,17 @@ fn assemble<D: Driver>(
     if !config.rules.is_empty() {
         all_are_wanted(&config.listeners, &config.rules)?;
     }
+    let reports = Reports {
+        observer: config.observer,
+        access_log: match config.access_log {
+            true => AccessLog::Info,
+            false => AccessLog::Debug,
+        },
+    };
     let binder = Binder::new(
         gate_limits,
         waiter,
-        config.observer,
+        reports,
         config.listeners,
         config.forbidden,
     );

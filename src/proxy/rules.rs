@@ -16,9 +16,8 @@ use super::driver::Driver;
 use super::forbidden::leads_to;
 use super::loops;
 use crate::engine::admission::{Gate, GateLimits, Reservation};
-use crate::engine::forward::Forward;
+use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
-use crate::engine::observer::Observer;
 use crate::engine::rule::{Rule, VmLimits};
 
 /// Checks a rule by itself: refuses one that can't work on any system and with any other rules.
@@ -164,7 +163,7 @@ pub(super) struct Binder {
     gates: Mutex<Vec<(PathBuf, Arc<Gate>)>>,
     limits: GateLimits,
     waiter: fn(&Address) -> Waiter,
-    observer: Option<Observer>,
+    reports: Reports,
     passed: Mutex<Vec<Passed>>,
     next: AtomicU64,
     /// The lock that a change of the forwards holds to its end, so that two rules for one address
@@ -177,7 +176,7 @@ impl Binder {
     pub(super) fn new(
         limits: GateLimits,
         waiter: fn(&Address) -> Waiter,
-        observer: Option<Observer>,
+        reports: Reports,
         passed: Vec<listener::Listener>,
         forbidden: Vec<Address>,
     ) -> Binder {
@@ -185,7 +184,7 @@ impl Binder {
             gates: Mutex::default(),
             limits,
             waiter,
-            observer,
+            reports,
             passed: Mutex::new(
                 passed
                     .into_iter()
@@ -245,8 +244,8 @@ impl Binder {
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let quota = reserve_slots(&rule, &gates, id)?;
-        let observer = self.observer.clone();
-        let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, observer);
+        let reports = self.reports.clone();
+        let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, reports);
         forward.home = home;
         Ok((listener, Arc::new(forward)))
     }

@@ -84,6 +84,8 @@ pub(crate) enum Command<D: Driver> {
     Ping(Sender<()>),
     /// Report the status of all connections.
     ListConnections(Sender<Vec<ConnectionStatus>>),
+    /// Cut off this connection, and report what its status was, if it is this worker's.
+    Close(ConnectionId, Sender<Option<ConnectionStatus>>),
     /// Accept no more clients, and cut off all connections after this time.
     Stop(Duration),
 }

@@ -12,6 +12,7 @@ use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use crate::address::hyperkit::connect_line;
 use crate::address::{HyperkitAddress, UnixAddress};
 use crate::keeper::{Kept, Link, When};
+use crate::name::PeerProcess;
 use crate::sys;
 
 use super::closer;
@@ -49,7 +50,7 @@ pub(crate) struct Local {
     is_vsock: bool,
     /// The process that made the other end of a Unix socket, as far as the system tells. macOS
     /// doesn't once that has closed.
-    peer: Option<u32>,
+    peer: Option<PeerProcess>,
     descriptors: Descriptors,
     /// The last read ended where descriptors were passed: more may follow, and no event comes for
     /// it.
@@ -98,10 +99,11 @@ impl Local {
             kept: None,
             stream,
             is_vsock: false,
-            // 0: of another PID namespace.
-            peer: peer
-                .and_then(|peer| peer.process)
-                .filter(|process| *process > 0),
+            peer: peer.map(|peer| PeerProcess {
+                // 0: of another PID namespace.
+                id: peer.process.filter(|process| *process > 0),
+                user: peer.user,
+            }),
             descriptors,
             #[cfg(target_os = "linux")]
             stopped: false,
@@ -182,7 +184,7 @@ impl Local {
         }
     }
 
-    pub(super) fn peer_process(&self) -> Option<u32> {
+    pub(super) fn peer_process(&self) -> Option<PeerProcess> {
         self.peer
     }
 

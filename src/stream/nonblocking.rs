@@ -17,7 +17,7 @@ use crate::address::Address;
 use crate::engine::relay::Socket;
 #[cfg(unix)]
 use crate::keeper::Link;
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName};
 use crate::sys::{self, AsSocket, Wanted};
 
 /// How often TCP asks a silent peer, and how many questions without an answer end the connection:
@@ -201,16 +201,28 @@ impl Stream {
             #[cfg(unix)]
             Stream::Local(stream) => stream
                 .peer_process()
+                .and_then(|peer| peer.id)
                 .is_none_or(|process| process == std::process::id()),
             _ => false,
         }
     }
 
     /// Returns the process that made the other end of a Unix socket, as far as the system tells.
-    #[cfg(unix)]
-    pub(crate) fn peer_process(&self) -> Option<u32> {
+    pub(crate) fn peer_process(&self) -> Option<PeerProcess> {
         match self {
+            #[cfg(unix)]
             Stream::Local(stream) => stream.peer_process(),
+            _ => None,
+        }
+    }
+
+    /// Returns how many bytes have come that were not read yet, as far as the system tells.
+    pub(crate) fn unread(&self) -> Option<u64> {
+        match self {
+            #[cfg(unix)]
+            Stream::Tcp(stream) => sys::unread(stream),
+            #[cfg(unix)]
+            Stream::Local(stream) => sys::unread(&stream.as_socket()),
             _ => None,
         }
     }

@@ -31,6 +31,8 @@
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: the user of this process, and the process at the other end
 //!   of a Unix socket.
+//! * `program_name(process)`: the name of the program that a process runs.
+//! * `unread(socket)`: how many bytes have come that were not read yet.
 //! * `Process`: another process, and whether it is ending.
 //! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).

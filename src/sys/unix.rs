@@ -448,7 +448,6 @@ pub(crate) fn user_id() -> u32 {
 /// The peer that connected a Unix socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Connector {
-    #[cfg_attr(not(feature = "cli"), allow(dead_code))]
     pub(crate) user: u32,
     /// `None` where the system doesn't tell.
     pub(crate) process: Option<u32>,
@@ -483,6 +482,36 @@ pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
             process,
         })
     }
+}
+
+/// Returns the name of the program that a process runs, if there is such a process.
+pub(crate) fn program_name(process: u32) -> Option<String> {
+    #[cfg(target_os = "linux")]
+    {
+        // `proc_pid_comm(5)`; it need not be UTF-8.
+        let name = std::fs::read(format!("/proc/{process}/comm")).ok()?;
+        Some(String::from_utf8_lossy(name.trim_ascii_end()).into_owned())
+    }
+    #[cfg(target_vendor = "apple")]
+    {
+        process::program_name(process)
+    }
+    #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+    {
+        let _ = process;
+        None
+    }
+}
+
+/// Returns how many bytes have come for a socket that were not read yet, as far as the system
+/// tells.
+#[allow(unsafe_code)]
+pub(crate) fn unread(socket: &impl std::os::fd::AsRawFd) -> Option<u64> {
+    let mut bytes: nix::libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int, to which the pointer is valid, and nothing else.
+    let result =
+        unsafe { nix::libc::ioctl(socket.as_raw_fd(), nix::libc::FIONREAD, &raw mut bytes) };
+    u64::try_from(bytes).ok().filter(|_| result == 0)
 }
 
 /// Returns whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.

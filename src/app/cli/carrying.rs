@@ -30,7 +30,8 @@ pub(super) fn carry(
         .control()
         .sockets(patience.unavailable())
         .map(|sockets| control_socket::open(&sockets, &mut config))
-        .transpose()?;
+        .transpose()?
+        .filter(|bound| !bound.is_empty());
     let (proxy, kept) = patience.start(config, describe)?;
     let kept = kept.map(Arc::new);
     #[cfg(unix)]

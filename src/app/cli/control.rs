@@ -24,14 +24,22 @@ use crate::proxy::Counters;
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
 pub(super) struct Which {
-    /// The control socket of the hvsock that is meant [default: the one in your runtime directory]
+    /// The control socket of the hvsock that is meant [default: the one in your runtime directory, or else that of the
+    /// only hvsock that runs]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// The number of the `hvsock expose` or `forward` that is meant, as `hvsock ps` has it
+    #[arg(long, value_name = "PID", conflicts_with = "control")]
+    pid: Option<u32>,
 }
 
 impl Which {
     pub(super) fn path(&self) -> PathBuf {
-        self.control.clone().unwrap_or_else(control::default_path)
+        match (&self.control, self.pid) {
+            (Some(path), _) => path.clone(),
+            (None, Some(process)) => control::own_path(process),
+            (None, None) => control::usual_path(),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use clap::Args;
 use super::console::{complain, say};
 use super::summary::tried_again;
 use crate::address::TcpAddress;
-use crate::app::control::{self, Actions, Bound, Control, Unavailable};
+use crate::app::control::{self, Actions, Bound, Control, Place, Unavailable};
 use crate::app::values::tcp;
 use crate::proxy::{Proxy, ProxyConfig};
 
@@ -15,9 +15,10 @@ use crate::proxy::{Proxy, ProxyConfig};
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Control")]
 pub(super) struct ControlOptions {
-    /// Let `hvsock status`, `top`, `add` and `remove` at it, by a Unix socket at PATH [default: one in your runtime directory]
-    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, value_parser = parse_path)]
-    control: Option<Option<PathBuf>>,
+    /// Let `hvsock status`, `top`, `add` and `remove` at it by a Unix socket at PATH, or without =PATH where they look
+    /// first. =off: there is none [default: one under the process' number, which `hvsock ps` lists]
+    #[arg(long, value_name = "PATH|off", num_args = 0..=1, require_equals = true, value_parser = parse_place)]
+    control: Option<Option<Place>>,
     /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
     #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
     metrics: Option<TcpAddress>,
@@ -26,26 +27,30 @@ pub(super) struct ControlOptions {
 impl ControlOptions {
     /// Returns which sockets there are to be, if any, and what becomes of one that can't be had.
     pub(super) fn sockets(&self, unavailable: Unavailable) -> Option<control::Options> {
-        if self.control.is_none() && self.metrics.is_none() {
+        let control = match self.control.clone() {
+            None => Place::Own,
+            Some(place) => place.unwrap_or_else(|| Place::At(control::default_path())),
+        };
+        if control == Place::Nowhere && self.metrics.is_none() {
             return None;
         }
-        let path = self.control.clone();
         Some(control::Options {
-            control: path.map(|path| path.unwrap_or_else(control::default_path)),
+            control,
             metrics: self.metrics.clone(),
             unavailable,
         })
     }
 }
 
-/// The path of a control socket. Whoever writes a URI means something else.
-fn parse_path(text: &str) -> Result<PathBuf, String> {
+/// The path of a control socket, or `off`. Whoever writes a URI means something else.
+fn parse_place(text: &str) -> Result<Place, String> {
     match text {
+        "off" => Ok(Place::Nowhere),
         "" => Err("it is empty; leave the = out for the usual place".to_owned()),
         text if text.contains("://") || text.starts_with(['@', '-']) => {
             Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
         }
-        text => Ok(PathBuf::from(text)),
+        text => Ok(Place::At(PathBuf::from(text))),
     }
 }
 

@@ -3,6 +3,8 @@
 mod carrying;
 mod cat;
 mod completions;
+#[cfg(unix)]
+mod connections;
 mod console;
 #[cfg(unix)]
 mod control;
@@ -20,6 +22,8 @@ mod manager;
 mod options;
 mod outcome;
 mod passed;
+#[cfg(unix)]
+mod ps;
 mod reconciler;
 mod rules;
 mod run;
@@ -72,6 +76,12 @@ enum Command {
     Check(run::Check),
     #[cfg(unix)]
     Status(control::Status),
+    #[cfg(unix)]
+    Ps(ps::Ps),
+    #[cfg(unix)]
+    Connections(connections::Connections),
+    #[cfg(unix)]
+    Close(connections::Close),
     #[cfg(unix)]
     Top(top::Top),
     #[cfg(unix)]
@@ -162,6 +172,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Check(check) => check.run(),
         #[cfg(unix)]
         Command::Status(status) => status.run(),
+        #[cfg(unix)]
+        Command::Ps(ps) => ps.run(),
+        #[cfg(unix)]
+        Command::Connections(connections) => connections.run(),
+        #[cfg(unix)]
+        Command::Close(close) => close.run(),
         #[cfg(unix)]
         Command::Top(top) => top.run(),
         #[cfg(unix)]

@@ -110,6 +110,9 @@ pub(super) struct ProxyOptions {
     rule: RuleOptions,
     #[command(flatten)]
     log: LogOptions,
+    /// Log a line for each connection that has ended, with why it has (HVSOCK_LOG=debug logs them, too)
+    #[arg(long, help_heading = None)]
+    access_log: bool,
     /// Threads, at most 256 [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
@@ -140,6 +143,7 @@ impl ProxyOptions {
         let mut config = ProxyConfig::new(rules);
         config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
         config.splice = !self.no_splice;
+        config.access_log = self.access_log;
         // Without it there are fewer; the proxy knows.
         let _ = sys::raise_descriptor_limit();
         config.limits.connections = usize::MAX;

@@ -45,6 +45,10 @@ pub(super) enum Occasion {
     Retry,
 }
 
+/// Says whether a forward was made here.
+#[cfg(unix)]
+pub(super) type IsOurs<'a> = dyn Fn(ForwardId) -> bool + 'a;
+
 impl Reconciler {
     pub(super) fn new(handle: Handle) -> Reconciler {
         Reconciler {
@@ -69,7 +73,7 @@ impl Reconciler {
 
     /// Calls `f` while nothing that is wanted changes, with what says whether a forward was made here.
     #[cfg(unix)]
-    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&dyn Fn(ForwardId) -> bool)) {
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&IsOurs<'_>)) {
         let ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
         f(&|id| ours.contains(&id));
     }

@@ -66,6 +66,9 @@ pub(super) struct Run {
     #[cfg(unix)]
     #[command(flatten)]
     keeper: KeeperOptions,
+    /// Log a line for each connection that has ended, with why it has, whatever the file says
+    #[arg(long)]
+    access_log: bool,
 }
 
 /// Say all that is wrong with such a file, or what it would forward
@@ -107,8 +110,7 @@ impl Run {
         let configure = |config: &mut ProxyConfig| {
             #[cfg(unix)]
             self.keeper.apply(config);
-            // Elsewhere there is none.
-            let _ = config;
+            config.access_log |= self.access_log;
         };
         #[cfg(unix)]
         let program = std::env::current_exe();

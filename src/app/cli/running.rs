@@ -23,6 +23,8 @@ use crate::sys;
 use super::console::{complain, say};
 use super::outcome::Failure;
 use super::passed::on_passed_sockets;
+#[cfg(unix)]
+use super::reconciler::IsOurs;
 use super::reconciler::{Occasion, Reconciler, name_of};
 use super::summary::{Summary, failures};
 
@@ -68,8 +70,9 @@ pub(super) struct Doors;
 
 #[cfg(unix)]
 fn door_options(config: &Config) -> control::Options {
+    let path = config.control.clone();
     control::Options {
-        control: config.control.clone(),
+        control: path.map_or(control::Place::Nowhere, control::Place::At),
         metrics: config.metrics.clone(),
         unavailable: control::Unavailable::IsTriedAgain,
     }
@@ -141,6 +144,7 @@ fn empty_proxy(config: &Config) -> ProxyConfig {
     let mut proxy = ProxyConfig::new(Vec::new());
     proxy.workers = config.workers;
     proxy.splice = config.splice;
+    proxy.access_log = config.access_log;
     // Without it there are fewer; the proxy knows.
     let _ = sys::raise_descriptor_limit();
     proxy.limits.connections = usize::MAX;
@@ -246,7 +250,7 @@ impl Running {
 
     /// See [`Reconciler::while_unchanged`].
     #[cfg(unix)]
-    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&dyn Fn(ForwardId) -> bool)) {
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&IsOurs<'_>)) {
         self.reconciler.while_unchanged(f);
     }
 
@@ -356,6 +360,7 @@ impl Running {
         for (key, same) in [
             ("workers", old.workers == new.workers),
             ("splice", old.splice == new.splice),
+            ("access-log", old.access_log == new.access_log),
             ("control", old.control == new.control),
             ("metrics", old.metrics == new.metrics),
         ] {

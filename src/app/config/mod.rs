@@ -58,6 +58,8 @@ pub(crate) struct Config {
     pub(crate) workers: Option<NonZeroUsize>,
     /// Whether bytes may go through pipes.
     pub(crate) splice: bool,
+    /// Whether each connection that has ended is logged at the level info.
+    pub(crate) access_log: bool,
     /// Where it is controlled from, if anywhere.
     pub(crate) control: Option<PathBuf>,
     /// Where it tells of itself.
@@ -227,6 +229,7 @@ impl Config {
         let grace = root.take("grace", values::time);
         let workers = root.take("workers", values::count(1..=256));
         let splice = root.take("splice", values::yes_or_no);
+        let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
         let metrics = root.take("metrics", values::tcp);
         let mut defaults = RuleOptions::default();
@@ -263,6 +266,7 @@ impl Config {
             grace: grace.unwrap_or(Duration::from_secs(30)),
             workers: workers.and_then(NonZeroUsize::new),
             splice: splice.unwrap_or(true),
+            access_log: access_log.unwrap_or(false),
             control: control.unwrap_or_else(usual_control),
             metrics,
             #[cfg(unix)]

@@ -17,14 +17,14 @@ use crate::address::Address;
 use crate::app::output;
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
-use crate::proxy::{ForwardId, ForwardStatus, Handle};
+use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle};
 
 use super::endpoint::{Endpoint, Service};
 use super::handover;
 use super::handover::give::Successor;
 use super::http::{JSON, Request, Response, response};
 use super::metrics;
-use super::model::{Forward, RuleBody, Status, read_rule};
+use super::model::{Connection, Forward, RuleBody, Status, read_rule};
 use super::problem::Problem;
 
 /// What the server needs of its program.
@@ -175,7 +175,7 @@ impl Api {
             ("GET", "/v1/status") => none(query).and_then(|()| json(200, &self.status())),
             ("GET", "/v1/forwards") => none(query).and_then(|()| json(200, &self.forwards())),
             ("GET", "/v1/connections") => {
-                none(query).and_then(|()| json(200, &self.handle.connections()))
+                none(query).and_then(|()| json(200, &Connection::all(&self.handle.connections())))
             }
             ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
             ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
@@ -186,6 +186,12 @@ impl Api {
             (_, "/v1/forwards") => return wrong_method("GET, POST"),
             (_, "/v1/reload" | "/v1/stop" | "/v1/take-over" | "/v1/upgrade") => {
                 return wrong_method("POST");
+            }
+            _ if path.starts_with(CONNECTIONS) && method != "DELETE" => {
+                return wrong_method("DELETE");
+            }
+            _ if path.starts_with(CONNECTIONS) => {
+                none(query).and_then(|()| self.close(&path[CONNECTIONS.len()..]))
             }
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
@@ -343,6 +349,27 @@ impl Api {
         json(200, &Forward::from(&found))
     }
 
+    fn close(&self, id: &str) -> Answer {
+        let remedy = "`hvsock connections` lists those that there are";
+        let number = id.parse().map_err(|_| {
+            let problem = Problem::new(404, format!("there is no connection {id:?}"));
+            problem.with_remedy(remedy)
+        })?;
+        let closed = self
+            .handle
+            .close(ConnectionId(number))
+            .map_err(|e| match e.kind() {
+                io::ErrorKind::NotFound => {
+                    Problem::new(404, format!("there is no connection {number}"))
+                        .with_remedy(remedy)
+                }
+                _ => e.into(),
+            })?;
+        info!("closing connection {number}, as was asked for");
+        let closed = Connection::all(&[closed]);
+        json(200, &closed.first())
+    }
+
     fn reload(&self) -> Answer {
         let Some(reload) = &self.actions.reload else {
             let problem = Problem::new(409, "there is no file to read again");
@@ -488,6 +515,9 @@ impl Api {
     }
 }
 
+/// Of this each connection has its own.
+const CONNECTIONS: &str = "/v1/connections/";
+
 /// What a forward is called.
 fn label(forward: &ForwardStatus) -> String {
     match &forward.rule.name {
@@ -508,7 +538,8 @@ fn unknown(key: &str) -> Problem {
 }
 
 const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
-    GET /v1/connections, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, GET /metrics";
+    GET /v1/connections, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
+    GET /metrics";
 
 fn no_such_call(path: &str) -> Problem {
     Problem::new(404, format!("there is no {path:?} here")).with_remedy(CALLS)

@@ -22,10 +22,19 @@ pub(super) enum Service {
     Metrics,
 }
 
+/// Whether the user has asked for a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Demand {
+    Asked,
+    /// There is one nevertheless.
+    OwnAccord,
+}
+
 /// Where a service is to be, and how it is there.
 #[derive(Debug)]
 pub(super) struct Endpoint {
     pub(super) service: Service,
+    pub(super) demand: Demand,
     /// With the port that was chosen, if one was to be.
     pub(super) address: Address,
     /// As it was asked for.
@@ -38,9 +47,10 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    fn new(service: Service, address: Address, asked: &Address) -> Endpoint {
+    fn new(service: Service, demand: Demand, address: Address, asked: &Address) -> Endpoint {
         Endpoint {
             service,
+            demand,
             address,
             asked: asked.clone(),
             trouble: Mutex::default(),
@@ -130,20 +140,23 @@ impl Door {
     ///
     /// # Errors
     /// As those of [`Listener::bind`], and that others could get at the control socket.
-    pub(super) fn open(service: Service, address: &Address) -> Result<Door> {
+    pub(super) fn open(service: Service, address: &Address, demand: Demand) -> Result<Door> {
         let listener = bind(service, address)?;
         let bound = listener.bound(address);
-        Ok(Door::listening(service, bound, address, listener))
+        Ok(Door::listening(
+            Endpoint::new(service, demand, bound, address),
+            listener,
+        ))
     }
 
     /// One whose socket listens already: another hvsock hands it over.
     pub(super) fn handed(service: Service, asked: &Address, socket: listener::Listener) -> Door {
         let bound = socket.address().clone();
-        Door::listening(service, bound, asked, socket.into_nonblocking())
+        let endpoint = Endpoint::new(service, Demand::Asked, bound, asked);
+        Door::listening(endpoint, socket.into_nonblocking())
     }
 
-    fn listening(service: Service, bound: Address, asked: &Address, listener: Listener) -> Door {
-        let endpoint = Endpoint::new(service, bound, asked);
+    fn listening(endpoint: Endpoint, listener: Listener) -> Door {
         let listener = Arc::new(listener);
         endpoint.note_listener(&listener);
         Door {
@@ -154,7 +167,7 @@ impl Door {
 
     /// One that can't be opened yet, for that reason.
     pub(super) fn closed(service: Service, address: &Address, error: &Error) -> Door {
-        let endpoint = Endpoint::new(service, address.clone(), address);
+        let endpoint = Endpoint::new(service, Demand::Asked, address.clone(), address);
         endpoint.mark_unserved(error.to_string());
         Door {
             endpoint: Arc::new(endpoint),

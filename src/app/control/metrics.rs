@@ -195,6 +195,12 @@ impl Families<'_, '_> {
         });
         let help = "Connections that could not be carried.";
         self.family("hvsock_forward_refused", help, refused)?;
+        let ended = forwards.iter().flat_map(|it| {
+            let reasons = it.counters.ended.by_reason();
+            reasons.map(|(reason, count)| ((labels(it), [("reason", reason)]), Counter(count)))
+        });
+        let help = "Connections that have ended, by what began their end.";
+        self.family("hvsock_forward_ended", help, ended)?;
         let listening = forwards.iter().map(|it| {
             let listens = it.state == "listening";
             (labels(it), Gauge(listens.into()))

@@ -1,5 +1,6 @@
 //! What goes over the control socket, as JSON.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::time::SystemTime;
 
@@ -10,8 +11,10 @@ use crate::address::Address;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::keeper::LinkStatus;
+use crate::name::SocketName;
 use crate::proxy::{
-    Counters, ForwardState, ForwardStatus, LastError, Refusals, Rule, VmStatus, check_name,
+    ConnectionState, ConnectionStatus, Counters, ForwardState, ForwardStatus, LastError, Refusals,
+    Rule, VmStatus, Waiting, check_name,
 };
 use crate::time::{unix, unix_option};
 
@@ -98,20 +101,101 @@ pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 5
     ]
 }
 
-/// A connection that is carried now, as a [`ConnectionStatus`](crate::proxy::ConnectionStatus) is
-/// read.
-#[derive(Clone, Debug, Deserialize)]
+/// A connection that is carried now.
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Connection {
     pub(crate) id: u64,
     /// The forward's id, which may have been removed.
     pub(crate) forward: u64,
-    /// Who it is from; `null` if the kernel doesn't know.
+    /// The peer's address; `null` if it has none, as clients of Unix sockets.
     pub(crate) peer: Option<String>,
-    /// `dialling`, `open` or `ending`.
-    pub(crate) state: String,
+    /// The process that made the peer; `null` if it is no Unix socket.
+    pub(crate) process: Option<Process>,
+    /// `dialling`, `held`, `open`, `half_closed_by_client`, `half_closed_by_server` or `closing`.
+    pub(crate) state: ConnectionState,
     pub(crate) sent: u64,
     pub(crate) received: u64,
+    /// Bytes on their way, `to_server` and `to_client`; `null` where that isn't known.
+    pub(crate) waiting: Option<Waiting>,
+    /// The time since a byte was delivered.
+    #[serde(default)]
+    pub(crate) idle_seconds: f64,
     pub(crate) age_seconds: f64,
+}
+
+/// The process at the other end of a Unix socket.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Process {
+    pub(crate) pid: Option<u32>,
+    /// What it runs now.
+    pub(crate) program: Option<String>,
+    /// The number of the user that it ran as when it connected.
+    pub(crate) user: u32,
+}
+
+impl Connection {
+    /// Returns connections as they are told, each with the program of its process: that is looked up
+    /// here, once for each process, and not by the proxy's workers.
+    pub(super) fn all(statuses: &[ConnectionStatus]) -> Vec<Connection> {
+        let mut programs = HashMap::new();
+        let told = statuses.iter().map(|status| Connection {
+            id: status.id.into(),
+            forward: status.forward.into(),
+            peer: match status.peer {
+                SocketName::Unnamed => None,
+                named => Some(named.to_string()),
+            },
+            process: status.process.map(|process| Process {
+                pid: process.id,
+                program: programs
+                    .entry(process)
+                    .or_insert_with(|| process.program())
+                    .clone(),
+                user: process.user,
+            }),
+            state: status.state,
+            sent: status.sent,
+            received: status.received,
+            waiting: status.waiting,
+            idle_seconds: status.idle.as_secs_f64(),
+            age_seconds: status.age.as_secs_f64(),
+        });
+        told.collect()
+    }
+
+    /// Returns the same in fewer letters: `127.0.0.1:50000`, or `curl[123]`.
+    pub(crate) fn peer_in_short(&self) -> String {
+        match (&self.peer, &self.process) {
+            (Some(peer), _) => peer.strip_prefix("tcp://").unwrap_or(peer).to_owned(),
+            (None, Some(process)) => match (&process.program, process.pid) {
+                (Some(program), Some(pid)) => format!("{program}[{pid}]"),
+                (None, Some(pid)) => format!("pid {pid}"),
+                (_, None) => format!("uid {}", process.user),
+            },
+            (None, None) => format!("number {}", self.id),
+        }
+    }
+
+    /// Returns what is known of the peer, for people: its address, or else its process.
+    pub(crate) fn peer_in_words(&self) -> String {
+        match (&self.peer, &self.process) {
+            (Some(peer), _) => peer.clone(),
+            (None, Some(process)) => process.to_string(),
+            (None, None) => "unknown".to_owned(),
+        }
+    }
+}
+
+/// Writes `curl (pid 123, uid 501)`.
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let user = self.user;
+        match (&self.program, self.pid) {
+            (Some(program), Some(pid)) => write!(f, "{program} (pid {pid}, uid {user})"),
+            (None, Some(pid)) => write!(f, "pid {pid}, uid {user}"),
+            (_, None) => write!(f, "uid {user}"),
+        }
+    }
 }
 
 /// A rule as it is told, and can be given again.
@@ -237,6 +321,14 @@ impl Status {
             }
         }
         vms
+    }
+}
+
+impl Status {
+    /// Returns what the forward of that id is called.
+    pub(crate) fn label_of(&self, id: u64) -> String {
+        let forward = self.forwards.iter().find(|it| it.id == Some(id));
+        forward.map_or_else(|| "(removed)".to_owned(), Forward::label)
     }
 }
 

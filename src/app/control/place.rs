@@ -12,24 +12,86 @@ use crate::sys;
 
 const NAME: &str = "control.sock";
 
+/// What the program is called.
+const PROGRAM: &str = "hvsock";
+
 /// Where the control socket is unless another place is asked for: in the user's runtime directory
 /// (`$XDG_RUNTIME_DIR/hvsock`), or, on macOS and where there is none, in a directory of the user's among the temporary
 /// files (`$TMPDIR/hvsock-UID`, or `/tmp/hvsock-UID`).
 pub(crate) fn default_path() -> PathBuf {
+    directory().join(NAME)
+}
+
+/// The user's directory of control sockets.
+fn directory() -> PathBuf {
     let absolute = |name| {
         env::var_os(name)
             .map(PathBuf::from)
             .filter(|it| it.is_absolute())
     };
     let runtime = absolute("XDG_RUNTIME_DIR").filter(|_| cfg!(not(target_os = "macos")));
-    let directory = match runtime {
+    match runtime {
         Some(runtime) => runtime.join("hvsock"),
         None => {
             let temporary = absolute("TMPDIR").unwrap_or_else(|| "/tmp".into());
             temporary.join(format!("hvsock-{}", sys::user_id()))
         }
-    };
-    directory.join(NAME)
+    }
+}
+
+/// Where the control socket of a process is that was asked for none: beside the default one, under
+/// the process' number.
+pub(crate) fn own_path(process: u32) -> PathBuf {
+    directory().join(format!("{process}.sock"))
+}
+
+/// Where the control socket is that is meant if none is named: in the default place, or, if there is
+/// none, that of the only process that has one of its own.
+pub(crate) fn usual_path() -> PathBuf {
+    let default = default_path();
+    if default.symlink_metadata().is_ok() {
+        return default;
+    }
+    let own = own_sockets();
+    let mut alive = own.into_iter().filter(|(_, path)| is_alive(path));
+    match (alive.next(), alive.next()) {
+        (Some((_, path)), None) => path,
+        _ => default,
+    }
+}
+
+/// The sockets that processes have of their own, with the numbers of the processes. Some may be left
+/// of processes that were killed.
+fn own_sockets() -> Vec<(u32, PathBuf)> {
+    let directory = directory();
+    // What is in a directory of somebody else's is nobody's of ours.
+    if look_at(&default_path(), &directory, Operation::Connect).is_err() {
+        return Vec::new();
+    }
+    let files = fs::read_dir(directory).into_iter().flatten().flatten();
+    let own = files.filter_map(|file| {
+        let name = file.file_name();
+        let process = name.to_str()?.strip_suffix(".sock")?.parse().ok()?;
+        Some((process, file.path()))
+    });
+    own.collect()
+}
+
+fn is_alive(path: &Path) -> bool {
+    sys::is_socket_alive(path).unwrap_or(false)
+}
+
+/// Removes the sockets of processes that were killed. One whose process is just about to listen is
+/// left.
+pub(super) fn remove_stale() {
+    for (process, path) in own_sockets() {
+        let runs = i32::try_from(process).is_ok_and(sys::process_is_alive)
+            && sys::program_name(process).is_none_or(|program| program == PROGRAM);
+        if !runs && matches!(sys::is_socket_alive(&path), Ok(false)) {
+            // Another process may have removed it meanwhile.
+            let _ = fs::remove_file(&path);
+        }
+    }
 }
 
 /// The address of the socket at `path`.
@@ -65,8 +127,8 @@ pub(super) fn prepare(path: &Path) -> Result<()> {
 /// `PermissionDenied` if its directory is open to others; but not if there is none.
 pub(super) fn check(path: &Path) -> Result<()> {
     match directory_of(path) {
-        Some(directory) if path == default_path() && directory.symlink_metadata().is_ok() => {
-            look_at(path, directory, Operation::Connect)
+        Some(at) if at == directory() && at.symlink_metadata().is_ok() => {
+            look_at(path, at, Operation::Connect)
         }
         _ => Ok(()),
     }
@@ -81,30 +143,27 @@ fn directory_of(path: &Path) -> Option<&Path> {
 }
 
 /// Refuses a directory in which others can put a socket.
-fn look_at(path: &Path, directory: &Path, operation: Operation) -> Result<()> {
+fn look_at(path: &Path, at: &Path, operation: Operation) -> Result<()> {
     let fail = |cause, remedy: String| {
         Err(Error::new(operation, address(path), cause).with_remedy(remedy))
     };
-    let own = path == default_path();
+    let own = at == directory();
     // A symbolic link in the default place may be anybody's.
     let metadata = match own {
-        true => fs::symlink_metadata(directory),
-        false => fs::metadata(directory),
+        true => fs::symlink_metadata(at),
+        false => fs::metadata(at),
     };
     let metadata = match metadata {
         Ok(metadata) => metadata,
         Err(e) => return fail(e, "look at its directory's permissions".to_owned()),
     };
     if let Some(why) = objection(&metadata, own) {
-        let why = format!("its directory {} {why}", directory.display());
+        let why = format!("its directory {} {why}", at.display());
         let cause = io::Error::new(io::ErrorKind::PermissionDenied, why);
         let elsewhere = "give --control PATH in a directory of your own";
         let remedy = match own {
             true if metadata.uid() != sys::user_id() => format!("have it removed, or {elsewhere}"),
-            true => format!(
-                "remove it, or `chmod 700 {}` if it is yours",
-                directory.display()
-            ),
+            true => format!("remove it, or `chmod 700 {}` if it is yours", at.display()),
             false => elsewhere.to_owned(),
         };
         return fail(cause, remedy);

@@ -4,6 +4,7 @@
 //! Which of these a side needs is decided here; the sockets themselves are closed by the loop,
 //! through [`Action`]s. No socket call here waits for its peer.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use tracing::warn;
@@ -11,9 +12,10 @@ use tracing::warn;
 use crate::dial;
 use crate::engine::Phase;
 use crate::engine::admission::DrainEnd;
-use crate::engine::counters::{Reason, add_one};
+use crate::engine::counters::add_one;
+use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
-use crate::engine::relay::{CloseMode, End, Readiness, Side};
+use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
 use crate::time::after;
 
 use super::draining::{Drain, Next, Reading};
@@ -86,6 +88,7 @@ impl<S: Socket> Connection<S> {
         };
         if pair.refused() {
             let error = dial::refused_by_eof(&self.forward.rule.connect);
+            self.end_because(EndReason::Refused(Reason::ByTarget));
             self.note_refusal(&error, Reason::ByTarget, cx.now);
         }
         let modes = Side::BOTH.map(|side| pair.close_mode(side));
@@ -355,7 +358,8 @@ impl<S: Socket> Connection<S> {
         let forward = &self.forward;
         add_one(&forward.tally.abandoned);
         if forward.log_limiter.admit(text, now).is_some() {
-            warn!("{}: {text}", forward.rule.connect);
+            self.span()
+                .in_scope(|| warn!("{}: {text}", forward.rule.connect));
         }
     }
 
@@ -388,15 +392,19 @@ impl<S: Socket> Connection<S> {
         self.wake_at = Some(cx.now + CUT_PAUSE);
     }
 
-    /// Takes the end of the threads: the bytes that they delivered from each side, and whether a
-    /// guest failed to end its connection in time.
+    /// Takes the end of the threads: the bytes that they delivered from each side, whether a guest
+    /// failed to end its connection in time, and which side has ended first, and how.
     pub(crate) fn take_threads_end(
         &mut self,
         delivered: [u64; 2],
         abandoned: bool,
+        first: Option<(Side, Ending)>,
         cx: &mut Context<'_, S>,
     ) {
         self.counted = delivered;
+        if let Some((side, ending)) = first {
+            self.end_because(reason_of_end(side, ending));
+        }
         if abandoned {
             self.note_abandoned(NOT_ENDED, cx.now);
         }
@@ -447,6 +455,27 @@ fn read_out<S: Socket>(end: &mut End<S>, cx: &mut Context<'_, S>) {
         if !end.discard(cx.pool) {
             break;
         }
+    }
+}
+
+/// Returns how a side has ended, if it has.
+pub(super) fn how_ended<S: Socket>(end: &End<S>) -> Option<Ending> {
+    match end.output {
+        _ if end.is_dead() => Some(Ending::BrokenOff),
+        // That a peer takes no more is all that a close says to who writes.
+        Half::Failed(kind) if kind != io::ErrorKind::BrokenPipe => Some(Ending::BrokenOff),
+        Half::Failed(_) => Some(Ending::Whole),
+        _ => end.input_ended().then_some(Ending::Whole),
+    }
+}
+
+/// Returns the reason that the end of a side stands for.
+pub(super) fn reason_of_end(side: Side, ending: Ending) -> EndReason {
+    match (side, ending) {
+        (Side::Client, Ending::Whole) => EndReason::ClientClosed,
+        (Side::Client, Ending::BrokenOff) => EndReason::ClientReset,
+        (Side::Server, Ending::Whole) => EndReason::ServerClosed,
+        (Side::Server, Ending::BrokenOff) => EndReason::ServerReset,
     }
 }
 

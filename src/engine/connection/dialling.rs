@@ -9,11 +9,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tracing::debug;
+
 use crate::address::Refusal;
 use crate::dial::{self, Begun, Dial, Next};
 use crate::engine::Phase;
 use crate::engine::admission::{Full, Gate, NotServed, Slot};
-use crate::engine::counters::Reason;
+use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
@@ -21,7 +23,7 @@ use crate::engine::observer::What;
 use crate::engine::relay::{End, Readiness, Side};
 use crate::engine::routes::{ListenerName, PeerNames, Route};
 use crate::error::{Error, Operation};
-use crate::name::SocketName;
+use crate::name::{Peer, SocketName};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::time::after;
 
@@ -73,6 +75,10 @@ impl<S: Socket> Connection<S> {
             readable: client.socket.is_settled(),
             ..Readiness::default()
         });
+        let peer = Peer {
+            name: peer,
+            process: client.socket.peer_process(),
+        };
         let patience = forward.wait().unwrap_or(forward.rule.timeouts.dial);
         let state = State::waiting(client, Dial::new(after(now, patience)));
         let held = forward.wait().map(|_| Held {
@@ -87,6 +93,7 @@ impl<S: Socket> Connection<S> {
         }
         connection.slots = slots;
         connection.held = held;
+        connection.debug(|| debug!("accepted"));
         connection.notify(What::Accepted);
         connection
     }
@@ -110,7 +117,13 @@ impl<S: Socket> Connection<S> {
                 let error = Error::new(Operation::Accept, &self.forward.rule.listen, e);
                 self.refuse(&error, Reason::Other, cx);
             }
-            Ok(()) if is_closed => self.refuse_cut_off(cx),
+            Ok(()) if is_closed => {
+                self.end_because(match cx.phase {
+                    Phase::Running => EndReason::Removed,
+                    Phase::Stopping | Phase::Cutting => EndReason::Stopped,
+                });
+                self.refuse_cut_off(cx);
+            }
             Ok(()) if served.is_err() => self.turn_away(served, cx),
             Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
             Ok(()) => self.begin_dial(cx),
@@ -132,7 +145,7 @@ impl<S: Socket> Connection<S> {
         let State::Waiting { client, .. } = &self.state else {
             return true;
         };
-        let (forward, peer) = (self.forward.id, self.peer);
+        let (forward, peer) = (self.forward.id, self.peer.name);
         if peer == SocketName::Unnamed {
             let is_ours = || client.socket.is_from_this_process();
             return cx.routes.accepted_from_us(forward, is_ours, cx.now);
@@ -227,6 +240,7 @@ impl<S: Socket> Connection<S> {
             return;
         };
         if client.is_gone() {
+            self.end_because(EndReason::ClientGaveUp);
             return self.close(cx);
         }
         let deadline = dial.deadline();
@@ -258,10 +272,9 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Returns whether an EOF from the server may mean that its VM has died, and the client can be
-    /// told of it by a reset.
+    /// Returns whether an EOF from the server may mean that its VM has died.
     pub(crate) fn doubts_server(&self) -> bool {
-        self.forward.needs_graceful_close(Side::Server) && self.forward.can_reset(Side::Client)
+        self.forward.needs_graceful_close(Side::Server)
     }
 
     /// Takes the result of resolving the target's name.
@@ -522,9 +535,14 @@ impl<S: Socket> Connection<S> {
         self.refuse(&error, reason, cx);
     }
 
-    /// Refuses a client because the proxy is stopping, or because its forward was removed.
+    /// Refuses a client because the proxy is stopping, its forward was removed, or it was closed.
     pub(super) fn refuse_cut_off(&mut self, cx: &mut Context<'_, S>) {
-        let cause = io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
+        let why = match self.why {
+            Some(EndReason::Closed) => "it was closed while it was being connected",
+            Some(EndReason::Removed) => "its forward was removed",
+            _ => "the proxy is stopping",
+        };
+        let cause = io::Error::new(io::ErrorKind::ConnectionAborted, why);
         let error = Error::new(Operation::Connect, &self.forward.rule.connect, cause);
         self.refuse(&error, Reason::Other, cx);
     }
@@ -558,6 +576,7 @@ impl<S: Socket> Connection<S> {
             }
             other => return self.state = other,
         };
+        self.end_because(EndReason::Refused(reason));
         self.note_refusal(error, reason, cx.now);
         // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
         let client = if self.forward.needs_graceful_close(Side::Client) && !client.is_dead() {
@@ -572,6 +591,7 @@ impl<S: Socket> Connection<S> {
 
     /// Ends the connection after its client has gone while the target was being connected.
     pub(super) fn close_without_client(&mut self, cx: &mut Context<'_, S>) {
+        self.end_because(EndReason::ClientGaveUp);
         let (client, server) = match self.take_state() {
             State::Connecting {
                 client,

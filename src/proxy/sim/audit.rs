@@ -140,6 +140,16 @@ impl Audit {
         self.stop.is_some() || self.removed.contains_key(&forward)
     }
 
+    /// Whether a forward was removed.
+    pub(super) fn is_removed(&self, forward: u64) -> bool {
+        self.removed.contains_key(&forward)
+    }
+
+    /// Whether the end was asked for.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stop.is_some()
+    }
+
     /// Whether a worker has heard of the end.
     pub(super) fn has_stopped(&self, worker: usize) -> bool {
         self.stopped.contains_key(&worker)

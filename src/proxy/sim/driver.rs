@@ -10,18 +10,17 @@ use std::time::{Duration, Instant};
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::engine::admission::Gate;
-use crate::engine::connection::{self, transitions};
+use crate::engine::connection::{self, Progress, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::relay::{Pipe, Side, Socket};
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName};
 #[cfg(feature = "cli")]
 use crate::proxy::driver::Lent;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
-use crate::proxy::relay_threads::Progress;
 use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
 use crate::{hyperkit, listener};
@@ -111,6 +110,14 @@ impl connection::Socket for SimStream {
 
     fn is_guarded(&self) -> bool {
         false
+    }
+
+    fn peer_process(&self) -> Option<PeerProcess> {
+        None
+    }
+
+    fn unread(&self) -> Option<u64> {
+        None
     }
 
     fn is_from_this_process(&self) -> bool {

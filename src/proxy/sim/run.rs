@@ -21,6 +21,7 @@ use super::cast::{Client, Server};
 use super::driver::{SimDriver, place_of, set_stage, this_stage};
 use super::judge::{Hazard, Observed, Phase, TRANSITIONS};
 use super::kernel::{Kernel, Place};
+use super::ledger::Happened;
 use super::operator::{Act, Operator, Stopper};
 use super::plan::Plan;
 use super::stage::{Pace, Stage};
@@ -60,8 +61,14 @@ fn observer(told: &Told) -> Observer {
             What::Accepted => it.accepted += 1,
             What::Connected => it.connected += 1,
             What::Refused(_) => it.refused += 1,
-            What::Closed { sent, received, .. } => {
+            What::Closed {
+                sent,
+                received,
+                why,
+                ..
+            } => {
                 it.closed += 1;
+                it.why = Some(why);
                 (it.sent, it.received) = (sent, received);
             }
         }
@@ -80,11 +87,22 @@ fn note(event: &Event<'_>) {
         What::Refused(error) => {
             // Why a dial has failed may be known late.
             let is_slow = judge.audit.is_disturbed() || stage.may_hang.get();
-            let ends = (judge.audit.is_ending(forward), is_slow);
+            let is_ending = judge.audit.is_ending(forward) || judge.closed.contains(&connection);
+            let ends = (is_ending, is_slow);
             let of = (forward, connection);
             judge.ledger.check_refusal(of, error, ends, &stage.kernel());
         }
-        What::Closed { .. } => judge.ledger.closed(forward),
+        What::Closed { why, .. } => {
+            let happened = Happened {
+                vm_gone: stage.kernel().is_anybody_gone(),
+                removed: judge.audit.is_removed(forward),
+                stop: judge.audit.is_stopping(),
+                closed: judge.closed.contains(&connection),
+            };
+            judge.ledger.check_end(connection, why, happened);
+            judge.ledger.closed(forward);
+            judge.count(why.name());
+        }
     }
 }
 
@@ -407,6 +425,21 @@ fn check_counters(forward: &ForwardStatus, told: &BTreeMap<u64, Observed>) {
         sum(|it| it.received),
     ];
     assert_eq!(counted, told, "counters of {}", forward.listen);
+    // Each has ended for one reason; those that are counted are those that were told.
+    let mut told = BTreeMap::<&str, u64>::new();
+    for why in its().filter_map(|it| it.why) {
+        *told.entry(why.name()).or_default() += 1;
+    }
+    let counted = counters.ended.by_reason();
+    let counted: BTreeMap<&str, u64> = counted.filter(|(_, count)| *count > 0).collect();
+    assert_eq!(counted, told, "why connections of {} ended", forward.listen);
+    assert_eq!(counted.values().sum::<u64>(), counters.accepted);
+    let timed_out = [
+        counters.ended.idle_timeout,
+        counters.ended.half_closed_timeout,
+    ];
+    let cut_off = [counters.timed_out.idle, counters.timed_out.half_closed];
+    assert_eq!(timed_out, cut_off, "timeouts of {}", forward.listen);
 }
 
 thread_local! {

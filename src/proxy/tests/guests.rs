@@ -9,7 +9,7 @@ use super::super::{
     Worker,
 };
 use super::*;
-use crate::engine::forward::Forward;
+use crate::engine::forward::{AccessLog, Forward, Reports};
 use crate::engine::id::ForwardId;
 use crate::listener::nonblocking::Listener;
 
@@ -40,7 +40,10 @@ fn guests_of(
         [None, None],
         None,
         Waiter::of,
-        None,
+        Reports {
+            observer: None,
+            access_log: AccessLog::Debug,
+        },
     ));
     let driver = MioDriver::new(Housekeeper::start().unwrap()).unwrap();
     let waker = driver.waker();
