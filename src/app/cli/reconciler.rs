@@ -47,7 +47,7 @@ pub(super) enum Occasion {
 
 /// Says whether a forward was made here.
 #[cfg(unix)]
-pub(super) type IsOurs<'a> = dyn Fn(ForwardId) -> bool + 'a;
+pub(super) type IsOurs<'a> = &'a (dyn Fn(ForwardId) -> bool + 'a);
 
 impl Reconciler {
     pub(super) fn new(handle: Handle) -> Reconciler {
@@ -73,7 +73,7 @@ impl Reconciler {
 
     /// Calls `f` while nothing that is wanted changes, with what says whether a forward was made here.
     #[cfg(unix)]
-    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&IsOurs<'_>)) {
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(IsOurs<'_>)) {
         let ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
         f(&|id| ours.contains(&id));
     }

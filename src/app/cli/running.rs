@@ -15,8 +15,6 @@ use crate::app::control;
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
 use crate::hyperkit::Places;
-#[cfg(unix)]
-use crate::proxy::ForwardId;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
 use crate::sys;
 
@@ -250,7 +248,7 @@ impl Running {
 
     /// See [`Reconciler::while_unchanged`].
     #[cfg(unix)]
-    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&IsOurs<'_>)) {
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(IsOurs<'_>)) {
         self.reconciler.while_unchanged(f);
     }
 
