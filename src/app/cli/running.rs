@@ -1,5 +1,7 @@
 //! A proxy that does what a file says, and goes on doing so when the file changes.
 
+#[cfg(unix)]
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -240,7 +242,7 @@ impl Running {
 
     /// See [`Reconciler::while_unchanged`].
     #[cfg(unix)]
-    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&dyn Fn(ForwardId) -> bool)) {
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&HashSet<ForwardId>)) {
         self.reconciler.while_unchanged(f);
     }
 
