@@ -208,6 +208,22 @@ fn a_keeper_whose_hvsock_has_ended_is_shown_and_can_be_ended() {
 }
 
 #[test]
+fn a_port_that_is_removed_is_no_danger_where_a_keeper_accepts() {
+    let scene = Scene::new();
+    let pid = scene.has_keeper();
+    let port = format!("hyperkit://:5000{}", scene.state());
+    let (code, said, why) = scene.run(&["remove", &port]);
+    assert_eq!((code, why.as_str()), (Some(0), ""), "{said}");
+    let accepts = format!("keeper {pid} of hvsock process");
+    eventually("the keeper accepts there", || {
+        let (_, said, _) = scene.run(&["vms"]);
+        said.contains(&accepts) && said.contains("accepts on port 5000")
+    });
+    assert_eq!(ask(scene.vm.dial(5000).unwrap(), b"guest").unwrap(), b"");
+    assert!(scene.vm.fate().is_none(), "{:?}", scene.vm.fate());
+}
+
+#[test]
 fn an_hvsock_without_a_keeper_says_so() {
     let dir = private_dir();
     let mut command = in_runtime(

@@ -711,11 +711,15 @@ fn metrics_and_a_control_directory_that_can_not_be_had_keep_nothing() {
     let (_, json) = asked(dir.path(), &["status", "--json"]);
     assert!(json.contains("\"unserved\": []"), "{json}");
 
-    // Another one that would be controlled from the same place is a mistake.
+    // Another one that would be controlled from the same place is a mistake, or is to take over.
     let other = File(dir.path().join("other.toml"));
     other.write(&format!("[forward.b]\nlisten = 0\nconnect = {server}\n"));
     let mut second = other.run();
-    second.complains("does another hvsock run?");
+    let told = second.complains(&format!("process {} runs there", proxy.child.0.id()));
+    assert!(
+        told.contains("--take-over") && told.contains("control = \"PATH\""),
+        "{told}"
+    );
     assert_eq!(second.exit_code(), Some(1));
     proxy.signal("TERM");
     assert_eq!(proxy.exit_code(), Some(0));

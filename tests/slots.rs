@@ -178,7 +178,7 @@ fn a_drain_of_a_guest_that_sends_on_costs_little_and_ends_soon() {
         let connections = proxy.handle().connections();
         connections
             .iter()
-            .all(|it| it.state == hvsock::proxy::ConnectionState::Ending)
+            .all(|it| it.state == hvsock::proxy::ConnectionState::Closing)
     });
     let begun = Instant::now();
     eventually("it is given up", || vm.counters().live_slots == 0);

@@ -45,10 +45,6 @@ pub(super) enum Occasion {
     Retry,
 }
 
-/// Says whether a forward was made here.
-#[cfg(unix)]
-pub(super) type IsOurs<'a> = &'a (dyn Fn(ForwardId) -> bool + 'a);
-
 impl Reconciler {
     pub(super) fn new(handle: Handle) -> Reconciler {
         Reconciler {
@@ -71,11 +67,10 @@ impl Reconciler {
         !self.pending().is_empty()
     }
 
-    /// Calls `f` while nothing that is wanted changes, with what says whether a forward was made here.
+    /// Calls `f` while nothing that is wanted changes, with the forwards that were made here.
     #[cfg(unix)]
-    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(IsOurs<'_>)) {
-        let ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
-        f(&|id| ours.contains(&id));
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&HashSet<ForwardId>)) {
+        f(&self.ours.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// The names of what could not be had, and why.

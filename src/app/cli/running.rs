@@ -1,5 +1,7 @@
 //! A proxy that does what a file says, and goes on doing so when the file changes.
 
+#[cfg(unix)]
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,8 +23,6 @@ use crate::sys;
 use super::console::{complain, say};
 use super::outcome::Failure;
 use super::passed::on_passed_sockets;
-#[cfg(unix)]
-use super::reconciler::IsOurs;
 use super::reconciler::{Occasion, Reconciler, name_of};
 use super::summary::{Summary, failures};
 
@@ -248,7 +248,7 @@ impl Running {
 
     /// See [`Reconciler::while_unchanged`].
     #[cfg(unix)]
-    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(IsOurs<'_>)) {
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&HashSet<ForwardId>)) {
         self.reconciler.while_unchanged(f);
     }
 

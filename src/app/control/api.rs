@@ -1,5 +1,6 @@
 //! The calls: what a request asks for, and what it is answered.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -49,7 +50,7 @@ pub(crate) type Reload =
 pub(crate) struct Succession {
     /// The file that says what is carried.
     pub(crate) file: PathBuf,
-    /// Calls its argument while that file is not read, with what says whether it asks for a forward.
+    /// Calls its argument while that file is not read, with the forwards for which it asks.
     pub(crate) while_unchanged: Box<WhileUnchanged>,
     /// Starts the program anew, so that it takes over.
     pub(crate) start: Box<dyn Fn() -> io::Result<Child> + Send + Sync>,
@@ -58,7 +59,7 @@ pub(crate) struct Succession {
 }
 
 /// See [`Succession::while_unchanged`].
-pub(crate) type WhileUnchanged = dyn Fn(&mut dyn FnMut(&dyn Fn(ForwardId) -> bool)) + Send + Sync;
+pub(crate) type WhileUnchanged = dyn Fn(&mut dyn FnMut(&HashSet<ForwardId>)) + Send + Sync;
 
 impl fmt::Debug for Actions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -432,11 +433,11 @@ impl Api {
             agreed
         };
         let mut successor = Some(successor);
-        (succession.while_unchanged)(&mut |is_listed| {
+        (succession.while_unchanged)(&mut |listed| {
             let Some(successor) = successor.take() else {
                 return;
             };
-            match successor.give(&self.handle, &self.endpoints, is_listed, agree) {
+            match successor.give(&self.handle, &self.endpoints, listed, agree) {
                 Ok(()) => {
                     (succession.end)(pid);
                     self.handover_state().is_done = true;

@@ -1,5 +1,6 @@
 //! The predecessor's part: it gives its sockets away.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -30,8 +31,8 @@ impl Successor {
         Wire::new(stream).map(Successor)
     }
 
-    /// Gives it all sockets that it takes. `is_listed` says whether the configuration asks for a forward, `agree`
-    /// whether it is still wanted when the successor is ready.
+    /// Gives it all sockets that it takes. The configuration asks for the forwards that are `listed`; `agree`
+    /// says whether the hand-over is still wanted when the successor is ready.
     ///
     /// # Errors
     /// Why nothing has changed: the successor has ended, or takes too long.
@@ -39,7 +40,7 @@ impl Successor {
         mut self,
         handle: &Handle,
         endpoints: &[Arc<Endpoint>],
-        is_listed: &dyn Fn(ForwardId) -> bool,
+        listed: &HashSet<ForwardId>,
         agree: impl FnOnce() -> bool,
     ) -> io::Result<()> {
         let wire = &mut self.0;
@@ -59,7 +60,7 @@ impl Successor {
             let mut forwards = Vec::new();
             for it in offered {
                 let socket: BorrowedFd<'_> = it.socket.as_fd();
-                wire.send_with(&forward_line(&it, is_listed), socket)?;
+                wire.send_with(&forward_line(&it, listed), socket)?;
                 guest_ports.extend(guest_port(&it.bound));
                 // Its descriptor is closed by that: there may be many.
                 forwards.push(it.forward.map(|(id, _)| id));
@@ -109,8 +110,11 @@ fn door_line(endpoint: &Endpoint, listener: &Listener) -> SocketLine {
     }
 }
 
-fn forward_line(offered: &Offered, is_listed: &dyn Fn(ForwardId) -> bool) -> SocketLine {
-    let added = offered.forward.as_ref().filter(|(id, _)| !is_listed(*id));
+fn forward_line(offered: &Offered, listed: &HashSet<ForwardId>) -> SocketLine {
+    let added = offered
+        .forward
+        .as_ref()
+        .filter(|(id, _)| !listed.contains(id));
     let added = added.and_then(|(_, rule)| serde_json::to_value(RuleBody::from(rule)).ok());
     let (name, asked) = offered.wish.clone().unzip();
     SocketLine {
