@@ -14,9 +14,9 @@
 //! | [`Rule::NoSlot`] | "guest dials when the slots or descriptors are gone": refusals, and the same deadlock, for a descriptor of `FD_SETSIZE` and more goes down that error path | the same, when all slots are taken |
 //! | [`Rule::AcceptAndClose`] | "a host listener accepts and closes at once": deadlocks, as the immediate close; closing 50 ms later was fine | as the immediate close, within [`AT_ONCE_STRICT`], on a connection that the guest dialled |
 //!
-//! Two rows more are no rules, for no client of the device can help what they say: "1 or 2 [slots]
-//! are lost at each reboot of the guest" ([`Builder::lost_at_reboot`](super::Builder::lost_at_reboot)),
-//! and "a guest's program that ignores EOF keeps its slot for good".
+//! Slots that no host program can keep from being lost are no rules: "1 or 2 are lost at each reboot
+//! of the guest" ([`Builder::lost_at_reboot`](super::Builder::lost_at_reboot)), and "a guest's program
+//! that ignores EOF keeps its slot for good".
 //!
 //! The real device falls for most of these once in some tens to thousands of tries. The stand-in
 //! falls the first time, and of failed dials at a number that is always the same, so that a test is
@@ -33,7 +33,7 @@ const AT_ONCE: Duration = Duration::from_millis(10);
 /// The same for a strict VM, and for what the guest has dialled: there 50 ms were seen to be enough.
 const AT_ONCE_STRICT: Duration = Duration::from_millis(20);
 
-/// So many failed dials of the guest hang a VM by default: as few as were seen to do it each time.
+/// So many failed dials of the guest hang a VM by default: three were seen to be enough.
 pub(super) const FAILED_DIALS: u64 = 3;
 
 /// Whether a VM punishes more than hyperkit's device was seen to punish.

@@ -17,8 +17,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How many clients there are, and how long hvsock lives, if nobody says otherwise.
-const CLIENTS: usize = 500;
-const LIFE: Duration = Duration::from_secs(1);
+const CLIENTS: usize = 800;
+const LIFE: Duration = Duration::from_millis(500);
 
 /// What the guest dials all the time, so often a second.
 const PACE: u32 = 20;
