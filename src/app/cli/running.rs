@@ -17,6 +17,8 @@ use crate::app::control;
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
 use crate::hyperkit::Places;
+#[cfg(unix)]
+use crate::proxy::ForwardId;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
 use crate::sys;
 

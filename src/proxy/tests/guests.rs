@@ -33,6 +33,10 @@ fn guests_of(
     let rule = Rule::new(listen.clone(), connect.parse().unwrap());
     let acceptor = Acceptor::new(socket, make).unwrap();
     let listener = Listener::Hyperv(HypervListener::new(acceptor, listen.clone()));
+    let reports = Reports {
+        observer: None,
+        access_log: AccessLog::Debug,
+    };
     let forward = Arc::new(Forward::new(
         ForwardId(0),
         rule,
@@ -40,10 +44,7 @@ fn guests_of(
         [None, None],
         None,
         Waiter::of,
-        Reports {
-            observer: None,
-            access_log: AccessLog::Debug,
-        },
+        reports.clone(),
     ));
     let driver = MioDriver::new(Housekeeper::start().unwrap()).unwrap();
     let waker = driver.waker();
@@ -66,7 +67,7 @@ fn guests_of(
                 binder: Arc::new(Binder::new(
                     gate_limits,
                     Waiter::of,
-                    None,
+                    reports,
                     Vec::new(),
                     Vec::new(),
                 )),
