@@ -35,7 +35,8 @@ const HOST_PORT: u32 = 5000;
 fn vm(dir: &Path) -> Vm {
     let builder = Vm::builder(dir.join("vm"));
     let builder = builder.guest(ECHO, Service::Echo);
-    builder.guest(CHARGEN, Service::Chargen).start().unwrap()
+    let builder = builder.guest(CHARGEN, Service::Chargen);
+    builder.strict(true).start().unwrap()
 }
 
 /// A server of this machine that echoes.
