@@ -200,19 +200,7 @@ enum Flow {
 /// Relays both directions to their ends, and closes both sides.
 fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     let first = OnceLock::new();
-    // Relays what a side sends, and notes whose end that was, if it is the first.
-    let relay = |side: Side| {
-        let flow = relay_direction(&ends, side, order);
-        let ended = match flow {
-            Flow::Finished | Flow::Dead => Some(side),
-            Flow::Refused => Some(side.other()),
-            Flow::Interrupted => None,
-        };
-        if let Some(side) = ended {
-            first.get_or_init(|| side);
-        }
-        flow
-    };
+    let relay = |side: Side| relay_direction(&ends, side, order, &first);
     let flows = thread::scope(|scope| {
         let answer = thread("hvsock-relay-answer").spawn_scoped(scope, || relay(Side::Server));
         let answer = match answer {
@@ -269,8 +257,13 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     }
 }
 
-/// Relays what `side` sends.
-fn relay_direction(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow {
+/// Relays what `side` sends. `first` is the side that ended first, if one has.
+fn relay_direction(
+    ends: &[Arc<End>; 2],
+    side: Side,
+    order: &impl Order,
+    first: &OnceLock<Side>,
+) -> Flow {
     let (source, sink) = (&ends[side], &ends[side.other()]);
     let mut buffer = vec![0; BUFFER];
     loop {
@@ -280,6 +273,8 @@ fn relay_direction(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow
         }
         let n = match read {
             Ok(0) if source.has_ended() => {
+                // Before the other side can answer it.
+                first.get_or_init(|| side);
                 sink.half_closed.store(true, Ordering::Release);
                 // An error says that the peer has closed already: then nobody needs to be told.
                 let _ = sink.stream.shutdown(Shutdown::Write);
@@ -314,6 +309,7 @@ fn relay_direction(ends: &[Arc<End>; 2], side: Side, order: &impl Order) -> Flow
                 // EPIPE alone says nothing about the input.
                 let is_broken_pipe = e.kind() == io::ErrorKind::BrokenPipe;
                 sink.failed.fetch_or(!is_broken_pipe, Ordering::AcqRel);
+                first.get_or_init(|| side.other());
                 return Flow::Refused;
             }
         }
