@@ -452,7 +452,7 @@ fn a_port_that_a_reload_takes_away_and_brings_back_is_never_without_a_listener()
     let reload = |text: &str| {
         std::fs::write(&file, text).unwrap();
         running.signal("HUP");
-        running.says("was read again");
+        running.complains("was read again");
     };
     for _ in 0..3 {
         assert!(guest_is_served(&vm));
