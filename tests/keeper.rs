@@ -569,7 +569,7 @@ fn a_killed_keeper_is_replaced_by_another_that_has_everything() {
 #[test]
 fn a_keeper_that_stands_still_delays_nothing_and_gets_all_later() {
     /// More than wait in the socket.
-    const COUNT: usize = 400;
+    const COUNT: usize = 700;
     let dir = private_dir();
     let dir = dir.path();
     let vm = vm(dir);

@@ -35,6 +35,10 @@ use super::{Keeper, LinkStatus, PROTOCOL};
 /// flight themselves).
 const MOST_WAITING: u32 = if cfg!(target_vendor = "apple") { 1 } else { 64 };
 
+/// The buffers that are asked for: what Linux allows by default (`net.core.wmem_max`), which is room
+/// for some 550 descriptors there.
+const ROOM: usize = 212_992;
+
 /// How many bytes without a descriptor wait to be sent with the next one.
 const MOST_PENDING: usize = 64 * FRAME;
 
@@ -214,8 +218,12 @@ impl Ends {
             #[cfg(target_vendor = "apple")]
             SockRef::from(socket).set_nosigpipe(true)?;
         }
-        sys::make_room(&SockRef::from(&orders));
-        sys::make_room(&SockRef::from(&other_orders));
+        // For as many as come while the keeper isn't scheduled. The system may allow less.
+        for socket in [&orders, &other_orders] {
+            let socket = SockRef::from(socket);
+            let _ = socket.set_send_buffer_size(ROOM);
+            let _ = socket.set_recv_buffer_size(ROOM);
+        }
         Ok((
             Ends { bell, orders },
             other_bell.into(),
@@ -573,9 +581,17 @@ impl Inner {
                 return;
             };
             drop(state);
-            // It is about to read; if it has ended, this returns at once, and so does the next try.
+            // It is about to read. If it has ended, this returns at once.
             let waited = sys::wait(ends.orders.as_fd(), Wanted::Writable, AT_ONCE);
-            if !matches!(waited, Ok(true)) || sys::is_hung_up(ends.bell.as_fd()) {
+            if sys::is_hung_up(ends.bell.as_fd()) {
+                return;
+            }
+            if !matches!(waited, Ok(true)) {
+                let is_known = std::mem::replace(&mut self.state().has_warned, true);
+                if !is_known {
+                    warn!("the keeper stands still; if this process is killed now, a VM may end");
+                }
+                // The next one that is kept tries it again.
                 return;
             }
         }

@@ -28,6 +28,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How many clients the status sockets have at a time; the oldest one goes when another comes.
 const MOST_CLIENTS: usize = 16;
 
+/// How many reads of orders are one turn: as many as a full socket needs.
+const MOST_ORDERS: usize = 1024;
+
 /// How many bytes a line of a client may have.
 const LONGEST_LINE: usize = 256;
 
@@ -112,8 +115,14 @@ struct Process<'a> {
     orders: BorrowedFd<'a>,
     decoder: Decoder,
     proxy: u32,
+    /// Whether the proxy has ended, and left nothing that is not read.
     proxy_ended: bool,
+    bell_ended: bool,
+    /// Whether more orders than one turn takes have come.
+    has_more: bool,
     connections: HashMap<u64, OwnedFd>,
+    /// Those that the proxy has ended, to be closed.
+    released: Vec<OwnedFd>,
     ports: HashMap<u64, Kept>,
     endings: Vec<Ending>,
     doors: Vec<Door>,
@@ -153,7 +162,10 @@ pub(super) fn run(version: Option<&str>) -> i32 {
         decoder: Decoder::default(),
         proxy: 0,
         proxy_ended: false,
+        bell_ended: false,
+        has_more: false,
         connections: HashMap::new(),
+        released: Vec::new(),
         ports: HashMap::new(),
         endings: Vec::new(),
         doors: Vec::new(),
@@ -170,6 +182,9 @@ impl Process<'_> {
     fn run(mut self) {
         loop {
             let (ready, now) = self.wait();
+            if self.has_more {
+                self.hear_bell(now);
+            }
             let mut course = Course::GoesOn;
             for source in &ready {
                 match source {
@@ -213,8 +228,11 @@ impl Process<'_> {
             sources.push(source);
             polled.push(PollFd::new(socket, PollFlags::POLLIN));
         };
-        if !self.proxy_ended {
+        if !self.bell_ended {
             add(Source::Bell, self.bell);
+        }
+        if self.has_more {
+            wake_by(now);
         }
         for (index, door) in self.doors.iter().enumerate() {
             if let Some((listener, _)) = &door.bound {
@@ -256,31 +274,22 @@ impl Process<'_> {
         (ready.map(|(source, _)| source).collect(), Instant::now())
     }
 
-    /// Empties the bell, and does what the proxy has said.
+    /// Empties the bell, and does what the proxy has said, or a good part of it.
     fn hear_bell(&mut self, now: Instant) {
         if self.proxy_ended {
             return;
         }
         let mut bytes = [0; 256];
-        let has_ended = loop {
+        while !self.bell_ended {
             match nix::unistd::read(self.bell, &mut bytes) {
-                Ok(0) => break true,
+                Ok(0) => self.bell_ended = true,
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(nix::errno::Errno::EAGAIN) => break false,
-                Err(_) => break true,
-            }
-        };
-        loop {
-            match self.decoder.receive(self.orders) {
-                Ok(true) => {}
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Ok(false) | Err(_) => break,
-            }
-            while let Some((order, descriptor)) = self.decoder.next() {
-                self.obey(order, descriptor, now);
+                Err(nix::errno::Errno::EAGAIN) => break,
+                Err(_) => self.bell_ended = true,
             }
         }
-        if has_ended {
+        self.has_more = self.take_orders(now);
+        if self.bell_ended && !self.has_more {
             self.proxy_ended = true;
             for (_, connection) in self.connections.drain() {
                 self.endings.push(Ending::begin(connection, now));
@@ -291,13 +300,35 @@ impl Process<'_> {
         }
     }
 
+    /// Carries out what has come. Returns whether there may be more.
+    fn take_orders(&mut self, now: Instant) -> bool {
+        let mut has_more = true;
+        for _ in 0..MOST_ORDERS {
+            match self.decoder.receive(self.orders) {
+                Ok(true) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(false) | Err(_) => {
+                    has_more = false;
+                    break;
+                }
+            }
+            while let Some((order, descriptor)) = self.decoder.next() {
+                self.obey(order, descriptor, now);
+            }
+        }
+        // Not before: each close of a Unix socket while others are in flight has Linux look for
+        // garbage among those.
+        self.released.clear();
+        has_more
+    }
+
     fn obey(&mut self, order: Order, descriptor: Option<OwnedFd>, now: Instant) {
         match (order, descriptor) {
             (Order::Proxy(pid), _) => self.proxy = pid,
             (Order::Connection(id), Some(connection)) => {
                 self.connections.insert(id, connection);
             }
-            (Order::Release(id), _) => drop(self.connections.remove(&id)),
+            (Order::Release(id), _) => self.released.extend(self.connections.remove(&id)),
             (Order::Listener(id, port), Some(listener)) => {
                 self.ports.insert(id, Kept::new(listener, port));
             }
