@@ -36,6 +36,9 @@ pub(crate) const LONGEST_SENDING: Duration = Duration::from_secs(10);
 /// A guest that has sent nothing for so long is silent.
 pub(crate) const SILENCE: Duration = Duration::from_secs(5);
 
+/// How long a guest that goes on sending may pause and still count as such, for those that wait.
+const PAUSES: Duration = Duration::from_secs(1);
+
 /// More bytes than the device and the sockets hold between them: what comes after so many was sent
 /// since.
 const HELD: u64 = 1024 * 1024;
@@ -196,7 +199,10 @@ impl Drain {
                 match sending {
                     Some(time) if time >= LONGEST_SENDING => Next::GiveUp,
                     Some(_) => Next::MayGiveUp,
-                    None => Next::Quiet,
+                    None => match self.last.map(|at| at + PAUSES) {
+                        Some(at) if now < at => Next::At(at),
+                        _ => Next::Quiet,
+                    },
                 }
             }
             Pace::Last { from, until } => {

@@ -24,7 +24,7 @@ const SENDS: Duration = Duration::from_secs(16);
 const KNOWN: Duration = Duration::from_millis(1_500);
 
 /// How long drains may be in the way of clients.
-const IN_THE_WAY: Duration = Duration::from_secs(1);
+const IN_THE_WAY: Duration = Duration::from_secs(2);
 
 /// Returns how many dials of a guest may be served at once, of so many connections.
 fn share(connections: usize) -> usize {
