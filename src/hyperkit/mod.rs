@@ -35,7 +35,7 @@
 //! ```
 
 mod discovery;
-mod state;
+pub(crate) mod state;
 #[cfg(test)]
 mod tests;
 

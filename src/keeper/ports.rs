@@ -7,7 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::hyperkit;
+use crate::hyperkit::state::running_pid;
 use crate::sys::{self, Identity, Place};
 
 use super::protocol::{self, Port};
@@ -36,7 +36,7 @@ fn find_vm(connect: &Path) -> Option<Vm> {
         }
         // A VM with `guest_forwards` alone has no such socket.
         Err(_) => {
-            let pid = hyperkit::running_pid(connect.parent()?)?;
+            let pid = running_pid(connect.parent()?)?;
             Some(Vm::Process(pid))
         }
     }

@@ -11,6 +11,11 @@ use crate::name::SocketName;
 use crate::stream::Stream;
 use crate::time::after;
 
+/// The wish that a socket was bound for: the name of its rule, and the address that the rule asked
+/// for. A port that the kernel chose is known again by it.
+#[cfg(unix)]
+pub(crate) type Wish = (Option<String>, Address);
+
 /// A listening socket of any family. Dropping it removes the socket's file, if there is one and it
 /// is still this listener's.
 ///
@@ -32,7 +37,7 @@ pub struct Listener {
     pub(super) is_foreign: bool,
     /// The rule that it was bound for, if another process hands it over.
     #[cfg(unix)]
-    pub(super) wish: Option<super::passed::Wish>,
+    pub(super) wish: Option<Wish>,
 }
 
 impl Listener {

@@ -17,6 +17,8 @@ pub(crate) mod nonblocking;
 mod passed;
 
 pub use blocking::Listener;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use blocking::Wish;
 pub use defaults::DEFAULT_MODE;
 #[cfg(all(unix, feature = "cli"))]
-pub(crate) use passed::{Handed, Wish};
+pub(crate) use passed::Handed;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use nix::sys::socket::{getsockopt, sockopt};
 use socket2::{SockRef, Socket, Type};
 
-use super::blocking::Listener;
+use super::blocking::{Listener, Wish};
 #[cfg(feature = "cli")]
 use super::file::SocketFile;
 use super::local::{LocalListener, Refusal};
@@ -95,10 +95,6 @@ fn take(socket: Socket) -> io::Result<Listener> {
         wish: None,
     })
 }
-
-/// The wish that a socket was bound for: the name of its rule, and the address that the rule asked
-/// for. A port that the kernel chose is known again by it.
-pub(crate) type Wish = (Option<String>, Address);
 
 /// What another hvsock tells of a listening socket that it hands over.
 #[cfg(feature = "cli")]

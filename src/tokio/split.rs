@@ -38,6 +38,38 @@ impl fmt::Display for ReuniteError {
 
 impl Error for ReuniteError {}
 
+impl Stream {
+    /// Splits it into a half that reads and a half that writes, for two tasks. Dropping the half
+    /// that writes half-closes. Once both are dropped the stream is, with all that its drop does.
+    ///
+    /// ```
+    /// # use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    /// # #[tokio::main]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use hvsock::tokio::{Listener, Stream};
+    ///
+    /// let listener = Listener::bind(&"tcp://127.0.0.1:0".parse()?)?;
+    /// let client = Stream::connect(listener.address()).await?;
+    /// let (mut served, _) = listener.accept().await?;
+    /// served.write_all(b"hello").await?;
+    /// served.shutdown().await?;
+    ///
+    /// let (mut read, mut write) = client.into_split();
+    /// let writing = tokio::spawn(async move { write.write_all(b"good evening").await });
+    /// let mut heard = String::new();
+    /// read.read_to_string(&mut heard).await?;
+    /// assert_eq!(heard, "hello");
+    /// writing.await??;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn into_split(self) -> (OwnedReadHalf, OwnedWriteHalf) {
+        let stream = Arc::new(self);
+        let write = OwnedWriteHalf::new(Arc::clone(&stream));
+        (OwnedReadHalf::new(stream), write)
+    }
+}
+
 impl OwnedReadHalf {
     pub(super) fn new(stream: Arc<Stream>) -> OwnedReadHalf {
         OwnedReadHalf { stream }

@@ -4,7 +4,6 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -15,7 +14,6 @@ use ::tokio::time::timeout_at;
 use socket2::Socket;
 
 use super::dial;
-use super::split::{OwnedReadHalf, OwnedWriteHalf};
 use crate::address::Address;
 use crate::dial::explain;
 use crate::error::Result;
@@ -111,36 +109,6 @@ impl Stream {
         let connected = dial::connect(address, after(Instant::now(), timeout)).await?;
         let stream = crate::Stream::from_nonblocking(connected, address).map_err(fail)?;
         Stream::try_from(stream).map_err(fail)
-    }
-
-    /// Splits it into a half that reads and a half that writes, for two tasks. Dropping the half
-    /// that writes half-closes. Once both are dropped the stream is, with all that its drop does.
-    ///
-    /// ```
-    /// # use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    /// # #[tokio::main]
-    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// use hvsock::tokio::{Listener, Stream};
-    ///
-    /// let listener = Listener::bind(&"tcp://127.0.0.1:0".parse()?)?;
-    /// let client = Stream::connect(listener.address()).await?;
-    /// let (mut served, _) = listener.accept().await?;
-    /// served.write_all(b"hello").await?;
-    /// served.shutdown().await?;
-    ///
-    /// let (mut read, mut write) = client.into_split();
-    /// let writing = tokio::spawn(async move { write.write_all(b"good evening").await });
-    /// let mut heard = String::new();
-    /// read.read_to_string(&mut heard).await?;
-    /// assert_eq!(heard, "hello");
-    /// writing.await??;
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub fn into_split(self) -> (OwnedReadHalf, OwnedWriteHalf) {
-        let stream = Arc::new(self);
-        let write = OwnedWriteHalf::new(Arc::clone(&stream));
-        (OwnedReadHalf::new(stream), write)
     }
 
     /// Returns the address that was dialled, or that of the listener that accepted it.

@@ -20,8 +20,10 @@ impl End {
     /// Its port, where it has one.
     fn port(&self) -> String {
         match self {
-            End::At(Address::Tcp(tcp)) => tcp.port.to_string(),
-            End::At(address) => address.to_string(),
+            End::At(address) => match address.as_tcp() {
+                Some(tcp) => tcp.port.to_string(),
+                None => address.to_string(),
+            },
             End::Vm(port) => port.0.to_string(),
         }
     }

@@ -128,10 +128,10 @@ fn address_of(path: &Path) -> String {
 
 /// Returns the path of such an address.
 fn path_of(address: &str) -> io::Result<PathBuf> {
-    match address.parse() {
-        Ok(Address::Unix(UnixAddress::Path(path))) => Ok(path),
-        _ => Err(invalid(format!("{address:?} is no path"))),
-    }
+    let parsed = address.parse::<Address>().ok();
+    let path = parsed.as_ref().and_then(Address::unix_path);
+    path.map(Path::to_path_buf)
+        .ok_or_else(|| invalid(format!("{address:?} is no path")))
 }
 
 /// Takes ports that guests dial, by the paths of their sockets, from a keeper that serves them for a process that was
@@ -144,10 +144,8 @@ fn take_from_keepers(ports: &[PathBuf]) {
 
 /// Returns the path of the socket at which a guest of a hyperkit VM dials, if this is one's address.
 fn guest_port(address: &Address) -> Option<PathBuf> {
-    match address {
-        Address::Hyperkit(_) => address.listen_path().map(PathBuf::from),
-        _ => None,
-    }
+    address.hyperkit_vm()?;
+    address.listen_path().map(PathBuf::from)
 }
 
 fn invalid(why: impl Into<String>) -> io::Error {
