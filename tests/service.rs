@@ -148,7 +148,7 @@ fn a_passed_socket_outlives_its_forward() {
     assert_eq!(ask(unix_client(&path), b"one").unwrap(), b"one");
     std::fs::write(&file, "[forward.other]\nlisten = 0\nconnect = 9\n").unwrap();
     proxy.signal("HUP");
-    proxy.says("1 removed");
+    proxy.complains("1 removed");
     // Who comes now waits, as before the start.
     let waits = unix_client(&path);
     std::fs::write(&file, forward("two")).unwrap();
