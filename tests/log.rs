@@ -6,10 +6,10 @@
 mod command;
 mod common;
 
-use std::fs::{self, File};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use command::*;
 use common::*;
@@ -56,6 +56,10 @@ fn json_has_an_object_a_line_whatever_is_said() {
 #[test]
 #[cfg(target_os = "linux")]
 fn the_journal_gets_priorities_and_no_second_time() {
+    use std::fs::File;
+    use std::os::unix::fs::MetadataExt;
+    use std::process::Stdio;
+
     let dir = private_dir();
     let journal = dir.path().join("journal");
     let stderr = File::create(&journal).unwrap();

@@ -80,6 +80,7 @@ pub(super) fn is_this_machine(ip: IpAddr) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    #[cfg(unix)]
     use crate::address::UnixAddress;
 
     fn leads(target: &str, place: &str) -> bool {

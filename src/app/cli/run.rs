@@ -12,7 +12,9 @@ use std::time::Duration;
 use clap::Args;
 
 use super::console::{complain, list, print, say};
-use super::ending::{end_without_what_hangs, run_until_told};
+#[cfg(unix)]
+use super::ending::end_without_what_hangs;
+use super::ending::run_until_told;
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;

@@ -22,7 +22,9 @@ use crate::proxy::ForwardId;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
 use crate::sys;
 
-use super::console::{complain, say};
+#[cfg(unix)]
+use super::console::complain;
+use super::console::say;
 use super::outcome::Failure;
 use super::passed::on_passed_sockets;
 use super::reconciler::{Occasion, Reconciler, name_of};

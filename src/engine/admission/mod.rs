@@ -389,7 +389,7 @@ impl Gate {
     }
 
     /// Returns the slots that were lost to connections which their guest never ended.
-    #[cfg(test)]
+    #[cfg(all(test, unix))]
     fn lost(&self) -> usize {
         self.state().quotas.live_of(Holder::Lost)
     }
