@@ -7,6 +7,8 @@ mod control;
 #[cfg(unix)]
 mod demo;
 mod doctor;
+#[cfg(all(test, unix))]
+mod documented;
 mod expose;
 mod forward;
 mod kept;

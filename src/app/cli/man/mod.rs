@@ -1,92 +1,83 @@
-//! `hvsock man`: the help texts as man pages.
+//! `hvsock man`: the help texts and the guide as man pages.
+
+mod command;
+mod guide;
+mod page;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Command, CommandFactory};
-use clap_mangen::Man as Page;
-use clap_mangen::roff::{Roff, roman};
 
 use super::{Arguments, Failure, Outcome, write_out};
+use crate::guide::PAGES;
+use page::Page;
 
 /// Print a man page, or write them all
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   hvsock man expose | man -l -
-  hvsock man --dir /usr/local/share/man/man1")]
+  hvsock man hvsock.toml | man -l -
+  hvsock man --dir /usr/local/share/man")]
 pub(super) struct Man {
-    /// The command that the page is of [default: hvsock itself]
-    #[arg(value_name = "COMMAND")]
-    command: Option<String>,
-    /// Write the pages of all commands into this directory, which is made if it doesn't exist
-    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    /// The command that the page is of, or the name of another page, such as hvsock.toml or hvsock-control [default:
+    /// hvsock itself]
+    #[arg(value_name = "COMMAND|PAGE")]
+    of: Option<String>,
+    /// Write all pages below this directory, into man1, man5 and man7, which are made if they don't exist
+    #[arg(long, value_name = "DIR", conflicts_with = "of")]
     dir: Option<PathBuf>,
 }
 
 impl Man {
     pub(super) fn run(self) -> Outcome {
-        let mut all = Arguments::command().disable_help_subcommand(true);
-        // It gives the commands their full names.
-        all.build();
+        let pages = pages();
         if let Some(dir) = self.dir {
-            return write_all(&all, &dir).map_err(|e| {
+            return write_all(&pages, &dir).map_err(|e| {
                 Failure::Failed(format!(
                     "cannot write man pages into {}: {e}",
                     dir.display()
                 ))
             });
         }
-        let command = match &self.command {
-            None => &all,
-            Some(name) => all.find_subcommand(name).ok_or_else(|| {
-                Failure::Usage(format!("there is no command {name:?} to have a page"))
-            })?,
-        };
-        write_out(&page(command)?)
+        // A command's page comes first where a page of the guide has the same name.
+        let of = self.of.unwrap_or_default();
+        let names = [page::full_name(&of), of.clone()];
+        match pages.iter().find(|page| names.contains(&page.name)) {
+            Some(page) => write_out(page.text.as_bytes()),
+            None => Err(Failure::Usage(format!(
+                "there is no command and no page {of:?}; there are {}",
+                names_of(&pages)
+            ))),
+        }
     }
 }
 
-fn write_all(all: &Command, dir: &Path) -> io::Result<()> {
-    fs::create_dir_all(dir)?;
-    for command in std::iter::once(all).chain(all.get_subcommands()) {
-        let name = Page::new(command.clone()).get_filename();
-        fs::write(dir.join(name), page(command)?)?;
+/// All pages.
+fn pages() -> Vec<Page> {
+    let mut all = Arguments::command().disable_help_subcommand(true);
+    // It gives the commands their full names.
+    all.build();
+    let commands: Vec<&Command> = std::iter::once(&all).chain(all.get_subcommands()).collect();
+    let commands = commands.into_iter().map(command::page);
+    let guide = PAGES.iter().map(|(name, text)| guide::page(name, text));
+    commands.chain(guide).collect()
+}
+
+fn names_of(pages: &[Page]) -> String {
+    let names: Vec<&str> = pages.iter().map(|page| page.name.as_str()).collect();
+    names.join(", ")
+}
+
+fn write_all(pages: &[Page], dir: &Path) -> io::Result<()> {
+    for page in pages {
+        let section = dir.join(format!("man{}", page.section));
+        fs::create_dir_all(&section)?;
+        fs::write(
+            section.join(format!("{}.{}", page.name, page.section)),
+            &page.text,
+        )?;
     }
     Ok(())
-}
-
-/// A command's page. What follows the options in its help is laid out here: lines that begin with a blank are examples
-/// and tables, which must not be filled.
-fn page(command: &Command) -> io::Result<Vec<u8>> {
-    let mut text = Vec::new();
-    let page = Page::new(command.clone()).source(concat!("hvsock ", env!("CARGO_PKG_VERSION")));
-    page.render_title(&mut text)?;
-    page.render_name_section(&mut text)?;
-    page.render_synopsis_section(&mut text)?;
-    page.render_description_section(&mut text)?;
-    page.render_options_section(&mut text)?;
-    if command.has_subcommands() {
-        page.render_subcommands_section(&mut text)?;
-    }
-    let Some(notes) = command.get_after_help() else {
-        return Ok(text);
-    };
-    let mut roff = Roff::new();
-    roff.control("SH", ["NOTES"]);
-    let mut filled = true;
-    for line in notes.to_string().lines() {
-        let fills = !line.starts_with(' ');
-        if fills != filled {
-            roff.control(if fills { "fi" } else { "nf" }, []);
-            filled = fills;
-        } else if fills {
-            roff.control("PP", []);
-        }
-        if !line.is_empty() {
-            roff.text([roman(line)]);
-        }
-    }
-    roff.to_writer(&mut text)?;
-    Ok(text)
 }
