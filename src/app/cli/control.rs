@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
@@ -16,7 +17,7 @@ use super::options::ProxyOptions;
 use super::reconciler::danger;
 use super::spec::{Local, Remote};
 use super::summary::tried_again;
-use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
+use super::{Failure, Outcome, complain, complete, print, print_json, print_text, say, table};
 use crate::address::{Address, TcpAddress, UnixAddress};
 use crate::app::control::{
     self, Actions, Bound, Control, Unanswered, Unavailable, ask, read, refusals_by_reason, segment,
@@ -269,10 +270,10 @@ pub(super) struct Add {
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., value_parser = clap::value_parser!(Address))]
+    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = clap::value_parser!(Address))]
     addresses: Vec<Address>,
     /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
-    #[arg(long, value_name = "VM")]
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
     vm: Option<String>,
     /// Host to guest, as for `hvsock expose`
     #[arg(
@@ -355,7 +356,7 @@ fn absolute(address: Address) -> Result<Address, Failure> {
   hvsock remove tcp://127.0.0.1:8080 --grace 0")]
 pub(super) struct Remove {
     /// The forwards: their names, where they listen, or their ids, as `hvsock status` has them
-    #[arg(value_name = "NAME", required = true)]
+    #[arg(value_name = "NAME", required = true, add = ArgValueCompleter::new(complete::forward))]
     names: Vec<String>,
     /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
     #[arg(long, value_name = "SECONDS", value_parser = parse_time)]

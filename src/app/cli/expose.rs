@@ -3,12 +3,13 @@
 use std::io;
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 
 use super::kept::KeepTrying;
 use super::options::{ProxyOptions, hyper_v_service};
 use super::signals::EndSignals;
 use super::spec::{Local, Remote};
-use super::{Failure, Outcome, carry, complain};
+use super::{Failure, Outcome, carry, complain, complete};
 use crate::address::{HyperkitAddress, HyperkitVm, Port};
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, find};
@@ -24,7 +25,7 @@ use crate::proxy::{ForwardStatus, Rule};
 pub(super) struct Expose {
     /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR; on Windows a Hyper-V
     /// VM's name or id
-    #[arg(long, value_name = "VM")]
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
     vm: String,
     /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen), a Unix socket or a named
     /// pipe, and lead to the guest's vsock port

@@ -1,6 +1,7 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
 mod cat;
+mod complete;
 mod completions;
 #[cfg(unix)]
 mod control;
@@ -146,6 +147,10 @@ type Outcome = Result<(), Failure>;
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let _flush = Flush;
     output::set_patience(Patience::Unlimited);
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if let Some(answered) = complete::answer(arguments.clone()) {
+        return answered;
+    }
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(e) => {

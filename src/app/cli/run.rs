@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 
 use super::manager::Manager;
 use super::reconciler::RetryThread;
@@ -40,7 +40,7 @@ touched, live connections stay, and a file with a mistake in it changes nothing.
 )]
 pub(super) struct Run {
     /// The file, in TOML
-    #[arg(value_name = "CONFIG")]
+    #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct Run {
 #[command(after_help = EXAMPLE)]
 pub(super) struct Check {
     /// The file, in TOML
-    #[arg(value_name = "CONFIG")]
+    #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
 }
 

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 
 use super::signals::EndSignals;
-use super::{Failure, Outcome, say};
+use super::{Failure, Outcome, complete, say};
 use crate::address::Address;
 use crate::app::serve::Stop;
 use crate::app::syslog::{Log, carry};
@@ -27,7 +28,7 @@ pub(super) struct Syslog {
     #[arg(value_name = "PATH")]
     path: PathBuf,
     /// Where the collector listens
-    #[arg(value_name = "ADDRESS")]
+    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address))]
     target: Address,
     /// Permissions of the socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "666", value_parser = parse_mode)]

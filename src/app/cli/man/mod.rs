@@ -8,9 +8,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Command, CommandFactory};
+use clap::{Args, Command, CommandFactory, ValueHint};
+use clap_complete::ArgValueCompleter;
 
-use super::{Arguments, Failure, Outcome, write_out};
+use super::{Arguments, Failure, Outcome, complete, write_out};
 use crate::guide::PAGES;
 use page::Page;
 
@@ -23,10 +24,10 @@ use page::Page;
 pub(super) struct Man {
     /// The command that the page is of, or the name of another page, such as hvsock.toml or hvsock-control [default:
     /// hvsock itself]
-    #[arg(value_name = "COMMAND|PAGE")]
+    #[arg(value_name = "COMMAND|PAGE", add = ArgValueCompleter::new(complete::page))]
     of: Option<String>,
     /// Write all pages below this directory, into man1, man5 and man7, which are made if they don't exist
-    #[arg(long, value_name = "DIR", conflicts_with = "of")]
+    #[arg(long, value_name = "DIR", conflicts_with = "of", value_hint = ValueHint::DirPath)]
     dir: Option<PathBuf>,
 }
 
@@ -43,12 +44,12 @@ impl Man {
         }
         // A command's page comes first where a page of the guide has the same name.
         let of = self.of.unwrap_or_default();
-        let names = [page::full_name(&of), of.clone()];
-        match pages.iter().find(|page| names.contains(&page.name)) {
+        let meant = [page::full_name(&of), of.clone()];
+        match pages.iter().find(|page| meant.contains(&page.name)) {
             Some(page) => write_out(page.text.as_bytes()),
             None => Err(Failure::Usage(format!(
                 "there is no command and no page {of:?}; there are {}",
-                names_of(&pages)
+                names().join(", ")
             ))),
         }
     }
@@ -65,9 +66,14 @@ fn pages() -> Vec<Page> {
     commands.chain(guide).collect()
 }
 
-fn names_of(pages: &[Page]) -> String {
-    let names: Vec<&str> = pages.iter().map(|page| page.name.as_str()).collect();
-    names.join(", ")
+/// What a page may be asked for by: the names of commands, and of pages of the guide.
+pub(super) fn names() -> Vec<String> {
+    let commands = Arguments::command();
+    let commands = commands
+        .get_subcommands()
+        .map(|it| it.get_name().to_owned());
+    let guide = PAGES.iter().map(|(name, _)| page::full_name(name));
+    commands.chain(guide).collect()
 }
 
 fn write_all(pages: &[Page], dir: &Path) -> io::Result<()> {
