@@ -88,6 +88,8 @@ mod listener;
 pub mod mio;
 mod mux;
 mod name;
+#[cfg(feature = "cli")]
+mod nearest;
 pub mod proxy;
 pub mod services;
 #[cfg(all(unix, any(feature = "simulate", test)))]

@@ -144,6 +144,12 @@ fn unknown(input: &str, scheme: &str) -> AddressError {
         };
         return AddressError::new(input, Part::Scheme, "", missing, example);
     }
+    if input.starts_with("~/") {
+        let why = format!(
+            "{missing}; or ~ is filled in by the shell, at the start of a word that is not in quotes"
+        );
+        return AddressError::new(input, Part::Scheme, "", why, transport::UNIX.example);
+    }
     if !input.contains(':') {
         // What looks like a file's name was to be a path.
         let file = input.contains('/') || input.ends_with(".sock");

@@ -157,6 +157,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             // Help and version go to standard output with code 0, the rest to standard error with code 2.
             if let Err(why) = e.print()
                 && !e.use_stderr()
+                && why.kind() != io::ErrorKind::BrokenPipe
             {
                 complain(format_args!("cannot write to standard output: {why}"));
                 return ExitCode::FAILURE;
@@ -270,10 +271,14 @@ fn print_json(json: &str) -> Outcome {
     write_out(format!("{}\n", escape::json(json)).as_bytes())
 }
 
-/// Writes to standard output.
+/// Writes to standard output. A reader who has gone has seen enough, as `head` has.
 fn write_out(bytes: &[u8]) -> Outcome {
-    let written = output::print(bytes);
-    written.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
+    match output::print(bytes) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(
+            "cannot write to standard output: {e}"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn start_log() {
@@ -393,7 +398,8 @@ fn run_until_told(
                 let status = match handle.live() {
                     0 => "stopping".to_owned(),
                     n => format!(
-                        "stopping: no new clients; {n} connections have {} s to finish; once more to cut them off",
+                        "stopping: no new clients; {n} connection{} {} s to finish; once more to cut them off",
+                        if n == 1 { " has" } else { "s have" },
                         grace.as_secs()
                     ),
                 };

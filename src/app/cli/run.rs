@@ -57,6 +57,7 @@ impl Check {
     pub(super) fn run(self) -> Outcome {
         let (config, wanted) =
             Config::read(&self.file, &Places::from_env()).map_err(|e| show(&e))?;
+        list(wanted.notes.iter().map(|it| it.line_of(&self.file)));
         for missing in &wanted.missing {
             complain(running::absence(missing));
         }

@@ -6,7 +6,7 @@ use clap::Args;
 use clap_complete::ArgValueCompleter;
 
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complete, say};
+use super::{Failure, Outcome, complete, say, table};
 use crate::address::Address;
 use crate::app::serve::Stop;
 use crate::app::syslog::{Log, carry};
@@ -46,7 +46,8 @@ impl Syslog {
         match carry(log, &self.target, &stop)? {
             0 => Ok(()),
             count => Err(Failure::Failed(format!(
-                "{count} messages may not have been delivered to {}",
+                "{} may not have been delivered to {}",
+                table::counted(count as u64, "message"),
                 self.target
             ))),
         }

@@ -3,34 +3,59 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::forward::Forward;
+use super::forward::{Forward, Read};
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::proxy::{Rule, describe_loop, find_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
 type Door = (&'static str, Address);
 
-/// Says which rules can't be carried beside each other, and which come out where it is controlled from, or looked at.
+/// Where a forward listens: its name, the line that says so, and the address.
+struct Claim<'a> {
+    name: &'a str,
+    line: usize,
+    listen: &'a Address,
+}
+
+/// Says which rules can't be carried beside each other, and which come out where it is controlled from, or looked at. Of
+/// forwards that could be read in part it is known where they listen.
 pub(super) fn find(
     rules: &[(&Forward, Rule)],
+    parts: &[Read],
     control: Option<&Path>,
     metrics: Option<&TcpAddress>,
     complain: &mut dyn FnMut(usize, String),
 ) {
     let doors = doors(control, metrics);
-    let mut taken: HashMap<Place<'_>, Vec<(&Forward, &Address)>> = HashMap::new();
+    let of_rules = rules.iter().map(|(forward, rule)| Claim {
+        name: &forward.name,
+        line: forward.listen_line,
+        listen: &rule.listen,
+    });
+    let of_parts = parts.iter().filter_map(|it| {
+        Some(Claim {
+            name: &it.name,
+            line: it.listen_line,
+            listen: it.listen.as_ref()?,
+        })
+    });
+    let mut claims: Vec<Claim<'_>> = of_rules.chain(of_parts).collect();
+    claims.sort_by_key(|claim| claim.line);
+    let mut taken: HashMap<Place<'_>, Vec<Claim<'_>>> = HashMap::new();
+    for claim in claims {
+        let others = taken.entry(Place::of(claim.listen)).or_default();
+        if let Some(other) = others.iter().find(|it| collide(it.listen, claim.listen)) {
+            let text = format!(
+                "[forward.{}]: [forward.{}] in line {} listens on {} already; remove one, or choose another address",
+                claim.name, other.name, other.line, other.listen
+            );
+            complain(claim.line, text);
+        }
+        others.push(claim);
+    }
     for (forward, rule) in rules {
         let name = &forward.name;
         let listen = &rule.listen;
-        let others = taken.entry(Place::of(listen)).or_default();
-        if let Some((other, there)) = others.iter().find(|(_, it)| collide(it, listen)) {
-            let text = format!(
-                "[forward.{name}]: [forward.{}] in line {} listens on {there} already; remove one, or choose another address",
-                other.name, other.listen_line
-            );
-            complain(forward.listen_line, text);
-        }
-        others.push((forward, listen));
         let beside = rules.iter().filter(|(other, _)| other.name != *name);
         if let Some(trail) = find_loop(rule, beside.map(|(_, rule)| rule)) {
             let text = format!(

@@ -29,22 +29,32 @@ pub(super) struct Forward {
     pub(super) options: RuleOptions,
 }
 
+/// A section as far as it could be read.
+#[derive(Clone, Debug)]
+pub(super) struct Read {
+    pub(super) name: String,
+    pub(super) listen_line: usize,
+    /// Where it listens, if that is an address that could be read.
+    pub(super) listen: Option<Address>,
+    /// As it calls its VM.
+    pub(super) vm: Option<String>,
+    /// `None` if it was not whole, which was said then.
+    pub(super) forward: Option<Forward>,
+}
+
 impl Forward {
-    /// Reads a section; `None` if it was not whole, which was said then.
-    pub(super) fn read(
-        name: String,
-        mut section: Section<'_, '_>,
-        defaults: &RuleOptions,
-    ) -> Option<Forward> {
+    /// Reads a section.
+    pub(super) fn read(name: String, mut section: Section<'_, '_>, defaults: &RuleOptions) -> Read {
         let line = section.line;
         let vm = section.take("vm", values::text);
         let vm = vm.map(|vm| (vm, section.line_of("vm")));
         let port = section.take("port", values::port);
         let guest_dials = section.take("guest-dials", values::port);
-        let listen = section.take("listen", values::address);
+        let listen = section.take("listen", values::listen_address);
         let connect = section.take("connect", values::address);
         let options = section.take_options(defaults);
         let ends = ends(&section);
+        let (listens_at, its_vm) = (listen.clone(), vm.as_ref().map(|(vm, _)| vm.clone()));
         let listen = listen.map(End::At).or(guest_dials.map(End::Vm));
         let connect = connect.map(End::At).or(port.map(End::Vm));
         let line_of = |keys: [&str; 2]| {
@@ -56,9 +66,9 @@ impl Forward {
             line_of(["connect", "port"]),
         );
         section.finish();
-        match (ends, listen, connect) {
+        let forward = match (ends, listen, connect) {
             (true, Some(listen), Some(connect)) => Some(Forward {
-                name,
+                name: name.clone(),
                 listen_line,
                 connect_line,
                 listen,
@@ -67,6 +77,13 @@ impl Forward {
                 options,
             }),
             _ => None,
+        };
+        Read {
+            name,
+            listen_line,
+            listen: listens_at,
+            vm: its_vm,
+            forward,
         }
     }
 

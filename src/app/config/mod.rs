@@ -40,9 +40,9 @@ use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
 
 pub(crate) use diff::{Existing, Step, plan};
-use forward::Forward;
-use problems::Problem;
-pub(crate) use problems::Problems;
+use forward::{Forward, Read};
+use problems::Weight;
+pub(crate) use problems::{Problem, Problems};
 use section::{Section, Source};
 pub(crate) use vms::Missing;
 use vms::{Found, Vm};
@@ -64,6 +64,8 @@ pub(crate) struct Config {
     pub(crate) defaults: RuleOptions,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
+    /// Forwards that could be read in part. Of a file without mistakes there are none.
+    parts: Vec<Read>,
 }
 
 /// Reads the path of the control socket; `"off"` is none.
@@ -91,6 +93,8 @@ pub(crate) struct Wanted {
     pub(crate) limits: Vec<VmLimits>,
     /// VMs that may come later.
     pub(crate) missing: Vec<Missing>,
+    /// What may not be what was meant.
+    pub(crate) notes: Vec<Problem>,
 }
 
 /// Reads a file, and waits for none that may never end, or never begin: who reads may have signals to heed.
@@ -137,10 +141,22 @@ impl Config {
             return Err(source.problems());
         }
         let config = Config::of(Section::root(&source, table.get_ref()));
-        let wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
-        match source.is_sound() {
-            true => Ok((config, wanted)),
-            false => Err(source.problems()),
+        let mut wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
+        for vm in config.unused_vms() {
+            let text = format!(
+                "[vm.{}] is used by no forward; is one's vm another name?",
+                vm.name
+            );
+            source.note(vm.section_line, text);
+        }
+        let sound = source.is_sound();
+        let problems = source.problems();
+        match sound {
+            true => {
+                wanted.notes = problems;
+                Ok((config, wanted))
+            }
+            false => Err(problems),
         }
     }
 
@@ -159,9 +175,13 @@ impl Config {
         for (name, section) in root.named("vm") {
             vms.push(Vm::read(name, section));
         }
-        let mut forwards = Vec::new();
+        let (mut forwards, mut parts) = (Vec::new(), Vec::new());
         for (name, section) in root.named("forward") {
-            forwards.extend(Forward::read(name, section, &defaults));
+            let mut read = Forward::read(name, section, &defaults);
+            match read.forward.take() {
+                Some(forward) => forwards.push(forward),
+                None => parts.push(read),
+            }
         }
         root.finish();
         for forward in &forwards {
@@ -181,7 +201,17 @@ impl Config {
             defaults,
             vms,
             forwards,
+            parts,
         }
+    }
+
+    /// The VMs that have a section, and that no forward names.
+    fn unused_vms(&self) -> impl Iterator<Item = &Vm> {
+        let of_parts = self.parts.iter().filter_map(|it| it.vm.as_deref());
+        let of_forwards = self.forwards.iter().filter_map(|it| Some(it.vm()?.0));
+        let used: Vec<&str> = of_parts.chain(of_forwards).collect();
+        let unused = move |vm: &&Vm| vm.declared && !used.contains(&vm.name.as_str());
+        self.vms.iter().filter(unused)
     }
 
     /// What the file asks for, with its VMs as they can be found now.
@@ -191,8 +221,11 @@ impl Config {
     pub(crate) fn look_again(&self, file: &Path, places: &Places) -> Result<Wanted, Problems> {
         let mut problems = Vec::new();
         let wanted = self.wanted(places, &mut |line, text| {
-            let line = Some(line);
-            problems.push(Problem { line, text });
+            problems.push(Problem {
+                line: Some(line),
+                text,
+                weight: Weight::Mistake,
+            });
         });
         match problems.is_empty() {
             true => Ok(wanted),
@@ -242,6 +275,7 @@ impl Config {
         }
         conflicts::find(
             &seen,
+            &self.parts,
             self.control.as_deref(),
             self.metrics.as_ref(),
             complain,

@@ -10,6 +10,26 @@ use crate::app::escape;
 pub(crate) struct Problem {
     pub(crate) line: Option<usize>,
     pub(crate) text: String,
+    pub(crate) weight: Weight,
+}
+
+/// What a problem means for a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Weight {
+    /// It can't be carried out.
+    Mistake,
+    /// It can, and may not be what was meant.
+    Note,
+}
+
+impl Problem {
+    /// Returns it as a line, whatever names the file has.
+    pub(crate) fn line_of(&self, file: &Path) -> String {
+        let file = file.display();
+        let line = self.line.map_or(String::new(), |line| format!("{line}:"));
+        let text = format!("{file}:{line} {}", self.text);
+        escape::line(&text).into_owned()
+    }
 }
 
 /// All that is wrong with a file; never empty. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`, without a newline at
@@ -33,13 +53,18 @@ impl Problems {
 
     /// One, of the file as a whole.
     pub(crate) fn of(file: &Path, text: impl Into<String>) -> Problems {
-        let text = text.into();
-        Problems::new(file, vec![Problem { line: None, text }])
+        let problem = Problem {
+            line: None,
+            text: text.into(),
+            weight: Weight::Mistake,
+        };
+        Problems::new(file, vec![problem])
     }
 
     /// Of which file, and how many.
     pub(crate) fn summary(&self) -> String {
-        match self.list.len() {
+        let mistakes = self.list.iter().filter(|it| it.weight == Weight::Mistake);
+        match mistakes.count() {
             1 => format!("{}: 1 thing is wrong", self.file.display()),
             n => format!("{}: {n} things are wrong", self.file.display()),
         }
@@ -47,15 +72,7 @@ impl Problems {
 
     /// Returns each in a line, whatever names the file has.
     pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
-        let line = |problem: &Problem| {
-            let file = self.file.display();
-            let line = problem
-                .line
-                .map_or(String::new(), |line| format!("{line}:"));
-            let text = format!("{file}:{line} {}", problem.text);
-            escape::line(&text).into_owned()
-        };
-        self.list.iter().map(line)
+        self.list.iter().map(|it| it.line_of(&self.file))
     }
 }
 

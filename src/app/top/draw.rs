@@ -12,6 +12,7 @@ use ratatui::widgets::{Cell, Gauge, Row, Table};
 
 use super::model::{Busy, Lane, Model, NAME, Sort, called, without_scheme};
 use crate::app::control::{Status, Vm, age};
+use crate::error::plural;
 
 /// From these widths on there is room for how many connections a forward has; for how many it refused; for sparklines; for more of a connection; for where a forward listens; and for
 /// where it connects to.
@@ -70,7 +71,11 @@ fn heading(model: &Model) -> Line<'static> {
     let uptime = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
     let mut said = vec![
         Span::from("hvsock").bold(),
-        Span::from(format!(" {} connections", status.live)),
+        Span::from(format!(
+            " {} connection{}",
+            status.live,
+            plural(status.live as u64)
+        )),
         Span::from(format!("  sent {}", speed(rate.sent))).fg(SENT),
         Span::from(format!("  received {}", speed(rate.received))).fg(RECEIVED),
         Span::from(format!("  up {}", HumanDuration(uptime))),

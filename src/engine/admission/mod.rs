@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::address::HyperkitVm;
-use crate::error::Error;
+use crate::error::{Error, plural};
 
 use crate::engine::health::{self, Health, News, VmIdentity};
 use crate::engine::id::ForwardId;
@@ -91,6 +91,7 @@ pub(crate) enum Full {
 impl std::fmt::Display for Full {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Full::Live(1) => f.write_str("the one connection that the VM may have is in use"),
             Full::Live(n) => write!(f, "all {n} connections that one VM may have are in use"),
             Full::Reserved(n) => write!(
                 f,
@@ -100,7 +101,8 @@ impl std::fmt::Display for Full {
             Full::Unanswered(n) => {
                 write!(
                     f,
-                    "the guest has not answered {n} dials (booting, paused or asleep?)"
+                    "the guest has not answered {n} dial{} (booting, paused or asleep?)",
+                    plural(*n)
                 )
             }
         }
