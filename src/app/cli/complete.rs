@@ -77,8 +77,8 @@ pub(super) fn address(begun: &OsStr) -> Vec<CompletionCandidate> {
 /// Completes the name of a forward of the hvsock that runs.
 #[cfg(unix)]
 pub(super) fn forward(begun: &OsStr) -> Vec<CompletionCandidate> {
-    use crate::app::control::{Status, default_path, get};
-    let status = in_time(|| get::<Status>(&default_path(), "/v1/status").ok()).flatten();
+    use crate::app::control::{Status, find_path, get};
+    let status = in_time(|| get::<Status>(&find_path(), "/v1/status").ok()).flatten();
     let forwards = status.map(|status| status.forwards).unwrap_or_default();
     let names = forwards
         .into_iter()

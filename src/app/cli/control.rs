@@ -23,7 +23,7 @@ use crate::app::control::{
     self, Actions, Bound, Control, Unanswered, Unavailable, ask, read, refusals_by_reason, segment,
 };
 use crate::app::escape;
-use crate::app::values::{local_address, parse_time};
+use crate::app::values::{at_home, local_address, parse_time};
 use crate::proxy::{Counters, Proxy, ProxyConfig};
 
 /// How a proxy that runs can be looked at and changed.
@@ -56,7 +56,7 @@ fn parse_path(text: &str) -> Result<PathBuf, String> {
         text if text.contains("://") || text.starts_with(['@', '-']) => {
             Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
         }
-        text => Ok(PathBuf::from(text)),
+        text => Ok(PathBuf::from(&*at_home(text)?)),
     }
 }
 
@@ -123,14 +123,15 @@ pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Res
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
 pub(super) struct Which {
-    /// The control socket of the hvsock that is meant [default: the one in your runtime directory]
+    /// The control socket of the hvsock that is meant [default: the one in your runtime directory, or among the temporary
+    /// files]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 }
 
 impl Which {
     pub(super) fn path(&self) -> PathBuf {
-        self.control.clone().unwrap_or_else(control::default_path)
+        self.control.clone().unwrap_or_else(control::find_path)
     }
 }
 

@@ -57,7 +57,7 @@ use crate::proxy::Handle;
 pub(crate) use api::Actions;
 pub(crate) use client::{Unanswered, ask, get, read, segment};
 pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
-pub(crate) use place::default_path;
+pub(crate) use place::{default_path, find_path};
 pub(crate) use problem::Problem;
 
 use api::Api;

@@ -4,6 +4,7 @@ use std::env;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use crate::address::{Address, UnixAddress};
@@ -15,21 +16,66 @@ const NAME: &str = "control.sock";
 /// Where the control socket is unless another place is asked for: in the user's runtime directory
 /// (`$XDG_RUNTIME_DIR/hvsock`), or, on macOS and where there is none, in a directory of the user's among the temporary
 /// files (`$TMPDIR/hvsock-UID`, or `/tmp/hvsock-UID`).
+///
+/// A directory that is named and isn't there, as after `su`, is passed over.
 pub(crate) fn default_path() -> PathBuf {
+    let mut places = places();
+    let there = places.iter().position(|(parent, _)| parent.is_dir());
+    // The last one is /tmp.
+    let at = there.unwrap_or(places.len() - 1);
+    places.swap_remove(at).1
+}
+
+/// The usual places, the first choice first: the directory that must be there, and the socket below it.
+fn places() -> Vec<(PathBuf, PathBuf)> {
     let absolute = |name| {
         env::var_os(name)
             .map(PathBuf::from)
             .filter(|it| it.is_absolute())
     };
     let runtime = absolute("XDG_RUNTIME_DIR").filter(|_| cfg!(not(target_os = "macos")));
-    let directory = match runtime {
-        Some(runtime) => runtime.join("hvsock"),
-        None => {
-            let temporary = absolute("TMPDIR").unwrap_or_else(|| "/tmp".into());
-            temporary.join(format!("hvsock-{}", sys::user_id()))
+    let mut places = Vec::new();
+    if let Some(runtime) = runtime {
+        let socket = runtime.join("hvsock").join(NAME);
+        places.push((runtime, socket));
+    }
+    for temporary in absolute("TMPDIR").into_iter().chain(["/tmp".into()]) {
+        let own = format!("hvsock-{}", sys::user_id());
+        let socket = temporary.join(own).join(NAME);
+        if !places.iter().any(|(_, known)| *known == socket) {
+            places.push((temporary, socket));
         }
+    }
+    places
+}
+
+/// The paths at which a control socket is usually, the first choice first.
+pub(super) fn usual_paths() -> Vec<PathBuf> {
+    places().into_iter().map(|(_, socket)| socket).collect()
+}
+
+fn is_usual(path: &Path) -> bool {
+    usual_paths().iter().any(|usual| usual == path)
+}
+
+/// Returns where an hvsock is that was started in another environment, perhaps: the first usual place at which one
+/// answers, or else the first one with a file, or the default.
+pub(crate) fn find_path() -> PathBuf {
+    let usual = usual_paths();
+    let there: Vec<&PathBuf> = usual
+        .iter()
+        .filter(|it| it.symlink_metadata().is_ok())
+        .collect();
+    let chosen = match there[..] {
+        [] => None,
+        [only] => Some(only),
+        [first, ..] => there
+            .iter()
+            .copied()
+            .find(|it| check(it).is_ok() && UnixStream::connect(it).is_ok())
+            .or(Some(first)),
     };
-    directory.join(NAME)
+    chosen.cloned().unwrap_or_else(default_path)
 }
 
 /// The address of the socket at `path`.
@@ -65,7 +111,7 @@ pub(super) fn prepare(path: &Path) -> Result<()> {
 /// `PermissionDenied` if its directory is open to others; but not if there is none.
 pub(super) fn check(path: &Path) -> Result<()> {
     match directory_of(path) {
-        Some(directory) if path == default_path() && directory.symlink_metadata().is_ok() => {
+        Some(directory) if is_usual(path) && directory.symlink_metadata().is_ok() => {
             look_at(path, directory, Operation::Connect)
         }
         _ => Ok(()),
@@ -85,7 +131,7 @@ fn look_at(path: &Path, directory: &Path, operation: Operation) -> Result<()> {
     let fail = |cause, remedy: String| {
         Err(Error::new(operation, address(path), cause).with_remedy(remedy))
     };
-    let own = path == default_path();
+    let own = is_usual(path);
     // A symbolic link in the default place may be anybody's.
     let metadata = match own {
         true => fs::symlink_metadata(directory),

@@ -371,7 +371,7 @@ fn files(page: &mut Builder, touches: &[Thing]) {
             }
             Control => page.entry(
                 "$XDG_RUNTIME_DIR/hvsock/control.sock, $TMPDIR/hvsock-UID/control.sock, /tmp/hvsock-UID/control.sock",
-                "The control socket: the first of these whose variable is set; on macOS not the first one.",
+                "The control socket: the first of these whose directory is there; on macOS not the first one. Commands that ask an hvsock look at all of them.",
             ),
             Manager => page.entry(
                 "hvsock.service, hvsock.socket, hvsock-run.service",
