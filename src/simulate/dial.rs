@@ -1,5 +1,6 @@
 //! Dials by the guest to a host port: `STATE/00000002.PORT`.
 
+use super::directory::Made;
 use super::guest::{Endpoint, GuestSocket};
 use crate::error::{Error, Operation, Result};
 use crate::sys::unless_ended;
@@ -74,9 +75,9 @@ pub(super) struct DialListener {
 }
 
 impl DialListener {
-    pub(super) fn open(port: u32, dial: &Dial) -> Result<DialListener> {
+    pub(super) fn open(port: u32, dial: &Dial, made: &mut Made) -> Result<DialListener> {
         let Dial::Listen(endpoint) = dial;
-        let open = || {
+        let mut open = || {
             Ok(match endpoint {
                 Endpoint::Tcp(address) => {
                     let socket = TcpListener::bind(*address)?;
@@ -88,7 +89,9 @@ impl DialListener {
                         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                         _ => {}
                     }
-                    (Socket::Unix(UnixListener::bind(path)?), endpoint.clone())
+                    let socket = UnixListener::bind(path)?;
+                    made.add(path);
+                    (Socket::Unix(socket), endpoint.clone())
                 }
             })
         };

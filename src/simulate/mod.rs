@@ -159,15 +159,16 @@ impl Builder {
             let why = format!("{} is no guest's CID", plan.cid);
             return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, why)));
         }
-        let dial_listeners = dials
-            .iter()
-            .map(|(port, dial)| dial::DialListener::open(*port, dial))
-            .collect::<Result<Vec<_>>>()?;
+        let mut made = directory::Made::default();
+        let mut dial_listeners = Vec::new();
+        for (port, dial) in &dials {
+            dial_listeners.push(dial::DialListener::open(*port, dial, &mut made)?);
+        }
         let endpoints = dial_listeners
             .iter()
             .map(|listener| (listener.port, listener.endpoint.clone()))
             .collect();
-        let listeners = directory::prepare(&plan)?;
+        let listeners = directory::prepare(&plan, &mut made)?;
         let shared = Arc::new(Shared::default());
         let (commands, inbox) = mpsc::channel();
         let directory = plan.directory.clone();
@@ -183,6 +184,7 @@ impl Builder {
             .name("hyperkit".into())
             .spawn(move || device.run())
             .map_err(failed)?;
+        made.keep();
         Ok(Vm {
             directory,
             endpoints,
