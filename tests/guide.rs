@@ -49,16 +49,16 @@ const LASTING: [(&str, bool); 8] = [
 const BEGIN: &str = r#"
 set -euo pipefail
 ip link set lo up
-mount -t tmpfs tmpfs /mnt
-mkdir -p /mnt/bin /mnt/work /mnt/h
-touch /mnt/bin/hvsock && mount --bind "$HVSOCK" /mnt/bin/hvsock
-mount --bind /mnt /tmp
+mount -t tmpfs tmpfs "$BASE"
+mkdir -p "$BASE/bin" "$BASE/work" "$BASE/h"
+touch "$BASE/bin/hvsock" && mount --bind "$HVSOCK" "$BASE/bin/hvsock"
+cp scripts/hvsock.toml "$BASE/work"
+mount --rbind "$BASE" /tmp
 mount -t tmpfs tmpfs /run
 mkdir -m 700 -p /run/user/0
-export PATH="/mnt/bin:$PATH" HOME=/mnt/h XDG_RUNTIME_DIR=/run/user/0
+export PATH="/tmp/bin:$PATH" HOME=/tmp/h XDG_RUNTIME_DIR=/run/user/0
 unset TMPDIR HVSOCK_LOG MINIKUBE_HOME
-cp scripts/hvsock.toml /mnt/work
-cd /mnt/work
+cd /tmp/work
 echo ping >request
 pids=() words=()
 
@@ -197,6 +197,7 @@ fn script(text: &str, used: &mut HashSet<&'static str>) -> String {
 /// Runs a script apart from this system; `None` if that may not be.
 fn run_apart(script: &str) -> Option<(bool, String)> {
     let root = nix::unistd::geteuid().is_root();
+    let base = tempfile::tempdir().unwrap();
     let apart = |program: &[&str]| {
         let mut unshare = Command::new("unshare");
         unshare.args(if root {
@@ -214,7 +215,8 @@ fn run_apart(script: &str) -> Option<(bool, String)> {
         ]);
         unshare
             .args(program)
-            .env("HVSOCK", env!("CARGO_BIN_EXE_hvsock"));
+            .env("HVSOCK", env!("CARGO_BIN_EXE_hvsock"))
+            .env("BASE", base.path());
         unshare.stdin(Stdio::null()).output()
     };
     let may = apart(&["true"]);

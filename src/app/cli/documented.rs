@@ -86,7 +86,6 @@ fn every_documented_command_line_is_understood() {
                 Err(ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => true,
                 // In a sentence the rest may be left out.
                 Err(ErrorKind::MissingRequiredArgument) => true,
-                // Windows' addresses are understood, and not there.
                 Err(_) => false,
             };
             assert!(known, "{page}: {command}: {kind:?}, {words:?}");
@@ -103,10 +102,8 @@ fn the_readme_is_short() {
 
 #[test]
 fn every_key_of_the_file_is_documented() {
-    let (_, page) = PAGES
-        .iter()
-        .find(|(name, _)| *name == "configuration")
-        .expect("the page");
+    let page = PAGES.iter().find(|(name, _)| *name == "configuration");
+    let page = page.map_or("", |(_, text)| text);
     let example = include_str!("../../../scripts/hvsock.toml");
     let keys = example.lines().filter_map(|line| {
         let (key, _) = line.trim_start_matches("# ").split_once(" =")?;

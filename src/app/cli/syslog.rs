@@ -47,7 +47,7 @@ impl Syslog {
             0 => Ok(()),
             count => Err(Failure::Failed(format!(
                 "{} may not have been delivered to {}",
-                table::counted(count as u64, "message"),
+                table::counted(count, "message"),
                 self.target
             ))),
         }
