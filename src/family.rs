@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::address::{Address, HvsockAddress, HyperkitAddress, VsockAddress};
 use crate::error::Result;
 use crate::name::{HvsockName, SocketName, VsockName};
+use crate::sys::OwnedSocket;
 
 /// The address of a family that has socket types of its own here. Only this crate implements it.
 pub trait Family: Clone + fmt::Debug + Into<Address> + sealed::Sealed {
@@ -116,7 +117,7 @@ impl<A: Family> Stream<A> {
     }
 
     /// Takes over a connected socket; see [`crate::Stream::from_socket`].
-    pub fn from_socket(socket: impl Into<socket2::Socket>, address: A) -> Stream<A> {
+    pub fn from_socket(socket: impl Into<OwnedSocket>, address: A) -> Stream<A> {
         Stream::wrap(crate::Stream::from_socket(socket, address.into()))
     }
 
@@ -230,6 +231,13 @@ impl<A> Write for Stream<A> {
 }
 
 #[cfg(unix)]
+impl<A> std::os::fd::AsRawFd for Stream<A> {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+#[cfg(unix)]
 impl<A> std::os::fd::AsFd for Stream<A> {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.0.as_fd()
@@ -286,9 +294,9 @@ impl<A: Family> Listener<A> {
         accepted.map(|accepted| self.accepted(accepted)).transpose()
     }
 
-    /// Accepts one connection after the other, for ever.
-    pub fn incoming(&self) -> impl Iterator<Item = Result<(Stream<A>, A::Name)>> + '_ {
-        std::iter::repeat_with(|| self.accept())
+    /// Accepts one connection after the other, for ever; [`Stream::peer_addr`] has the names.
+    pub fn incoming(&self) -> impl Iterator<Item = Result<Stream<A>>> + '_ {
+        std::iter::repeat_with(|| self.accept().map(|(stream, _)| stream))
     }
 
     fn accepted(
@@ -313,6 +321,13 @@ impl<A> Deref for Listener<A> {
 impl<A> fmt::Debug for Listener<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+#[cfg(unix)]
+impl<A> std::os::fd::AsRawFd for Listener<A> {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
     }
 }
 

@@ -47,7 +47,7 @@
 //! | [`vsock`], [`hyperkit`], [`hyperv`] | `Stream` and `Listener` of that family alone; this system's CID |
 //! | [`framing`] | half-close for peers that have none |
 //! | [`mio`] | the same sockets for an event loop of mio's |
-//! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio |
+//! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio; with the features `axum` and `tonic` for their servers, too |
 //! | `simulate` (Unix; feature `simulate`) | a stand-in VM for tests |
 //! | [`guide`] | what people who use it need to know: addresses, limits, promises, the command |
 //!
@@ -84,6 +84,8 @@ pub mod framing;
 pub mod guide;
 pub mod hyperkit;
 pub mod hyperv;
+#[cfg(unix)]
+pub mod keeper;
 mod listener;
 pub mod mio;
 mod mux;
@@ -104,6 +106,6 @@ pub mod vsock;
 pub use address::{Address, AddressError};
 pub use error::{Error, Operation, Result};
 pub use listener::{DEFAULT_MODE, Listener};
-pub use name::{HvsockName, SocketName, VsockName};
+pub use name::{HvsockName, PeerProcess, SocketName, VsockName};
 pub use proxy::{Proxy, ProxyConfig, Rule};
 pub use stream::Stream;

@@ -11,6 +11,7 @@
 //! use hvsock::address::HyperkitAddress;
 //! use mio::{Events, Interest, Poll, Token};
 //! use std::io::{self, Read, Write};
+//! use std::net::Shutdown;
 //! # use hvsock::simulate::{Service, Vm};
 //! # let dir = tempfile::tempdir()?;
 //! # let vm = Vm::builder(dir.path()).guest(7, Service::Echo).start()?;
@@ -24,7 +25,7 @@
 //!     poll.poll(&mut events, None)?;
 //! }
 //! stream.write_all(b"hello")?; // so little fits; see `WouldBlock`
-//! stream.shutdown_write()?;
+//! stream.shutdown(Shutdown::Write)?;
 //! let mut echo = Vec::new();
 //! loop {
 //!     match stream.read_to_end(&mut echo) {
@@ -40,6 +41,8 @@
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+#[cfg(unix)]
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use ::mio::event::Source;
 use ::mio::{Interest, Registry, Token};
@@ -53,6 +56,8 @@ use crate::mux::Handshake;
 use crate::name::SocketName;
 use crate::stream::endpoint::{Target, not_carried};
 use crate::stream::nonblocking;
+#[cfg(unix)]
+use crate::sys::AsSocket;
 
 /// A non-blocking stream of any family but AF_HYPERV, for whose sockets no poller can wait.
 ///
@@ -157,31 +162,19 @@ impl Stream {
         self.inner.peer_addr()
     }
 
-    /// Half-closes: the peer reads EOF behind the last byte, and its answer can still be read.
+    /// Shuts one direction down, or both. After `Shutdown::Write`, a half-close, the peer reads EOF
+    /// behind the last byte, and its answer can still be read. After `Shutdown::Read` nothing more
+    /// is taken from the peer.
     ///
     /// # Errors
-    /// What the kernel says.
-    pub fn shutdown_write(&mut self) -> io::Result<()> {
-        self.inner.shutdown_write()
-    }
-
-    /// Shuts the reading side down: nothing more is taken from the peer.
-    pub fn shutdown_read(&self) {
-        self.inner.shutdown_read();
-    }
-
-    /// Shuts one direction down, or both: [`shutdown_write`](Stream::shutdown_write),
-    /// [`shutdown_read`](Stream::shutdown_read).
-    ///
-    /// # Errors
-    /// As [`shutdown_write`](Stream::shutdown_write).
+    /// What the kernel says of a half-close.
     pub fn shutdown(&mut self, how: Shutdown) -> io::Result<()> {
         if how != Shutdown::Write {
-            self.shutdown_read();
+            self.inner.shutdown_read();
         }
         match how {
             Shutdown::Read => Ok(()),
-            _ => self.shutdown_write(),
+            _ => self.inner.shutdown_write(),
         }
     }
 }
@@ -204,6 +197,20 @@ impl Write for Stream {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(unix)]
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.as_fd()
+    }
+}
+
+#[cfg(unix)]
+impl AsRawFd for Stream {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }
 
@@ -250,6 +257,15 @@ impl Listener {
         &self.address
     }
 
+    /// Returns the name of the socket, as far as its family has one, with the port that the kernel
+    /// chose.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketName> {
+        self.inner.local_addr()
+    }
+
     /// Accepts a connection that has come, and returns its peer's name.
     ///
     /// # Errors
@@ -264,6 +280,20 @@ impl Listener {
             handshake: None,
         };
         Ok((stream, name))
+    }
+}
+
+#[cfg(unix)]
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        AsSocket::as_socket(&self.inner)
+    }
+}
+
+#[cfg(unix)]
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }
 

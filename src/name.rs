@@ -26,6 +26,58 @@ pub enum SocketName {
     Unnamed,
 }
 
+/// The process that connected a Unix socket, as the kernel noted it at the connect.
+///
+/// The socket may have been passed to another process since, and the number may be another
+/// process' by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct PeerProcess {
+    /// The process' number. `None` where the system doesn't tell: of a process in another PID
+    /// namespace (Linux), or of one that closed the socket at once (macOS).
+    pub id: Option<u32>,
+    /// The number of the user that it ran as.
+    pub user: u32,
+}
+
+impl PeerProcess {
+    /// Returns the name of the program that the process runs now, as far as the system tells: on
+    /// Linux its first 15 bytes.
+    ///
+    /// This may read a file.
+    pub fn program(&self) -> Option<String> {
+        #[cfg(unix)]
+        return sys::program_name(self.id?);
+        #[cfg(not(unix))]
+        return None;
+    }
+}
+
+impl fmt::Display for PeerProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.id {
+            Some(id) => write!(f, "process {id} of user {}", self.user),
+            None => write!(f, "a process of user {}", self.user),
+        }
+    }
+}
+
+/// All that the kernel knows of the peer that was accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Peer {
+    pub(crate) name: SocketName,
+    pub(crate) process: Option<PeerProcess>,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.name, self.process) {
+            (SocketName::Unnamed, Some(process)) => process.fmt(f),
+            (name, _) => name.fmt(f),
+        }
+    }
+}
+
 /// An end of an AF_VSOCK connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct VsockName {
@@ -62,17 +114,6 @@ impl SocketName {
             });
         }
         SocketName::Unnamed
-    }
-}
-
-/// As it is shown; none of one without a name.
-#[cfg(feature = "cli")]
-impl serde::Serialize for SocketName {
-    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        match self {
-            SocketName::Unnamed => to.serialize_none(),
-            named => to.collect_str(named),
-        }
     }
 }
 

@@ -99,6 +99,7 @@ fn vm(dir: &Path) -> Vm {
         .guest(7, Service::Echo)
         .guest(19, Service::Chargen)
         .guest(9, Service::Silent)
+        .strict(true)
         .start()
         .unwrap()
 }
@@ -570,8 +571,7 @@ fn a_guest_that_dials_is_served() {
     let address = format!("hyperkit://:0x1388{}", text(dir.path()));
     let mut cat = Cat::start(&["-l", &address]);
     cat.feed(b"for the guest");
-    let socket = dir.path().join("00000002.00001388");
-    eventually("it listens", || socket.exists());
+    assert!(vm.wait_for_listener(5000, PATIENCE));
     let mut guest = vm.dial(5000).unwrap();
     guest.write_all(b"from the guest").unwrap();
     guest.shutdown(Shutdown::Write).unwrap();
@@ -591,11 +591,10 @@ fn a_guest_that_never_ends_is_left_unharmed() {
     let dir = private_dir();
     let vm = vm(dir.path());
     let address = format!("hyperkit://:5000{}", text(dir.path()));
-    let socket = dir.path().join("00000002.00001388");
     for (words, code) in [(&["-lk", "--echo"][..], 0), (&["-l"], 1)] {
         let words = [words, &["--drain-timeout", "1", &address]].concat();
         let cat = Cat::start(&words);
-        eventually("it listens", || socket.exists());
+        assert!(vm.wait_for_listener(5000, PATIENCE));
         // A guest that sends all the time, reads nothing and heeds no end.
         let guest = vm.dial(5000).unwrap();
         guest.set_write_timeout(Some(PATIENCE)).unwrap();

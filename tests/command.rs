@@ -8,6 +8,7 @@ mod command;
 mod common;
 
 use std::io::{self, Read, Write};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -60,8 +61,12 @@ fn expose_prints_what_it_exposes_and_carries_it() {
     drop(guest);
     proxy.signal("TERM");
     assert_eq!(proxy.exit_code(), Some(0));
-    assert!(!socket.exists() && !dir.path().join("00000002.00001388").exists());
+    // What the guest may dial is there as long as the guest is.
+    let dialled = dir.path().join("00000002.00001388");
+    assert!(!socket.exists() && dialled.exists());
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
+    vm.stop();
+    eventually("the keeper removes it", || !dialled.exists());
 }
 
 #[test]
@@ -285,6 +290,7 @@ fn simulate_serves_a_directory_and_dies_of_a_rude_client() {
         "7=echo",
         "--dial",
         "5000=tcp://127.0.0.1:0",
+        "--strict",
     ]);
     vm.says("guest port 7 (0x7)");
     let line = vm.says("CID 2 port 5000");
@@ -327,6 +333,45 @@ fn simulate_serves_a_directory_and_dies_of_a_rude_client() {
     drop(rude);
     vm.complains("the VM died");
     assert_eq!(vm.exit_code(), Some(1));
+}
+
+#[test]
+fn a_simulated_guest_dials_at_a_pace_and_has_rude_services() {
+    let dir = private_dir();
+    let mut vm = Running::start(&[
+        "simulate",
+        text(dir.path()),
+        "--guest=1=heedless:100000",
+        "--guest=2=reset",
+        "--guest=3=endless",
+        "--dial=5000=100/s",
+        "--failed-dials=2",
+    ]);
+    vm.says("guest port 3 (0x3): endless");
+    vm.says("dials CID 2 port 5000 (0x1388) 100 times a second");
+    for (port, length) in [(1, 100_000), (2, 4096)] {
+        let mut client = unix_client(&dir.path().join("connect"));
+        write!(client, "00000003.{port:08x}\n?").unwrap();
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer.len(), length);
+    }
+    let listener = UnixListener::bind(dir.path().join("00000002.00001388")).unwrap();
+    for _ in 0..3 {
+        let (mut guest, _) = listener.accept().unwrap();
+        let mut heard = String::new();
+        guest.read_to_string(&mut heard).unwrap();
+        assert!(heard.contains("in the guest"), "{heard}");
+    }
+    drop(listener);
+    vm.complains("the failed dial number 2");
+    assert_eq!(vm.exit_code(), Some(1));
+    fails(&["simulate", "x", "--dial", "1=0/s"], 2, &["5000=20/s"]);
+    fails(
+        &["simulate", "x", "--guest", "1=heedless:"],
+        2,
+        &["heedless:BYTES"],
+    );
 }
 
 #[test]
@@ -506,7 +551,7 @@ fn a_log_level_that_is_none_is_told_and_the_usual_kept() {
     command.env("HVSOCK_LOG", "debgu");
     command.args(["forward", "tcp://127.0.0.1:0", "tcp://127.0.0.1:1"]);
     let proxy = Running::spawn(command);
-    proxy.complains("HVSOCK_LOG=\"debgu\" is no level");
+    proxy.complains("HVSOCK_LOG=\"debgu\": \"debgu\" is no level");
     assert!(resets_clients(proxy.tcp_port()));
     proxy.complains("refused a client");
 }

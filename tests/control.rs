@@ -296,7 +296,7 @@ fn what_makes_no_sense_is_refused_and_said() {
             "/v1/forwards",
             rule(r#", "color": 1"#),
             400,
-            "color: there is no `color`; there are `connect`, `connections`, `listen`, `mode`, `name`",
+            "color: there is no `color`; there are `connect`, `connections`, `keepalive`, `listen`, `mode`, `name`",
         ),
         (
             "POST",
@@ -862,7 +862,7 @@ fn a_guest_that_is_led_there_all_the_same_is_not_let_in() {
 
 #[test]
 fn the_commands_show_add_remove_and_stop() {
-    let mut scene = Scene::new();
+    let mut scene = Scene::with(&["--no-keeper"]);
     let (path, dir) = (scene.control(), scene.dir.path().to_owned());
     let hvsock = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
@@ -937,7 +937,7 @@ fn the_commands_show_add_remove_and_stop() {
         out.contains("removed gone:") && out.contains("removed web:"),
         "{out}"
     );
-    // What is left without a listener can hurt a VM.
+    // What is left without a listener, and without a keeper, can hurt a VM.
     let vm = dir.join("vm");
     fs::create_dir(&vm).unwrap();
     let guests = format!("hyperkit://:5000{}", text(&vm));

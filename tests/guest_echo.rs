@@ -15,7 +15,7 @@ fn echo(stream: &mut hv::Stream, held: &mut Vec<u8>) -> Result<()> {
             held.drain(..stream.write(held)?);
         }
         match stream.read(&mut buffer)? {
-            0 => return stream.shutdown_write(),
+            0 => return stream.shutdown(Shutdown::Write),
             read => held.extend_from_slice(&buffer[..read]),
         }
     }

@@ -7,6 +7,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ fn echo(stream: &mut Stream, waiting: &mut Vec<u8>, eof: &mut bool) -> io::Resul
         }
     }
     if *eof {
-        stream.shutdown_write()?;
+        stream.shutdown(Shutdown::Write)?;
     }
     Ok(*eof)
 }

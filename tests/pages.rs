@@ -112,9 +112,12 @@ fn a_synopsis_shows_values_and_what_may_be_repeated() {
         ),
         (
             "remove",
-            "hvsock remove [--grace SECONDS] [--control PATH] NAME...",
+            "hvsock remove [--grace SECONDS] [--control PATH] [--pid PID] NAME...",
         ),
-        ("run", "hvsock run CONFIG"),
+        (
+            "run",
+            "hvsock run [--take-over] [--no-keeper] [--access-log] [OPTION]... CONFIG",
+        ),
         ("cat", "hvsock cat [--vm VM] [-l] [-k] [--echo]"),
     ] {
         let page = said(&["man", command]);

@@ -18,6 +18,7 @@ use hvsock::{Proxy, Rule};
 fn echo_vm(directory: &std::path::Path) -> Vm {
     Vm::builder(directory)
         .guest(7, Service::Echo)
+        .strict(true)
         .start()
         .unwrap()
 }
@@ -242,6 +243,7 @@ fn guests_reach_the_host_and_its_socket_is_made_again() {
 
     std::fs::remove_file(&file).unwrap();
     let vm = Vm::builder(dir.path()).start().unwrap();
+    assert!(vm.wait_for_listener(5000, PATIENCE));
     assert_eq!(ask_host(&vm), b"from the guest");
     assert_well(&vm);
     proxy.stop(PATIENCE);
@@ -708,6 +710,7 @@ fn a_stop_cuts_off_after_the_grace_and_hurts_no_vm() {
     let vm = Vm::builder(dir.path())
         .guest(19, Service::Chargen)
         .guest(20, Service::Silent)
+        .strict(true)
         .start()
         .unwrap();
     let rules = [19, 20].map(|port| Rule::new(any_tcp(), hyperkit(dir.path(), port)));

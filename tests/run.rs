@@ -12,7 +12,7 @@ use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -397,7 +397,7 @@ fn a_hang_up_reloads_it_even_under_nohup_and_a_bad_file_changes_nothing() {
     let reload = |with: &str, line: &str| {
         file.write(with);
         proxy.signal("HUP");
-        proxy.says(line)
+        proxy.complains(line)
     };
     reload(&forward("b", &b), "1 added, 0 changed, 1 removed, 0 kept");
     proxy.says("b: unix://");
@@ -581,7 +581,7 @@ fn a_file_that_changes_under_load_loses_no_byte() {
             let before = trips.load(Ordering::Relaxed);
             file.write(&file_of(round));
             proxy.signal("HUP");
-            proxy.says("was read again: 1 added, 1 changed, 1 removed, 3 kept");
+            proxy.complains("was read again: 1 added, 1 changed, 1 removed, 3 kept");
             assert!(!gone.exists());
             assert_eq!(ask(staying, b"stayed").unwrap(), b"stayed");
             let new = at(&format!("other-{}", (round + 2) % 3));
@@ -651,11 +651,13 @@ fn it_is_looked_at_and_changed_by_its_control_socket() {
     file.write(&format!("{defaults}{}", forward("b")));
     let (code, told) = asked(dir.path(), &["reload"]);
     assert_eq!(code, Some(0), "{told}");
-    assert!(
-        told.replace([' ', '\n'], "")
-            .contains("\"removed\":[\"a\"]"),
-        "{told}"
-    );
+    assert_eq!(told, "added: b\nremoved: a\n");
+    let (code, told) = asked(dir.path(), &["reload"]);
+    assert_eq!((code, told.as_str()), (Some(0), "nothing has changed\n"));
+    let (code, told) = asked(dir.path(), &["reload", "--json"]);
+    assert_eq!(code, Some(0), "{told}");
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(told["kept"], serde_json::json!(["b"]));
     let (_, json) = asked(dir.path(), &["status", "--json"]);
     assert!(
         json.contains("\"mine\"") && json.contains("\"b\""),
@@ -711,11 +713,15 @@ fn metrics_and_a_control_directory_that_can_not_be_had_keep_nothing() {
     let (_, json) = asked(dir.path(), &["status", "--json"]);
     assert!(json.contains("\"unserved\": []"), "{json}");
 
-    // Another one that would be controlled from the same place is a mistake.
+    // Another one that would be controlled from the same place is a mistake, or is to take over.
     let other = File(dir.path().join("other.toml"));
     other.write(&format!("[forward.b]\nlisten = 0\nconnect = {server}\n"));
     let mut second = other.run();
-    second.complains("does another hvsock run?");
+    let told = second.complains(&format!("process {} runs there", proxy.child.0.id()));
+    assert!(
+        told.contains("--take-over") && told.contains("control = \"PATH\""),
+        "{told}"
+    );
     assert_eq!(second.exit_code(), Some(1));
     proxy.signal("TERM");
     assert_eq!(proxy.exit_code(), Some(0));
@@ -961,12 +967,12 @@ fn forwards_that_take_each_others_places_are_both_carried() {
     ] {
         file.write(&forwards(ip, [a, b]));
         proxy.signal("HUP");
-        proxy.says("0 added, 2 changed, 0 removed, 0 kept");
+        proxy.complains("0 added, 2 changed, 0 removed, 0 kept");
         assert_eq!((hears(a).as_str(), hears(b).as_str()), ("one", "two"));
     }
     file.write(&forwards("127.0.0.1", [p, q]));
     proxy.signal("HUP");
-    proxy.says("0 added, 2 changed, 0 removed, 0 kept");
+    proxy.complains("0 added, 2 changed, 0 removed, 0 kept");
     assert_eq!((hears(p).as_str(), hears(q).as_str()), ("one", "two"));
 }
 
@@ -1036,11 +1042,57 @@ fn a_reload_with_a_forward_that_can_not_be_had_fails() {
     file.write(&(forward("a", 0) + &forward("b", taken)));
     let (code, told) = asked(dir.path(), &["reload"]);
     assert_eq!(code, Some(1), "{told}");
-    assert!(told.contains("\"b\":"), "{told}");
-    proxy.says("1 kept, 1 can't be had now");
+    assert!(told.contains("[forward.b] can't be had now: "), "{told}");
+    proxy.complains("1 kept, 1 can't be had now");
     let (_, json) = asked(dir.path(), &["status", "--json"]);
     let status: serde_json::Value = serde_json::from_str(&json).unwrap();
     let b = &status["forwards"][1];
     assert_eq!((&b["name"], &b["state"]), (&"b".into(), &"failed".into()));
     assert!(b["id"].is_null() && b["why"].as_str().unwrap().contains("in use"));
+}
+
+/// As in `envsubst <template | hvsock run -`.
+#[test]
+fn a_file_may_come_from_standard_input_and_have_ranges_and_variables() {
+    let dir = private_dir();
+    let server = echo_server();
+    let content = format!(
+        "control = \"off\"\n[forward.a]\nlisten = \"${{NOWHERE:-{}/s}}\"\nconnect = \"${{SERVER}}\"\n",
+        dir.path().display()
+    );
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(["run", "-"]).env("SERVER", server.to_string());
+    command.stdin(Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(content.as_bytes())
+        .unwrap();
+    let out = lines(child.stdout.take().unwrap());
+    let err = lines(child.stderr.take().unwrap());
+    let mut proxy = Mortal(child);
+    next(&out, "a: unix://");
+    let socket = dir.path().join("s");
+    assert_eq!(ask(unix_client(&socket), b"hello").unwrap(), b"hello");
+    proxy.signal("HUP");
+    next(&err, "standard input: it came from there");
+    assert_eq!(ask(unix_client(&socket), b"hello").unwrap(), b"hello");
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+
+    let output = output({
+        let mut check = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        let file = File::new(dir.path(), &content);
+        check.args(["check", text(&file.0)]).env_remove("SERVER");
+        check
+    });
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains(":4: ") && said.contains("${SERVER} is not set"),
+        "{said}"
+    );
 }

@@ -6,24 +6,29 @@
 mod common;
 
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 use common::*;
 use http_body_util::{BodyExt, Empty, Full};
 use hvsock::simulate::{Service, Vm};
-use hvsock::tokio::{Listener, Stream};
+use hvsock::tokio::{Listener, ReuniteError, Stream};
 use hvsock::{Address, SocketName};
 use hyper::body::Bytes;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
 
 fn vm(dir: &std::path::Path) -> Vm {
     Vm::builder(dir)
         .guest(80, Service::Http)
         .guest(7, Service::Echo)
+        .strict(true)
         .start()
         .unwrap()
 }
@@ -188,4 +193,71 @@ async fn a_stream_that_is_dropped_takes_leave_of_its_guest() {
     let ended = tokio::task::block_in_place(|| vm.wait_for(PATIENCE, gone));
     assert!(ended, "{:?}", vm.counters());
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[tokio::test]
+async fn the_halves_of_a_stream_serve_two_tasks() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let stream = Stream::connect(&hyperkit(dir.path(), 7)).await.unwrap();
+    let (mut read, mut write) = stream.into_split();
+    let bytes = pattern(300_000);
+    let sent = bytes.clone();
+    // The end of the task drops its half, which half-closes.
+    let sending = tokio::spawn(async move { write.write_all(&sent).await });
+    let mut echo = Vec::new();
+    let whole = timeout(PATIENCE, read.read_to_end(&mut echo)).await;
+    whole.expect("no half-close has come").unwrap();
+    assert!(echo == bytes);
+    sending.await.unwrap().unwrap();
+    drop(read);
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[tokio::test]
+async fn halves_are_put_together_again() {
+    let dir = private_dir();
+    let vm = vm(dir.path());
+    let address = hyperkit(dir.path(), 7);
+    let (read, write) = Stream::connect(&address).await.unwrap().into_split();
+    let (other, _write) = Stream::connect(&address).await.unwrap().into_split();
+    let ReuniteError(other, write) = other.reunite(write).unwrap_err();
+    let mut stream = read.reunite(write).unwrap();
+    drop(other);
+    // It was not half-closed.
+    stream.write_all(b"still here").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut echo = String::new();
+    stream.read_to_string(&mut echo).await.unwrap();
+    assert_eq!(echo, "still here");
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[tokio::test]
+async fn a_connect_ends_with_its_timeout() {
+    let dir = private_dir();
+    let path = dir.path().join("mux");
+    // It takes the connection and never answers.
+    let _server = UnixListener::bind(&path).unwrap();
+    let address: Address = format!("vsock-mux://:52{}", path.display())
+        .parse()
+        .unwrap();
+    let short = Duration::from_millis(50);
+    let connect = Stream::connect_timeout(&address, short);
+    let error = timeout(PATIENCE, connect).await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+}
+
+#[tokio::test]
+async fn a_blocking_listener_is_taken_over_and_polled() {
+    let listener = Listener::try_from(hvsock::Listener::bind(&any_tcp()).unwrap()).unwrap();
+    let accept = || poll_fn(|context| listener.poll_accept(context));
+    let nobody = timeout(Duration::from_millis(20), accept()).await;
+    assert!(nobody.is_err());
+    let client = Stream::connect(listener.address()).await.unwrap();
+    let (served, name) = timeout(PATIENCE, accept()).await.unwrap().unwrap();
+    assert_eq!(client.local_addr().unwrap(), name);
+    assert_eq!(served.local_addr().unwrap(), listener.local_addr().unwrap());
+    let raw = served.as_fd().as_raw_fd();
+    assert_eq!(raw, served.as_raw_fd());
 }

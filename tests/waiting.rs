@@ -20,7 +20,7 @@ use hvsock::{Proxy, Rule};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 fn vm(directory: &Path, services: &[(u32, Service)]) -> Vm {
-    let builder = Vm::builder(directory);
+    let builder = Vm::builder(directory).strict(true);
     let services = services.iter().cloned();
     let builder = services.fold(builder, |builder, (port, it)| builder.guest(port, it));
     builder.start().unwrap()

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use super::port::parse_u32;
 use super::uri::{self, Uri};
-use super::{AddressError, Part, Port};
+use super::{AddressError, PORT_ANY, Part, Port};
 
 const SCHEME: &str = "hyperkit";
 const EXAMPLE: &str = "hyperkit://:80/path/to/state";
@@ -195,6 +195,15 @@ pub const PID_NAME: &str = "hyperkit.pid";
 pub const MAX_STATE_DIR: usize = 104 - "/00000003.00000050".len() - 1;
 
 impl HyperkitVm {
+    /// Returns the address of a port on which no program of the guest can listen. A running guest
+    /// refuses it, once it has answered all earlier dials.
+    pub(crate) fn probe_address(&self) -> HyperkitAddress {
+        HyperkitAddress {
+            vm: self.clone(),
+            port: PORT_ANY,
+        }
+    }
+
     /// Returns the path of the socket on which hyperkit takes connections to any port of the guest.
     /// Each begins with a [`connect_line`].
     pub fn connect_path(&self) -> PathBuf {

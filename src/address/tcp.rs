@@ -1,7 +1,7 @@
 //! `tcp://HOST:PORT`.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use super::port::parse_u16;
@@ -44,6 +44,16 @@ pub struct TcpAddress {
     pub host: Host,
     /// The port; 0 lets the system choose one to listen on.
     pub port: u16,
+}
+
+impl TcpAddress {
+    /// Returns it as std has it; `None` if its host is a name.
+    pub(crate) fn socket_addr(&self) -> Option<SocketAddr> {
+        match self.host {
+            Host::Ip(ip) => Some(SocketAddr::new(ip, self.port)),
+            Host::Name(_) => None,
+        }
+    }
 }
 
 impl fmt::Display for TcpAddress {

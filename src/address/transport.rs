@@ -3,12 +3,14 @@
 //! on an address's own options.
 
 use std::borrow::Cow;
+#[cfg(all(unix, feature = "cli"))]
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::{Address, CID_ANY, CID_LOCAL, HyperkitVm, PORT_ANY, TcpAddress, UnixAddress};
 #[cfg(feature = "cli")]
-use super::Port;
-use super::{Address, CID_ANY, PORT_ANY, UnixAddress};
+use super::{Port, ServiceId};
 
 /// The kind of socket that carries a family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,9 +160,11 @@ const NPIPE: Transport = Transport {
     ..ORDINARY
 };
 
+pub(super) const TCP_EXAMPLE: &str = "tcp://127.0.0.1:8080";
+
 const TCP: Transport = Transport {
     scheme: "tcp",
-    example: super::TCP_EXAMPLE,
+    example: TCP_EXAMPLE,
     socket: SocketKind::Inet,
     reset: Reset::EitherEnd,
     ..ORDINARY
@@ -256,6 +260,66 @@ impl Address {
             )),
             _ => None,
         }
+    }
+
+    /// Returns the hyperkit VM that it leads to, or that dials it.
+    pub(crate) fn hyperkit_vm(&self) -> Option<&HyperkitVm> {
+        match self {
+            Address::Hyperkit(hyperkit) => Some(&hyperkit.vm),
+            _ => None,
+        }
+    }
+
+    /// Returns it as a TCP address, if it is one.
+    pub(crate) fn as_tcp(&self) -> Option<&TcpAddress> {
+        match self {
+            Address::Tcp(tcp) => Some(tcp),
+            _ => None,
+        }
+    }
+
+    /// Returns whether the kernel leads a connection to it to the vsock port that `listen` is.
+    pub(crate) fn is_loopback_to(&self, listen: &Address) -> bool {
+        match (self, listen) {
+            (Address::Vsock(target), Address::Vsock(listen)) => {
+                target.cid == CID_LOCAL && target.port == listen.port
+            }
+            _ => false,
+        }
+    }
+
+    /// Returns the service that has to be in the registry before guests can dial it.
+    #[cfg(feature = "cli")]
+    pub(crate) fn registered_service(&self) -> Option<ServiceId> {
+        match self {
+            Address::Hvsock(hvsock) => Some(hvsock.service),
+            _ => None,
+        }
+    }
+
+    /// Returns the file of a Unix socket that is no VMM's.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn unix_path(&self) -> Option<&Path> {
+        match self {
+            Address::Unix(UnixAddress::Path(path)) => Some(path),
+            _ => None,
+        }
+    }
+
+    /// Returns the same address for a process in another directory.
+    ///
+    /// # Errors
+    /// The directory of this process can't be had.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn absolute(mut self) -> io::Result<Address> {
+        let path = match &mut self {
+            Address::Unix(UnixAddress::Path(path)) => path,
+            Address::Hyperkit(to) => &mut to.vm.state_dir,
+            Address::VsockMux(to) => &mut to.path,
+            _ => return Ok(self),
+        };
+        *path = std::path::absolute(&*path)?;
+        Ok(self)
     }
 
     /// Returns the vsock port of a VM that it means.

@@ -8,7 +8,11 @@ mod config;
 mod control;
 mod doctor;
 mod escape;
+mod log;
+mod lossy_writer;
 mod output;
+#[cfg(unix)]
+mod processes;
 mod rule;
 mod serve;
 mod stress;

@@ -8,7 +8,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::values::{self, parse_mode, parse_some_time, parse_time};
+use super::values::{self, parse_keepalive, parse_mode, parse_some_time, parse_time};
 use crate::listener::DEFAULT_MODE;
 use crate::proxy::{Rule, Timeouts};
 use crate::time::write_seconds;
@@ -39,6 +39,10 @@ pub(crate) struct RuleOptions {
     #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=MOST))]
     #[serde(deserialize_with = "read_connections")]
     connections: Option<usize>,
+    /// Seconds of silence after which TCP asks a client or target whether it is still there; one that is gone is noticed a minute later; 0 or "off": never
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_keepalive)]
+    #[serde(deserialize_with = "read_keepalive", serialize_with = "write_seconds")]
+    keepalive: Duration,
 }
 
 /// How long the connections of a rule may take for what.
@@ -49,7 +53,7 @@ struct TimeoutOptions {
     #[arg(long = "dial-timeout", value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     #[serde(deserialize_with = "read_time", serialize_with = "write_seconds")]
     dial: Duration,
-    /// Seconds a guest may take to end a connection after our half-close
+    /// Seconds a guest may take to end a connection after our half-close (10 at most if it goes on sending)
     #[arg(long = "drain-timeout", value_name = "SECONDS", default_value = "60", value_parser = parse_some_time)]
     #[serde(deserialize_with = "read_some_time", serialize_with = "write_seconds")]
     drain: Duration,
@@ -74,6 +78,7 @@ impl Default for RuleOptions {
             wait: None,
             reserved: 0,
             connections: None,
+            keepalive: Duration::from_secs(60),
         }
     }
 }
@@ -95,6 +100,7 @@ impl From<&Rule> for RuleOptions {
             wait,
             reserved,
             connections,
+            keepalive,
         } = *rule;
         RuleOptions {
             mode,
@@ -102,6 +108,7 @@ impl From<&Rule> for RuleOptions {
             wait,
             reserved,
             connections,
+            keepalive: keepalive.unwrap_or_default(),
         }
     }
 }
@@ -137,6 +144,7 @@ impl RuleOptions {
             wait: self.wait,
             reserved: self.reserved,
             connections: self.connections,
+            keepalive: Some(self.keepalive).filter(|time| !time.is_zero()),
             ..rule
         }
     }
@@ -212,6 +220,10 @@ fn read_connections<'de, D: Deserializer<'de>>(from: D) -> Result<Option<usize>,
     })
 }
 
+fn read_keepalive<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    read(from, values::keepalive)
+}
+
 fn read_mode<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
     read(from, values::mode)
 }
@@ -266,7 +278,7 @@ mod tests {
     #[test]
     fn each_option_is_on_the_command_line_in_the_file_and_in_json() {
         let json = json!({"mode": "640", "timeouts": {"dial": 1.0, "drain": 2.0, "idle": 3.0, "half_closed": 4.0},
-            "wait": 5.0, "reserved": 0, "connections": 7});
+            "wait": 5.0, "reserved": 0, "connections": 7, "keepalive": 8.0});
         let options: RuleOptions = serde_json::from_value(json.clone()).unwrap();
         assert_eq!(serde_json::to_value(&options).unwrap(), json);
         let mut by_file = RuleOptions::default();
@@ -303,6 +315,8 @@ mod tests {
             ("timeouts.x", json!(1), "there is no `x`; there are `dial`"),
             ("colour", json!(1), "there is no `colour`"),
             ("connections", json!(0), "0 is not a number from 1"),
+            ("keepalive", json!("250ms"), "whole seconds"),
+            ("keepalive", json!("1d"), "more than 9 hours"),
             // As if it were left out.
             ("mode", Value::Null, ""),
         ] {
@@ -319,5 +333,17 @@ mod tests {
             Some(Duration::from_secs(60))
         );
         assert_eq!(idle(set("timeouts.idle", Value::Null)), None);
+    }
+
+    #[test]
+    fn keepalive_can_be_turned_off() {
+        for off in ["0", "off"] {
+            let options = Line::parse_from(["x", "--keepalive", off]).options;
+            assert_eq!(options.applied_to(rule()).keepalive, None);
+            assert_eq!(RuleOptions::from(&options.applied_to(rule())), options);
+        }
+        let options = Line::parse_from(["x", "--keepalive", "5m"]).options;
+        let five = Some(Duration::from_secs(300));
+        assert_eq!(options.applied_to(rule()).keepalive, five);
     }
 }

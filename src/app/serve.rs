@@ -14,6 +14,7 @@ use tracing::warn;
 use crate::listener::lasting::LastingListener;
 use crate::name::SocketName;
 use crate::stream::Stream;
+use crate::stream::closing::{GracefulClose, Outcome};
 use crate::sys::Wanted;
 use crate::time::after;
 
@@ -145,23 +146,22 @@ pub(crate) fn serve(
     });
 }
 
-/// Closes a guest's connection gracefully: half-closes and reads to its end, at most for `patience`, and as long as `goes_on` says so of
-/// the time that has passed. One that goes on for ever is not closed with bytes unread, either. Whether it has ended.
+/// Closes a guest's connection gracefully: half-closes and reads to its end, at most for `patience`, and as long as
+/// `goes_on` says so of the time that has passed. Returns whether the guest has ended it.
 pub(crate) fn close_gracefully(
     stream: &Stream,
     patience: Duration,
     mut goes_on: impl FnMut(Duration) -> bool,
 ) -> bool {
     let begun = Instant::now();
+    let mut close = GracefulClose::new(after(begun, patience));
     loop {
-        match stream.drain(LOOK) {
-            Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
-            drained => return drained.is_ok(),
+        let now = Instant::now();
+        if let Some(outcome) = stream.go_on_closing(&mut close, now + LOOK) {
+            return matches!(outcome, Outcome::PeerEnded);
         }
-        let passed = begun.elapsed();
-        if passed >= patience || !goes_on(passed) {
-            stream.empty();
-            return false;
+        if !goes_on(begun.elapsed()) {
+            close.set_until(now);
         }
     }
 }

@@ -13,6 +13,9 @@ use crate::address::{Address, Host, Port, TcpAddress};
 /// No time is longer: with it, `1M`, which is a month, isn't taken for a minute.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
 
+/// The most ports of a range. Each is a listener with a descriptor.
+const MOST_PORTS: u32 = 4096;
+
 /// Returns what a value is, for people.
 pub(super) fn kind(value: &Value) -> &'static str {
     match value {
@@ -33,6 +36,14 @@ pub(super) fn text(value: &Value) -> Result<String, String> {
     match value {
         Value::String(text) => Ok(text.clone()),
         other => Err(wants(other, "a string, in quotes")),
+    }
+}
+
+/// Reads a list of strings.
+pub(super) fn texts(value: &Value) -> Result<Vec<String>, String> {
+    match value {
+        Value::Array(values) => values.iter().map(text).collect(),
+        other => Err(wants(other, "a list: [\"FILE\"]")),
     }
 }
 
@@ -72,6 +83,22 @@ pub(super) fn some_time(value: &Value) -> Result<Duration, String> {
     }
 }
 
+/// Reads the time of TCP's keepalive; zero is off.
+pub(super) fn keepalive(value: &Value) -> Result<Duration, String> {
+    /// Linux takes no more than 32,767 s.
+    const LONGEST_KEEPALIVE: Duration = Duration::from_secs(9 * 3600);
+    if value == "off" {
+        return Ok(Duration::ZERO);
+    }
+    match time(value).map_err(|why| format!("{why}; or \"off\""))? {
+        time if time.subsec_nanos() > 0 => {
+            Err(format!("{value} is not possible: TCP counts whole seconds"))
+        }
+        time if time > LONGEST_KEEPALIVE => Err(format!("{value} is more than 9 hours")),
+        time => Ok(time),
+    }
+}
+
 /// Reads a time, or what says that there is none: a word, or null.
 pub(super) fn time_or(word: &str, value: &Value) -> Result<Option<Duration>, String> {
     match value {
@@ -83,7 +110,7 @@ pub(super) fn time_or(word: &str, value: &Value) -> Result<Option<Duration>, Str
     }
 }
 
-pub(super) fn count(range: RangeInclusive<usize>) -> impl FnOnce(&Value) -> Result<usize, String> {
+pub(super) fn count(range: RangeInclusive<usize>) -> impl Fn(&Value) -> Result<usize, String> {
     move |value| {
         let right = format!("a number from {} to {}", range.start(), range.end());
         let Value::Number(number) = value else {
@@ -99,8 +126,19 @@ pub(super) fn count(range: RangeInclusive<usize>) -> impl FnOnce(&Value) -> Resu
     }
 }
 
+/// Reads a vsock port, or a range of them: `"8000-8010"`.
+pub(super) fn ports(value: &Value) -> Result<Vec<Port>, String> {
+    match value {
+        Value::String(text) => {
+            let texts = expand_ports(text)?.into_iter();
+            texts.map(|text| port(&Value::String(text))).collect()
+        }
+        other => Ok(vec![port(other)?]),
+    }
+}
+
 /// Reads a vsock port.
-pub(super) fn port(value: &Value) -> Result<Port, String> {
+fn port(value: &Value) -> Result<Port, String> {
     match value {
         Value::Number(number) => number
             .as_u64()
@@ -125,6 +163,45 @@ pub(super) fn mode(value: &Value) -> Result<u32, String> {
     }
 }
 
+/// Reads a local address, or those of a range of ports: `"127.0.0.1:8000-8010"`.
+pub(super) fn addresses(value: &Value) -> Result<Vec<Address>, String> {
+    match value {
+        Value::String(text) => {
+            let texts = expand_ports(text)?.into_iter();
+            texts.map(|text| address(&Value::String(text))).collect()
+        }
+        other => Ok(vec![address(other)?]),
+    }
+}
+
+/// Returns the texts that one with a range of TCP or vsock ports at its end stands for, or the text
+/// itself. A path has no range.
+pub(super) fn expand_ports(text: &str) -> Result<Vec<String>, String> {
+    let whole = || Ok(vec![text.to_owned()]);
+    let address = text.strip_prefix("tcp://").unwrap_or(text);
+    let (host, range) = address.rsplit_once(':').unwrap_or(("", address));
+    let Some((first, last)) = range.split_once('-') else {
+        return whole();
+    };
+    if host.contains(['/', '\\']) || !is_number(first) || !is_number(last) {
+        return whole();
+    }
+    let number = |text: &str| text.parse().map_err(|_| format!("{text} is no port"));
+    let (first, last): (u32, u32) = (number(first)?, number(last)?);
+    if first > last {
+        return Err(format!("the range {range} goes down; write {last}-{first}"));
+    }
+    if last - first >= MOST_PORTS {
+        return Err(format!(
+            "the range {range} has more than {MOST_PORTS} ports"
+        ));
+    }
+    let before = &text[..text.len() - range.len()];
+    Ok((first..=last)
+        .map(|port| format!("{before}{port}"))
+        .collect())
+}
+
 /// Reads a local address, as on the left of `-L`.
 pub(super) fn address(value: &Value) -> Result<Address, String> {
     match value {
@@ -137,14 +214,15 @@ pub(super) fn address(value: &Value) -> Result<Address, String> {
     }
 }
 
-/// Reads where a forward of a file listens. Its two ports are keys of their own, unlike those of `-L`.
-pub(super) fn listen_address(value: &Value) -> Result<Address, String> {
+/// Reads where a forward of a file listens, or those of a range of ports. Its two ports are keys of their own, unlike those
+/// of `-L`.
+pub(super) fn listen_addresses(value: &Value) -> Result<Vec<Address>, String> {
     let ports = value.as_str().and_then(|text| text.split_once(':'));
     match ports {
         Some((port, guest)) if is_number(port) && is_number(guest) => Err(format!(
             "two ports: write listen = {port}, port = {guest} and vm = \"NAME\""
         )),
-        _ => address(value),
+        _ => addresses(value),
     }
 }
 
@@ -154,12 +232,10 @@ fn is_number(text: &str) -> bool {
 
 /// Reads a TCP address, as in `9100` or `"127.0.0.1:9100"`.
 pub(super) fn tcp(value: &Value) -> Result<TcpAddress, String> {
-    match address(value)? {
-        Address::Tcp(tcp) => Ok(tcp),
-        other => Err(format!(
-            "{other} is no TCP address; write 9100 or \"127.0.0.1:9100\""
-        )),
-    }
+    let address = address(value)?;
+    address.as_tcp().cloned().ok_or_else(|| {
+        format!("{address} is no TCP address; a right one: 9100 or \"127.0.0.1:9100\"")
+    })
 }
 
 /// Returns a text whose `~/` is the user's home: there is no shell here that would do it.
@@ -237,6 +313,11 @@ pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
 /// Reads a time: `1m30s`, or a number of seconds.
 pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
     time(&text.into())
+}
+
+/// Reads the time of TCP's keepalive: seconds, or `off`.
+pub(super) fn parse_keepalive(text: &str) -> Result<Duration, String> {
+    keepalive(&text.into())
 }
 
 /// Reads a time that is not zero.

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::explain;
 use crate::address::{Address, HvsockAddress, Vm};
 use crate::error::{Operation, Result};
-use crate::hyperv;
+use crate::hyperv::lookup;
 use crate::stream::Stream;
 use crate::stream::endpoint::not_carried;
 use crate::sys::{self, HvOptions};
@@ -51,6 +51,6 @@ pub(crate) fn hv_options(hvsock: &HvsockAddress) -> HvOptions {
 pub(crate) fn vm_id(hvsock: &HvsockAddress) -> Result<Uuid> {
     match &hvsock.vm {
         Vm::Id(id) => Ok(id.0),
-        Vm::Name(name) => hyperv::find(name).map(|id| id.0),
+        Vm::Name(name) => lookup::find(name).map(|id| id.0),
     }
 }

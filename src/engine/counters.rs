@@ -1,12 +1,9 @@
 //! The counters of a forward. Any thread may add to them; they know no socket and no clock.
 
-use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::address::{Address, SocketKind};
+use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::relay::Side;
-use crate::error::{Error, Operation};
-use crate::sys;
 
 /// The counters of a forward since it began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,8 +23,12 @@ pub struct Counters {
     /// [`Timeouts`](super::rule::Timeouts) allow.
     #[cfg_attr(feature = "cli", serde(flatten))]
     pub timed_out: TimedOut,
-    /// Connections that were closed because their peer did not end them within the drain timeout.
+    /// Connections that were closed by force, because their guest did not end them within the drain
+    /// timeout, or went on sending to nobody.
     pub abandoned: u64,
+    /// The connections that have ended, by [`EndReason`].
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub ended: EndCounts,
     /// Bytes from the accepting to the dialled side.
     pub sent: u64,
     /// Bytes from the dialled to the accepting side.
@@ -62,41 +63,39 @@ pub struct TimedOut {
     pub half_closed: u64,
 }
 
-/// The reason why a connection could not be made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Reason {
-    ByTarget,
-    Absent,
-    DialTimeout,
-    Full,
-    Other,
-}
-
-impl Reason {
-    /// Returns the reason that the error of a dial stands for.
-    pub(crate) fn from_error(target: &Address, error: &Error) -> Reason {
-        use io::ErrorKind::{
-            BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
-            NetworkUnreachable, NotFound, TimedOut,
-        };
-        match error.kind() {
-            _ if error.operation() == Operation::Resolve => Reason::Absent,
-            NotFound | HostUnreachable | NetworkUnreachable => Reason::Absent,
-            // A socket file on which nobody listens any more.
-            ConnectionRefused
-                if error.cause().raw_os_error().is_some()
-                    && target.transport().socket == SocketKind::Unix =>
-            {
-                Reason::Absent
-            }
-            _ if sys::is_no_such_cid(error.cause()) => Reason::Absent,
-            ConnectionRefused | ConnectionReset | ConnectionAborted | BrokenPipe => {
-                Reason::ByTarget
-            }
-            TimedOut => Reason::DialTimeout,
-            _ => Reason::Other,
-        }
-    }
+/// Connections that have ended, by [`EndReason`]; the sum is the number of all that have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
+#[non_exhaustive]
+pub struct EndCounts {
+    /// [`EndReason::ClientClosed`].
+    pub client_closed: u64,
+    /// [`EndReason::ServerClosed`].
+    pub server_closed: u64,
+    /// [`EndReason::ClientReset`].
+    pub client_reset: u64,
+    /// [`EndReason::ServerReset`].
+    pub server_reset: u64,
+    /// [`EndReason::ClientGaveUp`].
+    pub client_gave_up: u64,
+    /// [`EndReason::IdleTimeout`].
+    pub idle_timeout: u64,
+    /// [`EndReason::HalfClosedTimeout`].
+    pub half_closed_timeout: u64,
+    /// [`EndReason::DrainTimeout`].
+    pub drain_timeout: u64,
+    /// [`EndReason::VmGone`].
+    pub vm_gone: u64,
+    /// [`EndReason::Refused`].
+    pub refused: u64,
+    /// [`EndReason::Closed`].
+    pub closed: u64,
+    /// [`EndReason::Removed`].
+    pub removed: u64,
+    /// [`EndReason::Stopped`].
+    pub stopped: u64,
+    /// [`EndReason::Failed`].
+    pub failed: u64,
 }
 
 /// The counters of a forward, shared by the workers.
@@ -108,6 +107,7 @@ pub(crate) struct Tally {
     pub(crate) idle: AtomicU64,
     pub(crate) half_closed: AtomicU64,
     pub(crate) abandoned: AtomicU64,
+    ended: [AtomicU64; EndReason::COUNT],
     delivered: [AtomicU64; 2],
 }
 
@@ -119,6 +119,11 @@ pub(crate) fn add_one(counter: &AtomicU64) {
 impl Tally {
     pub(crate) fn refused(&self, reason: Reason) {
         add_one(&self.refusals[reason as usize]);
+    }
+
+    /// Counts a connection that has ended.
+    pub(crate) fn ended(&self, why: EndReason) {
+        add_one(&self.ended[why.index()]);
     }
 
     /// Counts bytes that `side` sent and that were delivered to the other side.
@@ -138,6 +143,23 @@ impl Tally {
             full: of(Reason::Full),
             other: of(Reason::Other),
         };
+        let ended = |why: EndReason| get(&self.ended[why.index()]);
+        let ended = EndCounts {
+            client_closed: ended(EndReason::ClientClosed),
+            server_closed: ended(EndReason::ServerClosed),
+            client_reset: ended(EndReason::ClientReset),
+            server_reset: ended(EndReason::ServerReset),
+            client_gave_up: ended(EndReason::ClientGaveUp),
+            idle_timeout: ended(EndReason::IdleTimeout),
+            half_closed_timeout: ended(EndReason::HalfClosedTimeout),
+            drain_timeout: ended(EndReason::DrainTimeout),
+            vm_gone: ended(EndReason::VmGone),
+            refused: ended(EndReason::Refused(Reason::Other)),
+            closed: ended(EndReason::Closed),
+            removed: ended(EndReason::Removed),
+            stopped: ended(EndReason::Stopped),
+            failed: ended(EndReason::Failed),
+        };
         Counters {
             accepted: get(&self.accepted),
             live: get(&self.live),
@@ -148,9 +170,34 @@ impl Tally {
                 half_closed: get(&self.half_closed),
             },
             abandoned: get(&self.abandoned),
+            ended,
             sent: get(&self.delivered[Side::Client]),
             received: get(&self.delivered[Side::Server]),
         }
+    }
+}
+
+impl EndCounts {
+    /// Returns each count with the [name](EndReason::name) of its reason.
+    pub fn by_reason(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        [
+            (EndReason::ClientClosed, self.client_closed),
+            (EndReason::ServerClosed, self.server_closed),
+            (EndReason::ClientReset, self.client_reset),
+            (EndReason::ServerReset, self.server_reset),
+            (EndReason::ClientGaveUp, self.client_gave_up),
+            (EndReason::IdleTimeout, self.idle_timeout),
+            (EndReason::HalfClosedTimeout, self.half_closed_timeout),
+            (EndReason::DrainTimeout, self.drain_timeout),
+            (EndReason::VmGone, self.vm_gone),
+            (EndReason::Refused(Reason::Other), self.refused),
+            (EndReason::Closed, self.closed),
+            (EndReason::Removed, self.removed),
+            (EndReason::Stopped, self.stopped),
+            (EndReason::Failed, self.failed),
+        ]
+        .into_iter()
+        .map(|(why, count)| (why.name(), count))
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::address::{Address, HalfClose, Reset, Waiter};
 use crate::engine::relay::Side;
 use crate::error::Error;
-use crate::name::SocketName;
+use crate::name::Peer;
 
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
@@ -19,6 +19,20 @@ use crate::engine::log_limiter::LogLimiter;
 use crate::engine::observer::{Event, Observer, What};
 use crate::engine::rule::Rule;
 use crate::engine::status::{ForwardStatus, StatusCell};
+
+/// The level of the access log's lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AccessLog {
+    Debug,
+    Info,
+}
+
+/// To whom the connections of a forward are reported.
+#[derive(Clone, Debug)]
+pub(crate) struct Reports {
+    pub(crate) observer: Option<Observer>,
+    pub(crate) access_log: AccessLog,
+}
 
 /// A rule, and all that its connections share.
 #[derive(Debug)]
@@ -46,7 +60,7 @@ pub(crate) struct Forward {
     pub(crate) cut: Arc<AtomicBool>,
     /// Whether the forward was removed and its listener is closed.
     pub(crate) closed: Arc<AtomicBool>,
-    observer: Option<Observer>,
+    reports: Reports,
 }
 
 impl Forward {
@@ -58,7 +72,7 @@ impl Forward {
         gates: [Option<Arc<Gate>>; 2],
         quota: Option<Reservation>,
         waiter: fn(&Address) -> Waiter,
-        observer: Option<Observer>,
+        reports: Reports,
     ) -> Forward {
         Forward {
             id,
@@ -74,7 +88,7 @@ impl Forward {
             quota: Mutex::new(quota),
             cut: Arc::default(),
             closed: Arc::default(),
-            observer,
+            reports,
         }
     }
 
@@ -101,24 +115,34 @@ impl Forward {
             quota: Mutex::new(quota),
             cut: Arc::clone(&self.cut),
             closed: Arc::clone(&self.closed),
-            observer: self.observer.clone(),
+            reports: self.reports.clone(),
         }
     }
 
     /// Notifies the observer, if there is one.
-    pub(crate) fn notify_observer(
-        &self,
-        connection: ConnectionId,
-        peer: SocketName,
-        what: What<'_>,
-    ) {
-        if let Some(observer) = &self.observer {
+    pub(crate) fn notify_observer(&self, connection: ConnectionId, peer: Peer, what: What<'_>) {
+        if let Some(observer) = &self.reports.observer {
             observer.notify(&Event {
                 forward: self.id,
                 connection,
-                peer,
+                peer: peer.name,
+                process: peer.process,
                 what,
             });
+        }
+    }
+
+    /// Returns the level of the access log's lines.
+    pub(crate) fn access_log(&self) -> AccessLog {
+        self.reports.access_log
+    }
+
+    /// Returns what the forward is called in the log: its name, or else the address at which it
+    /// listens.
+    pub(crate) fn label(&self) -> String {
+        match &self.rule.name {
+            Some(name) => name.clone(),
+            None => self.rule.listen.to_string(),
         }
     }
 

@@ -2,7 +2,6 @@
 
 /// The identifier of a forward. A proxy never uses one twice, even after the forward was removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[cfg_attr(feature = "cli", derive(serde::Serialize))]
 pub struct ForwardId(pub(crate) u64);
 
 /// Returns the number, counted from 0.
@@ -15,7 +14,6 @@ impl From<ForwardId> for u64 {
 /// The identifier of a connection. A proxy never uses one twice, even after the connection was
 /// closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[cfg_attr(feature = "cli", derive(serde::Serialize))]
 pub struct ConnectionId(pub(crate) u64);
 
 /// Returns the number.

@@ -8,12 +8,13 @@
 //! |---|---|---|
 //! | [`connection`] | a connection as a state machine | all rooms below, `dial`, `stream` |
 //! | [`forward`] | a rule as workers share it: gates, counters, health | all rooms below |
-//! | [`admission`] | the gate of a VM: slots, quotas, pace | `health`, `id`, `status` |
+//! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `status` |
 //! | [`routes`] | the connections between forwards, to refuse loops | `id`, `stream` |
-//! | [`observer`] | events for the caller | `id` |
+//! | [`observer`] | events for the caller | `end_reason`, `id` |
 //! | [`status`] | what a forward's status reports | `counters`, `id`, `rule` |
 //! | [`health`] | whether a VM or a server is up | `sys`, for identities |
-//! | [`counters`] | what is counted of a forward | `relay`, for sides; `sys`, for error codes |
+//! | [`counters`] | what is counted of a forward | `end_reason`; `relay`, for sides |
+//! | [`end_reason`] | why connections end | `sys`, for error codes |
 //! | [`rule`] | what a proxy forwards, and its limits | `listener`, for defaults |
 //! | [`relay`] | two sockets and the bytes between them | nothing |
 //! | [`timers`] | the deadlines of connections | `table` |
@@ -29,6 +30,7 @@
 pub(crate) mod admission;
 pub(crate) mod connection;
 pub(crate) mod counters;
+pub(crate) mod end_reason;
 pub(crate) mod forward;
 pub(crate) mod health;
 pub(crate) mod id;

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Error;
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName};
 
+use super::end_reason::EndReason;
 use super::id::{ConnectionId, ForwardId};
 
 /// An event of a connection.
@@ -19,6 +20,8 @@ pub struct Event<'a> {
     pub connection: ConnectionId,
     /// The peer that was accepted, as far as the kernel knows its name.
     pub peer: SocketName,
+    /// The process that made the peer, if it is a Unix socket.
+    pub process: Option<PeerProcess>,
     /// What happened.
     pub what: What<'a>,
 }
@@ -43,6 +46,8 @@ pub enum What<'a> {
         received: u64,
         /// The time since the connection was accepted.
         age: Duration,
+        /// Why it has ended.
+        why: EndReason,
     },
 }
 

@@ -31,10 +31,19 @@ pub struct Rule {
     /// connections; if a side of the rule is a hyperkit VM, as many are reserved among
     /// [`Limits::vm_connections`](Limits::vm_connections).
     pub reserved: usize,
-    /// The most connections of this rule at a time; further clients wait in the listener's backlog.
-    /// Guests that dial the host are not bound by it. `None`: only the limits of all rules apply.
+    /// The most connections of this rule at a time; further clients wait in the listener's backlog,
+    /// and further dials of a hyperkit guest are ended at once. (Guests of other VMMs are not bound
+    /// by it.) `None`: only the limits of all rules apply.
     pub connections: Option<usize>,
+    /// The time after which TCP asks a peer that has sent nothing whether it is still there, of TCP
+    /// clients and TCP targets; in whole seconds, from 1 to 32,767. A peer that is gone without a
+    /// word is noticed a minute later: it is asked six times, every ten seconds. `None`: it is not
+    /// asked, and never noticed as long as nothing is sent to it.
+    pub keepalive: Option<Duration>,
 }
+
+/// The default of [`Rule::keepalive`]: a peer that is gone is noticed within two minutes.
+const KEEPALIVE: Duration = Duration::from_secs(60);
 
 impl Rule {
     /// Makes a rule with the default settings. Only the owner may use its Unix socket, if it has
@@ -49,6 +58,7 @@ impl Rule {
             wait: None,
             reserved: 0,
             connections: None,
+            keepalive: Some(KEEPALIVE),
         }
     }
 }
@@ -61,8 +71,10 @@ pub struct Timeouts {
     /// a `hvsock://` address.
     pub dial: Duration,
     /// The drain timeout: how long a guest may take to end a connection that is being closed, or
-    /// whose half-close is held back, before the connection is closed nevertheless. This applies to
-    /// guests of Hyper-V as well. For a half-close that was passed on see
+    /// whose half-close is held back, before the connection is closed nevertheless. A guest that
+    /// goes on sending though nobody is left to read is given up after ten seconds, or when clients
+    /// wait and such connections have more than a tenth of its VM's slots; it is read slowly until
+    /// then. This applies to guests of Hyper-V as well. For a half-close that was passed on see
     /// [`half_closed`](Timeouts::half_closed).
     pub drain: Duration,
     /// The idle timeout: how long an open connection may go on without a byte in either direction
@@ -97,6 +109,10 @@ pub struct Limits {
     /// Connections to one hyperkit VM at a time; further clients wait in the listener's backlog, and
     /// those that can't be made to wait there (guests, chained forwards) to be dialled. hyperkit has
     /// 1,024 slots and closes what exceeds them; started with 256 descriptors, it hangs beyond 245.
+    ///
+    /// Connections that the guest makes to the host may be eight ninths of them (800 of 900), and of
+    /// one of several forwards three quarters of that (600). The guest can't be made to wait, so
+    /// what it dials beyond is accepted and ended at once, gracefully.
     pub vm_connections: usize,
     /// Unanswered dials to one hyperkit VM at a time; further clients wait. hyperkit aborts at 512.
     pub vm_unanswered: usize,

@@ -1,11 +1,12 @@
 //! The status of forwards, connections and VMs, as a caller reads it, and the cell in which workers
 //! leave it. Nothing is looked up here.
 
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::address::Address;
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName};
 
 use super::id::{ConnectionId, ForwardId};
 use super::rule::Rule;
@@ -39,7 +40,7 @@ pub enum ForwardState {
     /// It accepts clients.
     Listening,
     /// A limit is reached: new clients wait in the backlog until a connection ends. Guests are
-    /// never made to wait.
+    /// never made to wait: those beyond a limit are ended at once.
     Full {
         /// The limit.
         why: String,
@@ -70,22 +71,54 @@ pub enum ForwardState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "cli",
-    derive(serde::Serialize),
-    serde(rename_all = "lowercase")
+    derive(serde::Deserialize, serde::Serialize),
+    serde(rename_all = "snake_case")
 )]
 #[non_exhaustive]
 pub enum ConnectionState {
-    /// The target is being connected to, or waited for.
+    /// The target is being connected to.
     Dialling,
+    /// The target is waited for: it was absent when it was dialled, or its VM has no free slot.
+    Held,
     /// Bytes can pass in both directions.
     Open,
-    /// All bytes were forwarded; the sockets are being closed.
-    Ending,
+    /// The client has ended what it sends; the server may go on.
+    HalfClosedByClient,
+    /// The server has ended what it sends; the client may go on.
+    HalfClosedByServer,
+    /// All bytes were forwarded, or it was cut off; the sockets are being closed.
+    Closing,
+}
+
+/// Writes it in words: `half-closed by client`.
+impl fmt::Display for ConnectionState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            ConnectionState::Dialling => "dialling",
+            ConnectionState::Held => "held",
+            ConnectionState::Open => "open",
+            ConnectionState::HalfClosedByClient => "half-closed by client",
+            ConnectionState::HalfClosedByServer => "half-closed by server",
+            ConnectionState::Closing => "closing",
+        })
+    }
+}
+
+/// Bytes that were sent by one peer of a connection and were not delivered to the other yet, in the
+/// buffers of the system and of the proxy. `None` where the system doesn't tell. What a Unix or an
+/// AF_VSOCK socket holds for its peer is not among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
+#[non_exhaustive]
+pub struct Waiting {
+    /// Bytes on their way to the dialled side.
+    pub to_server: Option<u64>,
+    /// Bytes on their way to the accepting side.
+    pub to_client: Option<u64>,
 }
 
 /// The status of a live connection.
 #[derive(Clone, Debug)]
-#[cfg_attr(feature = "cli", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ConnectionStatus {
     /// The connection's identifier.
@@ -94,17 +127,20 @@ pub struct ConnectionStatus {
     pub forward: ForwardId,
     /// The peer that was accepted, as far as the kernel knows its name.
     pub peer: SocketName,
+    /// The process that made the peer, if it is a Unix socket.
+    pub process: Option<PeerProcess>,
     /// The state.
     pub state: ConnectionState,
     /// Bytes from the accepting to the dialled side.
     pub sent: u64,
     /// Bytes from the dialled to the accepting side.
     pub received: u64,
+    /// Bytes that wait on their way, while it is open and not relayed by threads.
+    pub waiting: Option<Waiting>,
+    /// The time since the last byte was delivered, or else since it was accepted or opened. (Of one
+    /// that threads relay, since bytes were last seen to have been.)
+    pub idle: Duration,
     /// The time since it was accepted.
-    #[cfg_attr(
-        feature = "cli",
-        serde(rename = "age_seconds", serialize_with = "crate::time::write_seconds")
-    )]
     pub age: Duration,
 }
 
@@ -117,6 +153,21 @@ pub struct VmStatus {
     pub connections: usize,
     /// The limit of connections ([`Limits::vm_connections`](super::rule::Limits::vm_connections)).
     pub limit: usize,
+    /// The slots of the VM that were lost: their connections were closed after the drain timeout,
+    /// or by force, and their programs in the guest have not ended them, so the device still counts
+    /// them. They come back when the VM is restarted, and are taken from the limit until then.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub lost: usize,
+    /// Connections that the guest has made, and that are served.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub guests: usize,
+    /// How many connections of the guest are served at a time.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub guest_limit: usize,
+    /// How many dials of the guest were ended at once since the VM was started or first seen,
+    /// because a limit was reached.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub turned_away: u64,
     /// The free slots that are reserved for forwards.
     pub reserved: usize,
     /// How many of the latest dials have not been answered yet, with neither a byte nor an EOF.

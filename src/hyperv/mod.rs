@@ -14,7 +14,7 @@
 
 #[cfg(any(windows, test))]
 mod answer;
-mod lookup;
+pub(crate) mod lookup;
 mod machine;
 #[cfg(any(windows, test))]
 mod powershell;

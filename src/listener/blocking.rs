@@ -30,6 +30,9 @@ pub struct Listener {
     /// Another process has bound it and may keep it: closing it here doesn't free its address.
     #[cfg(unix)]
     pub(super) is_foreign: bool,
+    /// The rule that it was bound for, if another process hands it over.
+    #[cfg(unix)]
+    pub(super) wish: Option<super::passed::Wish>,
 }
 
 impl Listener {
@@ -60,12 +63,14 @@ impl Listener {
             address,
             #[cfg(unix)]
             is_foreign: false,
+            #[cfg(unix)]
+            wish: None,
         })
     }
 
     /// Returns whether it is the socket that binding `address` would make.
     #[cfg(not(unix))]
-    pub(crate) fn is_at(&self, address: &Address) -> bool {
+    pub(crate) fn is_for(&self, _: Option<&str>, address: &Address) -> bool {
         self.address == *address
     }
 
@@ -151,9 +156,16 @@ impl Listener {
         Ok((Stream::from_nonblocking(stream, &self.address)?, name))
     }
 
-    /// Accepts one connection after the other, for ever.
-    pub fn incoming(&self) -> impl Iterator<Item = Result<(Stream, SocketName)>> + '_ {
-        std::iter::repeat_with(|| self.accept())
+    /// Accepts one connection after the other, for ever; [`Stream::peer_addr`] has the names.
+    pub fn incoming(&self) -> impl Iterator<Item = Result<Stream>> + '_ {
+        std::iter::repeat_with(|| self.accept().map(|(stream, _)| stream))
+    }
+}
+
+#[cfg(unix)]
+impl std::os::fd::AsRawFd for Listener {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(self))
     }
 }
 

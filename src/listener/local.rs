@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use mio::event::Source;
 use mio::unix::SourceFd;
@@ -15,6 +16,7 @@ use super::file::{self, SocketFile};
 use crate::address::{Address, UnixAddress, VsockAddress};
 use crate::dial;
 use crate::error::{Error, Operation, Result};
+use crate::keeper::{self, Kept, Link, Taken};
 use crate::name::SocketName;
 use crate::stream::endpoint::not_carried;
 use crate::stream::local::{Descriptors, Local};
@@ -33,6 +35,9 @@ pub(crate) enum Refusal {
 #[derive(Debug)]
 pub(crate) enum LocalListener {
     Unix {
+        /// The note that a keeper has a copy of it. It is the first field, and so dropped before
+        /// the socket is closed.
+        kept: Option<Kept>,
         listener: mio::net::UnixListener,
         file: Option<Arc<SocketFile>>,
         descriptors: Refusal,
@@ -111,10 +116,86 @@ impl LocalListener {
         }
     }
 
+    /// See [`Listener::adopt`](super::nonblocking::Listener::adopt).
+    #[cfg(feature = "cli")]
+    pub(super) fn adopt(&mut self, adopted: Option<SocketFile>) {
+        if let LocalListener::Unix {
+            file, descriptors, ..
+        } = self
+        {
+            *file = adopted.map(Arc::new);
+            // It was set so before it was bound.
+            if *descriptors == Refusal::Some {
+                *descriptors = Refusal::All;
+            }
+        }
+    }
+
     pub(super) fn file(&self) -> Option<Arc<SocketFile>> {
         match self {
             LocalListener::Unix { file, .. } => file.clone(),
             LocalListener::Vsock(_) => None,
+        }
+    }
+
+    /// Has a keeper keep a copy of the socket of `address`, whose file is ours.
+    pub(super) fn keep(&mut self, keeper: &Link, address: &Address) {
+        let (
+            Address::Hyperkit(hyperkit),
+            LocalListener::Unix {
+                kept,
+                listener,
+                file,
+                ..
+            },
+        ) = (address, self)
+        else {
+            return;
+        };
+        // Who has passed the socket has it still, and keeps the port.
+        let Some(file) = file.as_ref().filter(|file| !file.is_left()) else {
+            return;
+        };
+        let absolute = |path: &Path| std::path::absolute(path);
+        if let (Ok(path), Ok(connect)) =
+            (absolute(file.path()), absolute(&hyperkit.vm.connect_path()))
+        {
+            let port = keeper::Port {
+                port: hyperkit.port.0,
+                path,
+                identity: file.identity(),
+                connect,
+            };
+            *kept = keeper.keep_listener(listener.as_socket(), port);
+        }
+    }
+
+    /// Returns whether it was given to a keeper.
+    pub(super) fn is_kept(&self) -> bool {
+        matches!(self, LocalListener::Unix { kept: Some(_), .. })
+    }
+
+    /// Has the keeper close its copy, since another process has the socket and its file now.
+    #[cfg(feature = "cli")]
+    pub(super) fn forget(&mut self) {
+        if let LocalListener::Unix { kept, .. } = self
+            && let Some(kept) = kept.take()
+        {
+            kept.forget();
+        }
+    }
+
+    /// Leaves the socket's file to the keeper, if that has a copy of the socket: it accepts there
+    /// once this listener is dropped, and removes the file in the end.
+    pub(super) fn leave_file(&self) {
+        if let LocalListener::Unix {
+            kept: Some(kept),
+            file: Some(file),
+            ..
+        } = self
+            && kept.is_guarded()
+        {
+            file.leave();
         }
     }
 
@@ -161,8 +242,38 @@ fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<LocalListener> 
 }
 
 fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<LocalListener> {
-    let (socket, file) = file::bind(address, path, Type::STREAM, mode)?;
-    listen(socket, Some(file)).map_err(|e| Error::new(Operation::Listen, address, e))
+    match file::bind(address, path, Type::STREAM, mode) {
+        Ok((socket, file)) => {
+            let listener = listen(socket, || Ok(Some(file)));
+            listener.map_err(|e| Error::new(Operation::Listen, address, e))
+        }
+        // A keeper may serve it, for a proxy that has ended.
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_guest_port(address) => {
+            match Taken::take(path) {
+                Some(taken) => succeed(address, path, mode, taken),
+                None => Err(e),
+            }
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Returns whether it is a port of the host that a hyperkit guest dials.
+fn is_guest_port(address: &Address) -> bool {
+    matches!(address, Address::Hyperkit(_))
+}
+
+/// Binds a path at which a keeper serves. The new socket listens before it gets that name, so that
+/// no guest ever finds a port on which nobody listens.
+fn succeed(address: &Address, path: &Path, mode: u32, taken: Taken) -> Result<LocalListener> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let private = path.with_file_name(format!("hvs.{}.{number}", std::process::id()));
+    let (socket, file) = file::bind(address, &private, Type::STREAM, mode)?;
+    let listener = listen(socket, || file.rename(path).map(Some));
+    let listener = listener.map_err(|e| Error::new(Operation::Listen, address, e))?;
+    taken.release();
+    Ok(listener)
 }
 
 fn bind_abstract(address: &Address, name: &[u8]) -> Result<LocalListener> {
@@ -170,20 +281,26 @@ fn bind_abstract(address: &Address, name: &[u8]) -> Result<LocalListener> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         sys::refuse_descriptors(&socket);
         socket.bind(&sys::abstract_address(name)?)?;
-        listen(socket, None)
+        listen(socket, || Ok(None))
     };
     bind().map_err(|e| Error::new(Operation::Listen, address, e))
 }
 
-fn listen(socket: Socket, file: Option<SocketFile>) -> io::Result<LocalListener> {
+/// Begins to listen. `file` is called once clients can connect, and returns the socket's file.
+fn listen(
+    socket: Socket,
+    file: impl FnOnce() -> io::Result<Option<SocketFile>>,
+) -> io::Result<LocalListener> {
     let small_buffers = sys::make_room(&SockRef::from(&socket));
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
+    let file = file()?;
     let descriptors = match sys::refuses_descriptors(socket.as_socket()) {
         true => Refusal::All,
         false => Refusal::None,
     };
     Ok(LocalListener::Unix {
+        kept: None,
         listener: mio::net::UnixListener::from_std(socket.into()),
         file: file.map(Arc::new),
         descriptors,

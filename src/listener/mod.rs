@@ -18,3 +18,5 @@ mod passed;
 
 pub use blocking::Listener;
 pub use defaults::DEFAULT_MODE;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use passed::{Handed, Wish};

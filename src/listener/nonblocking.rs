@@ -16,6 +16,8 @@ use super::file::SocketFile;
 use super::local::LocalListener;
 use crate::address::{Address, Host, TcpAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
+#[cfg(unix)]
+use crate::keeper::Link;
 use crate::name::{SocketName, VsockName};
 use crate::stream::nonblocking::{Stream, set_tcp_options};
 use crate::sys::{self, AsSocket, Wanted};
@@ -139,6 +141,55 @@ impl Listener {
         match self {
             Listener::Local(listener) => listener.file(),
             _ => None,
+        }
+    }
+
+    /// Makes it as it would be if this process had bound it: another hvsock has, and hands it over
+    /// with this file.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn adopt(&mut self, file: Option<SocketFile>) {
+        match self {
+            Listener::Tcp {
+                listener,
+                leaves_options,
+            } => {
+                // That other may be of a version with other options.
+                if sys::ACCEPTED_INHERIT {
+                    set_tcp_options(SockRef::from(&*listener));
+                    *leaves_options = true;
+                }
+            }
+            Listener::Local(listener) => listener.adopt(file),
+        }
+    }
+
+    /// Has a keeper keep a copy of it, if it is a port of `address` that a hyperkit guest dials.
+    #[cfg(unix)]
+    pub(crate) fn keep(&mut self, keeper: &Link, address: &Address) {
+        if let Listener::Local(listener) = self {
+            listener.keep(keeper, address);
+        }
+    }
+
+    /// Returns whether it was given to a keeper.
+    #[cfg(unix)]
+    pub(crate) fn is_kept(&self) -> bool {
+        matches!(self, Listener::Local(listener) if listener.is_kept())
+    }
+
+    /// Has the keeper close its copy, since another process has the socket and its file now.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn forget(&mut self) {
+        if let Listener::Local(listener) = self {
+            listener.forget();
+        }
+    }
+
+    /// Leaves the socket's file to the keeper, if that has a copy of it.
+    #[cfg(unix)]
+    pub(crate) fn leave_file(&self) {
+        if let Listener::Local(listener) = self {
+            listener.leave_file();
         }
     }
 

@@ -7,11 +7,17 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+#[cfg(feature = "cli")]
+use std::path::PathBuf;
+#[cfg(feature = "cli")]
+use std::sync::Arc;
 
 use nix::sys::socket::{getsockopt, sockopt};
 use socket2::{SockRef, Socket, Type};
 
 use super::blocking::Listener;
+#[cfg(feature = "cli")]
+use super::file::SocketFile;
 use super::local::{LocalListener, Refusal};
 use super::nonblocking;
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
@@ -52,6 +58,7 @@ fn take(socket: Socket) -> io::Result<Listener> {
         };
         let small_buffers = sys::make_room(&SockRef::from(&socket));
         let listener = LocalListener::Unix {
+            kept: None,
             listener: mio::net::UnixListener::from_std(socket.into()),
             file: None,
             descriptors,
@@ -85,7 +92,62 @@ fn take(socket: Socket) -> io::Result<Listener> {
         inner,
         address,
         is_foreign: true,
+        wish: None,
     })
+}
+
+/// The wish that a socket was bound for: the name of its rule, and the address that the rule asked
+/// for. A port that the kernel chose is known again by it.
+pub(crate) type Wish = (Option<String>, Address);
+
+/// What another hvsock tells of a listening socket that it hands over.
+#[cfg(feature = "cli")]
+#[derive(Debug)]
+pub(crate) struct Handed {
+    pub(crate) wish: Option<Wish>,
+    /// The address that was bound.
+    pub(crate) address: Address,
+    /// The file that it made for the socket.
+    pub(crate) file: Option<(PathBuf, Identity)>,
+    /// Yet another process has bound the socket, and may keep it.
+    pub(crate) is_foreign: bool,
+}
+
+#[cfg(feature = "cli")]
+impl Listener {
+    /// Takes a socket that another hvsock hands over. Its file is that process' until it is owned:
+    /// see [`file`](Listener::file).
+    ///
+    /// # Errors
+    /// As those of `TryFrom<OwnedFd>`.
+    pub(crate) fn handed(socket: OwnedFd, handed: Handed) -> Result<Listener> {
+        let mut listener = Listener::try_from(socket)?;
+        if !handed.is_foreign {
+            let file = handed.file.as_ref();
+            let file = file.map(|(path, identity)| SocketFile::handed(path, *identity));
+            listener.inner.adopt(file);
+        }
+        Ok(Listener {
+            address: handed.address,
+            is_foreign: handed.is_foreign,
+            wish: handed.wish,
+            ..listener
+        })
+    }
+
+    /// Returns the socket's file, unless another program made it.
+    pub(crate) fn file(&self) -> Option<Arc<SocketFile>> {
+        self.inner.file()
+    }
+
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.is_foreign
+    }
+
+    /// Returns what the socket was bound for, if that is known.
+    pub(crate) fn wish(&self) -> Option<&Wish> {
+        self.wish.as_ref()
+    }
 }
 
 fn tcp(bound: SocketAddr) -> Address {
@@ -96,8 +158,18 @@ fn tcp(bound: SocketAddr) -> Address {
 }
 
 impl Listener {
+    /// Returns whether it is the socket of a rule of this name that listens on `address`.
+    pub(crate) fn is_for(&self, name: Option<&str>, address: &Address) -> bool {
+        match &self.wish {
+            Some((known, asked)) if address.leaves_port_to_kernel() => {
+                asked == address && known.as_deref() == name
+            }
+            _ => self.is_at(address),
+        }
+    }
+
     /// Returns whether it is the socket that binding `address` would make.
-    pub(crate) fn is_at(&self, address: &Address) -> bool {
+    fn is_at(&self, address: &Address) -> bool {
         match (&self.address, address) {
             (Address::Tcp(_), Address::Tcp(asked)) => {
                 nonblocking::socket_address(asked).is_ok_and(|asked| tcp(asked) == self.address)
@@ -105,10 +177,10 @@ impl Listener {
             (Address::Vsock(bound), Address::Vsock(asked)) => {
                 (bound.cid, bound.port) == (asked.cid, asked.port)
             }
-            (Address::Unix(UnixAddress::Path(bound)), asked) => asked
-                .listen_path()
-                .is_some_and(|asked| is_same(bound, &asked)),
-            (bound, asked) => bound == asked,
+            (bound, asked) => match (bound.listen_path(), asked.listen_path()) {
+                (Some(bound), Some(asked)) => is_same(&bound, &asked),
+                _ => bound == asked,
+            },
         }
     }
 

@@ -15,7 +15,7 @@ use super::driver::Wanted;
 use super::rules::Binder;
 use super::shared::{Command, Shared};
 use crate::engine::forward::Forward;
-use crate::engine::id::ForwardId;
+use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{ConnectionStatus, ForwardStatus};
 
@@ -36,7 +36,7 @@ impl<D: Driver> Clone for Controller<D> {
 }
 
 /// How long a worker may take to answer. It answers at once, unless it hangs or has ended.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl<D: Driver> Controller<D> {
     /// See [`Handle::forwards`](super::Handle::forwards).
@@ -145,6 +145,21 @@ impl<D: Driver> Controller<D> {
         answers.into_iter().flatten().collect()
     }
 
+    /// See [`Handle::close`](super::Handle::close).
+    pub(super) fn close(&self, id: ConnectionId) -> Result<ConnectionStatus> {
+        let answers = self.ask_all(|tell| Command::Close(id, tell), ANSWER_TIMEOUT);
+        let all_answered = answers.len() >= self.shared.inboxes.len() || self.shared.is_over();
+        if let Some(status) = answers.into_iter().flatten().next() {
+            return Ok(status);
+        }
+        let cause = match all_answered {
+            true => io::Error::new(io::ErrorKind::NotFound, "there is none of that id"),
+            false => no_answer("it is closed as soon as it does, if it has it"),
+        };
+        let which = format!("connection {}", id.0);
+        Err(Error::new(Operation::Find, which, cause))
+    }
+
     /// See [`Handle::answers_within`](super::Handle::answers_within).
     pub(super) fn answers_within(&self, patience: Duration) -> bool {
         let answers = self.ask_all(Command::Ping, patience).len();
@@ -208,7 +223,11 @@ impl<D: Driver> Controller<D> {
 
     /// Sends a command to all workers, and returns the answers that come within `patience`. Workers
     /// that have ended give none.
-    fn ask_all<T>(&self, command: impl Fn(Sender<T>) -> Command<D>, patience: Duration) -> Vec<T> {
+    pub(super) fn ask_all<T>(
+        &self,
+        command: impl Fn(Sender<T>) -> Command<D>,
+        patience: Duration,
+    ) -> Vec<T> {
         let (tell, told) = channel();
         for inbox in &self.shared.inboxes {
             inbox.send(command(tell.clone()));
@@ -238,11 +257,11 @@ fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
     })
 }
 
-fn no_answer(so: &str) -> io::Error {
+pub(super) fn no_answer(so: &str) -> io::Error {
     let why = format!("its worker has not answered in time; {so}");
     io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
-fn stopping() -> io::Error {
+pub(super) fn stopping() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the proxy is stopping")
 }

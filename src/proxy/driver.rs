@@ -12,14 +12,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
-use crate::engine::connection::Socket;
+use crate::engine::connection::{Progress, Socket};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Result};
 use crate::listener;
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
-use super::relay_threads::{Ended, Progress};
+use super::relay_threads::Ended;
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
@@ -100,6 +100,15 @@ pub(crate) enum Found<L> {
     Failed(Error),
 }
 
+/// A duplicate of a listener's socket, for another process.
+#[cfg(all(unix, feature = "cli"))]
+#[derive(Debug)]
+pub(crate) struct Lent {
+    pub(crate) socket: std::os::fd::OwnedFd,
+    /// The identity of the file that this process made for it.
+    pub(crate) file: Option<crate::sys::Identity>,
+}
+
 /// Everything that a worker needs of the operating system. Functions without `self` serve callers
 /// outside of the workers' loops, which have no driver.
 pub(crate) trait Driver: Sized {
@@ -136,7 +145,13 @@ pub(crate) trait Driver: Sized {
         timeout: Option<Duration>,
     ) -> io::Result<()>;
 
-    fn watch_listener(&mut self, listener: &mut Self::Listener, token: usize) -> io::Result<()>;
+    /// Registers the listener of a rule, once. A keeper may be given a copy of it.
+    fn watch_listener(
+        &mut self,
+        listener: &mut Self::Listener,
+        token: usize,
+        rule: &Rule,
+    ) -> io::Result<()>;
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
     /// Checks whether a listener's file is still there, and binds the address again if it is
     /// missing; the result is an [`Event::Listener`]. Returns false if the listener has no file of
@@ -154,8 +169,23 @@ pub(crate) trait Driver: Sized {
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     );
-    /// Closes a listener and removes its file. `done` is notified when the address is free.
+    /// Closes a listener and removes its file; a keeper that has a copy of it accepts there from
+    /// now on. `done` is notified when the address can be bound again.
     fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
+    /// Has a keeper keep a listener that another process has left to this one since it was watched.
+    #[cfg(all(unix, feature = "cli"))]
+    fn keep_listener(&mut self, listener: &mut Self::Listener, rule: &Rule);
+    /// Duplicates a listener's socket, for another process.
+    ///
+    /// # Errors
+    /// Returns `Unsupported` where no socket can be passed; the system's error, if there is no
+    /// descriptor left.
+    #[cfg(all(unix, feature = "cli"))]
+    fn lend_listener(&self, listener: &Self::Listener) -> io::Result<Lent>;
+    /// Closes a listener that another process has now, and leaves the file to that process. Clients
+    /// that wait there are not lost by that.
+    #[cfg(all(unix, feature = "cli"))]
+    fn give_listener(&mut self, listener: Self::Listener);
 
     /// Begins to connect. For a hyperkit VM it also returns the VM's identity.
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
@@ -166,9 +196,14 @@ pub(crate) trait Driver: Sized {
     fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
     /// Registers a stream, readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
+    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody. Other
+    /// families always know.
+    fn set_keepalive(&mut self, stream: &Self::Stream, time: Option<Duration>);
     fn close(&mut self, stream: Self::Stream);
     /// Closes a stream so that its peer reads a reset, where the family can reset.
     fn reset(&mut self, stream: Self::Stream);
+    /// Leaves a stream to the keeper, which closes it when this process has ended.
+    fn leave(&mut self, stream: Self::Stream);
 
     /// Resolves `host`; the result is an [`Event::Resolved`].
     fn resolve(&mut self, token: usize, host: &str, port: u16);

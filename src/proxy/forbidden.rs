@@ -7,17 +7,19 @@
 use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 
-use crate::address::{Address, Host, TcpAddress, UnixAddress};
+use crate::address::{Address, Host, TcpAddress};
 
 /// Returns whether a connection to `target` may arrive at `place`.
 pub(crate) fn leads_to(target: &Address, place: &Address) -> bool {
-    match place {
-        Address::Unix(UnixAddress::Path(place)) => target
+    if let (Some(target), Some(place)) = (target.as_tcp(), place.as_tcp()) {
+        return may_reach(target, place);
+    }
+    match place.listen_path() {
+        Some(place) => target
             .connect_paths()
             .iter()
-            .any(|path| is_same(path, place)),
-        Address::Tcp(place) => matches!(target, Address::Tcp(tcp) if may_reach(tcp, place)),
-        place => target == place,
+            .any(|path| is_same(path, &place)),
+        None => target == place,
     }
 }
 
@@ -78,6 +80,7 @@ pub(super) fn is_this_machine(ip: IpAddr) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::address::UnixAddress;
 
     fn leads(target: &str, place: &str) -> bool {
         leads_to(&target.parse().unwrap(), &place.parse().unwrap())

@@ -13,11 +13,15 @@ use tracing::{debug, error, info, warn};
 use crate::engine::relay::{Side, Socket};
 use crate::listener::nonblocking::{has_client_left, is_broken};
 
+#[cfg(all(unix, feature = "cli"))]
+use super::driver::Lent;
 use super::driver::{Driver, Found, ListenerId, Wanted};
-use super::shared::{Accepted, Command, TurnContext};
+use super::shared::{Accepted, Command, Hold, TurnContext};
 use crate::engine::Phase;
+#[cfg(all(test, target_os = "linux"))]
+use crate::engine::admission::Gate;
 use crate::engine::admission::quotas::Holder;
-use crate::engine::admission::{Full, Slot};
+use crate::engine::admission::{Full, Guest, NotServed, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
@@ -57,6 +61,8 @@ pub(crate) struct Listening<L> {
     obstacle: Option<Obstacle>,
     /// Whether the forward was removed; the entry may be used for another listener.
     removed: bool,
+    /// Whether another process has the listener now.
+    given: bool,
     /// The sender that is notified when the address is free. It waits for pending checks of the
     /// file.
     on_closed: Option<Sender<()>>,
@@ -69,6 +75,15 @@ impl<L> Listening<L> {
         let is_asleep = self.listener.is_some() && self.ready && self.full.is_some();
         let gate = self.forward.gates[Side::Server].as_ref();
         is_asleep && gate.is_none_or(|gate| gate.would_queue(self.forward.id))
+    }
+
+    /// Returns the gate whose VM has no slot for the listener's clients.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn full_gate(&self) -> Option<&Arc<Gate>> {
+        let is_full = self.listener.is_some() && self.ready && self.full.is_some();
+        self.forward.gates[Side::Server]
+            .as_ref()
+            .filter(|_| is_full)
     }
 
     /// Notes what keeps clients from being accepted.
@@ -100,6 +115,7 @@ pub(super) struct Listeners<D: Driver> {
     all: Vec<Listening<D::Listener>>,
     /// The accepted connections that this worker is to take over.
     accepted: Vec<Accepted<D::Stream>>,
+    hold: Hold,
 }
 
 impl<D: Driver> Default for Listeners<D> {
@@ -107,6 +123,7 @@ impl<D: Driver> Default for Listeners<D> {
         Listeners {
             all: Vec::new(),
             accepted: Vec::new(),
+            hold: Hold::default(),
         }
     }
 }
@@ -144,7 +161,8 @@ impl<D: Driver> Listeners<D> {
         let is_free = |it: &Listening<D::Listener>| it.removed && it.pending_checks == 0;
         let free = self.all.iter().position(is_free);
         let index = free.unwrap_or(self.all.len());
-        cx.driver.watch_listener(&mut listener, index)?;
+        cx.driver
+            .watch_listener(&mut listener, index, &forward.rule)?;
         Self::note_name(&listener, forward.id, cx);
         let listening = Listening {
             listener: Some(listener),
@@ -158,6 +176,7 @@ impl<D: Driver> Listeners<D> {
             lost: false,
             obstacle: None,
             removed: false,
+            given: false,
             on_closed: None,
         };
         match self.all.get_mut(index) {
@@ -263,8 +282,58 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
+    /// Has clients wait at all listeners, those that are added later included, or no more.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn hold(&mut self, hold: Hold, cx: &mut TurnContext<'_, D>) {
+        self.hold = hold;
+        if hold == Hold::On {
+            return;
+        }
+        for it in &mut self.all {
+            if let Some(listener) = &mut it.listener {
+                cx.driver.keep_listener(listener, &it.forward.rule);
+            }
+        }
+    }
+
+    /// Returns duplicates of all listeners, for another process.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn lend(
+        &mut self,
+        cx: &mut TurnContext<'_, D>,
+    ) -> Vec<(ForwardId, io::Result<Lent>)> {
+        let lend = |it: &Listening<D::Listener>| {
+            let listener = it.listener.as_ref().filter(|_| !it.removed)?;
+            Some((it.forward.id, cx.driver.lend_listener(listener)))
+        };
+        self.all.iter().filter_map(lend).collect()
+    }
+
+    /// Leaves the listeners of these forwards, if this worker has them, to another process. Clients
+    /// that wait there are that process'.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn give(&mut self, forwards: &[ForwardId], cx: &mut TurnContext<'_, D>) {
+        for listening in &mut self.all {
+            let id = listening.forward.id;
+            if listening.removed || !forwards.contains(&id) {
+                continue;
+            }
+            (listening.removed, listening.given) = (true, true);
+            cx.shared.routes.remove_listener(id);
+            listening.forward.closed.store(true, Ordering::Release);
+            if let Some(listener) = listening.listener.take() {
+                cx.driver.give_listener(listener);
+            }
+            listening.set_obstacle(Obstacle::Closed, &"");
+        }
+    }
+
     /// Returns the time of the next turn without an event.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
+        // The end of the hold is a command.
+        if self.hold == Hold::On {
+            return None;
+        }
         let next = |listening: &Listening<D::Listener>| {
             let ready =
                 (listening.ready && listening.full.is_none() && listening.listener.is_some())
@@ -280,6 +349,9 @@ impl<D: Driver> Listeners<D> {
     }
 
     pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, D>) {
+        if self.hold == Hold::On {
+            return;
+        }
         for index in 0..self.all.len() {
             let listening = &mut self.all[index];
             if listening.paused_until.is_some_and(|at| at <= cx.now) {
@@ -306,6 +378,9 @@ impl<D: Driver> Listeners<D> {
 
     /// Accepts all clients that wait at a listener now, whether an event has reported them or not.
     fn accept_waiting(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
+        if self.hold == Hold::On {
+            return;
+        }
         let listening = &mut self.all[index];
         (listening.ready, listening.paused_until) = (true, None);
         // As many turns as the longest backlog needs.
@@ -355,14 +430,15 @@ impl<D: Driver> Listeners<D> {
                 Ok((stream, peer)) => {
                     listening.unblock();
                     let forward = Arc::clone(&listening.forward);
-                    debug!(listen = %forward.rule.listen, ?peer, "accepted");
                     add_one(&forward.tally.accepted);
+                    let (guest, served) = take_guest(&forward, cx);
                     cx.shared.note_begin(&forward, Holder::Forward(forward.id));
                     let accepted = Accepted {
                         stream,
                         peer,
                         forward,
-                        slot,
+                        slots: [guest, slot],
+                        served,
                     };
                     self.hand_over(accepted, cx);
                 }
@@ -548,7 +624,11 @@ impl<D: Driver> Listeners<D> {
         let takes_clients =
             cx.phase == Phase::Running || listening.forward.needs_graceful_close(Side::Client);
         match found {
-            Found::Bound(listener) if !takes_clients => cx.driver.close_listener(listener, None),
+            // If its file was removed, the process that has the listener makes it again.
+            Found::Bound(listener) if !takes_clients || listening.given => {
+                cx.driver.close_listener(listener, None);
+            }
+            _ if listening.given => {}
             found => self.take_file_state(of, found, cx),
         }
         if let Some(done) = on_closed {
@@ -592,7 +672,8 @@ impl<D: Driver> Listeners<D> {
                 if let Some(old) = listening.listener.take() {
                     cx.driver.close_listener(old, None);
                 }
-                if let Err(e) = cx.driver.watch_listener(&mut listener, of.token) {
+                let rule = &forward.rule;
+                if let Err(e) = cx.driver.watch_listener(&mut listener, of.token, rule) {
                     cx.driver.close_listener(listener, None);
                     listening.set_obstacle(Obstacle::Lost, &e);
                     error!("cannot watch {listen}: {e}");
@@ -643,6 +724,19 @@ impl<D: Driver> Listeners<D> {
             }
         }
     }
+}
+
+/// Takes a slot for a client that was accepted, if it is a guest. Returns it, and whether the guest
+/// is served.
+fn take_guest<D: Driver>(
+    forward: &Forward,
+    cx: &TurnContext<'_, D>,
+) -> (Option<Slot>, Result<(), NotServed>) {
+    let Some(gate) = &forward.gates[Side::Client] else {
+        return (None, Ok(()));
+    };
+    let Guest { slot, served } = gate.accept(forward.id, cx.shared.reached_bound(forward.id));
+    (Some(slot), served)
 }
 
 /// Returns whether a forward has something that is checked regularly.

@@ -7,7 +7,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::address::{Address, Host, TcpAddress};
-use crate::engine::routes::{CID_LOCAL, specified};
+use crate::engine::routes::specified;
 use crate::engine::rule::Rule;
 
 use super::forbidden;
@@ -56,20 +56,15 @@ fn follow<'a>(
 
 /// Returns whether a connection to `target` certainly arrives at a socket that listens on `listen`.
 fn reaches(target: &Address, listen: &Address) -> bool {
-    match (target, listen) {
-        (Address::Tcp(target), Address::Tcp(listen)) => reaches_tcp(target, listen),
-        (Address::Vsock(target), Address::Vsock(listen)) => {
-            target.cid == CID_LOCAL && target.port == listen.port
-        }
-        _ => {
-            #[cfg(unix)]
-            if let Some(listen) = listen.listen_path() {
-                let paths = target.connect_paths();
-                return paths.iter().any(|path| forbidden::is_same(path, &listen));
-            }
-            target == listen
-        }
+    if let (Some(target), Some(listen)) = (target.as_tcp(), listen.as_tcp()) {
+        return reaches_tcp(target, listen);
     }
+    #[cfg(unix)]
+    if let Some(listen) = listen.listen_path() {
+        let paths = target.connect_paths();
+        return paths.iter().any(|path| forbidden::is_same(path, &listen));
+    }
+    target == listen || target.is_loopback_to(listen)
 }
 
 fn reaches_tcp(target: &TcpAddress, listen: &TcpAddress) -> bool {

@@ -16,22 +16,28 @@ use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
-use crate::engine::connection::Socket;
+use crate::engine::connection::{Progress, Socket};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
+#[cfg(unix)]
+use crate::keeper::Link;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName};
 use crate::stream::endpoint::Endpoint;
 use crate::stream::nonblocking::Stream;
+#[cfg(all(unix, feature = "cli"))]
+use crate::sys::AsSocket;
 use crate::sys::{self, Identity};
 use crate::{dial, hyperkit, listener, stream};
 
 use super::adapter::{self, Adapters};
+#[cfg(all(unix, feature = "cli"))]
+use super::driver::Lent;
 use super::driver::Wanted;
 use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
-use super::relay_threads::{Ended, Order, Progress, RelayThreads};
+use super::relay_threads::{Ended, Order, RelayThreads};
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
@@ -111,13 +117,18 @@ pub(crate) struct MioDriver {
     relay_threads: HashMap<usize, RelayThreads>,
     adapters: Arc<Adapters>,
     housekeeper: Housekeeper,
+    #[cfg(unix)]
+    keeper: Option<Link>,
     /// The processes of VMs that were looked up last.
     #[cfg(unix)]
     processes: VecDeque<sys::Process>,
 }
 
 impl MioDriver {
-    pub(crate) fn new(housekeeper: Housekeeper) -> io::Result<MioDriver> {
+    pub(crate) fn new(
+        housekeeper: Housekeeper,
+        #[cfg(unix)] keeper: Option<Link>,
+    ) -> io::Result<MioDriver> {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let events = Events::with_capacity(EVENTS);
@@ -130,6 +141,8 @@ impl MioDriver {
             relay_threads: HashMap::new(),
             adapters: Arc::default(),
             housekeeper,
+            #[cfg(unix)]
+            keeper,
             #[cfg(unix)]
             processes: VecDeque::new(),
         })
@@ -170,6 +183,18 @@ impl MioDriver {
     fn close_at_once(&self, mut listener: Listener) -> Option<Arc<SocketFile>> {
         let _ = listener.unwatch(self.poll.registry());
         listener.file()
+    }
+
+    /// Prepares a stream to be closed. epoll and kqueue forget a descriptor that is closed and was
+    /// never dup'ed; mio's emulations must be told, and so must epoll if a keeper has a copy.
+    fn unwatch(&self, stream: &mut Stream) {
+        #[cfg(unix)]
+        let is_kept = stream.is_kept();
+        #[cfg(not(unix))]
+        let is_kept = false;
+        if is_kept || !sys::KERNEL_EDGES {
+            let _ = stream.deregister(self.poll.registry());
+        }
     }
 
     /// Appends the events of the last poll. Returns how many there were.
@@ -293,12 +318,24 @@ impl Socket for Stream {
         Stream::unacknowledged(self)
     }
 
+    fn is_guarded(&self) -> bool {
+        Stream::is_guarded(self)
+    }
+
     fn local_name(&self) -> Option<SocketName> {
         self.local_addr().ok()
     }
 
     fn unix_peer_name(&self) -> Option<Vec<u8>> {
         self.peer_name()
+    }
+
+    fn peer_process(&self) -> Option<PeerProcess> {
+        Stream::peer_process(self)
+    }
+
+    fn unread(&self) -> Option<u64> {
+        Stream::unread(self)
     }
 
     fn is_from_this_process(&self) -> bool {
@@ -378,7 +415,12 @@ impl Driver for MioDriver {
         Ok(())
     }
 
-    fn watch_listener(&mut self, listener: &mut Listener, token: usize) -> io::Result<()> {
+    fn watch_listener(
+        &mut self,
+        listener: &mut Listener,
+        token: usize,
+        rule: &Rule,
+    ) -> io::Result<()> {
         let notifier = Arc::clone(&self.notifier);
         let tell = move || {
             let readiness = Readiness {
@@ -387,11 +429,33 @@ impl Driver for MioDriver {
             };
             notifier.notify(Report::Event(Event::Ready { token, readiness }));
         };
-        listener.watch(self.poll.registry(), Token(token), tell)
+        listener.watch(self.poll.registry(), Token(token), tell)?;
+        #[cfg(unix)]
+        if let Some(keeper) = &self.keeper {
+            listener.keep(keeper, &rule.listen);
+        }
+        #[cfg(not(unix))]
+        let _ = rule;
+        Ok(())
+    }
+
+    #[cfg(all(unix, feature = "cli"))]
+    fn keep_listener(&mut self, listener: &mut Listener, rule: &Rule) {
+        if let Some(keeper) = self.keeper.as_ref().filter(|_| !listener.is_kept()) {
+            listener.keep(keeper, &rule.listen);
+        }
     }
 
     fn accept(&mut self, listener: &Listener) -> io::Result<(Stream, SocketName)> {
-        listener.accept()
+        let accepted = listener.accept();
+        #[cfg(unix)]
+        let accepted = accepted.map(|(mut stream, peer)| {
+            if let Some(keeper) = self.keeper.as_ref().filter(|_| listener.is_kept()) {
+                stream.keep(keeper);
+            }
+            (stream, peer)
+        });
+        accepted
     }
 
     fn check_file(&mut self, listener: &Listener, of: ListenerId, rule: &Rule) -> bool {
@@ -447,6 +511,8 @@ impl Driver for MioDriver {
     }
 
     fn close_listener(&mut self, listener: Listener, done: Option<Sender<()>>) {
+        #[cfg(unix)]
+        listener.leave_file();
         let file = self.close_at_once(listener);
         let directory = file.as_ref().map(|file| file.directory().to_owned());
         let remove = move || {
@@ -460,14 +526,33 @@ impl Driver for MioDriver {
         }
     }
 
+    #[cfg(all(unix, feature = "cli"))]
+    fn lend_listener(&self, listener: &Listener) -> io::Result<Lent> {
+        Ok(Lent {
+            socket: listener.as_socket().try_clone_to_owned()?,
+            file: listener.file().map(|file| file.identity()),
+        })
+    }
+
+    #[cfg(all(unix, feature = "cli"))]
+    fn give_listener(&mut self, mut listener: Listener) {
+        listener.forget();
+        // It is unregistered by that: the socket lives on, and would go on to report clients.
+        if let Some(file) = self.close_at_once(listener) {
+            file.leave();
+        }
+    }
+
     /// Connects, and looks the path up again for the VM's identity: connect(2) takes a path only.
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
+        #[cfg(unix)]
+        let stream = Stream::connect_kept(endpoint, self.keeper.as_ref())?;
+        #[cfg(not(unix))]
         let stream = Stream::connect(endpoint)?;
-        let identity = match endpoint {
-            Endpoint::Hyperkit(hyperkit) => identity_of_vm(&hyperkit.vm),
-            _ => None,
+        let Endpoint::Hyperkit(hyperkit) = endpoint else {
+            return Ok((stream, None));
         };
-        Ok((stream, identity))
+        Ok((stream, identity_of_vm(&hyperkit.vm)))
     }
 
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
@@ -499,20 +584,28 @@ impl Driver for MioDriver {
             .register(stream, Token(token), interest())
     }
 
+    fn set_keepalive(&mut self, stream: &Stream, time: Option<Duration>) {
+        stream.set_keepalive(time);
+    }
+
     fn close(&mut self, mut stream: Stream) {
-        // epoll and kqueue forget a descriptor that is closed and was never dup'ed; mio's
-        // emulations must be told.
-        if !sys::KERNEL_EDGES {
-            let _ = stream.deregister(self.poll.registry());
-        }
+        self.unwatch(&mut stream);
+        #[cfg(unix)]
+        stream.end_kept();
         stream.close();
     }
 
     fn reset(&mut self, mut stream: Stream) {
-        if !sys::KERNEL_EDGES {
-            let _ = stream.deregister(self.poll.registry());
-        }
+        self.unwatch(&mut stream);
+        #[cfg(unix)]
+        stream.end_kept();
         stream.reset();
+    }
+
+    fn leave(&mut self, mut stream: Stream) {
+        self.unwatch(&mut stream);
+        #[cfg(unix)]
+        stream.leave();
     }
 
     fn resolve(&mut self, token: usize, host: &str, port: u16) {
@@ -528,7 +621,7 @@ impl Driver for MioDriver {
 
     #[cfg(unix)]
     fn has_peer_ended(&mut self, stream: &Stream) -> bool {
-        let Some(id) = stream.peer_process() else {
+        let Some(id) = stream.peer_process().and_then(|it| it.id) else {
             return false;
         };
         let index = self.processes.iter().position(|it| it.id == id);
@@ -558,8 +651,14 @@ impl Driver for MioDriver {
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
         let gate = Arc::clone(gate);
         let directory = gate.vm().state_dir.clone();
+        #[cfg(unix)]
+        let keeper = self.keeper.as_ref().map(Link::view);
         self.ask_housekeeper(&directory, move || {
             let vm = gate.vm();
+            #[cfg(unix)]
+            if let Some(keeper) = keeper {
+                keeper.look_after(&vm.state_dir);
+            }
             Event::VmSeen {
                 identity: identity_of_vm(vm),
                 process: hyperkit::running_pid(&vm.state_dir),

@@ -42,6 +42,8 @@ mod descriptors;
 mod driver;
 mod forbidden;
 mod handle;
+#[cfg(all(unix, feature = "cli"))]
+mod handover;
 mod housekeeper;
 mod listeners;
 mod loops;
@@ -63,8 +65,11 @@ use std::time::Duration;
 
 use crate::address::{Address, Waiter};
 use crate::engine::admission::{GateLimits, Wake};
+use crate::engine::forward::{AccessLog, Reports};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
+#[cfg(unix)]
+use crate::keeper::{self, Keeper, Link};
 use crate::listener::Listener;
 
 use controller::Controller;
@@ -77,18 +82,21 @@ pub(crate) use rules::all_are_wanted;
 use shared::{Inbox, Shared};
 use worker::Worker;
 
-pub use crate::engine::counters::{Counters, Refusals, TimedOut};
+pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
+pub use crate::engine::end_reason::{EndReason, Reason as RefusalReason};
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
 pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
 pub use crate::engine::status::{
-    ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus,
+    ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus, Waiting,
 };
 #[cfg(feature = "cli")]
 pub(crate) use descriptors::Descriptors as ProcessDescriptors;
 #[cfg(feature = "cli")]
 pub(crate) use forbidden::leads_to;
 pub use handle::Handle;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use handover::Offered;
 #[cfg(feature = "cli")]
 pub(crate) use loops::{describe as describe_loop, find as find_loop};
 #[cfg(feature = "cli")]
@@ -112,6 +120,9 @@ pub struct ProxyConfig {
     pub vms: Vec<VmLimits>,
     /// The observer of the connections.
     pub observer: Option<Observer>,
+    /// Whether the line of each connection that has ended is logged at the level info, not debug. It
+    /// has the target `hvsock::access`.
+    pub access_log: bool,
     /// Targets that no rule may have, whoever its clients are: the addresses at which this program
     /// is controlled or watched, which a guest must not reach. A file is recognized through
     /// symbolic links and under other names, a TCP port under each of this machine's addresses. A
@@ -126,6 +137,11 @@ pub struct ProxyConfig {
     /// The number of descriptors that the program needs besides this proxy. They are not used for
     /// connections.
     pub other_descriptors: usize,
+    /// The program that keeps hyperkit VMs whole when this proxy is gone: see
+    /// [`keeper`](crate::keeper). `None`: there is none. It is started when the first rule with a
+    /// hyperkit VM comes.
+    #[cfg(unix)]
+    pub keeper: Option<Keeper>,
 }
 
 impl ProxyConfig {
@@ -138,9 +154,12 @@ impl ProxyConfig {
             limits: Limits::default(),
             vms: Vec::new(),
             observer: None,
+            access_log: false,
             forbidden: Vec::new(),
             listeners: Vec::new(),
             other_descriptors: 0,
+            #[cfg(unix)]
+            keeper: None,
         }
     }
 }
@@ -177,7 +196,7 @@ impl Proxy {
         let first = workers.remove(0);
         let mut proxy = Proxy::spawn(handle, workers)?;
         begun(proxy.handle());
-        let ended = run_worker(first, 0, &proxy.handle.0.shared);
+        let ended = run_worker(first, 0, &proxy.handle.controller.shared);
         let others = proxy.join();
         ended.map_err(fail).and(others)
     }
@@ -197,11 +216,11 @@ impl Proxy {
         for worker in workers {
             let index = worker.index;
             let thread = std::thread::Builder::new().name(format!("hvsock-{index}"));
-            let shared = Arc::clone(&proxy.handle.0.shared);
+            let shared = Arc::clone(&proxy.handle.controller.shared);
             let run = move || run_worker(worker, index, &shared);
             let thread = thread.spawn(run).map_err(|e| {
                 // The workers that run need not wait for those that never will.
-                let shared = &proxy.handle.0.shared;
+                let shared = &proxy.handle.controller.shared;
                 let missing = shared.inboxes.len() - proxy.threads.len();
                 shared.stopping.fetch_add(missing, Ordering::AcqRel);
                 shared.ended.fetch_add(missing, Ordering::AcqRel);
@@ -274,12 +293,24 @@ fn prepare(
     waiter: fn(&Address) -> Waiter,
 ) -> Result<(Handle, Vec<Worker<MioDriver>>)> {
     let mut housekeeper = None;
+    #[cfg(unix)]
+    let mut config = config;
+    #[cfg(unix)]
+    let keeper = config.keeper.take().map(Link::new);
+    #[cfg(unix)]
+    if keeper.is_some() {
+        config.other_descriptors += keeper::DESCRIPTORS;
+    }
     let make = || {
         let housekeeper = match &mut housekeeper {
             Some(there) => there,
             none => none.insert(Housekeeper::start()?),
         };
-        let driver = MioDriver::new(housekeeper.clone())?;
+        let driver = MioDriver::new(
+            housekeeper.clone(),
+            #[cfg(unix)]
+            keeper.clone(),
+        )?;
         let waker = driver.waker();
         let wake: Wake = Arc::new(move || {
             // Waking fails only when the loop is gone; then there is nothing to wake.
@@ -288,7 +319,12 @@ fn prepare(
         Ok((driver, wake))
     };
     let (controller, workers) = assemble(config, waiter, make)?;
-    Ok((Handle(controller), workers))
+    let handle = Handle {
+        controller,
+        #[cfg(unix)]
+        keeper: keeper.map(|keeper| keeper.view()),
+    };
+    Ok((handle, workers))
 }
 
 /// Binds all listeners, and makes the workers. `make` makes the driver of each, and the function
@@ -306,10 +342,17 @@ fn assemble<D: Driver>(
     if !config.rules.is_empty() {
         all_are_wanted(&config.listeners, &config.rules)?;
     }
+    let reports = Reports {
+        observer: config.observer,
+        access_log: match config.access_log {
+            true => AccessLog::Info,
+            false => AccessLog::Debug,
+        },
+    };
     let binder = Binder::new(
         gate_limits,
         waiter,
-        config.observer,
+        reports,
         config.listeners,
         config.forbidden,
     );

@@ -19,16 +19,17 @@
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::engine::relay::{CloseMode, Side};
+use crate::engine::relay::{CloseMode, Ending, Side};
 use crate::stream::Stream;
+use crate::stream::closing::{Outcome, ResetWait};
 
-use crate::engine::connection::{LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
+use crate::engine::connection::{LINGER, Progress};
 
 /// The size of a direction's buffer.
 const BUFFER: usize = 64 * 1024;
@@ -54,15 +55,8 @@ pub(crate) struct Ended {
     pub(crate) delivered: [u64; 2],
     /// Whether a side did not end within the time that [`Order::drain`] gave it.
     pub(crate) abandoned: bool,
-}
-
-/// The progress of relay threads.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Progress {
-    /// The bytes of each side that were delivered to the other.
-    pub(crate) delivered: [u64; 2],
-    /// Whether one side has ended.
-    pub(crate) half_closed: bool,
+    /// The side that ended first, and how. One that broke off comes before one that did not.
+    pub(crate) first: Option<(Side, Ending)>,
 }
 
 /// A handle of the relay threads of one connection.
@@ -112,7 +106,10 @@ impl RelayThreads {
         let half_closed = |end: &Arc<End>| end.half_closed.load(Ordering::Acquire);
         Progress {
             delivered: ends.each_ref().map(|end| end.as_ref().map_or(0, delivered)),
-            half_closed: ends.iter().flatten().any(half_closed),
+            // The end to which a half-close was passed on is that of the other side.
+            half_closed: Side::BOTH
+                .into_iter()
+                .find(|side| ends[side.other()].as_ref().is_some_and(half_closed)),
         }
     }
 
@@ -202,9 +199,22 @@ enum Flow {
 
 /// Relays both directions to their ends, and closes both sides.
 fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
+    let first = OnceLock::new();
+    // Relays what a side sends, and notes whose end that was, if it is the first.
+    let relay = |side: Side| {
+        let flow = relay_direction(&ends, side, order);
+        let ended = match flow {
+            Flow::Finished | Flow::Dead => Some(side),
+            Flow::Refused => Some(side.other()),
+            Flow::Interrupted => None,
+        };
+        if let Some(side) = ended {
+            first.get_or_init(|| side);
+        }
+        flow
+    };
     let flows = thread::scope(|scope| {
-        let answer = thread("hvsock-relay-answer")
-            .spawn_scoped(scope, || relay_direction(&ends, Side::Server, order));
+        let answer = thread("hvsock-relay-answer").spawn_scoped(scope, || relay(Side::Server));
         let answer = match answer {
             Ok(answer) => answer,
             Err(e) => {
@@ -212,26 +222,42 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
                 return [Flow::Interrupted; 2];
             }
         };
-        let request = relay_direction(&ends, Side::Client, order);
+        let request = relay(Side::Client);
         [request, answer.join().unwrap_or(Flow::Interrupted)]
     });
     let delivered = Side::BOTH.map(|side| ends[side].delivered.load(Ordering::Relaxed));
+    let dead = Side::BOTH
+        .into_iter()
+        .find(|side| flows[*side] == Flow::Dead);
+    let first = match dead {
+        Some(side) => Some((side, Ending::BrokenOff)),
+        None => first.get().map(|side| (*side, Ending::Whole)),
+    };
     let mut abandoned = false;
     for (side, end) in Side::BOTH.into_iter().zip(ends) {
+        let stream = &end.stream;
+        let drain = order.drain(side);
+        let was_cut = cut.load(Ordering::Acquire);
         let whole = flows[side.other()] == Flow::Finished;
         abandoned |= match close_mode(flows, side) {
-            CloseMode::Close if !end.stream.is_framed() || flows[side] == Flow::Dead => false,
-            _ if cut.load(Ordering::Acquire) => abort(&end.stream),
+            CloseMode::Close if !stream.is_framed() || flows[side] == Flow::Dead => false,
+            // Rule 2 of a good neighbour: a VMM's connection is read to its EOF whatever happened,
+            // and never closed with bytes unread.
+            _ if stream.address().transport().needs_graceful_close => match was_cut {
+                true => close_gracefully(stream, Duration::ZERO),
+                false => close_gracefully(stream, drain.unwrap_or(LINGER)),
+            },
+            _ if was_cut => abort(stream),
             CloseMode::Close | CloseMode::Linger => {
-                drain(&end.stream, order.drain(side).unwrap_or(LINGER))
+                close_gracefully(stream, drain.unwrap_or(LINGER))
             }
-            CloseMode::Reset => match order.drain(side).filter(|_| whole) {
-                Some(time) => drain(&end.stream, time),
+            CloseMode::Reset => match drain.filter(|_| whole) {
+                Some(time) => close_gracefully(stream, time),
                 // A peer that takes no more will never receive what it has not received yet.
-                None if flows[side.other()] == Flow::Refused => abort(&end.stream),
+                None if flows[side.other()] == Flow::Refused => abort(stream),
                 None => {
-                    wait_for_arrival(&end.stream, cut);
-                    abort(&end.stream)
+                    wait_for_arrival(stream, cut);
+                    abort(stream)
                 }
             },
         };
@@ -239,6 +265,7 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
     Ended {
         delivered,
         abandoned,
+        first,
     }
 }
 
@@ -311,20 +338,21 @@ fn abort(stream: &Stream) -> bool {
     false
 }
 
-/// Reads to the peer's EOF. Returns whether it did not come in time.
-fn drain(stream: &Stream, time: Duration) -> bool {
-    let drained = stream.drain(time);
-    drained.is_err_and(|e| e.kind() == io::ErrorKind::TimedOut)
+/// Half-closes and reads to the peer's EOF. Returns whether that did not come in time.
+fn close_gracefully(stream: &Stream, time: Duration) -> bool {
+    matches!(stream.close_gracefully(time), Outcome::GivenUp)
 }
 
 /// Waits until the peer has received what it was sent, since a reset overtakes it; for at most
 /// [`LINGER`], and only until the connection is cut off.
 fn wait_for_arrival(stream: &Stream, cut: &AtomicBool) {
-    let end = Instant::now() + LINGER;
-    let mut pause = RESET_PAUSE;
-    while stream.unacknowledged() > 0 && Instant::now() < end && !cut.load(Ordering::Acquire) {
-        thread::sleep(pause);
-        pause = (2 * pause).min(LONGEST_RESET_PAUSE);
+    let mut wait = ResetWait::new(Instant::now() + LINGER);
+    loop {
+        let now = Instant::now();
+        match wait.check(stream.unacknowledged(), now) {
+            Some(again) if !cut.load(Ordering::Acquire) => thread::sleep(again - now),
+            _ => return,
+        }
     }
 }
 

@@ -2,12 +2,11 @@
 //! callers' threads, never on a worker's.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::address::{Address, Host, HyperkitVm, TcpAddress, Waiter};
+use crate::address::{Address, HyperkitVm, TcpAddress, Waiter};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Target, not_carried};
@@ -17,9 +16,8 @@ use super::driver::Driver;
 use super::forbidden::leads_to;
 use super::loops;
 use crate::engine::admission::{Gate, GateLimits, Reservation};
-use crate::engine::forward::Forward;
+use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
-use crate::engine::observer::Observer;
 use crate::engine::rule::{Rule, VmLimits};
 
 /// Checks a rule by itself: refuses one that can't work on any system and with any other rules.
@@ -132,7 +130,10 @@ fn check_beside<'a>(rule: &'a Rule, others: impl Iterator<Item = &'a Rule> + Clo
 
 /// Refuses a passed socket that no rule wants, since its clients would wait for ever.
 pub(crate) fn all_are_wanted(passed: &[listener::Listener], rules: &[Rule]) -> Result<()> {
-    let is_wanted = |it: &listener::Listener| rules.iter().any(|rule| it.is_at(&rule.listen));
+    let is_wanted = |it: &listener::Listener| {
+        let mut rules = rules.iter();
+        rules.any(|rule| it.is_for(rule.name.as_deref(), &rule.listen))
+    };
     let Some(left) = passed.iter().find(|it| !is_wanted(it)) else {
         return Ok(());
     };
@@ -162,7 +163,7 @@ pub(super) struct Binder {
     gates: Mutex<Vec<(PathBuf, Arc<Gate>)>>,
     limits: GateLimits,
     waiter: fn(&Address) -> Waiter,
-    observer: Option<Observer>,
+    reports: Reports,
     passed: Mutex<Vec<Passed>>,
     next: AtomicU64,
     /// The lock that a change of the forwards holds to its end, so that two rules for one address
@@ -175,7 +176,7 @@ impl Binder {
     pub(super) fn new(
         limits: GateLimits,
         waiter: fn(&Address) -> Waiter,
-        observer: Option<Observer>,
+        reports: Reports,
         passed: Vec<listener::Listener>,
         forbidden: Vec<Address>,
     ) -> Binder {
@@ -183,7 +184,7 @@ impl Binder {
             gates: Mutex::default(),
             limits,
             waiter,
-            observer,
+            reports,
             passed: Mutex::new(
                 passed
                     .into_iter()
@@ -229,7 +230,7 @@ impl Binder {
         self.check_forbidden(&rule)?;
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
-        let listener = match self.take(&rule.listen, id, others)? {
+        let listener = match self.take(&rule, id, others)? {
             Some(listener) => D::take_passed(listener),
             None => D::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
                 io::ErrorKind::AddrInUse => self.explain(e, &rule.listen, others),
@@ -243,8 +244,8 @@ impl Binder {
         check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let quota = reserve_slots(&rule, &gates, id)?;
-        let observer = self.observer.clone();
-        let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, observer);
+        let reports = self.reports.clone();
+        let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, reports);
         forward.home = home;
         Ok((listener, Arc::new(forward)))
     }
@@ -253,17 +254,18 @@ impl Binder {
         self.passed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the socket that listens on `address` already, if one was passed and none of the
-    /// others uses it.
+    /// Returns the socket of a rule that listens already, if one was passed and none of the others
+    /// uses it.
     fn take(
         &self,
-        address: &Address,
+        rule: &Rule,
         id: ForwardId,
         others: &[Arc<Forward>],
     ) -> Result<Option<listener::Listener>> {
         let mut passed = self.passed();
         let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.used_by);
-        let fits = |it: &Passed| it.socket.is_at(address) && is_free(it);
+        let (name, address) = (rule.name.as_deref(), &rule.listen);
+        let fits = |it: &Passed| it.socket.is_for(name, address) && is_free(it);
         let Some(index) = passed.iter().position(fits) else {
             return Ok(None);
         };
@@ -276,6 +278,36 @@ impl Binder {
             None => passed.swap_remove(index).socket,
         };
         Ok(Some(listener))
+    }
+
+    /// Returns whether another program has bound the socket that a forward listens on.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn is_foreign(&self, forward: ForwardId) -> bool {
+        let passed = self.passed();
+        passed.iter().any(|it| it.used_by == Some(forward))
+    }
+
+    /// Calls `f` with each passed socket that none of these forwards uses.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn for_each_unused(
+        &self,
+        forwards: &[Arc<Forward>],
+        mut f: impl FnMut(&listener::Listener) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let passed = self.passed();
+        let is_free = |it: &&Passed| !forwards.iter().any(|other| Some(other.id) == it.used_by);
+        let mut free = passed.iter().filter(is_free);
+        free.try_for_each(|it| f(&it.socket))
+    }
+
+    /// Leaves the passed sockets to another process.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn give_passed(&self) {
+        for it in self.passed().drain(..) {
+            if let Some(file) = it.socket.file() {
+                file.leave();
+            }
+        }
     }
 
     /// Adds to an error about an address in use which passed socket has it, if one may be meant.
@@ -348,10 +380,7 @@ impl Binder {
 
     /// Returns the gate of an address' VM, if it is a hyperkit address.
     fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
-        match address {
-            Address::Hyperkit(hyperkit) => Some(self.gate_of_vm(&hyperkit.vm)),
-            _ => None,
-        }
+        address.hyperkit_vm().map(|vm| self.gate_of_vm(vm))
     }
 
     fn gate_of_vm(&self, vm: &HyperkitVm) -> Arc<Gate> {
@@ -368,13 +397,10 @@ impl Binder {
 
 /// Describes how a rule and a passed socket that differ only slightly can be made to match.
 fn describe_mismatch(passed: &Address, asked: &Address) -> String {
-    let systemd = match asked {
-        // systemd takes no names.
-        Address::Tcp(TcpAddress {
-            host: Host::Ip(ip),
-            port,
-        }) => format!(" (ListenStream={})", SocketAddr::new(*ip, *port)),
-        _ => String::new(),
+    // systemd takes no names.
+    let systemd = match asked.as_tcp().and_then(TcpAddress::socket_addr) {
+        Some(address) => format!(" (ListenStream={address})"),
+        None => String::new(),
     };
     format!(
         "a rule listens on {asked}: have it listen on {passed}, or pass a socket of {asked}{systemd}"
@@ -398,7 +424,10 @@ fn reserve_slots(
         [None, None] => return Ok(None),
     };
     match gate.reserve(id, rule.reserved, holds) {
-        Ok(reservation) => Ok(Some(reservation)),
+        Ok(reservation) => Ok(Some(match &gates[Side::Client] {
+            Some(gate) => reservation.dialled_by(gate),
+            None => reservation,
+        })),
         Err(left) => {
             let wanted = rule.reserved;
             let why = format!("it reserves {wanted} connections of its VM, and {left} are left");

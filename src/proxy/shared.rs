@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
 use crate::engine::admission::quotas::{Holder, Quotas};
-use crate::engine::admission::{Slot, Wake};
+use crate::engine::admission::{NotServed, Slot, Wake};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::{ConnectionId, ForwardId};
@@ -19,6 +19,8 @@ use crate::engine::status::ConnectionStatus;
 use crate::name::SocketName;
 
 use super::descriptors::Descriptors;
+#[cfg(all(unix, feature = "cli"))]
+use super::driver::Lent;
 use super::driver::{Driver, Wanted};
 
 /// The context of one turn of a worker's loop.
@@ -39,8 +41,20 @@ pub(crate) struct Accepted<S> {
     pub(super) stream: S,
     pub(super) peer: SocketName,
     pub(super) forward: Arc<Forward>,
-    /// The queued slot of the VM that the forward leads to.
-    pub(super) slot: Option<Slot>,
+    /// The slot of the VM whose guest it is, and the one that is queued at the VM that the forward
+    /// leads to.
+    pub(super) slots: [Option<Slot>; 2],
+    /// Whether it is served, if it is a guest.
+    pub(super) served: Result<(), NotServed>,
+}
+
+/// Whether clients have to wait at all listeners, since another process may serve them yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Hold {
+    #[default]
+    Off,
+    #[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
+    On,
 }
 
 /// A command to a worker.
@@ -56,10 +70,22 @@ pub(crate) enum Command<D: Driver> {
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time.
     Remove(Arc<Forward>, Duration, Sender<()>),
+    /// Accept no clients, and change no file, until that is allowed; report it.
+    #[cfg(all(unix, feature = "cli"))]
+    Hold(Hold, Sender<()>),
+    /// Report duplicates of all listeners.
+    #[cfg(all(unix, feature = "cli"))]
+    Lend(Sender<Vec<(ForwardId, io::Result<Lent>)>>),
+    /// Leave the listeners of these forwards to the process that has their duplicates, and report
+    /// it.
+    #[cfg(all(unix, feature = "cli"))]
+    Give(Arc<[ForwardId]>, Sender<()>),
     /// Answer.
     Ping(Sender<()>),
     /// Report the status of all connections.
     ListConnections(Sender<Vec<ConnectionStatus>>),
+    /// Cut off this connection, and report what its status was, if it is this worker's.
+    Close(ConnectionId, Sender<Option<ConnectionStatus>>),
     /// Accept no more clients, and cut off all connections after this time.
     Stop(Duration),
 }
@@ -194,6 +220,11 @@ impl<D: Driver> Shared<D> {
                 "{cap} connections may be open, and the last {kept} are reserved for others"
             ),
         }))
+    }
+
+    /// Returns how many connections a forward may have, if it has as many.
+    pub(super) fn reached_bound(&self, forward: ForwardId) -> Option<usize> {
+        self.quotas().is_at_its_bound(Holder::Forward(forward))
     }
 
     /// Returns whether a connection dialled by another forward may wait to be accepted at this one.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::{Counters, Proxy, ProxyConfig, Rule, Waiter};
+use super::{Counters, EndCounts, Proxy, ProxyConfig, Rule, Waiter};
 use crate::address::{Address, Host};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -149,10 +149,19 @@ fn bytes_and_half_closes_go_through_and_are_counted() {
         accepted: 1,
         sent: 1 << 20,
         received: 3,
+        ended: client_closed(),
         ..Counters::default()
     };
     assert_eq!(it.counters(), expected);
     assert_eq!(client.read(&mut [0]).unwrap(), 0);
+}
+
+/// Returns the counts after one connection whose client has ended first.
+fn client_closed() -> EndCounts {
+    EndCounts {
+        client_closed: 1,
+        ..EndCounts::default()
+    }
 }
 
 /// Returns whether the address names its host: here, that of a target and not that of a listener.
@@ -215,6 +224,7 @@ fn a_polled_side_and_a_blocking_one_can_be_combined() {
             accepted: 1,
             sent: 1,
             received: much.len() as u64 + 1,
+            ended: client_closed(),
             ..Counters::default()
         };
         assert_eq!(it.counters(), expected);
@@ -235,6 +245,10 @@ fn a_reset_of_either_kind_of_side_is_a_reset_of_the_other() {
             assert_reset(left.read(&mut [0]));
         }
         it.wait_for(|counters| counters.live == 0);
+        let ended = it.counters().ended;
+        let resets = (ended.client_reset, ended.server_reset);
+        // Wine turns a reset into an EOF.
+        assert!(resets == (1, 1) || cfg!(windows), "{ended:?}");
     }
 }
 
@@ -308,6 +322,7 @@ fn a_client_that_leaves_while_its_target_is_dialled_frees_its_slot() {
     // Wine turns a reset into an EOF, and an EOF is a half-close.
     if cfg!(unix) {
         it.wait_for(|counters| counters.live == 0);
+        assert_eq!(it.counters().ended.client_gave_up, 1);
     }
 }
 

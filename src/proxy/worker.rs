@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
 use crate::engine::connection::LAST_DRAIN;
+use crate::engine::end_reason::EndReason;
 use crate::engine::forward::Forward;
 use crate::engine::table::Id;
 use crate::time::after;
@@ -226,10 +227,23 @@ impl<D: Driver> Worker<D> {
                 call!(self.listeners.set_mode(forward, mode, wanted, done), now);
             }
             Command::Remove(forward, grace, done) => self.remove(forward, grace, done, now),
+            #[cfg(all(unix, feature = "cli"))]
+            Command::Hold(hold, done) => {
+                call!(self.listeners.hold(hold), now);
+                let _ = done.send(());
+            }
+            #[cfg(all(unix, feature = "cli"))]
+            Command::Lend(done) => drop(done.send(call!(self.listeners.lend(), now))),
+            #[cfg(all(unix, feature = "cli"))]
+            Command::Give(forwards, done) => {
+                call!(self.listeners.give(&forwards), now);
+                let _ = done.send(());
+            }
             Command::Ping(done) => drop(done.send(())),
             Command::ListConnections(done) => {
                 drop(done.send(call!(self.connections.statuses(), now)))
             }
+            Command::Close(name, done) => drop(done.send(call!(self.connections.close(name), now))),
             Command::Stop(grace) => self.stop(grace, now),
         }
         self.adopt_accepted(now);
@@ -294,7 +308,10 @@ impl<D: Driver> Worker<D> {
         for (_, forward) in due.collect::<Vec<_>>() {
             // A connection that is handed over after this is cut off when it arrives.
             forward.cut.store(true, Ordering::Release);
-            call!(self.connections.cut(Some(forward.id)), now);
+            call!(
+                self.connections.cut(Some(forward.id), EndReason::Removed),
+                now
+            );
         }
     }
 
@@ -305,7 +322,7 @@ impl<D: Driver> Worker<D> {
             // Guests that go on dialling are each closed gracefully, but can't delay the end for
             // ever.
             self.end_at = Some(now + 2 * LAST_DRAIN);
-            call!(self.connections.cut(None), now);
+            call!(self.connections.cut(None, EndReason::Stopped), now);
         }
     }
 

@@ -49,6 +49,8 @@ pub(super) enum Guest {
     Socket(GuestSocket),
     /// The guest has rebooted and knows nothing of this connection: it resets at the first packet.
     Forgotten,
+    /// It never heard of it: its request was lost as the guest rebooted.
+    Lost,
 }
 
 /// Readiness as edges told it; cleared by `WouldBlock`, or by a short read unless EOF is known to
@@ -108,6 +110,8 @@ pub(super) struct Connection {
     pub(super) host_reset: bool,
     /// A read or write of it failed: the guest is reset and the slot freed.
     broken: bool,
+    /// That was when the guest had ended, and bytes were left.
+    undelivered: bool,
     /// It was told that the guest sends no more.
     pub(super) host_shut: bool,
     /// The guest's program sends no more; reads no more; was told that the host sends no more.
@@ -135,6 +139,7 @@ impl Connection {
             host_gone: false,
             host_reset: false,
             broken: false,
+            undelivered: false,
             host_shut: false,
             guest_eof: false,
             guest_deaf: false,
@@ -145,6 +150,25 @@ impl Connection {
     /// Returns whether the host's program has sent anything, read or not.
     pub(super) fn has_input(&self) -> bool {
         self.received > 0 || has_unread(&self.host)
+    }
+
+    /// Returns whether the guest has ended with bytes for the host left in the device.
+    pub(super) fn has_undelivered(&self) -> bool {
+        self.undelivered || self.guest_eof && !self.to_host.is_empty()
+    }
+
+    /// Returns whether a program that dials at a pace has got its text back.
+    pub(super) fn is_answered_caller(&self) -> bool {
+        matches!(&self.guest, Guest::Builtin(Builtin::Caller(caller)) if caller.is_answered())
+    }
+
+    /// Has the guest forget this connection.
+    pub(super) fn forget(&mut self) {
+        self.guest = match self.guest {
+            Guest::Unanswered | Guest::Lost => Guest::Lost,
+            _ => Guest::Forgotten,
+        };
+        self.to_guest.clear();
     }
 
     pub(super) fn guest_event(&mut self, event: &Event) {
@@ -158,6 +182,8 @@ impl Connection {
         match self.guest {
             Guest::Unanswered | Guest::Connecting(_) => return Turn::Idle,
             Guest::Forgotten => return self.turn_forgotten(scratch, paused),
+            Guest::Lost if self.host_gone => return Turn::Over,
+            Guest::Lost => return Turn::Idle,
             Guest::Builtin(_) | Guest::Socket(_) => {}
         }
         let mut moved = self.flush();
@@ -227,6 +253,7 @@ impl Connection {
         self.host_reset |= reset(error) || pending.as_ref().is_some_and(reset);
         self.host_eof = true;
         self.host_gone = true;
+        self.undelivered = self.has_undelivered();
         self.broken = true;
         self.to_host.clear();
     }
@@ -269,6 +296,11 @@ impl Connection {
                     Life::Closed => {
                         self.guest_eof = true;
                         self.guest_deaf = true;
+                    }
+                    Life::Reset => {
+                        self.to_host.clear();
+                        self.broken = true;
+                        return false;
                     }
                 }
                 before != (self.to_guest.len(), self.to_host.len(), self.guest_eof)

@@ -22,7 +22,9 @@ pub struct Counters {
     pub turned_away: u64,
     /// Dials that the guest hasn't answered since it was paused, closed ones included.
     pub unanswered: u64,
-    /// Connections in the device now: half-closed, closing and unanswered ones included.
+    /// Slots that the guest's reboots have taken for good.
+    pub lost_slots: u64,
+    /// Connections in the device now: half-closed, closing, unanswered and lost ones included.
     pub live_slots: u64,
     /// The highest [`live_slots`](Counters::live_slots) so far.
     pub peak_slots: u64,
@@ -35,8 +37,11 @@ pub struct Counters {
     pub longest_stall: Duration,
     /// Connections from the guest to a host port.
     pub guest_dials: u64,
-    /// Guest dials that came to nothing.
+    /// Guest dials that came to nothing: nobody listened, the listener was full, or all slots were
+    /// taken.
     pub guest_dials_failed: u64,
+    /// Of [`Dial::Paced`](super::Dial::Paced): dials that an echo answered with all that was sent.
+    pub guest_echoes: u64,
     /// Bytes from the host to the guest.
     pub bytes_to_guest: u64,
     /// Bytes from the guest to the host.

@@ -3,7 +3,7 @@
 use super::closed::ClosedSockets;
 use super::connection::{CHUNK, Connection, Guest, Turn};
 use super::counters::Counters;
-use super::dial::{DialListener, Dialling, LOOK_AGAIN};
+use super::dial::{DialListener, Dialling, Paced};
 use super::directory::Listeners;
 use super::guest::GuestSocket;
 use super::plan::{Plan, Shared};
@@ -12,7 +12,7 @@ use super::slots::{Key, MAX_SLOTS, Slots, Subject};
 use mio::event::Event;
 use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Waker};
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
@@ -39,6 +39,7 @@ pub(super) enum Command {
     Resume(Sender<()>),
     Reboot(Sender<()>),
     Dial(u32, StdUnixStream, Sender<io::Result<()>>),
+    StopDialling(Sender<()>),
     Stop(Sender<()>),
 }
 
@@ -59,10 +60,11 @@ pub(super) struct Device {
     pub(super) slots: Slots,
     /// Dials that the guest hasn't answered, in order.
     pub(super) dials: VecDeque<Key>,
-    /// Guest programs that wait for a listener.
+    /// Guest programs that are to dial.
     pub(super) dialling: Vec<Dialling>,
-    /// Host ports that have had a listener since the start.
-    pub(super) known_ports: HashSet<u32>,
+    pub(super) paced: Vec<Paced>,
+    /// Slots that the guest's last reboot takes for good, as what was in them ends.
+    pub(super) to_lose: usize,
     /// A client that has connected and not written its line: the device waits for it alone.
     pub(super) stall: Option<(mio::net::UnixStream, Instant)>,
     pub(super) paused: bool,
@@ -84,6 +86,7 @@ impl Device {
         mut plan: Plan,
         listeners: Listeners,
         mut dial_listeners: Vec<DialListener>,
+        paced: Vec<Paced>,
         inbox: Receiver<Command>,
         shared: Arc<Shared>,
     ) -> io::Result<(Device, Waker)> {
@@ -112,7 +115,8 @@ impl Device {
             slots: Slots::default(),
             dials: VecDeque::new(),
             dialling: Vec::new(),
-            known_ports: HashSet::new(),
+            paced,
+            to_lose: 0,
             stall: None,
             paused: false,
             ring: Ring::new(Instant::now()),
@@ -151,7 +155,10 @@ impl Device {
     fn hang(self) {
         while let Ok(command) = self.inbox.recv() {
             match command {
-                Command::Pause(_) | Command::Resume(_) | Command::Reboot(_) => {}
+                Command::Pause(_)
+                | Command::Resume(_)
+                | Command::Reboot(_)
+                | Command::StopDialling(_) => {}
                 Command::Dial(_, _, reply) => {
                     let error = io::Error::new(io::ErrorKind::TimedOut, "the VM's device hangs");
                     let _ = reply.send(Err(error));
@@ -193,6 +200,10 @@ impl Device {
                     }
                     continue;
                 }
+                Ok(Command::StopDialling(done)) => {
+                    self.paced.clear();
+                    done
+                }
                 Ok(Command::Stop(done)) => return Some(done),
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return None,
             };
@@ -215,14 +226,14 @@ impl Device {
 
     fn reboot(&mut self) {
         for key in self.slots.keys() {
-            if let Some(connection) = self.slots.get(key)
-                && !matches!(connection.guest, Guest::Unanswered)
-            {
-                connection.guest = Guest::Forgotten;
-                connection.to_guest.clear();
+            if let Some(connection) = self.slots.get(key) {
+                connection.forget();
                 self.queue(key);
             }
         }
+        self.to_lose = self.plan.lost_at_reboot.min(self.slots.live());
+        self.dials.clear();
+        self.counters.unanswered = 0;
         // The programs have gone with their sockets.
         self.dialling.clear();
     }
@@ -271,6 +282,15 @@ impl Device {
 
     /// Returns how long poll may sleep.
     fn poll_timeout(&self, now: Instant) -> Duration {
+        let paced = self.paced.iter().map(Paced::due).min();
+        match paced.filter(|_| !self.paused) {
+            Some(due) => self.rest(now).min(due.saturating_duration_since(now)),
+            None => self.rest(now),
+        }
+    }
+
+    /// Returns how long it may, but for programs that dial at a pace.
+    fn rest(&self, now: Instant) -> Duration {
         let answers = !self.paused && !self.dials.is_empty();
         if self.has_arrivals() && !self.leaves_clients_waiting() || !self.work.is_empty() {
             Duration::ZERO
@@ -278,8 +298,6 @@ impl Device {
             TO_NEXT_ANSWER
         } else if answers {
             Duration::ZERO
-        } else if !self.paused && !self.dialling.is_empty() {
-            LOOK_AGAIN
         } else if self
             .last_dial
             .is_some_and(|dial| now - dial < Duration::from_secs(10))
@@ -369,9 +387,15 @@ impl Device {
         }
     }
 
+    /// Returns how many slots are taken.
+    pub(super) fn taken(&self) -> usize {
+        let lost = usize::try_from(self.counters.lost_slots).unwrap_or(usize::MAX);
+        self.slots.live().saturating_add(lost)
+    }
+
     pub(super) fn insert(&mut self, connection: Connection) -> Option<Key> {
         let key = self.slots.insert(connection);
-        let live = self.slots.live() as u64;
+        let live = self.taken() as u64;
         self.counters.peak_slots = self.counters.peak_slots.max(live);
         self.counters.live_slots = live;
         let both = Interest::READABLE | Interest::WRITABLE;
@@ -391,7 +415,7 @@ impl Device {
 
     pub(super) fn remove(&mut self, key: Key) -> Option<Connection> {
         let connection = self.slots.remove(key);
-        self.counters.live_slots = self.slots.live() as u64;
+        self.counters.live_slots = self.taken() as u64;
         connection
     }
 

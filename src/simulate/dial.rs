@@ -7,14 +7,12 @@ use crate::sys::unless_ended;
 use mio::net::{TcpListener, UnixListener};
 use mio::{Interest, Registry, Token};
 use std::io;
+use std::num::NonZeroU32;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-/// How long a dial waits for a listener on a port that has had none yet.
-pub(super) const PATIENCE: Duration = Duration::from_secs(30);
-
-/// How often it tries again.
-pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// How often a guest that is to dial at a pace looks whether somebody listens by now.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What makes the guest dial a host port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +21,51 @@ pub enum Dial {
     /// The stand-in listens here; each connection that it accepts is a program in the guest that
     /// dials the host. For TCP port 0 the kernel chooses one; a Unix socket's file is replaced.
     Listen(Endpoint),
+    /// A program in the guest dials so many times a second, from the first listener on the port on
+    /// until [`Vm::stop_dialling`](super::Vm::stop_dialling). On each connection it sends some bytes
+    /// and EOF, and reads to EOF ([`Counters::guest_echoes`](super::Counters::guest_echoes)).
+    Paced(NonZeroU32),
+}
+
+/// A program in the guest that dials the host at a pace.
+#[derive(Debug)]
+pub(super) struct Paced {
+    pub(super) port: u32,
+    interval: Duration,
+    /// When it dials, or looks whether somebody listens.
+    due: Instant,
+    has_begun: bool,
+}
+
+impl Paced {
+    pub(super) fn new(port: u32, per_second: NonZeroU32) -> Paced {
+        Paced {
+            port,
+            interval: Duration::from_secs(1) / per_second.get(),
+            due: Instant::now(),
+            has_begun: false,
+        }
+    }
+
+    /// Returns when [`is_due`](Paced::is_due) is to be asked next.
+    pub(super) fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// Returns whether it dials at `now`. `listens` says whether somebody listens.
+    pub(super) fn is_due(&mut self, now: Instant, listens: impl FnOnce() -> bool) -> bool {
+        if now < self.due {
+            return false;
+        }
+        if !self.has_begun && !listens() {
+            self.due = now + LOOK_AGAIN;
+            return false;
+        }
+        self.has_begun = true;
+        // What could not be dialled in time, as while the guest was paused, is left out.
+        self.due = (self.due + self.interval).max(now);
+        true
+    }
 }
 
 /// A guest program that dials the host, and isn't connected yet.
@@ -31,7 +74,6 @@ pub(super) struct Dialling {
     pub(super) port: u32,
     pub(super) socket: GuestSocket,
     pub(super) reply: Option<Sender<io::Result<()>>>,
-    pub(super) deadline: Instant,
 }
 
 impl Dialling {
@@ -44,7 +86,6 @@ impl Dialling {
             port,
             socket,
             reply,
-            deadline: Instant::now() + PATIENCE,
         }
     }
 
@@ -75,8 +116,7 @@ pub(super) struct DialListener {
 }
 
 impl DialListener {
-    pub(super) fn open(port: u32, dial: &Dial, made: &mut Made) -> Result<DialListener> {
-        let Dial::Listen(endpoint) = dial;
+    pub(super) fn open(port: u32, endpoint: &Endpoint, made: &mut Made) -> Result<DialListener> {
         let mut open = || {
             Ok(match endpoint {
                 Endpoint::Tcp(address) => {

@@ -51,6 +51,13 @@ pub enum Service {
     Http,
     /// Accepts, and then never reads, never writes, and ignores EOF.
     Silent,
+    /// Sends the pattern for ever and ignores its input and EOF: only a close of the host's end ends
+    /// it.
+    Endless,
+    /// Sends so many bytes of the pattern, ignoring its input and EOF, and closes.
+    Heedless(u64),
+    /// Answers the first bytes, or EOF, with a piece of the pattern, and resets.
+    Reset,
     /// A real server at this address; a connection that it doesn't take is refused.
     Forward(Endpoint),
     /// A function that gets the guest's end of each connection, on a thread of its own. Its last
@@ -79,6 +86,9 @@ impl fmt::Display for Service {
             Service::Chargen => "chargen",
             Service::Http => "http",
             Service::Silent => "silent",
+            Service::Endless => "endless",
+            Service::Heedless(bytes) => return write!(f, "heedless:{bytes}"),
+            Service::Reset => "reset",
             Service::Forward(endpoint) => return endpoint.fmt(f),
             Service::Custom(_) => "a program",
         })
@@ -93,6 +103,47 @@ pub(super) enum Builtin {
     Chargen(Chargen),
     Http(Box<Http>),
     Silent,
+    Endless(Chargen),
+    Heedless { pattern: Chargen, left: u64 },
+    Reset { has_answered: bool },
+    Caller(Caller),
+}
+
+/// A program that dials the host at a pace: it sends [`TEXT`], half-closes, and reads to EOF.
+#[derive(Debug, Default)]
+pub(super) struct Caller {
+    has_sent: bool,
+    answer: Vec<u8>,
+}
+
+/// What such a program sends.
+const TEXT: &[u8] = b"a program in the guest sends this, and an echo sends it back\r\n";
+
+/// How much [`Service::Reset`] answers.
+const ANSWER: u64 = 4096;
+
+impl Caller {
+    /// Returns whether the answer is what was sent.
+    pub(super) fn is_answered(&self) -> bool {
+        self.answer == TEXT
+    }
+
+    fn run(&mut self, input: &mut Buffer, eof: bool, output: &mut Buffer) -> Life {
+        if !self.has_sent {
+            output.push(TEXT);
+            self.has_sent = true;
+        }
+        // Of an answer that is too long it is enough to know that.
+        let room = (TEXT.len() + 1).saturating_sub(self.answer.len());
+        let bytes = input.bytes();
+        self.answer
+            .extend_from_slice(&bytes[..room.min(bytes.len())]);
+        input.clear();
+        match eof {
+            true => Life::Closed,
+            false => Life::SentAll,
+        }
+    }
 }
 
 impl Builtin {
@@ -112,6 +163,31 @@ impl Builtin {
             }
             Builtin::Http(http) => return http.run(input, eof, output),
             Builtin::Silent => return Life::Running,
+            Builtin::Endless(pattern) => {
+                input.clear();
+                pattern.fill(output, u64::MAX);
+                return Life::Running;
+            }
+            Builtin::Heedless { pattern, left } => {
+                input.clear();
+                *left -= pattern.fill(output, *left);
+                return match *left {
+                    0 => Life::Closed,
+                    _ => Life::Running,
+                };
+            }
+            Builtin::Reset { has_answered } => {
+                if *has_answered && output.is_empty() {
+                    return Life::Reset;
+                }
+                if !*has_answered && (eof || !input.is_empty()) {
+                    Chargen::default().fill(output, ANSWER);
+                    *has_answered = true;
+                }
+                input.clear();
+                return Life::Running;
+            }
+            Builtin::Caller(caller) => return caller.run(input, eof, output),
         }
         if eof && input.is_empty() {
             Life::Closed

@@ -5,12 +5,13 @@ use super::connection::{Connection, Guest, Origin, TO_PAIR};
 use super::device::Device;
 use super::dial::Dialling;
 use super::directory::{scan_line, socket_path};
-use super::guest::{Builtin, GuestSocket, Service};
+use super::guest::{Builtin, Caller, GuestSocket, Service};
 use super::http::Http;
 use super::rules::{Ring, Rule, UNANSWERED_LIMIT};
 use super::slots::{Key, Subject};
 use crate::hyperkit::{HOST_CID, LINE_LEN};
 use crate::listener::nonblocking::has_client_left;
+use crate::sys::is_socket_alive;
 use mio::net::UnixStream;
 use socket2::SockRef;
 use std::io::{self, ErrorKind, Read};
@@ -30,7 +31,7 @@ impl Device {
     /// Returns whether the device is out of descriptors, so that its `accept` fails.
     fn is_full(&self) -> bool {
         let limit = self.plan.descriptors;
-        limit.is_some_and(|limit| self.slots.live() >= limit && limit < self.plan.slots)
+        limit.is_some_and(|limit| self.taken() >= limit && limit < self.plan.slots)
     }
 
     /// Returns whether clients wait in the kernel for a descriptor.
@@ -71,7 +72,7 @@ impl Device {
 
     fn accepted(&mut self, stream: UnixStream, index: usize) {
         self.counters.accepted += 1;
-        if self.slots.live() >= self.plan.slots {
+        if self.taken() >= self.plan.slots {
             self.counters.turned_away += 1;
         } else if let Some(port) = self.listeners[index].port {
             self.dialled(stream, port, Origin::Forward);
@@ -181,6 +182,14 @@ impl Device {
             Service::Discard => Guest::Builtin(Builtin::Discard),
             Service::Chargen => Guest::Builtin(Builtin::Chargen(Chargen::default())),
             Service::Silent => Guest::Builtin(Builtin::Silent),
+            Service::Endless => Guest::Builtin(Builtin::Endless(Chargen::default())),
+            Service::Heedless(left) => Guest::Builtin(Builtin::Heedless {
+                pattern: Chargen::default(),
+                left,
+            }),
+            Service::Reset => Guest::Builtin(Builtin::Reset {
+                has_answered: false,
+            }),
             Service::Http => {
                 let port = connection.port;
                 let place = format!("{} (cid {}), port {port}", self.plan.name, self.plan.cid);
@@ -245,43 +254,63 @@ impl Device {
                 return;
             }
         }
+        for index in 0..self.paced.len() {
+            let (plan, now) = (&self.plan, Instant::now());
+            let paced = &mut self.paced[index];
+            let port = paced.port;
+            let path = || socket_path(plan, HOST_CID, port);
+            if paced.is_due(now, || is_socket_alive(&path()).unwrap_or(false)) {
+                let caller = Guest::Builtin(Builtin::Caller(Caller::default()));
+                if let Ok(key) = self.connect_host(port, caller) {
+                    self.queue(key);
+                }
+                if self.fate.is_some() {
+                    return;
+                }
+            }
+        }
     }
 
     fn dial_one(&mut self, dialling: Dialling) {
-        let port = dialling.port;
-        let full = self
-            .plan
-            .descriptors
-            .map_or(self.plan.slots, |limit| limit.min(self.plan.slots));
-        if self.slots.live() >= full {
-            self.counters.guest_dials_failed += 1;
-            drop(dialling.answer(Err(ErrorKind::ConnectionRefused.into())));
-            return;
-        }
-        let known = self.known_ports.contains(&port);
-        match UnixStream::connect(socket_path(&self.plan, HOST_CID, port)) {
-            Ok(stream) => {
-                self.known_ports.insert(port);
-                self.counters.guest_dials += 1;
-                set_buffers(&stream);
-                let mut connection = Connection::new(stream, Origin::Guest, port, Guest::Forgotten);
-                connection.to_guest.set_limit(TO_PAIR);
+        match self.connect_host(dialling.port, Guest::Forgotten) {
+            Ok(key) => {
+                if let Some(connection) = self.slots.get(key) {
+                    connection.to_guest.set_limit(TO_PAIR);
+                }
                 let socket = dialling.answer(Ok(()));
-                if let Some(key) = self.insert(connection) {
-                    self.attach(key, socket);
-                }
+                self.attach(key, socket);
             }
-            // A full queue: hyperkit's connect waits.
-            Err(error) if error.kind() == ErrorKind::WouldBlock => self.dialling.push(dialling),
-            Err(_) if !known && Instant::now() < dialling.deadline => self.dialling.push(dialling),
-            Err(error) => {
-                self.counters.guest_dials_failed += 1;
-                if known {
-                    self.note_offence(Rule::NoListener, format!("port {port}: {error}"));
-                }
-                drop(dialling.answer(Err(error)));
-            }
+            Err(error) => drop(dialling.answer(Err(error))),
         }
+    }
+
+    /// Connects a program of the guest to a port of the host.
+    fn connect_host(&mut self, port: u32, guest: Guest) -> io::Result<Key> {
+        let limit = self.plan.descriptors.unwrap_or(usize::MAX);
+        if self.taken() >= limit.min(self.plan.slots) {
+            self.note_failed_dial(Rule::NoSlot, format!("port {port}"));
+            return Err(ErrorKind::ConnectionRefused.into());
+        }
+        let stream = match UnixStream::connect(socket_path(&self.plan, HOST_CID, port)) {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Linux waits where macOS, on which hyperkit runs, refuses.
+                let rule = match error.kind() {
+                    ErrorKind::WouldBlock => Rule::FullListener,
+                    _ => Rule::NoListener,
+                };
+                self.note_failed_dial(rule, format!("port {port}: {error}"));
+                return Err(match rule {
+                    Rule::FullListener => ErrorKind::ConnectionRefused.into(),
+                    _ => error,
+                });
+            }
+        };
+        self.counters.guest_dials += 1;
+        set_buffers(&stream);
+        let connection = Connection::new(stream, Origin::Guest, port, guest);
+        let unwatched = || io::Error::other("the stand-in cannot watch it");
+        self.insert(connection).ok_or_else(unwatched)
     }
 
     fn attach(&mut self, key: Key, mut socket: GuestSocket) {

@@ -16,6 +16,8 @@ pub(super) enum Life {
     /// Sends no more, and still reads.
     SentAll,
     Closed,
+    /// Has ended both directions by a reset.
+    Reset,
 }
 
 /// One connection to the guest's web server.

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use super::closed::was_reset;
+use super::connection::Guest;
 pub(crate) use super::connection::Origin;
 use super::device::Device;
-use super::rules::{AT_ONCE, Fate, Rule};
+use super::rules::{Fate, Rule, Strictness};
 use super::slots::{Key, Subject};
 use mio::event::Event;
 
@@ -18,6 +19,8 @@ pub(crate) struct HostEnd {
     pub(crate) sent: u64,
     /// It was told that the guest sends no more.
     pub(crate) host_shut: bool,
+    /// The guest has ended, and bytes for the host are still in the device.
+    pub(crate) undelivered: bool,
     /// How long before that the connection was made.
     pub(crate) age: Duration,
 }
@@ -28,15 +31,19 @@ pub(crate) struct HostEnd {
 pub(crate) fn broken_rule(
     origin: Origin,
     end: HostEnd,
+    strictness: Strictness,
     has_input: impl FnOnce() -> bool,
 ) -> Option<Rule> {
+    let strict = strictness == Strictness::Strict;
     let unsent = end.sent == 0 && !end.host_shut;
     match origin {
-        _ if end.reset && end.sent > 0 => Some(Rule::CloseUnread),
+        _ if end.reset && end.sent > 0 && (strict || end.undelivered) => Some(Rule::CloseUnread),
         // It was never accepted: its listener was closed.
-        Origin::Guest if end.reset => Some(Rule::NoListener),
-        _ if !unsent || end.age >= AT_ONCE => None,
-        Origin::Guest => Some(Rule::AcceptAndClose),
+        Origin::Guest if end.reset && end.sent == 0 && strict => Some(Rule::NoListener),
+        _ if !unsent => None,
+        Origin::Guest if end.age < Strictness::Strict.at_once() => Some(Rule::AcceptAndClose),
+        Origin::Guest => None,
+        _ if end.age >= strictness.at_once() => None,
         Origin::Forward if !has_input() => Some(Rule::Probe),
         Origin::Forward | Origin::Line => Some(Rule::ImmediateClose),
     }
@@ -71,9 +78,14 @@ impl Device {
             reset: std::mem::take(&mut connection.host_reset),
             sent,
             host_shut: connection.host_shut,
+            undelivered: connection.has_undelivered(),
             age,
         };
-        if let Some(rule) = broken_rule(connection.origin, end, || connection.has_input()) {
+        let strictness = self.plan.strictness;
+        let broken = broken_rule(connection.origin, end, strictness, || {
+            connection.has_input()
+        });
+        if let Some(rule) = broken {
             let micros = age.as_micros();
             let detail = format!("port {port}, {micros} µs old, {sent} bytes sent to it");
             self.note_offence(rule, detail);
@@ -85,7 +97,15 @@ impl Device {
         let Some(connection) = self.remove(key) else {
             return;
         };
-        if connection.sent == 0 {
+        if connection.is_answered_caller() {
+            self.counters.guest_echoes += 1;
+        }
+        if matches!(connection.guest, Guest::Forgotten | Guest::Lost) && self.to_lose > 0 {
+            self.to_lose -= 1;
+            self.counters.lost_slots += 1;
+            self.counters.live_slots = self.taken() as u64;
+        }
+        if connection.sent == 0 || self.plan.strictness == Strictness::Measured {
             return;
         }
         let port = connection.port;
@@ -103,6 +123,15 @@ impl Device {
         if reset {
             let detail = format!("port {port}, as the guest closed");
             self.note_offence(Rule::CloseUnread, detail);
+        }
+    }
+
+    /// Counts a dial of the guest that came to nothing, by which `rule` may be broken.
+    pub(super) fn note_failed_dial(&mut self, rule: Rule, detail: String) {
+        self.counters.guest_dials_failed += 1;
+        let failed = self.counters.guest_dials_failed;
+        if failed >= self.plan.failed_dials {
+            self.note_offence(rule, format!("{detail}, the failed dial number {failed}"));
         }
     }
 

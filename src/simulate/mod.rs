@@ -40,9 +40,12 @@ pub use rules::{Fate, FateKind, Rule};
 
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
+use crate::sys;
 use crate::time::after;
 use device::{Command, Device};
+use dial::{DialListener, Paced};
 use plan::{Plan, Shared};
+use rules::{FAILED_DIALS, Strictness};
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -55,6 +58,12 @@ use std::time::{Duration, Instant};
 /// The descriptors that the device itself uses: of 1,024 (`FD_SETSIZE`) it has 1,013 for
 /// connections, of 256 only 245.
 const OWN_DESCRIPTORS: usize = 11;
+
+/// How long [`Vm::dial`] waits for a guest that is paused.
+const PATIENCE: Duration = Duration::from_secs(35);
+
+/// How often [`Vm::wait_for_listener`] looks.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// hyperkit's `VTSOCK_MAXFWDS`.
 const MAX_FORWARDS: usize = 4;
@@ -119,6 +128,31 @@ impl Builder {
         self
     }
 
+    /// Sets whether the VM punishes more than hyperkit's device was seen to: any close with data
+    /// unread, and one up to 20 ms after a dial ([`Rule`]). A proxy that pleases a strict VM is
+    /// polite at every end.
+    pub fn strict(mut self, strict: bool) -> Builder {
+        self.plan.strictness = match strict {
+            true => Strictness::Strict,
+            false => Strictness::Measured,
+        };
+        self
+    }
+
+    /// Sets how many dials of the guest that come to nothing hang the device, since the VM's start;
+    /// 3 by default, and at least 1. hyperkit's was seen to hang after 1 to some thousand.
+    pub fn failed_dials(mut self, limit: u64) -> Builder {
+        self.plan.failed_dials = limit;
+        self
+    }
+
+    /// Sets how many slots each reboot of the guest takes for good, of those taken then; 1 by
+    /// default. hyperkit's device was seen to lose 1 or 2.
+    pub fn lost_at_reboot(mut self, slots: usize) -> Builder {
+        self.plan.lost_at_reboot = slots;
+        self
+    }
+
     /// Sets how many connections may queue before the device accepts them. 4,096 by default, Linux'
     /// `SOMAXCONN`; macOS has 128.
     pub fn backlog(mut self, backlog: u16) -> Builder {
@@ -160,9 +194,14 @@ impl Builder {
             return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, why)));
         }
         let mut made = directory::Made::default();
-        let mut dial_listeners = Vec::new();
-        for (port, dial) in &dials {
-            dial_listeners.push(dial::DialListener::open(*port, dial, &mut made)?);
+        let (mut dial_listeners, mut paced) = (Vec::new(), Vec::new());
+        for (port, dial) in dials {
+            match dial {
+                Dial::Listen(at) => {
+                    dial_listeners.push(DialListener::open(port, &at, &mut made)?);
+                }
+                Dial::Paced(per_second) => paced.push(Paced::new(port, per_second)),
+            }
         }
         let endpoints = dial_listeners
             .iter()
@@ -171,11 +210,11 @@ impl Builder {
         let listeners = directory::prepare(&plan, &mut made)?;
         let shared = Arc::new(Shared::default());
         let (commands, inbox) = mpsc::channel();
-        let directory = plan.directory.clone();
         let device = Device::new(
             plan.clone(),
             listeners,
             dial_listeners,
+            paced,
             inbox,
             Arc::clone(&shared),
         );
@@ -186,7 +225,7 @@ impl Builder {
             .map_err(failed)?;
         made.keep();
         Ok(Vm {
-            directory,
+            plan,
             endpoints,
             shared,
             commands,
@@ -199,7 +238,7 @@ impl Builder {
 /// A running stand-in; it powers off when dropped. Its socket files stay, as hyperkit's do.
 #[derive(Debug)]
 pub struct Vm {
-    directory: PathBuf,
+    plan: Plan,
     endpoints: HashMap<u32, Endpoint>,
     shared: Arc<Shared>,
     commands: Sender<Command>,
@@ -228,6 +267,9 @@ impl Vm {
                 loses_clients: cfg!(not(target_os = "linux")),
                 backlog: 4096,
                 lenient: false,
+                strictness: Strictness::Measured,
+                failed_dials: FAILED_DIALS,
+                lost_at_reboot: 1,
             },
             dials: Vec::new(),
         }
@@ -235,7 +277,7 @@ impl Vm {
 
     /// Returns the state directory.
     pub fn directory(&self) -> &Path {
-        &self.directory
+        &self.plan.directory
     }
 
     /// Returns where the [`Dial::Listen`] of `port` listens.
@@ -254,23 +296,49 @@ impl Vm {
     }
 
     /// Reboots the guest, which forgets all its connections. Those of the host's programs stay
-    /// open; one that sends or half-closes gets EOF.
+    /// open; one that sends or half-closes gets EOF. Requests that it had not answered are lost:
+    /// nothing is heard of them any more. Slots are lost as well ([`Builder::lost_at_reboot`]).
     pub fn reboot_guest(&self) {
         self.command(Command::Reboot);
     }
 
-    /// Has a program in the guest dial `port` of the host. Returns its end of the connection.
+    /// Waits until a program listens on `port` of the host, at most for `time`. Returns whether one
+    /// does. The guest doesn't dial for that.
+    pub fn wait_for_listener(&self, port: u32, time: Duration) -> bool {
+        let path = directory::socket_path(&self.plan, hyperkit::HOST_CID, port);
+        let deadline = after(Instant::now(), time);
+        let mut seen = false;
+        loop {
+            // A socket is there when it is bound: it begins to listen just after.
+            let there = sys::is_socket_alive(&path).unwrap_or(false);
+            if seen && there {
+                return true;
+            }
+            if !there && Instant::now() >= deadline {
+                return false;
+            }
+            seen = there;
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Ends the programs in the guest that dial at a pace ([`Dial::Paced`]).
+    pub fn stop_dialling(&self) {
+        self.command(Command::StopDialling);
+    }
+
+    /// Has a program in the guest dial `port` of the host, once the guest isn't paused. Returns its
+    /// end of the connection.
     ///
-    /// It waits up to 30 seconds for a listener, if there was none since the VM's start. The stream
-    /// is a blocking one. Dropping it closes the program's socket.
+    /// It fails at once if nobody listens there, which the device bears a few times only
+    /// ([`Rule::NoListener`]). The stream is a blocking one. Dropping it closes the program's socket.
     pub fn dial(&self, port: u32) -> io::Result<UnixStream> {
         let (program, device) = UnixStream::pair()?;
         let (reply, answer) = mpsc::channel();
         let gone = || io::Error::new(io::ErrorKind::BrokenPipe, "the VM is down");
         let command = Command::Dial(port, device, reply);
         self.send(command).ok_or_else(gone)?;
-        let patience = dial::PATIENCE + Duration::from_secs(5);
-        match answer.recv_timeout(patience) {
+        match answer.recv_timeout(PATIENCE) {
             Ok(outcome) => outcome.map(|()| program),
             Err(mpsc::RecvTimeoutError::Disconnected) => Err(gone()),
             Err(mpsc::RecvTimeoutError::Timeout) => Err(io::ErrorKind::TimedOut.into()),

@@ -2,7 +2,7 @@
 
 use super::counters::Counters;
 use super::guest::Service;
-use super::rules::Fate;
+use super::rules::{Fate, Strictness};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -22,6 +22,11 @@ pub(super) struct Plan {
     pub(super) loses_clients: bool,
     pub(super) backlog: i32,
     pub(super) lenient: bool,
+    pub(super) strictness: Strictness,
+    /// So many failed dials of the guest hang it.
+    pub(super) failed_dials: u64,
+    /// Slots that a reboot of the guest takes for good.
+    pub(super) lost_at_reboot: usize,
 }
 
 /// What the device tells its [`Vm`](super::Vm).

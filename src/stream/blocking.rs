@@ -12,19 +12,17 @@ use crate::address::Waiter;
 use crate::address::{Address, Reset, SocketKind};
 use crate::framing::Frames;
 use crate::name::SocketName;
-use crate::sys;
 #[cfg(feature = "cli")]
 use crate::sys::Wanted;
+use crate::sys::{self, OwnedSocket};
 use crate::time::{NEVER, after};
 
+use super::closing::{GracefulClose, Outcome, Step};
 #[cfg(windows)]
 use super::inner::Inner;
 /// The socket in a stream.
 #[cfg(unix)]
 use socket2::Socket as Inner;
-
-/// More than a socket can hold unread.
-pub(crate) const MOST_UNREAD: usize = 64 * 1024 * 1024;
 
 /// How long a wait sleeps where no event ends it.
 #[cfg(all(windows, feature = "cli"))]
@@ -66,13 +64,12 @@ impl Stream {
         Stream::new(Inner::Socket(socket), address.clone())
     }
 
-    /// Takes over a connected, blocking socket, such as one of std or socket2. `address` gives the
-    /// stream its family, and errors name it; neither is checked.
-    pub fn from_socket(socket: impl Into<socket2::Socket>, address: Address) -> Stream {
-        #[cfg(unix)]
-        let socket = socket.into();
+    /// Takes over a connected, blocking socket, such as one of std. `address` gives the stream its
+    /// family, and errors name it; neither is checked. (On Windows it is an `OwnedSocket`.)
+    pub fn from_socket(socket: impl Into<OwnedSocket>, address: Address) -> Stream {
+        let socket = socket2::Socket::from(socket.into());
         #[cfg(windows)]
-        let socket = Inner::Socket(socket.into());
+        let socket = Inner::Socket(socket);
         Stream::new(socket, address)
     }
 
@@ -200,59 +197,80 @@ impl Stream {
     /// `TimedOut` if the peer hasn't ended within `timeout`: nothing more is read from it then.
     /// What the kernel says of a connection that was broken already.
     pub fn finish(&self, timeout: Duration) -> io::Result<()> {
-        let drained = self.drain(timeout);
-        if matches!(&drained, Err(e) if e.kind() == io::ErrorKind::TimedOut) {
-            self.empty();
-        }
-        drained
+        self.close_gracefully(timeout).into_result()
     }
 
-    /// Half-closes, and reads and discards until the peer's EOF.
-    ///
-    /// # Errors
-    /// `TimedOut`; what the kernel says.
-    pub(crate) fn drain(&self, timeout: Duration) -> io::Result<()> {
-        let deadline = after(Instant::now(), timeout);
-        self.set_nonblocking(false)?;
-        // A reset by the peer shows when it is read.
+    /// Closes gracefully, as [`finish`](Stream::finish) does. Returns how that has ended.
+    pub(crate) fn close_gracefully(&self, timeout: Duration) -> Outcome {
+        let until = after(Instant::now(), timeout);
+        let mut close = GracefulClose::new(until);
+        loop {
+            if let Some(outcome) = self.go_on_closing(&mut close, until) {
+                return outcome;
+            }
+        }
+    }
+
+    /// Goes on with a graceful close. Returns its outcome, or `None` if it has none at `pause_at`.
+    pub(crate) fn go_on_closing(
+        &self,
+        close: &mut GracefulClose,
+        pause_at: Instant,
+    ) -> Option<Outcome> {
+        let mut rest = [0; 16 * 1024];
+        loop {
+            let now = Instant::now();
+            let outcome = match close.next(now) {
+                Step::ShutdownWrite { until } => {
+                    self.announce_close(until.saturating_duration_since(now));
+                    None
+                }
+                Step::Read { .. } if now >= pause_at => return None,
+                Step::Read { until } => {
+                    let time = until.min(pause_at).saturating_duration_since(now);
+                    close.take_read(self.discard_within(time, &mut rest))
+                }
+                Step::ShutdownRead => {
+                    let _ = self.socket.shutdown(Shutdown::Read);
+                    let _ = self.set_nonblocking(true);
+                    None
+                }
+                Step::ReadUnread => close.take_read((&self.socket).read(&mut rest)),
+            };
+            if outcome.is_some() {
+                return outcome;
+            }
+        }
+    }
+
+    /// Half-closes; in frames, tells the peer that both directions have ended. A peer that reads
+    /// nothing may have no room for that: it is tried for `time`.
+    fn announce_close(&self, time: Duration) {
         let _ = match &self.frames {
             Some(frames) => {
-                // A peer that reads nothing may have no room even for this.
-                self.set_write_timeout(Some(timeout.max(SHORTEST)))?;
+                let _ = self.set_nonblocking(false);
+                let _ = self.set_write_timeout(Some(time.max(SHORTEST)));
                 frames.close(&mut &self.socket)
             }
             None => self.shutdown(Shutdown::Write),
         };
-        let mut rest = [0; 16 * 1024];
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.set_read_timeout(Some(left))?;
-            let ended = match &self.frames {
-                Some(frames) => frames.discard(&mut &self.socket, &mut rest),
-                None => (&self.socket).read(&mut rest).map(|count| count == 0),
-            };
-            match ended {
-                Ok(true) => return Ok(()),
-                Ok(false) => {}
-                Err(e) if is_timeout(&e) || e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
     }
 
-    /// Shuts the reading side down and discards what has come: a close with bytes unread hurts a VM
-    /// most.
-    pub(crate) fn empty(&self) {
-        let _ = self.socket.shutdown(Shutdown::Read);
-        let _ = self.set_nonblocking(true);
-        let mut rest = [0; 16 * 1024];
-        for _ in 0..MOST_UNREAD / rest.len() {
-            if !matches!((&self.socket).read(&mut rest), Ok(1..)) {
-                break;
-            }
+    /// Waits for input, at most for that time, and discards some. Returns 0 at the peer's end, and
+    /// `WouldBlock` if nothing has come.
+    fn discard_within(&self, time: Duration, rest: &mut [u8]) -> io::Result<usize> {
+        self.set_nonblocking(false)?;
+        self.set_read_timeout(Some(time.max(SHORTEST)))?;
+        let read = match &self.frames {
+            Some(frames) => frames
+                .discard(&mut &self.socket, rest)
+                .map(|ended| usize::from(!ended)),
+            None => (&self.socket).read(rest),
+        };
+        match read {
+            // Windows says TimedOut.
+            Err(e) if is_timeout(&e) => Err(io::ErrorKind::WouldBlock.into()),
+            read => read,
         }
     }
 

@@ -9,8 +9,11 @@ use std::path::Path;
 use mio::event::Source;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
+use crate::address::hyperkit::connect_line;
 use crate::address::{HyperkitAddress, UnixAddress};
-use crate::{hyperkit, sys};
+use crate::keeper::{Kept, Link, When};
+use crate::name::PeerProcess;
+use crate::sys;
 
 use super::closer;
 use super::endpoint::{Endpoint, is_connected};
@@ -38,13 +41,16 @@ impl Descriptors {
 /// A connected socket, or one whose connect is in progress.
 #[derive(Debug)]
 pub(crate) struct Local {
+    /// The note that a keeper has a copy of it. It is the first field, and so dropped before the
+    /// socket is closed.
+    kept: Option<Kept>,
     /// mio has no name for an AF_VSOCK socket, but its Unix stream carries any stream socket.
     stream: mio::net::UnixStream,
     /// The connect may take a while.
     is_vsock: bool,
     /// The process that made the other end of a Unix socket, as far as the system tells. macOS
     /// doesn't once that has closed.
-    peer: Option<u32>,
+    peer: Option<PeerProcess>,
     descriptors: Descriptors,
     /// The last read ended where descriptors were passed: more may follow, and no event comes for
     /// it.
@@ -54,10 +60,16 @@ pub(crate) struct Local {
 
 impl Local {
     pub(super) fn connect(endpoint: &Endpoint) -> io::Result<Local> {
+        Local::connect_kept(endpoint, None)
+    }
+
+    /// Connects. A connection to a hyperkit VM is kept by `keeper`, if there is one, from before it
+    /// is made: when this process is killed, nothing is closed that the device has just accepted.
+    pub(super) fn connect_kept(endpoint: &Endpoint, keeper: Option<&Link>) -> io::Result<Local> {
         match endpoint {
             Endpoint::Unix(address) => connect_unix(address),
-            Endpoint::Hyperkit(address) => connect_hyperkit(address),
-            Endpoint::VsockMux(address) => connect_path(&address.path),
+            Endpoint::Hyperkit(address) => connect_hyperkit(address, keeper),
+            Endpoint::VsockMux(address) => connect_path(&address.path, None),
             Endpoint::Vsock(address) => {
                 sys::vsock_connect(address.cid, address.port.0, address.buffer_size)
                     .map(Local::from_vsock)
@@ -70,6 +82,7 @@ impl Local {
     pub(crate) fn from_vsock(socket: Socket) -> Local {
         let stream = std::os::unix::net::UnixStream::from(OwnedFd::from(socket));
         Local {
+            kept: None,
             stream: mio::net::UnixStream::from_std(stream),
             is_vsock: true,
             peer: None,
@@ -83,15 +96,64 @@ impl Local {
     pub(crate) fn from_unix(stream: mio::net::UnixStream, descriptors: Descriptors) -> Local {
         let peer = sys::connector(stream.as_fd()).ok();
         Local {
+            kept: None,
             stream,
             is_vsock: false,
-            // 0: of another PID namespace.
-            peer: peer
-                .and_then(|peer| peer.process)
-                .filter(|process| *process > 0),
+            peer: peer.map(|peer| PeerProcess {
+                // 0: of another PID namespace.
+                id: peer.process.filter(|process| *process > 0),
+                user: peer.user,
+            }),
             descriptors,
             #[cfg(target_os = "linux")]
             stopped: false,
+        }
+    }
+
+    /// Has a keeper keep a copy of it, until it is closed.
+    pub(super) fn keep(&mut self, keeper: &Link) {
+        self.kept = keeper.keep_connection(self.stream.as_fd());
+    }
+
+    /// Returns whether a keeper has a copy of it.
+    pub(super) fn is_guarded(&self) -> bool {
+        self.kept.as_ref().is_some_and(Kept::is_guarded)
+    }
+
+    /// Returns whether it was given to a keeper.
+    pub(super) fn is_kept(&self) -> bool {
+        self.kept.is_some()
+    }
+
+    /// Ends both directions, for a close doesn't while a keeper has a copy, and has the keeper close
+    /// that.
+    pub(super) fn end_kept(&mut self) {
+        let Some(kept) = self.kept.take() else {
+            return;
+        };
+        let socket = SockRef::from(&self.stream);
+        let peeked = socket.peek(&mut [MaybeUninit::uninit()]);
+        let has_ended = match peeked {
+            Ok(bytes) => bytes == 0,
+            Err(e) => e.kind() != io::ErrorKind::WouldBlock,
+        };
+        // One direction after the other: together they fail if one has ended (macOS).
+        let _ = socket.shutdown(Shutdown::Write);
+        let when = match has_ended {
+            true => When::Later,
+            false => {
+                let _ = socket.shutdown(Shutdown::Read);
+                // On macOS that alone doesn't keep the peer from writing.
+                When::Now
+            }
+        };
+        kept.release(when);
+    }
+
+    /// Leaves it to the keeper, which ends it when this process has ended.
+    pub(super) fn leave(mut self) {
+        if let Some(kept) = self.kept.take() {
+            kept.leave();
         }
     }
 
@@ -122,7 +184,7 @@ impl Local {
         }
     }
 
-    pub(super) fn peer_process(&self) -> Option<u32> {
+    pub(super) fn peer_process(&self) -> Option<PeerProcess> {
         self.peer
     }
 
@@ -202,8 +264,8 @@ impl AsFd for Local {
     }
 }
 
-fn connect_path(path: &Path) -> io::Result<Local> {
-    let connected = sys::with_short_path(path, |short| connect_to(&SockAddr::unix(short)?));
+fn connect_path(path: &Path, keeper: Option<&Link>) -> io::Result<Local> {
+    let connected = sys::with_short_path(path, |short| connect_to(&SockAddr::unix(short)?, keeper));
     match connected {
         Err(e)
             if sys::FULL_BACKLOG_REFUSES
@@ -218,39 +280,42 @@ fn connect_path(path: &Path) -> io::Result<Local> {
 
 fn connect_unix(address: &UnixAddress) -> io::Result<Local> {
     match address {
-        UnixAddress::Path(path) => connect_path(path),
-        UnixAddress::Abstract(name) => connect_to(&sys::abstract_address(name)?),
+        UnixAddress::Path(path) => connect_path(path, None),
+        UnixAddress::Abstract(name) => connect_to(&sys::abstract_address(name)?, None),
     }
 }
 
-fn connect_to(address: &SockAddr) -> io::Result<Local> {
+fn connect_to(address: &SockAddr, keeper: Option<&Link>) -> io::Result<Local> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     sys::make_room(&SockRef::from(&socket));
     // Before it has a peer.
     let descriptors = Descriptors::refused(sys::refuse_descriptors(&socket));
+    let kept = keeper.and_then(|keeper| keeper.keep_connection(socket.as_fd()));
     socket.connect(address)?;
     let stream = mio::net::UnixStream::from_std(socket.into());
-    Ok(Local::from_unix(stream, descriptors))
+    let mut stream = Local::from_unix(stream, descriptors);
+    stream.kept = kept;
+    Ok(stream)
 }
 
 /// Connects to the `connect` socket and asks for the port, or, where there is no such socket, to
 /// the one that hyperkit's `guest_forwards=` made for the port.
-fn connect_hyperkit(address: &HyperkitAddress) -> io::Result<Local> {
+fn connect_hyperkit(address: &HyperkitAddress, keeper: Option<&Link>) -> io::Result<Local> {
     let vm = &address.vm;
-    let connected = connect_path(&vm.connect_path());
+    let connected = connect_path(&vm.connect_path(), keeper);
     let mut stream = match connected {
         Ok(stream) => stream,
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let forward = vm.forward_path(address.port);
-            return match connect_path(&forward) {
+            return match connect_path(&forward, keeper) {
                 Err(second) if second.kind() == io::ErrorKind::NotFound => Err(e),
                 other => other,
             };
         }
         Err(e) => return Err(e),
     };
-    let line = hyperkit::connect_line(vm.cid, address.port.0);
+    let line = connect_line(vm.cid, address.port.0);
     match stream.write(&line) {
         Ok(n) if n == line.len() => Ok(stream),
         // The rest would be too late: hyperkit has read what had come, and closed.

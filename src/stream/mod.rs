@@ -5,6 +5,7 @@ mod blocking;
 mod blocking_pipe;
 #[cfg(unix)]
 pub(crate) mod closer;
+pub(crate) mod closing;
 pub(crate) mod endpoint;
 #[cfg(windows)]
 mod inner;
@@ -15,7 +16,5 @@ pub(crate) mod local;
 pub(crate) mod local;
 pub(crate) mod nonblocking;
 
-#[cfg(all(unix, feature = "tokio"))]
-pub(crate) use blocking::MOST_UNREAD;
 pub use blocking::Stream;
 pub(crate) use blocking::{is_timeout, refuse_zero};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
-use socket2::SockRef;
+use socket2::{SockRef, TcpKeepalive};
 
 use super::blocking;
 use super::endpoint::{Endpoint, is_connected};
@@ -15,8 +15,15 @@ use super::inner::Inner;
 use super::local::Local;
 use crate::address::Address;
 use crate::engine::relay::Socket;
-use crate::name::SocketName;
+#[cfg(unix)]
+use crate::keeper::Link;
+use crate::name::{PeerProcess, SocketName};
 use crate::sys::{self, AsSocket, Wanted};
+
+/// How often TCP asks a silent peer, and how many questions without an answer end the connection:
+/// after a minute. Of the default keepalive of a minute that makes two.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_RETRIES: u32 = 6;
 
 /// A connected stream, or one whose connect is in progress.
 #[derive(Debug)]
@@ -45,6 +52,23 @@ impl Stream {
         Ok(stream)
     }
 
+    /// Connects, and has a keeper keep a copy of it if it leads to a hyperkit VM, from before it is
+    /// connected.
+    ///
+    /// # Errors
+    /// As those of [`connect`](Stream::connect).
+    #[cfg(unix)]
+    pub(crate) fn connect_kept(endpoint: &Endpoint, keeper: Option<&Link>) -> io::Result<Stream> {
+        match endpoint {
+            Endpoint::Hyperkit(_) => {
+                let stream = Stream::Local(Local::connect_kept(endpoint, keeper)?);
+                stream.set_options();
+                Ok(stream)
+            }
+            _ => Stream::connect(endpoint),
+        }
+    }
+
     /// Returns whether the connect that was begun is done. Ask after an event said that the stream
     /// is writable.
     ///
@@ -70,6 +94,63 @@ impl Stream {
         if let Stream::Tcp(stream) = self {
             set_tcp_options(SockRef::from(stream));
         }
+    }
+
+    /// Has a keeper keep a copy of it, until it is closed.
+    #[cfg(unix)]
+    pub(crate) fn keep(&mut self, keeper: &Link) {
+        if let Stream::Local(stream) = self {
+            stream.keep(keeper);
+        }
+    }
+
+    /// Returns whether it was given to a keeper.
+    #[cfg(unix)]
+    pub(crate) fn is_kept(&self) -> bool {
+        matches!(self, Stream::Local(stream) if stream.is_kept())
+    }
+
+    /// Ends both directions of one that was given to a keeper, which is to be closed.
+    #[cfg(unix)]
+    pub(crate) fn end_kept(&mut self) {
+        if let Stream::Local(stream) = self {
+            stream.end_kept();
+        }
+    }
+
+    /// Returns whether a keeper has a copy of it.
+    pub(crate) fn is_guarded(&self) -> bool {
+        match self {
+            #[cfg(unix)]
+            Stream::Local(stream) => stream.is_guarded(),
+            _ => false,
+        }
+    }
+
+    /// Leaves it to the keeper, which ends it when this process has ended.
+    #[cfg(unix)]
+    pub(crate) fn leave(self) {
+        if let Stream::Local(stream) = self {
+            stream.leave();
+        }
+    }
+
+    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody.
+    pub(crate) fn set_keepalive(&self, time: Option<Duration>) {
+        let Stream::Tcp(stream) = self else {
+            return;
+        };
+        let socket = SockRef::from(stream);
+        // Setting it fails only on a connection that has ended, as the next read says.
+        let _ = match time {
+            None => socket.set_keepalive(false),
+            Some(time) => socket.set_tcp_keepalive(
+                &TcpKeepalive::new()
+                    .with_time(time.max(Duration::from_secs(1)))
+                    .with_interval(KEEPALIVE_INTERVAL)
+                    .with_retries(KEEPALIVE_RETRIES),
+            ),
+        };
     }
 
     /// Closes, without waiting for the close of descriptors that the peer has passed.
@@ -120,16 +201,28 @@ impl Stream {
             #[cfg(unix)]
             Stream::Local(stream) => stream
                 .peer_process()
+                .and_then(|peer| peer.id)
                 .is_none_or(|process| process == std::process::id()),
             _ => false,
         }
     }
 
     /// Returns the process that made the other end of a Unix socket, as far as the system tells.
-    #[cfg(unix)]
-    pub(crate) fn peer_process(&self) -> Option<u32> {
+    pub(crate) fn peer_process(&self) -> Option<PeerProcess> {
         match self {
+            #[cfg(unix)]
             Stream::Local(stream) => stream.peer_process(),
+            _ => None,
+        }
+    }
+
+    /// Returns how many bytes have come that were not read yet, as far as the system tells.
+    pub(crate) fn unread(&self) -> Option<u64> {
+        match self {
+            #[cfg(unix)]
+            Stream::Tcp(stream) => sys::unread(stream),
+            #[cfg(unix)]
+            Stream::Local(stream) => sys::unread(&stream.as_socket()),
             _ => None,
         }
     }

@@ -11,7 +11,8 @@
 //!   without following a symbolic link and without touching the file in any way that its owner
 //!   could notice.
 //! * `refuse_descriptors(socket)`, `refuses_descriptors(socket)`, `receive(socket, buffer)`:
-//!   descriptors that a peer passes.
+//!   descriptors that a peer passes; `send(socket, bytes, descriptor)`: one passed to a peer.
+//! * `detach()`: makes this process independent of the one that has started it.
 //! * `Place::of(path)`: a file by its directory and name, to be changed only if it is still the
 //!   right one, no link followed.
 //! * `set_bound_mode(socket, mode)`: the permissions of the file that a bind of this socket will
@@ -30,6 +31,8 @@
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: the user of this process, and the process at the other end
 //!   of a Unix socket.
+//! * `program_name(process)`: the name of the program that a process runs.
+//! * `unread(socket)`: how many bytes have come that were not read yet.
 //! * `Process`: another process, and whether it is ending.
 //! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).

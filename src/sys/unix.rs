@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 pub(crate) use place::Place;
 pub(crate) use process::Process;
-pub(crate) use rights::{receive, refuse_descriptors, refuses_descriptors};
+pub(crate) use rights::{receive, refuse_descriptors, refuses_descriptors, send};
 
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux
 /// (`unix(7)`), 104 on macOS and the BSDs (`sys/un.h`).
@@ -40,6 +40,49 @@ impl Identity {
     /// Returns the identity of the file at `path`, not following a symbolic link.
     pub(crate) fn of(path: &Path) -> io::Result<Identity> {
         Ok(Identity::from(&fs::symlink_metadata(path)?))
+    }
+}
+
+impl Identity {
+    /// Returns the inode.
+    pub(crate) fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// Returns it as text for another process: `DEVICE:INODE`, and `:SECONDS:NANOSECONDS` of the
+    /// time of birth since 1970.
+    pub(crate) fn to_text(self) -> String {
+        let Identity {
+            device,
+            inode,
+            born,
+        } = self;
+        match born.and_then(|it| it.duration_since(SystemTime::UNIX_EPOCH).ok()) {
+            Some(born) => {
+                let (seconds, part) = (born.as_secs(), born.subsec_nanos());
+                format!("{device}:{inode}:{seconds}:{part}")
+            }
+            None => format!("{device}:{inode}"),
+        }
+    }
+
+    /// Returns what [`to_text`](Identity::to_text) has written; `None` if it has not.
+    pub(crate) fn from_text(text: &str) -> Option<Identity> {
+        let mut parts = text.split(':').map(|part| part.parse::<u64>().ok());
+        let (device, inode) = (parts.next()??, parts.next()??);
+        let born = match (parts.next(), parts.next()) {
+            (None, None) => None,
+            (Some(seconds), Some(part)) => {
+                let part = u32::try_from(part?).ok().filter(|it| *it < 1_000_000_000)?;
+                Some(SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds?, part))?)
+            }
+            _ => return None,
+        };
+        Some(Identity {
+            device,
+            inode,
+            born,
+        })
     }
 }
 
@@ -319,7 +362,6 @@ pub(crate) fn wait(socket: BorrowedFd<'_>, wanted: Wanted, timeout: Duration) ->
 
 /// Returns whether the peer has closed both directions, as far as the kernel knows: with TCP it
 /// doesn't until something was sent.
-#[cfg(feature = "cli")]
 pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     let mut asked = [PollFd::new(socket, PollFlags::empty())];
     let answered = poll(&mut asked, PollTimeout::ZERO).is_ok();
@@ -374,7 +416,6 @@ pub(crate) fn descriptor_limit() -> Option<u64> {
 }
 
 /// Raises the limit of descriptors as far as the process may.
-#[cfg(feature = "cli")]
 pub(crate) fn raise_descriptor_limit() -> io::Result<()> {
     use nix::sys::resource::setrlimit;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -421,7 +462,6 @@ pub(crate) fn user_id() -> u32 {
 /// The peer that connected a Unix socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Connector {
-    #[cfg_attr(not(feature = "cli"), allow(dead_code))]
     pub(crate) user: u32,
     /// `None` where the system doesn't tell.
     pub(crate) process: Option<u32>,
@@ -458,6 +498,36 @@ pub(crate) fn connector(socket: BorrowedFd<'_>) -> io::Result<Connector> {
     }
 }
 
+/// Returns the name of the program that a process runs, if there is such a process.
+pub(crate) fn program_name(process: u32) -> Option<String> {
+    #[cfg(target_os = "linux")]
+    {
+        // `proc_pid_comm(5)`; it need not be UTF-8.
+        let name = std::fs::read(format!("/proc/{process}/comm")).ok()?;
+        Some(String::from_utf8_lossy(name.trim_ascii_end()).into_owned())
+    }
+    #[cfg(target_vendor = "apple")]
+    {
+        process::program_name(process)
+    }
+    #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+    {
+        let _ = process;
+        None
+    }
+}
+
+/// Returns how many bytes have come for a socket that were not read yet, as far as the system
+/// tells.
+#[allow(unsafe_code)]
+pub(crate) fn unread(socket: &impl std::os::fd::AsRawFd) -> Option<u64> {
+    let mut bytes: nix::libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int, to which the pointer is valid, and nothing else.
+    let result =
+        unsafe { nix::libc::ioctl(socket.as_raw_fd(), nix::libc::FIONREAD, &raw mut bytes) };
+    u64::try_from(bytes).ok().filter(|_| result == 0)
+}
+
 /// Returns whether `signal` was ignored when the process started, as `nohup` does with SIGHUP.
 #[cfg(any(feature = "cli", target_os = "linux"))]
 #[allow(unsafe_code)]
@@ -468,6 +538,40 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
     unsafe {
         nix::libc::sigaction(signal, std::ptr::null(), old.as_mut_ptr()) == 0
             && old.assume_init().sa_sigaction == nix::libc::SIG_IGN
+    }
+}
+
+/// Makes this process one that no terminal, session or signal of its parent ends: it gets a session
+/// of its own and `/` as its directory, ignores SIGHUP, SIGINT, SIGQUIT, SIGTERM and SIGPIPE, and
+/// closes all descriptors but the standard ones, so that nobody waits for them to be closed. It is
+/// called before anything else is opened.
+#[allow(unsafe_code)]
+pub(crate) fn detach() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // It fails for the leader of a process group only, which keeps its terminal.
+    let _ = nix::unistd::setsid();
+    let _ = std::env::set_current_dir("/");
+    for number in [
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGTERM,
+        Signal::SIGPIPE,
+    ] {
+        // SAFETY: no handler is installed that could run, and no old one is used.
+        let _ = unsafe { signal(number, SigHandler::SigIgn) };
+    }
+    let open = fs::read_dir("/dev/fd").map(|entries| {
+        let number =
+            |entry: io::Result<fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
+        entries.filter_map(number).collect::<Vec<i32>>()
+    });
+    for descriptor in open.unwrap_or_default() {
+        if descriptor > 2 {
+            // SAFETY: they were open before the program began and have no owner here. (The one by
+            // which they were listed is closed already.)
+            unsafe { nix::libc::close(descriptor) };
+        }
     }
 }
 
@@ -633,6 +737,22 @@ mod tests {
         );
         drop(listener);
         assert!(!is_socket_alive(&path).unwrap());
+    }
+
+    #[test]
+    fn an_identity_is_the_same_as_text() {
+        let root = tempfile::tempdir().unwrap();
+        let identity = Identity::of(root.path()).unwrap();
+        let text = identity.to_text();
+        assert_eq!(Identity::from_text(&text), Some(identity));
+        let unborn = Identity {
+            born: None,
+            ..identity
+        };
+        assert_eq!(Identity::from_text(&unborn.to_text()), Some(unborn));
+        for wrong in ["", "1", "1:x", "1:2:3", "1:2:3:4000000000000"] {
+            assert_eq!(Identity::from_text(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

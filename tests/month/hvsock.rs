@@ -12,8 +12,6 @@ use std::fs;
 use std::io::BufRead;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 /// Connections on which nothing moves are cut off after so many seconds, by the forward that does.
@@ -24,8 +22,6 @@ pub(crate) struct Hvsock<'a> {
     pub(crate) proxy: Proxy,
     places: &'a Places,
     host: &'a Host,
-    /// How often it has said that it has read its file again.
-    reloads: Arc<AtomicUsize>,
 }
 
 /// The files that it is given.
@@ -50,32 +46,23 @@ impl<'a> Hvsock<'a> {
         let mut proxy = Proxy::spawn(command, places.root.join("proxy.log"))?;
         while !proxy.line()?.starts_with("idle: ") {}
         let stdout = proxy.stdout.take().expect("nobody has taken it");
-        let reloads = Arc::new(AtomicUsize::new(0));
-        let heard = Arc::clone(&reloads);
         // It ends with the proxy, whose pipe must not fill.
-        thread::spawn(move || {
-            for line in stdout.lines().map_while(Result::ok) {
-                if line.contains("was read again") {
-                    heard.fetch_add(1, Ordering::SeqCst);
-                }
-            }
-        });
+        thread::spawn(move || stdout.lines().map_while(Result::ok).for_each(drop));
         Ok(Hvsock {
             proxy,
             places,
             host,
-            reloads,
         })
     }
 
     /// Has another file read, and waits until it has been.
     pub(crate) fn reload(&self, file: File) -> Result<(), String> {
         let path = self.places.root.join("hvsock.toml");
-        let refusals = || self.proxy.log().matches("all stays as it was").count();
-        let count = || match file {
-            File::Bad => refusals(),
-            _ => self.reloads.load(Ordering::SeqCst),
+        let told = match file {
+            File::Bad => "all stays as it was",
+            _ => "was read again",
         };
+        let count = || self.proxy.log().matches(told).count();
         let before = count();
         fs::write(&path, content(self.places, self.host, file)).map_err(|e| e.to_string())?;
         self.proxy.signal(Signal::SIGHUP);

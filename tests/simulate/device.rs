@@ -172,9 +172,44 @@ fn a_rebooted_guest_has_forgotten_its_connections() {
     assert_closed(&mut sends);
     assert_eq!(finish(ends), b"");
     assert_quiet(&mut waits);
-    assert_eq!(vm.counters().live_slots, 1);
+    // One slot is lost.
+    assert_eq!(vm.counters().live_slots, 2);
     assert_eq!(finish(waits), b"");
-    free(&vm);
+    assert!(vm.wait_for(LONG, |counters| counters.live_slots == 1));
+    assert_eq!(vm.counters().lost_slots, 1);
+    assert_alive(&vm);
+}
+
+#[test]
+fn requests_that_a_reboot_meets_are_lost() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = builder(&directory).slots(4).lost_at_reboot(2);
+    let vm = vm.start().unwrap();
+    vm.pause();
+    let mut requests = [dial(&vm, ECHO), dial(&vm, ECHO), dial(&vm, ECHO)];
+    assert!(vm.wait_for(LONG, |counters| counters.unanswered == 3));
+    vm.reboot_guest();
+    vm.resume();
+    echo(&vm, b"the guest is up again");
+    for request in &mut requests {
+        request.write_all(b"anybody there?").unwrap();
+        request.shutdown(Shutdown::Write).unwrap();
+        assert_quiet(request);
+    }
+    drop(requests);
+    assert!(vm.wait_for(LONG, |counters| counters.live_slots == 2));
+    // They take the place of others.
+    let (mut first, mut second) = (dial(&vm, ECHO), dial(&vm, ECHO));
+    assert!(vm.wait_for(LONG, |counters| counters.live_slots == 4));
+    assert_closed(&mut connect(&vm));
+    for stream in [&mut first, &mut second] {
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+    }
+    finish(first);
+    finish(second);
+    assert!(vm.wait_for(LONG, |counters| counters.live_slots == 2));
+    assert_eq!(vm.counters().lost_slots, 2);
     assert_alive(&vm);
 }
 

@@ -65,11 +65,11 @@ fn the_guest_dials_the_host() {
         .start()
         .unwrap();
     thread::scope(|scope| {
-        // Nobody has listened yet: the guest waits.
-        let program = scope.spawn(|| vm.dial(5000).unwrap());
-        assert!(!vm.wait_for(SHORT, |counters| counters.guest_dials > 0));
+        assert!(!vm.wait_for_listener(5000, SHORT));
         let listener = host_socket(&vm, 5000);
-        let (mut host, mut guest) = (accept(&listener), program.join().unwrap());
+        assert!(vm.wait_for_listener(5000, LONG));
+        let mut guest = vm.dial(5000).unwrap();
+        let mut host = accept(&listener);
         guest.set_read_timeout(Some(LONG)).unwrap();
         let sum = send_pattern(&mut guest, 1, 100_000);
         guest.shutdown(Shutdown::Write).unwrap();
@@ -91,6 +91,75 @@ fn the_guest_dials_the_host() {
     });
     free(&vm);
     assert_eq!(vm.counters().guest_dials, 2);
+    assert_alive(&vm);
+}
+
+#[test]
+fn the_guest_dials_at_a_pace() {
+    const PACE: u32 = 100;
+    let directory = tempfile::tempdir().unwrap();
+    let paced = Dial::Paced(PACE.try_into().unwrap());
+    let vm = builder(&directory).dial(5000, paced).strict(true);
+    let vm = vm.start().unwrap();
+    // Not before somebody listens.
+    assert!(!vm.wait_for(SHORT, |it| it.guest_dials + it.guest_dials_failed > 0));
+    let listener = host_socket(&vm, 5000);
+    let begun = Instant::now();
+    thread::spawn(move || {
+        for (number, stream) in listener.incoming().flatten().enumerate() {
+            // Each third is sent something else, each fourth nothing.
+            if number % 3 == 0 {
+                (&stream).write_all(b"?").unwrap();
+            }
+            if number % 4 != 0 {
+                io::copy(&mut &stream, &mut &stream).unwrap();
+            }
+            finish(stream);
+        }
+    });
+    assert!(vm.wait_for(LONG, |counters| counters.guest_dials >= 60));
+    let took = begun.elapsed();
+    assert!(took > Duration::from_secs(1) * 60 / PACE / 2, "{took:?}");
+    vm.stop_dialling();
+    let dials = vm.counters().guest_dials;
+    free(&vm);
+    let counters = vm.counters();
+    assert_eq!(
+        (counters.guest_dials, counters.guest_dials_failed),
+        (dials, 0)
+    );
+    let whole = (0..dials).filter(|number| number % 3 != 0 && number % 4 != 0);
+    assert_eq!(counters.guest_echoes, whole.count() as u64);
+    assert_alive(&vm);
+}
+
+#[test]
+fn rude_services_are_rude() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = builder(&directory)
+        .guest(1, Service::Endless)
+        .guest(2, Service::Heedless(3 << 20))
+        .guest(3, Service::Reset)
+        .start()
+        .unwrap();
+    // It heeds no EOF; a close it must.
+    let mut endless = dial(&vm, 1);
+    endless.write_all(b"stop").unwrap();
+    endless.shutdown(Shutdown::Write).unwrap();
+    io::copy(&mut (&mut endless).take(8 << 20), &mut io::sink()).unwrap();
+    drop(endless);
+    free(&vm);
+    // All that it has to say arrives, whatever it is told.
+    let heedless = dial(&vm, 2);
+    assert_eq!(finish(heedless).len(), 3 << 20);
+    free(&vm);
+    let mut reset = dial(&vm, 3);
+    assert_quiet(&mut reset);
+    reset.write_all(b"x").unwrap();
+    assert_eq!(read_all(&mut reset).len(), 4096);
+    free(&vm);
+    assert_eq!(finish(dial(&vm, 3)).len(), 4096);
+    free(&vm);
     assert_alive(&vm);
 }
 

@@ -2,26 +2,66 @@
 
 use crate::support::*;
 use hvsock::hyperkit::{connect_line, socket_name};
-use hvsock::simulate::{Rule, Vm};
+use hvsock::simulate::{Rule, Service, Vm};
+use socket2::{Domain, SockAddr, Socket, Type};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+/// Dials a guest that has sent so much and closed, of which nothing was read.
+fn unread(vm: &Vm, port: u32, bytes: u64) -> UnixStream {
+    let before = vm.counters().bytes_to_host;
+    let stream = dial(vm, port);
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    // Until no more fits in, or there is no more.
+    let mut last = before;
+    while !vm.wait_for(SHORT, |it| it.bytes_to_host == before + bytes) {
+        let now = vm.counters().bytes_to_host;
+        if now == last {
+            break;
+        }
+        last = now;
+    }
+    stream
+}
+
 #[test]
-fn dies_of_a_close_with_data_unread() {
+fn dies_of_a_close_with_more_unread_than_its_buffer_holds() {
     if !tells_unread() {
         return;
     }
-    let (_directory, mid_download) = vm();
+    let directory = tempfile::tempdir().unwrap();
+    let vm = builder(&directory)
+        .guest(1, Service::Heedless(100_000))
+        .guest(2, Service::Heedless(300_000))
+        .start()
+        .unwrap();
+    // In mid-stream, and what the socket's buffer holds.
+    let mut stream = dial(&vm, CHARGEN);
+    stream.read_exact(&mut [0; 100]).unwrap();
+    drop(stream);
+    drop(unread(&vm, 1, 100_000));
+    free(&vm);
+    assert_alive(&vm);
+    drop(unread(&vm, 2, 300_000));
+    fate(&vm, Rule::CloseUnread);
+}
+
+#[test]
+fn a_strict_one_dies_of_any_close_with_data_unread() {
+    if !tells_unread() {
+        return;
+    }
+    let (_directory, mid_download) = strict_vm();
     let mut stream = dial(&mid_download, CHARGEN);
     stream.read_exact(&mut [0; 100]).unwrap();
     drop(stream);
     fate(&mid_download, Rule::CloseUnread);
 
     // The guest has closed, and the device is done with the connection.
-    let (_directory, after) = vm();
+    let (_directory, after) = strict_vm();
     let mut stream = dial(&after, ECHO);
     stream.write_all(b"never read").unwrap();
     stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -32,7 +72,7 @@ fn dies_of_a_close_with_data_unread() {
     fate(&after, Rule::CloseUnread);
 
     // A host program that the guest dialled.
-    let (_directory, dialled) = vm();
+    let (_directory, dialled) = strict_vm();
     let listener = host_socket(&dialled, 5000);
     let mut guest = dialled.dial(5000).unwrap();
     guest.write_all(b"never read").unwrap();
@@ -130,6 +170,24 @@ fn hangs_of_a_probe() {
     fate(&vm, Rule::Probe);
 }
 
+/// Has the guest dial; its end, or the error of a dial that is counted.
+fn try_dial(vm: &Vm) -> std::io::Result<UnixStream> {
+    let before = vm.counters().guest_dials_failed;
+    vm.dial(5000).inspect_err(|_| {
+        // Its program is told first.
+        assert!(vm.wait_for(LONG, |it| it.guest_dials_failed > before));
+    })
+}
+
+/// Has the guest dial in vain until the VM hangs; how often it did in all.
+fn dials_in_vain(vm: &Vm) -> u64 {
+    while vm.fate().is_none() {
+        let error = try_dial(vm).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+    }
+    vm.counters().guest_dials_failed
+}
+
 #[test]
 fn hangs_when_nobody_listens_any_more() {
     let (_directory, vm) = vm();
@@ -139,9 +197,56 @@ fn hangs_when_nobody_listens_any_more() {
     drop(guest);
     finish(host);
     drop(listener);
-    let error = vm.dial(5000).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(dials_in_vain(&vm), 3);
     fate(&vm, Rule::NoListener);
+}
+
+#[test]
+fn hangs_when_nobody_has_ever_listened() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = builder(&directory).failed_dials(5).start().unwrap();
+    for failed in 1..=5 {
+        assert_eq!(vm.fate(), None);
+        let error = try_dial(&vm).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert_eq!(vm.counters().guest_dials_failed, failed);
+    }
+    fate(&vm, Rule::NoListener);
+}
+
+#[test]
+fn hangs_when_a_listener_is_full() {
+    let (directory, vm) = vm();
+    let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    let path = directory.path().join(socket_name(2, 5000));
+    listener.bind(&SockAddr::unix(path).unwrap()).unwrap();
+    listener.listen(2).unwrap();
+    let mut waiting = Vec::new();
+    while let Ok(guest) = try_dial(&vm) {
+        waiting.push(guest);
+        assert!(waiting.len() < 20, "it is never full");
+    }
+    assert_eq!(dials_in_vain(&vm), 3);
+    fate(&vm, Rule::FullListener);
+}
+
+#[test]
+fn hangs_when_the_guest_dials_without_a_slot() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = builder(&directory).slots(2).start().unwrap();
+    let listener = host_socket(&vm, 5000);
+    let client = dial(&vm, ECHO);
+    let guest = vm.dial(5000).unwrap();
+    assert!(vm.wait_for(LONG, |counters| counters.live_slots == 2));
+    let error = try_dial(&vm).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    // One fewer does it no harm.
+    finish(client);
+    assert!(vm.wait_for(LONG, |counters| counters.live_slots == 1));
+    let second = vm.dial(5000).unwrap();
+    assert_eq!(dials_in_vain(&vm), 3);
+    fate(&vm, Rule::NoSlot);
+    drop((guest, second, listener));
 }
 
 #[test]
@@ -162,7 +267,8 @@ fn hangs_when_the_guest_is_accepted_and_closed_at_once() {
 #[test]
 fn a_lenient_vm_only_counts() {
     let directory = tempfile::tempdir().unwrap();
-    let vm = builder(&directory).lenient(true).start().unwrap();
+    let vm = builder(&directory).lenient(true).strict(true);
+    let vm = vm.start().unwrap();
     let mut broken = 0;
     for _ in 0..50 {
         drop(dial(&vm, ECHO));
@@ -189,7 +295,8 @@ fn a_lenient_vm_only_counts() {
 #[test]
 fn polite_clients_in_numbers_do_no_harm() {
     let directory = tempfile::tempdir().unwrap();
-    let vm = Arc::new(builder(&directory).guest_forwards(&[ECHO]).start().unwrap());
+    let vm = builder(&directory).guest_forwards(&[ECHO]).strict(true);
+    let vm = Arc::new(vm.start().unwrap());
     let threads: Vec<_> = (0..8)
         .map(|number| {
             let vm = Arc::clone(&vm);
@@ -234,7 +341,7 @@ fn polite_clients_in_numbers_do_no_harm() {
 
 #[test]
 fn many_live_connections_with_a_quick_turnover_do_no_harm() {
-    let (_directory, vm) = vm();
+    let (_directory, vm) = strict_vm();
     let mut idle = Vec::new();
     // Paced as a good neighbour paces them: the next when the last was answered.
     for i in 0..900 {
@@ -255,7 +362,7 @@ fn many_live_connections_with_a_quick_turnover_do_no_harm() {
 
 #[test]
 fn closing_in_its_own_time_does_no_harm() {
-    let (_directory, vm) = vm();
+    let (_directory, vm) = strict_vm();
     // Unanswered and given up, and answered but idle: what was neither at once nor with data unread costs a slot at most.
     let idle = dial(&vm, ECHO);
     assert!(vm.wait_for(LONG, |counters| counters.answered == 1));
@@ -277,7 +384,8 @@ fn every_close_with_data_unread_is_seen() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let vm = builder(&directory).lenient(true).start().unwrap();
+    let vm = builder(&directory).lenient(true).strict(true);
+    let vm = vm.start().unwrap();
     for i in 1..=300 {
         let mut stream = dial(&vm, ECHO);
         stream.write_all(&[1; 5_000]).unwrap();

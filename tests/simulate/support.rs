@@ -35,6 +35,13 @@ pub(crate) fn vm() -> (TempDir, Vm) {
     (directory, vm)
 }
 
+/// One that punishes any close with data unread.
+pub(crate) fn strict_vm() -> (TempDir, Vm) {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = builder(&directory).strict(true).start().unwrap();
+    (directory, vm)
+}
+
 /// Connects; `None` if the backlog is full, which on macOS is a refusal.
 pub(crate) fn try_connect(vm: &Vm) -> Option<UnixStream> {
     let stream = match UnixStream::connect(vm.directory().join("connect")) {

@@ -69,16 +69,22 @@ impl Places {
         self.root.join(format!("{port}.sock"))
     }
 
-    /// Socket files that are the proxy's and still there.
+    /// Socket files that are the proxy's and still there, but those that the guest dials.
     pub(crate) fn left_over(&self) -> Vec<PathBuf> {
         let locals = PORTS.iter().map(|&port| self.unix(port));
-        let name = |port: u32| self.vm.join(format!("00000002.{port:08x}"));
-        let remotes = self.remotes.iter().map(|(port, _)| name(*port));
-        locals
-            .chain(remotes)
-            .filter(|path| path.symlink_metadata().is_ok())
-            .collect()
+        locals.filter(|path| is_there(path)).collect()
     }
+
+    /// Socket files that the guest dials and that are there.
+    pub(crate) fn dialled(&self) -> Vec<PathBuf> {
+        let name = |port: u32| self.vm.join(format!("00000002.{port:08x}"));
+        let dialled = self.remotes.iter().map(|(port, _)| name(*port));
+        dialled.filter(|path| is_there(path)).collect()
+    }
+}
+
+fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
 }
 
 /// What becomes of what a proxy says.

@@ -62,10 +62,13 @@ pub(crate) struct World<'a, V = Vm> {
     pub(crate) tcp: HashMap<u32, SocketAddr>,
     /// Ends and starts of the proxy (or of the VM, whichever is ended) so far: odd while it is ending or gone.
     pub(crate) changes: AtomicUsize,
-    /// What ends can't say so: a VM's death is an EOF on all of its sockets, as a guest's close is.
+    /// What ends can't say so: a VM's death is an EOF on all of its sockets, as a guest's close is, and the death of a
+    /// proxy on all of those.
     pub(crate) ends_silently: bool,
     /// Whether the guest may dial; held for reading while it does.
     pub(crate) may_dial: RwLock<bool>,
+    /// How long each program in the guest is idle between two dials.
+    pub(crate) between_dials: Duration,
     /// Nothing more is begun: a failure, or the end.
     pub(crate) over: AtomicBool,
     pub(crate) tallies: Mutex<BTreeMap<&'static str, Tally>>,
@@ -100,6 +103,7 @@ impl<'a, V: Guests> World<'a, V> {
             changes: 0.into(),
             ends_silently: false,
             may_dial: true.into(),
+            between_dials: Duration::ZERO,
             over: false.into(),
             tallies: Default::default(),
             failures: Default::default(),
@@ -325,7 +329,8 @@ impl<'a, V: Guests> World<'a, V> {
             self.late_refusals[0].fetch_add((end == End::Eof).into(), Ordering::Relaxed);
             self.late_refusals[1].fetch_add(1, Ordering::Relaxed);
         } else if tcp && end == End::Eof {
-            return Err(client::wrong("a refusal looked like a clean EOF"));
+            let text = "a refusal looked like a clean EOF";
+            return Err(io::Error::new(ErrorKind::UnexpectedEof, text));
         }
         Ok(())
     }
@@ -476,6 +481,9 @@ impl<'a, V: Guests> World<'a, V> {
             if parked.len() > 5 {
                 parked.remove(0);
             }
+            if !self.between_dials.is_zero() {
+                thread::sleep(self.between_dials);
+            }
             let changes = self.changes();
             let choice = rng.u32(..10);
             let port = match choice {
@@ -490,6 +498,7 @@ impl<'a, V: Guests> World<'a, V> {
                 (*may_dial).then(|| self.vm.dial(port))
             };
             let Some(stream) = stream else {
+                parked.clear();
                 wait_until(LONG, || *self.may_dial.read().unwrap() || self.is_over());
                 continue;
             };

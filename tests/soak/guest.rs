@@ -95,7 +95,8 @@ pub(crate) fn builder(directory: &Path) -> Builder {
         .guest(ECHO, Service::Echo)
         .guest(DISCARD, Service::Discard)
         .guest(CHARGEN, Service::Chargen)
-        .guest(HTTP, Service::Http);
+        .guest(HTTP, Service::Http)
+        .strict(true);
     PROGRAMS.into_iter().fold(vm, |vm, (port, program)| {
         // A program whose client has gone has nobody to tell.
         vm.guest(port, Service::custom(move |stream| drop(program(stream))))

@@ -1,6 +1,7 @@
 //! The soak: the stand-in VM with all its frailties, the real binary in front of it, and a crowd that is mostly rude.
 //!
 //! `HVSOCK_SOAK` is the number of clients (1,500 if not said), `HVSOCK_SEED` repeats a run. The long run: `scripts/soak`.
+//! `HVSOCK_SOAK_RESTART` has hvsock restarted each time so many seconds have gone by, and only that run.
 //! With `HVSOCK_SOAK_DISTURB` (Linux) a listener is shut down from outside each time so many milliseconds have gone by,
 //! nobody reads the log, and the VM's files are FIFOs and worse: `scripts/disturb`.
 #![cfg(all(unix, feature = "simulate"))]
@@ -16,6 +17,7 @@ mod crowd;
 mod disturb;
 mod guest;
 mod host;
+mod restarts;
 
 use child::{Output, Places, Proxy, wait_until};
 use client::{Conn, Place};
@@ -39,6 +41,10 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// `--drain-timeout`, in seconds: stubborn guests are given up then.
 const DRAIN: &str = "2";
+
+/// A keeper would go on reading what sends for ever, and serve what the guest dials: here the proxy ends all by itself.
+/// With a keeper: `restarts`.
+const NO_KEEPER: &str = "--no-keeper";
 
 /// How long the proxy takes leave of guests after the grace.
 const LAST_LEAVE: Duration = Duration::from_secs(2);
@@ -122,7 +128,7 @@ fn the_vm_survives_a_rude_crowd() {
     let mut first = Proxy::start(
         &places,
         &HashMap::new(),
-        &["--grace", "2", "--drain-timeout", DRAIN],
+        &["--grace", "2", "--drain-timeout", DRAIN, NO_KEEPER],
         output,
     )
     .unwrap();
@@ -153,7 +159,7 @@ fn the_vm_survives_a_rude_crowd() {
             reach(&world, total / 2)?;
             peak = first.peak_memory();
             end_in_the_middle(&world, &mut first)?;
-            let options = ["--grace", "30", "--drain-timeout", DRAIN];
+            let options = ["--grace", "30", "--drain-timeout", DRAIN, NO_KEEPER];
             if disturb.is_some() {
                 disturb::put_odd_files(&places.vm).map_err(|error| error.to_string())?;
             }
@@ -490,7 +496,8 @@ fn check_end(world: &World, proxy: &Proxy, status: ExitStatus) -> Result<(), Str
     if !status.success() {
         return Err(format!("{status}: {}", proxy.log_tail()));
     }
-    let left = world.places.left_over();
+    let mut left = world.places.left_over();
+    left.extend(world.places.dialled());
     if left.is_empty() {
         Ok(())
     } else {

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use crate::address::{Address, HyperkitAddress, PORT_ANY};
+use crate::address::{Address, HyperkitVm};
 use crate::app::serve::LOOK;
 use crate::dial;
 use crate::error::{Error, Operation};
@@ -144,15 +144,14 @@ impl Cat {
         let deadline = after(Instant::now(), timeout);
         let stream = Stream::connect_unless(address, timeout, &|| self.is_interrupted())?;
         let connected = Instant::now();
-        match address {
-            Address::Hyperkit(hyperkit) if !self.plan.wait.is_zero() => {
-                let outcome = self.is_taken(&stream, hyperkit, deadline);
-                if outcome.is_err() {
-                    let _ = stream.finish(LEAVE);
-                }
-                outcome?;
+        if let Some(vm) = address.hyperkit_vm()
+            && !self.plan.wait.is_zero()
+        {
+            let outcome = self.is_taken(&stream, vm, deadline);
+            if outcome.is_err() {
+                let _ = stream.finish(LEAVE);
             }
-            _ => {}
+            outcome?;
         }
         Ok((stream, connected))
     }
@@ -162,18 +161,9 @@ impl Cat {
     /// hyperkit tells a refusal by EOF and nothing else, and a guest that boots says nothing for a while. But a guest
     /// answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
     /// answered, too.
-    fn is_taken(
-        &self,
-        stream: &Stream,
-        address: &HyperkitAddress,
-        deadline: Instant,
-    ) -> Result<(), Attempt> {
-        let probe = HyperkitAddress {
-            port: PORT_ANY,
-            ..address.clone()
-        };
+    fn is_taken(&self, stream: &Stream, vm: &HyperkitVm, deadline: Instant) -> Result<(), Attempt> {
         // With `guest_forwards` alone there is nothing to probe with. And a VM that has gone ends ours, too.
-        let Ok(probe) = Stream::connect_timeout(&probe.into(), DIAL) else {
+        let Ok(probe) = Stream::connect_timeout(&vm.probe_address().into(), DIAL) else {
             return self.is_refused(stream, LOOK);
         };
         let answered = self.is_answered(&probe, deadline);

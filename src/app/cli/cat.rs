@@ -4,9 +4,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::console::complain;
 use super::options::Peer;
+use super::outcome::{Failure, Outcome};
+use super::services;
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complain, services};
 use crate::address::Address;
 use crate::app::cat::{self, Plan};
 use crate::app::serve::{self, Stop};
@@ -115,15 +117,15 @@ impl Cat {
 
 /// Lets guests dial what is going to be listened on.
 fn register(address: &Address) -> Outcome {
-    let why = match address {
+    let why = match address.registered_service() {
         _ if cfg!(not(windows)) => {
             "for Windows, where a service has to be in the registry before guests can dial it; here nothing needs it"
         }
-        Address::Hvsock(hvsock) => {
-            complain(services::register(hvsock.service, None)?);
+        Some(service) => {
+            complain(services::register(service, None)?);
             return Ok(());
         }
-        _ => "for hvsock:// addresses: no other has to be in the registry",
+        None => "for hvsock:// addresses: no other has to be in the registry",
     };
     Err(Failure::Usage(format!("--register is {why}")))
 }

@@ -10,11 +10,14 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use clap::CommandFactory;
-use clap_complete::engine::{CompletionCandidate, PathCompleter, ValueCompleter};
+use clap::Command;
+use clap_complete::engine::{
+    ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
+};
 use clap_complete::env::{CompleteEnv, Shells};
 
-use super::{Arguments, complain};
+use super::console::complain;
+use super::man;
 use crate::hyperkit::{self, Places};
 
 /// The variable in which a script names its shell.
@@ -24,10 +27,20 @@ const SHELL: &str = "HVSOCK_COMPLETE";
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Answers a shell, if one asks; `None` if this is another run.
-pub(super) fn answer(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCode> {
+pub(super) fn answer(
+    arguments: impl IntoIterator<Item = OsString>,
+    hvsock: Command,
+) -> Option<ExitCode> {
     std::env::var_os(SHELL)?;
     let here = std::env::current_dir().ok();
-    let asked = CompleteEnv::with_factory(Arguments::command).var(SHELL);
+    let pages = man::names(&hvsock);
+    let page = move |begun: &OsStr| {
+        let names = pages.iter().map(|name| (name.clone(), String::new()));
+        matching(begun, names)
+    };
+    let page = ArgValueCompleter::new(page);
+    let hvsock = hvsock.mut_subcommand("man", |man| man.mut_arg("of", |of| of.add(page)));
+    let asked = CompleteEnv::with_factory(|| hvsock.clone()).var(SHELL);
     match asked.try_complete(arguments, here.as_deref()) {
         Ok(true) => Some(ExitCode::SUCCESS),
         Ok(false) => None,
@@ -84,12 +97,6 @@ pub(super) fn forward(begun: &OsStr) -> Vec<CompletionCandidate> {
         .into_iter()
         .map(|it| (it.label(), format!("{} -> {}", it.listen, it.connect)));
     matching(begun, names)
-}
-
-/// Completes the name of a man page.
-pub(super) fn page(begun: &OsStr) -> Vec<CompletionCandidate> {
-    let names = super::man::names().into_iter();
-    matching(begun, names.map(|name| (name, String::new())))
 }
 
 fn is_path(begun: &OsStr) -> bool {

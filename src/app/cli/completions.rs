@@ -3,7 +3,9 @@
 use clap::Args;
 use clap_complete::Shell;
 
-use super::{Failure, Outcome, complete, write_out};
+use super::complete;
+use super::console::write_out;
+use super::outcome::{Failure, Outcome};
 
 /// Print what has a shell complete this command line
 #[derive(Args, Debug)]

@@ -1,137 +1,46 @@
-//! `hvsock status`, `add`, `remove`, `reload`, `stop`: what is asked of an hvsock that runs, by its control socket.
+//! `hvsock status`, `add`, `remove`, `reload`, `upgrade`: what is asked of an hvsock that runs, by its control socket.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
-use super::expose::rules_of_vm;
-use super::forward::rules_of;
-use super::kept::{KeepTrying, Kept};
-use super::options::ProxyOptions;
+use super::console::{complain, print, print_json, print_text};
+use super::outcome::{Failure, Outcome};
 use super::reconciler::danger;
-use super::spec::{Local, Remote};
-use super::summary::tried_again;
-use super::{Failure, Outcome, complain, complete, print, print_json, print_text, say, table};
-use crate::address::{Address, TcpAddress, UnixAddress};
-use crate::app::control::{
-    self, Actions, Bound, Control, Unanswered, Unavailable, ask, read, refusals_by_reason, segment,
-};
+use super::rules::{rules_of, rules_of_vm};
+use super::spec::{Locals, Remotes};
+use super::summary::Report;
+use super::{complete, table};
+use crate::address::Address;
+use crate::app::control::{self, Unanswered, ask, read, refusals_by_reason, segment};
 use crate::app::escape;
-use crate::app::values::{at_home, local_address, parse_time};
-use crate::proxy::{Counters, Proxy, ProxyConfig};
-
-/// How a proxy that runs can be looked at and changed.
-#[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Control")]
-pub(super) struct ControlOptions {
-    /// Let `hvsock status`, `top`, `add` and `remove` at it, by a Unix socket at PATH [default: one in your runtime directory]
-    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, value_parser = parse_path)]
-    control: Option<Option<PathBuf>>,
-    /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
-    #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
-    metrics: Option<TcpAddress>,
-}
-
-impl ControlOptions {
-    pub(super) fn options(&self) -> control::Options {
-        let path = self.control.clone();
-        control::Options {
-            control: path.map(|path| path.unwrap_or_else(control::default_path)),
-            metrics: self.metrics.clone(),
-            unavailable: Unavailable::Fails,
-        }
-    }
-}
-
-/// The path of a control socket. Whoever writes a URI means something else.
-fn parse_path(text: &str) -> Result<PathBuf, String> {
-    match text {
-        "" => Err("it is empty; leave the = out for the usual place".to_owned()),
-        text if text.contains("://") || text.starts_with(['@', '-']) => {
-            Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
-        }
-        text => Ok(PathBuf::from(&*at_home(text)?)),
-    }
-}
-
-fn parse_metrics(text: &str) -> Result<TcpAddress, String> {
-    match local_address(text)? {
-        Address::Tcp(tcp) => Ok(tcp),
-        other => Err(format!(
-            "{other} is no TCP address; a right one: 9100 or 127.0.0.1:9100"
-        )),
-    }
-}
-
-/// Binds the control socket and the metrics, if they are asked for; no forward of the proxy may lead there.
-pub(super) fn open(
-    options: &ProxyOptions,
-    patience: KeepTrying,
-    mut config: ProxyConfig,
-) -> crate::Result<(ProxyConfig, Option<Bound>)> {
-    let mut wanted = options.control();
-    wanted.unavailable = patience.unavailable();
-    if wanted.control.is_none() && wanted.metrics.is_none() {
-        return Ok((config, None));
-    }
-    let bound = control::bind(&wanted)?;
-    config.forbidden.extend(bound.addresses());
-    config.other_descriptors += bound.descriptors();
-    Ok((config, Some(bound)))
-}
-
-/// Begins to serve there.
-pub(super) fn begin(
-    options: &ProxyOptions,
-    bound: Option<Bound>,
-    proxy: &Proxy,
-    kept: Option<Arc<Kept>>,
-) -> crate::Result<Option<Control>> {
-    let (grace, rule) = (options.grace(), options.rule().clone());
-    let actions = Actions {
-        options: Box::new(move || rule.clone()),
-        pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
-        reload: None,
-        grace: Box::new(move || grace),
-    };
-    bound.map(|bound| serve(bound, proxy, actions)).transpose()
-}
-
-/// Serves on sockets where a proxy lets no forward lead; where they are is told.
-pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
-    let states = bound.states();
-    let control = bound.serve(proxy.handle(), actions)?;
-    for (address, trouble) in states {
-        match (address, trouble) {
-            (_, Some(why)) => complain(tried_again(&why)),
-            (Address::Tcp(tcp), None) => {
-                let (host, port) = (tcp.host, tcp.port);
-                say(format_args!("metrics at http://{host}:{port}/metrics"));
-            }
-            (other, None) => say(format_args!("controlled at {other}")),
-        }
-    }
-    Ok(control)
-}
+use crate::app::values::parse_time;
+use crate::keeper::LinkStatus;
+use crate::proxy::Counters;
 
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
 pub(super) struct Which {
     /// The control socket of the hvsock that is meant [default: the one in your runtime directory, or among the temporary
-    /// files]
+    /// files, or else that of the only hvsock that runs]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// The number of the `hvsock expose` or `forward` that is meant, as `hvsock ps` has it
+    #[arg(long, value_name = "PID", conflicts_with = "control")]
+    pid: Option<u32>,
 }
 
 impl Which {
     pub(super) fn path(&self) -> PathBuf {
-        self.control.clone().unwrap_or_else(control::find_path)
+        match (&self.control, self.pid) {
+            (Some(path), _) => path.clone(),
+            (None, Some(process)) => control::find_own_path(process),
+            (None, None) => control::find_path(),
+        }
     }
 }
 
@@ -202,14 +111,14 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     }
     for vm in status.vms() {
         lines.push(format!(
-            "VM {}: {}; {} of {} connections, {}",
+            "VM {}: {}; {}, {}",
             vm.directory,
             vm.health(now),
-            vm.status.connections,
-            vm.status.limit,
+            vm.slots(),
             table::counted(vm.status.restarts, "restart")
         ));
     }
+    lines.extend(status.keeper.as_ref().and_then(describe_keeper));
     for forward in &status.forwards {
         if let (Some(why), Some(since)) = (&forward.why, forward.since) {
             lines.push(format!(
@@ -235,6 +144,29 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     text
 }
 
+/// What the proxy knows of its keeper, unless none was needed yet.
+fn describe_keeper(keeper: &LinkStatus) -> Option<String> {
+    let mut text = match (keeper.pid, &keeper.trouble) {
+        (Some(pid), _) => format!(
+            "keeper: process {pid}, with copies of {} and {}",
+            table::counted(keeper.connections as u64, "connection"),
+            table::counted(keeper.ports as u64, "port")
+        ),
+        (None, Some(trouble)) => format!("keeper: none: {trouble}"),
+        (None, None) => return None,
+    };
+    if keeper.unguarded > 0 {
+        text += &format!(
+            "; {} more are unguarded: if hvsock is killed, their VM may end",
+            keeper.unguarded
+        );
+    }
+    if keeper.restarts > 0 {
+        text += &format!("; {}", table::counted(keeper.restarts, "restart"));
+    }
+    Some(text)
+}
+
 /// How many were refused, and why.
 fn refusals(counters: &Counters) -> String {
     if counters.refused == 0 {
@@ -247,7 +179,7 @@ fn refusals(counters: &Counters) -> String {
     format!("{} ({})", counters.refused, why.join(", "))
 }
 
-fn duration(seconds: f64) -> Duration {
+pub(super) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
@@ -282,10 +214,10 @@ pub(super) struct Add {
         value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT",
         requires = "vm"
     )]
-    local: Vec<Local>,
+    local: Vec<Locals>,
     /// Guest to host, as for `hvsock expose`
     #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm")]
-    remote: Vec<Remote>,
+    remote: Vec<Remotes>,
     /// Print what the control socket says, as it is
     #[arg(long)]
     json: bool,
@@ -311,7 +243,7 @@ impl Add {
         }
         let path = self.which.path();
         for rule in rules {
-            let (listen, connect) = (absolute(rule.listen)?, absolute(rule.connect)?);
+            let (listen, connect) = (rule.listen.absolute()?, rule.connect.absolute()?);
             let (listen, connect) = (listen.to_string(), connect.to_string());
             let rule = json!({"name": self.name, "listen": listen, "connect": connect});
             let answer = ask(&path, "POST", "/v1/forwards", &rule.to_string())?;
@@ -329,23 +261,6 @@ impl Add {
         }
         Ok(())
     }
-}
-
-/// The same address for a process in another directory.
-fn absolute(address: Address) -> Result<Address, Failure> {
-    let from_here = |path: &Path| std::path::absolute(path);
-    Ok(match address {
-        Address::Unix(UnixAddress::Path(path)) => UnixAddress::Path(from_here(&path)?).into(),
-        Address::Hyperkit(mut to) => {
-            to.vm.state_dir = from_here(&to.vm.state_dir)?;
-            to.into()
-        }
-        Address::VsockMux(mut to) => {
-            to.path = from_here(&to.path)?;
-            to.into()
-        }
-        other => other,
-    })
 }
 
 /// Remove forwards from an hvsock that runs
@@ -382,7 +297,8 @@ impl Remove {
                 removed.connect
             ))?;
             let listen = listen.parse().ok();
-            if let Some(why) = listen.and_then(|listen| danger(&name, &listen)) {
+            let danger = listen.and_then(|listen| danger(&name, &listen));
+            if let Some(why) = danger.filter(|_| !has_keeper(&path)) {
                 complain(why);
             }
         }
@@ -390,13 +306,25 @@ impl Remove {
     }
 }
 
-fn query(grace: Option<Duration>) -> String {
+/// Whether the hvsock that is controlled there has a keeper, which goes on to accept what guests dial.
+fn has_keeper(path: &Path) -> bool {
+    let status = control::get::<control::Status>(path, "/v1/status");
+    let keeper = status.ok().and_then(|status| status.keeper);
+    keeper.is_some_and(|keeper| keeper.pid.is_some())
+}
+
+pub(super) fn query(grace: Option<Duration>) -> String {
     grace.map_or(String::new(), |it| format!("?grace={}", it.as_secs_f64()))
 }
 
-/// Have an hvsock that runs read its configuration again
+/// Have an hvsock that runs read its file again, and say what has changed
+///
+/// A file with a mistake in it changes nothing. The exit code is 1 then, and where a forward can't be had now.
 #[derive(Args, Debug)]
 pub(super) struct Reload {
+    /// Print what the control socket says, as it is
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     which: Which,
 }
@@ -409,49 +337,52 @@ impl Reload {
             Failure::Listed(why.lines().map(str::to_owned).collect())
         };
         let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(listed)?;
-        print_json(answer.trim_end())?;
-        let read: Value = read(&answer)?;
-        match read["failed"].as_object() {
-            // The answer says which, and why.
-            Some(failed) if !failed.is_empty() => Err(Failure::Silent),
-            _ => Ok(()),
+        let report: Report = read(&answer)?;
+        match self.json {
+            true => print_json(answer.trim_end())?,
+            false => {
+                report.changes().iter().try_for_each(print)?;
+                report.troubles().iter().for_each(complain);
+            }
+        }
+        match report.failed.is_empty() {
+            true => Ok(()),
+            // It was said which, and why.
+            false => Err(Failure::Silent),
         }
     }
 }
 
-/// Stop an hvsock that runs, and wait for its end
+/// Have an hvsock that runs replaced by its program as it is now, and refuse no client meanwhile
+///
+/// It starts the program that is now where its own was, with its own words and --take-over, which takes over all its
+/// listening sockets. Its connections go on, and are cut off after its grace. If the new one can't start, the old one goes
+/// on as before.
 #[derive(Args, Debug)]
-pub(super) struct Stop {
-    /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
-    #[arg(long, value_name = "SECONDS", value_parser = parse_time)]
-    grace: Option<Duration>,
+#[command(
+    after_help = "It is for `hvsock run`. What the file says now is carried from then on.
+
+Example:
+  cargo install hvsock && hvsock upgrade"
+)]
+pub(super) struct Upgrade {
     #[command(flatten)]
     which: Which,
 }
 
-/// How often it is looked whether it has ended.
-const LOOK: Duration = Duration::from_millis(100);
-
-/// How much longer than its grace an hvsock may take: the connections of guests are closed gracefully.
-const LEAVE: Duration = Duration::from_secs(10);
-
-impl Stop {
+impl Upgrade {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
-        let call = format!("/v1/stop{}", query(self.grace));
-        let answer: Value = read(&ask(&path, "POST", &call, "")?)?;
-        let grace = duration(answer["grace_seconds"].as_f64().unwrap_or(0.0));
-        let end = crate::time::after(Instant::now(), grace.saturating_add(LEAVE));
-        while Instant::now() < end {
-            match control::get::<control::Status>(&path, "/v1/status") {
-                Err(Unanswered::Absent(_)) => return print("stopped"),
-                _ => thread::sleep(LOOK),
-            }
-        }
-        Err(Failure::Failed(format!(
-            "it has not ended within {} and {} more",
-            HumanDuration(grace),
-            HumanDuration(LEAVE)
-        )))
+        let before: control::Status = control::get(&path, "/v1/status")?;
+        read::<Value>(&ask(&path, "POST", "/v1/upgrade", "")?)?;
+        let after: control::Status = control::get(&path, "/v1/status")?;
+        print(format_args!(
+            "process {} (hvsock {}) has taken over from {} (hvsock {}): {}",
+            after.pid,
+            after.version,
+            before.pid,
+            before.version,
+            table::counted(after.forwards.len() as u64, "forward"),
+        ))
     }
 }

@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::console::say;
+use super::ending::run_proxy;
 use super::options::ProxyOptions;
+use super::outcome::Outcome;
+use super::passed::start;
 use super::signals::EndSignals;
-use super::{Outcome, run_proxy, say, start};
-use crate::address::{Address, HyperkitAddress, HyperkitVm, Port, UnixAddress};
+use crate::address::{Address, HyperkitAddress, Port, UnixAddress};
 use crate::error::{Error, Operation};
 use crate::proxy::Rule;
 use crate::simulate::{Service, Vm};
@@ -59,19 +62,16 @@ impl Demo {
         ));
 
         let socket = directory.path().join("web.sock");
-        let web = Address::Hyperkit(HyperkitAddress {
-            vm: HyperkitVm::new(&state),
-            port: WEB,
-        });
+        let web = Address::from(HyperkitAddress::new(&state, WEB));
         let tcp: Address = format!("tcp://127.0.0.1:{}", self.port).parse()?;
-        let unix = Address::Unix(UnixAddress::Path(socket.clone()));
+        let unix = UnixAddress::Path(socket.clone()).into();
         let rules = [Rule::new(tcp, web.clone()), Rule::new(unix, web)];
         let proxy = start(self.options.config(rules))?;
         let forwards = proxy.forwards();
         for forward in &forwards {
             say(format_args!("{} -> guest port {WEB}", forward.listen));
         }
-        let Address::Tcp(tcp) = &forwards[0].listen else {
+        let Some(tcp) = forwards[0].listen.as_tcp() else {
             return Ok(());
         };
 

@@ -6,7 +6,9 @@ use clap::Args;
 use clap_complete::ArgValueCompleter;
 use serde_json::json;
 
-use super::{Failure, Outcome, complete, print_json, print_text};
+use super::complete;
+use super::console::{print_json, print_text};
+use super::outcome::{Failure, Outcome};
 use crate::address::Port;
 use crate::app::doctor::{Check, Plan, Verdict, examine};
 use crate::app::escape;
@@ -37,6 +39,10 @@ pub(super) struct Doctor {
     #[cfg(unix)]
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = crate::app::values::parse_some_time)]
     timeout: std::time::Duration,
+    /// The control socket of the hvsock that leads to the VM, which knows how its slots are used [default: the one in your runtime directory]
+    #[cfg(unix)]
+    #[arg(long, value_name = "PATH", requires = "vm")]
+    control: Option<std::path::PathBuf>,
     /// Print JSON: {"ok": …, "checks": [{"name", "verdict", "seen", "remedy"}, …]}
     #[arg(long)]
     json: bool,
@@ -50,6 +56,8 @@ impl Doctor {
             host_ports: self.host_port,
             #[cfg(unix)]
             patience: self.timeout,
+            #[cfg(unix)]
+            control: self.control,
         });
         let ok = checks.iter().all(|check| check.verdict != Verdict::Failed);
         match self.json {

@@ -1,25 +1,25 @@
 //! `hvsock expose`: a VM's ports here, our services there.
 
-use std::io;
-
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 
+use super::carrying::carry;
+use super::complete;
 use super::kept::KeepTrying;
-use super::options::{ProxyOptions, hyper_v_service};
+use super::options::ProxyOptions;
+use super::outcome::{Failure, Outcome};
+use super::rules::rules_of_vm;
 use super::signals::EndSignals;
-use super::spec::{Local, Remote};
-use super::{Failure, Outcome, carry, complain, complete};
-use crate::address::{HyperkitAddress, HyperkitVm, Port};
-use crate::error::{Error, Operation};
-use crate::hyperkit::{Places, find};
-use crate::proxy::{ForwardStatus, Rule};
+use super::spec::{Locals, Remotes};
+use crate::app::log::LogOptions;
+use crate::proxy::ForwardStatus;
 
 /// Expose a VM's vsock ports as local sockets, and local services to its guest
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   hvsock expose --vm docker -L /tmp/docker.sock:2375
   hvsock expose --vm ~/.minikube/machines/minikube -L 8080:80 -L 2222:22
+  hvsock expose --vm docker -L 8000-8010:8000-8010
   hvsock expose --vm ./linux-state -L 0:0x50 -R 5000:127.0.0.1:5000 -R 5001:/run/agent.sock
   hvsock expose --vm \"My VM\" -L //./pipe/docker_vm:2375      (Windows)")]
 pub(super) struct Expose {
@@ -28,12 +28,12 @@ pub(super) struct Expose {
     #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
     vm: String,
     /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen), a Unix socket or a named
-    /// pipe, and lead to the guest's vsock port
+    /// pipe, and lead to the guest's vsock port; 8000-8010:8000-8010 is a range
     #[arg(short = 'L', value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT")]
-    local: Vec<Local>,
+    local: Vec<Locals>,
     /// Guest to host: when the guest dials HOSTPORT of CID 2, lead to TARGET (PORT, HOST:PORT, a path or a URI)
     #[arg(short = 'R', value_name = "HOSTPORT:TARGET")]
-    remote: Vec<Remote>,
+    remote: Vec<Remotes>,
     #[command(flatten)]
     patience: KeepTrying,
     #[command(flatten)]
@@ -41,6 +41,10 @@ pub(super) struct Expose {
 }
 
 impl Expose {
+    pub(super) fn log(&self) -> LogOptions {
+        self.options.log().clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         if self.local.is_empty() && self.remote.is_empty() {
             return Err(Failure::Usage(
@@ -60,60 +64,5 @@ fn describe(forward: &ForwardStatus) -> String {
         (_, Some(port)) => format!("{listen} -> guest port {port}"),
         (Some(port), _) => format!("guest, to CID 2 port {port} -> {connect}"),
         _ => format!("{listen} -> {connect}"),
-    }
-}
-
-/// Returns the rules of `-L` and `-R`.
-pub(super) fn rules_of_vm(
-    name: &str,
-    local: &[Local],
-    remote: &[Remote],
-) -> Result<Vec<Rule>, Failure> {
-    let hyperkit = match cfg!(windows) {
-        true => None,
-        false => Some(find(name, &Places::from_env())?),
-    };
-    hyperkit.as_ref().map_or(Ok(()), look_at)?;
-    let vm = |port: Port| match &hyperkit {
-        Some(vm) => Ok(HyperkitAddress {
-            vm: vm.clone(),
-            port,
-        }
-        .into()),
-        None => hyper_v_service(name, port.into()),
-    };
-    let mut rules = Vec::new();
-    for Local { listen, guest_port } in local {
-        rules.push(Rule::new(listen.clone(), vm(*guest_port)?));
-    }
-    for Remote { host_port, target } in remote {
-        rules.push(Rule::new(vm(*host_port)?, target.clone()));
-    }
-    Ok(rules)
-}
-
-/// Says at once what every client would find out: that there is no directory, that it can't be used, that no VM runs.
-fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
-    let directory = vm.state_dir.display();
-    match vm.connect_path().symlink_metadata() {
-        Ok(_) => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound && vm.state_dir.is_dir() => {
-            complain(format_args!(
-                "the VM is not running (no socket {:?} in {directory}); clients are refused until it is",
-                vm.connect
-            ));
-            Ok(())
-        }
-        Err(e) => {
-            let remedy = match e.kind() {
-                io::ErrorKind::NotFound => "there is no such state directory: is the path right?",
-                io::ErrorKind::PermissionDenied => "run as the user who runs the VM",
-                _ => "is it a VM's state directory?",
-            };
-            Err(
-                Error::new(Operation::Find, format_args!("a VM in {directory}"), e)
-                    .with_remedy(remedy),
-            )
-        }
     }
 }

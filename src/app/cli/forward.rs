@@ -3,12 +3,16 @@
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 
+use super::carrying::carry;
+use super::complete;
 use super::kept::KeepTrying;
 use super::options::ProxyOptions;
+use super::outcome::Outcome;
+use super::rules::rules_of;
 use super::signals::EndSignals;
-use super::{Failure, Outcome, carry, complete};
 use crate::address::Address;
-use crate::proxy::{ForwardStatus, Rule};
+use crate::app::log::LogOptions;
+use crate::proxy::ForwardStatus;
 
 /// Forward any address to any address
 #[derive(Args, Debug)]
@@ -35,24 +39,14 @@ pub(super) struct Forward {
 }
 
 impl Forward {
+    pub(super) fn log(&self) -> LogOptions {
+        self.options.log().clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         let rules = rules_of(&self.addresses)?;
         let signals = EndSignals::take()?;
         let describe = |it: &ForwardStatus| format!("{} -> {}", it.listen, it.rule.connect);
         carry(&self.options, self.patience, rules, describe, signals)
     }
-}
-
-/// Returns the rules of addresses to listen on, each with the one to connect to behind it.
-pub(super) fn rules_of(addresses: &[Address]) -> Result<Vec<Rule>, Failure> {
-    let (pairs, rest) = addresses.as_chunks::<2>();
-    if let [alone] = rest {
-        return Err(Failure::Usage(format!(
-            "{alone} has no address to connect to: addresses come in pairs"
-        )));
-    }
-    let pairs = pairs.iter().cloned();
-    Ok(pairs
-        .map(|[listen, connect]| Rule::new(listen, connect))
-        .collect())
 }

@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use clap::Args;
 
+use super::console::{complain, say};
+use super::outcome::Failure;
+use super::passed::{on_passed_sockets, start};
 use super::reconciler::{Occasion, Reconciler, RetryThread, name_of};
 use super::summary::{Failed, Summary};
-use super::{Failure, complain, on_passed_sockets, say, start};
 use crate::proxy::{ForwardStatus, Proxy, ProxyConfig, Rule, all_are_wanted};
 
 /// What becomes of what can't be had at the start.

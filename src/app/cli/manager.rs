@@ -38,6 +38,13 @@ impl Manager {
     pub(super) fn stopping(status: String) {
         system::stopping(status);
     }
+
+    /// Says that another process has taken over, and is to be watched from now on. Of the end of this one it isn't told
+    /// any more.
+    #[cfg(unix)]
+    pub(super) fn handed_over(process: u32) {
+        system::handed_over(process);
+    }
 }
 
 impl Drop for Manager {
@@ -50,13 +57,14 @@ impl Drop for Manager {
 mod system {
     use std::io;
     use std::sync::Once;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
     use std::time::Duration;
 
     use sd_notify::NotifyState;
 
     use super::Handle;
-    use crate::app::output::{LossyWriter, Patience};
+    use crate::app::lossy_writer::{LossyWriter, Patience};
 
     /// A status has one line; systemd cuts it off itself.
     pub(super) fn ready(status: String) {
@@ -74,12 +82,20 @@ mod system {
         tell(&[NotifyState::Stopping, NotifyState::Status(&status)]);
     }
 
+    /// Whether another process is the service now: what this one does is its own affair.
+    static HANDED_OVER: AtomicBool = AtomicBool::new(false);
+
+    pub(super) fn handed_over(process: u32) {
+        tell(&[NotifyState::MainPid(process)]);
+        HANDED_OVER.store(true, Ordering::Release);
+    }
+
     /// A manager that reads nothing makes a sender wait: who tells it may have signals to heed.
     static MANAGER: LossyWriter =
         LossyWriter::new("hvsock-manager", send, |_dropped| String::new());
 
     fn tell(what: &[NotifyState<'_>]) {
-        if std::env::var_os("NOTIFY_SOCKET").is_none() {
+        if std::env::var_os("NOTIFY_SOCKET").is_none() || HANDED_OVER.load(Ordering::Acquire) {
             return;
         }
         let lines: Vec<String> = what.iter().map(NotifyState::to_string).collect();
@@ -144,6 +160,9 @@ mod system {
     pub(super) fn reloading() {}
 
     pub(super) fn stopping(_: String) {}
+
+    #[cfg(unix)]
+    pub(super) fn handed_over(_: u32) {}
 
     pub(super) fn flush() {}
 

@@ -1,24 +1,34 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
+mod carrying;
 mod cat;
 mod complete;
 mod completions;
 #[cfg(unix)]
+mod connections;
+mod console;
+#[cfg(unix)]
 mod control;
+#[cfg(unix)]
+mod control_socket;
 #[cfg(unix)]
 mod demo;
 mod doctor;
 #[cfg(all(test, unix))]
 mod documented;
+mod ending;
 mod expose;
 mod forward;
 mod kept;
 mod man;
 mod manager;
 mod options;
-#[cfg(unix)]
+mod outcome;
 mod passed;
+#[cfg(unix)]
+mod ps;
 mod reconciler;
+mod rules;
 mod run;
 mod running;
 mod services;
@@ -26,6 +36,8 @@ mod signals;
 #[cfg(unix)]
 mod simulate;
 mod spec;
+#[cfg(unix)]
+mod stop;
 mod stress;
 mod summary;
 #[cfg(unix)]
@@ -36,25 +48,16 @@ mod top;
 mod vms;
 
 use std::ffi::OsString;
-use std::fmt;
-use std::io::{self, IsTerminal};
+use std::io;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::mpsc::channel;
-use std::time::Duration;
 
-use clap::{Parser, Subcommand};
-use tracing_subscriber::field::MakeExt;
-use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::fmt::format::debug_fn;
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::app::escape;
-use crate::app::output::{self, LogWriter, Patience};
-use crate::proxy::{Proxy, ProxyConfig, Rule};
-use kept::{Describe, KeepTrying, Kept};
-use manager::Manager;
-use options::ProxyOptions;
-use signals::{Asked, EndSignals};
+use crate::app::log::{self, LogOptions};
+use crate::app::lossy_writer::{Patience, set_patience};
+use crate::app::output;
+use console::{complain, fail, list};
+use outcome::Failure;
 
 /// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
 /// from the guest.
@@ -62,7 +65,8 @@ use signals::{Asked, EndSignals};
 #[command(name = "hvsock", version, max_term_width = 100)]
 #[command(after_help = "Vsock ports are decimal, or hexadecimal with 0x. \
     Try `hvsock demo`: it needs no VM.\n\
-    HVSOCK_LOG=debug says more on standard error, HVSOCK_LOG=error less.")]
+    HVSOCK_LOG=debug says more on standard error, HVSOCK_LOG=error less, HVSOCK_LOG=info,connection=debug more of one \
+    part (access, connection, control, listener, syslog, vm).")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -77,6 +81,12 @@ enum Command {
     #[cfg(unix)]
     Status(control::Status),
     #[cfg(unix)]
+    Ps(ps::Ps),
+    #[cfg(unix)]
+    Connections(connections::Connections),
+    #[cfg(unix)]
+    Close(connections::Close),
+    #[cfg(unix)]
     Top(top::Top),
     #[cfg(unix)]
     Add(control::Add),
@@ -85,7 +95,9 @@ enum Command {
     #[cfg(unix)]
     Reload(control::Reload),
     #[cfg(unix)]
-    Stop(control::Stop),
+    Upgrade(control::Upgrade),
+    #[cfg(unix)]
+    Stop(stop::Stop),
     Cat(cat::Cat),
     Stress(stress::Stress),
     #[cfg(unix)]
@@ -118,37 +130,27 @@ impl Command {
             _ => false,
         }
     }
-}
 
-/// Why a command ended without having done what it was asked for.
-#[derive(Debug)]
-enum Failure {
-    /// The words were wrong: exit code 2.
-    Usage(String),
-    /// It could not be done: exit code 1.
-    Failed(String),
-    /// The same, in several lines, of which the first says what.
-    #[cfg(unix)]
-    Listed(Vec<String>),
-    /// It could not be done, and whoever would be told knows: exit code 1.
-    Silent,
-}
-
-impl<E: std::error::Error> From<E> for Failure {
-    fn from(error: E) -> Failure {
-        Failure::Failed(error.to_string())
+    /// Returns where its log goes, if that can be said.
+    fn log(&self) -> LogOptions {
+        match self {
+            Command::Expose(expose) => expose.log(),
+            Command::Forward(forward) => forward.log(),
+            Command::Run(run) => run.log(),
+            #[cfg(unix)]
+            Command::Syslog(syslog) => syslog.log(),
+            _ => LogOptions::default(),
+        }
     }
 }
-
-type Outcome = Result<(), Failure>;
 
 /// Runs the command that `arguments` ask for (the first is the program's name); the process' exit code: 0 done,
 /// 1 failed, 2 usage.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let _flush = Flush;
-    output::set_patience(Patience::Unlimited);
+    set_patience(Patience::Unlimited);
     let arguments: Vec<OsString> = arguments.into_iter().collect();
-    if let Some(answered) = complete::answer(arguments.clone()) {
+    if let Some(answered) = complete::answer(arguments.clone(), Arguments::command()) {
         return answered;
     }
     let arguments = match Arguments::try_parse_from(arguments) {
@@ -166,9 +168,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     if arguments.command.serves() {
-        output::set_patience(Patience::Limited);
+        set_patience(Patience::Limited);
     }
-    start_log();
+    if let Err(why) = log::start(&arguments.command.log()) {
+        fail(why);
+        return ExitCode::FAILURE;
+    }
     let outcome = match arguments.command {
         Command::Expose(expose) => expose.run(),
         Command::Forward(forward) => forward.run(),
@@ -177,6 +182,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         #[cfg(unix)]
         Command::Status(status) => status.run(),
         #[cfg(unix)]
+        Command::Ps(ps) => ps.run(),
+        #[cfg(unix)]
+        Command::Connections(connections) => connections.run(),
+        #[cfg(unix)]
+        Command::Close(close) => close.run(),
+        #[cfg(unix)]
         Command::Top(top) => top.run(),
         #[cfg(unix)]
         Command::Add(add) => add.run(),
@@ -184,6 +195,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Remove(remove) => remove.run(),
         #[cfg(unix)]
         Command::Reload(reload) => reload.run(),
+        #[cfg(unix)]
+        Command::Upgrade(upgrade) => upgrade.run(),
         #[cfg(unix)]
         Command::Stop(stop) => stop.run(),
         Command::Cat(cat) => cat.run(),
@@ -200,23 +213,23 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         #[cfg(unix)]
         Command::Demo(demo) => demo.run(),
         Command::Completions(completions) => completions.run(),
-        Command::Man(man) => man.run(),
+        Command::Man(man) => man.run(Arguments::command()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(why)) => {
-            complain(why);
+            fail(why);
             list(["Try --help."]);
             ExitCode::from(2)
         }
         Err(Failure::Failed(why)) => {
-            complain(why);
+            fail(why);
             ExitCode::FAILURE
         }
         #[cfg(unix)]
         Err(Failure::Listed(lines)) => {
             let mut lines = lines.into_iter();
-            complain(lines.next().unwrap_or_default());
+            fail(lines.next().unwrap_or_default());
             // Whoever wrote them, none looks as if it were another message.
             list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
@@ -232,192 +245,4 @@ impl Drop for Flush {
     fn drop(&mut self) {
         output::flush();
     }
-}
-
-/// Says something on standard error as `hvsock: …`, in one line. One that serves never waits for it
-/// to be read.
-fn complain(what: impl fmt::Display) {
-    list([format_args!("hvsock: {what}")]);
-}
-
-/// Says more of it, line by line.
-fn list(lines: impl IntoIterator<Item = impl fmt::Display>) {
-    for line in lines {
-        output::ERR.send(one_line(line).into_bytes());
-    }
-}
-
-/// Says a line on standard output; a closed one is no reason to stop carrying.
-fn say(line: impl fmt::Display) {
-    output::OUT.send(one_line(line).into_bytes());
-}
-
-fn one_line(text: impl fmt::Display) -> String {
-    format!("{}\n", escape::line(&text.to_string()))
-}
-
-/// Prints a line that was asked for.
-fn print(line: impl fmt::Display) -> Outcome {
-    write_out(one_line(line).as_bytes())
-}
-
-/// Prints what was asked for and has many lines; what stands in one of them was made fit for it.
-fn print_text(text: impl fmt::Display) -> Outcome {
-    write_out(format!("{}\n", escape::text(&text.to_string())).as_bytes())
-}
-
-/// Prints JSON that was asked for.
-fn print_json(json: &str) -> Outcome {
-    write_out(format!("{}\n", escape::json(json)).as_bytes())
-}
-
-/// Writes to standard output. A reader who has gone has seen enough, as `head` has.
-fn write_out(bytes: &[u8]) -> Outcome {
-    match output::print(bytes) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(
-            "cannot write to standard output: {e}"
-        ))),
-        _ => Ok(()),
-    }
-}
-
-fn start_log() {
-    let level = match std::env::var("HVSOCK_LOG") {
-        Ok(level) if !level.is_empty() => level.parse().unwrap_or_else(|_| {
-            complain(format_args!(
-                "HVSOCK_LOG={level:?} is no level; taking info (error, warn, info, debug, trace or off)"
-            ));
-            LevelFilter::INFO
-        }),
-        _ => LevelFilter::INFO,
-    };
-    output::take_panics();
-    // Whatever a peer or a file has named stays in its line. The formatter's own colours are not
-    // touched.
-    let fields = debug_fn(|line, field, value| {
-        let value = format!("{value:?}");
-        let value = escape::line(&value);
-        match field.name() {
-            "message" => write!(line, "{value}"),
-            name => write!(line, "{name}={value}"),
-        }
-    });
-    let log = tracing_subscriber::fmt()
-        .fmt_fields(fields.delimited(" "))
-        .with_max_level(level)
-        .with_target(false)
-        .with_ansi(io::stderr().is_terminal())
-        // It would tell of them with `eprintln!`, which panics.
-        .log_internal_errors(false)
-        .with_writer(|| LogWriter);
-    // Another program that calls us may have set up its own.
-    let _ = log.try_init();
-}
-
-/// Carries rules as the options have it until the end is asked for; the control socket and the metrics
-/// beside it, if they were asked for.
-fn carry(
-    options: &ProxyOptions,
-    patience: KeepTrying,
-    rules: impl IntoIterator<Item = Rule>,
-    describe: Describe,
-    signals: EndSignals,
-) -> Outcome {
-    let config = options.config(rules);
-    #[cfg(unix)]
-    let (config, bound) = control::open(options, patience, config)?;
-    let (proxy, kept) = patience.start(config, describe)?;
-    let kept = kept.map(Arc::new);
-    #[cfg(unix)]
-    let _control = control::begin(options, bound, &proxy, kept.clone())?;
-    proxy.forwards().iter().map(describe).for_each(say);
-    kept.iter().for_each(|kept| kept.complain());
-    let _retry = kept.map(Kept::keep_trying).transpose()?;
-    run_proxy(proxy, options.grace(), signals)
-}
-
-/// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
-fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
-    Ok(Proxy::start(on_passed_sockets(config)?)?)
-}
-
-/// Adds the sockets that a service manager has passed; to be called once.
-fn on_passed_sockets(mut config: ProxyConfig) -> Result<ProxyConfig, Failure> {
-    #[cfg(unix)]
-    config.listeners.extend(passed::listeners()?);
-    // Elsewhere there are none.
-    let _ = &mut config;
-    Ok(config)
-}
-
-/// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
-fn run_proxy(proxy: Proxy, grace: Duration, signals: EndSignals) -> Outcome {
-    run_until_told(proxy, signals, move || grace, || {})
-}
-
-/// How long the last words may take once the proxy has ended: whoever is to hear them may hang.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// Ends the process some time after that grace, if it has not ended by itself: a worker that looks up a socket's path on
-/// a disk that hangs never does, nor one that waits for the reader of its report.
-fn end_without_what_hangs(grace: Duration) {
-    /// How long a proxy takes at the end at most: it closes the connections of guests, and removes its files.
-    const END: Duration = Duration::from_secs(12);
-    std::thread::spawn(move || {
-        std::thread::sleep(grace.saturating_add(END));
-        output::set_patience(Patience::Limited);
-        complain("something hangs: ending without it");
-        output::flush();
-        std::process::exit(1);
-    });
-}
-
-/// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one.
-/// Neither may wait for anything: a signal ends the process whatever else goes on.
-fn run_until_told(
-    proxy: Proxy,
-    mut signals: EndSignals,
-    grace: impl Fn() -> Duration + Send + 'static,
-    reload: impl Fn() + Send + 'static,
-) -> Outcome {
-    let closer = signals.closer();
-    let handle = proxy.handle();
-    let _manager = Manager::begin(&handle);
-    let (speaking, silence) = channel::<()>();
-    std::thread::spawn(move || {
-        let _speaking = speaking;
-        let end = |asked: &Asked| {
-            if *asked == Asked::Reload {
-                reload();
-            }
-            *asked == Asked::End
-        };
-        for (count, _) in signals.asked().filter(end).enumerate() {
-            if count == 0 {
-                let grace = grace();
-                let status = match handle.live() {
-                    0 => "stopping".to_owned(),
-                    n => format!(
-                        "stopping: no new clients; {n} connection{} {} s to finish; once more to cut them off",
-                        if n == 1 { " has" } else { "s have" },
-                        grace.as_secs()
-                    ),
-                };
-                // First what ends it, then what is said of it.
-                handle.stop(grace);
-                end_without_what_hangs(grace);
-                complain(&status);
-                Manager::stopping(status);
-            } else {
-                handle.stop(Duration::ZERO);
-                end_without_what_hangs(Duration::ZERO);
-                complain("cutting clients off, closing the connections of guests");
-            }
-        }
-    });
-    let ended = proxy.wait();
-    closer.close();
-    // It has nothing to send: this is the thread's end.
-    let _ = silence.recv_timeout(LAST_WORDS);
-    Ok(ended?)
 }

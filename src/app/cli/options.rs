@@ -8,11 +8,17 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 
-use super::{Failure, complete};
+use super::complete;
+#[cfg(unix)]
+use super::console::complain;
+use super::outcome::Failure;
 use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
+use crate::app::log::LogOptions;
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::hyperkit::{Places, find};
+#[cfg(unix)]
+use crate::keeper::Keeper;
 use crate::proxy::{ProxyConfig, Rule};
 use crate::sys;
 
@@ -72,24 +78,56 @@ pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, F
     Ok(HvsockAddress::new(vm, service).into())
 }
 
+/// Whether there is a keeper.
+#[cfg(unix)]
+#[derive(Args, Clone, Copy, Debug)]
+pub(super) struct KeeperOptions {
+    /// Start no keeper, the small process that ends a VM's connections gracefully when this one is killed, and goes on
+    /// accepting what the guest dials: without it, the VM may die or hang then
+    #[arg(long)]
+    no_keeper: bool,
+}
+
+#[cfg(unix)]
+impl KeeperOptions {
+    /// Has the proxy start a keeper, if one is wanted and can be had.
+    pub(super) fn apply(self, config: &mut ProxyConfig) {
+        if self.no_keeper {
+            return;
+        }
+        match Keeper::of_this_program() {
+            Ok(keeper) => config.keeper = Some(keeper),
+            Err(e) => complain(format_args!("no keeper: where is this program? {e}")),
+        }
+    }
+}
+
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct ProxyOptions {
     #[cfg(unix)]
     #[command(flatten)]
-    control: super::control::ControlOptions,
+    control: super::control_socket::ControlOptions,
     #[command(flatten)]
     rule: RuleOptions,
+    #[command(flatten)]
+    log: LogOptions,
+    /// Log a line for each connection that has ended, with why it has (HVSOCK_LOG=debug logs them, too)
+    #[arg(long, help_heading = None)]
+    access_log: bool,
     /// Threads, at most 256 [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
     /// Copy bytes where they could be handed from socket to socket (Linux' splice), as on other systems
     #[arg(long)]
     no_splice: bool,
+    #[cfg(unix)]
+    #[command(flatten)]
+    keeper: KeeperOptions,
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     grace: Duration,
-    /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors)
+    /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors); up to eight ninths of them may be its guest's, whose dials beyond that are ended at once
     #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]
     vm_connections: u16,
     /// Dials to one VM that the guest may leave unanswered before more clients wait, at most 400
@@ -107,11 +145,14 @@ impl ProxyOptions {
         let mut config = ProxyConfig::new(rules);
         config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
         config.splice = !self.no_splice;
+        config.access_log = self.access_log;
         // Without it there are fewer; the proxy knows.
         let _ = sys::raise_descriptor_limit();
         config.limits.connections = usize::MAX;
         config.limits.vm_connections = self.vm_connections.into();
         config.limits.vm_unanswered = self.vm_unanswered.into();
+        #[cfg(unix)]
+        self.keeper.apply(&mut config);
         config
     }
 
@@ -122,8 +163,13 @@ impl ProxyOptions {
     }
 
     #[cfg(unix)]
-    pub(super) fn control(&self) -> crate::app::control::Options {
-        self.control.options()
+    pub(super) fn control(&self) -> &super::control_socket::ControlOptions {
+        &self.control
+    }
+
+    /// Returns where the log goes.
+    pub(super) fn log(&self) -> &LogOptions {
+        &self.log
     }
 
     pub(super) fn grace(&self) -> Duration {

@@ -1,13 +1,33 @@
 //! Sockets that a service manager has bound for us (systemd's `sd_listen_fds(3)`).
 
+#[cfg(unix)]
 use std::env;
+#[cfg(unix)]
 use std::os::fd::RawFd;
 
-use super::Failure;
+use super::outcome::Failure;
+#[cfg(unix)]
 use crate::listener::Listener;
+use crate::proxy::{Proxy, ProxyConfig};
+#[cfg(unix)]
 use crate::sys;
 
+/// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
+pub(super) fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
+    Ok(Proxy::start(on_passed_sockets(config)?)?)
+}
+
+/// Adds the sockets that a service manager has passed; to be called once.
+pub(super) fn on_passed_sockets(mut config: ProxyConfig) -> Result<ProxyConfig, Failure> {
+    #[cfg(unix)]
+    config.listeners.extend(listeners()?);
+    // Elsewhere there are none.
+    let _ = &mut config;
+    Ok(config)
+}
+
 /// The first descriptor that is passed (`SD_LISTEN_FDS_START`).
+#[cfg(unix)]
 const FIRST: RawFd = 3;
 
 /// The sockets that were passed. To be called once: they are taken over.
@@ -16,7 +36,8 @@ const FIRST: RawFd = 3;
 ///
 /// # Errors
 /// That one isn't there, or no listening stream socket; it is called by its name in `LISTEN_FDNAMES`.
-pub(super) fn listeners() -> Result<Vec<Listener>, Failure> {
+#[cfg(unix)]
+fn listeners() -> Result<Vec<Listener>, Failure> {
     let ours = env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());
     let count = env::var("LISTEN_FDS").unwrap_or_default();
     if !ours || count.is_empty() {

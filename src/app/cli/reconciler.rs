@@ -7,7 +7,7 @@ use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use crate::address::{Address, HyperkitAddress};
+use crate::address::Address;
 use crate::app::config::{Existing, Step, plan};
 use crate::proxy::{ForwardId, Handle, Rule};
 
@@ -65,6 +65,12 @@ impl Reconciler {
     /// Whether something that is wanted could not be had.
     pub(super) fn has_pending(&self) -> bool {
         !self.pending().is_empty()
+    }
+
+    /// Calls `f` while nothing that is wanted changes, with the forwards that were made here.
+    #[cfg(unix)]
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&HashSet<ForwardId>)) {
+        f(&self.ours.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// The names of what could not be had, and why.
@@ -316,16 +322,29 @@ impl Change<'_> {
     fn note_removed(&mut self, id: ForwardId) {
         let rule = self.rules[&id];
         let name = name_of(rule);
-        self.summary.warnings.extend(danger(&name, &rule.listen));
+        let danger = danger(&name, &rule.listen);
+        let danger = danger.filter(|_| !has_keeper(self.handle));
+        self.summary.warnings.extend(danger);
         self.summary.removed.push(name);
     }
 }
 
-/// What is dangerous about a forward's being removed.
+/// Whether a keeper goes on to accept what guests dial.
+fn has_keeper(handle: &Handle) -> bool {
+    #[cfg(unix)]
+    {
+        handle.keeper().is_some_and(|keeper| keeper.pid.is_some())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = handle;
+        false
+    }
+}
+
+/// What is dangerous about a forward's being removed, if there is no keeper.
 pub(super) fn danger(name: &str, listen: &Address) -> Option<String> {
-    let Address::Hyperkit(HyperkitAddress { vm, port }) = listen else {
-        return None;
-    };
+    let (vm, port) = (listen.hyperkit_vm()?, listen.guest_port()?);
     let directory = vm.state_dir.display();
     Some(format!(
         "{name} is gone: if the guest of {directory} goes on dialling port {port}, on which nobody listens any more, its VM may hang"

@@ -1,20 +1,32 @@
 //! `hvsock run` and `hvsock check`: what a file asks for.
 
+#[cfg(unix)]
+use std::ffi::OsString;
 use std::path::PathBuf;
+#[cfg(unix)]
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+#[cfg(unix)]
+use std::time::Duration;
 
 use clap::{Args, ValueHint};
 
+use super::console::{complain, list, print, say};
+use super::ending::{end_without_what_hangs, run_until_told};
 use super::manager::Manager;
+#[cfg(unix)]
+use super::options::KeeperOptions;
+use super::outcome::{Failure, Outcome};
 use super::reconciler::RetryThread;
 use super::running::{self, Doors, NotStarted, Running};
 use super::signals::EndSignals;
 use super::summary::Summary;
-use super::{Failure, Outcome, complain, list, print, run_until_told, say};
-use crate::app::config::{Config, Problems};
+use crate::app::config::{Config, Problems, display_name};
+use crate::app::log::LogOptions;
 use crate::hyperkit::Places;
+use crate::proxy::ProxyConfig;
 #[cfg(unix)]
-use crate::proxy::Proxy;
+use crate::proxy::{Handle, Proxy};
 
 const EXAMPLE: &str = "Example:
   [vm.docker]
@@ -36,19 +48,35 @@ More: https://docs.rs/hvsock, and scripts/hvsock.toml beside the source, which h
     long_about = "Carry what a file says: many VMs and forwards in one process
 
 What can't be listened on now is said, and tried again every 2 s. SIGHUP reads the file again: only what has changed is \
-touched, live connections stay, and a file with a mistake in it changes nothing. SIGINT and SIGTERM end as with `expose`."
+touched, live connections stay, and a file with a mistake in it changes nothing. SIGINT and SIGTERM end as with `expose`.
+
+`hvsock upgrade` has it replaced by another version of the program, and no client is refused meanwhile."
 )]
 pub(super) struct Run {
-    /// The file, in TOML
+    /// The file, in TOML; - is standard input
     #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
+    /// Take over the listening sockets of the hvsock that runs there and is controlled where this one is to be: no client
+    /// is refused. Its connections go on, and are cut off after its grace
+    #[cfg(unix)]
+    #[arg(long)]
+    take_over: bool,
+    #[cfg(unix)]
+    #[command(flatten)]
+    keeper: KeeperOptions,
+    /// Log a line for each connection that has ended, with why it has, whatever the file says
+    #[arg(long)]
+    access_log: bool,
+    // The last, for its heading would be that of what follows.
+    #[command(flatten)]
+    log: LogOptions,
 }
 
 /// Say all that is wrong with such a file, or what it would forward
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct Check {
-    /// The file, in TOML
+    /// The file, in TOML; - is standard input
     #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
 }
@@ -66,7 +94,7 @@ impl Check {
             let vm = config.vm_of(name);
             print(running::describe(name, &rule.listen, &rule.connect, vm))?;
         }
-        let file = self.file.display();
+        let file = display_name(&self.file);
         match wanted.rules.len() {
             1 => print(format_args!("{file} is right: 1 forward")),
             n => print(format_args!("{file} is right: {n} forwards")),
@@ -75,15 +103,33 @@ impl Check {
 }
 
 impl Run {
+    pub(super) fn log(&self) -> LogOptions {
+        self.log.clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take_with_reload()?;
-        let (proxy, running, doors) = Running::start(&self.file).map_err(|e| match e {
+        let configure = |config: &mut ProxyConfig| {
+            #[cfg(unix)]
+            self.keeper.apply(config);
+            config.access_log |= self.access_log;
+        };
+        #[cfg(unix)]
+        let program = std::env::current_exe();
+        #[cfg(unix)]
+        let started = match self.take_over {
+            true => Running::take_over(&self.file, configure),
+            false => Running::start(&self.file, configure),
+        };
+        #[cfg(not(unix))]
+        let started = Running::start(&self.file, configure);
+        let (proxy, running, doors) = started.map_err(|e| match e {
             NotStarted::File(problems) => show(&problems),
             NotStarted::Failed(why) => why,
         })?;
         let running = Arc::new(running);
         #[cfg(unix)]
-        let _control = control(&running, doors, &proxy)?;
+        let _control = control(&running, doors, &proxy, program)?;
         #[cfg(not(unix))]
         let Doors = doors;
         running.describe(&[]).iter().for_each(say);
@@ -113,13 +159,62 @@ fn reload(running: &Running) -> Result<Summary, Problems> {
     read
 }
 
+/// The words that make the command take over, if it was started with these.
+#[cfg(unix)]
+fn words_to_take_over(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    const TAKE_OVER: &str = "--take-over";
+    let mut words: Vec<OsString> = words.skip(1).collect();
+    if !words.iter().any(|word| word == TAKE_OVER) {
+        // Behind `run`, which is the first: what follows a `--` is no option.
+        words.insert(1.min(words.len()), TAKE_OVER.into());
+    }
+    words
+}
+
+/// Starts the program that is now where this one was when it started, to take over from it.
+#[cfg(unix)]
+fn start_successor(program: &std::io::Result<PathBuf>) -> std::io::Result<Child> {
+    let program = match program {
+        Ok(program) => program,
+        Err(e) => return Err(std::io::Error::new(e.kind(), e.to_string())),
+    };
+    let mut command = Command::new(program);
+    command.args(words_to_take_over(std::env::args_os()));
+    // They are for this process only, and name it: it hands over the sockets that were passed to it.
+    for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
+        command.env_remove(variable);
+    }
+    command.stdin(Stdio::null()).spawn()
+}
+
+/// Ends a proxy of which another process has the listeners.
+#[cfg(unix)]
+fn end_after_hand_over(handle: &Handle, grace: Duration, successor: u32) {
+    Manager::handed_over(successor);
+    let live = handle.live();
+    handle.stop(grace);
+    end_without_what_hangs(grace);
+    complain(format_args!(
+        "process {successor} has taken over; {live} connections have {} s to finish here",
+        grace.as_secs()
+    ));
+}
+
 #[cfg(unix)]
 fn control(
     running: &Arc<Running>,
     doors: Doors,
     proxy: &Proxy,
+    program: std::io::Result<PathBuf>,
 ) -> crate::Result<crate::app::control::Control> {
-    use crate::app::control::{Actions, Problem};
+    use crate::app::control::{Actions, Problem, Succession};
+    let [unchanged, ended] = [(); 2].map(|()| Arc::clone(running));
+    let succession = Succession {
+        file: running.file().to_owned(),
+        while_unchanged: Box::new(move |f| unchanged.while_unchanged(f)),
+        start: Box::new(move || start_successor(&program)),
+        end: Box::new(move |pid| end_after_hand_over(ended.handle(), ended.grace(), pid)),
+    };
     let (read, options, grace, pending) = (
         Arc::clone(running),
         Arc::clone(running),
@@ -130,15 +225,18 @@ fn control(
         options: Box::new(move || options.defaults()),
         pending: Box::new(move || pending.pending()),
         reload: Some(Box::new(move || match reload(&read) {
-            Ok(summary) => Ok(summary.json()),
+            Ok(summary) => {
+                serde_json::to_value(summary.report()).map_err(|e| Problem::new(500, e.to_string()))
+            }
             Err(problems) => Err(Problem::new(
                 400,
                 format!("{}; all stays as it was\n{problems}", problems.summary()),
             )),
         })),
+        succession: Some(succession),
         grace: Box::new(move || grace.grace()),
     };
-    super::control::serve(doors, proxy, actions)
+    super::control_socket::serve(doors, proxy, actions)
 }
 
 fn show(problems: &Problems) -> Failure {

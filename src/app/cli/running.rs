@@ -1,20 +1,32 @@
 //! A proxy that does what a file says, and goes on doing so when the file changes.
 
+#[cfg(unix)]
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::address::{Address, HyperkitAddress};
-use crate::app::config::{Config, Missing, Problems, Wanted};
+#[cfg(unix)]
+use crate::address::HyperkitVm;
+use tracing::{error, info, warn};
+
+use crate::address::Address;
+use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, Wanted, display_name};
+#[cfg(unix)]
+use crate::app::control;
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
 use crate::hyperkit::Places;
+#[cfg(unix)]
+use crate::proxy::ForwardId;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
 use crate::sys;
 
+use super::console::{complain, say};
+use super::outcome::Failure;
+use super::passed::on_passed_sockets;
 use super::reconciler::{Occasion, Reconciler, name_of};
 use super::summary::{Summary, failures};
-use super::{Failure, complain, list, say};
 
 /// A running proxy and its file.
 #[derive(Debug)]
@@ -51,66 +63,200 @@ impl<E: Into<Failure>> From<E> for NotStarted {
 
 /// The sockets by which it can be looked at and changed.
 #[cfg(unix)]
-pub(super) type Doors = crate::app::control::Bound;
+pub(super) type Doors = control::Bound;
 #[cfg(not(unix))]
 #[derive(Debug)]
 pub(super) struct Doors;
 
 #[cfg(unix)]
-fn open_doors(config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
-    let bound = crate::app::control::bind(&crate::app::control::Options {
-        control: config.control.clone(),
+fn door_options(config: &Config) -> control::Options {
+    let path = config.control.clone();
+    control::Options {
+        control: path.map_or(control::Place::Nowhere, control::Place::At),
         metrics: config.metrics.clone(),
-        unavailable: crate::app::control::Unavailable::IsTriedAgain,
-    })
-    .map_err(|e| match e.kind() {
-        std::io::ErrorKind::AddrInUse => {
-            e.with_remedy("does another hvsock run? Give this one a path of its own, control = \"PATH\", or none, control = \"off\"")
-        }
-        _ => e,
-    })?;
+        unavailable: control::Unavailable::IsTriedAgain,
+    }
+}
+
+#[cfg(unix)]
+fn open_doors(file: &Path, config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
+    let bound =
+        control::bind(&door_options(config)).map_err(|e| match (e.kind(), &config.control) {
+            (std::io::ErrorKind::AddrInUse, Some(path)) => e.with_remedy(in_place_of(path, file)),
+            _ => e,
+        })?;
+    Ok(forbid(bound, proxy))
+}
+
+/// Lets no forward of the proxy lead to the sockets.
+#[cfg(unix)]
+fn forbid(bound: Doors, proxy: &mut ProxyConfig) -> Doors {
     proxy.forbidden = bound.addresses();
     proxy.other_descriptors = bound.descriptors();
-    Ok(bound)
+    bound
+}
+
+/// What can be done about an hvsock that is controlled where one of this file is to be.
+#[cfg(unix)]
+fn in_place_of(path: &Path, file: &Path) -> String {
+    let elsewhere =
+        "give this one a path of its own, control = \"PATH\", or none, control = \"off\"";
+    match control::get::<control::Status>(path, "/v1/status") {
+        Ok(status) => {
+            let carried = status.file.map(|file| format!(" and carries {file}"));
+            let carried = carried.unwrap_or_default();
+            let file = file.display();
+            format!(
+                "hvsock process {} runs there{carried}: take over from it with `hvsock run {file} --take-over`, or {elsewhere}",
+                status.pid
+            )
+        }
+        Err(_) => format!("does another hvsock run? {elsewhere}"),
+    }
+}
+
+/// Why nothing can be taken over.
+#[cfg(unix)]
+fn not_taken_over(why: &control::Unanswered) -> Failure {
+    Failure::Failed(match why {
+        control::Unanswered::Absent(error) => format!(
+            "there is nothing to take over: no hvsock answers at {}: {}; leave --take-over out",
+            error.subject(),
+            error.cause()
+        ),
+        other => other.to_string(),
+    })
 }
 
 #[cfg(not(unix))]
-fn open_doors(config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
+fn open_doors(_: &Path, config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
     if config.control.is_some() || config.metrics.is_some() {
-        complain("control and metrics are for Unix systems: they are not served here");
+        super::console::complain(
+            "control and metrics are for Unix systems: they are not served here",
+        );
     }
     Ok(Doors)
 }
 
+/// A proxy that starts with no forward, and gets them as when the file is read again: one that can't be had keeps no
+/// other.
+fn empty_proxy(config: &Config) -> ProxyConfig {
+    let mut proxy = ProxyConfig::new(Vec::new());
+    proxy.workers = config.workers;
+    proxy.splice = config.splice;
+    proxy.access_log = config.access_log;
+    // Without it there are fewer; the proxy knows.
+    let _ = sys::raise_descriptor_limit();
+    proxy.limits.connections = usize::MAX;
+    proxy
+}
+
 impl Running {
-    /// Starts what a file asks for; what could not be had is to be tried again.
+    /// Starts what a file asks for; what could not be had is to be tried again. `configure` adds to the proxy's
+    /// configuration what the file says nothing of.
     ///
     /// # Errors
     /// All that is wrong with the file; that another hvsock is controlled where this one is to be; that
     /// there can be no proxy at all.
-    pub(super) fn start(file: &Path) -> Result<(Proxy, Running, Doors), NotStarted> {
+    pub(super) fn start(
+        file: &Path,
+        configure: impl FnOnce(&mut ProxyConfig),
+    ) -> Result<(Proxy, Running, Doors), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
-        // It starts with no forward, and gets them as when the file is read again: one that can't be had keeps
-        // no other.
-        let mut proxy = ProxyConfig::new(Vec::new());
-        proxy.workers = config.workers;
-        proxy.splice = config.splice;
-        // Without it there are fewer; the proxy knows.
-        let _ = sys::raise_descriptor_limit();
-        proxy.limits.connections = usize::MAX;
-        let doors = open_doors(&config, &mut proxy)
-            .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;
-        let proxy = super::on_passed_sockets(proxy)?;
+        let mut proxy = empty_proxy(&config);
+        configure(&mut proxy);
+        let doors = open_doors(file, &config, &mut proxy)
+            .map_err(|e| Failure::Failed(format!("{}: {e}", display_name(file))))?;
+        let proxy = on_passed_sockets(proxy)?;
         all_are_wanted(&proxy.listeners, &wanted.rules)?;
         let proxy = Proxy::start(proxy)?;
-        let running = Running {
+        let running = Running::new(file, config, &proxy);
+        running.apply(&mut running.state(), wanted, Occasion::Asked);
+        Ok((proxy, running, doors))
+    }
+
+    /// Starts what a file asks for on the sockets of the hvsock that is controlled where this one is to be. That one has
+    /// no listeners any more when this returns, and accepts nobody; before, this one does not.
+    ///
+    /// # Errors
+    /// As those of [`start`](Running::start); that nothing runs there, or that it doesn't hand over. It goes on as
+    /// before then.
+    #[cfg(unix)]
+    pub(super) fn take_over(
+        file: &Path,
+        configure: impl FnOnce(&mut ProxyConfig),
+    ) -> Result<(Proxy, Running, Doors), NotStarted> {
+        let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
+        let Some(path) = &config.control else {
+            let why = "control = \"off\": an hvsock that is to be taken over is asked by its control socket";
+            return Err(Failure::Failed(format!("{}: {why}", file.display())).into());
+        };
+        let fail = |why: control::Unanswered| not_taken_over(&why);
+        let old: control::Status = control::get(path, "/v1/status").map_err(fail)?;
+        // Each socket takes a descriptor.
+        let mut proxy = empty_proxy(&config);
+        configure(&mut proxy);
+        let mut predecessor = control::Predecessor::ask(path).map_err(fail)?;
+        let doors = control::take(&door_options(&config), &mut predecessor)
+            .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;
+        let doors = forbid(doors, &mut proxy);
+        let added = predecessor.added();
+        let rules: Vec<Rule> = wanted.rules.iter().chain(&added).cloned().collect();
+        proxy.listeners = predecessor.take_listeners(&rules);
+        let proxy = Proxy::start(proxy)?;
+        let running = Running::new(file, config, &proxy);
+        // The other one serves them until it has heard that this one can.
+        running.handle().hold_clients();
+        running.apply(&mut running.state(), wanted, Occasion::Asked);
+        for rule in added {
+            let name = name_of(&rule);
+            if let Err(e) = running.handle().add(rule) {
+                complain(format_args!("{name}, which was added by hand: {e}"));
+            }
+        }
+        let left = predecessor.left();
+        for vm in rules.iter().filter_map(|rule| guest_of(&rule.listen)) {
+            running.handle().start_keeper(&vm.state_dir);
+        }
+        let agreed = predecessor.agree().map_err(|e| {
+            let pid = old.pid;
+            Failure::Failed(format!(
+                "process {pid} has not handed over: {e}; it goes on"
+            ))
+        })?;
+        running.handle().admit_clients();
+        agreed.finish();
+        say(format_args!(
+            "took over from process {} (hvsock {})",
+            old.pid, old.version
+        ));
+        for gone in left {
+            say(format_args!(
+                "{gone} is not in {} and is closed",
+                file.display()
+            ));
+        }
+        Ok((proxy, running, doors))
+    }
+
+    fn new(file: &Path, config: Config, proxy: &Proxy) -> Running {
+        Running {
             reconciler: Reconciler::new(proxy.handle()),
             file: file.to_owned(),
             config: Mutex::new(Arc::new(config)),
             state: Mutex::default(),
-        };
-        running.apply(&mut running.state(), wanted, Occasion::Asked);
-        Ok((proxy, running, doors))
+        }
+    }
+
+    /// See [`Reconciler::while_unchanged`].
+    #[cfg(unix)]
+    pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&HashSet<ForwardId>)) {
+        self.reconciler.while_unchanged(f);
+    }
+
+    #[cfg(unix)]
+    pub(super) fn file(&self) -> &Path {
+        &self.file
     }
 
     /// What the file said last.
@@ -168,17 +314,17 @@ impl Running {
     /// # Errors
     /// All that is wrong with the file; then all stays as it was.
     pub(super) fn reload(&self) -> Result<Summary, Problems> {
-        let file = self.file.display();
+        let file = display_name(&self.file);
         let outcome = self.read_again();
         match &outcome {
             Ok(summary) => {
-                say(format_args!("{file} was read again: {summary}"));
+                info!("{file} was read again: {summary}");
                 self.tell_of(summary);
             }
             Err(problems) => {
                 let summary = problems.summary();
-                complain(format_args!("{summary}; all stays as it was"));
-                list(problems.lines());
+                error!("{summary}; all stays as it was");
+                problems.lines().for_each(|line| error!("{line}"));
             }
         }
         outcome
@@ -189,7 +335,7 @@ impl Running {
         if !names.is_empty() {
             self.describe(&names).iter().for_each(say);
         }
-        summary.troubles().iter().for_each(complain);
+        summary.troubles().iter().for_each(|line| warn!("{line}"));
     }
 
     fn read_again(&self) -> Result<Summary, Problems> {
@@ -199,6 +345,10 @@ impl Running {
                 &self.file,
                 "not read again: the proxy is stopping",
             ));
+        }
+        if self.file == Path::new(STANDARD_INPUT) {
+            let why = "it came from there, and can't be read again";
+            return Err(Problems::of(&self.file, why));
         }
         let (config, wanted) = Config::read(&self.file, &Places::from_env())?;
         let new = Arc::new(config);
@@ -210,6 +360,7 @@ impl Running {
         for (key, same) in [
             ("workers", old.workers == new.workers),
             ("splice", old.splice == new.splice),
+            ("access-log", old.access_log == new.access_log),
             ("control", old.control == new.control),
             ("metrics", old.metrics == new.metrics),
         ] {
@@ -275,11 +426,15 @@ pub(super) fn absence(missing: &Missing) -> String {
     format!("VM {name:?} is not there yet: {why}; until then its clients are refused")
 }
 
+/// The VM whose guest dials an address.
+#[cfg(unix)]
+fn guest_of(listen: &Address) -> Option<&HyperkitVm> {
+    listen.hyperkit_vm()
+}
+
 /// Why a rule can't listen yet, if it is on a VM whose directory is missing.
 fn waits_for(rule: &Rule, missing: &[Missing]) -> Option<String> {
-    let Address::Hyperkit(HyperkitAddress { vm, .. }) = &rule.listen else {
-        return None;
-    };
+    let vm = rule.listen.hyperkit_vm()?;
     let missing = missing.iter().find(|missing| missing.vm == *vm)?;
     let directory = missing.vm.state_dir.display();
     Some(format!("waits for the VM's state directory, {directory}"))

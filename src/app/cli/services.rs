@@ -4,7 +4,9 @@ use std::io::ErrorKind;
 
 use clap::Args;
 
-use super::{Failure, Outcome, print, print_text, say, table};
+use super::console::{print, print_text, say};
+use super::outcome::{Failure, Outcome};
+use super::table;
 use crate::address::{ServiceId, parse_service};
 use crate::services::{self, Named, Registration, Service};
 

@@ -2,6 +2,9 @@
 
 use std::io;
 
+#[cfg(unix)]
+use crate::app::log;
+
 /// What asks for the end: SIGINT, SIGTERM and, but under `nohup`, SIGHUP, for a terminal that closes must not leave
 /// sockets and guests behind; on Windows Ctrl-C, Ctrl-Break, and the console's close.
 ///
@@ -35,7 +38,8 @@ type SystemCloser = signal_hook::iterator::Handle;
 
 #[cfg(unix)]
 impl EndSignals {
-    /// Those, and SIGHUP even under `nohup`, as a signal to read a file again: see [`asked`](EndSignals::asked).
+    /// Those but SIGHUP, which asks, even under `nohup`, to read a file and to open the log's file again: see
+    /// [`asked`](EndSignals::asked).
     pub(super) fn take_with_reload() -> io::Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         Ok(EndSignals {
@@ -46,6 +50,9 @@ impl EndSignals {
 
     pub(super) fn take() -> io::Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+        if log::is_in_file() {
+            return EndSignals::take_with_reload();
+        }
         let mut wanted = vec![SIGINT, SIGTERM];
         if !crate::sys::is_ignored(SIGHUP) {
             wanted.push(SIGHUP);
@@ -56,16 +63,19 @@ impl EndSignals {
         })
     }
 
-    /// One item a signal, until it is closed.
+    /// One item a signal that asks for the end, until it is closed.
     pub(super) fn each(&mut self) -> impl Iterator<Item = ()> + '_ {
-        self.system.forever().map(drop)
+        self.asked().filter(|asked| *asked == Asked::End).map(drop)
     }
 
     /// As [`each`](EndSignals::each), with what it asks for.
     pub(super) fn asked(&mut self) -> impl Iterator<Item = Asked> + '_ {
         let reload = self.reload;
         let asked = move |signal| match reload && signal == signal_hook::consts::SIGHUP {
-            true => Asked::Reload,
+            true => {
+                log::reopen();
+                Asked::Reload
+            }
             false => Asked::End,
         };
         self.system.forever().map(asked)

@@ -9,9 +9,10 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 use signal_hook::consts::{SIGUSR1, SIGUSR2};
 
+use super::console::{complain, say};
+use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complain, say};
-use crate::address::{Address, Host, Port, TcpAddress, UnixAddress, is_guest_cid};
+use crate::address::{Address, Host, Port, TcpAddress, is_guest_cid};
 use crate::simulate::{Dial, Endpoint, Service, Vm};
 
 /// How often the VM's fate and the signals are looked at.
@@ -25,7 +26,8 @@ const LOOK: Duration = Duration::from_millis(100);
 
 Examples:
   hvsock simulate /tmp/vm --guest 80=http --guest 7=echo
-  hvsock simulate /tmp/vm --guest 22=tcp://127.0.0.1:22 --dial 5000=tcp://127.0.0.1:0"
+  hvsock simulate /tmp/vm --guest 22=tcp://127.0.0.1:22 --dial 5000=tcp://127.0.0.1:0
+  hvsock simulate /tmp/vm --guest 19=endless --dial 5000=20/s --strict"
 )]
 pub(super) struct Simulate {
     /// The state directory, made if it doesn't exist; its path has at most 85 bytes
@@ -34,15 +36,17 @@ pub(super) struct Simulate {
     /// The guest's CID
     #[arg(long, value_name = "N", default_value = "3", value_parser = parse_cid)]
     cid: u32,
-    /// What listens on a vsock port of the guest: echo, discard, chargen, http, silent (never reads nor writes), or a
-    /// real server at an address
+    /// What listens on a vsock port of the guest: echo, discard, chargen, http, silent (never reads nor writes), endless
+    /// (sends for ever, whatever it is told), heedless:BYTES (sends so much, and closes), reset (answers, and resets), or
+    /// a real server at an address
     #[arg(long, value_name = "PORT=SERVICE|ADDRESS")]
     guest: Vec<Guest>,
     /// Guest ports with a socket of their own (hyperkit's guest_forwards=, at most 4)
     #[arg(long, value_name = "PORT")]
     guest_forward: Vec<Port>,
-    /// Programs in the guest that dial the host's PORT: each connection made to this local address is one
-    #[arg(long, value_name = "PORT=ADDRESS")]
+    /// Programs in the guest that dial the host's PORT: each connection made to this local address is one; or so many a
+    /// second, once somebody listens on PORT
+    #[arg(long, value_name = "PORT=ADDRESS|N/s")]
     dial: Vec<GuestDial>,
     /// Connections that the device has room for; more are closed at once, as hyperkit does, without a word
     #[arg(long, value_name = "N", default_value_t = 1013, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -50,6 +54,13 @@ pub(super) struct Simulate {
     /// Descriptors that hyperkit was started with: beyond the limit, connections hang
     #[arg(long, value_name = "N")]
     descriptors: Option<usize>,
+    /// Dials of the guest that come to nothing until the device hangs; hyperkit's was seen to hang after 1 to some
+    /// thousand
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    failed_dials: u64,
+    /// Punish more than hyperkit's device was seen to: any close with data unread, and one 10 to 20 ms after a dial
+    #[arg(long)]
+    strict: bool,
     /// Only count what would kill the device
     #[arg(long)]
     lenient: bool,
@@ -64,7 +75,7 @@ struct Guest {
 #[derive(Clone, Debug)]
 struct GuestDial {
     port: Port,
-    from: Endpoint,
+    dial: Dial,
 }
 
 impl FromStr for Guest {
@@ -78,9 +89,17 @@ impl FromStr for Guest {
             "chargen" => Service::Chargen,
             "http" => Service::Http,
             "silent" => Service::Silent,
-            address => Service::Forward(endpoint(address).map_err(|e| {
-                format!("{e}; a service is echo, discard, chargen, http, silent or an address")
-            })?),
+            "endless" => Service::Endless,
+            "reset" => Service::Reset,
+            other => match other.strip_prefix("heedless:").map(str::parse) {
+                Some(Ok(bytes)) => Service::Heedless(bytes),
+                _ => Service::Forward(endpoint(other).map_err(|e| {
+                    format!(
+                        "{e}; a service is echo, discard, chargen, http, silent, endless, \
+                         heedless:BYTES, reset or an address"
+                    )
+                })?),
+            },
         };
         Ok(Guest { port, service })
     }
@@ -90,11 +109,13 @@ impl FromStr for GuestDial {
     type Err = String;
 
     fn from_str(text: &str) -> Result<GuestDial, String> {
-        let (port, address) = split(text, "5000=tcp://127.0.0.1:0")?;
-        Ok(GuestDial {
-            port,
-            from: endpoint(address)?,
-        })
+        let (port, dial) = split(text, "5000=tcp://127.0.0.1:0")?;
+        let dial = match dial.strip_suffix("/s").map(str::parse) {
+            Some(Ok(per_second)) => Dial::Paced(per_second),
+            Some(Err(e)) => return Err(format!("{dial}: {e}; a right one: 5000=20/s")),
+            None => Dial::Listen(endpoint(dial)?),
+        };
+        Ok(GuestDial { port, dial })
     }
 }
 
@@ -121,28 +142,25 @@ fn split<'a>(text: &'a str, right: &str) -> Result<(Port, &'a str), String> {
 
 /// A TCP or Unix address of this machine, names resolved.
 fn endpoint(text: &str) -> Result<Endpoint, String> {
-    match text.parse::<Address>().map_err(|e| e.to_string())? {
-        Address::Tcp(TcpAddress {
-            host: Host::Ip(ip),
-            port,
-        }) => Ok(Endpoint::Tcp(SocketAddr::new(ip, port))),
-        Address::Tcp(TcpAddress {
-            host: Host::Name(name),
-            port,
-        }) => {
-            let mut found = (name.as_str(), port)
-                .to_socket_addrs()
-                .map_err(|e| format!("{name}: {e}"))?;
-            found
-                .next()
-                .map(Endpoint::Tcp)
-                .ok_or_else(|| format!("{name} has no address"))
-        }
-        Address::Unix(UnixAddress::Path(path)) => Ok(Endpoint::Unix(path)),
-        other => Err(format!(
-            "{other}: only tcp:// and unix: addresses can stand here"
+    let address = text.parse::<Address>().map_err(|e| e.to_string())?;
+    match (address.as_tcp(), address.unix_path()) {
+        (Some(tcp), _) => resolve(tcp).map(Endpoint::Tcp),
+        (_, Some(path)) => Ok(Endpoint::Unix(path.to_owned())),
+        _ => Err(format!(
+            "{address}: only tcp:// and unix: addresses can stand here"
         )),
     }
+}
+
+fn resolve(tcp: &TcpAddress) -> Result<SocketAddr, String> {
+    let Host::Name(name) = &tcp.host else {
+        return tcp
+            .socket_addr()
+            .ok_or_else(|| format!("{tcp} has no address"));
+    };
+    let found = (name.as_str(), tcp.port).to_socket_addrs();
+    let mut found = found.map_err(|e| format!("{name}: {e}"))?;
+    found.next().ok_or_else(|| format!("{name} has no address"))
 }
 
 impl Simulate {
@@ -150,6 +168,8 @@ impl Simulate {
         let mut vm = Vm::builder(&self.directory)
             .cid(self.cid)
             .slots(self.slots.into())
+            .failed_dials(self.failed_dials)
+            .strict(self.strict)
             .lenient(self.lenient);
         if let Some(descriptors) = self.descriptors {
             vm = vm.descriptor_limit(descriptors);
@@ -162,8 +182,8 @@ impl Simulate {
             }
             vm = vm.guest(port.0, service.clone());
         }
-        for GuestDial { port, from } in &self.dial {
-            vm = vm.dial(port.0, Dial::Listen(from.clone()));
+        for GuestDial { port, dial } in &self.dial {
+            vm = vm.dial(port.0, dial.clone());
         }
         let forwards: Vec<u32> = self.guest_forward.iter().map(|port| port.0).collect();
         crate::sys::raise_descriptor_limit()?;
@@ -180,8 +200,12 @@ impl Simulate {
         for Guest { port, service } in &self.guest {
             say(format_args!("guest port {port}: {service}"));
         }
-        for GuestDial { port, .. } in &self.dial {
-            if let Some(from) = vm.dial_addr(port.0) {
+        for GuestDial { port, dial } in &self.dial {
+            if let Dial::Paced(per_second) = dial {
+                say(format_args!(
+                    "the guest dials CID 2 port {port} {per_second} times a second, once somebody listens there"
+                ));
+            } else if let Some(from) = vm.dial_addr(port.0) {
                 say(format_args!(
                     "connect to {from} to have the guest dial CID 2 port {port}"
                 ));

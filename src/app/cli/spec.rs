@@ -3,13 +3,60 @@
 use std::str::FromStr;
 
 use crate::address::{Address, Port};
-use crate::app::values::local_address;
+use crate::app::values::{expand_ports, local_address};
 
 /// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Local {
     pub(super) listen: Address,
     pub(super) guest_port: Port,
+}
+
+/// The [`Local`]s of one `-L`: several, if it has ranges of ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Locals(pub(super) Vec<Local>);
+
+/// The [`Remote`]s of one `-R`: several, if it has ranges of ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Remotes(pub(super) Vec<Remote>);
+
+/// Pairs the ports of two ranges, or two ports.
+fn pair_ports(one: &str, other: &str) -> Result<Vec<(String, String)>, String> {
+    let (ones, others) = (expand_ports(one)?, expand_ports(other)?);
+    if ones.len() != others.len() {
+        return Err(format!(
+            "{} ports on one side, {} on the other; write ranges of the same length, as in 8000-8010:8000-8010",
+            ones.len(),
+            others.len()
+        ));
+    }
+    Ok(ones.into_iter().zip(others).collect())
+}
+
+impl FromStr for Locals {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Locals, String> {
+        let Some((listen, port)) = text.rsplit_once(':') else {
+            return Err("the guest's port is missing; write [ADDR:]PORT:GUESTPORT, as in 8080:80, or /PATH:GUESTPORT".into());
+        };
+        let pairs = pair_ports(listen, port)?.into_iter();
+        let locals = pairs.map(|(listen, port)| Local::of(&listen, &port));
+        locals.collect::<Result<_, _>>().map(Locals)
+    }
+}
+
+impl FromStr for Remotes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Remotes, String> {
+        let Some((port, target)) = text.split_once(':') else {
+            return Err("the target is missing; write HOSTPORT:TARGET, as in 5000:127.0.0.1:8080 or 5000:/PATH".into());
+        };
+        let pairs = pair_ports(port, target)?.into_iter();
+        let remotes = pairs.map(|(port, target)| Remote::of(&port, &target));
+        remotes.collect::<Result<_, _>>().map(Remotes)
+    }
 }
 
 /// `-R HOSTPORT:TARGET`: a port of the host (CID 2), as the guest dials it, that leads to a local address.
@@ -19,13 +66,8 @@ pub(super) struct Remote {
     pub(super) target: Address,
 }
 
-impl FromStr for Local {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Local, String> {
-        let Some((listen, port)) = text.rsplit_once(':') else {
-            return Err("the guest's port is missing; write [ADDR:]PORT:GUESTPORT, as in 8080:80, or /PATH:GUESTPORT".into());
-        };
+impl Local {
+    fn of(listen: &str, port: &str) -> Result<Local, String> {
         let guest_port = port
             .parse()
             .map_err(|e| format!("the guest's {e}; a right one: 8080:80"))?;
@@ -42,13 +84,8 @@ impl FromStr for Local {
     }
 }
 
-impl FromStr for Remote {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Remote, String> {
-        let Some((port, target)) = text.split_once(':') else {
-            return Err("the target is missing; write HOSTPORT:TARGET, as in 5000:127.0.0.1:8080 or 5000:/PATH".into());
-        };
+impl Remote {
+    fn of(port: &str, target: &str) -> Result<Remote, String> {
         let host_port = port
             .parse()
             .map_err(|e| format!("the host's {e}; a right one: 5000:127.0.0.1:8080"))?;
@@ -61,8 +98,9 @@ impl FromStr for Remote {
             ));
         }
         let target = local_address(target)?;
-        if matches!(&target, Address::Tcp(tcp) if tcp.port == 0) {
-            return Err("port 0 can't be connected to".into());
+        if let Some((why, remedy)) = target.why_no_target() {
+            let remedy = remedy.map(|remedy| format!("; {remedy}"));
+            return Err(format!("{why}{}", remedy.unwrap_or_default()));
         }
         Ok(Remote { host_port, target })
     }
@@ -74,13 +112,19 @@ mod tests {
     use super::*;
 
     fn local(text: &str) -> Result<(String, u32), String> {
-        text.parse::<Local>()
-            .map(|local| (local.listen.to_string(), local.guest_port.0))
+        let Locals(all) = text.parse()?;
+        let [local] = &all[..] else {
+            return Err(format!("{} of them", all.len()));
+        };
+        Ok((local.listen.to_string(), local.guest_port.0))
     }
 
     fn remote(text: &str) -> Result<(u32, String), String> {
-        text.parse::<Remote>()
-            .map(|remote| (remote.host_port.0, remote.target.to_string()))
+        let Remotes(all) = text.parse()?;
+        let [remote] = &all[..] else {
+            return Err(format!("{} of them", all.len()));
+        };
+        Ok((remote.host_port.0, remote.target.to_string()))
     }
 
     #[test]
@@ -115,6 +159,38 @@ mod tests {
         ] {
             assert_eq!(remote(text), Ok((port, target.to_owned())), "{text}");
         }
+    }
+
+    #[test]
+    fn ranges_are_pairs_of_ports() {
+        let Locals(locals) = "[::1]:8000-8002:90-92".parse().unwrap();
+        let told = locals
+            .iter()
+            .map(|it| format!("{} {}", it.listen, it.guest_port.0));
+        let right = [
+            "tcp://[::1]:8000 90",
+            "tcp://[::1]:8001 91",
+            "tcp://[::1]:8002 92",
+        ];
+        assert_eq!(told.collect::<Vec<_>>(), right);
+        let Remotes(remotes) = "5000-5001:localhost:80-81".parse().unwrap();
+        let told = remotes
+            .iter()
+            .map(|it| format!("{} {}", it.host_port.0, it.target));
+        let right = ["5000 tcp://localhost:80", "5001 tcp://localhost:81"];
+        assert_eq!(told.collect::<Vec<_>>(), right);
+        for (text, part) in [
+            ("8000-8010:80", "11 ports on one side, 1 on the other"),
+            ("8010-8000:10-20", "goes down; write 8000-8010"),
+            ("0-60000:0-60000", "more than 4096 ports"),
+            ("/run/s:80-81", "1 ports on one side"),
+            ("65535-65536:1-2", "larger than 65535"),
+        ] {
+            let error = text.parse::<Locals>().unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+        // It is a path's.
+        assert_eq!(local("/run/a-1:80"), Ok(("unix:///run/a-1".to_owned(), 80)));
     }
 
     #[test]

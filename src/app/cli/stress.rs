@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
+use super::console::{complain, print_text, say};
+use super::ending::end_without_what_hangs;
 use super::options::Peer;
+use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complain, print_text, say};
 use crate::address::Address;
 use crate::app::serve::{self, LOOK, Stop};
 use crate::app::stress::{self, Load, MOST_PARALLEL, Plan, Progress, Report};
@@ -193,7 +195,7 @@ fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) {
     std::thread::spawn(move || {
         for (count, ()) in signals.each().enumerate() {
             // The one who is to read the report may have stopped.
-            super::end_without_what_hangs(match count {
+            end_without_what_hangs(match count {
                 0 => patience,
                 _ => Duration::ZERO,
             });

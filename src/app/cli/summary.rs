@@ -77,29 +77,72 @@ impl Summary {
         self.changed.extend(moved);
     }
 
-    /// As the control socket tells it.
+    /// Returns what the control socket tells of it.
     #[cfg(unix)]
-    pub(super) fn json(&self) -> serde_json::Value {
-        let failed: serde_json::Map<_, _> = self
-            .failed
-            .iter()
-            .map(|it| (it.name.clone(), it.why.as_str().into()))
-            .collect();
-        serde_json::json!({
-            "added": self.added,
-            "changed": self.changed,
-            "removed": self.removed,
-            "kept": self.kept,
-            "failed": failed,
-            "restart": self.restart,
-            "warnings": self.warnings,
-        })
+    pub(super) fn report(&self) -> Report {
+        let failed = self.failed.iter();
+        Report {
+            added: self.added.clone(),
+            changed: self.changed.clone(),
+            removed: self.removed.clone(),
+            kept: self.kept.clone(),
+            failed: failed.map(|it| (it.name.clone(), it.why.clone())).collect(),
+            restart: self.restart.iter().copied().map(str::to_owned).collect(),
+            warnings: self.warnings.clone(),
+        }
     }
 
     /// What a person should know, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let mut told = failures(&self.failed);
         let restart = |key: &&str| format!("{key} has changed in the file, which takes a restart");
+        told.extend(self.restart.iter().map(restart));
+        told.extend(self.warnings.clone());
+        told
+    }
+}
+
+/// A [`Summary`] as the control socket tells it.
+#[cfg(unix)]
+#[derive(Debug, serde::Deserialize, serde::Serialize)]
+pub(super) struct Report {
+    added: Vec<String>,
+    changed: Vec<String>,
+    removed: Vec<String>,
+    kept: Vec<String>,
+    /// The forwards that can't be had now, each with the reason.
+    pub(super) failed: std::collections::BTreeMap<String, String>,
+    restart: Vec<String>,
+    warnings: Vec<String>,
+}
+
+#[cfg(unix)]
+impl Report {
+    /// Returns what has changed, line by line.
+    pub(super) fn changes(&self) -> Vec<String> {
+        let named = [
+            ("added", &self.added),
+            ("changed", &self.changed),
+            ("removed", &self.removed),
+        ];
+        let named = named.into_iter().filter(|(_, names)| !names.is_empty());
+        let mut told: Vec<String> = named
+            .map(|(what, names)| format!("{what}: {}", names.join(", ")))
+            .collect();
+        if told.is_empty() && self.failed.is_empty() {
+            told.push("nothing has changed".to_owned());
+        }
+        told
+    }
+
+    /// Returns what is not as the file has it, and what is dangerous, line by line.
+    pub(super) fn troubles(&self) -> Vec<String> {
+        let failed = self.failed.iter();
+        let mut told: Vec<String> = failed
+            .map(|(name, why)| format!("[forward.{name}] can't be had now: {why}"))
+            .collect();
+        let restart =
+            |key: &String| format!("{key} has changed in the file, which takes a restart");
         told.extend(self.restart.iter().map(restart));
         told.extend(self.warnings.clone());
         told

@@ -5,9 +5,12 @@ use std::path::PathBuf;
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 
+use super::console::say;
+use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
-use super::{Failure, Outcome, complete, say, table};
+use super::{complete, table};
 use crate::address::Address;
+use crate::app::log::LogOptions;
 use crate::app::serve::Stop;
 use crate::app::syslog::{Log, carry};
 use crate::app::values::parse_mode;
@@ -33,9 +36,15 @@ pub(super) struct Syslog {
     /// Permissions of the socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "666", value_parser = parse_mode)]
     mode: u32,
+    #[command(flatten)]
+    log: LogOptions,
 }
 
 impl Syslog {
+    pub(super) fn log(&self) -> LogOptions {
+        self.log.clone()
+    }
+
     pub(super) fn run(self) -> Outcome {
         let stop = Stop::default();
         let mut signals = EndSignals::take()?;

@@ -1,17 +1,19 @@
 //! `hvsock top`: what an hvsock that runs is doing, live.
 
+use std::env;
 use std::io::{self, IsTerminal};
 
 use clap::Args;
 
 use super::control::Which;
-use super::{Failure, Outcome};
+use super::outcome::{Failure, Outcome};
 use crate::app::top;
 
 /// Watch an hvsock that runs, live in the terminal
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Keys: q, Esc or Ctrl-C ends it, s sorts the forwards anew, the arrows scroll them."
+    after_help = "Keys: ? tells of all of them. q, Esc or Ctrl-C ends it; the arrows choose a connection, k closes it, s sorts,
+/ shows those that have a text in them."
 )]
 pub(super) struct Top {
     #[command(flatten)]
@@ -20,6 +22,10 @@ pub(super) struct Top {
 
 impl Top {
     pub(super) fn run(self) -> Outcome {
+        if env::var_os("TERM").is_some_and(|term| term == "dumb") {
+            let why = "top can't draw on this terminal (TERM=dumb): there is `hvsock status`";
+            return Err(Failure::Failed(why.to_owned()));
+        }
         if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
             let why = "top needs a terminal: elsewhere there is `hvsock status`";
             return Err(Failure::Failed(why.to_owned()));

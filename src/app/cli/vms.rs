@@ -4,7 +4,9 @@ use std::io::ErrorKind;
 
 use clap::Args;
 
-use super::{Outcome, complain, print, print_text, table};
+use super::console::{complain, print, print_text};
+use super::outcome::Outcome;
+use super::table;
 use crate::address::{CID_HOST, is_guest_cid};
 use crate::hyperkit::{self, Places};
 use crate::hyperv;
@@ -50,16 +52,39 @@ fn hyperkit() -> Outcome {
     if survey.found.is_empty() {
         return print(format_args!("no hyperkit VM found; {looked}"));
     }
+    let keepers = keepers(&survey.found);
     let rows = survey.found.into_iter().map(|vm| {
         let state = if vm.running { "running" } else { "stopped" };
         let directory = vm.vm.state_dir.display().to_string();
         [vm.name, vm.source.to_string(), state.to_owned(), directory]
     });
     print_text(table::of(HEADINGS, rows))?;
+    for line in keepers {
+        print(line)?;
+    }
     if survey.denied {
         complain(format_args!("there may be more; {looked}"));
     }
     Ok(())
+}
+
+/// The keepers of the VMs, those of which the hvsock has ended included, line by line.
+#[cfg(unix)]
+fn keepers(vms: &[hyperkit::Discovered]) -> Vec<String> {
+    use super::stop::describe;
+    use crate::keeper::status::query;
+    let lines = vms.iter().flat_map(|vm| {
+        let directory = vm.vm.state_dir.canonicalize();
+        let directory = directory.unwrap_or_else(|_| vm.vm.state_dir.clone());
+        let all = query(&directory).into_iter();
+        all.map(move |keeper| format!("{}: {}", vm.name, describe(&keeper, &directory)))
+    });
+    lines.collect()
+}
+
+#[cfg(not(unix))]
+fn keepers(_: &[hyperkit::Discovered]) -> Vec<String> {
+    Vec::new()
 }
 
 fn hyper_v() -> Outcome {

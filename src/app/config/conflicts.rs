@@ -1,10 +1,14 @@
 //! Forwards that are in each other's way, or in the way of where the program itself listens.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::path::Path;
 
 use super::forward::{Forward, Read};
-use crate::address::{Address, Host, TcpAddress, UnixAddress};
+use super::problems::Line;
+use super::vms::Vm;
+use crate::address::overlap::ListenKey;
+use crate::address::{Address, TcpAddress, UnixAddress};
 use crate::proxy::{Rule, describe_loop, find_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
@@ -13,8 +17,31 @@ type Door = (&'static str, Address);
 /// Where a forward listens: its name, the line that says so, and the address.
 struct Claim<'a> {
     name: &'a str,
-    line: usize,
+    line: &'a Line,
     listen: &'a Address,
+}
+
+/// Says which VMs and forwards have a name that another has: in an included file, or as one port of
+/// a range.
+pub(super) fn find_namesakes(
+    vms: &[Vm],
+    forwards: &[Forward],
+    complain: &mut dyn FnMut(Line, String),
+) {
+    let vms = vms.iter().map(|vm| ("vm", &vm.name, &vm.line));
+    let forwards = forwards.iter();
+    let forwards = forwards.map(|it| ("forward", &it.name, &it.listen_line));
+    let mut seen: HashMap<(&str, &String), &Line> = HashMap::new();
+    for (kind, name, line) in vms.chain(forwards) {
+        match seen.entry((kind, name)) {
+            Entry::Vacant(free) => drop(free.insert(line)),
+            Entry::Occupied(other) => {
+                let other = other.get();
+                let text = format!("[{kind}.{name}] is in line {other}, too; choose another name");
+                complain(line.clone(), text);
+            }
+        }
+    }
 }
 
 /// Says which rules can't be carried beside each other, and which come out where it is controlled from, or looked at. Of
@@ -24,32 +51,32 @@ pub(super) fn find(
     parts: &[Read],
     control: Option<&Path>,
     metrics: Option<&TcpAddress>,
-    complain: &mut dyn FnMut(usize, String),
+    complain: &mut dyn FnMut(Line, String),
 ) {
     let doors = doors(control, metrics);
     let of_rules = rules.iter().map(|(forward, rule)| Claim {
         name: &forward.name,
-        line: forward.listen_line,
+        line: &forward.listen_line,
         listen: &rule.listen,
     });
-    let of_parts = parts.iter().filter_map(|it| {
-        Some(Claim {
+    let of_parts = parts.iter().flat_map(|it| {
+        it.listen.iter().map(|listen| Claim {
             name: &it.name,
-            line: it.listen_line,
-            listen: it.listen.as_ref()?,
+            line: &it.listen_line,
+            listen,
         })
     });
     let mut claims: Vec<Claim<'_>> = of_rules.chain(of_parts).collect();
     claims.sort_by_key(|claim| claim.line);
-    let mut taken: HashMap<Place<'_>, Vec<Claim<'_>>> = HashMap::new();
+    let mut taken: HashMap<ListenKey<'_>, Vec<Claim<'_>>> = HashMap::new();
     for claim in claims {
-        let others = taken.entry(Place::of(claim.listen)).or_default();
-        if let Some(other) = others.iter().find(|it| collide(it.listen, claim.listen)) {
+        let others = taken.entry(claim.listen.listen_key()).or_default();
+        if let Some(other) = others.iter().find(|it| it.listen.collides(claim.listen)) {
             let text = format!(
                 "[forward.{}]: [forward.{}] in line {} listens on {} already; remove one, or choose another address",
                 claim.name, other.name, other.line, other.listen
             );
-            complain(claim.line, text);
+            complain(claim.line.clone(), text);
         }
         others.push(claim);
     }
@@ -62,69 +89,29 @@ pub(super) fn find(
                 "[forward.{name}]: {}; choose another target",
                 describe_loop(&trail)
             );
-            complain(forward.connect_line, text);
+            complain(forward.connect_line.clone(), text);
         }
         for (key, door) in &doors {
-            if collide(door, listen) {
+            if door.collides(listen) {
                 let text = format!(
                     "[forward.{name}]: {key} is at {door} already; choose another address for one of them"
                 );
-                complain(forward.listen_line, text);
+                complain(forward.listen_line.clone(), text);
             }
             if leads_to(&rule.connect, door) {
                 let text = format!(
                     "[forward.{name}]: {} leads to this hvsock's own {key} ({door}), where no forward may lead; choose another target",
                     rule.connect
                 );
-                complain(forward.connect_line, text);
+                complain(forward.connect_line.clone(), text);
             }
         }
     }
 }
 
 fn doors(control: Option<&Path>, metrics: Option<&TcpAddress>) -> Vec<Door> {
-    let control = control.map(|path| Address::Unix(UnixAddress::Path(path.to_owned())));
-    let metrics = metrics.map(|at| Address::Tcp(at.clone()));
+    let control = control.map(|path| UnixAddress::Path(path.to_owned()).into());
+    let metrics = metrics.map(|at| at.clone().into());
     let doors = [("control", control), ("metrics", metrics)].into_iter();
     doors.filter_map(|(key, door)| Some((key, door?))).collect()
-}
-
-/// What two addresses have in common that collide.
-#[derive(PartialEq, Eq, Hash)]
-enum Place<'a> {
-    Port(u16),
-    Other(&'a Address),
-}
-
-impl Place<'_> {
-    fn of(address: &Address) -> Place<'_> {
-        match address {
-            Address::Tcp(tcp) => Place::Port(tcp.port),
-            other => Place::Other(other),
-        }
-    }
-}
-
-/// Whether only one of two can be listened on.
-fn collide(one: &Address, other: &Address) -> bool {
-    if one.leaves_port_to_kernel() || other.leaves_port_to_kernel() {
-        return false;
-    }
-    match (one, other) {
-        (Address::Tcp(one), Address::Tcp(other)) => {
-            let all = |tcp: &TcpAddress| matches!(&tcp.host, Host::Ip(ip) if ip.is_unspecified());
-            // Elsewhere one of all addresses may have another listener.
-            let all =
-                cfg!(target_os = "linux") && is_one_kind(one, other) && (all(one) || all(other));
-            one.port == other.port && (one.host == other.host || all)
-        }
-        _ => one == other,
-    }
-}
-
-fn is_one_kind(one: &TcpAddress, other: &TcpAddress) -> bool {
-    match (&one.host, &other.host) {
-        (Host::Ip(one), Host::Ip(other)) => one.is_ipv4() == other.is_ipv4(),
-        _ => false,
-    }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::address::{Address, Host, TcpAddress};
+use crate::address::Address;
 use crate::proxy::Rule;
 
 /// A forward that is carried now.
@@ -134,25 +134,8 @@ fn order<I: Copy + PartialEq>(mut moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step
 
 /// Whether who listens at one may be in the way of who wants to at the other.
 fn may_collide(one: &Address, other: &Address) -> bool {
-    if one.leaves_port_to_kernel() || other.leaves_port_to_kernel() {
-        return false;
-    }
-    match (one, other) {
-        (Address::Tcp(one), Address::Tcp(other)) => {
-            let is_wide = |it: &TcpAddress| match &it.host {
-                Host::Ip(ip) => ip.is_unspecified(),
-                // It may be any.
-                Host::Name(_) => true,
-            };
-            let same = one.host == other.host || is_wide(one) || is_wide(other);
-            one.port == other.port && same
-        }
-        (Address::Vsock(one), Address::Vsock(other)) => one.port == other.port,
-        _ => {
-            let files = file_of(one).zip(file_of(other));
-            one == other || files.is_some_and(|(one, other)| one == other)
-        }
-    }
+    let files = file_of(one).zip(file_of(other));
+    one.may_collide(other) || files.is_some_and(|(one, other)| one == other)
 }
 
 /// The file of the Unix socket that is made for an address, however its directory is spelled.

@@ -1,5 +1,6 @@
 //! `[forward.NAME]`.
 
+use super::problems::Line;
 use super::section::Section;
 use super::vms::Place;
 use crate::address::{Address, Port};
@@ -15,17 +16,28 @@ enum End {
     Vm(Port),
 }
 
+impl End {
+    /// Its port, where it has one.
+    fn port(&self) -> String {
+        match self {
+            End::At(Address::Tcp(tcp)) => tcp.port.to_string(),
+            End::At(address) => address.to_string(),
+            End::Vm(port) => port.0.to_string(),
+        }
+    }
+}
+
 /// `[forward.NAME]`.
 #[derive(Clone, Debug)]
 pub(super) struct Forward {
     pub(super) name: String,
     /// Where it says where to listen, and where to connect to.
-    pub(super) listen_line: usize,
-    pub(super) connect_line: usize,
+    pub(super) listen_line: Line,
+    pub(super) connect_line: Line,
     listen: End,
     connect: End,
     /// As the file calls it, and the line in which it does.
-    vm: Option<(String, usize)>,
+    vm: Option<(String, Line)>,
     pub(super) options: RuleOptions,
 }
 
@@ -33,63 +45,81 @@ pub(super) struct Forward {
 #[derive(Clone, Debug)]
 pub(super) struct Read {
     pub(super) name: String,
-    pub(super) listen_line: usize,
-    /// Where it listens, if that is an address that could be read.
-    pub(super) listen: Option<Address>,
+    pub(super) listen_line: Line,
+    /// Where it listens, as far as that are addresses that could be read.
+    pub(super) listen: Vec<Address>,
     /// As it calls its VM.
     pub(super) vm: Option<String>,
-    /// `None` if it was not whole, which was said then.
-    pub(super) forward: Option<Forward>,
+    /// One, or one for each port of a range; none if it was not whole, which was said then.
+    pub(super) forwards: Vec<Forward>,
 }
 
 impl Forward {
-    /// Reads a section.
+    /// Reads a section: one forward, or one for each port of a range, whose name has the port it
+    /// listens on behind it.
     pub(super) fn read(name: String, mut section: Section<'_, '_>, defaults: &RuleOptions) -> Read {
-        let line = section.line;
+        let line = section.line.clone();
         let vm = section.take("vm", values::text);
         let vm = vm.map(|vm| (vm, section.line_of("vm")));
-        let port = section.take("port", values::port);
-        let guest_dials = section.take("guest-dials", values::port);
-        let listen = section.take("listen", values::listen_address);
-        let connect = section.take("connect", values::address);
+        let port = section.take("port", values::ports);
+        let guest_dials = section.take("guest-dials", values::ports);
+        let listen = section.take("listen", values::listen_addresses);
+        let connect = section.take("connect", values::addresses);
         let options = section.take_options(defaults);
         let ends = ends(&section);
         let (listens_at, its_vm) = (listen.clone(), vm.as_ref().map(|(vm, _)| vm.clone()));
-        let listen = listen.map(End::At).or(guest_dials.map(End::Vm));
-        let connect = connect.map(End::At).or(port.map(End::Vm));
+        let at = |all: Vec<Address>| all.into_iter().map(End::At).collect::<Vec<End>>();
+        let of_vm = |all: Vec<Port>| all.into_iter().map(End::Vm).collect();
+        let listen = listen.map(at).or(guest_dials.map(of_vm));
+        let connect = connect.map(at).or(port.map(of_vm));
         let line_of = |keys: [&str; 2]| {
             let key = keys.into_iter().find(|key| section.has(key));
-            key.map_or(line, |key| section.line_of(key))
+            key.map_or_else(|| line.clone(), |key| section.line_of(key))
         };
         let (listen_line, connect_line) = (
             line_of(["listen", "guest-dials"]),
             line_of(["connect", "port"]),
         );
-        section.finish();
-        let forward = match (ends, listen, connect) {
-            (true, Some(listen), Some(connect)) => Some(Forward {
-                name: name.clone(),
-                listen_line,
-                connect_line,
-                listen,
-                connect,
-                vm,
-                options,
-            }),
-            _ => None,
-        };
-        Read {
+        let mut read = Read {
             name,
             listen_line,
-            listen: listens_at,
+            listen: listens_at.unwrap_or_default(),
             vm: its_vm,
-            forward,
+            forwards: Vec::new(),
+        };
+        let (true, Some(listen), Some(connect)) = (ends, listen, connect) else {
+            section.finish();
+            return read;
+        };
+        if listen.len() != connect.len() {
+            let (listens, connects) = (listen.len(), connect.len());
+            section.complain(
+                None,
+                format!("{listens} ports lead to {connects}; write ranges of the same length"),
+            );
         }
+        section.finish();
+        let is_range = listen.len() > 1;
+        let pairs = listen.into_iter().zip(connect);
+        let forwards = pairs.map(|(listen, connect)| Forward {
+            name: match is_range {
+                true => format!("{}-{}", read.name, listen.port()),
+                false => read.name.clone(),
+            },
+            listen_line: read.listen_line.clone(),
+            connect_line: connect_line.clone(),
+            listen,
+            connect,
+            vm: vm.clone(),
+            options: options.clone(),
+        });
+        read.forwards = forwards.collect();
+        read
     }
 
     /// Its VM as the file calls it, and the line in which it does.
-    pub(super) fn vm(&self) -> Option<(&str, usize)> {
-        self.vm.as_ref().map(|(vm, line)| (vm.as_str(), *line))
+    pub(super) fn vm(&self) -> Option<(&str, &Line)> {
+        self.vm.as_ref().map(|(vm, line)| (vm.as_str(), line))
     }
 
     /// Whether it holds its clients while its VM isn't there.

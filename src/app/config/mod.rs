@@ -19,18 +19,21 @@
 mod conflicts;
 mod diff;
 mod forward;
+mod include;
 mod problems;
 mod section;
+mod template;
 #[cfg(test)]
 mod tests;
 mod vms;
 
-use std::io;
+use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
+use toml::Spanned;
 use toml::de::DeTable;
 
 use crate::address::TcpAddress;
@@ -41,8 +44,8 @@ use crate::proxy::{Rule, VmLimits, check_rule};
 
 pub(crate) use diff::{Existing, Step, plan};
 use forward::{Forward, Read};
-use problems::Weight;
-pub(crate) use problems::{Problem, Problems};
+use problems::{Line, Weight};
+pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name};
 use section::{Section, Source};
 pub(crate) use vms::Missing;
 use vms::{Found, Vm};
@@ -55,6 +58,8 @@ pub(crate) struct Config {
     pub(crate) workers: Option<NonZeroUsize>,
     /// Whether bytes may go through pipes.
     pub(crate) splice: bool,
+    /// Whether each connection that has ended is logged at the level info.
+    pub(crate) access_log: bool,
     /// Where it is controlled from, if anywhere.
     pub(crate) control: Option<PathBuf>,
     /// Where it tells of itself.
@@ -97,11 +102,82 @@ pub(crate) struct Wanted {
     pub(crate) notes: Vec<Problem>,
 }
 
-/// Reads a file, and waits for none that may never end, or never begin: who reads may have signals to heed.
+/// Reads a file, and waits for none that may never end, or never begin: who reads may have signals to heed. Standard
+/// input is read to its end.
 fn read_text(file: &Path) -> io::Result<String> {
     /// Some 100,000 forwards.
     const MOST: u64 = 16 << 20;
-    crate::file::read_text(file, MOST)
+    if file != Path::new(STANDARD_INPUT) {
+        return crate::file::read_text(file, MOST);
+    }
+    let mut text = String::new();
+    io::stdin()
+        .lock()
+        .take(MOST + 1)
+        .read_to_string(&mut text)?;
+    match text.len() as u64 > MOST {
+        true => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("it has more than {MOST} bytes"),
+        )),
+        false => Ok(text),
+    }
+}
+
+/// What is said of a file that can't be read.
+fn unreadable(error: &io::Error) -> String {
+    let remedy = match error.kind() {
+        io::ErrorKind::NotFound => "; is the path right?",
+        io::ErrorKind::PermissionDenied => "; let the user who runs this read it",
+        io::ErrorKind::InvalidData => "; save it as UTF-8",
+        io::ErrorKind::IsADirectory => "; name a file in it",
+        _ => "",
+    };
+    format!("cannot be read: {error}{remedy}")
+}
+
+/// A file that is included, and what it says.
+struct Included {
+    source: Source,
+    text: String,
+}
+
+/// Reads the files that `include` names; what is wrong with it is said.
+fn read_included(root: &mut Section<'_, '_>, source: &Source, directory: &Path) -> Vec<Included> {
+    let patterns = root.take("include", values::texts).unwrap_or_default();
+    let line = root.line_of("include");
+    let mut files: Vec<PathBuf> = Vec::new();
+    for pattern in patterns {
+        let found = values::at_home(&pattern).and_then(|it| include::find(&it, directory));
+        match found {
+            Ok(found) => files.extend(found),
+            Err(why) => source.complain(line.clone(), format!("include: {why}")),
+        }
+    }
+    files.dedup();
+    let read = |file: PathBuf| match read_text(&file) {
+        Ok(text) => Some(Included {
+            source: Source::new(&text, Some(&file)),
+            text,
+        }),
+        Err(e) => {
+            let text = format!("include: {} {}", file.display(), unreadable(&e));
+            source.complain(line.clone(), text);
+            None
+        }
+    };
+    files.into_iter().filter_map(read).collect()
+}
+
+/// Parses a file; what is no TOML in it is said.
+fn parse_table<'t>(source: &Source, text: &'t str) -> Option<Spanned<DeTable<'t>>> {
+    let (table, errors) = DeTable::parse_recoverable(text);
+    for error in &errors {
+        let line = source.line(error.span().unwrap_or(0..0));
+        source.complain(line, format!("this is no TOML: {}", error.message()));
+    }
+    // What the rest means can't be known.
+    errors.is_empty().then_some(table)
 }
 
 impl Config {
@@ -110,48 +186,47 @@ impl Config {
     /// # Errors
     /// All that is wrong with it.
     pub(crate) fn read(file: &Path, places: &Places) -> Result<(Config, Wanted), Problems> {
-        let text = read_text(file).map_err(|e| {
-            let remedy = match e.kind() {
-                io::ErrorKind::NotFound => "; is the path right?",
-                io::ErrorKind::PermissionDenied => "; let the user who runs this read it",
-                io::ErrorKind::InvalidData => "; save it as UTF-8",
-                io::ErrorKind::IsADirectory => "; name a file in it",
-                _ => "",
-            };
-            let text = format!("cannot be read: {e}{remedy}");
-            Problems::of(file, text)
-        })?;
-        Config::parse(&text, places).map_err(|list| Problems::new(file, list))
+        let text = read_text(file).map_err(|e| Problems::of(file, unreadable(&e)))?;
+        let directory = file.parent().unwrap_or(Path::new(""));
+        Config::parse(&text, directory, places).map_err(|list| Problems::new(file, list))
     }
 
-    fn parse(text: &str, places: &Places) -> Result<(Config, Wanted), Vec<Problem>> {
-        let source = Source::new(text);
+    /// Reads a file's text, and the files that it includes from `directory`.
+    fn parse(
+        text: &str,
+        directory: &Path,
+        places: &Places,
+    ) -> Result<(Config, Wanted), Vec<Problem>> {
+        let source = Source::new(text, None);
         if text.trim().is_empty() {
             // One that is being written, most often; to carry nothing is nobody's wish.
-            source.complain(1, "it is empty; write a [forward.NAME]".to_owned());
+            source.complain(source.line(0..0), "it is empty; write a [forward.NAME]");
             return Err(source.problems());
         }
-        let (table, errors) = DeTable::parse_recoverable(text);
-        for error in &errors {
-            let line = source.line(error.span().unwrap_or(0..0));
-            source.complain(line, format!("this is no TOML: {}", error.message()));
-        }
-        if !errors.is_empty() {
-            // What the rest means can't be known.
+        let Some(table) = parse_table(&source, text) else {
             return Err(source.problems());
-        }
-        let config = Config::of(Section::root(&source, table.get_ref()));
+        };
+        let mut root = Section::root(&source, table.get_ref());
+        let included = read_included(&mut root, &source, directory);
+        let tables: Vec<_> = included
+            .iter()
+            .filter_map(|it| Some((&it.source, parse_table(&it.source, &it.text)?)))
+            .collect();
+        let others = tables
+            .iter()
+            .map(|(source, table)| Section::root(source, table.get_ref()));
+        let config = Config::of(root, others);
         let mut wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
         for vm in config.unused_vms() {
             let text = format!(
                 "[vm.{}] is used by no forward; is one's vm another name?",
                 vm.name
             );
-            source.note(vm.section_line, text);
+            source.note(vm.section_line.clone(), text);
         }
-        let sound = source.is_sound();
-        let problems = source.problems();
-        match sound {
+        let mut problems = source.problems();
+        problems.extend(included.into_iter().flat_map(|it| it.source.problems()));
+        match problems.iter().all(|it| it.weight == Weight::Note) {
             true => {
                 wanted.notes = problems;
                 Ok((config, wanted))
@@ -160,10 +235,15 @@ impl Config {
         }
     }
 
-    fn of(mut root: Section<'_, '_>) -> Config {
+    /// Reads the tables of a file, and of those that it includes.
+    fn of<'a, 'i: 'a>(
+        mut root: Section<'a, 'i>,
+        included: impl Iterator<Item = Section<'a, 'i>>,
+    ) -> Config {
         let grace = root.take("grace", values::time);
         let workers = root.take("workers", values::count(1..=256));
         let splice = root.take("splice", values::yes_or_no);
+        let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
         let metrics = root.take("metrics", values::tcp);
         let mut defaults = RuleOptions::default();
@@ -175,26 +255,39 @@ impl Config {
         for (name, section) in root.named("vm") {
             vms.push(Vm::read(name, section));
         }
-        let (mut forwards, mut parts) = (Vec::new(), Vec::new());
+        let mut read = Vec::new();
         for (name, section) in root.named("forward") {
-            let mut read = Forward::read(name, section, &defaults);
-            match read.forward.take() {
-                Some(forward) => forwards.push(forward),
-                None => parts.push(read),
-            }
+            read.push(Forward::read(name, section, &defaults));
         }
         root.finish();
+        for mut other in included {
+            for (name, section) in other.named("vm") {
+                vms.push(Vm::read(name, section));
+            }
+            for (name, section) in other.named("forward") {
+                read.push(Forward::read(name, section, &defaults));
+            }
+            other.finish();
+        }
+        let (mut forwards, mut parts) = (Vec::new(), Vec::new());
+        for mut read in read {
+            match read.forwards.is_empty() {
+                true => parts.push(read),
+                false => forwards.append(&mut read.forwards),
+            }
+        }
         for forward in &forwards {
             if let Some((vm, line)) = forward.vm()
                 && !vms.iter().any(|known| known.name == vm)
             {
-                vms.push(Vm::undeclared(vm, line));
+                vms.push(Vm::undeclared(vm, line.clone()));
             }
         }
         Config {
             grace: grace.unwrap_or(Duration::from_secs(30)),
             workers: workers.and_then(NonZeroUsize::new),
             splice: splice.unwrap_or(true),
+            access_log: access_log.unwrap_or(false),
             control: control.unwrap_or_else(usual_control),
             metrics,
             #[cfg(unix)]
@@ -240,7 +333,8 @@ impl Config {
     }
 
     /// Looks for the VMs, and for what can't work.
-    fn wanted(&self, places: &Places, complain: &mut dyn FnMut(usize, String)) -> Wanted {
+    fn wanted(&self, places: &Places, complain: &mut dyn FnMut(Line, String)) -> Wanted {
+        conflicts::find_namesakes(&self.vms, &self.forwards, complain);
         let Found { vms, missing } = vms::find(&self.vms, places, complain);
         let mut wanted = Wanted {
             limits: vms
@@ -267,7 +361,7 @@ impl Config {
             };
             if let Err(e) = check_rule(&rule) {
                 complain(
-                    forward.connect_line,
+                    forward.connect_line.clone(),
                     format!("[forward.{}]: {e}", forward.name),
                 );
             }
@@ -292,7 +386,7 @@ impl Config {
                 let text = format!(
                     "{name:?}: its forwards reserve {reserved} connections together, and it has {left} for them; reserve fewer, or raise connections in [vm.{name}]"
                 );
-                complain(vm.line, text);
+                complain(vm.line.clone(), text);
             }
         }
         wanted.rules = seen.into_iter().map(|(_, rule)| rule).collect();

@@ -2,13 +2,32 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::app::escape;
+
+/// A line of the file, or of one that it includes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Line {
+    /// `None`: the file itself.
+    pub(super) included: Option<Arc<Path>>,
+    /// From 1.
+    pub(super) number: usize,
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.included {
+            Some(file) => write!(f, "{} of {}", self.number, file.display()),
+            None => self.number.fmt(f),
+        }
+    }
+}
 
 /// One thing that is wrong, in a line of the file if it is one's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Problem {
-    pub(crate) line: Option<usize>,
+    pub(crate) line: Option<Line>,
     pub(crate) text: String,
     pub(crate) weight: Weight,
 }
@@ -25,10 +44,23 @@ pub(crate) enum Weight {
 impl Problem {
     /// Returns it as a line, whatever names the file has.
     pub(crate) fn line_of(&self, file: &Path) -> String {
-        let file = file.display();
-        let line = self.line.map_or(String::new(), |line| format!("{line}:"));
-        let text = format!("{file}:{line} {}", self.text);
+        let line = self.line.as_ref();
+        let included = line.and_then(|line| line.included.as_deref());
+        let file = display_name(included.unwrap_or(file));
+        let number = line.map_or(String::new(), |line| format!("{}:", line.number));
+        let text = format!("{file}:{number} {}", self.text);
         escape::line(&text).into_owned()
+    }
+}
+
+/// The path that stands for standard input.
+pub(crate) const STANDARD_INPUT: &str = "-";
+
+/// Returns a file's name for people.
+pub(crate) fn display_name(file: &Path) -> std::path::Display<'_> {
+    match file == Path::new(STANDARD_INPUT) {
+        true => Path::new("standard input").display(),
+        false => file.display(),
     }
 }
 
@@ -65,8 +97,8 @@ impl Problems {
     pub(crate) fn summary(&self) -> String {
         let mistakes = self.list.iter().filter(|it| it.weight == Weight::Mistake);
         match mistakes.count() {
-            1 => format!("{}: 1 thing is wrong", self.file.display()),
-            n => format!("{}: {n} things are wrong", self.file.display()),
+            1 => format!("{}: 1 thing is wrong", display_name(&self.file)),
+            n => format!("{}: {n} things are wrong", display_name(&self.file)),
         }
     }
 

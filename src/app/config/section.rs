@@ -3,12 +3,15 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Number, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::problems::{Problem, Weight};
+use super::problems::{Line, Problem, Weight};
+use super::template;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::nearest::nearest;
@@ -17,34 +20,40 @@ use crate::proxy::check_name;
 /// The text, and what is wrong with it so far.
 #[derive(Debug)]
 pub(super) struct Source {
+    /// `None`: the file that was named; else one that it includes.
+    file: Option<Arc<Path>>,
     /// Where the lines end.
     ends: Vec<usize>,
     problems: RefCell<Vec<Problem>>,
 }
 
 impl Source {
-    pub(super) fn new(text: &str) -> Source {
+    pub(super) fn new(text: &str, file: Option<&Path>) -> Source {
         Source {
+            file: file.map(Arc::from),
             ends: text.match_indices('\n').map(|(at, _)| at).collect(),
             problems: RefCell::default(),
         }
     }
 
-    /// The line of a place, from 1.
-    pub(super) fn line(&self, span: Range<usize>) -> usize {
-        1 + self.ends.partition_point(|end| *end < span.start)
+    /// The line of a place.
+    pub(super) fn line(&self, span: Range<usize>) -> Line {
+        Line {
+            included: self.file.clone(),
+            number: 1 + self.ends.partition_point(|end| *end < span.start),
+        }
     }
 
-    pub(super) fn complain(&self, line: usize, text: impl Into<String>) {
+    pub(super) fn complain(&self, line: Line, text: impl Into<String>) {
         self.add(line, text.into(), Weight::Mistake);
     }
 
     /// Says what is no mistake.
-    pub(super) fn note(&self, line: usize, text: String) {
+    pub(super) fn note(&self, line: Line, text: String) {
         self.add(line, text, Weight::Note);
     }
 
-    fn add(&self, line: usize, text: String, weight: Weight) {
+    fn add(&self, line: Line, text: String, weight: Weight) {
         let line = Some(line);
         self.problems
             .borrow_mut()
@@ -53,11 +62,6 @@ impl Source {
 
     pub(super) fn problems(self) -> Vec<Problem> {
         self.problems.into_inner()
-    }
-
-    pub(super) fn is_sound(&self) -> bool {
-        let problems = self.problems.borrow();
-        problems.iter().all(|it| it.weight == Weight::Note)
     }
 }
 
@@ -69,7 +73,7 @@ pub(super) struct Section<'a, 'i> {
     title: String,
     table: &'a DeTable<'i>,
     known: Vec<Cow<'static, str>>,
-    pub(super) line: usize,
+    pub(super) line: Line,
 }
 
 impl<'a, 'i> Section<'a, 'i> {
@@ -79,7 +83,7 @@ impl<'a, 'i> Section<'a, 'i> {
             title: String::new(),
             table,
             known: Vec::new(),
-            line: 1,
+            line: source.line(0..0),
         }
     }
 
@@ -103,14 +107,16 @@ impl<'a, 'i> Section<'a, 'i> {
     }
 
     /// The line of a key that is there, or of the section.
-    pub(super) fn line_of(&self, key: &str) -> usize {
-        let entry = self.table.get_key_value(key);
-        entry.map_or(self.line, |(key, _)| self.source.line(key.span()))
+    pub(super) fn line_of(&self, key: &str) -> Line {
+        match self.table.get_key_value(key) {
+            Some((key, _)) => self.source.line(key.span()),
+            None => self.line.clone(),
+        }
     }
 
     /// Says that something is wrong with the section, or with a key of it.
     pub(super) fn complain(&self, key: Option<&str>, what: impl std::fmt::Display) {
-        let line = key.map_or(self.line, |key| self.line_of(key));
+        let line = key.map_or_else(|| self.line.clone(), |key| self.line_of(key));
         let text = match (self.title.as_str(), key) {
             ("", Some(key)) => format!("{key}: {what}"),
             (title, Some(key)) => format!("{title} {key}: {what}"),
@@ -123,10 +129,10 @@ impl<'a, 'i> Section<'a, 'i> {
     pub(super) fn take<T>(
         &mut self,
         key: &'static str,
-        read: impl FnOnce(&Value) -> Result<T, String>,
+        read: impl Fn(&Value) -> Result<T, String>,
     ) -> Option<T> {
         self.known.push(key.into());
-        match to_json(key, self.table.get(key)?.get_ref()).and_then(|value| read(&value)) {
+        match read_value(key, self.table.get(key)?.get_ref(), read) {
             Ok(value) => Some(value),
             Err(why) => {
                 self.complain(Some(key), why);
@@ -140,8 +146,12 @@ impl<'a, 'i> Section<'a, 'i> {
         let mut options = usual.clone();
         for (key, path) in RuleOptions::keys() {
             if let Some(value) = self.table.get(key.as_str()) {
-                let value = to_json(&key, value.get_ref());
-                if let Err(why) = value.and_then(|value| options.set(&path, value)) {
+                let set = |value: &Value| {
+                    let mut changed = options.clone();
+                    changed.set(&path, value.clone()).map(|()| changed)
+                };
+                let changed = read_value(&key, value.get_ref(), set);
+                if let Err(why) = changed.map(|changed| options = changed) {
                     self.complain(Some(&key), why);
                 }
             }
@@ -250,10 +260,30 @@ fn kind(value: &DeValue<'_>) -> &'static str {
     }
 }
 
+/// Reads a value. A string with a variable of the environment may stand for a number, or for true
+/// or false.
+fn read_value<T>(
+    key: &str,
+    value: &DeValue<'_>,
+    read: impl Fn(&Value) -> Result<T, String>,
+) -> Result<T, String> {
+    let given = to_json(key, value)?;
+    let outcome = read(&given);
+    let (Err(_), DeValue::String(text), Value::String(filled)) = (&outcome, value, &given) else {
+        return outcome;
+    };
+    match filled.parse::<Value>() {
+        Ok(scalar @ (Value::Number(_) | Value::Bool(_))) if template::has_variable(text) => {
+            read(&scalar)
+        }
+        _ => outcome,
+    }
+}
+
 /// Returns a value as those of JSON are.
 fn to_json(key: &str, value: &DeValue<'_>) -> Result<Value, String> {
     Ok(match value {
-        DeValue::String(text) => Value::String(text.to_string()),
+        DeValue::String(text) => Value::String(template::fill(text)?),
         // TOML's way to write permissions.
         DeValue::Integer(number) if key == "mode" && number.radix() == 8 => number.as_str().into(),
         DeValue::Integer(number) => {
@@ -267,7 +297,10 @@ fn to_json(key: &str, value: &DeValue<'_>) -> Result<Value, String> {
         }
         DeValue::Boolean(yes) => Value::Bool(*yes),
         DeValue::Datetime(_) => return Err("it is a date, which no key takes".to_owned()),
-        DeValue::Array(_) => Value::Array(Vec::new()),
+        DeValue::Array(values) => {
+            let values = values.iter().map(|value| to_json(key, value.get_ref()));
+            Value::Array(values.collect::<Result<_, String>>()?)
+        }
         DeValue::Table(_) => Value::Object(serde_json::Map::new()),
     })
 }

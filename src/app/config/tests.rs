@@ -15,13 +15,13 @@ fn places() -> Places {
 }
 
 fn right(text: &str) -> (Config, Wanted) {
-    Config::parse(text, &places()).unwrap()
+    Config::parse(text, Path::new(""), &places()).unwrap()
 }
 
 /// What is wrong, each with its line.
 fn wrong(text: &str) -> Vec<(usize, String)> {
-    let list = Config::parse(text, &places()).unwrap_err();
-    let line = |problem: Problem| (problem.line.unwrap(), problem.text);
+    let list = Config::parse(text, Path::new(""), &places()).unwrap_err();
+    let line = |problem: Problem| (problem.line.unwrap().number, problem.text);
     list.into_iter().map(line).collect()
 }
 
@@ -311,4 +311,134 @@ fn one_address_is_taken_by_who_has_them_all() {
         assert!(found[0].1.contains(":8080 already"), "{found:?}");
     }
     right(&(one + &forward("next", "\"0.0.0.0:8081\"")));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_range_is_a_forward_for_each_port() {
+    let (_, wanted) = right(
+        r#"
+        [forward.web]
+        listen = "127.0.0.1:8000-8002"
+        vm = "/vm/one"
+        port = "90-92"
+        [forward.back]
+        vm = "/vm/one"
+        guest-dials = "5000-5001"
+        connect = "localhost:80-81"
+        "#,
+    );
+    let told = wanted.rules.iter().map(|rule| {
+        let name = rule.name.as_deref().unwrap();
+        format!("{name}: {} -> {}", rule.listen, rule.connect)
+    });
+    assert_eq!(
+        told.collect::<Vec<_>>(),
+        [
+            "web-8000: tcp://127.0.0.1:8000 -> hyperkit://:90/vm/one",
+            "web-8001: tcp://127.0.0.1:8001 -> hyperkit://:91/vm/one",
+            "web-8002: tcp://127.0.0.1:8002 -> hyperkit://:92/vm/one",
+            "back-5000: hyperkit://:5000/vm/one -> tcp://localhost:80",
+            "back-5001: hyperkit://:5001/vm/one -> tcp://localhost:81",
+        ]
+    );
+    for (text, part) in [
+        (
+            "[forward.a]\nlisten = \"80-90\"\nconnect = 1\n",
+            "11 ports lead to 1",
+        ),
+        (
+            "[forward.a]\nlisten = \"90-80\"\nconnect = 1\n",
+            "goes down",
+        ),
+        (
+            "[forward.a-80]\nlisten = 79\nconnect = 9\n[forward.a]\nlisten = \"80-81\"\nconnect = \"1-2\"\n",
+            "[forward.a-80] is in line 2, too",
+        ),
+    ] {
+        let told = wrong(text);
+        assert!(told.iter().any(|(_, why)| why.contains(part)), "{told:?}");
+    }
+}
+
+#[test]
+fn variables_stand_for_texts_and_numbers() {
+    let (config, wanted) = right(
+        r#"
+        workers = "${HVSOCK_UNSET:-4}"
+        [forward.a]
+        listen = "${HVSOCK_UNSET:-127.0.0.1:80}"
+        connect = "/run/${HVSOCK_UNSET:-s}$$"
+        mode = "${HVSOCK_UNSET:-640}"
+        drain-timeout = "${HVSOCK_UNSET:-2s}"
+        "#,
+    );
+    assert_eq!(config.workers.unwrap().get(), 4);
+    let [rule] = &wanted.rules[..] else {
+        panic!("{wanted:?}");
+    };
+    assert_eq!(rule.listen.to_string(), "tcp://127.0.0.1:80");
+    assert_eq!(rule.connect.to_string(), "unix:///run/s$");
+    assert_eq!(rule.mode, 0o640);
+    assert_eq!(rule.timeouts.drain, Duration::from_secs(2));
+    let told = wrong("[forward.a]\nlisten = 1\nconnect = \"${HVSOCK_UNSET}\"\n");
+    assert_eq!(told[0].0, 3);
+    assert!(told[0].1.contains("${HVSOCK_UNSET} is not set"), "{told:?}");
+}
+
+#[test]
+fn included_files_have_vms_and_forwards_and_lines_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let main = dir.path().join("hvsock.toml");
+    std::fs::create_dir(dir.path().join("more.d")).unwrap();
+    let more = |name: &str, text: &str| {
+        std::fs::write(dir.path().join("more.d").join(name), text).unwrap();
+    };
+    let read = || Config::read(&main, &places());
+    let text = "include = [\"more.d/*.toml\"]\n[defaults]\nmode = \"660\"\n[forward.a]\nlisten = 1\nconnect = 2\n";
+    std::fs::write(&main, text).unwrap();
+    more("2.toml", "[forward.c]\nlisten = 5\nconnect = 6\n");
+    more("1.toml", "[forward.b]\nlisten = 3\nconnect = 4\n");
+    more("other.txt", "no TOML");
+    let (_, wanted) = read().unwrap();
+    let names: Vec<_> = wanted
+        .rules
+        .iter()
+        .map(|it| it.name.clone().unwrap())
+        .collect();
+    assert_eq!(names, ["a", "b", "c"]);
+    assert!(wanted.rules.iter().all(|it| it.mode == 0o660));
+
+    more("1.toml", "\n[forward.a]\nlisten = 3\nconnect = 4\n");
+    more("2.toml", "grace = 3\n[forward.c]\nlisten = 1\n");
+    let told = read().unwrap_err().to_string();
+    for part in [
+        "more.d/1.toml:3: [forward.a] is in line 5, too",
+        "more.d/2.toml:1: unknown key grace",
+        "more.d/2.toml:2: [forward.c]: connect is missing",
+    ] {
+        assert!(told.contains(part), "{told}");
+    }
+    more("2.toml", "[forward.c]\nlisten = 1\nconnect = 9\n");
+    more("1.toml", "");
+    let told = read().unwrap_err().to_string();
+    assert!(
+        told.contains("listens on tcp://127.0.0.1:1 already"),
+        "{told}"
+    );
+    more("1.toml", "= no TOML");
+    let told = read().unwrap_err().to_string();
+    assert!(told.contains("more.d/1.toml:1: this is no TOML"), "{told}");
+
+    std::fs::write(
+        &main,
+        "include = [\"none.toml\", \"none.d/*\"]\n[forward.a]\nlisten = 1\nconnect = 2\n",
+    )
+    .unwrap();
+    let told = read().unwrap_err().to_string();
+    assert!(
+        told.contains("hvsock.toml:1: include: ") && told.contains("none.toml cannot be read"),
+        "{told}"
+    );
+    assert!(!told.contains("none.d"), "{told}");
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::problems::Line;
 use super::section::Section;
 use crate::address::{self, Address, HvsockAddress, HyperkitAddress, HyperkitVm, Port};
 use crate::app::values;
@@ -14,13 +15,13 @@ use crate::proxy::{Limits, VmLimits};
 #[derive(Clone, Debug)]
 pub(super) struct Vm {
     pub(super) name: String,
-    pub(super) line: usize,
+    pub(super) line: Line,
     /// A state directory, a name or a URI; `None` if what the file says is none.
     at: Option<String>,
     /// It has a section.
     pub(super) declared: bool,
     /// Where that begins, or where it is named.
-    pub(super) section_line: usize,
+    pub(super) section_line: Line,
     connections: Option<usize>,
     unanswered: Option<usize>,
 }
@@ -61,7 +62,7 @@ impl Vm {
         // The command line's bounds; hyperkit has 1,024 slots, and aborts at 512 unanswered dials.
         let connections = section.take("connections", values::count(1..=1000));
         let unanswered = section.take("unanswered", values::count(1..=400));
-        let (line, section_line) = (section.line_of("at"), section.line);
+        let (line, section_line) = (section.line_of("at"), section.line.clone());
         section.finish();
         Vm {
             name,
@@ -75,10 +76,10 @@ impl Vm {
     }
 
     /// One that has no section: its name is what `--vm` takes.
-    pub(super) fn undeclared(name: &str, line: usize) -> Vm {
+    pub(super) fn undeclared(name: &str, line: Line) -> Vm {
         Vm {
             name: name.to_owned(),
-            line,
+            line: line.clone(),
             at: Some(name.to_owned()),
             declared: false,
             section_line: line,
@@ -125,7 +126,7 @@ impl Place {
 pub(super) fn find<'a>(
     vms: &'a [Vm],
     places: &Places,
-    complain: &mut dyn FnMut(usize, String),
+    complain: &mut dyn FnMut(Line, String),
 ) -> Found<'a> {
     let mut found: Vec<(&Vm, Place)> = Vec::new();
     let mut missing = Vec::new();
@@ -144,7 +145,7 @@ pub(super) fn find<'a>(
                     Some(near) if !vm.declared => format!("; did you mean {near:?}?"),
                     _ => String::new(),
                 };
-                complain(vm.line, format!("{why}{hint}"));
+                complain(vm.line.clone(), format!("{why}{hint}"));
                 continue;
             }
         };
@@ -153,7 +154,7 @@ pub(super) fn find<'a>(
                 "{:?} is the same VM as {:?}; use one name for it",
                 vm.name, other.name
             );
-            complain(vm.line, text);
+            complain(vm.line.clone(), text);
         }
         if let Place::Hyperkit(hyperkit) = &place {
             let directory = &hyperkit.state_dir;

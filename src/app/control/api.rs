@@ -1,26 +1,31 @@
 //! The calls: what a request asks for, and what it is answered.
 
-use std::fmt;
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::process::Child;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use std::{fmt, io, thread};
 
 use hyper::header::{ALLOW, HeaderValue};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::address::Address;
 use crate::app::output;
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
-use crate::proxy::{ForwardStatus, Handle};
+use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle};
 
 use super::endpoint::{Endpoint, Service};
+use super::handover;
+use super::handover::give::Successor;
 use super::http::{JSON, Request, Response, response};
 use super::metrics;
-use super::model::{Forward, RuleBody, Status, read_rule};
+use super::model::{Connection, Forward, RuleBody, Status, read_rule};
 use super::problem::Problem;
 
 /// What the server needs of its program.
@@ -31,6 +36,8 @@ pub(crate) struct Actions {
     pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
     /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.
     pub(crate) reload: Option<Reload>,
+    /// How another process takes its place, if one can.
+    pub(crate) succession: Option<Succession>,
     /// How long connections may take to finish unless it is said.
     pub(crate) grace: Box<dyn Fn() -> Duration + Send + Sync>,
 }
@@ -38,6 +45,21 @@ pub(crate) struct Actions {
 /// See [`Actions::reload`].
 pub(crate) type Reload =
     Box<dyn Fn() -> std::result::Result<serde_json::Value, Problem> + Send + Sync>;
+
+/// How another process takes the place of this one.
+pub(crate) struct Succession {
+    /// The file that says what is carried.
+    pub(crate) file: PathBuf,
+    /// Calls its argument while that file is not read, with the forwards for which it asks.
+    pub(crate) while_unchanged: Box<WhileUnchanged>,
+    /// Starts the program anew, so that it takes over.
+    pub(crate) start: Box<dyn Fn() -> io::Result<Child> + Send + Sync>,
+    /// Ends this one, since that process has all its listeners.
+    pub(crate) end: Box<dyn Fn(u32) + Send + Sync>,
+}
+
+/// See [`Succession::while_unchanged`].
+pub(crate) type WhileUnchanged = dyn Fn(&mut dyn FnMut(&HashSet<ForwardId>)) + Send + Sync;
 
 impl fmt::Debug for Actions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -53,7 +75,18 @@ pub(super) struct Api {
     /// Where it is asked.
     endpoints: Vec<Arc<Endpoint>>,
     lanes: Lanes,
+    handover: Mutex<HandoverState>,
     started: Instant,
+}
+
+/// How far it is with another process that takes over.
+#[derive(Debug, Default)]
+struct HandoverState {
+    /// The process that was started for it, and is not to take over any more.
+    given_up: Option<u32>,
+    /// The process that is taking over, or has.
+    successor: Option<u32>,
+    is_done: bool,
 }
 
 /// How many calls of a kind are answered at a time. Each may block, and none keeps those of another
@@ -64,6 +97,8 @@ struct Lanes {
     /// One: what is looked at before it still holds then.
     changes: Arc<Semaphore>,
     stops: Arc<Semaphore>,
+    /// Apart from the changes: the process that is started asks for one.
+    upgrades: Arc<Semaphore>,
 }
 
 const LOOKS_AT_A_TIME: usize = 4;
@@ -72,7 +107,13 @@ const LOOKS_AT_A_TIME: usize = 4;
 const TURN: Duration = Duration::from_secs(5);
 
 /// Of all kinds together.
-pub(super) const CALLS_AT_A_TIME: usize = LOOKS_AT_A_TIME + 2;
+pub(super) const CALLS_AT_A_TIME: usize = LOOKS_AT_A_TIME + 3;
+
+/// How long a process that was started may take to take over: a little less than our clients wait for an answer.
+const UPGRADE: Duration = Duration::from_secs(9);
+
+/// How often it is looked whether that has happened.
+const LOOK: Duration = Duration::from_millis(10);
 
 type Answer = Result<(u16, String), Problem>;
 
@@ -94,7 +135,9 @@ impl Api {
                 looks: lane(LOOKS_AT_A_TIME),
                 changes: lane(1),
                 stops: lane(1),
+                upgrades: lane(1),
             },
+            handover: Mutex::default(),
             started: Instant::now(),
         }
     }
@@ -105,6 +148,7 @@ impl Api {
         let lane = match (service, request.method.as_str(), request.path.as_str()) {
             (Service::Metrics, ..) | (_, "GET", _) => &self.lanes.looks,
             (_, _, "/v1/stop") => &self.lanes.stops,
+            (_, _, "/v1/upgrade") => &self.lanes.upgrades,
             _ => &self.lanes.changes,
         };
         let Ok(turn) = timeout(TURN, Arc::clone(lane).acquire_owned()).await else {
@@ -124,7 +168,7 @@ impl Api {
         answered.unwrap_or_else(|e| Problem::new(500, format!("the call failed: {e}")).response())
     }
 
-    fn answer_all(&self, request: &Request) -> Response {
+    fn answer_all(self: &Arc<Api>, request: &Request) -> Response {
         let path = request.path.as_str();
         let (method, query) = (request.method.as_str(), request.query.as_slice());
         let answer = match (method, path) {
@@ -132,14 +176,24 @@ impl Api {
             ("GET", "/v1/status") => none(query).and_then(|()| json(200, &self.status())),
             ("GET", "/v1/forwards") => none(query).and_then(|()| json(200, &self.forwards())),
             ("GET", "/v1/connections") => {
-                none(query).and_then(|()| json(200, &self.handle.connections()))
+                none(query).and_then(|()| json(200, &Connection::all(&self.handle.connections())))
             }
             ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
             ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
+            ("POST", "/v1/take-over") => none(query).and_then(|()| self.take_over(&request.body)),
+            ("POST", "/v1/upgrade") => none(query).and_then(|()| self.upgrade()),
             ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
             (_, "/v1/status" | "/v1/connections") => return wrong_method("GET"),
             (_, "/v1/forwards") => return wrong_method("GET, POST"),
-            (_, "/v1/reload" | "/v1/stop") => return wrong_method("POST"),
+            (_, "/v1/reload" | "/v1/stop" | "/v1/take-over" | "/v1/upgrade") => {
+                return wrong_method("POST");
+            }
+            _ if path.starts_with(CONNECTIONS) && method != "DELETE" => {
+                return wrong_method("DELETE");
+            }
+            _ if path.starts_with(CONNECTIONS) => {
+                none(query).and_then(|()| self.close(&path[CONNECTIONS.len()..]))
+            }
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
                 (Some(name), "GET") => none(query)
@@ -174,11 +228,17 @@ impl Api {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
+            file: self
+                .actions
+                .succession
+                .as_ref()
+                .map(|it| it.file.display().to_string()),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
             stopping: self.handle.is_stopping(),
             live: self.handle.live(),
             log_dropped: output::dropped(),
             forwards: self.forwards(),
+            keeper: self.handle.keeper(),
             unserved: self
                 .endpoints
                 .iter()
@@ -290,12 +350,148 @@ impl Api {
         json(200, &Forward::from(&found))
     }
 
+    fn close(&self, id: &str) -> Answer {
+        let remedy = "`hvsock connections` lists those that there are";
+        let number = id.parse().map_err(|_| {
+            let problem = Problem::new(404, format!("there is no connection {id:?}"));
+            problem.with_remedy(remedy)
+        })?;
+        let closed = self
+            .handle
+            .close(ConnectionId(number))
+            .map_err(|e| match e.kind() {
+                io::ErrorKind::NotFound => {
+                    Problem::new(404, format!("there is no connection {number}"))
+                        .with_remedy(remedy)
+                }
+                _ => e.into(),
+            })?;
+        info!("closing connection {number}, as was asked for");
+        let closed = Connection::all(&[closed]);
+        json(200, &closed.first())
+    }
+
     fn reload(&self) -> Answer {
         let Some(reload) = &self.actions.reload else {
             let problem = Problem::new(409, "there is no file to read again");
             return Err(problem.with_remedy("`hvsock run CONFIG` has one"));
         };
         json(200, &reload()?)
+    }
+
+    /// What a process needs that is to take over, or why none can.
+    fn succession(&self) -> Result<&Succession, Problem> {
+        let Some(succession) = &self.actions.succession else {
+            let problem = Problem::new(
+                409,
+                "it was started without a file, and no other can take over from it",
+            );
+            return Err(problem
+                .with_remedy("`hvsock run CONFIG` has one; stop this one, and start another"));
+        };
+        match self.handle.is_stopping() {
+            true => Err(Problem::new(503, "it is stopping")),
+            false => Ok(succession),
+        }
+    }
+
+    /// Begins to hand over to the process that asks for it.
+    fn take_over(self: &Arc<Api>, body: &[u8]) -> Answer {
+        self.succession()?;
+        let asked: handover::Request = serde_json::from_slice(body)
+            .map_err(|e| Problem::new(400, format!("that says nobody who takes over: {e}")))?;
+        if asked.protocol != handover::PROTOCOL {
+            let (theirs, ours) = (asked.protocol, handover::PROTOCOL);
+            let why = format!("it hands over by version {ours} of the protocol, not by {theirs}");
+            let problem = Problem::new(409, why);
+            return Err(problem.with_remedy("stop this hvsock, and start the other one"));
+        }
+        let successor = Successor::connect(&asked.socket)
+            .map_err(|e| Problem::new(400, format!("{}: {e}", asked.socket)))?;
+        let api = Arc::clone(self);
+        // The other can't take anything before it has its answer.
+        let hand_over = move || api.hand_over(successor, asked.pid);
+        thread::Builder::new()
+            .name("hvsock-handover".to_owned())
+            .spawn(hand_over)
+            .map_err(|e| Problem::new(500, format!("there can be no thread: {e}")))?;
+        json(202, &serde_json::json!({"pid": std::process::id()}))
+    }
+
+    fn handover_state(&self) -> MutexGuard<'_, HandoverState> {
+        self.handover.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hand_over(&self, successor: Successor, pid: u32) {
+        let Some(succession) = &self.actions.succession else {
+            return;
+        };
+        let agree = || {
+            let mut state = self.handover_state();
+            let agreed = state.given_up != Some(pid);
+            state.successor = agreed.then_some(pid);
+            agreed
+        };
+        let mut successor = Some(successor);
+        (succession.while_unchanged)(&mut |listed| {
+            let Some(successor) = successor.take() else {
+                return;
+            };
+            match successor.give(&self.handle, &self.endpoints, listed, agree) {
+                Ok(()) => {
+                    (succession.end)(pid);
+                    self.handover_state().is_done = true;
+                }
+                Err(e) => {
+                    self.handover_state().successor = None;
+                    warn!("process {pid} has not taken over ({e}); going on");
+                }
+            }
+        });
+    }
+
+    /// Starts another process, and answers when it has taken over.
+    fn upgrade(&self) -> Answer {
+        let succession = self.succession()?;
+        let fail = |why: String| {
+            Problem::new(500, why).with_remedy("this one goes on as before; the new one has said why on standard error, where this one logs")
+        };
+        let mut child =
+            (succession.start)().map_err(|e| fail(format!("the program can't be started: {e}")))?;
+        let pid = child.id();
+        info!("started process {pid} to take over");
+        let end = Instant::now() + UPGRADE;
+        loop {
+            if let HandoverState {
+                is_done: true,
+                successor: Some(pid),
+                ..
+            } = *self.handover_state()
+            {
+                return json(200, &serde_json::json!({"pid": pid}));
+            }
+            if let Ok(Some(status)) = child.try_wait() {
+                return Err(fail(format!(
+                    "the new process {pid} has ended before it took over: {status}"
+                )));
+            }
+            if Instant::now() >= end && self.give_up(pid) {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(fail(format!(
+                    "the new process {pid} has not taken over within {} s, and was ended",
+                    UPGRADE.as_secs()
+                )));
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Lets a process take over no more. Returns false if it does already.
+    fn give_up(&self, pid: u32) -> bool {
+        let mut state = self.handover_state();
+        state.given_up = Some(pid);
+        state.successor != Some(pid)
     }
 
     fn stop(&self, grace: Duration) -> Answer {
@@ -320,6 +516,9 @@ impl Api {
     }
 }
 
+/// Of this each connection has its own.
+const CONNECTIONS: &str = "/v1/connections/";
+
 /// What a forward is called.
 fn label(forward: &ForwardStatus) -> String {
     match &forward.rule.name {
@@ -340,7 +539,8 @@ fn unknown(key: &str) -> Problem {
 }
 
 const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
-    GET /v1/connections, POST /v1/reload, POST /v1/stop, GET /metrics";
+    GET /v1/connections, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
+    GET /metrics";
 
 fn no_such_call(path: &str) -> Problem {
     Problem::new(404, format!("there is no {path:?} here")).with_remedy(CALLS)

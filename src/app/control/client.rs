@@ -66,7 +66,7 @@ impl std::fmt::Display for Unanswered {
                         "it takes no request, or gives no answer: is it stopped, or is this another program's socket?"
                     }
                     _ => {
-                        "start one with `hvsock run CONFIG`, or with --control, or say where it is with --control PATH"
+                        "start one with `hvsock run CONFIG`, or with --control, or say where it is with --control PATH; `hvsock ps` lists those that run"
                     }
                 })
             }
@@ -80,7 +80,7 @@ impl std::error::Error for Unanswered {}
 
 /// Asks the server at `path`; the answer's body.
 pub(crate) fn ask(path: &Path, method: &str, call: &str, body: &str) -> Result<String, Unanswered> {
-    let (status, answer) = exchange(path, method, call, body)?;
+    let (status, answer) = exchange(path, method, call, body, PATIENCE)?;
     match status {
         200..=299 => Ok(answer),
         status => Err(Unanswered::Refused(Problem::of_answer(status, &answer))),
@@ -90,6 +90,14 @@ pub(crate) fn ask(path: &Path, method: &str, call: &str, body: &str) -> Result<S
 /// As [`ask`] with GET, and reads the answer.
 pub(crate) fn get<T: DeserializeOwned>(path: &Path, call: &str) -> Result<T, Unanswered> {
     read(&ask(path, "GET", call, "")?)
+}
+
+/// As [`ask`] for the status, of a server that may take so long; the answer's body.
+pub(crate) fn ask_status(path: &Path, patience: Duration) -> Result<String, Unanswered> {
+    match exchange(path, "GET", "/v1/status", "", patience)? {
+        (200..=299, answer) => Ok(answer),
+        (status, answer) => Err(Unanswered::Refused(Problem::of_answer(status, &answer))),
+    }
 }
 
 /// What an answer says, each text in it fit for a line.
@@ -126,11 +134,12 @@ fn exchange(
     method: &str,
     call: &str,
     body: &str,
+    patience: Duration,
 ) -> Result<(u16, String), Unanswered> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patience;
     let address = place::address(path);
     place::check(path).map_err(Unanswered::Untrusted)?;
-    let stream = Stream::connect_timeout(&address, PATIENCE).map_err(Unanswered::Absent)?;
+    let stream = Stream::connect_timeout(&address, patience).map_err(Unanswered::Absent)?;
     check_owner(&stream).map_err(Unanswered::Untrusted)?;
     let request = Request::builder().method(method).uri(call);
     let request = request.header(HOST, "hvsock").body(body.to_owned());

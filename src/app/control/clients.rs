@@ -6,17 +6,24 @@ use std::time::{Duration, Instant};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::sleep;
 
+use super::endpoint::Demand;
 use crate::sys;
 
 /// Clients of one socket at a time, where there are descriptors enough.
 const MOST_CLIENTS: usize = 256;
 
+/// Clients at a time of a socket that nobody has asked for.
+const FEW_CLIENTS: usize = 8;
+
 /// How many clients one socket has at a time: where descriptors are few they are for connections first.
-pub(super) fn most_clients() -> usize {
+pub(super) fn most_clients(demand: Demand) -> usize {
+    if demand == Demand::OwnAccord {
+        return FEW_CLIENTS;
+    }
     let few = sys::descriptor_limit().map_or(usize::MAX, |limit| {
         usize::try_from(limit / 16).unwrap_or(usize::MAX)
     });
-    few.clamp(8, MOST_CLIENTS)
+    few.clamp(FEW_CLIENTS, MOST_CLIENTS)
 }
 
 /// A client that is being served.
@@ -87,11 +94,11 @@ pub(super) fn lock(clients: &Mutex<Clients>) -> MutexGuard<'_, Clients> {
 }
 
 impl Clients {
-    pub(super) fn new() -> Clients {
+    pub(super) fn new(demand: Demand) -> Clients {
         Clients {
             tasks: JoinSet::new(),
             served: Vec::new(),
-            most: most_clients(),
+            most: most_clients(demand),
         }
     }
 
@@ -137,7 +144,7 @@ mod tests {
     fn who_keeps_us_waiting_longest_goes_first_and_who_waits_for_us_last() {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         runtime.unwrap().block_on(async {
-            let mut clients = Clients::new();
+            let mut clients = Clients::new(Demand::Asked);
             clients.most = 3;
             let come = |clients: &mut Clients, phase| {
                 let client = Arc::new(Client::new());

@@ -1,12 +1,14 @@
 //! Where a service of the control interface is, and the socket that listens there.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;
 
-use crate::address::{Address, UnixAddress};
+use tokio::sync::Notify;
+
+use crate::address::Address;
 use crate::error::{Error, Result};
-use crate::listener::DEFAULT_MODE;
 use crate::listener::nonblocking::Listener;
+use crate::listener::{self, DEFAULT_MODE};
 
 use super::model::Unserved;
 use super::place;
@@ -20,17 +22,68 @@ pub(super) enum Service {
     Metrics,
 }
 
+/// Whether the user has asked for a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Demand {
+    Asked,
+    /// There is one nevertheless.
+    OwnAccord,
+}
+
 /// Where a service is to be, and how it is there.
 #[derive(Debug)]
 pub(super) struct Endpoint {
     pub(super) service: Service,
+    pub(super) demand: Demand,
     /// With the port that was chosen, if one was to be.
     pub(super) address: Address,
+    /// As it was asked for.
+    pub(super) asked: Address,
     /// Why nobody is served there, if so.
     trouble: Mutex<Option<Unserved>>,
+    /// The socket that listens there, if one does.
+    listener: Mutex<Weak<Listener>>,
+    given_away: Notify,
 }
 
 impl Endpoint {
+    fn new(service: Service, demand: Demand, address: Address, asked: &Address) -> Endpoint {
+        Endpoint {
+            service,
+            demand,
+            address,
+            asked: asked.clone(),
+            trouble: Mutex::default(),
+            listener: Mutex::default(),
+            given_away: Notify::new(),
+        }
+    }
+
+    /// Returns the socket that listens there, if one does.
+    pub(super) fn listener(&self) -> Option<Arc<Listener>> {
+        let listener = self.listener.lock();
+        listener.unwrap_or_else(PoisonError::into_inner).upgrade()
+    }
+
+    /// Notes which socket listens there now.
+    pub(super) fn note_listener(&self, listener: &Arc<Listener>) {
+        let noted = self.listener.lock();
+        *noted.unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(listener);
+    }
+
+    /// Leaves the socket and its file to another process, which has it: nobody is accepted here any more.
+    pub(super) fn give_away(&self) {
+        if let Some(file) = self.listener().and_then(|listener| listener.file()) {
+            file.leave();
+        }
+        self.given_away.notify_one();
+    }
+
+    /// Returns once the socket is another process'.
+    pub(super) async fn wait_until_given_away(&self) {
+        self.given_away.notified().await;
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Unserved>> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -69,7 +122,7 @@ impl Endpoint {
 }
 
 fn bind(service: Service, address: &Address) -> Result<Listener> {
-    if let (Service::Control, Address::Unix(UnixAddress::Path(path))) = (service, address) {
+    if let (Service::Control, Some(path)) = (service, address.unix_path()) {
         place::prepare(path)?;
     }
     Listener::bind(address, DEFAULT_MODE)
@@ -87,26 +140,34 @@ impl Door {
     ///
     /// # Errors
     /// As those of [`Listener::bind`], and that others could get at the control socket.
-    pub(super) fn open(service: Service, address: &Address) -> Result<Door> {
+    pub(super) fn open(service: Service, address: &Address, demand: Demand) -> Result<Door> {
         let listener = bind(service, address)?;
-        let address = listener.bound(address);
-        Ok(Door {
-            endpoint: Arc::new(Endpoint {
-                service,
-                address,
-                trouble: Mutex::default(),
-            }),
-            listener: Some(Arc::new(listener)),
-        })
+        let bound = listener.bound(address);
+        Ok(Door::listening(
+            Endpoint::new(service, demand, bound, address),
+            listener,
+        ))
+    }
+
+    /// One whose socket listens already: another hvsock hands it over.
+    pub(super) fn handed(service: Service, asked: &Address, socket: listener::Listener) -> Door {
+        let bound = socket.address().clone();
+        let endpoint = Endpoint::new(service, Demand::Asked, bound, asked);
+        Door::listening(endpoint, socket.into_nonblocking())
+    }
+
+    fn listening(endpoint: Endpoint, listener: Listener) -> Door {
+        let listener = Arc::new(listener);
+        endpoint.note_listener(&listener);
+        Door {
+            endpoint: Arc::new(endpoint),
+            listener: Some(listener),
+        }
     }
 
     /// One that can't be opened yet, for that reason.
     pub(super) fn closed(service: Service, address: &Address, error: &Error) -> Door {
-        let endpoint = Endpoint {
-            service,
-            address: address.clone(),
-            trouble: Mutex::default(),
-        };
+        let endpoint = Endpoint::new(service, Demand::Asked, address.clone(), address);
         endpoint.mark_unserved(error.to_string());
         Door {
             endpoint: Arc::new(endpoint),

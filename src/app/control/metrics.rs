@@ -11,6 +11,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use super::model::{Forward, Status, Vm, refusals_by_reason};
+use crate::keeper::LinkStatus;
 use crate::proxy::{Counters, VmStatus};
 use crate::sys;
 
@@ -34,6 +35,7 @@ impl Collector for Metrics {
     fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
         let status = &self.0;
         Families(&mut to).of_process(status)?;
+        Families(&mut to).of_keeper(status.keeper.as_ref())?;
         Families(&mut to).of_forwards(&status.forwards)?;
         Families(&mut to).of_vms(&status.vms())
     }
@@ -123,6 +125,37 @@ impl Families<'_, '_> {
         Ok(())
     }
 
+    fn of_keeper(&mut self, keeper: Option<&LinkStatus>) -> fmt::Result {
+        let mut each = |name, help, of: fn(&LinkStatus) -> Value| {
+            self.family(name, help, keeper.map(|it| (NO_LABELS, of(it))))
+        };
+        each(
+            "hvsock_keeper_pid",
+            "The process that keeps VMs whole when this one is gone; 0 if none runs.",
+            |it| Gauge(it.pid.unwrap_or_default().into()),
+        )?;
+        each(
+            "hvsock_keeper_connections",
+            "Connections of VMs of which the keeper has a copy.",
+            |it| Gauge(it.connections as u64),
+        )?;
+        each(
+            "hvsock_keeper_ports",
+            "Ports that guests dial and of which the keeper has a copy.",
+            |it| Gauge(it.ports as u64),
+        )?;
+        each(
+            "hvsock_keeper_unguarded",
+            "Connections and ports of which the keeper should have a copy and has none.",
+            |it| Gauge(it.unguarded as u64),
+        )?;
+        each(
+            "hvsock_keeper_restarts",
+            "Keepers that ended and were replaced.",
+            |it| Counter(it.restarts),
+        )
+    }
+
     fn of_forwards(&mut self, forwards: &[Forward]) -> fmt::Result {
         let mut each = |name, help, of: fn(&Counters) -> Value| {
             let samples = forwards.iter().map(|it| (labels(it), of(&it.counters)));
@@ -162,6 +195,12 @@ impl Families<'_, '_> {
         });
         let help = "Connections that could not be carried.";
         self.family("hvsock_forward_refused", help, refused)?;
+        let ended = forwards.iter().flat_map(|it| {
+            let reasons = it.counters.ended.by_reason();
+            reasons.map(|(reason, count)| ((labels(it), [("reason", reason)]), Counter(count)))
+        });
+        let help = "Connections that have ended, by what began their end.";
+        self.family("hvsock_forward_ended", help, ended)?;
         let listening = forwards.iter().map(|it| {
             let listens = it.state == "listening";
             (labels(it), Gauge(listens.into()))
@@ -184,6 +223,21 @@ impl Families<'_, '_> {
             "hvsock_vm_connections_limit",
             "How many connections there may be to a hyperkit VM and from it.",
             |it| Some(Gauge(it.limit as u64)),
+        )?;
+        each(
+            "hvsock_vm_lost_slots",
+            "Slots of a VM whose connections were closed and never ended by its guest; they come back when the VM is restarted.",
+            |it| Some(Gauge(it.lost as u64)),
+        )?;
+        each(
+            "hvsock_vm_guest_connections",
+            "Connections that a VM's guest has made to this host, and that are served.",
+            |it| Some(Gauge(it.guests as u64)),
+        )?;
+        each(
+            "hvsock_vm_guest_turned_away",
+            "Dials of a VM's guest that were ended at once, because a limit was reached; from 0 when the VM is restarted.",
+            |it| Some(Counter(it.turned_away)),
         )?;
         each(
             "hvsock_vm_unanswered",

@@ -15,8 +15,11 @@
 //! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
 //! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
-//! | `GET /v1/connections` | the connections that are carried now | an array of [`ConnectionStatus`](crate::proxy::ConnectionStatus) |
+//! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
+//! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
+//! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
+//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200 and its process' id; 409 if there is no file; 500 if it doesn't take over |
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
 //! | `GET /metrics` | the counters | Prometheus' text format |
 //!
@@ -39,6 +42,7 @@ mod api;
 mod client;
 mod clients;
 mod endpoint;
+mod handover;
 mod http;
 mod metrics;
 mod model;
@@ -50,25 +54,43 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tracing::info;
+
 use crate::address::{Address, TcpAddress};
 use crate::error::Result;
 use crate::proxy::Handle;
 
-pub(crate) use api::Actions;
-pub(crate) use client::{Unanswered, ask, get, read, segment};
+pub(crate) use api::{Actions, Succession};
+pub(crate) use client::{Unanswered, ask, ask_status, get, read, segment};
+pub(crate) use handover::take::Predecessor;
+#[cfg(test)]
+pub(crate) use model::Process;
 pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
-pub(crate) use place::{default_path, find_path};
+pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::Problem;
 
 use api::Api;
-use endpoint::{Door, Service};
+use clients::most_clients;
+use endpoint::{Demand, Door, Service};
+use handover::Use;
 use server::Server;
+
+/// Where the control socket is to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// There is none.
+    #[default]
+    Nowhere,
+    At(PathBuf),
+    /// In the user's directory, under the process' number. Nobody has asked for it: it is for a few
+    /// clients, nothing is said of it, and where it can't be there is none.
+    Own,
+}
 
 /// Which sockets there are to be.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
-    /// The control socket's path.
-    pub(crate) control: Option<PathBuf>,
+    pub(crate) control: Place,
     /// Where else the metrics are to be had, and nothing but them, by whoever can connect.
     pub(crate) metrics: Option<TcpAddress>,
     pub(crate) unavailable: Unavailable,
@@ -87,16 +109,50 @@ pub(crate) enum Unavailable {
 #[derive(Debug)]
 pub(crate) struct Bound(Vec<Door>);
 
+/// Takes the sockets that an hvsock which is to be taken over has for them, and binds the others.
+///
+/// # Errors
+/// As those of [`bind`].
+pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
+    open(options, |service, address| {
+        let used_for = match service {
+            Service::Control => Use::Control,
+            Service::Metrics => Use::Metrics,
+        };
+        let socket = from.take_door(used_for, address)?;
+        Some(Door::handed(service, address, socket))
+    })
+}
+
 /// Binds the sockets.
 ///
 /// # Errors
 /// `AddrInUse` if another process has the control socket, or the metrics' port; `PermissionDenied` if others could get
 /// at the control socket; what the system says otherwise: but see [`Unavailable`].
 pub(crate) fn bind(options: &Options) -> Result<Bound> {
+    open(options, |_, _| None)
+}
+
+fn open(
+    options: &Options,
+    mut take: impl FnMut(Service, &Address) -> Option<Door>,
+) -> Result<Bound> {
     let mut doors = Vec::new();
-    if let Some(path) = &options.control {
+    let mut open = |service, address: &Address| match take(service, address) {
+        Some(door) => Ok(door),
+        None => Door::open(service, address, Demand::Asked),
+    };
+    if options.control == Place::Own {
+        place::remove_stale();
+        let address = place::address(&place::own_path(std::process::id()));
+        match Door::open(Service::Control, &address, Demand::OwnAccord) {
+            Ok(door) => doors.push(door),
+            Err(e) => info!("without a control socket: {e}"),
+        }
+    }
+    if let Place::At(path) = &options.control {
         let address = place::address(path);
-        doors.push(match Door::open(Service::Control, &address) {
+        doors.push(match open(Service::Control, &address) {
             Err(e) if e.kind() == ErrorKind::AddrInUse => {
                 return Err(e.with_remedy(
                     "another hvsock runs (`hvsock status` shows it): give this one --control PATH with a path of its own",
@@ -112,7 +168,7 @@ pub(crate) fn bind(options: &Options) -> Result<Bound> {
         let address = Address::Tcp(metrics.clone());
         // No forward may lead there: of a port that is yet to be chosen nobody can say so.
         let waits = options.unavailable == Unavailable::IsTriedAgain && metrics.port != 0;
-        doors.push(match Door::open(Service::Metrics, &address) {
+        doors.push(match open(Service::Metrics, &address) {
             Err(e) if waits => Door::closed(Service::Metrics, &address, &e),
             opened => opened?,
         });
@@ -121,9 +177,15 @@ pub(crate) fn bind(options: &Options) -> Result<Bound> {
 }
 
 impl Bound {
+    /// Returns whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Returns how many descriptors they and their clients need.
     pub(crate) fn descriptors(&self) -> usize {
-        server::descriptors(self.0.len())
+        let clients = self.0.iter().map(|it| most_clients(it.endpoint.demand));
+        server::descriptors(clients)
     }
 
     /// Where they are, or are to be. No forward may lead there.
@@ -134,10 +196,11 @@ impl Bound {
             .collect()
     }
 
-    /// Where they are, and why nobody can be served there, if so.
+    /// Where those are that were asked for, and why nobody can be served there, if so.
     pub(crate) fn states(&self) -> Vec<(Address, Option<String>)> {
         let why = |it: &Door| it.endpoint.trouble().map(|trouble| trouble.why);
-        let doors = self.0.iter();
+        let is_asked = |it: &&Door| it.endpoint.demand == Demand::Asked;
+        let doors = self.0.iter().filter(is_asked);
         doors
             .map(|it| (it.endpoint.address.clone(), why(it)))
             .collect()

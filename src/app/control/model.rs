@@ -1,5 +1,6 @@
 //! What goes over the control socket, as JSON.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::time::SystemTime;
 
@@ -9,8 +10,11 @@ use serde_json::Value;
 use crate::address::Address;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
+use crate::keeper::LinkStatus;
+use crate::name::SocketName;
 use crate::proxy::{
-    Counters, ForwardState, ForwardStatus, LastError, Refusals, Rule, VmStatus, check_name,
+    ConnectionState, ConnectionStatus, Counters, ForwardState, ForwardStatus, LastError, Refusals,
+    Rule, VmStatus, Waiting, check_name,
 };
 use crate::time::{unix, unix_option};
 
@@ -21,6 +25,9 @@ use super::problem::Problem;
 pub(crate) struct Status {
     pub(crate) version: String,
     pub(crate) pid: u32,
+    /// The file that says what is carried, if there is one.
+    #[serde(default)]
+    pub(crate) file: Option<String>,
     /// Since the start.
     pub(crate) uptime_seconds: f64,
     /// The end has been asked for.
@@ -30,6 +37,9 @@ pub(crate) struct Status {
     /// Lines of the log, and of what else it said, that nobody took in time.
     pub(crate) log_dropped: u64,
     pub(crate) forwards: Vec<Forward>,
+    /// The process that keeps VMs whole when this one is gone; `null` if there is to be none.
+    #[serde(default)]
+    pub(crate) keeper: Option<LinkStatus>,
     /// What of the control interface itself can't be had now; it is tried again.
     #[serde(default)]
     pub(crate) unserved: Vec<Unserved>,
@@ -91,20 +101,101 @@ pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 5
     ]
 }
 
-/// A connection that is carried now, as a [`ConnectionStatus`](crate::proxy::ConnectionStatus) is
-/// read.
-#[derive(Clone, Debug, Deserialize)]
+/// A connection that is carried now.
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Connection {
     pub(crate) id: u64,
     /// The forward's id, which may have been removed.
     pub(crate) forward: u64,
-    /// Who it is from; `null` if the kernel doesn't know.
+    /// The peer's address; `null` if it has none, as clients of Unix sockets.
     pub(crate) peer: Option<String>,
-    /// `dialling`, `open` or `ending`.
-    pub(crate) state: String,
+    /// The process that made the peer; `null` if it is no Unix socket.
+    pub(crate) process: Option<Process>,
+    /// `dialling`, `held`, `open`, `half_closed_by_client`, `half_closed_by_server` or `closing`.
+    pub(crate) state: ConnectionState,
     pub(crate) sent: u64,
     pub(crate) received: u64,
+    /// Bytes on their way, `to_server` and `to_client`; `null` where that isn't known.
+    pub(crate) waiting: Option<Waiting>,
+    /// The time since a byte was delivered.
+    #[serde(default)]
+    pub(crate) idle_seconds: f64,
     pub(crate) age_seconds: f64,
+}
+
+/// The process at the other end of a Unix socket.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Process {
+    pub(crate) pid: Option<u32>,
+    /// What it runs now.
+    pub(crate) program: Option<String>,
+    /// The number of the user that it ran as when it connected.
+    pub(crate) user: u32,
+}
+
+impl Connection {
+    /// Returns connections as they are told, each with the program of its process: that is looked up
+    /// here, once for each process, and not by the proxy's workers.
+    pub(super) fn all(statuses: &[ConnectionStatus]) -> Vec<Connection> {
+        let mut programs = HashMap::new();
+        let told = statuses.iter().map(|status| Connection {
+            id: status.id.into(),
+            forward: status.forward.into(),
+            peer: match status.peer {
+                SocketName::Unnamed => None,
+                named => Some(named.to_string()),
+            },
+            process: status.process.map(|process| Process {
+                pid: process.id,
+                program: programs
+                    .entry(process)
+                    .or_insert_with(|| process.program())
+                    .clone(),
+                user: process.user,
+            }),
+            state: status.state,
+            sent: status.sent,
+            received: status.received,
+            waiting: status.waiting,
+            idle_seconds: status.idle.as_secs_f64(),
+            age_seconds: status.age.as_secs_f64(),
+        });
+        told.collect()
+    }
+
+    /// Returns the same in fewer letters: `127.0.0.1:50000`, or `curl[123]`.
+    pub(crate) fn peer_in_short(&self) -> String {
+        match (&self.peer, &self.process) {
+            (Some(peer), _) => peer.strip_prefix("tcp://").unwrap_or(peer).to_owned(),
+            (None, Some(process)) => match (&process.program, process.pid) {
+                (Some(program), Some(pid)) => format!("{program}[{pid}]"),
+                (None, Some(pid)) => format!("pid {pid}"),
+                (_, None) => format!("uid {}", process.user),
+            },
+            (None, None) => format!("number {}", self.id),
+        }
+    }
+
+    /// Returns what is known of the peer, for people: its address, or else its process.
+    pub(crate) fn peer_in_words(&self) -> String {
+        match (&self.peer, &self.process) {
+            (Some(peer), _) => peer.clone(),
+            (None, Some(process)) => process.to_string(),
+            (None, None) => "unknown".to_owned(),
+        }
+    }
+}
+
+/// Writes `curl (pid 123, uid 501)`.
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let user = self.user;
+        match (&self.program, self.pid) {
+            (Some(program), Some(pid)) => write!(f, "{program} (pid {pid}, uid {user})"),
+            (None, Some(pid)) => write!(f, "pid {pid}, uid {user}"),
+            (_, None) => write!(f, "uid {user}"),
+        }
+    }
 }
 
 /// A rule as it is told, and can be given again.
@@ -233,6 +324,14 @@ impl Status {
     }
 }
 
+impl Status {
+    /// Returns what the forward of that id is called.
+    pub(crate) fn label_of(&self, id: u64) -> String {
+        let forward = self.forwards.iter().find(|it| it.id == Some(id));
+        forward.map_or_else(|| "(removed)".to_owned(), Forward::label)
+    }
+}
+
 impl Forward {
     /// What it is called: by its id, if it has no name, or else by where it would listen.
     pub(crate) fn label(&self) -> String {
@@ -326,13 +425,38 @@ impl Vm {
         format!("{up}, {heard}{silent}")
     }
 
+    /// Returns in words how its slots are used: `12 of 900 connections, 3 lost`, and what to do about
+    /// it.
+    pub(crate) fn slots(&self) -> String {
+        let VmStatus {
+            connections,
+            limit,
+            lost,
+            guests,
+            guest_limit,
+            turned_away,
+            ..
+        } = self.status;
+        let mut text = format!("{connections} of {limit} connections");
+        if guests > 0 || turned_away > 0 {
+            text += &format!(", {guests} of them the guest's (of {guest_limit})");
+        }
+        if turned_away > 0 {
+            text += &format!(", {turned_away} dials of the guest ended at once");
+        }
+        if lost > 0 {
+            text += &format!(
+                ", {lost} slots lost to programs in the guest that don't end their connections (see `hvsock doctor`)"
+            );
+        }
+        text
+    }
+
     fn of(rule: &Rule, vm: &VmStatus) -> Vm {
-        let directory = match (&rule.connect, &rule.listen) {
-            (Address::Hyperkit(it), _) | (_, Address::Hyperkit(it)) => it.vm.state_dir.display(),
-            _ => std::path::Path::new("").display(),
-        };
+        let hyperkit = rule.connect.hyperkit_vm().or(rule.listen.hyperkit_vm());
+        let directory = hyperkit.map(|it| it.state_dir.display().to_string());
         Vm {
-            directory: directory.to_string(),
+            directory: directory.unwrap_or_default(),
             status: vm.clone(),
         }
     }

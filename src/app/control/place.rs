@@ -4,7 +4,6 @@ use std::env;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use crate::address::{Address, UnixAddress};
@@ -13,12 +12,20 @@ use crate::sys;
 
 const NAME: &str = "control.sock";
 
+/// What the program is called.
+const PROGRAM: &str = "hvsock";
+
 /// Where the control socket is unless another place is asked for: in the user's runtime directory
 /// (`$XDG_RUNTIME_DIR/hvsock`), or, on macOS and where there is none, in a directory of the user's among the temporary
 /// files (`$TMPDIR/hvsock-UID`, or `/tmp/hvsock-UID`).
 ///
 /// A directory that is named and isn't there, as after `su`, is passed over.
 pub(crate) fn default_path() -> PathBuf {
+    directory().join(NAME)
+}
+
+/// The user's directory of control sockets.
+fn directory() -> PathBuf {
     let mut places = places();
     let there = places.iter().position(|(parent, _)| parent.is_dir());
     // The last one is /tmp.
@@ -26,7 +33,7 @@ pub(crate) fn default_path() -> PathBuf {
     places.swap_remove(at).1
 }
 
-/// The usual places, the first choice first: the directory that must be there, and the socket below it.
+/// The usual places, the first choice first: the directory that must be there, and the one of control sockets below it.
 fn places() -> Vec<(PathBuf, PathBuf)> {
     let absolute = |name| {
         env::var_os(name)
@@ -36,46 +43,112 @@ fn places() -> Vec<(PathBuf, PathBuf)> {
     let runtime = absolute("XDG_RUNTIME_DIR").filter(|_| cfg!(not(target_os = "macos")));
     let mut places = Vec::new();
     if let Some(runtime) = runtime {
-        let socket = runtime.join("hvsock").join(NAME);
-        places.push((runtime, socket));
+        let directory = runtime.join(PROGRAM);
+        places.push((runtime, directory));
     }
     for temporary in absolute("TMPDIR").into_iter().chain(["/tmp".into()]) {
-        let own = format!("hvsock-{}", sys::user_id());
-        let socket = temporary.join(own).join(NAME);
-        if !places.iter().any(|(_, known)| *known == socket) {
-            places.push((temporary, socket));
+        let directory = temporary.join(format!("{PROGRAM}-{}", sys::user_id()));
+        if !places.iter().any(|(_, known)| *known == directory) {
+            places.push((temporary, directory));
         }
     }
     places
 }
 
+/// The directories in which control sockets usually are, the first choice first.
+fn usual_directories() -> impl Iterator<Item = PathBuf> {
+    places().into_iter().map(|(_, directory)| directory)
+}
+
 /// The paths at which a control socket is usually, the first choice first.
 pub(super) fn usual_paths() -> Vec<PathBuf> {
-    places().into_iter().map(|(_, socket)| socket).collect()
+    usual_directories().map(|it| it.join(NAME)).collect()
 }
 
-fn is_usual(path: &Path) -> bool {
-    usual_paths().iter().any(|usual| usual == path)
+fn is_usual(at: &Path) -> bool {
+    usual_directories().any(|usual| usual == at)
 }
 
-/// Returns where an hvsock is that was started in another environment, perhaps: the first usual place at which one
-/// answers, or else the first one with a file, or the default.
+/// Where the control socket of a process is that was asked for none: beside the default one, under
+/// the process' number.
+pub(super) fn own_path(process: u32) -> PathBuf {
+    own_path_in(&directory(), process)
+}
+
+fn own_path_in(directory: &Path, process: u32) -> PathBuf {
+    directory.join(format!("{process}.sock"))
+}
+
+/// The paths at which the control socket of a process may be that didn't name one, and may have been
+/// started in another environment: in each usual place its own, and the default one.
+pub(crate) fn paths_of(process: u32) -> impl Iterator<Item = PathBuf> {
+    usual_directories().flat_map(move |it| [own_path_in(&it, process), it.join(NAME)])
+}
+
+/// Returns where the own control socket of a process is: the first usual place with a file of that
+/// name, or else where it would be.
+pub(crate) fn find_own_path(process: u32) -> PathBuf {
+    let mut own = usual_directories().map(|it| own_path_in(&it, process));
+    let there = own.find(|it| it.symlink_metadata().is_ok());
+    there.unwrap_or_else(|| own_path(process))
+}
+
+/// Returns where the control socket is that is meant if none is named, of an hvsock that was started in
+/// another environment, perhaps: the first usual place at which one answers, or else the first one with
+/// a file; if there is none, that of the only process of this environment that has one of its own; or the default.
 pub(crate) fn find_path() -> PathBuf {
-    let usual = usual_paths();
-    let there: Vec<&PathBuf> = usual
-        .iter()
-        .filter(|it| it.symlink_metadata().is_ok())
-        .collect();
-    let chosen = match there[..] {
-        [] => None,
-        [only] => Some(only),
-        [first, ..] => there
+    let mut there = usual_paths();
+    there.retain(|it| it.symlink_metadata().is_ok());
+    if there.len() > 1
+        && let Some(at) = there
             .iter()
-            .copied()
-            .find(|it| check(it).is_ok() && UnixStream::connect(it).is_ok())
-            .or(Some(first)),
-    };
-    chosen.cloned().unwrap_or_else(default_path)
+            .position(|it| check(it).is_ok() && is_alive(it))
+    {
+        return there.swap_remove(at);
+    }
+    if let Some(first) = there.into_iter().next() {
+        return first;
+    }
+    let own = own_sockets();
+    let mut alive = own.into_iter().filter(|(_, path)| is_alive(path));
+    match (alive.next(), alive.next()) {
+        (Some((_, path)), None) => path,
+        _ => default_path(),
+    }
+}
+
+/// The sockets that processes of this environment have of their own, with the numbers of the processes.
+/// Some may be left of processes that were killed. Elsewhere there may be some that nobody here means.
+fn own_sockets() -> Vec<(u32, PathBuf)> {
+    let directory = directory();
+    // What is in a directory of somebody else's is nobody's of ours.
+    if look_at(&default_path(), &directory, Operation::Connect).is_err() {
+        return Vec::new();
+    }
+    let files = fs::read_dir(directory).into_iter().flatten().flatten();
+    let own = files.filter_map(|file| {
+        let name = file.file_name();
+        let process = name.to_str()?.strip_suffix(".sock")?.parse().ok()?;
+        Some((process, file.path()))
+    });
+    own.collect()
+}
+
+fn is_alive(path: &Path) -> bool {
+    sys::is_socket_alive(path).unwrap_or(false)
+}
+
+/// Removes the sockets of processes that were killed. One whose process is just about to listen is
+/// left.
+pub(super) fn remove_stale() {
+    for (process, path) in own_sockets() {
+        let runs = i32::try_from(process).is_ok_and(sys::process_is_alive)
+            && sys::program_name(process).is_none_or(|program| program == PROGRAM);
+        if !runs && matches!(sys::is_socket_alive(&path), Ok(false)) {
+            // Another process may have removed it meanwhile.
+            let _ = fs::remove_file(&path);
+        }
+    }
 }
 
 /// The address of the socket at `path`.
@@ -111,8 +184,8 @@ pub(super) fn prepare(path: &Path) -> Result<()> {
 /// `PermissionDenied` if its directory is open to others; but not if there is none.
 pub(super) fn check(path: &Path) -> Result<()> {
     match directory_of(path) {
-        Some(directory) if is_usual(path) && directory.symlink_metadata().is_ok() => {
-            look_at(path, directory, Operation::Connect)
+        Some(at) if is_usual(at) && at.symlink_metadata().is_ok() => {
+            look_at(path, at, Operation::Connect)
         }
         _ => Ok(()),
     }
@@ -127,30 +200,27 @@ fn directory_of(path: &Path) -> Option<&Path> {
 }
 
 /// Refuses a directory in which others can put a socket.
-fn look_at(path: &Path, directory: &Path, operation: Operation) -> Result<()> {
+fn look_at(path: &Path, at: &Path, operation: Operation) -> Result<()> {
     let fail = |cause, remedy: String| {
         Err(Error::new(operation, address(path), cause).with_remedy(remedy))
     };
-    let own = is_usual(path);
+    let own = is_usual(at);
     // A symbolic link in the default place may be anybody's.
     let metadata = match own {
-        true => fs::symlink_metadata(directory),
-        false => fs::metadata(directory),
+        true => fs::symlink_metadata(at),
+        false => fs::metadata(at),
     };
     let metadata = match metadata {
         Ok(metadata) => metadata,
         Err(e) => return fail(e, "look at its directory's permissions".to_owned()),
     };
     if let Some(why) = objection(&metadata, own) {
-        let why = format!("its directory {} {why}", directory.display());
+        let why = format!("its directory {} {why}", at.display());
         let cause = io::Error::new(io::ErrorKind::PermissionDenied, why);
         let elsewhere = "give --control PATH in a directory of your own";
         let remedy = match own {
             true if metadata.uid() != sys::user_id() => format!("have it removed, or {elsewhere}"),
-            true => format!(
-                "remove it, or `chmod 700 {}` if it is yours",
-                directory.display()
-            ),
+            true => format!("remove it, or `chmod 700 {}` if it is yours", at.display()),
             false => elsewhere.to_owned(),
         };
         return fail(cause, remedy);

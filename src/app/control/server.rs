@@ -26,17 +26,18 @@ use crate::stream::{Stream, nonblocking};
 use crate::sys::{self, AsSocket};
 
 use super::api::{Api, CALLS_AT_A_TIME};
-use super::clients::{Client, Clients, lock, most_clients};
-use super::endpoint::{Door, Endpoint, Service};
+use super::clients::{Client, Clients, lock};
+use super::endpoint::{Demand, Door, Endpoint, Service};
 use super::http;
 
-/// Returns how many descriptors the server of so many sockets needs: for their clients, themselves, and the runtime.
-pub(super) fn descriptors(sockets: usize) -> usize {
+/// Returns how many descriptors a server needs whose sockets have so many clients each: for them,
+/// the sockets, and the runtime.
+pub(super) fn descriptors(clients: impl Iterator<Item = usize>) -> usize {
     /// tokio's poller, its waker, and what they were made of.
     const RUNTIME: usize = 6;
-    match sockets {
+    match clients.map(|clients| 1 + clients).sum() {
         0 => 0,
-        sockets => RUNTIME + sockets * (1 + most_clients()),
+        sockets => RUNTIME + sockets,
     }
 }
 
@@ -106,7 +107,7 @@ fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Re
         let mut open = JoinSet::new();
         let mut all = Vec::new();
         for door in doors {
-            let clients = Arc::new(Mutex::new(Clients::new()));
+            let clients = Arc::new(Mutex::new(Clients::new(door.endpoint.demand)));
             all.push(Arc::clone(&clients));
             open.spawn(Acceptor::new(door, Arc::clone(&api), clients).accept_all());
         }
@@ -116,7 +117,7 @@ fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Re
         open.shutdown().await;
         let all: Vec<Clients> = all
             .iter()
-            .map(|clients| std::mem::replace(&mut *lock(clients), Clients::new()))
+            .map(|clients| std::mem::replace(&mut *lock(clients), Clients::new(Demand::Asked)))
             .collect();
         // Who has not asked yet won't, and the others have a moment for their answers.
         let last = async {
@@ -165,7 +166,16 @@ impl Acceptor {
                 self.bind_again().await;
                 continue;
             };
-            match timeout(WATCH, next_client(listener)).await {
+            // For one that nobody has asked for the process never wakes.
+            let watch = match self.endpoint.demand {
+                Demand::Asked => WATCH,
+                Demand::OwnAccord => Duration::MAX,
+            };
+            let came = tokio::select! {
+                came = timeout(watch, next_client(listener)) => came,
+                () = self.endpoint.wait_until_given_away() => return,
+            };
+            match came {
                 // Nobody has come.
                 Err(_) => {}
                 Ok(Ok(stream)) => self.let_in(stream),
@@ -208,7 +218,7 @@ impl Acceptor {
         match made.unwrap_or_else(|e| Err(fail(io::Error::other(e)))) {
             Ok(listener) => {
                 info!("listening on {address} now");
-                self.listener = Some(Arc::new(listener));
+                self.listen_on(listener);
                 self.endpoint.mark_served();
             }
             Err(e) => {
@@ -252,7 +262,7 @@ impl Acceptor {
         }
         let now = Instant::now();
         if let (None, Some(listener)) = (&self.look, &self.listener)
-            && matches!(self.endpoint.address, Address::Unix(_))
+            && self.endpoint.address.listen_path().is_some()
             && self.look_at <= now
         {
             self.look_at = now + WATCH;
@@ -266,9 +276,16 @@ impl Acceptor {
         }
     }
 
+    /// Listens on another socket, and returns the one before.
+    fn listen_on(&mut self, listener: Listener) -> Option<Arc<Listener>> {
+        let listener = Arc::new(listener);
+        self.endpoint.note_listener(&listener);
+        self.listener.replace(listener)
+    }
+
     /// Takes in who came to the old socket, and listens on the new one.
     fn replace(&mut self, made: Listener) {
-        let old = self.listener.replace(Arc::new(made));
+        let old = self.listen_on(made);
         while let Some(Ok((stream, _))) = old.as_ref().map(|old| old.accept()) {
             self.let_in(stream);
         }
@@ -329,6 +346,7 @@ mod tests {
                 reload();
                 Ok(serde_json::Value::Null)
             })),
+            succession: None,
             grace: Box::new(|| Duration::ZERO),
         }
     }
@@ -346,7 +364,7 @@ mod tests {
             actions: Actions,
         ) -> (Server, Proxy, Arc<Listener>, Arc<Endpoint>) {
             let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
-            let door = Door::open(Service::Metrics, address).unwrap();
+            let door = Door::open(Service::Metrics, address, Demand::Asked).unwrap();
             let (listener, endpoint) = (door.listener.clone().unwrap(), Arc::clone(&door.endpoint));
             let api = Api::new(proxy.handle(), actions, vec![Arc::clone(&endpoint)]);
             let server = Server::start(vec![door], api).unwrap();

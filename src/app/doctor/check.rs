@@ -17,6 +17,9 @@ pub(crate) struct Plan {
     /// How long the guest may take to answer, and to end a connection.
     #[cfg(unix)]
     pub(crate) patience: std::time::Duration,
+    /// The control socket of the hvsock that may lead to the VM, if one is named.
+    #[cfg(unix)]
+    pub(crate) control: Option<std::path::PathBuf>,
 }
 
 /// What came of a check.

@@ -10,12 +10,14 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::check::{Check, Plan};
-use crate::address::{HyperkitAddress, PORT_ANY, Port, is_guest_cid};
+use crate::address::{HyperkitAddress, Port, is_guest_cid};
+use crate::app::control::{self, Status};
 use crate::error::Result;
 use crate::file;
 use crate::hyperkit::{
     self, HOST_CID, HyperkitVm, MAX_STATE_DIR, PID_NAME, Places, find, socket_name,
 };
+use crate::keeper::status::{self as keepers, KeeperStatus};
 use crate::stream::Stream;
 use crate::sys::{self, SUN_PATH_LEN, Wanted};
 
@@ -69,7 +71,40 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
         socket(name, &vm.listen_path(*port), &remedy)
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
+    checks.extend(slots(&vm, plan.control.as_deref()));
+    checks.extend(keepers(&vm));
     checks
+}
+
+/// Whether those who keep the VM whole have an hvsock.
+fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
+    let name = "keeper";
+    let check = move |it: KeeperStatus| {
+        let (pid, proxy) = (it.pid, it.proxy);
+        let ports = it.ports.iter().map(|port| Port(port.port).to_string());
+        let ports: Vec<String> = ports.collect();
+        let ports = match ports.is_empty() {
+            true => "no port".to_owned(),
+            false => format!("port {}", ports.join(", ")),
+        };
+        let connections = it.connections;
+        match it.proxy_ended {
+            false => Check::ok(
+                name,
+                format_args!(
+                    "process {pid} of hvsock {proxy} has copies of {connections} connections and of {ports}"
+                ),
+            ),
+            true => Check::warning(
+                name,
+                format_args!(
+                    "hvsock {proxy} has ended, and process {pid} ends {connections} connections, and what the guest dials on {ports}"
+                ),
+                "start hvsock again, which takes that over; `hvsock stop VM --keeper` ends it, and the VM may hang if its guest goes on dialling",
+            ),
+        }
+    };
+    keepers::query(&vm.state_dir).into_iter().map(check)
 }
 
 fn named_port(port: Port) -> String {
@@ -340,7 +375,7 @@ enum Answer {
 /// Dials a port that nobody can have.
 fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
     let begun = Instant::now();
-    let stream = dial(vm, PORT_ANY, patience)?;
+    let stream = Stream::connect_timeout(&vm.probe_address().into(), patience)?;
     // A failure to wait is one of the connection: it is over, too.
     let answer = match stream.wait(Wanted::Readable, patience) {
         Ok(false) if stream.untaken() > 0 => Answer::NotTaken,
@@ -427,6 +462,40 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
             },
         ),
     }
+}
+
+/// How the slots of its device are used, as far as an hvsock that runs knows: the one of that control
+/// socket, or the usual one.
+fn slots(vm: &HyperkitVm, control: Option<&Path>) -> Option<Check> {
+    let name = "slots";
+    let path = control.map_or_else(control::find_path, Path::to_path_buf);
+    let status = control::get::<Status>(&path, "/v1/status");
+    let status = match (status, control) {
+        (Ok(status), _) => status,
+        // Most often none runs.
+        (Err(_), None) => return None,
+        (Err(e), Some(_)) => return Some(Check::skipped(name, e)),
+    };
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let its = |it: &&control::Vm| real(Path::new(&it.directory)) == real(&vm.state_dir);
+    let vms = status.vms();
+    let Some(known) = vms.into_iter().find(its) else {
+        let why = format!("the hvsock at {} doesn't lead to it", path.display());
+        return control.map(|_| Check::skipped(name, why));
+    };
+    let used = known.slots();
+    let is_crowded = known.status.guests > 0 && known.status.guests >= known.status.guest_limit;
+    Some(match known.status.lost {
+        0 if is_crowded => {
+            let remedy = "see in `hvsock status` to which target the guest's connections lead, and whether it hangs";
+            Check::warning(name, used, remedy)
+        }
+        0 => Check::ok(name, used),
+        _ => {
+            let remedy = "end the programs in the guest that keep connections open whose other end is gone, and restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
+            Check::warning(name, used, remedy)
+        }
+    })
 }
 
 /// Sockets that guests may dial, and that nobody listens on.

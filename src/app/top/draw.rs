@@ -10,18 +10,26 @@ use ratatui::symbols::bar::NINE_LEVELS;
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Cell, Gauge, Row, Table};
 
-use super::model::{Busy, Lane, Model, NAME, Sort, called, without_scheme};
+use super::model::{Busy, Focus, Lane, Mode, Model, NAME, Sort, called};
 use crate::app::control::{Status, Vm, age};
 use crate::error::plural;
+use crate::proxy::ConnectionState;
 
-/// From these widths on there is room for how many connections a forward has; for how many it refused; for sparklines; for more of a connection; for where a forward listens; and for
-/// where it connects to.
+/// From these widths on there is room for how many connections a forward has; for how many it refused; for sparklines;
+/// for where a forward listens; and for where it connects to.
 const LIVE: u16 = 52;
 const REFUSED: u16 = 60;
 const SPARKS: u16 = 76;
-const DETAILS: u16 = 100;
 const LISTEN: u16 = 110;
 const CONNECT: u16 = 140;
+
+/// From these on for the forward of a connection; for how fast it is; for that in each direction; for how much it moved
+/// and how old it is; and for its state in full.
+const FORWARD: u16 = 54;
+const RATE: u16 = 66;
+const RATES: u16 = 80;
+const DETAILS: u16 = 100;
+const STATES: u16 = 120;
 
 /// What the columns take that stand there always.
 const FIXED: u16 = 70;
@@ -37,7 +45,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model) {
     // The gauges and the forwards may have half of it; the connections get what is left.
     let gauges = length(vms.len()).min(area.height / 5);
     let half = (area.height / 2).saturating_sub(gauges);
-    let [title, trouble, gauges, forwards, busiest, keys] = Layout::vertical([
+    let [title, trouble, gauges, forwards, connections, keys] = Layout::vertical([
         Constraint::Length(1),
         Constraint::Length(u16::from(model.trouble.is_some())),
         Constraint::Length(gauges),
@@ -46,7 +54,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model) {
         Constraint::Length(1),
     ])
     .areas(area);
-    frame.render_widget(heading(model), title);
+    frame.render_widget(heading(model, area.width), title);
     if let Some(why) = &model.trouble {
         let text = format!("no answer any more: {why}; trying on");
         frame.render_widget(Line::from(text).red().bold(), trouble);
@@ -54,23 +62,37 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model) {
     for (row, vm) in gauges.rows().zip(&vms) {
         draw_vm(frame, row, vm);
     }
-    draw_forwards(frame, forwards, model.scrolled, &lanes);
-    draw_busiest(frame, busiest, &model.busiest);
-    frame.render_widget(help(model.sort), keys);
+    match model.mode {
+        Mode::Help => draw_help(frame, forwards.union(connections)),
+        _ => {
+            draw_forwards(frame, forwards, model.scrolled, &lanes);
+            draw_connections(frame, connections, model);
+        }
+    }
+    frame.render_widget(last_line(model, area.width), keys);
 }
 
 fn length(n: usize) -> u16 {
     u16::try_from(n).unwrap_or(u16::MAX)
 }
 
-fn heading(model: &Model) -> Line<'static> {
+fn heading(model: &Model, width: u16) -> Line<'static> {
     let Some(status) = &model.status else {
         return Line::from("hvsock");
     };
     let rate = model.rate();
+    let mut said = vec![Span::from("hvsock").bold()];
+    if status.stopping {
+        said.push(Span::from(" stopping").red().bold());
+    }
+    if width < REFUSED {
+        said.push(Span::from(format!(" {} live", status.live)));
+        said.push(Span::from(format!(" ↑{}", speed(rate.sent))).fg(SENT));
+        said.push(Span::from(format!(" ↓{}", speed(rate.received))).fg(RECEIVED));
+        return Line::from(said);
+    }
     let uptime = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
-    let mut said = vec![
-        Span::from("hvsock").bold(),
+    said.extend([
         Span::from(format!(
             " {} connection{}",
             status.live,
@@ -79,20 +101,60 @@ fn heading(model: &Model) -> Line<'static> {
         Span::from(format!("  sent {}", speed(rate.sent))).fg(SENT),
         Span::from(format!("  received {}", speed(rate.received))).fg(RECEIVED),
         Span::from(format!("  up {}", HumanDuration(uptime))),
-    ];
-    if status.stopping {
-        said.insert(1, Span::from(" stopping").red().bold());
-    }
+    ]);
     Line::from(said)
 }
 
-fn help(sort: Sort) -> Line<'static> {
-    let by = match sort {
-        Sort::Given => "as given",
-        Sort::Rate => "by rate",
-        Sort::Live => "by connections",
+/// Returns the line below all: a question, what is written, what came of a wish, or the keys.
+fn last_line(model: &Model, width: u16) -> Line<'static> {
+    if let Mode::Question(id) = model.mode {
+        let of = model.connection(id).map_or_else(String::new, |it| {
+            let peer = it.connection.peer_in_short();
+            match width {
+                FORWARD.. => format!(" of {}, from {peer}", it.forward),
+                _ => format!(", {peer}"),
+            }
+        });
+        return Line::from(format!("close {id}{of}? y/n")).red().bold();
+    }
+    if model.mode == Mode::Filter {
+        return Line::from(format!("find: {}▏", model.filter)).bold();
+    }
+    if let Some(note) = &model.note {
+        return Line::from(note.clone()).bold();
+    }
+    let sorted = match (model.focus, model.sort) {
+        (Focus::Connections, _) => "",
+        (Focus::Forwards, Sort::Given) => "   forwards as given",
+        (Focus::Forwards, Sort::Rate) => "   forwards by rate",
+        (Focus::Forwards, Sort::Live) => "   forwards by connections",
     };
-    Line::from(format!("q end   s sort: {by}   ↑↓ scroll")).dim()
+    let keys = match (width, model.focus) {
+        (RATE.., Focus::Connections) => {
+            "q end   ? help   ↑↓ choose   s sort   / find   k close   Tab forwards"
+        }
+        (RATE.., Focus::Forwards) => "q end   ? help   ↑↓ scroll   s sort   Tab connections",
+        _ => "q end  ? help  s sort  / find  k close",
+    };
+    Line::from(format!("{keys}{sorted}")).dim()
+}
+
+/// The keys, and what each does.
+const KEYS: [(&str, &str); 8] = [
+    ("↑ ↓", "choose a connection"),
+    ("PgUp PgDn", "ten further; Home, End"),
+    ("s", "busiest, longest idle, oldest"),
+    ("/", "those with a text in them"),
+    ("Esc", "all again; or end"),
+    ("k", "close the chosen one"),
+    ("Tab", "↑ ↓ s are for the forwards"),
+    ("q", "end"),
+];
+
+fn draw_help(frame: &mut Frame<'_>, area: Rect) {
+    let rows = KEYS.map(|(key, what)| Row::new([Cell::from(key).bold(), Cell::from(what)]));
+    let widths = [Constraint::Length(9), Constraint::Fill(1)];
+    frame.render_widget(Table::new(rows, widths), area);
 }
 
 fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
@@ -103,7 +165,7 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
     let [left, right] = Layout::horizontal(sides).areas(area);
     frame.render_widget(Line::from(name), left);
     let status = &vm.status;
-    let used = status.connections as f64 / status.limit.max(1) as f64;
+    let used = (status.connections + status.lost) as f64 / status.limit.max(1) as f64;
     let color = match status.up {
         Some(false) => Color::Red,
         _ if used >= 0.9 => Color::Red,
@@ -112,7 +174,14 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
     };
     let (connections, limit) = (status.connections, status.limit);
     let health = vm.health(SystemTime::now());
-    let text = format!("{connections} of {limit} slots; {health}");
+    let lost = match status.lost {
+        0 => String::new(),
+        lost => format!(", {lost} lost"),
+    };
+    let text = match area.width {
+        REFUSED.. => format!("{connections} of {limit} slots{lost}; {health}"),
+        _ => format!("{connections} of {limit} slots{lost}"),
+    };
     let gauge = Gauge::default().ratio(used.clamp(0.0, 1.0)).label(text);
     let style = Style::new().fg(color).bg(Color::Black);
     frame.render_widget(gauge.gauge_style(style), right);
@@ -149,7 +218,11 @@ fn draw_forwards(frame: &mut Frame<'_>, area: Rect, scrolled: usize, lanes: &[&L
     if width >= REFUSED {
         column("REFUSED", Constraint::Length(7));
     }
-    for heading in ["SENT", "RECEIVED"] {
+    let rates: &[&str] = match width {
+        LIVE.. => &["SENT", "RECEIVED"],
+        _ => &["RATE"],
+    };
+    for heading in rates {
         column(heading, Constraint::Length(12));
         if spark > 0 {
             column("", Constraint::Length(spark));
@@ -175,6 +248,10 @@ fn draw_forwards(frame: &mut Frame<'_>, area: Rect, scrolled: usize, lanes: &[&L
         if width >= REFUSED {
             cells.push(Cell::from(it.counters.refused.to_string()));
         }
+        if width < LIVE {
+            cells.push(Cell::from(speed(lane.rate().sum())));
+            return Row::new(cells);
+        }
         let sent: Vec<u64> = lane.rates.iter().map(|it| it.sent).collect();
         let received: Vec<u64> = lane.rates.iter().map(|it| it.received).collect();
         for (color, rates) in [(SENT, sent), (RECEIVED, received)] {
@@ -197,42 +274,86 @@ fn draw_forwards(frame: &mut Frame<'_>, area: Rect, scrolled: usize, lanes: &[&L
     frame.render_widget(table.header(Row::new(headings).bold().underlined()), area);
 }
 
-fn draw_busiest(frame: &mut Frame<'_>, area: Rect, busiest: &[Busy]) {
-    let wide = area.width >= DETAILS;
-    let mut headings = vec!["CONNECTION", "FORWARD", "SENT", "RECEIVED"];
-    let mut widths = vec![
-        Constraint::Fill(1),
-        Constraint::Max(NAME as u16),
-        Constraint::Length(12),
-        Constraint::Length(12),
-    ];
-    if wide {
-        headings.extend(["STATE", "IN ALL", "FOR"]);
-        widths.extend([9, 12, 8].map(Constraint::Length));
+fn draw_connections(frame: &mut Frame<'_>, area: Rect, model: &Model) {
+    let width = area.width;
+    let shown = model.shown();
+    // The chosen one is in the middle, but at the ends of the list.
+    let room = usize::from(area.height.saturating_sub(1));
+    let chosen = model.chosen_place();
+    let above = chosen.unwrap_or(0).saturating_sub(room / 2);
+    let above = above.min(shown.len().saturating_sub(room));
+    let mut first = model.order.heading().to_owned();
+    if !model.filter.is_empty() {
+        first += &format!(": {}", model.filter);
     }
-    let shown = busiest.iter().take(area.height.into());
-    let rows = shown.map(|busy| {
-        let it = &busy.connection;
-        let peer = match &it.peer {
-            Some(peer) => without_scheme(peer).to_owned(),
-            None => format!("number {}", it.id),
-        };
-        let mut cells = vec![
-            Cell::from(peer),
-            Cell::from(busy.forward.as_str()),
-            Cell::from(speed(busy.rate.sent)).fg(SENT),
-            Cell::from(speed(busy.rate.received)).fg(RECEIVED),
-        ];
-        if wide {
-            let moved = it.sent.saturating_add(it.received);
-            cells.push(Cell::from(it.state.as_str()));
-            cells.push(Cell::from(HumanBytes(moved).to_string()));
-            cells.push(Cell::from(age(it.age_seconds as u64)));
+    if above > 0 {
+        first += &format!(" +{above}↑");
+    }
+    let mut headings = vec![first];
+    let mut widths = vec![Constraint::Fill(1)];
+    let mut column = |from: u16, heading: &str, length| {
+        if width >= from {
+            headings.push(heading.to_owned());
+            widths.push(length);
         }
-        Row::new(cells)
+    };
+    column(FORWARD, "FORWARD", Constraint::Max(NAME as u16));
+    let state = if width >= STATES { 21 } else { 12 };
+    column(0, "STATE", Constraint::Length(state));
+    column(0, "IDLE", Constraint::Length(6));
+    if width < RATES {
+        column(RATE, "RATE", Constraint::Length(12));
+    }
+    column(RATES, "SENT", Constraint::Length(12));
+    column(RATES, "RECEIVED", Constraint::Length(12));
+    column(DETAILS, "IN ALL", Constraint::Length(12));
+    column(DETAILS, "AGE", Constraint::Length(6));
+    let visible = shown.iter().enumerate().skip(above).take(room);
+    let rows = visible.map(|(place, busy)| {
+        let row = Row::new(cells_of(busy, width));
+        match Some(place) == chosen {
+            true => row.reversed(),
+            false => row,
+        }
     });
     let table = Table::new(rows, widths);
     frame.render_widget(table.header(Row::new(headings).bold().underlined()), area);
+}
+
+/// Returns what is shown of a connection on that width.
+fn cells_of(busy: &Busy, width: u16) -> Vec<Cell<'_>> {
+    let it = &busy.connection;
+    let mut cells = vec![Cell::from(it.peer_in_short())];
+    if width >= FORWARD {
+        cells.push(Cell::from(busy.forward.as_str()));
+    }
+    cells.push(match width {
+        STATES.. => Cell::from(it.state.to_string()),
+        _ => Cell::from(state_in_short(it.state)),
+    });
+    cells.push(Cell::from(age(it.idle_seconds as u64)));
+    if (RATE..RATES).contains(&width) {
+        cells.push(Cell::from(speed(busy.rate.sum())));
+    }
+    if width >= RATES {
+        cells.push(Cell::from(speed(busy.rate.sent)).fg(SENT));
+        cells.push(Cell::from(speed(busy.rate.received)).fg(RECEIVED));
+    }
+    if width >= DETAILS {
+        let moved = it.sent.saturating_add(it.received);
+        cells.push(Cell::from(HumanBytes(moved).to_string()));
+        cells.push(Cell::from(age(it.age_seconds as u64)));
+    }
+    cells
+}
+
+/// Returns a connection's state in at most 12 letters.
+fn state_in_short(state: ConnectionState) -> String {
+    match state {
+        ConnectionState::HalfClosedByClient => "client ended".to_owned(),
+        ConnectionState::HalfClosedByServer => "server ended".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 fn speed(rate: u64) -> String {

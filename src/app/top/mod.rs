@@ -2,6 +2,7 @@
 //! [`Model`], and draws that.
 
 mod draw;
+mod keys;
 mod model;
 #[cfg(test)]
 mod tests;
@@ -11,15 +12,16 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::crossterm::event::{self, Event, KeyEventKind};
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use crate::app::control::{self, Unanswered};
 use crate::sys::{self, Wanted};
+use keys::{Wish, press};
 use model::{Model, Sample};
 
 /// How often it is asked.
@@ -43,6 +45,7 @@ pub(crate) fn run(path: &Path) -> io::Result<()> {
     let (tell, told) = sync_channel(1);
     let place: PathBuf = path.to_owned();
     thread::spawn(move || keep_asking(&place, &tell));
+    let (answer, answers) = channel();
     let _screen = Screen;
     let mut terminal = ratatui::try_init()?;
     while !end.load(Ordering::Relaxed) {
@@ -56,12 +59,18 @@ pub(crate) fn run(path: &Path) -> io::Result<()> {
         while event::poll(Duration::ZERO)? {
             if let Event::Key(key) = event::read()?
                 && key.kind == KeyEventKind::Press
-                && !press(&mut model, key)
             {
-                return Ok(());
+                match press(&mut model, key) {
+                    Wish::GoOn => {}
+                    Wish::End => return Ok(()),
+                    Wish::Close(id) => close(path, id, answer.clone()),
+                }
             }
         }
         take(&mut model, &told);
+        if let Some(note) = answers.try_iter().last() {
+            model.note = Some(note);
+        }
     }
     Ok(())
 }
@@ -75,17 +84,19 @@ impl Drop for Screen {
     }
 }
 
-/// Does what a key says; whether to go on.
-fn press(model: &mut Model, key: KeyEvent) -> bool {
-    match key.code {
-        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return false,
-        KeyCode::Char('q') | KeyCode::Esc => return false,
-        KeyCode::Char('s') => model.sort_anew(),
-        KeyCode::Down | KeyCode::Char('j') => model.scroll(1),
-        KeyCode::Up | KeyCode::Char('k') => model.scroll(-1),
-        _ => {}
-    }
-    true
+/// Asks for the close of a connection, and sends what came of it. The answer may take its time, and
+/// the screen doesn't wait for it.
+fn close(path: &Path, id: u64, answer: Sender<String>) {
+    let path = path.to_owned();
+    thread::spawn(move || {
+        let call = format!("/v1/connections/{id}");
+        let closed = control::ask(&path, "DELETE", &call, "");
+        // Nobody looks any more, perhaps.
+        let _ = answer.send(match closed {
+            Ok(_) => format!("closed {id}"),
+            Err(why) => why.to_string(),
+        });
+    });
 }
 
 fn take(model: &mut Model, told: &Receiver<Result<Sample, String>>) {

@@ -1,4 +1,4 @@
-//! What has been heard, and how fast it moves.
+//! What has been heard, how fast it moves, and what the user wants to see of it.
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
@@ -56,6 +56,20 @@ pub(super) struct Busy {
     pub(super) rate: Rate,
 }
 
+impl Busy {
+    /// Returns whether a text in small letters is in what is shown of it.
+    fn has(&self, text: &str) -> bool {
+        let it = &self.connection;
+        let words = [
+            it.id.to_string(),
+            self.forward.to_lowercase(),
+            it.peer_in_words().to_lowercase(),
+            it.state.to_string(),
+        ];
+        words.iter().any(|word| word.contains(text))
+    }
+}
+
 /// By what the forwards are sorted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Sort {
@@ -65,18 +79,68 @@ pub(super) enum Sort {
     Live,
 }
 
+/// Which connections come first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Order {
+    #[default]
+    Busiest,
+    LongestIdle,
+    Oldest,
+}
+
+impl Order {
+    /// Returns what the list is headed with.
+    pub(super) fn heading(self) -> &'static str {
+        match self {
+            Order::Busiest => "BUSIEST",
+            Order::LongestIdle => "LONGEST IDLE",
+            Order::Oldest => "OLDEST",
+        }
+    }
+}
+
+/// The list that the keys are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Focus {
+    #[default]
+    Connections,
+    Forwards,
+}
+
+/// What the next key is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// A command.
+    #[default]
+    Command,
+    /// The text that connections are to have in them.
+    Filter,
+    /// Whether to close the connection of that id.
+    Question(u64),
+    /// The end of the help.
+    Help,
+}
+
 /// All there is to draw.
 #[derive(Debug, Default)]
 pub(super) struct Model {
     pub(super) status: Option<Status>,
     lanes: Vec<Lane>,
-    /// The busiest first.
-    pub(super) busiest: Vec<Busy>,
+    connections: Vec<Busy>,
     /// Why nobody answers any more.
     pub(super) trouble: Option<String>,
     pub(super) sort: Sort,
     /// How many forwards are above those shown.
     pub(super) scrolled: usize,
+    pub(super) order: Order,
+    pub(super) focus: Focus,
+    pub(super) mode: Mode,
+    /// The id of the connection that is chosen.
+    chosen: Option<u64>,
+    /// The text that those connections have in them which are shown.
+    pub(super) filter: String,
+    /// What came of the user's last wish, until the next key.
+    pub(super) note: Option<String>,
     at: Option<Instant>,
 }
 
@@ -86,12 +150,15 @@ impl Model {
         if !self.status.as_ref().is_some_and(same) {
             // Started anew: what was counted then says nothing.
             self.lanes.clear();
-            self.busiest.clear();
+            self.connections.clear();
+            self.chosen = None;
             self.at = None;
         }
         let passed = self.at.map(|at| sample.at.saturating_duration_since(at));
         self.hear_forwards(&sample.status.forwards, passed);
+        let place = self.chosen_place();
         self.hear_connections(sample.connections, passed);
+        self.keep_chosen(place);
         self.at = Some(sample.at);
         self.status = Some(sample.status);
         self.trouble = None;
@@ -126,7 +193,7 @@ impl Model {
     }
 
     fn hear_connections(&mut self, connections: Vec<Connection>, passed: Option<Duration>) {
-        let before = self.busiest.drain(..).map(|it| it.connection);
+        let before = self.connections.drain(..).map(|it| it.connection);
         let before: HashMap<u64, Connection> = before.map(|it| (it.id, it)).collect();
         let names = self.lanes.iter().map(|it| &it.forward);
         let names = names.filter_map(|it| Some((it.id?, called(it))));
@@ -145,11 +212,96 @@ impl Model {
                 connection,
             }
         };
-        self.busiest = connections.into_iter().map(busy).collect();
-        self.busiest.sort_by_key(|it| {
-            let moved = it.connection.sent.saturating_add(it.connection.received);
-            (Reverse((it.rate.sum(), moved)), it.connection.id)
-        });
+        self.connections = connections.into_iter().map(busy).collect();
+    }
+
+    /// Returns the connections that are to be shown, in the order that is wanted.
+    pub(super) fn shown(&self) -> Vec<&Busy> {
+        let wanted = self.filter.to_lowercase();
+        let all = self.connections.iter();
+        let mut shown: Vec<&Busy> = all.filter(|it| it.has(&wanted)).collect();
+        match self.order {
+            Order::Busiest => shown.sort_by_key(|it| {
+                let moved = it.connection.sent.saturating_add(it.connection.received);
+                (Reverse((it.rate.sum(), moved)), it.connection.id)
+            }),
+            Order::LongestIdle => shown.sort_by(|a, b| {
+                let (a, b) = (&a.connection, &b.connection);
+                let longest = b.idle_seconds.total_cmp(&a.idle_seconds);
+                longest.then(a.id.cmp(&b.id))
+            }),
+            Order::Oldest => shown.sort_by_key(|it| it.connection.id),
+        }
+        shown
+    }
+
+    /// Returns where the chosen connection stands among those shown.
+    pub(super) fn chosen_place(&self) -> Option<usize> {
+        let chosen = self.chosen?;
+        let shown = self.shown();
+        shown.iter().position(|it| it.connection.id == chosen)
+    }
+
+    /// Chooses the connection at a place, or the last if there are fewer.
+    fn choose(&mut self, place: usize) {
+        let shown = self.shown();
+        let id = shown.get(place).or(shown.last());
+        self.chosen = id.map(|it| it.connection.id);
+    }
+
+    /// Chooses the one that has come to the place of a chosen one that is gone.
+    fn keep_chosen(&mut self, place: Option<usize>) {
+        if let Some(place) = place
+            && self.chosen_place().is_none()
+        {
+            self.choose(place);
+        }
+    }
+
+    /// Goes up or down in the list that the keys are for.
+    pub(super) fn go(&mut self, by: isize) {
+        match self.focus {
+            Focus::Forwards => self.scroll(by),
+            Focus::Connections => match self.chosen_place() {
+                None => self.choose(0),
+                Some(place) => self.choose(place.saturating_add_signed(by)),
+            },
+        }
+    }
+
+    /// Sorts the list that the keys are for by something else.
+    pub(super) fn sort_anew(&mut self) {
+        match self.focus {
+            Focus::Forwards => self.sort_forwards_anew(),
+            Focus::Connections => {
+                self.order = match self.order {
+                    Order::Busiest => Order::LongestIdle,
+                    Order::LongestIdle => Order::Oldest,
+                    Order::Oldest => Order::Busiest,
+                };
+            }
+        }
+    }
+
+    /// Shows the connections that have this text in them, and no others.
+    pub(super) fn set_filter(&mut self, text: String) {
+        self.filter = text;
+        if self.chosen_place().is_none() {
+            self.chosen = None;
+        }
+    }
+
+    /// Asks whether to close the chosen connection.
+    pub(super) fn ask_to_close(&mut self) {
+        match self.chosen_place().and(self.chosen) {
+            Some(id) => self.mode = Mode::Question(id),
+            None => self.note = Some("choose a connection first, with ↑ ↓".to_owned()),
+        }
+    }
+
+    /// Returns the connection of that id, if it is still there.
+    pub(super) fn connection(&self, id: u64) -> Option<&Busy> {
+        self.connections.iter().find(|it| it.connection.id == id)
     }
 
     /// The forwards in the order that is wanted, from where it was scrolled to.
@@ -172,12 +324,12 @@ impl Model {
         })
     }
 
-    pub(super) fn scroll(&mut self, by: isize) {
+    fn scroll(&mut self, by: isize) {
         let last = self.lanes.len().saturating_sub(1);
         self.scrolled = self.scrolled.saturating_add_signed(by).min(last);
     }
 
-    pub(super) fn sort_anew(&mut self) {
+    fn sort_forwards_anew(&mut self) {
         self.sort = match self.sort {
             Sort::Given => Sort::Rate,
             Sort::Rate => Sort::Live,
@@ -210,6 +362,6 @@ pub(super) fn called(forward: &Forward) -> String {
     }
 }
 
-pub(super) fn without_scheme(address: &str) -> &str {
+fn without_scheme(address: &str) -> &str {
     address.strip_prefix("tcp://").unwrap_or(address)
 }

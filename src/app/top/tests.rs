@@ -4,11 +4,14 @@ use std::time::{Duration, Instant};
 
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
+use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
+use ratatui::style::Modifier;
 
 use super::draw::{draw, sparkline};
+use super::keys::{Wish, press};
 use super::model::{Model, Sample, Sort, called};
-use crate::app::control::{Connection, Forward, Status, Vm};
-use crate::proxy::{Counters, Rule, VmStatus};
+use crate::app::control::{Connection, Forward, Process, Status, Vm};
+use crate::proxy::{ConnectionState, Counters, Rule, VmStatus};
 
 fn forward(id: u64, sent: u64, received: u64) -> Forward {
     let listen = format!("tcp://127.0.0.1:80{id}");
@@ -26,6 +29,10 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
             status: VmStatus {
                 connections: 450,
                 limit: 900,
+                lost: 0,
+                guests: 0,
+                guest_limit: 800,
+                turned_away: 0,
                 reserved: 0,
                 unanswered: 3,
                 last_heard: None,
@@ -50,7 +57,11 @@ fn connection(id: u64, forward: u64, sent: u64) -> Connection {
         id,
         forward,
         peer: Some(format!("tcp://127.0.0.1:5000{id}")),
-        state: "open".to_owned(),
+        process: None,
+        state: ConnectionState::Open,
+        waiting: None,
+        // The first is not idle, the second for 5 s, and so on.
+        idle_seconds: 5.0 * id as f64 - 5.0,
         sent,
         received: 0,
         age_seconds: 61.0,
@@ -60,6 +71,8 @@ fn connection(id: u64, forward: u64, sent: u64) -> Connection {
 fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> Sample {
     Sample {
         status: Status {
+            file: None,
+            keeper: None,
             version: "1.2.3".to_owned(),
             pid: 7,
             uptime_seconds: 60.0,
@@ -101,6 +114,31 @@ fn screen(model: &Model, width: u16, height: u16) -> String {
     rows.map(|row| row.trim_end().to_owned() + "\n").collect()
 }
 
+/// The line of the chosen connection, if one is.
+fn chosen_line(model: &Model, width: u16, height: u16) -> Option<String> {
+    let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+    terminal.draw(|frame| draw(frame, model)).unwrap();
+    let buffer = terminal.backend().buffer();
+    let is_chosen = |y: &u16| buffer[(0, *y)].modifier.contains(Modifier::REVERSED);
+    let y = (0..height).find(is_chosen)?;
+    Some((0..width).map(|x| buffer[(x, y)].symbol()).collect())
+}
+
+/// Presses keys, one after the other; what comes of the last.
+fn keys(model: &mut Model, codes: &[KeyCode]) -> Wish {
+    let mut wish = Wish::GoOn;
+    for code in codes {
+        wish = press(model, KeyEvent::new(*code, KeyModifiers::NONE));
+    }
+    wish
+}
+
+/// Presses the keys of a text.
+fn write(model: &mut Model, text: &str) -> Wish {
+    let codes: Vec<KeyCode> = text.chars().map(KeyCode::Char).collect();
+    keys(model, &codes)
+}
+
 /// The line that contains `part`.
 fn line<'a>(screen: &'a str, part: &str) -> &'a str {
     let found = screen.lines().find(|line| line.contains(part));
@@ -113,7 +151,7 @@ fn rates_are_of_what_has_moved_in_between() {
     let rates = model.lanes();
     let rates = rates.iter().map(|it| (it.rate().sent, it.rate().received));
     assert_eq!(rates.collect::<Vec<_>>(), [(2048, 0), (0, 5120)]);
-    let busiest = model.busiest.iter();
+    let busiest = model.shown().into_iter();
     let busiest = busiest.map(|it| (it.connection.id, it.rate.sent, it.forward.as_str()));
     assert_eq!(
         busiest.collect::<Vec<_>>(),
@@ -148,7 +186,7 @@ fn a_wide_terminal_shows_all_of_it() {
         assert!(web.contains(part), "{part}: {screen}");
     }
     let busiest = line(&screen, "127.0.0.1:50002");
-    for part in ["web1", "open", "2.00 KiB/s", "4.00 KiB", "1 min"] {
+    for part in ["web1", "open", "5 s", "2.00 KiB/s", "4.00 KiB", "1 min"] {
         assert!(busiest.contains(part), "{part}: {screen}");
     }
     let place = |part: &str| screen.find(part).unwrap();
@@ -191,13 +229,13 @@ fn forwards_are_sorted_and_scrolled() {
     let mut model = model();
     let first = |model: &Model| model.lanes()[0].forward.id.unwrap();
     assert_eq!((model.sort, first(&model)), (Sort::Given, 1));
-    model.sort_anew();
+    keys(&mut model, &[KeyCode::Tab, KeyCode::Char('s')]);
     assert_eq!((model.sort, first(&model)), (Sort::Rate, 2));
-    model.scroll(5);
+    keys(&mut model, &[KeyCode::PageDown]);
     assert_eq!((model.lanes().len(), first(&model)), (1, 1));
     assert!(screen(&model, 80, 20).contains("+1↑"));
-    model.scroll(-5);
-    model.sort_anew();
+    assert!(screen(&model, 80, 20).contains("by rate"));
+    keys(&mut model, &[KeyCode::PageUp, KeyCode::Char('s')]);
     assert_eq!((model.sort, first(&model)), (Sort::Live, 2));
 }
 
@@ -221,4 +259,151 @@ fn sparklines_are_of_the_latest_and_as_high_as_the_highest() {
     assert_eq!(sparkline(&[5], 3), "  █");
     assert_eq!(sparkline(&[], 2), "  ");
     assert_eq!(sparkline(&[0, u64::MAX], 2), " █");
+}
+
+#[test]
+fn idle_time_and_state_are_there_on_80_columns() {
+    let mut model = model();
+    let mut half = connection(7, 1, 0);
+    half.state = ConnectionState::HalfClosedByClient;
+    half.idle_seconds = 3700.0;
+    half.peer = None;
+    half.process = Some(Process {
+        pid: Some(4711),
+        program: Some("curl".to_owned()),
+        user: 501,
+    });
+    let forwards = vec![forward(1, 0, 0)];
+    model.heard(sample(Instant::now(), forwards, vec![half]));
+    let narrow = screen(&model, 80, 24);
+    let row = line(&narrow, "curl[4711]");
+    for part in ["web1", "client ended", "1 h"] {
+        assert!(row.contains(part), "{part}: {narrow}");
+    }
+    let wide = screen(&model, 120, 24);
+    assert!(line(&wide, "curl[4711]").contains("half-closed by client"));
+}
+
+#[test]
+fn connections_are_sorted_by_what_is_wanted() {
+    let mut model = model();
+    let ids = |model: &Model| {
+        let shown = model.shown().into_iter();
+        shown.map(|it| it.connection.id).collect::<Vec<_>>()
+    };
+    for (order, expected) in [
+        ("BUSIEST", [2, 3, 1]),
+        ("LONGEST IDLE", [3, 2, 1]),
+        ("OLDEST", [1, 2, 3]),
+        ("BUSIEST", [2, 3, 1]),
+    ] {
+        assert_eq!(ids(&model), expected, "{order}");
+        line(&screen(&model, 80, 20), order);
+        write(&mut model, "s");
+    }
+}
+
+#[test]
+fn the_chosen_connection_stays_chosen_and_in_sight() {
+    let mut model = Model::default();
+    let many = |ids: std::ops::Range<u64>| -> Vec<Connection> {
+        ids.map(|id| connection(id, 1, 0)).collect()
+    };
+    let forwards = vec![forward(1, 0, 0)];
+    model.heard(sample(Instant::now(), forwards.clone(), many(0..50)));
+    assert_eq!(chosen_line(&model, 80, 20), None);
+    write(&mut model, "ss");
+    keys(&mut model, &[KeyCode::Down; 31]);
+    let chosen = |model: &Model| chosen_line(model, 80, 20).unwrap();
+    assert!(chosen(&model).contains(":500030"), "{}", chosen(&model));
+    line(&screen(&model, 80, 20), "OLDEST +");
+    // Others go, and it is still the one.
+    model.heard(sample(Instant::now(), forwards.clone(), many(20..50)));
+    assert!(chosen(&model).contains(":500030"), "{}", chosen(&model));
+    // It goes, and the next has its place.
+    let mut left = many(20..50);
+    left.retain(|it| it.id != 30);
+    model.heard(sample(Instant::now(), forwards, left));
+    assert!(chosen(&model).contains(":500031"), "{}", chosen(&model));
+    keys(&mut model, &[KeyCode::End]);
+    assert!(chosen(&model).contains(":500049"), "{}", chosen(&model));
+    keys(&mut model, &[KeyCode::Home, KeyCode::Up]);
+    assert!(chosen(&model).contains(":500020"), "{}", chosen(&model));
+}
+
+#[test]
+fn a_filter_shows_those_with_a_text_and_is_taken_back() {
+    let mut model = model();
+    let shown = |model: &Model| model.shown().len();
+    write(&mut model, "/REMO");
+    line(&screen(&model, 80, 20), "find: REMO");
+    assert_eq!(shown(&model), 1);
+    // What is written is no command.
+    assert_eq!(write(&mut model, "q"), Wish::GoOn);
+    assert_eq!(shown(&model), 0);
+    keys(&mut model, &[KeyCode::Backspace, KeyCode::Enter]);
+    line(&screen(&model, 80, 20), "BUSIEST: REMO");
+    assert_eq!(shown(&model), 1);
+    assert_eq!(keys(&mut model, &[KeyCode::Esc]), Wish::GoOn);
+    assert_eq!(shown(&model), 3);
+    assert_eq!(keys(&mut model, &[KeyCode::Esc]), Wish::End);
+}
+
+#[test]
+fn one_is_closed_after_a_question_and_only_the_chosen_one() {
+    let mut model = model();
+    assert_eq!(write(&mut model, "k"), Wish::GoOn);
+    line(&screen(&model, 80, 20), "choose a connection first");
+    assert_eq!(write(&mut model, "y"), Wish::GoOn);
+    // The busiest is the second.
+    keys(&mut model, &[KeyCode::Down, KeyCode::Char('k')]);
+    let question = screen(&model, 80, 20);
+    line(&question, "close 2 of web1, from 127.0.0.1:50002? y/n");
+    line(&screen(&model, 40, 12), "close 2, 127.0.0.1:50002? y/n");
+    for no in ["n", "k", "q"] {
+        assert_eq!(write(&mut model, no), Wish::GoOn);
+        assert!(!screen(&model, 80, 20).contains("y/n"));
+        write(&mut model, "k");
+    }
+    assert_eq!(write(&mut model, "y"), Wish::Close(2));
+    model.note = Some("closed 2".to_owned());
+    line(&screen(&model, 80, 20), "closed 2");
+    write(&mut model, "s");
+    assert!(!screen(&model, 80, 20).contains("closed 2"));
+}
+
+#[test]
+fn help_tells_of_all_keys_and_any_key_leaves_it() {
+    let mut model = model();
+    for (width, height) in [(80, 24), (40, 12)] {
+        write(&mut model, "?");
+        let help = screen(&model, width, height);
+        for part in [
+            "choose a connection",
+            "longest idle, oldest",
+            "close the",
+            "Tab",
+            "q  ",
+        ] {
+            line(&help, part);
+        }
+        assert_eq!(write(&mut model, "q"), Wish::GoOn);
+        line(&screen(&model, width, height), "50002");
+    }
+}
+
+#[test]
+fn all_that_matters_is_whole_on_40_by_12() {
+    let model = model();
+    let small = screen(&model, 40, 12);
+    line(&small, "hvsock 9 live ↑2.00 KiB/s ↓5.00 KiB/s");
+    line(&small, "450 of 900 slots");
+    let web = line(&small, "web2");
+    assert!(
+        web.contains("listening") && web.contains("5.00 KiB/s"),
+        "{small}"
+    );
+    let busy = line(&small, "127.0.0.1:50002");
+    assert!(busy.contains("open") && busy.contains("5 s"), "{small}");
+    line(&small, "q end  ? help  s sort  / find  k close");
 }

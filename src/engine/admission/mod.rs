@@ -12,8 +12,17 @@
 //! dial of a port on which nobody listens, which the kernel refuses as soon as it runs. The same
 //! probe tells whether the dial of a held client was taken.
 //!
+//! A guest dials the host whether there is a slot or not, and each of its dials has taken one by the
+//! time it is accepted. So a guest's dials are bounded by their end: those beyond their share
+//! ([`guests`]) are not served, but ended at once, gracefully.
+//!
+//! What is counted are the slots that the device counts. A connection that was closed though its
+//! guest never ended it keeps its slot in the device: it is [lost](Slot::lose) until the VM is
+//! another one.
+//!
 //! A gate decides and counts. It knows no socket, and makes no dial.
 
+mod guests;
 mod heard;
 pub(crate) mod quotas;
 mod slot;
@@ -29,10 +38,11 @@ use crate::engine::health::{self, Health, News, VmIdentity};
 use crate::engine::id::ForwardId;
 use crate::engine::status::{VmStatus, wall_time};
 
+pub(crate) use guests::{Guest, NotServed};
 use heard::LastHeard;
 use quotas::{Holder, Quotas};
 use slot::Stage;
-pub(crate) use slot::{Reservation, Slot};
+pub(crate) use slot::{DrainEnd, Reservation, Slot};
 
 /// The average interval between two dials. 100 µs never harmed the device.
 const INTERVAL: Duration = Duration::from_micros(150);
@@ -51,6 +61,13 @@ const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
 /// How many probes may be lost. With the highest cap of unanswered dials they are still fewer than
 /// the device's 512.
 const LOST_PROBES: u64 = 64;
+
+/// The part of a VM's slots that drains of guests which go on sending may have while clients wait: a
+/// tenth.
+const FOR_DRAINS: usize = 10;
+
+/// How long after a dial has found no slot a client counts as waiting. Dials ask again far sooner.
+const WANTED: Duration = Duration::from_millis(200);
 
 /// The time after which a look at a state directory counts as hanging.
 const HANG_TIME: Duration = Duration::from_secs(2);
@@ -80,7 +97,11 @@ pub(crate) enum Admission {
 /// The cap that is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Full {
-    Live(usize),
+    /// All slots are taken; so many of them are lost.
+    Live {
+        cap: usize,
+        lost: usize,
+    },
     /// So many slots are free, and reserved for others.
     Reserved(usize),
     Unanswered(u64),
@@ -91,8 +112,19 @@ pub(crate) enum Full {
 impl std::fmt::Display for Full {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Full::Live(1) => f.write_str("the one connection that the VM may have is in use"),
-            Full::Live(n) => write!(f, "all {n} connections that one VM may have are in use"),
+            Full::Live { cap: 1, lost: 0 } => {
+                f.write_str("the one connection that the VM may have is in use")
+            }
+            Full::Live { cap: 1, .. } => f.write_str(
+                "the one connection that the VM may have is lost to a program in the guest that doesn't end its own (restart the VM)",
+            ),
+            Full::Live { cap, lost: 0 } => {
+                write!(f, "all {cap} connections that one VM may have are in use")
+            }
+            Full::Live { cap, lost } => write!(
+                f,
+                "all {cap} connections that one VM may have are in use, {lost} of them lost to programs in the guest that don't end theirs (restart the VM)"
+            ),
             Full::Reserved(n) => write!(
                 f,
                 "the connections that its VM may have are in use but for {n}, which are reserved for others"
@@ -134,6 +166,14 @@ struct State {
     /// The number of forwards that lead to the VM: those that refuse their clients while the VM is
     /// down, and those that hold them.
     forwards: [usize; 2],
+    /// The forwards at which the guest dials.
+    guest_forwards: usize,
+    /// The guest's dials that are served now.
+    guests: usize,
+    /// How many of the guest's dials were not served since the VM is known, and whether the log says
+    /// so.
+    turned_away: u64,
+    has_told_turned_away: bool,
     /// The slots that were admitted and have not become a dial yet.
     pending: u64,
     /// The time at which the next dial would be due if all kept the average interval.
@@ -151,6 +191,11 @@ struct State {
     has_connect_socket: bool,
     /// The workers that wait for a slot, by their numbers.
     waiting_workers: Vec<(usize, Wake)>,
+    /// The time at which a dial last found no free slot.
+    wanted_at: Option<Instant>,
+    /// The drains of guests that go on sending, the oldest first, by their numbers.
+    drains: Vec<u64>,
+    next_drain: u64,
 }
 
 impl std::fmt::Debug for State {
@@ -170,6 +215,10 @@ impl Gate {
             quotas: Quotas::new(limits.live),
             unanswered_limit: limits.unanswered,
             forwards: [0; 2],
+            guest_forwards: 0,
+            guests: 0,
+            turned_away: 0,
+            has_told_turned_away: false,
             pending: 0,
             next_dial: None,
             next_probe: None,
@@ -179,6 +228,9 @@ impl Gate {
             identified_at: None,
             has_connect_socket: true,
             waiting_workers: Vec::new(),
+            wanted_at: None,
+            drains: Vec::new(),
+            next_drain: 0,
         };
         Gate {
             vm,
@@ -225,6 +277,7 @@ impl Gate {
         // If there is a single slot, none is reserved for probes.
         let is_exempt = holder == Holder::Probes && state.quotas.cap() <= 1;
         if state.quotas.free_for(holder) == 0 && !is_exempt {
+            state.wanted_at = Some(now);
             return Some(Admission::Full(why_full(&state.quotas, holder)));
         }
         let limit = state.unanswered_limit;
@@ -234,13 +287,7 @@ impl Gate {
             return Some(Admission::Full(Full::Unanswered(limit)));
         }
         // A probe counts towards the pace as well.
-        let due = state.next_dial.unwrap_or(now);
-        let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
-        if now < earliest {
-            return Some(Admission::At(earliest));
-        }
-        state.next_dial = Some(due.max(now) + INTERVAL);
-        None
+        state.keep_pace(now).err().map(Admission::At)
     }
 
     /// Returns whether the guest has answered nothing for so long that only a probe may go.
@@ -288,13 +335,9 @@ impl Gate {
             holder,
             epoch: state.epoch,
             stage,
+            is_lost: false,
+            drain: None,
         }
-    }
-
-    /// Takes a slot for a dial from the guest, which can't be refused one.
-    pub(crate) fn accept(self: &Arc<Gate>, forward: ForwardId) -> Slot {
-        let holder = Holder::Forward(forward);
-        self.slot(&mut self.state(), holder, Stage::Accepted)
     }
 
     /// Queues a client, whether there will be a slot for it or not.
@@ -348,7 +391,14 @@ impl Gate {
             gate: Arc::clone(self),
             forward,
             holds,
+            dialled_by: None,
         })
+    }
+
+    /// Returns the slots that were lost to connections which their guest never ended.
+    #[cfg(test)]
+    fn lost(&self) -> usize {
+        self.state().quotas.live_of(Holder::Lost)
     }
 
     /// Marks the VM down after a dial that failed as it does where no VM is.
@@ -421,6 +471,9 @@ impl Gate {
         state.epoch += 1;
         self.heard.forget();
         state.quotas.clear();
+        (state.guests, state.turned_away) = (0, 0);
+        state.has_told_turned_away = false;
+        state.drains.clear();
         state.pending = 0;
         state.next_probe = None;
         state.patience = PROBE_PATIENCE;
@@ -437,9 +490,14 @@ impl Gate {
 
     pub(crate) fn status(&self, now: Instant) -> VmStatus {
         let state = self.state();
+        let lost = state.quotas.live_of(Holder::Lost);
         VmStatus {
-            connections: state.quotas.live(),
+            connections: state.quotas.live() - lost,
             limit: state.quotas.cap(),
+            lost,
+            guests: state.guests,
+            guest_limit: guests::share(state.quotas.cap()),
+            turned_away: state.turned_away,
             reserved: state.quotas.kept(),
             unanswered: self.unanswered(),
             last_heard: self.heard.at().map(|then| wall_time(then, now)),
@@ -475,7 +533,10 @@ impl Gate {
 /// Returns why a holder can have no slot, or no more than are queued for already.
 fn why_full(quotas: &Quotas, holder: Holder) -> Full {
     match quotas.kept_from(holder) {
-        0 => Full::Live(quotas.cap()),
+        0 => Full::Live {
+            cap: quotas.cap(),
+            lost: quotas.live_of(Holder::Lost),
+        },
         kept => Full::Reserved(kept),
     }
 }
@@ -496,6 +557,38 @@ impl State {
         let slots = usize::from(self.forwards[1] > 0 && self.quotas.cap() > 1);
         // If the others have reserved all slots, probes get what is free.
         let _ = self.quotas.reserve(Holder::Probes, slots);
+    }
+
+    /// Counts a dial, or something else that has the device put a reply into its ring, towards the
+    /// pace.
+    ///
+    /// # Errors
+    /// Returns when it may go, if it is too soon.
+    fn keep_pace(&mut self, now: Instant) -> Result<(), Instant> {
+        let due = self.next_dial.unwrap_or(now);
+        let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
+        if now < earliest {
+            return Err(earliest);
+        }
+        self.next_dial = Some(due.max(now) + INTERVAL);
+        Ok(())
+    }
+
+    fn forget_drain(&mut self, drain: u64) {
+        if let Ok(index) = self.drains.binary_search(&drain) {
+            self.drains.remove(index);
+        }
+    }
+
+    /// Returns how many drains of guests that go on sending there are beyond their part of the
+    /// slots, while clients wait for one.
+    fn drains_in_the_way(&self, now: Instant) -> usize {
+        let lately = |at| now.saturating_duration_since(at) < WANTED;
+        if self.waiting_workers.is_empty() && !self.wanted_at.is_some_and(lately) {
+            return 0;
+        }
+        let most = (self.quotas.cap() / FOR_DRAINS).max(1);
+        self.drains.len().saturating_sub(most)
     }
 
     /// Returns whether the last look has not ended within the time in which a file system answers.

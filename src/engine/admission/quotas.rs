@@ -14,6 +14,10 @@ pub(crate) enum Holder {
     Forward(ForwardId),
     /// The probes of a VM.
     Probes,
+    /// The dials of a guest that are not served, until they have ended.
+    TurnedAway,
+    /// The slots that no close gives back: see [`Slot::lose`](super::Slot::lose).
+    Lost,
 }
 
 /// The slots of one VM or of the process, by holder.
@@ -77,6 +81,17 @@ impl Quotas {
         if quota.reserved + quota.live + quota.queued == 0 && quota.most.is_none() {
             self.quotas.remove(&holder);
         }
+    }
+
+    /// Returns how many slots a holder has.
+    pub(crate) fn live_of(&self, holder: Holder) -> usize {
+        self.quotas.get(&holder).map_or(0, |quota| quota.live)
+    }
+
+    /// Returns whether a holder has taken fewer slots than it has reserved.
+    pub(crate) fn has_unused(&self, holder: Holder) -> bool {
+        let quota = self.quotas.get(&holder);
+        quota.is_some_and(|quota| quota.unused() > 0)
     }
 
     /// Reserves slots for a holder. If there are too few, returns how many can be reserved.

@@ -20,6 +20,19 @@ pub(crate) struct Slot {
     /// The epoch of the VM that the slot was taken of; a VM that was restarted has another.
     pub(super) epoch: u64,
     pub(super) stage: Stage,
+    pub(super) is_lost: bool,
+    /// The number of the connection's drain, if the guest goes on sending.
+    pub(super) drain: Option<u64>,
+}
+
+/// Why a drain is to be given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DrainEnd {
+    /// It has lasted long enough.
+    Due,
+    /// It is in the way, if it is: clients wait, and it is one of the oldest beyond the part of the
+    /// slots that drains may have.
+    InTheWay,
 }
 
 /// How far a slot has come.
@@ -31,14 +44,21 @@ pub(super) enum Stage {
     Admitted,
     /// Is taken by the dial of this number.
     Dialled(u64),
-    /// Is taken by a dial from the guest.
+    /// Is taken by a dial from the guest that is served.
     Accepted,
+    /// Is taken by a dial from the guest that is not served.
+    TurnedAway,
 }
 
 impl Slot {
     /// Returns whether the dial may be made, or was made.
     pub(crate) fn is_admitted(&self) -> bool {
         self.stage != Stage::Queued
+    }
+
+    /// Returns whether it is that of a guest's dial which is not served.
+    pub(crate) fn is_turned_away(&self) -> bool {
+        self.stage == Stage::TurnedAway
     }
 
     /// Returns the number of the dial, once it was made.
@@ -86,6 +106,46 @@ impl Slot {
         }
     }
 
+    /// Notes that the connection is drained, and its guest goes on sending.
+    pub(crate) fn note_drain(&mut self) {
+        let mut state = self.gate.state();
+        if state.epoch == self.epoch && self.drain.is_none() {
+            let number = state.next_drain;
+            state.next_drain += 1;
+            state.drains.push(number);
+            self.drain = Some(number);
+        }
+    }
+
+    /// Notes that the guest sends nothing for now.
+    pub(crate) fn forget_drain(&mut self) {
+        if let Some(drain) = self.drain.take() {
+            self.gate.state().forget_drain(drain);
+        }
+    }
+
+    /// Returns whether the connection's drain may be given up now. Each has the device put two
+    /// replies into its ring, so they keep the pace of dials.
+    pub(crate) fn may_give_up_drain(&self, why: DrainEnd, now: Instant) -> bool {
+        let mut state = self.gate.state();
+        let is_so = match why {
+            DrainEnd::Due => true,
+            DrainEnd::InTheWay => {
+                let rank = self
+                    .drain
+                    .and_then(|it| state.drains.binary_search(&it).ok());
+                rank.is_some_and(|rank| rank < state.drains_in_the_way(now))
+            }
+        };
+        is_so && (state.epoch != self.epoch || state.keep_pace(now).is_ok())
+    }
+
+    /// Notes that the connection is closed though its guest has not ended it, and may never do: then
+    /// the device's slot is taken as long as the VM lives.
+    pub(crate) fn lose(&mut self) {
+        self.is_lost = true;
+    }
+
     /// Returns whether the guest has answered this dial, or a later one. If it was refused, the EOF
     /// can be read now.
     pub(crate) fn is_answered(&self) -> bool {
@@ -113,10 +173,18 @@ impl Drop for Slot {
             state.next_probe = None;
             state.patience = PROBE_PATIENCE;
         }
-        if self.stage == Stage::Admitted {
-            state.pending = state.pending.saturating_sub(1);
+        if let Some(drain) = self.drain {
+            state.forget_drain(drain);
+        }
+        match self.stage {
+            Stage::Admitted => state.pending = state.pending.saturating_sub(1),
+            Stage::Accepted => state.guests = state.guests.saturating_sub(1),
+            Stage::Queued | Stage::Dialled(_) | Stage::TurnedAway => {}
         }
         state.quotas.give_back(self.holder);
+        if self.is_lost {
+            state.quotas.take(Holder::Lost);
+        }
         state.wake();
     }
 }
@@ -127,6 +195,18 @@ pub(crate) struct Reservation {
     pub(super) gate: Arc<Gate>,
     pub(super) forward: ForwardId,
     pub(super) holds: Option<bool>,
+    /// The gate of the VM whose guest dials the forward.
+    pub(super) dialled_by: Option<Arc<Gate>>,
+}
+
+impl Reservation {
+    /// Counts the forward among those that the guest of a VM dials, as long as its slots are
+    /// reserved.
+    pub(crate) fn dialled_by(mut self, gate: &Arc<Gate>) -> Reservation {
+        gate.state().guest_forwards += 1;
+        self.dialled_by = Some(Arc::clone(gate));
+        self
+    }
 }
 
 impl Drop for Reservation {
@@ -138,5 +218,9 @@ impl Drop for Reservation {
         }
         state.reserve_for_probes();
         state.wake();
+        drop(state);
+        if let Some(gate) = &self.dialled_by {
+            gate.state().guest_forwards -= 1;
+        }
     }
 }

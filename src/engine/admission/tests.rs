@@ -198,7 +198,7 @@ fn a_new_vm_starts_afresh_and_old_slots_do_not_count() {
     old.note_dial(one, now);
     assert!(matches!(
         gate.admit(ONE, now),
-        Admission::Full(Full::Live(1))
+        Admission::Full(Full::Live { cap: 1, lost: 0 })
     ));
     assert!(gate.begin_look(now, Duration::ZERO));
     gate.take_look(two, None, now);
@@ -267,10 +267,10 @@ fn a_vm_is_looked_at_once_at_a_time() {
 fn a_dial_from_the_guest_takes_a_slot_too() {
     let gate = gate(2, 64);
     let now = Instant::now();
-    let guests = [gate.accept(ONE), gate.accept(ONE)];
+    let guests = [gate.accept(ONE, None), gate.accept(ONE, None)];
     assert!(matches!(
         gate.admit(ONE, now),
-        Admission::Full(Full::Live(2))
+        Admission::Full(Full::Live { cap: 2, lost: 0 })
     ));
     drop(guests);
     assert_eq!(gate.live(), 0);
@@ -301,10 +301,10 @@ fn a_worker_that_waits_for_a_slot_is_woken_when_there_is_one() {
         })
     };
     let enter = || gate.queue(ONE, 0, &wake);
-    let slot = gate.accept(ONE);
+    let slot = gate.accept(ONE, None);
     let queued = enter().unwrap();
     for _ in 0..3 {
-        assert_eq!(enter().unwrap_err(), Full::Live(2));
+        assert_eq!(enter().unwrap_err(), Full::Live { cap: 2, lost: 0 });
     }
     drop(slot);
     assert_eq!(woken.load(Ordering::Relaxed), 1);
@@ -352,4 +352,143 @@ fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     // The answers of another VM say nothing about this dial.
     gate.note_vm_gone();
     assert!(!dial.is_answered());
+}
+
+const OTHER: ForwardId = ForwardId(2);
+
+#[test]
+fn a_guests_dials_leave_slots_for_the_host() {
+    let gate = gate(900, 64);
+    let now = Instant::now();
+    let mut guests: Vec<Guest> = (0..800).map(|_| gate.accept(ONE, None)).collect();
+    assert!(guests.iter().all(|guest| guest.served.is_ok()));
+    let refused = gate.accept(ONE, None);
+    assert_eq!(refused.served, Err(NotServed::Share(800)));
+    assert!(refused.slot.is_turned_away());
+    let status = gate.status(now);
+    assert_eq!((status.guests, status.guest_limit), (800, 800));
+    // The device has a slot for it, as long as it has not ended.
+    assert_eq!((status.connections, status.turned_away), (801, 1));
+    drop(refused);
+    assert_eq!(gate.live(), 800);
+    drop(go(&gate, now));
+    guests.pop();
+    assert_eq!(gate.accept(ONE, None).served, Ok(()));
+    drop(guests);
+    let status = gate.status(now);
+    assert_eq!((status.connections, status.guests), (0, 0));
+}
+
+#[test]
+fn a_guests_dial_is_served_only_if_there_is_a_slot_and_gets_what_is_reserved() {
+    let gate = gate(9, 64);
+    let now = Instant::now();
+    let _kept = gate.reserve(OTHER, 2, None).unwrap();
+    let _dials: Vec<Slot> = (0..7).map(|_| go(&gate, now)).collect();
+    assert_eq!(
+        gate.accept(ONE, None).served,
+        Err(NotServed::Full(Full::Reserved(2)))
+    );
+    let reserved = [gate.accept(OTHER, None), gate.accept(OTHER, None)];
+    assert!(reserved.iter().all(|guest| guest.served.is_ok()));
+    let full = Full::Live { cap: 9, lost: 0 };
+    assert_eq!(gate.accept(OTHER, None).served, Err(NotServed::Full(full)));
+    assert_eq!(
+        gate.accept(OTHER, Some(2)).served,
+        Err(NotServed::Forward(2))
+    );
+}
+
+#[test]
+fn one_of_several_forwards_does_not_take_a_guests_whole_share() {
+    let gate = gate(9, 64);
+    let kept = |forward| gate.reserve(forward, 0, None).unwrap().dialled_by(&gate);
+    let (_one, other) = (kept(ONE), kept(OTHER));
+    let mut hanging: Vec<Guest> = (0..6).map(|_| gate.accept(ONE, None)).collect();
+    assert!(hanging.iter().all(|guest| guest.served.is_ok()));
+    assert_eq!(
+        gate.accept(ONE, None).served,
+        Err(NotServed::ShareOfForward(6))
+    );
+    let others = [gate.accept(OTHER, None), gate.accept(OTHER, None)];
+    assert!(others.iter().all(|guest| guest.served.is_ok()));
+    assert_eq!(gate.accept(OTHER, None).served, Err(NotServed::Share(8)));
+    drop((others, other));
+    hanging.push(gate.accept(ONE, None));
+    assert_eq!(hanging.pop().unwrap().served, Ok(()));
+}
+
+// The identities of two files are needed, which only Unix has.
+#[cfg(unix)]
+#[test]
+fn a_lost_slot_is_taken_until_the_vm_is_another_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let of = |name| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, "").unwrap();
+        crate::sys::Identity::of(&path).ok().map(VmIdentity::Socket)
+    };
+    let (one, two) = (of("one"), of("two"));
+    let gate = gate(2, 64);
+    let now = Instant::now();
+    let dial = |vm| match gate.admit(ONE, now) {
+        Admission::Go(mut slot) => {
+            slot.note_dial(vm, now);
+            slot
+        }
+        other => panic!("{other:?}"),
+    };
+    let (mut first, second) = (dial(one), dial(one));
+    first.lose();
+    drop((first, second));
+    let status = gate.status(now);
+    assert_eq!((status.connections, status.lost), (0, 1));
+    let third = dial(one);
+    let full = gate.admit(ONE, now);
+    let why = Full::Live { cap: 2, lost: 1 };
+    assert!(matches!(full, Admission::Full(it) if it == why), "{full:?}");
+    drop(third);
+    gate.accept(ONE, None).slot.lose();
+    assert_eq!(gate.lost(), 2);
+    assert!(gate.begin_look(now, Duration::ZERO));
+    gate.take_look(two, None, now);
+    assert_eq!((gate.lost(), gate.live()), (0, 0));
+    // What an older VM had lost is not this one's.
+    let mut old = dial(two);
+    gate.note_vm_gone();
+    old.lose();
+    drop(old);
+    assert_eq!((gate.lost(), gate.live()), (0, 0));
+}
+
+#[test]
+fn drains_are_in_the_way_only_beyond_a_tenth_while_clients_wait_the_oldest_first() {
+    let gate = gate(20, 64);
+    let mut now = Instant::now();
+    let mut slots: Vec<Slot> = Vec::new();
+    for _ in 0..20 {
+        now += Duration::from_millis(1);
+        slots.push(go(&gate, now));
+    }
+    for slot in &mut slots[..4] {
+        slot.note_drain();
+        slot.note_drain();
+    }
+    let given_up = |slots: &[Slot], now| -> Vec<bool> {
+        let may = |slot: &Slot| slot.may_give_up_drain(DrainEnd::InTheWay, now);
+        slots[..4].iter().map(may).collect()
+    };
+    now += Duration::from_secs(1);
+    assert_eq!(given_up(&slots, now), [false; 4]);
+    assert!(matches!(gate.admit(ONE, now), Admission::Full(_)));
+    assert_eq!(given_up(&slots, now), [true, true, false, false]);
+    // One that is silent now is not in the way.
+    slots[0].forget_drain();
+    assert_eq!(given_up(&slots, now), [false, true, false, false]);
+    assert_eq!(given_up(&slots, now + WANTED), [false; 4]);
+    // What lasts too long is given up in any case, at the pace of dials.
+    now += Duration::from_secs(1);
+    let may = |slot: &Slot| slot.may_give_up_drain(DrainEnd::Due, now);
+    let allowed = slots.iter().filter(|slot| may(slot)).count();
+    assert_eq!(allowed, BURST as usize);
 }

@@ -4,17 +4,21 @@
 //! Which of these a side needs is decided here; the sockets themselves are closed by the loop,
 //! through [`Action`]s. No socket call here waits for its peer.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use tracing::warn;
 
 use crate::dial;
 use crate::engine::Phase;
-use crate::engine::counters::{Reason, add_one};
+use crate::engine::admission::DrainEnd;
+use crate::engine::counters::add_one;
+use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
-use crate::engine::relay::{CloseMode, End, Readiness, Side};
+use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
 use crate::time::after;
 
+use super::draining::{Drain, Next, Reading};
 use super::{Action, Connection, Context, Socket, State};
 
 /// How long input is read and discarded from a client that has received its whole answer and goes
@@ -29,12 +33,18 @@ pub(crate) const LONGEST_RESET_PAUSE: Duration = Duration::from_millis(128);
 /// How long guests may take to end their connections when the proxy has to end at once.
 pub(crate) const LAST_DRAIN: Duration = Duration::from_secs(2);
 
+/// How long the slot of a drain that was given up stays taken. The guest is sending, so the device
+/// shuts its connection down at once, and frees the slot at its next packet.
+pub(crate) const SETTLING: Duration = Duration::from_secs(1);
+
 /// How often an end is read empty before it is closed by force. This is many times what a socket
 /// can hold.
 const LAST_TURNS: usize = 64;
 
-/// The log message about guests that did not end their connections in time.
-const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout";
+/// The log messages about guests that did not end their connections in time.
+const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout; their slots are lost until the VM is restarted";
+const SENDS_ON: &str =
+    "closed connections on which the guest went on sending though nobody was left to read";
 
 /// How long threads may take to end after they were cut off, before they are cut off again.
 const CUT_PAUSE: Duration = Duration::from_millis(10);
@@ -46,17 +56,23 @@ pub(crate) struct Closing<S> {
     /// The pause before the next check, if the end is to be reset rather than read to its EOF. A
     /// reset overtakes data, so it waits until the peer has what was sent before.
     reset: Option<Duration>,
+    pub(crate) drain: Drain,
 }
 
-impl<S> Closing<S> {
+impl<S: Socket> Closing<S> {
     /// Makes an end that is read to its EOF.
     pub(super) fn drain(end: End<S>) -> Closing<S> {
-        Closing { end, reset: None }
+        Closing {
+            drain: Drain::new(end.received()),
+            end,
+            reset: None,
+        }
     }
 
     /// Makes an end that is reset once the peer has what was sent before.
     fn reset(end: End<S>) -> Closing<S> {
         Closing {
+            drain: Drain::new(end.received()),
             end,
             reset: Some(RESET_PAUSE),
         }
@@ -72,6 +88,7 @@ impl<S: Socket> Connection<S> {
         };
         if pair.refused() {
             let error = dial::refused_by_eof(&self.forward.rule.connect);
+            self.end_because(EndReason::Refused(Reason::ByTarget));
             self.note_refusal(&error, Reason::ByTarget, cx.now);
         }
         let modes = Side::BOTH.map(|side| pair.close_mode(side));
@@ -98,48 +115,59 @@ impl<S: Socket> Connection<S> {
         let time = time_to_close(&self.forward, &ends, cx.phase);
         self.wake_at = None;
         let until = Some(after(cx.now, time));
-        self.enter(State::Closing { ends, until });
+        self.enter(State::Closing {
+            ends,
+            until,
+            settled: None,
+        });
         self.go_on_closing(cx);
     }
 
     pub(super) fn go_on_closing(&mut self, cx: &mut Context<'_, S>) {
         let now = cx.now;
-        let State::Closing { ends, until } = &mut self.state else {
+        let State::Closing { ends, .. } = &mut self.state else {
             return;
         };
-        let mut check_at = None;
-        for (side, slot) in Side::BOTH.into_iter().zip(ends.iter_mut()) {
-            let Some(Closing { mut end, reset }) = slot.take() else {
+        let mut ends = std::mem::take(ends);
+        let mut check_at: Option<Instant> = None;
+        let mut settled = None;
+        for side in Side::BOTH {
+            let Some(closing) = ends[side].take() else {
                 continue;
             };
-            let before = (end.received(), end.input_ended());
-            cx.has_more_work |= end.discard(cx.pool);
-            if let Some(slot) = self.slots[side].as_ref().filter(|_| side == Side::Server)
-                && (end.received(), end.input_ended()) != before
-            {
-                slot.note_answer(now);
-            }
-            if let Some(pause) = reset {
-                if end.takes_nothing() || end.socket.unacknowledged() == 0 {
-                    cx.request(Action::Reset(end.socket));
-                    continue;
+            match self.go_on_closing_end(side, closing, cx) {
+                Ended::No(closing, at) => {
+                    ends[side] = Some(closing);
+                    check_at = check_at.into_iter().chain(at).min();
                 }
-                check_at = Some(check_at.map_or(now + pause, |at: Instant| at.min(now + pause)));
-            } else if end.input_ended() {
-                cx.request(Action::Close(end.socket, self.slots[side].take()));
-                continue;
+                Ended::Yes => {}
+                Ended::GivenUp => settled = Some(after(now, SETTLING)),
             }
-            let reset = reset.map(|pause| (2 * pause).min(LONGEST_RESET_PAUSE));
-            *slot = Some(Closing { end, reset });
         }
-        if ends.iter().all(Option::is_none) {
-            return self.close(cx);
-        }
+        let State::Closing {
+            ends: left,
+            until,
+            settled: before,
+        } = &mut self.state
+        else {
+            return;
+        };
+        *left = ends;
+        *before = settled.or(*before).filter(|at| now < *at);
         // A side that never had a socket, or whose socket was reset, needs no slot any more, even
         // while the other side is drained.
         for side in Side::BOTH {
-            if ends[side].is_none() {
+            if left[side].is_none() && before.is_none() {
                 self.slots[side] = None;
+            }
+        }
+        if left.iter().all(Option::is_none) {
+            match *before {
+                Some(at) if cx.phase == Phase::Running => {
+                    self.wake_at = Some(at);
+                    return;
+                }
+                _ => return self.close(cx),
             }
         }
         if cx.thawed == Some(now)
@@ -149,52 +177,180 @@ impl<S: Socket> Connection<S> {
             let drain = self.forward.rule.timeouts.drain;
             *until = (*until).max(after(now, LAST_DRAIN.min(drain)));
         }
-        let until = *until;
+        let (until, settled) = (*until, *before);
         if until.is_some_and(|until| now >= until) {
             return self.abandon(cx);
         }
-        if let Some(at) = [until, check_at].into_iter().flatten().min() {
+        if let Some(at) = [until, check_at, settled].into_iter().flatten().min() {
             self.wake_at = Some(at);
         }
     }
 
-    /// Closes by force what has not ended in time, after reading out what is unread.
+    /// Goes on with one end: reads what a turn may, and closes or resets it if it is time.
+    fn go_on_closing_end(
+        &mut self,
+        side: Side,
+        closing: Closing<S>,
+        cx: &mut Context<'_, S>,
+    ) -> Ended<S> {
+        let now = cx.now;
+        let Closing {
+            mut end,
+            reset,
+            mut drain,
+        } = closing;
+        if cx.thawed == Some(now) {
+            drain.forgive(now);
+        }
+        let before = (end.received(), end.input_ended());
+        let has_read = match drain.reading(now) {
+            Reading::Full => {
+                end.discard(cx.pool);
+                true
+            }
+            Reading::Once => {
+                end.discard_once(cx.pool);
+                true
+            }
+            Reading::Not => false,
+        };
+        if let Some(slot) = self.slots[side].as_ref().filter(|_| side == Side::Server)
+            && (end.received(), end.input_ended()) != before
+        {
+            slot.note_answer(now);
+        }
+        if let Some(pause) = reset {
+            cx.has_more_work |= end.is_readable();
+            if end.takes_nothing() || end.socket.unacknowledged() == 0 {
+                cx.request(Action::Reset(end.socket));
+                return Ended::Yes;
+            }
+            let reset = Some((2 * pause).min(LONGEST_RESET_PAUSE));
+            return Ended::No(Closing { end, reset, drain }, Some(now + pause));
+        }
+        if end.input_ended() {
+            self.close_socket(side, end, cx);
+            return Ended::Yes;
+        }
+        // A client is read for a few seconds at most, and what stops is in a hurry.
+        let may_slow = cx.phase == Phase::Running && self.forward.needs_graceful_close(side);
+        let mut next = drain.note(end.received(), end.is_readable(), may_slow, has_read, now);
+        let slot = &mut self.slots[side];
+        if let Some(slot) = slot {
+            match next {
+                Next::Slower | Next::MayGiveUp | Next::GiveUp => slot.note_drain(),
+                Next::Quiet => slot.forget_drain(),
+                Next::Wait | Next::At(_) | Next::Again | Next::Close => {}
+            }
+        }
+        let why = match next {
+            Next::GiveUp => Some(DrainEnd::Due),
+            Next::MayGiveUp => Some(DrainEnd::InTheWay),
+            _ => None,
+        };
+        let may_give_up = |why| match slot {
+            Some(slot) => slot.may_give_up_drain(why, now),
+            // Its family has no slots.
+            None => why == DrainEnd::Due,
+        };
+        if why.is_some_and(may_give_up) {
+            drain.give_up(now);
+            next = Next::Again;
+        }
+        let at = match next {
+            Next::Close => {
+                return match self.give_up(side, end, Gone::Sending, cx) {
+                    true => Ended::GivenUp,
+                    false => Ended::Yes,
+                };
+            }
+            Next::Again => {
+                cx.has_more_work = true;
+                None
+            }
+            Next::At(at) => Some(at),
+            Next::Slower | Next::GiveUp | Next::MayGiveUp => Some(drain.next(now)),
+            Next::Wait | Next::Quiet => None,
+        };
+        let reset = None;
+        Ended::No(Closing { end, reset, drain }, at)
+    }
+
+    /// Closes by force an end that is not ended yet, after reading out what is unread. Returns
+    /// whether its slot is still taken.
+    fn give_up(
+        &mut self,
+        side: Side,
+        mut end: End<S>,
+        guest: Gone,
+        cx: &mut Context<'_, S>,
+    ) -> bool {
+        // What has arrived is read, so that the device has none of it left; then the input is shut
+        // down (on Linux the device's next write then fails, and it tells the guest); then what has
+        // come meanwhile is read. A close with unread data kills the VM.
+        read_out(&mut end, cx);
+        let has_ended = end.input_ended();
+        if !has_ended {
+            end.socket.shutdown_read();
+            read_out(&mut end, cx);
+        }
+        if has_ended || !self.forward.needs_graceful_close(side) {
+            self.close_socket(side, end, cx);
+            return false;
+        }
+        let text = match (cx.phase, guest) {
+            (Phase::Cutting, _) => "closed connections that the guest had not ended yet",
+            (_, Gone::Sending) => SENDS_ON,
+            (_, Gone::Silent) => NOT_ENDED,
+        };
+        self.note_abandoned(text, cx.now);
+        match guest {
+            // The slot is given back once the device has told the guest.
+            Gone::Sending => cx.request(Action::Close(end.socket, None)),
+            Gone::Silent => {
+                if let Some(slot) = &mut self.slots[side] {
+                    slot.lose();
+                }
+                self.close_socket(side, end, cx);
+            }
+        }
+        self.slots[side].is_some()
+    }
+
+    /// Closes by force what has not ended in time.
     pub(crate) fn abandon(&mut self, cx: &mut Context<'_, S>) {
         let State::Closing { ends, .. } = &mut self.state else {
             return;
         };
         let ends = std::mem::take(ends);
+        let mut is_settling = false;
         for (side, closing) in Side::BOTH.into_iter().zip(ends) {
-            let Some(Closing { mut end, reset }) = closing else {
+            let Some(Closing { end, reset, drain }) = closing else {
                 continue;
             };
             if reset.is_some() {
                 cx.request(Action::Reset(end.socket));
                 continue;
             }
-            // First the input is shut down (on Linux the device's next write then fails, and it
-            // tells the guest); then what has arrived is read. A close with unread data kills the
-            // VM.
-            end.socket.shutdown_read();
-            end.latch(Readiness {
-                readable: true,
-                ..Readiness::default()
-            });
-            for _ in 0..LAST_TURNS {
-                if !end.discard(cx.pool) {
-                    break;
-                }
+            // At the end of the process, its keeper has all the time that the guest needs.
+            if cx.phase == Phase::Cutting && end.socket.is_guarded() {
+                cx.request(Action::Leave(end.socket));
+                continue;
             }
-            self.close_socket(side, end, cx);
-            if self.forward.needs_graceful_close(side) {
-                let text = match cx.phase {
-                    Phase::Cutting => "closed connections that the guest had not ended yet",
-                    _ => NOT_ENDED,
-                };
-                self.note_abandoned(text, cx.now);
-            }
+            let guest = match drain.is_sending(cx.now) {
+                true => Gone::Sending,
+                false => Gone::Silent,
+            };
+            is_settling |= self.give_up(side, end, guest, cx);
         }
-        self.close(cx);
+        let at = after(cx.now, SETTLING);
+        match &mut self.state {
+            State::Closing { settled, .. } if is_settling && cx.phase == Phase::Running => {
+                *settled = Some(at);
+                self.wake_at = Some(at);
+            }
+            _ => self.close(cx),
+        }
     }
 
     /// Counts and logs an end that the peer has not ended in time.
@@ -202,17 +358,26 @@ impl<S: Socket> Connection<S> {
         let forward = &self.forward;
         add_one(&forward.tally.abandoned);
         if forward.log_limiter.admit(text, now).is_some() {
-            warn!("{}: {text}", forward.rule.connect);
+            self.span()
+                .in_scope(|| warn!("{}: {text}", forward.rule.connect));
         }
     }
 
     /// Shortens the closing to what the current phase allows. A probe may take as long as the proxy
     /// runs.
     pub(crate) fn shorten_closing(&mut self, cx: &mut Context<'_, S>) {
-        let State::Closing { ends, until } = &mut self.state else {
+        let State::Closing { ends, until, .. } = &mut self.state else {
             return;
         };
+        if cx.phase > Phase::Running {
+            for closing in ends.iter_mut().flatten() {
+                closing.drain.hurry();
+            }
+        }
+        let is_closed = ends.iter().all(Option::is_none);
         let at = match *until {
+            // Its slots are not waited for.
+            _ if is_closed && cx.phase > Phase::Running => cx.now,
             None if cx.phase == Phase::Running => return,
             None => cx.now + LAST_DRAIN,
             Some(until) => until.min(after(cx.now, time_to_close(&self.forward, ends, cx.phase))),
@@ -227,15 +392,19 @@ impl<S: Socket> Connection<S> {
         self.wake_at = Some(cx.now + CUT_PAUSE);
     }
 
-    /// Takes the end of the threads: the bytes that they delivered from each side, and whether a
-    /// guest failed to end its connection in time.
+    /// Takes the end of the threads: the bytes that they delivered from each side, whether a guest
+    /// failed to end its connection in time, and which side has ended first, and how.
     pub(crate) fn take_threads_end(
         &mut self,
         delivered: [u64; 2],
         abandoned: bool,
+        first: Option<(Side, Ending)>,
         cx: &mut Context<'_, S>,
     ) {
         self.counted = delivered;
+        if let Some((side, ending)) = first {
+            self.end_because(reason_of_end(side, ending));
+        }
         if abandoned {
             self.note_abandoned(NOT_ENDED, cx.now);
         }
@@ -255,6 +424,58 @@ impl<S: Socket> Connection<S> {
         self.wake_at = None;
         self.enter(State::Closed);
         cx.request(Action::Drop);
+    }
+}
+
+/// Whether an end is closed now.
+enum Ended<S> {
+    /// It is not. It goes on at that time, or after an event.
+    No(Closing<S>, Option<Instant>),
+    Yes,
+    /// It was closed by force, and its guest is told.
+    GivenUp,
+}
+
+/// What a guest does whose connection is closed by force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gone {
+    /// It sends, so it is told, and its slot comes back.
+    Sending,
+    /// It knows nothing of the close, and its slot is lost.
+    Silent,
+}
+
+/// Reads and drops what there is.
+fn read_out<S: Socket>(end: &mut End<S>, cx: &mut Context<'_, S>) {
+    end.latch(Readiness {
+        readable: true,
+        ..Readiness::default()
+    });
+    for _ in 0..LAST_TURNS {
+        if !end.discard(cx.pool) {
+            break;
+        }
+    }
+}
+
+/// Returns how a side has ended, if it has.
+pub(super) fn how_ended<S: Socket>(end: &End<S>) -> Option<Ending> {
+    match end.output {
+        _ if end.is_dead() => Some(Ending::BrokenOff),
+        // That a peer takes no more is all that a close says to who writes.
+        Half::Failed(kind) if kind != io::ErrorKind::BrokenPipe => Some(Ending::BrokenOff),
+        Half::Failed(_) => Some(Ending::Whole),
+        _ => end.input_ended().then_some(Ending::Whole),
+    }
+}
+
+/// Returns the reason that the end of a side stands for.
+pub(super) fn reason_of_end(side: Side, ending: Ending) -> EndReason {
+    match (side, ending) {
+        (Side::Client, Ending::Whole) => EndReason::ClientClosed,
+        (Side::Client, Ending::BrokenOff) => EndReason::ClientReset,
+        (Side::Server, Ending::Whole) => EndReason::ServerClosed,
+        (Side::Server, Ending::BrokenOff) => EndReason::ServerReset,
     }
 }
 

@@ -9,11 +9,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tracing::debug;
+
 use crate::address::Refusal;
 use crate::dial::{self, Begun, Dial, Next};
 use crate::engine::Phase;
-use crate::engine::admission::{Full, Gate, Slot};
-use crate::engine::counters::Reason;
+use crate::engine::admission::{Full, Gate, NotServed, Slot};
+use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
@@ -21,7 +23,7 @@ use crate::engine::observer::What;
 use crate::engine::relay::{End, Readiness, Side};
 use crate::engine::routes::{ListenerName, PeerNames, Route};
 use crate::error::{Error, Operation};
-use crate::name::SocketName;
+use crate::name::{Peer, SocketName};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::time::after;
 
@@ -58,13 +60,14 @@ pub(crate) struct Dialled<S> {
 }
 
 impl<S: Socket> Connection<S> {
-    /// Makes a connection of an accepted socket; [`begin`](Connection::begin) must follow.
+    /// Makes a connection of an accepted socket; [`begin`](Connection::begin) must follow. `slots`
+    /// are that of a guest's dial, and that which is queued at the target's VM.
     pub(crate) fn accepted(
         name: ConnectionId,
         forward: Arc<Forward>,
         socket: S,
         peer: SocketName,
-        slot: Option<Slot>,
+        slots: [Option<Slot>; 2],
         now: Instant,
     ) -> Connection<S> {
         let mut client = End::new(socket);
@@ -72,6 +75,10 @@ impl<S: Socket> Connection<S> {
             readable: client.socket.is_settled(),
             ..Readiness::default()
         });
+        let peer = Peer {
+            name: peer,
+            process: client.socket.peer_process(),
+        };
         let patience = forward.wait().unwrap_or(forward.rule.timeouts.dial);
         let state = State::waiting(client, Dial::new(after(now, patience)));
         let held = forward.wait().map(|_| Held {
@@ -80,14 +87,25 @@ impl<S: Socket> Connection<S> {
             last: None,
         });
         let mut connection = Connection::new(Some(name), forward, peer, state, now);
-        connection.slots[Side::Server] = slot;
+        if let Some(guest) = &slots[Side::Client] {
+            // A dial from the guest is a sign that it runs.
+            guest.note_answer(now);
+        }
+        connection.slots = slots;
         connection.held = held;
+        connection.debug(|| debug!("accepted"));
         connection.notify(What::Accepted);
         connection
     }
 
-    /// Begins to dial the target. `watched` says whether the poller could register the client.
-    pub(crate) fn begin(&mut self, watched: io::Result<()>, cx: &mut Context<'_, S>) {
+    /// Begins to dial the target. `watched` says whether the poller could register the client,
+    /// `served` whether the client, if it is a guest, has a part in its VM's slots.
+    pub(crate) fn begin(
+        &mut self,
+        watched: io::Result<()>,
+        served: Result<(), NotServed>,
+        cx: &mut Context<'_, S>,
+    ) {
         // Guests find the port bound until the very end, but are not served any more.
         let is_closed = match cx.phase {
             Phase::Running => self.forward.is_cut(),
@@ -99,9 +117,25 @@ impl<S: Socket> Connection<S> {
                 let error = Error::new(Operation::Accept, &self.forward.rule.listen, e);
                 self.refuse(&error, Reason::Other, cx);
             }
-            Ok(()) if is_closed => self.refuse_cut_off(cx),
+            Ok(()) if is_closed => {
+                self.end_because(match cx.phase {
+                    Phase::Running => EndReason::Removed,
+                    Phase::Stopping | Phase::Cutting => EndReason::Stopped,
+                });
+                self.refuse_cut_off(cx);
+            }
+            Ok(()) if served.is_err() => self.turn_away(served, cx),
             Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
             Ok(()) => self.begin_dial(cx),
+        }
+    }
+
+    /// Ends a guest's dial that is not served.
+    fn turn_away(&mut self, served: Result<(), NotServed>, cx: &mut Context<'_, S>) {
+        if let Err(why) = served {
+            let cause = io::Error::other(why.to_string());
+            let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
+            self.refuse(&error, Reason::Full, cx);
         }
     }
 
@@ -111,7 +145,7 @@ impl<S: Socket> Connection<S> {
         let State::Waiting { client, .. } = &self.state else {
             return true;
         };
-        let (forward, peer) = (self.forward.id, self.peer);
+        let (forward, peer) = (self.forward.id, self.peer.name);
         if peer == SocketName::Unnamed {
             let is_ours = || client.socket.is_from_this_process();
             return cx.routes.accepted_from_us(forward, is_ours, cx.now);
@@ -206,6 +240,7 @@ impl<S: Socket> Connection<S> {
             return;
         };
         if client.is_gone() {
+            self.end_because(EndReason::ClientGaveUp);
             return self.close(cx);
         }
         let deadline = dial.deadline();
@@ -237,10 +272,9 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Returns whether an EOF from the server may mean that its VM has died, and the client can be
-    /// told of it by a reset.
+    /// Returns whether an EOF from the server may mean that its VM has died.
     pub(crate) fn doubts_server(&self) -> bool {
-        self.forward.needs_graceful_close(Side::Server) && self.forward.can_reset(Side::Client)
+        self.forward.needs_graceful_close(Side::Server)
     }
 
     /// Takes the result of resolving the target's name.
@@ -477,7 +511,7 @@ impl<S: Socket> Connection<S> {
             (_, Some(full), _) => {
                 let reason = match full {
                     Full::Unanswered(_) | Full::Hangs => Reason::DialTimeout,
-                    Full::Live(_) | Full::Reserved(_) => Reason::Full,
+                    Full::Live { .. } | Full::Reserved(_) => Reason::Full,
                 };
                 let error = Error::new(Operation::Connect, target, late(full.to_string()));
                 (error, reason)
@@ -501,9 +535,14 @@ impl<S: Socket> Connection<S> {
         self.refuse(&error, reason, cx);
     }
 
-    /// Refuses a client because the proxy is stopping, or because its forward was removed.
+    /// Refuses a client because the proxy is stopping, its forward was removed, or it was closed.
     pub(super) fn refuse_cut_off(&mut self, cx: &mut Context<'_, S>) {
-        let cause = io::Error::new(io::ErrorKind::ConnectionAborted, "the proxy is stopping");
+        let why = match self.why {
+            Some(EndReason::Closed) => "it was closed while it was being connected",
+            Some(EndReason::Removed) => "its forward was removed",
+            _ => "the proxy is stopping",
+        };
+        let cause = io::Error::new(io::ErrorKind::ConnectionAborted, why);
         let error = Error::new(Operation::Connect, &self.forward.rule.connect, cause);
         self.refuse(&error, Reason::Other, cx);
     }
@@ -537,6 +576,7 @@ impl<S: Socket> Connection<S> {
             }
             other => return self.state = other,
         };
+        self.end_because(EndReason::Refused(reason));
         self.note_refusal(error, reason, cx.now);
         // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
         let client = if self.forward.needs_graceful_close(Side::Client) && !client.is_dead() {
@@ -551,6 +591,7 @@ impl<S: Socket> Connection<S> {
 
     /// Ends the connection after its client has gone while the target was being connected.
     pub(super) fn close_without_client(&mut self, cx: &mut Context<'_, S>) {
+        self.end_because(EndReason::ClientGaveUp);
         let (client, server) = match self.take_state() {
             State::Connecting {
                 client,

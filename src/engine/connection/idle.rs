@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use crate::engine::counters::add_one;
+use crate::engine::end_reason::EndReason;
+use crate::engine::relay::Side;
 use crate::engine::rule::Timeouts;
 use crate::time::after;
 
@@ -28,6 +30,15 @@ pub(super) struct Idle {
     delivered: u64,
     /// Whether a timeout has passed.
     timed_out: bool,
+}
+
+/// The progress of relay threads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Progress {
+    /// The bytes of each side that were delivered to the other.
+    pub(crate) delivered: [u64; 2],
+    /// The side that has ended, if one has.
+    pub(crate) half_closed: Option<Side>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +64,11 @@ impl Idle {
         if half_closed {
             self.half_closed.get_or_insert(now);
         }
+    }
+
+    /// Returns for how long no byte has moved.
+    pub(super) fn time(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.last_moved)
     }
 
     pub(super) fn has_timed_out(&self) -> bool {
@@ -85,30 +101,31 @@ impl<S: Socket> Connection<S> {
             return false;
         }
         let tally = &self.forward.tally;
-        add_one(match timeout {
-            Timeout::Idle => &tally.idle,
-            Timeout::HalfClosed => &tally.half_closed,
-        });
+        let (counter, why) = match timeout {
+            Timeout::Idle => (&tally.idle, EndReason::IdleTimeout),
+            Timeout::HalfClosed => (&tally.half_closed, EndReason::HalfClosedTimeout),
+        };
+        add_one(counter);
         self.idle.timed_out = true;
-        self.span.in_scope(|| debug!(?timeout, "timed out"));
-        self.cut(cx);
+        self.debug(|| debug!(?timeout, "timed out"));
+        self.cut(why, cx);
         true
     }
 
-    /// Takes the progress of the threads: the bytes delivered from each side, and whether one side
-    /// has ended.
-    pub(crate) fn take_progress(
-        &mut self,
-        delivered: [u64; 2],
-        half_closed: bool,
-        cx: &mut Context<'_, S>,
-    ) {
+    /// Notes how far the threads are. They count bytes, but report no times: what has moved since
+    /// the last look has moved now.
+    pub(super) fn note_progress(&mut self, progress: Progress, now: Instant) {
+        let delivered = progress.delivered.iter().sum();
+        let moved = std::mem::replace(&mut self.idle.delivered, delivered) != delivered;
+        self.idle.note(moved, progress.half_closed.is_some(), now);
+    }
+
+    /// Takes the progress of the threads.
+    pub(crate) fn take_progress(&mut self, progress: Progress, cx: &mut Context<'_, S>) {
         if !matches!(self.state, State::OnThreads) {
             return;
         }
-        let delivered = delivered.iter().sum();
-        let moved = std::mem::replace(&mut self.idle.delivered, delivered) != delivered;
-        self.idle.note(moved, half_closed, cx.now);
+        self.note_progress(progress, cx.now);
         let Some(time) = check_interval(&self.forward.rule.timeouts) else {
             return;
         };

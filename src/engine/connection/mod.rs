@@ -16,6 +16,7 @@
 
 mod closing;
 mod dialling;
+mod draining;
 mod idle;
 mod proving;
 mod relaying;
@@ -27,26 +28,31 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tracing::{Span, debug, debug_span, warn};
+use tracing::level_filters::LevelFilter;
+use tracing::{Span, debug, error_span, info, warn};
 
 use crate::dial::Dial;
 use crate::engine::Phase;
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
-use crate::engine::counters::Reason;
-use crate::engine::forward::Forward;
+use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::forward::{AccessLog, Forward};
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{self, End, Pair, Pool, Readiness, Side};
 use crate::engine::routes::{Route, Routes};
-use crate::engine::status::{ConnectionState, ConnectionStatus};
+use crate::engine::status::{ConnectionState, ConnectionStatus, Waiting};
 use crate::engine::table::Id;
 use crate::error::Error;
-use crate::name::SocketName;
+use crate::name::{Peer, PeerProcess, SocketName};
 
-pub(crate) use closing::{Closing, LAST_DRAIN, LINGER, LONGEST_RESET_PAUSE, RESET_PAUSE};
+/// The target of the lines of the access log, by which they can be filtered.
+const ACCESS: &str = "hvsock::access";
+
+pub(crate) use closing::{Closing, LAST_DRAIN, LINGER};
 pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
+pub(crate) use idle::Progress;
 
 /// What a connection needs of its sockets besides carrying bytes.
 pub(crate) trait Socket: relay::Socket {
@@ -63,8 +69,15 @@ pub(crate) trait Socket: relay::Socket {
     fn local_name(&self) -> Option<SocketName>;
     /// Returns the name of the Unix listener at which the socket was dialled.
     fn unix_peer_name(&self) -> Option<Vec<u8>>;
+    /// Returns the process that made the other end, if it is a Unix socket.
+    fn peer_process(&self) -> Option<PeerProcess>;
+    /// Returns how many bytes have come that were not read yet, as far as the system tells.
+    fn unread(&self) -> Option<u64>;
     /// Returns whether this accepted Unix socket was connected by this process.
     fn is_from_this_process(&self) -> bool;
+    /// Returns whether another process has a copy of it, and will close it gracefully when this
+    /// process has ended.
+    fn is_guarded(&self) -> bool;
 }
 
 /// What the loop is to do for a connection.
@@ -100,6 +113,8 @@ pub(crate) enum Action<S> {
     Close(S, Option<Slot>),
     /// Close a socket so that its peer reads a reset; where the family has none, close it.
     Reset(S),
+    /// Leave a socket to the process that has a copy of it.
+    Leave(S),
     /// Drop the connection, which is closed.
     Drop,
 }
@@ -150,9 +165,10 @@ pub(crate) struct Connection<S: relay::Socket> {
     is_inherited: bool,
     /// The bytes of each side that the counters include already.
     counted: [u64; 2],
-    peer: SocketName,
+    peer: Peer,
     pub(crate) since: Instant,
-    span: Span,
+    /// Why the connection ends, as far as it is known.
+    why: Option<EndReason>,
     /// The name of the current state.
     #[cfg(all(test, target_os = "linux"))]
     state_name: &'static str,
@@ -190,10 +206,12 @@ pub(crate) enum State<S: relay::Socket> {
     /// Relayed by threads, which also drain and close the ends, because one of them can't be
     /// polled.
     OnThreads,
-    /// Each end is drained or reset, until the given time (or until the proxy stops).
+    /// Each end is drained or reset, until the given time (or until the proxy stops). `settled` is
+    /// when the slots of ends that were given up are free again, if there are such.
     Closing {
         ends: [Option<Closing<S>>; 2],
         until: Option<Instant>,
+        settled: Option<Instant>,
     },
     /// The connection has no socket any more.
     Closed,
@@ -227,18 +245,10 @@ impl<S: relay::Socket> Connection<S> {
     fn new(
         name: Option<ConnectionId>,
         forward: Arc<Forward>,
-        peer: SocketName,
+        peer: Peer,
         state: State<S>,
         now: Instant,
     ) -> Connection<S> {
-        let rule = &forward.rule;
-        let span = debug_span!("connection", listen = %rule.listen, connect = %rule.connect);
-        let guest = forward.gates[Side::Client].as_ref();
-        let guest = guest.map(|gate| gate.accept(forward.id));
-        if let Some(guest) = &guest {
-            // A dial from the guest is a sign that it runs.
-            guest.note_answer(now);
-        }
         #[cfg(all(test, target_os = "linux"))]
         transitions::note("new", state.name());
         Connection {
@@ -249,7 +259,7 @@ impl<S: relay::Socket> Connection<S> {
             state,
             wake_at: None,
             is_queued: false,
-            slots: [guest, None],
+            slots: [None, None],
             route: None,
             held: None,
             idle: Idle::new(now),
@@ -257,7 +267,7 @@ impl<S: relay::Socket> Connection<S> {
             counted: [0; 2],
             peer,
             since: now,
-            span,
+            why: None,
         }
     }
 
@@ -295,6 +305,28 @@ impl<S: relay::Socket> Connection<S> {
         matches!(self.state, State::Waiting { .. })
     }
 
+    /// Returns the span of the connection's log lines. It is made for each of them, so that a
+    /// connection of which nothing is logged costs none.
+    fn span(&self) -> Span {
+        let forward = self.forward.label();
+        match self.name {
+            Some(ConnectionId(id)) => error_span!("connection", id, %forward, peer = %self.peer),
+            None => error_span!("probe", %forward),
+        }
+    }
+
+    /// Writes a line at the level debug, in the connection's span.
+    fn debug(&self, write: impl FnOnce()) {
+        if LevelFilter::current() >= LevelFilter::DEBUG {
+            self.span().in_scope(write);
+        }
+    }
+
+    /// Notes why the connection ends: see [`EndReason::note`].
+    fn end_because(&mut self, why: EndReason) {
+        why.note(&mut self.why);
+    }
+
     /// Notifies the observer.
     fn notify(&self, what: What<'_>) {
         if let Some(name) = self.name {
@@ -308,47 +340,45 @@ impl<S: relay::Socket> Connection<S> {
         forward.tally.refused(reason);
         forward.status_cell.set_error(error.to_string());
         self.notify(What::Refused(error));
-        // The absence of a target was logged when it was noticed.
-        if reason == Reason::Absent {
-            debug!("refused a client of {}: {error}", forward.rule.listen);
-            return;
+        let is_turned_away = self.slots[Side::Client]
+            .as_ref()
+            .is_some_and(Slot::is_turned_away);
+        // The absence of a target was logged when it was noticed, and that a guest dials too much
+        // by the gate.
+        if reason == Reason::Absent || is_turned_away {
+            return self.debug(|| debug!("refused a client of {}: {error}", forward.rule.listen));
         }
         if let Some(more) = forward.log_limiter.admit(&error.to_string(), now) {
-            match more {
+            self.span().in_scope(|| match more {
                 0 => warn!("refused a client of {}: {error}", forward.rule.listen),
                 _ => warn!(
                     "refused a client of {}: {error} ({more} more since the last line)",
                     forward.rule.listen
                 ),
-            }
+            });
         }
     }
 
-    /// Returns the connection's status. `on_threads` is what its threads have delivered.
-    pub(crate) fn status(
-        &self,
-        on_threads: Option<[u64; 2]>,
-        now: Instant,
-    ) -> Option<ConnectionStatus> {
-        let moved = match &self.state {
-            State::Relaying { pair, .. } => Side::BOTH.map(|side| pair.delivered(side)),
-            _ => on_threads.unwrap_or(self.counted),
-        };
-        Some(ConnectionStatus {
-            id: self.name?,
-            forward: self.forward.id,
-            peer: self.peer,
-            state: match &self.state {
-                State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
-                    ConnectionState::Dialling
+    /// Returns the state in the words of a status. `half_closed` is the side that has ended.
+    fn state_word(&self, half_closed: Option<Side>) -> ConnectionState {
+        match &self.state {
+            State::Waiting { full, .. } => {
+                let redials = self.held.as_ref().is_some_and(|held| held.redial.is_some());
+                let slot = self.slots[Side::Server].as_ref();
+                let is_queued = slot.is_some_and(|slot| !slot.is_admitted());
+                match full.is_some() || redials || is_queued {
+                    true => ConnectionState::Held,
+                    false => ConnectionState::Dialling,
                 }
-                State::Relaying { .. } | State::OnThreads => ConnectionState::Open,
-                State::Closing { .. } | State::Closed => ConnectionState::Ending,
+            }
+            State::Connecting { .. } | State::Proving { .. } => ConnectionState::Dialling,
+            State::Relaying { .. } | State::OnThreads => match half_closed {
+                None => ConnectionState::Open,
+                Some(Side::Client) => ConnectionState::HalfClosedByClient,
+                Some(Side::Server) => ConnectionState::HalfClosedByServer,
             },
-            sent: moved[Side::Client],
-            received: moved[Side::Server],
-            age: now.saturating_duration_since(self.since),
-        })
+            State::Closing { .. } | State::Closed => ConnectionState::Closing,
+        }
     }
 
     /// Returns the socket of a side while the connection is [`Relaying`](State::Relaying).
@@ -395,6 +425,40 @@ impl<S: relay::Socket> Connection<S> {
 }
 
 impl<S: Socket> Connection<S> {
+    /// Returns the connection's status. `on_threads` is how far its threads are.
+    pub(crate) fn status(
+        &mut self,
+        on_threads: Option<Progress>,
+        now: Instant,
+    ) -> Option<ConnectionStatus> {
+        if let Some(progress) = on_threads {
+            self.note_progress(progress, now);
+        }
+        let (mut moved, mut half_closed, mut waiting) = (self.counted, None, None);
+        if let State::Relaying { pair, .. } = &self.state {
+            moved = Side::BOTH.map(|side| pair.delivered(side));
+            half_closed = pair.half_closed_by();
+            waiting = Some(Waiting {
+                to_server: bytes_on_their_way(pair, Side::Client),
+                to_client: bytes_on_their_way(pair, Side::Server),
+            });
+        } else if let Some(progress) = on_threads {
+            (moved, half_closed) = (progress.delivered, progress.half_closed);
+        }
+        Some(ConnectionStatus {
+            id: self.name?,
+            forward: self.forward.id,
+            peer: self.peer.name,
+            process: self.peer.process,
+            state: self.state_word(half_closed),
+            sent: moved[Side::Client],
+            received: moved[Side::Server],
+            waiting,
+            idle: self.idle.time(now),
+            age: now.saturating_duration_since(self.since),
+        })
+    }
+
     /// Goes on after an event or after the deadline.
     pub(crate) fn step(&mut self, cx: &mut Context<'_, S>) {
         match &self.state {
@@ -408,8 +472,11 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Cuts the connection off, or shortens its closing.
-    pub(crate) fn cut(&mut self, cx: &mut Context<'_, S>) {
+    /// Cuts the connection off, for that reason, or shortens its closing.
+    pub(crate) fn cut(&mut self, why: EndReason, cx: &mut Context<'_, S>) {
+        if !matches!(self.state, State::Closing { .. } | State::Closed) {
+            self.end_because(why);
+        }
         match &self.state {
             State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
                 self.refuse_cut_off(cx);
@@ -424,21 +491,58 @@ impl<S: Socket> Connection<S> {
     /// Reports the end of a connection that is [`Closed`](State::Closed), after its sockets were
     /// closed.
     pub(crate) fn end(mut self, routes: &Routes, now: Instant) -> Arc<Forward> {
-        self.span.in_scope(|| {
-            debug!(
-                sent = self.counted[Side::Client],
-                received = self.counted[Side::Server],
-                "closed"
-            )
-        });
-        self.notify(What::Closed {
-            sent: self.counted[Side::Client],
-            received: self.counted[Side::Server],
-            age: now.saturating_duration_since(self.since),
-        });
+        if self.name.is_some() {
+            self.report_end(now);
+        }
         if let Some(route) = self.route.take() {
             routes.forget(*route);
         }
         self.forward
     }
+
+    /// Counts the end, and reports it to the log and to the observer.
+    fn report_end(&self, now: Instant) {
+        let why = self.why.unwrap_or(EndReason::Failed);
+        let [sent, received] = self.counted;
+        let age = now.saturating_duration_since(self.since);
+        self.forward.tally.ended(why);
+        self.log_access(why, age);
+        self.notify(What::Closed {
+            sent,
+            received,
+            age,
+            why,
+        });
+    }
+
+    /// Writes the line of the access log. It has all in it, and stands in no span, so that it can
+    /// be filtered by its target alone.
+    fn log_access(&self, why: EndReason, age: Duration) {
+        let (forward, peer) = (self.forward.label(), self.peer);
+        let target = &self.forward.rule.connect;
+        let id = self.name.map(u64::from);
+        let [sent, received] = self.counted;
+        let seconds = age.as_secs_f64();
+        // The level of a line is a part of its place in the source.
+        macro_rules! log {
+            ($level:ident) => {
+                $level!(
+                    target: ACCESS, id, %forward, %peer, %target, sent, received, seconds, %why,
+                    "closed"
+                )
+            };
+        }
+        match self.forward.access_log() {
+            AccessLog::Info => log!(info),
+            AccessLog::Debug => log!(debug),
+        }
+    }
+}
+
+/// Returns how many bytes of what `side` sends are on their way to the other side: not read yet,
+/// held by the relay, or not taken yet where the system tells so.
+fn bytes_on_their_way<S: Socket>(pair: &Pair<S>, side: Side) -> Option<u64> {
+    let unread = pair.ends[side].socket.unread()?;
+    let sent = pair.ends[side.other()].socket.unacknowledged();
+    Some(unread + (pair.held(side) + sent) as u64)
 }

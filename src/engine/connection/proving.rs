@@ -11,7 +11,7 @@ use crate::engine::Phase;
 use crate::engine::admission::Slot;
 use crate::engine::forward::Forward;
 use crate::engine::relay::{End, Readiness, Side};
-use crate::name::SocketName;
+use crate::name::{Peer, SocketName};
 use crate::time::after;
 
 use super::closing::LAST_DRAIN;
@@ -41,8 +41,16 @@ impl<S: Socket> Connection<S> {
             _ => Some(now + LAST_DRAIN),
         };
         let ends = [None, Some(Closing::drain(end))];
-        let state = State::Closing { ends, until };
-        let mut connection = Connection::new(None, forward, SocketName::Unnamed, state, now);
+        let state = State::Closing {
+            ends,
+            until,
+            settled: None,
+        };
+        let nobody = Peer {
+            name: SocketName::Unnamed,
+            process: None,
+        };
+        let mut connection = Connection::new(None, forward, nobody, state, now);
         connection.slots[Side::Server] = Some(slot);
         connection
     }

@@ -10,12 +10,13 @@ use std::time::Duration;
 use tracing::debug;
 
 use crate::address::Refusal;
-use crate::engine::counters::Reason;
+use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::observer::What;
 use crate::engine::relay::{Ending, Pair, Side, Turn};
 use crate::error::{Error, Operation};
 use crate::time::after;
 
+use super::closing::{how_ended, reason_of_end};
 use super::idle::Idle;
 use super::{Action, Connection, Context, Socket, State};
 
@@ -56,7 +57,7 @@ impl<S: Socket> Connection<S> {
             }
             other => return self.state = other,
         };
-        self.span.in_scope(|| debug!("connected"));
+        self.debug(|| debug!("connected"));
         self.notify(What::Connected);
         self.forward.mark_up(cx.now);
         self.held = None;
@@ -86,10 +87,7 @@ impl<S: Socket> Connection<S> {
             // A VM that dies ends its connections with an EOF. Where the other peer can be told by
             // a reset that its connection broke off, it is.
             let is_inherited = side == Side::Server && self.is_inherited;
-            if self.forward.needs_graceful_close(side)
-                && self.forward.can_reset(side.other())
-                && !is_inherited
-            {
+            if self.forward.needs_graceful_close(side) && !is_inherited {
                 pair.doubt_end(side);
             }
         }
@@ -104,6 +102,7 @@ impl<S: Socket> Connection<S> {
     /// Takes that no threads could be started; both sockets were reset.
     pub(crate) fn take_threads_failure(&mut self, error: io::Error, cx: &mut Context<'_, S>) {
         let error = Error::new(Operation::Run, "a connection's thread", error);
+        self.end_because(EndReason::Refused(Reason::Other));
         self.note_refusal(&error, Reason::Other, cx.now);
         self.close(cx);
     }
@@ -114,11 +113,14 @@ impl<S: Socket> Connection<S> {
             return;
         };
         if pair.has_doubtful_end(side) {
-            let end = match is_ending {
+            let end = match is_ending && self.forward.can_reset(side.other()) {
                 true => Ending::BrokenOff,
                 false => Ending::Whole,
             };
             pair.settle_end(side, end);
+            if is_ending {
+                self.end_because(EndReason::VmGone);
+            }
             self.relay(cx);
         }
     }
@@ -167,12 +169,17 @@ impl<S: Socket> Connection<S> {
             }
         }
         self.idle.note(moved, pair.is_half_closed(), now);
+        let ended = Side::BOTH.map(|side| how_ended(&pair.ends[side]));
         let mut awaits_peer = false;
         for side in Side::BOTH {
             if pair.has_doubtful_end(side) {
                 cx.request(Action::LookAtPeer(side));
                 awaits_peer = true;
             }
+        }
+        let ended = Side::BOTH.into_iter().zip(ended);
+        for (side, how) in ended.filter_map(|(side, how)| Some((side, how?))) {
+            reason_of_end(side, how).note(&mut self.why);
         }
         match turn {
             // Nothing else is decided before the answer is there.
@@ -198,6 +205,12 @@ impl<S: Socket> Connection<S> {
                 let end =
                     *drain_deadline.get_or_insert(after(now, self.forward.rule.timeouts.drain));
                 if now >= end {
+                    let gone = Side::BOTH
+                        .into_iter()
+                        .find(|side| pair.ends[*side].is_gone());
+                    self.end_because(gone.map_or(EndReason::DrainTimeout, |side| {
+                        reason_of_end(side, Ending::BrokenOff)
+                    }));
                     return self.close_pair(cx);
                 }
                 self.wake_by(end);

@@ -276,11 +276,20 @@ impl<S: Socket> End<S> {
 
     /// Reads and drops a bounded amount of input. Returns whether more can be read at once.
     pub(crate) fn discard(&mut self, pool: &mut Pool<S::Pipe>) -> bool {
+        self.discard_reads(DISCARDS, pool)
+    }
+
+    /// Reads once, and drops it. Returns whether more can be read at once.
+    pub(crate) fn discard_once(&mut self, pool: &mut Pool<S::Pipe>) -> bool {
+        self.discard_reads(1, pool)
+    }
+
+    fn discard_reads(&mut self, reads: usize, pool: &mut Pool<S::Pipe>) -> bool {
         if !self.is_readable() {
             return false;
         }
         let mut buffer = pool.take_buffer();
-        for _ in 0..DISCARDS {
+        for _ in 0..reads {
             if !self.is_readable() {
                 break;
             }

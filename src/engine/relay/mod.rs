@@ -309,9 +309,25 @@ impl<S: Socket> Pair<S> {
 
     /// Returns whether one side has ended, whether the other has been told or not.
     pub(crate) fn is_half_closed(&self) -> bool {
-        let ended =
-            |side: Side| self.flows[side].state != State::Open || self.is_holding_half_close(side);
-        ended(Side::Client) || ended(Side::Server)
+        self.half_closed_by().is_some()
+    }
+
+    /// Returns the side that has ended, whether the other has been told or not. (Of both the
+    /// client.)
+    pub(crate) fn half_closed_by(&self) -> Option<Side> {
+        let ended = |side: &Side| {
+            self.flows[*side].state != State::Open || self.is_holding_half_close(*side)
+        };
+        Side::BOTH.into_iter().find(ended)
+    }
+
+    /// Returns how many bytes of what `side` sent are held here.
+    pub(crate) fn held(&self, side: Side) -> usize {
+        match &self.flows[side].carrier {
+            Carrier::Empty => 0,
+            Carrier::Memory { filled, .. } => filled.len(),
+            Carrier::Pipe { holds, .. } => *holds,
+        }
     }
 
     /// Returns whether the server refused by an EOF before its first byte.

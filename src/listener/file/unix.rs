@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs, io};
 
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -10,15 +11,45 @@ use super::state::FileState;
 use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Identity, Place};
 
-/// The file of a Unix socket that this process made. Dropping it removes the file, if it is still
-/// that one.
+/// The file of a Unix socket that this process made, or has from the process that made it. Dropping
+/// it removes the file, if it is still that one and no other process has it.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
     identity: Identity,
+    /// Whether another process has the socket, and removes the file.
+    is_left: AtomicBool,
 }
 
 impl SocketFile {
+    fn new(path: &Path, identity: Identity) -> SocketFile {
+        SocketFile {
+            path: path.to_owned(),
+            identity,
+            is_left: AtomicBool::new(false),
+        }
+    }
+
+    /// Returns the file of a socket that another process hands over. It is that process' until
+    /// [`own`](SocketFile::own).
+    #[cfg(feature = "cli")]
+    pub(crate) fn handed(path: &Path, identity: Identity) -> SocketFile {
+        let file = SocketFile::new(path, identity);
+        file.leave();
+        file
+    }
+
+    /// Makes the file this process' own: it is removed at the end.
+    #[cfg(feature = "cli")]
+    pub(crate) fn own(&self) {
+        self.is_left.store(false, Ordering::Relaxed);
+    }
+
+    /// Returns whether the file is another process'.
+    pub(crate) fn is_left(&self) -> bool {
+        self.is_left.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn state(&self) -> FileState {
         match Identity::of(&self.path) {
             Ok(now) if now == self.identity => FileState::Ours,
@@ -34,6 +65,30 @@ impl SocketFile {
         self.path.parent().unwrap_or(Path::new(""))
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Leaves the file to another process that has the socket: it is not removed.
+    pub(crate) fn leave(&self) {
+        self.is_left.store(true, Ordering::Relaxed);
+    }
+
+    /// Gives it another name in its directory, in the place of what has that name.
+    ///
+    /// # Errors
+    /// What the system says; it keeps its name then.
+    pub(crate) fn rename(mut self, path: &Path) -> io::Result<SocketFile> {
+        let name = path.file_name().unwrap_or_default();
+        Place::of(&self.path)?.rename(self.identity, name)?;
+        self.path = path.to_path_buf();
+        Ok(self)
+    }
+
     /// Sets its permissions, unless another file has its name by now.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
         Place::of(&self.path)?.set_mode(self.identity, mode)
@@ -42,6 +97,9 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if self.is_left() {
+            return;
+        }
         // Another file may have the name by now, or none.
         let _ = Place::of(&self.path).and_then(|place| place.remove(self.identity));
     }
@@ -89,10 +147,7 @@ pub(crate) fn bind(
         socket.bind(&SockAddr::unix(short)?)?;
         // No client can connect before it listens, so the permissions are never others than asked
         // for.
-        let file = SocketFile {
-            path: path.to_path_buf(),
-            identity: Place::of(path)?.finish_bind(mode)?,
-        };
+        let file = SocketFile::new(path, Place::of(path)?.finish_bind(mode)?);
         Ok((socket, file))
     };
     sys::with_short_path(path, bind).map_err(|e| {

@@ -11,7 +11,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::engine::connection::{Action, Connection, Context, Dialled};
-use crate::engine::id::ForwardId;
+use crate::engine::end_reason::EndReason;
+use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::relay::{Pool, Side, Socket};
 use crate::engine::status::ConnectionStatus;
 use crate::engine::table::{Id, Table};
@@ -75,19 +76,23 @@ impl<D: Driver> Connections<D> {
             mut stream,
             peer,
             forward,
-            slot,
+            slots,
+            served,
         } = accepted;
         let id = self.table.next_id();
         let drain = forward.rule.timeouts.drain;
+        cx.driver.set_keepalive(&stream, forward.rule.keepalive);
         let adapted = match forward.needs_adapter(Side::Client) {
             true => cx.driver.insert_adapter(Side::Client, &mut stream, drain),
             false => Ok(()),
         };
         let watched = adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(Side::Client)));
         let name = cx.shared.next_connection();
-        let connection = Connection::accepted(name, forward, stream, peer, slot, cx.now);
+        let connection = Connection::accepted(name, forward, stream, peer, slots, cx.now);
         self.table.insert(connection);
-        self.with(id, cx, |connection, to| connection.begin(watched, to));
+        self.with(id, cx, |connection, to| {
+            connection.begin(watched, served, to)
+        });
     }
 
     /// Passes an event to its connection.
@@ -114,7 +119,7 @@ impl<D: Driver> Connections<D> {
             Event::ThreadsEnded { token, ended } => {
                 let id = Id::from_token(token).0;
                 self.with(id, cx, |it, to| {
-                    it.take_threads_end(ended.delivered, ended.abandoned, to);
+                    it.take_threads_end(ended.delivered, ended.abandoned, ended.first, to);
                 });
             }
             Event::Explained { token, error } => {
@@ -237,6 +242,7 @@ impl<D: Driver> Connections<D> {
                 return drop(slot);
             }
             Action::Reset(stream) => return cx.driver.reset(stream),
+            Action::Leave(stream) => return cx.driver.leave(stream),
             Action::Drop => return self.drop_connection(id, cx),
             other => other,
         };
@@ -277,7 +283,7 @@ impl<D: Driver> Connections<D> {
             }
             Action::LookAtThreads => self.look_at_threads(id, cx),
             Action::CutThreads => cx.driver.cut_threads(id.token(Side::Client)),
-            Action::Close(..) | Action::Reset(_) | Action::Drop => {}
+            Action::Close(..) | Action::Reset(_) | Action::Leave(_) | Action::Drop => {}
         }
     }
 
@@ -287,11 +293,13 @@ impl<D: Driver> Connections<D> {
         let Some(endpoint) = connection.as_ref().and_then(|it| it.endpoint()) else {
             return;
         };
+        let keepalive = connection.as_ref().and_then(|it| it.forward.rule.keepalive);
         let needs_check = connection.as_ref().is_some_and(|it| it.doubts_server());
         let connected = cx.driver.connect(endpoint);
         let dialled = connected.map(|(mut socket, identity)| {
             // Checked at once: if the process is gone later, the connection broke off.
             let is_inherited = needs_check && cx.driver.has_peer_ended(&socket);
+            cx.driver.set_keepalive(&socket, keepalive);
             let watched = cx.driver.watch(&mut socket, id.token(Side::Server));
             Dialled {
                 socket,
@@ -327,10 +335,7 @@ impl<D: Driver> Connections<D> {
 
     fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         if let Some(progress) = cx.driver.threads_progress(id.token(Side::Client)) {
-            let (delivered, half_closed) = (progress.delivered, progress.half_closed);
-            self.with(id, cx, |it, to| {
-                it.take_progress(delivered, half_closed, to);
-            });
+            self.with(id, cx, |it, to| it.take_progress(progress, to));
         }
     }
 
@@ -349,14 +354,35 @@ impl<D: Driver> Connections<D> {
         cx.shared.note_end(&forward, holder);
     }
 
-    /// Cuts off the connections of a forward; `None` means all.
-    pub(super) fn cut(&mut self, forward: Option<ForwardId>, cx: &mut TurnContext<'_, D>) {
+    /// Cuts off the connections of a forward, or of all (`None`), for that reason.
+    pub(super) fn cut(
+        &mut self,
+        forward: Option<ForwardId>,
+        why: EndReason,
+        cx: &mut TurnContext<'_, D>,
+    ) {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
             if connection.is_some_and(|it| forward.is_none_or(|of| it.forward.id == of)) {
-                self.with(id, cx, Connection::cut);
+                self.with(id, cx, |it, to| it.cut(why, to));
             }
         }
+    }
+
+    /// Cuts off a connection for the operator, and returns what its status was. Returns `None` if
+    /// there is none of that name here.
+    pub(super) fn close(
+        &mut self,
+        name: ConnectionId,
+        cx: &mut TurnContext<'_, D>,
+    ) -> Option<ConnectionStatus> {
+        let mut ids = self.table.ids().into_iter();
+        let is_it = |id: &Id| self.table.get_mut(*id).and_then(|it| it.name) == Some(name);
+        let id = ids.find(is_it)?;
+        let progress = cx.driver.threads_progress(id.token(Side::Client));
+        let status = self.table.get_mut(id)?.status(progress, cx.now);
+        self.with(id, cx, |it, to| it.cut(EndReason::Closed, to));
+        status
     }
 
     /// Shortens the closing of connections, when the proxy begins to stop.
@@ -369,7 +395,7 @@ impl<D: Driver> Connections<D> {
     /// Closes all that is left by force, as the last thing before the end.
     pub(super) fn abandon_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
-            self.with(id, cx, Connection::cut);
+            self.with(id, cx, |it, to| it.cut(EndReason::Stopped, to));
             self.with(id, cx, Connection::abandon);
         }
     }
@@ -379,9 +405,8 @@ impl<D: Driver> Connections<D> {
         let mut all = Vec::new();
         for id in self.table.ids() {
             let progress = cx.driver.threads_progress(id.token(Side::Client));
-            let delivered = progress.map(|progress| progress.delivered);
             let connection = self.table.get_mut(id);
-            all.extend(connection.and_then(|it| it.status(delivered, cx.now)));
+            all.extend(connection.and_then(|it| it.status(progress, cx.now)));
         }
         all
     }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::address::{Address, HyperkitAddress, PORT_ANY};
 use crate::dial;
 use crate::engine::connection::{Connection, Dialled};
 use crate::engine::relay::Side;
@@ -46,17 +45,12 @@ impl<D: Driver> Connections<D> {
         forward: &Arc<Forward>,
         cx: &mut TurnContext<'_, D>,
     ) -> bool {
-        let (Address::Hyperkit(target), Some(gate)) =
-            (&forward.rule.connect, &forward.gates[Side::Server])
-        else {
+        let target = &forward.rule.connect;
+        let (Some(vm), Some(gate)) = (target.hyperkit_vm(), &forward.gates[Side::Server]) else {
             return false;
         };
-        let probe = HyperkitAddress {
-            vm: target.vm.clone(),
-            // A port that nothing can be bound to.
-            port: PORT_ANY,
-        };
-        let (mut stream, identity) = match cx.driver.connect(&Endpoint::Hyperkit(probe)) {
+        let probe = Endpoint::Hyperkit(vm.probe_address());
+        let (mut stream, identity) = match cx.driver.connect(&probe) {
             Ok(connected) => connected,
             Err(e) => {
                 drop(slot);

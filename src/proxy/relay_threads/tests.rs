@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::{Ended, Order, RelayThreads};
 use crate::address::Address;
-use crate::engine::relay::Side;
+use crate::engine::relay::{Ending, Side};
 use crate::listener::Listener;
 use crate::stream::Stream;
 
@@ -108,13 +108,23 @@ fn relay_as(
     };
     let (client, near_client) = connection();
     let (server, near_server) = connection();
+    relay_between([client, server], [near_client, near_server], drain)
+}
+
+/// Starts relay threads between two ends, whose peers are `far`.
+fn relay_between(
+    far: [Stream; 2],
+    near: [Stream; 2],
+    drain: [Option<Duration>; 2],
+) -> ThreadsEnded {
+    let [client, server] = far;
     let (tell, ended) = mpsc::channel();
     let noted = Arc::new(Noted {
         delivered: Default::default(),
         drain,
         ended: Mutex::new(tell),
     });
-    let threads = RelayThreads::start([near_client, near_server], Arc::clone(&noted)).unwrap();
+    let threads = RelayThreads::start(near, Arc::clone(&noted)).unwrap();
     ThreadsEnded {
         client,
         server,
@@ -209,11 +219,9 @@ fn every_byte_and_both_ends_go_through() {
             assert!(heard.join().unwrap() == sent[1]);
         });
         it.close_framed();
-        let expected = Ended {
-            delivered: [3 << 20, 5 << 20],
-            abandoned: false,
-        };
-        assert_eq!(it.ended(), expected);
+        let ended = it.ended();
+        assert_eq!(ended.delivered, [3 << 20, 5 << 20]);
+        assert!(!ended.abandoned && matches!(ended.first, Some((_, Ending::Whole))));
         assert_eq!(it.delivered(Side::Client), 3 << 20);
     });
 }
@@ -234,7 +242,7 @@ fn a_half_close_of_either_side_leaves_the_answer_its_way() {
             answering.shutdown(Shutdown::Write).unwrap();
             assert_eq!(all_of(asking).unwrap(), b"answer");
             it.close_framed();
-            it.ended();
+            assert_eq!(it.ended().first, Some((first, Ending::Whole)));
         });
     }
 }
@@ -247,8 +255,15 @@ fn a_half_close_before_a_byte_is_passed_on() {
         it.server.shutdown(Shutdown::Write).unwrap();
         assert_eq!(all_of(&it.client).unwrap(), b"");
         it.close_framed();
-        assert_eq!(it.ended(), Ended::default());
+        assert_eq!(it.ended(), ended_without_a_byte(Side::Client));
     });
+}
+
+fn ended_without_a_byte(first: Side) -> Ended {
+    Ended {
+        first: Some((first, Ending::Whole)),
+        ..Ended::default()
+    }
 }
 
 #[test]
@@ -261,7 +276,8 @@ fn a_broken_upload_is_no_clean_eof_and_wakes_the_thread_of_a_silent_server() {
     drop(it.client);
     assert_reset(end_of(&it.server).0);
     drop(it.server);
-    it.ended.recv_timeout(PATIENCE).unwrap();
+    let ended = it.ended.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(ended.first, Some((Side::Client, Ending::BrokenOff)));
 }
 
 /// In frames nothing is closed before the peer has said that it closes, too.
@@ -275,7 +291,8 @@ fn a_peer_in_frames_is_waited_for() {
     let waited = it.ended.recv_timeout(Duration::from_millis(200));
     assert!(waited.is_err(), "{waited:?}");
     it.server.finish(PATIENCE).unwrap();
-    assert_eq!(it.ended(), Ended::default());
+    let ended = it.ended();
+    assert!(matches!(ended.first, Some((_, Ending::Whole))), "{ended:?}");
 }
 
 /// A framed peer that closes without a frame has broken off, and so has its answer.
@@ -397,12 +414,12 @@ fn a_client_that_does_not_read_holds_up_nothing_but_its_own_server() {
     });
 }
 
-fn cut(it: &ThreadsEnded) {
+fn cut(it: &ThreadsEnded) -> Ended {
     let end = Instant::now() + PATIENCE;
     loop {
         it.threads.cut();
         match it.ended.recv_timeout(Duration::from_millis(10)) {
-            Ok(_) => return,
+            Ok(ended) => return ended,
             Err(_) => assert!(Instant::now() < end, "it doesn't end"),
         }
     }
@@ -474,4 +491,44 @@ fn a_side_that_does_not_end_in_time_is_abandoned() {
         }
     };
     assert!(ended.abandoned);
+}
+
+/// A VMM dies of a close that leaves its bytes unread. The peer of a Unix socket reads such a close
+/// as a reset.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_vmm_s_connection_is_never_closed_with_bytes_unread() {
+    let break_off: [fn(&mut ThreadsEnded); 3] = [
+        |it| assert!(cut(it).abandoned),
+        |it| {
+            it.client.interrupt(Shutdown::Both);
+            assert!(it.ended().abandoned);
+        },
+        |it| {
+            it.client.abort();
+            // The last handle of the connection closes it.
+            it.client = it.server.try_clone().unwrap();
+            it.ended();
+        },
+    ];
+    for (case, break_off) in break_off.into_iter().enumerate() {
+        let listener = Listener::bind(&TCP.parse().unwrap()).unwrap();
+        let (client, near_client) = connection(&listener);
+        let vmm = std::os::unix::net::UnixStream::pair().unwrap();
+        let [vmm, near_server] = [vmm.0, vmm.1].map(|socket| {
+            let socket = std::os::fd::OwnedFd::from(socket);
+            Stream::from_socket(socket, "hyperkit://:80/nowhere".parse().unwrap())
+        });
+        vmm.set_read_timeout(Some(PATIENCE)).unwrap();
+        let drain = [None, Some(Duration::from_millis(50))];
+        let mut it = relay_between([client, vmm], [near_client, near_server], drain);
+        // It sends for ever, to a client that reads nothing.
+        let vmm = it.server.try_clone().unwrap();
+        let sending = thread::spawn(move || io::copy(&mut io::repeat(7), &mut &vmm).unwrap_err());
+        it.settle(Side::Server);
+        break_off(&mut it);
+        let error = sending.join().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe, "case {case}");
+        assert_eq!((&it.server).read(&mut [0]).unwrap(), 0, "case {case}");
+    }
 }

@@ -14,6 +14,7 @@ use crate::engine::relay::Side;
 use crate::proxy::worker::Worker;
 
 use super::driver::{SimDriver, SimStream, place_of};
+use super::slots::Slots;
 use super::stage::Stage;
 
 /// How much later than its time something may happen.
@@ -102,12 +103,14 @@ pub(super) struct Audit {
     still: Duration,
     /// When the end was asked for.
     stop: Option<Duration>,
+    pub(super) slots: Slots,
 }
 
 impl Audit {
     /// Notes that all or some of the process stands still until that time.
     pub(super) fn stands_still(&mut self, until: Duration) {
         self.still = self.still.max(until);
+        self.slots.stands_still();
         for (forward, grace) in &self.removed_late {
             self.removed.insert(*forward, self.still + *grace);
         }
@@ -137,6 +140,16 @@ impl Audit {
         self.stop.is_some() || self.removed.contains_key(&forward)
     }
 
+    /// Whether a forward was removed.
+    pub(super) fn is_removed(&self, forward: u64) -> bool {
+        self.removed.contains_key(&forward)
+    }
+
+    /// Whether the end was asked for.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stop.is_some()
+    }
+
     /// Whether a worker has heard of the end.
     pub(super) fn has_stopped(&self, worker: usize) -> bool {
         self.stopped.contains_key(&worker)
@@ -155,6 +168,7 @@ impl Audit {
 
     /// Looks at a worker after its turn.
     pub(super) fn look_at(&mut self, worker: &mut Worker<SimDriver>, stage: &Stage) {
+        self.slots.look_at(worker, stage);
         let now = stage.now();
         let index = worker.index;
         let (mut timers, mut open, mut leaving) = (0, BTreeMap::new(), BTreeMap::new());
@@ -186,14 +200,18 @@ impl Audit {
                 State::Proving { .. } => {
                     proving.insert(key, *self.proofs.get(&key).unwrap_or(&now));
                 }
-                State::Closing { ends, until } => {
+                State::Closing {
+                    ends,
+                    until,
+                    settled,
+                } => {
                     // Though the other side lingers.
                     let has_left =
                         ends[Side::Server].is_some() || conn.slots[Side::Server].is_none();
                     let has_left = has_left
                         && (ends[Side::Client].is_some() || conn.slots[Side::Client].is_none());
                     assert!(
-                        has_left,
+                        has_left || settled.is_some(),
                         "a socket is closed, and keeps its place in its VM"
                     );
                     leaving.insert(key, *self.leaves.get(&key).unwrap_or(&now));
@@ -298,7 +316,12 @@ impl Audit {
                 full.is_none() || has_probes,
                 "{forward:?} finds no place: {full:?}"
             );
-            assert!(is_let_in, "{forward:?} finds no place in its VM");
+            // A place that is lost is nobody's.
+            let has_lost = gate.is_some_and(|gate| gate.status(now).lost > 0);
+            assert!(
+                is_let_in || has_lost,
+                "{forward:?} finds no place in its VM"
+            );
             let kept = gate.map_or(u64::MAX, |gate| gate.status(now).reserved as u64);
             let least = forward.rule.reserved as u64 - live;
             assert!(kept >= least, "{forward:?} is kept no place in its VM");
@@ -339,6 +362,7 @@ impl Audit {
         if now < self.still + AFTER_STILL {
             return;
         }
+        self.slots.check_times(now);
         let late = |at: Duration| now > at.saturating_add(SLACK);
         let (index, phase) = (worker.index, worker.phase);
         for id in worker.connections.table.ids() {
@@ -368,8 +392,12 @@ impl Audit {
                     let proves_within = stage.proves_within.get().filter(|_| is_kept);
                     let proves_by = self.proofs.get(&key).zip(proves_within);
                     let proves_by = proves_by.and_then(|(since, within)| {
-                        let ready = stage
-                            .ready_since(&forward.gates[Side::Server].as_ref()?.vm().state_dir);
+                        let gate = forward.gates[Side::Server].as_ref()?;
+                        // The place of the proof may be lost.
+                        if gate.status(stage.instant()).lost > 0 {
+                            return None;
+                        }
+                        let ready = stage.ready_since(&gate.vm().state_dir);
                         Some(ready.max(*since).max(self.still).saturating_add(within))
                     });
                     assert!(
@@ -407,7 +435,16 @@ impl Audit {
                         "nothing has moved on a connection, which was to be cut off at {end:?}"
                     );
                 }
-                State::Closing { until, .. } => {
+                State::Closing {
+                    ends,
+                    until,
+                    settled,
+                } => {
+                    // A slot stays a while after its socket was closed.
+                    let until = match ends {
+                        [None, None] => settled,
+                        _ => until,
+                    };
                     let until = until.map(|at| stage.time_of(at));
                     assert!(
                         !until.is_some_and(late),

@@ -1,6 +1,7 @@
 //! Faults that schedules have found, each as a plan of its own, so that it is found again whatever
 //! seeds draw.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::address::Address;
@@ -107,15 +108,92 @@ fn polite() -> Manner {
 }
 
 /// Plays a plan in many orders.
-fn play(mut plan: Plan) {
+fn play(plan: Plan) {
+    play_orders(plan, ORDERS, MOST_STEPS);
+}
+
+/// Plays a plan in so many orders, each of which has fewer steps than `most`. Returns what happened.
+fn play_orders(mut plan: Plan, orders: u64, most: u64) -> BTreeMap<&'static str, u64> {
     keep_panics();
-    for seed in 0..ORDERS {
+    let mut counts = BTreeMap::new();
+    for seed in 0..orders {
         plan.seed = seed;
         match run(&plan) {
-            Ok(outcome) => assert!(outcome.steps < MOST_STEPS, "order {seed} takes too long"),
+            Ok(outcome) => {
+                assert!(outcome.steps < most, "order {seed} takes too long");
+                for (what, count) in outcome.counts {
+                    *counts.entry(what).or_default() += count;
+                }
+            }
             Err(why) => panic!("order {seed}: {why}"),
         }
     }
+    counts
+}
+
+/// A guest's dials beyond its share are ended, and those that a target holds leave a slot for the
+/// host.
+#[test]
+fn a_target_that_hangs_leaves_slots_for_the_host() {
+    let mut plan = plan(&[
+        ("hyperkit://:1000/sim/vm", "tcp://127.0.0.1:200"),
+        ("tcp://127.0.0.1:1001", "hyperkit://:20/sim/vm"),
+    ]);
+    plan.limits.vm_connections = 9;
+    plan.rules[0].is_endangered = true;
+    plan.rules[0].target = Some(1);
+    plan.servers = vec![ServerPlan {
+        target: 1,
+        ..server("tcp://127.0.0.1:200", Service::NeverReads)
+    }];
+    let mut vm = vm("/sim/vm", 2);
+    vm.connections = Some(9);
+    for _ in 0..12 {
+        let mut manner = polite();
+        (manner.ends, manner.patience) = (Ends::Never, Some(ms(20_000)));
+        let dial = VmAct::Dial {
+            rule: 0,
+            port: 1000,
+            manner,
+            is_polite: false,
+        };
+        vm.acts.push((Duration::ZERO, dial));
+    }
+    plan.vms = vec![vm];
+    for _ in 0..4 {
+        let mut late = client(&plan, 1, polite(), true);
+        late.at = ms(500);
+        plan.clients.push(late);
+    }
+    let counts = play_orders(plan, 100, 10_000);
+    assert!(counts["dials of guests turned away"] >= 400, "{counts:?}");
+}
+
+/// Drains of a guest that sends on are given up, sooner if clients wait.
+#[test]
+fn drains_are_not_in_the_way_of_clients() {
+    let mut plan = plan(&[("tcp://127.0.0.1:1000", "hyperkit://:20/sim/vm")]);
+    plan.limits.vm_connections = 9;
+    plan.rules[0].is_endangered = true;
+    let mut vm = vm("/sim/vm", 1);
+    vm.connections = Some(9);
+    vm.ports = vec![(20, 0, Service::SendsOn)];
+    plan.vms = vec![vm];
+    for n in 0..24 {
+        let mut manner = polite();
+        manner.says = 0;
+        manner.ends = Ends::Never;
+        manner.vanishes = Some((8, Exit::Reset));
+        let mut client = client(&plan, 0, manner, false);
+        client.at = ms(100 * n);
+        plan.clients.push(client);
+    }
+    let counts = play_orders(plan, 40, 60_000);
+    assert!(counts["connections given up"] > 100, "{counts:?}");
+    assert!(
+        counts["times that drains were in the way"] > 20,
+        "{counts:?}"
+    );
 }
 
 /// Its address is free when the operator hears that it is removed: nothing binds it later.

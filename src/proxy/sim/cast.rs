@@ -30,6 +30,8 @@ pub(super) enum Service {
     NeverReads,
     /// Closes as soon as it is there.
     Closes,
+    /// Says something again and again, whatever comes.
+    SendsOn,
 }
 
 impl Service {
@@ -60,11 +62,16 @@ impl Service {
             }
             Service::NeverReads => (manner.reads, manner.ends) = (0, Ends::Never),
             Service::Closes => manner.ends = Ends::Closes,
+            Service::SendsOn => {
+                (manner.says, manner.ends, manner.piece) = (u64::MAX, Ends::Never, 16);
+                manner.pause = Duration::from_millis([200, 500, 3_000][rng.usize(..3)]);
+            }
         }
         // A guest that reboots forgets its connections, and tells nobody.
-        let patience = match self.serves() {
-            true => 1_000_000,
-            false => [1_000, 20_000, 90_000][rng.usize(..3)],
+        let patience = match self {
+            _ if self.serves() => 1_000_000,
+            Service::SendsOn => [1_000, 8_000, 30_000][rng.usize(..3)],
+            _ => [1_000, 20_000, 90_000][rng.usize(..3)],
         };
         manner.patience = Some(Duration::from_millis(patience));
         manner

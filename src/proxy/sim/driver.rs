@@ -10,16 +10,17 @@ use std::time::{Duration, Instant};
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::engine::admission::Gate;
-use crate::engine::connection::{self, transitions};
+use crate::engine::connection::{self, Progress, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::relay::{Pipe, Side, Socket};
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName};
+#[cfg(feature = "cli")]
+use crate::proxy::driver::Lent;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
-use crate::proxy::relay_threads::Progress;
 use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
 use crate::{hyperkit, listener};
@@ -105,6 +106,18 @@ impl connection::Socket for SimStream {
         let kernel = self.stage.kernel();
         let path = kernel.listener_path(self.id)?;
         Some(path.as_os_str().as_encoded_bytes().to_vec())
+    }
+
+    fn is_guarded(&self) -> bool {
+        false
+    }
+
+    fn peer_process(&self) -> Option<PeerProcess> {
+        None
+    }
+
+    fn unread(&self) -> Option<u64> {
+        None
     }
 
     fn is_from_this_process(&self) -> bool {
@@ -315,7 +328,12 @@ impl Driver for SimDriver {
         Ok(())
     }
 
-    fn watch_listener(&mut self, listener: &mut SimListener, token: usize) -> io::Result<()> {
+    fn watch_listener(
+        &mut self,
+        listener: &mut SimListener,
+        token: usize,
+        _: &Rule,
+    ) -> io::Result<()> {
         let mut kernel = self.stage.kernel();
         kernel.watch_listener(listener.key, self.worker, token);
         Ok(())
@@ -376,6 +394,19 @@ impl Driver for SimDriver {
             }
             None
         });
+    }
+
+    #[cfg(feature = "cli")]
+    fn keep_listener(&mut self, _: &mut SimListener, _: &Rule) {}
+
+    #[cfg(feature = "cli")]
+    fn lend_listener(&self, _: &SimListener) -> io::Result<Lent> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    #[cfg(feature = "cli")]
+    fn give_listener(&mut self, _: SimListener) {
+        unreachable!("no listener is lent")
     }
 
     fn close_listener(&mut self, listener: SimListener, done: Option<Sender<()>>) {
@@ -443,8 +474,20 @@ impl Driver for SimDriver {
     }
 
     fn watch(&mut self, stream: &mut SimStream, token: usize) -> io::Result<()> {
+        let kernel = self.stage.kernel();
+        let is_kept_alive = kernel.is_unix(stream.id) || kernel.kept_alive.contains(&stream.id);
+        drop(kernel);
+        assert!(
+            is_kept_alive,
+            "whether a peer is there is asked from the start"
+        );
         self.stage.kernel().watch(stream.id, self.worker, token);
         Ok(())
+    }
+
+    fn set_keepalive(&mut self, stream: &SimStream, time: Option<Duration>) {
+        assert_eq!(time, Some(Duration::from_secs(60)), "a rule's keepalive");
+        self.stage.kernel().kept_alive.insert(stream.id);
     }
 
     fn close(&mut self, stream: SimStream) {
@@ -453,6 +496,10 @@ impl Driver for SimDriver {
 
     fn reset(&mut self, stream: SimStream) {
         self.stage.kernel().reset(stream.id);
+    }
+
+    fn leave(&mut self, _: SimStream) {
+        unreachable!("there is no keeper");
     }
 
     fn resolve(&mut self, token: usize, host: &str, port: u16) {

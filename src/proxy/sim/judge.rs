@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::engine::connection::State;
+use crate::engine::end_reason::EndReason;
 use crate::engine::relay::Side;
 use crate::proxy::worker::Worker;
 
@@ -116,6 +117,8 @@ pub(super) struct Judge {
     leads: BTreeMap<usize, Vec<(Option<usize>, Duration, Duration)>>,
     /// Connections that the observer was told of.
     pub(super) observed: BTreeMap<u64, Observed>,
+    /// Connections that the operator has closed.
+    pub(super) closed: BTreeSet<u64>,
     /// Which forwards a rule has been, and whether nobody has cut its clients off.
     forwards: BTreeMap<u64, usize>,
     /// Rules whose clients were cut off before they were accepted, or whose connections were.
@@ -132,6 +135,7 @@ pub(super) struct Observed {
     pub(super) closed: u32,
     pub(super) sent: u64,
     pub(super) received: u64,
+    pub(super) why: Option<EndReason>,
 }
 
 impl Judge {
@@ -171,6 +175,13 @@ impl Judge {
     /// Counts something that has happened.
     pub(super) fn count(&mut self, what: &'static str) {
         *self.counts.entry(what).or_default() += 1;
+    }
+
+    /// Counts something that has happened so often.
+    pub(super) fn count_some(&mut self, what: &'static str, count: u64) {
+        if count > 0 {
+            *self.counts.entry(what).or_default() += count;
+        }
     }
 
     /// Notes what may keep clients from their answers.
@@ -548,7 +559,11 @@ impl Judge {
     pub(super) fn check_observed(&self) {
         for (connection, it) in &self.observed {
             assert!(
-                it.accepted == 1 && it.closed == 1 && it.connected <= 1 && it.refused <= 1,
+                it.accepted == 1
+                    && it.closed == 1
+                    && it.why.is_some()
+                    && it.connected <= 1
+                    && it.refused <= 1,
                 "connection {connection}: {it:?}"
             );
         }

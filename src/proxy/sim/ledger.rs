@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::engine::counters::{Reason, Refusals};
+use crate::engine::counters::Refusals;
+use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::Side;
-use crate::error::Error;
+use crate::error::{Error, Operation};
 
 use super::kernel::{Kernel, Place};
 
@@ -49,12 +50,25 @@ pub(super) struct Bounds {
     pub(super) has_chains: bool,
 }
 
+/// What has happened that may end connections from outside.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Happened {
+    pub(super) vm_gone: bool,
+    /// The connection's forward was removed.
+    pub(super) removed: bool,
+    /// The proxy was told to stop.
+    pub(super) stop: bool,
+    /// The operator has closed the connection.
+    pub(super) closed: bool,
+}
+
 /// A connection that was told of.
 #[derive(Clone, Debug)]
 struct Entry {
     accepted: Duration,
     is_connected: bool,
     refused: Option<Reason>,
+    was_refused: bool,
     /// The rule that it came under; not known before its first turn is over.
     rule: Option<Arc<Forward>>,
 }
@@ -102,7 +116,7 @@ impl Ledger {
     }
 
     /// Notes how many connections a forward may have from now on, or from the start. Guests are
-    /// not bounded.
+    /// accepted whatever the bound is.
     pub(super) fn bound(&mut self, forward: &Arc<Forward>, since: Option<Duration>) {
         self.knows(forward);
         self.unbound(forward.id.0);
@@ -133,6 +147,7 @@ impl Ledger {
             accepted: now,
             is_connected: false,
             refused: None,
+            was_refused: false,
             rule: None,
         };
         self.entries.insert(connection, entry);
@@ -166,6 +181,56 @@ impl Ledger {
 
     pub(super) fn closed(&mut self, forward: u64) {
         *self.live.entry(forward).or_default() -= 1;
+    }
+
+    /// A connection has ended: why it is said to have has happened. `happened`: what has, of what may
+    /// end connections from outside.
+    pub(super) fn check_end(&self, connection: u64, why: EndReason, happened: Happened) {
+        let Some(entry) = self.entries.get(&connection) else {
+            panic!("connection {connection} has ended, and was not accepted");
+        };
+        let timeouts = entry.rule.as_ref().map(|it| it.rule.timeouts);
+        let is_so = match why {
+            EndReason::ClientClosed
+            | EndReason::ServerClosed
+            | EndReason::ClientReset
+            | EndReason::ServerReset
+            | EndReason::DrainTimeout => entry.is_connected && !entry.was_refused,
+            EndReason::ClientGaveUp => !entry.is_connected && !entry.was_refused,
+            EndReason::IdleTimeout => {
+                entry.is_connected && timeouts.is_none_or(|it| it.idle.is_some())
+            }
+            EndReason::HalfClosedTimeout => {
+                entry.is_connected && timeouts.is_none_or(|it| it.half_closed.is_some())
+            }
+            EndReason::VmGone => entry.is_connected && happened.vm_gone,
+            EndReason::Refused(reason) => {
+                entry.was_refused && entry.refused.is_none_or(|it| it == reason)
+            }
+            // One that could not be added is given up, and its clients with it.
+            EndReason::Removed => happened.removed || self.has_failed_additions,
+            EndReason::Stopped => happened.stop,
+            EndReason::Closed => happened.closed,
+            // Nothing is relayed by threads here.
+            EndReason::Failed => false,
+        };
+        assert!(
+            is_so,
+            "connection {connection} is said to have ended by {why:?}: {entry:?}"
+        );
+        let by_force = matches!(
+            why,
+            EndReason::Refused(_)
+                | EndReason::Removed
+                | EndReason::Stopped
+                | EndReason::Closed
+                | EndReason::IdleTimeout
+                | EndReason::HalfClosedTimeout
+        );
+        assert!(
+            by_force || !entry.was_refused,
+            "connection {connection} was refused, and is said to have ended by {why:?}"
+        );
     }
 
     /// The reason that was counted just now, if the forward is known.
@@ -202,7 +267,7 @@ impl Ledger {
     }
 
     /// A client was refused: what is told and counted as the reason has happened since it came.
-    /// `is_ending`: all are to go, or those of this forward. `is_slow`: something stands still.
+    /// `is_ending`: all are to go, or those of this forward, or it was closed. `is_slow`: something stands still.
     pub(super) fn check_refusal(
         &mut self,
         (forward, connection): (u64, u64),
@@ -215,6 +280,9 @@ impl Ledger {
         let Some(entry) = self.entries.get(&connection).cloned() else {
             panic!("connection {connection} is refused, and was not accepted");
         };
+        if let Some(entry) = self.entries.get_mut(&connection) {
+            entry.was_refused = true;
+        }
         let (text, since) = (error.to_string(), entry.accepted);
         let told = reason_of(&text);
         assert!(
@@ -256,6 +324,10 @@ impl Ledger {
                 let is_silent = is_late || happened(Fate::Silent);
                 let fits = !text.contains("has not answered") || self.limits.vm_unanswered < 64;
                 is_silent && fits && (is_slow || !was_answered(&entry, &spots, &text, kernel))
+            }
+            // A guest's dial can't wait.
+            Reason::Full if error.operation() == Operation::Accept => {
+                self.limits.vm_connections < 100 || text.contains("of this forward")
             }
             Reason::Full => is_late && self.limits.vm_connections < 100,
             Reason::Other => {

@@ -20,6 +20,7 @@ mod ledger;
 mod operator;
 mod plan;
 mod run;
+mod slots;
 mod stage;
 mod talk;
 mod vm;

@@ -30,6 +30,8 @@ pub(super) enum Act {
     Move(usize, usize),
     /// Looks at the forwards and the connections.
     Look,
+    /// Closes one of the connections.
+    Close(usize),
     /// Somebody shuts its listener down.
     Break(usize),
     /// Somebody removes the file of its socket.
@@ -103,6 +105,7 @@ impl Operator {
                 self.remove(from, Duration::from_secs(1), stage);
             }
             Act::Look => self.look(stage),
+            Act::Close(number) => self.close(number, stage),
             // Those who wait there are cut off: of guests that hurts their device.
             Act::Break(rule) if self.rules[rule].0.listen.transport().needs_graceful_close => {}
             Act::Break(rule) => {
@@ -281,6 +284,27 @@ impl Operator {
             self.rules[rule].0 = new;
             self.targets[rule] = target;
             stage.judge().count("rules replaced");
+        }
+    }
+
+    /// Closes one of the connections that there are; once more, it may be gone.
+    fn close(&self, number: usize, stage: &Rc<Stage>) {
+        let now = stage.now();
+        stage.judge().hazard(now, Hazard::All);
+        for rule in 0..self.rules.len() {
+            stage.judge().cuts(rule);
+        }
+        let connections = self.controller.connections();
+        let Some(it) = connections.get(number % connections.len().max(1)) else {
+            return;
+        };
+        stage.judge().closed.insert(it.id.into());
+        let closed = self.controller.close(it.id);
+        stage.tell(|| format!("operator: {:?} is closed: {closed:?}", it.id));
+        check_answered(&closed, stage);
+        if let Ok(status) = closed {
+            assert_eq!(status.id, it.id);
+            stage.judge().count("connections closed");
         }
     }
 

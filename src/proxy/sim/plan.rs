@@ -98,7 +98,7 @@ fn some_size(rng: &mut Rng, habits: &Habits) -> u64 {
 
 fn some_service(rng: &mut Rng, habits: &Habits, is_calm: bool) -> Service {
     let size = some_size(rng, habits);
-    let kinds = if is_calm { 3 } else { 8 };
+    let kinds = if is_calm { 3 } else { 9 };
     match rng.usize(..kinds) {
         0 => Service::Echo,
         1 => Service::Answers(size),
@@ -107,6 +107,7 @@ fn some_service(rng: &mut Rng, habits: &Habits, is_calm: bool) -> Service {
         4 => Service::IgnoresEof,
         5 => Service::Resets(size),
         6 => Service::NeverReads,
+        7 => Service::SendsOn,
         _ => Service::Closes,
     }
 }
@@ -183,7 +184,7 @@ impl Plan {
         if tight {
             let few = rng.u8(1..4);
             if few & 1 > 0 {
-                limits.vm_connections = one(rng, &[1, 2, 6, 6]);
+                limits.vm_connections = one(rng, &[1, 2, 6, 9]);
             }
             if few & 2 > 0 {
                 limits.vm_unanswered = one(rng, &[1, 2, 8]);
@@ -418,11 +419,14 @@ impl Plan {
                 self.vms[vm].rules.push(number);
             }
             let waits = rule.wait.is_some_and(|wait| wait < ms(3_000));
+            // A guest beyond a bound is not served.
+            let is_bounded = rule.connections.is_some() && from.is_some();
             let is_endangered = is_short
                 || is_chained
                 || target.is_endangered
                 || tight && (target.vm.is_some() || from.is_some())
                 || waits
+                || is_bounded
                 || self.habits.descriptors < 500;
             self.rules.push(RulePlan {
                 rule,
@@ -508,7 +512,8 @@ impl Plan {
                 4 | 5 => Act::Replace(rule, other),
                 6 => Act::ChangeMode(rule, 0o660),
                 7 => Act::Move(rule, other),
-                8 => Act::Look,
+                8 if rng.bool() => Act::Look,
+                8 => Act::Close(rng.usize(..8)),
                 9 => Act::Break(rule),
                 10 => Act::RemoveFile(rule),
                 11 if rng.bool() => Act::TakeFile(rule),
@@ -668,6 +673,19 @@ impl Plan {
             true if self.limits.vm_connections >= 100 => Some(ms(200_000)),
             true => None,
         }
+    }
+
+    /// How many connections a VM may have, where that stays so.
+    pub(super) fn vm_connections(&self) -> Option<usize> {
+        let limits = |(_, act): &(Duration, Act)| matches!(act, Act::LimitVm(..));
+        let is_certain = !self.acts.iter().any(limits) && !self.restarts();
+        is_certain.then_some(self.limits.vm_connections)
+    }
+
+    /// Whether a VM is restarted: which one a guest's dial is from is not known at once.
+    fn restarts(&self) -> bool {
+        let dies = |(_, act): &(Duration, VmAct)| matches!(act, VmAct::Die | VmAct::Return);
+        self.vms.iter().any(|vm| vm.acts.iter().any(dies))
     }
 
     /// How many clients of a VM are let in: those that there are places for, where one rule leads

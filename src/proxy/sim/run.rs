@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
-use crate::address::Waiter;
+use crate::address::{Address, Waiter};
 use crate::engine::observer::{Event, Observer, What};
 use crate::engine::rule::Rule;
-use crate::engine::status::{ForwardState, ForwardStatus};
+use crate::engine::status::{ForwardState, ForwardStatus, VmStatus};
 use crate::proxy::controller::Controller;
 use crate::proxy::{ForwardId, ProxyConfig, assemble};
 
@@ -21,10 +21,11 @@ use super::cast::{Client, Server};
 use super::driver::{SimDriver, place_of, set_stage, this_stage};
 use super::judge::{Hazard, Observed, Phase, TRANSITIONS};
 use super::kernel::{Kernel, Place};
+use super::ledger::Happened;
 use super::operator::{Act, Operator, Stopper};
 use super::plan::Plan;
 use super::stage::{Pace, Stage};
-use super::vm::{Kind, Vm};
+use super::vm::{Kind, Vm, VmAct};
 
 /// No run takes longer, on its own clock.
 const LONGEST: Duration = Duration::from_secs(20_000);
@@ -60,8 +61,14 @@ fn observer(told: &Told) -> Observer {
             What::Accepted => it.accepted += 1,
             What::Connected => it.connected += 1,
             What::Refused(_) => it.refused += 1,
-            What::Closed { sent, received, .. } => {
+            What::Closed {
+                sent,
+                received,
+                why,
+                ..
+            } => {
                 it.closed += 1;
+                it.why = Some(why);
                 (it.sent, it.received) = (sent, received);
             }
         }
@@ -80,11 +87,22 @@ fn note(event: &Event<'_>) {
         What::Refused(error) => {
             // Why a dial has failed may be known late.
             let is_slow = judge.audit.is_disturbed() || stage.may_hang.get();
-            let ends = (judge.audit.is_ending(forward), is_slow);
+            let is_ending = judge.audit.is_ending(forward) || judge.closed.contains(&connection);
+            let ends = (is_ending, is_slow);
             let of = (forward, connection);
             judge.ledger.check_refusal(of, error, ends, &stage.kernel());
         }
-        What::Closed { .. } => judge.ledger.closed(forward),
+        What::Closed { why, .. } => {
+            let happened = Happened {
+                vm_gone: stage.kernel().is_anybody_gone(),
+                removed: judge.audit.is_removed(forward),
+                stop: judge.audit.is_stopping(),
+                closed: judge.closed.contains(&connection),
+            };
+            judge.ledger.check_end(connection, why, happened);
+            judge.ledger.closed(forward);
+            judge.count(why.name());
+        }
     }
 }
 
@@ -108,6 +126,7 @@ fn set(plan: &Plan, tells: bool) -> Run {
     stage.keeps_places.set(plan.keeps_places());
     stage.proves_within.set(plan.proves_within());
     stage.most_in.set(plan.most_in());
+    stage.vm_connections.set(plan.vm_connections());
     stage.judge().ledger.limits = plan.bounds();
     stage.judge().ledger.spots = plan.spots();
     let told = Told::default();
@@ -285,7 +304,10 @@ fn check_listeners(plan: &Plan, run: &Run) {
         }
         let listens = stage.kernel().listener_at(&place_of(&forward.listen));
         assert!(listens.is_some(), "nobody listens on {}", forward.listen);
-        let is_told = forward.state == ForwardState::Listening;
+        // If all slots of its VM are lost, it waits for another VM.
+        let has_lost = forward.vm.as_ref().is_some_and(|vm| vm.lost > 0);
+        let is_full = matches!(forward.state, ForwardState::Full { .. });
+        let is_told = forward.state == ForwardState::Listening || has_lost && is_full;
         assert!(
             is_told,
             "{} is said to be {:?}",
@@ -334,6 +356,11 @@ fn check_books(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<Sim
     stage.verdicts().check_served();
     stage.verdicts().check_refused(&plan.rules_of_hyperkit());
     let abandoned = stage.verdicts().ledger.abandoned();
+    stage.judge().count_some("connections given up", abandoned);
+    let in_the_way = stage.verdicts().audit.slots.times_in_the_way;
+    stage
+        .judge()
+        .count_some("times that drains were in the way", in_the_way);
     let may_miss = stage.verdicts().ledger.has_failed_additions;
     assert!(
         may_miss || abandoned == stage.kernel().abandoned,
@@ -346,11 +373,37 @@ fn check_books(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<Sim
         assert_eq!(forward.counters.live, 0, "{}", forward.listen);
         check_counters(forward, &run.told.lock().unwrap());
         if let Some(vm) = &forward.vm {
+            check_lost(plan, vm, &forward.rule, stage);
+            stage.judge().count_some("slots lost", vm.lost as u64);
+            let turned_away = vm.turned_away;
+            stage
+                .judge()
+                .count_some("dials of guests turned away", turned_away);
             // One is for proofs.
             assert!(vm.reserved <= reserved + 1, "reserved: {}", vm.reserved);
             assert_eq!(vm.connections, 0, "places in the VM of {}", forward.listen);
         }
     }
+}
+
+/// Slots are counted as lost if they are, and none that are not.
+fn check_lost(plan: &Plan, vm: &VmStatus, rule: &Rule, stage: &Stage) {
+    let directory = match (&rule.connect, &rule.listen) {
+        (Address::Hyperkit(it), _) | (_, Address::Hyperkit(it)) => &it.vm.state_dir,
+        _ => return,
+    };
+    let its = plan.vms.iter().find(|it| it.path == *directory);
+    let ends = |(_, act): &(Duration, VmAct)| matches!(act, VmAct::Die | VmAct::Return);
+    if its.is_none_or(|it| it.acts.iter().any(ends)) {
+        return;
+    }
+    let kernel = stage.kernel();
+    let lost = kernel.lost.get(directory).map_or(0, Vec::len);
+    assert!(
+        (lost..=kernel.abandoned as usize).contains(&vm.lost),
+        "{} slots are said to be lost, and {lost} are",
+        vm.lost
+    );
 }
 
 /// What status counts is what the observer was told.
@@ -372,6 +425,21 @@ fn check_counters(forward: &ForwardStatus, told: &BTreeMap<u64, Observed>) {
         sum(|it| it.received),
     ];
     assert_eq!(counted, told, "counters of {}", forward.listen);
+    // Each has ended for one reason; those that are counted are those that were told.
+    let mut told = BTreeMap::<&str, u64>::new();
+    for why in its().filter_map(|it| it.why) {
+        *told.entry(why.name()).or_default() += 1;
+    }
+    let counted = counters.ended.by_reason();
+    let counted: BTreeMap<&str, u64> = counted.filter(|(_, count)| *count > 0).collect();
+    assert_eq!(counted, told, "why connections of {} ended", forward.listen);
+    assert_eq!(counted.values().sum::<u64>(), counters.accepted);
+    let timed_out = [
+        counters.ended.idle_timeout,
+        counters.ended.half_closed_timeout,
+    ];
+    let cut_off = [counters.timed_out.idle, counters.timed_out.half_closed];
+    assert_eq!(timed_out, cut_off, "timeouts of {}", forward.listen);
 }
 
 thread_local! {

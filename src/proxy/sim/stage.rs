@@ -116,6 +116,8 @@ pub(super) struct Stage {
     pub(super) keeps_places: Cell<bool>,
     /// How many clients of a VM are let in, where that is certain.
     pub(super) most_in: Cell<Option<usize>>,
+    /// How many connections a VM may have, where that stays so.
+    pub(super) vm_connections: Cell<Option<usize>>,
     /// How soon it is known whether a guest that answers has taken a dial.
     pub(super) proves_within: Cell<Option<Duration>>,
     judge: RefCell<Judge>,
@@ -155,6 +157,7 @@ impl Stage {
             ready: RefCell::default(),
             proves_within: Cell::default(),
             most_in: Cell::default(),
+            vm_connections: Cell::default(),
             housekeeper: Cell::new(Pace::AtOnce),
             may_hang: Cell::new(false),
             has_lost_files: Cell::new(false),

@@ -1,7 +1,7 @@
 //! A VM: hyperkit's device with its guest, or one of the VMMs behind a `CONNECT` line.
 //!
-//! The device is single-threaded. What its clients must not do is judged by the same rules as the
-//! stand-in's ([`broken_rule`]); of dials it is known how many may go how fast, and how many may be
+//! The device is single-threaded. What its clients must not do is judged by the rules of a strict
+//! stand-in ([`broken_rule`]); of dials it is known how many may go how fast, and how many may be
 //! unanswered, so that is judged as well.
 
 use std::collections::VecDeque;
@@ -14,6 +14,7 @@ use fastrand::Rng;
 
 use crate::address::{HyperkitVm, PORT_ANY, Port, VsockMuxAddress};
 use crate::simulate::judge::{HostEnd, Origin, broken_rule};
+use crate::simulate::rules::Strictness;
 
 use super::cast::Service;
 use super::judge::{Candour, Hazard, Role};
@@ -128,6 +129,7 @@ pub(super) struct Vm {
     /// Dials of the host that its backlog had no room for.
     pending: Vec<(Duration, VmAct)>,
     was_there: bool,
+    restarts: u32,
     /// Sockets that it has closed while it lived.
     closed: Vec<SocketId>,
     rng: Rng,
@@ -151,6 +153,7 @@ impl Vm {
             due: Duration::ZERO,
             pending: Vec::new(),
             was_there: false,
+            restarts: 0,
             closed: Vec::new(),
         }
     }
@@ -180,6 +183,7 @@ impl Vm {
             let process = self.rng.i32(1..10_000);
             stage.processes.borrow_mut().insert(vm.state_dir, process);
         }
+        stage.kernel().lost.remove(&self.plan.path);
         stage.is_ready(&self.plan.path, stage.now());
         (self.is_paused, self.was_there) = (false, true);
         (self.unanswered, self.due) = (0, stage.now());
@@ -236,7 +240,10 @@ impl Vm {
                 stage.is_ready(&self.plan.path, now);
             }
             VmAct::Die => self.die(stage),
-            VmAct::Return if self.listener.is_none() => self.start(stage),
+            VmAct::Return if self.listener.is_none() => {
+                self.restarts += 1;
+                self.start(stage);
+            }
             VmAct::Return => {}
             VmAct::Dial { .. } if self.listener.is_none() || self.is_paused => {}
             VmAct::Dial {
@@ -363,15 +370,20 @@ impl Vm {
         });
     }
 
-    /// The proxy has no more connections than it may have.
+    /// The proxy has no more connections than it may have, those included whose slots are lost.
     fn judge_number(&self, stage: &Rc<Stage>) {
         let kernel = stage.kernel();
         let is_open = |it: &&Slot| it.origin == Origin::Line && !kernel.has_peer_closed(it.socket);
         let before = self.slots.iter().filter(is_open).count();
+        // Which VM a guest's dial is from is known only once its restart was seen.
+        let lost = match self.restarts {
+            0 => kernel.lost.get(&self.plan.path).map_or(0, Vec::len),
+            _ => 0,
+        };
         let most = self.plan.connections;
         assert!(
-            most.is_none_or(|most| before < most),
-            "{before} connections and one more, of {most:?}"
+            most.is_none_or(|most| before + lost < most),
+            "{before} connections, {lost} slots lost, and one more, of {most:?}"
         );
     }
 
@@ -505,10 +517,12 @@ impl Vm {
             reset: kernel.error_of(slot.socket) == Some(nix::libc::ECONNRESET),
             sent: kernel.moved(slot.socket)[0],
             host_shut: kernel.has_half_closed(slot.socket),
+            // A strict device doesn't ask.
+            undelivered: false,
             age: kernel.now - slot.since,
         };
         let has_input = || kernel.unread(slot.socket) > 0;
-        let broken = broken_rule(slot.origin, end, has_input);
+        let broken = broken_rule(slot.origin, end, Strictness::Strict, has_input);
         assert!(
             broken.is_none(),
             "hyperkit's device is hurt: {} ({:?}, {end:?})",

@@ -9,7 +9,7 @@ use super::super::{
     Worker,
 };
 use super::*;
-use crate::engine::forward::Forward;
+use crate::engine::forward::{AccessLog, Forward, Reports};
 use crate::engine::id::ForwardId;
 use crate::listener::nonblocking::Listener;
 
@@ -33,6 +33,10 @@ fn guests_of(
     let rule = Rule::new(listen.clone(), connect.parse().unwrap());
     let acceptor = Acceptor::new(socket, make).unwrap();
     let listener = Listener::Hyperv(HypervListener::new(acceptor, listen.clone()));
+    let reports = Reports {
+        observer: None,
+        access_log: AccessLog::Debug,
+    };
     let forward = Arc::new(Forward::new(
         ForwardId(0),
         rule,
@@ -40,7 +44,7 @@ fn guests_of(
         [None, None],
         None,
         Waiter::of,
-        None,
+        reports.clone(),
     ));
     let driver = MioDriver::new(Housekeeper::start().unwrap()).unwrap();
     let waker = driver.waker();
@@ -58,16 +62,18 @@ fn guests_of(
     let mut worker = Worker::new(driver, 0, Arc::clone(&shared), true);
     worker.add_listener(listener, forward).unwrap();
     (
-        Handle(Controller {
-            binder: Arc::new(Binder::new(
-                gate_limits,
-                Waiter::of,
-                None,
-                Vec::new(),
-                Vec::new(),
-            )),
-            shared,
-        }),
+        Handle {
+            controller: Controller {
+                binder: Arc::new(Binder::new(
+                    gate_limits,
+                    Waiter::of,
+                    reports,
+                    Vec::new(),
+                    Vec::new(),
+                )),
+                shared,
+            },
+        },
         address,
         thread::spawn(move || worker.run()),
     )

@@ -3,12 +3,12 @@
 //! file made here. So no file is changed by its path: it is opened, and changed only if it is the
 //! right one, and no link is followed.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{OFlag, open, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -60,6 +60,19 @@ impl Place {
             unlinkat(&self.directory, name, UnlinkatFlags::NoRemoveDir)?;
         }
         Ok(())
+    }
+
+    /// Gives the file another name in its directory, if it is still that one. Another file of that
+    /// name is replaced.
+    ///
+    /// # Errors
+    /// `NotFound`; what the system says.
+    pub(crate) fn rename(&self, file: Identity, name: &OsStr) -> io::Result<()> {
+        if self.identity()? != file {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let (directory, old) = (&self.directory, self.name.as_os_str());
+        Ok(renameat(directory, old, directory, name)?)
     }
 
     /// Gives the file other permissions, if it is still that one.

@@ -81,3 +81,18 @@ fn is_ending(process: u32) -> bool {
         _ => io::Error::last_os_error().raw_os_error() == Some(nix::libc::ESRCH),
     }
 }
+
+/// `proc_name(3)` (`libproc.h`), which tells of other users' processes, too.
+#[cfg(target_vendor = "apple")]
+#[allow(unsafe_code)]
+pub(super) fn program_name(process: u32) -> Option<String> {
+    /// `2 * MAXCOMLEN`, the most that there is of it (`bsd/sys/proc_info.h`), and a zero.
+    const LONGEST: usize = 33;
+    let mut name = [0_u8; LONGEST];
+    let pid = nix::libc::c_int::try_from(process).ok()?;
+    // SAFETY: the call writes at most `LONGEST` bytes to `name`, which has so many.
+    let written = unsafe { nix::libc::proc_name(pid, name.as_mut_ptr().cast(), LONGEST as u32) };
+    let length = usize::try_from(written).ok().filter(|length| *length > 0)?;
+    let name = name.get(..length)?;
+    Some(String::from_utf8_lossy(name).into_owned())
+}

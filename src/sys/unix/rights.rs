@@ -150,3 +150,100 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<R
         descriptors,
     })
 }
+
+/// Sends bytes, and with the first of them a descriptor of this process, without waiting and
+/// without a SIGPIPE. Returns how many bytes were sent; the descriptor was sent if any was.
+///
+/// # Errors
+/// `WouldBlock` if there is no room; `BrokenPipe` if the peer is gone; what the kernel says
+/// otherwise, such as that the number is no descriptor.
+#[allow(unsafe_code)]
+pub(crate) fn send(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    descriptor: Option<RawFd>,
+) -> io::Result<usize> {
+    // Words, for a `cmsghdr` is aligned; and as many as a header and one descriptor take.
+    let mut control = [0_u64; 8];
+    let mut part = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: a `msghdr` is plain data, of which all zeros is a value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    if let Some(descriptor) = descriptor {
+        const SIZE: libc::c_uint = size_of::<RawFd>() as libc::c_uint;
+        message.msg_control = control.as_mut_ptr().cast();
+        // SAFETY: both only compute a length.
+        let (space, len) = unsafe { (libc::CMSG_SPACE(SIZE), libc::CMSG_LEN(SIZE)) };
+        message.msg_controllen = space as _;
+        // SAFETY: the control buffer has room for a header and a descriptor, is zeroed and aligned
+        // for the header, and outlives the call.
+        unsafe {
+            let header = libc::CMSG_FIRSTHDR(&raw const message);
+            (*header).cmsg_level = libc::SOL_SOCKET;
+            (*header).cmsg_type = libc::SCM_RIGHTS;
+            (*header).cmsg_len = len as _;
+            let data = libc::CMSG_DATA(header).cast::<RawFd>();
+            data.write_unaligned(descriptor);
+        }
+    }
+    #[cfg(not(target_vendor = "apple"))]
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // (There the socket has SO_NOSIGPIPE.)
+    #[cfg(target_vendor = "apple")]
+    let flags = libc::MSG_DONTWAIT;
+    // SAFETY: the message points to one buffer and at most one control buffer, each valid for reads
+    // of the length given; both outlive the call, which doesn't write to them. The kernel checks the
+    // descriptor's number.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_descriptor_arrives_with_the_first_byte_behind_which_it_was_sent() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (one, mut other) = UnixStream::pair().unwrap();
+        assert_eq!(send(ours.as_fd(), b"before", None).unwrap(), 6);
+        let sent = send(ours.as_fd(), b"with it", Some(one.as_raw_fd()));
+        assert_eq!(sent.unwrap(), 7);
+        drop(one);
+        let (mut bytes, mut descriptors) = (Vec::new(), Vec::new());
+        while bytes.len() < 13 {
+            let mut buffer = [0; 64];
+            let received = receive(theirs.as_fd(), &mut buffer).unwrap();
+            bytes.extend_from_slice(&buffer[..received.bytes]);
+            descriptors.extend(received.descriptors);
+        }
+        assert_eq!(bytes, b"beforewith it");
+        assert_eq!(descriptors.len(), 1);
+        let mut copy = UnixStream::from(descriptors.remove(0));
+        copy.write_all(b"x").unwrap();
+        let mut byte = [0];
+        other.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, *b"x");
+    }
+
+    #[test]
+    fn a_number_that_is_no_descriptor_is_refused_and_a_peer_that_is_gone_is_no_signal() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        #[cfg(target_vendor = "apple")]
+        socket2::SockRef::from(&ours).set_nosigpipe(true).unwrap();
+        let error = send(ours.as_fd(), b"x", Some(1 << 20)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+        drop(theirs);
+        let error = send(ours.as_fd(), b"x", None).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+}

@@ -8,10 +8,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Command, CommandFactory, ValueHint};
-use clap_complete::ArgValueCompleter;
+use clap::{Args, Command, ValueHint};
 
-use super::{Arguments, Failure, Outcome, complete, write_out};
+use super::console::write_out;
+use super::outcome::{Failure, Outcome};
 use crate::guide::PAGES;
 use page::Page;
 
@@ -24,7 +24,7 @@ use page::Page;
 pub(super) struct Man {
     /// The command that the page is of, or the name of another page, such as hvsock.toml or hvsock-control [default:
     /// hvsock itself]
-    #[arg(value_name = "COMMAND|PAGE", add = ArgValueCompleter::new(complete::page))]
+    #[arg(value_name = "COMMAND|PAGE")]
     of: Option<String>,
     /// Write all pages below this directory, into man1, man5 and man7, which are made if they don't exist
     #[arg(long, value_name = "DIR", conflicts_with = "of", value_hint = ValueHint::DirPath)]
@@ -32,8 +32,9 @@ pub(super) struct Man {
 }
 
 impl Man {
-    pub(super) fn run(self) -> Outcome {
-        let pages = pages();
+    pub(super) fn run(self, hvsock: Command) -> Outcome {
+        let names = names(&hvsock);
+        let pages = pages(hvsock);
         if let Some(dir) = self.dir {
             return write_all(&pages, &dir).map_err(|e| {
                 Failure::Failed(format!(
@@ -49,15 +50,15 @@ impl Man {
             Some(page) => write_out(page.text.as_bytes()),
             None => Err(Failure::Usage(format!(
                 "there is no command and no page {of:?}; there are {}",
-                names().join(", ")
+                names.join(", ")
             ))),
         }
     }
 }
 
 /// All pages.
-fn pages() -> Vec<Page> {
-    let mut all = Arguments::command().disable_help_subcommand(true);
+fn pages(hvsock: Command) -> Vec<Page> {
+    let mut all = hvsock.disable_help_subcommand(true);
     // It gives the commands their full names.
     all.build();
     let commands: Vec<&Command> = std::iter::once(&all).chain(all.get_subcommands()).collect();
@@ -67,11 +68,8 @@ fn pages() -> Vec<Page> {
 }
 
 /// What a page may be asked for by: the names of commands, and of pages of the guide.
-pub(super) fn names() -> Vec<String> {
-    let commands = Arguments::command();
-    let commands = commands
-        .get_subcommands()
-        .map(|it| it.get_name().to_owned());
+pub(super) fn names(hvsock: &Command) -> Vec<String> {
+    let commands = hvsock.get_subcommands().map(|it| it.get_name().to_owned());
     let guide = PAGES.iter().map(|(name, _)| page::full_name(name));
     commands.chain(guide).collect()
 }

@@ -62,6 +62,11 @@ impl Kernel {
         peer.is_some_and(|peer| self.gone.contains(&peer))
     }
 
+    /// Whether any process that the proxy talks to is gone.
+    pub(in crate::proxy::sim) fn is_anybody_gone(&self) -> bool {
+        !self.gone.is_empty()
+    }
+
     /// Whether the peer has closed both directions.
     pub(in crate::proxy::sim) fn has_peer_closed(&self, id: SocketId) -> bool {
         let peer = self.sockets[id.0].peer;

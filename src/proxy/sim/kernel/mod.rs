@@ -125,6 +125,8 @@ struct Socket {
     is_blocked: bool,
     written: u64,
     read: u64,
+    /// When something was read last.
+    read_at: Option<Duration>,
     born: Duration,
 }
 
@@ -206,6 +208,11 @@ pub(super) struct Kernel {
     pub(super) fates: Vec<(Duration, Place, Fate)>,
     /// Sockets to VMs of which the proxy waits for the end no longer.
     pub(super) abandoned: u64,
+    /// The times at which slots were lost, by the state directory of their VM: the proxy has closed
+    /// its end of a connection, and the guest, which had been silent, had not ended it.
+    pub(super) lost: BTreeMap<PathBuf, Vec<Duration>>,
+    /// Sockets of the proxy whose peers are asked whether they are still there.
+    pub(super) kept_alive: HashSet<SocketId>,
     /// Sockets whose process is gone, or is not the one that the other end is told of.
     pub(super) gone: HashSet<SocketId>,
 }
@@ -243,6 +250,8 @@ impl Kernel {
             closed_unread: HashSet::new(),
             fates: Vec::new(),
             abandoned: 0,
+            lost: BTreeMap::new(),
+            kept_alive: HashSet::new(),
             gone: HashSet::new(),
         }
     }

@@ -11,6 +11,7 @@ use crate::address::Port;
 use crate::engine::relay::Readiness;
 use crate::name::{SocketName, VsockName};
 use crate::proxy::sim::ledger::Fate;
+use crate::proxy::sim::slots::SILENT;
 
 use super::{
     Kernel, ListenerKey, Move, Owner, Place, Socket, SocketId, State, VMS, VSOCK_TIMEOUT, fail,
@@ -140,6 +141,7 @@ impl Kernel {
             is_blocked: false,
             written: 0,
             read: 0,
+            read_at: None,
             born: self.now,
         });
         id
@@ -206,6 +208,7 @@ impl Kernel {
                 *slot = byte;
             }
             socket.read += n as u64;
+            socket.read_at = Some(self.now);
             self.progress += 1;
             self.note_room(id);
             return Ok(n);
@@ -323,6 +326,17 @@ impl Kernel {
         Ok(())
     }
 
+    /// Notes that the slot of a VM's socket is lost, if its guest was silent.
+    fn note_lost(&mut self, id: SocketId) {
+        let socket = &self.sockets[id.0];
+        let is_silent = socket.read_at.is_none_or(|at| self.now >= at + SILENT);
+        let directory = socket.listener_path.as_ref().and_then(|it| it.parent());
+        if let (true, Some(directory)) = (is_silent, directory) {
+            let lost = self.lost.entry(directory.to_owned()).or_default();
+            lost.push(self.now);
+        }
+    }
+
     /// Takes nothing more.
     pub(in crate::proxy::sim) fn shutdown_read(&mut self, id: SocketId) {
         let socket = &mut self.sockets[id.0];
@@ -330,6 +344,7 @@ impl Kernel {
         let is_vms = |path: &PathBuf| path.to_string_lossy().starts_with(VMS);
         if socket.owner == Owner::Proxy && socket.listener_path.as_ref().is_some_and(is_vms) {
             self.abandoned += 1;
+            self.note_lost(id);
         }
         let socket = &mut self.sockets[id.0];
         if let (true, Some(peer)) = (socket.is_unix, socket.peer) {

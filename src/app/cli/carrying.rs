@@ -1,0 +1,58 @@
+//! Carries the rules of a command line, and serves the control socket and the metrics beside them.
+
+use std::sync::Arc;
+
+use super::console::say;
+#[cfg(unix)]
+use super::control_socket;
+use super::ending::run_proxy;
+use super::kept::{Describe, KeepTrying, Kept};
+use super::options::ProxyOptions;
+use super::outcome::Outcome;
+use super::signals::EndSignals;
+#[cfg(unix)]
+use crate::app::control::Actions;
+use crate::proxy::Rule;
+
+/// Carries rules as the options have it until the end is asked for; the control socket and the metrics
+/// beside it, if they were asked for.
+pub(super) fn carry(
+    options: &ProxyOptions,
+    patience: KeepTrying,
+    rules: impl IntoIterator<Item = Rule>,
+    describe: Describe,
+    signals: EndSignals,
+) -> Outcome {
+    #[cfg_attr(not(unix), allow(unused_mut))]
+    let mut config = options.config(rules);
+    #[cfg(unix)]
+    let bound = options
+        .control()
+        .sockets(patience.unavailable())
+        .map(|sockets| control_socket::open(&sockets, &mut config))
+        .transpose()?
+        .filter(|bound| !bound.is_empty());
+    let (proxy, kept) = patience.start(config, describe)?;
+    let kept = kept.map(Arc::new);
+    #[cfg(unix)]
+    let _control = bound
+        .map(|bound| control_socket::serve(bound, &proxy, actions(options, kept.clone())))
+        .transpose()?;
+    proxy.forwards().iter().map(describe).for_each(say);
+    kept.iter().for_each(|kept| kept.complain());
+    let _retry = kept.map(Kept::keep_trying).transpose()?;
+    run_proxy(proxy, options.grace(), signals)
+}
+
+/// Returns what the control socket may do beside what the proxy itself can.
+#[cfg(unix)]
+fn actions(options: &ProxyOptions, kept: Option<Arc<Kept>>) -> Actions {
+    let (grace, rule) = (options.grace(), options.rule().clone());
+    Actions {
+        options: Box::new(move || rule.clone()),
+        pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
+        reload: None,
+        succession: None,
+        grace: Box::new(move || grace),
+    }
+}

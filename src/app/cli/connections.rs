@@ -1,0 +1,134 @@
+//! `hvsock connections` and `close`: who uses a forward, and an end to it.
+
+use clap::Args;
+use clap_complete::ArgValueCompleter;
+use indicatif::HumanBytes;
+use serde_json::Value;
+
+use super::console::{print, print_json, print_text};
+use super::control::Which;
+use super::outcome::{Failure, Outcome};
+use super::{complete, table};
+use crate::app::control::{self, Connection, Unanswered, age, ask, get, read, segment};
+use crate::proxy::Waiting;
+
+/// Show the connections of an hvsock that runs, and who has made them
+#[derive(Args, Debug)]
+#[command(
+    after_help = "PEER is the client: its address, or, of a Unix socket, the process that connected it. IDLE is the time
+since a byte went through. WAITING are bytes on their way to the server and to the client, as far as the system tells.
+
+Examples:
+  hvsock connections
+  hvsock connections web
+  hvsock connections --json | jq '.[] | select(.idle_seconds > 3600) | .id'"
+)]
+pub(super) struct Connections {
+    /// Those of one forward alone: its name, where it listens, or its id, as `hvsock status` has them
+    #[arg(value_name = "FORWARD", add = ArgValueCompleter::new(complete::forward))]
+    forward: Option<String>,
+    /// Print what the control socket says, as it is
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    which: Which,
+}
+
+const HEADINGS: [&str; 9] = [
+    "ID", "FORWARD", "PEER", "STATE", "IDLE", "AGE", "SENT", "RECEIVED", "WAITING",
+];
+
+impl Connections {
+    pub(super) fn run(self) -> Outcome {
+        let path = self.which.path();
+        let forward = match &self.forward {
+            None => None,
+            Some(name) => {
+                let call = format!("/v1/forwards/{}", segment(name));
+                let forward: control::Forward = get(&path, &call)?;
+                // One that isn't carried yet has none.
+                Some(forward.id)
+            }
+        };
+        let is_meant = |of: Option<u64>| forward.is_none_or(|forward| forward == of);
+        let answer = ask(&path, "GET", "/v1/connections", "")?;
+        if self.json {
+            let mut all: Vec<Value> = serde_json::from_str(&answer)?;
+            all.retain(|it| is_meant(it["forward"].as_u64()));
+            return print_json(&serde_json::to_string_pretty(&all)?);
+        }
+        let mut all: Vec<Connection> = read(&answer)?;
+        all.retain(|it| is_meant(Some(it.forward)));
+        all.sort_by_key(|it| it.id);
+        let status: control::Status = get(&path, "/v1/status")?;
+        if all.is_empty() {
+            return print("no connections");
+        }
+        let rows = all.iter().map(|it| {
+            [
+                it.id.to_string(),
+                status.label_of(it.forward),
+                it.peer_in_words(),
+                it.state.to_string(),
+                age(it.idle_seconds as u64),
+                age(it.age_seconds as u64),
+                HumanBytes(it.sent).to_string(),
+                HumanBytes(it.received).to_string(),
+                it.waiting.map_or_else(String::new, waiting),
+            ]
+        });
+        print_text(table::of(HEADINGS, rows))
+    }
+}
+
+/// Returns the bytes that wait, to the server and to the client.
+fn waiting(bytes: Waiting) -> String {
+    let shown = |bytes: Option<u64>| match bytes {
+        None => "?".to_owned(),
+        Some(0) => "0".to_owned(),
+        Some(bytes) => HumanBytes(bytes).to_string(),
+    };
+    match (bytes.to_server, bytes.to_client) {
+        (Some(0), Some(0)) | (None, None) => String::new(),
+        (to_server, to_client) => format!("{} / {}", shown(to_server), shown(to_client)),
+    }
+}
+
+/// Close connections of an hvsock that runs
+///
+/// They are cut off at once. A VM's side of one is closed gracefully: its guest reads an end, and may answer it.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  hvsock close 17
+  hvsock connections web --json | jq '.[].id' | xargs hvsock close")]
+pub(super) struct Close {
+    /// The connections' ids, as `hvsock connections` has them
+    #[arg(value_name = "ID", required = true)]
+    ids: Vec<u64>,
+    #[command(flatten)]
+    which: Which,
+}
+
+impl Close {
+    pub(super) fn run(self) -> Outcome {
+        let path = self.which.path();
+        let mut failures = Vec::new();
+        for id in self.ids {
+            let call = format!("/v1/connections/{id}");
+            match ask(&path, "DELETE", &call, "") {
+                Ok(answer) => {
+                    let it: Connection = read(&answer)?;
+                    let (peer, state) = (it.peer_in_words(), it.state);
+                    print(format_args!("closed {id}: {peer}, {state}"))?;
+                }
+                // The others are there, perhaps.
+                Err(Unanswered::Refused(why)) => failures.push(why.to_string()),
+                Err(why) => return Err(why.into()),
+            }
+        }
+        match failures.is_empty() {
+            true => Ok(()),
+            false => Err(Failure::Listed(failures)),
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! What a command says of itself, and prints on standard output, each line made fit for a terminal.
+
+use std::fmt;
+use std::io;
+
+use tracing::Level;
+
+use super::outcome::{Failure, Outcome};
+use crate::app::{escape, log, output};
+
+/// Says what people should know. One that serves never waits for it to be read.
+pub(super) fn complain(what: impl fmt::Display) {
+    log::say(Level::WARN, what);
+}
+
+/// Says why it ends.
+pub(super) fn fail(what: impl fmt::Display) {
+    log::say(Level::ERROR, what);
+}
+
+/// Says more of it, line by line.
+pub(super) fn list(lines: impl IntoIterator<Item = impl fmt::Display>) {
+    for line in lines {
+        log::say_more(Level::WARN, line);
+    }
+}
+
+/// Says a line on standard output; a closed one is no reason to stop carrying.
+pub(super) fn say(line: impl fmt::Display) {
+    output::OUT.send(one_line(line).into_bytes());
+}
+
+fn one_line(text: impl fmt::Display) -> String {
+    format!("{}\n", escape::line(&text.to_string()))
+}
+
+/// Prints a line that was asked for.
+pub(super) fn print(line: impl fmt::Display) -> Outcome {
+    write_out(one_line(line).as_bytes())
+}
+
+/// Prints what was asked for and has many lines; what stands in one of them was made fit for it.
+pub(super) fn print_text(text: impl fmt::Display) -> Outcome {
+    write_out(format!("{}\n", escape::text(&text.to_string())).as_bytes())
+}
+
+/// Prints JSON that was asked for.
+pub(super) fn print_json(json: &str) -> Outcome {
+    write_out(format!("{}\n", escape::json(json)).as_bytes())
+}
+
+/// Writes to standard output. A reader who has gone has seen enough, as `head` has.
+pub(super) fn write_out(bytes: &[u8]) -> Outcome {
+    match output::print(bytes) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(
+            "cannot write to standard output: {e}"
+        ))),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,83 @@
+//! The control socket and the metrics of a proxy: their options, and serving there.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::console::{complain, say};
+use super::summary::tried_again;
+use crate::address::TcpAddress;
+use crate::app::control::{self, Actions, Bound, Control, Place, Unavailable};
+use crate::app::values::{at_home, tcp};
+use crate::proxy::{Proxy, ProxyConfig};
+
+/// How a proxy that runs can be looked at and changed.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Control")]
+pub(super) struct ControlOptions {
+    /// Let `hvsock status`, `top`, `add` and `remove` at it by a Unix socket at PATH, or without =PATH where they look
+    /// first. =off: there is none [default: one under the process' number, which `hvsock ps` lists]
+    #[arg(long, value_name = "PATH|off", num_args = 0..=1, require_equals = true, value_parser = parse_place)]
+    control: Option<Option<Place>>,
+    /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
+    #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
+    metrics: Option<TcpAddress>,
+}
+
+impl ControlOptions {
+    /// Returns which sockets there are to be, if any, and what becomes of one that can't be had.
+    pub(super) fn sockets(&self, unavailable: Unavailable) -> Option<control::Options> {
+        let control = match self.control.clone() {
+            None => Place::Own,
+            Some(place) => place.unwrap_or_else(|| Place::At(control::default_path())),
+        };
+        if control == Place::Nowhere && self.metrics.is_none() {
+            return None;
+        }
+        Some(control::Options {
+            control,
+            metrics: self.metrics.clone(),
+            unavailable,
+        })
+    }
+}
+
+/// The path of a control socket, or `off`. Whoever writes a URI means something else.
+fn parse_place(text: &str) -> Result<Place, String> {
+    match text {
+        "off" => Ok(Place::Nowhere),
+        "" => Err("it is empty; leave the = out for the usual place".to_owned()),
+        text if text.contains("://") || text.starts_with(['@', '-']) => {
+            Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
+        }
+        text => Ok(Place::At(PathBuf::from(&*at_home(text)?))),
+    }
+}
+
+fn parse_metrics(text: &str) -> Result<TcpAddress, String> {
+    tcp(&text.into())
+}
+
+/// Binds the sockets that are asked for; no forward of the proxy may lead there.
+pub(super) fn open(sockets: &control::Options, config: &mut ProxyConfig) -> crate::Result<Bound> {
+    let bound = control::bind(sockets)?;
+    config.forbidden.extend(bound.addresses());
+    config.other_descriptors += bound.descriptors();
+    Ok(bound)
+}
+
+/// Serves on sockets where a proxy lets no forward lead; where they are is told.
+pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
+    let states = bound.states();
+    let control = bound.serve(proxy.handle(), actions)?;
+    for (address, trouble) in states {
+        match (address.as_tcp(), trouble) {
+            (_, Some(why)) => complain(tried_again(&why)),
+            (Some(TcpAddress { host, port }), None) => {
+                say(format_args!("metrics at http://{host}:{port}/metrics"));
+            }
+            (None, None) => say(format_args!("controlled at {address}")),
+        }
+    }
+    Ok(control)
+}

@@ -1,0 +1,140 @@
+//! The predecessor's part: it gives its sockets away.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{Done, FileLine, Head, Mine, SocketLine, Taken, Use, Wire, Yours};
+use super::{address_of, guest_port, take_from_keepers};
+use crate::address::Address;
+use crate::app::control::endpoint::{Endpoint, Service};
+use crate::app::control::model::RuleBody;
+use crate::listener::nonblocking::Listener;
+use crate::proxy::{ForwardId, Handle, Offered};
+use crate::sys::{self, AsSocket, Identity};
+
+/// A successor that waits for the sockets.
+#[derive(Debug)]
+pub(in crate::app::control) struct Successor(Wire);
+
+impl Successor {
+    /// Connects to the socket at which it waits.
+    ///
+    /// # Errors
+    /// `PermissionDenied` if it is a process of another user; what the system says.
+    pub(in crate::app::control) fn connect(address: &str) -> io::Result<Successor> {
+        let path = super::path_of(address)?;
+        let stream = sys::with_short_path(&path, |short| UnixStream::connect(short))?;
+        Wire::new(stream).map(Successor)
+    }
+
+    /// Gives it all sockets that it takes. The configuration asks for the forwards that are `listed`; `agree`
+    /// says whether the hand-over is still wanted when the successor is ready.
+    ///
+    /// # Errors
+    /// Why nothing has changed: the successor has ended, or takes too long.
+    pub(in crate::app::control) fn give(
+        mut self,
+        handle: &Handle,
+        endpoints: &[Arc<Endpoint>],
+        listed: &HashSet<ForwardId>,
+        agree: impl FnOnce() -> bool,
+    ) -> io::Result<()> {
+        let wire = &mut self.0;
+        let doors: Vec<_> = endpoints
+            .iter()
+            .filter_map(|it| Some((it, it.listener()?)))
+            .collect();
+        let mut taken = Vec::new();
+        let mut guest_ports = Vec::new();
+        let handed = handle.hand_over(|offered| {
+            wire.send(&Head {
+                sockets: doors.len() + offered.len(),
+            })?;
+            for (endpoint, listener) in &doors {
+                wire.send_with(&door_line(endpoint, listener), listener.as_socket())?;
+            }
+            let mut forwards = Vec::new();
+            for it in offered {
+                let socket: BorrowedFd<'_> = it.socket.as_fd();
+                wire.send_with(&forward_line(&it, listed), socket)?;
+                guest_ports.extend(guest_port(&it.bound));
+                // Its descriptor is closed by that: there may be many.
+                forwards.push(it.forward.map(|(id, _)| id));
+            }
+            taken = wire.next::<Taken>()?.taken;
+            if !agree() {
+                return Err(io::Error::other("it was given up"));
+            }
+            wire.send(&Yours { yours: true })?;
+            match wire.next::<Mine>() {
+                // One that hangs has them all the same.
+                Err(e) if e.kind() != io::ErrorKind::TimedOut => return Err(e),
+                _ => {}
+            }
+            let index = |number: &usize| number.checked_sub(doors.len());
+            let id = |index: usize| forwards.get(index).copied().flatten();
+            Ok(taken.iter().filter_map(index).filter_map(id).collect())
+        });
+        if handed.is_err() {
+            take_from_keepers(&guest_ports);
+            return handed;
+        }
+        for (number, (endpoint, _)) in doors.iter().enumerate() {
+            if taken.contains(&number) {
+                endpoint.give_away();
+            }
+        }
+        // It goes on without being told, a little later.
+        let _ = wire.send(&Done { done: true });
+        Ok(())
+    }
+}
+
+fn door_line(endpoint: &Endpoint, listener: &Listener) -> SocketLine {
+    let identity = listener.file().map(|file| file.identity());
+    SocketLine {
+        used_for: match endpoint.service {
+            Service::Control => Use::Control,
+            Service::Metrics => Use::Metrics,
+        },
+        name: None,
+        asked: Some(endpoint.asked.to_string()),
+        bound: endpoint.address.to_string(),
+        file: file_line(&endpoint.address, identity),
+        foreign: false,
+        added: None,
+    }
+}
+
+fn forward_line(offered: &Offered, listed: &HashSet<ForwardId>) -> SocketLine {
+    let added = offered
+        .forward
+        .as_ref()
+        .filter(|(id, _)| !listed.contains(id));
+    let added = added.and_then(|(_, rule)| serde_json::to_value(RuleBody::from(rule)).ok());
+    let (name, asked) = offered.wish.clone().unzip();
+    SocketLine {
+        used_for: Use::Forward,
+        name: name.flatten(),
+        asked: asked.map(|it| it.to_string()),
+        bound: offered.bound.to_string(),
+        file: file_line(&offered.bound, offered.file),
+        foreign: offered.is_foreign,
+        added,
+    }
+}
+
+/// The file of that identity of a socket that is bound there.
+fn file_line(bound: &Address, identity: Option<Identity>) -> Option<FileLine> {
+    let (path, identity) = (bound.listen_path()?, identity?);
+    // The other may have another working directory.
+    let path = std::path::absolute(&path).unwrap_or_else(|_| Path::new(&*path).to_owned());
+    Some(FileLine {
+        at: address_of(&path),
+        identity: identity.to_text(),
+    })
+}

@@ -1,0 +1,262 @@
+//! The hand-over of all listening sockets from a running hvsock to another process of the same user, so that no client
+//! is refused while one version takes the place of another.
+//!
+//! The successor makes a Unix socket in a private directory and asks for it by `POST /v1/take-over`. The predecessor
+//! connects there. Then each line is one of JSON:
+//!
+//! | from | line | meaning |
+//! |---|---|---|
+//! | predecessor | [`Head`] | how many sockets follow |
+//! | predecessor | [`SocketLine`], for each of them | with the descriptor itself (`SCM_RIGHTS`) |
+//! | successor | [`Taken`] | it is ready to accept at these, and has accepted nobody yet |
+//! | predecessor | [`Yours`] | they are the successor's, and their files are |
+//! | successor | [`Mine`] | it accepts at them |
+//! | predecessor | [`Done`] | it accepts nobody any more |
+//!
+//! The predecessor serves all clients until `mine` has come, and goes on as if nothing had happened if the successor
+//! ends before. Nothing changes its forwards meanwhile. After `done` it lets its connections finish, and ends. From
+//! `yours` on the successor ends the conversation by its own end only: whoever hears of no end, and of nothing else,
+//! believes that the other has the sockets.
+//!
+//! If one of them is killed in between, its keeper serves the ports that guests dial, which the other one serves: that
+//! one takes them from it.
+
+pub(super) mod give;
+pub(super) mod take;
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::address::{Address, UnixAddress};
+use crate::keeper;
+use crate::sys::{self, Wanted};
+
+/// The version of the protocol. A predecessor speaks no other.
+pub(super) const PROTOCOL: u32 = 1;
+
+/// How long either side waits for the other: to bind what is new may take a successor some time. The forwards can't be
+/// changed meanwhile.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// The longest line: a rule has some hundred bytes, and a path some thousand.
+const LONGEST_LINE: usize = 64 * 1024;
+
+/// The body of `POST /v1/take-over`.
+#[derive(Debug, Deserialize, Serialize)]
+pub(super) struct Request {
+    pub(super) protocol: u32,
+    /// The successor's process.
+    pub(super) pid: u32,
+    /// The address of the socket at which it waits.
+    pub(super) socket: String,
+}
+
+/// The first line.
+#[derive(Debug, Deserialize, Serialize)]
+struct Head {
+    sockets: usize,
+}
+
+/// What a socket is for.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Use {
+    Forward,
+    Control,
+    Metrics,
+}
+
+/// A listening socket.
+#[derive(Debug, Deserialize, Serialize)]
+struct SocketLine {
+    #[serde(rename = "use")]
+    used_for: Use,
+    /// The name of its rule.
+    name: Option<String>,
+    /// The address that was asked for; `null` if that isn't known.
+    asked: Option<String>,
+    bound: String,
+    /// The file that the predecessor made for it.
+    file: Option<FileLine>,
+    /// Another program has bound it, such as a service manager.
+    foreign: bool,
+    /// The rule, if the configuration doesn't ask for it: it was added by hand.
+    added: Option<Value>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+struct FileLine {
+    /// Its path, as the address of a Unix socket.
+    at: String,
+    /// Its identity, as [`sys::Identity::to_text`] writes it.
+    identity: String,
+}
+
+/// Which sockets the successor takes, by their numbers from 0. The others are closed by the predecessor.
+#[derive(Debug, Deserialize, Serialize)]
+struct Taken {
+    taken: Vec<usize>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+struct Yours {
+    yours: bool,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+struct Mine {
+    mine: bool,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+struct Done {
+    done: bool,
+}
+
+/// Returns the address of a path, which need not be UTF-8.
+fn address_of(path: &Path) -> String {
+    Address::Unix(UnixAddress::Path(path.to_owned())).to_string()
+}
+
+/// Returns the path of such an address.
+fn path_of(address: &str) -> io::Result<PathBuf> {
+    match address.parse() {
+        Ok(Address::Unix(UnixAddress::Path(path))) => Ok(path),
+        _ => Err(invalid(format!("{address:?} is no path"))),
+    }
+}
+
+/// Takes ports that guests dial, by the paths of their sockets, from a keeper that serves them for a process that was
+/// killed.
+fn take_from_keepers(ports: &[PathBuf]) {
+    for taken in ports.iter().filter_map(|path| keeper::Taken::take(path)) {
+        taken.release();
+    }
+}
+
+/// Returns the path of the socket at which a guest of a hyperkit VM dials, if this is one's address.
+fn guest_port(address: &Address) -> Option<PathBuf> {
+    match address {
+        Address::Hyperkit(_) => address.listen_path().map(PathBuf::from),
+        _ => None,
+    }
+}
+
+fn invalid(why: impl Into<String>) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, why.into())
+}
+
+/// The connection between the two.
+#[derive(Debug)]
+struct Wire {
+    stream: UnixStream,
+    read: Vec<u8>,
+    descriptors: VecDeque<OwnedFd>,
+}
+
+impl Wire {
+    /// Makes one of a connection with a process of this user.
+    ///
+    /// # Errors
+    /// `PermissionDenied` if it is another user's; what the system says.
+    fn new(stream: UnixStream) -> io::Result<Wire> {
+        let user = sys::connector(stream.as_fd())?.user;
+        if user != sys::user_id() {
+            let why = format!("it is a process of user {user}, and not ours");
+            return Err(io::Error::new(ErrorKind::PermissionDenied, why));
+        }
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Wire {
+            stream,
+            read: Vec::new(),
+            descriptors: VecDeque::new(),
+        })
+    }
+
+    fn send(&mut self, line: &impl Serialize) -> io::Result<()> {
+        self.stream.write_all(&to_line(line)?).map_err(late)
+    }
+
+    /// Sends a line, and a descriptor with it.
+    fn send_with(&mut self, line: &impl Serialize, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        let line = to_line(line)?;
+        let end = Instant::now() + PATIENCE;
+        let sent = loop {
+            let socket = self.stream.as_fd();
+            match sys::send(socket, &line, Some(descriptor.as_raw_fd())) {
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    let left = end.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(ErrorKind::TimedOut.into());
+                    }
+                    sys::wait(socket, Wanted::Writable, left)?;
+                }
+                sent => break sent?,
+            }
+        };
+        // The descriptor goes with the first byte.
+        self.stream.write_all(&line[sent..]).map_err(late)
+    }
+
+    /// Returns the next line, which must come within [`PATIENCE`].
+    fn next<T: DeserializeOwned>(&mut self) -> io::Result<T> {
+        let end = Instant::now() + PATIENCE;
+        let length = loop {
+            if let Some(length) = self.read.iter().position(|byte| *byte == b'\n') {
+                break length;
+            }
+            if self.read.len() > LONGEST_LINE {
+                return Err(invalid("a line has no end"));
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+            let mut buffer = [0; 16 * 1024];
+            let received = match sys::receive(self.stream.as_fd(), &mut buffer) {
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                received => received.map_err(late)?,
+            };
+            if received.bytes == 0 {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+            self.read.extend_from_slice(&buffer[..received.bytes]);
+            self.descriptors.extend(received.descriptors);
+        };
+        let line: Vec<u8> = self.read.drain(..=length).collect();
+        serde_json::from_slice(&line).map_err(|e| invalid(e.to_string()))
+    }
+
+    /// Returns the next line that came with a descriptor. Each such line has one, and both come in their order.
+    fn next_with<T: DeserializeOwned>(&mut self) -> io::Result<(T, OwnedFd)> {
+        let line = self.next()?;
+        let descriptor = self.descriptors.pop_front();
+        // There was no room for it: the process has too many.
+        let descriptor = descriptor.ok_or_else(|| invalid("a socket was lost on its way"))?;
+        Ok((line, descriptor))
+    }
+}
+
+fn to_line(line: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut bytes = serde_json::to_vec(line)?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+/// Calls by its name what the system calls `WouldBlock`: that a call took too long.
+fn late(error: io::Error) -> io::Error {
+    match error.kind() {
+        ErrorKind::WouldBlock => ErrorKind::TimedOut.into(),
+        _ => error,
+    }
+}

@@ -1,0 +1,234 @@
+//! The successor's part: it takes the sockets of an hvsock that runs.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tempfile::TempDir;
+
+use super::{Done, Head, Mine, PATIENCE, PROTOCOL, Request, SocketLine, Taken, Use, Wire, Yours};
+use super::{address_of, guest_port, invalid, path_of, take_from_keepers};
+use crate::address::Address;
+use crate::app::control::client::{Unanswered, ask};
+use crate::app::control::model::read_rule;
+use crate::app::control::problem::Problem;
+use crate::app::rule::RuleOptions;
+use crate::listener::file::SocketFile;
+use crate::listener::{Handed, Listener};
+use crate::proxy::Rule;
+use crate::sys::{self, Identity};
+
+/// An hvsock that runs, and offers all its listening sockets. Dropped, it goes on as before.
+#[derive(Debug)]
+pub(crate) struct Predecessor {
+    wire: Wire,
+    /// Each with its number.
+    sockets: Vec<(usize, Socket)>,
+    taken: Vec<usize>,
+    /// The files of the sockets that are taken, each with the permissions that it is to have.
+    files: Vec<(Arc<SocketFile>, Option<u32>)>,
+    /// The paths of those of them at which guests dial.
+    guest_ports: Vec<PathBuf>,
+}
+
+#[derive(Debug)]
+struct Socket {
+    used_for: Use,
+    listener: Listener,
+    /// Its rule, if it was added by hand.
+    added: Option<Rule>,
+}
+
+impl Predecessor {
+    /// Asks the hvsock that is controlled at `control` for its sockets.
+    ///
+    /// # Errors
+    /// That none is, or that it refuses.
+    pub(crate) fn ask(control: &Path) -> Result<Predecessor, Unanswered> {
+        let fail = |e: io::Error| {
+            let why = format!("its sockets can't be taken over: {e}");
+            Unanswered::Refused(Problem::new(500, why))
+        };
+        // Beside the control socket: both can get there, whatever else is private to one of them.
+        let meeting = MeetingPoint::new(control).map_err(fail)?;
+        let request = Request {
+            protocol: PROTOCOL,
+            pid: std::process::id(),
+            socket: meeting.address.clone(),
+        };
+        let request = serde_json::to_string(&request).map_err(|e| fail(e.into()))?;
+        ask(control, "POST", "/v1/take-over", &request)?;
+        let mut wire = meeting.accept().map_err(fail)?;
+        drop(meeting);
+        let mut sockets = Vec::new();
+        let head: Head = wire.next().map_err(fail)?;
+        for number in 0..head.sockets {
+            let (line, descriptor) = wire.next_with().map_err(fail)?;
+            sockets.push((number, read(line, descriptor).map_err(fail)?));
+        }
+        Ok(Predecessor {
+            wire,
+            sockets,
+            taken: Vec::new(),
+            files: Vec::new(),
+            guest_ports: Vec::new(),
+        })
+    }
+
+    /// Takes the socket of a service of the control interface, if it has one there.
+    pub(in crate::app::control) fn take_door(
+        &mut self,
+        service: Use,
+        asked: &Address,
+    ) -> Option<Listener> {
+        let fits =
+            |socket: &Socket| socket.used_for == service && socket.listener.is_for(None, asked);
+        self.take(fits, None)
+    }
+
+    /// Returns the rules that were added by hand.
+    pub(crate) fn added(&self) -> Vec<Rule> {
+        let added = self.sockets.iter().filter_map(|(_, it)| it.added.clone());
+        added.collect()
+    }
+
+    /// Takes the sockets of these rules. A socket that another program has bound is taken in any case: who waits there
+    /// may be served later.
+    pub(crate) fn take_listeners(&mut self, rules: &[Rule]) -> Vec<Listener> {
+        let mut listeners = Vec::new();
+        for rule in rules {
+            let (name, listen) = (rule.name.as_deref(), &rule.listen);
+            let fits =
+                |it: &Socket| it.used_for == Use::Forward && it.listener.is_for(name, listen);
+            listeners.extend(self.take(fits, Some(rule.mode)));
+        }
+        let is_kept = |it: &Socket| it.used_for == Use::Forward && it.listener.is_foreign();
+        while let Some(kept) = self.take(is_kept, None) {
+            listeners.push(kept);
+        }
+        listeners
+    }
+
+    fn take(&mut self, fits: impl Fn(&Socket) -> bool, mode: Option<u32>) -> Option<Listener> {
+        let index = self.sockets.iter().position(|(_, socket)| fits(socket))?;
+        let (number, socket) = self.sockets.remove(index);
+        self.guest_ports
+            .extend(guest_port(socket.listener.address()));
+        self.taken.push(number);
+        let file = socket.listener.file();
+        self.files.extend(file.map(|file| (file, mode)));
+        Some(socket.listener)
+    }
+
+    /// Returns the addresses of the sockets that are left, which it closes.
+    pub(crate) fn left(&self) -> Vec<Address> {
+        let left = self.sockets.iter();
+        let left = left.filter(|(_, it)| it.used_for == Use::Forward);
+        left.map(|(_, it)| it.listener.address().clone()).collect()
+    }
+
+    /// Says which sockets are taken, all of which are ready. Once this returns they are this process', and it is to
+    /// accept at them.
+    ///
+    /// # Errors
+    /// Why the other keeps them, as if nothing had happened: it has ended, or was told to, or this took too long.
+    pub(crate) fn agree(mut self) -> io::Result<Agreed> {
+        self.wire.send(&Taken {
+            taken: std::mem::take(&mut self.taken),
+        })?;
+        let yours: Yours = self.wire.next()?;
+        if !yours.yours {
+            return Err(invalid("it keeps them"));
+        }
+        for (file, mode) in self.files.drain(..) {
+            file.own();
+            // That they can't be set is no reason to serve nobody.
+            let _ = mode.map(|mode| file.set_mode(mode));
+        }
+        Ok(Agreed {
+            wire: self.wire,
+            guest_ports: self.guest_ports,
+        })
+    }
+}
+
+/// A hand-over on which both have agreed.
+#[derive(Debug)]
+pub(crate) struct Agreed {
+    wire: Wire,
+    guest_ports: Vec<PathBuf>,
+}
+
+impl Agreed {
+    /// Says that clients are accepted here, and returns when the other accepts none any more.
+    pub(crate) fn finish(mut self) {
+        let done = self.wire.send(&Mine { mine: true });
+        if done.and_then(|()| self.wire.next::<Done>()).is_err() {
+            // It was killed, or hangs, and is to have nothing in either case.
+            take_from_keepers(&self.guest_ports);
+        }
+    }
+}
+
+fn read(line: SocketLine, descriptor: OwnedFd) -> io::Result<Socket> {
+    let address = |text: &str| text.parse::<Address>().map_err(|e| invalid(e.to_string()));
+    let asked = line.asked.as_deref().map(address).transpose()?;
+    let file = line.file.map(|file| {
+        let identity = Identity::from_text(&file.identity);
+        let identity = identity.ok_or_else(|| invalid("a file's identity is none"))?;
+        Ok::<_, io::Error>((path_of(&file.at)?, identity))
+    });
+    let handed = Handed {
+        wish: asked.map(|asked| (line.name, asked)),
+        address: address(&line.bound)?,
+        file: file.transpose()?,
+        is_foreign: line.foreign,
+    };
+    let added = line.added.map(|body| {
+        let rule = read_rule(body.to_string().as_bytes(), RuleOptions::default());
+        rule.map_err(|problem| invalid(problem.to_string()))
+    });
+    Ok(Socket {
+        used_for: line.used_for,
+        listener: Listener::handed(descriptor, handed).map_err(io::Error::other)?,
+        added: added.transpose()?,
+    })
+}
+
+/// A socket of which only this user knows.
+struct MeetingPoint {
+    listener: UnixListener,
+    address: String,
+    _directory: TempDir,
+}
+
+impl MeetingPoint {
+    fn new(beside: &Path) -> io::Result<MeetingPoint> {
+        let beside = std::path::absolute(beside)?;
+        let parent = beside.parent().unwrap_or(Path::new("/"));
+        // Its mode is 0700.
+        let directory = tempfile::Builder::new()
+            .prefix(".hvsock-")
+            .tempdir_in(parent)?;
+        let path = directory.path().join("s");
+        let listener = sys::with_short_path(&path, |short| UnixListener::bind(short))?;
+        listener.set_nonblocking(true)?;
+        Ok(MeetingPoint {
+            listener,
+            address: address_of(&path),
+            _directory: directory,
+        })
+    }
+
+    /// Waits for the other, which has connected before it answered.
+    fn accept(&self) -> io::Result<Wire> {
+        if !sys::wait(self.listener.as_fd(), sys::Wanted::Readable, PATIENCE)? {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        let (stream, _) = self.listener.accept()?;
+        stream.set_nonblocking(false)?;
+        Wire::new(stream)
+    }
+}

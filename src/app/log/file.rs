@@ -1,0 +1,75 @@
+//! The log's file. A thread of its own writes to it, so that a disk that hangs delays nothing else.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use tracing::Level;
+
+use crate::app::lossy_writer::LossyWriter;
+
+use super::stderr::ERR;
+use super::style::dropped_line;
+
+/// The queue in front of the file.
+pub(crate) static LOG: LossyWriter = LossyWriter::new("hvsock-log", write, dropped_line);
+
+/// The open file. Only the thread that writes locks it, once the log has begun.
+static OPEN: Mutex<Option<(PathBuf, File)>> = Mutex::new(None);
+
+/// Whether the file is to be opened again before the next write.
+static IS_STALE: AtomicBool = AtomicBool::new(false);
+
+fn open_file(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.append(true).create(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
+/// Opens the log's file, and makes it (0600) if there is none.
+///
+/// # Errors
+/// Returns why it can't be opened, and how to mend that.
+pub(super) fn open(path: &Path) -> Result<(), String> {
+    let file = open_file(path).map_err(|e| {
+        let remedy = match e.kind() {
+            io::ErrorKind::NotFound => ": make its directory first",
+            io::ErrorKind::PermissionDenied => ": choose a file that you may write",
+            io::ErrorKind::IsADirectory => ": it is a directory; name a file in it",
+            _ => "",
+        };
+        format!("cannot open the log {}: {e}{remedy}", path.display())
+    })?;
+    *OPEN.lock().unwrap_or_else(PoisonError::into_inner) = Some((path.to_owned(), file));
+    Ok(())
+}
+
+/// Has the file opened again before the next line, since it may have been renamed (logrotate).
+#[cfg(unix)]
+pub(crate) fn reopen() {
+    IS_STALE.store(true, Ordering::Release);
+}
+
+fn write(bytes: &[u8]) -> io::Result<usize> {
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some((path, file)) = &mut *open else {
+        return Err(io::ErrorKind::NotFound.into());
+    };
+    if IS_STALE.swap(false, Ordering::AcqRel) {
+        match open_file(path) {
+            Ok(new) => *file = new,
+            Err(e) => {
+                let path = path.display();
+                let text =
+                    format!("cannot open the log {path} again: {e}; going on with the old file");
+                ERR.send(format!("hvsock: {text}\n").into_bytes());
+                tracing::event!(Level::ERROR, "{text}");
+            }
+        }
+    }
+    file.write(bytes)
+}

@@ -1,0 +1,204 @@
+//! The log of a command: where it goes, how a line looks, and which lines there are.
+
+mod file;
+mod filter;
+mod format;
+mod stderr;
+mod style;
+
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use tracing::Level;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::filter::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::debug_fn;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::app::escape;
+
+pub(crate) use file::LOG;
+#[cfg(unix)]
+pub(crate) use file::reopen;
+pub(crate) use stderr::ERR;
+pub(crate) use style::dropped_line;
+use style::{LogFormat, Style};
+
+/// The name of the variable that says which lines there are.
+const VARIABLE: &str = "HVSOCK_LOG";
+
+/// Where the log goes, and how its lines look.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Log")]
+pub(crate) struct LogOptions {
+    /// Append the log to a file instead of standard error; SIGHUP opens it again, and does not end the process then
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// How a line looks [default: journal under systemd's journal, else text]
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+}
+
+/// Returns whether the log goes to a file.
+pub(crate) fn is_in_file() -> bool {
+    Style::get().to_file
+}
+
+/// Starts the log.
+///
+/// # Errors
+/// Returns what is wrong with the log's file, and how to mend it.
+pub(crate) fn start(options: &LogOptions) -> Result<(), String> {
+    if let Some(path) = &options.log {
+        file::open(path)?;
+    }
+    let format = options.log_format.unwrap_or_else(|| {
+        match options.log.is_none() && format::is_read_by_journal() {
+            true => LogFormat::Journal,
+            false => LogFormat::Text,
+        }
+    });
+    Style {
+        format,
+        to_file: options.log.is_some(),
+    }
+    .set();
+    let text = std::env::var(VARIABLE).unwrap_or_default();
+    let (filter, trouble) = match filter::parse(&text) {
+        Ok(filter) => (filter, None),
+        Err(why) => (
+            filter::usual(),
+            Some(format!("{VARIABLE}={text:?}: {why}; taking info")),
+        ),
+    };
+    take_panics();
+    subscribe(format, filter);
+    if let Some(trouble) = trouble {
+        say(Level::WARN, trouble);
+    }
+    Ok(())
+}
+
+/// Has the events of this process written. Another program that calls this one may have set up its
+/// own log: then that one stays.
+fn subscribe(format: LogFormat, filter: EnvFilter) {
+    // Whatever a peer or a file has named stays in its line. The formatter's own colours are not
+    // touched.
+    let fields = debug_fn(|line, field, value| {
+        let value = format!("{value:?}");
+        let value = escape::line(&value);
+        match field.name() {
+            "message" => write!(line, "{value}"),
+            name => write!(line, "{name}={value}"),
+        }
+    });
+    let layer = tracing_subscriber::fmt::layer()
+        .with_target(false)
+        .with_writer(LogWriter(format))
+        // It would tell of them with `eprintln!`, which panics.
+        .log_internal_errors(false);
+    let layer = match format {
+        LogFormat::Text => layer
+            .fmt_fields(fields.delimited(" "))
+            .with_ansi(!is_in_file() && io::stderr().is_terminal())
+            .boxed(),
+        LogFormat::Json => layer
+            .json()
+            .with_target(true)
+            .flatten_event(true)
+            .with_span_list(false)
+            .boxed(),
+        LogFormat::Journal => layer
+            .fmt_fields(fields.delimited(" "))
+            .with_ansi(false)
+            .event_format(format::Journal::default())
+            .boxed(),
+    };
+    let log = tracing_subscriber::registry().with(filter).with(layer);
+    let _ = log.try_init();
+}
+
+/// Says something that people should know: as `hvsock: …` on standard error where the log is text
+/// there, else as a line of the log. It is said even if the log leaves that level out.
+pub(crate) fn say(level: Level, what: impl fmt::Display) {
+    let is_logged = Style::get() != Style::PLAIN && takes(level);
+    if is_logged {
+        match level {
+            Level::ERROR => tracing::error!("{what}"),
+            Level::WARN => tracing::warn!("{what}"),
+            _ => tracing::info!("{what}"),
+        }
+    }
+    // With a file, a person at the terminal is told as well.
+    if !is_logged || is_in_file() {
+        let line = format!("hvsock: {}\n", escape::line(&what.to_string()));
+        ERR.send(line.into_bytes());
+    }
+}
+
+/// Says a line that follows one of [`say`].
+pub(crate) fn say_more(level: Level, line: impl fmt::Display) {
+    match Style::get() {
+        Style {
+            format: LogFormat::Text,
+            to_file: false,
+        } => ERR.send(format!("{}\n", escape::line(&line.to_string())).into_bytes()),
+        _ => say(level, line),
+    }
+}
+
+fn takes(level: Level) -> bool {
+    match level {
+        Level::ERROR => tracing::enabled!(Level::ERROR),
+        Level::WARN => tracing::enabled!(Level::WARN),
+        _ => tracing::enabled!(Level::INFO),
+    }
+}
+
+/// What the log writes to: a queue that never waits.
+#[derive(Clone, Copy, Debug)]
+struct LogWriter(LogFormat);
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let line = match (self.0, std::str::from_utf8(bytes)) {
+            // The formatter escapes what JSON forbids, and leaves what a terminal would obey.
+            (LogFormat::Json, Ok(json)) => escape::json(json).as_bytes().to_vec(),
+            _ => bytes.to_vec(),
+        };
+        match is_in_file() {
+            true => LOG.send(line),
+            false => ERR.send(line),
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for LogWriter {
+    type Writer = LogWriter;
+
+    fn make_writer(&self) -> LogWriter {
+        *self
+    }
+}
+
+/// Has panics written as all else is. std would wait for the reader, and other threads wait for the
+/// one that panics.
+fn take_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let trace = std::backtrace::Backtrace::capture();
+        let mut text = format!("hvsock: {}\n", escape::text(&panic.to_string()));
+        if trace.status() == std::backtrace::BacktraceStatus::Captured {
+            text += &trace.to_string();
+        }
+        ERR.send(text.into_bytes());
+    }));
+}

@@ -1,0 +1,131 @@
+//! The hvsock processes of this user, by the system's list of processes.
+//!
+//! On Linux that is `/proc`, which is there where `ps` need not be (in a container). Elsewhere it is
+//! what POSIX' `ps` prints: macOS has no documented call for another process' arguments.
+
+use std::io;
+
+/// What the program is called.
+const PROGRAM: &str = "hvsock";
+
+/// A process of this program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Process {
+    pub(crate) id: u32,
+    /// The program, and its arguments.
+    pub(crate) command: Vec<String>,
+}
+
+impl Process {
+    /// Returns the value of an option that is written as `--NAME=VALUE`.
+    pub(crate) fn option(&self, name: &str) -> Option<&str> {
+        let mut values = self.command.iter().filter_map(|word| {
+            let rest = word.strip_prefix("--")?.strip_prefix(name)?;
+            rest.strip_prefix('=')
+        });
+        values.next_back()
+    }
+}
+
+/// Returns whether a path is that of this program. The file of one that was replaced while it runs
+/// is said to be deleted.
+fn is_ours(program: &str) -> bool {
+    let program = program.strip_suffix(" (deleted)").unwrap_or(program);
+    program.rsplit('/').next() == Some(PROGRAM)
+}
+
+/// Lists the processes of this program that belong to this user, but for the one that asks.
+///
+/// # Errors
+/// Returns the system's error, if it doesn't tell of processes.
+pub(crate) fn list() -> io::Result<Vec<Process>> {
+    let mut processes = all_of_user()?;
+    processes.retain(|it| it.id != std::process::id());
+    processes.sort_by_key(|it| it.id);
+    Ok(processes)
+}
+
+#[cfg(target_os = "linux")]
+fn all_of_user() -> io::Result<Vec<Process>> {
+    use std::fs;
+    use std::os::unix::fs::MetadataExt;
+    let user = crate::sys::user_id();
+    let all = fs::read_dir("/proc")?.flatten().filter_map(|entry| {
+        let id = entry.file_name().to_str()?.parse().ok()?;
+        if entry.metadata().ok()?.uid() != user {
+            return None;
+        }
+        let directory = entry.path();
+        let program = fs::read_link(directory.join("exe")).ok()?;
+        if !is_ours(&program.to_string_lossy()) {
+            return None;
+        }
+        let command = fs::read(directory.join("cmdline")).ok()?;
+        let command = command.strip_suffix(b"\0").unwrap_or(&command);
+        let words = command.split(|byte| *byte == 0);
+        let words = words.map(|word| String::from_utf8_lossy(word).into_owned());
+        Some(Process {
+            id,
+            command: words.collect(),
+        })
+    });
+    Ok(all.collect())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn all_of_user() -> io::Result<Vec<Process>> {
+    let user = crate::sys::user_id().to_string();
+    let mut ps = std::process::Command::new("/bin/ps");
+    let told = ps.args(["-ww", "-U", &user, "-o", "pid=,args="]).output()?;
+    match told.status.success() {
+        true => Ok(read_ps(&String::from_utf8_lossy(&told.stdout))),
+        false => {
+            let why = String::from_utf8_lossy(&told.stderr);
+            Err(io::Error::other(format!("ps: {}", why.trim())))
+        }
+    }
+}
+
+/// Reads lines of `ps -o pid=,args=`. It joins words by blanks, so one that has a blank in it is
+/// taken for several.
+#[cfg(any(test, not(target_os = "linux")))]
+fn read_ps(text: &str) -> Vec<Process> {
+    let read = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let id = words.next()?.parse().ok()?;
+        let command: Vec<String> = words.map(str::to_owned).collect();
+        is_ours(command.first()?).then_some(Process { id, command })
+    });
+    read.collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_ps_are_read_and_other_programs_left() {
+        let text = "    1 /sbin/launchd\n  501 /usr/local/bin/hvsock run /etc/hvsock.toml\n\
+            77 vi hvsock\n  502 hvsock forward --control=off tcp://127.0.0.1:1 /x\nnone\n";
+        let read = read_ps(text);
+        let ids: Vec<u32> = read.iter().map(|it| it.id).collect();
+        assert_eq!(ids, [501, 502]);
+        assert_eq!(read[0].command[1..], ["run", "/etc/hvsock.toml"]);
+        assert_eq!(read[1].option("control"), Some("off"));
+        assert_eq!(read[0].option("control"), None);
+    }
+
+    #[test]
+    fn a_program_is_known_by_its_file() {
+        for (program, ours) in [
+            ("/usr/bin/hvsock", true),
+            ("hvsock", true),
+            ("/tmp/hvsock (deleted)", true),
+            ("/usr/bin/hvsock-7", false),
+            ("/hvsock/cat", false),
+        ] {
+            assert_eq!(is_ours(program), ours, "{program}");
+        }
+    }
+}

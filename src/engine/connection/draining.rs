@@ -1,0 +1,335 @@
+//! The drain of one end: how fast it is read, and when it is given up before its time.
+//!
+//! A drain reads what a guest sends on a connection that nobody listens to any more, until the EOF
+//! that ends it in order. Most guests end it at once. One that goes on sending is read slowly, so
+//! that it costs little, and is given up after [`LONGEST_SENDING`], or before that if clients wait
+//! and drains have more than their part of the VM's slots.
+//!
+//! What a close does to hyperkit's device depends on the guest (`pci_virtio_sock.c`):
+//!
+//! - A guest that sends is told. The device's next write fails with EPIPE, it shuts both directions
+//!   down, and answers the guest's next packet by a reset, which frees the slot; if no packet comes,
+//!   it does so by itself after 30 s (`SHUTDOWN_RST_DELAY`). So to give up such a drain gives its
+//!   slot back.
+//! - A guest that is silent is told of nothing but our half-close, which it knew: its slot is lost
+//!   until it sends or ends. To give up such a drain early would gain nothing, so it keeps the whole
+//!   drain timeout.
+//! - If the guest has closed, and the device still holds more for us than the socket's buffer takes,
+//!   the close kills the VM. While an end is read slowly, the device does hold more. So before it is
+//!   closed, it is read at full speed until nothing is left ([`Pace::Last`]).
+
+use std::time::{Duration, Instant};
+
+/// How many bytes are read at full speed. Most downloads that a client cancels end within them.
+const UNHURRIED: u64 = 4 * 1024 * 1024;
+
+/// How long a guest may go on sending less than that at full speed.
+const SENDS_ON: Duration = Duration::from_secs(1);
+
+/// The time between two reads of a guest that goes on sending. With the size of a buffer, 128 KiB,
+/// that is at most 1.3 MB a second.
+pub(crate) const PACE: Duration = Duration::from_millis(100);
+
+/// How long a guest may go on sending before its drain is given up.
+pub(crate) const LONGEST_SENDING: Duration = Duration::from_secs(10);
+
+/// A guest that has sent nothing for so long is silent.
+pub(crate) const SILENCE: Duration = Duration::from_secs(5);
+
+/// More bytes than the device and the sockets hold between them: what comes after so many was sent
+/// since.
+const HELD: u64 = 1024 * 1024;
+
+/// How long nothing must come for the device to hold nothing. It writes what it holds as soon as its
+/// thread runs.
+const EMPTY: Duration = Duration::from_millis(50);
+
+/// How long an end that is given up is read at full speed.
+const LAST_READS: Duration = Duration::from_secs(1);
+
+/// How an end is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pace {
+    Full,
+    /// Once at a time, not before then.
+    Slow(Instant),
+    /// At full speed, until it can be closed.
+    Last {
+        /// What had been read by then.
+        from: u64,
+        until: Instant,
+    },
+}
+
+/// What is to be done with an end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reading {
+    /// Read as much as one turn may.
+    Full,
+    Once,
+    /// Wait: it is not time yet.
+    Not,
+}
+
+/// What follows from what was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Wait for an event.
+    Wait,
+    /// Go on at that time.
+    At(Instant),
+    /// Go on after the others.
+    Again,
+    /// The guest goes on sending, and is read slowly from now on.
+    Slower,
+    /// The guest, which is read slowly, sends nothing for now. Wait for an event.
+    Quiet,
+    /// The guest has gone on sending: its drain is given up if others need its slot.
+    MayGiveUp,
+    /// The guest has gone on sending for too long: its drain is given up.
+    GiveUp,
+    /// Nothing is left: the end can be closed.
+    Close,
+}
+
+/// The state of a drain.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Drain {
+    pace: Pace,
+    /// What had been received when it began.
+    from: u64,
+    received: u64,
+    /// The time of the last byte.
+    last: Option<Instant>,
+    /// Since when the guest has been sending without a silence.
+    sending_since: Option<Instant>,
+}
+
+impl Drain {
+    /// Makes the drain of an end that has received so many bytes.
+    pub(crate) fn new(received: u64) -> Drain {
+        Drain {
+            pace: Pace::Full,
+            from: received,
+            received,
+            last: None,
+            sending_since: None,
+        }
+    }
+
+    /// Returns how the end is to be read now.
+    pub(crate) fn reading(&self, now: Instant) -> Reading {
+        match self.pace {
+            Pace::Full | Pace::Last { .. } => Reading::Full,
+            Pace::Slow(next) if now >= next => Reading::Once,
+            Pace::Slow(_) => Reading::Not,
+        }
+    }
+
+    /// Returns whether the guest is sending.
+    pub(crate) fn is_sending(&self, now: Instant) -> bool {
+        let is_recent = |at| now.saturating_duration_since(at) < SILENCE;
+        self.last.is_some_and(is_recent)
+    }
+
+    /// Takes that the process stood still: the guest may have been unable to end.
+    pub(crate) fn forgive(&mut self, now: Instant) {
+        self.sending_since = self.sending_since.map(|_| now);
+        if let Pace::Last { until, .. } = &mut self.pace {
+            *until = (*until).max(now + EMPTY);
+        }
+    }
+
+    /// Reads at full speed from now on, whatever comes: the proxy stops.
+    pub(crate) fn hurry(&mut self) {
+        if matches!(self.pace, Pace::Slow(_)) {
+            self.pace = Pace::Full;
+        }
+    }
+
+    /// Reads the rest at full speed, to be closed.
+    pub(crate) fn give_up(&mut self, now: Instant) {
+        self.pace = Pace::Last {
+            from: self.received,
+            until: now + LAST_READS,
+        };
+    }
+
+    /// Notes what has been received by now, and whether more can be read at once. `may_slow` says
+    /// whether the end may be read slowly, `has_read` whether it was read now.
+    pub(crate) fn note(
+        &mut self,
+        received: u64,
+        is_readable: bool,
+        may_slow: bool,
+        has_read: bool,
+        now: Instant,
+    ) -> Next {
+        let has_come = received > self.received;
+        if has_come {
+            if !self.is_sending(now) || self.sending_since.is_none() {
+                self.sending_since = Some(now);
+            }
+            self.last = Some(now);
+        }
+        self.received = received;
+        let sending = self.sending_since.filter(|_| has_come);
+        let sending = sending.map(|since| now.saturating_duration_since(since));
+        match self.pace {
+            Pace::Full => {
+                let is_much = received - self.from > UNHURRIED;
+                if may_slow && has_come && (is_much || sending >= Some(SENDS_ON)) {
+                    self.pace = Pace::Slow(now + PACE);
+                    return Next::Slower;
+                }
+                match is_readable {
+                    true => Next::Again,
+                    false => Next::Wait,
+                }
+            }
+            Pace::Slow(next) if !has_read => match is_readable {
+                true => Next::At(next),
+                false => Next::Wait,
+            },
+            Pace::Slow(_) => {
+                self.pace = Pace::Slow(now + PACE);
+                match sending {
+                    Some(time) if time >= LONGEST_SENDING => Next::GiveUp,
+                    Some(_) => Next::MayGiveUp,
+                    None => Next::Quiet,
+                }
+            }
+            Pace::Last { from, until } => {
+                let is_newly_sent = received - from > HELD;
+                let is_empty = self.last.is_none_or(|at| now >= at + EMPTY);
+                if now >= until || !is_readable && (is_newly_sent || is_empty) {
+                    return Next::Close;
+                }
+                match is_readable {
+                    true => Next::Again,
+                    false => Next::At(until.min(now + EMPTY)),
+                }
+            }
+        }
+    }
+
+    /// Returns when to go on after [`Next::MayGiveUp`], [`Next::GiveUp`] or [`Next::Slower`].
+    pub(crate) fn next(&self, now: Instant) -> Instant {
+        match self.pace {
+            Pace::Slow(next) => next,
+            _ => now,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUFFER: u64 = 128 * 1024;
+
+    /// A drain, with what it has received and the time.
+    struct Guest {
+        drain: Drain,
+        received: u64,
+        now: Instant,
+    }
+
+    impl Guest {
+        fn new() -> Guest {
+            Guest {
+                drain: Drain::new(0),
+                received: 0,
+                now: Instant::now(),
+            }
+        }
+
+        /// Reads so much, if it is time; whether more can be read then.
+        fn reads(&mut self, bytes: u64, is_readable: bool) -> Next {
+            let (reading, now) = (self.drain.reading(self.now), self.now);
+            let has_read = reading != Reading::Not;
+            if has_read {
+                self.received += bytes;
+            }
+            self.drain
+                .note(self.received, is_readable, true, has_read, now)
+        }
+
+        fn waits(&mut self, time: Duration) {
+            self.now += time;
+        }
+    }
+
+    #[test]
+    fn a_guest_that_sends_on_is_read_slowly_and_given_up() {
+        let mut guest = Guest::new();
+        let begun = guest.now;
+        while guest.reads(4 * BUFFER, true) == Next::Again {}
+        assert!((UNHURRIED..UNHURRIED + 5 * BUFFER).contains(&guest.received));
+        let before = guest.received;
+        let mut next = guest.reads(BUFFER, true);
+        while next != Next::GiveUp {
+            guest.now = match next {
+                Next::At(at) => at,
+                _ => guest.drain.next(guest.now),
+            };
+            next = guest.reads(BUFFER, true);
+        }
+        let took = guest.now - begun;
+        assert!(took >= LONGEST_SENDING && took < LONGEST_SENDING + 2 * PACE);
+        assert!(guest.received - before <= 101 * BUFFER);
+        // A guest that only drips is read slowly, too.
+        let mut guest = Guest::new();
+        let begun = guest.now;
+        while guest.reads(1, false) != Next::GiveUp {
+            guest.waits(2 * PACE);
+        }
+        assert!(guest.now - begun < LONGEST_SENDING + 3 * PACE);
+    }
+
+    #[test]
+    fn a_guest_that_falls_silent_begins_anew() {
+        let mut guest = Guest::new();
+        for _ in 0..10 {
+            for _ in 0..30 {
+                assert!(!matches!(guest.reads(1, false), Next::GiveUp));
+                guest.waits(2 * PACE);
+            }
+            assert!(guest.drain.is_sending(guest.now));
+            guest.waits(SILENCE);
+            assert!(!guest.drain.is_sending(guest.now));
+        }
+    }
+
+    #[test]
+    fn what_is_given_up_is_closed_when_the_device_holds_nothing() {
+        let mut guest = Guest::new();
+        while guest.reads(4 * BUFFER, true) == Next::Again {}
+        guest.drain.give_up(guest.now);
+        // What has come may be what the device held before.
+        assert!(matches!(guest.reads(4 * BUFFER, false), Next::At(_)));
+        assert_eq!(guest.reads(4 * BUFFER, true), Next::Again);
+        assert_eq!(guest.reads(BUFFER, false), Next::Close);
+        // A guest that falls silent has nothing on its way.
+        guest.drain.give_up(guest.now);
+        let Next::At(at) = guest.reads(BUFFER, false) else {
+            panic!()
+        };
+        guest.now = at;
+        assert_eq!(guest.reads(0, false), Next::Close);
+        // One that is faster than we are is not read for ever.
+        guest.drain.give_up(guest.now);
+        assert_eq!(guest.reads(8 * BUFFER, true), Next::Again);
+        guest.waits(LAST_READS);
+        assert_eq!(guest.reads(8 * BUFFER, true), Next::Close);
+    }
+
+    #[test]
+    fn what_stops_is_in_a_hurry() {
+        let mut guest = Guest::new();
+        while guest.reads(4 * BUFFER, true) == Next::Again {}
+        assert_eq!(guest.drain.reading(guest.now), Reading::Not);
+        guest.drain.hurry();
+        assert_eq!(guest.drain.reading(guest.now), Reading::Full);
+    }
+}

@@ -1,0 +1,537 @@
+//! The keeper's own process: one thread that waits in poll(2).
+//!
+//! While the proxy lives, it waits for the bell and for clients of its status sockets, without a
+//! timeout. When the proxy has ended, it waits for the connections that it ends and for guests that
+//! dial, and looks each second whether their VM still runs.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::SockRef;
+
+use crate::sys::{self, Identity, Place};
+
+use super::PROTOCOL;
+use super::ending::{self, Ending, Turn};
+use super::ports::{Fate, Kept};
+use super::protocol::{Decoder, Order, UNKNOWN_PROTOCOL};
+use super::status::{self, KeeperStatus, socket_path};
+
+/// How often the keeper looks whether the VMs of served ports still run.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How many clients the status sockets have at a time; the oldest one goes when another comes.
+const MOST_CLIENTS: usize = 16;
+
+/// How many bytes a line of a client may have.
+const LONGEST_LINE: usize = 256;
+
+/// A status socket.
+#[derive(Debug)]
+struct Door {
+    directory: PathBuf,
+    /// `None`: it can't be bound now.
+    bound: Option<(UnixListener, Identity)>,
+}
+
+impl Door {
+    fn path(&self) -> PathBuf {
+        socket_path(&self.directory, std::process::id())
+    }
+
+    /// Binds the socket, unless it is bound and its file is there.
+    fn bind(&mut self) {
+        let path = self.path();
+        if let Some((_, identity)) = &self.bound
+            && Identity::of(&path).is_ok_and(|now| now == *identity)
+        {
+            return;
+        }
+        self.bound = bind_status(&path).ok();
+    }
+
+    fn remove(&self) {
+        if let Some((_, identity)) = &self.bound {
+            let place = Place::of(&self.path());
+            let _ = place.and_then(|place| place.remove(*identity));
+        }
+    }
+}
+
+fn bind_status(path: &Path) -> io::Result<(UnixListener, Identity)> {
+    use std::fs::remove_file;
+    // Left over by an earlier process of this number.
+    if sys::is_socket_alive(path).is_ok_and(|lives| !lives) {
+        remove_file(path)?;
+    }
+    let bind = |short: &Path| {
+        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+        sys::refuse_descriptors(&socket);
+        sys::set_bound_mode(&socket, 0o600);
+        socket.bind(&socket2::SockAddr::unix(short)?)?;
+        let identity = Place::of(path)?.finish_bind(0o600)?;
+        socket.listen(16)?;
+        socket.set_nonblocking(true)?;
+        Ok((UnixListener::from(OwnedFd::from(socket)), identity))
+    };
+    sys::with_short_path(path, bind)
+}
+
+/// A client of a status socket.
+#[derive(Debug)]
+struct Client {
+    id: u64,
+    stream: UnixStream,
+    line: Vec<u8>,
+}
+
+/// What a descriptor that is waited for belongs to.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Bell,
+    Door(usize),
+    Client(u64),
+    Port(u64),
+    Ending(usize),
+}
+
+/// Whether the keeper goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Course {
+    GoesOn,
+    Ends,
+}
+
+struct Process<'a> {
+    bell: BorrowedFd<'a>,
+    orders: BorrowedFd<'a>,
+    decoder: Decoder,
+    proxy: u32,
+    proxy_ended: bool,
+    connections: HashMap<u64, OwnedFd>,
+    ports: HashMap<u64, Kept>,
+    endings: Vec<Ending>,
+    doors: Vec<Door>,
+    clients: Vec<Client>,
+    next_client: u64,
+    look_at: Instant,
+    buffer: Vec<u8>,
+}
+
+/// Runs as a keeper: see [`serve`](super::serve).
+pub(super) fn run(version: Option<&str>) -> i32 {
+    let (bell, orders) = (io::stdin(), io::stdout());
+    let is_socket = |descriptor: BorrowedFd<'_>| SockRef::from(&descriptor).r#type().is_ok();
+    if !is_socket(bell.as_fd()) || !is_socket(orders.as_fd()) {
+        let why = "hvsock: a keeper is started by a proxy, and not by hand\n";
+        let _ = io::stderr().write_all(why.as_bytes());
+        return 2;
+    }
+    let version = version.and_then(|it| it.parse::<u32>().ok());
+    if !version.is_some_and(|version| (1..=PROTOCOL).contains(&version)) {
+        return UNKNOWN_PROTOCOL;
+    }
+    sys::detach();
+    // As ps(1) shows it: it was started by a link.
+    #[cfg(target_os = "linux")]
+    let _ = std::fs::write("/proc/self/comm", "hvsock-keeper");
+    // The proxy has as many.
+    let _ = sys::raise_descriptor_limit();
+    for socket in [bell.as_fd(), orders.as_fd()] {
+        if SockRef::from(&socket).set_nonblocking(true).is_err() {
+            return 1;
+        }
+    }
+    let process = Process {
+        bell: bell.as_fd(),
+        orders: orders.as_fd(),
+        decoder: Decoder::default(),
+        proxy: 0,
+        proxy_ended: false,
+        connections: HashMap::new(),
+        ports: HashMap::new(),
+        endings: Vec::new(),
+        doors: Vec::new(),
+        clients: Vec::new(),
+        next_client: 0,
+        look_at: Instant::now(),
+        buffer: Vec::new(),
+    };
+    process.run();
+    0
+}
+
+impl Process<'_> {
+    fn run(mut self) {
+        loop {
+            let (ready, now) = self.wait();
+            let mut course = Course::GoesOn;
+            for source in &ready {
+                match source {
+                    Source::Bell => self.hear_bell(now),
+                    Source::Door(index) => self.accept_client(*index),
+                    Source::Client(id) if self.serve_client(*id, now) == Course::Ends => {
+                        course = Course::Ends;
+                    }
+                    Source::Client(_) => {}
+                    Source::Port(id) => self.accept_guests(*id, now),
+                    Source::Ending(index) => self.endings[*index].ready = true,
+                }
+            }
+            if course == Course::Ends {
+                return self.break_off();
+            }
+            self.end_connections(now);
+            if self.look_at <= now {
+                self.look_at_ports(now);
+            }
+            if self.proxy_ended
+                && self.connections.is_empty()
+                && self.ports.is_empty()
+                && self.endings.is_empty()
+            {
+                self.doors.iter().for_each(Door::remove);
+                return;
+            }
+        }
+    }
+
+    /// Waits until something is ready or it is time for a look.
+    fn wait(&self) -> (Vec<Source>, Instant) {
+        let now = Instant::now();
+        let mut wake_at = None;
+        let mut wake_by =
+            |at: Instant| wake_at = Some(wake_at.map_or(at, |it: Instant| it.min(at)));
+        let mut sources = Vec::new();
+        let mut polled = Vec::new();
+        let mut add = |source, socket| {
+            sources.push(source);
+            polled.push(PollFd::new(socket, PollFlags::POLLIN));
+        };
+        if !self.proxy_ended {
+            add(Source::Bell, self.bell);
+        }
+        for (index, door) in self.doors.iter().enumerate() {
+            if let Some((listener, _)) = &door.bound {
+                add(Source::Door(index), listener.as_fd());
+            }
+        }
+        for client in &self.clients {
+            add(Source::Client(client.id), client.stream.as_fd());
+        }
+        for (id, port) in &self.ports {
+            match port.accepts(now) {
+                Ok(true) => add(Source::Port(*id), port.as_fd()),
+                Ok(false) => {}
+                Err(later) => wake_by(later),
+            }
+        }
+        for (index, ending) in self.endings.iter().enumerate() {
+            add(Source::Ending(index), ending.as_fd());
+            if ending.ready {
+                wake_by(now);
+            }
+        }
+        if self.ports.values().any(Kept::is_served) {
+            wake_by(self.look_at);
+        }
+        let timeout = match wake_at {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                // Rounded up, so that it doesn't wake too early again and again.
+                let timeout = at.saturating_duration_since(now) + Duration::from_micros(999);
+                PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        // What interrupts it (SIGCONT) is no event.
+        let _ = poll(&mut polled, timeout);
+        let is_ready = |polled: &PollFd<'_>| polled.any().unwrap_or(false);
+        let ready = sources.into_iter().zip(&polled);
+        let ready = ready.filter(|(_, polled)| is_ready(polled));
+        (ready.map(|(source, _)| source).collect(), Instant::now())
+    }
+
+    /// Empties the bell, and does what the proxy has said.
+    fn hear_bell(&mut self, now: Instant) {
+        if self.proxy_ended {
+            return;
+        }
+        let mut bytes = [0; 256];
+        let has_ended = loop {
+            match nix::unistd::read(self.bell, &mut bytes) {
+                Ok(0) => break true,
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(nix::errno::Errno::EAGAIN) => break false,
+                Err(_) => break true,
+            }
+        };
+        loop {
+            match self.decoder.receive(self.orders) {
+                Ok(true) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(false) | Err(_) => break,
+            }
+            while let Some((order, descriptor)) = self.decoder.next() {
+                self.obey(order, descriptor, now);
+            }
+        }
+        if has_ended {
+            self.proxy_ended = true;
+            for (_, connection) in self.connections.drain() {
+                self.endings.push(Ending::begin(connection, now));
+            }
+            self.connections.shrink_to_fit();
+            self.ports.values_mut().for_each(Kept::serve);
+            self.look_at = now;
+        }
+    }
+
+    fn obey(&mut self, order: Order, descriptor: Option<OwnedFd>, now: Instant) {
+        match (order, descriptor) {
+            (Order::Proxy(pid), _) => self.proxy = pid,
+            (Order::Connection(id), Some(connection)) => {
+                self.connections.insert(id, connection);
+            }
+            (Order::Release(id), _) => drop(self.connections.remove(&id)),
+            (Order::Listener(id, port), Some(listener)) => {
+                self.ports.insert(id, Kept::new(listener, port));
+            }
+            (Order::Serve(id), _) => {
+                if let Some(port) = self.ports.get_mut(&id) {
+                    port.serve();
+                    self.look_at = now;
+                }
+            }
+            (Order::Forget(id), _) => drop(self.ports.remove(&id)),
+            (Order::Directory(directory), _) => {
+                match self.doors.iter_mut().find(|it| it.directory == directory) {
+                    Some(door) => door.bind(),
+                    None => {
+                        let bound = None;
+                        let mut door = Door { directory, bound };
+                        door.bind();
+                        self.doors.push(door);
+                    }
+                }
+            }
+            // The descriptor was lost: this process has too many.
+            (Order::Connection(_) | Order::Listener(..), None) => {}
+        }
+    }
+
+    fn accept_guests(&mut self, id: u64, now: Instant) {
+        let endings = &mut self.endings;
+        let end = |guest| endings.push(Ending::begin(guest, now));
+        if let Some(port) = self.ports.get_mut(&id)
+            && port.accept(now, end) == Fate::Closed
+        {
+            port.remove_file();
+            self.ports.remove(&id);
+        }
+    }
+
+    fn end_connections(&mut self, now: Instant) {
+        let buffer = &mut self.buffer;
+        let (mut is_busy, mut is_slow) = (false, false);
+        self.endings.retain_mut(|ending| {
+            if !ending.ready {
+                return true;
+            }
+            let turn = ending.take_turn(buffer, now);
+            match turn {
+                Turn::Ended => {}
+                Turn::Open => is_busy = true,
+                Turn::Endless => is_slow = true,
+            }
+            turn != Turn::Ended
+        });
+        if is_slow && !is_busy {
+            std::thread::sleep(ending::PAUSE);
+        }
+    }
+
+    /// Looks whether the served ports are still wanted.
+    fn look_at_ports(&mut self, now: Instant) {
+        self.look_at = now + LOOK;
+        let closed: Vec<u64> = self
+            .ports
+            .iter()
+            .filter(|(_, port)| port.look() == Fate::Closed)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in closed {
+            self.close_port(id, now);
+        }
+    }
+
+    /// Closes a port that nobody can reach any more. The guests that wait there are accepted first:
+    /// it would harm their device to be closed at once.
+    fn close_port(&mut self, id: u64, now: Instant) {
+        /// More than any backlog is long, in batches.
+        const TURNS: usize = 64;
+        for _ in 0..TURNS {
+            let count = self.endings.len();
+            self.accept_guests(id, now);
+            if self.endings.len() == count {
+                break;
+            }
+        }
+        self.ports.remove(&id);
+    }
+
+    fn accept_client(&mut self, door: usize) {
+        let Some((listener, _)) = &self.doors[door].bound else {
+            return;
+        };
+        match listener.accept() {
+            Ok((stream, _)) => {
+                if stream.set_nonblocking(true).is_err() {
+                    return;
+                }
+                if self.clients.len() == MOST_CLIENTS {
+                    let oldest = self.clients.remove(0);
+                    self.forget_client(oldest.id);
+                }
+                self.next_client += 1;
+                let (id, line) = (self.next_client, Vec::new());
+                self.clients.push(Client { id, stream, line });
+            }
+            // Lest it is polled in vain: the next client may find a descriptor.
+            Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
+                std::thread::sleep(ending::PAUSE);
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn forget_client(&mut self, id: u64) {
+        self.clients.retain(|client| client.id != id);
+        for port in self.ports.values_mut() {
+            if port.taken_by == Some(id) {
+                port.taken_by = None;
+            }
+        }
+    }
+
+    /// Answers the lines of a client.
+    fn serve_client(&mut self, id: u64, now: Instant) -> Course {
+        // Whatever the proxy has said or done before is known to the answer.
+        self.hear_bell(now);
+        let Some(client) = self.clients.iter_mut().find(|client| client.id == id) else {
+            return Course::GoesOn;
+        };
+        let mut bytes = [0; LONGEST_LINE];
+        let has_ended = match client.stream.read(&mut bytes) {
+            Ok(0) => true,
+            Ok(n) => {
+                client.line.extend_from_slice(&bytes[..n]);
+                client.line.len() > 2 * LONGEST_LINE
+            }
+            Err(e) => !matches!(
+                e.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+            ),
+        };
+        if has_ended {
+            self.forget_client(id);
+            return Course::GoesOn;
+        }
+        let mut course = Course::GoesOn;
+        while let Some(line) = self.next_line(id) {
+            let (mut answer, next) = self.answer(&line, id, now);
+            answer.push('\n');
+            if next == Course::Ends {
+                course = next;
+            }
+            let client = self.clients.iter_mut().find(|client| client.id == id);
+            // The answer is short, and fits into the socket of one that reads.
+            let written = client.map(|client| client.stream.write(answer.as_bytes()));
+            if !matches!(written, Some(Ok(n)) if n == answer.len()) {
+                self.forget_client(id);
+            }
+        }
+        course
+    }
+
+    fn next_line(&mut self, id: u64) -> Option<String> {
+        let client = self.clients.iter_mut().find(|client| client.id == id)?;
+        let end = client.line.iter().position(|byte| *byte == b'\n')?;
+        let line: Vec<u8> = client.line.drain(..=end).collect();
+        Some(String::from_utf8_lossy(&line).trim().to_owned())
+    }
+
+    /// Returns the answer to a line.
+    fn answer(&mut self, line: &str, client: u64, now: Instant) -> (String, Course) {
+        let done = |done: bool| status::answer(done);
+        let (word, argument) = line.split_once(' ').unwrap_or((line, ""));
+        let inode = argument.trim().parse().ok();
+        match word {
+            "status" => (self.status().to_json(), Course::GoesOn),
+            "take" => (done(self.take(inode, client)), Course::GoesOn),
+            "release" => (done(self.release(inode, client, now)), Course::GoesOn),
+            "end" => (done(true), Course::Ends),
+            _ => (done(false), Course::GoesOn),
+        }
+    }
+
+    fn status(&self) -> KeeperStatus {
+        KeeperStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: PROTOCOL,
+            pid: std::process::id(),
+            proxy: self.proxy,
+            proxy_ended: self.proxy_ended,
+            connections: self.connections.len() + self.endings.len(),
+            ports: {
+                let mut ports: Vec<_> = self.ports.values().map(Kept::status).collect();
+                ports.sort_by_key(|port| port.port);
+                ports
+            },
+        }
+    }
+
+    /// Reserves a served port for a client. Returns false if there is none, or another has it.
+    fn take(&mut self, inode: Option<u64>, client: u64) -> bool {
+        let wanted = |port: &&mut Kept| Some(port.inode()) == inode && port.is_served();
+        match self.ports.values_mut().find(wanted) {
+            Some(port) if port.taken_by.is_none_or(|by| by == client) => {
+                port.taken_by = Some(client);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Closes a port that a client has taken, once another socket has its name.
+    fn release(&mut self, inode: Option<u64>, client: u64, now: Instant) -> bool {
+        let wanted = |(id, port): (&u64, &Kept)| {
+            (Some(port.inode()) == inode && port.taken_by == Some(client)).then_some(*id)
+        };
+        match self.ports.iter().find_map(wanted) {
+            Some(id) => {
+                self.close_port(id, now);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Ends at once, as somebody has asked.
+    fn break_off(mut self) {
+        // While the proxy lives, the files are its own.
+        if self.proxy_ended {
+            for port in self.ports.values() {
+                port.remove_file();
+            }
+            for ending in std::mem::take(&mut self.endings) {
+                ending.break_off(&mut self.buffer);
+            }
+        }
+        self.doors.iter().for_each(Door::remove);
+    }
+}

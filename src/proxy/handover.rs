@@ -1,0 +1,107 @@
+//! Handing over the listeners of a running proxy to another process, which has duplicates of their
+//! sockets. How these get there is the caller's business.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::address::Address;
+use crate::listener::Wish;
+use crate::sys::Identity;
+
+use super::controller::{ANSWER_TIMEOUT, Controller, no_answer, stopping};
+use super::driver::Driver;
+use super::shared::{Command, Hold};
+use crate::engine::id::ForwardId;
+use crate::engine::rule::Rule;
+
+/// A listening socket that is offered to another process.
+#[derive(Debug)]
+pub(crate) struct Offered {
+    /// The forward that listens there, and its rule; `None` for a passed socket that is kept
+    /// without.
+    pub(crate) forward: Option<(ForwardId, Rule)>,
+    /// See [`Listener::wish`](crate::Listener::wish).
+    pub(crate) wish: Option<Wish>,
+    /// The address that was bound.
+    pub(crate) bound: Address,
+    pub(crate) socket: OwnedFd,
+    /// The file that this process made for the socket.
+    pub(crate) file: Option<Identity>,
+    /// Another program has bound the socket, and may keep it.
+    pub(crate) is_foreign: bool,
+}
+
+impl<D: Driver> Controller<D> {
+    /// Offers duplicates of all listeners, and leaves those whose forwards `give` returns to
+    /// whoever has the duplicates now. Clients are accepted until then. Nothing else changes the
+    /// forwards meanwhile.
+    ///
+    /// # Errors
+    /// Returns `NotConnected` if the proxy is stopping; `TimedOut` if a worker does not answer; that
+    /// there is no descriptor left; the error of `give`. In all these cases nothing was changed.
+    pub(super) fn hand_over(
+        &self,
+        give: impl FnOnce(Vec<Offered>) -> io::Result<Vec<ForwardId>>,
+    ) -> io::Result<()> {
+        let _change = self.binder.begin_change();
+        if self.shared.is_stopping() {
+            return Err(stopping());
+        }
+        let offered = self.offer()?;
+        let given: Arc<[ForwardId]> = give(offered)?.into();
+        self.ask_all(
+            |tell| Command::Give(Arc::clone(&given), tell),
+            ANSWER_TIMEOUT,
+        );
+        self.binder.give_passed();
+        Ok(())
+    }
+
+    fn offer(&self) -> io::Result<Vec<Offered>> {
+        let answers = self.ask_all(Command::Lend, ANSWER_TIMEOUT);
+        if answers.len() < self.shared.inboxes.len() {
+            return Err(no_answer("nothing was changed"));
+        }
+        let mut lent: HashMap<_, _> = answers.into_iter().flatten().collect();
+        let forwards = self.shared.forwards().clone();
+        let mut offered = Vec::new();
+        for forward in &forwards {
+            // One whose socket is being bound again has none now.
+            let Some(lent) = lent.remove(&forward.id) else {
+                continue;
+            };
+            let lent = lent?;
+            let rule = Rule {
+                listen: forward.asked.clone(),
+                ..forward.rule.clone()
+            };
+            offered.push(Offered {
+                wish: Some((rule.name.clone(), rule.listen.clone())),
+                forward: Some((forward.id, rule)),
+                bound: forward.rule.listen.clone(),
+                socket: lent.socket,
+                file: lent.file,
+                is_foreign: self.binder.is_foreign(forward.id),
+            });
+        }
+        self.binder.for_each_unused(&forwards, |kept| {
+            offered.push(Offered {
+                forward: None,
+                wish: kept.wish().cloned(),
+                bound: kept.address().clone(),
+                socket: kept.as_fd().try_clone_to_owned()?,
+                file: kept.file().map(|file| file.identity()),
+                is_foreign: kept.is_foreign(),
+            });
+            Ok(())
+        })?;
+        Ok(offered)
+    }
+
+    /// Has clients wait at all listeners, those that are added later included, or no more.
+    pub(super) fn hold(&self, hold: Hold) {
+        self.ask_all(|tell| Command::Hold(hold, tell), ANSWER_TIMEOUT);
+    }
+}

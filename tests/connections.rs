@@ -1,0 +1,291 @@
+//! Who uses a forward, in which state each connection is, and how one is ended: by the command.
+
+#![cfg(all(unix, feature = "simulate"))]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "common/command.rs"]
+mod command;
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use command::*;
+use common::*;
+use hvsock::simulate::{Service, Vm};
+
+/// An hvsock with a control socket.
+struct Scene {
+    dir: tempfile::TempDir,
+    hvsock: Running,
+}
+
+fn scene(addresses: impl FnOnce(&Path) -> Vec<String>, more: &[&str]) -> Scene {
+    let dir = private_dir();
+    let control = format!("--control={}", text(&dir.path().join("c")));
+    let addresses = addresses(dir.path());
+    let addresses = addresses.iter().map(String::as_str);
+    let arguments = ["forward", &control, "--access-log"];
+    let arguments: Vec<&str> = arguments.into_iter().chain(addresses).collect();
+    let hvsock = Running::start(&[&arguments, more].concat());
+    hvsock.says("controlled at");
+    Scene { dir, hvsock }
+}
+
+impl Scene {
+    fn control(&self) -> PathBuf {
+        self.dir.path().join("c")
+    }
+
+    fn asked(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+        let output = run(&[arguments, &["--control", text(&self.control())]].concat());
+        let said = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (
+            output.status.code(),
+            said(output.stdout),
+            said(output.stderr),
+        )
+    }
+
+    fn connections(&self) -> Vec<Value> {
+        let (code, out, err) = self.asked(&["connections", "--json"]);
+        assert_eq!(code, Some(0), "{err}");
+        serde_json::from_str(&out).unwrap()
+    }
+
+    /// The only connection, once it is in that state.
+    fn only(&self, state: &str) -> Value {
+        let mut found = Value::Null;
+        eventually(&format!("one is {state}"), || {
+            let all = self.connections();
+            found = all.first().cloned().unwrap_or_default();
+            all.len() == 1 && found["state"] == state
+        });
+        found
+    }
+}
+
+fn at(dir: &Path, name: &str) -> String {
+    format!("unix://{}", text(&dir.join(name)))
+}
+
+#[test]
+fn the_process_behind_a_unix_socket_is_told_of_everywhere() {
+    let mut server = None;
+    let scene = scene(
+        |dir| {
+            server = Some(UnixListener::bind(dir.join("server")).unwrap());
+            vec![at(dir, "listen"), at(dir, "server")]
+        },
+        &[],
+    );
+    let server = server.unwrap();
+    // Another program than this one.
+    let listen = scene.dir.path().join("listen");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(["cat", &at(scene.dir.path(), "listen")]);
+    command.stdin(std::process::Stdio::piped());
+    command.stdout(std::process::Stdio::piped());
+    let mut cat = Mortal(command.spawn().unwrap());
+    let (accepted, _) = server.accept().unwrap();
+    let pid = cat.0.id();
+    let user = nix::unistd::geteuid().as_raw();
+    let one = scene.only("open");
+    let process = json!({"pid": pid, "program": "hvsock", "user": user});
+    assert_eq!(one["process"], process, "{one}");
+    assert_eq!(one["peer"], Value::Null);
+    let (_, table, _) = scene.asked(&["connections"]);
+    let peer = format!("hvsock (pid {pid}, uid {user})");
+    assert!(table.contains(&peer), "{table}");
+    for part in ["ID", "PEER", "IDLE", "open"] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+
+    // Both clients are there; which forward is asked for decides.
+    let _ours = UnixStream::connect(&listen).unwrap();
+    eventually("both are there", || scene.connections().len() == 2);
+    let named = scene.asked(&["connections", "--json", "0"]).1;
+    assert_eq!(serde_json::from_str::<Vec<Value>>(&named).unwrap().len(), 2);
+    let (code, _, err) = scene.asked(&["connections", "nobody"]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("there is no forward \"nobody\""), "{err}");
+
+    drop((cat.0.stdin.take(), accepted));
+    let line = scene.hvsock.complains("closed id=0");
+    let peer = format!("peer=process {pid} of user {user}");
+    assert!(line.contains(&peer), "{line}");
+}
+
+#[test]
+fn states_are_told_in_words() {
+    let mut server = None;
+    let scene = scene(
+        |dir| {
+            server = Some(UnixListener::bind(dir.join("server")).unwrap());
+            vec!["tcp://127.0.0.1:0".to_owned(), at(dir, "server")]
+        },
+        &["--wait=20"],
+    );
+    let server = server.unwrap();
+    let port = scene.hvsock.tcp_port();
+    let mut client = tcp(port);
+    let (mut accepted, _) = server.accept().unwrap();
+    let one = scene.only("open");
+    let peer = format!("tcp://{}", client.local_addr().unwrap());
+    assert_eq!(
+        (&one["peer"], &one["process"]),
+        (&json!(peer), &Value::Null)
+    );
+    // It is idle from the last byte on, not from its beginning.
+    eventually("it is idle", || {
+        scene.only("open")["idle_seconds"].as_f64() > Some(0.2)
+    });
+    client.write_all(b"x").unwrap();
+    accepted.read_exact(&mut [0]).unwrap();
+    let one = scene.only("open");
+    assert!(
+        one["idle_seconds"].as_f64() < one["age_seconds"].as_f64(),
+        "{one}"
+    );
+
+    client.shutdown(Shutdown::Write).unwrap();
+    scene.only("half_closed_by_client");
+    let table = scene.asked(&["connections"]).1;
+    assert!(table.contains("half-closed by client"), "{table}");
+    drop(accepted);
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    drop(client);
+    eventually("it is gone", || scene.connections().is_empty());
+
+    let client = tcp(port);
+    let (accepted, _) = server.accept().unwrap();
+    accepted.shutdown(Shutdown::Write).unwrap();
+    scene.only("half_closed_by_server");
+    drop((client, accepted));
+    eventually("it is gone", || scene.connections().is_empty());
+
+    // Its target is away, and it waits.
+    std::fs::remove_file(scene.dir.path().join("server")).unwrap();
+    let mut client = tcp(port);
+    let one = scene.only("held");
+    let (code, out, _) = scene.asked(&["close", &one["id"].to_string()]);
+    assert_eq!(code, Some(0));
+    assert!(out.contains(", held"), "{out}");
+    assert!(is_reset(client.read(&mut [0])));
+    scene.hvsock.complains("why=closed by the operator");
+}
+
+/// What waits on its way to a server that doesn't read.
+#[test]
+fn bytes_that_wait_are_told_of() {
+    let mut server = None;
+    let scene = scene(
+        |_| {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let target = format!("tcp://{}", listener.local_addr().unwrap());
+            server = Some(listener);
+            vec!["tcp://127.0.0.1:0".to_owned(), target]
+        },
+        &[],
+    );
+    let mut client = tcp(scene.hvsock.tcp_port());
+    client
+        .set_write_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
+    let _accepted = server.as_ref().unwrap().accept().unwrap();
+    while client.write(&[b'.'; 65_536]).is_ok() {}
+    let one = scene.only("open");
+    let waiting = one["waiting"]["to_server"].as_u64().unwrap();
+    assert!(waiting > 65_536, "{one}");
+    assert_eq!(one["waiting"]["to_client"], 0);
+    let (_, table, _) = scene.asked(&["connections"]);
+    assert!(table.contains("B / 0"), "{table}");
+}
+
+#[test]
+fn one_is_closed_and_the_others_go_on() {
+    let mut server = None;
+    let scene = scene(
+        |dir| {
+            server = Some(UnixListener::bind(dir.join("server")).unwrap());
+            vec!["tcp://127.0.0.1:0".to_owned(), at(dir, "server")]
+        },
+        &[],
+    );
+    let server = server.unwrap();
+    let port = scene.hvsock.tcp_port();
+    let mut pairs = Vec::new();
+    for id in 0..3 {
+        let client = tcp(port);
+        pairs.push((client, server.accept().unwrap().0));
+        eventually("it is there", || scene.connections().len() == id + 1);
+    }
+    let (code, out, err) = scene.asked(&["close", "1", "77"]);
+    assert_eq!(code, Some(1));
+    assert!(out.starts_with("closed 1: tcp://127.0.0.1:"), "{out}");
+    assert!(err.contains("there is no connection 77"), "{err}");
+    assert!(err.contains("hvsock connections"), "{err}");
+    assert!(is_reset(pairs[1].0.read(&mut [0])));
+    scene.hvsock.complains("id=1 ");
+    for left in [0, 2] {
+        let (client, server) = &mut pairs[left];
+        client.write_all(b"still").unwrap();
+        server.read_exact(&mut [0; 5]).unwrap();
+    }
+    let ids = scene.connections();
+    let mut ids: Vec<_> = ids.iter().map(|it| it["id"].as_u64().unwrap()).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, [0, 2]);
+    let (_, status, _) = scene.asked(&["status", "--json"]);
+    let status: Value = serde_json::from_str(&status).unwrap();
+    assert_eq!(status["forwards"][0]["counters"]["ended"]["closed"], 1);
+    // A word is no id, and a closed one is gone.
+    assert_eq!(scene.asked(&["close", "web"]).0, Some(2));
+    assert_eq!(scene.asked(&["close", "1"]).0, Some(1));
+}
+
+#[test]
+fn top_says_a_word_where_it_can_not_draw_and_draws_nothing() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.arg("top").env("TERM", "dumb");
+    let said = output(command);
+    assert_eq!((said.status.code(), said.stdout.len()), (Some(1), 0));
+    let said = String::from_utf8(said.stderr).unwrap();
+    assert!(
+        said.contains("TERM=dumb") && said.contains("hvsock status"),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
+
+/// The guest reads an end, may go on, and is waited for: a close at once would stall its device.
+#[test]
+fn a_vm_is_left_gracefully() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path()).guest(7, Service::Echo);
+    let vm = vm.guest(19, Service::Chargen).start().unwrap();
+    let proxy = proxy(any_tcp(), hyperkit(dir.path(), 19));
+    let mut client = tcp(port_of(&proxy, 0));
+    client.read_exact(&mut [0; 1000]).unwrap();
+    let handle = proxy.handle();
+    let connections = handle.connections();
+    let [one] = &connections[..] else {
+        panic!("{connections:?}");
+    };
+    let closed = handle.close(one.id).unwrap();
+    assert_eq!(closed.id, one.id);
+    let mut rest = Vec::new();
+    assert!(is_reset(client.read_to_end(&mut rest)));
+    eventually("it is gone", || handle.connections().is_empty());
+    let gone = handle.close(one.id).unwrap_err();
+    assert_eq!(gone.kind(), std::io::ErrorKind::NotFound);
+    assert!(gone.to_string().contains("connection 0"), "{gone}");
+    assert_eq!(proxy.forwards()[0].counters.ended.closed, 1);
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}

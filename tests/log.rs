@@ -1,0 +1,175 @@
+//! The log of a command: its formats, its file, its filter.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "common/command.rs"]
+mod command;
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use command::*;
+use common::*;
+use serde_json::Value;
+
+/// A forward to nobody, each of whose clients is a line of the log.
+fn forward(options: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.arg("forward").args(options);
+    command.args(["tcp://127.0.0.1:0", "tcp://127.0.0.1:1"]);
+    command
+        .env_remove("HVSOCK_LOG")
+        .env_remove("JOURNAL_STREAM");
+    command
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+#[test]
+fn json_has_an_object_a_line_whatever_is_said() {
+    let mut proxy = Running::spawn(forward(&["--log-format", "json"]));
+    assert!(resets_clients(proxy.tcp_port()));
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    let lines: Vec<Value> = proxy
+        .err
+        .iter()
+        .map(|line| serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line}: {e}")))
+        .collect();
+    let text = |line: &Value, key: &str| line[key].as_str().unwrap().to_owned();
+    let refused = lines
+        .iter()
+        .find(|it| text(it, "message").contains("refused"));
+    let refused = refused.expect("the refusal is told");
+    assert_eq!(text(refused, "level"), "WARN");
+    assert!(text(refused, "timestamp").ends_with('Z'));
+    let stopping = |it: &&Value| text(it, "message").contains("stopping");
+    assert!(lines.iter().any(|it| stopping(&it)), "{lines:?}");
+}
+
+/// As systemd has it: standard error is the journal's, and the environment says which that is.
+#[test]
+#[cfg(target_os = "linux")]
+fn the_journal_gets_priorities_and_no_second_time() {
+    let dir = private_dir();
+    let journal = dir.path().join("journal");
+    let stderr = File::create(&journal).unwrap();
+    let stat = stderr.metadata().unwrap();
+    let mut command = forward(&[]);
+    command.env("JOURNAL_STREAM", format!("{}:{}", stat.dev(), stat.ino()));
+    command.stdout(Stdio::piped()).stderr(stderr);
+    let mut child = command.spawn().unwrap();
+    let out = lines(child.stdout.take().unwrap());
+    let mut proxy = Mortal(child);
+    let line = next(&out, "tcp://127.0.0.1:");
+    let port = line
+        .split(['/', ':', ' '])
+        .find_map(|part| part.parse().ok());
+    assert!(resets_clients(port.unwrap()));
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    let told = read(&journal);
+    assert!(told.contains("<4>refused a client of"), "{told}");
+    assert!(told.contains("<4>stopping"), "{told}");
+    assert!(told.lines().all(|line| line.starts_with('<')), "{told}");
+
+    // Another's journal, as after `2>file` in a shell that it started.
+    let mut elsewhere = forward(&[]);
+    elsewhere.env("JOURNAL_STREAM", "1:1");
+    let proxy = Running::spawn(elsewhere);
+    assert!(resets_clients(proxy.tcp_port()));
+    let line = proxy.complains("refused a client");
+    assert!(line.contains("WARN") && !line.starts_with('<'), "{line}");
+}
+
+#[test]
+fn a_file_is_made_appended_to_and_opened_again_when_it_was_renamed() {
+    let dir = private_dir();
+    let (log, old) = (dir.path().join("log"), dir.path().join("log.1"));
+    fs::write(&log, "before\n").unwrap();
+    let options = ["--log", text(&log)];
+    let mut proxy = Running::spawn(forward(&options));
+    let port = proxy.tcp_port();
+    assert!(resets_clients(port));
+    eventually("it is in the file", || {
+        read(&log).contains("refused a client")
+    });
+    assert!(read(&log).starts_with("before\n"));
+
+    fs::rename(&log, &old).unwrap();
+    let before = read(&old).len();
+    proxy.signal("HUP");
+    // It is opened before the next line. The end is one.
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    assert!(read(&log).contains("stopping"), "{}", read(&log));
+    assert_eq!(read(&old).len(), before);
+    assert_eq!(
+        fs::metadata(&log).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    // A person at the terminal is told of the end as well, and of nothing else.
+    let told: Vec<String> = proxy.err.iter().collect();
+    assert!(
+        told.iter().all(|line| line.contains("stopping")),
+        "{told:?}"
+    );
+}
+
+#[test]
+fn a_file_that_can_not_be_opened_is_told_with_a_remedy() {
+    let dir = private_dir();
+    let nowhere = dir.path().join("no/log");
+    for (path, remedy) in [
+        (&*nowhere, "make its directory first"),
+        (dir.path(), "it is a directory"),
+    ] {
+        let output = forward(&["--log", text(path)]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(text(path)) && said.contains(remedy), "{said}");
+    }
+}
+
+#[test]
+fn one_part_may_say_more_than_the_others() {
+    let dir = private_dir();
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    let log = dir.path().join("log");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(["forward", "--log", text(&log), "tcp://127.0.0.1:0", &target]);
+    command.env("HVSOCK_LOG", "info,connection=debug");
+    let proxy = Running::spawn(command);
+    let client = tcp(proxy.tcp_port());
+    drop((server.accept().unwrap(), client));
+    eventually("its end is told", || read(&log).contains("closed"));
+    assert!(!read(&log).contains("accepted"), "{}", read(&log));
+}
+
+/// What comes of a reload is an event like any other.
+#[test]
+fn a_reload_is_told_with_its_time_and_level() {
+    let dir = private_dir();
+    let file = dir.path().join("hvsock.toml");
+    let forward = "control = \"off\"\n[forward.a]\nlisten = 0\nconnect = 1\n";
+    fs::write(&file, forward).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(["run", text(&file), "--log-format", "json"]);
+    let proxy = Running::spawn(command);
+    proxy.tcp_port();
+    fs::write(&file, forward.replace("[forward.a]", "[forward.b]")).unwrap();
+    proxy.signal("HUP");
+    let line: Value = serde_json::from_str(&proxy.complains("was read again")).unwrap();
+    assert_eq!(line["level"], "INFO");
+    assert!(line["timestamp"].is_string(), "{line}");
+    fs::write(&file, "no = TOML = at all").unwrap();
+    proxy.signal("HUP");
+    let line: Value = serde_json::from_str(&proxy.complains("all stays as it was")).unwrap();
+    assert_eq!(line["level"], "ERROR");
+}

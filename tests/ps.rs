@@ -1,0 +1,176 @@
+//! Which hvsock processes run: those with a control socket and those without, and what is left of
+//! those that were killed.
+
+#![cfg(all(unix, feature = "simulate"))]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "common/command.rs"]
+mod command;
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use command::*;
+use common::*;
+
+/// Where the user's control sockets are.
+fn home(runtime: &Path) -> PathBuf {
+    match cfg!(target_os = "macos") {
+        true => runtime.join(format!("hvsock-{}", nix::unistd::geteuid())),
+        false => runtime.join("hvsock"),
+    }
+}
+
+fn forward(runtime: &Path, more: &[&str]) -> Running {
+    let arguments = ["forward", "tcp://127.0.0.1:0", "/nowhere"];
+    let hvsock = Running::spawn(in_runtime(runtime, &[&arguments, more].concat()));
+    hvsock.says(" -> unix:///nowhere");
+    hvsock
+}
+
+fn said(runtime: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = output(in_runtime(runtime, arguments));
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    let (out, err) = (text(output.stdout), text(output.stderr));
+    (output.status.code(), out, err)
+}
+
+/// What is told of one process. Other tests' processes are there, too.
+fn told(runtime: &Path, hvsock: &Running) -> Value {
+    let (code, out, err) = said(runtime, &["ps", "--json"]);
+    assert_eq!(code, Some(0), "{err}");
+    let all: Vec<Value> = serde_json::from_str(&out).unwrap();
+    let pid = hvsock.child.0.id();
+    let its = all.into_iter().find(|it| it["pid"] == pid);
+    its.unwrap_or_else(|| panic!("{out}"))
+}
+
+fn own_socket(runtime: &Path, hvsock: &Running) -> PathBuf {
+    home(runtime).join(format!("{}.sock", hvsock.child.0.id()))
+}
+
+#[test]
+fn each_is_found_with_what_it_forwards() {
+    let dir = private_dir();
+    let runtime = dir.path();
+    let mut plain = forward(runtime, &[]);
+    let own = own_socket(runtime, &plain);
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!((mode(&home(runtime)), mode(&own)), (0o700, 0o600));
+    let one = told(runtime, &plain);
+    assert_eq!(one["control"], text(&own));
+    assert_eq!(one["status"]["forwards"][0]["connect"], "unix:///nowhere");
+
+    let elsewhere = dir.path().join("c");
+    let named = forward(runtime, &[&format!("--control={}", text(&elsewhere))]);
+    assert_eq!(told(runtime, &named)["control"], text(&elsewhere));
+    let usual = forward(runtime, &["--control"]);
+    let default = home(runtime).join("control.sock");
+    assert_eq!(told(runtime, &usual)["control"], text(&default));
+    let off = forward(runtime, &["--control=off"]);
+    let one = told(runtime, &off);
+    assert_eq!(
+        (&one["control"], &one["status"]),
+        (&Value::Null, &Value::Null)
+    );
+    assert_eq!(one["command"][1], "forward");
+    for without in [&named, &usual, &off] {
+        assert!(!own_socket(runtime, without).exists());
+    }
+
+    let (_, table, _) = said(runtime, &["ps"]);
+    let row = |hvsock: &Running| {
+        let pid = hvsock.child.0.id().to_string();
+        let row = table
+            .lines()
+            .find(|row| row.split_whitespace().next() == Some(&pid));
+        row.unwrap_or_else(|| panic!("{table}")).to_owned()
+    };
+    let port = plain_port(&told(runtime, &plain));
+    let forwards = format!("tcp://127.0.0.1:{port} -> unix:///nowhere");
+    assert!(row(&plain).contains(&forwards), "{table}");
+    assert!(row(&off).contains("none"), "{table}");
+    assert!(row(&off).contains("--control=off"), "{table}");
+
+    plain.signal("TERM");
+    assert_eq!(plain.exit_code(), Some(0));
+    assert!(!own.exists());
+}
+
+fn plain_port(told: &Value) -> String {
+    let listen = told["status"]["forwards"][0]["listen"].as_str().unwrap();
+    listen.rsplit_once(':').unwrap().1.to_owned()
+}
+
+#[test]
+fn the_only_one_is_meant_if_none_is_named_and_one_of_several_by_its_number() {
+    let dir = private_dir();
+    let runtime = dir.path();
+    let first = forward(runtime, &[]);
+    let (code, out, err) = said(runtime, &["status", "--json"]);
+    assert_eq!(code, Some(0), "{err}");
+    let status: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(status["pid"], first.child.0.id());
+
+    let second = forward(runtime, &[]);
+    let (code, _, err) = said(runtime, &["status"]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("hvsock ps"), "{err}");
+    let pid = second.child.0.id().to_string();
+    let (code, out, err) = said(runtime, &["status", "--pid", &pid]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.contains(&format!("process {pid}")), "{out}");
+    let both = said(runtime, &["status", "--pid", &pid, "--control", "/x"]);
+    assert_eq!(both.0, Some(2));
+}
+
+#[test]
+fn what_a_killed_one_leaves_disturbs_nobody_and_goes_with_the_next() {
+    let dir = private_dir();
+    let runtime = dir.path();
+    let mut killed = forward(runtime, &[]);
+    let stale = own_socket(runtime, &killed);
+    let lives = forward(runtime, &[]);
+    killed.signal("KILL");
+    assert_eq!(killed.exit_code(), None);
+    assert!(stale.exists());
+    // The other is the only one that runs.
+    let (code, out, err) = said(runtime, &["status"]);
+    assert_eq!(code, Some(0), "{err}");
+    let pid = lives.child.0.id();
+    assert!(out.contains(&format!("process {pid}")), "{out}");
+    let next = forward(runtime, &[]);
+    assert!(!stale.exists());
+    for there in [&lives, &next] {
+        assert!(own_socket(runtime, there).exists());
+    }
+    // What is no socket of a process' is left alone.
+    let mine = home(runtime).join("mine.sock");
+    fs::write(&mine, "").unwrap();
+    let _third = forward(runtime, &[]);
+    assert!(mine.exists());
+}
+
+/// Nobody has asked for it: where it can't be, the forwards are carried all the same.
+#[test]
+fn without_a_directory_for_its_socket_it_forwards_nevertheless() {
+    let dir = private_dir();
+    let runtime = dir.path().join("none");
+    fs::create_dir(&runtime).unwrap();
+    let open = home(&runtime);
+    fs::write(&open, "a file is in the way").unwrap();
+    let hvsock = forward(&runtime, &[]);
+    let one = told(&runtime, &hvsock);
+    assert_eq!(one["control"], Value::Null);
+    fs::remove_file(&open).unwrap();
+    // One that others can write to is not trusted.
+    fs::create_dir(&open).unwrap();
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
+    let hvsock = forward(&runtime, &[]);
+    hvsock.complains("without a control socket: ");
+    assert!(!own_socket(&runtime, &hvsock).exists());
+}
