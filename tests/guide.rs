@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// What is not run here, and who runs it, or why nobody does: how such commands begin, or what is in them.
-const ELSEWHERE: [(&str, &str); 13] = [
+const ELSEWHERE: [(&str, &str); 14] = [
     ("scripts/install", "`scripts/package --test` runs it"),
     ("scripts/uninstall", "`scripts/package --test` runs it"),
     ("scripts/package", "is a step of .ci/run"),
@@ -28,6 +28,10 @@ const ELSEWHERE: [(&str, &str); 13] = [
     ("ssh ", "wants an SSH server in a guest"),
     (VSOCK, "wants a guest: `scripts/guest-test` runs such"),
     ("hvsock top", "wants a terminal: tests/control.rs runs it"),
+    (
+        "hvsock close",
+        "wants a connection's id: tests/connections.rs runs it",
+    ),
 ];
 
 /// The scheme that is not there outside of a VM.

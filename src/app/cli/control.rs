@@ -47,7 +47,7 @@ impl Which {
 /// Show what an hvsock that runs is doing
 #[derive(Args, Debug)]
 #[command(
-    after_help = "The hvsock that is meant was started with --control, or by `hvsock run`. `hvsock top` shows it live.
+    after_help = "`hvsock ps` lists the hvsocks that run. `hvsock top` shows one live.
 
 Examples:
   hvsock status

@@ -1,7 +1,7 @@
 //! Sees that what the README and the guide say of the command line is what it takes.
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 
 use super::Arguments;
 use crate::guide::PAGES;
@@ -9,7 +9,7 @@ use crate::guide::PAGES;
 const README: &str = include_str!("../../../README.md");
 
 /// What stands in the documents for a word of the reader's, and such a word.
-const PLACEHOLDERS: [(&str, &str); 8] = [
+const PLACEHOLDERS: [(&str, &str); 9] = [
     ("COMMAND", "expose"),
     ("ADDRESS", "tcp://127.0.0.1:1"),
     ("CID", "3"),
@@ -18,6 +18,7 @@ const PLACEHOLDERS: [(&str, &str); 8] = [
     ("SHELL", "bash"),
     ("N", "7"),
     ("ID", "7"),
+    ("PID", "7"),
 ];
 
 /// Splits a command as a shell does, up to the first word that ends it.
@@ -95,8 +96,22 @@ fn every_documented_command_line_is_understood() {
 }
 
 #[test]
+fn the_guide_shows_every_command() {
+    let page = PAGES.iter().find(|(name, _)| *name == "commands");
+    let page = page.map_or("", |(_, text)| text);
+    let all = Arguments::command();
+    for command in all.get_subcommands() {
+        let name = command.get_name();
+        let is_told =
+            page.contains(&format!("`hvsock {name}")) || page.contains(&format!("\nhvsock {name}"));
+        assert!(is_told, "{name} is not in the guide");
+    }
+}
+
+#[test]
 fn the_readme_is_short() {
-    let words = README.split_whitespace().count();
+    let (text, _changelog) = README.split_once("## Changelog").unwrap_or((README, ""));
+    let words = text.split_whitespace().count();
     assert!(words <= 900, "{words} words");
 }
 

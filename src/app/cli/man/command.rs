@@ -73,16 +73,19 @@ fn more(name: &str) -> More {
         ),
         "run" => (
             &[File, Vms, Control, Manager],
-            &["check", "status", "reload", "stop"],
+            &["check", "status", "reload", "upgrade", "stop"],
             &["configuration", "services", "limits"],
         ),
         "check" => (&[File, Vms], &["run"], &["configuration"]),
         "status" => (
             &[Control],
-            &["top", "add", "remove", "run", "doctor"],
+            &["ps", "top", "connections", "add", "remove", "run", "doctor"],
             &["control"],
         ),
-        "top" => (&[Control], &["status"], &["control"]),
+        "ps" => (&[Control], &["status", "stop"], &["control"]),
+        "connections" => (&[Control], &["close", "status", "top"], &["control"]),
+        "close" => (&[Control], &["connections"], &["control", "hyperkit"]),
+        "top" => (&[Control], &["status", "connections"], &["control"]),
         "add" => (
             &[Control, Vms],
             &["remove", "status", "expose", "forward"],
@@ -94,7 +97,16 @@ fn more(name: &str) -> More {
             &["run", "check", "status"],
             &["configuration", "control"],
         ),
-        "stop" => (&[Control], &["run", "status"], &["control", "hyperkit"]),
+        "upgrade" => (
+            &[Control, File],
+            &["run", "status"],
+            &["configuration", "control", "services"],
+        ),
+        "stop" => (
+            &[Control, Vms],
+            &["run", "status"],
+            &["control", "hyperkit"],
+        ),
         "cat" => (&[Vms], &["forward", "stress"], &["addresses"]),
         "stress" => (&[Vms], &["cat", "simulate"], &["addresses", "speed"]),
         "syslog" => (&[Log], &["forward"], &["addresses"]),
@@ -319,7 +331,7 @@ fn environment(page: &mut Builder, touches: &[Thing]) {
     page.heading("ENVIRONMENT");
     page.entry(
         "HVSOCK_LOG",
-        "How much is said on standard error: off, error, warn, info (the default), debug or trace.",
+        "How much the log says: off, error, warn, info (the default), debug or trace; of a part alone as in info,connection=debug. The parts are access, connection, control, listener, syslog and vm.",
     );
     if touches.contains(&Vms) {
         page.entry(
@@ -371,7 +383,7 @@ fn files(page: &mut Builder, touches: &[Thing]) {
             }
             Control => page.entry(
                 "$XDG_RUNTIME_DIR/hvsock/control.sock, $TMPDIR/hvsock-UID/control.sock, /tmp/hvsock-UID/control.sock",
-                "The control socket: the first of these whose directory is there; on macOS not the first one. Commands that ask an hvsock look at all of them.",
+                "The control socket: the first of these whose directory is there; on macOS not the first one. Commands that ask an hvsock look at all of them. Beside it is PID.sock, that of an hvsock that was started without --control.",
             ),
             Manager => page.entry(
                 "hvsock.service, hvsock.socket, hvsock-run.service",
