@@ -1,8 +1,10 @@
 //! `hvsock forward`: any address to any address.
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 
 use super::carrying::carry;
+use super::complete;
 use super::kept::KeepTrying;
 use super::options::ProxyOptions;
 use super::outcome::Outcome;
@@ -28,7 +30,7 @@ Examples:
   hvsock forward hyperkit://:5000/path/to/state tcp://localhost:5000")]
 pub(super) struct Forward {
     /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., value_parser = clap::value_parser!(Address))]
+    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = clap::value_parser!(Address))]
     addresses: Vec<Address>,
     #[command(flatten)]
     patience: KeepTrying,

@@ -6,7 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 
+use super::complete;
 #[cfg(unix)]
 use super::console::complain;
 use super::outcome::Failure;
@@ -24,11 +26,11 @@ use crate::sys;
 #[derive(Args, Debug)]
 pub(super) struct Peer {
     /// Where to connect or listen; with --vm a vsock port alone
-    #[arg(value_name = "ADDRESS")]
+    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address))]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
     /// hyperkit:///STATE/DIR; on Windows a Hyper-V VM's name or id, and ADDRESS may be a service's GUID
-    #[arg(long, value_name = "VM")]
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
     vm: Option<String>,
 }
 

@@ -66,7 +66,7 @@ pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
 pub(crate) use model::Process;
 pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
-pub(crate) use place::{default_path, own_path, usual_path};
+pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::Problem;
 
 use api::Api;
