@@ -170,7 +170,10 @@ fn without_a_directory_for_its_socket_it_forwards_nevertheless() {
     // One that others can write to is not trusted.
     fs::create_dir(&open).unwrap();
     fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
-    let hvsock = forward(&runtime, &[]);
+    let arguments = ["forward", "tcp://127.0.0.1:0", "/nowhere"];
+    let mut command = in_runtime(&runtime, &arguments);
+    command.env("HVSOCK_LOG", "debug");
+    let hvsock = Running::spawn(command);
     hvsock.complains("without a control socket: ");
     assert!(!own_socket(&runtime, &hvsock).exists());
 }

@@ -54,7 +54,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tracing::info;
+use tracing::debug;
 
 use crate::address::{Address, TcpAddress};
 use crate::error::Result;
@@ -147,7 +147,7 @@ fn open(
         let address = place::address(&place::own_path(std::process::id()));
         match Door::open(Service::Control, &address, Demand::OwnAccord) {
             Ok(door) => doors.push(door),
-            Err(e) => info!("without a control socket: {e}"),
+            Err(e) => debug!("without a control socket: {e}"),
         }
     }
     if let Place::At(path) = &options.control {
