@@ -396,7 +396,7 @@ fn included_files_have_vms_and_forwards_and_lines_of_their_own() {
         std::fs::write(dir.path().join("more.d").join(name), text).unwrap();
     };
     let read = || Config::read(&main, &places());
-    let text = "include = [\"*.toml\"]\n[defaults]\nmode = \"660\"\n[forward.a]\nlisten = 1\nconnect = 2\n";
+    let text = "include = [\"more.d/*.toml\"]\n[defaults]\nmode = \"660\"\n[forward.a]\nlisten = 1\nconnect = 2\n";
     std::fs::write(&main, text).unwrap();
     more("2.toml", "[forward.c]\nlisten = 5\nconnect = 6\n");
     more("1.toml", "[forward.b]\nlisten = 3\nconnect = 4\n");
