@@ -205,7 +205,7 @@ pub(super) struct Add {
     /// Pairs of an address to listen on and the address that its connections go to
     #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = clap::value_parser!(Address))]
     addresses: Vec<Address>,
-    /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
+    /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH
     #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
     vm: Option<String>,
     /// Host to guest, as for `hvsock expose`
