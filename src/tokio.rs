@@ -135,6 +135,13 @@ impl Stream {
                 })?;
                 dial.add(found.map(Endpoint::Tcp));
             }
+            Target::OnThread => {
+                let to = address.clone();
+                let dial = move || crate::Stream::connect(&to);
+                let stream = ::tokio::task::spawn_blocking(dial).await;
+                let stream = stream.map_err(|e| explain(address, io::Error::other(e)))??;
+                return Stream::try_from(stream).map_err(|e| explain(address, e));
+            }
             Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
         }
         let fail = |e| explain(address, e);

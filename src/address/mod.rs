@@ -9,12 +9,15 @@
 //! | `unix:///PATH`, `unix:REL`, `unix:@NAME`, `/PATH`, `./REL`, `../REL` | a Unix socket |
 //! | `npipe:////./pipe/NAME`, `//./pipe/NAME`, `\\.\pipe\NAME` | a named pipe of Windows |
 //! | `tcp://HOST:PORT` | TCP |
+//! | `exec:/PROGRAM[?arg=…&env=…&pty=yes]` | to connect to: a program that is started for each connection |
+//! | `file:/PATH` | to connect to: the content of a file |
 //!
 //! Every address parses and prints on every system, whether or not that system can dial it, and
 //! what it prints parses to the same address. Ports and CIDs are decimal, or hex behind `0x`. In
 //! URIs, names and paths are percent-encoded; `/./rel` is the relative path `rel`.
 
 mod error;
+mod exec;
 mod hvsock;
 pub(crate) mod hyperkit;
 mod npipe;
@@ -35,6 +38,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use error::{AddressError, Part};
+pub use exec::{ExecAddress, FileAddress};
 #[cfg(any(windows, test))]
 pub(crate) use hvsock::parse_guid;
 #[cfg(feature = "cli")]
@@ -66,6 +70,10 @@ pub enum Address {
     Npipe(NpipeAddress),
     /// TCP.
     Tcp(TcpAddress),
+    /// A program that is started for each connection.
+    Exec(ExecAddress),
+    /// The content of a file.
+    File(FileAddress),
 }
 
 const TCP_EXAMPLE: &str = "tcp://127.0.0.1:8080";
@@ -87,6 +95,8 @@ impl fmt::Display for Address {
             Address::Unix(address) => address.fmt(f),
             Address::Npipe(address) => address.fmt(f),
             Address::Tcp(address) => address.fmt(f),
+            Address::Exec(address) => address.fmt(f),
+            Address::File(address) => address.fmt(f),
         }
     }
 }
@@ -110,6 +120,8 @@ impl FromStr for Address {
             "unix" => input.parse().map(Address::Unix),
             "npipe" => input.parse().map(Address::Npipe),
             "tcp" => input.parse().map(Address::Tcp),
+            "exec" => input.parse().map(Address::Exec),
+            "file" => input.parse().map(Address::File),
             _ => Err(unknown(input, scheme)),
         }
     }
@@ -125,7 +137,7 @@ macro_rules! from {
     )*};
 }
 
-from!(Hyperkit: HyperkitAddress, Vsock: VsockAddress, Hvsock: HvsockAddress, VsockMux: VsockMuxAddress, Unix: UnixAddress, Npipe: NpipeAddress, Tcp: TcpAddress);
+from!(Hyperkit: HyperkitAddress, Vsock: VsockAddress, Hvsock: HvsockAddress, VsockMux: VsockMuxAddress, Unix: UnixAddress, Npipe: NpipeAddress, Tcp: TcpAddress, Exec: ExecAddress, File: FileAddress);
 
 /// Returns the error for an input of no known scheme, with the example that comes nearest to it.
 fn unknown(input: &str, scheme: &str) -> AddressError {

@@ -225,7 +225,7 @@ pub(super) fn at_home(text: &str) -> Result<Cow<'_, str>, String> {
 
 /// Reads a path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1.
 pub(super) fn local_address(text: &str) -> Result<Address, String> {
-    if text.starts_with(['/', '.', '\\']) || text.contains("://") || text.starts_with("unix:") {
+    if text.starts_with(['/', '.', '\\']) || text.contains("://") || is_local_uri(text) {
         return text.parse().map_err(|e: crate::AddressError| e.to_string());
     }
     if !text.contains(':') {
@@ -254,6 +254,13 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
     format!("tcp://{text}")
         .parse()
         .map_err(|e: crate::AddressError| e.to_string())
+}
+
+/// Returns whether it is a URI without a host, in which no slashes need to be.
+fn is_local_uri(text: &str) -> bool {
+    ["unix:", "exec:", "file:"]
+        .iter()
+        .any(|scheme| text.starts_with(scheme))
 }
 
 /// Reads a bare port of 127.0.0.1.

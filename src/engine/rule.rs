@@ -32,7 +32,9 @@ pub struct Rule {
     /// [`Limits::vm_connections`](Limits::vm_connections).
     pub reserved: usize,
     /// The most connections of this rule at a time; further clients wait in the listener's backlog.
-    /// Guests that dial the host are not bound by it. `None`: only the limits of all rules apply.
+    /// Guests that dial the host are not bound by it, unless their target is a program or a file:
+    /// they are refused then. `None`: 64 if the target is a program or a file; else only the limits
+    /// of all rules apply.
     pub connections: Option<usize>,
 }
 
@@ -50,6 +52,11 @@ impl Rule {
             reserved: 0,
             connections: None,
         }
+    }
+
+    /// Returns the most connections that it may have at a time; `None`: as many as all may have.
+    pub(crate) fn most_connections(&self) -> Option<usize> {
+        self.connections.or(self.connect.transport().connections)
     }
 }
 

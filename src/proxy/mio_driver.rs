@@ -22,7 +22,7 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
 use crate::name::SocketName;
-use crate::stream::endpoint::Endpoint;
+use crate::stream::endpoint::{Endpoint, Target};
 use crate::stream::nonblocking::Stream;
 use crate::sys::{self, Identity};
 use crate::{dial, hyperkit, listener, stream};
@@ -110,6 +110,9 @@ pub(crate) struct MioDriver {
     /// The relay threads that have not reported their end.
     relay_threads: HashMap<usize, RelayThreads>,
     adapters: Arc<Adapters>,
+    /// The programs that are connected.
+    #[cfg(unix)]
+    programs: Arc<dial::Programs>,
     housekeeper: Housekeeper,
     /// The processes of VMs that were looked up last.
     #[cfg(unix)]
@@ -129,6 +132,8 @@ impl MioDriver {
             resolving: HashMap::new(),
             relay_threads: HashMap::new(),
             adapters: Arc::default(),
+            #[cfg(unix)]
+            programs: Arc::default(),
             housekeeper,
             #[cfg(unix)]
             processes: VecDeque::new(),
@@ -220,6 +225,8 @@ impl Drop for MioDriver {
     fn drop(&mut self) {
         self.housekeeper.finish(LAST_FILES);
         self.adapters.wait(LAST_WORDS);
+        #[cfg(unix)]
+        self.programs.wait();
         // What was written to a pipe and not read yet is delivered only while its poller lives.
         #[cfg(windows)]
         sys::wait_for_last_words(LAST_WORDS);
@@ -571,8 +578,14 @@ impl Driver for MioDriver {
     fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
         let notifier = Arc::clone(&self.notifier);
         let target = address.clone();
+        #[cfg(unix)]
+        let programs = Arc::clone(&self.programs);
         let dial = move || {
-            let stream = stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking);
+            let stream = match Target::of(&target) {
+                #[cfg(unix)]
+                Target::OnThread => dial::on_thread(&target, &programs),
+                _ => stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking),
+            };
             notifier.notify(Report::Event(Event::Dialled { token, stream }));
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());

@@ -32,6 +32,9 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
     };
+    if rule.listen.why_no_listener().is_some() {
+        return Err(not_carried(Operation::Listen, &rule.listen));
+    }
     if let Some((why, remedy)) = rule.connect.why_no_target() {
         let error = invalid(Operation::Connect, &rule.connect, why);
         return error.map_err(|error| match remedy {
@@ -40,7 +43,10 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         });
     }
     check_relay_threads(rule, waiter)?;
-    if let Some(most) = rule.connections.filter(|most| *most < rule.reserved.max(1)) {
+    if let Some(most) = rule
+        .most_connections()
+        .filter(|most| *most < rule.reserved.max(1))
+    {
         let why = match most {
             0 => "it may have no connection at all".to_owned(),
             _ => format!(

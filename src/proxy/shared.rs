@@ -284,7 +284,7 @@ impl<D: Driver> Shared<D> {
 fn reserve_slots(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
     let holder = Holder::Forward(forward.id);
-    quotas.bound(holder, forward.rule.connections);
+    quotas.bound(holder, forward.rule.most_connections());
     if let Err(left) = quotas.reserve(holder, reserved) {
         tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
         // As many as are left.

@@ -31,6 +31,10 @@
 //! * `user_id()`, `connector(socket)`: the user of this process, and the process at the other end
 //!   of a Unix socket.
 //! * `Process`: another process, and whether it is ending.
+//! * `detach(command, leads)`, `make_terminal()`, `hang_up_group(leader)` and its like: programs that
+//!   are started, and the ends of their groups.
+//! * `is_closed_by_peer(socket)`: whether the other end of a Unix socket is closed, not only
+//!   half-closed.
 //! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!

@@ -1,5 +1,6 @@
 //! Linux, macOS and the BSDs.
 
+mod child;
 mod place;
 mod process;
 mod rights;
@@ -12,6 +13,10 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::Wanted;
+pub(crate) use child::{
+    Leads, detach, end_of_input, hang_up_group, has_group, is_closed_by_peer, kill_group,
+    make_terminal, set_nonblocking,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 pub(crate) use place::Place;
@@ -305,7 +310,6 @@ pub(crate) fn wait(socket: BorrowedFd<'_>, wanted: Wanted, timeout: Duration) ->
 
 /// Returns whether the peer has closed both directions, as far as the kernel knows: with TCP it
 /// doesn't until something was sent.
-#[cfg(feature = "cli")]
 pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     let mut asked = [PollFd::new(socket, PollFlags::empty())];
     let answered = poll(&mut asked, PollTimeout::ZERO).is_ok();

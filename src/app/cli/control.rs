@@ -35,9 +35,17 @@ pub(super) struct ControlOptions {
     /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
     #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
     metrics: Option<TcpAddress>,
+    /// Let forwards to programs (exec:/PROGRAM) be added by --control's socket, too
+    #[arg(long, requires = "control")]
+    allow_exec: bool,
 }
 
 impl ControlOptions {
+    /// Returns whether forwards to programs may be added by the control socket.
+    pub(super) fn allows_exec(&self) -> bool {
+        self.allow_exec
+    }
+
     pub(super) fn options(&self) -> control::Options {
         let path = self.control.clone();
         control::Options {
@@ -88,11 +96,13 @@ pub(super) fn begin(
     kept: Option<Arc<Kept>>,
 ) -> crate::Result<Option<Control>> {
     let (grace, rule) = (options.grace(), options.rule().clone());
+    let allows_exec = options.allows_exec();
     let actions = Actions {
         options: Box::new(move || rule.clone()),
         pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
         reload: None,
         grace: Box::new(move || grace),
+        allows_exec: Box::new(move || allows_exec),
     };
     bound.map(|bound| serve(bound, proxy, actions)).transpose()
 }

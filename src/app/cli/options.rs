@@ -128,6 +128,12 @@ impl ProxyOptions {
         self.control.options()
     }
 
+    /// Returns whether forwards to programs may be added by the control socket.
+    #[cfg(unix)]
+    pub(super) fn allows_exec(&self) -> bool {
+        self.control.allows_exec()
+    }
+
     /// Returns where the log goes.
     pub(super) fn log(&self) -> &LogOptions {
         &self.log

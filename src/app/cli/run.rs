@@ -126,7 +126,8 @@ fn control(
     proxy: &Proxy,
 ) -> crate::Result<crate::app::control::Control> {
     use crate::app::control::{Actions, Problem};
-    let (read, options, grace, pending) = (
+    let (read, options, grace, pending, exec) = (
+        Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
@@ -145,6 +146,7 @@ fn control(
             )),
         })),
         grace: Box::new(move || grace.grace()),
+        allows_exec: Box::new(move || exec.allows_exec()),
     };
     super::control::serve(doors, proxy, actions)
 }

@@ -65,6 +65,9 @@ pub(crate) struct Config {
     /// For who adds forwards by the control socket.
     #[cfg(unix)]
     pub(crate) defaults: RuleOptions,
+    /// Whether forwards to programs may be added there.
+    #[cfg(unix)]
+    pub(crate) allow_exec: bool,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
 }
@@ -229,6 +232,7 @@ impl Config {
         let splice = root.take("splice", values::yes_or_no);
         let control = root.take("control", read_control);
         let metrics = root.take("metrics", values::tcp);
+        let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
         if let Some(mut section) = root.table("defaults") {
             defaults = section.take_options(&defaults);
@@ -267,6 +271,8 @@ impl Config {
             metrics,
             #[cfg(unix)]
             defaults,
+            #[cfg(unix)]
+            allow_exec: allow_exec.unwrap_or(false),
             vms,
             forwards,
         }

@@ -330,6 +330,7 @@ mod tests {
                 Ok(serde_json::Value::Null)
             })),
             grace: Box::new(|| Duration::ZERO),
+            allows_exec: Box::new(|| false),
         }
     }
 
