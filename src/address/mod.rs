@@ -51,6 +51,8 @@ pub use port::{Port, PortError};
 pub use tcp::{Host, TcpAddress};
 pub(crate) use transport::{HalfClose, Refusal, Reset, SocketKind, Waiter};
 pub use unix::{UnixAddress, VsockMuxAddress};
+#[cfg(feature = "cli")]
+pub(crate) use uri::as_text;
 pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, PORT_ANY, VsockAddress};
 
 /// An address of any family.
@@ -79,6 +81,16 @@ pub enum Address {
 const TCP_EXAMPLE: &str = "tcp://127.0.0.1:8080";
 
 impl Address {
+    /// Parses what may be no UTF-8, as arguments of a command may: a path that stands there as it is,
+    /// or a URI, in which such bytes mean the same as percent-encoded ones.
+    ///
+    /// # Errors
+    /// As those of [`Address::from_str`].
+    #[cfg(feature = "cli")]
+    pub(crate) fn from_os(input: &std::ffi::OsStr) -> Result<Address, AddressError> {
+        uri::as_text(input).parse()
+    }
+
     /// Returns its scheme, which stands before `:` when it is printed.
     pub fn scheme(&self) -> &'static str {
         self.transport().scheme

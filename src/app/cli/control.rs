@@ -16,7 +16,7 @@ use super::options::ProxyOptions;
 use super::reconciler::danger;
 use super::spec::{Locals, Remotes};
 use super::summary::{Report, tried_again};
-use super::{Failure, Outcome, complain, print, print_json, print_text, say, table};
+use super::{Failure, Outcome, arguments, complain, print, print_json, print_text, say, table};
 use crate::address::{Address, TcpAddress};
 use crate::app::control::{
     self, Actions, Bound, Control, Unanswered, Unavailable, ask, read, refusals_by_reason, segment,
@@ -273,20 +273,21 @@ pub(super) struct Add {
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., value_parser = clap::value_parser!(Address))]
+    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., value_parser = arguments::address())]
     addresses: Vec<Address>,
     /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
-    #[arg(long, value_name = "VM")]
+    #[arg(long, value_name = "VM", value_parser = arguments::vm())]
     vm: Option<String>,
     /// Host to guest, as for `hvsock expose`
     #[arg(
         short = 'L',
         value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT",
-        requires = "vm"
+        requires = "vm",
+        value_parser = arguments::locals()
     )]
     local: Vec<Locals>,
     /// Guest to host, as for `hvsock expose`
-    #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm")]
+    #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm", value_parser = arguments::remotes())]
     remote: Vec<Remotes>,
     /// Print what the control socket says, as it is
     #[arg(long)]

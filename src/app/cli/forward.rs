@@ -5,7 +5,7 @@ use clap::Args;
 use super::kept::KeepTrying;
 use super::options::ProxyOptions;
 use super::signals::EndSignals;
-use super::{Failure, Outcome, carry};
+use super::{Failure, Outcome, arguments, carry};
 use crate::address::Address;
 use crate::app::log::LogOptions;
 use crate::proxy::{ForwardStatus, Rule};
@@ -31,7 +31,7 @@ Examples:
   hvsock forward vsock://:22 'exec:/usr/sbin/sshd?arg=-i'")]
 pub(super) struct Forward {
     /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., value_parser = clap::value_parser!(Address))]
+    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., value_parser = arguments::address())]
     addresses: Vec<Address>,
     #[command(flatten)]
     patience: KeepTrying,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::Failure;
+use super::{Failure, arguments};
 use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
 use crate::app::log::LogOptions;
 use crate::app::rule::RuleOptions;
@@ -20,11 +20,11 @@ use crate::sys;
 #[derive(Args, Debug)]
 pub(super) struct Peer {
     /// Where to connect or listen; with --vm a vsock port alone
-    #[arg(value_name = "ADDRESS")]
+    #[arg(value_name = "ADDRESS", value_parser = arguments::address_text())]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
     /// hyperkit:///STATE/DIR; on Windows a Hyper-V VM's name or id, and ADDRESS may be a service's GUID
-    #[arg(long, value_name = "VM")]
+    #[arg(long, value_name = "VM", value_parser = arguments::vm())]
     vm: Option<String>,
 }
 
