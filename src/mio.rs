@@ -244,7 +244,7 @@ impl Listener {
             let cause = io::Error::new(io::ErrorKind::Unsupported, NO_POLLER);
             return Err(Error::new(Operation::Listen, address, cause));
         }
-        let inner = listener::Listener::bind(address, DEFAULT_MODE)?;
+        let inner = listener::Listener::bind(address, DEFAULT_MODE.into())?;
         let address = inner.bound(address);
         Ok(Listener { inner, address })
     }

@@ -90,13 +90,15 @@ fn arguments_are_given_as_they_are_and_the_environment_is_added_to() {
 #[test]
 fn what_a_program_leaves_unread_takes_nothing_from_its_answer() {
     let dir = private_dir();
-    // It waits until something has come.
-    let script = "read line; echo answer to $line";
+    // By then nothing more fits into the buffers on the way to it.
+    let script = "read line; sleep 0.3; echo answer to $line";
     let (_proxy, mut client) = started(dir.path(), shell(script));
-    client
-        .write_all(&[b"one\n".as_slice(), &[b'.'; 9000]].concat())
-        .unwrap();
+    client.write_all(b"one\n").unwrap();
+    let mut writer = client.try_clone().unwrap();
+    // It fails in the end.
+    let writing = std::thread::spawn(move || writer.write_all(&vec![b'.'; 8 << 20]));
     assert_eq!(rest(client), "answer to one\n");
+    assert!(writing.join().unwrap().is_err());
 }
 
 #[test]

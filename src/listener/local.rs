@@ -10,7 +10,7 @@ use mio::event::Source;
 use mio::unix::SourceFd;
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::defaults::BACKLOG;
+use super::defaults::{Access, BACKLOG};
 use super::file::{self, SocketFile};
 use crate::address::{Address, UnixAddress, VsockAddress};
 use crate::dial;
@@ -43,9 +43,9 @@ pub(crate) enum LocalListener {
 }
 
 impl LocalListener {
-    pub(super) fn bind(address: &Address, mode: u32) -> Result<LocalListener> {
+    pub(super) fn bind(address: &Address, access: Access) -> Result<LocalListener> {
         if let Some(path) = address.listen_path() {
-            return bind_path(address, &path, mode);
+            return bind_path(address, &path, access);
         }
         match address {
             Address::Unix(UnixAddress::Abstract(name)) => bind_abstract(address, name),
@@ -160,8 +160,8 @@ fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<LocalListener> 
     })
 }
 
-fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<LocalListener> {
-    let (socket, file) = file::bind(address, path, Type::STREAM, mode)?;
+fn bind_path(address: &Address, path: &Path, access: Access) -> Result<LocalListener> {
+    let (socket, file) = file::bind(address, path, Type::STREAM, access)?;
     listen(socket, Some(file)).map_err(|e| Error::new(Operation::Listen, address, e))
 }
 

@@ -19,6 +19,7 @@ use crate::address::{Address, HyperkitVm};
 use crate::engine::connection::Socket;
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
+use crate::listener::Access;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
 use crate::name::SocketName;
@@ -255,8 +256,8 @@ fn directory_of(address: &Address) -> Option<PathBuf> {
     }
 }
 
-fn bind(address: &Address, mode: u32) -> Found<Listener> {
-    match Listener::bind(address, mode) {
+fn bind(address: &Address, access: Access) -> Found<Listener> {
+    match Listener::bind(address, access) {
         Ok(listener) => Found::Bound(listener),
         Err(error) => Found::Failed(error),
     }
@@ -317,8 +318,8 @@ impl Driver for MioDriver {
     type Stream = Stream;
     type Listener = Listener;
 
-    fn bind(address: &Address, mode: u32) -> Result<Listener> {
-        Listener::bind(address, mode)
+    fn bind(address: &Address, access: Access) -> Result<Listener> {
+        Listener::bind(address, access)
     }
 
     fn take_passed(listener: listener::Listener) -> Listener {
@@ -405,13 +406,13 @@ impl Driver for MioDriver {
         let Some(file) = listener.file() else {
             return false;
         };
-        let (address, mode) = (rule.listen.clone(), rule.mode);
+        let (address, access) = (rule.listen.clone(), rule.access());
         let directory = file.directory().to_owned();
         self.ask_housekeeper(&directory, move || {
             let found = match file.state() {
                 FileState::Ours => Found::Ours,
                 FileState::Taken => Found::Taken,
-                FileState::Missing => bind(&address, mode),
+                FileState::Missing => bind(&address, access),
             };
             Event::Listener { of, found }
         });
@@ -420,11 +421,11 @@ impl Driver for MioDriver {
 
     fn bind_again(&mut self, old: Option<Listener>, of: ListenerId, rule: &Rule) {
         let file = old.and_then(|old| self.close_at_once(old));
-        let (address, mode) = (rule.listen.clone(), rule.mode);
+        let (address, access) = (rule.listen.clone(), rule.access());
         let directory = directory_of(&address);
         let bind_again = move || {
             drop(file);
-            let found = bind(&address, mode);
+            let found = bind(&address, access);
             Event::Listener { of, found }
         };
         match directory {
@@ -434,10 +435,10 @@ impl Driver for MioDriver {
         }
     }
 
-    fn set_mode(
+    fn set_access(
         &mut self,
         listener: &Listener,
-        mode: u32,
+        access: Access,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     ) {
@@ -448,7 +449,7 @@ impl Driver for MioDriver {
         let directory = file.directory().to_owned();
         self.housekeeper.run(&directory, move || {
             if wanted.begin() {
-                let _ = done.send(file.set_mode(mode));
+                let _ = done.send(file.set_access(access));
             }
         });
     }

@@ -197,6 +197,36 @@ pub(crate) fn process_is_alive(pid: i32) -> bool {
     }
 }
 
+/// Returns the id of a user. The name may be looked up over the network.
+///
+/// # Errors
+/// That it can't be looked up; `Unsupported` where users have no numbers.
+#[cfg(feature = "cli")]
+pub(crate) fn user_by_name(name: &str) -> io::Result<Option<u32>> {
+    #[cfg(unix)]
+    return Ok(nix::unistd::User::from_name(name)?.map(|user| user.uid.as_raw()));
+    #[cfg(not(unix))]
+    no_numbers(name)
+}
+
+/// Returns the id of a group, as [`user_by_name`] does that of a user.
+///
+/// # Errors
+/// As there.
+#[cfg(feature = "cli")]
+pub(crate) fn group_by_name(name: &str) -> io::Result<Option<u32>> {
+    #[cfg(unix)]
+    return Ok(nix::unistd::Group::from_name(name)?.map(|group| group.gid.as_raw()));
+    #[cfg(not(unix))]
+    no_numbers(name)
+}
+
+#[cfg(all(not(unix), feature = "cli"))]
+fn no_numbers(_: &str) -> io::Result<Option<u32>> {
+    let why = "users and groups of files are Unix'";
+    Err(io::Error::new(io::ErrorKind::Unsupported, why))
+}
+
 /// Returns whether a socket call failed because both directions have ended: macOS says `EINVAL`
 /// then when an option is set or the peer's name is asked for.
 pub(crate) fn is_ended_error(error: &io::Error) -> bool {

@@ -101,6 +101,7 @@ impl<S: Socket> Connection<S> {
                 self.refuse(&error, Reason::Other, cx);
             }
             Ok(()) if is_closed => self.refuse_cut_off(cx),
+            Ok(()) if !self.forward.rule.admits(&self.peer) => self.refuse_stranger(cx),
             Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
             Ok(()) if self.is_one_too_many() => self.refuse_too_many(cx),
             Ok(()) => self.begin_dial(cx),
@@ -166,6 +167,22 @@ impl<S: Socket> Connection<S> {
         );
         let error = error.with_remedy("have the forward lead elsewhere");
         self.refuse(&error, Reason::Other, cx);
+    }
+
+    /// Refuses a client that has come from where none may come from.
+    fn refuse_stranger(&mut self, cx: &mut Context<'_, S>) {
+        // Without its port, so that the same client is told of once.
+        let client = match self.peer {
+            SocketName::Tcp(name) => name.ip().to_canonical().to_string(),
+            SocketName::Vsock(name) => format!("CID {}", name.cid),
+            other => other.to_string(),
+        };
+        let cause = io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("{client} may not come: it is not in the rule's `from`"),
+        );
+        let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
+        self.refuse(&error, Reason::NotAllowed, cx);
     }
 
     /// Returns whether the target bounds its connections, and has as many already: a client that

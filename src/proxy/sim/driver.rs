@@ -17,12 +17,13 @@ use crate::engine::relay::{Pipe, Side, Socket};
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
+use crate::hyperkit;
+use crate::listener::{self, Access};
 use crate::name::SocketName;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
 use crate::proxy::relay_threads::Progress;
 use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
-use crate::{hyperkit, listener};
 
 use super::kernel::{ListenerKey, Owner, Place, SocketId};
 use super::stage::Stage;
@@ -256,7 +257,7 @@ impl Driver for SimDriver {
     type Stream = SimStream;
     type Listener = SimListener;
 
-    fn bind(address: &Address, _: u32) -> Result<SimListener> {
+    fn bind(address: &Address, _: Access) -> Result<SimListener> {
         bind(&this_stage(), address)
     }
 
@@ -360,10 +361,10 @@ impl Driver for SimDriver {
         self.stage.ask_housekeeper(self.worker, again);
     }
 
-    fn set_mode(
+    fn set_access(
         &mut self,
         listener: &SimListener,
-        _: u32,
+        _: Access,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     ) {

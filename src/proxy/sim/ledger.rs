@@ -177,6 +177,7 @@ impl Ledger {
             (Reason::Absent, now.absent - before.absent),
             (Reason::DialTimeout, now.dial_timeout - before.dial_timeout),
             (Reason::Full, now.full - before.full),
+            (Reason::NotAllowed, now.not_allowed - before.not_allowed),
             (Reason::Other, now.other - before.other),
         ];
         let mut counted = reasons.into_iter().filter(|(_, more)| *more > 0);
@@ -257,6 +258,8 @@ impl Ledger {
                 let fits = !text.contains("has not answered") || self.limits.vm_unanswered < 64;
                 is_silent && fits && (is_slow || !was_answered(&entry, &spots, &text, kernel))
             }
+            // No rule of the simulated world bounds where its clients come from.
+            Reason::NotAllowed => false,
             Reason::Full => is_late && self.limits.vm_connections < 100,
             Reason::Other => {
                 let is_circle = text.contains("leads back") && self.limits.has_chains;

@@ -74,6 +74,23 @@ impl Place {
         }
     }
 
+    /// Gives the file another owner and another group, if it is still that one.
+    ///
+    /// # Errors
+    /// `NotFound`; `PermissionDenied`; what the system says.
+    pub(crate) fn set_owner(
+        &self,
+        file: Identity,
+        owner: Option<u32>,
+        group: Option<u32>,
+    ) -> io::Result<()> {
+        let found = Found::at(self)?;
+        match found.identity == file {
+            true => found.set_owner(self, owner, group),
+            false => Ok(()),
+        }
+    }
+
     /// Gives the socket that was just bound here these permissions. Returns the identity of its
     /// file.
     ///
@@ -136,6 +153,16 @@ mod found {
             let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
             set_permissions(path, Permissions::from_mode(mode))
         }
+
+        pub(super) fn set_owner(
+            &self,
+            _: &Place,
+            owner: Option<u32>,
+            group: Option<u32>,
+        ) -> io::Result<()> {
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            std::os::unix::fs::chown(path, owner, group)
+        }
     }
 }
 
@@ -179,6 +206,18 @@ mod found {
                 mode,
                 FchmodatFlags::NoFollowSymlink,
             )?)
+        }
+
+        pub(super) fn set_owner(
+            &self,
+            place: &Place,
+            owner: Option<u32>,
+            group: Option<u32>,
+        ) -> io::Result<()> {
+            use nix::unistd::{Gid, Uid, fchownat};
+            let (owner, group) = (owner.map(Uid::from_raw), group.map(Gid::from_raw));
+            let (name, no_link) = (place.name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+            Ok(fchownat(&place.directory, name, owner, group, no_link)?)
         }
     }
 }
