@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::address::{Address, HyperkitVm};
 use crate::engine::source::Source;
-use crate::listener::{Access, DEFAULT_MODE};
+use crate::listener::{DEFAULT_MODE, FileAccess};
 use crate::name::SocketName;
 
 /// A rule: every connection accepted at `listen` is forwarded to `connect`.
@@ -70,8 +70,8 @@ impl Rule {
     }
 
     /// Returns who may use the file of its Unix listening socket.
-    pub(crate) fn access(&self) -> Access {
-        Access {
+    pub(crate) fn access(&self) -> FileAccess {
+        FileAccess {
             mode: self.mode,
             owner: self.owner,
             group: self.group,

@@ -5,7 +5,7 @@ pub const DEFAULT_MODE: u32 = 0o600;
 
 /// Who may use the file of a Unix listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Access {
+pub(crate) struct FileAccess {
     /// Its permissions.
     pub(crate) mode: u32,
     /// Its owner; `None`: the user of this process.
@@ -14,9 +14,9 @@ pub(crate) struct Access {
     pub(crate) group: Option<u32>,
 }
 
-impl From<u32> for Access {
-    fn from(mode: u32) -> Access {
-        Access {
+impl From<u32> for FileAccess {
+    fn from(mode: u32) -> FileAccess {
+        FileAccess {
             mode,
             owner: None,
             group: None,

@@ -10,7 +10,7 @@ use mio::event::Source;
 use mio::unix::SourceFd;
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::defaults::{Access, BACKLOG};
+use super::defaults::{BACKLOG, FileAccess};
 use super::file::{self, SocketFile};
 use crate::address::{Address, UnixAddress, VsockAddress};
 use crate::dial;
@@ -43,7 +43,7 @@ pub(crate) enum LocalListener {
 }
 
 impl LocalListener {
-    pub(super) fn bind(address: &Address, access: Access) -> Result<LocalListener> {
+    pub(super) fn bind(address: &Address, access: FileAccess) -> Result<LocalListener> {
         if let Some(path) = address.listen_path() {
             return bind_path(address, &path, access);
         }
@@ -160,7 +160,7 @@ fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<LocalListener> 
     })
 }
 
-fn bind_path(address: &Address, path: &Path, access: Access) -> Result<LocalListener> {
+fn bind_path(address: &Address, path: &Path, access: FileAccess) -> Result<LocalListener> {
     let (socket, file) = file::bind(address, path, Type::STREAM, access)?;
     listen(socket, Some(file)).map_err(|e| Error::new(Operation::Listen, address, e))
 }

@@ -17,5 +17,5 @@ pub(crate) mod nonblocking;
 mod passed;
 
 pub use blocking::Listener;
-pub(crate) use defaults::Access;
 pub use defaults::DEFAULT_MODE;
+pub(crate) use defaults::FileAccess;

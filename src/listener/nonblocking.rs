@@ -9,7 +9,7 @@ use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::defaults::{Access, BACKLOG};
+use super::defaults::{BACKLOG, FileAccess};
 #[cfg(feature = "cli")]
 use super::file::FileState;
 use super::file::SocketFile;
@@ -43,7 +43,7 @@ impl Listener {
     /// # Errors
     /// `AddrInUse` if another socket listens there; `AlreadyExists` if the file in the way is no
     /// socket; what the kernel says otherwise. `Unsupported` for a family that isn't carried.
-    pub(crate) fn bind(address: &Address, access: Access) -> Result<Listener> {
+    pub(crate) fn bind(address: &Address, access: FileAccess) -> Result<Listener> {
         match address {
             Address::Tcp(tcp) => bind_tcp(address, tcp),
             #[cfg(windows)]

@@ -12,7 +12,7 @@ use mio::event::Source;
 use mio::windows::NamedPipe;
 use mio::{Interest, Registry, Token};
 
-use super::defaults::{Access, DEFAULT_MODE};
+use super::defaults::{DEFAULT_MODE, FileAccess};
 use super::file::SocketFile;
 use crate::address::Address;
 use crate::error::{Error, Operation, Result};
@@ -123,7 +123,7 @@ impl Waiting {
 }
 
 impl LocalListener {
-    pub(super) fn bind(address: &Address, access: Access) -> Result<LocalListener> {
+    pub(super) fn bind(address: &Address, access: FileAccess) -> Result<LocalListener> {
         let Address::Npipe(pipe) = address else {
             return Err(not_carried(Operation::Listen, address));
         };

@@ -15,7 +15,7 @@ use crate::address::Address;
 use crate::engine::connection::Socket;
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Result};
-use crate::listener::{self, Access};
+use crate::listener::{self, FileAccess};
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
@@ -110,7 +110,7 @@ pub(crate) trait Driver: Sized {
     ///
     /// # Errors
     /// Returns `AddrInUse` if another socket listens there, or else the system's error.
-    fn bind(address: &Address, access: Access) -> Result<Self::Listener>;
+    fn bind(address: &Address, access: FileAccess) -> Result<Self::Listener>;
     /// Converts a socket that listened already.
     fn take_passed(listener: listener::Listener) -> Self::Listener;
     /// Returns the address that was bound for `asked`, with the port that was chosen.
@@ -150,7 +150,7 @@ pub(crate) trait Driver: Sized {
     fn set_access(
         &mut self,
         listener: &Self::Listener,
-        access: Access,
+        access: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     );

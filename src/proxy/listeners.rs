@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, error, info, warn};
 
 use crate::engine::relay::{Side, Socket};
-use crate::listener::Access;
+use crate::listener::FileAccess;
 use crate::listener::nonblocking::{has_client_left, is_broken};
 
 use super::driver::{Driver, Found, ListenerId, Wanted};
@@ -240,7 +240,7 @@ impl<D: Driver> Listeners<D> {
     pub(super) fn set_access(
         &mut self,
         forward: ForwardId,
-        access: Access,
+        access: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
         cx: &mut TurnContext<'_, D>,

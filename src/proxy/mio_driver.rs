@@ -19,7 +19,7 @@ use crate::address::{Address, HyperkitVm};
 use crate::engine::connection::Socket;
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
-use crate::listener::Access;
+use crate::listener::FileAccess;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
 use crate::name::SocketName;
@@ -256,7 +256,7 @@ fn directory_of(address: &Address) -> Option<PathBuf> {
     }
 }
 
-fn bind(address: &Address, access: Access) -> Found<Listener> {
+fn bind(address: &Address, access: FileAccess) -> Found<Listener> {
     match Listener::bind(address, access) {
         Ok(listener) => Found::Bound(listener),
         Err(error) => Found::Failed(error),
@@ -318,7 +318,7 @@ impl Driver for MioDriver {
     type Stream = Stream;
     type Listener = Listener;
 
-    fn bind(address: &Address, access: Access) -> Result<Listener> {
+    fn bind(address: &Address, access: FileAccess) -> Result<Listener> {
         Listener::bind(address, access)
     }
 
@@ -438,7 +438,7 @@ impl Driver for MioDriver {
     fn set_access(
         &mut self,
         listener: &Listener,
-        access: Access,
+        access: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     ) {

@@ -16,7 +16,7 @@ use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::routes::Routes;
 use crate::engine::rule::Limits;
 use crate::engine::status::ConnectionStatus;
-use crate::listener::Access;
+use crate::listener::FileAccess;
 use crate::name::SocketName;
 
 use super::descriptors::Descriptors;
@@ -53,7 +53,7 @@ pub(crate) enum Command<D: Driver> {
     /// Replace the forward of the same id for new clients, and report it.
     Replace(Arc<Forward>, Wanted, Sender<()>),
     /// Change the owner, group and permissions of the forward's socket file, and report the result.
-    SetAccess(ForwardId, Access, Wanted, Sender<io::Result<()>>),
+    SetAccess(ForwardId, FileAccess, Wanted, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time.
     Remove(Arc<Forward>, Duration, Sender<()>),

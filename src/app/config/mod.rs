@@ -66,7 +66,7 @@ pub(crate) struct Config {
     #[cfg(unix)]
     pub(crate) defaults: RuleOptions,
     /// Whether forwards to programs may be added there.
-    #[cfg(unix)]
+    #[cfg_attr(not(unix), allow(dead_code))]
     pub(crate) allow_exec: bool,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
@@ -271,7 +271,6 @@ impl Config {
             metrics,
             #[cfg(unix)]
             defaults,
-            #[cfg(unix)]
             allow_exec: allow_exec.unwrap_or(false),
             vms,
             forwards,

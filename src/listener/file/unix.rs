@@ -8,7 +8,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::state::FileState;
 use crate::error::{Error, Operation, Result};
-use crate::listener::Access;
+use crate::listener::FileAccess;
 use crate::sys::{self, Identity, Place};
 
 /// The file of a Unix socket that this process made. Dropping it removes the file, if it is still
@@ -36,9 +36,9 @@ impl SocketFile {
     }
 
     /// Sets its owner, its group and its permissions, unless another file has its name by now.
-    pub(crate) fn set_access(&self, access: Access) -> io::Result<()> {
+    pub(crate) fn set_access(&self, access: FileAccess) -> io::Result<()> {
         let place = Place::of(&self.path)?;
-        let Access { mode, owner, group } = access;
+        let FileAccess { mode, owner, group } = access;
         if owner.is_some() || group.is_some() {
             // Neither the old group nor the new one may do meanwhile what is the other's.
             place.set_mode(self.identity, mode & 0o700)?;
@@ -66,7 +66,7 @@ pub(crate) fn bind(
     subject: impl std::fmt::Display,
     path: &Path,
     kind: Type,
-    access: Access,
+    access: FileAccess,
 ) -> Result<(Socket, SocketFile)> {
     let mode = access.mode;
     let fail = |e: io::Error, remedy: Option<&str>| {
@@ -122,14 +122,14 @@ pub(crate) fn bind(
 }
 
 /// Returns the error of a file whose owner or group can't be set.
-fn explain_access(subject: impl std::fmt::Display, access: Access, cause: io::Error) -> Error {
+fn explain_access(subject: impl std::fmt::Display, access: FileAccess, cause: io::Error) -> Error {
     let what = match access {
-        Access {
+        FileAccess {
             owner: Some(owner),
             group: None,
             ..
         } => format!("owner {owner}"),
-        Access {
+        FileAccess {
             owner: None,
             group: Some(group),
             ..

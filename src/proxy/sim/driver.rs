@@ -18,7 +18,7 @@ use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
-use crate::listener::{self, Access};
+use crate::listener::{self, FileAccess};
 use crate::name::SocketName;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
 use crate::proxy::relay_threads::Progress;
@@ -257,7 +257,7 @@ impl Driver for SimDriver {
     type Stream = SimStream;
     type Listener = SimListener;
 
-    fn bind(address: &Address, _: Access) -> Result<SimListener> {
+    fn bind(address: &Address, _: FileAccess) -> Result<SimListener> {
         bind(&this_stage(), address)
     }
 
@@ -364,7 +364,7 @@ impl Driver for SimDriver {
     fn set_access(
         &mut self,
         listener: &SimListener,
-        _: Access,
+        _: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     ) {
