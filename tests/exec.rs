@@ -95,10 +95,10 @@ fn what_a_program_leaves_unread_takes_nothing_from_its_answer() {
     let (_proxy, mut client) = started(dir.path(), shell(script));
     client.write_all(b"one\n").unwrap();
     let mut writer = client.try_clone().unwrap();
-    // It fails in the end.
+    // However it ends: nobody has read it.
     let writing = std::thread::spawn(move || writer.write_all(&vec![b'.'; 8 << 20]));
     assert_eq!(rest(client), "answer to one\n");
-    assert!(writing.join().unwrap().is_err());
+    let _ = writing.join().unwrap();
 }
 
 #[test]
