@@ -272,6 +272,10 @@ impl Session<'_> {
     fn leave(&self) {
         if !self.stream.address().transport().needs_graceful_close {
             self.stream.abort();
+            if self.stream.address().transport().runs_program {
+                // What closes it may be kept by a thread that reads standard input.
+                let _ = self.stream.shutdown(Shutdown::Both);
+            }
             return;
         }
         let mut told = false;

@@ -27,6 +27,7 @@ Examples:
   ssh -o ProxyCommand='hvsock cat --wait 30 --vm docker 22' root@docker
   hvsock cat -l vsock://:1024 >upload
   hvsock cat -lk --echo vsock://:7
+  hvsock cat 'exec:/usr/bin/sort?arg=-u' <lines
 Addresses: see `hvsock forward --help`."
 )]
 pub(super) struct Cat {
@@ -134,7 +135,11 @@ fn connect(plan: Plan) -> Outcome {
     let signals = EndSignals::take()?;
     let mut cat = cat::Cat::new(plan);
     interrupt_by(signals, &cat);
-    Ok(cat.connect()?)
+    let outcome = cat.connect();
+    // A program whose connection was cut is ended, with those that it has started.
+    #[cfg(unix)]
+    crate::dial::Programs::alone().wait();
+    Ok(outcome?)
 }
 
 fn accept(plan: Plan, mut listener: LastingListener, signals: EndSignals) -> Outcome {

@@ -25,7 +25,7 @@ Examples:
 pub(super) struct Doctor {
     /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR; on Windows a Hyper-V
     /// VM's name or id
-    #[arg(long, value_name = "VM")]
+    #[arg(long, value_name = "VM", value_parser = super::arguments::vm())]
     vm: Option<String>,
     /// A vsock port on which a program in the guest should listen
     #[arg(long, value_name = "PORT", requires = "vm")]

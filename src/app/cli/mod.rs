@@ -1,5 +1,6 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
+mod arguments;
 mod carrying;
 mod cat;
 mod completions;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::arguments;
 #[cfg(unix)]
 use super::console::complain;
 use super::outcome::Failure;
@@ -24,11 +25,11 @@ use crate::sys;
 #[derive(Args, Debug)]
 pub(super) struct Peer {
     /// Where to connect or listen; with --vm a vsock port alone
-    #[arg(value_name = "ADDRESS")]
+    #[arg(value_name = "ADDRESS", value_parser = arguments::address_text())]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
     /// hyperkit:///STATE/DIR; on Windows a Hyper-V VM's name or id, and ADDRESS may be a service's GUID
-    #[arg(long, value_name = "VM")]
+    #[arg(long, value_name = "VM", value_parser = arguments::vm())]
     vm: Option<String>,
 }
 
