@@ -4,6 +4,13 @@
 use std::fmt;
 use std::io;
 
+use crate::sys;
+
+/// Returns what makes a noun one of so many: `s`, unless there is one.
+pub(crate) fn plural(count: u64) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
+
 /// The result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -62,18 +69,22 @@ impl Error {
     /// Makes an error of `operation` on `subject` (an address, a path or a name as the user knows
     /// it).
     pub fn new(operation: Operation, subject: impl fmt::Display, cause: io::Error) -> Error {
+        let is_out = sys::is_out_of_descriptors(&cause);
         Error {
             operation,
             subject: subject.to_string(),
             cause,
-            remedy: None,
+            remedy: is_out.then(|| "raise the limit with `ulimit -n`".to_owned()),
         }
     }
 
-    /// Adds what a person can do about it.
+    /// Adds what a person can do about it. Where the process, or the system, is out of descriptors,
+    /// there is one remedy, whatever was being done: it stays.
     #[must_use]
     pub fn with_remedy(mut self, remedy: impl Into<String>) -> Error {
-        self.remedy = Some(remedy.into());
+        if !sys::is_out_of_descriptors(&self.cause) {
+            self.remedy = Some(remedy.into());
+        }
         self
     }
 

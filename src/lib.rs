@@ -49,6 +49,7 @@
 //! | [`mio`] | the same sockets for an event loop of mio's |
 //! | `tokio` (Unix; feature `tokio`) | streams and listeners for tokio; with the features `axum` and `tonic` for their servers, too |
 //! | `simulate` (Unix; feature `simulate`) | a stand-in VM for tests |
+//! | [`guide`] | what people who use it need to know: addresses, limits, promises, the command |
 //!
 //! The library installs no signal handler, prints nothing, and logs through [`tracing`] only. The
 //! feature `cli`, on by default, is the command, which has the feature `simulate` with it:
@@ -80,6 +81,7 @@ pub mod error;
 pub mod family;
 mod file;
 pub mod framing;
+pub mod guide;
 pub mod hyperkit;
 pub mod hyperv;
 #[cfg(unix)]
@@ -88,6 +90,8 @@ mod listener;
 pub mod mio;
 mod mux;
 mod name;
+#[cfg(feature = "cli")]
+mod nearest;
 pub mod proxy;
 pub mod services;
 #[cfg(all(unix, any(feature = "simulate", test)))]

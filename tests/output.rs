@@ -328,7 +328,8 @@ fn what_was_asked_for_waits_for_its_reader_and_says_if_it_cannot_be_written() {
     let mut proxy = scene.start(command);
     let control = scene.path("control");
     let status = ["status", "--json", "--control", text(&control)];
-    for refuses in broken() {
+    // But a reader who has gone has seen enough.
+    for refuses in broken().into_iter().skip(1) {
         let mut refused = hvsock(&status);
         let refused = refused.stdout(refuses).output().unwrap();
         assert_eq!(refused.status.code(), Some(1));

@@ -433,7 +433,7 @@ fn who_waits_too_long_for_the_vm_is_told() {
     let forward = &proxy.forwards()[0];
     assert_eq!(forward.counters.refusals.dial_timeout, 1);
     let told = &forward.last_error.as_ref().unwrap().text;
-    assert!(told.contains("has not answered 1 dials"), "{told}");
+    assert!(told.contains("has not answered 1 dial ("), "{told}");
     vm.resume();
     first.read_exact(&mut [0]).unwrap();
     drop(first);

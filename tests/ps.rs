@@ -160,15 +160,20 @@ fn what_a_killed_one_leaves_disturbs_nobody_and_goes_with_the_next() {
 fn without_a_directory_for_its_socket_it_forwards_nevertheless() {
     let dir = private_dir();
     let runtime = dir.path().join("none");
+    fs::create_dir(&runtime).unwrap();
+    let open = home(&runtime);
+    fs::write(&open, "a file is in the way").unwrap();
     let hvsock = forward(&runtime, &[]);
     let one = told(&runtime, &hvsock);
     assert_eq!(one["control"], Value::Null);
-    fs::create_dir(&runtime).unwrap();
+    fs::remove_file(&open).unwrap();
     // One that others can write to is not trusted.
-    let open = home(&runtime);
     fs::create_dir(&open).unwrap();
     fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
-    let hvsock = forward(&runtime, &[]);
+    let arguments = ["forward", "tcp://127.0.0.1:0", "/nowhere"];
+    let mut command = in_runtime(&runtime, &arguments);
+    command.env("HVSOCK_LOG", "debug");
+    let hvsock = Running::spawn(command);
     hvsock.complains("without a control socket: ");
     assert!(!own_socket(&runtime, &hvsock).exists());
 }

@@ -61,7 +61,7 @@ fn forward_to_port(name: &str, listen: impl std::fmt::Debug, port: u32) -> Strin
     format!("[forward.{name}]\nlisten = {listen:?}\nvm = \"one\"\nport = {port}\n")
 }
 
-/// Ten mistakes, in lines 1, 2, 4, 5, 7, 9, 12, 15, 18 and 19, and what is said of each.
+/// Eleven mistakes and something to note, and what is said of each.
 const MISTAKES: &str = r#"grace = "soon"
 worker = 2
 [defaults]
@@ -87,16 +87,18 @@ listen = 8080
 connect = 0
 "#;
 
-const SAID: [(usize, &str); 10] = [
+const SAID: [(usize, &str); 12] = [
     (1, "\"soon\" is no time; write \"30s\""),
     (2, "unknown key worker; did you mean workers?"),
     (4, "write permissions as a string: \"600\""),
     (5, "did you mean dial-timeout?"),
+    (6, "[vm.docker] is used by no forward"),
     (7, "cannot find VM \"no-such-vm\""),
     (9, "5000 is not a number from 1 to 1000"),
     (12, "TCP port 99999 is larger than 65535"),
     (15, "unknown key lisen in [forward.b]; did you mean listen?"),
     (19, "4294967296 is no vsock port"),
+    (22, "[forward.c] in line 20 listens on tcp://127.0.0.1:8080"),
     (23, "port 0 can't be connected to"),
 ];
 
@@ -111,7 +113,7 @@ fn check_says_all_that_is_wrong_at_once() {
         let said = String::from_utf8(output.stderr).unwrap();
         let mut lines: Vec<&str> = said.lines().collect();
         assert!(
-            lines.pop().unwrap().contains("10 things are wrong"),
+            lines.pop().unwrap().contains("11 things are wrong"),
             "{said}"
         );
         assert_eq!(lines.len(), SAID.len(), "{said}");

@@ -224,7 +224,7 @@ fn a_reset_after_our_end_is_told() {
     });
     drop(collector);
     assert_eq!(syslog.exit_code(), Some(1));
-    syslog.complains("1 messages may not have been delivered");
+    syslog.complains("1 message may not have been delivered");
 }
 
 /// Whether a half-close lies behind what has come.
@@ -256,7 +256,7 @@ fn a_collector_that_reads_nothing_is_told_of_and_holds_nobody_up() {
     syslog.signal("TERM");
     syslog.signal("TERM");
     assert_eq!(syslog.exit_code(), Some(1));
-    syslog.complains("messages may not have been delivered");
+    syslog.complains("may not have been delivered");
     // One connection, and nothing came twice.
     drop(listener);
     let mut collector = collector;

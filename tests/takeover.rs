@@ -910,7 +910,7 @@ fn an_upgrade_starts_what_is_there_now_and_tells_the_service_manager() {
     #[cfg(target_os = "linux")]
     {
         let now = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
-        assert_eq!(now, program);
+        assert_eq!(now, program.canonicalize().unwrap());
     }
     crowd.is_served();
     assert_eq!(old.exit_code(), Some(0));

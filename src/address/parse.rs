@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use super::transport::{ALL, TCP_EXAMPLE};
+use super::transport::{ALL, TCP_EXAMPLE, UNIX};
 use super::{Address, AddressError, NpipeAddress, Part, TcpAddress, UnixAddress};
 
 impl FromStr for Address {
@@ -49,6 +49,12 @@ fn unknown(input: &str, scheme: &str) -> AddressError {
             (None, Ok(_)) => TCP_EXAMPLE.to_owned(),
         };
         return AddressError::new(input, Part::Scheme, "", missing, example);
+    }
+    if input.starts_with("~/") {
+        let why = format!(
+            "{missing}; or ~ is filled in by the shell, at the start of a word that is not in quotes"
+        );
+        return AddressError::new(input, Part::Scheme, "", why, UNIX.example);
     }
     if !input.contains(':') {
         // What looks like a file's name was to be a path.

@@ -152,7 +152,7 @@ const VSOCK_MUX: Transport = Transport {
     ..ORDINARY
 };
 
-const UNIX: Transport = Transport {
+pub(super) const UNIX: Transport = Transport {
     scheme: "unix",
     example: "unix:///run/service.sock",
     ..ORDINARY

@@ -262,7 +262,6 @@ pub(super) fn expand_ports(text: &str) -> Result<Vec<String>, String> {
     let Some((first, last)) = range.split_once('-') else {
         return whole();
     };
-    let is_number = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_digit());
     if host.contains(['/', '\\']) || !is_number(first) || !is_number(last) {
         return whole();
     }
@@ -285,13 +284,29 @@ pub(super) fn expand_ports(text: &str) -> Result<Vec<String>, String> {
 /// Reads a local address, as on the left of `-L`.
 pub(super) fn address(value: &Value) -> Result<Address, String> {
     match value {
-        Value::String(text) => local_address(&at_home(text)?),
+        Value::String(text) => local_address(text),
         Value::Number(number) => local_address(&number.to_string()),
         other => Err(wants(
             other,
             "an address: 8080, \"127.0.0.1:8080\", \"/run/web.sock\" or a URI",
         )),
     }
+}
+
+/// Reads where a forward of a file listens, or those of a range of ports. Its two ports are keys of their own, unlike those
+/// of `-L`.
+pub(super) fn listen_addresses(value: &Value) -> Result<Vec<Address>, String> {
+    let ports = value.as_str().and_then(|text| text.split_once(':'));
+    match ports {
+        Some((port, guest)) if is_number(port) && is_number(guest) => Err(format!(
+            "two ports: write listen = {port}, port = {guest} and vm = \"NAME\""
+        )),
+        _ => addresses(value),
+    }
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_digit())
 }
 
 /// Reads a TCP address, as in `9100` or `"127.0.0.1:9100"`.
@@ -318,8 +333,10 @@ pub(super) fn at_home(text: &str) -> Result<Cow<'_, str>, String> {
         .ok_or_else(|| format!("{text:?}: no home is known; write the whole path"))
 }
 
-/// Reads a path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1.
+/// Reads a path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1. Where it stands within a word no shell fills in `~/`, so
+/// that it is done here.
 pub(super) fn local_address(text: &str) -> Result<Address, String> {
+    let text = &*at_home(text)?;
     if text.starts_with(['/', '.', '\\']) || text.contains("://") || is_local_uri(text) {
         return text.parse().map_err(|e: crate::AddressError| e.to_string());
     }
@@ -327,9 +344,9 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
         return local_port(text);
     }
     let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
-    if !host.is_empty() && host.chars().all(|c| c.is_ascii_digit()) {
+    if is_number(host) {
         return Err(format!(
-            "{host:?} stands where an address would: there is no host on the vsock side, as there is in ssh; a right one: 8080:80 or 127.0.0.1:8080:80"
+            "{host:?} stands where a host or an address would; write {port} or 127.0.0.1:{port}"
         ));
     }
     if matches!(

@@ -243,6 +243,9 @@ pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
             "there is a file of that name, but it is no socket: is the path right?"
         }
         (Address::Unix(_), NotFound | ConnectionRefused) => "is the server running?",
+        (Address::Unix(_), _) if sys::is_no_stream(&cause) => {
+            "it is a datagram socket, and a stream is wanted; for one of syslog there is `hvsock syslog`"
+        }
         (Address::Npipe(_), NotFound) => "is the server running?",
         (Address::Npipe(_), PermissionDenied) => "that pipe's server doesn't let you use it",
         (Address::Unix(_), PermissionDenied) => "you may not use that socket",

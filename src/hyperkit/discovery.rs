@@ -157,6 +157,11 @@ pub fn find(vm: &str, places: &Places) -> Result<HyperkitVm> {
             .with_remedy("give a VM's name or its state directory"));
     }
     let dir = clean(&places.current_dir.join(vm));
+    if vm.starts_with("~/") && !dir.exists() {
+        let why = "there is no directory of this name here";
+        return Err(failed(vm, io::ErrorKind::InvalidInput, why)
+            .with_remedy("~ is filled in by the shell, at the start of a word that is not in quotes: write the whole path"));
+    }
     if vm.contains(std::path::is_separator) || vm == "." || vm == ".." {
         return from_dir(vm, &dir);
     }
@@ -311,8 +316,12 @@ impl Search {
 
     fn not_found(&self, vm: &str) -> Error {
         let names: Vec<&str> = self.dirs.iter().map(|(name, _)| name.as_str()).collect();
+        let hint = match nearest(vm, &names) {
+            Some(near) => format!("did you mean {near}? "),
+            None => String::new(),
+        };
         let why = format!(
-            "no VM has this name; looked in {}; found {}",
+            "{hint}no VM has this name; looked in {}; found {}",
             self.looked.join(", "),
             if names.is_empty() {
                 "none".to_owned()
@@ -333,6 +342,18 @@ impl Search {
         };
         failed(vm, kind, why).with_remedy(remedy)
     }
+}
+
+/// Returns what a name was probably meant to be.
+#[cfg(feature = "cli")]
+fn nearest<'a>(name: &str, among: &[&'a str]) -> Option<&'a str> {
+    crate::nearest::nearest(name, among.iter().copied())
+}
+
+/// Returns none: a program knows what it asks for.
+#[cfg(not(feature = "cli"))]
+fn nearest<'a>(_: &str, _: &[&'a str]) -> Option<&'a str> {
+    None
 }
 
 fn name_of(dir: &Path) -> String {

@@ -204,16 +204,16 @@ struct Entry {
 /// The sockets to one keeper.
 #[derive(Debug)]
 struct Ends {
-    bell: UnixStream,
+    notifier: UnixStream,
     orders: UnixStream,
 }
 
 impl Ends {
-    /// Makes the sockets. Returns the keeper's ends as well: of the bell, and of the orders.
+    /// Makes the sockets. Returns the keeper's ends as well: of the notifier, and of the orders.
     fn pair() -> io::Result<(Ends, OwnedFd, OwnedFd)> {
-        let (bell, other_bell) = UnixStream::pair()?;
+        let (notifier, other_notifier) = UnixStream::pair()?;
         let (orders, other_orders) = UnixStream::pair()?;
-        for socket in [&bell, &orders] {
+        for socket in [&notifier, &orders] {
             socket.set_nonblocking(true)?;
             #[cfg(target_vendor = "apple")]
             SockRef::from(socket).set_nosigpipe(true)?;
@@ -225,15 +225,15 @@ impl Ends {
             let _ = socket.set_recv_buffer_size(ROOM);
         }
         Ok((
-            Ends { bell, orders },
-            other_bell.into(),
+            Ends { notifier, orders },
+            other_notifier.into(),
             other_orders.into(),
         ))
     }
 
-    fn ring(&self) {
-        // A bell without room rings already.
-        let _ = sys::send(self.bell.as_fd(), &[1], None);
+    fn notify(&self) {
+        // A notifier without room is not read yet.
+        let _ = sys::send(self.notifier.as_fd(), &[1], None);
     }
 }
 
@@ -308,14 +308,14 @@ impl State {
             return true;
         }
         let is_sent = self.flush();
-        self.ring();
+        self.notify();
         is_sent
     }
 
-    fn ring(&mut self) {
+    fn notify(&mut self) {
         self.waiting = 0;
         if let Some(ends) = &self.ends {
-            ends.ring();
+            ends.notify();
         }
     }
 
@@ -364,13 +364,13 @@ impl State {
                 self.pending = bytes.split_off(n);
                 self.waiting += 1;
                 if self.waiting >= MOST_WAITING {
-                    self.ring();
+                    self.notify();
                 }
                 true
             }
             Err(e) => {
                 debug!("the keeper can't take a copy now: {e}");
-                self.ring();
+                self.notify();
                 false
             }
         }
@@ -418,7 +418,7 @@ impl Link {
     pub(crate) fn keep_listener(&self, listener: BorrowedFd<'_>, port: Port) -> Option<Kept> {
         let kept = self.keep(listener, |id| Order::Listener(id, port));
         // There are few, and a successor may ask for one at any time.
-        self.0.0.state().ring();
+        self.0.0.state().notify();
         kept
     }
 
@@ -529,12 +529,14 @@ impl Inner {
 
     /// Starts a keeper; `None` at the end.
     fn start(&self) -> io::Result<Option<Child>> {
-        let (ends, bell, orders) = Ends::pair()?;
+        let (ends, notifier, orders) = Ends::pair()?;
         let mut command = Command::new(&self.keeper.program);
         command
             .args(&self.keeper.arguments)
             .arg(PROTOCOL.to_string());
-        command.stdin(Stdio::from(bell)).stdout(Stdio::from(orders));
+        command
+            .stdin(Stdio::from(notifier))
+            .stdout(Stdio::from(orders));
         // It may outlive a terminal, and must not hold open what somebody reads to its end.
         command.stderr(Stdio::null());
         if let Some(name) = &self.keeper.name {
@@ -561,7 +563,7 @@ impl Inner {
         }
         state.missing = state.kept.keys().copied().collect();
         state.flush();
-        state.ring();
+        state.notify();
         Ok(Some(child))
     }
 
@@ -576,14 +578,14 @@ impl Inner {
             if progress == Progress::Some {
                 continue;
             }
-            state.ring();
+            state.notify();
             let Some(ends) = state.ends.clone().filter(|_| progress != Progress::Done) else {
                 return;
             };
             drop(state);
             // It is about to read. If it has ended, this returns at once.
             let waited = sys::wait(ends.orders.as_fd(), Wanted::Writable, AT_ONCE);
-            if sys::is_hung_up(ends.bell.as_fd()) {
+            if sys::is_hung_up(ends.notifier.as_fd()) {
                 return;
             }
             if !matches!(waited, Ok(true)) {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::hyperkit::state::running_pid;
 use crate::sys::{self, Identity, Place};
 
-use super::protocol::{self, Port};
+use super::protocol::Port;
 use super::status::{KeptPort, PortState};
 
 /// How many connections one port accepts in a turn.
@@ -186,5 +186,5 @@ fn is_of_one_client(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         ConnectionAborted | ConnectionReset | Interrupted
-    ) && !protocol::is_out_of_descriptors(error)
+    )
 }

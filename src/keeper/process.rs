@@ -1,6 +1,6 @@
 //! The keeper's own process: one thread that waits in poll(2).
 //!
-//! While the proxy lives, it waits for the bell and for clients of its status sockets, without a
+//! While the proxy lives, it waits for the notifier and for clients of its status sockets, without a
 //! timeout. When the proxy has ended, it waits for the connections that it ends and for guests that
 //! dial, and looks each second whether their VM still runs.
 
@@ -12,9 +12,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::SockRef;
+use socket2::{SockRef, Type};
 
-use crate::sys::{self, Identity, Place};
+use crate::error::{Error, Operation};
+use crate::listener::file::{self, FileState, SocketFile};
+use crate::sys;
 
 use super::PROTOCOL;
 use super::ending::{self, Ending, Turn};
@@ -38,51 +40,32 @@ const LONGEST_LINE: usize = 256;
 #[derive(Debug)]
 struct Door {
     directory: PathBuf,
-    /// `None`: it can't be bound now.
-    bound: Option<(UnixListener, Identity)>,
+    /// The socket and its file, which goes with it. `None`: it can't be bound now.
+    bound: Option<(UnixListener, SocketFile)>,
 }
 
 impl Door {
-    fn path(&self) -> PathBuf {
-        socket_path(&self.directory, std::process::id())
-    }
-
     /// Binds the socket, unless it is bound and its file is there.
     fn bind(&mut self) {
-        let path = self.path();
-        if let Some((_, identity)) = &self.bound
-            && Identity::of(&path).is_ok_and(|now| now == *identity)
+        let path = socket_path(&self.directory, std::process::id());
+        if let Some((_, file)) = &self.bound
+            && file.state() == FileState::Ours
         {
             return;
         }
         self.bound = bind_status(&path).ok();
     }
-
-    fn remove(&self) {
-        if let Some((_, identity)) = &self.bound {
-            let place = Place::of(&self.path());
-            let _ = place.and_then(|place| place.remove(*identity));
-        }
-    }
 }
 
-fn bind_status(path: &Path) -> io::Result<(UnixListener, Identity)> {
-    use std::fs::remove_file;
-    // Left over by an earlier process of this number.
-    if sys::is_socket_alive(path).is_ok_and(|lives| !lives) {
-        remove_file(path)?;
-    }
-    let bind = |short: &Path| {
-        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
-        sys::refuse_descriptors(&socket);
-        sys::set_bound_mode(&socket, 0o600);
-        socket.bind(&socket2::SockAddr::unix(short)?)?;
-        let identity = Place::of(path)?.finish_bind(0o600)?;
-        socket.listen(16)?;
-        socket.set_nonblocking(true)?;
-        Ok((UnixListener::from(OwnedFd::from(socket)), identity))
-    };
-    sys::with_short_path(path, bind)
+fn bind_status(path: &Path) -> crate::Result<(UnixListener, SocketFile)> {
+    /// Few ask, and each is answered at once.
+    const BACKLOG: i32 = 16;
+    let (socket, file) = file::bind(path.display(), path, Type::STREAM, 0o600.into())?;
+    let listen = socket.listen(BACKLOG);
+    listen
+        .and_then(|()| socket.set_nonblocking(true))
+        .map_err(|e| Error::new(Operation::Listen, path.display(), e))?;
+    Ok((UnixListener::from(OwnedFd::from(socket)), file))
 }
 
 /// A client of a status socket.
@@ -96,7 +79,7 @@ struct Client {
 /// What a descriptor that is waited for belongs to.
 #[derive(Clone, Copy, Debug)]
 enum Source {
-    Bell,
+    Notifier,
     Door(usize),
     Client(u64),
     Port(u64),
@@ -111,13 +94,13 @@ enum Course {
 }
 
 struct Process<'a> {
-    bell: BorrowedFd<'a>,
+    notifier: BorrowedFd<'a>,
     orders: BorrowedFd<'a>,
     decoder: Decoder,
     proxy: u32,
     /// Whether the proxy has ended, and left nothing that is not read.
     proxy_ended: bool,
-    bell_ended: bool,
+    notifier_ended: bool,
     /// Whether more orders than one turn takes have come.
     has_more: bool,
     connections: HashMap<u64, OwnedFd>,
@@ -134,9 +117,9 @@ struct Process<'a> {
 
 /// Runs as a keeper: see [`serve`](super::serve).
 pub(super) fn run(version: Option<&str>) -> i32 {
-    let (bell, orders) = (io::stdin(), io::stdout());
+    let (notifier, orders) = (io::stdin(), io::stdout());
     let is_socket = |descriptor: BorrowedFd<'_>| SockRef::from(&descriptor).r#type().is_ok();
-    if !is_socket(bell.as_fd()) || !is_socket(orders.as_fd()) {
+    if !is_socket(notifier.as_fd()) || !is_socket(orders.as_fd()) {
         let why = "hvsock: a keeper is started by a proxy, and not by hand\n";
         let _ = io::stderr().write_all(why.as_bytes());
         return 2;
@@ -151,18 +134,18 @@ pub(super) fn run(version: Option<&str>) -> i32 {
     let _ = std::fs::write("/proc/self/comm", "hvsock-keeper");
     // The proxy has as many.
     let _ = sys::raise_descriptor_limit();
-    for socket in [bell.as_fd(), orders.as_fd()] {
+    for socket in [notifier.as_fd(), orders.as_fd()] {
         if SockRef::from(&socket).set_nonblocking(true).is_err() {
             return 1;
         }
     }
     let process = Process {
-        bell: bell.as_fd(),
+        notifier: notifier.as_fd(),
         orders: orders.as_fd(),
         decoder: Decoder::default(),
         proxy: 0,
         proxy_ended: false,
-        bell_ended: false,
+        notifier_ended: false,
         has_more: false,
         connections: HashMap::new(),
         released: Vec::new(),
@@ -183,12 +166,12 @@ impl Process<'_> {
         loop {
             let (ready, now) = self.wait();
             if self.has_more {
-                self.hear_bell(now);
+                self.read_notifier(now);
             }
             let mut course = Course::GoesOn;
             for source in &ready {
                 match source {
-                    Source::Bell => self.hear_bell(now),
+                    Source::Notifier => self.read_notifier(now),
                     Source::Door(index) => self.accept_client(*index),
                     Source::Client(id) if self.serve_client(*id, now) == Course::Ends => {
                         course = Course::Ends;
@@ -210,7 +193,6 @@ impl Process<'_> {
                 && self.ports.is_empty()
                 && self.endings.is_empty()
             {
-                self.doors.iter().for_each(Door::remove);
                 return;
             }
         }
@@ -228,8 +210,8 @@ impl Process<'_> {
             sources.push(source);
             polled.push(PollFd::new(socket, PollFlags::POLLIN));
         };
-        if !self.bell_ended {
-            add(Source::Bell, self.bell);
+        if !self.notifier_ended {
+            add(Source::Notifier, self.notifier);
         }
         if self.has_more {
             wake_by(now);
@@ -274,22 +256,22 @@ impl Process<'_> {
         (ready.map(|(source, _)| source).collect(), Instant::now())
     }
 
-    /// Empties the bell, and does what the proxy has said, or a good part of it.
-    fn hear_bell(&mut self, now: Instant) {
+    /// Empties the notifier, and does what the proxy has said, or a good part of it.
+    fn read_notifier(&mut self, now: Instant) {
         if self.proxy_ended {
             return;
         }
         let mut bytes = [0; 256];
-        while !self.bell_ended {
-            match nix::unistd::read(self.bell, &mut bytes) {
-                Ok(0) => self.bell_ended = true,
+        while !self.notifier_ended {
+            match nix::unistd::read(self.notifier, &mut bytes) {
+                Ok(0) => self.notifier_ended = true,
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(nix::errno::Errno::EAGAIN) => break,
-                Err(_) => self.bell_ended = true,
+                Err(_) => self.notifier_ended = true,
             }
         }
         self.has_more = self.take_orders(now);
-        if self.bell_ended && !self.has_more {
+        if self.notifier_ended && !self.has_more {
             self.proxy_ended = true;
             for (_, connection) in self.connections.drain() {
                 self.endings.push(Ending::begin(connection, now));
@@ -452,7 +434,7 @@ impl Process<'_> {
     /// Answers the lines of a client.
     fn serve_client(&mut self, id: u64, now: Instant) -> Course {
         // Whatever the proxy has said or done before is known to the answer.
-        self.hear_bell(now);
+        self.read_notifier(now);
         let Some(client) = self.clients.iter_mut().find(|client| client.id == id) else {
             return Course::GoesOn;
         };
@@ -563,6 +545,5 @@ impl Process<'_> {
                 ending.break_off(&mut self.buffer);
             }
         }
-        self.doors.iter().for_each(Door::remove);
     }
 }

@@ -14,7 +14,7 @@
 //! that it knows; so a newer proxy may say more to an older keeper of the same protocol.
 //!
 //! The keeper reads `orders` only when it is told to, so that a connection costs it no wake-up: a
-//! byte on the other socket, `bell`, asks it to. The end of `bell` says that the proxy has ended.
+//! byte on the other socket, `notifier`, asks it to. The end of `notifier` says that the proxy has ended.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -167,7 +167,7 @@ impl Decoder {
         let mut buffer = [0; 4096];
         let received = match sys::receive(orders, &mut buffer) {
             Ok(received) => received,
-            Err(e) if is_out_of_descriptors(&e) => {
+            Err(e) if sys::is_out_of_descriptors(&e) => {
                 // macOS says so instead, and gives the bytes with the next read.
                 self.descriptors.push_back(None);
                 return Ok(true);
@@ -202,12 +202,6 @@ impl Decoder {
             }
         }
     }
-}
-
-/// Returns whether a call failed because the process or the system has no descriptor left.
-pub(super) fn is_out_of_descriptors(error: &io::Error) -> bool {
-    use nix::libc::{EMFILE, ENFILE};
-    matches!(error.raw_os_error(), Some(EMFILE | ENFILE))
 }
 
 #[cfg(test)]

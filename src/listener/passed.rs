@@ -15,7 +15,9 @@ use std::sync::Arc;
 use nix::sys::socket::{getsockopt, sockopt};
 use socket2::{SockRef, Socket, Type};
 
-use super::blocking::{Listener, Wish};
+use super::blocking::Listener;
+#[cfg(feature = "cli")]
+use super::blocking::Wish;
 #[cfg(feature = "cli")]
 use super::file::SocketFile;
 use super::local::{LocalListener, Refusal};

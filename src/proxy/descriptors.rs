@@ -64,7 +64,8 @@ impl Descriptors {
     ) -> Error {
         let limit = (self.limit)().unwrap_or(u64::MAX);
         let why = format!(
-            "the process may have {limit} descriptors, and {listeners} listeners leave none for a connection"
+            "the process may have {limit} descriptors, and {listeners} listener{} none for a connection",
+            if listeners == 1 { " leaves" } else { "s leave" }
         );
         Error::new(operation, subject, io::Error::other(why))
             .with_remedy("raise the limit with `ulimit -n`")

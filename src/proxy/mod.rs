@@ -139,7 +139,7 @@ pub struct ProxyConfig {
     /// connections.
     pub other_descriptors: usize,
     /// The program that keeps hyperkit VMs whole when this proxy is gone: see
-    /// [`keeper`](crate::keeper). `None`: there is none. It is started when the first rule with a
+    /// [`keeper`](mod@crate::keeper). `None`: there is none. It is started when the first rule with a
     /// hyperkit VM comes.
     #[cfg(unix)]
     pub keeper: Option<Keeper>,

@@ -1,5 +1,6 @@
 //! Dials by the guest to a host port: `STATE/00000002.PORT`.
 
+use super::directory::Made;
 use super::guest::{Endpoint, GuestSocket};
 use crate::error::{Error, Operation, Result};
 use crate::sys::unless_ended;
@@ -115,8 +116,8 @@ pub(super) struct DialListener {
 }
 
 impl DialListener {
-    pub(super) fn open(port: u32, endpoint: &Endpoint) -> Result<DialListener> {
-        let open = || {
+    pub(super) fn open(port: u32, endpoint: &Endpoint, made: &mut Made) -> Result<DialListener> {
+        let mut open = || {
             Ok(match endpoint {
                 Endpoint::Tcp(address) => {
                     let socket = TcpListener::bind(*address)?;
@@ -128,7 +129,9 @@ impl DialListener {
                         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                         _ => {}
                     }
-                    (Socket::Unix(UnixListener::bind(path)?), endpoint.clone())
+                    let socket = UnixListener::bind(path)?;
+                    made.add(path);
+                    (Socket::Unix(socket), endpoint.clone())
                 }
             })
         };

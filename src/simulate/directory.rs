@@ -14,6 +14,42 @@ use std::path::{Path, PathBuf};
 /// macOS' `sun_path`, the final zero included: hyperkit's limit, kept on every system.
 const SUN_PATH: usize = 104;
 
+/// What a start has made so far; it is removed again unless it is to stay.
+#[derive(Debug, Default)]
+pub(super) struct Made(Vec<PathBuf>);
+
+impl Made {
+    pub(super) fn add(&mut self, path: &Path) {
+        self.0.push(path.to_path_buf());
+    }
+
+    /// Makes a directory, and those above it.
+    fn create_directory(&mut self, path: &Path) -> io::Result<()> {
+        let missing = path
+            .ancestors()
+            .take_while(|it| !it.as_os_str().is_empty() && !it.exists());
+        let missing: Vec<PathBuf> = missing.map(Path::to_path_buf).collect();
+        fs::create_dir_all(path)?;
+        self.0.extend(missing.into_iter().rev());
+        Ok(())
+    }
+
+    pub(super) fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in self.0.iter().rev() {
+            // A directory in which there is something else stays.
+            if fs::remove_file(path).is_err() {
+                let _ = fs::remove_dir(path);
+            }
+        }
+    }
+}
+
 /// The listening sockets, and which guest port each stands for (`None`: the line tells).
 pub(super) type Listeners = Vec<(UnixListener, Option<u32>)>;
 
@@ -93,32 +129,38 @@ fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// Makes the directory, its files and its sockets; what an earlier VM left there is replaced.
-pub(super) fn prepare(plan: &Plan) -> Result<Listeners> {
+pub(super) fn prepare(plan: &Plan, made: &mut Made) -> Result<Listeners> {
     check_length(plan)?;
     check_vacant(plan)?;
     let failed = |path: &Path| {
         let path = path.display().to_string();
         move |cause| Error::new(Operation::Listen, path, cause)
     };
-    fs::create_dir_all(&plan.directory).map_err(failed(&plan.directory))?;
+    made.create_directory(&plan.directory)
+        .map_err(failed(&plan.directory))?;
 
     let connect = plan.directory.join(&plan.connect_name);
     let mut listeners = vec![(listen(&connect, plan.backlog)?, None)];
+    made.add(&connect);
     for &port in &plan.forwards {
         let link = plan.directory.join(format!("guest.{port:08x}"));
         remove(&link).map_err(failed(&link))?;
         let path = socket_path(plan, plan.cid, port);
         listeners.push((listen(&path, plan.backlog)?, Some(port)));
+        made.add(&path);
         let target = path.file_name().unwrap_or(path.as_os_str());
         std::os::unix::fs::symlink(target, &link).map_err(failed(&link))?;
+        made.add(&link);
     }
 
     let pid = std::process::id();
     let path = plan.directory.join("hyperkit.pid");
     // No newline: hyperkit's Go package parses the whole file as a number.
     replace(&path, &pid.to_string()).map_err(failed(&path))?;
+    made.add(&path);
     let path = plan.directory.join("hyperkit.json");
     replace(&path, &configuration(plan, pid)).map_err(failed(&path))?;
+    made.add(&path);
     Ok(listeners)
 }
 

@@ -193,10 +193,13 @@ impl Builder {
             let why = format!("{} is no guest's CID", plan.cid);
             return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, why)));
         }
+        let mut made = directory::Made::default();
         let (mut dial_listeners, mut paced) = (Vec::new(), Vec::new());
         for (port, dial) in dials {
             match dial {
-                Dial::Listen(at) => dial_listeners.push(DialListener::open(port, &at)?),
+                Dial::Listen(at) => {
+                    dial_listeners.push(DialListener::open(port, &at, &mut made)?);
+                }
                 Dial::Paced(per_second) => paced.push(Paced::new(port, per_second)),
             }
         }
@@ -204,7 +207,7 @@ impl Builder {
             .iter()
             .map(|listener| (listener.port, listener.endpoint.clone()))
             .collect();
-        let listeners = directory::prepare(&plan)?;
+        let listeners = directory::prepare(&plan, &mut made)?;
         let shared = Arc::new(Shared::default());
         let (commands, inbox) = mpsc::channel();
         let device = Device::new(
@@ -220,6 +223,7 @@ impl Builder {
             .name("hyperkit".into())
             .spawn(move || device.run())
             .map_err(failed)?;
+        made.keep();
         Ok(Vm {
             plan,
             endpoints,

@@ -115,6 +115,7 @@ impl GracefulClose {
     }
 
     /// Sets when the peer is given up: a time that has passed gives it up at the next step.
+    #[cfg(any(test, feature = "cli"))]
     pub(crate) fn set_until(&mut self, until: Instant) {
         self.until = until;
     }

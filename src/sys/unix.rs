@@ -332,6 +332,20 @@ pub(crate) fn is_no_such_family(error: &io::Error) -> bool {
     error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT)
 }
 
+/// Returns whether a call failed because the process, or the system, has no descriptor left.
+pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(nix::libc::EMFILE | nix::libc::ENFILE)
+    )
+}
+
+/// Returns whether a connect to a Unix socket failed because that is one of datagrams, or of
+/// packets.
+pub(crate) fn is_no_stream(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::EPROTOTYPE)
+}
+
 /// Waits until the socket is ready, or has failed. Returns false if `timeout` has passed, or a
 /// signal came.
 pub(crate) fn wait(socket: BorrowedFd<'_>, wanted: Wanted, timeout: Duration) -> io::Result<bool> {

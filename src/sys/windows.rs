@@ -118,6 +118,17 @@ pub(crate) fn is_no_such_family(error: &io::Error) -> bool {
     error.raw_os_error() == Some(WinSock::WSAEAFNOSUPPORT)
 }
 
+/// Returns whether a call failed because the process has no descriptor left.
+pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(WinSock::WSAEMFILE)
+}
+
+/// Returns whether a connect to a Unix socket failed because that is one of datagrams. There are
+/// none here.
+pub(crate) fn is_no_stream(_: &io::Error) -> bool {
+    false
+}
+
 /// Windows limits sockets by memory alone.
 pub(crate) fn descriptor_limit() -> Option<u64> {
     None

@@ -53,6 +53,20 @@ fn start(places: &Places, world: Option<&World>) -> Result<Proxy, String> {
     Proxy::start(places, tcp, &options, Output::Kept)
 }
 
+/// Starts a proxy where there was one. Its TCP ports may be the local ports of other processes'
+/// connections by now: those end.
+fn start_again(world: &World) -> Result<Proxy, String> {
+    let deadline = Instant::now() + LONG;
+    loop {
+        match start(world.places, Some(world)) {
+            Err(e) if e.contains("Address already in use") && Instant::now() < deadline => {
+                thread::sleep(GLANCE);
+            }
+            started => return started,
+        }
+    }
+}
+
 /// Ends a proxy and starts another, as soon as all slots are free.
 fn restart(world: &World, proxy: &mut Proxy, signal: Signal) -> Result<(), String> {
     world.changes.fetch_add(1, Ordering::SeqCst);
@@ -76,7 +90,7 @@ fn restart(world: &World, proxy: &mut Proxy, signal: Signal) -> Result<(), Strin
     if !free {
         return Err(format!("slots stay taken: {:?}", world.vm.counters()));
     }
-    *proxy = start(world.places, Some(world))?;
+    *proxy = start_again(world)?;
     *world.may_dial.write().unwrap() = true;
     world.changes.fetch_add(1, Ordering::SeqCst);
     Ok(())

@@ -1,18 +1,24 @@
 //! `hvsock completions`: what a shell has to know to complete our words.
 
-use clap::{Args, Command};
+use clap::Args;
 use clap_complete::Shell;
 
+use super::complete;
 use super::console::write_out;
-use super::outcome::Outcome;
+use super::outcome::{Failure, Outcome};
 
-/// Print a shell's completions of this command line
+/// Print what has a shell complete this command line
 #[derive(Args, Debug)]
-#[command(after_help = "Examples:
+#[command(
+    after_help = "The script runs hvsock, which must be in the PATH, at each completion: names of forwards and VMs \
+are those of the moment. Print it again after an upgrade.
+
+Examples:
   hvsock completions bash >~/.local/share/bash-completion/completions/hvsock
   hvsock completions zsh >\"${fpath[1]}/_hvsock\"
   hvsock completions fish >~/.config/fish/completions/hvsock.fish
-  hvsock completions powershell >>$PROFILE")]
+  hvsock completions powershell >>$PROFILE"
+)]
 pub(super) struct Completions {
     /// The shell
     #[arg(value_name = "SHELL", value_enum)]
@@ -20,9 +26,9 @@ pub(super) struct Completions {
 }
 
 impl Completions {
-    pub(super) fn run(self, mut hvsock: Command) -> Outcome {
-        let mut text = Vec::new();
-        clap_complete::generate(self.shell, &mut hvsock, "hvsock", &mut text);
-        write_out(&text)
+    pub(super) fn run(self) -> Outcome {
+        let shell = self.shell.to_string();
+        let script = complete::script(&shell);
+        write_out(&script.ok_or_else(|| Failure::Usage(format!("no completions for {shell}")))?)
     }
 }

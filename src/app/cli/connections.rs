@@ -1,13 +1,14 @@
 //! `hvsock connections` and `close`: who uses a forward, and an end to it.
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 use indicatif::HumanBytes;
 use serde_json::Value;
 
 use super::console::{print, print_json, print_text};
 use super::control::Which;
 use super::outcome::{Failure, Outcome};
-use super::table;
+use super::{complete, table};
 use crate::app::control::{self, Connection, Unanswered, age, ask, get, read, segment};
 use crate::proxy::Waiting;
 
@@ -24,7 +25,7 @@ Examples:
 )]
 pub(super) struct Connections {
     /// Those of one forward alone: its name, where it listens, or its id, as `hvsock status` has them
-    #[arg(value_name = "FORWARD")]
+    #[arg(value_name = "FORWARD", add = ArgValueCompleter::new(complete::forward))]
     forward: Option<String>,
     /// Print what the control socket says, as it is
     #[arg(long)]

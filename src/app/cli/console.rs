@@ -1,6 +1,7 @@
 //! What a command says of itself, and prints on standard output, each line made fit for a terminal.
 
 use std::fmt;
+use std::io;
 
 use tracing::Level;
 
@@ -48,8 +49,12 @@ pub(super) fn print_json(json: &str) -> Outcome {
     write_out(format!("{}\n", escape::json(json)).as_bytes())
 }
 
-/// Writes to standard output.
+/// Writes to standard output. A reader who has gone has seen enough, as `head` has.
 pub(super) fn write_out(bytes: &[u8]) -> Outcome {
-    let written = output::print(bytes);
-    written.map_err(|e| Failure::Failed(format!("cannot write to standard output: {e}")))
+    match output::print(bytes) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(
+            "cannot write to standard output: {e}"
+        ))),
+        _ => Ok(()),
+    }
 }

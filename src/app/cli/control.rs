@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
@@ -13,7 +14,7 @@ use super::reconciler::danger;
 use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
 use super::summary::Report;
-use super::{arguments, table};
+use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::control::{self, Unanswered, ask, read, refusals_by_reason, segment};
 use crate::app::escape;
@@ -24,8 +25,8 @@ use crate::proxy::Counters;
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
 pub(super) struct Which {
-    /// The control socket of the hvsock that is meant [default: the one in your runtime directory, or else that of the
-    /// only hvsock that runs]
+    /// The control socket of the hvsock that is meant [default: the one in your runtime directory, or among the temporary
+    /// files, or else that of the only hvsock that runs]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
     /// The number of the `hvsock expose` or `forward` that is meant, as `hvsock ps` has it
@@ -37,8 +38,8 @@ impl Which {
     pub(super) fn path(&self) -> PathBuf {
         match (&self.control, self.pid) {
             (Some(path), _) => path.clone(),
-            (None, Some(process)) => control::own_path(process),
-            (None, None) => control::usual_path(),
+            (None, Some(process)) => control::find_own_path(process),
+            (None, None) => control::find_path(),
         }
     }
 }
@@ -46,7 +47,7 @@ impl Which {
 /// Show what an hvsock that runs is doing
 #[derive(Args, Debug)]
 #[command(
-    after_help = "The hvsock that is meant was started with --control, or by `hvsock run`. `hvsock top` shows it live.
+    after_help = "`hvsock ps` lists the hvsocks that run. `hvsock top` shows one live.
 
 Examples:
   hvsock status
@@ -202,10 +203,10 @@ pub(super) struct Add {
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., value_parser = arguments::address())]
+    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::address())]
     addresses: Vec<Address>,
     /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
-    #[arg(long, value_name = "VM", value_parser = arguments::vm())]
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: Option<String>,
     /// Host to guest, as for `hvsock expose`
     #[arg(
@@ -272,7 +273,7 @@ impl Add {
   hvsock remove tcp://127.0.0.1:8080 --grace 0")]
 pub(super) struct Remove {
     /// The forwards: their names, where they listen, or their ids, as `hvsock status` has them
-    #[arg(value_name = "NAME", required = true)]
+    #[arg(value_name = "NAME", required = true, add = ArgValueCompleter::new(complete::forward))]
     names: Vec<String>,
     /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
     #[arg(long, value_name = "SECONDS", value_parser = parse_time)]

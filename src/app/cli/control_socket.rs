@@ -8,7 +8,7 @@ use super::console::{complain, say};
 use super::summary::tried_again;
 use crate::address::TcpAddress;
 use crate::app::control::{self, Actions, Bound, Control, Place, Unavailable};
-use crate::app::values::tcp;
+use crate::app::values::{at_home, tcp};
 use crate::proxy::{Proxy, ProxyConfig};
 
 /// How a proxy that runs can be looked at and changed.
@@ -58,7 +58,7 @@ fn parse_place(text: &str) -> Result<Place, String> {
         text if text.contains("://") || text.starts_with(['@', '-']) => {
             Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
         }
-        text => Ok(Place::At(PathBuf::from(text))),
+        text => Ok(Place::At(PathBuf::from(&*at_home(text)?))),
     }
 }
 

@@ -22,6 +22,10 @@ use crate::simulate::{Service, Vm};
 /// The guest's port in the demo.
 const WEB: Port = Port(80);
 
+/// The longest path of the temporary files below which a state directory has a place: that may have 85 bytes, and
+/// `/hvsock-demo-XXXXXX/vm` are 22 of them. On macOS it often isn't.
+const LONGEST: usize = 85 - 22;
+
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -38,11 +42,17 @@ pub(super) struct Demo {
 impl Demo {
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take()?;
-        // Not $TMPDIR: on macOS its path alone is nearly as long as a state directory's may be.
+        let mut temporary = std::env::temp_dir();
+        if temporary.as_os_str().len() > LONGEST {
+            temporary = "/tmp".into();
+        }
         let directory = tempfile::Builder::new()
             .prefix("hvsock-demo-")
-            .tempdir_in("/tmp")
-            .map_err(|e| Error::new(Operation::Run, "a VM in /tmp", e))?;
+            .tempdir_in(&temporary)
+            .map_err(|e| {
+                let vm = format!("a VM in {}", temporary.display());
+                Error::new(Operation::Run, vm, e)
+            })?;
         let state = directory.path().join("vm");
         std::fs::create_dir(&state)?;
         let vm = Vm::builder(&state).guest(WEB.0, Service::Http).start()?;

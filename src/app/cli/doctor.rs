@@ -3,8 +3,10 @@
 use std::io::{self, IsTerminal};
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 use serde_json::json;
 
+use super::complete;
 use super::console::{print_json, print_text};
 use super::outcome::{Failure, Outcome};
 use crate::address::Port;
@@ -25,7 +27,7 @@ Examples:
 pub(super) struct Doctor {
     /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR; on Windows a Hyper-V
     /// VM's name or id
-    #[arg(long, value_name = "VM", value_parser = super::arguments::vm())]
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
     vm: Option<String>,
     /// A vsock port on which a program in the guest should listen
     #[arg(long, value_name = "PORT", requires = "vm")]

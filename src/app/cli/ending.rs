@@ -59,7 +59,8 @@ pub(super) fn run_until_told(
                 let status = match handle.live() {
                     0 => "stopping".to_owned(),
                     n => format!(
-                        "stopping: no new clients; {n} connections have {} s to finish; once more to cut them off",
+                        "stopping: no new clients; {n} connection{} {} s to finish; once more to cut them off",
+                        if n == 1 { " has" } else { "s have" },
                         grace.as_secs()
                     ),
                 };

@@ -1,9 +1,11 @@
 //! `hvsock expose`: a VM's ports here, our services there.
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 
 use super::arguments;
 use super::carrying::carry;
+use super::complete;
 use super::kept::KeepTrying;
 use super::options::ProxyOptions;
 use super::outcome::{Failure, Outcome};
@@ -24,7 +26,7 @@ use crate::proxy::ForwardStatus;
 pub(super) struct Expose {
     /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR; on Windows a Hyper-V
     /// VM's name or id
-    #[arg(long, value_name = "VM", value_parser = arguments::vm())]
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: String,
     /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen), a Unix socket or a named
     /// pipe, and lead to the guest's vsock port; 8000-8010:8000-8010 is a range

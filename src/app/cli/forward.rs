@@ -1,9 +1,11 @@
 //! `hvsock forward`: any address to any address.
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 
 use super::arguments;
 use super::carrying::carry;
+use super::complete;
 use super::kept::KeepTrying;
 use super::options::ProxyOptions;
 use super::outcome::Outcome;
@@ -34,7 +36,7 @@ Examples:
   hvsock forward vsock://:22 'exec:/usr/sbin/sshd?arg=-i'")]
 pub(super) struct Forward {
     /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., value_parser = arguments::address())]
+    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::address())]
     addresses: Vec<Address>,
     #[command(flatten)]
     patience: KeepTrying,

@@ -3,6 +3,7 @@
 mod arguments;
 mod carrying;
 mod cat;
+mod complete;
 mod completions;
 #[cfg(unix)]
 mod connections;
@@ -14,6 +15,8 @@ mod control_socket;
 #[cfg(unix)]
 mod demo;
 mod doctor;
+#[cfg(all(test, unix))]
+mod documented;
 mod ending;
 mod expose;
 mod forward;
@@ -46,6 +49,7 @@ mod top;
 mod vms;
 
 use std::ffi::OsString;
+use std::io;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -146,12 +150,17 @@ impl Command {
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let _flush = Flush;
     set_patience(Patience::Unlimited);
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if let Some(answered) = complete::answer(arguments.clone(), Arguments::command()) {
+        return answered;
+    }
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(e) => {
             // Help and version go to standard output with code 0, the rest to standard error with code 2.
             if let Err(why) = e.print()
                 && !e.use_stderr()
+                && why.kind() != io::ErrorKind::BrokenPipe
             {
                 complain(format_args!("cannot write to standard output: {why}"));
                 return ExitCode::FAILURE;
@@ -204,7 +213,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Simulate(simulate) => simulate.run(),
         #[cfg(unix)]
         Command::Demo(demo) => demo.run(),
-        Command::Completions(completions) => completions.run(Arguments::command()),
+        Command::Completions(completions) => completions.run(),
         Command::Man(man) => man.run(Arguments::command()),
     };
     match outcome {

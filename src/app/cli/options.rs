@@ -6,8 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 
 use super::arguments;
+use super::complete;
 #[cfg(unix)]
 use super::console::complain;
 use super::outcome::Failure;
@@ -25,11 +27,11 @@ use crate::sys;
 #[derive(Args, Debug)]
 pub(super) struct Peer {
     /// Where to connect or listen; with --vm a vsock port alone
-    #[arg(value_name = "ADDRESS", value_parser = arguments::address_text())]
+    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address), value_parser = arguments::address_text())]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
     /// hyperkit:///STATE/DIR; on Windows a Hyper-V VM's name or id, and ADDRESS may be a service's GUID
-    #[arg(long, value_name = "VM", value_parser = arguments::vm())]
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: Option<String>,
 }
 

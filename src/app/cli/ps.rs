@@ -73,7 +73,7 @@ fn find() -> std::io::Result<Vec<Found>> {
 fn ask(process: &Process) -> Option<(PathBuf, String)> {
     let named = process.option("control").filter(|named| *named != "off");
     let named = named.and_then(|named| from_its_directory(process.id, named));
-    let usual = [control::own_path(process.id), control::default_path()];
+    let usual = control::paths_of(process.id);
     let places = named.into_iter().chain(usual);
     let mut answers = places
         .filter(|path| path.symlink_metadata().is_ok())

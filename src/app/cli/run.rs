@@ -9,7 +9,7 @@ use std::sync::Arc;
 #[cfg(unix)]
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 
 use super::console::{complain, list, print, say};
 #[cfg(unix)]
@@ -56,10 +56,8 @@ touched, live connections stay, and a file with a mistake in it changes nothing.
 )]
 pub(super) struct Run {
     /// The file, in TOML; - is standard input
-    #[arg(value_name = "CONFIG")]
+    #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
-    #[command(flatten)]
-    log: LogOptions,
     /// Take over the listening sockets of the hvsock that runs there and is controlled where this one is to be: no client
     /// is refused. Its connections go on, and are cut off after its grace
     #[cfg(unix)]
@@ -71,6 +69,9 @@ pub(super) struct Run {
     /// Log a line for each connection that has ended, with why it has, whatever the file says
     #[arg(long)]
     access_log: bool,
+    // The last, for its heading would be that of what follows.
+    #[command(flatten)]
+    log: LogOptions,
 }
 
 /// Say all that is wrong with such a file, or what it would forward
@@ -78,7 +79,7 @@ pub(super) struct Run {
 #[command(after_help = EXAMPLE)]
 pub(super) struct Check {
     /// The file, in TOML; - is standard input
-    #[arg(value_name = "CONFIG")]
+    #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
 }
 
@@ -86,6 +87,7 @@ impl Check {
     pub(super) fn run(self) -> Outcome {
         let (config, wanted) =
             Config::read(&self.file, &Places::from_env()).map_err(|e| show(&e))?;
+        list(wanted.notes.iter().map(|it| it.line_of(&self.file)));
         for missing in &wanted.missing {
             complain(running::absence(missing));
         }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use signal_hook::consts::{SIGUSR1, SIGUSR2};
 
 use super::console::{complain, say};
@@ -31,7 +31,7 @@ Examples:
 )]
 pub(super) struct Simulate {
     /// The state directory, made if it doesn't exist; its path has at most 85 bytes
-    #[arg(value_name = "DIR")]
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     directory: PathBuf,
     /// The guest's CID
     #[arg(long, value_name = "N", default_value = "3", value_parser = parse_cid)]

@@ -71,6 +71,14 @@ impl Local {
         let guest_port = port
             .parse()
             .map_err(|e| format!("the guest's {e}; a right one: 8080:80"))?;
+        if let Some((host, _)) = listen.split_once(':')
+            && !host.is_empty()
+            && host.chars().all(|c| c.is_ascii_digit())
+        {
+            return Err(format!(
+                "{host:?} stands where an address would: there is no host on the vsock side, as there is in ssh; a right one: 8080:80 or 127.0.0.1:8080:80"
+            ));
+        }
         let listen = local_address(listen)?;
         Ok(Local { listen, guest_port })
     }
@@ -81,6 +89,14 @@ impl Remote {
         let host_port = port
             .parse()
             .map_err(|e| format!("the host's {e}; a right one: 5000:127.0.0.1:8080"))?;
+        if let Some((host, last)) = target.split_once(':')
+            && !host.is_empty()
+            && host.chars().all(|c| c.is_ascii_digit())
+        {
+            return Err(format!(
+                "{host:?} stands where the target's host would; write {port}:{last} or {port}:127.0.0.1:{last}"
+            ));
+        }
         let target = local_address(target)?;
         if let Some((why, remedy)) = target.why_no_target() {
             let remedy = remedy.map(|remedy| format!("; {remedy}"));
@@ -200,6 +216,7 @@ mod tests {
             ("5000", "target is missing"),
             ("x:80", "host's port"),
             ("5000:0", "port 0"),
+            ("5000:19:80", "write 5000:80 or 5000:127.0.0.1:80"),
         ] {
             let error = remote(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

@@ -177,11 +177,13 @@ fn end(directory: &Path, keeper: &KeeperStatus) -> Outcome {
     Ok(())
 }
 
-/// A keeper in words: what it has, of the ports those in `directory`.
+/// A keeper in words: what it has, of the ports those in `directory`, however its path is spelled.
 pub(super) fn describe(keeper: &KeeperStatus, directory: &Path) -> String {
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let its = real(directory);
     let of = |state| {
         let mut ports = keeper.ports.iter();
-        let is_its = |path: &Path| path.parent() == Some(directory);
+        let is_its = |path: &Path| path.parent().is_some_and(|it| real(it) == its);
         let names: Vec<String> = ports
             .by_ref()
             .filter(|it| it.state == state && is_its(&it.path))

@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 
 use super::console::say;
 use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
+use super::{complete, table};
 use crate::address::Address;
 use crate::app::log::LogOptions;
 use crate::app::serve::Stop;
@@ -29,7 +31,7 @@ pub(super) struct Syslog {
     #[arg(value_name = "PATH")]
     path: PathBuf,
     /// Where the collector listens
-    #[arg(value_name = "ADDRESS", value_parser = super::arguments::address())]
+    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address), value_parser = super::arguments::address())]
     target: Address,
     /// Permissions of the socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "666", value_parser = parse_mode)]
@@ -53,7 +55,8 @@ impl Syslog {
         match carry(log, &self.target, &stop)? {
             0 => Ok(()),
             count => Err(Failure::Failed(format!(
-                "{count} messages may not have been delivered to {}",
+                "{} may not have been delivered to {}",
+                table::counted(count, "message"),
                 self.target
             ))),
         }

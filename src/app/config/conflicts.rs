@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::Path;
 
-use super::forward::Forward;
+use super::forward::{Forward, Read};
 use super::problems::Line;
 use super::vms::Vm;
 use crate::address::overlap::ListenKey;
@@ -13,6 +13,13 @@ use crate::proxy::{Rule, describe_loop, find_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
 type Door = (&'static str, Address);
+
+/// Where a forward listens: its name, the line that says so, and the address.
+struct Claim<'a> {
+    name: &'a str,
+    line: &'a Line,
+    listen: &'a Address,
+}
 
 /// Says which VMs and forwards have a name that another has: in an included file, or as one port of
 /// a range.
@@ -37,27 +44,45 @@ pub(super) fn find_namesakes(
     }
 }
 
-/// Says which rules can't be carried beside each other, and which come out where it is controlled from, or looked at.
+/// Says which rules can't be carried beside each other, and which come out where it is controlled from, or looked at. Of
+/// forwards that could be read in part it is known where they listen.
 pub(super) fn find(
     rules: &[(&Forward, Rule)],
+    parts: &[Read],
     control: Option<&Path>,
     metrics: Option<&TcpAddress>,
     complain: &mut dyn FnMut(Line, String),
 ) {
     let doors = doors(control, metrics);
-    let mut taken: HashMap<ListenKey<'_>, Vec<(&Forward, &Address)>> = HashMap::new();
+    let of_rules = rules.iter().map(|(forward, rule)| Claim {
+        name: &forward.name,
+        line: &forward.listen_line,
+        listen: &rule.listen,
+    });
+    let of_parts = parts.iter().flat_map(|it| {
+        it.listen.iter().map(|listen| Claim {
+            name: &it.name,
+            line: &it.listen_line,
+            listen,
+        })
+    });
+    let mut claims: Vec<Claim<'_>> = of_rules.chain(of_parts).collect();
+    claims.sort_by_key(|claim| claim.line);
+    let mut taken: HashMap<ListenKey<'_>, Vec<Claim<'_>>> = HashMap::new();
+    for claim in claims {
+        let others = taken.entry(claim.listen.listen_key()).or_default();
+        if let Some(other) = others.iter().find(|it| it.listen.collides(claim.listen)) {
+            let text = format!(
+                "[forward.{}]: [forward.{}] in line {} listens on {} already; remove one, or choose another address",
+                claim.name, other.name, other.line, other.listen
+            );
+            complain(claim.line.clone(), text);
+        }
+        others.push(claim);
+    }
     for (forward, rule) in rules {
         let name = &forward.name;
         let listen = &rule.listen;
-        let others = taken.entry(listen.listen_key()).or_default();
-        if let Some((other, there)) = others.iter().find(|(_, it)| it.collides(listen)) {
-            let text = format!(
-                "[forward.{name}]: [forward.{}] in line {} listens on {there} already; remove one, or choose another address",
-                other.name, other.listen_line
-            );
-            complain(forward.listen_line.clone(), text);
-        }
-        others.push((forward, listen));
         let beside = rules.iter().filter(|(other, _)| other.name != *name);
         if let Some(trail) = find_loop(rule, beside.map(|(_, rule)| rule)) {
             let text = format!(

@@ -43,23 +43,33 @@ pub(super) struct Forward {
     pub(super) options: RuleOptions,
 }
 
+/// A section as far as it could be read.
+#[derive(Clone, Debug)]
+pub(super) struct Read {
+    pub(super) name: String,
+    pub(super) listen_line: Line,
+    /// Where it listens, as far as that are addresses that could be read.
+    pub(super) listen: Vec<Address>,
+    /// As it calls its VM.
+    pub(super) vm: Option<String>,
+    /// One, or one for each port of a range; none if it was not whole, which was said then.
+    pub(super) forwards: Vec<Forward>,
+}
+
 impl Forward {
     /// Reads a section: one forward, or one for each port of a range, whose name has the port it
-    /// listens on behind it. None if the section was not whole, which was said then.
-    pub(super) fn read(
-        name: String,
-        mut section: Section<'_, '_>,
-        defaults: &RuleOptions,
-    ) -> Vec<Forward> {
+    /// listens on behind it.
+    pub(super) fn read(name: String, mut section: Section<'_, '_>, defaults: &RuleOptions) -> Read {
         let line = section.line.clone();
         let vm = section.take("vm", values::text);
         let vm = vm.map(|vm| (vm, section.line_of("vm")));
         let port = section.take("port", values::ports);
         let guest_dials = section.take("guest-dials", values::ports);
-        let listen = section.take("listen", values::addresses);
+        let listen = section.take("listen", values::listen_addresses);
         let connect = section.take("connect", values::addresses);
         let options = section.take_options(defaults);
         let ends = ends(&section);
+        let (listens_at, its_vm) = (listen.clone(), vm.as_ref().map(|(vm, _)| vm.clone()));
         let at = |all: Vec<Address>| all.into_iter().map(End::At).collect::<Vec<End>>();
         let of_vm = |all: Vec<Port>| all.into_iter().map(End::Vm).collect();
         let listen = listen.map(at).or(guest_dials.map(of_vm));
@@ -72,9 +82,16 @@ impl Forward {
             line_of(["listen", "guest-dials"]),
             line_of(["connect", "port"]),
         );
+        let mut read = Read {
+            name,
+            listen_line,
+            listen: listens_at.unwrap_or_default(),
+            vm: its_vm,
+            forwards: Vec::new(),
+        };
         let (true, Some(listen), Some(connect)) = (ends, listen, connect) else {
             section.finish();
-            return Vec::new();
+            return read;
         };
         if listen.len() != connect.len() {
             let (listens, connects) = (listen.len(), connect.len());
@@ -86,20 +103,20 @@ impl Forward {
         section.finish();
         let is_range = listen.len() > 1;
         let pairs = listen.into_iter().zip(connect);
-        pairs
-            .map(|(listen, connect)| Forward {
-                name: match is_range {
-                    true => format!("{name}-{}", listen.port()),
-                    false => name.clone(),
-                },
-                listen_line: listen_line.clone(),
-                connect_line: connect_line.clone(),
-                listen,
-                connect,
-                vm: vm.clone(),
-                options: options.clone(),
-            })
-            .collect()
+        let forwards = pairs.map(|(listen, connect)| Forward {
+            name: match is_range {
+                true => format!("{}-{}", read.name, listen.port()),
+                false => read.name.clone(),
+            },
+            listen_line: read.listen_line.clone(),
+            connect_line: connect_line.clone(),
+            listen,
+            connect,
+            vm: vm.clone(),
+            options: options.clone(),
+        });
+        read.forwards = forwards.collect();
+        read
     }
 
     /// Its VM as the file calls it, and the line in which it does.

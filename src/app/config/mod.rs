@@ -27,7 +27,7 @@ mod template;
 mod tests;
 mod vms;
 
-use std::io::{self, Read};
+use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -43,9 +43,9 @@ use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
 
 pub(crate) use diff::{Existing, Step, plan};
-use forward::Forward;
-use problems::{Line, Problem};
-pub(crate) use problems::{Problems, STANDARD_INPUT, display_name};
+use forward::{Forward, Read};
+use problems::{Line, Weight};
+pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name};
 use section::{Section, Source};
 pub(crate) use vms::Missing;
 use vms::{Found, Vm};
@@ -72,6 +72,8 @@ pub(crate) struct Config {
     pub(crate) allow_exec: bool,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
+    /// Forwards that could be read in part. Of a file without mistakes there are none.
+    parts: Vec<Read>,
 }
 
 /// Reads the path of the control socket; `"off"` is none.
@@ -99,6 +101,8 @@ pub(crate) struct Wanted {
     pub(crate) limits: Vec<VmLimits>,
     /// VMs that may come later.
     pub(crate) missing: Vec<Missing>,
+    /// What may not be what was meant.
+    pub(crate) notes: Vec<Problem>,
 }
 
 /// Reads a file, and waits for none that may never end, or never begin: who reads may have signals to heed. Standard
@@ -215,11 +219,21 @@ impl Config {
             .iter()
             .map(|(source, table)| Section::root(source, table.get_ref()));
         let config = Config::of(root, others);
-        let wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
+        let mut wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
+        for vm in config.unused_vms() {
+            let text = format!(
+                "[vm.{}] is used by no forward; is one's vm another name?",
+                vm.name
+            );
+            source.note(vm.section_line.clone(), text);
+        }
         let mut problems = source.problems();
         problems.extend(included.into_iter().flat_map(|it| it.source.problems()));
-        match problems.is_empty() {
-            true => Ok((config, wanted)),
+        match problems.iter().all(|it| it.weight == Weight::Note) {
+            true => {
+                wanted.notes = problems;
+                Ok((config, wanted))
+            }
             false => Err(problems),
         }
     }
@@ -245,9 +259,9 @@ impl Config {
         for (name, section) in root.named("vm") {
             vms.push(Vm::read(name, section));
         }
-        let mut forwards = Vec::new();
+        let mut read = Vec::new();
         for (name, section) in root.named("forward") {
-            forwards.extend(Forward::read(name, section, &defaults));
+            read.push(Forward::read(name, section, &defaults));
         }
         root.finish();
         for mut other in included {
@@ -255,9 +269,16 @@ impl Config {
                 vms.push(Vm::read(name, section));
             }
             for (name, section) in other.named("forward") {
-                forwards.extend(Forward::read(name, section, &defaults));
+                read.push(Forward::read(name, section, &defaults));
             }
             other.finish();
+        }
+        let (mut forwards, mut parts) = (Vec::new(), Vec::new());
+        for mut read in read {
+            match read.forwards.is_empty() {
+                true => parts.push(read),
+                false => forwards.append(&mut read.forwards),
+            }
         }
         for forward in &forwards {
             if let Some((vm, line)) = forward.vm()
@@ -278,7 +299,17 @@ impl Config {
             allow_exec: allow_exec.unwrap_or(false),
             vms,
             forwards,
+            parts,
         }
+    }
+
+    /// The VMs that have a section, and that no forward names.
+    fn unused_vms(&self) -> impl Iterator<Item = &Vm> {
+        let of_parts = self.parts.iter().filter_map(|it| it.vm.as_deref());
+        let of_forwards = self.forwards.iter().filter_map(|it| Some(it.vm()?.0));
+        let used: Vec<&str> = of_parts.chain(of_forwards).collect();
+        let unused = move |vm: &&Vm| vm.declared && !used.contains(&vm.name.as_str());
+        self.vms.iter().filter(unused)
     }
 
     /// What the file asks for, with its VMs as they can be found now.
@@ -288,8 +319,11 @@ impl Config {
     pub(crate) fn look_again(&self, file: &Path, places: &Places) -> Result<Wanted, Problems> {
         let mut problems = Vec::new();
         let wanted = self.wanted(places, &mut |line, text| {
-            let line = Some(line);
-            problems.push(Problem { line, text });
+            problems.push(Problem {
+                line: Some(line),
+                text,
+                weight: Weight::Mistake,
+            });
         });
         match problems.is_empty() {
             true => Ok(wanted),
@@ -340,6 +374,7 @@ impl Config {
         }
         conflicts::find(
             &seen,
+            &self.parts,
             self.control.as_deref(),
             self.metrics.as_ref(),
             complain,

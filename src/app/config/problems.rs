@@ -29,6 +29,28 @@ impl fmt::Display for Line {
 pub(crate) struct Problem {
     pub(crate) line: Option<Line>,
     pub(crate) text: String,
+    pub(crate) weight: Weight,
+}
+
+/// What a problem means for a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Weight {
+    /// It can't be carried out.
+    Mistake,
+    /// It can, and may not be what was meant.
+    Note,
+}
+
+impl Problem {
+    /// Returns it as a line, whatever names the file has.
+    pub(crate) fn line_of(&self, file: &Path) -> String {
+        let line = self.line.as_ref();
+        let included = line.and_then(|line| line.included.as_deref());
+        let file = display_name(included.unwrap_or(file));
+        let number = line.map_or(String::new(), |line| format!("{}:", line.number));
+        let text = format!("{file}:{number} {}", self.text);
+        escape::line(&text).into_owned()
+    }
 }
 
 /// The path that stands for standard input.
@@ -63,13 +85,18 @@ impl Problems {
 
     /// One, of the file as a whole.
     pub(crate) fn of(file: &Path, text: impl Into<String>) -> Problems {
-        let text = text.into();
-        Problems::new(file, vec![Problem { line: None, text }])
+        let problem = Problem {
+            line: None,
+            text: text.into(),
+            weight: Weight::Mistake,
+        };
+        Problems::new(file, vec![problem])
     }
 
     /// Of which file, and how many.
     pub(crate) fn summary(&self) -> String {
-        match self.list.len() {
+        let mistakes = self.list.iter().filter(|it| it.weight == Weight::Mistake);
+        match mistakes.count() {
             1 => format!("{}: 1 thing is wrong", display_name(&self.file)),
             n => format!("{}: {n} things are wrong", display_name(&self.file)),
         }
@@ -77,15 +104,7 @@ impl Problems {
 
     /// Returns each in a line, whatever names the file has.
     pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
-        let line = |problem: &Problem| {
-            let line = problem.line.as_ref();
-            let included = line.and_then(|line| line.included.as_deref());
-            let file = display_name(included.unwrap_or(&self.file));
-            let number = line.map_or(String::new(), |line| format!("{}:", line.number));
-            let text = format!("{file}:{number} {}", problem.text);
-            escape::line(&text).into_owned()
-        };
-        self.list.iter().map(line)
+        self.list.iter().map(|it| it.line_of(&self.file))
     }
 }
 

@@ -10,10 +10,11 @@ use serde_json::{Number, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::problems::{Line, Problem};
+use super::problems::{Line, Problem, Weight};
 use super::template;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
+use crate::nearest::nearest;
 use crate::proxy::check_name;
 
 /// The text, and what is wrong with it so far.
@@ -44,9 +45,19 @@ impl Source {
     }
 
     pub(super) fn complain(&self, line: Line, text: impl Into<String>) {
+        self.add(line, text.into(), Weight::Mistake);
+    }
+
+    /// Says what is no mistake.
+    pub(super) fn note(&self, line: Line, text: String) {
+        self.add(line, text, Weight::Note);
+    }
+
+    fn add(&self, line: Line, text: String, weight: Weight) {
         let line = Some(line);
-        let text = text.into();
-        self.problems.borrow_mut().push(Problem { line, text });
+        self.problems
+            .borrow_mut()
+            .push(Problem { line, text, weight });
     }
 
     pub(super) fn problems(self) -> Vec<Problem> {
@@ -230,17 +241,6 @@ impl<'a, 'i> Section<'a, 'i> {
                 .complain(line, format!("unknown key {}{place}; {remedy}", bare(name)));
         }
     }
-}
-
-/// Of these, what a word was probably meant to be.
-pub(super) fn nearest<'a>(word: &str, among: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    // Clap's measure for options, so that both guess alike.
-    const ALIKE: f64 = 0.7;
-    among
-        .map(|known| (strsim::jaro_winkler(word, known), known))
-        .filter(|(alike, _)| *alike > ALIKE)
-        .max_by(|(one, _), (other, _)| one.total_cmp(other))
-        .map(|(_, known)| known)
 }
 
 /// A key as the file has it: in quotes where it must be.

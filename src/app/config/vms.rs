@@ -4,10 +4,11 @@ use std::io;
 use std::path::PathBuf;
 
 use super::problems::Line;
-use super::section::{Section, nearest};
+use super::section::Section;
 use crate::address::{self, Address, HvsockAddress, HyperkitAddress, HyperkitVm, Port};
 use crate::app::values;
 use crate::hyperkit::{self, Places};
+use crate::nearest::nearest;
 use crate::proxy::{Limits, VmLimits};
 
 /// `[vm.NAME]`.
@@ -18,7 +19,9 @@ pub(super) struct Vm {
     /// A state directory, a name or a URI; `None` if what the file says is none.
     at: Option<String>,
     /// It has a section.
-    declared: bool,
+    pub(super) declared: bool,
+    /// Where that begins, or where it is named.
+    pub(super) section_line: Line,
     connections: Option<usize>,
     unanswered: Option<usize>,
 }
@@ -59,13 +62,14 @@ impl Vm {
         // The command line's bounds; hyperkit has 1,024 slots, and aborts at 512 unanswered dials.
         let connections = section.take("connections", values::count(1..=1000));
         let unanswered = section.take("unanswered", values::count(1..=400));
-        let line = section.line_of("at");
+        let (line, section_line) = (section.line_of("at"), section.line.clone());
         section.finish();
         Vm {
             name,
             line,
             at,
             declared: true,
+            section_line,
             connections,
             unanswered,
         }
@@ -75,9 +79,10 @@ impl Vm {
     pub(super) fn undeclared(name: &str, line: Line) -> Vm {
         Vm {
             name: name.to_owned(),
-            line,
+            line: line.clone(),
             at: Some(name.to_owned()),
             declared: false,
+            section_line: line,
             connections: None,
             unanswered: None,
         }

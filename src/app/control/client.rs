@@ -51,6 +51,13 @@ impl std::fmt::Display for Unanswered {
             Unanswered::Absent(error) => {
                 let (place, cause) = (error.subject(), error.cause());
                 write!(f, "no hvsock answers at {place}: {cause}; ")?;
+                let addresses = place::usual_paths()
+                    .into_iter()
+                    .map(|it| place::address(&it).to_string());
+                let (this, others): (Vec<_>, Vec<_>) = addresses.partition(|it| it == place);
+                if !this.is_empty() && !others.is_empty() {
+                    write!(f, "nor is one at {}; ", others.join(" or "))?;
+                }
                 f.write_str(match error.kind() {
                     ErrorKind::PermissionDenied | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
                         "it lets in only the user who runs it: be that user"

@@ -1,7 +1,8 @@
 //! Where a service of the control interface is, and the socket that listens there.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::Notify;
 
@@ -77,6 +78,18 @@ impl Endpoint {
             file.leave();
         }
         self.given_away.notify_one();
+    }
+
+    /// Waits until the socket is closed here, a second at most.
+    pub(super) fn wait_until_closed(&self) {
+        const LOOK: Duration = Duration::from_millis(1);
+        const MOST_LOOKS: u32 = 1000;
+        for _ in 0..MOST_LOOKS {
+            if self.listener().is_none() {
+                return;
+            }
+            thread::sleep(LOOK);
+        }
     }
 
     /// Returns once the socket is another process'.

@@ -54,7 +54,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tracing::info;
+use tracing::debug;
 
 use crate::address::{Address, TcpAddress};
 use crate::error::Result;
@@ -66,7 +66,7 @@ pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
 pub(crate) use model::Process;
 pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
-pub(crate) use place::{default_path, own_path, usual_path};
+pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::Problem;
 
 use api::Api;
@@ -147,7 +147,7 @@ fn open(
         let address = place::address(&place::own_path(std::process::id()));
         match Door::open(Service::Control, &address, Demand::OwnAccord) {
             Ok(door) => doors.push(door),
-            Err(e) => info!("without a control socket: {e}"),
+            Err(e) => debug!("without a control socket: {e}"),
         }
     }
     if let Place::At(path) = &options.control {

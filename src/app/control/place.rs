@@ -18,50 +18,107 @@ const PROGRAM: &str = "hvsock";
 /// Where the control socket is unless another place is asked for: in the user's runtime directory
 /// (`$XDG_RUNTIME_DIR/hvsock`), or, on macOS and where there is none, in a directory of the user's among the temporary
 /// files (`$TMPDIR/hvsock-UID`, or `/tmp/hvsock-UID`).
+///
+/// A directory that is named and isn't there, as after `su`, is passed over.
 pub(crate) fn default_path() -> PathBuf {
     directory().join(NAME)
 }
 
 /// The user's directory of control sockets.
 fn directory() -> PathBuf {
+    let mut places = places();
+    let there = places.iter().position(|(parent, _)| parent.is_dir());
+    // The last one is /tmp.
+    let at = there.unwrap_or(places.len() - 1);
+    places.swap_remove(at).1
+}
+
+/// The usual places, the first choice first: the directory that must be there, and the one of control sockets below it.
+fn places() -> Vec<(PathBuf, PathBuf)> {
     let absolute = |name| {
         env::var_os(name)
             .map(PathBuf::from)
             .filter(|it| it.is_absolute())
     };
     let runtime = absolute("XDG_RUNTIME_DIR").filter(|_| cfg!(not(target_os = "macos")));
-    match runtime {
-        Some(runtime) => runtime.join("hvsock"),
-        None => {
-            let temporary = absolute("TMPDIR").unwrap_or_else(|| "/tmp".into());
-            temporary.join(format!("hvsock-{}", sys::user_id()))
+    let mut places = Vec::new();
+    if let Some(runtime) = runtime {
+        let directory = runtime.join(PROGRAM);
+        places.push((runtime, directory));
+    }
+    for temporary in absolute("TMPDIR").into_iter().chain(["/tmp".into()]) {
+        let directory = temporary.join(format!("{PROGRAM}-{}", sys::user_id()));
+        if !places.iter().any(|(_, known)| *known == directory) {
+            places.push((temporary, directory));
         }
     }
+    places
+}
+
+/// The directories in which control sockets usually are, the first choice first.
+fn usual_directories() -> impl Iterator<Item = PathBuf> {
+    places().into_iter().map(|(_, directory)| directory)
+}
+
+/// The paths at which a control socket is usually, the first choice first.
+pub(super) fn usual_paths() -> Vec<PathBuf> {
+    usual_directories().map(|it| it.join(NAME)).collect()
+}
+
+fn is_usual(at: &Path) -> bool {
+    usual_directories().any(|usual| usual == at)
 }
 
 /// Where the control socket of a process is that was asked for none: beside the default one, under
 /// the process' number.
-pub(crate) fn own_path(process: u32) -> PathBuf {
-    directory().join(format!("{process}.sock"))
+pub(super) fn own_path(process: u32) -> PathBuf {
+    own_path_in(&directory(), process)
 }
 
-/// Where the control socket is that is meant if none is named: in the default place, or, if there is
-/// none, that of the only process that has one of its own.
-pub(crate) fn usual_path() -> PathBuf {
-    let default = default_path();
-    if default.symlink_metadata().is_ok() {
-        return default;
+fn own_path_in(directory: &Path, process: u32) -> PathBuf {
+    directory.join(format!("{process}.sock"))
+}
+
+/// The paths at which the control socket of a process may be that didn't name one, and may have been
+/// started in another environment: in each usual place its own, and the default one.
+pub(crate) fn paths_of(process: u32) -> impl Iterator<Item = PathBuf> {
+    usual_directories().flat_map(move |it| [own_path_in(&it, process), it.join(NAME)])
+}
+
+/// Returns where the own control socket of a process is: the first usual place with a file of that
+/// name, or else where it would be.
+pub(crate) fn find_own_path(process: u32) -> PathBuf {
+    let mut own = usual_directories().map(|it| own_path_in(&it, process));
+    let there = own.find(|it| it.symlink_metadata().is_ok());
+    there.unwrap_or_else(|| own_path(process))
+}
+
+/// Returns where the control socket is that is meant if none is named, of an hvsock that was started in
+/// another environment, perhaps: the first usual place at which one answers, or else the first one with
+/// a file; if there is none, that of the only process of this environment that has one of its own; or the default.
+pub(crate) fn find_path() -> PathBuf {
+    let mut there = usual_paths();
+    there.retain(|it| it.symlink_metadata().is_ok());
+    if there.len() > 1
+        && let Some(at) = there
+            .iter()
+            .position(|it| check(it).is_ok() && is_alive(it))
+    {
+        return there.swap_remove(at);
+    }
+    if let Some(first) = there.into_iter().next() {
+        return first;
     }
     let own = own_sockets();
     let mut alive = own.into_iter().filter(|(_, path)| is_alive(path));
     match (alive.next(), alive.next()) {
         (Some((_, path)), None) => path,
-        _ => default,
+        _ => default_path(),
     }
 }
 
-/// The sockets that processes have of their own, with the numbers of the processes. Some may be left
-/// of processes that were killed.
+/// The sockets that processes of this environment have of their own, with the numbers of the processes.
+/// Some may be left of processes that were killed. Elsewhere there may be some that nobody here means.
 fn own_sockets() -> Vec<(u32, PathBuf)> {
     let directory = directory();
     // What is in a directory of somebody else's is nobody's of ours.
@@ -127,7 +184,7 @@ pub(super) fn prepare(path: &Path) -> Result<()> {
 /// `PermissionDenied` if its directory is open to others; but not if there is none.
 pub(super) fn check(path: &Path) -> Result<()> {
     match directory_of(path) {
-        Some(at) if at == directory() && at.symlink_metadata().is_ok() => {
+        Some(at) if is_usual(at) && at.symlink_metadata().is_ok() => {
             look_at(path, at, Operation::Connect)
         }
         _ => Ok(()),
@@ -147,7 +204,7 @@ fn look_at(path: &Path, at: &Path, operation: Operation) -> Result<()> {
     let fail = |cause, remedy: String| {
         Err(Error::new(operation, address(path), cause).with_remedy(remedy))
     };
-    let own = at == directory();
+    let own = is_usual(at);
     // A symbolic link in the default place may be anybody's.
     let metadata = match own {
         true => fs::symlink_metadata(at),

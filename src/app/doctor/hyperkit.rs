@@ -468,7 +468,7 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
 /// socket, or the usual one.
 fn slots(vm: &HyperkitVm, control: Option<&Path>) -> Option<Check> {
     let name = "slots";
-    let path = control.map_or_else(control::default_path, Path::to_path_buf);
+    let path = control.map_or_else(control::find_path, Path::to_path_buf);
     let status = control::get::<Status>(&path, "/v1/status");
     let status = match (status, control) {
         (Ok(status), _) => status,

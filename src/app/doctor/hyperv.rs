@@ -2,6 +2,7 @@
 
 use super::check::{Check, Plan};
 use crate::address::{Port, ServiceId, VmId};
+use crate::error::plural;
 use crate::hyperv::{self, Machine};
 use crate::services;
 
@@ -9,7 +10,11 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     let mut checks = Vec::new();
     let machine = match hyperv::list() {
         Ok(machines) => {
-            let seen = format!("tells of {} VMs", machines.len());
+            let seen = format!(
+                "tells of {} VM{}",
+                machines.len(),
+                plural(machines.len() as u64)
+            );
             checks.push(Check::ok("Hyper-V", seen));
             let (check, machine) = vm(name, machines);
             checks.push(check);

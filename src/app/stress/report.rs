@@ -74,7 +74,9 @@ impl Report {
         let missing = self.wanted - self.whole - self.failed;
         match (self.failed, missing) {
             _ if self.is_whole() => None,
+            (0, 1) => Some("1 connection was not made".to_owned()),
             (0, missing) => Some(format!("{missing} connections were not made")),
+            (failed, 0) if self.wanted == 1 => Some(format!("{failed} of 1 connection failed")),
             (failed, 0) => Some(format!("{failed} of {} connections failed", self.wanted)),
             (failed, missing) => Some(format!(
                 "{failed} of {} connections failed, {missing} were not made",

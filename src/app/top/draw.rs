@@ -12,6 +12,7 @@ use ratatui::widgets::{Cell, Gauge, Row, Table};
 
 use super::model::{Busy, Focus, Lane, Mode, Model, NAME, Sort, called};
 use crate::app::control::{Status, Vm, age};
+use crate::error::plural;
 use crate::proxy::ConnectionState;
 
 /// From these widths on there is room for how many connections a forward has; for how many it refused; for sparklines;
@@ -91,9 +92,12 @@ fn heading(model: &Model, width: u16) -> Line<'static> {
         return Line::from(said);
     }
     let uptime = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
-    let s = if status.live == 1 { "" } else { "s" };
     said.extend([
-        Span::from(format!(" {} connection{s}", status.live)),
+        Span::from(format!(
+            " {} connection{}",
+            status.live,
+            plural(status.live as u64)
+        )),
         Span::from(format!("  sent {}", speed(rate.sent))).fg(SENT),
         Span::from(format!("  received {}", speed(rate.received))).fg(RECEIVED),
         Span::from(format!("  up {}", HumanDuration(uptime))),

@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::address::HyperkitVm;
-use crate::error::Error;
+use crate::error::{Error, plural};
 
 use crate::engine::health::{self, Health, News, VmIdentity};
 use crate::engine::id::ForwardId;
@@ -112,6 +112,12 @@ pub(crate) enum Full {
 impl std::fmt::Display for Full {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Full::Live { cap: 1, lost: 0 } => {
+                f.write_str("the one connection that the VM may have is in use")
+            }
+            Full::Live { cap: 1, .. } => f.write_str(
+                "the one connection that the VM may have is lost to a program in the guest that doesn't end its own (restart the VM)",
+            ),
             Full::Live { cap, lost: 0 } => {
                 write!(f, "all {cap} connections that one VM may have are in use")
             }
@@ -127,7 +133,8 @@ impl std::fmt::Display for Full {
             Full::Unanswered(n) => {
                 write!(
                     f,
-                    "the guest has not answered {n} dials (booting, paused or asleep?)"
+                    "the guest has not answered {n} dial{} (booting, paused or asleep?)",
+                    plural(*n)
                 )
             }
         }

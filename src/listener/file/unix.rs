@@ -212,11 +212,18 @@ fn remove_dead_socket(path: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(e),
     };
-    if !before.file_type().is_socket() {
-        return Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            "a file that is no socket is in the way",
-        ));
+    let kind = before.file_type();
+    if !kind.is_socket() {
+        let what = match () {
+            () if kind.is_dir() => "a directory".to_owned(),
+            () if kind.is_symlink() => match fs::read_link(path) {
+                Ok(to) => format!("a symbolic link to {}", to.display()),
+                Err(_) => "a symbolic link".to_owned(),
+            },
+            () => "a file that is no socket".to_owned(),
+        };
+        let why = format!("{what} is in the way");
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, why));
     }
     let place = Place::of(path)?;
     let identity = place.identity()?;

@@ -83,10 +83,17 @@ impl Successor {
             take_from_keepers(&guest_ports);
             return handed;
         }
-        for (number, (endpoint, _)) in doors.iter().enumerate() {
-            if taken.contains(&number) {
-                endpoint.give_away();
-            }
+        let given = doors.into_iter().enumerate();
+        let given: Vec<_> = given
+            .filter(|(number, _)| taken.contains(number))
+            .map(|(_, (endpoint, _))| endpoint)
+            .collect();
+        for endpoint in &given {
+            endpoint.give_away();
+        }
+        // Whoever asks after this asks the successor.
+        for endpoint in given {
+            endpoint.wait_until_closed();
         }
         // It goes on without being told, a little later.
         let _ = wire.send(&Done { done: true });

@@ -171,7 +171,7 @@ impl Wire {
             let why = format!("it is a process of user {user}, and not ours");
             return Err(io::Error::new(ErrorKind::PermissionDenied, why));
         }
-        stream.set_write_timeout(Some(PATIENCE))?;
+        sys::unless_ended(stream.set_write_timeout(Some(PATIENCE)))?;
         Ok(Wire {
             stream,
             read: Vec::new(),
@@ -219,7 +219,7 @@ impl Wire {
             if left.is_zero() {
                 return Err(ErrorKind::TimedOut.into());
             }
-            self.stream.set_read_timeout(Some(left))?;
+            sys::unless_ended(self.stream.set_read_timeout(Some(left)))?;
             let mut buffer = [0; 16 * 1024];
             let received = match sys::receive(self.stream.as_fd(), &mut buffer) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,

@@ -1,0 +1,126 @@
+//! Completes a command line for a shell, whose script (`hvsock completions`) runs this program to ask.
+//!
+//! clap_complete's dynamic engine does it: names of forwards and VMs are known only when they are asked for, and no script
+//! that was made before can have them. The engine is called unstable, for the script and the program must be of one
+//! version; they are installed together.
+
+use std::ffi::{OsStr, OsString};
+use std::process::ExitCode;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
+
+use clap::Command;
+use clap_complete::engine::{
+    ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
+};
+use clap_complete::env::{CompleteEnv, Shells};
+
+use super::console::complain;
+use super::man;
+use crate::hyperkit::{self, Places};
+
+/// The variable in which a script names its shell.
+const SHELL: &str = "HVSOCK_COMPLETE";
+
+/// How long a name may take to be looked up. Someone waits with a finger on a key.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Answers a shell, if one asks; `None` if this is another run.
+pub(super) fn answer(
+    arguments: impl IntoIterator<Item = OsString>,
+    hvsock: Command,
+) -> Option<ExitCode> {
+    std::env::var_os(SHELL)?;
+    let here = std::env::current_dir().ok();
+    let pages = man::names(&hvsock);
+    let page = move |begun: &OsStr| {
+        let names = pages.iter().map(|name| (name.clone(), String::new()));
+        matching(begun, names)
+    };
+    let page = ArgValueCompleter::new(page);
+    let hvsock = hvsock.mut_subcommand("man", |man| man.mut_arg("of", |of| of.add(page)));
+    let asked = CompleteEnv::with_factory(|| hvsock.clone()).var(SHELL);
+    match asked.try_complete(arguments, here.as_deref()) {
+        Ok(true) => Some(ExitCode::SUCCESS),
+        Ok(false) => None,
+        Err(e) => {
+            complain(e);
+            Some(ExitCode::FAILURE)
+        }
+    }
+}
+
+/// Returns the script that has a shell ask.
+pub(super) fn script(shell: &str) -> Option<Vec<u8>> {
+    let shells = Shells::builtins();
+    let mut script = Vec::new();
+    let completer = shells.completer(shell)?;
+    // It writes to memory.
+    let _ = completer.write_registration(SHELL, "hvsock", "hvsock", "hvsock", &mut script);
+    if shell == "zsh" {
+        // In a file of zsh's fpath, it is run for the first completion, and has to answer that, too.
+        script
+            .extend(b"[ \"$funcstack[1]\" = _hvsock ] && _clap_dynamic_completer_hvsock \"$@\"\n");
+    }
+    Some(script)
+}
+
+/// Completes a VM: its name, or a directory.
+pub(super) fn vm(begun: &OsStr) -> Vec<CompletionCandidate> {
+    if is_path(begun) {
+        return PathCompleter::dir().complete(begun);
+    }
+    let found = in_time(|| hyperkit::discover(&Places::from_env())).unwrap_or_default();
+    let names = found.into_iter().map(|vm| {
+        let state = if vm.running { "running" } else { "stopped" };
+        (vm.name, format!("{}, {state}", vm.source))
+    });
+    matching(begun, names)
+}
+
+/// Completes an address as far as that is a path.
+pub(super) fn address(begun: &OsStr) -> Vec<CompletionCandidate> {
+    match is_path(begun) {
+        true => PathCompleter::any().complete(begun),
+        false => Vec::new(),
+    }
+}
+
+/// Completes the name of a forward of the hvsock that runs.
+#[cfg(unix)]
+pub(super) fn forward(begun: &OsStr) -> Vec<CompletionCandidate> {
+    use crate::app::control::{Status, find_path, get};
+    let status = in_time(|| get::<Status>(&find_path(), "/v1/status").ok()).flatten();
+    let forwards = status.map(|status| status.forwards).unwrap_or_default();
+    let names = forwards
+        .into_iter()
+        .map(|it| (it.label(), format!("{} -> {}", it.listen, it.connect)));
+    matching(begun, names)
+}
+
+fn is_path(begun: &OsStr) -> bool {
+    let begun = begun.to_string_lossy();
+    begun.contains(std::path::is_separator) || begun.starts_with('.')
+}
+
+/// Of names and what they are, those that begin so.
+fn matching(
+    begun: &OsStr,
+    names: impl Iterator<Item = (String, String)>,
+) -> Vec<CompletionCandidate> {
+    let begun = begun.to_string_lossy();
+    let names = names.filter(|(name, _)| name.starts_with(&*begun));
+    let candidates = names.map(|(name, what)| {
+        let what = (!what.is_empty()).then(|| what.into());
+        CompletionCandidate::new(name).help(what)
+    });
+    candidates.collect()
+}
+
+/// Looks something up that may hang, as a disk or a process does.
+fn in_time<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (found, answer) = channel();
+    thread::spawn(move || found.send(look()));
+    answer.recv_timeout(PATIENCE).ok()
+}

@@ -1,0 +1,399 @@
+//! What the command says to someone whose words, files or system are not as they should be: the right remedy, and
+//! nothing left behind.
+
+#![cfg(all(unix, feature = "simulate"))]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "common/command.rs"]
+mod command;
+mod common;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use command::*;
+use common::*;
+
+/// What is said of a file by `check`.
+fn checked(dir: &Path, file: &str) -> (Option<i32>, String) {
+    let path = dir.join("hvsock.toml");
+    fs::write(&path, file).unwrap();
+    let output = run(&["check", text(&path)]);
+    (
+        output.status.code(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+/// Asserts that a remedy is there, and none that was there once.
+fn says(said: &str, right: &str, wrong: &str) {
+    assert!(said.contains(right), "{said:?} lacks {right:?}");
+    assert!(!said.contains(wrong), "{said:?} has {wrong:?}");
+}
+
+#[test]
+fn two_ports_in_one_word_get_the_remedy_of_where_they_stand() {
+    let dir = private_dir();
+    let (code, said) = checked(
+        dir.path(),
+        "[forward.a]\nlisten = \"8080:80\"\nconnect = 80\n",
+    );
+    assert_eq!(code, Some(1));
+    says(
+        &said,
+        "listen = 8080, port = 80 and vm = \"NAME\"",
+        "127.0.0.1:8080:80",
+    );
+    let (_, said) = checked(
+        dir.path(),
+        "[forward.a]\nlisten = 81\nconnect = \"19:8080\"\n",
+    );
+    says(&said, "write 8080 or 127.0.0.1:8080", "vsock side");
+    let output = run(&["expose", "--vm", "x", "-R", "8080:19:8080"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    says(
+        &said,
+        "write 8080:8080 or 8080:127.0.0.1:8080",
+        "127.0.0.1:8080:80",
+    );
+    // Where it was right.
+    let output = run(&["expose", "--vm", "x", "-L", "8080:19:80"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    says(&said, "no host on the vsock side", "write 8080 or");
+}
+
+#[test]
+fn a_home_that_no_shell_has_filled_in_is_known_or_told() {
+    let dir = private_dir();
+    let with_home = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        command.args(arguments).env("HOME", dir.path());
+        String::from_utf8(output(command).stderr).unwrap()
+    };
+    // Where a shell can't do it, within a word, it is done here.
+    fs::create_dir(dir.path().join("vm")).unwrap();
+    let vm = dir.path().join("vm");
+    let mut proxy = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    proxy.args(["expose", "--vm", text(&vm), "-L", "~/x.sock:80"]);
+    proxy
+        .args(["-R", "5000:~/agent.sock"])
+        .env("HOME", dir.path());
+    let mut proxy = Running::spawn(proxy);
+    proxy.says(text(&dir.path().join("x.sock")));
+    proxy.says(text(&dir.path().join("agent.sock")));
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    // Elsewhere a shell does it, unless the word is in quotes.
+    for arguments in [
+        &["cat", "~/x.sock"][..],
+        &["forward", "~/x.sock", "tcp://127.0.0.1:1"],
+        &["expose", "--vm", "~/vms/x", "-L", "0:80"],
+    ] {
+        let said = with_home(arguments);
+        says(&said, "~ is filled in by the shell", "unix:./~");
+    }
+}
+
+#[test]
+fn what_is_in_the_way_of_a_socket_is_called_what_it_is() {
+    let dir = private_dir();
+    let path = dir.path().join("x.sock");
+    symlink("elsewhere.sock", &path).unwrap();
+    let forward = |at: &Path| run(&["forward", text(at), "tcp://127.0.0.1:1"]);
+    let said = String::from_utf8(forward(&path).stderr).unwrap();
+    says(
+        &said,
+        "a symbolic link to elsewhere.sock is in the way",
+        "no socket",
+    );
+    assert!(fs::symlink_metadata(&path).unwrap().is_symlink());
+    let other = dir.path().join("dir.sock");
+    fs::create_dir(&other).unwrap();
+    let said = String::from_utf8(forward(&other).stderr).unwrap();
+    says(&said, "a directory is in the way", "no socket");
+}
+
+#[test]
+fn a_datagram_socket_is_told_from_a_stream() {
+    let dir = private_dir();
+    let path = dir.path().join("x.sock");
+    let _socket = UnixDatagram::bind(&path).unwrap();
+    fails(
+        &["cat", text(&path)],
+        1,
+        &["it is a datagram socket", "`hvsock syslog`"],
+    );
+}
+
+#[test]
+fn without_descriptors_that_is_the_remedy() {
+    let dir = private_dir();
+    let limited = |arguments: &str| {
+        let mut shell = Command::new("sh");
+        let script = format!("ulimit -n 5; exec \"$0\" {arguments}");
+        shell.args(["-c", &script, env!("CARGO_BIN_EXE_hvsock")]);
+        shell
+            .env("XDG_RUNTIME_DIR", dir.path())
+            .env("TMPDIR", dir.path());
+        String::from_utf8(output(shell).stderr).unwrap()
+    };
+    let directory = dir.path().join("hvsock");
+    fs::create_dir(&directory).unwrap();
+    let mut permissions = fs::metadata(&directory).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
+    fs::set_permissions(&directory, permissions).unwrap();
+    let _listener = UnixListener::bind(directory.join("control.sock")).unwrap();
+    for arguments in ["cat tcp://127.0.0.1:1", "cat -l tcp://127.0.0.1:0"] {
+        says(
+            &limited(arguments),
+            "raise the limit with `ulimit -n`",
+            "nothing listens",
+        );
+    }
+}
+
+#[test]
+fn one_is_one() {
+    let dir = private_dir();
+    let mut shell = Command::new("sh");
+    shell.args([
+        "-c",
+        "ulimit -n 20; exec \"$0\" forward tcp://127.0.0.1:0 tcp://127.0.0.1:1",
+    ]);
+    shell.arg(env!("CARGO_BIN_EXE_hvsock"));
+    let said = String::from_utf8(output(shell).stderr).unwrap();
+    says(&said, "1 listener leaves none", "1 listeners");
+    // A client that stays, while the end is asked for.
+    let server = UnixListener::bind(dir.path().join("server.sock")).unwrap();
+    let mut proxy = Running::start(&[
+        "forward",
+        "tcp://127.0.0.1:0",
+        text(&dir.path().join("server.sock")),
+    ]);
+    let client = tcp(proxy.tcp_port());
+    let held = server.accept().unwrap();
+    proxy.signal("TERM");
+    proxy.complains("1 connection has 30 s to finish");
+    drop((client, held));
+    assert_eq!(proxy.exit_code(), Some(0));
+}
+
+#[test]
+fn a_misspelled_vm_is_asked_about_first() {
+    let dir = private_dir();
+    let vm = dir.path().join("docker");
+    fs::create_dir(&vm).unwrap();
+    fs::write(vm.join("hyperkit.json"), "{}").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(["expose", "--vm", "dokcer", "-L", "0:80"]);
+    command.current_dir(dir.path()).env("HOME", dir.path());
+    let said = String::from_utf8(output(command).stderr).unwrap();
+    assert!(
+        said.starts_with("hvsock: cannot find VM \"dokcer\": did you mean docker? no VM has this name; looked in "),
+        "{said}"
+    );
+}
+
+#[test]
+fn check_finds_all_though_another_key_is_wrong() {
+    let dir = private_dir();
+    let file = "[vm.one]\nat = \"/tmp/one\"\n[vm.two]\nat = \"/tmp/two\"\n[forward.a]\nlisten = 8080\nconnect = 99999\n\
+        [forward.b]\nlisten = 8080\nvm = \"one\"\nport = \"x\"\n";
+    let (code, said) = checked(dir.path(), file);
+    assert_eq!(code, Some(1));
+    says(
+        &said,
+        "hvsock.toml:9: [forward.b]: [forward.a] in line 6 listens on tcp://127.0.0.1:8080 already",
+        "[vm.one]",
+    );
+    says(
+        &said,
+        "hvsock.toml:3: [vm.two] is used by no forward",
+        "[vm.one]",
+    );
+    assert!(said.contains("3 things are wrong"), "{said}");
+    // That alone is no mistake: forwards may be added while it runs.
+    let (code, said) = checked(
+        dir.path(),
+        "[vm.two]\nat = \"/tmp/two\"\n[forward.a]\nlisten = 0\nconnect = 99\n",
+    );
+    assert_eq!(code, Some(0), "{said}");
+    says(
+        &said,
+        "hvsock.toml:1: [vm.two] is used by no forward",
+        "wrong",
+    );
+}
+
+#[test]
+fn a_reader_who_has_seen_enough_is_no_error() {
+    let gone = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        Stdio::from(writer)
+    };
+    let dir = private_dir();
+    let mut proxy = Running::spawn(in_runtime(
+        dir.path(),
+        &[
+            "forward",
+            "tcp://127.0.0.1:0",
+            "tcp://127.0.0.1:9",
+            "--control",
+        ],
+    ));
+    proxy.says("controlled at");
+    for arguments in [
+        &["status"][..],
+        &["status", "--json"],
+        &["vms"],
+        &["--help"],
+        &["completions", "bash"],
+        &["man"],
+        &["doctor", "--json"],
+    ] {
+        let mut command = in_runtime(dir.path(), arguments);
+        command
+            .stdin(Stdio::null())
+            .stdout(gone())
+            .stderr(Stdio::piped());
+        let output = command.output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(
+            (output.status.code(), said.as_str()),
+            (Some(0), ""),
+            "{arguments:?}"
+        );
+    }
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+}
+
+/// An hvsock whose runtime directory and temporary directory are these.
+fn between(runtime: &Path, temporary: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(arguments);
+    command
+        .env("XDG_RUNTIME_DIR", runtime)
+        .env("TMPDIR", temporary);
+    command
+}
+
+#[test]
+fn a_runtime_directory_that_is_not_there_is_survived() {
+    let dir = private_dir();
+    let missing = dir.path().join("missing");
+    let forward = [
+        "forward",
+        "tcp://127.0.0.1:0",
+        "tcp://127.0.0.1:9",
+        "--control",
+    ];
+    let mut proxy = Running::spawn(between(&missing, dir.path(), &forward));
+    let at = proxy.says("controlled at");
+    assert!(
+        at.contains(text(dir.path())) && !at.contains("missing"),
+        "{at}"
+    );
+    // Who has another environment, such as a terminal where a service runs, finds it, too.
+    let runtime = dir.path().join("runtime");
+    fs::create_dir(&runtime).unwrap();
+    for runtime in [&missing, &runtime] {
+        let status = output(between(runtime, dir.path(), &["status"]));
+        assert!(status.status.success(), "{status:?}");
+    }
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+}
+
+#[test]
+fn status_names_the_places_where_it_has_looked() {
+    let dir = private_dir();
+    let (runtime, temporary) = (dir.path().join("runtime"), dir.path().join("temporary"));
+    for made in [&runtime, &temporary] {
+        fs::create_dir(made).unwrap();
+    }
+    for command in ["status", "reload", "stop"] {
+        let output = output(between(&runtime, &temporary, &[command]));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        if cfg!(not(target_os = "macos")) {
+            assert!(
+                said.contains(text(&runtime.join("hvsock/control.sock"))),
+                "{said}"
+            );
+        }
+        assert!(
+            said.contains(text(&temporary)) && said.contains("/tmp/hvsock-"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn the_demo_is_where_temporary_files_are() {
+    let dir = private_dir();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.arg("demo").env("TMPDIR", dir.path());
+    let mut demo = Running::spawn(command);
+    let line = demo.says("a stand-in VM in ");
+    assert!(line.contains(text(dir.path())), "{line}");
+    demo.says("Ctrl-C ends it.");
+    demo.signal("TERM");
+    assert_eq!(demo.exit_code(), Some(0));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    // Where its path would be too long for a state directory, it is in /tmp.
+    let long = dir.path().join("x".repeat(80));
+    fs::create_dir(&long).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.arg("demo").env("TMPDIR", &long);
+    let mut demo = Running::spawn(command);
+    demo.says("a stand-in VM in /tmp/");
+    demo.says("Ctrl-C ends it.");
+    demo.signal("TERM");
+    assert_eq!(demo.exit_code(), Some(0));
+}
+
+/// What is in a directory.
+fn names_in(dir: &Path) -> Vec<PathBuf> {
+    let mut names: Vec<PathBuf> = fs::read_dir(dir)
+        .unwrap()
+        .map(|it| it.unwrap().path())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_stand_in_that_cannot_start_leaves_nothing_behind() {
+    let dir = private_dir();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = format!("5001=tcp://{}", taken.local_addr().unwrap());
+    let (vm, socket) = (dir.path().join("new/vm"), dir.path().join("dial.sock"));
+    let dial = format!("5000={}", text(&socket));
+    fails(
+        &["simulate", text(&vm), "--dial", &dial, "--dial", &taken],
+        1,
+        &["cannot listen on"],
+    );
+    assert_eq!(names_in(dir.path()), Vec::<PathBuf>::new());
+    // What was there stays, and is what is in the way here.
+    let link = dir.path().join("guest.00000050");
+    fs::create_dir(&link).unwrap();
+    fails(
+        &[
+            "simulate",
+            text(dir.path()),
+            "--guest-forward",
+            "80",
+            "--dial",
+            &dial,
+        ],
+        1,
+        &["cannot listen on"],
+    );
+    assert_eq!(names_in(dir.path()), [link]);
+}
