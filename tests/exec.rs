@@ -440,6 +440,120 @@ fn cat_ends_the_program_when_it_is_ended() {
     eventually("the program is gone", || !is_alive(&pid));
 }
 
+/// `cat` with a shell's script in the place of its standard input and output.
+fn cat_with(arguments: &[&str], script: &str) -> Mortal {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.arg("cat").args(arguments);
+    command.args(["--exec", "/bin/sh", "--", "-c", script]);
+    Mortal(command.stdin(Stdio::null()).spawn().unwrap())
+}
+
+/// A server, and its address.
+fn server(directory: &Path) -> (std::os::unix::net::UnixListener, String) {
+    let path = directory.join("server");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    (listener, path.to_str().unwrap().to_owned())
+}
+
+#[test]
+fn cat_gives_the_connection_to_a_program_and_has_its_exit_code() {
+    let dir = private_dir();
+    let path = dir.path().join("s");
+    let mut cat = cat_with(&["-l", path.to_str().unwrap()], "sort; exit 3");
+    eventually("it listens", || path.exists());
+    let mut client = connected(dir.path());
+    client.write_all(b"b\na\n").unwrap();
+    client.half_close();
+    assert_eq!(rest(client), "a\nb\n");
+    assert_eq!(cat.exit_code(), Some(3));
+    // By an address, and a signal's number as a shell tells it.
+    let (listener, address) = server(dir.path());
+    let exec = "exec:/bin/sh?arg=-c&arg=kill%20-9%20$$";
+    let mut cat = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    cat.args(["cat", &address, "--exec", exec]);
+    let mut cat = Mortal(cat.spawn().unwrap());
+    drop(listener.accept().unwrap());
+    assert_eq!(cat.exit_code(), Some(128 + 9));
+}
+
+#[test]
+fn cat_waits_for_its_program_when_the_peer_has_gone() {
+    let dir = private_dir();
+    let (listener, address) = server(dir.path());
+    let (go, done) = (dir.path().join("go"), dir.path().join("done"));
+    let script = format!(
+        "cat >/dev/null; while ! test -e {}; do sleep 0.05; done; echo >{}; exit 5",
+        go.display(),
+        done.display()
+    );
+    let mut cat = cat_with(&[&address], &script);
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.write_all(b"all of it").unwrap();
+    drop(peer);
+    // More than once it is looked whether the peer has gone.
+    std::thread::sleep(Duration::from_millis(300));
+    fs::write(go, "").unwrap();
+    assert_eq!(cat.exit_code(), Some(5));
+    assert!(done.exists());
+}
+
+#[test]
+fn the_peer_has_all_that_a_program_has_said_before_it_ended() {
+    let dir = private_dir();
+    let (listener, address) = server(dir.path());
+    // It reads nothing of what comes, and the peer doesn't end.
+    let script = "head -c 300000 /dev/zero; exit 7";
+    let mut cat = cat_with(&[&address, "--drain-timeout", "60"], script);
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.set_read_timeout(Some(PATIENCE)).unwrap();
+    peer.write_all(b"what nobody reads").unwrap();
+    assert_eq!(rest(&peer).len(), 300_000);
+    assert!(cat.0.try_wait().unwrap().is_none(), "the peer has time");
+    drop(peer);
+    assert_eq!(cat.exit_code(), Some(7));
+}
+
+#[test]
+fn cat_ends_a_program_whose_connection_breaks() {
+    let dir = private_dir();
+    let (listener, address) = server(dir.path());
+    let pid = dir.path().join("pid");
+    let script = format!("echo $$ >{}; echo begun; exec sleep 1000", pid.display());
+    let mut cat = cat_with(&[&address], &script);
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.read_exact(&mut [0; 6]).unwrap();
+    let pid = fs::read_to_string(&pid).unwrap();
+    cat.signal("TERM");
+    assert_eq!(cat.exit_code(), Some(1));
+    eventually("the program is gone", || !is_alive(&pid));
+}
+
+#[cfg(feature = "simulate")]
+#[test]
+fn a_guest_is_connected_with_a_program() {
+    use hvsock::simulate::{Service, Vm};
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path()).guest(7, Service::Echo).start();
+    let vm = vm.unwrap();
+    let address = format!("hyperkit://:7{}", dir.path().display());
+    let script = "echo hello; read answer; test $answer = hello && exit 4";
+    assert_eq!(cat_with(&[&address], script).exit_code(), Some(4));
+    // A program that isn't there hurts no guest either.
+    let output = run(&["cat", &address, "--exec", "/no/such"]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("is the path right?"), "{said}");
+    drop(vm);
+}
+
+#[test]
+fn a_program_of_cat_is_named_by_its_path() {
+    let output = run(&["cat", "/no/such", "--exec", "sort"]);
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("write its path"), "{said}");
+}
+
 #[test]
 fn a_file_is_sent_to_each_client_from_its_beginning() {
     let dir = private_dir();

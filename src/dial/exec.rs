@@ -11,7 +11,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::SockRef;
 use tracing::{Span, debug};
 
-use crate::address::{Address, ExecAddress};
+use crate::address::ExecAddress;
 use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Leads};
 
@@ -91,28 +91,38 @@ impl Drop for Connected {
     }
 }
 
-/// Starts a program. Returns the connection with it.
+/// A program that was started.
+#[derive(Debug)]
+pub(crate) struct Started {
+    /// The connection with its standard input and output.
+    pub(crate) stream: UnixStream,
+    /// Takes how it has ended.
+    #[cfg_attr(not(feature = "cli"), expect(dead_code))]
+    pub(crate) ended: Receiver<io::Result<ExitStatus>>,
+}
+
+/// Starts a program.
 ///
 /// # Errors
 /// Why it can't be started.
-pub(super) fn connect(
-    address: &Address,
-    exec: &ExecAddress,
-    programs: &Arc<Programs>,
-) -> Result<UnixStream> {
-    let fail = |e| explain(address, exec, e);
+pub(crate) fn start(exec: &ExecAddress, programs: &Arc<Programs>) -> Result<Started> {
+    let fail = |e| explain(exec, e);
     let (near, ours) = UnixStream::pair().map_err(fail)?;
     for end in [&near, &ours] {
         sys::make_room(&SockRef::from(end));
     }
     let (started, is_started) = channel();
+    let (tell_end, ended) = channel();
     let connected = Connected::new(Arc::clone(programs));
     let (exec, span) = (exec.clone(), Span::current());
     let attend = {
         let exec = exec.clone();
         move || {
             let _span = span.enter();
-            attend(&exec, ours, &started, connected);
+            if let Some(status) = attend(&exec, ours, &started, connected) {
+                // Most don't ask.
+                let _ = tell_end.send(status);
+            }
         }
     };
     let thread = thread::Builder::new().name("hvsock-exec".into());
@@ -121,21 +131,27 @@ pub(super) fn connect(
     let answer = is_started.recv();
     answer
         .unwrap_or_else(|_| Err(io::Error::other("its thread has ended")))
-        .map_err(|e| explain(address, &exec, e))?;
-    Ok(near)
+        .map_err(|e| explain(&exec, e))?;
+    Ok(Started {
+        stream: near,
+        ended,
+    })
 }
 
-/// Starts a program, carries its bytes, and reaps it.
+/// Starts a program, carries its bytes, and reaps it. Returns how it has ended, if it was started.
 fn attend(
     exec: &ExecAddress,
     near: UnixStream,
     started: &Sender<io::Result<()>>,
     connected: Connected,
-) {
-    let begun = near.set_nonblocking(true).and_then(|()| start(exec));
+) -> Option<io::Result<ExitStatus>> {
+    let begun = near.set_nonblocking(true).and_then(|()| spawn(exec));
     let (mut child, far) = match begun {
         Ok(begun) => begun,
-        Err(e) => return drop(started.send(Err(e))),
+        Err(e) => {
+            let _ = started.send(Err(e));
+            return None;
+        }
     };
     let (program, id) = (exec.program.display(), child.id());
     debug!(program = %program.to_string().escape_debug(), process = id, "started");
@@ -155,11 +171,12 @@ fn attend(
             ended
         }
     };
-    match status {
-        Ok(status) => debug!(process = id, "{}", describe(status)),
+    match &status {
+        Ok(status) => debug!(process = id, "{}", describe(*status)),
         // Another part of the program reaps children that it doesn't know.
         Err(e) => debug!(process = id, "ended; its status can't be had: {e}"),
     }
+    Some(status)
 }
 
 fn describe(status: ExitStatus) -> String {
@@ -172,7 +189,7 @@ fn describe(status: ExitStatus) -> String {
 }
 
 /// Starts a program. Returns our end of its standard input and output.
-fn start(exec: &ExecAddress) -> io::Result<(Child, Far)> {
+fn spawn(exec: &ExecAddress) -> io::Result<(Child, Far)> {
     // A program without a slash would be searched for.
     let program = std::path::absolute(&exec.program)?;
     let mut command = Command::new(program);
@@ -496,7 +513,7 @@ impl Carrier {
 }
 
 /// Returns the error of a program that can't be started, with what can be done about it.
-fn explain(address: &Address, exec: &ExecAddress, cause: io::Error) -> Error {
+fn explain(exec: &ExecAddress, cause: io::Error) -> Error {
     let program = &exec.program;
     let remedy = match cause.kind() {
         io::ErrorKind::NotFound if program.exists() => {
@@ -513,7 +530,7 @@ fn explain(address: &Address, exec: &ExecAddress, cause: io::Error) -> Error {
         _ if cause.raw_os_error() == Some(nix::libc::E2BIG) => {
             "its arguments and its environment are too long"
         }
-        _ => return Error::new(Operation::Connect, address, cause),
+        _ => return Error::new(Operation::Connect, exec, cause),
     };
-    Error::new(Operation::Connect, address, cause).with_remedy(remedy)
+    Error::new(Operation::Connect, exec, cause).with_remedy(remedy)
 }

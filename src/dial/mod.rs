@@ -23,6 +23,8 @@ use crate::sys;
 pub(crate) use blocking::{check_supported, limit_timeout};
 #[cfg(unix)]
 pub(crate) use exec::Programs;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use exec::start as start_program;
 #[cfg(windows)]
 pub(crate) use hyperv::{hv_options, vm_id};
 
@@ -158,7 +160,7 @@ pub(crate) fn on_thread(
     use crate::stream::local::{Descriptors, Local};
     use crate::stream::nonblocking::Stream;
     let connected = match address {
-        Address::Exec(exec) => exec::connect(address, exec, programs),
+        Address::Exec(exec) => exec::start(exec, programs).map(|it| it.stream),
         Address::File(file) => content::connect(address, file),
         other => {
             return Err(crate::stream::endpoint::not_carried(

@@ -7,6 +7,8 @@ use std::str::FromStr;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use super::spec::{Locals, Remotes};
+#[cfg(unix)]
+use crate::address::ExecAddress;
 use crate::address::{Address, HyperkitVm, as_text};
 use crate::sys::os_string_from_bytes;
 
@@ -26,6 +28,19 @@ pub(super) fn vm() -> impl TypedValueParser<Value = String> {
         Ok(text) => text,
         // Names of VMs are UTF-8.
         Err(path) => HyperkitVm::new(PathBuf::from(path)).to_string(),
+    })
+}
+
+/// Parses a program: its path, or its `exec:` address.
+#[cfg(unix)]
+pub(super) fn program() -> impl TypedValueParser<Value = ExecAddress> {
+    OsStringValueParser::new().try_map(|text| match text.as_encoded_bytes() {
+        bytes if bytes.starts_with(b"exec:") => {
+            let address = as_text(&text).parse::<ExecAddress>();
+            address.map_err(|e| e.to_string())
+        }
+        bytes if bytes.contains(&b'/') => Ok(ExecAddress::new(text)),
+        _ => Err("no program is searched for: write its path".to_owned()),
     })
 }
 

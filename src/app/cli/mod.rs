@@ -235,6 +235,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
         }
+        #[cfg(unix)]
+        Err(Failure::Program(code)) => ExitCode::from(code),
         Err(Failure::Silent) => ExitCode::FAILURE,
     }
 }
