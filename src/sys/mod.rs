@@ -34,6 +34,10 @@
 //! * `program_name(process)`: the name of the program that a process runs.
 //! * `unread(socket)`: how many bytes have come that were not read yet.
 //! * `Process`: another process, and whether it is ending.
+//! * `detach_command(command, leads)`, `make_terminal()`, `hang_up_group(leader)` and its like:
+//!   programs that are started, and the ends of their groups.
+//! * `is_closed_by_peer(socket)`: whether the other end of a Unix socket is closed, not only
+//!   half-closed.
 //! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
@@ -194,6 +198,36 @@ pub(crate) fn process_is_alive(pid: i32) -> bool {
         let _ = pid;
         false
     }
+}
+
+/// Returns the id of a user. The name may be looked up over the network.
+///
+/// # Errors
+/// That it can't be looked up; `Unsupported` where users have no numbers.
+#[cfg(feature = "cli")]
+pub(crate) fn user_by_name(name: &str) -> io::Result<Option<u32>> {
+    #[cfg(unix)]
+    return Ok(nix::unistd::User::from_name(name)?.map(|user| user.uid.as_raw()));
+    #[cfg(not(unix))]
+    no_numbers(name)
+}
+
+/// Returns the id of a group, as [`user_by_name`] does that of a user.
+///
+/// # Errors
+/// As there.
+#[cfg(feature = "cli")]
+pub(crate) fn group_by_name(name: &str) -> io::Result<Option<u32>> {
+    #[cfg(unix)]
+    return Ok(nix::unistd::Group::from_name(name)?.map(|group| group.gid.as_raw()));
+    #[cfg(not(unix))]
+    no_numbers(name)
+}
+
+#[cfg(all(not(unix), feature = "cli"))]
+fn no_numbers(_: &str) -> io::Result<Option<u32>> {
+    let why = "users and groups of files are Unix'";
+    Err(io::Error::new(io::ErrorKind::Unsupported, why))
 }
 
 /// Returns whether a socket call failed because both directions have ended: macOS says `EINVAL`

@@ -1,5 +1,6 @@
 //! Linux, macOS and the BSDs.
 
+mod child;
 mod place;
 mod process;
 mod rights;
@@ -12,6 +13,10 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::Wanted;
+pub(crate) use child::{
+    Leads, detach_command, end_of_input, hang_up_group, has_group, is_closed_by_peer, kill_group,
+    make_terminal, set_nonblocking,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 pub(crate) use place::Place;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 
+use super::arguments;
 use super::complete;
 #[cfg(unix)]
 use super::console::complain;
@@ -27,12 +28,12 @@ use crate::sys;
 #[derive(Args, Debug)]
 pub(super) struct Peer {
     /// Where to connect or listen; with --vm a vsock port alone
-    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address))]
+    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address), value_parser = arguments::address_text())]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
     /// hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH; on Windows a Hyper-V VM's name or id, and ADDRESS may be a
     /// service's GUID
-    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: Option<String>,
 }
 
