@@ -130,7 +130,8 @@ fn guest_is_turned_away(vm: &Vm) -> bool {
 
 /// Whether the guest's dial arrives at the echo server.
 fn guest_is_served(vm: &Vm) -> bool {
-    let mut guest = vm.dial(HOST_PORT).unwrap();
+    let guest = vm.dial(HOST_PORT);
+    let mut guest = guest.unwrap_or_else(|e| panic!("{e}: {:?}", vm.fate()));
     guest.set_read_timeout(Some(PATIENCE)).unwrap();
     // One that is ended by a keeper may have ended before.
     let _ = guest.write_all(b"knock");
@@ -446,7 +447,6 @@ fn a_removed_port_outlives_the_keeper_that_serves_it() {
     for _ in 0..3 {
         let keeper = *seen.last().unwrap();
         kill(Pid::from_raw(keeper), Signal::SIGKILL).unwrap();
-        // What it has accepted itself would be closed rudely.
         eventually("it is gone", || !is_alive(keeper));
         // Who dials meanwhile waits, and hangs nothing.
         assert!(guest_is_turned_away(&vm));
@@ -454,6 +454,8 @@ fn a_removed_port_outlives_the_keeper_that_serves_it() {
             has_port(it, "serving") && it["pid"] != keeper
         }));
         assert!(guest_is_turned_away(&vm));
+        // What it has accepted itself would be closed rudely.
+        keeper_of(dir, std::process::id(), |it| it["connections"] == 0);
         let link = handle.keeper().unwrap();
         assert_eq!((link.ports, link.unguarded), (0, 0));
     }
