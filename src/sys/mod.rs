@@ -11,7 +11,8 @@
 //!   without following a symbolic link and without touching the file in any way that its owner
 //!   could notice.
 //! * `refuse_descriptors(socket)`, `refuses_descriptors(socket)`, `receive(socket, buffer)`:
-//!   descriptors that a peer passes; `send(socket, bytes, descriptor)`: one passed to a peer.
+//!   descriptors that a peer passes; `send(socket, bytes, descriptors)`: some passed to a peer.
+//! * `Unconnected`: a Unix socket before it is connected.
 //! * `detach()`: makes this process independent of the one that has started it.
 //! * `Place::of(path)`: a file by its directory and name, to be changed only if it is still the
 //!   right one, no link followed.

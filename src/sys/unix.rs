@@ -4,6 +4,7 @@ mod child;
 mod place;
 mod process;
 mod rights;
+mod unconnected;
 
 use std::fs;
 use std::io;
@@ -21,7 +22,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 pub(crate) use place::Place;
 pub(crate) use process::Process;
-pub(crate) use rights::{receive, refuse_descriptors, refuses_descriptors, send};
+pub(crate) use rights::{MOST_SENT, receive, refuse_descriptors, refuses_descriptors, send};
+pub(crate) use unconnected::Unconnected;
 
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux
 /// (`unix(7)`), 104 on macOS and the BSDs (`sys/un.h`).
