@@ -31,6 +31,8 @@ pub(crate) struct Plan {
     pub(crate) drain: Duration,
     /// One client is served after the other.
     pub(crate) keeps: bool,
+    /// A connection is over when the peer has ended, whatever standard input still has.
+    pub(crate) ends_with_peer: bool,
 }
 
 /// One standard input and output, and the connections that have them one after the other.
@@ -57,6 +59,7 @@ impl Interrupter {
 impl Cat {
     pub(crate) fn new(plan: Plan) -> Cat {
         let (tell, events) = channel();
+        watch_output(tell.clone());
         Cat {
             plan,
             input: Input::default(),
@@ -92,6 +95,7 @@ impl Cat {
             connected,
             drain: self.plan.drain,
             keeps: self.plan.keeps,
+            ends_with_peer: self.plan.ends_with_peer,
             input: &self.input,
             events: &self.events,
             tell: &self.tell,
@@ -99,12 +103,12 @@ impl Cat {
         .run()
     }
 
-    /// Whether the end was asked for since that was asked last.
+    /// Whether the end was asked for since that was asked last, by a signal or by the end of standard output's reader.
     pub(crate) fn is_interrupted(&self) -> bool {
         // Those of threads of an earlier session say nothing any more.
         self.events
             .try_iter()
-            .any(|event| matches!(event, Event::Interrupt))
+            .any(|event| matches!(event, Event::Interrupt | Event::OutputClosed))
     }
 
     /// Connects, trying again while there is time; and when that was.
@@ -201,6 +205,15 @@ impl Cat {
             }
         }
     }
+}
+
+/// Tells of the end of standard output's reader. A write would say so, too, but only once something has come.
+fn watch_output(tell: Sender<Event>) {
+    std::thread::spawn(move || {
+        if crate::sys::wait_until_output_is_unread() {
+            let _ = tell.send(Event::OutputClosed);
+        }
+    });
 }
 
 /// Why a dial came to nothing.

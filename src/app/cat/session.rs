@@ -118,6 +118,8 @@ pub(super) struct Session<'a> {
     pub(super) drain: Duration,
     /// Another session may follow.
     pub(super) keeps: bool,
+    /// It is over when the peer has ended.
+    pub(super) ends_with_peer: bool,
     pub(super) input: &'a Input,
     pub(super) events: &'a Receiver<Event>,
     pub(super) tell: &'a Sender<Event>,
@@ -206,6 +208,9 @@ impl Session<'_> {
                 Ok(Event::Session(number, event)) if number == self.number => event,
                 Ok(Event::Session(..)) => continue,
                 Ok(Event::Interrupt) => return Err(Failure::Interrupted),
+                // All that was to be read is written.
+                Ok(Event::OutputClosed) if *peer_ended => continue,
+                Ok(Event::OutputClosed) => return Err(Failure::OutputClosed),
                 // Only now: a failure that is on its way comes first.
                 Err(RecvTimeoutError::Timeout) if *peer_ended && self.nobody_is_left() => {
                     return Ok(());
@@ -234,6 +239,9 @@ impl Session<'_> {
                     let half_closed = shared.half_closed.load(Ordering::Relaxed);
                     if count == 0 && address.transport().refusal == Refusal::Eof && !half_closed {
                         return Err(dial::refused_by_eof(address).into());
+                    }
+                    if self.ends_with_peer {
+                        return Ok(());
                     }
                 }
                 SessionEvent::ReceiveFailed(0, _)

@@ -19,7 +19,7 @@ use crate::listener::lasting::LastingListener;
 #[derive(Args, Debug)]
 #[command(
     after_help = "EOF on standard input is passed on as a half-close, and the answer is read to its end. The exit code \
-    is 0 if all of both went through.
+    is 0 if all of both went through. It ends, too, when the reader of its standard output has gone.
 
 Examples:
   hvsock cat vsock://2:1024 <request >answer
@@ -27,6 +27,7 @@ Examples:
   ssh -o ProxyCommand='hvsock cat --wait 30 --vm docker 22' root@docker
   hvsock cat -l vsock://:1024 >upload
   hvsock cat -lk --echo vsock://:7
+  (echo status; sleep 60) | hvsock cat --end-with-peer --vm docker 7070
 Addresses: see `hvsock forward --help`."
 )]
 pub(super) struct Cat {
@@ -38,6 +39,9 @@ pub(super) struct Cat {
     /// With -l, serve one client after the other; with --echo, all at the same time
     #[arg(short = 'k', long, requires = "listen")]
     keep_listening: bool,
+    /// End once the peer has ended, whatever standard input may still have, as hvcat and socat do
+    #[arg(long, conflicts_with = "echo")]
+    end_with_peer: bool,
     /// With -l, send back what comes, instead of standard input
     #[arg(long, requires = "listen")]
     echo: bool,
@@ -68,6 +72,7 @@ impl Cat {
             wait: self.wait.saturating_sub(begun.elapsed()),
             drain: self.drain_timeout,
             keeps: self.keep_listening,
+            ends_with_peer: self.end_with_peer,
         };
         if !self.listen {
             return connect(plan);
