@@ -28,6 +28,7 @@
 //!   sockets, or `Unsupported`.
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking
 //!   callers.
+//! * `wait_until_output_is_unread()`: the end of those that read standard output.
 //! * `has_client(listener)`: whether an accept would find a client, without accepting.
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: the user of this process, and the process at the other end

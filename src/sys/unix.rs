@@ -376,6 +376,22 @@ pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     answered && asked[0].revents().is_some_and(|now| now.intersects(gone))
 }
 
+/// Waits until nothing that is written to standard output can be read any more: its reader has
+/// closed it, or its terminal has gone. Returns false if the system can't say so of such a file.
+#[cfg(feature = "cli")]
+pub(crate) fn wait_until_output_is_unread() -> bool {
+    let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
+    let output = io::stdout();
+    let mut asked = [PollFd::new(output.as_fd(), PollFlags::empty())];
+    loop {
+        match poll(&mut asked, PollTimeout::NONE) {
+            Ok(_) => return asked[0].revents().is_some_and(|now| now.intersects(gone)),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
 /// Returns whether an accept would find a client now, or an error.
 pub(crate) fn has_client(listener: BorrowedFd<'_>) -> io::Result<bool> {
     loop {
