@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::values::{self, parse_keepalive, parse_mode, parse_some_time, parse_time};
 use crate::listener::DEFAULT_MODE;
-use crate::proxy::{Rule, Timeouts};
+use crate::proxy::{ProxyProtocol, Rule, Source, Timeouts};
 use crate::time::write_seconds;
 
 /// What a rule says beside its name and its addresses.
@@ -43,6 +43,18 @@ pub(crate) struct RuleOptions {
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_keepalive)]
     #[serde(deserialize_with = "read_keepalive", serialize_with = "write_seconds")]
     keepalive: Duration,
+    /// Tell the target first who the client is, by that version of the PROXY protocol: v1 or v2 [default: it isn't told]
+    #[arg(long, value_name = "VERSION", help_heading = None)]
+    #[serde(deserialize_with = "read_proxy_protocol")]
+    proxy_protocol: Option<ProxyProtocol>,
+    /// Proxies that say first who their client is, by the PROXY protocol: networks or addresses of TCP (10.0.0.0/8,::1), or
+    /// CIDs of vsock [default: none]
+    #[arg(long, value_name = "FROM", value_delimiter = ',', help_heading = None)]
+    #[serde(
+        deserialize_with = "read_accept_proxy",
+        serialize_with = "write_sources"
+    )]
+    accept_proxy: Vec<Source>,
 }
 
 /// How long the connections of a rule may take for what.
@@ -79,6 +91,8 @@ impl Default for RuleOptions {
             reserved: 0,
             connections: None,
             keepalive: Duration::from_secs(60),
+            proxy_protocol: None,
+            accept_proxy: Vec::new(),
         }
     }
 }
@@ -101,6 +115,8 @@ impl From<&Rule> for RuleOptions {
             reserved,
             connections,
             keepalive,
+            proxy_protocol,
+            ref accept_proxy,
         } = *rule;
         RuleOptions {
             mode,
@@ -109,6 +125,8 @@ impl From<&Rule> for RuleOptions {
             reserved,
             connections,
             keepalive: keepalive.unwrap_or_default(),
+            proxy_protocol,
+            accept_proxy: accept_proxy.clone(),
         }
     }
 }
@@ -145,6 +163,8 @@ impl RuleOptions {
             reserved: self.reserved,
             connections: self.connections,
             keepalive: Some(self.keepalive).filter(|time| !time.is_zero()),
+            proxy_protocol: self.proxy_protocol,
+            accept_proxy: self.accept_proxy.clone(),
             ..rule
         }
     }
@@ -163,7 +183,7 @@ impl RuleOptions {
                     let name = format!("{}-timeout", time.replace('_', "-"));
                     (name, vec![key.clone(), time.clone()])
                 })),
-                _ => keys.push((key.clone(), vec![key.clone()])),
+                _ => keys.push((key.replace('_', "-"), vec![key.clone()])),
             }
         }
         keys
@@ -224,6 +244,24 @@ fn read_keepalive<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Err
     read(from, values::keepalive)
 }
 
+fn read_proxy_protocol<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<ProxyProtocol>, D::Error> {
+    read(from, values::proxy_protocol)
+}
+
+fn read_accept_proxy<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Source>, D::Error> {
+    read(from, values::sources)
+}
+
+/// CIDs are numbers, as in the file.
+fn write_sources<S: Serializer>(sources: &[Source], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(sources.iter().map(|source| match source.as_cid() {
+        Some(cid) => Value::from(cid),
+        None => Value::from(source.to_string()),
+    }))
+}
+
 fn read_mode<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
     read(from, values::mode)
 }
@@ -278,7 +316,8 @@ mod tests {
     #[test]
     fn each_option_is_on_the_command_line_in_the_file_and_in_json() {
         let json = json!({"mode": "640", "timeouts": {"dial": 1.0, "drain": 2.0, "idle": 3.0, "half_closed": 4.0},
-            "wait": 5.0, "reserved": 0, "connections": 7, "keepalive": 8.0});
+            "wait": 5.0, "reserved": 0, "connections": 7, "keepalive": 8.0,
+            "proxy_protocol": "v2", "accept_proxy": [4, "10.0.0.0/8", "::1"]});
         let options: RuleOptions = serde_json::from_value(json.clone()).unwrap();
         assert_eq!(serde_json::to_value(&options).unwrap(), json);
         let mut by_file = RuleOptions::default();
@@ -290,6 +329,8 @@ mod tests {
                 let text = value
                     .as_str()
                     .map_or_else(|| value.to_string(), str::to_owned);
+                // Of a list the command line has its parts.
+                let text = text.replace(['[', ']', '"'], "");
                 words.push(format!("--{key}={text}"));
             }
         }
@@ -317,6 +358,8 @@ mod tests {
             ("connections", json!(0), "0 is not a number from 1"),
             ("keepalive", json!("250ms"), "whole seconds"),
             ("keepalive", json!("1d"), "more than 9 hours"),
+            ("proxy_protocol", json!("v3"), "v1 or v2"),
+            ("accept_proxy", json!("example.org"), "is none"),
             // As if it were left out.
             ("mode", Value::Null, ""),
         ] {

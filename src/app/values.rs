@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::address::{Address, Host, Port, TcpAddress};
+use crate::proxy::{ProxyProtocol, Source, SourceError};
 
 /// No time is longer: with it, `1M`, which is a month, isn't taken for a minute.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -160,6 +161,38 @@ pub(super) fn mode(value: &Value) -> Result<u32, String> {
     match value {
         Value::String(text) => parse_mode(text),
         other => Err(wants(other, "permissions as a string: \"600\"")),
+    }
+}
+
+/// Reads where clients may come from: a list, or one of its parts.
+pub(super) fn sources(value: &Value) -> Result<Vec<Source>, String> {
+    let source = |value: &Value| match value {
+        Value::String(text) => text.parse().map_err(|e: SourceError| e.to_string()),
+        Value::Number(number) => {
+            let cid = number.as_u64().and_then(|cid| u32::try_from(cid).ok());
+            let cid = cid.ok_or_else(|| format!("{number} is no CID"))?;
+            Ok(Source::cid(cid))
+        }
+        other => Err(wants(other, "a network, an address or a CID")),
+    };
+    match value {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(values) => values.iter().map(source).collect(),
+        one @ (Value::String(_) | Value::Number(_)) => Ok(vec![source(one)?]),
+        other => Err(wants(
+            other,
+            "a list: [\"192.168.7.0/24\", \"::1\"] or [3, 16]",
+        )),
+    }
+}
+
+/// Reads the version of the PROXY protocol; `"off"` is none.
+pub(super) fn proxy_protocol(value: &Value) -> Result<Option<ProxyProtocol>, String> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(text) if text == "off" => Ok(None),
+        Value::String(text) => text.parse().map(Some).map_err(str::to_owned),
+        other => Err(wants(other, "\"v1\", \"v2\" or \"off\"")),
     }
 }
 
