@@ -95,6 +95,7 @@ fn open_doors(file: &Path, config: &Config, proxy: &mut ProxyConfig) -> crate::R
 fn forbid(bound: Doors, proxy: &mut ProxyConfig) -> Doors {
     proxy.forbidden = bound.addresses();
     proxy.other_descriptors = bound.descriptors();
+    proxy.observer = Some(bound.observer());
     bound
 }
 
