@@ -69,13 +69,17 @@ impl Scene {
     }
 }
 
+/// Returns the TCP port on which a forward listens.
+fn port_in(up: &Value) -> u16 {
+    let listen = up["listen"].as_str().unwrap();
+    listen.rsplit_once(':').unwrap().1.parse().unwrap()
+}
+
 #[test]
 fn connections_and_forwards_come_and_go() {
     let scene = Scene::new(&["forward", "tcp://127.0.0.1:0", &echo()]);
     let up = scene.next("forward_up");
-    let listen = up["listen"].as_str().unwrap();
-    let port = listen.rsplit_once(':').unwrap().1.parse().unwrap();
-    let client = tcp(port);
+    let client = tcp(port_in(&up));
     let name = format!("tcp://{}", client.local_addr().unwrap());
     assert_eq!(ask(client, b"hello").unwrap(), b"hello");
     let accepted = scene.next("connection_accepted");
@@ -110,9 +114,7 @@ fn connections_and_forwards_come_and_go() {
         (&added["name"], &added["connect"]),
         (&json!("nobody"), &json!("unix:///nobody/there"))
     );
-    let listen = added["listen"].as_str().unwrap();
-    let port = listen.rsplit_once(':').unwrap().1.parse().unwrap();
-    assert!(resets_clients(port));
+    assert!(resets_clients(port_in(&added)));
     let refused = scene.next("connection_refused");
     assert!(
         refused["error"].as_str().unwrap().contains("/nobody/there"),
@@ -155,8 +157,11 @@ fn a_vm_is_gone_and_back() {
         "0:7",
     ];
     let scene = Scene::new(&words);
+    let port = port_in(&scene.next("forward_up"));
     assert_eq!(scene.next("vm_up")["vm"], text(dir.path()));
     drop(vm);
+    // Its files are still there: a client finds out.
+    assert!(resets_clients(port));
     scene.next("vm_gone");
     let _vm = start(dir.path());
     scene.next("vm_up");
@@ -168,14 +173,7 @@ fn a_reader_that_does_not_read_holds_nobody_up() {
     const CLIENTS: u64 = 3000;
     let scene = Scene::new(&["forward", "tcp://127.0.0.1:0", &echo()]);
     let up = scene.next("forward_up");
-    let port = up["listen"]
-        .as_str()
-        .unwrap()
-        .rsplit_once(':')
-        .unwrap()
-        .1
-        .parse()
-        .unwrap();
+    let port = port_in(&up);
     scene.events.signal("STOP");
     for _ in 0..CLIENTS {
         let mut client = tcp(port);
