@@ -95,6 +95,7 @@ fn open_doors(file: &Path, config: &Config, proxy: &mut ProxyConfig) -> crate::R
 fn forbid(bound: Doors, proxy: &mut ProxyConfig) -> Doors {
     proxy.forbidden = bound.addresses();
     proxy.other_descriptors = bound.descriptors();
+    proxy.observer = Some(bound.observer());
     bound
 }
 
@@ -298,6 +299,11 @@ impl Running {
         self.config().grace
     }
 
+    /// How long there may be no connection before it ends, as the file said at first.
+    pub(super) fn exit_idle(&self) -> Option<Duration> {
+        self.config().exit_idle
+    }
+
     /// What could not be had so far, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let mut told: Vec<String> = self.state().missing.iter().map(absence).collect();
@@ -371,6 +377,7 @@ impl Running {
             ("workers", old.workers == new.workers),
             ("splice", old.splice == new.splice),
             ("access-log", old.access_log == new.access_log),
+            ("exit-idle", old.exit_idle == new.exit_idle),
             ("control", old.control == new.control),
             ("metrics", old.metrics == new.metrics),
         ] {
