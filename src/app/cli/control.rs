@@ -245,9 +245,9 @@ impl Add {
         }
         let path = self.which.path();
         for rule in rules {
+            let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
             let (listen, connect) = (rule.listen.absolute()?, rule.connect.absolute()?);
             let (listen, connect) = (listen.to_string(), connect.to_string());
-            let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
             let from = &options["from"];
             let rule =
                 json!({"name": self.name, "listen": listen, "connect": connect, "from": from});
