@@ -96,7 +96,7 @@ pub(crate) use descriptors::Descriptors as ProcessDescriptors;
 pub(crate) use forbidden::leads_to;
 pub use handle::Handle;
 #[cfg(all(unix, feature = "cli"))]
-pub(crate) use handover::Offered;
+pub(crate) use handover::{Offered, SharedSlots};
 #[cfg(feature = "cli")]
 pub(crate) use loops::{describe as describe_loop, find as find_loop};
 #[cfg(feature = "cli")]

@@ -2,6 +2,8 @@
 //! callers' threads, never on a worker's.
 
 use std::io;
+#[cfg(all(unix, feature = "cli"))]
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,6 +17,8 @@ use crate::{dial, listener};
 use super::driver::Driver;
 use super::forbidden::leads_to;
 use super::loops;
+#[cfg(all(unix, feature = "cli"))]
+use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::admission::{Gate, GateLimits, Reservation};
 use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
@@ -378,6 +382,41 @@ impl Binder {
         });
     }
 
+    /// Keeps the remainder of each VM's slots, and returns it with the path of the VM's socket.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn keep_remainders(&self, what: Remainder) -> Vec<(PathBuf, OtherSlots)> {
+        let gates = self.gates().clone();
+        let remainder = |(path, gate): (PathBuf, Arc<Gate>)| (path, gate.keep_remainder(what));
+        gates.into_iter().map(remainder).collect()
+    }
+
+    /// Takes all slots of all VMs again.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn take_whole(&self) {
+        self.gates().iter().for_each(|(_, gate)| gate.take_whole());
+    }
+
+    /// Leaves out the slots that another process has of the VM with that socket, if it is known here.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn leave_out(&self, socket: &Path, slots: OtherSlots) {
+        let gates = self.gates();
+        if let Some((_, gate)) = gates.iter().find(|(known, _)| known == socket) {
+            gate.leave_out(slots);
+        }
+    }
+
+    /// Takes the end of that process.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn forget_other(&self) {
+        self.gates()
+            .iter()
+            .for_each(|(_, gate)| gate.forget_other());
+    }
+
+    fn gates(&self) -> MutexGuard<'_, Vec<(PathBuf, Arc<Gate>)>> {
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Returns the gate of an address' VM, if it is a hyperkit address.
     fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
         address.hyperkit_vm().map(|vm| self.gate_of_vm(vm))
@@ -385,7 +424,7 @@ impl Binder {
 
     fn gate_of_vm(&self, vm: &HyperkitVm) -> Arc<Gate> {
         let socket = socket_of(vm);
-        let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut gates = self.gates();
         if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
             return Arc::clone(gate);
         }
