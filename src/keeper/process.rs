@@ -63,7 +63,7 @@ impl Door {
 fn bind_status(path: &Path) -> crate::Result<(UnixListener, SocketFile)> {
     /// Few ask, and each is answered at once.
     const BACKLOG: i32 = 16;
-    let (socket, file) = file::bind(path.display(), path, Type::STREAM, 0o600)?;
+    let (socket, file) = file::bind(path.display(), path, Type::STREAM, 0o600.into())?;
     let listen = socket.listen(BACKLOG);
     listen
         .and_then(|()| socket.set_nonblocking(true))

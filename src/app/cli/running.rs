@@ -273,6 +273,12 @@ impl Running {
         self.config().defaults.clone()
     }
 
+    /// Returns whether the file lets forwards to programs be added by the control socket.
+    #[cfg(unix)]
+    pub(super) fn allows_exec(&self) -> bool {
+        self.config().allow_exec
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

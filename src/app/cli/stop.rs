@@ -36,7 +36,7 @@ Examples:
 pub(super) struct Stop {
     /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end its keepers whose
     /// hvsock has ended, and no hvsock
-    #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"])]
+    #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"], value_parser = super::arguments::vm())]
     vm: Option<String>,
     /// End the keeper as well. Nobody listens then on the ports that the guest dials: a VM whose guest goes on dialling them
     /// may hang

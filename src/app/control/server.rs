@@ -348,6 +348,7 @@ mod tests {
             })),
             succession: None,
             grace: Box::new(|| Duration::ZERO),
+            allows_exec: Box::new(|| false),
         }
     }
 
