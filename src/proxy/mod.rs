@@ -98,7 +98,7 @@ pub(crate) use descriptors::Descriptors as ProcessDescriptors;
 pub(crate) use forbidden::leads_to;
 pub use handle::Handle;
 #[cfg(all(unix, feature = "cli"))]
-pub(crate) use handover::Offered;
+pub(crate) use handover::{Offered, SharedSlots};
 #[cfg(feature = "cli")]
 pub(crate) use loops::{RuleIndex, describe as describe_loop};
 #[cfg(feature = "cli")]

@@ -3,6 +3,8 @@
 
 use std::collections::HashMap;
 use std::io;
+#[cfg(all(unix, feature = "cli"))]
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +18,8 @@ use crate::{dial, listener};
 use super::driver::Driver;
 use super::forbidden::leads_to;
 use super::loops::{self, RuleIndex};
+#[cfg(all(unix, feature = "cli"))]
+use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::admission::{Gate, GateLimits, Reservation};
 use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
@@ -418,6 +422,38 @@ impl Binder {
         });
     }
 
+    /// Keeps the remainder of each VM's slots, and returns it with the path of the VM's socket.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn keep_remainders(&self, what: Remainder) -> Vec<(PathBuf, OtherSlots)> {
+        let gates = self.gates().clone();
+        let remainder = |(path, gate): (PathBuf, Arc<Gate>)| (path, gate.keep_remainder(what));
+        gates.into_iter().map(remainder).collect()
+    }
+
+    /// Takes all slots of all VMs again.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn take_whole(&self) {
+        self.gates().values().for_each(|gate| gate.take_whole());
+    }
+
+    /// Leaves out the slots that another process has of the VM with that socket, if it is known here.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn leave_out(&self, socket: &Path, slots: OtherSlots) {
+        if let Some(gate) = self.gates().get(socket) {
+            gate.leave_out(slots);
+        }
+    }
+
+    /// Takes the end of that process.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn forget_other(&self) {
+        self.gates().values().for_each(|gate| gate.forget_other());
+    }
+
+    fn gates(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<Gate>>> {
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Returns the gate of an address' VM, if it is a hyperkit address.
     fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
         address.hyperkit_vm().map(|vm| self.gate_of_vm(vm))
@@ -425,9 +461,8 @@ impl Binder {
 
     fn gate_of_vm(&self, vm: &HyperkitVm) -> Arc<Gate> {
         let socket = socket_of(vm);
-        let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || Arc::new(Gate::new(self.limits, vm.clone()));
-        Arc::clone(gates.entry(socket).or_insert_with(new))
+        Arc::clone(self.gates().entry(socket).or_insert_with(new))
     }
 }
 

@@ -220,14 +220,14 @@ impl Running {
         for vm in rules.iter().filter_map(|rule| guest_of(&rule.listen)) {
             running.handle().start_keeper(&vm.state_dir);
         }
-        let agreed = predecessor.agree().map_err(|e| {
+        let agreed = predecessor.agree(running.handle()).map_err(|e| {
             let pid = old.pid;
             Failure::Failed(format!(
                 "process {pid} has not handed over: {e}; it goes on"
             ))
         })?;
         running.handle().admit_clients();
-        agreed.finish();
+        agreed.finish(running.handle());
         say(format_args!(
             "took over from process {} (hvsock {})",
             old.pid, old.version

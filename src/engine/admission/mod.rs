@@ -25,6 +25,8 @@
 mod guests;
 mod heard;
 pub(crate) mod quotas;
+#[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
+pub(crate) mod sharing;
 mod slot;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -41,6 +43,7 @@ use crate::engine::status::{VmStatus, wall_time};
 pub(crate) use guests::{Guest, NotServed};
 use heard::LastHeard;
 use quotas::{Holder, Quotas};
+use sharing::OtherSlots;
 use slot::Stage;
 pub(crate) use slot::{DrainEnd, Reservation, Slot};
 
@@ -213,6 +216,10 @@ struct State {
     /// The drains of guests that go on sending, the oldest first, by their numbers.
     drains: Vec<u64>,
     next_drain: u64,
+    /// The cap, while this process leaves some of its slots to a successor.
+    whole_cap: Option<usize>,
+    /// The slots that its predecessor still has.
+    others: OtherSlots,
 }
 
 impl std::fmt::Debug for State {
@@ -250,6 +257,8 @@ impl Gate {
             wanted_at: None,
             drains: Vec::new(),
             next_drain: 0,
+            whole_cap: None,
+            others: OtherSlots::default(),
         };
         Gate {
             id,
@@ -495,6 +504,7 @@ impl Gate {
         state.epoch += 1;
         self.heard.forget();
         state.quotas.clear();
+        state.others = OtherSlots::default();
         (state.guests, state.turned_away) = (0, 0);
         state.has_told_turned_away = false;
         state.drains.clear();
