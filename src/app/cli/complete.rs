@@ -114,7 +114,10 @@ pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
     };
     let names = connections.iter().map(|it| {
         let (forward, peer) = (status.label_of(it.forward), it.peer_in_short());
-        (it.id.to_string(), format!("{forward}, from {peer}, {}", it.state))
+        (
+            it.id.to_string(),
+            format!("{forward}, from {peer}, {}", it.state),
+        )
     });
     matching(begun, names)
 }

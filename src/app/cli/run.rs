@@ -12,9 +12,9 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 
 use super::console::{complain, list, print, say};
-#[cfg(unix)]
-use super::ending::end_without_what_hangs;
 use super::ending::run_until_told;
+#[cfg(unix)]
+use super::ending::{end_without_what_hangs, tell_manager_of_end};
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
@@ -226,6 +226,7 @@ fn control(
     let actions = Actions {
         options: Box::new(move || options.defaults()),
         pending: Box::new(move || pending.pending()),
+        stopping: tell_manager_of_end,
         reload: Some(Box::new(move || match reload(&read) {
             Ok(summary) => {
                 serde_json::to_value(summary.report()).map_err(|e| Problem::new(500, e.to_string()))
