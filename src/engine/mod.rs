@@ -39,6 +39,7 @@ pub(crate) mod observer;
 pub(crate) mod relay;
 pub(crate) mod routes;
 pub(crate) mod rule;
+pub(crate) mod source;
 pub(crate) mod status;
 pub(crate) mod table;
 pub(crate) mod timers;

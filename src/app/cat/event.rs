@@ -8,6 +8,9 @@ pub(crate) enum Failure {
     Failed(String),
     /// Standard output's reader has gone: it knows best why.
     OutputClosed,
+    /// The program has ended with this exit code, which isn't 0.
+    #[cfg(unix)]
+    Program(u8),
     Interrupted,
 }
 
