@@ -197,7 +197,11 @@ fn end_after_hand_over(handle: &Handle, grace: Duration, successor: u32) {
     handle.stop(grace);
     end_without_what_hangs(grace);
     complain(format_args!(
-        "process {successor} has taken over; {live} connections have {} s to finish here",
+        "process {successor} has taken over; {} {} s to finish here",
+        match live {
+            1 => "1 connection has".to_owned(),
+            n => format!("{n} connections have"),
+        },
         grace.as_secs()
     ));
 }

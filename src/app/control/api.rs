@@ -378,8 +378,15 @@ impl Api {
                 }
                 _ => e.into(),
             })?;
-        info!("closing connection {number}, as was asked for");
         let closed = Connection::all(&[closed]);
+        for it in &closed {
+            let status = self.status();
+            info!(
+                "closing connection {number} of {}, from {}, as was asked for",
+                status.name_of(it.forward),
+                it.peer_in_short()
+            );
+        }
         json(200, &closed.first())
     }
 
