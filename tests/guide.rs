@@ -270,6 +270,9 @@ fn the_two_commands_of_the_readme_are_there() {
     let readme = fs::read_to_string(repository().join("README.md")).unwrap();
     assert!(readme.contains("| `cargo run --release -- demo` |"));
     assert!(readme.contains("| `scripts/check` |"));
+    // Who begins reads it to its end.
+    let is_word = |part: &&str| part.contains(char::is_alphanumeric);
+    assert!(readme.split_whitespace().filter(is_word).count() <= 900);
     let (sound, said) = match run_apart(&format!("{BEGIN} start true 'hvsock demo'; end; {END}")) {
         Some(ran) => ran,
         None => return println!("skipped: unshare may not make namespaces here; run as root"),

@@ -6,6 +6,8 @@ use super::console::say;
 #[cfg(unix)]
 use super::control_socket;
 use super::ending::run_proxy;
+#[cfg(unix)]
+use super::ending::tell_manager_of_end;
 use super::kept::{Describe, KeepTrying, Kept};
 use super::options::ProxyOptions;
 use super::outcome::Outcome;
@@ -52,6 +54,7 @@ fn actions(options: &ProxyOptions, kept: Option<Arc<Kept>>) -> Actions {
     Actions {
         options: Box::new(move || rule.clone()),
         pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
+        stopping: tell_manager_of_end,
         reload: None,
         succession: None,
         grace: Box::new(move || grace),

@@ -113,7 +113,7 @@ pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
         return Vec::new();
     };
     let names = connections.iter().map(|it| {
-        let (forward, peer) = (status.label_of(it.forward), it.peer_in_short());
+        let (forward, peer) = (status.name_of(it.forward), it.peer_in_short());
         (
             it.id.to_string(),
             format!("{forward}, from {peer}, {}", it.state),

@@ -124,18 +124,21 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
         if let (Some(why), Some(since)) = (&forward.why, forward.since) {
             lines.push(format!(
                 "{} is {} since {}: {why}",
-                forward.label(),
+                forward.name_or_address(),
                 forward.state,
                 ago(since, now)
             ));
         }
         if let Some(error) = &forward.last_error {
             lines.push(format!(
-                "{}, {}: {}",
-                forward.label(),
+                "the last error of {}, {}: {}",
+                forward.name_or_address(),
                 ago(error.at, now),
                 error.text
             ));
+        }
+        if let Some(ends) = ends(&forward.counters) {
+            lines.push(format!("ended at {}: {ends}", forward.name_or_address()));
         }
     }
     for line in lines {
@@ -178,6 +181,18 @@ fn refusals(counters: &Counters) -> String {
     let why = why.map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")));
     let why: Vec<String> = why.collect();
     format!("{} ({})", counters.refused, why.join(", "))
+}
+
+/// How many connections have ended, and why; `None` if none has.
+fn ends(counters: &Counters) -> Option<String> {
+    let by_reason = serde_json::to_value(counters.ended).ok()?;
+    let counts = by_reason.as_object()?.iter();
+    let counts = counts.filter_map(|(reason, count)| Some((reason, count.as_u64()?)));
+    let counts = counts.filter(|(_, count)| *count > 0);
+    let why: Vec<String> = counts
+        .map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")))
+        .collect();
+    (!why.is_empty()).then(|| why.join(", "))
 }
 
 pub(super) fn duration(seconds: f64) -> Duration {

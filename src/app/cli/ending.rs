@@ -96,6 +96,23 @@ fn end_when_idle(
     }
 }
 
+/// Returns what the end has begun with, in words.
+fn describe_end(live: usize, grace: Duration) -> String {
+    let has = match live {
+        0 => return "stopping".to_owned(),
+        1 => " has",
+        _ => "s have",
+    };
+    let seconds = grace.as_secs();
+    format!("stopping: no new clients; {live} connection{has} {seconds} s to finish")
+}
+
+/// Tells the service manager that the control socket was asked for the end.
+#[cfg(unix)]
+pub(super) fn tell_manager_of_end(live: usize, grace: Duration) {
+    Manager::stopping(describe_end(live, grace));
+}
+
 /// The same; `reload` is called when a signal asks for it. Neither it nor the grace may wait for
 /// anything: a signal ends the process whatever else goes on.
 pub(super) fn run_until_told(
@@ -125,14 +142,11 @@ pub(super) fn run_until_told(
         for (count, _) in signals.asked().filter(end).enumerate() {
             if count == 0 {
                 let grace = grace();
-                let status = match handle.live() {
-                    0 => "stopping".to_owned(),
-                    n => format!(
-                        "stopping: no new clients; {n} connection{} {} s to finish; once more to cut them off",
-                        if n == 1 { " has" } else { "s have" },
-                        grace.as_secs()
-                    ),
-                };
+                let live = handle.live();
+                let mut status = describe_end(live, grace);
+                if live > 0 {
+                    status += "; once more to cut them off";
+                }
                 begin_to_end(&handle, grace, status);
             } else {
                 handle.stop(Duration::ZERO);

@@ -12,9 +12,9 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 
 use super::console::{complain, list, print, say};
-#[cfg(unix)]
-use super::ending::end_without_what_hangs;
 use super::ending::{End, run_until_told};
+#[cfg(unix)]
+use super::ending::{end_without_what_hangs, tell_manager_of_end};
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
@@ -201,7 +201,11 @@ fn end_after_hand_over(handle: &Handle, grace: Duration, successor: u32) {
     handle.stop(grace);
     end_without_what_hangs(grace);
     complain(format_args!(
-        "process {successor} has taken over; {live} connections have {} s to finish here",
+        "process {successor} has taken over; {} {} s to finish here",
+        match live {
+            1 => "1 connection has".to_owned(),
+            n => format!("{n} connections have"),
+        },
         grace.as_secs()
     ));
 }
@@ -231,6 +235,7 @@ fn control(
     let actions = Actions {
         options: Box::new(move || options.defaults()),
         pending: Box::new(move || pending.pending()),
+        stopping: tell_manager_of_end,
         reload: Some(Box::new(move || match reload(&read) {
             Ok(summary) => {
                 serde_json::to_value(summary.report()).map_err(|e| Problem::new(500, e.to_string()))

@@ -86,6 +86,14 @@ impl Stop {
         let call = format!("/v1/stop{}", query(self.grace));
         let answer: Value = read(&ask(path, "POST", &call, "")?)?;
         let grace = duration(answer["grace_seconds"].as_f64().unwrap_or(0.0));
+        let live = answer["live"].as_u64().unwrap_or(0);
+        if live > 0 && !grace.is_zero() {
+            let (has, seconds) = (if live == 1 { "has" } else { "have" }, grace.as_secs());
+            complain(format_args!(
+                "{} {has} {seconds} s to finish; `hvsock stop --grace 0` cuts off what is left",
+                table::counted(live, "connection")
+            ));
+        }
         let end = crate::time::after(Instant::now(), grace.saturating_add(LEAVE));
         match has_ended(end) {
             true => print("stopped"),

@@ -35,6 +35,8 @@ pub(crate) struct Actions {
     pub(crate) options: Box<dyn Fn() -> RuleOptions + Send + Sync>,
     /// The forwards that are wanted and can't be had now.
     pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
+    /// Tells that the end was asked for here, how many connections there are then, and how long they may take.
+    pub(crate) stopping: fn(usize, Duration),
     /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.
     pub(crate) reload: Option<Reload>,
     /// How another process takes its place, if one can.
@@ -393,8 +395,15 @@ impl Api {
                 }
                 _ => e.into(),
             })?;
-        info!("closing connection {number}, as was asked for");
         let closed = Connection::all(&[closed]);
+        for it in &closed {
+            let status = self.status();
+            info!(
+                "closing connection {number} of {}, from {}, as was asked for",
+                status.name_of(it.forward),
+                it.peer_in_short()
+            );
+        }
         json(200, &closed.first())
     }
 
@@ -529,6 +538,7 @@ impl Api {
         info!("stopping, as was asked for");
         self.handle.stop(grace);
         let live = self.handle.live();
+        (self.actions.stopping)(live, grace);
         let body = serde_json::json!({"live": live, "grace_seconds": grace.as_secs_f64()});
         json(202, &body)
     }

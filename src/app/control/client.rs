@@ -52,6 +52,17 @@ impl std::fmt::Display for Unanswered {
         match self {
             Unanswered::Absent(error) => {
                 let (place, cause) = (error.subject(), error.cause());
+                let own = place::processes_with_own_sockets();
+                let is_usual = |it: &std::path::PathBuf| place::address(it).to_string() == place;
+                if own.len() > 1 && place::usual_paths().iter().any(is_usual) {
+                    let each: Vec<_> = own.iter().map(|it| format!("--pid {it}")).collect();
+                    return write!(
+                        f,
+                        "{} hvsocks run: say which with {}; `hvsock ps` shows what each carries",
+                        own.len(),
+                        each.join(" or ")
+                    );
+                }
                 write!(f, "no hvsock answers at {place}: {cause}; ")?;
                 let addresses = place::usual_paths()
                     .into_iter()

@@ -327,14 +327,19 @@ impl Status {
 }
 
 impl Status {
-    /// Returns what the forward of that id is called.
-    pub(crate) fn label_of(&self, id: u64) -> String {
+    /// Returns the name of the forward of that id, or where it listens.
+    pub(crate) fn name_of(&self, id: u64) -> &str {
         let forward = self.forwards.iter().find(|it| it.id == Some(id));
-        forward.map_or_else(|| "(removed)".to_owned(), Forward::label)
+        forward.map_or("(removed)", Forward::name_or_address)
     }
 }
 
 impl Forward {
+    /// Returns its name, or where it listens.
+    pub(crate) fn name_or_address(&self) -> &str {
+        self.name.as_ref().unwrap_or(&self.listen)
+    }
+
     /// What it is called: by its id, if it has no name, or else by where it would listen.
     pub(crate) fn label(&self) -> String {
         match (&self.name, self.id) {

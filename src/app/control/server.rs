@@ -176,7 +176,7 @@ impl Acceptor {
             };
             let came = tokio::select! {
                 came = timeout(watch, next_client(listener)) => came,
-                () = self.endpoint.wait_until_given_away() => return,
+                () = self.endpoint.wait_until_given_away() => break,
             };
             match came {
                 // Nobody has come.
@@ -186,6 +186,8 @@ impl Acceptor {
             }
             self.look_after_file().await;
         }
+        self.listener = None;
+        self.endpoint.mark_closed();
     }
 
     /// Says something once.
@@ -345,6 +347,7 @@ mod tests {
         Actions {
             options: Box::new(RuleOptions::default),
             pending: Box::new(Vec::new),
+            stopping: |_, _| {},
             reload: Some(Box::new(move || {
                 reload();
                 Ok(serde_json::Value::Null)

@@ -13,7 +13,7 @@ use super::check::{Check, Plan};
 use super::socket;
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::app::control::{self, Status};
-use crate::error::Result;
+use crate::error::{Result, plural};
 use crate::file;
 use crate::hyperkit::{
     self, HOST_CID, HyperkitVm, MAX_STATE_DIR, PID_NAME, Places, find, socket_name,
@@ -93,7 +93,8 @@ fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
             false => Check::ok(
                 name,
                 format_args!(
-                    "process {pid} of hvsock {proxy} has copies of {connections} connections and of {ports}"
+                    "process {pid} of hvsock {proxy} has copies of {connections} connection{} and of {ports}",
+                    plural(connections as u64)
                 ),
             ),
             true => Check::warning(
@@ -420,7 +421,8 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
         Ok(Answer::After(_)) if refused => Check::failed(
             name,
             "nobody listens there in the guest",
-            "start its program in the guest; does it listen on AF_VSOCK, and on that port? (80 is 0x50)",
+            "start its program in the guest; does it listen on AF_VSOCK, and on that port? (80 is 0x50) Or all slots of the \
+             VM are taken, of which other programs have some, perhaps",
         ),
         Ok(Answer::After(_)) => Check::ok(
             name,
