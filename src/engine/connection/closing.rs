@@ -38,7 +38,8 @@ pub(crate) const SETTLING: Duration = Duration::from_secs(1);
 const LAST_TURNS: usize = 64;
 
 /// The log messages about guests that did not end their connections in time.
-const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout; their slots are lost until the VM is restarted";
+const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout";
+const LOST: &str = "closed connections that the guest did not end within the drain timeout; their slots are lost until the VM is restarted";
 const SENDS_ON: &str =
     "closed connections on which the guest went on sending though nobody was left to read";
 
@@ -368,6 +369,7 @@ impl<S: Socket> Connection<S> {
         let text = match (cx.phase, guest) {
             (Phase::Cutting, _) => "closed connections that the guest had not ended yet",
             (_, Gone::Sending) => SENDS_ON,
+            (_, Gone::Silent) if self.slots[side].is_some() => LOST,
             (_, Gone::Silent) => NOT_ENDED,
         };
         self.note_abandoned(text, cx.now);
