@@ -55,6 +55,23 @@ fn json_has_an_object_a_line_whatever_is_said() {
     assert!(lines.iter().any(|it| stopping(&it)), "{lines:?}");
 }
 
+/// Though another client was refused, and that was told, just before.
+#[test]
+fn the_first_client_of_an_absent_target_is_told() {
+    let dir = private_dir();
+    let target = dir.path().join("socket");
+    let datagrams = std::os::unix::net::UnixDatagram::bind(&target).unwrap();
+    let to = format!("unix://{}", text(&target));
+    let proxy = Running::start(&["forward", "tcp://127.0.0.1:0", &to]);
+    let port = proxy.tcp_port();
+    assert!(resets_clients(port));
+    fs::remove_file(&target).unwrap();
+    drop(datagrams);
+    assert!(resets_clients(port));
+    proxy.complains("refused a client");
+    proxy.complains("clients are refused until it is back");
+}
+
 /// Only hyperkit's device has slots to lose.
 #[test]
 fn a_guest_that_does_not_end_is_told_of_without_slots_where_there_are_none() {
