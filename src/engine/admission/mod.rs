@@ -189,8 +189,10 @@ struct State {
     identified_at: Option<Instant>,
     /// Whether the last dial went through the `connect` socket, where any port can be dialled.
     has_connect_socket: bool,
-    /// The workers that wait for a slot, by their numbers.
-    waiting_workers: Vec<(usize, Wake)>,
+    /// The workers that wait for a slot, since clients do.
+    waiting_for_slot: WaitingWorkers,
+    /// The workers that wait for the answer to a probe.
+    waiting_for_probe: WaitingWorkers,
     /// The time at which a dial last found no free slot.
     wanted_at: Option<Instant>,
     /// The drains of guests that go on sending, the oldest first, by their numbers.
@@ -227,7 +229,8 @@ impl Gate {
             is_looking: false,
             identified_at: None,
             has_connect_socket: true,
-            waiting_workers: Vec::new(),
+            waiting_for_slot: WaitingWorkers::default(),
+            waiting_for_probe: WaitingWorkers::default(),
             wanted_at: None,
             drains: Vec::new(),
             next_drain: 0,
@@ -315,7 +318,7 @@ impl Gate {
     ) -> Admission {
         let mut state = self.state();
         if let Some(at) = state.next_probe.filter(|&at| now < at) {
-            add_waiting_worker(&mut state, worker, wake);
+            state.waiting_for_probe.add(worker, wake);
             return Admission::At(at);
         }
         let admission = self.admit_to(&mut state, Holder::Probes, now);
@@ -361,7 +364,7 @@ impl Gate {
         if state.quotas.may_queue(holder) {
             return Ok(self.slot(&mut state, holder, Stage::Queued));
         }
-        add_waiting_worker(&mut state, worker, wake);
+        state.waiting_for_slot.add(worker, wake);
         Err(why_full(&state.quotas, holder))
     }
 
@@ -541,13 +544,21 @@ fn why_full(quotas: &Quotas, holder: Holder) -> Full {
     }
 }
 
-fn add_waiting_worker(state: &mut State, worker: usize, wake: &Wake) {
-    if state
-        .waiting_workers
-        .iter()
-        .all(|(number, _)| *number != worker)
-    {
-        state.waiting_workers.push((worker, Arc::clone(wake)));
+/// The workers that are to be woken, by their numbers.
+#[derive(Default)]
+struct WaitingWorkers(Vec<(usize, Wake)>);
+
+impl WaitingWorkers {
+    fn add(&mut self, worker: usize, wake: &Wake) {
+        if self.0.iter().all(|(number, _)| *number != worker) {
+            self.0.push((worker, Arc::clone(wake)));
+        }
+    }
+
+    fn wake(&mut self) {
+        for (_, wake) in self.0.drain(..) {
+            wake();
+        }
     }
 }
 
@@ -584,7 +595,7 @@ impl State {
     /// slots, while clients wait for one.
     fn drains_in_the_way(&self, now: Instant) -> usize {
         let lately = |at| now.saturating_duration_since(at) < WANTED;
-        if self.waiting_workers.is_empty() && !self.wanted_at.is_some_and(lately) {
+        if self.waiting_for_slot.0.is_empty() && !self.wanted_at.is_some_and(lately) {
             return 0;
         }
         let most = (self.quotas.cap() / FOR_DRAINS).max(1);
@@ -597,11 +608,10 @@ impl State {
         self.is_looking && self.looked_at.is_some_and(late)
     }
 
-    /// Wakes the workers that wait: there may be a slot now.
+    /// Wakes the workers that wait: there may be a slot now, or a probe was answered.
     fn wake(&mut self) {
-        for (_, wake) in self.waiting_workers.drain(..) {
-            wake();
-        }
+        self.waiting_for_slot.wake();
+        self.waiting_for_probe.wake();
     }
 }
 

@@ -492,3 +492,24 @@ fn drains_are_in_the_way_only_beyond_a_tenth_while_clients_wait_the_oldest_first
     let allowed = slots.iter().filter(|slot| may(slot)).count();
     assert_eq!(allowed, BURST as usize);
 }
+
+#[test]
+fn a_worker_that_waits_for_a_probe_is_no_client_that_waits_for_a_slot() {
+    let gate = gate(20, 64);
+    let now = Instant::now();
+    let wake: Wake = Arc::new(|| {});
+    let mut drains: Vec<Slot> = (0..4).map(|_| go(&gate, now)).collect();
+    drains.iter_mut().for_each(Slot::note_drain);
+    let Admission::Probe(mut probe) = gate.admit_probe(now, 0, &wake) else {
+        panic!()
+    };
+    probe.note_dial(None, now);
+    assert!(matches!(gate.admit_probe(now, 1, &wake), Admission::At(_)));
+    let is_in_the_way = |now| drains[0].may_give_up_drain(DrainEnd::InTheWay, now);
+    let later = now + Duration::from_secs(1);
+    assert!(!is_in_the_way(later));
+    let guests: Vec<Guest> = (0..15).map(|_| gate.accept(ONE, None)).collect();
+    assert!(gate.queue(ONE, 1, &wake).is_err());
+    assert!(is_in_the_way(later));
+    drop(guests);
+}
