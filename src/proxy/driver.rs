@@ -74,6 +74,8 @@ pub(crate) enum Event<S, L> {
         identity: Option<VmIdentity>,
         process: Option<i32>,
     },
+    /// A look at a VM has failed, and says nothing about it.
+    LookFailed { gate: Arc<Gate> },
     /// A listener's file was checked, or its address was bound again, with this result.
     Listener { of: ListenerId, found: Found<L> },
     /// The dial of this token failed for this reason.
@@ -98,6 +100,8 @@ pub(crate) enum Found<L> {
     Bound(L),
     /// The file is missing, and no listener can be bound.
     Failed(Error),
+    /// The check has failed, and says nothing about the file.
+    Nothing,
 }
 
 /// A duplicate of a listener's socket, for another process.

@@ -648,6 +648,7 @@ impl<D: Driver> Listeners<D> {
         let forward = Arc::clone(&listening.forward);
         let listen = &forward.rule.listen;
         match found {
+            Found::Nothing => {}
             Found::Ours => {
                 if listening.obstacle == Some(Obstacle::Lost) {
                     listening.lost = false;

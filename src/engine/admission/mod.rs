@@ -416,7 +416,7 @@ impl Gate {
     }
 
     /// Returns whether the caller is to look at the VM now: the last look is over, and was at least
-    /// `every` ago. [`take_look`](Gate::take_look) must follow.
+    /// `every` ago. [`take_look`](Gate::take_look) or [`end_look`](Gate::end_look) must follow.
     pub(crate) fn begin_look(&self, now: Instant, every: Duration) -> bool {
         let mut state = self.state();
         let soon = state
@@ -447,6 +447,11 @@ impl Gate {
         };
         drop(state);
         self.log_change(news, None);
+    }
+
+    /// Takes that a look at the VM has failed: nothing was learnt.
+    pub(crate) fn end_look(&self) {
+        self.state().is_looking = false;
     }
 
     /// Returns whether a port on which nobody listens can be dialled. It can't where there are

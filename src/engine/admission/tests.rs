@@ -261,6 +261,12 @@ fn a_vm_is_looked_at_once_at_a_time() {
     assert!(gate.begin_look(now + 10 * second, second));
     gate.take_look(None, None, now + 10 * second);
     assert!(!gate.begin_look(now + 10 * second, second));
+    // Nothing is known after a look that failed, and the next one may follow.
+    assert!(gate.begin_look(now + 20 * second, second));
+    gate.end_look();
+    let is_hanging = gate.state().is_hanging(now + 30 * second);
+    assert!(!is_hanging);
+    assert!(gate.begin_look(now + 30 * second, second));
 }
 
 #[test]
