@@ -169,7 +169,7 @@ impl<D: Driver> Controller<D> {
 
     /// See [`Handle::live`](super::Handle::live).
     pub(super) fn live(&self) -> usize {
-        self.shared.live.load(Ordering::Relaxed)
+        self.shared.connections()
     }
 
     /// See [`Handle::is_stopping`](super::Handle::is_stopping).

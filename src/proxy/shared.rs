@@ -153,8 +153,10 @@ pub(crate) struct Shared<D: Driver> {
     most: usize,
     pub(super) descriptors: Descriptors,
     pub(super) routes: Routes,
-    /// The connections of all workers, counted from the accept on.
+    /// The connections and probes of all workers, counted from the accept or dial on.
     pub(crate) live: AtomicUsize,
+    /// How many of them are probes.
+    probes: AtomicUsize,
     /// Whether the proxy was told to stop.
     pub(super) stop_asked: AtomicBool,
     /// The number of workers that have begun to stop. They hand no connection over any more.
@@ -188,6 +190,7 @@ impl<D: Driver> Shared<D> {
             descriptors,
             routes: Routes::default(),
             live: AtomicUsize::new(0),
+            probes: AtomicUsize::new(0),
             stop_asked: AtomicBool::new(false),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
@@ -233,19 +236,31 @@ impl<D: Driver> Shared<D> {
         self.routes.may_wait_at(forward.id, live)
     }
 
-    /// Counts a connection of a forward that begins, or a probe of its VM, which takes none of the
-    /// forward's slots.
+    /// Counts a connection of a forward that begins, or a probe of its VM, which is no connection of
+    /// the forward and takes none of its slots.
     pub(super) fn note_begin(&self, forward: &Forward, holder: Holder) {
-        add_one(&forward.tally.live);
+        match holder {
+            Holder::Probes => drop(self.probes.fetch_add(1, Ordering::Relaxed)),
+            _ => add_one(&forward.tally.live),
+        }
         self.quotas().take(holder);
         self.live.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Counts the end of a connection or probe.
     pub(super) fn note_end(&self, forward: &Forward, holder: Holder) {
-        forward.tally.live.fetch_sub(1, Ordering::Relaxed);
+        match holder {
+            Holder::Probes => drop(self.probes.fetch_sub(1, Ordering::Relaxed)),
+            _ => drop(forward.tally.live.fetch_sub(1, Ordering::Relaxed)),
+        }
         self.quotas().give_back(holder);
         self.live.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Returns how many connections there are that clients have made.
+    pub(super) fn connections(&self) -> usize {
+        let probes = self.probes.load(Ordering::Relaxed);
+        self.live.load(Ordering::Relaxed).saturating_sub(probes)
     }
 
     /// Reserves a forward's slots, until [`release`](Shared::release).

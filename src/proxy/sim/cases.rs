@@ -375,6 +375,8 @@ fn a_lost_proof_keeps_no_client_out() {
     let mut second = client(&plan, 0, polite(), true);
     second.at = ms(40_000);
     plan.clients = vec![first, second];
+    // Nor is it counted as one of them.
+    plan.acts = vec![(ms(500), Act::Look), (ms(5_000), Act::Look)];
     play(plan);
 }
 
