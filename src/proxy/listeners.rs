@@ -27,6 +27,7 @@ use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
 use crate::engine::log_limiter::LogLimiter;
 use crate::engine::status::Obstacle;
+use crate::error::{Error, Operation};
 
 /// The connections that one listener may accept before the others have their turn.
 const BATCH: usize = 64;
@@ -676,9 +677,9 @@ impl<D: Driver> Listeners<D> {
                 let rule = &forward.rule;
                 if let Err(e) = cx.driver.watch_listener(&mut listener, of.token, rule) {
                     cx.driver.close_listener(listener, None);
-                    listening.set_obstacle(Obstacle::Lost, &e);
-                    error!("cannot watch {listen}: {e}");
-                    return;
+                    // Invariant 11: it is tried again each second, and logged once.
+                    let e = Error::new(Operation::Listen, listen, e);
+                    return self.take_file_state(of, Found::Failed(e), cx);
                 }
                 let listening = &mut self.all[of.token];
                 match was_shut_down {

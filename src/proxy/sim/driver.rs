@@ -335,8 +335,7 @@ impl Driver for SimDriver {
         _: &Rule,
     ) -> io::Result<()> {
         let mut kernel = self.stage.kernel();
-        kernel.watch_listener(listener.key, self.worker, token);
-        Ok(())
+        kernel.watch_listener(listener.key, self.worker, token)
     }
 
     fn accept(&mut self, listener: &SimListener) -> io::Result<(SimStream, SocketName)> {

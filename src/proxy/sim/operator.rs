@@ -48,6 +48,8 @@ pub(super) enum Act {
     Housekeeper(Pace),
     /// The machine has that many descriptors left for the process from now on.
     Descriptors(usize),
+    /// Whether a poller can watch another listener from now on.
+    CanWatch(bool),
 }
 
 pub(super) struct Operator {
@@ -169,6 +171,7 @@ impl Operator {
                 stage.judge().hazard(now, Hazard::All);
                 stage.kernel().left = most;
             }
+            Act::CanWatch(can_watch) => stage.kernel().can_watch = can_watch,
         }
     }
 
