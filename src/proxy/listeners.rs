@@ -465,15 +465,17 @@ impl<D: Driver> Listeners<D> {
         let listening = &mut self.all[index];
         let forward = Arc::clone(&listening.forward);
         listening.ready = false;
+        // One that is about to be closed is left to that, which removes its file elsewhere
+        // (invariant 8).
+        if cx.phase > Phase::Running || listening.removed {
+            return;
+        }
         listening.set_obstacle(Obstacle::Lost, &"its listener was shut down");
         if listening.log_limiter.admit("shut down", cx.now).is_some() {
             let listen = &forward.rule.listen;
             warn!("the listener on {listen} was shut down from outside; binding it again");
         }
-        if let Some(old) = listening.listener.take()
-            && cx.phase == Phase::Running
-            && !listening.removed
-        {
+        if let Some(old) = listening.listener.take() {
             self.bind_again(index, Some(old), cx);
         }
     }
