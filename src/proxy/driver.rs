@@ -238,7 +238,8 @@ pub(crate) trait Driver: Sized {
     /// polled. What is written to it at the end may take `drain` to arrive.
     ///
     /// # Errors
-    /// Returns the reason if there can be no adapter; the stream is unchanged then.
+    /// Returns the reason if there can be no adapter. The stream is to be closed then; it may lead
+    /// nowhere.
     fn insert_adapter(
         &mut self,
         side: Side,
