@@ -175,7 +175,7 @@ impl<D: Driver> Controller<D> {
 
     /// See [`Handle::live`](super::Handle::live).
     pub(super) fn live(&self) -> usize {
-        self.shared.live.load(Ordering::Relaxed)
+        self.shared.connections()
     }
 
     /// See [`Handle::idle_for`](super::Handle::idle_for).

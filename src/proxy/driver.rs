@@ -74,6 +74,8 @@ pub(crate) enum Event<S, L> {
         identity: Option<VmIdentity>,
         process: Option<i32>,
     },
+    /// A look at a VM has failed, and says nothing about it.
+    LookFailed { gate: Arc<Gate> },
     /// A listener's file was checked, or its address was bound again, with this result.
     Listener { of: ListenerId, found: Found<L> },
     /// The dial of this token failed for this reason.
@@ -98,6 +100,8 @@ pub(crate) enum Found<L> {
     Bound(L),
     /// The file is missing, and no listener can be bound.
     Failed(Error),
+    /// The check has failed, and says nothing about the file.
+    Nothing,
 }
 
 /// A duplicate of a listener's socket, for another process.
@@ -234,7 +238,8 @@ pub(crate) trait Driver: Sized {
     /// polled. What is written to it at the end may take `drain` to arrive.
     ///
     /// # Errors
-    /// Returns the reason if there can be no adapter; the stream is unchanged then.
+    /// Returns the reason if there can be no adapter. The stream is to be closed then; it may lead
+    /// nowhere.
     fn insert_adapter(
         &mut self,
         side: Side,

@@ -30,6 +30,7 @@ use crate::engine::id::ForwardId;
 use crate::engine::log_limiter::LogLimiter;
 use crate::engine::status::Obstacle;
 use crate::engine::timers::Timers;
+use crate::error::{Error, Operation};
 
 /// The connections that one listener may accept before the others have their turn.
 const BATCH: usize = 64;
@@ -593,15 +594,17 @@ impl<D: Driver> Listeners<D> {
         let listening = &mut self.all[index];
         let forward = Arc::clone(&listening.forward);
         listening.ready = false;
+        // One that is about to be closed is left to that, which removes its file elsewhere
+        // (invariant 8).
+        if cx.phase > Phase::Running || listening.removed {
+            return;
+        }
         listening.set_obstacle(Obstacle::Lost, &"its listener was shut down");
         if listening.log_limiter.admit("shut down", cx.now).is_some() {
             let listen = &forward.rule.listen;
             warn!("the listener on {listen} was shut down from outside; binding it again");
         }
-        let is_wanted = cx.phase == Phase::Running && !listening.removed;
-        if let Some(old) = listening.listener.take()
-            && is_wanted
-        {
+        if let Some(old) = listening.listener.take() {
             self.bind_again(index, Some(old), cx);
         }
         self.begin_checks(index, cx.now + CHECK_INTERVAL);
@@ -780,6 +783,7 @@ impl<D: Driver> Listeners<D> {
         let forward = Arc::clone(&listening.forward);
         let listen = &forward.rule.listen;
         match found {
+            Found::Nothing => {}
             Found::Ours => {
                 if listening.obstacle == Some(Obstacle::Lost) {
                     listening.lost = false;
@@ -807,9 +811,9 @@ impl<D: Driver> Listeners<D> {
                 let rule = &forward.rule;
                 if let Err(e) = cx.driver.watch_listener(&mut listener, of.token, rule) {
                     cx.driver.close_listener(listener, None);
-                    listening.set_obstacle(Obstacle::Lost, &e);
-                    error!("cannot watch {listen}: {e}");
-                    return;
+                    // Invariant 11: it is tried again each second, and logged once.
+                    let e = Error::new(Operation::Listen, listen, e);
+                    return self.take_file_state(of, Found::Failed(e), cx);
                 }
                 let listening = &mut self.all[of.token];
                 match was_shut_down {

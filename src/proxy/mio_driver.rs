@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -154,14 +155,20 @@ impl MioDriver {
         })
     }
 
-    /// Has the housekeeper run a job in a directory, and the loop receive its result.
+    /// Has the housekeeper run a job in a directory, and the loop receive its result; that is
+    /// `failure` if the job panics, since the loop waits for one.
     fn ask_housekeeper(
         &self,
         directory: &Path,
+        failure: Event<Stream, Listener>,
         job: impl FnOnce() -> Event<Stream, Listener> + Send + 'static,
     ) {
         let notifier = Arc::clone(&self.notifier);
-        let job = move || notifier.notify(Report::Event(job()));
+        let job = move || {
+            // The panic was logged.
+            let result = catch_unwind(AssertUnwindSafe(job)).unwrap_or(failure);
+            notifier.notify(Report::Event(result));
+        };
         self.housekeeper.run(directory, job);
     }
 
@@ -286,6 +293,12 @@ fn bind(address: &Address, access: FileAccess) -> Found<Listener> {
         Ok(listener) => Found::Bound(listener),
         Err(error) => Found::Failed(error),
     }
+}
+
+/// Returns the result of a job for a listener that has failed.
+fn nothing_found(of: ListenerId) -> Event<Stream, Listener> {
+    let found = Found::Nothing;
+    Event::Listener { of, found }
 }
 
 /// The relay threads' view of their connection.
@@ -472,7 +485,7 @@ impl Driver for MioDriver {
         };
         let (address, access) = (rule.listen.clone(), rule.access());
         let directory = file.directory().to_owned();
-        self.ask_housekeeper(&directory, move || {
+        self.ask_housekeeper(&directory, nothing_found(of), move || {
             let found = match file.state() {
                 FileState::Ours => Found::Ours,
                 FileState::Taken => Found::Taken,
@@ -493,7 +506,7 @@ impl Driver for MioDriver {
             Event::Listener { of, found }
         };
         match directory {
-            Some(directory) => self.ask_housekeeper(&directory, bind_again),
+            Some(directory) => self.ask_housekeeper(&directory, nothing_found(of), bind_again),
             // Bound at once, since clients are refused until then.
             None => self.notifier.notify(Report::Event(bind_again())),
         }
@@ -572,7 +585,12 @@ impl Driver for MioDriver {
             other => directory_of(other).unwrap_or_default(),
         };
         let address = address.clone();
-        self.ask_housekeeper(&directory, move || {
+        let unexplained = Error::new(Operation::Connect, &address, error.kind().into());
+        let failure = Event::Explained {
+            token,
+            error: unexplained,
+        };
+        self.ask_housekeeper(&directory, failure, move || {
             let error = dial::explain(&address, error);
             Event::Explained { token, error }
         });
@@ -661,7 +679,10 @@ impl Driver for MioDriver {
         let directory = gate.vm().state_dir.clone();
         #[cfg(unix)]
         let keeper = self.keeper.as_ref().map(Link::view);
-        self.ask_housekeeper(&directory, move || {
+        let failure = Event::LookFailed {
+            gate: Arc::clone(&gate),
+        };
+        self.ask_housekeeper(&directory, failure, move || {
             let vm = gate.vm();
             #[cfg(unix)]
             if let Some(keeper) = keeper {
@@ -746,5 +767,39 @@ impl Driver for MioDriver {
         if let Some(threads) = self.relay_threads.get(&token) {
             threads.cut();
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::engine::admission::GateLimits;
+
+    #[test]
+    fn a_look_that_panics_has_a_result() {
+        let housekeeper = Housekeeper::start().unwrap();
+        let mut driver = MioDriver::new(
+            housekeeper,
+            #[cfg(unix)]
+            None,
+        )
+        .unwrap();
+        let limits = GateLimits {
+            live: 1,
+            unanswered: 1,
+        };
+        let gate = Arc::new(Gate::new(limits, HyperkitVm::new("/nowhere")));
+        driver.ask_housekeeper(Path::new("/"), Event::LookFailed { gate }, || {
+            panic!("as a test")
+        });
+        let mut events = Vec::new();
+        let end = Instant::now() + Duration::from_secs(20);
+        while events.is_empty() {
+            assert!(Instant::now() < end, "no result came");
+            let soon = Duration::from_millis(100);
+            driver.wait(&mut events, Some(soon)).unwrap();
+        }
+        assert!(matches!(events[..], [Event::LookFailed { .. }]));
     }
 }

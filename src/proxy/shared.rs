@@ -202,11 +202,13 @@ pub(crate) struct Shared<D: Driver> {
     most: usize,
     pub(super) descriptors: Descriptors,
     pub(super) routes: Routes,
-    /// The connections of all workers, counted from the accept on.
+    /// The connections and probes of all workers, counted from the accept or dial on.
     pub(crate) live: AtomicUsize,
     /// The time at which the proxy began, and how many milliseconds later the last connection ended.
     begun: Instant,
     last_end: AtomicU64,
+    /// How many of them are probes.
+    probes: AtomicUsize,
     /// Whether the proxy was told to stop.
     pub(super) stop_asked: AtomicBool,
     /// The number of workers that have begun to stop. They hand no connection over any more.
@@ -242,6 +244,7 @@ impl<D: Driver> Shared<D> {
             live: AtomicUsize::new(0),
             begun: D::clock(),
             last_end: AtomicU64::new(0),
+            probes: AtomicUsize::new(0),
             stop_asked: AtomicBool::new(false),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
@@ -287,28 +290,41 @@ impl<D: Driver> Shared<D> {
         self.routes.may_wait_at(forward.id, live)
     }
 
-    /// Counts a connection of a forward that begins, or a probe of its VM, which takes none of the
-    /// forward's slots.
+    /// Counts a connection of a forward that begins, or a probe of its VM, which is no connection of
+    /// the forward and takes none of its slots.
     pub(super) fn note_begin(&self, forward: &Forward, holder: Holder) {
-        add_one(&forward.tally.live);
+        match holder {
+            Holder::Probes => drop(self.probes.fetch_add(1, Ordering::Relaxed)),
+            _ => add_one(&forward.tally.live),
+        }
         self.quotas().take(holder);
         self.live.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Counts the end of a connection or probe.
     pub(super) fn note_end(&self, forward: &Forward, holder: Holder, now: Instant) {
-        forward.tally.live.fetch_sub(1, Ordering::Relaxed);
+        if holder == Holder::Probes {
+            self.probes.fetch_sub(1, Ordering::Relaxed);
+        } else {
+            forward.tally.live.fetch_sub(1, Ordering::Relaxed);
+            let age = now.saturating_duration_since(self.begun).as_millis();
+            // First: who finds no connection finds the time at which the last one ended.
+            self.last_end
+                .fetch_max(u64::try_from(age).unwrap_or(u64::MAX), Ordering::Release);
+        }
         self.quotas().give_back(holder);
-        let age = now.saturating_duration_since(self.begun).as_millis();
-        // First: who finds no connection finds the time at which the last one ended.
-        self.last_end
-            .fetch_max(u64::try_from(age).unwrap_or(u64::MAX), Ordering::Release);
         self.live.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Returns how many connections there are that clients have made.
+    pub(super) fn connections(&self) -> usize {
+        let probes = self.probes.load(Ordering::Relaxed);
+        self.live.load(Ordering::Acquire).saturating_sub(probes)
     }
 
     /// Returns how long there has been no connection, or `None` if there is one.
     pub(super) fn idle_for(&self) -> Option<Duration> {
-        if self.live.load(Ordering::Acquire) > 0 {
+        if self.connections() > 0 {
             return None;
         }
         let last_end = Duration::from_millis(self.last_end.load(Ordering::Acquire));

@@ -211,6 +211,7 @@ impl<D: Driver> Worker<D> {
                 identity,
                 process,
             } => gate.take_look(identity, process, now),
+            Event::LookFailed { gate } => gate.end_look(),
             Event::Listener { of, found } => {
                 call!(self.listeners.take_listener(of, found), now);
                 self.adopt_accepted(now);

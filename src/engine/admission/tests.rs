@@ -261,6 +261,12 @@ fn a_vm_is_looked_at_once_at_a_time() {
     assert!(gate.begin_look(now + 10 * second, second));
     gate.take_look(None, None, now + 10 * second);
     assert!(!gate.begin_look(now + 10 * second, second));
+    // Nothing is known after a look that failed, and the next one may follow.
+    assert!(gate.begin_look(now + 20 * second, second));
+    gate.end_look();
+    let is_hanging = gate.state().is_hanging(now + 30 * second);
+    assert!(!is_hanging);
+    assert!(gate.begin_look(now + 30 * second, second));
 }
 
 #[test]
@@ -526,4 +532,25 @@ fn two_processes_have_no_more_slots_than_one() {
     assert_eq!((free(&new), new.lost()), (19, 1));
     new.note_vm_gone();
     assert_eq!((free(&new), new.lost()), (20, 0));
+}
+
+#[test]
+fn a_worker_that_waits_for_a_probe_is_no_client_that_waits_for_a_slot() {
+    let gate = gate(20, 64);
+    let now = Instant::now();
+    let wake: SlotWake = Arc::new(|_| {});
+    let mut drains: Vec<Slot> = (0..4).map(|_| go(&gate, now)).collect();
+    drains.iter_mut().for_each(Slot::note_drain);
+    let Admission::Probe(mut probe) = gate.admit_probe(now, 0, &wake) else {
+        panic!()
+    };
+    probe.note_dial(None, now);
+    assert!(matches!(gate.admit_probe(now, 1, &wake), Admission::At(_)));
+    let is_in_the_way = |now| drains[0].may_give_up_drain(DrainEnd::InTheWay, now);
+    let later = now + Duration::from_secs(1);
+    assert!(!is_in_the_way(later));
+    let guests: Vec<Guest> = (0..15).map(|_| gate.accept(ONE, None)).collect();
+    assert!(gate.queue(ONE, 1, &wake).is_err());
+    assert!(is_in_the_way(later));
+    drop(guests);
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::dial;
+use crate::dial::{self, Dial};
 use crate::engine::Phase;
 use crate::engine::admission::DrainEnd;
 use crate::engine::counters::add_one;
@@ -38,7 +38,8 @@ pub(crate) const SETTLING: Duration = Duration::from_secs(1);
 const LAST_TURNS: usize = 64;
 
 /// The log messages about guests that did not end their connections in time.
-const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout; their slots are lost until the VM is restarted";
+const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout";
+const LOST: &str = "closed connections that the guest did not end within the drain timeout; their slots are lost until the VM is restarted";
 const SENDS_ON: &str =
     "closed connections on which the guest went on sending though nobody was left to read";
 
@@ -56,6 +57,8 @@ pub(crate) struct Closing<S> {
 enum How {
     /// It is read to its EOF, then closed.
     Drain(Drain),
+    /// It is half-closed once its VMM has answered the dial, then drained.
+    ShakeHands(Box<Dial>),
     /// It is reset, once the peer has received what was sent before.
     Reset(ResetWait),
 }
@@ -67,6 +70,17 @@ impl<S: Socket> Closing<S> {
             how: How::Drain(Drain::new(end.received())),
             end,
         }
+    }
+
+    /// Makes the end of a dial that was given up: it is half-closed, and read to its EOF. What is
+    /// sent before a VMM's answer may be lost, so a half-close waits for that.
+    pub(super) fn dialled(mut end: End<S>, dial: Dial) -> Closing<S> {
+        if dial.is_shaking_hands() {
+            let how = How::ShakeHands(Box::new(dial));
+            return Closing { end, how };
+        }
+        end.shutdown_write();
+        Closing::drain(end)
     }
 
     /// Makes an end that is reset once the peer has what was sent before.
@@ -196,6 +210,7 @@ impl<S: Socket> Connection<S> {
         let Closing { end, how } = closing;
         match how {
             How::Drain(drain) => self.go_on_draining(side, end, drain, cx),
+            How::ShakeHands(dial) => self.go_on_shaking_hands(side, end, dial, cx),
             How::Reset(wait) => self.go_on_resetting(side, end, wait, cx),
         }
     }
@@ -208,6 +223,24 @@ impl<S: Socket> Connection<S> {
         {
             slot.note_answer(now);
         }
+    }
+
+    /// Waits for a VMM's answer to a dial that was given up, then half-closes the end and drains it.
+    fn go_on_shaking_hands(
+        &mut self,
+        side: Side,
+        mut end: End<S>,
+        mut dial: Box<Dial>,
+        cx: &mut Context<'_, S>,
+    ) -> Ended<S> {
+        if let Ok(false) = dial.shake_hands(&mut end.socket) {
+            let how = How::ShakeHands(dial);
+            return Ended::No(Closing { end, how }, None);
+        }
+        // If there is no connection after all, the drain reads its end.
+        end.shutdown_write();
+        let drain = Drain::new(end.received());
+        self.go_on_draining(side, end, drain, cx)
     }
 
     /// Resets an end if its peer has received what was sent before.
@@ -336,6 +369,7 @@ impl<S: Socket> Connection<S> {
         let text = match (cx.phase, guest) {
             (Phase::Cutting, _) => "closed connections that the guest had not ended yet",
             (_, Gone::Sending) => SENDS_ON,
+            (_, Gone::Silent) if self.slots[side].is_some() => LOST,
             (_, Gone::Silent) => NOT_ENDED,
         };
         self.note_abandoned(text, cx.now);
@@ -363,19 +397,19 @@ impl<S: Socket> Connection<S> {
             let Some(Closing { end, how }) = closing else {
                 continue;
             };
-            let How::Drain(drain) = how else {
-                cx.request(Action::Reset(end.socket));
-                continue;
+            let guest = match how {
+                How::Reset(_) => {
+                    cx.request(Action::Reset(end.socket));
+                    continue;
+                }
+                How::Drain(drain) if drain.is_sending(cx.now) => Gone::Sending,
+                How::Drain(_) | How::ShakeHands(_) => Gone::Silent,
             };
             // At the end of the process, its keeper has all the time that the guest needs.
             if cx.phase == Phase::Cutting && end.socket.is_guarded() {
                 cx.request(Action::Leave(end.socket));
                 continue;
             }
-            let guest = match drain.is_sending(cx.now) {
-                true => Gone::Sending,
-                false => Gone::Silent,
-            };
             is_settling |= self.give_up(side, end, guest, cx);
         }
         let at = after(cx.now, SETTLING);

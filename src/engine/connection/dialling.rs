@@ -603,25 +603,19 @@ impl<S: Socket> Connection<S> {
                 client,
                 server,
                 dial,
-            } => match dial.is_shaking_hands() || self.forward.needs_graceful_close(Side::Server) {
-                true => {
-                    let mut server = server;
-                    if !dial.is_shaking_hands() {
-                        server.shutdown_write();
-                    }
-                    (client, Some(Closing::drain(server)))
-                }
-                false => {
-                    self.close_socket(Side::Server, server, cx);
-                    (client, None)
-                }
-            },
-            State::Proving {
-                client, mut server, ..
-            } => {
-                server.shutdown_write();
-                (client, Some(Closing::drain(server)))
+            } if dial.is_shaking_hands() || self.forward.needs_graceful_close(Side::Server) => {
+                (client, Some(Closing::dialled(server, dial)))
             }
+            State::Connecting { client, server, .. } => {
+                self.close_socket(Side::Server, server, cx);
+                (client, None)
+            }
+            State::Proving {
+                client,
+                server,
+                dial,
+                ..
+            } => (client, Some(Closing::dialled(server, dial))),
             other => return self.state = other,
         };
         self.end_because(EndReason::Refused(reason));
@@ -645,19 +639,19 @@ impl<S: Socket> Connection<S> {
                 client,
                 server,
                 dial,
-            } if dial.is_shaking_hands() => (client, server),
+            } if dial.is_shaking_hands() => (client, Closing::dialled(server, dial)),
             State::Proving {
-                client, mut server, ..
-            } => {
-                server.shutdown_write();
-                (client, server)
-            }
+                client,
+                server,
+                dial,
+                ..
+            } => (client, Closing::dialled(server, dial)),
             state => {
                 self.state = state;
                 return self.close(cx);
             }
         };
         self.close_socket(Side::Client, client, cx);
-        self.begin_closing([None, Some(Closing::drain(server))], cx);
+        self.begin_closing([None, Some(server)], cx);
     }
 }

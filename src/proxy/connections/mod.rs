@@ -126,7 +126,7 @@ impl<D: Driver> Connections<D> {
                 let id = Id::from_token(token).0;
                 self.with(id, cx, |it, to| it.take_explanation(error, to));
             }
-            Event::VmSeen { .. } | Event::Listener { .. } => {}
+            Event::VmSeen { .. } | Event::LookFailed { .. } | Event::Listener { .. } => {}
         }
     }
 

@@ -137,6 +137,13 @@ pub(super) struct SimListener {
 
 impl Drop for SimListener {
     fn drop(&mut self) {
+        // Invariant 8: a worker leaves the file to the housekeeper.
+        let is_watched = self.stage.kernel().is_watched(self.key);
+        assert!(
+            self.leaves_file || !is_watched,
+            "a worker removes the file of {:?}",
+            self.key
+        );
         self.stage.kernel().close_listener(self.key);
         self.stage
             .tell(|| format!("the proxy closes {:?}", self.key));
@@ -336,8 +343,7 @@ impl Driver for SimDriver {
         _: &Rule,
     ) -> io::Result<()> {
         let mut kernel = self.stage.kernel();
-        kernel.watch_listener(listener.key, self.worker, token);
-        Ok(())
+        kernel.watch_listener(listener.key, self.worker, token)
     }
 
     fn accept(&mut self, listener: &SimListener) -> io::Result<(SimStream, SocketName)> {
