@@ -25,6 +25,19 @@ pub(crate) struct RuleOptions {
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, help_heading = None)]
     #[serde(deserialize_with = "read_mode", serialize_with = "write_mode")]
     mode: u32,
+    /// Owner of Unix listening sockets, a user's name or id, which only root may give [default: who runs this]
+    #[arg(long, value_name = "USER", value_parser = values::parse_owner, help_heading = None)]
+    #[serde(deserialize_with = "read_owner")]
+    owner: Option<u32>,
+    /// Group of Unix listening sockets, its name or id; give it rights with --mode 660 [default: that of who runs this]
+    #[arg(long, value_name = "GROUP", value_parser = values::parse_group, help_heading = None)]
+    #[serde(deserialize_with = "read_group")]
+    group: Option<u32>,
+    /// Where clients may come from: to TCP networks or addresses (192.168.7.0/24,::1), to vsock CIDs; others are refused
+    /// [default: from anywhere]
+    #[arg(long, value_name = "FROM", value_delimiter = ',', help_heading = None)]
+    #[serde(deserialize_with = "read_from", serialize_with = "write_from")]
+    from: Vec<Source>,
     #[command(flatten)]
     timeouts: TimeoutOptions,
     /// Seconds that a client is held whose target isn't there yet, and is dialled again meanwhile [default: it is refused]
@@ -50,10 +63,7 @@ pub(crate) struct RuleOptions {
     /// Proxies that say first who their client is, by the PROXY protocol: networks or addresses of TCP (10.0.0.0/8,::1), or
     /// CIDs of vsock [default: none]
     #[arg(long, value_name = "FROM", value_delimiter = ',', help_heading = None)]
-    #[serde(
-        deserialize_with = "read_accept_proxy",
-        serialize_with = "write_sources"
-    )]
+    #[serde(deserialize_with = "read_from", serialize_with = "write_from")]
     accept_proxy: Vec<Source>,
 }
 
@@ -86,6 +96,9 @@ impl Default for RuleOptions {
     fn default() -> RuleOptions {
         RuleOptions {
             mode: DEFAULT_MODE,
+            owner: None,
+            group: None,
+            from: Vec::new(),
             timeouts: TimeoutOptions::default(),
             wait: None,
             reserved: 0,
@@ -110,6 +123,9 @@ impl From<&Rule> for RuleOptions {
             listen: _,
             connect: _,
             mode,
+            owner,
+            group,
+            ref from,
             timeouts,
             wait,
             reserved,
@@ -120,6 +136,9 @@ impl From<&Rule> for RuleOptions {
         } = *rule;
         RuleOptions {
             mode,
+            owner,
+            group,
+            from: from.clone(),
             timeouts: timeouts.into(),
             wait,
             reserved,
@@ -158,6 +177,9 @@ impl RuleOptions {
         timeouts.half_closed = self.timeouts.half_closed;
         Rule {
             mode: self.mode,
+            owner: self.owner,
+            group: self.group,
+            from: self.from.clone(),
             timeouts,
             wait: self.wait,
             reserved: self.reserved,
@@ -250,24 +272,32 @@ fn read_proxy_protocol<'de, D: Deserializer<'de>>(
     read(from, values::proxy_protocol)
 }
 
-fn read_accept_proxy<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Source>, D::Error> {
-    read(from, values::sources)
-}
-
-/// CIDs are numbers, as in the file.
-fn write_sources<S: Serializer>(sources: &[Source], to: S) -> Result<S::Ok, S::Error> {
-    to.collect_seq(sources.iter().map(|source| match source.as_cid() {
-        Some(cid) => Value::from(cid),
-        None => Value::from(source.to_string()),
-    }))
-}
-
 fn read_mode<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
     read(from, values::mode)
 }
 
 fn write_mode<S: Serializer>(mode: &u32, to: S) -> Result<S::Ok, S::Error> {
     to.collect_str(&format_args!("{mode:o}"))
+}
+
+fn read_owner<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+    read(from, values::owner)
+}
+
+fn read_group<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+    read(from, values::group)
+}
+
+fn read_from<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Source>, D::Error> {
+    read(from, values::sources)
+}
+
+/// CIDs are numbers, as in the file.
+fn write_from<S: Serializer>(from: &[Source], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(from.iter().map(|source| match source.as_cid() {
+        Some(cid) => Value::from(cid),
+        None => Value::from(source.to_string()),
+    }))
 }
 
 fn read_time<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
@@ -315,7 +345,7 @@ mod tests {
     /// Each option by each face, with a value that no other has.
     #[test]
     fn each_option_is_on_the_command_line_in_the_file_and_in_json() {
-        let json = json!({"mode": "640", "timeouts": {"dial": 1.0, "drain": 2.0, "idle": 3.0, "half_closed": 4.0},
+        let json = json!({"mode": "640", "owner": 1, "group": 2, "from": [3, "10.0.0.0/8", "::1"], "timeouts": {"dial": 1.0, "drain": 2.0, "idle": 3.0, "half_closed": 4.0},
             "wait": 5.0, "reserved": 0, "connections": 7, "keepalive": 8.0,
             "proxy_protocol": "v2", "accept_proxy": [4, "10.0.0.0/8", "::1"]});
         let options: RuleOptions = serde_json::from_value(json.clone()).unwrap();

@@ -124,6 +124,8 @@ pub enum Reason {
     DialTimeout,
     /// See [`Refusals::full`](super::counters::Refusals::full).
     Full,
+    /// See [`Refusals::not_allowed`](super::counters::Refusals::not_allowed).
+    NotAllowed,
     /// See [`Refusals::no_header`](super::counters::Refusals::no_header).
     NoHeader,
     /// See [`Refusals::other`](super::counters::Refusals::other).
@@ -138,6 +140,7 @@ impl fmt::Display for Reason {
             Reason::Absent => "absent",
             Reason::DialTimeout => "dial timeout",
             Reason::Full => "full",
+            Reason::NotAllowed => "not allowed",
             Reason::NoHeader => "no header",
             Reason::Other => "other",
         })

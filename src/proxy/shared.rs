@@ -16,6 +16,7 @@ use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::routes::Routes;
 use crate::engine::rule::Limits;
 use crate::engine::status::ConnectionStatus;
+use crate::listener::FileAccess;
 use crate::name::SocketName;
 
 use super::descriptors::Descriptors;
@@ -65,8 +66,8 @@ pub(crate) enum Command<D: Driver> {
     Listen(D::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
     /// Replace the forward of the same id for new clients, and report it.
     Replace(Arc<Forward>, Wanted, Sender<()>),
-    /// Change the permissions of the forward's socket file, and report the result.
-    SetMode(ForwardId, u32, Wanted, Sender<io::Result<()>>),
+    /// Change the owner, group and permissions of the forward's socket file, and report the result.
+    SetAccess(ForwardId, FileAccess, Wanted, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time.
     Remove(Arc<Forward>, Duration, Sender<()>),
@@ -334,7 +335,7 @@ impl<D: Driver> Shared<D> {
 fn reserve_slots(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
     let holder = Holder::Forward(forward.id);
-    quotas.bound(holder, forward.rule.connections);
+    quotas.bound(holder, forward.rule.most_connections());
     if let Err(left) = quotas.reserve(holder, reserved) {
         tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
         // As many as are left.

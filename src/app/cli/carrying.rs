@@ -48,11 +48,13 @@ pub(super) fn carry(
 #[cfg(unix)]
 fn actions(options: &ProxyOptions, kept: Option<Arc<Kept>>) -> Actions {
     let (grace, rule) = (options.grace(), options.rule().clone());
+    let allows_exec = options.control().allows_exec();
     Actions {
         options: Box::new(move || rule.clone()),
         pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
         reload: None,
         succession: None,
         grace: Box::new(move || grace),
+        allows_exec: Box::new(move || allows_exec),
     }
 }

@@ -1,5 +1,6 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
+mod arguments;
 mod carrying;
 mod cat;
 mod complete;
@@ -240,6 +241,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
         }
+        #[cfg(unix)]
+        Err(Failure::Program(code)) => ExitCode::from(code),
         Err(Failure::Silent) => ExitCode::FAILURE,
     }
 }

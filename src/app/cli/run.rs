@@ -220,7 +220,8 @@ fn control(
         start: Box::new(move || start_successor(&program)),
         end: Box::new(move |pid| end_after_hand_over(ended.handle(), ended.grace(), pid)),
     };
-    let (read, options, grace, pending) = (
+    let (read, options, grace, pending, exec) = (
+        Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
@@ -240,6 +241,7 @@ fn control(
         })),
         succession: Some(succession),
         grace: Box::new(move || grace.grace()),
+        allows_exec: Box::new(move || exec.allows_exec()),
     };
     super::control_socket::serve(doors, proxy, actions)
 }

@@ -274,6 +274,12 @@ impl Running {
         self.config().defaults.clone()
     }
 
+    /// Returns whether the file lets forwards to programs be added by the control socket.
+    #[cfg(unix)]
+    pub(super) fn allows_exec(&self) -> bool {
+        self.config().allow_exec
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -348,11 +354,9 @@ impl Running {
 
     fn read_again(&self) -> Result<Summary, Problems> {
         let mut state = self.state();
+        let stopping = || Problems::of(&self.file, "not read again: the proxy is stopping");
         if self.handle().is_stopping() {
-            return Err(Problems::of(
-                &self.file,
-                "not read again: the proxy is stopping",
-            ));
+            return Err(stopping());
         }
         if self.file == Path::new(STANDARD_INPUT) {
             let why = "it came from there, and can't be read again";
@@ -365,6 +369,10 @@ impl Running {
             std::mem::replace(&mut *config, Arc::clone(&new))
         };
         let mut summary = self.apply(&mut state, wanted, Occasion::Asked);
+        // That waits for a hand-over, after which another process carries what the file said before.
+        if self.handle().is_stopping() {
+            return Err(stopping());
+        }
         for (key, same) in [
             ("workers", old.workers == new.workers),
             ("splice", old.splice == new.splice),

@@ -69,6 +69,9 @@ pub(crate) struct Config {
     /// For who adds forwards by the control socket.
     #[cfg(unix)]
     pub(crate) defaults: RuleOptions,
+    /// Whether forwards to programs may be added there.
+    #[cfg_attr(not(unix), allow(dead_code))]
+    pub(crate) allow_exec: bool,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
     /// Forwards that could be read in part. Of a file without mistakes there are none.
@@ -258,6 +261,7 @@ impl Config {
         let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
         let metrics = root.take("metrics", values::tcp);
+        let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
         if let Some(mut section) = root.table("defaults") {
             defaults = section.take_options(&defaults);
@@ -305,6 +309,7 @@ impl Config {
             metrics,
             #[cfg(unix)]
             defaults,
+            allow_exec: allow_exec.unwrap_or(false),
             vms,
             forwards,
             parts,

@@ -41,6 +41,8 @@ pub(crate) struct Actions {
     pub(crate) succession: Option<Succession>,
     /// How long connections may take to finish unless it is said.
     pub(crate) grace: Box<dyn Fn() -> Duration + Send + Sync>,
+    /// Whether a forward to a program may be added.
+    pub(crate) allows_exec: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// See [`Actions::reload`].
@@ -333,6 +335,14 @@ impl Api {
             let problem = Problem::new(409, format!("another forward is there, {name}: {differs}"));
             return Err(problem
                 .with_remedy("remove that one first, or take another name and another address"));
+        }
+        if rule.connect.transport().runs_program && !(self.actions.allows_exec)() {
+            let why = format!(
+                "{}: no program may be started by who asks here",
+                rule.connect
+            );
+            let remedy = "write allow-exec = true in the file of `hvsock run`, or start it with --allow-exec";
+            return Err(Problem::new(403, why).with_remedy(remedy));
         }
         let id = self.handle.add(rule)?;
         let added = self.handle.forwards().into_iter().find(|it| it.id == id);

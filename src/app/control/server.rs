@@ -351,6 +351,7 @@ mod tests {
             })),
             succession: None,
             grace: Box::new(|| Duration::ZERO),
+            allows_exec: Box::new(|| false),
         }
     }
 

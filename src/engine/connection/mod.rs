@@ -173,6 +173,8 @@ pub(crate) struct Connection<S: relay::Socket> {
     pub(crate) since: Instant,
     /// Why the connection ends, as far as it is known.
     why: Option<EndReason>,
+    /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have ended.
+    is_cut_off: bool,
     /// The name of the current state.
     #[cfg(all(test, target_os = "linux"))]
     state_name: &'static str,
@@ -273,6 +275,7 @@ impl<S: relay::Socket> Connection<S> {
             peer,
             since: now,
             why: None,
+            is_cut_off: false,
         }
     }
 
@@ -377,6 +380,7 @@ impl<S: relay::Socket> Connection<S> {
                 }
             }
             State::Connecting { .. } | State::Proving { .. } => ConnectionState::Dialling,
+            State::OnThreads if self.is_cut_off => ConnectionState::Closing,
             State::Relaying { .. } | State::OnThreads => match half_closed {
                 None => ConnectionState::Open,
                 Some(Side::Client) => ConnectionState::HalfClosedByClient,
@@ -482,6 +486,7 @@ impl<S: Socket> Connection<S> {
         if !matches!(self.state, State::Closing { .. } | State::Closed) {
             self.end_because(why);
         }
+        self.is_cut_off = true;
         match &self.state {
             State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
                 self.refuse_cut_off(cx);

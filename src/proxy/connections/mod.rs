@@ -328,6 +328,10 @@ impl<D: Driver> Connections<D> {
                     adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(Side::Server)));
                 Ok((stream, watched))
             }
+            (Ok(mut stream), Some(forward)) if !forward.is_blocking(Side::Server) => {
+                let watched = cx.driver.watch(&mut stream, id.token(Side::Server));
+                Ok((stream, watched))
+            }
             (dialled, _) => dialled.map(|stream| (stream, Ok(()))),
         };
         self.with(id, cx, |it, to| it.take_dialled(dialled, to));
