@@ -36,7 +36,7 @@ pub(crate) struct RuleOptions {
     /// Where clients may come from: to TCP networks or addresses (192.168.7.0/24,::1), to vsock CIDs; others are refused
     /// [default: from anywhere]
     #[arg(long, value_name = "FROM", value_delimiter = ',', help_heading = None)]
-    #[serde(deserialize_with = "read_from", serialize_with = "write_from")]
+    #[serde(deserialize_with = "read_sources", serialize_with = "write_sources")]
     from: Vec<Source>,
     #[command(flatten)]
     timeouts: TimeoutOptions,
@@ -63,7 +63,7 @@ pub(crate) struct RuleOptions {
     /// Proxies that say first who their client is, by the PROXY protocol: networks or addresses of TCP (10.0.0.0/8,::1), or
     /// CIDs of vsock [default: none]
     #[arg(long, value_name = "FROM", value_delimiter = ',', help_heading = None)]
-    #[serde(deserialize_with = "read_from", serialize_with = "write_from")]
+    #[serde(deserialize_with = "read_sources", serialize_with = "write_sources")]
     accept_proxy: Vec<Source>,
 }
 
@@ -179,7 +179,11 @@ impl RuleOptions {
             mode: self.mode,
             owner: self.owner,
             group: self.group,
-            from: self.from.clone(),
+            from: match self.from.is_empty() {
+                // A VM may be the only one that may come.
+                true => rule.from,
+                false => self.from.clone(),
+            },
             timeouts,
             wait: self.wait,
             reserved: self.reserved,
@@ -272,6 +276,18 @@ fn read_proxy_protocol<'de, D: Deserializer<'de>>(
     read(from, values::proxy_protocol)
 }
 
+fn read_sources<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Source>, D::Error> {
+    read(from, values::sources)
+}
+
+/// CIDs are numbers, as in the file.
+fn write_sources<S: Serializer>(sources: &[Source], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(sources.iter().map(|source| match source.as_cid() {
+        Some(cid) => Value::from(cid),
+        None => Value::from(source.to_string()),
+    }))
+}
+
 fn read_mode<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
     read(from, values::mode)
 }
@@ -286,18 +302,6 @@ fn read_owner<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Erro
 
 fn read_group<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
     read(from, values::group)
-}
-
-fn read_from<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Source>, D::Error> {
-    read(from, values::sources)
-}
-
-/// CIDs are numbers, as in the file.
-fn write_from<S: Serializer>(from: &[Source], to: S) -> Result<S::Ok, S::Error> {
-    to.collect_seq(from.iter().map(|source| match source.as_cid() {
-        Some(cid) => Value::from(cid),
-        None => Value::from(source.to_string()),
-    }))
 }
 
 fn read_time<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {

@@ -109,7 +109,7 @@ pub struct EndCounts {
 pub(crate) struct Tally {
     pub(crate) accepted: AtomicU64,
     pub(crate) live: AtomicU64,
-    refusals: [AtomicU64; 7],
+    refusals: [AtomicU64; Reason::COUNT],
     pub(crate) idle: AtomicU64,
     pub(crate) half_closed: AtomicU64,
     pub(crate) abandoned: AtomicU64,

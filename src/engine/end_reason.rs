@@ -132,6 +132,11 @@ pub enum Reason {
     Other,
 }
 
+impl Reason {
+    /// How many reasons there are; the last one is [`Other`](Reason::Other).
+    pub(crate) const COUNT: usize = Reason::Other as usize + 1;
+}
+
 /// Writes it in words: `by target`, `absent`.
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
