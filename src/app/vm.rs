@@ -11,7 +11,7 @@ use crate::hyperkit::{self, Places};
 use crate::proxy::Source;
 
 /// A VM of any family, and how its ports are addressed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum VmPlace {
     Hyperkit(HyperkitVm),
     HyperV(address::Vm),

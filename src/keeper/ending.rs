@@ -223,9 +223,8 @@ mod tests {
     /// Sends as much as there is room for; whether there can be more.
     fn send(mut guest: &UnixStream) -> bool {
         loop {
-            match guest.write(&[7; BUFFER]) {
-                Ok(_) => {}
-                Err(e) => return e.kind() == ErrorKind::WouldBlock,
+            if let Err(e) = guest.write_all(&[7; BUFFER]) {
+                return e.kind() == ErrorKind::WouldBlock;
             }
         }
     }

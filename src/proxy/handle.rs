@@ -82,6 +82,12 @@ impl Handle {
         self.controller.hand_over(give)
     }
 
+    /// Shares the slots of VMs with another process, while one of the two lets its connections finish.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn shared_slots(&self) -> super::SharedSlots<'_> {
+        self.controller.shared_slots()
+    }
+
     /// Starts the keeper, if there is to be one, and waits a moment until it can take what the
     /// guests of the VM in that state directory dial.
     #[cfg(all(unix, feature = "cli"))]

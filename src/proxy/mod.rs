@@ -98,9 +98,9 @@ pub(crate) use descriptors::Descriptors as ProcessDescriptors;
 pub(crate) use forbidden::leads_to;
 pub use handle::Handle;
 #[cfg(all(unix, feature = "cli"))]
-pub(crate) use handover::Offered;
+pub(crate) use handover::{Offered, SharedSlots};
 #[cfg(feature = "cli")]
-pub(crate) use loops::{describe as describe_loop, find as find_loop};
+pub(crate) use loops::{RuleIndex, describe as describe_loop};
 #[cfg(feature = "cli")]
 pub(crate) use rules::{check_name, check_rule};
 
@@ -370,7 +370,7 @@ fn assemble<D: Driver>(
     }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for (index, rule) in config.rules.into_iter().enumerate() {
-        let (listener, forward) = binder.bind::<D>(rule, index % count, &forwards)?;
+        let (listener, forward) = binder.bind::<D>(rule, index % count)?;
         listeners.push(listener);
         forwards.push(forward);
     }

@@ -91,9 +91,10 @@ impl Check {
         for missing in &wanted.missing {
             complain(running::absence(missing));
         }
+        let vms = config.vms_of_forwards();
         for rule in &wanted.rules {
             let name = rule.name.as_deref().unwrap_or_default();
-            let vm = config.vm_of(name);
+            let vm = vms.get(name).copied();
             print(running::describe(name, &rule.listen, &rule.connect, vm))?;
         }
         let file = display_name(&self.file);

@@ -459,15 +459,16 @@ impl Api {
             state.successor = agreed.then_some(pid);
             agreed
         };
-        let mut successor = Some(successor);
+        let (mut successor, mut finishing) = (Some(successor), None);
         (succession.while_unchanged)(&mut |listed| {
             let Some(successor) = successor.take() else {
                 return;
             };
             match successor.give(&self.handle, &self.endpoints, listed, agree) {
-                Ok(()) => {
+                Ok(left) => {
                     (succession.end)(pid);
                     self.handover_state().is_done = true;
+                    finishing = Some(left);
                 }
                 Err(e) => {
                     self.handover_state().successor = None;
@@ -475,6 +476,9 @@ impl Api {
                 }
             }
         });
+        if let Some(finishing) = finishing {
+            finishing.tell_on(&self.handle);
+        }
     }
 
     /// Starts another process, and answers when it has taken over.

@@ -25,6 +25,8 @@
 mod guests;
 mod heard;
 pub(crate) mod quotas;
+#[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
+pub(crate) mod sharing;
 mod slot;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -41,6 +43,7 @@ use crate::engine::status::{VmStatus, wall_time};
 pub(crate) use guests::{Guest, NotServed};
 use heard::LastHeard;
 use quotas::{Holder, Quotas};
+use sharing::OtherSlots;
 use slot::Stage;
 pub(crate) use slot::{DrainEnd, Reservation, Slot};
 
@@ -144,9 +147,24 @@ impl std::fmt::Display for Full {
 /// A function that wakes a worker.
 pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 
+/// A function that tells a worker that there may be a slot at a gate again, and wakes it.
+pub(crate) type SlotWake = Arc<dyn Fn(GateId) + Send + Sync>;
+
+/// The identifier of a gate in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct GateId(u64);
+
+impl GateId {
+    fn next() -> GateId {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        GateId(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// The admission gate of one VM, shared by all workers.
 #[derive(Debug)]
 pub(crate) struct Gate {
+    id: GateId,
     vm: HyperkitVm,
     state: Mutex<State>,
     /// The number of the last dial.
@@ -158,6 +176,8 @@ pub(crate) struct Gate {
 }
 
 struct State {
+    /// The gate's.
+    id: GateId,
     health: Health,
     epoch: u64,
     quotas: Quotas,
@@ -190,12 +210,16 @@ struct State {
     /// Whether the last dial went through the `connect` socket, where any port can be dialled.
     has_connect_socket: bool,
     /// The workers that wait for a slot, by their numbers.
-    waiting_workers: Vec<(usize, Wake)>,
+    waiting_workers: Vec<(usize, SlotWake)>,
     /// The time at which a dial last found no free slot.
     wanted_at: Option<Instant>,
     /// The drains of guests that go on sending, the oldest first, by their numbers.
     drains: Vec<u64>,
     next_drain: u64,
+    /// The cap, while this process leaves some of its slots to a successor.
+    whole_cap: Option<usize>,
+    /// The slots that its predecessor still has.
+    others: OtherSlots,
 }
 
 impl std::fmt::Debug for State {
@@ -209,7 +233,9 @@ impl std::fmt::Debug for State {
 
 impl Gate {
     pub(crate) fn new(limits: GateLimits, vm: HyperkitVm) -> Gate {
+        let id = GateId::next();
         let state = State {
+            id,
             health: Health::default(),
             epoch: 0,
             quotas: Quotas::new(limits.live),
@@ -231,8 +257,11 @@ impl Gate {
             wanted_at: None,
             drains: Vec::new(),
             next_drain: 0,
+            whole_cap: None,
+            others: OtherSlots::default(),
         };
         Gate {
+            id,
             vm,
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
@@ -311,7 +340,7 @@ impl Gate {
         self: &Arc<Gate>,
         now: Instant,
         worker: usize,
-        wake: &Wake,
+        wake: &SlotWake,
     ) -> Admission {
         let mut state = self.state();
         if let Some(at) = state.next_probe.filter(|&at| now < at) {
@@ -354,7 +383,7 @@ impl Gate {
         self: &Arc<Gate>,
         forward: ForwardId,
         worker: usize,
-        wake: &Wake,
+        wake: &SlotWake,
     ) -> Result<Slot, Full> {
         let holder = Holder::Forward(forward);
         let mut state = self.state();
@@ -405,6 +434,10 @@ impl Gate {
     pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
         let news = self.state().health.mark_down(now);
         self.log_change(news, Some(error));
+    }
+
+    pub(crate) fn id(&self) -> GateId {
+        self.id
     }
 
     /// Returns the VM.
@@ -471,6 +504,7 @@ impl Gate {
         state.epoch += 1;
         self.heard.forget();
         state.quotas.clear();
+        state.others = OtherSlots::default();
         (state.guests, state.turned_away) = (0, 0);
         state.has_told_turned_away = false;
         state.drains.clear();
@@ -541,7 +575,7 @@ fn why_full(quotas: &Quotas, holder: Holder) -> Full {
     }
 }
 
-fn add_waiting_worker(state: &mut State, worker: usize, wake: &Wake) {
+fn add_waiting_worker(state: &mut State, worker: usize, wake: &SlotWake) {
     if state
         .waiting_workers
         .iter()
@@ -600,7 +634,7 @@ impl State {
     /// Wakes the workers that wait: there may be a slot now.
     fn wake(&mut self) {
         for (_, wake) in self.waiting_workers.drain(..) {
-            wake();
+            wake(self.id);
         }
     }
 }

@@ -16,6 +16,8 @@ pub(crate) enum Holder {
     Probes,
     /// The dials of a guest that are not served, until they have ended.
     TurnedAway,
+    /// A process whose listeners this one has taken over, until it has ended.
+    Predecessor,
     /// The slots that no close gives back: see [`Slot::lose`](super::Slot::lose).
     Lost,
 }
@@ -27,6 +29,8 @@ pub(crate) struct Quotas {
     live: usize,
     /// The free slots that are reserved: for each holder, what it has reserved and does not use.
     kept: usize,
+    /// What all holders have reserved together.
+    reserved: usize,
     /// The quotas. One that is empty is left out.
     quotas: HashMap<Holder, Quota>,
 }
@@ -52,6 +56,7 @@ impl Quotas {
             cap,
             live: 0,
             kept: 0,
+            reserved: 0,
             quotas: HashMap::new(),
         }
     }
@@ -74,8 +79,9 @@ impl Quotas {
 
     fn change(&mut self, holder: Holder, change: impl FnOnce(&mut Quota)) {
         let quota = self.quotas.entry(holder).or_default();
-        let (unused, live) = (quota.unused(), quota.live);
+        let (unused, live, reserved) = (quota.unused(), quota.live, quota.reserved);
         change(quota);
+        self.reserved = self.reserved + quota.reserved - reserved;
         self.kept = self.kept + quota.unused() - unused;
         self.live = self.live + quota.live - live;
         if quota.reserved + quota.live + quota.queued == 0 && quota.most.is_none() {
@@ -96,9 +102,8 @@ impl Quotas {
 
     /// Reserves slots for a holder. If there are too few, returns how many can be reserved.
     pub(crate) fn reserve(&mut self, holder: Holder, slots: usize) -> Result<(), usize> {
-        let others = self.quotas.iter().filter(|(id, _)| **id != holder);
-        let taken = others.map(|(_, quota)| quota.reserved).sum();
-        let left = self.cap.saturating_sub(taken);
+        let own = self.quotas.get(&holder).map_or(0, |quota| quota.reserved);
+        let left = self.cap.saturating_sub(self.reserved - own);
         if slots > left {
             return Err(left);
         }
@@ -161,6 +166,24 @@ impl Quotas {
         self.change(holder, |quota| {
             quota.queued = quota.queued.saturating_sub(1)
         });
+    }
+
+    /// Returns how many clients are queued, of all holders.
+    pub(crate) fn queued(&self) -> usize {
+        self.quotas.values().map(|quota| quota.queued).sum()
+    }
+
+    /// Sets how many slots a holder has.
+    pub(crate) fn set_live(&mut self, holder: Holder, live: usize) {
+        self.change(holder, |quota| quota.live = live);
+    }
+
+    /// Ends all reservations: there are no new clients that they could serve.
+    pub(crate) fn end_reservations(&mut self) {
+        let holders: Vec<Holder> = self.quotas.keys().copied().collect();
+        for holder in holders {
+            self.change(holder, |quota| quota.reserved = 0);
+        }
     }
 
     /// Forgets all connections.

@@ -294,9 +294,9 @@ fn a_slot_that_never_became_a_dial_is_given_back() {
 fn a_worker_that_waits_for_a_slot_is_woken_when_there_is_one() {
     let gate = gate(2, 64);
     let woken = Arc::new(AtomicU64::new(0));
-    let wake: Wake = {
+    let wake: SlotWake = {
         let woken = Arc::clone(&woken);
-        Arc::new(move || {
+        Arc::new(move |_| {
             woken.fetch_add(1, Ordering::Relaxed);
         })
     };
@@ -320,7 +320,7 @@ fn a_worker_that_waits_for_a_slot_is_woken_when_there_is_one() {
 #[test]
 fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     let gate = gate(2, 64);
-    let wake: Wake = Arc::new(|| {});
+    let wake: SlotWake = Arc::new(|_| {});
     let _kept = gate.reserve(ONE, 0, Some(true)).unwrap();
     let now = Instant::now();
     let dial = go(&gate, now);
@@ -491,4 +491,39 @@ fn drains_are_in_the_way_only_beyond_a_tenth_while_clients_wait_the_oldest_first
     let may = |slot: &Slot| slot.may_give_up_drain(DrainEnd::Due, now);
     let allowed = slots.iter().filter(|slot| may(slot)).count();
     assert_eq!(allowed, BURST as usize);
+}
+
+/// A process that lets its connections finish, and its successor, have a gate of the VM each.
+#[test]
+fn two_processes_have_no_more_slots_than_one() {
+    use super::sharing::{OtherSlots, Remainder};
+    let now = Instant::now();
+    let (old, new) = (gate(20, 400), gate(20, 400));
+    let mut live: Vec<Slot> = (0..6).map(|_| go(&old, now)).collect();
+    live.pop().unwrap().lose();
+    let waiting = old.queue_always(ONE);
+    let free = |gate: &Gate| gate.state().quotas.free_for(Holder::Forward(ONE));
+    // For a moment both may accept.
+    let kept = old.keep_remainder(Remainder::HalfOfFree);
+    assert_eq!(kept, OtherSlots { used: 12, lost: 1 });
+    new.leave_out(kept);
+    assert_eq!((free(&old), free(&new)), (7, 7));
+    // If nothing comes of it, all is as before.
+    old.take_whole();
+    assert_eq!(free(&old), 14);
+    let kept = old.keep_remainder(Remainder::Used);
+    // One is for the client that waits, and one for a probe.
+    assert_eq!(kept, OtherSlots { used: 7, lost: 1 });
+    new.leave_out(kept);
+    assert_eq!((free(&old), free(&new)), (2, 12));
+    drop((live, waiting));
+    let kept = old.keep_remainder(Remainder::Used);
+    assert_eq!(kept, OtherSlots { used: 0, lost: 1 });
+    new.leave_out(kept);
+    assert_eq!((free(&old), free(&new)), (0, 19));
+    // What is lost outlives the process, and not the VM.
+    new.forget_other();
+    assert_eq!((free(&new), new.lost()), (19, 1));
+    new.note_vm_gone();
+    assert_eq!((free(&new), new.lost()), (20, 0));
 }
