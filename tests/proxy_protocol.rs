@@ -293,7 +293,7 @@ fn a_trusted_proxy_that_says_nothing_of_its_client_is_refused() {
     }
     tcp(port).shutdown(Shutdown::Write).unwrap();
     expect("it ended before it");
-    for _ in [silent, slow] {
+    for _ in &[silent, slow] {
         expect("has not come in time");
     }
     let counters = proxy.forwards()[0].counters;

@@ -100,12 +100,7 @@ impl<S: Socket> Connection<S> {
     }
 
     fn refuse_header(&mut self, why: &str, kind: io::ErrorKind, cx: &mut Context<'_, S>) {
-        // Without its port, so that the same proxy is told of once.
-        let proxy = match self.peer.name {
-            SocketName::Tcp(name) => name.ip().to_canonical().to_string(),
-            SocketName::Vsock(name) => format!("CID {}", name.cid),
-            other => other.to_string(),
-        };
+        let proxy = self.client_without_port();
         let why = format!("no header of the PROXY protocol from {proxy}: {why}");
         let error = Error::new(
             Operation::Accept,
