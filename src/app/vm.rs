@@ -8,9 +8,10 @@ use crate::address::{
 };
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit::{self, Places};
+use crate::proxy::Source;
 
 /// A VM of any family, and how its ports are addressed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum VmPlace {
     Hyperkit(HyperkitVm),
     HyperV(address::Vm),
@@ -92,7 +93,6 @@ impl VmPlace {
     /// Returns the address to listen on for the dials of the guest to a port of the host.
     pub(crate) fn host_port(&self, port: Port) -> Address {
         match self {
-            // The socket is the host's, and is dialled by all its guests.
             VmPlace::Vsock(vm) => VsockAddress {
                 cid: CID_ANY,
                 port,
@@ -100,6 +100,15 @@ impl VmPlace {
             }
             .into(),
             _ => self.guest_port(port),
+        }
+    }
+
+    /// Returns where clients of [`host_port`](VmPlace::host_port) may come from, if guests of other
+    /// VMs can dial it as well.
+    pub(crate) fn sources(&self) -> Vec<Source> {
+        match self {
+            VmPlace::Vsock(vm) => vec![Source::cid(vm.cid)],
+            _ => Vec::new(),
         }
     }
 }
@@ -137,6 +146,9 @@ mod tests {
             let place = VmPlace::parse(vm).unwrap().unwrap();
             assert_eq!(place.guest_port(Port(80)).to_string(), guest_port, "{vm}");
             assert_eq!(place.host_port(Port(80)).to_string(), host_port, "{vm}");
+            // Every guest of a host dials the same ports of it.
+            let only = vm.starts_with("vsock://").then_some(Source::cid(3));
+            assert_eq!(place.sources(), Vec::from_iter(only), "{vm}");
         }
     }
 

@@ -18,6 +18,7 @@ use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::control::{self, Unanswered, ask, read, refusals_by_reason, segment};
 use crate::app::escape;
+use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::keeper::LinkStatus;
 use crate::proxy::Counters;
@@ -259,9 +260,12 @@ impl Add {
         }
         let path = self.which.path();
         for rule in rules {
+            let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
             let (listen, connect) = (rule.listen.absolute()?, rule.connect.absolute()?);
             let (listen, connect) = (listen.to_string(), connect.to_string());
-            let rule = json!({"name": self.name, "listen": listen, "connect": connect});
+            let from = &options["from"];
+            let rule =
+                json!({"name": self.name, "listen": listen, "connect": connect, "from": from});
             let answer = ask(&path, "POST", "/v1/forwards", &rule.to_string())?;
             if self.json {
                 print_json(answer.trim_end())?;

@@ -16,7 +16,7 @@ use super::outcome::Failure;
 use crate::address::{Address, HvsockAddress, Port, parse_service};
 use crate::app::log::LogOptions;
 use crate::app::rule::RuleOptions;
-use crate::app::values::parse_time;
+use crate::app::values::{parse_some_time, parse_time};
 use crate::app::vm::VmPlace;
 use crate::hyperkit::Places;
 #[cfg(unix)]
@@ -120,6 +120,9 @@ pub(super) struct ProxyOptions {
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     grace: Duration,
+    /// Seconds without a connection after which it ends, for sockets by which a service manager starts it again [default: it goes on]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_some_time)]
+    exit_idle: Option<Duration>,
     /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors); up to eight ninths of them may be its guest's, whose dials beyond that are ended at once
     #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]
     vm_connections: u16,
@@ -167,5 +170,9 @@ impl ProxyOptions {
 
     pub(super) fn grace(&self) -> Duration {
         self.grace
+    }
+
+    pub(super) fn exit_idle(&self) -> Option<Duration> {
+        self.exit_idle
     }
 }

@@ -26,7 +26,9 @@ pub(super) fn rules_of_vm(
         rules.push(Rule::new(listen.clone(), vm.guest_port(*guest_port)));
     }
     for Remote { host_port, target } in remote.iter().flat_map(|it| &it.0) {
-        rules.push(Rule::new(vm.host_port(*host_port), target.clone()));
+        let mut rule = Rule::new(vm.host_port(*host_port), target.clone());
+        rule.from = vm.sources();
+        rules.push(rule);
     }
     Ok(rules)
 }

@@ -12,9 +12,10 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 
 use super::console::{complain, list, print, say};
-use super::ending::run_until_told;
 #[cfg(unix)]
-use super::ending::{end_without_what_hangs, tell_manager_of_end};
+use super::ending::{End, end_without_what_hangs, run_until_told, tell_manager_of_end};
+#[cfg(not(unix))]
+use super::ending::{End, run_until_told};
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
@@ -91,9 +92,10 @@ impl Check {
         for missing in &wanted.missing {
             complain(running::absence(missing));
         }
+        let vms = config.vms_of_forwards();
         for rule in &wanted.rules {
             let name = rule.name.as_deref().unwrap_or_default();
-            let vm = config.vm_of(name);
+            let vm = vms.get(name).copied();
             print(running::describe(name, &rule.listen, &rule.connect, vm))?;
         }
         let file = display_name(&self.file);
@@ -144,8 +146,11 @@ impl Run {
                 let _ = reload(&reloading);
             },
         )?;
-        let grace = move || asked.grace();
-        run_until_told(proxy, signals, grace, retry.reloader())
+        let end = End {
+            exit_idle: asked.exit_idle(),
+            grace: move || asked.grace(),
+        };
+        run_until_told(proxy, signals, end, retry.reloader())
     }
 }
 

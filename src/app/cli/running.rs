@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-#[cfg(unix)]
 use crate::address::HyperkitVm;
 use tracing::{error, info, warn};
 
@@ -95,6 +94,7 @@ fn open_doors(file: &Path, config: &Config, proxy: &mut ProxyConfig) -> crate::R
 fn forbid(bound: Doors, proxy: &mut ProxyConfig) -> Doors {
     proxy.forbidden = bound.addresses();
     proxy.other_descriptors = bound.descriptors();
+    proxy.observer = Some(bound.observer());
     bound
 }
 
@@ -298,6 +298,11 @@ impl Running {
         self.config().grace
     }
 
+    /// How long there may be no connection before it ends, as the file said at first.
+    pub(super) fn exit_idle(&self) -> Option<Duration> {
+        self.config().exit_idle
+    }
+
     /// What could not be had so far, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let mut told: Vec<String> = self.state().missing.iter().map(absence).collect();
@@ -308,11 +313,18 @@ impl Running {
     /// The forwards of these names, as they are carried now, line by line; all if none is named.
     pub(super) fn describe(&self, names: &[String]) -> Vec<String> {
         let config = self.config();
+        let vms = config.vms_of_forwards();
+        let names: HashSet<&String> = names.iter().collect();
         let forwards = self.handle().forwards().into_iter();
         let meant = |it: &ForwardStatus| names.is_empty() || names.contains(&name_of(&it.rule));
         let line = |it: ForwardStatus| {
             let name = name_of(&it.rule);
-            describe(&name, &it.listen, &it.rule.connect, config.vm_of(&name))
+            describe(
+                &name,
+                &it.listen,
+                &it.rule.connect,
+                vms.get(name.as_str()).copied(),
+            )
         };
         forwards.filter(meant).map(line).collect()
     }
@@ -371,6 +383,7 @@ impl Running {
             ("workers", old.workers == new.workers),
             ("splice", old.splice == new.splice),
             ("access-log", old.access_log == new.access_log),
+            ("exit-idle", old.exit_idle == new.exit_idle),
             ("control", old.control == new.control),
             ("metrics", old.metrics == new.metrics),
         ] {
@@ -406,24 +419,24 @@ impl Running {
 
     /// Makes the proxy carry what is wanted.
     fn apply(&self, state: &mut State, wanted: Wanted, occasion: Occasion) -> Summary {
+        let limited: HashSet<&HyperkitVm> = wanted.limits.iter().map(|it| &it.vm).collect();
         for old in &state.limits {
-            if !wanted.limits.iter().any(|new| new.vm == old.vm) {
+            if !limited.contains(&old.vm) {
                 self.handle().limit_vm(&VmLimits::new(old.vm.clone()));
             }
         }
         for limits in &wanted.limits {
             self.handle().limit_vm(limits);
         }
-        let waits_for = |rule: &Rule| waits_for(rule, &wanted.missing);
+        let missing: HashSet<&HyperkitVm> = wanted.missing.iter().map(|it| &it.vm).collect();
+        let waits_for = |rule: &Rule| waits_for(rule, &missing);
         let mut summary = match occasion {
             Occasion::Asked => self.reconciler.apply(&wanted.rules, &waits_for, occasion),
             Occasion::Retry => self.reconciler.try_again(&wanted.rules, &waits_for),
         };
         state.limits = wanted.limits;
-        let new = wanted
-            .missing
-            .iter()
-            .filter(|it| !state.missing.contains(it));
+        let known: HashSet<&Missing> = state.missing.iter().collect();
+        let new = wanted.missing.iter().filter(|it| !known.contains(it));
         summary.warnings.extend(new.map(absence));
         state.missing = wanted.missing;
         summary
@@ -443,10 +456,9 @@ fn guest_of(listen: &Address) -> Option<&HyperkitVm> {
 }
 
 /// Why a rule can't listen yet, if it is on a VM whose directory is missing.
-fn waits_for(rule: &Rule, missing: &[Missing]) -> Option<String> {
-    let vm = rule.listen.hyperkit_vm()?;
-    let missing = missing.iter().find(|missing| missing.vm == *vm)?;
-    let directory = missing.vm.state_dir.display();
+fn waits_for(rule: &Rule, missing: &HashSet<&HyperkitVm>) -> Option<String> {
+    let vm = missing.get(rule.listen.hyperkit_vm()?)?;
+    let directory = vm.state_dir.display();
     Some(format!("waits for the VM's state directory, {directory}"))
 }
 

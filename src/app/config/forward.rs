@@ -139,7 +139,10 @@ impl Forward {
             End::At(address) => address.clone(),
             End::Vm(port) => vm?.guest_port(*port),
         };
-        let rule = Rule::new(listen, connect);
+        let mut rule = Rule::new(listen, connect);
+        if let End::Vm(_) = &self.listen {
+            rule.from = vm?.sources();
+        }
         let mut rule = self.options.applied_to(rule);
         rule.name = Some(self.name.clone());
         Some(rule)

@@ -1,5 +1,7 @@
 //! `[vm.NAME]`, and where that VM is.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::path::PathBuf;
 
@@ -28,7 +30,7 @@ pub(super) struct Vm {
 }
 
 /// A hyperkit VM whose state directory is not there yet, or can't be understood.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Missing {
     /// As the file calls it.
     pub(crate) name: String,
@@ -110,6 +112,7 @@ pub(super) fn find<'a>(
 ) -> Found<'a> {
     let mut found: Vec<(&Vm, VmPlace)> = Vec::new();
     let mut missing = Vec::new();
+    let mut known: HashMap<VmPlace, &Vm> = HashMap::new();
     for vm in vms {
         let Some(at) = &vm.at else {
             continue;
@@ -136,12 +139,16 @@ pub(super) fn find<'a>(
                 "connections and unanswered bound hyperkit's VMs only, which have 1,024 slots";
             complain(vm.section_line.clone(), format!("[vm.{}]: {what}", vm.name));
         }
-        if let Some((other, _)) = found.iter().find(|(_, other)| *other == place) {
-            let text = format!(
-                "{:?} is the same VM as {:?}; use one name for it",
-                vm.name, other.name
-            );
-            complain(vm.line.clone(), text);
+        match known.entry(place.clone()) {
+            Entry::Vacant(free) => drop(free.insert(vm)),
+            Entry::Occupied(other) => {
+                let text = format!(
+                    "{:?} is the same VM as {:?}; use one name for it",
+                    vm.name,
+                    other.get().name
+                );
+                complain(vm.line.clone(), text);
+            }
         }
         if let VmPlace::Hyperkit(hyperkit) = &place {
             let directory = &hyperkit.state_dir;

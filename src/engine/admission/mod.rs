@@ -144,9 +144,24 @@ impl std::fmt::Display for Full {
 /// A function that wakes a worker.
 pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 
+/// A function that tells a worker that there may be a slot at a gate again, and wakes it.
+pub(crate) type SlotWake = Arc<dyn Fn(GateId) + Send + Sync>;
+
+/// The identifier of a gate in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct GateId(u64);
+
+impl GateId {
+    fn next() -> GateId {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        GateId(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// The admission gate of one VM, shared by all workers.
 #[derive(Debug)]
 pub(crate) struct Gate {
+    id: GateId,
     vm: HyperkitVm,
     state: Mutex<State>,
     /// The number of the last dial.
@@ -158,6 +173,8 @@ pub(crate) struct Gate {
 }
 
 struct State {
+    /// The gate's.
+    id: GateId,
     health: Health,
     epoch: u64,
     quotas: Quotas,
@@ -190,7 +207,7 @@ struct State {
     /// Whether the last dial went through the `connect` socket, where any port can be dialled.
     has_connect_socket: bool,
     /// The workers that wait for a slot, by their numbers.
-    waiting_workers: Vec<(usize, Wake)>,
+    waiting_workers: Vec<(usize, SlotWake)>,
     /// The time at which a dial last found no free slot.
     wanted_at: Option<Instant>,
     /// The drains of guests that go on sending, the oldest first, by their numbers.
@@ -209,7 +226,9 @@ impl std::fmt::Debug for State {
 
 impl Gate {
     pub(crate) fn new(limits: GateLimits, vm: HyperkitVm) -> Gate {
+        let id = GateId::next();
         let state = State {
+            id,
             health: Health::default(),
             epoch: 0,
             quotas: Quotas::new(limits.live),
@@ -233,6 +252,7 @@ impl Gate {
             next_drain: 0,
         };
         Gate {
+            id,
             vm,
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
@@ -311,7 +331,7 @@ impl Gate {
         self: &Arc<Gate>,
         now: Instant,
         worker: usize,
-        wake: &Wake,
+        wake: &SlotWake,
     ) -> Admission {
         let mut state = self.state();
         if let Some(at) = state.next_probe.filter(|&at| now < at) {
@@ -354,7 +374,7 @@ impl Gate {
         self: &Arc<Gate>,
         forward: ForwardId,
         worker: usize,
-        wake: &Wake,
+        wake: &SlotWake,
     ) -> Result<Slot, Full> {
         let holder = Holder::Forward(forward);
         let mut state = self.state();
@@ -405,6 +425,10 @@ impl Gate {
     pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
         let news = self.state().health.mark_down(now);
         self.log_change(news, Some(error));
+    }
+
+    pub(crate) fn id(&self) -> GateId {
+        self.id
     }
 
     /// Returns the VM.
@@ -541,7 +565,7 @@ fn why_full(quotas: &Quotas, holder: Holder) -> Full {
     }
 }
 
-fn add_waiting_worker(state: &mut State, worker: usize, wake: &Wake) {
+fn add_waiting_worker(state: &mut State, worker: usize, wake: &SlotWake) {
     if state
         .waiting_workers
         .iter()
@@ -600,7 +624,7 @@ impl State {
     /// Wakes the workers that wait: there may be a slot now.
     fn wake(&mut self) {
         for (_, wake) in self.waiting_workers.drain(..) {
-            wake();
+            wake(self.id);
         }
     }
 }
