@@ -99,12 +99,11 @@ fn draw_text(svg: &mut String, cells: &[&Cell], top: f32) {
         return;
     };
     write!(svg, r#"<text y="{:.1}">"#, top + ASCENT).unwrap();
-    let mut column = 0;
     // One blank is within a text; from two on another one begins, in its own place.
     let mut runs: Vec<(usize, String)> = Vec::new();
     let mut style = String::new();
     let mut blanks = 2;
-    for cell in &cells[..=last] {
+    for (column, cell) in cells[..=last].iter().enumerate() {
         let text = if is_text(cell) { cell.contents() } else { " " };
         if text == " " {
             blanks += 1;
@@ -123,7 +122,6 @@ fn draw_text(svg: &mut String, cells: &[&Cell], top: f32) {
             runs[0].1.push_str(text);
             blanks = 0;
         }
-        column += 1;
     }
     finish(svg, &runs, &style);
     svg.push_str("</text>\n");

@@ -49,6 +49,23 @@ pub(super) fn end_without_what_hangs(grace: Duration) {
     });
 }
 
+/// Returns what the end has begun with, in words.
+fn describe_end(live: usize, grace: Duration) -> String {
+    let has = match live {
+        0 => return "stopping".to_owned(),
+        1 => " has",
+        _ => "s have",
+    };
+    let seconds = grace.as_secs();
+    format!("stopping: no new clients; {live} connection{has} {seconds} s to finish")
+}
+
+/// Tells the service manager that the control socket was asked for the end.
+#[cfg(unix)]
+pub(super) fn tell_manager_of_end(live: usize, grace: Duration) {
+    Manager::stopping(describe_end(live, grace));
+}
+
 /// Begins the end, and says why.
 fn begin_to_end(handle: &Handle, grace: Duration, status: String) {
     // First what ends it, then what is said of it.
@@ -94,23 +111,6 @@ fn end_when_idle(
         }
         left = limit;
     }
-}
-
-/// Returns what the end has begun with, in words.
-fn describe_end(live: usize, grace: Duration) -> String {
-    let has = match live {
-        0 => return "stopping".to_owned(),
-        1 => " has",
-        _ => "s have",
-    };
-    let seconds = grace.as_secs();
-    format!("stopping: no new clients; {live} connection{has} {seconds} s to finish")
-}
-
-/// Tells the service manager that the control socket was asked for the end.
-#[cfg(unix)]
-pub(super) fn tell_manager_of_end(live: usize, grace: Duration) {
-    Manager::stopping(describe_end(live, grace));
 }
 
 /// The same; `reload` is called when a signal asks for it. Neither it nor the grace may wait for

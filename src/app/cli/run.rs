@@ -12,9 +12,10 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 
 use super::console::{complain, list, print, say};
-use super::ending::{End, run_until_told};
 #[cfg(unix)]
-use super::ending::{end_without_what_hangs, tell_manager_of_end};
+use super::ending::{End, end_without_what_hangs, run_until_told, tell_manager_of_end};
+#[cfg(not(unix))]
+use super::ending::{End, run_until_told};
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
