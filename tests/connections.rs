@@ -245,6 +245,10 @@ fn one_is_closed_and_the_others_go_on() {
     let (_, status, _) = scene.asked(&["status", "--json"]);
     let status: Value = serde_json::from_str(&status).unwrap();
     assert_eq!(status["forwards"][0]["counters"]["ended"]["closed"], 1);
+    // A forward without a name is called by where it listens.
+    let (_, status, _) = scene.asked(&["status"]);
+    let ended = format!("ended at tcp://127.0.0.1:{port}: 1 closed");
+    assert!(status.contains(&ended), "{status}");
     // A word is no id, and a closed one is gone.
     assert_eq!(scene.asked(&["close", "web"]).0, Some(2));
     assert_eq!(scene.asked(&["close", "1"]).0, Some(1));

@@ -14,7 +14,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -296,7 +296,7 @@ fn what_makes_no_sense_is_refused_and_said() {
             "/v1/forwards",
             rule(r#", "color": 1"#),
             400,
-            "color: there is no `color`; there are `connect`, `connections`, `keepalive`, `listen`, `mode`, `name`",
+            "color: there is no `color`; there are `accept_proxy`, `connect`, `connections`, `from`, `group`, `keepalive`, `listen`, `mode`, `name`",
         ),
         (
             "POST",
@@ -973,6 +973,22 @@ fn the_commands_show_add_remove_and_stop() {
     assert!(code == Some(1) && err.contains("needs a terminal"), "{err}");
 }
 
+/// Has Prometheus' own lint read metrics, where it is installed.
+fn lint(metrics: &str) {
+    let mut promtool = Command::new("promtool");
+    promtool.args(["check", "metrics"]).stdin(Stdio::piped());
+    promtool.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let Ok(mut child) = promtool.spawn() else {
+        println!("skipped: there is no promtool; install the package prometheus, or run .ci/run");
+        return;
+    };
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(metrics.as_bytes()).unwrap();
+    drop(input);
+    let said = child.wait_with_output().unwrap();
+    assert!(said.status.success(), "{said:?}: {metrics}");
+}
+
 #[test]
 fn metrics_keep_to_prometheus_format_and_are_all_that_tcp_serves() {
     let scene = Scene::with(&["--metrics", "0"]);
@@ -1015,6 +1031,7 @@ fn metrics_keep_to_prometheus_format_and_are_all_that_tcp_serves() {
             head.contains("Content-Type: text/plain; version=0.0.4"),
             "{head}"
         );
+        lint(body);
         let samples = exposition(body);
         let of = |name: &str, forward: &str| {
             let mut found = samples.iter().filter(|it| it.name == name);

@@ -7,13 +7,16 @@ mod command;
 mod common;
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use command::*;
 use common::*;
 use serde_json::Value;
+use socket2::SockRef;
 
 /// A forward to nobody, each of whose clients is a line of the log.
 fn forward(options: &[&str]) -> Command {
@@ -50,6 +53,46 @@ fn json_has_an_object_a_line_whatever_is_said() {
     assert!(text(refused, "timestamp").ends_with('Z'));
     let stopping = |it: &&Value| text(it, "message").contains("stopping");
     assert!(lines.iter().any(|it| stopping(&it)), "{lines:?}");
+}
+
+/// Though another client was refused, and that was told, just before.
+#[test]
+fn the_first_client_of_an_absent_target_is_told() {
+    let dir = private_dir();
+    let target = dir.path().join("socket");
+    let datagrams = std::os::unix::net::UnixDatagram::bind(&target).unwrap();
+    let to = format!("unix://{}", text(&target));
+    let proxy = Running::start(&["forward", "tcp://127.0.0.1:0", &to]);
+    let port = proxy.tcp_port();
+    assert!(resets_clients(port));
+    fs::remove_file(&target).unwrap();
+    drop(datagrams);
+    assert!(resets_clients(port));
+    proxy.complains("refused a client");
+    proxy.complains("clients are refused until it is back");
+}
+
+/// Only hyperkit's device has slots to lose.
+#[test]
+fn a_guest_that_does_not_end_is_told_of_without_slots_where_there_are_none() {
+    let dir = private_dir();
+    let path = dir.path().join("vm");
+    let vmm = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let to = format!("vsock-mux://:80{}", text(&path));
+    let options = ["forward", "--drain-timeout=200ms", "tcp://127.0.0.1:0", &to];
+    let proxy = Running::start(&options);
+    let client = tcp(proxy.tcp_port());
+    let (mut guest, _) = vmm.accept().unwrap();
+    guest.read_exact(&mut [0; 11]).unwrap();
+    guest.write_all(b"OK 1\n").unwrap();
+    (&client).write_all(b"x").unwrap();
+    guest.read_exact(&mut [0]).unwrap();
+    SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(client);
+    let line = proxy.complains("did not end within the drain timeout");
+    assert!(!line.contains("slot"), "{line}");
 }
 
 /// As systemd has it: standard error is the journal's, and the environment says which that is.

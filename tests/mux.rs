@@ -12,7 +12,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::*;
+use hvsock::proxy::ConnectionState;
 use hvsock::{Address, Proxy, Rule};
+use socket2::SockRef;
 
 /// A VMM that takes one connection after the other: checks the line, and leaves the rest to `answer`.
 fn vmm(path: &Path, answer: impl Fn(UnixStream) + Send + 'static) {
@@ -127,6 +129,48 @@ fn a_vmm_that_does_not_answer_is_not_waited_for_without_end() {
     assert!(resets_clients(port_of(&proxy, 0)));
     assert!(end.recv_timeout(PATIENCE).unwrap());
     eventually("it is closed", || proxy.forwards()[0].counters.live == 0);
+}
+
+/// Its service may wait for the client to speak.
+#[test]
+fn a_guest_that_accepts_after_its_client_has_left_is_told() {
+    let dir = private_dir();
+    let path = dir.path().join("vm");
+    let (line, has_come) = std::sync::mpsc::channel();
+    let (leave, has_left) = std::sync::mpsc::channel::<()>();
+    let (heard, end) = std::sync::mpsc::channel();
+    let has_left = std::sync::Mutex::new(has_left);
+    vmm(&path, move |mut stream| {
+        line.send(()).unwrap();
+        has_left.lock().unwrap().recv().unwrap();
+        stream.write_all(b"OK 1\n").unwrap();
+        heard.send(stream.read_to_end(&mut Vec::new())).unwrap();
+    });
+    // It leaves by itself, or its time is over.
+    for is_refused in [false, true] {
+        let mut config = config(vec![Rule::new(any_tcp(), mux(&path, ""))]);
+        if is_refused {
+            config.rules[0].timeouts.dial = Duration::from_millis(100);
+        }
+        let proxy = Proxy::start(config).unwrap();
+        let counters = || proxy.forwards()[0].counters;
+        let client = tcp(port_of(&proxy, 0));
+        has_come.recv_timeout(PATIENCE).unwrap();
+        match is_refused {
+            false => {
+                let linger = Some(Duration::ZERO);
+                SockRef::from(&client).set_linger(linger).unwrap();
+                drop(client);
+                let state = || proxy.handle().connections()[0].state;
+                eventually("it has left", || state() == ConnectionState::Closing);
+            }
+            true => assert!(is_reset((&client).read(&mut [0]))),
+        }
+        leave.send(()).unwrap();
+        assert_eq!(end.recv_timeout(PATIENCE).unwrap().unwrap(), 0);
+        eventually("it is closed", || counters().live == 0);
+        assert_eq!(counters().abandoned, 0);
+    }
 }
 
 #[test]

@@ -119,6 +119,14 @@ fn the_only_one_is_meant_if_none_is_named_and_one_of_several_by_its_number() {
     let second = forward(runtime, &[]);
     let (code, _, err) = said(runtime, &["status"]);
     assert_eq!(code, Some(1));
+    assert!(
+        err.contains("2 hvsocks run: say which with --pid "),
+        "{err}"
+    );
+    for one in [&first, &second] {
+        let pid = one.child.0.id();
+        assert!(err.contains(&format!("--pid {pid}")), "{err}");
+    }
     assert!(err.contains("hvsock ps"), "{err}");
     let pid = second.child.0.id().to_string();
     let (code, out, err) = said(runtime, &["status", "--pid", &pid]);

@@ -843,6 +843,53 @@ fn a_process_of_another_user_is_neither_taken_over_nor_given_anything() {
     assert_eq!(ask(tcp(port), b"on").unwrap(), b"on");
 }
 
+/// The device counts the connections of both, while those of the old one finish.
+#[test]
+fn together_they_have_no_more_of_a_vm_than_it_may_have() {
+    const MOST: u64 = 10;
+    let scene = Scene::new();
+    let state = scene.at("vm");
+    let vm = Vm::builder(&state).guest(7, Service::Echo).start().unwrap();
+    scene.write(&format!(
+        "[vm.a]\nat = {state:?}\nconnections = {MOST}\n\
+         [forward.guest]\nlisten = 0\nvm = \"a\"\nport = 7\n"
+    ));
+    let mut old = scene.run();
+    let port = scene.port("guest");
+    let come = |count: usize| -> Vec<TcpStream> {
+        let asks = |_| {
+            let mut client = tcp(port);
+            client.write_all(b"x").unwrap();
+            client
+        };
+        (0..count).map(asks).collect()
+    };
+    let answered = |clients: &[TcpStream]| {
+        let is_answered = |client: &&TcpStream| {
+            client.set_nonblocking(true).unwrap();
+            matches!(client.peek(&mut [0]), Ok(1))
+        };
+        clients.iter().filter(is_answered).count()
+    };
+    let early = come(6);
+    eventually("they are served", || answered(&early) == 6);
+    let new = scene.take_over();
+    new.says("took over from process");
+    new.says("controlled at");
+    let late = come(MOST as usize);
+    eventually("what is left is theirs", || answered(&late) >= 3);
+    let of_both = vm.counters();
+    assert!(of_both.peak_slots <= MOST, "{of_both:?}");
+    assert_eq!(answered(&early), 6);
+    // As they get fewer there, there are more here.
+    drop(early);
+    eventually("all are served", || answered(&late) == MOST as usize);
+    assert_eq!(old.exit_code(), Some(0));
+    let counters = vm.counters();
+    assert!(counters.peak_slots <= MOST, "{counters:?}");
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
 /// Kills a process that the test has started by way of another.
 struct Stray(u32);
 

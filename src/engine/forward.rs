@@ -52,6 +52,9 @@ pub(crate) struct Forward {
     pub(crate) tally: Arc<Tally>,
     pub(crate) status_cell: Arc<StatusCell>,
     pub(crate) log_limiter: LogLimiter,
+    /// The limiter of the lines about the target's absence, which no other line must keep back:
+    /// clients that are refused for it are logged nowhere else.
+    absence_limiter: LogLimiter,
     /// The health of the target, where no gate keeps it.
     health: Mutex<Health>,
     /// The slots of the VM that the forward has reserved, until it is removed.
@@ -84,6 +87,7 @@ impl Forward {
             tally: Arc::default(),
             status_cell: Arc::default(),
             log_limiter: LogLimiter::default(),
+            absence_limiter: LogLimiter::default(),
             health: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::default(),
@@ -111,6 +115,7 @@ impl Forward {
             tally: Arc::clone(&self.tally),
             status_cell: Arc::clone(&self.status_cell),
             log_limiter: LogLimiter::default(),
+            absence_limiter: LogLimiter::default(),
             health: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::clone(&self.cut),
@@ -218,7 +223,7 @@ impl Forward {
         }
         // A target that comes and goes all the time is not logged each time.
         let is_reported = self.health().is_up() == Some(false);
-        if !is_reported && self.log_limiter.admit(ABSENT, now).is_some() {
+        if !is_reported && self.absence_limiter.admit(ABSENT, now).is_some() {
             let news = self.health().mark_down(now);
             self.log_change(news, Some(error));
         }

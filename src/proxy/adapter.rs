@@ -58,6 +58,10 @@ impl Order for Adapter {
 }
 
 /// Replaces `stream`, the end of `side`, by a TCP socket that leads to it through an adapter.
+///
+/// # Errors
+/// Returns the reason if there can be no adapter. The stream is unchanged if a socket can't be had;
+/// if no thread can be started, it leads nowhere, and what it was is reset.
 pub(super) fn insert(
     side: Side,
     stream: &mut Stream,
@@ -87,10 +91,9 @@ pub(super) fn insert(
         drain,
         adapters: Arc::clone(adapters),
     };
-    if RelayThreads::start(streams, order).is_err() {
-        // No thread could be started. Both streams were reset, and with them what `stream` leads
-        // to.
+    if let Err(e) = RelayThreads::start(streams, order) {
         *adapters.live() -= 1;
+        return Err(e);
     }
     Ok(())
 }

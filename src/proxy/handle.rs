@@ -82,6 +82,12 @@ impl Handle {
         self.controller.hand_over(give)
     }
 
+    /// Shares the slots of VMs with another process, while one of the two lets its connections finish.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn shared_slots(&self) -> super::SharedSlots<'_> {
+        self.controller.shared_slots()
+    }
+
     /// Starts the keeper, if there is to be one, and waits a moment until it can take what the
     /// guests of the VM in that state directory dial.
     #[cfg(all(unix, feature = "cli"))]
@@ -140,6 +146,12 @@ impl Handle {
     /// Returns the number of connections that are not closed yet.
     pub fn live(&self) -> usize {
         self.controller.live()
+    }
+
+    /// Returns how long there has been no connection, since the last one was closed or the proxy was
+    /// started; `None` if there is one.
+    pub fn idle_for(&self) -> Option<Duration> {
+        self.controller.idle_for()
     }
 
     /// Returns whether the proxy was told to stop.

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::address::Address;
@@ -12,7 +13,9 @@ use crate::sys::Identity;
 
 use super::controller::{ANSWER_TIMEOUT, Controller, no_answer, stopping};
 use super::driver::Driver;
+use super::rules::Binder;
 use super::shared::{Command, Hold};
+use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::id::ForwardId;
 use crate::engine::rule::Rule;
 
@@ -33,7 +36,38 @@ pub(crate) struct Offered {
     pub(crate) is_foreign: bool,
 }
 
+/// The slots of VMs, some of which another process has: the one that this one takes over from, or
+/// that takes over from this one. A VM is known by the path of its socket.
+pub(crate) struct SharedSlots<'a>(&'a Binder);
+
+impl SharedSlots<'_> {
+    /// Keeps what this process may go on to use of each VM's slots. Returns that, which a successor
+    /// is to leave out.
+    pub(crate) fn keep_remainders(&self, what: Remainder) -> Vec<(PathBuf, OtherSlots)> {
+        self.0.keep_remainders(what)
+    }
+
+    /// Takes all slots again, for there is no successor after all.
+    pub(crate) fn take_whole(&self) {
+        self.0.take_whole();
+    }
+
+    /// Leaves out the slots that the predecessor still has of a VM.
+    pub(crate) fn leave_out(&self, vm: &Path, slots: OtherSlots) {
+        self.0.leave_out(vm, slots);
+    }
+
+    /// Takes the predecessor's end.
+    pub(crate) fn forget_predecessor(&self) {
+        self.0.forget_other();
+    }
+}
+
 impl<D: Driver> Controller<D> {
+    pub(super) fn shared_slots(&self) -> SharedSlots<'_> {
+        SharedSlots(&self.binder)
+    }
+
     /// Offers duplicates of all listeners, and leaves those whose forwards `give` returns to
     /// whoever has the duplicates now. Clients are accepted until then. Nothing else changes the
     /// forwards meanwhile.

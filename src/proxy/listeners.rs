@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, error, info, warn};
 
 use crate::engine::relay::{Side, Socket};
+use crate::listener::FileAccess;
 use crate::listener::nonblocking::{has_client_left, is_broken};
 
 #[cfg(all(unix, feature = "cli"))]
@@ -29,6 +30,7 @@ use crate::engine::id::ForwardId;
 use crate::engine::log_limiter::LogLimiter;
 use crate::engine::status::Obstacle;
 use crate::engine::timers::Timers;
+use crate::error::{Error, Operation};
 
 /// The connections that one listener may accept before the others have their turn.
 const BATCH: usize = 64;
@@ -355,18 +357,18 @@ impl<D: Driver> Listeners<D> {
         self.free_entry(index);
     }
 
-    /// Changes the permissions of a forward's socket file, if this worker has the listener.
-    pub(super) fn set_mode(
+    /// Changes the owner, group and permissions of a forward's socket file, if this worker has the listener.
+    pub(super) fn set_access(
         &mut self,
         forward: ForwardId,
-        mode: u32,
+        access: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
         cx: &mut TurnContext<'_, D>,
     ) {
         let index = self.listener_of(forward);
         match index.and_then(|index| self.all[index].listener.as_ref()) {
-            Some(listener) => cx.driver.set_mode(listener, mode, wanted, done),
+            Some(listener) => cx.driver.set_access(listener, access, wanted, done),
             // The thread that asked may have given up.
             None => drop(done.send(Ok(()))),
         }
@@ -592,15 +594,17 @@ impl<D: Driver> Listeners<D> {
         let listening = &mut self.all[index];
         let forward = Arc::clone(&listening.forward);
         listening.ready = false;
+        // One that is about to be closed is left to that, which removes its file elsewhere
+        // (invariant 8).
+        if cx.phase > Phase::Running || listening.removed {
+            return;
+        }
         listening.set_obstacle(Obstacle::Lost, &"its listener was shut down");
         if listening.log_limiter.admit("shut down", cx.now).is_some() {
             let listen = &forward.rule.listen;
             warn!("the listener on {listen} was shut down from outside; binding it again");
         }
-        let is_wanted = cx.phase == Phase::Running && !listening.removed;
-        if let Some(old) = listening.listener.take()
-            && is_wanted
-        {
+        if let Some(old) = listening.listener.take() {
             self.bind_again(index, Some(old), cx);
         }
         self.begin_checks(index, cx.now + CHECK_INTERVAL);
@@ -779,6 +783,7 @@ impl<D: Driver> Listeners<D> {
         let forward = Arc::clone(&listening.forward);
         let listen = &forward.rule.listen;
         match found {
+            Found::Nothing => {}
             Found::Ours => {
                 if listening.obstacle == Some(Obstacle::Lost) {
                     listening.lost = false;
@@ -806,9 +811,9 @@ impl<D: Driver> Listeners<D> {
                 let rule = &forward.rule;
                 if let Err(e) = cx.driver.watch_listener(&mut listener, of.token, rule) {
                     cx.driver.close_listener(listener, None);
-                    listening.set_obstacle(Obstacle::Lost, &e);
-                    error!("cannot watch {listen}: {e}");
-                    return;
+                    // Invariant 11: it is tried again each second, and logged once.
+                    let e = Error::new(Operation::Listen, listen, e);
+                    return self.take_file_state(of, Found::Failed(e), cx);
                 }
                 let listening = &mut self.all[of.token];
                 match was_shut_down {

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,10 +22,11 @@ use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
 #[cfg(unix)]
 use crate::keeper::Link;
+use crate::listener::FileAccess;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
 use crate::name::{PeerProcess, SocketName};
-use crate::stream::endpoint::Endpoint;
+use crate::stream::endpoint::{Endpoint, Target};
 use crate::stream::nonblocking::Stream;
 #[cfg(all(unix, feature = "cli"))]
 use crate::sys::AsSocket;
@@ -116,6 +118,9 @@ pub(crate) struct MioDriver {
     /// The relay threads that have not reported their end.
     relay_threads: HashMap<usize, RelayThreads>,
     adapters: Arc<Adapters>,
+    /// The programs that are connected.
+    #[cfg(unix)]
+    programs: Arc<dial::Programs>,
     housekeeper: Housekeeper,
     #[cfg(unix)]
     keeper: Option<Link>,
@@ -140,6 +145,8 @@ impl MioDriver {
             resolving: HashMap::new(),
             relay_threads: HashMap::new(),
             adapters: Arc::default(),
+            #[cfg(unix)]
+            programs: Arc::default(),
             housekeeper,
             #[cfg(unix)]
             keeper,
@@ -148,14 +155,20 @@ impl MioDriver {
         })
     }
 
-    /// Has the housekeeper run a job in a directory, and the loop receive its result.
+    /// Has the housekeeper run a job in a directory, and the loop receive its result; that is
+    /// `failure` if the job panics, since the loop waits for one.
     fn ask_housekeeper(
         &self,
         directory: &Path,
+        failure: Event<Stream, Listener>,
         job: impl FnOnce() -> Event<Stream, Listener> + Send + 'static,
     ) {
         let notifier = Arc::clone(&self.notifier);
-        let job = move || notifier.notify(Report::Event(job()));
+        let job = move || {
+            // The panic was logged.
+            let result = catch_unwind(AssertUnwindSafe(job)).unwrap_or(failure);
+            notifier.notify(Report::Event(result));
+        };
         self.housekeeper.run(directory, job);
     }
 
@@ -245,6 +258,8 @@ impl Drop for MioDriver {
     fn drop(&mut self) {
         self.housekeeper.finish(LAST_FILES);
         self.adapters.wait(LAST_WORDS);
+        #[cfg(unix)]
+        self.programs.wait();
         // What was written to a pipe and not read yet is delivered only while its poller lives.
         #[cfg(windows)]
         sys::wait_for_last_words(LAST_WORDS);
@@ -273,11 +288,17 @@ fn directory_of(address: &Address) -> Option<PathBuf> {
     }
 }
 
-fn bind(address: &Address, mode: u32) -> Found<Listener> {
-    match Listener::bind(address, mode) {
+fn bind(address: &Address, access: FileAccess) -> Found<Listener> {
+    match Listener::bind(address, access) {
         Ok(listener) => Found::Bound(listener),
         Err(error) => Found::Failed(error),
     }
+}
+
+/// Returns the result of a job for a listener that has failed.
+fn nothing_found(of: ListenerId) -> Event<Stream, Listener> {
+    let found = Found::Nothing;
+    Event::Listener { of, found }
 }
 
 /// The relay threads' view of their connection.
@@ -347,8 +368,8 @@ impl Driver for MioDriver {
     type Stream = Stream;
     type Listener = Listener;
 
-    fn bind(address: &Address, mode: u32) -> Result<Listener> {
-        Listener::bind(address, mode)
+    fn bind(address: &Address, access: FileAccess) -> Result<Listener> {
+        Listener::bind(address, access)
     }
 
     fn take_passed(listener: listener::Listener) -> Listener {
@@ -462,13 +483,13 @@ impl Driver for MioDriver {
         let Some(file) = listener.file() else {
             return false;
         };
-        let (address, mode) = (rule.listen.clone(), rule.mode);
+        let (address, access) = (rule.listen.clone(), rule.access());
         let directory = file.directory().to_owned();
-        self.ask_housekeeper(&directory, move || {
+        self.ask_housekeeper(&directory, nothing_found(of), move || {
             let found = match file.state() {
                 FileState::Ours => Found::Ours,
                 FileState::Taken => Found::Taken,
-                FileState::Missing => bind(&address, mode),
+                FileState::Missing => bind(&address, access),
             };
             Event::Listener { of, found }
         });
@@ -477,24 +498,24 @@ impl Driver for MioDriver {
 
     fn bind_again(&mut self, old: Option<Listener>, of: ListenerId, rule: &Rule) {
         let file = old.and_then(|old| self.close_at_once(old));
-        let (address, mode) = (rule.listen.clone(), rule.mode);
+        let (address, access) = (rule.listen.clone(), rule.access());
         let directory = directory_of(&address);
         let bind_again = move || {
             drop(file);
-            let found = bind(&address, mode);
+            let found = bind(&address, access);
             Event::Listener { of, found }
         };
         match directory {
-            Some(directory) => self.ask_housekeeper(&directory, bind_again),
+            Some(directory) => self.ask_housekeeper(&directory, nothing_found(of), bind_again),
             // Bound at once, since clients are refused until then.
             None => self.notifier.notify(Report::Event(bind_again())),
         }
     }
 
-    fn set_mode(
+    fn set_access(
         &mut self,
         listener: &Listener,
-        mode: u32,
+        access: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     ) {
@@ -505,7 +526,7 @@ impl Driver for MioDriver {
         let directory = file.directory().to_owned();
         self.housekeeper.run(&directory, move || {
             if wanted.begin() {
-                let _ = done.send(file.set_mode(mode));
+                let _ = done.send(file.set_access(access));
             }
         });
     }
@@ -564,7 +585,12 @@ impl Driver for MioDriver {
             other => directory_of(other).unwrap_or_default(),
         };
         let address = address.clone();
-        self.ask_housekeeper(&directory, move || {
+        let unexplained = Error::new(Operation::Connect, &address, error.kind().into());
+        let failure = Event::Explained {
+            token,
+            error: unexplained,
+        };
+        self.ask_housekeeper(&directory, failure, move || {
             let error = dial::explain(&address, error);
             Event::Explained { token, error }
         });
@@ -653,7 +679,10 @@ impl Driver for MioDriver {
         let directory = gate.vm().state_dir.clone();
         #[cfg(unix)]
         let keeper = self.keeper.as_ref().map(Link::view);
-        self.ask_housekeeper(&directory, move || {
+        let failure = Event::LookFailed {
+            gate: Arc::clone(&gate),
+        };
+        self.ask_housekeeper(&directory, failure, move || {
             let vm = gate.vm();
             #[cfg(unix)]
             if let Some(keeper) = keeper {
@@ -670,8 +699,14 @@ impl Driver for MioDriver {
     fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
         let notifier = Arc::clone(&self.notifier);
         let target = address.clone();
+        #[cfg(unix)]
+        let programs = Arc::clone(&self.programs);
         let dial = move || {
-            let stream = stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking);
+            let stream = match Target::of(&target) {
+                #[cfg(unix)]
+                Target::OnThread => dial::on_thread(&target, &programs),
+                _ => stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking),
+            };
             notifier.notify(Report::Event(Event::Dialled { token, stream }));
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());
@@ -732,5 +767,39 @@ impl Driver for MioDriver {
         if let Some(threads) = self.relay_threads.get(&token) {
             threads.cut();
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::engine::admission::GateLimits;
+
+    #[test]
+    fn a_look_that_panics_has_a_result() {
+        let housekeeper = Housekeeper::start().unwrap();
+        let mut driver = MioDriver::new(
+            housekeeper,
+            #[cfg(unix)]
+            None,
+        )
+        .unwrap();
+        let limits = GateLimits {
+            live: 1,
+            unanswered: 1,
+        };
+        let gate = Arc::new(Gate::new(limits, HyperkitVm::new("/nowhere")));
+        driver.ask_housekeeper(Path::new("/"), Event::LookFailed { gate }, || {
+            panic!("as a test")
+        });
+        let mut events = Vec::new();
+        let end = Instant::now() + Duration::from_secs(20);
+        while events.is_empty() {
+            assert!(Instant::now() < end, "no result came");
+            let soon = Duration::from_millis(100);
+            driver.wait(&mut events, Some(soon)).unwrap();
+        }
+        assert!(matches!(events[..], [Event::LookFailed { .. }]));
     }
 }

@@ -86,7 +86,9 @@ pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
 pub use crate::engine::end_reason::{EndReason, Reason as RefusalReason};
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
+pub use crate::engine::proxy_header::ProxyProtocol;
 pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
+pub use crate::engine::source::{Source, SourceError};
 pub use crate::engine::status::{
     ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus, Waiting,
 };
@@ -96,7 +98,7 @@ pub(crate) use descriptors::Descriptors as ProcessDescriptors;
 pub(crate) use forbidden::leads_to;
 pub use handle::Handle;
 #[cfg(all(unix, feature = "cli"))]
-pub(crate) use handover::Offered;
+pub(crate) use handover::{Offered, SharedSlots};
 #[cfg(feature = "cli")]
 pub(crate) use loops::{RuleIndex, describe as describe_loop};
 #[cfg(feature = "cli")]

@@ -221,39 +221,57 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
         Some(side) => Some((side, Ending::BrokenOff)),
         None => first.get().map(|side| (*side, Ending::Whole)),
     };
-    let mut abandoned = false;
-    for (side, end) in Side::BOTH.into_iter().zip(ends) {
-        let stream = &end.stream;
-        let drain = order.drain(side);
-        let was_cut = cut.load(Ordering::Acquire);
-        let whole = flows[side.other()] == Flow::Finished;
-        abandoned |= match close_mode(flows, side) {
-            CloseMode::Close if !stream.is_framed() || flows[side] == Flow::Dead => false,
-            // Rule 2 of a good neighbour: a VMM's connection is read to its EOF whatever happened,
-            // and never closed with bytes unread.
-            _ if stream.address().transport().needs_graceful_close => match was_cut {
-                true => close_gracefully(stream, Duration::ZERO),
-                false => close_gracefully(stream, drain.unwrap_or(LINGER)),
-            },
-            _ if was_cut => abort(stream),
-            CloseMode::Close | CloseMode::Linger => {
-                close_gracefully(stream, drain.unwrap_or(LINGER))
+    // Neither side waits for the other: its peer may take the whole drain timeout.
+    let close = |side: Side, end: Arc<End>| close_side(flows, side, &end.stream, cut, order);
+    let [client, server] = ends;
+    let abandoned = thread::scope(|scope| {
+        let mine = Arc::clone(&server);
+        let other = thread("hvsock-relay-close").spawn_scoped(scope, || close(Side::Server, mine));
+        match other {
+            Ok(other) => {
+                drop(server);
+                close(Side::Client, client) | other.join().unwrap_or(false)
             }
-            CloseMode::Reset => match drain.filter(|_| whole) {
-                Some(time) => close_gracefully(stream, time),
-                // A peer that takes no more will never receive what it has not received yet.
-                None if flows[side.other()] == Flow::Refused => abort(stream),
-                None => {
-                    wait_for_arrival(stream, cut);
-                    abort(stream)
-                }
-            },
-        };
-    }
+            Err(_) => close(Side::Client, client) | close(Side::Server, server),
+        }
+    });
     Ended {
         delivered,
         abandoned,
         first,
+    }
+}
+
+/// Closes a side as [`CloseMode`] says. Returns whether its peer was to end it, and did not in time.
+fn close_side(
+    flows: [Flow; 2],
+    side: Side,
+    stream: &Stream,
+    cut: &AtomicBool,
+    order: &impl Order,
+) -> bool {
+    let drain = order.drain(side);
+    let was_cut = cut.load(Ordering::Acquire);
+    let whole = flows[side.other()] == Flow::Finished;
+    match close_mode(flows, side) {
+        CloseMode::Close if !stream.is_framed() || flows[side] == Flow::Dead => false,
+        // Rule 2 of a good neighbour: a VMM's connection is read to its EOF whatever happened, and
+        // never closed with bytes unread.
+        _ if stream.address().transport().needs_graceful_close => match was_cut {
+            true => close_gracefully(stream, Duration::ZERO),
+            false => close_gracefully(stream, drain.unwrap_or(LINGER)),
+        },
+        _ if was_cut => abort(stream),
+        CloseMode::Close | CloseMode::Linger => close_gracefully(stream, drain.unwrap_or(LINGER)),
+        CloseMode::Reset => match drain.filter(|_| whole) {
+            Some(time) => close_gracefully(stream, time),
+            // A peer that takes no more will never receive what it has not received yet.
+            None if flows[side.other()] == Flow::Refused => abort(stream),
+            None => {
+                wait_for_arrival(stream, cut);
+                abort(stream)
+            }
+        },
     }
 }
 

@@ -3,6 +3,8 @@
 
 use std::collections::HashMap;
 use std::io;
+#[cfg(all(unix, feature = "cli"))]
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +18,8 @@ use crate::{dial, listener};
 use super::driver::Driver;
 use super::forbidden::leads_to;
 use super::loops::{self, RuleIndex};
+#[cfg(all(unix, feature = "cli"))]
+use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::admission::{Gate, GateLimits, Reservation};
 use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
@@ -32,6 +36,16 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
     };
+    if rule.listen.why_no_listener().is_some() {
+        return Err(not_carried(Operation::Listen, &rule.listen));
+    }
+    if let Some(source) = rule.from.iter().find(|it| !it.suits(&rule.listen)) {
+        let (listen, scheme) = (&rule.listen, rule.listen.scheme());
+        let why = format!("no client of a {scheme} address comes from {source}");
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        let remedy = "tcp:// addresses have networks in from, vsock:// ones CIDs, others none; of a Unix socket mode, owner and group say who may come";
+        return Err(Error::new(Operation::Listen, listen, cause).with_remedy(remedy));
+    }
     if let Some((why, remedy)) = rule.connect.why_no_target() {
         let error = invalid(Operation::Connect, &rule.connect, why);
         return error.map_err(|error| match remedy {
@@ -40,7 +54,11 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         });
     }
     check_relay_threads(rule, waiter)?;
-    if let Some(most) = rule.connections.filter(|most| *most < rule.reserved.max(1)) {
+    check_proxy_protocol(rule, waiter)?;
+    if let Some(most) = rule
+        .most_connections()
+        .filter(|most| *most < rule.reserved.max(1))
+    {
         let why = match most {
             0 => "it may have no connection at all".to_owned(),
             _ => format!(
@@ -55,6 +73,27 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         return invalid(Operation::Connect, &rule.connect, why);
     }
     Ok(())
+}
+
+/// Refuses what the PROXY protocol can't do.
+fn check_proxy_protocol(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+    let waiters = [waiter(&rule.listen), waiter(&rule.connect)];
+    let is_on_threads = waiters.contains(&Waiter::Thread) && !waiters.contains(&Waiter::Poller);
+    if is_on_threads && rule.proxy_protocol.is_some() {
+        let why = format!("from {} it is told of no client", rule.listen);
+        let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+        return Err(Error::new(Operation::Connect, &rule.connect, cause)
+            .with_remedy("leave proxy-protocol out, or have a TCP socket between them"));
+    }
+    let mut from = rule.accept_proxy.iter();
+    let Some(source) = from.find(|it| !it.suits(&rule.listen)) else {
+        return Ok(());
+    };
+    let scheme = rule.listen.scheme();
+    let why = format!("no client of a {scheme} address comes from {source}");
+    let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+    Err(Error::new(Operation::Listen, &rule.listen, cause)
+        .with_remedy("in accept-proxy, tcp:// addresses have networks, vsock:// ones CIDs"))
 }
 
 /// Refuses a rule that relay threads can't carry: they neither know refusals by EOF nor hold back
@@ -237,7 +276,7 @@ impl Binder {
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let listener = match self.take(&rule, id)? {
             Some(listener) => D::take_passed(listener),
-            None => D::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
+            None => D::bind(&rule.listen, rule.access()).map_err(|e| match e.kind() {
                 io::ErrorKind::AddrInUse => self.explain(e, &rule.listen),
                 _ => e,
             })?,
@@ -383,6 +422,38 @@ impl Binder {
         });
     }
 
+    /// Keeps the remainder of each VM's slots, and returns it with the path of the VM's socket.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn keep_remainders(&self, what: Remainder) -> Vec<(PathBuf, OtherSlots)> {
+        let gates = self.gates().clone();
+        let remainder = |(path, gate): (PathBuf, Arc<Gate>)| (path, gate.keep_remainder(what));
+        gates.into_iter().map(remainder).collect()
+    }
+
+    /// Takes all slots of all VMs again.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn take_whole(&self) {
+        self.gates().values().for_each(|gate| gate.take_whole());
+    }
+
+    /// Leaves out the slots that another process has of the VM with that socket, if it is known here.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn leave_out(&self, socket: &Path, slots: OtherSlots) {
+        if let Some(gate) = self.gates().get(socket) {
+            gate.leave_out(slots);
+        }
+    }
+
+    /// Takes the end of that process.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(super) fn forget_other(&self) {
+        self.gates().values().for_each(|gate| gate.forget_other());
+    }
+
+    fn gates(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<Gate>>> {
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Returns the gate of an address' VM, if it is a hyperkit address.
     fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
         address.hyperkit_vm().map(|vm| self.gate_of_vm(vm))
@@ -390,9 +461,8 @@ impl Binder {
 
     fn gate_of_vm(&self, vm: &HyperkitVm) -> Arc<Gate> {
         let socket = socket_of(vm);
-        let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || Arc::new(Gate::new(self.limits, vm.clone()));
-        Arc::clone(gates.entry(socket).or_insert_with(new))
+        Arc::clone(self.gates().entry(socket).or_insert_with(new))
     }
 }
 

@@ -211,6 +211,7 @@ impl<D: Driver> Worker<D> {
                 identity,
                 process,
             } => gate.take_look(identity, process, now),
+            Event::LookFailed { gate } => gate.end_look(),
             Event::Listener { of, found } => {
                 call!(self.listeners.take_listener(of, found), now);
                 self.adopt_accepted(now);
@@ -233,8 +234,11 @@ impl<D: Driver> Worker<D> {
                     let _ = done.send(());
                 }
             }
-            Command::SetMode(forward, mode, wanted, done) => {
-                call!(self.listeners.set_mode(forward, mode, wanted, done), now);
+            Command::SetAccess(forward, access, wanted, done) => {
+                call!(
+                    self.listeners.set_access(forward, access, wanted, done),
+                    now
+                );
             }
             Command::Remove(forward, grace, done) => self.remove(forward, grace, done, now),
             #[cfg(all(unix, feature = "cli"))]

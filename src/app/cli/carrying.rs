@@ -6,6 +6,8 @@ use super::console::say;
 #[cfg(unix)]
 use super::control_socket;
 use super::ending::run_proxy;
+#[cfg(unix)]
+use super::ending::tell_manager_of_end;
 use super::kept::{Describe, KeepTrying, Kept};
 use super::options::ProxyOptions;
 use super::outcome::Outcome;
@@ -41,18 +43,21 @@ pub(super) fn carry(
     proxy.forwards().iter().map(describe).for_each(say);
     kept.iter().for_each(|kept| kept.complain());
     let _retry = kept.map(Kept::keep_trying).transpose()?;
-    run_proxy(proxy, options.grace(), signals)
+    run_proxy(proxy, options, signals)
 }
 
 /// Returns what the control socket may do beside what the proxy itself can.
 #[cfg(unix)]
 fn actions(options: &ProxyOptions, kept: Option<Arc<Kept>>) -> Actions {
     let (grace, rule) = (options.grace(), options.rule().clone());
+    let allows_exec = options.control().allows_exec();
     Actions {
         options: Box::new(move || rule.clone()),
         pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
+        stopping: tell_manager_of_end,
         reload: None,
         succession: None,
         grace: Box::new(move || grace),
+        allows_exec: Box::new(move || allows_exec),
     }
 }

@@ -15,8 +15,9 @@ use crate::proxy::Waiting;
 /// Show the connections of an hvsock that runs, and who has made them
 #[derive(Args, Debug)]
 #[command(
-    after_help = "PEER is the client: its address, or, of a Unix socket, the process that connected it. IDLE is the time
-since a byte went through. WAITING are bytes on their way to the server and to the client, as far as the system tells.
+    after_help = "PEER is the client: its address, or, of a Unix socket, the process that connected it. IDLE is the
+time since a byte went through. WAITING are bytes on their way to the server and to the client, as
+far as the system tells.
 
 Examples:
   hvsock connections
@@ -67,7 +68,7 @@ impl Connections {
         let rows = all.iter().map(|it| {
             [
                 it.id.to_string(),
-                status.label_of(it.forward),
+                status.name_of(it.forward).to_owned(),
                 it.peer_in_words(),
                 it.state.to_string(),
                 age(it.idle_seconds as u64),
@@ -103,7 +104,7 @@ fn waiting(bytes: Waiting) -> String {
   hvsock connections web --json | jq '.[].id' | xargs hvsock close")]
 pub(super) struct Close {
     /// The connections' ids, as `hvsock connections` has them
-    #[arg(value_name = "ID", required = true)]
+    #[arg(value_name = "ID", required = true, add = ArgValueCompleter::new(complete::connection))]
     ids: Vec<u64>,
     #[command(flatten)]
     which: Which,

@@ -14,10 +14,11 @@ use super::reconciler::danger;
 use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
 use super::summary::Report;
-use super::{complete, table};
+use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::control::{self, Unanswered, ask, read, refusals_by_reason, segment};
 use crate::app::escape;
+use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::keeper::LinkStatus;
 use crate::proxy::Counters;
@@ -123,18 +124,21 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
         if let (Some(why), Some(since)) = (&forward.why, forward.since) {
             lines.push(format!(
                 "{} is {} since {}: {why}",
-                forward.label(),
+                forward.name_or_address(),
                 forward.state,
                 ago(since, now)
             ));
         }
         if let Some(error) = &forward.last_error {
             lines.push(format!(
-                "{}, {}: {}",
-                forward.label(),
+                "the last error of {}, {}: {}",
+                forward.name_or_address(),
                 ago(error.at, now),
                 error.text
             ));
+        }
+        if let Some(ends) = ends(&forward.counters) {
+            lines.push(format!("ended at {}: {ends}", forward.name_or_address()));
         }
     }
     for line in lines {
@@ -179,6 +183,18 @@ fn refusals(counters: &Counters) -> String {
     format!("{} ({})", counters.refused, why.join(", "))
 }
 
+/// How many connections have ended, and why; `None` if none has.
+fn ends(counters: &Counters) -> Option<String> {
+    let by_reason = serde_json::to_value(counters.ended).ok()?;
+    let counts = by_reason.as_object()?.iter();
+    let counts = counts.filter_map(|(reason, count)| Some((reason, count.as_u64()?)));
+    let counts = counts.filter(|(_, count)| *count > 0);
+    let why: Vec<String> = counts
+        .map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")))
+        .collect();
+    (!why.is_empty()).then(|| why.join(", "))
+}
+
 pub(super) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
@@ -203,20 +219,21 @@ pub(super) struct Add {
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = clap::value_parser!(Address))]
+    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::address())]
     addresses: Vec<Address>,
-    /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
-    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
+    /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: Option<String>,
     /// Host to guest, as for `hvsock expose`
     #[arg(
         short = 'L',
         value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT",
-        requires = "vm"
+        requires = "vm",
+        value_parser = arguments::locals()
     )]
     local: Vec<Locals>,
     /// Guest to host, as for `hvsock expose`
-    #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm")]
+    #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm", value_parser = arguments::remotes())]
     remote: Vec<Remotes>,
     /// Print what the control socket says, as it is
     #[arg(long)]
@@ -243,9 +260,12 @@ impl Add {
         }
         let path = self.which.path();
         for rule in rules {
+            let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
             let (listen, connect) = (rule.listen.absolute()?, rule.connect.absolute()?);
             let (listen, connect) = (listen.to_string(), connect.to_string());
-            let rule = json!({"name": self.name, "listen": listen, "connect": connect});
+            let from = &options["from"];
+            let rule =
+                json!({"name": self.name, "listen": listen, "connect": connect, "from": from});
             let answer = ask(&path, "POST", "/v1/forwards", &rule.to_string())?;
             if self.json {
                 print_json(answer.trim_end())?;

@@ -17,8 +17,8 @@ use crate::app::processes::{self, Process};
 /// List the hvsock processes of this user, and what they forward
 #[derive(Args, Debug)]
 #[command(
-    after_help = "`hvsock status --pid PID` tells more of one. Of a process without a control socket that can be found, its
-command line is shown.
+    after_help = "`hvsock status --pid PID` tells more of one. Of a process without a control socket that can be found, its command
+line is shown.
 
 Examples:
   hvsock ps

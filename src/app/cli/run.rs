@@ -12,9 +12,9 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 
 use super::console::{complain, list, print, say};
+use super::ending::{End, run_until_told};
 #[cfg(unix)]
-use super::ending::end_without_what_hangs;
-use super::ending::run_until_told;
+use super::ending::{end_without_what_hangs, tell_manager_of_end};
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
@@ -145,8 +145,11 @@ impl Run {
                 let _ = reload(&reloading);
             },
         )?;
-        let grace = move || asked.grace();
-        run_until_told(proxy, signals, grace, retry.reloader())
+        let end = End {
+            exit_idle: asked.exit_idle(),
+            grace: move || asked.grace(),
+        };
+        run_until_told(proxy, signals, end, retry.reloader())
     }
 }
 
@@ -198,7 +201,11 @@ fn end_after_hand_over(handle: &Handle, grace: Duration, successor: u32) {
     handle.stop(grace);
     end_without_what_hangs(grace);
     complain(format_args!(
-        "process {successor} has taken over; {live} connections have {} s to finish here",
+        "process {successor} has taken over; {} {} s to finish here",
+        match live {
+            1 => "1 connection has".to_owned(),
+            n => format!("{n} connections have"),
+        },
         grace.as_secs()
     ));
 }
@@ -218,7 +225,8 @@ fn control(
         start: Box::new(move || start_successor(&program)),
         end: Box::new(move |pid| end_after_hand_over(ended.handle(), ended.grace(), pid)),
     };
-    let (read, options, grace, pending) = (
+    let (read, options, grace, pending, exec) = (
+        Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
@@ -227,6 +235,7 @@ fn control(
     let actions = Actions {
         options: Box::new(move || options.defaults()),
         pending: Box::new(move || pending.pending()),
+        stopping: tell_manager_of_end,
         reload: Some(Box::new(move || match reload(&read) {
             Ok(summary) => {
                 serde_json::to_value(summary.report()).map_err(|e| Problem::new(500, e.to_string()))
@@ -238,6 +247,7 @@ fn control(
         })),
         succession: Some(succession),
         grace: Box::new(move || grace.grace()),
+        allows_exec: Box::new(move || exec.allows_exec()),
     };
     super::control_socket::serve(doors, proxy, actions)
 }

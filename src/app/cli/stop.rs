@@ -36,7 +36,7 @@ Examples:
 pub(super) struct Stop {
     /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end its keepers whose
     /// hvsock has ended, and no hvsock
-    #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"])]
+    #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"], value_parser = super::arguments::vm())]
     vm: Option<String>,
     /// End the keeper as well. Nobody listens then on the ports that the guest dials: a VM whose guest goes on dialling them
     /// may hang
@@ -86,6 +86,14 @@ impl Stop {
         let call = format!("/v1/stop{}", query(self.grace));
         let answer: Value = read(&ask(path, "POST", &call, "")?)?;
         let grace = duration(answer["grace_seconds"].as_f64().unwrap_or(0.0));
+        let live = answer["live"].as_u64().unwrap_or(0);
+        if live > 0 && !grace.is_zero() {
+            let (has, seconds) = (if live == 1 { "has" } else { "have" }, grace.as_secs());
+            complain(format_args!(
+                "{} {has} {seconds} s to finish; `hvsock stop --grace 0` cuts off what is left",
+                table::counted(live, "connection")
+            ));
+        }
         let end = crate::time::after(Instant::now(), grace.saturating_add(LEAVE));
         match has_ended(end) {
             true => print("stopped"),
@@ -196,13 +204,17 @@ pub(super) fn describe(keeper: &KeeperStatus, directory: &Path) -> String {
     let held = of(PortState::Held).map(|ports| format!(" and of port {ports}"));
     let served = of(PortState::Serving).map(|ports| format!(", accepts on port {ports}"));
     let served = served.unwrap_or_default();
+    let given_up = match keeper.given_up {
+        0 => String::new(),
+        n => format!("; gave up {n} whose guest went on sending"),
+    };
     match keeper.proxy_ended {
         false => format!(
-            "keeper {pid} of hvsock process {proxy} has copies of {connections}{}{served}",
+            "keeper {pid} of hvsock process {proxy} has copies of {connections}{}{served}{given_up}",
             held.unwrap_or_default()
         ),
         true => format!(
-            "keeper {pid}, whose hvsock process {proxy} has ended, ends {connections}{served}"
+            "keeper {pid}, whose hvsock process {proxy} has ended, ends {connections}{served}{given_up}"
         ),
     }
 }

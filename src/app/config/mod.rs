@@ -37,9 +37,10 @@ use serde_json::Value;
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::address::TcpAddress;
+use crate::address::{Address, TcpAddress};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
+use crate::app::vm::VmPlace;
 use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
 
@@ -49,13 +50,15 @@ use problems::{Line, Weight};
 pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name};
 use section::{Section, Source};
 pub(crate) use vms::Missing;
-use vms::{Found, Place, Vm};
+use vms::{Found, Vm};
 
 /// What the file says. That it can be carried out, as far as can be known without trying, was found by whoever read it.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     /// How long live connections may go on when the end is asked for.
     pub(crate) grace: Duration,
+    /// How long there may be no connection before it ends.
+    pub(crate) exit_idle: Option<Duration>,
     pub(crate) workers: Option<NonZeroUsize>,
     /// Whether bytes may go through pipes.
     pub(crate) splice: bool,
@@ -68,6 +71,9 @@ pub(crate) struct Config {
     /// For who adds forwards by the control socket.
     #[cfg(unix)]
     pub(crate) defaults: RuleOptions,
+    /// Whether forwards to programs may be added there.
+    #[cfg_attr(not(unix), allow(dead_code))]
+    pub(crate) allow_exec: bool,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
     /// Forwards that could be read in part. Of a file without mistakes there are none.
@@ -208,6 +214,7 @@ impl Config {
             return Err(source.problems());
         };
         let mut root = Section::root(&source, table.get_ref());
+        let exit_idle_line = root.line_of("exit-idle");
         let included = read_included(&mut root, &source, directory);
         let tables: Vec<_> = included
             .iter()
@@ -224,6 +231,14 @@ impl Config {
                 vm.name
             );
             source.note(vm.section_line.clone(), text);
+        }
+        let dialled = |rule: &&Rule| matches!(rule.listen, Address::Hyperkit(_));
+        if let (Some(_), Some(rule)) = (config.exit_idle, wanted.rules.iter().find(dialled)) {
+            let name = rule.name.as_deref().unwrap_or_default();
+            let text = format!(
+                "exit-idle has no effect: a guest dials [forward.{name}], which nobody else would serve"
+            );
+            source.note(exit_idle_line, text);
         }
         let mut problems = source.problems();
         problems.extend(included.into_iter().flat_map(|it| it.source.problems()));
@@ -242,11 +257,13 @@ impl Config {
         included: impl Iterator<Item = Section<'a, 'i>>,
     ) -> Config {
         let grace = root.take("grace", values::time);
+        let exit_idle = root.take("exit-idle", |value| values::time_or("never", value));
         let workers = root.take("workers", values::count(1..=256));
         let splice = root.take("splice", values::yes_or_no);
         let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
         let metrics = root.take("metrics", values::tcp);
+        let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
         if let Some(mut section) = root.table("defaults") {
             defaults = section.take_options(&defaults);
@@ -287,6 +304,7 @@ impl Config {
         }
         Config {
             grace: grace.unwrap_or(Duration::from_secs(30)),
+            exit_idle: exit_idle.flatten(),
             workers: workers.and_then(NonZeroUsize::new),
             splice: splice.unwrap_or(true),
             access_log: access_log.unwrap_or(false),
@@ -294,6 +312,7 @@ impl Config {
             metrics,
             #[cfg(unix)]
             defaults,
+            allow_exec: allow_exec.unwrap_or(false),
             vms,
             forwards,
             parts,
@@ -349,7 +368,7 @@ impl Config {
             ..Wanted::default()
         };
         // The first of a name.
-        let mut places: HashMap<&str, &Place> = HashMap::new();
+        let mut places: HashMap<&str, &VmPlace> = HashMap::new();
         for (vm, place) in &vms {
             places.entry(&vm.name).or_insert(place);
         }

@@ -21,9 +21,10 @@ use crate::app::values::parse_time;
 use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle};
 
 use super::endpoint::{Endpoint, Service};
+use super::events::Events;
 use super::handover;
 use super::handover::give::Successor;
-use super::http::{JSON, Request, Response, response};
+use super::http::{JSON, Request, Response, lines, response};
 use super::metrics;
 use super::model::{Connection, Forward, RuleBody, Status, read_rule};
 use super::problem::Problem;
@@ -34,12 +35,16 @@ pub(crate) struct Actions {
     pub(crate) options: Box<dyn Fn() -> RuleOptions + Send + Sync>,
     /// The forwards that are wanted and can't be had now.
     pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
+    /// Tells that the end was asked for here, how many connections there are then, and how long they may take.
+    pub(crate) stopping: fn(usize, Duration),
     /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.
     pub(crate) reload: Option<Reload>,
     /// How another process takes its place, if one can.
     pub(crate) succession: Option<Succession>,
     /// How long connections may take to finish unless it is said.
     pub(crate) grace: Box<dyn Fn() -> Duration + Send + Sync>,
+    /// Whether a forward to a program may be added.
+    pub(crate) allows_exec: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// See [`Actions::reload`].
@@ -74,6 +79,7 @@ pub(super) struct Api {
     actions: Actions,
     /// Where it is asked.
     endpoints: Vec<Arc<Endpoint>>,
+    pub(super) events: Arc<Events>,
     lanes: Lanes,
     handover: Mutex<HandoverState>,
     started: Instant,
@@ -125,12 +131,18 @@ fn json(status: u16, body: &impl Serialize) -> Answer {
 }
 
 impl Api {
-    pub(super) fn new(handle: Handle, actions: Actions, endpoints: Vec<Arc<Endpoint>>) -> Api {
+    pub(super) fn new(
+        handle: Handle,
+        actions: Actions,
+        endpoints: Vec<Arc<Endpoint>>,
+        events: Arc<Events>,
+    ) -> Api {
         let lane = |count| Arc::new(Semaphore::new(count));
         Api {
             handle,
             actions,
             endpoints,
+            events,
             lanes: Lanes {
                 looks: lane(LOOKS_AT_A_TIME),
                 changes: lane(1),
@@ -145,6 +157,14 @@ impl Api {
     /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
     /// never done: who asked would have given up.
     pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
+        if service == Service::Control
+            && request.method == "GET"
+            && request.path == EVENTS
+            && request.query.is_empty()
+        {
+            // They go on for as long as their reader, and keep nobody else.
+            return lines(self.events.read(&self.handle));
+        }
         let lane = match (service, request.method.as_str(), request.path.as_str()) {
             (Service::Metrics, ..) | (_, "GET", _) => &self.lanes.looks,
             (_, _, "/v1/stop") => &self.lanes.stops,
@@ -183,7 +203,8 @@ impl Api {
             ("POST", "/v1/take-over") => none(query).and_then(|()| self.take_over(&request.body)),
             ("POST", "/v1/upgrade") => none(query).and_then(|()| self.upgrade()),
             ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
-            (_, "/v1/status" | "/v1/connections") => return wrong_method("GET"),
+            ("GET", EVENTS) => none(query).and_then(|()| Err(no_such_call(path))),
+            (_, "/v1/status" | "/v1/connections" | EVENTS) => return wrong_method("GET"),
             (_, "/v1/forwards") => return wrong_method("GET, POST"),
             (_, "/v1/reload" | "/v1/stop" | "/v1/take-over" | "/v1/upgrade") => {
                 return wrong_method("POST");
@@ -317,6 +338,14 @@ impl Api {
             return Err(problem
                 .with_remedy("remove that one first, or take another name and another address"));
         }
+        if rule.connect.transport().runs_program && !(self.actions.allows_exec)() {
+            let why = format!(
+                "{}: no program may be started by who asks here",
+                rule.connect
+            );
+            let remedy = "write allow-exec = true in the file of `hvsock run`, or start it with --allow-exec";
+            return Err(Problem::new(403, why).with_remedy(remedy));
+        }
         let id = self.handle.add(rule)?;
         let added = self.handle.forwards().into_iter().find(|it| it.id == id);
         let Some(added) = added else {
@@ -366,8 +395,15 @@ impl Api {
                 }
                 _ => e.into(),
             })?;
-        info!("closing connection {number}, as was asked for");
         let closed = Connection::all(&[closed]);
+        for it in &closed {
+            let status = self.status();
+            info!(
+                "closing connection {number} of {}, from {}, as was asked for",
+                status.name_of(it.forward),
+                it.peer_in_short()
+            );
+        }
         json(200, &closed.first())
     }
 
@@ -432,15 +468,16 @@ impl Api {
             state.successor = agreed.then_some(pid);
             agreed
         };
-        let mut successor = Some(successor);
+        let (mut successor, mut finishing) = (Some(successor), None);
         (succession.while_unchanged)(&mut |listed| {
             let Some(successor) = successor.take() else {
                 return;
             };
             match successor.give(&self.handle, &self.endpoints, listed, agree) {
-                Ok(()) => {
+                Ok(left) => {
                     (succession.end)(pid);
                     self.handover_state().is_done = true;
+                    finishing = Some(left);
                 }
                 Err(e) => {
                     self.handover_state().successor = None;
@@ -448,6 +485,9 @@ impl Api {
                 }
             }
         });
+        if let Some(finishing) = finishing {
+            finishing.tell_on(&self.handle);
+        }
     }
 
     /// Starts another process, and answers when it has taken over.
@@ -498,6 +538,7 @@ impl Api {
         info!("stopping, as was asked for");
         self.handle.stop(grace);
         let live = self.handle.live();
+        (self.actions.stopping)(live, grace);
         let body = serde_json::json!({"live": live, "grace_seconds": grace.as_secs_f64()});
         json(202, &body)
     }
@@ -519,6 +560,8 @@ impl Api {
 /// Of this each connection has its own.
 const CONNECTIONS: &str = "/v1/connections/";
 
+const EVENTS: &str = "/v1/events";
+
 /// What a forward is called.
 fn label(forward: &ForwardStatus) -> String {
     match &forward.rule.name {
@@ -539,7 +582,7 @@ fn unknown(key: &str) -> Problem {
 }
 
 const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
-    GET /v1/connections, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
+    GET /v1/events, GET /v1/connections, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
     GET /metrics";
 
 fn no_such_call(path: &str) -> Problem {

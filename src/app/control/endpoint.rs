@@ -1,7 +1,6 @@
 //! Where a service of the control interface is, and the socket that listens there.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::Notify;
@@ -45,6 +44,8 @@ pub(super) struct Endpoint {
     /// The socket that listens there, if one does.
     listener: Mutex<Weak<Listener>>,
     given_away: Notify,
+    /// Notified, with the listener's lock, once it is closed after that.
+    closed: Condvar,
 }
 
 impl Endpoint {
@@ -57,6 +58,7 @@ impl Endpoint {
             trouble: Mutex::default(),
             listener: Mutex::default(),
             given_away: Notify::new(),
+            closed: Condvar::new(),
         }
     }
 
@@ -82,14 +84,18 @@ impl Endpoint {
 
     /// Waits until the socket is closed here, a second at most.
     pub(super) fn wait_until_closed(&self) {
-        const LOOK: Duration = Duration::from_millis(1);
-        const MOST_LOOKS: u32 = 1000;
-        for _ in 0..MOST_LOOKS {
-            if self.listener().is_none() {
-                return;
-            }
-            thread::sleep(LOOK);
-        }
+        const PATIENCE: Duration = Duration::from_secs(1);
+        let listener = self.listener.lock();
+        let listener = listener.unwrap_or_else(PoisonError::into_inner);
+        let is_open = |it: &mut Weak<Listener>| it.strong_count() > 0;
+        // One that hangs closes it later.
+        drop(self.closed.wait_timeout_while(listener, PATIENCE, is_open));
+    }
+
+    /// Notes that nobody here has the socket any more.
+    pub(super) fn mark_closed(&self) {
+        let _listener = self.listener.lock();
+        self.closed.notify_all();
     }
 
     /// Returns once the socket is another process'.
@@ -138,7 +144,7 @@ fn bind(service: Service, address: &Address) -> Result<Listener> {
     if let (Service::Control, Some(path)) = (service, address.unix_path()) {
         place::prepare(path)?;
     }
-    Listener::bind(address, DEFAULT_MODE)
+    Listener::bind(address, DEFAULT_MODE.into())
 }
 
 /// An endpoint, and the socket that listens there, if it could be bound.

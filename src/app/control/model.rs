@@ -91,12 +91,14 @@ pub(crate) struct Vm {
 }
 
 /// Returns how many connections could not be carried, each number with the name of its reason.
-pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 5] {
+pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 7] {
     [
         ("by_target", refusals.by_target),
         ("absent", refusals.absent),
         ("dial_timeout", refusals.dial_timeout),
         ("full", refusals.full),
+        ("not_allowed", refusals.not_allowed),
+        ("no_header", refusals.no_header),
         ("other", refusals.other),
     ]
 }
@@ -325,14 +327,19 @@ impl Status {
 }
 
 impl Status {
-    /// Returns what the forward of that id is called.
-    pub(crate) fn label_of(&self, id: u64) -> String {
+    /// Returns the name of the forward of that id, or where it listens.
+    pub(crate) fn name_of(&self, id: u64) -> &str {
         let forward = self.forwards.iter().find(|it| it.id == Some(id));
-        forward.map_or_else(|| "(removed)".to_owned(), Forward::label)
+        forward.map_or("(removed)", Forward::name_or_address)
     }
 }
 
 impl Forward {
+    /// Returns its name, or where it listens.
+    pub(crate) fn name_or_address(&self) -> &str {
+        self.name.as_ref().unwrap_or(&self.listen)
+    }
+
     /// What it is called: by its id, if it has no name, or else by where it would listen.
     pub(crate) fn label(&self) -> String {
         match (&self.name, self.id) {

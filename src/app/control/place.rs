@@ -134,6 +134,17 @@ fn own_sockets() -> Vec<(u32, PathBuf)> {
     own.collect()
 }
 
+/// Returns the processes of this environment that have a control socket of their own, by their numbers.
+pub(super) fn processes_with_own_sockets() -> Vec<u32> {
+    let own = own_sockets().into_iter();
+    let mut processes: Vec<u32> = own
+        .filter(|(_, path)| is_alive(path))
+        .map(|(process, _)| process)
+        .collect();
+    processes.sort_unstable();
+    processes
+}
+
 fn is_alive(path: &Path) -> bool {
     sys::is_socket_alive(path).unwrap_or(false)
 }

@@ -10,9 +10,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::check::{Check, Plan};
+use super::socket;
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::app::control::{self, Status};
-use crate::error::Result;
+use crate::error::{Result, plural};
 use crate::file;
 use crate::hyperkit::{
     self, HOST_CID, HyperkitVm, MAX_STATE_DIR, PID_NAME, Places, find, socket_name,
@@ -53,7 +54,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
         Some(pid) => limits(pid),
         None => Check::skipped("limits", "hyperkit's process isn't known"),
     });
-    let connect = socket("socket", &vm.connect_path(), START);
+    let connect = socket::examine("socket", &vm.connect_path(), START);
     let guest = match connect.is_ok() {
         // It would take the dial when we have gone.
         true if process.stopped => Check::skipped("guest", "hyperkit is stopped"),
@@ -68,7 +69,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     }));
     checks.extend(host_ports.map(|(port, name)| {
         let remedy = format!("run `hvsock expose -R {}:TARGET`; a guest that dials a port on which nobody listens can hang hyperkit's device", port.0);
-        socket(name, &vm.listen_path(*port), &remedy)
+        socket::examine(name, &vm.listen_path(*port), &remedy)
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
     checks.extend(slots(&vm, plan.control.as_deref()));
@@ -92,7 +93,8 @@ fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
             false => Check::ok(
                 name,
                 format_args!(
-                    "process {pid} of hvsock {proxy} has copies of {connections} connections and of {ports}"
+                    "process {pid} of hvsock {proxy} has copies of {connections} connection{} and of {ports}",
+                    plural(connections as u64)
                 ),
             ),
             true => Check::warning(
@@ -330,39 +332,6 @@ fn limits(pid: i32) -> Check {
     }
 }
 
-/// Whether a process listens on a socket, and this user may connect to it. It isn't connected to.
-fn socket(name: impl fmt::Display, path: &Path, start: &str) -> Check {
-    let shown = path.display();
-    match fs::metadata(path) {
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            let remedy = "move it away, and start again what should listen there";
-            return Check::failed(name, format_args!("{shown} is no socket"), remedy);
-        }
-        Ok(_) => {}
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            return Check::failed(name, format_args!("there is no {shown}"), start);
-        }
-        Err(e) => {
-            let remedy = "run as the user who runs the VM";
-            return Check::failed(name, format_args!("{shown}: {e}"), remedy);
-        }
-    }
-    match sys::is_socket_alive(path) {
-        Ok(true) => Check::ok(name, format_args!("{shown} is listened on")),
-        Ok(false) => Check::failed(
-            name,
-            format_args!("nobody listens on {shown}: it is left over"),
-            start,
-        ),
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Check::failed(
-            name,
-            format_args!("this user may not connect to {shown}"),
-            "run as the user who runs the VM, or have its permissions changed",
-        ),
-        Err(e) => Check::failed(name, format_args!("{shown}: {e}"), start),
-    }
-}
-
 /// What came of a dial that a guest that runs refuses at once.
 enum Answer {
     After(Duration),
@@ -452,7 +421,8 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
         Ok(Answer::After(_)) if refused => Check::failed(
             name,
             "nobody listens there in the guest",
-            "start its program in the guest; does it listen on AF_VSOCK, and on that port? (80 is 0x50)",
+            "start its program in the guest; does it listen on AF_VSOCK, and on that port? (80 is 0x50) Or all slots of the \
+             VM are taken, of which other programs have some, perhaps",
         ),
         Ok(Answer::After(_)) => Check::ok(
             name,

@@ -25,6 +25,8 @@
 mod guests;
 mod heard;
 pub(crate) mod quotas;
+#[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
+pub(crate) mod sharing;
 mod slot;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -41,6 +43,7 @@ use crate::engine::status::{VmStatus, wall_time};
 pub(crate) use guests::{Guest, NotServed};
 use heard::LastHeard;
 use quotas::{Holder, Quotas};
+use sharing::OtherSlots;
 use slot::Stage;
 pub(crate) use slot::{DrainEnd, Reservation, Slot};
 
@@ -206,13 +209,19 @@ struct State {
     identified_at: Option<Instant>,
     /// Whether the last dial went through the `connect` socket, where any port can be dialled.
     has_connect_socket: bool,
-    /// The workers that wait for a slot, by their numbers.
-    waiting_workers: Vec<(usize, SlotWake)>,
+    /// The workers that wait for a slot, since clients do.
+    waiting_for_slot: WaitingWorkers,
+    /// The workers that wait for the answer to a probe.
+    waiting_for_probe: WaitingWorkers,
     /// The time at which a dial last found no free slot.
     wanted_at: Option<Instant>,
     /// The drains of guests that go on sending, the oldest first, by their numbers.
     drains: Vec<u64>,
     next_drain: u64,
+    /// The cap, while this process leaves some of its slots to a successor.
+    whole_cap: Option<usize>,
+    /// The slots that its predecessor still has.
+    others: OtherSlots,
 }
 
 impl std::fmt::Debug for State {
@@ -246,10 +255,13 @@ impl Gate {
             is_looking: false,
             identified_at: None,
             has_connect_socket: true,
-            waiting_workers: Vec::new(),
+            waiting_for_slot: WaitingWorkers::default(),
+            waiting_for_probe: WaitingWorkers::default(),
             wanted_at: None,
             drains: Vec::new(),
             next_drain: 0,
+            whole_cap: None,
+            others: OtherSlots::default(),
         };
         Gate {
             id,
@@ -335,7 +347,7 @@ impl Gate {
     ) -> Admission {
         let mut state = self.state();
         if let Some(at) = state.next_probe.filter(|&at| now < at) {
-            add_waiting_worker(&mut state, worker, wake);
+            state.waiting_for_probe.add(worker, wake);
             return Admission::At(at);
         }
         let admission = self.admit_to(&mut state, Holder::Probes, now);
@@ -381,7 +393,7 @@ impl Gate {
         if state.quotas.may_queue(holder) {
             return Ok(self.slot(&mut state, holder, Stage::Queued));
         }
-        add_waiting_worker(&mut state, worker, wake);
+        state.waiting_for_slot.add(worker, wake);
         Err(why_full(&state.quotas, holder))
     }
 
@@ -437,7 +449,7 @@ impl Gate {
     }
 
     /// Returns whether the caller is to look at the VM now: the last look is over, and was at least
-    /// `every` ago. [`take_look`](Gate::take_look) must follow.
+    /// `every` ago. [`take_look`](Gate::take_look) or [`end_look`](Gate::end_look) must follow.
     pub(crate) fn begin_look(&self, now: Instant, every: Duration) -> bool {
         let mut state = self.state();
         let soon = state
@@ -470,6 +482,11 @@ impl Gate {
         self.log_change(news, None);
     }
 
+    /// Takes that a look at the VM has failed: nothing was learnt.
+    pub(crate) fn end_look(&self) {
+        self.state().is_looking = false;
+    }
+
     /// Returns whether a port on which nobody listens can be dialled. It can't where there are
     /// `guest_forwards` alone.
     pub(crate) fn can_be_probed(&self) -> bool {
@@ -495,6 +512,7 @@ impl Gate {
         state.epoch += 1;
         self.heard.forget();
         state.quotas.clear();
+        state.others = OtherSlots::default();
         (state.guests, state.turned_away) = (0, 0);
         state.has_told_turned_away = false;
         state.drains.clear();
@@ -565,13 +583,21 @@ fn why_full(quotas: &Quotas, holder: Holder) -> Full {
     }
 }
 
-fn add_waiting_worker(state: &mut State, worker: usize, wake: &SlotWake) {
-    if state
-        .waiting_workers
-        .iter()
-        .all(|(number, _)| *number != worker)
-    {
-        state.waiting_workers.push((worker, Arc::clone(wake)));
+/// The workers that are to be woken, by their numbers.
+#[derive(Default)]
+struct WaitingWorkers(Vec<(usize, SlotWake)>);
+
+impl WaitingWorkers {
+    fn add(&mut self, worker: usize, wake: &SlotWake) {
+        if self.0.iter().all(|(number, _)| *number != worker) {
+            self.0.push((worker, Arc::clone(wake)));
+        }
+    }
+
+    fn wake(&mut self, id: GateId) {
+        for (_, wake) in self.0.drain(..) {
+            wake(id);
+        }
     }
 }
 
@@ -608,7 +634,7 @@ impl State {
     /// slots, while clients wait for one.
     fn drains_in_the_way(&self, now: Instant) -> usize {
         let lately = |at| now.saturating_duration_since(at) < WANTED;
-        if self.waiting_workers.is_empty() && !self.wanted_at.is_some_and(lately) {
+        if self.waiting_for_slot.0.is_empty() && !self.wanted_at.is_some_and(lately) {
             return 0;
         }
         let most = (self.quotas.cap() / FOR_DRAINS).max(1);
@@ -621,11 +647,10 @@ impl State {
         self.is_looking && self.looked_at.is_some_and(late)
     }
 
-    /// Wakes the workers that wait: there may be a slot now.
+    /// Wakes the workers that wait: there may be a slot now, or a probe was answered.
     fn wake(&mut self) {
-        for (_, wake) in self.waiting_workers.drain(..) {
-            wake(self.id);
-        }
+        self.waiting_for_slot.wake(self.id);
+        self.waiting_for_probe.wake(self.id);
     }
 }
 

@@ -16,6 +16,8 @@ pub(crate) enum Holder {
     Probes,
     /// The dials of a guest that are not served, until they have ended.
     TurnedAway,
+    /// A process whose listeners this one has taken over, until it has ended.
+    Predecessor,
     /// The slots that no close gives back: see [`Slot::lose`](super::Slot::lose).
     Lost,
 }
@@ -164,6 +166,24 @@ impl Quotas {
         self.change(holder, |quota| {
             quota.queued = quota.queued.saturating_sub(1)
         });
+    }
+
+    /// Returns how many clients are queued, of all holders.
+    pub(crate) fn queued(&self) -> usize {
+        self.quotas.values().map(|quota| quota.queued).sum()
+    }
+
+    /// Sets how many slots a holder has.
+    pub(crate) fn set_live(&mut self, holder: Holder, live: usize) {
+        self.change(holder, |quota| quota.live = live);
+    }
+
+    /// Ends all reservations: there are no new clients that they could serve.
+    pub(crate) fn end_reservations(&mut self) {
+        let holders: Vec<Holder> = self.quotas.keys().copied().collect();
+        for holder in holders {
+            self.change(holder, |quota| quota.reserved = 0);
+        }
     }
 
     /// Forgets all connections.

@@ -261,6 +261,12 @@ fn a_vm_is_looked_at_once_at_a_time() {
     assert!(gate.begin_look(now + 10 * second, second));
     gate.take_look(None, None, now + 10 * second);
     assert!(!gate.begin_look(now + 10 * second, second));
+    // Nothing is known after a look that failed, and the next one may follow.
+    assert!(gate.begin_look(now + 20 * second, second));
+    gate.end_look();
+    let is_hanging = gate.state().is_hanging(now + 30 * second);
+    assert!(!is_hanging);
+    assert!(gate.begin_look(now + 30 * second, second));
 }
 
 #[test]
@@ -491,4 +497,60 @@ fn drains_are_in_the_way_only_beyond_a_tenth_while_clients_wait_the_oldest_first
     let may = |slot: &Slot| slot.may_give_up_drain(DrainEnd::Due, now);
     let allowed = slots.iter().filter(|slot| may(slot)).count();
     assert_eq!(allowed, BURST as usize);
+}
+
+/// A process that lets its connections finish, and its successor, have a gate of the VM each.
+#[test]
+fn two_processes_have_no_more_slots_than_one() {
+    use super::sharing::{OtherSlots, Remainder};
+    let now = Instant::now();
+    let (old, new) = (gate(20, 400), gate(20, 400));
+    let mut live: Vec<Slot> = (0..6).map(|_| go(&old, now)).collect();
+    live.pop().unwrap().lose();
+    let waiting = old.queue_always(ONE);
+    let free = |gate: &Gate| gate.state().quotas.free_for(Holder::Forward(ONE));
+    // For a moment both may accept.
+    let kept = old.keep_remainder(Remainder::HalfOfFree);
+    assert_eq!(kept, OtherSlots { used: 12, lost: 1 });
+    new.leave_out(kept);
+    assert_eq!((free(&old), free(&new)), (7, 7));
+    // If nothing comes of it, all is as before.
+    old.take_whole();
+    assert_eq!(free(&old), 14);
+    let kept = old.keep_remainder(Remainder::Used);
+    // One is for the client that waits, and one for a probe.
+    assert_eq!(kept, OtherSlots { used: 7, lost: 1 });
+    new.leave_out(kept);
+    assert_eq!((free(&old), free(&new)), (2, 12));
+    drop((live, waiting));
+    let kept = old.keep_remainder(Remainder::Used);
+    assert_eq!(kept, OtherSlots { used: 0, lost: 1 });
+    new.leave_out(kept);
+    assert_eq!((free(&old), free(&new)), (0, 19));
+    // What is lost outlives the process, and not the VM.
+    new.forget_other();
+    assert_eq!((free(&new), new.lost()), (19, 1));
+    new.note_vm_gone();
+    assert_eq!((free(&new), new.lost()), (20, 0));
+}
+
+#[test]
+fn a_worker_that_waits_for_a_probe_is_no_client_that_waits_for_a_slot() {
+    let gate = gate(20, 64);
+    let now = Instant::now();
+    let wake: SlotWake = Arc::new(|_| {});
+    let mut drains: Vec<Slot> = (0..4).map(|_| go(&gate, now)).collect();
+    drains.iter_mut().for_each(Slot::note_drain);
+    let Admission::Probe(mut probe) = gate.admit_probe(now, 0, &wake) else {
+        panic!()
+    };
+    probe.note_dial(None, now);
+    assert!(matches!(gate.admit_probe(now, 1, &wake), Admission::At(_)));
+    let is_in_the_way = |now| drains[0].may_give_up_drain(DrainEnd::InTheWay, now);
+    let later = now + Duration::from_secs(1);
+    assert!(!is_in_the_way(later));
+    let guests: Vec<Guest> = (0..15).map(|_| gate.accept(ONE, None)).collect();
+    assert!(gate.queue(ONE, 1, &wake).is_err());
+    assert!(is_in_the_way(later));
+    drop(guests);
 }

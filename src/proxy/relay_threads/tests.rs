@@ -295,6 +295,19 @@ fn a_peer_in_frames_is_waited_for() {
     assert!(matches!(ended.first, Some((_, Ending::Whole))), "{ended:?}");
 }
 
+/// It may take the whole drain timeout, of which the other side's peer is to know nothing.
+#[test]
+fn a_peer_that_does_not_end_keeps_the_other_from_nothing() {
+    let late = Some(3 * PATIENCE);
+    let it = relay_as(TCP, [late, late], framed);
+    it.client.shutdown(Shutdown::Write).unwrap();
+    it.server.shutdown(Shutdown::Write).unwrap();
+    it.server.finish(PATIENCE).unwrap();
+    assert!(it.ended.try_recv().is_err());
+    it.client.finish(PATIENCE).unwrap();
+    assert!(!it.ended().abandoned);
+}
+
 /// A framed peer that closes without a frame has broken off, and so has its answer.
 #[test]
 fn an_end_without_a_frame_is_no_clean_eof() {

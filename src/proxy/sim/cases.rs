@@ -375,6 +375,8 @@ fn a_lost_proof_keeps_no_client_out() {
     let mut second = client(&plan, 0, polite(), true);
     second.at = ms(40_000);
     plan.clients = vec![first, second];
+    // Nor is it counted as one of them.
+    plan.acts = vec![(ms(500), Act::Look), (ms(5_000), Act::Look)];
     play(plan);
 }
 
@@ -400,4 +402,46 @@ fn a_client_of_a_removed_rule_that_is_accepted_late_is_cut_off() {
         (ms(12), Act::Remove(1, Duration::ZERO)),
     ];
     play(plan);
+}
+
+/// What can't be had is tried again each second, and logged once.
+#[cfg(feature = "cli")]
+#[test]
+fn a_listener_that_can_not_be_watched_is_logged_once() {
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    let mut plan = plan(&[("unix:///sim/rule", "unix:///sim/server")]);
+    plan.rules[0].is_endangered = true;
+    plan.acts = vec![
+        (ms(5), Act::CanWatch(false)),
+        (ms(5), Act::Break(0)),
+        (ms(20_000), Act::CanWatch(true)),
+        (ms(25_000), Act::Look),
+    ];
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::INFO)
+        .with_writer(move || writer.clone())
+        .finish();
+    tracing::subscriber::with_default(subscriber, || play_orders(plan, 1, MOST_STEPS));
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    let count = |part: &str| log.matches(part).count();
+    let lines = ["ERROR", "listening on unix:///sim/rule again"].map(count);
+    assert_eq!(lines, [1, 1], "{log}");
 }

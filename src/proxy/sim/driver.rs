@@ -17,13 +17,14 @@ use crate::engine::relay::{Pipe, Side, Socket};
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
+use crate::hyperkit;
+use crate::listener::{self, FileAccess};
 use crate::name::{PeerProcess, SocketName};
 #[cfg(feature = "cli")]
 use crate::proxy::driver::Lent;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
 use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
-use crate::{hyperkit, listener};
 
 use super::kernel::{ListenerKey, Owner, Place, SocketId};
 use super::stage::Stage;
@@ -136,6 +137,13 @@ pub(super) struct SimListener {
 
 impl Drop for SimListener {
     fn drop(&mut self) {
+        // Invariant 8: a worker leaves the file to the housekeeper.
+        let is_watched = self.stage.kernel().is_watched(self.key);
+        assert!(
+            self.leaves_file || !is_watched,
+            "a worker removes the file of {:?}",
+            self.key
+        );
         self.stage.kernel().close_listener(self.key);
         self.stage
             .tell(|| format!("the proxy closes {:?}", self.key));
@@ -269,7 +277,7 @@ impl Driver for SimDriver {
     type Stream = SimStream;
     type Listener = SimListener;
 
-    fn bind(address: &Address, _: u32) -> Result<SimListener> {
+    fn bind(address: &Address, _: FileAccess) -> Result<SimListener> {
         bind(&this_stage(), address)
     }
 
@@ -335,8 +343,7 @@ impl Driver for SimDriver {
         _: &Rule,
     ) -> io::Result<()> {
         let mut kernel = self.stage.kernel();
-        kernel.watch_listener(listener.key, self.worker, token);
-        Ok(())
+        kernel.watch_listener(listener.key, self.worker, token)
     }
 
     fn accept(&mut self, listener: &SimListener) -> io::Result<(SimStream, SocketName)> {
@@ -378,10 +385,10 @@ impl Driver for SimDriver {
         self.stage.ask_housekeeper(self.worker, again);
     }
 
-    fn set_mode(
+    fn set_access(
         &mut self,
         listener: &SimListener,
-        _: u32,
+        _: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     ) {

@@ -271,14 +271,6 @@ impl Judge {
         self.ends_by = Some(self.ends_by.map_or(at, |before| before.min(at)));
     }
 
-    /// Dials that only want to be refused.
-    pub(super) fn probes(&self) -> u64 {
-        self.transitions
-            .get(&("new", "closing"))
-            .copied()
-            .unwrap_or(0)
-    }
-
     /// Notes that all or some of the process stands still until that time.
     pub(super) fn stands_still(&mut self, until: Duration) {
         self.audit.stands_still(until);

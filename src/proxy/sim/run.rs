@@ -34,7 +34,7 @@ const LONGEST: Duration = Duration::from_secs(20_000);
 const LAST: Duration = Duration::from_secs(5);
 
 /// How long nobody comes before it is looked whether all listen: files are looked after each second.
-const QUIET: Duration = Duration::from_secs(3);
+const SETTLING: Duration = Duration::from_secs(3);
 
 /// How long the proxy may take to end once nobody is there.
 const AT_ONCE: Duration = Duration::from_millis(100);
@@ -111,6 +111,13 @@ struct Run {
     stage: Rc<Stage>,
     controller: Controller<SimDriver>,
     told: Told,
+}
+
+impl Run {
+    /// Returns how many connections and probes there are.
+    fn live(&self) -> usize {
+        self.controller.shared.live.load(Ordering::Relaxed)
+    }
 }
 
 fn set(plan: &Plan, tells: bool) -> Run {
@@ -266,10 +273,10 @@ fn play(plan: &Plan, run: &Run) {
         assert!(
             stage.now() <= ends_by,
             "the proxy was to end at {ends_by:?}, and has {} connections",
-            run.controller.live()
+            run.live()
         );
         // Who waits for nobody ends at once.
-        idle_since = match run.controller.live() {
+        idle_since = match run.live() {
             0 => idle_since.or_else(|| Some(stage.now())),
             _ => None,
         };
@@ -289,17 +296,13 @@ fn check_listeners(plan: &Plan, run: &Run) {
     let stage = &run.stage;
     let spoils = |act: &Act| matches!(act, Act::TakeFile(_) | Act::Descriptors(_));
     let is_spoilt = plan.acts.iter().any(|(_, act)| spoils(act));
-    if is_spoilt
-        || stage.may_hang.get()
-        || run.controller.live() > 0
-        || plan.habits.descriptors < 500
-    {
+    if is_spoilt || stage.may_hang.get() || run.live() > 0 || plan.habits.descriptors < 500 {
         return;
     }
-    let end = stage.now().max(stage.stalled_until()) + QUIET;
+    let end = stage.now().max(stage.stalled_until()) + SETTLING;
     while stage.step_until(end) {}
     for forward in run.controller.forwards() {
-        if run.controller.live() > 0 {
+        if run.live() > 0 {
             return;
         }
         let listens = stage.kernel().listener_at(&place_of(&forward.listen));
@@ -352,7 +355,7 @@ fn check_books(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<Sim
     assert_eq!(kernel.open_of_proxy(), 0, "sockets are left");
     assert_eq!(kernel.descriptors, 0, "descriptors are left");
     drop(kernel);
-    assert_eq!(run.controller.live(), 0, "connections are counted");
+    assert_eq!(run.live(), 0, "connections are counted");
     shared.check_books();
     let told = run.told.lock().unwrap();
     stage.judge().observed = told.clone();

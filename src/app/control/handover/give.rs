@@ -7,11 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Done, FileLine, Head, Mine, SocketLine, Taken, Use, Wire, Yours};
+use super::{Done, FileLine, Head, Mine, SLOTS_PAUSE, Slots, SocketLine, Taken, Use, Wire, Yours};
 use super::{address_of, guest_port, take_from_keepers};
 use crate::address::Address;
 use crate::app::control::endpoint::{Endpoint, Service};
 use crate::app::control::model::RuleBody;
+use crate::engine::admission::sharing::Remainder;
 use crate::listener::nonblocking::Listener;
 use crate::proxy::{ForwardId, Handle, Offered};
 use crate::sys::{self, AsSocket, Identity};
@@ -34,6 +35,8 @@ impl Successor {
     /// Gives it all sockets that it takes. The configuration asks for the forwards that are `listed`; `agree`
     /// says whether the hand-over is still wanted when the successor is ready.
     ///
+    /// Returns the connection to it, by which it is told of the slots that this process still has.
+    ///
     /// # Errors
     /// Why nothing has changed: the successor has ended, or takes too long.
     pub(in crate::app::control) fn give(
@@ -42,7 +45,7 @@ impl Successor {
         endpoints: &[Arc<Endpoint>],
         listed: &HashSet<ForwardId>,
         agree: impl FnOnce() -> bool,
-    ) -> io::Result<()> {
+    ) -> io::Result<Finishing> {
         let wire = &mut self.0;
         let doors: Vec<_> = endpoints
             .iter()
@@ -69,7 +72,8 @@ impl Successor {
             if !agree() {
                 return Err(io::Error::other("it was given up"));
             }
-            wire.send(&Yours { yours: true })?;
+            let slots = Slots::keep(handle, Remainder::HalfOfFree);
+            wire.send(&Yours { yours: true, slots })?;
             match wire.next::<Mine>() {
                 // One that hangs has them all the same.
                 Err(e) if e.kind() != io::ErrorKind::TimedOut => return Err(e),
@@ -79,9 +83,10 @@ impl Successor {
             let id = |index: usize| forwards.get(index).copied().flatten();
             Ok(taken.iter().filter_map(index).filter_map(id).collect())
         });
-        if handed.is_err() {
+        if let Err(e) = handed {
+            handle.shared_slots().take_whole();
             take_from_keepers(&guest_ports);
-            return handed;
+            return Err(e);
         }
         let given = doors.into_iter().enumerate();
         let given: Vec<_> = given
@@ -95,9 +100,39 @@ impl Successor {
         for endpoint in given {
             endpoint.wait_until_closed();
         }
+        let slots = Slots::keep(handle, Remainder::Used);
+        let done = Done {
+            done: true,
+            slots: slots.clone(),
+        };
         // It goes on without being told, a little later.
-        let _ = wire.send(&Done { done: true });
-        Ok(())
+        let _ = wire.send(&done);
+        let (wire, told) = (self.0, slots);
+        Ok(Finishing { wire, told })
+    }
+}
+
+/// A process that has handed over and whose connections finish.
+#[derive(Debug)]
+pub(in crate::app::control) struct Finishing {
+    wire: Wire,
+    told: Slots,
+}
+
+impl Finishing {
+    /// Tells the successor of the slots that are left, as they get fewer, until this process or the
+    /// other one ends.
+    pub(in crate::app::control) fn tell_on(mut self, handle: &Handle) {
+        loop {
+            std::thread::sleep(SLOTS_PAUSE);
+            let slots = Slots::keep(handle, Remainder::Used);
+            if slots != self.told {
+                if self.wire.send(&slots).is_err() {
+                    return;
+                }
+                self.told = slots;
+            }
+        }
     }
 }
 

@@ -12,6 +12,10 @@
 //! | predecessor | [`Yours`] | they are the successor's, and their files are |
 //! | successor | [`Mine`] | it accepts at them |
 //! | predecessor | [`Done`] | it accepts nobody any more |
+//! | predecessor | [`Slots`], again and again | which slots of VMs its connections still have |
+//!
+//! The end of the conversation is then the predecessor's own. The slots that it has of a VM's device are left out by the
+//! successor, so that together they have no more than there are; what it tells with `yours` and `done` counts at once.
 //!
 //! The predecessor serves all clients until `mine` has come, and goes on as if nothing had happened if the successor
 //! ends before. Nothing changes its forwards meanwhile. After `done` it lets its connections finish, and ends. From
@@ -36,7 +40,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::address::{Address, UnixAddress};
+use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::keeper;
+use crate::proxy::Handle;
 use crate::sys::{self, Wanted};
 
 /// The version of the protocol. A predecessor speaks no other.
@@ -45,6 +51,9 @@ pub(super) const PROTOCOL: u32 = 1;
 /// How long either side waits for the other: to bind what is new may take a successor some time. The forwards can't be
 /// changed meanwhile.
 const PATIENCE: Duration = Duration::from_secs(8);
+
+/// How often the predecessor looks which slots its connections still have.
+const SLOTS_PAUSE: Duration = Duration::from_millis(100);
 
 /// The longest line: a rule has some hundred bytes, and a path some thousand.
 const LONGEST_LINE: usize = 64 * 1024;
@@ -109,6 +118,8 @@ struct Taken {
 #[derive(Debug, Deserialize, Serialize)]
 struct Yours {
     yours: bool,
+    #[serde(default)]
+    slots: Slots,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -119,6 +130,47 @@ struct Mine {
 #[derive(Debug, Deserialize, Serialize)]
 struct Done {
     done: bool,
+    #[serde(default)]
+    slots: Slots,
+}
+
+/// The slots of VMs that the predecessor still has. One of an earlier version says nothing of them.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+struct Slots(Vec<VmSlots>);
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+struct VmSlots {
+    /// The path of the VM's own socket, as the address of a Unix socket.
+    vm: String,
+    /// Those that are used, or may be by clients that wait.
+    used: usize,
+    lost: usize,
+}
+
+impl Slots {
+    /// Keeps what this process may go on to use.
+    fn keep(handle: &Handle, what: Remainder) -> Slots {
+        let kept = handle.shared_slots().keep_remainders(what).into_iter();
+        let line = |(socket, slots): (PathBuf, OtherSlots)| VmSlots {
+            vm: address_of(&socket),
+            used: slots.used,
+            lost: slots.lost,
+        };
+        Slots(kept.map(line).collect())
+    }
+
+    /// Leaves out what the other process has.
+    fn leave_out(&self, handle: &Handle) {
+        for VmSlots { vm, used, lost } in &self.0 {
+            let (used, lost) = (*used, *lost);
+            // A path that can't be read is no VM of this process.
+            if let Ok(socket) = path_of(vm) {
+                let slots = OtherSlots { used, lost };
+                handle.shared_slots().leave_out(&socket, slots);
+            }
+        }
+    }
 }
 
 /// Returns the address of a path, which need not be UTF-8.
@@ -189,7 +241,7 @@ impl Wire {
         let end = Instant::now() + PATIENCE;
         let sent = loop {
             let socket = self.stream.as_fd();
-            match sys::send(socket, &line, Some(descriptor.as_raw_fd())) {
+            match sys::send(socket, &line, &[descriptor.as_raw_fd()]) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
                     let left = end.saturating_duration_since(Instant::now());

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use super::{Done, Head, Mine, PATIENCE, PROTOCOL, Request, SocketLine, Taken, Use, Wire, Yours};
+use super::{Done, Head, Mine, PATIENCE, PROTOCOL, Request, Slots, SocketLine, Taken};
+use super::{Use, Wire, Yours};
 use super::{address_of, guest_port, invalid, path_of, take_from_keepers};
 use crate::address::Address;
 use crate::app::control::client::{Unanswered, ask};
@@ -16,8 +17,8 @@ use crate::app::control::model::read_rule;
 use crate::app::control::problem::Problem;
 use crate::app::rule::RuleOptions;
 use crate::listener::file::SocketFile;
-use crate::listener::{Handed, Listener};
-use crate::proxy::Rule;
+use crate::listener::{FileAccess, Handed, Listener};
+use crate::proxy::{Handle, Rule};
 use crate::sys::{self, Identity};
 
 /// An hvsock that runs, and offers all its listening sockets. Dropped, it goes on as before.
@@ -27,8 +28,8 @@ pub(crate) struct Predecessor {
     /// Each with its number.
     sockets: Vec<(usize, Socket)>,
     taken: Vec<usize>,
-    /// The files of the sockets that are taken, each with the permissions that it is to have.
-    files: Vec<(Arc<SocketFile>, Option<u32>)>,
+    /// The files of the sockets that are taken, each with the access that it is to have.
+    files: Vec<(Arc<SocketFile>, Option<FileAccess>)>,
     /// The paths of those of them at which guests dial.
     guest_ports: Vec<PathBuf>,
 }
@@ -102,7 +103,7 @@ impl Predecessor {
             let (name, listen) = (rule.name.as_deref(), &rule.listen);
             let fits =
                 |it: &Socket| it.used_for == Use::Forward && it.listener.is_for(name, listen);
-            listeners.extend(self.take(fits, Some(rule.mode)));
+            listeners.extend(self.take(fits, Some(rule.access())));
         }
         let is_kept = |it: &Socket| it.used_for == Use::Forward && it.listener.is_foreign();
         while let Some(kept) = self.take(is_kept, None) {
@@ -111,14 +112,18 @@ impl Predecessor {
         listeners
     }
 
-    fn take(&mut self, fits: impl Fn(&Socket) -> bool, mode: Option<u32>) -> Option<Listener> {
+    fn take(
+        &mut self,
+        fits: impl Fn(&Socket) -> bool,
+        access: Option<FileAccess>,
+    ) -> Option<Listener> {
         let index = self.sockets.iter().position(|(_, socket)| fits(socket))?;
         let (number, socket) = self.sockets.remove(index);
         self.guest_ports
             .extend(guest_port(socket.listener.address()));
         self.taken.push(number);
         let file = socket.listener.file();
-        self.files.extend(file.map(|file| (file, mode)));
+        self.files.extend(file.map(|file| (file, access)));
         Some(socket.listener)
     }
 
@@ -130,11 +135,11 @@ impl Predecessor {
     }
 
     /// Says which sockets are taken, all of which are ready. Once this returns they are this process', and it is to
-    /// accept at them.
+    /// accept at them. `handle` leaves out the slots that the other may still use.
     ///
     /// # Errors
     /// Why the other keeps them, as if nothing had happened: it has ended, or was told to, or this took too long.
-    pub(crate) fn agree(mut self) -> io::Result<Agreed> {
+    pub(crate) fn agree(mut self, handle: &Handle) -> io::Result<Agreed> {
         self.wire.send(&Taken {
             taken: std::mem::take(&mut self.taken),
         })?;
@@ -142,11 +147,12 @@ impl Predecessor {
         if !yours.yours {
             return Err(invalid("it keeps them"));
         }
-        for (file, mode) in self.files.drain(..) {
+        for (file, access) in self.files.drain(..) {
             file.own();
             // That they can't be set is no reason to serve nobody.
-            let _ = mode.map(|mode| file.set_mode(mode));
+            let _ = access.map(|access| file.set_access(access));
         }
+        yours.slots.leave_out(handle);
         Ok(Agreed {
             wire: self.wire,
             guest_ports: self.guest_ports,
@@ -162,12 +168,34 @@ pub(crate) struct Agreed {
 }
 
 impl Agreed {
-    /// Says that clients are accepted here, and returns when the other accepts none any more.
-    pub(crate) fn finish(mut self) {
+    /// Says that clients are accepted here, and returns when the other accepts none any more. The
+    /// slots that it still has are left out until it has ended.
+    pub(crate) fn finish(mut self, handle: &Handle) {
         let done = self.wire.send(&Mine { mine: true });
-        if done.and_then(|()| self.wire.next::<Done>()).is_err() {
-            // It was killed, or hangs, and is to have nothing in either case.
-            take_from_keepers(&self.guest_ports);
+        match done.and_then(|()| self.wire.next::<Done>()) {
+            Ok(done) => {
+                done.slots.leave_out(handle);
+                let handle = handle.clone();
+                let thread = std::thread::Builder::new().name("hvsock-handover".to_owned());
+                // Without a thread they are left out for ever, which is safe.
+                let _ = thread.spawn(move || hear_on(self.wire, &handle));
+            }
+            Err(_) => {
+                handle.shared_slots().forget_predecessor();
+                // It was killed, or hangs, and is to have nothing in either case.
+                take_from_keepers(&self.guest_ports);
+            }
+        }
+    }
+}
+
+/// Hears of the slots that the predecessor still has, until it has ended.
+fn hear_on(mut wire: Wire, handle: &Handle) {
+    loop {
+        match wire.next::<Slots>() {
+            Ok(slots) => slots.leave_out(handle),
+            Err(e) if e.kind() == ErrorKind::TimedOut => {}
+            Err(_) => return handle.shared_slots().forget_predecessor(),
         }
     }
 }

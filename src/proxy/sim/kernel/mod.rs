@@ -200,6 +200,8 @@ pub(super) struct Kernel {
     pub(super) descriptors: usize,
     /// How many of the whole machine's are left to it.
     pub(super) left: usize,
+    /// Whether a poller can watch another listener.
+    pub(super) can_watch: bool,
     /// Counts what has happened: a turn in which nothing has is one without progress.
     pub(super) progress: u64,
     /// Unix sockets whose peer, the proxy's, was closed with bytes unread that they had written.
@@ -246,6 +248,7 @@ impl Kernel {
             woken: Vec::new(),
             descriptors: 0,
             left: usize::MAX,
+            can_watch: true,
             progress: 0,
             closed_unread: HashSet::new(),
             fates: Vec::new(),
@@ -347,11 +350,21 @@ impl Kernel {
         self.listeners[key.0].place.clone()
     }
 
-    pub(super) fn watch_listener(&mut self, key: ListenerKey, worker: usize, token: usize) {
+    /// Watches a listener, unless the machine has no more memory for that.
+    pub(super) fn watch_listener(
+        &mut self,
+        key: ListenerKey,
+        worker: usize,
+        token: usize,
+    ) -> io::Result<()> {
+        if !self.can_watch {
+            return fail(libc::ENOSPC);
+        }
         self.listeners[key.0].watched = Some((worker, token));
         if !self.listeners[key.0].backlog.is_empty() {
             self.raise_listener(key);
         }
+        Ok(())
     }
 
     /// Whether a worker accepts there.
