@@ -13,6 +13,7 @@ use crate::engine::admission::{NotServed, Slot, Wake};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::{ConnectionId, ForwardId};
+use crate::engine::relay::Carried;
 use crate::engine::routes::Routes;
 use crate::engine::rule::Limits;
 use crate::engine::status::ConnectionStatus;
@@ -95,6 +96,8 @@ pub(crate) struct Inbox<D: Driver> {
     commands: Mutex<Vec<Command<D>>>,
     /// The number of the worker's connections.
     pub(crate) load: AtomicUsize,
+    /// What the worker's connections have delivered, by carrier.
+    pub(super) carried: Arc<Carried>,
     wake: Wake,
 }
 
@@ -103,6 +106,7 @@ impl<D: Driver> Inbox<D> {
         Inbox {
             commands: Mutex::default(),
             load: AtomicUsize::new(0),
+            carried: Arc::default(),
             wake,
         }
     }
