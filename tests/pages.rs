@@ -103,6 +103,8 @@ fn every_command_has_a_man_page() {
     assert_eq!(hvsock(&["man", "nosuch"]).status.code(), Some(2));
 }
 
+// The synopses of a system with all commands and options.
+#[cfg(unix)]
 #[test]
 fn a_synopsis_shows_values_and_what_may_be_repeated() {
     for (command, right) in [

@@ -88,17 +88,17 @@ impl<D: Driver> Controller<D> {
         let old = &forwards[index_of(&forwards, id)?];
         let others = forwards.iter().filter(|forward| forward.id != id);
         let forward = self.binder.replace(rule, old, others)?;
-        let (home, mode) = (forward.home, forward.rule.mode);
-        let set_mode = || match mode == old.rule.mode {
+        let (home, access) = (forward.home, forward.rule.access());
+        let set_access = || match access == old.rule.access() {
             true => Ok(()),
             false => self
                 .ask(home, |wanted, tell| {
-                    Command::SetMode(id, mode, wanted, tell)
+                    Command::SetAccess(id, access, wanted, tell)
                 })
                 .and_then(|done| done),
         };
         let replace = |wanted, tell| Command::Replace(Arc::clone(&forward), wanted, tell);
-        if let Err(e) = set_mode().and_then(|()| self.ask(home, replace)) {
+        if let Err(e) = set_access().and_then(|()| self.ask(home, replace)) {
             forward.set_quota(None);
             self.binder.restore(old);
             return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
@@ -182,6 +182,11 @@ impl<D: Driver> Controller<D> {
     /// See [`Handle::live`](super::Handle::live).
     pub(super) fn live(&self) -> usize {
         self.shared.live.load(Ordering::Relaxed)
+    }
+
+    /// See [`Handle::idle_for`](super::Handle::idle_for).
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        self.shared.idle_for()
     }
 
     /// See [`Handle::is_stopping`](super::Handle::is_stopping).

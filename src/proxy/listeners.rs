@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, error, info, warn};
 
 use crate::engine::relay::{Side, Socket};
+use crate::listener::FileAccess;
 use crate::listener::nonblocking::{has_client_left, is_broken};
 
 #[cfg(all(unix, feature = "cli"))]
@@ -254,18 +255,18 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Changes the permissions of a forward's socket file, if this worker has the listener.
-    pub(super) fn set_mode(
+    /// Changes the owner, group and permissions of a forward's socket file, if this worker has the listener.
+    pub(super) fn set_access(
         &mut self,
         forward: ForwardId,
-        mode: u32,
+        access: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
         cx: &mut TurnContext<'_, D>,
     ) {
         let index = self.listener_of(forward);
         match index.and_then(|index| self.all[index].listener.as_ref()) {
-            Some(listener) => cx.driver.set_mode(listener, mode, wanted, done),
+            Some(listener) => cx.driver.set_access(listener, access, wanted, done),
             // The thread that asked may have given up.
             None => drop(done.send(Ok(()))),
         }

@@ -31,6 +31,16 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
     };
+    if rule.listen.why_no_listener().is_some() {
+        return Err(not_carried(Operation::Listen, &rule.listen));
+    }
+    if let Some(source) = rule.from.iter().find(|it| !it.suits(&rule.listen)) {
+        let (listen, scheme) = (&rule.listen, rule.listen.scheme());
+        let why = format!("no client of a {scheme} address comes from {source}");
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        let remedy = "tcp:// addresses have networks in from, vsock:// ones CIDs, others none; of a Unix socket mode, owner and group say who may come";
+        return Err(Error::new(Operation::Listen, listen, cause).with_remedy(remedy));
+    }
     if let Some((why, remedy)) = rule.connect.why_no_target() {
         let error = invalid(Operation::Connect, &rule.connect, why);
         return error.map_err(|error| match remedy {
@@ -39,7 +49,11 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         });
     }
     check_relay_threads(rule, waiter)?;
-    if let Some(most) = rule.connections.filter(|most| *most < rule.reserved.max(1)) {
+    check_proxy_protocol(rule, waiter)?;
+    if let Some(most) = rule
+        .most_connections()
+        .filter(|most| *most < rule.reserved.max(1))
+    {
         let why = match most {
             0 => "it may have no connection at all".to_owned(),
             _ => format!(
@@ -54,6 +68,27 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         return invalid(Operation::Connect, &rule.connect, why);
     }
     Ok(())
+}
+
+/// Refuses what the PROXY protocol can't do.
+fn check_proxy_protocol(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+    let waiters = [waiter(&rule.listen), waiter(&rule.connect)];
+    let is_on_threads = waiters.contains(&Waiter::Thread) && !waiters.contains(&Waiter::Poller);
+    if is_on_threads && rule.proxy_protocol.is_some() {
+        let why = format!("from {} it is told of no client", rule.listen);
+        let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+        return Err(Error::new(Operation::Connect, &rule.connect, cause)
+            .with_remedy("leave proxy-protocol out, or have a TCP socket between them"));
+    }
+    let mut from = rule.accept_proxy.iter();
+    let Some(source) = from.find(|it| !it.suits(&rule.listen)) else {
+        return Ok(());
+    };
+    let scheme = rule.listen.scheme();
+    let why = format!("no client of a {scheme} address comes from {source}");
+    let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+    Err(Error::new(Operation::Listen, &rule.listen, cause)
+        .with_remedy("in accept-proxy, tcp:// addresses have networks, vsock:// ones CIDs"))
 }
 
 /// Refuses a rule that relay threads can't carry: they neither know refusals by EOF nor hold back
@@ -232,7 +267,7 @@ impl Binder {
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let listener = match self.take(&rule, id, others)? {
             Some(listener) => D::take_passed(listener),
-            None => D::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
+            None => D::bind(&rule.listen, rule.access()).map_err(|e| match e.kind() {
                 io::ErrorKind::AddrInUse => self.explain(e, &rule.listen, others),
                 _ => e,
             })?,

@@ -17,6 +17,7 @@ use crate::engine::relay::Carried;
 use crate::engine::routes::Routes;
 use crate::engine::rule::Limits;
 use crate::engine::status::ConnectionStatus;
+use crate::listener::FileAccess;
 use crate::name::SocketName;
 
 use super::descriptors::Descriptors;
@@ -66,8 +67,8 @@ pub(crate) enum Command<D: Driver> {
     Listen(D::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
     /// Replace the forward of the same id for new clients, and report it.
     Replace(Arc<Forward>, Wanted, Sender<()>),
-    /// Change the permissions of the forward's socket file, and report the result.
-    SetMode(ForwardId, u32, Wanted, Sender<io::Result<()>>),
+    /// Change the owner, group and permissions of the forward's socket file, and report the result.
+    SetAccess(ForwardId, FileAccess, Wanted, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time.
     Remove(Arc<Forward>, Duration, Sender<()>),
@@ -159,6 +160,9 @@ pub(crate) struct Shared<D: Driver> {
     pub(super) routes: Routes,
     /// The connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
+    /// The time at which the proxy began, and how many milliseconds later the last connection ended.
+    begun: Instant,
+    last_end: AtomicU64,
     /// Whether the proxy was told to stop.
     pub(super) stop_asked: AtomicBool,
     /// The number of workers that have begun to stop. They hand no connection over any more.
@@ -192,6 +196,8 @@ impl<D: Driver> Shared<D> {
             descriptors,
             routes: Routes::default(),
             live: AtomicUsize::new(0),
+            begun: D::clock(),
+            last_end: AtomicU64::new(0),
             stop_asked: AtomicBool::new(false),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
@@ -246,10 +252,24 @@ impl<D: Driver> Shared<D> {
     }
 
     /// Counts the end of a connection or probe.
-    pub(super) fn note_end(&self, forward: &Forward, holder: Holder) {
+    pub(super) fn note_end(&self, forward: &Forward, holder: Holder, now: Instant) {
         forward.tally.live.fetch_sub(1, Ordering::Relaxed);
         self.quotas().give_back(holder);
+        let age = now.saturating_duration_since(self.begun).as_millis();
+        // First: who finds no connection finds the time at which the last one ended.
+        self.last_end
+            .fetch_max(u64::try_from(age).unwrap_or(u64::MAX), Ordering::Release);
         self.live.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Returns how long there has been no connection, or `None` if there is one.
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        if self.live.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        let last_end = Duration::from_millis(self.last_end.load(Ordering::Acquire));
+        let age = D::clock().saturating_duration_since(self.begun);
+        Some(age.saturating_sub(last_end))
     }
 
     /// Reserves a forward's slots, until [`release`](Shared::release).
@@ -319,7 +339,7 @@ impl<D: Driver> Shared<D> {
 fn reserve_slots(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
     let holder = Holder::Forward(forward.id);
-    quotas.bound(holder, forward.rule.connections);
+    quotas.bound(holder, forward.rule.most_connections());
     if let Err(left) = quotas.reserve(holder, reserved) {
         tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
         // As many as are left.

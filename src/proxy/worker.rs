@@ -224,8 +224,11 @@ impl<D: Driver> Worker<D> {
                     let _ = done.send(());
                 }
             }
-            Command::SetMode(forward, mode, wanted, done) => {
-                call!(self.listeners.set_mode(forward, mode, wanted, done), now);
+            Command::SetAccess(forward, access, wanted, done) => {
+                call!(
+                    self.listeners.set_access(forward, access, wanted, done),
+                    now
+                );
             }
             Command::Remove(forward, grace, done) => self.remove(forward, grace, done, now),
             #[cfg(all(unix, feature = "cli"))]

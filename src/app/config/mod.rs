@@ -36,7 +36,7 @@ use serde_json::Value;
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::address::TcpAddress;
+use crate::address::{Address, TcpAddress};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::hyperkit::Places;
@@ -55,6 +55,8 @@ use vms::{Found, Vm};
 pub(crate) struct Config {
     /// How long live connections may go on when the end is asked for.
     pub(crate) grace: Duration,
+    /// How long there may be no connection before it ends.
+    pub(crate) exit_idle: Option<Duration>,
     pub(crate) workers: Option<NonZeroUsize>,
     /// Whether bytes may go through pipes.
     pub(crate) splice: bool,
@@ -67,6 +69,9 @@ pub(crate) struct Config {
     /// For who adds forwards by the control socket.
     #[cfg(unix)]
     pub(crate) defaults: RuleOptions,
+    /// Whether forwards to programs may be added there.
+    #[cfg_attr(not(unix), allow(dead_code))]
+    pub(crate) allow_exec: bool,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
     /// Forwards that could be read in part. Of a file without mistakes there are none.
@@ -207,6 +212,7 @@ impl Config {
             return Err(source.problems());
         };
         let mut root = Section::root(&source, table.get_ref());
+        let exit_idle_line = root.line_of("exit-idle");
         let included = read_included(&mut root, &source, directory);
         let tables: Vec<_> = included
             .iter()
@@ -223,6 +229,14 @@ impl Config {
                 vm.name
             );
             source.note(vm.section_line.clone(), text);
+        }
+        let dialled = |rule: &&Rule| matches!(rule.listen, Address::Hyperkit(_));
+        if let (Some(_), Some(rule)) = (config.exit_idle, wanted.rules.iter().find(dialled)) {
+            let name = rule.name.as_deref().unwrap_or_default();
+            let text = format!(
+                "exit-idle has no effect: a guest dials [forward.{name}], which nobody else would serve"
+            );
+            source.note(exit_idle_line, text);
         }
         let mut problems = source.problems();
         problems.extend(included.into_iter().flat_map(|it| it.source.problems()));
@@ -241,11 +255,13 @@ impl Config {
         included: impl Iterator<Item = Section<'a, 'i>>,
     ) -> Config {
         let grace = root.take("grace", values::time);
+        let exit_idle = root.take("exit-idle", |value| values::time_or("never", value));
         let workers = root.take("workers", values::count(1..=256));
         let splice = root.take("splice", values::yes_or_no);
         let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
         let metrics = root.take("metrics", values::tcp);
+        let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
         if let Some(mut section) = root.table("defaults") {
             defaults = section.take_options(&defaults);
@@ -285,6 +301,7 @@ impl Config {
         }
         Config {
             grace: grace.unwrap_or(Duration::from_secs(30)),
+            exit_idle: exit_idle.flatten(),
             workers: workers.and_then(NonZeroUsize::new),
             splice: splice.unwrap_or(true),
             access_log: access_log.unwrap_or(false),
@@ -292,6 +309,7 @@ impl Config {
             metrics,
             #[cfg(unix)]
             defaults,
+            allow_exec: allow_exec.unwrap_or(false),
             vms,
             forwards,
             parts,

@@ -16,6 +16,7 @@ use crate::engine::counters::add_one;
 use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
+use crate::stream::closing::ResetWait;
 use crate::time::after;
 
 use super::draining::{Drain, Next, Reading};
@@ -24,11 +25,6 @@ use super::{Action, Connection, Context, Socket, State};
 /// How long input is read and discarded from a client that has received its whole answer and goes
 /// on sending.
 pub(crate) const LINGER: Duration = Duration::from_secs(5);
-
-/// The pause before the first check whether a peer that is to be reset has received what was sent
-/// before. It doubles with each check, up to [`LONGEST_RESET_PAUSE`].
-pub(crate) const RESET_PAUSE: Duration = Duration::from_millis(2);
-pub(crate) const LONGEST_RESET_PAUSE: Duration = Duration::from_millis(128);
 
 /// How long guests may take to end their connections when the proxy has to end at once.
 pub(crate) const LAST_DRAIN: Duration = Duration::from_secs(2);
@@ -53,28 +49,31 @@ const CUT_PAUSE: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub(crate) struct Closing<S> {
     pub(crate) end: End<S>,
-    /// The pause before the next check, if the end is to be reset rather than read to its EOF. A
-    /// reset overtakes data, so it waits until the peer has what was sent before.
-    reset: Option<Duration>,
-    pub(crate) drain: Drain,
+    how: How,
+}
+
+#[derive(Debug)]
+enum How {
+    /// It is read to its EOF, then closed.
+    Drain(Drain),
+    /// It is reset, once the peer has received what was sent before.
+    Reset(ResetWait),
 }
 
 impl<S: Socket> Closing<S> {
     /// Makes an end that is read to its EOF.
     pub(super) fn drain(end: End<S>) -> Closing<S> {
         Closing {
-            drain: Drain::new(end.received()),
+            how: How::Drain(Drain::new(end.received())),
             end,
-            reset: None,
         }
     }
 
     /// Makes an end that is reset once the peer has what was sent before.
-    fn reset(end: End<S>) -> Closing<S> {
+    fn reset(end: End<S>, until: Instant) -> Closing<S> {
         Closing {
-            drain: Drain::new(end.received()),
+            how: How::Reset(ResetWait::new(until)),
             end,
-            reset: Some(RESET_PAUSE),
         }
     }
 }
@@ -104,7 +103,8 @@ impl<S: Socket> Connection<S> {
             } else if is_graceful || mode == CloseMode::Close {
                 self.close_socket(side, end, cx);
             } else {
-                ends[side] = Some(Closing::reset(end));
+                let longest = LINGER.max(self.forward.rule.timeouts.drain);
+                ends[side] = Some(Closing::reset(end, after(cx.now, longest)));
             }
         }
         self.begin_closing(ends, cx);
@@ -186,19 +186,67 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Goes on with one end: reads what a turn may, and closes or resets it if it is time.
+    /// Goes on with one end, in the way in which it is closed.
     fn go_on_closing_end(
         &mut self,
         side: Side,
         closing: Closing<S>,
         cx: &mut Context<'_, S>,
     ) -> Ended<S> {
+        let Closing { end, how } = closing;
+        match how {
+            How::Drain(drain) => self.go_on_draining(side, end, drain, cx),
+            How::Reset(wait) => self.go_on_resetting(side, end, wait, cx),
+        }
+    }
+
+    /// Notes that the guest of that side has answered, if more came than `before`: what was
+    /// received, and whether the input had ended.
+    fn note_answer(&self, side: Side, end: &End<S>, before: (u64, bool), now: Instant) {
+        if let Some(slot) = self.slots[side].as_ref().filter(|_| side == Side::Server)
+            && (end.received(), end.input_ended()) != before
+        {
+            slot.note_answer(now);
+        }
+    }
+
+    /// Resets an end if its peer has received what was sent before.
+    fn go_on_resetting(
+        &mut self,
+        side: Side,
+        mut end: End<S>,
+        mut wait: ResetWait,
+        cx: &mut Context<'_, S>,
+    ) -> Ended<S> {
+        let before = (end.received(), end.input_ended());
+        end.discard(cx.pool);
+        self.note_answer(side, &end, before, cx.now);
+        cx.has_more_work |= end.is_readable();
+        let check_at = match end.takes_nothing() {
+            true => None,
+            false => wait.check(end.socket.unacknowledged(), cx.now),
+        };
+        match check_at {
+            None => {
+                cx.request(Action::Reset(end.socket));
+                Ended::Yes
+            }
+            at => {
+                let how = How::Reset(wait);
+                Ended::No(Closing { end, how }, at)
+            }
+        }
+    }
+
+    /// Reads what a turn may of an end, and closes it if it is time.
+    fn go_on_draining(
+        &mut self,
+        side: Side,
+        mut end: End<S>,
+        mut drain: Drain,
+        cx: &mut Context<'_, S>,
+    ) -> Ended<S> {
         let now = cx.now;
-        let Closing {
-            mut end,
-            reset,
-            mut drain,
-        } = closing;
         if cx.thawed == Some(now) {
             drain.forgive(now);
         }
@@ -214,20 +262,7 @@ impl<S: Socket> Connection<S> {
             }
             Reading::Not => false,
         };
-        if let Some(slot) = self.slots[side].as_ref().filter(|_| side == Side::Server)
-            && (end.received(), end.input_ended()) != before
-        {
-            slot.note_answer(now);
-        }
-        if let Some(pause) = reset {
-            cx.has_more_work |= end.is_readable();
-            if end.takes_nothing() || end.socket.unacknowledged() == 0 {
-                cx.request(Action::Reset(end.socket));
-                return Ended::Yes;
-            }
-            let reset = Some((2 * pause).min(LONGEST_RESET_PAUSE));
-            return Ended::No(Closing { end, reset, drain }, Some(now + pause));
-        }
+        self.note_answer(side, &end, before, now);
         if end.input_ended() {
             self.close_socket(side, end, cx);
             return Ended::Yes;
@@ -239,7 +274,7 @@ impl<S: Socket> Connection<S> {
         if let Some(slot) = slot {
             match next {
                 Next::Slower | Next::MayGiveUp | Next::GiveUp => slot.note_drain(),
-                Next::Quiet => slot.forget_drain(),
+                Next::Paused => slot.forget_drain(),
                 Next::Wait | Next::At(_) | Next::Again | Next::Close => {}
             }
         }
@@ -270,10 +305,10 @@ impl<S: Socket> Connection<S> {
             }
             Next::At(at) => Some(at),
             Next::Slower | Next::GiveUp | Next::MayGiveUp => Some(drain.next(now)),
-            Next::Wait | Next::Quiet => None,
+            Next::Wait | Next::Paused => None,
         };
-        let reset = None;
-        Ended::No(Closing { end, reset, drain }, at)
+        let how = How::Drain(drain);
+        Ended::No(Closing { end, how }, at)
     }
 
     /// Closes by force an end that is not ended yet, after reading out what is unread. Returns
@@ -325,13 +360,13 @@ impl<S: Socket> Connection<S> {
         let ends = std::mem::take(ends);
         let mut is_settling = false;
         for (side, closing) in Side::BOTH.into_iter().zip(ends) {
-            let Some(Closing { end, reset, drain }) = closing else {
+            let Some(Closing { end, how }) = closing else {
                 continue;
             };
-            if reset.is_some() {
+            let How::Drain(drain) = how else {
                 cx.request(Action::Reset(end.socket));
                 continue;
-            }
+            };
             // At the end of the process, its keeper has all the time that the guest needs.
             if cx.phase == Phase::Cutting && end.socket.is_guarded() {
                 cx.request(Action::Leave(end.socket));
@@ -371,7 +406,9 @@ impl<S: Socket> Connection<S> {
         };
         if cx.phase > Phase::Running {
             for closing in ends.iter_mut().flatten() {
-                closing.drain.hurry();
+                if let How::Drain(drain) = &mut closing.how {
+                    drain.hurry();
+                }
             }
         }
         let is_closed = ends.iter().all(Option::is_none);

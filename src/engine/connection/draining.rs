@@ -86,7 +86,7 @@ pub(crate) enum Next {
     /// The guest goes on sending, and is read slowly from now on.
     Slower,
     /// The guest, which is read slowly, sends nothing for now. Wait for an event.
-    Quiet,
+    Paused,
     /// The guest has gone on sending: its drain is given up if others need its slot.
     MayGiveUp,
     /// The guest has gone on sending for too long: its drain is given up.
@@ -201,7 +201,7 @@ impl Drain {
                     Some(_) => Next::MayGiveUp,
                     None => match self.last.map(|at| at + PAUSES) {
                         Some(at) if now < at => Next::At(at),
-                        _ => Next::Quiet,
+                        _ => Next::Paused,
                     },
                 }
             }

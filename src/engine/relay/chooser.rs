@@ -35,11 +35,11 @@ const SAMPLES: usize = 7;
 
 /// A comparison for which so many buffers of bytes were not enough is given up, as where no pipe
 /// can be had.
-const LONGEST: u64 = 16 * (SAMPLE + SETTLING) * SAMPLES as u64;
+const LONGEST: u64 = 8 * (SAMPLE + SETTLING) * SAMPLES as u64;
 
-/// How many buffers of bytes pass between two comparisons. So a hundredth of them tries the carrier
-/// that was worse.
-const PAUSE: u64 = 100 * (SAMPLE + SETTLING) * SAMPLES as u64;
+/// How many buffers of bytes pass between two comparisons. So one byte of 200 tries the carrier that
+/// was worse.
+const PAUSE: u64 = 200 * (SAMPLE + SETTLING) * SAMPLES as u64;
 
 /// The other carrier is chosen if it costs less than this part of what the chosen one does. Without
 /// such a gap two that cost the same would take turns.
@@ -89,9 +89,9 @@ impl Comparison {
         }
     }
 
-    fn note(&mut self, through: Through, bytes: u64, time: Duration, unit: u64) {
+    fn note(&mut self, through: Option<Through>, bytes: u64, time: Duration, unit: u64) {
         self.left = self.left.saturating_sub(bytes);
-        if through != self.tried {
+        if through != Some(self.tried) {
             return;
         }
         if self.settling > 0 {
@@ -146,9 +146,16 @@ impl Chooser {
         self.comparison.is_some()
     }
 
-    /// Notes that `bytes` have passed through a carrier, and how long the calls took that moved
-    /// them; `Rest::Sleeps` if a wake-up follows.
-    pub(crate) fn note(&mut self, through: Through, bytes: u64, time: Duration, rest: Rest) {
+    /// Notes that `bytes` have passed, how long the calls took that moved them, and whether a
+    /// wake-up follows. `through` is the carrier, if it was the same for all of them; otherwise
+    /// they say nothing about the cost.
+    pub(crate) fn note(
+        &mut self,
+        through: Option<Through>,
+        bytes: u64,
+        time: Duration,
+        rest: Rest,
+    ) {
         let Some(comparison) = &mut self.comparison else {
             self.pause = self.pause.saturating_sub(bytes);
             if self.pause == 0 {

@@ -113,6 +113,8 @@ struct Flow<P> {
     /// Whether an EOF of the source may mean that its connection broke off.
     doubt: bool,
     delivered: u64,
+    /// How many of the bytes that are delivered first are not the source's.
+    foreign: u64,
 }
 
 /// How much a flow brings at a time.
@@ -145,6 +147,8 @@ impl Size {
 /// The bytes that a flow has delivered in a turn, and through what.
 #[derive(Debug, Default)]
 struct Moved {
+    /// Of which kind the flow was when the turn began: what passes in the turn is counted as that.
+    kind: Option<FlowKind>,
     bytes: [u64; 2],
     /// What was filled or emptied.
     used: [bool; 2],
@@ -169,6 +173,7 @@ impl<P: Pipe> Flow<P> {
             hold: false,
             doubt: false,
             delivered: 0,
+            foreign: 0,
         }
     }
 
@@ -210,11 +215,12 @@ impl<P: Pipe> Flow<P> {
         let begun = kind
             .filter(|kind| pool.chooser(*kind).needs_time())
             .map(|_| source.socket.clock());
+        moved.kind = kind;
         let more = self.carry(source, sink, pool, budget, silent_end, &mut moved);
         for through in Through::ALL {
             pool.count(through, moved.bytes[through as usize]);
         }
-        if let (Some(kind), Some(through)) = (kind, moved.only()) {
+        if let Some(kind) = kind {
             let time = begun.map_or(Duration::ZERO, |begun| {
                 source.socket.clock().saturating_duration_since(begun)
             });
@@ -222,8 +228,8 @@ impl<P: Pipe> Flow<P> {
                 true => Rest::GoesOn,
                 false => Rest::Sleeps,
             };
-            let bytes = moved.bytes[through as usize];
-            pool.chooser(kind).note(through, bytes, time, rest);
+            let bytes = moved.bytes.iter().sum();
+            pool.chooser(kind).note(moved.only(), bytes, time, rest);
         }
         more
     }
@@ -267,7 +273,7 @@ impl<P: Pipe> Flow<P> {
                     if budget == 0 {
                         return true;
                     }
-                    budget = budget.saturating_sub(self.fill(source, sink, pool));
+                    budget = budget.saturating_sub(self.fill(source, sink, pool, moved.kind));
                     if let Some(through) = self.carrier.through() {
                         moved.used[through as usize] = true;
                     }
@@ -290,15 +296,17 @@ impl<P: Pipe> Flow<P> {
         self.state == State::Broken && source.discard(pool)
     }
 
-    /// Reads once. Returns how many bytes arrived.
+    /// Reads once. Returns how many bytes arrived. The flow was of the kind `begun_as` when the turn
+    /// began.
     fn fill<S: Socket<Pipe = P>>(
         &mut self,
         source: &mut End<S>,
         sink: &End<S>,
         pool: &mut Pool<P>,
+        begun_as: Option<FlowKind>,
     ) -> usize {
         if let Some(kind) = self.kind(source, sink, pool)
-            && pool.chooser(kind).choice() == Through::Pipe
+            && pool.chooser(begun_as.unwrap_or(kind)).choice() == Through::Pipe
             && let Some(mut pipe) = pool.take_pipe()
         {
             match source.splice_in(&mut pipe) {
@@ -399,6 +407,11 @@ impl<S: Socket> Pair<S> {
         self.flows[side].carrier = Carrier::Memory { buffer, filled };
     }
 
+    /// Sets how many of the first bytes that are delivered for `side` it has not sent itself.
+    pub(crate) fn discount(&mut self, side: Side, bytes: usize) {
+        self.flows[side].foreign = bytes as u64;
+    }
+
     /// Returns whether the half-close of `side` is held back now, until [`release_half_close`](Pair::release_half_close).
     pub(crate) fn is_holding_half_close(&self, side: Side) -> bool {
         let flow = &self.flows[side];
@@ -438,7 +451,8 @@ impl<S: Socket> Pair<S> {
 
     /// Returns how many bytes of what `side` sent were delivered.
     pub(crate) fn delivered(&self, side: Side) -> u64 {
-        self.flows[side].delivered
+        let flow = &self.flows[side];
+        flow.delivered.saturating_sub(flow.foreign)
     }
 
     /// Returns whether a peer is gone, or no direction is open. What is left may then never be

@@ -329,6 +329,10 @@ impl<D: Driver> Connections<D> {
                     adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(Side::Server)));
                 Ok((stream, watched))
             }
+            (Ok(mut stream), Some(forward)) if !forward.is_blocking(Side::Server) => {
+                let watched = cx.driver.watch(&mut stream, id.token(Side::Server));
+                Ok((stream, watched))
+            }
             (dialled, _) => dialled.map(|stream| (stream, Ok(()))),
         };
         self.with(id, cx, |it, to| it.take_dialled(dialled, to));
@@ -352,7 +356,7 @@ impl<D: Driver> Connections<D> {
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
             cx.driver.rest();
         }
-        cx.shared.note_end(&forward, holder);
+        cx.shared.note_end(&forward, holder, cx.now);
     }
 
     /// Cuts off the connections of a forward, or of all (`None`), for that reason.

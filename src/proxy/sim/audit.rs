@@ -280,22 +280,22 @@ impl Audit {
             let tally = pulse.forward.tally.counters().timed_out;
             let count = tally.idle + tally.half_closed;
             let known = self.timed_out.insert(forward, count).unwrap_or(0);
-            let quiet = |(key, it): &&(Key, Pulse)| {
+            let idle = |(key, it): &&(Key, Pulse)| {
                 it.forward.id.0 == forward
                     && !open.contains_key(key)
                     && it.end().is_some_and(|end| end <= now)
             };
-            let quiet = before.iter().filter(quiet).count() as u64;
+            let idle = before.iter().filter(idle).count() as u64;
             assert!(
-                count <= known + quiet,
-                "{} connections of forward {forward} are cut off as quiet, and {quiet} were",
+                count <= known + idle,
+                "{} connections of forward {forward} are cut off as idle, and {idle} were",
                 count - known
             );
         }
     }
 
     /// What is kept for a forward is there for it, once it has been: before, others may have it.
-    fn check_places(&self, worker: &Worker<SimDriver>, has_probes: bool, now: Instant) {
+    fn check_reserved_slots(&self, worker: &Worker<SimDriver>, has_probes: bool, now: Instant) {
         let shared = &worker.shared;
         for forward in shared.forwards().iter() {
             let live = forward.tally.live.load(Ordering::Relaxed);
@@ -339,7 +339,7 @@ impl Audit {
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
         if stage.keeps_places.get() {
             let probes: usize = self.probes.values().sum();
-            self.check_places(worker, probes > 0, stage.instant());
+            self.check_reserved_slots(worker, probes > 0, stage.instant());
         }
         if worker.phase == Phase::Running || stage.has_lost_files.get() {
             return;

@@ -34,7 +34,7 @@ const LONGEST: Duration = Duration::from_secs(20_000);
 const LAST: Duration = Duration::from_secs(5);
 
 /// How long nobody comes before it is looked whether all listen: files are looked after each second.
-const QUIET: Duration = Duration::from_secs(3);
+const SETTLING: Duration = Duration::from_secs(3);
 
 /// How long the proxy may take to end once nobody is there.
 const AT_ONCE: Duration = Duration::from_millis(100);
@@ -296,7 +296,7 @@ fn check_listeners(plan: &Plan, run: &Run) {
     {
         return;
     }
-    let end = stage.now().max(stage.stalled_until()) + QUIET;
+    let end = stage.now().max(stage.stalled_until()) + SETTLING;
     while stage.step_until(end) {}
     for forward in run.controller.forwards() {
         if run.controller.live() > 0 {

@@ -85,7 +85,12 @@ fn more(name: &str) -> More {
         "ps" => (&[Control], &["status", "stop"], &["control"]),
         "connections" => (&[Control], &["close", "status", "top"], &["control"]),
         "close" => (&[Control], &["connections"], &["control", "hyperkit"]),
-        "top" => (&[Control], &["status", "connections"], &["control"]),
+        "top" => (
+            &[Control],
+            &["status", "events", "connections"],
+            &["control"],
+        ),
+        "events" => (&[Control], &["status", "top", "connections"], &["control"]),
         "add" => (
             &[Control, Vms],
             &["remove", "status", "expose", "forward"],
@@ -145,8 +150,8 @@ fn more(name: &str) -> More {
     }
 }
 
-/// A command's page.
-pub(super) fn page(command: &Command) -> Page {
+/// Makes a command's page. It names those commands of `hvsock` that this system has.
+pub(super) fn page(command: &Command, hvsock: &Command) -> Page {
     let name = command.get_name();
     let more = more(name);
     let about = command.get_about().map(ToString::to_string);
@@ -205,6 +210,7 @@ pub(super) fn page(command: &Command) -> Page {
         .chain(more.see.iter().copied());
     let commands = commands
         .filter(|it| *it != name)
+        .filter(|it| *it == hvsock.get_name() || hvsock.find_subcommand(it).is_some())
         .map(|it| (full_name(it), 1));
     let guide = more
         .guide

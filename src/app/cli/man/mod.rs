@@ -62,7 +62,7 @@ fn pages(hvsock: Command) -> Vec<Page> {
     // It gives the commands their full names.
     all.build();
     let commands: Vec<&Command> = std::iter::once(&all).chain(all.get_subcommands()).collect();
-    let commands = commands.into_iter().map(command::page);
+    let commands = commands.into_iter().map(|it| command::page(it, &all));
     let guide = PAGES.iter().map(|(name, text)| guide::page(name, text));
     commands.chain(guide).collect()
 }

@@ -46,7 +46,7 @@ fn send(chooser: &mut Chooser, machine: Machine, bytes: u64) -> (u64, u64) {
             false => Duration::ZERO,
         };
         timed += if chooser.needs_time() { most } else { 0 };
-        chooser.note(through, most, time, Rest::GoesOn);
+        chooser.note(Some(through), most, time, Rest::GoesOn);
         sent += most;
     }
     (piped, timed)
@@ -103,7 +103,7 @@ fn a_change_of_the_machine_is_noticed() {
 }
 
 #[test]
-fn a_hundredth_goes_through_the_dearer_carrier_and_two_are_timed() {
+fn less_than_a_hundredth_goes_through_the_dearer_carrier() {
     let mut chooser = Chooser::new(UNIT);
     let costs = machine(20, 30);
     send(&mut chooser, costs, LONG);
@@ -122,10 +122,10 @@ fn where_wake_ups_outweigh_the_calls_fewer_are_preferred() {
             Through::Pipe => (2 * UNIT as u64, 3000, Through::Pipe),
         };
         let time = Duration::from_nanos(nanos);
-        chooser.note(through, bytes, time, Rest::Sleeps);
+        chooser.note(Some(through), bytes, time, Rest::Sleeps);
     }
     while chooser.needs_time() {
-        chooser.note(chooser.choice(), 1, Duration::ZERO, Rest::GoesOn);
+        chooser.note(Some(chooser.choice()), 1, Duration::ZERO, Rest::GoesOn);
     }
     assert_eq!(chooser.choice(), Through::Pipe);
 }
@@ -137,9 +137,20 @@ fn a_comparison_ends_where_no_pipe_can_be_had() {
     let mut timed = 0;
     for _ in 0..LONG / UNIT as u64 {
         timed += u64::from(chooser.needs_time());
-        chooser.note(Through::Memory, UNIT as u64, time, Rest::GoesOn);
+        chooser.note(Some(Through::Memory), UNIT as u64, time, Rest::GoesOn);
     }
     assert!(timed < LONG / UNIT as u64 / 5, "{timed}");
+}
+
+#[test]
+fn a_comparison_ends_where_flows_change_their_carrier_in_each_turn() {
+    let mut chooser = Chooser::new(UNIT);
+    let mut timed = 0;
+    for _ in 0..LONG / UNIT as u64 {
+        timed += u64::from(chooser.needs_time());
+        chooser.note(None, UNIT as u64, Duration::ZERO, Rest::GoesOn);
+    }
+    assert!(timed < LONG / UNIT as u64 / 20, "{timed}");
 }
 
 /// The relay takes what the chooser says, and measures what it costs.
