@@ -1046,6 +1046,21 @@ fn metrics_keep_to_prometheus_format_and_are_all_that_tcp_serves() {
         assert_eq!(of("hvsock_forward_sent_bytes_total", "brief"), 300.0);
         assert_eq!(of("hvsock_forward_received_bytes_total", "brief"), 2.0);
         assert_eq!(of("hvsock_forward_live", ""), 0.0);
+        let sum = |names: &[&str]| -> f64 {
+            let found = samples
+                .iter()
+                .filter(|it| names.contains(&it.name.as_str()));
+            found.map(|it| it.value).sum()
+        };
+        let delivered = [
+            "hvsock_forward_sent_bytes_total",
+            "hvsock_forward_received_bytes_total",
+        ];
+        let carried = sum(&["hvsock_carried_bytes_total"]);
+        assert_eq!(carried, sum(&delivered), "{body}");
+        let status = scene.call("GET", "/v1/status", "").1;
+        let ways = ["copied", "spliced"].map(|way| status["carried"][way].as_u64().unwrap());
+        assert_eq!(ways.iter().sum::<u64>() as f64, carried);
         let open = samples
             .iter()
             .find(|it| it.name == "process_open_fds")

@@ -67,6 +67,18 @@ pub enum ForwardState {
     Closed,
 }
 
+/// Bytes that were delivered, in both directions, by what has carried them. Those of connections
+/// that have threads of their own (AF_HYPERV) are not among them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
+#[non_exhaustive]
+pub struct CarriedBytes {
+    /// Bytes that were copied into a buffer and out of it.
+    pub copied: u64,
+    /// Bytes that went through a pipe (`splice(2)`).
+    pub spliced: u64,
+}
+
 /// The state of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(

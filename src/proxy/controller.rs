@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-use crate::engine::relay::Side;
+use crate::engine::relay::{Side, Through};
 use crate::error::{Error, Operation, Result};
 
 use super::driver::Driver;
@@ -17,7 +17,7 @@ use super::shared::{Command, Shared};
 use crate::engine::forward::Forward;
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::{Rule, VmLimits};
-use crate::engine::status::{ConnectionStatus, ForwardStatus};
+use crate::engine::status::{CarriedBytes, ConnectionStatus, ForwardStatus};
 
 /// The implementation of [`Handle`](super::Handle) for any driver.
 #[derive(Debug)]
@@ -171,6 +171,18 @@ impl<D: Driver> Controller<D> {
         let answers = self.ask_all(Command::Ping, patience).len();
         let ended = self.shared.ended.load(Ordering::Acquire);
         answers + ended >= self.shared.inboxes.len()
+    }
+
+    /// See [`Handle::carried`](super::Handle::carried).
+    pub(super) fn carried(&self) -> CarriedBytes {
+        let sum = |through| {
+            let workers = self.shared.inboxes.iter();
+            workers.map(|it| it.carried.bytes(through)).sum()
+        };
+        CarriedBytes {
+            copied: sum(Through::Memory),
+            spliced: sum(Through::Pipe),
+        }
     }
 
     /// See [`Handle::live`](super::Handle::live).

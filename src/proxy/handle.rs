@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::{Rule, VmLimits};
-use crate::engine::status::{ConnectionStatus, ForwardStatus};
+use crate::engine::status::{CarriedBytes, ConnectionStatus, ForwardStatus};
 use crate::error::Result;
 #[cfg(unix)]
 use crate::keeper::{LinkStatus, View};
@@ -141,6 +141,11 @@ impl Handle {
     #[cfg(unix)]
     pub fn keeper(&self) -> Option<LinkStatus> {
         self.keeper.as_ref().map(View::status)
+    }
+
+    /// Returns how many bytes were delivered since the start, by what has carried them.
+    pub fn carried(&self) -> CarriedBytes {
+        self.controller.carried()
     }
 
     /// Returns the number of connections that are not closed yet.

@@ -90,7 +90,8 @@ pub use crate::engine::proxy_header::ProxyProtocol;
 pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
 pub use crate::engine::source::{Source, SourceError};
 pub use crate::engine::status::{
-    ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus, Waiting,
+    CarriedBytes, ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError,
+    VmStatus, Waiting,
 };
 #[cfg(feature = "cli")]
 pub(crate) use descriptors::Descriptors as ProcessDescriptors;
@@ -113,8 +114,8 @@ pub struct ProxyConfig {
     /// The number of threads. `None`: one per core.
     pub workers: Option<NonZeroUsize>,
     /// Whether bytes may pass from socket to socket through pipes (`splice(2)`), where the system
-    /// supports it and a connection moves many bytes. Otherwise they are copied, as on other
-    /// systems.
+    /// supports it, a connection moves many bytes, and measuring has shown that it costs less here
+    /// than to copy them. Otherwise they are copied, as on other systems.
     pub splice: bool,
     /// The limits of the proxy.
     pub limits: Limits,

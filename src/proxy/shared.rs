@@ -14,6 +14,7 @@ use crate::engine::admission::{GateId, NotServed, Slot, SlotWake, Wake};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::{ConnectionId, ForwardId};
+use crate::engine::relay::Carried;
 use crate::engine::routes::Routes;
 use crate::engine::rule::Limits;
 use crate::engine::status::ConnectionStatus;
@@ -97,6 +98,8 @@ pub(crate) struct Inbox<D: Driver> {
     commands: Mutex<Vec<Command<D>>>,
     /// The number of the worker's connections.
     pub(crate) load: AtomicUsize,
+    /// What the worker's connections have delivered, by carrier.
+    pub(super) carried: Arc<Carried>,
     wake: Wake,
     /// The gates at which there may be a slot again.
     freed: Arc<Mutex<Vec<GateId>>>,
@@ -116,6 +119,7 @@ impl<D: Driver> Inbox<D> {
         Inbox {
             commands: Mutex::default(),
             load: AtomicUsize::new(0),
+            carried: Arc::default(),
             wake,
             freed,
             slot_wake,

@@ -93,11 +93,12 @@ impl<D: Driver> Worker<D> {
             true => shared.descriptors.pipes_of_a_worker(),
             false => 0,
         };
+        let carried = Arc::clone(&shared.inboxes[index].carried);
         Worker {
             driver,
             index,
             shared,
-            connections: Connections::new(pipes),
+            connections: Connections::new(pipes, carried),
             listeners: Listeners::default(),
             removed: BTreeMap::new(),
             looked_at: None,

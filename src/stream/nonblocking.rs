@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
@@ -301,6 +301,17 @@ impl Socket for Stream {
             Stream::Local(stream) => stream.can_splice_in(),
             other => other.has_splice(),
         }
+    }
+
+    fn cost_class(&self) -> usize {
+        match self {
+            Stream::Tcp(_) => 0,
+            Stream::Local(_) | Stream::Blocking(_) => 1,
+        }
+    }
+
+    fn clock(&self) -> Instant {
+        Instant::now()
     }
 
     #[cfg(target_os = "linux")]

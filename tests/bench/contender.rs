@@ -56,7 +56,7 @@ const MAC_CAPPED: &str = "hvsock, Mac, 8k";
 const MAC_128: &str = "hvsock, Mac, 128k";
 
 /// Another build of hvsock, `HVSOCK_BENCH_BEFORE`.
-const BEFORE: &str = "hvsock, before";
+pub(crate) const BEFORE: &str = "hvsock, before";
 const BEFORE_HYPERKIT: &str = "before, hyperkit";
 
 /// Behind `connect` of a hyperkit VM, with a keeper and without.

@@ -54,10 +54,11 @@ impl Check {
 /// What the clients do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Load {
-    /// So many bytes in all, over so many connections.
+    /// So many bytes in all, over so many connections, at most `write` at a time.
     Up {
         bytes: u64,
         connections: u64,
+        write: usize,
     },
     Down {
         bytes: u64,
@@ -98,6 +99,9 @@ impl Load {
 
     pub(crate) fn name(self) -> String {
         match self {
+            Load::Up {
+                connections, write, ..
+            } if write < CHUNK => format!("up in writes of {write} B, {connections}"),
             Load::Up { connections, .. } => format!("up, {connections}"),
             Load::Down { connections, .. } => format!("down, {connections}"),
             Load::Trips {
@@ -142,7 +146,11 @@ impl Load {
     fn lane(self, port: u16, next: &AtomicU64) -> io::Result<Vec<Duration>> {
         let mut trips = Vec::new();
         match self {
-            Load::Up { bytes, connections } => up(port, bytes / connections)?,
+            Load::Up {
+                bytes,
+                connections,
+                write,
+            } => up(port, bytes / connections, write)?,
             Load::Down { bytes, connections } => down(port, bytes / connections)?,
             Load::Trips {
                 size,
@@ -196,11 +204,11 @@ pub(crate) fn connect(port: u16) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-fn up(port: u16, bytes: u64) -> io::Result<()> {
+fn up(port: u16, bytes: u64, write: usize) -> io::Result<()> {
     let mut stream = connect(port)?;
     let mut sent = 0;
     while sent < bytes {
-        sent += stream.write(bytes_at(sent, bytes - sent))? as u64;
+        sent += stream.write(bytes_at(sent, (bytes - sent).min(write as u64)))? as u64;
     }
     stream.shutdown(Shutdown::Write)?;
     let mut taken = [0; 8];

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::contender::{BARE, BARE_COPY, Backs, Contender, NAMES};
+use crate::contender::{BARE, BARE_COPY, BEFORE, Backs, Contender, NAMES};
 use crate::host::Ticks;
-use crate::load::{Load, connect, trip};
+use crate::load::{CHUNK, Load, connect, trip};
 use crate::server::Service;
 
 const MIB: u64 = 1 << 20;
@@ -20,8 +20,19 @@ fn loads() -> Vec<Load> {
     let mut loads = Vec::new();
     for connections in [1, 16, 256] {
         let bytes = BYTES;
-        loads.push(Load::Up { bytes, connections });
         loads.push(Load::Down { bytes, connections });
+        loads.push(Load::Up {
+            bytes,
+            connections,
+            write: CHUNK,
+        });
+    }
+    for connections in [1, 16] {
+        loads.push(Load::Up {
+            bytes: BYTES,
+            connections,
+            write: 4 << 10,
+        });
     }
     for size in [64, 16 << 10] {
         for (connections, count) in [(1, 20_000), (64, 64_000)] {
@@ -122,6 +133,11 @@ pub(crate) fn main() {
     }
 }
 
+/// `HVSOCK_BENCH_ONLY=NAME;NAME…` leaves the other contenders out.
+fn takes_part(name: &str) -> bool {
+    std::env::var("HVSOCK_BENCH_ONLY").map_or(true, |only| only.split(';').any(|it| it == name))
+}
+
 fn is_wanted(wanted: &[String], name: &str) -> bool {
     wanted.is_empty() || wanted.iter().any(|part| name.contains(part.as_str()))
 }
@@ -140,7 +156,7 @@ fn run(rounds: usize, wanted: &[String]) -> io::Result<()> {
     let (mut samples, mut disturbed) = (0, 0);
     for round in 1..=rounds {
         let mut contenders = Vec::new();
-        for name in NAMES {
+        for name in NAMES.into_iter().filter(|name| takes_part(name)) {
             match Contender::start(name, &backs)? {
                 Some(contender) => contenders.push((name, contender)),
                 None if round == 1 => eprintln!("bench: {name} is not installed, and left out"),
@@ -200,6 +216,10 @@ fn run(rounds: usize, wanted: &[String]) -> io::Result<()> {
 /// The proxies that hvsock is compared with.
 const OTHERS: [&str; 4] = ["haproxy", "haproxy 128k", "nginx", "socat"];
 
+/// The carriers of hvsock's own: pipes, if another build is set that takes nothing else for bulk
+/// data, and copies.
+const OWN: [&str; 2] = [BEFORE, "hvsock --no-splice"];
+
 fn print_load(index: usize, load: Load, cells: &BTreeMap<(usize, &str), Cell>) {
     let (_, unit) = load.amount();
     let of = |name: &str, get: fn(&Cell) -> &[f64]| -> Option<f64> {
@@ -219,12 +239,19 @@ fn print_load(index: usize, load: Load, cells: &BTreeMap<(usize, &str), Cell>) {
         .iter()
         .filter_map(|name| cpu(name))
         .fold(f64::NAN, f64::min);
+    let direct = rate("no proxy").unwrap_or(f64::NAN);
+    let own = OWN
+        .iter()
+        .filter_map(|name| rate(name))
+        .fold(f64::NAN, f64::max);
     println!("\n{}", load.name());
     println!(
-        "{:<18} {:>12} {:>7} {:>14} {:>7} {:>9} {:>9} {:>9} {:>9}",
+        "{:<18} {:>12} {:>7} {:>7} {:>7} {:>14} {:>7} {:>9} {:>9} {:>9} {:>9}",
         "",
         format!("{unit}/s"),
         "x best",
+        "x none",
+        "x own",
         format!("CPU s/{unit}"),
         "x least",
         "keeper's",
@@ -237,8 +264,10 @@ fn print_load(index: usize, load: Load, cells: &BTreeMap<(usize, &str), Cell>) {
             continue;
         };
         print!(
-            "{name:<18} {rate:>12.3} {:>7.2} {cpu:>14.3} {:>7.2}",
+            "{name:<18} {rate:>12.3} {:>7.2} {:>7.2} {:>7.2} {cpu:>14.3} {:>7.2}",
             rate / best,
+            rate / direct,
+            rate / own,
             cpu / least
         );
         match of(name, |cell| &cell.keeper) {

@@ -258,6 +258,7 @@ impl Api {
             stopping: self.handle.is_stopping(),
             live: self.handle.live(),
             log_dropped: output::dropped(),
+            carried: self.handle.carried(),
             forwards: self.forwards(),
             keeper: self.handle.keeper(),
             unserved: self

@@ -122,7 +122,12 @@ impl Families<'_, '_> {
         ] {
             self.family(name, help, value.map(|value| (NO_LABELS, value)))?;
         }
-        Ok(())
+        let carried = [
+            ([("carrier", "buffer")], Counter(status.carried.copied)),
+            ([("carrier", "pipe")], Counter(status.carried.spliced)),
+        ];
+        let help = "Bytes that were delivered, by what has carried them.";
+        self.family("hvsock_carried_bytes", help, carried)
     }
 
     fn of_keeper(&mut self, keeper: Option<&LinkStatus>) -> fmt::Result {

@@ -13,8 +13,8 @@ use crate::app::values;
 use crate::keeper::LinkStatus;
 use crate::name::SocketName;
 use crate::proxy::{
-    ConnectionState, ConnectionStatus, Counters, ForwardState, ForwardStatus, LastError, Refusals,
-    Rule, VmStatus, Waiting, check_name,
+    CarriedBytes, ConnectionState, ConnectionStatus, Counters, ForwardState, ForwardStatus,
+    LastError, Refusals, Rule, VmStatus, Waiting, check_name,
 };
 use crate::time::{unix, unix_option};
 
@@ -36,6 +36,9 @@ pub(crate) struct Status {
     pub(crate) live: usize,
     /// Lines of the log, and of what else it said, that nobody took in time.
     pub(crate) log_dropped: u64,
+    /// Bytes that were delivered, by what has carried them.
+    #[serde(default)]
+    pub(crate) carried: CarriedBytes,
     pub(crate) forwards: Vec<Forward>,
     /// The process that keeps VMs whole when this one is gone; `null` if there is to be none.
     #[serde(default)]

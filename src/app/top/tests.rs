@@ -79,6 +79,7 @@ fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> 
             stopping: false,
             live: 9,
             log_dropped: 0,
+            carried: Default::default(),
             forwards,
             unserved: Vec::new(),
         },

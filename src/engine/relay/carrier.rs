@@ -3,6 +3,10 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::chooser::{Chooser, Through};
 
 /// A channel through which bytes pass without being copied: a pipe for `splice(2)`, or nothing
 /// where there is none.
@@ -44,31 +48,94 @@ impl<T> FreeList<T> {
     }
 }
 
-/// The free buffers and pipes of one worker, shared by all its connections.
+/// What decides which carrier is the cheaper one, but for the machine: what the sockets cost, and
+/// how much comes at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FlowKind {
+    /// The [`Socket::cost_class`](super::Socket::cost_class) of the source and of the sink.
+    pub(crate) source: usize,
+    pub(crate) sink: usize,
+    /// Whether it fills at least half a buffer at a time.
+    pub(crate) fills_buffers: bool,
+}
+
+/// The number of cost classes that sockets may have.
+pub(crate) const COST_CLASSES: usize = 2;
+
+/// The number of kinds of flows.
+const KINDS: usize = COST_CLASSES * COST_CLASSES * 2;
+
+impl FlowKind {
+    fn index(self) -> usize {
+        (self.source * COST_CLASSES + self.sink) * 2 + usize::from(self.fills_buffers)
+    }
+}
+
+/// The bytes that the connections of one worker have delivered, by carrier. Any thread may read it.
+#[derive(Debug, Default)]
+pub(crate) struct Carried([AtomicU64; 2]);
+
+impl Carried {
+    /// Returns how many bytes have passed through such carriers.
+    pub(crate) fn bytes(&self, through: Through) -> u64 {
+        self.0[through as usize].load(Ordering::Relaxed)
+    }
+
+    fn add(&self, through: Through, bytes: u64) {
+        if bytes > 0 {
+            self.0[through as usize].fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The free buffers and pipes of one worker, shared by all its connections, and what it has learned
+/// of their cost.
 #[derive(Debug)]
 pub(crate) struct Pool<P> {
     buffers: FreeList<Box<[u8]>>,
     size: usize,
     keep: usize,
     pipes: FreeList<P>,
+    /// Whether there may be pipes at all.
+    splices: bool,
     /// How many more pipes may be made.
     to_make: usize,
     /// How many pipes the system refused; they are tried again after the next [`trim`](Pool::trim).
     refused: usize,
+    choosers: [Chooser; KINDS],
+    carried: Arc<Carried>,
 }
 
 impl<P: Pipe> Pool<P> {
     /// Makes a pool of buffers of `size` bytes, of which `keep` are kept even if they are not
-    /// needed, and of at most `pipes` pipes.
-    pub(crate) fn new(size: usize, keep: usize, pipes: usize) -> Pool<P> {
+    /// needed, and of at most `pipes` pipes. What passes through them is added to `carried`.
+    pub(crate) fn new(size: usize, keep: usize, pipes: usize, carried: Arc<Carried>) -> Pool<P> {
         Pool {
             buffers: FreeList::new(),
             size,
             keep,
             pipes: FreeList::new(),
+            splices: pipes > 0,
             to_make: pipes,
             refused: 0,
+            choosers: std::array::from_fn(|_| Chooser::new(size)),
+            carried,
         }
+    }
+
+    /// Returns whether it may lend pipes at all.
+    pub(crate) fn splices(&self) -> bool {
+        self.splices
+    }
+
+    /// Returns what chooses the carrier of such flows.
+    pub(crate) fn chooser(&mut self, kind: FlowKind) -> &mut Chooser {
+        &mut self.choosers[kind.index()]
+    }
+
+    /// Counts bytes that were delivered.
+    pub(crate) fn count(&self, through: Through, bytes: u64) {
+        self.carried.add(through, bytes);
     }
 
     pub(crate) fn take_buffer(&mut self) -> Box<[u8]> {
@@ -164,6 +231,15 @@ pub(crate) enum Carrier<P> {
 impl<P: Pipe> Carrier<P> {
     pub(crate) fn is_empty(&self) -> bool {
         matches!(self, Carrier::Empty)
+    }
+
+    /// Returns what carries the bytes, if there are any.
+    pub(crate) fn through(&self) -> Option<Through> {
+        match self {
+            Carrier::Empty => None,
+            Carrier::Memory { .. } => Some(Through::Memory),
+            Carrier::Pipe { .. } => Some(Through::Pipe),
+        }
     }
 
     /// Returns how many bytes are still to be written.

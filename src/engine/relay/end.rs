@@ -1,6 +1,7 @@
 //! One end of a connection: a socket with its latched readiness and the state of both its halves.
 
 use std::io;
+use std::time::Instant;
 
 use super::carrier::{Pipe, Pool};
 
@@ -33,6 +34,15 @@ pub(crate) trait Socket {
     fn can_splice_in(&self) -> bool {
         self.has_splice()
     }
+
+    /// Returns a number below [`COST_CLASSES`](super::carrier::COST_CLASSES). Of sockets of one class a byte
+    /// costs about the same.
+    fn cost_class(&self) -> usize {
+        0
+    }
+
+    /// Returns the time by which is measured what calls cost.
+    fn clock(&self) -> Instant;
 
     /// Reads into an empty pipe. A short read has no meaning.
     fn splice_in(&mut self, pipe: &mut Self::Pipe) -> io::Result<usize>;

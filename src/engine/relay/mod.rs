@@ -18,16 +18,23 @@
 //!
 //! Invariant 7: an idle connection holds no buffer and no pipe; carriers are borrowed from a
 //! [`Pool`] while bytes are in flight.
+//!
+//! Which carrier a flow takes that brings much is measured: see [`Chooser`](chooser::Chooser).
 
 use std::io;
+use std::time::Duration;
 
 mod carrier;
+mod chooser;
 mod end;
 mod side;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use carrier::{Carrier, Pipe, Pool};
+use carrier::FlowKind;
+pub(crate) use carrier::{Carried, Carrier, Pipe, Pool};
+use chooser::Rest;
+pub(crate) use chooser::Through;
 pub(crate) use end::{End, Half, Readiness, Socket};
 pub(crate) use side::Side;
 
@@ -99,8 +106,8 @@ enum State {
 struct Flow<P> {
     state: State,
     carrier: Carrier<P>,
-    /// Whether the last read brought much.
-    bulk: bool,
+    /// How much the last read brought.
+    size: Size,
     /// Whether the half-close is held back while the other direction is open.
     hold: bool,
     /// Whether an EOF of the source may mean that its connection broke off.
@@ -110,19 +117,59 @@ struct Flow<P> {
     foreign: u64,
 }
 
-/// A flow that brings at least this part of a buffer at a time goes through a pipe from then on.
-/// Small messages are cheaper to copy.
+/// How much a flow brings at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Size {
+    /// Small messages, which are cheaper to copy.
+    Small,
+    /// It has brought much, and may go through a pipe until it brings little.
+    Medium,
+    Bulk,
+}
+
+/// A flow that brings at least this part of a buffer at a time may go through a pipe from then on.
 const BULK_PART: usize = 2;
 
 /// A flow that brings less than this part of a buffer at a time goes through memory again.
 const SMALL_PART: usize = 8;
+
+impl Size {
+    /// Returns the size of a flow that has brought `bytes` after it was of this size.
+    fn after(self, bytes: usize, buffer: usize) -> Size {
+        match self {
+            _ if bytes >= buffer / BULK_PART => Size::Bulk,
+            Size::Medium | Size::Bulk if bytes >= buffer / SMALL_PART => Size::Medium,
+            _ => Size::Small,
+        }
+    }
+}
+
+/// The bytes that a flow has delivered in a turn, and through what.
+#[derive(Debug, Default)]
+struct Moved {
+    /// Of which kind the flow was when the turn began: what passes in the turn is counted as that.
+    kind: Option<FlowKind>,
+    bytes: [u64; 2],
+    /// What was filled or emptied.
+    used: [bool; 2],
+}
+
+impl Moved {
+    /// Returns the only carrier that was used, if there was only one.
+    fn only(&self) -> Option<Through> {
+        let mut used = Through::ALL
+            .into_iter()
+            .filter(|through| self.used[*through as usize]);
+        used.next().filter(|_| used.next().is_none())
+    }
+}
 
 impl<P: Pipe> Flow<P> {
     fn new() -> Flow<P> {
         Flow {
             state: State::Open,
             carrier: Carrier::Empty,
-            bulk: false,
+            size: Size::Small,
             hold: false,
             doubt: false,
             delivered: 0,
@@ -135,17 +182,70 @@ impl<P: Pipe> Flow<P> {
         self.state = State::Broken;
     }
 
-    /// Moves at most about `budget` bytes. Returns whether more could be moved at once.
+    /// Returns of which kind the flow is, if its bytes may pass through a pipe.
+    fn kind<S: Socket<Pipe = P>>(
+        &self,
+        source: &End<S>,
+        sink: &End<S>,
+        pool: &Pool<P>,
+    ) -> Option<FlowKind> {
+        let may = self.size != Size::Small
+            && pool.splices()
+            && source.has_splice()
+            && sink.socket.has_splice();
+        may.then(|| FlowKind {
+            source: source.socket.cost_class(),
+            sink: sink.socket.cost_class(),
+            fills_buffers: self.size == Size::Bulk,
+        })
+    }
+
+    /// Moves at most about `budget` bytes. Returns whether more could be moved at once. Measures
+    /// what that costs, if the choice of the carrier needs it.
     fn run<S: Socket<Pipe = P>>(
+        &mut self,
+        source: &mut End<S>,
+        sink: &mut End<S>,
+        pool: &mut Pool<P>,
+        budget: usize,
+        silent_end: SilentEnd,
+    ) -> bool {
+        let mut moved = Moved::default();
+        let kind = self.kind(source, sink, pool);
+        let begun = kind
+            .filter(|kind| pool.chooser(*kind).needs_time())
+            .map(|_| source.socket.clock());
+        moved.kind = kind;
+        let more = self.carry(source, sink, pool, budget, silent_end, &mut moved);
+        for through in Through::ALL {
+            pool.count(through, moved.bytes[through as usize]);
+        }
+        if let Some(kind) = kind {
+            let time = begun.map_or(Duration::ZERO, |begun| {
+                source.socket.clock().saturating_duration_since(begun)
+            });
+            let rest = match more {
+                true => Rest::GoesOn,
+                false => Rest::Sleeps,
+            };
+            let bytes = moved.bytes.iter().sum();
+            pool.chooser(kind).note(moved.only(), bytes, time, rest);
+        }
+        more
+    }
+
+    /// Moves at most about `budget` bytes. Returns whether more could be moved at once.
+    fn carry<S: Socket<Pipe = P>>(
         &mut self,
         source: &mut End<S>,
         sink: &mut End<S>,
         pool: &mut Pool<P>,
         mut budget: usize,
         silent_end: SilentEnd,
+        moved: &mut Moved,
     ) -> bool {
         while self.state == State::Open {
-            if !self.carrier.is_empty() {
+            if let Some(through) = self.carrier.through() {
                 if !sink.is_writable() {
                     return false;
                 }
@@ -155,6 +255,8 @@ impl<P: Pipe> Flow<P> {
                     Carrier::Empty => 0,
                 };
                 self.delivered += n as u64;
+                moved.bytes[through as usize] += n as u64;
+                moved.used[through as usize] = true;
                 self.carrier.consume(n, pool);
                 if matches!(sink.output, Half::Failed(_)) {
                     self.break_off(pool);
@@ -171,7 +273,10 @@ impl<P: Pipe> Flow<P> {
                     if budget == 0 {
                         return true;
                     }
-                    budget = budget.saturating_sub(self.fill(source, sink, pool));
+                    budget = budget.saturating_sub(self.fill(source, sink, pool, moved.kind));
+                    if let Some(through) = self.carrier.through() {
+                        moved.used[through as usize] = true;
+                    }
                     if source.is_readable() && self.carrier.is_empty() {
                         return true;
                     }
@@ -191,21 +296,22 @@ impl<P: Pipe> Flow<P> {
         self.state == State::Broken && source.discard(pool)
     }
 
-    /// Reads once. Returns how many bytes arrived.
+    /// Reads once. Returns how many bytes arrived. The flow was of the kind `begun_as` when the turn
+    /// began.
     fn fill<S: Socket<Pipe = P>>(
         &mut self,
         source: &mut End<S>,
         sink: &End<S>,
         pool: &mut Pool<P>,
+        begun_as: Option<FlowKind>,
     ) -> usize {
-        if self.bulk
-            && source.has_splice()
-            && sink.socket.has_splice()
+        if let Some(kind) = self.kind(source, sink, pool)
+            && pool.chooser(begun_as.unwrap_or(kind)).choice() == Through::Pipe
             && let Some(mut pipe) = pool.take_pipe()
         {
             match source.splice_in(&mut pipe) {
                 Some(holds) => {
-                    self.bulk = holds >= pool.size() / SMALL_PART;
+                    self.size = self.size.after(holds, pool.size());
                     self.carrier = Carrier::Pipe { pipe, holds };
                     return holds;
                 }
@@ -218,7 +324,7 @@ impl<P: Pipe> Flow<P> {
         let mut buffer = pool.take_buffer();
         match source.read(&mut buffer) {
             Some(n) => {
-                self.bulk = n >= buffer.len() / BULK_PART;
+                self.size = self.size.after(n, buffer.len());
                 let filled = 0..n;
                 self.carrier = Carrier::Memory { buffer, filled };
                 n

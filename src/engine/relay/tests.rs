@@ -4,6 +4,7 @@
 mod bench;
 mod carriers;
 mod cases;
+mod choosing;
 mod kernel;
 mod refusals;
 mod schedules;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::engine::connection::{Action, Connection, Context, Dialled};
 use crate::engine::end_reason::EndReason;
 use crate::engine::id::{ConnectionId, ForwardId};
-use crate::engine::relay::{Pool, Side, Socket};
+use crate::engine::relay::{Carried, Pool, Side, Socket};
 use crate::engine::status::ConnectionStatus;
 use crate::engine::table::{Id, Table};
 use crate::engine::timers::Timers;
@@ -55,15 +55,16 @@ pub(super) struct Connections<D: Driver> {
 }
 
 impl<D: Driver> Connections<D> {
-    /// Makes an empty set of connections, whose bytes may pass through so many pipes.
-    pub(super) fn new(pipes: usize) -> Connections<D> {
+    /// Makes an empty set of connections, whose bytes may pass through so many pipes and are added
+    /// to `carried`.
+    pub(super) fn new(pipes: usize, carried: Arc<Carried>) -> Connections<D> {
         Connections {
             table: Table::new(),
             actions: VecDeque::new(),
             runs_actions: false,
             ready: VecDeque::new(),
             timers: Timers::default(),
-            pool: Pool::new(BUFFER, KEEP, pipes),
+            pool: Pool::new(BUFFER, KEEP, pipes, carried),
             trim_at: None,
             dials: VecDeque::new(),
             probes: Vec::new(),

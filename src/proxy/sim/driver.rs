@@ -69,6 +69,10 @@ impl Socket for SimStream {
         true
     }
 
+    fn clock(&self) -> Instant {
+        self.stage.instant()
+    }
+
     fn splice_in(&mut self, pipe: &mut NoPipe) -> io::Result<usize> {
         match *pipe {}
     }

@@ -2,11 +2,14 @@
 
 use std::cell::{Ref, RefCell, RefMut};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use fastrand::Rng;
 
 use super::kernel::{FakePipe, FakeSocket, Habits, PIPE, Script, Wire};
-use crate::engine::relay::{Carrier, CloseMode, End, Pair, Pool, Readiness, Side, State, Turn};
+use crate::engine::relay::{
+    Carried, Carrier, CloseMode, End, Pair, Pool, Readiness, Side, State, Turn,
+};
 
 /// Calls of a turn that only discards: see `End::discard`.
 const DISCARDS: u64 = 4;
@@ -20,6 +23,7 @@ pub(super) type Wires = [Rc<RefCell<Wire>>; 2];
 pub(super) struct Bench<const KERNEL_EDGES: bool> {
     pub(super) pair: Pair<FakeSocket<KERNEL_EDGES>>,
     pub(super) pool: Pool<FakePipe>,
+    pub(super) carried: Arc<Carried>,
     pub(super) buffer: usize,
     pub(super) budget: usize,
     pub(super) wires: Wires,
@@ -62,13 +66,15 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             wire(Side::Server, server_habits, server_script),
         ];
         let end = |side: Side| End::new(FakeSocket(Rc::clone(&wires[side])));
-        let mut pool = Pool::new(buffer, usize::MAX, PIPES);
+        let carried = Arc::<Carried>::default();
+        let mut pool = Pool::new(buffer, usize::MAX, PIPES, Arc::clone(&carried));
         for _ in 0..BUFFERS {
             pool.give_buffer(vec![0; buffer].into_boxed_slice());
         }
         Bench {
             pair: Pair::new(end(Side::Client), end(Side::Server)),
             pool,
+            carried,
             buffer,
             budget,
             wires,

@@ -1,6 +1,7 @@
 //! What it costs to carry: calls, buffers and pipes.
 
 use std::cell::Cell;
+use std::sync::Arc;
 
 use super::bench::Bench;
 use super::kernel::{FakePipe, Habits, PIPE};
@@ -191,7 +192,7 @@ fn pipes_that_nobody_needs_are_closed() {
 
 #[test]
 fn buffers_are_kept_as_long_as_they_are_needed_and_a_few_for_ever() {
-    let mut pool: Pool<FakePipe> = Pool::new(1, 2, 0);
+    let mut pool: Pool<FakePipe> = Pool::new(1, 2, 0, Arc::default());
     let burst = |pool: &mut Pool<FakePipe>, count| {
         let lent: Vec<_> = (0..count).map(|_| pool.take_buffer()).collect();
         lent.into_iter().for_each(|buffer| pool.give_buffer(buffer));
@@ -220,7 +221,7 @@ fn pipes_that_the_system_would_not_give_are_asked_for_again() {
             TO_BE_HAD.get().then_some(Rare)
         }
     }
-    let mut pool: Pool<Rare> = Pool::new(1, 0, 2);
+    let mut pool: Pool<Rare> = Pool::new(1, 0, 2, Arc::default());
     assert!(pool.take_pipe().is_none());
     TO_BE_HAD.set(true);
     assert!(pool.take_pipe().is_none(), "not again and again");

@@ -470,7 +470,7 @@ fn the_turn_that_releases_the_half_close_keeps_its_budget() {
 #[test]
 fn discarding_takes_turns_too() {
     let pair = Kernel::calm();
-    let mut pool = Pool::new(16, 9, 0);
+    let mut pool = Pool::new(16, 9, 0, std::sync::Arc::default());
     let mut end = pair.pair.ends.into_iter().next().unwrap();
     let wire = &pair.wires[Side::Client];
     wire.borrow_mut().say(100);

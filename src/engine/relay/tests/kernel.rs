@@ -25,10 +25,12 @@
 //! The wire itself asserts what no schedule may break: each side gets its bytes once and in order, nothing is
 //! written after a half-close or an error, nothing read after EOF or an error, and no half-close is sent twice.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::rc::Rc;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
@@ -430,6 +432,33 @@ impl Wire {
 #[derive(Clone, Debug)]
 pub(super) struct FakeSocket<const KERNEL_EDGES: bool>(pub(super) Rc<RefCell<Wire>>);
 
+/// What a byte costs through a buffer and through a pipe.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Costs {
+    pub(super) copied: Duration,
+    pub(super) spliced: Duration,
+}
+
+thread_local! {
+    /// The time that the calls of this thread have taken.
+    static SPENT: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+    static COSTS: Cell<Costs> = const {
+        Cell::new(Costs {
+            copied: Duration::from_micros(2),
+            spliced: Duration::from_micros(1),
+        })
+    };
+}
+
+/// Sets what a byte costs from now on, on this thread.
+pub(super) fn set_costs(costs: Costs) {
+    COSTS.set(costs);
+}
+
+fn spend(cost: impl FnOnce(Costs) -> Duration, bytes: usize) {
+    SPENT.set(SPENT.get() + cost(COSTS.get()) * bytes as u32);
+}
+
 /// Bytes that a pipe holds at most.
 pub(super) const PIPE: usize = 48;
 
@@ -449,12 +478,9 @@ impl FakePipe {
     }
 }
 
-impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
-    type Pipe = FakePipe;
-
-    const SHORT_WRITE_BLOCKS: bool = KERNEL_EDGES;
-
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+/// Calls that cost nothing.
+impl<const KERNEL_EDGES: bool> FakeSocket<KERNEL_EDGES> {
+    fn take(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let wire = &mut *self.0.borrow_mut();
         wire.calls += 1;
         assert!(!buffer.is_empty());
@@ -495,7 +521,7 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
         wire.would_block()
     }
 
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+    fn put(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let wire = &mut *self.0.borrow_mut();
         wire.calls += 1;
         assert!(!bytes.is_empty());
@@ -533,6 +559,24 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
         wire.meanwhile();
         Ok(n)
     }
+}
+
+impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
+    type Pipe = FakePipe;
+
+    const SHORT_WRITE_BLOCKS: bool = KERNEL_EDGES;
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.take(buffer)?;
+        spend(|costs| costs.copied, n);
+        Ok(n)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.put(bytes)?;
+        spend(|costs| costs.copied, n);
+        Ok(n)
+    }
 
     fn short_read_blocks(&self) -> bool {
         KERNEL_EDGES && self.0.borrow().habits.drains
@@ -540,6 +584,11 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
 
     fn has_splice(&self) -> bool {
         self.0.borrow().habits.splices
+    }
+
+    fn clock(&self) -> Instant {
+        static BEGUN: OnceLock<Instant> = OnceLock::new();
+        *BEGUN.get_or_init(Instant::now) + SPENT.get()
     }
 
     fn splice_in(&mut self, pipe: &mut FakePipe) -> io::Result<usize> {
@@ -555,7 +604,8 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
             _ => PIPE,
         };
         let mut bytes = vec![0; most];
-        let n = self.read(&mut bytes)?;
+        let n = self.take(&mut bytes)?;
+        spend(|costs| costs.spliced, n);
         if n == 0 {
             // Only a read may be the last one.
             self.0.borrow_mut().read_ended = false;
@@ -571,7 +621,8 @@ impl<const KERNEL_EDGES: bool> Socket for FakeSocket<KERNEL_EDGES> {
             wire if wire.habits.nervous => wire.rng.usize(1..=len),
             _ => len,
         };
-        let n = self.write(&pipe.0[..most])?;
+        let n = self.put(&pipe.0[..most])?;
+        spend(|costs| costs.spliced, n);
         pipe.0.drain(..n);
         Ok(n)
     }

@@ -1,0 +1,184 @@
+//! The choice of the carrier: on machines where pipes are cheaper, where copies are, and where that
+//! changes.
+
+use std::time::Duration;
+
+use super::bench::Bench;
+use super::kernel::{Costs, Habits, set_costs};
+use crate::engine::relay::chooser::{Chooser, Rest};
+use crate::engine::relay::{Side, Through};
+
+const UNIT: usize = 1000;
+
+/// Bytes that are enough for a comparison and the pause after it.
+const LONG: u64 = 20_000 * UNIT as u64;
+
+/// A machine on which a byte costs so many nanoseconds.
+#[derive(Clone, Copy)]
+struct Machine {
+    copied: u64,
+    spliced: u64,
+    /// One call in so many takes a hundred times as long, since the process is interrupted.
+    interrupts: Option<u64>,
+}
+
+/// Sends so many bytes, as many at a time as a turn allows. Returns how many went through a pipe,
+/// and for how many the time was taken.
+fn send(chooser: &mut Chooser, machine: Machine, bytes: u64) -> (u64, u64) {
+    let (mut piped, mut timed, mut sent) = (0, 0, 0);
+    let most = 2 * UNIT as u64;
+    while sent < bytes {
+        let through = chooser.choice();
+        let cost = match through {
+            Through::Memory => machine.copied,
+            Through::Pipe => machine.spliced,
+        };
+        let interrupted = |every| (sent / most).is_multiple_of(every);
+        let times = match machine.interrupts.is_some_and(interrupted) {
+            true => 100,
+            false => 1,
+        };
+        if through == Through::Pipe {
+            piped += most;
+        }
+        let time = match chooser.needs_time() {
+            true => Duration::from_nanos(times * cost * most),
+            false => Duration::ZERO,
+        };
+        timed += if chooser.needs_time() { most } else { 0 };
+        chooser.note(Some(through), most, time, Rest::GoesOn);
+        sent += most;
+    }
+    (piped, timed)
+}
+
+fn machine(copied: u64, spliced: u64) -> Machine {
+    Machine {
+        copied,
+        spliced,
+        interrupts: None,
+    }
+}
+
+fn choice_after(machine: Machine) -> Through {
+    let mut chooser = Chooser::new(UNIT);
+    send(&mut chooser, machine, LONG);
+    // (Not in the midst of a comparison.)
+    while chooser.needs_time() {
+        send(&mut chooser, machine, 1);
+    }
+    chooser.choice()
+}
+
+#[test]
+fn the_cheaper_carrier_is_chosen() {
+    assert_eq!(choice_after(machine(30, 20)), Through::Pipe);
+    assert_eq!(choice_after(machine(20, 30)), Through::Memory);
+}
+
+#[test]
+fn what_costs_nearly_the_same_stays_as_it_is() {
+    assert_eq!(choice_after(machine(99, 100)), Through::Pipe);
+    assert_eq!(choice_after(machine(94, 100)), Through::Memory);
+}
+
+#[test]
+fn interruptions_do_not_mislead() {
+    let interrupted = |copied, spliced| Machine {
+        interrupts: Some(47),
+        ..machine(copied, spliced)
+    };
+    assert_eq!(choice_after(interrupted(30, 20)), Through::Pipe);
+    assert_eq!(choice_after(interrupted(20, 30)), Through::Memory);
+}
+
+#[test]
+fn a_change_of_the_machine_is_noticed() {
+    let mut chooser = Chooser::new(UNIT);
+    send(&mut chooser, machine(20, 30), LONG);
+    let (piped, _) = send(&mut chooser, machine(30, 20), LONG);
+    assert!(piped > LONG / 2, "{piped}");
+    let (piped, _) = send(&mut chooser, machine(20, 30), LONG);
+    assert!(piped < LONG / 2, "{piped}");
+}
+
+#[test]
+fn less_than_a_hundredth_goes_through_the_dearer_carrier() {
+    let mut chooser = Chooser::new(UNIT);
+    let costs = machine(20, 30);
+    send(&mut chooser, costs, LONG);
+    let all = 20 * LONG;
+    let (piped, timed) = send(&mut chooser, costs, all);
+    assert!(piped > 0 && piped <= all / 100, "{piped} of {all}");
+    assert!(timed > 0 && timed <= all / 50, "{timed} of {all}");
+}
+
+#[test]
+fn where_wake_ups_outweigh_the_calls_fewer_are_preferred() {
+    let mut chooser = Chooser::new(UNIT);
+    for _ in 0..100_000 {
+        let (bytes, nanos, through) = match chooser.choice() {
+            Through::Memory => (UNIT as u64, 1000, Through::Memory),
+            Through::Pipe => (2 * UNIT as u64, 3000, Through::Pipe),
+        };
+        let time = Duration::from_nanos(nanos);
+        chooser.note(Some(through), bytes, time, Rest::Sleeps);
+    }
+    while chooser.needs_time() {
+        chooser.note(Some(chooser.choice()), 1, Duration::ZERO, Rest::GoesOn);
+    }
+    assert_eq!(chooser.choice(), Through::Pipe);
+}
+
+#[test]
+fn a_comparison_ends_where_no_pipe_can_be_had() {
+    let mut chooser = Chooser::new(UNIT);
+    let time = Duration::from_micros(1);
+    let mut timed = 0;
+    for _ in 0..LONG / UNIT as u64 {
+        timed += u64::from(chooser.needs_time());
+        chooser.note(Some(Through::Memory), UNIT as u64, time, Rest::GoesOn);
+    }
+    assert!(timed < LONG / UNIT as u64 / 5, "{timed}");
+}
+
+#[test]
+fn a_comparison_ends_where_flows_change_their_carrier_in_each_turn() {
+    let mut chooser = Chooser::new(UNIT);
+    let mut timed = 0;
+    for _ in 0..LONG / UNIT as u64 {
+        timed += u64::from(chooser.needs_time());
+        chooser.note(None, UNIT as u64, Duration::ZERO, Rest::GoesOn);
+    }
+    assert!(timed < LONG / UNIT as u64 / 10, "{timed}");
+}
+
+/// The relay takes what the chooser says, and measures what it costs.
+#[test]
+fn a_flow_takes_what_is_cheaper() {
+    let carried = |copied, spliced| {
+        set_costs(Costs {
+            copied: Duration::from_micros(copied),
+            spliced: Duration::from_micros(spliced),
+        });
+        let habits = Habits {
+            drains: true,
+            splices: true,
+            ..Habits::default()
+        };
+        let mut pair = Bench::<true>::with([habits.clone(), habits]);
+        for _ in 0..4000 {
+            pair.client().say(64);
+            pair.settle();
+            pair.server().hear(64);
+        }
+        assert_eq!(pair.wire(Side::Server).written, 64 * 4000);
+        Through::ALL.map(|through| pair.carried.bytes(through))
+    };
+    let [copied, spliced] = carried(20, 10);
+    assert_eq!(copied + spliced, 64 * 4000);
+    assert!(spliced > copied * 3, "{copied} copied, {spliced} spliced");
+    let [copied, spliced] = carried(10, 20);
+    assert_eq!(copied + spliced, 64 * 4000);
+    assert!(copied > spliced * 3, "{copied} copied, {spliced} spliced");
+}
