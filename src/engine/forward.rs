@@ -11,6 +11,7 @@ use crate::engine::relay::Side;
 use crate::error::Error;
 use crate::name::Peer;
 
+use crate::engine::addresses::Addresses;
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
 use crate::engine::health::{self, Health, News};
@@ -54,6 +55,8 @@ pub(crate) struct Forward {
     pub(crate) log_limiter: LogLimiter,
     /// The health of the target, where no gate keeps it.
     health: Mutex<Health>,
+    /// What is known of the addresses of the target's name.
+    addresses: Mutex<Addresses>,
     /// The slots of the VM that the forward has reserved, until it is removed.
     pub(crate) quota: Mutex<Option<Reservation>>,
     /// Whether the forward was removed and the time of its connections is over.
@@ -85,6 +88,7 @@ impl Forward {
             status_cell: Arc::default(),
             log_limiter: LogLimiter::default(),
             health: Mutex::default(),
+            addresses: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::default(),
             closed: Arc::default(),
@@ -112,6 +116,7 @@ impl Forward {
             status_cell: Arc::clone(&self.status_cell),
             log_limiter: LogLimiter::default(),
             health: Mutex::default(),
+            addresses: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::clone(&self.cut),
             closed: Arc::clone(&self.closed),
@@ -144,6 +149,13 @@ impl Forward {
             Some(name) => name.clone(),
             None => self.rule.listen.to_string(),
         }
+    }
+
+    /// Returns what is known of the addresses of the target's name. The lock is held for moments.
+    pub(crate) fn addresses(&self) -> MutexGuard<'_, Addresses> {
+        self.addresses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn is_cut(&self) -> bool {
