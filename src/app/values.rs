@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::address::{Address, Host, Port, TcpAddress};
-use crate::proxy::{Source, SourceError};
+use crate::proxy::{ProxyProtocol, Source, SourceError};
 use crate::sys;
 
 /// No time is longer: with it, `1M`, which is a month, isn't taken for a minute.
@@ -239,6 +239,16 @@ pub(super) fn sources(value: &Value) -> Result<Vec<Source>, String> {
             other,
             "a list: [\"192.168.7.0/24\", \"::1\"] or [3, 16]",
         )),
+    }
+}
+
+/// Reads the version of the PROXY protocol; `"off"` is none.
+pub(super) fn proxy_protocol(value: &Value) -> Result<Option<ProxyProtocol>, String> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(text) if text == "off" => Ok(None),
+        Value::String(text) => text.parse().map(Some).map_err(str::to_owned),
+        other => Err(wants(other, "\"v1\", \"v2\" or \"off\"")),
     }
 }
 

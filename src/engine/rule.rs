@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use crate::address::{Address, HyperkitVm};
+use crate::engine::proxy_header::ProxyProtocol;
 use crate::engine::source::Source;
 use crate::listener::{DEFAULT_MODE, FileAccess};
 use crate::name::SocketName;
@@ -53,6 +54,14 @@ pub struct Rule {
     /// word is noticed a minute later: it is asked six times, every ten seconds. `None`: it is not
     /// asked, and never noticed as long as nothing is sent to it.
     pub keepalive: Option<Duration>,
+    /// The version of the PROXY protocol by which the target is told first who the client is, before
+    /// the client's bytes. `None`: it isn't told.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// The proxies that tell by the PROXY protocol, version 1 or 2, who their client is: what a
+    /// client from there says counts in the place of its own address. One that says nothing within
+    /// 5 s, or anything else, is refused. Clients from elsewhere say nothing. Networks and addresses
+    /// are for `tcp://` listeners, CIDs for `vsock://` ones.
+    pub accept_proxy: Vec<Source>,
 }
 
 /// The default of [`Rule::keepalive`]: a peer that is gone is noticed within two minutes.
@@ -75,6 +84,8 @@ impl Rule {
             reserved: 0,
             connections: None,
             keepalive: Some(KEEPALIVE),
+            proxy_protocol: None,
+            accept_proxy: Vec::new(),
         }
     }
 

@@ -172,6 +172,11 @@ impl<D: Driver> Controller<D> {
         self.shared.live.load(Ordering::Relaxed)
     }
 
+    /// See [`Handle::idle_for`](super::Handle::idle_for).
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        self.shared.idle_for()
+    }
+
     /// See [`Handle::is_stopping`](super::Handle::is_stopping).
     pub(super) fn is_stopping(&self) -> bool {
         self.shared.is_stopping()

@@ -86,6 +86,7 @@ pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
 pub use crate::engine::end_reason::{EndReason, Reason as RefusalReason};
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
+pub use crate::engine::proxy_header::ProxyProtocol;
 pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
 pub use crate::engine::source::{Source, SourceError};
 pub use crate::engine::status::{

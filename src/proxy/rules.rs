@@ -49,6 +49,7 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         });
     }
     check_relay_threads(rule, waiter)?;
+    check_proxy_protocol(rule, waiter)?;
     if let Some(most) = rule
         .most_connections()
         .filter(|most| *most < rule.reserved.max(1))
@@ -67,6 +68,27 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         return invalid(Operation::Connect, &rule.connect, why);
     }
     Ok(())
+}
+
+/// Refuses what the PROXY protocol can't do.
+fn check_proxy_protocol(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+    let waiters = [waiter(&rule.listen), waiter(&rule.connect)];
+    let is_on_threads = waiters.contains(&Waiter::Thread) && !waiters.contains(&Waiter::Poller);
+    if is_on_threads && rule.proxy_protocol.is_some() {
+        let why = format!("from {} it is told of no client", rule.listen);
+        let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+        return Err(Error::new(Operation::Connect, &rule.connect, cause)
+            .with_remedy("leave proxy-protocol out, or have a TCP socket between them"));
+    }
+    let mut from = rule.accept_proxy.iter();
+    let Some(source) = from.find(|it| !it.suits(&rule.listen)) else {
+        return Ok(());
+    };
+    let scheme = rule.listen.scheme();
+    let why = format!("no client of a {scheme} address comes from {source}");
+    let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+    Err(Error::new(Operation::Listen, &rule.listen, cause)
+        .with_remedy("in accept-proxy, tcp:// addresses have networks, vsock:// ones CIDs"))
 }
 
 /// Refuses a rule that relay threads can't carry: they neither know refusals by EOF nor hold back

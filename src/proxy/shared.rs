@@ -156,6 +156,9 @@ pub(crate) struct Shared<D: Driver> {
     pub(super) routes: Routes,
     /// The connections of all workers, counted from the accept on.
     pub(crate) live: AtomicUsize,
+    /// The time at which the proxy began, and how many milliseconds later the last connection ended.
+    begun: Instant,
+    last_end: AtomicU64,
     /// Whether the proxy was told to stop.
     pub(super) stop_asked: AtomicBool,
     /// The number of workers that have begun to stop. They hand no connection over any more.
@@ -189,6 +192,8 @@ impl<D: Driver> Shared<D> {
             descriptors,
             routes: Routes::default(),
             live: AtomicUsize::new(0),
+            begun: D::clock(),
+            last_end: AtomicU64::new(0),
             stop_asked: AtomicBool::new(false),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
@@ -243,10 +248,24 @@ impl<D: Driver> Shared<D> {
     }
 
     /// Counts the end of a connection or probe.
-    pub(super) fn note_end(&self, forward: &Forward, holder: Holder) {
+    pub(super) fn note_end(&self, forward: &Forward, holder: Holder, now: Instant) {
         forward.tally.live.fetch_sub(1, Ordering::Relaxed);
         self.quotas().give_back(holder);
+        let age = now.saturating_duration_since(self.begun).as_millis();
+        // First: who finds no connection finds the time at which the last one ended.
+        self.last_end
+            .fetch_max(u64::try_from(age).unwrap_or(u64::MAX), Ordering::Release);
         self.live.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Returns how long there has been no connection, or `None` if there is one.
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        if self.live.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        let last_end = Duration::from_millis(self.last_end.load(Ordering::Acquire));
+        let age = D::clock().saturating_duration_since(self.begun);
+        Some(age.saturating_sub(last_end))
     }
 
     /// Reserves a forward's slots, until [`release`](Shared::release).

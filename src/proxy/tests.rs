@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::{Counters, EndCounts, Proxy, ProxyConfig, Rule, Waiter};
+use super::{ConnectionState, Counters, EndCounts, Proxy, ProxyConfig, Rule, Waiter};
 use crate::address::{Address, Host};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -69,6 +69,17 @@ impl Blocking {
         server.write_all(b"y").unwrap();
         client.read_exact(&mut [0]).unwrap();
         (client, server)
+    }
+
+    /// Sends much that nobody reads, until threads wait for room. Returns whether that fails.
+    fn flood(&self, mut server: TcpStream) -> thread::JoinHandle<bool> {
+        let flooding = thread::spawn(move || server.write_all(&vec![7; 32 << 20]).is_err());
+        let mut before = u64::MAX;
+        while self.counters().received != before {
+            before = self.counters().received;
+            thread::sleep(Duration::from_millis(100));
+        }
+        flooding
     }
 
     fn counters(&self) -> Counters {
@@ -384,17 +395,29 @@ fn a_stop_ends_with_the_last_relay_threads() {
 fn a_proxy_that_is_dropped_ends_its_relay_threads() {
     let (it, listener) = proxy(|_| {});
     let (mut client, server) = it.pair(&listener);
-    // Nobody reads, so threads wait for room.
-    let mut flood = server.try_clone().unwrap();
-    let flooding = thread::spawn(move || flood.write_all(&vec![7; 32 << 20]).is_err());
-    let mut before = u64::MAX;
-    while it.counters().received != before {
-        before = it.counters().received;
-        thread::sleep(Duration::from_millis(100));
-    }
+    let flooding = it.flood(server);
     let started = Instant::now();
     drop(it);
     assert!(started.elapsed() < Duration::from_secs(2));
+    assert!(flooding.join().unwrap());
+    let mut rest = [0; 64 * 1024];
+    let end =
+        std::iter::repeat_with(|| client.read(&mut rest)).find(|read| !matches!(read, Ok(1..)));
+    assert_reset(end.unwrap());
+}
+
+#[test]
+fn relay_threads_that_wait_for_room_are_closed_by_the_operator() {
+    let (it, listener) = proxy(|_| {});
+    let (mut client, server) = it.pair(&listener);
+    let flooding = it.flood(server);
+    let handle = it.proxy.handle();
+    let id = handle.connections()[0].id;
+    handle.close(id).unwrap();
+    let is_closing = |state| state == ConnectionState::Closing;
+    assert!(handle.connections().iter().all(|it| is_closing(it.state)));
+    it.wait_for(|counters| counters.live == 0);
+    assert_eq!(it.counters().ended.closed, 1);
     assert!(flooding.join().unwrap());
     let mut rest = [0; 64 * 1024];
     let end =

@@ -11,7 +11,8 @@
 //!   without following a symbolic link and without touching the file in any way that its owner
 //!   could notice.
 //! * `refuse_descriptors(socket)`, `refuses_descriptors(socket)`, `receive(socket, buffer)`:
-//!   descriptors that a peer passes; `send(socket, bytes, descriptor)`: one passed to a peer.
+//!   descriptors that a peer passes; `send(socket, bytes, descriptors)`: some passed to a peer.
+//! * `Unconnected`: a Unix socket before it is connected.
 //! * `detach()`: makes this process independent of the one that has started it.
 //! * `Place::of(path)`: a file by its directory and name, to be changed only if it is still the
 //!   right one, no link followed.
@@ -27,6 +28,7 @@
 //!   sockets, or `Unsupported`.
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking
 //!   callers.
+//! * `wait_until_output_is_unread()`: the end of those that read standard output.
 //! * `has_client(listener)`: whether an accept would find a client, without accepting.
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: the user of this process, and the process at the other end

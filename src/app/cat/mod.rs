@@ -42,6 +42,8 @@ pub(crate) struct Plan {
     /// What is started for each connection, in the place of standard input and output.
     #[cfg(unix)]
     pub(crate) exec: Option<ExecAddress>,
+    /// A connection is over when the peer has ended, whatever standard input still has.
+    pub(crate) ends_with_peer: bool,
 }
 
 /// One standard input and output, and the connections that have them one after the other.
@@ -68,6 +70,7 @@ impl Interrupter {
 impl Cat {
     pub(crate) fn new(plan: Plan) -> Cat {
         let (tell, events) = channel();
+        watch_output(tell.clone());
         Cat {
             plan,
             input: Input::default(),
@@ -152,17 +155,18 @@ impl Cat {
             drain: self.plan.drain,
             keeps: self.plan.keeps,
             near,
+            ends_with_peer: self.plan.ends_with_peer,
             events: &self.events,
             tell: &self.tell,
         }
     }
 
-    /// Whether the end was asked for since that was asked last.
+    /// Whether the end was asked for since that was asked last, by a signal or by the end of standard output's reader.
     pub(crate) fn is_interrupted(&self) -> bool {
         // Those of threads of an earlier session say nothing any more.
         self.events
             .try_iter()
-            .any(|event| matches!(event, Event::Interrupt))
+            .any(|event| matches!(event, Event::Interrupt | Event::OutputClosed))
     }
 
     /// Connects, trying again while there is time; and when that was.
@@ -259,6 +263,15 @@ impl Cat {
             }
         }
     }
+}
+
+/// Tells of the end of standard output's reader. A write would say so, too, but only once something has come.
+fn watch_output(tell: Sender<Event>) {
+    std::thread::spawn(move || {
+        if crate::sys::wait_until_output_is_unread() {
+            let _ = tell.send(Event::OutputClosed);
+        }
+    });
 }
 
 /// Why a dial came to nothing.

@@ -40,6 +40,8 @@ pub(super) struct Session<'a> {
     /// Another session may follow.
     pub(super) keeps: bool,
     pub(super) near: Near<'a>,
+    /// It is over when the peer has ended.
+    pub(super) ends_with_peer: bool,
     pub(super) events: &'a Receiver<Event>,
     pub(super) tell: &'a Sender<Event>,
 }
@@ -131,6 +133,9 @@ impl Session<'_> {
                 Ok(Event::Session(number, event)) if number == self.number => event,
                 Ok(Event::Session(..)) => continue,
                 Ok(Event::Interrupt) => return Err(Failure::Interrupted),
+                // All that was to be read is written.
+                Ok(Event::OutputClosed) if *peer_ended => continue,
+                Ok(Event::OutputClosed) => return Err(Failure::OutputClosed),
                 // Only now: a failure that is on its way comes first.
                 Err(RecvTimeoutError::Timeout)
                     if *peer_ended && self.near.is_idle(|| self.stream.is_hung_up()) =>
@@ -166,6 +171,9 @@ impl Session<'_> {
                         return Err(dial::refused_by_eof(address).into());
                     }
                     self.near.end_output();
+                    if self.ends_with_peer {
+                        return Ok(());
+                    }
                 }
                 SessionEvent::ReceiveFailed(0, _)
                     if address.transport().refusal == Refusal::Eof =>

@@ -41,7 +41,7 @@ pub(super) fn carry(
     proxy.forwards().iter().map(describe).for_each(say);
     kept.iter().for_each(|kept| kept.complain());
     let _retry = kept.map(Kept::keep_trying).transpose()?;
-    run_proxy(proxy, options.grace(), signals)
+    run_proxy(proxy, options, signals)
 }
 
 /// Returns what the control socket may do beside what the proxy itself can.

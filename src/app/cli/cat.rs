@@ -29,7 +29,7 @@ use crate::listener::lasting::LastingListener;
 #[derive(Args, Debug)]
 #[command(
     after_help = "EOF on standard input is passed on as a half-close, and the answer is read to its end. The exit code \
-    is 0 if all of both went through.
+    is 0 if all of both went through. It ends, too, when the reader of its standard output has gone.
 
 Examples:
   hvsock cat vsock://2:1024 <request >answer
@@ -39,6 +39,7 @@ Examples:
   hvsock cat -lk --echo vsock://:7
   hvsock cat 'exec:/usr/bin/sort?arg=-u' <lines
   hvsock cat -l --exec /bin/tar vsock://:1024 -- -x -C /srv
+  (echo status; sleep 60) | hvsock cat --end-with-peer --vm docker 7070
 Addresses: see `hvsock forward --help`."
 )]
 pub(super) struct Cat {
@@ -50,6 +51,9 @@ pub(super) struct Cat {
     /// With -l, serve one client after the other; with --echo, all at the same time
     #[arg(short = 'k', long, requires = "listen")]
     keep_listening: bool,
+    /// End once the peer has ended, whatever standard input may still have, as hvcat and socat do
+    #[arg(long, conflicts_with = "echo")]
+    end_with_peer: bool,
     /// With -l, send back what comes, instead of standard input
     #[arg(long, requires = "listen")]
     echo: bool,
@@ -91,6 +95,7 @@ impl Cat {
             keeps: self.keep_listening,
             #[cfg(unix)]
             exec: self.program(),
+            ends_with_peer: self.end_with_peer,
         };
         if !self.listen {
             return connect(plan);

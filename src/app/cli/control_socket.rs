@@ -71,6 +71,7 @@ pub(super) fn open(sockets: &control::Options, config: &mut ProxyConfig) -> crat
     let bound = control::bind(sockets)?;
     config.forbidden.extend(bound.addresses());
     config.other_descriptors += bound.descriptors();
+    config.observer = Some(bound.observer());
     Ok(bound)
 }
 

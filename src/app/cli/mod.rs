@@ -18,6 +18,8 @@ mod doctor;
 #[cfg(all(test, unix))]
 mod documented;
 mod ending;
+#[cfg(unix)]
+mod events;
 mod expose;
 mod forward;
 mod kept;
@@ -89,6 +91,8 @@ enum Command {
     Close(connections::Close),
     #[cfg(unix)]
     Top(top::Top),
+    #[cfg(unix)]
+    Events(events::Events),
     #[cfg(unix)]
     Add(control::Add),
     #[cfg(unix)]
@@ -190,6 +194,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Close(close) => close.run(),
         #[cfg(unix)]
         Command::Top(top) => top.run(),
+        #[cfg(unix)]
+        Command::Events(events) => events.run(),
         #[cfg(unix)]
         Command::Add(add) => add.run(),
         #[cfg(unix)]

@@ -14,7 +14,7 @@ use clap::{Args, ValueHint};
 use super::console::{complain, list, print, say};
 #[cfg(unix)]
 use super::ending::end_without_what_hangs;
-use super::ending::run_until_told;
+use super::ending::{End, run_until_told};
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
@@ -144,8 +144,11 @@ impl Run {
                 let _ = reload(&reloading);
             },
         )?;
-        let grace = move || asked.grace();
-        run_until_told(proxy, signals, grace, retry.reloader())
+        let end = End {
+            exit_idle: asked.exit_idle(),
+            grace: move || asked.grace(),
+        };
+        run_until_told(proxy, signals, end, retry.reloader())
     }
 }
 

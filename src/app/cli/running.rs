@@ -95,6 +95,7 @@ fn open_doors(file: &Path, config: &Config, proxy: &mut ProxyConfig) -> crate::R
 fn forbid(bound: Doors, proxy: &mut ProxyConfig) -> Doors {
     proxy.forbidden = bound.addresses();
     proxy.other_descriptors = bound.descriptors();
+    proxy.observer = Some(bound.observer());
     bound
 }
 
@@ -298,6 +299,11 @@ impl Running {
         self.config().grace
     }
 
+    /// How long there may be no connection before it ends, as the file said at first.
+    pub(super) fn exit_idle(&self) -> Option<Duration> {
+        self.config().exit_idle
+    }
+
     /// What could not be had so far, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let mut told: Vec<String> = self.state().missing.iter().map(absence).collect();
@@ -348,11 +354,9 @@ impl Running {
 
     fn read_again(&self) -> Result<Summary, Problems> {
         let mut state = self.state();
+        let stopping = || Problems::of(&self.file, "not read again: the proxy is stopping");
         if self.handle().is_stopping() {
-            return Err(Problems::of(
-                &self.file,
-                "not read again: the proxy is stopping",
-            ));
+            return Err(stopping());
         }
         if self.file == Path::new(STANDARD_INPUT) {
             let why = "it came from there, and can't be read again";
@@ -365,10 +369,15 @@ impl Running {
             std::mem::replace(&mut *config, Arc::clone(&new))
         };
         let mut summary = self.apply(&mut state, wanted, Occasion::Asked);
+        // That waits for a hand-over, after which another process carries what the file said before.
+        if self.handle().is_stopping() {
+            return Err(stopping());
+        }
         for (key, same) in [
             ("workers", old.workers == new.workers),
             ("splice", old.splice == new.splice),
             ("access-log", old.access_log == new.access_log),
+            ("exit-idle", old.exit_idle == new.exit_idle),
             ("control", old.control == new.control),
             ("metrics", old.metrics == new.metrics),
         ] {

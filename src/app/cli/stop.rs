@@ -196,13 +196,17 @@ pub(super) fn describe(keeper: &KeeperStatus, directory: &Path) -> String {
     let held = of(PortState::Held).map(|ports| format!(" and of port {ports}"));
     let served = of(PortState::Serving).map(|ports| format!(", accepts on port {ports}"));
     let served = served.unwrap_or_default();
+    let given_up = match keeper.given_up {
+        0 => String::new(),
+        n => format!("; gave up {n} whose guest went on sending"),
+    };
     match keeper.proxy_ended {
         false => format!(
-            "keeper {pid} of hvsock process {proxy} has copies of {connections}{}{served}",
+            "keeper {pid} of hvsock process {proxy} has copies of {connections}{}{served}{given_up}",
             held.unwrap_or_default()
         ),
         true => format!(
-            "keeper {pid}, whose hvsock process {proxy} has ended, ends {connections}{served}"
+            "keeper {pid}, whose hvsock process {proxy} has ended, ends {connections}{served}{given_up}"
         ),
     }
 }

@@ -36,7 +36,7 @@ use serde_json::Value;
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::address::TcpAddress;
+use crate::address::{Address, TcpAddress};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::hyperkit::Places;
@@ -55,6 +55,8 @@ use vms::{Found, Vm};
 pub(crate) struct Config {
     /// How long live connections may go on when the end is asked for.
     pub(crate) grace: Duration,
+    /// How long there may be no connection before it ends.
+    pub(crate) exit_idle: Option<Duration>,
     pub(crate) workers: Option<NonZeroUsize>,
     /// Whether bytes may go through pipes.
     pub(crate) splice: bool,
@@ -210,6 +212,7 @@ impl Config {
             return Err(source.problems());
         };
         let mut root = Section::root(&source, table.get_ref());
+        let exit_idle_line = root.line_of("exit-idle");
         let included = read_included(&mut root, &source, directory);
         let tables: Vec<_> = included
             .iter()
@@ -226,6 +229,14 @@ impl Config {
                 vm.name
             );
             source.note(vm.section_line.clone(), text);
+        }
+        let dialled = |rule: &&Rule| matches!(rule.listen, Address::Hyperkit(_));
+        if let (Some(_), Some(rule)) = (config.exit_idle, wanted.rules.iter().find(dialled)) {
+            let name = rule.name.as_deref().unwrap_or_default();
+            let text = format!(
+                "exit-idle has no effect: a guest dials [forward.{name}], which nobody else would serve"
+            );
+            source.note(exit_idle_line, text);
         }
         let mut problems = source.problems();
         problems.extend(included.into_iter().flat_map(|it| it.source.problems()));
@@ -244,6 +255,7 @@ impl Config {
         included: impl Iterator<Item = Section<'a, 'i>>,
     ) -> Config {
         let grace = root.take("grace", values::time);
+        let exit_idle = root.take("exit-idle", |value| values::time_or("never", value));
         let workers = root.take("workers", values::count(1..=256));
         let splice = root.take("splice", values::yes_or_no);
         let access_log = root.take("access-log", values::yes_or_no);
@@ -289,6 +301,7 @@ impl Config {
         }
         Config {
             grace: grace.unwrap_or(Duration::from_secs(30)),
+            exit_idle: exit_idle.flatten(),
             workers: workers.and_then(NonZeroUsize::new),
             splice: splice.unwrap_or(true),
             access_log: access_log.unwrap_or(false),

@@ -129,6 +129,7 @@ impl<S: Socket> Connection<S> {
             Ok(()) if !self.forward.rule.admits(&self.peer.name) => self.refuse_stranger(cx),
             Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
             Ok(()) if self.is_one_too_many() => self.refuse_too_many(cx),
+            Ok(()) if self.expects_header() => self.begin_reading_header(cx),
             Ok(()) => self.begin_dial(cx),
         }
     }
@@ -250,7 +251,7 @@ impl<S: Socket> Connection<S> {
     }
 
     /// Begins to dial the target, for the first time or again.
-    fn begin_dial(&mut self, cx: &mut Context<'_, S>) {
+    pub(super) fn begin_dial(&mut self, cx: &mut Context<'_, S>) {
         let State::Waiting { dial, .. } = &mut self.state else {
             return;
         };
@@ -288,8 +289,11 @@ impl<S: Socket> Connection<S> {
         self.wake_at = self.wake_at.or(Some(deadline));
     }
 
-    /// Waits for an address, a slot or the time of the next dial.
+    /// Waits for the client's header, an address, a slot or the time of the next dial.
     pub(super) fn go_on_waiting(&mut self, cx: &mut Context<'_, S>) {
+        if let Some(until) = self.awaits_header() {
+            return self.go_on_reading_header(until, cx);
+        }
         let State::Waiting { client, dial, .. } = &self.state else {
             return;
         };

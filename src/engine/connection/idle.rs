@@ -28,8 +28,6 @@ pub(super) struct Idle {
     half_closed: Option<Instant>,
     /// The bytes that threads had delivered at the last check.
     delivered: u64,
-    /// Whether a timeout has passed.
-    timed_out: bool,
 }
 
 /// The progress of relay threads.
@@ -53,7 +51,6 @@ impl Idle {
             last_moved: now,
             half_closed: None,
             delivered: 0,
-            timed_out: false,
         }
     }
 
@@ -69,10 +66,6 @@ impl Idle {
     /// Returns for how long no byte has moved.
     pub(super) fn time(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.last_moved)
-    }
-
-    pub(super) fn has_timed_out(&self) -> bool {
-        self.timed_out
     }
 
     /// Returns the time of the next timeout if no byte moves until then, and which timeout it is.
@@ -106,7 +99,6 @@ impl<S: Socket> Connection<S> {
             Timeout::HalfClosed => (&tally.half_closed, EndReason::HalfClosedTimeout),
         };
         add_one(counter);
-        self.idle.timed_out = true;
         self.debug(|| debug!(?timeout, "timed out"));
         self.cut(why, cx);
         true
@@ -122,7 +114,7 @@ impl<S: Socket> Connection<S> {
 
     /// Takes the progress of the threads.
     pub(crate) fn take_progress(&mut self, progress: Progress, cx: &mut Context<'_, S>) {
-        if !matches!(self.state, State::OnThreads) {
+        if !matches!(self.state, State::OnThreads) || self.is_cut_off {
             return;
         }
         self.note_progress(progress, cx.now);
@@ -138,11 +130,9 @@ impl<S: Socket> Connection<S> {
     }
 
     pub(super) fn go_on_with_threads(&mut self, cx: &mut Context<'_, S>) {
-        use crate::engine::Phase;
-        if cx.phase == Phase::Cutting || self.forward.is_cut() || self.idle.has_timed_out() {
-            self.cut_threads(cx);
-        } else {
-            cx.request(Action::LookAtThreads);
+        match self.is_cut_off {
+            true => self.cut_threads(cx),
+            false => cx.request(Action::LookAtThreads),
         }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! | state | what it waits for | then |
 //! |---|---|---|
-//! | [`Waiting`](State::Waiting) | a name, a slot of the VM, the next dial | connecting, closing, closed |
+//! | [`Waiting`](State::Waiting) | the client's header, a name, a slot of the VM, the next dial | connecting, closing, closed |
 //! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting, closing, closed |
 //! | [`Proving`](State::Proving) | whether the guest took the dial | relaying, waiting, closing |
 //! | [`Relaying`](State::Relaying) | bytes, half-closes, timeouts | closing |
@@ -19,6 +19,7 @@ mod dialling;
 mod draining;
 mod idle;
 mod proving;
+mod proxied;
 mod racing;
 mod relaying;
 #[cfg(all(test, target_os = "linux"))]
@@ -54,6 +55,7 @@ pub(crate) use closing::{Closing, LAST_DRAIN, LINGER};
 pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
 pub(crate) use idle::Progress;
+use proxied::Proxied;
 pub(crate) use racing::Attempt;
 
 /// What a connection needs of its sockets besides carrying bytes.
@@ -162,6 +164,8 @@ pub(crate) struct Connection<S: relay::Socket> {
     route: Option<Box<Route>>,
     /// The retries, if the client is held while its target is absent.
     pub(crate) held: Option<Held>,
+    /// What the client has said of its own client, if it is a proxy.
+    proxied: Option<Box<Proxied>>,
     idle: Idle,
     /// See [`Dialled::is_inherited`].
     is_inherited: bool,
@@ -171,6 +175,8 @@ pub(crate) struct Connection<S: relay::Socket> {
     pub(crate) since: Instant,
     /// Why the connection ends, as far as it is known.
     why: Option<EndReason>,
+    /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have ended.
+    is_cut_off: bool,
     /// The name of the current state.
     #[cfg(all(test, target_os = "linux"))]
     state_name: &'static str,
@@ -178,7 +184,7 @@ pub(crate) struct Connection<S: relay::Socket> {
 
 #[derive(Debug)]
 pub(crate) enum State<S: relay::Socket> {
-    /// Waits for an address, for a slot, or for the next dial.
+    /// Waits for the client's header, for an address, for a slot, or for the next dial.
     Waiting {
         client: End<S>,
         dial: Dial,
@@ -266,12 +272,14 @@ impl<S: relay::Socket> Connection<S> {
             slots: [None, None],
             route: None,
             held: None,
+            proxied: None,
             idle: Idle::new(now),
             is_inherited: false,
             counted: [0; 2],
             peer,
             since: now,
             why: None,
+            is_cut_off: false,
         }
     }
 
@@ -376,6 +384,7 @@ impl<S: relay::Socket> Connection<S> {
                 }
             }
             State::Connecting { .. } | State::Proving { .. } => ConnectionState::Dialling,
+            State::OnThreads if self.is_cut_off => ConnectionState::Closing,
             State::Relaying { .. } | State::OnThreads => match half_closed {
                 None => ConnectionState::Open,
                 Some(Side::Client) => ConnectionState::HalfClosedByClient,
@@ -481,6 +490,7 @@ impl<S: Socket> Connection<S> {
         if !matches!(self.state, State::Closing { .. } | State::Closed) {
             self.end_because(why);
         }
+        self.is_cut_off = true;
         match &self.state {
             State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
                 self.refuse_cut_off(cx);

@@ -355,7 +355,7 @@ impl<D: Driver> Connections<D> {
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
             cx.driver.rest();
         }
-        cx.shared.note_end(&forward, holder);
+        cx.shared.note_end(&forward, holder, cx.now);
     }
 
     /// Cuts off the connections of a forward, or of all (`None`), for that reason.

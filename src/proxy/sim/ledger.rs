@@ -243,6 +243,7 @@ impl Ledger {
             (Reason::DialTimeout, now.dial_timeout - before.dial_timeout),
             (Reason::Full, now.full - before.full),
             (Reason::NotAllowed, now.not_allowed - before.not_allowed),
+            (Reason::NoHeader, now.no_header - before.no_header),
             (Reason::Other, now.other - before.other),
         ];
         let mut counted = reasons.into_iter().filter(|(_, more)| *more > 0);
@@ -332,6 +333,8 @@ impl Ledger {
             }
             // No rule of the simulated world bounds where its clients come from.
             Reason::NotAllowed => false,
+            // No rule of the simulated world takes headers.
+            Reason::NoHeader => false,
             Reason::Full => is_late && self.limits.vm_connections < 100,
             Reason::Other => {
                 let is_circle = text.contains("leads back") && self.limits.has_chains;
