@@ -508,6 +508,8 @@ fn the_peer_has_all_that_a_program_has_said_before_it_ended() {
     peer.set_read_timeout(Some(PATIENCE)).unwrap();
     peer.write_all(b"what nobody reads").unwrap();
     assert_eq!(rest(&peer).len(), 300_000);
+    // More than once it is looked whether the program has gone.
+    std::thread::sleep(Duration::from_millis(300));
     assert!(cat.0.try_wait().unwrap().is_none(), "the peer has time");
     drop(peer);
     assert_eq!(cat.exit_code(), Some(7));

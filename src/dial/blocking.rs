@@ -13,7 +13,7 @@ use crate::stream::{Stream, is_timeout, refuse_zero};
 use crate::sys::Wanted;
 use crate::time::after;
 
-use super::{Begun, Dial, Next, explain};
+use super::{Begun, Dial, Next, explain, interleave_families};
 
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -174,7 +174,10 @@ pub(crate) fn check_supported(address: &Address) -> Result<()> {
 fn resolve(host: &str, port: u16) -> Result<Vec<Endpoint>> {
     (host, port)
         .to_socket_addrs()
-        .map(|found: std::vec::IntoIter<SocketAddr>| found.map(Endpoint::Tcp).collect())
+        .map(|found: std::vec::IntoIter<SocketAddr>| {
+            let order = interleave_families(found.collect());
+            order.into_iter().map(Endpoint::Tcp).collect()
+        })
         .map_err(|e| {
             Error::new(Operation::Resolve, host, e)
                 .with_remedy("is the name right, and does DNS answer?")

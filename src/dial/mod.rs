@@ -11,6 +11,7 @@ mod hyperv;
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::address::{Address, UnixAddress};
@@ -31,6 +32,10 @@ pub(crate) use hyperv::{hv_options, vm_id};
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
+
+/// How long an address may leave a connect unanswered before the next one is tried as well
+/// ("Connection Attempt Delay", RFC 8305, section 5).
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
 /// What to do after a failed attempt.
 #[derive(Debug)]
@@ -62,6 +67,9 @@ pub(crate) struct Dial {
     handshake: Option<Handshake>,
     /// When the attempt under way is given up for the next one.
     attempt_deadline: Instant,
+    /// When the next one may be made beside it.
+    race_at: Instant,
+    has_raced: bool,
 }
 
 impl Dial {
@@ -73,6 +81,8 @@ impl Dial {
             pause: FIRST_PAUSE,
             handshake: None,
             attempt_deadline: deadline,
+            race_at: deadline,
+            has_raced: false,
         }
     }
 
@@ -92,12 +102,56 @@ impl Dial {
         let left = self.deadline.saturating_duration_since(now);
         let share = u32::try_from(self.candidates.len()).unwrap_or(u32::MAX);
         self.attempt_deadline = now + left / share.max(1);
+        self.race_at = now + ATTEMPT_DELAY;
         self.handshake = self.endpoint().and_then(Endpoint::handshake);
         match self.endpoint() {
             Some(endpoint) if !endpoint.connects_at_once() => Begun::InProgress,
             _ if self.handshake.is_some() => Begun::Handshake,
             _ => Begun::Connected,
         }
+    }
+
+    /// Returns the endpoint that may be tried beside the one that is tried now.
+    pub(crate) fn next_endpoint(&self) -> Option<&Endpoint> {
+        self.candidates.get(1)
+    }
+
+    /// Returns when [`next_endpoint`](Dial::next_endpoint) is to be tried, if there is one: soon if
+    /// there is room for one more attempt, or else when one of them has had its time.
+    pub(crate) fn next_attempt(&self, has_room: bool) -> Option<Instant> {
+        self.next_endpoint().map(|_| match has_room {
+            true => self.race_at,
+            false => self.attempt_deadline,
+        })
+    }
+
+    /// Has the next endpoint tried now, since another one has failed.
+    pub(crate) fn hasten_next(&mut self, now: Instant) {
+        self.race_at = now;
+    }
+
+    /// Drops the next endpoint, which can't be tried, and returns it.
+    pub(crate) fn skip_next(&mut self) -> Option<Endpoint> {
+        self.candidates.remove(1)
+    }
+
+    /// Turns to the next endpoint; [`begun`](Dial::begun) must follow. Returns the one that was tried
+    /// before: its attempt goes on.
+    pub(crate) fn turn_to_next(&mut self) -> Option<Endpoint> {
+        self.has_raced = true;
+        self.candidates.pop_front()
+    }
+
+    /// Returns to an endpoint whose attempt has gone on. Returns the one that was tried last.
+    pub(crate) fn return_to(&mut self, endpoint: Endpoint) -> Option<Endpoint> {
+        let latest = self.candidates.pop_front();
+        self.candidates.push_front(endpoint);
+        latest
+    }
+
+    /// Returns whether two endpoints have been tried at a time.
+    pub(crate) fn has_raced(&self) -> bool {
+        self.has_raced
     }
 
     /// Returns whether the peer has a request that it hasn't answered: some VMMs die if they are
@@ -145,6 +199,23 @@ impl Dial {
         } else {
             Next::Now
         }
+    }
+}
+
+/// Puts the addresses of a name into the order in which they are tried: the families take turns,
+/// beginning with that of the first one (RFC 8305, section 4).
+pub(crate) fn interleave_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let first = addresses.first().is_some_and(SocketAddr::is_ipv4);
+    let (ours, theirs): (Vec<_>, Vec<_>) =
+        addresses.into_iter().partition(|it| it.is_ipv4() == first);
+    let (mut ours, mut theirs) = (ours.into_iter(), theirs.into_iter());
+    let mut order = Vec::new();
+    loop {
+        let turn = [ours.next(), theirs.next()];
+        if turn == [None, None] {
+            return order;
+        }
+        order.extend(turn.into_iter().flatten());
     }
 }
 
@@ -308,7 +379,15 @@ pub(crate) fn refused_by_eof(address: &Address) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::SocketAddr;
+
+    #[test]
+    fn the_families_take_turns() {
+        let [a, b, c] = [1, 2, 3].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        let [x, y] = [1, 2].map(|port| SocketAddr::from(([0; 16], port)));
+        assert_eq!(interleave_families(vec![x, y, a, b, c]), [x, a, y, b, c]);
+        assert_eq!(interleave_families(vec![a, b, x]), [a, x, b]);
+        assert_eq!(interleave_families(Vec::new()), []);
+    }
 
     #[test]
     fn an_address_that_is_silent_leaves_time_for_the_next() {

@@ -11,6 +11,7 @@ use crate::engine::relay::Side;
 use crate::error::Error;
 use crate::name::Peer;
 
+use crate::engine::addresses::Addresses;
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
 use crate::engine::health::{self, Health, News};
@@ -57,6 +58,8 @@ pub(crate) struct Forward {
     absence_limiter: LogLimiter,
     /// The health of the target, where no gate keeps it.
     health: Mutex<Health>,
+    /// What is known of the addresses of the target's name.
+    addresses: Mutex<Addresses>,
     /// The slots of the VM that the forward has reserved, until it is removed.
     pub(crate) quota: Mutex<Option<Reservation>>,
     /// Whether the forward was removed and the time of its connections is over.
@@ -89,6 +92,7 @@ impl Forward {
             log_limiter: LogLimiter::default(),
             absence_limiter: LogLimiter::default(),
             health: Mutex::default(),
+            addresses: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::default(),
             closed: Arc::default(),
@@ -117,6 +121,7 @@ impl Forward {
             log_limiter: LogLimiter::default(),
             absence_limiter: LogLimiter::default(),
             health: Mutex::default(),
+            addresses: Mutex::default(),
             quota: Mutex::new(quota),
             cut: Arc::clone(&self.cut),
             closed: Arc::clone(&self.closed),
@@ -149,6 +154,13 @@ impl Forward {
             Some(name) => name.clone(),
             None => self.rule.listen.to_string(),
         }
+    }
+
+    /// Returns what is known of the addresses of the target's name. The lock is held for moments.
+    pub(crate) fn addresses(&self) -> MutexGuard<'_, Addresses> {
+        self.addresses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn is_cut(&self) -> bool {

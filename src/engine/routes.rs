@@ -118,8 +118,9 @@ pub(crate) fn specified(ip: IpAddr) -> IpAddr {
 /// A connection's entries in [`Routes`], for as long as it lives.
 #[derive(Debug, Default)]
 pub(crate) struct Route {
-    /// The dialled socket's names, by which the accepting end may find it.
-    outgoing: Option<PeerNames>,
+    /// The names of the dialled sockets, by which the accepting end may find them: of several while
+    /// addresses are raced.
+    outgoing: Vec<PeerNames>,
     /// The edges that the connection counts for.
     edges: Vec<(ForwardId, ForwardId)>,
 }
@@ -127,7 +128,7 @@ pub(crate) struct Route {
 impl Route {
     /// Returns the route itself, boxed, unless it is empty.
     pub(crate) fn kept(self) -> Option<Box<Route>> {
-        (self.outgoing.is_some() || !self.edges.is_empty()).then(|| Box::new(self))
+        (!self.outgoing.is_empty() || !self.edges.is_empty()).then(|| Box::new(self))
     }
 }
 
@@ -248,13 +249,35 @@ impl Routes {
     /// listener of this process.
     pub(crate) fn dialled(&self, forward: ForwardId, ends: PeerNames, route: &mut Route) {
         let mut known = self.known();
-        // This is the entry of an earlier dial that failed.
-        if let Some(before) = route.outgoing.replace(ends) {
-            known.forget_outgoing(&before);
-        }
+        route.outgoing.push(ends);
         if known.outgoing.insert(ends, forward).is_none() {
             known.outgoing_to.add(ends.port());
         }
+        self.dialled.store(known.outgoing.len(), Ordering::Release);
+    }
+
+    /// Forgets the dialled sockets of a connection, which are closed.
+    pub(crate) fn forget_dialled(&self, route: &mut Route) {
+        self.retain_dialled(route, |_| false);
+    }
+
+    /// Forgets the dialled sockets of a connection but the one that has these names.
+    pub(crate) fn keep_dialled(&self, kept: PeerNames, route: &mut Route) {
+        self.retain_dialled(route, |ends| *ends == kept);
+    }
+
+    fn retain_dialled(&self, route: &mut Route, is_kept: impl Fn(&PeerNames) -> bool) {
+        if route.outgoing.iter().all(&is_kept) {
+            return;
+        }
+        let mut known = self.known();
+        route.outgoing.retain(|ends| {
+            let stays = is_kept(ends);
+            if !stays {
+                known.forget_outgoing(ends);
+            }
+            stays
+        });
         self.dialled.store(known.outgoing.len(), Ordering::Release);
     }
 
@@ -340,10 +363,10 @@ impl Routes {
     /// Forgets a connection.
     pub(crate) fn forget(&self, route: Route) {
         let mut known = self.known();
-        if let Some(ends) = route.outgoing {
-            known.forget_outgoing(&ends);
-            self.dialled.store(known.outgoing.len(), Ordering::Release);
+        for ends in &route.outgoing {
+            known.forget_outgoing(ends);
         }
+        self.dialled.store(known.outgoing.len(), Ordering::Release);
         for (from, to) in route.edges {
             known.edges_to.remove(to);
             if let Entry::Occupied(mut entry) = known.edges.entry(from) {

@@ -70,7 +70,14 @@ impl Interrupter {
 impl Cat {
     pub(crate) fn new(plan: Plan) -> Cat {
         let (tell, events) = channel();
-        watch_output(tell.clone());
+        // A program has nothing to do with ours.
+        #[cfg(unix)]
+        let is_ours = plan.exec.is_none();
+        #[cfg(not(unix))]
+        let is_ours = true;
+        if is_ours {
+            watch_output(tell.clone());
+        }
         Cat {
             plan,
             input: Input::default(),

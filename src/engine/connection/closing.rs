@@ -484,6 +484,7 @@ impl<S: Socket> Connection<S> {
 
     /// Closes all sockets that are left and ends the connection.
     pub(super) fn close(&mut self, cx: &mut Context<'_, S>) {
+        self.abandon_race(cx);
         match self.take_state() {
             State::Waiting { client, .. } => self.close_socket(Side::Client, client, cx),
             State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {

@@ -163,8 +163,14 @@ impl<S: Socket> Connection<S> {
 
     /// Notes that the dialled socket may lead to a listener of this process. Returns false if that
     /// closes a loop of forwards.
-    fn note_dial(&mut self, cx: &mut Context<'_, S>) -> bool {
-        let State::Connecting { server, dial, .. } = &self.state else {
+    pub(super) fn note_dial(&mut self, cx: &mut Context<'_, S>) -> bool {
+        let State::Connecting {
+            server,
+            dial,
+            earlier,
+            ..
+        } = &self.state
+        else {
             return true;
         };
         let (routes, forward) = (cx.routes, self.forward.id);
@@ -177,6 +183,10 @@ impl<S: Socket> Connection<S> {
             Endpoint::Tcp(_) | Endpoint::Vsock(_) => {
                 let here = server.socket.local_name();
                 if let Some(ends) = here.and_then(|here| PeerNames::dialled(here, endpoint)) {
+                    if earlier.is_empty() {
+                        // Those of dials that have failed.
+                        routes.forget_dialled(&mut route);
+                    }
                     routes.dialled(forward, ends, &mut route);
                 }
                 true
@@ -320,6 +330,7 @@ impl<S: Socket> Connection<S> {
     pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
         match &self.state {
             State::Waiting { dial, .. } => dial.endpoint(),
+            State::Connecting { dial, .. } => dial.next_endpoint(),
             _ => None,
         }
     }
@@ -340,7 +351,8 @@ impl<S: Socket> Connection<S> {
         };
         let error = match addresses {
             Ok(addresses) if !addresses.is_empty() => {
-                dial.add(addresses.into_iter().map(Endpoint::Tcp));
+                let order = self.forward.addresses().order(addresses, cx.now);
+                dial.add(order.into_iter().map(Endpoint::Tcp));
                 return cx.request(Action::Connect);
             }
             Ok(_) => io::Error::new(io::ErrorKind::NotFound, "the name has no address"),
@@ -391,6 +403,7 @@ impl<S: Socket> Connection<S> {
                         client,
                         server,
                         dial,
+                        earlier: Vec::new(),
                     });
                 }
                 self.begin_relaying(None, Acceptance::Unknown, cx);
@@ -405,6 +418,9 @@ impl<S: Socket> Connection<S> {
         connect: io::Result<Dialled<S>>,
         cx: &mut Context<'_, S>,
     ) {
+        if let State::Connecting { .. } = self.state {
+            return self.take_further_connect(connect, cx);
+        }
         let dialled = match connect {
             Ok(dialled) => dialled,
             Err(e) => return self.attempt_failed(e, cx),
@@ -422,7 +438,6 @@ impl<S: Socket> Connection<S> {
         };
         let mut server = End::new(dialled.socket);
         let begun = dial.begun(cx.now);
-        let attempt_deadline = dial.attempt_deadline();
         let deadline = dial.deadline();
         // A socket that has just connected has room; no event needs to say so.
         server.latch(Readiness {
@@ -433,6 +448,7 @@ impl<S: Socket> Connection<S> {
             client,
             server,
             dial,
+            earlier: Vec::new(),
         });
         if !self.note_dial(cx) {
             return self.refuse_loop(cx);
@@ -450,22 +466,21 @@ impl<S: Socket> Connection<S> {
             }
             Begun::Connected => self.begin_relaying(None, Acceptance::Unknown, cx),
             Begun::Handshake => self.go_on_connecting(cx),
-            Begun::InProgress => self.wake_at = Some(attempt_deadline),
+            Begun::InProgress => self.wait_for_answers(cx),
         }
     }
 
     pub(super) fn go_on_connecting(&mut self, cx: &mut Context<'_, S>) {
-        let State::Connecting {
-            client,
-            server,
-            dial,
-        } = &mut self.state
-        else {
+        let State::Connecting { client, .. } = &self.state else {
             return;
         };
         if client.is_gone() {
             return self.close_without_client(cx);
         }
+        self.look_at_earlier(cx);
+        let State::Connecting { server, dial, .. } = &mut self.state else {
+            return;
+        };
         // Readiness is handled first: a connect may have succeeded while the process was frozen.
         let attempt = match server.is_writable() {
             true => match server.socket.connected() {
@@ -477,19 +492,19 @@ impl<S: Socket> Connection<S> {
         match attempt {
             Ok(true) => self.begin_relaying(None, Acceptance::Unknown, cx),
             Ok(false) if cx.now >= dial.deadline() => self.time_out(cx),
-            Ok(false) if cx.now < dial.attempt_deadline() => {
-                self.wake_at = Some(dial.attempt_deadline());
-            }
-            failed => {
-                let error = failed
-                    .err()
-                    .unwrap_or_else(|| io::ErrorKind::TimedOut.into());
+            Ok(false) => self.wait_for_answers(cx),
+            Err(_) if self.return_to_earlier(cx) => {}
+            Err(error) => {
                 if let State::Connecting {
                     client,
                     server,
                     dial,
+                    ..
                 } = self.take_state()
                 {
+                    if let Some(endpoint) = dial.endpoint() {
+                        self.note_failed(endpoint, cx);
+                    }
                     self.enter(State::waiting(client, dial));
                     cx.request(Action::Close(server.socket, None));
                 }
@@ -601,12 +616,14 @@ impl<S: Socket> Connection<S> {
 
     /// Ends a connection that could not be made, and reports why.
     pub(super) fn refuse(&mut self, error: &Error, reason: Reason, cx: &mut Context<'_, S>) {
+        self.abandon_race(cx);
         let (mut client, server) = match self.take_state() {
             State::Waiting { client, .. } => (client, None),
             State::Connecting {
                 client,
                 server,
                 dial,
+                ..
             } if dial.is_shaking_hands() || self.forward.needs_graceful_close(Side::Server) => {
                 (client, Some(Closing::dialled(server, dial)))
             }
@@ -638,11 +655,13 @@ impl<S: Socket> Connection<S> {
     /// Ends the connection after its client has gone while the target was being connected.
     pub(super) fn close_without_client(&mut self, cx: &mut Context<'_, S>) {
         self.end_because(EndReason::ClientGaveUp);
+        self.abandon_race(cx);
         let (client, server) = match self.take_state() {
             State::Connecting {
                 client,
                 server,
                 dial,
+                ..
             } if dial.is_shaking_hands() => (client, Closing::dialled(server, dial)),
             State::Proving {
                 client,

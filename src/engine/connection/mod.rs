@@ -20,6 +20,7 @@ mod draining;
 mod idle;
 mod proving;
 mod proxied;
+mod racing;
 mod relaying;
 #[cfg(all(test, target_os = "linux"))]
 pub(crate) mod transitions;
@@ -55,6 +56,7 @@ pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
 pub(crate) use idle::Progress;
 use proxied::Proxied;
+pub(crate) use racing::Attempt;
 
 /// What a connection needs of its sockets besides carrying bytes.
 pub(crate) trait Socket: relay::Socket {
@@ -188,10 +190,12 @@ pub(crate) enum State<S: relay::Socket> {
         dial: Dial,
         full: Option<Full>,
     },
+    /// `earlier` are attempts at other addresses that are still under way.
     Connecting {
         client: End<S>,
         server: End<S>,
         dial: Dial,
+        earlier: Vec<Attempt<S>>,
     },
     /// It is not known yet whether the guest has taken the dial. `until` ends the wait if no probe
     /// can tell.

@@ -62,6 +62,7 @@ impl<S: Socket> Connection<S> {
             client,
             server,
             dial,
+            ..
         } = self.take_state()
         {
             self.enter(State::Proving {

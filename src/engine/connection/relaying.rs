@@ -51,6 +51,7 @@ impl<S: Socket> Connection<S> {
         acceptance: Acceptance,
         cx: &mut Context<'_, S>,
     ) {
+        self.win_race(cx);
         let (client, server) = match self.take_state() {
             State::Connecting { client, server, .. } | State::Proving { client, server, .. } => {
                 (client, server)

@@ -268,7 +268,6 @@ impl Plan {
                         let name = format!("name{number}");
                         let here = SocketAddr::from(([127, 0, 0, 1], port));
                         let elsewhere = SocketAddr::from(([127, 0, 0, 9], port));
-                        let silent = SocketAddr::from(([127, 0, 0, 8], port));
                         let fate = if is_calm { 0 } else { rng.usize(..5) };
                         is_named = matches!(fate, 2 | 3);
                         let found = match fate {
@@ -277,8 +276,16 @@ impl Plan {
                             2 => Name::Missing,
                             3 => Name::Silent,
                             _ => {
-                                self.silent.push(Place::Tcp(silent));
-                                Name::Found(vec![silent, here])
+                                // More than are tried at a time.
+                                let silent = (10..rng.u8(11..17))
+                                    .map(|last| SocketAddr::from(([127, 0, 0, last], port)));
+                                let mut found: Vec<SocketAddr> = silent.collect();
+                                self.silent.extend(found.iter().copied().map(Place::Tcp));
+                                if rng.bool() {
+                                    found.insert(rng.usize(..=found.len()), elsewhere);
+                                }
+                                found.push(here);
+                                Name::Found(found)
                             }
                         };
                         self.names.push((name.clone(), found));
