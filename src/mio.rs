@@ -80,7 +80,7 @@ impl Stream {
     /// # Errors
     /// `WouldBlock` if the backlog of a Unix socket's listener is full, or all instances of a pipe
     /// are taken: try again later. `InvalidInput` for a TCP name, which has to be resolved first.
-    /// `Unsupported` for AF_HYPERV and for families that this system doesn't carry; what the kernel
+    /// `Unsupported` for AF_HYPERV, programs and files, and for families that this system doesn't carry; what the kernel
     /// says otherwise.
     pub fn connect(address: &Address) -> Result<Stream> {
         let fail = |kind, why: &str| {
@@ -94,6 +94,11 @@ impl Stream {
             Target::Endpoint(endpoint) => endpoint,
             Target::Name { .. } => {
                 return fail(io::ErrorKind::InvalidInput, "a name is not resolved here");
+            }
+            #[cfg(unix)]
+            Target::OnThread => {
+                let why = "a program or a file is not dialled without blocking: use hvsock::Stream";
+                return fail(io::ErrorKind::Unsupported, why);
             }
             Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
         };
@@ -246,7 +251,7 @@ impl Listener {
             let cause = io::Error::new(io::ErrorKind::Unsupported, NO_POLLER);
             return Err(Error::new(Operation::Listen, address, cause));
         }
-        let inner = listener::Listener::bind(address, DEFAULT_MODE)?;
+        let inner = listener::Listener::bind(address, DEFAULT_MODE.into())?;
         let address = inner.bound(address);
         Ok(Listener { inner, address })
     }

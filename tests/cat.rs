@@ -157,6 +157,41 @@ fn a_peer_that_has_closed_is_not_kept_waiting_for() {
 }
 
 #[test]
+fn ends_with_its_peer_if_told_to() {
+    let (tell, ended) = std::sync::mpsc::channel();
+    let (path, _dir, server) = server(move |mut stream| {
+        stream.write_all(b"bye").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        // It is still read here: without the option there would be no end.
+        tell.send(stream.read(&mut [0; 8]).unwrap()).unwrap();
+    });
+    let cat = Cat::start(&["--end-with-peer", &path]);
+    let ended_with = cat.end();
+    assert_eq!(
+        (ended_with.code, &*ended_with.out, &*ended_with.err),
+        (Some(0), &b"bye"[..], "")
+    );
+    assert_eq!(ended.recv().unwrap(), 0);
+    server.join().unwrap();
+}
+
+#[test]
+fn ends_with_the_reader_of_its_output() {
+    let (path, _dir, server) = server(move |mut stream| {
+        stream.write_all(b"one").unwrap();
+        // It says no more, so that no write can tell. What ends here is a reset, for the answer wasn't read to its end.
+        let _ = stream.read(&mut [0; 8]);
+    });
+    let mut child = Mortal(cat(&[&path]).spawn().unwrap());
+    let _input = child.0.stdin.take();
+    let mut out = child.0.stdout.take().unwrap();
+    out.read_exact(&mut [0; 3]).unwrap();
+    drop(out);
+    assert_eq!(child.exit_code(), Some(1));
+    server.join().unwrap();
+}
+
+#[test]
 fn what_the_peer_did_not_take_is_told() {
     let (path, _dir, server) = server(|mut stream| stream.read_exact(&mut [0; 10]).unwrap());
     let mut cat = Cat::start(&[&path]);

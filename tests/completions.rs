@@ -8,16 +8,20 @@ mod command;
 mod common;
 
 use std::fs;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::symlink;
 use std::process::{Command, Stdio};
 
 use command::*;
 use common::*;
 
-/// A user's own directories, hvsock in the PATH, its scripts, and an hvsock that runs.
+/// A user's own directories, hvsock in the PATH, its scripts, and an hvsock that runs and has a connection.
 struct World {
     // It ends before its directory goes.
     _running: Running,
+    _client: TcpStream,
+    _server: TcpListener,
+    connection: String,
     dir: tempfile::TempDir,
 }
 
@@ -49,16 +53,19 @@ impl World {
             assert!(script.status.success());
             fs::write(path.join(name), script.stdout).unwrap();
         }
-        let running = Running::spawn(in_runtime(
-            path,
-            &[
-                "forward",
-                "tcp://127.0.0.1:0",
-                "tcp://127.0.0.1:9",
-                "--control",
-            ],
-        ));
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = format!("tcp://{}", server.local_addr().unwrap());
+        let forward = ["forward", "tcp://127.0.0.1:0", &target, "--control"];
+        let running = Running::spawn(in_runtime(path, &forward));
         running.says("controlled at");
+        let client = TcpStream::connect(("127.0.0.1", running.tcp_port())).unwrap();
+        let mut connection = None;
+        eventually("it has the connection", || {
+            let said = output(in_runtime(path, &["connections", "--json"])).stdout;
+            let all: serde_json::Value = serde_json::from_slice(&said).unwrap();
+            connection = all[0]["id"].as_u64();
+            connection.is_some()
+        });
         let added = in_runtime(
             path,
             &[
@@ -72,8 +79,20 @@ impl World {
         assert!(output(added).status.success());
         World {
             _running: running,
+            _client: client,
+            _server: server,
+            connection: connection.unwrap().to_string(),
             dir,
         }
+    }
+
+    /// What is typed, and what must be offered, nothing else.
+    fn cases(&self) -> Vec<(String, Vec<&str>)> {
+        let cases = CASES.map(|(typed, right)| (typed.to_owned(), vec![right]));
+        let close = format!("hvsock close {}", &self.connection[..1]);
+        let mut cases = Vec::from(cases);
+        cases.push((close, vec![&self.connection]));
+        cases
     }
 
     /// A shell that knows it; `None` if there is no such shell here.
@@ -108,23 +127,24 @@ impl World {
     }
 }
 
-/// What was typed, and what must be offered, nothing else.
-const CASES: [(&str, &[&str]); 9] = [
-    ("hvsock expo", &["expose"]),
-    ("hvsock expose --dial", &["--dial-timeout"]),
-    ("hvsock completions fi", &["fish"]),
-    ("hvsock run for", &["forwards.toml"]),
-    ("hvsock simulate s", &["sub/"]),
-    ("hvsock remove we", &["web-ui"]),
-    ("hvsock expose --vm mini", &["minikube"]),
-    ("hvsock forward ./for", &["./forwards.toml"]),
-    ("hvsock man hvsock-con", &["hvsock-control"]),
+/// What of it is known beforehand.
+const CASES: [(&str, &str); 10] = [
+    ("hvsock expo", "expose"),
+    ("hvsock expose --dial", "--dial-timeout"),
+    ("hvsock completions fi", "fish"),
+    ("hvsock run for", "forwards.toml"),
+    ("hvsock run --log for", "forwards.toml"),
+    ("hvsock simulate s", "sub/"),
+    ("hvsock remove we", "web-ui"),
+    ("hvsock expose --vm mini", "minikube"),
+    ("hvsock forward ./for", "./forwards.toml"),
+    ("hvsock man hvsock-con", "hvsock-control"),
 ];
 
 #[test]
 fn bash_completes() {
     let world = World::new();
-    for (typed, right) in CASES {
+    for (typed, right) in world.cases() {
         let Some(mut bash) = world.shell("bash") else {
             return;
         };
@@ -134,7 +154,7 @@ fn bash_completes() {
             read -ra COMP_WORDS <<<"$1"; COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMP_TYPE=9
             _clap_complete_hvsock hvsock "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}" 2>/dev/null
             printf '%s\n' "${COMPREPLY[@]-}""#;
-        bash.args(["--norc", "-c", script, "bash", typed]);
+        bash.args(["--norc", "-c", script, "bash", &typed]);
         let output = output(bash);
         let said = String::from_utf8(output.stdout).unwrap();
         let offered: Vec<&str> = said.lines().map(str::trim).collect();
@@ -150,7 +170,7 @@ fn bash_completes() {
 #[test]
 fn fish_completes() {
     let world = World::new();
-    for (typed, right) in CASES {
+    for (typed, right) in world.cases() {
         let Some(mut fish) = world.shell("fish") else {
             return;
         };
@@ -158,7 +178,7 @@ fn fish_completes() {
             "--no-config",
             "-c",
             "source $HOME/hvsock.fish; complete -C $argv[1]",
-            typed,
+            &typed,
         ]);
         let output = output(fish);
         let said = String::from_utf8(output.stdout).unwrap();
@@ -174,7 +194,14 @@ fn fish_completes() {
             String::from_utf8_lossy(&output.stderr)
         );
     }
-    // A forward says where it leads.
+    // A forward says where it leads, and a connection whose it is.
+    if let Some(mut fish) = world.shell("fish") {
+        let script = "source $HOME/hvsock.fish; complete -C 'hvsock close '";
+        fish.args(["--no-config", "-c", script]);
+        let said = String::from_utf8(output(fish).stdout).unwrap();
+        let line = said.lines().find(|line| !line.starts_with('-')).unwrap();
+        assert!(line.contains(", from 127.0.0.1:"), "{said}");
+    }
     if let Some(mut fish) = world.shell("fish") {
         fish.args([
             "--no-config",
@@ -221,11 +248,11 @@ zpty -d z
 #[test]
 fn zsh_completes() {
     let world = World::new();
-    for (typed, right) in CASES {
+    for (typed, right) in world.cases() {
         let Some(mut zsh) = world.shell("zsh") else {
             return;
         };
-        zsh.args(["-f", "-c", ZSH, "zsh", typed]);
+        zsh.args(["-f", "-c", ZSH, "zsh", &typed]);
         let output = output(zsh);
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         let why = String::from_utf8_lossy(&output.stderr);

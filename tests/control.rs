@@ -296,7 +296,7 @@ fn what_makes_no_sense_is_refused_and_said() {
             "/v1/forwards",
             rule(r#", "color": 1"#),
             400,
-            "color: there is no `color`; there are `connect`, `connections`, `keepalive`, `listen`, `mode`, `name`",
+            "color: there is no `color`; there are `accept_proxy`, `connect`, `connections`, `from`, `group`, `keepalive`, `listen`, `mode`, `name`",
         ),
         (
             "POST",

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// What is not run here, and who runs it, or why nobody does: how such commands begin, or what is in them.
-const ELSEWHERE: [(&str, &str); 14] = [
+const ELSEWHERE: [(&str, &str); 15] = [
     ("scripts/install", "`scripts/package --test` runs it"),
     ("scripts/uninstall", "`scripts/package --test` runs it"),
     ("scripts/package", "is a step of .ci/run"),
@@ -27,6 +27,10 @@ const ELSEWHERE: [(&str, &str); 14] = [
     ("cp ~/.local", "wants a Mac"),
     ("ssh ", "wants an SSH server in a guest"),
     (VSOCK, "wants a guest: `scripts/guest-test` runs such"),
+    (
+        "hvsock events",
+        "goes on until hvsock ends: tests/events.rs runs it",
+    ),
     ("hvsock top", "wants a terminal: tests/control.rs runs it"),
     (
         "hvsock close",

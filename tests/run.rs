@@ -148,7 +148,8 @@ fn the_example_is_right_and_so_is_what_it_leaves_out() {
             "build-ssh: tcp://127.0.0.1:2222 -> build, port 22 (0x16)",
             "registry: docker, to CID 2 port 5000 (0x1388) -> tcp://127.0.0.1:8080",
             "web: tcp://127.0.0.1:8000 -> unix:///tmp/web.sock",
-            &format!("{} is right: 4 forwards", text(&example)),
+            "date: unix:///tmp/date.sock -> exec:/bin/date?arg=-u",
+            &format!("{} is right: 5 forwards", text(&example)),
         ]
     );
     let commented = fs::read_to_string(&example).unwrap();

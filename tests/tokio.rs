@@ -261,3 +261,25 @@ async fn a_blocking_listener_is_taken_over_and_polled() {
     let raw = served.as_fd().as_raw_fd();
     assert_eq!(raw, served.as_raw_fd());
 }
+
+#[tokio::test]
+async fn a_program_and_a_file_are_dialled() {
+    let mut program = Stream::connect(&"exec:/bin/cat".parse().unwrap())
+        .await
+        .unwrap();
+    program.write_all(b"asked").await.unwrap();
+    program.shutdown().await.unwrap();
+    let mut answer = Vec::new();
+    program.read_to_end(&mut answer).await.unwrap();
+    assert_eq!(answer, b"asked");
+    let dir = private_dir();
+    let path = dir.path().join("content");
+    let address: Address = format!("file:{}", path.display()).parse().unwrap();
+    let error = Stream::connect(&address).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    std::fs::write(&path, "content").unwrap();
+    let mut file = Stream::connect(&address).await.unwrap();
+    answer.clear();
+    file.read_to_end(&mut answer).await.unwrap();
+    assert_eq!(answer, b"content");
+}

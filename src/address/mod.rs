@@ -9,12 +9,15 @@
 //! | `unix:///PATH`, `unix:REL`, `unix:@NAME`, `/PATH`, `./REL`, `../REL` | a Unix socket |
 //! | `npipe:////./pipe/NAME`, `//./pipe/NAME`, `\\.\pipe\NAME` | a named pipe of Windows |
 //! | `tcp://HOST:PORT` | TCP |
+//! | `exec:/PROGRAM[?arg=…&env=…&pty=yes]` | to connect to: a program that is started for each connection |
+//! | `file:/PATH` | to connect to: the content of a file |
 //!
 //! Every address parses and prints on every system, whether or not that system can dial it, and
 //! what it prints parses to the same address. Ports and CIDs are decimal, or hex behind `0x`. In
 //! URIs, names and paths are percent-encoded; `/./rel` is the relative path `rel`.
 
 mod error;
+mod exec;
 mod hvsock;
 pub(crate) mod hyperkit;
 mod npipe;
@@ -35,6 +38,7 @@ mod vsock;
 use std::fmt;
 
 pub use error::{AddressError, Part};
+pub use exec::{ExecAddress, FileAddress};
 #[cfg(any(windows, test))]
 pub(crate) use hvsock::parse_guid;
 #[cfg(feature = "cli")]
@@ -47,6 +51,8 @@ pub use port::{Port, PortError};
 pub use tcp::{Host, TcpAddress};
 pub(crate) use transport::{HalfClose, Refusal, Reset, SocketKind, Waiter};
 pub use unix::{UnixAddress, VsockMuxAddress};
+#[cfg(feature = "cli")]
+pub(crate) use uri::as_text;
 pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, PORT_ANY, VsockAddress};
 
 /// An address of any family.
@@ -66,9 +72,23 @@ pub enum Address {
     Npipe(NpipeAddress),
     /// TCP.
     Tcp(TcpAddress),
+    /// A program that is started for each connection.
+    Exec(ExecAddress),
+    /// The content of a file.
+    File(FileAddress),
 }
 
 impl Address {
+    /// Parses what may be no UTF-8, as arguments of a command may: a path that stands there as it is,
+    /// or a URI, in which such bytes mean the same as percent-encoded ones.
+    ///
+    /// # Errors
+    /// As those of [`Address::from_str`].
+    #[cfg(feature = "cli")]
+    pub(crate) fn from_os(input: &std::ffi::OsStr) -> Result<Address, AddressError> {
+        uri::as_text(input).parse()
+    }
+
     /// Returns its scheme, which stands before `:` when it is printed.
     pub fn scheme(&self) -> &'static str {
         self.transport().scheme
@@ -85,6 +105,8 @@ impl fmt::Display for Address {
             Address::Unix(address) => address.fmt(f),
             Address::Npipe(address) => address.fmt(f),
             Address::Tcp(address) => address.fmt(f),
+            Address::Exec(address) => address.fmt(f),
+            Address::File(address) => address.fmt(f),
         }
     }
 }
@@ -99,4 +121,4 @@ macro_rules! from {
     )*};
 }
 
-from!(Hyperkit: HyperkitAddress, Vsock: VsockAddress, Hvsock: HvsockAddress, VsockMux: VsockMuxAddress, Unix: UnixAddress, Npipe: NpipeAddress, Tcp: TcpAddress);
+from!(Hyperkit: HyperkitAddress, Vsock: VsockAddress, Hvsock: HvsockAddress, VsockMux: VsockMuxAddress, Unix: UnixAddress, Npipe: NpipeAddress, Tcp: TcpAddress, Exec: ExecAddress, File: FileAddress);

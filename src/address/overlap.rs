@@ -3,20 +3,53 @@
 
 use super::{Address, Host, TcpAddress};
 
-/// What two addresses have in common of which only one can be listened on.
-#[derive(PartialEq, Eq, Hash)]
+/// What two addresses may have in common of which only one can be listened on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum ListenKey<'a> {
-    TcpPort(u16),
+    TcpPort(&'a Host, u16),
+    /// A port of all IPv4 addresses, or of all IPv6 ones.
+    PortOfAll(IpKind, u16),
+    /// A port of any of them.
+    PortOfAny(IpKind, u16),
     Address(&'a Address),
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum IpKind {
+    V4,
+    V6,
+}
+
 impl Address {
-    /// Returns what it has in common with each address that it [collides](Address::collides) with.
-    pub(crate) fn listen_key(&self) -> ListenKey<'_> {
-        match self {
-            Address::Tcp(tcp) => ListenKey::TcpPort(tcp.port),
-            other => ListenKey::Address(other),
+    /// Returns what it is known by to those that [collide](Address::collides) with it.
+    pub(crate) fn listen_keys(&self) -> Vec<ListenKey<'_>> {
+        let Address::Tcp(tcp) = self else {
+            return vec![ListenKey::Address(self)];
+        };
+        let mut keys = vec![ListenKey::TcpPort(&tcp.host, tcp.port)];
+        if let Some(kind) = kind_of(tcp) {
+            keys.push(ListenKey::PortOfAny(kind, tcp.port));
+            if is_for_all(tcp) {
+                keys.push(ListenKey::PortOfAll(kind, tcp.port));
+            }
         }
+        keys
+    }
+
+    /// Returns the keys of which each address that it [collides](Address::collides) with has one.
+    /// One that has a key need not collide.
+    pub(crate) fn colliding_keys(&self) -> Vec<ListenKey<'_>> {
+        let Address::Tcp(tcp) = self else {
+            return vec![ListenKey::Address(self)];
+        };
+        let mut keys = vec![ListenKey::TcpPort(&tcp.host, tcp.port)];
+        if let Some(kind) = kind_of(tcp) {
+            keys.push(match is_for_all(tcp) {
+                true => ListenKey::PortOfAny(kind, tcp.port),
+                false => ListenKey::PortOfAll(kind, tcp.port),
+            });
+        }
+        keys
     }
 
     /// Returns whether it is certain that only one of the two can be listened on.
@@ -26,11 +59,11 @@ impl Address {
         }
         match (self, other) {
             (Address::Tcp(one), Address::Tcp(other)) => {
-                let all = |tcp: &TcpAddress| tcp.socket_addr().is_some_and(|it| is_wide(&it));
                 // Elsewhere one of all addresses may have another listener.
                 let all = cfg!(target_os = "linux")
-                    && is_one_kind(one, other)
-                    && (all(one) || all(other));
+                    && kind_of(one).is_some()
+                    && kind_of(one) == kind_of(other)
+                    && (is_for_all(one) || is_for_all(other));
                 one.port == other.port && (one.host == other.host || all)
             }
             _ => self == other,
@@ -59,10 +92,15 @@ fn is_wide(address: &std::net::SocketAddr) -> bool {
     address.ip().is_unspecified()
 }
 
-/// Returns whether both are IPv4, or both IPv6.
-fn is_one_kind(one: &TcpAddress, other: &TcpAddress) -> bool {
-    match (&one.host, &other.host) {
-        (Host::Ip(one), Host::Ip(other)) => one.is_ipv4() == other.is_ipv4(),
-        _ => false,
+/// Returns whether it is known to stand for all addresses of its kind.
+fn is_for_all(tcp: &TcpAddress) -> bool {
+    tcp.socket_addr().is_some_and(|it| is_wide(&it))
+}
+
+fn kind_of(tcp: &TcpAddress) -> Option<IpKind> {
+    match &tcp.host {
+        Host::Ip(ip) if ip.is_ipv4() => Some(IpKind::V4),
+        Host::Ip(_) => Some(IpKind::V6),
+        Host::Name(_) => None,
     }
 }

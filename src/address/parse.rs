@@ -24,6 +24,8 @@ impl FromStr for Address {
             "unix" => input.parse().map(Address::Unix),
             "npipe" => input.parse().map(Address::Npipe),
             "tcp" => input.parse().map(Address::Tcp),
+            "exec" => input.parse().map(Address::Exec),
+            "file" => input.parse().map(Address::File),
             _ => Err(unknown(input, scheme)),
         }
     }

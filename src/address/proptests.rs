@@ -105,6 +105,30 @@ fn vm() -> impl Strategy<Value = HyperkitVm> {
     })
 }
 
+/// What a program may get as an argument.
+fn argument() -> impl Strategy<Value = OsString> {
+    let known = prop::sample::select(vec![
+        "", "-i", "a=b", "&arg=c", "?x", "#", "%2F", "=", "a b",
+    ]);
+    let bytes = prop::collection::vec(1u8.., 0..5);
+    prop_oneof![
+        known.prop_map(OsString::from),
+        bytes.prop_filter_map("a text here", |bytes| os_string_from_bytes(bytes).ok()),
+    ]
+}
+
+fn exec() -> impl Strategy<Value = ExecAddress> {
+    let name = "[^\0=]{1,4}".prop_map(OsString::from);
+    let args = prop::collection::vec(argument(), 0..4);
+    let env = prop::collection::vec((name, argument()), 0..3);
+    (path(), args, env, any::<bool>()).prop_map(|(program, args, env, pty)| ExecAddress {
+        program,
+        args,
+        env,
+        pty,
+    })
+}
+
 fn address() -> impl Strategy<Value = Address> {
     let hvsock_vm = prop_oneof![
         guid().prop_map(|id| Vm::Id(VmId(id))),
@@ -169,6 +193,8 @@ fn address() -> impl Strategy<Value = Address> {
         unix.prop_map(Address::Unix),
         (pipe, sddl).prop_map(|(name, sddl)| NpipeAddress { name, sddl }.into()),
         (host, any::<u16>()).prop_map(|(host, port)| TcpAddress { host, port }.into()),
+        exec().prop_map(Address::Exec),
+        path().prop_map(|path| FileAddress { path }.into()),
     ]
 }
 
@@ -178,6 +204,8 @@ fn exact_path(address: &Address) -> Option<OsString> {
         Address::Hyperkit(address) => Some(address.vm.state_dir.clone().into()),
         Address::VsockMux(address) => Some(address.path.clone().into()),
         Address::Unix(UnixAddress::Path(path)) => Some(path.clone().into()),
+        Address::Exec(address) => Some(address.program.clone().into()),
+        Address::File(address) => Some(address.path.clone().into()),
         _ => None,
     }
 }
@@ -192,6 +220,10 @@ fn nearly_address() -> impl Strategy<Value = String> {
         "unix",
         "tcp",
         "npipe",
+        "exec",
+        "file",
+        "arg=",
+        "env=a=",
         "pipe",
         "//./pipe/",
         "\\",
@@ -242,6 +274,9 @@ fn formed_address() -> impl Strategy<Value = String> {
         "unix:@",
         "npipe://",
         "tcp://",
+        "exec:",
+        "exec://",
+        "file:",
         "",
         "./",
         "//./pipe/",
@@ -361,6 +396,14 @@ fn formed_address() -> impl Strategy<Value = String> {
         "",
         "x=y",
         "?",
+        "arg=",
+        "arg=%FF",
+        "arg=a=%26b",
+        "env=a=b=",
+        "env=%3D=",
+        "env=a",
+        "pty=yes",
+        "pty=no",
     ]);
     let path = prop::collection::vec(part, 0..6).prop_map(|parts| parts.concat());
     let query = prop_oneof![2 => Just(Vec::new()), 1 => prop::collection::vec(pair, 1..4)]
@@ -379,6 +422,10 @@ fn formed_address() -> impl Strategy<Value = String> {
         "npipe:////./pipe",
         "hvsock://vm",
         "tcp://a:80",
+        "exec:",
+        "exec:.",
+        "file:",
+        "file:/",
         "vsock://:80",
     ])
     .prop_map(str::to_owned);

@@ -161,7 +161,7 @@ fn well_known_ids_are_microsofts() {
 
 #[test]
 fn bad_addresses_say_what_is_wrong_and_what_is_right() {
-    const KNOWN: &str = "(known: hyperkit, vsock, hvsock, vsock-mux, unix, npipe, tcp)";
+    const KNOWN: &str = "(known: hyperkit, vsock, hvsock, vsock-mux, unix, npipe, tcp, exec, file)";
     let no_number = "is not a number (80, or 0x50 in hex)";
     let vsock = "; a right one: vsock://3:1024";
     let hyperkit = "; a right one: hyperkit://:80/path/to/state";

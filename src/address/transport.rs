@@ -87,6 +87,12 @@ pub(crate) struct Transport {
     waiter: Waiter,
     /// How long a dial is tried unless another time is asked for; `None`: as long as any.
     pub(crate) connect_timeout: Option<Duration>,
+    /// How many connections a forward to it has at a time unless another number is asked for, and
+    /// that even guests are bound by; `None`: as many as there may be.
+    pub(crate) connections: Option<usize>,
+    /// A connection runs a program, which whoever may add forwards chooses.
+    #[cfg_attr(not(feature = "cli"), allow(dead_code))]
+    pub(crate) runs_program: bool,
 }
 
 /// What is true of most, for a row to say what differs.
@@ -101,6 +107,8 @@ const ORDINARY: Transport = Transport {
     needs_pacing: false,
     waiter: Waiter::Any,
     connect_timeout: None,
+    connections: None,
+    runs_program: false,
 };
 
 const HYPERKIT: Transport = Transport {
@@ -170,9 +178,27 @@ const TCP: Transport = Transport {
     ..ORDINARY
 };
 
+/// Each connection has a thread (`dial/exec.rs`), which a Unix socket leads to.
+const EXEC: Transport = Transport {
+    scheme: "exec",
+    example: "exec:/usr/sbin/sshd?arg=-i",
+    connections: Some(64),
+    runs_program: true,
+    ..ORDINARY
+};
+
+/// Each connection has a thread (`dial/content.rs`), which a Unix socket leads to.
+const FILE: Transport = Transport {
+    scheme: "file",
+    example: "file:/srv/notice.txt",
+    connections: Some(64),
+    ..ORDINARY
+};
+
 /// Every family's row.
-pub(super) const ALL: [&Transport; 7] =
-    [&HYPERKIT, &VSOCK, &HVSOCK, &VSOCK_MUX, &UNIX, &NPIPE, &TCP];
+pub(super) const ALL: [&Transport; 9] = [
+    &HYPERKIT, &VSOCK, &HVSOCK, &VSOCK_MUX, &UNIX, &NPIPE, &TCP, &EXEC, &FILE,
+];
 
 impl Waiter {
     /// Returns what can wait for the sockets of that address: a thread where it speaks in frames,
@@ -196,6 +222,8 @@ impl Address {
             Address::Unix(_) => &UNIX,
             Address::Npipe(_) => &NPIPE,
             Address::Tcp(_) => &TCP,
+            Address::Exec(_) => &EXEC,
+            Address::File(_) => &FILE,
         }
     }
 
@@ -262,6 +290,18 @@ impl Address {
         }
     }
 
+    /// Returns why nothing can ever listen there, and what can be done about it; `None` if something
+    /// can.
+    pub(crate) fn why_no_listener(&self) -> Option<(&'static str, &'static str)> {
+        let why = match self {
+            Address::Exec(_) => "a program is connected to, not listened on",
+            Address::File(_) => "a file is connected to, not listened on",
+            _ => return None,
+        };
+        let remedy = "write it behind the address that is listened on";
+        Some((why, remedy))
+    }
+
     /// Returns the hyperkit VM that it leads to, or that dials it.
     pub(crate) fn hyperkit_vm(&self) -> Option<&HyperkitVm> {
         match self {
@@ -316,6 +356,8 @@ impl Address {
             Address::Unix(UnixAddress::Path(path)) => path,
             Address::Hyperkit(to) => &mut to.vm.state_dir,
             Address::VsockMux(to) => &mut to.path,
+            Address::Exec(to) => &mut to.program,
+            Address::File(to) => &mut to.path,
             _ => return Ok(self),
         };
         *path = std::path::absolute(&*path)?;

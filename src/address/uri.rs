@@ -1,6 +1,6 @@
 //! Parses and prints URIs: what all schemes have in common.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -38,6 +38,16 @@ const IN_NAME: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'_')
     .remove(b'~');
 
+/// What a value of a query that stands for itself may not hold as it is: less than a name, so that
+/// people can read it.
+const IN_VALUE: &AsciiSet = &IN_NAME
+    .remove(b'/')
+    .remove(b':')
+    .remove(b',')
+    .remove(b'=')
+    .remove(b'@')
+    .remove(b'+');
+
 /// A URI, `SCHEME://AUTHORITY/PATH?QUERY`, split and not decoded.
 pub(super) struct Uri<'a> {
     input: &'a str,
@@ -69,11 +79,7 @@ impl<'a> Uri<'a> {
         };
         let (rest, fragment) = cut(rest, '#');
         if let Some(fragment) = fragment {
-            return error(
-                Part::Fragment,
-                fragment,
-                "means nothing here (a # in a name is written %23)".to_owned(),
-            );
+            return error(Part::Fragment, fragment, NO_FRAGMENT.to_owned());
         }
         let (rest, query) = cut(rest, '?');
         let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
@@ -81,6 +87,42 @@ impl<'a> Uri<'a> {
             input,
             example,
             authority,
+            path,
+            query: query.unwrap_or(""),
+        })
+    }
+
+    /// Splits `input`, `SCHEME:PATH?QUERY`, if its scheme is `scheme`. Two slashes may stand before
+    /// an absolute path.
+    pub(super) fn parse_path(
+        input: &'a str,
+        scheme: &str,
+        example: &'static str,
+    ) -> Result<Uri<'a>, AddressError> {
+        let error = |part, text: &str, reason: &str| {
+            Err(AddressError::new(input, part, text, reason, example))
+        };
+        let (found, rest) = cut(input, ':');
+        let Some(rest) = rest.filter(|_| found.eq_ignore_ascii_case(scheme)) else {
+            return error(Part::Scheme, found, &format!("is not {scheme}"));
+        };
+        let (rest, fragment) = cut(rest, '#');
+        if let Some(fragment) = fragment {
+            return error(Part::Fragment, fragment, NO_FRAGMENT);
+        }
+        let (path, query) = cut(rest, '?');
+        let path = match path.strip_prefix("//") {
+            Some(absolute) if absolute.starts_with('/') => absolute,
+            Some(host) => {
+                let reason = "stands where a host would: an absolute path has one slash, or three";
+                return error(Part::Path, host, reason);
+            }
+            None => path,
+        };
+        Ok(Uri {
+            input,
+            example,
+            authority: "",
             path,
             query: query.unwrap_or(""),
         })
@@ -141,6 +183,37 @@ impl<'a> Uri<'a> {
         }
     }
 
+    /// Decodes the path of [`parse_path`](Uri::parse_path): `/abs`, or `./rel` for the relative
+    /// `rel`. A path that begins with a name is refused, lest it look like that of a program that is
+    /// searched for.
+    pub(super) fn local_path(&self, missing: &str) -> Result<PathBuf, AddressError> {
+        let error = |reason: &str| self.error(Part::Path, self.path, reason);
+        let text = match self.path {
+            "" | "/" => return Err(self.error(Part::Path, "", missing)),
+            path if path.starts_with(['/']) || path.starts_with("../") => path,
+            path => path.strip_prefix("./").ok_or_else(|| {
+                error("begins with a name, and no program is searched for: write its path, as /usr/bin/NAME or ./NAME")
+            })?,
+        };
+        let path = decode_path(text).map_err(error)?;
+        // `.//rel` is a relative path, too.
+        let is_relative = self.path.starts_with('.');
+        let path = match is_relative && path.has_root() {
+            true => path.components().skip(1).collect(),
+            false => path,
+        };
+        match path.as_os_str() {
+            path if path.is_empty() || path == "/" => Err(self.error(Part::Path, "", missing)),
+            _ => Ok(path),
+        }
+    }
+
+    /// Returns the pairs of the query, not decoded.
+    pub(super) fn pairs(&self) -> impl Iterator<Item = (&'a str, &'a str)> {
+        let pairs = self.query.split('&').filter(|pair| !pair.is_empty());
+        pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+    }
+
     /// Decodes the pairs of the query. Each key is one of `known` and stands there once.
     pub(super) fn query(
         &self,
@@ -191,6 +264,7 @@ impl<'a> Uri<'a> {
     }
 }
 
+const NO_FRAGMENT: &str = "means nothing here (a # in a name is written %23)";
 const NOT_UTF8: &str = "is not UTF-8 when decoded";
 
 /// Returns `text` up to `mark`, and what is behind it.
@@ -228,6 +302,33 @@ pub(super) fn encode_name(name: &[u8]) -> impl fmt::Display {
     percent_encode(name, IN_NAME)
 }
 
+/// Prints a value that may be any bytes.
+pub(super) fn encode_value(value: &OsStr) -> impl fmt::Display {
+    percent_encode(value.as_encoded_bytes(), IN_VALUE)
+}
+
+/// Returns the text of an address that may be no UTF-8: a path that stands there as it is becomes a
+/// URI; in a URI the bytes that are no UTF-8 are percent-encoded.
+#[cfg(feature = "cli")]
+pub(crate) fn as_text(input: &OsStr) -> std::borrow::Cow<'_, str> {
+    if let Some(text) = input.to_str() {
+        return text.into();
+    }
+    let bytes = input.as_encoded_bytes();
+    if ["/", "./", "../"]
+        .iter()
+        .any(|start| bytes.starts_with(start.as_bytes()))
+    {
+        return super::UnixAddress::Path(input.into()).to_string().into();
+    }
+    let mut text = String::new();
+    for chunk in bytes.utf8_chunks() {
+        text += chunk.valid();
+        text += &percent_encode(chunk.invalid(), NON_ALPHANUMERIC).to_string();
+    }
+    text.into()
+}
+
 /// Prints a name that would be read as something else: its first byte is always encoded.
 pub(super) fn write_guarded_name(f: &mut fmt::Formatter<'_>, name: &str) -> fmt::Result {
     match name.as_bytes().split_first() {
@@ -251,6 +352,16 @@ pub(super) fn write_file(f: &mut fmt::Formatter<'_>, path: &Path) -> fmt::Result
         [b'/', ..] => write!(f, "{}", encode_path(path)),
         _ => write!(f, "/./{}", encode_path(path)),
     }
+}
+
+/// Prints a path as [`Uri::local_path`] reads it.
+pub(super) fn write_local_path(f: &mut fmt::Formatter<'_>, path: &Path) -> fmt::Result {
+    let start = match path.as_os_str().as_encoded_bytes() {
+        [b'/', b'/', ..] => "//",
+        [b'/', ..] => "",
+        _ => "./",
+    };
+    write!(f, "{start}{}", encode_path(path))
 }
 
 /// Prints `?key=value&…`, leaving out pairs without a value.

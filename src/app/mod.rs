@@ -21,5 +21,8 @@ mod syslog;
 #[cfg(unix)]
 mod top;
 mod values;
+mod vm;
+#[cfg(unix)]
+mod vmms;
 
 pub use cli::run;

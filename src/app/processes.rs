@@ -1,4 +1,4 @@
-//! The hvsock processes of this user, by the system's list of processes.
+//! The processes of this program and of others, by the system's list of processes.
 //!
 //! On Linux that is `/proc`, which is there where `ps` need not be (in a container). Elsewhere it is
 //! what POSIX' `ps` prints: macOS has no documented call for another process' arguments.
@@ -8,7 +8,7 @@ use std::io;
 /// What the program is called.
 const PROGRAM: &str = "hvsock";
 
-/// A process of this program.
+/// A process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Process {
     pub(crate) id: u32,
@@ -45,22 +45,36 @@ pub(crate) fn list() -> io::Result<Vec<Process>> {
     Ok(processes)
 }
 
+/// Lists the processes of all users, as far as the system tells of them.
+///
+/// # Errors
+/// Returns the system's error, if it doesn't tell of processes.
+pub(crate) fn list_all() -> io::Result<Vec<Process>> {
+    let mut processes = all()?;
+    processes.sort_by_key(|it| it.id);
+    Ok(processes)
+}
+
 #[cfg(target_os = "linux")]
 fn all_of_user() -> io::Result<Vec<Process>> {
     use std::fs;
     use std::os::unix::fs::MetadataExt;
     let user = crate::sys::user_id();
+    let is_own = |it: &Process| {
+        let directory = format!("/proc/{}", it.id);
+        let owner = fs::metadata(&directory).map(|it| it.uid()).ok();
+        let program = fs::read_link(format!("{directory}/exe"));
+        owner == Some(user) && program.is_ok_and(|it| is_ours(&it.to_string_lossy()))
+    };
+    Ok(all()?.into_iter().filter(is_own).collect())
+}
+
+#[cfg(target_os = "linux")]
+fn all() -> io::Result<Vec<Process>> {
+    use std::fs;
     let all = fs::read_dir("/proc")?.flatten().filter_map(|entry| {
         let id = entry.file_name().to_str()?.parse().ok()?;
-        if entry.metadata().ok()?.uid() != user {
-            return None;
-        }
-        let directory = entry.path();
-        let program = fs::read_link(directory.join("exe")).ok()?;
-        if !is_ours(&program.to_string_lossy()) {
-            return None;
-        }
-        let command = fs::read(directory.join("cmdline")).ok()?;
+        let command = fs::read(entry.path().join("cmdline")).ok()?;
         let command = command.strip_suffix(b"\0").unwrap_or(&command);
         let words = command.split(|byte| *byte == 0);
         let words = words.map(|word| String::from_utf8_lossy(word).into_owned());
@@ -75,8 +89,21 @@ fn all_of_user() -> io::Result<Vec<Process>> {
 #[cfg(not(target_os = "linux"))]
 fn all_of_user() -> io::Result<Vec<Process>> {
     let user = crate::sys::user_id().to_string();
+    let mut processes = ps(&["-U", &user])?;
+    processes.retain(|it| it.command.first().is_some_and(|it| is_ours(it)));
+    Ok(processes)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn all() -> io::Result<Vec<Process>> {
+    ps(&["-A"])
+}
+
+#[cfg(not(target_os = "linux"))]
+fn ps(which: &[&str]) -> io::Result<Vec<Process>> {
     let mut ps = std::process::Command::new("/bin/ps");
-    let told = ps.args(["-ww", "-U", &user, "-o", "pid=,args="]).output()?;
+    ps.arg("-ww").args(which).args(["-o", "pid=,args="]);
+    let told = ps.output()?;
     match told.status.success() {
         true => Ok(read_ps(&String::from_utf8_lossy(&told.stdout))),
         false => {
@@ -94,7 +121,7 @@ fn read_ps(text: &str) -> Vec<Process> {
         let mut words = line.split_whitespace();
         let id = words.next()?.parse().ok()?;
         let command: Vec<String> = words.map(str::to_owned).collect();
-        is_ours(command.first()?).then_some(Process { id, command })
+        (!command.is_empty()).then_some(Process { id, command })
     });
     read.collect()
 }
@@ -105,15 +132,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_of_ps_are_read_and_other_programs_left() {
+    fn lines_of_ps_are_read() {
         let text = "    1 /sbin/launchd\n  501 /usr/local/bin/hvsock run /etc/hvsock.toml\n\
             77 vi hvsock\n  502 hvsock forward --control=off tcp://127.0.0.1:1 /x\nnone\n";
         let read = read_ps(text);
         let ids: Vec<u32> = read.iter().map(|it| it.id).collect();
-        assert_eq!(ids, [501, 502]);
-        assert_eq!(read[0].command[1..], ["run", "/etc/hvsock.toml"]);
-        assert_eq!(read[1].option("control"), Some("off"));
-        assert_eq!(read[0].option("control"), None);
+        assert_eq!(ids, [1, 501, 77, 502]);
+        assert_eq!(read[1].command[1..], ["run", "/etc/hvsock.toml"]);
+        assert_eq!(read[3].option("control"), Some("off"));
+        assert_eq!(read[1].option("control"), None);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::values::{self, parse_keepalive, parse_mode, parse_some_time, parse_time};
 use crate::listener::DEFAULT_MODE;
-use crate::proxy::{Rule, Timeouts};
+use crate::proxy::{ProxyProtocol, Rule, Source, Timeouts};
 use crate::time::write_seconds;
 
 /// What a rule says beside its name and its addresses.
@@ -25,6 +25,19 @@ pub(crate) struct RuleOptions {
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, help_heading = None)]
     #[serde(deserialize_with = "read_mode", serialize_with = "write_mode")]
     mode: u32,
+    /// Owner of Unix listening sockets, a user's name or id, which only root may give [default: who runs this]
+    #[arg(long, value_name = "USER", value_parser = values::parse_owner, help_heading = None)]
+    #[serde(deserialize_with = "read_owner")]
+    owner: Option<u32>,
+    /// Group of Unix listening sockets, its name or id; give it rights with --mode 660 [default: that of who runs this]
+    #[arg(long, value_name = "GROUP", value_parser = values::parse_group, help_heading = None)]
+    #[serde(deserialize_with = "read_group")]
+    group: Option<u32>,
+    /// Where clients may come from: to TCP networks or addresses (192.168.7.0/24,::1), to vsock CIDs; others are refused
+    /// [default: from anywhere]
+    #[arg(long, value_name = "FROM", value_delimiter = ',', help_heading = None)]
+    #[serde(deserialize_with = "read_sources", serialize_with = "write_sources")]
+    from: Vec<Source>,
     #[command(flatten)]
     timeouts: TimeoutOptions,
     /// Seconds that a client is held whose target isn't there yet, and is dialled again meanwhile [default: it is refused]
@@ -43,6 +56,15 @@ pub(crate) struct RuleOptions {
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_keepalive)]
     #[serde(deserialize_with = "read_keepalive", serialize_with = "write_seconds")]
     keepalive: Duration,
+    /// Tell the target first who the client is, by that version of the PROXY protocol: v1 or v2 [default: it isn't told]
+    #[arg(long, value_name = "VERSION", help_heading = None)]
+    #[serde(deserialize_with = "read_proxy_protocol")]
+    proxy_protocol: Option<ProxyProtocol>,
+    /// Proxies that say first who their client is, by the PROXY protocol: networks or addresses of TCP (10.0.0.0/8,::1), or
+    /// CIDs of vsock [default: none]
+    #[arg(long, value_name = "FROM", value_delimiter = ',', help_heading = None)]
+    #[serde(deserialize_with = "read_sources", serialize_with = "write_sources")]
+    accept_proxy: Vec<Source>,
 }
 
 /// How long the connections of a rule may take for what.
@@ -74,11 +96,16 @@ impl Default for RuleOptions {
     fn default() -> RuleOptions {
         RuleOptions {
             mode: DEFAULT_MODE,
+            owner: None,
+            group: None,
+            from: Vec::new(),
             timeouts: TimeoutOptions::default(),
             wait: None,
             reserved: 0,
             connections: None,
             keepalive: Duration::from_secs(60),
+            proxy_protocol: None,
+            accept_proxy: Vec::new(),
         }
     }
 }
@@ -96,19 +123,29 @@ impl From<&Rule> for RuleOptions {
             listen: _,
             connect: _,
             mode,
+            owner,
+            group,
+            ref from,
             timeouts,
             wait,
             reserved,
             connections,
             keepalive,
+            proxy_protocol,
+            ref accept_proxy,
         } = *rule;
         RuleOptions {
             mode,
+            owner,
+            group,
+            from: from.clone(),
             timeouts: timeouts.into(),
             wait,
             reserved,
             connections,
             keepalive: keepalive.unwrap_or_default(),
+            proxy_protocol,
+            accept_proxy: accept_proxy.clone(),
         }
     }
 }
@@ -140,11 +177,20 @@ impl RuleOptions {
         timeouts.half_closed = self.timeouts.half_closed;
         Rule {
             mode: self.mode,
+            owner: self.owner,
+            group: self.group,
+            from: match self.from.is_empty() {
+                // A VM may be the only one that may come.
+                true => rule.from,
+                false => self.from.clone(),
+            },
             timeouts,
             wait: self.wait,
             reserved: self.reserved,
             connections: self.connections,
             keepalive: Some(self.keepalive).filter(|time| !time.is_zero()),
+            proxy_protocol: self.proxy_protocol,
+            accept_proxy: self.accept_proxy.clone(),
             ..rule
         }
     }
@@ -163,7 +209,7 @@ impl RuleOptions {
                     let name = format!("{}-timeout", time.replace('_', "-"));
                     (name, vec![key.clone(), time.clone()])
                 })),
-                _ => keys.push((key.clone(), vec![key.clone()])),
+                _ => keys.push((key.replace('_', "-"), vec![key.clone()])),
             }
         }
         keys
@@ -224,12 +270,38 @@ fn read_keepalive<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Err
     read(from, values::keepalive)
 }
 
+fn read_proxy_protocol<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<ProxyProtocol>, D::Error> {
+    read(from, values::proxy_protocol)
+}
+
+fn read_sources<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Source>, D::Error> {
+    read(from, values::sources)
+}
+
+/// CIDs are numbers, as in the file.
+fn write_sources<S: Serializer>(sources: &[Source], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(sources.iter().map(|source| match source.as_cid() {
+        Some(cid) => Value::from(cid),
+        None => Value::from(source.to_string()),
+    }))
+}
+
 fn read_mode<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
     read(from, values::mode)
 }
 
 fn write_mode<S: Serializer>(mode: &u32, to: S) -> Result<S::Ok, S::Error> {
     to.collect_str(&format_args!("{mode:o}"))
+}
+
+fn read_owner<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+    read(from, values::owner)
+}
+
+fn read_group<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+    read(from, values::group)
 }
 
 fn read_time<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
@@ -277,8 +349,9 @@ mod tests {
     /// Each option by each face, with a value that no other has.
     #[test]
     fn each_option_is_on_the_command_line_in_the_file_and_in_json() {
-        let json = json!({"mode": "640", "timeouts": {"dial": 1.0, "drain": 2.0, "idle": 3.0, "half_closed": 4.0},
-            "wait": 5.0, "reserved": 0, "connections": 7, "keepalive": 8.0});
+        let json = json!({"mode": "640", "owner": 1, "group": 2, "from": [3, "10.0.0.0/8", "::1"], "timeouts": {"dial": 1.0, "drain": 2.0, "idle": 3.0, "half_closed": 4.0},
+            "wait": 5.0, "reserved": 0, "connections": 7, "keepalive": 8.0,
+            "proxy_protocol": "v2", "accept_proxy": [4, "10.0.0.0/8", "::1"]});
         let options: RuleOptions = serde_json::from_value(json.clone()).unwrap();
         assert_eq!(serde_json::to_value(&options).unwrap(), json);
         let mut by_file = RuleOptions::default();
@@ -290,6 +363,8 @@ mod tests {
                 let text = value
                     .as_str()
                     .map_or_else(|| value.to_string(), str::to_owned);
+                // Of a list the command line has its parts.
+                let text = text.replace(['[', ']', '"'], "");
                 words.push(format!("--{key}={text}"));
             }
         }
@@ -317,6 +392,8 @@ mod tests {
             ("connections", json!(0), "0 is not a number from 1"),
             ("keepalive", json!("250ms"), "whole seconds"),
             ("keepalive", json!("1d"), "more than 9 hours"),
+            ("proxy_protocol", json!("v3"), "v1 or v2"),
+            ("accept_proxy", json!("example.org"), "is none"),
             // As if it were left out.
             ("mode", Value::Null, ""),
         ] {

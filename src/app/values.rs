@@ -2,6 +2,7 @@
 //! what is said of others.
 
 use std::borrow::Cow;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -9,6 +10,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::address::{Address, Host, Port, TcpAddress};
+use crate::proxy::{ProxyProtocol, Source, SourceError};
+use crate::sys;
 
 /// No time is longer: with it, `1M`, which is a month, isn't taken for a minute.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -163,6 +166,92 @@ pub(super) fn mode(value: &Value) -> Result<u32, String> {
     }
 }
 
+/// Reads a user, by name or id.
+pub(super) fn owner(value: &Value) -> Result<Option<u32>, String> {
+    id(value, "a user: \"www-data\" or 33", parse_owner)
+}
+
+/// Reads a group, by name or id.
+pub(super) fn group(value: &Value) -> Result<Option<u32>, String> {
+    id(value, "a group: \"docker\" or 999", parse_group)
+}
+
+fn id(
+    value: &Value,
+    right: &str,
+    parse: fn(&str) -> Result<u32, String>,
+) -> Result<Option<u32>, String> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(text) => parse(text).map(Some),
+        Value::Number(number) => parse(&number.to_string()).map(Some),
+        other => Err(wants(other, right)),
+    }
+}
+
+/// Reads a user, by name or id.
+pub(super) fn parse_owner(text: &str) -> Result<u32, String> {
+    parse_id(text, "user", sys::user_by_name)
+}
+
+/// Reads a group, by name or id.
+pub(super) fn parse_group(text: &str) -> Result<u32, String> {
+    parse_id(text, "group", sys::group_by_name)
+}
+
+/// Reads a name or an id. The largest number is none: to chown(2) it means no change.
+fn parse_id(
+    text: &str,
+    what: &str,
+    find: fn(&str) -> io::Result<Option<u32>>,
+) -> Result<u32, String> {
+    if let Ok(id) = text.parse::<u32>() {
+        return match id {
+            u32::MAX => Err(format!("{text} is no {what}'s id")),
+            id => Ok(id),
+        };
+    }
+    match find(text) {
+        Ok(Some(id)) => Ok(id),
+        Ok(None) => Err(format!(
+            "there is no {what} {text:?}; write its name or its id"
+        )),
+        Err(e) => Err(format!("{what} {text:?} can't be looked up: {e}")),
+    }
+}
+
+/// Reads where clients may come from: a list, or one of its parts.
+pub(super) fn sources(value: &Value) -> Result<Vec<Source>, String> {
+    let source = |value: &Value| match value {
+        Value::String(text) => text.parse().map_err(|e: SourceError| e.to_string()),
+        Value::Number(number) => {
+            let cid = number.as_u64().and_then(|cid| u32::try_from(cid).ok());
+            let cid = cid.ok_or_else(|| format!("{number} is no CID"))?;
+            Ok(Source::cid(cid))
+        }
+        other => Err(wants(other, "a network, an address or a CID")),
+    };
+    match value {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(values) => values.iter().map(source).collect(),
+        one @ (Value::String(_) | Value::Number(_)) => Ok(vec![source(one)?]),
+        other => Err(wants(
+            other,
+            "a list: [\"192.168.7.0/24\", \"::1\"] or [3, 16]",
+        )),
+    }
+}
+
+/// Reads the version of the PROXY protocol; `"off"` is none.
+pub(super) fn proxy_protocol(value: &Value) -> Result<Option<ProxyProtocol>, String> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(text) if text == "off" => Ok(None),
+        Value::String(text) => text.parse().map(Some).map_err(str::to_owned),
+        other => Err(wants(other, "\"v1\", \"v2\" or \"off\"")),
+    }
+}
+
 /// Reads a local address, or those of a range of ports: `"127.0.0.1:8000-8010"`.
 pub(super) fn addresses(value: &Value) -> Result<Vec<Address>, String> {
     match value {
@@ -258,7 +347,7 @@ pub(super) fn at_home(text: &str) -> Result<Cow<'_, str>, String> {
 /// that it is done here.
 pub(super) fn local_address(text: &str) -> Result<Address, String> {
     let text = &*at_home(text)?;
-    if text.starts_with(['/', '.', '\\']) || text.contains("://") || text.starts_with("unix:") {
+    if text.starts_with(['/', '.', '\\']) || text.contains("://") || is_local_uri(text) {
         return text.parse().map_err(|e: crate::AddressError| e.to_string());
     }
     if !text.contains(':') {
@@ -287,6 +376,13 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
     format!("tcp://{text}")
         .parse()
         .map_err(|e: crate::AddressError| e.to_string())
+}
+
+/// Returns whether it is a URI without a host, in which no slashes need to be.
+fn is_local_uri(text: &str) -> bool {
+    ["unix:", "exec:", "file:"]
+        .iter()
+        .any(|scheme| text.starts_with(scheme))
 }
 
 /// Reads a bare port of 127.0.0.1.

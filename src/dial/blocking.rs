@@ -108,6 +108,14 @@ fn dial(address: &Address, timeout: Duration, is_cancelled: IsCancelled<'_>) -> 
             let name = host.to_owned();
             call_cancellable(address, is_cancelled, move || resolve(&name, port))?
         }
+        #[cfg(unix)]
+        Target::OnThread => {
+            let to = address.clone();
+            let dial = move || super::on_thread(&to, &super::Programs::alone());
+            return call_cancellable(address, is_cancelled, dial).and_then(|it| {
+                Stream::from_nonblocking(it, address).map_err(|e| explain(address, e))
+            });
+        }
         Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
     };
     let mut dial = Dial::new(after(begun, timeout));

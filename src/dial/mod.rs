@@ -2,6 +2,10 @@
 //! until a deadline.
 
 mod blocking;
+#[cfg(unix)]
+mod content;
+#[cfg(unix)]
+mod exec;
 #[cfg(windows)]
 mod hyperv;
 
@@ -17,6 +21,10 @@ use crate::stream::endpoint::Endpoint;
 use crate::sys;
 
 pub(crate) use blocking::{check_supported, limit_timeout};
+#[cfg(unix)]
+pub(crate) use exec::Programs;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use exec::start as start_program;
 #[cfg(windows)]
 pub(crate) use hyperv::{hv_options, vm_id};
 
@@ -138,6 +146,36 @@ impl Dial {
             Next::Now
         }
     }
+}
+
+/// Starts a program or opens a file, which may block. Returns the connection with it.
+///
+/// # Errors
+/// Why it can't be had; `Unsupported` for an address of another family.
+#[cfg(unix)]
+pub(crate) fn on_thread(
+    address: &Address,
+    programs: &std::sync::Arc<Programs>,
+) -> crate::error::Result<crate::stream::nonblocking::Stream> {
+    use crate::stream::local::{Descriptors, Local};
+    use crate::stream::nonblocking::Stream;
+    let connected = match address {
+        Address::Exec(exec) => exec::start(exec, programs).map(|it| it.stream),
+        Address::File(file) => content::connect(address, file),
+        other => {
+            return Err(crate::stream::endpoint::not_carried(
+                Operation::Connect,
+                other,
+            ));
+        }
+    }?;
+    connected
+        .set_nonblocking(true)
+        .map_err(|e| Error::new(Operation::Connect, address, e))?;
+    let connected = mio::net::UnixStream::from_std(connected);
+    let stream = Stream::Local(Local::from_unix(connected, Descriptors::Refused));
+    stream.set_options();
+    Ok(stream)
 }
 
 /// Returns whether a later dial may succeed: what failed isn't there yet, or not up yet.

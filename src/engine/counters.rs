@@ -48,6 +48,12 @@ pub struct Refusals {
     pub dial_timeout: u64,
     /// A limit of the VM was reached, and stayed so for as long as a dial may take.
     pub full: u64,
+    /// The client came from where the rule lets none come from.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub not_allowed: u64,
+    /// The client is a proxy that is to say who its client is, by the PROXY protocol, and has not.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub no_header: u64,
     /// Any other reason: no permission, no descriptors, the end of the proxy.
     pub other: u64,
 }
@@ -103,7 +109,7 @@ pub struct EndCounts {
 pub(crate) struct Tally {
     pub(crate) accepted: AtomicU64,
     pub(crate) live: AtomicU64,
-    refusals: [AtomicU64; 5],
+    refusals: [AtomicU64; Reason::COUNT],
     pub(crate) idle: AtomicU64,
     pub(crate) half_closed: AtomicU64,
     pub(crate) abandoned: AtomicU64,
@@ -141,6 +147,8 @@ impl Tally {
             absent: of(Reason::Absent),
             dial_timeout: of(Reason::DialTimeout),
             full: of(Reason::Full),
+            not_allowed: of(Reason::NotAllowed),
+            no_header: of(Reason::NoHeader),
             other: of(Reason::Other),
         };
         let ended = |why: EndReason| get(&self.ended[why.index()]);
@@ -203,6 +211,7 @@ impl EndCounts {
 
 impl Refusals {
     fn sum(&self) -> u64 {
-        self.by_target + self.absent + self.dial_timeout + self.full + self.other
+        let limits = self.full + self.not_allowed + self.no_header;
+        self.by_target + self.absent + self.dial_timeout + limits + self.other
     }
 }

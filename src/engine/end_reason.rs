@@ -124,8 +124,17 @@ pub enum Reason {
     DialTimeout,
     /// See [`Refusals::full`](super::counters::Refusals::full).
     Full,
+    /// See [`Refusals::not_allowed`](super::counters::Refusals::not_allowed).
+    NotAllowed,
+    /// See [`Refusals::no_header`](super::counters::Refusals::no_header).
+    NoHeader,
     /// See [`Refusals::other`](super::counters::Refusals::other).
     Other,
+}
+
+impl Reason {
+    /// How many reasons there are; the last one is [`Other`](Reason::Other).
+    pub(crate) const COUNT: usize = Reason::Other as usize + 1;
 }
 
 /// Writes it in words: `by target`, `absent`.
@@ -136,6 +145,8 @@ impl fmt::Display for Reason {
             Reason::Absent => "absent",
             Reason::DialTimeout => "dial timeout",
             Reason::Full => "full",
+            Reason::NotAllowed => "not allowed",
+            Reason::NoHeader => "no header",
             Reason::Other => "other",
         })
     }

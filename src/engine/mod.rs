@@ -15,7 +15,9 @@
 //! | [`health`] | whether a VM or a server is up | `sys`, for identities |
 //! | [`counters`] | what is counted of a forward | `end_reason`; `relay`, for sides |
 //! | [`end_reason`] | why connections end | `sys`, for error codes |
-//! | [`rule`] | what a proxy forwards, and its limits | `listener`, for defaults |
+//! | [`rule`] | what a proxy forwards, and its limits | `proxy_header`, `source`; `listener`, for defaults |
+//! | [`proxy_header`] | the header of the PROXY protocol | nothing |
+//! | [`source`] | where clients may come from | nothing |
 //! | [`relay`] | two sockets and the bytes between them | nothing |
 //! | [`timers`] | the deadlines of connections | `table` |
 //! | [`table`] | connections by token and generation | nothing |
@@ -36,9 +38,11 @@ pub(crate) mod health;
 pub(crate) mod id;
 pub(crate) mod log_limiter;
 pub(crate) mod observer;
+pub(crate) mod proxy_header;
 pub(crate) mod relay;
 pub(crate) mod routes;
 pub(crate) mod rule;
+pub(crate) mod source;
 pub(crate) mod status;
 pub(crate) mod table;
 pub(crate) mod timers;

@@ -6,6 +6,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -73,14 +74,11 @@ impl PeerNames {
         }
     }
 
-    /// Returns whether the connection may arrive at that listener.
-    fn lead_to(&self, listener: &ListenerName) -> bool {
-        match (self, listener) {
-            (PeerNames::Tcp { listening, .. }, ListenerName::Tcp(bound)) => {
-                listening.port() == bound.port()
-            }
-            (PeerNames::Vsock { listening, .. }, ListenerName::Vsock(port)) => listening == port,
-            _ => false,
+    /// Returns the port that the connection leads to.
+    fn port(&self) -> Port {
+        match self {
+            PeerNames::Tcp { listening, .. } => Port::Tcp(listening.port()),
+            PeerNames::Vsock { listening, .. } => Port::Vsock(*listening),
         }
     }
 
@@ -143,15 +141,57 @@ pub(crate) struct Routes {
     has_loops: AtomicBool,
 }
 
+/// How often there is something of each kind.
+#[derive(Debug)]
+struct Counts<K>(HashMap<K, usize>);
+
+impl<K> Default for Counts<K> {
+    fn default() -> Counts<K> {
+        Counts(HashMap::new())
+    }
+}
+
+impl<K: Eq + Hash> Counts<K> {
+    fn of(&self, kind: &K) -> usize {
+        self.0.get(kind).copied().unwrap_or(0)
+    }
+
+    fn add(&mut self, kind: K) {
+        *self.0.entry(kind).or_default() += 1;
+    }
+
+    fn remove(&mut self, kind: K) {
+        if let Entry::Occupied(mut entry) = self.0.entry(kind) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
+    }
+}
+
+/// The port that a connection of this machine with itself leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Port {
+    Tcp(u16),
+    Vsock(u32),
+}
+
 #[derive(Debug, Default)]
 struct Known {
     listeners: HashMap<ListenerName, ForwardId>,
-    /// The TCP ports of the listeners.
-    ports: HashSet<u16>,
-    /// Whether Unix sockets are among the listeners.
-    unix: bool,
+    names: HashMap<ForwardId, ListenerName>,
+    /// How many listeners have each TCP port.
+    ports: Counts<u16>,
+    /// How many listeners are Unix sockets.
+    unix: usize,
     outgoing: HashMap<PeerNames, ForwardId>,
-    edges: HashMap<(ForwardId, ForwardId), usize>,
+    /// How many of those lead to each port.
+    outgoing_to: Counts<Port>,
+    /// How many connections lead from one forward to another.
+    edges: HashMap<ForwardId, Counts<ForwardId>>,
+    /// How many lead to each.
+    edges_to: Counts<ForwardId>,
     /// The forwards through which a loop of Unix sockets went lately, and the time until which they
     /// count as part of it.
     loops: HashMap<ForwardId, Instant>,
@@ -168,22 +208,27 @@ impl Routes {
         let known = self.known();
         assert!(known.outgoing.is_empty(), "{:?}", known.outgoing);
         assert!(known.edges.is_empty(), "{:?}", known.edges);
+        assert!(known.edges_to.0.is_empty(), "{:?}", known.edges_to);
+        assert!(known.outgoing_to.0.is_empty(), "{:?}", known.outgoing_to);
         assert_eq!(self.dialled.load(Ordering::Relaxed), 0);
     }
 
     /// Adds the listener of a forward.
     pub(crate) fn add_listener(&self, listener: ListenerName, forward: ForwardId) {
         let mut known = self.known();
-        known.listeners.retain(|_, it| *it != forward);
-        known.listeners.insert(listener, forward);
-        known.note_kinds();
+        known.remove_listener(forward);
+        match &listener {
+            ListenerName::Tcp(address) => known.ports.add(address.port()),
+            ListenerName::Unix(_) => known.unix += 1,
+            ListenerName::Vsock(_) => {}
+        }
+        known.listeners.insert(listener.clone(), forward);
+        known.names.insert(forward, listener);
     }
 
     /// Removes the listener of a forward.
     pub(crate) fn remove_listener(&self, forward: ForwardId) {
-        let mut known = self.known();
-        known.listeners.retain(|_, it| *it != forward);
-        known.note_kinds();
+        self.known().remove_listener(forward);
     }
 
     /// Returns whether a connection to that endpoint may arrive at a listener of this process.
@@ -191,11 +236,11 @@ impl Routes {
     pub(crate) fn may_reach(&self, endpoint: &Endpoint) -> bool {
         let known = self.known();
         match endpoint {
-            Endpoint::Tcp(to) => known.ports.contains(&to.port()),
+            Endpoint::Tcp(to) => known.ports.of(&to.port()) > 0,
             Endpoint::Vsock(to) => known
                 .listeners
                 .contains_key(&ListenerName::Vsock(to.port.0)),
-            _ => known.unix,
+            _ => known.unix > 0,
         }
     }
 
@@ -205,9 +250,11 @@ impl Routes {
         let mut known = self.known();
         // This is the entry of an earlier dial that failed.
         if let Some(before) = route.outgoing.replace(ends) {
-            known.outgoing.remove(&before);
+            known.forget_outgoing(&before);
         }
-        known.outgoing.insert(ends, forward);
+        if known.outgoing.insert(ends, forward).is_none() {
+            known.outgoing_to.add(ends.port());
+        }
         self.dialled.store(known.outgoing.len(), Ordering::Release);
     }
 
@@ -277,36 +324,31 @@ impl Routes {
     /// the connection that it belongs to.
     pub(crate) fn may_wait_at(&self, forward: ForwardId, accepted: u64) -> bool {
         let known = self.known();
-        let to_it = known.edges.iter().filter(|((_, to), _)| *to == forward);
-        let edges: usize = to_it.map(|(_, count)| count).sum();
-        let mut listeners = known.listeners.iter().filter(|(_, it)| **it == forward);
-        listeners.any(|(listener, _)| match listener {
+        let edges = known.edges_to.of(&forward);
+        let dialled = match known.names.get(&forward) {
             // The edge exists from the dial on. Other connections that were accepted wait for
             // nothing.
-            ListenerName::Unix(_) => edges as u64 > accepted,
+            Some(ListenerName::Unix(_)) => return edges as u64 > accepted,
             // The edge exists from the accept on.
-            _ => {
-                known
-                    .outgoing
-                    .keys()
-                    .filter(|ends| ends.lead_to(listener))
-                    .count()
-                    > edges
-            }
-        })
+            Some(ListenerName::Tcp(bound)) => known.outgoing_to.of(&Port::Tcp(bound.port())),
+            Some(ListenerName::Vsock(port)) => known.outgoing_to.of(&Port::Vsock(*port)),
+            None => return false,
+        };
+        dialled > edges
     }
 
     /// Forgets a connection.
     pub(crate) fn forget(&self, route: Route) {
         let mut known = self.known();
         if let Some(ends) = route.outgoing {
-            known.outgoing.remove(&ends);
+            known.forget_outgoing(&ends);
             self.dialled.store(known.outgoing.len(), Ordering::Release);
         }
-        for edge in route.edges {
-            if let Entry::Occupied(mut entry) = known.edges.entry(edge) {
-                *entry.get_mut() -= 1;
-                if *entry.get() == 0 {
+        for (from, to) in route.edges {
+            known.edges_to.remove(to);
+            if let Entry::Occupied(mut entry) = known.edges.entry(from) {
+                entry.get_mut().remove(to);
+                if entry.get().0.is_empty() {
                     entry.remove();
                 }
             }
@@ -315,32 +357,40 @@ impl Routes {
 }
 
 impl Known {
-    fn note_kinds(&mut self) {
-        let port = |listener: &ListenerName| match listener {
-            ListenerName::Tcp(address) => Some(address.port()),
-            _ => None,
+    fn remove_listener(&mut self, forward: ForwardId) {
+        let Some(name) = self.names.remove(&forward) else {
+            return;
         };
-        self.ports = self.listeners.keys().filter_map(port).collect();
-        let unix = |listener: &ListenerName| matches!(listener, ListenerName::Unix(_));
-        self.unix = self.listeners.keys().any(unix);
+        match &name {
+            ListenerName::Tcp(address) => self.ports.remove(address.port()),
+            ListenerName::Unix(_) => self.unix -= 1,
+            ListenerName::Vsock(_) => {}
+        }
+        if self.listeners.get(&name) == Some(&forward) {
+            self.listeners.remove(&name);
+        }
+    }
+
+    fn forget_outgoing(&mut self, ends: &PeerNames) {
+        if self.outgoing.remove(ends).is_some() {
+            self.outgoing_to.remove(ends.port());
+        }
     }
 
     /// Adds an edge, unless a path leads from its end back to its beginning.
     fn add_edge(&mut self, from: ForwardId, to: ForwardId, route: &mut Route) -> bool {
-        let mut seen = vec![to];
-        let mut next = 0;
-        while let Some(&at) = seen.get(next) {
+        let mut seen = HashSet::from([to]);
+        let mut left = vec![to];
+        while let Some(at) = left.pop() {
             if at == from {
                 return false;
             }
-            for &(one, other) in self.edges.keys() {
-                if one == at && !seen.contains(&other) {
-                    seen.push(other);
-                }
+            if let Some(there) = self.edges.get(&at) {
+                left.extend(there.0.keys().filter(|next| seen.insert(**next)));
             }
-            next += 1;
         }
-        *self.edges.entry((from, to)).or_default() += 1;
+        self.edges.entry(from).or_default().add(to);
+        self.edges_to.add(to);
         route.edges.push((from, to));
         true
     }

@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use crate::address::{Address, HyperkitVm};
-use crate::listener::DEFAULT_MODE;
+use crate::engine::proxy_header::ProxyProtocol;
+use crate::engine::source::Source;
+use crate::listener::{DEFAULT_MODE, FileAccess};
+use crate::name::SocketName;
 
 /// A rule: every connection accepted at `listen` is forwarded to `connect`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +23,16 @@ pub struct Rule {
     /// Permissions of the file of a Unix listening socket, as for `chmod`: 0o600 lets only the
     /// owner connect. Named pipes ignore it; their address can say who may connect.
     pub mode: u32,
+    /// The user id that is to own the file of a Unix listening socket, which only root may give
+    /// away. `None`: that of this process; a file that is there already keeps its owner.
+    pub owner: Option<u32>,
+    /// The group id of the file of a Unix listening socket: one that this process' user is in,
+    /// unless that is root. `None`: that of this process, or of the directory; a file that is there
+    /// already keeps its group.
+    pub group: Option<u32>,
+    /// Where the clients of a `tcp://` or `vsock://` address may come from; others are refused.
+    /// Empty: from anywhere.
+    pub from: Vec<Source>,
     /// The timeouts of its connections.
     pub timeouts: Timeouts,
     /// How long a client is held whose target is absent or refuses, while the target is dialled
@@ -32,14 +45,23 @@ pub struct Rule {
     /// [`Limits::vm_connections`](Limits::vm_connections).
     pub reserved: usize,
     /// The most connections of this rule at a time; further clients wait in the listener's backlog,
-    /// and further dials of a hyperkit guest are ended at once. (Guests of other VMMs are not bound
-    /// by it.) `None`: only the limits of all rules apply.
+    /// and further dials of a hyperkit guest are ended at once. Guests of other VMMs are not bound
+    /// by it, unless their target is a program or a file: they are refused then. `None`: 64 if the
+    /// target is a program or a file; else only the limits of all rules apply.
     pub connections: Option<usize>,
     /// The time after which TCP asks a peer that has sent nothing whether it is still there, of TCP
     /// clients and TCP targets; in whole seconds, from 1 to 32,767. A peer that is gone without a
     /// word is noticed a minute later: it is asked six times, every ten seconds. `None`: it is not
     /// asked, and never noticed as long as nothing is sent to it.
     pub keepalive: Option<Duration>,
+    /// The version of the PROXY protocol by which the target is told first who the client is, before
+    /// the client's bytes. `None`: it isn't told.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// The proxies that tell by the PROXY protocol, version 1 or 2, who their client is: what a
+    /// client from there says counts in the place of its own address. One that says nothing within
+    /// 5 s, or anything else, is refused. Clients from elsewhere say nothing. Networks and addresses
+    /// are for `tcp://` listeners, CIDs for `vsock://` ones.
+    pub accept_proxy: Vec<Source>,
 }
 
 /// The default of [`Rule::keepalive`]: a peer that is gone is noticed within two minutes.
@@ -54,12 +76,36 @@ impl Rule {
             listen,
             connect,
             mode: DEFAULT_MODE,
+            owner: None,
+            group: None,
+            from: Vec::new(),
             timeouts: Timeouts::default(),
             wait: None,
             reserved: 0,
             connections: None,
             keepalive: Some(KEEPALIVE),
+            proxy_protocol: None,
+            accept_proxy: Vec::new(),
         }
+    }
+
+    /// Returns who may use the file of its Unix listening socket.
+    pub(crate) fn access(&self) -> FileAccess {
+        FileAccess {
+            mode: self.mode,
+            owner: self.owner,
+            group: self.group,
+        }
+    }
+
+    /// Returns whether a client of that name may come.
+    pub(crate) fn admits(&self, client: &SocketName) -> bool {
+        self.from.is_empty() || self.from.iter().any(|source| source.includes(client))
+    }
+
+    /// Returns the most connections that it may have at a time; `None`: as many as all may have.
+    pub(crate) fn most_connections(&self) -> Option<usize> {
+        self.connections.or(self.connect.transport().connections)
     }
 }
 

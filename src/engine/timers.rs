@@ -1,22 +1,26 @@
-//! The deadlines of connections that want a turn without an event. Times come in; no clock is read
-//! here.
+//! The deadlines of connections and listeners that want a turn without an event. Times come in; no
+//! clock is read here.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use crate::engine::table::Id;
-
-/// The timers of one worker's connections.
+/// The timers of what one worker has, such as its connections, by their identifiers.
 ///
-/// Invariant 7: a connection has at most one entry. Setting a timer replaces the old one, and the
-/// entry of a connection is removed with it, so what is kept does not grow with the connections
-/// that have ended.
-#[derive(Debug, Default)]
-pub(crate) struct Timers(BTreeSet<(Instant, Id)>);
+/// Invariant 7: each has at most one entry. Setting a timer replaces the old one, and the entry of
+/// a connection is removed with it, so what is kept does not grow with the connections that have
+/// ended.
+#[derive(Debug)]
+pub(crate) struct Timers<K>(BTreeSet<(Instant, K)>);
 
-impl Timers {
-    /// Changes the timer of a connection from `before` to `at`; `None` is no timer.
-    pub(crate) fn change(&mut self, id: Id, before: Option<Instant>, at: Option<Instant>) {
+impl<K> Default for Timers<K> {
+    fn default() -> Timers<K> {
+        Timers(BTreeSet::new())
+    }
+}
+
+impl<K: Copy + Ord> Timers<K> {
+    /// Changes the timer of `id` from `before` to `at`; `None` is no timer.
+    pub(crate) fn change(&mut self, id: K, before: Option<Instant>, at: Option<Instant>) {
         if before == at {
             return;
         }
@@ -29,7 +33,6 @@ impl Timers {
     }
 
     /// Returns the number of timers.
-    #[cfg(all(test, target_os = "linux"))]
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
@@ -39,8 +42,8 @@ impl Timers {
         self.0.first().map(|(at, _)| *at)
     }
 
-    /// Removes the earliest timer, if it is due, and returns its connection.
-    pub(crate) fn pop_due(&mut self, now: Instant) -> Option<Id> {
+    /// Removes the earliest timer, if it is due, and returns whose it is.
+    pub(crate) fn pop_due(&mut self, now: Instant) -> Option<K> {
         match self.0.first() {
             Some((at, _)) if *at <= now => self.0.pop_first().map(|(_, id)| id),
             _ => None,

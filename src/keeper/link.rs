@@ -1,9 +1,15 @@
 //! The proxy's link to its keeper: it starts the keeper's process, starts another one when that has
 //! ended, and gives it a copy of whatever is to be kept.
 //!
-//! What is kept is noted here with its descriptor's number, so that a new keeper can be given all
-//! of it again. A note lives as long as the [`Kept`] that the socket owns, which is dropped before
-//! the socket is closed: no number is used here that belongs to another file by then.
+//! What is kept is noted here with its descriptor, so that a new keeper can be given all of it
+//! again. The note of a connection lives as long as the [`Kept`] that the socket owns, which is
+//! dropped before the socket is closed: no number is used here that belongs to another file by then.
+//! Of a listening socket the note has a duplicate, for the keeper goes on accepting there when the
+//! proxy does no more.
+//!
+//! A connection is the keeper's before it is made. So that it takes no message of its own, sockets
+//! are made and given to the keeper ahead of their use, some at a time. A socket that is not connected
+//! is nothing to the VM.
 //!
 //! No call waits: what the keeper can't take now is given to it later, and counts as unguarded
 //! until then.
@@ -21,7 +27,7 @@ use std::time::{Duration, Instant};
 use socket2::SockRef;
 use tracing::{debug, error, warn};
 
-use crate::sys::{self, Wanted};
+use crate::sys::{self, Identity, Unconnected, Wanted};
 
 use super::protocol::{FRAME, Order, Port, UNKNOWN_PROTOCOL};
 use super::status::socket_path;
@@ -33,7 +39,7 @@ use super::{Keeper, LinkStatus, PROTOCOL};
 /// But not on a Mac: XNU takes a socket in flight that nobody else holds for garbage, and closes it
 /// (`unp_gc` in `bsd/kern/uipc_usrreq.c` doesn't look into the buffers of sockets that are not in
 /// flight themselves).
-const MOST_WAITING: u32 = if cfg!(target_vendor = "apple") { 1 } else { 64 };
+const MOST_WAITING: usize = if cfg!(target_vendor = "apple") { 1 } else { 64 };
 
 /// The buffers that are asked for: what Linux allows by default (`net.core.wmem_max`), which is room
 /// for some 550 descriptors there.
@@ -41,6 +47,13 @@ const ROOM: usize = 212_992;
 
 /// How many bytes without a descriptor wait to be sent with the next one.
 const MOST_PENDING: usize = 64 * FRAME;
+
+/// How many sockets are made ahead.
+const AHEAD: usize = sys::MOST_SENT;
+
+/// How many ports at which the proxy listens no more are remembered, each with a descriptor, for the
+/// case that the keeper is killed. Beyond that the oldest ones are the keeper's alone.
+const MOST_SERVED: usize = 32;
 
 /// How many of those that the keeper could not take before it is given at a time. Others wait for
 /// the lock meanwhile.
@@ -58,7 +71,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(2);
 
 /// How many descriptors a link needs.
-pub(crate) const DESCRIPTORS: usize = 6;
+pub(crate) const DESCRIPTORS: usize = 6 + AHEAD + MOST_SERVED;
 
 /// The link. The keeper takes the end of its last clone for the end of the proxy.
 #[derive(Clone, Debug)]
@@ -117,7 +130,10 @@ impl View {
         }
         if !state.missing.is_empty() {
             inner.catch_up(state);
+        } else {
+            drop(state);
         }
+        inner.forget_served();
     }
 }
 
@@ -180,25 +196,55 @@ impl Kept {
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        let is_listener = {
-            let state = self.inner.state();
-            let entry = state.kept.get(&self.id);
-            entry.is_some_and(|it| matches!(it.order, Order::Listener(..)))
-        };
-        let order = match is_listener {
-            true => Order::Serve(self.id),
-            false => Order::Release(self.id),
-        };
-        self.finish(Some(order), When::Now);
+        if self.is_done {
+            return;
+        }
+        let mut state = self.inner.state();
+        if state.serve(self.id) {
+            self.is_done = true;
+            if !state.send_served(self.id) {
+                self.inner.catch_up(state);
+            }
+            return;
+        }
+        drop(state);
+        self.finish(Some(Order::Release(self.id)), When::Now);
     }
 }
 
 /// What the keeper has or is to have a copy of.
 #[derive(Debug)]
 struct Entry {
-    descriptor: RawFd,
+    descriptor: Descriptor,
     order: Order,
     is_given: bool,
+}
+
+impl Entry {
+    /// Returns the port of a listening socket.
+    fn port(&self) -> Option<&Port> {
+        match &self.order {
+            Order::Listener(_, port) => Some(port),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Descriptor {
+    /// That of a connection.
+    Borrowed(RawFd),
+    /// A duplicate of a listening socket.
+    Duplicate(OwnedFd),
+}
+
+impl Descriptor {
+    fn number(&self) -> RawFd {
+        match self {
+            Descriptor::Borrowed(number) => *number,
+            Descriptor::Duplicate(socket) => socket.as_raw_fd(),
+        }
+    }
 }
 
 /// The sockets to one keeper.
@@ -233,7 +279,7 @@ impl Ends {
 
     fn notify(&self) {
         // A notifier without room is not read yet.
-        let _ = sys::send(self.notifier.as_fd(), &[1], None);
+        let _ = sys::send(self.notifier.as_fd(), &[1], &[]);
     }
 }
 
@@ -266,8 +312,12 @@ struct State {
     kept: HashMap<u64, Entry>,
     /// Those of them that the keeper has no copy of, and some that are kept no more.
     missing: VecDeque<u64>,
+    /// The listening sockets at which the proxy listens no more, the oldest first.
+    served: VecDeque<u64>,
+    /// The sockets that are made ahead, of which the keeper has copies, by their numbers.
+    ahead: Vec<(u64, Unconnected)>,
     /// The descriptors that the keeper was not woken for yet.
-    waiting: u32,
+    waiting: usize,
     directories: HashSet<PathBuf>,
     pid: Option<u32>,
     restarts: u64,
@@ -285,12 +335,12 @@ struct State {
 impl State {
     fn status(&self) -> LinkStatus {
         let given = || self.kept.values().filter(|it| it.is_given);
-        let ports = given().filter(|it| matches!(it.order, Order::Listener(..)));
-        let ports = ports.count();
+        let ports = given().filter(|it| it.port().is_some()).count();
+        let served = |id: &&u64| self.kept.get(id).is_some_and(|it| it.is_given);
         LinkStatus {
             pid: self.pid,
             connections: given().count() - ports,
-            ports,
+            ports: ports - self.served.iter().filter(served).count(),
             unguarded: self.kept.len() - given().count(),
             restarts: self.restarts,
             trouble: self.trouble.clone().filter(|_| self.pid.is_none()),
@@ -325,7 +375,7 @@ impl State {
             return false;
         };
         while !self.pending.is_empty() {
-            match sys::send(ends.orders.as_fd(), &self.pending, None) {
+            match sys::send(ends.orders.as_fd(), &self.pending, &[]) {
                 Ok(n) => {
                     self.is_torn = true;
                     self.pending.drain(..n);
@@ -338,31 +388,79 @@ impl State {
         true
     }
 
+    /// Has the keeper accept at a listening socket from now on, whose note stays, until it is known
+    /// that nobody can reach the socket any more. Returns false if it is none.
+    fn serve(&mut self, id: u64) -> bool {
+        let is_listener = self.kept.get(&id).is_some_and(|it| it.port().is_some());
+        if !is_listener {
+            return false;
+        }
+        if self.has_ended {
+            self.kept.remove(&id);
+            return true;
+        }
+        self.served.push_back(id);
+        if self.served.len() > MOST_SERVED
+            && let Some(oldest) = self.served.pop_front()
+        {
+            self.kept.remove(&oldest);
+        }
+        true
+    }
+
+    /// Tells the keeper to serve one, if it has its copy. Returns false if it can't take that now.
+    fn send_served(&mut self, id: u64) -> bool {
+        match self.kept.get(&id).is_some_and(|it| it.is_given) {
+            true => self.send(&Order::Serve(id), When::Now),
+            // It is told so as soon as it has it.
+            false => self.ends.is_none(),
+        }
+    }
+
     /// Gives the keeper its copy of one. Returns false if it can't take it now.
     fn give(&mut self, id: u64) -> bool {
+        let Some(entry) = self.kept.get(&id) else {
+            return false;
+        };
+        let (order, descriptor) = (entry.order.clone(), entry.descriptor.number());
+        if !self.give_copies(&order, &[descriptor]) {
+            return false;
+        }
+        if let Some(entry) = self.kept.get_mut(&id) {
+            entry.is_given = true;
+        }
+        if self.served.contains(&id) {
+            // If it can't take that now, it has to take what comes later, and this with it.
+            self.send(&Order::Serve(id), When::Now);
+        }
+        true
+    }
+
+    /// Sends an order with the descriptors that belong to it. Returns false if the keeper can't take
+    /// them now.
+    fn give_copies(&mut self, order: &Order, descriptors: &[RawFd]) -> bool {
         let has_room = match self.is_torn || self.pending.len() >= MOST_PENDING {
             true => self.flush(),
             false => true,
         };
-        let (Some(entry), Some(ends), true) = (self.kept.get_mut(&id), &self.ends, has_room) else {
+        let (Some(ends), true) = (&self.ends, has_room) else {
             return false;
         };
         let mut bytes = Vec::with_capacity(2 * FRAME + self.pending.len());
-        entry.order.write(&mut bytes);
-        // So that each read of the keeper finds one descriptor at most, this comes first.
+        order.write(&mut bytes);
+        // The order is the first, so that each read of the keeper finds the descriptors of one.
         bytes.extend_from_slice(&self.pending);
         let sent = loop {
-            match sys::send(ends.orders.as_fd(), &bytes, Some(entry.descriptor)) {
+            match sys::send(ends.orders.as_fd(), &bytes, descriptors) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 sent => break sent,
             }
         };
         match sent {
             Ok(n) => {
-                entry.is_given = true;
                 self.is_torn = n < bytes.len();
                 self.pending = bytes.split_off(n);
-                self.waiting += 1;
+                self.waiting += descriptors.len();
                 if self.waiting >= MOST_WAITING {
                     self.notify();
                 }
@@ -374,6 +472,30 @@ impl State {
                 false
             }
         }
+    }
+
+    /// Makes sockets ahead and gives the keeper its copies, if it can take them now. `first` is one
+    /// that was made. Returns it, if the keeper has no copy.
+    fn go_ahead(&mut self, first: Unconnected) -> Option<Unconnected> {
+        if self.ends.is_none() || !self.missing.is_empty() {
+            return Some(first);
+        }
+        let mut made = vec![first];
+        while made.len() < AHEAD
+            && let Ok(next) = Unconnected::new()
+        {
+            made.push(next);
+        }
+        let numbers: Vec<RawFd> = made.iter().map(|it| it.socket.as_raw_fd()).collect();
+        let order = Order::Connections(self.next, made.len() as u16);
+        if !self.give_copies(&order, &numbers) {
+            return Some(made.swap_remove(0));
+        }
+        for socket in made {
+            self.ahead.push((self.next, socket));
+            self.next += 1;
+        }
+        None
     }
 
     /// Gives the keeper some of those that it has no copy of.
@@ -411,18 +533,54 @@ impl Link {
     /// Has the keeper keep a connection, until the result is dropped: before the socket is closed.
     /// `None`: it can't be kept.
     pub(crate) fn keep_connection(&self, connection: BorrowedFd<'_>) -> Option<Kept> {
-        self.keep(connection, Order::Connection)
+        let descriptor = Descriptor::Borrowed(connection.as_raw_fd());
+        self.keep(descriptor, Order::Connection)
+    }
+
+    /// Makes a socket and has the keeper keep it, as [`keep_connection`](Link::keep_connection) does.
+    ///
+    /// # Errors
+    /// Returns why there can be no socket.
+    pub(crate) fn keep_unconnected(&self) -> io::Result<(Unconnected, Option<Kept>)> {
+        let inner = &self.0.0;
+        inner.begin();
+        let mut state = inner.state();
+        if state.ahead.is_empty()
+            && let Some(alone) = state.go_ahead(Unconnected::new()?)
+        {
+            drop(state);
+            let kept = self.keep_connection(alone.as_fd());
+            return Ok((alone, kept));
+        }
+        let Some((id, socket)) = state.ahead.pop() else {
+            return Err(io::ErrorKind::Other.into());
+        };
+        let entry = Entry {
+            descriptor: Descriptor::Borrowed(socket.socket.as_raw_fd()),
+            order: Order::Connection(id),
+            is_given: true,
+        };
+        state.kept.insert(id, entry);
+        drop(state);
+        let kept = Kept {
+            inner: Arc::clone(inner),
+            id,
+            is_done: false,
+        };
+        Ok((socket, Some(kept)))
     }
 
     /// Has the keeper keep a listening socket, as [`keep_connection`](Link::keep_connection) does.
     pub(crate) fn keep_listener(&self, listener: BorrowedFd<'_>, port: Port) -> Option<Kept> {
-        let kept = self.keep(listener, |id| Order::Listener(id, port));
+        let duplicate = listener.try_clone_to_owned().ok()?;
+        let descriptor = Descriptor::Duplicate(duplicate);
+        let kept = self.keep(descriptor, |id| Order::Listener(id, port));
         // There are few, and a successor may ask for one at any time.
         self.0.0.state().notify();
         kept
     }
 
-    fn keep(&self, socket: BorrowedFd<'_>, order: impl FnOnce(u64) -> Order) -> Option<Kept> {
+    fn keep(&self, descriptor: Descriptor, order: impl FnOnce(u64) -> Order) -> Option<Kept> {
         let inner = &self.0.0;
         inner.begin();
         let mut state = inner.state();
@@ -432,7 +590,7 @@ impl Link {
         let id = state.next;
         state.next += 1;
         let entry = Entry {
-            descriptor: socket.as_raw_fd(),
+            descriptor,
             order: order(id),
             is_given: false,
         };
@@ -497,7 +655,36 @@ impl Inner {
         let mut state = self.state();
         state.flush();
         (state.has_ended, state.ends) = (true, None);
+        state.ahead.clear();
+        // Whoever looks at the status may have this for long.
+        while let Some(id) = state.served.pop_front() {
+            state.kept.remove(&id);
+        }
         self.changed.notify_all();
+    }
+
+    /// Forgets the ports that the keeper alone serves and that nobody can reach any more: another
+    /// socket has their path, or none. The keeper sees that itself. This reads files.
+    fn forget_served(&self) {
+        let served: Vec<(u64, PathBuf, Identity)> = {
+            let state = self.state();
+            let port = |id: &u64| {
+                let port = state.kept.get(id)?.port()?;
+                Some((*id, port.path.clone(), port.identity))
+            };
+            state.served.iter().filter_map(port).collect()
+        };
+        for (id, path, identity) in served {
+            let is_gone = match Identity::of(&path) {
+                Ok(now) => now != identity,
+                Err(e) => e.kind() == io::ErrorKind::NotFound,
+            };
+            if is_gone {
+                let mut state = self.state();
+                state.served.retain(|it| *it != id);
+                state.kept.remove(&id);
+            }
+        }
     }
 
     /// Starts keepers, one after the other, until the end.
@@ -511,6 +698,7 @@ impl Inner {
                     let pid = child.id();
                     self.give_all();
                     let ended = child.wait();
+                    self.remove_sockets_of(pid);
                     if self.take_end(pid, &ended, begun.elapsed()) {
                         return;
                     }
@@ -551,6 +739,7 @@ impl Inner {
         let mut state = self.state();
         state.pid = Some(child.id());
         (state.pending, state.is_torn, state.waiting) = (Vec::new(), false, 0);
+        state.ahead.clear();
         state.has_warned = false;
         // Even at the end it is told to begin: it has nothing to keep then.
         if !state.has_ended {
@@ -608,6 +797,7 @@ impl Inner {
     ) -> bool {
         let mut state = self.state();
         (state.ends, state.pid) = (None, None);
+        state.ahead.clear();
         for entry in state.kept.values_mut() {
             entry.is_given = false;
         }
@@ -638,6 +828,14 @@ impl Inner {
             Some(_) => debug!("the keeper, process {pid}, has ended at once again ({how})"),
         }
         false
+    }
+
+    /// Removes the status sockets of a keeper that has ended, and was killed if it has left any.
+    fn remove_sockets_of(&self, pid: u32) {
+        let directories = self.state().directories.clone();
+        for directory in directories {
+            let _ = std::fs::remove_file(socket_path(&directory, pid));
+        }
     }
 
     fn take_failure(&self, why: &io::Error) {

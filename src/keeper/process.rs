@@ -19,7 +19,7 @@ use crate::listener::file::{self, FileState, SocketFile};
 use crate::sys;
 
 use super::PROTOCOL;
-use super::ending::{self, Ending, Turn};
+use super::ending::{Ending, Turn};
 use super::ports::{Fate, Kept};
 use super::protocol::{Decoder, Order, UNKNOWN_PROTOCOL};
 use super::status::{self, KeeperStatus, socket_path};
@@ -32,6 +32,9 @@ const MOST_CLIENTS: usize = 16;
 
 /// How many reads of orders are one turn: as many as a full socket needs.
 const MOST_ORDERS: usize = 1024;
+
+/// The pause after a client that could not be accepted.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// How many bytes a line of a client may have.
 const LONGEST_LINE: usize = 256;
@@ -60,7 +63,7 @@ impl Door {
 fn bind_status(path: &Path) -> crate::Result<(UnixListener, SocketFile)> {
     /// Few ask, and each is answered at once.
     const BACKLOG: i32 = 16;
-    let (socket, file) = file::bind(path.display(), path, Type::STREAM, 0o600)?;
+    let (socket, file) = file::bind(path.display(), path, Type::STREAM, 0o600.into())?;
     let listen = socket.listen(BACKLOG);
     listen
         .and_then(|()| socket.set_nonblocking(true))
@@ -108,6 +111,8 @@ struct Process<'a> {
     released: Vec<OwnedFd>,
     ports: HashMap<u64, Kept>,
     endings: Vec<Ending>,
+    /// How many of them were closed though their guests went on sending.
+    given_up: u64,
     doors: Vec<Door>,
     clients: Vec<Client>,
     next_client: u64,
@@ -151,6 +156,7 @@ pub(super) fn run(version: Option<&str>) -> i32 {
         released: Vec::new(),
         ports: HashMap::new(),
         endings: Vec::new(),
+        given_up: 0,
         doors: Vec::new(),
         clients: Vec::new(),
         next_client: 0,
@@ -232,9 +238,11 @@ impl Process<'_> {
             }
         }
         for (index, ending) in self.endings.iter().enumerate() {
-            add(Source::Ending(index), ending.as_fd());
-            if ending.ready {
-                wake_by(now);
+            if ending.is_waited_for(now) {
+                add(Source::Ending(index), ending.as_fd());
+            }
+            if let Some(at) = ending.wakes_at(now) {
+                wake_by(at);
             }
         }
         if self.ports.values().any(Kept::is_served) {
@@ -294,8 +302,8 @@ impl Process<'_> {
                     break;
                 }
             }
-            while let Some((order, descriptor)) = self.decoder.next() {
-                self.obey(order, descriptor, now);
+            while let Some((order, descriptors)) = self.decoder.next() {
+                self.obey(order, descriptors, now);
             }
         }
         // Not before: each close of a Unix socket while others are in flight has Linux look for
@@ -304,24 +312,33 @@ impl Process<'_> {
         has_more
     }
 
-    fn obey(&mut self, order: Order, descriptor: Option<OwnedFd>, now: Instant) {
-        match (order, descriptor) {
-            (Order::Proxy(pid), _) => self.proxy = pid,
-            (Order::Connection(id), Some(connection)) => {
-                self.connections.insert(id, connection);
+    /// Carries out an order. If a descriptor that belongs to it was lost, for this process has too
+    /// many, there is nothing to keep.
+    fn obey(&mut self, order: Order, descriptors: Vec<OwnedFd>, now: Instant) {
+        let mut descriptors = descriptors.into_iter();
+        match order {
+            Order::Proxy(pid) => self.proxy = pid,
+            Order::Connection(id) => {
+                self.connections
+                    .extend(descriptors.next().map(|it| (id, it)));
             }
-            (Order::Release(id), _) => self.released.extend(self.connections.remove(&id)),
-            (Order::Listener(id, port), Some(listener)) => {
-                self.ports.insert(id, Kept::new(listener, port));
+            Order::Connections(first, count) => {
+                let ids = (0..u64::from(count)).map(|n| first.wrapping_add(n));
+                self.connections.extend(ids.zip(descriptors));
             }
-            (Order::Serve(id), _) => {
+            Order::Release(id) => self.released.extend(self.connections.remove(&id)),
+            Order::Listener(id, port) => {
+                let kept = descriptors.next().map(|it| (id, Kept::new(it, port)));
+                self.ports.extend(kept);
+            }
+            Order::Serve(id) => {
                 if let Some(port) = self.ports.get_mut(&id) {
                     port.serve();
                     self.look_at = now;
                 }
             }
-            (Order::Forget(id), _) => drop(self.ports.remove(&id)),
-            (Order::Directory(directory), _) => {
+            Order::Forget(id) => drop(self.ports.remove(&id)),
+            Order::Directory(directory) => {
                 match self.doors.iter_mut().find(|it| it.directory == directory) {
                     Some(door) => door.bind(),
                     None => {
@@ -332,8 +349,6 @@ impl Process<'_> {
                     }
                 }
             }
-            // The descriptor was lost: this process has too many.
-            (Order::Connection(_) | Order::Listener(..), None) => {}
         }
     }
 
@@ -349,23 +364,12 @@ impl Process<'_> {
     }
 
     fn end_connections(&mut self, now: Instant) {
-        let buffer = &mut self.buffer;
-        let (mut is_busy, mut is_slow) = (false, false);
+        let (buffer, given_up) = (&mut self.buffer, &mut self.given_up);
         self.endings.retain_mut(|ending| {
-            if !ending.ready {
-                return true;
-            }
             let turn = ending.take_turn(buffer, now);
-            match turn {
-                Turn::Ended => {}
-                Turn::Open => is_busy = true,
-                Turn::Endless => is_slow = true,
-            }
-            turn != Turn::Ended
+            *given_up += u64::from(turn == Turn::GivenUp);
+            turn == Turn::Open
         });
-        if is_slow && !is_busy {
-            std::thread::sleep(ending::PAUSE);
-        }
     }
 
     /// Looks whether the served ports are still wanted.
@@ -416,7 +420,7 @@ impl Process<'_> {
             }
             // Lest it is polled in vain: the next client may find a descriptor.
             Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
-                std::thread::sleep(ending::PAUSE);
+                std::thread::sleep(PAUSE);
             }
             Err(_) => {}
         }
@@ -499,13 +503,20 @@ impl Process<'_> {
             pid: std::process::id(),
             proxy: self.proxy,
             proxy_ended: self.proxy_ended,
-            connections: self.connections.len() + self.endings.len(),
+            connections: self.made() + self.endings.len(),
+            given_up: self.given_up,
             ports: {
                 let mut ports: Vec<_> = self.ports.values().map(Kept::status).collect();
                 ports.sort_by_key(|port| port.port);
                 ports
             },
         }
+    }
+
+    /// Returns how many of the connections are made. The others are the proxy's for later.
+    fn made(&self) -> usize {
+        let is_made = |it: &&OwnedFd| SockRef::from(*it).peer_addr().is_ok();
+        self.connections.values().filter(is_made).count()
     }
 
     /// Reserves a served port for a client. Returns false if there is none, or another has it.
@@ -541,7 +552,7 @@ impl Process<'_> {
             for port in self.ports.values() {
                 port.remove_file();
             }
-            for ending in std::mem::take(&mut self.endings) {
+            for mut ending in std::mem::take(&mut self.endings) {
                 ending.break_off(&mut self.buffer);
             }
         }

@@ -1,15 +1,16 @@
 //! What a proxy says to its keeper. The keeper never answers.
 //!
-//! There are two sockets. On `orders`, a stream, are frames, some of them with a descriptor:
+//! There are two sockets. On `orders`, a stream, are frames, some of them with descriptors:
 //!
 //! | bytes | what |
 //! |---|---|
 //! | 0, 1 | the kind |
 //! | 2, 3 | how many bytes follow the frame: its tail |
-//! | 4 to 7 | flags: 1 if a descriptor comes with the frame's first byte |
+//! | 4 to 7 | flags: 1 if descriptors come with the frame's first byte |
 //! | 8 to 15 | a number, most often the identifier of what is kept |
 //!
-//! All numbers are little-endian. A tail has fields with a NUL between them. A keeper skips the
+//! All numbers are little-endian. A message has one frame with descriptors at most, which is its
+//! first. A tail has fields with a NUL between them, or is a number. A keeper skips the
 //! kinds that it doesn't know, with their tails and descriptors, and ignores fields behind those
 //! that it knows; so a newer proxy may say more to an older keeper of the same protocol.
 //!
@@ -28,7 +29,7 @@ use crate::sys::{self, Identity};
 /// How many bytes a frame has, without its tail.
 pub(super) const FRAME: usize = 16;
 
-const WITH_DESCRIPTOR: u32 = 1;
+const WITH_DESCRIPTORS: u32 = 1;
 
 /// The exit code of a keeper that doesn't know the version of its proxy's protocol.
 pub(super) const UNKNOWN_PROTOCOL: i32 = 3;
@@ -40,6 +41,9 @@ pub(super) enum Order {
     Proxy(u32),
     /// Keep this connection, whose descriptor comes with the order.
     Connection(u64),
+    /// Keep so many connections, which are not made yet and whose identifiers follow each other from
+    /// this one (since version 2).
+    Connections(u64, u16),
     /// Close the copy of a connection: the proxy has ended it.
     Release(u64),
     /// Keep this listening socket, whose descriptor comes with the order.
@@ -101,19 +105,22 @@ impl Order {
     const SERVE: u16 = 5;
     const FORGET: u16 = 6;
     const DIRECTORY: u16 = 7;
+    const CONNECTIONS: u16 = 8;
 
     /// Appends the frame. A tail that is too long for one is cut short, so that the keeper skips it.
     pub(super) fn write(&self, bytes: &mut Vec<u8>) {
         let tail = match self {
             Order::Listener(_, port) => port.to_tail(),
             Order::Directory(path) => path.as_os_str().as_bytes().to_vec(),
+            Order::Connections(_, count) => count.to_le_bytes().to_vec(),
             _ => Vec::new(),
         };
         let (kind, id, flags) = match self {
             Order::Proxy(pid) => (Order::PROXY, u64::from(*pid), 0),
-            Order::Connection(id) => (Order::CONNECTION, *id, WITH_DESCRIPTOR),
+            Order::Connection(id) => (Order::CONNECTION, *id, WITH_DESCRIPTORS),
+            Order::Connections(first, _) => (Order::CONNECTIONS, *first, WITH_DESCRIPTORS),
             Order::Release(id) => (Order::RELEASE, *id, 0),
-            Order::Listener(id, _) => (Order::LISTENER, *id, WITH_DESCRIPTOR),
+            Order::Listener(id, _) => (Order::LISTENER, *id, WITH_DESCRIPTORS),
             Order::Serve(id) => (Order::SERVE, *id, 0),
             Order::Forget(id) => (Order::FORGET, *id, 0),
             Order::Directory(_) => (Order::DIRECTORY, 0, 0),
@@ -134,6 +141,10 @@ impl Order {
                 let path = tail.split(|byte| *byte == 0).next()?;
                 Some(Order::Directory(path_of(path)))
             }
+            Order::CONNECTIONS => {
+                let count = tail.first_chunk()?;
+                Some(Order::Connections(id, u16::from_le_bytes(*count)))
+            }
             _ => None,
         }
     }
@@ -152,14 +163,14 @@ fn write_frame(bytes: &mut Vec<u8>, kind: u16, flags: u32, id: u64, tail: &[u8])
 #[derive(Debug, Default)]
 pub(super) struct Decoder {
     bytes: Vec<u8>,
-    /// The descriptors that came with these bytes, in their order. `None`: it is lost, since this
-    /// process had no number left for it.
-    descriptors: VecDeque<Option<OwnedFd>>,
+    /// The descriptors of each message that these bytes begin in, in their order. Those at the end of
+    /// one may be lost, since this process had no numbers left for them.
+    descriptors: VecDeque<Vec<OwnedFd>>,
 }
 
 impl Decoder {
-    /// Reads what has come, at most so much that it carries one descriptor. Returns false at the
-    /// end.
+    /// Reads what has come, at most so much that it carries the descriptors of one message. Returns
+    /// false at the end.
     ///
     /// # Errors
     /// Returns `WouldBlock` if nothing has come; what the kernel says otherwise.
@@ -169,36 +180,34 @@ impl Decoder {
             Ok(received) => received,
             Err(e) if sys::is_out_of_descriptors(&e) => {
                 // macOS says so instead, and gives the bytes with the next read.
-                self.descriptors.push_back(None);
+                self.descriptors.push_back(Vec::new());
                 return Ok(true);
             }
             Err(e) => return Err(e),
         };
         self.bytes.extend_from_slice(&buffer[..received.bytes]);
-        if received.stopped && received.descriptors.is_empty() {
-            self.descriptors.push_back(None);
+        if received.stopped {
+            self.descriptors.push_back(received.descriptors);
         }
-        let received_descriptors = received.descriptors.into_iter().map(Some);
-        self.descriptors.extend(received_descriptors);
         Ok(received.bytes > 0)
     }
 
-    /// Returns the next order that is known, and its descriptor.
-    pub(super) fn next(&mut self) -> Option<(Order, Option<OwnedFd>)> {
+    /// Returns the next order that is known, and its descriptors.
+    pub(super) fn next(&mut self) -> Option<(Order, Vec<OwnedFd>)> {
         loop {
             let head: [u8; FRAME] = self.bytes.get(..FRAME)?.try_into().ok()?;
             let [k0, k1, l0, l1, f0, f1, f2, f3, id @ ..] = head;
             let end = FRAME + usize::from(u16::from_le_bytes([l0, l1]));
             let tail = self.bytes.get(FRAME..end)?;
             let order = Order::read(u16::from_le_bytes([k0, k1]), u64::from_le_bytes(id), tail);
-            let has_descriptor = u32::from_le_bytes([f0, f1, f2, f3]) & WITH_DESCRIPTOR != 0;
-            let descriptor = match has_descriptor {
-                true => self.descriptors.pop_front().flatten(),
-                false => None,
+            let has_descriptors = u32::from_le_bytes([f0, f1, f2, f3]) & WITH_DESCRIPTORS != 0;
+            let descriptors = match has_descriptors {
+                true => self.descriptors.pop_front().unwrap_or_default(),
+                false => Vec::new(),
             };
             self.bytes.drain(..end);
             if let Some(order) = order {
-                return Some((order, descriptor));
+                return Some((order, descriptors));
             }
         }
     }
@@ -229,13 +238,23 @@ mod tests {
             Order::Connection(1),
             Order::Listener(2, port()),
             Order::Release(1),
+            Order::Connections(3, 5),
             Order::Serve(2),
             Order::Forget(u64::MAX),
         ]
     }
 
-    /// Reads all orders of a stream, and the number of each one's descriptor.
-    fn read_all(theirs: &UnixStream) -> Vec<(Order, Option<OwnedFd>)> {
+    /// Returns how many descriptors come with an order.
+    fn descriptors_of(order: &Order) -> usize {
+        match order {
+            Order::Connection(_) | Order::Listener(..) => 1,
+            Order::Connections(_, count) => usize::from(*count),
+            _ => 0,
+        }
+    }
+
+    /// Reads all orders of a stream, with their descriptors.
+    fn read_all(theirs: &UnixStream) -> Vec<(Order, Vec<OwnedFd>)> {
         let mut decoder = Decoder::default();
         let mut read = Vec::new();
         while decoder.receive(theirs.as_fd()).unwrap() {
@@ -253,19 +272,17 @@ mod tests {
         for order in all() {
             let mut bytes = Vec::new();
             order.write(&mut bytes);
-            let wants = matches!(order, Order::Connection(_) | Order::Listener(..));
-            let descriptor = wants.then_some(kept.as_raw_fd());
+            let descriptors = vec![kept.as_raw_fd(); descriptors_of(&order)];
             assert_eq!(
-                sys::send(ours.as_fd(), &bytes, descriptor).unwrap(),
+                sys::send(ours.as_fd(), &bytes, &descriptors).unwrap(),
                 bytes.len()
             );
         }
         drop(ours);
         let read = read_all(&theirs);
-        for ((order, descriptor), sent) in read.iter().zip(all()) {
+        for ((order, descriptors), sent) in read.iter().zip(all()) {
             assert_eq!(*order, sent);
-            let wants = matches!(sent, Order::Connection(_) | Order::Listener(..));
-            assert_eq!(descriptor.is_some(), wants, "{sent:?}");
+            assert_eq!(descriptors.len(), descriptors_of(&sent), "{sent:?}");
         }
         assert_eq!(read.len(), all().len());
     }
@@ -277,14 +294,14 @@ mod tests {
         let (one, mut one_peer) = UnixStream::pair().unwrap();
         let (two, mut two_peer) = UnixStream::pair().unwrap();
         let mut bytes = Vec::new();
-        write_frame(&mut bytes, 999, WITH_DESCRIPTOR, 7, b"more\0fields");
-        sys::send(ours.as_fd(), &bytes, Some(one.as_raw_fd())).unwrap();
+        write_frame(&mut bytes, 999, WITH_DESCRIPTORS, 7, b"more\0fields");
+        sys::send(ours.as_fd(), &bytes, &[one.as_raw_fd()]).unwrap();
         bytes.clear();
         // Flags that nobody knows yet.
-        write_frame(&mut bytes, Order::CONNECTION, WITH_DESCRIPTOR | 6, 8, b"");
+        write_frame(&mut bytes, Order::CONNECTION, WITH_DESCRIPTORS | 6, 8, b"");
         write_frame(&mut bytes, 1000, 0, 9, &[b'x'; 5000]);
         Order::Release(8).write(&mut bytes);
-        sys::send(ours.as_fd(), &bytes, Some(two.as_raw_fd())).unwrap();
+        sys::send(ours.as_fd(), &bytes, &[two.as_raw_fd()]).unwrap();
         bytes.clear();
         let tail = [&port().to_tail()[..], b"and", b"more"].join(&0);
         write_frame(&mut bytes, Order::LISTENER, 0, 10, &tail);
@@ -309,14 +326,14 @@ mod tests {
         );
         // The unknown kind's descriptor is closed, and the connection has its own.
         assert_eq!(std::io::Read::read(&mut one_peer, &mut [0]).unwrap(), 0);
-        let mut copy = UnixStream::from(read[0].1.take().unwrap());
+        let mut copy = UnixStream::from(read[0].1.remove(0));
         copy.write_all(b"x").unwrap();
         std::io::Read::read_exact(&mut two_peer, &mut [0]).unwrap();
     }
 
     /// A keeper and a proxy of two builds agree on these bytes for ever.
     #[test]
-    fn the_bytes_of_version_1_stay_as_they_are() {
+    fn the_bytes_of_each_version_stay_as_they_are() {
         let mut bytes = Vec::new();
         Order::Connection(0x0102).write(&mut bytes);
         Order::Release(3).write(&mut bytes);
@@ -347,6 +364,10 @@ mod tests {
             Order::DIRECTORY,
         ];
         assert_eq!(kinds, [1, 2, 3, 4, 5, 6, 7]);
+        let mut bytes = Vec::new();
+        Order::Connections(4, 0x0201).write(&mut bytes);
+        let since_2 = [8, 0, 2, 0, 1, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 1, 2];
+        assert_eq!(bytes, since_2);
     }
 
     #[test]

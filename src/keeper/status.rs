@@ -52,6 +52,8 @@ pub(crate) struct KeeperStatus {
     pub(crate) proxy_ended: bool,
     /// How many connections it keeps, of all VMs.
     pub(crate) connections: usize,
+    /// How many it has closed though their guests went on sending.
+    pub(crate) given_up: u64,
     /// The ports that it keeps, of all VMs.
     pub(crate) ports: Vec<KeptPort>,
 }
@@ -106,6 +108,7 @@ impl KeeperStatus {
             "proxy": self.proxy,
             "proxy_ended": self.proxy_ended,
             "connections": self.connections,
+            "given_up": self.given_up,
             "ports": self.ports.iter().map(port).collect::<Vec<_>>(),
         })
         .to_string()
@@ -135,6 +138,8 @@ impl KeeperStatus {
             proxy: number(&value["proxy"])?,
             proxy_ended: value["proxy_ended"].as_bool()?,
             connections: usize::try_from(value["connections"].as_u64()?).ok()?,
+            // Earlier ones never did.
+            given_up: value["given_up"].as_u64().unwrap_or(0),
             ports: value["ports"].as_array()?.iter().filter_map(port).collect(),
         })
     }

@@ -61,7 +61,7 @@ impl Listener {
     /// socket; `Unsupported` for a family that this system doesn't carry; what the kernel says
     /// otherwise.
     pub fn bind_with_mode(address: &Address, mode: u32) -> Result<Listener> {
-        let inner = nonblocking::Listener::bind(address, mode)?;
+        let inner = nonblocking::Listener::bind(address, mode.into())?;
         let address = inner.bound(address);
         Ok(Listener {
             inner,

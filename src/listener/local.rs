@@ -11,7 +11,7 @@ use mio::event::Source;
 use mio::unix::SourceFd;
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::defaults::BACKLOG;
+use super::defaults::{BACKLOG, FileAccess};
 use super::file::{self, SocketFile};
 use crate::address::{Address, UnixAddress, VsockAddress};
 use crate::dial;
@@ -48,9 +48,9 @@ pub(crate) enum LocalListener {
 }
 
 impl LocalListener {
-    pub(super) fn bind(address: &Address, mode: u32) -> Result<LocalListener> {
+    pub(super) fn bind(address: &Address, access: FileAccess) -> Result<LocalListener> {
         if let Some(path) = address.listen_path() {
-            return bind_path(address, &path, mode);
+            return bind_path(address, &path, access);
         }
         match address {
             Address::Unix(UnixAddress::Abstract(name)) => bind_abstract(address, name),
@@ -241,8 +241,8 @@ fn bind_vsock(address: &Address, vsock: &VsockAddress) -> Result<LocalListener> 
     })
 }
 
-fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<LocalListener> {
-    match file::bind(address, path, Type::STREAM, mode) {
+fn bind_path(address: &Address, path: &Path, access: FileAccess) -> Result<LocalListener> {
+    match file::bind(address, path, Type::STREAM, access) {
         Ok((socket, file)) => {
             let listener = listen(socket, || Ok(Some(file)));
             listener.map_err(|e| Error::new(Operation::Listen, address, e))
@@ -250,7 +250,7 @@ fn bind_path(address: &Address, path: &Path, mode: u32) -> Result<LocalListener>
         // A keeper may serve it, for a proxy that has ended.
         Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_guest_port(address) => {
             match Taken::take(path) {
-                Some(taken) => succeed(address, path, mode, taken),
+                Some(taken) => succeed(address, path, access, taken),
                 None => Err(e),
             }
         }
@@ -265,11 +265,16 @@ fn is_guest_port(address: &Address) -> bool {
 
 /// Binds a path at which a keeper serves. The new socket listens before it gets that name, so that
 /// no guest ever finds a port on which nobody listens.
-fn succeed(address: &Address, path: &Path, mode: u32, taken: Taken) -> Result<LocalListener> {
+fn succeed(
+    address: &Address,
+    path: &Path,
+    access: FileAccess,
+    taken: Taken,
+) -> Result<LocalListener> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     let private = path.with_file_name(format!("hvs.{}.{number}", std::process::id()));
-    let (socket, file) = file::bind(address, &private, Type::STREAM, mode)?;
+    let (socket, file) = file::bind(address, &private, Type::STREAM, access)?;
     let listener = listen(socket, || file.rename(path).map(Some));
     let listener = listener.map_err(|e| Error::new(Operation::Listen, address, e))?;
     taken.release();

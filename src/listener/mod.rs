@@ -20,5 +20,6 @@ pub use blocking::Listener;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use blocking::Wish;
 pub use defaults::DEFAULT_MODE;
+pub(crate) use defaults::FileAccess;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use passed::Handed;

@@ -9,7 +9,7 @@ use mio::event::Source;
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::defaults::BACKLOG;
+use super::defaults::{BACKLOG, FileAccess};
 #[cfg(feature = "cli")]
 use super::file::FileState;
 use super::file::SocketFile;
@@ -37,22 +37,22 @@ pub(crate) enum Listener {
 }
 
 impl Listener {
-    /// Binds `address` and listens on it. A Unix socket's file gets the permissions `mode`, before
-    /// anyone can connect.
+    /// Binds `address` and listens on it. A Unix socket's file gets its owner, group and permissions
+    /// before anyone can connect.
     ///
     /// A file in the way is replaced only if it is a socket that no process has.
     ///
     /// # Errors
     /// `AddrInUse` if another socket listens there; `AlreadyExists` if the file in the way is no
     /// socket; what the kernel says otherwise. `Unsupported` for a family that isn't carried.
-    pub(crate) fn bind(address: &Address, mode: u32) -> Result<Listener> {
+    pub(crate) fn bind(address: &Address, access: FileAccess) -> Result<Listener> {
         match address {
             Address::Tcp(tcp) => bind_tcp(address, tcp),
             #[cfg(windows)]
             Address::Hvsock(hvsock) => {
                 super::hyperv::HypervListener::bind(address, hvsock).map(Listener::Hyperv)
             }
-            other => LocalListener::bind(other, mode).map(Listener::Local),
+            other => LocalListener::bind(other, access).map(Listener::Local),
         }
     }
 

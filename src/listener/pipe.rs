@@ -12,7 +12,7 @@ use mio::event::Source;
 use mio::windows::NamedPipe;
 use mio::{Interest, Registry, Token};
 
-use super::defaults::DEFAULT_MODE;
+use super::defaults::{DEFAULT_MODE, FileAccess};
 use super::file::SocketFile;
 use crate::address::Address;
 use crate::error::{Error, Operation, Result};
@@ -123,12 +123,12 @@ impl Waiting {
 }
 
 impl LocalListener {
-    pub(super) fn bind(address: &Address, mode: u32) -> Result<LocalListener> {
+    pub(super) fn bind(address: &Address, access: FileAccess) -> Result<LocalListener> {
         let Address::Npipe(pipe) = address else {
             return Err(not_carried(Operation::Listen, address));
         };
         let fail = |e| Error::new(Operation::Listen, address, e);
-        if mode != DEFAULT_MODE {
+        if access.mode != DEFAULT_MODE {
             let why = "a pipe has no octal permissions";
             let error = fail(io::Error::new(io::ErrorKind::InvalidInput, why));
             return Err(error.with_remedy(

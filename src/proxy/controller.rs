@@ -49,16 +49,24 @@ impl<D: Driver> Controller<D> {
     /// See [`Handle::add`](super::Handle::add).
     pub(super) fn add(&self, rule: Rule) -> Result<ForwardId> {
         let _change = self.binder.begin_change();
-        let forwards = self.shared.forwards().clone();
         let home = self.shared.next_inbox();
-        let (listener, forward) = self.binder.bind::<D>(rule, home, &forwards)?;
-        let (id, listen) = (forward.id, forward.rule.listen.clone());
+        let (listener, forward) = self.binder.bind::<D>(rule, home)?;
+        let id = forward.id;
+        self.listen(listener, forward)
+            .inspect_err(|_| self.binder.forget(id))?;
+        Ok(id)
+    }
+
+    /// Has the worker of a forward that was bound accept its clients.
+    fn listen(&self, listener: D::Listener, forward: Arc<Forward>) -> Result<()> {
+        let (home, listen) = (forward.home, forward.rule.listen.clone());
+        let others = self.shared.forwards().len();
         let fail = |e| Error::new(Operation::Listen, &listen, e);
         if self.shared.is_stopping() {
             return Err(fail(stopping()));
         }
         // Existing connections stay; the next client waits until there is room for it.
-        let listeners = forwards.len() + 1;
+        let listeners = others + 1;
         let descriptors = &self.shared.descriptors;
         if descriptors.room(listeners) == 0 {
             return Err(descriptors.too_few(Operation::Listen, &listen, listeners));
@@ -71,42 +79,39 @@ impl<D: Driver> Controller<D> {
         self.shared.reserve_slots(&forward);
         let undo = |e| {
             self.shared.release(&forward);
-            self.shared.make_room(forwards.len());
+            self.shared.make_room(others);
             fail(e)
         };
         let listen = |wanted, tell| Command::Listen(listener, Arc::clone(&forward), wanted, tell);
         let begun = self.ask(home, listen).and_then(|done| done);
         begun.map_err(undo)?;
-        self.shared.forwards().push(forward);
-        Ok(id)
+        self.shared.forwards().insert(forward);
+        Ok(())
     }
 
     /// See [`Handle::replace`](super::Handle::replace).
     pub(super) fn replace(&self, id: ForwardId, rule: Rule) -> Result<()> {
         let _change = self.binder.begin_change();
-        let forwards = self.shared.forwards().clone();
-        let old = &forwards[index_of(&forwards, id)?];
-        let others = forwards.iter().filter(|forward| forward.id != id);
-        let forward = self.binder.replace(rule, old, others)?;
-        let (home, mode) = (forward.home, forward.rule.mode);
-        let set_mode = || match mode == old.rule.mode {
+        let old = self.shared.forwards().get(id).cloned();
+        let old = &old.ok_or_else(no_forward)?;
+        let forward = self.binder.replace(rule, old)?;
+        let (home, access) = (forward.home, forward.rule.access());
+        let set_access = || match access == old.rule.access() {
             true => Ok(()),
             false => self
                 .ask(home, |wanted, tell| {
-                    Command::SetMode(id, mode, wanted, tell)
+                    Command::SetAccess(id, access, wanted, tell)
                 })
                 .and_then(|done| done),
         };
         let replace = |wanted, tell| Command::Replace(Arc::clone(&forward), wanted, tell);
-        if let Err(e) = set_mode().and_then(|()| self.ask(home, replace)) {
+        if let Err(e) = set_access().and_then(|()| self.ask(home, replace)) {
             forward.set_quota(None);
             self.binder.restore(old);
             return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
         }
         self.shared.reserve_slots(&forward);
-        let mut forwards = self.shared.forwards();
-        let index = index_of(&forwards, id)?;
-        forwards[index] = forward;
+        self.shared.forwards().insert(forward);
         Ok(())
     }
 
@@ -120,9 +125,10 @@ impl<D: Driver> Controller<D> {
         let _change = self.binder.begin_change();
         let (forward, left) = {
             let mut forwards = self.shared.forwards();
-            let index = index_of(&forwards, id)?;
-            (forwards.remove(index), forwards.len())
+            let forward = forwards.remove(id).ok_or_else(no_forward)?;
+            (forward, forwards.len())
         };
+        self.binder.forget(id);
         self.shared.release(&forward);
         let answers = self.ask_all(
             |tell| Command::Remove(Arc::clone(&forward), grace, tell),
@@ -170,6 +176,11 @@ impl<D: Driver> Controller<D> {
     /// See [`Handle::live`](super::Handle::live).
     pub(super) fn live(&self) -> usize {
         self.shared.connections()
+    }
+
+    /// See [`Handle::idle_for`](super::Handle::idle_for).
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        self.shared.idle_for()
     }
 
     /// See [`Handle::is_stopping`](super::Handle::is_stopping).
@@ -249,12 +260,9 @@ impl<D: Driver> Controller<D> {
 /// How often a wait for answers checks whether any worker is left.
 const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-fn index_of(forwards: &[Arc<Forward>], id: ForwardId) -> Result<usize> {
-    let index = forwards.iter().position(|forward| forward.id == id);
-    index.ok_or_else(|| {
-        let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
-        Error::new(Operation::Find, "the forward", cause)
-    })
+fn no_forward() -> Error {
+    let cause = io::Error::new(io::ErrorKind::NotFound, "there is none of that id");
+    Error::new(Operation::Find, "the forward", cause)
 }
 
 pub(super) fn no_answer(so: &str) -> io::Error {

@@ -15,7 +15,7 @@ use crate::address::Address;
 use crate::engine::connection::{Progress, Socket};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Result};
-use crate::listener;
+use crate::listener::{self, FileAccess};
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
@@ -119,11 +119,11 @@ pub(crate) trait Driver: Sized {
     type Stream: Socket;
     type Listener;
 
-    /// Binds an address and listens on it. A Unix socket's file gets the permissions `mode`.
+    /// Binds an address and listens on it. A Unix socket's file gets that access.
     ///
     /// # Errors
     /// Returns `AddrInUse` if another socket listens there, or else the system's error.
-    fn bind(address: &Address, mode: u32) -> Result<Self::Listener>;
+    fn bind(address: &Address, access: FileAccess) -> Result<Self::Listener>;
     /// Converts a socket that listened already.
     fn take_passed(listener: listener::Listener) -> Self::Listener;
     /// Returns the address that was bound for `asked`, with the port that was chosen.
@@ -164,12 +164,12 @@ pub(crate) trait Driver: Sized {
     /// Closes the old listener, if there is one, and binds its address again; the result is an
     /// [`Event::Listener`].
     fn bind_again(&mut self, old: Option<Self::Listener>, of: ListenerId, rule: &Rule);
-    /// Changes the permissions of a listener's file, if that is still wanted then. The result is
+    /// Changes the owner, group and permissions of a listener's file, if that is still wanted then. The result is
     /// sent to `done`.
-    fn set_mode(
+    fn set_access(
         &mut self,
         listener: &Self::Listener,
-        mode: u32,
+        access: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     );

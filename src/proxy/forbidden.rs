@@ -30,12 +30,7 @@ pub(super) fn is_same(one: &Path, other: &Path) -> bool {
 /// Returns whether both paths name one existing file.
 fn is_same_file(one: &Path, other: &Path) -> bool {
     #[cfg(unix)]
-    {
-        use std::fs;
-        use std::os::unix::fs::MetadataExt;
-        let of = |path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
-        matches!((of(one), of(other)), (Ok(one), Ok(other)) if one == other)
-    }
+    return file_at(one).is_some_and(|file| file_at(other) == Some(file));
     #[cfg(not(unix))]
     {
         let _ = (one, other);
@@ -43,8 +38,16 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
     }
 }
 
+/// Returns the device and the inode of the file to which a path leads.
+#[cfg(unix)]
+pub(super) fn file_at(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let file = std::fs::metadata(path).ok()?;
+    Some((file.dev(), file.ino()))
+}
+
 /// Returns the path without symbolic links; the file itself need not exist.
-fn resolve_links(path: &Path) -> PathBuf {
+pub(super) fn resolve_links(path: &Path) -> PathBuf {
     if let Ok(real) = path.canonicalize() {
         return real;
     }

@@ -142,6 +142,12 @@ impl Handle {
         self.controller.live()
     }
 
+    /// Returns how long there has been no connection, since the last one was closed or the proxy was
+    /// started; `None` if there is one.
+    pub fn idle_for(&self) -> Option<Duration> {
+        self.controller.idle_for()
+    }
+
     /// Returns whether the proxy was told to stop.
     pub fn is_stopping(&self) -> bool {
         self.controller.is_stopping()

@@ -65,9 +65,8 @@ impl<D: Driver> Controller<D> {
             return Err(no_answer("nothing was changed"));
         }
         let mut lent: HashMap<_, _> = answers.into_iter().flatten().collect();
-        let forwards = self.shared.forwards().clone();
         let mut offered = Vec::new();
-        for forward in &forwards {
+        for forward in self.shared.forwards().iter() {
             // One whose socket is being bound again has none now.
             let Some(lent) = lent.remove(&forward.id) else {
                 continue;
@@ -86,7 +85,7 @@ impl<D: Driver> Controller<D> {
                 is_foreign: self.binder.is_foreign(forward.id),
             });
         }
-        self.binder.for_each_unused(&forwards, |kept| {
+        self.binder.for_each_unused(|kept| {
             offered.push(Offered {
                 forward: None,
                 wish: kept.wish().cloned(),

@@ -32,7 +32,10 @@ struct Handle(Arc<Shared>);
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
-    changed: Condvar,
+    /// For the threads: a job can be begun, or all are to end. One thread is woken for a job.
+    jobs: Condvar,
+    /// For who waits until all jobs are done.
+    done: Condvar,
 }
 
 #[derive(Default)]
@@ -55,7 +58,7 @@ impl std::fmt::Debug for Shared {
 impl Drop for Handle {
     fn drop(&mut self) {
         self.0.state().is_ending = true;
-        self.0.changed.notify_all();
+        self.0.jobs.notify_all();
     }
 }
 
@@ -89,7 +92,7 @@ impl Housekeeper {
             state.threads += usize::from(spawn(shared).is_ok());
         }
         drop(state);
-        shared.changed.notify_all();
+        shared.jobs.notify_one();
     }
 
     /// Waits until all jobs are done, at most `timeout`.
@@ -97,7 +100,7 @@ impl Housekeeper {
         let shared = &self.0.0;
         let is_busy = |state: &mut State| !state.waiting.is_empty();
         let waited = shared
-            .changed
+            .done
             .wait_timeout_while(shared.state(), timeout, is_busy);
         drop(waited);
     }
@@ -128,10 +131,17 @@ impl Shared {
                 }
                 state = self.state();
                 match state.waiting.get(&directory) {
+                    // This thread begins it, unless another one does before.
                     Some(waiting) if !waiting.is_empty() => state.ready.push_back(directory),
                     _ => drop(state.waiting.remove(&directory)),
                 }
-                self.changed.notify_all();
+                if state.waiting.is_empty() {
+                    self.done.notify_all();
+                    // Threads that are to end when there is no job left.
+                    if state.is_ending {
+                        self.jobs.notify_all();
+                    }
+                }
                 continue;
             }
             if state.is_ending && state.waiting.is_empty() {
@@ -139,7 +149,7 @@ impl Shared {
                 return;
             }
             state.idle += 1;
-            let waited = self.changed.wait_timeout(state, IDLE_TIME);
+            let waited = self.jobs.wait_timeout(state, IDLE_TIME);
             let (after, is_over) = waited.unwrap_or_else(PoisonError::into_inner);
             state = after;
             state.idle -= 1;

@@ -2,6 +2,7 @@
 //!
 //! What becomes of an accepted connection is not known here: it is handed over to a worker.
 
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, error, info, warn};
 
 use crate::engine::relay::{Side, Socket};
+use crate::listener::FileAccess;
 use crate::listener::nonblocking::{has_client_left, is_broken};
 
 #[cfg(all(unix, feature = "cli"))]
@@ -21,12 +23,13 @@ use crate::engine::Phase;
 #[cfg(all(test, target_os = "linux"))]
 use crate::engine::admission::Gate;
 use crate::engine::admission::quotas::Holder;
-use crate::engine::admission::{Full, Guest, NotServed, Slot};
+use crate::engine::admission::{Full, GateId, Guest, NotServed, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
 use crate::engine::log_limiter::LogLimiter;
 use crate::engine::status::Obstacle;
+use crate::engine::timers::Timers;
 use crate::error::{Error, Operation};
 
 /// The connections that one listener may accept before the others have their turn.
@@ -38,8 +41,19 @@ const LONGEST_BACKLOG: usize = 4096;
 /// How long a listener that can't accept now waits before it tries again.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How often the files of Unix sockets, and VMs, are checked.
+/// How often the files of Unix sockets, and VMs, are checked, as long as they are no more than
+/// [`CHECKS_PER_INTERVAL`].
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How many listeners a worker checks in that time. If it has more, each is checked the more
+/// rarely, so that the work of an idle proxy is bounded.
+const CHECKS_PER_INTERVAL: usize = 1000;
+
+/// How many listeners are checked in one turn. The others that are due have their turns next.
+const CHECKS_PER_TURN: usize = 64;
+
+/// How many listeners accept in one turn.
+const ACCEPTS_PER_TURN: usize = 256;
 
 /// A listener in a worker's loop.
 #[derive(Debug)]
@@ -47,14 +61,16 @@ pub(crate) struct Listening<L> {
     listener: Option<L>,
     forward: Arc<Forward>,
     /// Whether a client may wait to be accepted.
-    pub(super) ready: bool,
-    /// The time before which the listener does not accept.
+    ready: bool,
+    /// Whether the listener is in the ready queue.
+    is_queued: bool,
+    /// The time before which the listener does not accept. It has a timer then.
     paused_until: Option<Instant>,
     /// The cap for which its VM has no slot. The gate wakes the worker when that may have changed.
     full: Option<Full>,
     log_limiter: LogLimiter,
-    /// The time of the next check of the socket's file and of the VMs.
-    check_at: Instant,
+    /// The time of the next check of the socket's file and of the VMs. It has a timer then.
+    check_at: Option<Instant>,
     /// How many checks of the file, or requests to bind the address again, are not answered yet.
     pending_checks: u32,
     lost: bool,
@@ -70,6 +86,22 @@ pub(crate) struct Listening<L> {
 }
 
 impl<L> Listening<L> {
+    /// Returns whether the listener is to accept as soon as it can.
+    pub(super) fn wants_turn(&self) -> bool {
+        self.listener.is_some() && self.ready && self.paused_until.is_none() && self.full.is_none()
+    }
+
+    /// Returns whether the listener wants a turn and will not have one.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.wants_turn() && !self.is_queued
+    }
+
+    /// Returns whether something of the listener is checked regularly.
+    fn is_checked(&self) -> bool {
+        !self.removed && (self.listener.is_none() || needs_checks(&self.forward))
+    }
+
     /// Returns whether the listener waits to be woken although its clients would be admitted.
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn sleeps_in_vain(&self) -> bool {
@@ -113,7 +145,18 @@ impl<L> Listening<L> {
 /// The listeners of one worker.
 #[derive(Debug)]
 pub(super) struct Listeners<D: Driver> {
+    /// The listeners by their tokens.
     all: Vec<Listening<D::Listener>>,
+    /// The listeners of the forwards that were not removed.
+    tokens: HashMap<ForwardId, usize>,
+    /// The entries that may be used for another listener.
+    free: Vec<usize>,
+    /// The listeners at which a client may wait, in the order of their turns (invariant 5).
+    ready: VecDeque<usize>,
+    /// The listeners that wait for a slot, by the gate that tells when there may be one.
+    waiting: HashMap<GateId, BTreeSet<usize>>,
+    pauses: Timers<usize>,
+    checks: Timers<usize>,
     /// The accepted connections that this worker is to take over.
     accepted: Vec<Accepted<D::Stream>>,
     hold: Hold,
@@ -123,6 +166,12 @@ impl<D: Driver> Default for Listeners<D> {
     fn default() -> Listeners<D> {
         Listeners {
             all: Vec::new(),
+            tokens: HashMap::new(),
+            free: Vec::new(),
+            ready: VecDeque::new(),
+            waiting: HashMap::new(),
+            pauses: Timers::default(),
+            checks: Timers::default(),
             accepted: Vec::new(),
             hold: Hold::default(),
         }
@@ -145,7 +194,43 @@ impl<D: Driver> Listeners<D> {
     pub(super) fn latch(&mut self, token: usize) {
         if let Some(listening) = self.all.get_mut(token) {
             listening.ready = true;
+            self.make_ready(token);
         }
+    }
+
+    /// Puts a listener at the end of the ready queue, once.
+    fn make_ready(&mut self, index: usize) {
+        if !std::mem::replace(&mut self.all[index].is_queued, true) {
+            self.ready.push_back(index);
+        }
+    }
+
+    /// Sets the time before which a listener does not accept.
+    fn set_pause(&mut self, index: usize, until: Option<Instant>) {
+        let before = std::mem::replace(&mut self.all[index].paused_until, until);
+        self.pauses.change(index, before, until);
+    }
+
+    /// Sets the time of a listener's next check.
+    fn set_check(&mut self, index: usize, at: Option<Instant>) {
+        let before = std::mem::replace(&mut self.all[index].check_at, at);
+        self.checks.change(index, before, at);
+    }
+
+    /// Begins or ends the checks of a listener after a change of what they depend on.
+    fn begin_checks(&mut self, index: usize, at: Instant) {
+        let listening = &self.all[index];
+        match (listening.is_checked(), listening.check_at) {
+            (true, None) => self.set_check(index, Some(at)),
+            (false, Some(_)) => self.set_check(index, None),
+            _ => {}
+        }
+    }
+
+    /// Returns the time between two checks of one listener.
+    fn check_interval(&self) -> Duration {
+        let rounds = self.checks.len().div_ceil(CHECKS_PER_INTERVAL).max(1);
+        CHECK_INTERVAL * u32::try_from(rounds).unwrap_or(u32::MAX)
     }
 
     /// Adds a bound listener.
@@ -159,20 +244,22 @@ impl<D: Driver> Listeners<D> {
         cx: &mut TurnContext<'_, D>,
     ) -> io::Result<()> {
         let mut listener = listener;
-        let is_free = |it: &Listening<D::Listener>| it.removed && it.pending_checks == 0;
-        let free = self.all.iter().position(is_free);
+        let free = self.free.last().copied();
         let index = free.unwrap_or(self.all.len());
         cx.driver
             .watch_listener(&mut listener, index, &forward.rule)?;
         Self::note_name(&listener, forward.id, cx);
+        self.tokens.insert(forward.id, index);
         let listening = Listening {
             listener: Some(listener),
             forward,
             ready: true,
+            // The queue may still have the entry from its last use.
+            is_queued: free.is_some_and(|index| self.all[index].is_queued),
             paused_until: None,
             full: None,
             log_limiter: LogLimiter::default(),
-            check_at: cx.now,
+            check_at: None,
             pending_checks: 0,
             lost: false,
             obstacle: None,
@@ -180,10 +267,12 @@ impl<D: Driver> Listeners<D> {
             given: false,
             on_closed: None,
         };
-        match self.all.get_mut(index) {
-            Some(free) => *free = listening,
+        match self.free.pop() {
+            Some(index) => self.all[index] = listening,
             None => self.all.push(listening),
         }
+        self.make_ready(index);
+        self.begin_checks(index, cx.now);
         Ok(())
     }
 
@@ -215,8 +304,20 @@ impl<D: Driver> Listeners<D> {
 
     /// Returns the index of a forward's listener, if this worker has it.
     fn listener_of(&self, forward: ForwardId) -> Option<usize> {
-        let its = |it: &Listening<D::Listener>| !it.removed && it.forward.id == forward;
-        self.all.iter().position(its)
+        self.tokens.get(&forward).copied()
+    }
+
+    /// Notes that a listener's forward was removed.
+    fn note_removed(&mut self, index: usize) {
+        self.all[index].removed = true;
+        self.tokens.remove(&self.all[index].forward.id);
+        self.set_check(index, None);
+    }
+
+    /// Frees the entry of a listener that has ended.
+    fn free_entry(&mut self, index: usize) {
+        self.set_pause(index, None);
+        self.free.push(index);
     }
 
     /// Removes the listener of a forward, if this worker has it, and notifies `done` when its
@@ -232,8 +333,8 @@ impl<D: Driver> Listeners<D> {
             let _ = done.send(());
             return;
         };
+        self.note_removed(index);
         let listening = &mut self.all[index];
-        listening.removed = true;
         match listening.pending_checks {
             0 => self.end_listener(index, done, cx),
             // The address may be bound again meanwhile.
@@ -253,20 +354,21 @@ impl<D: Driver> Listeners<D> {
                 let _ = done.send(());
             }
         }
+        self.free_entry(index);
     }
 
-    /// Changes the permissions of a forward's socket file, if this worker has the listener.
-    pub(super) fn set_mode(
+    /// Changes the owner, group and permissions of a forward's socket file, if this worker has the listener.
+    pub(super) fn set_access(
         &mut self,
         forward: ForwardId,
-        mode: u32,
+        access: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
         cx: &mut TurnContext<'_, D>,
     ) {
         let index = self.listener_of(forward);
         match index.and_then(|index| self.all[index].listener.as_ref()) {
-            Some(listener) => cx.driver.set_mode(listener, mode, wanted, done),
+            Some(listener) => cx.driver.set_access(listener, access, wanted, done),
             // The thread that asked may have given up.
             None => drop(done.send(Ok(()))),
         }
@@ -274,12 +376,14 @@ impl<D: Driver> Listeners<D> {
 
     /// Replaces the rule for the clients that are accepted from now on, if this worker has the
     /// forward's listener.
-    pub(super) fn replace_forward(&mut self, forward: Arc<Forward>) {
+    pub(super) fn replace_forward(&mut self, forward: Arc<Forward>, now: Instant) {
         if let Some(index) = self.listener_of(forward.id) {
             let listening = &mut self.all[index];
             // The new rule may lead to another VM, which may have a slot.
             listening.full = None;
             listening.forward = forward;
+            self.make_ready(index);
+            self.begin_checks(index, now);
         }
     }
 
@@ -314,18 +418,22 @@ impl<D: Driver> Listeners<D> {
     /// that wait there are that process'.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn give(&mut self, forwards: &[ForwardId], cx: &mut TurnContext<'_, D>) {
-        for listening in &mut self.all {
-            let id = listening.forward.id;
-            if listening.removed || !forwards.contains(&id) {
+        for &id in forwards {
+            let Some(index) = self.listener_of(id) else {
                 continue;
-            }
-            (listening.removed, listening.given) = (true, true);
+            };
+            self.note_removed(index);
+            let listening = &mut self.all[index];
+            listening.given = true;
             cx.shared.routes.remove_listener(id);
             listening.forward.closed.store(true, Ordering::Release);
             if let Some(listener) = listening.listener.take() {
                 cx.driver.give_listener(listener);
             }
             listening.set_obstacle(Obstacle::Closed, &"");
+            if listening.pending_checks == 0 {
+                self.free_entry(index);
+            }
         }
     }
 
@@ -335,37 +443,48 @@ impl<D: Driver> Listeners<D> {
         if self.hold == Hold::On {
             return None;
         }
-        let next = |listening: &Listening<D::Listener>| {
-            let ready =
-                (listening.ready && listening.full.is_none() && listening.listener.is_some())
-                    .then(|| listening.paused_until.unwrap_or(now));
-            let watched = !listening.removed
-                && (listening.listener.is_none() || needs_checks(&listening.forward));
-            [ready, watched.then_some(listening.check_at)]
-                .into_iter()
-                .flatten()
-                .min()
-        };
-        self.all.iter().filter_map(next).min()
+        let ready = (!self.ready.is_empty()).then_some(now);
+        let times = [ready, self.pauses.next(), self.checks.next()];
+        times.into_iter().flatten().min()
     }
 
+    /// Has the listeners accept at which clients may wait, and checks those that are due. What is
+    /// left for the next turn goes to the back of its queue.
     pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, D>) {
         if self.hold == Hold::On {
             return;
         }
-        for index in 0..self.all.len() {
-            let listening = &mut self.all[index];
-            if listening.paused_until.is_some_and(|at| at <= cx.now) {
-                listening.paused_until = None;
+        while let Some(index) = self.pauses.pop_due(cx.now) {
+            self.all[index].paused_until = None;
+            self.make_ready(index);
+        }
+        for gate in cx.shared.inboxes[cx.index].take_freed() {
+            for index in self.waiting.remove(&gate).unwrap_or_default() {
+                self.make_ready(index);
             }
+        }
+        for _ in 0..self.ready.len().min(ACCEPTS_PER_TURN) {
+            let Some(index) = self.ready.pop_front() else {
+                break;
+            };
+            let listening = &mut self.all[index];
+            listening.is_queued = false;
             if listening.ready && listening.paused_until.is_none() {
                 self.accept_from(index, false, cx);
             }
-            let listening = &mut self.all[index];
-            if listening.check_at <= cx.now && !listening.removed {
-                listening.check_at = cx.now + CHECK_INTERVAL;
-                self.check_file(index, cx);
-                self.look_at_vms(index, cx);
+        }
+        let again = cx.now + self.check_interval();
+        for _ in 0..CHECKS_PER_TURN {
+            let Some(index) = self.checks.pop_due(cx.now) else {
+                break;
+            };
+            self.all[index].check_at = None;
+            self.set_check(index, Some(again));
+            self.check_file(index, cx);
+            self.look_at_vms(index, cx);
+            // A connection of this process may wait by now, for which no slot need be free.
+            if self.all[index].full.is_some() {
+                self.make_ready(index);
             }
         }
     }
@@ -382,8 +501,8 @@ impl<D: Driver> Listeners<D> {
         if self.hold == Hold::On {
             return;
         }
-        let listening = &mut self.all[index];
-        (listening.ready, listening.paused_until) = (true, None);
+        self.all[index].ready = true;
+        self.set_pause(index, None);
         // As many turns as the longest backlog needs.
         for _ in 0..LONGEST_BACKLOG / BATCH {
             let listening = &self.all[index];
@@ -397,6 +516,13 @@ impl<D: Driver> Listeners<D> {
 
     /// Accepts clients that wait at a listener: those for which its VM has a slot, or `all`.
     fn accept_from(&mut self, index: usize, all: bool, cx: &mut TurnContext<'_, D>) {
+        self.accept_batch(index, all, cx);
+        if self.all[index].wants_turn() {
+            self.make_ready(index);
+        }
+    }
+
+    fn accept_batch(&mut self, index: usize, all: bool, cx: &mut TurnContext<'_, D>) {
         for _ in 0..BATCH {
             let listening = &mut self.all[index];
             if listening.listener.is_none() {
@@ -416,6 +542,9 @@ impl<D: Driver> Listeners<D> {
                 Ok(slot) => slot,
                 Err(full) => {
                     let is_reported = self.all[index].full.replace(full) == Some(full);
+                    if let Some(gate) = &self.all[index].forward.gates[Side::Server] {
+                        self.waiting.entry(gate.id()).or_default().insert(index);
+                    }
                     if !is_reported {
                         self.block(index, Obstacle::Full, &full, cx);
                     }
@@ -478,6 +607,7 @@ impl<D: Driver> Listeners<D> {
         if let Some(old) = listening.listener.take() {
             self.bind_again(index, Some(old), cx);
         }
+        self.begin_checks(index, cx.now + CHECK_INTERVAL);
     }
 
     fn bind_again(&mut self, index: usize, old: Option<D::Listener>, cx: &mut TurnContext<'_, D>) {
@@ -501,8 +631,8 @@ impl<D: Driver> Listeners<D> {
         match &forward.gates[Side::Server] {
             // Guests are accepted whatever happens.
             Some(gate) if !forward.needs_graceful_close(Side::Client) && !all => {
-                let wake = cx.shared.inboxes[cx.index].waker();
-                match gate.queue(forward.id, cx.index, &wake) {
+                let wake = cx.shared.inboxes[cx.index].slot_waker();
+                match gate.queue(forward.id, cx.index, wake) {
                     // As with the process' slots, the missing slot may be held by the same
                     // connection.
                     Err(_) if cx.shared.may_come_from_us(forward) => {
@@ -523,9 +653,9 @@ impl<D: Driver> Listeners<D> {
         cx: &mut TurnContext<'_, D>,
         reason: &io::Error,
     ) {
-        let listening = &mut self.all[index];
         // The listener tries again by itself, whatever the state of its VM was.
-        (listening.paused_until, listening.full) = (Some(cx.now + PAUSE), None);
+        self.all[index].full = None;
+        self.set_pause(index, Some(cx.now + PAUSE));
         self.block(index, obstacle, reason, cx);
     }
 
@@ -636,6 +766,8 @@ impl<D: Driver> Listeners<D> {
         }
         if let Some(done) = on_closed {
             self.end_listener(of.token, done, cx);
+        } else if self.all[of.token].given && self.all[of.token].pending_checks == 0 {
+            self.free_entry(of.token);
         }
     }
 
@@ -695,6 +827,8 @@ impl<D: Driver> Listeners<D> {
                 listening.listener = Some(listener);
                 (listening.ready, listening.lost) = (true, false);
                 listening.clear_obstacle();
+                self.make_ready(of.token);
+                self.begin_checks(of.token, cx.now + CHECK_INTERVAL);
             }
             Found::Failed(e) => {
                 listening.set_obstacle(Obstacle::Lost, &e);

@@ -4,7 +4,10 @@
 //! A loop that shows in the addresses is refused when a rule is bound. The others (by links, names,
 //! addresses that change later) are found at run time: see [`routes`](crate::engine::routes).
 
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+#[cfg(unix)]
+use std::path::PathBuf;
 
 use crate::address::{Address, Host, TcpAddress};
 use crate::engine::routes::specified;
@@ -12,50 +15,212 @@ use crate::engine::rule::Rule;
 
 use super::forbidden;
 
-/// Returns the path by which a client of `rule` certainly comes back to `rule`: the addresses that
-/// the rules listen on, `rule`'s own as the last one.
-pub(crate) fn find<'a>(
-    rule: &'a Rule,
-    others: impl Iterator<Item = &'a Rule> + Clone,
-) -> Option<Vec<&'a Address>> {
-    let mut trail = Vec::new();
-    follow(rule, rule, &others, &mut trail).then_some(trail)
+/// What an address that is listened on has in common with each target that
+/// [reaches](reaches) it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Place {
+    /// A TCP port of one address.
+    Tcp(IpAddr, u16),
+    /// A TCP port of all addresses.
+    AnyTcp(u16),
+    /// A path without symbolic links.
+    #[cfg(unix)]
+    Path(PathBuf),
+    /// A file that exists, by its device and its inode.
+    #[cfg(unix)]
+    File(u64, u64),
+    /// An AF_VSOCK port.
+    Vsock(u32),
+    Other(Address),
+}
+
+impl Place {
+    /// Returns the places that are listened on at an address. Files are looked at.
+    fn listened_on(listen: &Address) -> Vec<Place> {
+        if let Some(tcp) = listen.as_tcp() {
+            let of = |ip: IpAddr| match ip.is_unspecified() {
+                true => Place::AnyTcp(tcp.port),
+                false => Place::Tcp(ip, tcp.port),
+            };
+            return addresses(&tcp.host).into_iter().map(of).collect();
+        }
+        #[cfg(unix)]
+        if let Some(path) = listen.listen_path() {
+            return Place::of_file(&path);
+        }
+        vec![Place::of_other(listen)]
+    }
+
+    /// Returns the places to which a connection to `target` may lead. Files are looked at.
+    fn led_to(target: &Address) -> Vec<Place> {
+        if let Some(tcp) = target.as_tcp() {
+            let addresses = addresses(&tcp.host).into_iter().map(specified);
+            let mut places: Vec<Place> = addresses.map(|ip| Place::Tcp(ip, tcp.port)).collect();
+            if !places.is_empty() {
+                places.push(Place::AnyTcp(tcp.port));
+            }
+            return places;
+        }
+        #[cfg(unix)]
+        let mut places: Vec<Place> = target
+            .connect_paths()
+            .iter()
+            .flat_map(|path| Place::of_file(path))
+            .collect();
+        #[cfg(not(unix))]
+        let mut places = Vec::new();
+        places.push(Place::of_other(target));
+        places
+    }
+
+    #[cfg(unix)]
+    fn of_file(path: &std::path::Path) -> Vec<Place> {
+        let mut places = vec![Place::Path(forbidden::resolve_links(path))];
+        places.extend(forbidden::file_at(path).map(|(device, inode)| Place::File(device, inode)));
+        places
+    }
+
+    fn of_other(address: &Address) -> Place {
+        match address {
+            Address::Vsock(vsock) => Place::Vsock(vsock.port.0),
+            other => Place::Other(other.clone()),
+        }
+    }
+}
+
+/// A rule as far as [`RuleIndex`] knows it.
+#[derive(Debug)]
+struct Indexed {
+    name: Option<String>,
+    listen: Address,
+    connect: Address,
+    places: Vec<Place>,
+}
+
+/// The rules that are carried beside each other, by their names and by where they listen, so that
+/// one more is compared with those few that it may have to do with.
+///
+/// Where a file is, is looked up when its rule is inserted. If links change later, a loop is found
+/// at run time.
+#[derive(Debug, Default)]
+pub(crate) struct RuleIndex {
+    rules: HashMap<u64, Indexed>,
+    names: HashMap<String, u64>,
+    listens: HashMap<Address, u64>,
+    places: HashMap<Place, BTreeSet<u64>>,
+}
+
+impl RuleIndex {
+    /// Inserts a rule with a number of its own.
+    pub(crate) fn insert(&mut self, id: u64, rule: &Rule) {
+        self.remove(id);
+        let places = Place::listened_on(&rule.listen);
+        for place in &places {
+            self.places.entry(place.clone()).or_default().insert(id);
+        }
+        if let Some(name) = &rule.name {
+            self.names.insert(name.clone(), id);
+        }
+        self.listens.insert(rule.listen.clone(), id);
+        let indexed = Indexed {
+            name: rule.name.clone(),
+            listen: rule.listen.clone(),
+            connect: rule.connect.clone(),
+            places,
+        };
+        self.rules.insert(id, indexed);
+    }
+
+    pub(crate) fn remove(&mut self, id: u64) {
+        let Some(rule) = self.rules.remove(&id) else {
+            return;
+        };
+        for place in &rule.places {
+            if let Some(there) = self.places.get_mut(place) {
+                there.remove(&id);
+                if there.is_empty() {
+                    self.places.remove(place);
+                }
+            }
+        }
+        if let Some(name) = &rule.name
+            && self.names.get(name) == Some(&id)
+        {
+            self.names.remove(name);
+        }
+        if self.listens.get(&rule.listen) == Some(&id) {
+            self.listens.remove(&rule.listen);
+        }
+    }
+
+    pub(crate) fn contains(&self, id: u64) -> bool {
+        self.rules.contains_key(&id)
+    }
+
+    /// Returns the number of the rule of that name.
+    pub(crate) fn named(&self, name: &str) -> Option<u64> {
+        self.names.get(name).copied()
+    }
+
+    /// Returns the number of the rule that listens on that very address.
+    pub(crate) fn listening_on(&self, listen: &Address) -> Option<u64> {
+        self.listens.get(listen).copied()
+    }
+
+    /// Returns the path by which a client of `rule` certainly comes back to `rule`, which may be
+    /// the one of the number `id`: the addresses that the rules listen on, `rule`'s own as the last
+    /// one.
+    pub(crate) fn find_loop(&self, id: Option<u64>, rule: &Rule) -> Option<Vec<Address>> {
+        // For each step of the way, the rules that are still to be tried there.
+        let mut steps = vec![self.reached_from(&rule.connect)];
+        let mut trail: Vec<u64> = Vec::new();
+        let mut seen: HashSet<u64> = id.into_iter().collect();
+        let mut comes_back = reaches(&rule.connect, &rule.listen);
+        while !comes_back {
+            let Some(next) = steps.last_mut()?.pop() else {
+                steps.pop();
+                trail.pop();
+                continue;
+            };
+            if !seen.insert(next) {
+                continue;
+            }
+            let connect = &self.rules.get(&next)?.connect;
+            comes_back = reaches(connect, &rule.listen);
+            trail.push(next);
+            steps.push(self.reached_from(connect));
+        }
+        let listen = |id: &u64| Some(self.rules.get(id)?.listen.clone());
+        let trail = trail.iter().filter_map(listen);
+        Some(trail.chain([rule.listen.clone()]).collect())
+    }
+
+    /// Returns the rules at which a connection to `target` certainly arrives, the first as the last
+    /// one.
+    fn reached_from(&self, target: &Address) -> Vec<u64> {
+        let places = Place::led_to(target);
+        let there = places.iter().filter_map(|place| self.places.get(place));
+        let near: BTreeSet<u64> = there.flatten().copied().collect();
+        let is_reached = |id: &u64| {
+            let rule = self.rules.get(id);
+            rule.is_some_and(|rule| reaches(target, &rule.listen))
+        };
+        near.into_iter().rev().filter(is_reached).collect()
+    }
 }
 
 /// Describes a path in words.
-pub(crate) fn describe(trail: &[&Address]) -> String {
+pub(crate) fn describe(trail: &[Address]) -> String {
     match trail {
         [_] | [] => "it would lead back to itself".to_owned(),
         [by, ..] => format!("it would lead back to itself, by way of {by}"),
     }
 }
 
-fn follow<'a>(
-    from: &'a Rule,
-    rule: &'a Rule,
-    others: &(impl Iterator<Item = &'a Rule> + Clone),
-    trail: &mut Vec<&'a Address>,
-) -> bool {
-    if reaches(&from.connect, &rule.listen) {
-        trail.push(&rule.listen);
-        return true;
-    }
-    for next in others.clone() {
-        let known = trail.contains(&&next.listen);
-        if known || !reaches(&from.connect, &next.listen) {
-            continue;
-        }
-        trail.push(&next.listen);
-        if follow(next, rule, others, trail) {
-            return true;
-        }
-        trail.pop();
-    }
-    false
-}
-
 /// Returns whether a connection to `target` certainly arrives at a socket that listens on `listen`.
 fn reaches(target: &Address, listen: &Address) -> bool {
+    #[cfg(test)]
+    tests::COMPARED.with(|it| it.set(it.get() + 1));
     if let (Some(target), Some(listen)) = (target.as_tcp(), listen.as_tcp()) {
         return reaches_tcp(target, listen);
     }
@@ -102,7 +267,22 @@ fn addresses(host: &Host) -> Vec<IpAddr> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    thread_local! {
+        /// How often two addresses were compared.
+        pub(super) static COMPARED: Cell<u64> = const { Cell::new(0) };
+    }
+
+    fn find(rules: &[Rule]) -> Option<Vec<Address>> {
+        let mut index = RuleIndex::default();
+        for (id, rule) in (1..).zip(&rules[1..]) {
+            index.insert(id, rule);
+        }
+        index.find_loop(None, &rules[0])
+    }
 
     fn rules(pairs: &[(&str, &str)]) -> Vec<Rule> {
         let rule = |(listen, connect): &(&str, &str)| {
@@ -112,8 +292,7 @@ mod tests {
     }
 
     fn comes_back(pairs: &[(&str, &str)]) -> bool {
-        let rules = rules(pairs);
-        find(&rules[0], rules[1..].iter()).is_some()
+        find(&rules(pairs)).is_some()
     }
 
     #[test]
@@ -162,10 +341,70 @@ mod tests {
         let other_loop = ("unix:@three", "tcp://127.0.0.1:2");
         assert!(!comes_back(&[one, two, other_loop]));
         let rules = rules(&[one, two, ("unix:@three", "tcp://127.0.0.1:1")]);
-        let trail = find(&rules[0], rules[1..].iter()).unwrap();
+        let trail = find(&rules).unwrap();
         assert_eq!(
             trail,
-            [&rules[1].listen, &rules[2].listen, &rules[0].listen]
+            [&rules[1].listen, &rules[2].listen, &rules[0].listen].map(Clone::clone)
         );
+    }
+
+    /// Inserts `n` rules one after the other, each of which is compared with those before. Returns
+    /// the number of comparisons for one.
+    fn compared(n: u64, rule: impl Fn(u64) -> (String, String)) -> u64 {
+        let before = COMPARED.get();
+        let mut index = RuleIndex::default();
+        for id in 0..n {
+            let (listen, connect) = rule(id);
+            let rule = Rule::new(listen.parse().unwrap(), connect.parse().unwrap());
+            assert_eq!(index.find_loop(None, &rule), None, "{rule:?}");
+            assert_eq!(index.listening_on(&rule.listen), None);
+            index.insert(id, &rule);
+        }
+        (COMPARED.get() - before) / n
+    }
+
+    #[test]
+    fn one_more_rule_is_compared_with_few_however_many_there_are() {
+        let tcp = |id: u64| {
+            let (high, low) = (id / 250, 1 + id % 250);
+            (
+                format!("tcp://127.1.{high}.{low}:80"),
+                format!("tcp://127.2.{high}.{low}:80"),
+            )
+        };
+        let unix = |id: u64| {
+            (
+                format!("unix:///nowhere/{id}"),
+                "unix:///nowhere/s".to_owned(),
+            )
+        };
+        let vms = |id: u64| {
+            (
+                format!("tcp://127.0.0.1:{}", 10_000 + id),
+                format!("hyperkit://:80/nowhere/vm{id}"),
+            )
+        };
+        for n in [100, 2000] {
+            for rule in [&tcp as &dyn Fn(u64) -> _, &unix, &vms] {
+                assert!(compared(n, rule) <= 4, "{n}: {:?}", rule(0));
+            }
+        }
+    }
+
+    #[test]
+    fn a_rule_that_was_removed_is_in_nobodys_way() {
+        let rules = rules(&[
+            ("tcp://127.0.0.1:1", "tcp://127.0.0.1:2"),
+            ("tcp://127.0.0.1:2", "tcp://127.0.0.1:1"),
+        ]);
+        let mut index = RuleIndex::default();
+        index.insert(7, &rules[1]);
+        assert!(index.find_loop(None, &rules[0]).is_some());
+        // What is replaced is not what a rule is compared with.
+        assert!(index.find_loop(Some(7), &rules[0]).is_none());
+        index.remove(7);
+        assert!(index.find_loop(None, &rules[0]).is_none());
+        assert_eq!(index.listening_on(&rules[1].listen), None);
+        assert!(index.places.is_empty() && index.rules.is_empty());
     }
 }

@@ -22,10 +22,11 @@ use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
 #[cfg(unix)]
 use crate::keeper::Link;
+use crate::listener::FileAccess;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
 use crate::name::{PeerProcess, SocketName};
-use crate::stream::endpoint::Endpoint;
+use crate::stream::endpoint::{Endpoint, Target};
 use crate::stream::nonblocking::Stream;
 #[cfg(all(unix, feature = "cli"))]
 use crate::sys::AsSocket;
@@ -117,6 +118,9 @@ pub(crate) struct MioDriver {
     /// The relay threads that have not reported their end.
     relay_threads: HashMap<usize, RelayThreads>,
     adapters: Arc<Adapters>,
+    /// The programs that are connected.
+    #[cfg(unix)]
+    programs: Arc<dial::Programs>,
     housekeeper: Housekeeper,
     #[cfg(unix)]
     keeper: Option<Link>,
@@ -141,6 +145,8 @@ impl MioDriver {
             resolving: HashMap::new(),
             relay_threads: HashMap::new(),
             adapters: Arc::default(),
+            #[cfg(unix)]
+            programs: Arc::default(),
             housekeeper,
             #[cfg(unix)]
             keeper,
@@ -252,6 +258,8 @@ impl Drop for MioDriver {
     fn drop(&mut self) {
         self.housekeeper.finish(LAST_FILES);
         self.adapters.wait(LAST_WORDS);
+        #[cfg(unix)]
+        self.programs.wait();
         // What was written to a pipe and not read yet is delivered only while its poller lives.
         #[cfg(windows)]
         sys::wait_for_last_words(LAST_WORDS);
@@ -280,8 +288,8 @@ fn directory_of(address: &Address) -> Option<PathBuf> {
     }
 }
 
-fn bind(address: &Address, mode: u32) -> Found<Listener> {
-    match Listener::bind(address, mode) {
+fn bind(address: &Address, access: FileAccess) -> Found<Listener> {
+    match Listener::bind(address, access) {
         Ok(listener) => Found::Bound(listener),
         Err(error) => Found::Failed(error),
     }
@@ -360,8 +368,8 @@ impl Driver for MioDriver {
     type Stream = Stream;
     type Listener = Listener;
 
-    fn bind(address: &Address, mode: u32) -> Result<Listener> {
-        Listener::bind(address, mode)
+    fn bind(address: &Address, access: FileAccess) -> Result<Listener> {
+        Listener::bind(address, access)
     }
 
     fn take_passed(listener: listener::Listener) -> Listener {
@@ -475,13 +483,13 @@ impl Driver for MioDriver {
         let Some(file) = listener.file() else {
             return false;
         };
-        let (address, mode) = (rule.listen.clone(), rule.mode);
+        let (address, access) = (rule.listen.clone(), rule.access());
         let directory = file.directory().to_owned();
         self.ask_housekeeper(&directory, nothing_found(of), move || {
             let found = match file.state() {
                 FileState::Ours => Found::Ours,
                 FileState::Taken => Found::Taken,
-                FileState::Missing => bind(&address, mode),
+                FileState::Missing => bind(&address, access),
             };
             Event::Listener { of, found }
         });
@@ -490,11 +498,11 @@ impl Driver for MioDriver {
 
     fn bind_again(&mut self, old: Option<Listener>, of: ListenerId, rule: &Rule) {
         let file = old.and_then(|old| self.close_at_once(old));
-        let (address, mode) = (rule.listen.clone(), rule.mode);
+        let (address, access) = (rule.listen.clone(), rule.access());
         let directory = directory_of(&address);
         let bind_again = move || {
             drop(file);
-            let found = bind(&address, mode);
+            let found = bind(&address, access);
             Event::Listener { of, found }
         };
         match directory {
@@ -504,10 +512,10 @@ impl Driver for MioDriver {
         }
     }
 
-    fn set_mode(
+    fn set_access(
         &mut self,
         listener: &Listener,
-        mode: u32,
+        access: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     ) {
@@ -518,7 +526,7 @@ impl Driver for MioDriver {
         let directory = file.directory().to_owned();
         self.housekeeper.run(&directory, move || {
             if wanted.begin() {
-                let _ = done.send(file.set_mode(mode));
+                let _ = done.send(file.set_access(access));
             }
         });
     }
@@ -691,8 +699,14 @@ impl Driver for MioDriver {
     fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
         let notifier = Arc::clone(&self.notifier);
         let target = address.clone();
+        #[cfg(unix)]
+        let programs = Arc::clone(&self.programs);
         let dial = move || {
-            let stream = stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking);
+            let stream = match Target::of(&target) {
+                #[cfg(unix)]
+                Target::OnThread => dial::on_thread(&target, &programs),
+                _ => stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking),
+            };
             notifier.notify(Report::Event(Event::Dialled { token, stream }));
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());

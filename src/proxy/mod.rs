@@ -86,7 +86,9 @@ pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
 pub use crate::engine::end_reason::{EndReason, Reason as RefusalReason};
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
+pub use crate::engine::proxy_header::ProxyProtocol;
 pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
+pub use crate::engine::source::{Source, SourceError};
 pub use crate::engine::status::{
     ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError, VmStatus, Waiting,
 };
@@ -98,7 +100,7 @@ pub use handle::Handle;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use handover::Offered;
 #[cfg(feature = "cli")]
-pub(crate) use loops::{describe as describe_loop, find as find_loop};
+pub(crate) use loops::{RuleIndex, describe as describe_loop};
 #[cfg(feature = "cli")]
 pub(crate) use rules::{check_name, check_rule};
 
@@ -368,7 +370,7 @@ fn assemble<D: Driver>(
     }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for (index, rule) in config.rules.into_iter().enumerate() {
-        let (listener, forward) = binder.bind::<D>(rule, index % count, &forwards)?;
+        let (listener, forward) = binder.bind::<D>(rule, index % count)?;
         listeners.push(listener);
         forwards.push(forward);
     }

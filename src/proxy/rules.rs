@@ -1,6 +1,7 @@
 //! The checks of rules, and the binding of a rule to a listener and a forward. It runs on the
 //! callers' threads, never on a worker's.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +15,7 @@ use crate::{dial, listener};
 
 use super::driver::Driver;
 use super::forbidden::leads_to;
-use super::loops;
+use super::loops::{self, RuleIndex};
 use crate::engine::admission::{Gate, GateLimits, Reservation};
 use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
@@ -31,6 +32,16 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(operation, address, cause))
     };
+    if rule.listen.why_no_listener().is_some() {
+        return Err(not_carried(Operation::Listen, &rule.listen));
+    }
+    if let Some(source) = rule.from.iter().find(|it| !it.suits(&rule.listen)) {
+        let (listen, scheme) = (&rule.listen, rule.listen.scheme());
+        let why = format!("no client of a {scheme} address comes from {source}");
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        let remedy = "tcp:// addresses have networks in from, vsock:// ones CIDs, others none; of a Unix socket mode, owner and group say who may come";
+        return Err(Error::new(Operation::Listen, listen, cause).with_remedy(remedy));
+    }
     if let Some((why, remedy)) = rule.connect.why_no_target() {
         let error = invalid(Operation::Connect, &rule.connect, why);
         return error.map_err(|error| match remedy {
@@ -39,7 +50,11 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         });
     }
     check_relay_threads(rule, waiter)?;
-    if let Some(most) = rule.connections.filter(|most| *most < rule.reserved.max(1)) {
+    check_proxy_protocol(rule, waiter)?;
+    if let Some(most) = rule
+        .most_connections()
+        .filter(|most| *most < rule.reserved.max(1))
+    {
         let why = match most {
             0 => "it may have no connection at all".to_owned(),
             _ => format!(
@@ -54,6 +69,27 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         return invalid(Operation::Connect, &rule.connect, why);
     }
     Ok(())
+}
+
+/// Refuses what the PROXY protocol can't do.
+fn check_proxy_protocol(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
+    let waiters = [waiter(&rule.listen), waiter(&rule.connect)];
+    let is_on_threads = waiters.contains(&Waiter::Thread) && !waiters.contains(&Waiter::Poller);
+    if is_on_threads && rule.proxy_protocol.is_some() {
+        let why = format!("from {} it is told of no client", rule.listen);
+        let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+        return Err(Error::new(Operation::Connect, &rule.connect, cause)
+            .with_remedy("leave proxy-protocol out, or have a TCP socket between them"));
+    }
+    let mut from = rule.accept_proxy.iter();
+    let Some(source) = from.find(|it| !it.suits(&rule.listen)) else {
+        return Ok(());
+    };
+    let scheme = rule.listen.scheme();
+    let why = format!("no client of a {scheme} address comes from {source}");
+    let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+    Err(Error::new(Operation::Listen, &rule.listen, cause)
+        .with_remedy("in accept-proxy, tcp:// addresses have networks, vsock:// ones CIDs"))
 }
 
 /// Refuses a rule that relay threads can't carry: they neither know refusals by EOF nor hold back
@@ -101,25 +137,23 @@ pub(crate) fn check_rule(rule: &Rule) -> Result<()> {
     check_alone(rule, Waiter::of)
 }
 
-/// Checks a rule against the other rules.
-fn check_beside<'a>(rule: &'a Rule, others: impl Iterator<Item = &'a Rule> + Clone) -> Result<()> {
+/// Checks a rule against the other rules: those of the index but the one that it replaces.
+fn check_beside(rule: &Rule, index: &RuleIndex, replaced: Option<ForwardId>) -> Result<()> {
+    let replaced = replaced.map(|id| id.0);
+    let is_another = |id: Option<u64>| id.is_some() && id != replaced;
     let invalid = |why: String| {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(Operation::Listen, &rule.listen, cause))
     };
     if let Some(name) = &rule.name
-        && others
-            .clone()
-            .any(|other| other.name.as_ref() == Some(name))
+        && is_another(index.named(name))
     {
         return invalid(format!("another forward has the name {name:?}"));
     }
-    if !rule.listen.leaves_port_to_kernel()
-        && others.clone().any(|other| other.listen == rule.listen)
-    {
+    if !rule.listen.leaves_port_to_kernel() && is_another(index.listening_on(&rule.listen)) {
         return invalid("it is given twice".to_owned());
     }
-    if let Some(trail) = loops::find(rule, others) {
+    if let Some(trail) = index.find_loop(replaced, rule) {
         let why = loops::describe(&trail);
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         return Err(Error::new(Operation::Connect, &rule.connect, cause)
@@ -160,7 +194,9 @@ struct Passed {
 /// The part of a proxy that binds rules, and knows the gates of their VMs.
 #[derive(Debug)]
 pub(super) struct Binder {
-    gates: Mutex<Vec<(PathBuf, Arc<Gate>)>>,
+    gates: Mutex<HashMap<PathBuf, Arc<Gate>>>,
+    /// The rules of the forwards that there are.
+    index: Mutex<RuleIndex>,
     limits: GateLimits,
     waiter: fn(&Address) -> Waiter,
     reports: Reports,
@@ -182,6 +218,7 @@ impl Binder {
     ) -> Binder {
         Binder {
             gates: Mutex::default(),
+            index: Mutex::default(),
             limits,
             waiter,
             reports,
@@ -219,21 +256,24 @@ impl Binder {
         self.change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Binds a rule besides others, for the worker `home`.
+    fn index(&self) -> MutexGuard<'_, RuleIndex> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Binds a rule beside those that are bound already, for the worker `home`.
     pub(super) fn bind<D: Driver>(
         &self,
         mut rule: Rule,
         home: usize,
-        others: &[Arc<Forward>],
     ) -> Result<(D::Listener, Arc<Forward>)> {
         check_alone(&rule, self.waiter)?;
         self.check_forbidden(&rule)?;
-        check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
+        check_beside(&rule, &self.index(), None)?;
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
-        let listener = match self.take(&rule, id, others)? {
+        let listener = match self.take(&rule, id)? {
             Some(listener) => D::take_passed(listener),
-            None => D::bind(&rule.listen, rule.mode).map_err(|e| match e.kind() {
-                io::ErrorKind::AddrInUse => self.explain(e, &rule.listen, others),
+            None => D::bind(&rule.listen, rule.access()).map_err(|e| match e.kind() {
+                io::ErrorKind::AddrInUse => self.explain(e, &rule.listen),
                 _ => e,
             })?,
         };
@@ -241,13 +281,25 @@ impl Binder {
         let asked = std::mem::replace(&mut rule.listen, asked);
         // Checked again, because the port that was chosen may be the target's.
         check_alone(&rule, self.waiter)?;
-        check_beside(&rule, others.iter().map(|forward| &forward.rule))?;
+        check_beside(&rule, &self.index(), None)?;
         let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
         let quota = reserve_slots(&rule, &gates, id)?;
         let reports = self.reports.clone();
         let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, reports);
         forward.home = home;
+        self.index().insert(id.0, &forward.rule);
         Ok((listener, Arc::new(forward)))
+    }
+
+    /// Forgets the rule of a forward that there is no more.
+    pub(super) fn forget(&self, forward: ForwardId) {
+        self.index().remove(forward.0);
+    }
+
+    /// Returns whether no forward uses a passed socket.
+    fn is_unused(&self, passed: &Passed) -> bool {
+        let index = self.index();
+        passed.used_by.is_none_or(|id| !index.contains(id.0))
     }
 
     fn passed(&self) -> MutexGuard<'_, Vec<Passed>> {
@@ -256,16 +308,10 @@ impl Binder {
 
     /// Returns the socket of a rule that listens already, if one was passed and none of the others
     /// uses it.
-    fn take(
-        &self,
-        rule: &Rule,
-        id: ForwardId,
-        others: &[Arc<Forward>],
-    ) -> Result<Option<listener::Listener>> {
+    fn take(&self, rule: &Rule, id: ForwardId) -> Result<Option<listener::Listener>> {
         let mut passed = self.passed();
-        let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.used_by);
         let (name, address) = (rule.name.as_deref(), &rule.listen);
-        let fits = |it: &Passed| it.socket.is_for(name, address) && is_free(it);
+        let fits = |it: &Passed| it.socket.is_for(name, address) && self.is_unused(it);
         let Some(index) = passed.iter().position(fits) else {
             return Ok(None);
         };
@@ -287,16 +333,14 @@ impl Binder {
         passed.iter().any(|it| it.used_by == Some(forward))
     }
 
-    /// Calls `f` with each passed socket that none of these forwards uses.
+    /// Calls `f` with each passed socket that no forward uses.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn for_each_unused(
         &self,
-        forwards: &[Arc<Forward>],
         mut f: impl FnMut(&listener::Listener) -> io::Result<()>,
     ) -> io::Result<()> {
         let passed = self.passed();
-        let is_free = |it: &&Passed| !forwards.iter().any(|other| Some(other.id) == it.used_by);
-        let mut free = passed.iter().filter(is_free);
+        let mut free = passed.iter().filter(|it| self.is_unused(it));
         free.try_for_each(|it| f(&it.socket))
     }
 
@@ -311,12 +355,11 @@ impl Binder {
     }
 
     /// Adds to an error about an address in use which passed socket has it, if one may be meant.
-    fn explain(&self, error: Error, address: &Address, others: &[Arc<Forward>]) -> Error {
+    fn explain(&self, error: Error, address: &Address) -> Error {
         let passed = self.passed();
-        let is_free = |it: &Passed| !others.iter().any(|other| Some(other.id) == it.used_by);
         let near = passed
             .iter()
-            .find(|it| it.socket.is_near(address) && is_free(it));
+            .find(|it| it.socket.is_near(address) && self.is_unused(it));
         match near {
             Some(near) => {
                 let near = near.socket.address();
@@ -338,12 +381,7 @@ impl Binder {
 
     /// Makes a forward with another rule for one that listens already. The old one has no slots
     /// reserved from then on.
-    pub(super) fn replace<'a>(
-        &self,
-        rule: Rule,
-        old: &Forward,
-        others: impl Iterator<Item = &'a Arc<Forward>> + Clone,
-    ) -> Result<Arc<Forward>> {
+    pub(super) fn replace(&self, rule: Rule, old: &Forward) -> Result<Arc<Forward>> {
         if rule.listen != old.asked {
             let why = format!("this forward listens on {}", old.asked);
             let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
@@ -354,12 +392,13 @@ impl Binder {
         let rule = Rule { listen, ..rule };
         check_alone(&rule, self.waiter)?;
         self.check_forbidden(&rule)?;
-        check_beside(&rule, others.map(|forward| &forward.rule))?;
+        check_beside(&rule, &self.index(), Some(old.id))?;
         let gates = [old.gates[Side::Client].clone(), self.gate_of(&rule.connect)];
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new slots would have to be free besides the old ones.
         old.set_quota(None);
         let quota = reserve_slots(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
+        self.index().insert(old.id.0, &rule);
         Ok(Arc::new(old.with_rule(rule, gates, quota, waiter)))
     }
 
@@ -368,6 +407,7 @@ impl Binder {
         let quota = reserve_slots(&forward.rule, &forward.gates, forward.id);
         // There are as many as before, unless the VM's limit was lowered since.
         forward.set_quota(quota.unwrap_or(None));
+        self.index().insert(forward.id.0, &forward.rule);
     }
 
     /// Sets the limits of a VM.
@@ -386,12 +426,8 @@ impl Binder {
     fn gate_of_vm(&self, vm: &HyperkitVm) -> Arc<Gate> {
         let socket = socket_of(vm);
         let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, gate)) = gates.iter().find(|(known, _)| *known == socket) {
-            return Arc::clone(gate);
-        }
-        let gate = Arc::new(Gate::new(self.limits, vm.clone()));
-        gates.push((socket, Arc::clone(&gate)));
-        gate
+        let new = || Arc::new(Gate::new(self.limits, vm.clone()));
+        Arc::clone(gates.entry(socket).or_insert_with(new))
     }
 }
 

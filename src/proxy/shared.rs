@@ -1,6 +1,7 @@
 //! What the workers of a proxy share: the forwards, the process' quotas, the counts, and the
 //! inboxes through which they get commands. No socket is used here.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
@@ -9,13 +10,14 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
 use crate::engine::admission::quotas::{Holder, Quotas};
-use crate::engine::admission::{NotServed, Slot, Wake};
+use crate::engine::admission::{GateId, NotServed, Slot, SlotWake, Wake};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::routes::Routes;
 use crate::engine::rule::Limits;
 use crate::engine::status::ConnectionStatus;
+use crate::listener::FileAccess;
 use crate::name::SocketName;
 
 use super::descriptors::Descriptors;
@@ -65,8 +67,8 @@ pub(crate) enum Command<D: Driver> {
     Listen(D::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
     /// Replace the forward of the same id for new clients, and report it.
     Replace(Arc<Forward>, Wanted, Sender<()>),
-    /// Change the permissions of the forward's socket file, and report the result.
-    SetMode(ForwardId, u32, Wanted, Sender<io::Result<()>>),
+    /// Change the owner, group and permissions of the forward's socket file, and report the result.
+    SetAccess(ForwardId, FileAccess, Wanted, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time.
     Remove(Arc<Forward>, Duration, Sender<()>),
@@ -96,40 +98,56 @@ pub(crate) struct Inbox<D: Driver> {
     /// The number of the worker's connections.
     pub(crate) load: AtomicUsize,
     wake: Wake,
+    /// The gates at which there may be a slot again.
+    freed: Arc<Mutex<Vec<GateId>>>,
+    slot_wake: SlotWake,
 }
 
 impl<D: Driver> Inbox<D> {
     pub(crate) fn new(wake: Wake) -> Inbox<D> {
+        let freed = Arc::<Mutex<Vec<GateId>>>::default();
+        let slot_wake: SlotWake = {
+            let (freed, wake) = (Arc::clone(&freed), Arc::clone(&wake));
+            Arc::new(move |gate| {
+                lock(&freed).push(gate);
+                wake();
+            })
+        };
         Inbox {
             commands: Mutex::default(),
             load: AtomicUsize::new(0),
             wake,
+            freed,
+            slot_wake,
         }
     }
 
-    /// Returns the function that wakes the worker.
-    pub(super) fn waker(&self) -> Wake {
-        Arc::clone(&self.wake)
+    /// Returns the function by which the worker learns that a gate may have a slot again.
+    pub(super) fn slot_waker(&self) -> &SlotWake {
+        &self.slot_wake
+    }
+
+    /// Takes the gates at which there may be a slot again.
+    pub(super) fn take_freed(&self) -> Vec<GateId> {
+        std::mem::take(&mut *lock(&self.freed))
     }
 
     pub(crate) fn send(&self, command: Command<D>) {
-        self.commands
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(command);
+        lock(&self.commands).push(command);
         (self.wake)();
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.commands
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_empty()
+        lock(&self.commands).is_empty() && lock(&self.freed).is_empty()
     }
 
     pub(super) fn take(&self) -> Vec<Command<D>> {
-        std::mem::take(&mut *self.commands.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *lock(&self.commands))
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<D: Driver> std::fmt::Debug for Inbox<D> {
@@ -140,10 +158,41 @@ impl<D: Driver> std::fmt::Debug for Inbox<D> {
     }
 }
 
+/// The forwards of a proxy, in the order in which they were added.
+#[derive(Debug)]
+pub(super) struct Forwards(BTreeMap<ForwardId, Arc<Forward>>);
+
+impl Forwards {
+    fn new(forwards: Vec<Arc<Forward>>) -> Forwards {
+        Forwards(forwards.into_iter().map(|it| (it.id, it)).collect())
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Forward>> {
+        self.0.values()
+    }
+
+    pub(super) fn get(&self, id: ForwardId) -> Option<&Arc<Forward>> {
+        self.0.get(&id)
+    }
+
+    /// Inserts a forward, or replaces the one of the same id.
+    pub(super) fn insert(&mut self, forward: Arc<Forward>) {
+        self.0.insert(forward.id, forward);
+    }
+
+    pub(super) fn remove(&mut self, id: ForwardId) -> Option<Arc<Forward>> {
+        self.0.remove(&id)
+    }
+}
+
 /// What the workers of a proxy share.
 #[derive(Debug)]
 pub(crate) struct Shared<D: Driver> {
-    forwards: Mutex<Vec<Arc<Forward>>>,
+    forwards: Mutex<Forwards>,
     pub(crate) inboxes: Vec<Inbox<D>>,
     /// The connections that the process may have: as many as the limits allow, and no more than
     /// there are descriptors for. What a forward reserves at its VM is reserved for it here as
@@ -157,6 +206,9 @@ pub(crate) struct Shared<D: Driver> {
     pub(crate) live: AtomicUsize,
     /// How many of them are probes.
     probes: AtomicUsize,
+    /// The time at which the proxy began, and how many milliseconds later the last connection ended.
+    begun: Instant,
+    last_end: AtomicU64,
     /// Whether the proxy was told to stop.
     pub(super) stop_asked: AtomicBool,
     /// The number of workers that have begun to stop. They hand no connection over any more.
@@ -183,7 +235,7 @@ impl<D: Driver> Shared<D> {
         Shared {
             next: AtomicUsize::new(forwards.len()),
             next_connection: AtomicU64::new(0),
-            forwards: Mutex::new(forwards),
+            forwards: Mutex::new(Forwards::new(forwards)),
             inboxes,
             quotas: Mutex::new(quotas),
             most: limits.connections,
@@ -191,13 +243,15 @@ impl<D: Driver> Shared<D> {
             routes: Routes::default(),
             live: AtomicUsize::new(0),
             probes: AtomicUsize::new(0),
+            begun: D::clock(),
+            last_end: AtomicU64::new(0),
             stop_asked: AtomicBool::new(false),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
         }
     }
 
-    pub(super) fn forwards(&self) -> MutexGuard<'_, Vec<Arc<Forward>>> {
+    pub(super) fn forwards(&self) -> MutexGuard<'_, Forwards> {
         self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -248,12 +302,16 @@ impl<D: Driver> Shared<D> {
     }
 
     /// Counts the end of a connection or probe.
-    pub(super) fn note_end(&self, forward: &Forward, holder: Holder) {
+    pub(super) fn note_end(&self, forward: &Forward, holder: Holder, now: Instant) {
         match holder {
             Holder::Probes => drop(self.probes.fetch_sub(1, Ordering::Relaxed)),
             _ => drop(forward.tally.live.fetch_sub(1, Ordering::Relaxed)),
         }
         self.quotas().give_back(holder);
+        let age = now.saturating_duration_since(self.begun).as_millis();
+        // First: who finds no connection finds the time at which the last one ended.
+        self.last_end
+            .fetch_max(u64::try_from(age).unwrap_or(u64::MAX), Ordering::Release);
         self.live.fetch_sub(1, Ordering::AcqRel);
     }
 
@@ -261,6 +319,16 @@ impl<D: Driver> Shared<D> {
     pub(super) fn connections(&self) -> usize {
         let probes = self.probes.load(Ordering::Relaxed);
         self.live.load(Ordering::Relaxed).saturating_sub(probes)
+    }
+
+    /// Returns how long there has been no connection, or `None` if there is one.
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        if self.live.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        let last_end = Duration::from_millis(self.last_end.load(Ordering::Acquire));
+        let age = D::clock().saturating_duration_since(self.begun);
+        Some(age.saturating_sub(last_end))
     }
 
     /// Reserves a forward's slots, until [`release`](Shared::release).
@@ -330,7 +398,7 @@ impl<D: Driver> Shared<D> {
 fn reserve_slots(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
     let holder = Holder::Forward(forward.id);
-    quotas.bound(holder, forward.rule.connections);
+    quotas.bound(holder, forward.rule.most_connections());
     if let Err(left) = quotas.reserve(holder, reserved) {
         tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
         // As many as are left.

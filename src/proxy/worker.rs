@@ -3,7 +3,9 @@
 //!
 //! It does not know what a family of sockets does, nor what a connection is about to do next.
 
+use std::collections::{BTreeMap, HashSet};
 use std::io;
+use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
@@ -13,6 +15,7 @@ use crate::engine::Phase;
 use crate::engine::connection::LAST_DRAIN;
 use crate::engine::end_reason::EndReason;
 use crate::engine::forward::Forward;
+use crate::engine::id::ForwardId;
 use crate::engine::table::Id;
 use crate::time::after;
 
@@ -27,6 +30,10 @@ const FREEZE: Duration = Duration::from_millis(500);
 
 /// How often a worker checks during the stop whether the others are done.
 const STOP_TICK: Duration = Duration::from_millis(10);
+
+/// How many removed forwards are looked at when another is removed, so that those of which nothing
+/// is left are forgotten.
+const FORGOTTEN_PER_REMOVAL: usize = 4;
 
 /// Whether another turn of the loop follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +58,10 @@ pub(crate) struct Worker<D: Driver> {
     pub(super) shared: Arc<Shared<D>>,
     pub(super) connections: Connections<D>,
     pub(super) listeners: Listeners<D>,
-    /// The removed forwards, each with the time at which its connections are cut off.
-    removed: Vec<(Instant, Arc<Forward>)>,
+    /// The removed forwards whose connections go on, each with the time at which its connections are cut off.
+    removed: BTreeMap<(Instant, ForwardId), Arc<Forward>>,
+    /// The removed forward that was looked at last, to be forgotten if nothing of it is left.
+    looked_at: Option<(Instant, ForwardId)>,
     pub(super) phase: Phase,
     /// The time at which [`Phase::Cutting`] begins.
     cut_at: Option<Instant>,
@@ -90,7 +99,8 @@ impl<D: Driver> Worker<D> {
             shared,
             connections: Connections::new(pipes),
             listeners: Listeners::default(),
-            removed: Vec::new(),
+            removed: BTreeMap::new(),
+            looked_at: None,
             phase: Phase::Running,
             cut_at: None,
             end_at: None,
@@ -220,12 +230,15 @@ impl<D: Driver> Worker<D> {
             },
             Command::Replace(forward, wanted, done) => {
                 if wanted.begin() {
-                    self.listeners.replace_forward(forward);
+                    self.listeners.replace_forward(forward, now);
                     let _ = done.send(());
                 }
             }
-            Command::SetMode(forward, mode, wanted, done) => {
-                call!(self.listeners.set_mode(forward, mode, wanted, done), now);
+            Command::SetAccess(forward, access, wanted, done) => {
+                call!(
+                    self.listeners.set_access(forward, access, wanted, done),
+                    now
+                );
             }
             Command::Remove(forward, grace, done) => self.remove(forward, grace, done, now),
             #[cfg(all(unix, feature = "cli"))]
@@ -270,7 +283,7 @@ impl<D: Driver> Worker<D> {
             self.end_at,
             self.connections.next(now),
             self.listeners.next(now),
-            self.removed.iter().map(|(at, _)| *at).min(),
+            self.removed.keys().next().map(|(at, _)| *at),
         ]
         .into_iter()
         .flatten()
@@ -295,24 +308,38 @@ impl<D: Driver> Worker<D> {
     fn remove(&mut self, forward: Arc<Forward>, grace: Duration, tell: Sender<()>, now: Instant) {
         call!(self.listeners.remove(forward.id, tell), now);
         self.adopt_accepted(now);
-        // This is read first: the worker that accepted the last client has counted it before.
-        let may_come = |it: &Forward| !it.closed.load(Ordering::Acquire);
-        let has_some = |it: &Forward| it.tally.live.load(Ordering::Relaxed) > 0;
-        self.removed
-            .retain(|(_, before)| may_come(before) || has_some(before));
-        self.removed.push((after(now, grace), forward));
+        let at = after(now, grace);
+        self.removed.insert((at, forward.id), forward);
+        // Those of which nothing is left are forgotten sooner: each removal looks at a few.
+        for _ in 0..FORGOTTEN_PER_REMOVAL {
+            let next = match self.looked_at {
+                Some(last) => self.removed.range((Excluded(last), Unbounded)).next(),
+                None => self.removed.iter().next(),
+            };
+            let Some((&key, forward)) = next else {
+                self.looked_at = None;
+                break;
+            };
+            // This is read first: the worker that accepted the last client has counted it before.
+            let may_come = !forward.closed.load(Ordering::Acquire);
+            if !may_come && forward.tally.live.load(Ordering::Relaxed) == 0 {
+                self.removed.remove(&key);
+            }
+            self.looked_at = Some(key);
+        }
     }
 
     /// Cuts off the connections of removed forwards whose grace is over.
     fn cut_removed(&mut self, now: Instant) {
-        let due = self.removed.extract_if(.., |(at, _)| *at <= now);
-        for (_, forward) in due.collect::<Vec<_>>() {
+        let mut cut = HashSet::new();
+        while let Some(first) = self.removed.first_entry().filter(|it| it.key().0 <= now) {
+            let forward = first.remove();
             // A connection that is handed over after this is cut off when it arrives.
             forward.cut.store(true, Ordering::Release);
-            call!(
-                self.connections.cut(Some(forward.id), EndReason::Removed),
-                now
-            );
+            cut.insert(forward.id);
+        }
+        if !cut.is_empty() {
+            call!(self.connections.cut(Some(&cut), EndReason::Removed), now);
         }
     }
 

@@ -20,6 +20,10 @@ pub(crate) enum Target<'a> {
         host: &'a str,
         port: u16,
     },
+    /// A program or a file: it is dialled by [`dial::on_thread`](crate::dial::on_thread), since that
+    /// may block.
+    #[cfg(unix)]
+    OnThread,
     /// Nothing: this system has no such sockets, or they are not carried.
     NotCarried,
 }
@@ -34,6 +38,10 @@ impl Target<'_> {
             _ if cfg!(not(unix)) && !matches!(address, Address::Tcp(_)) => {
                 return Target::NotCarried;
             }
+            #[cfg(unix)]
+            Address::Exec(_) | Address::File(_) => return Target::OnThread,
+            #[cfg(not(unix))]
+            Address::Exec(_) | Address::File(_) => return Target::NotCarried,
             Address::Hyperkit(hyperkit) => Endpoint::Hyperkit(hyperkit.clone()),
             Address::Unix(unix) => Endpoint::Unix(unix.clone()),
             Address::VsockMux(mux) => Endpoint::VsockMux(mux.clone()),
@@ -81,7 +89,13 @@ impl Endpoint {
 
 /// Returns the error for a family whose sockets this system doesn't carry.
 pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
+    if let (Operation::Listen, Some((why, remedy))) = (operation, address.why_no_listener()) {
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+        return Error::new(operation, address, cause).with_remedy(remedy);
+    }
     let why = match address {
+        Address::Exec(_) => "programs are not started here".to_owned(),
+        Address::File(_) => "files are not sent here".to_owned(),
         Address::Npipe(_) => "named pipes are Windows'".to_owned(),
         other => format!("{} sockets are not carried here", other.scheme()),
     };

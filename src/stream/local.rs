@@ -7,13 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use mio::event::Source;
-use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+use socket2::{SockAddr, SockRef, Socket};
 
 use crate::address::hyperkit::connect_line;
 use crate::address::{HyperkitAddress, UnixAddress};
 use crate::keeper::{Kept, Link, When};
 use crate::name::PeerProcess;
-use crate::sys;
+use crate::sys::{self, Unconnected};
 
 use super::closer;
 use super::endpoint::{Endpoint, is_connected};
@@ -52,6 +52,9 @@ pub(crate) struct Local {
     /// doesn't once that has closed.
     peer: Option<PeerProcess>,
     descriptors: Descriptors,
+    /// Whether its end was read, and whether it was half-closed.
+    has_ended: bool,
+    is_half_closed: bool,
     /// The last read ended where descriptors were passed: more may follow, and no event comes for
     /// it.
     #[cfg(target_os = "linux")]
@@ -87,6 +90,8 @@ impl Local {
             is_vsock: true,
             peer: None,
             descriptors: Descriptors::Refused,
+            has_ended: false,
+            is_half_closed: false,
             #[cfg(target_os = "linux")]
             stopped: false,
         }
@@ -105,6 +110,8 @@ impl Local {
                 user: peer.user,
             }),
             descriptors,
+            has_ended: false,
+            is_half_closed: false,
             #[cfg(target_os = "linux")]
             stopped: false,
         }
@@ -132,14 +139,15 @@ impl Local {
             return;
         };
         let socket = SockRef::from(&self.stream);
-        let peeked = socket.peek(&mut [MaybeUninit::uninit()]);
-        let has_ended = match peeked {
+        let is_at_its_end = || match socket.peek(&mut [MaybeUninit::uninit()]) {
             Ok(bytes) => bytes == 0,
             Err(e) => e.kind() != io::ErrorKind::WouldBlock,
         };
         // One direction after the other: together they fail if one has ended (macOS).
-        let _ = socket.shutdown(Shutdown::Write);
-        let when = match has_ended {
+        if !self.is_half_closed {
+            let _ = socket.shutdown(Shutdown::Write);
+        }
+        let when = match self.has_ended || is_at_its_end() {
             true => When::Later,
             false => {
                 let _ = socket.shutdown(Shutdown::Read);
@@ -195,8 +203,13 @@ impl Local {
         }
     }
 
-    pub(super) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
-        self.stream.shutdown(how)
+    pub(super) fn half_close(&mut self) -> io::Result<()> {
+        self.is_half_closed = true;
+        self.stream.shutdown(Shutdown::Write)
+    }
+
+    pub(super) fn shutdown_read(&self) -> io::Result<()> {
+        self.stream.shutdown(Shutdown::Read)
     }
 
     /// Returns whether what it receives can go through a pipe. A splice would close the descriptors
@@ -226,7 +239,9 @@ impl Local {
 impl Read for Local {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.descriptors == Descriptors::Refused {
-            return self.stream.read(buffer);
+            let read = self.stream.read(buffer)?;
+            self.has_ended |= read == 0 && !buffer.is_empty();
+            return Ok(read);
         }
         let receive = || sys::receive(self.stream.as_fd(), buffer);
         let received = self.stream.try_io(receive)?;
@@ -286,15 +301,17 @@ fn connect_unix(address: &UnixAddress) -> io::Result<Local> {
 }
 
 fn connect_to(address: &SockAddr, keeper: Option<&Link>) -> io::Result<Local> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    sys::make_room(&SockRef::from(&socket));
-    // Before it has a peer.
-    let descriptors = Descriptors::refused(sys::refuse_descriptors(&socket));
-    let kept = keeper.and_then(|keeper| keeper.keep_connection(socket.as_fd()));
+    let (unconnected, kept) = match keeper {
+        Some(keeper) => keeper.keep_unconnected()?,
+        None => (Unconnected::new()?, None),
+    };
+    let Unconnected {
+        socket,
+        refuses_descriptors,
+    } = unconnected;
     socket.connect(address)?;
     let stream = mio::net::UnixStream::from_std(socket.into());
-    let mut stream = Local::from_unix(stream, descriptors);
+    let mut stream = Local::from_unix(stream, Descriptors::refused(refuses_descriptors));
     stream.kept = kept;
     Ok(stream)
 }

@@ -261,6 +261,9 @@ impl Stream {
     pub(crate) fn shutdown_read(&self) {
         let _ = match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
+            #[cfg(unix)]
+            Stream::Local(stream) => stream.shutdown_read(),
+            #[cfg(windows)]
             Stream::Local(stream) => stream.shutdown(Shutdown::Read),
             Stream::Blocking(stream) => stream.shutdown(Shutdown::Read),
         };
@@ -353,6 +356,9 @@ impl Socket for Stream {
     fn shutdown_write(&mut self) -> io::Result<()> {
         match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            #[cfg(unix)]
+            Stream::Local(stream) => stream.half_close(),
+            #[cfg(windows)]
             Stream::Local(stream) => stream.shutdown(Shutdown::Write),
             Stream::Blocking(stream) => stream.shutdown(Shutdown::Write),
         }

@@ -11,7 +11,8 @@
 //!   without following a symbolic link and without touching the file in any way that its owner
 //!   could notice.
 //! * `refuse_descriptors(socket)`, `refuses_descriptors(socket)`, `receive(socket, buffer)`:
-//!   descriptors that a peer passes; `send(socket, bytes, descriptor)`: one passed to a peer.
+//!   descriptors that a peer passes; `send(socket, bytes, descriptors)`: some passed to a peer.
+//! * `Unconnected`: a Unix socket before it is connected.
 //! * `detach()`: makes this process independent of the one that has started it.
 //! * `Place::of(path)`: a file by its directory and name, to be changed only if it is still the
 //!   right one, no link followed.
@@ -27,6 +28,7 @@
 //!   sockets, or `Unsupported`.
 //! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking
 //!   callers.
+//! * `wait_until_output_is_unread()`: the end of those that read standard output.
 //! * `has_client(listener)`: whether an accept would find a client, without accepting.
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: the user of this process, and the process at the other end
@@ -34,6 +36,10 @@
 //! * `program_name(process)`: the name of the program that a process runs.
 //! * `unread(socket)`: how many bytes have come that were not read yet.
 //! * `Process`: another process, and whether it is ending.
+//! * `detach_command(command, leads)`, `make_terminal()`, `hang_up_group(leader)` and its like:
+//!   programs that are started, and the ends of their groups.
+//! * `is_closed_by_peer(socket)`: whether the other end of a Unix socket is closed, not only
+//!   half-closed.
 //! * `Pipe`: splice, on Linux; elsewhere there is none.
 //! * `is_ignored(signal)`: whether the process was started with that signal ignored (`nohup`).
 //!
@@ -194,6 +200,36 @@ pub(crate) fn process_is_alive(pid: i32) -> bool {
         let _ = pid;
         false
     }
+}
+
+/// Returns the id of a user. The name may be looked up over the network.
+///
+/// # Errors
+/// That it can't be looked up; `Unsupported` where users have no numbers.
+#[cfg(feature = "cli")]
+pub(crate) fn user_by_name(name: &str) -> io::Result<Option<u32>> {
+    #[cfg(unix)]
+    return Ok(nix::unistd::User::from_name(name)?.map(|user| user.uid.as_raw()));
+    #[cfg(not(unix))]
+    no_numbers(name)
+}
+
+/// Returns the id of a group, as [`user_by_name`] does that of a user.
+///
+/// # Errors
+/// As there.
+#[cfg(feature = "cli")]
+pub(crate) fn group_by_name(name: &str) -> io::Result<Option<u32>> {
+    #[cfg(unix)]
+    return Ok(nix::unistd::Group::from_name(name)?.map(|group| group.gid.as_raw()));
+    #[cfg(not(unix))]
+    no_numbers(name)
+}
+
+#[cfg(all(not(unix), feature = "cli"))]
+fn no_numbers(_: &str) -> io::Result<Option<u32>> {
+    let why = "users and groups of files are Unix'";
+    Err(io::Error::new(io::ErrorKind::Unsupported, why))
 }
 
 /// Returns whether a socket call failed because both directions have ended: macOS says `EINVAL`

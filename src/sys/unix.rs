@@ -1,8 +1,10 @@
 //! Linux, macOS and the BSDs.
 
+mod child;
 mod place;
 mod process;
 mod rights;
+mod unconnected;
 
 use std::fs;
 use std::io;
@@ -12,11 +14,16 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::Wanted;
+pub(crate) use child::{
+    Leads, detach_command, end_of_input, hang_up_group, has_group, is_closed_by_peer, kill_group,
+    make_terminal, set_nonblocking,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 pub(crate) use place::Place;
 pub(crate) use process::Process;
-pub(crate) use rights::{receive, refuse_descriptors, refuses_descriptors, send};
+pub(crate) use rights::{MOST_SENT, receive, refuse_descriptors, refuses_descriptors, send};
+pub(crate) use unconnected::Unconnected;
 
 /// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux
 /// (`unix(7)`), 104 on macOS and the BSDs (`sys/un.h`).
@@ -367,6 +374,22 @@ pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     let answered = poll(&mut asked, PollTimeout::ZERO).is_ok();
     let gone = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL;
     answered && asked[0].revents().is_some_and(|now| now.intersects(gone))
+}
+
+/// Waits until nothing that is written to standard output can be read any more: its reader has
+/// closed it, or its terminal has gone. Returns false if the system can't say so of such a file.
+#[cfg(feature = "cli")]
+pub(crate) fn wait_until_output_is_unread() -> bool {
+    let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
+    let output = io::stdout();
+    let mut asked = [PollFd::new(output.as_fd(), PollFlags::empty())];
+    loop {
+        match poll(&mut asked, PollTimeout::NONE) {
+            Ok(_) => return asked[0].revents().is_some_and(|now| now.intersects(gone)),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(_) => return false,
+        }
+    }
 }
 
 /// Returns whether an accept would find a client now, or an error.

@@ -93,6 +93,12 @@ pub(crate) fn standard_output() -> io::Result<fs::File> {
     Ok(handle.into())
 }
 
+/// Returns false: the system can't say that the reader of standard output has gone.
+#[cfg(feature = "cli")]
+pub(crate) fn wait_until_output_is_unread() -> bool {
+    false
+}
+
 /// Writes to standard output. By std, which knows what a console needs.
 #[cfg(feature = "cli")]
 pub(crate) fn write_output(bytes: &[u8]) -> io::Result<usize> {

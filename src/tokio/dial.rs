@@ -8,7 +8,7 @@ use ::tokio::io::Interest;
 use ::tokio::time::{sleep_until, timeout_at};
 
 use crate::address::Address;
-use crate::dial::{Begun, Dial, Next, explain};
+use crate::dial::{Begun, Dial, Next, Programs, explain, on_thread};
 use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::stream::nonblocking::Stream;
@@ -27,6 +27,12 @@ pub(super) async fn connect(address: &Address, deadline: Instant) -> Result<Stre
                     .with_remedy("is the name right, and does DNS answer?")
             })?;
             dial.add(found.map(Endpoint::Tcp));
+        }
+        Target::OnThread => {
+            let to = address.clone();
+            let dial = move || on_thread(&to, &Programs::alone());
+            let dialled = ::tokio::task::spawn_blocking(dial).await;
+            return dialled.unwrap_or_else(|e| Err(explain(address, io::Error::other(e))));
         }
         Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
     }

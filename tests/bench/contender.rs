@@ -57,16 +57,23 @@ const MAC_128: &str = "hvsock, Mac, 128k";
 
 /// Another build of hvsock, `HVSOCK_BENCH_BEFORE`.
 const BEFORE: &str = "hvsock, before";
+const BEFORE_HYPERKIT: &str = "before, hyperkit";
+
+/// Behind `connect` of a hyperkit VM, with a keeper and without.
+const HYPERKIT: &str = "hvsock, hyperkit";
+const NO_KEEPER: &str = "same, no keeper";
 
 /// Those that can be had, in the order in which they are printed.
-pub(crate) const NAMES: [&str; 15] = [
+pub(crate) const NAMES: [&str; 17] = [
     "no proxy",
     BARE,
     BARE_COPY,
     "hvsock",
     BEFORE,
     "hvsock --no-splice",
-    "hvsock, hyperkit",
+    HYPERKIT,
+    NO_KEEPER,
+    BEFORE_HYPERKIT,
     BARE_MAC,
     MAC,
     MAC_CAPPED,
@@ -111,22 +118,25 @@ impl Contender {
                 }
                 commands.push(command);
             }
-            "hvsock" | BEFORE | "hvsock --no-splice" | "hvsock, hyperkit" | MAC | MAC_CAPPED
-            | MAC_128 => {
+            "hvsock" | BEFORE | "hvsock --no-splice" | HYPERKIT | NO_KEEPER | BEFORE_HYPERKIT
+            | MAC | MAC_CAPPED | MAC_128 => {
                 let mut command = match name {
-                    BEFORE => match std::env::var_os("HVSOCK_BENCH_BEFORE") {
+                    BEFORE | BEFORE_HYPERKIT => match std::env::var_os("HVSOCK_BENCH_BEFORE") {
                         Some(program) => Command::new(program),
                         None => return Ok(None),
                     },
                     _ => Command::new(env!("CARGO_BIN_EXE_hvsock")),
                 };
                 command.arg("forward");
+                if name == NO_KEEPER {
+                    command.arg("--no-keeper");
+                }
                 if name.ends_with("--no-splice") || room != Room::Default {
                     command.arg("--no-splice");
                 }
                 for (service, port) in fronts() {
                     let to = match name {
-                        "hvsock, hyperkit" => {
+                        HYPERKIT | NO_KEEPER | BEFORE_HYPERKIT => {
                             format!("hyperkit://:{}{}", service.port(), backs.dir.display())
                         }
                         _ => backs.socket(service, room),
@@ -233,9 +243,17 @@ impl Contender {
         self.ports[service as usize]
     }
 
-    /// Seconds of the processor that it and its children have used.
-    pub(crate) fn cpu(&self) -> f64 {
-        self.pids().iter().map(|pid| cpu(*pid)).sum()
+    /// Seconds of the processor that it and its children have used, and those of its keeper among them.
+    pub(crate) fn cpu(&self) -> (f64, f64) {
+        let (mut all, mut keeper) = (0.0, 0.0);
+        for pid in self.pids() {
+            let (own, comm) = (cpu(pid), fs::read_to_string(format!("/proc/{pid}/comm")));
+            all += own;
+            if comm.is_ok_and(|name| name.trim_end() == "hvsock-keeper") {
+                keeper += own;
+            }
+        }
+        (all, keeper)
     }
 
     /// Bytes of memory that are resident.
@@ -252,13 +270,17 @@ impl Contender {
         let mut pids: Vec<u32> = self.processes.iter().map(Child::id).collect();
         let mut next = 0;
         while let Some(pid) = pids.get(next) {
-            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-            let children = children.unwrap_or_default();
-            pids.extend(
-                children
-                    .split_whitespace()
-                    .filter_map(|pid| pid.parse::<u32>().ok()),
-            );
+            // Those of each thread.
+            let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+            for task in tasks.into_iter().flatten().flatten() {
+                let children = fs::read_to_string(task.path().join("children"));
+                let children = children.unwrap_or_default();
+                pids.extend(
+                    children
+                        .split_whitespace()
+                        .filter_map(|pid| pid.parse::<u32>().ok()),
+                );
+            }
             next += 1;
         }
         pids

@@ -44,6 +44,7 @@ fn loads() -> Vec<Load> {
 struct Cell {
     rates: Vec<f64>,
     cpu: Vec<f64>,
+    keeper: Vec<f64>,
     quantiles: [Vec<f64>; 3],
 }
 
@@ -65,6 +66,7 @@ const TRIES: usize = 4;
 struct Sample {
     rate: f64,
     cpu: f64,
+    keeper: f64,
     quantiles: [Option<Duration>; 3],
     stolen: f64,
 }
@@ -75,9 +77,11 @@ fn sample(load: Load, contender: &Contender) -> io::Result<Sample> {
         let (ticks, before) = (Ticks::now(), contender.cpu());
         let measured = load.run(contender.port(load.service()))?;
         let (amount, _) = load.amount();
+        let (all, keeper) = contender.cpu();
         let sample = Sample {
             rate: amount / measured.took.as_secs_f64(),
-            cpu: (contender.cpu() - before) / amount,
+            cpu: (all - before.0) / amount,
+            keeper: (keeper - before.1) / amount,
             quantiles: [0.5, 0.99, 0.999].map(|share| measured.quantile(share)),
             stolen: ticks.stolen_since(),
         };
@@ -164,6 +168,7 @@ fn run(rounds: usize, wanted: &[String]) -> io::Result<()> {
                 let cell = cells.entry((index, *name)).or_default();
                 cell.rates.push(sample.rate);
                 cell.cpu.push(sample.cpu);
+                cell.keeper.push(sample.keeper);
                 for (quantiles, time) in cell.quantiles.iter_mut().zip(sample.quantiles) {
                     quantiles.extend(time.map(|time| time.as_secs_f64() * 1e6));
                 }
@@ -216,12 +221,13 @@ fn print_load(index: usize, load: Load, cells: &BTreeMap<(usize, &str), Cell>) {
         .fold(f64::NAN, f64::min);
     println!("\n{}", load.name());
     println!(
-        "{:<18} {:>12} {:>7} {:>14} {:>7} {:>9} {:>9} {:>9}",
+        "{:<18} {:>12} {:>7} {:>14} {:>7} {:>9} {:>9} {:>9} {:>9}",
         "",
         format!("{unit}/s"),
         "x best",
         format!("CPU s/{unit}"),
         "x least",
+        "keeper's",
         "p50 us",
         "p99",
         "p99.9"
@@ -235,6 +241,10 @@ fn print_load(index: usize, load: Load, cells: &BTreeMap<(usize, &str), Cell>) {
             rate / best,
             cpu / least
         );
+        match of(name, |cell| &cell.keeper) {
+            Some(keeper) if keeper > 0.0 => print!(" {keeper:>9.3}"),
+            _ => print!(" {:>9}", "-"),
+        }
         let quantiles: [fn(&Cell) -> &[f64]; 3] = [
             |c| &c.quantiles[0],
             |c| &c.quantiles[1],
@@ -261,7 +271,7 @@ fn idle(count: usize, backs: &Backs) -> io::Result<()> {
         .filter(|name| !["no proxy", BARE, BARE_COPY].contains(name) && !name.contains("Mac"))
     {
         // A process a connection.
-        if name == "socat" || name == "hvsock, hyperkit" {
+        if name == "socat" || name.contains("hyperkit") || name.starts_with("same") {
             continue;
         }
         let Some(contender) = Contender::start(name, backs)? else {

@@ -8,6 +8,7 @@ use std::io::{ErrorKind, PipeReader, PipeWriter, Write};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
 
 use crate::common::{PATIENCE, eventually};
 
@@ -150,35 +151,29 @@ pub(crate) fn run(arguments: &[&str]) -> Output {
     output(command)
 }
 
-/// What a command that ends by itself, and doesn't say much, said.
+/// What a command that ends by itself said. It is read meanwhile, for a pipe holds only so much.
 pub(crate) fn output(mut command: Command) -> Output {
     command.stdin(Stdio::null());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = Mortal(command.spawn().unwrap());
+    let stdout = read_all(child.0.stdout.take().unwrap());
+    let stderr = read_all(child.0.stderr.take().unwrap());
     eventually(&format!("{command:?} ends"), || {
         child.0.try_wait().unwrap().is_some()
     });
-    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    child
-        .0
-        .stdout
-        .take()
-        .unwrap()
-        .read_to_end(&mut stdout)
-        .unwrap();
-    child
-        .0
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_end(&mut stderr)
-        .unwrap();
-    let status = child.0.wait().unwrap();
     Output {
-        status,
-        stdout,
-        stderr,
+        status: child.0.wait().unwrap(),
+        stdout: stdout.join().unwrap(),
+        stderr: stderr.join().unwrap(),
     }
+}
+
+fn read_all(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut all = Vec::new();
+        pipe.read_to_end(&mut all).unwrap();
+        all
+    })
 }
 
 /// Asserts the exit code, and that the one complaint contains all parts.

@@ -8,6 +8,9 @@ pub(crate) enum Failure {
     Failed(String),
     /// Standard output's reader has gone: it knows best why.
     OutputClosed,
+    /// The program has ended with this exit code, which isn't 0.
+    #[cfg(unix)]
+    Program(u8),
     Interrupted,
 }
 
@@ -24,6 +27,8 @@ pub(crate) type Outcome = Result<(), Failure>;
 pub(super) enum Event {
     /// A signal asks for the end.
     Interrupt,
+    /// Nobody can read standard output any more.
+    OutputClosed,
     /// From the threads of a session, by its number.
     Session(u64, SessionEvent),
 }

@@ -1,12 +1,17 @@
-//! Standard input and output over a connection of any family.
+//! Standard input and output, or a program's, over a connection of any family.
 
 mod event;
+mod near;
+#[cfg(unix)]
+mod program;
 mod session;
 
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+#[cfg(unix)]
+use crate::address::ExecAddress;
 use crate::address::{Address, HyperkitVm};
 use crate::app::serve::LOOK;
 use crate::dial;
@@ -18,7 +23,10 @@ use crate::time::after;
 
 use event::Event;
 pub(crate) use event::{Failure, Outcome};
-use session::{Input, Session};
+use near::{Input, Near};
+#[cfg(unix)]
+use program::Program;
+use session::Session;
 
 /// What `cat` is to do.
 #[derive(Clone, Debug)]
@@ -31,6 +39,11 @@ pub(crate) struct Plan {
     pub(crate) drain: Duration,
     /// One client is served after the other.
     pub(crate) keeps: bool,
+    /// What is started for each connection, in the place of standard input and output.
+    #[cfg(unix)]
+    pub(crate) exec: Option<ExecAddress>,
+    /// A connection is over when the peer has ended, whatever standard input still has.
+    pub(crate) ends_with_peer: bool,
 }
 
 /// One standard input and output, and the connections that have them one after the other.
@@ -57,6 +70,7 @@ impl Interrupter {
 impl Cat {
     pub(crate) fn new(plan: Plan) -> Cat {
         let (tell, events) = channel();
+        watch_output(tell.clone());
         Cat {
             plan,
             input: Input::default(),
@@ -85,26 +99,74 @@ impl Cat {
     }
 
     fn carry(&mut self, stream: Stream, connected: Instant) -> Outcome {
+        #[cfg(unix)]
+        if let Some(exec) = self.plan.exec.clone() {
+            return self.carry_to_program(&exec, stream, connected);
+        }
         self.sessions += 1;
+        self.session(Near::Standard(&self.input), stream, connected)
+            .run()
+    }
+
+    #[cfg(unix)]
+    fn carry_to_program(
+        &mut self,
+        exec: &ExecAddress,
+        stream: Stream,
+        connected: Instant,
+    ) -> Outcome {
+        let program = match Program::start(exec) {
+            Ok(program) => program,
+            Err(e) => {
+                // A guest's connection is not just closed.
+                if stream.address().transport().needs_graceful_close {
+                    let _ = stream.finish(LEAVE);
+                }
+                return Err(e.into());
+            }
+        };
+        self.sessions += 1;
+        let near = Near::Program(&program);
+        let outcome = self.session(near, stream, connected).run();
+        if outcome.is_err() {
+            program.cut();
+        }
+        outcome?;
+        loop {
+            match program.ended_within(LOOK) {
+                Some(Ok(0)) => return Ok(()),
+                Some(Ok(code)) => return Err(Failure::Program(code)),
+                Some(Err(e)) => {
+                    let program = exec.program.display();
+                    let why = format!("the exit code of {program} can't be had: {e}");
+                    return Err(Failure::Failed(why));
+                }
+                None if self.is_interrupted() => return Err(Failure::Interrupted),
+                None => {}
+            }
+        }
+    }
+
+    fn session<'a>(&'a self, near: Near<'a>, stream: Stream, connected: Instant) -> Session<'a> {
         Session {
             number: self.sessions,
             stream: stream.into(),
             connected,
             drain: self.plan.drain,
             keeps: self.plan.keeps,
-            input: &self.input,
+            near,
+            ends_with_peer: self.plan.ends_with_peer,
             events: &self.events,
             tell: &self.tell,
         }
-        .run()
     }
 
-    /// Whether the end was asked for since that was asked last.
+    /// Whether the end was asked for since that was asked last, by a signal or by the end of standard output's reader.
     pub(crate) fn is_interrupted(&self) -> bool {
         // Those of threads of an earlier session say nothing any more.
         self.events
             .try_iter()
-            .any(|event| matches!(event, Event::Interrupt))
+            .any(|event| matches!(event, Event::Interrupt | Event::OutputClosed))
     }
 
     /// Connects, trying again while there is time; and when that was.
@@ -201,6 +263,15 @@ impl Cat {
             }
         }
     }
+}
+
+/// Tells of the end of standard output's reader. A write would say so, too, but only once something has come.
+fn watch_output(tell: Sender<Event>) {
+    std::thread::spawn(move || {
+        if crate::sys::wait_until_output_is_unread() {
+            let _ = tell.send(Event::OutputClosed);
+        }
+    });
 }
 
 /// Why a dial came to nothing.

@@ -1,13 +1,13 @@
-//! One connection between standard input and standard output.
+//! One connection between standard input and standard output, or those of a program.
 //!
 //! A thread carries each direction, so that neither ever waits for the other; this one waits for what they tell. Each
 //! direction ends by itself: EOF on standard input becomes a half-close, and what comes is written to its end.
 
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,11 +17,9 @@ use crate::address::Refusal;
 use crate::app::serve::{self, LOOK};
 use crate::dial;
 use crate::stream::Stream;
-use crate::sys;
 
 use super::event::{Event, Failure, Outcome, SessionEvent};
-
-const BUFFER: usize = 128 * 1024;
+use super::near::{BUFFER, Chunks, Near, Output};
 
 /// How long a wait may be of which nothing but an event is expected.
 const IDLE: Duration = Duration::from_secs(3600);
@@ -33,83 +31,6 @@ const HOLD: Duration = Duration::from_millis(10);
 /// A wait at the end is told of if it is longer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What is read from standard input: bytes, or none at its end.
-type Chunk = io::Result<Vec<u8>>;
-
-/// Standard input, read by a thread that outlives sessions: what it waits for can't be taken back.
-#[derive(Debug, Default)]
-pub(super) struct Input(OnceLock<Arc<Mutex<Chunks>>>);
-
-impl Input {
-    fn chunks(&self, wait: Duration) -> Arc<Mutex<Chunks>> {
-        let start = || {
-            let (put, come) = sync_channel(1);
-            thread::spawn(move || read_input(&put));
-            Arc::new(Mutex::new(Chunks {
-                come,
-                kept: None,
-                wait,
-            }))
-        };
-        Arc::clone(self.0.get_or_init(start))
-    }
-}
-
-/// What was read and no session has sent yet.
-#[derive(Debug)]
-struct Chunks {
-    come: Receiver<Chunk>,
-    /// Taken for a session that was over by then.
-    kept: Option<Chunk>,
-    /// How long a session waits before it looks whether it is over.
-    wait: Duration,
-}
-
-impl Chunks {
-    /// Waits a while for the next one.
-    fn next(&mut self, over: &AtomicBool) -> Option<Chunk> {
-        let chunk = match self.kept.take() {
-            Some(chunk) => chunk,
-            None => match self.come.recv_timeout(self.wait) {
-                Ok(chunk) => chunk,
-                Err(RecvTimeoutError::Timeout) => return None,
-                // Its end was told to an earlier session.
-                Err(RecvTimeoutError::Disconnected) => Ok(Vec::new()),
-            },
-        };
-        if over.load(Ordering::Acquire) {
-            self.kept = Some(chunk);
-            return None;
-        }
-        Some(chunk)
-    }
-}
-
-fn read_input(put: &SyncSender<Chunk>) {
-    let mut input = match sys::standard_input() {
-        Ok(input) => input,
-        Err(e) => return drop(put.send(Err(e))),
-    };
-    loop {
-        let mut chunk = vec![0; BUFFER];
-        let read = input.read(&mut chunk);
-        let ended = match read {
-            Ok(n) => {
-                chunk.truncate(n);
-                put.send(Ok(chunk)).is_err() || n == 0
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
-            Err(e) => {
-                let _ = put.send(Err(e));
-                true
-            }
-        };
-        if ended {
-            return;
-        }
-    }
-}
-
 /// One connection, and all it has to do with.
 pub(super) struct Session<'a> {
     pub(super) number: u64,
@@ -118,7 +39,9 @@ pub(super) struct Session<'a> {
     pub(super) drain: Duration,
     /// Another session may follow.
     pub(super) keeps: bool,
-    pub(super) input: &'a Input,
+    pub(super) near: Near<'a>,
+    /// It is over when the peer has ended.
+    pub(super) ends_with_peer: bool,
     pub(super) events: &'a Receiver<Event>,
     pub(super) tell: &'a Sender<Event>,
 }
@@ -142,9 +65,10 @@ impl Session<'_> {
             half_closed: Arc::default(),
             received: Arc::default(),
         };
-        self.spawn(&shared, receive);
+        let output = self.near.output();
+        self.spawn(&shared, |shared, tell| receive(shared, output, tell));
         // Where no other session follows, none needs to let go of the input.
-        let chunks = self.input.chunks(if self.keeps { LOOK } else { IDLE });
+        let chunks = self.near.chunks(if self.keeps { LOOK } else { IDLE });
         let connected = self.connected;
         self.spawn(&shared, move |shared, tell| {
             send(shared, &chunks, connected, tell)
@@ -153,7 +77,10 @@ impl Session<'_> {
         let outcome = self.wait(&shared, &mut peer_ended);
         shared.over.store(true, Ordering::Release);
         let is_graceful = self.stream.address().transport().needs_graceful_close;
-        if !peer_ended || outcome.is_err() && !is_graceful {
+        if outcome.is_ok() && !peer_ended && self.near.has_gone() {
+            // Nobody here waits for the rest, and the peer has to take ours.
+            self.close_gracefully();
+        } else if !peer_ended || outcome.is_err() && !is_graceful {
             // The peer may have ended and still be waiting for the rest of ours.
             self.leave();
         } else {
@@ -206,11 +133,19 @@ impl Session<'_> {
                 Ok(Event::Session(number, event)) if number == self.number => event,
                 Ok(Event::Session(..)) => continue,
                 Ok(Event::Interrupt) => return Err(Failure::Interrupted),
+                // All that was to be read is written.
+                Ok(Event::OutputClosed) if *peer_ended => continue,
+                Ok(Event::OutputClosed) => return Err(Failure::OutputClosed),
                 // Only now: a failure that is on its way comes first.
-                Err(RecvTimeoutError::Timeout) if *peer_ended && self.nobody_is_left() => {
+                Err(RecvTimeoutError::Timeout)
+                    if *peer_ended && self.near.is_idle(|| self.stream.is_hung_up()) =>
+                {
                     return Ok(());
                 }
                 Err(RecvTimeoutError::Timeout) => {
+                    if sent.is_some() && self.near.has_gone() {
+                        return Ok(());
+                    }
                     let received = shared.received.load(Ordering::Relaxed);
                     if received != moved.0 || sent.is_none() {
                         moved = (received, Instant::now());
@@ -235,6 +170,10 @@ impl Session<'_> {
                     if count == 0 && address.transport().refusal == Refusal::Eof && !half_closed {
                         return Err(dial::refused_by_eof(address).into());
                     }
+                    self.near.end_output();
+                    if self.ends_with_peer {
+                        return Ok(());
+                    }
                 }
                 SessionEvent::ReceiveFailed(0, _)
                     if address.transport().refusal == Refusal::Eof =>
@@ -251,6 +190,7 @@ impl Session<'_> {
                     let why = format!("cannot read standard input: {e}");
                     return Err(Failure::Failed(why));
                 }
+                SessionEvent::OutputFailed(_) if self.near.may_leave_unread() => {}
                 SessionEvent::OutputFailed(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                     return Err(Failure::OutputClosed);
                 }
@@ -262,25 +202,28 @@ impl Session<'_> {
         }
     }
 
-    /// Whether what standard input may still say has nobody to hear it: a terminal's user waits for us, not we for him;
-    /// and a peer that has closed altogether takes nothing.
-    fn nobody_is_left(&self) -> bool {
-        io::stdin().is_terminal() || self.stream.is_hung_up()
-    }
-
     /// Ends a connection in the middle: what was sent is never made to look complete where the family can tell.
     fn leave(&self) {
         if !self.stream.address().transport().needs_graceful_close {
             self.stream.abort();
+            if self.stream.address().transport().runs_program {
+                // What closes it may be kept by a thread that reads standard input.
+                let _ = self.stream.shutdown(Shutdown::Both);
+            }
             return;
         }
+        self.close_gracefully();
+    }
+
+    /// Gives the peer time to end the connection.
+    fn close_gracefully(&self) {
         let mut told = false;
         // Not left to the receiving thread: standard output may keep it.
         serve::close_gracefully(&self.stream, self.drain, |passed| {
             if passed >= PATIENCE && !std::mem::replace(&mut told, true) {
                 let (address, seconds) = (self.stream.address(), self.drain.as_secs());
                 info!(
-                    "giving {address} {seconds} s to end the connection, as its VM needs it; a signal cuts that short"
+                    "giving {address} {seconds} s to end the connection; a signal cuts that short"
                 );
             }
             let interrupted = |event| matches!(event, Event::Interrupt);
@@ -290,9 +233,9 @@ impl Session<'_> {
 }
 
 /// Carries what comes to standard output; when that can't be, discards it until the session is over.
-fn receive(shared: &Shared, tell: &dyn Fn(SessionEvent)) {
+fn receive(shared: &Shared, output: Output, tell: &dyn Fn(SessionEvent)) {
     let mut stream = &*shared.stream;
-    let mut output = match sys::standard_output() {
+    let mut output = match output {
         Ok(output) => Some(output),
         Err(e) => {
             tell(SessionEvent::OutputFailed(e));
@@ -330,7 +273,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn Fn(SessionEvent)) {
     let mut stream = &*shared.stream;
     loop {
-        let next = lock(chunks).next(&shared.over);
+        let next = lock(chunks).next(|| shared.over.load(Ordering::Acquire));
         let chunk = match next {
             Some(chunk) => chunk,
             None if shared.over.load(Ordering::Acquire) => return,

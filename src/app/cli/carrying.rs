@@ -41,18 +41,20 @@ pub(super) fn carry(
     proxy.forwards().iter().map(describe).for_each(say);
     kept.iter().for_each(|kept| kept.complain());
     let _retry = kept.map(Kept::keep_trying).transpose()?;
-    run_proxy(proxy, options.grace(), signals)
+    run_proxy(proxy, options, signals)
 }
 
 /// Returns what the control socket may do beside what the proxy itself can.
 #[cfg(unix)]
 fn actions(options: &ProxyOptions, kept: Option<Arc<Kept>>) -> Actions {
     let (grace, rule) = (options.grace(), options.rule().clone());
+    let allows_exec = options.control().allows_exec();
     Actions {
         options: Box::new(move || rule.clone()),
         pending: Box::new(move || kept.as_ref().map(|it| it.shown()).unwrap_or_default()),
         reload: None,
         succession: None,
         grace: Box::new(move || grace),
+        allows_exec: Box::new(move || allows_exec),
     }
 }

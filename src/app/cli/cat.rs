@@ -3,13 +3,23 @@
 use std::time::{Duration, Instant};
 
 use clap::Args;
+#[cfg(unix)]
+use clap_complete::ArgValueCompleter;
+#[cfg(unix)]
+use std::ffi::OsString;
 
+#[cfg(unix)]
+use super::arguments;
+#[cfg(unix)]
+use super::complete;
 use super::console::complain;
 use super::options::Peer;
 use super::outcome::{Failure, Outcome};
 use super::services;
 use super::signals::EndSignals;
 use crate::address::Address;
+#[cfg(unix)]
+use crate::address::ExecAddress;
 use crate::app::cat::{self, Plan};
 use crate::app::serve::{self, Stop};
 use crate::app::values::{parse_mode, parse_time};
@@ -19,7 +29,7 @@ use crate::listener::lasting::LastingListener;
 #[derive(Args, Debug)]
 #[command(
     after_help = "EOF on standard input is passed on as a half-close, and the answer is read to its end. The exit code \
-    is 0 if all of both went through.
+    is 0 if all of both went through. It ends, too, when the reader of its standard output has gone.
 
 Examples:
   hvsock cat vsock://2:1024 <request >answer
@@ -27,6 +37,9 @@ Examples:
   ssh -o ProxyCommand='hvsock cat --wait 30 --vm docker 22' root@docker
   hvsock cat -l vsock://:1024 >upload
   hvsock cat -lk --echo vsock://:7
+  hvsock cat 'exec:/usr/bin/sort?arg=-u' <lines
+  hvsock cat -l --exec /bin/tar vsock://:1024 -- -x -C /srv
+  (echo status; sleep 60) | hvsock cat --end-with-peer --vm docker 7070
 Addresses: see `hvsock forward --help`."
 )]
 pub(super) struct Cat {
@@ -38,6 +51,9 @@ pub(super) struct Cat {
     /// With -l, serve one client after the other; with --echo, all at the same time
     #[arg(short = 'k', long, requires = "listen")]
     keep_listening: bool,
+    /// End once the peer has ended, whatever standard input may still have, as hvcat and socat do
+    #[arg(long, conflicts_with = "echo")]
+    end_with_peer: bool,
     /// With -l, send back what comes, instead of standard input
     #[arg(long, requires = "listen")]
     echo: bool,
@@ -54,6 +70,15 @@ pub(super) struct Cat {
     /// With -l, permissions of a Unix listening socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, requires = "listen")]
     mode: u32,
+    /// Start a program for the connection, which is its standard input and output; its exit code is that of cat. It is
+    /// named by its path, and its arguments follow behind --, or by exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes
+    #[cfg(unix)]
+    #[arg(long, value_name = "PROGRAM", conflicts_with = "echo", add = ArgValueCompleter::new(complete::address), value_parser = arguments::program())]
+    exec: Option<ExecAddress>,
+    /// Arguments of that program
+    #[cfg(unix)]
+    #[arg(last = true, value_name = "ARG", requires = "exec")]
+    args: Vec<OsString>,
 }
 
 impl Cat {
@@ -68,6 +93,9 @@ impl Cat {
             wait: self.wait.saturating_sub(begun.elapsed()),
             drain: self.drain_timeout,
             keeps: self.keep_listening,
+            #[cfg(unix)]
+            exec: self.program(),
+            ends_with_peer: self.end_with_peer,
         };
         if !self.listen {
             return connect(plan);
@@ -82,6 +110,14 @@ impl Cat {
             true => self.echo(plan, listener, signals),
             false => accept(plan, listener, signals),
         }
+    }
+
+    /// Returns the program that is to be started.
+    #[cfg(unix)]
+    fn program(&self) -> Option<ExecAddress> {
+        let mut program = self.exec.clone()?;
+        program.args.extend(self.args.iter().cloned());
+        Some(program)
     }
 
     fn echo(&self, plan: Plan, mut listener: LastingListener, mut signals: EndSignals) -> Outcome {
@@ -134,13 +170,24 @@ fn connect(plan: Plan) -> Outcome {
     let signals = EndSignals::take()?;
     let mut cat = cat::Cat::new(plan);
     interrupt_by(signals, &cat);
-    Ok(cat.connect()?)
+    let outcome = cat.connect();
+    // A program whose connection was cut is ended, with those that it has started.
+    #[cfg(unix)]
+    crate::dial::Programs::alone().wait();
+    Ok(outcome?)
 }
 
-fn accept(plan: Plan, mut listener: LastingListener, signals: EndSignals) -> Outcome {
+fn accept(plan: Plan, listener: LastingListener, signals: EndSignals) -> Outcome {
     let keeps = plan.keeps;
     let mut cat = cat::Cat::new(plan);
     interrupt_by(signals, &cat);
+    let outcome = accept_each(&mut cat, listener, keeps);
+    #[cfg(unix)]
+    crate::dial::Programs::alone().wait();
+    outcome
+}
+
+fn accept_each(cat: &mut cat::Cat, mut listener: LastingListener, keeps: bool) -> Outcome {
     loop {
         if cat.is_interrupted() {
             // Between two clients nothing is lost.
@@ -150,6 +197,10 @@ fn accept(plan: Plan, mut listener: LastingListener, signals: EndSignals) -> Out
             Ok(served) if served && !keeps => return Ok(()),
             Ok(_) => {}
             Err(cat::Failure::Failed(why)) if keeps => complain(why),
+            #[cfg(unix)]
+            Err(cat::Failure::Program(code)) if keeps => {
+                complain(format_args!("the program has ended with exit code {code}"));
+            }
             Err(failure) => return Err(failure.into()),
         }
     }
@@ -164,6 +215,8 @@ impl From<cat::Failure> for Failure {
     fn from(failure: cat::Failure) -> Failure {
         match failure {
             cat::Failure::Failed(why) => Failure::Failed(why),
+            #[cfg(unix)]
+            cat::Failure::Program(code) => Failure::Program(code),
             // ssh ends its ProxyCommand by a signal whenever it has done.
             cat::Failure::Interrupted | cat::Failure::OutputClosed => Failure::Silent,
         }

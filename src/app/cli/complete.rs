@@ -99,6 +99,29 @@ pub(super) fn forward(begun: &OsStr) -> Vec<CompletionCandidate> {
     matching(begun, names)
 }
 
+/// Completes the id of a connection of the hvsock that runs.
+#[cfg(unix)]
+pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
+    use crate::app::control::{Connection, Status, find_path, get};
+    let found = in_time(|| {
+        let path = find_path();
+        let status: Status = get(&path, "/v1/status").ok()?;
+        let connections: Vec<Connection> = get(&path, "/v1/connections").ok()?;
+        Some((status, connections))
+    });
+    let Some((status, connections)) = found.flatten() else {
+        return Vec::new();
+    };
+    let names = connections.iter().map(|it| {
+        let (forward, peer) = (status.label_of(it.forward), it.peer_in_short());
+        (
+            it.id.to_string(),
+            format!("{forward}, from {peer}, {}", it.state),
+        )
+    });
+    matching(begun, names)
+}
+
 fn is_path(begun: &OsStr) -> bool {
     let begun = begun.to_string_lossy();
     begun.contains(std::path::is_separator) || begun.starts_with('.')

@@ -103,7 +103,7 @@ fn waiting(bytes: Waiting) -> String {
   hvsock connections web --json | jq '.[].id' | xargs hvsock close")]
 pub(super) struct Close {
     /// The connections' ids, as `hvsock connections` has them
-    #[arg(value_name = "ID", required = true)]
+    #[arg(value_name = "ID", required = true, add = ArgValueCompleter::new(complete::connection))]
     ids: Vec<u64>,
     #[command(flatten)]
     which: Which,

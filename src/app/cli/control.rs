@@ -14,10 +14,11 @@ use super::reconciler::danger;
 use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
 use super::summary::Report;
-use super::{complete, table};
+use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::control::{self, Unanswered, ask, read, refusals_by_reason, segment};
 use crate::app::escape;
+use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::keeper::LinkStatus;
 use crate::proxy::Counters;
@@ -203,20 +204,21 @@ pub(super) struct Add {
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = clap::value_parser!(Address))]
+    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::address())]
     addresses: Vec<Address>,
-    /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR
-    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
+    /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: Option<String>,
     /// Host to guest, as for `hvsock expose`
     #[arg(
         short = 'L',
         value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT",
-        requires = "vm"
+        requires = "vm",
+        value_parser = arguments::locals()
     )]
     local: Vec<Locals>,
     /// Guest to host, as for `hvsock expose`
-    #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm")]
+    #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm", value_parser = arguments::remotes())]
     remote: Vec<Remotes>,
     /// Print what the control socket says, as it is
     #[arg(long)]
@@ -243,9 +245,12 @@ impl Add {
         }
         let path = self.which.path();
         for rule in rules {
+            let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
             let (listen, connect) = (rule.listen.absolute()?, rule.connect.absolute()?);
             let (listen, connect) = (listen.to_string(), connect.to_string());
-            let rule = json!({"name": self.name, "listen": listen, "connect": connect});
+            let from = &options["from"];
+            let rule =
+                json!({"name": self.name, "listen": listen, "connect": connect, "from": from});
             let answer = ask(&path, "POST", "/v1/forwards", &rule.to_string())?;
             if self.json {
                 print_json(answer.trim_end())?;

@@ -22,9 +22,17 @@ pub(super) struct ControlOptions {
     /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
     #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
     metrics: Option<TcpAddress>,
+    /// Let forwards to programs (exec:/PROGRAM) be added by the control socket, too
+    #[arg(long)]
+    allow_exec: bool,
 }
 
 impl ControlOptions {
+    /// Returns whether forwards to programs may be added by the control socket.
+    pub(super) fn allows_exec(&self) -> bool {
+        self.allow_exec
+    }
+
     /// Returns which sockets there are to be, if any, and what becomes of one that can't be had.
     pub(super) fn sockets(&self, unavailable: Unavailable) -> Option<control::Options> {
         let control = match self.control.clone() {
@@ -63,6 +71,7 @@ pub(super) fn open(sockets: &control::Options, config: &mut ProxyConfig) -> crat
     let bound = control::bind(sockets)?;
     config.forbidden.extend(bound.addresses());
     config.other_descriptors += bound.descriptors();
+    config.observer = Some(bound.observer());
     Ok(bound)
 }
 

@@ -91,7 +91,7 @@ impl Demo {
         ));
         say("Ctrl-C ends it.");
 
-        let ended = run_proxy(proxy, self.options.grace(), signals);
+        let ended = run_proxy(proxy, &self.options, signals);
         vm.stop();
         ended
     }

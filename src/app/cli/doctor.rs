@@ -25,9 +25,9 @@ Examples:
   hvsock doctor --vm docker --json | jq -r '.checks[] | select(.verdict == \"failed\") | .name'"
 )]
 pub(super) struct Doctor {
-    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR; on Windows a Hyper-V
-    /// VM's name or id
-    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
+    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR, vsock://CID or
+    /// vsock-mux:///PATH; on Windows a Hyper-V VM's name or id
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
     vm: Option<String>,
     /// A vsock port on which a program in the guest should listen
     #[arg(long, value_name = "PORT", requires = "vm")]

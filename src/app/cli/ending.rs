@@ -1,19 +1,35 @@
 //! Runs a proxy until it is told to end, and ends the process whatever hangs.
 
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use super::console::complain;
 use super::manager::Manager;
+use super::options::ProxyOptions;
 use super::outcome::Outcome;
 use super::signals::{Asked, EndSignals};
+use crate::address::Address;
 use crate::app::lossy_writer::{Patience, set_patience};
 use crate::app::output;
-use crate::proxy::Proxy;
+use crate::proxy::{Handle, Proxy};
 
-/// Runs a proxy until one of the [`EndSignals`] or a failure ends it.
-pub(super) fn run_proxy(proxy: Proxy, grace: Duration, signals: EndSignals) -> Outcome {
-    run_until_told(proxy, signals, move || grace, || {})
+/// Runs a proxy until one of the [`EndSignals`] or a failure ends it, or it has been idle for long
+/// enough.
+pub(super) fn run_proxy(proxy: Proxy, options: &ProxyOptions, signals: EndSignals) -> Outcome {
+    let grace = options.grace();
+    let end = End {
+        grace: move || grace,
+        exit_idle: options.exit_idle(),
+    };
+    run_until_told(proxy, signals, end, || {})
+}
+
+/// How a process comes to its end.
+pub(super) struct End<G> {
+    /// Returns how long connections may take to finish; it is called when the end begins.
+    pub(super) grace: G,
+    /// How long there may be no connection before it ends. `None`: for ever.
+    pub(super) exit_idle: Option<Duration>,
 }
 
 /// How long the last words may take once the proxy has ended: whoever is to hear them may hang.
@@ -33,18 +49,71 @@ pub(super) fn end_without_what_hangs(grace: Duration) {
     });
 }
 
-/// The same; `grace` is asked for when the end begins, `reload` called when a signal asks for one.
-/// Neither may wait for anything: a signal ends the process whatever else goes on.
+/// Begins the end, and says why.
+fn begin_to_end(handle: &Handle, grace: Duration, status: String) {
+    // First what ends it, then what is said of it.
+    handle.stop(grace);
+    end_without_what_hangs(grace);
+    complain(&status);
+    Manager::stopping(status);
+}
+
+/// Begins the end when there has been no connection for `limit`, unless the proxy is over before:
+/// then the sender of `over` is dropped.
+///
+/// While it has a port that a hyperkit guest dials it goes on: a dialled port that nobody serves may
+/// hang the VM, and what the keeper would accept there starts no program.
+fn end_when_idle(
+    handle: &Handle,
+    limit: Duration,
+    grace: impl Fn() -> Duration,
+    over: &Receiver<()>,
+) {
+    let mut complained = false;
+    let mut left = limit;
+    while over.recv_timeout(left) == Err(RecvTimeoutError::Timeout) && !handle.is_stopping() {
+        left = match handle.idle_for() {
+            // The soonest that it can be.
+            None => limit,
+            Some(idle) => limit.saturating_sub(idle),
+        };
+        if !left.is_zero() {
+            continue;
+        }
+        let forwards = handle.forwards();
+        let dialled = |listen: &&Address| matches!(listen, Address::Hyperkit(_));
+        let Some(port) = forwards.iter().map(|it| &it.listen).find(dialled) else {
+            let seconds = limit.as_secs_f64();
+            let status = format!("stopping: no connection for {seconds} s");
+            return begin_to_end(handle, grace(), status);
+        };
+        if !std::mem::replace(&mut complained, true) {
+            complain(format_args!(
+                "idle, and not ending for that: a guest may dial {port}, which nobody else serves"
+            ));
+        }
+        left = limit;
+    }
+}
+
+/// The same; `reload` is called when a signal asks for it. Neither it nor the grace may wait for
+/// anything: a signal ends the process whatever else goes on.
 pub(super) fn run_until_told(
     proxy: Proxy,
     mut signals: EndSignals,
-    grace: impl Fn() -> Duration + Send + 'static,
+    end: End<impl Fn() -> Duration + Clone + Send + 'static>,
     reload: impl Fn() + Send + 'static,
 ) -> Outcome {
     let closer = signals.closer();
     let handle = proxy.handle();
     let _manager = Manager::begin(&handle);
+    let (_running, over) = channel::<()>();
+    if let Some(limit) = end.exit_idle {
+        let (handle, grace) = (handle.clone(), end.grace.clone());
+        std::thread::spawn(move || end_when_idle(&handle, limit, grace, &over));
+    }
     let (speaking, silence) = channel::<()>();
+    let grace = end.grace;
     std::thread::spawn(move || {
         let _speaking = speaking;
         let end = |asked: &Asked| {
@@ -64,11 +133,7 @@ pub(super) fn run_until_told(
                         grace.as_secs()
                     ),
                 };
-                // First what ends it, then what is said of it.
-                handle.stop(grace);
-                end_without_what_hangs(grace);
-                complain(&status);
-                Manager::stopping(status);
+                begin_to_end(&handle, grace, status);
             } else {
                 handle.stop(Duration::ZERO);
                 end_without_what_hangs(Duration::ZERO);

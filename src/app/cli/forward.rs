@@ -3,6 +3,7 @@
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 
+use super::arguments;
 use super::carrying::carry;
 use super::complete;
 use super::kept::KeepTrying;
@@ -21,16 +22,21 @@ use crate::proxy::ForwardStatus;
   unix:///PATH, /PATH, ./PATH     vsock://[CID]:PORT (Linux)
   unix:@NAME (abstract, Linux)    vsock-mux://:PORT/PATH (Firecracker and its kin)
   npipe:////./pipe/NAME (Windows; ?sddl=… says who may connect, if not you alone)
+To connect to (not on Windows):
+  exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes   a program that is started for each connection, which is its standard
+                                input and output; arg and env as often as wanted, percent-encoded; no shell
+  file:/PATH                    the content of a file
 Listening on hyperkit:// is taking what the guest dials: port PORT of the host, CID 2.
 
 Examples:
   hvsock forward tcp://127.0.0.1:8080 unix:///run/web.sock
   hvsock forward vsock://:2375 unix:///var/run/docker.sock
   hvsock forward /tmp/docker.sock hyperkit://:2375/path/to/state
-  hvsock forward hyperkit://:5000/path/to/state tcp://localhost:5000")]
+  hvsock forward hyperkit://:5000/path/to/state tcp://localhost:5000
+  hvsock forward vsock://:22 'exec:/usr/sbin/sshd?arg=-i'")]
 pub(super) struct Forward {
     /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = clap::value_parser!(Address))]
+    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::address())]
     addresses: Vec<Address>,
     #[command(flatten)]
     patience: KeepTrying,

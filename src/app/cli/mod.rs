@@ -1,5 +1,6 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
+mod arguments;
 mod carrying;
 mod cat;
 mod complete;
@@ -17,6 +18,8 @@ mod doctor;
 #[cfg(all(test, unix))]
 mod documented;
 mod ending;
+#[cfg(unix)]
+mod events;
 mod expose;
 mod forward;
 mod kept;
@@ -88,6 +91,8 @@ enum Command {
     Close(connections::Close),
     #[cfg(unix)]
     Top(top::Top),
+    #[cfg(unix)]
+    Events(events::Events),
     #[cfg(unix)]
     Add(control::Add),
     #[cfg(unix)]
@@ -190,6 +195,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         #[cfg(unix)]
         Command::Top(top) => top.run(),
         #[cfg(unix)]
+        Command::Events(events) => events.run(),
+        #[cfg(unix)]
         Command::Add(add) => add.run(),
         #[cfg(unix)]
         Command::Remove(remove) => remove.run(),
@@ -234,6 +241,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
         }
+        #[cfg(unix)]
+        Err(Failure::Program(code)) => ExitCode::from(code),
         Err(Failure::Silent) => ExitCode::FAILURE,
     }
 }

@@ -8,15 +8,17 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 
+use super::arguments;
 use super::complete;
 #[cfg(unix)]
 use super::console::complain;
 use super::outcome::Failure;
-use crate::address::{Address, HvsockAddress, HyperkitAddress, Port, ServiceId, Vm, parse_service};
+use crate::address::{Address, HvsockAddress, Port, parse_service};
 use crate::app::log::LogOptions;
 use crate::app::rule::RuleOptions;
-use crate::app::values::parse_time;
-use crate::hyperkit::{Places, find};
+use crate::app::values::{parse_some_time, parse_time};
+use crate::app::vm::VmPlace;
+use crate::hyperkit::Places;
 #[cfg(unix)]
 use crate::keeper::Keeper;
 use crate::proxy::{ProxyConfig, Rule};
@@ -26,11 +28,12 @@ use crate::sys;
 #[derive(Args, Debug)]
 pub(super) struct Peer {
     /// Where to connect or listen; with --vm a vsock port alone
-    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address))]
+    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address), value_parser = arguments::address_text())]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
-    /// hyperkit:///STATE/DIR; on Windows a Hyper-V VM's name or id, and ADDRESS may be a service's GUID
-    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm))]
+    /// hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH; on Windows a Hyper-V VM's name or id, and ADDRESS may be a
+    /// service's GUID
+    #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: Option<String>,
 }
 
@@ -44,38 +47,28 @@ impl Peer {
             let parsed = self.address.parse::<Address>();
             return parsed.map_err(|e| Failure::Usage(e.to_string()));
         };
-        if cfg!(windows) {
-            return hyper_v(vm, &self.address);
-        }
-        let port: Port = self
-            .address
-            .parse()
-            .map_err(|e| Failure::Usage(format!("{:?} with --vm: {e}", self.address)))?;
         let places = Places::from_env();
-        loop {
-            match find(vm, &places) {
-                Ok(vm) => return Ok(HyperkitAddress { vm, port }.into()),
+        let vm = loop {
+            match VmPlace::find(vm, &places) {
+                Ok(vm) => break vm,
                 Err(e) if e.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
                     thread::sleep(LOOK_FOR_VM);
                 }
                 Err(e) => return Err(e.into()),
             }
+        };
+        if let VmPlace::HyperV(vm) = vm {
+            let service = parse_service(&self.address);
+            let service =
+                service.map_err(|e| Failure::Usage(format!("{:?} with --vm {e}", self.address)))?;
+            return Ok(HvsockAddress::new(vm, service).into());
         }
+        let port: Port = self
+            .address
+            .parse()
+            .map_err(|e| Failure::Usage(format!("{:?} with --vm: {e}", self.address)))?;
+        Ok(vm.guest_port(port))
     }
-}
-
-/// A service of a Hyper-V VM.
-fn hyper_v(vm: &str, service: &str) -> Result<Address, Failure> {
-    let service =
-        parse_service(service).map_err(|e| Failure::Usage(format!("{service:?} with --vm {e}")))?;
-    hyper_v_service(vm, service)
-}
-
-/// As [`hyper_v`].
-pub(super) fn hyper_v_service(vm: &str, service: ServiceId) -> Result<Address, Failure> {
-    let vm = Vm::parse(vm)
-        .ok_or_else(|| Failure::Usage(format!("{vm:?} is neither a VM's name nor its id")))?;
-    Ok(HvsockAddress::new(vm, service).into())
 }
 
 /// Whether there is a keeper.
@@ -127,6 +120,9 @@ pub(super) struct ProxyOptions {
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     grace: Duration,
+    /// Seconds without a connection after which it ends, for sockets by which a service manager starts it again [default: it goes on]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_some_time)]
+    exit_idle: Option<Duration>,
     /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors); up to eight ninths of them may be its guest's, whose dials beyond that are ended at once
     #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]
     vm_connections: u16,
@@ -174,5 +170,9 @@ impl ProxyOptions {
 
     pub(super) fn grace(&self) -> Duration {
         self.grace
+    }
+
+    pub(super) fn exit_idle(&self) -> Option<Duration> {
+        self.exit_idle
     }
 }

@@ -10,6 +10,9 @@ pub(super) enum Failure {
     /// The same, in several lines, of which the first says what.
     #[cfg(unix)]
     Listed(Vec<String>),
+    /// The program that was to be run has ended with this exit code, which isn't 0.
+    #[cfg(unix)]
+    Program(u8),
     /// It could not be done, and whoever would be told knows: exit code 1.
     Silent,
 }

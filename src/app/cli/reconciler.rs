@@ -93,7 +93,7 @@ impl Reconciler {
         wanted: &[Rule],
         waits_for: &dyn Fn(&Rule) -> Option<String>,
     ) -> Summary {
-        let before = self.failed();
+        let before: HashSet<Failed> = self.failed().into_iter().collect();
         let mut summary = self.apply(wanted, waits_for, Occasion::Retry);
         summary.failed.retain(|it| !before.contains(it));
         summary
@@ -126,7 +126,8 @@ impl Reconciler {
             summary: Summary::default(),
             pending: Vec::new(),
         };
-        let is_pending = |rule: &Rule| before.iter().find(|it| is_same(&it.rule, rule));
+        let before: HashMap<_, &Pending> = before.iter().map(|it| (wish(&it.rule), it)).collect();
+        let is_pending = |rule: &Rule| before.get(&wish(rule)).copied();
         for step in plan(&existing, wanted) {
             match (&step, occasion) {
                 // Somebody has removed it by hand.
@@ -145,8 +146,10 @@ impl Reconciler {
             ..
         } = change;
         summary.join_moves();
-        let place = |it: &Pending| wanted.iter().position(|rule| is_same(rule, &it.rule));
-        pending.sort_by_key(place);
+        // The first of those that are the same.
+        let places = wanted.iter().enumerate().rev();
+        let places: HashMap<_, usize> = places.map(|(at, rule)| (wish(rule), at)).collect();
+        pending.sort_by_key(|it| places.get(&wish(&it.rule)).copied());
         for it in &mut pending {
             if let Some(was) = is_pending(&it.rule) {
                 it.since = was.since;
@@ -158,9 +161,9 @@ impl Reconciler {
     }
 }
 
-/// Whether they are the same wish.
-fn is_same(one: &Rule, other: &Rule) -> bool {
-    (&one.name, &one.listen) == (&other.name, &other.listen)
+/// What is the same of rules that are the same wish.
+fn wish(rule: &Rule) -> (&Option<String>, &Address) {
+    (&rule.name, &rule.listen)
 }
 
 /// The names, and why those can't be had.

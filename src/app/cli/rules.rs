@@ -3,12 +3,12 @@
 use std::io;
 
 use super::console::complain;
-use super::options::hyper_v_service;
 use super::outcome::Failure;
 use super::spec::{Local, Locals, Remote, Remotes};
-use crate::address::{Address, HyperkitAddress, HyperkitVm, Port};
+use crate::address::{Address, HyperkitVm};
+use crate::app::vm::VmPlace;
 use crate::error::{Error, Operation};
-use crate::hyperkit::{Places, find};
+use crate::hyperkit::Places;
 use crate::proxy::Rule;
 
 /// Returns the rules of `-L` and `-R`.
@@ -17,25 +17,18 @@ pub(super) fn rules_of_vm(
     local: &[Locals],
     remote: &[Remotes],
 ) -> Result<Vec<Rule>, Failure> {
-    let hyperkit = match cfg!(windows) {
-        true => None,
-        false => Some(find(name, &Places::from_env())?),
-    };
-    hyperkit.as_ref().map_or(Ok(()), look_at)?;
-    let vm = |port: Port| match &hyperkit {
-        Some(vm) => Ok(HyperkitAddress {
-            vm: vm.clone(),
-            port,
-        }
-        .into()),
-        None => hyper_v_service(name, port.into()),
-    };
+    let vm = VmPlace::find(name, &Places::from_env())?;
+    if let VmPlace::Hyperkit(vm) = &vm {
+        look_at(vm)?;
+    }
     let mut rules = Vec::new();
     for Local { listen, guest_port } in local.iter().flat_map(|it| &it.0) {
-        rules.push(Rule::new(listen.clone(), vm(*guest_port)?));
+        rules.push(Rule::new(listen.clone(), vm.guest_port(*guest_port)));
     }
     for Remote { host_port, target } in remote.iter().flat_map(|it| &it.0) {
-        rules.push(Rule::new(vm(*host_port)?, target.clone()));
+        let mut rule = Rule::new(vm.host_port(*host_port), target.clone());
+        rule.from = vm.sources();
+        rules.push(rule);
     }
     Ok(rules)
 }

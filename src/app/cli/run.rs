@@ -14,7 +14,7 @@ use clap::{Args, ValueHint};
 use super::console::{complain, list, print, say};
 #[cfg(unix)]
 use super::ending::end_without_what_hangs;
-use super::ending::run_until_told;
+use super::ending::{End, run_until_told};
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
@@ -91,9 +91,10 @@ impl Check {
         for missing in &wanted.missing {
             complain(running::absence(missing));
         }
+        let vms = config.vms_of_forwards();
         for rule in &wanted.rules {
             let name = rule.name.as_deref().unwrap_or_default();
-            let vm = config.vm_of(name);
+            let vm = vms.get(name).copied();
             print(running::describe(name, &rule.listen, &rule.connect, vm))?;
         }
         let file = display_name(&self.file);
@@ -144,8 +145,11 @@ impl Run {
                 let _ = reload(&reloading);
             },
         )?;
-        let grace = move || asked.grace();
-        run_until_told(proxy, signals, grace, retry.reloader())
+        let end = End {
+            exit_idle: asked.exit_idle(),
+            grace: move || asked.grace(),
+        };
+        run_until_told(proxy, signals, end, retry.reloader())
     }
 }
 
@@ -217,7 +221,8 @@ fn control(
         start: Box::new(move || start_successor(&program)),
         end: Box::new(move |pid| end_after_hand_over(ended.handle(), ended.grace(), pid)),
     };
-    let (read, options, grace, pending) = (
+    let (read, options, grace, pending, exec) = (
+        Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
         Arc::clone(running),
@@ -237,6 +242,7 @@ fn control(
         })),
         succession: Some(succession),
         grace: Box::new(move || grace.grace()),
+        allows_exec: Box::new(move || exec.allows_exec()),
     };
     super::control_socket::serve(doors, proxy, actions)
 }

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-#[cfg(unix)]
 use crate::address::HyperkitVm;
 use tracing::{error, info, warn};
 
@@ -95,6 +94,7 @@ fn open_doors(file: &Path, config: &Config, proxy: &mut ProxyConfig) -> crate::R
 fn forbid(bound: Doors, proxy: &mut ProxyConfig) -> Doors {
     proxy.forbidden = bound.addresses();
     proxy.other_descriptors = bound.descriptors();
+    proxy.observer = Some(bound.observer());
     bound
 }
 
@@ -273,6 +273,12 @@ impl Running {
         self.config().defaults.clone()
     }
 
+    /// Returns whether the file lets forwards to programs be added by the control socket.
+    #[cfg(unix)]
+    pub(super) fn allows_exec(&self) -> bool {
+        self.config().allow_exec
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -292,6 +298,11 @@ impl Running {
         self.config().grace
     }
 
+    /// How long there may be no connection before it ends, as the file said at first.
+    pub(super) fn exit_idle(&self) -> Option<Duration> {
+        self.config().exit_idle
+    }
+
     /// What could not be had so far, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let mut told: Vec<String> = self.state().missing.iter().map(absence).collect();
@@ -302,11 +313,18 @@ impl Running {
     /// The forwards of these names, as they are carried now, line by line; all if none is named.
     pub(super) fn describe(&self, names: &[String]) -> Vec<String> {
         let config = self.config();
+        let vms = config.vms_of_forwards();
+        let names: HashSet<&String> = names.iter().collect();
         let forwards = self.handle().forwards().into_iter();
         let meant = |it: &ForwardStatus| names.is_empty() || names.contains(&name_of(&it.rule));
         let line = |it: ForwardStatus| {
             let name = name_of(&it.rule);
-            describe(&name, &it.listen, &it.rule.connect, config.vm_of(&name))
+            describe(
+                &name,
+                &it.listen,
+                &it.rule.connect,
+                vms.get(name.as_str()).copied(),
+            )
         };
         forwards.filter(meant).map(line).collect()
     }
@@ -342,11 +360,9 @@ impl Running {
 
     fn read_again(&self) -> Result<Summary, Problems> {
         let mut state = self.state();
+        let stopping = || Problems::of(&self.file, "not read again: the proxy is stopping");
         if self.handle().is_stopping() {
-            return Err(Problems::of(
-                &self.file,
-                "not read again: the proxy is stopping",
-            ));
+            return Err(stopping());
         }
         if self.file == Path::new(STANDARD_INPUT) {
             let why = "it came from there, and can't be read again";
@@ -359,10 +375,15 @@ impl Running {
             std::mem::replace(&mut *config, Arc::clone(&new))
         };
         let mut summary = self.apply(&mut state, wanted, Occasion::Asked);
+        // That waits for a hand-over, after which another process carries what the file said before.
+        if self.handle().is_stopping() {
+            return Err(stopping());
+        }
         for (key, same) in [
             ("workers", old.workers == new.workers),
             ("splice", old.splice == new.splice),
             ("access-log", old.access_log == new.access_log),
+            ("exit-idle", old.exit_idle == new.exit_idle),
             ("control", old.control == new.control),
             ("metrics", old.metrics == new.metrics),
         ] {
@@ -398,24 +419,24 @@ impl Running {
 
     /// Makes the proxy carry what is wanted.
     fn apply(&self, state: &mut State, wanted: Wanted, occasion: Occasion) -> Summary {
+        let limited: HashSet<&HyperkitVm> = wanted.limits.iter().map(|it| &it.vm).collect();
         for old in &state.limits {
-            if !wanted.limits.iter().any(|new| new.vm == old.vm) {
+            if !limited.contains(&old.vm) {
                 self.handle().limit_vm(&VmLimits::new(old.vm.clone()));
             }
         }
         for limits in &wanted.limits {
             self.handle().limit_vm(limits);
         }
-        let waits_for = |rule: &Rule| waits_for(rule, &wanted.missing);
+        let missing: HashSet<&HyperkitVm> = wanted.missing.iter().map(|it| &it.vm).collect();
+        let waits_for = |rule: &Rule| waits_for(rule, &missing);
         let mut summary = match occasion {
             Occasion::Asked => self.reconciler.apply(&wanted.rules, &waits_for, occasion),
             Occasion::Retry => self.reconciler.try_again(&wanted.rules, &waits_for),
         };
         state.limits = wanted.limits;
-        let new = wanted
-            .missing
-            .iter()
-            .filter(|it| !state.missing.contains(it));
+        let known: HashSet<&Missing> = state.missing.iter().collect();
+        let new = wanted.missing.iter().filter(|it| !known.contains(it));
         summary.warnings.extend(new.map(absence));
         state.missing = wanted.missing;
         summary
@@ -435,10 +456,9 @@ fn guest_of(listen: &Address) -> Option<&HyperkitVm> {
 }
 
 /// Why a rule can't listen yet, if it is on a VM whose directory is missing.
-fn waits_for(rule: &Rule, missing: &[Missing]) -> Option<String> {
-    let vm = rule.listen.hyperkit_vm()?;
-    let missing = missing.iter().find(|missing| missing.vm == *vm)?;
-    let directory = missing.vm.state_dir.display();
+fn waits_for(rule: &Rule, missing: &HashSet<&HyperkitVm>) -> Option<String> {
+    let vm = missing.get(rule.listen.hyperkit_vm()?)?;
+    let directory = vm.state_dir.display();
     Some(format!("waits for the VM's state directory, {directory}"))
 }
 

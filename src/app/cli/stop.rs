@@ -36,7 +36,7 @@ Examples:
 pub(super) struct Stop {
     /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end its keepers whose
     /// hvsock has ended, and no hvsock
-    #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"])]
+    #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"], value_parser = super::arguments::vm())]
     vm: Option<String>,
     /// End the keeper as well. Nobody listens then on the ports that the guest dials: a VM whose guest goes on dialling them
     /// may hang
@@ -196,13 +196,17 @@ pub(super) fn describe(keeper: &KeeperStatus, directory: &Path) -> String {
     let held = of(PortState::Held).map(|ports| format!(" and of port {ports}"));
     let served = of(PortState::Serving).map(|ports| format!(", accepts on port {ports}"));
     let served = served.unwrap_or_default();
+    let given_up = match keeper.given_up {
+        0 => String::new(),
+        n => format!("; gave up {n} whose guest went on sending"),
+    };
     match keeper.proxy_ended {
         false => format!(
-            "keeper {pid} of hvsock process {proxy} has copies of {connections}{}{served}",
+            "keeper {pid} of hvsock process {proxy} has copies of {connections}{}{served}{given_up}",
             held.unwrap_or_default()
         ),
         true => format!(
-            "keeper {pid}, whose hvsock process {proxy} has ended, ends {connections}{served}"
+            "keeper {pid}, whose hvsock process {proxy} has ended, ends {connections}{served}{given_up}"
         ),
     }
 }

@@ -1,5 +1,6 @@
 //! What has become of what a file asks for, as people and programs are told.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ pub(super) struct Summary {
 }
 
 /// A forward that can't be had now.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Failed {
     pub(super) name: String,
     pub(super) why: String,
@@ -30,7 +31,7 @@ pub(super) struct Failed {
 }
 
 /// When something that can't be had is tried again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Retried {
     /// After [`TRY_AGAIN`].
     Soon,
@@ -71,9 +72,11 @@ impl Summary {
 
     /// Takes what was both removed and added for what it is: moved.
     pub(super) fn join_moves(&mut self) {
-        let again = |name: &mut String| self.added.contains(name);
+        let added: HashSet<&String> = self.added.iter().collect();
+        let again = |name: &mut String| added.contains(name);
         let moved: Vec<String> = self.removed.extract_if(.., again).collect();
-        self.added.retain(|name| !moved.contains(name));
+        let names: HashSet<&String> = moved.iter().collect();
+        self.added.retain(|name| !names.contains(name));
         self.changed.extend(moved);
     }
 

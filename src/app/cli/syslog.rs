@@ -31,7 +31,7 @@ pub(super) struct Syslog {
     #[arg(value_name = "PATH")]
     path: PathBuf,
     /// Where the collector listens
-    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address))]
+    #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address), value_parser = super::arguments::address())]
     target: Address,
     /// Permissions of the socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "666", value_parser = parse_mode)]

@@ -16,7 +16,8 @@ use crate::vsock;
 #[derive(Args, Debug)]
 #[command(
     after_help = "hyperkit's VMs are found by their state directories, where minikube, Docker and linuxkit \
-    keep them, and in the current directory. On Windows, Hyper-V is asked, which takes an Administrator's or a Hyper-V \
+    keep them, and in the current directory; VMs of QEMU, Firecracker, Cloud Hypervisor and vhost-device-vsock by the \
+    command lines of their processes, and --vm takes what the list has under WHERE. On Windows, Hyper-V is asked, which takes an Administrator's or a Hyper-V \
     Administrator's rights.
 
 Examples:
@@ -49,8 +50,13 @@ impl Vms {
 fn hyperkit() -> Outcome {
     let survey = hyperkit::survey(&Places::from_env());
     let looked = format!("looked in {}", survey.looked.join(", "));
+    let others = others();
     if survey.found.is_empty() {
-        return print(format_args!("no hyperkit VM found; {looked}"));
+        print(format_args!("no hyperkit VM found; {looked}"))?;
+        return match others.is_empty() {
+            true => Ok(()),
+            false => print_text(table::of(HEADINGS, others)),
+        };
     }
     let keepers = keepers(&survey.found);
     let rows = survey.found.into_iter().map(|vm| {
@@ -58,7 +64,7 @@ fn hyperkit() -> Outcome {
         let directory = vm.vm.state_dir.display().to_string();
         [vm.name, vm.source.to_string(), state.to_owned(), directory]
     });
-    print_text(table::of(HEADINGS, rows))?;
+    print_text(table::of(HEADINGS, rows.chain(others)))?;
     for line in keepers {
         print(line)?;
     }
@@ -66,6 +72,22 @@ fn hyperkit() -> Outcome {
         complain(format_args!("there may be more; {looked}"));
     }
     Ok(())
+}
+
+/// The rows of the VMs that other VMMs run here.
+#[cfg(unix)]
+fn others() -> Vec<[String; 4]> {
+    use crate::app::{processes, vmms};
+    // Where the system doesn't tell of processes, none is known.
+    let found = vmms::find(&processes::list_all().unwrap_or_default()).into_iter();
+    found
+        .map(|it| [it.name, it.vmm.to_owned(), "running".to_owned(), it.vm])
+        .collect()
+}
+
+#[cfg(not(unix))]
+fn others() -> Vec<[String; 4]> {
+    Vec::new()
 }
 
 /// The keepers of the VMs, those of which the hvsock has ended included, line by line.

@@ -9,7 +9,7 @@ use super::problems::Line;
 use super::vms::Vm;
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, TcpAddress, UnixAddress};
-use crate::proxy::{Rule, describe_loop, find_loop, leads_to};
+use crate::proxy::{Rule, RuleIndex, describe_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
 type Door = (&'static str, Address);
@@ -68,23 +68,30 @@ pub(super) fn find(
     });
     let mut claims: Vec<Claim<'_>> = of_rules.chain(of_parts).collect();
     claims.sort_by_key(|claim| claim.line);
-    let mut taken: HashMap<ListenKey<'_>, Vec<Claim<'_>>> = HashMap::new();
-    for claim in claims {
-        let others = taken.entry(claim.listen.listen_key()).or_default();
-        if let Some(other) = others.iter().find(|it| it.listen.collides(claim.listen)) {
+    let mut taken: HashMap<ListenKey<'_>, &Claim<'_>> = HashMap::new();
+    for claim in &claims {
+        let near = claim.listen.colliding_keys().into_iter();
+        let others = near.filter_map(|key| taken.get(&key));
+        let colliding = others.filter(|it| it.listen.collides(claim.listen));
+        if let Some(other) = colliding.min_by_key(|it| it.line) {
             let text = format!(
                 "[forward.{}]: [forward.{}] in line {} listens on {} already; remove one, or choose another address",
                 claim.name, other.name, other.line, other.listen
             );
             complain(claim.line.clone(), text);
         }
-        others.push(claim);
+        for key in claim.listen.listen_keys() {
+            taken.entry(key).or_insert(claim);
+        }
     }
-    for (forward, rule) in rules {
+    let mut index = RuleIndex::default();
+    for (id, (_, rule)) in (0..).zip(rules) {
+        index.insert(id, rule);
+    }
+    for (id, (forward, rule)) in (0..).zip(rules) {
         let name = &forward.name;
         let listen = &rule.listen;
-        let beside = rules.iter().filter(|(other, _)| other.name != *name);
-        if let Some(trail) = find_loop(rule, beside.map(|(_, rule)| rule)) {
+        if let Some(trail) = index.find_loop(Some(id), rule) {
             let text = format!(
                 "[forward.{name}]: {}; choose another target",
                 describe_loop(&trail)

@@ -1,5 +1,6 @@
 //! What there is to do so that a running proxy carries what a file says, and nothing else is touched.
 
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 
 use crate::address::Address;
@@ -49,37 +50,51 @@ enum Found<'a, I> {
 /// address keeps the listener. What is not known by that, and came from the file, has moved if there is
 /// its name.
 pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule]) -> Vec<Step<I>> {
-    let mut left: Vec<&Existing<I>> = existing.iter().collect();
-    let mut take = |fits: &dyn Fn(&Existing<I>) -> bool| {
-        let index = left.iter().position(|it| fits(it))?;
-        Some(left.remove(index))
+    let mut holders: HashMap<_, VecDeque<usize>> = HashMap::new();
+    let mut namesakes: HashMap<&str, VecDeque<usize>> = HashMap::new();
+    for (index, it) in existing.iter().enumerate() {
+        holders
+            .entry(place_of(&it.rule))
+            .or_default()
+            .push_back(index);
+        if let Some(name) = it.rule.name.as_deref().filter(|_| it.ours) {
+            namesakes.entry(name).or_default().push_back(index);
+        }
+    }
+    let mut left = vec![true; existing.len()];
+    let mut take = |from: Option<&mut VecDeque<usize>>| {
+        let from = from?;
+        while let Some(index) = from.pop_front() {
+            if std::mem::take(&mut left[index]) {
+                return Some(&existing[index]);
+            }
+        }
+        None
     };
     let mut matches: Vec<(&Rule, Found<'_, I>)> = Vec::new();
     for rule in wanted {
-        let chosen = rule.listen.leaves_port_to_kernel();
-        let fits = |it: &Existing<I>| {
-            it.rule.listen == rule.listen && (!chosen || it.rule.name == rule.name)
-        };
-        matches.push((rule, take(&fits).map_or(Found::Nothing, Found::Holder)));
+        let holder = take(holders.get_mut(&place_of(rule)));
+        matches.push((rule, holder.map_or(Found::Nothing, Found::Holder)));
     }
     for (rule, found) in &mut matches {
-        let fits = |it: &Existing<I>| it.ours && rule.name.is_some() && it.rule.name == rule.name;
-        if let Found::Nothing = found
-            && let Some(namesake) = take(&fits)
+        if let (Found::Nothing, Some(name)) = (&found, &rule.name)
+            && let Some(namesake) = take(namesakes.get_mut(name.as_str()))
         {
             *found = Found::Namesake(namesake);
         }
     }
-    let mut steps: Vec<Step<I>> = left
+    let names: HashSet<&String> = wanted.iter().filter_map(|it| it.name.as_ref()).collect();
+    let mut steps: Vec<Step<I>> = existing
         .iter()
-        .filter(|it| it.ours)
-        .map(|it| Step::Remove(it.id))
+        .zip(left)
+        .filter(|(it, is_left)| it.ours && *is_left)
+        .map(|(it, _)| Step::Remove(it.id))
         .collect();
     for (held, found) in &matches {
         if let Found::Holder(holder) = found
             && let Some(name) = &holder.rule.name
             && held.name.as_ref() != Some(name)
-            && wanted.iter().any(|rule| rule.name.as_ref() == Some(name))
+            && names.contains(name)
         {
             steps.push(Step::Unname(holder.id));
         }
@@ -98,38 +113,90 @@ pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule
     steps
 }
 
+/// Where a rule listens, by which its forward is known again; and its name, if the port is chosen.
+fn place_of(rule: &Rule) -> (&Address, Option<&Option<String>>) {
+    let chosen = rule.listen.leaves_port_to_kernel();
+    (&rule.listen, chosen.then_some(&rule.name))
+}
+
 /// Those that move, each after those that have to leave its new place.
-fn order<I: Copy + PartialEq>(mut moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step<I>> {
-    let mut steps = Vec::new();
-    while !moves.is_empty() {
-        let in_the_way_of = |rule: &Rule| {
-            let is = |(old, _): &(&Existing<I>, &Rule)| may_collide(&old.rule.listen, &rule.listen);
-            moves.iter().position(is)
-        };
-        let free = moves
-            .iter()
-            .position(|(_, rule)| in_the_way_of(rule).is_none());
-        if let Some(index) = free {
-            let (old, rule) = moves.remove(index);
-            steps.push(Step::Move(old.id, rule.clone()));
-            continue;
+fn order<I: Copy + PartialEq>(moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step<I>> {
+    let mut holders: HashMap<WayKey, Vec<usize>> = HashMap::new();
+    for (index, (old, _)) in moves.iter().enumerate() {
+        for key in way_keys(&old.rule.listen) {
+            holders.entry(key).or_default().push(index);
         }
-        // Somebody is in the way of each: from one to the next leads into a circle.
-        let mut way = vec![0];
-        let circle = loop {
-            let last = way.last().copied().unwrap_or(0);
-            let next = in_the_way_of(moves[last].1).unwrap_or(last);
-            if let Some(begin) = way.iter().position(|it| *it == next) {
-                break way.split_off(begin);
+    }
+    // For each, those that are in its way, and those in whose way it is.
+    let mut in_the_way = vec![BTreeSet::new(); moves.len()];
+    let mut waiting = vec![Vec::new(); moves.len()];
+    for (index, (_, rule)) in moves.iter().enumerate() {
+        let keys = way_keys(&rule.listen);
+        for &other in keys.iter().filter_map(|key| holders.get(key)).flatten() {
+            let is_in_the_way = may_collide(&moves[other].0.rule.listen, &rule.listen);
+            if is_in_the_way && in_the_way[index].insert(other) {
+                waiting[other].push(index);
             }
-            way.push(next);
+        }
+    }
+    let mut steps = Vec::new();
+    let mut left: BTreeSet<usize> = (0..moves.len()).collect();
+    let is_free = |index: &usize| in_the_way[*index].is_empty();
+    let mut free: BTreeSet<usize> = left.iter().copied().filter(is_free).collect();
+    while let Some(first) = left.first().copied() {
+        let going = match free.pop_first() {
+            Some(index) => {
+                let (old, rule) = moves[index];
+                steps.push(Step::Move(old.id, rule.clone()));
+                vec![index]
+            }
+            None => {
+                // Somebody is in the way of each: from one to the next leads into a circle.
+                let mut way = vec![first];
+                let circle = loop {
+                    let last = way.last().copied().unwrap_or(first);
+                    let next = in_the_way[last].first().copied().unwrap_or(last);
+                    if let Some(begin) = way.iter().position(|it| *it == next) {
+                        break way.split_off(begin);
+                    }
+                    way.push(next);
+                };
+                let member = |index: &usize| (moves[*index].0.id, moves[*index].1.clone());
+                steps.push(Step::Exchange(circle.iter().map(member).collect()));
+                circle
+            }
         };
-        let member = |index: &usize| (moves[*index].0.id, moves[*index].1.clone());
-        let exchange: Vec<(I, Rule)> = circle.iter().map(member).collect();
-        moves.retain(|(old, _)| !exchange.iter().any(|(id, _)| *id == old.id));
-        steps.push(Step::Exchange(exchange));
+        for gone in going {
+            left.remove(&gone);
+            free.remove(&gone);
+            for index in std::mem::take(&mut waiting[gone]) {
+                in_the_way[index].remove(&gone);
+                if in_the_way[index].is_empty() && left.contains(&index) {
+                    free.insert(index);
+                }
+            }
+        }
     }
     steps
+}
+
+/// What two addresses have in common if one may be in the way of the other.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum WayKey {
+    TcpPort(u16),
+    VsockPort(u32),
+    File(PathBuf),
+    Address(Address),
+}
+
+fn way_keys(listen: &Address) -> Vec<WayKey> {
+    let key = match listen {
+        Address::Tcp(tcp) => WayKey::TcpPort(tcp.port),
+        Address::Vsock(vsock) => WayKey::VsockPort(vsock.port.0),
+        other => WayKey::Address(other.clone()),
+    };
+    let file = file_of(listen).map(WayKey::File);
+    [Some(key), file].into_iter().flatten().collect()
 }
 
 /// Whether who listens at one may be in the way of who wants to at the other.

@@ -2,10 +2,10 @@
 
 use super::problems::Line;
 use super::section::Section;
-use super::vms::Place;
 use crate::address::{Address, Port};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
+use crate::app::vm::VmPlace;
 use crate::proxy::Rule;
 
 /// One end of a forward.
@@ -130,12 +130,19 @@ impl Forward {
     }
 
     /// The rule, with the VM where it was found.
-    pub(super) fn rule(&self, vm: Option<&Place>) -> Option<Rule> {
-        let address = |end: &End| match end {
-            End::At(address) => Some(address.clone()),
-            End::Vm(port) => vm.map(|vm| vm.address(*port)),
+    pub(super) fn rule(&self, vm: Option<&VmPlace>) -> Option<Rule> {
+        let listen = match &self.listen {
+            End::At(address) => address.clone(),
+            End::Vm(port) => vm?.host_port(*port),
         };
-        let rule = Rule::new(address(&self.listen)?, address(&self.connect)?);
+        let connect = match &self.connect {
+            End::At(address) => address.clone(),
+            End::Vm(port) => vm?.guest_port(*port),
+        };
+        let mut rule = Rule::new(listen, connect);
+        if let End::Vm(_) = &self.listen {
+            rule.from = vm?.sources();
+        }
         let mut rule = self.options.applied_to(rule);
         rule.name = Some(self.name.clone());
         Some(rule)

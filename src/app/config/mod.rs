@@ -27,6 +27,7 @@ mod template;
 mod tests;
 mod vms;
 
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -36,9 +37,10 @@ use serde_json::Value;
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::address::TcpAddress;
+use crate::address::{Address, TcpAddress};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
+use crate::app::vm::VmPlace;
 use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
 
@@ -55,6 +57,8 @@ use vms::{Found, Vm};
 pub(crate) struct Config {
     /// How long live connections may go on when the end is asked for.
     pub(crate) grace: Duration,
+    /// How long there may be no connection before it ends.
+    pub(crate) exit_idle: Option<Duration>,
     pub(crate) workers: Option<NonZeroUsize>,
     /// Whether bytes may go through pipes.
     pub(crate) splice: bool,
@@ -67,6 +71,9 @@ pub(crate) struct Config {
     /// For who adds forwards by the control socket.
     #[cfg(unix)]
     pub(crate) defaults: RuleOptions,
+    /// Whether forwards to programs may be added there.
+    #[cfg_attr(not(unix), allow(dead_code))]
+    pub(crate) allow_exec: bool,
     vms: Vec<Vm>,
     forwards: Vec<Forward>,
     /// Forwards that could be read in part. Of a file without mistakes there are none.
@@ -207,6 +214,7 @@ impl Config {
             return Err(source.problems());
         };
         let mut root = Section::root(&source, table.get_ref());
+        let exit_idle_line = root.line_of("exit-idle");
         let included = read_included(&mut root, &source, directory);
         let tables: Vec<_> = included
             .iter()
@@ -223,6 +231,14 @@ impl Config {
                 vm.name
             );
             source.note(vm.section_line.clone(), text);
+        }
+        let dialled = |rule: &&Rule| matches!(rule.listen, Address::Hyperkit(_));
+        if let (Some(_), Some(rule)) = (config.exit_idle, wanted.rules.iter().find(dialled)) {
+            let name = rule.name.as_deref().unwrap_or_default();
+            let text = format!(
+                "exit-idle has no effect: a guest dials [forward.{name}], which nobody else would serve"
+            );
+            source.note(exit_idle_line, text);
         }
         let mut problems = source.problems();
         problems.extend(included.into_iter().flat_map(|it| it.source.problems()));
@@ -241,11 +257,13 @@ impl Config {
         included: impl Iterator<Item = Section<'a, 'i>>,
     ) -> Config {
         let grace = root.take("grace", values::time);
+        let exit_idle = root.take("exit-idle", |value| values::time_or("never", value));
         let workers = root.take("workers", values::count(1..=256));
         let splice = root.take("splice", values::yes_or_no);
         let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
         let metrics = root.take("metrics", values::tcp);
+        let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
         if let Some(mut section) = root.table("defaults") {
             defaults = section.take_options(&defaults);
@@ -276,15 +294,17 @@ impl Config {
                 false => forwards.append(&mut read.forwards),
             }
         }
+        let mut known: HashSet<String> = vms.iter().map(|vm| vm.name.clone()).collect();
         for forward in &forwards {
             if let Some((vm, line)) = forward.vm()
-                && !vms.iter().any(|known| known.name == vm)
+                && known.insert(vm.to_owned())
             {
                 vms.push(Vm::undeclared(vm, line.clone()));
             }
         }
         Config {
             grace: grace.unwrap_or(Duration::from_secs(30)),
+            exit_idle: exit_idle.flatten(),
             workers: workers.and_then(NonZeroUsize::new),
             splice: splice.unwrap_or(true),
             access_log: access_log.unwrap_or(false),
@@ -292,6 +312,7 @@ impl Config {
             metrics,
             #[cfg(unix)]
             defaults,
+            allow_exec: allow_exec.unwrap_or(false),
             vms,
             forwards,
             parts,
@@ -302,8 +323,8 @@ impl Config {
     fn unused_vms(&self) -> impl Iterator<Item = &Vm> {
         let of_parts = self.parts.iter().filter_map(|it| it.vm.as_deref());
         let of_forwards = self.forwards.iter().filter_map(|it| Some(it.vm()?.0));
-        let used: Vec<&str> = of_parts.chain(of_forwards).collect();
-        let unused = move |vm: &&Vm| vm.declared && !used.contains(&vm.name.as_str());
+        let used: HashSet<&str> = of_parts.chain(of_forwards).collect();
+        let unused = move |vm: &&Vm| vm.declared && !used.contains(vm.name.as_str());
         self.vms.iter().filter(unused)
     }
 
@@ -326,10 +347,12 @@ impl Config {
         }
     }
 
-    /// The VM that a forward leads to or from, as the file calls it.
-    pub(crate) fn vm_of(&self, name: &str) -> Option<&str> {
-        let forward = self.forwards.iter().find(|forward| forward.name == name)?;
-        forward.vm().map(|(vm, _)| vm)
+    /// The VMs that the forwards lead to or from, as the file calls them, by the forwards' names.
+    pub(crate) fn vms_of_forwards(&self) -> HashMap<&str, &str> {
+        let forwards = self.forwards.iter();
+        forwards
+            .filter_map(|it| Some((it.name.as_str(), it.vm()?.0)))
+            .collect()
     }
 
     /// Looks for the VMs, and for what can't work.
@@ -344,11 +367,17 @@ impl Config {
             missing,
             ..Wanted::default()
         };
+        // The first of a name.
+        let mut places: HashMap<&str, &VmPlace> = HashMap::new();
+        for (vm, place) in &vms {
+            places.entry(&vm.name).or_insert(place);
+        }
+        let mut of_vm: HashMap<&str, Vec<&Forward>> = HashMap::new();
         let mut seen: Vec<(&Forward, Rule)> = Vec::new();
         for forward in &self.forwards {
             let place = forward.vm().map(|(name, _)| {
-                let found = vms.iter().find(|(vm, _)| vm.name == name);
-                found.map(|(_, place)| place)
+                of_vm.entry(name).or_default().push(forward);
+                places.get(name).copied()
             });
             // Of a VM that couldn't be found enough was said.
             let place = match place {
@@ -375,12 +404,11 @@ impl Config {
             complain,
         );
         for (vm, _) in &vms {
-            let of = |forward: &&Forward| forward.vm().is_some_and(|(name, _)| name == vm.name);
-            let mut its = self.forwards.iter().filter(of);
-            let places = its.clone().map(|it| it.options.reserved).sum::<usize>();
-            let (reserved, cap) = (places, vm.connections());
+            let its = of_vm.get(vm.name.as_str()).map_or(&[][..], Vec::as_slice);
+            let reserved = its.iter().map(|it| it.options.reserved).sum::<usize>();
+            let (cap, mut waiting) = (vm.connections(), its.iter().filter(|it| it.waits_for_vm()));
             // To know that a guest has taken a client that waits takes a place, too.
-            let proof = usize::from(cap > 1 && places > 0 && its.any(Forward::waits_for_vm));
+            let proof = usize::from(cap > 1 && reserved > 0 && waiting.next().is_some());
             if reserved + proof > cap {
                 let (name, left) = (&vm.name, cap - proof);
                 let text = format!(

@@ -1,13 +1,16 @@
 //! `[vm.NAME]`, and where that VM is.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::path::PathBuf;
 
 use super::problems::Line;
 use super::section::Section;
-use crate::address::{self, Address, HvsockAddress, HyperkitAddress, HyperkitVm, Port};
+use crate::address::HyperkitVm;
 use crate::app::values;
-use crate::hyperkit::{self, Places};
+use crate::app::vm::VmPlace;
+use crate::hyperkit::Places;
 use crate::nearest::nearest;
 use crate::proxy::{Limits, VmLimits};
 
@@ -26,15 +29,8 @@ pub(super) struct Vm {
     unanswered: Option<usize>,
 }
 
-/// Where a VM is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
-    Hyperkit(HyperkitVm),
-    HyperV(address::Vm),
-}
-
 /// A hyperkit VM whose state directory is not there yet, or can't be understood.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Missing {
     /// As the file calls it.
     pub(crate) name: String,
@@ -46,7 +42,7 @@ pub(crate) struct Missing {
 /// The VMs and where they are; those that can't be found are left out.
 #[derive(Debug)]
 pub(super) struct Found<'a> {
-    pub(super) vms: Vec<(&'a Vm, Place)>,
+    pub(super) vms: Vec<(&'a Vm, VmPlace)>,
     pub(super) missing: Vec<Missing>,
 }
 
@@ -94,8 +90,8 @@ impl Vm {
     }
 
     /// What bounds it, if the file says so.
-    pub(super) fn limits(&self, place: &Place) -> Option<VmLimits> {
-        let Place::Hyperkit(vm) = place else {
+    pub(super) fn limits(&self, place: &VmPlace) -> Option<VmLimits> {
+        let VmPlace::Hyperkit(vm) = place else {
             return None;
         };
         if self.connections.is_none() && self.unanswered.is_none() {
@@ -108,28 +104,15 @@ impl Vm {
     }
 }
 
-impl Place {
-    /// A port of it.
-    pub(super) fn address(&self, port: Port) -> Address {
-        match self {
-            Place::Hyperkit(vm) => HyperkitAddress {
-                vm: vm.clone(),
-                port,
-            }
-            .into(),
-            Place::HyperV(vm) => HvsockAddress::new(vm.clone(), port).into(),
-        }
-    }
-}
-
 /// Looks for VMs.
 pub(super) fn find<'a>(
     vms: &'a [Vm],
     places: &Places,
     complain: &mut dyn FnMut(Line, String),
 ) -> Found<'a> {
-    let mut found: Vec<(&Vm, Place)> = Vec::new();
+    let mut found: Vec<(&Vm, VmPlace)> = Vec::new();
     let mut missing = Vec::new();
+    let mut known: HashMap<VmPlace, &Vm> = HashMap::new();
     for vm in vms {
         let Some(at) = &vm.at else {
             continue;
@@ -149,14 +132,25 @@ pub(super) fn find<'a>(
                 continue;
             }
         };
-        if let Some((other, _)) = found.iter().find(|(_, other)| *other == place) {
-            let text = format!(
-                "{:?} is the same VM as {:?}; use one name for it",
-                vm.name, other.name
-            );
-            complain(vm.line.clone(), text);
+        if !matches!(place, VmPlace::Hyperkit(_))
+            && (vm.connections.is_some() || vm.unanswered.is_some())
+        {
+            let what =
+                "connections and unanswered bound hyperkit's VMs only, which have 1,024 slots";
+            complain(vm.section_line.clone(), format!("[vm.{}]: {what}", vm.name));
         }
-        if let Place::Hyperkit(hyperkit) = &place {
+        match known.entry(place.clone()) {
+            Entry::Vacant(free) => drop(free.insert(vm)),
+            Entry::Occupied(other) => {
+                let text = format!(
+                    "{:?} is the same VM as {:?}; use one name for it",
+                    vm.name,
+                    other.get().name
+                );
+                complain(vm.line.clone(), text);
+            }
+        }
+        if let VmPlace::Hyperkit(hyperkit) = &place {
             let directory = &hyperkit.state_dir;
             let is_missing = !directory.is_dir();
             let why = is_missing.then(|| format!("there is no {}", directory.display()));
@@ -177,18 +171,12 @@ pub(super) fn find<'a>(
 }
 
 /// Where a VM is; and why its state can't be understood, if so: it may be writing it just now.
-fn locate(at: &str, places: &Places) -> Result<(Place, Option<String>), String> {
-    if cfg!(windows) {
-        let vm = address::Vm::parse(at);
-        return vm
-            .map(|vm| (Place::HyperV(vm), None))
-            .ok_or_else(|| format!("{at:?} is neither a VM's name nor its id"));
-    }
-    match hyperkit::find(at, places) {
-        Ok(vm) => Ok((Place::Hyperkit(vm), None)),
+fn locate(at: &str, places: &Places) -> Result<(VmPlace, Option<String>), String> {
+    match VmPlace::find(at, places) {
+        Ok(vm) => Ok((vm, None)),
         // A VM that was named by its directory may be made later. What is wrong with one takes nothing from the others.
-        Err(e) if at.contains('/') => {
-            let place = || Place::Hyperkit(HyperkitVm::new(absolute(at, places)));
+        Err(e) if at.contains('/') && VmPlace::parse(at).is_none() => {
+            let place = || VmPlace::Hyperkit(HyperkitVm::new(absolute(at, places)));
             match e.kind() {
                 io::ErrorKind::NotFound => Ok((place(), None)),
                 io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput

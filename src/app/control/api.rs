@@ -21,9 +21,10 @@ use crate::app::values::parse_time;
 use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle};
 
 use super::endpoint::{Endpoint, Service};
+use super::events::Events;
 use super::handover;
 use super::handover::give::Successor;
-use super::http::{JSON, Request, Response, response};
+use super::http::{JSON, Request, Response, lines, response};
 use super::metrics;
 use super::model::{Connection, Forward, RuleBody, Status, read_rule};
 use super::problem::Problem;
@@ -40,6 +41,8 @@ pub(crate) struct Actions {
     pub(crate) succession: Option<Succession>,
     /// How long connections may take to finish unless it is said.
     pub(crate) grace: Box<dyn Fn() -> Duration + Send + Sync>,
+    /// Whether a forward to a program may be added.
+    pub(crate) allows_exec: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// See [`Actions::reload`].
@@ -74,6 +77,7 @@ pub(super) struct Api {
     actions: Actions,
     /// Where it is asked.
     endpoints: Vec<Arc<Endpoint>>,
+    pub(super) events: Arc<Events>,
     lanes: Lanes,
     handover: Mutex<HandoverState>,
     started: Instant,
@@ -125,12 +129,18 @@ fn json(status: u16, body: &impl Serialize) -> Answer {
 }
 
 impl Api {
-    pub(super) fn new(handle: Handle, actions: Actions, endpoints: Vec<Arc<Endpoint>>) -> Api {
+    pub(super) fn new(
+        handle: Handle,
+        actions: Actions,
+        endpoints: Vec<Arc<Endpoint>>,
+        events: Arc<Events>,
+    ) -> Api {
         let lane = |count| Arc::new(Semaphore::new(count));
         Api {
             handle,
             actions,
             endpoints,
+            events,
             lanes: Lanes {
                 looks: lane(LOOKS_AT_A_TIME),
                 changes: lane(1),
@@ -145,6 +155,14 @@ impl Api {
     /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
     /// never done: who asked would have given up.
     pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
+        if service == Service::Control
+            && request.method == "GET"
+            && request.path == EVENTS
+            && request.query.is_empty()
+        {
+            // They go on for as long as their reader, and keep nobody else.
+            return lines(self.events.read(&self.handle));
+        }
         let lane = match (service, request.method.as_str(), request.path.as_str()) {
             (Service::Metrics, ..) | (_, "GET", _) => &self.lanes.looks,
             (_, _, "/v1/stop") => &self.lanes.stops,
@@ -183,7 +201,8 @@ impl Api {
             ("POST", "/v1/take-over") => none(query).and_then(|()| self.take_over(&request.body)),
             ("POST", "/v1/upgrade") => none(query).and_then(|()| self.upgrade()),
             ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
-            (_, "/v1/status" | "/v1/connections") => return wrong_method("GET"),
+            ("GET", EVENTS) => none(query).and_then(|()| Err(no_such_call(path))),
+            (_, "/v1/status" | "/v1/connections" | EVENTS) => return wrong_method("GET"),
             (_, "/v1/forwards") => return wrong_method("GET, POST"),
             (_, "/v1/reload" | "/v1/stop" | "/v1/take-over" | "/v1/upgrade") => {
                 return wrong_method("POST");
@@ -316,6 +335,14 @@ impl Api {
             let problem = Problem::new(409, format!("another forward is there, {name}: {differs}"));
             return Err(problem
                 .with_remedy("remove that one first, or take another name and another address"));
+        }
+        if rule.connect.transport().runs_program && !(self.actions.allows_exec)() {
+            let why = format!(
+                "{}: no program may be started by who asks here",
+                rule.connect
+            );
+            let remedy = "write allow-exec = true in the file of `hvsock run`, or start it with --allow-exec";
+            return Err(Problem::new(403, why).with_remedy(remedy));
         }
         let id = self.handle.add(rule)?;
         let added = self.handle.forwards().into_iter().find(|it| it.id == id);
@@ -519,6 +546,8 @@ impl Api {
 /// Of this each connection has its own.
 const CONNECTIONS: &str = "/v1/connections/";
 
+const EVENTS: &str = "/v1/events";
+
 /// What a forward is called.
 fn label(forward: &ForwardStatus) -> String {
     match &forward.rule.name {
@@ -539,7 +568,7 @@ fn unknown(key: &str) -> Problem {
 }
 
 const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
-    GET /v1/connections, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
+    GET /v1/events, GET /v1/connections, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
     GET /metrics";
 
 fn no_such_call(path: &str) -> Problem {

@@ -7,12 +7,14 @@ use std::error::Error as _;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use hyper::Request;
+use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper::header::HOST;
+use hyper::{Request, Response};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -92,6 +94,41 @@ pub(crate) fn get<T: DeserializeOwned>(path: &Path, call: &str) -> Result<T, Una
     read(&ask(path, "GET", call, "")?)
 }
 
+/// Asks for what happens from now on, and passes each line of it on until the server ends, or
+/// `pass_on` returns false.
+pub(crate) fn follow(
+    path: &Path,
+    call: &str,
+    mut pass_on: impl FnMut(&str) -> bool,
+) -> Result<(), Unanswered> {
+    let end = Instant::now() + PATIENCE;
+    let refused = talk(path, "GET", call, "", PATIENCE, async |answer| {
+        let left = end.saturating_duration_since(Instant::now());
+        let answer = timeout(left, answer).await.map_err(io::Error::from)??;
+        let status = answer.status().as_u16();
+        if !(200..=299).contains(&status) {
+            return Ok(Some((status, read_text(answer).await?)));
+        }
+        let mut body = answer.into_body();
+        let mut rest = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|_| broken("what it tells was cut short: has it ended?"))?;
+            rest.extend(frame.into_data().unwrap_or_default());
+            while let Some(len) = rest.iter().position(|byte| *byte == b'\n') {
+                let line = rest.drain(..=len).collect::<Vec<u8>>();
+                if !pass_on(String::from_utf8_lossy(&line[..len]).as_ref()) {
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(None)
+    })?;
+    match refused {
+        None => Ok(()),
+        Some((status, answer)) => Err(Unanswered::Refused(Problem::of_answer(status, &answer))),
+    }
+}
+
 /// As [`ask`] for the status, of a server that may take so long; the answer's body.
 pub(crate) fn ask_status(path: &Path, patience: Duration) -> Result<String, Unanswered> {
     match exchange(path, "GET", "/v1/status", "", patience)? {
@@ -137,6 +174,28 @@ fn exchange(
     patience: Duration,
 ) -> Result<(u16, String), Unanswered> {
     let end = Instant::now() + patience;
+    talk(path, method, call, body, patience, async |answer| {
+        let whole = async {
+            let answer = answer.await?;
+            let status = answer.status().as_u16();
+            Ok((status, read_text(answer).await?))
+        };
+        let left = end.saturating_duration_since(Instant::now());
+        timeout(left, whole).await.map_err(io::Error::from)?
+    })
+}
+
+type Answer = Response<Incoming>;
+
+/// Connects to the server, if it is this user's, sends a request, and has its answer read.
+fn talk<T>(
+    path: &Path,
+    method: &str,
+    call: &str,
+    body: &str,
+    patience: Duration,
+    read: impl AsyncFnOnce(Pin<Box<dyn Future<Output = io::Result<Answer>>>>) -> io::Result<T>,
+) -> Result<T, Unanswered> {
     let address = place::address(path);
     place::check(path).map_err(Unanswered::Untrusted)?;
     let stream = Stream::connect_timeout(&address, patience).map_err(Unanswered::Absent)?;
@@ -147,14 +206,9 @@ fn exchange(
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let left = end.saturating_duration_since(Instant::now());
-        runtime.block_on(async {
-            let answer = send(
-                stream.into_socket().into(),
-                request.map_err(io::Error::other)?,
-            );
-            timeout(left, answer).await.map_err(io::Error::from)?
-        })
+        let request = request.map_err(io::Error::other)?;
+        let answer = send(stream.into_socket().into(), request);
+        runtime.block_on(read(Box::pin(answer)))
     };
     talk().map_err(|e| Unanswered::Absent(Error::new(Operation::Connect, &address, e)))
 }
@@ -176,24 +230,30 @@ fn check_owner(stream: &Stream) -> crate::Result<()> {
     )))
 }
 
-/// Sends a request, and reads its answer: status and body.
-async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<(u16, String)> {
+/// Sends a request, and returns its answer as soon as that begins.
+async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<Answer> {
     let stream = std::os::unix::net::UnixStream::from(socket);
     stream.set_nonblocking(true)?;
     let io = Io::new(UnixStream::from_std(stream)?);
     let (mut sender, connection) = http1::handshake(io).await.map_err(no_answer)?;
     // It ends with the runtime.
     tokio::spawn(connection);
-    let answer = sender.send_request(request).await.map_err(no_answer)?;
-    let status = answer.status().as_u16();
-    let broken = |why: &str| io::Error::new(ErrorKind::InvalidData, why);
+    sender.send_request(request).await.map_err(no_answer)
+}
+
+fn broken(why: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, why)
+}
+
+/// Reads an answer to its end.
+async fn read_text(answer: Answer) -> io::Result<String> {
     let body = Limited::new(answer.into_body(), MOST_BYTES).collect().await;
     let body = body.map_err(|e| match e.is::<LengthLimitError>() {
         true => broken("the answer has more than 16 MiB"),
         false => broken("the answer was cut short"),
     })?;
     let body = String::from_utf8(body.to_bytes().into());
-    Ok((status, body.map_err(|_| broken("the answer is no UTF-8"))?))
+    body.map_err(|_| broken("the answer is no UTF-8"))
 }
 
 /// Says why there is no answer.
@@ -244,7 +304,10 @@ mod tests {
             ours.shutdown(std::net::Shutdown::Write).unwrap();
             let mut runtime = tokio::runtime::Builder::new_current_thread();
             let runtime = runtime.enable_all().build().unwrap();
-            runtime.block_on(send(theirs.into(), Request::new(String::new())))
+            runtime.block_on(async {
+                let answer = send(theirs.into(), Request::new(String::new())).await?;
+                Ok::<_, io::Error>((answer.status().as_u16(), read_text(answer).await?))
+            })
         };
         assert_eq!(read(sent.len()).unwrap(), (409, "{\"é\": 1}".to_owned()));
         for len in [0, 10, sent.len() - 1] {

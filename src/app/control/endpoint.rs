@@ -138,7 +138,7 @@ fn bind(service: Service, address: &Address) -> Result<Listener> {
     if let (Service::Control, Some(path)) = (service, address.unix_path()) {
         place::prepare(path)?;
     }
-    Listener::bind(address, DEFAULT_MODE)
+    Listener::bind(address, DEFAULT_MODE.into())
 }
 
 /// An endpoint, and the socket that listens there, if it could be bound.

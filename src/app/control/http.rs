@@ -1,6 +1,7 @@
 //! HTTP on the sockets of the control interface, by hyper: one request a connection, and all that a
 //! client sends bounded, in bytes and in time.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
@@ -11,7 +12,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http_body_util::BodyExt;
-use hyper::body::{Body, Bytes, Incoming};
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use hyper::header::{CONTENT_TYPE, HeaderValue, TRANSFER_ENCODING};
 use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
@@ -20,7 +21,8 @@ use hyper::{Method, StatusCode};
 use percent_encoding::percent_decode_str;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::sync::mpsc::Receiver;
+use tokio::time::{sleep, timeout};
 
 use super::clients::{Client, Phase};
 use super::problem::Problem;
@@ -52,13 +54,61 @@ pub(super) struct Request {
 }
 
 /// What a client is answered.
-pub(super) type Response = hyper::Response<String>;
+pub(super) type Response = hyper::Response<Content>;
 
 pub(super) const JSON: &str = "application/json";
 
+/// Lines of JSON.
+const JSON_LINES: &str = "application/x-ndjson";
+
+/// What an answer consists of.
+#[derive(Debug)]
+pub(super) enum Content {
+    Text(String),
+    /// Lines that come when something happens.
+    Lines(Receiver<Bytes>),
+}
+
+impl Body for Content {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let next = match self.get_mut() {
+            Content::Text(text) if text.is_empty() => None,
+            Content::Text(text) => Some(std::mem::take(text).into()),
+            Content::Lines(lines) => ready!(lines.poll_recv(context)),
+        };
+        Poll::Ready(next.map(|data| Ok(Frame::data(data))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self, Content::Text(text) if text.is_empty())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Content::Text(text) => SizeHint::with_exact(text.len() as u64),
+            Content::Lines(_) => SizeHint::default(),
+        }
+    }
+}
+
 /// Returns an answer.
 pub(super) fn response(status: u16, content_type: &'static str, body: String) -> Response {
-    let mut response = Response::new(body);
+    answer(status, content_type, Content::Text(body))
+}
+
+/// Returns an answer of lines that go on.
+pub(super) fn lines(lines: Receiver<Bytes>) -> Response {
+    answer(200, JSON_LINES, Content::Lines(lines))
+}
+
+fn answer(status: u16, content_type: &'static str, content: Content) -> Response {
+    let mut response = Response::new(content);
     // Of our own none is out of range.
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or_default();
     let content_type = HeaderValue::from_static(content_type);
@@ -85,6 +135,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
 ) {
     let stream = Arc::new(stream);
     let is_asked = Arc::new(AtomicBool::new(false));
+    let follows = AtomicBool::new(false);
     let exchange = async |request| {
         is_asked.store(true, Ordering::Relaxed);
         let response = match read(request).await? {
@@ -98,7 +149,11 @@ pub(super) async fn serve<F: Future<Output = Response>>(
             }
             Err(problem) => problem.response(),
         };
-        client.begins(Phase::Hearing);
+        match response.body() {
+            Content::Text(_) => client.begins(Phase::Hearing),
+            // It waits for what happens, however long nothing does.
+            Content::Lines(_) => follows.store(true, Ordering::Relaxed),
+        }
         Ok::<_, io::Error>(response)
     };
     let connection = http1::Builder::new()
@@ -125,6 +180,8 @@ pub(super) async fn serve<F: Future<Output = Response>>(
             Phase::Asking => Some(Problem::new(408, "the request took too long to come")),
             _ => return,
         },
+        // Only a write would show that it has gone, and perhaps nothing is to be written.
+        () = is_gone(&stream, &follows) => return,
     };
     let Some(mut stream) = Arc::into_inner(stream) else {
         return;
@@ -143,6 +200,17 @@ pub(super) async fn serve<F: Future<Output = Response>>(
     let _ = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
 }
 
+/// Returns when a client has gone that follows what happens.
+async fn is_gone(stream: &UnixStream, follows: &AtomicBool) {
+    const LOOK: Duration = Duration::from_secs(1);
+    loop {
+        sleep(LOOK).await;
+        if follows.load(Ordering::Relaxed) && sys::is_hung_up(stream.as_fd()) {
+            return;
+        }
+    }
+}
+
 /// Says what is wrong with what hyper takes for no request.
 fn refusal(error: &hyper::Error) -> Problem {
     match error.is_parse_too_large() {
@@ -156,7 +224,11 @@ fn refusal(error: &hyper::Error) -> Problem {
 
 /// Returns an answer to what was no request as it is sent.
 fn to_text(response: &Response) -> String {
-    let (status, body) = (response.status(), response.body());
+    let status = response.status();
+    let body = match response.body() {
+        Content::Text(text) => text.as_str(),
+        Content::Lines(_) => "",
+    };
     let length = body.len();
     format!(
         "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
@@ -287,7 +359,7 @@ mod tests {
         let (answer, client) = (
             async |it: Request| {
                 let text = format!("{} {} {:?} {:?}", it.method, it.path, it.query, it.body);
-                Response::new(text)
+                Response::new(Content::Text(text))
             },
             Client::new(),
         );

@@ -15,6 +15,7 @@
 //! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
 //! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
+//! | `GET /v1/events` | what happens from now on, until the proxy has ended | lines of JSON: see [`events`] |
 //! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
 //! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
@@ -42,6 +43,7 @@ mod api;
 mod client;
 mod clients;
 mod endpoint;
+mod events;
 mod handover;
 mod http;
 mod metrics;
@@ -58,10 +60,10 @@ use tracing::debug;
 
 use crate::address::{Address, TcpAddress};
 use crate::error::Result;
-use crate::proxy::Handle;
+use crate::proxy::{Handle, Observer};
 
 pub(crate) use api::{Actions, Succession};
-pub(crate) use client::{Unanswered, ask, ask_status, get, read, segment};
+pub(crate) use client::{Unanswered, ask, ask_status, follow, get, read, segment};
 pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
 pub(crate) use model::Process;
@@ -72,6 +74,7 @@ pub(crate) use problem::Problem;
 use api::Api;
 use clients::most_clients;
 use endpoint::{Demand, Door, Service};
+use events::Events;
 use handover::Use;
 use server::Server;
 
@@ -107,7 +110,10 @@ pub(crate) enum Unavailable {
 
 /// Sockets on which nobody is served yet: who connects waits. Dropped, they are gone.
 #[derive(Debug)]
-pub(crate) struct Bound(Vec<Door>);
+pub(crate) struct Bound {
+    doors: Vec<Door>,
+    events: Arc<Events>,
+}
 
 /// Takes the sockets that an hvsock which is to be taken over has for them, and binds the others.
 ///
@@ -173,24 +179,32 @@ fn open(
             opened => opened?,
         });
     }
-    Ok(Bound(doors))
+    Ok(Bound {
+        doors,
+        events: Arc::default(),
+    })
 }
 
 impl Bound {
     /// Returns whether there are none.
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.doors.is_empty()
     }
 
     /// Returns how many descriptors they and their clients need.
     pub(crate) fn descriptors(&self) -> usize {
-        let clients = self.0.iter().map(|it| most_clients(it.endpoint.demand));
+        let clients = self.doors.iter().map(|it| most_clients(it.endpoint.demand));
         server::descriptors(clients)
+    }
+
+    /// Returns the observer that a proxy is to have, for those who read its events here.
+    pub(crate) fn observer(&self) -> Observer {
+        self.events.observer()
     }
 
     /// Where they are, or are to be. No forward may lead there.
     pub(crate) fn addresses(&self) -> Vec<Address> {
-        self.0
+        self.doors
             .iter()
             .map(|it| it.endpoint.address.clone())
             .collect()
@@ -200,7 +214,7 @@ impl Bound {
     pub(crate) fn states(&self) -> Vec<(Address, Option<String>)> {
         let why = |it: &Door| it.endpoint.trouble().map(|trouble| trouble.why);
         let is_asked = |it: &&Door| it.endpoint.demand == Demand::Asked;
-        let doors = self.0.iter().filter(is_asked);
+        let doors = self.doors.iter().filter(is_asked);
         doors
             .map(|it| (it.endpoint.address.clone(), why(it)))
             .collect()
@@ -211,8 +225,10 @@ impl Bound {
     /// # Errors
     /// If there can be no thread.
     pub(crate) fn serve(self, handle: Handle, actions: Actions) -> Result<Control> {
-        let endpoints = self.0.iter().map(|it| Arc::clone(&it.endpoint)).collect();
-        let server = Server::start(self.0, Api::new(handle, actions, endpoints))?;
+        let endpoints = self.doors.iter();
+        let endpoints = endpoints.map(|it| Arc::clone(&it.endpoint)).collect();
+        let api = Api::new(handle, actions, endpoints, self.events);
+        let server = Server::start(self.doors, api)?;
         Ok(Control { _server: server })
     }
 }

@@ -91,12 +91,14 @@ pub(crate) struct Vm {
 }
 
 /// Returns how many connections could not be carried, each number with the name of its reason.
-pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 5] {
+pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 7] {
     [
         ("by_target", refusals.by_target),
         ("absent", refusals.absent),
         ("dial_timeout", refusals.dial_timeout),
         ("full", refusals.full),
+        ("not_allowed", refusals.not_allowed),
+        ("no_header", refusals.no_header),
         ("other", refusals.other),
     ]
 }

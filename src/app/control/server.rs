@@ -73,8 +73,9 @@ impl Server {
     pub(super) fn start(doors: Vec<Door>, api: Api) -> Result<Server> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            // And for each socket those that bind it and look after its file.
-            .max_blocking_threads(CALLS_AT_A_TIME + 2 * doors.len())
+            // And one for all who read events, and for each socket those that bind it and look after
+            // its file.
+            .max_blocking_threads(CALLS_AT_A_TIME + 1 + 2 * doors.len())
             .thread_name("hvsock-client")
             .build()
             .map_err(fail)?;
@@ -111,10 +112,12 @@ fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Re
             all.push(Arc::clone(&clients));
             open.spawn(Acceptor::new(door, Arc::clone(&api), clients).accept_all());
         }
+        let events = Arc::clone(&api.events);
         // That its sender is dropped is what is waited for.
         let _ = stopped.await;
         // First the listeners and their files: whoever sees none may take their place.
         open.shutdown().await;
+        events.close();
         let all: Vec<Clients> = all
             .iter()
             .map(|clients| std::mem::replace(&mut *lock(clients), Clients::new(Demand::Asked)))
@@ -348,6 +351,7 @@ mod tests {
             })),
             succession: None,
             grace: Box::new(|| Duration::ZERO),
+            allows_exec: Box::new(|| false),
         }
     }
 
@@ -366,7 +370,8 @@ mod tests {
             let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
             let door = Door::open(Service::Metrics, address, Demand::Asked).unwrap();
             let (listener, endpoint) = (door.listener.clone().unwrap(), Arc::clone(&door.endpoint));
-            let api = Api::new(proxy.handle(), actions, vec![Arc::clone(&endpoint)]);
+            let endpoints = vec![Arc::clone(&endpoint)];
+            let api = Api::new(proxy.handle(), actions, endpoints, Arc::default());
             let server = Server::start(vec![door], api).unwrap();
             (server, proxy, listener, endpoint)
         }
@@ -429,7 +434,12 @@ mod tests {
             let _ = hangs.lock().unwrap().recv();
         };
         let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
-        let api = Arc::new(Api::new(proxy.handle(), actions(reload), Vec::new()));
+        let api = Arc::new(Api::new(
+            proxy.handle(),
+            actions(reload),
+            Vec::new(),
+            Arc::default(),
+        ));
         let call = |method: &str, path: &str| {
             let request = Request {
                 method: method.parse().unwrap(),

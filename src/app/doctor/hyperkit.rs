@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::check::{Check, Plan};
+use super::socket;
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::app::control::{self, Status};
 use crate::error::Result;
@@ -53,7 +54,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
         Some(pid) => limits(pid),
         None => Check::skipped("limits", "hyperkit's process isn't known"),
     });
-    let connect = socket("socket", &vm.connect_path(), START);
+    let connect = socket::examine("socket", &vm.connect_path(), START);
     let guest = match connect.is_ok() {
         // It would take the dial when we have gone.
         true if process.stopped => Check::skipped("guest", "hyperkit is stopped"),
@@ -68,7 +69,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     }));
     checks.extend(host_ports.map(|(port, name)| {
         let remedy = format!("run `hvsock expose -R {}:TARGET`; a guest that dials a port on which nobody listens can hang hyperkit's device", port.0);
-        socket(name, &vm.listen_path(*port), &remedy)
+        socket::examine(name, &vm.listen_path(*port), &remedy)
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
     checks.extend(slots(&vm, plan.control.as_deref()));
@@ -327,39 +328,6 @@ fn limits(pid: i32) -> Check {
             "this system doesn't tell; started with 256 descriptors, macOS' default, hyperkit hangs beyond 245 connections",
         )
         .with_remedy("if it was, give --vm-connections 200"),
-    }
-}
-
-/// Whether a process listens on a socket, and this user may connect to it. It isn't connected to.
-fn socket(name: impl fmt::Display, path: &Path, start: &str) -> Check {
-    let shown = path.display();
-    match fs::metadata(path) {
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            let remedy = "move it away, and start again what should listen there";
-            return Check::failed(name, format_args!("{shown} is no socket"), remedy);
-        }
-        Ok(_) => {}
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            return Check::failed(name, format_args!("there is no {shown}"), start);
-        }
-        Err(e) => {
-            let remedy = "run as the user who runs the VM";
-            return Check::failed(name, format_args!("{shown}: {e}"), remedy);
-        }
-    }
-    match sys::is_socket_alive(path) {
-        Ok(true) => Check::ok(name, format_args!("{shown} is listened on")),
-        Ok(false) => Check::failed(
-            name,
-            format_args!("nobody listens on {shown}: it is left over"),
-            start,
-        ),
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Check::failed(
-            name,
-            format_args!("this user may not connect to {shown}"),
-            "run as the user who runs the VM, or have its permissions changed",
-        ),
-        Err(e) => Check::failed(name, format_args!("{shown}: {e}"), start),
     }
 }
 

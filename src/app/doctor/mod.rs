@@ -9,9 +9,16 @@ mod check;
 mod hyperkit;
 #[cfg(windows)]
 mod hyperv;
+#[cfg(unix)]
+mod socket;
 mod system;
+#[cfg(unix)]
+mod vsock;
 
 pub(crate) use check::{Check, Plan, Verdict};
+
+#[cfg(unix)]
+use crate::app::vm::VmPlace;
 
 /// Looks at all of it.
 pub(crate) fn examine(plan: &Plan) -> Vec<Check> {
@@ -19,7 +26,11 @@ pub(crate) fn examine(plan: &Plan) -> Vec<Check> {
     match &plan.vm {
         None => checks.extend(system::vsock()),
         #[cfg(unix)]
-        Some(vm) => checks.extend(hyperkit::examine(vm, plan)),
+        Some(name) => match VmPlace::parse(name) {
+            None => checks.extend(hyperkit::examine(name, plan)),
+            Some(Ok(vm)) => checks.extend(vsock::examine(&vm, plan)),
+            Some(Err(e)) => checks.push(Check::error("vm", &e)),
+        },
         #[cfg(windows)]
         Some(vm) => checks.extend(hyperv::examine(vm, plan)),
     }

@@ -44,7 +44,7 @@ impl Log {
     /// # Errors
     /// As those of a [`Listener`](crate::Listener).
     pub(crate) fn bind(path: &Path, mode: u32) -> Result<Log> {
-        let (socket, file) = file::bind(path.display(), path, Type::DGRAM, mode)?;
+        let (socket, file) = file::bind(path.display(), path, Type::DGRAM, mode.into())?;
         // (macOS would have it hold 4 KiB of messages.)
         sys::make_room(&SockRef::from(&socket));
         let socket = UnixDatagram::from(std::os::fd::OwnedFd::from(socket));

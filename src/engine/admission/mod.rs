@@ -144,9 +144,24 @@ impl std::fmt::Display for Full {
 /// A function that wakes a worker.
 pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 
+/// A function that tells a worker that there may be a slot at a gate again, and wakes it.
+pub(crate) type SlotWake = Arc<dyn Fn(GateId) + Send + Sync>;
+
+/// The identifier of a gate in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct GateId(u64);
+
+impl GateId {
+    fn next() -> GateId {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        GateId(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// The admission gate of one VM, shared by all workers.
 #[derive(Debug)]
 pub(crate) struct Gate {
+    id: GateId,
     vm: HyperkitVm,
     state: Mutex<State>,
     /// The number of the last dial.
@@ -158,6 +173,8 @@ pub(crate) struct Gate {
 }
 
 struct State {
+    /// The gate's.
+    id: GateId,
     health: Health,
     epoch: u64,
     quotas: Quotas,
@@ -211,7 +228,9 @@ impl std::fmt::Debug for State {
 
 impl Gate {
     pub(crate) fn new(limits: GateLimits, vm: HyperkitVm) -> Gate {
+        let id = GateId::next();
         let state = State {
+            id,
             health: Health::default(),
             epoch: 0,
             quotas: Quotas::new(limits.live),
@@ -236,6 +255,7 @@ impl Gate {
             next_drain: 0,
         };
         Gate {
+            id,
             vm,
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
@@ -314,7 +334,7 @@ impl Gate {
         self: &Arc<Gate>,
         now: Instant,
         worker: usize,
-        wake: &Wake,
+        wake: &SlotWake,
     ) -> Admission {
         let mut state = self.state();
         if let Some(at) = state.next_probe.filter(|&at| now < at) {
@@ -357,7 +377,7 @@ impl Gate {
         self: &Arc<Gate>,
         forward: ForwardId,
         worker: usize,
-        wake: &Wake,
+        wake: &SlotWake,
     ) -> Result<Slot, Full> {
         let holder = Holder::Forward(forward);
         let mut state = self.state();
@@ -408,6 +428,10 @@ impl Gate {
     pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
         let news = self.state().health.mark_down(now);
         self.log_change(news, Some(error));
+    }
+
+    pub(crate) fn id(&self) -> GateId {
+        self.id
     }
 
     /// Returns the VM.
@@ -551,18 +575,18 @@ fn why_full(quotas: &Quotas, holder: Holder) -> Full {
 
 /// The workers that are to be woken, by their numbers.
 #[derive(Default)]
-struct WaitingWorkers(Vec<(usize, Wake)>);
+struct WaitingWorkers(Vec<(usize, SlotWake)>);
 
 impl WaitingWorkers {
-    fn add(&mut self, worker: usize, wake: &Wake) {
+    fn add(&mut self, worker: usize, wake: &SlotWake) {
         if self.0.iter().all(|(number, _)| *number != worker) {
             self.0.push((worker, Arc::clone(wake)));
         }
     }
 
-    fn wake(&mut self) {
+    fn wake(&mut self, gate: GateId) {
         for (_, wake) in self.0.drain(..) {
-            wake();
+            wake(gate);
         }
     }
 }
@@ -615,8 +639,8 @@ impl State {
 
     /// Wakes the workers that wait: there may be a slot now, or a probe was answered.
     fn wake(&mut self) {
-        self.waiting_for_slot.wake();
-        self.waiting_for_probe.wake();
+        self.waiting_for_slot.wake(self.id);
+        self.waiting_for_probe.wake(self.id);
     }
 }
 

@@ -27,6 +27,8 @@ pub(crate) struct Quotas {
     live: usize,
     /// The free slots that are reserved: for each holder, what it has reserved and does not use.
     kept: usize,
+    /// What all holders have reserved together.
+    reserved: usize,
     /// The quotas. One that is empty is left out.
     quotas: HashMap<Holder, Quota>,
 }
@@ -52,6 +54,7 @@ impl Quotas {
             cap,
             live: 0,
             kept: 0,
+            reserved: 0,
             quotas: HashMap::new(),
         }
     }
@@ -74,8 +77,9 @@ impl Quotas {
 
     fn change(&mut self, holder: Holder, change: impl FnOnce(&mut Quota)) {
         let quota = self.quotas.entry(holder).or_default();
-        let (unused, live) = (quota.unused(), quota.live);
+        let (unused, live, reserved) = (quota.unused(), quota.live, quota.reserved);
         change(quota);
+        self.reserved = self.reserved + quota.reserved - reserved;
         self.kept = self.kept + quota.unused() - unused;
         self.live = self.live + quota.live - live;
         if quota.reserved + quota.live + quota.queued == 0 && quota.most.is_none() {
@@ -96,9 +100,8 @@ impl Quotas {
 
     /// Reserves slots for a holder. If there are too few, returns how many can be reserved.
     pub(crate) fn reserve(&mut self, holder: Holder, slots: usize) -> Result<(), usize> {
-        let others = self.quotas.iter().filter(|(id, _)| **id != holder);
-        let taken = others.map(|(_, quota)| quota.reserved).sum();
-        let left = self.cap.saturating_sub(taken);
+        let own = self.quotas.get(&holder).map_or(0, |quota| quota.reserved);
+        let left = self.cap.saturating_sub(self.reserved - own);
         if slots > left {
             return Err(left);
         }

@@ -300,9 +300,9 @@ fn a_slot_that_never_became_a_dial_is_given_back() {
 fn a_worker_that_waits_for_a_slot_is_woken_when_there_is_one() {
     let gate = gate(2, 64);
     let woken = Arc::new(AtomicU64::new(0));
-    let wake: Wake = {
+    let wake: SlotWake = {
         let woken = Arc::clone(&woken);
-        Arc::new(move || {
+        Arc::new(move |_| {
             woken.fetch_add(1, Ordering::Relaxed);
         })
     };
@@ -326,7 +326,7 @@ fn a_worker_that_waits_for_a_slot_is_woken_when_there_is_one() {
 #[test]
 fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     let gate = gate(2, 64);
-    let wake: Wake = Arc::new(|| {});
+    let wake: SlotWake = Arc::new(|_| {});
     let _kept = gate.reserve(ONE, 0, Some(true)).unwrap();
     let now = Instant::now();
     let dial = go(&gate, now);
@@ -503,7 +503,7 @@ fn drains_are_in_the_way_only_beyond_a_tenth_while_clients_wait_the_oldest_first
 fn a_worker_that_waits_for_a_probe_is_no_client_that_waits_for_a_slot() {
     let gate = gate(20, 64);
     let now = Instant::now();
-    let wake: Wake = Arc::new(|| {});
+    let wake: SlotWake = Arc::new(|_| {});
     let mut drains: Vec<Slot> = (0..4).map(|_| go(&gate, now)).collect();
     drains.iter_mut().for_each(Slot::note_drain);
     let Admission::Probe(mut probe) = gate.admit_probe(now, 0, &wake) else {

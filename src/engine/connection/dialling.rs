@@ -7,6 +7,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tracing::debug;
@@ -125,7 +126,10 @@ impl<S: Socket> Connection<S> {
                 self.refuse_cut_off(cx);
             }
             Ok(()) if served.is_err() => self.turn_away(served, cx),
+            Ok(()) if !self.forward.rule.admits(&self.peer.name) => self.refuse_stranger(cx),
             Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
+            Ok(()) if self.is_one_too_many() => self.refuse_too_many(cx),
+            Ok(()) if self.expects_header() => self.begin_reading_header(cx),
             Ok(()) => self.begin_dial(cx),
         }
     }
@@ -200,8 +204,44 @@ impl<S: Socket> Connection<S> {
         self.refuse(&error, Reason::Other, cx);
     }
 
+    /// Refuses a client that has come from where none may come from.
+    fn refuse_stranger(&mut self, cx: &mut Context<'_, S>) {
+        // Without its port, so that the same client is told of once.
+        let client = match self.peer.name {
+            SocketName::Tcp(name) => name.ip().to_canonical().to_string(),
+            SocketName::Vsock(name) => format!("CID {}", name.cid),
+            other => other.to_string(),
+        };
+        let cause = io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("{client} may not come: it is not in the rule's `from`"),
+        );
+        let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
+        self.refuse(&error, Reason::NotAllowed, cx);
+    }
+
+    /// Returns whether the target bounds its connections, and has as many already: a client that
+    /// can't be made to wait in a backlog, such as a guest, is accepted nevertheless.
+    fn is_one_too_many(&self) -> bool {
+        let rule = &self.forward.rule;
+        let is_bounded = rule.connect.transport().connections.is_some();
+        // This one is counted.
+        let live = self.forward.tally.live.load(Ordering::Relaxed);
+        let most = rule.most_connections().filter(|_| is_bounded);
+        most.is_some_and(|most| live > most as u64)
+    }
+
+    fn refuse_too_many(&mut self, cx: &mut Context<'_, S>) {
+        let rule = &self.forward.rule;
+        let most = rule.most_connections().unwrap_or_default();
+        let why = format!("{most} connections of this forward are open, and more are not allowed");
+        let error = Error::new(Operation::Connect, &rule.connect, io::Error::other(why));
+        let error = error.with_remedy("allow it more connections");
+        self.refuse(&error, Reason::Full, cx);
+    }
+
     /// Begins to dial the target, for the first time or again.
-    fn begin_dial(&mut self, cx: &mut Context<'_, S>) {
+    pub(super) fn begin_dial(&mut self, cx: &mut Context<'_, S>) {
         let State::Waiting { dial, .. } = &mut self.state else {
             return;
         };
@@ -225,6 +265,11 @@ impl<S: Socket> Connection<S> {
                     cx.request(action);
                 }
                 Target::Name { .. } => cx.request(Action::Resolve),
+                #[cfg(unix)]
+                Target::OnThread => {
+                    let left = deadline.saturating_duration_since(cx.now);
+                    cx.request(Action::DialOnThread(left));
+                }
                 Target::NotCarried => {
                     let error = not_carried(Operation::Connect, target);
                     return self.refuse(&error, Reason::Other, cx);
@@ -234,8 +279,11 @@ impl<S: Socket> Connection<S> {
         self.wake_at = self.wake_at.or(Some(deadline));
     }
 
-    /// Waits for an address, a slot or the time of the next dial.
+    /// Waits for the client's header, an address, a slot or the time of the next dial.
     pub(super) fn go_on_waiting(&mut self, cx: &mut Context<'_, S>) {
+        if let Some(until) = self.awaits_header() {
+            return self.go_on_reading_header(until, cx);
+        }
         let State::Waiting { client, dial, .. } = &self.state else {
             return;
         };

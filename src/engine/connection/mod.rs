@@ -3,7 +3,7 @@
 //!
 //! | state | what it waits for | then |
 //! |---|---|---|
-//! | [`Waiting`](State::Waiting) | a name, a slot of the VM, the next dial | connecting, closing, closed |
+//! | [`Waiting`](State::Waiting) | the client's header, a name, a slot of the VM, the next dial | connecting, closing, closed |
 //! | [`Connecting`](State::Connecting) | its target | relaying, proving, waiting, closing, closed |
 //! | [`Proving`](State::Proving) | whether the guest took the dial | relaying, waiting, closing |
 //! | [`Relaying`](State::Relaying) | bytes, half-closes, timeouts | closing |
@@ -19,6 +19,7 @@ mod dialling;
 mod draining;
 mod idle;
 mod proving;
+mod proxied;
 mod relaying;
 #[cfg(all(test, target_os = "linux"))]
 pub(crate) mod transitions;
@@ -53,6 +54,7 @@ pub(crate) use closing::{Closing, LAST_DRAIN, LINGER};
 pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
 pub(crate) use idle::Progress;
+use proxied::Proxied;
 
 /// What a connection needs of its sockets besides carrying bytes.
 pub(crate) trait Socket: relay::Socket {
@@ -160,6 +162,8 @@ pub(crate) struct Connection<S: relay::Socket> {
     route: Option<Box<Route>>,
     /// The retries, if the client is held while its target is absent.
     pub(crate) held: Option<Held>,
+    /// What the client has said of its own client, if it is a proxy.
+    proxied: Option<Box<Proxied>>,
     idle: Idle,
     /// See [`Dialled::is_inherited`].
     is_inherited: bool,
@@ -178,7 +182,7 @@ pub(crate) struct Connection<S: relay::Socket> {
 
 #[derive(Debug)]
 pub(crate) enum State<S: relay::Socket> {
-    /// Waits for an address, for a slot, or for the next dial.
+    /// Waits for the client's header, for an address, for a slot, or for the next dial.
     Waiting {
         client: End<S>,
         dial: Dial,
@@ -264,6 +268,7 @@ impl<S: relay::Socket> Connection<S> {
             slots: [None, None],
             route: None,
             held: None,
+            proxied: None,
             idle: Idle::new(now),
             is_inherited: false,
             counted: [0; 2],

@@ -67,7 +67,9 @@ impl<S: Socket> Connection<S> {
             self.enter(State::OnThreads);
             return cx.request(Action::StartThreads([client.socket, server.socket]));
         }
+        let header = self.header_for_target(&client);
         let mut pair = Pair::new(client, server);
+        self.give_header(&header, &mut pair, cx.pool);
         let mut refusal_wait = None;
         let refusal = self.forward.rule.connect.transport().refusal;
         if refusal == Refusal::Eof && acceptance == Acceptance::Unknown {

@@ -106,6 +106,8 @@ struct Flow<P> {
     /// Whether an EOF of the source may mean that its connection broke off.
     doubt: bool,
     delivered: u64,
+    /// How many of the bytes that are delivered first are not the source's.
+    foreign: u64,
 }
 
 /// A flow that brings at least this part of a buffer at a time goes through a pipe from then on.
@@ -124,6 +126,7 @@ impl<P: Pipe> Flow<P> {
             hold: false,
             doubt: false,
             delivered: 0,
+            foreign: 0,
         }
     }
 
@@ -298,6 +301,11 @@ impl<S: Socket> Pair<S> {
         self.flows[side].carrier = Carrier::Memory { buffer, filled };
     }
 
+    /// Sets how many of the first bytes that are delivered for `side` it has not sent itself.
+    pub(crate) fn discount(&mut self, side: Side, bytes: usize) {
+        self.flows[side].foreign = bytes as u64;
+    }
+
     /// Returns whether the half-close of `side` is held back now, until [`release_half_close`](Pair::release_half_close).
     pub(crate) fn is_holding_half_close(&self, side: Side) -> bool {
         let flow = &self.flows[side];
@@ -337,7 +345,8 @@ impl<S: Socket> Pair<S> {
 
     /// Returns how many bytes of what `side` sent were delivered.
     pub(crate) fn delivered(&self, side: Side) -> u64 {
-        self.flows[side].delivered
+        let flow = &self.flows[side];
+        flow.delivered.saturating_sub(flow.foreign)
     }
 
     /// Returns whether a peer is gone, or no direction is open. What is left may then never be

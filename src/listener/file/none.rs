@@ -17,7 +17,7 @@ impl SocketFile {
         match *self {}
     }
 
-    pub(crate) fn set_mode(&self, _: u32) -> io::Result<()> {
+    pub(crate) fn set_access(&self, _: crate::listener::FileAccess) -> io::Result<()> {
         match *self {}
     }
 }

@@ -9,6 +9,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::state::FileState;
 use crate::error::{Error, Operation, Result};
+use crate::listener::FileAccess;
 use crate::sys::{self, Identity, Place};
 
 /// The file of a Unix socket that this process made, or has from the process that made it. Dropping
@@ -89,9 +90,16 @@ impl SocketFile {
         Ok(self)
     }
 
-    /// Sets its permissions, unless another file has its name by now.
-    pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
-        Place::of(&self.path)?.set_mode(self.identity, mode)
+    /// Sets its owner, its group and its permissions, unless another file has its name by now.
+    pub(crate) fn set_access(&self, access: FileAccess) -> io::Result<()> {
+        let place = Place::of(&self.path)?;
+        let FileAccess { mode, owner, group } = access;
+        if !place.is_owned(owner, group)? {
+            // Neither the old group nor the new one may do meanwhile what is the other's.
+            place.set_mode(self.identity, mode & 0o700)?;
+            place.set_owner(self.identity, owner, group)?;
+        }
+        place.set_mode(self.identity, mode)
     }
 }
 
@@ -105,7 +113,7 @@ impl Drop for SocketFile {
     }
 }
 
-/// Binds a socket to `path`, and gives its file the permissions `mode`; errors speak of `subject`.
+/// Binds a socket to `path`, and gives its file that owner, group and permissions; errors speak of `subject`.
 ///
 /// A file in the way is replaced only if it is a socket that no process has bound.
 ///
@@ -116,8 +124,9 @@ pub(crate) fn bind(
     subject: impl std::fmt::Display,
     path: &Path,
     kind: Type,
-    mode: u32,
+    access: FileAccess,
 ) -> Result<(Socket, SocketFile)> {
+    let mode = access.mode;
     let fail = |e: io::Error, remedy: Option<&str>| {
         let error = Error::new(Operation::Listen, &subject, e);
         match remedy {
@@ -150,7 +159,7 @@ pub(crate) fn bind(
         let file = SocketFile::new(path, Place::of(path)?.finish_bind(mode)?);
         Ok((socket, file))
     };
-    sys::with_short_path(path, bind).map_err(|e| {
+    let (socket, file) = sys::with_short_path(path, bind).map_err(|e| {
         let remedy = match e.kind() {
             io::ErrorKind::NotFound => "its directory doesn't exist: make it first",
             io::ErrorKind::PermissionDenied => "you may not write to its directory",
@@ -158,7 +167,42 @@ pub(crate) fn bind(
             _ => return fail(e, None),
         };
         fail(e, Some(remedy))
-    })
+    })?;
+    if access.owner.is_some() || access.group.is_some() {
+        // No client can connect before it listens.
+        file.set_access(access)
+            .map_err(|e| explain_access(&subject, access, e))?;
+    }
+    Ok((socket, file))
+}
+
+/// Returns the error of a file whose owner or group can't be set.
+fn explain_access(subject: impl std::fmt::Display, access: FileAccess, cause: io::Error) -> Error {
+    let what = match access {
+        FileAccess {
+            owner: Some(owner),
+            group: None,
+            ..
+        } => format!("owner {owner}"),
+        FileAccess {
+            owner: None,
+            group: Some(group),
+            ..
+        } => format!("group {group}"),
+        _ => "owner and group".to_owned(),
+    };
+    let kind = cause.kind();
+    let why = format!("its file can't be given the {what}: {cause}");
+    let error = Error::new(Operation::Listen, subject, io::Error::new(kind, why));
+    match (kind, access.owner) {
+        (io::ErrorKind::PermissionDenied, None) => {
+            error.with_remedy("give it a group that you are in, or run as root")
+        }
+        (io::ErrorKind::PermissionDenied, Some(_)) => {
+            error.with_remedy("only root gives files away: leave the owner out, or run as root")
+        }
+        _ => error,
+    }
 }
 
 /// Removes the file at `path` if it is a socket that no process has.
@@ -209,7 +253,7 @@ mod tests {
     }
 
     fn bind_at(path: &Path, mode: u32) -> (Socket, SocketFile) {
-        bind("it", path, Type::STREAM, mode).unwrap()
+        bind("it", path, Type::STREAM, mode.into()).unwrap()
     }
 
     #[test]
@@ -219,7 +263,7 @@ mod tests {
         for asked in [0o600, 0o666, 0o777, 0o000] {
             let (_socket, file) = bind_at(&path, asked);
             assert_eq!(mode(&path), asked);
-            file.set_mode(0o660).unwrap();
+            file.set_access(0o660.into()).unwrap();
             assert_eq!(mode(&path), 0o660);
             drop(file);
             assert!(!path.exists());
@@ -235,7 +279,7 @@ mod tests {
         let (_socket, file) = bind_at(&path, 0o600);
         fs::rename(&path, root.path().join("moved")).unwrap();
         symlink(&other, &path).unwrap();
-        file.set_mode(0o666).unwrap();
+        file.set_access(0o666.into()).unwrap();
         assert_eq!(mode(&other), 0o640);
         drop(file);
         assert!(path.is_symlink() && other.exists());
@@ -252,7 +296,7 @@ mod tests {
         fs::create_dir(&one).unwrap();
         let _other = std::os::unix::net::UnixListener::bind(one.join("s")).unwrap();
         let before = mode(&one.join("s"));
-        file.set_mode(0o606).unwrap();
+        file.set_access(0o606.into()).unwrap();
         drop(file);
         assert_eq!(mode(&one.join("s")), before);
     }

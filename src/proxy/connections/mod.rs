@@ -5,7 +5,7 @@
 mod dials;
 mod probes;
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -46,7 +46,7 @@ pub(super) struct Connections<D: Driver> {
     runs_actions: bool,
     /// The connections with work left, in the order of their turns (invariant 5).
     ready: VecDeque<Id>,
-    pub(super) timers: Timers,
+    pub(super) timers: Timers<Id>,
     pub(super) pool: Pool<<D::Stream as Socket>::Pipe>,
     /// The time at which unneeded buffers and pipes are dropped.
     trim_at: Option<Instant>,
@@ -328,6 +328,10 @@ impl<D: Driver> Connections<D> {
                     adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(Side::Server)));
                 Ok((stream, watched))
             }
+            (Ok(mut stream), Some(forward)) if !forward.is_blocking(Side::Server) => {
+                let watched = cx.driver.watch(&mut stream, id.token(Side::Server));
+                Ok((stream, watched))
+            }
             (dialled, _) => dialled.map(|stream| (stream, Ok(()))),
         };
         self.with(id, cx, |it, to| it.take_dialled(dialled, to));
@@ -351,19 +355,19 @@ impl<D: Driver> Connections<D> {
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
             cx.driver.rest();
         }
-        cx.shared.note_end(&forward, holder);
+        cx.shared.note_end(&forward, holder, cx.now);
     }
 
-    /// Cuts off the connections of a forward, or of all (`None`), for that reason.
+    /// Cuts off the connections of these forwards, or of all (`None`), for that reason.
     pub(super) fn cut(
         &mut self,
-        forward: Option<ForwardId>,
+        forwards: Option<&HashSet<ForwardId>>,
         why: EndReason,
         cx: &mut TurnContext<'_, D>,
     ) {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
-            if connection.is_some_and(|it| forward.is_none_or(|of| it.forward.id == of)) {
+            if connection.is_some_and(|it| forwards.is_none_or(|of| of.contains(&it.forward.id))) {
                 self.with(id, cx, |it, to| it.cut(why, to));
             }
         }

@@ -141,8 +141,8 @@ impl<D: Driver> Connections<D> {
         forward: &Arc<Forward>,
         cx: &mut TurnContext<'_, D>,
     ) -> Instant {
-        let wake = cx.shared.inboxes[cx.index].waker();
-        let slot = match probes.gate.admit_probe(cx.now, cx.index, &wake) {
+        let wake = cx.shared.inboxes[cx.index].slot_waker();
+        let slot = match probes.gate.admit_probe(cx.now, cx.index, wake) {
             Admission::Go(slot) | Admission::Probe(slot) => slot,
             Admission::At(at) => return at.min(cx.now + PROBE_LOOK),
             Admission::Full(_) => return cx.now + FULL_PAUSE,

@@ -337,6 +337,11 @@ impl Audit {
     pub(super) fn check_listeners(&self, worker: &Worker<SimDriver>, stage: &Stage) {
         let in_vain = worker.listeners.all().iter().any(|it| it.sleeps_in_vain());
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
+        let forgotten = worker.listeners.all().iter().any(|it| it.is_forgotten());
+        assert!(
+            !forgotten,
+            "a listener wants a turn, and is not queued for one"
+        );
         if stage.keeps_places.get() {
             let probes: usize = self.probes.values().sum();
             self.check_reserved_slots(worker, probes > 0, stage.instant());

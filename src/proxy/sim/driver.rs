@@ -17,13 +17,14 @@ use crate::engine::relay::{Pipe, Side, Socket};
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
+use crate::hyperkit;
+use crate::listener::{self, FileAccess};
 use crate::name::{PeerProcess, SocketName};
 #[cfg(feature = "cli")]
 use crate::proxy::driver::Lent;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
 use crate::stream::endpoint::Endpoint;
 use crate::sys::{self, Identity};
-use crate::{hyperkit, listener};
 
 use super::kernel::{ListenerKey, Owner, Place, SocketId};
 use super::stage::Stage;
@@ -276,7 +277,7 @@ impl Driver for SimDriver {
     type Stream = SimStream;
     type Listener = SimListener;
 
-    fn bind(address: &Address, _: u32) -> Result<SimListener> {
+    fn bind(address: &Address, _: FileAccess) -> Result<SimListener> {
         bind(&this_stage(), address)
     }
 
@@ -384,10 +385,10 @@ impl Driver for SimDriver {
         self.stage.ask_housekeeper(self.worker, again);
     }
 
-    fn set_mode(
+    fn set_access(
         &mut self,
         listener: &SimListener,
-        _: u32,
+        _: FileAccess,
         wanted: Wanted,
         done: Sender<io::Result<()>>,
     ) {

@@ -242,6 +242,8 @@ impl Ledger {
             (Reason::Absent, now.absent - before.absent),
             (Reason::DialTimeout, now.dial_timeout - before.dial_timeout),
             (Reason::Full, now.full - before.full),
+            (Reason::NotAllowed, now.not_allowed - before.not_allowed),
+            (Reason::NoHeader, now.no_header - before.no_header),
             (Reason::Other, now.other - before.other),
         ];
         let mut counted = reasons.into_iter().filter(|(_, more)| *more > 0);
@@ -329,6 +331,10 @@ impl Ledger {
             Reason::Full if error.operation() == Operation::Accept => {
                 self.limits.vm_connections < 100 || text.contains("of this forward")
             }
+            // No rule of the simulated world bounds where its clients come from.
+            Reason::NotAllowed => false,
+            // No rule of the simulated world takes headers.
+            Reason::NoHeader => false,
             Reason::Full => is_late && self.limits.vm_connections < 100,
             Reason::Other => {
                 let is_circle = text.contains("leads back") && self.limits.has_chains;

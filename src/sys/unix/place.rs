@@ -87,6 +87,33 @@ impl Place {
         }
     }
 
+    /// Returns whether the file has that owner and that group already, as far as they are asked for.
+    ///
+    /// # Errors
+    /// `NotFound`; what the system says.
+    pub(crate) fn is_owned(&self, owner: Option<u32>, group: Option<u32>) -> io::Result<bool> {
+        let found = Found::at(self)?;
+        let has = |asked: Option<u32>, is: u32| asked.is_none_or(|asked| asked == is);
+        Ok(has(owner, found.owner) && has(group, found.group))
+    }
+
+    /// Gives the file another owner and another group, if it is still that one.
+    ///
+    /// # Errors
+    /// `NotFound`; `PermissionDenied`; what the system says.
+    pub(crate) fn set_owner(
+        &self,
+        file: Identity,
+        owner: Option<u32>,
+        group: Option<u32>,
+    ) -> io::Result<()> {
+        let found = Found::at(self)?;
+        match found.identity == file {
+            true => found.set_owner(self, owner, group),
+            false => Ok(()),
+        }
+    }
+
     /// Gives the socket that was just bound here these permissions. Returns the identity of its
     /// file.
     ///
@@ -126,6 +153,7 @@ mod found {
         pub(super) identity: Identity,
         pub(super) is_socket: bool,
         pub(super) owner: u32,
+        pub(super) group: u32,
         pub(super) mode: u32,
     }
 
@@ -139,6 +167,7 @@ mod found {
                 identity: Identity::from(&metadata),
                 is_socket: metadata.file_type().is_socket(),
                 owner: metadata.uid(),
+                group: metadata.gid(),
                 mode: metadata.mode() & 0o7777,
                 file,
             })
@@ -148,6 +177,16 @@ mod found {
         pub(super) fn set_mode(&self, _: &Place, mode: u32) -> io::Result<()> {
             let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
             set_permissions(path, Permissions::from_mode(mode))
+        }
+
+        pub(super) fn set_owner(
+            &self,
+            _: &Place,
+            owner: Option<u32>,
+            group: Option<u32>,
+        ) -> io::Result<()> {
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            std::os::unix::fs::chown(path, owner, group)
         }
     }
 }
@@ -168,6 +207,7 @@ mod found {
         pub(super) identity: Identity,
         pub(super) is_socket: bool,
         pub(super) owner: u32,
+        pub(super) group: u32,
         pub(super) mode: u32,
     }
 
@@ -179,6 +219,7 @@ mod found {
                 identity: Identity::from(&stat),
                 is_socket: stat.st_mode & libc::S_IFMT == libc::S_IFSOCK,
                 owner: stat.st_uid,
+                group: stat.st_gid,
                 mode: u32::from(stat.st_mode) & 0o7777,
             })
         }
@@ -192,6 +233,18 @@ mod found {
                 mode,
                 FchmodatFlags::NoFollowSymlink,
             )?)
+        }
+
+        pub(super) fn set_owner(
+            &self,
+            place: &Place,
+            owner: Option<u32>,
+            group: Option<u32>,
+        ) -> io::Result<()> {
+            use nix::unistd::{Gid, Uid, fchownat};
+            let (owner, group) = (owner.map(Uid::from_raw), group.map(Gid::from_raw));
+            let (name, no_link) = (place.name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+            Ok(fchownat(&place.directory, name, owner, group, no_link)?)
         }
     }
 }

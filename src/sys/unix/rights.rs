@@ -8,6 +8,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::libc;
 
+/// How many descriptors [`send`] passes at most.
+pub(crate) const MOST_SENT: usize = 16;
+
 /// As many as one message can pass (`SCM_MAX_FD`, Linux' `include/net/scm.h`; elsewhere it is more
 /// than is usual).
 const MOST: usize = 253;
@@ -151,20 +154,24 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<R
     })
 }
 
-/// Sends bytes, and with the first of them a descriptor of this process, without waiting and
-/// without a SIGPIPE. Returns how many bytes were sent; the descriptor was sent if any was.
+/// Sends bytes, and with the first of them descriptors of this process, [`MOST_SENT`] at most,
+/// without waiting and without a SIGPIPE. Returns how many bytes were sent; the descriptors were
+/// sent if any was.
 ///
 /// # Errors
-/// `WouldBlock` if there is no room; `BrokenPipe` if the peer is gone; what the kernel says
-/// otherwise, such as that the number is no descriptor.
+/// `WouldBlock` if there is no room; `BrokenPipe` if the peer is gone; `InvalidInput` if there are
+/// too many descriptors; what the kernel says otherwise, such as that a number is no descriptor.
 #[allow(unsafe_code)]
 pub(crate) fn send(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
-    descriptor: Option<RawFd>,
+    descriptors: &[RawFd],
 ) -> io::Result<usize> {
-    // Words, for a `cmsghdr` is aligned; and as many as a header and one descriptor take.
-    let mut control = [0_u64; 8];
+    if descriptors.len() > MOST_SENT {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // Words, for a `cmsghdr` is aligned; and as many as a header and the most descriptors take.
+    let mut control = [0_u64; (MOST_SENT * size_of::<RawFd>()).div_ceil(8) + 4];
     let mut part = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
         iov_len: bytes.len(),
@@ -173,21 +180,23 @@ pub(crate) fn send(
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = &raw mut part;
     message.msg_iovlen = 1;
-    if let Some(descriptor) = descriptor {
-        const SIZE: libc::c_uint = size_of::<RawFd>() as libc::c_uint;
+    if !descriptors.is_empty() {
+        let size = size_of_val(descriptors) as libc::c_uint;
         message.msg_control = control.as_mut_ptr().cast();
         // SAFETY: both only compute a length.
-        let (space, len) = unsafe { (libc::CMSG_SPACE(SIZE), libc::CMSG_LEN(SIZE)) };
+        let (space, len) = unsafe { (libc::CMSG_SPACE(size), libc::CMSG_LEN(size)) };
         message.msg_controllen = space as _;
-        // SAFETY: the control buffer has room for a header and a descriptor, is zeroed and aligned
-        // for the header, and outlives the call.
+        // SAFETY: the control buffer has room for a header and `MOST_SENT` descriptors, of which
+        // there are no more; it is zeroed and aligned for the header, and outlives the call.
         unsafe {
             let header = libc::CMSG_FIRSTHDR(&raw const message);
             (*header).cmsg_level = libc::SOL_SOCKET;
             (*header).cmsg_type = libc::SCM_RIGHTS;
             (*header).cmsg_len = len as _;
             let data = libc::CMSG_DATA(header).cast::<RawFd>();
-            data.write_unaligned(descriptor);
+            for (index, descriptor) in descriptors.iter().enumerate() {
+                data.add(index).write_unaligned(*descriptor);
+            }
         }
     }
     #[cfg(not(target_vendor = "apple"))]
@@ -197,7 +206,7 @@ pub(crate) fn send(
     let flags = libc::MSG_DONTWAIT;
     // SAFETY: the message points to one buffer and at most one control buffer, each valid for reads
     // of the length given; both outlive the call, which doesn't write to them. The kernel checks the
-    // descriptor's number.
+    // descriptors' numbers.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
@@ -215,8 +224,8 @@ mod tests {
     fn a_descriptor_arrives_with_the_first_byte_behind_which_it_was_sent() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (one, mut other) = UnixStream::pair().unwrap();
-        assert_eq!(send(ours.as_fd(), b"before", None).unwrap(), 6);
-        let sent = send(ours.as_fd(), b"with it", Some(one.as_raw_fd()));
+        assert_eq!(send(ours.as_fd(), b"before", &[]).unwrap(), 6);
+        let sent = send(ours.as_fd(), b"with it", &[one.as_raw_fd()]);
         assert_eq!(sent.unwrap(), 7);
         drop(one);
         let (mut bytes, mut descriptors) = (Vec::new(), Vec::new());
@@ -236,14 +245,34 @@ mod tests {
     }
 
     #[test]
+    fn as_many_as_can_be_sent_arrive_in_their_order() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let pairs: Vec<_> = (0..MOST_SENT)
+            .map(|_| UnixStream::pair().unwrap())
+            .collect();
+        let mut numbers: Vec<RawFd> = pairs.iter().map(|(one, _)| one.as_raw_fd()).collect();
+        assert_eq!(send(ours.as_fd(), b"x", &numbers).unwrap(), 1);
+        let received = receive(theirs.as_fd(), &mut [0; 8]).unwrap();
+        assert_eq!(received.descriptors.len(), MOST_SENT);
+        for (copy, (_, other)) in received.descriptors.into_iter().zip(&pairs) {
+            UnixStream::from(copy).write_all(b"y").unwrap();
+            let mut other = other;
+            other.read_exact(&mut [0]).unwrap();
+        }
+        numbers.push(ours.as_raw_fd());
+        let error = send(ours.as_fd(), b"x", &numbers).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
     fn a_number_that_is_no_descriptor_is_refused_and_a_peer_that_is_gone_is_no_signal() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         #[cfg(target_vendor = "apple")]
         socket2::SockRef::from(&ours).set_nosigpipe(true).unwrap();
-        let error = send(ours.as_fd(), b"x", Some(1 << 20)).unwrap_err();
+        let error = send(ours.as_fd(), b"x", &[1 << 20]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBADF));
         drop(theirs);
-        let error = send(ours.as_fd(), b"x", None).unwrap_err();
+        let error = send(ours.as_fd(), b"x", &[]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 }

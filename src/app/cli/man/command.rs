@@ -85,7 +85,12 @@ fn more(name: &str) -> More {
         "ps" => (&[Control], &["status", "stop"], &["control"]),
         "connections" => (&[Control], &["close", "status", "top"], &["control"]),
         "close" => (&[Control], &["connections"], &["control", "hyperkit"]),
-        "top" => (&[Control], &["status", "connections"], &["control"]),
+        "top" => (
+            &[Control],
+            &["status", "events", "connections"],
+            &["control"],
+        ),
+        "events" => (&[Control], &["status", "top", "connections"], &["control"]),
         "add" => (
             &[Control, Vms],
             &["remove", "status", "expose", "forward"],

@@ -189,7 +189,7 @@ impl Wire {
         let end = Instant::now() + PATIENCE;
         let sent = loop {
             let socket = self.stream.as_fd();
-            match sys::send(socket, &line, Some(descriptor.as_raw_fd())) {
+            match sys::send(socket, &line, &[descriptor.as_raw_fd()]) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
                     let left = end.saturating_duration_since(Instant::now());

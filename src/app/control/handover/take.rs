@@ -16,7 +16,7 @@ use crate::app::control::model::read_rule;
 use crate::app::control::problem::Problem;
 use crate::app::rule::RuleOptions;
 use crate::listener::file::SocketFile;
-use crate::listener::{Handed, Listener};
+use crate::listener::{FileAccess, Handed, Listener};
 use crate::proxy::Rule;
 use crate::sys::{self, Identity};
 
@@ -27,8 +27,8 @@ pub(crate) struct Predecessor {
     /// Each with its number.
     sockets: Vec<(usize, Socket)>,
     taken: Vec<usize>,
-    /// The files of the sockets that are taken, each with the permissions that it is to have.
-    files: Vec<(Arc<SocketFile>, Option<u32>)>,
+    /// The files of the sockets that are taken, each with the access that it is to have.
+    files: Vec<(Arc<SocketFile>, Option<FileAccess>)>,
     /// The paths of those of them at which guests dial.
     guest_ports: Vec<PathBuf>,
 }
@@ -102,7 +102,7 @@ impl Predecessor {
             let (name, listen) = (rule.name.as_deref(), &rule.listen);
             let fits =
                 |it: &Socket| it.used_for == Use::Forward && it.listener.is_for(name, listen);
-            listeners.extend(self.take(fits, Some(rule.mode)));
+            listeners.extend(self.take(fits, Some(rule.access())));
         }
         let is_kept = |it: &Socket| it.used_for == Use::Forward && it.listener.is_foreign();
         while let Some(kept) = self.take(is_kept, None) {
@@ -111,14 +111,18 @@ impl Predecessor {
         listeners
     }
 
-    fn take(&mut self, fits: impl Fn(&Socket) -> bool, mode: Option<u32>) -> Option<Listener> {
+    fn take(
+        &mut self,
+        fits: impl Fn(&Socket) -> bool,
+        access: Option<FileAccess>,
+    ) -> Option<Listener> {
         let index = self.sockets.iter().position(|(_, socket)| fits(socket))?;
         let (number, socket) = self.sockets.remove(index);
         self.guest_ports
             .extend(guest_port(socket.listener.address()));
         self.taken.push(number);
         let file = socket.listener.file();
-        self.files.extend(file.map(|file| (file, mode)));
+        self.files.extend(file.map(|file| (file, access)));
         Some(socket.listener)
     }
 
@@ -142,10 +146,10 @@ impl Predecessor {
         if !yours.yours {
             return Err(invalid("it keeps them"));
         }
-        for (file, mode) in self.files.drain(..) {
+        for (file, access) in self.files.drain(..) {
             file.own();
             // That they can't be set is no reason to serve nobody.
-            let _ = mode.map(|mode| file.set_mode(mode));
+            let _ = access.map(|access| file.set_access(access));
         }
         Ok(Agreed {
             wire: self.wire,

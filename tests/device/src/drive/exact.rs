@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -435,22 +435,39 @@ pub(crate) fn vm_starts_anew(vm: &Exact) -> Outcome {
     vm.is_idle()
 }
 
-/// SIGTERM ends the proxy in order, and it leaves no socket behind.
+/// SIGTERM ends the proxy in order. What the guest dials is its keeper's until the VM has ended, and nothing is left then.
 pub(crate) fn ends_in_order(vm: &Exact) -> Outcome {
     let mut proxy = vm.proxy();
     proxy.process.terminate()?;
     let status = proxy.process.end(SOON);
     let ended = status.is_some_and(|status| status.code() == Some(0));
     ensure!(ended, "it ended with {status:?}: {}", proxy.process.err());
-    let mut left = Vec::new();
-    for dir in [&vm.dir, &vm.state] {
-        for entry in fs::read_dir(dir)? {
-            left.push(entry?.file_name().to_string_lossy().into_owned());
+    let left = |is_left: fn(&str) -> bool| -> io::Result<Vec<String>> {
+        let mut left = Vec::new();
+        for dir in [&vm.dir, &vm.state] {
+            for entry in fs::read_dir(dir)? {
+                left.push(entry?.file_name().to_string_lossy().into_owned());
+            }
         }
-    }
-    left.retain(|name| {
-        name.starts_with("00000002.") || PORTS.iter().any(|port| *name == format!("{port}.sock"))
+        left.retain(|name| is_left(name));
+        left.sort();
+        Ok(left)
+    };
+    let fronts = left(|name| PORTS.iter().any(|port| *name == format!("{port}.sock")))?;
+    ensure!(fronts.is_empty(), "it leaves {fronts:?}");
+    let dialled = left(|name| name.starts_with("00000002."))?;
+    let kept = [5007, 5008, 5009, 5098].map(|port: u32| format!("00000002.{port:08x}"));
+    ensure!(dialled == kept, "of {kept:?} it leaves {dialled:?}");
+    let is_keepers = |name: &str| name.starts_with("hvsock-keeper.");
+    let keepers = left(is_keepers)?;
+    ensure!(keepers.len() == 1, "the keepers are {keepers:?}");
+    vm.machine().stop();
+    let is_ours = |name: &str| name.starts_with("00000002.") || name.starts_with("hvsock");
+    let mut ours = Ok(Vec::new());
+    let none = eventually(SOON, || {
+        ours = left(is_ours);
+        ours.as_ref().is_ok_and(Vec::is_empty)
     });
-    ensure!(left.is_empty(), "it leaves {left:?}");
+    ensure!(none, "without a VM there is {ours:?}");
     Ok(())
 }

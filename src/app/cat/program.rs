@@ -1,0 +1,87 @@
+//! A program in the place of standard input and output.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+use crate::address::ExecAddress;
+use crate::dial::{self, Programs};
+use crate::error::Result;
+
+/// What a shell adds to the number of the signal that has ended a program (POSIX' `$?`).
+const BY_SIGNAL: i32 = 128;
+
+/// A program that runs, for one session.
+#[derive(Debug)]
+pub(super) struct Program {
+    /// The other end of its standard input and output.
+    stream: UnixStream,
+    ending: Receiver<io::Result<ExitStatus>>,
+    ended: OnceLock<io::Result<ExitStatus>>,
+}
+
+impl Program {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// Why it can't be started.
+    pub(super) fn start(exec: &ExecAddress) -> Result<Program> {
+        let started = dial::start_program(exec, &Programs::alone())?;
+        Ok(Program {
+            stream: started.stream,
+            ending: started.ended,
+            ended: OnceLock::new(),
+        })
+    }
+
+    pub(super) fn input(&self) -> io::Result<UnixStream> {
+        self.stream.try_clone()
+    }
+
+    pub(super) fn output(&self) -> io::Result<UnixStream> {
+        self.stream.try_clone()
+    }
+
+    pub(super) fn end_input(&self) {
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// Cuts its connection: it is ended, unless it has ended its output.
+    pub(super) fn cut(&self) {
+        // Threads of the session have it, too.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended_within(Duration::ZERO).is_some()
+    }
+
+    /// Waits for its end, at most `time`. Returns its exit code, and one of its own for each signal.
+    pub(super) fn ended_within(&self, time: Duration) -> Option<io::Result<u8>> {
+        if self.ended.get().is_none() {
+            let ended = match self.ending.recv_timeout(time) {
+                Ok(ended) => ended,
+                Err(RecvTimeoutError::Timeout) => return None,
+                Err(RecvTimeoutError::Disconnected) => {
+                    Err(io::Error::other("the thread that waited for it has ended"))
+                }
+            };
+            let _ = self.ended.set(ended);
+        }
+        match self.ended.get()? {
+            Ok(status) => Some(Ok(exit_code(*status))),
+            Err(e) => Some(Err(io::Error::new(e.kind(), e.to_string()))),
+        }
+    }
+}
+
+fn exit_code(status: ExitStatus) -> u8 {
+    let by_signal = || status.signal().map(|signal| BY_SIGNAL + signal);
+    let code = status.code().or_else(by_signal).unwrap_or(1);
+    u8::try_from(code).unwrap_or(1)
+}

@@ -1,0 +1,42 @@
+//! `hvsock events`: what happens in an hvsock that runs, line by line.
+
+use std::io;
+
+use clap::Args;
+
+use super::control::Which;
+use super::outcome::{Failure, Outcome};
+use crate::app::{control, escape, output};
+
+/// Follow what happens in an hvsock that runs: connections, forwards and VMs that come and go
+///
+/// Each event is a line of JSON, with its name in `event` and its time in `time`. What is there is told at the beginning.
+/// Whoever reads too slowly misses events of connections, and is told how many.
+#[derive(Args, Debug)]
+#[command(after_help = "It ends when that hvsock does.
+
+Examples:
+  hvsock events
+  hvsock events | jq -c 'select(.event == \"connection_closed\")'")]
+pub(super) struct Events {
+    #[command(flatten)]
+    which: Which,
+}
+
+impl Events {
+    pub(super) fn run(self) -> Outcome {
+        let mut failure = None;
+        let print = |line: &str| {
+            let printed = output::print(format!("{}\n", escape::json(line)).as_bytes());
+            printed.map_err(|e| failure = Some(e)).is_ok()
+        };
+        control::follow(&self.which.path(), "/v1/events", print)?;
+        match failure {
+            // A reader who has gone has seen enough, as `head` has.
+            Some(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(
+                "cannot write to standard output: {e}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+}

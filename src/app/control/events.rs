@@ -1,0 +1,354 @@
+//! Events as lines of JSON, for whoever reads them: what happens to connections, forwards and VMs.
+//!
+//! Of connections the proxy's observer tells, on the workers' threads: an event goes into the queue
+//! of each reader, or is dropped and counted where that is full. Nothing waits for a reader, and
+//! without one nothing is done. Forwards and VMs are looked at every [`LOOK`] for each reader: a
+//! state that was another for less may go unseen.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use hyper::body::Bytes;
+use serde::Serialize;
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::task::spawn_blocking;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::name::{PeerProcess, SocketName};
+use crate::proxy::{EndReason, Event, ForwardStatus, Handle, Observer, What};
+use crate::time::unix;
+
+use super::model::Forward;
+
+/// The most events that wait for a reader; each has some 200 bytes.
+const QUEUE: usize = 4096;
+
+/// The most lines that were taken from there, and are not sent yet.
+const AHEAD: usize = 16;
+
+/// How often forwards and VMs are looked at.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// A line.
+#[derive(Clone, Debug, Serialize)]
+struct Line {
+    #[serde(with = "unix")]
+    time: SystemTime,
+    #[serde(flatten)]
+    what: Told,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+enum Told {
+    /// The first line.
+    Watching {
+        version: &'static str,
+        pid: u32,
+    },
+    ForwardUp(Place),
+    ForwardDown {
+        #[serde(flatten)]
+        place: Place,
+        why: String,
+    },
+    VmUp {
+        vm: String,
+    },
+    VmGone {
+        vm: String,
+    },
+    VmRestarted {
+        vm: String,
+    },
+    ConnectionAccepted(Client),
+    ConnectionConnected(Client),
+    ConnectionRefused {
+        #[serde(flatten)]
+        client: Client,
+        error: String,
+    },
+    ConnectionClosed {
+        #[serde(flatten)]
+        client: Client,
+        sent: u64,
+        received: u64,
+        seconds: f64,
+        why: &'static str,
+        /// Why it was refused, if it was.
+        refusal: Option<String>,
+    },
+    /// The reader was too slow for so many events about connections.
+    Dropped {
+        count: u64,
+    },
+}
+
+/// A forward.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Place {
+    forward: u64,
+    name: Option<String>,
+    listen: String,
+    connect: String,
+}
+
+/// A connection, and who is at its other end.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Client {
+    connection: u64,
+    forward: u64,
+    peer: Option<String>,
+    process: Option<Process>,
+}
+
+/// As the status has it, without the program, which only a file tells.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Process {
+    pid: Option<u32>,
+    user: u32,
+}
+
+impl From<PeerProcess> for Process {
+    fn from(process: PeerProcess) -> Process {
+        Process {
+            pid: process.id,
+            user: process.user,
+        }
+    }
+}
+
+impl Told {
+    fn of(event: &Event<'_>) -> Option<Told> {
+        let client = Client {
+            connection: event.connection.into(),
+            forward: event.forward.into(),
+            peer: match event.peer {
+                SocketName::Unnamed => None,
+                named => Some(named.to_string()),
+            },
+            process: event.process.map(Process::from),
+        };
+        Some(match event.what {
+            What::Accepted => Told::ConnectionAccepted(client),
+            What::Connected => Told::ConnectionConnected(client),
+            What::Refused(error) => Told::ConnectionRefused {
+                client,
+                error: error.to_string(),
+            },
+            What::Closed {
+                sent,
+                received,
+                age,
+                why,
+            } => Told::ConnectionClosed {
+                client,
+                sent,
+                received,
+                seconds: age.as_secs_f64(),
+                why: why.name(),
+                refusal: match why {
+                    EndReason::Refused(reason) => Some(reason.to_string().replace(' ', "_")),
+                    _ => None,
+                },
+            },
+        })
+    }
+}
+
+/// A reader's queue, and how many events found it full.
+#[derive(Debug)]
+struct Reader {
+    queue: Sender<Line>,
+    dropped: Arc<AtomicU64>,
+}
+
+/// Those who read the events of a proxy.
+#[derive(Debug, Default)]
+pub(super) struct Events {
+    readers: Mutex<Vec<Reader>>,
+    /// How many they are, to be known without a lock.
+    count: AtomicUsize,
+}
+
+impl Events {
+    fn lock(&self) -> MutexGuard<'_, Vec<Reader>> {
+        self.readers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns an observer by which a proxy tells the readers of its connections.
+    pub(super) fn observer(self: &Arc<Events>) -> Observer {
+        let events = Arc::clone(self);
+        Observer::new(move |event| {
+            if events.count.load(Ordering::Relaxed) > 0
+                && let Some(told) = Told::of(event)
+            {
+                events.tell(told);
+            }
+        })
+    }
+
+    fn tell(&self, what: Told) {
+        let line = Line {
+            time: SystemTime::now(),
+            what,
+        };
+        for reader in self.lock().iter() {
+            if reader.queue.try_send(line.clone()).is_err() {
+                reader.dropped.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Returns the lines of a new reader, until they are dropped.
+    pub(super) fn read(self: &Arc<Events>, handle: &Handle) -> Receiver<Bytes> {
+        let (queue, events) = channel(QUEUE);
+        let (to, lines) = channel(AHEAD);
+        let dropped = Arc::default();
+        let reader = Reader {
+            queue,
+            dropped: Arc::clone(&dropped),
+        };
+        let mut readers = self.lock();
+        readers.push(reader);
+        self.count.store(readers.len(), Ordering::Relaxed);
+        drop(readers);
+        let (all, handle) = (Arc::clone(self), handle.clone());
+        tokio::spawn(async move {
+            write_lines(&handle, events, &dropped, &to).await;
+            // Its queue is closed by now.
+            all.forget_gone();
+        });
+        lines
+    }
+
+    fn forget_gone(&self) {
+        let mut readers = self.lock();
+        readers.retain(|it| !it.queue.is_closed());
+        self.count.store(readers.len(), Ordering::Relaxed);
+    }
+
+    /// Ends the lines of all readers, each behind what is in its queue.
+    pub(super) fn close(&self) {
+        self.count.store(0, Ordering::Relaxed);
+        self.lock().clear();
+    }
+}
+
+/// Writes a reader's lines until it has gone or the events end.
+async fn write_lines(
+    handle: &Handle,
+    mut events: Receiver<Line>,
+    dropped: &AtomicU64,
+    to: &Sender<Bytes>,
+) {
+    let mut looks = interval(LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut seen = Seen::default();
+    let watching = Told::Watching {
+        version: env!("CARGO_PKG_VERSION"),
+        pid: std::process::id(),
+    };
+    let now = |what| Line {
+        time: SystemTime::now(),
+        what,
+    };
+    let mut lines = vec![now(watching)];
+    let mut is_over = false;
+    loop {
+        let lost = dropped.swap(0, Ordering::Relaxed);
+        if lost > 0 {
+            lines.push(now(Told::Dropped { count: lost }));
+        }
+        for line in lines.drain(..) {
+            // It is made of texts and numbers.
+            let mut text = serde_json::to_vec(&line).unwrap_or_default();
+            text.push(b'\n');
+            if to.send(text.into()).await.is_err() {
+                return;
+            }
+        }
+        if is_over {
+            return;
+        }
+        tokio::select! {
+            () = to.closed() => return,
+            line = events.recv() => match line {
+                Some(line) => {
+                    lines.push(line);
+                    continue;
+                }
+                None => is_over = true,
+            },
+            _ = looks.tick() => {}
+        }
+        // This may wait for a lock.
+        let handle = handle.clone();
+        let forwards = spawn_blocking(move || handle.forwards()).await;
+        let news = seen.compare(&forwards.unwrap_or_default());
+        lines.extend(news.into_iter().map(now));
+    }
+}
+
+/// The forwards and VMs as a reader has been told of them.
+#[derive(Debug, Default)]
+struct Seen {
+    forwards: HashMap<u64, (Place, bool)>,
+    vms: HashMap<String, (bool, u64)>,
+}
+
+impl Seen {
+    /// Returns what is new.
+    fn compare(&mut self, forwards: &[ForwardStatus]) -> Vec<Told> {
+        let mut news = Vec::new();
+        let mut gone = std::mem::take(&mut self.forwards);
+        for status in forwards {
+            let forward = Forward::from(status);
+            let place = Place {
+                forward: status.id.into(),
+                name: forward.name,
+                listen: forward.listen,
+                connect: forward.connect,
+            };
+            let is_up = !matches!(forward.state.as_str(), "lost" | "closed");
+            let before = gone.remove(&place.forward);
+            let now = (place.clone(), is_up);
+            if before.as_ref() != Some(&now) {
+                news.push(match is_up {
+                    true => Told::ForwardUp(place),
+                    false => Told::ForwardDown {
+                        place,
+                        why: forward
+                            .why
+                            .filter(|it| !it.is_empty())
+                            .unwrap_or(forward.state),
+                    },
+                });
+            }
+            self.forwards.insert(status.id.into(), now);
+            if let Some(vm) = forward.vm
+                && let Some(is_up) = vm.status.up
+            {
+                let now = (is_up, vm.status.restarts);
+                let before = self.vms.insert(vm.directory.clone(), now);
+                let vm = vm.directory;
+                news.extend(match before {
+                    Some(before) if before == now => None,
+                    Some((true, _)) if is_up => Some(Told::VmRestarted { vm }),
+                    _ if is_up => Some(Told::VmUp { vm }),
+                    Some((false, _)) => None,
+                    _ => Some(Told::VmGone { vm }),
+                });
+            }
+        }
+        let removed = gone.into_values().filter(|(_, was_up)| *was_up);
+        news.extend(removed.map(|(place, _)| Told::ForwardDown {
+            place,
+            why: "removed".to_owned(),
+        }));
+        news
+    }
+}

@@ -1,0 +1,176 @@
+//! A VM as a person names it: `--vm`, and `at` of `[vm.NAME]`.
+
+use std::io;
+
+use crate::address::{
+    self, Address, CID_ANY, CID_LOCAL, HvsockAddress, HyperkitAddress, HyperkitVm, Port,
+    VsockAddress, VsockMuxAddress, is_guest_cid,
+};
+use crate::error::{Error, Operation, Result};
+use crate::hyperkit::{self, Places};
+use crate::proxy::Source;
+
+/// A VM of any family, and how its ports are addressed.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum VmPlace {
+    Hyperkit(HyperkitVm),
+    HyperV(address::Vm),
+    /// A guest of this Linux host. The port of the address is of no meaning.
+    Vsock(VsockAddress),
+    /// A VM behind the Unix socket of its VMM. The port of the address is of no meaning.
+    VsockMux(VsockMuxAddress),
+}
+
+/// The URIs of a VM that is none of hyperkit's, each with one that is right.
+const SCHEMES: [(&str, &str); 2] = [
+    ("vsock://", "vsock://3"),
+    ("vsock-mux://", "vsock-mux:///run/vm.sock"),
+];
+
+impl VmPlace {
+    /// Finds the VM that a person means: `vsock://CID`, `vsock-mux:///PATH[?half-close=yes]`, else
+    /// on Windows a Hyper-V VM's name or id, and elsewhere what [`hyperkit::find`] takes.
+    ///
+    /// # Errors
+    /// Returns `InvalidInput` if the words mean no VM, and the errors of [`hyperkit::find`].
+    pub(crate) fn find(name: &str, places: &Places) -> Result<VmPlace> {
+        if let Some(place) = VmPlace::parse(name) {
+            return place;
+        }
+        if cfg!(windows) {
+            let vm = address::Vm::parse(name);
+            let vm = vm.ok_or_else(|| invalid(name, "it is neither a VM's name nor its id"))?;
+            return Ok(VmPlace::HyperV(vm));
+        }
+        hyperkit::find(name, places).map(VmPlace::Hyperkit)
+    }
+
+    /// Parses the URI of a VM that is none of hyperkit's; `None` if it is another text.
+    pub(crate) fn parse(name: &str) -> Option<Result<VmPlace>> {
+        let (scheme, example) = SCHEMES
+            .into_iter()
+            .find(|(scheme, _)| name.starts_with(scheme))?;
+        let rest = &name[scheme.len()..];
+        let end = rest.find(['/', '?']).unwrap_or(rest.len());
+        let (authority, rest) = rest.split_at(end);
+        let wrong = |why: &str| {
+            Some(Err(
+                invalid(name, why).with_remedy(format!("write {example}"))
+            ))
+        };
+        if authority.contains(':') {
+            return wrong("it names a port, and a VM has all of them");
+        }
+        // An address is the VM and a port.
+        let place = match format!("{scheme}{authority}:0{rest}").parse() {
+            Ok(Address::Vsock(address)) => VmPlace::Vsock(address),
+            Ok(Address::VsockMux(address)) => VmPlace::VsockMux(address),
+            Ok(_) => return None,
+            Err(e) => return wrong(&format!("{} {}", e.part(), e.reason())),
+        };
+        match &place {
+            VmPlace::Vsock(it) if it.cid != CID_LOCAL && !is_guest_cid(it.cid) => {
+                wrong("its CID is no guest's (3 to 4294967294)")
+            }
+            _ => Some(Ok(place)),
+        }
+    }
+
+    /// Returns the address at which a port of the guest is dialled.
+    pub(crate) fn guest_port(&self, port: Port) -> Address {
+        match self {
+            VmPlace::Hyperkit(vm) => HyperkitAddress {
+                vm: vm.clone(),
+                port,
+            }
+            .into(),
+            VmPlace::HyperV(vm) => HvsockAddress::new(vm.clone(), port).into(),
+            VmPlace::Vsock(vm) => VsockAddress { port, ..vm.clone() }.into(),
+            VmPlace::VsockMux(vm) => VsockMuxAddress { port, ..vm.clone() }.into(),
+        }
+    }
+
+    /// Returns the address to listen on for the dials of the guest to a port of the host.
+    pub(crate) fn host_port(&self, port: Port) -> Address {
+        match self {
+            VmPlace::Vsock(vm) => VsockAddress {
+                cid: CID_ANY,
+                port,
+                ..vm.clone()
+            }
+            .into(),
+            _ => self.guest_port(port),
+        }
+    }
+
+    /// Returns where clients of [`host_port`](VmPlace::host_port) may come from, if guests of other
+    /// VMs can dial it as well.
+    pub(crate) fn sources(&self) -> Vec<Source> {
+        match self {
+            VmPlace::Vsock(vm) => vec![Source::cid(vm.cid)],
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn invalid(name: &str, why: &str) -> Error {
+    let cause = io::Error::new(io::ErrorKind::InvalidInput, why.to_owned());
+    Error::new(Operation::Find, format_args!("VM {name:?}"), cause)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_of_any_family_has_its_ports() {
+        for (vm, guest_port, host_port) in [
+            ("vsock://3", "vsock://3:80", "vsock://:80"),
+            (
+                "vsock://3?framing=yes",
+                "vsock://3:80?framing=yes",
+                "vsock://:80?framing=yes",
+            ),
+            (
+                "vsock-mux:///run/fc.sock",
+                "vsock-mux://:80/run/fc.sock",
+                "vsock-mux://:80/run/fc.sock",
+            ),
+            (
+                "vsock-mux:///a%20b?half-close=yes",
+                "vsock-mux://:80/a%20b?half-close=yes",
+                "vsock-mux://:80/a%20b?half-close=yes",
+            ),
+        ] {
+            let place = VmPlace::parse(vm).unwrap().unwrap();
+            assert_eq!(place.guest_port(Port(80)).to_string(), guest_port, "{vm}");
+            assert_eq!(place.host_port(Port(80)).to_string(), host_port, "{vm}");
+            // Every guest of a host dials the same ports of it.
+            let only = vm.starts_with("vsock://").then_some(Source::cid(3));
+            assert_eq!(place.sources(), Vec::from_iter(only), "{vm}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_vm_is_told_with_a_right_one() {
+        for (vm, part) in [
+            ("vsock://3:80", "names a port"),
+            ("vsock://2", "no guest's"),
+            ("vsock://", "no guest's"),
+            ("vsock://x", "neither a number"),
+            ("vsock://3/path", "path"),
+            ("vsock-mux://", "missing"),
+            ("vsock-mux://:80/run/fc.sock", "names a port"),
+            ("vsock-mux://3/run/fc.sock", "one VM's"),
+            ("vsock-mux:///run/fc.sock?half=yes", "unknown"),
+        ] {
+            let error = VmPlace::parse(vm).unwrap().unwrap_err();
+            assert!(error.to_string().contains(part), "{vm}: {error}");
+            assert!(error.remedy().unwrap().starts_with("write vsock"), "{vm}");
+        }
+        for other in ["docker", "hyperkit:///x", "./vsock", "tcp://x:1"] {
+            assert!(VmPlace::parse(other).is_none(), "{other}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Dials a file: its content is sent, and what comes is discarded.
+//!
+//! The connection is a Unix socket, as any other is. A thread is at its other end, since reading a
+//! file may block.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::SockRef;
+
+use crate::address::{Address, FileAddress};
+use crate::error::{Error, Operation, Result};
+use crate::sys;
+
+/// How many bytes are carried at once.
+const BUFFER: usize = 64 * 1024;
+
+/// Opens a file. Returns the connection on which it is sent.
+///
+/// # Errors
+/// Why it can't be read: `NotFound` if it isn't there, `IsADirectory`, `InvalidInput` if it is
+/// anything else but a file with content.
+pub(super) fn connect(address: &Address, file: &FileAddress) -> Result<UnixStream> {
+    let fail = |cause: io::Error| {
+        let remedy = match cause.kind() {
+            io::ErrorKind::NotFound => "there is no such file: is the path right?",
+            io::ErrorKind::PermissionDenied => "you may not read it",
+            io::ErrorKind::IsADirectory => "that is a directory: name the file in it",
+            _ => return Error::new(Operation::Connect, address, cause),
+        };
+        Error::new(Operation::Connect, address, cause).with_remedy(remedy)
+    };
+    let file = open(file).map_err(fail)?;
+    let (near, ours) = UnixStream::pair().map_err(fail)?;
+    for end in [&near, &ours] {
+        sys::make_room(&SockRef::from(end));
+    }
+    ours.set_nonblocking(true).map_err(fail)?;
+    let thread = thread::Builder::new().name("hvsock-file".into());
+    // What can't be sent is nobody's to take any more.
+    let send = move || drop(send(file, ours));
+    thread.spawn(send).map_err(fail)?;
+    Ok(near)
+}
+
+fn open(file: &FileAddress) -> io::Result<File> {
+    let check = |metadata: std::fs::Metadata| match metadata.file_type() {
+        kind if kind.is_file() => Ok(()),
+        kind if kind.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
+        _ => {
+            let why = "it is no regular file";
+            Err(io::Error::new(io::ErrorKind::InvalidInput, why))
+        }
+    };
+    // Opening something else may have an effect, and may wait.
+    check(file.path.metadata()?)?;
+    let mut options = File::options();
+    options.read(true);
+    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    let opened = options.open(&file.path)?;
+    check(opened.metadata()?)?;
+    Ok(opened)
+}
+
+/// Sends a file, and discards what comes meanwhile and later, until the other end has closed.
+fn send(mut file: File, mut socket: UnixStream) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    let mut left = 0..0;
+    let (mut file_ended, mut input_ended) = (false, false);
+    while !(file_ended && left.is_empty() && input_ended) {
+        if left.is_empty() && !file_ended {
+            left = 0..file.read(&mut buffer)?;
+            file_ended = left.is_empty();
+            if file_ended {
+                socket.shutdown(Shutdown::Write)?;
+            }
+        }
+        let mut events = PollFlags::empty();
+        events.set(PollFlags::POLLIN, !input_ended);
+        events.set(PollFlags::POLLOUT, !left.is_empty());
+        let mut asked = [PollFd::new(socket.as_fd(), events)];
+        match poll(&mut asked, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        if !left.is_empty() {
+            match socket.write(&buffer[left.clone()]) {
+                Ok(count) => left.start += count,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if !input_ended {
+            match socket.read(&mut [0; 4096]) {
+                Ok(count) => input_ended = count == 0,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,536 @@
+//! Dials a program: starts it, and connects its standard input and output.
+//!
+//! The connection is a Unix socket, as any other is. A thread is at its other end: it carries the
+//! bytes between it and a second socket pair (or a terminal), of which the program has the other
+//! end, and reaps the program. So a program needs no signal handler of ours, a connection that is cut
+//! is told from a program that has done, and neither costs the loop anything.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::SockRef;
+use tracing::{Span, debug};
+
+use crate::address::ExecAddress;
+use crate::error::{Error, Operation, Result};
+use crate::sys::{self, Leads};
+
+/// How long a program whose connection was cut may take to end after SIGHUP.
+pub(crate) const HANG_UP: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether such a program has ended, first and at most.
+const LOOKS: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(100)];
+
+/// How many bytes are carried at once.
+const BUFFER: usize = 64 * 1024;
+
+/// What service managers tell of themselves, and not of the programs of those they manage.
+const OURS: [&str; 6] = [
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+];
+
+/// The programs that are connected, for who ends to wait until those are ended that were cut off.
+#[derive(Debug, Default)]
+pub(crate) struct Programs {
+    connected: Mutex<usize>,
+    fewer: Condvar,
+}
+
+/// Those that no proxy has started.
+static ALONE: LazyLock<Arc<Programs>> = LazyLock::new(Arc::default);
+
+impl Programs {
+    /// Returns those that no proxy has started.
+    pub(crate) fn alone() -> Arc<Programs> {
+        Arc::clone(&ALONE)
+    }
+
+    fn connected(&self) -> MutexGuard<'_, usize> {
+        self.connected
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no program is connected: once their connections are closed, that takes them at
+    /// most [`HANG_UP`].
+    pub(crate) fn wait(&self) {
+        let time = HANG_UP + Duration::from_secs(1);
+        let some = |connected: &mut usize| *connected > 0;
+        drop(self.fewer.wait_timeout_while(self.connected(), time, some));
+    }
+}
+
+/// A program that is counted as connected.
+struct Connected(Arc<Programs>);
+
+impl Connected {
+    fn new(programs: Arc<Programs>) -> Connected {
+        *programs.connected() += 1;
+        Connected(programs)
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        *self.0.connected() -= 1;
+        self.0.fewer.notify_all();
+    }
+}
+
+/// A program that was started.
+#[derive(Debug)]
+pub(crate) struct Started {
+    /// The connection with its standard input and output.
+    pub(crate) stream: UnixStream,
+    /// Takes how it has ended.
+    #[cfg_attr(not(feature = "cli"), expect(dead_code))]
+    pub(crate) ended: Receiver<io::Result<ExitStatus>>,
+}
+
+/// Starts a program.
+///
+/// # Errors
+/// Why it can't be started.
+pub(crate) fn start(exec: &ExecAddress, programs: &Arc<Programs>) -> Result<Started> {
+    let fail = |e| explain(exec, e);
+    let (near, ours) = UnixStream::pair().map_err(fail)?;
+    for end in [&near, &ours] {
+        sys::make_room(&SockRef::from(end));
+    }
+    let (started, is_started) = channel();
+    let (tell_end, ended) = channel();
+    let connected = Connected::new(Arc::clone(programs));
+    let (exec, span) = (exec.clone(), Span::current());
+    let attend = {
+        let exec = exec.clone();
+        move || {
+            let _span = span.enter();
+            if let Some(status) = attend(&exec, ours, &started, connected) {
+                // Most don't ask.
+                let _ = tell_end.send(status);
+            }
+        }
+    };
+    let thread = thread::Builder::new().name("hvsock-exec".into());
+    thread.spawn(attend).map_err(fail)?;
+    // Without an answer the thread has panicked.
+    let answer = is_started.recv();
+    answer
+        .unwrap_or_else(|_| Err(io::Error::other("its thread has ended")))
+        .map_err(|e| explain(&exec, e))?;
+    Ok(Started {
+        stream: near,
+        ended,
+    })
+}
+
+/// Starts a program, carries its bytes, and reaps it. Returns how it has ended, if it was started.
+fn attend(
+    exec: &ExecAddress,
+    near: UnixStream,
+    started: &Sender<io::Result<()>>,
+    connected: Connected,
+) -> Option<io::Result<ExitStatus>> {
+    let begun = near.set_nonblocking(true).and_then(|()| spawn(exec));
+    let (mut child, far) = match begun {
+        Ok(begun) => begun,
+        Err(e) => {
+            let _ = started.send(Err(e));
+            return None;
+        }
+    };
+    let (program, id) = (exec.program.display(), child.id());
+    debug!(program = %program.to_string().escape_debug(), process = id, "started");
+    // The dial may have been given up.
+    let _ = started.send(Ok(()));
+    let mut carrier = Carrier::new(near, far);
+    let status = match carrier.run() {
+        Carried::All => {
+            carrier.close();
+            drop(connected);
+            child.wait()
+        }
+        Carried::Cut => {
+            debug!(process = id, "its connection was cut: SIGHUP");
+            let ended = hang_up(&mut child, carrier.far);
+            drop(connected);
+            ended
+        }
+    };
+    match &status {
+        Ok(status) => debug!(process = id, "{}", describe(*status)),
+        // Another part of the program reaps children that it doesn't know.
+        Err(e) => debug!(process = id, "ended; its status can't be had: {e}"),
+    }
+    Some(status)
+}
+
+fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("ended with exit code {code}"),
+        (None, Some(signal)) => format!("ended by signal {signal}"),
+        (None, None) => status.to_string(),
+    }
+}
+
+/// Starts a program. Returns our end of its standard input and output.
+fn spawn(exec: &ExecAddress) -> io::Result<(Child, Far)> {
+    // A program without a slash would be searched for.
+    let program = std::path::absolute(&exec.program)?;
+    let mut command = Command::new(program);
+    command.args(&exec.args).envs(exec.env.iter().cloned());
+    for name in OURS {
+        if !exec.env.iter().any(|(given, _)| given == name) {
+            command.env_remove(name);
+        }
+    }
+    let (far, theirs): (Far, OwnedFd) = match exec.pty {
+        true => {
+            let (terminal, theirs) = sys::make_terminal()?;
+            sys::set_nonblocking(&terminal)?;
+            command.stderr(Stdio::from(theirs.try_clone()?));
+            (Far::terminal(terminal), theirs)
+        }
+        false => {
+            let (far, theirs) = UnixStream::pair()?;
+            for end in [&far, &theirs] {
+                sys::make_room(&SockRef::from(end));
+            }
+            far.set_nonblocking(true)?;
+            (Far::Socket(far), theirs.into())
+        }
+    };
+    command.stdin(Stdio::from(theirs.try_clone()?));
+    command.stdout(Stdio::from(theirs));
+    sys::detach_command(
+        &mut command,
+        match exec.pty {
+            true => Leads::Session,
+            false => Leads::Group,
+        },
+    );
+    // The command has the program's end, too, until it is dropped here.
+    Ok((command.spawn()?, far))
+}
+
+/// Ends a program whose connection was cut, with its group: SIGHUP, then SIGKILL.
+///
+/// Until then its input doesn't end: what has come of it must not be taken for all.
+fn hang_up(child: &mut Child, far: Far) -> io::Result<ExitStatus> {
+    let group = child.id();
+    sys::hang_up_group(group);
+    let far = match far {
+        // Those of its session that lead other groups hear of it by the terminal.
+        Far::Terminal { .. } => None,
+        socket @ Far::Socket(_) => Some(socket),
+    };
+    let (end, [mut pause, longest]) = (Instant::now() + HANG_UP, LOOKS);
+    let mut status = None;
+    while Instant::now() < end {
+        if status.is_none() {
+            status = child.try_wait()?;
+        }
+        // The number is taken as long as one of the group lives.
+        if status.is_some() && !sys::has_group(group) {
+            break;
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(longest);
+    }
+    if status.is_none() || sys::has_group(group) {
+        debug!(process = group, "it goes on after SIGHUP: SIGKILL");
+        sys::kill_group(group);
+    }
+    drop(far);
+    status.map_or_else(|| child.wait(), Ok)
+}
+
+/// Our end of a program's standard input and output.
+enum Far {
+    Socket(UnixStream),
+    Terminal {
+        terminal: File,
+        /// Something was written behind the last end of a line.
+        in_line: bool,
+    },
+}
+
+impl Far {
+    fn terminal(terminal: File) -> Far {
+        Far::Terminal {
+            terminal,
+            in_line: false,
+        }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Far::Socket(socket) => socket.read(buffer),
+            Far::Terminal { terminal, .. } => terminal.read(buffer),
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Far::Socket(socket) => socket.write(bytes),
+            Far::Terminal { terminal, in_line } => {
+                let count = terminal.write(bytes)?;
+                if let Some(last) = bytes[..count].last() {
+                    *in_line = *last != b'\n';
+                }
+                Ok(count)
+            }
+        }
+    }
+
+    /// Returns what ends its input when it is written; a socket is half-closed instead.
+    fn end_of_input(&mut self) -> Vec<u8> {
+        match self {
+            Far::Socket(socket) => {
+                let _ = socket.shutdown(Shutdown::Write);
+                Vec::new()
+            }
+            // The first one in a line only ends that.
+            Far::Terminal { terminal, in_line } => {
+                vec![sys::end_of_input(terminal); 1 + usize::from(*in_line)]
+            }
+        }
+    }
+
+    /// Returns whether nothing can be written any more, once nothing can be read.
+    fn has_closed(&self) -> bool {
+        match self {
+            Far::Socket(socket) => sys::is_closed_by_peer(socket),
+            Far::Terminal { .. } => true,
+        }
+    }
+}
+
+impl AsFd for Far {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Far::Socket(socket) => socket.as_fd(),
+            Far::Terminal { terminal, .. } => terminal.as_fd(),
+        }
+    }
+}
+
+/// How carrying has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Carried {
+    /// The program has ended its output, and all of it was delivered.
+    All,
+    /// The connection has ended before.
+    Cut,
+}
+
+/// Carries the bytes between a connection and a program. A buffer is filled only when it is empty.
+struct Carrier {
+    near: UnixStream,
+    far: Far,
+    /// To the program.
+    up: Flow,
+    /// From the program.
+    down: Flow,
+}
+
+/// One direction.
+struct Flow {
+    buffer: Vec<u8>,
+    /// What is to be written.
+    left: std::ops::Range<usize>,
+    /// What is read has ended.
+    ended: bool,
+    /// The end was passed on, or nothing can be written any more.
+    closed: bool,
+}
+
+impl Flow {
+    fn new() -> Flow {
+        Flow {
+            buffer: vec![0; BUFFER],
+            left: 0..0,
+            ended: false,
+            closed: false,
+        }
+    }
+
+    fn wants_to_read(&self) -> bool {
+        !self.ended && !self.closed && self.left.is_empty()
+    }
+
+    fn wants_to_write(&self) -> bool {
+        !self.closed && !self.left.is_empty()
+    }
+
+    fn fill(&mut self, read: impl FnOnce(&mut [u8]) -> io::Result<usize>) {
+        if !self.wants_to_read() {
+            return;
+        }
+        match read(&mut self.buffer) {
+            Ok(0) => self.ended = true,
+            Ok(count) => self.left = 0..count,
+            Err(e) if would_wait(&e) => {}
+            // Of a program that has ended without reading all that was sent (ECONNRESET), of a
+            // terminal that nobody has any more (EIO).
+            Err(_) => self.ended = true,
+        }
+    }
+
+    fn empty(&mut self, write: impl FnOnce(&[u8]) -> io::Result<usize>) {
+        if !self.wants_to_write() {
+            return;
+        }
+        match write(&self.buffer[self.left.clone()]) {
+            Ok(count) => self.left.start += count,
+            Err(e) if would_wait(&e) => {}
+            Err(_) => self.closed = true,
+        }
+    }
+
+    /// Returns whether the end is to be passed on now.
+    fn is_at_its_end(&self) -> bool {
+        self.ended && !self.closed && self.left.is_empty()
+    }
+}
+
+fn would_wait(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, WouldBlock};
+    matches!(error.kind(), WouldBlock | Interrupted)
+}
+
+impl Carrier {
+    fn new(near: UnixStream, far: Far) -> Carrier {
+        Carrier {
+            near,
+            far,
+            up: Flow::new(),
+            down: Flow::new(),
+        }
+    }
+
+    /// Carries until the program has ended its output, or the connection is cut.
+    fn run(&mut self) -> Carried {
+        let mut ends_input = false;
+        loop {
+            self.up.fill(|buffer| self.near.read(buffer));
+            // Before an end is passed on that is none of the client's.
+            if sys::is_closed_by_peer(&self.near) {
+                return self.end();
+            }
+            self.up.empty(|bytes| self.far.write(bytes));
+            if self.up.is_at_its_end() {
+                let end = match std::mem::replace(&mut ends_input, true) {
+                    true => Vec::new(),
+                    false => self.far.end_of_input(),
+                };
+                self.up.buffer[..end.len()].copy_from_slice(&end);
+                self.up.left = 0..end.len();
+                self.up.closed = end.is_empty();
+            }
+            if self.up.closed && !self.up.ended {
+                // What the client still sends goes nowhere, as with a server that has closed.
+                self.up.ended = true;
+                let _ = self.near.shutdown(Shutdown::Read);
+            }
+            self.down.fill(|buffer| self.far.read(buffer));
+            self.down.empty(|bytes| self.near.write(bytes));
+            if self.down.closed && !self.down.ended {
+                return Carried::Cut;
+            }
+            if self.down.is_at_its_end() {
+                let _ = self.near.shutdown(Shutdown::Write);
+                self.down.closed = true;
+            }
+            let output_has_ended = self.down.closed;
+            if output_has_ended && (self.up.closed || self.far.has_closed()) {
+                return Carried::All;
+            }
+            self.wait();
+        }
+    }
+
+    /// Returns how carrying has ended, now that the connection is closed.
+    fn end(&mut self) -> Carried {
+        // The program may have ended its output at the same time.
+        self.down.fill(|buffer| self.far.read(buffer));
+        match self.down.ended && self.down.left.is_empty() {
+            true => Carried::All,
+            false => Carried::Cut,
+        }
+    }
+
+    /// Waits for what may be done next.
+    fn wait(&self) {
+        let (up, down) = (&self.up, &self.down);
+        let events = |reads: bool, writes: bool| {
+            let mut events = PollFlags::empty();
+            events.set(PollFlags::POLLIN, reads);
+            events.set(PollFlags::POLLOUT, writes);
+            events
+        };
+        let near = events(up.wants_to_read(), down.wants_to_write());
+        let far = events(down.wants_to_read(), up.wants_to_write());
+        // Its end is always of interest.
+        let mut asked = vec![PollFd::new(self.near.as_fd(), near)];
+        // It would say without end that it has ended.
+        if !far.is_empty() {
+            asked.push(PollFd::new(self.far.as_fd(), far));
+        }
+        let answered = poll(&mut asked, PollTimeout::NONE).is_ok();
+        let useful = PollFlags::POLLIN | PollFlags::POLLOUT;
+        let has_work = asked
+            .iter()
+            .any(|it| it.revents().is_some_and(|now| now.intersects(useful)));
+        if answered && !has_work && !sys::is_closed_by_peer(&self.near) {
+            // macOS says of a half-close, without end, that the socket has hung up.
+            thread::sleep(LOOKS[1]);
+        }
+    }
+
+    /// Closes the connection: what the client has sent and nobody has read is no error of the
+    /// output.
+    fn close(&mut self) {
+        let _ = self.near.shutdown(Shutdown::Both);
+        let mut unread = [0; 4096];
+        while matches!(self.near.read(&mut unread), Ok(1..)) {}
+    }
+}
+
+/// Returns the error of a program that can't be started, with what can be done about it.
+fn explain(exec: &ExecAddress, cause: io::Error) -> Error {
+    let program = &exec.program;
+    let remedy = match cause.kind() {
+        io::ErrorKind::NotFound if program.exists() => {
+            "the interpreter in its first line (#!), or its loader, is missing"
+        }
+        io::ErrorKind::NotFound => "there is no such program: is the path right?",
+        io::ErrorKind::PermissionDenied if program.is_dir() => {
+            "that is a directory: name the program in it"
+        }
+        io::ErrorKind::PermissionDenied => "make it executable: chmod +x",
+        _ if cause.raw_os_error() == Some(nix::libc::ENOEXEC) => {
+            "it is no program: a script begins with a line such as #!/bin/sh"
+        }
+        _ if cause.raw_os_error() == Some(nix::libc::E2BIG) => {
+            "its arguments and its environment are too long"
+        }
+        _ => return Error::new(Operation::Connect, exec, cause),
+    };
+    Error::new(Operation::Connect, exec, cause).with_remedy(remedy)
+}
