@@ -296,11 +296,7 @@ fn check_listeners(plan: &Plan, run: &Run) {
     let stage = &run.stage;
     let spoils = |act: &Act| matches!(act, Act::TakeFile(_) | Act::Descriptors(_));
     let is_spoilt = plan.acts.iter().any(|(_, act)| spoils(act));
-    if is_spoilt
-        || stage.may_hang.get()
-        || run.live() > 0
-        || plan.habits.descriptors < 500
-    {
+    if is_spoilt || stage.may_hang.get() || run.live() > 0 || plan.habits.descriptors < 500 {
         return;
     }
     let end = stage.now().max(stage.stalled_until()) + SETTLING;
