@@ -90,7 +90,7 @@ fn a_line_tells_of_each_connection_how_it_went_and_why_it_ended() {
         "closed id=0",
         &forward,
         &format!("peer=tcp://{peer}"),
-        &format!("target=unix://{connect}"),
+        &format!("connect=unix://{connect}"),
         "sent=1 received=2 seconds=0.",
         "why=client closed",
     ] {

@@ -6,7 +6,7 @@
 //!
 //! | room | what it is | what it may import |
 //! |---|---|---|
-//! | [`connection`] | a connection as a state machine | all rooms below, `dial`, `stream` |
+//! | [`connection`] | a connection as a state machine | all rooms below, `dial`, `stream` (also its closing) |
 //! | [`forward`] | a rule as workers share it: gates, counters, health | all rooms below |
 //! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `status` |
 //! | [`routes`] | the connections between forwards, to refuse loops | `id`, `stream` |
@@ -20,11 +20,11 @@
 //! | [`source`] | where clients may come from | nothing |
 //! | [`relay`] | two sockets and the bytes between them | nothing |
 //! | [`timers`] | the deadlines of connections | `table` |
-//! | [`table`] | connections by token and generation | nothing |
+//! | [`table`] | connections by token and generation | `relay`, for sides |
 //! | [`log_limiter`] | the rate limit of log lines | nothing |
 //! | [`id`] | identifiers | nothing |
 //!
-//! All may import `address`, `error`, `name` and `time`. The engine's invariants have numbers; each
+//! All may import `address`, `error`, `name`, `time` and `tracing`. The engine's invariants have numbers; each
 //! stands above the code that relies on it: 1 to 5 in [`relay`], 6 in [`table`], 7 in [`timers`]
 //! and [`relay`], 9 where [`connection`] handles a freeze. Those of the loop are in
 //! [`proxy`](crate::proxy).

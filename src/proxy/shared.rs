@@ -208,11 +208,11 @@ pub(crate) struct Shared<D: Driver> {
     pub(super) routes: Routes,
     /// The connections and probes of all workers, counted from the accept or dial on.
     pub(crate) live: AtomicUsize,
+    /// How many of them are probes.
+    probes: AtomicUsize,
     /// The time at which the proxy began, and how many milliseconds later the last connection ended.
     begun: Instant,
     last_end: AtomicU64,
-    /// How many of them are probes.
-    probes: AtomicUsize,
     /// Whether the proxy was told to stop.
     pub(super) stop_asked: AtomicBool,
     /// The number of workers that have begun to stop. They hand no connection over any more.
@@ -246,9 +246,9 @@ impl<D: Driver> Shared<D> {
             descriptors,
             routes: Routes::default(),
             live: AtomicUsize::new(0),
+            probes: AtomicUsize::new(0),
             begun: D::clock(),
             last_end: AtomicU64::new(0),
-            probes: AtomicUsize::new(0),
             stop_asked: AtomicBool::new(false),
             stopping: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),

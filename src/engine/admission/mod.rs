@@ -20,6 +20,14 @@
 //! guest never ended it keeps its slot in the device: it is [lost](Slot::lose) until the VM is
 //! another one.
 //!
+//! A VM that has no slot free meets three kinds of client:
+//!
+//! | client | where it waits | until |
+//! |---|---|---|
+//! | one that is not accepted yet | in its listener's backlog | the gate wakes the worker ([`Gate::queue`]) |
+//! | one that is: it was held, or a forward of this process dialled it | in a queue of its forward | its dial timeout; the gate is asked every 10 ms ([`Gate::admit`]) |
+//! | a guest of the VM, which dials the host | nowhere: it is accepted | it is ended at once ([`Gate::accept`]) |
+//!
 //! A gate decides and counts. It knows no socket, and makes no dial.
 
 mod guests;
@@ -594,9 +602,9 @@ impl WaitingWorkers {
         }
     }
 
-    fn wake(&mut self, id: GateId) {
+    fn wake(&mut self, gate: GateId) {
         for (_, wake) in self.0.drain(..) {
-            wake(id);
+            wake(gate);
         }
     }
 }

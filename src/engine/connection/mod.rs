@@ -533,7 +533,8 @@ impl<S: Socket> Connection<S> {
     /// be filtered by its target alone.
     fn log_access(&self, why: EndReason, age: Duration) {
         let (forward, peer) = (self.forward.label(), self.peer);
-        let target = &self.forward.rule.connect;
+        // Not called target: that is what tracing calls the part of the program.
+        let connect = &self.forward.rule.connect;
         let id = self.name.map(u64::from);
         let [sent, received] = self.counted;
         let seconds = age.as_secs_f64();
@@ -541,7 +542,7 @@ impl<S: Socket> Connection<S> {
         macro_rules! log {
             ($level:ident) => {
                 $level!(
-                    target: ACCESS, id, %forward, %peer, %target, sent, received, seconds, %why,
+                    target: ACCESS, id, %forward, %peer, %connect, sent, received, seconds, %why,
                     "closed"
                 )
             };
