@@ -1,15 +1,13 @@
 //! A proxy that does what a file says, and goes on doing so when the file changes.
 
-#[cfg(unix)]
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::address::HyperkitVm;
 use tracing::{error, info, warn};
 
-use crate::address::Address;
+use crate::address::{Address, HyperkitVm};
 use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, Wanted, display_name};
 #[cfg(unix)]
 use crate::app::control;
