@@ -85,7 +85,10 @@ fn nothing_is_left_open_by_a_thousand_at_once_and_many_in_turn() {
     for _ in 0..2000 {
         assert_eq!(ask(tcp(port), b"in turn").unwrap(), b"in turn");
     }
-    eventually("no descriptor is left", || proxy.descriptors() <= before);
+    // The keeper is given sockets ahead, sixteen at a time.
+    eventually("no descriptor is left", || {
+        proxy.descriptors() <= before + 16
+    });
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
