@@ -61,16 +61,21 @@ impl Place {
             }
             return places;
         }
-        #[cfg(unix)]
-        let mut places: Vec<Place> = target
-            .connect_paths()
-            .iter()
-            .flat_map(|path| Place::of_file(path))
-            .collect();
-        #[cfg(not(unix))]
-        let mut places = Vec::new();
+        let mut places = Place::of_files(target);
         places.push(Place::of_other(target));
         places
+    }
+
+    /// Returns the places of the files that a connect to the target may go through.
+    #[cfg(unix)]
+    fn of_files(target: &Address) -> Vec<Place> {
+        let paths = target.connect_paths();
+        paths.iter().flat_map(|path| Place::of_file(path)).collect()
+    }
+
+    #[cfg(not(unix))]
+    fn of_files(_: &Address) -> Vec<Place> {
+        Vec::new()
     }
 
     #[cfg(unix)]

@@ -436,7 +436,7 @@ impl Gate {
     }
 
     /// Returns the slots that were lost to connections which their guest never ended.
-    #[cfg(all(test, unix))]
+    #[cfg(test)]
     fn lost(&self) -> usize {
         self.state().quotas.live_of(Holder::Lost)
     }
