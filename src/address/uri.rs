@@ -196,9 +196,10 @@ impl<'a> Uri<'a> {
             })?,
         };
         let path = decode_path(text).map_err(error)?;
-        // `.//rel` is a relative path, too.
+        // `.//rel` is a relative path, too. (Windows has another root, which is written otherwise.)
         let is_relative = self.path.starts_with('.');
-        let path = match is_relative && path.has_root() {
+        let has_slash = path.as_os_str().as_encoded_bytes().starts_with(b"/");
+        let path = match is_relative && has_slash {
             true => path.components().skip(1).collect(),
             false => path,
         };

@@ -18,6 +18,7 @@ use crate::app::log::LogOptions;
 use crate::app::rule::RuleOptions;
 use crate::app::values::{parse_some_time, parse_time};
 use crate::app::vm::VmPlace;
+use crate::error::Error;
 use crate::hyperkit::Places;
 #[cfg(unix)]
 use crate::keeper::Keeper;
@@ -54,7 +55,7 @@ impl Peer {
                 Err(e) if e.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
                     thread::sleep(LOOK_FOR_VM);
                 }
-                Err(e) => return Err(e.into()),
+                Err(e) => return Err(no_vm(vm, &e)),
             }
         };
         if let VmPlace::HyperV(vm) = vm {
@@ -68,6 +69,15 @@ impl Peer {
             .parse()
             .map_err(|e| Failure::Usage(format!("{:?} with --vm: {e}", self.address)))?;
         Ok(vm.guest_port(port))
+    }
+}
+
+/// Returns the failure to find a VM. That words can mean none is told from that there is none.
+pub(super) fn no_vm(name: &str, error: &Error) -> Failure {
+    let are_wrong = cfg!(windows) || VmPlace::parse(name).is_some();
+    match error.kind() {
+        io::ErrorKind::InvalidInput if are_wrong => Failure::Usage(error.to_string()),
+        _ => Failure::Failed(error.to_string()),
     }
 }
 

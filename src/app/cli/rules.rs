@@ -3,6 +3,7 @@
 use std::io;
 
 use super::console::complain;
+use super::options::no_vm;
 use super::outcome::Failure;
 use super::spec::{Local, Locals, Remote, Remotes};
 use crate::address::{Address, HyperkitVm};
@@ -17,7 +18,7 @@ pub(super) fn rules_of_vm(
     local: &[Locals],
     remote: &[Remotes],
 ) -> Result<Vec<Rule>, Failure> {
-    let vm = VmPlace::find(name, &Places::from_env())?;
+    let vm = VmPlace::find(name, &Places::from_env()).map_err(|e| no_vm(name, &e))?;
     if let VmPlace::Hyperkit(vm) = &vm {
         look_at(vm)?;
     }
