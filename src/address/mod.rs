@@ -83,7 +83,7 @@ impl Address {
     /// or a URI, in which such bytes mean the same as percent-encoded ones.
     ///
     /// # Errors
-    /// As those of [`Address::from_str`].
+    /// As those of `Address::from_str`.
     #[cfg(feature = "cli")]
     pub(crate) fn from_os(input: &std::ffi::OsStr) -> Result<Address, AddressError> {
         uri::as_text(input).parse()

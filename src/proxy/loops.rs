@@ -16,7 +16,7 @@ use crate::engine::rule::Rule;
 use super::forbidden;
 
 /// What an address that is listened on has in common with each target that
-/// [reaches](reaches) it.
+/// [reaches] it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Place {
     /// A TCP port of one address.
