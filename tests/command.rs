@@ -107,7 +107,7 @@ fn out_of_descriptors_it_waits_says_so_once_and_goes_on() {
     let proxy = Running::spawn(command);
     let port = proxy.tcp_port();
     // More than it has descriptors for, and no more than macOS lets wait.
-    let mut clients: Vec<_> = (0..150).map(|_| tcp(port)).collect();
+    let mut clients: Vec<_> = (0..130).map(|_| tcp(port)).collect();
     proxy.complains("not accepting on tcp://");
     for client in &mut clients {
         client.write_all(b"patience").unwrap();

@@ -117,6 +117,26 @@ fn what_is_in_the_way_of_a_socket_is_called_what_it_is() {
 }
 
 #[test]
+fn a_name_that_is_too_long_is_found_before_it_is_listened_on() {
+    let dir = private_dir();
+    let name = text(dir.path()).to_owned() + "/" + &"n".repeat(150);
+    let file = format!("[forward.a]\nlisten = {name:?}\nconnect = 80\n");
+    let (code, said) = checked(dir.path(), &file);
+    assert_eq!(code, Some(1), "{said}");
+    says(&said, "150 bytes", "is right");
+    says(&said, "choose a shorter name", "directory doesn't exist");
+    // A long directory is got round.
+    let deep = dir.path().join("d".repeat(150));
+    fs::create_dir(&deep).unwrap();
+    let file = format!(
+        "[forward.a]\nlisten = \"{}/s\"\nconnect = 80\n",
+        text(&deep)
+    );
+    let (code, said) = checked(dir.path(), &file);
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
 fn a_datagram_socket_is_told_from_a_stream() {
     let dir = private_dir();
     let path = dir.path().join("x.sock");

@@ -13,6 +13,8 @@ use crate::address::{Address, HyperkitVm, TcpAddress, Waiter};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Target, not_carried};
+#[cfg(unix)]
+use crate::sys;
 use crate::{dial, listener};
 
 use super::driver::Driver;
@@ -52,6 +54,12 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
             Some(remedy) => error.with_remedy(remedy),
             None => error,
         });
+    }
+    #[cfg(unix)]
+    if let Some(path) = rule.listen.listen_path() {
+        sys::check_socket_name(&path).map_err(|e| {
+            Error::new(Operation::Listen, &rule.listen, e).with_remedy("choose a shorter name")
+        })?;
     }
     check_relay_threads(rule, waiter)?;
     check_proxy_protocol(rule, waiter)?;

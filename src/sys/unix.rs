@@ -154,18 +154,10 @@ pub(crate) fn with_short_path<T>(
     if path.as_os_str().len() < SUN_PATH_LEN {
         return f(path);
     }
+    check_socket_name(path)?;
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         return f(path);
     };
-    if name.len() > LONGEST_NAME {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidFilename,
-            format!(
-                "the name has {} bytes, and a socket's name can have {LONGEST_NAME} in a directory with a long path",
-                name.len()
-            ),
-        ));
-    }
     #[cfg(target_os = "linux")]
     if Path::new("/proc/self/fd").exists() {
         use std::os::fd::AsRawFd;
@@ -177,6 +169,24 @@ pub(crate) fn with_short_path<T>(
         return f(&Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name));
     }
     through_link(directory, Path::new(name), f)
+}
+
+/// Checks that [`with_short_path`] can reach the socket, wherever its directory is. No file is
+/// looked at.
+///
+/// # Errors
+/// `InvalidFilename` if the last component of a long path is too long.
+pub(crate) fn check_socket_name(path: &Path) -> io::Result<()> {
+    let length = path.file_name().map_or(0, |name| name.len());
+    if path.as_os_str().len() < SUN_PATH_LEN || length <= LONGEST_NAME {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidFilename,
+        format!(
+            "the name has {length} bytes, and a socket's name can have {LONGEST_NAME} in a directory with a long path"
+        ),
+    ))
 }
 
 fn through_link<T>(
