@@ -2,7 +2,7 @@
 //! closed. A close before that can kill the VM.
 //!
 //! A guest that goes on sending is read slowly, and given up in the end, by the same rules as the
-//! proxy's own drains (`engine/connection/draining.rs`, which says why): before it is closed, it is
+//! proxy's own drains (`stream/draining.rs`, which says why and has the numbers): before it is closed, it is
 //! read at full speed until the device holds nothing. The device is told by that, and gives the slot
 //! back.
 
@@ -12,33 +12,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use crate::stream::draining::{
+    EMPTY, HELD, LAST_READS, LONGEST_SENDING, PACE, SENDS_ON, SILENCE, UNHURRIED,
+};
+
 /// How much is read at once.
 const BUFFER: usize = 64 * 1024;
 
 /// How often one connection is read in a turn, so that the others have theirs.
 const READS: usize = 4;
-
-/// How many bytes of a guest are read at full speed, and for how long.
-const UNHURRIED: u64 = 4 * 1024 * 1024;
-const SENDS_ON: Duration = Duration::from_secs(1);
-
-/// The time between two reads of a guest that goes on sending after that.
-const PACE: Duration = Duration::from_millis(100);
-
-/// How long a guest may go on sending before it is given up.
-const LONGEST_SENDING: Duration = Duration::from_secs(10);
-
-/// A guest that has sent nothing for so long begins anew.
-const SILENCE: Duration = Duration::from_secs(5);
-
-/// More bytes than the device and the sockets hold between them.
-const HELD: u64 = 1024 * 1024;
-
-/// How long nothing must come for the device to hold nothing.
-const EMPTY: Duration = Duration::from_millis(50);
-
-/// How long a guest that is given up is read at full speed.
-const LAST_READS: Duration = Duration::from_secs(1);
 
 /// How it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,6 +6,7 @@ mod blocking_pipe;
 #[cfg(unix)]
 pub(crate) mod closer;
 pub(crate) mod closing;
+pub(crate) mod draining;
 pub(crate) mod endpoint;
 #[cfg(windows)]
 mod inner;

@@ -17,9 +17,9 @@ use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
 use crate::stream::closing::ResetWait;
+use crate::stream::draining::{Drain, Next, Reading};
 use crate::time::after;
 
-use super::draining::{Drain, Next, Reading};
 use super::{Action, Connection, Context, Socket, State};
 
 /// How long input is read and discarded from a client that has received its whole answer and goes

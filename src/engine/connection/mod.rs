@@ -16,7 +16,6 @@
 
 mod closing;
 mod dialling;
-mod draining;
 mod idle;
 mod proving;
 mod proxied;

@@ -21,10 +21,10 @@
 use std::time::{Duration, Instant};
 
 /// How many bytes are read at full speed. Most downloads that a client cancels end within them.
-const UNHURRIED: u64 = 4 * 1024 * 1024;
+pub(crate) const UNHURRIED: u64 = 4 * 1024 * 1024;
 
 /// How long a guest may go on sending less than that at full speed.
-const SENDS_ON: Duration = Duration::from_secs(1);
+pub(crate) const SENDS_ON: Duration = Duration::from_secs(1);
 
 /// The time between two reads of a guest that goes on sending. With the size of a buffer, 128 KiB,
 /// that is at most 1.3 MB a second.
@@ -41,14 +41,14 @@ const PAUSES: Duration = Duration::from_secs(1);
 
 /// More bytes than the device and the sockets hold between them: what comes after so many was sent
 /// since.
-const HELD: u64 = 1024 * 1024;
+pub(crate) const HELD: u64 = 1024 * 1024;
 
 /// How long nothing must come for the device to hold nothing. It writes what it holds as soon as its
 /// thread runs.
-const EMPTY: Duration = Duration::from_millis(50);
+pub(crate) const EMPTY: Duration = Duration::from_millis(50);
 
 /// How long an end that is given up is read at full speed.
-const LAST_READS: Duration = Duration::from_secs(1);
+pub(crate) const LAST_READS: Duration = Duration::from_secs(1);
 
 /// How an end is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
