@@ -59,18 +59,6 @@ fn pass(through: &UnixStream, bytes: &[u8], descriptor: impl AsFd) -> nix::Resul
     Ok(())
 }
 
-fn server() -> (TcpListener, Address) {
-    let server = TcpListener::bind("127.0.0.1:0").unwrap();
-    let target = format!("tcp://{}", server.local_addr().unwrap());
-    (server, target.parse().unwrap())
-}
-
-fn accept(server: &TcpListener) -> TcpStream {
-    let (accepted, _) = server.accept().unwrap();
-    accepted.set_read_timeout(Some(PATIENCE)).unwrap();
-    accepted
-}
-
 /// A listener that is to be passed to a proxy, and a client that came before.
 fn listener_with_client(path: &Path) -> (UnixListener, UnixStream) {
     let listener = UnixListener::bind(path).unwrap();
@@ -112,7 +100,7 @@ fn whoever_comes_to_a_listener_of_ours_can_pass_none_where_the_kernel_refuses() 
         return;
     }
     let dir = private_dir();
-    let (server, target) = server();
+    let (server, target) = tcp_server();
     let name = format!("hvsock-passing-{}", std::process::id());
     let rules = vec![
         Rule::new(unix(dir.path().join("s")), target.clone()),
@@ -165,7 +153,7 @@ fn descriptors_passed_amid_much_else_keep_nothing_back() {
         let dir = private_dir();
         let path = dir.path().join("listen");
         let (listener, client) = listener_with_client(&path);
-        let ((server, target), (_, other)) = (server(), server());
+        let ((server, target), (_, other)) = (tcp_server(), tcp_server());
         let _proxy = proxy_on(&path, listener, target, other);
         let mut accepted = accept(&server);
         let sending = std::thread::spawn(move || {
@@ -193,7 +181,7 @@ fn a_passed_descriptor_whose_close_takes_its_time_holds_nobody_up() {
     // It is the last that has it from now on.
     drop(socket);
     client.write_all(b"behind").unwrap();
-    let ((server, target), (other_server, other)) = (server(), server());
+    let ((server, target), (other_server, other)) = (tcp_server(), tcp_server());
     let proxy = proxy_on(&path, listener, target, other);
     let mut accepted = accept(&server);
     let mut got = [0; 12];
@@ -214,7 +202,7 @@ fn a_descriptor_that_is_never_read_holds_nobody_up_either() {
     let Lingering { socket, peer } = lingering();
     pass(&client, b"x", &socket).unwrap();
     drop(socket);
-    let (other_server, other) = server();
+    let (other_server, other) = tcp_server();
     let nobody = unix(dir.path().join("nobody"));
     let proxy = proxy_on(&path, listener, nobody, other);
     eventually("the client is refused", || {

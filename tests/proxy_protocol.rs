@@ -24,19 +24,6 @@ use hvsock::{Proxy, Rule, SocketName};
 
 const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
-/// A server, and its address.
-fn server() -> (TcpListener, Address) {
-    let server = TcpListener::bind("127.0.0.1:0").unwrap();
-    let target = format!("tcp://{}", server.local_addr().unwrap());
-    (server, target.parse().unwrap())
-}
-
-fn accept(server: &TcpListener) -> TcpStream {
-    let (accepted, _) = server.accept().unwrap();
-    accepted.set_read_timeout(Some(PATIENCE)).unwrap();
-    accepted
-}
-
 fn read(stream: &mut impl Read, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     stream.read_exact(&mut bytes).unwrap();
@@ -84,7 +71,7 @@ fn line_of(client: &TcpStream) -> String {
 #[test]
 fn a_target_is_told_first_who_the_client_is() {
     const MUCH: usize = 8 << 20;
-    let (server, target) = server();
+    let (server, target) = tcp_server();
     let versions = [ProxyProtocol::V1, ProxyProtocol::V2];
     let proxy = start(
         versions
@@ -125,7 +112,7 @@ fn a_target_is_told_first_who_the_client_is() {
 #[cfg(target_os = "linux")]
 #[test]
 fn the_first_message_is_not_a_packet_later() {
-    let (server, target) = server();
+    let (server, target) = tcp_server();
     let dir = private_dir();
     let path = dir.path().join("listen");
     let listener = UnixListener::bind(&path).unwrap();
@@ -146,7 +133,7 @@ fn the_first_message_is_not_a_packet_later() {
 fn a_client_without_an_address_is_told_of_by_its_process() {
     let dir = private_dir();
     let path = dir.path().join("listen");
-    let (server, target) = server();
+    let (server, target) = tcp_server();
     let proxy = start(vec![telling(unix(&path), target, ProxyProtocol::V2)]);
     let mut client = unix_client(&path);
     let mut accepted = accept(&server);
@@ -162,7 +149,7 @@ fn a_client_without_an_address_is_told_of_by_its_process() {
 /// Through two proxies: both show the client, and so does the target.
 #[test]
 fn a_trusted_proxy_says_who_its_client_is() {
-    let (server, target) = server();
+    let (server, target) = tcp_server();
     let mut inner = trusting(any_tcp(), target);
     inner.proxy_protocol = Some(ProxyProtocol::V1);
     let (sender, closed) = std::sync::mpsc::channel();
@@ -204,7 +191,7 @@ fn a_trusted_proxy_says_who_its_client_is() {
 
 #[test]
 fn a_header_is_taken_however_it_comes() {
-    let (server, target) = server();
+    let (server, target) = tcp_server();
     let mut rule = trusting(any_tcp(), target);
     rule.proxy_protocol = Some(ProxyProtocol::V1);
     let proxy = start(vec![rule]);
@@ -261,7 +248,7 @@ fn a_header_is_taken_however_it_comes() {
 /// And one that says nothing is, after a while.
 #[test]
 fn a_trusted_proxy_that_says_nothing_of_its_client_is_refused() {
-    let (server, target) = server();
+    let (server, target) = tcp_server();
     let (sender, refused) = std::sync::mpsc::channel();
     let mut config = config(vec![trusting(any_tcp(), target)]);
     config.observer = Some(Observer::new(move |event| match event.what {
@@ -307,7 +294,7 @@ fn a_trusted_proxy_that_says_nothing_of_its_client_is_refused() {
 
 #[test]
 fn from_elsewhere_a_header_is_the_clients_own_bytes() {
-    let (server, target) = server();
+    let (server, target) = tcp_server();
     let mut rule = Rule::new(any_tcp(), target);
     rule.accept_proxy = vec!["10.0.0.0/8".parse().unwrap(), "::1".parse().unwrap()];
     let proxy = start(vec![rule]);
@@ -473,7 +460,7 @@ fn what_haproxy_tells_is_taken() {
         "send-proxy-v2",
         "send-proxy-v2 proxy-v2-options crc32c",
     ] {
-        let (server, target) = server();
+        let (server, target) = tcp_server();
         let mut rule = trusting(any_tcp(), target);
         rule.proxy_protocol = Some(ProxyProtocol::V1);
         let proxy = start(vec![rule]);

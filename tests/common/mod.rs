@@ -3,7 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -49,6 +49,19 @@ pub(crate) fn allow_descriptors(count: u64) {
     if soft < wanted {
         setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).unwrap();
     }
+}
+
+/// A server of TCP, and its address.
+pub(crate) fn tcp_server() -> (TcpListener, Address) {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp://{}", server.local_addr().unwrap());
+    (server, target.parse().unwrap())
+}
+
+pub(crate) fn accept(server: &TcpListener) -> TcpStream {
+    let (accepted, _) = server.accept().unwrap();
+    accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+    accepted
 }
 
 pub(crate) fn hyperkit(state: &Path, port: u32) -> Address {
