@@ -359,6 +359,43 @@ fn ports_of_the_host_are_looked_at_and_not_touched() {
 }
 
 #[test]
+fn a_port_of_the_host_is_followed_to_its_target() {
+    let dir = private_dir();
+    let state = dir.path().join("vm");
+    let _vm = simulate(&state, None);
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp = format!("tcp://{}", server.local_addr().unwrap());
+    let path = dir.path().join("s");
+    let unix = UnixListener::bind(&path).unwrap();
+    let mut expose = in_runtime(dir.path(), &["expose", "--vm", text(&state)]);
+    expose.args(["-R", &format!("5000:{tcp}")]);
+    expose.args(["-R", &format!("5001:{}", text(&path))]);
+    let expose = Running::spawn(expose);
+    expose.says("port 5001");
+    let examine = || {
+        let mut doctor = in_runtime(dir.path(), &["doctor", "--vm", text(&state)]);
+        doctor.args(["--host-port", "5000", "--host-port", "5001"]);
+        Report::of(doctor)
+    };
+    let (one, other) = ("host port 5000 (0x1388)", "host port 5001 (0x1389)");
+    let leads = format!("is listened on, and leads to {tcp}");
+    let report = examine();
+    report
+        .says(one, "ok", &leads)
+        .says(other, "ok", text(&path));
+    drop((server, unix));
+    // Other tests' children may hold a copy for a moment.
+    eventually("the targets are gone", || examine().code == Some(1));
+    eventually("both are gone", || {
+        let failed = |it: &&Value| it["verdict"] == "failed";
+        examine().checks.iter().filter(failed).count() == 2
+    });
+    let report = examine();
+    report.says(one, "failed", &leads);
+    report.says(other, "failed", "nobody listens there");
+}
+
+#[test]
 fn people_are_told_on_a_line_and_what_to_do_below() {
     let dir = private_dir();
     let output = doctor(&["--vm", text(dir.path())]).output().unwrap();

@@ -8,6 +8,7 @@ use clap_complete::ArgValueCompleter;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
+use super::answering::find_control_of;
 use super::console::{complain, print, print_json, print_text};
 use super::outcome::{Failure, Outcome};
 use super::reconciler::danger;
@@ -30,8 +31,8 @@ pub(super) struct Which {
     /// files, or else that of the only hvsock that runs]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// The number of the `hvsock expose` or `forward` that is meant, as `hvsock ps` has it
-    #[arg(long, value_name = "PID", conflicts_with = "control")]
+    /// The process that is meant, as `hvsock ps` has it
+    #[arg(long, value_name = "PID", conflicts_with = "control", add = ArgValueCompleter::new(complete::process))]
     pid: Option<u32>,
 }
 
@@ -39,7 +40,7 @@ impl Which {
     pub(super) fn path(&self) -> PathBuf {
         match (&self.control, self.pid) {
             (Some(path), _) => path.clone(),
-            (None, Some(process)) => control::find_own_path(process),
+            (None, Some(process)) => find_control_of(process),
             (None, None) => control::find_path(),
         }
     }

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::check::{Check, Plan};
-use super::socket;
+use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::app::control::{self, Status};
 use crate::error::{Result, plural};
@@ -69,7 +69,11 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     }));
     checks.extend(host_ports.map(|(port, name)| {
         let remedy = format!("run `hvsock expose -R {}:TARGET`; a guest that dials a port on which nobody listens can hang hyperkit's device", port.0);
-        socket::examine(name, &vm.listen_path(*port), &remedy)
+        let socket = socket::examine(name.clone(), &vm.listen_path(*port), &remedy);
+        match socket.is_ok() {
+            true => target::examine(&name, &vm, *port, plan.control.as_deref()).unwrap_or(socket),
+            false => socket,
+        }
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
     checks.extend(slots(&vm, plan.control.as_deref()));
@@ -100,7 +104,8 @@ fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
             true => Check::warning(
                 name,
                 format_args!(
-                    "hvsock {proxy} has ended, and process {pid} ends {connections} connections, and what the guest dials on {ports}"
+                    "hvsock {proxy} has ended, and process {pid} ends {connections} connection{}, and what the guest dials on {ports}",
+                    plural(connections as u64)
                 ),
                 "start hvsock again, which takes that over; `hvsock stop VM --keeper` ends it, and the VM may hang if its guest goes on dialling",
             ),
