@@ -14,6 +14,7 @@ use crate::name::Peer;
 use crate::engine::addresses::Addresses;
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
+use crate::engine::ended::Ended;
 use crate::engine::health::{self, Health, News};
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::log_limiter::LogLimiter;
@@ -33,6 +34,7 @@ pub(crate) enum AccessLog {
 pub(crate) struct Reports {
     pub(crate) observer: Option<Observer>,
     pub(crate) access_log: AccessLog,
+    pub(crate) ended: Arc<Ended>,
 }
 
 /// A rule, and all that its connections share.
@@ -42,7 +44,7 @@ pub(crate) struct Forward {
     /// The index of the worker that has the listener; 0 unless it is set.
     pub(crate) home: usize,
     /// The rule, with the address that was bound.
-    pub(crate) rule: Rule,
+    pub(crate) rule: Arc<Rule>,
     /// The address that the rule asked for.
     pub(crate) asked: Address,
     /// The gate of each side's VM, where the side is a hyperkit VM.
@@ -84,7 +86,7 @@ impl Forward {
             id,
             home: 0,
             waiters: [waiter(&rule.listen), waiter(&rule.connect)],
-            rule,
+            rule: Arc::new(rule),
             asked,
             gates,
             tally: Arc::default(),
@@ -112,7 +114,7 @@ impl Forward {
         Forward {
             id: self.id,
             home: self.home,
-            rule,
+            rule: Arc::new(rule),
             asked: self.asked.clone(),
             gates,
             waiters: [self.waiters[Side::Client], waiter],
@@ -140,6 +142,11 @@ impl Forward {
                 what,
             });
         }
+    }
+
+    /// Returns the list of the connections that have ended.
+    pub(crate) fn ended(&self) -> &Ended {
+        &self.reports.ended
     }
 
     /// Returns the level of the access log's lines.
@@ -264,7 +271,7 @@ impl Forward {
             id: self.id,
             rule: Rule {
                 listen: self.asked.clone(),
-                ..self.rule.clone()
+                ..Rule::clone(&self.rule)
             },
             listen: self.rule.listen.clone(),
             state: self.status_cell.state(),

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::engine::ended::EndedConnection;
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{CarriedBytes, ConnectionStatus, ForwardStatus};
@@ -114,6 +115,12 @@ impl Handle {
     /// Returns the status of all live connections, including those of removed forwards.
     pub fn connections(&self) -> Vec<ConnectionStatus> {
         self.controller.connections()
+    }
+
+    /// Returns the last 100 connections that have ended, those of refused clients and of removed
+    /// forwards included, the oldest first.
+    pub fn ended(&self) -> Vec<EndedConnection> {
+        self.controller.ended()
     }
 
     /// Closes a connection, and returns its status before that. A client that is waiting for its

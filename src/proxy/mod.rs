@@ -84,6 +84,7 @@ use worker::Worker;
 
 pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
 pub use crate::engine::end_reason::{EndReason, Reason as RefusalReason};
+pub use crate::engine::ended::EndedConnection;
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
 pub use crate::engine::proxy_header::ProxyProtocol;
@@ -351,6 +352,7 @@ fn assemble<D: Driver>(
             true => AccessLog::Info,
             false => AccessLog::Debug,
         },
+        ended: Arc::default(),
     };
     let binder = Binder::new(
         gate_limits,

@@ -36,6 +36,7 @@ fn guests_of(
     let reports = Reports {
         observer: None,
         access_log: AccessLog::Debug,
+        ended: Arc::default(),
     };
     let forward = Arc::new(Forward::new(
         ForwardId(0),
