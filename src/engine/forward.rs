@@ -22,18 +22,29 @@ use crate::engine::observer::{Event, Observer, What};
 use crate::engine::rule::Rule;
 use crate::engine::status::{ForwardStatus, StatusCell};
 
-/// The level of the access log's lines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum AccessLog {
-    Debug,
-    Info,
+/// Whether the access log's lines have the level info, not debug. It can be changed at any time.
+#[derive(Debug)]
+pub(crate) struct AccessLog(AtomicBool);
+
+impl AccessLog {
+    pub(crate) fn new(is_on: bool) -> AccessLog {
+        AccessLog(is_on.into())
+    }
+
+    pub(crate) fn set(&self, is_on: bool) {
+        self.0.store(is_on, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// To whom the connections of a forward are reported.
 #[derive(Clone, Debug)]
 pub(crate) struct Reports {
     pub(crate) observer: Option<Observer>,
-    pub(crate) access_log: AccessLog,
+    pub(crate) access_log: Arc<AccessLog>,
     pub(crate) ended: Arc<Ended>,
 }
 
@@ -149,9 +160,8 @@ impl Forward {
         &self.reports.ended
     }
 
-    /// Returns the level of the access log's lines.
-    pub(crate) fn access_log(&self) -> AccessLog {
-        self.reports.access_log
+    pub(crate) fn access_log(&self) -> &AccessLog {
+        &self.reports.access_log
     }
 
     /// Returns what the forward is called in the log: its name, or else the address at which it

@@ -152,6 +152,11 @@ impl<D: Driver> Controller<D> {
         answers.into_iter().flatten().collect()
     }
 
+    /// See [`Handle::set_access_log`](super::Handle::set_access_log).
+    pub(super) fn set_access_log(&self, is_on: bool) {
+        self.binder.set_access_log(is_on);
+    }
+
     /// See [`Handle::ended`](super::Handle::ended).
     pub(super) fn ended(&self) -> Vec<EndedConnection> {
         self.binder.ended()

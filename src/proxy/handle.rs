@@ -58,6 +58,13 @@ impl Handle {
         self.controller.limit_vm(limits);
     }
 
+    /// Sets whether the access log's lines have the level info, as
+    /// [`ProxyConfig::access_log`](super::ProxyConfig::access_log) does at the start. It applies to
+    /// all connections that end from now on.
+    pub fn set_access_log(&self, is_on: bool) {
+        self.controller.set_access_log(is_on);
+    }
+
     /// Removes a forward, and stops listening for it. Its connections go on, and are cut off after
     /// `grace`. When this returns, the address is free again and no new client is accepted; a
     /// client that the kernel had connected by then is still served.

@@ -348,10 +348,7 @@ fn assemble<D: Driver>(
     }
     let reports = Reports {
         observer: config.observer,
-        access_log: match config.access_log {
-            true => AccessLog::Info,
-            false => AccessLog::Debug,
-        },
+        access_log: Arc::new(AccessLog::new(config.access_log)),
         ended: Arc::default(),
     };
     let binder = Binder::new(

@@ -304,6 +304,10 @@ impl Binder {
         Ok((listener, Arc::new(forward)))
     }
 
+    pub(super) fn set_access_log(&self, is_on: bool) {
+        self.reports.access_log.set(is_on);
+    }
+
     /// Returns the last connections that have ended, the oldest first.
     pub(super) fn ended(&self) -> Vec<EndedConnection> {
         self.reports.ended.list()

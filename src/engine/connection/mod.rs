@@ -38,7 +38,7 @@ use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
 use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::ended::EndedConnection;
-use crate::engine::forward::{AccessLog, Forward};
+use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{self, End, Pair, Pool, Readiness, Side};
@@ -567,9 +567,9 @@ impl<S: Socket> Connection<S> {
                 )
             };
         }
-        match self.forward.access_log() {
-            AccessLog::Info => log!(info),
-            AccessLog::Debug => log!(debug),
+        match self.forward.access_log().is_on() {
+            true => log!(info),
+            false => log!(debug),
         }
     }
 }
