@@ -514,7 +514,7 @@ fn reserve_slots(
     };
     match gate.reserve(id, rule.reserved, holds) {
         Ok(reservation) => Ok(Some(match &gates[Side::Client] {
-            Some(gate) => reservation.dialled_by(gate),
+            Some(gate) => reservation.count_guest_forward(gate),
             None => reservation,
         })),
         Err(left) => {
