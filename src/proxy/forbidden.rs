@@ -68,7 +68,7 @@ pub(super) fn resolve_links(path: &Path) -> PathBuf {
 fn may_reach(target: &TcpAddress, place: &TcpAddress) -> bool {
     target.port == place.port
         && match (&target.host, &place.host) {
-            (Host::Name(_), _) => true,
+            (Host::Name(_) | Host::Any, _) => true,
             (Host::Ip(ip), Host::Ip(place)) if ip == place => true,
             (Host::Ip(ip), _) => is_this_machine(ip.to_canonical()),
         }

@@ -82,7 +82,7 @@ pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Res
     for (address, trouble) in states {
         match (address.as_tcp(), trouble) {
             (_, Some(why)) => complain(tried_again(&why)),
-            (Some(TcpAddress { host, port }), None) => {
+            (Some(TcpAddress { host, port, .. }), None) => {
                 say(format_args!("metrics at http://{host}:{port}/metrics"));
             }
             (None, None) => say(format_args!("controlled at {address}")),
