@@ -7,7 +7,7 @@ use std::str::FromStr;
 use super::port::parse_u16;
 use super::transport::{TCP_EXAMPLE, TCP4, TCP6};
 use super::uri::{self, Uri};
-use super::{AddressError, Part};
+use super::{Address, AddressError, Part};
 
 /// The families of IP that a [`TcpAddress`] may be of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -127,6 +127,14 @@ impl TcpAddress {
         };
         let (port, family) = (bound.port(), self.family);
         TcpAddress { host, port, family }
+    }
+}
+
+impl Address {
+    /// Returns how many sockets there may be to listen on it.
+    pub(crate) fn listening_sockets(&self) -> usize {
+        let ips = self.as_tcp().map(|tcp| tcp.known_ips().len());
+        ips.map_or(1, |count| count.max(1))
     }
 }
 
