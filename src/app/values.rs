@@ -321,12 +321,17 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_digit())
 }
 
-/// Reads a TCP address, as in `9100` or `"127.0.0.1:9100"`.
-pub(super) fn tcp(value: &Value) -> Result<TcpAddress, String> {
+/// Reads where the metrics are served: `9100`, `"127.0.0.1:9100"`, a Unix socket or a vsock port.
+pub(super) fn metrics(value: &Value) -> Result<Address, String> {
     let address = address(value)?;
-    address.as_tcp().cloned().ok_or_else(|| {
-        format!("{address} is no TCP address; a right one: 9100 or \"127.0.0.1:9100\"")
-    })
+    match address {
+        Address::Tcp(_) | Address::Unix(_) => Ok(address),
+        // Where it is framed, HTTP's bytes are not.
+        Address::Vsock(ref vsock) if !vsock.framing => Ok(address),
+        other => Err(format!(
+            "metrics are not served at {other}; a right one: 9100, \"127.0.0.1:9100\", \"/run/metrics.sock\" or \"vsock://:9100\""
+        )),
+    }
 }
 
 /// Returns a text whose `~/` is the user's home: there is no shell here that would do it.

@@ -72,6 +72,7 @@ fn door_options(config: &Config) -> control::Options {
     let path = config.control.clone();
     control::Options {
         control: path.map_or(control::Place::Nowhere, control::Place::At),
+        guest_control: config.guest_control.clone(),
         metrics: config.metrics.clone(),
         unavailable: control::Unavailable::IsTriedAgain,
     }
@@ -383,6 +384,7 @@ impl Running {
             ("access-log", old.access_log == new.access_log),
             ("exit-idle", old.exit_idle == new.exit_idle),
             ("control", old.control == new.control),
+            ("guest-control", old.guest_control == new.guest_control),
             ("metrics", old.metrics == new.metrics),
         ] {
             if !same {

@@ -424,6 +424,36 @@ mod tests {
         }
     }
 
+    #[test]
+    fn guests_may_change_forwards_and_not_the_process() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
+        let (handle, stopping) = (proxy.handle(), actions(|| ()));
+        let api = Arc::new(Api::new(handle, stopping, Vec::new(), Arc::default()));
+        for (method, path, status) in [
+            ("GET", "/v1/status", 200),
+            ("GET", "/v1/events", 200),
+            ("GET", "/metrics", 200),
+            ("POST", "/v1/reload", 200),
+            ("DELETE", "/v1/forwards/none", 404),
+            ("POST", "/v1/stop", 403),
+            ("POST", "/v1/upgrade", 403),
+            ("POST", "/v1/take-over", 403),
+        ] {
+            let request = Request {
+                method: method.parse().unwrap(),
+                path: path.to_owned(),
+                ..Request::default()
+            };
+            let answer = Arc::clone(&api).answer(Service::GuestControl, request);
+            let answer = runtime.block_on(async { timeout(PATIENCE, answer).await });
+            assert_eq!(answer.unwrap().status(), status, "{path}");
+        }
+    }
+
     /// A change that hangs keeps neither those who look nor the end.
     #[test]
     fn it_can_be_looked_at_and_stopped_while_a_change_hangs() {

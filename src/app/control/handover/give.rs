@@ -153,6 +153,7 @@ fn door_line(endpoint: &Endpoint, listener: &Listener) -> SocketLine {
     SocketLine {
         used_for: match endpoint.service {
             Service::Control => Use::Control,
+            Service::GuestControl => Use::GuestControl,
             Service::Metrics => Use::Metrics,
         },
         name: None,
