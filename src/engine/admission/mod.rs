@@ -77,6 +77,10 @@ const LOST_PROBES: u64 = 64;
 /// tenth.
 const FOR_DRAINS: usize = 10;
 
+/// From how many slots on that are taken a refusal may be the device's, which has none left. With
+/// hardly any taken it is the guest's.
+const CROWD: usize = 10;
+
 /// How long after a dial has found no slot a client counts as waiting. Dials ask again far sooner.
 const WANTED: Duration = Duration::from_millis(200);
 
@@ -433,6 +437,12 @@ impl Gate {
             holds,
             dialled_by: None,
         })
+    }
+
+    /// Returns whether so many slots are taken or lost that the device itself may have none left:
+    /// other programs' connections, and what was lost before, take slots that are not known here.
+    pub(crate) fn may_lack_slots(&self) -> bool {
+        self.state().quotas.live() >= CROWD
     }
 
     /// Returns the slots that were lost to connections which their guest never ended.
