@@ -35,6 +35,7 @@ mod heard;
 pub(crate) mod quotas;
 #[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
 pub(crate) mod sharing;
+mod silence;
 mod slot;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -52,6 +53,8 @@ pub(crate) use guests::{Guest, NotServed};
 use heard::LastHeard;
 use quotas::{Holder, Quotas};
 use sharing::OtherSlots;
+use silence::Silence;
+pub(crate) use silence::SilenceCheck;
 use slot::Stage;
 pub(crate) use slot::{DrainEnd, Reservation, Slot};
 
@@ -227,6 +230,7 @@ struct State {
     waiting_for_probe: WaitingWorkers,
     /// The time at which a dial last found no free slot.
     wanted_at: Option<Instant>,
+    silence: Silence,
     /// The drains of guests that go on sending, the oldest first, by their numbers.
     drains: Vec<u64>,
     next_drain: u64,
@@ -270,6 +274,7 @@ impl Gate {
             waiting_for_slot: WaitingWorkers::default(),
             waiting_for_probe: WaitingWorkers::default(),
             wanted_at: None,
+            silence: Silence::default(),
             drains: Vec::new(),
             next_drain: 0,
             whole_cap: None,
@@ -561,6 +566,8 @@ impl Gate {
             reserved: state.quotas.kept(),
             unanswered: self.unanswered(),
             last_heard: self.heard.at().map(|then| wall_time(then, now)),
+            silent_since: state.silence.since().map(|then| wall_time(then, now)),
+            paused: state.silence.is_stopped(),
             up: state.health.is_up().filter(|_| !state.is_hanging(now)),
             gone_since: state.health.gone_since(),
             restarts: state.health.restarts(),
