@@ -84,6 +84,7 @@ use worker::Worker;
 
 pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
 pub use crate::engine::end_reason::{EndReason, Reason as RefusalReason};
+pub use crate::engine::ended::EndedConnection;
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
 pub use crate::engine::proxy_header::ProxyProtocol;
@@ -347,10 +348,8 @@ fn assemble<D: Driver>(
     }
     let reports = Reports {
         observer: config.observer,
-        access_log: match config.access_log {
-            true => AccessLog::Info,
-            false => AccessLog::Debug,
-        },
+        access_log: Arc::new(AccessLog::new(config.access_log)),
+        ended: Arc::default(),
     };
     let binder = Binder::new(
         gate_limits,
@@ -365,9 +364,10 @@ fn assemble<D: Driver>(
     let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let count = config.workers.unwrap_or_else(cores).get();
     let descriptors = Descriptors::new(count, config.other_descriptors, D::descriptor_limit);
-    let rules = config.rules.len();
-    if descriptors.room(rules) == 0 {
-        return Err(descriptors.too_few(Operation::Run, "the proxy", rules));
+    let sockets = config.rules.iter().map(|it| it.listen.listening_sockets());
+    let sockets = sockets.sum();
+    if descriptors.room(sockets) == 0 {
+        return Err(descriptors.too_few(Operation::Run, "the proxy", sockets));
     }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for (index, rule) in config.rules.into_iter().enumerate() {

@@ -18,7 +18,9 @@ use super::spec::{Locals, Remotes};
 use super::summary::Report;
 use super::{arguments, complete, table};
 use crate::address::Address;
-use crate::app::control::{self, Problem, Unanswered, ask, read, refusals_by_reason, segment};
+use crate::app::control::{
+    self, Problem, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
+};
 use crate::app::escape;
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
@@ -192,7 +194,7 @@ fn ends(counters: &Counters) -> Option<String> {
     let counts = counts.filter_map(|(reason, count)| Some((reason, count.as_u64()?)));
     let counts = counts.filter(|(_, count)| *count > 0);
     let why: Vec<String> = counts
-        .map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")))
+        .map(|(reason, count)| format!("{count} {}", reason_in_words(reason)))
         .collect();
     (!why.is_empty()).then(|| why.join(", "))
 }

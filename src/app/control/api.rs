@@ -26,7 +26,7 @@ use super::handover;
 use super::handover::give::Successor;
 use super::http::{JSON, Request, Response, lines, response};
 use super::metrics;
-use super::model::{Connection, Forward, RuleBody, Status, read_rule};
+use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rule};
 use super::problem::Problem;
 
 /// What the server needs of its program.
@@ -130,6 +130,14 @@ fn json(status: u16, body: &impl Serialize) -> Answer {
     }
 }
 
+/// Returns whether a call concerns the process and not what it carries.
+fn is_for_this_machine(request: &Request) -> bool {
+    matches!(
+        request.path.as_str(),
+        "/v1/stop" | "/v1/upgrade" | "/v1/take-over"
+    )
+}
+
 impl Api {
     pub(super) fn new(
         handle: Handle,
@@ -157,7 +165,7 @@ impl Api {
     /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
     /// never done: who asked would have given up.
     pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
-        if service == Service::Control
+        if service != Service::Metrics
             && request.method == "GET"
             && request.path == EVENTS
             && request.query.is_empty()
@@ -180,7 +188,12 @@ impl Api {
             // Until it is done, whoever waits for it.
             let _turn = turn;
             match service {
-                Service::Control => api.answer_all(&request),
+                Service::GuestControl if is_for_this_machine(&request) => Problem::new(
+                    403,
+                    "guests can't end this process, or have another take its place",
+                )
+                .response(),
+                Service::Control | Service::GuestControl => api.answer_all(&request),
                 Service::Metrics => api.answer_metrics(&request),
             }
         };
@@ -198,13 +211,14 @@ impl Api {
             ("GET", "/v1/connections") => {
                 none(query).and_then(|()| json(200, &Connection::all(&self.handle.connections())))
             }
+            ("GET", ENDED) => none(query).and_then(|()| json(200, &self.ended())),
             ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
             ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
             ("POST", "/v1/take-over") => none(query).and_then(|()| self.take_over(&request.body)),
             ("POST", "/v1/upgrade") => none(query).and_then(|()| self.upgrade()),
             ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
             ("GET", EVENTS) => none(query).and_then(|()| Err(no_such_call(path))),
-            (_, "/v1/status" | "/v1/connections" | EVENTS) => return wrong_method("GET"),
+            (_, "/v1/status" | "/v1/connections" | ENDED | EVENTS) => return wrong_method("GET"),
             (_, "/v1/forwards") => return wrong_method("GET, POST"),
             (_, "/v1/reload" | "/v1/stop" | "/v1/take-over" | "/v1/upgrade") => {
                 return wrong_method("POST");
@@ -267,6 +281,10 @@ impl Api {
                 .filter_map(|it| it.trouble())
                 .collect(),
         }
+    }
+
+    fn ended(&self) -> Vec<Ended> {
+        self.handle.ended().iter().map(Ended::from).collect()
     }
 
     fn forwards(&self) -> Vec<Forward> {
@@ -555,6 +573,8 @@ impl Api {
 /// Of this each connection has its own.
 const CONNECTIONS: &str = "/v1/connections/";
 
+const ENDED: &str = "/v1/connections/ended";
+
 const EVENTS: &str = "/v1/events";
 
 /// What a forward is called.
@@ -584,7 +604,7 @@ fn unknown(key: &str) -> Problem {
 }
 
 const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
-    GET /v1/events, GET /v1/connections, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
+    GET /v1/events, GET /v1/connections, GET /v1/connections/ended, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
     GET /metrics";
 
 fn no_such_call(path: &str) -> Problem {

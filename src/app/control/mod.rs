@@ -17,6 +17,7 @@
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
 //! | `GET /v1/events` | what happens from now on, until the proxy has ended | lines of JSON: see [`events`] |
 //! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
+//! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first | an array of [`Ended`] |
 //! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
 //! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
@@ -37,7 +38,7 @@
 //! link that was changed later), who connects is our own process, and is refused for that. Another proxy of the same
 //! user's can't be told from the user.
 //!
-//! The metrics on a TCP port are for whoever can connect; only the first of the two guards is there for them.
+//! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two guards is there for them.
 
 mod api;
 mod client;
@@ -58,7 +59,7 @@ use std::sync::Arc;
 
 use tracing::debug;
 
-use crate::address::{Address, TcpAddress};
+use crate::address::Address;
 use crate::error::Result;
 use crate::proxy::{Handle, Observer};
 
@@ -67,7 +68,9 @@ pub(crate) use client::{Unanswered, ask, ask_status, follow, get, read, segment}
 pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
 pub(crate) use model::Process;
-pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
+pub(crate) use model::{
+    Connection, Ended, Forward, Status, Vm, age, reason_in_words, refusals_by_reason,
+};
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::Problem;
 
@@ -94,8 +97,10 @@ pub(crate) enum Place {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
     pub(crate) control: Place,
+    /// Where guests may control it.
+    pub(crate) guest_control: Option<Address>,
     /// Where else the metrics are to be had, and nothing but them, by whoever can connect.
-    pub(crate) metrics: Option<TcpAddress>,
+    pub(crate) metrics: Option<Address>,
     pub(crate) unavailable: Unavailable,
 }
 
@@ -123,6 +128,7 @@ pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
     open(options, |service, address| {
         let used_for = match service {
             Service::Control => Use::Control,
+            Service::GuestControl => Use::GuestControl,
             Service::Metrics => Use::Metrics,
         };
         let socket = from.take_door(used_for, address)?;
@@ -170,12 +176,17 @@ fn open(
             opened => opened?,
         });
     }
-    if let Some(metrics) = &options.metrics {
-        let address = Address::Tcp(metrics.clone());
+    let others = [
+        (Service::GuestControl, &options.guest_control),
+        (Service::Metrics, &options.metrics),
+    ];
+    for (service, address) in others {
+        let Some(address) = address else { continue };
         // No forward may lead there: of a port that is yet to be chosen nobody can say so.
-        let waits = options.unavailable == Unavailable::IsTriedAgain && metrics.port != 0;
-        doors.push(match open(Service::Metrics, &address) {
-            Err(e) if waits => Door::closed(Service::Metrics, &address, &e),
+        let waits =
+            options.unavailable == Unavailable::IsTriedAgain && !address.leaves_port_to_kernel();
+        doors.push(match open(service, address) {
+            Err(e) if waits => Door::closed(service, address, &e),
             opened => opened?,
         });
     }
@@ -210,13 +221,21 @@ impl Bound {
             .collect()
     }
 
-    /// Where those are that were asked for, and why nobody can be served there, if so.
-    pub(crate) fn states(&self) -> Vec<(Address, Option<String>)> {
+    /// Where those are that were asked for, in words and as an address, and why nobody can be served
+    /// there, if so.
+    pub(crate) fn states(&self) -> Vec<(&'static str, Address, Option<String>)> {
         let why = |it: &Door| it.endpoint.trouble().map(|trouble| trouble.why);
         let is_asked = |it: &&Door| it.endpoint.demand == Demand::Asked;
         let doors = self.doors.iter().filter(is_asked);
         doors
-            .map(|it| (it.endpoint.address.clone(), why(it)))
+            .map(|it| {
+                let what = match it.endpoint.service {
+                    Service::Control => "controlled at",
+                    Service::GuestControl => "controlled by guests at",
+                    Service::Metrics => "metrics at",
+                };
+                (what, it.endpoint.address.clone(), why(it))
+            })
             .collect()
     }
 
