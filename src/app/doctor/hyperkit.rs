@@ -454,7 +454,10 @@ fn slots(vm: &HyperkitVm, control: Option<&Path>) -> Option<Check> {
         return control.map(|_| Check::skipped(name, why));
     };
     let used = known.slots();
-    let is_crowded = known.status.guests > 0 && known.status.guests >= known.status.guest_limit;
+    let is_crowded = {
+        let limit = known.status.guest_limit;
+        known.status.guests > 0 && limit.is_some_and(|most| known.status.guests >= most)
+    };
     Some(match known.status.lost {
         0 if is_crowded => {
             let remedy = "see in `hvsock status` to which target the guest's connections lead, and whether it hangs";
