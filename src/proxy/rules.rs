@@ -21,6 +21,7 @@ use super::loops::{self, RuleIndex};
 #[cfg(all(unix, feature = "cli"))]
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::admission::{Gate, GateLimits, Reservation};
+use crate::engine::ended::EndedConnection;
 use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
 use crate::engine::rule::{Limits, Rule, VmLimits};
@@ -299,6 +300,15 @@ impl Binder {
         forward.home = home;
         self.index().insert(id.0, &forward.rule);
         Ok((listener, Arc::new(forward)))
+    }
+
+    pub(super) fn set_access_log(&self, is_on: bool) {
+        self.reports.access_log.set(is_on);
+    }
+
+    /// Returns the last connections that have ended, the oldest first.
+    pub(super) fn ended(&self) -> Vec<EndedConnection> {
+        self.reports.ended.list()
     }
 
     /// Forgets the rule of a forward that there is no more.
