@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::address::{
-    self, Address, CID_ANY, CID_LOCAL, HvsockAddress, HyperkitAddress, HyperkitVm, Port,
+    self, Address, AnyVm, CID_ANY, CID_LOCAL, HvsockAddress, HyperkitAddress, HyperkitVm, Port,
     VsockAddress, VsockMuxAddress, is_guest_cid,
 };
 use crate::error::{Error, Operation, Result};
@@ -74,6 +74,11 @@ impl VmPlace {
             }
             _ => Some(Ok(place)),
         }
+    }
+
+    /// Returns what tells it from other VMs; `None` if it stands for several.
+    pub(crate) fn any(&self) -> Option<AnyVm> {
+        self.guest_port(Port(0)).vm()
     }
 
     /// Returns the address at which a port of the guest is dialled.
