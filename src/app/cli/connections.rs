@@ -187,7 +187,12 @@ impl Close {
                 Ok(answer) => {
                     let it: Connection = read(&answer)?;
                     let (peer, state) = (it.peer_in_words(), it.state);
-                    print(format_args!("closed {id}: {peer}, {state}"))?;
+                    print(match time_left(&path, id) {
+                        None => format!("closed {id}: {peer}, {state}"),
+                        Some(time) => format!(
+                            "closing {id}: {peer}, {state}; the other end has up to {time} s to end it"
+                        ),
+                    })?;
                 }
                 // The others are there, perhaps.
                 Err(Unanswered::Refused(why)) => failures.push(why.to_string()),
@@ -199,4 +204,14 @@ impl Close {
             false => Err(Failure::Listed(failures)),
         }
     }
+}
+
+/// Returns how many seconds a connection that is being closed may take, if it is not closed yet.
+fn time_left(path: &Path, id: u64) -> Option<f64> {
+    let all: Vec<Connection> = get(path, "/v1/connections").ok()?;
+    let left = all.into_iter().find(|it| it.id == id)?;
+    let status: control::Status = get(path, "/v1/status").ok()?;
+    let mut forwards = status.forwards.iter();
+    let forward = forwards.find(|it| it.id == Some(left.forward))?;
+    Some(forward.rule.options.drain_seconds())
 }

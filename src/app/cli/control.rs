@@ -133,8 +133,12 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             ));
         }
         if let Some(error) = &forward.last_error {
+            let since = match error.connected_since {
+                0 => String::new(),
+                n => format!(" ({} since)", table::counted(n, "connection")),
+            };
             lines.push(format!(
-                "the last error of {}, {}: {}",
+                "the last error of {}, {}{since}: {}",
                 forward.name_or_address(),
                 ago(error.at, now),
                 error.text

@@ -214,7 +214,7 @@ impl Api {
                 return wrong_method("DELETE");
             }
             _ if path.starts_with(CONNECTIONS) => {
-                none(query).and_then(|()| self.close(&path[CONNECTIONS.len()..]))
+                none(query).and_then(|()| self.close(&path[CONNECTIONS.len()..], request.asked_by))
             }
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
@@ -385,7 +385,7 @@ impl Api {
         json(200, &Forward::from(&found))
     }
 
-    fn close(&self, id: &str) -> Answer {
+    fn close(&self, id: &str, asked_by: Option<u32>) -> Answer {
         let remedy = "`hvsock connections` lists those that there are";
         let number = id.parse().map_err(|_| {
             let problem = Problem::new(404, format!("there is no connection {id:?}"));
@@ -405,9 +405,13 @@ impl Api {
         for it in &closed {
             let status = self.status();
             info!(
-                "closing connection {number} of {}, from {}, as was asked for",
+                "closing connection {number} of {}, from {}: {}",
                 status.name_of(it.forward),
-                it.peer_in_short()
+                it.peer_in_short(),
+                match asked_by {
+                    Some(pid) => format!("process {pid} asked for it"),
+                    None => "that was asked for".to_owned(),
+                }
             );
         }
         json(200, &closed.first())

@@ -28,7 +28,7 @@ use crate::sys::{self, AsSocket};
 use super::api::{Api, CALLS_AT_A_TIME};
 use super::clients::{Client, Clients, lock};
 use super::endpoint::{Demand, Door, Endpoint, Service};
-use super::http;
+use super::http::{self, Request};
 
 /// Returns how many descriptors a server needs whose sockets have so many clients each: for them,
 /// the sockets, and the runtime.
@@ -241,15 +241,23 @@ impl Acceptor {
             Err(e) => return self.complain(format_args!("a client can't be served: {e}")),
         };
         let service = self.endpoint.service;
-        if service == Service::Control
-            && let Err(why) = check_connector(&stream)
-        {
-            return self.complain(format_args!("refused a client: {why}"));
-        }
+        let asked_by = match service {
+            Service::Control => match check_connector(&stream) {
+                Ok(process) => process,
+                Err(why) => return self.complain(format_args!("refused a client: {why}")),
+            },
+            Service::Metrics => None,
+        };
         let client = Arc::new(Client::new());
         let (served, api) = (Arc::clone(&client), Arc::clone(&self.api));
         let task = async move {
-            let answer = |request| Arc::clone(&api).answer(service, request);
+            let answer = |request| {
+                let request = Request {
+                    asked_by,
+                    ..request
+                };
+                Arc::clone(&api).answer(service, request)
+            };
             http::serve(stream, &served, answer).await;
         };
         lock(&self.clients).admit(&client, task);
@@ -316,8 +324,8 @@ fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixSt
 }
 
 /// Refuses whom the kernel lets in though he must not be: another user (root), and whoever comes by way of this process,
-/// which is a client of some forward: a guest.
-fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
+/// which is a client of some forward: a guest. Returns the process, where the system tells.
+fn check_connector(stream: &UnixStream) -> std::result::Result<Option<u32>, String> {
     let who = sys::connector(stream.as_fd())
         .map_err(|e| format!("the system doesn't say who it is: {e}"))?;
     if who.user != sys::user_id() {
@@ -326,7 +334,7 @@ fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
     if who.process == Some(std::process::id()) {
         return Err("it came through one of our own forwards".to_owned());
     }
-    Ok(())
+    Ok(who.process)
 }
 
 #[cfg(test)]
@@ -334,7 +342,6 @@ fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
 mod tests {
     use std::sync::mpsc::channel;
 
-    use super::http::Request;
     use super::*;
     use crate::app::control::api::Actions;
     use crate::app::rule::RuleOptions;
