@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::console::{print, print_json, print_text};
 use super::control::Which;
 use super::outcome::{Failure, Outcome};
+use super::predecessor::left_behind;
 use super::{complete, table};
 use crate::app::control::{self, Connection, Ended, Unanswered, age, ask, get, read, segment};
 use crate::proxy::Waiting;
@@ -76,6 +77,10 @@ impl Connections {
         all.retain(|it| is_meant(Some(it.forward)));
         all.sort_by_key(|it| it.id);
         let status: control::Status = get(&path, "/v1/status")?;
+        let elsewhere = left_behind(&status);
+        if all.is_empty() && !elsewhere.is_empty() {
+            return elsewhere.iter().try_for_each(print);
+        }
         if all.is_empty() {
             return print(
                 "no connections; `hvsock connections --ended` shows the last that have ended",
@@ -94,7 +99,8 @@ impl Connections {
                 it.waiting.map_or_else(String::new, waiting),
             ]
         });
-        print_text(table::of(HEADINGS, rows))
+        print_text(table::of(HEADINGS, rows))?;
+        elsewhere.iter().try_for_each(print)
     }
 
     fn show_ended(&self, path: &Path) -> Outcome {

@@ -33,6 +33,8 @@ mod options;
 mod outcome;
 mod passed;
 #[cfg(unix)]
+mod predecessor;
+#[cfg(unix)]
 mod ps;
 mod reconciler;
 mod rules;

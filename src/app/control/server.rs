@@ -29,6 +29,7 @@ use super::api::{Api, CALLS_AT_A_TIME};
 use super::clients::{Client, Clients, lock};
 use super::endpoint::{Demand, Door, Endpoint, Service};
 use super::http::{self, Request};
+use super::place;
 
 /// Returns how many descriptors a server needs whose sockets have so many clients each: for them,
 /// the sockets, and the runtime.
@@ -187,7 +188,26 @@ impl Acceptor {
             self.look_after_file().await;
         }
         self.listener = None;
+        // Before whoever waits for that goes on.
+        let own = self.open_own_door().await;
         self.endpoint.mark_closed();
+        if let Some(door) = own {
+            let own = Acceptor::new(door, self.api, self.clients);
+            Box::pin(own.accept_all()).await;
+        }
+    }
+
+    /// Listens under the process' number, now that a successor has the control socket: connections
+    /// that finish here can still be looked at and closed. Without it they just finish.
+    async fn open_own_door(&self) -> Option<Door> {
+        if self.endpoint.service != Service::Control {
+            return None;
+        }
+        let open = || {
+            let address = place::address(&place::own_path(std::process::id()));
+            Door::open(Service::Control, &address, Demand::OwnAccord)
+        };
+        spawn_blocking(open).await.ok()?.ok()
     }
 
     /// Says something once.
