@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use crate::address::{Address, HalfClose, Reset, Waiter};
+use crate::dial::Addresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
 use crate::name::Peer;
 
-use crate::engine::addresses::Addresses;
 use crate::engine::admission::{Full, Gate, Reservation};
 use crate::engine::counters::Tally;
 use crate::engine::ended::Ended;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::{Gate, State};
+use super::gate::{Gate, State};
 use crate::error::plural;
 
 /// How long a guest may answer nothing before it is asked.
