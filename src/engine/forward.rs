@@ -316,7 +316,10 @@ impl Forward {
             listen: self.rule.listen.clone(),
             state: self.status_cell.state(),
             vm: self.gate().map(|gate| gate.status(now)),
-            last_error: self.status_cell.last_error(),
+            last_error: {
+                let connected = self.tally.connected.load(Ordering::Relaxed);
+                self.status_cell.last_error(connected)
+            },
             counters: self.tally.counters(),
         }
     }

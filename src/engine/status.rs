@@ -219,6 +219,9 @@ pub struct LastError {
     /// The time of the refusal.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix"))]
     pub at: SystemTime,
+    /// How many clients' targets were connected since: if there are any, the error is over.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub connected_since: u64,
 }
 
 /// Converts `then`, a time of the loop's clock that shows `now`, to the wall clock.
@@ -240,7 +243,8 @@ pub(crate) enum Obstacle {
 #[derive(Debug, Default)]
 struct Known {
     obstacle: Option<(Obstacle, String, SystemTime)>,
-    error: Option<LastError>,
+    /// The last error, and how many clients' targets had been connected by then.
+    error: Option<(String, SystemTime, u64)>,
 }
 
 /// A cell in which workers leave the status of a forward for those who ask.
@@ -267,9 +271,10 @@ impl StatusCell {
         self.known().obstacle = None;
     }
 
-    pub(crate) fn set_error(&self, text: String) {
-        let at = SystemTime::now();
-        self.known().error = Some(LastError { text, at });
+    /// Notes why a client was refused. `connected` is how many clients' targets have been
+    /// connected.
+    pub(crate) fn set_error(&self, text: String, connected: u64) {
+        self.known().error = Some((text, SystemTime::now(), connected));
     }
 
     pub(crate) fn state(&self) -> ForwardState {
@@ -286,7 +291,13 @@ impl StatusCell {
         }
     }
 
-    pub(crate) fn last_error(&self) -> Option<LastError> {
-        self.known().error.clone()
+    /// Returns the last error. `connected` is how many clients' targets have been connected.
+    pub(crate) fn last_error(&self, connected: u64) -> Option<LastError> {
+        let (text, at, before) = self.known().error.clone()?;
+        Some(LastError {
+            text,
+            at,
+            connected_since: connected.saturating_sub(before),
+        })
     }
 }

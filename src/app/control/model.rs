@@ -30,6 +30,11 @@ pub(crate) struct Status {
     /// The file that says what is carried, if there is one.
     #[serde(default)]
     pub(crate) file: Option<String>,
+    /// The process that it has taken over from, and the one that has taken over from it.
+    #[serde(default)]
+    pub(crate) predecessor: Option<u32>,
+    #[serde(default)]
+    pub(crate) successor: Option<u32>,
     /// Since the start.
     pub(crate) uptime_seconds: f64,
     /// The end has been asked for.

@@ -80,6 +80,8 @@ fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> 
             uptime_seconds: 60.0,
             stopping: false,
             live: 9,
+            predecessor: None,
+            successor: None,
             log_dropped: 0,
             carried: Default::default(),
             forwards,

@@ -627,7 +627,7 @@ impl<S: Socket> Connection<S> {
     /// Refuses a client because the proxy is stopping, its forward was removed, or it was closed.
     pub(super) fn refuse_cut_off(&mut self, cx: &mut Context<'_, S>) {
         let why = match self.why {
-            Some(EndReason::Closed) => "it was closed while it was being connected",
+            Some(EndReason::ClosedOnRequest) => "it was closed while it was being connected",
             Some(EndReason::Removed) => "its forward was removed",
             _ => "the proxy is stopping",
         };

@@ -210,7 +210,7 @@ impl Ledger {
             // One that could not be added is given up, and its clients with it.
             EndReason::Removed => happened.removed || self.has_failed_additions,
             EndReason::Stopped => happened.stop,
-            EndReason::Closed => happened.closed,
+            EndReason::ClosedOnRequest => happened.closed,
             // Nothing is relayed by threads here.
             EndReason::Failed => false,
         };
@@ -223,7 +223,7 @@ impl Ledger {
             EndReason::Refused(_)
                 | EndReason::Removed
                 | EndReason::Stopped
-                | EndReason::Closed
+                | EndReason::ClosedOnRequest
                 | EndReason::IdleTimeout
                 | EndReason::HalfClosedTimeout
         );
