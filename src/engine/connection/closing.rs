@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::dial::{self, Dial};
+use crate::dial::Dial;
 use crate::engine::Phase;
 use crate::engine::admission::DrainEnd;
 use crate::engine::counters::add_one;
@@ -100,7 +100,7 @@ impl<S: Socket> Connection<S> {
             return;
         };
         if pair.refused() {
-            let error = dial::refused_by_eof(&self.forward.rule.connect);
+            let error = self.refused_by_eof();
             self.end_because(EndReason::Refused(Reason::ByTarget));
             self.note_refusal(&error, Reason::ByTarget, cx.now);
         }

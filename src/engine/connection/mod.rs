@@ -27,7 +27,7 @@ pub(crate) mod transitions;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tracing::level_filters::LevelFilter;
 use tracing::{Span, debug, error_span, info, warn};
@@ -37,7 +37,8 @@ use crate::engine::Phase;
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
 use crate::engine::end_reason::{EndReason, Reason};
-use crate::engine::forward::{AccessLog, Forward};
+use crate::engine::ended::EndedConnection;
+use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{self, End, Pair, Pool, Readiness, Side};
@@ -173,6 +174,8 @@ pub(crate) struct Connection<S: relay::Socket> {
     pub(crate) since: Instant,
     /// Why the connection ends, as far as it is known.
     why: Option<EndReason>,
+    /// The error for which the client was refused.
+    error: Option<Arc<str>>,
     /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have ended.
     is_cut_off: bool,
     /// The name of the current state.
@@ -276,6 +279,7 @@ impl<S: relay::Socket> Connection<S> {
             peer,
             since: now,
             why: None,
+            error: None,
             is_cut_off: false,
         }
     }
@@ -344,11 +348,13 @@ impl<S: relay::Socket> Connection<S> {
     }
 
     /// Counts a refused client, and logs the reason; a repeated one only now and then.
-    fn note_refusal(&self, error: &Error, reason: Reason, now: Instant) {
+    fn note_refusal(&mut self, error: &Error, reason: Reason, now: Instant) {
+        let text = error.to_string();
+        self.error = Some(text.as_str().into());
         let forward = &self.forward;
         forward.tally.refused(reason);
-        forward.status_cell.set_error(error.to_string());
         self.notify(What::Refused(error));
+        forward.status_cell.set_error(text.clone());
         let is_turned_away = self.slots[Side::Client]
             .as_ref()
             .is_some_and(Slot::is_turned_away);
@@ -357,7 +363,7 @@ impl<S: relay::Socket> Connection<S> {
         if reason == Reason::Absent || is_turned_away {
             return self.debug(|| debug!("refused a client of {}: {error}", forward.rule.listen));
         }
-        if let Some(more) = forward.log_limiter.admit(&error.to_string(), now) {
+        if let Some(more) = forward.log_limiter.admit(&text, now) {
             self.span().in_scope(|| match more {
                 0 => warn!("refused a client of {}: {error}", forward.rule.listen),
                 _ => warn!(
@@ -524,6 +530,21 @@ impl<S: Socket> Connection<S> {
             age,
             why,
         });
+        if let Some(id) = self.name {
+            self.forward.ended().note(EndedConnection {
+                id,
+                forward: self.forward.id,
+                rule: Arc::clone(&self.forward.rule),
+                peer: self.peer.name,
+                process: self.peer.process,
+                sent,
+                received,
+                age,
+                at: SystemTime::now(),
+                why,
+                error: self.error.clone(),
+            });
+        }
     }
 
     /// Writes the line of the access log. It has all in it, and stands in no span, so that it can
@@ -544,9 +565,9 @@ impl<S: Socket> Connection<S> {
                 )
             };
         }
-        match self.forward.access_log() {
-            AccessLog::Info => log!(info),
-            AccessLog::Debug => log!(debug),
+        match self.forward.access_log().is_on() {
+            true => log!(info),
+            false => log!(debug),
         }
     }
 }
