@@ -285,6 +285,7 @@ impl Forward {
             },
             listen: self.rule.listen.clone(),
             state: self.status_cell.state(),
+            note: self.status_cell.note(),
             vm: self.gate().map(|gate| gate.status(now)),
             last_error: self.status_cell.last_error(),
             counters: self.tally.counters(),

@@ -25,6 +25,8 @@ pub struct ForwardStatus {
     pub listen: Address,
     /// Whether the forward accepts clients now.
     pub state: ForwardState,
+    /// What is unusual about its socket.
+    pub note: Option<&'static str>,
     /// The hyperkit VM that the forward dials, or else the one that dials it.
     pub vm: Option<VmStatus>,
     /// Why the last client that was refused was refused.
@@ -231,6 +233,7 @@ pub(crate) enum Obstacle {
 #[derive(Debug, Default)]
 struct Known {
     obstacle: Option<(Obstacle, String, SystemTime)>,
+    note: Option<&'static str>,
     error: Option<LastError>,
 }
 
@@ -256,6 +259,15 @@ impl StatusCell {
     /// Notes that the listener accepts clients again.
     pub(crate) fn clear_obstacle(&self) {
         self.known().obstacle = None;
+    }
+
+    /// Notes what is unusual about the socket that was bound.
+    pub(crate) fn set_note(&self, note: Option<&'static str>) {
+        self.known().note = note;
+    }
+
+    pub(crate) fn note(&self) -> Option<&'static str> {
+        self.known().note
     }
 
     pub(crate) fn set_error(&self, text: String) {

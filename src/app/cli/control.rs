@@ -132,6 +132,9 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
                 ago(since, now)
             ));
         }
+        if let Some(note) = &forward.note {
+            lines.push(format!("{}: {note}", forward.name_or_address()));
+        }
         if let Some(error) = &forward.last_error {
             lines.push(format!(
                 "the last error of {}, {}: {}",
