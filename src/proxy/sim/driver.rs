@@ -535,6 +535,7 @@ impl Driver for SimDriver {
             Some(Event::VmSeen {
                 identity: stage.sign_of(gate.vm()),
                 process: stage.process_of(gate.vm()),
+                is_stopped: false,
                 gate,
             })
         });
