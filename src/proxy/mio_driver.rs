@@ -399,6 +399,10 @@ impl Driver for MioDriver {
         listener.bound(asked)
     }
 
+    fn note(listener: &Listener) -> Option<&'static str> {
+        listener.note()
+    }
+
     fn clock() -> Instant {
         Instant::now()
     }
