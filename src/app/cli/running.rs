@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tracing::{error, info, warn};
 
-use crate::address::{Address, HyperkitVm};
+use crate::address::{Address, AnyVm, HyperkitVm};
 use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, Wanted, display_name};
 #[cfg(unix)]
 use crate::app::control;
@@ -452,7 +452,7 @@ impl Running {
 
     /// Makes the proxy carry what is wanted.
     fn apply(&self, state: &mut State, wanted: Wanted, occasion: Occasion) -> Summary {
-        let limited: HashSet<&HyperkitVm> = wanted.limits.iter().map(|it| &it.vm).collect();
+        let limited: HashSet<&AnyVm> = wanted.limits.iter().map(|it| &it.vm).collect();
         for old in &state.limits {
             if !limited.contains(&old.vm) {
                 self.handle().limit_vm(&VmLimits::new(old.vm.clone()));

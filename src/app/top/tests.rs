@@ -28,10 +28,10 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
             directory: "/var/vm".to_owned(),
             status: VmStatus {
                 connections: 450,
-                limit: 900,
+                limit: Some(900),
                 lost: 0,
                 guests: 0,
-                guest_limit: 800,
+                guest_limit: Some(800),
                 turned_away: 0,
                 reserved: 0,
                 unanswered: 3,

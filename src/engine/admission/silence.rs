@@ -94,8 +94,10 @@ impl Gate {
                 state.silence.reported = None;
                 drop(state);
                 let seconds = now.saturating_duration_since(since).as_secs();
-                let directory = self.vm.state_dir.display();
-                info!("the guest of the VM at {directory} answers again, after {seconds} s");
+                info!(
+                    "the guest of the VM at {} answers again, after {seconds} s",
+                    self.vm
+                );
                 return SilenceCheck::Done;
             }
             None if !is_gone && is_asked && lasts >= SILENT_AFTER => {
@@ -115,13 +117,13 @@ impl Gate {
 
     fn warn_of_silence(&self, probes: u64, is_stopped: bool) {
         let dials = self.unanswered().saturating_sub(probes).max(1);
-        let directory = self.vm.state_dir.display();
+        let vm = &self.vm;
         let why = match is_stopped {
             true => "its process is stopped",
             false => "it is paused or hangs",
         };
         warn!(
-            "the guest of the VM at {directory} has answered none of {dials} dial{} for {} s: {why}; `hvsock doctor --vm {directory}` tells more",
+            "the guest of the VM at {vm} has answered none of {dials} dial{} for {} s: {why}; `hvsock doctor --vm {vm}` tells more",
             plural(dials),
             SILENT_AFTER.as_secs()
         );
@@ -152,7 +154,7 @@ mod tests {
             live: 900,
             unanswered: 64,
         };
-        Arc::new(Gate::new(limits, HyperkitVm::new("/tmp/vm")))
+        Arc::new(Gate::new(limits, HyperkitVm::new("/tmp/vm").into()))
     }
 
     fn identity(number: u64) -> Option<VmIdentity> {

@@ -357,8 +357,10 @@ impl Ledger {
 /// Whether one that was held is said to have had no answer, though each dial had one.
 fn was_answered(entry: &Entry, spots: &[&Spot], text: &str, kernel: &Kernel) -> bool {
     let is_held = entry.rule.as_ref().is_some_and(|rule| {
-        // Behind a gate, or by its name, it may not have been dialled at all.
-        rule.wait().is_some() && rule.gates[Side::Server].is_none()
+        // Behind a gate that has a limit, or by its name, it may not have been dialled at all.
+        let gate = rule.gates[Side::Server].as_ref();
+        let is_free = gate.is_none_or(|gate| !gate.has_limit());
+        rule.wait().is_some() && is_free
     });
     if !is_held || !text.contains("no connection within") {
         return false;
