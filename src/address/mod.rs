@@ -34,6 +34,7 @@ mod tests;
 pub(crate) mod transport;
 mod unix;
 mod uri;
+mod vm;
 mod vsock;
 
 use std::fmt;
@@ -50,10 +51,11 @@ pub use hyperkit::{HyperkitAddress, HyperkitVm};
 pub use npipe::NpipeAddress;
 pub use port::{Port, PortError};
 pub use tcp::{Host, IpFamily, TcpAddress};
-pub(crate) use transport::{HalfClose, Refusal, Reset, SocketKind, Waiter};
+pub(crate) use transport::{HalfClose, Refusal, Reset, SeenBy, SocketKind, VmTraits, Waiter};
 pub use unix::{UnixAddress, VsockMuxAddress};
 #[cfg(feature = "cli")]
 pub(crate) use uri::as_text;
+pub use vm::AnyVm;
 pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, PORT_ANY, VsockAddress};
 
 /// An address of any family.
