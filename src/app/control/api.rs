@@ -130,6 +130,14 @@ fn json(status: u16, body: &impl Serialize) -> Answer {
     }
 }
 
+/// Returns whether a call concerns the process and not what it carries.
+fn is_for_this_machine(request: &Request) -> bool {
+    matches!(
+        request.path.as_str(),
+        "/v1/stop" | "/v1/upgrade" | "/v1/take-over"
+    )
+}
+
 impl Api {
     pub(super) fn new(
         handle: Handle,
@@ -157,7 +165,7 @@ impl Api {
     /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
     /// never done: who asked would have given up.
     pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
-        if service == Service::Control
+        if service != Service::Metrics
             && request.method == "GET"
             && request.path == EVENTS
             && request.query.is_empty()
@@ -180,7 +188,12 @@ impl Api {
             // Until it is done, whoever waits for it.
             let _turn = turn;
             match service {
-                Service::Control => api.answer_all(&request),
+                Service::GuestControl if is_for_this_machine(&request) => Problem::new(
+                    403,
+                    "guests can't end this process, or have another take its place",
+                )
+                .response(),
+                Service::Control | Service::GuestControl => api.answer_all(&request),
                 Service::Metrics => api.answer_metrics(&request),
             }
         };
@@ -357,8 +370,7 @@ impl Api {
         let Some(added) = added else {
             return Err(Problem::new(409, "it was removed at once by somebody else"));
         };
-        let (name, connect) = (label(&added), &added.rule.connect);
-        info!("added {name}: {} -> {connect}", added.listen);
+        info!("added {}", describe(&added));
         json(201, &Forward::from(&added))
     }
 
@@ -376,12 +388,7 @@ impl Api {
             }
         })?;
         self.handle.remove(found.id, grace)?;
-        info!(
-            "removed {}: {} -> {}",
-            label(&found),
-            found.listen,
-            found.rule.connect
-        );
+        info!("removed {}", describe(&found));
         json(200, &Forward::from(&found))
     }
 
@@ -571,6 +578,13 @@ const ENDED: &str = "/v1/connections/ended";
 const EVENTS: &str = "/v1/events";
 
 /// What a forward is called.
+/// A forward on a line: its name, if it has one, and both its ends.
+fn describe(forward: &ForwardStatus) -> String {
+    let name = forward.rule.name.as_ref();
+    let name = name.map_or(String::new(), |name| format!("{name:?}: "));
+    format!("{name}{} -> {}", forward.listen, forward.rule.connect)
+}
+
 fn label(forward: &ForwardStatus) -> String {
     match &forward.rule.name {
         Some(name) => format!("{name:?}"),

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tracing::level_filters::LevelFilter;
 use tracing::{Span, debug, error_span, info, warn};
 
-use crate::dial::Dial;
+use crate::dial::{Dial, Race};
 use crate::engine::Phase;
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
@@ -56,7 +56,6 @@ pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
 pub(crate) use idle::Progress;
 use proxied::Proxied;
-pub(crate) use racing::Attempt;
 
 /// What a connection needs of its sockets besides carrying bytes.
 pub(crate) trait Socket: relay::Socket {
@@ -192,12 +191,11 @@ pub(crate) enum State<S: relay::Socket> {
         dial: Dial,
         full: Option<Full>,
     },
-    /// `earlier` are attempts at other addresses that are still under way.
+    /// `server` is the latest attempt's; those at other addresses may be under way still.
     Connecting {
         client: End<S>,
         server: End<S>,
-        dial: Dial,
-        earlier: Vec<Attempt<S>>,
+        race: Race<S>,
     },
     /// It is not known yet whether the guest has taken the dial. `until` ends the wait if no probe
     /// can tell.

@@ -179,6 +179,7 @@ pub(super) fn place_of(address: &Address) -> Place {
         Address::Tcp(TcpAddress {
             host: Host::Ip(ip),
             port,
+            ..
         }) => Place::Tcp((*ip, *port).into()),
         Address::Vsock(vsock) => Place::Vsock {
             cid: vsock.cid,
@@ -533,6 +534,7 @@ impl Driver for SimDriver {
             Some(Event::VmSeen {
                 identity: stage.identity_of_vm(gate.vm()),
                 process: stage.process_of(gate.vm()),
+                is_stopped: false,
                 gate,
             })
         });
