@@ -229,6 +229,21 @@ fn tcp_client(port: u16) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
+/// A client over IPv6, or over IPv4 if the machine hasn't `::1`.
+fn v6_client(port: u16) -> io::Result<TcpStream> {
+    match TcpListener::bind("[::1]:0") {
+        Err(e) if e.kind() != ErrorKind::AddrInUse => {
+            println!("skipped in part: this machine has no ::1: {e}");
+            tcp_client(port)
+        }
+        _ => {
+            let stream = TcpStream::connect(("::1", port))?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            Ok(stream)
+        }
+    }
+}
+
 fn local_client(path: &Path) -> io::Result<UnixStream> {
     let stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -243,6 +258,7 @@ fn no_client_is_refused_and_no_byte_lost_however_often_one_takes_over() {
     let vm = Arc::new(vm);
     let rules = [
         scene.forward("tcp", 0),
+        scene.forward("both", "localhost:0"),
         scene.forward("unix", scene.at("front")),
         format!(
             "[forward.guest]\nlisten = 0\nvm = {0:?}\nport = 7\n\
@@ -259,11 +275,25 @@ fn no_client_is_refused_and_no_byte_lost_however_often_one_takes_over() {
                 "connect": format!("tcp://127.0.0.1:{}", scene.echo)})
         .to_string(),
     );
-    let names = ["tcp", "unix", "guest", "dialled", "by hand"];
-    assert_eq!(scene.names(), names, "{added}");
-    let ports = || ["tcp", "guest", "by hand"].map(|name| scene.port(name));
+    let (_, added_too) = scene.call(
+        "POST",
+        "/v1/forwards",
+        &json!({"name": "both by hand", "listen": "tcp://*:0", "connect": format!("tcp://127.0.0.1:{}", scene.echo)})
+            .to_string(),
+    );
+    let names = [
+        "tcp",
+        "both",
+        "unix",
+        "guest",
+        "dialled",
+        "by hand",
+        "both by hand",
+    ];
+    assert_eq!(scene.names(), names, "{added} {added_too}");
+    let ports = || ["tcp", "guest", "by hand", "both", "both by hand"].map(|name| scene.port(name));
     let before = ports();
-    let [tcp_port, guest, by_hand] = before;
+    let [tcp_port, guest, by_hand, both, both_by_hand] = before;
     let (front, dialled) = (scene.at("front"), Arc::clone(&vm));
     let control = scene.control();
     let crowd = Crowd::new()
@@ -273,6 +303,11 @@ fn no_client_is_refused_and_no_byte_lost_however_often_one_takes_over() {
         .come("client of the guest", move || tcp_client(guest))
         .come("client of a forward added by hand", move || {
             tcp_client(by_hand)
+        })
+        .come("client of both families", move || tcp_client(both))
+        .come("IPv6 client of both families", move || v6_client(both))
+        .come("IPv6 client of all addresses", move || {
+            v6_client(both_by_hand)
         })
         .come("guest", move || {
             let stream = dialled.dial(5000)?;
@@ -786,6 +821,59 @@ fn what_can_be_taken_over_and_what_not_is_said() {
     let upgrade = in_runtime(scene.dir.path(), &["upgrade", &control]);
     refused(upgrade, &["started without a file"]);
     assert_eq!(ask(tcp(other.tcp_port()), b"on").unwrap(), b"on");
+}
+
+/// What stays with the old process is told of, and can be looked at and closed there.
+#[test]
+fn what_stays_with_the_old_process_is_seen_and_can_be_closed() {
+    let scene = Scene::new();
+    let forward = scene.forward("tcp", 0);
+    fs::write(scene.file(), format!("grace = \"90s\"\n{forward}")).unwrap();
+    let mut old = scene.run();
+    let pid = old.child.0.id().to_string();
+    let mut client = tcp(scene.port("tcp"));
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let says = |arguments: &[&str]| {
+        let output = output(in_runtime(scene.dir.path(), arguments));
+        let said = String::from_utf8(output.stdout).unwrap();
+        let why = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {why}");
+        said
+    };
+    let told = says(&["upgrade"]);
+    let _stray = Stray(scene.pid());
+    let stays = format!("1 connection stays with process {pid}, for at most 90 s");
+    assert!(told.contains(&stays), "{told}");
+    let still = format!("process {pid}, which was taken over from, still has 1 connection");
+    for command in ["status", "connections"] {
+        let told = says(&[command]);
+        assert!(told.contains(&still), "{told}");
+    }
+    let all: Vec<Value> = serde_json::from_str(&says(&["ps", "--json"])).unwrap();
+    let its = all.iter().find(|it| it["pid"].to_string() == pid);
+    assert_eq!(its.unwrap()["status"]["live"], 1, "{all:?}");
+    let left: Vec<Value> =
+        serde_json::from_str(&says(&["connections", "--pid", &pid, "--json"])).unwrap();
+    assert_eq!(left.len(), 1, "{left:?}");
+    // It is the client's still.
+    client.write_all(b"y").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let own = scene.control().with_file_name(format!("{pid}.sock"));
+    assert!(own.exists());
+    let id = left[0]["id"].to_string();
+    let told = says(&["close", &id, "--pid", &pid]);
+    assert!(
+        told.contains(&format!("closed {id}: tcp://127.0.0.1:")),
+        "{told}"
+    );
+    assert!(is_reset(client.read(&mut [0])));
+    assert_eq!(old.exit_code(), Some(0));
+    assert!(!own.exists());
+    for command in ["status", "connections"] {
+        let told = says(&[command]);
+        assert!(!told.contains("still has"), "{told}");
+    }
 }
 
 /// A user who isn't the owner is let in by no permission, and believed by nobody, root not either.

@@ -8,7 +8,8 @@
 //! | `vsock-mux://:PORT/PATH` | a vsock port behind the Unix socket of Firecracker, Cloud Hypervisor or vhost-device-vsock |
 //! | `unix:///PATH`, `unix:REL`, `unix:@NAME`, `/PATH`, `./REL`, `../REL` | a Unix socket |
 //! | `npipe:////./pipe/NAME`, `//./pipe/NAME`, `\\.\pipe\NAME` | a named pipe of Windows |
-//! | `tcp://HOST:PORT` | TCP |
+//! | `tcp://HOST:PORT` | TCP; to listen on, `localhost` and `*` are IPv4 and IPv6 |
+//! | `tcp4://HOST:PORT`, `tcp6://HOST:PORT` | TCP over IPv4 alone, or IPv6 alone |
 //! | `exec:/PROGRAM[?arg=…&env=…&pty=yes]` | to connect to: a program that is started for each connection |
 //! | `file:/PATH` | to connect to: the content of a file |
 //!
@@ -33,6 +34,7 @@ mod tests;
 pub(crate) mod transport;
 mod unix;
 mod uri;
+mod vm;
 mod vsock;
 
 use std::fmt;
@@ -48,11 +50,12 @@ pub(crate) use hyperkit::is_guest_cid;
 pub use hyperkit::{HyperkitAddress, HyperkitVm};
 pub use npipe::NpipeAddress;
 pub use port::{Port, PortError};
-pub use tcp::{Host, TcpAddress};
-pub(crate) use transport::{HalfClose, Refusal, Reset, SocketKind, Waiter};
+pub use tcp::{Host, IpFamily, TcpAddress};
+pub(crate) use transport::{HalfClose, Refusal, Reset, SeenBy, SocketKind, VmTraits, Waiter};
 pub use unix::{UnixAddress, VsockMuxAddress};
 #[cfg(feature = "cli")]
 pub(crate) use uri::as_text;
+pub use vm::AnyVm;
 pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, PORT_ANY, VsockAddress};
 
 /// An address of any family.

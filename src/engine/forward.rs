@@ -6,14 +6,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use tracing::warn;
+
 use crate::address::{Address, HalfClose, Reset, Waiter};
+use crate::dial::Addresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
 use crate::name::Peer;
 
-use crate::engine::addresses::Addresses;
-use crate::engine::admission::{Gate, Reservation};
+use crate::engine::admission::{Full, Gate, Reservation};
 use crate::engine::counters::Tally;
+use crate::engine::end_reason::Reason;
 use crate::engine::ended::Ended;
 use crate::engine::health::{self, Health, News};
 use crate::engine::id::{ConnectionId, ForwardId};
@@ -58,7 +61,7 @@ pub(crate) struct Forward {
     pub(crate) rule: Arc<Rule>,
     /// The address that the rule asked for.
     pub(crate) asked: Address,
-    /// The gate of each side's VM, where the side is a hyperkit VM.
+    /// The gate of each side's VM, where the side is a VM.
     pub(crate) gates: [Option<Arc<Gate>>; 2],
     /// The kind of waiter that each side's sockets need.
     waiters: [Waiter; 2],
@@ -69,6 +72,8 @@ pub(crate) struct Forward {
     /// The limiter of the lines about the target's absence, which no other line must keep back:
     /// clients that are refused for it are logged nowhere else.
     absence_limiter: LogLimiter,
+    /// The limiter of the lines about clients that were accepted and wait for their VM.
+    wait_limiter: LogLimiter,
     /// The health of the target, where no gate keeps it.
     health: Mutex<Health>,
     /// What is known of the addresses of the target's name.
@@ -104,6 +109,7 @@ impl Forward {
             status_cell: Arc::default(),
             log_limiter: LogLimiter::default(),
             absence_limiter: LogLimiter::default(),
+            wait_limiter: LogLimiter::default(),
             health: Mutex::default(),
             addresses: Mutex::default(),
             quota: Mutex::new(quota),
@@ -133,6 +139,7 @@ impl Forward {
             status_cell: Arc::clone(&self.status_cell),
             log_limiter: LogLimiter::default(),
             absence_limiter: LogLimiter::default(),
+            wait_limiter: LogLimiter::default(),
             health: Mutex::default(),
             addresses: Mutex::default(),
             quota: Mutex::new(quota),
@@ -245,8 +252,16 @@ impl Forward {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Logs that clients begin to wait for their VM.
+    pub(crate) fn note_wait(&self, why: &Full, now: Instant) {
+        if self.wait_limiter.admit("full", now).is_some() {
+            let listen = &self.rule.listen;
+            warn!("clients of {listen} wait: {why}");
+        }
+    }
+
     /// Marks the target down after a dial that found it absent.
-    pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
+    fn mark_down(&self, error: &Error, now: Instant) {
         if let Some(gate) = &self.gates[Side::Server] {
             return gate.mark_down(error, now);
         }
@@ -260,9 +275,24 @@ impl Forward {
 
     /// Marks the target up after a dial that found it.
     pub(crate) fn mark_up(&self, now: Instant) {
-        if self.gates[Side::Server].is_none() {
-            let news = self.health().mark_up(now);
-            self.log_change(news, None);
+        match &self.gates[Side::Server] {
+            Some(gate) if gate.is_seen_by_dials() => gate.mark_up(now),
+            Some(_) => {}
+            None => {
+                let news = self.health().mark_up(now);
+                self.log_change(news, None);
+            }
+        }
+    }
+
+    /// Notes what a dial that failed for that reason says about the target's health.
+    pub(crate) fn note_failed_dial(&self, reason: Reason, error: &Error, now: Instant) {
+        let gate = self.gates[Side::Server].as_ref();
+        match (reason, gate.filter(|gate| gate.is_seen_by_dials())) {
+            (Reason::Absent, _) | (Reason::DialTimeout, Some(_)) => self.mark_down(error, now),
+            // It was the guest that refused it.
+            (Reason::ByTarget, Some(gate)) => gate.mark_up(now),
+            _ => {}
         }
     }
 
@@ -286,7 +316,10 @@ impl Forward {
             listen: self.rule.listen.clone(),
             state: self.status_cell.state(),
             vm: self.gate().map(|gate| gate.status(now)),
-            last_error: self.status_cell.last_error(),
+            last_error: {
+                let connected = self.tally.connected.load(Ordering::Relaxed);
+                self.status_cell.last_error(connected)
+            },
             counters: self.tally.counters(),
         }
     }

@@ -16,7 +16,7 @@
 //! | [`health`] | whether a VM or a server is up | `sys`, for identities |
 //! | [`counters`] | what is counted of a forward | `end_reason`; `relay`, for sides |
 //! | [`end_reason`] | why connections end | `sys`, for error codes |
-//! | [`rule`] | what a proxy forwards, and its limits | `proxy_header`, `source`; `listener`, for defaults |
+//! | [`rule`] | what a proxy forwards, and its limits | `proxy_header`, `source`; `relay`, for sides; `listener`, for defaults |
 //! | [`proxy_header`] | the header of the PROXY protocol | nothing |
 //! | [`source`] | where clients may come from | nothing |
 //! | [`relay`] | two sockets and the bytes between them | nothing |
@@ -30,7 +30,6 @@
 //! and [`relay`], 9 where [`connection`] handles a freeze. Those of the loop are in
 //! [`proxy`](crate::proxy).
 
-pub(crate) mod addresses;
 pub(crate) mod admission;
 pub(crate) mod connection;
 pub(crate) mod counters;

@@ -16,6 +16,7 @@ pub(crate) mod nonblocking;
 #[cfg(unix)]
 mod passed;
 mod ready;
+mod tcp;
 
 pub use blocking::Listener;
 #[cfg(all(unix, feature = "cli"))]

@@ -22,6 +22,7 @@ use super::blocking::Wish;
 use super::file::SocketFile;
 use super::local::{LocalListener, Refusal};
 use super::nonblocking;
+use super::tcp::TcpListener;
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
 use crate::sys::{self, Identity};
@@ -72,10 +73,7 @@ fn take(socket: Socket) -> io::Result<Listener> {
         )
     };
     let (address, inner) = if let Some(bound) = name.as_socket() {
-        let listener = nonblocking::Listener::Tcp {
-            listener: mio::net::TcpListener::from_std(socket.into()),
-            leaves_options: false,
-        };
+        let listener = nonblocking::Listener::Tcp(TcpListener::passed(socket));
         (tcp(bound), listener)
     } else if let Some(path) = name.as_pathname() {
         unix(UnixAddress::Path(path.to_owned()), socket)
@@ -123,7 +121,7 @@ impl Listener {
         if !handed.is_foreign {
             let file = handed.file.as_ref();
             let file = file.map(|(path, identity)| SocketFile::handed(path, *identity));
-            listener.inner.adopt(file);
+            listener.inner.adopt(&handed.address, file);
         }
         Ok(Listener {
             address: handed.address,
@@ -149,10 +147,7 @@ impl Listener {
 }
 
 fn tcp(bound: SocketAddr) -> Address {
-    Address::Tcp(TcpAddress {
-        host: Host::Ip(bound.ip()),
-        port: bound.port(),
-    })
+    Address::Tcp(TcpAddress::new(Host::Ip(bound.ip()), bound.port()))
 }
 
 impl Listener {
@@ -176,6 +171,16 @@ impl Listener {
                 asked.is_some() && asked == last(bound)
             }
             _ => false,
+        }
+    }
+
+    /// Binds what `address` has besides, as far as it can be had, unless another program has bound
+    /// this one: its sockets are taken as they are.
+    pub(crate) fn complete(&mut self, address: &Address) {
+        if let (false, nonblocking::Listener::Tcp(listener), Some(tcp)) =
+            (self.is_foreign, &mut self.inner, address.as_tcp())
+        {
+            listener.complete(tcp);
         }
     }
 

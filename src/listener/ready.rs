@@ -6,8 +6,10 @@ use std::net::IpAddr;
 #[cfg(unix)]
 use std::path::PathBuf;
 
-use super::{Listener, nonblocking};
-use crate::address::{Address, Host, Port, TcpAddress};
+use super::Listener;
+use super::tcp::socket_addresses;
+use crate::address::{Address, Port};
+use crate::name::SocketName;
 #[cfg(unix)]
 use crate::sys::Identity;
 
@@ -33,25 +35,18 @@ impl Key {
         if address.leaves_port_to_kernel() {
             return vec![Key::Wish(name.map(str::to_owned), address.clone())];
         }
-        match address {
-            Address::Tcp(asked) => {
-                let found = nonblocking::socket_address(asked);
-                let key = |found: std::net::SocketAddr| Key::Tcp(found.ip(), found.port());
-                found.map(key).into_iter().collect()
-            }
-            other => Key::there(other),
+        let mut keys = Key::there(address);
+        if let Some(asked) = address.as_tcp() {
+            let found = socket_addresses(asked).into_iter().flatten();
+            keys.extend(found.map(|it| Key::Tcp(it.ip(), it.port())));
         }
+        keys
     }
 
     /// Returns the keys of a socket that is bound to `address`.
     fn there(address: &Address) -> Vec<Key> {
-        match address {
-            Address::Tcp(TcpAddress {
-                host: Host::Ip(ip),
-                port,
-            }) => return vec![Key::Tcp(*ip, *port)],
-            Address::Vsock(vsock) => return vec![Key::Vsock(vsock.cid, vsock.port)],
-            _ => {}
+        if let Address::Vsock(vsock) = address {
+            return vec![Key::Vsock(vsock.cid, vsock.port)];
         }
         #[cfg(unix)]
         if let Some(path) = address.listen_path() {
@@ -88,6 +83,26 @@ impl<T> Ready<T> {
 
     /// Returns the number of the first that has one of these keys, and of which `fits` is true.
     pub(crate) fn find(&mut self, keys: &[Key], fits: impl Fn(&T) -> bool) -> Option<usize> {
+        self.search(keys, |_, _, it| fits(it))
+    }
+
+    /// The same of another one than `first`, to which it is compared.
+    pub(crate) fn find_beside(
+        &mut self,
+        first: usize,
+        keys: &[Key],
+        fits: impl Fn(&T, &T) -> bool,
+    ) -> Option<usize> {
+        self.search(keys, |there, number, it| {
+            number != first && there.get(&first).is_some_and(|first| fits(first, it))
+        })
+    }
+
+    fn search(
+        &mut self,
+        keys: &[Key],
+        fits: impl Fn(&BTreeMap<usize, T>, usize, &T) -> bool,
+    ) -> Option<usize> {
         let Ready { there, by_key } = self;
         let mut first = |key| {
             let numbers = by_key.get_mut(key)?;
@@ -95,7 +110,7 @@ impl<T> Ready<T> {
                 numbers.pop_front();
             }
             let mut numbers = numbers.iter().copied();
-            numbers.find(|number| there.get(number).is_some_and(&fits))
+            numbers.find(|&number| there.get(&number).is_some_and(|it| fits(there, number, it)))
         };
         keys.iter().filter_map(&mut first).min()
     }
@@ -133,8 +148,12 @@ impl<T> Ready<T> {
 impl Listener {
     /// Returns the keys of this socket.
     pub(crate) fn keys(&self) -> Vec<Key> {
-        #[cfg_attr(not(unix), allow(unused_mut))]
         let mut keys = Key::there(&self.address);
+        if self.address.as_tcp().is_some()
+            && let Ok(SocketName::Tcp(here)) = self.local_addr()
+        {
+            keys.push(Key::Tcp(here.ip(), here.port()));
+        }
         #[cfg(unix)]
         if let Some((name, asked)) = &self.wish
             && asked.leaves_port_to_kernel()

@@ -26,8 +26,8 @@
 //! * `take_over(number)`: takes ownership of a descriptor that the process was started with, once.
 //! * `vsock_connect`, `vsock_listen`, `vsock_set_buffer`, `vsock_of`, `local_cid`: AF_VSOCK
 //!   sockets, or `Unsupported`.
-//! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking
-//!   callers.
+//! * `wait(socket, what, timeout)`, `wait_for_any_of(sockets, what, timeout)`,
+//!   `is_hung_up(socket)`: readiness of sockets, for blocking callers.
 //! * `wait_until_output_is_unread()`: the end of those that read standard output.
 //! * `has_client(listener)`: whether an accept would find a client, without accepting.
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
@@ -198,6 +198,24 @@ pub(crate) fn process_is_alive(pid: i32) -> bool {
     {
         // hyperkit runs on macOS only: a pid file seen elsewhere was copied from there.
         let _ = pid;
+        false
+    }
+}
+
+/// Returns whether a process is stopped, by a signal or a debugger. Only Linux tells.
+pub(crate) fn process_is_stopped(process: i32) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        // `proc_pid_stat(5)`: the number, the name in parentheses, which may have any byte in it,
+        // and the state.
+        let stat = std::fs::read(format!("/proc/{process}/stat")).unwrap_or_default();
+        let name_end = stat.iter().rposition(|byte| *byte == b')');
+        let state = name_end.and_then(|at| stat.get(at + 2));
+        matches!(state, Some(b'T' | b't'))
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = process;
         false
     }
 }

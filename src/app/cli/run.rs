@@ -89,9 +89,11 @@ impl Check {
         let (config, wanted) =
             Config::read(&self.file, &Places::from_env()).map_err(|e| show(&e))?;
         list(wanted.notes.iter().map(|it| it.line_of(&self.file)));
-        for missing in &wanted.missing {
-            complain(running::absence(missing));
+        let needs = Problems::new(&self.file, config.needs(&wanted));
+        if needs.has_mistakes() {
+            return Err(show(&needs));
         }
+        list(needs.lines());
         let vms = config.vms_of_forwards();
         for rule in &wanted.rules {
             let name = rule.name.as_deref().unwrap_or_default();
@@ -222,6 +224,7 @@ fn control(
     let [unchanged, ended] = [(); 2].map(|()| Arc::clone(running));
     let succession = Succession {
         file: running.file().to_owned(),
+        predecessor: running.predecessor(),
         while_unchanged: Box::new(move |f| unchanged.while_unchanged(f)),
         start: Box::new(move || start_successor(&program)),
         end: Box::new(move |pid| end_after_hand_over(ended.handle(), ended.grace(), pid)),

@@ -30,7 +30,7 @@ Examples:
   hvsock simulate /tmp/vm --guest 19=endless --dial 5000=20/s --strict"
 )]
 pub(super) struct Simulate {
-    /// The state directory, made if it doesn't exist; its path has at most 85 bytes
+    /// The state directory, made if it doesn't exist in the one above it; its path has at most 85 bytes
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     directory: PathBuf,
     /// The guest's CID
@@ -153,18 +153,29 @@ fn endpoint(text: &str) -> Result<Endpoint, String> {
 }
 
 fn resolve(tcp: &TcpAddress) -> Result<SocketAddr, String> {
-    let Host::Name(name) = &tcp.host else {
-        return tcp
-            .socket_addr()
-            .ok_or_else(|| format!("{tcp} has no address"));
+    let name = match &tcp.host {
+        Host::Ip(ip) => return Ok(SocketAddr::new(*ip, tcp.port)),
+        Host::Name(name) => name,
+        Host::Any => return Err(format!("{tcp}: name one address")),
     };
     let found = (name.as_str(), tcp.port).to_socket_addrs();
     let mut found = found.map_err(|e| format!("{name}: {e}"))?;
-    found.next().ok_or_else(|| format!("{name} has no address"))
+    found
+        .find(|it| tcp.family.includes(&it.ip()))
+        .ok_or_else(|| format!("{name} has no address"))
 }
 
 impl Simulate {
     pub(super) fn run(self) -> Outcome {
+        if let Some(parent) = self.directory.parent()
+            && !parent.as_os_str().is_empty()
+            && !parent.exists()
+        {
+            let parent = parent.display();
+            let why =
+                format!("there is no directory {parent}: is the path right? Or make it first");
+            return Err(Failure::Failed(why));
+        }
         let mut vm = Vm::builder(&self.directory)
             .cid(self.cid)
             .slots(self.slots.into())

@@ -1,18 +1,18 @@
 //! Forwards that are in each other's way, or in the way of where the program itself listens.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use super::forward::{Forward, Read};
 use super::problems::Line;
 use super::vms::Vm;
 use crate::address::overlap::ListenKey;
-use crate::address::{Address, TcpAddress, UnixAddress};
+use crate::address::{Address, UnixAddress};
 use crate::proxy::{Rule, RuleIndex, describe_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
-type Door = (&'static str, Address);
+pub(super) type Door = (&'static str, Address);
 
 /// Where a forward listens: its name, the line that says so, and the address.
 struct Claim<'a> {
@@ -49,11 +49,9 @@ pub(super) fn find_namesakes(
 pub(super) fn find(
     rules: &[(&Forward, Rule)],
     parts: &[Read],
-    control: Option<&Path>,
-    metrics: Option<&TcpAddress>,
+    doors: &[Door],
     complain: &mut dyn FnMut(Line, String),
 ) {
-    let doors = doors(control, metrics);
     let of_rules = rules.iter().map(|(forward, rule)| Claim {
         name: &forward.name,
         line: &forward.listen_line,
@@ -84,21 +82,10 @@ pub(super) fn find(
             taken.entry(key).or_insert(claim);
         }
     }
-    let mut index = RuleIndex::default();
-    for (id, (_, rule)) in (0..).zip(rules) {
-        index.insert(id, rule);
-    }
-    for (id, (forward, rule)) in (0..).zip(rules) {
+    for (forward, rule) in rules {
         let name = &forward.name;
         let listen = &rule.listen;
-        if let Some(trail) = index.find_loop(Some(id), rule) {
-            let text = format!(
-                "[forward.{name}]: {}; choose another target",
-                describe_loop(&trail)
-            );
-            complain(forward.connect_line.clone(), text);
-        }
-        for (key, door) in &doors {
+        for (key, door) in doors {
             if door.collides(listen) {
                 let text = format!(
                     "[forward.{name}]: {key} is at {door} already; choose another address for one of them"
@@ -116,9 +103,39 @@ pub(super) fn find(
     }
 }
 
-fn doors(control: Option<&Path>, metrics: Option<&TcpAddress>) -> Vec<Door> {
+/// Says which rules certainly lead back to themselves, of each loop once.
+pub(super) fn find_loops(rules: &[&(&Forward, Rule)], complain: &mut dyn FnMut(Line, String)) {
+    let mut index = RuleIndex::default();
+    for (id, (_, rule)) in (0..).zip(rules) {
+        index.insert(id, rule);
+    }
+    let mut told: HashSet<Address> = HashSet::new();
+    for (id, (forward, rule)) in (0..).zip(rules) {
+        let Some(trail) = index.find_loop(Some(id), rule) else {
+            continue;
+        };
+        if trail.iter().all(|it| !told.contains(it)) {
+            let name = &forward.name;
+            let loops = describe_loop(&trail);
+            let text = format!("[forward.{name}]: {loops}; choose another target");
+            complain(forward.connect_line.clone(), text);
+        }
+        told.extend(trail);
+    }
+}
+
+/// Returns where the program itself listens.
+pub(super) fn doors(
+    control: Option<&Path>,
+    guest_control: Option<&Address>,
+    metrics: Option<&Address>,
+) -> Vec<Door> {
     let control = control.map(|path| UnixAddress::Path(path.to_owned()).into());
-    let metrics = metrics.map(|at| at.clone().into());
-    let doors = [("control", control), ("metrics", metrics)].into_iter();
+    let doors = [
+        ("control", control),
+        ("guest-control", guest_control.cloned()),
+        ("metrics", metrics.cloned()),
+    ];
+    let doors = doors.into_iter();
     doors.filter_map(|(key, door)| Some((key, door?))).collect()
 }

@@ -20,6 +20,8 @@ mod conflicts;
 mod diff;
 mod forward;
 mod include;
+mod needs;
+mod parsing;
 mod problems;
 mod section;
 mod template;
@@ -34,10 +36,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
-use toml::Spanned;
-use toml::de::DeTable;
 
-use crate::address::{Address, TcpAddress};
+use crate::address::Address;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::app::vm::VmPlace;
@@ -46,6 +46,9 @@ use crate::proxy::{Rule, VmLimits, check_rule};
 
 pub(crate) use diff::{Existing, Step, plan};
 use forward::{Forward, Read};
+#[cfg(unix)]
+pub(crate) use needs::nearest_directory;
+use parsing::parse_table;
 use problems::{Line, Weight};
 pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name};
 use section::{Section, Source};
@@ -66,8 +69,10 @@ pub(crate) struct Config {
     pub(crate) access_log: bool,
     /// Where it is controlled from, if anywhere.
     pub(crate) control: Option<PathBuf>,
+    /// Where guests may control it.
+    pub(crate) guest_control: Option<Address>,
     /// Where it tells of itself.
-    pub(crate) metrics: Option<TcpAddress>,
+    pub(crate) metrics: Option<Address>,
     /// For who adds forwards by the control socket.
     #[cfg(unix)]
     pub(crate) defaults: RuleOptions,
@@ -85,7 +90,20 @@ fn read_control(value: &Value) -> Result<Option<PathBuf>, String> {
     match values::text(value)?.as_str() {
         "" => Err("it is empty; write a path, or \"off\"".to_owned()),
         "off" => Ok(None),
+        text if text.starts_with("vsock:") => Err(format!(
+            "it is a path, or \"off\"; guests may change forwards only where guest-control = {text:?} says so"
+        )),
         text => Ok(Some(values::at_home(text)?.into_owned().into())),
+    }
+}
+
+/// Reads where guests may control it.
+fn read_guest_control(value: &Value) -> Result<Address, String> {
+    match values::address(value)? {
+        Address::Vsock(vsock) if !vsock.framing => Ok(Address::Vsock(vsock)),
+        other => Err(format!(
+            "{other} is not a vsock address; a right one: \"vsock://:9101\""
+        )),
     }
 }
 
@@ -176,17 +194,6 @@ fn read_included(root: &mut Section<'_, '_>, source: &Source, directory: &Path) 
     files.into_iter().filter_map(read).collect()
 }
 
-/// Parses a file; what is no TOML in it is said.
-fn parse_table<'t>(source: &Source, text: &'t str) -> Option<Spanned<DeTable<'t>>> {
-    let (table, errors) = DeTable::parse_recoverable(text);
-    for error in &errors {
-        let line = source.line(error.span().unwrap_or(0..0));
-        source.complain(line, format!("this is no TOML: {}", error.message()));
-    }
-    // What the rest means can't be known.
-    errors.is_empty().then_some(table)
-}
-
 impl Config {
     /// Reads a file.
     ///
@@ -262,7 +269,8 @@ impl Config {
         let splice = root.take("splice", values::yes_or_no);
         let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
-        let metrics = root.take("metrics", values::tcp);
+        let guest_control = root.take("guest-control", read_guest_control);
+        let metrics = root.take("metrics", values::metrics);
         let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
         if let Some(mut section) = root.table("defaults") {
@@ -309,6 +317,7 @@ impl Config {
             splice: splice.unwrap_or(true),
             access_log: access_log.unwrap_or(false),
             control: control.unwrap_or_else(usual_control),
+            guest_control,
             metrics,
             #[cfg(unix)]
             defaults,
@@ -374,6 +383,7 @@ impl Config {
         }
         let mut of_vm: HashMap<&str, Vec<&Forward>> = HashMap::new();
         let mut seen: Vec<(&Forward, Rule)> = Vec::new();
+        let mut refused: HashSet<&str> = HashSet::new();
         for forward in &self.forwards {
             let place = forward.vm().map(|(name, _)| {
                 of_vm.entry(name).or_default().push(forward);
@@ -389,6 +399,7 @@ impl Config {
                 continue;
             };
             if let Err(e) = check_rule(&rule) {
+                refused.insert(&forward.name);
                 complain(
                     forward.connect_line.clone(),
                     format!("[forward.{}]: {e}", forward.name),
@@ -399,16 +410,28 @@ impl Config {
         conflicts::find(
             &seen,
             &self.parts,
-            self.control.as_deref(),
-            self.metrics.as_ref(),
+            &conflicts::doors(
+                self.control.as_deref(),
+                self.guest_control.as_ref(),
+                self.metrics.as_ref(),
+            ),
             complain,
         );
-        for (vm, _) in &vms {
+        // Of one that leads to itself enough was said.
+        let sound = seen.iter();
+        let sound = sound.filter(|(forward, _)| !refused.contains(forward.name.as_str()));
+        conflicts::find_loops(&Vec::from_iter(sound), complain);
+        for (vm, place) in &vms {
             let its = of_vm.get(vm.name.as_str()).map_or(&[][..], Vec::as_slice);
             let reserved = its.iter().map(|it| it.options.reserved).sum::<usize>();
-            let (cap, mut waiting) = (vm.connections(), its.iter().filter(|it| it.waits_for_vm()));
+            let Some(cap) = vm.connections(place) else {
+                continue;
+            };
+            let mut waiting = its.iter().filter(|it| it.waits_for_vm());
             // To know that a guest has taken a client that waits takes a place, too.
-            let proof = usize::from(cap > 1 && reserved > 0 && waiting.next().is_some());
+            let is_probed = place.any().is_some_and(|it| it.traits().can_be_probed);
+            let has_proof = is_probed && cap > 1 && reserved > 0 && waiting.next().is_some();
+            let proof = usize::from(has_proof);
             if reserved + proof > cap {
                 let (name, left) = (&vm.name, cap - proof);
                 let text = format!(

@@ -221,13 +221,13 @@ impl Families<'_, '_> {
         };
         each(
             "hvsock_vm_connections",
-            "Connections to a hyperkit VM and from it.",
+            "Connections to a VM and from it.",
             |it| Some(Gauge(it.connections as u64)),
         )?;
         each(
             "hvsock_vm_connections_limit",
-            "How many connections there may be to a hyperkit VM and from it.",
-            |it| Some(Gauge(it.limit as u64)),
+            "How many connections there may be to a VM and from it, if it has a limit.",
+            |it| Some(Gauge(it.limit? as u64)),
         )?;
         each(
             "hvsock_vm_lost_slots",
@@ -261,6 +261,16 @@ impl Families<'_, '_> {
             "hvsock_vm_up",
             "Whether a VM runs (1) or not (0), where that is known.",
             |it| it.up.map(|up| Gauge(up.into())),
+        )?;
+        each(
+            "hvsock_vm_silent",
+            "Whether a VM's guest has answered nothing for 30 s, though it was asked (1), or not (0).",
+            |it| Some(Gauge(it.silent_since.is_some().into())),
+        )?;
+        each(
+            "hvsock_vm_paused",
+            "Whether a VM's process is stopped (1) or not (0), as far as the system tells.",
+            |it| Some(Gauge(it.paused.into())),
         )?;
         each(
             "hvsock_vm_restarts",

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
@@ -23,12 +24,13 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::lasting::FileWatch;
 use crate::listener::nonblocking::{Listener, has_client_left, is_broken};
 use crate::stream::{Stream, nonblocking};
-use crate::sys::{self, AsSocket};
+use crate::sys;
 
 use super::api::{Api, CALLS_AT_A_TIME};
 use super::clients::{Client, Clients, lock};
 use super::endpoint::{Demand, Door, Endpoint, Service};
-use super::http;
+use super::http::{self, Request};
+use super::place;
 
 /// Returns how many descriptors a server needs whose sockets have so many clients each: for them,
 /// the sockets, and the runtime.
@@ -187,7 +189,26 @@ impl Acceptor {
             self.look_after_file().await;
         }
         self.listener = None;
+        // Before whoever waits for that goes on.
+        let own = self.open_own_door().await;
         self.endpoint.mark_closed();
+        if let Some(door) = own {
+            let own = Acceptor::new(door, self.api, self.clients);
+            Box::pin(own.accept_all()).await;
+        }
+    }
+
+    /// Listens under the process' number, now that a successor has the control socket: connections
+    /// that finish here can still be looked at and closed. Without it they just finish.
+    async fn open_own_door(&self) -> Option<Door> {
+        if self.endpoint.service != Service::Control {
+            return None;
+        }
+        let open = || {
+            let address = place::address(&place::own_path(std::process::id()));
+            Door::open(Service::Control, &address, Demand::OwnAccord)
+        };
+        spawn_blocking(open).await.ok()?.ok()
     }
 
     /// Says something once.
@@ -241,15 +262,23 @@ impl Acceptor {
             Err(e) => return self.complain(format_args!("a client can't be served: {e}")),
         };
         let service = self.endpoint.service;
-        if service == Service::Control
-            && let Err(why) = check_connector(&stream)
-        {
-            return self.complain(format_args!("refused a client: {why}"));
-        }
+        let asked_by = match service {
+            Service::Control => match check_connector(&stream) {
+                Ok(process) => process,
+                Err(why) => return self.complain(format_args!("refused a client: {why}")),
+            },
+            Service::GuestControl | Service::Metrics => None,
+        };
         let client = Arc::new(Client::new());
         let (served, api) = (Arc::clone(&client), Arc::clone(&self.api));
         let task = async move {
-            let answer = |request| Arc::clone(&api).answer(service, request);
+            let answer = |request| {
+                let request = Request {
+                    asked_by,
+                    ..request
+                };
+                Arc::clone(&api).answer(service, request)
+            };
             http::serve(stream, &served, answer).await;
         };
         lock(&self.clients).admit(&client, task);
@@ -299,9 +328,12 @@ impl Acceptor {
 
 /// Waits for a client.
 async fn next_client(listener: &Listener) -> io::Result<nonblocking::Stream> {
-    let watched = sys::watch_borrowed(listener.as_socket())?;
+    let sockets = listener.sockets().into_iter();
+    let watched: Vec<_> = sockets
+        .map(sys::watch_borrowed)
+        .collect::<io::Result<_>>()?;
     loop {
-        let mut ready = watched.readable().await?;
+        let mut ready = sys::any_ready(&watched, Interest::READABLE).await?;
         if let Ok(accepted) = ready.try_io(|_| listener.accept()) {
             return accepted.map(|(stream, _)| stream);
         }
@@ -316,8 +348,8 @@ fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixSt
 }
 
 /// Refuses whom the kernel lets in though he must not be: another user (root), and whoever comes by way of this process,
-/// which is a client of some forward: a guest.
-fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
+/// which is a client of some forward: a guest. Returns the process, where the system tells.
+fn check_connector(stream: &UnixStream) -> std::result::Result<Option<u32>, String> {
     let who = sys::connector(stream.as_fd())
         .map_err(|e| format!("the system doesn't say who it is: {e}"))?;
     if who.user != sys::user_id() {
@@ -326,7 +358,7 @@ fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
     if who.process == Some(std::process::id()) {
         return Err("it came through one of our own forwards".to_owned());
     }
-    Ok(())
+    Ok(who.process)
 }
 
 #[cfg(test)]
@@ -334,7 +366,6 @@ fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
 mod tests {
     use std::sync::mpsc::channel;
 
-    use super::http::Request;
     use super::*;
     use crate::app::control::api::Actions;
     use crate::app::rule::RuleOptions;
@@ -406,7 +437,7 @@ mod tests {
                 let asked = address.parse().unwrap();
                 let (server, _proxy, listener, endpoint) = start(&asked, actions(|| ()));
                 assert!(scrape(&endpoint.address).unwrap().contains("200 OK"));
-                let socket = listener.as_socket();
+                let socket = listener.sockets()[0];
                 let socket = socket2::SockRef::from(&socket);
                 socket.shutdown(Shutdown::Both).unwrap();
                 drop(listener);
@@ -417,6 +448,36 @@ mod tests {
                 drop(server);
                 assert!(scrape(&endpoint.address).is_err(), "{address}");
             }
+        }
+    }
+
+    #[test]
+    fn guests_may_change_forwards_and_not_the_process() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
+        let (handle, stopping) = (proxy.handle(), actions(|| ()));
+        let api = Arc::new(Api::new(handle, stopping, Vec::new(), Arc::default()));
+        for (method, path, status) in [
+            ("GET", "/v1/status", 200),
+            ("GET", "/v1/events", 200),
+            ("GET", "/metrics", 200),
+            ("POST", "/v1/reload", 200),
+            ("DELETE", "/v1/forwards/none", 404),
+            ("POST", "/v1/stop", 403),
+            ("POST", "/v1/upgrade", 403),
+            ("POST", "/v1/take-over", 403),
+        ] {
+            let request = Request {
+                method: method.parse().unwrap(),
+                path: path.to_owned(),
+                ..Request::default()
+            };
+            let answer = Arc::clone(&api).answer(Service::GuestControl, request);
+            let answer = runtime.block_on(async { timeout(PATIENCE, answer).await });
+            assert_eq!(answer.unwrap().status(), status, "{path}");
         }
     }
 

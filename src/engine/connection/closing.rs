@@ -11,7 +11,7 @@ use tracing::warn;
 
 use crate::dial::Dial;
 use crate::engine::Phase;
-use crate::engine::admission::DrainEnd;
+use crate::engine::admission::{DrainEnd, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
@@ -369,14 +369,16 @@ impl<S: Socket> Connection<S> {
         let text = match (cx.phase, guest) {
             (Phase::Cutting, _) => "closed connections that the guest had not ended yet",
             (_, Gone::Sending) => SENDS_ON,
-            (_, Gone::Silent) if self.slots[side].is_some() => LOST,
+            (_, Gone::Silent) if self.can_lose_slot(side) => LOST,
             (_, Gone::Silent) => NOT_ENDED,
         };
         self.note_abandoned(text, cx.now);
         match guest {
             // The slot is given back once the device has told the guest.
-            Gone::Sending => cx.request(Action::Close(end.socket, None)),
-            Gone::Silent => {
+            Gone::Sending if self.can_lose_slot(side) => {
+                cx.request(Action::Close(end.socket, None))
+            }
+            Gone::Sending | Gone::Silent => {
                 if let Some(slot) = &mut self.slots[side] {
                     slot.lose();
                 }
@@ -384,6 +386,11 @@ impl<S: Socket> Connection<S> {
             }
         }
         self.slots[side].is_some()
+    }
+
+    /// Returns whether the VMM of a side keeps the slot of a connection that its guest has not ended.
+    fn can_lose_slot(&self, side: Side) -> bool {
+        self.slots[side].as_ref().is_some_and(Slot::can_be_lost)
     }
 
     /// Closes by force what has not ended in time.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use crate::address::Refusal;
-use crate::dial::{self, Begun, Dial, Next};
+use crate::dial::{self, Begun, Dial, Next, Race};
 use crate::engine::Phase;
 use crate::engine::admission::{Full, Gate, NotServed, Slot};
 use crate::engine::end_reason::{EndReason, Reason};
@@ -51,7 +51,7 @@ pub(crate) struct Held {
 #[derive(Debug)]
 pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
-    /// The identity of the VM, if the target is a hyperkit VM.
+    /// The identity of the VM, if the target is one that has a file.
     pub(crate) identity: Option<VmIdentity>,
     /// Whether the process that began to listen had gone by then. Another process serves its
     /// socket, and nothing can be learnt of that one.
@@ -164,17 +164,11 @@ impl<S: Socket> Connection<S> {
     /// Notes that the dialled socket may lead to a listener of this process. Returns false if that
     /// closes a loop of forwards.
     pub(super) fn note_dial(&mut self, cx: &mut Context<'_, S>) -> bool {
-        let State::Connecting {
-            server,
-            dial,
-            earlier,
-            ..
-        } = &self.state
-        else {
+        let State::Connecting { server, race, .. } = &self.state else {
             return true;
         };
         let (routes, forward) = (cx.routes, self.forward.id);
-        let endpoint = dial.endpoint().filter(|it| routes.may_reach(it));
+        let endpoint = race.dial.endpoint().filter(|it| routes.may_reach(it));
         let Some(endpoint) = endpoint else {
             return true;
         };
@@ -183,7 +177,7 @@ impl<S: Socket> Connection<S> {
             Endpoint::Tcp(_) | Endpoint::Vsock(_) => {
                 let here = server.socket.local_name();
                 if let Some(ends) = here.and_then(|here| PeerNames::dialled(here, endpoint)) {
-                    if earlier.is_empty() {
+                    if race.earlier().next().is_none() {
                         // Those of dials that have failed.
                         routes.forget_dialled(&mut route);
                     }
@@ -264,19 +258,21 @@ impl<S: Socket> Connection<S> {
         }
         let deadline = dial.deadline();
         let target = &self.forward.rule.connect;
+        // A VM is dialled only with a slot of its gate.
+        let is_gated = self.forward.gates[Side::Server].is_some();
         if self.forward.is_blocking(Side::Server) {
-            let left = deadline.saturating_duration_since(cx.now);
-            cx.request(Action::DialOnThread(dial::limit_timeout(target, left)));
+            match is_gated {
+                true => cx.request(Action::Admit),
+                false => self.dial_on_thread(cx),
+            }
         } else {
             match Target::of(target) {
                 Target::Endpoint(endpoint) => {
-                    // hyperkit is dialled only with a slot of its gate.
-                    let action = match endpoint {
-                        Endpoint::Hyperkit(_) => Action::Admit,
-                        _ => Action::Connect,
-                    };
                     dial.add([endpoint]);
-                    cx.request(action);
+                    cx.request(match is_gated {
+                        true => Action::Admit,
+                        false => Action::Connect,
+                    });
                 }
                 Target::Name { .. } => cx.request(Action::Resolve),
                 #[cfg(unix)]
@@ -291,6 +287,15 @@ impl<S: Socket> Connection<S> {
             }
         }
         self.wake_at = self.wake_at.or(Some(deadline));
+    }
+
+    /// Has a thread dial the target.
+    fn dial_on_thread(&self, cx: &mut Context<'_, S>) {
+        if let State::Waiting { dial, .. } = &self.state {
+            let left = dial.deadline().saturating_duration_since(cx.now);
+            let patience = dial::limit_timeout(&self.forward.rule.connect, left);
+            cx.request(Action::DialOnThread(patience));
+        }
     }
 
     /// Waits for the client's header, an address, a slot or the time of the next dial.
@@ -330,7 +335,7 @@ impl<S: Socket> Connection<S> {
     pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
         match &self.state {
             State::Waiting { dial, .. } => dial.endpoint(),
-            State::Connecting { dial, .. } => dial.next_endpoint(),
+            State::Connecting { race, .. } => race.dial.next_endpoint(),
             _ => None,
         }
     }
@@ -349,9 +354,10 @@ impl<S: Socket> Connection<S> {
         let State::Waiting { dial, .. } = &mut self.state else {
             return;
         };
-        let error = match addresses {
-            Ok(addresses) if !addresses.is_empty() => {
-                let order = self.forward.addresses().order(addresses, cx.now);
+        let target = &self.forward.rule.connect;
+        let order = |found| self.forward.addresses().order(target, found, cx.now);
+        let error = match addresses.map(order) {
+            Ok(order) if !order.is_empty() => {
                 dial.add(order.into_iter().map(Endpoint::Tcp));
                 return cx.request(Action::Connect);
             }
@@ -366,7 +372,10 @@ impl<S: Socket> Connection<S> {
     /// Takes a slot of the target's VM, in place of the one that was queued.
     pub(crate) fn take_slot(&mut self, slot: Slot, cx: &mut Context<'_, S>) {
         self.slots[Side::Server] = Some(slot);
-        cx.request(Action::Connect);
+        match self.forward.is_blocking(Side::Server) {
+            true => self.dial_on_thread(cx),
+            false => cx.request(Action::Connect),
+        }
     }
 
     /// Takes the reason why the gate has no slot now. Returns false if none is wanted any more.
@@ -397,13 +406,16 @@ impl<S: Socket> Connection<S> {
                 self.refuse(&error, Reason::Other, cx);
             }
             Ok((socket, Ok(()))) => {
+                if let Some(slot) = &mut self.slots[Side::Server] {
+                    slot.note_dial(None, cx.now);
+                }
                 if let State::Waiting { client, dial, .. } = self.take_state() {
                     let server = End::new(socket);
+                    let race = Race::new(dial);
                     self.enter(State::Connecting {
                         client,
                         server,
-                        dial,
-                        earlier: Vec::new(),
+                        race,
                     });
                 }
                 self.begin_relaying(None, Acceptance::Unknown, cx);
@@ -444,11 +456,11 @@ impl<S: Socket> Connection<S> {
             writable: begun != Begun::InProgress,
             ..Readiness::default()
         });
+        let race = Race::new(dial);
         self.enter(State::Connecting {
             client,
             server,
-            dial,
-            earlier: Vec::new(),
+            race,
         });
         if !self.note_dial(cx) {
             return self.refuse_loop(cx);
@@ -478,34 +490,33 @@ impl<S: Socket> Connection<S> {
             return self.close_without_client(cx);
         }
         self.look_at_earlier(cx);
-        let State::Connecting { server, dial, .. } = &mut self.state else {
+        let State::Connecting { server, race, .. } = &mut self.state else {
             return;
         };
         // Readiness is handled first: a connect may have succeeded while the process was frozen.
         let attempt = match server.is_writable() {
             true => match server.socket.connected() {
-                Ok(true) => dial.shake_hands(&mut server.socket),
+                Ok(true) => race.dial.shake_hands(&mut server.socket),
                 other => other,
             },
             false => Ok(false),
         };
         match attempt {
             Ok(true) => self.begin_relaying(None, Acceptance::Unknown, cx),
-            Ok(false) if cx.now >= dial.deadline() => self.time_out(cx),
+            Ok(false) if cx.now >= race.dial.deadline() => self.time_out(cx),
             Ok(false) => self.wait_for_answers(cx),
             Err(_) if self.return_to_earlier(cx) => {}
             Err(error) => {
                 if let State::Connecting {
                     client,
                     server,
-                    dial,
-                    ..
+                    race,
                 } = self.take_state()
                 {
-                    if let Some(endpoint) = dial.endpoint() {
+                    if let Some(endpoint) = race.dial.endpoint() {
                         self.note_failed(endpoint, cx);
                     }
-                    self.enter(State::waiting(client, dial));
+                    self.enter(State::waiting(client, race.dial));
                     cx.request(Action::Close(server.socket, None));
                 }
                 self.attempt_failed(error, cx);
@@ -547,9 +558,7 @@ impl<S: Socket> Connection<S> {
     pub(super) fn dial_failed(&mut self, error: Error, cx: &mut Context<'_, S>) {
         let now = cx.now;
         let reason = Reason::from_error(&self.forward.rule.connect, &error);
-        if reason == Reason::Absent {
-            self.forward.mark_down(&error, now);
-        }
+        self.forward.note_failed_dial(reason, &error, now);
         let is_ending = cx.phase == Phase::Cutting || self.forward.is_cut();
         if let (Some(held), State::Waiting { dial, full, .. }) = (&mut self.held, &mut self.state)
             && dial::is_worth_retrying(&error)
@@ -607,6 +616,8 @@ impl<S: Socket> Connection<S> {
                     State::Connecting { .. } => dial::explain(target, cause),
                     _ => Error::new(Operation::Connect, target, cause),
                 };
+                self.forward
+                    .note_failed_dial(Reason::DialTimeout, &error, cx.now);
                 (error, Reason::DialTimeout)
             }
         };
@@ -616,7 +627,7 @@ impl<S: Socket> Connection<S> {
     /// Refuses a client because the proxy is stopping, its forward was removed, or it was closed.
     pub(super) fn refuse_cut_off(&mut self, cx: &mut Context<'_, S>) {
         let why = match self.why {
-            Some(EndReason::Closed) => "it was closed while it was being connected",
+            Some(EndReason::ClosedOnRequest) => "it was closed while it was being connected",
             Some(EndReason::Removed) => "its forward was removed",
             _ => "the proxy is stopping",
         };
@@ -633,10 +644,11 @@ impl<S: Socket> Connection<S> {
             State::Connecting {
                 client,
                 server,
-                dial,
-                ..
-            } if dial.is_shaking_hands() || self.forward.needs_graceful_close(Side::Server) => {
-                (client, Some(Closing::dialled(server, dial)))
+                race,
+            } if race.dial.is_shaking_hands()
+                || self.forward.needs_graceful_close(Side::Server) =>
+            {
+                (client, Some(Closing::dialled(server, race.dial)))
             }
             State::Connecting { client, server, .. } => {
                 self.close_socket(Side::Server, server, cx);
@@ -671,9 +683,8 @@ impl<S: Socket> Connection<S> {
             State::Connecting {
                 client,
                 server,
-                dial,
-                ..
-            } if dial.is_shaking_hands() => (client, Closing::dialled(server, dial)),
+                race,
+            } if race.dial.is_shaking_hands() => (client, Closing::dialled(server, race.dial)),
             State::Proving {
                 client,
                 server,

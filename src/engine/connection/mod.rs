@@ -27,12 +27,13 @@ pub(crate) mod transitions;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use tracing::level_filters::LevelFilter;
 use tracing::{Span, debug, error_span, info, warn};
 
-use crate::dial::Dial;
+use crate::dial::{Dial, Race};
 use crate::engine::Phase;
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
@@ -56,7 +57,6 @@ pub(crate) use dialling::{Dialled, Held};
 use idle::Idle;
 pub(crate) use idle::Progress;
 use proxied::Proxied;
-pub(crate) use racing::Attempt;
 
 /// What a connection needs of its sockets besides carrying bytes.
 pub(crate) trait Socket: relay::Socket {
@@ -192,12 +192,11 @@ pub(crate) enum State<S: relay::Socket> {
         dial: Dial,
         full: Option<Full>,
     },
-    /// `earlier` are attempts at other addresses that are still under way.
+    /// `server` is the latest attempt's; those at other addresses may be under way still.
     Connecting {
         client: End<S>,
         server: End<S>,
-        dial: Dial,
-        earlier: Vec<Attempt<S>>,
+        race: Race<S>,
     },
     /// It is not known yet whether the guest has taken the dial. `until` ends the wait if no probe
     /// can tell.
@@ -356,7 +355,8 @@ impl<S: relay::Socket> Connection<S> {
         let forward = &self.forward;
         forward.tally.refused(reason);
         self.notify(What::Refused(error));
-        forward.status_cell.set_error(text.clone());
+        let connected = forward.tally.connected.load(Ordering::Relaxed);
+        forward.status_cell.set_error(text.clone(), connected);
         let is_turned_away = self.slots[Side::Client]
             .as_ref()
             .is_some_and(Slot::is_turned_away);

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tracing::debug;
 
 use crate::address::Refusal;
+use crate::engine::counters::add_one;
 use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::observer::What;
 use crate::engine::relay::{Ending, Pair, Side, Turn};
@@ -60,6 +61,7 @@ impl<S: Socket> Connection<S> {
         };
         self.debug(|| debug!("connected"));
         self.notify(What::Connected);
+        add_one(&self.forward.tally.connected);
         self.forward.mark_up(cx.now);
         self.held = None;
         self.idle = Idle::new(cx.now);

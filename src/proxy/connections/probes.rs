@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::dial;
 use crate::engine::connection::{Connection, Dialled};
 use crate::engine::relay::Side;
-use crate::stream::endpoint::Endpoint;
+use crate::stream::endpoint::Target;
 
 use super::{Connections, FULL_PAUSE};
 use crate::engine::admission::quotas::Holder;
@@ -45,11 +45,13 @@ impl<D: Driver> Connections<D> {
         forward: &Arc<Forward>,
         cx: &mut TurnContext<'_, D>,
     ) -> bool {
-        let target = &forward.rule.connect;
-        let (Some(vm), Some(gate)) = (target.hyperkit_vm(), &forward.gates[Side::Server]) else {
+        let Some(gate) = &forward.gates[Side::Server] else {
             return false;
         };
-        let probe = Endpoint::Hyperkit(vm.probe_address());
+        let address = gate.vm().probe_address();
+        let Some(Target::Endpoint(probe)) = address.as_ref().map(Target::of) else {
+            return false;
+        };
         let (mut stream, identity) = match cx.driver.connect(&probe) {
             Ok(connected) => connected,
             Err(e) => {
@@ -79,6 +81,33 @@ impl<D: Driver> Connections<D> {
         self.table.insert(probe);
         self.with(id, cx, Connection::begin_probe);
         true
+    }
+
+    /// Asks a guest that has been silent for long whether it runs. This happens once in a silence;
+    /// so the search for a forward may grow with their number.
+    pub(in crate::proxy) fn probe_silent_vm(
+        &mut self,
+        gate: &Arc<Gate>,
+        cx: &mut TurnContext<'_, D>,
+    ) {
+        let leads_there = |forward: &&Arc<Forward>| {
+            let its = forward.gates[Side::Server].as_ref();
+            its.is_some_and(|its| Arc::ptr_eq(its, gate))
+        };
+        let forward = cx.shared.forwards().iter().find(leads_there).cloned();
+        let Some(forward) = forward else {
+            return;
+        };
+        let wake = cx.shared.inboxes[cx.index].slot_waker();
+        let is_sent = match gate.admit_probe(cx.now, cx.index, wake) {
+            Admission::Go(slot) | Admission::Probe(slot) => self.probe(slot, &forward, cx),
+            // It is tried again when the VM is looked at next.
+            Admission::At(_) => return,
+            Admission::Full(_) => false,
+        };
+        if !is_sent {
+            gate.note_missing_probe();
+        }
     }
 
     /// Queues a connection for a turn once the guest has answered its dial, or a later one.

@@ -402,7 +402,7 @@ impl Audit {
                         if gate.status(stage.instant()).lost > 0 {
                             return None;
                         }
-                        let ready = stage.ready_since(&gate.vm().state_dir);
+                        let ready = stage.ready_since(gate.vm().path()?);
                         Some(ready.max(*since).max(self.still).saturating_add(within))
                     });
                     assert!(

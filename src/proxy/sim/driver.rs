@@ -179,6 +179,7 @@ pub(super) fn place_of(address: &Address) -> Place {
         Address::Tcp(TcpAddress {
             host: Host::Ip(ip),
             port,
+            ..
         }) => Place::Tcp((*ip, *port).into()),
         Address::Vsock(vsock) => Place::Vsock {
             cid: vsock.cid,
@@ -457,7 +458,10 @@ impl Driver for SimDriver {
             let line = hyperkit::connect_line(to.vm.cid, to.port.0);
             let written = stream.write(&line)?;
             assert_eq!(written, line.len(), "hyperkit reads its line at once");
-            identity = self.stage.sign_of(&to.vm);
+            identity = self.stage.identity_of_vm(&to.vm.clone().into());
+        }
+        if let Endpoint::VsockMux(to) = endpoint {
+            identity = self.stage.identity_of_vm(&to.clone().into());
         }
         self.stage.dialled(id, &place);
         Ok((stream, identity))
@@ -528,8 +532,9 @@ impl Driver for SimDriver {
         let gate = Arc::clone(gate);
         self.stage.ask_housekeeper(self.worker, move |stage| {
             Some(Event::VmSeen {
-                identity: stage.sign_of(gate.vm()),
+                identity: stage.identity_of_vm(gate.vm()),
                 process: stage.process_of(gate.vm()),
+                is_stopped: false,
                 gate,
             })
         });

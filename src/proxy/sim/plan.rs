@@ -71,10 +71,7 @@ fn ms(n: u64) -> Duration {
 }
 
 fn tcp(port: u16) -> TcpAddress {
-    TcpAddress {
-        host: Host::Ip([127, 0, 0, 1].into()),
-        port,
-    }
+    TcpAddress::new(Host::Ip([127, 0, 0, 1].into()), port)
 }
 
 /// A time before `end`, often one that others draw as well.
@@ -185,6 +182,7 @@ impl Plan {
             let few = rng.u8(1..4);
             if few & 1 > 0 {
                 limits.vm_connections = one(rng, &[1, 2, 6, 9]);
+                limits.other_vm_connections = Some(limits.vm_connections);
             }
             if few & 2 > 0 {
                 limits.vm_unanswered = one(rng, &[1, 2, 8]);
@@ -289,10 +287,7 @@ impl Plan {
                             }
                         };
                         self.names.push((name.clone(), found));
-                        Address::Tcp(TcpAddress {
-                            host: Host::Name(name),
-                            port,
-                        })
+                        Address::Tcp(TcpAddress::new(Host::Name(name), port))
                     }
                     _ => address,
                 };
@@ -395,10 +390,7 @@ impl Plan {
                 let host = format!("loop{number}");
                 let to = SocketAddr::from(([127, 0, 0, 1], 1_000 + rng.u16(..=number as u16)));
                 self.names.push((host.clone(), Name::Found(vec![to])));
-                connect = Address::Tcp(TcpAddress {
-                    host: Host::Name(host),
-                    port: to.port(),
-                });
+                connect = Address::Tcp(TcpAddress::new(Host::Name(host), to.port()));
                 is_chained = true;
             }
             let mut rule = Rule::new(listen, connect);
@@ -707,7 +699,7 @@ impl Plan {
             matches!(act, Act::Look | Act::ChangeMode(..) | Act::Sleep(_))
         };
         let dies = |(_, act): &(Duration, VmAct)| matches!(act, VmAct::Die | VmAct::Return);
-        let leads = |it: &&RulePlan| matches!(it.rule.connect, Address::Hyperkit(_));
+        let leads = |it: &&RulePlan| it.rule.connect.vm().is_some();
         let is_certain = self.workers == 1
             && self.rules.iter().filter(leads).count() == 1
             && self.rules.iter().all(is_free)

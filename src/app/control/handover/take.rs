@@ -83,7 +83,14 @@ impl Predecessor {
         service: Use,
         asked: &Address,
     ) -> Option<Listener> {
-        self.take(service, &Key::wanted(None, asked), None)
+        let keys = Key::wanted(None, asked);
+        let mut listener = self.take(service, &keys, None, |_| true)?;
+        let joins = |it: &Listener| listener.is_joined_by(asked, it);
+        if let Some(other) = self.take(service, &keys, None, joins) {
+            listener.join(other);
+        }
+        listener.complete(asked);
+        Some(listener)
     }
 
     /// Returns the rules that were added by hand.
@@ -98,7 +105,14 @@ impl Predecessor {
         let mut listeners = Vec::new();
         for rule in rules {
             let keys = Key::wanted(rule.name.as_deref(), &rule.listen);
-            listeners.extend(self.take(Use::Forward, &keys, Some(rule.access())));
+            let access = Some(rule.access());
+            let Some(first) = self.take(Use::Forward, &keys, access, |_| true) else {
+                continue;
+            };
+            let joins = |it: &Listener| first.is_joined_by(&rule.listen, it);
+            let other = self.take(Use::Forward, &keys, access, joins);
+            listeners.push(first);
+            listeners.extend(other);
         }
         let is_kept = |it: &Socket| it.used_for == Use::Forward && it.listener.is_foreign();
         for number in self.sockets.numbers(is_kept) {
@@ -112,8 +126,10 @@ impl Predecessor {
         used_for: Use,
         keys: &[Key],
         access: Option<FileAccess>,
+        fits: impl Fn(&Listener) -> bool,
     ) -> Option<Listener> {
-        let number = self.sockets.find(keys, |it| it.used_for == used_for)?;
+        let fits = |it: &Socket| it.used_for == used_for && fits(&it.listener);
+        let number = self.sockets.find(keys, fits)?;
         self.take_numbered(number, access)
     }
 
