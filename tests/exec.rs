@@ -329,6 +329,127 @@ fn nothing_is_left_of_a_thousand_programs() {
     assert_eq!(hvsock.exit_code(), Some(0));
 }
 
+/// How many programs there are under load; `HVSOCK_TEST_EXECS` says another number.
+const PROGRAMS: usize = 100;
+
+/// What a connection's program does, where `$0` is a marker, and how its client takes part.
+const KINDS: [(&str, Farewell); 5] = [
+    ("echo begun; exec cat", Farewell::HalfClose),
+    ("echo begun; exec cat", Farewell::Drop),
+    // With grandchildren in the background, which have its output.
+    (
+        "sleep 1000 & sh -c 'sleep 1000 & sleep 1000' \"$0\" & echo begun; wait",
+        Farewell::Drop,
+    ),
+    // Deaf to all but SIGKILL, and so is its child; one goes on writing, the other is silent.
+    (
+        "trap '' HUP TERM PIPE; echo begun; sh -c 'while :; do sleep 1; done' \"$0\" & while :; do echo on 2>/dev/null; sleep 1; done",
+        Farewell::Drop,
+    ),
+    (
+        "trap '' HUP TERM PIPE; echo begun; sh -c 'sleep 1000' \"$0\" & while :; do sleep 1; done",
+        Farewell::HalfClose,
+    ),
+];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Farewell {
+    HalfClose,
+    Drop,
+}
+
+/// The processes that have this in their environment, by what they run.
+fn marked(mark: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for process in fs::read_dir("/proc").unwrap().flatten() {
+        // Others come and go, or are not ours to look at.
+        let environment = fs::read(process.path().join("environ")).unwrap_or_default();
+        if environment
+            .split(|byte| *byte == 0)
+            .any(|it| it == mark.as_bytes())
+        {
+            let words = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            found.push(String::from_utf8_lossy(&words).replace('\0', " "));
+        }
+    }
+    found
+}
+
+/// An hvsock with a forward for each kind of program, in that directory.
+fn with_all_kinds(dir: &Path, mark: &str) -> Running {
+    let mut words = vec!["forward".to_owned()];
+    for (index, (script, _)) in KINDS.iter().enumerate() {
+        let mut exec = shell(script);
+        exec.args.push(mark.into());
+        let (name, value) = mark.split_once('=').unwrap();
+        exec.env = vec![(name.into(), value.into())];
+        words.push(dir.join(format!("s{index}")).display().to_string());
+        words.push(Address::from(exec).to_string());
+    }
+    words.extend(["--connections=1000", "--half-closed-timeout=2", "--grace=1"].map(String::from));
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let hvsock = Running::start(&words);
+    for index in 0..KINDS.len() {
+        hvsock.says(&format!("/s{index} "));
+    }
+    hvsock
+}
+
+/// The clients of so many programs, all of which have begun.
+fn clients(dir: &Path, count: usize) -> Vec<(UnixStream, Farewell)> {
+    let connect = |number: usize| {
+        let kind = number % KINDS.len();
+        let client = unix_client(&dir.join(format!("s{kind}")));
+        (client, KINDS[kind].1)
+    };
+    let mut clients: Vec<_> = (0..count).map(connect).collect();
+    for (client, _) in &mut clients {
+        client.read_exact(&mut [0; 6]).unwrap();
+    }
+    clients
+}
+
+/// Programs that end, that have children, and that are deaf to their end, in waves; then the end of
+/// the proxy while they run.
+#[test]
+fn nothing_is_left_of_programs_under_load() {
+    if !cfg!(target_os = "linux") {
+        return println!("skipped: there is no /proc here");
+    }
+    let count = std::env::var("HVSOCK_TEST_EXECS").map_or(PROGRAMS, |it| it.parse().unwrap());
+    let dir = private_dir();
+    let mark = format!("HVSOCK_EXECS={}", dir.path().display());
+    let mut hvsock = with_all_kinds(dir.path(), &mark);
+    let before = hvsock.descriptors();
+    for _ in 0..count.div_ceil(100) {
+        let mut clients = clients(dir.path(), 100);
+        clients.retain(|(_, farewell)| *farewell == Farewell::HalfClose);
+        clients.iter().for_each(|(client, _)| client.half_close());
+        for (mut client, _) in clients {
+            // That of a deaf one is cut in the end.
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        }
+    }
+    eventually("no process is left", || marked(&mark).is_empty());
+    eventually("all descriptors are closed", || {
+        hvsock.descriptors() <= before
+    });
+    let zombies = || {
+        let id = hvsock.child.0.id();
+        let tasks = fs::read_dir(format!("/proc/{id}/task")).unwrap().flatten();
+        let children = tasks.map(|it| fs::read_to_string(it.path().join("children")));
+        children.flatten().any(|it| !it.is_empty())
+    };
+    eventually("no zombie is left", || !zombies());
+    let kept = clients(dir.path(), 50);
+    assert!(marked(&mark).len() > kept.len());
+    hvsock.signal("TERM");
+    assert_eq!(hvsock.exit_code(), Some(0));
+    let left = marked(&mark);
+    assert!(left.is_empty(), "{left:?}");
+    drop(kept);
+}
+
 #[test]
 fn the_control_socket_starts_no_program_unless_it_may() {
     let dir = private_dir();

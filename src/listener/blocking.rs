@@ -73,12 +73,6 @@ impl Listener {
         })
     }
 
-    /// Returns whether it is the socket that binding `address` would make.
-    #[cfg(not(unix))]
-    pub(crate) fn is_for(&self, _: Option<&str>, address: &Address) -> bool {
-        self.address == *address
-    }
-
     /// Returns whether it may be meant by another address: no socket is passed here.
     #[cfg(not(unix))]
     pub(crate) fn is_near(&self, _: &Address) -> bool {

@@ -15,6 +15,7 @@ mod local;
 pub(crate) mod nonblocking;
 #[cfg(unix)]
 mod passed;
+mod ready;
 mod tcp;
 
 pub use blocking::Listener;
@@ -24,3 +25,4 @@ pub use defaults::DEFAULT_MODE;
 pub(crate) use defaults::FileAccess;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use passed::Handed;
+pub(crate) use ready::{Key, Ready};

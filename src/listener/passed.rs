@@ -22,10 +22,9 @@ use super::blocking::Wish;
 use super::file::SocketFile;
 use super::local::{LocalListener, Refusal};
 use super::nonblocking;
-use super::tcp::{TcpListener, socket_addresses};
+use super::tcp::TcpListener;
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
-use crate::name::SocketName;
 use crate::sys::{self, Identity};
 
 /// Takes over a socket that listens already. The file of a Unix socket is left as it is: it is
@@ -152,36 +151,6 @@ fn tcp(bound: SocketAddr) -> Address {
 }
 
 impl Listener {
-    /// Returns whether it is the socket of a rule of this name that listens on `address`.
-    pub(crate) fn is_for(&self, name: Option<&str>, address: &Address) -> bool {
-        match &self.wish {
-            Some((known, asked)) if address.leaves_port_to_kernel() => {
-                asked == address && known.as_deref() == name
-            }
-            _ => self.is_at(address),
-        }
-    }
-
-    /// Returns whether it is the socket that binding `address` would make.
-    fn is_at(&self, address: &Address) -> bool {
-        match (&self.address, address) {
-            (bound @ Address::Tcp(_), asked @ Address::Tcp(_)) if bound == asked => true,
-            (Address::Tcp(_), Address::Tcp(asked)) => match self.local_addr() {
-                Ok(SocketName::Tcp(here)) => {
-                    socket_addresses(asked).is_ok_and(|asked| asked.contains(&here))
-                }
-                _ => false,
-            },
-            (Address::Vsock(bound), Address::Vsock(asked)) => {
-                (bound.cid, bound.port) == (asked.cid, asked.port)
-            }
-            (bound, asked) => match (bound.listen_path(), asked.listen_path()) {
-                (Some(bound), Some(asked)) => is_same(&bound, &asked),
-                _ => bound == asked,
-            },
-        }
-    }
-
     /// Returns whether this socket may be meant by `address`, though it listens elsewhere: at that
     /// port of another IP address (systemd's plain `ListenStream=PORT` is one of `[::]`) or CID, or
     /// at another path of that name.
@@ -243,10 +212,4 @@ impl Listener {
         let set = size.map_or(Ok(()), |size| sys::vsock_set_buffer(socket, size));
         set.map_err(|e| Error::new(Operation::Listen, address, e))
     }
-}
-
-/// Returns whether two paths name one file, however they are spelled.
-fn is_same(one: &Path, other: &Path) -> bool {
-    one == other
-        || matches!((Identity::of(one), Identity::of(other)), (Ok(one), Ok(other)) if one == other)
 }

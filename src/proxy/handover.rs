@@ -100,6 +100,7 @@ impl<D: Driver> Controller<D> {
             return Err(no_answer("nothing was changed"));
         }
         let mut lent: HashMap<_, _> = answers.into_iter().flatten().collect();
+        let foreign = self.binder.on_foreign_sockets();
         let mut offered = Vec::new();
         for forward in self.shared.forwards().iter() {
             // One whose socket is being bound again has none now.
@@ -117,7 +118,7 @@ impl<D: Driver> Controller<D> {
                 bound: forward.rule.listen.clone(),
                 sockets: lent.sockets,
                 file: lent.file,
-                is_foreign: self.binder.is_foreign(forward.id),
+                is_foreign: foreign.contains(&forward.id),
             });
         }
         self.binder.for_each_unused(|kept| {

@@ -1,7 +1,7 @@
 //! The checks of rules, and the binding of a rule to a listener and a forward. It runs on the
 //! callers' threads, never on a worker's.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::address::{Address, AnyVm, HyperkitVm, TcpAddress, Waiter};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
+use crate::listener::{Key, Ready};
 use crate::stream::endpoint::{Target, not_carried};
 #[cfg(unix)]
 use crate::sys;
@@ -175,10 +176,12 @@ fn check_beside(rule: &Rule, index: &RuleIndex, replaced: Option<ForwardId>) -> 
 
 /// Refuses a passed socket that no rule wants, since its clients would wait for ever.
 pub(crate) fn all_are_wanted(passed: &[listener::Listener], rules: &[Rule]) -> Result<()> {
-    let is_wanted = |it: &listener::Listener| {
-        let mut rules = rules.iter();
-        rules.any(|rule| it.is_for(rule.name.as_deref(), &rule.listen))
-    };
+    if passed.is_empty() {
+        return Ok(());
+    }
+    let keys = |rule: &Rule| Key::wanted(rule.name.as_deref(), &rule.listen);
+    let wanted: HashSet<Key> = rules.iter().flat_map(keys).collect();
+    let is_wanted = |it: &listener::Listener| it.keys().iter().any(|key| wanted.contains(key));
     let Some(left) = passed.iter().find(|it| !is_wanted(it)) else {
         return Ok(());
     };
@@ -211,7 +214,7 @@ pub(super) struct Binder {
     limits: Limits,
     waiter: fn(&Address) -> Waiter,
     reports: Reports,
-    passed: Mutex<Vec<Passed>>,
+    passed: Mutex<Ready<Passed>>,
     next: AtomicU64,
     /// The lock that a change of the forwards holds to its end, so that two rules for one address
     /// can't be bound at once.
@@ -227,21 +230,18 @@ impl Binder {
         passed: Vec<listener::Listener>,
         forbidden: Vec<Address>,
     ) -> Binder {
+        let passed = passed.into_iter().map(|socket| Passed {
+            socket,
+            used_by: None,
+        });
+        let passed = passed.collect();
         Binder {
             gates: Mutex::default(),
             index: Mutex::default(),
             limits,
             waiter,
             reports,
-            passed: Mutex::new(
-                passed
-                    .into_iter()
-                    .map(|socket| Passed {
-                        socket,
-                        used_by: None,
-                    })
-                    .collect(),
-            ),
+            passed: Mutex::new(Ready::new(passed, |it| &it.socket)),
             next: AtomicU64::new(0),
             change: Mutex::default(),
             forbidden,
@@ -323,48 +323,53 @@ impl Binder {
         passed.used_by.is_none_or(|id| !index.contains(id.0))
     }
 
-    fn passed(&self) -> MutexGuard<'_, Vec<Passed>> {
+    fn passed(&self) -> MutexGuard<'_, Ready<Passed>> {
         self.passed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the socket of a rule that listens already, if one was passed and none of the others
     /// uses it.
     fn take(&self, rule: &Rule, id: ForwardId) -> Result<Option<listener::Listener>> {
+        if self.passed().is_empty() {
+            return Ok(None);
+        }
+        let keys = Key::wanted(rule.name.as_deref(), &rule.listen);
         let mut passed = self.passed();
-        let (name, address) = (rule.name.as_deref(), &rule.listen);
-        let fits = |it: &Passed| it.socket.is_for(name, address) && self.is_unused(it);
-        let Some(first) = passed.iter().position(fits) else {
+        let Some(first) = passed.find(&keys, |it| self.is_unused(it)) else {
             return Ok(None);
         };
         // One address may have a socket of each family of IP.
-        let joins = |it: &Passed| passed[first].socket.is_joined_by(address, &it.socket);
-        let other = passed.iter().position(|it| fits(it) && joins(it));
-        let mut take = |index: usize| {
-            passed[index].socket.prepare(address)?;
-            Ok(match passed[index].socket.share()? {
-                Some(again) => {
-                    passed[index].used_by = Some(id);
-                    again
-                }
-                None => passed.remove(index).socket,
-            })
+        let joins = |first: &Passed, it: &Passed| {
+            self.is_unused(it) && first.socket.is_joined_by(&rule.listen, &it.socket)
         };
-        // It is behind the first, whose index is the same after this.
-        let other = other.map(&mut take).transpose()?;
-        let mut listener = take(first)?;
+        let other = passed.find_beside(first, &keys, joins);
+        let mut take = |number| -> Result<Option<listener::Listener>> {
+            let Some(found) = passed.get_mut(number) else {
+                return Ok(None);
+            };
+            found.socket.prepare(&rule.listen)?;
+            if let Some(again) = found.socket.share()? {
+                found.used_by = Some(id);
+                return Ok(Some(again));
+            }
+            Ok(passed.remove(number).map(|found| found.socket))
+        };
+        let other = other.map(&mut take).transpose()?.flatten();
+        let Some(mut listener) = take(first)? else {
+            return Ok(None);
+        };
         if let Some(other) = other {
             listener.join(other);
         }
         #[cfg(unix)]
-        listener.complete(address);
+        listener.complete(&rule.listen);
         Ok(Some(listener))
     }
 
-    /// Returns whether another program has bound the socket that a forward listens on.
+    /// Returns the forwards that listen on a socket which another program has bound.
     #[cfg(all(unix, feature = "cli"))]
-    pub(super) fn is_foreign(&self, forward: ForwardId) -> bool {
-        let passed = self.passed();
-        passed.iter().any(|it| it.used_by == Some(forward))
+    pub(super) fn on_foreign_sockets(&self) -> HashSet<ForwardId> {
+        self.passed().iter().filter_map(|it| it.used_by).collect()
     }
 
     /// Calls `f` with each passed socket that no forward uses.
@@ -381,7 +386,7 @@ impl Binder {
     /// Leaves the passed sockets to another process.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn give_passed(&self) {
-        for it in self.passed().drain(..) {
+        for it in self.passed().take_all() {
             if let Some(file) = it.socket.file() {
                 file.leave();
             }
@@ -409,7 +414,7 @@ impl Binder {
         // A thread that holds the lock may wait for a file or a name; the stop does not wait for
         // it.
         if let Ok(mut passed) = self.passed.try_lock() {
-            passed.clear();
+            drop(passed.take_all());
         }
     }
 

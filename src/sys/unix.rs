@@ -34,7 +34,7 @@ pub(crate) const SUN_PATH_LEN: usize = if super::AS_ON_LINUX { 108 } else { 104 
 const LONGEST_NAME: usize = SUN_PATH_LEN - 1 - 32;
 
 /// The identity of a file: its device, inode and time of birth.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Identity {
     device: u64,
     inode: u64,

@@ -27,7 +27,7 @@ pub(crate) use std::os::windows::io::{AsSocket, BorrowedSocket, OwnedSocket};
 
 /// Which file a path names. It is asked of the files of hyperkit's VMs only, and those are not on
 /// this system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Identity;
 
 impl Identity {

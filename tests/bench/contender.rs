@@ -15,6 +15,7 @@ pub(crate) struct Backs {
     pub(crate) dir: PathBuf,
     /// How many a process may have.
     pub(crate) descriptors: u64,
+    is_for_a_crowd: bool,
 }
 
 impl Backs {
@@ -28,11 +29,26 @@ impl Backs {
         Backs {
             dir: dir.to_owned(),
             descriptors,
+            is_for_a_crowd: false,
+        }
+    }
+
+    /// The same, whose echo serves tens of thousands at a time.
+    pub(crate) fn for_a_crowd(&self) -> Backs {
+        server::crowd(&self.dir.join("crowd.sock"));
+        Backs {
+            dir: self.dir.clone(),
+            is_for_a_crowd: true,
+            ..*self
         }
     }
 
     fn socket(&self, service: Service, room: Room) -> String {
-        server::path(service, room, &self.dir).display().to_string()
+        let path = match (service, self.is_for_a_crowd) {
+            (Service::Echo, true) => self.dir.join("crowd.sock"),
+            _ => server::path(service, room, &self.dir),
+        };
+        path.display().to_string()
     }
 }
 
@@ -224,6 +240,61 @@ impl Contender {
         }
         contender.wait_until_it_listens()?;
         Ok(Some(contender))
+    }
+
+    /// Starts an hvsock with so many forwards to the echo, half of them of Unix sockets, and returns
+    /// how long that has taken. The first listens on the port of the echo.
+    pub(crate) fn with_forwards(
+        name: &str,
+        count: u64,
+        backs: &Backs,
+    ) -> io::Result<Option<(Contender, Duration)>> {
+        let mut command = match name {
+            BEFORE => match std::env::var_os("HVSOCK_BENCH_BEFORE") {
+                Some(program) => Command::new(program),
+                None => return Ok(None),
+            },
+            _ => Command::new(env!("CARGO_BIN_EXE_hvsock")),
+        };
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let sockets = tempfile::tempdir_in(&backs.dir)?;
+        let at = |number: u64| sockets.path().join(number.to_string());
+        let splice = !name.ends_with("--no-splice");
+        let mut file = format!("control = \"off\"\nsplice = {splice}\n");
+        for number in 0..count {
+            let listen = match number {
+                0 => format!("tcp://127.0.0.1:{port}"),
+                number if number % 2 == 0 => "tcp://127.0.0.1:0".to_owned(),
+                number => at(number).display().to_string(),
+            };
+            let connect = backs.socket(Service::Echo, Room::Default);
+            file += &format!("[forward.f{number}]\nlisten = {listen:?}\nconnect = {connect:?}\n");
+        }
+        let path = sockets.path().join("hvsock.toml");
+        fs::write(&path, file)?;
+        command.arg("run").arg(&path).stdin(Stdio::null());
+        let begun = Instant::now();
+        let child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let contender = Contender {
+            processes: vec![child],
+            ports: [port; 3],
+        };
+        contender.wait_until_it_listens()?;
+        // The last Unix socket, behind which at most one is bound.
+        let last = (1..count).rfind(|number| number % 2 == 1);
+        let end = begun + Duration::from_secs(60);
+        while last
+            .is_some_and(|number| std::os::unix::net::UnixStream::connect(at(number)).is_err())
+        {
+            if Instant::now() > end {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(Some((contender, begun.elapsed())))
     }
 
     fn wait_until_it_listens(&self) -> io::Result<()> {

@@ -13,7 +13,11 @@ mod bare;
 #[cfg(target_os = "linux")]
 mod contender;
 #[cfg(target_os = "linux")]
+mod forwards;
+#[cfg(target_os = "linux")]
 mod host;
+#[cfg(target_os = "linux")]
+mod idle;
 #[cfg(target_os = "linux")]
 mod load;
 #[cfg(target_os = "linux")]

@@ -138,6 +138,47 @@ pub(crate) fn unix(service: Service, room: Room, dir: &Path) {
     });
 }
 
+/// Serves a Unix socket as [`Service::Echo`] on one thread, so that it may have more clients than
+/// there may be threads.
+pub(crate) fn crowd(path: &Path) {
+    use mio::{Events, Interest, Poll, Token};
+    let listener = listen(path);
+    listener.set_nonblocking(true).expect("a socket");
+    spawn(move || {
+        let mut listener = mio::net::UnixListener::from_std(listener);
+        let mut poll = Poll::new().expect("a poller");
+        let registry = poll.registry().try_clone().expect("a poller");
+        let readable = Interest::READABLE;
+        let done = registry.register(&mut listener, Token(usize::MAX - 1), readable);
+        done.expect("a poller");
+        let mut clients: Vec<Option<mio::net::UnixStream>> = Vec::new();
+        let mut events = Events::with_capacity(1024);
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let _ = poll.poll(&mut events, None);
+            for event in &events {
+                if let Some(client) = clients.get_mut(event.token().0) {
+                    // Messages are small: what is sent back fits.
+                    while let Some(stream) = client {
+                        match stream.read(&mut buffer) {
+                            Ok(n @ 1..) if stream.write_all(&buffer[..n]).is_ok() => {}
+                            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                            _ => *client = None,
+                        }
+                    }
+                    continue;
+                }
+                while let Ok((mut client, _)) = listener.accept() {
+                    let token = Token(clients.len());
+                    let done = registry.register(&mut client, token, readable);
+                    done.expect("a poller");
+                    clients.push(Some(client));
+                }
+            }
+        }
+    });
+}
+
 /// Serves a state directory as hyperkit does: a line with the port, then the guest.
 pub(crate) fn hyperkit(dir: &Path) {
     let listener = listen(&dir.join("connect"));

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::contender::{BARE, BARE_COPY, BEFORE, Backs, Contender, NAMES};
+use crate::contender::{BARE, BEFORE, Backs, Contender, NAMES};
 use crate::host::Ticks;
-use crate::load::{CHUNK, Load, connect, trip};
-use crate::server::Service;
+use crate::load::{CHUNK, Load};
+use crate::{forwards, idle};
 
 const MIB: u64 = 1 << 20;
 
@@ -134,7 +134,7 @@ pub(crate) fn main() {
 }
 
 /// `HVSOCK_BENCH_ONLY=NAME;NAME…` leaves the other contenders out.
-fn takes_part(name: &str) -> bool {
+pub(crate) fn takes_part(name: &str) -> bool {
     std::env::var("HVSOCK_BENCH_ONLY").map_or(true, |only| only.split(';').any(|it| it == name))
 }
 
@@ -201,14 +201,11 @@ fn run(rounds: usize, wanted: &[String]) -> io::Result<()> {
     for (index, load) in loads.iter().enumerate() {
         print_load(index, *load, &cells);
     }
+    if is_wanted(wanted, "forwards") {
+        forwards::print_table(&backs, hard)?;
+    }
     if is_wanted(wanted, "idle") {
-        // As many as all contenders can have.
-        let most = usize::try_from(hard * 2 / 5 - 1000)
-            .unwrap_or(0)
-            .min(10_000);
-        for count in [5_000.min(most), most] {
-            idle(count, &backs)?;
-        }
+        idle::print_tables(&backs.for_a_crowd(), hard)?;
     }
     Ok(())
 }
@@ -287,35 +284,4 @@ fn print_load(index: usize, load: Load, cells: &BTreeMap<(usize, &str), Cell>) {
         }
         println!();
     }
-}
-
-/// Memory of the proxy for each connection that does nothing, after each has carried a message.
-fn idle(count: usize, backs: &Backs) -> io::Result<()> {
-    println!(
-        "\nidle, {count} connections\n{:<18} {:>14}",
-        "", "bytes each"
-    );
-    for name in NAMES
-        .into_iter()
-        .filter(|name| !["no proxy", BARE, BARE_COPY].contains(name) && !name.contains("Mac"))
-    {
-        // A process a connection.
-        if name == "socat" || name.contains("hyperkit") || name.starts_with("same") {
-            continue;
-        }
-        let Some(contender) = Contender::start(name, backs)? else {
-            continue;
-        };
-        let port = contender.port(Service::Echo);
-        let before = contender.memory();
-        let mut streams = Vec::with_capacity(count);
-        for _ in 0..count {
-            let stream = connect(port)?;
-            trip(&stream, &mut [0; 64])?;
-            streams.push(stream);
-        }
-        let each = contender.memory().saturating_sub(before) as f64 / count as f64;
-        println!("{name:<18} {each:>14.0}");
-    }
-    Ok(())
 }

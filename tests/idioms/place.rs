@@ -123,7 +123,7 @@ impl Listening {
 }
 
 impl Stream {
-    fn patient(self) -> Stream {
+    pub(crate) fn patient(self) -> Stream {
         match &self {
             Stream::Tcp(stream) => {
                 stream.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -17,7 +17,7 @@ use crate::app::control::model::read_rule;
 use crate::app::control::problem::Problem;
 use crate::app::rule::RuleOptions;
 use crate::listener::file::SocketFile;
-use crate::listener::{FileAccess, Handed, Listener};
+use crate::listener::{FileAccess, Handed, Key, Listener, Ready};
 use crate::proxy::{Handle, Rule};
 use crate::sys::{self, Identity};
 
@@ -25,8 +25,7 @@ use crate::sys::{self, Identity};
 #[derive(Debug)]
 pub(crate) struct Predecessor {
     wire: Wire,
-    /// Each with its number.
-    sockets: Vec<(usize, Socket)>,
+    sockets: Ready<Socket>,
     taken: Vec<usize>,
     /// The files of the sockets that are taken, each with the access that it is to have.
     files: Vec<(Arc<SocketFile>, Option<FileAccess>)>,
@@ -65,13 +64,13 @@ impl Predecessor {
         drop(meeting);
         let mut sockets = Vec::new();
         let head: Head = wire.next().map_err(fail)?;
-        for number in 0..head.sockets {
+        for _ in 0..head.sockets {
             let (line, descriptor) = wire.next_with().map_err(fail)?;
-            sockets.push((number, read(line, descriptor).map_err(fail)?));
+            sockets.push(read(line, descriptor).map_err(fail)?);
         }
         Ok(Predecessor {
             wire,
-            sockets,
+            sockets: Ready::new(sockets, |it| &it.listener),
             taken: Vec::new(),
             files: Vec::new(),
             guest_ports: Vec::new(),
@@ -84,11 +83,10 @@ impl Predecessor {
         service: Use,
         asked: &Address,
     ) -> Option<Listener> {
-        let fits =
-            |socket: &Socket| socket.used_for == service && socket.listener.is_for(None, asked);
-        let mut listener = self.take(fits, None)?;
-        let is_other = |it: &Socket| fits(it) && listener.is_joined_by(asked, &it.listener);
-        if let Some(other) = self.take(is_other, None) {
+        let keys = Key::wanted(None, asked);
+        let mut listener = self.take(service, &keys, None, |_| true)?;
+        let joins = |it: &Listener| listener.is_joined_by(asked, it);
+        if let Some(other) = self.take(service, &keys, None, joins) {
             listener.join(other);
         }
         listener.complete(asked);
@@ -97,7 +95,7 @@ impl Predecessor {
 
     /// Returns the rules that were added by hand.
     pub(crate) fn added(&self) -> Vec<Rule> {
-        let added = self.sockets.iter().filter_map(|(_, it)| it.added.clone());
+        let added = self.sockets.iter().filter_map(|it| it.added.clone());
         added.collect()
     }
 
@@ -106,31 +104,37 @@ impl Predecessor {
     pub(crate) fn take_listeners(&mut self, rules: &[Rule]) -> Vec<Listener> {
         let mut listeners = Vec::new();
         for rule in rules {
-            let (name, listen) = (rule.name.as_deref(), &rule.listen);
-            let fits =
-                |it: &Socket| it.used_for == Use::Forward && it.listener.is_for(name, listen);
-            let Some(first) = self.take(fits, Some(rule.access())) else {
+            let keys = Key::wanted(rule.name.as_deref(), &rule.listen);
+            let access = Some(rule.access());
+            let Some(first) = self.take(Use::Forward, &keys, access, |_| true) else {
                 continue;
             };
-            let is_other = |it: &Socket| fits(it) && first.is_joined_by(listen, &it.listener);
-            let other = self.take(is_other, Some(rule.access()));
+            let joins = |it: &Listener| first.is_joined_by(&rule.listen, it);
+            let other = self.take(Use::Forward, &keys, access, joins);
             listeners.push(first);
             listeners.extend(other);
         }
         let is_kept = |it: &Socket| it.used_for == Use::Forward && it.listener.is_foreign();
-        while let Some(kept) = self.take(is_kept, None) {
-            listeners.push(kept);
+        for number in self.sockets.numbers(is_kept) {
+            listeners.extend(self.take_numbered(number, None));
         }
         listeners
     }
 
     fn take(
         &mut self,
-        fits: impl Fn(&Socket) -> bool,
+        used_for: Use,
+        keys: &[Key],
         access: Option<FileAccess>,
+        fits: impl Fn(&Listener) -> bool,
     ) -> Option<Listener> {
-        let index = self.sockets.iter().position(|(_, socket)| fits(socket))?;
-        let (number, socket) = self.sockets.remove(index);
+        let fits = |it: &Socket| it.used_for == used_for && fits(&it.listener);
+        let number = self.sockets.find(keys, fits)?;
+        self.take_numbered(number, access)
+    }
+
+    fn take_numbered(&mut self, number: usize, access: Option<FileAccess>) -> Option<Listener> {
+        let socket = self.sockets.remove(number)?;
         self.guest_ports
             .extend(guest_port(socket.listener.address()));
         self.taken.push(number);
@@ -142,8 +146,8 @@ impl Predecessor {
     /// Returns the addresses of the sockets that are left, which it closes.
     pub(crate) fn left(&self) -> Vec<Address> {
         let left = self.sockets.iter();
-        let left = left.filter(|(_, it)| it.used_for == Use::Forward);
-        let mut left: Vec<_> = left.map(|(_, it)| it.listener.address().clone()).collect();
+        let left = left.filter(|it| it.used_for == Use::Forward);
+        let mut left: Vec<_> = left.map(|it| it.listener.address().clone()).collect();
         // One forward may have two sockets.
         left.dedup();
         left
