@@ -49,13 +49,13 @@ use ::mio::{Interest, Registry, Token};
 
 use crate::address::{Address, Waiter};
 use crate::dial::explain;
-use crate::engine::relay::Socket;
 use crate::error::{Error, Operation, Result};
 use crate::listener::{DEFAULT_MODE, nonblocking as listener};
-use crate::mux::Handshake;
 use crate::name::SocketName;
 use crate::stream::endpoint::{Target, not_carried};
 use crate::stream::nonblocking;
+use crate::stream::socket::Socket;
+use crate::stream::vsock_mux::Handshake;
 #[cfg(unix)]
 use crate::sys::AsSocket;
 

@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
-use crate::engine::connection::{Progress, Socket};
+use crate::engine::connection::{ConnectionSocket, Progress};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Result};
 use crate::listener::{self, FileAccess};
@@ -116,7 +116,7 @@ pub(crate) struct Lent {
 /// Everything that a worker needs of the operating system. Functions without `self` serve callers
 /// outside of the workers' loops, which have no driver.
 pub(crate) trait Driver: Sized {
-    type Stream: Socket;
+    type Stream: ConnectionSocket;
     type Listener;
 
     /// Binds an address and listens on it. A Unix socket's file gets that access.

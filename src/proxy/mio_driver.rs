@@ -17,7 +17,7 @@ use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, HyperkitVm};
-use crate::engine::connection::{Progress, Socket};
+use crate::engine::connection::{ConnectionSocket, Progress};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
 #[cfg(unix)]
@@ -326,7 +326,7 @@ impl Order for RelayOrder {
     }
 }
 
-impl Socket for Stream {
+impl ConnectionSocket for Stream {
     fn connected(&self) -> io::Result<bool> {
         Stream::connected(self)
     }

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 
 use socket2::SockRef;
 
+use super::vsock_mux::Handshake;
 #[cfg(windows)]
 use crate::address::NpipeAddress;
 use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
 use crate::error::{Error, Operation};
-use crate::mux::Handshake;
 
 /// What it takes to connect to an address.
 #[derive(Debug)]

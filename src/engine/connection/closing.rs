@@ -7,12 +7,9 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use tracing::warn;
-
 use crate::dial::{self, Dial};
 use crate::engine::Phase;
 use crate::engine::admission::DrainEnd;
-use crate::engine::counters::add_one;
 use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
@@ -20,7 +17,10 @@ use crate::stream::closing::ResetWait;
 use crate::stream::draining::{Drain, Next, Reading};
 use crate::time::after;
 
-use super::{Action, Connection, Context, Socket, State};
+use super::action::{Action, Context};
+use super::closing_end::{Closing, How};
+use super::socket::ConnectionSocket;
+use super::state::{Connection, State};
 
 /// How long input is read and discarded from a client that has received its whole answer and goes
 /// on sending.
@@ -38,61 +38,13 @@ pub(crate) const SETTLING: Duration = Duration::from_secs(1);
 const LAST_TURNS: usize = 64;
 
 /// The log messages about guests that did not end their connections in time.
-const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout";
+pub(super) const NOT_ENDED: &str =
+    "closed connections that the guest did not end within the drain timeout";
 const LOST: &str = "closed connections that the guest did not end within the drain timeout; their slots are lost until the VM is restarted";
 const SENDS_ON: &str =
     "closed connections on which the guest went on sending though nobody was left to read";
 
-/// How long threads may take to end after they were cut off, before they are cut off again.
-const CUT_PAUSE: Duration = Duration::from_millis(10);
-
-/// An end that must not be closed at once.
-#[derive(Debug)]
-pub(crate) struct Closing<S> {
-    pub(crate) end: End<S>,
-    how: How,
-}
-
-#[derive(Debug)]
-enum How {
-    /// It is read to its EOF, then closed.
-    Drain(Drain),
-    /// It is half-closed once its VMM has answered the dial, then drained.
-    ShakeHands(Box<Dial>),
-    /// It is reset, once the peer has received what was sent before.
-    Reset(ResetWait),
-}
-
-impl<S: Socket> Closing<S> {
-    /// Makes an end that is read to its EOF.
-    pub(super) fn drain(end: End<S>) -> Closing<S> {
-        Closing {
-            how: How::Drain(Drain::new(end.received())),
-            end,
-        }
-    }
-
-    /// Makes the end of a dial that was given up: it is half-closed, and read to its EOF. What is
-    /// sent before a VMM's answer may be lost, so a half-close waits for that.
-    pub(super) fn dialled(mut end: End<S>, dial: Dial) -> Closing<S> {
-        if dial.is_shaking_hands() {
-            let how = How::ShakeHands(Box::new(dial));
-            return Closing { end, how };
-        }
-        end.shutdown_write();
-        Closing::drain(end)
-    }
-
-    /// Makes an end that is reset once the peer has what was sent before.
-    fn reset(end: End<S>, until: Instant) -> Closing<S> {
-        Closing {
-            how: How::Reset(ResetWait::new(until)),
-            end,
-        }
-    }
-}
-
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
     /// Ends a pair, whether it is done or not: closes each side, resets it, or half-closes it and
     /// drains it.
     pub(super) fn close_pair(&mut self, cx: &mut Context<'_, S>) {
@@ -422,16 +374,6 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Counts and logs an end that the peer has not ended in time.
-    fn note_abandoned(&self, text: &str, now: Instant) {
-        let forward = &self.forward;
-        add_one(&forward.tally.abandoned);
-        if forward.log_limiter.admit(text, now).is_some() {
-            self.span()
-                .in_scope(|| warn!("{}: {text}", forward.rule.connect));
-        }
-    }
-
     /// Shortens the closing to what the current phase allows. A probe may take as long as the proxy
     /// runs.
     pub(crate) fn shorten_closing(&mut self, cx: &mut Context<'_, S>) {
@@ -455,31 +397,6 @@ impl<S: Socket> Connection<S> {
         };
         *until = Some(at);
         self.wake_by(at);
-    }
-
-    /// Requests the end of the threads, and tries again until they report that they have ended.
-    pub(super) fn cut_threads(&mut self, cx: &mut Context<'_, S>) {
-        cx.request(Action::CutThreads);
-        self.wake_at = Some(cx.now + CUT_PAUSE);
-    }
-
-    /// Takes the end of the threads: the bytes that they delivered from each side, whether a guest
-    /// failed to end its connection in time, and which side has ended first, and how.
-    pub(crate) fn take_threads_end(
-        &mut self,
-        delivered: [u64; 2],
-        abandoned: bool,
-        first: Option<(Side, Ending)>,
-        cx: &mut Context<'_, S>,
-    ) {
-        self.counted = delivered;
-        if let Some((side, ending)) = first {
-            self.end_because(reason_of_end(side, ending));
-        }
-        if abandoned {
-            self.note_abandoned(NOT_ENDED, cx.now);
-        }
-        self.close(cx);
     }
 
     /// Closes all sockets that are left and ends the connection.
@@ -518,7 +435,7 @@ enum Gone {
 }
 
 /// Reads and drops what there is.
-fn read_out<S: Socket>(end: &mut End<S>, cx: &mut Context<'_, S>) {
+fn read_out<S: ConnectionSocket>(end: &mut End<S>, cx: &mut Context<'_, S>) {
     end.latch(Readiness {
         readable: true,
         ..Readiness::default()
@@ -531,7 +448,7 @@ fn read_out<S: Socket>(end: &mut End<S>, cx: &mut Context<'_, S>) {
 }
 
 /// Returns how a side has ended, if it has.
-pub(super) fn how_ended<S: Socket>(end: &End<S>) -> Option<Ending> {
+pub(super) fn how_ended<S: ConnectionSocket>(end: &End<S>) -> Option<Ending> {
     match end.output {
         _ if end.is_dead() => Some(Ending::BrokenOff),
         // That a peer takes no more is all that a close says to who writes.

@@ -28,24 +28,16 @@ use crate::name::{Peer, SocketName};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::time::after;
 
+use super::action::{Action, Context};
+use super::closing_end::Closing;
 use super::relaying::Acceptance;
-use super::{Action, Closing, Connection, Context, Socket, State};
+use super::socket::ConnectionSocket;
+use super::state::{Connection, Held, State};
 
 /// The pause before the target of a held client is dialled again. It doubles with each dial, up to
 /// [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
-/// The retries for a client that is held while its target is absent.
-#[derive(Debug)]
-pub(crate) struct Held {
-    /// The pause after the next dial.
-    pause: Duration,
-    /// The time of the next dial, if none is in progress.
-    pub(crate) redial: Option<Instant>,
-    /// The error of the last dial.
-    last: Option<(Error, Reason)>,
-}
 
 /// A socket that was created and has begun to connect.
 #[derive(Debug)]
@@ -60,7 +52,7 @@ pub(crate) struct Dialled<S> {
     pub(crate) watched: io::Result<()>,
 }
 
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
     /// Makes a connection of an accepted socket; [`begin`](Connection::begin) must follow. `slots`
     /// are that of a guest's dial, and that which is queued at the target's VM.
     pub(crate) fn accepted(

@@ -14,11 +14,15 @@ use crate::engine::relay::{End, Readiness, Side};
 use crate::name::{Peer, SocketName};
 use crate::time::after;
 
+use super::action::{Action, Context};
 use super::closing::LAST_DRAIN;
+use super::closing_end::Closing;
+use super::dialling::Dialled;
 use super::relaying::{Acceptance, REFUSAL_WAIT};
-use super::{Action, Closing, Connection, Context, Dialled, Socket, State};
+use super::socket::ConnectionSocket;
+use super::state::{Connection, State};
 
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
     /// Makes a probe of a socket that was dialled at a port on which nobody listens. The guest's
     /// refusal says that it runs and has taken all earlier dials.
     /// [`begin_probe`](Connection::begin_probe) must follow.

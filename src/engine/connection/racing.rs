@@ -10,20 +10,16 @@ use crate::engine::relay::{End, Readiness};
 use crate::engine::routes::PeerNames;
 use crate::stream::endpoint::Endpoint;
 
-use super::{Action, Connection, Context, Dialled, Socket, State};
+use super::action::{Action, Context};
+use super::dialling::Dialled;
+use super::socket::ConnectionSocket;
+use super::state::{Attempt, Connection, State};
 
 /// How many addresses are tried at a time: each has a descriptor. Where there are more, the oldest
 /// attempt is given up for the next one after its share of the time.
 pub(super) const MOST_ATTEMPTS: usize = 4;
 
-/// An attempt that goes on while a later one is made.
-#[derive(Debug)]
-pub(crate) struct Attempt<S> {
-    socket: S,
-    endpoint: Endpoint,
-}
-
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
     /// Takes the result of beginning to connect to a further address.
     pub(super) fn take_further_connect(
         &mut self,
@@ -214,7 +210,7 @@ impl<S: Socket> Connection<S> {
 }
 
 /// Makes an end of a socket that is asked, whatever the events say, whether it is connected.
-fn checked<S: Socket>(socket: S) -> End<S> {
+fn checked<S: ConnectionSocket>(socket: S) -> End<S> {
     let mut end = End::new(socket);
     end.latch(Readiness {
         writable: true,

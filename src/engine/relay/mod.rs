@@ -24,6 +24,8 @@
 use std::io;
 use std::time::Duration;
 
+use crate::stream::socket::{Pipe, Socket};
+
 mod carrier;
 mod chooser;
 mod end;
@@ -32,10 +34,10 @@ mod side;
 mod tests;
 
 use carrier::FlowKind;
-pub(crate) use carrier::{Carried, Carrier, Pipe, Pool};
+pub(crate) use carrier::{Carried, Carrier, Pool};
 use chooser::Rest;
 pub(crate) use chooser::Through;
-pub(crate) use end::{End, Half, Readiness, Socket};
+pub(crate) use end::{End, Half, Readiness};
 pub(crate) use side::Side;
 
 /// How a turn ended.

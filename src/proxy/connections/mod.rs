@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 use crate::engine::connection::{Action, Connection, Context, Dialled};
 use crate::engine::end_reason::EndReason;
 use crate::engine::id::{ConnectionId, ForwardId};
-use crate::engine::relay::{Carried, Pool, Side, Socket};
+use crate::engine::relay::{Carried, Pool, Side};
 use crate::engine::status::ConnectionStatus;
 use crate::engine::table::{Id, Table};
 use crate::engine::timers::Timers;
 use crate::error::Error;
 use crate::stream::endpoint::Target;
+use crate::stream::socket::Socket;
 
 use super::driver::{Driver, Event};
 use super::shared::{Accepted, TurnContext};

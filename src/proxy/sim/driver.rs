@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::engine::admission::Gate;
-use crate::engine::connection::{self, Progress, transitions};
+use crate::engine::connection::{ConnectionSocket, Progress, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
-use crate::engine::relay::{Pipe, Side, Socket};
+use crate::engine::relay::Side;
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
@@ -24,6 +24,7 @@ use crate::name::{PeerProcess, SocketName};
 use crate::proxy::driver::Lent;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
 use crate::stream::endpoint::Endpoint;
+use crate::stream::socket::{Pipe, Socket};
 use crate::sys::{self, Identity};
 
 use super::kernel::{ListenerKey, Owner, Place, SocketId};
@@ -90,7 +91,7 @@ impl Socket for SimStream {
     }
 }
 
-impl connection::Socket for SimStream {
+impl ConnectionSocket for SimStream {
     fn connected(&self) -> io::Result<bool> {
         self.stage.kernel().connected(self.id)
     }
