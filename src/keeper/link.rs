@@ -29,9 +29,9 @@ use tracing::{debug, error, warn};
 
 use crate::sys::{self, Identity, Unconnected, Wanted};
 
-use super::protocol::{FRAME, Order, Port, UNKNOWN_PROTOCOL};
+use super::protocol::{FRAME, Order, PROTOCOL, Port, UNKNOWN_PROTOCOL};
 use super::status::socket_path;
-use super::{Keeper, LinkStatus, PROTOCOL};
+use super::{Keeper, LinkStatus};
 
 /// How many descriptors may wait in the socket until the keeper is woken to take them. It needn't
 /// take each at once: they arrive even if this process has ended by then.

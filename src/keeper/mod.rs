@@ -36,10 +36,6 @@ pub(crate) use link::{DESCRIPTORS, Kept, Link, View, When};
 pub(crate) use protocol::Port;
 pub(crate) use status::Taken;
 
-/// The version of the protocol that a proxy speaks with its keeper. A keeper serves proxies of this
-/// version and of all earlier ones.
-pub(crate) const PROTOCOL: u32 = 2;
-
 /// The program that a proxy starts as its keeper. It must call [`serve`] when it is started with
 /// these arguments, and do nothing before that.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -18,10 +18,9 @@ use crate::error::{Error, Operation};
 use crate::listener::file::{self, FileState, SocketFile};
 use crate::sys;
 
-use super::PROTOCOL;
 use super::ending::{Ending, Turn};
 use super::ports::{Fate, Kept};
-use super::protocol::{Decoder, Order, UNKNOWN_PROTOCOL};
+use super::protocol::{Decoder, Order, PROTOCOL, UNKNOWN_PROTOCOL};
 use super::status::{self, KeeperStatus, socket_path};
 
 /// How often the keeper looks whether the VMs of served ports still run.

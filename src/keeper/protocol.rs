@@ -31,6 +31,10 @@ pub(super) const FRAME: usize = 16;
 
 const WITH_DESCRIPTORS: u32 = 1;
 
+/// The version of the protocol that a proxy speaks with its keeper. A keeper serves proxies of this
+/// version and of all earlier ones.
+pub(super) const PROTOCOL: u32 = 2;
+
 /// The exit code of a keeper that doesn't know the version of its proxy's protocol.
 pub(super) const UNKNOWN_PROTOCOL: i32 = 3;
 
