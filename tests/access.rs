@@ -213,3 +213,62 @@ fn lines_of_a_connection_bear_its_id_and_the_usual_log_has_no_line_of_its_end() 
     let (_, rest) = lines("info", "is not there");
     assert!(!rest.contains("why="), "{rest}");
 }
+
+/// What ends while it is off is not in the log.
+#[test]
+fn a_reload_switches_the_access_log() {
+    let dir = private_dir();
+    let [path, listen, control] = ["server", "listen", "c"].map(|name| dir.path().join(name));
+    let server = UnixListener::bind(&path).unwrap();
+    let file = dir.path().join("hvsock.toml");
+    let write = |head: &str| {
+        let (control, listen, path) = (text(&control), text(&listen), text(&path));
+        let text = format!(
+            "control = {control:?}\n{head}\n[forward.a]\nlisten = {listen:?}\nconnect = {path:?}\n"
+        );
+        std::fs::write(&file, text).unwrap();
+    };
+    write("");
+    let hvsock = Running::start(&["run", text(&file)]);
+    hvsock.says("a: ");
+    let connect = || {
+        let client = unix_client(&listen);
+        let (mut accepted, _) = server.accept().unwrap();
+        client.shutdown(Shutdown::Both).unwrap();
+        assert_eq!(accepted.read(&mut [0]).unwrap(), 0);
+    };
+    let reload = |head: &str, told: &str| {
+        write(head);
+        let output = run(&["reload", "--control", text(&control)]);
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(said.trim_end(), told);
+        assert_eq!(output.status.code(), Some(0));
+    };
+    let has_ended = |id: usize| {
+        let output = run(&[
+            "connections",
+            "--ended",
+            "--json",
+            "--control",
+            text(&control),
+        ]);
+        let ended: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        ended.len() > id
+    };
+    reload("access-log = true", "now access-log = true");
+    connect();
+    hvsock.complains("closed id=0");
+    reload("access-log = false", "now access-log = false");
+    connect();
+    eventually("it has ended", || has_ended(1));
+    reload("", "nothing has changed");
+    reload("access-log = true", "now access-log = true");
+    connect();
+    loop {
+        let line = hvsock.complains("id=");
+        assert!(!line.contains("closed id=1"), "{line}");
+        if line.contains("closed id=2") {
+            break;
+        }
+    }
+}

@@ -22,6 +22,7 @@ struct World {
     _client: TcpStream,
     _server: TcpListener,
     connection: String,
+    process: String,
     dir: tempfile::TempDir,
 }
 
@@ -78,6 +79,7 @@ impl World {
         );
         assert!(output(added).status.success());
         World {
+            process: running.child.0.id().to_string(),
             _running: running,
             _client: client,
             _server: server,
@@ -92,6 +94,9 @@ impl World {
         let close = format!("hvsock close {}", &self.connection[..1]);
         let mut cases = Vec::from(cases);
         cases.push((close, vec![&self.connection]));
+        // Its number, of which no other process' is the beginning.
+        let pid = self.process.as_str();
+        cases.push((format!("hvsock status --pid {pid}"), vec![pid]));
         cases
     }
 
@@ -128,7 +133,7 @@ impl World {
 }
 
 /// What of it is known beforehand.
-const CASES: [(&str, &str); 10] = [
+const CASES: [(&str, &str); 11] = [
     ("hvsock expo", "expose"),
     ("hvsock expose --dial", "--dial-timeout"),
     ("hvsock completions fi", "fish"),
@@ -137,6 +142,7 @@ const CASES: [(&str, &str); 10] = [
     ("hvsock simulate s", "sub/"),
     ("hvsock remove we", "web-ui"),
     ("hvsock expose --vm mini", "minikube"),
+    ("hvsock stop mini", "minikube"),
     ("hvsock forward ./for", "./forwards.toml"),
     ("hvsock man hvsock-con", "hvsock-control"),
 ];
@@ -201,6 +207,15 @@ fn fish_completes() {
         let said = String::from_utf8(output(fish).stdout).unwrap();
         let line = said.lines().find(|line| !line.starts_with('-')).unwrap();
         assert!(line.contains(", from 127.0.0.1:"), "{said}");
+    }
+    // A process says what it forwards. Others may run.
+    if let Some(mut fish) = world.shell("fish") {
+        let script = "source $HOME/hvsock.fish; complete -C 'hvsock status --pid '";
+        fish.args(["--no-config", "-c", script]);
+        let said = String::from_utf8(output(fish).stdout).unwrap();
+        let begin = format!("{}\ttcp://127.0.0.1:", world.process);
+        let line = said.lines().find(|line| line.starts_with(&begin));
+        assert!(line.unwrap().ends_with(", and 1 more"), "{said}");
     }
     if let Some(mut fish) = world.shell("fish") {
         fish.args([

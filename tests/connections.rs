@@ -254,6 +254,97 @@ fn one_is_closed_and_the_others_go_on() {
     assert_eq!(scene.asked(&["close", "1"]).0, Some(1));
 }
 
+/// Those that ended, a refused one and one of a removed forward included.
+#[test]
+fn why_a_connection_ended_is_told() {
+    let mut server = None;
+    let scene = scene(
+        |dir| {
+            server = Some(UnixListener::bind(dir.join("server")).unwrap());
+            vec![at(dir, "listen"), at(dir, "server")]
+        },
+        &[],
+    );
+    let server = server.unwrap();
+    let (code, out, _) = scene.asked(&["connections"]);
+    assert_eq!(code, Some(0));
+    assert!(out.contains("hvsock connections --ended"), "{out}");
+    let (code, out, _) = scene.asked(&["connections", "--ended"]);
+    assert_eq!(code, Some(0));
+    assert!(out.contains("no connection has ended yet"), "{out}");
+
+    let listen = scene.dir.path().join("listen");
+    let mut client = UnixStream::connect(&listen).unwrap();
+    let (mut accepted, _) = server.accept().unwrap();
+    client.write_all(b"twelve bytes").unwrap();
+    accepted.read_exact(&mut [0; 12]).unwrap();
+    client.shutdown(Shutdown::Both).unwrap();
+    let ended = || {
+        let (code, out, err) = scene.asked(&["connections", "--ended", "--json"]);
+        assert_eq!(code, Some(0), "{err}");
+        serde_json::from_str::<Vec<Value>>(&out).unwrap()
+    };
+    assert_eq!(accepted.read(&mut [0]).unwrap(), 0);
+    drop(accepted);
+    eventually("it has ended", || ended().len() == 1);
+    let add = ["add", "--name", "nobody", "tcp://127.0.0.1:0"];
+    let target = at(scene.dir.path(), "nobody");
+    let (code, out, err) = scene.asked(&[&add[..], &[&target]].concat());
+    assert_eq!(code, Some(0), "{err}");
+    let port = out.split(" -> ").next().unwrap().rsplit(':').next();
+    let mut refused = tcp(port.unwrap().parse().unwrap());
+    assert!(is_reset(refused.read(&mut [0])));
+    eventually("both have ended", || ended().len() == 2);
+    assert_eq!(scene.asked(&["remove", "nobody"]).0, Some(0));
+
+    let all = ended();
+    let process = json!({
+        "pid": std::process::id(),
+        "program": null,
+        "user": nix::unistd::geteuid().as_raw(),
+    });
+    let [first, second] = &all[..] else {
+        panic!("{all:?}");
+    };
+    for (key, value) in [
+        ("id", json!(0)),
+        ("forward", json!(0)),
+        ("connect", json!(at(scene.dir.path(), "server"))),
+        ("peer", Value::Null),
+        ("process", process),
+        ("sent", json!(12)),
+        ("received", json!(0)),
+        ("why", json!("client_closed")),
+        ("refusal", Value::Null),
+        ("error", Value::Null),
+    ] {
+        assert_eq!(first[key], value, "{key}: {first}");
+    }
+    let peer = format!("tcp://{}", refused.local_addr().unwrap());
+    for (key, value) in [
+        ("name", json!("nobody")),
+        ("peer", json!(peer)),
+        ("why", json!("refused")),
+        ("refusal", json!("absent")),
+    ] {
+        assert_eq!(second[key], value, "{key}: {second}");
+    }
+    assert!(second["at"].as_f64() >= first["at"].as_f64(), "{all:?}");
+    // A forward that is there, by its id, and one that is there no more, by its name.
+    for (forward, why) in [
+        ("0", "client closed"),
+        ("nobody", "refused: cannot connect"),
+    ] {
+        let (code, out, err) = scene.asked(&["connections", "--ended", forward]);
+        assert_eq!(code, Some(0), "{err}");
+        assert_eq!(out.lines().count(), 2, "{out}");
+        assert!(out.contains(why), "{out}");
+    }
+    let (code, _, err) = scene.asked(&["connections", "--ended", "somebody"]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("there is no forward \"somebody\""), "{err}");
+}
+
 #[test]
 fn top_says_a_word_where_it_can_not_draw_and_draws_nothing() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));

@@ -111,6 +111,57 @@ fn a_good_vm_has_nothing_wrong() {
     assert_eq!(vm.exit_code(), Some(0));
 }
 
+/// The device ends what it has no slot for: that is no word of the guest's.
+#[test]
+#[cfg(target_os = "linux")]
+fn full_slots_are_no_answer_of_the_guest() {
+    let dir = private_dir();
+    let state = dir.path().join("vm");
+    let vm = Vm::builder(&state).guest(7, Service::Echo).slots(12);
+    let vm = vm.start().unwrap();
+    let control = dir.path().join("c");
+    let guest = format!("hyperkit://:7{}", text(&state));
+    let at = format!("--control={}", text(&control));
+    let arguments = ["forward", "tcp://127.0.0.1:0", &guest, &at];
+    let hvsock = Running::start(&arguments);
+    let port = hvsock.tcp_port();
+    let mut clients = Vec::new();
+    for _ in 0..12 {
+        clients.push(tcp(port));
+    }
+    eventually("all slots are taken", || vm.counters().live_slots == 12);
+    assert!(resets_clients(port));
+    let line = hvsock.complains("refused a client");
+    for part in ["all slots of the VM", "vsock port 7", "hvsock doctor"] {
+        assert!(line.contains(part), "{line}");
+    }
+    let asked = ["--control", text(&control), "--port", "7"];
+    let report = examine(&state, &asked);
+    report.says("guest", "failed", "all its slots are taken");
+    report.says("guest", "failed", "12 of them");
+    report.says("port 7 (0x7)", "skipped", "");
+    clients.truncate(4);
+    eventually("slots are free", || vm.counters().live_slots == 4);
+    let report = examine(&state, &asked);
+    report.says("guest", "ok", "answers");
+    report.says("port 7 (0x7)", "ok", "is listened on");
+    // With so few, it is the guest that refuses.
+    let nobody = format!("hyperkit://:81{}", text(&state));
+    let add = [
+        "add",
+        "tcp://127.0.0.1:0",
+        &nobody,
+        "--control",
+        text(&control),
+    ];
+    let added = String::from_utf8(run(&add).stdout).unwrap();
+    let port = added.split(" -> ").next().unwrap().rsplit(':').next();
+    assert!(resets_clients(port.unwrap().parse().unwrap()));
+    let line = hvsock.complains("refused a client");
+    assert!(line.contains("vsock port 81"), "{line}");
+    assert!(!line.contains("slots"), "{line}");
+}
+
 #[test]
 fn ports_are_told_apart() {
     let dir = private_dir();
@@ -356,6 +407,43 @@ fn ports_of_the_host_are_looked_at_and_not_touched() {
     let accepted = live.accept();
     assert_eq!(accepted.unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
     assert!(socket(5002).exists());
+}
+
+#[test]
+fn a_port_of_the_host_is_followed_to_its_target() {
+    let dir = private_dir();
+    let state = dir.path().join("vm");
+    let _vm = simulate(&state, None);
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp = format!("tcp://{}", server.local_addr().unwrap());
+    let path = dir.path().join("s");
+    let unix = UnixListener::bind(&path).unwrap();
+    let mut expose = in_runtime(dir.path(), &["expose", "--vm", text(&state)]);
+    expose.args(["-R", &format!("5000:{tcp}")]);
+    expose.args(["-R", &format!("5001:{}", text(&path))]);
+    let expose = Running::spawn(expose);
+    expose.says("port 5001");
+    let examine = || {
+        let mut doctor = in_runtime(dir.path(), &["doctor", "--vm", text(&state)]);
+        doctor.args(["--host-port", "5000", "--host-port", "5001"]);
+        Report::of(doctor)
+    };
+    let (one, other) = ("host port 5000 (0x1388)", "host port 5001 (0x1389)");
+    let leads = format!("is listened on, and leads to {tcp}");
+    let report = examine();
+    report
+        .says(one, "ok", &leads)
+        .says(other, "ok", text(&path));
+    drop((server, unix));
+    // Other tests' children may hold a copy for a moment.
+    eventually("the targets are gone", || examine().code == Some(1));
+    eventually("both are gone", || {
+        let failed = |it: &&Value| it["verdict"] == "failed";
+        examine().checks.iter().filter(failed).count() == 2
+    });
+    let report = examine();
+    report.says(one, "failed", &leads);
+    report.says(other, "failed", "nobody listens there");
 }
 
 #[test]

@@ -47,6 +47,12 @@ impl Scene {
         text(&self.dir.path().join("vm")).to_owned()
     }
 
+    /// As keepers are asked, however the temporary directory is spelled.
+    fn real_state(&self) -> String {
+        let real = self.dir.path().join("vm").canonicalize().unwrap();
+        text(&real).to_owned()
+    }
+
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = in_runtime(self.dir.path(), arguments);
         // `vms` looks in the current directory, and nowhere else.
@@ -126,6 +132,10 @@ fn the_keeper_of_an_hvsock_is_shown_and_ends_with_it_if_that_is_wanted() {
         &[&process, "port 5000 (0x1388)"],
     );
 
+    let (_, said, _) = scene.run(&["ps"]);
+    let line = format!("keeper of {place} (VM {})", scene.real_state());
+    has(&said, &[&line]);
+
     let control = scene.dir.path().join("hvsock/control.sock");
     let metrics = ask(unix_client(&control), b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
     let metrics = String::from_utf8(metrics).unwrap();
@@ -174,6 +184,33 @@ fn the_keeper_of_an_hvsock_is_shown_and_ends_with_it_if_that_is_wanted() {
 }
 
 #[test]
+fn connections_that_are_over_are_counted_by_nobody() {
+    let scene = Scene::new();
+    scene.has_keeper();
+    let (_, said, _) = scene.run(&["status", "--json"]);
+    let status: Value = serde_json::from_str(&said).unwrap();
+    let listen = status["forwards"][0]["listen"].as_str().unwrap();
+    let address = listen.strip_prefix("tcp://").unwrap();
+    let connect = || {
+        let client = std::net::TcpStream::connect(address).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client
+    };
+    let mut live = connect();
+    std::io::Write::write_all(&mut live, b"x").unwrap();
+    std::io::Read::read_exact(&mut live, &mut [0]).unwrap();
+    for _ in 0..3 {
+        assert_eq!(ask(connect(), b"hello").unwrap(), b"hello");
+    }
+    for command in [&["vms"][..], &["doctor", "--vm", &scene.state()]] {
+        eventually("one is left", || {
+            let (_, said, _) = scene.run(command);
+            said.contains("has copies of 1 connection and")
+        });
+    }
+}
+
+#[test]
 fn a_keeper_whose_hvsock_has_ended_is_shown_and_can_be_ended() {
     let mut scene = Scene::new();
     let place = scene.hvsock.child.0.id();
@@ -185,6 +222,12 @@ fn a_keeper_whose_hvsock_has_ended_is_shown_and_can_be_ended() {
     });
     let (_, said, _) = scene.run(&["vms"]);
     has(&said, &["accepts on port 5000 (0x1388)"]);
+    let (_, said, _) = scene.run(&["ps"]);
+    let line = format!(
+        "keeper of {place}, which has ended: waits for a successor (VM {})",
+        scene.real_state()
+    );
+    has(&said, &[&line]);
     let (code, said, _) = scene.run(&["doctor", "--vm", &scene.state()]);
     // It is nothing that has failed.
     assert_eq!(code, Some(0), "{said}");

@@ -93,12 +93,61 @@ fn each_is_found_with_what_it_forwards() {
     let port = plain_port(&told(runtime, &plain));
     let forwards = format!("tcp://127.0.0.1:{port} -> unix:///nowhere");
     assert!(row(&plain).contains(&forwards), "{table}");
-    assert!(row(&off).contains("none"), "{table}");
     assert!(row(&off).contains("--control=off"), "{table}");
+    let (_, table, _) = said(runtime, &["ps", "--all"]);
+    let its = table.lines().find(|row| row.contains(text(&own)));
+    assert!(its.unwrap().contains(&forwards), "{table}");
+
+    // By its number one is found wherever it is controlled.
+    for hvsock in [&plain, &named, &usual] {
+        let pid = hvsock.child.0.id().to_string();
+        let (code, out, err) = said(runtime, &["status", "--pid", &pid]);
+        assert_eq!(code, Some(0), "{err}");
+        assert!(out.contains(&format!("process {pid}")), "{out}");
+    }
+    // More than Linux' largest, and no Mac has so many.
+    let (code, _, err) = said(runtime, &["status", "--pid", "4194305"]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("no hvsock is process 4194305;"), "{err}");
+    let (_, _, err) = said(runtime, &["status", "--pid", "1"]);
+    assert!(err.contains("process 1 is no hvsock"), "{err}");
 
     plain.signal("TERM");
     assert_eq!(plain.exit_code(), Some(0));
     assert!(!own.exists());
+}
+
+#[test]
+fn one_has_one_line_unless_all_forwards_are_wanted() {
+    let dir = private_dir();
+    let runtime = dir.path();
+    let hvsock = forward(
+        runtime,
+        &[
+            "tcp://127.0.0.1:0",
+            "/second",
+            "tcp://127.0.0.1:0",
+            "/third",
+        ],
+    );
+    let pid = hvsock.child.0.id().to_string();
+    let rows = |more: &[&str]| {
+        let (_, table, _) = said(runtime, &[&["ps"], more].concat());
+        let mut rows = table.lines().map(str::to_owned);
+        let its = rows.by_ref().find(|row| row.starts_with(&pid)).unwrap();
+        // Those of other processes begin with a number.
+        let others = rows.take_while(|row| row.starts_with(' '));
+        std::iter::once(its).chain(others).collect::<Vec<_>>()
+    };
+    let [line] = &rows(&[])[..] else {
+        panic!("{:?}", rows(&[]));
+    };
+    assert!(line.ends_with(" -> unix:///nowhere, and 2 more"), "{line}");
+    let all = rows(&["--all"]);
+    for (row, end) in all.iter().zip(["/nowhere", "/second", "/third"]) {
+        assert!(row.ends_with(end), "{all:?}");
+    }
+    assert_eq!(all.len(), 3, "{all:?}");
 }
 
 fn plain_port(told: &Value) -> String {
@@ -125,9 +174,11 @@ fn the_only_one_is_meant_if_none_is_named_and_one_of_several_by_its_number() {
     );
     for one in [&first, &second] {
         let pid = one.child.0.id();
-        assert!(err.contains(&format!("--pid {pid}")), "{err}");
+        let port = plain_port(&told(runtime, one));
+        let named = format!("--pid {pid} (tcp://127.0.0.1:{port})");
+        assert!(err.contains(&named), "{err}");
     }
-    assert!(err.contains("hvsock ps"), "{err}");
+    assert!(!err.contains("start one"), "{err}");
     let pid = second.child.0.id().to_string();
     let (code, out, err) = said(runtime, &["status", "--pid", &pid]);
     assert_eq!(code, Some(0), "{err}");

@@ -17,7 +17,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use command::{Mortal, Running, fails, in_runtime, output, run, text};
-use common::{PATIENCE, private_dir, unix_client};
+use common::{PATIENCE, eventually, private_dir, unix_client};
 use portable::server;
 
 /// A VMM whose guest echoes at port 80 and refuses all other ports.
@@ -199,4 +199,28 @@ fn a_vm_that_runs_here_is_listed_with_what_the_option_takes() {
         row.contains(&format!("vsock-mux://{}", text(&socket))),
         "{row}"
     );
+}
+
+#[test]
+fn a_process_that_has_ended_runs_no_vm_though_nobody_has_waited_for_it() {
+    let dir = private_dir();
+    let state = dir.path().join("vm");
+    std::fs::create_dir(&state).unwrap();
+    std::fs::write(state.join("hyperkit.json"), "{}").unwrap();
+    let mut hyperkit = Command::new("sh");
+    hyperkit.args(["-c", "read line"]).stdin(Stdio::piped());
+    let mut hyperkit = Mortal(hyperkit.spawn().unwrap());
+    let id = hyperkit.0.id().to_string();
+    std::fs::write(state.join("hyperkit.pid"), &id).unwrap();
+    let state_of_vm = || {
+        let mut vms = in_runtime(dir.path(), &["vms"]);
+        vms.current_dir(dir.path()).env("HOME", dir.path());
+        let said = String::from_utf8(output(vms).stdout).unwrap();
+        let row = said.lines().find(|line| line.starts_with("vm ")).unwrap();
+        row.split_whitespace().nth(2).unwrap().to_owned()
+    };
+    assert_eq!(state_of_vm(), "running");
+    // It ends, and this process doesn't wait for it.
+    drop(hyperkit.0.stdin.take());
+    eventually("it runs no more", || state_of_vm() == "stopped");
 }

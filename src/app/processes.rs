@@ -17,6 +17,11 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    /// Returns whether it is a keeper, which is started as `hvsock keeper VERSION`.
+    pub(crate) fn is_keeper(&self) -> bool {
+        self.command.get(1).is_some_and(|word| word == "keeper")
+    }
+
     /// Returns the value of an option that is written as `--NAME=VALUE`.
     pub(crate) fn option(&self, name: &str) -> Option<&str> {
         let mut values = self.command.iter().filter_map(|word| {

@@ -289,6 +289,9 @@ pub(crate) fn explanation_reads_files(address: &Address, cause: &io::Error) -> b
 /// Returns the error of a dial to `address`, with what can be done about it.
 pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
     use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotFound, PermissionDenied, TimedOut};
+    if is_hung_up(address, &cause) {
+        return refused_by_guest_or_device(address);
+    }
     match address {
         Address::Vsock(_) => return explain_vsock(Operation::Connect, address, cause),
         Address::Hvsock(_) => return explain_hvsock(Operation::Connect, address, cause),
@@ -370,6 +373,31 @@ pub(crate) fn refused_by_eof(address: &Address) -> Error {
     match address {
         Address::Hyperkit(hyperkit) => error.with_remedy(format!(
             "does a program in the guest listen on vsock port {}?",
+            hyperkit.port
+        )),
+        _ => error,
+    }
+}
+
+/// Returns whether a connect was ended before the line that says where it leads: a hyperkit device
+/// that has no slot left does that.
+pub(crate) fn is_hung_up(address: &Address, cause: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset};
+    matches!(
+        (address, cause.kind()),
+        (Address::Hyperkit(_), BrokenPipe | ConnectionReset)
+    )
+}
+
+/// Returns the same error where it can't be told from that of a VM whose slots are all taken:
+/// hyperkit ends such a dial as well.
+pub(crate) fn refused_by_guest_or_device(address: &Address) -> Error {
+    let why = "it was ended without a byte";
+    let cause = io::Error::new(io::ErrorKind::ConnectionRefused, why);
+    let error = Error::new(Operation::Connect, address, cause);
+    match address {
+        Address::Hyperkit(hyperkit) => error.with_remedy(format!(
+            "are all slots of the VM taken (`hvsock connections`, `hvsock doctor`), or does no program in the guest listen on vsock port {}?",
             hyperkit.port
         )),
         _ => error,

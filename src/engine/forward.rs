@@ -14,6 +14,7 @@ use crate::name::Peer;
 use crate::engine::addresses::Addresses;
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
+use crate::engine::ended::Ended;
 use crate::engine::health::{self, Health, News};
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::log_limiter::LogLimiter;
@@ -21,18 +22,30 @@ use crate::engine::observer::{Event, Observer, What};
 use crate::engine::rule::Rule;
 use crate::engine::status::{ForwardStatus, StatusCell};
 
-/// The level of the access log's lines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum AccessLog {
-    Debug,
-    Info,
+/// Whether the access log's lines have the level info, not debug. It can be changed at any time.
+#[derive(Debug)]
+pub(crate) struct AccessLog(AtomicBool);
+
+impl AccessLog {
+    pub(crate) fn new(is_on: bool) -> AccessLog {
+        AccessLog(is_on.into())
+    }
+
+    pub(crate) fn set(&self, is_on: bool) {
+        self.0.store(is_on, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// To whom the connections of a forward are reported.
 #[derive(Clone, Debug)]
 pub(crate) struct Reports {
     pub(crate) observer: Option<Observer>,
-    pub(crate) access_log: AccessLog,
+    pub(crate) access_log: Arc<AccessLog>,
+    pub(crate) ended: Arc<Ended>,
 }
 
 /// A rule, and all that its connections share.
@@ -42,7 +55,7 @@ pub(crate) struct Forward {
     /// The index of the worker that has the listener; 0 unless it is set.
     pub(crate) home: usize,
     /// The rule, with the address that was bound.
-    pub(crate) rule: Rule,
+    pub(crate) rule: Arc<Rule>,
     /// The address that the rule asked for.
     pub(crate) asked: Address,
     /// The gate of each side's VM, where the side is a hyperkit VM.
@@ -84,7 +97,7 @@ impl Forward {
             id,
             home: 0,
             waiters: [waiter(&rule.listen), waiter(&rule.connect)],
-            rule,
+            rule: Arc::new(rule),
             asked,
             gates,
             tally: Arc::default(),
@@ -112,7 +125,7 @@ impl Forward {
         Forward {
             id: self.id,
             home: self.home,
-            rule,
+            rule: Arc::new(rule),
             asked: self.asked.clone(),
             gates,
             waiters: [self.waiters[Side::Client], waiter],
@@ -142,9 +155,13 @@ impl Forward {
         }
     }
 
-    /// Returns the level of the access log's lines.
-    pub(crate) fn access_log(&self) -> AccessLog {
-        self.reports.access_log
+    /// Returns the list of the connections that have ended.
+    pub(crate) fn ended(&self) -> &Ended {
+        &self.reports.ended
+    }
+
+    pub(crate) fn access_log(&self) -> &AccessLog {
+        &self.reports.access_log
     }
 
     /// Returns what the forward is called in the log: its name, or else the address at which it
@@ -264,7 +281,7 @@ impl Forward {
             id: self.id,
             rule: Rule {
                 listen: self.asked.clone(),
-                ..self.rule.clone()
+                ..Rule::clone(&self.rule)
             },
             listen: self.rule.listen.clone(),
             state: self.status_cell.state(),

@@ -11,6 +11,7 @@
 //! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `status` |
 //! | [`routes`] | the connections between forwards, to refuse loops | `id`, `stream` |
 //! | [`observer`] | events for the caller | `end_reason`, `id` |
+//! | [`ended`] | the last connections that have ended | `end_reason`, `id`, `rule` |
 //! | [`status`] | what a forward's status reports | `counters`, `id`, `rule` |
 //! | [`health`] | whether a VM or a server is up | `sys`, for identities |
 //! | [`counters`] | what is counted of a forward | `end_reason`; `relay`, for sides |
@@ -34,6 +35,7 @@ pub(crate) mod admission;
 pub(crate) mod connection;
 pub(crate) mod counters;
 pub(crate) mod end_reason;
+pub(crate) mod ended;
 pub(crate) mod forward;
 pub(crate) mod health;
 pub(crate) mod id;

@@ -100,12 +100,23 @@ pub(super) fn driver(dir: &Path) -> Option<String> {
     config["DriverName"].as_str().map(str::to_owned)
 }
 
-/// Returns the process named by hyperkit.pid, if it lives. No connection is made: a probe can stop
-/// the VM's device.
+/// Returns the process named by hyperkit.pid, if it lives. One that has ended and that its parent
+/// hasn't waited for (a zombie) doesn't. No connection is made: a probe can stop the VM's device.
 pub(crate) fn running_pid(dir: &Path) -> Option<i32> {
     let pid = file::read_text(&dir.join(PID_NAME), file::STATE_FILE).ok()?;
     let pid = pid.trim().parse().ok()?;
-    sys::process_is_alive(pid).then_some(pid)
+    let lives = sys::process_is_alive(pid) && !is_ending(pid);
+    lives.then_some(pid)
+}
+
+#[cfg(unix)]
+fn is_ending(pid: i32) -> bool {
+    u32::try_from(pid).is_ok_and(|pid| sys::Process::new(pid).is_ending())
+}
+
+#[cfg(not(unix))]
+fn is_ending(_: i32) -> bool {
+    false
 }
 
 /// Reads a file's JSON; `Null` if there is no such file.

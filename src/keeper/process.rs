@@ -512,10 +512,12 @@ impl Process<'_> {
         }
     }
 
-    /// Returns how many of the connections are made. The others are the proxy's for later.
+    /// Returns how many of the connections are made, and not over: the proxy says late of one that
+    /// is that it needs no copy any more. The others are the proxy's for later.
     fn made(&self) -> usize {
         let is_made = |it: &&OwnedFd| SockRef::from(*it).peer_addr().is_ok();
-        self.connections.values().filter(is_made).count()
+        let made = self.connections.values().filter(is_made);
+        made.filter(|it| !sys::is_hung_up(it.as_fd())).count()
     }
 
     /// Reserves a served port for a client. Returns false if there is none, or another has it.

@@ -14,6 +14,7 @@ use super::driver::Driver;
 use super::driver::Wanted;
 use super::rules::Binder;
 use super::shared::{Command, Shared};
+use crate::engine::ended::EndedConnection;
 use crate::engine::forward::Forward;
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::{Rule, VmLimits};
@@ -149,6 +150,16 @@ impl<D: Driver> Controller<D> {
     pub(super) fn connections(&self) -> Vec<ConnectionStatus> {
         let answers = self.ask_all(Command::ListConnections, ANSWER_TIMEOUT);
         answers.into_iter().flatten().collect()
+    }
+
+    /// See [`Handle::set_access_log`](super::Handle::set_access_log).
+    pub(super) fn set_access_log(&self, is_on: bool) {
+        self.binder.set_access_log(is_on);
+    }
+
+    /// See [`Handle::ended`](super::Handle::ended).
+    pub(super) fn ended(&self) -> Vec<EndedConnection> {
+        self.binder.ended()
     }
 
     /// See [`Handle::close`](super::Handle::close).

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::engine::ended::EndedConnection;
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{CarriedBytes, ConnectionStatus, ForwardStatus};
@@ -55,6 +56,13 @@ impl Handle {
     /// stay.
     pub fn limit_vm(&self, limits: &VmLimits) {
         self.controller.limit_vm(limits);
+    }
+
+    /// Sets whether the access log's lines have the level info, as
+    /// [`ProxyConfig::access_log`](super::ProxyConfig::access_log) does at the start. It applies to
+    /// all connections that end from now on.
+    pub fn set_access_log(&self, is_on: bool) {
+        self.controller.set_access_log(is_on);
     }
 
     /// Removes a forward, and stops listening for it. Its connections go on, and are cut off after
@@ -114,6 +122,12 @@ impl Handle {
     /// Returns the status of all live connections, including those of removed forwards.
     pub fn connections(&self) -> Vec<ConnectionStatus> {
         self.controller.connections()
+    }
+
+    /// Returns the last 100 connections that have ended, those of refused clients and of removed
+    /// forwards included, the oldest first.
+    pub fn ended(&self) -> Vec<EndedConnection> {
+        self.controller.ended()
     }
 
     /// Closes a connection, and returns its status before that. A client that is waiting for its

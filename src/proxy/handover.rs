@@ -108,7 +108,7 @@ impl<D: Driver> Controller<D> {
             let lent = lent?;
             let rule = Rule {
                 listen: forward.asked.clone(),
-                ..forward.rule.clone()
+                ..Rule::clone(&forward.rule)
             };
             offered.push(Offered {
                 wish: Some((rule.name.clone(), rule.listen.clone())),

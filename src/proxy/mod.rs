@@ -84,6 +84,7 @@ use worker::Worker;
 
 pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
 pub use crate::engine::end_reason::{EndReason, Reason as RefusalReason};
+pub use crate::engine::ended::EndedConnection;
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
 pub use crate::engine::proxy_header::ProxyProtocol;
@@ -347,10 +348,8 @@ fn assemble<D: Driver>(
     }
     let reports = Reports {
         observer: config.observer,
-        access_log: match config.access_log {
-            true => AccessLog::Info,
-            false => AccessLog::Debug,
-        },
+        access_log: Arc::new(AccessLog::new(config.access_log)),
+        ended: Arc::default(),
     };
     let binder = Binder::new(
         gate_limits,

@@ -23,6 +23,7 @@ use super::loops::{self, RuleIndex};
 #[cfg(all(unix, feature = "cli"))]
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::admission::{Gate, GateLimits, Reservation};
+use crate::engine::ended::EndedConnection;
 use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
 use crate::engine::rule::{Rule, VmLimits};
@@ -303,6 +304,15 @@ impl Binder {
         Ok((listener, Arc::new(forward)))
     }
 
+    pub(super) fn set_access_log(&self, is_on: bool) {
+        self.reports.access_log.set(is_on);
+    }
+
+    /// Returns the last connections that have ended, the oldest first.
+    pub(super) fn ended(&self) -> Vec<EndedConnection> {
+        self.reports.ended.list()
+    }
+
     /// Forgets the rule of a forward that there is no more.
     pub(super) fn forget(&self, forward: ForwardId) {
         self.index().remove(forward.0);
@@ -504,7 +514,7 @@ fn reserve_slots(
     };
     match gate.reserve(id, rule.reserved, holds) {
         Ok(reservation) => Ok(Some(match &gates[Side::Client] {
-            Some(gate) => reservation.dialled_by(gate),
+            Some(gate) => reservation.count_guest_forward(gate),
             None => reservation,
         })),
         Err(left) => {

@@ -12,8 +12,10 @@ use super::slots::{Key, MAX_SLOTS, Slots, Subject};
 use mio::event::Event;
 use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Waker};
+use socket2::SockRef;
 use std::collections::VecDeque;
 use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
@@ -169,6 +171,11 @@ impl Device {
     }
 
     fn power_off(self, done: &Sender<()>) {
+        // A child that another thread forks may have copies of them for a moment, and a client be
+        // taken by a listener that only it has.
+        for listener in &self.listeners {
+            let _ = SockRef::from(&listener.socket).shutdown(Shutdown::Both);
+        }
         drop(self);
         // Without the handle it has no receiver.
         let _ = done.send(());

@@ -392,12 +392,20 @@ impl Stream {
     }
 
     /// Shuts `how` down, and ends the calls of other threads that wait for it; on Windows all
-    /// calls. After both the close is a reset, as with [`abort`](Stream::abort): macOS takes no
-    /// such option later.
+    /// calls. Both directions are reset, where the family can: on Linux at once, so that a peer
+    /// that reads on never comes to an EOF, elsewhere by the close, as with
+    /// [`abort`](Stream::abort). (macOS takes no such option after a shutdown.)
     pub(crate) fn interrupt(&self, how: Shutdown) {
         #[cfg(unix)]
         if how == Shutdown::Both {
             self.reset_at_close();
+        }
+        #[cfg(target_os = "linux")]
+        if how == Shutdown::Both
+            && self.address.transport().socket == SocketKind::Inet
+            && sys::reset_tcp(&self.socket).is_ok()
+        {
+            return;
         }
         let _ = end(&self.socket, how);
         // On Windows a shutdown affects only the calls that follow.

@@ -46,6 +46,25 @@ pub(crate) fn vsock_connect(cid: u32, port: u32, buffer_size: Option<u64>) -> io
     }
 }
 
+/// Resets a TCP connection at once, also if another process has a copy of its socket.
+///
+/// # Errors
+///
+/// That of connect(2): `EBUSY` of some kernels (6.4 to 6.6), if a thread waits for the socket.
+#[allow(unsafe_code)]
+pub(crate) fn reset_tcp(socket: &Socket) -> io::Result<()> {
+    let unspecified = libc::sockaddr {
+        sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+        sa_data: [0; 14],
+    };
+    let size = size_of_val(&unspecified) as libc::socklen_t;
+    // SAFETY: the address lives for the call, and its size is its own.
+    match unsafe { libc::connect(socket.as_raw_fd(), &unspecified, size) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Binds a non-blocking AF_VSOCK socket and listens. What it accepts inherits its options.
 pub(crate) fn vsock_listen(
     cid: u32,

@@ -122,6 +122,25 @@ pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
     matching(begun, names)
 }
 
+/// Completes the process of an hvsock that can be asked.
+#[cfg(unix)]
+pub(super) fn process(begun: &OsStr) -> Vec<CompletionCandidate> {
+    let found = in_time(super::answering::find).and_then(Result::ok);
+    let names = found.into_iter().flatten().filter_map(|it| {
+        let forwards = it.status()?.forwards;
+        let first = forwards
+            .first()
+            .map(|it| format!("{} -> {}", it.listen, it.connect));
+        let more = match forwards.len() {
+            0 | 1 => String::new(),
+            n => format!(", and {} more", n - 1),
+        };
+        let what = format!("{}{more}", first.unwrap_or_default());
+        Some((it.process.id.to_string(), what))
+    });
+    matching(begun, names)
+}
+
 fn is_path(begun: &OsStr) -> bool {
     let begun = begun.to_string_lossy();
     begun.contains(std::path::is_separator) || begun.starts_with('.')

@@ -1,5 +1,9 @@
 //! `hvsock connections` and `close`: who uses a forward, and an end to it.
 
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::SystemTime;
+
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 use indicatif::HumanBytes;
@@ -9,7 +13,7 @@ use super::console::{print, print_json, print_text};
 use super::control::Which;
 use super::outcome::{Failure, Outcome};
 use super::{complete, table};
-use crate::app::control::{self, Connection, Unanswered, age, ask, get, read, segment};
+use crate::app::control::{self, Connection, Ended, Unanswered, age, ask, get, read, segment};
 use crate::proxy::Waiting;
 
 /// Show the connections of an hvsock that runs, and who has made them
@@ -22,18 +26,26 @@ far as the system tells.
 Examples:
   hvsock connections
   hvsock connections web
+  hvsock connections --ended
   hvsock connections --json | jq '.[] | select(.idle_seconds > 3600) | .id'"
 )]
 pub(super) struct Connections {
     /// Those of one forward alone: its name, where it listens, or its id, as `hvsock status` has them
     #[arg(value_name = "FORWARD", add = ArgValueCompleter::new(complete::forward))]
     forward: Option<String>,
+    /// Show the last 100 that have ended instead, and why, the latest last
+    #[arg(long)]
+    ended: bool,
     /// Print what the control socket says, as it is
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     which: Which,
 }
+
+const ENDED_HEADINGS: [&str; 9] = [
+    "ID", "FORWARD", "PEER", "TARGET", "ENDED", "LASTED", "SENT", "RECEIVED", "WHY",
+];
 
 const HEADINGS: [&str; 9] = [
     "ID", "FORWARD", "PEER", "STATE", "IDLE", "AGE", "SENT", "RECEIVED", "WAITING",
@@ -42,11 +54,13 @@ const HEADINGS: [&str; 9] = [
 impl Connections {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
+        if self.ended {
+            return self.show_ended(&path);
+        }
         let forward = match &self.forward {
             None => None,
             Some(name) => {
-                let call = format!("/v1/forwards/{}", segment(name));
-                let forward: control::Forward = get(&path, &call)?;
+                let forward: control::Forward = get(&path, &forward_call(name))?;
                 // One that isn't carried yet has none.
                 Some(forward.id)
             }
@@ -63,7 +77,9 @@ impl Connections {
         all.sort_by_key(|it| it.id);
         let status: control::Status = get(&path, "/v1/status")?;
         if all.is_empty() {
-            return print("no connections");
+            return print(
+                "no connections; `hvsock connections --ended` shows the last that have ended",
+            );
         }
         let rows = all.iter().map(|it| {
             [
@@ -80,6 +96,57 @@ impl Connections {
         });
         print_text(table::of(HEADINGS, rows))
     }
+
+    fn show_ended(&self, path: &Path) -> Outcome {
+        let answer = ask(path, "GET", "/v1/connections/ended", "")?;
+        let mut told: Vec<Value> = serde_json::from_str(&answer)?;
+        let mut all: Vec<Ended> = read(&answer)?;
+        if let Some(name) = &self.forward {
+            let id = match get::<control::Forward>(path, &forward_call(name)) {
+                Ok(forward) => forward.id,
+                // It may have been removed since.
+                Err(Unanswered::Refused(_)) if all.iter().any(|it| it.is_of(name)) => None,
+                Err(why) => return Err(why.into()),
+            };
+            let is_meant = |it: &Ended| match id {
+                Some(id) => it.forward == id,
+                None => it.is_of(name),
+            };
+            let meant: HashSet<u64> = all
+                .iter()
+                .filter(|it| is_meant(it))
+                .map(|it| it.id)
+                .collect();
+            all.retain(|it| meant.contains(&it.id));
+            told.retain(|it| it["id"].as_u64().is_some_and(|id| meant.contains(&id)));
+        }
+        if self.json {
+            return print_json(&serde_json::to_string_pretty(&told)?);
+        }
+        if all.is_empty() {
+            return print("no connection has ended yet");
+        }
+        let now = SystemTime::now();
+        let rows = all.iter().map(|it| {
+            let ago = now.duration_since(it.at).unwrap_or_default();
+            [
+                it.id.to_string(),
+                it.name_or_address().to_owned(),
+                it.peer_in_words(),
+                it.connect.clone(),
+                format!("{} ago", age(ago.as_secs())),
+                age(it.age_seconds as u64),
+                HumanBytes(it.sent).to_string(),
+                HumanBytes(it.received).to_string(),
+                it.why_in_words(),
+            ]
+        });
+        print_text(table::of(ENDED_HEADINGS, rows))
+    }
+}
+
+fn forward_call(name: &str) -> String {
+    format!("/v1/forwards/{}", segment(name))
 }
 
 /// Returns the bytes that wait, to the server and to the client.

@@ -8,6 +8,7 @@ use clap_complete::ArgValueCompleter;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
+use super::answering::find_control_of;
 use super::console::{complain, print, print_json, print_text};
 use super::outcome::{Failure, Outcome};
 use super::reconciler::danger;
@@ -16,7 +17,9 @@ use super::spec::{Locals, Remotes};
 use super::summary::Report;
 use super::{arguments, complete, table};
 use crate::address::Address;
-use crate::app::control::{self, Unanswered, ask, read, refusals_by_reason, segment};
+use crate::app::control::{
+    self, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
+};
 use crate::app::escape;
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
@@ -30,8 +33,8 @@ pub(super) struct Which {
     /// files, or else that of the only hvsock that runs]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// The number of the `hvsock expose` or `forward` that is meant, as `hvsock ps` has it
-    #[arg(long, value_name = "PID", conflicts_with = "control")]
+    /// The process that is meant, as `hvsock ps` has it
+    #[arg(long, value_name = "PID", conflicts_with = "control", add = ArgValueCompleter::new(complete::process))]
     pid: Option<u32>,
 }
 
@@ -39,7 +42,7 @@ impl Which {
     pub(super) fn path(&self) -> PathBuf {
         match (&self.control, self.pid) {
             (Some(path), _) => path.clone(),
-            (None, Some(process)) => control::find_own_path(process),
+            (None, Some(process)) => find_control_of(process),
             (None, None) => control::find_path(),
         }
     }
@@ -190,7 +193,7 @@ fn ends(counters: &Counters) -> Option<String> {
     let counts = counts.filter_map(|(reason, count)| Some((reason, count.as_u64()?)));
     let counts = counts.filter(|(_, count)| *count > 0);
     let why: Vec<String> = counts
-        .map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")))
+        .map(|(reason, count)| format!("{count} {}", reason_in_words(reason)))
         .collect();
     (!why.is_empty()).then(|| why.join(", "))
 }

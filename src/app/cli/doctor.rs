@@ -17,7 +17,7 @@ use crate::app::escape;
 #[derive(Args, Debug)]
 #[command(
     after_help = "Without --vm it looks at this system alone. The exit code is 1 if anything has failed. The guest is \
-    dialled once, and twice for each --port, to which nothing is sent; host ports are looked at without connecting.
+    dialled once, and twice for each --port, to which nothing is sent; host ports are looked at without connecting; the target that an hvsock leads one to is connected to once, if it is TCP.
 
 Examples:
   hvsock doctor --vm docker

@@ -1,5 +1,7 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
+#[cfg(unix)]
+mod answering;
 mod arguments;
 mod carrying;
 mod cat;
@@ -22,6 +24,8 @@ mod ending;
 mod events;
 mod expose;
 mod forward;
+#[cfg(unix)]
+mod keepers;
 mod kept;
 mod man;
 mod manager;

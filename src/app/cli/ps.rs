@@ -1,146 +1,143 @@
 //! `hvsock ps`: which hvsock processes run, and what they forward.
 
-use std::path::PathBuf;
-use std::thread;
-use std::time::Duration;
-
 use clap::Args;
 use indicatif::HumanCount;
 use serde_json::{Value, json};
 
+use super::answering::{Hvsock, find};
 use super::console::{print, print_json, print_text};
 use super::outcome::Outcome;
-use super::table;
-use crate::app::control::{self, Status, age, ask_status, read};
-use crate::app::processes::{self, Process};
+use super::{keepers, table};
+use crate::app::control::{Status, age};
 
 /// List the hvsock processes of this user, and what they forward
 #[derive(Args, Debug)]
 #[command(
-    after_help = "`hvsock status --pid PID` tells more of one. Of a process without a control socket that can be found, its command
+    after_help = "`hvsock status --pid PID` tells more of one. Of a process without a control socket that can be found, its command \
 line is shown.
 
 Examples:
   hvsock ps
+  hvsock ps --all
   hvsock ps --json | jq '.[] | select(.status.live > 0) | .pid'"
 )]
 pub(super) struct Ps {
+    /// Show all forwards of each, and where it is controlled
+    #[arg(long, conflicts_with = "json")]
+    all: bool,
     /// Print it as JSON: an array of objects with pid, command, control and status
     #[arg(long)]
     json: bool,
 }
 
-/// How long a process may take to answer. One that is stopped never does.
-const PATIENCE: Duration = Duration::from_secs(2);
-
-/// A process, and what it says of itself.
-struct Found {
-    process: Process,
-    /// Where it is controlled, and its status as JSON.
-    answer: Option<(PathBuf, String)>,
+/// A process in words.
+struct Shown {
+    process: String,
+    up: String,
+    live: String,
+    control: String,
+    /// What it forwards; or else what it is.
+    lines: Vec<String>,
 }
-
-const HEADINGS: [&str; 5] = ["PID", "UP", "LIVE", "CONTROL", "FORWARDS"];
 
 impl Ps {
     pub(super) fn run(self) -> Outcome {
         let found = find()?;
         if self.json {
-            let all: Vec<Value> = found.iter().map(Found::json).collect();
+            let all: Vec<Value> = found.iter().map(to_json).collect();
             return print_json(&serde_json::to_string_pretty(&all)?);
         }
         if found.is_empty() {
             return print("no other hvsock of this user runs");
         }
-        print_text(table::of(HEADINGS, found.iter().flat_map(Found::rows)))
-    }
-}
-
-/// Finds the processes, and asks them all at once.
-fn find() -> std::io::Result<Vec<Found>> {
-    let asking = processes::list()?.into_iter().map(|process| {
-        thread::spawn(move || Found {
-            answer: ask(&process),
-            process,
-        })
-    });
-    // All are begun before the first is waited for.
-    let asking: Vec<_> = asking.collect();
-    Ok(asking.into_iter().filter_map(|it| it.join().ok()).collect())
-}
-
-/// Asks a process at each place where its control socket may be; another's answer is none.
-fn ask(process: &Process) -> Option<(PathBuf, String)> {
-    let named = process.option("control").filter(|named| *named != "off");
-    let named = named.and_then(|named| from_its_directory(process.id, named));
-    let usual = control::paths_of(process.id);
-    let places = named.into_iter().chain(usual);
-    let mut answers = places
-        .filter(|path| path.symlink_metadata().is_ok())
-        .filter_map(|path| {
-            let answer = ask_status(&path, PATIENCE).ok()?;
-            let status: Value = serde_json::from_str(&answer).ok()?;
-            (status["pid"] == process.id).then_some((path, answer))
-        });
-    answers.next()
-}
-
-/// Returns the path that a process means by `named`, if that can be known.
-fn from_its_directory(process: u32, named: &str) -> Option<PathBuf> {
-    let path = PathBuf::from(named);
-    if path.is_absolute() {
-        return Some(path);
-    }
-    let directory = std::fs::read_link(format!("/proc/{process}/cwd")).ok()?;
-    Some(directory.join(path))
-}
-
-impl Found {
-    fn json(&self) -> Value {
-        let control = self.answer.as_ref().map(|(path, _)| path);
-        let status = self.answer.as_ref();
-        let status = status.and_then(|(_, answer)| serde_json::from_str::<Value>(answer).ok());
-        json!({
-            "pid": self.process.id,
-            "command": self.process.command,
-            "control": control,
-            "status": status,
+        let shown = show(&found).into_iter();
+        print_text(match self.all {
+            true => {
+                let headings = ["PID", "UP", "LIVE", "CONTROL", "FORWARDS"];
+                table::of(headings, shown.flat_map(Shown::into_rows))
+            }
+            false => {
+                let headings = ["PID", "UP", "LIVE", "FORWARDS"];
+                table::of(headings, shown.map(Shown::into_row))
+            }
         })
     }
+}
 
-    /// Returns a row for each forward; what the process is stands in the first.
-    fn rows(&self) -> Vec<[String; 5]> {
-        let process = self.process.id.to_string();
-        let status = self.answer.as_ref();
-        let status = status.and_then(|(path, answer)| Some((path, read::<Status>(answer).ok()?)));
-        let Some((path, status)) = status else {
-            let command = self.process.command.join(" ");
-            return vec![[
+/// Says of each what it is.
+fn show(found: &[Hvsock]) -> Vec<Shown> {
+    let statuses: Vec<Option<Status>> = found.iter().map(Hvsock::status).collect();
+    let known = keepers::find(statuses.iter().flatten());
+    let show = |(it, status): (&Hvsock, &Option<Status>)| {
+        let process = it.process.id.to_string();
+        let control = it
+            .answer
+            .as_ref()
+            .map(|(path, _)| path.display().to_string());
+        let control = control.unwrap_or_else(|| "none".to_owned());
+        let Some(status) = status else {
+            let line = match it.process.is_keeper() {
+                true => keepers::describe(it.process.id, &known),
+                false => it.process.command.join(" "),
+            };
+            return Shown {
                 process,
-                String::new(),
-                String::new(),
-                "none".to_owned(),
-                command,
-            ]];
+                up: String::new(),
+                live: String::new(),
+                control,
+                lines: vec![line],
+            };
         };
-        let mut forwards = status.forwards.iter().map(|it| {
-            let name = it
-                .name
-                .as_ref()
-                .map_or(String::new(), |name| format!("{name}: "));
+        let forwards = status.forwards.iter().map(|it| {
+            let name = it.name.as_ref().map(|name| format!("{name}: "));
+            let name = name.unwrap_or_default();
             format!("{name}{} -> {}", it.listen, it.connect)
         });
-        let first = [
+        let mut lines: Vec<String> = forwards.collect();
+        if lines.is_empty() {
+            lines.push("none".to_owned());
+        }
+        Shown {
             process,
-            age(status.uptime_seconds as u64),
-            HumanCount(status.live as u64).to_string(),
-            path.display().to_string(),
-            forwards.next().unwrap_or_else(|| "none".to_owned()),
-        ];
-        let others = forwards.map(|forward| {
-            let [a, b, c, d] = [(); 4].map(|()| String::new());
-            [a, b, c, d, forward]
+            up: age(status.uptime_seconds as u64),
+            live: HumanCount(status.live as u64).to_string(),
+            control,
+            lines,
+        }
+    };
+    found.iter().zip(&statuses).map(show).collect()
+}
+
+fn to_json(hvsock: &Hvsock) -> Value {
+    let control = hvsock.answer.as_ref().map(|(path, _)| path);
+    let status = hvsock.answer.as_ref();
+    let status = status.and_then(|(_, answer)| serde_json::from_str::<Value>(answer).ok());
+    json!({
+        "pid": hvsock.process.id,
+        "command": hvsock.process.command,
+        "control": control,
+        "status": status,
+    })
+}
+
+impl Shown {
+    /// Returns one row, with the first of its lines.
+    fn into_row(mut self) -> [String; 4] {
+        let more = match self.lines.len() {
+            0 | 1 => String::new(),
+            n => format!(", and {} more", n - 1),
+        };
+        let line = format!("{}{more}", self.lines.swap_remove(0));
+        [self.process, self.up, self.live, line]
+    }
+
+    /// Returns a row for each of its lines; what the process is stands in the first.
+    fn into_rows(self) -> Vec<[String; 5]> {
+        let mut columns = Some([self.process, self.up, self.live, self.control]);
+        let rows = self.lines.into_iter().map(|line| {
+            let [process, up, live, control] = columns.take().unwrap_or_default();
+            [process, up, live, control, line]
         });
-        std::iter::once(first).chain(others).collect()
+        rows.collect()
     }
 }

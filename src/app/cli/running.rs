@@ -32,6 +32,8 @@ use super::summary::{Summary, failures};
 pub(super) struct Running {
     reconciler: Reconciler,
     file: PathBuf,
+    /// Whether there is an access log whatever the file says.
+    always_logs_access: bool,
     /// What the file said last. Never locked for long.
     config: Mutex<Arc<Config>>,
     /// Locked while the file is read and what it says is done: that may take for ever, as a disk does. So
@@ -144,7 +146,6 @@ fn empty_proxy(config: &Config) -> ProxyConfig {
     let mut proxy = ProxyConfig::new(Vec::new());
     proxy.workers = config.workers;
     proxy.splice = config.splice;
-    proxy.access_log = config.access_log;
     // Without it there are fewer; the proxy knows.
     let _ = sys::raise_descriptor_limit();
     proxy.limits.connections = usize::MAX;
@@ -165,12 +166,14 @@ impl Running {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         let mut proxy = empty_proxy(&config);
         configure(&mut proxy);
+        let always_logs_access = proxy.access_log;
+        proxy.access_log |= config.access_log;
         let doors = open_doors(file, &config, &mut proxy)
             .map_err(|e| Failure::Failed(format!("{}: {e}", display_name(file))))?;
         let proxy = on_passed_sockets(proxy)?;
         all_are_wanted(&proxy.listeners, &wanted.rules)?;
         let proxy = Proxy::start(proxy)?;
-        let running = Running::new(file, config, &proxy);
+        let running = Running::new(file, config, &proxy, always_logs_access);
         running.apply(&mut running.state(), wanted, Occasion::Asked);
         Ok((proxy, running, doors))
     }
@@ -196,6 +199,8 @@ impl Running {
         // Each socket takes a descriptor.
         let mut proxy = empty_proxy(&config);
         configure(&mut proxy);
+        let always_logs_access = proxy.access_log;
+        proxy.access_log |= config.access_log;
         let mut predecessor = control::Predecessor::ask(path).map_err(fail)?;
         let doors = control::take(&door_options(&config), &mut predecessor)
             .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;
@@ -204,7 +209,7 @@ impl Running {
         let rules: Vec<Rule> = wanted.rules.iter().chain(&added).cloned().collect();
         proxy.listeners = predecessor.take_listeners(&rules);
         let proxy = Proxy::start(proxy)?;
-        let running = Running::new(file, config, &proxy);
+        let running = Running::new(file, config, &proxy, always_logs_access);
         // The other one serves them until it has heard that this one can.
         running.handle().hold_clients();
         running.apply(&mut running.state(), wanted, Occasion::Asked);
@@ -239,10 +244,11 @@ impl Running {
         Ok((proxy, running, doors))
     }
 
-    fn new(file: &Path, config: Config, proxy: &Proxy) -> Running {
+    fn new(file: &Path, config: Config, proxy: &Proxy, always_logs_access: bool) -> Running {
         Running {
             reconciler: Reconciler::new(proxy.handle()),
             file: file.to_owned(),
+            always_logs_access,
             config: Mutex::new(Arc::new(config)),
             state: Mutex::default(),
         }
@@ -353,6 +359,7 @@ impl Running {
         if !names.is_empty() {
             self.describe(&names).iter().for_each(say);
         }
+        summary.settings.iter().for_each(|it| info!("{it} now"));
         summary.troubles().iter().for_each(|line| warn!("{line}"));
     }
 
@@ -373,6 +380,12 @@ impl Running {
             std::mem::replace(&mut *config, Arc::clone(&new))
         };
         let mut summary = self.apply(&mut state, wanted, Occasion::Asked);
+        if old.access_log != new.access_log && !self.always_logs_access {
+            self.handle().set_access_log(new.access_log);
+            summary
+                .settings
+                .push(format!("access-log = {}", new.access_log));
+        }
         // That waits for a hand-over, after which another process carries what the file said before.
         if self.handle().is_stopping() {
             return Err(stopping());
@@ -380,7 +393,6 @@ impl Running {
         for (key, same) in [
             ("workers", old.workers == new.workers),
             ("splice", old.splice == new.splice),
-            ("access-log", old.access_log == new.access_log),
             ("exit-idle", old.exit_idle == new.exit_idle),
             ("control", old.control == new.control),
             ("metrics", old.metrics == new.metrics),

@@ -6,13 +6,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use clap_complete::ArgValueCompleter;
 use indicatif::HumanDuration;
 use serde_json::Value;
 
 use super::console::{complain, print};
 use super::control::{Which, duration, query};
 use super::outcome::{Failure, Outcome};
-use super::table;
+use super::{complete, table};
 use crate::address::Port;
 use crate::app::control::{self, Unanswered, ask, read};
 use crate::app::values::parse_time;
@@ -36,7 +37,7 @@ Examples:
 pub(super) struct Stop {
     /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end its keepers whose
     /// hvsock has ended, and no hvsock
-    #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"], value_parser = super::arguments::vm())]
+    #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"], add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
     vm: Option<String>,
     /// End the keeper as well. Nobody listens then on the ports that the guest dials: a VM whose guest goes on dialling them
     /// may hang

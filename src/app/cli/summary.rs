@@ -16,6 +16,8 @@ pub(super) struct Summary {
     pub(super) kept: Vec<String>,
     /// Those that can't be had now, and why; they are tried again.
     pub(super) failed: Vec<Failed>,
+    /// Other keys that have new values, as `key = value`.
+    pub(super) settings: Vec<String>,
     /// Keys whose new values only a restart brings.
     pub(super) restart: Vec<&'static str>,
     /// What is dangerous about it.
@@ -60,6 +62,7 @@ impl Summary {
             changed,
             removed,
             failed,
+            settings,
             restart,
             ..
         } = self;
@@ -67,6 +70,7 @@ impl Summary {
             && changed.is_empty()
             && removed.is_empty()
             && failed.is_empty()
+            && settings.is_empty()
             && restart.is_empty()
     }
 
@@ -90,6 +94,7 @@ impl Summary {
             removed: self.removed.clone(),
             kept: self.kept.clone(),
             failed: failed.map(|it| (it.name.clone(), it.why.clone())).collect(),
+            settings: self.settings.clone(),
             restart: self.restart.iter().copied().map(str::to_owned).collect(),
             warnings: self.warnings.clone(),
         }
@@ -115,6 +120,8 @@ pub(super) struct Report {
     kept: Vec<String>,
     /// The forwards that can't be had now, each with the reason.
     pub(super) failed: std::collections::BTreeMap<String, String>,
+    #[serde(default)]
+    settings: Vec<String>,
     restart: Vec<String>,
     warnings: Vec<String>,
 }
@@ -132,6 +139,7 @@ impl Report {
         let mut told: Vec<String> = named
             .map(|(what, names)| format!("{what}: {}", names.join(", ")))
             .collect();
+        told.extend(self.settings.iter().map(|it| format!("now {it}")));
         if told.is_empty() && self.failed.is_empty() {
             told.push("nothing has changed".to_owned());
         }

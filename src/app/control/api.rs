@@ -26,7 +26,7 @@ use super::handover;
 use super::handover::give::Successor;
 use super::http::{JSON, Request, Response, lines, response};
 use super::metrics;
-use super::model::{Connection, Forward, RuleBody, Status, read_rule};
+use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rule};
 use super::problem::Problem;
 
 /// What the server needs of its program.
@@ -198,13 +198,14 @@ impl Api {
             ("GET", "/v1/connections") => {
                 none(query).and_then(|()| json(200, &Connection::all(&self.handle.connections())))
             }
+            ("GET", ENDED) => none(query).and_then(|()| json(200, &self.ended())),
             ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
             ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
             ("POST", "/v1/take-over") => none(query).and_then(|()| self.take_over(&request.body)),
             ("POST", "/v1/upgrade") => none(query).and_then(|()| self.upgrade()),
             ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
             ("GET", EVENTS) => none(query).and_then(|()| Err(no_such_call(path))),
-            (_, "/v1/status" | "/v1/connections" | EVENTS) => return wrong_method("GET"),
+            (_, "/v1/status" | "/v1/connections" | ENDED | EVENTS) => return wrong_method("GET"),
             (_, "/v1/forwards") => return wrong_method("GET, POST"),
             (_, "/v1/reload" | "/v1/stop" | "/v1/take-over" | "/v1/upgrade") => {
                 return wrong_method("POST");
@@ -267,6 +268,10 @@ impl Api {
                 .filter_map(|it| it.trouble())
                 .collect(),
         }
+    }
+
+    fn ended(&self) -> Vec<Ended> {
+        self.handle.ended().iter().map(Ended::from).collect()
     }
 
     fn forwards(&self) -> Vec<Forward> {
@@ -561,6 +566,8 @@ impl Api {
 /// Of this each connection has its own.
 const CONNECTIONS: &str = "/v1/connections/";
 
+const ENDED: &str = "/v1/connections/ended";
+
 const EVENTS: &str = "/v1/events";
 
 /// What a forward is called.
@@ -583,7 +590,7 @@ fn unknown(key: &str) -> Problem {
 }
 
 const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
-    GET /v1/events, GET /v1/connections, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
+    GET /v1/events, GET /v1/connections, GET /v1/connections/ended, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
     GET /metrics";
 
 fn no_such_call(path: &str) -> Problem {

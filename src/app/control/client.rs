@@ -22,6 +22,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::http::Io;
+use super::model::Status;
 use super::place;
 use super::problem::Problem;
 use crate::app::escape;
@@ -47,21 +48,42 @@ pub(crate) enum Unanswered {
     Refused(Problem),
 }
 
+/// Returns how an hvsock that may be meant is named, with where the first of its forwards listens, if
+/// it says so in time.
+fn candidate(process: u32) -> String {
+    /// One that is stopped never answers.
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let answer = ask_status(&place::own_path(process), PATIENCE).ok();
+    let status = answer.and_then(|answer| read::<Status>(&answer).ok());
+    match status.as_ref().and_then(|it| it.forwards.first()) {
+        Some(forward) => format!("--pid {process} ({})", forward.name_or_address()),
+        None => format!("--pid {process}"),
+    }
+}
+
 impl std::fmt::Display for Unanswered {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Unanswered::Absent(error) => {
                 let (place, cause) = (error.subject(), error.cause());
+                let is_missing = matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                );
+                if is_missing && let Some(process) = place::process_of(place) {
+                    match i32::try_from(process).is_ok_and(sys::process_is_alive) {
+                        true => write!(f, "process {process} is no hvsock with a control socket")?,
+                        false => write!(f, "no hvsock is process {process}")?,
+                    }
+                    return f.write_str("; `hvsock ps` lists those that run");
+                }
                 let own = place::processes_with_own_sockets();
                 let is_usual = |it: &std::path::PathBuf| place::address(it).to_string() == place;
                 if own.len() > 1 && place::usual_paths().iter().any(is_usual) {
-                    let each: Vec<_> = own.iter().map(|it| format!("--pid {it}")).collect();
-                    return write!(
-                        f,
-                        "{} hvsocks run: say which with {}; `hvsock ps` shows what each carries",
-                        own.len(),
-                        each.join(" or ")
-                    );
+                    let count = own.len();
+                    let each: Vec<_> = own.into_iter().map(candidate).collect();
+                    let each = each.join(" or ");
+                    return write!(f, "{count} hvsocks run: say which with {each}");
                 }
                 write!(f, "no hvsock answers at {place}: {cause}; ")?;
                 let addresses = place::usual_paths()

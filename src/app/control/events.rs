@@ -16,11 +16,11 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::task::spawn_blocking;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::name::{PeerProcess, SocketName};
-use crate::proxy::{EndReason, Event, ForwardStatus, Handle, Observer, What};
+use crate::name::PeerProcess;
+use crate::proxy::{Event, ForwardStatus, Handle, Observer, What};
 use crate::time::unix;
 
-use super::model::Forward;
+use super::model::{Forward, address_of, refusal_of};
 
 /// The most events that wait for a reader; each has some 200 bytes.
 const QUEUE: usize = 4096;
@@ -126,10 +126,7 @@ impl Told {
         let client = Client {
             connection: event.connection.into(),
             forward: event.forward.into(),
-            peer: match event.peer {
-                SocketName::Unnamed => None,
-                named => Some(named.to_string()),
-            },
+            peer: address_of(event.peer),
             process: event.process.map(Process::from),
         };
         Some(match event.what {
@@ -150,10 +147,7 @@ impl Told {
                 received,
                 seconds: age.as_secs_f64(),
                 why: why.name(),
-                refusal: match why {
-                    EndReason::Refused(reason) => Some(reason.to_string().replace(' ', "_")),
-                    _ => None,
-                },
+                refusal: refusal_of(why),
             },
         })
     }

@@ -17,6 +17,7 @@
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
 //! | `GET /v1/events` | what happens from now on, until the proxy has ended | lines of JSON: see [`events`] |
 //! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
+//! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first | an array of [`Ended`] |
 //! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
 //! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
@@ -67,7 +68,9 @@ pub(crate) use client::{Unanswered, ask, ask_status, follow, get, read, segment}
 pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
 pub(crate) use model::Process;
-pub(crate) use model::{Connection, Forward, Status, Vm, age, refusals_by_reason};
+pub(crate) use model::{
+    Connection, Ended, Forward, Status, Vm, age, reason_in_words, refusals_by_reason,
+};
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::Problem;
 

@@ -13,8 +13,8 @@ use crate::app::values;
 use crate::keeper::LinkStatus;
 use crate::name::SocketName;
 use crate::proxy::{
-    CarriedBytes, ConnectionState, ConnectionStatus, Counters, ForwardState, ForwardStatus,
-    LastError, Refusals, Rule, VmStatus, Waiting, check_name,
+    CarriedBytes, ConnectionState, ConnectionStatus, Counters, EndReason, EndedConnection,
+    ForwardState, ForwardStatus, LastError, Refusals, Rule, VmStatus, Waiting, check_name,
 };
 use crate::time::{unix, unix_option};
 
@@ -128,6 +128,106 @@ pub(crate) struct Connection {
     pub(crate) age_seconds: f64,
 }
 
+/// A connection that has ended.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Ended {
+    pub(crate) id: u64,
+    /// The forward's id, which may have been removed.
+    pub(crate) forward: u64,
+    /// The forward's name, if it had one, and its addresses.
+    pub(crate) name: Option<String>,
+    pub(crate) listen: String,
+    pub(crate) connect: String,
+    /// The peer's address; `null` if it had none, as clients of Unix sockets.
+    pub(crate) peer: Option<String>,
+    /// The process that made the peer, without its program: it may be another one's number now.
+    pub(crate) process: Option<Process>,
+    pub(crate) sent: u64,
+    pub(crate) received: u64,
+    /// The time from its beginning to its end.
+    pub(crate) age_seconds: f64,
+    /// The time of its end.
+    #[serde(with = "unix")]
+    pub(crate) at: SystemTime,
+    /// `client_closed` for example.
+    pub(crate) why: String,
+    /// Why it was refused, if it was: `by_target` for example, and in words.
+    pub(crate) refusal: Option<String>,
+    pub(crate) error: Option<String>,
+}
+
+impl From<&EndedConnection> for Ended {
+    fn from(ended: &EndedConnection) -> Ended {
+        Ended {
+            id: ended.id.into(),
+            forward: ended.forward.into(),
+            name: ended.rule.name.clone(),
+            listen: ended.rule.listen.to_string(),
+            connect: ended.rule.connect.to_string(),
+            peer: address_of(ended.peer),
+            process: ended.process.map(|process| Process {
+                pid: process.id,
+                program: None,
+                user: process.user,
+            }),
+            sent: ended.sent,
+            received: ended.received,
+            age_seconds: ended.age.as_secs_f64(),
+            at: ended.at,
+            why: ended.why.name().to_owned(),
+            refusal: refusal_of(ended.why),
+            error: ended.error.as_deref().map(str::to_owned),
+        }
+    }
+}
+
+impl Ended {
+    /// Returns the forward's name, or where it listened.
+    pub(crate) fn name_or_address(&self) -> &str {
+        self.name.as_ref().unwrap_or(&self.listen)
+    }
+
+    /// Returns whether it was one of the forward of that name, or that listened there.
+    pub(crate) fn is_of(&self, forward: &str) -> bool {
+        self.name.as_deref() == Some(forward) || self.listen == forward
+    }
+
+    /// Returns what was known of the peer, for people.
+    pub(crate) fn peer_in_words(&self) -> String {
+        peer_in_words(self.peer.as_ref(), self.process.as_ref())
+    }
+
+    /// Returns why it has ended, for people; of a refused one the error.
+    pub(crate) fn why_in_words(&self) -> String {
+        let why = reason_in_words(&self.why);
+        match &self.error {
+            Some(error) => format!("{why}: {error}"),
+            None => why,
+        }
+    }
+}
+
+/// Returns a reason's name in words: `VM gone`.
+pub(crate) fn reason_in_words(name: &str) -> String {
+    name.replace('_', " ").replace("vm ", "VM ")
+}
+
+/// Returns the name of the reason for which a connection was refused.
+pub(super) fn refusal_of(why: EndReason) -> Option<String> {
+    match why {
+        EndReason::Refused(reason) => Some(reason.to_string().replace(' ', "_")),
+        _ => None,
+    }
+}
+
+/// Returns the address of a peer that has one.
+pub(super) fn address_of(peer: SocketName) -> Option<String> {
+    match peer {
+        SocketName::Unnamed => None,
+        named => Some(named.to_string()),
+    }
+}
+
 /// The process at the other end of a Unix socket.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Process {
@@ -146,10 +246,7 @@ impl Connection {
         let told = statuses.iter().map(|status| Connection {
             id: status.id.into(),
             forward: status.forward.into(),
-            peer: match status.peer {
-                SocketName::Unnamed => None,
-                named => Some(named.to_string()),
-            },
+            peer: address_of(status.peer),
             process: status.process.map(|process| Process {
                 pid: process.id,
                 program: programs
@@ -183,11 +280,15 @@ impl Connection {
 
     /// Returns what is known of the peer, for people: its address, or else its process.
     pub(crate) fn peer_in_words(&self) -> String {
-        match (&self.peer, &self.process) {
-            (Some(peer), _) => peer.clone(),
-            (None, Some(process)) => process.to_string(),
-            (None, None) => "unknown".to_owned(),
-        }
+        peer_in_words(self.peer.as_ref(), self.process.as_ref())
+    }
+}
+
+fn peer_in_words(peer: Option<&String>, process: Option<&Process>) -> String {
+    match (peer, process) {
+        (Some(peer), _) => peer.clone(),
+        (None, Some(process)) => process.to_string(),
+        (None, None) => "unknown".to_owned(),
     }
 }
 

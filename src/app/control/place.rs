@@ -93,6 +93,19 @@ pub(crate) fn find_own_path(process: u32) -> PathBuf {
     there.unwrap_or_else(|| own_path(process))
 }
 
+/// Returns the process whose own control socket has this address, if it is one's.
+pub(super) fn process_of(place: &str) -> Option<u32> {
+    let process = place
+        .rsplit('/')
+        .next()?
+        .strip_suffix(".sock")?
+        .parse()
+        .ok()?;
+    let mut own = usual_directories().map(|it| own_path_in(&it, process));
+    own.any(|path| address(&path).to_string() == place)
+        .then_some(process)
+}
+
 /// Returns where the control socket is that is meant if none is named, of an hvsock that was started in
 /// another environment, perhaps: the first usual place at which one answers, or else the first one with
 /// a file; if there is none, that of the only process of this environment that has one of its own; or the default.

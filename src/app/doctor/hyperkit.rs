@@ -9,8 +9,10 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use socket2::SockRef;
+
 use super::check::{Check, Plan};
-use super::socket;
+use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::app::control::{self, Status};
 use crate::error::{Result, plural};
@@ -19,6 +21,7 @@ use crate::hyperkit::{
     self, HOST_CID, HyperkitVm, MAX_STATE_DIR, PID_NAME, Places, find, socket_name,
 };
 use crate::keeper::status::{self as keepers, KeeperStatus};
+use crate::proxy::VmStatus;
 use crate::stream::Stream;
 use crate::sys::{self, SUN_PATH_LEN, Wanted};
 
@@ -55,10 +58,11 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
         None => Check::skipped("limits", "hyperkit's process isn't known"),
     });
     let connect = socket::examine("socket", &vm.connect_path(), START);
+    let (slots, used) = slots(&vm, plan.control.as_deref());
     let guest = match connect.is_ok() {
         // It would take the dial when we have gone.
         true if process.stopped => Check::skipped("guest", "hyperkit is stopped"),
-        true => guest(&vm, plan.patience),
+        true => guest(&vm, plan.patience, used.as_ref()),
         false => Check::skipped("guest", "there is no socket to ask it by"),
     };
     let answers = guest.is_ok();
@@ -69,10 +73,14 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     }));
     checks.extend(host_ports.map(|(port, name)| {
         let remedy = format!("run `hvsock expose -R {}:TARGET`; a guest that dials a port on which nobody listens can hang hyperkit's device", port.0);
-        socket::examine(name, &vm.listen_path(*port), &remedy)
+        let socket = socket::examine(name.clone(), &vm.listen_path(*port), &remedy);
+        match socket.is_ok() {
+            true => target::examine(&name, &vm, *port, plan.control.as_deref()).unwrap_or(socket),
+            false => socket,
+        }
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
-    checks.extend(slots(&vm, plan.control.as_deref()));
+    checks.extend(slots);
     checks.extend(keepers(&vm));
     checks
 }
@@ -100,7 +108,8 @@ fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
             true => Check::warning(
                 name,
                 format_args!(
-                    "hvsock {proxy} has ended, and process {pid} ends {connections} connections, and what the guest dials on {ports}"
+                    "hvsock {proxy} has ended, and process {pid} ends {connections} connection{}, and what the guest dials on {ports}",
+                    plural(connections as u64)
                 ),
                 "start hvsock again, which takes that over; `hvsock stop VM --keeper` ends it, and the VM may hang if its guest goes on dialling",
             ),
@@ -339,21 +348,43 @@ enum Answer {
     None,
     /// hyperkit itself hasn't taken it.
     NotTaken,
+    /// hyperkit has ended it unread, as it does when it has no slot left. macOS doesn't tell that
+    /// from a refusal by the guest.
+    EndedUnread,
 }
 
 /// Dials a port that nobody can have.
 fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
     let begun = Instant::now();
-    let stream = Stream::connect_timeout(&vm.probe_address().into(), patience)?;
+    let probe = vm.probe_address().into();
+    let stream = match Stream::connect_timeout(&probe, patience) {
+        // It had ended before the line that says where it leads was written.
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && !is_absent(&e) => {
+            return Ok(Answer::EndedUnread);
+        }
+        stream => stream?,
+    };
     // A failure to wait is one of the connection: it is over, too.
     let answer = match stream.wait(Wanted::Readable, patience) {
         Ok(false) if stream.untaken() > 0 => Answer::NotTaken,
         Ok(false) => Answer::None,
+        _ if was_ended_unread(&stream) => Answer::EndedUnread,
         _ => Answer::After(begun.elapsed()),
     };
     // However that went.
     let _ = close_gracefully(&stream, LEAVE);
     Ok(answer)
+}
+
+/// Returns whether the system itself said that nobody listens.
+fn is_absent(error: &crate::error::Error) -> bool {
+    error.cause().raw_os_error().is_some()
+}
+
+/// Returns whether the other end was closed with bytes of ours unread.
+fn was_ended_unread(stream: &Stream) -> bool {
+    let error = SockRef::from(stream).take_error().ok().flatten();
+    error.is_some_and(|e| e.kind() == io::ErrorKind::ConnectionReset)
 }
 
 /// Ends a dial, which must not just be closed. One that hyperkit hasn't even taken (it has no descriptor left, say) would
@@ -372,11 +403,30 @@ fn dial(vm: &HyperkitVm, port: Port, patience: Duration) -> Result<Stream> {
     Stream::connect_timeout(&HyperkitAddress { vm, port }.into(), patience)
 }
 
-/// Whether the guest answers.
-fn guest(vm: &HyperkitVm, patience: Duration) -> Check {
+const NO_SLOT: &str = "end some of its connections (`hvsock connections` shows them); slots that were lost come back when the VM is restarted";
+
+/// Whether the guest answers. `used` is how its slots are used, as far as an hvsock knows.
+fn guest(vm: &HyperkitVm, patience: Duration, used: Option<&VmStatus>) -> Check {
     let name = "guest";
     let seconds = patience.as_secs_f64();
+    let used = used.map(|it| (it.connections + it.lost, it.limit));
     match probe(vm, patience) {
+        Ok(Answer::EndedUnread) => {
+            let ours = match used {
+                Some((used, _)) => format!("; this hvsock has {used} of them"),
+                None => String::new(),
+            };
+            let seen = format!("hyperkit ended the dial unread: all its slots are taken{ours}");
+            Check::failed(name, seen, NO_SLOT)
+        }
+        // The guest refuses so, and a device without a slot may do.
+        Ok(Answer::After(_)) if used.is_some_and(|(used, limit)| used * 10 >= limit * 9) => {
+            let (used, limit) = used.unwrap_or_default();
+            let seen = format!(
+                "a dial is ended at once, by the guest or for want of a slot: {used} of {limit} are taken"
+            );
+            Check::warning(name, seen, NO_SLOT)
+        }
         Ok(Answer::After(took)) => {
             let took = took.as_secs_f64() * 1e3;
             Check::ok(name, format_args!("answers, after {took:.1} ms"))
@@ -408,12 +458,17 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
         Err(e) => return Check::error(name, &e),
     };
     let answered = probe(vm, patience);
+    if matches!(answered, Ok(Answer::EndedUnread)) || was_ended_unread(&stream) {
+        let _ = close_gracefully(&stream, patience);
+        let seen = "hyperkit ended the dial unread: all its slots are taken";
+        return Check::failed(name, seen, NO_SLOT);
+    }
     let readable = stream.wait(Wanted::Readable, Duration::ZERO);
     let refused = readable.unwrap_or(true) && stream.has_ended();
     let left = close_gracefully(&stream, patience);
     match answered {
         Err(e) => Check::error(name, &e),
-        Ok(Answer::None | Answer::NotTaken) => Check::failed(
+        Ok(Answer::None | Answer::NotTaken | Answer::EndedUnread) => Check::failed(
             name,
             "the guest answers no longer",
             "try again; hyperkit may have no place or descriptor left",
@@ -436,26 +491,26 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
 
 /// How the slots of its device are used, as far as an hvsock that runs knows: the one of that control
 /// socket, or the usual one.
-fn slots(vm: &HyperkitVm, control: Option<&Path>) -> Option<Check> {
+fn slots(vm: &HyperkitVm, control: Option<&Path>) -> (Option<Check>, Option<VmStatus>) {
     let name = "slots";
     let path = control.map_or_else(control::find_path, Path::to_path_buf);
     let status = control::get::<Status>(&path, "/v1/status");
     let status = match (status, control) {
         (Ok(status), _) => status,
         // Most often none runs.
-        (Err(_), None) => return None,
-        (Err(e), Some(_)) => return Some(Check::skipped(name, e)),
+        (Err(_), None) => return (None, None),
+        (Err(e), Some(_)) => return (Some(Check::skipped(name, e)), None),
     };
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     let its = |it: &&control::Vm| real(Path::new(&it.directory)) == real(&vm.state_dir);
     let vms = status.vms();
     let Some(known) = vms.into_iter().find(its) else {
         let why = format!("the hvsock at {} doesn't lead to it", path.display());
-        return control.map(|_| Check::skipped(name, why));
+        return (control.map(|_| Check::skipped(name, why)), None);
     };
     let used = known.slots();
     let is_crowded = known.status.guests > 0 && known.status.guests >= known.status.guest_limit;
-    Some(match known.status.lost {
+    let check = match known.status.lost {
         0 if is_crowded => {
             let remedy = "see in `hvsock status` to which target the guest's connections lead, and whether it hangs";
             Check::warning(name, used, remedy)
@@ -465,7 +520,8 @@ fn slots(vm: &HyperkitVm, control: Option<&Path>) -> Option<Check> {
             let remedy = "end the programs in the guest that keep connections open whose other end is gone, and restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
             Check::warning(name, used, remedy)
         }
-    })
+    };
+    (Some(check), Some(known.status.clone()))
 }
 
 /// Sockets that guests may dial, and that nobody listens on.

@@ -13,6 +13,8 @@ mod hyperv;
 mod socket;
 mod system;
 #[cfg(unix)]
+mod target;
+#[cfg(unix)]
 mod vsock;
 
 pub(crate) use check::{Check, Plan, Verdict};

@@ -5,7 +5,7 @@
 //! every dial is accepted, and one that is not served is ended at once: half-closed, read to its
 //! EOF, closed. It has its slot for as long as the guest's program takes to end it.
 //!
-//! The guest's dials have a share of the VM's slots, so that a target which hangs leaves some for
+//! The guest's dials have a quota of the VM's slots, so that a target which hangs leaves some for
 //! the host's dials, and enough of the device's 1,024 for those that are being ended.
 
 use std::fmt;
@@ -13,24 +13,13 @@ use std::sync::Arc;
 
 use tracing::warn;
 
+use super::gate::{Full, Gate, State};
 use super::quotas::Holder;
-use super::slot::Stage;
-use super::{Full, Gate, Slot, State, why_full};
+use super::slot::{Slot, Stage};
 use crate::engine::id::ForwardId;
 
-/// The part of a VM's slots that the guest's dials leave for those of the host: a ninth, 100 of
-/// 900. With 800 dials of the guest held, and every further one ended gracefully, 3,001 did the
-/// device no harm.
-const FOR_THE_HOST: usize = 9;
-
-/// The part of the guest's share that one of several forwards leaves to the others: a quarter.
+/// The part of the guest's quota that one of several forwards leaves to the others: a quarter.
 const FOR_THE_OTHERS: usize = 4;
-
-/// Returns how many of the guest's dials are served at a time, where the VM may have so many
-/// connections.
-pub(super) fn share(cap: usize) -> usize {
-    cap - cap / FOR_THE_HOST
-}
 
 /// A dial that a guest has made: its slot, and whether it is served.
 #[derive(Debug)]
@@ -44,10 +33,10 @@ pub(crate) struct Guest {
 pub(crate) enum NotServed {
     /// The VM has no slot that is free for it.
     Full(Full),
-    /// The guest has so many connections, which is its share.
-    Share(usize),
-    /// The forward has so many: the rest of the guest's share is for the other forwards.
-    ShareOfForward(usize),
+    /// The guest has so many connections, which is its quota.
+    GuestQuota(usize),
+    /// The forward has so many: the rest of the guest's quota is for the other forwards.
+    ForwardQuota(usize),
     /// The forward has so many, which is the most that its rule allows.
     Forward(usize),
 }
@@ -56,11 +45,11 @@ impl fmt::Display for NotServed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             NotServed::Full(full) => full.fmt(f),
-            NotServed::Share(n) => write!(
+            NotServed::GuestQuota(n) => write!(
                 f,
-                "{n} connections that the VM's guest has made are in use, as many as it may have"
+                "{n} connections that the VM's guest has made are in use, which is its quota"
             ),
-            NotServed::ShareOfForward(n) => write!(
+            NotServed::ForwardQuota(n) => write!(
                 f,
                 "{n} connections that the VM's guest has made to this forward are in use, and more are reserved for others"
             ),
@@ -85,11 +74,11 @@ impl Gate {
         let slot = match served {
             Ok(()) => {
                 state.guests += 1;
-                self.slot(&mut state, holder, Stage::Accepted)
+                self.make_slot(&mut state, holder, Stage::Accepted)
             }
             Err(_) => {
                 state.turned_away += 1;
-                self.slot(&mut state, Holder::TurnedAway, Stage::TurnedAway)
+                self.make_slot(&mut state, Holder::TurnedAway, Stage::TurnedAway)
             }
         };
         let is_told = served.is_ok() || std::mem::replace(&mut state.has_told_turned_away, true);
@@ -108,19 +97,19 @@ impl State {
     /// Returns why no further dial of the guest to that forward is served now, if so.
     fn serves_guest(&self, holder: Holder) -> Result<(), NotServed> {
         if self.quotas.free_for(holder) == 0 {
-            return Err(NotServed::Full(why_full(&self.quotas, holder)));
+            return Err(NotServed::Full(self.why_full(holder)));
         }
         // What it has reserved it gets.
         if self.quotas.has_unused(holder) {
             return Ok(());
         }
-        let share = share(self.quotas.cap());
-        if self.guests >= share {
-            return Err(NotServed::Share(share));
+        let quota = self.guest_quota();
+        if self.guests >= quota {
+            return Err(NotServed::GuestQuota(quota));
         }
-        let most = share - share / FOR_THE_OTHERS;
+        let most = quota - quota / FOR_THE_OTHERS;
         if self.guest_forwards > 1 && self.quotas.live_of(holder) >= most {
-            return Err(NotServed::ShareOfForward(most));
+            return Err(NotServed::ForwardQuota(most));
         }
         Ok(())
     }

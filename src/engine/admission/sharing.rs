@@ -5,7 +5,7 @@
 //! may still use, takes no more than those, and the new one leaves them out. What is lost stays lost
 //! when the old one has ended.
 
-use super::Gate;
+use super::gate::Gate;
 use super::quotas::Holder;
 
 /// The slots of a VM that another process has.

@@ -8,8 +8,8 @@ use std::time::Instant;
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ForwardId;
 
+use super::gate::{Gate, PROBE_PATIENCE};
 use super::quotas::Holder;
-use super::{Gate, PROBE_PATIENCE};
 
 /// One of the connections that a VM may have. It is dropped after the connection's socket was
 /// closed.
@@ -202,7 +202,7 @@ pub(crate) struct Reservation {
 impl Reservation {
     /// Counts the forward among those that the guest of a VM dials, as long as its slots are
     /// reserved.
-    pub(crate) fn dialled_by(mut self, gate: &Arc<Gate>) -> Reservation {
+    pub(crate) fn count_guest_forward(mut self, gate: &Arc<Gate>) -> Reservation {
         gate.state().guest_forwards += 1;
         self.dialled_by = Some(Arc::clone(gate));
         self

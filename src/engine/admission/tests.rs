@@ -1,6 +1,15 @@
 #![allow(clippy::unwrap_used)]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::gate::{BURST, INTERVAL, LONGEST_PATIENCE, LOST_PROBES, PROBE_PATIENCE, WANTED};
+use super::quotas::Holder;
 use super::*;
+use crate::address::HyperkitVm;
+use crate::engine::health::VmIdentity;
+use crate::engine::id::ForwardId;
 
 const ONE: ForwardId = ForwardId(1);
 
@@ -369,7 +378,7 @@ fn a_guests_dials_leave_slots_for_the_host() {
     let mut guests: Vec<Guest> = (0..800).map(|_| gate.accept(ONE, None)).collect();
     assert!(guests.iter().all(|guest| guest.served.is_ok()));
     let refused = gate.accept(ONE, None);
-    assert_eq!(refused.served, Err(NotServed::Share(800)));
+    assert_eq!(refused.served, Err(NotServed::GuestQuota(800)));
     assert!(refused.slot.is_turned_away());
     let status = gate.status(now);
     assert_eq!((status.guests, status.guest_limit), (800, 800));
@@ -406,19 +415,26 @@ fn a_guests_dial_is_served_only_if_there_is_a_slot_and_gets_what_is_reserved() {
 }
 
 #[test]
-fn one_of_several_forwards_does_not_take_a_guests_whole_share() {
+fn one_of_several_forwards_does_not_take_a_guests_whole_quota() {
     let gate = gate(9, 64);
-    let kept = |forward| gate.reserve(forward, 0, None).unwrap().dialled_by(&gate);
+    let kept = |forward| {
+        gate.reserve(forward, 0, None)
+            .unwrap()
+            .count_guest_forward(&gate)
+    };
     let (_one, other) = (kept(ONE), kept(OTHER));
     let mut hanging: Vec<Guest> = (0..6).map(|_| gate.accept(ONE, None)).collect();
     assert!(hanging.iter().all(|guest| guest.served.is_ok()));
     assert_eq!(
         gate.accept(ONE, None).served,
-        Err(NotServed::ShareOfForward(6))
+        Err(NotServed::ForwardQuota(6))
     );
     let others = [gate.accept(OTHER, None), gate.accept(OTHER, None)];
     assert!(others.iter().all(|guest| guest.served.is_ok()));
-    assert_eq!(gate.accept(OTHER, None).served, Err(NotServed::Share(8)));
+    assert_eq!(
+        gate.accept(OTHER, None).served,
+        Err(NotServed::GuestQuota(8))
+    );
     drop((others, other));
     hanging.push(gate.accept(ONE, None));
     assert_eq!(hanging.pop().unwrap().served, Ok(()));

@@ -7,7 +7,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use crate::dial::{self, Dial};
+use crate::dial::Dial;
 use crate::engine::Phase;
 use crate::engine::admission::DrainEnd;
 use crate::engine::end_reason::{EndReason, Reason};
@@ -52,7 +52,7 @@ impl<S: ConnectionSocket> Connection<S> {
             return;
         };
         if pair.refused() {
-            let error = dial::refused_by_eof(&self.forward.rule.connect);
+            let error = self.refused_by_eof();
             self.end_because(EndReason::Refused(Reason::ByTarget));
             self.note_refusal(&error, Reason::ByTarget, cx.now);
         }

@@ -517,6 +517,17 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Returns the error of a target that has refused by an EOF. A VM that has no slot left does
+    /// the same, and where many are taken both are named.
+    pub(super) fn refused_by_eof(&self) -> Error {
+        let target = &self.forward.rule.connect;
+        let gate = self.forward.gates[Side::Server].as_ref();
+        match gate.is_some_and(|gate| gate.may_lack_slots()) {
+            true => dial::refused_by_guest_or_device(target),
+            false => dial::refused_by_eof(target),
+        }
+    }
+
     /// Takes the explained error of a dial that failed.
     pub(crate) fn take_explanation(&mut self, error: Error, cx: &mut Context<'_, S>) {
         if self.is_waiting() {

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::dial;
 use crate::engine::Phase;
 use crate::engine::admission::Slot;
 use crate::engine::forward::Forward;
@@ -140,7 +139,7 @@ impl<S: ConnectionSocket> Connection<S> {
             slot.note_answer(cx.now);
         }
         if refused {
-            self.refused_by_eof(cx);
+            self.take_refusal(cx);
         } else if answered || first.is_some() {
             self.begin_relaying(first, Acceptance::Known, cx);
         } else if silent {
@@ -153,7 +152,7 @@ impl<S: ConnectionSocket> Connection<S> {
     }
 
     /// Takes the guest's refusal: the client is refused, or held.
-    fn refused_by_eof(&mut self, cx: &mut Context<'_, S>) {
+    fn take_refusal(&mut self, cx: &mut Context<'_, S>) {
         if let State::Proving {
             client,
             server,
@@ -164,7 +163,7 @@ impl<S: ConnectionSocket> Connection<S> {
             self.enter(State::waiting(client, dial));
             self.close_socket(Side::Server, server, cx);
         }
-        let error = dial::refused_by_eof(&self.forward.rule.connect);
+        let error = self.refused_by_eof();
         self.dial_failed(error, cx);
     }
 

@@ -1,7 +1,7 @@
 //! What is reported of a connection: log lines, counters, events for the observer, and its status.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tracing::level_filters::LevelFilter;
 use tracing::{Span, debug, error_span, info, warn};
@@ -9,7 +9,8 @@ use tracing::{Span, debug, error_span, info, warn};
 use crate::engine::admission::Slot;
 use crate::engine::counters::add_one;
 use crate::engine::end_reason::{EndReason, Reason};
-use crate::engine::forward::{AccessLog, Forward};
+use crate::engine::ended::EndedConnection;
+use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{Pair, Side};
@@ -51,11 +52,13 @@ impl<S: Socket> Connection<S> {
     }
 
     /// Counts a refused client, and logs the reason; a repeated one only now and then.
-    pub(super) fn note_refusal(&self, error: &Error, reason: Reason, now: Instant) {
+    pub(super) fn note_refusal(&mut self, error: &Error, reason: Reason, now: Instant) {
+        let text = error.to_string();
+        self.error = Some(text.as_str().into());
         let forward = &self.forward;
         forward.tally.refused(reason);
-        forward.status_cell.set_error(error.to_string());
         self.notify(What::Refused(error));
+        forward.status_cell.set_error(text.clone());
         let is_turned_away = self.slots[Side::Client]
             .as_ref()
             .is_some_and(Slot::is_turned_away);
@@ -64,7 +67,7 @@ impl<S: Socket> Connection<S> {
         if reason == Reason::Absent || is_turned_away {
             return self.debug(|| debug!("refused a client of {}: {error}", forward.rule.listen));
         }
-        if let Some(more) = forward.log_limiter.admit(&error.to_string(), now) {
+        if let Some(more) = forward.log_limiter.admit(&text, now) {
             self.span().in_scope(|| match more {
                 0 => warn!("refused a client of {}: {error}", forward.rule.listen),
                 _ => warn!(
@@ -169,6 +172,21 @@ impl<S: ConnectionSocket> Connection<S> {
             age,
             why,
         });
+        if let Some(id) = self.name {
+            self.forward.ended().note(EndedConnection {
+                id,
+                forward: self.forward.id,
+                rule: Arc::clone(&self.forward.rule),
+                peer: self.peer.name,
+                process: self.peer.process,
+                sent,
+                received,
+                age,
+                at: SystemTime::now(),
+                why,
+                error: self.error.clone(),
+            });
+        }
     }
 
     /// Writes the line of the access log. It has all in it, and stands in no span, so that it can
@@ -189,9 +207,9 @@ impl<S: ConnectionSocket> Connection<S> {
                 )
             };
         }
-        match self.forward.access_log() {
-            AccessLog::Info => log!(info),
-            AccessLog::Debug => log!(debug),
+        match self.forward.access_log().is_on() {
+            true => log!(info),
+            false => log!(debug),
         }
     }
 }

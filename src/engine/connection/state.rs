@@ -52,6 +52,8 @@ pub(crate) struct Connection<S: Socket> {
     pub(crate) since: Instant,
     /// Why the connection ends, as far as it is known.
     pub(super) why: Option<EndReason>,
+    /// The error for which the client was refused.
+    pub(super) error: Option<Arc<str>>,
     /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have ended.
     pub(super) is_cut_off: bool,
     /// The name of the current state.
@@ -185,6 +187,7 @@ impl<S: Socket> Connection<S> {
             peer,
             since: now,
             why: None,
+            error: None,
             is_cut_off: false,
         }
     }

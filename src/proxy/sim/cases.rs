@@ -131,7 +131,7 @@ fn play_orders(mut plan: Plan, orders: u64, most: u64) -> BTreeMap<&'static str,
     counts
 }
 
-/// A guest's dials beyond its share are ended, and those that a target holds leave a slot for the
+/// A guest's dials beyond its quota are ended, and those that a target holds leave a slot for the
 /// host.
 #[test]
 fn a_target_that_hangs_leaves_slots_for_the_host() {

@@ -24,7 +24,7 @@ const KNOWN: Duration = Duration::from_millis(1_500);
 const IN_THE_WAY: Duration = Duration::from_secs(2);
 
 /// Returns how many dials of a guest may be served at once, of so many connections.
-fn share(connections: usize) -> usize {
+fn guest_quota(connections: usize) -> usize {
     connections - connections / 9
 }
 
@@ -118,7 +118,7 @@ impl Slots {
         let most = world.vm_connections.get();
         for (vm, guests) in served {
             assert!(
-                most.is_none_or(|most| guests <= share(most)),
+                most.is_none_or(|most| guests <= guest_quota(most)),
                 "{guests} dials of the guest of {vm:?} are served, of {most:?} connections"
             );
         }

@@ -35,7 +35,8 @@ fn guests_of(
     let listener = Listener::Hyperv(HypervListener::new(acceptor, listen.clone()));
     let reports = Reports {
         observer: None,
-        access_log: AccessLog::Debug,
+        access_log: Arc::new(AccessLog::new(false)),
+        ended: Arc::default(),
     };
     let forward = Arc::new(Forward::new(
         ForwardId(0),

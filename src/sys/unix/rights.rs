@@ -215,6 +215,7 @@ pub(crate) fn send(
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::io::{Read, Write};
+    use std::net::Shutdown;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
@@ -271,7 +272,8 @@ mod tests {
         socket2::SockRef::from(&ours).set_nosigpipe(true).unwrap();
         let error = send(ours.as_fd(), b"x", &[1 << 20]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBADF));
-        drop(theirs);
+        // A child that another test forks may still hold a copy: a close would be no end yet.
+        theirs.shutdown(Shutdown::Both).unwrap();
         let error = send(ours.as_fd(), b"x", &[]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }

@@ -1,0 +1,82 @@
+//! The hvsock processes that can be asked for their status.
+
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::app::control::{self, Status, ask_status, read};
+use crate::app::processes::{self, Process};
+
+/// How long a process may take to answer. One that is stopped never does.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// An hvsock that runs, and what it says of itself.
+pub(super) struct Hvsock {
+    pub(super) process: Process,
+    /// Where it is controlled, and its status as JSON; `None` if it doesn't answer.
+    pub(super) answer: Option<(PathBuf, String)>,
+}
+
+impl Hvsock {
+    pub(super) fn status(&self) -> Option<Status> {
+        let (_, answer) = self.answer.as_ref()?;
+        read(answer).ok()
+    }
+}
+
+/// Finds the hvsocks of this user, and asks them all at once.
+///
+/// # Errors
+/// Returns the system's error, if it doesn't tell of processes.
+pub(super) fn find() -> std::io::Result<Vec<Hvsock>> {
+    let asking = processes::list()?.into_iter().map(|process| {
+        thread::spawn(move || Hvsock {
+            answer: ask(&process),
+            process,
+        })
+    });
+    // All are begun before the first is waited for.
+    let asking: Vec<_> = asking.collect();
+    Ok(asking.into_iter().filter_map(|it| it.join().ok()).collect())
+}
+
+/// Asks a process at each place where its control socket may be; another's answer is none. Returns
+/// where it is controlled, and its status as JSON.
+fn ask(process: &Process) -> Option<(PathBuf, String)> {
+    let named = process.option("control").filter(|named| *named != "off");
+    let named = named.and_then(|named| from_its_directory(process.id, named));
+    let usual = control::paths_of(process.id);
+    let places = named.into_iter().chain(usual);
+    let mut answers = places
+        .filter(|path| path.symlink_metadata().is_ok())
+        .filter_map(|path| {
+            let answer = ask_status(&path, PATIENCE).ok()?;
+            let status: Value = serde_json::from_str(&answer).ok()?;
+            (status["pid"] == process.id).then_some((path, answer))
+        });
+    answers.next()
+}
+
+/// Returns where a process is controlled: its own socket, or the one that it was given, or else where
+/// its own would be.
+pub(super) fn find_control_of(process: u32) -> PathBuf {
+    let own = control::find_own_path(process);
+    if own.symlink_metadata().is_ok() {
+        return own;
+    }
+    let all = processes::list().unwrap_or_default();
+    let meant = all.iter().find(|it| it.id == process);
+    meant.and_then(ask).map_or(own, |(path, _)| path)
+}
+
+/// Returns the path that a process means by `named`, if that can be known.
+fn from_its_directory(process: u32, named: &str) -> Option<PathBuf> {
+    let path = PathBuf::from(named);
+    if path.is_absolute() {
+        return Some(path);
+    }
+    let directory = std::fs::read_link(format!("/proc/{process}/cwd")).ok()?;
+    Some(directory.join(path))
+}

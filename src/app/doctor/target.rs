@@ -1,0 +1,89 @@
+//! Where a forward leads on which a guest dials the host.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::check::Check;
+use crate::address::{Address, HyperkitVm, Port, UnixAddress};
+use crate::app::control::{self, Forward, Status};
+use crate::keeper::status as keepers;
+use crate::stream::Stream;
+use crate::sys;
+
+/// How long a target on TCP may take to be connected.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Checks the target of the forward that takes what the guest dials on `port`: one on TCP is connected
+/// to, a Unix socket is looked at, and of others the last refusal is told. `None` if no hvsock that
+/// can be asked has such a forward: the one of `control`, or else the usual one and those whose
+/// keepers are in the VM's directory.
+pub(super) fn examine(
+    name: &str,
+    vm: &HyperkitVm,
+    port: Port,
+    control: Option<&Path>,
+) -> Option<Check> {
+    let forward = controls(vm, control).into_iter().find_map(|path| {
+        let status = control::get::<Status>(&path, "/v1/status").ok()?;
+        let mut forwards = status.forwards.into_iter();
+        forwards.find(|it| is_dialled(it, vm, port))
+    })?;
+    let target = &forward.connect;
+    let seen = format!("is listened on, and leads to {target}");
+    let remedy = format!("start what should listen on {target}");
+    Some(match (look_at(target), &forward.last_error) {
+        (Some(Ok(())), _) | (None, None) => Check::ok(name, seen),
+        (Some(Err(e)), _) => Check::failed(name, format_args!("{seen}: {e}"), &remedy),
+        (None, Some(error)) => Check::warning(
+            name,
+            format_args!("{seen}; the last one refused: {}", error.text),
+            &remedy,
+        ),
+    })
+}
+
+/// The control sockets of the hvsocks that may have the forward.
+fn controls(vm: &HyperkitVm, control: Option<&Path>) -> Vec<PathBuf> {
+    if let Some(control) = control {
+        return vec![control.to_owned()];
+    }
+    let of_keepers = keepers::query(&vm.state_dir).into_iter();
+    let mut paths: Vec<PathBuf> = of_keepers
+        .flat_map(|keeper| control::paths_of(keeper.proxy))
+        .collect();
+    paths.push(control::find_path());
+    paths.retain(|path| path.symlink_metadata().is_ok());
+    paths.dedup();
+    paths
+}
+
+fn is_dialled(forward: &Forward, vm: &HyperkitVm, port: Port) -> bool {
+    let Ok(listen) = forward.listen.parse::<Address>() else {
+        return false;
+    };
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let is_of_vm = |it: &HyperkitVm| real(&it.state_dir) == real(&vm.state_dir);
+    listen.guest_port() == Some(port) && listen.hyperkit_vm().is_some_and(is_of_vm)
+}
+
+/// Whether a target takes connections, as far as that can be known without disturbing it.
+fn look_at(target: &str) -> Option<io::Result<()>> {
+    match target.parse().ok()? {
+        address @ Address::Tcp(_) => {
+            let connected = Stream::connect_timeout(&address, PATIENCE);
+            Some(connected.map(drop).map_err(|e| {
+                let cause = e.cause();
+                io::Error::new(cause.kind(), cause.to_string())
+            }))
+        }
+        Address::Unix(UnixAddress::Path(path)) if path.is_absolute() => {
+            Some(match sys::is_socket_alive(&path) {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(io::Error::other("nobody listens there")),
+                Err(e) => Err(e),
+            })
+        }
+        _ => None,
+    }
+}

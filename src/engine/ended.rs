@@ -1,0 +1,106 @@
+//! The last connections that have ended, for whoever asks why one has.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use crate::name::{PeerProcess, SocketName};
+
+use super::end_reason::EndReason;
+use super::id::{ConnectionId, ForwardId};
+use super::rule::Rule;
+
+/// How many connections are remembered.
+const MOST: usize = 100;
+
+/// A connection that has ended, refused or not.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct EndedConnection {
+    /// The connection's identifier.
+    pub id: ConnectionId,
+    /// The forward that it belonged to, which may have been removed.
+    pub forward: ForwardId,
+    /// The rule under which it was accepted, with the address that was bound.
+    pub rule: Arc<Rule>,
+    /// The peer that was accepted, as far as the kernel knew its name.
+    pub peer: SocketName,
+    /// The process that made the peer, if it was a Unix socket.
+    pub process: Option<PeerProcess>,
+    /// Bytes from the accepting to the dialled side.
+    pub sent: u64,
+    /// Bytes from the dialled to the accepting side.
+    pub received: u64,
+    /// The time from the accept to the end.
+    pub age: Duration,
+    /// The time at which both sides were closed.
+    pub at: SystemTime,
+    /// Why it has ended.
+    pub why: EndReason,
+    /// The error for which it was refused, if it was.
+    pub error: Option<Arc<str>>,
+}
+
+/// The last connections that have ended. Its lock is held for moments: an entry is moved in, or
+/// all are cloned, which allocates one array.
+#[derive(Debug)]
+pub(crate) struct Ended(Mutex<VecDeque<EndedConnection>>);
+
+impl Default for Ended {
+    fn default() -> Ended {
+        Ended(Mutex::new(VecDeque::with_capacity(MOST)))
+    }
+}
+
+impl Ended {
+    /// Adds a connection, in place of the oldest one if there are too many.
+    pub(crate) fn note(&self, ended: EndedConnection) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let oldest = match all.len() < MOST {
+            true => None,
+            false => all.pop_front(),
+        };
+        all.push_back(ended);
+        drop(all);
+        // It may be the last that knows a rule.
+        drop(oldest);
+    }
+
+    /// Returns the connections, the oldest first.
+    pub(crate) fn list(&self) -> Vec<EndedConnection> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_hundred_are_remembered_in_their_order() {
+        let ended = Ended::default();
+        let address = || "tcp://127.0.0.1:1".parse().unwrap();
+        let rule = Arc::new(Rule::new(address(), address()));
+        for id in 0..250 {
+            ended.note(EndedConnection {
+                id: ConnectionId(id),
+                forward: ForwardId(0),
+                rule: Arc::clone(&rule),
+                peer: SocketName::Unnamed,
+                process: None,
+                sent: 0,
+                received: 0,
+                age: Duration::ZERO,
+                at: SystemTime::UNIX_EPOCH,
+                why: EndReason::ClientClosed,
+                error: None,
+            });
+        }
+        let ids = ended.list().into_iter().map(|it| it.id.0);
+        assert!(ids.eq(150..250));
+        assert_eq!(Arc::strong_count(&rule), 101);
+        assert_eq!(ended.0.lock().unwrap().capacity(), MOST);
+    }
+}
