@@ -20,9 +20,14 @@ use command::*;
 use common::*;
 use socket2::{Domain, Socket, Type};
 
-/// A command that runs where `hosts` is the file of hosts; `None` if there can be no such place here.
+/// The binary, where `hosts` is the file of hosts; `None` if there can be no such place here.
 fn with_hosts(hosts: &Path) -> Option<Command> {
-    let command = |program: &str| {
+    program_with_hosts(hosts, Path::new(env!("CARGO_BIN_EXE_hvsock")))
+}
+
+/// A program there.
+fn program_with_hosts(hosts: &Path, program: &Path) -> Option<Command> {
+    let command = |program: &Path| {
         let mut unshare = Command::new("unshare");
         if !nix::unistd::geteuid().is_root() {
             unshare.args(["--user", "--map-root-user"]);
@@ -32,9 +37,9 @@ fn with_hosts(hosts: &Path) -> Option<Command> {
         unshare.arg(hosts).arg(program);
         unshare
     };
-    let may = command("true").stderr(Stdio::null()).status();
+    let may = command(Path::new("true")).stderr(Stdio::null()).status();
     match may.is_ok_and(|status| status.success()) {
-        true => Some(command(env!("CARGO_BIN_EXE_hvsock"))),
+        true => Some(command(program)),
         false => {
             println!("skipped: unshare may not make namespaces here; run as root");
             None
@@ -151,4 +156,123 @@ fn an_address_that_refuses_costs_nothing() {
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     let refused = client.read(&mut [0; 1]);
     assert!(!matches!(refused, Ok(1..)), "{refused:?}");
+}
+
+/// A name with four addresses of which one has an echo server and the others are silent, and the
+/// command that runs where it is known.
+struct Quartet {
+    port: u16,
+    _silent: Vec<Silent>,
+}
+
+impl Quartet {
+    /// Makes one whose server is at the address of this number.
+    fn new(lively: u8) -> Quartet {
+        let at = |last, port| SocketAddr::from((Ipv4Addr::new(127, 0, 1, last), port));
+        let server = TcpListener::bind(at(lively, 0)).unwrap();
+        let port = server.local_addr().unwrap().port();
+        std::thread::spawn(move || {
+            for client in server.incoming().flatten() {
+                std::thread::spawn(move || {
+                    let _ = std::io::copy(&mut &client, &mut &client);
+                    let _ = client.shutdown(std::net::Shutdown::Write);
+                });
+            }
+        });
+        let silent = (1..=4).filter(|it| *it != lively);
+        let _silent = silent.map(|it| Silent::at(at(it, port))).collect();
+        Quartet { port, _silent }
+    }
+
+    fn hosts(at: &Path) {
+        let lines: String = (1..=4).map(|n| format!("127.0.1.{n} four\n")).collect();
+        fs::write(at, lines).unwrap();
+    }
+}
+
+/// Each address has a quarter of half a minute if they are tried one after the other, which is too
+/// long for at least one of these.
+#[test]
+fn cat_waits_for_no_address_that_is_silent() {
+    let dir = private_dir();
+    let hosts = dir.path().join("hosts");
+    Quartet::hosts(&hosts);
+    for lively in 1..=4 {
+        let Some(mut cat) = with_hosts(&hosts) else {
+            return;
+        };
+        let quartet = Quartet::new(lively);
+        cat.args(["cat", &format!("tcp://four:{}", quartet.port)]);
+        let mut cat = cat
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        cat.stdin.take().unwrap().write_all(b"hello").unwrap();
+        eventually("cat has ended", || cat.try_wait().unwrap().is_some());
+        let output = cat.wait_with_output().unwrap();
+        assert_eq!(output.stdout, b"hello", "{lively}");
+    }
+}
+
+/// The port of the [`Quartet`] at which [`the_library_dials`] dials.
+const PORT: &str = "HVSOCK_TEST_QUARTET";
+
+#[test]
+fn the_library_waits_for_no_address_that_is_silent_and_remembers() {
+    let dir = private_dir();
+    let hosts = dir.path().join("hosts");
+    Quartet::hosts(&hosts);
+    let this = std::env::current_exe().unwrap();
+    let mut slowest = None;
+    for lively in 1..=4 {
+        let Some(mut library) = program_with_hosts(&hosts, &this) else {
+            return;
+        };
+        let quartet = Quartet::new(lively);
+        library.args(["--exact", "the_library_dials", "--nocapture"]);
+        library.env(PORT, quartet.port.to_string());
+        let output = library.output().unwrap();
+        let told = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{told}");
+        let times = told.lines().find_map(|line| line.split_once("times: "));
+        let times = times.unwrap_or_else(|| panic!("{told}")).1;
+        let mut times = times.split(' ').map(|time| time.parse::<u128>().unwrap());
+        slowest = slowest.max(Some((times.next().unwrap(), times.next().unwrap())));
+    }
+    let (raced, again) = slowest.unwrap();
+    assert!(
+        again * 2 < raced,
+        "once the silent ones are known, {again} µs; before, {raced} µs"
+    );
+}
+
+/// Dials where the name is known, each time as long as it takes: in a process of its own.
+#[test]
+fn the_library_dials() {
+    let Ok(port) = std::env::var(PORT) else {
+        return;
+    };
+    let target: hvsock::Address = format!("tcp://four:{port}").parse().unwrap();
+    // A share of this time would be far too much for the test.
+    let patience = Duration::from_secs(3600);
+    let dial = || {
+        let begun = Instant::now();
+        let mut stream = hvsock::Stream::connect_timeout(&target, patience).unwrap();
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        begun.elapsed()
+    };
+    let (raced, again) = (dial(), (0..3).map(|_| dial()).min().unwrap());
+    println!("times: {} {}", raced.as_micros(), again.as_micros());
+    #[cfg(feature = "tokio")]
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let all = (0..3).map(|_| hvsock::tokio::Stream::connect_timeout(&target, patience));
+        for dialled in all {
+            let mut stream = dialled.await.unwrap();
+            stream.write_all(b"x").await.unwrap();
+            stream.read_exact(&mut [0]).await.unwrap();
+        }
+    });
 }

@@ -229,6 +229,21 @@ fn tcp_client(port: u16) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
+/// A client over IPv6, or over IPv4 if the machine hasn't `::1`.
+fn v6_client(port: u16) -> io::Result<TcpStream> {
+    match TcpListener::bind("[::1]:0") {
+        Err(e) if e.kind() != ErrorKind::AddrInUse => {
+            println!("skipped in part: this machine has no ::1: {e}");
+            tcp_client(port)
+        }
+        _ => {
+            let stream = TcpStream::connect(("::1", port))?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            Ok(stream)
+        }
+    }
+}
+
 fn local_client(path: &Path) -> io::Result<UnixStream> {
     let stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -243,6 +258,7 @@ fn no_client_is_refused_and_no_byte_lost_however_often_one_takes_over() {
     let vm = Arc::new(vm);
     let rules = [
         scene.forward("tcp", 0),
+        scene.forward("both", "localhost:0"),
         scene.forward("unix", scene.at("front")),
         format!(
             "[forward.guest]\nlisten = 0\nvm = {0:?}\nport = 7\n\
@@ -259,11 +275,25 @@ fn no_client_is_refused_and_no_byte_lost_however_often_one_takes_over() {
                 "connect": format!("tcp://127.0.0.1:{}", scene.echo)})
         .to_string(),
     );
-    let names = ["tcp", "unix", "guest", "dialled", "by hand"];
-    assert_eq!(scene.names(), names, "{added}");
-    let ports = || ["tcp", "guest", "by hand"].map(|name| scene.port(name));
+    let (_, added_too) = scene.call(
+        "POST",
+        "/v1/forwards",
+        &json!({"name": "both by hand", "listen": "tcp://*:0", "connect": format!("tcp://127.0.0.1:{}", scene.echo)})
+            .to_string(),
+    );
+    let names = [
+        "tcp",
+        "both",
+        "unix",
+        "guest",
+        "dialled",
+        "by hand",
+        "both by hand",
+    ];
+    assert_eq!(scene.names(), names, "{added} {added_too}");
+    let ports = || ["tcp", "guest", "by hand", "both", "both by hand"].map(|name| scene.port(name));
     let before = ports();
-    let [tcp_port, guest, by_hand] = before;
+    let [tcp_port, guest, by_hand, both, both_by_hand] = before;
     let (front, dialled) = (scene.at("front"), Arc::clone(&vm));
     let control = scene.control();
     let crowd = Crowd::new()
@@ -273,6 +303,11 @@ fn no_client_is_refused_and_no_byte_lost_however_often_one_takes_over() {
         .come("client of the guest", move || tcp_client(guest))
         .come("client of a forward added by hand", move || {
             tcp_client(by_hand)
+        })
+        .come("client of both families", move || tcp_client(both))
+        .come("IPv6 client of both families", move || v6_client(both))
+        .come("IPv6 client of all addresses", move || {
+            v6_client(both_by_hand)
         })
         .come("guest", move || {
             let stream = dialled.dial(5000)?;

@@ -283,3 +283,32 @@ async fn a_program_and_a_file_are_dialled() {
     file.read_to_end(&mut answer).await.unwrap();
     assert_eq!(answer, b"content");
 }
+
+#[tokio::test]
+async fn a_listener_of_both_families_accepts_from_both() {
+    let listener = Listener::bind(&"tcp://localhost:0".parse().unwrap()).unwrap();
+    let Address::Tcp(bound) = listener.address().clone() else {
+        panic!("no TCP address");
+    };
+    let mut ips: Vec<std::net::IpAddr> = vec!["127.0.0.1".parse().unwrap()];
+    match std::net::TcpListener::bind("[::1]:0") {
+        Ok(_) => ips.push("::1".parse().unwrap()),
+        Err(e) => eprintln!("skipped in part: this machine has no ::1: {e}"),
+    }
+    for turn in 0..6 {
+        let ip = ips[turn % ips.len()];
+        let accepting = async {
+            match turn < 3 {
+                true => listener.accept().await.unwrap(),
+                false => poll_fn(|context| listener.poll_accept(context))
+                    .await
+                    .unwrap(),
+            }
+        };
+        let client = tokio::net::TcpStream::connect((ip, bound.port));
+        let both = async { tokio::join!(accepting, client) };
+        let ((_, peer), client) = timeout(PATIENCE, both).await.unwrap();
+        let client = SocketName::Tcp(client.unwrap().local_addr().unwrap());
+        assert_eq!(peer, client, "{turn}");
+    }
+}

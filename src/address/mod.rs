@@ -8,7 +8,8 @@
 //! | `vsock-mux://:PORT/PATH` | a vsock port behind the Unix socket of Firecracker, Cloud Hypervisor or vhost-device-vsock |
 //! | `unix:///PATH`, `unix:REL`, `unix:@NAME`, `/PATH`, `./REL`, `../REL` | a Unix socket |
 //! | `npipe:////./pipe/NAME`, `//./pipe/NAME`, `\\.\pipe\NAME` | a named pipe of Windows |
-//! | `tcp://HOST:PORT` | TCP |
+//! | `tcp://HOST:PORT` | TCP; to listen on, `localhost` and `*` are IPv4 and IPv6 |
+//! | `tcp4://HOST:PORT`, `tcp6://HOST:PORT` | TCP over IPv4 alone, or IPv6 alone |
 //! | `exec:/PROGRAM[?arg=…&env=…&pty=yes]` | to connect to: a program that is started for each connection |
 //! | `file:/PATH` | to connect to: the content of a file |
 //!
@@ -50,7 +51,7 @@ pub(crate) use hyperkit::is_guest_cid;
 pub use hyperkit::{HyperkitAddress, HyperkitVm};
 pub use npipe::NpipeAddress;
 pub use port::{Port, PortError};
-pub use tcp::{Host, TcpAddress};
+pub use tcp::{Host, IpFamily, TcpAddress};
 #[cfg(feature = "cli")]
 pub(crate) use text::as_text;
 pub(crate) use transport::{HalfClose, Refusal, Reset, SocketKind, Waiter};

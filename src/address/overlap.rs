@@ -1,12 +1,17 @@
 //! Which addresses are in each other's way where they are listened on, as far as the addresses
 //! alone tell: their files are for who asks.
 
+use std::net::IpAddr;
+
 use super::{Address, Host, TcpAddress};
 
 /// What two addresses may have in common of which only one can be listened on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum ListenKey<'a> {
-    TcpPort(&'a Host, u16),
+    /// A port of one IP address.
+    IpPort(IpAddr, u16),
+    /// A port of a name whose address isn't known.
+    NamePort(&'a str, u16),
     /// A port of all IPv4 addresses, or of all IPv6 ones.
     PortOfAll(IpKind, u16),
     /// A port of any of them.
@@ -26,10 +31,12 @@ impl Address {
         let Address::Tcp(tcp) = self else {
             return vec![ListenKey::Address(self)];
         };
-        let mut keys = vec![ListenKey::TcpPort(&tcp.host, tcp.port)];
-        if let Some(kind) = kind_of(tcp) {
+        let mut keys = Vec::from_iter(name_key(tcp));
+        for ip in tcp.known_ips() {
+            let kind = IpKind::of(ip);
+            keys.push(ListenKey::IpPort(ip, tcp.port));
             keys.push(ListenKey::PortOfAny(kind, tcp.port));
-            if is_for_all(tcp) {
+            if ip.is_unspecified() {
                 keys.push(ListenKey::PortOfAll(kind, tcp.port));
             }
         }
@@ -42,9 +49,11 @@ impl Address {
         let Address::Tcp(tcp) = self else {
             return vec![ListenKey::Address(self)];
         };
-        let mut keys = vec![ListenKey::TcpPort(&tcp.host, tcp.port)];
-        if let Some(kind) = kind_of(tcp) {
-            keys.push(match is_for_all(tcp) {
+        let mut keys = Vec::from_iter(name_key(tcp));
+        for ip in tcp.known_ips() {
+            let kind = IpKind::of(ip);
+            keys.push(ListenKey::IpPort(ip, tcp.port));
+            keys.push(match ip.is_unspecified() {
                 true => ListenKey::PortOfAny(kind, tcp.port),
                 false => ListenKey::PortOfAll(kind, tcp.port),
             });
@@ -60,11 +69,17 @@ impl Address {
         match (self, other) {
             (Address::Tcp(one), Address::Tcp(other)) => {
                 // Elsewhere one of all addresses may have another listener.
-                let all = cfg!(target_os = "linux")
-                    && kind_of(one).is_some()
-                    && kind_of(one) == kind_of(other)
-                    && (is_for_all(one) || is_for_all(other));
-                one.port == other.port && (one.host == other.host || all)
+                let is_within = |one: IpAddr, other: IpAddr| {
+                    cfg!(target_os = "linux")
+                        && IpKind::of(one) == IpKind::of(other)
+                        && (one.is_unspecified() || other.is_unspecified())
+                };
+                let have_one = |ip: &IpAddr| {
+                    let mut others = other.known_ips().into_iter();
+                    others.any(|it| it == *ip || is_within(*ip, it))
+                };
+                let is_same = (&one.host, one.family) == (&other.host, other.family);
+                one.port == other.port && (is_same || one.known_ips().iter().any(have_one))
             }
             _ => self == other,
         }
@@ -77,9 +92,11 @@ impl Address {
         }
         match (self, other) {
             (Address::Tcp(one), Address::Tcp(other)) => {
-                // A name may stand for any address.
-                let all = |tcp: &TcpAddress| tcp.socket_addr().is_none_or(|it| is_wide(&it));
-                one.port == other.port && (one.host == other.host || all(one) || all(other))
+                // A name may stand for any address, and [::] for those of IPv4.
+                let (ours, theirs) = (one.known_ips(), other.known_ips());
+                let all = |ips: &[IpAddr]| ips.is_empty() || ips.iter().any(IpAddr::is_unspecified);
+                let have_one = ours.iter().any(|ip| theirs.contains(ip));
+                one.port == other.port && (have_one || all(&ours) || all(&theirs))
             }
             (Address::Vsock(one), Address::Vsock(other)) => one.port == other.port,
             _ => self == other,
@@ -87,20 +104,63 @@ impl Address {
     }
 }
 
-/// Returns whether it stands for all addresses of the machine.
-fn is_wide(address: &std::net::SocketAddr) -> bool {
-    address.ip().is_unspecified()
+impl IpKind {
+    fn of(ip: IpAddr) -> IpKind {
+        match ip {
+            IpAddr::V4(_) => IpKind::V4,
+            IpAddr::V6(_) => IpKind::V6,
+        }
+    }
 }
 
-/// Returns whether it is known to stand for all addresses of its kind.
-fn is_for_all(tcp: &TcpAddress) -> bool {
-    tcp.socket_addr().is_some_and(|it| is_wide(&it))
-}
-
-fn kind_of(tcp: &TcpAddress) -> Option<IpKind> {
+/// Returns the key of a name whose addresses aren't known.
+fn name_key(tcp: &TcpAddress) -> Option<ListenKey<'_>> {
     match &tcp.host {
-        Host::Ip(ip) if ip.is_ipv4() => Some(IpKind::V4),
-        Host::Ip(_) => Some(IpKind::V6),
-        Host::Name(_) => None,
+        Host::Name(name) if tcp.known_ips().is_empty() => Some(ListenKey::NamePort(name, tcp.port)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_of_both_families_is_in_the_way_of_each_of_them() {
+        let all = [
+            "localhost:80",
+            "127.0.0.1:80",
+            "[::1]:80",
+            "*:80",
+            "0.0.0.0:80",
+            "[::]:80",
+            "name:80",
+            "localhost:81",
+        ];
+        let address = |text: &str| format!("tcp://{text}").parse::<Address>().unwrap();
+        let of_all = |one: &str| matches!(one, "*:80" | "0.0.0.0:80" | "[::]:80");
+        for one in all {
+            for other in all {
+                let certain = match (one, other) {
+                    _ if one == other => true,
+                    ("localhost:81" | "name:80", _) | (_, "localhost:81" | "name:80") => false,
+                    ("0.0.0.0:80", it) | (it, "0.0.0.0:80") if it.starts_with('[') => false,
+                    ("127.0.0.1:80", it) | (it, "127.0.0.1:80") if it.starts_with('[') => false,
+                    _ if of_all(one) && of_all(other) => true,
+                    _ if of_all(one) || of_all(other) => cfg!(target_os = "linux"),
+                    _ => true,
+                };
+                let (ours, theirs) = (address(one), address(other));
+                assert_eq!(ours.collides(&theirs), certain, "{one} {other}");
+                let keys = theirs.listen_keys();
+                let is_found = ours.colliding_keys().iter().any(|key| keys.contains(key));
+                assert!(is_found || !certain, "{one} {other}");
+                assert!(ours.may_collide(&theirs) || !certain, "{one} {other}");
+            }
+        }
+        let [four, six] = ["tcp4://*:80", "tcp6://*:80"].map(|text| text.parse().unwrap());
+        assert!(!Address::collides(&four, &six));
+        assert!(four.collides(&address("localhost:80")));
     }
 }

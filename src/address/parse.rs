@@ -23,7 +23,7 @@ impl FromStr for Address {
             "vsock-mux" => input.parse().map(Address::VsockMux),
             "unix" => input.parse().map(Address::Unix),
             "npipe" => input.parse().map(Address::Npipe),
-            "tcp" => input.parse().map(Address::Tcp),
+            "tcp" | "tcp4" | "tcp6" => input.parse().map(Address::Tcp),
             "exec" => input.parse().map(Address::Exec),
             "file" => input.parse().map(Address::File),
             _ => Err(unknown(input, scheme)),

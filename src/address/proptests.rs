@@ -150,7 +150,13 @@ fn address() -> impl Strategy<Value = Address> {
     let sddl = proptest::option::of("[^\0]{1,8}");
     let host = prop_oneof![
         any::<IpAddr>().prop_map(Host::Ip),
-        name().prop_map(Host::Name)
+        name().prop_map(Host::Name),
+        Just(Host::Any)
+    ];
+    let family = prop_oneof![
+        Just(IpFamily::Either),
+        Just(IpFamily::V4),
+        Just(IpFamily::V6)
     ];
     prop_oneof![
         (vm(), port()).prop_map(|(vm, port)| HyperkitAddress { vm, port }.into()),
@@ -192,7 +198,15 @@ fn address() -> impl Strategy<Value = Address> {
         }),
         unix.prop_map(Address::Unix),
         (pipe, sddl).prop_map(|(name, sddl)| NpipeAddress { name, sddl }.into()),
-        (host, any::<u16>()).prop_map(|(host, port)| TcpAddress { host, port }.into()),
+        (host, any::<u16>(), family).prop_map(|(host, port, family)| {
+            // An address is of one family, and a name may be an address with its zone.
+            let family = match &host {
+                Host::Ip(_) => IpFamily::Either,
+                Host::Name(name) if name.contains('%') => IpFamily::Either,
+                _ => family,
+            };
+            TcpAddress { host, port, family }.into()
+        }),
         exec().prop_map(Address::Exec),
         path().prop_map(|path| FileAddress { path }.into()),
     ]
@@ -219,6 +233,8 @@ fn nearly_address() -> impl Strategy<Value = String> {
         "vsock-mux",
         "unix",
         "tcp",
+        "tcp4",
+        "tcp6",
         "npipe",
         "exec",
         "file",

@@ -1,16 +1,51 @@
-//! `tcp://HOST:PORT`.
+//! `tcp://HOST:PORT`, and of one family of IP `tcp4://HOST:PORT` and `tcp6://HOST:PORT`.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use super::port::parse_u16;
+use super::transport::{TCP_EXAMPLE, TCP4, TCP6};
 use super::uri::{self, Uri};
-use super::{AddressError, Part};
+use super::{Address, AddressError, Part};
+
+/// The families of IP that a [`TcpAddress`] may be of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum IpFamily {
+    /// IPv4 and IPv6: `tcp://`.
+    #[default]
+    Either,
+    /// IPv4 alone: `tcp4://`.
+    V4,
+    /// IPv6 alone: `tcp6://`.
+    V6,
+}
+
+impl IpFamily {
+    /// Returns whether it has that address.
+    pub fn includes(self, ip: &IpAddr) -> bool {
+        match self {
+            IpFamily::Either => true,
+            IpFamily::V4 => ip.is_ipv4(),
+            IpFamily::V6 => ip.is_ipv6(),
+        }
+    }
+
+    /// Returns the scheme of its addresses.
+    pub(super) fn scheme(self) -> &'static str {
+        match self {
+            IpFamily::Either => "tcp",
+            IpFamily::V4 => "tcp4",
+            IpFamily::V6 => "tcp6",
+        }
+    }
+}
 
 /// The host of a [`TcpAddress`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Host {
+    /// All addresses of this machine, to listen on: `*`. As a target it is this machine.
+    Any,
     /// An IP address; IPv6 stands in brackets.
     Ip(IpAddr),
     /// A name that a dial resolves; also an IPv6 address with its zone, `fe80::1%en0`,
@@ -21,6 +56,7 @@ pub enum Host {
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Host::Any => f.write_str("*"),
             Host::Ip(IpAddr::V4(ip)) => ip.fmt(f),
             Host::Ip(IpAddr::V6(ip)) => write!(f, "[{ip}]"),
             Host::Name(name) => {
@@ -37,28 +73,75 @@ impl fmt::Display for Host {
     }
 }
 
-/// A TCP address: `tcp://HOST:PORT`.
+/// A TCP address: `tcp://HOST:PORT`, `tcp4://HOST:PORT` or `tcp6://HOST:PORT`.
+///
+/// To listen on `localhost` or `*` is to listen on IPv4 and IPv6, as far as the machine has them; to
+/// listen on another name is to listen on the first address of it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TcpAddress {
     /// The host.
     pub host: Host,
     /// The port; 0 lets the system choose one to listen on.
     pub port: u16,
+    /// The families of IP in which its host is looked for.
+    pub family: IpFamily,
 }
 
 impl TcpAddress {
-    /// Returns it as std has it; `None` if its host is a name.
+    /// Makes the address of a host, of either family of IP.
+    pub fn new(host: Host, port: u16) -> TcpAddress {
+        let family = IpFamily::Either;
+        TcpAddress { host, port, family }
+    }
+
+    /// Returns it as std has it; `None` if its host is a name, or all addresses.
     pub(crate) fn socket_addr(&self) -> Option<SocketAddr> {
         match self.host {
             Host::Ip(ip) => Some(SocketAddr::new(ip, self.port)),
-            Host::Name(_) => None,
+            Host::Name(_) | Host::Any => None,
         }
+    }
+
+    /// Returns the addresses that its host stands for, the one of IPv4 first, as far as that is known
+    /// without resolving it: there is none for a name but `localhost`.
+    pub(crate) fn known_ips(&self) -> Vec<IpAddr> {
+        let both: [IpAddr; 2] = match &self.host {
+            Host::Ip(ip) => return vec![*ip],
+            Host::Any => [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
+            // RFC 6761, section 6.3: it is a loopback address, whatever a name server says.
+            Host::Name(name) if name.eq_ignore_ascii_case("localhost") => {
+                [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
+            }
+            Host::Name(_) => return Vec::new(),
+        };
+        let is_included = |ip: &IpAddr| self.family.includes(ip);
+        both.into_iter().filter(is_included).collect()
+    }
+
+    /// Returns the address that was bound when this one was asked for: with the port that the kernel
+    /// chose, and a name resolved, unless it stands for addresses of either family.
+    pub(crate) fn bound_at(&self, bound: SocketAddr) -> TcpAddress {
+        let host = match &self.host {
+            Host::Name(_) if self.known_ips().len() < 2 => Host::Ip(bound.ip()),
+            host => host.clone(),
+        };
+        let (port, family) = (bound.port(), self.family);
+        TcpAddress { host, port, family }
+    }
+}
+
+impl Address {
+    /// Returns how many sockets there may be to listen on it.
+    pub(crate) fn listening_sockets(&self) -> usize {
+        let ips = self.as_tcp().map(|tcp| tcp.known_ips().len());
+        ips.map_or(1, |count| count.max(1))
     }
 }
 
 impl fmt::Display for TcpAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "tcp://{}:{}", self.host, self.port)
+        let scheme = self.family.scheme();
+        write!(f, "{scheme}://{}:{}", self.host, self.port)
     }
 }
 
@@ -66,7 +149,13 @@ impl FromStr for TcpAddress {
     type Err = AddressError;
 
     fn from_str(input: &str) -> Result<TcpAddress, AddressError> {
-        let uri = Uri::parse(input, "tcp", "tcp://127.0.0.1:8080")?;
+        let scheme = input.split_once(':').map_or("", |(scheme, _)| scheme);
+        let (family, example) = match scheme.to_ascii_lowercase().as_str() {
+            "tcp4" => (IpFamily::V4, TCP4.example),
+            "tcp6" => (IpFamily::V6, TCP6.example),
+            _ => (IpFamily::Either, TCP_EXAMPLE),
+        };
+        let uri = Uri::parse(input, family.scheme(), example)?;
         if let Some(example) = unbracketed(uri.authority) {
             return Err(uri.error_with_example(
                 Part::Host,
@@ -82,7 +171,16 @@ impl FromStr for TcpAddress {
         let address = TcpAddress {
             host: parse_host(&uri, host)?,
             port: parse_u16(port).map_err(|reason| uri.error(Part::Port, port, reason))?,
+            family,
         };
+        let zoned = match &address.host {
+            Host::Name(name) => split_zone(name).map(|(ip, _)| IpAddr::from(ip)),
+            _ => None,
+        };
+        let ip = address.socket_addr().map(|it| it.ip()).or(zoned);
+        if ip.is_some_and(|ip| !family.includes(&ip)) {
+            return Err(uri.error(Part::Host, host, "is of the other family of IP"));
+        }
         uri.ends_here()?;
         Ok(address)
     }
@@ -91,7 +189,10 @@ impl FromStr for TcpAddress {
 fn parse_host(uri: &Uri<'_>, host: &str) -> Result<Host, AddressError> {
     let error = |reason: &str| Err(uri.error(Part::Host, host, reason));
     if host.is_empty() {
-        return error("is missing (127.0.0.1 is this machine alone, 0.0.0.0 any network)");
+        return error("is missing (localhost is this machine alone, * any network)");
+    }
+    if host == "*" {
+        return Ok(Host::Any);
     }
     if let Some(inner) = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')) {
         return match inner.split_once('%') {

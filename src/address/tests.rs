@@ -86,6 +86,13 @@ fn right_addresses_print_in_one_form() {
         ("tcp://[fe80::1%25en0]:1", "tcp://[fe80::1%25en0]:1"),
         ("tcp://[fe80::1%25]:1", "tcp://[fe80::1%2525]:1"),
         ("tcp://db-1.example:0x50", "tcp://db-1.example:80"),
+        ("tcp://*:80", "tcp://*:80"),
+        ("tcp://%2A:80", "tcp://%2A:80"),
+        ("TCP4://*:80/", "tcp4://*:80"),
+        ("tcp4://127.0.0.1:80", "tcp4://127.0.0.1:80"),
+        ("tcp6://[0:0::1]:80", "tcp6://[::1]:80"),
+        ("tcp6://[fe80::1%en0]:1", "tcp6://[fe80::1%25en0]:1"),
+        ("tcp6://localhost:0", "tcp6://localhost:0"),
     ] {
         let address: Address = input.parse().unwrap();
         assert_eq!(address.to_string(), printed, "{input}");
@@ -161,7 +168,8 @@ fn well_known_ids_are_microsofts() {
 
 #[test]
 fn bad_addresses_say_what_is_wrong_and_what_is_right() {
-    const KNOWN: &str = "(known: hyperkit, vsock, hvsock, vsock-mux, unix, npipe, tcp, exec, file)";
+    const KNOWN: &str =
+        "(known: hyperkit, vsock, hvsock, vsock-mux, unix, npipe, tcp, tcp4, tcp6, exec, file)";
     let no_number = "is not a number (80, or 0x50 in hex)";
     let vsock = "; a right one: vsock://3:1024";
     let hyperkit = "; a right one: hyperkit://:80/path/to/state";
@@ -178,6 +186,9 @@ fn bad_addresses_say_what_is_wrong_and_what_is_right() {
         ("db:81", format!("scheme is missing {KNOWN}; a right one: tcp://db:81")),
         ("[::1]:81", format!("scheme is missing {KNOWN}; a right one: tcp://[::1]:81")),
         ("::1:81", format!("scheme is missing {KNOWN}; a right one: tcp://[::1]:81")),
+        ("tcp4://[::1]:81", r#"host "[::1]" is of the other family of IP; a right one: tcp4://*:8080"#.to_owned()),
+        ("tcp6://[fe80::1%lo]", "port is missing; a right one: tcp6://*:8080".to_owned()),
+        ("tcp6://10.0.0.1:81", r#"host "10.0.0.1" is of the other family of IP; a right one: tcp6://*:8080"#.to_owned()),
         ("run/x.sock", format!("scheme is missing {KNOWN}; a right one: unix:./run/x.sock")),
         ("http://x", format!(r#"scheme "http" is unknown {KNOWN}{tcp}"#)),
         ("hyper-kit://:80/x", format!(r#"scheme "hyper-kit" is unknown {KNOWN}{hyperkit}"#)),
@@ -233,7 +244,7 @@ fn bad_addresses_say_what_is_wrong_and_what_is_right() {
         ("npipe:////./pipe/a?sddl=", format!(r#"query "sddl" wants a security descriptor, as in D:P(A;;GA;;;BA){npipe}"#)),
         ("tcp://db", format!("port is missing{tcp}")),
         ("tcp://[::1]", format!("port is missing{tcp}")),
-        ("tcp://:80", format!("host is missing (127.0.0.1 is this machine alone, 0.0.0.0 any network){tcp}")),
+        ("tcp://:80", format!("host is missing (localhost is this machine alone, * any network){tcp}")),
         ("tcp://db:65536", format!(r#"port "65536" is larger than 65535{tcp}"#)),
         ("tcp://::1:80", r#"host "::1:80" is an IPv6 address without its brackets; a right one: tcp://[::1]:80"#.to_owned()),
         ("tcp://fe80::1", r#"host "fe80::1" is an IPv6 address without its brackets; a right one: tcp://[fe80::1]:8080"#.to_owned()),

@@ -8,7 +8,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Address, CID_ANY, CID_LOCAL, HyperkitVm, PORT_ANY, TcpAddress, UnixAddress};
+use super::{
+    Address, CID_ANY, CID_LOCAL, Host, HyperkitVm, IpFamily, PORT_ANY, TcpAddress, UnixAddress,
+};
 #[cfg(feature = "cli")]
 use super::{Port, ServiceId};
 
@@ -178,6 +180,20 @@ const TCP: Transport = Transport {
     ..ORDINARY
 };
 
+/// TCP over IPv4 alone.
+pub(super) const TCP4: Transport = Transport {
+    scheme: "tcp4",
+    example: "tcp4://*:8080",
+    ..TCP
+};
+
+/// TCP over IPv6 alone.
+pub(super) const TCP6: Transport = Transport {
+    scheme: "tcp6",
+    example: "tcp6://*:8080",
+    ..TCP
+};
+
 /// Each connection has a thread (`dial/exec.rs`), which a Unix socket leads to.
 const EXEC: Transport = Transport {
     scheme: "exec",
@@ -196,8 +212,8 @@ const FILE: Transport = Transport {
 };
 
 /// Every family's row.
-pub(super) const ALL: [&Transport; 9] = [
-    &HYPERKIT, &VSOCK, &HVSOCK, &VSOCK_MUX, &UNIX, &NPIPE, &TCP, &EXEC, &FILE,
+pub(super) const ALL: [&Transport; 11] = [
+    &HYPERKIT, &VSOCK, &HVSOCK, &VSOCK_MUX, &UNIX, &NPIPE, &TCP, &TCP4, &TCP6, &EXEC, &FILE,
 ];
 
 impl Waiter {
@@ -221,7 +237,11 @@ impl Address {
             Address::VsockMux(_) => &VSOCK_MUX,
             Address::Unix(_) => &UNIX,
             Address::Npipe(_) => &NPIPE,
-            Address::Tcp(_) => &TCP,
+            Address::Tcp(tcp) => match tcp.family {
+                IpFamily::Either => &TCP,
+                IpFamily::V4 => &TCP4,
+                IpFamily::V6 => &TCP6,
+            },
             Address::Exec(_) => &EXEC,
             Address::File(_) => &FILE,
         }
@@ -278,6 +298,10 @@ impl Address {
     pub(crate) fn why_no_target(&self) -> Option<(&'static str, Option<&'static str>)> {
         match self {
             Address::Tcp(tcp) if tcp.port == 0 => Some(("port 0 can't be connected to", None)),
+            Address::Tcp(tcp) if tcp.host == Host::Any => Some((
+                "* stands for all addresses of this machine, to listen on",
+                Some("name one: localhost, an IP address, or another host"),
+            )),
             Address::Vsock(vsock) if vsock.cid == CID_ANY => Some((
                 "there is no CID to connect to",
                 Some("name one, as in vsock://3:1024"),

@@ -267,7 +267,9 @@ pub(super) fn addresses(value: &Value) -> Result<Vec<Address>, String> {
 /// itself. A path has no range.
 pub(super) fn expand_ports(text: &str) -> Result<Vec<String>, String> {
     let whole = || Ok(vec![text.to_owned()]);
-    let address = text.strip_prefix("tcp://").unwrap_or(text);
+    let schemes = ["tcp://", "tcp4://", "tcp6://"];
+    let address = schemes.iter().find_map(|it| text.strip_prefix(it));
+    let address = address.unwrap_or(text);
     let (host, range) = address.rsplit_once(':').unwrap_or(("", address));
     let Some((first, last)) = range.split_once('-') else {
         return whole();
@@ -319,12 +321,17 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_digit())
 }
 
-/// Reads a TCP address, as in `9100` or `"127.0.0.1:9100"`.
-pub(super) fn tcp(value: &Value) -> Result<TcpAddress, String> {
+/// Reads where the metrics are served: `9100`, `"127.0.0.1:9100"`, a Unix socket or a vsock port.
+pub(super) fn metrics(value: &Value) -> Result<Address, String> {
     let address = address(value)?;
-    address.as_tcp().cloned().ok_or_else(|| {
-        format!("{address} is no TCP address; a right one: 9100 or \"127.0.0.1:9100\"")
-    })
+    match address {
+        Address::Tcp(_) | Address::Unix(_) => Ok(address),
+        // Where it is framed, HTTP's bytes are not.
+        Address::Vsock(ref vsock) if !vsock.framing => Ok(address),
+        other => Err(format!(
+            "metrics are not served at {other}; a right one: 9100, \"127.0.0.1:9100\", \"/run/metrics.sock\" or \"vsock://:9100\""
+        )),
+    }
 }
 
 /// Returns a text whose `~/` is the user's home: there is no shell here that would do it.
@@ -361,18 +368,14 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
     }
     if matches!(
         host,
-        "tcp" | "npipe" | "hyperkit" | "vsock" | "vsock-mux" | "hvsock"
+        "tcp" | "tcp4" | "tcp6" | "npipe" | "hyperkit" | "vsock" | "vsock-mux" | "hvsock"
     ) {
         return Err(format!("a URI has two slashes: {host}://…:{port}"));
     }
     // As in ssh. The other spelling of it there, an empty address, is too easily written by mistake.
-    let text = match text.strip_prefix("*:") {
-        Some(port) => format!("0.0.0.0:{port}"),
-        None if text.starts_with(':') && !text.starts_with("::") => {
-            return Err("the address before the port is empty: leave the colon out for 127.0.0.1, or write * for all interfaces".into());
-        }
-        None => text.to_owned(),
-    };
+    if text.starts_with(':') && !text.starts_with("::") {
+        return Err("the address before the port is empty: leave the colon out for 127.0.0.1, or write * for all interfaces".into());
+    }
     format!("tcp://{text}")
         .parse()
         .map_err(|e: crate::AddressError| e.to_string())
@@ -392,10 +395,8 @@ fn local_port(text: &str) -> Result<Address, String> {
     let port: Port = text.parse().map_err(|e| format!("{e}; {right}"))?;
     let port = u16::try_from(port.0)
         .map_err(|_| format!("TCP port {} is larger than 65535; {right}", port.0))?;
-    Ok(Address::Tcp(TcpAddress {
-        host: Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)),
-        port,
-    }))
+    let host = Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    Ok(Address::Tcp(TcpAddress::new(host, port)))
 }
 
 /// Reads permissions, octal.

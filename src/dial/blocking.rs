@@ -10,10 +10,10 @@ use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::stream::nonblocking::Stream as Nonblocking;
 use crate::stream::{Stream, is_timeout, refuse_zero};
-use crate::sys::Wanted;
+use crate::sys::{self, Wanted};
 use crate::time::after;
 
-use super::{Begun, Dial, Next, explain, interleave_families};
+use super::{Addresses, Attempts, Begun, Dial, Next, explain};
 
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -105,8 +105,8 @@ fn dial(address: &Address, timeout: Duration, is_cancelled: IsCancelled<'_>) -> 
     let endpoints = match Target::of(address) {
         Target::Endpoint(endpoint) => vec![endpoint],
         Target::Name { host, port } => {
-            let name = host.to_owned();
-            call_cancellable(address, is_cancelled, move || resolve(&name, port))?
+            let (to, name) = (address.clone(), host.to_owned());
+            call_cancellable(address, is_cancelled, move || resolve(&to, &name, port))?
         }
         #[cfg(unix)]
         Target::OnThread => {
@@ -120,7 +120,7 @@ fn dial(address: &Address, timeout: Duration, is_cancelled: IsCancelled<'_>) -> 
     };
     let mut dial = Dial::new(after(begun, timeout));
     dial.add(endpoints);
-    connect(&mut dial, is_cancelled)
+    connect(dial, is_cancelled)
         .and_then(|stream| Stream::from_nonblocking(stream, address))
         .map_err(|e| explain(address, e))
 }
@@ -171,11 +171,11 @@ pub(crate) fn check_supported(address: &Address) -> Result<()> {
     }
 }
 
-fn resolve(host: &str, port: u16) -> Result<Vec<Endpoint>> {
+fn resolve(address: &Address, host: &str, port: u16) -> Result<Vec<Endpoint>> {
     (host, port)
         .to_socket_addrs()
         .map(|found: std::vec::IntoIter<SocketAddr>| {
-            let order = interleave_families(found.collect());
+            let order = Addresses::own().order(address, found.collect(), Instant::now());
             order.into_iter().map(Endpoint::Tcp).collect()
         })
         .map_err(|e| {
@@ -184,14 +184,20 @@ fn resolve(host: &str, port: u16) -> Result<Vec<Endpoint>> {
         })
 }
 
-/// Tries one endpoint after the other.
-fn connect(dial: &mut Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblocking> {
+/// Tries one endpoint after the other, and more than one at a time if the first doesn't answer.
+fn connect(mut dial: Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblocking> {
     loop {
-        let error = match attempt(dial, is_cancelled) {
-            Ok(stream) => return Ok(stream),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Err(e),
-            Err(e) => e,
+        let error;
+        (dial, error) = match dial.begin() {
+            Ok((attempts, begun)) => match attempt(attempts, begun, is_cancelled) {
+                Ok(stream) => return Ok(stream),
+                Err(failed) => failed,
+            },
+            Err(failed) => failed,
         };
+        if error.kind() == io::ErrorKind::Interrupted {
+            return Err(error);
+        }
         match dial.failed(Instant::now(), error) {
             Next::Now => {}
             Next::At(at) => {
@@ -203,52 +209,59 @@ fn connect(dial: &mut Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonbloc
     }
 }
 
-fn attempt(dial: &mut Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblocking> {
-    let Some(endpoint) = dial.endpoint() else {
-        let why = "the name has no address";
-        return Err(io::Error::new(io::ErrorKind::NotFound, why));
-    };
-    let mut stream = Nonblocking::connect(endpoint)?;
-    let begun = dial.begun(Instant::now());
-    if begun == Begun::InProgress {
-        while !stream.connected()? {
-            wait(
-                &stream,
-                Wanted::Writable,
-                dial.attempt_deadline(),
-                is_cancelled,
-            )?;
-        }
+fn attempt(
+    mut attempts: Attempts,
+    begun: Begun,
+    is_cancelled: IsCancelled<'_>,
+) -> std::result::Result<Nonblocking, (Dial, io::Error)> {
+    if begun == Begun::InProgress
+        && let Err(e) = wait_for_answer(&mut attempts, is_cancelled)
+    {
+        return Err((attempts.into_parts().0, e));
     }
-    while !dial.shake_hands(&mut stream)? {
-        wait(
-            &stream,
-            Wanted::Readable,
-            dial.attempt_deadline(),
-            is_cancelled,
-        )?;
+    let (mut dial, mut stream) = attempts.into_parts();
+    match shake_hands(&mut dial, &mut stream, is_cancelled) {
+        Ok(()) => Ok(stream),
+        Err(e) => Err((dial, e)),
     }
-    Ok(stream)
 }
 
-/// Waits for a while; the caller looks at what has come of it.
-fn wait(
-    stream: &Nonblocking,
-    wanted: Wanted,
-    deadline: Instant,
+/// Waits until one of the attempts has succeeded.
+fn wait_for_answer(attempts: &mut Attempts, is_cancelled: IsCancelled<'_>) -> io::Result<()> {
+    while !attempts.go_on(Instant::now())? {
+        check_cancelled(is_cancelled)?;
+        let left = time_left(attempts.wait_until(), is_cancelled);
+        let sockets: Vec<_> = attempts.streams().filter_map(|it| it.socket()).collect();
+        match sys::wait_for_any_of(&sockets, Wanted::Writable, left) {
+            Err(e) if !is_timeout(&e) => return Err(e),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn shake_hands(
+    dial: &mut Dial,
+    stream: &mut Nonblocking,
     is_cancelled: IsCancelled<'_>,
 ) -> io::Result<()> {
-    check_cancelled(is_cancelled)?;
-    let left = deadline.saturating_duration_since(Instant::now());
-    let step = is_cancelled.map_or(left, |_| left.min(LOOK));
-    match stream.wait(wanted, step) {
-        Ok(true) => Ok(()),
-        Ok(false) if left.is_zero() => {
+    while !dial.shake_hands(stream)? {
+        check_cancelled(is_cancelled)?;
+        let deadline = dial.deadline();
+        if Instant::now() >= deadline {
             let why = "it hasn't answered in time";
-            Err(io::Error::new(io::ErrorKind::TimedOut, why))
+            return Err(io::Error::new(io::ErrorKind::TimedOut, why));
         }
-        Ok(false) => Ok(()),
-        Err(e) if is_timeout(&e) => Ok(()),
-        Err(e) => Err(e),
+        match stream.wait(Wanted::Readable, time_left(deadline, is_cancelled)) {
+            Err(e) if !is_timeout(&e) => return Err(e),
+            _ => {}
+        }
     }
+    Ok(())
+}
+
+/// Returns how long to wait at a time, until `end` at most.
+fn time_left(end: Instant, is_cancelled: IsCancelled<'_>) -> Duration {
+    let left = end.saturating_duration_since(Instant::now());
+    is_cancelled.map_or(left, |_| left.min(LOOK))
 }

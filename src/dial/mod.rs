@@ -1,6 +1,8 @@
 //! Connecting as a state machine: tries one address after the other, again when a backlog is full,
 //! until a deadline.
 
+mod addresses;
+mod attempts;
 mod blocking;
 #[cfg(unix)]
 mod content;
@@ -8,6 +10,7 @@ mod content;
 mod exec;
 #[cfg(windows)]
 mod hyperv;
+mod race;
 
 use std::collections::VecDeque;
 use std::io;
@@ -21,6 +24,8 @@ use crate::stream::socket::Socket;
 use crate::stream::vsock_mux::Handshake;
 use crate::sys;
 
+pub(crate) use addresses::Addresses;
+pub(crate) use attempts::Attempts;
 pub(crate) use blocking::{check_supported, limit_timeout};
 #[cfg(unix)]
 pub(crate) use exec::Programs;
@@ -28,6 +33,7 @@ pub(crate) use exec::Programs;
 pub(crate) use exec::start as start_program;
 #[cfg(windows)]
 pub(crate) use hyperv::{hv_options, vm_id};
+pub(crate) use race::Race;
 
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -171,11 +177,6 @@ impl Dial {
         }
     }
 
-    /// Returns when the attempt under way is given up.
-    pub(crate) fn attempt_deadline(&self) -> Instant {
-        self.attempt_deadline
-    }
-
     pub(crate) fn deadline(&self) -> Instant {
         self.deadline
     }
@@ -204,7 +205,7 @@ impl Dial {
 
 /// Puts the addresses of a name into the order in which they are tried: the families take turns,
 /// beginning with that of the first one (RFC 8305, section 4).
-pub(crate) fn interleave_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+fn interleave_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let first = addresses.first().is_some_and(SocketAddr::is_ipv4);
     let (ours, theirs): (Vec<_>, Vec<_>) =
         addresses.into_iter().partition(|it| it.is_ipv4() == first);
@@ -425,14 +426,14 @@ mod tests {
         let addresses = [[127, 0, 0, 1], [127, 0, 0, 2], [127, 0, 0, 3]];
         dial.add(addresses.map(|ip| Endpoint::Tcp(SocketAddr::from((ip, 1)))));
         assert_eq!(dial.begun(now), Begun::InProgress);
-        let first = dial.attempt_deadline();
+        let first = dial.attempt_deadline;
         assert_eq!(first, now + Duration::from_secs(10));
         let timed_out = || io::ErrorKind::TimedOut.into();
         assert!(matches!(dial.failed(first, timed_out()), Next::Now));
         dial.begun(first);
         assert!(matches!(dial.failed(first, timed_out()), Next::Now));
         dial.begun(first);
-        assert_eq!(dial.attempt_deadline(), end);
+        assert_eq!(dial.attempt_deadline, end);
         assert!(matches!(dial.failed(end, timed_out()), Next::GiveUp(_)));
     }
 

@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::address::{Address, HalfClose, Reset, Waiter};
+use crate::dial::Addresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
 use crate::name::Peer;
 
-use crate::engine::addresses::Addresses;
 use crate::engine::admission::{Gate, Reservation};
 use crate::engine::counters::Tally;
 use crate::engine::ended::Ended;

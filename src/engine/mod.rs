@@ -30,7 +30,6 @@
 //! and [`relay`], 9 where [`connection`] handles a freeze. Those of the loop are in
 //! [`proxy`](crate::proxy).
 
-pub(crate) mod addresses;
 pub(crate) mod admission;
 pub(crate) mod connection;
 pub(crate) mod counters;

@@ -19,5 +19,5 @@ macro_rules! pages {
 }
 
 pages! {
-    commands addresses configuration control services promises hyperkit limits library speed tested
+    commands replacing addresses configuration control services promises hyperkit limits library speed tested
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::defaults::DEFAULT_MODE;
 use super::nonblocking;
-use crate::address::Address;
+use crate::address::{Address, TcpAddress};
 use crate::error::{Error, Operation, Result};
 use crate::name::SocketName;
 use crate::stream::Stream;
@@ -97,6 +97,33 @@ impl Listener {
         Ok(())
     }
 
+    /// Returns whether `other` is the socket of the other family of IP for an address that stands for
+    /// both.
+    pub(crate) fn is_joined_by(&self, address: &Address, other: &Listener) -> bool {
+        match (&self.inner, &other.inner) {
+            (nonblocking::Listener::Tcp(one), nonblocking::Listener::Tcp(other)) => {
+                let is_for_both = |tcp: &TcpAddress| tcp.known_ips().len() > 1;
+                address.as_tcp().is_some_and(is_for_both) && one.is_joined_by(other)
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes the socket that it [is joined by](Listener::is_joined_by).
+    pub(crate) fn join(&mut self, other: Listener) {
+        if let (nonblocking::Listener::Tcp(one), nonblocking::Listener::Tcp(other)) =
+            (&mut self.inner, other.inner)
+        {
+            one.join(other);
+        }
+    }
+
+    /// Returns its sockets: TCP may have one of each family of IP.
+    #[cfg(all(unix, any(feature = "tokio", feature = "cli")))]
+    pub(crate) fn sockets(&self) -> Vec<crate::sys::BorrowedSocket<'_>> {
+        self.inner.sockets()
+    }
+
     /// Returns the event loop's listener in it.
     pub(crate) fn into_nonblocking(self) -> nonblocking::Listener {
         self.inner
@@ -174,6 +201,8 @@ impl std::os::fd::AsRawFd for Listener {
     }
 }
 
+/// Of the two sockets of an address that stands for both families of IP (`localhost`, `*`), the
+/// first, which is that of IPv4 if there is one.
 #[cfg(unix)]
 impl std::os::fd::AsFd for Listener {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {

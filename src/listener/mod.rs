@@ -15,6 +15,7 @@ mod local;
 pub(crate) mod nonblocking;
 #[cfg(unix)]
 mod passed;
+mod tcp;
 
 pub use blocking::Listener;
 #[cfg(all(unix, feature = "cli"))]

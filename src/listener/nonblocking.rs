@@ -1,36 +1,31 @@
 //! Listening sockets for an event loop.
 
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
-use socket2::{Domain, SockRef, Socket, Type};
 
-use super::defaults::{BACKLOG, FileAccess};
+use super::defaults::FileAccess;
 #[cfg(feature = "cli")]
 use super::file::FileState;
 use super::file::SocketFile;
 use super::local::LocalListener;
-use crate::address::{Address, Host, TcpAddress, VsockAddress};
-use crate::error::{Error, Operation, Result};
+use super::tcp::TcpListener;
+use crate::address::{Address, VsockAddress};
+use crate::error::Result;
 #[cfg(unix)]
 use crate::keeper::Link;
 use crate::name::{SocketName, VsockName};
-use crate::stream::nonblocking::{Stream, set_tcp_options};
-use crate::sys::{self, AsSocket, Wanted};
+use crate::stream::nonblocking::Stream;
+#[cfg(unix)]
+use crate::sys::{self, AsSocket};
 
 /// A listening socket. Dropping it removes the socket's file, if that is still ours.
 #[derive(Debug)]
 pub(crate) enum Listener {
-    Tcp {
-        listener: mio::net::TcpListener,
-        /// What it accepts inherits its options. A passed listener may have had clients before they
-        /// were set.
-        leaves_options: bool,
-    },
+    Tcp(TcpListener),
     Local(LocalListener),
     #[cfg(windows)]
     Hyperv(super::hyperv::HypervListener),
@@ -47,7 +42,7 @@ impl Listener {
     /// socket; what the kernel says otherwise. `Unsupported` for a family that isn't carried.
     pub(crate) fn bind(address: &Address, access: FileAccess) -> Result<Listener> {
         match address {
-            Address::Tcp(tcp) => bind_tcp(address, tcp),
+            Address::Tcp(tcp) => TcpListener::bind(address, tcp).map(Listener::Tcp),
             #[cfg(windows)]
             Address::Hvsock(hvsock) => {
                 super::hyperv::HypervListener::bind(address, hvsock).map(Listener::Hyperv)
@@ -60,16 +55,9 @@ impl Listener {
     /// non-blocking, where its family has readiness.
     pub(crate) fn accept(&self) -> io::Result<(Stream, SocketName)> {
         match self {
-            Listener::Tcp {
-                listener,
-                leaves_options,
-            } => {
+            Listener::Tcp(listener) => {
                 let (stream, peer) = listener.accept()?;
-                let stream = Stream::Tcp(stream);
-                if !leaves_options {
-                    stream.set_options();
-                }
-                Ok((stream, SocketName::Tcp(peer)))
+                Ok((Stream::Tcp(stream), SocketName::Tcp(peer)))
             }
             Listener::Local(listener) => {
                 let (stream, peer) = listener.accept()?;
@@ -87,11 +75,12 @@ impl Listener {
 
     /// Waits until a connection may have come, at most `timeout`.
     pub(super) fn wait(&self, timeout: Duration) -> io::Result<()> {
-        let readable = |socket| sys::wait(socket, Wanted::Readable, timeout).map(drop);
         match self {
-            Listener::Tcp { listener, .. } => readable(listener.as_socket()),
+            Listener::Tcp(listener) => listener.wait(timeout),
             #[cfg(unix)]
-            Listener::Local(listener) => readable(listener.as_socket()),
+            Listener::Local(listener) => {
+                sys::wait(listener.as_socket(), sys::Wanted::Readable, timeout).map(drop)
+            }
             #[cfg(windows)]
             Listener::Local(listener) => listener.wait(timeout),
             #[cfg(windows)]
@@ -103,10 +92,7 @@ impl Listener {
     /// kernel chose for TCP port 0 and for vsock's `VMADDR_PORT_ANY`.
     pub(crate) fn bound(&self, asked: &Address) -> Address {
         match (self.local_addr(), asked) {
-            (Ok(SocketName::Tcp(bound)), _) => Address::Tcp(TcpAddress {
-                host: Host::Ip(bound.ip()),
-                port: bound.port(),
-            }),
+            (Ok(SocketName::Tcp(bound)), Address::Tcp(tcp)) => Address::Tcp(tcp.bound_at(bound)),
             (Ok(SocketName::Vsock(VsockName { port, .. })), Address::Vsock(vsock)) => {
                 Address::Vsock(VsockAddress {
                     port,
@@ -128,7 +114,7 @@ impl Listener {
 
     pub(crate) fn local_addr(&self) -> io::Result<SocketName> {
         match self {
-            Listener::Tcp { listener, .. } => listener.local_addr().map(SocketName::Tcp),
+            Listener::Tcp(listener) => listener.local_addr().map(SocketName::Tcp),
             Listener::Local(listener) => listener.local_addr(),
             #[cfg(windows)]
             Listener::Hyperv(listener) => listener.local_addr(),
@@ -145,21 +131,21 @@ impl Listener {
     }
 
     /// Makes it as it would be if this process had bound it: another hvsock has, and hands it over
-    /// with this file.
+    /// with this file, bound to `address`.
     #[cfg(all(unix, feature = "cli"))]
-    pub(super) fn adopt(&mut self, file: Option<SocketFile>) {
+    pub(super) fn adopt(&mut self, address: &Address, file: Option<SocketFile>) {
         match self {
-            Listener::Tcp {
-                listener,
-                leaves_options,
-            } => {
-                // That other may be of a version with other options.
-                if sys::ACCEPTED_INHERIT {
-                    set_tcp_options(SockRef::from(&*listener));
-                    *leaves_options = true;
-                }
-            }
+            Listener::Tcp(listener) => listener.adopt(address),
             Listener::Local(listener) => listener.adopt(file),
+        }
+    }
+
+    /// Returns its sockets: TCP may have one of each family of IP.
+    #[cfg(unix)]
+    pub(crate) fn sockets(&self) -> Vec<sys::BorrowedSocket<'_>> {
+        match self {
+            Listener::Tcp(listener) => listener.sockets(),
+            Listener::Local(listener) => vec![listener.as_socket()],
         }
     }
 
@@ -233,60 +219,6 @@ pub(crate) fn has_client_left(error: &io::Error) -> bool {
     }
 }
 
-/// Resolves a TCP address to the one that is bound.
-///
-/// # Errors
-/// That its name can't be resolved.
-pub(super) fn socket_address(tcp: &TcpAddress) -> Result<SocketAddr> {
-    match &tcp.host {
-        Host::Ip(ip) => Ok(SocketAddr::new(*ip, tcp.port)),
-        Host::Name(name) => (name.as_str(), tcp.port)
-            .to_socket_addrs()
-            .and_then(|mut all| all.next().ok_or(io::ErrorKind::NotFound.into()))
-            .map_err(|e| Error::new(Operation::Resolve, name, e)),
-    }
-}
-
-fn bind_tcp(address: &Address, tcp: &TcpAddress) -> Result<Listener> {
-    let socket_address = socket_address(tcp)?;
-    let listen = || {
-        let socket = Socket::new(Domain::for_address(socket_address), Type::STREAM, None)?;
-        // Without it a port stays unusable for a minute after a restart. On Windows it means
-        // something else.
-        #[cfg(unix)]
-        socket.set_reuse_address(true)?;
-        if sys::ACCEPTED_INHERIT {
-            set_tcp_options(SockRef::from(&socket));
-        }
-        socket.bind(&socket_address.into())?;
-        socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)?;
-        Ok(Listener::Tcp {
-            listener: mio::net::TcpListener::from_std(socket.into()),
-            leaves_options: sys::ACCEPTED_INHERIT,
-        })
-    };
-    listen().map_err(|e: io::Error| {
-        let remedy = match e.kind() {
-            io::ErrorKind::AddrInUse => {
-                Some("another program listens there: choose another port, or 0 for a free one")
-            }
-            io::ErrorKind::PermissionDenied => {
-                Some("ports below 1024 need rights: choose a higher one")
-            }
-            io::ErrorKind::AddrNotAvailable => {
-                Some("no interface of this machine has that address")
-            }
-            _ => None,
-        };
-        let error = Error::new(Operation::Listen, address, e);
-        match remedy {
-            Some(remedy) => error.with_remedy(remedy),
-            None => error,
-        }
-    })
-}
-
 impl Listener {
     /// Has the poller of `registry` report connections under `token`. Where no poller can wait for
     /// the listener, `notify` is called instead.
@@ -300,7 +232,7 @@ impl Listener {
         // Not needed where all can be waited for.
         let _ = &notify;
         match self {
-            Listener::Tcp { listener, .. } => listener.register(registry, token, what),
+            Listener::Tcp(listener) => listener.register(registry, token, what),
             Listener::Local(listener) => {
                 listener.with_source(|source| source.register(registry, token, what))
             }
@@ -312,7 +244,7 @@ impl Listener {
     /// Undoes [`watch`](Listener::watch).
     pub(crate) fn unwatch(&mut self, registry: &Registry) -> io::Result<()> {
         match self {
-            Listener::Tcp { listener, .. } => listener.deregister(registry),
+            Listener::Tcp(listener) => listener.deregister(registry),
             Listener::Local(listener) => listener.with_source(|source| source.deregister(registry)),
             // It ends with the listener.
             #[cfg(windows)]
@@ -321,11 +253,12 @@ impl Listener {
     }
 }
 
+/// Of two sockets, the first.
 #[cfg(unix)]
 impl AsSocket for Listener {
     fn as_socket(&self) -> sys::BorrowedSocket<'_> {
         match self {
-            Listener::Tcp { listener, .. } => listener.as_socket(),
+            Listener::Tcp(listener) => listener.sockets()[0],
             Listener::Local(listener) => listener.as_socket(),
         }
     }

@@ -22,8 +22,10 @@ use super::blocking::Wish;
 use super::file::SocketFile;
 use super::local::{LocalListener, Refusal};
 use super::nonblocking;
+use super::tcp::{TcpListener, socket_addresses};
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
+use crate::name::SocketName;
 use crate::sys::{self, Identity};
 
 /// Takes over a socket that listens already. The file of a Unix socket is left as it is: it is
@@ -72,10 +74,7 @@ fn take(socket: Socket) -> io::Result<Listener> {
         )
     };
     let (address, inner) = if let Some(bound) = name.as_socket() {
-        let listener = nonblocking::Listener::Tcp {
-            listener: mio::net::TcpListener::from_std(socket.into()),
-            leaves_options: false,
-        };
+        let listener = nonblocking::Listener::Tcp(TcpListener::passed(socket));
         (tcp(bound), listener)
     } else if let Some(path) = name.as_pathname() {
         unix(UnixAddress::Path(path.to_owned()), socket)
@@ -123,7 +122,7 @@ impl Listener {
         if !handed.is_foreign {
             let file = handed.file.as_ref();
             let file = file.map(|(path, identity)| SocketFile::handed(path, *identity));
-            listener.inner.adopt(file);
+            listener.inner.adopt(&handed.address, file);
         }
         Ok(Listener {
             address: handed.address,
@@ -149,10 +148,7 @@ impl Listener {
 }
 
 fn tcp(bound: SocketAddr) -> Address {
-    Address::Tcp(TcpAddress {
-        host: Host::Ip(bound.ip()),
-        port: bound.port(),
-    })
+    Address::Tcp(TcpAddress::new(Host::Ip(bound.ip()), bound.port()))
 }
 
 impl Listener {
@@ -169,9 +165,13 @@ impl Listener {
     /// Returns whether it is the socket that binding `address` would make.
     fn is_at(&self, address: &Address) -> bool {
         match (&self.address, address) {
-            (Address::Tcp(_), Address::Tcp(asked)) => {
-                nonblocking::socket_address(asked).is_ok_and(|asked| tcp(asked) == self.address)
-            }
+            (bound @ Address::Tcp(_), asked @ Address::Tcp(_)) if bound == asked => true,
+            (Address::Tcp(_), Address::Tcp(asked)) => match self.local_addr() {
+                Ok(SocketName::Tcp(here)) => {
+                    socket_addresses(asked).is_ok_and(|asked| asked.contains(&here))
+                }
+                _ => false,
+            },
             (Address::Vsock(bound), Address::Vsock(asked)) => {
                 (bound.cid, bound.port) == (asked.cid, asked.port)
             }
@@ -202,6 +202,16 @@ impl Listener {
                 asked.is_some() && asked == last(bound)
             }
             _ => false,
+        }
+    }
+
+    /// Binds what `address` has besides, as far as it can be had, unless another program has bound
+    /// this one: its sockets are taken as they are.
+    pub(crate) fn complete(&mut self, address: &Address) {
+        if let (false, nonblocking::Listener::Tcp(listener), Some(tcp)) =
+            (self.is_foreign, &mut self.inner, address.as_tcp())
+        {
+            listener.complete(tcp);
         }
     }
 

@@ -72,10 +72,8 @@ pub(super) fn insert(
     near.set_nonblocking(true)?;
     set_tcp_options(SockRef::from(&near));
     set_tcp_options(SockRef::from(&far));
-    let address = Address::Tcp(TcpAddress {
-        host: Host::Ip(Ipv4Addr::LOCALHOST.into()),
-        port: near.local_addr()?.port(),
-    });
+    let here = Host::Ip(Ipv4Addr::LOCALHOST.into());
+    let address = Address::Tcp(TcpAddress::new(here, near.local_addr()?.port()));
     let far = Stream::Tcp(mio::net::TcpStream::from_std(far));
     let far = stream::Stream::from_nonblocking(far, &address)?;
     let near = Stream::Tcp(mio::net::TcpStream::from_std(near));

@@ -61,13 +61,13 @@ impl<D: Driver> Controller<D> {
     /// Has the worker of a forward that was bound accept its clients.
     fn listen(&self, listener: D::Listener, forward: Arc<Forward>) -> Result<()> {
         let (home, listen) = (forward.home, forward.rule.listen.clone());
-        let others = self.shared.forwards().len();
+        let others = self.shared.listening_sockets();
         let fail = |e| Error::new(Operation::Listen, &listen, e);
         if self.shared.is_stopping() {
             return Err(fail(stopping()));
         }
         // Existing connections stay; the next client waits until there is room for it.
-        let listeners = others + 1;
+        let listeners = others + listen.listening_sockets();
         let descriptors = &self.shared.descriptors;
         if descriptors.room(listeners) == 0 {
             return Err(descriptors.too_few(Operation::Listen, &listen, listeners));
@@ -124,18 +124,15 @@ impl<D: Driver> Controller<D> {
     /// See [`Handle::remove`](super::Handle::remove).
     pub(super) fn remove(&self, id: ForwardId, grace: Duration) -> Result<()> {
         let _change = self.binder.begin_change();
-        let (forward, left) = {
-            let mut forwards = self.shared.forwards();
-            let forward = forwards.remove(id).ok_or_else(no_forward)?;
-            (forward, forwards.len())
-        };
+        let forward = self.shared.forwards().remove(id);
+        let forward = forward.ok_or_else(no_forward)?;
         self.binder.forget(id);
         self.shared.release(&forward);
         let answers = self.ask_all(
             |tell| Command::Remove(Arc::clone(&forward), grace, tell),
             ANSWER_TIMEOUT,
         );
-        self.shared.make_room(left);
+        self.shared.make_room(self.shared.listening_sockets());
         match answers.len() < self.shared.inboxes.len() && !self.shared.is_stopping() {
             true => Err(Error::new(
                 Operation::Listen,

@@ -104,11 +104,11 @@ pub(crate) enum Found<L> {
     Nothing,
 }
 
-/// A duplicate of a listener's socket, for another process.
+/// Duplicates of a listener's sockets, for another process.
 #[cfg(all(unix, feature = "cli"))]
 #[derive(Debug)]
 pub(crate) struct Lent {
-    pub(crate) socket: std::os::fd::OwnedFd,
+    pub(crate) sockets: Vec<std::os::fd::OwnedFd>,
     /// The identity of the file that this process made for it.
     pub(crate) file: Option<crate::sys::Identity>,
 }
@@ -179,7 +179,7 @@ pub(crate) trait Driver: Sized {
     /// Has a keeper keep a listener that another process has left to this one since it was watched.
     #[cfg(all(unix, feature = "cli"))]
     fn keep_listener(&mut self, listener: &mut Self::Listener, rule: &Rule);
-    /// Duplicates a listener's socket, for another process.
+    /// Duplicates a listener's sockets, for another process.
     ///
     /// # Errors
     /// Returns `Unsupported` where no socket can be passed; the system's error, if there is no

@@ -7,12 +7,18 @@
 use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 
-use crate::address::{Address, Host, TcpAddress};
+use crate::address::{Address, CID_HOST, CID_LOCAL, Host, TcpAddress};
+use crate::sys;
 
 /// Returns whether a connection to `target` may arrive at `place`.
 pub(crate) fn leads_to(target: &Address, place: &Address) -> bool {
-    if let (Some(target), Some(place)) = (target.as_tcp(), place.as_tcp()) {
-        return may_reach(target, place);
+    match (target, place) {
+        (Address::Tcp(target), Address::Tcp(place)) => return may_reach(target, place),
+        (Address::Vsock(target), Address::Vsock(place)) => {
+            return target.port == place.port
+                && (target.cid == place.cid || is_this_machines(target.cid));
+        }
+        _ => {}
     }
     match place.listen_path() {
         Some(place) => target
@@ -68,10 +74,19 @@ pub(super) fn resolve_links(path: &Path) -> PathBuf {
 fn may_reach(target: &TcpAddress, place: &TcpAddress) -> bool {
     target.port == place.port
         && match (&target.host, &place.host) {
-            (Host::Name(_), _) => true,
+            (Host::Name(_) | Host::Any, _) => true,
             (Host::Ip(ip), Host::Ip(place)) if ip == place => true,
             (Host::Ip(ip), _) => is_this_machine(ip.to_canonical()),
         }
+}
+
+/// Returns whether a connect to that CID may stay on this machine. If it can't be told, it may.
+fn is_this_machines(cid: u32) -> bool {
+    match (cid, sys::local_cid()) {
+        (CID_LOCAL, _) => true,
+        (cid, Ok(own)) => cid == own,
+        (cid, Err(_)) => cid == CID_HOST,
+    }
 }
 
 pub(super) fn is_this_machine(ip: IpAddr) -> bool {
@@ -114,6 +129,15 @@ mod tests {
             assert!(cfg!(windows) || !leads("tcp://192.0.2.1:9100", place));
         }
         assert!(leads("tcp://192.0.2.1:9100", "tcp://192.0.2.1:9100"));
+        for place in ["tcp://localhost:9100", "tcp://*:9100", "tcp6://*:9100"] {
+            assert!(leads("tcp://127.0.0.1:9100", place), "{place}");
+            assert!(leads("tcp://localhost:9100", place), "{place}");
+            assert!(!leads("tcp://localhost:9101", place), "{place}");
+        }
+        assert!(leads("vsock://local:9100", "vsock://:9100"));
+        assert!(leads("vsock://7:9100", "vsock://7:9100"));
+        assert!(!leads("vsock://local:9101", "vsock://:9100"));
+        assert!(!leads("vsock://99:9100", "vsock://:9100"));
         assert!(!leads("unix:///tmp/9100", "tcp://127.0.0.1:9100"));
     }
 

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::id::ForwardId;
 use crate::engine::rule::Rule;
 
-/// A listening socket that is offered to another process.
+/// A listener that is offered to another process.
 #[derive(Debug)]
 pub(crate) struct Offered {
     /// The forward that listens there, and its rule; `None` for a passed socket that is kept
@@ -29,7 +29,8 @@ pub(crate) struct Offered {
     pub(crate) wish: Option<Wish>,
     /// The address that was bound.
     pub(crate) bound: Address,
-    pub(crate) socket: OwnedFd,
+    /// Its sockets: TCP may have one of each family of IP.
+    pub(crate) sockets: Vec<OwnedFd>,
     /// The file that this process made for the socket.
     pub(crate) file: Option<Identity>,
     /// Another program has bound the socket, and may keep it.
@@ -114,7 +115,7 @@ impl<D: Driver> Controller<D> {
                 wish: Some((rule.name.clone(), rule.listen.clone())),
                 forward: Some((forward.id, rule)),
                 bound: forward.rule.listen.clone(),
-                socket: lent.socket,
+                sockets: lent.sockets,
                 file: lent.file,
                 is_foreign: self.binder.is_foreign(forward.id),
             });
@@ -124,7 +125,11 @@ impl<D: Driver> Controller<D> {
                 forward: None,
                 wish: kept.wish().cloned(),
                 bound: kept.address().clone(),
-                socket: kept.as_fd().try_clone_to_owned()?,
+                sockets: kept
+                    .sockets()
+                    .into_iter()
+                    .map(|it| it.try_clone_to_owned())
+                    .collect::<io::Result<_>>()?,
                 file: kept.file().map(|file| file.identity()),
                 is_foreign: kept.is_foreign(),
             });

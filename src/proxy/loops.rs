@@ -5,11 +5,11 @@
 //! addresses that change later) are found at run time: see [`routes`](crate::engine::routes).
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 #[cfg(unix)]
 use std::path::PathBuf;
 
-use crate::address::{Address, Host, TcpAddress};
+use crate::address::{Address, TcpAddress};
 use crate::engine::routes::specified;
 use crate::engine::rule::Rule;
 
@@ -42,7 +42,7 @@ impl Place {
                 true => Place::AnyTcp(tcp.port),
                 false => Place::Tcp(ip, tcp.port),
             };
-            return addresses(&tcp.host).into_iter().map(of).collect();
+            return addresses(tcp).map(of).collect();
         }
         #[cfg(unix)]
         if let Some(path) = listen.listen_path() {
@@ -54,7 +54,7 @@ impl Place {
     /// Returns the places to which a connection to `target` may lead. Files are looked at.
     fn led_to(target: &Address) -> Vec<Place> {
         if let Some(tcp) = target.as_tcp() {
-            let addresses = addresses(&tcp.host).into_iter().map(specified);
+            let addresses = addresses(tcp).map(specified);
             let mut places: Vec<Place> = addresses.map(|ip| Place::Tcp(ip, tcp.port)).collect();
             if !places.is_empty() {
                 places.push(Place::AnyTcp(tcp.port));
@@ -238,35 +238,28 @@ fn reaches(target: &Address, listen: &Address) -> bool {
 }
 
 fn reaches_tcp(target: &TcpAddress, listen: &TcpAddress) -> bool {
-    let any_reaches = |target: IpAddr, listen: IpAddr| {
+    let is_reached = |target: IpAddr, at: IpAddr| {
         let target = specified(target);
-        match listen {
-            _ if target == listen => true,
-            // [::] accepts IPv4 as well.
-            IpAddr::V6(ip) if ip.is_unspecified() => forbidden::is_this_machine(target),
+        match at {
+            _ if target == at => true,
+            // [::] accepts IPv4 as well, unless it is said that it doesn't.
+            IpAddr::V6(ip) if ip.is_unspecified() => {
+                listen.family.includes(&target) && forbidden::is_this_machine(target)
+            }
             IpAddr::V4(ip) if ip.is_unspecified() => {
                 target.is_ipv4() && forbidden::is_this_machine(target)
             }
             _ => false,
         }
     };
-    let listens = addresses(&listen.host);
     target.port != 0
         && target.port == listen.port
-        && addresses(&target.host)
-            .iter()
-            .any(|target| listens.iter().any(|listen| any_reaches(*target, *listen)))
+        && addresses(target).any(|ip| addresses(listen).any(|at| is_reached(ip, at)))
 }
 
 /// Returns the addresses of a host that are known without resolving it.
-fn addresses(host: &Host) -> Vec<IpAddr> {
-    match host {
-        Host::Ip(ip) => vec![ip.to_canonical()],
-        Host::Name(name) if name.eq_ignore_ascii_case("localhost") => {
-            vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
-        }
-        Host::Name(_) => Vec::new(),
-    }
+fn addresses(tcp: &TcpAddress) -> impl Iterator<Item = IpAddr> {
+    tcp.known_ips().into_iter().map(|ip| ip.to_canonical())
 }
 
 #[cfg(test)]
@@ -310,6 +303,10 @@ mod tests {
             ("tcp://[::]:80", "tcp://[::ffff:127.0.0.1]:80"),
             ("tcp://[::1]:80", "tcp://[::]:80"),
             ("tcp://0.0.0.0:80", "tcp://0.0.0.0:80"),
+            ("tcp://localhost:80", "tcp://[::1]:80"),
+            ("tcp://*:80", "tcp://127.0.0.1:80"),
+            ("tcp://*:80", "tcp6://localhost:80"),
+            ("tcp4://*:80", "tcp://localhost:80"),
             ("vsock://:80", "vsock://local:80"),
             ("unix:@name", "unix:@name"),
         ] {
@@ -320,6 +317,9 @@ mod tests {
             ("tcp://127.0.0.1:80", "tcp://127.0.0.1:81"),
             ("tcp://127.0.0.1:80", "tcp://[::1]:80"),
             ("tcp://0.0.0.0:80", "tcp://[::1]:80"),
+            ("tcp4://localhost:80", "tcp6://localhost:80"),
+            ("tcp6://*:80", "tcp4://localhost:80"),
+            ("tcp4://*:80", "tcp://[::1]:80"),
             ("tcp://127.0.0.1:80", "tcp://some.example:80"),
             ("vsock://:80", "vsock://3:80"),
             ("unix:@name", "unix:@other"),

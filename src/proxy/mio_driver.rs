@@ -28,8 +28,6 @@ use crate::listener::nonblocking::Listener;
 use crate::name::{PeerProcess, SocketName};
 use crate::stream::endpoint::{Endpoint, Target};
 use crate::stream::nonblocking::Stream;
-#[cfg(all(unix, feature = "cli"))]
-use crate::sys::AsSocket;
 use crate::sys::{self, Identity};
 use crate::{dial, hyperkit, listener, stream};
 
@@ -549,8 +547,11 @@ impl Driver for MioDriver {
 
     #[cfg(all(unix, feature = "cli"))]
     fn lend_listener(&self, listener: &Listener) -> io::Result<Lent> {
+        let sockets = listener.sockets().into_iter();
         Ok(Lent {
-            socket: listener.as_socket().try_clone_to_owned()?,
+            sockets: sockets
+                .map(|it| it.try_clone_to_owned())
+                .collect::<io::Result<_>>()?,
             file: listener.file().map(|file| file.identity()),
         })
     }

@@ -364,9 +364,10 @@ fn assemble<D: Driver>(
     let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let count = config.workers.unwrap_or_else(cores).get();
     let descriptors = Descriptors::new(count, config.other_descriptors, D::descriptor_limit);
-    let rules = config.rules.len();
-    if descriptors.room(rules) == 0 {
-        return Err(descriptors.too_few(Operation::Run, "the proxy", rules));
+    let sockets = config.rules.iter().map(|it| it.listen.listening_sockets());
+    let sockets = sockets.sum();
+    if descriptors.room(sockets) == 0 {
+        return Err(descriptors.too_few(Operation::Run, "the proxy", sockets));
     }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());
     for (index, rule) in config.rules.into_iter().enumerate() {

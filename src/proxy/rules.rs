@@ -334,17 +334,30 @@ impl Binder {
         let mut passed = self.passed();
         let (name, address) = (rule.name.as_deref(), &rule.listen);
         let fits = |it: &Passed| it.socket.is_for(name, address) && self.is_unused(it);
-        let Some(index) = passed.iter().position(fits) else {
+        let Some(first) = passed.iter().position(fits) else {
             return Ok(None);
         };
-        passed[index].socket.prepare(address)?;
-        let listener = match passed[index].socket.share()? {
-            Some(again) => {
-                passed[index].used_by = Some(id);
-                again
-            }
-            None => passed.swap_remove(index).socket,
+        // One address may have a socket of each family of IP.
+        let joins = |it: &Passed| passed[first].socket.is_joined_by(address, &it.socket);
+        let other = passed.iter().position(|it| fits(it) && joins(it));
+        let mut take = |index: usize| {
+            passed[index].socket.prepare(address)?;
+            Ok(match passed[index].socket.share()? {
+                Some(again) => {
+                    passed[index].used_by = Some(id);
+                    again
+                }
+                None => passed.remove(index).socket,
+            })
         };
+        // It is behind the first, whose index is the same after this.
+        let other = other.map(&mut take).transpose()?;
+        let mut listener = take(first)?;
+        if let Some(other) = other {
+            listener.join(other);
+        }
+        #[cfg(unix)]
+        listener.complete(address);
         Ok(Some(listener))
     }
 

@@ -171,10 +171,6 @@ impl Forwards {
         Forwards(forwards.into_iter().map(|it| (it.id, it)).collect())
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.0.len()
-    }
-
     pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Forward>> {
         self.0.values()
     }
@@ -232,7 +228,9 @@ impl<D: Driver> Shared<D> {
         forwards: Vec<Arc<Forward>>,
         inboxes: Vec<Inbox<D>>,
     ) -> Shared<D> {
-        let mut quotas = Quotas::new(limits.connections.min(descriptors.room(forwards.len())));
+        let sockets = forwards.iter().map(|it| it.rule.listen.listening_sockets());
+        let room = descriptors.room(sockets.sum());
+        let mut quotas = Quotas::new(limits.connections.min(room));
         for forward in &forwards {
             reserve_slots(&mut quotas, forward);
         }
@@ -257,6 +255,13 @@ impl<D: Driver> Shared<D> {
 
     pub(super) fn forwards(&self) -> MutexGuard<'_, Forwards> {
         self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns how many sockets the forwards listen on.
+    pub(super) fn listening_sockets(&self) -> usize {
+        let forwards = self.forwards();
+        let sockets = forwards.iter().map(|it| it.rule.listen.listening_sockets());
+        sockets.sum()
     }
 
     fn quotas(&self) -> MutexGuard<'_, Quotas> {

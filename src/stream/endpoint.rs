@@ -53,6 +53,10 @@ impl Target<'_> {
                     let port = tcp.port;
                     return Target::Name { host, port };
                 }
+                Host::Any => {
+                    let (host, port) = ("localhost", tcp.port);
+                    return Target::Name { host, port };
+                }
             },
         })
     }

@@ -474,6 +474,20 @@ impl Stream {
     }
 }
 
+impl Stream {
+    /// Returns its socket, if it has one that can be waited for.
+    pub(crate) fn socket(&self) -> Option<sys::BorrowedSocket<'_>> {
+        match self {
+            Stream::Tcp(stream) => Some(stream.as_socket()),
+            #[cfg(unix)]
+            Stream::Local(stream) => Some(stream.as_socket()),
+            #[cfg(windows)]
+            Stream::Local(_) => None,
+            Stream::Blocking(_) => None,
+        }
+    }
+}
+
 /// Has small messages sent at once, for a relay has no reason to wait for more, and turns keepalive
 /// on: a peer that vanished is noticed in the end (after two hours by default).
 pub(crate) fn set_tcp_options(socket: SockRef<'_>) {

@@ -26,8 +26,8 @@
 //! * `take_over(number)`: takes ownership of a descriptor that the process was started with, once.
 //! * `vsock_connect`, `vsock_listen`, `vsock_set_buffer`, `vsock_of`, `local_cid`: AF_VSOCK
 //!   sockets, or `Unsupported`.
-//! * `wait(socket, what, timeout)`, `is_hung_up(socket)`: readiness of one socket, for blocking
-//!   callers.
+//! * `wait(socket, what, timeout)`, `wait_for_any_of(sockets, what, timeout)`,
+//!   `is_hung_up(socket)`: readiness of sockets, for blocking callers.
 //! * `wait_until_output_is_unread()`: the end of those that read standard output.
 //! * `has_client(listener)`: whether an accept would find a client, without accepting.
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.

@@ -361,6 +361,15 @@ pub(crate) fn is_no_stream(error: &io::Error) -> bool {
 /// Waits until the socket is ready, or has failed. Returns false if `timeout` has passed, or a
 /// signal came.
 pub(crate) fn wait(socket: BorrowedFd<'_>, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
+    wait_for_any_of(&[socket], wanted, timeout)
+}
+
+/// Waits until one of the sockets is ready, or has failed; false if `timeout` has passed.
+pub(crate) fn wait_for_any_of(
+    sockets: &[BorrowedFd<'_>],
+    wanted: Wanted,
+    timeout: Duration,
+) -> io::Result<bool> {
     let flags = match wanted {
         Wanted::Readable => PollFlags::POLLIN,
         Wanted::Writable => PollFlags::POLLOUT,
@@ -370,7 +379,8 @@ pub(crate) fn wait(socket: BorrowedFd<'_>, wanted: Wanted, timeout: Duration) ->
     // Rounded up: a wait of half a millisecond must not become a busy loop.
     let timeout = timeout.saturating_add(Duration::from_micros(999));
     let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
-    match poll(&mut [PollFd::new(socket, flags)], timeout) {
+    let asked = sockets.iter().map(|socket| PollFd::new(*socket, flags));
+    match poll(&mut asked.collect::<Vec<_>>(), timeout) {
         Ok(ready) => Ok(ready > 0),
         Err(nix::errno::Errno::EINTR) => Ok(false),
         Err(e) => Err(e.into()),
@@ -484,6 +494,26 @@ pub(crate) fn watch_socket(
     // SAFETY: it owns its descriptor, which stays the same until it is dropped.
     let watched = unsafe { tokio::io::unix::AsyncFd::register(socket) };
     watched.map_err(io::Error::from)
+}
+
+/// Waits until one of these is ready.
+#[cfg(any(feature = "tokio", feature = "cli"))]
+pub(crate) async fn any_ready<T: std::os::fd::AsRawFd>(
+    watched: &[tokio::io::unix::AsyncFd<T>],
+    interest: tokio::io::Interest,
+) -> io::Result<tokio::io::unix::AsyncFdReadyGuard<'_, T>> {
+    if let [one] = watched {
+        return one.ready(interest).await;
+    }
+    let waits = watched.iter().map(|it| Box::pin(it.ready(interest)));
+    let mut waits: Vec<_> = waits.collect();
+    std::future::poll_fn(|context| {
+        let mut polled = waits.iter_mut().map(|it| it.as_mut().poll(context));
+        polled
+            .find(std::task::Poll::is_ready)
+            .unwrap_or(std::task::Poll::Pending)
+    })
+    .await
 }
 
 /// Returns the effective user of this process.

@@ -36,25 +36,40 @@ impl Identity {
     }
 }
 
-/// Asks about one socket.
+/// Asks about sockets. Returns what is true of any of them.
 #[allow(unsafe_code)]
-fn poll(socket: BorrowedSocket<'_>, events: i16, timeout: i32) -> io::Result<i16> {
-    let mut asked = WinSock::WSAPOLLFD {
-        fd: usize::try_from(socket.as_raw_socket()).map_err(io::Error::other)?,
-        events,
-        revents: 0,
+fn poll(sockets: &[BorrowedSocket<'_>], events: i16, timeout: i32) -> io::Result<i16> {
+    let ask = |socket: &BorrowedSocket<'_>| {
+        let fd = usize::try_from(socket.as_raw_socket()).map_err(io::Error::other)?;
+        let revents = 0;
+        Ok(WinSock::WSAPOLLFD {
+            fd,
+            events,
+            revents,
+        })
     };
-    // SAFETY: the pointer is valid for the one structure that the count says, and the socket is
-    // open as long as it is borrowed.
-    match unsafe { WinSock::WSAPoll(&raw mut asked, 1, timeout) } {
+    let mut asked: Vec<_> = sockets.iter().map(ask).collect::<io::Result<_>>()?;
+    let count = u32::try_from(asked.len()).map_err(io::Error::other)?;
+    // SAFETY: the pointer is valid for as many structures as the count says, and the sockets are
+    // open as long as they are borrowed.
+    match unsafe { WinSock::WSAPoll(asked.as_mut_ptr(), count, timeout) } {
         WinSock::SOCKET_ERROR => Err(io::Error::last_os_error()),
-        _ => Ok(asked.revents),
+        _ => Ok(asked.iter().fold(0, |all, it| all | it.revents)),
     }
 }
 
 /// Waits until the socket is ready, or has failed; false if `timeout` has passed.
 pub(crate) fn wait(
     socket: BorrowedSocket<'_>,
+    wanted: Wanted,
+    timeout: Duration,
+) -> io::Result<bool> {
+    wait_for_any_of(&[socket], wanted, timeout)
+}
+
+/// Waits until one of the sockets is ready, or has failed; false if `timeout` has passed.
+pub(crate) fn wait_for_any_of(
+    sockets: &[BorrowedSocket<'_>],
     wanted: Wanted,
     timeout: Duration,
 ) -> io::Result<bool> {
@@ -67,14 +82,14 @@ pub(crate) fn wait(
     // Rounded up: a wait of half a millisecond must not become a busy loop.
     let timeout = timeout.saturating_add(Duration::from_micros(999));
     let timeout = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
-    poll(socket, events, timeout).map(|ready| ready != 0)
+    poll(sockets, events, timeout).map(|ready| ready != 0)
 }
 
 /// Returns whether the peer has closed both directions, as far as the system knows.
 #[cfg(feature = "cli")]
 pub(crate) fn is_hung_up(socket: BorrowedSocket<'_>) -> bool {
     let gone = WinSock::POLLERR | WinSock::POLLNVAL;
-    poll(socket, WinSock::POLLWRNORM, 0).is_ok_and(|now| now & gone != 0)
+    poll(&[socket], WinSock::POLLWRNORM, 0).is_ok_and(|now| now & gone != 0)
 }
 
 /// Returns standard input, without std's buffer.

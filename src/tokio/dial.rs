@@ -8,7 +8,7 @@ use ::tokio::io::Interest;
 use ::tokio::time::{sleep_until, timeout_at};
 
 use crate::address::Address;
-use crate::dial::{Begun, Dial, Next, Programs, explain, interleave_families, on_thread};
+use crate::dial::{Addresses, Attempts, Begun, Dial, Next, Programs, explain, on_thread};
 use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::stream::nonblocking::Stream;
@@ -26,7 +26,7 @@ pub(super) async fn connect(address: &Address, deadline: Instant) -> Result<Stre
                 Error::new(Operation::Resolve, host, e)
                     .with_remedy("is the name right, and does DNS answer?")
             })?;
-            let order = interleave_families(found.collect());
+            let order = Addresses::own().order(address, found.collect(), Instant::now());
             dial.add(order.into_iter().map(Endpoint::Tcp));
         }
         Target::OnThread => {
@@ -37,17 +37,19 @@ pub(super) async fn connect(address: &Address, deadline: Instant) -> Result<Stre
         }
         Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
     }
-    try_endpoints(&mut dial)
-        .await
-        .map_err(|e| explain(address, e))
+    try_endpoints(dial).await.map_err(|e| explain(address, e))
 }
 
-/// Tries one endpoint after the other.
-async fn try_endpoints(dial: &mut Dial) -> io::Result<Stream> {
+/// Tries one endpoint after the other, and more than one at a time if the first doesn't answer.
+async fn try_endpoints(mut dial: Dial) -> io::Result<Stream> {
     loop {
-        let error = match attempt(dial).await {
-            Ok(stream) => return Ok(stream),
-            Err(e) => e,
+        let error;
+        (dial, error) = match dial.begin() {
+            Ok((attempts, begun)) => match attempt(attempts, begun).await {
+                Ok(stream) => return Ok(stream),
+                Err(failed) => failed,
+            },
+            Err(failed) => failed,
         };
         match dial.failed(Instant::now(), error) {
             Next::Now => {}
@@ -57,31 +59,44 @@ async fn try_endpoints(dial: &mut Dial) -> io::Result<Stream> {
     }
 }
 
-async fn attempt(dial: &mut Dial) -> io::Result<Stream> {
-    let Some(endpoint) = dial.endpoint() else {
-        let why = "the name has no address";
-        return Err(io::Error::new(io::ErrorKind::NotFound, why));
-    };
-    let mut stream = Stream::connect(endpoint)?;
-    if dial.begun(Instant::now()) == Begun::InProgress {
-        while !stream.connected()? {
-            wait(&stream, Interest::WRITABLE, dial).await?;
-        }
+async fn attempt(
+    mut attempts: Attempts,
+    begun: Begun,
+) -> std::result::Result<Stream, (Dial, io::Error)> {
+    if begun == Begun::InProgress
+        && let Err(e) = wait_for_answer(&mut attempts).await
+    {
+        return Err((attempts.into_parts().0, e));
     }
-    while !dial.shake_hands(&mut stream)? {
-        wait(&stream, Interest::READABLE, dial).await?;
+    let (mut dial, mut stream) = attempts.into_parts();
+    match shake_hands(&mut dial, &mut stream).await {
+        Ok(()) => Ok(stream),
+        Err(e) => Err((dial, e)),
     }
-    Ok(stream)
 }
 
-/// Waits until the stream is ready, at most until the attempt's deadline.
-async fn wait(stream: &Stream, interest: Interest, dial: &Dial) -> io::Result<()> {
-    let watched = sys::watch_borrowed(stream.as_fd())?;
-    let ready = watched.ready(interest);
-    match timeout_at(dial.attempt_deadline().into(), ready).await {
-        Ok(ready) => ready.map(drop),
-        Err(_) => Err(no_answer()),
+/// Waits until one of the attempts has succeeded.
+async fn wait_for_answer(attempts: &mut Attempts) -> io::Result<()> {
+    while !attempts.go_on(Instant::now())? {
+        let streams = attempts.streams();
+        let watched = streams.map(|stream| sys::watch_borrowed(stream.as_fd()));
+        let watched: Vec<_> = watched.collect::<io::Result<_>>()?;
+        let ready = sys::any_ready(&watched, Interest::WRITABLE);
+        if let Ok(ready) = timeout_at(attempts.wait_until().into(), ready).await {
+            drop(ready?);
+        }
     }
+    Ok(())
+}
+
+async fn shake_hands(dial: &mut Dial, stream: &mut Stream) -> io::Result<()> {
+    while !dial.shake_hands(stream)? {
+        let watched = [sys::watch_borrowed(stream.as_fd())?];
+        let ready = sys::any_ready(&watched, Interest::READABLE);
+        let ready = timeout_at(dial.deadline().into(), ready).await;
+        drop(ready.map_err(|_| no_answer())??);
+    }
+    Ok(())
 }
 
 fn no_answer() -> io::Error {

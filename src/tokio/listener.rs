@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
+use ::tokio::io::Interest;
 use ::tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use socket2::Socket;
 
@@ -18,8 +19,8 @@ use crate::sys;
 #[derive(Debug)]
 pub struct Listener {
     inner: crate::Listener,
-    /// The same socket, as the reactor has it.
-    watched: AsyncFd<Socket>,
+    /// The same sockets, as the reactor has them.
+    watched: Vec<AsyncFd<Socket>>,
 }
 
 impl Listener {
@@ -55,7 +56,7 @@ impl Listener {
     /// As those of [`crate::Listener::accept`].
     pub async fn accept(&self) -> Result<(Stream, SocketName)> {
         loop {
-            let ready = self.watched.readable().await;
+            let ready = sys::any_ready(&self.watched, Interest::READABLE).await;
             let mut ready = ready.map_err(|e| self.failed(e))?;
             if let Some(accepted) = self.take(&mut ready) {
                 return accepted;
@@ -68,13 +69,15 @@ impl Listener {
     /// # Errors
     /// As those of [`crate::Listener::accept`].
     pub fn poll_accept(&self, context: &mut Context<'_>) -> Poll<Result<(Stream, SocketName)>> {
-        loop {
-            let ready = ready!(self.watched.poll_read_ready(context));
-            let mut ready = ready.map_err(|e| self.failed(e))?;
-            if let Some(accepted) = self.take(&mut ready) {
-                return Poll::Ready(accepted);
+        for watched in &self.watched {
+            while let Poll::Ready(ready) = watched.poll_read_ready(context) {
+                let mut ready = ready.map_err(|e| self.failed(e))?;
+                if let Some(accepted) = self.take(&mut ready) {
+                    return Poll::Ready(accepted);
+                }
             }
         }
+        Poll::Pending
     }
 
     /// Accepts without waiting. Returns `None` if there is no client, or it has left already.
@@ -104,9 +107,13 @@ impl TryFrom<crate::Listener> for Listener {
 
     fn try_from(inner: crate::Listener) -> io::Result<Listener> {
         refuse_frames(inner.address().is_framed())?;
-        let socket = Socket::from(inner.as_fd().try_clone_to_owned()?);
+        let watch = |socket: BorrowedFd<'_>| {
+            let socket = Socket::from(socket.try_clone_to_owned()?);
+            sys::watch_socket(socket)
+        };
+        let watched = inner.sockets().into_iter().map(watch);
         Ok(Listener {
-            watched: sys::watch_socket(socket)?,
+            watched: watched.collect::<io::Result<_>>()?,
             inner,
         })
     }

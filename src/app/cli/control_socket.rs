@@ -6,9 +6,9 @@ use clap::Args;
 
 use super::console::{complain, say};
 use super::summary::tried_again;
-use crate::address::TcpAddress;
+use crate::address::{Address, TcpAddress};
 use crate::app::control::{self, Actions, Bound, Control, Place, Unavailable};
-use crate::app::values::{at_home, tcp};
+use crate::app::values::{at_home, metrics};
 use crate::proxy::{Proxy, ProxyConfig};
 
 /// How a proxy that runs can be looked at and changed.
@@ -19,9 +19,10 @@ pub(super) struct ControlOptions {
     /// first. =off: there is none [default: one under the process' number, which `hvsock ps` lists]
     #[arg(long, value_name = "PATH|off", num_args = 0..=1, require_equals = true, value_parser = parse_place)]
     control: Option<Option<Place>>,
-    /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect
-    #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
-    metrics: Option<TcpAddress>,
+    /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect; or
+    /// at a Unix socket (/run/metrics.sock), or to guests at vsock://:PORT
+    #[arg(long, value_name = "[ADDR:]PORT|ADDRESS", value_parser = parse_metrics)]
+    metrics: Option<Address>,
     /// Let forwards to programs (exec:/PROGRAM) be added by the control socket, too
     #[arg(long)]
     allow_exec: bool,
@@ -44,6 +45,7 @@ impl ControlOptions {
         }
         Some(control::Options {
             control,
+            guest_control: None,
             metrics: self.metrics.clone(),
             unavailable,
         })
@@ -62,8 +64,8 @@ fn parse_place(text: &str) -> Result<Place, String> {
     }
 }
 
-fn parse_metrics(text: &str) -> Result<TcpAddress, String> {
-    tcp(&text.into())
+fn parse_metrics(text: &str) -> Result<Address, String> {
+    metrics(&text.into())
 }
 
 /// Binds the sockets that are asked for; no forward of the proxy may lead there.
@@ -79,13 +81,13 @@ pub(super) fn open(sockets: &control::Options, config: &mut ProxyConfig) -> crat
 pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
     let states = bound.states();
     let control = bound.serve(proxy.handle(), actions)?;
-    for (address, trouble) in states {
+    for (what, address, trouble) in states {
         match (address.as_tcp(), trouble) {
             (_, Some(why)) => complain(tried_again(&why)),
-            (Some(TcpAddress { host, port }), None) => {
+            (Some(TcpAddress { host, port, .. }), None) => {
                 say(format_args!("metrics at http://{host}:{port}/metrics"));
             }
-            (None, None) => say(format_args!("controlled at {address}")),
+            (None, None) => say(format_args!("{what} {address}")),
         }
     }
     Ok(control)

@@ -22,6 +22,7 @@ use crate::proxy::ForwardStatus;
   unix:///PATH, /PATH, ./PATH     vsock://[CID]:PORT (Linux)
   unix:@NAME (abstract, Linux)    vsock-mux://:PORT/PATH (Firecracker and its kin)
   npipe:////./pipe/NAME (Windows; ?sddl=… says who may connect, if not you alone)
+  tcp4://HOST:PORT, tcp6://HOST:PORT   one family of IP; tcp://localhost and tcp://* listen on both
 To connect to (not on Windows):
   exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes   a program that is started for each connection, which is its standard
                                 input and output; arg and env as often as wanted, percent-encoded; no shell

@@ -74,6 +74,7 @@ fn door_options(config: &Config) -> control::Options {
     let path = config.control.clone();
     control::Options {
         control: path.map_or(control::Place::Nowhere, control::Place::At),
+        guest_control: config.guest_control.clone(),
         metrics: config.metrics.clone(),
         unavailable: control::Unavailable::IsTriedAgain,
     }
@@ -395,6 +396,7 @@ impl Running {
             ("splice", old.splice == new.splice),
             ("exit-idle", old.exit_idle == new.exit_idle),
             ("control", old.control == new.control),
+            ("guest-control", old.guest_control == new.guest_control),
             ("metrics", old.metrics == new.metrics),
         ] {
             if !same {

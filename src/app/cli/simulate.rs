@@ -153,14 +153,16 @@ fn endpoint(text: &str) -> Result<Endpoint, String> {
 }
 
 fn resolve(tcp: &TcpAddress) -> Result<SocketAddr, String> {
-    let Host::Name(name) = &tcp.host else {
-        return tcp
-            .socket_addr()
-            .ok_or_else(|| format!("{tcp} has no address"));
+    let name = match &tcp.host {
+        Host::Ip(ip) => return Ok(SocketAddr::new(*ip, tcp.port)),
+        Host::Name(name) => name,
+        Host::Any => return Err(format!("{tcp}: name one address")),
     };
     let found = (name.as_str(), tcp.port).to_socket_addrs();
     let mut found = found.map_err(|e| format!("{name}: {e}"))?;
-    found.next().ok_or_else(|| format!("{name} has no address"))
+    found
+        .find(|it| tcp.family.includes(&it.ip()))
+        .ok_or_else(|| format!("{name} has no address"))
 }
 
 impl Simulate {

@@ -8,11 +8,11 @@ use super::forward::{Forward, Read};
 use super::problems::Line;
 use super::vms::Vm;
 use crate::address::overlap::ListenKey;
-use crate::address::{Address, TcpAddress, UnixAddress};
+use crate::address::{Address, UnixAddress};
 use crate::proxy::{Rule, RuleIndex, describe_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
-type Door = (&'static str, Address);
+pub(super) type Door = (&'static str, Address);
 
 /// Where a forward listens: its name, the line that says so, and the address.
 struct Claim<'a> {
@@ -49,11 +49,9 @@ pub(super) fn find_namesakes(
 pub(super) fn find(
     rules: &[(&Forward, Rule)],
     parts: &[Read],
-    control: Option<&Path>,
-    metrics: Option<&TcpAddress>,
+    doors: &[Door],
     complain: &mut dyn FnMut(Line, String),
 ) {
-    let doors = doors(control, metrics);
     let of_rules = rules.iter().map(|(forward, rule)| Claim {
         name: &forward.name,
         line: &forward.listen_line,
@@ -98,7 +96,7 @@ pub(super) fn find(
             );
             complain(forward.connect_line.clone(), text);
         }
-        for (key, door) in &doors {
+        for (key, door) in doors {
             if door.collides(listen) {
                 let text = format!(
                     "[forward.{name}]: {key} is at {door} already; choose another address for one of them"
@@ -116,9 +114,18 @@ pub(super) fn find(
     }
 }
 
-fn doors(control: Option<&Path>, metrics: Option<&TcpAddress>) -> Vec<Door> {
+/// Returns where the program itself listens.
+pub(super) fn doors(
+    control: Option<&Path>,
+    guest_control: Option<&Address>,
+    metrics: Option<&Address>,
+) -> Vec<Door> {
     let control = control.map(|path| UnixAddress::Path(path.to_owned()).into());
-    let metrics = metrics.map(|at| at.clone().into());
-    let doors = [("control", control), ("metrics", metrics)].into_iter();
+    let doors = [
+        ("control", control),
+        ("guest-control", guest_control.cloned()),
+        ("metrics", metrics.cloned()),
+    ];
+    let doors = doors.into_iter();
     doors.filter_map(|(key, door)| Some((key, door?))).collect()
 }

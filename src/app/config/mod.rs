@@ -37,7 +37,7 @@ use serde_json::Value;
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::address::{Address, TcpAddress};
+use crate::address::Address;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::app::vm::VmPlace;
@@ -66,8 +66,10 @@ pub(crate) struct Config {
     pub(crate) access_log: bool,
     /// Where it is controlled from, if anywhere.
     pub(crate) control: Option<PathBuf>,
+    /// Where guests may control it.
+    pub(crate) guest_control: Option<Address>,
     /// Where it tells of itself.
-    pub(crate) metrics: Option<TcpAddress>,
+    pub(crate) metrics: Option<Address>,
     /// For who adds forwards by the control socket.
     #[cfg(unix)]
     pub(crate) defaults: RuleOptions,
@@ -85,7 +87,20 @@ fn read_control(value: &Value) -> Result<Option<PathBuf>, String> {
     match values::text(value)?.as_str() {
         "" => Err("it is empty; write a path, or \"off\"".to_owned()),
         "off" => Ok(None),
+        text if text.starts_with("vsock:") => Err(format!(
+            "it is a path, or \"off\"; guests may change forwards only where guest-control = {text:?} says so"
+        )),
         text => Ok(Some(values::at_home(text)?.into_owned().into())),
+    }
+}
+
+/// Reads where guests may control it.
+fn read_guest_control(value: &Value) -> Result<Address, String> {
+    match values::address(value)? {
+        Address::Vsock(vsock) if !vsock.framing => Ok(Address::Vsock(vsock)),
+        other => Err(format!(
+            "{other} is not a vsock address; a right one: \"vsock://:9101\""
+        )),
     }
 }
 
@@ -262,7 +277,8 @@ impl Config {
         let splice = root.take("splice", values::yes_or_no);
         let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
-        let metrics = root.take("metrics", values::tcp);
+        let guest_control = root.take("guest-control", read_guest_control);
+        let metrics = root.take("metrics", values::metrics);
         let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
         if let Some(mut section) = root.table("defaults") {
@@ -309,6 +325,7 @@ impl Config {
             splice: splice.unwrap_or(true),
             access_log: access_log.unwrap_or(false),
             control: control.unwrap_or_else(usual_control),
+            guest_control,
             metrics,
             #[cfg(unix)]
             defaults,
@@ -399,8 +416,11 @@ impl Config {
         conflicts::find(
             &seen,
             &self.parts,
-            self.control.as_deref(),
-            self.metrics.as_ref(),
+            &conflicts::doors(
+                self.control.as_deref(),
+                self.guest_control.as_ref(),
+                self.metrics.as_ref(),
+            ),
             complain,
         );
         for (vm, _) in &vms {

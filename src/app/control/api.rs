@@ -130,6 +130,14 @@ fn json(status: u16, body: &impl Serialize) -> Answer {
     }
 }
 
+/// Returns whether a call concerns the process and not what it carries.
+fn is_for_this_machine(request: &Request) -> bool {
+    matches!(
+        request.path.as_str(),
+        "/v1/stop" | "/v1/upgrade" | "/v1/take-over"
+    )
+}
+
 impl Api {
     pub(super) fn new(
         handle: Handle,
@@ -157,7 +165,7 @@ impl Api {
     /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
     /// never done: who asked would have given up.
     pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
-        if service == Service::Control
+        if service != Service::Metrics
             && request.method == "GET"
             && request.path == EVENTS
             && request.query.is_empty()
@@ -180,7 +188,12 @@ impl Api {
             // Until it is done, whoever waits for it.
             let _turn = turn;
             match service {
-                Service::Control => api.answer_all(&request),
+                Service::GuestControl if is_for_this_machine(&request) => Problem::new(
+                    403,
+                    "guests can't end this process, or have another take its place",
+                )
+                .response(),
+                Service::Control | Service::GuestControl => api.answer_all(&request),
                 Service::Metrics => api.answer_metrics(&request),
             }
         };

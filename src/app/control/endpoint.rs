@@ -18,6 +18,8 @@ use super::place;
 pub(super) enum Service {
     /// Everything, to this user.
     Control,
+    /// What concerns forwards and connections, to guests.
+    GuestControl,
     /// The metrics alone, to whoever can connect.
     Metrics,
 }
@@ -120,6 +122,7 @@ impl Endpoint {
         *trouble = Some(Unserved {
             service: match self.service {
                 Service::Control => "control".to_owned(),
+                Service::GuestControl => "guest-control".to_owned(),
                 Service::Metrics => "metrics".to_owned(),
             },
             address: self.address.to_string(),

@@ -38,7 +38,7 @@
 //! link that was changed later), who connects is our own process, and is refused for that. Another proxy of the same
 //! user's can't be told from the user.
 //!
-//! The metrics on a TCP port are for whoever can connect; only the first of the two guards is there for them.
+//! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two guards is there for them.
 
 mod api;
 mod client;
@@ -59,7 +59,7 @@ use std::sync::Arc;
 
 use tracing::debug;
 
-use crate::address::{Address, TcpAddress};
+use crate::address::Address;
 use crate::error::Result;
 use crate::proxy::{Handle, Observer};
 
@@ -97,8 +97,10 @@ pub(crate) enum Place {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
     pub(crate) control: Place,
+    /// Where guests may control it.
+    pub(crate) guest_control: Option<Address>,
     /// Where else the metrics are to be had, and nothing but them, by whoever can connect.
-    pub(crate) metrics: Option<TcpAddress>,
+    pub(crate) metrics: Option<Address>,
     pub(crate) unavailable: Unavailable,
 }
 
@@ -126,6 +128,7 @@ pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
     open(options, |service, address| {
         let used_for = match service {
             Service::Control => Use::Control,
+            Service::GuestControl => Use::GuestControl,
             Service::Metrics => Use::Metrics,
         };
         let socket = from.take_door(used_for, address)?;
@@ -173,12 +176,17 @@ fn open(
             opened => opened?,
         });
     }
-    if let Some(metrics) = &options.metrics {
-        let address = Address::Tcp(metrics.clone());
+    let others = [
+        (Service::GuestControl, &options.guest_control),
+        (Service::Metrics, &options.metrics),
+    ];
+    for (service, address) in others {
+        let Some(address) = address else { continue };
         // No forward may lead there: of a port that is yet to be chosen nobody can say so.
-        let waits = options.unavailable == Unavailable::IsTriedAgain && metrics.port != 0;
-        doors.push(match open(Service::Metrics, &address) {
-            Err(e) if waits => Door::closed(Service::Metrics, &address, &e),
+        let waits =
+            options.unavailable == Unavailable::IsTriedAgain && !address.leaves_port_to_kernel();
+        doors.push(match open(service, address) {
+            Err(e) if waits => Door::closed(service, address, &e),
             opened => opened?,
         });
     }
@@ -213,13 +221,21 @@ impl Bound {
             .collect()
     }
 
-    /// Where those are that were asked for, and why nobody can be served there, if so.
-    pub(crate) fn states(&self) -> Vec<(Address, Option<String>)> {
+    /// Where those are that were asked for, in words and as an address, and why nobody can be served
+    /// there, if so.
+    pub(crate) fn states(&self) -> Vec<(&'static str, Address, Option<String>)> {
         let why = |it: &Door| it.endpoint.trouble().map(|trouble| trouble.why);
         let is_asked = |it: &&Door| it.endpoint.demand == Demand::Asked;
         let doors = self.doors.iter().filter(is_asked);
         doors
-            .map(|it| (it.endpoint.address.clone(), why(it)))
+            .map(|it| {
+                let what = match it.endpoint.service {
+                    Service::Control => "controlled at",
+                    Service::GuestControl => "controlled by guests at",
+                    Service::Metrics => "metrics at",
+                };
+                (what, it.endpoint.address.clone(), why(it))
+            })
             .collect()
     }
 

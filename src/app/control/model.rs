@@ -51,7 +51,7 @@ pub(crate) struct Status {
 /// A socket of the control interface on which nobody is served.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Unserved {
-    /// `control` or `metrics`.
+    /// `control`, `guest-control` or `metrics`.
     pub(crate) service: String,
     pub(crate) address: String,
     pub(crate) why: String,

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
@@ -23,7 +24,7 @@ use crate::error::{Error, Operation, Result};
 use crate::listener::lasting::FileWatch;
 use crate::listener::nonblocking::{Listener, has_client_left, is_broken};
 use crate::stream::{Stream, nonblocking};
-use crate::sys::{self, AsSocket};
+use crate::sys;
 
 use super::api::{Api, CALLS_AT_A_TIME};
 use super::clients::{Client, Clients, lock};
@@ -299,9 +300,12 @@ impl Acceptor {
 
 /// Waits for a client.
 async fn next_client(listener: &Listener) -> io::Result<nonblocking::Stream> {
-    let watched = sys::watch_borrowed(listener.as_socket())?;
+    let sockets = listener.sockets().into_iter();
+    let watched: Vec<_> = sockets
+        .map(sys::watch_borrowed)
+        .collect::<io::Result<_>>()?;
     loop {
-        let mut ready = watched.readable().await?;
+        let mut ready = sys::any_ready(&watched, Interest::READABLE).await?;
         if let Ok(accepted) = ready.try_io(|_| listener.accept()) {
             return accepted.map(|(stream, _)| stream);
         }
@@ -406,7 +410,7 @@ mod tests {
                 let asked = address.parse().unwrap();
                 let (server, _proxy, listener, endpoint) = start(&asked, actions(|| ()));
                 assert!(scrape(&endpoint.address).unwrap().contains("200 OK"));
-                let socket = listener.as_socket();
+                let socket = listener.sockets()[0];
                 let socket = socket2::SockRef::from(&socket);
                 socket.shutdown(Shutdown::Both).unwrap();
                 drop(listener);
@@ -417,6 +421,36 @@ mod tests {
                 drop(server);
                 assert!(scrape(&endpoint.address).is_err(), "{address}");
             }
+        }
+    }
+
+    #[test]
+    fn guests_may_change_forwards_and_not_the_process() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
+        let (handle, stopping) = (proxy.handle(), actions(|| ()));
+        let api = Arc::new(Api::new(handle, stopping, Vec::new(), Arc::default()));
+        for (method, path, status) in [
+            ("GET", "/v1/status", 200),
+            ("GET", "/v1/events", 200),
+            ("GET", "/metrics", 200),
+            ("POST", "/v1/reload", 200),
+            ("DELETE", "/v1/forwards/none", 404),
+            ("POST", "/v1/stop", 403),
+            ("POST", "/v1/upgrade", 403),
+            ("POST", "/v1/take-over", 403),
+        ] {
+            let request = Request {
+                method: method.parse().unwrap(),
+                path: path.to_owned(),
+                ..Request::default()
+            };
+            let answer = Arc::clone(&api).answer(Service::GuestControl, request);
+            let answer = runtime.block_on(async { timeout(PATIENCE, answer).await });
+            assert_eq!(answer.unwrap().status(), status, "{path}");
         }
     }
 

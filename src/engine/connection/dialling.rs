@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use crate::address::Refusal;
-use crate::dial::{self, Begun, Dial, Next};
+use crate::dial::{self, Begun, Dial, Next, Race};
 use crate::engine::Phase;
 use crate::engine::admission::{Full, Gate, NotServed, Slot};
 use crate::engine::end_reason::{EndReason, Reason};
@@ -156,17 +156,11 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Notes that the dialled socket may lead to a listener of this process. Returns false if that
     /// closes a loop of forwards.
     pub(super) fn note_dial(&mut self, cx: &mut Context<'_, S>) -> bool {
-        let State::Connecting {
-            server,
-            dial,
-            earlier,
-            ..
-        } = &self.state
-        else {
+        let State::Connecting { server, race, .. } = &self.state else {
             return true;
         };
         let (routes, forward) = (cx.routes, self.forward.id);
-        let endpoint = dial.endpoint().filter(|it| routes.may_reach(it));
+        let endpoint = race.dial.endpoint().filter(|it| routes.may_reach(it));
         let Some(endpoint) = endpoint else {
             return true;
         };
@@ -175,7 +169,7 @@ impl<S: ConnectionSocket> Connection<S> {
             Endpoint::Tcp(_) | Endpoint::Vsock(_) => {
                 let here = server.socket.local_name();
                 if let Some(ends) = here.and_then(|here| PeerNames::dialled(here, endpoint)) {
-                    if earlier.is_empty() {
+                    if race.earlier().next().is_none() {
                         // Those of dials that have failed.
                         routes.forget_dialled(&mut route);
                     }
@@ -322,7 +316,7 @@ impl<S: ConnectionSocket> Connection<S> {
     pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
         match &self.state {
             State::Waiting { dial, .. } => dial.endpoint(),
-            State::Connecting { dial, .. } => dial.next_endpoint(),
+            State::Connecting { race, .. } => race.dial.next_endpoint(),
             _ => None,
         }
     }
@@ -341,9 +335,10 @@ impl<S: ConnectionSocket> Connection<S> {
         let State::Waiting { dial, .. } = &mut self.state else {
             return;
         };
-        let error = match addresses {
-            Ok(addresses) if !addresses.is_empty() => {
-                let order = self.forward.addresses().order(addresses, cx.now);
+        let target = &self.forward.rule.connect;
+        let order = |found| self.forward.addresses().order(target, found, cx.now);
+        let error = match addresses.map(order) {
+            Ok(order) if !order.is_empty() => {
                 dial.add(order.into_iter().map(Endpoint::Tcp));
                 return cx.request(Action::Connect);
             }
@@ -391,11 +386,11 @@ impl<S: ConnectionSocket> Connection<S> {
             Ok((socket, Ok(()))) => {
                 if let State::Waiting { client, dial, .. } = self.take_state() {
                     let server = End::new(socket);
+                    let race = Race::new(dial);
                     self.enter(State::Connecting {
                         client,
                         server,
-                        dial,
-                        earlier: Vec::new(),
+                        race,
                     });
                 }
                 self.begin_relaying(None, Acceptance::Unknown, cx);
@@ -436,11 +431,11 @@ impl<S: ConnectionSocket> Connection<S> {
             writable: begun != Begun::InProgress,
             ..Readiness::default()
         });
+        let race = Race::new(dial);
         self.enter(State::Connecting {
             client,
             server,
-            dial,
-            earlier: Vec::new(),
+            race,
         });
         if !self.note_dial(cx) {
             return self.refuse_loop(cx);
@@ -470,34 +465,33 @@ impl<S: ConnectionSocket> Connection<S> {
             return self.close_without_client(cx);
         }
         self.look_at_earlier(cx);
-        let State::Connecting { server, dial, .. } = &mut self.state else {
+        let State::Connecting { server, race, .. } = &mut self.state else {
             return;
         };
         // Readiness is handled first: a connect may have succeeded while the process was frozen.
         let attempt = match server.is_writable() {
             true => match server.socket.connected() {
-                Ok(true) => dial.shake_hands(&mut server.socket),
+                Ok(true) => race.dial.shake_hands(&mut server.socket),
                 other => other,
             },
             false => Ok(false),
         };
         match attempt {
             Ok(true) => self.begin_relaying(None, Acceptance::Unknown, cx),
-            Ok(false) if cx.now >= dial.deadline() => self.time_out(cx),
+            Ok(false) if cx.now >= race.dial.deadline() => self.time_out(cx),
             Ok(false) => self.wait_for_answers(cx),
             Err(_) if self.return_to_earlier(cx) => {}
             Err(error) => {
                 if let State::Connecting {
                     client,
                     server,
-                    dial,
-                    ..
+                    race,
                 } = self.take_state()
                 {
-                    if let Some(endpoint) = dial.endpoint() {
+                    if let Some(endpoint) = race.dial.endpoint() {
                         self.note_failed(endpoint, cx);
                     }
-                    self.enter(State::waiting(client, dial));
+                    self.enter(State::waiting(client, race.dial));
                     cx.request(Action::Close(server.socket, None));
                 }
                 self.attempt_failed(error, cx);
@@ -625,10 +619,11 @@ impl<S: ConnectionSocket> Connection<S> {
             State::Connecting {
                 client,
                 server,
-                dial,
-                ..
-            } if dial.is_shaking_hands() || self.forward.needs_graceful_close(Side::Server) => {
-                (client, Some(Closing::dialled(server, dial)))
+                race,
+            } if race.dial.is_shaking_hands()
+                || self.forward.needs_graceful_close(Side::Server) =>
+            {
+                (client, Some(Closing::dialled(server, race.dial)))
             }
             State::Connecting { client, server, .. } => {
                 self.close_socket(Side::Server, server, cx);
@@ -663,9 +658,8 @@ impl<S: ConnectionSocket> Connection<S> {
             State::Connecting {
                 client,
                 server,
-                dial,
-                ..
-            } if dial.is_shaking_hands() => (client, Closing::dialled(server, dial)),
+                race,
+            } if race.dial.is_shaking_hands() => (client, Closing::dialled(server, race.dial)),
             State::Proving {
                 client,
                 server,

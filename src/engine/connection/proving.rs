@@ -64,14 +64,13 @@ impl<S: ConnectionSocket> Connection<S> {
         if let State::Connecting {
             client,
             server,
-            dial,
-            ..
+            race,
         } = self.take_state()
         {
             self.enter(State::Proving {
                 client,
                 server,
-                dial,
+                dial: race.dial,
                 until: None,
             });
         }

@@ -1,11 +1,11 @@
-//! The race between the addresses of a name, as RFC 8305 has it: while one has not answered, the next
-//! is tried as well, and the first that answers is taken.
+//! The race between the addresses of a name: see [`Race`](crate::dial::Race).
 //!
 //! All sockets of a race have the token of the server's side. An event doesn't tell which of them it
 //! is about, so each of them is asked.
 
 use std::io;
 
+use crate::dial::Race;
 use crate::engine::relay::{End, Readiness};
 use crate::engine::routes::PeerNames;
 use crate::stream::endpoint::Endpoint;
@@ -13,122 +13,79 @@ use crate::stream::endpoint::Endpoint;
 use super::action::{Action, Context};
 use super::dialling::Dialled;
 use super::socket::ConnectionSocket;
-use super::state::{Attempt, Connection, State};
-
-/// How many addresses are tried at a time: each has a descriptor. Where there are more, the oldest
-/// attempt is given up for the next one after its share of the time.
-pub(super) const MOST_ATTEMPTS: usize = 4;
+use super::state::{Connection, State};
 
 impl<S: ConnectionSocket> Connection<S> {
+    /// Returns the latest attempt's socket, and the race that it is in.
+    fn race(&mut self) -> Option<(&mut End<S>, &mut Race<S>)> {
+        match &mut self.state {
+            State::Connecting { server, race, .. } => Some((server, race)),
+            _ => None,
+        }
+    }
+
     /// Takes the result of beginning to connect to a further address.
     pub(super) fn take_further_connect(
         &mut self,
         connect: io::Result<Dialled<S>>,
         cx: &mut Context<'_, S>,
     ) {
-        let State::Connecting {
-            server,
-            dial,
-            earlier,
-            ..
-        } = &mut self.state
-        else {
+        let Some((server, race)) = self.race() else {
             return;
         };
-        let socket = match connect {
-            Ok(dialled) if dialled.watched.is_ok() => dialled.socket,
+        match connect {
+            Ok(dialled) if dialled.watched.is_ok() => {
+                let before = std::mem::replace(server, checked(dialled.socket));
+                if let Some(oldest) = race.take_before(before.socket, cx.now) {
+                    cx.request(Action::Close(oldest.socket, None));
+                    self.note_failed(&oldest.endpoint, cx);
+                }
+                // Of TCP it is known only by the accept whether it closes a loop.
+                self.note_dial(cx);
+            }
             failed => {
                 if let Ok(dialled) = failed {
                     cx.request(Action::Close(dialled.socket, None));
                 }
-                let skipped = dial.skip_next();
-                dial.hasten_next(cx.now);
-                if let Some(endpoint) = skipped {
+                if let Some(endpoint) = race.skip_next(cx.now) {
                     self.note_failed(&endpoint, cx);
                 }
-                return self.wait_for_answers(cx);
             }
-        };
-        let before = std::mem::replace(server, checked(socket));
-        if let Some(endpoint) = dial.turn_to_next() {
-            earlier.push(Attempt {
-                socket: before.socket,
-                endpoint,
-            });
         }
-        dial.begun(cx.now);
-        if earlier.len() >= MOST_ATTEMPTS {
-            let oldest = earlier.remove(0);
-            cx.request(Action::Close(oldest.socket, None));
-            self.note_failed(&oldest.endpoint, cx);
-        }
-        // Of TCP it is known only by the accept whether it closes a loop.
-        self.note_dial(cx);
         self.wait_for_answers(cx);
     }
 
     /// Looks which of the earlier attempts have an answer. The first that has succeeded takes the
     /// place of the latest one.
     pub(super) fn look_at_earlier(&mut self, cx: &mut Context<'_, S>) {
-        let State::Connecting {
-            server,
-            dial,
-            earlier,
-            ..
-        } = &mut self.state
-        else {
+        let Some((server, race)) = self.race() else {
             return;
         };
-        let mut failed = Vec::new();
-        let mut index = 0;
-        while index < earlier.len() {
-            match earlier[index].socket.connected() {
-                Ok(false) => index += 1,
-                Ok(true) => {
-                    let attempt = earlier.remove(index);
-                    let latest = std::mem::replace(server, checked(attempt.socket));
-                    // Those that stand behind it have had less time than it.
-                    let later = earlier.drain(index..).map(|it| it.socket);
-                    for socket in later.chain([latest.socket]) {
-                        cx.request(Action::Close(socket, None));
-                    }
-                    dial.return_to(attempt.endpoint);
-                    break;
-                }
-                Err(_) => {
-                    let attempt = earlier.remove(index);
-                    cx.request(Action::Close(attempt.socket, None));
-                    failed.push(attempt.endpoint);
-                }
+        let look = race.look_at_earlier(cx.now, |it| it.connected());
+        if let Some((winner, later)) = look.winner {
+            let latest = std::mem::replace(server, checked(winner));
+            // Those that were begun after it have had less time.
+            for socket in later.into_iter().chain([latest.socket]) {
+                cx.request(Action::Close(socket, None));
             }
         }
-        if !failed.is_empty() {
-            dial.hasten_next(cx.now);
-        }
-        for endpoint in &failed {
-            self.note_failed(endpoint, cx);
+        for attempt in look.failed {
+            cx.request(Action::Close(attempt.socket, None));
+            self.note_failed(&attempt.endpoint, cx);
         }
     }
 
     /// Goes on with an earlier attempt, now that the latest one has failed. Returns false if there is
     /// none.
     pub(super) fn return_to_earlier(&mut self, cx: &mut Context<'_, S>) -> bool {
-        let State::Connecting {
-            server,
-            dial,
-            earlier,
-            ..
-        } = &mut self.state
-        else {
+        let Some((server, race)) = self.race() else {
             return false;
         };
-        let Some(attempt) = earlier.pop() else {
+        let Some((socket, failed)) = race.return_to_earlier(cx.now) else {
             return false;
         };
-        let latest = std::mem::replace(server, checked(attempt.socket));
+        let latest = std::mem::replace(server, checked(socket));
         cx.request(Action::Close(latest.socket, None));
-        let failed = dial.return_to(attempt.endpoint);
-        dial.hasten_next(cx.now);
         if let Some(endpoint) = failed {
             self.note_failed(&endpoint, cx);
         }
@@ -138,12 +95,11 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Waits for the answer to an attempt, or until the next one is due.
     pub(super) fn wait_for_answers(&mut self, cx: &mut Context<'_, S>) {
-        let State::Connecting { dial, earlier, .. } = &self.state else {
+        let Some((_, race)) = self.race() else {
             return;
         };
-        let under_way = earlier.len() + 1;
-        let deadline = dial.deadline();
-        match dial.next_attempt(under_way < MOST_ATTEMPTS) {
+        let (deadline, next) = (race.dial.deadline(), race.next_attempt());
+        match next {
             Some(at) if at <= cx.now => {
                 self.wake_at = Some(deadline);
                 cx.request(Action::Connect);
@@ -154,22 +110,16 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Ends the race, which the server's socket has won.
     pub(super) fn win_race(&mut self, cx: &mut Context<'_, S>) {
-        let State::Connecting {
-            server,
-            dial,
-            earlier,
-            ..
-        } = &mut self.state
-        else {
+        let State::Connecting { server, race, .. } = &mut self.state else {
             return;
         };
-        if let Some(Endpoint::Tcp(address)) = dial.endpoint() {
+        if let Some(Endpoint::Tcp(address)) = race.dial.endpoint() {
             self.forward.addresses().note_success(*address);
         }
-        if !dial.has_raced() {
+        if !race.dial.has_raced() {
             return;
         }
-        for attempt in earlier.drain(..) {
+        for attempt in race.take_earlier() {
             cx.request(Action::Close(attempt.socket, None));
             if let Endpoint::Tcp(address) = attempt.endpoint {
                 self.forward.addresses().note_failure(address, cx.now);
@@ -184,7 +134,7 @@ impl<S: ConnectionSocket> Connection<S> {
             ..Readiness::default()
         });
         if let Some(route) = &mut self.route
-            && let Some(endpoint) = dial.endpoint()
+            && let Some(endpoint) = race.dial.endpoint()
             && let Some(here) = server.socket.local_name()
             && let Some(ends) = PeerNames::dialled(here, endpoint)
         {
@@ -194,8 +144,8 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Closes what is still in a race that nobody has won.
     pub(super) fn abandon_race(&mut self, cx: &mut Context<'_, S>) {
-        if let State::Connecting { earlier, .. } = &mut self.state {
-            for attempt in earlier.drain(..) {
+        if let Some((_, race)) = self.race() {
+            for attempt in race.take_earlier() {
                 cx.request(Action::Close(attempt.socket, None));
             }
         }

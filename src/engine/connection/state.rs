@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::dial::Dial;
+use crate::dial::{Dial, Race};
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
 use crate::engine::end_reason::{EndReason, Reason};
@@ -14,7 +14,6 @@ use crate::engine::relay::{End, Pair, Readiness, Side};
 use crate::engine::routes::Route;
 use crate::error::Error;
 use crate::name::Peer;
-use crate::stream::endpoint::Endpoint;
 use crate::stream::socket::Socket;
 
 use super::action::{Action, Context};
@@ -69,12 +68,11 @@ pub(crate) enum State<S: Socket> {
         dial: Dial,
         full: Option<Full>,
     },
-    /// `earlier` are attempts at other addresses that are still under way.
+    /// `server` is the latest attempt's; those at other addresses may be under way still.
     Connecting {
         client: End<S>,
         server: End<S>,
-        dial: Dial,
-        earlier: Vec<Attempt<S>>,
+        race: Race<S>,
     },
     /// It is not known yet whether the guest has taken the dial. `until` ends the wait if no probe
     /// can tell.
@@ -139,13 +137,6 @@ pub(crate) struct Held {
     pub(crate) redial: Option<Instant>,
     /// The error of the last dial.
     pub(super) last: Option<(Error, Reason)>,
-}
-
-/// An attempt that goes on while a later one is made.
-#[derive(Debug)]
-pub(crate) struct Attempt<S> {
-    pub(super) socket: S,
-    pub(super) endpoint: Endpoint,
 }
 
 /// What is known of a client that comes by way of a proxy.

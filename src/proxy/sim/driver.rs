@@ -182,6 +182,7 @@ pub(super) fn place_of(address: &Address) -> Place {
         Address::Tcp(TcpAddress {
             host: Host::Ip(ip),
             port,
+            ..
         }) => Place::Tcp((*ip, *port).into()),
         Address::Vsock(vsock) => Place::Vsock {
             cid: vsock.cid,

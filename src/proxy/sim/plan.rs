@@ -71,10 +71,7 @@ fn ms(n: u64) -> Duration {
 }
 
 fn tcp(port: u16) -> TcpAddress {
-    TcpAddress {
-        host: Host::Ip([127, 0, 0, 1].into()),
-        port,
-    }
+    TcpAddress::new(Host::Ip([127, 0, 0, 1].into()), port)
 }
 
 /// A time before `end`, often one that others draw as well.
@@ -289,10 +286,7 @@ impl Plan {
                             }
                         };
                         self.names.push((name.clone(), found));
-                        Address::Tcp(TcpAddress {
-                            host: Host::Name(name),
-                            port,
-                        })
+                        Address::Tcp(TcpAddress::new(Host::Name(name), port))
                     }
                     _ => address,
                 };
@@ -395,10 +389,7 @@ impl Plan {
                 let host = format!("loop{number}");
                 let to = SocketAddr::from(([127, 0, 0, 1], 1_000 + rng.u16(..=number as u16)));
                 self.names.push((host.clone(), Name::Found(vec![to])));
-                connect = Address::Tcp(TcpAddress {
-                    host: Host::Name(host),
-                    port: to.port(),
-                });
+                connect = Address::Tcp(TcpAddress::new(Host::Name(host), to.port()));
                 is_chained = true;
             }
             let mut rule = Rule::new(listen, connect);

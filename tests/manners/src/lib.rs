@@ -1,13 +1,14 @@
 //! Gives a Linux process the manners of macOS' sockets.
 //!
 //! Preloaded (`LD_PRELOAD`), it stands before libc's socket calls. `MANNERS` names those manners
-//! that are wanted, with commas between them; without it all are given but `capped`. They are read
-//! in XNU's source (`bsd/kern/uipc_socket.c`, `uipc_usrreq.c`, `uipc_syscalls.c`); see [`Manner`].
+//! that are wanted, with commas between them; without it all are given but `capped` and `copies`. They
+//! are read in XNU's source (`bsd/kern/uipc_socket.c`, `uipc_usrreq.c`, `uipc_syscalls.c`); see [`Manner`].
 //!
 //! What isn't given: calls that don't go through libc; to a peer that has shut down both of its
 //! directions a write fails as to one that has closed.
 
 mod calls;
+mod copies;
 mod ended;
 mod kernel;
 mod lost;
@@ -49,9 +50,12 @@ enum Manner {
     /// A pipe's size is neither known nor to be set, so that nobody goes through pipes with
     /// splice(2).
     Copy,
+    /// Children that are forked without pause have copies of all descriptors for some milliseconds.
+    /// (So they have everywhere, and for less long.)
+    Copies,
 }
 
-const ALL: [(&str, Manner); 13] = [
+const ALL: [(&str, Manner); 14] = [
     ("buffers", Manner::Buffers),
     ("capped", Manner::Capped),
     ("ended", Manner::Ended),
@@ -65,6 +69,7 @@ const ALL: [(&str, Manner); 13] = [
     ("descriptors", Manner::Descriptors),
     ("path", Manner::Path),
     ("copy", Manner::Copy),
+    ("copies", Manner::Copies),
 ];
 
 /// Whether a manner is wanted.
@@ -75,7 +80,7 @@ fn has(manner: Manner) -> bool {
             let named = std::env::var("MANNERS").ok();
             let is_wanted = |(name, manner): &&(&str, Manner)| match &named {
                 Some(named) => named.split(',').any(|it| it == *name),
-                None => *manner != Manner::Capped,
+                None => !matches!(manner, Manner::Capped | Manner::Copies),
             };
             let wanted = ALL.iter().filter(is_wanted);
             wanted.map(|(_, manner)| *manner).collect()

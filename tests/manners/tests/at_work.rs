@@ -31,7 +31,7 @@ fn on_both(manner: &str, test: &str, body: impl FnOnce(bool)) {
         return body(case == "mac");
     }
     let program = std::env::current_exe().unwrap();
-    const ALL: [&str; 13] = [
+    const ALL: [&str; 14] = [
         "buffers",
         "capped",
         "ended",
@@ -45,10 +45,11 @@ fn on_both(manner: &str, test: &str, body: impl FnOnce(bool)) {
         "descriptors",
         "path",
         "copy",
+        "copies",
     ];
     assert!(ALL.contains(&manner));
-    // Nor with the one that nobody has who doesn't name it.
-    let is_other = |it: &&str| ![manner, "capped"].contains(it);
+    // Nor with those that are given only by name.
+    let is_other = |it: &&str| ![manner, "capped", "copies"].contains(it);
     let others: Vec<_> = ALL.into_iter().filter(is_other).collect();
     for (case, manners) in [("mac", manner), ("linux", &others.join(","))] {
         let mut command = Command::new(&program);
@@ -571,4 +572,30 @@ fn all_manners_are_given_unless_some_are_named() {
         .stdout(Stdio::null())
         .status();
     assert!(status.unwrap().success());
+}
+
+#[test]
+fn a_close_is_no_end_while_a_child_has_a_copy() {
+    on_both(
+        "copies",
+        "a_close_is_no_end_while_a_child_has_a_copy",
+        |mac| {
+            let deadline = Instant::now() + PATIENCE;
+            let has_copy = || {
+                let (near, far) = UnixStream::pair().unwrap();
+                near.set_nonblocking(true).unwrap();
+                // Long enough for a fork in between.
+                std::thread::sleep(Duration::from_millis(2));
+                drop(far);
+                (&near).read(&mut [0]).is_err()
+            };
+            if mac {
+                while !has_copy() {
+                    assert!(Instant::now() < deadline, "no copy is made");
+                }
+            } else {
+                assert!(!(0..100).any(|_| has_copy()));
+            }
+        },
+    );
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::app::control::model::RuleBody;
 use crate::engine::admission::sharing::Remainder;
 use crate::listener::nonblocking::Listener;
 use crate::proxy::{ForwardId, Handle, Offered};
-use crate::sys::{self, AsSocket, Identity};
+use crate::sys::{self, Identity};
 
 /// A successor that waits for the sockets.
 #[derive(Debug)]
@@ -51,22 +51,33 @@ impl Successor {
             .iter()
             .filter_map(|it| Some((it, it.listener()?)))
             .collect();
+        let of_doors: Vec<_> = doors
+            .iter()
+            .flat_map(|door| door.1.sockets().into_iter().map(move |it| (door, it)))
+            .collect();
         let mut taken = Vec::new();
         let mut guest_ports = Vec::new();
         let handed = handle.hand_over(|offered| {
+            let of_forwards: usize = offered.iter().map(|it| it.sockets.len()).sum();
             wire.send(&Head {
-                sockets: doors.len() + offered.len(),
+                sockets: of_doors.len() + of_forwards,
             })?;
-            for (endpoint, listener) in &doors {
-                wire.send_with(&door_line(endpoint, listener), listener.as_socket())?;
+            for ((endpoint, listener), socket) in &of_doors {
+                wire.send_with(&door_line(endpoint, listener), *socket)?;
             }
             let mut forwards = Vec::new();
-            for it in offered {
-                let socket: BorrowedFd<'_> = it.socket.as_fd();
-                wire.send_with(&forward_line(&it, listed), socket)?;
+            for mut it in offered {
+                let sockets = std::mem::take(&mut it.sockets);
+                let mut line = forward_line(&it, listed);
+                let id = it.forward.map(|(id, _)| id);
                 guest_ports.extend(guest_port(&it.bound));
-                // Its descriptor is closed by that: there may be many.
-                forwards.push(it.forward.map(|(id, _)| id));
+                // Its descriptors are closed by that: there may be many.
+                for socket in sockets {
+                    wire.send_with(&line, socket.as_fd())?;
+                    forwards.push(id);
+                    // It is one rule.
+                    line.added = None;
+                }
             }
             taken = wire.next::<Taken>()?.taken;
             if !agree() {
@@ -79,7 +90,7 @@ impl Successor {
                 Err(e) if e.kind() != io::ErrorKind::TimedOut => return Err(e),
                 _ => {}
             }
-            let index = |number: &usize| number.checked_sub(doors.len());
+            let index = |number: &usize| number.checked_sub(of_doors.len());
             let id = |index: usize| forwards.get(index).copied().flatten();
             Ok(taken.iter().filter_map(index).filter_map(id).collect())
         });
@@ -88,11 +99,12 @@ impl Successor {
             take_from_keepers(&guest_ports);
             return Err(e);
         }
-        let given = doors.into_iter().enumerate();
+        let given = of_doors.into_iter().enumerate();
         let given: Vec<_> = given
             .filter(|(number, _)| taken.contains(number))
-            .map(|(_, (endpoint, _))| endpoint)
+            .map(|(_, ((endpoint, _), _))| *endpoint)
             .collect();
+        drop(doors);
         for endpoint in &given {
             endpoint.give_away();
         }
@@ -141,6 +153,7 @@ fn door_line(endpoint: &Endpoint, listener: &Listener) -> SocketLine {
     SocketLine {
         used_for: match endpoint.service {
             Service::Control => Use::Control,
+            Service::GuestControl => Use::GuestControl,
             Service::Metrics => Use::Metrics,
         },
         name: None,

@@ -80,6 +80,7 @@ struct Head {
 pub(crate) enum Use {
     Forward,
     Control,
+    GuestControl,
     Metrics,
 }
 

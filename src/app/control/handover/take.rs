@@ -86,7 +86,13 @@ impl Predecessor {
     ) -> Option<Listener> {
         let fits =
             |socket: &Socket| socket.used_for == service && socket.listener.is_for(None, asked);
-        self.take(fits, None)
+        let mut listener = self.take(fits, None)?;
+        let is_other = |it: &Socket| fits(it) && listener.is_joined_by(asked, &it.listener);
+        if let Some(other) = self.take(is_other, None) {
+            listener.join(other);
+        }
+        listener.complete(asked);
+        Some(listener)
     }
 
     /// Returns the rules that were added by hand.
@@ -103,7 +109,13 @@ impl Predecessor {
             let (name, listen) = (rule.name.as_deref(), &rule.listen);
             let fits =
                 |it: &Socket| it.used_for == Use::Forward && it.listener.is_for(name, listen);
-            listeners.extend(self.take(fits, Some(rule.access())));
+            let Some(first) = self.take(fits, Some(rule.access())) else {
+                continue;
+            };
+            let is_other = |it: &Socket| fits(it) && first.is_joined_by(listen, &it.listener);
+            let other = self.take(is_other, Some(rule.access()));
+            listeners.push(first);
+            listeners.extend(other);
         }
         let is_kept = |it: &Socket| it.used_for == Use::Forward && it.listener.is_foreign();
         while let Some(kept) = self.take(is_kept, None) {
