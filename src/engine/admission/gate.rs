@@ -11,8 +11,7 @@ use crate::engine::health::{self, Health, News, VmIdentity};
 use crate::engine::status::{VmStatus, wall_time};
 
 use super::heard::LastHeard;
-use super::quotas::{Holder, Quotas};
-use super::sharing::OtherSlots;
+use super::quotas::{Holder, OtherSlots, Quotas};
 
 /// The average interval between two dials. 100 µs never harmed the device.
 pub(super) const INTERVAL: Duration = Duration::from_micros(150);
