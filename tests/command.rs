@@ -417,7 +417,7 @@ fn errors_say_what_why_and_how_to_mend_it() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = taken.local_addr().unwrap().port();
     fails(
-        &["expose", "--vm", "/no/such/vm", "-L", "0:7"],
+        &["cat", "--vm", "/no/such/vm", "7"],
         1,
         &[
             "hvsock: cannot find VM",

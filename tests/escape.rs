@@ -86,7 +86,14 @@ fn commands_that_look_show_names_and_do_not_obey_them() {
         &["doctor", "--vm", text(&state)],
         &["doctor", "--vm", text(&rude.join("none"))],
         &["doctor", "--json", "--vm", text(&state)],
-        &["expose", "--vm", text(&rude.join("none")), "-L", "0:1"],
+        &[
+            "expose",
+            "--exit-idle=0.1",
+            "--vm",
+            text(&rude.join("none")),
+            "-L",
+            "0:1",
+        ],
         &["cat", text(&rude.join("none"))],
         &["status", "--control", text(&rude.join("none"))],
     ] {

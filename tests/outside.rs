@@ -392,7 +392,7 @@ fn a_forward_that_leads_to_itself_is_refused_where_that_can_be_seen() {
         "[forward.two]\nlisten = 7102\nconnect = \"localhost:7101\"\n",
     ];
     fs::write(&file, rules.concat()).unwrap();
-    let by_way_of = "lead back to itself, by way of tcp://0.0.0.0:7101";
+    let by_way_of = "lead back to itself, by way of tcp://127.0.0.1:7102";
     fails(&["check", text(&file)], 1, &[by_way_of]);
     let (one, two) = (dir.path().join("one"), dir.path().join("two"));
     std::os::unix::fs::symlink(&one, &two).unwrap();

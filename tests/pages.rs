@@ -243,3 +243,39 @@ fn man_takes_the_pages_without_a_warning() {
     }
     println!("{taken} pages were taken");
 }
+
+/// `man` itself may not be there: what stands for it notes what it was given.
+#[cfg(target_os = "linux")]
+#[test]
+fn on_a_terminal_a_page_is_shown_by_man() {
+    use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+    let dir = tempfile::tempdir().unwrap();
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let controller = openpt(flags).unwrap();
+    grantpt(&controller).unwrap();
+    unlockpt(&controller).unwrap();
+    let terminal = ioctl_tiocgptpeer(&controller, flags).unwrap();
+    let show = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        command.args(["man", "expose"]).env("PATH", dir.path());
+        command.stdin(Stdio::null());
+        command.stdout(terminal.try_clone().unwrap());
+        command.stderr(Stdio::piped()).output().unwrap()
+    };
+    let without = show();
+    let why = String::from_utf8(without.stderr).unwrap();
+    assert_eq!(without.status.code(), Some(1), "{why}");
+    assert!(why.contains("no `man`") && why.contains("--help"), "{why}");
+    let man = dir.path().join("man");
+    let script = "#!/bin/sh\necho \"$@\" >\"${0%/*}/words\"\n/bin/cat >\"${0%/*}/page\"\n";
+    // A file that was just written to can't be run while another test's child has it open.
+    let mut made = Command::new("/bin/sh");
+    made.args(["-c", "printf %s \"$1\" >\"$2\" && chmod 755 \"$2\"", "sh"]);
+    let made = made.arg(script).arg(&man).status().unwrap();
+    assert!(made.success());
+    let shown = show();
+    assert!(shown.status.success(), "{shown:?}");
+    let noted = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+    assert_eq!(noted("words"), "-l -\n");
+    assert_eq!(noted("page"), said(&["man", "expose"]));
+}

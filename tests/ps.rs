@@ -236,3 +236,35 @@ fn without_a_directory_for_its_socket_it_forwards_nevertheless() {
     hvsock.complains("without a control socket: ");
     assert!(!own_socket(&runtime, &hvsock).exists());
 }
+
+#[test]
+fn who_listens_where_another_can_not_is_named() {
+    let dir = private_dir();
+    let runtime = dir.path();
+    let first = forward(runtime, &[]);
+    let id = first.child.0.id();
+    let listen = format!("tcp://127.0.0.1:{}", plain_port(&told(runtime, &first)));
+    let named = format!("hvsock process {id} listens there (forward {listen})");
+    let (code, _, err) = said(runtime, &["forward", &listen, "/elsewhere"]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains(&named), "{err}");
+    let second = forward(runtime, &[]);
+    let pid = second.child.0.id().to_string();
+    let (code, _, err) = said(runtime, &["add", "--pid", &pid, &listen, "/elsewhere"]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains(&named), "{err}");
+    // Of several forwards it is said as well, and by their names.
+    let file = runtime.join("hvsock.toml");
+    let web = |listen: &str| format!("[forward.web]\nlisten = {listen:?}\nconnect = \"/x\"\n");
+    fs::write(&file, format!("control = \"off\"\n{}", web(&listen))).unwrap();
+    let run = Running::spawn(in_runtime(runtime, &["run", text(&file)]));
+    run.complains(&named);
+    let socket = runtime.join("web.sock");
+    fs::write(&file, web(text(&socket))).unwrap();
+    let run = Running::spawn(in_runtime(runtime, &["run", text(&file)]));
+    run.says("web: ");
+    let (_, _, err) = said(runtime, &["forward", text(&socket), "/elsewhere"]);
+    let id = run.child.0.id();
+    let named = format!("hvsock process {id} listens there (forward web)");
+    assert!(err.contains(&named), "{err}");
+}

@@ -392,12 +392,20 @@ fn a_stand_in_that_cannot_start_leaves_nothing_behind() {
     let dir = private_dir();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = format!("5001=tcp://{}", taken.local_addr().unwrap());
-    let (vm, socket) = (dir.path().join("new/vm"), dir.path().join("dial.sock"));
+    let (vm, socket) = (dir.path().join("new"), dir.path().join("dial.sock"));
     let dial = format!("5000={}", text(&socket));
     fails(
         &["simulate", text(&vm), "--dial", &dial, "--dial", &taken],
         1,
         &["cannot listen on"],
+    );
+    assert_eq!(names_in(dir.path()), Vec::<PathBuf>::new());
+    // Nor is one made of a path that was mistyped.
+    let deep = dir.path().join("mistyped/vm");
+    fails(
+        &["simulate", text(&deep)],
+        1,
+        &["no directory", "mistyped:"],
     );
     assert_eq!(names_in(dir.path()), Vec::<PathBuf>::new());
     // What was there stays, and is what is in the way here.
@@ -416,4 +424,116 @@ fn a_stand_in_that_cannot_start_leaves_nothing_behind() {
         &["cannot listen on"],
     );
     assert_eq!(names_in(dir.path()), [link]);
+}
+
+#[test]
+fn what_a_file_needs_and_is_not_there_is_told_with_its_line() {
+    let dir = private_dir();
+    let here = text(dir.path());
+    let file = format!(
+        "[forward.a]\nlisten = \"{here}/none/s\"\nconnect = \"{here}/none/t\"\n\
+        [forward.b]\nlisten = 0\nconnect = \"file:{here}/none/f\"\n\
+        [forward.c]\nlisten = \"192.0.2.1:7\"\nconnect = \"exec:{here}/none\"\n\
+        [vm.late]\nat = \"{here}/vms/late\"\n\
+        [forward.d]\nvm = \"late\"\nlisten = \"{here}/d\"\nport = 7\n"
+    );
+    let (code, said) = checked(dir.path(), &file);
+    assert_eq!(code, Some(0), "{said}");
+    let none = format!("there is no directory {here}/none yet (there is {here})");
+    for (line, part) in [
+        (2, none.as_str()),
+        (3, &none),
+        (6, &none),
+        (8, "192.0.2.1 is no address of this host"),
+        (9, "it is not there; its clients are refused until it is"),
+        (11, "VM \"late\" is not there yet"),
+    ] {
+        let line = format!("hvsock.toml:{line}: ");
+        let told = said.lines().find(|told| told.contains(&line));
+        assert!(told.unwrap_or_default().contains(part), "{line}: {said}");
+    }
+    assert_eq!(said.lines().count(), 6, "{said}");
+    // It is there, and nothing is said.
+    for made in ["none", "vms/late"] {
+        fs::create_dir_all(dir.path().join(made)).unwrap();
+    }
+    fs::write(dir.path().join("none/f"), "").unwrap();
+    let file = file
+        .replace("192.0.2.1:7", "0")
+        .replace("/none\"", "/none/f\"");
+    let (code, said) = checked(dir.path(), &file);
+    assert_eq!((code, said.as_str()), (Some(0), ""));
+    // What can never be.
+    for (wrong, part) in [
+        (
+            "listen = \"HERE/none/f/s\"\nconnect = 1",
+            "none/f is no directory",
+        ),
+        ("listen = \"HERE/none/f\"\nconnect = 1", "a file is there"),
+        (
+            "listen = 0\nconnect = \"file:HERE/none\"",
+            "it is a directory",
+        ),
+    ] {
+        let file = format!("[forward.a]\n{}\n", wrong.replace("HERE", here));
+        let (code, said) = checked(dir.path(), &file);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(
+            said.contains(part) && said.contains("1 thing is wrong"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn words_of_other_programs_get_what_stands_for_them_here() {
+    for (words, right) in [
+        (&["expose", "--vm", "x", "-p", "8080:80"][..], "-L 8080:80"),
+        (&["expose", "--vm", "x", "-D", "1080"], "no SOCKS proxy"),
+        (
+            &["expose", "-fN", "--vm", "x"],
+            "hvsock man hvsock-services",
+        ),
+        (&["expose", "-d", "--vm", "x"], "hvsock man hvsock-services"),
+        (&["expose", "--vm", "x", "-L", "80"], "0:80 for a free port"),
+        (
+            &["expose", "--vm", "x", "-L", "53:53/udp"],
+            "there is no UDP",
+        ),
+        (&["forward", "-v"], "HVSOCK_LOG=debug"),
+        (&["cat", "-z"], "hvsock doctor --vm VM --port PORT"),
+        (&["logs"], "--log"),
+        // Of these nothing is known.
+        (&["cat", "-w"], "unexpected argument '-w'"),
+        (&["stat"], "'status'"),
+    ] {
+        let output = run(words);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{words:?}: {said}");
+        says(&said, right, "as a value");
+        assert!(!said.contains("'close'"), "{said}");
+    }
+}
+
+#[test]
+fn a_relative_path_is_shown_as_it_is_anywhere() {
+    let dir = private_dir();
+    let real = dir.path().canonicalize().unwrap();
+    let absolute = format!("unix://{}/s -> unix://{0}/t", text(&real));
+    let in_directory = |words: &[&str]| {
+        let mut command = in_runtime(dir.path(), words);
+        command.current_dir(&real);
+        command
+    };
+    let forward = Running::spawn(in_directory(&["forward", "./s", "./t"]));
+    forward.says(&absolute);
+    drop(forward);
+    fs::write(
+        real.join("f.toml"),
+        "[forward.a]\nlisten = \"./s\"\nconnect = \"./t\"\n",
+    )
+    .unwrap();
+    let checked = output(in_directory(&["check", "f.toml"]));
+    let said = String::from_utf8(checked.stdout).unwrap();
+    assert!(said.contains(&absolute), "{said}");
 }

@@ -321,6 +321,47 @@ fn a_command_keeps_trying_if_it_is_told_to() {
 }
 
 #[test]
+fn expose_waits_for_the_directory_of_its_vm() {
+    let dir = private_dir();
+    let home = dir.path().join("later/vm");
+    let server = format!("5000:{}", echo_server());
+    let expose = |listen: &str| {
+        let words = ["expose", "--vm", text(&home), "-L", listen, "-R", &server];
+        in_runtime(dir.path(), &words)
+    };
+    let proxy = Running::spawn(expose("0:7"));
+    let told = proxy.complains("there is no VM directory");
+    let there = format!("(there is {})", text(dir.path()));
+    assert!(
+        told.contains(text(&home)) && told.contains(&there),
+        "{told}"
+    );
+    let port = proxy.tcp_port();
+    assert!(resets_clients(port));
+    // What else can't be had fails as ever.
+    let failed = output(expose(&format!("{port}:7")));
+    let why = String::from_utf8(failed.stderr).unwrap();
+    assert_eq!(failed.status.code(), Some(1), "{why}");
+    assert!(why.contains("cannot listen on"), "{why}");
+    // What it says of itself is known when it is there.
+    fs::create_dir(dir.path().join("later")).unwrap();
+    let vm = Vm::builder(&home).cid(9).guest(7, Service::Echo);
+    let vm = vm.start().unwrap();
+    proxy.says("guest, to CID 2 port 5000");
+    assert_eq!(ask(tcp(port), b"late").unwrap(), b"late");
+    assert_eq!(ask(vm.dial(5000).unwrap(), b"too").unwrap(), b"too");
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+    // Of a name it is known that it is none.
+    let mistyped = output(in_runtime(
+        dir.path(),
+        &["expose", "--vm", "later-vm", "-L", "0:7"],
+    ));
+    let why = String::from_utf8(mistyped.stderr).unwrap();
+    assert_eq!(mistyped.status.code(), Some(1), "{why}");
+    assert!(why.contains("no VM has this name"), "{why}");
+}
+
+#[test]
 fn a_vm_that_is_not_there_yet_is_waited_for() {
     let dir = private_dir();
     let home = dir.path().join("later");

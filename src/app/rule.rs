@@ -167,6 +167,22 @@ impl From<Timeouts> for TimeoutOptions {
     }
 }
 
+impl Rule {
+    /// Returns the rule with its paths as they are in any directory, to be shown.
+    pub(crate) fn absolute(mut self) -> Rule {
+        #[cfg(unix)]
+        for address in [&mut self.listen, &mut self.connect] {
+            // Without a current directory it stays as it is.
+            if let Ok(absolute) = address.clone().absolute() {
+                *address = absolute;
+            }
+        }
+        // Elsewhere paths are those of pipes.
+        let _ = &mut self;
+        self
+    }
+}
+
 impl RuleOptions {
     /// Returns a rule as these options have it.
     pub(crate) fn applied_to(&self, rule: Rule) -> Rule {

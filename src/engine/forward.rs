@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use tracing::warn;
+
 use crate::address::{Address, HalfClose, Reset, Waiter};
 use crate::dial::Addresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
 use crate::name::Peer;
 
-use crate::engine::admission::{Gate, Reservation};
+use crate::engine::admission::{Full, Gate, Reservation};
 use crate::engine::counters::Tally;
 use crate::engine::ended::Ended;
 use crate::engine::health::{self, Health, News};
@@ -69,6 +71,8 @@ pub(crate) struct Forward {
     /// The limiter of the lines about the target's absence, which no other line must keep back:
     /// clients that are refused for it are logged nowhere else.
     absence_limiter: LogLimiter,
+    /// The limiter of the lines about clients that were accepted and wait for their VM.
+    wait_limiter: LogLimiter,
     /// The health of the target, where no gate keeps it.
     health: Mutex<Health>,
     /// What is known of the addresses of the target's name.
@@ -104,6 +108,7 @@ impl Forward {
             status_cell: Arc::default(),
             log_limiter: LogLimiter::default(),
             absence_limiter: LogLimiter::default(),
+            wait_limiter: LogLimiter::default(),
             health: Mutex::default(),
             addresses: Mutex::default(),
             quota: Mutex::new(quota),
@@ -133,6 +138,7 @@ impl Forward {
             status_cell: Arc::clone(&self.status_cell),
             log_limiter: LogLimiter::default(),
             absence_limiter: LogLimiter::default(),
+            wait_limiter: LogLimiter::default(),
             health: Mutex::default(),
             addresses: Mutex::default(),
             quota: Mutex::new(quota),
@@ -243,6 +249,14 @@ impl Forward {
 
     fn health(&self) -> MutexGuard<'_, Health> {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Logs that clients begin to wait for their VM.
+    pub(crate) fn note_wait(&self, why: &Full, now: Instant) {
+        if self.wait_limiter.admit("full", now).is_some() {
+            let listen = &self.rule.listen;
+            warn!("clients of {listen} wait: {why}");
+        }
     }
 
     /// Marks the target down after a dial that found it absent.

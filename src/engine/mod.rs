@@ -7,7 +7,7 @@
 //! | module | what it is | what it imports |
 //! |---|---|---|
 //! | [`connection`] | a connection as a state machine | all below; `dial`, `stream` |
-//! | [`forward`] | a rule as workers share it: gates, counters, health | all below |
+//! | [`forward`] | a rule as workers share it: gates, counters, health | all below; `dial`, for a name's addresses |
 //! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `status` |
 //! | [`routes`] | the connections between forwards, to refuse loops | `id`; `stream` |
 //! | [`observer`] | events for the caller | `end_reason`, `id` |
@@ -20,7 +20,6 @@
 //! | [`timers`] | the deadlines of connections | nothing |
 //! | [`table`] | connections by token and generation | `relay`, for sides |
 //! | [`relay`] | two sockets and the bytes between them | `stream`, for the traits of sockets and pipes |
-//! | [`addresses`] | the addresses of a name, by what became of them | `dial` |
 //! | [`proxy_header`] | the header of the PROXY protocol | nothing |
 //! | [`source`] | where clients may come from | nothing |
 //! | [`log_limiter`] | the rate limit of log lines | nothing |

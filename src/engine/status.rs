@@ -190,6 +190,14 @@ pub struct VmStatus {
     /// second. `None` if nothing has come since the VM was started or first seen.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix_option"))]
     pub last_heard: Option<SystemTime>,
+    /// The time since which the guest has answered no dial and sent nothing else. `None` unless
+    /// that is so for 30 s, and the guest was asked: it has not answered a dial either that a guest
+    /// which runs refuses at once.
+    #[cfg_attr(feature = "cli", serde(default, with = "crate::time::unix_option"))]
+    pub silent_since: Option<SystemTime>,
+    /// Whether the VM's process is stopped, by SIGSTOP or a debugger. Only Linux tells.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub paused: bool,
     /// Whether the VM runs, as far as its sockets and its process tell. `None` while nothing is
     /// known.
     pub up: Option<bool>,

@@ -73,6 +73,8 @@ pub(crate) enum Event<S, L> {
         gate: Arc<Gate>,
         identity: Option<VmIdentity>,
         process: Option<i32>,
+        /// Whether that process is stopped, as far as the system tells.
+        is_stopped: bool,
     },
     /// A look at a VM has failed, and says nothing about it.
     LookFailed { gate: Arc<Gate> },

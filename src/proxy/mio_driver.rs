@@ -689,9 +689,11 @@ impl Driver for MioDriver {
             if let Some(keeper) = keeper {
                 keeper.look_after(&vm.state_dir);
             }
+            let process = hyperkit::running_pid(&vm.state_dir);
             Event::VmSeen {
                 identity: identity_of_vm(vm),
-                process: hyperkit::running_pid(&vm.state_dir),
+                process,
+                is_stopped: process.is_some_and(sys::process_is_stopped),
                 gate,
             }
         });

@@ -12,6 +12,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
+use crate::engine::admission::SilenceCheck;
 use crate::engine::connection::LAST_DRAIN;
 use crate::engine::end_reason::EndReason;
 use crate::engine::forward::Forward;
@@ -211,7 +212,15 @@ impl<D: Driver> Worker<D> {
                 gate,
                 identity,
                 process,
-            } => gate.take_look(identity, process, now),
+                is_stopped,
+            } => {
+                gate.take_look(identity, process, now);
+                if self.phase == Phase::Running
+                    && gate.check_silence(is_stopped, now) == SilenceCheck::ProbeWanted
+                {
+                    call!(self.connections.probe_silent_vm(&gate), now);
+                }
+            }
             Event::LookFailed { gate } => gate.end_look(),
             Event::Listener { of, found } => {
                 call!(self.listeners.take_listener(of, found), now);

@@ -203,6 +203,24 @@ pub(crate) fn process_is_alive(pid: i32) -> bool {
     }
 }
 
+/// Returns whether a process is stopped, by a signal or a debugger. Only Linux tells.
+pub(crate) fn process_is_stopped(process: i32) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        // `proc_pid_stat(5)`: the number, the name in parentheses, which may have any byte in it,
+        // and the state.
+        let stat = std::fs::read(format!("/proc/{process}/stat")).unwrap_or_default();
+        let name_end = stat.iter().rposition(|byte| *byte == b')');
+        let state = name_end.and_then(|at| stat.get(at + 2));
+        matches!(state, Some(b'T' | b't'))
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = process;
+        false
+    }
+}
+
 /// Returns the id of a user. The name may be looked up over the network.
 ///
 /// # Errors

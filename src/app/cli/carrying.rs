@@ -11,22 +11,37 @@ use super::ending::tell_manager_of_end;
 use super::kept::{Describe, KeepTrying, Kept};
 use super::options::ProxyOptions;
 use super::outcome::Outcome;
+use super::rules::Later;
 use super::signals::EndSignals;
 #[cfg(unix)]
 use crate::app::control::Actions;
 use crate::proxy::Rule;
+
+/// What a command line asks for.
+pub(super) struct Wanted {
+    pub(super) rules: Vec<Rule>,
+    /// The rules as they will be when the VM is there.
+    pub(super) later: Option<Later>,
+}
 
 /// Carries rules as the options have it until the end is asked for; the control socket and the metrics
 /// beside it, if they were asked for.
 pub(super) fn carry(
     options: &ProxyOptions,
     patience: KeepTrying,
-    rules: impl IntoIterator<Item = Rule>,
+    wanted: Wanted,
     describe: Describe,
     signals: EndSignals,
 ) -> Outcome {
     #[cfg_attr(not(unix), allow(unused_mut))]
-    let mut config = options.config(rules);
+    let mut config = options.config(wanted.rules);
+    let later = wanted.later.map(|later| -> Later {
+        let of_all = options.rule().clone();
+        Box::new(move || {
+            let rules = later()?.into_iter();
+            Some(rules.map(|rule| of_all.applied_to(rule)).collect())
+        })
+    });
     #[cfg(unix)]
     let bound = options
         .control()
@@ -34,7 +49,7 @@ pub(super) fn carry(
         .map(|sockets| control_socket::open(&sockets, &mut config))
         .transpose()?
         .filter(|bound| !bound.is_empty());
-    let (proxy, kept) = patience.start(config, describe)?;
+    let (proxy, kept) = patience.start(config, later, describe)?;
     let kept = kept.map(Arc::new);
     #[cfg(unix)]
     let _control = bound

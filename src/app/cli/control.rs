@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::answering::find_control_of;
 use super::console::{complain, print, print_json, print_text};
+use super::occupant::Occupants;
 use super::outcome::{Failure, Outcome};
 use super::reconciler::danger;
 use super::rules::{rules_of, rules_of_vm};
@@ -18,7 +19,7 @@ use super::summary::Report;
 use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::control::{
-    self, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
+    self, Problem, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
 };
 use crate::app::escape;
 use crate::app::rule::RuleOptions;
@@ -264,12 +265,12 @@ impl Add {
         let path = self.which.path();
         for rule in rules {
             let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
-            let (listen, connect) = (rule.listen.absolute()?, rule.connect.absolute()?);
-            let (listen, connect) = (listen.to_string(), connect.to_string());
+            let (listen, connect) = (rule.listen.to_string(), rule.connect.to_string());
             let from = &options["from"];
-            let rule =
+            let body =
                 json!({"name": self.name, "listen": listen, "connect": connect, "from": from});
-            let answer = ask(&path, "POST", "/v1/forwards", &rule.to_string())?;
+            let answer = ask(&path, "POST", "/v1/forwards", &body.to_string());
+            let answer = answer.map_err(|why| name_occupant(why, &rule.listen))?;
             if self.json {
                 print_json(answer.trim_end())?;
                 continue;
@@ -283,6 +284,17 @@ impl Add {
             ))?;
         }
         Ok(())
+    }
+}
+
+/// Says which other hvsock listens where one was to listen.
+fn name_occupant(why: Unanswered, listen: &Address) -> Unanswered {
+    match why {
+        Unanswered::Refused(problem) if problem.error.contains("in use") => {
+            let remedy = Occupants::default().remedy(listen).or(problem.remedy);
+            Unanswered::Refused(Problem { remedy, ..problem })
+        }
+        other => other,
     }
 }
 

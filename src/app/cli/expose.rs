@@ -4,12 +4,12 @@ use clap::Args;
 use clap_complete::ArgValueCompleter;
 
 use super::arguments;
-use super::carrying::carry;
+use super::carrying::{Wanted, carry};
 use super::complete;
 use super::kept::KeepTrying;
 use super::options::ProxyOptions;
 use super::outcome::{Failure, Outcome};
-use super::rules::rules_of_vm;
+use super::rules::rules_of_vm_to_come;
 use super::signals::EndSignals;
 use super::spec::{Locals, Remotes};
 use crate::app::log::LogOptions;
@@ -53,9 +53,10 @@ impl Expose {
                 "nothing to expose: give at least one -L or -R".into(),
             ));
         }
-        let rules = rules_of_vm(&self.vm, &self.local, &self.remote)?;
+        let (rules, later) = rules_of_vm_to_come(&self.vm, &self.local, &self.remote)?;
         let signals = EndSignals::take()?;
-        carry(&self.options, self.patience, rules, describe, signals)
+        let wanted = Wanted { rules, later };
+        carry(&self.options, self.patience, wanted, describe, signals)
     }
 }
 

@@ -4,7 +4,7 @@ use clap::Args;
 use clap_complete::ArgValueCompleter;
 
 use super::arguments;
-use super::carrying::carry;
+use super::carrying::{Wanted, carry};
 use super::complete;
 use super::kept::KeepTrying;
 use super::options::ProxyOptions;
@@ -54,6 +54,7 @@ impl Forward {
         let rules = rules_of(&self.addresses)?;
         let signals = EndSignals::take()?;
         let describe = |it: &ForwardStatus| format!("{} -> {}", it.listen, it.rule.connect);
-        carry(&self.options, self.patience, rules, describe, signals)
+        let wanted = Wanted { rules, later: None };
+        carry(&self.options, self.patience, wanted, describe, signals)
     }
 }

@@ -5,17 +5,19 @@ use std::path::{Path, PathBuf};
 
 use crate::app::control::Status;
 use crate::hyperkit::{self, Places};
-use crate::keeper::status::{KeeperStatus, query};
+use crate::keeper::status::query;
 
 /// A keeper, and the state directories of its VMs.
 pub(super) struct Known {
-    status: KeeperStatus,
+    keeper: u32,
+    proxy: u32,
+    proxy_ended: bool,
     directories: Vec<PathBuf>,
 }
 
-/// Finds the keepers of the VMs that these hvsocks lead to, and of others that can be found.
-pub(super) fn find<'a>(hvsocks: impl Iterator<Item = &'a Status>) -> Vec<Known> {
-    let led_to = hvsocks.flat_map(|it| {
+/// Finds the keepers of these hvsocks, and others that can be found.
+pub(super) fn find(hvsocks: &[&Status]) -> Vec<Known> {
+    let led_to = hvsocks.iter().flat_map(|it| {
         let vms = it.vms().into_iter();
         vms.map(|vm| PathBuf::from(&vm.directory))
     });
@@ -30,13 +32,29 @@ pub(super) fn find<'a>(hvsocks: impl Iterator<Item = &'a Status>) -> Vec<Known> 
     let mut known: Vec<Known> = Vec::new();
     for directory in directories {
         for status in query(&directory) {
-            match known.iter_mut().find(|it| it.status.pid == status.pid) {
+            match known.iter_mut().find(|it| it.keeper == status.pid) {
                 Some(it) => it.directories.push(directory.clone()),
                 None => known.push(Known {
-                    status,
+                    keeper: status.pid,
+                    proxy: status.proxy,
+                    proxy_ended: status.proxy_ended,
                     directories: vec![directory.clone()],
                 }),
             }
+        }
+    }
+    // Those whose VMs are not there yet.
+    for hvsock in hvsocks {
+        let keeper = hvsock.keeper.as_ref().and_then(|it| it.pid);
+        if let Some(keeper) = keeper
+            && known.iter().all(|it| it.keeper != keeper)
+        {
+            known.push(Known {
+                keeper,
+                proxy: hvsock.pid,
+                proxy_ended: false,
+                directories: Vec::new(),
+            });
         }
     }
     known
@@ -56,20 +74,18 @@ fn directories_by_sockets() -> Vec<PathBuf> {
 
 /// Says whose a keeper is: `keeper of 2105 (VM /path)`.
 pub(super) fn describe(process: u32, known: &[Known]) -> String {
-    let Some(Known {
-        status,
-        directories,
-    }) = known.iter().find(|it| it.status.pid == process)
-    else {
+    let Some(it) = known.iter().find(|it| it.keeper == process) else {
         return "keeper, of an hvsock that can't be found".to_owned();
     };
-    let vms: Vec<String> = directories
-        .iter()
-        .map(|it| it.display().to_string())
-        .collect();
-    let (proxy, vms) = (status.proxy, vms.join(", "));
-    match status.proxy_ended {
-        false => format!("keeper of {proxy} (VM {vms})"),
-        true => format!("keeper of {proxy}, which has ended: waits for a successor (VM {vms})"),
+    let directories = it.directories.iter();
+    let vms: Vec<String> = directories.map(|it| it.display().to_string()).collect();
+    let vms = match vms.is_empty() {
+        true => String::new(),
+        false => format!(" (VM {})", vms.join(", ")),
+    };
+    let proxy = it.proxy;
+    match it.proxy_ended {
+        false => format!("keeper of {proxy}{vms}"),
+        true => format!("keeper of {proxy}, which has ended: waits for a successor{vms}"),
     }
 }

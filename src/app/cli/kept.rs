@@ -1,6 +1,6 @@
 //! Forwards of a command line that are tried again until they can be had (`--keep-trying`).
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
 
@@ -8,6 +8,7 @@ use super::console::{complain, say};
 use super::outcome::Failure;
 use super::passed::{on_passed_sockets, start};
 use super::reconciler::{Occasion, Reconciler, RetryThread, name_of};
+use super::rules::Later;
 use super::summary::{Failed, Summary};
 use crate::proxy::{ForwardStatus, Proxy, ProxyConfig, Rule, all_are_wanted};
 
@@ -24,11 +25,17 @@ pub(super) struct KeepTrying {
 pub(super) type Describe = fn(&ForwardStatus) -> String;
 
 /// The rules of a command line, of which some may wait for what they need.
-#[derive(Debug)]
 pub(super) struct Kept {
     reconciler: Reconciler,
-    rules: Vec<Rule>,
+    /// Locked while something is tried again.
+    wanted: Mutex<Wanted>,
     describe: Describe,
+}
+
+struct Wanted {
+    rules: Vec<Rule>,
+    /// What they will be, while their VM isn't there.
+    later: Option<Later>,
 }
 
 impl KeepTrying {
@@ -41,16 +48,18 @@ impl KeepTrying {
         }
     }
 
-    /// Starts a proxy, and leaves forwards that can't be had to what is returned beside it.
+    /// Starts a proxy, and leaves forwards that can't be had to what is returned beside it. With
+    /// `later` their VM isn't there yet, and those that its guest dials wait for it.
     ///
     /// # Errors
     /// As those of [`Proxy::start`]; of a patient one not that a rule can't be had.
     pub(super) fn start(
         self,
         mut config: ProxyConfig,
+        later: Option<Later>,
         describe: Describe,
     ) -> Result<(Proxy, Option<Kept>), Failure> {
-        if !self.keep_trying {
+        if !self.keep_trying && later.is_none() {
             return Ok((start(config)?, None));
         }
         let rules = std::mem::take(&mut config.rules);
@@ -58,10 +67,13 @@ impl KeepTrying {
         all_are_wanted(&config.listeners, &rules)?;
         let proxy = Proxy::start(config)?;
         let reconciler = Reconciler::new(proxy.handle());
-        reconciler.apply(&rules, &|_| None, Occasion::Asked);
+        reconciler.apply(&rules, &waits_for, Occasion::Asked);
+        if let Some(why) = reconciler.failure().filter(|_| !self.keep_trying) {
+            return Err(Failure::Failed(why));
+        }
         let kept = Kept {
             reconciler,
-            rules,
+            wanted: Mutex::new(Wanted { rules, later }),
             describe,
         };
         Ok((proxy, Some(kept)))
@@ -78,26 +90,52 @@ impl Kept {
     /// Tries again what could not be had, until what is returned is dropped.
     pub(super) fn keep_trying(self: Arc<Kept>) -> std::io::Result<RetryThread> {
         let again = move || {
-            if self.reconciler.has_pending() && !self.reconciler.handle().is_stopping() {
-                let summary = self.reconciler.try_again(&self.rules, &|_| None);
+            if self.reconciler.handle().is_stopping() {
+                return;
+            }
+            let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(rules) = wanted.later.as_ref().and_then(|later| later()) {
+                wanted.later = None;
+                wanted.rules = rules;
+                let rules = &wanted.rules;
+                let summary = self.reconciler.apply(rules, &waits_for, Occasion::Asked);
+                self.tell_of(&summary);
+            } else if self.reconciler.has_pending() {
+                let summary = self.reconciler.try_again(&wanted.rules, &waits_for);
                 self.tell_of(&summary);
             }
         };
         RetryThread::start(again, || ())
     }
 
-    /// Says what could not be had so far.
+    /// Says what could not be had so far. That the VM isn't there was said.
     pub(super) fn complain(&self) {
-        let failed = self.reconciler.failed();
-        failed.iter().map(Failed::reason).for_each(complain);
+        let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        if wanted.later.is_none() || self.reconciler.failure().is_some() {
+            let failed = self.reconciler.failed();
+            failed.iter().map(Failed::reason).for_each(complain);
+        }
     }
 
     fn tell_of(&self, summary: &Summary) {
         let forwards = self.reconciler.handle().forwards();
-        let new = |it: &&ForwardStatus| summary.added.contains(&name_of(&it.rule));
+        let new = |it: &&ForwardStatus| {
+            let name = name_of(&it.rule);
+            summary.added.contains(&name) || summary.changed.contains(&name)
+        };
         let new = forwards.iter().filter(new);
         new.map(self.describe).for_each(say);
         let failed = summary.failed.iter();
         failed.map(Failed::reason).for_each(complain);
     }
+}
+
+/// Why a rule can't listen yet, if it is on a VM whose directory is missing.
+fn waits_for(rule: &Rule) -> Option<String> {
+    let directory = &rule.listen.hyperkit_vm()?.state_dir;
+    let why = format!(
+        "waits for the VM's state directory, {}",
+        directory.display()
+    );
+    (!directory.exists()).then_some(why)
 }

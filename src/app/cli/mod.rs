@@ -29,6 +29,8 @@ mod keepers;
 mod kept;
 mod man;
 mod manager;
+#[cfg(unix)]
+mod occupant;
 mod options;
 mod outcome;
 mod passed;
@@ -52,6 +54,7 @@ mod syslog;
 mod table;
 #[cfg(unix)]
 mod top;
+mod usage;
 mod vms;
 
 use std::ffi::OsString;
@@ -162,9 +165,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     if let Some(answered) = complete::answer(arguments.clone(), Arguments::command()) {
         return answered;
     }
+    let words = arguments.iter().map(|it| it.to_string_lossy().into_owned());
+    let words: Vec<String> = words.collect();
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(e) => {
+            let e = usage::mend(e, &words);
             // Help and version go to standard output with code 0, the rest to standard error with code 2.
             if let Err(why) = e.print()
                 && !e.use_stderr()

@@ -5,6 +5,8 @@ use std::env;
 #[cfg(unix)]
 use std::os::fd::RawFd;
 
+#[cfg(unix)]
+use super::occupant::Occupants;
 use super::outcome::Failure;
 #[cfg(unix)]
 use crate::listener::Listener;
@@ -14,7 +16,11 @@ use crate::sys;
 
 /// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
 pub(super) fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
-    Ok(Proxy::start(on_passed_sockets(config)?)?)
+    let config = on_passed_sockets(config)?;
+    #[cfg(unix)]
+    return Ok(Proxy::start(config).map_err(|e| Occupants::default().name_in(e))?);
+    #[cfg(not(unix))]
+    return Ok(Proxy::start(config)?);
 }
 
 /// Adds the sockets that a service manager has passed; to be called once.

@@ -67,7 +67,7 @@ impl Ps {
 /// Says of each what it is.
 fn show(found: &[Hvsock]) -> Vec<Shown> {
     let statuses: Vec<Option<Status>> = found.iter().map(Hvsock::status).collect();
-    let known = keepers::find(statuses.iter().flatten());
+    let known = keepers::find(&Vec::from_iter(statuses.iter().flatten()));
     let show = |(it, status): (&Hvsock, &Option<Status>)| {
         let process = it.process.id.to_string();
         let control = it

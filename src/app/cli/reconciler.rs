@@ -9,8 +9,11 @@ use std::time::{Duration, SystemTime};
 
 use crate::address::Address;
 use crate::app::config::{Existing, Step, plan};
+use crate::error::Error;
 use crate::proxy::{ForwardId, Handle, Rule};
 
+#[cfg(unix)]
+use super::occupant::Occupants;
 use super::summary::{Failed, Retried, Summary, TRY_AGAIN};
 
 /// What makes a proxy that runs carry what is wanted. Forwards that were added by hand are left alone.
@@ -31,6 +34,9 @@ pub(super) struct Pending {
     rule: Rule,
     /// What it waits for is expected to be missing at times. Otherwise it should be there.
     waits: bool,
+    /// The error, from which the next one is known to be the same.
+    error: String,
+    /// The same, with what was found out about it.
     why: String,
     since: SystemTime,
     retried: Retried,
@@ -71,6 +77,13 @@ impl Reconciler {
     #[cfg(unix)]
     pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&HashSet<ForwardId>)) {
         f(&self.ours.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Why the first could not be had that doesn't wait for what is expected to be missing.
+    pub(super) fn failure(&self) -> Option<String> {
+        let pending = self.pending();
+        let failed = pending.iter().find(|it| !it.waits);
+        failed.map(|it| it.why.clone())
     }
 
     /// The names of what could not be had, and why.
@@ -123,6 +136,9 @@ impl Reconciler {
             ours: &mut ours,
             rules: now.iter().map(|it| (it.id, &it.rule)).collect(),
             waits_for,
+            occasion,
+            #[cfg(unix)]
+            occupants: Occupants::default(),
             summary: Summary::default(),
             pending: Vec::new(),
         };
@@ -153,6 +169,9 @@ impl Reconciler {
         for it in &mut pending {
             if let Some(was) = is_pending(&it.rule) {
                 it.since = was.since;
+                if it.error == was.error && occasion == Occasion::Retry {
+                    it.why.clone_from(&was.why);
+                }
             }
         }
         summary.failed = failed(&pending);
@@ -187,6 +206,9 @@ struct Change<'a> {
     /// Those that there were before.
     rules: HashMap<ForwardId, &'a Rule>,
     waits_for: &'a dyn Fn(&Rule) -> Option<String>,
+    occasion: Occasion,
+    #[cfg(unix)]
+    occupants: Occupants,
     summary: Summary,
     pending: Vec<Pending>,
 }
@@ -209,7 +231,7 @@ impl Change<'_> {
                 self.ours.insert(id);
                 match self.handle.replace(id, rule.clone()) {
                     Ok(()) => self.summary.changed.push(name_of(&rule)),
-                    Err(e) => self.fails(rule, e.to_string()),
+                    Err(e) => self.fails(rule, e),
                 }
             }
             Step::Move(id, rule) => self.move_to(id, rule),
@@ -218,10 +240,23 @@ impl Change<'_> {
         }
     }
 
-    fn fails(&mut self, rule: Rule, why: String) {
+    fn fails(&mut self, rule: Rule, error: Error) {
+        let text = error.to_string();
+        self.is_pending(rule, text);
+        // Every 2 s the others would be asked too often.
+        #[cfg(unix)]
+        if self.occasion == Occasion::Asked
+            && let Some(it) = self.pending.last_mut()
+        {
+            it.why = self.occupants.name_in(error).to_string();
+        }
+    }
+
+    fn is_pending(&mut self, rule: Rule, why: String) {
         self.pending.push(Pending {
             rule,
             waits: false,
+            error: why.clone(),
             why,
             since: SystemTime::now(),
             retried: Retried::Soon,
@@ -233,7 +268,7 @@ impl Change<'_> {
         let Some(why) = (self.waits_for)(rule) else {
             return false;
         };
-        self.fails(rule.clone(), why);
+        self.is_pending(rule.clone(), why);
         if let Some(it) = self.pending.last_mut() {
             it.waits = true;
         }
@@ -249,7 +284,7 @@ impl Change<'_> {
                 self.ours.insert(id);
                 self.summary.added.push(name_of(&rule));
             }
-            Err(e) => self.fails(rule, e.to_string()),
+            Err(e) => self.fails(rule, e),
         }
     }
 
@@ -263,13 +298,13 @@ impl Change<'_> {
         bare.name = None;
         bare.reserved = 0;
         match self.handle.add(bare) {
-            Err(e) => self.fails(rule, e.to_string()),
+            Err(e) => self.fails(rule, e),
             Ok(new) => {
                 self.ours.insert(new);
                 self.remove(id);
                 self.summary.added.push(name_of(&rule));
                 if let Err(e) = self.handle.replace(new, rule.clone()) {
-                    self.fails(rule, e.to_string());
+                    self.fails(rule, e);
                 }
             }
         }
@@ -297,7 +332,7 @@ impl Change<'_> {
             match self.handle.add(self.rules[&id].clone()) {
                 Ok(old) => {
                     self.ours.insert(old);
-                    self.fails(rule, error.to_string());
+                    self.fails(rule, error);
                     if let Some(it) = self.pending.last_mut() {
                         it.retried = Retried::OnReload;
                     }
@@ -305,7 +340,7 @@ impl Change<'_> {
                 Err(back) => {
                     self.note_removed(id);
                     let why = format!("{error}; and it could not be put back: {back}");
-                    self.fails(rule, why);
+                    self.is_pending(rule, why);
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! The rules that the words of a command line ask for.
 
 use std::io;
+use std::path::Path;
 
 use super::console::complain;
 use super::options::no_vm;
@@ -22,16 +23,76 @@ pub(super) fn rules_of_vm(
     if let VmPlace::Hyperkit(vm) = &vm {
         look_at(vm)?;
     }
+    Ok(rules(&vm, local, remote))
+}
+
+/// The rules of a VM whose directory is not there yet, as soon as it is.
+pub(super) type Later = Box<dyn Fn() -> Option<Vec<Rule>> + Send + Sync>;
+
+/// Returns the rules of `-L` and `-R` of a VM that may come later: then they are as if it had nothing to
+/// say of itself, and it is said how to find them anew. That is for VMs that are named by their
+/// directories; whoever mistypes a name is told so.
+pub(super) fn rules_of_vm_to_come(
+    name: &str,
+    local: &[Locals],
+    remote: &[Remotes],
+) -> Result<(Vec<Rule>, Option<Later>), Failure> {
+    let places = Places::from_env();
+    let Some(vm) = find_missing(name, &places) else {
+        return Ok((rules_of_vm(name, local, remote)?, None));
+    };
+    let directory = &vm.state_dir;
+    #[cfg(unix)]
+    let nearest = crate::app::config::nearest_directory(directory);
+    #[cfg(not(unix))]
+    let nearest: Option<&std::path::Path> = None;
+    let nearest = nearest.map(|it| format!(" (there is {})", it.display()));
+    complain(format_args!(
+        "there is no VM directory {} yet{}: clients are refused until the VM has made it; is the path right?",
+        directory.display(),
+        nearest.unwrap_or_default()
+    ));
+    let rules_now = rules(&VmPlace::Hyperkit(vm), local, remote);
+    let (name, local, remote) = (name.to_owned(), local.to_vec(), remote.to_vec());
+    let later = move || match VmPlace::find(&name, &places).ok()? {
+        VmPlace::Hyperkit(vm) if !vm.state_dir.is_dir() => None,
+        vm => Some(rules(&vm, &local, &remote)),
+    };
+    Ok((rules_now, Some(Box::new(later))))
+}
+
+/// Returns the hyperkit VM that is named by its directory, if that isn't there.
+fn find_missing(name: &str, places: &Places) -> Option<HyperkitVm> {
+    if cfg!(windows) {
+        return None;
+    }
+    let is_missing = |path: &Path| {
+        let found = path.symlink_metadata();
+        found.is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+    };
+    let vm = match VmPlace::find(name, places) {
+        Ok(VmPlace::Hyperkit(vm)) => vm,
+        Err(e) if e.kind() == io::ErrorKind::NotFound && name.contains('/') => {
+            let path = places.current_dir.join(name);
+            HyperkitVm::new(std::path::absolute(&path).unwrap_or(path))
+        }
+        _ => return None,
+    };
+    is_missing(&vm.state_dir).then_some(vm)
+}
+
+fn rules(vm: &VmPlace, local: &[Locals], remote: &[Remotes]) -> Vec<Rule> {
     let mut rules = Vec::new();
     for Local { listen, guest_port } in local.iter().flat_map(|it| &it.0) {
-        rules.push(Rule::new(listen.clone(), vm.guest_port(*guest_port)));
+        let rule = Rule::new(listen.clone(), vm.guest_port(*guest_port));
+        rules.push(rule.absolute());
     }
     for Remote { host_port, target } in remote.iter().flat_map(|it| &it.0) {
         let mut rule = Rule::new(vm.host_port(*host_port), target.clone());
         rule.from = vm.sources();
-        rules.push(rule);
+        rules.push(rule.absolute());
     }
-    Ok(rules)
+    rules
 }
 
 /// Says at once what every client would find out: that there is no directory, that it can't be used, that no VM runs.
@@ -70,6 +131,6 @@ pub(super) fn rules_of(addresses: &[Address]) -> Result<Vec<Rule>, Failure> {
     }
     let pairs = pairs.iter().cloned();
     Ok(pairs
-        .map(|[listen, connect]| Rule::new(listen, connect))
+        .map(|[listen, connect]| Rule::new(listen, connect).absolute())
         .collect())
 }

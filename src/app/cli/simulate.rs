@@ -30,7 +30,7 @@ Examples:
   hvsock simulate /tmp/vm --guest 19=endless --dial 5000=20/s --strict"
 )]
 pub(super) struct Simulate {
-    /// The state directory, made if it doesn't exist; its path has at most 85 bytes
+    /// The state directory, made if it doesn't exist in the one above it; its path has at most 85 bytes
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     directory: PathBuf,
     /// The guest's CID
@@ -167,6 +167,15 @@ fn resolve(tcp: &TcpAddress) -> Result<SocketAddr, String> {
 
 impl Simulate {
     pub(super) fn run(self) -> Outcome {
+        if let Some(parent) = self.directory.parent()
+            && !parent.as_os_str().is_empty()
+            && !parent.exists()
+        {
+            let parent = parent.display();
+            let why =
+                format!("there is no directory {parent}: is the path right? Or make it first");
+            return Err(Failure::Failed(why));
+        }
         let mut vm = Vm::builder(&self.directory)
             .cid(self.cid)
             .slots(self.slots.into())

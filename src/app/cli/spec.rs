@@ -33,12 +33,35 @@ fn pair_ports(one: &str, other: &str) -> Result<Vec<(String, String)>, String> {
     Ok(ones.into_iter().zip(others).collect())
 }
 
+/// Refuses a port as docker writes it, such as `80/udp`.
+fn refuse_protocol(port: &str) -> Result<(), String> {
+    let Some((number, protocol)) = port.split_once('/') else {
+        return Ok(());
+    };
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    match protocol {
+        "tcp" if is_number => Err(format!("all of it is TCP; write {number}")),
+        "udp" | "sctp" if is_number => Err(format!(
+            "there is no {}: hypervisor sockets carry streams, as TCP does",
+            protocol.to_uppercase()
+        )),
+        _ => Ok(()),
+    }
+}
+
 impl FromStr for Locals {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Locals, String> {
+        text.split(':').try_for_each(refuse_protocol)?;
         let Some((listen, port)) = text.rsplit_once(':') else {
-            return Err("the guest's port is missing; write [ADDR:]PORT:GUESTPORT, as in 8080:80, or /PATH:GUESTPORT".into());
+            return Err(match text.parse::<Port>() {
+                Ok(port) => format!(
+                    "the guest's port is missing; write {0}:{0}, or 0:{0} for a free port of the host",
+                    port.0
+                ),
+                Err(_) => "the guest's port is missing; write [ADDR:]PORT:GUESTPORT, as in 8080:80, or /PATH:GUESTPORT".into(),
+            });
         };
         let pairs = pair_ports(listen, port)?.into_iter();
         let locals = pairs.map(|(listen, port)| Local::of(&listen, &port));
@@ -50,6 +73,7 @@ impl FromStr for Remotes {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Remotes, String> {
+        text.split(':').try_for_each(refuse_protocol)?;
         let Some((port, target)) = text.split_once(':') else {
             return Err("the target is missing; write HOSTPORT:TARGET, as in 5000:127.0.0.1:8080 or 5000:/PATH".into());
         };
@@ -68,7 +92,7 @@ pub(super) struct Remote {
 
 impl Local {
     fn of(listen: &str, port: &str) -> Result<Local, String> {
-        let guest_port = port
+        let guest_port: Port = port
             .parse()
             .map_err(|e| format!("the guest's {e}; a right one: 8080:80"))?;
         if let Some((host, _)) = listen.split_once(':')
@@ -77,6 +101,17 @@ impl Local {
         {
             return Err(format!(
                 "{host:?} stands where an address would: there is no host on the vsock side, as there is in ssh; a right one: 8080:80 or 127.0.0.1:8080:80"
+            ));
+        }
+        // host:8080:localhost of ssh's host:8080:localhost:80.
+        let is_plain = !listen.contains(['/', '[', '\\']);
+        if let [host, port, other] = &listen.split(':').collect::<Vec<_>>()[..]
+            && is_plain
+            && port.parse::<u16>().is_ok()
+        {
+            return Err(format!(
+                "{other:?} stands where the guest's port would: there is no host on the vsock side, as there is in ssh; write {host}:{port}:{}",
+                guest_port.0
             ));
         }
         let listen = local_address(listen)?;
@@ -197,7 +232,12 @@ mod tests {
     #[test]
     fn a_bad_one_says_what_and_shows_a_right_one() {
         for (text, part) in [
-            ("8080", "guest's port is missing"),
+            ("8080", "write 8080:8080, or 0:8080 for a free port"),
+            ("/run/s", "guest's port is missing"),
+            ("8080:80/udp", "there is no UDP"),
+            ("53/udp:53", "there is no UDP"),
+            ("8080:80/tcp", "write 80"),
+            ("box:8080:localhost:80", "write box:8080:80"),
             ("8080:", "guest's port"),
             ("8080:http", "guest's port"),
             ("8080:4294967296", "4294967295"),
@@ -215,6 +255,7 @@ mod tests {
         }
         for (text, part) in [
             ("5000", "target is missing"),
+            ("5000:80/udp", "there is no UDP"),
             ("x:80", "host's port"),
             ("5000:0", "port 0"),
             ("5000:19:80", "write 5000:80 or 5000:127.0.0.1:80"),

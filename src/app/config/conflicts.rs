@@ -1,7 +1,7 @@
 //! Forwards that are in each other's way, or in the way of where the program itself listens.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use super::forward::{Forward, Read};
@@ -82,20 +82,9 @@ pub(super) fn find(
             taken.entry(key).or_insert(claim);
         }
     }
-    let mut index = RuleIndex::default();
-    for (id, (_, rule)) in (0..).zip(rules) {
-        index.insert(id, rule);
-    }
-    for (id, (forward, rule)) in (0..).zip(rules) {
+    for (forward, rule) in rules {
         let name = &forward.name;
         let listen = &rule.listen;
-        if let Some(trail) = index.find_loop(Some(id), rule) {
-            let text = format!(
-                "[forward.{name}]: {}; choose another target",
-                describe_loop(&trail)
-            );
-            complain(forward.connect_line.clone(), text);
-        }
         for (key, door) in doors {
             if door.collides(listen) {
                 let text = format!(
@@ -111,6 +100,27 @@ pub(super) fn find(
                 complain(forward.connect_line.clone(), text);
             }
         }
+    }
+}
+
+/// Says which rules certainly lead back to themselves, of each loop once.
+pub(super) fn find_loops(rules: &[&(&Forward, Rule)], complain: &mut dyn FnMut(Line, String)) {
+    let mut index = RuleIndex::default();
+    for (id, (_, rule)) in (0..).zip(rules) {
+        index.insert(id, rule);
+    }
+    let mut told: HashSet<Address> = HashSet::new();
+    for (id, (forward, rule)) in (0..).zip(rules) {
+        let Some(trail) = index.find_loop(Some(id), rule) else {
+            continue;
+        };
+        if trail.iter().all(|it| !told.contains(it)) {
+            let name = &forward.name;
+            let loops = describe_loop(&trail);
+            let text = format!("[forward.{name}]: {loops}; choose another target");
+            complain(forward.connect_line.clone(), text);
+        }
+        told.extend(trail);
     }
 }
 

@@ -139,7 +139,7 @@ impl Forward {
             End::At(address) => address.clone(),
             End::Vm(port) => vm?.guest_port(*port),
         };
-        let mut rule = Rule::new(listen, connect);
+        let mut rule = Rule::new(listen, connect).absolute();
         if let End::Vm(_) = &self.listen {
             rule.from = vm?.sources();
         }

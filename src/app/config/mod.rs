@@ -20,6 +20,8 @@ mod conflicts;
 mod diff;
 mod forward;
 mod include;
+mod needs;
+mod parsing;
 mod problems;
 mod section;
 mod template;
@@ -34,8 +36,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
-use toml::Spanned;
-use toml::de::DeTable;
 
 use crate::address::Address;
 use crate::app::rule::RuleOptions;
@@ -46,6 +46,9 @@ use crate::proxy::{Rule, VmLimits, check_rule};
 
 pub(crate) use diff::{Existing, Step, plan};
 use forward::{Forward, Read};
+#[cfg(unix)]
+pub(crate) use needs::nearest_directory;
+use parsing::parse_table;
 use problems::{Line, Weight};
 pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name};
 use section::{Section, Source};
@@ -189,17 +192,6 @@ fn read_included(root: &mut Section<'_, '_>, source: &Source, directory: &Path) 
         }
     };
     files.into_iter().filter_map(read).collect()
-}
-
-/// Parses a file; what is no TOML in it is said.
-fn parse_table<'t>(source: &Source, text: &'t str) -> Option<Spanned<DeTable<'t>>> {
-    let (table, errors) = DeTable::parse_recoverable(text);
-    for error in &errors {
-        let line = source.line(error.span().unwrap_or(0..0));
-        source.complain(line, format!("this is no TOML: {}", error.message()));
-    }
-    // What the rest means can't be known.
-    errors.is_empty().then_some(table)
 }
 
 impl Config {
@@ -391,6 +383,7 @@ impl Config {
         }
         let mut of_vm: HashMap<&str, Vec<&Forward>> = HashMap::new();
         let mut seen: Vec<(&Forward, Rule)> = Vec::new();
+        let mut refused: HashSet<&str> = HashSet::new();
         for forward in &self.forwards {
             let place = forward.vm().map(|(name, _)| {
                 of_vm.entry(name).or_default().push(forward);
@@ -406,6 +399,7 @@ impl Config {
                 continue;
             };
             if let Err(e) = check_rule(&rule) {
+                refused.insert(&forward.name);
                 complain(
                     forward.connect_line.clone(),
                     format!("[forward.{}]: {e}", forward.name),
@@ -423,6 +417,10 @@ impl Config {
             ),
             complain,
         );
+        // Of one that leads to itself enough was said.
+        let sound = seen.iter();
+        let sound = sound.filter(|(forward, _)| !refused.contains(forward.name.as_str()));
+        conflicts::find_loops(&Vec::from_iter(sound), complain);
         for (vm, _) in &vms {
             let its = of_vm.get(vm.name.as_str()).map_or(&[][..], Vec::as_slice);
             let reserved = its.iter().map(|it| it.options.reserved).sum::<usize>();

@@ -64,7 +64,7 @@ pub(crate) fn display_name(file: &Path) -> std::path::Display<'_> {
     }
 }
 
-/// All that is wrong with a file; never empty. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`, without a newline at
+/// All that is wrong with a file, or may be. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`, without a newline at
 /// the end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Problems {
@@ -74,7 +74,7 @@ pub(crate) struct Problems {
 
 impl Problems {
     /// In the order of the lines.
-    pub(super) fn new(file: &Path, mut list: Vec<Problem>) -> Problems {
+    pub(crate) fn new(file: &Path, mut list: Vec<Problem>) -> Problems {
         list.sort();
         list.dedup();
         Problems {
@@ -93,10 +93,20 @@ impl Problems {
         Problems::new(file, vec![problem])
     }
 
+    /// How many are mistakes.
+    fn mistakes(&self) -> usize {
+        let mistakes = self.list.iter().filter(|it| it.weight == Weight::Mistake);
+        mistakes.count()
+    }
+
+    /// Returns whether one of them is a mistake.
+    pub(crate) fn has_mistakes(&self) -> bool {
+        self.mistakes() > 0
+    }
+
     /// Of which file, and how many.
     pub(crate) fn summary(&self) -> String {
-        let mistakes = self.list.iter().filter(|it| it.weight == Weight::Mistake);
-        match mistakes.count() {
+        match self.mistakes() {
             1 => format!("{}: 1 thing is wrong", display_name(&self.file)),
             n => format!("{}: {n} things are wrong", display_name(&self.file)),
         }

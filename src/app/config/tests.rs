@@ -443,3 +443,38 @@ fn included_files_have_vms_and_forwards_and_lines_of_their_own() {
     );
     assert!(!told.contains("none.d"), "{told}");
 }
+
+#[test]
+fn what_is_there_twice_is_told_once_and_where() {
+    let text = "[forward.a]\nlisten = 1\nconnect = 2\n\n[ forward . a ] # again\nlisten = 3\n\
+        connect = 4\nconnect = 5\n[forward.b]\nlisten = 6\nconnect = 7\nconnect = 8\n\
+        include = [\n  [\"x\"],\n]\n";
+    let section = "[forward.a] is there already, in line 1; join the two, or choose another name";
+    let key = "connect is there already, in line 11; remove one";
+    let right = [(5, section.to_owned()), (12, key.to_owned())];
+    assert_eq!(wrong(text), right);
+    // In one line it isn't found, and is told all the same.
+    let inline = wrong("a = { b = 1, b = 2 }");
+    assert_eq!(inline, [(1, "b is there already; remove one".to_owned())]);
+    let broken = wrong("[forward.a\n");
+    assert!(broken[0].1.starts_with("this is no TOML: "), "{broken:?}");
+}
+
+#[test]
+fn a_loop_is_told_once() {
+    let forward = |name: &str, listen: u16, connect: u16| {
+        format!("[forward.{name}]\nlisten = {listen}\nconnect = {connect}\n")
+    };
+    let text = [
+        forward("a", 1, 1),
+        forward("b", 2, 3),
+        forward("c", 3, 2),
+        forward("d", 4, 2),
+    ];
+    let told = wrong(&text.concat());
+    let [(3, one), (6, other)] = &told[..] else {
+        panic!("{told:?}");
+    };
+    assert!(one.contains("would connect to itself"), "{one}");
+    assert!(other.contains("[forward.b]: it would lead back"), "{other}");
+}

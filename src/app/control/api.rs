@@ -370,8 +370,7 @@ impl Api {
         let Some(added) = added else {
             return Err(Problem::new(409, "it was removed at once by somebody else"));
         };
-        let (name, connect) = (label(&added), &added.rule.connect);
-        info!("added {name}: {} -> {connect}", added.listen);
+        info!("added {}", describe(&added));
         json(201, &Forward::from(&added))
     }
 
@@ -389,12 +388,7 @@ impl Api {
             }
         })?;
         self.handle.remove(found.id, grace)?;
-        info!(
-            "removed {}: {} -> {}",
-            label(&found),
-            found.listen,
-            found.rule.connect
-        );
+        info!("removed {}", describe(&found));
         json(200, &Forward::from(&found))
     }
 
@@ -584,6 +578,13 @@ const ENDED: &str = "/v1/connections/ended";
 const EVENTS: &str = "/v1/events";
 
 /// What a forward is called.
+/// A forward on a line: its name, if it has one, and both its ends.
+fn describe(forward: &ForwardStatus) -> String {
+    let name = forward.rule.name.as_ref();
+    let name = name.map_or(String::new(), |name| format!("{name:?}: "));
+    format!("{name}{} -> {}", forward.listen, forward.rule.connect)
+}
+
 fn label(forward: &ForwardStatus) -> String {
     match &forward.rule.name {
         Some(name) => format!("{name:?}"),

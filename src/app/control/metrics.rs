@@ -263,6 +263,16 @@ impl Families<'_, '_> {
             |it| it.up.map(|up| Gauge(up.into())),
         )?;
         each(
+            "hvsock_vm_silent",
+            "Whether a VM's guest has answered nothing for 30 s, though it was asked (1), or not (0).",
+            |it| Some(Gauge(it.silent_since.is_some().into())),
+        )?;
+        each(
+            "hvsock_vm_paused",
+            "Whether a VM's process is stopped (1) or not (0), as far as the system tells.",
+            |it| Some(Gauge(it.paused.into())),
+        )?;
+        each(
             "hvsock_vm_restarts",
             "How often a VM was started anew.",
             |it| Some(Counter(it.restarts)),

@@ -518,10 +518,14 @@ impl Vm {
     pub(crate) fn health(&self, now: SystemTime) -> String {
         let ago = |then| age(now.duration_since(then).unwrap_or_default().as_secs());
         let VmStatus { up, gone_since, .. } = self.status;
+        let is_paused = self.status.paused;
+        let silent = self.status.silent_since;
+        let silent = silent.map(|since| format!("up, silent for {}", ago(since)));
         let up = match (up, gone_since) {
             (Some(false), Some(since)) => return format!("gone for {}", ago(since)),
             (Some(false), None) => return "gone".to_owned(),
-            (Some(true), _) => "up",
+            _ if is_paused => "paused (its process is stopped)",
+            (Some(true), _) => silent.as_deref().unwrap_or("up"),
             (None, _) => "not known yet",
         };
         let heard = self.status.last_heard.map_or_else(

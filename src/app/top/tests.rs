@@ -36,6 +36,8 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
                 reserved: 0,
                 unanswered: 3,
                 last_heard: None,
+                silent_since: None,
+                paused: false,
                 up: Some(true),
                 gone_since: None,
                 restarts: 0,

@@ -12,6 +12,7 @@ use crate::engine::status::{VmStatus, wall_time};
 
 use super::heard::LastHeard;
 use super::quotas::{Holder, OtherSlots, Quotas};
+use super::silence::Silence;
 
 /// The average interval between two dials. 100 µs never harmed the device.
 pub(super) const INTERVAL: Duration = Duration::from_micros(150);
@@ -177,6 +178,7 @@ pub(super) struct State {
     pub(super) waiting_for_probe: WaitingWorkers,
     /// The time at which a dial last found no free slot.
     pub(super) wanted_at: Option<Instant>,
+    pub(super) silence: Silence,
     /// The drains of guests that go on sending, the oldest first, by their numbers.
     pub(super) drains: Vec<u64>,
     pub(super) next_drain: u64,
@@ -220,6 +222,7 @@ impl Gate {
             waiting_for_slot: WaitingWorkers::default(),
             waiting_for_probe: WaitingWorkers::default(),
             wanted_at: None,
+            silence: Silence::default(),
             drains: Vec::new(),
             next_drain: 0,
             whole_cap: None,
@@ -375,6 +378,8 @@ impl Gate {
             reserved: state.quotas.kept(),
             unanswered: self.unanswered(),
             last_heard: self.heard.at().map(|then| wall_time(then, now)),
+            silent_since: state.silence.since().map(|then| wall_time(then, now)),
+            paused: state.silence.is_stopped(),
             up: state.health.is_up().filter(|_| !state.is_hanging(now)),
             gone_since: state.health.gone_since(),
             restarts: state.health.restarts(),

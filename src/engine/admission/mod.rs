@@ -37,11 +37,13 @@ mod heard;
 pub(crate) mod quotas;
 #[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
 pub(crate) mod sharing;
+mod silence;
 mod slot;
 
 pub(crate) use admit::Admission;
 pub(crate) use gate::{Full, Gate, GateId, GateLimits, SlotWake, Wake};
 pub(crate) use guests::{Guest, NotServed};
+pub(crate) use silence::SilenceCheck;
 pub(crate) use slot::{DrainEnd, Reservation, Slot};
 
 #[cfg(test)]

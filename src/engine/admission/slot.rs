@@ -85,6 +85,8 @@ impl Slot {
         }
         let news = state.health.mark_up(now);
         let number = gate.dialled.fetch_add(1, Ordering::Relaxed) + 1;
+        let answered = gate.answered.load(Ordering::Relaxed);
+        state.silence.note_dial(number, answered, now);
         self.stage = Stage::Dialled(number);
         drop(state);
         gate.log_change(seen.or(news), None);

@@ -93,6 +93,7 @@ impl<D: Driver> Connections<D> {
                 queue.next = cx.now + FULL_PAUSE;
             }
             Admission::Full(why) => {
+                queue.forward.note_wait(&why, cx.now);
                 queue.next = cx.now + FULL_PAUSE;
                 // Another VM may be there by now, whose caps are not reached.
                 if queue.gate.begin_look(cx.now, FULL_LOOK) {

@@ -70,6 +70,33 @@ impl<D: Driver> Connections<D> {
         true
     }
 
+    /// Asks a guest that has been silent for long whether it runs. This happens once in a silence;
+    /// so the search for a forward may grow with their number.
+    pub(in crate::proxy) fn probe_silent_vm(
+        &mut self,
+        gate: &Arc<Gate>,
+        cx: &mut TurnContext<'_, D>,
+    ) {
+        let leads_there = |forward: &&Arc<Forward>| {
+            let its = forward.gates[Side::Server].as_ref();
+            its.is_some_and(|its| Arc::ptr_eq(its, gate))
+        };
+        let forward = cx.shared.forwards().iter().find(leads_there).cloned();
+        let Some(forward) = forward else {
+            return;
+        };
+        let wake = cx.shared.inboxes[cx.index].slot_waker();
+        let is_sent = match gate.admit_probe(cx.now, cx.index, wake) {
+            Admission::Go(slot) | Admission::Probe(slot) => self.probe(slot, &forward, cx),
+            // It is tried again when the VM is looked at next.
+            Admission::At(_) => return,
+            Admission::Full(_) => false,
+        };
+        if !is_sent {
+            gate.note_missing_probe();
+        }
+    }
+
     /// Queues a connection for a turn once the guest has answered its dial, or a later one.
     pub(super) fn queue_probe(&mut self, id: Id, forward: &Arc<Forward>, now: Instant) {
         let Some(gate) = &forward.gates[Side::Server] else {

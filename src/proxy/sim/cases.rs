@@ -404,10 +404,9 @@ fn a_client_of_a_removed_rule_that_is_accepted_late_is_cut_off() {
     play(plan);
 }
 
-/// What can't be had is tried again each second, and logged once.
+/// Plays a plan once, and returns what is logged.
 #[cfg(feature = "cli")]
-#[test]
-fn a_listener_that_can_not_be_watched_is_logged_once() {
+fn log_of(plan: Plan) -> String {
     use std::io;
     use std::sync::{Arc, Mutex};
 
@@ -425,6 +424,21 @@ fn a_listener_that_can_not_be_watched_is_logged_once() {
         }
     }
 
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::INFO)
+        .with_writer(move || writer.clone())
+        .finish();
+    tracing::subscriber::with_default(subscriber, || play_orders(plan, 1, MOST_STEPS));
+    let log = log.0.lock().unwrap().clone();
+    String::from_utf8(log).unwrap()
+}
+
+/// What can't be had is tried again each second, and logged once.
+#[cfg(feature = "cli")]
+#[test]
+fn a_listener_that_can_not_be_watched_is_logged_once() {
     let mut plan = plan(&[("unix:///sim/rule", "unix:///sim/server")]);
     plan.rules[0].is_endangered = true;
     plan.acts = vec![
@@ -433,15 +447,40 @@ fn a_listener_that_can_not_be_watched_is_logged_once() {
         (ms(20_000), Act::CanWatch(true)),
         (ms(25_000), Act::Look),
     ];
-    let log = Log::default();
-    let writer = log.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::INFO)
-        .with_writer(move || writer.clone())
-        .finish();
-    tracing::subscriber::with_default(subscriber, || play_orders(plan, 1, MOST_STEPS));
-    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    let log = log_of(plan);
     let count = |part: &str| log.matches(part).count();
     let lines = ["ERROR", "listening on unix:///sim/rule again"].map(count);
     assert_eq!(lines, [1, 1], "{log}");
+}
+
+/// A guest that hangs is told of once, and so is its return; one whose service is silent is not.
+#[cfg(feature = "cli")]
+#[test]
+fn a_guest_that_falls_silent_is_logged_once() {
+    let silent_client = |plan: &Plan| {
+        let mut client = client(plan, 0, polite(), false);
+        (client.manner.ends, client.manner.patience) = (Ends::Never, Some(ms(100_000)));
+        client.at = ms(2_000);
+        client
+    };
+    let lines = |log: &str| {
+        let parts = ["has answered none of 3 dials for 30 s", "answers again"];
+        parts.map(|part| log.matches(part).count())
+    };
+    let mut plan = plan(&[("tcp://127.0.0.1:1000", "hyperkit://:20/sim/vm")]);
+    plan.clients = (0..3).map(|_| silent_client(&plan)).collect();
+    plan.acts = vec![(ms(110_000), Act::Look)];
+    let mut quiet = plan.clone();
+
+    let mut vm = vm("/sim/vm", 0);
+    vm.acts = vec![(ms(1_000), VmAct::Pause), (ms(80_000), VmAct::Resume)];
+    plan.vms = vec![vm];
+    let log = log_of(plan);
+    assert_eq!(lines(&log), [1, 1], "{log}");
+
+    let mut vm = self::vm("/sim/vm", 0);
+    vm.ports = vec![(20, 0, Service::NeverReads)];
+    quiet.vms = vec![vm];
+    let log = log_of(quiet);
+    assert_eq!(lines(&log), [0, 0], "{log}");
 }

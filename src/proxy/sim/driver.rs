@@ -542,6 +542,7 @@ impl Driver for SimDriver {
             Some(Event::VmSeen {
                 identity: world.sign_of(gate.vm()),
                 process: world.process_of(gate.vm()),
+                is_stopped: false,
                 gate,
             })
         });

@@ -5,8 +5,11 @@ mod guide;
 mod page;
 
 use std::fs;
-use std::io;
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
+#[cfg(unix)]
+use std::sync::Arc;
 
 use clap::{Args, Command, ValueHint};
 
@@ -15,11 +18,13 @@ use super::outcome::{Failure, Outcome};
 use crate::guide::PAGES;
 use page::Page;
 
-/// Print a man page, or write them all
+/// Show a man page, or write them all
+///
+/// On a terminal `man` shows the page; elsewhere its source is printed.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  hvsock man expose | man -l -
-  hvsock man hvsock.toml | man -l -
+  hvsock man expose
+  hvsock man hvsock.toml >hvsock.toml.5
   hvsock man --dir /usr/local/share/man")]
 pub(super) struct Man {
     /// The command that the page is of, or the name of another page, such as hvsock.toml or hvsock-control [default:
@@ -47,12 +52,35 @@ impl Man {
         let of = self.of.unwrap_or_default();
         let meant = [page::full_name(&of), of.clone()];
         match pages.iter().find(|page| meant.contains(&page.name)) {
+            Some(page) if io::stdout().is_terminal() => show(&page.text),
             Some(page) => write_out(page.text.as_bytes()),
             None => Err(Failure::Usage(format!(
                 "there is no command and no page {of:?}; there are {}",
                 names.join(", ")
             ))),
         }
+    }
+}
+
+/// Shows a page on the terminal as `man` does.
+fn show(page: &str) -> Outcome {
+    let mut man = std::process::Command::new("man");
+    man.args(["-l", "-"]).stdin(Stdio::piped());
+    // It is for the pager that `man` starts.
+    #[cfg(unix)]
+    signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::default())?;
+    let shown = man.spawn().and_then(|mut man| {
+        if let Some(mut to_man) = man.stdin.take() {
+            // One that ends before it has read all says why.
+            let _ = to_man.write_all(page.as_bytes());
+        }
+        man.wait()
+    });
+    match shown {
+        Ok(status) if status.success() => Ok(()),
+        _ => Err(Failure::Failed(
+            "there is no `man` here that shows it: --help has most of it, and `| cat` behind this prints the page's source".to_owned(),
+        )),
     }
 }
 

@@ -1,0 +1,61 @@
+//! Which hvsock listens where another one can't.
+
+use std::cell::OnceCell;
+
+use super::answering;
+use crate::address::Address;
+use crate::error::{Error, Operation};
+
+/// Where the other hvsocks of this user listen. They are asked when that is first wanted.
+#[derive(Debug, Default)]
+pub(super) struct Occupants(OnceCell<Vec<Occupant>>);
+
+#[derive(Debug)]
+struct Occupant {
+    process: u32,
+    /// The forward's name, or where it listens.
+    forward: String,
+    listen: Address,
+}
+
+impl Occupants {
+    /// Says in the remedy of an error which hvsock listens on the address that is in use.
+    pub(super) fn name_in(&self, error: Error) -> Error {
+        let is_taken =
+            error.operation() == Operation::Listen && error.kind() == std::io::ErrorKind::AddrInUse;
+        let address = error.subject().parse().ok().filter(|_| is_taken);
+        match address.and_then(|address| self.remedy(&address)) {
+            Some(remedy) => error.with_remedy(remedy),
+            None => error,
+        }
+    }
+
+    /// Returns who listens on an address, and what can be done about it; `None` if no hvsock does.
+    pub(super) fn remedy(&self, address: &Address) -> Option<String> {
+        let mut others = self.0.get_or_init(ask).iter();
+        let Occupant {
+            process, forward, ..
+        } = others.find(|it| it.listen.collides(address))?;
+        Some(format!(
+            "hvsock process {process} listens there (forward {forward}): stop it (`hvsock stop --pid {process}`), or choose another path or port"
+        ))
+    }
+}
+
+fn ask() -> Vec<Occupant> {
+    let mut occupants = Vec::new();
+    for hvsock in answering::find().unwrap_or_default() {
+        let process = hvsock.process.id;
+        let forwards = hvsock.status().map(|it| it.forwards).unwrap_or_default();
+        // One without an id is wanted there, and isn't carried.
+        let carried = forwards.iter().filter(|it| it.id.is_some());
+        occupants.extend(carried.filter_map(|it| {
+            Some(Occupant {
+                process,
+                forward: it.name_or_address().to_owned(),
+                listen: it.listen.parse().ok()?,
+            })
+        }));
+    }
+    occupants
+}

@@ -1,0 +1,88 @@
+//! What is said of words that the command line doesn't take.
+
+use clap::Error;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+/// Options of other programs, the commands at which they are written, and what does here what they do
+/// there.
+const FOREIGN: [(&str, &[&str], &str); 10] = [
+    ("-p", SERVE, "docker's -p is -L here: -L 8080:80"),
+    (
+        "-D",
+        SERVE,
+        "there is no SOCKS proxy: -L leads to one port of the guest, as in -L 8080:80",
+    ),
+    ("-f", SERVE, BACKGROUND),
+    ("-N", SERVE, BACKGROUND),
+    ("-d", SERVE, BACKGROUND),
+    ("--detach", SERVE, BACKGROUND),
+    (
+        "-z",
+        &["cat"],
+        "whether a program of a guest listens is told by `hvsock doctor --vm VM --port PORT`",
+    ),
+    (
+        "-U",
+        &["cat"],
+        "a Unix socket is written as ./PATH or /PATH",
+    ),
+    ("-v", ANY, VERBOSE),
+    ("--verbose", ANY, VERBOSE),
+];
+
+/// Those that serve until they are ended.
+const SERVE: &[&str] = &["expose", "forward", "run"];
+
+/// All commands.
+const ANY: &[&str] = &[];
+
+const BACKGROUND: &str = "it stays in the foreground: for one in the background, have a service manager run it (see `hvsock man \
+hvsock-services`)";
+
+const VERBOSE: &str = "the variable HVSOCK_LOG=debug has it say more";
+
+/// Says in an error of clap what is to be written, and not what clap takes for likely: that the word
+/// was to be a value, or a command that is spelled alike.
+pub(super) fn mend(mut error: Error, words: &[String]) -> Error {
+    let tip = match error.kind() {
+        ErrorKind::UnknownArgument => {
+            let word = text(&error, ContextKind::InvalidArg);
+            // "to pass '-z' as a value, use '-- -z'"
+            error.remove(ContextKind::Suggested);
+            word.and_then(|word| tip(&word, words.get(1)))
+        }
+        ErrorKind::InvalidSubcommand => {
+            let word = text(&error, ContextKind::InvalidSubcommand);
+            let is_log = word.is_some_and(|word| ["log", "logs"].contains(&word.as_str()));
+            if is_log {
+                error.remove(ContextKind::SuggestedSubcommand);
+            }
+            is_log.then_some(
+                "the log is what an hvsock writes to standard error, or to the file of --log; `hvsock events` shows what happens",
+            )
+        }
+        _ => None,
+    };
+    if let Some(tip) = tip {
+        let tip = ContextValue::StyledStrs(vec![tip.to_owned().into()]);
+        error.insert(ContextKind::Suggested, tip);
+    }
+    error
+}
+
+fn text(error: &Error, kind: ContextKind) -> Option<String> {
+    match error.get(kind)? {
+        ContextValue::String(text) => Some(text.clone()),
+        _ => None,
+    }
+}
+
+fn tip(word: &str, command: Option<&String>) -> Option<&'static str> {
+    let is_at = |commands: &[&str]| {
+        let command = command.map(String::as_str).unwrap_or_default();
+        commands.is_empty() || commands.contains(&command)
+    };
+    let mut known = FOREIGN.into_iter();
+    let known = known.find(|(foreign, commands, _)| *foreign == word && is_at(commands));
+    known.map(|(_, _, tip)| tip)
+}

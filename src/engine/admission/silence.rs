@@ -1,0 +1,267 @@
+//! Whether a guest has fallen silent: it has answered none of its latest dials for a while, though
+//! it has been asked.
+//!
+//! That a dial brings nothing back says little: its service may wait for the client. So after
+//! [`ASKED_AFTER`] one probe is sent, which a guest that runs answers at once, and with it all
+//! dials before. Only a guest that answers neither is called silent.
+
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+
+use super::gate::{Gate, State};
+use crate::error::plural;
+
+/// How long a guest may answer nothing before it is asked.
+const ASKED_AFTER: Duration = Duration::from_secs(25);
+
+/// How long a guest may answer nothing before that is reported.
+const SILENT_AFTER: Duration = Duration::from_secs(30);
+
+/// What is known of a guest's silence.
+#[derive(Debug, Default)]
+pub(super) struct Silence {
+    /// The number and the time of a dial: of the oldest one that is not answered, unless this one
+    /// is.
+    oldest: Option<(u64, Instant)>,
+    /// Whether no probe could be sent.
+    is_probe_missing: bool,
+    /// The time since which the guest is silent, and the epoch of the VM, once it was reported.
+    reported: Option<(Instant, u64)>,
+    /// Whether the VM's process is stopped.
+    is_stopped: bool,
+}
+
+impl Silence {
+    /// Notes a dial. `answered` is the number of the last one that was answered before.
+    pub(super) fn note_dial(&mut self, number: u64, answered: u64, now: Instant) {
+        if self.oldest.is_none_or(|(oldest, _)| oldest <= answered) {
+            self.oldest = Some((number, now));
+        }
+    }
+
+    /// Returns the time since which the guest is silent, if that was reported.
+    pub(super) fn since(&self) -> Option<Instant> {
+        self.reported.map(|(since, _)| since)
+    }
+
+    /// Returns whether the VM's process is stopped.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.is_stopped
+    }
+}
+
+/// What is to be done about a guest's silence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SilenceCheck {
+    Done,
+    /// A probe is wanted. [`Gate::note_missing_probe`] must follow if there can be none.
+    ProbeWanted,
+}
+
+impl Gate {
+    /// Returns the time since which no dial was answered and nothing else came from the guest;
+    /// `None` if all dials were answered. The earlier of several dials may be forgotten: then
+    /// something has come since.
+    fn nothing_since(&self, state: &State) -> Option<Instant> {
+        if self.unanswered() == 0 {
+            return None;
+        }
+        let (_, dialled_at) = state.silence.oldest?;
+        Some(self.heard.at().map_or(dialled_at, |at| at.max(dialled_at)))
+    }
+
+    /// Looks whether the guest is silent, and reports that once, and its end. `is_stopped` is
+    /// whether the VM's process is stopped, as a look at it has just found. It is called after
+    /// what has come from the guest was read.
+    pub(crate) fn check_silence(&self, is_stopped: bool, now: Instant) -> SilenceCheck {
+        let mut state = self.state();
+        state.silence.is_stopped = is_stopped;
+        let nothing_since = self.nothing_since(&state);
+        let lasts = nothing_since.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let is_gone = state.health.is_up() == Some(false);
+        if lasts < ASKED_AFTER {
+            state.silence.is_probe_missing = false;
+        }
+        // A probe that is lost keeps the time of the next one.
+        let is_probed = state.next_probe.is_some();
+        let is_asked = is_probed || is_stopped || state.silence.is_probe_missing;
+        let epoch = state.epoch;
+        match state.silence.reported {
+            // What is known of the VM is that it is gone, or another one.
+            Some((_, of)) if is_gone || of != epoch => state.silence.reported = None,
+            Some((since, _)) if lasts < SILENT_AFTER => {
+                state.silence.reported = None;
+                drop(state);
+                let seconds = now.saturating_duration_since(since).as_secs();
+                let directory = self.vm.state_dir.display();
+                info!("the guest of the VM at {directory} answers again, after {seconds} s");
+                return SilenceCheck::Done;
+            }
+            None if !is_gone && is_asked && lasts >= SILENT_AFTER => {
+                state.silence.reported = nothing_since.map(|since| (since, epoch));
+                drop(state);
+                self.warn_of_silence(u64::from(is_probed), is_stopped);
+                return SilenceCheck::Done;
+            }
+            _ => {}
+        }
+        let wants_probe = lasts >= ASKED_AFTER && !is_probed && !is_stopped && !is_gone;
+        match wants_probe && state.has_connect_socket {
+            true => SilenceCheck::ProbeWanted,
+            false => SilenceCheck::Done,
+        }
+    }
+
+    fn warn_of_silence(&self, probes: u64, is_stopped: bool) {
+        let dials = self.unanswered().saturating_sub(probes).max(1);
+        let directory = self.vm.state_dir.display();
+        let why = match is_stopped {
+            true => "its process is stopped",
+            false => "it is paused or hangs",
+        };
+        warn!(
+            "the guest of the VM at {directory} has answered none of {dials} dial{} for {} s: {why}; `hvsock doctor --vm {directory}` tells more",
+            plural(dials),
+            SILENT_AFTER.as_secs()
+        );
+    }
+
+    /// Notes that no probe can be sent: the device takes none, or has no slot for it.
+    pub(crate) fn note_missing_probe(&self) {
+        self.state().silence.is_probe_missing = true;
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::{Admission, GateLimits, Slot, SlotWake};
+    use super::*;
+    use crate::address::HyperkitVm;
+    use crate::engine::health::VmIdentity;
+    use crate::engine::id::ForwardId;
+    use crate::sys::Identity;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn gate() -> Arc<Gate> {
+        let limits = GateLimits {
+            live: 900,
+            unanswered: 64,
+        };
+        Arc::new(Gate::new(limits, HyperkitVm::new("/tmp/vm")))
+    }
+
+    fn identity(number: u64) -> Option<VmIdentity> {
+        Some(VmIdentity::Socket(Identity::numbered(number)))
+    }
+
+    fn slot(admission: Admission, now: Instant) -> Slot {
+        match admission {
+            Admission::Go(mut slot) | Admission::Probe(mut slot) => {
+                slot.note_dial(identity(1), now);
+                slot
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn dial(gate: &Arc<Gate>, now: Instant) -> Slot {
+        slot(gate.admit(ForwardId(1), now), now)
+    }
+
+    fn probe(gate: &Arc<Gate>, now: Instant) -> Slot {
+        let wake: SlotWake = Arc::new(|_| ());
+        slot(gate.admit_probe(now, 0, &wake), now)
+    }
+
+    fn is_silent(gate: &Gate, now: Instant) -> bool {
+        gate.status(now).silent_since.is_some()
+    }
+
+    #[test]
+    fn a_guest_that_answers_neither_its_clients_nor_a_probe_is_silent() {
+        let (gate, start) = (gate(), Instant::now());
+        let first = dial(&gate, start);
+        let _second = dial(&gate, start + 20 * SECOND);
+        let check = |seconds| gate.check_silence(false, start + seconds * SECOND);
+        assert_eq!(check(24), SilenceCheck::Done);
+        assert_eq!(check(25), SilenceCheck::ProbeWanted);
+        let probe = probe(&gate, start + 25 * SECOND);
+        // One is enough.
+        for seconds in 26..30 {
+            assert_eq!(check(seconds), SilenceCheck::Done);
+            assert!(!is_silent(&gate, start));
+        }
+        check(30);
+        assert!(is_silent(&gate, start));
+        let since = gate.state().silence.since();
+        assert_eq!(since, Some(start));
+        for seconds in [31, 100, 3600] {
+            assert_eq!(check(seconds), SilenceCheck::Done);
+            assert!(is_silent(&gate, start));
+        }
+        // Of the second one nothing is known yet.
+        first.note_answer(start + 3600 * SECOND);
+        check(3601);
+        assert!(!is_silent(&gate, start));
+        probe.note_answer(start + 3602 * SECOND);
+        drop(probe);
+        assert_eq!(check(9000), SilenceCheck::Done);
+    }
+
+    #[test]
+    fn a_service_that_waits_for_its_client_is_asked_once() {
+        let (gate, start) = (gate(), Instant::now());
+        let _silent = dial(&gate, start);
+        let at = start + 25 * SECOND;
+        assert_eq!(gate.check_silence(false, at), SilenceCheck::ProbeWanted);
+        let probe = probe(&gate, at);
+        probe.note_answer(at + SECOND);
+        drop(probe);
+        for seconds in [2, 10, 100, 1000] {
+            let at = at + seconds * SECOND;
+            assert_eq!(gate.check_silence(false, at), SilenceCheck::Done);
+            assert!(!is_silent(&gate, at));
+        }
+    }
+
+    #[test]
+    fn what_comes_on_an_older_connection_is_a_sign_too() {
+        let (gate, start) = (gate(), Instant::now());
+        let talking = dial(&gate, start);
+        let _silent = dial(&gate, start);
+        for seconds in 0..100 {
+            let at = start + seconds * SECOND;
+            talking.note_answer(at);
+            assert_eq!(gate.check_silence(false, at), SilenceCheck::Done);
+            assert!(!is_silent(&gate, at));
+        }
+    }
+
+    #[test]
+    fn a_vm_that_is_stopped_or_takes_no_dial_need_not_be_asked() {
+        let (gate, start) = (gate(), Instant::now());
+        let _silent = dial(&gate, start);
+        let at = |seconds| start + seconds * SECOND;
+        assert_eq!(gate.check_silence(true, at(29)), SilenceCheck::Done);
+        assert!(gate.status(at(29)).paused);
+        gate.check_silence(true, at(30));
+        assert!(is_silent(&gate, at(30)));
+
+        let gate = self::gate();
+        let _silent = dial(&gate, start);
+        assert_eq!(gate.check_silence(false, at(25)), SilenceCheck::ProbeWanted);
+        gate.note_missing_probe();
+        gate.check_silence(false, at(30));
+        assert!(is_silent(&gate, at(30)));
+        // Another VM knows nothing of it.
+        assert!(gate.begin_look(at(31), SECOND));
+        gate.take_look(identity(2), None, at(31));
+        gate.check_silence(false, at(31));
+        assert!(!is_silent(&gate, at(31)));
+    }
+}
