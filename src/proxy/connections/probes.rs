@@ -13,7 +13,7 @@ use crate::stream::endpoint::Endpoint;
 use super::queues::{FULL_PAUSE, ProbeQueue};
 use super::set::Connections;
 use crate::engine::admission::quotas::Holder;
-use crate::engine::admission::{Admission, Slot};
+use crate::engine::admission::{Admission, Gate, Slot};
 use crate::engine::forward::Forward;
 use crate::engine::table::Id;
 use crate::proxy::driver::Driver;
