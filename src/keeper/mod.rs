@@ -22,6 +22,7 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+mod copies;
 mod ending;
 mod link;
 mod ports;
@@ -32,7 +33,8 @@ pub(crate) mod status;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-pub(crate) use link::{DESCRIPTORS, Kept, Link, View, When};
+pub(crate) use copies::When;
+pub(crate) use link::{DESCRIPTORS, Kept, Link, View};
 pub(crate) use protocol::Port;
 pub(crate) use status::Taken;
 

@@ -20,8 +20,8 @@ pub(crate) enum Target<'a> {
         host: &'a str,
         port: u16,
     },
-    /// A program or a file: it is dialled by [`dial::on_thread`](crate::dial::on_thread), since that
-    /// may block.
+    /// A program or a file: it is dialled by [`dial::on_thread`](crate::dial::on_thread), since
+    /// that may block.
     #[cfg(unix)]
     OnThread,
     /// Nothing: this system has no such sockets, or they are not carried.

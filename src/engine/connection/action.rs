@@ -19,16 +19,16 @@ pub(crate) enum Action<S> {
     /// Dial the target on a thread, for at most so long; the result goes to
     /// [`super::Connection::take_dialled`].
     DialOnThread(Duration),
-    /// Ask the gate of the target's VM for a slot; it goes to [`super::Connection::take_slot`], and the
-    /// reason why there is none yet to [`super::Connection::take_full`].
+    /// Ask the gate of the target's VM for a slot; it goes to [`super::Connection::take_slot`], and
+    /// the reason why there is none yet to [`super::Connection::take_full`].
     Admit,
     /// Begin to connect to [`super::Connection::endpoint`]; the result goes to
     /// [`super::Connection::take_connect`].
     Connect,
     /// Explain why a dial failed; the explanation goes to [`super::Connection::take_explanation`].
     Explain(io::Error),
-    /// Find out whether the guest has answered this dial; [`super::Connection::step`] is called once it
-    /// has.
+    /// Find out whether the guest has answered this dial; [`super::Connection::step`] is called
+    /// once it has.
     Prove,
     /// Find out whether the process at the other end of that side is ending; the answer goes to
     /// [`super::Connection::take_peer`].
@@ -42,6 +42,8 @@ pub(crate) enum Action<S> {
     CutThreads,
     /// Close a socket, then give its slot back.
     Close(S, Option<Slot>),
+    /// Close a socket that has no slot.
+    Discard(S),
     /// Close a socket so that its peer reads a reset; where the family has none, close it.
     Reset(S),
     /// Leave a socket to the process that has a copy of it.
@@ -63,8 +65,8 @@ pub(crate) struct Context<'a, S: Socket> {
     pub(crate) pool: &'a mut Pool<S::Pipe>,
     /// The queue of actions, of all connections.
     pub(crate) actions: &'a mut VecDeque<(Id, Action<S>)>,
-    /// Whether the connection has work left: [`super::Connection::step`] is to be called again, after the
-    /// others.
+    /// Whether the connection has work left: [`super::Connection::step`] is to be called again,
+    /// after the others.
     pub(crate) has_more_work: bool,
 }
 

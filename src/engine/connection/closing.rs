@@ -3,6 +3,10 @@
 //!
 //! Which of these a side needs is decided here; the sockets themselves are closed by the loop,
 //! through [`Action`]s. No socket call here waits for its peer.
+//!
+//! The drain timeout is applied at three places: here (`time_to_close`); in `relaying.rs`, while a
+//! peer is gone or a half-close is held back; and by relay threads, which are told it by
+//! `Reporter::drain_timeout`.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -14,7 +18,7 @@ use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
 use crate::stream::closing::ResetWait;
-use crate::stream::draining::{Drain, Next, Reading};
+use crate::stream::draining::{Drain, DrainStep, DrainTurn, Reading};
 use crate::time::after;
 
 use super::action::{Action, Context};
@@ -102,12 +106,12 @@ impl<S: ConnectionSocket> Connection<S> {
                 continue;
             };
             match self.go_on_closing_end(side, closing, cx) {
-                Ended::No(closing, at) => {
+                IsClosed::No(closing, at) => {
                     ends[side] = Some(closing);
                     check_at = check_at.into_iter().chain(at).min();
                 }
-                Ended::Yes => {}
-                Ended::GivenUp => settled = Some(after(now, SETTLING)),
+                IsClosed::Yes => {}
+                IsClosed::GivenUp => settled = Some(after(now, SETTLING)),
             }
         }
         let State::Closing {
@@ -158,7 +162,7 @@ impl<S: ConnectionSocket> Connection<S> {
         side: Side,
         closing: Closing<S>,
         cx: &mut Context<'_, S>,
-    ) -> Ended<S> {
+    ) -> IsClosed<S> {
         let Closing { end, how } = closing;
         match how {
             How::Drain(drain) => self.go_on_draining(side, end, drain, cx),
@@ -177,17 +181,18 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Waits for a VMM's answer to a dial that was given up, then half-closes the end and drains it.
+    /// Waits for a VMM's answer to a dial that was given up, then half-closes the end and drains
+    /// it.
     fn go_on_shaking_hands(
         &mut self,
         side: Side,
         mut end: End<S>,
         mut dial: Box<Dial>,
         cx: &mut Context<'_, S>,
-    ) -> Ended<S> {
+    ) -> IsClosed<S> {
         if let Ok(false) = dial.shake_hands(&mut end.socket) {
             let how = How::ShakeHands(dial);
-            return Ended::No(Closing { end, how }, None);
+            return IsClosed::No(Closing { end, how }, None);
         }
         // If there is no connection after all, the drain reads its end.
         end.shutdown_write();
@@ -202,7 +207,7 @@ impl<S: ConnectionSocket> Connection<S> {
         mut end: End<S>,
         mut wait: ResetWait,
         cx: &mut Context<'_, S>,
-    ) -> Ended<S> {
+    ) -> IsClosed<S> {
         let before = (end.received(), end.input_ended());
         end.discard(cx.pool);
         self.note_answer(side, &end, before, cx.now);
@@ -214,11 +219,11 @@ impl<S: ConnectionSocket> Connection<S> {
         match check_at {
             None => {
                 cx.request(Action::Reset(end.socket));
-                Ended::Yes
+                IsClosed::Yes
             }
             at => {
                 let how = How::Reset(wait);
-                Ended::No(Closing { end, how }, at)
+                IsClosed::No(Closing { end, how }, at)
             }
         }
     }
@@ -230,13 +235,13 @@ impl<S: ConnectionSocket> Connection<S> {
         mut end: End<S>,
         mut drain: Drain,
         cx: &mut Context<'_, S>,
-    ) -> Ended<S> {
+    ) -> IsClosed<S> {
         let now = cx.now;
         if cx.thawed == Some(now) {
-            drain.forgive(now);
+            drain.note_freeze(now);
         }
         let before = (end.received(), end.input_ended());
-        let has_read = match drain.reading(now) {
+        let was_read = match drain.reading(now) {
             Reading::Full => {
                 end.discard(cx.pool);
                 true
@@ -245,27 +250,32 @@ impl<S: ConnectionSocket> Connection<S> {
                 end.discard_once(cx.pool);
                 true
             }
-            Reading::Not => false,
+            Reading::Later => false,
         };
         self.note_answer(side, &end, before, now);
         if end.input_ended() {
             self.close_socket(side, end, cx);
-            return Ended::Yes;
+            return IsClosed::Yes;
         }
-        // A client is read for a few seconds at most, and what stops is in a hurry.
-        let may_slow = cx.phase == Phase::Running && self.forward.needs_graceful_close(side);
-        let mut next = drain.note(end.received(), end.is_readable(), may_slow, has_read, now);
+        let turn = DrainTurn {
+            received: end.received(),
+            was_read,
+            is_readable: end.is_readable(),
+            // A client is drained for a few seconds at most, and no drain delays the stop.
+            may_slow: cx.phase == Phase::Running && self.forward.needs_graceful_close(side),
+        };
+        let mut next = drain.take_turn(turn, now);
         let slot = &mut self.slots[side];
         if let Some(slot) = slot {
             match next {
-                Next::Slower | Next::MayGiveUp | Next::GiveUp => slot.note_drain(),
-                Next::Paused => slot.forget_drain(),
-                Next::Wait | Next::At(_) | Next::Again | Next::Close => {}
+                DrainStep::Slower | DrainStep::MayGiveUp | DrainStep::GiveUp => slot.note_drain(),
+                DrainStep::Paused => slot.forget_drain(),
+                DrainStep::Wait | DrainStep::At(_) | DrainStep::Again | DrainStep::Close => {}
             }
         }
         let why = match next {
-            Next::GiveUp => Some(DrainEnd::Due),
-            Next::MayGiveUp => Some(DrainEnd::InTheWay),
+            DrainStep::GiveUp => Some(DrainEnd::Due),
+            DrainStep::MayGiveUp => Some(DrainEnd::InTheWay),
             _ => None,
         };
         let may_give_up = |why| match slot {
@@ -275,25 +285,27 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         if why.is_some_and(may_give_up) {
             drain.give_up(now);
-            next = Next::Again;
+            next = DrainStep::Again;
         }
         let at = match next {
-            Next::Close => {
+            DrainStep::Close => {
                 return match self.give_up(side, end, Gone::Sending, cx) {
-                    true => Ended::GivenUp,
-                    false => Ended::Yes,
+                    true => IsClosed::GivenUp,
+                    false => IsClosed::Yes,
                 };
             }
-            Next::Again => {
+            DrainStep::Again => {
                 cx.has_more_work = true;
                 None
             }
-            Next::At(at) => Some(at),
-            Next::Slower | Next::GiveUp | Next::MayGiveUp => Some(drain.next(now)),
-            Next::Wait | Next::Paused => None,
+            DrainStep::At(at) => Some(at),
+            DrainStep::Slower | DrainStep::GiveUp | DrainStep::MayGiveUp => {
+                Some(drain.next_read(now))
+            }
+            DrainStep::Wait | DrainStep::Paused => None,
         };
         let how = How::Drain(drain);
-        Ended::No(Closing { end, how }, at)
+        IsClosed::No(Closing { end, how }, at)
     }
 
     /// Closes by force an end that is not ended yet, after reading out what is unread. Returns
@@ -327,7 +339,7 @@ impl<S: ConnectionSocket> Connection<S> {
         self.note_abandoned(text, cx.now);
         match guest {
             // The slot is given back once the device has told the guest.
-            Gone::Sending => cx.request(Action::Close(end.socket, None)),
+            Gone::Sending => cx.request(Action::Discard(end.socket)),
             Gone::Silent => {
                 if let Some(slot) = &mut self.slots[side] {
                     slot.lose();
@@ -383,7 +395,7 @@ impl<S: ConnectionSocket> Connection<S> {
         if cx.phase > Phase::Running {
             for closing in ends.iter_mut().flatten() {
                 if let How::Drain(drain) = &mut closing.how {
-                    drain.hurry();
+                    drain.end_slowness();
                 }
             }
         }
@@ -417,7 +429,7 @@ impl<S: ConnectionSocket> Connection<S> {
 }
 
 /// Whether an end is closed now.
-enum Ended<S> {
+enum IsClosed<S> {
     /// It is not. It goes on at that time, or after an event.
     No(Closing<S>, Option<Instant>),
     Yes,

@@ -376,11 +376,11 @@ impl<S: ConnectionSocket> Connection<S> {
     ) {
         match dialled {
             // The client has gone, or was refused in the meantime.
-            Ok((socket, _)) if !self.is_waiting() => cx.request(Action::Close(socket, None)),
+            Ok((socket, _)) if !self.is_waiting() => cx.request(Action::Discard(socket)),
             Err(_) if !self.is_waiting() => {}
             Ok((socket, Err(e))) => {
                 let error = Error::new(Operation::Connect, &self.forward.rule.connect, e);
-                cx.request(Action::Close(socket, None));
+                cx.request(Action::Discard(socket));
                 self.refuse(&error, Reason::Other, cx);
             }
             Ok((socket, Ok(()))) => {
@@ -393,7 +393,7 @@ impl<S: ConnectionSocket> Connection<S> {
                         race,
                     });
                 }
-                self.begin_relaying(None, Acceptance::Unknown, cx);
+                self.begin_relaying(Acceptance::Unknown, cx);
             }
             Err(error) => self.dial_failed(error, cx),
         }
@@ -420,7 +420,7 @@ impl<S: ConnectionSocket> Connection<S> {
             State::Waiting { client, dial, .. } => (client, dial),
             other => {
                 self.state = other;
-                return cx.request(Action::Close(dialled.socket, None));
+                return cx.request(Action::Discard(dialled.socket));
             }
         };
         let mut server = End::new(dialled.socket);
@@ -451,7 +451,7 @@ impl<S: ConnectionSocket> Connection<S> {
             {
                 self.begin_proving(deadline, cx);
             }
-            Begun::Connected => self.begin_relaying(None, Acceptance::Unknown, cx),
+            Begun::Connected => self.begin_relaying(Acceptance::Unknown, cx),
             Begun::Handshake => self.go_on_connecting(cx),
             Begun::InProgress => self.wait_for_answers(cx),
         }
@@ -477,7 +477,7 @@ impl<S: ConnectionSocket> Connection<S> {
             false => Ok(false),
         };
         match attempt {
-            Ok(true) => self.begin_relaying(None, Acceptance::Unknown, cx),
+            Ok(true) => self.begin_relaying(Acceptance::Unknown, cx),
             Ok(false) if cx.now >= race.dial.deadline() => self.time_out(cx),
             Ok(false) => self.wait_for_answers(cx),
             Err(_) if self.return_to_earlier(cx) => {}
@@ -492,7 +492,7 @@ impl<S: ConnectionSocket> Connection<S> {
                         self.note_failed(endpoint, cx);
                     }
                     self.enter(State::waiting(client, race.dial));
-                    cx.request(Action::Close(server.socket, None));
+                    cx.request(Action::Discard(server.socket));
                 }
                 self.attempt_failed(error, cx);
             }

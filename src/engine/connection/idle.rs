@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::engine::relay::Side;
+use crate::engine::relay::{Ending, Side};
 use crate::engine::rule::Timeouts;
 use crate::time::after;
 
@@ -29,6 +29,18 @@ pub(crate) struct Progress {
     pub(crate) half_closed: Option<Side>,
 }
 
+/// The result of relay threads that have ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ThreadsResult {
+    /// The bytes of each side that were delivered to the other.
+    pub(crate) delivered: [u64; 2],
+    /// Whether a side did not end within the drain timeout that it was given.
+    pub(crate) abandoned: bool,
+    /// The side that ended first, and how. One that broke off comes before one that did not.
+    pub(crate) first: Option<(Side, Ending)>,
+}
+
+/// The timeouts of a connection on which nothing moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Timeout {
     Idle,
@@ -44,13 +56,14 @@ impl Idle {
         }
     }
 
-    pub(super) fn note(&mut self, moved: bool, half_closed: bool, now: Instant) {
-        if moved {
-            self.last_moved = now;
-        }
-        if half_closed {
-            self.half_closed.get_or_insert(now);
-        }
+    /// Notes that bytes were delivered.
+    pub(super) fn note_bytes(&mut self, now: Instant) {
+        self.last_moved = now;
+    }
+
+    /// Notes that a side has ended.
+    pub(super) fn note_half_close(&mut self, now: Instant) {
+        self.half_closed.get_or_insert(now);
     }
 
     /// Returns for how long no byte has moved.

@@ -4,14 +4,13 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crate::engine::end_reason::{EndReason, Reason};
-use crate::engine::relay::{Ending, Side};
 use crate::engine::rule::Timeouts;
 use crate::error::{Error, Operation};
 use crate::time::after;
 
 use super::action::{Action, Context};
 use super::closing::{NOT_ENDED, reason_of_end};
-use super::idle::Progress;
+use super::idle::{Progress, ThreadsResult};
 use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 
@@ -35,8 +34,12 @@ impl<S: ConnectionSocket> Connection<S> {
     /// the last look has moved now.
     pub(super) fn note_progress(&mut self, progress: Progress, now: Instant) {
         let delivered = progress.delivered.iter().sum();
-        let moved = std::mem::replace(&mut self.idle.delivered, delivered) != delivered;
-        self.idle.note(moved, progress.half_closed.is_some(), now);
+        if std::mem::replace(&mut self.idle.delivered, delivered) != delivered {
+            self.idle.note_bytes(now);
+        }
+        if progress.half_closed.is_some() {
+            self.idle.note_half_close(now);
+        }
     }
 
     /// Takes the progress of the threads.
@@ -69,20 +72,13 @@ impl<S: ConnectionSocket> Connection<S> {
         self.wake_at = Some(cx.now + CUT_PAUSE);
     }
 
-    /// Takes the end of the threads: the bytes that they delivered from each side, whether a guest
-    /// failed to end its connection in time, and which side has ended first, and how.
-    pub(crate) fn take_threads_end(
-        &mut self,
-        delivered: [u64; 2],
-        abandoned: bool,
-        first: Option<(Side, Ending)>,
-        cx: &mut Context<'_, S>,
-    ) {
-        self.counted = delivered;
-        if let Some((side, ending)) = first {
+    /// Takes the result of the threads, which have ended.
+    pub(crate) fn take_threads_end(&mut self, result: ThreadsResult, cx: &mut Context<'_, S>) {
+        self.counted = result.delivered;
+        if let Some((side, ending)) = result.first {
             self.end_because(reason_of_end(side, ending));
         }
-        if abandoned {
+        if result.abandoned {
             self.note_abandoned(NOT_ENDED, cx.now);
         }
         self.close(cx);

@@ -85,8 +85,8 @@ impl<S: ConnectionSocket> Connection<S> {
         is_proving.then(|| slot.is_some_and(Slot::is_answered))
     }
 
-    /// Takes that no probe can be sent. The absence of a refusal then has to suffice: a guest that runs
-    /// refuses within less time.
+    /// Takes that no probe can be sent. The absence of a refusal then has to suffice: a guest that
+    /// runs refuses within less time.
     pub(crate) fn prove_by_silence(&mut self, cx: &mut Context<'_, S>) {
         if let State::Proving {
             until: until @ None,
@@ -140,9 +140,9 @@ impl<S: ConnectionSocket> Connection<S> {
         if refused {
             self.take_refusal(cx);
         } else if answered || first.is_some() {
-            self.begin_relaying(first, Acceptance::Known, cx);
+            self.begin_relaying_after(first, Acceptance::Known, cx);
         } else if silent {
-            self.begin_relaying(None, Acceptance::Unknown, cx);
+            self.begin_relaying(Acceptance::Unknown, cx);
         } else if cx.now >= deadline {
             self.time_out(cx);
         } else {

@@ -1,5 +1,5 @@
-//! The PROXY protocol at both sides of a connection: a client that is a proxy says first who its own
-//! client is; and the target is told first who the client is.
+//! The PROXY protocol at both sides of a connection: a client that is a proxy says first who its
+//! own client is; and the target is told first who the client is.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -15,7 +15,8 @@ use super::action::Context;
 use super::socket::ConnectionSocket;
 use super::state::{Connection, Proxied, State};
 
-/// How long a header may take to come. (At least 3 s, says the protocol, for a segment that is lost.)
+/// How long a header may take to come. (At least 3 s, says the protocol, for a segment that is
+/// lost.)
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The bytes of one read.

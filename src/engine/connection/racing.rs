@@ -37,7 +37,7 @@ impl<S: ConnectionSocket> Connection<S> {
             Ok(dialled) if dialled.watched.is_ok() => {
                 let before = std::mem::replace(server, checked(dialled.socket));
                 if let Some(oldest) = race.take_before(before.socket, cx.now) {
-                    cx.request(Action::Close(oldest.socket, None));
+                    cx.request(Action::Discard(oldest.socket));
                     self.note_failed(&oldest.endpoint, cx);
                 }
                 // Of TCP it is known only by the accept whether it closes a loop.
@@ -45,7 +45,7 @@ impl<S: ConnectionSocket> Connection<S> {
             }
             failed => {
                 if let Ok(dialled) = failed {
-                    cx.request(Action::Close(dialled.socket, None));
+                    cx.request(Action::Discard(dialled.socket));
                 }
                 if let Some(endpoint) = race.skip_next(cx.now) {
                     self.note_failed(&endpoint, cx);
@@ -66,11 +66,11 @@ impl<S: ConnectionSocket> Connection<S> {
             let latest = std::mem::replace(server, checked(winner));
             // Those that were begun after it have had less time.
             for socket in later.into_iter().chain([latest.socket]) {
-                cx.request(Action::Close(socket, None));
+                cx.request(Action::Discard(socket));
             }
         }
         for attempt in look.failed {
-            cx.request(Action::Close(attempt.socket, None));
+            cx.request(Action::Discard(attempt.socket));
             self.note_failed(&attempt.endpoint, cx);
         }
     }
@@ -85,7 +85,7 @@ impl<S: ConnectionSocket> Connection<S> {
             return false;
         };
         let latest = std::mem::replace(server, checked(socket));
-        cx.request(Action::Close(latest.socket, None));
+        cx.request(Action::Discard(latest.socket));
         if let Some(endpoint) = failed {
             self.note_failed(&endpoint, cx);
         }
@@ -120,7 +120,7 @@ impl<S: ConnectionSocket> Connection<S> {
             return;
         }
         for attempt in race.take_earlier() {
-            cx.request(Action::Close(attempt.socket, None));
+            cx.request(Action::Discard(attempt.socket));
             if let Endpoint::Tcp(address) = attempt.endpoint {
                 self.forward.addresses().note_failure(address, cx.now);
             }
@@ -146,7 +146,7 @@ impl<S: ConnectionSocket> Connection<S> {
     pub(super) fn abandon_race(&mut self, cx: &mut Context<'_, S>) {
         if let Some((_, race)) = self.race() {
             for attempt in race.take_earlier() {
-                cx.request(Action::Close(attempt.socket, None));
+                cx.request(Action::Discard(attempt.socket));
             }
         }
     }

@@ -44,9 +44,14 @@ pub(super) enum Acceptance {
 }
 
 impl<S: ConnectionSocket> Connection<S> {
+    /// Begins to relay between the client and its server, of which nothing was read yet.
+    pub(super) fn begin_relaying(&mut self, acceptance: Acceptance, cx: &mut Context<'_, S>) {
+        self.begin_relaying_after(None, acceptance, cx);
+    }
+
     /// Begins to relay between the client and its server. `first` is what the server has sent
     /// already.
-    pub(super) fn begin_relaying(
+    pub(super) fn begin_relaying_after(
         &mut self,
         first: Option<(Box<[u8]>, usize)>,
         acceptance: Acceptance,
@@ -164,7 +169,12 @@ impl<S: ConnectionSocket> Connection<S> {
                 slot.note_answer(now);
             }
         }
-        self.idle.note(moved, pair.is_half_closed(), now);
+        if moved {
+            self.idle.note_bytes(now);
+        }
+        if pair.is_half_closed() {
+            self.idle.note_half_close(now);
+        }
         let ended = Side::BOTH.map(|side| how_ended(&pair.ends[side]));
         let mut awaits_peer = false;
         for side in Side::BOTH {

@@ -53,7 +53,8 @@ pub(crate) struct Connection<S: Socket> {
     pub(super) why: Option<EndReason>,
     /// The error for which the client was refused.
     pub(super) error: Option<Arc<str>>,
-    /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have ended.
+    /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have
+    /// ended.
     pub(super) is_cut_off: bool,
     /// The name of the current state.
     #[cfg(all(test, target_os = "linux"))]

@@ -47,7 +47,8 @@ impl<T> FreeList<T> {
 /// how much comes at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FlowKind {
-    /// The [`Socket::cost_class`](crate::stream::socket::Socket::cost_class) of the source and of the sink.
+    /// The [`Socket::cost_class`](crate::stream::socket::Socket::cost_class) of the source and of
+    /// the sink.
     pub(crate) source: usize,
     pub(crate) sink: usize,
     /// Whether it fills at least half a buffer at a time.
@@ -235,7 +236,6 @@ impl<P: Pipe> Carrier<P> {
     }
 
     /// Returns how many bytes are still to be written.
-    #[cfg(test)]
     pub(crate) fn left(&self) -> usize {
         match self {
             Carrier::Empty => 0,
@@ -268,7 +268,7 @@ impl<P: Pipe> Carrier<P> {
             Carrier::Empty => {}
             Carrier::Memory { buffer, .. } => pool.give_buffer(buffer),
             Carrier::Pipe { pipe, holds: 0 } => pool.give_pipe(pipe),
-            // Only another write could empty the pipe.
+            // It is dropped, since only another write could empty it.
             Carrier::Pipe { .. } => pool.lose_pipe(),
         }
     }

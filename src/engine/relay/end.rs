@@ -79,8 +79,8 @@ impl<S: Socket> End<S> {
         self.urgent |= event.urgent;
     }
 
-    /// Latches this in the place of what events have said so far, which may not have been about this
-    /// socket.
+    /// Latches this in the place of what events have said so far, which may not have been about
+    /// this socket.
     pub(crate) fn restart_latch(&mut self, readiness: Readiness) {
         (self.readable, self.writable) = (false, false);
         (self.failed, self.hidden, self.urgent) = (false, false, false);

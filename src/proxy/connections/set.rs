@@ -113,11 +113,9 @@ impl<D: Driver> Connections<D> {
             Event::Dialled { token, stream } => {
                 self.take_dialled(Id::from_token(token).0, stream, cx);
             }
-            Event::ThreadsEnded { token, ended } => {
+            Event::ThreadsEnded { token, result } => {
                 let id = Id::from_token(token).0;
-                self.with(id, cx, |it, to| {
-                    it.take_threads_end(ended.delivered, ended.abandoned, ended.first, to);
-                });
+                self.with(id, cx, |it, to| it.take_threads_end(result, to));
             }
             Event::Explained { token, error } => {
                 let id = Id::from_token(token).0;
@@ -238,6 +236,7 @@ impl<D: Driver> Connections<D> {
                 cx.driver.close(stream);
                 return drop(slot);
             }
+            Action::Discard(stream) => return cx.driver.close(stream),
             Action::Reset(stream) => return cx.driver.reset(stream),
             Action::Leave(stream) => return cx.driver.leave(stream),
             Action::Drop => return self.drop_connection(id, cx),
@@ -280,7 +279,11 @@ impl<D: Driver> Connections<D> {
             }
             Action::LookAtThreads => self.look_at_threads(id, cx),
             Action::CutThreads => cx.driver.cut_threads(id.token(Side::Client)),
-            Action::Close(..) | Action::Reset(_) | Action::Leave(_) | Action::Drop => {}
+            Action::Close(..)
+            | Action::Discard(_)
+            | Action::Reset(_)
+            | Action::Leave(_)
+            | Action::Drop => {}
         }
     }
 

@@ -206,7 +206,7 @@ thread_local! {
 /// Sets the world of this thread, and how it goes on.
 pub(super) fn set_world(world: Option<Rc<SimWorld>>, step: Step) {
     WORLD.with(|it| *it.borrow_mut() = world.map(|world| (world, step)));
-    transitions::listen(note_transition);
+    transitions::report_to(note_transition);
 }
 
 /// Returns the world of this thread, and how it goes on.
