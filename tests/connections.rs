@@ -178,7 +178,7 @@ fn states_are_told_in_words() {
     assert_eq!(code, Some(0));
     assert!(out.contains(", held"), "{out}");
     assert!(is_reset(client.read(&mut [0])));
-    scene.hvsock.complains("why=closed by the operator");
+    scene.hvsock.complains("why=closed on request");
 }
 
 /// What waits on its way to a server that doesn't read.
@@ -232,7 +232,23 @@ fn one_is_closed_and_the_others_go_on() {
     assert!(err.contains("there is no connection 77"), "{err}");
     assert!(err.contains("hvsock connections"), "{err}");
     assert!(is_reset(pairs[1].0.read(&mut [0])));
-    scene.hvsock.complains("id=1 ");
+    // The two lines come in either order.
+    let mut lines = [String::new(), String::new()];
+    while lines.iter().any(String::is_empty) {
+        let line = scene.hvsock.complains("");
+        lines[0] += if line.contains("id=1 ") { &line } else { "" };
+        lines[1] += match line.contains("closing connection 1") {
+            true => &line,
+            false => "",
+        };
+    }
+    let told = &lines[1];
+    let whose = format!(" of tcp://127.0.0.1:{port}, from 127.0.0.1:");
+    assert!(told.contains(&whose), "{told}");
+    assert!(
+        told.contains(": process ") && told.ends_with(" asked for it"),
+        "{told}"
+    );
     for left in [0, 2] {
         let (client, server) = &mut pairs[left];
         client.write_all(b"still").unwrap();
@@ -244,10 +260,13 @@ fn one_is_closed_and_the_others_go_on() {
     assert_eq!(ids, [0, 2]);
     let (_, status, _) = scene.asked(&["status", "--json"]);
     let status: Value = serde_json::from_str(&status).unwrap();
-    assert_eq!(status["forwards"][0]["counters"]["ended"]["closed"], 1);
+    assert_eq!(
+        status["forwards"][0]["counters"]["ended"]["closed_on_request"],
+        1
+    );
     // A forward without a name is called by where it listens.
     let (_, status, _) = scene.asked(&["status"]);
-    let ended = format!("ended at tcp://127.0.0.1:{port}: 1 closed");
+    let ended = format!("ended at tcp://127.0.0.1:{port}: 1 closed on request");
     assert!(status.contains(&ended), "{status}");
     // A word is no id, and a closed one is gone.
     assert_eq!(scene.asked(&["close", "web"]).0, Some(2));
@@ -345,6 +364,62 @@ fn why_a_connection_ended_is_told() {
     assert!(err.contains("there is no forward \"somebody\""), "{err}");
 }
 
+/// A guest that doesn't end it keeps the connection for a while.
+#[test]
+fn a_close_that_is_not_over_yet_says_so() {
+    let mut vm = None;
+    let scene = scene(
+        |dir| {
+            let state = dir.join("vm");
+            vm = Some(
+                Vm::builder(&state)
+                    .guest(9, Service::Silent)
+                    .start()
+                    .unwrap(),
+            );
+            let guest = format!("hyperkit://:9{}", text(&state));
+            vec!["tcp://127.0.0.1:0".to_owned(), guest]
+        },
+        &["--drain-timeout=50", "--grace=0"],
+    );
+    let _client = tcp(scene.hvsock.tcp_port());
+    scene.only("open");
+    let (code, out, _) = scene.asked(&["close", "0"]);
+    assert_eq!(code, Some(0));
+    assert!(out.starts_with("closing 0: tcp://127.0.0.1:"), "{out}");
+    assert!(out.contains("up to 50 s"), "{out}");
+    scene.only("closing");
+}
+
+/// An error before a success is one of the past.
+#[test]
+fn a_last_error_that_is_over_is_shown_as_past() {
+    let scene = scene(
+        |dir| vec!["tcp://127.0.0.1:0".to_owned(), at(dir, "server")],
+        &[],
+    );
+    let port = scene.hvsock.tcp_port();
+    assert!(resets_clients(port));
+    let (_, status, _) = scene.asked(&["status"]);
+    let line = |status: &str| {
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("the last error"));
+        line.unwrap_or_else(|| panic!("{status}")).to_owned()
+    };
+    assert!(!line(&status).contains("since"), "{status}");
+    let server = UnixListener::bind(scene.dir.path().join("server")).unwrap();
+    for _ in 0..2 {
+        let _client = tcp(port);
+        server.accept().unwrap();
+    }
+    let (_, status, _) = scene.asked(&["status"]);
+    assert!(
+        line(&status).contains("ago (2 connections since): "),
+        "{status}"
+    );
+}
+
 #[test]
 fn top_says_a_word_where_it_can_not_draw_and_draws_nothing() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
@@ -381,6 +456,6 @@ fn a_vm_is_left_gracefully() {
     let gone = handle.close(one.id).unwrap_err();
     assert_eq!(gone.kind(), std::io::ErrorKind::NotFound);
     assert!(gone.to_string().contains("connection 0"), "{gone}");
-    assert_eq!(proxy.forwards()[0].counters.ended.closed, 1);
+    assert_eq!(proxy.forwards()[0].counters.ended.closed_on_request, 1);
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }

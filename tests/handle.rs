@@ -219,7 +219,7 @@ fn places_of_a_vm_are_kept_as_the_rule_and_the_limits_say_now() {
     let guest = hyperkit(dir.path(), 7);
     let mut config = config(Vec::new());
     let mut limits = VmLimits::new(HyperkitVm::new(dir.path()));
-    limits.connections = 20;
+    limits.connections = Some(20);
     config.vms = vec![limits.clone()];
     let proxy = Proxy::start(config).unwrap();
     let handle = proxy.handle();
@@ -230,7 +230,7 @@ fn places_of_a_vm_are_kept_as_the_rule_and_the_limits_say_now() {
     };
     let kept = || {
         let vm = handle.forwards()[0].vm.clone().unwrap();
-        (vm.reserved, vm.limit)
+        (vm.reserved, vm.limit.unwrap())
     };
     let id = handle.add(rule(15)).unwrap();
     handle.replace(id, rule(18)).unwrap();
@@ -242,7 +242,7 @@ fn places_of_a_vm_are_kept_as_the_rule_and_the_limits_say_now() {
     other.reserved = 3;
     let error = handle.add(other.clone()).unwrap_err();
     assert!(error.to_string().contains("and 2 are left"), "{error}");
-    limits.connections = 21;
+    limits.connections = Some(21);
     handle.limit_vm(&limits);
     let other = handle.add(other).unwrap();
     assert_eq!(kept(), (21, 21));

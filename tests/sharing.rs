@@ -61,7 +61,7 @@ fn a_noisy_forward_can_not_lock_out_one_with_places_of_its_own() {
     assert_eq!(status(&proxy, 0).counters.accepted, 8);
     let vm_status = status(&proxy, 0).vm.unwrap();
     let places = (vm_status.connections, vm_status.reserved, vm_status.limit);
-    assert_eq!(places, (8, 2, 10));
+    assert_eq!(places, (8, 2, Some(10)));
     let ForwardState::Full { why, .. } = status(&proxy, 0).state else {
         panic!("{:?}", status(&proxy, 0).state);
     };

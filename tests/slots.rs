@@ -73,7 +73,7 @@ fn a_target_that_hangs_takes_no_more_than_its_share_of_what_a_guest_dials() {
         }
     }
     let status = vm_of(&proxy);
-    assert_eq!((status.guests, status.guest_limit), (16, 16));
+    assert_eq!((status.guests, status.guest_limit), (16, Some(16)));
     assert_eq!(status.turned_away, 184);
     let counters = proxy.forwards()[1].counters;
     assert_eq!((counters.accepted, counters.refusals.full), (200, 184));

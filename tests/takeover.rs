@@ -823,6 +823,59 @@ fn what_can_be_taken_over_and_what_not_is_said() {
     assert_eq!(ask(tcp(other.tcp_port()), b"on").unwrap(), b"on");
 }
 
+/// What stays with the old process is told of, and can be looked at and closed there.
+#[test]
+fn what_stays_with_the_old_process_is_seen_and_can_be_closed() {
+    let scene = Scene::new();
+    let forward = scene.forward("tcp", 0);
+    fs::write(scene.file(), format!("grace = \"90s\"\n{forward}")).unwrap();
+    let mut old = scene.run();
+    let pid = old.child.0.id().to_string();
+    let mut client = tcp(scene.port("tcp"));
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let says = |arguments: &[&str]| {
+        let output = output(in_runtime(scene.dir.path(), arguments));
+        let said = String::from_utf8(output.stdout).unwrap();
+        let why = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {why}");
+        said
+    };
+    let told = says(&["upgrade"]);
+    let _stray = Stray(scene.pid());
+    let stays = format!("1 connection stays with process {pid}, for at most 90 s");
+    assert!(told.contains(&stays), "{told}");
+    let still = format!("process {pid}, which was taken over from, still has 1 connection");
+    for command in ["status", "connections"] {
+        let told = says(&[command]);
+        assert!(told.contains(&still), "{told}");
+    }
+    let all: Vec<Value> = serde_json::from_str(&says(&["ps", "--json"])).unwrap();
+    let its = all.iter().find(|it| it["pid"].to_string() == pid);
+    assert_eq!(its.unwrap()["status"]["live"], 1, "{all:?}");
+    let left: Vec<Value> =
+        serde_json::from_str(&says(&["connections", "--pid", &pid, "--json"])).unwrap();
+    assert_eq!(left.len(), 1, "{left:?}");
+    // It is the client's still.
+    client.write_all(b"y").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let own = scene.control().with_file_name(format!("{pid}.sock"));
+    assert!(own.exists());
+    let id = left[0]["id"].to_string();
+    let told = says(&["close", &id, "--pid", &pid]);
+    assert!(
+        told.contains(&format!("closed {id}: tcp://127.0.0.1:")),
+        "{told}"
+    );
+    assert!(is_reset(client.read(&mut [0])));
+    assert_eq!(old.exit_code(), Some(0));
+    assert!(!own.exists());
+    for command in ["status", "connections"] {
+        let told = says(&[command]);
+        assert!(!told.contains("still has"), "{told}");
+    }
+}
+
 /// A user who isn't the owner is let in by no permission, and believed by nobody, root not either.
 #[test]
 fn a_process_of_another_user_is_neither_taken_over_nor_given_anything() {

@@ -126,11 +126,11 @@ fn a_file_names_vms_of_every_family() {
     assert!(said.contains("vsock-mux://:80"), "{said}");
     assert!(said.contains("vsock://7:22"), "{said}");
     write("connections = 5");
-    fails(
-        &["check", text(&file)],
-        1,
-        &["[vm.fc]", "hyperkit's VMs only"],
-    );
+    assert!(run(&["check", text(&file)]).status.success());
+    write("connections = 5\nunanswered = 5");
+    let at = format!("{}:4:", text(&file));
+    let why = "hyperkit VMs only";
+    fails(&["check", text(&file)], 1, &[&at, "[vm.fc]", why]);
     write("at = 3");
     assert!(!run(&["check", text(&file)]).status.success());
 }
@@ -199,6 +199,60 @@ fn a_vm_that_runs_here_is_listed_with_what_the_option_takes() {
         row.contains(&format!("vsock-mux://{}", text(&socket))),
         "{row}"
     );
+    // Its name is taken as well.
+    self::vmm(&socket);
+    let name = format!("process {}", vmm.0.id());
+    let mut doctor = in_runtime(dir.path(), &["doctor", "--vm", &name, "--port", "80"]);
+    doctor.current_dir(dir.path()).env("HOME", dir.path());
+    let said = String::from_utf8(output(doctor).stdout).unwrap();
+    let is_ok = |name: &str| {
+        let mut lines = said.lines().map(|line| line.split_whitespace());
+        let right: Vec<&str> = ["ok"].into_iter().chain(name.split(' ')).collect();
+        lines.any(|words| words.take(right.len()).eq(right.iter().copied()))
+    };
+    assert!(is_ok("socket") && is_ok("port 80"), "{said}");
+}
+
+#[test]
+fn its_limit_and_its_health_are_shown() {
+    let dir = private_dir();
+    let dir = dir.path();
+    let (socket, local, control) = (dir.join("vm.sock"), dir.join("echo"), dir.join("control"));
+    vmm(&socket);
+    let vm = format!("vsock-mux://{}", text(&socket));
+    let control = text(&control);
+    let here = format!("{}:80", text(&local));
+    let running = Running::start(&[
+        "expose",
+        &format!("--control={control}"),
+        "--vm-connections=5",
+        "--vm",
+        &vm,
+        "-L",
+        &here,
+    ]);
+    running.says(" -> vsock-mux://:80/");
+    let told = |arguments: &[&str]| {
+        let output = run(&[arguments, &["--control", control]].concat());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let mut client = unix_client(&local);
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let status = told(&["status"]);
+    assert!(status.contains("1 of 5 connections"), "{status}");
+    let checks = told(&["doctor", "--vm", &vm]);
+    let health = checks.lines().find(|line| line.contains("health"));
+    let health = health.unwrap_or_else(|| panic!("{checks}"));
+    assert!(health.contains("up, last heard"), "{checks}");
+    // It dies, and a client finds that out.
+    std::fs::remove_file(&socket).unwrap();
+    eventually("it is gone", || {
+        let checks = told(&["doctor", "--vm", &vm]);
+        checks
+            .lines()
+            .any(|line| line.contains("health") && line.contains("gone for"))
+    });
 }
 
 #[test]

@@ -66,6 +66,16 @@ pub enum Vm {
     Name(String),
 }
 
+impl Vm {
+    /// Returns whether it is one VM, and none of the well-known ids that stand for others.
+    pub(crate) fn is_single(&self) -> bool {
+        match self {
+            Vm::Id(id) => VmId::NAMES.iter().all(|(_, known)| known != id),
+            Vm::Name(_) => true,
+        }
+    }
+}
+
 #[cfg(feature = "cli")]
 impl Vm {
     /// Parses what a person calls a VM: an id, the name of a well-known one, or a VM's name.

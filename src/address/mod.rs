@@ -36,6 +36,7 @@ mod text;
 pub(crate) mod transport;
 mod unix;
 mod uri;
+mod vm;
 mod vsock;
 
 use std::fmt;
@@ -54,8 +55,9 @@ pub use port::{Port, PortError};
 pub use tcp::{Host, IpFamily, TcpAddress};
 #[cfg(feature = "cli")]
 pub(crate) use text::as_text;
-pub(crate) use transport::{HalfClose, Refusal, Reset, SocketKind, Waiter};
+pub(crate) use transport::{HalfClose, Refusal, Reset, SeenBy, SocketKind, VmTraits, Waiter};
 pub use unix::{UnixAddress, VsockMuxAddress};
+pub use vm::AnyVm;
 pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, PORT_ANY, VsockAddress};
 
 /// An address of any family.

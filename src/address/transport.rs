@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use super::tcp::{TCP_EXAMPLE, TCP4_EXAMPLE, TCP6_EXAMPLE};
 use super::{
-    Address, CID_ANY, CID_LOCAL, Host, HyperkitVm, IpFamily, PORT_ANY, TcpAddress, UnixAddress,
+    Address, AnyVm, CID_ANY, CID_LOCAL, Host, HyperkitVm, IpFamily, PORT_ANY, TcpAddress,
+    UnixAddress, is_guest_cid,
 };
 #[cfg(feature = "cli")]
 use super::{Port, ServiceId};
@@ -69,6 +70,30 @@ pub(crate) enum Waiter {
     Thread,
 }
 
+/// What tells whether a VM runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SeenBy {
+    /// Its socket's file, and its process where a file names that; besides, a connect to the socket
+    /// is done at once, by the VMM.
+    Files,
+    /// Its guest's answers to dials, and nothing else.
+    Dials,
+}
+
+/// What is true of the VMs of a family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct VmTraits {
+    /// The VMM dies of too many connections, of too many dials at once, and of too many that its
+    /// guest hasn't answered: each is bounded, whatever the user says.
+    pub(crate) needs_pacing: bool,
+    /// A connection that is closed before its guest has ended it keeps its slot in the VMM.
+    pub(crate) loses_slots: bool,
+    /// A dial of a port on which nobody can listen tells whether the guest has taken all earlier
+    /// ones.
+    pub(crate) can_be_probed: bool,
+    pub(crate) seen_by: SeenBy,
+}
+
 /// What is true of every connection of a family.
 #[derive(Debug)]
 pub(crate) struct Transport {
@@ -83,10 +108,8 @@ pub(crate) struct Transport {
     /// A VMM is at the other end that can hang or die when a connection is closed that was not
     /// half-closed and read to its end.
     pub(crate) needs_graceful_close: bool,
-    /// A VMM is at the other end that dies of too many connections, or of too many dials that its
-    /// guest hasn't answered.
-    #[cfg_attr(not(feature = "cli"), allow(dead_code))]
-    pub(crate) needs_pacing: bool,
+    /// What is true of its VMs, if addresses of it lead to VMs.
+    pub(crate) vm: VmTraits,
     waiter: Waiter,
     /// How long a dial is tried unless another time is asked for; `None`: as long as any.
     pub(crate) connect_timeout: Option<Duration>,
@@ -107,30 +130,40 @@ const ORDINARY: Transport = Transport {
     half_close: HalfClose::OneDirection,
     reset: Reset::Neither,
     needs_graceful_close: false,
-    needs_pacing: false,
+    vm: VmTraits {
+        needs_pacing: false,
+        loses_slots: false,
+        can_be_probed: false,
+        seen_by: SeenBy::Dials,
+    },
     waiter: Waiter::Any,
     connect_timeout: None,
     connections: None,
     runs_program: false,
 };
 
-const HYPERKIT: Transport = Transport {
+pub(super) const HYPERKIT: Transport = Transport {
     scheme: "hyperkit",
     example: "hyperkit://:80/path/to/state",
     refusal: Refusal::Eof,
     needs_graceful_close: true,
-    needs_pacing: true,
+    vm: VmTraits {
+        needs_pacing: true,
+        loses_slots: true,
+        can_be_probed: true,
+        seen_by: SeenBy::Files,
+    },
     ..ORDINARY
 };
 
-const VSOCK: Transport = Transport {
+pub(super) const VSOCK: Transport = Transport {
     scheme: "vsock",
     example: "vsock://3:1024",
     socket: SocketKind::Vsock,
     ..ORDINARY
 };
 
-const HVSOCK: Transport = Transport {
+pub(super) const HVSOCK: Transport = Transport {
     scheme: "hvsock",
     example: "hvsock://parent/1024",
     socket: SocketKind::Hyperv,
@@ -147,11 +180,15 @@ const HVSOCK: Transport = Transport {
 
 /// Firecracker and its kin. Which half-closes are held back, and until when, is decided in
 /// `engine/connection/relaying.rs`.
-const VSOCK_MUX: Transport = Transport {
+pub(super) const VSOCK_MUX: Transport = Transport {
     scheme: "vsock-mux",
     example: "vsock-mux://:1024/run/vm.sock",
     half_close: HalfClose::BothDirections,
     needs_graceful_close: true,
+    vm: VmTraits {
+        seen_by: SeenBy::Files,
+        ..ORDINARY.vm
+    },
     ..ORDINARY
 };
 
@@ -325,6 +362,28 @@ impl Address {
         Some((why, remedy))
     }
 
+    /// Returns the VM that it leads to, if it is an address of one.
+    pub(crate) fn vm(&self) -> Option<AnyVm> {
+        match self {
+            Address::Hyperkit(to) => Some(AnyVm::Hyperkit(to.vm.clone())),
+            Address::VsockMux(to) => Some(AnyVm::VsockMux(to.path.clone())),
+            Address::Vsock(to) if to.cid == CID_LOCAL || is_guest_cid(to.cid) => {
+                Some(AnyVm::Vsock(to.cid))
+            }
+            Address::Hvsock(to) if to.vm.is_single() => Some(AnyVm::Hvsock(to.vm.clone())),
+            _ => None,
+        }
+    }
+
+    /// Returns the VM whose guest dials it, where all clients come from that one. `cid` is the only
+    /// CID that clients may come from, if it is one: every guest of a host dials the same ports.
+    pub(crate) fn dialling_vm(&self, cid: Option<u32>) -> Option<AnyVm> {
+        match self {
+            Address::Vsock(_) => cid.map(AnyVm::Vsock),
+            other => other.vm(),
+        }
+    }
+
     /// Returns the hyperkit VM that it leads to, or that dials it.
     pub(crate) fn hyperkit_vm(&self) -> Option<&HyperkitVm> {
         match self {
@@ -416,5 +475,22 @@ mod tests {
             assert_eq!(address.transport().scheme, row.scheme);
             assert_eq!(address.to_string(), row.example);
         }
+    }
+}
+
+impl AnyVm {
+    /// Returns the row of its family.
+    fn transport(&self) -> &'static Transport {
+        match self {
+            AnyVm::Hyperkit(_) => &HYPERKIT,
+            AnyVm::Vsock(_) => &VSOCK,
+            AnyVm::VsockMux(_) => &VSOCK_MUX,
+            AnyVm::Hvsock(_) => &HVSOCK,
+        }
+    }
+
+    /// Returns what is true of the VMs of its family.
+    pub(crate) fn traits(&self) -> &'static VmTraits {
+        &self.transport().vm
     }
 }

@@ -184,6 +184,12 @@ impl Rule {
 }
 
 impl RuleOptions {
+    /// Returns how many seconds a guest may take to end a connection.
+    #[cfg(unix)]
+    pub(crate) fn drain_seconds(&self) -> f64 {
+        self.timeouts.drain.as_secs_f64()
+    }
+
     /// Returns a rule as these options have it.
     pub(crate) fn applied_to(&self, rule: Rule) -> Rule {
         let mut timeouts = rule.timeouts;

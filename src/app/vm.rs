@@ -3,8 +3,13 @@
 use std::io;
 
 use crate::address::{
-    self, Address, CID_ANY, CID_LOCAL, HvsockAddress, HyperkitAddress, HyperkitVm, Port,
+    self, Address, AnyVm, CID_ANY, CID_LOCAL, HvsockAddress, HyperkitAddress, HyperkitVm, Port,
     VsockAddress, VsockMuxAddress, is_guest_cid,
+};
+#[cfg(unix)]
+use crate::app::{
+    processes::{self, Process},
+    vmms,
 };
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit::{self, Places};
@@ -29,12 +34,13 @@ const SCHEMES: [(&str, &str); 2] = [
 
 impl VmPlace {
     /// Finds the VM that a person means: `vsock://CID`, `vsock-mux:///PATH[?half-close=yes]`, else
-    /// on Windows a Hyper-V VM's name or id, and elsewhere what [`hyperkit::find`] takes.
+    /// on Windows a Hyper-V VM's name or id, and elsewhere what [`hyperkit::find`] takes, or the name
+    /// of a VM that another VMM runs here.
     ///
     /// # Errors
     /// Returns `InvalidInput` if the words mean no VM, and the errors of [`hyperkit::find`].
     pub(crate) fn find(name: &str, places: &Places) -> Result<VmPlace> {
-        if let Some(place) = VmPlace::parse(name) {
+        if let Some(place) = VmPlace::find_other(name, places) {
             return place;
         }
         if cfg!(windows) {
@@ -43,6 +49,27 @@ impl VmPlace {
             return Ok(VmPlace::HyperV(vm));
         }
         hyperkit::find(name, places).map(VmPlace::Hyperkit)
+    }
+
+    /// Finds a VM that is none of hyperkit's and none of Hyper-V's, by its URI or by the name under
+    /// which it is listed; `None` if it is another text. A hyperkit VM of that name comes first.
+    ///
+    /// # Errors
+    /// Returns `InvalidInput` if the URI is wrong, or several VMs have the name.
+    #[cfg_attr(not(unix), allow(unused_variables))]
+    pub(crate) fn find_other(name: &str, places: &Places) -> Option<Result<VmPlace>> {
+        if let Some(place) = VmPlace::parse(name) {
+            return Some(place);
+        }
+        #[cfg(unix)]
+        if !name.contains('/') {
+            return match hyperkit::find(name, places) {
+                // A directory in which a VM may start later is not told from any other.
+                Ok(vm) if hyperkit::holds_vm(&vm.state_dir) => None,
+                _ => find_running(name, &processes::list_all().ok()?),
+            };
+        }
+        None
     }
 
     /// Parses the URI of a VM that is none of hyperkit's; `None` if it is another text.
@@ -74,6 +101,11 @@ impl VmPlace {
             }
             _ => Some(Ok(place)),
         }
+    }
+
+    /// Returns what tells it from other VMs; `None` if it stands for several.
+    pub(crate) fn any(&self) -> Option<AnyVm> {
+        self.guest_port(Port(0)).vm()
     }
 
     /// Returns the address at which a port of the guest is dialled.
@@ -109,6 +141,28 @@ impl VmPlace {
         match self {
             VmPlace::Vsock(vm) => vec![Source::cid(vm.cid)],
             _ => Vec::new(),
+        }
+    }
+}
+
+/// Finds the VM of that name among those that these processes run.
+#[cfg(unix)]
+fn find_running(name: &str, processes: &[Process]) -> Option<Result<VmPlace>> {
+    let mut uris: Vec<String> = vmms::find(processes)
+        .into_iter()
+        .filter(|it| it.name == name)
+        .map(|it| it.vm)
+        .collect();
+    uris.sort();
+    uris.dedup();
+    match &uris[..] {
+        [] => None,
+        [uri] => VmPlace::parse(uri),
+        several => {
+            let why = format!("{} have this name", several.join(" and "));
+            Some(Err(
+                invalid(name, &why).with_remedy("give one of these instead of the name")
+            ))
         }
     }
 }
@@ -150,6 +204,30 @@ mod tests {
             let only = vm.starts_with("vsock://").then_some(Source::cid(3));
             assert_eq!(place.sources(), Vec::from_iter(only), "{vm}");
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_vm_that_runs_here_is_found_by_its_name() {
+        let qemu = |id, name: &str, cid: u32| {
+            let device = format!("vhost-vsock-pci,guest-cid={cid}");
+            let command = ["qemu-system-x86_64", "-name", name, "-device", &device];
+            Process {
+                id,
+                command: command.map(str::to_owned).to_vec(),
+            }
+        };
+        let running = [qemu(7, "build", 3), qemu(8, "two", 4), qemu(9, "two", 5)];
+        let find = |name| find_running(name, &running);
+        let found = find("build").unwrap().unwrap();
+        assert_eq!(found.any(), Some(AnyVm::Vsock(3)));
+        assert!(find("bui").is_none());
+        let error = find("two").unwrap().unwrap_err();
+        let both = "vsock://4 and vsock://5 have this name";
+        assert!(error.to_string().contains(both), "{error}");
+        // One process that is listed twice is one VM.
+        let twice = [qemu(7, "build", 3), qemu(8, "build", 3)];
+        assert!(find_running("build", &twice).unwrap().is_ok());
     }
 
     #[test]

@@ -71,7 +71,11 @@ pub struct TimedOut {
 
 /// Connections that have ended, by [`EndReason`]; the sum is the number of all that have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
+#[cfg_attr(
+    feature = "cli",
+    derive(serde::Deserialize, serde::Serialize),
+    serde(default)
+)]
 #[non_exhaustive]
 pub struct EndCounts {
     /// [`EndReason::ClientClosed`].
@@ -94,8 +98,8 @@ pub struct EndCounts {
     pub vm_gone: u64,
     /// [`EndReason::Refused`].
     pub refused: u64,
-    /// [`EndReason::Closed`].
-    pub closed: u64,
+    /// [`EndReason::ClosedOnRequest`].
+    pub closed_on_request: u64,
     /// [`EndReason::Removed`].
     pub removed: u64,
     /// [`EndReason::Stopped`].
@@ -108,6 +112,8 @@ pub struct EndCounts {
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) accepted: AtomicU64,
+    /// Connections whose target was connected, whatever became of them.
+    pub(crate) connected: AtomicU64,
     pub(crate) live: AtomicU64,
     refusals: [AtomicU64; Reason::COUNT],
     pub(crate) idle: AtomicU64,
@@ -163,7 +169,7 @@ impl Tally {
             drain_timeout: ended(EndReason::DrainTimeout),
             vm_gone: ended(EndReason::VmGone),
             refused: ended(EndReason::Refused(Reason::Other)),
-            closed: ended(EndReason::Closed),
+            closed_on_request: ended(EndReason::ClosedOnRequest),
             removed: ended(EndReason::Removed),
             stopped: ended(EndReason::Stopped),
             failed: ended(EndReason::Failed),
@@ -199,7 +205,7 @@ impl EndCounts {
             (EndReason::DrainTimeout, self.drain_timeout),
             (EndReason::VmGone, self.vm_gone),
             (EndReason::Refused(Reason::Other), self.refused),
-            (EndReason::Closed, self.closed),
+            (EndReason::ClosedOnRequest, self.closed_on_request),
             (EndReason::Removed, self.removed),
             (EndReason::Stopped, self.stopped),
             (EndReason::Failed, self.failed),

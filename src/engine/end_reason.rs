@@ -35,7 +35,7 @@ pub enum EndReason {
     /// The target could not be connected.
     Refused(Reason),
     /// It was closed by [`Handle::close`](crate::proxy::Handle::close).
-    Closed,
+    ClosedOnRequest,
     /// Its forward was removed, and its time was over.
     Removed,
     /// The proxy was stopped, and its time was over.
@@ -61,7 +61,7 @@ impl EndReason {
             EndReason::DrainTimeout => (7, "drain_timeout", "drain timeout"),
             EndReason::VmGone => (8, "vm_gone", "VM gone"),
             EndReason::Refused(_) => (9, "refused", "refused"),
-            EndReason::Closed => (10, "closed", "closed by the operator"),
+            EndReason::ClosedOnRequest => (10, "closed_on_request", "closed on request"),
             EndReason::Removed => (11, "removed", "forward removed"),
             EndReason::Stopped => (12, "stopped", "proxy stopped"),
             EndReason::Failed => (13, "failed", "no thread to relay it"),

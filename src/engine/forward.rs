@@ -16,6 +16,7 @@ use crate::name::Peer;
 
 use crate::engine::admission::{Full, Gate, Reservation};
 use crate::engine::counters::Tally;
+use crate::engine::end_reason::Reason;
 use crate::engine::ended::Ended;
 use crate::engine::health::{self, Health, News};
 use crate::engine::id::{ConnectionId, ForwardId};
@@ -60,7 +61,7 @@ pub(crate) struct Forward {
     pub(crate) rule: Arc<Rule>,
     /// The address that the rule asked for.
     pub(crate) asked: Address,
-    /// The gate of each side's VM, where the side is a hyperkit VM.
+    /// The gate of each side's VM, where the side is a VM.
     pub(crate) gates: [Option<Arc<Gate>>; 2],
     /// The kind of waiter that each side's sockets need.
     waiters: [Waiter; 2],
@@ -260,7 +261,7 @@ impl Forward {
     }
 
     /// Marks the target down after a dial that found it absent.
-    pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
+    fn mark_down(&self, error: &Error, now: Instant) {
         if let Some(gate) = &self.gates[Side::Server] {
             return gate.mark_down(error, now);
         }
@@ -274,9 +275,24 @@ impl Forward {
 
     /// Marks the target up after a dial that found it.
     pub(crate) fn mark_up(&self, now: Instant) {
-        if self.gates[Side::Server].is_none() {
-            let news = self.health().mark_up(now);
-            self.log_change(news, None);
+        match &self.gates[Side::Server] {
+            Some(gate) if gate.is_seen_by_dials() => gate.mark_up(now),
+            Some(_) => {}
+            None => {
+                let news = self.health().mark_up(now);
+                self.log_change(news, None);
+            }
+        }
+    }
+
+    /// Notes what a dial that failed for that reason says about the target's health.
+    pub(crate) fn note_failed_dial(&self, reason: Reason, error: &Error, now: Instant) {
+        let gate = self.gates[Side::Server].as_ref();
+        match (reason, gate.filter(|gate| gate.is_seen_by_dials())) {
+            (Reason::Absent, _) | (Reason::DialTimeout, Some(_)) => self.mark_down(error, now),
+            // It was the guest that refused it.
+            (Reason::ByTarget, Some(gate)) => gate.mark_up(now),
+            _ => {}
         }
     }
 
@@ -300,7 +316,10 @@ impl Forward {
             listen: self.rule.listen.clone(),
             state: self.status_cell.state(),
             vm: self.gate().map(|gate| gate.status(now)),
-            last_error: self.status_cell.last_error(),
+            last_error: {
+                let connected = self.tally.connected.load(Ordering::Relaxed);
+                self.status_cell.last_error(connected)
+            },
             counters: self.tally.counters(),
         }
     }

@@ -29,6 +29,8 @@ pub(crate) enum VmIdentity {
     Socket(Identity),
     /// The identity of its pid file, where there is no such socket.
     PidFile(Identity),
+    /// It was reached by its CID, which does not tell one VM from the next.
+    Cid,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

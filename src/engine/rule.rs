@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
-use crate::address::{Address, HyperkitVm};
+use crate::address::{Address, AnyVm};
 use crate::engine::proxy_header::ProxyProtocol;
+use crate::engine::relay::Side;
 use crate::engine::source::Source;
 use crate::listener::{DEFAULT_MODE, FileAccess};
 use crate::name::SocketName;
@@ -41,8 +42,8 @@ pub struct Rule {
     /// connection. `None`: such a client is refused at once.
     pub wait: Option<Duration>,
     /// Slots among [`Limits::connections`](Limits::connections) that are reserved for this rule's
-    /// connections; if a side of the rule is a hyperkit VM, as many are reserved among
-    /// [`Limits::vm_connections`](Limits::vm_connections).
+    /// connections; if a side of the rule is a VM, as many are reserved among those that the VM may
+    /// have.
     pub reserved: usize,
     /// The most connections of this rule at a time; further clients wait in the listener's backlog,
     /// and further dials of a hyperkit guest are ended at once. Guests of other VMMs are not bound
@@ -101,6 +102,18 @@ impl Rule {
     /// Returns whether a client of that name may come.
     pub(crate) fn admits(&self, client: &SocketName) -> bool {
         self.from.is_empty() || self.from.iter().any(|source| source.includes(client))
+    }
+
+    /// Returns the VM of a side: the one that is dialled, or the one whose guest dials.
+    pub(crate) fn vm(&self, side: Side) -> Option<AnyVm> {
+        let only = match self.from[..] {
+            [source] => source.as_cid(),
+            _ => None,
+        };
+        match side {
+            Side::Client => self.listen.dialling_vm(only),
+            Side::Server => self.connect.vm(),
+        }
     }
 
     /// Returns the most connections that it may have at a time; `None`: as many as all may have.
@@ -162,6 +175,9 @@ pub struct Limits {
     pub vm_connections: usize,
     /// Unanswered dials to one hyperkit VM at a time; further clients wait. hyperkit aborts at 512.
     pub vm_unanswered: usize,
+    /// As [`vm_connections`](Limits::vm_connections), of a VM of another family. `None`: no limit
+    /// but that of all connections.
+    pub other_vm_connections: Option<usize>,
 }
 
 impl Default for Limits {
@@ -170,30 +186,31 @@ impl Default for Limits {
             connections: 10_000,
             vm_connections: 900,
             vm_unanswered: 64,
+            other_vm_connections: None,
         }
     }
 }
 
-/// The limits of one hyperkit VM, in place of those that [`Limits`] has for all.
+/// The limits of one VM, in place of those that [`Limits`] has for all.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VmLimits {
-    /// The VM; its CID does not matter.
-    pub vm: HyperkitVm,
-    /// As [`Limits::vm_connections`].
-    pub connections: usize,
-    /// As [`Limits::vm_unanswered`].
-    pub unanswered: usize,
+    /// The VM.
+    pub vm: AnyVm,
+    /// As [`Limits::vm_connections`]. `None`: as many as [`Limits`] says for its family.
+    pub connections: Option<usize>,
+    /// As [`Limits::vm_unanswered`], of a hyperkit VM. `None`: as many as [`Limits`] says. It means
+    /// nothing for a VM of another family.
+    pub unanswered: Option<usize>,
 }
 
 impl VmLimits {
-    /// Makes the limits of a VM with the default values.
-    pub fn new(vm: HyperkitVm) -> VmLimits {
-        let usual = Limits::default();
+    /// Makes the limits of a VM that [`Limits`] says.
+    pub fn new(vm: impl Into<AnyVm>) -> VmLimits {
         VmLimits {
-            vm,
-            connections: usual.vm_connections,
-            unanswered: usual.vm_unanswered,
+            vm: vm.into(),
+            connections: None,
+            unanswered: None,
         }
     }
 }

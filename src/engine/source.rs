@@ -50,7 +50,6 @@ impl Source {
     }
 
     /// Returns it as a CID, if it is one.
-    #[cfg(feature = "cli")]
     pub(crate) fn as_cid(&self) -> Option<u32> {
         match self.0 {
             Kind::Cid(cid) => Some(cid),

@@ -25,7 +25,7 @@ pub struct ForwardStatus {
     pub listen: Address,
     /// Whether the forward accepts clients now.
     pub state: ForwardState,
-    /// The hyperkit VM that the forward dials, or else the one that dials it.
+    /// The VM that the forward dials, or else the one that dials it.
     pub vm: Option<VmStatus>,
     /// Why the last client that was refused was refused.
     pub last_error: Option<LastError>,
@@ -156,15 +156,16 @@ pub struct ConnectionStatus {
     pub age: Duration,
 }
 
-/// The status of a hyperkit VM, the same for all forwards of that VM.
+/// The status of a VM, the same for all forwards of that VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct VmStatus {
     /// Connections to the VM and from it now.
     pub connections: usize,
-    /// The limit of connections ([`Limits::vm_connections`](super::rule::Limits::vm_connections)).
-    pub limit: usize,
+    /// The limit of connections ([`Limits::vm_connections`](super::rule::Limits::vm_connections));
+    /// `None` if the VM has none of its own.
+    pub limit: Option<usize>,
     /// The slots of the VM that were lost: their connections were closed after the drain timeout,
     /// or by force, and their programs in the guest have not ended them, so the device still counts
     /// them. They come back when the VM is restarted, and are taken from the limit until then.
@@ -173,9 +174,9 @@ pub struct VmStatus {
     /// Connections that the guest has made, and that are served.
     #[cfg_attr(feature = "cli", serde(default))]
     pub guests: usize,
-    /// How many connections of the guest are served at a time.
+    /// How many connections of the guest are served at a time; `None` if there is no limit.
     #[cfg_attr(feature = "cli", serde(default))]
-    pub guest_limit: usize,
+    pub guest_limit: Option<usize>,
     /// How many dials of the guest were ended at once since the VM was started or first seen,
     /// because a limit was reached.
     #[cfg_attr(feature = "cli", serde(default))]
@@ -184,7 +185,7 @@ pub struct VmStatus {
     pub reserved: usize,
     /// How many of the latest dials have not been answered yet, with neither a byte nor an EOF.
     /// Dials to services that wait for their client to speak are among them, so the number alone
-    /// does not mean that the guest is gone.
+    /// does not mean that the guest is gone. Counted of hyperkit VMs only.
     pub unanswered: u64,
     /// When the guest last sent a byte or an EOF on any connection, or dialled the host; exact to a
     /// second. `None` if nothing has come since the VM was started or first seen.
@@ -198,8 +199,8 @@ pub struct VmStatus {
     /// Whether the VM's process is stopped, by SIGSTOP or a debugger. Only Linux tells.
     #[cfg_attr(feature = "cli", serde(default))]
     pub paused: bool,
-    /// Whether the VM runs, as far as its sockets and its process tell. `None` while nothing is
-    /// known.
+    /// Whether the VM runs, as far as its sockets, its process and its answers to dials tell. `None`
+    /// while nothing is known.
     pub up: Option<bool>,
     /// The time since which the VM is known to be gone.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix_option"))]
@@ -218,6 +219,9 @@ pub struct LastError {
     /// The time of the refusal.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix"))]
     pub at: SystemTime,
+    /// How many clients' targets were connected since: if there are any, the error is over.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub connected_since: u64,
 }
 
 /// Converts `then`, a time of the loop's clock that shows `now`, to the wall clock.
@@ -239,7 +243,8 @@ pub(crate) enum Obstacle {
 #[derive(Debug, Default)]
 struct Known {
     obstacle: Option<(Obstacle, String, SystemTime)>,
-    error: Option<LastError>,
+    /// The last error, and how many clients' targets had been connected by then.
+    error: Option<(String, SystemTime, u64)>,
 }
 
 /// A cell in which workers leave the status of a forward for those who ask.
@@ -266,9 +271,10 @@ impl StatusCell {
         self.known().obstacle = None;
     }
 
-    pub(crate) fn set_error(&self, text: String) {
-        let at = SystemTime::now();
-        self.known().error = Some(LastError { text, at });
+    /// Notes why a client was refused. `connected` is how many clients' targets have been
+    /// connected.
+    pub(crate) fn set_error(&self, text: String, connected: u64) {
+        self.known().error = Some((text, SystemTime::now(), connected));
     }
 
     pub(crate) fn state(&self) -> ForwardState {
@@ -285,7 +291,13 @@ impl StatusCell {
         }
     }
 
-    pub(crate) fn last_error(&self) -> Option<LastError> {
-        self.known().error.clone()
+    /// Returns the last error. `connected` is how many clients' targets have been connected.
+    pub(crate) fn last_error(&self, connected: u64) -> Option<LastError> {
+        let (text, at, before) = self.known().error.clone()?;
+        Some(LastError {
+            text,
+            at,
+            connected_since: connected.saturating_sub(before),
+        })
     }
 }

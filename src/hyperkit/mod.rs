@@ -49,6 +49,8 @@ use crate::address::HyperkitAddress;
 use crate::family;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use state::configured_cid;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use state::holds_vm;
 pub(crate) use state::running_pid;
 
 #[cfg(feature = "cli")]

@@ -77,7 +77,7 @@ fn vsock_dir(dir: &Path, json: &Value) -> PathBuf {
 
 /// Returns whether a hyperkit VM has left something in `dir`. A directory that may not be read may
 /// hold one.
-pub(super) fn holds_vm(dir: &Path) -> bool {
+pub(crate) fn holds_vm(dir: &Path) -> bool {
     let may_have = |name: &str| match dir.join(name).symlink_metadata() {
         Ok(_) => true,
         Err(why) => why.kind() == io::ErrorKind::PermissionDenied,

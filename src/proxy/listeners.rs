@@ -14,6 +14,7 @@ use tracing::{debug, error, info, warn};
 use crate::engine::relay::Side;
 use crate::listener::FileAccess;
 use crate::listener::nonblocking::{has_client_left, is_broken};
+use crate::name::SocketName;
 
 #[cfg(all(unix, feature = "cli"))]
 use super::driver::Lent;
@@ -562,7 +563,7 @@ impl<D: Driver> Listeners<D> {
                     listening.unblock();
                     let forward = Arc::clone(&listening.forward);
                     add_one(&forward.tally.accepted);
-                    let (guest, served) = take_guest(&forward, cx);
+                    let (guest, served) = take_guest(&forward, &peer, cx);
                     cx.shared.note_begin(&forward, Holder::Forward(forward.id));
                     let accepted = Accepted {
                         stream,
@@ -869,12 +870,16 @@ impl<D: Driver> Listeners<D> {
 /// is served.
 fn take_guest<D: Driver>(
     forward: &Forward,
+    peer: &SocketName,
     cx: &TurnContext<'_, D>,
 ) -> (Option<Slot>, Result<(), NotServed>) {
-    let Some(gate) = &forward.gates[Side::Client] else {
+    // Who is no guest of this VM is refused soon.
+    let gate = forward.gates[Side::Client].as_ref();
+    let Some(gate) = gate.filter(|_| forward.rule.admits(peer)) else {
         return (None, Ok(()));
     };
-    let Guest { slot, served } = gate.accept(forward.id, cx.shared.reached_bound(forward.id));
+    let bound = cx.shared.reached_bound(forward.id);
+    let Guest { slot, served } = gate.accept(forward.id, bound, cx.now);
     (Some(slot), served)
 }
 

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use crate::address::{Address, HyperkitVm};
+use crate::address::{Address, AnyVm, VsockAddress};
 use crate::engine::connection::{ConnectionSocket, Progress, ThreadsResult};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
@@ -264,13 +264,34 @@ impl Drop for MioDriver {
     }
 }
 
-/// Returns the current identity of the VM behind a state directory, or `None` if there is none.
-fn identity_of_vm(vm: &HyperkitVm) -> Option<VmIdentity> {
-    // A VM with `guest_forwards` alone has no `connect` socket.
-    let of = |path: PathBuf| Identity::of(&path).ok();
-    let socket = of(vm.connect_path()).map(VmIdentity::Socket);
-    socket.or_else(|| of(vm.pid_path()).map(VmIdentity::PidFile))
+/// Returns the current identity of a VM, or `None` if there is none.
+fn identity_of_vm(vm: &AnyVm) -> Option<VmIdentity> {
+    let of = |path: &Path| Identity::of(path).ok();
+    match vm {
+        // A VM with `guest_forwards` alone has no `connect` socket.
+        AnyVm::Hyperkit(vm) => {
+            let socket = of(&vm.connect_path()).map(VmIdentity::Socket);
+            socket.or_else(|| of(&vm.pid_path()).map(VmIdentity::PidFile))
+        }
+        AnyVm::VsockMux(path) => of(path).map(VmIdentity::Socket),
+        #[cfg(unix)]
+        AnyVm::Vsock(cid) => {
+            let port = VsockAddress::new(*cid, UNUSED_PORT);
+            match Stream::connect(&Endpoint::Vsock(port)) {
+                Err(e) if sys::is_no_such_cid(&e) => None,
+                // It is refused later, or is not answered.
+                _ => Some(VmIdentity::Cid),
+            }
+        }
+        #[cfg(not(unix))]
+        AnyVm::Vsock(_) => None,
+        AnyVm::Hvsock(_) => None,
+    }
 }
+
+/// A port on which hardly anybody listens, to find out whether there is a CID.
+#[cfg(unix)]
+const UNUSED_PORT: u32 = u32::MAX - 1;
 
 /// Returns the directory of the socket file that an address stands for.
 fn directory_of(address: &Address) -> Option<PathBuf> {
@@ -571,10 +592,12 @@ impl Driver for MioDriver {
         let stream = Stream::connect_kept(endpoint, self.keeper.as_ref())?;
         #[cfg(not(unix))]
         let stream = Stream::connect(endpoint)?;
-        let Endpoint::Hyperkit(hyperkit) = endpoint else {
-            return Ok((stream, None));
+        let identity = match endpoint {
+            Endpoint::Hyperkit(to) => identity_of_vm(&to.vm.clone().into()),
+            Endpoint::VsockMux(to) => identity_of_vm(&to.clone().into()),
+            _ => None,
         };
-        Ok((stream, identity_of_vm(&hyperkit.vm)))
+        Ok((stream, identity))
     }
 
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
@@ -677,7 +700,7 @@ impl Driver for MioDriver {
 
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
         let gate = Arc::clone(gate);
-        let directory = gate.vm().state_dir.clone();
+        let directory = gate.vm().directory().to_owned();
         #[cfg(unix)]
         let keeper = self.keeper.as_ref().map(Link::view);
         let failure = Event::LookFailed {
@@ -685,11 +708,14 @@ impl Driver for MioDriver {
         };
         self.ask_housekeeper(&directory, failure, move || {
             let vm = gate.vm();
-            #[cfg(unix)]
-            if let Some(keeper) = keeper {
-                keeper.look_after(&vm.state_dir);
+            let mut process = None;
+            if let AnyVm::Hyperkit(vm) = vm {
+                #[cfg(unix)]
+                if let Some(keeper) = keeper {
+                    keeper.look_after(&vm.state_dir);
+                }
+                process = hyperkit::running_pid(&vm.state_dir);
             }
-            let process = hyperkit::running_pid(&vm.state_dir);
             Event::VmSeen {
                 identity: identity_of_vm(vm),
                 process,
@@ -777,6 +803,7 @@ impl Driver for MioDriver {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::address::HyperkitVm;
     use crate::engine::admission::GateLimits;
 
     #[test]
@@ -792,7 +819,7 @@ mod tests {
             live: 1,
             unanswered: 1,
         };
-        let gate = Arc::new(Gate::new(limits, HyperkitVm::new("/nowhere")));
+        let gate = Arc::new(Gate::new(limits, HyperkitVm::new("/nowhere").into()));
         driver.ask_housekeeper(Path::new("/"), Event::LookFailed { gate }, || {
             panic!("as a test")
         });

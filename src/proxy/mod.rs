@@ -64,7 +64,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::address::{Address, Waiter};
-use crate::engine::admission::{GateLimits, Wake};
+use crate::engine::admission::Wake;
 use crate::engine::forward::{AccessLog, Reports};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
@@ -338,10 +338,6 @@ fn assemble<D: Driver>(
     waiter: fn(&Address) -> Waiter,
     mut make: impl FnMut() -> io::Result<(D, Wake)>,
 ) -> Result<(Controller<D>, Vec<Worker<D>>)> {
-    let gate_limits = GateLimits {
-        live: config.limits.vm_connections,
-        unanswered: config.limits.vm_unanswered as u64,
-    };
     // If there are no rules, the sockets are kept for those that are added later.
     if !config.rules.is_empty() {
         all_are_wanted(&config.listeners, &config.rules)?;
@@ -352,7 +348,7 @@ fn assemble<D: Driver>(
         ended: Arc::default(),
     };
     let binder = Binder::new(
-        gate_limits,
+        config.limits.clone(),
         waiter,
         reports,
         config.listeners,

@@ -3,13 +3,11 @@
 
 use std::collections::HashMap;
 use std::io;
-#[cfg(all(unix, feature = "cli"))]
-use std::path::Path;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::address::{Address, HyperkitVm, TcpAddress, Waiter};
+use crate::address::{Address, AnyVm, HyperkitVm, TcpAddress, Waiter};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Target, not_carried};
@@ -26,7 +24,7 @@ use crate::engine::admission::{Gate, GateLimits, Reservation};
 use crate::engine::ended::EndedConnection;
 use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
-use crate::engine::rule::{Rule, VmLimits};
+use crate::engine::rule::{Limits, Rule, VmLimits};
 
 /// Checks a rule by itself: refuses one that can't work on any system and with any other rules.
 fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
@@ -207,10 +205,10 @@ struct Passed {
 /// The part of a proxy that binds rules, and knows the gates of their VMs.
 #[derive(Debug)]
 pub(super) struct Binder {
-    gates: Mutex<HashMap<PathBuf, Arc<Gate>>>,
+    gates: Mutex<HashMap<AnyVm, Arc<Gate>>>,
     /// The rules of the forwards that there are.
     index: Mutex<RuleIndex>,
-    limits: GateLimits,
+    limits: Limits,
     waiter: fn(&Address) -> Waiter,
     reports: Reports,
     passed: Mutex<Vec<Passed>>,
@@ -223,7 +221,7 @@ pub(super) struct Binder {
 
 impl Binder {
     pub(super) fn new(
-        limits: GateLimits,
+        limits: Limits,
         waiter: fn(&Address) -> Waiter,
         reports: Reports,
         passed: Vec<listener::Listener>,
@@ -295,7 +293,7 @@ impl Binder {
         // Checked again, because the port that was chosen may be the target's.
         check_alone(&rule, self.waiter)?;
         check_beside(&rule, &self.index(), None)?;
-        let gates = [self.gate_of(&rule.listen), self.gate_of(&rule.connect)];
+        let gates = Side::BOTH.map(|side| self.gate_of(&rule, side));
         let quota = reserve_slots(&rule, &gates, id)?;
         let reports = self.reports.clone();
         let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, reports);
@@ -428,7 +426,7 @@ impl Binder {
         check_alone(&rule, self.waiter)?;
         self.check_forbidden(&rule)?;
         check_beside(&rule, &self.index(), Some(old.id))?;
-        let gates = [old.gates[Side::Client].clone(), self.gate_of(&rule.connect)];
+        let gates = Side::BOTH.map(|side| self.gate_of(&rule, side));
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new slots would have to be free besides the old ones.
         old.set_quota(None);
@@ -447,18 +445,18 @@ impl Binder {
 
     /// Sets the limits of a VM.
     pub(super) fn limit(&self, limits: &VmLimits) {
-        self.gate_of_vm(&limits.vm).set_limits(GateLimits {
-            live: limits.connections,
-            unanswered: limits.unanswered as u64,
-        });
+        let gate = self.gate_of_vm(&limits.vm);
+        gate.set_limits(self.gate_limits(limits));
     }
 
     /// Keeps the remainder of each VM's slots, and returns it with the path of the VM's socket.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn keep_remainders(&self, what: Remainder) -> Vec<(PathBuf, OtherSlots)> {
         let gates = self.gates().clone();
-        let remainder = |(path, gate): (PathBuf, Arc<Gate>)| (path, gate.keep_remainder(what));
-        gates.into_iter().map(remainder).collect()
+        // One without a socket is not shared: nothing dies of what both allow it.
+        let remainder =
+            |(vm, gate): (AnyVm, Arc<Gate>)| Some((socket_of(&vm)?, gate.keep_remainder(what)?));
+        gates.into_iter().filter_map(remainder).collect()
     }
 
     /// Takes all slots of all VMs again.
@@ -470,7 +468,9 @@ impl Binder {
     /// Leaves out the slots that another process has of the VM with that socket, if it is known here.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn leave_out(&self, socket: &Path, slots: OtherSlots) {
-        if let Some(gate) = self.gates().get(socket) {
+        let mut gates = self.gates().clone().into_iter();
+        let its = |(vm, _): &(AnyVm, _)| socket_of(vm).is_some_and(|path| path == socket);
+        if let Some((_, gate)) = gates.find(its) {
             gate.leave_out(slots);
         }
     }
@@ -481,19 +481,39 @@ impl Binder {
         self.gates().values().for_each(|gate| gate.forget_other());
     }
 
-    fn gates(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<Gate>>> {
+    fn gates(&self) -> MutexGuard<'_, HashMap<AnyVm, Arc<Gate>>> {
         self.gates.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the gate of an address' VM, if it is a hyperkit address.
-    fn gate_of(&self, address: &Address) -> Option<Arc<Gate>> {
-        address.hyperkit_vm().map(|vm| self.gate_of_vm(vm))
+    /// Returns the gate of the VM of a rule's side, if that is one.
+    fn gate_of(&self, rule: &Rule, side: Side) -> Option<Arc<Gate>> {
+        rule.vm(side).map(|vm| self.gate_of_vm(&vm))
     }
 
-    fn gate_of_vm(&self, vm: &HyperkitVm) -> Arc<Gate> {
-        let socket = socket_of(vm);
-        let new = || Arc::new(Gate::new(self.limits, vm.clone()));
-        Arc::clone(self.gates().entry(socket).or_insert_with(new))
+    fn gate_of_vm(&self, vm: &AnyVm) -> Arc<Gate> {
+        let new = || {
+            let limits = self.gate_limits(&VmLimits::new(vm.clone()));
+            Arc::new(Gate::new(limits, vm.clone()))
+        };
+        Arc::clone(self.gates().entry(canonical(vm)).or_insert_with(new))
+    }
+
+    /// Returns the caps that a VM's limits mean.
+    fn gate_limits(&self, limits: &VmLimits) -> GateLimits {
+        let (all, none) = (&self.limits, GateLimits::UNLIMITED);
+        match limits.vm.traits().needs_pacing {
+            true => GateLimits {
+                live: limits.connections.unwrap_or(all.vm_connections),
+                unanswered: limits.unanswered.unwrap_or(all.vm_unanswered) as u64,
+            },
+            false => GateLimits {
+                live: limits
+                    .connections
+                    .or(all.other_vm_connections)
+                    .unwrap_or(none.live),
+                ..none
+            },
+        }
     }
 }
 
@@ -539,13 +559,40 @@ fn reserve_slots(
     }
 }
 
-/// Returns the path that identifies a VM. One VM has one gate, however its directory is spelled,
-/// and whether it exists yet or not.
-fn socket_of(vm: &HyperkitVm) -> PathBuf {
-    let directory = std::path::absolute(&vm.state_dir).unwrap_or_else(|_| vm.state_dir.clone());
-    let real = directory.ancestors().find_map(|there| {
-        let missing = directory.strip_prefix(there).ok()?;
-        Some(there.canonicalize().ok()?.join(missing))
+/// Returns what identifies a VM. One VM has one gate, however its path is spelled, and whether it
+/// exists yet or not.
+fn canonical(vm: &AnyVm) -> AnyVm {
+    match vm {
+        AnyVm::Hyperkit(vm) => {
+            let mut same = HyperkitVm::new(canonical_path(&vm.state_dir));
+            same.connect.clone_from(&vm.connect);
+            AnyVm::Hyperkit(same)
+        }
+        AnyVm::VsockMux(path) => AnyVm::VsockMux(canonical_path(path)),
+        AnyVm::Vsock(_) | AnyVm::Hvsock(_) => vm.clone(),
+    }
+}
+
+fn canonical_path(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let real = path.ancestors().find_map(|there| {
+        let missing = path.strip_prefix(there).ok()?;
+        let real = there.canonicalize().ok()?;
+        // Joined with nothing it would end in a slash.
+        Some(match missing.as_os_str().is_empty() {
+            true => real,
+            false => real.join(missing),
+        })
     });
-    real.unwrap_or(directory).join(&vm.connect)
+    real.unwrap_or(path)
+}
+
+/// Returns the path of the socket at which a VM, as [`canonical`] has it, is dialled.
+#[cfg(all(unix, feature = "cli"))]
+fn socket_of(vm: &AnyVm) -> Option<PathBuf> {
+    match vm {
+        AnyVm::Hyperkit(vm) => Some(vm.connect_path()),
+        AnyVm::VsockMux(path) => Some(path.clone()),
+        AnyVm::Vsock(_) | AnyVm::Hvsock(_) => None,
+    }
 }

@@ -417,7 +417,7 @@ fn relay_threads_that_wait_for_room_are_closed_by_the_operator() {
     let is_closing = |state| state == ConnectionState::Closing;
     assert!(handle.connections().iter().all(|it| is_closing(it.state)));
     it.wait_for(|counters| counters.live == 0);
-    assert_eq!(it.counters().ended.closed, 1);
+    assert_eq!(it.counters().ended.closed_on_request, 1);
     assert!(flooding.join().unwrap());
     let mut rest = [0; 64 * 1024];
     let end =

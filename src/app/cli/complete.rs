@@ -76,7 +76,23 @@ pub(super) fn vm(begun: &OsStr) -> Vec<CompletionCandidate> {
         let state = if vm.running { "running" } else { "stopped" };
         (vm.name, format!("{}, {state}", vm.source))
     });
-    matching(begun, names)
+    matching(begun, names.chain(others()))
+}
+
+/// The names of the VMs that other VMMs run here.
+#[cfg(unix)]
+fn others() -> Vec<(String, String)> {
+    use crate::app::{processes, vmms};
+    let running = in_time(processes::list_all).and_then(Result::ok);
+    let found = vmms::find(&running.unwrap_or_default()).into_iter();
+    found
+        .map(|vm| (vm.name, format!("{}, {}", vm.vmm, vm.vm)))
+        .collect()
+}
+
+#[cfg(not(unix))]
+fn others() -> Vec<(String, String)> {
+    Vec::new()
 }
 
 /// Completes an address as far as that is a path.

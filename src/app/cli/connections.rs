@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::console::{print, print_json, print_text};
 use super::control::Which;
 use super::outcome::{Failure, Outcome};
+use super::predecessor::left_behind;
 use super::{complete, table};
 use crate::app::control::{self, Connection, Ended, Unanswered, age, ask, get, read, segment};
 use crate::proxy::Waiting;
@@ -76,6 +77,10 @@ impl Connections {
         all.retain(|it| is_meant(Some(it.forward)));
         all.sort_by_key(|it| it.id);
         let status: control::Status = get(&path, "/v1/status")?;
+        let elsewhere = left_behind(&status);
+        if all.is_empty() && !elsewhere.is_empty() {
+            return elsewhere.iter().try_for_each(print);
+        }
         if all.is_empty() {
             return print(
                 "no connections; `hvsock connections --ended` shows the last that have ended",
@@ -94,7 +99,8 @@ impl Connections {
                 it.waiting.map_or_else(String::new, waiting),
             ]
         });
-        print_text(table::of(HEADINGS, rows))
+        print_text(table::of(HEADINGS, rows))?;
+        elsewhere.iter().try_for_each(print)
     }
 
     fn show_ended(&self, path: &Path) -> Outcome {
@@ -187,7 +193,12 @@ impl Close {
                 Ok(answer) => {
                     let it: Connection = read(&answer)?;
                     let (peer, state) = (it.peer_in_words(), it.state);
-                    print(format_args!("closed {id}: {peer}, {state}"))?;
+                    print(match time_left(&path, id) {
+                        None => format!("closed {id}: {peer}, {state}"),
+                        Some(time) => format!(
+                            "closing {id}: {peer}, {state}; the other end has up to {time} s to end it"
+                        ),
+                    })?;
                 }
                 // The others are there, perhaps.
                 Err(Unanswered::Refused(why)) => failures.push(why.to_string()),
@@ -199,4 +210,14 @@ impl Close {
             false => Err(Failure::Listed(failures)),
         }
     }
+}
+
+/// Returns how many seconds a connection that is being closed may take, if it is not closed yet.
+fn time_left(path: &Path, id: u64) -> Option<f64> {
+    let all: Vec<Connection> = get(path, "/v1/connections").ok()?;
+    let left = all.into_iter().find(|it| it.id == id)?;
+    let status: control::Status = get(path, "/v1/status").ok()?;
+    let mut forwards = status.forwards.iter();
+    let forward = forwards.find(|it| it.id == Some(left.forward))?;
+    Some(forward.rule.options.drain_seconds())
 }

@@ -12,6 +12,7 @@ use super::answering::find_control_of;
 use super::console::{complain, print, print_json, print_text};
 use super::occupant::Occupants;
 use super::outcome::{Failure, Outcome};
+use super::predecessor::left_behind;
 use super::reconciler::danger;
 use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
@@ -73,7 +74,8 @@ impl Status {
             return print_json(answer.trim_end());
         }
         let status: control::Status = read(&answer)?;
-        print_text(overview(&status, SystemTime::now()))
+        print_text(overview(&status, SystemTime::now()))?;
+        left_behind(&status).iter().try_for_each(print)
     }
 }
 
@@ -134,8 +136,12 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             ));
         }
         if let Some(error) = &forward.last_error {
+            let since = match error.connected_since {
+                0 => String::new(),
+                n => format!(" ({} since)", table::counted(n, "connection")),
+            };
             lines.push(format!(
-                "the last error of {}, {}: {}",
+                "the last error of {}, {}{since}: {}",
                 forward.name_or_address(),
                 ago(error.at, now),
                 error.text
@@ -409,7 +415,7 @@ impl Upgrade {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         let before: control::Status = control::get(&path, "/v1/status")?;
-        read::<Value>(&ask(&path, "POST", "/v1/upgrade", "")?)?;
+        let done: Value = read(&ask(&path, "POST", "/v1/upgrade", "")?)?;
         let after: control::Status = control::get(&path, "/v1/status")?;
         print(format_args!(
             "process {} (hvsock {}) has taken over from {} (hvsock {}): {}",
@@ -418,6 +424,17 @@ impl Upgrade {
             before.pid,
             before.version,
             table::counted(after.forwards.len() as u64, "forward"),
-        ))
+        ))?;
+        match (done["live"].as_u64(), done["grace_seconds"].as_f64()) {
+            (Some(live @ 1..), Some(grace)) => {
+                let (stay, pid) = (if live == 1 { "stays" } else { "stay" }, before.pid);
+                print(format_args!(
+                    "{} {stay} with process {pid}, for at most {} s: `hvsock connections --pid {pid}`",
+                    table::counted(live, "connection"),
+                    grace.ceil()
+                ))
+            }
+            _ => Ok(()),
+        }
     }
 }

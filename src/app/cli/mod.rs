@@ -35,6 +35,8 @@ mod options;
 mod outcome;
 mod passed;
 #[cfg(unix)]
+mod predecessor;
+#[cfg(unix)]
 mod ps;
 mod reconciler;
 mod rules;

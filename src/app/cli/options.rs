@@ -133,10 +133,10 @@ pub(super) struct ProxyOptions {
     /// Seconds without a connection after which it ends, for sockets by which a service manager starts it again [default: it goes on]
     #[arg(long, value_name = "SECONDS", value_parser = parse_some_time)]
     exit_idle: Option<Duration>,
-    /// Connections at a time to one VM, at most 1000 (about 200 if hyperkit runs with 256 descriptors); up to eight ninths of them may be its guest's, whose dials beyond that are ended at once
-    #[arg(long, value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u16).range(1..=1000))]
-    vm_connections: u16,
-    /// Dials to one VM that the guest may leave unanswered before more clients wait, at most 400
+    /// Connections at a time to one VM [default: 900 to a hyperkit VM (about 200 if it runs with 256 descriptors), to others as many as there may be], at most 1000; up to eight ninths of them may be its guest's, whose dials beyond that are ended at once
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    vm_connections: Option<u16>,
+    /// Dials to one hyperkit VM that the guest may leave unanswered before more clients wait, at most 400
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=400))]
     vm_unanswered: u16,
 }
@@ -155,7 +155,10 @@ impl ProxyOptions {
         // Without it there are fewer; the proxy knows.
         let _ = sys::raise_descriptor_limit();
         config.limits.connections = usize::MAX;
-        config.limits.vm_connections = self.vm_connections.into();
+        if let Some(most) = self.vm_connections {
+            config.limits.vm_connections = most.into();
+            config.limits.other_vm_connections = Some(most.into());
+        }
         config.limits.vm_unanswered = self.vm_unanswered.into();
         #[cfg(unix)]
         self.keeper.apply(&mut config);

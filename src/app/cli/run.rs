@@ -224,6 +224,7 @@ fn control(
     let [unchanged, ended] = [(); 2].map(|()| Arc::clone(running));
     let succession = Succession {
         file: running.file().to_owned(),
+        predecessor: running.predecessor(),
         while_unchanged: Box::new(move |f| unchanged.while_unchanged(f)),
         start: Box::new(move || start_successor(&program)),
         end: Box::new(move |pid| end_after_hand_over(ended.handle(), ended.grace(), pid)),

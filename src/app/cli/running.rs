@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tracing::{error, info, warn};
 
-use crate::address::{Address, HyperkitVm};
+use crate::address::{Address, AnyVm, HyperkitVm};
 use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, Wanted, display_name};
 #[cfg(unix)]
 use crate::app::control;
@@ -26,6 +26,8 @@ use super::outcome::Failure;
 use super::passed::on_passed_sockets;
 use super::reconciler::{Occasion, Reconciler, name_of};
 use super::summary::{Summary, failures};
+#[cfg(unix)]
+use super::table;
 
 /// A running proxy and its file.
 #[derive(Debug)]
@@ -34,6 +36,9 @@ pub(super) struct Running {
     file: PathBuf,
     /// Whether there is an access log whatever the file says.
     always_logs_access: bool,
+    /// The process that it has taken over from.
+    #[cfg(unix)]
+    predecessor: Option<u32>,
     /// What the file said last. Never locked for long.
     config: Mutex<Arc<Config>>,
     /// Locked while the file is read and what it says is done: that may take for ever, as a disk does. So
@@ -210,7 +215,7 @@ impl Running {
         let rules: Vec<Rule> = wanted.rules.iter().chain(&added).cloned().collect();
         proxy.listeners = predecessor.take_listeners(&rules);
         let proxy = Proxy::start(proxy)?;
-        let running = Running::new(file, config, &proxy, always_logs_access);
+        let mut running = Running::new(file, config, &proxy, always_logs_access);
         // The other one serves them until it has heard that this one can.
         running.handle().hold_clients();
         running.apply(&mut running.state(), wanted, Occasion::Asked);
@@ -232,8 +237,17 @@ impl Running {
         })?;
         running.handle().admit_clients();
         agreed.finish(running.handle());
+        running.predecessor = Some(old.pid);
+        let stays = match super::predecessor::find(old.pid).map(|old| old.live) {
+            None | Some(0) => String::new(),
+            Some(live) => format!(
+                "; {} there have {} s to finish",
+                table::counted(live as u64, "connection"),
+                running.grace().as_secs()
+            ),
+        };
         say(format_args!(
-            "took over from process {} (hvsock {})",
+            "took over from process {} (hvsock {}){stays}",
             old.pid, old.version
         ));
         for gone in left {
@@ -250,6 +264,8 @@ impl Running {
             reconciler: Reconciler::new(proxy.handle()),
             file: file.to_owned(),
             always_logs_access,
+            #[cfg(unix)]
+            predecessor: None,
             config: Mutex::new(Arc::new(config)),
             state: Mutex::default(),
         }
@@ -259,6 +275,11 @@ impl Running {
     #[cfg(unix)]
     pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&HashSet<ForwardId>)) {
         self.reconciler.while_unchanged(f);
+    }
+
+    #[cfg(unix)]
+    pub(super) fn predecessor(&self) -> Option<u32> {
+        self.predecessor
     }
 
     #[cfg(unix)]
@@ -431,7 +452,7 @@ impl Running {
 
     /// Makes the proxy carry what is wanted.
     fn apply(&self, state: &mut State, wanted: Wanted, occasion: Occasion) -> Summary {
-        let limited: HashSet<&HyperkitVm> = wanted.limits.iter().map(|it| &it.vm).collect();
+        let limited: HashSet<&AnyVm> = wanted.limits.iter().map(|it| &it.vm).collect();
         for old in &state.limits {
             if !limited.contains(&old.vm) {
                 self.handle().limit_vm(&VmLimits::new(old.vm.clone()));

@@ -143,7 +143,7 @@ impl Stress {
 
     fn plan(self, address: Address) -> Result<Plan, Failure> {
         let parallel = usize::from(self.parallel);
-        if address.transport().needs_pacing && parallel > MOST_PARALLEL {
+        if address.transport().vm.needs_pacing && parallel > MOST_PARALLEL {
             return Err(Failure::Usage(format!(
                 "{parallel} connections at a time to a {} VM: more than {MOST_PARALLEL} could kill it",
                 address.scheme()

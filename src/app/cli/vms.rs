@@ -17,7 +17,7 @@ use crate::vsock;
 #[command(
     after_help = "hyperkit's VMs are found by their state directories, where minikube, Docker and linuxkit \
     keep them, and in the current directory; VMs of QEMU, Firecracker, Cloud Hypervisor and vhost-device-vsock by the \
-    command lines of their processes, and --vm takes what the list has under WHERE. On Windows, Hyper-V is asked, which takes an Administrator's or a Hyper-V \
+    command lines of their processes, and --vm takes what the list has under NAME or WHERE. On Windows, Hyper-V is asked, which takes an Administrator's or a Hyper-V \
     Administrator's rights.
 
 Examples:

@@ -421,12 +421,17 @@ impl Config {
         let sound = seen.iter();
         let sound = sound.filter(|(forward, _)| !refused.contains(forward.name.as_str()));
         conflicts::find_loops(&Vec::from_iter(sound), complain);
-        for (vm, _) in &vms {
+        for (vm, place) in &vms {
             let its = of_vm.get(vm.name.as_str()).map_or(&[][..], Vec::as_slice);
             let reserved = its.iter().map(|it| it.options.reserved).sum::<usize>();
-            let (cap, mut waiting) = (vm.connections(), its.iter().filter(|it| it.waits_for_vm()));
+            let Some(cap) = vm.connections(place) else {
+                continue;
+            };
+            let mut waiting = its.iter().filter(|it| it.waits_for_vm());
             // To know that a guest has taken a client that waits takes a place, too.
-            let proof = usize::from(cap > 1 && reserved > 0 && waiting.next().is_some());
+            let is_probed = place.any().is_some_and(|it| it.traits().can_be_probed);
+            let has_proof = is_probed && cap > 1 && reserved > 0 && waiting.next().is_some();
+            let proof = usize::from(has_proof);
             if reserved + proof > cap {
                 let (name, left) = (&vm.name, cap - proof);
                 let text = format!(

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::problems::Line;
 use super::section::Section;
-use crate::address::HyperkitVm;
+use crate::address::{AnyVm, HyperkitVm};
 use crate::app::values;
 use crate::app::vm::VmPlace;
 use crate::hyperkit::Places;
@@ -27,6 +27,7 @@ pub(super) struct Vm {
     pub(super) section_line: Line,
     connections: Option<usize>,
     unanswered: Option<usize>,
+    unanswered_line: Line,
 }
 
 /// A hyperkit VM whose state directory is not there yet, or can't be understood.
@@ -59,6 +60,7 @@ impl Vm {
         let connections = section.take("connections", values::count(1..=1000));
         let unanswered = section.take("unanswered", values::count(1..=400));
         let (line, section_line) = (section.line_of("at"), section.line.clone());
+        let unanswered_line = section.line_of("unanswered");
         section.finish();
         Vm {
             name,
@@ -68,6 +70,7 @@ impl Vm {
             section_line,
             connections,
             unanswered,
+            unanswered_line,
         }
     }
 
@@ -78,28 +81,28 @@ impl Vm {
             line: line.clone(),
             at: Some(name.to_owned()),
             declared: false,
+            unanswered_line: line.clone(),
             section_line: line,
             connections: None,
             unanswered: None,
         }
     }
 
-    /// How many connections it may have.
-    pub(super) fn connections(&self) -> usize {
-        self.connections.unwrap_or(Limits::default().vm_connections)
+    /// How many connections it may have; `None`: as many as there may be.
+    pub(super) fn connections(&self, place: &VmPlace) -> Option<usize> {
+        let paced = place.any()?.traits().needs_pacing;
+        let default = Some(Limits::default().vm_connections).filter(|_| paced);
+        self.connections.or(default)
     }
 
     /// What bounds it, if the file says so.
     pub(super) fn limits(&self, place: &VmPlace) -> Option<VmLimits> {
-        let VmPlace::Hyperkit(vm) = place else {
-            return None;
-        };
         if self.connections.is_none() && self.unanswered.is_none() {
             return None;
         }
-        let mut limits = VmLimits::new(vm.clone());
-        limits.connections = self.connections();
-        limits.unanswered = self.unanswered.unwrap_or(limits.unanswered);
+        let mut limits = VmLimits::new(place.any()?);
+        limits.connections = self.connections;
+        limits.unanswered = self.unanswered;
         Some(limits)
     }
 }
@@ -112,7 +115,7 @@ pub(super) fn find<'a>(
 ) -> Found<'a> {
     let mut found: Vec<(&Vm, VmPlace)> = Vec::new();
     let mut missing = Vec::new();
-    let mut known: HashMap<VmPlace, &Vm> = HashMap::new();
+    let mut known: HashMap<AnyVm, &Vm> = HashMap::new();
     for vm in vms {
         let Some(at) = &vm.at else {
             continue;
@@ -132,16 +135,15 @@ pub(super) fn find<'a>(
                 continue;
             }
         };
-        if !matches!(place, VmPlace::Hyperkit(_))
-            && (vm.connections.is_some() || vm.unanswered.is_some())
-        {
-            let what =
-                "connections and unanswered bound hyperkit's VMs only, which have 1,024 slots";
-            complain(vm.section_line.clone(), format!("[vm.{}]: {what}", vm.name));
+        if vm.unanswered.is_some() && !place.any().is_some_and(|it| it.traits().needs_pacing) {
+            let what = "unanswered bounds the dials to hyperkit VMs only, which die of too many";
+            let line = vm.unanswered_line.clone();
+            complain(line, format!("[vm.{}]: {what}; leave it out", vm.name));
         }
-        match known.entry(place.clone()) {
-            Entry::Vacant(free) => drop(free.insert(vm)),
-            Entry::Occupied(other) => {
+        match place.any().map(|it| known.entry(it)) {
+            None => {}
+            Some(Entry::Vacant(free)) => drop(free.insert(vm)),
+            Some(Entry::Occupied(other)) => {
                 let text = format!(
                     "{:?} is the same VM as {:?}; use one name for it",
                     vm.name,

@@ -55,6 +55,8 @@ pub(crate) type Reload =
 pub(crate) struct Succession {
     /// The file that says what is carried.
     pub(crate) file: PathBuf,
+    /// The process that this one has taken over from.
+    pub(crate) predecessor: Option<u32>,
     /// Calls its argument while that file is not read, with the forwards for which it asks.
     pub(crate) while_unchanged: Box<WhileUnchanged>,
     /// Starts the program anew, so that it takes over.
@@ -227,7 +229,7 @@ impl Api {
                 return wrong_method("DELETE");
             }
             _ if path.starts_with(CONNECTIONS) => {
-                none(query).and_then(|()| self.close(&path[CONNECTIONS.len()..]))
+                none(query).and_then(|()| self.close(&path[CONNECTIONS.len()..], request.asked_by))
             }
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
@@ -268,6 +270,12 @@ impl Api {
                 .succession
                 .as_ref()
                 .map(|it| it.file.display().to_string()),
+            predecessor: self
+                .actions
+                .succession
+                .as_ref()
+                .and_then(|it| it.predecessor),
+            successor: self.successor(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
             stopping: self.handle.is_stopping(),
             live: self.handle.live(),
@@ -392,7 +400,7 @@ impl Api {
         json(200, &Forward::from(&found))
     }
 
-    fn close(&self, id: &str) -> Answer {
+    fn close(&self, id: &str, asked_by: Option<u32>) -> Answer {
         let remedy = "`hvsock connections` lists those that there are";
         let number = id.parse().map_err(|_| {
             let problem = Problem::new(404, format!("there is no connection {id:?}"));
@@ -412,9 +420,13 @@ impl Api {
         for it in &closed {
             let status = self.status();
             info!(
-                "closing connection {number} of {}, from {}, as was asked for",
+                "closing connection {number} of {}, from {}: {}",
                 status.name_of(it.forward),
-                it.peer_in_short()
+                it.peer_in_short(),
+                match asked_by {
+                    Some(pid) => format!("process {pid} asked for it"),
+                    None => "that was asked for".to_owned(),
+                }
             );
         }
         json(200, &closed.first())
@@ -467,6 +479,12 @@ impl Api {
         json(202, &serde_json::json!({"pid": std::process::id()}))
     }
 
+    /// Returns the process that has taken over.
+    fn successor(&self) -> Option<u32> {
+        let state = self.handover_state();
+        state.successor.filter(|_| state.is_done)
+    }
+
     fn handover_state(&self) -> MutexGuard<'_, HandoverState> {
         self.handover.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -515,13 +533,11 @@ impl Api {
         info!("started process {pid} to take over");
         let end = Instant::now() + UPGRADE;
         loop {
-            if let HandoverState {
-                is_done: true,
-                successor: Some(pid),
-                ..
-            } = *self.handover_state()
-            {
-                return json(200, &serde_json::json!({"pid": pid}));
+            if let Some(pid) = self.successor() {
+                let grace = (self.actions.grace)().as_secs_f64();
+                let live = self.handle.live();
+                let told = serde_json::json!({"pid": pid, "live": live, "grace_seconds": grace});
+                return json(200, &told);
             }
             if let Ok(Some(status)) = child.try_wait() {
                 return Err(fail(format!(

@@ -51,6 +51,8 @@ pub(super) struct Request {
     /// Decoded, in their order.
     pub(super) query: Vec<(String, String)>,
     pub(super) body: Bytes,
+    /// The process that asks, where the system tells.
+    pub(super) asked_by: Option<u32>,
 }
 
 /// What a client is answered.
@@ -251,6 +253,7 @@ async fn read(request: hyper::Request<Incoming>) -> io::Result<Result<Request, P
         path,
         query,
         body: body.to_bytes(),
+        asked_by: None,
     }))
 }
 

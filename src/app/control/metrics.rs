@@ -221,13 +221,13 @@ impl Families<'_, '_> {
         };
         each(
             "hvsock_vm_connections",
-            "Connections to a hyperkit VM and from it.",
+            "Connections to a VM and from it.",
             |it| Some(Gauge(it.connections as u64)),
         )?;
         each(
             "hvsock_vm_connections_limit",
-            "How many connections there may be to a hyperkit VM and from it.",
-            |it| Some(Gauge(it.limit as u64)),
+            "How many connections there may be to a VM and from it, if it has a limit.",
+            |it| Some(Gauge(it.limit? as u64)),
         )?;
         each(
             "hvsock_vm_lost_slots",

@@ -10,6 +10,8 @@ use serde_json::Value;
 use crate::address::Address;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
+use crate::engine::relay::Side;
+use crate::error::plural;
 use crate::keeper::LinkStatus;
 use crate::name::SocketName;
 use crate::proxy::{
@@ -28,6 +30,11 @@ pub(crate) struct Status {
     /// The file that says what is carried, if there is one.
     #[serde(default)]
     pub(crate) file: Option<String>,
+    /// The process that it has taken over from, and the one that has taken over from it.
+    #[serde(default)]
+    pub(crate) predecessor: Option<u32>,
+    #[serde(default)]
+    pub(crate) successor: Option<u32>,
     /// Since the start.
     pub(crate) uptime_seconds: f64,
     /// The end has been asked for.
@@ -84,10 +91,10 @@ pub(crate) struct Forward {
     pub(crate) rule: RuleBody,
 }
 
-/// A hyperkit VM.
+/// A VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Vm {
-    /// Its state directory.
+    /// What `--vm` takes for it: the state directory of a hyperkit VM, the URI of another.
     pub(crate) directory: String,
     #[serde(flatten)]
     pub(crate) status: VmStatus,
@@ -552,9 +559,16 @@ impl Vm {
             turned_away,
             ..
         } = self.status;
-        let mut text = format!("{connections} of {limit} connections");
+        let of = |limit: Option<usize>| limit.map_or_else(String::new, |most| format!("of {most}"));
+        let mut text = match limit {
+            Some(_) => format!("{connections} {} connections", of(limit)),
+            None => format!("{connections} connection{}", plural(connections as u64)),
+        };
         if guests > 0 || turned_away > 0 {
-            text += &format!(", {guests} of them the guest's (of {guest_limit})");
+            text += &format!(", {guests} of them the guest's");
+            if guest_limit.is_some() {
+                text += &format!(" ({})", of(guest_limit));
+            }
         }
         if turned_away > 0 {
             text += &format!(", {turned_away} dials of the guest ended at once");
@@ -568,10 +582,9 @@ impl Vm {
     }
 
     fn of(rule: &Rule, vm: &VmStatus) -> Vm {
-        let hyperkit = rule.connect.hyperkit_vm().or(rule.listen.hyperkit_vm());
-        let directory = hyperkit.map(|it| it.state_dir.display().to_string());
+        let it = rule.vm(Side::Server).or_else(|| rule.vm(Side::Client));
         Vm {
-            directory: directory.unwrap_or_default(),
+            directory: it.map(|it| it.to_string()).unwrap_or_default(),
             status: vm.clone(),
         }
     }

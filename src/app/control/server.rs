@@ -29,7 +29,8 @@ use crate::sys;
 use super::api::{Api, CALLS_AT_A_TIME};
 use super::clients::{Client, Clients, lock};
 use super::endpoint::{Demand, Door, Endpoint, Service};
-use super::http;
+use super::http::{self, Request};
+use super::place;
 
 /// Returns how many descriptors a server needs whose sockets have so many clients each: for them,
 /// the sockets, and the runtime.
@@ -188,7 +189,26 @@ impl Acceptor {
             self.look_after_file().await;
         }
         self.listener = None;
+        // Before whoever waits for that goes on.
+        let own = self.open_own_door().await;
         self.endpoint.mark_closed();
+        if let Some(door) = own {
+            let own = Acceptor::new(door, self.api, self.clients);
+            Box::pin(own.accept_all()).await;
+        }
+    }
+
+    /// Listens under the process' number, now that a successor has the control socket: connections
+    /// that finish here can still be looked at and closed. Without it they just finish.
+    async fn open_own_door(&self) -> Option<Door> {
+        if self.endpoint.service != Service::Control {
+            return None;
+        }
+        let open = || {
+            let address = place::address(&place::own_path(std::process::id()));
+            Door::open(Service::Control, &address, Demand::OwnAccord)
+        };
+        spawn_blocking(open).await.ok()?.ok()
     }
 
     /// Says something once.
@@ -242,15 +262,23 @@ impl Acceptor {
             Err(e) => return self.complain(format_args!("a client can't be served: {e}")),
         };
         let service = self.endpoint.service;
-        if service == Service::Control
-            && let Err(why) = check_connector(&stream)
-        {
-            return self.complain(format_args!("refused a client: {why}"));
-        }
+        let asked_by = match service {
+            Service::Control => match check_connector(&stream) {
+                Ok(process) => process,
+                Err(why) => return self.complain(format_args!("refused a client: {why}")),
+            },
+            Service::Metrics => None,
+        };
         let client = Arc::new(Client::new());
         let (served, api) = (Arc::clone(&client), Arc::clone(&self.api));
         let task = async move {
-            let answer = |request| Arc::clone(&api).answer(service, request);
+            let answer = |request| {
+                let request = Request {
+                    asked_by,
+                    ..request
+                };
+                Arc::clone(&api).answer(service, request)
+            };
             http::serve(stream, &served, answer).await;
         };
         lock(&self.clients).admit(&client, task);
@@ -320,8 +348,8 @@ fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixSt
 }
 
 /// Refuses whom the kernel lets in though he must not be: another user (root), and whoever comes by way of this process,
-/// which is a client of some forward: a guest.
-fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
+/// which is a client of some forward: a guest. Returns the process, where the system tells.
+fn check_connector(stream: &UnixStream) -> std::result::Result<Option<u32>, String> {
     let who = sys::connector(stream.as_fd())
         .map_err(|e| format!("the system doesn't say who it is: {e}"))?;
     if who.user != sys::user_id() {
@@ -330,7 +358,7 @@ fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
     if who.process == Some(std::process::id()) {
         return Err("it came through one of our own forwards".to_owned());
     }
-    Ok(())
+    Ok(who.process)
 }
 
 #[cfg(test)]
@@ -338,7 +366,6 @@ fn check_connector(stream: &UnixStream) -> std::result::Result<(), String> {
 mod tests {
     use std::sync::mpsc::channel;
 
-    use super::http::Request;
     use super::*;
     use crate::app::control::api::Actions;
     use crate::app::rule::RuleOptions;

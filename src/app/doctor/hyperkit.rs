@@ -409,7 +409,7 @@ const NO_SLOT: &str = "end some of its connections (`hvsock connections` shows t
 fn guest(vm: &HyperkitVm, patience: Duration, used: Option<&VmStatus>) -> Check {
     let name = "guest";
     let seconds = patience.as_secs_f64();
-    let used = used.map(|it| (it.connections + it.lost, it.limit));
+    let used = used.and_then(|it| Some((it.connections + it.lost, it.limit?)));
     match probe(vm, patience) {
         Ok(Answer::EndedUnread) => {
             let ours = match used {
@@ -509,7 +509,9 @@ fn slots(vm: &HyperkitVm, control: Option<&Path>) -> (Option<Check>, Option<VmSt
         return (control.map(|_| Check::skipped(name, why)), None);
     };
     let used = known.slots();
-    let is_crowded = known.status.guests > 0 && known.status.guests >= known.status.guest_limit;
+    let limit = known.status.guest_limit;
+    let is_crowded =
+        known.status.guests > 0 && limit.is_some_and(|most| known.status.guests >= most);
     let check = match known.status.lost {
         0 if is_crowded => {
             let remedy = "see in `hvsock status` to which target the guest's connections lead, and whether it hangs";

@@ -21,6 +21,8 @@ pub(crate) use check::{Check, Plan, Verdict};
 
 #[cfg(unix)]
 use crate::app::vm::VmPlace;
+#[cfg(unix)]
+use crate::hyperkit::Places;
 
 /// Looks at all of it.
 pub(crate) fn examine(plan: &Plan) -> Vec<Check> {
@@ -28,7 +30,7 @@ pub(crate) fn examine(plan: &Plan) -> Vec<Check> {
     match &plan.vm {
         None => checks.extend(system::vsock()),
         #[cfg(unix)]
-        Some(name) => match VmPlace::parse(name) {
+        Some(name) => match VmPlace::find_other(name, &Places::from_env()) {
             None => checks.extend(hyperkit::examine(name, plan)),
             Some(Ok(vm)) => checks.extend(vsock::examine(&vm, plan)),
             Some(Err(e)) => checks.push(Check::error("vm", &e)),

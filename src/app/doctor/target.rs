@@ -32,7 +32,9 @@ pub(super) fn examine(
     let target = &forward.connect;
     let seen = format!("is listened on, and leads to {target}");
     let remedy = format!("start what should listen on {target}");
-    Some(match (look_at(target), &forward.last_error) {
+    let last_error = forward.last_error.as_ref();
+    let last_error = last_error.filter(|it| it.connected_since == 0);
+    Some(match (look_at(target), last_error) {
         (Some(Ok(())), _) | (None, None) => Check::ok(name, seen),
         (Some(Err(e)), _) => Check::failed(name, format_args!("{seen}: {e}"), &remedy),
         (None, Some(error)) => Check::warning(

@@ -161,7 +161,7 @@ impl Run<'_> {
 
     /// Keeps the pace at which a hyperkit VM may be dialled.
     fn wait_for_leave(&self) {
-        if !self.plan.address.transport().needs_pacing {
+        if !self.plan.address.transport().vm.needs_pacing {
             return;
         }
         let mut next = lock(&self.pace);

@@ -158,29 +158,37 @@ fn draw_help(frame: &mut Frame<'_>, area: Rect) {
 }
 
 fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
-    let name = vm.directory.rsplit('/').find(|part| !part.is_empty());
+    let name = match vm.directory.starts_with('/') {
+        true => vm.directory.rsplit('/').find(|part| !part.is_empty()),
+        false => Some(vm.directory.as_str()),
+    };
     let name = format!("VM {} ", name.unwrap_or("/"));
     let width = length(name.chars().count()).min(area.width / 2);
     let sides = [Constraint::Length(width), Constraint::Min(0)];
     let [left, right] = Layout::horizontal(sides).areas(area);
     frame.render_widget(Line::from(name), left);
     let status = &vm.status;
-    let used = (status.connections + status.lost) as f64 / status.limit.max(1) as f64;
+    let taken = (status.connections + status.lost) as f64;
+    let used = status.limit.map_or(0.0, |most| taken / most.max(1) as f64);
     let color = match status.up {
         Some(false) => Color::Red,
         _ if used >= 0.9 => Color::Red,
         _ if used >= 0.7 => Color::Yellow,
         _ => Color::Green,
     };
-    let (connections, limit) = (status.connections, status.limit);
+    let connections = status.connections;
+    let slots = match status.limit {
+        Some(limit) => format!("{connections} of {limit} slots"),
+        None => format!("{connections} connections"),
+    };
     let health = vm.health(SystemTime::now());
     let lost = match status.lost {
         0 => String::new(),
         lost => format!(", {lost} lost"),
     };
     let text = match area.width {
-        REFUSED.. => format!("{connections} of {limit} slots{lost}; {health}"),
-        _ => format!("{connections} of {limit} slots{lost}"),
+        REFUSED.. => format!("{slots}{lost}; {health}"),
+        _ => format!("{slots}{lost}"),
     };
     let gauge = Gauge::default().ratio(used.clamp(0.0, 1.0)).label(text);
     let style = Style::new().fg(color).bg(Color::Black);

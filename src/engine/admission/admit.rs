@@ -53,7 +53,7 @@ impl Gate {
         }
         let limit = state.unanswered_limit;
         let is_waiting = state.next_probe.is_some_and(|at| now < at);
-        let is_lost = self.unanswered() + state.pending >= limit + LOST_PROBES;
+        let is_lost = self.unanswered() + state.pending >= limit.saturating_add(LOST_PROBES);
         if self.is_unanswered(state) && (is_waiting || is_lost) {
             return Err(Admission::Full(Full::Unanswered(limit)));
         }
@@ -157,7 +157,7 @@ impl Gate {
     ) -> Result<Reservation, usize> {
         let mut state = self.state();
         // A probe needs a slot besides that of the dial, where there are two.
-        let probes = holds == Some(true) && state.quotas.cap() > 1;
+        let probes = holds == Some(true) && self.traits.can_be_probed && state.quotas.cap() > 1;
         if probes && state.forwards[1] == 0 {
             state.quotas.reserve(Holder::Probes, 1)?;
         }
@@ -172,6 +172,12 @@ impl Gate {
             holds,
             dialled_by: None,
         })
+    }
+
+    /// Returns whether the VM has a limit of connections.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(crate) fn has_limit(&self) -> bool {
+        self.state().limit().is_some()
     }
 
     /// Returns whether [`queue`](Gate::queue) would admit a client.

@@ -4,15 +4,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::address::HyperkitVm;
+use crate::address::{AnyVm, SeenBy, VmTraits};
 use crate::error::{Error, plural};
 
 use crate::engine::health::{self, Health, News, VmIdentity};
 use crate::engine::status::{VmStatus, wall_time};
+use crate::sys;
 
 use super::heard::LastHeard;
 use super::quotas::{Holder, OtherSlots, Quotas};
-use super::silence::Silence;
+use super::silent::Silence;
 
 /// The average interval between two dials. 100 µs never harmed the device.
 pub(super) const INTERVAL: Duration = Duration::from_micros(150);
@@ -51,13 +52,21 @@ pub(super) const WANTED: Duration = Duration::from_millis(200);
 /// The time after which a look at a state directory counts as hanging.
 const HANG_TIME: Duration = Duration::from_secs(2);
 
-/// The caps of one VM.
+/// The caps of one VM. A VM that no number of connections or dials harms has those that it was
+/// given, or [`UNLIMITED`](GateLimits::UNLIMITED).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GateLimits {
     /// Connections at a time.
     pub(crate) live: usize,
     /// Dials since the guest last answered one.
     pub(crate) unanswered: u64,
+}
+
+impl GateLimits {
+    pub(crate) const UNLIMITED: GateLimits = GateLimits {
+        live: usize::MAX,
+        unanswered: u64::MAX,
+    };
 }
 
 /// The cap that is reached.
@@ -128,7 +137,9 @@ impl GateId {
 #[derive(Debug)]
 pub(crate) struct Gate {
     pub(super) id: GateId,
-    pub(super) vm: HyperkitVm,
+    pub(super) vm: AnyVm,
+    /// What is true of the VMs of its family.
+    pub(super) traits: &'static VmTraits,
     pub(super) state: Mutex<State>,
     /// The number of the last dial.
     pub(super) dialled: AtomicU64,
@@ -141,6 +152,8 @@ pub(crate) struct Gate {
 pub(super) struct State {
     /// The gate's.
     pub(super) id: GateId,
+    /// The gate's.
+    pub(super) traits: &'static VmTraits,
     pub(super) health: Health,
     pub(super) epoch: u64,
     pub(super) quotas: Quotas,
@@ -168,6 +181,8 @@ pub(super) struct State {
     pub(super) looked_at: Option<Instant>,
     /// Whether the result of that look is still to come.
     pub(super) is_looking: bool,
+    /// Whether the last dial that found no VM said that there is no such CID.
+    pub(super) is_looked_for: bool,
     /// The time at which a dial last told the VM's identity.
     pub(super) identified_at: Option<Instant>,
     /// Whether the last dial went through the `connect` socket, where any port can be dialled.
@@ -198,10 +213,12 @@ impl std::fmt::Debug for State {
 }
 
 impl Gate {
-    pub(crate) fn new(limits: GateLimits, vm: HyperkitVm) -> Gate {
+    pub(crate) fn new(limits: GateLimits, vm: AnyVm) -> Gate {
         let id = GateId::next();
+        let traits = vm.traits();
         let state = State {
             id,
+            traits,
             health: Health::default(),
             epoch: 0,
             quotas: Quotas::new(limits.live),
@@ -217,6 +234,7 @@ impl Gate {
             patience: PROBE_PATIENCE,
             looked_at: None,
             is_looking: false,
+            is_looked_for: false,
             identified_at: None,
             has_connect_socket: true,
             waiting_for_slot: WaitingWorkers::default(),
@@ -230,6 +248,7 @@ impl Gate {
         };
         Gate {
             id,
+            traits,
             vm,
             state: Mutex::new(state),
             dialled: AtomicU64::new(0),
@@ -265,8 +284,23 @@ impl Gate {
 
     /// Marks the VM down after a dial that failed as it does where no VM is.
     pub(crate) fn mark_down(&self, error: &Error, now: Instant) {
-        let news = self.state().health.mark_down(now);
+        let mut state = self.state();
+        state.is_looked_for = sys::is_no_such_cid(error.cause());
+        let news = state.health.mark_down(now);
+        drop(state);
         self.log_change(news, Some(error));
+    }
+
+    /// Marks the VM up, since its guest has answered a dial or has made one.
+    pub(crate) fn mark_up(&self, now: Instant) {
+        let news = self.state().health.mark_up(now);
+        self.log_change(news, None);
+    }
+
+    /// Returns whether only its guest's answers to dials tell whether the VM runs: a connect that
+    /// was begun says nothing.
+    pub(crate) fn is_seen_by_dials(&self) -> bool {
+        self.traits.seen_by == SeenBy::Dials
     }
 
     pub(crate) fn id(&self) -> GateId {
@@ -274,7 +308,7 @@ impl Gate {
     }
 
     /// Returns the VM.
-    pub(crate) fn vm(&self) -> &HyperkitVm {
+    pub(crate) fn vm(&self) -> &AnyVm {
         &self.vm
     }
 
@@ -285,7 +319,7 @@ impl Gate {
         let soon = state
             .looked_at
             .is_some_and(|at| now.saturating_duration_since(at) < every);
-        if state.is_looking || soon {
+        if state.is_looking || soon || !state.is_worth_a_look() {
             return false;
         }
         state.is_looking = true;
@@ -302,6 +336,7 @@ impl Gate {
             return;
         }
         let news = match vm {
+            Some(VmIdentity::Cid) => state.health.mark_up(now),
             Some(vm) => {
                 let news = self.note_identity(&mut state, vm, now);
                 news.or(state.health.note_process(process, now))
@@ -320,7 +355,7 @@ impl Gate {
     /// Returns whether a port on which nobody listens can be dialled. It can't where there are
     /// `guest_forwards` alone.
     pub(crate) fn can_be_probed(&self) -> bool {
-        self.state().has_connect_socket
+        self.traits.can_be_probed && self.state().has_connect_socket
     }
 
     /// Notes the VM's identity. Another identity is another VM (rule 8): nothing counted for the
@@ -359,7 +394,11 @@ impl Gate {
         state.wake();
     }
 
+    /// Returns how many of the latest dials the guest has not answered, where that is a bound.
     pub(super) fn unanswered(&self) -> u64 {
+        if !self.traits.needs_pacing {
+            return 0;
+        }
         let answered = self.answered.load(Ordering::Relaxed);
         let dialled = self.dialled.load(Ordering::Relaxed);
         dialled.saturating_sub(answered)
@@ -370,10 +409,10 @@ impl Gate {
         let lost = state.quotas.live_of(Holder::Lost);
         VmStatus {
             connections: state.quotas.live() - lost,
-            limit: state.quotas.cap(),
+            limit: state.limit(),
             lost,
             guests: state.guests,
-            guest_limit: state.guest_quota(),
+            guest_limit: state.limit().map(|_| state.guest_quota()),
             turned_away: state.turned_away,
             reserved: state.quotas.kept(),
             unanswered: self.unanswered(),
@@ -392,7 +431,7 @@ impl Gate {
             return;
         };
         let forwards = self.state().forwards;
-        let subject = format_args!("the VM at {}", self.vm.state_dir.display());
+        let subject = format_args!("the VM at {}", self.vm);
         health::log_change(news, &subject, error, forwards);
     }
 
@@ -422,6 +461,20 @@ impl WaitingWorkers {
 }
 
 impl State {
+    /// Returns the most connections; `None` if there is no such limit.
+    pub(super) fn limit(&self) -> Option<usize> {
+        Some(self.quotas.cap()).filter(|cap| *cap < GateLimits::UNLIMITED.live)
+    }
+
+    /// Returns whether a look can tell something that is not known. Where only dials tell, it is one
+    /// itself: then it is made only while there is no such VM, so that no guest gets it.
+    fn is_worth_a_look(&self) -> bool {
+        match self.traits.seen_by {
+            SeenBy::Files => true,
+            SeenBy::Dials => self.is_looked_for && self.health.is_up() == Some(false),
+        }
+    }
+
     /// Returns how many of the guest's dials are served at a time.
     pub(super) fn guest_quota(&self) -> usize {
         self.quotas.cap() - self.quotas.cap() / FOR_THE_HOST
@@ -440,7 +493,8 @@ impl State {
 
     /// Reserves a slot for probes where forwards need them and it is not the only one.
     pub(super) fn reserve_for_probes(&mut self) {
-        let slots = usize::from(self.forwards[1] > 0 && self.quotas.cap() > 1);
+        let is_probed = self.traits.can_be_probed && self.forwards[1] > 0;
+        let slots = usize::from(is_probed && self.quotas.cap() > 1);
         // If the others have reserved all slots, probes get what is free.
         let _ = self.quotas.reserve(Holder::Probes, slots);
     }
@@ -451,6 +505,9 @@ impl State {
     /// # Errors
     /// Returns when it may go, if it is too soon.
     pub(super) fn keep_pace(&mut self, now: Instant) -> Result<(), Instant> {
+        if !self.traits.needs_pacing {
+            return Ok(());
+        }
         let due = self.next_dial.unwrap_or(now);
         let earliest = due.checked_sub(INTERVAL * (BURST - 1)).unwrap_or(now);
         if now < earliest {

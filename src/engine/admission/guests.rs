@@ -10,6 +10,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tracing::warn;
 
@@ -64,7 +65,15 @@ impl fmt::Display for NotServed {
 impl Gate {
     /// Takes a slot for a dial that the guest has made to `forward`, and decides whether it is
     /// served. `bound` is the most connections that its rule allows, if it has as many.
-    pub(crate) fn accept(self: &Arc<Gate>, forward: ForwardId, bound: Option<usize>) -> Guest {
+    pub(crate) fn accept(
+        self: &Arc<Gate>,
+        forward: ForwardId,
+        bound: Option<usize>,
+        now: Instant,
+    ) -> Guest {
+        if self.is_seen_by_dials() {
+            self.mark_up(now);
+        }
         let mut state = self.state();
         let holder = Holder::Forward(forward);
         let served = match bound {
@@ -84,7 +93,7 @@ impl Gate {
         let is_told = served.is_ok() || std::mem::replace(&mut state.has_told_turned_away, true);
         drop(state);
         if let (Err(why), false) = (served, is_told) {
-            let vm = self.vm.state_dir.display();
+            let vm = &self.vm;
             warn!(
                 "the guest of the VM at {vm} dials more than can be served: {why}; such dials are ended at once (does a target hang? `hvsock status` counts them)"
             );

@@ -20,9 +20,13 @@ pub(crate) enum Remainder {
 
 impl Gate {
     /// Takes no more slots than the remainder from now on, and returns it: a successor is to leave
-    /// it out. It gets smaller as connections end, when this is called again.
-    pub(crate) fn keep_remainder(&self, what: Remainder) -> OtherSlots {
+    /// it out. It gets smaller as connections end, when this is called again. Returns `None` if the
+    /// VM has no limit.
+    pub(crate) fn keep_remainder(&self, what: Remainder) -> Option<OtherSlots> {
         let mut state = self.state();
+        if state.whole_cap.is_none() {
+            state.limit()?;
+        }
         let cap = state.quotas.cap();
         let whole = *state.whole_cap.get_or_insert(cap);
         let lost = state.quotas.live_of(Holder::Lost);
@@ -38,10 +42,10 @@ impl Gate {
         }
         let kept = kept.min(whole);
         state.quotas.set_cap(kept);
-        OtherSlots {
+        Some(OtherSlots {
             used: kept.saturating_sub(lost),
             lost,
-        }
+        })
     }
 
     /// Takes all slots again after [`Remainder::HalfOfFree`], for there is no successor after all.

@@ -18,39 +18,6 @@ const ASKED_AFTER: Duration = Duration::from_secs(25);
 /// How long a guest may answer nothing before that is reported.
 const SILENT_AFTER: Duration = Duration::from_secs(30);
 
-/// What is known of a guest's silence.
-#[derive(Debug, Default)]
-pub(super) struct Silence {
-    /// The number and the time of a dial: of the oldest one that is not answered, unless this one
-    /// is.
-    oldest: Option<(u64, Instant)>,
-    /// Whether no probe could be sent.
-    is_probe_missing: bool,
-    /// The time since which the guest is silent, and the epoch of the VM, once it was reported.
-    reported: Option<(Instant, u64)>,
-    /// Whether the VM's process is stopped.
-    is_stopped: bool,
-}
-
-impl Silence {
-    /// Notes a dial. `answered` is the number of the last one that was answered before.
-    pub(super) fn note_dial(&mut self, number: u64, answered: u64, now: Instant) {
-        if self.oldest.is_none_or(|(oldest, _)| oldest <= answered) {
-            self.oldest = Some((number, now));
-        }
-    }
-
-    /// Returns the time since which the guest is silent, if that was reported.
-    pub(super) fn since(&self) -> Option<Instant> {
-        self.reported.map(|(since, _)| since)
-    }
-
-    /// Returns whether the VM's process is stopped.
-    pub(super) fn is_stopped(&self) -> bool {
-        self.is_stopped
-    }
-}
-
 /// What is to be done about a guest's silence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SilenceCheck {
@@ -94,8 +61,10 @@ impl Gate {
                 state.silence.reported = None;
                 drop(state);
                 let seconds = now.saturating_duration_since(since).as_secs();
-                let directory = self.vm.state_dir.display();
-                info!("the guest of the VM at {directory} answers again, after {seconds} s");
+                info!(
+                    "the guest of the VM at {} answers again, after {seconds} s",
+                    self.vm
+                );
                 return SilenceCheck::Done;
             }
             None if !is_gone && is_asked && lasts >= SILENT_AFTER => {
@@ -115,13 +84,13 @@ impl Gate {
 
     fn warn_of_silence(&self, probes: u64, is_stopped: bool) {
         let dials = self.unanswered().saturating_sub(probes).max(1);
-        let directory = self.vm.state_dir.display();
+        let vm = &self.vm;
         let why = match is_stopped {
             true => "its process is stopped",
             false => "it is paused or hangs",
         };
         warn!(
-            "the guest of the VM at {directory} has answered none of {dials} dial{} for {} s: {why}; `hvsock doctor --vm {directory}` tells more",
+            "the guest of the VM at {vm} has answered none of {dials} dial{} for {} s: {why}; `hvsock doctor --vm {vm}` tells more",
             plural(dials),
             SILENT_AFTER.as_secs()
         );
@@ -152,7 +121,7 @@ mod tests {
             live: 900,
             unanswered: 64,
         };
-        Arc::new(Gate::new(limits, HyperkitVm::new("/tmp/vm")))
+        Arc::new(Gate::new(limits, HyperkitVm::new("/tmp/vm").into()))
     }
 
     fn identity(number: u64) -> Option<VmIdentity> {

@@ -83,7 +83,10 @@ impl Slot {
             self.epoch = state.epoch;
             state.quotas.take(self.holder);
         }
-        let news = state.health.mark_up(now);
+        let news = match gate.is_seen_by_dials() {
+            true => None,
+            false => state.health.mark_up(now),
+        };
         let number = gate.dialled.fetch_add(1, Ordering::Relaxed) + 1;
         let answered = gate.answered.load(Ordering::Relaxed);
         state.silence.note_dial(number, answered, now);
@@ -143,9 +146,15 @@ impl Slot {
     }
 
     /// Notes that the connection is closed though its guest has not ended it, and may never do: then
-    /// the device's slot is taken as long as the VM lives.
+    /// the device's slot is taken as long as the VM lives, where it [can be](Slot::can_be_lost).
     pub(crate) fn lose(&mut self) {
-        self.is_lost = true;
+        self.is_lost = self.can_be_lost();
+    }
+
+    /// Returns whether the VMM keeps the slot of a connection that is closed before its guest has
+    /// ended it.
+    pub(crate) fn can_be_lost(&self) -> bool {
+        self.gate.traits.loses_slots
     }
 
     /// Returns whether the guest has answered this dial, or a later one. If it was refused, the EOF

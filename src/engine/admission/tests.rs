@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::gate::{BURST, INTERVAL, LONGEST_PATIENCE, LOST_PROBES, PROBE_PATIENCE, WANTED};
 use super::quotas::Holder;
 use super::*;
-use crate::address::HyperkitVm;
+use crate::address::{AnyVm, HyperkitVm};
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ForwardId;
 
@@ -16,7 +16,7 @@ const ONE: ForwardId = ForwardId(1);
 fn gate(live: usize, unanswered: u64) -> Arc<Gate> {
     Arc::new(Gate::new(
         GateLimits { live, unanswered },
-        HyperkitVm::new("/tmp/vm"),
+        HyperkitVm::new("/tmp/vm").into(),
     ))
 }
 
@@ -282,7 +282,10 @@ fn a_vm_is_looked_at_once_at_a_time() {
 fn a_dial_from_the_guest_takes_a_slot_too() {
     let gate = gate(2, 64);
     let now = Instant::now();
-    let guests = [gate.accept(ONE, None), gate.accept(ONE, None)];
+    let guests = [
+        gate.accept(ONE, None, Instant::now()),
+        gate.accept(ONE, None, Instant::now()),
+    ];
     assert!(matches!(
         gate.admit(ONE, now),
         Admission::Full(Full::Live { cap: 2, lost: 0 })
@@ -316,7 +319,7 @@ fn a_worker_that_waits_for_a_slot_is_woken_when_there_is_one() {
         })
     };
     let enter = || gate.queue(ONE, 0, &wake);
-    let slot = gate.accept(ONE, None);
+    let slot = gate.accept(ONE, None, Instant::now());
     let queued = enter().unwrap();
     for _ in 0..3 {
         assert_eq!(enter().unwrap_err(), Full::Live { cap: 2, lost: 0 });
@@ -375,20 +378,22 @@ const OTHER: ForwardId = ForwardId(2);
 fn a_guests_dials_leave_slots_for_the_host() {
     let gate = gate(900, 64);
     let now = Instant::now();
-    let mut guests: Vec<Guest> = (0..800).map(|_| gate.accept(ONE, None)).collect();
+    let mut guests: Vec<Guest> = (0..800)
+        .map(|_| gate.accept(ONE, None, Instant::now()))
+        .collect();
     assert!(guests.iter().all(|guest| guest.served.is_ok()));
-    let refused = gate.accept(ONE, None);
+    let refused = gate.accept(ONE, None, Instant::now());
     assert_eq!(refused.served, Err(NotServed::GuestQuota(800)));
     assert!(refused.slot.is_turned_away());
     let status = gate.status(now);
-    assert_eq!((status.guests, status.guest_limit), (800, 800));
+    assert_eq!((status.guests, status.guest_limit), (800, Some(800)));
     // The device has a slot for it, as long as it has not ended.
     assert_eq!((status.connections, status.turned_away), (801, 1));
     drop(refused);
     assert_eq!(gate.live(), 800);
     drop(go(&gate, now));
     guests.pop();
-    assert_eq!(gate.accept(ONE, None).served, Ok(()));
+    assert_eq!(gate.accept(ONE, None, Instant::now()).served, Ok(()));
     drop(guests);
     let status = gate.status(now);
     assert_eq!((status.connections, status.guests), (0, 0));
@@ -401,15 +406,21 @@ fn a_guests_dial_is_served_only_if_there_is_a_slot_and_gets_what_is_reserved() {
     let _kept = gate.reserve(OTHER, 2, None).unwrap();
     let _dials: Vec<Slot> = (0..7).map(|_| go(&gate, now)).collect();
     assert_eq!(
-        gate.accept(ONE, None).served,
+        gate.accept(ONE, None, Instant::now()).served,
         Err(NotServed::Full(Full::Reserved(2)))
     );
-    let reserved = [gate.accept(OTHER, None), gate.accept(OTHER, None)];
+    let reserved = [
+        gate.accept(OTHER, None, Instant::now()),
+        gate.accept(OTHER, None, Instant::now()),
+    ];
     assert!(reserved.iter().all(|guest| guest.served.is_ok()));
     let full = Full::Live { cap: 9, lost: 0 };
-    assert_eq!(gate.accept(OTHER, None).served, Err(NotServed::Full(full)));
     assert_eq!(
-        gate.accept(OTHER, Some(2)).served,
+        gate.accept(OTHER, None, Instant::now()).served,
+        Err(NotServed::Full(full))
+    );
+    assert_eq!(
+        gate.accept(OTHER, Some(2), Instant::now()).served,
         Err(NotServed::Forward(2))
     );
 }
@@ -423,20 +434,25 @@ fn one_of_several_forwards_does_not_take_a_guests_whole_quota() {
             .count_guest_forward(&gate)
     };
     let (_one, other) = (kept(ONE), kept(OTHER));
-    let mut hanging: Vec<Guest> = (0..6).map(|_| gate.accept(ONE, None)).collect();
+    let mut hanging: Vec<Guest> = (0..6)
+        .map(|_| gate.accept(ONE, None, Instant::now()))
+        .collect();
     assert!(hanging.iter().all(|guest| guest.served.is_ok()));
     assert_eq!(
-        gate.accept(ONE, None).served,
+        gate.accept(ONE, None, Instant::now()).served,
         Err(NotServed::ForwardQuota(6))
     );
-    let others = [gate.accept(OTHER, None), gate.accept(OTHER, None)];
+    let others = [
+        gate.accept(OTHER, None, Instant::now()),
+        gate.accept(OTHER, None, Instant::now()),
+    ];
     assert!(others.iter().all(|guest| guest.served.is_ok()));
     assert_eq!(
-        gate.accept(OTHER, None).served,
+        gate.accept(OTHER, None, Instant::now()).served,
         Err(NotServed::GuestQuota(8))
     );
     drop((others, other));
-    hanging.push(gate.accept(ONE, None));
+    hanging.push(gate.accept(ONE, None, Instant::now()));
     assert_eq!(hanging.pop().unwrap().served, Ok(()));
 }
 
@@ -470,7 +486,7 @@ fn a_lost_slot_is_taken_until_the_vm_is_another_one() {
     let why = Full::Live { cap: 2, lost: 1 };
     assert!(matches!(full, Admission::Full(it) if it == why), "{full:?}");
     drop(third);
-    gate.accept(ONE, None).slot.lose();
+    gate.accept(ONE, None, Instant::now()).slot.lose();
     assert_eq!(gate.lost(), 2);
     assert!(gate.begin_look(now, Duration::ZERO));
     gate.take_look(two, None, now);
@@ -526,20 +542,20 @@ fn two_processes_have_no_more_slots_than_one() {
     let waiting = old.queue_always(ONE);
     let free = |gate: &Gate| gate.state().quotas.free_for(Holder::Forward(ONE));
     // For a moment both may accept.
-    let kept = old.keep_remainder(Remainder::HalfOfFree);
+    let kept = old.keep_remainder(Remainder::HalfOfFree).unwrap();
     assert_eq!(kept, OtherSlots { used: 12, lost: 1 });
     new.leave_out(kept);
     assert_eq!((free(&old), free(&new)), (7, 7));
     // If nothing comes of it, all is as before.
     old.take_whole();
     assert_eq!(free(&old), 14);
-    let kept = old.keep_remainder(Remainder::Used);
+    let kept = old.keep_remainder(Remainder::Used).unwrap();
     // One is for the client that waits, and one for a probe.
     assert_eq!(kept, OtherSlots { used: 7, lost: 1 });
     new.leave_out(kept);
     assert_eq!((free(&old), free(&new)), (2, 12));
     drop((live, waiting));
-    let kept = old.keep_remainder(Remainder::Used);
+    let kept = old.keep_remainder(Remainder::Used).unwrap();
     assert_eq!(kept, OtherSlots { used: 0, lost: 1 });
     new.leave_out(kept);
     assert_eq!((free(&old), free(&new)), (0, 19));
@@ -565,8 +581,97 @@ fn a_worker_that_waits_for_a_probe_is_no_client_that_waits_for_a_slot() {
     let is_in_the_way = |now| drains[0].may_give_up_drain(DrainEnd::InTheWay, now);
     let later = now + Duration::from_secs(1);
     assert!(!is_in_the_way(later));
-    let guests: Vec<Guest> = (0..15).map(|_| gate.accept(ONE, None)).collect();
+    let guests: Vec<Guest> = (0..15)
+        .map(|_| gate.accept(ONE, None, Instant::now()))
+        .collect();
     assert!(gate.queue(ONE, 1, &wake).is_err());
     assert!(is_in_the_way(later));
     drop(guests);
+}
+
+fn other_gate(vm: AnyVm, live: usize) -> Arc<Gate> {
+    let limits = GateLimits {
+        live,
+        ..GateLimits::UNLIMITED
+    };
+    Arc::new(Gate::new(limits, vm))
+}
+
+fn no_such_cid() -> crate::Error {
+    let cause = std::io::Error::from_raw_os_error(nix::libc::ENODEV);
+    crate::Error::new(crate::error::Operation::Connect, "vsock://3:80", cause)
+}
+
+#[test]
+fn a_vm_that_nothing_harms_is_dialled_at_once_and_without_end() {
+    for vm in [AnyVm::Vsock(3), AnyVm::VsockMux("/run/vm".into())] {
+        let gate = Arc::new(Gate::new(GateLimits::UNLIMITED, vm));
+        let _kept = gate.reserve(ONE, 5, Some(true)).unwrap();
+        let now = Instant::now();
+        let slots: Vec<Slot> = (0..2_000).map(|_| go(&gate, now)).collect();
+        let status = gate.status(now);
+        assert_eq!((status.connections, status.unanswered), (2_000, 0));
+        assert_eq!((status.limit, status.guest_limit), (None, None));
+        assert_eq!(gate.accept(ONE, None, now).served, Ok(()));
+        assert!(!gate.can_be_probed());
+        drop(slots);
+        assert_eq!(gate.status(now).connections, 0);
+    }
+}
+
+#[test]
+fn a_vm_of_any_family_has_its_limit_and_loses_no_slot() {
+    for vm in [AnyVm::Vsock(3), AnyVm::VsockMux("/run/vm".into())] {
+        let gate = other_gate(vm, 9);
+        let now = Instant::now();
+        // None of them is kept for probes.
+        let _kept = gate.reserve(ONE, 0, Some(true)).unwrap();
+        let guests: Vec<Guest> = (0..9).map(|_| gate.accept(ONE, None, now)).collect();
+        assert_eq!(guests[7].served, Ok(()));
+        assert_eq!(guests[8].served, Err(NotServed::GuestQuota(8)));
+        drop(guests);
+        let mut slots: Vec<Slot> = (0..9).map(|_| go(&gate, now)).collect();
+        let why = Full::Live { cap: 9, lost: 0 };
+        let full = gate.admit(ONE, now);
+        assert!(matches!(full, Admission::Full(it) if it == why), "{full:?}");
+        slots.iter_mut().for_each(Slot::lose);
+        drop(slots);
+        assert_eq!((gate.live(), gate.lost()), (0, 0));
+    }
+}
+
+#[test]
+fn a_cid_is_up_or_down_as_its_answers_say() {
+    let gate = other_gate(AnyVm::Vsock(3), usize::MAX);
+    let now = Instant::now();
+    let second = Duration::from_secs(1);
+    let up = |now| gate.status(now).up;
+    // A dial that was begun says nothing, and nobody looks.
+    let _dial = go(&gate, now);
+    assert_eq!(up(now), None);
+    assert!(!gate.begin_look(now, second));
+    gate.mark_up(now);
+    assert_eq!(up(now), Some(true));
+    assert!(!gate.begin_look(now, second));
+    let mut now = now + second;
+    gate.mark_down(&no_such_cid(), now);
+    assert_eq!(up(now), Some(false));
+    assert!(gate.status(now).gone_since.is_some());
+    // It is looked for until it is there.
+    for identity in [None, Some(VmIdentity::Cid)] {
+        now += second;
+        assert!(gate.begin_look(now, second));
+        assert!(!gate.begin_look(now, second));
+        gate.take_look(identity, None, now);
+        assert_eq!(up(now), Some(identity.is_some()));
+    }
+    assert!(!gate.begin_look(now + second, second));
+    // A guest that is silent gets no dials for the sake of looking; its own dial says that it runs.
+    let late = std::io::ErrorKind::TimedOut.into();
+    let late = crate::Error::new(crate::error::Operation::Connect, "vsock://3:80", late);
+    gate.mark_down(&late, now + second);
+    assert_eq!(up(now), Some(false));
+    assert!(!gate.begin_look(now + 2 * second, second));
+    drop(gate.accept(ONE, None, now));
+    assert_eq!(up(now), Some(true));
 }

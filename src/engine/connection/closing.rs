@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::dial::Dial;
 use crate::engine::Phase;
-use crate::engine::admission::DrainEnd;
+use crate::engine::admission::{DrainEnd, Slot};
 use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
@@ -333,14 +333,14 @@ impl<S: ConnectionSocket> Connection<S> {
         let text = match (cx.phase, guest) {
             (Phase::Cutting, _) => "closed connections that the guest had not ended yet",
             (_, Gone::Sending) => SENDS_ON,
-            (_, Gone::Silent) if self.slots[side].is_some() => LOST,
+            (_, Gone::Silent) if self.can_lose_slot(side) => LOST,
             (_, Gone::Silent) => NOT_ENDED,
         };
         self.note_abandoned(text, cx.now);
         match guest {
             // The slot is given back once the device has told the guest.
-            Gone::Sending => cx.request(Action::Discard(end.socket)),
-            Gone::Silent => {
+            Gone::Sending if self.can_lose_slot(side) => cx.request(Action::Discard(end.socket)),
+            Gone::Sending | Gone::Silent => {
                 if let Some(slot) = &mut self.slots[side] {
                     slot.lose();
                 }
@@ -348,6 +348,11 @@ impl<S: ConnectionSocket> Connection<S> {
             }
         }
         self.slots[side].is_some()
+    }
+
+    /// Returns whether the VMM of a side keeps the slot of a connection that its guest has not ended.
+    fn can_lose_slot(&self, side: Side) -> bool {
+        self.slots[side].as_ref().is_some_and(Slot::can_be_lost)
     }
 
     /// Closes by force what has not ended in time.

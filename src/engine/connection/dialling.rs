@@ -43,7 +43,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
-    /// The identity of the VM, if the target is a hyperkit VM.
+    /// The identity of the VM, if the target is one that has a file.
     pub(crate) identity: Option<VmIdentity>,
     /// Whether the process that began to listen had gone by then. Another process serves its
     /// socket, and nothing can be learnt of that one.
@@ -250,19 +250,21 @@ impl<S: ConnectionSocket> Connection<S> {
         }
         let deadline = dial.deadline();
         let target = &self.forward.rule.connect;
+        // A VM is dialled only with a slot of its gate.
+        let is_gated = self.forward.gates[Side::Server].is_some();
         if self.forward.is_blocking(Side::Server) {
-            let left = deadline.saturating_duration_since(cx.now);
-            cx.request(Action::DialOnThread(dial::limit_timeout(target, left)));
+            match is_gated {
+                true => cx.request(Action::Admit),
+                false => self.dial_on_thread(cx),
+            }
         } else {
             match Target::of(target) {
                 Target::Endpoint(endpoint) => {
-                    // hyperkit is dialled only with a slot of its gate.
-                    let action = match endpoint {
-                        Endpoint::Hyperkit(_) => Action::Admit,
-                        _ => Action::Connect,
-                    };
                     dial.add([endpoint]);
-                    cx.request(action);
+                    cx.request(match is_gated {
+                        true => Action::Admit,
+                        false => Action::Connect,
+                    });
                 }
                 Target::Name { .. } => cx.request(Action::Resolve),
                 #[cfg(unix)]
@@ -277,6 +279,15 @@ impl<S: ConnectionSocket> Connection<S> {
             }
         }
         self.wake_at = self.wake_at.or(Some(deadline));
+    }
+
+    /// Has a thread dial the target.
+    fn dial_on_thread(&self, cx: &mut Context<'_, S>) {
+        if let State::Waiting { dial, .. } = &self.state {
+            let left = dial.deadline().saturating_duration_since(cx.now);
+            let patience = dial::limit_timeout(&self.forward.rule.connect, left);
+            cx.request(Action::DialOnThread(patience));
+        }
     }
 
     /// Waits for the client's header, an address, a slot or the time of the next dial.
@@ -353,7 +364,10 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Takes a slot of the target's VM, in place of the one that was queued.
     pub(crate) fn take_slot(&mut self, slot: Slot, cx: &mut Context<'_, S>) {
         self.slots[Side::Server] = Some(slot);
-        cx.request(Action::Connect);
+        match self.forward.is_blocking(Side::Server) {
+            true => self.dial_on_thread(cx),
+            false => cx.request(Action::Connect),
+        }
     }
 
     /// Takes the reason why the gate has no slot now. Returns false if none is wanted any more.
@@ -384,6 +398,9 @@ impl<S: ConnectionSocket> Connection<S> {
                 self.refuse(&error, Reason::Other, cx);
             }
             Ok((socket, Ok(()))) => {
+                if let Some(slot) = &mut self.slots[Side::Server] {
+                    slot.note_dial(None, cx.now);
+                }
                 if let State::Waiting { client, dial, .. } = self.take_state() {
                     let server = End::new(socket);
                     let race = Race::new(dial);
@@ -533,9 +550,7 @@ impl<S: ConnectionSocket> Connection<S> {
     pub(super) fn dial_failed(&mut self, error: Error, cx: &mut Context<'_, S>) {
         let now = cx.now;
         let reason = Reason::from_error(&self.forward.rule.connect, &error);
-        if reason == Reason::Absent {
-            self.forward.mark_down(&error, now);
-        }
+        self.forward.note_failed_dial(reason, &error, now);
         let is_ending = cx.phase == Phase::Cutting || self.forward.is_cut();
         if let (Some(held), State::Waiting { dial, full, .. }) = (&mut self.held, &mut self.state)
             && dial::is_worth_retrying(&error)
@@ -593,6 +608,8 @@ impl<S: ConnectionSocket> Connection<S> {
                     State::Connecting { .. } => dial::explain(target, cause),
                     _ => Error::new(Operation::Connect, target, cause),
                 };
+                self.forward
+                    .note_failed_dial(Reason::DialTimeout, &error, cx.now);
                 (error, Reason::DialTimeout)
             }
         };
@@ -602,7 +619,7 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Refuses a client because the proxy is stopping, its forward was removed, or it was closed.
     pub(super) fn refuse_cut_off(&mut self, cx: &mut Context<'_, S>) {
         let why = match self.why {
-            Some(EndReason::Closed) => "it was closed while it was being connected",
+            Some(EndReason::ClosedOnRequest) => "it was closed while it was being connected",
             Some(EndReason::Removed) => "its forward was removed",
             _ => "the proxy is stopping",
         };

@@ -66,6 +66,7 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         self.debug(|| debug!("connected"));
         self.notify(What::Connected);
+        add_one(&self.forward.tally.connected);
         self.forward.mark_up(cx.now);
         self.held = None;
         self.idle = Idle::new(cx.now);

@@ -1,6 +1,7 @@
 //! What is reported of a connection: log lines, counters, events for the observer, and its status.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use tracing::level_filters::LevelFilter;
@@ -58,7 +59,8 @@ impl<S: Socket> Connection<S> {
         let forward = &self.forward;
         forward.tally.refused(reason);
         self.notify(What::Refused(error));
-        forward.status_cell.set_error(text.clone());
+        let connected = forward.tally.connected.load(Ordering::Relaxed);
+        forward.status_cell.set_error(text.clone(), connected);
         let is_turned_away = self.slots[Side::Client]
             .as_ref()
             .is_some_and(Slot::is_turned_away);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::dial;
 use crate::engine::connection::{Connection, Dialled};
 use crate::engine::relay::Side;
-use crate::stream::endpoint::Endpoint;
+use crate::stream::endpoint::Target;
 
 use super::queues::{FULL_PAUSE, ProbeQueue};
 use super::set::Connections;
@@ -34,11 +34,13 @@ impl<D: Driver> Connections<D> {
         forward: &Arc<Forward>,
         cx: &mut TurnContext<'_, D>,
     ) -> bool {
-        let target = &forward.rule.connect;
-        let (Some(vm), Some(gate)) = (target.hyperkit_vm(), &forward.gates[Side::Server]) else {
+        let Some(gate) = &forward.gates[Side::Server] else {
             return false;
         };
-        let probe = Endpoint::Hyperkit(vm.probe_address());
+        let address = gate.vm().probe_address();
+        let Some(Target::Endpoint(probe)) = address.as_ref().map(Target::of) else {
+            return false;
+        };
         let (mut stream, identity) = match cx.driver.connect(&probe) {
             Ok(connected) => connected,
             Err(e) => {

@@ -385,7 +385,7 @@ impl<D: Driver> Connections<D> {
         let id = ids.find(is_it)?;
         let progress = cx.driver.threads_progress(id.token(Side::Client));
         let status = self.table.get_mut(id)?.status(progress, cx.now);
-        self.with(id, cx, |it, to| it.cut(EndReason::Closed, to));
+        self.with(id, cx, |it, to| it.cut(EndReason::ClosedOnRequest, to));
         status
     }
 

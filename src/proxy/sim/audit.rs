@@ -394,7 +394,7 @@ impl Audit {
                         if gate.status(world.instant()).lost > 0 {
                             return None;
                         }
-                        let ready = world.ready_since(&gate.vm().state_dir);
+                        let ready = world.ready_since(gate.vm().path()?);
                         Some(ready.max(*since).max(self.still).saturating_add(within))
                     });
                     assert!(

@@ -469,7 +469,10 @@ impl Driver for SimDriver {
             let line = hyperkit::connect_line(to.vm.cid, to.port.0);
             let written = stream.write(&line)?;
             assert_eq!(written, line.len(), "hyperkit reads its line at once");
-            identity = self.world.sign_of(&to.vm);
+            identity = self.world.identity_of_vm(&to.vm.clone().into());
+        }
+        if let Endpoint::VsockMux(to) = endpoint {
+            identity = self.world.identity_of_vm(&to.clone().into());
         }
         self.world.dialled(id, &place);
         Ok((stream, identity))
@@ -540,7 +543,7 @@ impl Driver for SimDriver {
         let gate = Arc::clone(gate);
         self.world.ask_housekeeper(self.worker, move |world| {
             Some(Event::VmSeen {
-                identity: world.sign_of(gate.vm()),
+                identity: world.identity_of_vm(gate.vm()),
                 process: world.process_of(gate.vm()),
                 is_stopped: false,
                 gate,

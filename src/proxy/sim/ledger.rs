@@ -187,7 +187,7 @@ impl Ledger {
             // One that could not be added is given up, and its clients with it.
             EndReason::Removed => happened.removed || self.has_failed_additions,
             EndReason::Stopped => happened.stop,
-            EndReason::Closed => happened.closed,
+            EndReason::ClosedOnRequest => happened.closed,
             // Nothing is relayed by threads here.
             EndReason::Failed => false,
         };
@@ -200,7 +200,7 @@ impl Ledger {
             EndReason::Refused(_)
                 | EndReason::Removed
                 | EndReason::Stopped
-                | EndReason::Closed
+                | EndReason::ClosedOnRequest
                 | EndReason::IdleTimeout
                 | EndReason::HalfClosedTimeout
         );
@@ -335,8 +335,10 @@ impl Ledger {
 /// Whether one that was held is said to have had no answer, though each dial had one.
 fn was_answered(entry: &Entry, spots: &[&Spot], text: &str, kernel: &Kernel) -> bool {
     let is_held = entry.rule.as_ref().is_some_and(|rule| {
-        // Behind a gate, or by its name, it may not have been dialled at all.
-        rule.wait().is_some() && rule.gates[Side::Server].is_none()
+        // Behind a gate that has a limit, or by its name, it may not have been dialled at all.
+        let gate = rule.gates[Side::Server].as_ref();
+        let is_free = gate.is_none_or(|gate| !gate.has_limit());
+        rule.wait().is_some() && is_free
     });
     if !is_held || !text.contains("no connection within") {
         return false;

@@ -153,9 +153,9 @@ impl Operator {
                 let now = stage.now();
                 stage.judge().hazard(now, Hazard::All);
                 if let Some(vm) = self.vms.get(vm) {
-                    let mut limits = VmLimits::new(vm.hyperkit());
-                    limits.connections = connections;
-                    limits.unanswered = vm.unanswered as usize;
+                    let mut limits = VmLimits::new(vm.vm());
+                    limits.connections = Some(connections);
+                    limits.unanswered = Some(vm.unanswered as usize);
                     self.controller.limit_vm(&limits);
                 }
             }

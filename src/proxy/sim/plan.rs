@@ -182,6 +182,7 @@ impl Plan {
             let few = rng.u8(1..4);
             if few & 1 > 0 {
                 limits.vm_connections = one(rng, &[1, 2, 6, 9]);
+                limits.other_vm_connections = Some(limits.vm_connections);
             }
             if few & 2 > 0 {
                 limits.vm_unanswered = one(rng, &[1, 2, 8]);
@@ -698,7 +699,7 @@ impl Plan {
             matches!(act, Act::Look | Act::ChangeMode(..) | Act::Sleep(_))
         };
         let dies = |(_, act): &(Duration, VmAct)| matches!(act, VmAct::Die | VmAct::Return);
-        let leads = |it: &&RulePlan| matches!(it.rule.connect, Address::Hyperkit(_));
+        let leads = |it: &&RulePlan| it.rule.connect.vm().is_some();
         let is_certain = self.workers == 1
             && self.rules.iter().filter(leads).count() == 1
             && self.rules.iter().all(is_free)

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
-use crate::address::{Address, Waiter};
+use crate::address::{AnyVm, Waiter};
 use crate::engine::observer::{Event, Observer, What};
+use crate::engine::relay::Side;
 use crate::engine::rule::Rule;
 use crate::engine::status::{ForwardState, ForwardStatus, VmStatus};
 use crate::proxy::controller::Controller;
@@ -401,10 +402,11 @@ fn check_books(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<Sim
 
 /// Slots are counted as lost if they are, and none that are not.
 fn check_lost(plan: &Plan, vm: &VmStatus, rule: &Rule, stage: &Stage) {
-    let directory = match (&rule.connect, &rule.listen) {
-        (Address::Hyperkit(it), _) | (_, Address::Hyperkit(it)) => &it.vm.state_dir,
-        _ => return,
+    let of = rule.vm(Side::Server).or_else(|| rule.vm(Side::Client));
+    let Some(AnyVm::Hyperkit(it)) = of else {
+        return assert_eq!(vm.lost, 0, "only hyperkit loses slots");
     };
+    let directory = &it.state_dir;
     let its = plan.vms.iter().find(|it| it.path == *directory);
     let ends = |(_, act): &(Duration, VmAct)| matches!(act, VmAct::Die | VmAct::Return);
     if its.is_none_or(|it| it.acts.iter().any(ends)) {

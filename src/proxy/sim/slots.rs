@@ -3,10 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::Phase;
-use crate::engine::admission::Full;
+use crate::engine::admission::{Full, Gate};
 use crate::engine::connection::State;
 use crate::engine::relay::Side;
 use crate::proxy::worker::Worker;
@@ -72,7 +73,7 @@ impl Slots {
                 let Some(gate) = &conn.forward.gates[side] else {
                     continue;
                 };
-                let vm = &gate.vm().state_dir;
+                let vm = path_of(gate);
                 let slot = conn.slots[side].as_ref();
                 if side == Side::Client && slot.is_some_and(|slot| !slot.is_turned_away()) {
                     *guests.entry(vm.clone()).or_default() += 1;
@@ -91,7 +92,7 @@ impl Slots {
                         let key = (index, id.token(Side::Client) as u64, side as usize);
                         let received = closing.end.received();
                         let before = self.drains.get(&key);
-                        drains.insert(key, go_on(before, vm, received, now));
+                        drains.insert(key, go_on(before, &vm, received, now));
                     }
                     _ => {}
                 }
@@ -102,7 +103,7 @@ impl Slots {
             .all()
             .iter()
             .filter_map(|it| it.full_gate());
-        waited_for.extend(full.map(|gate| gate.vm().state_dir.clone()));
+        waited_for.extend(full.map(path_of));
         self.guests.insert(index, guests);
         self.waited_for.insert(index, waited_for);
         self.drains.retain(|(of, ..), _| *of != index);
@@ -170,6 +171,11 @@ impl Slots {
             );
         }
     }
+}
+
+/// Where a gate's VM is.
+fn path_of(gate: &Arc<Gate>) -> PathBuf {
+    gate.vm().path().map(Path::to_path_buf).unwrap_or_default()
 }
 
 fn go_on(before: Option<&Sending>, vm: &Path, received: u64, now: Duration) -> Sending {

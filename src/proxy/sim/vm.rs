@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
-use crate::address::{HyperkitVm, PORT_ANY, Port, VsockMuxAddress};
+use crate::address::{AnyVm, HyperkitVm, PORT_ANY, Port, VsockMuxAddress};
 use crate::simulate::judge::{HostEnd, Origin, broken_rule};
 use crate::simulate::rules::Strictness;
 
@@ -84,8 +84,15 @@ pub(super) struct VmPlan {
 }
 
 impl VmPlan {
-    pub(super) fn hyperkit(&self) -> HyperkitVm {
+    fn hyperkit(&self) -> HyperkitVm {
         HyperkitVm::new(&self.path)
+    }
+
+    pub(super) fn vm(&self) -> AnyVm {
+        match self.kind {
+            Kind::Hyperkit => self.hyperkit().into(),
+            Kind::Mux { .. } => AnyVm::VsockMux(self.path.clone()),
+        }
     }
 }
 

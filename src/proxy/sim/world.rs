@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
-use crate::address::HyperkitVm;
+use crate::address::AnyVm;
 use crate::engine::health::VmIdentity;
 use crate::proxy::driver::Event;
 use crate::sys::Identity;
@@ -213,11 +213,17 @@ impl<S, L> World<S, L> {
     }
 
     /// By what a VM is known now.
-    pub(super) fn sign_of(&self, vm: &HyperkitVm) -> Option<VmIdentity> {
+    pub(super) fn identity_of_vm(&self, vm: &AnyVm) -> Option<VmIdentity> {
         let kernel = self.kernel();
-        let of = |path: PathBuf| kernel.files.get(&path).map(|file| identity(file.inode));
-        let socket = of(vm.connect_path()).map(VmIdentity::Socket);
-        socket.or_else(|| of(vm.pid_path()).map(VmIdentity::PidFile))
+        let of = |path: &Path| kernel.files.get(path).map(|file| identity(file.inode));
+        match vm {
+            AnyVm::Hyperkit(vm) => {
+                let socket = of(&vm.connect_path()).map(VmIdentity::Socket);
+                socket.or_else(|| of(&vm.pid_path()).map(VmIdentity::PidFile))
+            }
+            AnyVm::VsockMux(path) => of(path).map(VmIdentity::Socket),
+            other => unreachable!("there is no {other}"),
+        }
     }
 
     /// Notes since when a VM's guest answers.
@@ -231,8 +237,11 @@ impl<S, L> World<S, L> {
         ready.unwrap_or(Duration::MAX)
     }
 
-    pub(super) fn process_of(&self, vm: &HyperkitVm) -> Option<i32> {
-        self.processes.borrow().get(&vm.state_dir).copied()
+    pub(super) fn process_of(&self, vm: &AnyVm) -> Option<i32> {
+        match vm {
+            AnyVm::Hyperkit(vm) => self.processes.borrow().get(&vm.state_dir).copied(),
+            _ => None,
+        }
     }
 
     /// Takes a dial of the proxy.
