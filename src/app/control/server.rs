@@ -267,7 +267,7 @@ impl Acceptor {
                 Ok(process) => process,
                 Err(why) => return self.complain(format_args!("refused a client: {why}")),
             },
-            Service::Metrics => None,
+            Service::GuestControl | Service::Metrics => None,
         };
         let client = Arc::new(Client::new());
         let (served, api) = (Arc::clone(&client), Arc::clone(&self.api));

@@ -305,6 +305,10 @@ impl Driver for SimDriver {
         asked.clone()
     }
 
+    fn note(_: &SimListener) -> Option<&'static str> {
+        None
+    }
+
     fn clock() -> Instant {
         this_world().instant()
     }
