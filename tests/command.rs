@@ -438,7 +438,7 @@ fn errors_say_what_why_and_how_to_mend_it() {
     fails(
         &["expose", "--vm", vm, "-L", "7"],
         2,
-        &["guest's port is missing", "8080:80"],
+        &["guest's port is missing", "0:7 for a free port"],
     );
     fails(
         &["expose", "--vm", vm, "-L", "0:0x1ffffffff"],

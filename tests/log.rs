@@ -148,7 +148,14 @@ fn a_file_is_made_appended_to_and_opened_again_when_it_was_renamed() {
     eventually("it is in the file", || {
         read(&log).contains("refused a client")
     });
-    assert!(read(&log).starts_with("before\n"));
+    let told = read(&log);
+    assert!(told.starts_with("before\n"), "{told}");
+    for begin in [
+        format!("has started, process {}", proxy.child.0.id()),
+        format!("carries tcp://127.0.0.1:{port} -> "),
+    ] {
+        assert!(told.contains(&begin), "{told} lacks {begin}");
+    }
 
     fs::rename(&log, &old).unwrap();
     let before = read(&old).len();
@@ -157,6 +164,7 @@ fn a_file_is_made_appended_to_and_opened_again_when_it_was_renamed() {
     proxy.signal("TERM");
     assert_eq!(proxy.exit_code(), Some(0));
     assert!(read(&log).contains("stopping"), "{}", read(&log));
+    assert!(read(&log).ends_with("has stopped\n"), "{}", read(&log));
     assert_eq!(read(&old).len(), before);
     assert_eq!(
         fs::metadata(&log).unwrap().permissions().mode() & 0o777,

@@ -203,15 +203,14 @@ fn cat_waits_for_no_address_that_is_silent() {
         };
         let quartet = Quartet::new(lively);
         cat.args(["cat", &format!("tcp://four:{}", quartet.port)]);
-        let mut cat = cat
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        cat.stdin.take().unwrap().write_all(b"hello").unwrap();
-        eventually("cat has ended", || cat.try_wait().unwrap().is_some());
-        let output = cat.wait_with_output().unwrap();
-        assert_eq!(output.stdout, b"hello", "{lively}");
+        let cat = cat.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut cat = Mortal(cat.spawn().unwrap());
+        cat.0.stdin.take().unwrap().write_all(b"hello").unwrap();
+        eventually("cat has ended", || cat.0.try_wait().unwrap().is_some());
+        let mut answer = Vec::new();
+        let mut output = cat.0.stdout.take().unwrap();
+        output.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer, b"hello", "{lively}");
     }
 }
 
@@ -232,9 +231,14 @@ fn the_library_waits_for_no_address_that_is_silent_and_remembers() {
         let quartet = Quartet::new(lively);
         library.args(["--exact", "the_library_dials", "--nocapture"]);
         library.env(PORT, quartet.port.to_string());
-        let output = library.output().unwrap();
-        let told = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success(), "{told}");
+        let mut library = Mortal(library.stdout(Stdio::piped()).spawn().unwrap());
+        eventually("the library has dialled", || {
+            library.0.try_wait().unwrap().is_some()
+        });
+        let mut told = String::new();
+        let mut output = library.0.stdout.take().unwrap();
+        output.read_to_string(&mut told).unwrap();
+        assert!(library.0.wait().unwrap().success(), "{told}");
         let times = told.lines().find_map(|line| line.split_once("times: "));
         let times = times.unwrap_or_else(|| panic!("{told}")).1;
         let mut times = times.split(' ').map(|time| time.parse::<u128>().unwrap());

@@ -266,8 +266,12 @@ fn no_client_is_refused_and_no_byte_lost_however_often_one_takes_over() {
             state, scene.echo
         ),
     ];
-    scene.write(&rules.concat());
+    let metrics = "metrics = \"localhost:0\"\n".to_owned();
+    scene.write(&(metrics + &rules.concat()));
     let mut old = scene.run();
+    let metrics = old.says("metrics at http://localhost:");
+    let metrics = metrics.rsplit_once(':').unwrap().1;
+    let metrics: u16 = metrics.strip_suffix("/metrics").unwrap().parse().unwrap();
     let (_, added) = scene.call(
         "POST",
         "/v1/forwards",
@@ -349,6 +353,12 @@ fn no_client_is_refused_and_no_byte_lost_however_often_one_takes_over() {
         old = new;
     }
     crowd.is_served();
+    for mut client in [tcp_client(metrics).unwrap(), v6_client(metrics).unwrap()] {
+        client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
+    }
     assert_eq!(scene.names(), names);
     println!("{times} take-overs; clients served: {:?}", crowd.served());
     crowd.leaves();

@@ -4,25 +4,36 @@
 use std::io;
 use std::time::Instant;
 
-use super::{Addresses, Dial, Race};
+use super::{Addresses, Begun, Dial, Next, Race};
 use crate::stream::endpoint::Endpoint;
 use crate::stream::nonblocking::Stream;
 
-/// The attempts that are under way.
+/// A dial, and the attempts of it that are under way.
 #[derive(Debug)]
 pub(crate) struct Attempts {
-    latest: Stream,
     race: Race<Stream>,
+    latest: Option<Stream>,
 }
 
 impl Attempts {
-    /// Makes those of a dial whose first one was begun with this socket.
-    pub(super) fn new(dial: Dial, first: Stream) -> Attempts {
-        let race = Race::new(dial);
+    pub(crate) fn new(dial: Dial) -> Attempts {
         Attempts {
-            latest: first,
-            race,
+            race: Race::new(dial),
+            latest: None,
         }
+    }
+
+    /// Begins to connect to the dial's endpoint. Returns what to wait for.
+    ///
+    /// # Errors
+    /// Why that can't be; `NotFound` if there is no endpoint.
+    pub(crate) fn begin(&mut self) -> io::Result<Begun> {
+        let Some(endpoint) = self.race.dial.endpoint() else {
+            let why = "the name has no address";
+            return Err(io::Error::new(io::ErrorKind::NotFound, why));
+        };
+        self.latest = Some(Stream::connect(endpoint)?);
+        Ok(self.race.dial.begun(Instant::now()))
     }
 
     /// Looks at all of them, and begins the next one if it is due. Returns whether one has succeeded;
@@ -38,10 +49,10 @@ impl Attempts {
                 note_failure(&attempt.endpoint, now);
             }
             if let Some((winner, _later)) = look.winner {
-                self.latest = winner;
+                self.latest = Some(winner);
                 return Ok(self.win(now));
             }
-            match self.latest.connected() {
+            match self.latest.as_ref().map_or(Ok(false), Stream::connected) {
                 Ok(true) => return Ok(self.win(now)),
                 Ok(false) if now >= self.race.dial.deadline() => {
                     let why = "it hasn't answered in time";
@@ -50,7 +61,7 @@ impl Attempts {
                 Ok(false) => {}
                 Err(e) => match self.race.return_to_earlier(now) {
                     Some((socket, failed)) => {
-                        self.latest = socket;
+                        self.latest = Some(socket);
                         failed.iter().for_each(|it| note_failure(it, now));
                     }
                     None => {
@@ -65,9 +76,10 @@ impl Attempts {
             }
             match self.race.dial.next_endpoint().map(Stream::connect) {
                 Some(Ok(socket)) => {
-                    let before = std::mem::replace(&mut self.latest, socket);
-                    let oldest = self.race.take_before(before, now);
-                    oldest.iter().for_each(|it| note_failure(&it.endpoint, now));
+                    if let Some(before) = self.latest.replace(socket) {
+                        let oldest = self.race.take_before(before, now);
+                        oldest.iter().for_each(|it| note_failure(&it.endpoint, now));
+                    }
                 }
                 _ => {
                     let skipped = self.race.skip_next(now);
@@ -95,39 +107,39 @@ impl Attempts {
         next.map_or(deadline, |next| next.min(deadline))
     }
 
-    /// Returns those that are under way.
-    pub(crate) fn streams(&self) -> impl Iterator<Item = &Stream> {
-        self.race.earlier().chain([&self.latest])
+    /// Goes on with the handshake of the one that has succeeded. Returns whether it is done.
+    ///
+    /// # Errors
+    /// Why the peer can't be connected to.
+    pub(crate) fn shake_hands(&mut self) -> io::Result<bool> {
+        match &mut self.latest {
+            Some(stream) => self.race.dial.shake_hands(stream),
+            None => Ok(true),
+        }
     }
 
-    /// Returns the dial, and the latest attempt, which is the one that has succeeded if one has.
-    pub(crate) fn into_parts(self) -> (Dial, Stream) {
-        (self.race.dial, self.latest)
+    /// Returns those that are under way.
+    pub(crate) fn streams(&self) -> impl Iterator<Item = &Stream> {
+        self.race.earlier().chain(&self.latest)
+    }
+
+    /// Takes the one that has succeeded.
+    ///
+    /// # Errors
+    /// `NotConnected` if there is none.
+    pub(crate) fn take(&mut self) -> io::Result<Stream> {
+        self.latest.take().ok_or(io::ErrorKind::NotConnected.into())
+    }
+
+    /// Notes that all have failed. Returns what to do next.
+    pub(crate) fn failed(&mut self, now: Instant, error: io::Error) -> Next {
+        self.latest = None;
+        self.race.dial.failed(now, error)
     }
 }
 
 fn note_failure(endpoint: &Endpoint, now: Instant) {
     if let Endpoint::Tcp(address) = endpoint {
         Addresses::own().note_failure(*address, now);
-    }
-}
-
-impl Dial {
-    /// Begins to connect to its endpoint. Returns its attempts.
-    ///
-    /// # Errors
-    /// The dial, and why that can't be; `NotFound` if it has no endpoint.
-    pub(crate) fn begin(mut self) -> Result<(Attempts, super::Begun), (Dial, io::Error)> {
-        let Some(endpoint) = self.endpoint() else {
-            let why = "the name has no address";
-            return Err((self, io::Error::new(io::ErrorKind::NotFound, why)));
-        };
-        match Stream::connect(endpoint) {
-            Ok(stream) => {
-                let begun = self.begun(Instant::now());
-                Ok((Attempts::new(self, stream), begun))
-            }
-            Err(e) => Err((self, e)),
-        }
     }
 }

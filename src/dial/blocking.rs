@@ -185,20 +185,15 @@ fn resolve(address: &Address, host: &str, port: u16) -> Result<Vec<Endpoint>> {
 }
 
 /// Tries one endpoint after the other, and more than one at a time if the first doesn't answer.
-fn connect(mut dial: Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblocking> {
+fn connect(dial: Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblocking> {
+    let mut attempts = Attempts::new(dial);
     loop {
-        let error;
-        (dial, error) = match dial.begin() {
-            Ok((attempts, begun)) => match attempt(attempts, begun, is_cancelled) {
-                Ok(stream) => return Ok(stream),
-                Err(failed) => failed,
-            },
-            Err(failed) => failed,
+        let error = match attempt(&mut attempts, is_cancelled) {
+            Ok(stream) => return Ok(stream),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Err(e),
+            Err(e) => e,
         };
-        if error.kind() == io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-        match dial.failed(Instant::now(), error) {
+        match attempts.failed(Instant::now(), error) {
             Next::Now => {}
             Next::At(at) => {
                 thread::sleep(at.saturating_duration_since(Instant::now()));
@@ -209,55 +204,31 @@ fn connect(mut dial: Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblock
     }
 }
 
-fn attempt(
-    mut attempts: Attempts,
-    begun: Begun,
-    is_cancelled: IsCancelled<'_>,
-) -> std::result::Result<Nonblocking, (Dial, io::Error)> {
-    if begun == Begun::InProgress
-        && let Err(e) = wait_for_answer(&mut attempts, is_cancelled)
-    {
-        return Err((attempts.into_parts().0, e));
-    }
-    let (mut dial, mut stream) = attempts.into_parts();
-    match shake_hands(&mut dial, &mut stream, is_cancelled) {
-        Ok(()) => Ok(stream),
-        Err(e) => Err((dial, e)),
-    }
-}
-
-/// Waits until one of the attempts has succeeded.
-fn wait_for_answer(attempts: &mut Attempts, is_cancelled: IsCancelled<'_>) -> io::Result<()> {
-    while !attempts.go_on(Instant::now())? {
-        check_cancelled(is_cancelled)?;
-        let left = time_left(attempts.wait_until(), is_cancelled);
-        let sockets: Vec<_> = attempts.streams().filter_map(|it| it.socket()).collect();
-        match sys::wait_for_any_of(&sockets, Wanted::Writable, left) {
-            Err(e) if !is_timeout(&e) => return Err(e),
-            _ => {}
+fn attempt(attempts: &mut Attempts, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblocking> {
+    if attempts.begin()? == Begun::InProgress {
+        while !attempts.go_on(Instant::now())? {
+            wait(attempts, Wanted::Writable, is_cancelled)?;
         }
     }
-    Ok(())
-}
-
-fn shake_hands(
-    dial: &mut Dial,
-    stream: &mut Nonblocking,
-    is_cancelled: IsCancelled<'_>,
-) -> io::Result<()> {
-    while !dial.shake_hands(stream)? {
-        check_cancelled(is_cancelled)?;
-        let deadline = dial.deadline();
-        if Instant::now() >= deadline {
+    while !attempts.shake_hands()? {
+        if Instant::now() >= attempts.wait_until() {
             let why = "it hasn't answered in time";
             return Err(io::Error::new(io::ErrorKind::TimedOut, why));
         }
-        match stream.wait(Wanted::Readable, time_left(deadline, is_cancelled)) {
-            Err(e) if !is_timeout(&e) => return Err(e),
-            _ => {}
-        }
+        wait(attempts, Wanted::Readable, is_cancelled)?;
     }
-    Ok(())
+    attempts.take()
+}
+
+/// Waits for a while; the caller looks at what has come of it.
+fn wait(attempts: &Attempts, wanted: Wanted, is_cancelled: IsCancelled<'_>) -> io::Result<()> {
+    check_cancelled(is_cancelled)?;
+    let left = time_left(attempts.wait_until(), is_cancelled);
+    let sockets: Vec<_> = attempts.streams().filter_map(Nonblocking::socket).collect();
+    match sys::wait_for_any_of(&sockets, wanted, left) {
+        Err(e) if !is_timeout(&e) => Err(e),
+        _ => Ok(()),
+    }
 }
 
 /// Returns how long to wait at a time, until `end` at most.

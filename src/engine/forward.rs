@@ -315,6 +315,7 @@ impl Forward {
             },
             listen: self.rule.listen.clone(),
             state: self.status_cell.state(),
+            note: self.status_cell.note(),
             vm: self.gate().map(|gate| gate.status(now)),
             last_error: {
                 let connected = self.tally.connected.load(Ordering::Relaxed);

@@ -25,6 +25,8 @@ pub struct ForwardStatus {
     pub listen: Address,
     /// Whether the forward accepts clients now.
     pub state: ForwardState,
+    /// What is unusual about its socket.
+    pub note: Option<&'static str>,
     /// The VM that the forward dials, or else the one that dials it.
     pub vm: Option<VmStatus>,
     /// Why the last client that was refused was refused.
@@ -245,6 +247,7 @@ struct Known {
     obstacle: Option<(Obstacle, String, SystemTime)>,
     /// The last error, and how many clients' targets had been connected by then.
     error: Option<(String, SystemTime, u64)>,
+    note: Option<&'static str>,
 }
 
 /// A cell in which workers leave the status of a forward for those who ask.
@@ -269,6 +272,15 @@ impl StatusCell {
     /// Notes that the listener accepts clients again.
     pub(crate) fn clear_obstacle(&self) {
         self.known().obstacle = None;
+    }
+
+    /// Notes what is unusual about the socket that was bound.
+    pub(crate) fn set_note(&self, note: Option<&'static str>) {
+        self.known().note = note;
+    }
+
+    pub(crate) fn note(&self) -> Option<&'static str> {
+        self.known().note
     }
 
     /// Notes why a client was refused. `connected` is how many clients' targets have been

@@ -103,6 +103,14 @@ impl Listener {
         }
     }
 
+    /// Returns what is unusual about its sockets.
+    pub(crate) fn note(&self) -> Option<&'static str> {
+        match self {
+            Listener::Tcp(listener) => listener.note(),
+            _ => None,
+        }
+    }
+
     /// Returns the name that a Unix socket was bound to, which `getpeername(2)` gives its clients.
     pub(crate) fn bound_name(&self) -> Option<Vec<u8>> {
         match self {

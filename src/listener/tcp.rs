@@ -112,6 +112,14 @@ impl TcpListener {
         self.sockets[0].local_addr()
     }
 
+    /// Returns what is unusual about its sockets.
+    pub(super) fn note(&self) -> Option<&'static str> {
+        match self.admits {
+            Admits::All => None,
+            Admits::Local => Some(ON_WILDCARD),
+        }
+    }
+
     pub(super) fn sockets(&self) -> Vec<BorrowedSocket<'_>> {
         self.sockets.iter().map(AsSocket::as_socket).collect()
     }
@@ -415,6 +423,7 @@ mod tests {
             admits: Admits::Local,
             ..TcpListener::of(vec![socket])
         };
+        assert!(listener.note().is_some());
         let client = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
         assert_eq!(accept(&listener).unwrap().1, client.local_addr().unwrap());
         // Which address of this machine others know is looked up; nothing is sent.

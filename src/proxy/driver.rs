@@ -130,6 +130,8 @@ pub(crate) trait Driver: Sized {
     fn take_passed(listener: listener::Listener) -> Self::Listener;
     /// Returns the address that was bound for `asked`, with the port that was chosen.
     fn bound(listener: &Self::Listener, asked: &Address) -> Address;
+    /// Returns what is unusual about a listener that was bound.
+    fn note(listener: &Self::Listener) -> Option<&'static str>;
     /// Returns the time of the clock that [`now`](Driver::now) reads.
     fn clock() -> Instant;
     /// Waits for the answer of a worker, at most `patience`.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use crate::address::{Address, AnyVm, VsockAddress};
+use crate::address::{Address, AnyVm};
 use crate::engine::connection::{Progress, Socket};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
@@ -276,7 +276,7 @@ fn identity_of_vm(vm: &AnyVm) -> Option<VmIdentity> {
         AnyVm::VsockMux(path) => of(path).map(VmIdentity::Socket),
         #[cfg(unix)]
         AnyVm::Vsock(cid) => {
-            let port = VsockAddress::new(*cid, UNUSED_PORT);
+            let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
             match Stream::connect(&Endpoint::Vsock(port)) {
                 Err(e) if sys::is_no_such_cid(&e) => None,
                 // It is refused later, or is not answered.
@@ -397,6 +397,10 @@ impl Driver for MioDriver {
 
     fn bound(listener: &Listener, asked: &Address) -> Address {
         listener.bound(asked)
+    }
+
+    fn note(listener: &Listener) -> Option<&'static str> {
+        listener.note()
     }
 
     fn clock() -> Instant {

@@ -298,6 +298,7 @@ impl Binder {
         let reports = self.reports.clone();
         let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, reports);
         forward.home = home;
+        forward.status_cell.set_note(D::note(&listener));
         self.index().insert(id.0, &forward.rule);
         Ok((listener, Arc::new(forward)))
     }

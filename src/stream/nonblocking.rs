@@ -18,7 +18,7 @@ use crate::engine::relay::Socket;
 #[cfg(unix)]
 use crate::keeper::Link;
 use crate::name::{PeerProcess, SocketName};
-use crate::sys::{self, AsSocket, Wanted};
+use crate::sys::{self, AsSocket};
 
 /// How often TCP asks a silent peer, and how many questions without an answer end the connection:
 /// after a minute. Of the default keepalive of a minute that makes two.
@@ -455,21 +455,6 @@ impl From<Stream> for sys::OwnedSocket {
             Stream::Tcp(stream) => stream.into(),
             Stream::Local(stream) => stream.into(),
             Stream::Blocking(stream) => stream.socket.into(),
-        }
-    }
-}
-
-impl Stream {
-    /// Waits until it is ready, or has failed; returns false if `timeout` has passed.
-    pub(crate) fn wait(&self, wanted: Wanted, timeout: Duration) -> io::Result<bool> {
-        match self {
-            Stream::Tcp(stream) => sys::wait(stream.as_socket(), wanted, timeout),
-            #[cfg(unix)]
-            Stream::Local(stream) => sys::wait(stream.as_socket(), wanted, timeout),
-            // It was connected when it was made, and there is nothing else to wait for here.
-            #[cfg(windows)]
-            Stream::Local(_) => Ok(true),
-            Stream::Blocking(_) => Ok(true),
         }
     }
 }

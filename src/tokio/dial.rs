@@ -41,17 +41,14 @@ pub(super) async fn connect(address: &Address, deadline: Instant) -> Result<Stre
 }
 
 /// Tries one endpoint after the other, and more than one at a time if the first doesn't answer.
-async fn try_endpoints(mut dial: Dial) -> io::Result<Stream> {
+async fn try_endpoints(dial: Dial) -> io::Result<Stream> {
+    let mut attempts = Attempts::new(dial);
     loop {
-        let error;
-        (dial, error) = match dial.begin() {
-            Ok((attempts, begun)) => match attempt(attempts, begun).await {
-                Ok(stream) => return Ok(stream),
-                Err(failed) => failed,
-            },
-            Err(failed) => failed,
+        let error = match attempt(&mut attempts).await {
+            Ok(stream) => return Ok(stream),
+            Err(e) => e,
         };
-        match dial.failed(Instant::now(), error) {
+        match attempts.failed(Instant::now(), error) {
             Next::Now => {}
             Next::At(at) => sleep_until(at.into()).await,
             Next::GiveUp(e) => return Err(e),
@@ -59,44 +56,31 @@ async fn try_endpoints(mut dial: Dial) -> io::Result<Stream> {
     }
 }
 
-async fn attempt(
-    mut attempts: Attempts,
-    begun: Begun,
-) -> std::result::Result<Stream, (Dial, io::Error)> {
-    if begun == Begun::InProgress
-        && let Err(e) = wait_for_answer(&mut attempts).await
-    {
-        return Err((attempts.into_parts().0, e));
-    }
-    let (mut dial, mut stream) = attempts.into_parts();
-    match shake_hands(&mut dial, &mut stream).await {
-        Ok(()) => Ok(stream),
-        Err(e) => Err((dial, e)),
-    }
-}
-
-/// Waits until one of the attempts has succeeded.
-async fn wait_for_answer(attempts: &mut Attempts) -> io::Result<()> {
-    while !attempts.go_on(Instant::now())? {
-        let streams = attempts.streams();
-        let watched = streams.map(|stream| sys::watch_borrowed(stream.as_fd()));
-        let watched: Vec<_> = watched.collect::<io::Result<_>>()?;
-        let ready = sys::any_ready(&watched, Interest::WRITABLE);
-        if let Ok(ready) = timeout_at(attempts.wait_until().into(), ready).await {
-            drop(ready?);
+async fn attempt(attempts: &mut Attempts) -> io::Result<Stream> {
+    if attempts.begin()? == Begun::InProgress {
+        while !attempts.go_on(Instant::now())? {
+            wait(attempts, Interest::WRITABLE).await?;
         }
     }
-    Ok(())
+    while !attempts.shake_hands()? {
+        if Instant::now() >= attempts.wait_until() {
+            return Err(no_answer());
+        }
+        wait(attempts, Interest::READABLE).await?;
+    }
+    attempts.take()
 }
 
-async fn shake_hands(dial: &mut Dial, stream: &mut Stream) -> io::Result<()> {
-    while !dial.shake_hands(stream)? {
-        let watched = [sys::watch_borrowed(stream.as_fd())?];
-        let ready = sys::any_ready(&watched, Interest::READABLE);
-        let ready = timeout_at(dial.deadline().into(), ready).await;
-        drop(ready.map_err(|_| no_answer())??);
+/// Waits for a while; the caller looks at what has come of it.
+async fn wait(attempts: &Attempts, interest: Interest) -> io::Result<()> {
+    let streams = attempts.streams();
+    let watched = streams.map(|stream| sys::watch_borrowed(stream.as_fd()));
+    let watched: Vec<_> = watched.collect::<io::Result<_>>()?;
+    let ready = sys::any_ready(&watched, interest);
+    match timeout_at(attempts.wait_until().into(), ready).await {
+        Ok(ready) => ready.map(drop),
+        Err(_late) => Ok(()),
     }
-    Ok(())
 }
 
 fn no_answer() -> io::Error {

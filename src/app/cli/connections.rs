@@ -20,8 +20,8 @@ use crate::proxy::Waiting;
 /// Show the connections of an hvsock that runs, and who has made them
 #[derive(Args, Debug)]
 #[command(
-    after_help = "PEER is the client: its address, or, of a Unix socket, the process that connected it. IDLE is the
-time since a byte went through. WAITING are bytes on their way to the server and to the client, as
+    after_help = "PEER is the client: its address, or, of a Unix socket, the process that connected it. IDLE is the \
+time since a byte went through. WAITING are bytes on their way to the server and to the client, as \
 far as the system tells.
 
 Examples:

@@ -135,6 +135,9 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
                 ago(since, now)
             ));
         }
+        if let Some(note) = &forward.note {
+            lines.push(format!("{}: {note}", forward.name_or_address()));
+        }
         if let Some(error) = &forward.last_error {
             let since = match error.connected_since {
                 0 => String::new(),

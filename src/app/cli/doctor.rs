@@ -22,7 +22,7 @@ use crate::app::escape;
 Examples:
   hvsock doctor --vm docker
   hvsock doctor --vm ./linux-state --port 22 --port 0x50 --host-port 5000
-  hvsock doctor --vm docker --json | jq -r '.checks[] | select(.verdict == \"failed\") | .name'"
+  hvsock doctor --vm docker --json | jq -r '.checks[] | .name + \": \" + .verdict'"
 )]
 pub(super) struct Doctor {
     /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR, vsock://CID or
@@ -64,7 +64,7 @@ impl Doctor {
             true => print_json(&to_json(&checks, ok))?,
             false => {
                 let signs = io::stdout().is_terminal() && speaks_utf8();
-                print_text(to_text(&checks, signs))?;
+                print_text(to_text(&checks, signs, width()))?;
             }
         }
         match ok {
@@ -87,8 +87,31 @@ fn to_json(checks: &[Check], ok: bool) -> String {
     format!("{:#}", json!({ "ok": ok, "checks": checks }))
 }
 
-/// A line a check, and its remedy below.
-fn to_text(checks: &[Check], signs: bool) -> String {
+/// Returns how many columns a line may have: as many as the terminal has.
+fn width() -> usize {
+    let is_terminal = io::stdout().is_terminal();
+    let size = is_terminal.then(ratatui::crossterm::terminal::size);
+    let columns = size.and_then(Result::ok).map(|(columns, _)| columns.into());
+    columns.filter(|it| *it > 0).unwrap_or(usize::MAX)
+}
+
+/// Breaks a text between words into lines of at most so many columns, if its words are no longer.
+fn wrap(text: &str, columns: usize) -> Vec<String> {
+    let mut lines: Vec<String> = vec![String::new()];
+    for word in text.split(' ') {
+        let line = lines.pop().unwrap_or_default();
+        let fits = line.is_empty() || line.chars().count() + 1 + word.chars().count() <= columns;
+        match (line.is_empty(), fits) {
+            (true, _) => lines.push(word.to_owned()),
+            (false, true) => lines.push(format!("{line} {word}")),
+            (false, false) => lines.extend([line, word.to_owned()]),
+        }
+    }
+    lines
+}
+
+/// What was seen of each check, and its remedy below, in lines of at most so many columns.
+fn to_text(checks: &[Check], signs: bool, columns: usize) -> String {
     let width = checks
         .iter()
         .map(|check| check.name.len())
@@ -107,10 +130,15 @@ fn to_text(checks: &[Check], signs: bool) -> String {
             (Verdict::Skipped, false) => "skip",
         };
         let (name, seen) = (escape::line(&check.name), escape::line(&check.seen));
-        lines.push(format!("{sign} {name:width$}  {seen}"));
-        if let Some(remedy) = &check.remedy {
-            let indent = sign.chars().count() + 1 + width + 2;
-            lines.push(format!("{:indent$}{}", "", escape::line(remedy)));
+        let indent = sign.chars().count() + 1 + width + 2;
+        // Of a very narrow one there is nothing to be had.
+        let room = columns.saturating_sub(indent).max(20);
+        let mut head = format!("{sign} {name:width$}  ");
+        let remedy = check.remedy.as_deref().map(escape::line);
+        let remedy = remedy.iter().flat_map(|remedy| wrap(remedy, room));
+        for line in wrap(&seen, room).into_iter().chain(remedy) {
+            lines.push(head + &line);
+            head = " ".repeat(indent);
         }
     }
     lines.join("\n")
@@ -122,4 +150,30 @@ fn speaks_utf8() -> bool {
     let locale = locale.into_iter().find(|value| !value.is_empty());
     let locale = locale.unwrap_or_default().to_lowercase();
     cfg!(windows) || locale.contains("utf-8") || locale.contains("utf8")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_stay_in_their_column() {
+        let check = Check {
+            name: "port".to_owned(),
+            verdict: Verdict::Failed,
+            seen: "nobody listens on it in the guest, as it seems".to_owned(),
+            remedy: Some("start what should listen".to_owned()),
+        };
+        let wide = to_text(std::slice::from_ref(&check), false, usize::MAX);
+        assert_eq!(
+            wide,
+            "FAIL port  nobody listens on it in the guest, as it seems\n           start what should listen"
+        );
+        let narrow = to_text(&[check], false, 33);
+        assert_eq!(
+            narrow,
+            "FAIL port  nobody listens on it\n           in the guest, as it\n           seems\n           \
+             start what should\n           listen"
+        );
+    }
 }

@@ -62,6 +62,29 @@ fn commands(text: &str) -> Vec<String> {
     found.into_iter().filter(is_command).map(whole).collect()
 }
 
+/// What begins with blanks is not wrapped, and what else there is would be wrapped twice.
+#[test]
+fn help_fits_a_terminal_of_80_columns() {
+    let all = Arguments::command();
+    for command in std::iter::once(&all).chain(all.get_subcommands()) {
+        let name = command.get_name();
+        let help = command.get_after_help().map(ToString::to_string);
+        let help = help.unwrap_or_default();
+        let lines: Vec<&str> = help.lines().collect();
+        for (at, line) in lines.iter().enumerate() {
+            let is_prose = |line: &str| !line.is_empty() && !line.starts_with(' ');
+            let goes_on = lines.get(at + 1).is_some_and(|next| is_prose(next));
+            match is_prose(line) {
+                true => assert!(
+                    !goes_on || line.ends_with(['.', ':', ')']),
+                    "{name}: {line}"
+                ),
+                false => assert!(line.chars().count() <= 80, "{name}: {line}"),
+            }
+        }
+    }
+}
+
 #[test]
 fn every_documented_command_line_is_understood() {
     let mut seen = 0;

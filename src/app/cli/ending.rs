@@ -3,12 +3,15 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
+use tracing::info;
+
 use super::console::complain;
 use super::manager::Manager;
 use super::options::ProxyOptions;
 use super::outcome::Outcome;
 use super::signals::{Asked, EndSignals};
 use crate::address::Address;
+use crate::app::log;
 use crate::app::lossy_writer::{Patience, set_patience};
 use crate::app::output;
 use crate::proxy::{Handle, Proxy};
@@ -155,7 +158,18 @@ pub(super) fn run_until_told(
             }
         }
     });
+    // Who reads the file alone sees where a process begins and ends.
+    if log::is_in_file() {
+        let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
+        info!("hvsock {version} has started, process {process}");
+        for forward in proxy.forwards() {
+            info!("carries {} -> {}", forward.listen, forward.rule.connect);
+        }
+    }
     let ended = proxy.wait();
+    if log::is_in_file() {
+        info!("has stopped");
+    }
     closer.close();
     // It has nothing to send: this is the thread's end.
     let _ = silence.recv_timeout(LAST_WORDS);

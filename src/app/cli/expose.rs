@@ -21,7 +21,7 @@ use crate::proxy::ForwardStatus;
   hvsock expose --vm docker -L /tmp/docker.sock:2375
   hvsock expose --vm ~/.minikube/machines/minikube -L 8080:80 -L 2222:22
   hvsock expose --vm docker -L 8000-8010:8000-8010
-  hvsock expose --vm ./linux-state -L 0:0x50 -R 5000:127.0.0.1:5000 -R 5001:/run/agent.sock
+  hvsock expose --vm ./linux-state -L 0:0x50 -R 5000:5000 -R 5001:/run/a.sock
   hvsock expose --vm vsock-mux:///run/fc.sock -L 2222:22 -R 5000:127.0.0.1:8080
   hvsock expose --vm \"My VM\" -L //./pipe/docker_vm:2375      (Windows)")]
 pub(super) struct Expose {

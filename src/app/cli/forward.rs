@@ -20,12 +20,15 @@ use crate::proxy::ForwardStatus;
 #[command(after_help = "Addresses:
   tcp://HOST:PORT                 hyperkit://[CID]:PORT/STATE/DIR
   unix:///PATH, /PATH, ./PATH     vsock://[CID]:PORT (Linux)
-  unix:@NAME (abstract, Linux)    vsock-mux://:PORT/PATH (Firecracker and its kin)
-  npipe:////./pipe/NAME (Windows; ?sddl=… says who may connect, if not you alone)
-  tcp4://HOST:PORT, tcp6://HOST:PORT   one family of IP; tcp://localhost and tcp://* listen on both
+  unix:@NAME (abstract, Linux)    vsock-mux://:PORT/PATH (Firecracker, …)
+  npipe:////./pipe/NAME (Windows; ?sddl=… says who may connect)
+  tcp4://HOST:PORT, tcp6://HOST:PORT
+                                one family; tcp://localhost and tcp://* are both
 To connect to (not on Windows):
-  exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes   a program that is started for each connection, which is its standard
-                                input and output; arg and env as often as wanted, percent-encoded; no shell
+  exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes
+                                a program that is started for each connection,
+                                which is its standard input and output; arg and
+                                env as often as wanted, percent-encoded
   file:/PATH                    the content of a file
 Listening on hyperkit:// is taking what the guest dials: port PORT of the host, CID 2.
 

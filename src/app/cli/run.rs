@@ -33,7 +33,7 @@ use crate::proxy::{Handle, Proxy};
 
 const EXAMPLE: &str = "Example:
   [vm.docker]
-  at = \"~/vms/docker\"            # as --vm takes it; left out, it is the VM's name
+  at = \"~/vms/docker\"            # as --vm takes it; else the VM's name
   [forward.docker-api]
   listen = \"/tmp/docker.sock\"    # 8080, \"ADDR:PORT\", a path or a URI
   vm = \"docker\"

@@ -26,7 +26,7 @@ const LOOK: Duration = Duration::from_millis(100);
 
 Examples:
   hvsock simulate /tmp/vm --guest 80=http --guest 7=echo
-  hvsock simulate /tmp/vm --guest 22=tcp://127.0.0.1:22 --dial 5000=tcp://127.0.0.1:0
+  hvsock simulate /tmp/vm --guest 22=tcp://127.0.0.1:22 --dial 5000=/tmp/dial
   hvsock simulate /tmp/vm --guest 19=endless --dial 5000=20/s --strict"
 )]
 pub(super) struct Simulate {

@@ -12,7 +12,7 @@ use crate::app::top;
 /// Watch an hvsock that runs, live in the terminal
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Keys: ? tells of all of them. q, Esc or Ctrl-C ends it; the arrows choose a connection, k
+    after_help = "Keys: ? tells of all of them. q, Esc or Ctrl-C ends it; the arrows choose a connection, k \
 closes it, s sorts, / shows those that have a text in them."
 )]
 pub(super) struct Top {

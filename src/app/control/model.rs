@@ -82,6 +82,9 @@ pub(crate) struct Forward {
     pub(crate) why: Option<String>,
     #[serde(with = "unix_option")]
     pub(crate) since: Option<SystemTime>,
+    /// What is unusual about its socket, as where macOS wants one of all addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) note: Option<String>,
     /// The hyperkit VM that it leads to, or else the one that dials it.
     pub(crate) vm: Option<Vm>,
     /// Why the last client that could not be carried was refused.
@@ -482,6 +485,7 @@ impl From<&ForwardStatus> for Forward {
         };
         Forward {
             state: state.to_owned(),
+            note: status.note.map(str::to_owned),
             why: trouble.map(|(why, _)| why.clone()),
             since: trouble.map(|(_, since)| *since),
             vm: status.vm.as_ref().map(|vm| Vm::of(&status.rule, vm)),
@@ -511,6 +515,7 @@ impl Forward {
             .to_owned(),
             why: Some(why.to_owned()),
             since: Some(since),
+            note: None,
             vm: None,
             last_error: None,
             counters: Counters::default(),

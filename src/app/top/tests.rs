@@ -24,6 +24,7 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
         state: "listening".to_owned(),
         why: None,
         since: None,
+        note: None,
         vm: Some(Vm {
             directory: "/var/vm".to_owned(),
             status: VmStatus {

@@ -94,10 +94,8 @@ impl Gate {
                 state.silence.reported = None;
                 drop(state);
                 let seconds = now.saturating_duration_since(since).as_secs();
-                info!(
-                    "the guest of the VM at {} answers again, after {seconds} s",
-                    self.vm
-                );
+                let vm = &self.vm;
+                info!("the guest of the VM at {vm} answers again, after {seconds} s");
                 return SilenceCheck::Done;
             }
             None if !is_gone && is_asked && lasts >= SILENT_AFTER => {

@@ -597,6 +597,7 @@ fn other_gate(vm: AnyVm, live: usize) -> Arc<Gate> {
     Arc::new(Gate::new(limits, vm))
 }
 
+#[cfg(unix)]
 fn no_such_cid() -> crate::Error {
     let cause = std::io::Error::from_raw_os_error(nix::libc::ENODEV);
     crate::Error::new(crate::error::Operation::Connect, "vsock://3:80", cause)
@@ -640,6 +641,8 @@ fn a_vm_of_any_family_has_its_limit_and_loses_no_slot() {
     }
 }
 
+// The error of the system is needed, which Windows does not have.
+#[cfg(unix)]
 #[test]
 fn a_cid_is_up_or_down_as_its_answers_say() {
     let gate = other_gate(AnyVm::Vsock(3), usize::MAX);

@@ -174,7 +174,7 @@ impl<S: Socket> Connection<S> {
         };
         let mut route = self.route.take().map(|it| *it).unwrap_or_default();
         let is_acyclic = match endpoint {
-            Endpoint::Tcp(_) | Endpoint::Vsock(_) => {
+            endpoint if !endpoint.connects_at_once() => {
                 let here = server.socket.local_name();
                 if let Some(ends) = here.and_then(|here| PeerNames::dialled(here, endpoint)) {
                     if race.earlier().next().is_none() {

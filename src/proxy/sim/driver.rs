@@ -294,6 +294,10 @@ impl Driver for SimDriver {
         asked.clone()
     }
 
+    fn note(_: &SimListener) -> Option<&'static str> {
+        None
+    }
+
     fn clock() -> Instant {
         this_stage().instant()
     }

@@ -147,7 +147,10 @@ impl Predecessor {
     pub(crate) fn left(&self) -> Vec<Address> {
         let left = self.sockets.iter();
         let left = left.filter(|it| it.used_for == Use::Forward);
-        left.map(|it| it.listener.address().clone()).collect()
+        let mut left: Vec<_> = left.map(|it| it.listener.address().clone()).collect();
+        // One forward may have two sockets.
+        left.dedup();
+        left
     }
 
     /// Says which sockets are taken, all of which are ready. Once this returns they are this process', and it is to
