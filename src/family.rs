@@ -1,7 +1,8 @@
 //! Blocking sockets of one family, for programs that use no other: [`vsock`](crate::vsock),
 //! [`hyperkit`](crate::hyperkit) and [`hyperv`](crate::hyperv) name them. They are the crate's
 //! [`Stream`](crate::Stream) and [`Listener`](crate::Listener), and have their methods, with the
-//! family's own address and names.
+//! family's own address and names. (What is true of each family is a row of the table in
+//! `address/transport.rs`.)
 
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};

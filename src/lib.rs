@@ -88,7 +88,6 @@ pub mod hyperv;
 pub mod keeper;
 mod listener;
 pub mod mio;
-mod mux;
 mod name;
 #[cfg(feature = "cli")]
 mod nearest;

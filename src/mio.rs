@@ -49,13 +49,13 @@ use ::mio::{Interest, Registry, Token};
 
 use crate::address::{Address, Waiter};
 use crate::dial::explain;
-use crate::engine::relay::Socket;
 use crate::error::{Error, Operation, Result};
 use crate::listener::{DEFAULT_MODE, nonblocking as listener};
-use crate::mux::Handshake;
 use crate::name::SocketName;
 use crate::stream::endpoint::{Target, not_carried};
 use crate::stream::nonblocking;
+use crate::stream::socket::Socket;
+use crate::stream::vsock_mux::Handshake;
 #[cfg(unix)]
 use crate::sys::AsSocket;
 
@@ -80,8 +80,8 @@ impl Stream {
     /// # Errors
     /// `WouldBlock` if the backlog of a Unix socket's listener is full, or all instances of a pipe
     /// are taken: try again later. `InvalidInput` for a TCP name, which has to be resolved first.
-    /// `Unsupported` for AF_HYPERV, programs and files, and for families that this system doesn't carry; what the kernel
-    /// says otherwise.
+    /// `Unsupported` for AF_HYPERV, programs and files, and for families that this system doesn't
+    /// carry; what the kernel says otherwise.
     pub fn connect(address: &Address) -> Result<Stream> {
         let fail = |kind, why: &str| {
             let cause = io::Error::new(kind, why.to_owned());

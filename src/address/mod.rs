@@ -31,6 +31,8 @@ mod proptests;
 mod tcp;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "cli")]
+mod text;
 pub(crate) mod transport;
 mod unix;
 mod uri;
@@ -51,10 +53,10 @@ pub use hyperkit::{HyperkitAddress, HyperkitVm};
 pub use npipe::NpipeAddress;
 pub use port::{Port, PortError};
 pub use tcp::{Host, IpFamily, TcpAddress};
+#[cfg(feature = "cli")]
+pub(crate) use text::as_text;
 pub(crate) use transport::{HalfClose, Refusal, Reset, SeenBy, SocketKind, VmTraits, Waiter};
 pub use unix::{UnixAddress, VsockMuxAddress};
-#[cfg(feature = "cli")]
-pub(crate) use uri::as_text;
 pub use vm::AnyVm;
 pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, PORT_ANY, VsockAddress};
 
@@ -89,7 +91,7 @@ impl Address {
     /// As those of `Address::from_str`.
     #[cfg(feature = "cli")]
     pub(crate) fn from_os(input: &std::ffi::OsStr) -> Result<Address, AddressError> {
-        uri::as_text(input).parse()
+        text::as_text(input).parse()
     }
 
     /// Returns its scheme, which stands before `:` when it is printed.

@@ -2,7 +2,8 @@
 
 use std::str::FromStr;
 
-use super::transport::{ALL, TCP_EXAMPLE, UNIX};
+use super::tcp::TCP_EXAMPLE;
+use super::transport::{ALL, UNIX};
 use super::{Address, AddressError, NpipeAddress, Part, TcpAddress, UnixAddress};
 
 impl FromStr for Address {

@@ -5,9 +5,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use super::port::parse_u16;
-use super::transport::{TCP_EXAMPLE, TCP4, TCP6};
 use super::uri::{self, Uri};
-use super::{Address, AddressError, Part};
+use super::{AddressError, Part};
+
+/// Addresses that show how one of either family, of IPv4 and of IPv6 is written.
+pub(super) const TCP_EXAMPLE: &str = "tcp://127.0.0.1:8080";
+pub(super) const TCP4_EXAMPLE: &str = "tcp4://*:8080";
+pub(super) const TCP6_EXAMPLE: &str = "tcp6://*:8080";
 
 /// The families of IP that a [`TcpAddress`] may be of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -130,14 +134,6 @@ impl TcpAddress {
     }
 }
 
-impl Address {
-    /// Returns how many sockets there may be to listen on it.
-    pub(crate) fn listening_sockets(&self) -> usize {
-        let ips = self.as_tcp().map(|tcp| tcp.known_ips().len());
-        ips.map_or(1, |count| count.max(1))
-    }
-}
-
 impl fmt::Display for TcpAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let scheme = self.family.scheme();
@@ -151,8 +147,8 @@ impl FromStr for TcpAddress {
     fn from_str(input: &str) -> Result<TcpAddress, AddressError> {
         let scheme = input.split_once(':').map_or("", |(scheme, _)| scheme);
         let (family, example) = match scheme.to_ascii_lowercase().as_str() {
-            "tcp4" => (IpFamily::V4, TCP4.example),
-            "tcp6" => (IpFamily::V6, TCP6.example),
+            "tcp4" => (IpFamily::V4, TCP4_EXAMPLE),
+            "tcp6" => (IpFamily::V6, TCP6_EXAMPLE),
             _ => (IpFamily::Either, TCP_EXAMPLE),
         };
         let uri = Uri::parse(input, family.scheme(), example)?;

@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::tcp::{TCP_EXAMPLE, TCP4_EXAMPLE, TCP6_EXAMPLE};
 use super::{
     Address, AnyVm, CID_ANY, CID_LOCAL, Host, HyperkitVm, IpFamily, PORT_ANY, TcpAddress,
     UnixAddress, is_guest_cid,
@@ -207,8 +208,6 @@ const NPIPE: Transport = Transport {
     ..ORDINARY
 };
 
-pub(super) const TCP_EXAMPLE: &str = "tcp://127.0.0.1:8080";
-
 const TCP: Transport = Transport {
     scheme: "tcp",
     example: TCP_EXAMPLE,
@@ -218,16 +217,16 @@ const TCP: Transport = Transport {
 };
 
 /// TCP over IPv4 alone.
-pub(super) const TCP4: Transport = Transport {
+const TCP4: Transport = Transport {
     scheme: "tcp4",
-    example: "tcp4://*:8080",
+    example: TCP4_EXAMPLE,
     ..TCP
 };
 
 /// TCP over IPv6 alone.
-pub(super) const TCP6: Transport = Transport {
+const TCP6: Transport = Transport {
     scheme: "tcp6",
-    example: "tcp6://*:8080",
+    example: TCP6_EXAMPLE,
     ..TCP
 };
 
@@ -393,6 +392,12 @@ impl Address {
         }
     }
 
+    /// Returns how many sockets there may be to listen on it.
+    pub(crate) fn listening_sockets(&self) -> usize {
+        let ips = self.as_tcp().map(|tcp| tcp.known_ips().len());
+        ips.map_or(1, |count| count.max(1))
+    }
+
     /// Returns it as a TCP address, if it is one.
     pub(crate) fn as_tcp(&self) -> Option<&TcpAddress> {
         match self {
@@ -470,5 +475,22 @@ mod tests {
             assert_eq!(address.transport().scheme, row.scheme);
             assert_eq!(address.to_string(), row.example);
         }
+    }
+}
+
+impl AnyVm {
+    /// Returns the row of its family.
+    fn transport(&self) -> &'static Transport {
+        match self {
+            AnyVm::Hyperkit(_) => &HYPERKIT,
+            AnyVm::Vsock(_) => &VSOCK,
+            AnyVm::VsockMux(_) => &VSOCK_MUX,
+            AnyVm::Hvsock(_) => &HVSOCK,
+        }
+    }
+
+    /// Returns what is true of the VMs of its family.
+    pub(crate) fn traits(&self) -> &'static VmTraits {
+        &self.transport().vm
     }
 }

@@ -308,28 +308,6 @@ pub(super) fn encode_value(value: &OsStr) -> impl fmt::Display {
     percent_encode(value.as_encoded_bytes(), IN_VALUE)
 }
 
-/// Returns the text of an address that may be no UTF-8: a path that stands there as it is becomes a
-/// URI; in a URI the bytes that are no UTF-8 are percent-encoded.
-#[cfg(feature = "cli")]
-pub(crate) fn as_text(input: &OsStr) -> std::borrow::Cow<'_, str> {
-    if let Some(text) = input.to_str() {
-        return text.into();
-    }
-    let bytes = input.as_encoded_bytes();
-    if ["/", "./", "../"]
-        .iter()
-        .any(|start| bytes.starts_with(start.as_bytes()))
-    {
-        return super::UnixAddress::Path(input.into()).to_string().into();
-    }
-    let mut text = String::new();
-    for chunk in bytes.utf8_chunks() {
-        text += chunk.valid();
-        text += &percent_encode(chunk.invalid(), NON_ALPHANUMERIC).to_string();
-    }
-    text.into()
-}
-
 /// Prints a name that would be read as something else: its first byte is always encoded.
 pub(super) fn write_guarded_name(f: &mut fmt::Formatter<'_>, name: &str) -> fmt::Result {
     match name.as_bytes().split_first() {

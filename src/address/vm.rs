@@ -3,7 +3,6 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::transport::{Transport, VmTraits};
 use super::{Address, HyperkitVm, VsockMuxAddress, uri};
 
 /// A VM of any family, by what tells it from others. No port and no option of an address is part of
@@ -23,21 +22,6 @@ pub enum AnyVm {
 }
 
 impl AnyVm {
-    /// Returns the row of its family.
-    fn transport(&self) -> &'static Transport {
-        match self {
-            AnyVm::Hyperkit(_) => &super::transport::HYPERKIT,
-            AnyVm::Vsock(_) => &super::transport::VSOCK,
-            AnyVm::VsockMux(_) => &super::transport::VSOCK_MUX,
-            AnyVm::Hvsock(_) => &super::transport::HVSOCK,
-        }
-    }
-
-    /// Returns what is true of the VMs of its family.
-    pub(crate) fn traits(&self) -> &'static VmTraits {
-        &self.transport().vm
-    }
-
     /// Returns the directory of the files that tell of it; an empty path if there are none.
     pub(crate) fn directory(&self) -> &Path {
         match self {

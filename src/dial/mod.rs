@@ -18,10 +18,10 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::address::{Address, UnixAddress};
-use crate::engine::relay::Socket;
 use crate::error::{Error, Operation};
-use crate::mux::Handshake;
 use crate::stream::endpoint::Endpoint;
+use crate::stream::socket::Socket;
+use crate::stream::vsock_mux::Handshake;
 use crate::sys;
 
 pub(crate) use addresses::Addresses;

@@ -2,14 +2,14 @@
 //! and the time come in; actions and deadlines go out. [`proxy`](crate::proxy) is the loop around
 //! it. Nothing here knows mio, files, threads or the system's clock.
 //!
-//! A room imports only rooms below it in this table:
+//! A module imports only those below it in this table (a test compares it with the code):
 //!
-//! | room | what it is | what it may import |
+//! | module | what it is | what it imports |
 //! |---|---|---|
-//! | [`connection`] | a connection as a state machine | all rooms below, `dial`, `stream` (also its closing) |
-//! | [`forward`] | a rule as workers share it: gates, counters, health | all rooms below |
-//! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `status` |
-//! | [`routes`] | the connections between forwards, to refuse loops | `id`, `stream` |
+//! | [`connection`] | a connection as a state machine | all below; `dial`, `stream` |
+//! | [`forward`] | a rule as workers share it: gates, counters, health | all below; `dial`, for a name's addresses |
+//! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `status`; `sys`, for error codes |
+//! | [`routes`] | the connections between forwards, to refuse loops | `id`; `stream` |
 //! | [`observer`] | events for the caller | `end_reason`, `id` |
 //! | [`ended`] | the last connections that have ended | `end_reason`, `id`, `rule` |
 //! | [`status`] | what a forward's status reports | `counters`, `id`, `rule` |
@@ -17,18 +17,18 @@
 //! | [`counters`] | what is counted of a forward | `end_reason`; `relay`, for sides |
 //! | [`end_reason`] | why connections end | `sys`, for error codes |
 //! | [`rule`] | what a proxy forwards, and its limits | `proxy_header`, `source`; `relay`, for sides; `listener`, for defaults |
+//! | [`timers`] | the deadlines of connections | nothing |
+//! | [`table`] | connections by token and generation | `relay`, for sides |
+//! | [`relay`] | two sockets and the bytes between them | `stream`, for the traits of sockets and pipes |
 //! | [`proxy_header`] | the header of the PROXY protocol | nothing |
 //! | [`source`] | where clients may come from | nothing |
-//! | [`relay`] | two sockets and the bytes between them | nothing |
-//! | [`timers`] | the deadlines of connections | `table` |
-//! | [`table`] | connections by token and generation | `relay`, for sides |
 //! | [`log_limiter`] | the rate limit of log lines | nothing |
 //! | [`id`] | identifiers | nothing |
 //!
-//! All may import `address`, `error`, `name`, `time` and `tracing`. The engine's invariants have numbers; each
-//! stands above the code that relies on it: 1 to 5 in [`relay`], 6 in [`table`], 7 in [`timers`]
-//! and [`relay`], 9 where [`connection`] handles a freeze. Those of the loop are in
-//! [`proxy`](crate::proxy).
+//! All may import `address`, `error`, `name` and `time`, and log through `tracing`. The engine's
+//! invariants have numbers; each stands above the code that relies on it: 1 to 5 in [`relay`], 6 in
+//! [`table`], 7 in [`timers`] and [`relay`], 9 where [`connection`] handles a freeze. Those of the
+//! loop are in [`proxy`](crate::proxy).
 
 pub(crate) mod admission;
 pub(crate) mod connection;

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::address::CID_LOCAL;
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
@@ -19,9 +20,6 @@ use super::id::ForwardId;
 
 /// How long a forward counts as part of a loop after a dial has closed one.
 const LOOP_TIME: Duration = Duration::from_secs(1);
-
-/// The CID of this system itself (`VMADDR_CID_LOCAL`, `include/uapi/linux/vm_sockets.h`).
-pub(crate) const CID_LOCAL: u32 = 1;
 
 /// The name of a listener of this process, as its clients know it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

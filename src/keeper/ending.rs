@@ -1,20 +1,16 @@
 //! The graceful end of connections whose proxy is gone: each is half-closed, read to its EOF, and
 //! closed. A close before that can kill the VM.
 //!
-//! A guest that goes on sending is read slowly, and given up in the end, by the same rules as the
-//! proxy's own drains (`stream/draining.rs`, which says why and has the numbers): before it is closed, it is
-//! read at full speed until the device holds nothing. The device is told by that, and gives the slot
-//! back.
+//! How fast a guest that goes on sending is read, and when it is given up, is decided as for the
+//! proxy's own drains, by [`Drain`].
 
 use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::stream::draining::{
-    EMPTY, HELD, LAST_READS, LONGEST_SENDING, PACE, SENDS_ON, SILENCE, UNHURRIED,
-};
+use crate::stream::draining::{Drain, DrainStep, DrainTurn, Reading};
 
 /// How much is read at once.
 const BUFFER: usize = 64 * 1024;
@@ -22,29 +18,14 @@ const BUFFER: usize = 64 * 1024;
 /// How often one connection is read in a turn, so that the others have theirs.
 const READS: usize = 4;
 
-/// How it is read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pace {
-    Full,
-    /// Not before then.
-    Slow(Instant),
-    /// At full speed, to be closed.
-    Last {
-        /// What had been read by then.
-        from: u64,
-        until: Instant,
-    },
-}
-
 /// A connection that is ended.
 #[derive(Debug)]
 pub(super) struct Ending {
     stream: UnixStream,
-    pace: Pace,
+    drain: Drain,
     received: u64,
-    /// The time of the last byte, and since when the guest has been sending without a silence.
-    last: Instant,
-    sending_since: Option<Instant>,
+    /// When its next turn comes though nothing has.
+    wake_at: Option<Instant>,
     /// Whether it has something to be read, as far as is known.
     pub(super) ready: bool,
 }
@@ -72,79 +53,84 @@ enum Outcome {
 
 impl Ending {
     /// Half-closes a connection.
-    pub(super) fn begin(connection: OwnedFd, now: Instant) -> Ending {
+    pub(super) fn begin(connection: OwnedFd) -> Ending {
         let stream = UnixStream::from(connection);
         // An accepted one is not yet; and it fails for none that can be read.
         let _ = stream.set_nonblocking(true);
         let _ = stream.shutdown(Shutdown::Write);
         Ending {
             stream,
-            pace: Pace::Full,
+            drain: Drain::new(0),
             received: 0,
-            last: now,
-            sending_since: None,
+            wake_at: None,
             ready: true,
         }
     }
 
     /// Returns whether it is to be waited for until it can be read.
     pub(super) fn is_waited_for(&self, now: Instant) -> bool {
-        !matches!(self.pace, Pace::Slow(next) if now < next)
+        self.drain.reading(now) != Reading::Later
     }
 
     /// Returns when its turn comes though nothing has.
     pub(super) fn wakes_at(&self, now: Instant) -> Option<Instant> {
-        match self.pace {
-            _ if self.ready => Some(now),
-            Pace::Slow(next) if now < next => Some(next),
-            Pace::Last { until, .. } => Some(until.min(self.last + EMPTY)),
-            _ => None,
+        match self.is_waited_for(now) {
+            true if self.ready => Some(now),
+            true => self.wake_at,
+            false => Some(self.drain.next_read(now)),
         }
     }
 
     /// Reads and discards some of what has come, if it is time.
     pub(super) fn take_turn(&mut self, buffer: &mut Vec<u8>, now: Instant) -> Turn {
-        let is_due = self.ready || matches!(self.pace, Pace::Last { .. });
-        if !is_due || !self.is_waited_for(now) {
-            return Turn::Open;
-        }
-        self.ready = false;
-        let reads = match self.pace {
-            Pace::Slow(_) => 1,
-            _ => READS,
+        let is_due = self.ready || self.wake_at.is_some_and(|at| at <= now);
+        let reads = match self.drain.reading(now) {
+            Reading::Full if is_due => READS,
+            Reading::Once if is_due => 1,
+            _ => return Turn::Open,
         };
-        let has_more = match self.read(buffer, reads, now) {
+        (self.ready, self.wake_at) = (false, None);
+        let is_readable = match self.read(buffer, reads) {
             Outcome::Ended => return Turn::Ended,
             Outcome::Some => true,
             Outcome::All => false,
         };
-        match self.pace {
-            Pace::Last { from, until } => {
-                let is_newly_sent = self.received - from > HELD;
-                let is_empty = now >= self.last + EMPTY;
-                if now >= until || !has_more && (is_newly_sent || is_empty) {
-                    self.break_off(buffer);
-                    return Turn::GivenUp;
-                }
+        let turn = DrainTurn {
+            received: self.received,
+            was_read: true,
+            is_readable,
+            may_slow: true,
+        };
+        self.wake_at = match self.drain.take_turn(turn, now) {
+            DrainStep::Close => {
+                self.break_off(buffer);
+                return Turn::GivenUp;
             }
-            Pace::Full | Pace::Slow(_) => self.set_pace(now),
-        }
+            DrainStep::GiveUp => {
+                self.drain.give_up(now);
+                Some(now)
+            }
+            DrainStep::Again => Some(now),
+            DrainStep::At(at) => Some(at),
+            // No client of this process waits for the slot.
+            DrainStep::Slower | DrainStep::MayGiveUp => Some(self.drain.next_read(now)),
+            DrainStep::Wait | DrainStep::Paused => None,
+        };
         Turn::Open
     }
 
     /// Reads at most so often.
-    fn read(&mut self, buffer: &mut Vec<u8>, reads: usize, now: Instant) -> Outcome {
+    fn read(&mut self, buffer: &mut Vec<u8>, reads: usize) -> Outcome {
         buffer.resize(BUFFER, 0);
         for _ in 0..reads {
             match self.stream.read(buffer) {
                 Ok(0) => return Outcome::Ended,
                 Ok(n) => {
-                    let was_silent = now.saturating_duration_since(self.last) >= SILENCE;
-                    if was_silent || self.sending_since.is_none() {
-                        self.sending_since = Some(now);
-                    }
-                    self.last = now;
                     self.received += n as u64;
+                    // A short read has taken all there was.
+                    if n < buffer.len() {
+                        return Outcome::All;
+                    }
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Outcome::All,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
@@ -155,29 +141,14 @@ impl Ending {
         Outcome::Some
     }
 
-    fn set_pace(&mut self, now: Instant) {
-        let is_silent = now.saturating_duration_since(self.last) >= SILENCE;
-        let since = self.sending_since.filter(|_| !is_silent);
-        let sending = since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
-        if sending >= LONGEST_SENDING {
-            self.pace = Pace::Last {
-                from: self.received,
-                until: now + LAST_READS,
-            };
-        } else if self.received > UNHURRIED || sending >= SENDS_ON {
-            self.pace = Pace::Slow(now + PACE);
-        }
-    }
-
-    /// Reads what has come, and has the VM's next write fail: it is to be closed now, with as little
-    /// harm as is possible.
+    /// Reads what has come, and has the VM's next write fail: it is to be closed now, with as
+    /// little harm as is possible.
     pub(super) fn break_off(&mut self, buffer: &mut Vec<u8>) {
         /// Many times what a socket can hold.
         const READS: usize = 64;
-        let now = self.last;
-        if self.read(buffer, READS, now) != Outcome::Ended {
+        if self.read(buffer, READS) != Outcome::Ended {
             let _ = self.stream.shutdown(Shutdown::Read);
-            let _ = self.read(buffer, READS, now);
+            let _ = self.read(buffer, READS);
         }
     }
 }
@@ -192,14 +163,16 @@ impl AsFd for Ending {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::io::Write;
+    use std::time::Duration;
 
     use super::*;
+    use crate::stream::draining::{LAST_READS, LONGEST_SENDING, SILENCE, UNHURRIED};
 
     /// A connection that is ended, and the guest's end of it.
-    fn pair(now: Instant) -> (Ending, UnixStream) {
+    fn pair() -> (Ending, UnixStream) {
         let (ours, guest) = UnixStream::pair().unwrap();
         guest.set_nonblocking(true).unwrap();
-        (Ending::begin(ours.into(), now), guest)
+        (Ending::begin(ours.into()), guest)
     }
 
     /// Sends as much as there is room for; whether there can be more.
@@ -214,7 +187,7 @@ mod tests {
     #[test]
     fn a_guest_that_sends_on_is_read_slowly_and_given_up() {
         let begun = Instant::now();
-        let (mut ending, guest) = pair(begun);
+        let (mut ending, guest) = pair();
         let (mut buffer, mut now, mut turns) = (Vec::new(), begun, 0);
         loop {
             assert!(send(&guest), "it was cut off after {turns} turns");
@@ -239,7 +212,7 @@ mod tests {
     #[test]
     fn a_guest_that_sends_now_and_then_may_end_by_itself() {
         let begun = Instant::now();
-        let (mut ending, guest) = pair(begun);
+        let (mut ending, guest) = pair();
         let (mut buffer, mut now) = (Vec::new(), begun);
         for _ in 0..20 {
             (&guest).write_all(b"some").unwrap();
@@ -257,7 +230,7 @@ mod tests {
     #[test]
     fn a_socket_that_was_never_connected_has_ended() {
         let now = Instant::now();
-        let mut ending = Ending::begin(crate::sys::Unconnected::new().unwrap().socket.into(), now);
+        let mut ending = Ending::begin(crate::sys::Unconnected::new().unwrap().socket.into());
         assert_eq!(ending.take_turn(&mut Vec::new(), now), Turn::Ended);
     }
 }

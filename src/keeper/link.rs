@@ -3,61 +3,33 @@
 //!
 //! What is kept is noted here with its descriptor, so that a new keeper can be given all of it
 //! again. The note of a connection lives as long as the [`Kept`] that the socket owns, which is
-//! dropped before the socket is closed: no number is used here that belongs to another file by then.
-//! Of a listening socket the note has a duplicate, for the keeper goes on accepting there when the
-//! proxy does no more.
+//! dropped before the socket is closed: no number is used here that belongs to another file by
+//! then. Of a listening socket the note has a duplicate, for the keeper goes on accepting there
+//! when the proxy does no more.
 //!
 //! A connection is the keeper's before it is made. So that it takes no message of its own, sockets
-//! are made and given to the keeper ahead of their use, some at a time. A socket that is not connected
-//! is nothing to the VM.
+//! are made and given to the keeper ahead of their use, some at a time. A socket that is not
+//! connected is nothing to the VM.
 //!
 //! No call waits: what the keeper can't take now is given to it later, and counts as unguarded
 //! until then.
 
-use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use socket2::SockRef;
 use tracing::{debug, error, warn};
 
 use crate::sys::{self, Identity, Unconnected, Wanted};
 
-use super::protocol::{FRAME, Order, Port, UNKNOWN_PROTOCOL};
+use super::copies::{AHEAD, Copies, Descriptor, Ends, Entry, MOST_SERVED, Progress, When};
+use super::protocol::{Order, PROTOCOL, Port, UNKNOWN_PROTOCOL};
 use super::status::socket_path;
-use super::{Keeper, LinkStatus, PROTOCOL};
-
-/// How many descriptors may wait in the socket until the keeper is woken to take them. It needn't
-/// take each at once: they arrive even if this process has ended by then.
-///
-/// But not on a Mac: XNU takes a socket in flight that nobody else holds for garbage, and closes it
-/// (`unp_gc` in `bsd/kern/uipc_usrreq.c` doesn't look into the buffers of sockets that are not in
-/// flight themselves).
-const MOST_WAITING: usize = if cfg!(target_vendor = "apple") { 1 } else { 64 };
-
-/// The buffers that are asked for: what Linux allows by default (`net.core.wmem_max`), which is room
-/// for some 550 descriptors there.
-const ROOM: usize = 212_992;
-
-/// How many bytes without a descriptor wait to be sent with the next one.
-const MOST_PENDING: usize = 64 * FRAME;
-
-/// How many sockets are made ahead.
-const AHEAD: usize = sys::MOST_SENT;
-
-/// How many ports at which the proxy listens no more are remembered, each with a descriptor, for the
-/// case that the keeper is killed. Beyond that the oldest ones are the keeper's alone.
-const MOST_SERVED: usize = 32;
-
-/// How many of those that the keeper could not take before it is given at a time. Others wait for
-/// the lock meanwhile.
-const BATCH: usize = 8;
+use super::{Keeper, LinkStatus};
 
 /// A keeper that has lived no longer than this has ended at once, and is not replaced at once.
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -110,8 +82,8 @@ impl View {
         }
     }
 
-    /// Sees to it that the keeper can be asked in the state directory of a VM, and has what it could
-    /// not take before. This reads the directory, and may take as long as that does.
+    /// Sees to it that the keeper can be asked in the state directory of a VM, and has what it
+    /// could not take before. This reads the directory, and may take as long as that does.
     pub(crate) fn look_after(&self, directory: &Path) {
         let inner = &self.0;
         inner.begin();
@@ -144,15 +116,6 @@ pub(crate) struct Kept {
     inner: Arc<Inner>,
     id: u64,
     is_done: bool,
-}
-
-/// When the keeper is to carry out what it is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum When {
-    /// At once.
-    Now,
-    /// With what it is told next.
-    Later,
 }
 
 impl Kept {
@@ -212,306 +175,11 @@ impl Drop for Kept {
     }
 }
 
-/// What the keeper has or is to have a copy of.
-#[derive(Debug)]
-struct Entry {
-    descriptor: Descriptor,
-    order: Order,
-    is_given: bool,
-}
-
-impl Entry {
-    /// Returns the port of a listening socket.
-    fn port(&self) -> Option<&Port> {
-        match &self.order {
-            Order::Listener(_, port) => Some(port),
-            _ => None,
-        }
-    }
-}
-
-#[derive(Debug)]
-enum Descriptor {
-    /// That of a connection.
-    Borrowed(RawFd),
-    /// A duplicate of a listening socket.
-    Duplicate(OwnedFd),
-}
-
-impl Descriptor {
-    fn number(&self) -> RawFd {
-        match self {
-            Descriptor::Borrowed(number) => *number,
-            Descriptor::Duplicate(socket) => socket.as_raw_fd(),
-        }
-    }
-}
-
-/// The sockets to one keeper.
-#[derive(Debug)]
-struct Ends {
-    notifier: UnixStream,
-    orders: UnixStream,
-}
-
-impl Ends {
-    /// Makes the sockets. Returns the keeper's ends as well: of the notifier, and of the orders.
-    fn pair() -> io::Result<(Ends, OwnedFd, OwnedFd)> {
-        let (notifier, other_notifier) = UnixStream::pair()?;
-        let (orders, other_orders) = UnixStream::pair()?;
-        for socket in [&notifier, &orders] {
-            socket.set_nonblocking(true)?;
-            #[cfg(target_vendor = "apple")]
-            SockRef::from(socket).set_nosigpipe(true)?;
-        }
-        // For as many as come while the keeper isn't scheduled. The system may allow less.
-        for socket in [&orders, &other_orders] {
-            let socket = SockRef::from(socket);
-            let _ = socket.set_send_buffer_size(ROOM);
-            let _ = socket.set_recv_buffer_size(ROOM);
-        }
-        Ok((
-            Ends { notifier, orders },
-            other_notifier.into(),
-            other_orders.into(),
-        ))
-    }
-
-    fn notify(&self) {
-        // A notifier without room is not read yet.
-        let _ = sys::send(self.notifier.as_fd(), &[1], &[]);
-    }
-}
-
 #[derive(Debug)]
 struct Inner {
     keeper: Keeper,
-    state: Mutex<State>,
+    state: Mutex<Copies>,
     changed: Condvar,
-}
-
-/// What has become of those that the keeper had no copy of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
-    /// It has all of them.
-    Done,
-    /// It has some of them, and can take more.
-    Some,
-    /// It can take none now.
-    Blocked,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    ends: Option<Arc<Ends>>,
-    /// Orders without a descriptor that are not sent yet.
-    pending: Vec<u8>,
-    /// Whether these may begin with the rest of a frame.
-    is_torn: bool,
-    next: u64,
-    kept: HashMap<u64, Entry>,
-    /// Those of them that the keeper has no copy of, and some that are kept no more.
-    missing: VecDeque<u64>,
-    /// The listening sockets at which the proxy listens no more, the oldest first.
-    served: VecDeque<u64>,
-    /// The sockets that are made ahead, of which the keeper has copies, by their numbers.
-    ahead: Vec<(u64, Unconnected)>,
-    /// The descriptors that the keeper was not woken for yet.
-    waiting: usize,
-    directories: HashSet<PathBuf>,
-    pid: Option<u32>,
-    restarts: u64,
-    trouble: Option<String>,
-    /// Whether the thread was started.
-    has_begun: bool,
-    has_ended: bool,
-    /// Whether it is certain that no keeper can be had.
-    is_given_up: bool,
-    has_warned: bool,
-    /// Whether a thread waits for the keeper to take what it could not take before.
-    is_catching_up: bool,
-}
-
-impl State {
-    fn status(&self) -> LinkStatus {
-        let given = || self.kept.values().filter(|it| it.is_given);
-        let ports = given().filter(|it| it.port().is_some()).count();
-        let served = |id: &&u64| self.kept.get(id).is_some_and(|it| it.is_given);
-        LinkStatus {
-            pid: self.pid,
-            connections: given().count() - ports,
-            ports: ports - self.served.iter().filter(served).count(),
-            unguarded: self.kept.len() - given().count(),
-            restarts: self.restarts,
-            trouble: self.trouble.clone().filter(|_| self.pid.is_none()),
-        }
-    }
-
-    /// Tells the keeper something. Returns false if it can't take that now.
-    fn send(&mut self, order: &Order, when: When) -> bool {
-        if self.ends.is_none() {
-            // The next one is told all anew.
-            return true;
-        }
-        order.write(&mut self.pending);
-        if when == When::Later && self.pending.len() < MOST_PENDING {
-            return true;
-        }
-        let is_sent = self.flush();
-        self.notify();
-        is_sent
-    }
-
-    fn notify(&mut self) {
-        self.waiting = 0;
-        if let Some(ends) = &self.ends {
-            ends.notify();
-        }
-    }
-
-    /// Sends what is pending. Returns whether nothing is left.
-    fn flush(&mut self) -> bool {
-        let Some(ends) = &self.ends else {
-            return false;
-        };
-        while !self.pending.is_empty() {
-            match sys::send(ends.orders.as_fd(), &self.pending, &[]) {
-                Ok(n) => {
-                    self.is_torn = true;
-                    self.pending.drain(..n);
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return false,
-            }
-        }
-        self.is_torn = false;
-        true
-    }
-
-    /// Has the keeper accept at a listening socket from now on, whose note stays, until it is known
-    /// that nobody can reach the socket any more. Returns false if it is none.
-    fn serve(&mut self, id: u64) -> bool {
-        let is_listener = self.kept.get(&id).is_some_and(|it| it.port().is_some());
-        if !is_listener {
-            return false;
-        }
-        if self.has_ended {
-            self.kept.remove(&id);
-            return true;
-        }
-        self.served.push_back(id);
-        if self.served.len() > MOST_SERVED
-            && let Some(oldest) = self.served.pop_front()
-        {
-            self.kept.remove(&oldest);
-        }
-        true
-    }
-
-    /// Tells the keeper to serve one, if it has its copy. Returns false if it can't take that now.
-    fn send_served(&mut self, id: u64) -> bool {
-        match self.kept.get(&id).is_some_and(|it| it.is_given) {
-            true => self.send(&Order::Serve(id), When::Now),
-            // It is told so as soon as it has it.
-            false => self.ends.is_none(),
-        }
-    }
-
-    /// Gives the keeper its copy of one. Returns false if it can't take it now.
-    fn give(&mut self, id: u64) -> bool {
-        let Some(entry) = self.kept.get(&id) else {
-            return false;
-        };
-        let (order, descriptor) = (entry.order.clone(), entry.descriptor.number());
-        if !self.give_copies(&order, &[descriptor]) {
-            return false;
-        }
-        if let Some(entry) = self.kept.get_mut(&id) {
-            entry.is_given = true;
-        }
-        if self.served.contains(&id) {
-            // If it can't take that now, it has to take what comes later, and this with it.
-            self.send(&Order::Serve(id), When::Now);
-        }
-        true
-    }
-
-    /// Sends an order with the descriptors that belong to it. Returns false if the keeper can't take
-    /// them now.
-    fn give_copies(&mut self, order: &Order, descriptors: &[RawFd]) -> bool {
-        let has_room = match self.is_torn || self.pending.len() >= MOST_PENDING {
-            true => self.flush(),
-            false => true,
-        };
-        let (Some(ends), true) = (&self.ends, has_room) else {
-            return false;
-        };
-        let mut bytes = Vec::with_capacity(2 * FRAME + self.pending.len());
-        order.write(&mut bytes);
-        // The order is the first, so that each read of the keeper finds the descriptors of one.
-        bytes.extend_from_slice(&self.pending);
-        let sent = loop {
-            match sys::send(ends.orders.as_fd(), &bytes, descriptors) {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                sent => break sent,
-            }
-        };
-        match sent {
-            Ok(n) => {
-                self.is_torn = n < bytes.len();
-                self.pending = bytes.split_off(n);
-                self.waiting += descriptors.len();
-                if self.waiting >= MOST_WAITING {
-                    self.notify();
-                }
-                true
-            }
-            Err(e) => {
-                debug!("the keeper can't take a copy now: {e}");
-                self.notify();
-                false
-            }
-        }
-    }
-
-    /// Makes sockets ahead and gives the keeper its copies, if it can take them now. `first` is one
-    /// that was made. Returns it, if the keeper has no copy.
-    fn go_ahead(&mut self, first: Unconnected) -> Option<Unconnected> {
-        if self.ends.is_none() || !self.missing.is_empty() {
-            return Some(first);
-        }
-        let mut made = vec![first];
-        while made.len() < AHEAD
-            && let Ok(next) = Unconnected::new()
-        {
-            made.push(next);
-        }
-        let numbers: Vec<RawFd> = made.iter().map(|it| it.socket.as_raw_fd()).collect();
-        let order = Order::Connections(self.next, made.len() as u16);
-        if !self.give_copies(&order, &numbers) {
-            return Some(made.swap_remove(0));
-        }
-        for socket in made {
-            self.ahead.push((self.next, socket));
-            self.next += 1;
-        }
-        None
-    }
-
-    /// Gives the keeper some of those that it has no copy of.
-    fn give_missing(&mut self) -> Progress {
-        for _ in 0..BATCH {
-            let Some(id) = self.missing.front().copied() else {
-                return Progress::Done;
-            };
-            let is_kept = self.kept.get(&id).is_some_and(|it| !it.is_given);
-            if is_kept && !self.give(id) {
-                return Progress::Blocked;
-            }
-            self.missing.pop_front();
-        }
-        Progress::Some
-    }
 }
 
 impl Link {
@@ -537,7 +205,8 @@ impl Link {
         self.keep(descriptor, Order::Connection)
     }
 
-    /// Makes a socket and has the keeper keep it, as [`keep_connection`](Link::keep_connection) does.
+    /// Makes a socket and has the keeper keep it, as [`keep_connection`](Link::keep_connection)
+    /// does.
     ///
     /// # Errors
     /// Returns why there can be no socket.
@@ -614,7 +283,7 @@ impl Link {
 }
 
 impl Inner {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Copies> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -633,7 +302,7 @@ impl Inner {
     }
 
     /// Gives the keeper what it could not take, on a thread of its own, as soon as it can.
-    fn catch_up(self: &Arc<Inner>, mut state: MutexGuard<'_, State>) {
+    fn catch_up(self: &Arc<Inner>, mut state: MutexGuard<'_, Copies>) {
         if state.ends.is_none() || std::mem::replace(&mut state.is_catching_up, true) {
             return;
         }
@@ -708,7 +377,7 @@ impl Inner {
             if begun.elapsed() > AT_ONCE {
                 pause = PAUSE;
             }
-            let wait = |state: &mut State| !state.has_ended;
+            let wait = |state: &mut Copies| !state.has_ended;
             let waited = self.changed.wait_timeout_while(self.state(), pause, wait);
             drop(waited);
             pause = LONGEST_PAUSE.min(2 * pause);

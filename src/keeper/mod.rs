@@ -22,6 +22,7 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+mod copies;
 mod ending;
 mod link;
 mod ports;
@@ -32,13 +33,10 @@ pub(crate) mod status;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-pub(crate) use link::{DESCRIPTORS, Kept, Link, View, When};
+pub(crate) use copies::When;
+pub(crate) use link::{DESCRIPTORS, Kept, Link, View};
 pub(crate) use protocol::Port;
 pub(crate) use status::Taken;
-
-/// The version of the protocol that a proxy speaks with its keeper. A keeper serves proxies of this
-/// version and of all earlier ones.
-pub(crate) const PROTOCOL: u32 = 2;
 
 /// The program that a proxy starts as its keeper. It must call [`serve`] when it is started with
 /// these arguments, and do nothing before that.

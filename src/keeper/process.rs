@@ -1,8 +1,8 @@
 //! The keeper's own process: one thread that waits in poll(2).
 //!
-//! While the proxy lives, it waits for the notifier and for clients of its status sockets, without a
-//! timeout. When the proxy has ended, it waits for the connections that it ends and for guests that
-//! dial, and looks each second whether their VM still runs.
+//! While the proxy lives, it waits for the notifier and for clients of its status sockets, without
+//! a timeout. When the proxy has ended, it waits for the connections that it ends and for guests
+//! that dial, and looks each second whether their VM still runs.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -18,10 +18,9 @@ use crate::error::{Error, Operation};
 use crate::listener::file::{self, FileState, SocketFile};
 use crate::sys;
 
-use super::PROTOCOL;
 use super::ending::{Ending, Turn};
 use super::ports::{Fate, Kept};
-use super::protocol::{Decoder, Order, UNKNOWN_PROTOCOL};
+use super::protocol::{Decoder, Order, PROTOCOL, UNKNOWN_PROTOCOL};
 use super::status::{self, KeeperStatus, socket_path};
 
 /// How often the keeper looks whether the VMs of served ports still run.
@@ -282,7 +281,7 @@ impl Process<'_> {
         if self.notifier_ended && !self.has_more {
             self.proxy_ended = true;
             for (_, connection) in self.connections.drain() {
-                self.endings.push(Ending::begin(connection, now));
+                self.endings.push(Ending::begin(connection));
             }
             self.connections.shrink_to_fit();
             self.ports.values_mut().for_each(Kept::serve);
@@ -354,7 +353,7 @@ impl Process<'_> {
 
     fn accept_guests(&mut self, id: u64, now: Instant) {
         let endings = &mut self.endings;
-        let end = |guest| endings.push(Ending::begin(guest, now));
+        let end = |guest| endings.push(Ending::begin(guest));
         if let Some(port) = self.ports.get_mut(&id)
             && port.accept(now, end) == Fate::Closed
         {

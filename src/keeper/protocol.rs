@@ -15,7 +15,8 @@
 //! that it knows; so a newer proxy may say more to an older keeper of the same protocol.
 //!
 //! The keeper reads `orders` only when it is told to, so that a connection costs it no wake-up: a
-//! byte on the other socket, `notifier`, asks it to. The end of `notifier` says that the proxy has ended.
+//! byte on the other socket, `notifier`, asks it to. The end of `notifier` says that the proxy has
+//! ended.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -31,6 +32,10 @@ pub(super) const FRAME: usize = 16;
 
 const WITH_DESCRIPTORS: u32 = 1;
 
+/// The version of the protocol that a proxy speaks with its keeper. A keeper serves proxies of this
+/// version and of all earlier ones.
+pub(super) const PROTOCOL: u32 = 2;
+
 /// The exit code of a keeper that doesn't know the version of its proxy's protocol.
 pub(super) const UNKNOWN_PROTOCOL: i32 = 3;
 
@@ -41,8 +46,8 @@ pub(super) enum Order {
     Proxy(u32),
     /// Keep this connection, whose descriptor comes with the order.
     Connection(u64),
-    /// Keep so many connections, which are not made yet and whose identifiers follow each other from
-    /// this one (since version 2).
+    /// Keep so many connections, which are not made yet and whose identifiers follow each other
+    /// from this one (since version 2).
     Connections(u64, u16),
     /// Close the copy of a connection: the proxy has ended it.
     Release(u64),
@@ -107,7 +112,8 @@ impl Order {
     const DIRECTORY: u16 = 7;
     const CONNECTIONS: u16 = 8;
 
-    /// Appends the frame. A tail that is too long for one is cut short, so that the keeper skips it.
+    /// Appends the frame. A tail that is too long for one is cut short, so that the keeper skips
+    /// it.
     pub(super) fn write(&self, bytes: &mut Vec<u8>) {
         let tail = match self {
             Order::Listener(_, port) => port.to_tail(),
@@ -163,8 +169,8 @@ fn write_frame(bytes: &mut Vec<u8>, kind: u16, flags: u32, id: u64, tail: &[u8])
 #[derive(Debug, Default)]
 pub(super) struct Decoder {
     bytes: Vec<u8>,
-    /// The descriptors of each message that these bytes begin in, in their order. Those at the end of
-    /// one may be lost, since this process had no numbers left for them.
+    /// The descriptors of each message that these bytes begin in, in their order. Those at the end
+    /// of one may be lost, since this process had no numbers left for them.
     descriptors: VecDeque<Vec<OwnedFd>>,
 }
 

@@ -155,9 +155,9 @@ pub(crate) fn socket_path(directory: &Path, pid: u32) -> PathBuf {
     directory.join(format!("{PREFIX}{pid}"))
 }
 
-/// Returns the status of each keeper that lives and has a status socket in `directory`, in the order
-/// of their processes. It waits for a keeper that hangs, at most two seconds; keepers of other users
-/// are left out.
+/// Returns the status of each keeper that lives and has a status socket in `directory`, in the
+/// order of their processes. It waits for a keeper that hangs, at most two seconds; keepers of
+/// other users are left out.
 #[cfg(feature = "cli")]
 pub(crate) fn query(directory: &Path) -> Vec<KeeperStatus> {
     let asked = clients(directory).into_iter();
@@ -192,8 +192,8 @@ pub(crate) struct Taken {
 }
 
 impl Taken {
-    /// Takes the port whose socket is at `path`, if a keeper serves it. `None` if none does, such as
-    /// when another proxy listens there. It waits for a proxy that may just be ending, at most a
+    /// Takes the port whose socket is at `path`, if a keeper serves it. `None` if none does, such
+    /// as when another proxy listens there. It waits for a proxy that may just be ending, at most a
     /// second, and for a keeper that hangs.
     pub(crate) fn take(path: &Path) -> Option<Taken> {
         let begun = Instant::now();

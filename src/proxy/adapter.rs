@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use super::relay_threads::{Ended, Order, RelayThreads};
+use super::relay_threads::{RelayThreads, Reporter};
 use crate::address::{Address, Host, TcpAddress};
+use crate::engine::connection::ThreadsResult;
 use crate::engine::relay::Side;
 use crate::stream;
 use crate::stream::nonblocking::{Stream, set_tcp_options};
@@ -43,15 +44,15 @@ struct Adapter {
     adapters: Arc<Adapters>,
 }
 
-impl Order for Adapter {
+impl Reporter for Adapter {
     /// Does nothing, because the loop counts the bytes.
-    fn delivered(&self, _: Side, _: u64) {}
+    fn count_delivered(&self, _: Side, _: u64) {}
 
-    fn drain(&self, side: Side) -> Option<Duration> {
+    fn drain_timeout(&self, side: Side) -> Option<Duration> {
         (side == self.side).then_some(self.drain)
     }
 
-    fn ended(&self, _: Ended) {
+    fn report_end(&self, _: ThreadsResult) {
         *self.adapters.live() -= 1;
         self.adapters.ended.notify_all();
     }

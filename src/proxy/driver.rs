@@ -12,14 +12,13 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
-use crate::engine::connection::{Progress, Socket};
+use crate::engine::connection::{ConnectionSocket, Progress, ThreadsResult};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Result};
 use crate::listener::{self, FileAccess};
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
-use super::relay_threads::Ended;
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
@@ -67,7 +66,7 @@ pub(crate) enum Event<S, L> {
     /// The dial that was begun with this token has ended with this result.
     Dialled { token: usize, stream: Result<S> },
     /// The relay threads that were started with this token have closed their streams.
-    ThreadsEnded { token: usize, ended: Ended },
+    ThreadsEnded { token: usize, result: ThreadsResult },
     /// A look at a VM from outside has this result.
     VmSeen {
         gate: Arc<Gate>,
@@ -118,7 +117,7 @@ pub(crate) struct Lent {
 /// Everything that a worker needs of the operating system. Functions without `self` serve callers
 /// outside of the workers' loops, which have no driver.
 pub(crate) trait Driver: Sized {
-    type Stream: Socket;
+    type Stream: ConnectionSocket;
     type Listener;
 
     /// Binds an address and listens on it. A Unix socket's file gets that access.

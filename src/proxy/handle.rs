@@ -85,14 +85,14 @@ impl Handle {
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn hand_over(
         &self,
-        give: impl FnOnce(Vec<super::Offered>) -> std::io::Result<Vec<ForwardId>>,
+        give: impl FnOnce(Vec<super::handover::Offered>) -> std::io::Result<Vec<ForwardId>>,
     ) -> std::io::Result<()> {
         self.controller.hand_over(give)
     }
 
     /// Shares the slots of VMs with another process, while one of the two lets its connections finish.
     #[cfg(all(unix, feature = "cli"))]
-    pub(crate) fn shared_slots(&self) -> super::SharedSlots<'_> {
+    pub(crate) fn shared_slots(&self) -> super::handover::SharedSlots<'_> {
         self.controller.shared_slots()
     }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, error, info, warn};
 
-use crate::engine::relay::{Side, Socket};
+use crate::engine::relay::Side;
 use crate::listener::FileAccess;
 use crate::listener::nonblocking::{has_client_left, is_broken};
 use crate::name::SocketName;
@@ -32,6 +32,7 @@ use crate::engine::log_limiter::LogLimiter;
 use crate::engine::status::Obstacle;
 use crate::engine::timers::Timers;
 use crate::error::{Error, Operation};
+use crate::stream::socket::Socket;
 
 /// The connections that one listener may accept before the others have their turn.
 const BATCH: usize = 64;

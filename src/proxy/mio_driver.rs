@@ -17,7 +17,7 @@ use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, AnyVm};
-use crate::engine::connection::{Progress, Socket};
+use crate::engine::connection::{ConnectionSocket, Progress, ThreadsResult};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
 #[cfg(unix)]
@@ -37,7 +37,7 @@ use super::driver::Lent;
 use super::driver::Wanted;
 use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
-use super::relay_threads::{Ended, Order, RelayThreads};
+use super::relay_threads::{RelayThreads, Reporter};
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
@@ -321,31 +321,31 @@ fn nothing_found(of: ListenerId) -> Event<Stream, Listener> {
 }
 
 /// The relay threads' view of their connection.
-struct RelayOrder {
+struct ThreadsReporter {
     token: usize,
     forward: Arc<Forward>,
     drain: Duration,
     notifier: Arc<Notifier>,
 }
 
-impl Order for RelayOrder {
-    fn delivered(&self, side: Side, bytes: u64) {
+impl Reporter for ThreadsReporter {
+    fn count_delivered(&self, side: Side, bytes: u64) {
         self.forward.tally.delivered(side, bytes);
     }
 
-    fn drain(&self, side: Side) -> Option<Duration> {
+    fn drain_timeout(&self, side: Side) -> Option<Duration> {
         (self.forward.is_blocking(side) || self.forward.needs_graceful_close(side))
             .then_some(self.drain)
     }
 
-    fn ended(&self, ended: Ended) {
+    fn report_end(&self, result: ThreadsResult) {
         let token = self.token;
         self.notifier
-            .notify(Report::Event(Event::ThreadsEnded { token, ended }));
+            .notify(Report::Event(Event::ThreadsEnded { token, result }));
     }
 }
 
-impl Socket for Stream {
+impl ConnectionSocket for Stream {
     fn connected(&self) -> io::Result<bool> {
         Stream::connected(self)
     }
@@ -772,7 +772,7 @@ impl Driver for MioDriver {
             }
             (Err(e), Err(_)) => return Err(e),
         };
-        let order = RelayOrder {
+        let order = ThreadsReporter {
             token,
             forward: Arc::clone(forward),
             drain,

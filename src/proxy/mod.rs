@@ -100,7 +100,7 @@ pub(crate) use descriptors::Descriptors as ProcessDescriptors;
 pub(crate) use forbidden::leads_to;
 pub use handle::Handle;
 #[cfg(all(unix, feature = "cli"))]
-pub(crate) use handover::{Offered, SharedSlots};
+pub(crate) use handover::Offered;
 #[cfg(feature = "cli")]
 pub(crate) use loops::{RuleIndex, describe as describe_loop};
 #[cfg(feature = "cli")]

@@ -1,6 +1,6 @@
 //! Relay threads, for connections with an end that no poller can wait for: two threads relay one
 //! connection, each in one direction, with blocking calls. They know neither the loop nor the
-//! engine's connection, and report to their [`Order`].
+//! engine's connection, and report to their [`Reporter`].
 //!
 //! The rules are the relay's. EOF of one side becomes a half-close of the other after the last
 //! byte. An error ends its own direction, and what the other still holds may arrive. Once both have
@@ -29,7 +29,7 @@ use crate::engine::relay::{CloseMode, Ending, Side};
 use crate::stream::Stream;
 use crate::stream::closing::{Outcome, ResetWait};
 
-use crate::engine::connection::{LINGER, Progress};
+use crate::engine::connection::{LINGER, Progress, ThreadsResult};
 
 /// The size of a direction's buffer.
 const BUFFER: usize = 64 * 1024;
@@ -37,58 +37,47 @@ const BUFFER: usize = 64 * 1024;
 /// The stack of a relay thread. Its calls are not deep, and the buffers are on the heap.
 const STACK: usize = 256 * 1024;
 
-/// What relay threads do besides relaying, and how they report.
-pub(crate) trait Order: Send + Sync + 'static {
+/// What relay threads report to, and what they ask.
+pub(crate) trait Reporter: Send + Sync + 'static {
     /// Notes that bytes of `side` were delivered to the other side.
-    fn delivered(&self, side: Side, bytes: u64);
+    fn count_delivered(&self, side: Side, bytes: u64);
     /// Returns how long a side may be drained before it is closed, or `None` if it need not be
     /// drained.
-    fn drain(&self, side: Side) -> Option<Duration>;
+    fn drain_timeout(&self, side: Side) -> Option<Duration>;
     /// Notes that both streams are closed.
-    fn ended(&self, ended: Ended);
-}
-
-/// The result of relay threads that have ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Ended {
-    /// The bytes of each side that were delivered to the other.
-    pub(crate) delivered: [u64; 2],
-    /// Whether a side did not end within the time that [`Order::drain`] gave it.
-    pub(crate) abandoned: bool,
-    /// The side that ended first, and how. One that broke off comes before one that did not.
-    pub(crate) first: Option<(Side, Ending)>,
+    fn report_end(&self, result: ThreadsResult);
 }
 
 /// A handle of the relay threads of one connection.
 #[derive(Debug)]
 pub(crate) struct RelayThreads {
     /// The two ends, while they are open: the handle does not keep them open.
-    ends: [Weak<End>; 2],
+    ends: [Weak<SharedEnd>; 2],
     cut: Arc<AtomicBool>,
 }
 
 impl RelayThreads {
-    /// Starts to relay between two streams, connected and blocking. [`Order::ended`] reports the
-    /// end.
+    /// Starts to relay between two streams, connected and blocking. [`Reporter::report_end`]
+    /// reports the end.
     ///
     /// # Errors
     /// Returns the reason if no thread can be started; both streams were reset then.
-    pub(crate) fn start(streams: [Stream; 2], order: impl Order) -> io::Result<RelayThreads> {
-        let ends = streams.map(|stream| Arc::new(End::new(stream)));
+    pub(crate) fn start(streams: [Stream; 2], reporter: impl Reporter) -> io::Result<RelayThreads> {
+        let ends = streams.map(|stream| Arc::new(SharedEnd::new(stream)));
         let cut = Arc::new(AtomicBool::new(false));
         let threads = RelayThreads {
             ends: Side::BOTH.map(|side| Arc::downgrade(&ends[side])),
             cut: Arc::clone(&cut),
         };
         let both = ends.clone();
-        let carry = move || {
+        let relay = move || {
             let mut report = EndReport {
-                order: &order,
-                ended: Ended::default(),
+                reporter: &reporter,
+                result: ThreadsResult::default(),
             };
-            report.ended = carry(ends, &cut, &order);
+            report.result = relay_both(ends, &cut, &reporter);
         };
-        match thread("hvsock-relay").spawn(carry) {
+        match thread("hvsock-relay").spawn(relay) {
             Ok(_) => Ok(threads),
             Err(e) => {
                 for end in both {
@@ -102,8 +91,8 @@ impl RelayThreads {
     /// Returns the progress.
     pub(crate) fn progress(&self) -> Progress {
         let ends = self.ends.each_ref().map(Weak::upgrade);
-        let delivered = |end: &Arc<End>| end.delivered.load(Ordering::Relaxed);
-        let half_closed = |end: &Arc<End>| end.half_closed.load(Ordering::Acquire);
+        let delivered = |end: &Arc<SharedEnd>| end.delivered.load(Ordering::Relaxed);
+        let half_closed = |end: &Arc<SharedEnd>| end.half_closed.load(Ordering::Acquire);
         Progress {
             delivered: ends.each_ref().map(|end| end.as_ref().map_or(0, delivered)),
             // The end to which a half-close was passed on is that of the other side.
@@ -132,14 +121,14 @@ impl RelayThreads {
 }
 
 /// A guard that reports the end, even after a panic.
-struct EndReport<'a, O: Order> {
-    order: &'a O,
-    ended: Ended,
+struct EndReport<'a, O: Reporter> {
+    reporter: &'a O,
+    result: ThreadsResult,
 }
 
-impl<O: Order> Drop for EndReport<'_, O> {
+impl<O: Reporter> Drop for EndReport<'_, O> {
     fn drop(&mut self) {
-        self.order.ended(self.ended);
+        self.reporter.report_end(self.result);
     }
 }
 
@@ -149,8 +138,9 @@ fn thread(name: &str) -> thread::Builder {
         .stack_size(STACK)
 }
 
+/// One end, as both threads use it.
 #[derive(Debug)]
-struct End {
+struct SharedEnd {
     stream: Stream,
     /// Whether reads are interrupted from here, so that their results say nothing about the peer.
     interrupted: AtomicBool,
@@ -162,9 +152,9 @@ struct End {
     delivered: AtomicU64,
 }
 
-impl End {
-    fn new(stream: Stream) -> End {
-        End {
+impl SharedEnd {
+    fn new(stream: Stream) -> SharedEnd {
+        SharedEnd {
             stream,
             interrupted: AtomicBool::new(false),
             writing: AtomicBool::new(false),
@@ -186,7 +176,7 @@ impl End {
 
 /// How a direction has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Flow {
+enum DirectionEnd {
     /// The EOF was passed on.
     Finished,
     /// The source is dead: a read failed.
@@ -198,31 +188,36 @@ enum Flow {
 }
 
 /// Relays both directions to their ends, and closes both sides.
-fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
+fn relay_both(
+    ends: [Arc<SharedEnd>; 2],
+    cut: &AtomicBool,
+    reporter: &impl Reporter,
+) -> ThreadsResult {
     let first = OnceLock::new();
-    let relay = |side: Side| relay_direction(&ends, side, order, &first);
+    let relay = |side: Side| relay_direction(&ends, side, reporter, &first);
     let flows = thread::scope(|scope| {
         let answer = thread("hvsock-relay-answer").spawn_scoped(scope, || relay(Side::Server));
         let answer = match answer {
             Ok(answer) => answer,
             Err(e) => {
                 warn!("a connection was broken off: no thread to carry it: {e}");
-                return [Flow::Interrupted; 2];
+                return [DirectionEnd::Interrupted; 2];
             }
         };
         let request = relay(Side::Client);
-        [request, answer.join().unwrap_or(Flow::Interrupted)]
+        [request, answer.join().unwrap_or(DirectionEnd::Interrupted)]
     });
     let delivered = Side::BOTH.map(|side| ends[side].delivered.load(Ordering::Relaxed));
     let dead = Side::BOTH
         .into_iter()
-        .find(|side| flows[*side] == Flow::Dead);
+        .find(|side| flows[*side] == DirectionEnd::Dead);
     let first = match dead {
         Some(side) => Some((side, Ending::BrokenOff)),
         None => first.get().map(|side| (*side, Ending::Whole)),
     };
     // Neither side waits for the other: its peer may take the whole drain timeout.
-    let close = |side: Side, end: Arc<End>| close_side(flows, side, &end.stream, cut, order);
+    let close =
+        |side: Side, end: Arc<SharedEnd>| close_side(flows, side, &end.stream, cut, reporter);
     let [client, server] = ends;
     let abandoned = thread::scope(|scope| {
         let mine = Arc::clone(&server);
@@ -235,26 +230,27 @@ fn carry(ends: [Arc<End>; 2], cut: &AtomicBool, order: &impl Order) -> Ended {
             Err(_) => close(Side::Client, client) | close(Side::Server, server),
         }
     });
-    Ended {
+    ThreadsResult {
         delivered,
         abandoned,
         first,
     }
 }
 
-/// Closes a side as [`CloseMode`] says. Returns whether its peer was to end it, and did not in time.
+/// Closes a side as [`CloseMode`] says. Returns whether its peer was to end it, and did not in
+/// time.
 fn close_side(
-    flows: [Flow; 2],
+    flows: [DirectionEnd; 2],
     side: Side,
     stream: &Stream,
     cut: &AtomicBool,
-    order: &impl Order,
+    reporter: &impl Reporter,
 ) -> bool {
-    let drain = order.drain(side);
+    let drain = reporter.drain_timeout(side);
     let was_cut = cut.load(Ordering::Acquire);
-    let whole = flows[side.other()] == Flow::Finished;
+    let whole = flows[side.other()] == DirectionEnd::Finished;
     match close_mode(flows, side) {
-        CloseMode::Close if !stream.is_framed() || flows[side] == Flow::Dead => false,
+        CloseMode::Close if !stream.is_framed() || flows[side] == DirectionEnd::Dead => false,
         // Rule 2 of a good neighbour: a VMM's connection is read to its EOF whatever happened, and
         // never closed with bytes unread.
         _ if stream.address().transport().needs_graceful_close => match was_cut {
@@ -266,7 +262,7 @@ fn close_side(
         CloseMode::Reset => match drain.filter(|_| whole) {
             Some(time) => close_gracefully(stream, time),
             // A peer that takes no more will never receive what it has not received yet.
-            None if flows[side.other()] == Flow::Refused => abort(stream),
+            None if flows[side.other()] == DirectionEnd::Refused => abort(stream),
             None => {
                 wait_for_arrival(stream, cut);
                 abort(stream)
@@ -277,17 +273,17 @@ fn close_side(
 
 /// Relays what `side` sends. `first` is the side that ended first, if one has.
 fn relay_direction(
-    ends: &[Arc<End>; 2],
+    ends: &[Arc<SharedEnd>; 2],
     side: Side,
-    order: &impl Order,
+    reporter: &impl Reporter,
     first: &OnceLock<Side>,
-) -> Flow {
+) -> DirectionEnd {
     let (source, sink) = (&ends[side], &ends[side.other()]);
     let mut buffer = vec![0; BUFFER];
     loop {
         let read = (&source.stream).read(&mut buffer);
         if source.interrupted.load(Ordering::Acquire) {
-            return Flow::Interrupted;
+            return DirectionEnd::Interrupted;
         }
         let n = match read {
             Ok(0) if source.has_ended() => {
@@ -296,7 +292,7 @@ fn relay_direction(
                 sink.half_closed.store(true, Ordering::Release);
                 // An error says that the peer has closed already: then nobody needs to be told.
                 let _ = sink.stream.shutdown(Shutdown::Write);
-                return Flow::Finished;
+                return DirectionEnd::Finished;
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Ok(0) | Err(_) => {
@@ -304,7 +300,7 @@ fn relay_direction(
                 sink.interrupted.store(true, Ordering::Release);
                 sink.stream.interrupt(Shutdown::Read);
                 source.stream.abort();
-                return Flow::Dead;
+                return DirectionEnd::Dead;
             }
             Ok(n) => n,
         };
@@ -317,9 +313,9 @@ fn relay_direction(
             let taken = *written.as_ref().unwrap_or(&0);
             rest = &rest[taken..];
             source.delivered.fetch_add(taken as u64, Ordering::Relaxed);
-            order.delivered(side, taken as u64);
+            reporter.count_delivered(side, taken as u64);
             if source.interrupted.load(Ordering::Acquire) {
-                return Flow::Interrupted;
+                return DirectionEnd::Interrupted;
             }
             if let Err(e) = written
                 && e.kind() != io::ErrorKind::Interrupted
@@ -328,7 +324,7 @@ fn relay_direction(
                 let is_broken_pipe = e.kind() == io::ErrorKind::BrokenPipe;
                 sink.failed.fetch_or(!is_broken_pipe, Ordering::AcqRel);
                 first.get_or_init(|| side.other());
-                return Flow::Refused;
+                return DirectionEnd::Refused;
             }
         }
     }
@@ -336,11 +332,11 @@ fn relay_direction(
 
 /// Returns how `side` is to be closed, by the rules of
 /// [`Pair::close_mode`](crate::engine::relay::Pair::close_mode).
-fn close_mode(flows: [Flow; 2], side: Side) -> CloseMode {
-    let dead = flows[side] == Flow::Dead;
+fn close_mode(flows: [DirectionEnd; 2], side: Side) -> CloseMode {
+    let dead = flows[side] == DirectionEnd::Dead;
     match flows[side.other()] {
-        Flow::Finished if dead || flows[side] == Flow::Finished => CloseMode::Close,
-        Flow::Finished if side == Side::Client => CloseMode::Linger,
+        DirectionEnd::Finished if dead || flows[side] == DirectionEnd::Finished => CloseMode::Close,
+        DirectionEnd::Finished if side == Side::Client => CloseMode::Linger,
         _ if dead => CloseMode::Close,
         _ => CloseMode::Reset,
     }

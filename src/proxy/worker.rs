@@ -59,7 +59,8 @@ pub(crate) struct Worker<D: Driver> {
     pub(super) shared: Arc<Shared<D>>,
     pub(super) connections: Connections<D>,
     pub(super) listeners: Listeners<D>,
-    /// The removed forwards whose connections go on, each with the time at which its connections are cut off.
+    /// The removed forwards whose connections go on, each with the time at which its connections
+    /// are cut off.
     removed: BTreeMap<(Instant, ForwardId), Arc<Forward>>,
     /// The removed forward that was looked at last, to be forgotten if nothing of it is left.
     looked_at: Option<(Instant, ForwardId)>,

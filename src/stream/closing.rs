@@ -15,8 +15,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(128);
 
 /// A graceful close: the half-close is sent, and input is read and discarded to its EOF. If that
-/// does not come in time, the input is shut down, and what is unread is read out: a VMM can die of a
-/// close with bytes unread.
+/// does not come in time, the input is shut down, and what is unread is read out: a VMM can die of
+/// a close with bytes unread.
 #[derive(Debug)]
 pub(crate) struct GracefulClose {
     state: State,
@@ -38,8 +38,8 @@ enum State {
 /// What a graceful close needs next.
 #[derive(Debug)]
 pub(crate) enum Step {
-    /// Half-close, within that time. An error says nothing: that of a broken connection comes from a
-    /// read as well.
+    /// Half-close, within that time. An error says nothing: that of a broken connection comes from
+    /// a read as well.
     ShutdownWrite { until: Instant },
     /// Read and discard, and hand in the result; wait for it until then at the most.
     Read { until: Instant },
@@ -121,8 +121,8 @@ impl GracefulClose {
     }
 }
 
-/// The wait before a reset. A reset overtakes data, so it waits until the peer has received what was
-/// sent before.
+/// The wait before a reset. A reset overtakes data, so it waits until the peer has received what
+/// was sent before.
 #[derive(Debug)]
 pub(crate) struct ResetWait {
     pause: Duration,

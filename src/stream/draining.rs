@@ -24,11 +24,11 @@ use std::time::{Duration, Instant};
 pub(crate) const UNHURRIED: u64 = 4 * 1024 * 1024;
 
 /// How long a guest may go on sending less than that at full speed.
-pub(crate) const SENDS_ON: Duration = Duration::from_secs(1);
+const SENDS_ON: Duration = Duration::from_secs(1);
 
 /// The time between two reads of a guest that goes on sending. With the size of a buffer, 128 KiB,
 /// that is at most 1.3 MB a second.
-pub(crate) const PACE: Duration = Duration::from_millis(100);
+const PACE: Duration = Duration::from_millis(100);
 
 /// How long a guest may go on sending before its drain is given up.
 pub(crate) const LONGEST_SENDING: Duration = Duration::from_secs(10);
@@ -41,11 +41,11 @@ const PAUSES: Duration = Duration::from_secs(1);
 
 /// More bytes than the device and the sockets hold between them: what comes after so many was sent
 /// since.
-pub(crate) const HELD: u64 = 1024 * 1024;
+const HELD: u64 = 1024 * 1024;
 
-/// How long nothing must come for the device to hold nothing. It writes what it holds as soon as its
-/// thread runs.
-pub(crate) const EMPTY: Duration = Duration::from_millis(50);
+/// How long nothing must come for the device to hold nothing. It writes what it holds as soon as
+/// its thread runs.
+const EMPTY: Duration = Duration::from_millis(50);
 
 /// How long an end that is given up is read at full speed.
 pub(crate) const LAST_READS: Duration = Duration::from_secs(1);
@@ -71,12 +71,25 @@ pub(crate) enum Reading {
     Full,
     Once,
     /// Wait: it is not time yet.
-    Not,
+    Later,
 }
 
-/// What follows from what was read.
+/// What a turn of an end has come to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DrainTurn {
+    /// What has been received by now.
+    pub(crate) received: u64,
+    /// Whether the end was read in this turn.
+    pub(crate) was_read: bool,
+    /// Whether more can be read at once.
+    pub(crate) is_readable: bool,
+    /// Whether the end may be read slowly from now on.
+    pub(crate) may_slow: bool,
+}
+
+/// What follows from a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Next {
+pub(crate) enum DrainStep {
     /// Wait for an event.
     Wait,
     /// Go on at that time.
@@ -125,7 +138,7 @@ impl Drain {
         match self.pace {
             Pace::Full | Pace::Last { .. } => Reading::Full,
             Pace::Slow(next) if now >= next => Reading::Once,
-            Pace::Slow(_) => Reading::Not,
+            Pace::Slow(_) => Reading::Later,
         }
     }
 
@@ -136,7 +149,7 @@ impl Drain {
     }
 
     /// Takes that the process stood still: the guest may have been unable to end.
-    pub(crate) fn forgive(&mut self, now: Instant) {
+    pub(crate) fn note_freeze(&mut self, now: Instant) {
         self.sending_since = self.sending_since.map(|_| now);
         if let Pace::Last { until, .. } = &mut self.pace {
             *until = (*until).max(now + EMPTY);
@@ -144,7 +157,7 @@ impl Drain {
     }
 
     /// Reads at full speed from now on, whatever comes: the proxy stops.
-    pub(crate) fn hurry(&mut self) {
+    pub(crate) fn end_slowness(&mut self) {
         if matches!(self.pace, Pace::Slow(_)) {
             self.pace = Pace::Full;
         }
@@ -158,16 +171,14 @@ impl Drain {
         };
     }
 
-    /// Notes what has been received by now, and whether more can be read at once. `may_slow` says
-    /// whether the end may be read slowly, `has_read` whether it was read now.
-    pub(crate) fn note(
-        &mut self,
-        received: u64,
-        is_readable: bool,
-        may_slow: bool,
-        has_read: bool,
-        now: Instant,
-    ) -> Next {
+    /// Takes what a turn has come to, and returns what follows.
+    pub(crate) fn take_turn(&mut self, turn: DrainTurn, now: Instant) -> DrainStep {
+        let DrainTurn {
+            received,
+            was_read,
+            is_readable,
+            may_slow,
+        } = turn;
         let has_come = received > self.received;
         if has_come {
             if !self.is_sending(now) || self.sending_since.is_none() {
@@ -183,25 +194,25 @@ impl Drain {
                 let is_much = received - self.from > UNHURRIED;
                 if may_slow && has_come && (is_much || sending >= Some(SENDS_ON)) {
                     self.pace = Pace::Slow(now + PACE);
-                    return Next::Slower;
+                    return DrainStep::Slower;
                 }
                 match is_readable {
-                    true => Next::Again,
-                    false => Next::Wait,
+                    true => DrainStep::Again,
+                    false => DrainStep::Wait,
                 }
             }
-            Pace::Slow(next) if !has_read => match is_readable {
-                true => Next::At(next),
-                false => Next::Wait,
+            Pace::Slow(next) if !was_read => match is_readable {
+                true => DrainStep::At(next),
+                false => DrainStep::Wait,
             },
             Pace::Slow(_) => {
                 self.pace = Pace::Slow(now + PACE);
                 match sending {
-                    Some(time) if time >= LONGEST_SENDING => Next::GiveUp,
-                    Some(_) => Next::MayGiveUp,
+                    Some(time) if time >= LONGEST_SENDING => DrainStep::GiveUp,
+                    Some(_) => DrainStep::MayGiveUp,
                     None => match self.last.map(|at| at + PAUSES) {
-                        Some(at) if now < at => Next::At(at),
-                        _ => Next::Paused,
+                        Some(at) if now < at => DrainStep::At(at),
+                        _ => DrainStep::Paused,
                     },
                 }
             }
@@ -209,18 +220,19 @@ impl Drain {
                 let is_newly_sent = received - from > HELD;
                 let is_empty = self.last.is_none_or(|at| now >= at + EMPTY);
                 if now >= until || !is_readable && (is_newly_sent || is_empty) {
-                    return Next::Close;
+                    return DrainStep::Close;
                 }
                 match is_readable {
-                    true => Next::Again,
-                    false => Next::At(until.min(now + EMPTY)),
+                    true => DrainStep::Again,
+                    false => DrainStep::At(until.min(now + EMPTY)),
                 }
             }
         }
     }
 
-    /// Returns when to go on after [`Next::MayGiveUp`], [`Next::GiveUp`] or [`Next::Slower`].
-    pub(crate) fn next(&self, now: Instant) -> Instant {
+    /// Returns when to go on after [`DrainStep::MayGiveUp`], [`DrainStep::GiveUp`] or
+    /// [`DrainStep::Slower`].
+    pub(crate) fn next_read(&self, now: Instant) -> Instant {
         match self.pace {
             Pace::Slow(next) => next,
             _ => now,
@@ -251,14 +263,19 @@ mod tests {
         }
 
         /// Reads so much, if it is time; whether more can be read then.
-        fn reads(&mut self, bytes: u64, is_readable: bool) -> Next {
+        fn reads(&mut self, bytes: u64, is_readable: bool) -> DrainStep {
             let (reading, now) = (self.drain.reading(self.now), self.now);
-            let has_read = reading != Reading::Not;
+            let has_read = reading != Reading::Later;
             if has_read {
                 self.received += bytes;
             }
-            self.drain
-                .note(self.received, is_readable, true, has_read, now)
+            let turn = DrainTurn {
+                received: self.received,
+                was_read: has_read,
+                is_readable,
+                may_slow: true,
+            };
+            self.drain.take_turn(turn, now)
         }
 
         fn waits(&mut self, time: Duration) {
@@ -270,14 +287,14 @@ mod tests {
     fn a_guest_that_sends_on_is_read_slowly_and_given_up() {
         let mut guest = Guest::new();
         let begun = guest.now;
-        while guest.reads(4 * BUFFER, true) == Next::Again {}
+        while guest.reads(4 * BUFFER, true) == DrainStep::Again {}
         assert!((UNHURRIED..UNHURRIED + 5 * BUFFER).contains(&guest.received));
         let before = guest.received;
         let mut next = guest.reads(BUFFER, true);
-        while next != Next::GiveUp {
+        while next != DrainStep::GiveUp {
             guest.now = match next {
-                Next::At(at) => at,
-                _ => guest.drain.next(guest.now),
+                DrainStep::At(at) => at,
+                _ => guest.drain.next_read(guest.now),
             };
             next = guest.reads(BUFFER, true);
         }
@@ -287,7 +304,7 @@ mod tests {
         // A guest that only drips is read slowly, too.
         let mut guest = Guest::new();
         let begun = guest.now;
-        while guest.reads(1, false) != Next::GiveUp {
+        while guest.reads(1, false) != DrainStep::GiveUp {
             guest.waits(2 * PACE);
         }
         assert!(guest.now - begun < LONGEST_SENDING + 3 * PACE);
@@ -298,7 +315,7 @@ mod tests {
         let mut guest = Guest::new();
         for _ in 0..10 {
             for _ in 0..30 {
-                assert!(!matches!(guest.reads(1, false), Next::GiveUp));
+                assert!(!matches!(guest.reads(1, false), DrainStep::GiveUp));
                 guest.waits(2 * PACE);
             }
             assert!(guest.drain.is_sending(guest.now));
@@ -310,32 +327,32 @@ mod tests {
     #[test]
     fn what_is_given_up_is_closed_when_the_device_holds_nothing() {
         let mut guest = Guest::new();
-        while guest.reads(4 * BUFFER, true) == Next::Again {}
+        while guest.reads(4 * BUFFER, true) == DrainStep::Again {}
         guest.drain.give_up(guest.now);
         // What has come may be what the device held before.
-        assert!(matches!(guest.reads(4 * BUFFER, false), Next::At(_)));
-        assert_eq!(guest.reads(4 * BUFFER, true), Next::Again);
-        assert_eq!(guest.reads(BUFFER, false), Next::Close);
+        assert!(matches!(guest.reads(4 * BUFFER, false), DrainStep::At(_)));
+        assert_eq!(guest.reads(4 * BUFFER, true), DrainStep::Again);
+        assert_eq!(guest.reads(BUFFER, false), DrainStep::Close);
         // A guest that falls silent has nothing on its way.
         guest.drain.give_up(guest.now);
-        let Next::At(at) = guest.reads(BUFFER, false) else {
+        let DrainStep::At(at) = guest.reads(BUFFER, false) else {
             panic!()
         };
         guest.now = at;
-        assert_eq!(guest.reads(0, false), Next::Close);
+        assert_eq!(guest.reads(0, false), DrainStep::Close);
         // One that is faster than we are is not read for ever.
         guest.drain.give_up(guest.now);
-        assert_eq!(guest.reads(8 * BUFFER, true), Next::Again);
+        assert_eq!(guest.reads(8 * BUFFER, true), DrainStep::Again);
         guest.waits(LAST_READS);
-        assert_eq!(guest.reads(8 * BUFFER, true), Next::Close);
+        assert_eq!(guest.reads(8 * BUFFER, true), DrainStep::Close);
     }
 
     #[test]
-    fn what_stops_is_in_a_hurry() {
+    fn what_stops_is_read_at_full_speed() {
         let mut guest = Guest::new();
-        while guest.reads(4 * BUFFER, true) == Next::Again {}
-        assert_eq!(guest.drain.reading(guest.now), Reading::Not);
-        guest.drain.hurry();
+        while guest.reads(4 * BUFFER, true) == DrainStep::Again {}
+        assert_eq!(guest.drain.reading(guest.now), Reading::Later);
+        guest.drain.end_slowness();
         assert_eq!(guest.drain.reading(guest.now), Reading::Full);
     }
 }

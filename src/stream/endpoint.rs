@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 
 use socket2::SockRef;
 
+use super::vsock_mux::Handshake;
 #[cfg(windows)]
 use crate::address::NpipeAddress;
 use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
 use crate::error::{Error, Operation};
-use crate::mux::Handshake;
 
 /// What it takes to connect to an address.
 #[derive(Debug)]
@@ -20,8 +20,8 @@ pub(crate) enum Target<'a> {
         host: &'a str,
         port: u16,
     },
-    /// A program or a file: it is dialled by [`dial::on_thread`](crate::dial::on_thread), since that
-    /// may block.
+    /// A program or a file: it is dialled by [`dial::on_thread`](crate::dial::on_thread), since
+    /// that may block.
     #[cfg(unix)]
     OnThread,
     /// Nothing: this system has no such sockets, or they are not carried.

@@ -132,8 +132,8 @@ impl Local {
         self.kept.is_some()
     }
 
-    /// Ends both directions, for a close doesn't while a keeper has a copy, and has the keeper close
-    /// that.
+    /// Ends both directions, for a close doesn't while a keeper has a copy, and has the keeper
+    /// close that.
     pub(super) fn end_kept(&mut self) {
         let Some(kept) = self.kept.take() else {
             return;

@@ -16,6 +16,8 @@ pub(crate) mod local;
 #[path = "pipe.rs"]
 pub(crate) mod local;
 pub(crate) mod nonblocking;
+pub(crate) mod socket;
+pub(crate) mod vsock_mux;
 
 pub use blocking::Stream;
 pub(crate) use blocking::{is_timeout, refuse_zero};

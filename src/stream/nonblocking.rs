@@ -13,8 +13,8 @@ use super::endpoint::{Endpoint, is_connected};
 #[cfg(windows)]
 use super::inner::Inner;
 use super::local::Local;
+use super::socket::Socket;
 use crate::address::Address;
-use crate::engine::relay::Socket;
 #[cfg(unix)]
 use crate::keeper::Link;
 use crate::name::{PeerProcess, SocketName};

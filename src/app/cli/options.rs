@@ -166,7 +166,6 @@ impl ProxyOptions {
     }
 
     /// Returns the options of rules that are added later.
-    #[cfg(unix)]
     pub(super) fn rule(&self) -> &RuleOptions {
         &self.rule
     }

@@ -12,9 +12,8 @@ use crate::engine::status::{VmStatus, wall_time};
 use crate::sys;
 
 use super::heard::LastHeard;
-use super::quotas::{Holder, Quotas};
-use super::sharing::OtherSlots;
-use super::silence::Silence;
+use super::quotas::{Holder, OtherSlots, Quotas};
+use super::silent::Silence;
 
 /// The average interval between two dials. 100 µs never harmed the device.
 pub(super) const INTERVAL: Duration = Duration::from_micros(150);

@@ -38,6 +38,7 @@ pub(crate) mod quotas;
 #[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
 pub(crate) mod sharing;
 mod silence;
+mod silent;
 mod slot;
 
 pub(crate) use admit::Admission;

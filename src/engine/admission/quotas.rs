@@ -22,6 +22,15 @@ pub(crate) enum Holder {
     Lost,
 }
 
+/// The slots of a VM that another process has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct OtherSlots {
+    /// Those that it uses or may still use.
+    pub(crate) used: usize,
+    /// Those that it has lost, as far as it knows.
+    pub(crate) lost: usize,
+}
+
 /// The slots of one VM or of the process, by holder.
 #[derive(Debug)]
 pub(crate) struct Quotas {

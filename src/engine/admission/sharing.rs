@@ -7,15 +7,7 @@
 
 use super::gate::Gate;
 use super::quotas::Holder;
-
-/// The slots of a VM that another process has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct OtherSlots {
-    /// Those that it uses or may still use.
-    pub(crate) used: usize,
-    /// Those that it has lost, as far as it knows.
-    pub(crate) lost: usize,
-}
+pub(crate) use super::quotas::OtherSlots;
 
 /// What this process may still use of a VM's slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,39 +18,6 @@ const ASKED_AFTER: Duration = Duration::from_secs(25);
 /// How long a guest may answer nothing before that is reported.
 const SILENT_AFTER: Duration = Duration::from_secs(30);
 
-/// What is known of a guest's silence.
-#[derive(Debug, Default)]
-pub(super) struct Silence {
-    /// The number and the time of a dial: of the oldest one that is not answered, unless this one
-    /// is.
-    oldest: Option<(u64, Instant)>,
-    /// Whether no probe could be sent.
-    is_probe_missing: bool,
-    /// The time since which the guest is silent, and the epoch of the VM, once it was reported.
-    reported: Option<(Instant, u64)>,
-    /// Whether the VM's process is stopped.
-    is_stopped: bool,
-}
-
-impl Silence {
-    /// Notes a dial. `answered` is the number of the last one that was answered before.
-    pub(super) fn note_dial(&mut self, number: u64, answered: u64, now: Instant) {
-        if self.oldest.is_none_or(|(oldest, _)| oldest <= answered) {
-            self.oldest = Some((number, now));
-        }
-    }
-
-    /// Returns the time since which the guest is silent, if that was reported.
-    pub(super) fn since(&self) -> Option<Instant> {
-        self.reported.map(|(since, _)| since)
-    }
-
-    /// Returns whether the VM's process is stopped.
-    pub(super) fn is_stopped(&self) -> bool {
-        self.is_stopped
-    }
-}
-
 /// What is to be done about a guest's silence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SilenceCheck {

@@ -3,24 +3,28 @@
 //!
 //! Which of these a side needs is decided here; the sockets themselves are closed by the loop,
 //! through [`Action`]s. No socket call here waits for its peer.
+//!
+//! The drain timeout is applied at three places: here (`time_to_close`); in `relaying.rs`, while a
+//! peer is gone or a half-close is held back; and by relay threads, which are told it by
+//! `Reporter::drain_timeout`.
 
 use std::io;
 use std::time::{Duration, Instant};
 
-use tracing::warn;
-
 use crate::dial::Dial;
 use crate::engine::Phase;
 use crate::engine::admission::{DrainEnd, Slot};
-use crate::engine::counters::add_one;
 use crate::engine::end_reason::{EndReason, Reason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
 use crate::stream::closing::ResetWait;
-use crate::stream::draining::{Drain, Next, Reading};
+use crate::stream::draining::{Drain, DrainStep, DrainTurn, Reading};
 use crate::time::after;
 
-use super::{Action, Connection, Context, Socket, State};
+use super::action::{Action, Context};
+use super::closing_end::{Closing, How};
+use super::socket::ConnectionSocket;
+use super::state::{Connection, State};
 
 /// How long input is read and discarded from a client that has received its whole answer and goes
 /// on sending.
@@ -38,61 +42,13 @@ pub(crate) const SETTLING: Duration = Duration::from_secs(1);
 const LAST_TURNS: usize = 64;
 
 /// The log messages about guests that did not end their connections in time.
-const NOT_ENDED: &str = "closed connections that the guest did not end within the drain timeout";
+pub(super) const NOT_ENDED: &str =
+    "closed connections that the guest did not end within the drain timeout";
 const LOST: &str = "closed connections that the guest did not end within the drain timeout; their slots are lost until the VM is restarted";
 const SENDS_ON: &str =
     "closed connections on which the guest went on sending though nobody was left to read";
 
-/// How long threads may take to end after they were cut off, before they are cut off again.
-const CUT_PAUSE: Duration = Duration::from_millis(10);
-
-/// An end that must not be closed at once.
-#[derive(Debug)]
-pub(crate) struct Closing<S> {
-    pub(crate) end: End<S>,
-    how: How,
-}
-
-#[derive(Debug)]
-enum How {
-    /// It is read to its EOF, then closed.
-    Drain(Drain),
-    /// It is half-closed once its VMM has answered the dial, then drained.
-    ShakeHands(Box<Dial>),
-    /// It is reset, once the peer has received what was sent before.
-    Reset(ResetWait),
-}
-
-impl<S: Socket> Closing<S> {
-    /// Makes an end that is read to its EOF.
-    pub(super) fn drain(end: End<S>) -> Closing<S> {
-        Closing {
-            how: How::Drain(Drain::new(end.received())),
-            end,
-        }
-    }
-
-    /// Makes the end of a dial that was given up: it is half-closed, and read to its EOF. What is
-    /// sent before a VMM's answer may be lost, so a half-close waits for that.
-    pub(super) fn dialled(mut end: End<S>, dial: Dial) -> Closing<S> {
-        if dial.is_shaking_hands() {
-            let how = How::ShakeHands(Box::new(dial));
-            return Closing { end, how };
-        }
-        end.shutdown_write();
-        Closing::drain(end)
-    }
-
-    /// Makes an end that is reset once the peer has what was sent before.
-    fn reset(end: End<S>, until: Instant) -> Closing<S> {
-        Closing {
-            how: How::Reset(ResetWait::new(until)),
-            end,
-        }
-    }
-}
-
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
     /// Ends a pair, whether it is done or not: closes each side, resets it, or half-closes it and
     /// drains it.
     pub(super) fn close_pair(&mut self, cx: &mut Context<'_, S>) {
@@ -150,12 +106,12 @@ impl<S: Socket> Connection<S> {
                 continue;
             };
             match self.go_on_closing_end(side, closing, cx) {
-                Ended::No(closing, at) => {
+                IsClosed::No(closing, at) => {
                     ends[side] = Some(closing);
                     check_at = check_at.into_iter().chain(at).min();
                 }
-                Ended::Yes => {}
-                Ended::GivenUp => settled = Some(after(now, SETTLING)),
+                IsClosed::Yes => {}
+                IsClosed::GivenUp => settled = Some(after(now, SETTLING)),
             }
         }
         let State::Closing {
@@ -206,7 +162,7 @@ impl<S: Socket> Connection<S> {
         side: Side,
         closing: Closing<S>,
         cx: &mut Context<'_, S>,
-    ) -> Ended<S> {
+    ) -> IsClosed<S> {
         let Closing { end, how } = closing;
         match how {
             How::Drain(drain) => self.go_on_draining(side, end, drain, cx),
@@ -225,17 +181,18 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Waits for a VMM's answer to a dial that was given up, then half-closes the end and drains it.
+    /// Waits for a VMM's answer to a dial that was given up, then half-closes the end and drains
+    /// it.
     fn go_on_shaking_hands(
         &mut self,
         side: Side,
         mut end: End<S>,
         mut dial: Box<Dial>,
         cx: &mut Context<'_, S>,
-    ) -> Ended<S> {
+    ) -> IsClosed<S> {
         if let Ok(false) = dial.shake_hands(&mut end.socket) {
             let how = How::ShakeHands(dial);
-            return Ended::No(Closing { end, how }, None);
+            return IsClosed::No(Closing { end, how }, None);
         }
         // If there is no connection after all, the drain reads its end.
         end.shutdown_write();
@@ -250,7 +207,7 @@ impl<S: Socket> Connection<S> {
         mut end: End<S>,
         mut wait: ResetWait,
         cx: &mut Context<'_, S>,
-    ) -> Ended<S> {
+    ) -> IsClosed<S> {
         let before = (end.received(), end.input_ended());
         end.discard(cx.pool);
         self.note_answer(side, &end, before, cx.now);
@@ -262,11 +219,11 @@ impl<S: Socket> Connection<S> {
         match check_at {
             None => {
                 cx.request(Action::Reset(end.socket));
-                Ended::Yes
+                IsClosed::Yes
             }
             at => {
                 let how = How::Reset(wait);
-                Ended::No(Closing { end, how }, at)
+                IsClosed::No(Closing { end, how }, at)
             }
         }
     }
@@ -278,13 +235,13 @@ impl<S: Socket> Connection<S> {
         mut end: End<S>,
         mut drain: Drain,
         cx: &mut Context<'_, S>,
-    ) -> Ended<S> {
+    ) -> IsClosed<S> {
         let now = cx.now;
         if cx.thawed == Some(now) {
-            drain.forgive(now);
+            drain.note_freeze(now);
         }
         let before = (end.received(), end.input_ended());
-        let has_read = match drain.reading(now) {
+        let was_read = match drain.reading(now) {
             Reading::Full => {
                 end.discard(cx.pool);
                 true
@@ -293,27 +250,32 @@ impl<S: Socket> Connection<S> {
                 end.discard_once(cx.pool);
                 true
             }
-            Reading::Not => false,
+            Reading::Later => false,
         };
         self.note_answer(side, &end, before, now);
         if end.input_ended() {
             self.close_socket(side, end, cx);
-            return Ended::Yes;
+            return IsClosed::Yes;
         }
-        // A client is read for a few seconds at most, and what stops is in a hurry.
-        let may_slow = cx.phase == Phase::Running && self.forward.needs_graceful_close(side);
-        let mut next = drain.note(end.received(), end.is_readable(), may_slow, has_read, now);
+        let turn = DrainTurn {
+            received: end.received(),
+            was_read,
+            is_readable: end.is_readable(),
+            // A client is drained for a few seconds at most, and no drain delays the stop.
+            may_slow: cx.phase == Phase::Running && self.forward.needs_graceful_close(side),
+        };
+        let mut next = drain.take_turn(turn, now);
         let slot = &mut self.slots[side];
         if let Some(slot) = slot {
             match next {
-                Next::Slower | Next::MayGiveUp | Next::GiveUp => slot.note_drain(),
-                Next::Paused => slot.forget_drain(),
-                Next::Wait | Next::At(_) | Next::Again | Next::Close => {}
+                DrainStep::Slower | DrainStep::MayGiveUp | DrainStep::GiveUp => slot.note_drain(),
+                DrainStep::Paused => slot.forget_drain(),
+                DrainStep::Wait | DrainStep::At(_) | DrainStep::Again | DrainStep::Close => {}
             }
         }
         let why = match next {
-            Next::GiveUp => Some(DrainEnd::Due),
-            Next::MayGiveUp => Some(DrainEnd::InTheWay),
+            DrainStep::GiveUp => Some(DrainEnd::Due),
+            DrainStep::MayGiveUp => Some(DrainEnd::InTheWay),
             _ => None,
         };
         let may_give_up = |why| match slot {
@@ -323,25 +285,27 @@ impl<S: Socket> Connection<S> {
         };
         if why.is_some_and(may_give_up) {
             drain.give_up(now);
-            next = Next::Again;
+            next = DrainStep::Again;
         }
         let at = match next {
-            Next::Close => {
+            DrainStep::Close => {
                 return match self.give_up(side, end, Gone::Sending, cx) {
-                    true => Ended::GivenUp,
-                    false => Ended::Yes,
+                    true => IsClosed::GivenUp,
+                    false => IsClosed::Yes,
                 };
             }
-            Next::Again => {
+            DrainStep::Again => {
                 cx.has_more_work = true;
                 None
             }
-            Next::At(at) => Some(at),
-            Next::Slower | Next::GiveUp | Next::MayGiveUp => Some(drain.next(now)),
-            Next::Wait | Next::Paused => None,
+            DrainStep::At(at) => Some(at),
+            DrainStep::Slower | DrainStep::GiveUp | DrainStep::MayGiveUp => {
+                Some(drain.next_read(now))
+            }
+            DrainStep::Wait | DrainStep::Paused => None,
         };
         let how = How::Drain(drain);
-        Ended::No(Closing { end, how }, at)
+        IsClosed::No(Closing { end, how }, at)
     }
 
     /// Closes by force an end that is not ended yet, after reading out what is unread. Returns
@@ -375,9 +339,7 @@ impl<S: Socket> Connection<S> {
         self.note_abandoned(text, cx.now);
         match guest {
             // The slot is given back once the device has told the guest.
-            Gone::Sending if self.can_lose_slot(side) => {
-                cx.request(Action::Close(end.socket, None))
-            }
+            Gone::Sending if self.can_lose_slot(side) => cx.request(Action::Discard(end.socket)),
             Gone::Sending | Gone::Silent => {
                 if let Some(slot) = &mut self.slots[side] {
                     slot.lose();
@@ -429,16 +391,6 @@ impl<S: Socket> Connection<S> {
         }
     }
 
-    /// Counts and logs an end that the peer has not ended in time.
-    fn note_abandoned(&self, text: &str, now: Instant) {
-        let forward = &self.forward;
-        add_one(&forward.tally.abandoned);
-        if forward.log_limiter.admit(text, now).is_some() {
-            self.span()
-                .in_scope(|| warn!("{}: {text}", forward.rule.connect));
-        }
-    }
-
     /// Shortens the closing to what the current phase allows. A probe may take as long as the proxy
     /// runs.
     pub(crate) fn shorten_closing(&mut self, cx: &mut Context<'_, S>) {
@@ -448,7 +400,7 @@ impl<S: Socket> Connection<S> {
         if cx.phase > Phase::Running {
             for closing in ends.iter_mut().flatten() {
                 if let How::Drain(drain) = &mut closing.how {
-                    drain.hurry();
+                    drain.end_slowness();
                 }
             }
         }
@@ -462,31 +414,6 @@ impl<S: Socket> Connection<S> {
         };
         *until = Some(at);
         self.wake_by(at);
-    }
-
-    /// Requests the end of the threads, and tries again until they report that they have ended.
-    pub(super) fn cut_threads(&mut self, cx: &mut Context<'_, S>) {
-        cx.request(Action::CutThreads);
-        self.wake_at = Some(cx.now + CUT_PAUSE);
-    }
-
-    /// Takes the end of the threads: the bytes that they delivered from each side, whether a guest
-    /// failed to end its connection in time, and which side has ended first, and how.
-    pub(crate) fn take_threads_end(
-        &mut self,
-        delivered: [u64; 2],
-        abandoned: bool,
-        first: Option<(Side, Ending)>,
-        cx: &mut Context<'_, S>,
-    ) {
-        self.counted = delivered;
-        if let Some((side, ending)) = first {
-            self.end_because(reason_of_end(side, ending));
-        }
-        if abandoned {
-            self.note_abandoned(NOT_ENDED, cx.now);
-        }
-        self.close(cx);
     }
 
     /// Closes all sockets that are left and ends the connection.
@@ -507,7 +434,7 @@ impl<S: Socket> Connection<S> {
 }
 
 /// Whether an end is closed now.
-enum Ended<S> {
+enum IsClosed<S> {
     /// It is not. It goes on at that time, or after an event.
     No(Closing<S>, Option<Instant>),
     Yes,
@@ -525,7 +452,7 @@ enum Gone {
 }
 
 /// Reads and drops what there is.
-fn read_out<S: Socket>(end: &mut End<S>, cx: &mut Context<'_, S>) {
+fn read_out<S: ConnectionSocket>(end: &mut End<S>, cx: &mut Context<'_, S>) {
     end.latch(Readiness {
         readable: true,
         ..Readiness::default()
@@ -538,7 +465,7 @@ fn read_out<S: Socket>(end: &mut End<S>, cx: &mut Context<'_, S>) {
 }
 
 /// Returns how a side has ended, if it has.
-pub(super) fn how_ended<S: Socket>(end: &End<S>) -> Option<Ending> {
+pub(super) fn how_ended<S: ConnectionSocket>(end: &End<S>) -> Option<Ending> {
     match end.output {
         _ if end.is_dead() => Some(Ending::BrokenOff),
         // That a peer takes no more is all that a close says to who writes.

@@ -28,24 +28,16 @@ use crate::name::{Peer, SocketName};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::time::after;
 
+use super::action::{Action, Context};
+use super::closing_end::Closing;
 use super::relaying::Acceptance;
-use super::{Action, Closing, Connection, Context, Socket, State};
+use super::socket::ConnectionSocket;
+use super::state::{Connection, Held, State};
 
 /// The pause before the target of a held client is dialled again. It doubles with each dial, up to
 /// [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
-/// The retries for a client that is held while its target is absent.
-#[derive(Debug)]
-pub(crate) struct Held {
-    /// The pause after the next dial.
-    pause: Duration,
-    /// The time of the next dial, if none is in progress.
-    pub(crate) redial: Option<Instant>,
-    /// The error of the last dial.
-    last: Option<(Error, Reason)>,
-}
 
 /// A socket that was created and has begun to connect.
 #[derive(Debug)]
@@ -60,7 +52,7 @@ pub(crate) struct Dialled<S> {
     pub(crate) watched: io::Result<()>,
 }
 
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
     /// Makes a connection of an accepted socket; [`begin`](Connection::begin) must follow. `slots`
     /// are that of a guest's dial, and that which is queued at the target's VM.
     pub(crate) fn accepted(
@@ -398,11 +390,11 @@ impl<S: Socket> Connection<S> {
     ) {
         match dialled {
             // The client has gone, or was refused in the meantime.
-            Ok((socket, _)) if !self.is_waiting() => cx.request(Action::Close(socket, None)),
+            Ok((socket, _)) if !self.is_waiting() => cx.request(Action::Discard(socket)),
             Err(_) if !self.is_waiting() => {}
             Ok((socket, Err(e))) => {
                 let error = Error::new(Operation::Connect, &self.forward.rule.connect, e);
-                cx.request(Action::Close(socket, None));
+                cx.request(Action::Discard(socket));
                 self.refuse(&error, Reason::Other, cx);
             }
             Ok((socket, Ok(()))) => {
@@ -418,7 +410,7 @@ impl<S: Socket> Connection<S> {
                         race,
                     });
                 }
-                self.begin_relaying(None, Acceptance::Unknown, cx);
+                self.begin_relaying(Acceptance::Unknown, cx);
             }
             Err(error) => self.dial_failed(error, cx),
         }
@@ -445,7 +437,7 @@ impl<S: Socket> Connection<S> {
             State::Waiting { client, dial, .. } => (client, dial),
             other => {
                 self.state = other;
-                return cx.request(Action::Close(dialled.socket, None));
+                return cx.request(Action::Discard(dialled.socket));
             }
         };
         let mut server = End::new(dialled.socket);
@@ -476,7 +468,7 @@ impl<S: Socket> Connection<S> {
             {
                 self.begin_proving(deadline, cx);
             }
-            Begun::Connected => self.begin_relaying(None, Acceptance::Unknown, cx),
+            Begun::Connected => self.begin_relaying(Acceptance::Unknown, cx),
             Begun::Handshake => self.go_on_connecting(cx),
             Begun::InProgress => self.wait_for_answers(cx),
         }
@@ -502,7 +494,7 @@ impl<S: Socket> Connection<S> {
             false => Ok(false),
         };
         match attempt {
-            Ok(true) => self.begin_relaying(None, Acceptance::Unknown, cx),
+            Ok(true) => self.begin_relaying(Acceptance::Unknown, cx),
             Ok(false) if cx.now >= race.dial.deadline() => self.time_out(cx),
             Ok(false) => self.wait_for_answers(cx),
             Err(_) if self.return_to_earlier(cx) => {}
@@ -517,7 +509,7 @@ impl<S: Socket> Connection<S> {
                         self.note_failed(endpoint, cx);
                     }
                     self.enter(State::waiting(client, race.dial));
-                    cx.request(Action::Close(server.socket, None));
+                    cx.request(Action::Discard(server.socket));
                 }
                 self.attempt_failed(error, cx);
             }

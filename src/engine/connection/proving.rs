@@ -13,11 +13,15 @@ use crate::engine::relay::{End, Readiness, Side};
 use crate::name::{Peer, SocketName};
 use crate::time::after;
 
+use super::action::{Action, Context};
 use super::closing::LAST_DRAIN;
+use super::closing_end::Closing;
+use super::dialling::Dialled;
 use super::relaying::{Acceptance, REFUSAL_WAIT};
-use super::{Action, Closing, Connection, Context, Dialled, Socket, State};
+use super::socket::ConnectionSocket;
+use super::state::{Connection, State};
 
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
     /// Makes a probe of a socket that was dialled at a port on which nobody listens. The guest's
     /// refusal says that it runs and has taken all earlier dials.
     /// [`begin_probe`](Connection::begin_probe) must follow.
@@ -81,8 +85,8 @@ impl<S: Socket> Connection<S> {
         is_proving.then(|| slot.is_some_and(Slot::is_answered))
     }
 
-    /// Takes that no probe can be sent. The absence of a refusal then has to suffice: a guest that runs
-    /// refuses within less time.
+    /// Takes that no probe can be sent. The absence of a refusal then has to suffice: a guest that
+    /// runs refuses within less time.
     pub(crate) fn prove_by_silence(&mut self, cx: &mut Context<'_, S>) {
         if let State::Proving {
             until: until @ None,
@@ -136,9 +140,9 @@ impl<S: Socket> Connection<S> {
         if refused {
             self.take_refusal(cx);
         } else if answered || first.is_some() {
-            self.begin_relaying(first, Acceptance::Known, cx);
+            self.begin_relaying_after(first, Acceptance::Known, cx);
         } else if silent {
-            self.begin_relaying(None, Acceptance::Unknown, cx);
+            self.begin_relaying(Acceptance::Unknown, cx);
         } else if cx.now >= deadline {
             self.time_out(cx);
         } else {

@@ -1,8 +1,7 @@
-//! The PROXY protocol at both sides of a connection: a client that is a proxy says first who its own
-//! client is; and the target is told first who the client is.
+//! The PROXY protocol at both sides of a connection: a client that is a proxy says first who its
+//! own client is; and the target is told first who the client is.
 
 use std::io;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::engine::end_reason::{EndReason, Reason};
@@ -12,26 +11,18 @@ use crate::error::{Error, Operation};
 use crate::name::SocketName;
 use crate::time::after;
 
-use super::{Connection, Context, Socket, State};
+use super::action::Context;
+use super::socket::ConnectionSocket;
+use super::state::{Connection, Proxied, State};
 
-/// How long a header may take to come. (At least 3 s, says the protocol, for a segment that is lost.)
+/// How long a header may take to come. (At least 3 s, says the protocol, for a segment that is
+/// lost.)
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The bytes of one read.
 const READ: usize = 1024;
 
-/// What is known of a client that comes by way of a proxy.
-#[derive(Debug)]
-pub(super) struct Proxied {
-    /// The time by which the header has to be there. `None`: it is.
-    until: Option<Instant>,
-    /// What was read: of the header, or of what stands behind it.
-    read: Vec<u8>,
-    /// The address that the client connected to, if the header says so.
-    destination: Option<SocketAddr>,
-}
-
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
     /// Returns whether the client is a proxy that has to say who its client is.
     pub(super) fn expects_header(&self) -> bool {
         let from = &self.forward.rule.accept_proxy;

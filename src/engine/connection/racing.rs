@@ -10,9 +10,12 @@ use crate::engine::relay::{End, Readiness};
 use crate::engine::routes::PeerNames;
 use crate::stream::endpoint::Endpoint;
 
-use super::{Action, Connection, Context, Dialled, Socket, State};
+use super::action::{Action, Context};
+use super::dialling::Dialled;
+use super::socket::ConnectionSocket;
+use super::state::{Connection, State};
 
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
     /// Returns the latest attempt's socket, and the race that it is in.
     fn race(&mut self) -> Option<(&mut End<S>, &mut Race<S>)> {
         match &mut self.state {
@@ -34,7 +37,7 @@ impl<S: Socket> Connection<S> {
             Ok(dialled) if dialled.watched.is_ok() => {
                 let before = std::mem::replace(server, checked(dialled.socket));
                 if let Some(oldest) = race.take_before(before.socket, cx.now) {
-                    cx.request(Action::Close(oldest.socket, None));
+                    cx.request(Action::Discard(oldest.socket));
                     self.note_failed(&oldest.endpoint, cx);
                 }
                 // Of TCP it is known only by the accept whether it closes a loop.
@@ -42,7 +45,7 @@ impl<S: Socket> Connection<S> {
             }
             failed => {
                 if let Ok(dialled) = failed {
-                    cx.request(Action::Close(dialled.socket, None));
+                    cx.request(Action::Discard(dialled.socket));
                 }
                 if let Some(endpoint) = race.skip_next(cx.now) {
                     self.note_failed(&endpoint, cx);
@@ -63,11 +66,11 @@ impl<S: Socket> Connection<S> {
             let latest = std::mem::replace(server, checked(winner));
             // Those that were begun after it have had less time.
             for socket in later.into_iter().chain([latest.socket]) {
-                cx.request(Action::Close(socket, None));
+                cx.request(Action::Discard(socket));
             }
         }
         for attempt in look.failed {
-            cx.request(Action::Close(attempt.socket, None));
+            cx.request(Action::Discard(attempt.socket));
             self.note_failed(&attempt.endpoint, cx);
         }
     }
@@ -82,7 +85,7 @@ impl<S: Socket> Connection<S> {
             return false;
         };
         let latest = std::mem::replace(server, checked(socket));
-        cx.request(Action::Close(latest.socket, None));
+        cx.request(Action::Discard(latest.socket));
         if let Some(endpoint) = failed {
             self.note_failed(&endpoint, cx);
         }
@@ -117,7 +120,7 @@ impl<S: Socket> Connection<S> {
             return;
         }
         for attempt in race.take_earlier() {
-            cx.request(Action::Close(attempt.socket, None));
+            cx.request(Action::Discard(attempt.socket));
             if let Endpoint::Tcp(address) = attempt.endpoint {
                 self.forward.addresses().note_failure(address, cx.now);
             }
@@ -143,7 +146,7 @@ impl<S: Socket> Connection<S> {
     pub(super) fn abandon_race(&mut self, cx: &mut Context<'_, S>) {
         if let Some((_, race)) = self.race() {
             for attempt in race.take_earlier() {
-                cx.request(Action::Close(attempt.socket, None));
+                cx.request(Action::Discard(attempt.socket));
             }
         }
     }
@@ -157,7 +160,7 @@ impl<S: Socket> Connection<S> {
 }
 
 /// Makes an end of a socket that is asked, whatever the events say, whether it is connected.
-fn checked<S: Socket>(socket: S) -> End<S> {
+fn checked<S: ConnectionSocket>(socket: S) -> End<S> {
     let mut end = End::new(socket);
     end.latch(Readiness {
         writable: true,

@@ -4,22 +4,22 @@
 //! The copying itself is [`relay`](crate::engine::relay)'s; here are its limits and what follows
 //! from its end.
 
-use std::io;
 use std::time::Duration;
 
 use tracing::debug;
 
 use crate::address::Refusal;
 use crate::engine::counters::add_one;
-use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::end_reason::EndReason;
 use crate::engine::observer::What;
 use crate::engine::relay::{Ending, Pair, Side, Turn};
-use crate::error::{Error, Operation};
 use crate::time::after;
 
+use super::action::{Action, Context};
 use super::closing::{how_ended, reason_of_end};
-use super::idle::Idle;
-use super::{Action, Connection, Context, Socket, State};
+use super::idle::{Idle, Timeout};
+use super::socket::ConnectionSocket;
+use super::state::{Connection, State};
 
 /// The bytes that one connection may move in each direction before the others have their turn.
 const BUDGET: usize = 256 * 1024;
@@ -43,10 +43,15 @@ pub(super) enum Acceptance {
     Unknown,
 }
 
-impl<S: Socket> Connection<S> {
+impl<S: ConnectionSocket> Connection<S> {
+    /// Begins to relay between the client and its server, of which nothing was read yet.
+    pub(super) fn begin_relaying(&mut self, acceptance: Acceptance, cx: &mut Context<'_, S>) {
+        self.begin_relaying_after(None, acceptance, cx);
+    }
+
     /// Begins to relay between the client and its server. `first` is what the server has sent
     /// already.
-    pub(super) fn begin_relaying(
+    pub(super) fn begin_relaying_after(
         &mut self,
         first: Option<(Box<[u8]>, usize)>,
         acceptance: Acceptance,
@@ -102,14 +107,6 @@ impl<S: Socket> Connection<S> {
             drain_deadline: None,
         });
         cx.has_more_work = true;
-    }
-
-    /// Takes that no threads could be started; both sockets were reset.
-    pub(crate) fn take_threads_failure(&mut self, error: io::Error, cx: &mut Context<'_, S>) {
-        let error = Error::new(Operation::Run, "a connection's thread", error);
-        self.end_because(EndReason::Refused(Reason::Other));
-        self.note_refusal(&error, Reason::Other, cx.now);
-        self.close(cx);
     }
 
     /// Takes whether the process at the other end of a side is ending.
@@ -173,7 +170,12 @@ impl<S: Socket> Connection<S> {
                 slot.note_answer(now);
             }
         }
-        self.idle.note(moved, pair.is_half_closed(), now);
+        if moved {
+            self.idle.note_bytes(now);
+        }
+        if pair.is_half_closed() {
+            self.idle.note_half_close(now);
+        }
         let ended = Side::BOTH.map(|side| how_ended(&pair.ends[side]));
         let mut awaits_peer = false;
         for side in Side::BOTH {
@@ -223,5 +225,25 @@ impl<S: Socket> Connection<S> {
             Turn::Wait => {}
         }
         self.cut_if_idle(cx);
+    }
+
+    /// Cuts off an open connection on which no byte has moved for too long. Returns whether it did.
+    pub(super) fn cut_if_idle(&mut self, cx: &mut Context<'_, S>) -> bool {
+        let Some((at, timeout)) = self.idle.next_timeout(&self.forward.rule.timeouts) else {
+            return false;
+        };
+        if cx.now < at {
+            self.wake_by(at);
+            return false;
+        }
+        let tally = &self.forward.tally;
+        let (counter, why) = match timeout {
+            Timeout::Idle => (&tally.idle, EndReason::IdleTimeout),
+            Timeout::HalfClosed => (&tally.half_closed, EndReason::HalfClosedTimeout),
+        };
+        add_one(counter);
+        self.debug(|| debug!(?timeout, "timed out"));
+        self.cut(why, cx);
+        true
     }
 }

@@ -6,14 +6,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::chooser::{Chooser, Through};
+use crate::stream::socket::{COST_CLASSES, Pipe};
 
-/// A channel through which bytes pass without being copied: a pipe for `splice(2)`, or nothing
-/// where there is none.
-pub(crate) trait Pipe: Sized + Debug {
-    /// Makes an empty pipe, if the system gives one.
-    fn new() -> Option<Self>;
-}
+use super::chooser::{Chooser, Through};
 
 /// A free list. What was returned last is lent first, since it may still be in a cache.
 #[derive(Debug)]
@@ -52,15 +47,13 @@ impl<T> FreeList<T> {
 /// how much comes at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FlowKind {
-    /// The [`Socket::cost_class`](super::Socket::cost_class) of the source and of the sink.
+    /// The [`Socket::cost_class`](crate::stream::socket::Socket::cost_class) of the source and of
+    /// the sink.
     pub(crate) source: usize,
     pub(crate) sink: usize,
     /// Whether it fills at least half a buffer at a time.
     pub(crate) fills_buffers: bool,
 }
-
-/// The number of cost classes that sockets may have.
-pub(crate) const COST_CLASSES: usize = 2;
 
 /// The number of kinds of flows.
 const KINDS: usize = COST_CLASSES * COST_CLASSES * 2;
@@ -243,7 +236,6 @@ impl<P: Pipe> Carrier<P> {
     }
 
     /// Returns how many bytes are still to be written.
-    #[cfg(test)]
     pub(crate) fn left(&self) -> usize {
         match self {
             Carrier::Empty => 0,
@@ -276,7 +268,7 @@ impl<P: Pipe> Carrier<P> {
             Carrier::Empty => {}
             Carrier::Memory { buffer, .. } => pool.give_buffer(buffer),
             Carrier::Pipe { pipe, holds: 0 } => pool.give_pipe(pipe),
-            // Only another write could empty the pipe.
+            // It is dropped, since only another write could empty it.
             Carrier::Pipe { .. } => pool.lose_pipe(),
         }
     }

@@ -37,8 +37,8 @@ const SAMPLES: usize = 7;
 /// can be had.
 const LONGEST: u64 = 8 * (SAMPLE + SETTLING) * SAMPLES as u64;
 
-/// How many buffers of bytes pass between two comparisons. So one byte of 200 tries the carrier that
-/// was worse.
+/// How many buffers of bytes pass between two comparisons. So one byte of 200 tries the carrier
+/// that was worse.
 const PAUSE: u64 = 200 * (SAMPLE + SETTLING) * SAMPLES as u64;
 
 /// The other carrier is chosen if it costs less than this part of what the chosen one does. Without

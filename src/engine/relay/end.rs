@@ -1,75 +1,10 @@
 //! One end of a connection: a socket with its latched readiness and the state of both its halves.
 
 use std::io;
-use std::time::Instant;
 
-use super::carrier::{Pipe, Pool};
+use crate::stream::socket::Socket;
 
-/// What the relay needs of a non-blocking socket.
-pub(crate) trait Socket {
-    /// The channel for bytes that pass from one socket to another without being copied.
-    type Pipe: Pipe;
-
-    /// Whether a write that took less than it was given says that the next one would block, and the
-    /// poller raises an edge nevertheless. This is true of epoll and kqueue. Pollers that emulate
-    /// edges (Windows, mio's `poll`) arm the next edge only when a call has returned `WouldBlock`.
-    const SHORT_WRITE_BLOCKS: bool;
-
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
-
-    /// Returns whether the last read, if it returned less than was asked for, has taken all there
-    /// was, so that the next byte, EOF or error raises an edge; unless an event has said
-    /// [`Readiness::hidden`].
-    fn short_read_blocks(&self) -> bool {
-        false
-    }
-
-    /// Returns whether the socket's bytes can pass through a pipe.
-    fn has_splice(&self) -> bool {
-        false
-    }
-
-    /// Returns whether what the socket receives can pass through a pipe.
-    fn can_splice_in(&self) -> bool {
-        self.has_splice()
-    }
-
-    /// Returns a number below [`COST_CLASSES`](super::carrier::COST_CLASSES). Of sockets of one class a byte
-    /// costs about the same.
-    fn cost_class(&self) -> usize {
-        0
-    }
-
-    /// Returns the time by which is measured what calls cost.
-    fn clock(&self) -> Instant;
-
-    /// Reads into an empty pipe. A short read has no meaning.
-    fn splice_in(&mut self, pipe: &mut Self::Pipe) -> io::Result<usize>;
-    /// Writes `len` bytes, all that the pipe holds. A short write has no meaning.
-    fn splice_out(&mut self, pipe: &mut Self::Pipe, len: usize) -> io::Result<usize>;
-
-    /// Sends the half-close: the peer reads EOF after the last byte.
-    fn shutdown_write(&mut self) -> io::Result<()>;
-
-    /// Returns whether the socket can send a half-close. If it can't, only a close tells the peer
-    /// that no more comes.
-    fn has_half_close(&self) -> bool {
-        true
-    }
-
-    /// Returns whether it is certain that a peer which has ended has taken every byte that was sent
-    /// to it.
-    fn peer_took_all(&self) -> bool {
-        false
-    }
-
-    /// Returns whether one poller has the socket for good, and has reported what came before the
-    /// accept.
-    fn is_settled(&self) -> bool {
-        false
-    }
-}
+use super::carrier::Pool;
 
 /// What an event says about a socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -144,8 +79,8 @@ impl<S: Socket> End<S> {
         self.urgent |= event.urgent;
     }
 
-    /// Latches this in the place of what events have said so far, which may not have been about this
-    /// socket.
+    /// Latches this in the place of what events have said so far, which may not have been about
+    /// this socket.
     pub(crate) fn restart_latch(&mut self, readiness: Readiness) {
         (self.readable, self.writable) = (false, false);
         (self.failed, self.hidden, self.urgent) = (false, false, false);

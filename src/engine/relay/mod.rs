@@ -24,6 +24,8 @@
 use std::io;
 use std::time::Duration;
 
+use crate::stream::socket::{Pipe, Socket};
+
 mod carrier;
 mod chooser;
 mod end;
@@ -32,10 +34,10 @@ mod side;
 mod tests;
 
 use carrier::FlowKind;
-pub(crate) use carrier::{Carried, Carrier, Pipe, Pool};
+pub(crate) use carrier::{Carried, Carrier, Pool};
 use chooser::Rest;
 pub(crate) use chooser::Through;
-pub(crate) use end::{End, Half, Readiness, Socket};
+pub(crate) use end::{End, Half, Readiness};
 pub(crate) use side::Side;
 
 /// How a turn ended.
@@ -296,8 +298,8 @@ impl<P: Pipe> Flow<P> {
         self.state == State::Broken && source.discard(pool)
     }
 
-    /// Reads once. Returns how many bytes arrived. The flow was of the kind `begun_as` when the turn
-    /// began.
+    /// Reads once. Returns how many bytes arrived. The flow was of the kind `begun_as` when the
+    /// turn began.
     fn fill<S: Socket<Pipe = P>>(
         &mut self,
         source: &mut End<S>,
@@ -367,8 +369,8 @@ impl<S: Socket> Pair<S> {
         self.silent_within = Some(unread);
     }
 
-    /// Holds back the half-close of `side` until [`release_half_close`](Pair::release_half_close), or until the other
-    /// direction has ended.
+    /// Holds back the half-close of `side` until [`release_half_close`](Pair::release_half_close),
+    /// or until the other direction has ended.
     pub(crate) fn hold_half_close(&mut self, side: Side) {
         self.flows[side].hold = true;
     }
@@ -412,7 +414,8 @@ impl<S: Socket> Pair<S> {
         self.flows[side].foreign = bytes as u64;
     }
 
-    /// Returns whether the half-close of `side` is held back now, until [`release_half_close`](Pair::release_half_close).
+    /// Returns whether the half-close of `side` is held back now, until
+    /// [`release_half_close`](Pair::release_half_close).
     pub(crate) fn is_holding_half_close(&self, side: Side) -> bool {
         let flow = &self.flows[side];
         flow.hold
@@ -437,11 +440,7 @@ impl<S: Socket> Pair<S> {
 
     /// Returns how many bytes of what `side` sent are held here.
     pub(crate) fn held(&self, side: Side) -> usize {
-        match &self.flows[side].carrier {
-            Carrier::Empty => 0,
-            Carrier::Memory { filled, .. } => filled.len(),
-            Carrier::Pipe { holds, .. } => *holds,
-        }
+        self.flows[side].carrier.left()
     }
 
     /// Returns whether the server refused by an EOF before its first byte.

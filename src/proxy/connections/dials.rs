@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use crate::engine::relay::Side;
 
-use super::{Connections, FULL_PAUSE};
-use crate::engine::admission::{Admission, Gate};
+use super::queues::{DialQueue, FULL_PAUSE};
+use super::set::Connections;
+use crate::engine::admission::Admission;
 use crate::engine::forward::Forward;
 use crate::engine::table::Id;
 use crate::proxy::driver::Driver;
@@ -16,15 +17,6 @@ use crate::proxy::shared::TurnContext;
 
 /// How often a VM is looked at while one of its caps is reached.
 const FULL_LOOK: Duration = Duration::from_millis(50);
-
-/// The connections of one forward and this worker that wait for a slot, first come, first served.
-#[derive(Debug)]
-pub(super) struct DialQueue {
-    forward: Arc<Forward>,
-    gate: Arc<Gate>,
-    waiting: VecDeque<Id>,
-    next: Instant,
-}
 
 impl<D: Driver> Connections<D> {
     pub(super) fn queue_dial(

@@ -10,7 +10,8 @@ use crate::engine::connection::{Connection, Dialled};
 use crate::engine::relay::Side;
 use crate::stream::endpoint::Target;
 
-use super::{Connections, FULL_PAUSE};
+use super::queues::{FULL_PAUSE, ProbeQueue};
+use super::set::Connections;
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Admission, Gate, Slot};
 use crate::engine::forward::Forward;
@@ -20,18 +21,6 @@ use crate::proxy::shared::TurnContext;
 
 /// How often a pending probe is checked, if no wake-up comes before.
 const PROBE_LOOK: Duration = Duration::from_secs(1);
-
-/// The connections of this worker to one VM of which it is not known yet whether the guest has
-/// taken them.
-#[derive(Debug)]
-pub(in crate::proxy) struct ProbeQueue {
-    gate: Arc<Gate>,
-    waiting: Vec<Id>,
-    next: Instant,
-    /// The time before which no probe is tried, because the last one could not be sent. Giving its
-    /// slot back wakes the other workers, whose own probes may fail as well and wake this one.
-    not_before: Option<Instant>,
-}
 
 impl<D: Driver> Connections<D> {
     /// Dials a port on which nobody listens. The guest's refusal says that it runs, and has taken

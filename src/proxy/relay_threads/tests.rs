@@ -11,8 +11,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Ended, Order, RelayThreads};
+use super::{RelayThreads, Reporter};
 use crate::address::Address;
+use crate::engine::connection::ThreadsResult;
 use crate::engine::relay::{Ending, Side};
 use crate::listener::Listener;
 use crate::stream::Stream;
@@ -34,20 +35,20 @@ fn connection(listener: &Listener) -> (Stream, Stream) {
 struct Noted {
     delivered: [AtomicU64; 2],
     drain: [Option<Duration>; 2],
-    ended: Mutex<Sender<Ended>>,
+    ended: Mutex<Sender<ThreadsResult>>,
 }
 
-impl Order for Arc<Noted> {
-    fn delivered(&self, side: Side, bytes: u64) {
+impl Reporter for Arc<Noted> {
+    fn count_delivered(&self, side: Side, bytes: u64) {
         self.delivered[side].fetch_add(bytes, Ordering::Relaxed);
     }
 
-    fn drain(&self, side: Side) -> Option<Duration> {
+    fn drain_timeout(&self, side: Side) -> Option<Duration> {
         self.drain[side]
     }
 
-    fn ended(&self, ended: Ended) {
-        self.ended.lock().unwrap().send(ended).unwrap();
+    fn report_end(&self, result: ThreadsResult) {
+        self.ended.lock().unwrap().send(result).unwrap();
     }
 }
 
@@ -56,11 +57,11 @@ struct ThreadsEnded {
     server: Stream,
     threads: RelayThreads,
     noted: Arc<Noted>,
-    ended: Receiver<Ended>,
+    ended: Receiver<ThreadsResult>,
 }
 
 impl ThreadsEnded {
-    fn ended(&self) -> Ended {
+    fn ended(&self) -> ThreadsResult {
         self.ended.recv_timeout(PATIENCE).unwrap()
     }
 
@@ -259,10 +260,10 @@ fn a_half_close_before_a_byte_is_passed_on() {
     });
 }
 
-fn ended_without_a_byte(first: Side) -> Ended {
-    Ended {
+fn ended_without_a_byte(first: Side) -> ThreadsResult {
+    ThreadsResult {
         first: Some((first, Ending::Whole)),
-        ..Ended::default()
+        ..ThreadsResult::default()
     }
 }
 
@@ -427,7 +428,7 @@ fn a_client_that_does_not_read_holds_up_nothing_but_its_own_server() {
     });
 }
 
-fn cut(it: &ThreadsEnded) -> Ended {
+fn cut(it: &ThreadsEnded) -> ThreadsResult {
     let end = Instant::now() + PATIENCE;
     loop {
         it.threads.cut();

@@ -13,9 +13,8 @@ use crate::engine::forward::Forward;
 use crate::engine::relay::Side;
 use crate::proxy::worker::Worker;
 
-use super::driver::{SimDriver, SimStream, place_of};
+use super::driver::{SimDriver, SimStream, SimWorld, place_of};
 use super::slots::Slots;
-use super::stage::Stage;
 
 /// How much later than its time something may happen.
 const SLACK: Duration = Duration::from_millis(30);
@@ -97,8 +96,6 @@ pub(super) struct Audit {
     removed: BTreeMap<u64, Duration>,
     /// Those of which a worker that stands still has not heard yet, and the time that is left then.
     removed_late: BTreeMap<u64, Duration>,
-    /// Workers that have heard of the end, and when.
-    stopped: BTreeMap<usize, Duration>,
     /// Until when the process stood still.
     still: Duration,
     /// When the end was asked for.
@@ -150,11 +147,6 @@ impl Audit {
         self.stop.is_some()
     }
 
-    /// Whether a worker has heard of the end.
-    pub(super) fn has_stopped(&self, worker: usize) -> bool {
-        self.stopped.contains_key(&worker)
-    }
-
     /// Notes that a forward is being removed: nothing bounds it any more.
     pub(super) fn removed(&mut self, forward: u64, cut_at: Duration) {
         self.removed.insert(forward, cut_at);
@@ -167,9 +159,9 @@ impl Audit {
     }
 
     /// Looks at a worker after its turn.
-    pub(super) fn look_at(&mut self, worker: &mut Worker<SimDriver>, stage: &Stage) {
-        self.slots.look_at(worker, stage);
-        let now = stage.now();
+    pub(super) fn look_at(&mut self, worker: &mut Worker<SimDriver>, world: &SimWorld) {
+        self.slots.look_at(worker, world);
+        let now = world.now();
         let index = worker.index;
         let (mut timers, mut open, mut leaving) = (0, BTreeMap::new(), BTreeMap::new());
         let mut closing = BTreeMap::new();
@@ -177,9 +169,9 @@ impl Audit {
         let (mut proving, mut probes, mut let_in) = (BTreeMap::new(), 0, 0);
         let phase = worker.phase;
         if phase > Phase::Running {
-            self.stopped.entry(index).or_insert(now);
+            world.stopped.borrow_mut().entry(index).or_insert(now);
         }
-        let end_since = self.stopped.get(&index).copied();
+        let end_since = world.stopped.borrow().get(&index).copied();
         for id in worker.connections.table.ids() {
             let Some(conn) = worker.connections.table.get_mut(id) else {
                 continue;
@@ -190,7 +182,7 @@ impl Audit {
             let is_in = conn.slots[Side::Server].is_some();
             let_in += usize::from(conn.name.is_some() && is_in);
             if let Some(end) = end_since {
-                check_at_end(conn, phase, stage.time_of(conn.since) > end);
+                check_at_end(conn, phase, world.time_of(conn.since) > end);
             }
             match &conn.state {
                 State::Relaying { .. } => {
@@ -215,7 +207,7 @@ impl Audit {
                         "a socket is closed, and keeps its place in its VM"
                     );
                     leaving.insert(key, *self.leaves.get(&key).unwrap_or(&now));
-                    let until = until.map(|at| stage.time_of(at));
+                    let until = until.map(|at| world.time_of(at));
                     let before = self.closing.get(&key).copied();
                     assert!(
                         has_slept || is_no_later(until, before, phase),
@@ -231,7 +223,7 @@ impl Audit {
             timers,
             "worker {index}: timers"
         );
-        let most_in = stage.most_in.get().filter(|_| phase == Phase::Running);
+        let most_in = world.most_in.get().filter(|_| phase == Phase::Running);
         assert!(
             most_in.is_none_or(|most| let_in <= most),
             "{let_in} clients of a VM are let in, of {most_in:?}"
@@ -334,7 +326,7 @@ impl Audit {
     }
 
     /// Looks whether the listeners of a worker are as they are to be.
-    pub(super) fn check_listeners(&self, worker: &Worker<SimDriver>, stage: &Stage) {
+    pub(super) fn check_listeners(&self, worker: &Worker<SimDriver>, world: &SimWorld) {
         let in_vain = worker.listeners.all().iter().any(|it| it.sleeps_in_vain());
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
         let forgotten = worker.listeners.all().iter().any(|it| it.is_forgotten());
@@ -342,18 +334,18 @@ impl Audit {
             !forgotten,
             "a listener wants a turn, and is not queued for one"
         );
-        if stage.keeps_places.get() {
+        if world.keeps_places.get() {
             let probes: usize = self.probes.values().sum();
-            self.check_reserved_slots(worker, probes > 0, stage.instant());
+            self.check_reserved_slots(worker, probes > 0, world.instant());
         }
-        if worker.phase == Phase::Running || stage.has_lost_files.get() {
+        if worker.phase == Phase::Running || world.has_lost_files.get() {
             return;
         }
         let forwards = worker.shared.forwards();
         for forward in forwards.iter().filter(|it| it.home == worker.index) {
             let is_guests = forward.needs_graceful_close(Side::Client);
             let place = place_of(&forward.rule.listen);
-            let listens = stage.kernel().listener_at(&place).is_some();
+            let listens = world.kernel().listener_at(&place).is_some();
             assert_eq!(
                 listens, is_guests,
                 "while the proxy stops, guests find their ports, and others none: {place:?}"
@@ -362,8 +354,8 @@ impl Audit {
     }
 
     /// Looks, before the clock goes on, whether a time has passed without what was to happen then.
-    pub(super) fn check_times(&self, worker: &mut Worker<SimDriver>, stage: &Stage) {
-        let now = stage.now();
+    pub(super) fn check_times(&self, worker: &mut Worker<SimDriver>, world: &SimWorld) {
+        let now = world.now();
         if now < self.still + AFTER_STILL {
             return;
         }
@@ -386,7 +378,7 @@ impl Audit {
             match &conn.state {
                 State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
                     let patience = forward.wait().unwrap_or(timeouts.dial);
-                    let end = stage.time_of(conn.since).saturating_add(patience);
+                    let end = world.time_of(conn.since).saturating_add(patience);
                     assert!(
                         !late(end),
                         "a client was to be served or refused at {end:?}"
@@ -394,15 +386,15 @@ impl Audit {
                     // While the proxy stops, a proof is not waited for as long; and with its rule goes
                     // the place that is kept for it.
                     let is_kept = self.stop.is_none() && cut.is_none();
-                    let proves_within = stage.proves_within.get().filter(|_| is_kept);
+                    let proves_within = world.proves_within.get().filter(|_| is_kept);
                     let proves_by = self.proofs.get(&key).zip(proves_within);
                     let proves_by = proves_by.and_then(|(since, within)| {
                         let gate = forward.gates[Side::Server].as_ref()?;
                         // The place of the proof may be lost.
-                        if gate.status(stage.instant()).lost > 0 {
+                        if gate.status(world.instant()).lost > 0 {
                             return None;
                         }
-                        let ready = stage.ready_since(gate.vm().path()?);
+                        let ready = world.ready_since(gate.vm().path()?);
                         Some(ready.max(*since).max(self.still).saturating_add(within))
                     });
                     assert!(
@@ -410,7 +402,7 @@ impl Audit {
                         "it was to be known at {proves_by:?} whether a guest has taken a dial"
                     );
                     let redial = conn.held.as_ref().and_then(|held| held.redial);
-                    let redial = redial.map(|at| stage.time_of(at));
+                    let redial = redial.map(|at| world.time_of(at));
                     assert!(
                         !redial.is_some_and(late),
                         "a target was to be dialled again at {redial:?}"
@@ -428,7 +420,7 @@ impl Audit {
                             .any(|side| pair.is_holding_half_close(*side));
                     let end = end.filter(|_| is_ending);
                     for at in [hold, end].into_iter().flatten() {
-                        let at = stage.time_of(at);
+                        let at = world.time_of(at);
                         assert!(
                             !late(at),
                             "a half-close was to be passed on, or all ended, at {at:?}"
@@ -450,7 +442,7 @@ impl Audit {
                         [None, None] => settled,
                         _ => until,
                     };
-                    let until = until.map(|at| stage.time_of(at));
+                    let until = until.map(|at| world.time_of(at));
                     assert!(
                         !until.is_some_and(late),
                         "a connection was to be closed at {until:?}"

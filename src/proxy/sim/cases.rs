@@ -13,9 +13,9 @@ use super::kernel::Habits;
 use super::operator::Act;
 use super::plan::{Plan, RulePlan};
 use super::run::{keep_panics, run};
-use super::stage::{Name, Pace};
 use super::talk::{Ends, Exit, Manner};
 use super::vm::{Kind, VmAct, VmPlan};
+use super::world::{Name, Pace};
 
 /// So many orders of what happens at one time.
 const ORDERS: u64 = 400;

@@ -1,4 +1,4 @@
-//! The simulated world of one worker: what the loop asks is answered by the [`Stage`].
+//! The simulated world of one worker: what the loop asks is answered by the [`World`].
 
 use std::cell::RefCell;
 use std::io;
@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::engine::admission::Gate;
-use crate::engine::connection::{self, Progress, transitions};
+use crate::engine::connection::{ConnectionSocket, Progress, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
-use crate::engine::relay::{Pipe, Side, Socket};
+use crate::engine::relay::Side;
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
@@ -24,10 +24,10 @@ use crate::name::{PeerProcess, SocketName};
 use crate::proxy::driver::Lent;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
 use crate::stream::endpoint::Endpoint;
-use crate::sys::{self, Identity};
+use crate::stream::socket::{Pipe, Socket};
 
 use super::kernel::{ListenerKey, Owner, Place, SocketId};
-use super::stage::Stage;
+use super::world::World;
 
 /// Nothing of the simulated kernel goes through pipes.
 #[derive(Debug)]
@@ -39,16 +39,19 @@ impl Pipe for NoPipe {
     }
 }
 
+/// The world of the sockets of this module.
+pub(super) type SimWorld = World<SimStream, SimListener>;
+
 /// A socket of the proxy. Dropped, it is closed.
 #[derive(Debug)]
 pub(super) struct SimStream {
-    stage: Rc<Stage>,
+    world: Rc<SimWorld>,
     pub(super) id: SocketId,
 }
 
 impl Drop for SimStream {
     fn drop(&mut self) {
-        self.stage.kernel().close(self.id);
+        self.world.kernel().close(self.id);
     }
 }
 
@@ -58,11 +61,11 @@ impl Socket for SimStream {
     const SHORT_WRITE_BLOCKS: bool = true;
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stage.kernel().read(self.id, buffer)
+        self.world.kernel().read(self.id, buffer)
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.stage.kernel().write(self.id, bytes)
+        self.world.kernel().write(self.id, bytes)
     }
 
     fn short_read_blocks(&self) -> bool {
@@ -70,7 +73,7 @@ impl Socket for SimStream {
     }
 
     fn clock(&self) -> Instant {
-        self.stage.instant()
+        self.world.instant()
     }
 
     fn splice_in(&mut self, pipe: &mut NoPipe) -> io::Result<usize> {
@@ -82,33 +85,33 @@ impl Socket for SimStream {
     }
 
     fn shutdown_write(&mut self) -> io::Result<()> {
-        self.stage.kernel().shutdown_write(self.id)
+        self.world.kernel().shutdown_write(self.id)
     }
 
     fn peer_took_all(&self) -> bool {
-        self.stage.kernel().peer_took_all(self.id)
+        self.world.kernel().peer_took_all(self.id)
     }
 }
 
-impl connection::Socket for SimStream {
+impl ConnectionSocket for SimStream {
     fn connected(&self) -> io::Result<bool> {
-        self.stage.kernel().connected(self.id)
+        self.world.kernel().connected(self.id)
     }
 
     fn shutdown_read(&self) {
-        self.stage.kernel().shutdown_read(self.id);
+        self.world.kernel().shutdown_read(self.id);
     }
 
     fn unacknowledged(&self) -> usize {
-        self.stage.kernel().unacknowledged(self.id)
+        self.world.kernel().unacknowledged(self.id)
     }
 
     fn local_name(&self) -> Option<SocketName> {
-        Some(self.stage.kernel().name_of(self.id))
+        Some(self.world.kernel().name_of(self.id))
     }
 
     fn unix_peer_name(&self) -> Option<Vec<u8>> {
-        let kernel = self.stage.kernel();
+        let kernel = self.world.kernel();
         let path = kernel.listener_path(self.id)?;
         Some(path.as_os_str().as_encoded_bytes().to_vec())
     }
@@ -126,7 +129,7 @@ impl connection::Socket for SimStream {
     }
 
     fn is_from_this_process(&self) -> bool {
-        self.stage.kernel().owner_of_peer(self.id) == Some(Owner::Proxy)
+        self.world.kernel().owner_of_peer(self.id) == Some(Owner::Proxy)
     }
 }
 
@@ -134,7 +137,7 @@ impl connection::Socket for SimStream {
 /// housekeeper.
 #[derive(Debug)]
 pub(super) struct SimListener {
-    stage: Rc<Stage>,
+    world: Rc<SimWorld>,
     pub(super) key: ListenerKey,
     leaves_file: bool,
 }
@@ -142,24 +145,24 @@ pub(super) struct SimListener {
 impl Drop for SimListener {
     fn drop(&mut self) {
         // Invariant 8: a worker leaves the file to the housekeeper.
-        let is_watched = self.stage.kernel().is_watched(self.key);
+        let is_watched = self.world.kernel().is_watched(self.key);
         assert!(
             self.leaves_file || !is_watched,
             "a worker removes the file of {:?}",
             self.key
         );
-        self.stage.kernel().close_listener(self.key);
-        self.stage
+        self.world.kernel().close_listener(self.key);
+        self.world
             .tell(|| format!("the proxy closes {:?}", self.key));
         if let (false, Place::Path(path)) = (self.leaves_file, self.place()) {
-            remove_file(&self.stage, self.key, &path);
+            remove_file(&self.world, self.key, &path);
         }
     }
 }
 
 impl SimListener {
     fn place(&self) -> Place {
-        self.stage.kernel().place_of(self.key)
+        self.world.kernel().place_of(self.key)
     }
 
     /// Closes it; where its file is that is to be removed.
@@ -192,57 +195,65 @@ pub(super) fn place_of(address: &Address) -> Place {
     }
 }
 
+/// Plays until something has happened, but not beyond that time. Returns false once it has come.
+type Step = fn(Duration) -> bool;
+
 thread_local! {
-    /// Where the functions without a world find theirs: one run a thread.
-    static STAGE: RefCell<Option<Rc<Stage>>> = const { RefCell::new(None) };
+    /// Where the functions without a driver find their world, and how it goes on: one run a thread.
+    static WORLD: RefCell<Option<(Rc<SimWorld>, Step)>> = const { RefCell::new(None) };
 }
 
-/// Sets the stage of this thread.
-pub(super) fn set_stage(stage: Option<Rc<Stage>>) {
-    STAGE.with(|it| *it.borrow_mut() = stage);
-    transitions::listen(note_transition);
+/// Sets the world of this thread, and how it goes on.
+pub(super) fn set_world(world: Option<Rc<SimWorld>>, step: Step) {
+    WORLD.with(|it| *it.borrow_mut() = world.map(|world| (world, step)));
+    transitions::report_to(note_transition);
 }
 
-/// Returns the stage of this thread.
-pub(super) fn this_stage() -> Rc<Stage> {
-    STAGE.with(|it| it.borrow().clone().expect("no run on this thread"))
+/// Returns the world of this thread, and how it goes on.
+fn this_run() -> (Rc<SimWorld>, Step) {
+    WORLD.with(|it| it.borrow().clone().expect("no run on this thread"))
+}
+
+/// Returns the world of this thread.
+fn this_world() -> Rc<SimWorld> {
+    this_run().0
 }
 
 /// Notes that a connection goes from one state to another, if it is one of a run.
 fn note_transition(from: &'static str, to: &'static str) {
-    STAGE.with(|it| {
-        if let Some(stage) = &*it.borrow() {
-            stage.judge().note_transition(from, to);
+    WORLD.with(|it| {
+        if let Some((world, _)) = &*it.borrow() {
+            world.note_transition(from, to);
         }
     });
 }
 
 pub(super) struct SimDriver {
-    pub(super) stage: Rc<Stage>,
+    pub(super) world: Rc<SimWorld>,
     pub(super) worker: usize,
 }
 
 impl SimDriver {
     /// While the proxy stops, nothing is bound again.
     fn check_running(&self) {
-        let has_stopped = self.stage.verdicts().audit.has_stopped(self.worker);
+        let has_stopped = self.world.has_stopped(self.worker);
         assert!(!has_stopped, "files are looked after at the end");
     }
 
     fn file_of(&self, key: ListenerKey) -> Option<PathBuf> {
-        match self.stage.kernel().place_of(key) {
+        match self.world.kernel().place_of(key) {
             Place::Path(path) => Some(path),
             _ => None,
         }
     }
 }
 
-fn bind(stage: &Rc<Stage>, address: &Address) -> Result<SimListener> {
-    let bound = stage.kernel().listen(&place_of(address), Owner::Proxy);
-    stage.tell(|| format!("the proxy binds {address}: {bound:?}"));
+fn bind(world: &Rc<SimWorld>, address: &Address) -> Result<SimListener> {
+    let bound = world.kernel().listen(&place_of(address), Owner::Proxy);
+    world.tell(|| format!("the proxy binds {address}: {bound:?}"));
     match bound {
         Ok(key) => Ok(SimListener {
-            stage: Rc::clone(stage),
+            world: Rc::clone(world),
             key,
             leaves_file: false,
         }),
@@ -251,12 +262,12 @@ fn bind(stage: &Rc<Stage>, address: &Address) -> Result<SimListener> {
 }
 
 /// Who waits at a listener is accepted before it is closed, if there is room.
-fn check_backlog(stage: &Stage, key: ListenerKey) {
-    let kernel = stage.kernel();
+fn check_backlog(world: &SimWorld, key: ListenerKey) {
+    let kernel = world.kernel();
     // Of guests their VM judges. What was never watched was bound for nothing.
     let is_guests =
         matches!(kernel.place_of(key), Place::Path(path) if path.starts_with("/sim/vm"));
-    let has_room = stage.has_room.get() && kernel.left > 500;
+    let has_room = world.has_room.get() && kernel.left > 500;
     assert!(
         kernel.waiting(key) == 0 || !has_room || is_guests || !kernel.is_watched(key),
         "{key:?} is closed, and clients wait there"
@@ -271,8 +282,8 @@ fn found(bound: Result<SimListener>) -> Found<SimListener> {
 }
 
 /// Removes the file of a listener, if it is still its own.
-fn remove_file(stage: &Stage, key: ListenerKey, path: &PathBuf) {
-    let mut kernel = stage.kernel();
+fn remove_file(world: &SimWorld, key: ListenerKey, path: &PathBuf) {
+    let mut kernel = world.kernel();
     if kernel.has_file(key) == Some(true) {
         kernel.files.remove(path);
     }
@@ -283,7 +294,7 @@ impl Driver for SimDriver {
     type Listener = SimListener;
 
     fn bind(address: &Address, _: FileAccess) -> Result<SimListener> {
-        bind(&this_stage(), address)
+        bind(&this_world(), address)
     }
 
     fn take_passed(_: listener::Listener) -> SimListener {
@@ -299,11 +310,11 @@ impl Driver for SimDriver {
     }
 
     fn clock() -> Instant {
-        this_stage().instant()
+        this_world().instant()
     }
 
     fn descriptor_limit() -> Option<u64> {
-        Some(this_stage().kernel().habits.descriptors as u64)
+        Some(this_world().kernel().habits.descriptors as u64)
     }
 
     /// The others have their turns until the answer has come.
@@ -311,8 +322,8 @@ impl Driver for SimDriver {
         told: &Receiver<T>,
         patience: Duration,
     ) -> std::result::Result<T, RecvTimeoutError> {
-        let stage = this_stage();
-        let end = stage.now() + patience;
+        let (world, step) = this_run();
+        let end = world.now() + patience;
         loop {
             match told.try_recv() {
                 Ok(answer) => return Ok(answer),
@@ -321,14 +332,14 @@ impl Driver for SimDriver {
                 }
                 Err(std::sync::mpsc::TryRecvError::Empty) => {}
             }
-            if !stage.step_until(end) {
+            if !step(end) {
                 return Err(RecvTimeoutError::Timeout);
             }
         }
     }
 
     fn now(&self) -> Instant {
-        self.stage.instant()
+        self.world.instant()
     }
 
     fn wait(
@@ -336,12 +347,12 @@ impl Driver for SimDriver {
         events: &mut Vec<Event<SimStream, SimListener>>,
         _: Option<Duration>,
     ) -> io::Result<()> {
-        self.stage
+        self.world
             .kernel()
             .take_events(self.worker, |token, readiness| {
                 events.push(Event::Ready { token, readiness });
             });
-        events.append(&mut self.stage.take_mail(self.worker));
+        events.append(&mut self.world.take_mail(self.worker));
         Ok(())
     }
 
@@ -351,15 +362,15 @@ impl Driver for SimDriver {
         token: usize,
         _: &Rule,
     ) -> io::Result<()> {
-        let mut kernel = self.stage.kernel();
+        let mut kernel = self.world.kernel();
         kernel.watch_listener(listener.key, self.worker, token)
     }
 
     fn accept(&mut self, listener: &SimListener) -> io::Result<(SimStream, SocketName)> {
-        let id = self.stage.kernel().accept(listener.key)?;
-        let peer = self.stage.kernel().peer_name_of(id);
-        let stage = Rc::clone(&self.stage);
-        Ok((SimStream { stage, id }, peer))
+        let id = self.world.kernel().accept(listener.key)?;
+        let peer = self.world.kernel().peer_name_of(id);
+        let world = Rc::clone(&self.world);
+        Ok((SimStream { world, id }, peer))
     }
 
     fn check_file(&mut self, listener: &SimListener, of: ListenerId, rule: &Rule) -> bool {
@@ -368,12 +379,12 @@ impl Driver for SimDriver {
         }
         self.check_running();
         let (key, address) = (listener.key, rule.listen.clone());
-        self.stage.ask_housekeeper(self.worker, move |stage| {
-            let there = stage.kernel().has_file(key);
+        self.world.ask_housekeeper(self.worker, move |world| {
+            let there = world.kernel().has_file(key);
             let found = match there {
                 Some(true) => Found::Ours,
                 Some(false) => Found::Taken,
-                None => found(bind(stage, &address)),
+                None => found(bind(world, &address)),
             };
             Some(Event::Listener { of, found })
         });
@@ -384,14 +395,14 @@ impl Driver for SimDriver {
         self.check_running();
         let old = old.map(SimListener::shut);
         let address = rule.listen.clone();
-        let again = move |stage: &Rc<Stage>| {
+        let again = move |world: &Rc<SimWorld>| {
             if let Some((key, Some(path))) = &old {
-                remove_file(stage, *key, path);
+                remove_file(world, *key, path);
             }
-            let found = found(bind(stage, &address));
+            let found = found(bind(world, &address));
             Some(Event::Listener { of, found })
         };
-        self.stage.ask_housekeeper(self.worker, again);
+        self.world.ask_housekeeper(self.worker, again);
     }
 
     fn set_access(
@@ -404,7 +415,7 @@ impl Driver for SimDriver {
         if self.file_of(listener.key).is_none() {
             return drop(done.send(Ok(())));
         }
-        self.stage.ask_housekeeper(self.worker, move |_| {
+        self.world.ask_housekeeper(self.worker, move |_| {
             if wanted.begin() {
                 let _ = done.send(Ok(()));
             }
@@ -426,15 +437,15 @@ impl Driver for SimDriver {
     }
 
     fn close_listener(&mut self, listener: SimListener, done: Option<Sender<()>>) {
-        check_backlog(&self.stage, listener.key);
+        check_backlog(&self.world, listener.key);
         let (key, file) = listener.shut();
         // Who asked may have given up.
         let tell = move || {
             done.map(|done| done.send(()));
         };
         match file {
-            Some(path) => self.stage.ask_housekeeper(self.worker, move |stage| {
-                remove_file(stage, key, &path);
+            Some(path) => self.world.ask_housekeeper(self.worker, move |world| {
+                remove_file(world, key, &path);
                 tell();
                 None
             }),
@@ -454,20 +465,20 @@ impl Driver for SimDriver {
             },
             Endpoint::VsockMux(to) => Place::Path(to.path.clone()),
         };
-        let id = self.stage.kernel().connect(&place, Owner::Proxy)?;
-        let stage = Rc::clone(&self.stage);
-        let mut stream = SimStream { stage, id };
+        let id = self.world.kernel().connect(&place, Owner::Proxy)?;
+        let world = Rc::clone(&self.world);
+        let mut stream = SimStream { world, id };
         let mut identity = None;
         if let Endpoint::Hyperkit(to) = endpoint {
             let line = hyperkit::connect_line(to.vm.cid, to.port.0);
             let written = stream.write(&line)?;
             assert_eq!(written, line.len(), "hyperkit reads its line at once");
-            identity = self.stage.identity_of_vm(&to.vm.clone().into());
+            identity = self.world.identity_of_vm(&to.vm.clone().into());
         }
         if let Endpoint::VsockMux(to) = endpoint {
-            identity = self.stage.identity_of_vm(&to.clone().into());
+            identity = self.world.identity_of_vm(&to.clone().into());
         }
-        self.stage.dialled(id, &place);
+        self.world.dialled(id, &place);
         Ok((stream, identity))
     }
 
@@ -476,14 +487,14 @@ impl Driver for SimDriver {
         if !crate::dial::explanation_reads_files(address, error.cause()) {
             return Some(error);
         }
-        self.stage.ask_housekeeper(self.worker, move |_| {
+        self.world.ask_housekeeper(self.worker, move |_| {
             Some(Event::Explained { token, error })
         });
         None
     }
 
     fn name_of_listener(&mut self, listener: &SimListener) -> Option<ListenerName> {
-        match self.stage.kernel().place_of(listener.key) {
+        match self.world.kernel().place_of(listener.key) {
             Place::Tcp(address) => Some(ListenerName::Tcp(address)),
             Place::Vsock { port, .. } => Some(ListenerName::Vsock(port)),
             Place::Path(path) => Some(ListenerName::Unix(
@@ -493,20 +504,20 @@ impl Driver for SimDriver {
     }
 
     fn watch(&mut self, stream: &mut SimStream, token: usize) -> io::Result<()> {
-        let kernel = self.stage.kernel();
+        let kernel = self.world.kernel();
         let is_kept_alive = kernel.is_unix(stream.id) || kernel.kept_alive.contains(&stream.id);
         drop(kernel);
         assert!(
             is_kept_alive,
             "whether a peer is there is asked from the start"
         );
-        self.stage.kernel().watch(stream.id, self.worker, token);
+        self.world.kernel().watch(stream.id, self.worker, token);
         Ok(())
     }
 
     fn set_keepalive(&mut self, stream: &SimStream, time: Option<Duration>) {
         assert_eq!(time, Some(Duration::from_secs(60)), "a rule's keepalive");
-        self.stage.kernel().kept_alive.insert(stream.id);
+        self.world.kernel().kept_alive.insert(stream.id);
     }
 
     fn close(&mut self, stream: SimStream) {
@@ -514,7 +525,7 @@ impl Driver for SimDriver {
     }
 
     fn reset(&mut self, stream: SimStream) {
-        self.stage.kernel().reset(stream.id);
+        self.world.kernel().reset(stream.id);
     }
 
     fn leave(&mut self, _: SimStream) {
@@ -522,11 +533,11 @@ impl Driver for SimDriver {
     }
 
     fn resolve(&mut self, token: usize, host: &str, port: u16) {
-        self.stage.resolve(self.worker, token, host, port);
+        self.world.resolve(self.worker, token, host, port);
     }
 
     fn has_peer_ended(&mut self, stream: &SimStream) -> bool {
-        let kernel = self.stage.kernel();
+        let kernel = self.world.kernel();
         kernel.is_unix(stream.id) && kernel.is_peer_gone(stream.id)
     }
 
@@ -534,10 +545,10 @@ impl Driver for SimDriver {
 
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
         let gate = Arc::clone(gate);
-        self.stage.ask_housekeeper(self.worker, move |stage| {
+        self.world.ask_housekeeper(self.worker, move |world| {
             Some(Event::VmSeen {
-                identity: stage.identity_of_vm(gate.vm()),
-                process: stage.process_of(gate.vm()),
+                identity: world.identity_of_vm(gate.vm()),
+                process: world.process_of(gate.vm()),
                 is_stopped: false,
                 gate,
             })
@@ -567,9 +578,4 @@ impl Driver for SimDriver {
     }
 
     fn cut_threads(&mut self, _: usize) {}
-}
-
-/// By what the kernel knows a file.
-pub(super) fn identity(inode: u64) -> Identity {
-    sys::Identity::numbered(inode)
 }

@@ -10,9 +10,8 @@ use crate::engine::relay::Side;
 use crate::proxy::worker::Worker;
 
 use super::audit::Audit;
-use super::driver::SimDriver;
+use super::driver::{SimDriver, SimWorld};
 use super::ledger::Ledger;
-use super::stage::Stage;
 use super::talk::{Exit, Finish, Talk, Voice};
 
 /// Where a peer stands.
@@ -99,8 +98,6 @@ pub(super) struct Judge {
     hazards: Vec<(Duration, Hazard)>,
     /// What connections were in after the last turn of their worker.
     states: BTreeMap<(usize, u64), Phase>,
-    /// From which state to which connections have gone.
-    pub(super) transitions: BTreeMap<(Phase, Phase), u64>,
     /// What was counted, for what a run is worth.
     pub(super) counts: BTreeMap<&'static str, u64>,
     /// When those who are there have had their time.
@@ -491,14 +488,14 @@ impl Judge {
         }
     }
 
-    /// A connection goes from one state to another.
-    pub(super) fn note_transition(&mut self, from: Phase, to: Phase) {
-        *self.transitions.entry((from, to)).or_default() += 1;
-    }
-
     /// Looks at a worker's connections after its turn.
-    pub(super) fn look_at(&mut self, index: usize, worker: &mut Worker<SimDriver>, stage: &Stage) {
-        self.audit.look_at(worker, stage);
+    pub(super) fn look_at(
+        &mut self,
+        index: usize,
+        worker: &mut Worker<SimDriver>,
+        world: &SimWorld,
+    ) {
+        self.audit.look_at(worker, world);
         let mut seen = BTreeSet::new();
         for id in worker.connections.table.ids() {
             let Some(conn) = worker.connections.table.get_mut(id) else {
@@ -527,7 +524,7 @@ impl Judge {
                 self.ledger.comes_under(name.into(), &conn.forward);
             }
             if before != state {
-                stage.tell(|| {
+                world.tell(|| {
                     let name = conn.name.map_or("probe".into(), |name| {
                         format!("connection {}", u64::from(name))
                     });

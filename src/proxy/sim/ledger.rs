@@ -11,27 +11,10 @@ use crate::engine::forward::Forward;
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation};
 
-use super::kernel::{Kernel, Place};
+use super::kernel::{Fate, Kernel, Place};
 
 /// A connect whose answer is on its way takes no longer.
 const ANSWERS: Duration = Duration::from_millis(300);
-
-/// What a dial of the proxy has come to, or the connection that came of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
-    /// Somebody listens there.
-    Taken,
-    /// There is nobody, and nothing.
-    Absent,
-    /// Nobody listens there.
-    Refused,
-    /// Whoever listens there has ended it: without a byte, or by a reset.
-    Ended,
-    /// There is no answer, or no room.
-    Silent,
-    /// This process has no descriptor for it.
-    Lack,
-}
 
 /// What rules lead to, by the text of its address.
 #[derive(Clone, Debug)]
@@ -85,8 +68,6 @@ struct Bound {
 pub(super) struct Ledger {
     pub(super) spots: Vec<Spot>,
     pub(super) limits: Bounds,
-    /// Names that have no address, and when that was told.
-    missing: Vec<(Duration, String)>,
     forwards: BTreeMap<u64, Arc<Forward>>,
     /// What was counted before.
     refusals: BTreeMap<u64, Refusals>,
@@ -98,10 +79,6 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    pub(super) fn note_missing(&mut self, now: Duration, host: &str) {
-        self.missing.push((now, host.to_owned()));
-    }
-
     pub(super) fn knows(&mut self, forward: &Arc<Forward>) {
         let known = self.forwards.entry(forward.id.0);
         known.or_insert_with(|| Arc::clone(forward));
@@ -310,7 +287,8 @@ impl Ledger {
         };
         let is_missing = || {
             let its = |host: &String| spots.iter().any(|it| it.host.as_ref() == Some(host));
-            self.missing
+            kernel
+                .missing
                 .iter()
                 .any(|(at, host)| *at >= since && its(host))
         };

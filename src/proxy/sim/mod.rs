@@ -1,7 +1,7 @@
 //! The simulated world: the whole proxy, its workers and what they share, under schedules that are
 //! drawn from a seed, against simulated sockets and a simulated clock.
 //!
-//! A run is drawn ([`plan`]), played ([`stage`]) by clients and servers ([`cast`]), VMs ([`vm`]) and
+//! A run is drawn ([`plan`]), played ([`stage`], in a [`world`]) by clients and servers ([`cast`]), VMs ([`vm`]) and
 //! an operator ([`operator`]), and judged ([`judge`]) at each step and at the end. The same seed
 //! gives the same run. One that fails is made smaller, and told line by line ([`run`]).
 //!
@@ -23,4 +23,6 @@ mod run;
 mod slots;
 mod stage;
 mod talk;
+mod talking;
 mod vm;
+mod world;

@@ -12,8 +12,9 @@ use crate::proxy::controller::Controller;
 use super::driver::{SimDriver, place_of};
 use super::judge::Hazard;
 use super::kernel::{ListenerKey, Owner, Place};
-use super::stage::{Actor, Pace, Stage};
+use super::stage::{Actor, Stage};
 use super::vm::VmPlan;
+use super::world::Pace;
 
 /// What an operator does, or what happens to the machine. Rules are called by their numbers.
 #[derive(Clone, Debug)]
@@ -120,14 +121,14 @@ impl Operator {
             Act::RemoveFile(rule) => {
                 if let Place::Path(path) = place_of(&self.rules[rule].0.listen) {
                     self.endanger(rule, stage);
-                    stage.has_lost_files.set(true);
+                    stage.world.has_lost_files.set(true);
                     stage.kernel().files.remove(&path);
                 }
             }
             Act::TakeFile(rule) => {
                 if let Place::Path(path) = place_of(&self.rules[rule].0.listen) {
                     self.endanger(rule, stage);
-                    stage.has_lost_files.set(true);
+                    stage.world.has_lost_files.set(true);
                     let mut kernel = stage.kernel();
                     kernel.files.remove(&path);
                     let taken = kernel.listen(&Place::Path(path), Owner::Actor(self.me));
@@ -145,7 +146,7 @@ impl Operator {
             Act::Stall(worker, time) => {
                 let now = stage.now();
                 stage.judge().hazard(now, Hazard::All);
-                stage.may_hang.set(true);
+                stage.world.may_hang.set(true);
                 stage.stall(worker, now + time);
             }
             Act::LimitVm(vm, connections) => {
@@ -160,11 +161,11 @@ impl Operator {
             }
             Act::Housekeeper(pace) => {
                 if matches!(pace, Pace::Hangs(_)) {
-                    stage.may_hang.set(true);
+                    stage.world.may_hang.set(true);
                     let now = stage.now();
                     stage.judge().hazard(now, Hazard::All);
                 }
-                stage.housekeeper.set(pace);
+                stage.world.housekeeper.set(pace);
             }
             Act::Descriptors(most) => {
                 let now = stage.now();
@@ -183,15 +184,15 @@ impl Operator {
         stage.judge().audit.removed(id.0, Duration::MAX);
         stage.judge().ledger.unbound(id.0);
         stage.judge().cuts(rule);
-        let keeps = stage.keeps_places.replace(false);
+        let keeps = stage.world.keeps_places.replace(false);
         let removed = self.controller.remove(id, grace);
-        stage.keeps_places.set(keeps);
+        stage.world.keeps_places.set(keeps);
         stage.tell(|| format!("operator: rule {rule} is removed: {removed:?}"));
         self.rules[rule].1 = None;
         check_answered(&removed, stage);
         // A worker that gave no answer begins to count when it goes on.
         let is_late = |e: &Error| e.kind() == std::io::ErrorKind::TimedOut;
-        if !matches!(stage.housekeeper.get(), Pace::Hangs(_)) {
+        if !matches!(stage.world.housekeeper.get(), Pace::Hangs(_)) {
             let now = stage.now();
             let mut judge = stage.judge();
             match &removed {
@@ -211,9 +212,9 @@ impl Operator {
         if self.rules[rule].1.is_some() {
             return;
         }
-        let keeps = stage.keeps_places.replace(false);
+        let keeps = stage.world.keeps_places.replace(false);
         let added = self.controller.add(self.rules[rule].0.clone());
-        stage.keeps_places.set(keeps);
+        stage.world.keeps_places.set(keeps);
         check_answered(&added, stage);
         stage.tell(|| format!("operator: rule {rule} is added: {added:?}"));
         match added {
@@ -265,10 +266,10 @@ impl Operator {
         let before = stage.now();
         stage.judge().leads(rule, before, target);
         stage.judge().ledger.unbound(id.0);
-        let keeps = stage.keeps_places.replace(false);
+        let keeps = stage.world.keeps_places.replace(false);
         let replaced = self.controller.replace(id, new.clone());
         stage.judge().audit.unsettles(id.0);
-        stage.keeps_places.set(keeps);
+        stage.world.keeps_places.set(keeps);
         if let Err(e) = &replaced
             && !e.to_string().contains("it has begun")
         {
@@ -333,7 +334,7 @@ fn check_answered<T>(answer: &Result<T>, stage: &Stage) {
     if let Err(e) = answer {
         let is_late = e.kind() == std::io::ErrorKind::TimedOut;
         assert!(
-            !is_late || stage.may_hang.get(),
+            !is_late || stage.world.may_hang.get(),
             "a worker gave no answer: {e}"
         );
     }

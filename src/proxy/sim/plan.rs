@@ -17,9 +17,9 @@ use super::driver::place_of;
 use super::kernel::{Habits, Place};
 use super::ledger::{Bounds, Spot};
 use super::operator::Act;
-use super::stage::{Name, Pace};
 use super::talk::{Ends, Exit, Manner};
 use super::vm::{Kind, VmAct, VmPlan};
+use super::world::{Name, Pace};
 
 /// A rule of a run.
 #[derive(Clone, Debug)]

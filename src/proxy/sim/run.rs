@@ -19,14 +19,15 @@ use crate::proxy::controller::Controller;
 use crate::proxy::{ForwardId, ProxyConfig, assemble};
 
 use super::cast::{Client, Server};
-use super::driver::{SimDriver, place_of, set_stage, this_stage};
+use super::driver::{SimDriver, place_of};
 use super::judge::{Hazard, Observed, Phase, TRANSITIONS};
 use super::kernel::{Kernel, Place};
 use super::ledger::Happened;
 use super::operator::{Act, Operator, Stopper};
 use super::plan::Plan;
-use super::stage::{Pace, Stage};
+use super::stage::{Stage, set_stage, this_stage};
 use super::vm::{Kind, Vm, VmAct};
+use super::world::Pace;
 
 /// No run takes longer, on its own clock.
 const LONGEST: Duration = Duration::from_secs(20_000);
@@ -87,7 +88,7 @@ fn note(event: &Event<'_>) {
         What::Connected => judge.ledger.connected(connection),
         What::Refused(error) => {
             // Why a dial has failed may be known late.
-            let is_slow = judge.audit.is_disturbed() || stage.may_hang.get();
+            let is_slow = judge.audit.is_disturbed() || stage.world.may_hang.get();
             let is_ending = judge.audit.is_ending(forward) || judge.closed.contains(&connection);
             let ends = (is_ending, is_slow);
             let of = (forward, connection);
@@ -128,13 +129,17 @@ fn set(plan: &Plan, tells: bool) -> Run {
     kernel.cids.insert(5);
     let stage = Stage::new(kernel, plan.workers, rng.fork(), tells);
     set_stage(Some(Rc::clone(&stage)));
-    stage.names.borrow_mut().extend(plan.names.iter().cloned());
-    stage.housekeeper.set(plan.housekeeper);
-    stage.has_room.set(plan.has_room());
-    stage.keeps_places.set(plan.keeps_places());
-    stage.proves_within.set(plan.proves_within());
-    stage.most_in.set(plan.most_in());
-    stage.vm_connections.set(plan.vm_connections());
+    stage
+        .world
+        .names
+        .borrow_mut()
+        .extend(plan.names.iter().cloned());
+    stage.world.housekeeper.set(plan.housekeeper);
+    stage.world.has_room.set(plan.has_room());
+    stage.world.keeps_places.set(plan.keeps_places());
+    stage.world.proves_within.set(plan.proves_within());
+    stage.world.most_in.set(plan.most_in());
+    stage.world.vm_connections.set(plan.vm_connections());
     stage.judge().ledger.limits = plan.bounds();
     stage.judge().ledger.spots = plan.spots();
     let told = Told::default();
@@ -147,7 +152,7 @@ fn set(plan: &Plan, tells: bool) -> Run {
     let mut worker = 0;
     let make = || {
         let driver = SimDriver {
-            stage: Rc::clone(&stage),
+            world: Rc::clone(&stage.world),
             worker,
         };
         worker += 1;
@@ -297,7 +302,7 @@ fn check_listeners(plan: &Plan, run: &Run) {
     let stage = &run.stage;
     let spoils = |act: &Act| matches!(act, Act::TakeFile(_) | Act::Descriptors(_));
     let is_spoilt = plan.acts.iter().any(|(_, act)| spoils(act));
-    if is_spoilt || stage.may_hang.get() || run.live() > 0 || plan.habits.descriptors < 500 {
+    if is_spoilt || stage.world.may_hang.get() || run.live() > 0 || plan.habits.descriptors < 500 {
         return;
     }
     let end = stage.now().max(stage.stalled_until()) + SETTLING;
@@ -486,9 +491,9 @@ fn play_through(plan: &Plan, tells: bool) -> (Result<Outcome, String>, Vec<Strin
     let mut outcome = Outcome::default();
     let mut story = Vec::new();
     if let Some(stage) = &stage {
-        story = stage.take_story();
+        story = stage.world.take_story();
         outcome.steps = stage.steps();
-        outcome.transitions = std::mem::take(&mut stage.judge().transitions);
+        outcome.transitions = stage.world.transitions.take();
         outcome.counts = std::mem::take(&mut stage.judge().counts);
         // What is taken off may be in any state.
         let _ = catch_unwind(AssertUnwindSafe(|| {

@@ -12,11 +12,8 @@ use crate::engine::connection::State;
 use crate::engine::relay::Side;
 use crate::proxy::worker::Worker;
 
-use super::driver::SimDriver;
-use super::stage::Stage;
-
-/// A guest that has sent nothing for so long is silent.
-pub(super) const SILENT: Duration = Duration::from_secs(5);
+use super::driver::{SimDriver, SimWorld};
+use super::kernel::SILENT;
 
 /// How long a guest may go on sending to nobody.
 const SENDS: Duration = Duration::from_secs(16);
@@ -63,8 +60,8 @@ impl Slots {
     }
 
     /// Looks at a worker after its turn.
-    pub(super) fn look_at(&mut self, worker: &mut Worker<SimDriver>, stage: &Stage) {
-        let (now, index) = (stage.now(), worker.index);
+    pub(super) fn look_at(&mut self, worker: &mut Worker<SimDriver>, world: &SimWorld) {
+        let (now, index) = (world.now(), worker.index);
         let mut guests: BTreeMap<PathBuf, usize> = BTreeMap::new();
         let mut waited_for = BTreeSet::new();
         let mut drains = BTreeMap::new();
@@ -119,7 +116,7 @@ impl Slots {
                 sum
             },
         );
-        let most = stage.vm_connections.get();
+        let most = world.vm_connections.get();
         for (vm, guests) in served {
             assert!(
                 most.is_none_or(|most| guests <= guest_quota(most)),

@@ -5,27 +5,22 @@
 //! on to the next time at which something can.
 
 use std::cell::{Cell, Ref, RefCell, RefMut};
-use std::collections::HashMap;
-use std::io;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fastrand::Rng;
 
-use crate::address::AnyVm;
 use crate::engine::admission::Wake;
 use crate::engine::connection::State;
-use crate::engine::health::VmIdentity;
 use crate::proxy::driver::{Driver, Event};
 use crate::proxy::worker::{Turn, Wait, Worker};
 
-use super::driver::{SimDriver, SimListener, SimStream, identity};
+use super::driver::{SimDriver, SimListener, SimStream, SimWorld, set_world};
 use super::judge::Judge;
-use super::kernel::{Kernel, Place, SocketId};
+use super::kernel::Kernel;
+use super::world::World;
 
 /// More steps than any run needs, and those that it may take for each second on its clock: what can't
 /// go on is looked at again every 20 ms.
@@ -52,34 +47,6 @@ pub(super) trait Actor {
     fn is_done(&self) -> bool;
 }
 
-/// What is done later, and what has come of it for a worker.
-type Task = Box<dyn FnOnce(&Rc<Stage>) -> Option<SimEvent>>;
-
-/// What the housekeeper does, or whoever looks names up.
-struct Job {
-    at: Duration,
-    worker: usize,
-    run: Task,
-}
-
-/// How fast what may block is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pace {
-    AtOnce,
-    Late,
-    /// Not before that time.
-    Hangs(Duration),
-}
-
-/// What becomes of a name that is asked for.
-#[derive(Clone, Debug)]
-pub(super) enum Name {
-    Found(Vec<SocketAddr>),
-    Missing,
-    /// Its server never answers.
-    Silent,
-}
-
 struct Seat {
     /// Until when it stands still; its events it has got before.
     stalled: Option<Duration>,
@@ -91,41 +58,16 @@ struct Seat {
 }
 
 pub(super) struct Stage {
-    kernel: RefCell<Kernel>,
+    pub(super) world: Rc<SimWorld>,
     seats: RefCell<Vec<Option<Seat>>>,
     wakes: Vec<Arc<AtomicBool>>,
-    mail: RefCell<Vec<Vec<SimEvent>>>,
-    jobs: RefCell<Vec<Job>>,
     cast: RefCell<Vec<Option<Box<dyn Actor>>>>,
     dues: RefCell<Vec<Option<Duration>>>,
     awake: RefCell<Vec<usize>>,
-    rng: RefCell<Rng>,
-    pub(super) names: RefCell<HashMap<String, Name>>,
-    /// The process of each VM that runs, by its state directory.
-    pub(super) processes: RefCell<HashMap<PathBuf, i32>>,
-    ready: RefCell<HashMap<PathBuf, Duration>>,
-    pub(super) housekeeper: Cell<Pace>,
-    /// Something stands still, or has stood.
-    pub(super) may_hang: Cell<bool>,
-    /// Somebody has removed files of listeners, or has put others in their place.
-    pub(super) has_lost_files: Cell<bool>,
-    /// No limit and no lack keeps a client from being accepted.
-    pub(super) has_room: Cell<bool>,
-    /// What is reserved is not taken by guests, nor by what comes from another rule, and not being
-    /// changed.
-    pub(super) keeps_places: Cell<bool>,
-    /// How many clients of a VM are let in, where that is certain.
-    pub(super) most_in: Cell<Option<usize>>,
-    /// How many connections a VM may have, where that stays so.
-    pub(super) vm_connections: Cell<Option<usize>>,
-    /// How soon it is known whether a guest that answers has taken a dial.
-    pub(super) proves_within: Cell<Option<Duration>>,
     judge: RefCell<Judge>,
-    story: RefCell<Option<Vec<String>>>,
     steps: Cell<u64>,
     /// Turns of all workers without progress: since when, and at which point.
     idle: Cell<(Duration, u64, u32)>,
-    base: Instant,
 }
 
 impl std::fmt::Debug for Stage {
@@ -134,45 +76,49 @@ impl std::fmt::Debug for Stage {
     }
 }
 
-/// The clock's zero, the same for all runs of the process.
-fn base() -> Instant {
-    static BASE: OnceLock<Instant> = OnceLock::new();
-    *BASE.get_or_init(Instant::now)
+thread_local! {
+    /// The stage of the run on this thread.
+    static STAGE: RefCell<Option<Rc<Stage>>> = const { RefCell::new(None) };
+}
+
+/// Sets the stage of this thread, and its world.
+pub(super) fn set_stage(stage: Option<Rc<Stage>>) {
+    let world = stage.as_ref().map(|stage| Rc::clone(&stage.world));
+    set_world(world, |end| this_stage().step_until(end));
+    STAGE.with(|it| *it.borrow_mut() = stage);
+}
+
+/// Returns the stage of this thread.
+pub(super) fn this_stage() -> Rc<Stage> {
+    STAGE.with(|it| it.borrow().clone().expect("no run on this thread"))
 }
 
 impl Stage {
     pub(super) fn new(kernel: Kernel, workers: usize, rng: Rng, tells: bool) -> Rc<Stage> {
         Rc::new(Stage {
-            kernel: RefCell::new(kernel),
+            world: Rc::new(World::new(kernel, workers, rng, tells)),
             seats: RefCell::default(),
             wakes: (0..workers).map(|_| Arc::default()).collect(),
-            mail: RefCell::new((0..workers).map(|_| Vec::new()).collect()),
-            jobs: RefCell::default(),
             cast: RefCell::default(),
             dues: RefCell::default(),
             awake: RefCell::default(),
-            rng: RefCell::new(rng),
-            names: RefCell::default(),
-            processes: RefCell::default(),
-            ready: RefCell::default(),
-            proves_within: Cell::default(),
-            most_in: Cell::default(),
-            vm_connections: Cell::default(),
-            housekeeper: Cell::new(Pace::AtOnce),
-            may_hang: Cell::new(false),
-            has_lost_files: Cell::new(false),
-            has_room: Cell::new(false),
-            keeps_places: Cell::new(false),
             judge: RefCell::default(),
-            story: RefCell::new(tells.then(Vec::new)),
             steps: Cell::new(0),
             idle: Cell::default(),
-            base: base(),
         })
     }
 
     pub(super) fn kernel(&self) -> RefMut<'_, Kernel> {
-        self.kernel.borrow_mut()
+        self.world.kernel()
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.world.now()
+    }
+
+    /// Adds a line to the story, if one is told.
+    pub(super) fn tell(&self, line: impl FnOnce() -> String) {
+        self.world.tell(line);
     }
 
     pub(super) fn judge(&self) -> RefMut<'_, Judge> {
@@ -181,19 +127,6 @@ impl Stage {
 
     pub(super) fn verdicts(&self) -> Ref<'_, Judge> {
         self.judge.borrow()
-    }
-
-    pub(super) fn now(&self) -> Duration {
-        self.kernel.borrow().now
-    }
-
-    pub(super) fn instant(&self) -> Instant {
-        self.base + self.now()
-    }
-
-    /// When that was on the run's clock.
-    pub(super) fn time_of(&self, at: Instant) -> Duration {
-        at.saturating_duration_since(self.base)
     }
 
     pub(super) fn steps(&self) -> u64 {
@@ -224,11 +157,11 @@ impl Stage {
     pub(super) fn clear(&self) {
         let seats = std::mem::take(&mut *self.seats.borrow_mut());
         drop(seats);
-        let jobs = std::mem::take(&mut *self.jobs.borrow_mut());
+        let jobs = std::mem::take(&mut *self.world.jobs.borrow_mut());
         drop(jobs);
         let cast = std::mem::take(&mut *self.cast.borrow_mut());
         drop(cast);
-        let mail = std::mem::take(&mut *self.mail.borrow_mut());
+        let mail = std::mem::take(&mut *self.world.mail.borrow_mut());
         drop(mail);
     }
 
@@ -244,117 +177,14 @@ impl Stage {
         self.next_actor() - 1
     }
 
-    pub(super) fn rng(&self) -> RefMut<'_, Rng> {
-        self.rng.borrow_mut()
-    }
-
-    /// Adds a line to the story, if one is told.
-    pub(super) fn tell(&self, line: impl FnOnce() -> String) {
-        if let Ok(mut story) = self.story.try_borrow_mut()
-            && let Some(story) = &mut *story
-        {
-            let now = self.kernel.try_borrow().map_or(Duration::ZERO, |it| it.now);
-            story.push(format!("{:>12.3} ms  {}", now.as_secs_f64() * 1e3, line()));
-        }
-    }
-
-    pub(super) fn take_story(&self) -> Vec<String> {
-        self.story.borrow_mut().take().unwrap_or_default()
-    }
-
-    // What a world asks for.
-
-    pub(super) fn take_mail(&self, worker: usize) -> Vec<SimEvent> {
-        std::mem::take(&mut self.mail.borrow_mut()[worker])
-    }
-
     /// Puts an event into a worker's mail; what comes after its end is dropped.
     fn post(&self, worker: usize, event: SimEvent) {
         let has_ended = self.seats.borrow().get(worker).is_none_or(Option::is_none);
-        match self.mail.borrow_mut().get_mut(worker) {
+        match self.world.mail.borrow_mut().get_mut(worker) {
             Some(mail) if !has_ended => mail.push(event),
             _ => {}
         }
     }
-
-    /// Has the housekeeper do something; its worker gets what has come of it.
-    pub(super) fn ask_housekeeper(
-        &self,
-        worker: usize,
-        run: impl FnOnce(&Rc<Stage>) -> Option<SimEvent> + 'static,
-    ) {
-        let now = self.now();
-        let at = match self.housekeeper.get() {
-            Pace::AtOnce => now,
-            Pace::Late => now + Duration::from_micros(self.rng().u64(0..20_000)),
-            Pace::Hangs(until) => until.max(now),
-        };
-        let run = Box::new(run);
-        self.jobs.borrow_mut().push(Job { at, worker, run });
-    }
-
-    /// Asks for the addresses of a name.
-    pub(super) fn resolve(&self, worker: usize, token: usize, host: &str, port: u16) {
-        let name = self.names.borrow().get(host).cloned();
-        let late = Duration::from_micros([0, 100, 5_000, 2_000_000][self.rng().usize(..4)]);
-        let at = self.now() + late;
-        let addresses = match name {
-            Some(Name::Silent) => return,
-            Some(Name::Found(addresses)) => Ok(addresses
-                .iter()
-                .map(|address| SocketAddr::new(address.ip(), port))
-                .collect()),
-            Some(Name::Missing) | None => Err(io::Error::other("no such name")),
-        };
-        let host = host.to_owned();
-        let run = Box::new(move |stage: &Rc<Stage>| {
-            if addresses.is_err() {
-                let now = stage.now();
-                stage.judge().ledger.note_missing(now, &host);
-            }
-            Some(Event::Resolved { token, addresses })
-        });
-        self.jobs.borrow_mut().push(Job { at, worker, run });
-    }
-
-    /// By what a VM is known now.
-    pub(super) fn identity_of_vm(&self, vm: &AnyVm) -> Option<VmIdentity> {
-        let kernel = self.kernel();
-        let of = |path: &Path| kernel.files.get(path).map(|file| identity(file.inode));
-        match vm {
-            AnyVm::Hyperkit(vm) => {
-                let socket = of(&vm.connect_path()).map(VmIdentity::Socket);
-                socket.or_else(|| of(&vm.pid_path()).map(VmIdentity::PidFile))
-            }
-            AnyVm::VsockMux(path) => of(path).map(VmIdentity::Socket),
-            other => unreachable!("there is no {other}"),
-        }
-    }
-
-    /// Notes since when a VM's guest answers.
-    pub(super) fn is_ready(&self, vm: &Path, since: Duration) {
-        self.ready.borrow_mut().insert(vm.to_owned(), since);
-    }
-
-    /// Since when a VM's guest answers.
-    pub(super) fn ready_since(&self, vm: &Path) -> Duration {
-        let ready = self.ready.borrow().get(vm).copied();
-        ready.unwrap_or(Duration::MAX)
-    }
-
-    pub(super) fn process_of(&self, vm: &AnyVm) -> Option<i32> {
-        match vm {
-            AnyVm::Hyperkit(vm) => self.processes.borrow().get(&vm.state_dir).copied(),
-            _ => None,
-        }
-    }
-
-    /// Takes a dial of the proxy.
-    pub(super) fn dialled(&self, socket: SocketId, place: &Place) {
-        self.tell(|| format!("the proxy dials {place:?} ({socket:?})"));
-    }
-
-    // The schedule.
 
     /// Lets the machine sleep: nothing happens meanwhile.
     pub(super) fn sleep(&self, time: Duration) {
@@ -422,10 +252,10 @@ impl Stage {
                 continue;
             }
             let is_woken = self.wakes[index].load(Ordering::Relaxed)
-                || self.kernel.borrow().has_events(index)
-                || !self.mail.borrow()[index].is_empty();
+                || self.kernel().has_events(index)
+                || !self.world.mail.borrow()[index].is_empty();
             let due = seat.wait.timeout.map(|timeout| {
-                let begun = seat.wait.begun.saturating_duration_since(self.base);
+                let begun = self.world.time_of(seat.wait.begun);
                 begun.saturating_add(timeout)
             });
             match (is_woken, due) {
@@ -452,10 +282,10 @@ impl Stage {
             }
         }
         drop(awake);
-        if let Some(when) = self.kernel.borrow().next_move() {
+        if let Some(when) = self.kernel().next_move() {
             at(when, What::Network, &mut can);
         }
-        for (index, job) in self.jobs.borrow().iter().enumerate() {
+        for (index, job) in self.world.jobs.borrow().iter().enumerate() {
             at(job.at, What::Job(index), &mut can);
         }
         if can.is_empty() {
@@ -468,15 +298,14 @@ impl Stage {
                 None => false,
             };
         }
-        let drawn = self.rng().usize(..can.len());
+        let drawn = self.world.rng().usize(..can.len());
         match can[drawn] {
             What::Worker(index) => self.turn(index),
             What::Actor(index) => self.act(index),
             What::Network => drop(self.kernel().make_move()),
             What::Job(index) => {
-                let job = self.jobs.borrow_mut().swap_remove(index);
-                let rc = self.rc();
-                if let Some(event) = (job.run)(&rc) {
+                let job = self.world.jobs.borrow_mut().swap_remove(index);
+                if let Some(event) = (job.run)(&self.world) {
                     self.post(job.worker, event);
                 }
             }
@@ -507,16 +336,11 @@ impl Stage {
     fn check_times(&self) {
         for seat in self.seats.borrow_mut().iter_mut().flatten() {
             let verdicts = self.verdicts();
-            verdicts.audit.check_times(&mut seat.worker, self);
+            verdicts.audit.check_times(&mut seat.worker, &self.world);
             if seat.stalled.is_none() {
-                verdicts.audit.check_listeners(&seat.worker, self);
+                verdicts.audit.check_listeners(&seat.worker, &self.world);
             }
         }
-    }
-
-    /// This stage, as others keep it.
-    fn rc(&self) -> Rc<Stage> {
-        super::driver::this_stage()
     }
 
     fn act(&self, index: usize) {
@@ -524,7 +348,7 @@ impl Stage {
         let Some(mut actor) = self.cast.borrow_mut()[index].take() else {
             return;
         };
-        let due = actor.act(&self.rc());
+        let due = actor.act(&this_stage());
         self.dues.borrow_mut()[index] = due;
         self.cast.borrow_mut()[index] = Some(actor);
     }
@@ -541,7 +365,7 @@ impl Stage {
         }
         let has_events = !seat.events.is_empty();
         let due = seat.wait.timeout.map(|timeout| seat.wait.begun + timeout);
-        let answered = match due.is_some_and(|at| self.instant() > at + FREEZE) {
+        let answered = match due.is_some_and(|at| self.world.instant() > at + FREEZE) {
             true => self.answered(&mut seat.worker),
             false => Vec::new(),
         };
@@ -553,11 +377,11 @@ impl Stage {
                 "connection {connection} had its answer while the process stood still"
             );
         }
-        self.judge().look_at(index, &mut seat.worker, self);
+        self.judge().look_at(index, &mut seat.worker, &self.world);
         if turn == Turn::Last {
             let shared = Arc::clone(&seat.worker.shared);
             drop(seat);
-            let mail = self.take_mail(index);
+            let mail = self.world.take_mail(index);
             drop(mail);
             shared.worker_has_ended(index, false);
             self.tell(|| format!("worker {index} has ended"));

@@ -188,10 +188,14 @@ impl Vm {
             let vm = self.plan.hyperkit();
             stage.kernel().make_file(&vm.pid_path(), None);
             let process = self.rng.i32(1..10_000);
-            stage.processes.borrow_mut().insert(vm.state_dir, process);
+            stage
+                .world
+                .processes
+                .borrow_mut()
+                .insert(vm.state_dir, process);
         }
         stage.kernel().lost.remove(&self.plan.path);
-        stage.is_ready(&self.plan.path, stage.now());
+        stage.world.is_ready(&self.plan.path, stage.now());
         (self.is_paused, self.was_there) = (false, true);
         (self.unanswered, self.due) = (0, stage.now());
     }
@@ -212,11 +216,11 @@ impl Vm {
         match act {
             VmAct::Pause => {
                 self.is_paused = true;
-                stage.is_ready(&self.plan.path, Duration::MAX);
+                stage.world.is_ready(&self.plan.path, Duration::MAX);
             }
             VmAct::Resume => {
                 self.is_paused = false;
-                stage.is_ready(&self.plan.path, now);
+                stage.world.is_ready(&self.plan.path, now);
                 self.unanswered = 0;
             }
             VmAct::Reboot => {
@@ -244,7 +248,7 @@ impl Vm {
                     self.dials.clear();
                     self.unanswered = 0;
                 }
-                stage.is_ready(&self.plan.path, now);
+                stage.world.is_ready(&self.plan.path, now);
             }
             VmAct::Die => self.die(stage),
             VmAct::Return if self.listener.is_none() => {
@@ -266,10 +270,10 @@ impl Vm {
         let Some(key) = self.listener.take() else {
             return;
         };
-        stage.is_ready(&self.plan.path, Duration::MAX);
+        stage.world.is_ready(&self.plan.path, Duration::MAX);
         if self.is_hyperkit() {
             let directory = self.plan.hyperkit().state_dir;
-            stage.processes.borrow_mut().remove(&directory);
+            stage.world.processes.borrow_mut().remove(&directory);
         }
         let now = stage.now();
         stage.kernel().end_listener(key);

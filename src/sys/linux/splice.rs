@@ -5,8 +5,6 @@ use std::os::fd::BorrowedFd;
 
 use nix::fcntl::{FcntlArg, SpliceFFlags, fcntl, splice};
 
-use crate::engine::relay;
-
 /// Bytes a pipe holds at most. Less and each call moves less; more than the sender's and the
 /// receiver's buffers hold brings nothing.
 const SIZE: i32 = 256 * 1024;
@@ -21,8 +19,9 @@ pub(crate) struct Pipe {
     writer: PipeWriter,
 }
 
-impl relay::Pipe for Pipe {
-    fn new() -> Option<Pipe> {
+impl Pipe {
+    /// Makes an empty pipe, if the system gives one that is large enough.
+    pub(crate) fn new() -> Option<Pipe> {
         // Where SIGPIPE isn't ignored, a splice to a socket whose peer has gone would end the
         // process: there is no MSG_NOSIGNAL for it.
         if !crate::sys::is_ignored(nix::libc::SIGPIPE) {
@@ -36,9 +35,7 @@ impl relay::Pipe for Pipe {
         let big_enough = size.is_ok_and(|size| size >= LEAST);
         big_enough.then_some(Pipe { reader, writer })
     }
-}
 
-impl Pipe {
     /// Takes what `socket` has. Of an empty pipe `WouldBlock` says that it has nothing.
     pub(crate) fn fill(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;

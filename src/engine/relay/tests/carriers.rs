@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use super::bench::Bench;
 use super::kernel::{FakePipe, Habits, PIPE};
-use crate::engine::relay::carrier::{Pipe, Pool};
+use crate::engine::relay::carrier::Pool;
 use crate::engine::relay::{Carrier, Side, Turn};
+use crate::stream::socket::Pipe;
 
 type Kernel = Bench<true>;
 

@@ -39,7 +39,8 @@ use nix::libc;
 use crate::engine::relay::Readiness;
 use crate::name::SocketName;
 
-use super::ledger::Fate;
+/// A guest that has sent nothing for so long is silent.
+pub(super) const SILENT: Duration = Duration::from_secs(5);
 
 /// How long AF_VSOCK waits for a guest that is silent (Linux: `VSOCK_DEFAULT_CONNECT_TIMEOUT`).
 const VSOCK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -55,6 +56,23 @@ pub(super) struct SocketId(usize);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct ListenerKey(usize);
+
+/// What a dial of the proxy has come to, or the connection that came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// Somebody listens there.
+    Taken,
+    /// There is nobody, and nothing.
+    Absent,
+    /// Nobody listens there.
+    Refused,
+    /// Whoever listens there has ended it: without a byte, or by a reset.
+    Ended,
+    /// There is no answer, or no room.
+    Silent,
+    /// This process has no descriptor for it.
+    Lack,
+}
 
 /// Where something listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -208,6 +226,8 @@ pub(super) struct Kernel {
     pub(super) closed_unread: HashSet<SocketId>,
     /// What the dials of the proxy have come to, and when.
     pub(super) fates: Vec<(Duration, Place, Fate)>,
+    /// Names that were found to have no address, and when.
+    pub(super) missing: Vec<(Duration, String)>,
     /// Sockets to VMs of which the proxy waits for the end no longer.
     pub(super) abandoned: u64,
     /// The times at which slots were lost, by the state directory of their VM: the proxy has closed
@@ -252,6 +272,7 @@ impl Kernel {
             progress: 0,
             closed_unread: HashSet::new(),
             fates: Vec::new(),
+            missing: Vec::new(),
             abandoned: 0,
             lost: BTreeMap::new(),
             kept_alive: HashSet::new(),

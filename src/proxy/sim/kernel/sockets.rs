@@ -10,11 +10,10 @@ use nix::libc;
 use crate::address::Port;
 use crate::engine::relay::Readiness;
 use crate::name::{SocketName, VsockName};
-use crate::proxy::sim::ledger::Fate;
-use crate::proxy::sim::slots::SILENT;
 
 use super::{
-    Kernel, ListenerKey, Move, Owner, Place, Socket, SocketId, State, VMS, VSOCK_TIMEOUT, fail,
+    Fate, Kernel, ListenerKey, Move, Owner, Place, SILENT, Socket, SocketId, State, VMS,
+    VSOCK_TIMEOUT, fail,
 };
 
 impl Kernel {

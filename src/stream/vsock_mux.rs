@@ -7,8 +7,8 @@
 
 use std::io;
 
+use super::socket::Socket;
 use crate::address::Port;
-use crate::engine::relay::Socket;
 
 /// The longest answer that is waited for: `OK ` and a port of 32 bits, with room to spare.
 const LONGEST_ANSWER: usize = 32;

@@ -1,0 +1,299 @@
+//! A connection, its states, and the calls that go to the state that it is in.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::dial::{Dial, Race};
+use crate::engine::admission::quotas::Holder;
+use crate::engine::admission::{Full, Slot};
+use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::forward::Forward;
+use crate::engine::id::ConnectionId;
+use crate::engine::relay::{End, Pair, Readiness, Side};
+use crate::engine::routes::Route;
+use crate::error::Error;
+use crate::name::Peer;
+use crate::stream::socket::Socket;
+
+use super::action::{Action, Context};
+use super::closing_end::Closing;
+use super::idle::Idle;
+use super::socket::ConnectionSocket;
+#[cfg(all(test, target_os = "linux"))]
+use super::transitions;
+
+/// One connection.
+#[derive(Debug)]
+pub(crate) struct Connection<S: Socket> {
+    /// The public identifier; a probe has none.
+    pub(crate) name: Option<ConnectionId>,
+    pub(crate) forward: Arc<Forward>,
+    pub(crate) state: State<S>,
+    /// The time at which [`step`](Connection::step) is to be called, if no event comes before.
+    pub(crate) wake_at: Option<Instant>,
+    /// Whether the connection stands in the ready queue. Only the loop sets it.
+    pub(crate) is_queued: bool,
+    /// The slot of each side that is a hyperkit VM.
+    pub(crate) slots: [Option<Slot>; 2],
+    /// How the connection leads to another forward of this process, or comes from one.
+    pub(super) route: Option<Box<Route>>,
+    /// The retries, if the client is held while its target is absent.
+    pub(crate) held: Option<Held>,
+    /// What the client has said of its own client, if it is a proxy.
+    pub(super) proxied: Option<Box<Proxied>>,
+    pub(super) idle: Idle,
+    /// See [`Dialled::is_inherited`].
+    pub(super) is_inherited: bool,
+    /// The bytes of each side that the counters include already.
+    pub(super) counted: [u64; 2],
+    pub(super) peer: Peer,
+    pub(crate) since: Instant,
+    /// Why the connection ends, as far as it is known.
+    pub(super) why: Option<EndReason>,
+    /// The error for which the client was refused.
+    pub(super) error: Option<Arc<str>>,
+    /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have
+    /// ended.
+    pub(super) is_cut_off: bool,
+    /// The name of the current state.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) state_name: &'static str,
+}
+
+#[derive(Debug)]
+pub(crate) enum State<S: Socket> {
+    /// Waits for the client's header, for an address, for a slot, or for the next dial.
+    Waiting {
+        client: End<S>,
+        dial: Dial,
+        full: Option<Full>,
+    },
+    /// `server` is the latest attempt's; those at other addresses may be under way still.
+    Connecting {
+        client: End<S>,
+        server: End<S>,
+        race: Race<S>,
+    },
+    /// It is not known yet whether the guest has taken the dial. `until` ends the wait if no probe
+    /// can tell.
+    Proving {
+        client: End<S>,
+        server: End<S>,
+        dial: Dial,
+        until: Option<Instant>,
+    },
+    Relaying {
+        pair: Pair<S>,
+        /// The time until which the client's half-close to hyperkit is held back, for a refusal to
+        /// be told from an empty answer.
+        refusal_wait: Option<Instant>,
+        /// The end of the drain timeout, set while a peer is gone or a half-close is held back.
+        drain_deadline: Option<Instant>,
+    },
+    /// Relayed by threads, which also drain and close the ends, because one of them can't be
+    /// polled.
+    OnThreads,
+    /// Each end is drained or reset, until the given time (or until the proxy stops). `settled` is
+    /// when the slots of ends that were given up are free again, if there are such.
+    Closing {
+        ends: [Option<Closing<S>>; 2],
+        until: Option<Instant>,
+        settled: Option<Instant>,
+    },
+    /// The connection has no socket any more.
+    Closed,
+}
+
+impl<S: Socket> State<S> {
+    pub(super) fn waiting(client: End<S>, dial: Dial) -> State<S> {
+        State::Waiting {
+            client,
+            dial,
+            full: None,
+        }
+    }
+
+    /// Returns the state's name.
+    #[cfg(all(test, target_os = "linux"))]
+    fn name(&self) -> &'static str {
+        match self {
+            State::Waiting { .. } => "waiting",
+            State::Connecting { .. } => "connecting",
+            State::Proving { .. } => "proving",
+            State::Relaying { .. } => "relaying",
+            State::OnThreads => "on threads",
+            State::Closing { .. } => "closing",
+            State::Closed => "closed",
+        }
+    }
+}
+
+/// The retries for a client that is held while its target is absent.
+#[derive(Debug)]
+pub(crate) struct Held {
+    /// The pause after the next dial.
+    pub(super) pause: Duration,
+    /// The time of the next dial, if none is in progress.
+    pub(crate) redial: Option<Instant>,
+    /// The error of the last dial.
+    pub(super) last: Option<(Error, Reason)>,
+}
+
+/// What is known of a client that comes by way of a proxy.
+#[derive(Debug)]
+pub(super) struct Proxied {
+    /// The time by which the header has to be there. `None`: it is.
+    pub(super) until: Option<Instant>,
+    /// What was read: of the header, or of what stands behind it.
+    pub(super) read: Vec<u8>,
+    /// The address that the client connected to, if the header says so.
+    pub(super) destination: Option<SocketAddr>,
+}
+
+impl<S: Socket> Connection<S> {
+    pub(super) fn new(
+        name: Option<ConnectionId>,
+        forward: Arc<Forward>,
+        peer: Peer,
+        state: State<S>,
+        now: Instant,
+    ) -> Connection<S> {
+        #[cfg(all(test, target_os = "linux"))]
+        transitions::note("new", state.name());
+        Connection {
+            name,
+            forward,
+            #[cfg(all(test, target_os = "linux"))]
+            state_name: state.name(),
+            state,
+            wake_at: None,
+            is_queued: false,
+            slots: [None, None],
+            route: None,
+            held: None,
+            proxied: None,
+            idle: Idle::new(now),
+            is_inherited: false,
+            counted: [0; 2],
+            peer,
+            since: now,
+            why: None,
+            error: None,
+            is_cut_off: false,
+        }
+    }
+
+    /// Changes to another state.
+    pub(super) fn enter(&mut self, state: State<S>) {
+        #[cfg(all(test, target_os = "linux"))]
+        {
+            let name = state.name();
+            let before = std::mem::replace(&mut self.state_name, name);
+            transitions::note(before, name);
+        }
+        self.state = state;
+    }
+
+    /// Takes the sockets out of a state that ends; [`enter`](Connection::enter) must follow.
+    pub(super) fn take_state(&mut self) -> State<S> {
+        std::mem::replace(&mut self.state, State::Closed)
+    }
+
+    /// Ensures that [`step`](Connection::step) is called at `at` or before.
+    pub(super) fn wake_by(&mut self, at: Instant) {
+        self.wake_at = Some(self.wake_at.map_or(at, |before| before.min(at)));
+    }
+
+    /// Returns the holder that the connection's slots are counted for.
+    pub(crate) fn holder(&self) -> Holder {
+        match self.name {
+            Some(_) => Holder::Forward(self.forward.id),
+            None => Holder::Probes,
+        }
+    }
+
+    /// Returns whether the connection is [`Waiting`](State::Waiting).
+    pub(crate) fn is_waiting(&self) -> bool {
+        matches!(self.state, State::Waiting { .. })
+    }
+
+    /// Notes why the connection ends: see [`EndReason::note`].
+    pub(super) fn end_because(&mut self, why: EndReason) {
+        why.note(&mut self.why);
+    }
+
+    /// Returns the socket of a side while the connection is [`Relaying`](State::Relaying).
+    pub(crate) fn socket(&self, side: Side) -> Option<&S> {
+        match &self.state {
+            State::Relaying { pair, .. } => Some(&pair.ends[side].socket),
+            _ => None,
+        }
+    }
+
+    /// Requests the close of a side's socket; its slot is given back after that.
+    pub(super) fn close_socket(&mut self, side: Side, end: End<S>, cx: &mut Context<'_, S>)
+    where
+        S: Socket,
+    {
+        cx.request(Action::Close(end.socket, self.slots[side].take()));
+    }
+
+    /// Latches the readiness of one side's socket; [`step`](Connection::step) must follow.
+    pub(crate) fn latch(&mut self, side: Side, readiness: Readiness)
+    where
+        S: Socket,
+    {
+        match &mut self.state {
+            State::Waiting { client, .. }
+            | State::Connecting { client, .. }
+            | State::Proving { client, .. }
+                if side == Side::Client =>
+            {
+                client.latch(readiness);
+            }
+            State::Connecting { server, .. } | State::Proving { server, .. } => {
+                server.latch(readiness);
+            }
+            State::Relaying { pair, .. } => pair.ends[side].latch(readiness),
+            State::Closing { ends, .. } => {
+                if let Some(closing) = &mut ends[side] {
+                    closing.end.latch(readiness);
+                }
+            }
+            State::Waiting { .. } | State::OnThreads | State::Closed => {}
+        }
+    }
+}
+
+impl<S: ConnectionSocket> Connection<S> {
+    /// Goes on after an event or after the deadline.
+    pub(crate) fn step(&mut self, cx: &mut Context<'_, S>) {
+        match &self.state {
+            State::Waiting { .. } => self.go_on_waiting(cx),
+            State::Connecting { .. } => self.go_on_connecting(cx),
+            State::Proving { .. } => self.go_on_proving(cx),
+            State::Relaying { .. } => self.relay(cx),
+            State::OnThreads => self.go_on_with_threads(cx),
+            State::Closing { .. } => self.go_on_closing(cx),
+            State::Closed => {}
+        }
+    }
+
+    /// Cuts the connection off, for that reason, or shortens its closing.
+    pub(crate) fn cut(&mut self, why: EndReason, cx: &mut Context<'_, S>) {
+        if !matches!(self.state, State::Closing { .. } | State::Closed) {
+            self.end_because(why);
+        }
+        self.is_cut_off = true;
+        match &self.state {
+            State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
+                self.refuse_cut_off(cx);
+            }
+            State::Relaying { .. } => self.close_pair(cx),
+            State::OnThreads => self.cut_threads(cx),
+            State::Closing { .. } => self.shorten_closing(cx),
+            State::Closed => {}
+        }
+    }
+}
