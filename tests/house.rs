@@ -77,7 +77,7 @@ impl House {
         if matches!(name.as_str(), "tests" | "proptests") {
             return;
         }
-        let module = [parent.as_slice(), &[name.clone()]].concat();
+        let module = [parent.as_slice(), std::slice::from_ref(&name)].concat();
         match &item.content {
             Some((_, items)) => self.read_items(items, file, &module, &directory.join(&name)),
             None => {
@@ -110,7 +110,7 @@ impl House {
                     self.absolute(import, module)?
                 }
                 _ => {
-                    let child = [module.as_slice(), &[first.clone()]].concat();
+                    let child = [module.as_slice(), std::slice::from_ref(first)].concat();
                     self.modules.contains_key(&child).then_some(child)?
                 }
             },
@@ -194,7 +194,7 @@ impl Finder {
             }
             syn::UseTree::Name(name) => {
                 let name = name.ident.to_string();
-                let path = [before, &[name.clone()]].concat();
+                let path = [before, std::slice::from_ref(&name)].concat();
                 self.take_import(name, path, is_handed_on);
             }
             syn::UseTree::Rename(name) => {

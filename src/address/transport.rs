@@ -463,21 +463,6 @@ impl Address {
     }
 }
 
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_example_is_of_its_family() {
-        for row in ALL {
-            let address: Address = row.example.parse().unwrap();
-            assert_eq!(address.transport().scheme, row.scheme);
-            assert_eq!(address.to_string(), row.example);
-        }
-    }
-}
-
 impl AnyVm {
     /// Returns the row of its family.
     fn transport(&self) -> &'static Transport {
@@ -492,5 +477,20 @@ impl AnyVm {
     /// Returns what is true of the VMs of its family.
     pub(crate) fn traits(&self) -> &'static VmTraits {
         &self.transport().vm
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_example_is_of_its_family() {
+        for row in ALL {
+            let address: Address = row.example.parse().unwrap();
+            assert_eq!(address.transport().scheme, row.scheme);
+            assert_eq!(address.to_string(), row.example);
+        }
     }
 }
