@@ -851,7 +851,7 @@ fn what_stays_with_the_old_process_is_seen_and_can_be_closed() {
         assert!(told.contains(&still), "{told}");
     }
     let all: Vec<Value> = serde_json::from_str(&says(&["ps", "--json"])).unwrap();
-    let its = all.iter().find(|it| it["pid"].to_string() == pid);
+    let its = all.iter().find(|it| it["pid"] == old.child.0.id());
     assert_eq!(its.unwrap()["status"]["live"], 1, "{all:?}");
     let left: Vec<Value> =
         serde_json::from_str(&says(&["connections", "--pid", &pid, "--json"])).unwrap();
