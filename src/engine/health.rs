@@ -30,6 +30,7 @@ pub(crate) enum VmIdentity {
     /// The identity of its pid file, where there is no such socket.
     PidFile(Identity),
     /// It was reached by its CID, which does not tell one VM from the next.
+    #[cfg_attr(not(unix), allow(dead_code))]
     Cid,
 }
 

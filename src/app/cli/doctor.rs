@@ -87,12 +87,21 @@ fn to_json(checks: &[Check], ok: bool) -> String {
     format!("{:#}", json!({ "ok": ok, "checks": checks }))
 }
 
-/// Returns how many columns a line may have: as many as the terminal has.
+/// Returns how many columns a line may have: as many as the terminal has. (On Windows the
+/// terminal breaks lines.)
 fn width() -> usize {
+    #[cfg(not(unix))]
+    return usize::MAX;
+    #[cfg(unix)]
+    terminal_width().unwrap_or(usize::MAX)
+}
+
+#[cfg(unix)]
+fn terminal_width() -> Option<usize> {
     let is_terminal = io::stdout().is_terminal();
     let size = is_terminal.then(ratatui::crossterm::terminal::size);
     let columns = size.and_then(Result::ok).map(|(columns, _)| columns.into());
-    columns.filter(|it| *it > 0).unwrap_or(usize::MAX)
+    columns.filter(|it| *it > 0)
 }
 
 /// Breaks a text between words into lines of at most so many columns, if its words are no longer.

@@ -136,6 +136,7 @@ impl Reconciler {
             ours: &mut ours,
             rules: now.iter().map(|it| (it.id, &it.rule)).collect(),
             waits_for,
+            #[cfg(unix)]
             occasion,
             #[cfg(unix)]
             occupants: Occupants::default(),
@@ -206,6 +207,7 @@ struct Change<'a> {
     /// Those that there were before.
     rules: HashMap<ForwardId, &'a Rule>,
     waits_for: &'a dyn Fn(&Rule) -> Option<String>,
+    #[cfg(unix)]
     occasion: Occasion,
     #[cfg(unix)]
     occupants: Occupants,

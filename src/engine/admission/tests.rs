@@ -8,6 +8,7 @@ use super::gate::{BURST, INTERVAL, LONGEST_PATIENCE, LOST_PROBES, PROBE_PATIENCE
 use super::quotas::Holder;
 use super::*;
 use crate::address::{AnyVm, HyperkitVm};
+#[cfg(unix)]
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ForwardId;
 

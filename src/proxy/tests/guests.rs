@@ -5,8 +5,7 @@ use std::sync::Arc;
 use super::super::driver::Driver;
 use super::super::rules::Binder;
 use super::super::{
-    Controller, Descriptors, GateLimits, Handle, Housekeeper, Inbox, Limits, MioDriver, Shared,
-    Worker,
+    Controller, Descriptors, Handle, Housekeeper, Inbox, Limits, MioDriver, Shared, Worker,
 };
 use super::*;
 use crate::engine::forward::{AccessLog, Forward, Reports};
@@ -50,12 +49,8 @@ fn guests_of(
     let driver = MioDriver::new(Housekeeper::start().unwrap()).unwrap();
     let waker = driver.waker();
     let wake = move || waker.wake().unwrap();
-    let gate_limits = GateLimits {
-        live: limits.vm_connections,
-        unanswered: limits.vm_unanswered as u64,
-    };
     let shared = Arc::new(Shared::new(
-        limits,
+        limits.clone(),
         Descriptors::new(1, 0, MioDriver::descriptor_limit),
         vec![Arc::clone(&forward)],
         vec![Inbox::new(Arc::new(wake))],
@@ -66,7 +61,7 @@ fn guests_of(
         Handle {
             controller: Controller {
                 binder: Arc::new(Binder::new(
-                    gate_limits,
+                    limits,
                     Waiter::of,
                     reports,
                     Vec::new(),
