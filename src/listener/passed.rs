@@ -25,7 +25,9 @@ use super::nonblocking;
 use super::tcp::TcpListener;
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
 use crate::error::{Error, Operation, Result};
-use crate::sys::{self, Identity};
+use crate::sys;
+#[cfg(feature = "cli")]
+use crate::sys::Identity;
 
 /// Takes over a socket that listens already. The file of a Unix socket is left as it is: it is
 /// never removed, made again or given other permissions.
