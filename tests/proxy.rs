@@ -429,6 +429,9 @@ fn who_waits_too_long_for_the_vm_is_told() {
     vm.pause();
     let mut first = tcp(port_of(&proxy, 0));
     first.write_all(b"x").unwrap();
+    // Another worker may accept the second one before it.
+    let unanswered = || Some(proxy.forwards()[0].vm.as_ref()?.unanswered);
+    eventually("the first one is dialled", || unanswered() == Some(1));
     assert!(resets_clients(port_of(&proxy, 0)));
     let forward = &proxy.forwards()[0];
     assert_eq!(forward.counters.refusals.dial_timeout, 1);

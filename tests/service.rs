@@ -85,7 +85,7 @@ fn passed_sockets_are_listened_on_and_left_as_they_were() {
     );
     let mut proxy = Running::spawn(command);
     proxy.says("passed.sock");
-    assert_eq!(proxy.tcp_port(), port);
+    proxy.says(&format!("tcp://localhost:{port}"));
     let own = proxy.tcp_port();
     for client in early {
         assert_eq!(ask(client, b"early").unwrap(), b"early");

@@ -43,10 +43,9 @@ impl Vmm {
 
     /// Ends it; its file stays, as that of a VMM that was killed.
     fn kill(self) {
-        #[cfg(target_os = "linux")]
-        socket2::SockRef::from(&self.0)
-            .shutdown(Shutdown::Both)
-            .unwrap();
+        let ended = socket2::SockRef::from(&self.0).shutdown(Shutdown::Both);
+        // Elsewhere a socket that listens can't be.
+        assert_eq!(ended.is_ok(), cfg!(target_os = "linux"));
     }
 }
 

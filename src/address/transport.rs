@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use super::tcp::{TCP_EXAMPLE, TCP4_EXAMPLE, TCP6_EXAMPLE};
 use super::{
-    Address, AnyVm, CID_ANY, CID_LOCAL, Host, HyperkitVm, IpFamily, PORT_ANY, TcpAddress,
-    UnixAddress, is_guest_cid,
+    Address, AnyVm, CID_ANY, CID_LOCAL, Host, IpFamily, PORT_ANY, TcpAddress, UnixAddress,
+    is_guest_cid,
 };
 #[cfg(feature = "cli")]
 use super::{Port, ServiceId};
@@ -385,7 +385,8 @@ impl Address {
     }
 
     /// Returns the hyperkit VM that it leads to, or that dials it.
-    pub(crate) fn hyperkit_vm(&self) -> Option<&HyperkitVm> {
+    #[cfg(feature = "cli")]
+    pub(crate) fn hyperkit_vm(&self) -> Option<&super::HyperkitVm> {
         match self {
             Address::Hyperkit(hyperkit) => Some(&hyperkit.vm),
             _ => None,

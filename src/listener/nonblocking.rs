@@ -149,7 +149,7 @@ impl Listener {
     }
 
     /// Returns its sockets: TCP may have one of each family of IP.
-    #[cfg(unix)]
+    #[cfg(all(unix, any(feature = "cli", feature = "tokio")))]
     pub(crate) fn sockets(&self) -> Vec<sys::BorrowedSocket<'_>> {
         match self {
             Listener::Tcp(listener) => listener.sockets(),

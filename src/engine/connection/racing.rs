@@ -1,4 +1,4 @@
-//! The race between the addresses of a name: see [`Race`](crate::dial::Race).
+//! The race between the addresses of a name: see [`Race`].
 //!
 //! All sockets of a race have the token of the server's side. An event doesn't tell which of them it
 //! is about, so each of them is asked.
