@@ -222,7 +222,7 @@ mod tests {
         }
         assert_eq!(ending.wakes_at(now), None);
         // A child that another test forks may still hold a copy: a close would be no EOF yet.
-        guest.shutdown(Shutdown::Both).unwrap();
+        guest.shutdown(Shutdown::Write).unwrap();
         ending.ready = true;
         assert_eq!(ending.take_turn(&mut buffer, now), Turn::Ended);
     }
