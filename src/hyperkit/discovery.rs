@@ -190,6 +190,10 @@ fn failed(vm: &str, kind: io::ErrorKind, why: impl fmt::Display) -> Error {
     )
 }
 
+/// The remedy where a file is named as a state directory.
+pub(crate) const NO_DIRECTORY: &str =
+    "give the VM's state directory; the socket of a VMM is given as vsock-mux:///PATH";
+
 /// Returns the VM of a state directory.
 fn from_dir(vm: &str, dir: &Path) -> Result<HyperkitVm> {
     let state = state::read(dir).map_err(|why| {
@@ -199,7 +203,7 @@ fn from_dir(vm: &str, dir: &Path) -> Result<HyperkitVm> {
             io::ErrorKind::InvalidData
             | io::ErrorKind::InvalidInput
             | io::ErrorKind::IsADirectory => "name the VM by hyperkit:// to do without the file",
-            _ => "give the VM's state directory",
+            _ => NO_DIRECTORY,
         };
         // The error of a file in the directory names the file.
         let why_text = match why.get_ref() {

@@ -53,6 +53,8 @@ pub(crate) use state::configured_cid;
 pub(crate) use state::holds_vm;
 pub(crate) use state::running_pid;
 
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use discovery::NO_DIRECTORY;
 #[cfg(feature = "cli")]
 pub(crate) use discovery::survey;
 pub use discovery::{Discovered, Places, Source, discover, find};

@@ -63,6 +63,12 @@ impl FromStr for Locals {
                 Err(_) => "the guest's port is missing; write [ADDR:]PORT:GUESTPORT, as in 8080:80, or /PATH:GUESTPORT".into(),
             });
         };
+        // The last part of ADDR:PORT is no guest's port.
+        if listen.ends_with(']') {
+            return Err(format!(
+                "the guest's port is missing; write {text}:{port}, or {listen}:0:{port} for a free port of the host"
+            ));
+        }
         let pairs = pair_ports(listen, port)?.into_iter();
         let locals = pairs.map(|(listen, port)| Local::of(&listen, &port));
         locals.collect::<Result<_, _>>().map(Locals)
@@ -234,6 +240,7 @@ mod tests {
         for (text, part) in [
             ("8080", "write 8080:8080, or 0:8080 for a free port"),
             ("/run/s", "guest's port is missing"),
+            ("[::1]:8080", "write [::1]:8080:8080"),
             ("8080:80/udp", "there is no UDP"),
             ("53/udp:53", "there is no UDP"),
             ("8080:80/tcp", "write 80"),

@@ -580,7 +580,8 @@ impl Vm {
         }
         if lost > 0 {
             text += &format!(
-                ", {lost} slots lost to programs in the guest that don't end their connections (see `hvsock doctor`)"
+                ", {lost} slot{} lost to programs in the guest that don't end their connections (see `hvsock doctor`)",
+                plural(lost as u64)
             );
         }
         text

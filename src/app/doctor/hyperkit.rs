@@ -18,7 +18,7 @@ use crate::app::control::{self, Status};
 use crate::error::{Result, plural};
 use crate::file;
 use crate::hyperkit::{
-    self, HOST_CID, HyperkitVm, MAX_STATE_DIR, PID_NAME, Places, find, socket_name,
+    self, HOST_CID, HyperkitVm, MAX_STATE_DIR, NO_DIRECTORY, PID_NAME, Places, find, socket_name,
 };
 use crate::keeper::status::{self as keepers, KeeperStatus};
 use crate::proxy::VmStatus;
@@ -140,7 +140,7 @@ fn directory(name: &str) -> (Check, Option<HyperkitVm>) {
     };
     match fs::metadata(dir) {
         Ok(metadata) if !metadata.is_dir() => {
-            return failed(&"it is no directory", "give the VM's state directory");
+            return failed(&"it is no directory", NO_DIRECTORY);
         }
         Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
