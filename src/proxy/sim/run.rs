@@ -496,6 +496,7 @@ fn play_through(plan: &Plan, tells: bool) -> (Result<Outcome, String>, Vec<Strin
         outcome.transitions = stage.world.transitions.take();
         outcome.counts = std::mem::take(&mut stage.judge().counts);
         // What is taken off may be in any state.
+        stage.world.is_cleared.set(true);
         let _ = catch_unwind(AssertUnwindSafe(|| {
             drop(there);
             stage.clear();

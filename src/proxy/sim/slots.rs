@@ -89,6 +89,10 @@ impl Slots {
                         let Some(closing) = &ends[side] else {
                             continue;
                         };
+                        // Of other families a drain may last as long as its rule lets it.
+                        if !conn.forward.needs_graceful_close(side) {
+                            continue;
+                        }
                         let key = (index, id.token(Side::Client) as u64, side as usize);
                         let received = closing.end.received();
                         let before = self.drains.get(&key);

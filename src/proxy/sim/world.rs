@@ -75,6 +75,8 @@ pub(super) struct World<S, L> {
     pub(super) vm_connections: Cell<Option<usize>>,
     /// How soon it is known whether a guest that answers has taken a dial.
     pub(super) proves_within: Cell<Option<Duration>>,
+    /// The run is over, and what is left of it is dropped in whatever state it is.
+    pub(super) is_cleared: Cell<bool>,
     /// Workers that have heard of the end, and when.
     pub(super) stopped: RefCell<BTreeMap<usize, Duration>>,
     /// From which state to which connections have gone.
@@ -117,6 +119,7 @@ impl<S, L> World<S, L> {
             has_lost_files: Cell::new(false),
             has_room: Cell::new(false),
             keeps_places: Cell::new(false),
+            is_cleared: Cell::new(false),
             stopped: RefCell::default(),
             transitions: RefCell::default(),
             story: RefCell::new(tells.then(Vec::new)),
