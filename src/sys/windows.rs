@@ -59,6 +59,7 @@ fn poll(sockets: &[BorrowedSocket<'_>], events: i16, timeout: i32) -> io::Result
 }
 
 /// Waits until the socket is ready, or has failed; false if `timeout` has passed.
+#[cfg(feature = "cli")]
 pub(crate) fn wait(
     socket: BorrowedSocket<'_>,
     wanted: Wanted,

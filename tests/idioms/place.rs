@@ -123,18 +123,17 @@ impl Listening {
 }
 
 impl Stream {
+    /// Bounds its reads and writes, if it has not ended: a Mac takes no option then.
     pub(crate) fn patient(self) -> Stream {
-        match &self {
-            Stream::Tcp(stream) => {
-                stream.set_read_timeout(Some(PATIENCE)).unwrap();
-                stream.set_write_timeout(Some(PATIENCE)).unwrap();
-            }
-            Stream::Unix(stream) => {
-                stream.set_read_timeout(Some(PATIENCE)).unwrap();
-                stream.set_write_timeout(Some(PATIENCE)).unwrap();
-            }
-            Stream::Vsock(_) => {}
-        }
+        let _ = match &self {
+            Stream::Tcp(stream) => stream
+                .set_read_timeout(Some(PATIENCE))
+                .and_then(|()| stream.set_write_timeout(Some(PATIENCE))),
+            Stream::Unix(stream) => stream
+                .set_read_timeout(Some(PATIENCE))
+                .and_then(|()| stream.set_write_timeout(Some(PATIENCE))),
+            Stream::Vsock(_) => Ok(()),
+        };
         self
     }
 
