@@ -1,5 +1,7 @@
 //! Who imports whom in `src`: no circles, from a floor only to those below, and in the engine as its
 //! table says. Imports are read from `use` lines and from paths; a call of a method is none.
+
+#![cfg(unix)] // The sources are the same everywhere.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
