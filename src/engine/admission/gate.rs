@@ -39,7 +39,7 @@ const FOR_DRAINS: usize = 10;
 
 /// From how many slots on that are taken a refusal may be the device's, which has none left. With
 /// hardly any taken it is the guest's.
-const CROWD: usize = 10;
+const MANY_SLOTS: usize = 10;
 
 /// The part of a VM's slots that the guest's dials leave for those of the host: a ninth, 100 of
 /// 900. With 800 dials of the guest held, and every further one ended gracefully, 3,001 did the
@@ -273,7 +273,7 @@ impl Gate {
     /// Returns whether so many slots are taken or lost that the device itself may have none left:
     /// other programs' connections, and what was lost before, take slots that are not known here.
     pub(crate) fn may_lack_slots(&self) -> bool {
-        self.state().quotas.live() >= CROWD
+        self.state().quotas.live() >= MANY_SLOTS
     }
 
     /// Returns the slots that were lost to connections which their guest never ended.
