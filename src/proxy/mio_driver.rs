@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use crate::address::{Address, AnyVm};
+use crate::address::{Address, AnyVm, HyperkitVm};
 use crate::engine::connection::{ConnectionSocket, Progress, ThreadsResult};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
@@ -264,16 +264,24 @@ impl Drop for MioDriver {
     }
 }
 
+/// Returns the identity of the socket by which a VM is dialled, or `None` if there is none.
+fn identity_of_socket(path: &Path) -> Option<VmIdentity> {
+    Identity::of(path).ok().map(VmIdentity::Socket)
+}
+
+fn identity_of_hyperkit(vm: &HyperkitVm) -> Option<VmIdentity> {
+    // A VM with `guest_forwards` alone has no `connect` socket.
+    identity_of_socket(&vm.connect_path()).or_else(|| {
+        let pid_file = Identity::of(&vm.pid_path());
+        pid_file.ok().map(VmIdentity::PidFile)
+    })
+}
+
 /// Returns the current identity of a VM, or `None` if there is none.
 fn identity_of_vm(vm: &AnyVm) -> Option<VmIdentity> {
-    let of = |path: &Path| Identity::of(path).ok();
     match vm {
-        // A VM with `guest_forwards` alone has no `connect` socket.
-        AnyVm::Hyperkit(vm) => {
-            let socket = of(&vm.connect_path()).map(VmIdentity::Socket);
-            socket.or_else(|| of(&vm.pid_path()).map(VmIdentity::PidFile))
-        }
-        AnyVm::VsockMux(path) => of(path).map(VmIdentity::Socket),
+        AnyVm::Hyperkit(vm) => identity_of_hyperkit(vm),
+        AnyVm::VsockMux(path) => identity_of_socket(path),
         #[cfg(unix)]
         AnyVm::Vsock(cid) => {
             let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
@@ -597,8 +605,8 @@ impl Driver for MioDriver {
         #[cfg(not(unix))]
         let stream = Stream::connect(endpoint)?;
         let identity = match endpoint {
-            Endpoint::Hyperkit(to) => identity_of_vm(&to.vm.clone().into()),
-            Endpoint::VsockMux(to) => identity_of_vm(&to.clone().into()),
+            Endpoint::Hyperkit(to) => identity_of_hyperkit(&to.vm),
+            Endpoint::VsockMux(to) => identity_of_socket(&to.path),
             _ => None,
         };
         Ok((stream, identity))
@@ -807,7 +815,6 @@ impl Driver for MioDriver {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::address::HyperkitVm;
     use crate::engine::admission::GateLimits;
 
     #[test]
