@@ -16,7 +16,7 @@ use crate::name::Peer;
 
 use crate::engine::admission::{Full, Gate, Reservation};
 use crate::engine::counters::Tally;
-use crate::engine::end_reason::Reason;
+use crate::engine::end_reason::RefusalReason;
 use crate::engine::ended::Ended;
 use crate::engine::health::{self, Health, News};
 use crate::engine::id::{ConnectionId, ForwardId};
@@ -286,12 +286,14 @@ impl Forward {
     }
 
     /// Notes what a dial that failed for that reason says about the target's health.
-    pub(crate) fn note_failed_dial(&self, reason: Reason, error: &Error, now: Instant) {
+    pub(crate) fn note_failed_dial(&self, reason: RefusalReason, error: &Error, now: Instant) {
         let gate = self.gates[Side::Server].as_ref();
         match (reason, gate.filter(|gate| gate.is_seen_by_dials())) {
-            (Reason::Absent, _) | (Reason::DialTimeout, Some(_)) => self.mark_down(error, now),
+            (RefusalReason::Absent, _) | (RefusalReason::DialTimeout, Some(_)) => {
+                self.mark_down(error, now)
+            }
             // It was the guest that refused it.
-            (Reason::ByTarget, Some(gate)) => gate.mark_up(now),
+            (RefusalReason::ByTarget, Some(gate)) => gate.mark_up(now),
             _ => {}
         }
     }

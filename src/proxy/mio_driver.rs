@@ -52,7 +52,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// How long, at the end of the proxy, peers of pipes and of adapters may take to receive what was
 /// written to them.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+const LAST_DELIVERY: Duration = Duration::from_secs(5);
 
 /// How long, at the end of the proxy, the removal of socket files may take. A file system that
 /// hangs delays the end no longer.
@@ -255,12 +255,12 @@ impl MioDriver {
 impl Drop for MioDriver {
     fn drop(&mut self) {
         self.housekeeper.finish(LAST_FILES);
-        self.adapters.wait(LAST_WORDS);
+        self.adapters.wait(LAST_DELIVERY);
         #[cfg(unix)]
         self.programs.wait();
         // What was written to a pipe and not read yet is delivered only while its poller lives.
         #[cfg(windows)]
-        sys::wait_for_last_words(LAST_WORDS);
+        sys::wait_for_delivery(LAST_DELIVERY);
     }
 }
 
@@ -338,7 +338,7 @@ struct ThreadsReporter {
 
 impl Reporter for ThreadsReporter {
     fn count_delivered(&self, side: Side, bytes: u64) {
-        self.forward.tally.delivered(side, bytes);
+        self.forward.tally.count_delivered(side, bytes);
     }
 
     fn drain_timeout(&self, side: Side) -> Option<Duration> {
@@ -705,7 +705,7 @@ impl Driver for MioDriver {
         false
     }
 
-    fn rest(&mut self) {
+    fn release_unused(&mut self) {
         #[cfg(unix)]
         self.processes.clear();
     }

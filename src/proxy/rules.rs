@@ -281,7 +281,7 @@ impl Binder {
         self.check_forbidden(&rule)?;
         check_beside(&rule, &self.index(), None)?;
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
-        let listener = match self.take(&rule, id)? {
+        let listener = match self.take_passed(&rule, id)? {
             Some(listener) => D::take_passed(listener),
             None => D::bind(&rule.listen, rule.access()).map_err(|e| match e.kind() {
                 io::ErrorKind::AddrInUse => self.explain(e, &rule.listen),
@@ -329,7 +329,7 @@ impl Binder {
 
     /// Returns the socket of a rule that listens already, if one was passed and none of the others
     /// uses it.
-    fn take(&self, rule: &Rule, id: ForwardId) -> Result<Option<listener::Listener>> {
+    fn take_passed(&self, rule: &Rule, id: ForwardId) -> Result<Option<listener::Listener>> {
         if self.passed().is_empty() {
             return Ok(None);
         }
@@ -450,7 +450,7 @@ impl Binder {
     }
 
     /// Sets the limits of a VM.
-    pub(super) fn limit(&self, limits: &VmLimits) {
+    pub(super) fn set_limits(&self, limits: &VmLimits) {
         let gate = self.gate_of_vm(&limits.vm);
         gate.set_limits(self.gate_limits(limits));
     }
@@ -471,7 +471,8 @@ impl Binder {
         self.gates().values().for_each(|gate| gate.take_whole());
     }
 
-    /// Leaves out the slots that another process has of the VM with that socket, if it is known here.
+    /// Leaves out the slots that another process has of the VM with that socket, if it is known
+    /// here.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn leave_out(&self, socket: &Path, slots: OtherSlots) {
         let mut gates = self.gates().clone().into_iter();

@@ -404,7 +404,7 @@ static SAID: Condvar = Condvar::new();
 
 /// Waits until all last words are said, at most `timeout`: the end of the process would cut them
 /// short.
-pub(crate) fn wait_for_last_words(timeout: Duration) {
+pub(crate) fn wait_for_delivery(timeout: Duration) {
     drop(SAID.wait_timeout_while(lock(&UNSAID), timeout, |unsaid| *unsaid > 0));
 }
 
