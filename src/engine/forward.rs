@@ -3,7 +3,7 @@
 //! It opens no socket: the listener and the connections hold a reference to it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tracing::warn;
@@ -12,6 +12,7 @@ use crate::address::{Address, HalfClose, Reset, Waiter};
 use crate::dial::Addresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
+use crate::lock::lock;
 use crate::name::Peer;
 
 use crate::engine::admission::{Full, Gate, Reservation};
@@ -182,9 +183,7 @@ impl Forward {
 
     /// Returns what is known of the addresses of the target's name. The lock is held for moments.
     pub(crate) fn addresses(&self) -> MutexGuard<'_, Addresses> {
-        self.addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.addresses)
     }
 
     pub(crate) fn is_cut(&self) -> bool {
@@ -245,11 +244,11 @@ impl Forward {
 
     /// Replaces the reservation of slots.
     pub(crate) fn set_quota(&self, quota: Option<Reservation>) {
-        *self.quota.lock().unwrap_or_else(PoisonError::into_inner) = quota;
+        *lock(&self.quota) = quota;
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.health)
     }
 
     /// Logs that clients begin to wait for their VM.

@@ -9,10 +9,11 @@ use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::address::CID_LOCAL;
+use crate::lock::lock;
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
@@ -198,7 +199,7 @@ struct Known {
 
 impl Routes {
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
 
     /// Checks that no connection is known any more.

@@ -10,7 +10,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use mio::event::Source;
@@ -25,6 +25,7 @@ use crate::keeper::Link;
 use crate::listener::FileAccess;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
+use crate::lock::lock;
 use crate::name::{PeerProcess, SocketName};
 use crate::stream::endpoint::{Endpoint, Target};
 use crate::stream::nonblocking::Stream;
@@ -101,7 +102,7 @@ impl Notifier {
     }
 
     fn reports(&self) -> MutexGuard<'_, Vec<Report>> {
-        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.reports)
     }
 }
 

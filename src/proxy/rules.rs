@@ -5,12 +5,13 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::address::{Address, AnyVm, HyperkitVm, TcpAddress, Waiter};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 use crate::listener::{Key, Ready};
+use crate::lock::lock;
 use crate::stream::endpoint::{Target, not_carried};
 #[cfg(unix)]
 use crate::sys;
@@ -264,11 +265,11 @@ impl Binder {
     /// Waits until no other thread changes the forwards. No worker waits for this, nor does a
     /// thread that inspects or stops the proxy.
     pub(super) fn begin_change(&self) -> MutexGuard<'_, ()> {
-        self.change.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.change)
     }
 
     fn index(&self) -> MutexGuard<'_, RuleIndex> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.index)
     }
 
     /// Binds a rule beside those that are bound already, for the worker `home`.
@@ -324,7 +325,7 @@ impl Binder {
     }
 
     fn passed(&self) -> MutexGuard<'_, Ready<Passed>> {
-        self.passed.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.passed)
     }
 
     /// Returns the socket of a rule that listens already, if one was passed and none of the others
@@ -489,7 +490,7 @@ impl Binder {
     }
 
     fn gates(&self) -> MutexGuard<'_, HashMap<AnyVm, Arc<Gate>>> {
-        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.gates)
     }
 
     /// Returns the gate of the VM of a rule's side, if that is one.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
@@ -19,6 +19,7 @@ use crate::engine::routes::Routes;
 use crate::engine::rule::Limits;
 use crate::engine::status::ConnectionStatus;
 use crate::listener::FileAccess;
+use crate::lock::lock;
 use crate::name::SocketName;
 
 use super::descriptors::Descriptors;
@@ -150,10 +151,6 @@ impl<D: Driver> Inbox<D> {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl<D: Driver> std::fmt::Debug for Inbox<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Inbox")
@@ -255,7 +252,7 @@ impl<D: Driver> Shared<D> {
     }
 
     pub(super) fn forwards(&self) -> MutexGuard<'_, Forwards> {
-        self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.forwards)
     }
 
     /// Returns how many sockets the forwards listen on.
@@ -266,7 +263,7 @@ impl<D: Driver> Shared<D> {
     }
 
     fn quotas(&self) -> MutexGuard<'_, Quotas> {
-        self.quotas.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.quotas)
     }
 
     /// Returns why no connection of that forward may begin now, if so.
