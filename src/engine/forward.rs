@@ -3,7 +3,7 @@
 //! It opens no socket: the listener and the connections hold a reference to it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tracing::warn;
@@ -12,11 +12,12 @@ use crate::address::{Address, HalfClose, Reset, Waiter};
 use crate::dial::Addresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
+use crate::lock::lock;
 use crate::name::Peer;
 
 use crate::engine::admission::{Full, Gate, Reservation};
 use crate::engine::counters::Tally;
-use crate::engine::end_reason::Reason;
+use crate::engine::end_reason::RefusalReason;
 use crate::engine::ended::Ended;
 use crate::engine::health::{self, Health, News};
 use crate::engine::id::{ConnectionId, ForwardId};
@@ -182,9 +183,7 @@ impl Forward {
 
     /// Returns what is known of the addresses of the target's name. The lock is held for moments.
     pub(crate) fn addresses(&self) -> MutexGuard<'_, Addresses> {
-        self.addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.addresses)
     }
 
     pub(crate) fn is_cut(&self) -> bool {
@@ -245,11 +244,11 @@ impl Forward {
 
     /// Replaces the reservation of slots.
     pub(crate) fn set_quota(&self, quota: Option<Reservation>) {
-        *self.quota.lock().unwrap_or_else(PoisonError::into_inner) = quota;
+        *lock(&self.quota) = quota;
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.health)
     }
 
     /// Logs that clients begin to wait for their VM.
@@ -286,12 +285,14 @@ impl Forward {
     }
 
     /// Notes what a dial that failed for that reason says about the target's health.
-    pub(crate) fn note_failed_dial(&self, reason: Reason, error: &Error, now: Instant) {
+    pub(crate) fn note_failed_dial(&self, reason: RefusalReason, error: &Error, now: Instant) {
         let gate = self.gates[Side::Server].as_ref();
         match (reason, gate.filter(|gate| gate.is_seen_by_dials())) {
-            (Reason::Absent, _) | (Reason::DialTimeout, Some(_)) => self.mark_down(error, now),
+            (RefusalReason::Absent, _) | (RefusalReason::DialTimeout, Some(_)) => {
+                self.mark_down(error, now)
+            }
             // It was the guest that refused it.
-            (Reason::ByTarget, Some(gate)) => gate.mark_up(now),
+            (RefusalReason::ByTarget, Some(gate)) => gate.mark_up(now),
             _ => {}
         }
     }

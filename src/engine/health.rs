@@ -15,11 +15,11 @@ use crate::sys::Identity;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum News {
     /// The target is gone, or was never seen.
-    Gone { was_there: bool },
+    Down { was_there: bool },
     /// The target is there for the first time, after it was seen to be absent.
-    Come,
+    Appeared,
     /// The target is back, after so long a time.
-    Back(Duration),
+    Up(Duration),
     /// The target was restarted, and its absence was not noticed.
     Restarted,
 }
@@ -54,7 +54,7 @@ pub(crate) struct VmLook {
 enum State {
     Unknown,
     Up,
-    Gone {
+    Down {
         since: Instant,
         /// The same on the wall clock, which goes on while the machine sleeps.
         at: SystemTime,
@@ -104,11 +104,11 @@ impl Health {
     /// Marks the target down after a dial that found it absent.
     pub(crate) fn mark_down(&mut self, now: Instant) -> Option<News> {
         match self.state {
-            State::Gone { reported: true, .. } => return None,
+            State::Down { reported: true, .. } => return None,
             State::Up if self.has_just_returned(now) => return None,
-            State::Gone { .. } | State::Unknown | State::Up => {}
+            State::Down { .. } | State::Unknown | State::Up => {}
         }
-        Some(self.set_gone_and_report(now))
+        Some(self.mark_down_and_report(now))
     }
 
     /// Returns whether the target has returned just now.
@@ -116,20 +116,20 @@ impl Health {
         self.returned_at.is_some_and(|at| now < at + SETTLE_TIME)
     }
 
-    fn set_gone_and_report(&mut self, now: Instant) -> News {
-        self.set_gone(now, true);
-        News::Gone {
+    fn mark_down_and_report(&mut self, now: Instant) -> News {
+        self.set_down(now, true);
+        News::Down {
             was_there: self.was_there,
         }
     }
 
     /// Sets the state to gone, keeping the earlier time if it is gone already.
-    fn set_gone(&mut self, now: Instant, reported: bool) {
+    fn set_down(&mut self, now: Instant, reported: bool) {
         let (since, at) = match self.state {
-            State::Gone { since, at, .. } => (since, at),
+            State::Down { since, at, .. } => (since, at),
             State::Unknown | State::Up => (now, SystemTime::now()),
         };
-        self.state = State::Gone {
+        self.state = State::Down {
             since,
             at,
             reported,
@@ -141,12 +141,12 @@ impl Health {
         let before = std::mem::replace(&mut self.state, State::Up);
         let was_there = std::mem::replace(&mut self.was_there, true);
         match before {
-            State::Gone { since, .. } => {
+            State::Down { since, .. } => {
                 self.reported_before_seen = true;
                 self.returned_at = Some(now);
                 Some(match was_there {
-                    true => News::Back(now.saturating_duration_since(since)),
-                    false => News::Come,
+                    true => News::Up(now.saturating_duration_since(since)),
+                    false => News::Appeared,
                 })
             }
             State::Unknown | State::Up => None,
@@ -188,7 +188,7 @@ impl Health {
         let was_reported = self.reported_before_seen;
         self.reported_before_seen &= !is_new && self.has_just_returned(now);
         let news = match self.state {
-            State::Gone { .. } if has_returned => {
+            State::Down { .. } if has_returned => {
                 let news = self.mark_up(now);
                 self.reported_before_seen = false;
                 news
@@ -207,12 +207,12 @@ impl Health {
         self.was_absent = true;
         self.process = None;
         match self.state {
-            State::Up => Some(self.set_gone_and_report(now)),
+            State::Up => Some(self.mark_down_and_report(now)),
             State::Unknown => {
-                self.set_gone(now, false);
+                self.set_down(now, false);
                 None
             }
-            State::Gone { .. } => None,
+            State::Down { .. } => None,
         }
     }
 
@@ -222,7 +222,7 @@ impl Health {
         let before = std::mem::replace(&mut self.process, process);
         match (self.state, process) {
             (State::Unknown, Some(_)) => self.mark_up(now),
-            (State::Up, None) if before.is_some() => Some(self.set_gone_and_report(now)),
+            (State::Up, None) if before.is_some() => Some(self.mark_down_and_report(now)),
             _ => None,
         }
     }
@@ -232,7 +232,7 @@ impl Health {
     pub(crate) fn note_listener(&mut self, now: Instant) -> Option<News> {
         match self.state {
             State::Unknown => self.mark_up(now),
-            State::Up | State::Gone { .. } => None,
+            State::Up | State::Down { .. } => None,
         }
     }
 
@@ -241,14 +241,14 @@ impl Health {
         match self.state {
             State::Unknown => None,
             State::Up => Some(true),
-            State::Gone { .. } => Some(false),
+            State::Down { .. } => Some(false),
         }
     }
 
     /// Returns the time since which the target is gone; `None` if it was never there.
     pub(crate) fn gone_since(&self) -> Option<SystemTime> {
         match self.state {
-            State::Gone { at, .. } => Some(at).filter(|_| self.was_there),
+            State::Down { at, .. } => Some(at).filter(|_| self.was_there),
             State::Unknown | State::Up => None,
         }
     }
@@ -267,7 +267,7 @@ pub(crate) fn log_change(
     clients: [usize; 2],
 ) {
     match news {
-        News::Gone { was_there } => {
+        News::Down { was_there } => {
             let (what, until) = match was_there {
                 true => ("is gone", "it is back"),
                 false => ("is not there", "it is"),
@@ -280,8 +280,8 @@ pub(crate) fn log_change(
                 _ => warn!("{subject} {what}{why}; clients are refused or held until {until}"),
             }
         }
-        News::Come => info!("{subject} is there"),
-        News::Back(after) => {
+        News::Appeared => info!("{subject} is there"),
+        News::Up(after) => {
             let seconds = after.as_secs_f64();
             info!("{subject} is back after {seconds:.1} s");
         }

@@ -25,7 +25,7 @@
 //! | [`log_limiter`] | the rate limit of log lines | nothing |
 //! | [`id`] | identifiers | nothing |
 //!
-//! All may import `address`, `error`, `name` and `time`, and log through `tracing`. The engine's
+//! All may import `address`, `error`, `lock`, `name` and `time`, and log through `tracing`. The engine's
 //! invariants have numbers; each stands above the code that relies on it: 1 to 5 in [`relay`], 6 in
 //! [`table`], 7 in [`timers`] and [`relay`], 9 where [`connection`] handles a freeze. Those of the
 //! loop are in [`proxy`](crate::proxy).

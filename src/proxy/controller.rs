@@ -118,7 +118,7 @@ impl<D: Driver> Controller<D> {
 
     /// See [`Handle::limit_vm`](super::Handle::limit_vm).
     pub(super) fn limit_vm(&self, limits: &VmLimits) {
-        self.binder.limit(limits);
+        self.binder.set_limits(limits);
     }
 
     /// See [`Handle::remove`](super::Handle::remove).

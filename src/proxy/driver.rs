@@ -161,8 +161,8 @@ pub(crate) trait Driver: Sized {
     /// Closes the old listener, if there is one, and binds its address again; the result is an
     /// [`Event::Listener`].
     fn bind_again(&mut self, old: Option<Self::Listener>, of: ListenerId, rule: &Rule);
-    /// Changes the owner, group and permissions of a listener's file, if that is still wanted then. The result is
-    /// sent to `done`.
+    /// Changes the owner, group and permissions of a listener's file, if that is still wanted then.
+    /// The result is sent to `done`.
     fn set_access(
         &mut self,
         listener: &Self::Listener,
@@ -197,8 +197,8 @@ pub(crate) trait Driver: Sized {
     fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
     /// Registers a stream, readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
-    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody. Other
-    /// families always know.
+    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody.
+    /// Other families always know.
     fn set_keepalive(&mut self, stream: &Self::Stream, time: Option<Duration>);
     fn close(&mut self, stream: Self::Stream);
     /// Closes a stream so that its peer reads a reset, where the family can reset.
@@ -212,7 +212,7 @@ pub(crate) trait Driver: Sized {
     /// the system tells.
     fn has_peer_ended(&mut self, stream: &Self::Stream) -> bool;
     /// Releases what was kept for connections, since there are none any more.
-    fn rest(&mut self);
+    fn release_unused(&mut self);
     /// Looks up the VM behind the state directory of `gate`, and whether its process lives; the
     /// result is an [`Event::VmSeen`].
     fn look_at_vm(&mut self, gate: &Arc<Gate>);

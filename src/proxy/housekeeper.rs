@@ -9,8 +9,10 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
+
+use crate::lock::{lock, recover};
 
 /// The most threads: so many directories may hang before jobs for others have to wait.
 const MAX_THREADS: usize = 32;
@@ -114,7 +116,7 @@ fn spawn(shared: &Arc<Shared>) -> io::Result<()> {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Runs jobs, as one of the threads.
@@ -150,7 +152,7 @@ impl Shared {
             }
             state.idle += 1;
             let waited = self.jobs.wait_timeout(state, IDLE_TIME);
-            let (after, is_over) = waited.unwrap_or_else(PoisonError::into_inner);
+            let (after, is_over) = recover(waited);
             state = after;
             state.idle -= 1;
             if is_over.timed_out() && state.threads > 1 && state.ready.is_empty() {

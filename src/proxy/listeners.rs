@@ -359,7 +359,8 @@ impl<D: Driver> Listeners<D> {
         self.free_entry(index);
     }
 
-    /// Changes the owner, group and permissions of a forward's socket file, if this worker has the listener.
+    /// Changes the owner, group and permissions of a forward's socket file, if this worker has the
+    /// listener.
     pub(super) fn set_access(
         &mut self,
         forward: ForwardId,
@@ -878,8 +879,8 @@ fn take_guest<D: Driver>(
     let Some(gate) = gate.filter(|_| forward.rule.admits(peer)) else {
         return (None, Ok(()));
     };
-    let bound = cx.shared.reached_bound(forward.id);
-    let Guest { slot, served } = gate.accept(forward.id, bound, cx.now);
+    let limit = cx.shared.reached_limit(forward.id);
+    let Guest { slot, served } = gate.accept(forward.id, limit, cx.now);
     (Some(slot), served)
 }
 

@@ -70,7 +70,7 @@ pub(crate) struct Worker<D: Driver> {
     /// The time at which that phase ends, whatever is left.
     end_at: Option<Instant>,
     /// The time at which the process last went on after a freeze.
-    thawed: Option<Instant>,
+    resumed_at: Option<Instant>,
 }
 
 /// Calls a method of a part of the worker with the context of this turn.
@@ -81,7 +81,7 @@ macro_rules! call {
             index: $self.index,
             shared: &$self.shared,
             phase: $self.phase,
-            thawed: $self.thawed,
+            resumed_at: $self.resumed_at,
             now: $now,
         };
         $self.$part.$method($($argument,)* &mut cx)
@@ -107,7 +107,7 @@ impl<D: Driver> Worker<D> {
             phase: Phase::Running,
             cut_at: None,
             end_at: None,
-            thawed: None,
+            resumed_at: None,
         }
     }
 
@@ -127,7 +127,7 @@ impl<D: Driver> Worker<D> {
     /// Returns whether the process has stood still.
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn has_slept(&self) -> bool {
-        self.thawed.is_some()
+        self.resumed_at.is_some()
     }
 
     /// Runs until the proxy has stopped.
@@ -166,7 +166,7 @@ impl<D: Driver> Worker<D> {
             .timeout
             .is_some_and(|timeout| now > after(wait.begun, timeout) + FREEZE)
         {
-            self.thawed = Some(now);
+            self.resumed_at = Some(now);
             // Guests may have been frozen as well.
             self.end_at = self.end_at.map(|at| at.max(now + LAST_DRAIN));
         }

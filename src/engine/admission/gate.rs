@@ -1,11 +1,12 @@
 //! The gate of a VM: what is counted of it, its health, and the pace of its dials.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::address::{AnyVm, SeenBy, VmTraits};
 use crate::error::{Error, plural};
+use crate::lock::lock;
 
 use crate::engine::health::{self, Health, News, VmIdentity, VmLook};
 use crate::engine::status::{VmStatus, wall_time};
@@ -258,7 +259,7 @@ impl Gate {
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Sets the caps. Connections beyond them stay.

@@ -541,7 +541,7 @@ impl Driver for SimDriver {
         kernel.is_unix(stream.id) && kernel.is_peer_gone(stream.id)
     }
 
-    fn rest(&mut self) {}
+    fn release_unused(&mut self) {}
 
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
         let gate = Arc::clone(gate);
