@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tracing::warn;
 
@@ -19,7 +19,7 @@ use crate::engine::admission::{Full, Gate, Reservation};
 use crate::engine::counters::Tally;
 use crate::engine::end_reason::RefusalReason;
 use crate::engine::ended::Ended;
-use crate::engine::health::{self, Health, News};
+use crate::engine::health::{self, ForwardsTo, Health, News};
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::log_limiter::LogLimiter;
 use crate::engine::observer::{Event, Observer, What};
@@ -237,14 +237,14 @@ impl Forward {
             .or(self.gates[Side::Client].as_ref())
     }
 
-    /// Returns how long clients are held while the target is absent.
-    pub(crate) fn wait(&self) -> Option<Duration> {
-        self.rule.wait.filter(|wait| !wait.is_zero())
-    }
-
     /// Replaces the reservation of slots.
     pub(crate) fn set_quota(&self, quota: Option<Reservation>) {
         *lock(&self.quota) = quota;
+    }
+
+    /// Gives the reserved slots back.
+    pub(crate) fn release_quota(&self) {
+        self.set_quota(None);
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {
@@ -299,11 +299,9 @@ impl Forward {
 
     fn log_change(&self, news: Option<News>, error: Option<&Error>) {
         if let Some(news) = news {
-            let clients = match self.wait() {
-                None => [1, 0],
-                Some(_) => [0, 1],
-            };
-            health::log_change(news, &self.rule.connect, error, clients);
+            let mut forwards = ForwardsTo::default();
+            *forwards.of(self.rule.while_down()) = 1;
+            health::log_change(news, &self.rule.connect, error, forwards);
         }
     }
 

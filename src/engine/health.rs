@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::{info, warn};
 
+use crate::engine::rule::WhileDown;
 use crate::error::Error;
 use crate::sys::Identity;
 
@@ -15,13 +16,30 @@ use crate::sys::Identity;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum News {
     /// The target is gone, or was never seen.
-    Down { was_there: bool },
+    Down { was_up: bool },
     /// The target is there for the first time, after it was seen to be absent.
     Appeared,
     /// The target is back, after so long a time.
     Up(Duration),
     /// The target was restarted, and its absence was not noticed.
     Restarted,
+}
+
+/// The number of forwards that lead to a target, by what they do while it is down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ForwardsTo {
+    pub(crate) refusing: usize,
+    pub(crate) holding: usize,
+}
+
+impl ForwardsTo {
+    /// Returns the number of those that do this.
+    pub(crate) fn of(&mut self, what: WhileDown) -> &mut usize {
+        match what {
+            WhileDown::RefusesClients => &mut self.refusing,
+            WhileDown::HoldsClients => &mut self.holding,
+        }
+    }
 }
 
 /// The identity of a VM.
@@ -58,8 +76,16 @@ enum State {
         since: Instant,
         /// The same on the wall clock, which goes on while the machine sleeps.
         at: SystemTime,
-        reported: bool,
+        report: Report,
     },
+}
+
+/// Whether it was reported that a target is down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Report {
+    Made,
+    /// It is made when a dial meets the absence.
+    Due,
 }
 
 /// How long after a return a dial may still fail that another worker began before it.
@@ -69,7 +95,7 @@ const SETTLE_TIME: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Health {
     state: State,
-    was_there: bool,
+    was_up: bool,
     /// The identity that was seen last.
     identity: Option<VmIdentity>,
     /// Whether the target could not be seen since.
@@ -88,7 +114,7 @@ impl Default for Health {
     fn default() -> Health {
         Health {
             state: State::Unknown,
-            was_there: false,
+            was_up: false,
             identity: None,
             was_absent: false,
             process: None,
@@ -104,7 +130,10 @@ impl Health {
     /// Marks the target down after a dial that found it absent.
     pub(crate) fn mark_down(&mut self, now: Instant) -> Option<News> {
         match self.state {
-            State::Down { reported: true, .. } => return None,
+            State::Down {
+                report: Report::Made,
+                ..
+            } => return None,
             State::Up if self.has_just_returned(now) => return None,
             State::Down { .. } | State::Unknown | State::Up => {}
         }
@@ -117,34 +146,30 @@ impl Health {
     }
 
     fn mark_down_and_report(&mut self, now: Instant) -> News {
-        self.set_down(now, true);
+        self.set_down(now, Report::Made);
         News::Down {
-            was_there: self.was_there,
+            was_up: self.was_up,
         }
     }
 
-    /// Sets the state to gone, keeping the earlier time if it is gone already.
-    fn set_down(&mut self, now: Instant, reported: bool) {
+    /// Sets the state to down, keeping the earlier time if it is down already.
+    fn set_down(&mut self, now: Instant, report: Report) {
         let (since, at) = match self.state {
             State::Down { since, at, .. } => (since, at),
             State::Unknown | State::Up => (now, SystemTime::now()),
         };
-        self.state = State::Down {
-            since,
-            at,
-            reported,
-        };
+        self.state = State::Down { since, at, report };
     }
 
     /// Marks the target up after a dial that found it.
     pub(crate) fn mark_up(&mut self, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.state, State::Up);
-        let was_there = std::mem::replace(&mut self.was_there, true);
+        let was_up = std::mem::replace(&mut self.was_up, true);
         match before {
             State::Down { since, .. } => {
                 self.reported_before_seen = true;
                 self.returned_at = Some(now);
-                Some(match was_there {
+                Some(match was_up {
                     true => News::Up(now.saturating_duration_since(since)),
                     false => News::Appeared,
                 })
@@ -209,7 +234,7 @@ impl Health {
         match self.state {
             State::Up => Some(self.mark_down_and_report(now)),
             State::Unknown => {
-                self.set_down(now, false);
+                self.set_down(now, Report::Due);
                 None
             }
             State::Down { .. } => None,
@@ -248,7 +273,7 @@ impl Health {
     /// Returns the time since which the target is gone; `None` if it was never there.
     pub(crate) fn gone_since(&self) -> Option<SystemTime> {
         match self.state {
-            State::Down { at, .. } => Some(at).filter(|_| self.was_there),
+            State::Down { at, .. } => Some(at).filter(|_| self.was_up),
             State::Unknown | State::Up => None,
         }
     }
@@ -258,25 +283,24 @@ impl Health {
     }
 }
 
-/// Logs a change of `subject`'s health. `clients` are the numbers of forwards that refuse and that
-/// hold their clients while it is down.
+/// Logs a change of `subject`'s health. `forwards` are those that lead to it.
 pub(crate) fn log_change(
     news: News,
     subject: &dyn fmt::Display,
     error: Option<&Error>,
-    clients: [usize; 2],
+    forwards: ForwardsTo,
 ) {
     match news {
-        News::Down { was_there } => {
-            let (what, until) = match was_there {
+        News::Down { was_up } => {
+            let (what, until) = match was_up {
                 true => ("is gone", "it is back"),
                 false => ("is not there", "it is"),
             };
             let why = error.map_or_else(String::new, |error| format!(": {error}"));
-            match clients {
-                [0, 0] => warn!("{subject} {what}{why}"),
-                [_, 0] => warn!("{subject} {what}{why}; clients are refused until {until}"),
-                [0, _] => warn!("{subject} {what}{why}; clients are held until {until}"),
+            match (forwards.refusing, forwards.holding) {
+                (0, 0) => warn!("{subject} {what}{why}"),
+                (_, 0) => warn!("{subject} {what}{why}; clients are refused until {until}"),
+                (0, _) => warn!("{subject} {what}{why}; clients are held until {until}"),
                 _ => warn!("{subject} {what}{why}; clients are refused or held until {until}"),
             }
         }

@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
@@ -132,7 +132,7 @@ pub(crate) trait Driver: Sized {
     /// # Errors
     /// Returns the errors of [`Receiver::recv_timeout`].
     fn receive<T>(
-        told: &Receiver<T>,
+        answers: &Receiver<T>,
         patience: Duration,
     ) -> std::result::Result<T, RecvTimeoutError>;
     /// Returns the process' limit of descriptors, or `None` if none is known.
@@ -171,8 +171,13 @@ pub(crate) trait Driver: Sized {
         done: Sender<io::Result<()>>,
     );
     /// Closes a listener and removes its file; a keeper that has a copy of it accepts there from
-    /// now on. `done` is notified when the address can be bound again.
-    fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
+    /// now on.
+    fn close_listener(&mut self, listener: Self::Listener) {
+        self.close_listener_then(listener, channel().0);
+    }
+    /// Closes a listener as [`close_listener`](Driver::close_listener) does, and notifies `done`
+    /// when its address can be bound again.
+    fn close_listener_then(&mut self, listener: Self::Listener, done: Sender<()>);
     /// Has a keeper keep a listener that another process has left to this one since it was watched.
     #[cfg(all(unix, feature = "cli"))]
     fn keep_listener(&mut self, listener: &mut Self::Listener, rule: &Rule);

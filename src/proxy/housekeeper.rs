@@ -176,28 +176,28 @@ mod tests {
     fn a_directory_that_hangs_keeps_its_own_jobs_alone() {
         let housekeeper = Housekeeper::start().unwrap();
         let (release, blocked) = channel::<()>();
-        let (tell, told) = channel();
-        let first = tell.clone();
+        let (done, ended) = channel();
+        let first = done.clone();
         housekeeper.run(Path::new("/hangs"), move || {
             let _ = blocked.recv();
             first.send("first").unwrap();
         });
-        let second = tell.clone();
+        let second = done.clone();
         housekeeper.run(Path::new("/hangs"), move || second.send("second").unwrap());
         for _ in 0..100 {
-            let tell = tell.clone();
-            housekeeper.run(Path::new("/other"), move || tell.send("other").unwrap());
-            assert_eq!(told.recv_timeout(PATIENCE), Ok("other"));
+            let done = done.clone();
+            housekeeper.run(Path::new("/other"), move || done.send("other").unwrap());
+            assert_eq!(ended.recv_timeout(PATIENCE), Ok("other"));
         }
         assert!(housekeeper.0.0.state().threads <= MAX_THREADS);
         housekeeper.finish(Duration::from_millis(10));
         drop(release);
-        assert_eq!(told.recv_timeout(PATIENCE), Ok("first"));
-        assert_eq!(told.recv_timeout(PATIENCE), Ok("second"));
+        assert_eq!(ended.recv_timeout(PATIENCE), Ok("first"));
+        assert_eq!(ended.recv_timeout(PATIENCE), Ok("second"));
         housekeeper.run(Path::new("/other"), || panic!("as a test"));
-        let tell = tell.clone();
-        housekeeper.run(Path::new("/other"), move || tell.send("last").unwrap());
-        assert_eq!(told.recv_timeout(PATIENCE), Ok("last"));
+        let done = done.clone();
+        housekeeper.run(Path::new("/other"), move || done.send("last").unwrap());
+        assert_eq!(ended.recv_timeout(PATIENCE), Ok("last"));
         housekeeper.finish(PATIENCE);
         assert!(housekeeper.0.0.state().waiting.is_empty());
     }

@@ -455,10 +455,10 @@ impl Driver for MioDriver {
     }
 
     fn receive<T>(
-        told: &Receiver<T>,
+        answers: &Receiver<T>,
         patience: Duration,
     ) -> std::result::Result<T, RecvTimeoutError> {
-        told.recv_timeout(patience)
+        answers.recv_timeout(patience)
     }
 
     fn descriptor_limit() -> Option<u64> {
@@ -513,14 +513,14 @@ impl Driver for MioDriver {
         rule: &Rule,
     ) -> io::Result<()> {
         let notifier = Arc::clone(&self.notifier);
-        let tell = move || {
+        let notify = move || {
             let readiness = Readiness {
                 readable: true,
                 ..Readiness::default()
             };
             notifier.notify(Report::Event(Event::Ready { token, readiness }));
         };
-        listener.watch(self.poll.registry(), Token(token), tell)?;
+        listener.watch(self.poll.registry(), Token(token), notify)?;
         #[cfg(unix)]
         if let Some(keeper) = &self.keeper {
             listener.keep(keeper, &rule.listen);
@@ -601,15 +601,15 @@ impl Driver for MioDriver {
         });
     }
 
-    fn close_listener(&mut self, listener: Listener, done: Option<Sender<()>>) {
+    fn close_listener_then(&mut self, listener: Listener, done: Sender<()>) {
         #[cfg(unix)]
         listener.leave_file();
         let file = self.close_at_once(listener);
         let directory = file.as_ref().map(|file| file.directory().to_owned());
         let remove = move || {
             drop(file);
-            // The thread that asked may have given up.
-            done.map(|done| done.send(()));
+            // The thread that asked may have given up, or none has.
+            let _ = done.send(());
         };
         match directory {
             Some(directory) => self.housekeeper.run(&directory, remove),

@@ -387,10 +387,14 @@ fn assemble<D: Driver>(
     }
     let bound: Vec<_> = listeners.into_iter().zip(forwards.clone()).collect();
     let shared = Arc::new(Shared::new(config.limits, descriptors, forwards, inboxes));
+    let pipes = match config.splice {
+        true => shared.descriptors.pipes_of_a_worker(),
+        false => 0,
+    };
     let mut workers: Vec<Worker<D>> = drivers
         .into_iter()
         .enumerate()
-        .map(|(index, driver)| Worker::new(driver, index, Arc::clone(&shared), config.splice))
+        .map(|(index, driver)| Worker::new(driver, index, Arc::clone(&shared), pipes))
         .collect();
     for (listener, forward) in bound {
         workers[forward.home]
@@ -405,7 +409,7 @@ fn assemble<D: Driver>(
 fn run_worker<D: Driver>(worker: Worker<D>, index: usize, shared: &Shared<D>) -> io::Result<()> {
     let run = AssertUnwindSafe(|| worker.run());
     let ended = catch_unwind(run).unwrap_or_else(|_| Err(io::Error::other("a worker panicked")));
-    shared.note_worker_end(index, ended.is_err());
+    shared.note_worker_end(index, &ended);
     ended
 }
 

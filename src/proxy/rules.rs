@@ -436,7 +436,7 @@ impl Binder {
         let gates = Side::BOTH.map(|side| self.gate_of(&rule, side));
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new slots would have to be free besides the old ones.
-        old.set_quota(None);
+        old.release_quota();
         let quota = reserve_slots(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
         self.index().insert(old.id.0, &rule);
         Ok(Arc::new(old.with_rule(rule, gates, quota, waiter)))
@@ -548,12 +548,12 @@ fn reserve_slots(
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(Operation::Listen, address, cause).with_remedy(remedy))
     };
-    let (gate, holds) = match gates {
-        [_, Some(gate)] => (gate, Some(rule.wait.is_some_and(|wait| !wait.is_zero()))),
+    let (gate, while_down) = match gates {
+        [_, Some(gate)] => (gate, Some(rule.while_down())),
         [Some(gate), None] => (gate, None),
         [None, None] => return Ok(None),
     };
-    match gate.reserve(id, rule.reserved, holds) {
+    match gate.reserve(id, rule.reserved, while_down) {
         Ok(reservation) => Ok(Some(match &gates[Side::Client] {
             Some(gate) => reservation.count_guest_forward(gate),
             None => reservation,

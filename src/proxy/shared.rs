@@ -52,13 +52,14 @@ pub(crate) struct Accepted<S> {
     pub(super) served: Result<(), NotServed>,
 }
 
-/// Whether clients have to wait at all listeners, since another process may serve them yet.
+/// Whether the listeners accept clients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Hold {
+pub(crate) enum Accepting {
     #[default]
-    Off,
-    #[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
     On,
+    /// All clients have to wait, since another process may serve them yet.
+    #[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
+    Suspended,
 }
 
 /// A command to a worker.
@@ -74,9 +75,9 @@ pub(crate) enum Command<D: Driver> {
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time.
     Remove(Arc<Forward>, Duration, Sender<()>),
-    /// Accept no clients, and change no file, until that is allowed; report it.
+    /// Accept no clients, and change no file, or do so again; report it.
     #[cfg(all(unix, feature = "cli"))]
-    Hold(Hold, Sender<()>),
+    SetAccepting(Accepting, Sender<()>),
     /// Report duplicates of all listeners.
     #[cfg(all(unix, feature = "cli"))]
     Lend(Sender<Vec<(ForwardId, io::Result<Lent>)>>),
@@ -346,7 +347,7 @@ impl<D: Driver> Shared<D> {
 
     pub(super) fn release(&self, forward: &Forward) {
         self.quotas().release(Holder::Forward(forward.id));
-        forward.set_quota(None);
+        forward.release_quota();
     }
 
     /// Allows as many connections as there are descriptors for besides so many listeners.
@@ -370,8 +371,8 @@ impl<D: Driver> Shared<D> {
 
     /// Notes the end of a worker. If it has failed, the others are stopped: otherwise they would
     /// wait for its connections for ever.
-    pub(super) fn note_worker_end(&self, index: usize, failed: bool) {
-        if failed {
+    pub(super) fn note_worker_end(&self, index: usize, ended: &io::Result<()>) {
+        if ended.is_err() {
             let lost = self.inboxes[index].load.swap(0, Ordering::AcqRel);
             self.live.fetch_sub(lost, Ordering::AcqRel);
             self.stopping.fetch_add(1, Ordering::AcqRel);

@@ -89,12 +89,8 @@ macro_rules! call {
 }
 
 impl<D: Driver> Worker<D> {
-    /// Makes a worker of `shared`. Its bytes may pass through pipes if `splice` is set.
-    pub(crate) fn new(driver: D, index: usize, shared: Arc<Shared<D>>, splice: bool) -> Worker<D> {
-        let pipes = match splice {
-            true => shared.descriptors.pipes_of_a_worker(),
-            false => 0,
-        };
+    /// Makes a worker of `shared`. Its bytes may pass through so many pipes at a time.
+    pub(crate) fn new(driver: D, index: usize, shared: Arc<Shared<D>>, pipes: usize) -> Worker<D> {
         let carried = Arc::clone(&shared.inboxes[index].carried);
         Worker {
             driver,
@@ -248,8 +244,8 @@ impl<D: Driver> Worker<D> {
             }
             Command::Remove(forward, grace, done) => self.remove(forward, grace, done, now),
             #[cfg(all(unix, feature = "cli"))]
-            Command::Hold(hold, done) => {
-                call!(self.listeners.hold(hold), now);
+            Command::SetAccepting(accepting, done) => {
+                call!(self.listeners.set_accepting(accepting), now);
                 let _ = done.send(());
             }
             #[cfg(all(unix, feature = "cli"))]
@@ -311,8 +307,8 @@ impl<D: Driver> Worker<D> {
     }
 
     /// Removes a forward: accepts no more clients, and cuts off its connections after `grace`.
-    fn remove(&mut self, forward: Arc<Forward>, grace: Duration, tell: Sender<()>, now: Instant) {
-        call!(self.listeners.remove(forward.id, tell), now);
+    fn remove(&mut self, forward: Arc<Forward>, grace: Duration, done: Sender<()>, now: Instant) {
+        call!(self.listeners.remove(forward.id, done), now);
         self.adopt_accepted(now);
         let at = after(now, grace);
         self.removed.insert((at, forward.id), forward);
@@ -345,7 +341,7 @@ impl<D: Driver> Worker<D> {
             cut.insert(forward.id);
         }
         if !cut.is_empty() {
-            call!(self.connections.cut(Some(&cut), EndReason::Removed), now);
+            call!(self.connections.cut_those_of(&cut, EndReason::Removed), now);
         }
     }
 
@@ -356,7 +352,7 @@ impl<D: Driver> Worker<D> {
             // Guests that go on dialling are each closed gracefully, but can't delay the end for
             // ever.
             self.end_at = Some(now + 2 * LAST_DRAIN);
-            call!(self.connections.cut(None, EndReason::Stopped), now);
+            call!(self.connections.cut_all(EndReason::Stopped), now);
         }
     }
 

@@ -72,9 +72,12 @@ impl<S: ConnectionSocket> Connection<S> {
             name: peer,
             process: client.socket.peer_process(),
         };
-        let patience = forward.wait().unwrap_or(forward.rule.timeouts.dial);
+        let patience = forward
+            .rule
+            .hold_time()
+            .unwrap_or(forward.rule.timeouts.dial);
         let state = State::waiting(client, Dial::new(after(now, patience)));
-        let retries = forward.wait().map(|_| Retries {
+        let retries = forward.rule.hold_time().map(|_| Retries {
             pause: FIRST_PAUSE,
             redial: None,
             last: None,

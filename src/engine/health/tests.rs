@@ -2,7 +2,7 @@
 
 use super::*;
 
-const GONE: Option<News> = Some(News::Down { was_there: true });
+const GONE: Option<News> = Some(News::Down { was_up: true });
 
 #[test]
 fn a_repeated_observation_is_not_reported() {
@@ -10,7 +10,7 @@ fn a_repeated_observation_is_not_reported() {
     let start = Instant::now();
     let later = start + Duration::from_secs(3);
     assert_eq!(health.is_up(), None);
-    let never = Some(News::Down { was_there: false });
+    let never = Some(News::Down { was_up: false });
     assert_eq!(health.mark_down(start), never);
     assert_eq!(health.mark_down(later), None);
     // It was never there.

@@ -345,7 +345,7 @@ impl<D: Driver> Connections<D> {
         let Some(connection) = self.table.remove(id) else {
             return;
         };
-        self.timers.change(id, connection.wake_at, None);
+        self.timers.remove(id, connection.wake_at);
         let holder = connection.holder();
         let forward = connection.end(&cx.shared.routes, cx.now);
         let load = &cx.shared.inboxes[cx.index].load;
@@ -355,16 +355,23 @@ impl<D: Driver> Connections<D> {
         cx.shared.note_end(&forward, holder, cx.now);
     }
 
-    /// Cuts off the connections of these forwards, or of all (`None`), for that reason.
-    pub(in crate::proxy) fn cut(
+    /// Cuts off all connections, for that reason.
+    pub(in crate::proxy) fn cut_all(&mut self, why: EndReason, cx: &mut TurnContext<'_, D>) {
+        for id in self.table.ids() {
+            self.call(id, cx, |it, to| it.cut(why, to));
+        }
+    }
+
+    /// Cuts off the connections of these forwards, for that reason.
+    pub(in crate::proxy) fn cut_those_of(
         &mut self,
-        forwards: Option<&HashSet<ForwardId>>,
+        forwards: &HashSet<ForwardId>,
         why: EndReason,
         cx: &mut TurnContext<'_, D>,
     ) {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
-            if connection.is_some_and(|it| forwards.is_none_or(|of| of.contains(&it.forward.id))) {
+            if connection.is_some_and(|it| forwards.contains(&it.forward.id)) {
                 self.call(id, cx, |it, to| it.cut(why, to));
             }
         }

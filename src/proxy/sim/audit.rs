@@ -379,7 +379,7 @@ impl Audit {
             );
             match &conn.state {
                 State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
-                    let patience = forward.wait().unwrap_or(timeouts.dial);
+                    let patience = forward.rule.hold_time().unwrap_or(timeouts.dial);
                     let end = world.time_of(conn.since).saturating_add(patience);
                     assert!(
                         !late(end),

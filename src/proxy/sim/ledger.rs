@@ -300,7 +300,7 @@ impl Ledger {
                 .any(|(at, host)| *at >= since && its(host))
         };
         let patience = entry.rule.as_ref().map(|rule| {
-            let patience = rule.wait().unwrap_or(rule.rule.timeouts.dial);
+            let patience = rule.rule.hold_time().unwrap_or(rule.rule.timeouts.dial);
             since.saturating_add(patience)
         });
         let is_late = patience.is_some_and(|end| now >= end);
@@ -331,7 +331,10 @@ impl Ledger {
             "connection {connection}, come at {since:?}, is refused as {reason:?}: {text}"
         );
         // Of one that was held it was known by then that it was taken.
-        let is_held = entry.rule.as_ref().is_some_and(|it| it.wait().is_some());
+        let is_held = entry
+            .rule
+            .as_ref()
+            .is_some_and(|it| it.rule.hold_time().is_some());
         assert!(
             !entry.is_connected || reason == RefusalReason::ByTarget && !is_held,
             "connection {connection} is refused as {reason:?} after it was connected: {text}"
@@ -345,7 +348,7 @@ fn was_answered(entry: &Entry, spots: &[&Spot], text: &str, kernel: &Kernel) -> 
         // Behind a gate that has a limit, or by its name, it may not have been dialled at all.
         let gate = rule.gates[Side::Server].as_ref();
         let is_free = gate.is_none_or(|gate| !gate.has_limit());
-        rule.wait().is_some() && is_free
+        rule.rule.hold_time().is_some() && is_free
     });
     if !is_held || !text.contains("no connection within") {
         return false;

@@ -384,7 +384,7 @@ impl Stage {
             drop(seat);
             let mail = self.world.take_mail(index);
             drop(mail);
-            shared.note_worker_end(index, false);
+            shared.note_worker_end(index, &Ok(()));
             self.tell(|| format!("worker {index} has ended"));
             return;
         }
