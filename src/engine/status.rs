@@ -2,10 +2,11 @@
 //! leave it. Nothing is looked up here.
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::address::Address;
+use crate::lock::lock;
 use crate::name::{PeerProcess, SocketName};
 
 use super::id::{ConnectionId, ForwardId};
@@ -260,7 +261,7 @@ pub(crate) struct StatusCell(Mutex<Known>);
 
 impl StatusCell {
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Notes why the listener accepts no client. An obstacle that lasts keeps the time of its
