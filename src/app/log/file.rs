@@ -3,12 +3,13 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use tracing::Level;
 
 use crate::app::lossy_writer::LossyWriter;
+use crate::lock::lock;
 
 use super::stderr::ERR;
 use super::style::dropped_line;
@@ -44,7 +45,7 @@ pub(super) fn open(path: &Path) -> Result<(), String> {
         };
         format!("cannot open the log {}: {e}{remedy}", path.display())
     })?;
-    *OPEN.lock().unwrap_or_else(PoisonError::into_inner) = Some((path.to_owned(), file));
+    *lock(&OPEN) = Some((path.to_owned(), file));
     Ok(())
 }
 
@@ -55,7 +56,7 @@ pub(crate) fn reopen() {
 }
 
 fn write(bytes: &[u8]) -> io::Result<usize> {
-    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut open = lock(&OPEN);
     let Some((path, file)) = &mut *open else {
         return Err(io::ErrorKind::NotFound.into());
     };

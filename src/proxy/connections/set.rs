@@ -85,9 +85,9 @@ impl<D: Driver> Connections<D> {
         };
         let watched = adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(Side::Client)));
         let name = cx.shared.next_connection();
-        let connection = Connection::accepted(name, forward, stream, peer, slots, cx.now);
+        let connection = Connection::for_client(name, forward, stream, peer, slots, cx.now);
         self.table.insert(connection);
-        self.with(id, cx, |connection, to| {
+        self.call(id, cx, |connection, to| {
             connection.begin(watched, served, to)
         });
     }
@@ -108,18 +108,18 @@ impl<D: Driver> Connections<D> {
             }
             Event::Resolved { token, addresses } => {
                 let id = Id::from_token(token).0;
-                self.with(id, cx, |it, to| it.take_addresses(addresses, to));
+                self.call(id, cx, |it, to| it.take_addresses(addresses, to));
             }
             Event::Dialled { token, stream } => {
                 self.take_dialled(Id::from_token(token).0, stream, cx);
             }
             Event::ThreadsEnded { token, result } => {
                 let id = Id::from_token(token).0;
-                self.with(id, cx, |it, to| it.take_threads_end(result, to));
+                self.call(id, cx, |it, to| it.take_threads_end(result, to));
             }
             Event::Explained { token, error } => {
                 let id = Id::from_token(token).0;
-                self.with(id, cx, |it, to| it.take_explanation(error, to));
+                self.call(id, cx, |it, to| it.take_explanation(error, to));
             }
             Event::VmSeen { .. } | Event::LookFailed { .. } | Event::Listener { .. } => {}
         }
@@ -152,7 +152,7 @@ impl<D: Driver> Connections<D> {
             };
             if let Some(connection) = self.table.get_mut(id) {
                 connection.is_queued = false;
-                self.with(id, cx, Connection::step);
+                self.call(id, cx, Connection::step);
             }
         }
         self.probe_turns(cx);
@@ -189,7 +189,7 @@ impl<D: Driver> Connections<D> {
     }
 
     /// Calls a method of a connection, and carries out the actions that it requests.
-    pub(in crate::proxy) fn with(
+    pub(in crate::proxy) fn call(
         &mut self,
         id: Id,
         cx: &mut TurnContext<'_, D>,
@@ -203,7 +203,7 @@ impl<D: Driver> Connections<D> {
             id,
             now: cx.now,
             phase: cx.phase,
-            thawed: cx.thawed,
+            resumed_at: cx.resumed_at,
             routes: &cx.shared.routes,
             pool: &mut self.pool,
             actions: &mut self.actions,
@@ -258,14 +258,14 @@ impl<D: Driver> Connections<D> {
             Action::Connect => self.connect(id, cx),
             Action::Explain(error) => {
                 if let Some(error) = cx.driver.explain(token, &rule.connect, error) {
-                    self.with(id, cx, |it, to| it.take_explanation(error, to));
+                    self.call(id, cx, |it, to| it.take_explanation(error, to));
                 }
             }
             Action::Prove => self.queue_probe(id, &forward, cx.now),
             Action::LookAtPeer(side) => {
                 let socket = connection.socket(side);
                 let is_ending = socket.is_some_and(|it| cx.driver.has_peer_ended(it));
-                self.with(id, cx, |it, to| it.take_peer(side, is_ending, to));
+                self.call(id, cx, |it, to| it.take_peer(side, is_ending, to));
             }
             Action::StartThreads(streams) => {
                 let drain = rule.timeouts.drain;
@@ -274,7 +274,7 @@ impl<D: Driver> Connections<D> {
                         .start_threads(id.token(Side::Client), streams, &forward, drain);
                 match begun {
                     Ok(()) => self.look_at_threads(id, cx),
-                    Err(e) => self.with(id, cx, |it, to| it.take_threads_failure(e, to)),
+                    Err(e) => self.call(id, cx, |it, to| it.take_threads_failure(e, to)),
                 }
             }
             Action::LookAtThreads => self.look_at_threads(id, cx),
@@ -308,7 +308,7 @@ impl<D: Driver> Connections<D> {
                 watched,
             }
         });
-        self.with(id, cx, |it, to| it.take_connect(dialled, to));
+        self.call(id, cx, |it, to| it.take_connect(dialled, to));
     }
 
     /// Takes the result of a dial on a thread.
@@ -334,12 +334,12 @@ impl<D: Driver> Connections<D> {
             }
             (dialled, _) => dialled.map(|stream| (stream, Ok(()))),
         };
-        self.with(id, cx, |it, to| it.take_dialled(dialled, to));
+        self.call(id, cx, |it, to| it.take_dialled(dialled, to));
     }
 
     fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         if let Some(progress) = cx.driver.threads_progress(id.token(Side::Client)) {
-            self.with(id, cx, |it, to| it.take_progress(progress, to));
+            self.call(id, cx, |it, to| it.take_progress(progress, to));
         }
     }
 
@@ -348,27 +348,34 @@ impl<D: Driver> Connections<D> {
         let Some(connection) = self.table.remove(id) else {
             return;
         };
-        self.timers.change(id, connection.wake_at, None);
+        self.timers.remove(id, connection.wake_at);
         let holder = connection.holder();
         let forward = connection.end(&cx.shared.routes, cx.now);
         let load = &cx.shared.inboxes[cx.index].load;
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
-            cx.driver.rest();
+            cx.driver.release_unused();
         }
         cx.shared.note_end(&forward, holder, cx.now);
     }
 
-    /// Cuts off the connections of these forwards, or of all (`None`), for that reason.
-    pub(in crate::proxy) fn cut(
+    /// Cuts off all connections, for that reason.
+    pub(in crate::proxy) fn cut_all(&mut self, why: EndReason, cx: &mut TurnContext<'_, D>) {
+        for id in self.table.ids() {
+            self.call(id, cx, |it, to| it.cut(why, to));
+        }
+    }
+
+    /// Cuts off the connections of these forwards, for that reason.
+    pub(in crate::proxy) fn cut_those_of(
         &mut self,
-        forwards: Option<&HashSet<ForwardId>>,
+        forwards: &HashSet<ForwardId>,
         why: EndReason,
         cx: &mut TurnContext<'_, D>,
     ) {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
-            if connection.is_some_and(|it| forwards.is_none_or(|of| of.contains(&it.forward.id))) {
-                self.with(id, cx, |it, to| it.cut(why, to));
+            if connection.is_some_and(|it| forwards.contains(&it.forward.id)) {
+                self.call(id, cx, |it, to| it.cut(why, to));
             }
         }
     }
@@ -385,22 +392,22 @@ impl<D: Driver> Connections<D> {
         let id = ids.find(is_it)?;
         let progress = cx.driver.threads_progress(id.token(Side::Client));
         let status = self.table.get_mut(id)?.status(progress, cx.now);
-        self.with(id, cx, |it, to| it.cut(EndReason::ClosedOnRequest, to));
+        self.call(id, cx, |it, to| it.cut(EndReason::ClosedOnRequest, to));
         status
     }
 
     /// Shortens the closing of connections, when the proxy begins to stop.
     pub(in crate::proxy) fn begin_to_stop(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
-            self.with(id, cx, Connection::shorten_closing);
+            self.call(id, cx, Connection::shorten_closing);
         }
     }
 
     /// Closes all that is left by force, as the last thing before the end.
     pub(in crate::proxy) fn abandon_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
-            self.with(id, cx, |it, to| it.cut(EndReason::Stopped, to));
-            self.with(id, cx, Connection::abandon);
+            self.call(id, cx, |it, to| it.cut(EndReason::Stopped, to));
+            self.call(id, cx, Connection::abandon);
         }
     }
 
