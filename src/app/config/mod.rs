@@ -38,6 +38,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::address::Address;
+use crate::app::guest_control::{self, GuestControl};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::app::vm::VmPlace;
@@ -69,8 +70,8 @@ pub(crate) struct Config {
     pub(crate) access_log: bool,
     /// Where it is controlled from, if anywhere.
     pub(crate) control: Option<PathBuf>,
-    /// Where guests may control it.
-    pub(crate) guest_control: Option<Address>,
+    /// Where guests may control it, and which.
+    pub(crate) guest_control: Option<GuestControl>,
     /// Where it tells of itself.
     pub(crate) metrics: Option<Address>,
     /// For who adds forwards by the control socket.
@@ -97,14 +98,19 @@ fn read_control(value: &Value) -> Result<Option<PathBuf>, String> {
     }
 }
 
-/// Reads where guests may control it.
-fn read_guest_control(value: &Value) -> Result<Address, String> {
-    match values::address(value)? {
-        Address::Vsock(vsock) if !vsock.framing => Ok(Address::Vsock(vsock)),
-        other => Err(format!(
-            "{other} is not a vsock address; a right one: \"vsock://:9101\""
-        )),
+/// Takes where guests may control it, and which.
+fn take_guest_control(root: &mut Section<'_, '_>) -> Option<GuestControl> {
+    const FROM: &str = "guest-control-from";
+    let address = root.take("guest-control", guest_control::read_address);
+    let from = root.take(FROM, guest_control::read_sources);
+    if root.has(FROM) && !root.has("guest-control") {
+        let what = "it says which guests may control it, and guest-control, which says where, is missing; write guest-control = \"vsock://:9101\"";
+        root.complain(Some(FROM), what);
     }
+    Some(GuestControl {
+        address: address?,
+        from: from.unwrap_or_default(),
+    })
 }
 
 /// Returns where the control socket is if the file doesn't say.
@@ -276,7 +282,7 @@ impl Config {
         let splice = root.take("splice", values::yes_or_no);
         let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
-        let guest_control = root.take("guest-control", read_guest_control);
+        let guest_control = take_guest_control(&mut root);
         let metrics = root.take("metrics", values::metrics);
         let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
@@ -421,7 +427,7 @@ impl Config {
             &self.parts,
             &conflicts::doors(
                 self.control.as_deref(),
-                self.guest_control.as_ref(),
+                self.guest_control.as_ref().map(|it| &it.address),
                 self.metrics.as_ref(),
             ),
             complain,
