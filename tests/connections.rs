@@ -38,6 +38,29 @@ fn scene(addresses: impl FnOnce(&Path) -> Vec<String>, more: &[&str]) -> Scene {
     Scene { dir, hvsock }
 }
 
+/// Where the only forward of a scene listens.
+enum At {
+    /// On a TCP port.
+    Port,
+    /// On the Unix socket `listen`.
+    Path,
+}
+
+/// A scene with one forward, to a server that is there.
+fn scene_with_server(listen: At, more: &[&str]) -> (Scene, UnixListener) {
+    let mut server = None;
+    let addresses = |dir: &Path| {
+        server = Some(UnixListener::bind(dir.join("server")).unwrap());
+        let listen = match listen {
+            At::Port => "tcp://127.0.0.1:0".to_owned(),
+            At::Path => at(dir, "listen"),
+        };
+        vec![listen, at(dir, "server")]
+    };
+    let scene = scene(addresses, more);
+    (scene, server.unwrap())
+}
+
 impl Scene {
     fn control(&self) -> PathBuf {
         self.dir.path().join("c")
@@ -77,15 +100,7 @@ fn at(dir: &Path, name: &str) -> String {
 
 #[test]
 fn the_process_behind_a_unix_socket_is_told_of_everywhere() {
-    let mut server = None;
-    let scene = scene(
-        |dir| {
-            server = Some(UnixListener::bind(dir.join("server")).unwrap());
-            vec![at(dir, "listen"), at(dir, "server")]
-        },
-        &[],
-    );
-    let server = server.unwrap();
+    let (scene, server) = scene_with_server(At::Path, &[]);
     // Another program than this one.
     let listen = scene.dir.path().join("listen");
     let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
@@ -124,15 +139,7 @@ fn the_process_behind_a_unix_socket_is_told_of_everywhere() {
 
 #[test]
 fn states_are_told_in_words() {
-    let mut server = None;
-    let scene = scene(
-        |dir| {
-            server = Some(UnixListener::bind(dir.join("server")).unwrap());
-            vec!["tcp://127.0.0.1:0".to_owned(), at(dir, "server")]
-        },
-        &["--wait=20"],
-    );
-    let server = server.unwrap();
+    let (scene, server) = scene_with_server(At::Port, &["--wait=20"]);
     let port = scene.hvsock.tcp_port();
     let mut client = tcp(port);
     let (mut accepted, _) = server.accept().unwrap();
@@ -210,15 +217,7 @@ fn bytes_that_wait_are_told_of() {
 
 #[test]
 fn one_is_closed_and_the_others_go_on() {
-    let mut server = None;
-    let scene = scene(
-        |dir| {
-            server = Some(UnixListener::bind(dir.join("server")).unwrap());
-            vec!["tcp://127.0.0.1:0".to_owned(), at(dir, "server")]
-        },
-        &[],
-    );
-    let server = server.unwrap();
+    let (scene, server) = scene_with_server(At::Port, &[]);
     let port = scene.hvsock.tcp_port();
     let mut pairs = Vec::new();
     for id in 0..3 {
@@ -276,15 +275,7 @@ fn one_is_closed_and_the_others_go_on() {
 /// Those that ended, a refused one and one of a removed forward included.
 #[test]
 fn why_a_connection_ended_is_told() {
-    let mut server = None;
-    let scene = scene(
-        |dir| {
-            server = Some(UnixListener::bind(dir.join("server")).unwrap());
-            vec![at(dir, "listen"), at(dir, "server")]
-        },
-        &[],
-    );
-    let server = server.unwrap();
+    let (scene, server) = scene_with_server(At::Path, &[]);
     let (code, out, _) = scene.asked(&["connections"]);
     assert_eq!(code, Some(0));
     assert!(out.contains("hvsock connections --ended"), "{out}");

@@ -1091,3 +1091,54 @@ fn an_upgrade_starts_what_is_there_now_and_tells_the_service_manager() {
     let gone = || !front.exists() && !scene.control().exists();
     eventually("it has removed its sockets", gone);
 }
+
+/// Whoever has asked is told why, and so is whoever reads the log of the one that goes on.
+#[test]
+fn an_upgrade_that_fails_is_told_of_with_its_reason_by_both() {
+    let scene = Scene::new();
+    scene.write(&scene.forward("tcp", 0));
+    let program = scene.at("program");
+    put_program(&program);
+    let old = scene.command(&[]);
+    let mut command = Command::new(&program);
+    command.args(old.get_args());
+    for (name, value) in old.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    let old = Running::spawn(command);
+    old.says("controlled at");
+    let pid = scene.pid();
+    let fails = |parts: &[&str]| {
+        let refused = output(in_runtime(scene.dir.path(), &["upgrade"]));
+        let why = String::from_utf8(refused.stderr).unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{why}");
+        assert!(why.contains("this one goes on as before"), "{why}");
+        let logged = old.complains("the upgrade has failed");
+        for part in parts {
+            assert!(why.contains(part), "{why:?} lacks {part:?}");
+        }
+        assert!(logged.contains(parts[0]), "{logged:?} lacks {:?}", parts[0]);
+        assert_eq!(scene.pid(), pid);
+        why
+    };
+    fs::remove_file(&program).unwrap();
+    let why = fails(&["can't be started", text(&program), "install it there"]);
+    assert!(!why.contains("the new one"), "it never was: {why}");
+    for (script, parts) in [
+        (
+            "exit 3",
+            ["has ended before it took over", "status: 3", "has said"],
+        ),
+        (
+            "kill -9 $$",
+            ["has ended before it took over", "signal: 9", "killed"],
+        ),
+    ] {
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        fails(&parts);
+    }
+}

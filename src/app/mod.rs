@@ -15,6 +15,7 @@ mod output;
 mod processes;
 mod rule;
 mod serve;
+mod slow;
 mod stress;
 #[cfg(unix)]
 mod syslog;

@@ -83,7 +83,7 @@ use shared::{Inbox, Shared};
 use worker::Worker;
 
 pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
-pub use crate::engine::end_reason::{EndReason, Reason as RefusalReason};
+pub use crate::engine::end_reason::{EndReason, ProgramFailure, Reason as RefusalReason};
 pub use crate::engine::ended::EndedConnection;
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};

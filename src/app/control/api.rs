@@ -524,11 +524,16 @@ impl Api {
     /// Starts another process, and answers when it has taken over.
     fn upgrade(&self) -> Answer {
         let succession = self.succession()?;
-        let fail = |why: String| {
-            Problem::new(500, why).with_remedy("this one goes on as before; the new one has said why on standard error, where this one logs")
+        let fail = |why: String, remedy: &str| {
+            // Whoever reads the log later is to know as well.
+            warn!("the upgrade has failed: {why}; going on as before");
+            let remedy = format!("this one goes on as before; {remedy}");
+            Problem::new(500, why).with_remedy(remedy)
         };
-        let mut child =
-            (succession.start)().map_err(|e| fail(format!("the program can't be started: {e}")))?;
+        let mut child = (succession.start)().map_err(|e| {
+            let why = format!("the program can't be started: {e}");
+            fail(why, "install it there, and ask again")
+        })?;
         let pid = child.id();
         info!("started process {pid} to take over");
         let end = Instant::now() + UPGRADE;
@@ -540,17 +545,28 @@ impl Api {
                 return json(200, &told);
             }
             if let Ok(Some(status)) = child.try_wait() {
-                return Err(fail(format!(
-                    "the new process {pid} has ended before it took over: {status}"
-                )));
+                let why = format!("the new process {pid} has ended before it took over: {status}");
+                return Err(fail(
+                    why,
+                    match status.code() {
+                        Some(_) => {
+                            "what the new one has said is where this one's standard error goes"
+                        }
+                        None => "something has killed the new one",
+                    },
+                ));
             }
             if Instant::now() >= end && self.give_up(pid) {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Err(fail(format!(
-                    "the new process {pid} has not taken over within {} s, and was ended",
-                    UPGRADE.as_secs()
-                )));
+                let seconds = UPGRADE.as_secs();
+                let why = format!(
+                    "the new process {pid} has not taken over within {seconds} s, and was ended"
+                );
+                return Err(fail(
+                    why,
+                    "is the new program an hvsock, and does its start hang?",
+                ));
             }
             thread::sleep(LOOK);
         }

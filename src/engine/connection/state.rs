@@ -19,6 +19,7 @@ use crate::stream::socket::Socket;
 use super::action::{Action, Context};
 use super::closing_end::Closing;
 use super::idle::Idle;
+use super::program::Program;
 use super::socket::ConnectionSocket;
 #[cfg(all(test, target_os = "linux"))]
 use super::transitions;
@@ -51,6 +52,8 @@ pub(crate) struct Connection<S: Socket> {
     pub(crate) since: Instant,
     /// Why the connection ends, as far as it is known.
     pub(super) why: Option<EndReason>,
+    /// The program that it leads to.
+    pub(super) program: Program,
     /// The error for which the client was refused.
     pub(super) error: Option<Arc<str>>,
     /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have
@@ -179,6 +182,7 @@ impl<S: Socket> Connection<S> {
             peer,
             since: now,
             why: None,
+            program: Program::None,
             error: None,
             is_cut_off: false,
         }

@@ -113,6 +113,23 @@ impl<D: Driver> Connections<D> {
             Event::Dialled { token, stream } => {
                 self.take_dialled(Id::from_token(token).0, stream, cx);
             }
+            Event::ProgramEnded {
+                token,
+                connection,
+                forward,
+                failure,
+            } => {
+                let id = Id::from_token(token).0;
+                match self.table.get_mut(id) {
+                    Some(_) => self.with(id, cx, |it, to| it.take_program_end(failure, to)),
+                    None => {
+                        if let Some(failure) = failure {
+                            let why = EndReason::ProgramFailed(failure);
+                            forward.ended().complete(connection, why);
+                        }
+                    }
+                }
+            }
             Event::ThreadsEnded { token, result } => {
                 let id = Id::from_token(token).0;
                 self.with(id, cx, |it, to| it.take_threads_end(result, to));
@@ -253,7 +270,9 @@ impl<D: Driver> Connections<D> {
                     cx.driver.resolve(token, host, port);
                 }
             }
-            Action::DialOnThread(patience) => cx.driver.dial(token, &rule.connect, patience),
+            Action::DialOnThread(patience) => {
+                cx.driver.dial(token, connection.name, &forward, patience);
+            }
             Action::Admit => self.queue_dial(id, &forward, cx),
             Action::Connect => self.connect(id, cx),
             Action::Explain(error) => {
@@ -350,7 +369,8 @@ impl<D: Driver> Connections<D> {
         };
         self.timers.change(id, connection.wake_at, None);
         let holder = connection.holder();
-        let forward = connection.end(&cx.shared.routes, cx.now);
+        let at = cx.driver.wall_time();
+        let forward = connection.end(&cx.shared.routes, cx.now, at);
         let load = &cx.shared.inboxes[cx.index].load;
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
             cx.driver.rest();
