@@ -1,7 +1,7 @@
 //! The program that a connection leads to (`exec:`). How it has ended is heard some time after the end of its output,
 //! and so, as a rule, after both sides were closed: the report of the connection's end waits for it, the sides do not.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::engine::Phase;
 use crate::engine::end_reason::{EndReason, ProgramFailure};
@@ -9,24 +9,11 @@ use crate::time::after;
 
 use super::action::Context;
 use super::socket::ConnectionSocket;
-use super::state::{Connection, State};
+use super::state::{Connection, Program, State};
 
 /// How long a connection without sockets waits for the end of its program. One that has ended its output ends itself
 /// within a millisecond, as a rule; one that goes on is not waited for.
 const WAIT: Duration = Duration::from_secs(1);
-
-/// What is known of a connection's program.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Program {
-    /// There is none.
-    #[default]
-    None,
-    Running,
-    /// Both sides are closed, and nothing but its end is waited for, until then.
-    Awaited(Instant),
-    /// It has ended, or nothing will be heard of it.
-    Ended,
-}
 
 impl<S: ConnectionSocket> Connection<S> {
     /// Notes that the target was connected: a program was started, if the rule leads to one. Its end may have been

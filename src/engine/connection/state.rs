@@ -19,7 +19,6 @@ use crate::stream::socket::Socket;
 use super::action::{Action, Context};
 use super::closing_end::Closing;
 use super::idle::Idle;
-use super::program::Program;
 use super::socket::ConnectionSocket;
 #[cfg(all(test, target_os = "linux"))]
 use super::transitions;
@@ -132,6 +131,19 @@ impl<S: Socket> State<S> {
     }
 }
 
+/// What is known of a connection's program.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Program {
+    /// There is none.
+    #[default]
+    None,
+    Running,
+    /// Both sides are closed, and nothing but its end is waited for, until then.
+    Awaited(Instant),
+    /// It has ended, or nothing will be heard of it.
+    Ended,
+}
+
 /// The retries for a client that is held while its target is absent.
 #[derive(Debug)]
 pub(crate) struct Held {
@@ -215,6 +227,11 @@ impl<S: Socket> Connection<S> {
             Some(_) => Holder::Forward(self.forward.id),
             None => Holder::Probes,
         }
+    }
+
+    /// Returns whether the connection is being closed, or was cut off: its end has begun.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.is_cut_off || matches!(self.state, State::Closing { .. } | State::Closed)
     }
 
     /// Returns whether the connection is [`Waiting`](State::Waiting).
