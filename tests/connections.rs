@@ -355,6 +355,46 @@ fn why_a_connection_ended_is_told() {
     assert!(err.contains("there is no forward \"somebody\""), "{err}");
 }
 
+/// In one line for all workers, at a level that is on.
+#[test]
+fn how_many_were_cut_off_at_the_end_of_a_grace_is_said_once() {
+    let mut server = None;
+    let addresses = |dir: &Path| {
+        server = Some(UnixListener::bind(dir.join("server")).unwrap());
+        let target = at(dir, "server");
+        let listen = [at(dir, "one"), at(dir, "two"), at(dir, "three")];
+        listen
+            .into_iter()
+            .flat_map(|it| [it, target.clone()])
+            .collect()
+    };
+    let mut scene = scene(addresses, &["--grace=1"]);
+    let server = server.unwrap();
+    let mut pairs = Vec::new();
+    for (name, count) in [("one", 2), ("two", 3), ("three", 1)] {
+        for _ in 0..count {
+            let client = UnixStream::connect(scene.dir.path().join(name)).unwrap();
+            pairs.push((client, server.accept().unwrap()));
+        }
+    }
+    eventually("all are there", || scene.connections().len() == 6);
+    let one = at(scene.dir.path(), "one");
+    let (code, _, err) = scene.asked(&["remove", &one, "--grace", "0"]);
+    assert_eq!(code, Some(0), "{err}");
+    let told = scene.hvsock.complains("cut off");
+    let said = format!("cut off 2 connections, for their grace was over: 2 of {one}");
+    assert!(told.contains(&said) && told.contains("WARN"), "{told}");
+    scene.hvsock.signal("TERM");
+    assert_eq!(scene.hvsock.exit_code(), Some(0));
+    let rest: Vec<String> = scene.hvsock.err.iter().collect();
+    let cut: Vec<_> = rest.iter().filter(|it| it.contains("cut off 4")).collect();
+    let two = at(scene.dir.path(), "two");
+    let said = format!("for their grace was over: 3 of {two}, 1 of ");
+    assert!(cut.len() == 1 && cut[0].contains(&said), "{rest:?}");
+    assert!(rest.last().unwrap().ends_with("has stopped"), "{rest:?}");
+    assert!(!rest.iter().any(|it| it.contains("cut off 2")), "{rest:?}");
+}
+
 /// A guest that doesn't end it keeps the connection for a while.
 #[test]
 fn a_close_that_is_not_over_yet_says_so() {

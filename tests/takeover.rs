@@ -655,7 +655,7 @@ fn nobody_is_accepted_before_the_other_has_agreed() {
     }
     before.wire.write_all(b"{\"yours\": true}\n").unwrap();
     assert_eq!(answered.join().unwrap().unwrap(), b"early");
-    assert_eq!(before.hears(), "{\"mine\":true}\n");
+    assert_eq!(before.hears(), "{\"mine\":true,\"hears_of_ended\":true}\n");
     // Its end is as good as its word.
     drop(before);
     assert_eq!(ask(unix_client(&front), b"late").unwrap(), b"late");
@@ -886,6 +886,68 @@ fn what_stays_with_the_old_process_is_seen_and_can_be_closed() {
         let told = says(&[command]);
         assert!(!told.contains("still has"), "{told}");
     }
+}
+
+/// Clients that are cut off at the end of the grace leave a trace, though their process is gone.
+#[test]
+fn what_has_ended_in_the_old_process_is_known_to_the_new_one() {
+    let scene = Scene::new();
+    let write = |grace: &str| {
+        let forward = scene.forward("tcp", 0);
+        fs::write(scene.file(), format!("grace = {grace:?}\n{forward}")).unwrap();
+    };
+    write("1s");
+    let mut old = scene.run();
+    let port = scene.port("tcp");
+    let ended = |process: Option<u32>| {
+        let all = scene.call("GET", "/v1/connections/ended", "").1;
+        let all = all.as_array().unwrap().iter();
+        let its = all.filter(|it| it["carried_by"] == json!(process));
+        let why = |it: &Value| {
+            (
+                it["id"].as_u64().unwrap(),
+                it["why"].as_str().unwrap().to_owned(),
+            )
+        };
+        its.map(why).collect::<Vec<_>>()
+    };
+    assert_eq!(ask(tcp(port), b"before").unwrap(), b"before");
+    eventually("it has ended", || ended(None).len() == 1);
+    let mut client = tcp(port);
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let new = scene.take_over();
+    new.says("controlled at");
+    let process = old.child.0.id();
+    old.complains("1 connection has 1 s to finish here");
+    let told = old.complains("cut off");
+    assert!(
+        told.contains("cut off 1 connection, for its grace was over: 1 of tcp"),
+        "{told}"
+    );
+    old.complains("has stopped");
+    assert!(is_reset(client.read(&mut [0])));
+    assert_eq!(old.exit_code(), Some(0));
+    let theirs = [(0, "client_closed".to_owned()), (1, "stopped".to_owned())];
+    eventually("both are known", || ended(Some(process)) == theirs);
+    // Its own have the same ids.
+    assert_eq!(ask(tcp(port), b"after").unwrap(), b"after");
+    eventually("its own has ended", || ended(None).len() == 1);
+    for forward in [&[][..], &["tcp"]] {
+        let words = [&["connections", "--ended"], forward].concat();
+        let table = output(in_runtime(scene.dir.path(), &words));
+        let table = String::from_utf8(table.stdout).unwrap();
+        assert_eq!(table.lines().count(), 4, "{table}");
+        let cut = format!("1 of {process} ");
+        let line = table.lines().find(|it| it.starts_with(&cut));
+        assert!(line.is_some_and(|it| it.contains("stopped")), "{table}");
+    }
+    // And the next one knows them, too.
+    let next = scene.take_over();
+    next.says("controlled at");
+    eventually("all are handed on", || {
+        ended(Some(process)) == theirs && ended(Some(new.child.0.id())).len() == 1
+    });
 }
 
 /// A user who isn't the owner is let in by no permission, and believed by nobody, root not either.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::engine::relay::{Side, Through};
 use crate::error::{Error, Operation, Result};
 
+use super::cuts::Cuts;
 use super::driver::Driver;
 use super::driver::Wanted;
 use super::rules::Binder;
@@ -128,8 +129,9 @@ impl<D: Driver> Controller<D> {
         let forward = forward.ok_or_else(no_forward)?;
         self.binder.forget(id);
         self.shared.release(&forward);
+        let cuts = Arc::new(Cuts::new(self.shared.inboxes.len()));
         let answers = self.ask_all(
-            |tell| Command::Remove(Arc::clone(&forward), grace, tell),
+            |tell| Command::Remove(Arc::clone(&forward), grace, Arc::clone(&cuts), tell),
             ANSWER_TIMEOUT,
         );
         self.shared.make_room(self.shared.listening_sockets());

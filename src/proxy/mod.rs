@@ -38,6 +38,7 @@
 mod adapter;
 mod connections;
 mod controller;
+mod cuts;
 mod descriptors;
 mod driver;
 mod forbidden;

@@ -23,8 +23,9 @@ use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle};
 use super::endpoint::{Endpoint, Service};
 use super::events::Events;
 use super::handover;
-use super::handover::give::Successor;
+use super::handover::give::{Finishing, Successor};
 use super::http::{JSON, Request, Response, lines, response};
+use super::inherited::Inherited;
 use super::metrics;
 use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rule};
 use super::problem::Problem;
@@ -84,6 +85,9 @@ pub(super) struct Api {
     pub(super) events: Arc<Events>,
     lanes: Lanes,
     handover: Mutex<HandoverState>,
+    inherited: Inherited,
+    /// What is told to the process that has taken over, until the end of this one.
+    finishing: Mutex<Option<Finishing>>,
     started: Instant,
 }
 
@@ -160,8 +164,15 @@ impl Api {
                 upgrades: lane(1),
             },
             handover: Mutex::default(),
+            inherited: Inherited::default(),
+            finishing: Mutex::default(),
             started: Instant::now(),
         }
+    }
+
+    /// Shows these beside the own connections that have ended.
+    pub(super) fn with_inherited(self, inherited: Inherited) -> Api {
+        Api { inherited, ..self }
     }
 
     /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
@@ -292,7 +303,8 @@ impl Api {
     }
 
     fn ended(&self) -> Vec<Ended> {
-        self.handle.ended().iter().map(Ended::from).collect()
+        let own = self.handle.ended().iter().map(Ended::from).collect();
+        self.inherited.and(own)
     }
 
     fn forwards(&self) -> Vec<Forward> {
@@ -516,9 +528,38 @@ impl Api {
                 }
             }
         });
-        if let Some(finishing) = finishing {
-            finishing.tell_on(&self.handle);
+        if let Some(left) = finishing {
+            *self.finishing() = Some(left);
+            while self.tell_successor() {
+                thread::sleep(handover::TELL_PAUSE);
+            }
         }
+    }
+
+    fn finishing(&self) -> MutexGuard<'_, Option<Finishing>> {
+        self.finishing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the process that has taken over what is new. Returns false once that one has ended.
+    fn tell_successor(&self) -> bool {
+        let mut finishing = self.finishing();
+        let Some(wire) = &mut *finishing else {
+            return false;
+        };
+        let is_told = wire.tell(&self.handle, self.ended()).is_ok();
+        if !is_told {
+            *finishing = None;
+        }
+        is_told
+    }
+
+    /// Tells the process that has taken over, if one has, what has become of the last connections. Nobody is told
+    /// anything after that.
+    pub(super) fn tell_successor_the_rest(&self) {
+        self.tell_successor();
+        *self.finishing() = None;
     }
 
     /// Starts another process, and answers when it has taken over.

@@ -143,6 +143,9 @@ pub(crate) struct Connection {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Ended {
     pub(crate) id: u64,
+    /// The process that carried it, if that was another one, which was taken over from: the ids are that one's.
+    #[serde(default)]
+    pub(crate) carried_by: Option<u32>,
     /// The forward's id, which may have been removed.
     pub(crate) forward: u64,
     /// The forward's name, if it had one, and its addresses.
@@ -204,6 +207,7 @@ impl From<&EndedConnection> for Ended {
     fn from(ended: &EndedConnection) -> Ended {
         Ended {
             id: ended.id.into(),
+            carried_by: None,
             forward: ended.forward.into(),
             name: ended.rule.name.clone(),
             listen: ended.rule.listen.to_string(),
@@ -230,6 +234,14 @@ impl Ended {
     /// Returns the forward's name, or where it listened.
     pub(crate) fn name_or_address(&self) -> &str {
         self.name.as_ref().unwrap_or(&self.listen)
+    }
+
+    /// Returns its id, for people.
+    pub(crate) fn id_in_words(&self) -> String {
+        match self.carried_by {
+            None => self.id.to_string(),
+            Some(process) => format!("{} of {process}", self.id),
+        }
     }
 
     /// Returns whether it was one of the forward of that name, or that listened there.

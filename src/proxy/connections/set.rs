@@ -1,14 +1,15 @@
 //! The connections of one worker: accepted ones are taken over, events are passed to them, and the
 //! actions that they request are carried out.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::engine::connection::{Action, Connection, Context, Dialled};
 use crate::engine::end_reason::EndReason;
-use crate::engine::id::{ConnectionId, ForwardId};
+use crate::engine::forward::Forward;
+use crate::engine::id::ConnectionId;
 use crate::engine::relay::{Carried, Pool, Side};
 use crate::engine::status::ConnectionStatus;
 use crate::engine::table::{Id, Table};
@@ -18,6 +19,7 @@ use crate::stream::endpoint::Target;
 use crate::stream::socket::Socket;
 
 use super::queues::{DialQueue, ProbeQueue};
+use crate::proxy::cuts::Cuts;
 use crate::proxy::driver::{Driver, Event};
 use crate::proxy::shared::{Accepted, TurnContext};
 
@@ -378,16 +380,22 @@ impl<D: Driver> Connections<D> {
         cx.shared.note_end(&forward, holder, cx.now);
     }
 
-    /// Cuts off the connections of these forwards, or of all (`None`), for that reason.
-    pub(in crate::proxy) fn cut(
+    /// Cuts off all connections for that reason, but those for which `cuts` returns nothing. What
+    /// is cut off, and was not about to end, is noted there.
+    pub(in crate::proxy) fn cut<'a>(
         &mut self,
-        forwards: Option<&HashSet<ForwardId>>,
+        cuts: impl Fn(&Forward) -> Option<&'a Cuts>,
         why: EndReason,
         cx: &mut TurnContext<'_, D>,
     ) {
         for id in self.table.ids() {
-            let connection = self.table.get_mut(id);
-            if connection.is_some_and(|it| forwards.is_none_or(|of| of.contains(&it.forward.id))) {
+            let Some(connection) = self.table.get_mut(id) else {
+                continue;
+            };
+            if let Some(cuts) = cuts(&connection.forward) {
+                if connection.name.is_some() && !connection.is_ending() {
+                    cuts.note(&connection.forward);
+                }
                 self.with(id, cx, |it, to| it.cut(why, to));
             }
         }
