@@ -8,7 +8,9 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::lock::lock;
 
 /// The most bytes of one frame (`maxMsgSize`: newer builds of Windows failed with more).
 pub const LARGEST_FRAME: usize = 4096;
@@ -85,10 +87,6 @@ impl Writing {
     fn header(&self) -> &[u8] {
         &self.header[self.header.len() - self.header_left..]
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<S> Framed<S> {

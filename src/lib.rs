@@ -87,6 +87,7 @@ pub mod hyperv;
 #[cfg(unix)]
 pub mod keeper;
 mod listener;
+mod lock;
 pub mod mio;
 mod name;
 #[cfg(feature = "cli")]

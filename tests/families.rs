@@ -120,7 +120,7 @@ fn a_port_that_one_family_has_not_free_is_in_use() {
 /// What is chosen for one family may be taken in the other.
 #[test]
 fn many_chosen_ports_are_free_in_both_families() {
-    let listeners: Vec<_> = (0..100)
+    let listeners: Vec<_> = (0..50)
         .map(|_| Listener::bind(&address("tcp://localhost:0")).unwrap())
         .collect();
     let has_v6 = has_v6();

@@ -13,9 +13,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Condvar, Mutex, MutexGuard, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use crate::lock::{lock, recover};
 
 /// How many bytes may wait for their stream.
 const MOST_BYTES: usize = 256 * 1024;
@@ -39,11 +41,11 @@ static PATIENCE: RwLock<Patience> = RwLock::new(Patience::Limited);
 
 /// Sets how long readers may take; to be called when the process begins.
 pub(crate) fn set_patience(patience: Patience) {
-    *PATIENCE.write().unwrap_or_else(PoisonError::into_inner) = patience;
+    *recover(PATIENCE.write()) = patience;
 }
 
 pub(crate) fn patience() -> Patience {
-    *PATIENCE.read().unwrap_or_else(PoisonError::into_inner)
+    *recover(PATIENCE.read())
 }
 
 /// A writer that never waits. Its lines keep their order.
@@ -100,7 +102,7 @@ impl LossyWriter {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     #[cfg(any(unix, test))]
@@ -126,7 +128,7 @@ impl LossyWriter {
         };
         while state.runs && is_full(&state) && patience() == Patience::Unlimited {
             let woken = self.changed.wait(state);
-            state = woken.unwrap_or_else(PoisonError::into_inner);
+            state = recover(woken);
         }
         if !state.runs || is_full(&state) {
             state.dropped += 1;
@@ -185,7 +187,7 @@ impl LossyWriter {
                 },
                 None => {
                     let woken = self.changed.wait(state);
-                    state = woken.unwrap_or_else(PoisonError::into_inner);
+                    state = recover(woken);
                     continue;
                 }
             };
@@ -221,7 +223,7 @@ impl LossyWriter {
                 return;
             }
             let woken = self.changed.wait_timeout(state, LOOK);
-            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+            state = recover(woken).0;
         }
     }
 }
@@ -241,13 +243,13 @@ mod tests {
     static TAKEN: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 
     fn write(bytes: &[u8]) -> io::Result<usize> {
-        let mut takes = TAKES.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut takes = lock(&TAKES);
         let n = match takes.pop_front() {
             Some(None) => return Err(io::ErrorKind::StorageFull.into()),
             Some(Some(n)) => n.min(bytes.len()),
             None => bytes.len(),
         };
-        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = lock(&TAKEN);
         taken.extend(&bytes[..n]);
         Ok(n)
     }
@@ -257,15 +259,12 @@ mod tests {
         static WRITER: LossyWriter = LossyWriter::new("test", write, notice);
         // The second line is cut short, the third refused; the fourth goes in pieces.
         let takes = [Some(9), Some(2), None, None, Some(3)];
-        TAKES
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .extend(takes);
+        lock(&TAKES).extend(takes);
         for line in ["1\n", "second\n", "3\n", "4\n"] {
             WRITER.send(line.into());
             WRITER.flush(Patience::Unlimited);
         }
-        let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = lock(&TAKEN);
         let right = format!("1\nse\n{}4\n", notice(2));
         assert_eq!(String::from_utf8_lossy(&taken), right);
         assert_eq!(WRITER.dropped(), 2);
@@ -275,12 +274,12 @@ mod tests {
     static LINES: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 
     fn wait_and_write(bytes: &[u8]) -> io::Result<usize> {
-        let gate = GATE.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let gate = lock(&GATE).take();
         // A reader that has stopped reads again when the other end is dropped.
         if let Some(gate) = gate {
             let _ = gate.recv();
         }
-        let mut lines = LINES.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = lock(&LINES);
         lines.extend(bytes);
         Ok(bytes.len())
     }
@@ -289,7 +288,7 @@ mod tests {
     fn a_stuck_reader_bounds_memory_and_time_and_gets_the_rest_in_order() {
         static WRITER: LossyWriter = LossyWriter::new("test", wait_and_write, notice);
         let (reads, gate) = sync_channel::<()>(0);
-        *GATE.lock().unwrap_or_else(PoisonError::into_inner) = Some(gate);
+        *lock(&GATE) = Some(gate);
         let line = |n: usize| format!("{n:063}\n");
         let most = MOST_BYTES / 64;
         // The first is taken out of the queue to be written.
@@ -310,7 +309,7 @@ mod tests {
         WRITER.flush(Patience::Unlimited);
         let kept: String = (0..=most).map(line).collect();
         let right = format!("{kept}{}last\n", notice(7));
-        let lines = LINES.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = lock(&LINES);
         assert_eq!(String::from_utf8_lossy(&lines), right);
     }
 }

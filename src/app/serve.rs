@@ -5,13 +5,14 @@ use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tracing::warn;
 
 use crate::listener::lasting::LastingListener;
+use crate::lock::{lock, recover};
 use crate::name::SocketName;
 use crate::stream::Stream;
 use crate::stream::closing::{GracefulClose, Outcome};
@@ -53,7 +54,7 @@ struct Clients {
 
 impl Clients {
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Stream>>> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.live)
     }
 
     /// Waits until fewer than `limit` are there, at most `timeout`; whether that is so.
@@ -61,7 +62,7 @@ impl Clients {
         let wait = self
             .left
             .wait_timeout_while(self.lock(), timeout, |live| live.len() >= limit);
-        let (live, _) = wait.unwrap_or_else(PoisonError::into_inner);
+        let (live, _) = recover(wait);
         live.len() < limit
     }
 

@@ -1,11 +1,12 @@
 //! The order in which the addresses of a name are tried, by what has become of earlier dials.
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::interleave_families;
 use crate::address::Address;
+use crate::lock::lock;
 
 /// How long an address is tried after the others, once it has failed or was slower than one of them.
 const REMEMBERED: Duration = Duration::from_secs(60);
@@ -26,7 +27,7 @@ impl Addresses {
     /// Returns what this process' own dials know, which are not those of a forward. The lock is held
     /// for moments.
     pub(crate) fn own() -> MutexGuard<'static, Addresses> {
-        OWN.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&OWN)
     }
 
     /// Returns the addresses that the name in `target` was resolved to in the order in which they are

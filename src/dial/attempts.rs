@@ -33,11 +33,11 @@ impl Attempts {
             return Err(io::Error::new(io::ErrorKind::NotFound, why));
         };
         self.latest = Some(Stream::connect(endpoint)?);
-        Ok(self.race.dial.begun(Instant::now()))
+        Ok(self.race.dial.begin_attempt(Instant::now()))
     }
 
-    /// Looks at all of them, and begins the next one if it is due. Returns whether one has succeeded;
-    /// if none has, this is to be called again as soon as one is writable, or
+    /// Looks at all of them, and begins the next one if it is due. Returns whether one has
+    /// succeeded; if none has, this is to be called again as soon as one is writable, or
     /// [then](Attempts::wait_until).
     ///
     /// # Errors
@@ -132,9 +132,9 @@ impl Attempts {
     }
 
     /// Notes that all have failed. Returns what to do next.
-    pub(crate) fn failed(&mut self, now: Instant, error: io::Error) -> Next {
+    pub(crate) fn note_failure(&mut self, now: Instant, error: io::Error) -> Next {
         self.latest = None;
-        self.race.dial.failed(now, error)
+        self.race.dial.note_failure(now, error)
     }
 }
 

@@ -214,7 +214,7 @@ fn connect(dial: Dial, is_cancelled: IsCancelled<'_>) -> io::Result<Nonblocking>
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Err(e),
             Err(e) => e,
         };
-        match attempts.failed(Instant::now(), error) {
+        match attempts.note_failure(Instant::now(), error) {
             Next::Now => {}
             Next::At(at) => {
                 thread::sleep(at.saturating_duration_since(Instant::now()));

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use tracing::{Span, debug};
 
 use crate::address::ExecAddress;
 use crate::error::{Error, Operation, Result};
+use crate::lock::lock;
 use crate::sys::{self, Leads};
 
 /// How long a program whose connection was cut may take to end after SIGHUP.
@@ -60,9 +61,7 @@ impl Programs {
     }
 
     fn connected(&self) -> MutexGuard<'_, usize> {
-        self.connected
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.connected)
     }
 
     /// Waits until no program is connected: once their connections are closed, that takes them at

@@ -109,7 +109,7 @@ impl Dial {
     }
 
     /// Notes that the endpoint's socket was made. Returns what to wait for.
-    pub(crate) fn begun(&mut self, now: Instant) -> Begun {
+    pub(crate) fn begin_attempt(&mut self, now: Instant) -> Begun {
         // An address that doesn't answer leaves time for those after it.
         let left = self.deadline.saturating_duration_since(now);
         let share = u32::try_from(self.candidates.len()).unwrap_or(u32::MAX);
@@ -147,8 +147,8 @@ impl Dial {
         self.candidates.remove(1)
     }
 
-    /// Turns to the next endpoint; [`begun`](Dial::begun) must follow. Returns the one that was tried
-    /// before: its attempt goes on.
+    /// Turns to the next endpoint; [`begin_attempt`](Dial::begin_attempt) must follow. Returns the
+    /// one that was tried before: its attempt goes on.
     pub(crate) fn turn_to_next(&mut self) -> Option<Endpoint> {
         self.has_raced = true;
         self.candidates.pop_front()
@@ -188,7 +188,7 @@ impl Dial {
     }
 
     /// Notes that the attempt at [`endpoint`](Dial::endpoint) failed. Returns what to do next.
-    pub(crate) fn failed(&mut self, now: Instant, error: io::Error) -> Next {
+    pub(crate) fn note_failure(&mut self, now: Instant, error: io::Error) -> Next {
         if error.kind() == io::ErrorKind::WouldBlock {
             let at = now + self.pause;
             self.pause = (self.pause * 2).min(LONGEST_PAUSE);
@@ -433,16 +433,19 @@ mod tests {
         let mut dial = Dial::new(end);
         let addresses = [[127, 0, 0, 1], [127, 0, 0, 2], [127, 0, 0, 3]];
         dial.add(addresses.map(|ip| Endpoint::Tcp(SocketAddr::from((ip, 1)))));
-        assert_eq!(dial.begun(now), Begun::InProgress);
+        assert_eq!(dial.begin_attempt(now), Begun::InProgress);
         let first = dial.attempt_deadline;
         assert_eq!(first, now + Duration::from_secs(10));
         let timed_out = || io::ErrorKind::TimedOut.into();
-        assert!(matches!(dial.failed(first, timed_out()), Next::Now));
-        dial.begun(first);
-        assert!(matches!(dial.failed(first, timed_out()), Next::Now));
-        dial.begun(first);
+        assert!(matches!(dial.note_failure(first, timed_out()), Next::Now));
+        dial.begin_attempt(first);
+        assert!(matches!(dial.note_failure(first, timed_out()), Next::Now));
+        dial.begin_attempt(first);
         assert_eq!(dial.attempt_deadline, end);
-        assert!(matches!(dial.failed(end, timed_out()), Next::GiveUp(_)));
+        assert!(matches!(
+            dial.note_failure(end, timed_out()),
+            Next::GiveUp(_)
+        ));
     }
 
     #[test]
@@ -452,7 +455,7 @@ mod tests {
         dial.add([Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 1)))]);
         let (mut now, mut tries) = (start, 0);
         loop {
-            match dial.failed(now, io::ErrorKind::WouldBlock.into()) {
+            match dial.note_failure(now, io::ErrorKind::WouldBlock.into()) {
                 Next::At(at) => {
                     assert!(at > now && at - now <= LONGEST_PAUSE);
                     now = at;

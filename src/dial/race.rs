@@ -1,8 +1,8 @@
-//! The race between the addresses of a name, as RFC 8305 has it: while one has not answered, the next
-//! is tried as well, and the first that answers is taken.
+//! The race between the addresses of a name, as RFC 8305 has it: while one has not answered, the
+//! next is tried as well, and the first that answers is taken.
 //!
-//! It keeps the attempts in their order, and says when which is due. It makes no socket and waits for
-//! none.
+//! It keeps the attempts in their order, and says when which is due. It makes no socket and waits
+//! for none.
 
 use std::io;
 use std::time::Instant;
@@ -55,7 +55,7 @@ impl<S> Race<S> {
                 endpoint,
             });
         }
-        self.dial.begun(now);
+        self.dial.begin_attempt(now);
         (self.earlier.len() >= MOST_ATTEMPTS).then(|| self.earlier.remove(0))
     }
 
@@ -136,7 +136,7 @@ mod tests {
         let mut dial = Dial::new(now + Duration::from_secs(30));
         let endpoint = |n: u8| Endpoint::Tcp(SocketAddr::from(([127, 0, 0, n], 1)));
         dial.add((0..addresses).map(endpoint));
-        dial.begun(now);
+        dial.begin_attempt(now);
         Race::new(dial)
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::engine::end_reason::{EndReason, ProgramFailure, Reason};
+use crate::engine::end_reason::{EndReason, ProgramFailure, RefusalReason};
 use crate::engine::relay::Side;
 
 /// The counters of a forward since it began.
@@ -117,7 +117,7 @@ pub(crate) struct Tally {
     /// Connections whose target was connected, whatever became of them.
     pub(crate) connected: AtomicU64,
     pub(crate) live: AtomicU64,
-    refusals: [AtomicU64; Reason::COUNT],
+    refusals: [AtomicU64; RefusalReason::COUNT],
     pub(crate) idle: AtomicU64,
     pub(crate) half_closed: AtomicU64,
     pub(crate) abandoned: AtomicU64,
@@ -131,17 +131,17 @@ pub(crate) fn add_one(counter: &AtomicU64) {
 }
 
 impl Tally {
-    pub(crate) fn refused(&self, reason: Reason) {
+    pub(crate) fn count_refusal(&self, reason: RefusalReason) {
         add_one(&self.refusals[reason as usize]);
     }
 
     /// Counts a connection that has ended.
-    pub(crate) fn ended(&self, why: EndReason) {
+    pub(crate) fn count_end(&self, why: EndReason) {
         add_one(&self.ended[why.index()]);
     }
 
     /// Counts bytes that `side` sent and that were delivered to the other side.
-    pub(crate) fn delivered(&self, side: Side, bytes: u64) {
+    pub(crate) fn count_delivered(&self, side: Side, bytes: u64) {
         if bytes > 0 {
             self.delivered[side].fetch_add(bytes, Ordering::Relaxed);
         }
@@ -149,15 +149,15 @@ impl Tally {
 
     pub(crate) fn counters(&self) -> Counters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let of = |reason: Reason| get(&self.refusals[reason as usize]);
+        let of = |reason: RefusalReason| get(&self.refusals[reason as usize]);
         let refusals = Refusals {
-            by_target: of(Reason::ByTarget),
-            absent: of(Reason::Absent),
-            dial_timeout: of(Reason::DialTimeout),
-            full: of(Reason::Full),
-            not_allowed: of(Reason::NotAllowed),
-            no_header: of(Reason::NoHeader),
-            other: of(Reason::Other),
+            by_target: of(RefusalReason::ByTarget),
+            absent: of(RefusalReason::Absent),
+            dial_timeout: of(RefusalReason::DialTimeout),
+            full: of(RefusalReason::Full),
+            not_allowed: of(RefusalReason::NotAllowed),
+            no_header: of(RefusalReason::NoHeader),
+            other: of(RefusalReason::Other),
         };
         let ended = |why: EndReason| get(&self.ended[why.index()]);
         let ended = EndCounts {
@@ -170,7 +170,7 @@ impl Tally {
             half_closed_timeout: ended(EndReason::HalfClosedTimeout),
             drain_timeout: ended(EndReason::DrainTimeout),
             vm_gone: ended(EndReason::VmGone),
-            refused: ended(EndReason::Refused(Reason::Other)),
+            refused: ended(EndReason::Refused(RefusalReason::Other)),
             closed_on_request: ended(EndReason::ClosedOnRequest),
             removed: ended(EndReason::Removed),
             stopped: ended(EndReason::Stopped),
@@ -210,7 +210,7 @@ impl EndCounts {
             (EndReason::HalfClosedTimeout, self.half_closed_timeout),
             (EndReason::DrainTimeout, self.drain_timeout),
             (EndReason::VmGone, self.vm_gone),
-            (EndReason::Refused(Reason::Other), self.refused),
+            (EndReason::Refused(RefusalReason::Other), self.refused),
             (EndReason::ClosedOnRequest, self.closed_on_request),
             (EndReason::Removed, self.removed),
             (EndReason::Stopped, self.stopped),

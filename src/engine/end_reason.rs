@@ -33,7 +33,7 @@ pub enum EndReason {
     /// The process of the hyperkit VM has ended.
     VmGone,
     /// The target could not be connected.
-    Refused(Reason),
+    Refused(RefusalReason),
     /// It was closed by [`Handle::close`](crate::proxy::Handle::close).
     ClosedOnRequest,
     /// Its forward was removed, and its time was over.
@@ -139,7 +139,7 @@ impl fmt::Display for EndReason {
 /// The reason why a connection could not be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Reason {
+pub enum RefusalReason {
     /// See [`Refusals::by_target`](super::counters::Refusals::by_target).
     ByTarget,
     /// See [`Refusals::absent`](super::counters::Refusals::absent).
@@ -156,49 +156,49 @@ pub enum Reason {
     Other,
 }
 
-impl Reason {
-    /// How many reasons there are; the last one is [`Other`](Reason::Other).
-    pub(crate) const COUNT: usize = Reason::Other as usize + 1;
+impl RefusalReason {
+    /// How many reasons there are; the last one is [`Other`](RefusalReason::Other).
+    pub(crate) const COUNT: usize = RefusalReason::Other as usize + 1;
 }
 
 /// Writes it in words: `by target`, `absent`.
-impl fmt::Display for Reason {
+impl fmt::Display for RefusalReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Reason::ByTarget => "by target",
-            Reason::Absent => "absent",
-            Reason::DialTimeout => "dial timeout",
-            Reason::Full => "full",
-            Reason::NotAllowed => "not allowed",
-            Reason::NoHeader => "no header",
-            Reason::Other => "other",
+            RefusalReason::ByTarget => "by target",
+            RefusalReason::Absent => "absent",
+            RefusalReason::DialTimeout => "dial timeout",
+            RefusalReason::Full => "full",
+            RefusalReason::NotAllowed => "not allowed",
+            RefusalReason::NoHeader => "no header",
+            RefusalReason::Other => "other",
         })
     }
 }
 
-impl Reason {
+impl RefusalReason {
     /// Returns the reason that the error of a dial stands for.
-    pub(crate) fn from_error(target: &Address, error: &Error) -> Reason {
+    pub(crate) fn from_error(target: &Address, error: &Error) -> RefusalReason {
         use io::ErrorKind::{
             BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
             NetworkUnreachable, NotFound, TimedOut,
         };
         match error.kind() {
-            _ if error.operation() == Operation::Resolve => Reason::Absent,
-            NotFound | HostUnreachable | NetworkUnreachable => Reason::Absent,
+            _ if error.operation() == Operation::Resolve => RefusalReason::Absent,
+            NotFound | HostUnreachable | NetworkUnreachable => RefusalReason::Absent,
             // A socket file on which nobody listens any more.
             ConnectionRefused
                 if error.cause().raw_os_error().is_some()
                     && target.transport().socket == SocketKind::Unix =>
             {
-                Reason::Absent
+                RefusalReason::Absent
             }
-            _ if sys::is_no_such_cid(error.cause()) => Reason::Absent,
+            _ if sys::is_no_such_cid(error.cause()) => RefusalReason::Absent,
             ConnectionRefused | ConnectionReset | ConnectionAborted | BrokenPipe => {
-                Reason::ByTarget
+                RefusalReason::ByTarget
             }
-            TimedOut => Reason::DialTimeout,
-            _ => Reason::Other,
+            TimedOut => RefusalReason::DialTimeout,
+            _ => RefusalReason::Other,
         }
     }
 }

@@ -1,9 +1,10 @@
 //! The last connections that have ended, for whoever asks why one has.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use crate::lock::lock;
 use crate::name::{PeerProcess, SocketName};
 
 use super::end_reason::EndReason;
@@ -55,7 +56,7 @@ impl Default for Ended {
 impl Ended {
     /// Adds a connection, in place of the oldest one if there are too many.
     pub(crate) fn note(&self, ended: EndedConnection) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.0);
         let oldest = match all.len() < MOST {
             true => None,
             false => all.pop_front(),
@@ -68,7 +69,7 @@ impl Ended {
 
     /// Completes why a connection has ended, which is known now, after it was added.
     pub(crate) fn complete(&self, id: ConnectionId, why: EndReason) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.0);
         if let Some(ended) = all.iter_mut().rev().find(|it| it.id == id) {
             let mut noted = Some(ended.why);
             why.note(&mut noted);
@@ -78,7 +79,7 @@ impl Ended {
 
     /// Returns the connections, the oldest first.
     pub(crate) fn list(&self) -> Vec<EndedConnection> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = lock(&self.0);
         all.iter().cloned().collect()
     }
 }

@@ -3,8 +3,8 @@
 //! It opens no socket: the listener and the connections hold a reference to it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use tracing::warn;
 
@@ -12,13 +12,14 @@ use crate::address::{Address, HalfClose, Reset, Waiter};
 use crate::dial::Addresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
+use crate::lock::lock;
 use crate::name::Peer;
 
 use crate::engine::admission::{Full, Gate, Reservation};
 use crate::engine::counters::Tally;
-use crate::engine::end_reason::Reason;
+use crate::engine::end_reason::RefusalReason;
 use crate::engine::ended::Ended;
-use crate::engine::health::{self, Health, News};
+use crate::engine::health::{self, ForwardsTo, Health, News};
 use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::log_limiter::LogLimiter;
 use crate::engine::observer::{Event, Observer, What};
@@ -182,9 +183,7 @@ impl Forward {
 
     /// Returns what is known of the addresses of the target's name. The lock is held for moments.
     pub(crate) fn addresses(&self) -> MutexGuard<'_, Addresses> {
-        self.addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.addresses)
     }
 
     pub(crate) fn is_cut(&self) -> bool {
@@ -238,18 +237,18 @@ impl Forward {
             .or(self.gates[Side::Client].as_ref())
     }
 
-    /// Returns how long clients are held while the target is absent.
-    pub(crate) fn wait(&self) -> Option<Duration> {
-        self.rule.wait.filter(|wait| !wait.is_zero())
-    }
-
     /// Replaces the reservation of slots.
     pub(crate) fn set_quota(&self, quota: Option<Reservation>) {
-        *self.quota.lock().unwrap_or_else(PoisonError::into_inner) = quota;
+        *lock(&self.quota) = quota;
+    }
+
+    /// Gives the reserved slots back.
+    pub(crate) fn release_quota(&self) {
+        self.set_quota(None);
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.health)
     }
 
     /// Logs that clients begin to wait for their VM.
@@ -286,23 +285,23 @@ impl Forward {
     }
 
     /// Notes what a dial that failed for that reason says about the target's health.
-    pub(crate) fn note_failed_dial(&self, reason: Reason, error: &Error, now: Instant) {
+    pub(crate) fn note_failed_dial(&self, reason: RefusalReason, error: &Error, now: Instant) {
         let gate = self.gates[Side::Server].as_ref();
         match (reason, gate.filter(|gate| gate.is_seen_by_dials())) {
-            (Reason::Absent, _) | (Reason::DialTimeout, Some(_)) => self.mark_down(error, now),
+            (RefusalReason::Absent, _) | (RefusalReason::DialTimeout, Some(_)) => {
+                self.mark_down(error, now)
+            }
             // It was the guest that refused it.
-            (Reason::ByTarget, Some(gate)) => gate.mark_up(now),
+            (RefusalReason::ByTarget, Some(gate)) => gate.mark_up(now),
             _ => {}
         }
     }
 
     fn log_change(&self, news: Option<News>, error: Option<&Error>) {
         if let Some(news) = news {
-            let clients = match self.wait() {
-                None => [1, 0],
-                Some(_) => [0, 1],
-            };
-            health::log_change(news, &self.rule.connect, error, clients);
+            let mut forwards = ForwardsTo::default();
+            *forwards.of(self.rule.while_down()) = 1;
+            health::log_change(news, &self.rule.connect, error, forwards);
         }
     }
 

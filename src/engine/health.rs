@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::{info, warn};
 
+use crate::engine::rule::WhileDown;
 use crate::error::Error;
 use crate::sys::Identity;
 
@@ -15,11 +16,28 @@ use crate::sys::Identity;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum News {
     /// The target is gone, or was never seen.
-    Gone { was_there: bool },
+    Down { was_up: bool },
     /// The target is back, after so long a time.
-    Back(Duration),
+    Up(Duration),
     /// The target was restarted, and its absence was not noticed.
     Restarted,
+}
+
+/// The number of forwards that lead to a target, by what they do while it is down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ForwardsTo {
+    pub(crate) refusing: usize,
+    pub(crate) holding: usize,
+}
+
+impl ForwardsTo {
+    /// Returns the number of those that do this.
+    pub(crate) fn of(&mut self, what: WhileDown) -> &mut usize {
+        match what {
+            WhileDown::RefusesClients => &mut self.refusing,
+            WhileDown::HoldsClients => &mut self.holding,
+        }
+    }
 }
 
 /// The identity of a VM.
@@ -38,12 +56,20 @@ pub(crate) enum VmIdentity {
 enum State {
     Unknown,
     Up,
-    Gone {
+    Down {
         since: Instant,
         /// The same on the wall clock, which goes on while the machine sleeps.
         at: SystemTime,
-        reported: bool,
+        report: Report,
     },
+}
+
+/// Whether it was reported that a target is down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Report {
+    Made,
+    /// It is made when a dial meets the absence.
+    Due,
 }
 
 /// How long after a return a dial may still fail that another worker began before it.
@@ -53,7 +79,7 @@ const SETTLE_TIME: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Health {
     state: State,
-    was_there: bool,
+    was_up: bool,
     /// The identity that was seen last.
     identity: Option<VmIdentity>,
     /// Whether the target could not be seen since.
@@ -72,7 +98,7 @@ impl Default for Health {
     fn default() -> Health {
         Health {
             state: State::Unknown,
-            was_there: false,
+            was_up: false,
             identity: None,
             was_absent: false,
             process: None,
@@ -88,11 +114,14 @@ impl Health {
     /// Marks the target down after a dial that found it absent.
     pub(crate) fn mark_down(&mut self, now: Instant) -> Option<News> {
         match self.state {
-            State::Gone { reported: true, .. } => return None,
+            State::Down {
+                report: Report::Made,
+                ..
+            } => return None,
             State::Up if self.has_just_returned(now) => return None,
-            State::Gone { .. } | State::Unknown | State::Up => {}
+            State::Down { .. } | State::Unknown | State::Up => {}
         }
-        Some(self.set_gone_and_report(now))
+        Some(self.mark_down_and_report(now))
     }
 
     /// Returns whether the target has returned just now.
@@ -100,35 +129,31 @@ impl Health {
         self.returned_at.is_some_and(|at| now < at + SETTLE_TIME)
     }
 
-    fn set_gone_and_report(&mut self, now: Instant) -> News {
-        self.set_gone(now, true);
-        News::Gone {
-            was_there: self.was_there,
+    fn mark_down_and_report(&mut self, now: Instant) -> News {
+        self.set_down(now, Report::Made);
+        News::Down {
+            was_up: self.was_up,
         }
     }
 
-    /// Sets the state to gone, keeping the earlier time if it is gone already.
-    fn set_gone(&mut self, now: Instant, reported: bool) {
+    /// Sets the state to down, keeping the earlier time if it is down already.
+    fn set_down(&mut self, now: Instant, report: Report) {
         let (since, at) = match self.state {
-            State::Gone { since, at, .. } => (since, at),
+            State::Down { since, at, .. } => (since, at),
             State::Unknown | State::Up => (now, SystemTime::now()),
         };
-        self.state = State::Gone {
-            since,
-            at,
-            reported,
-        };
+        self.state = State::Down { since, at, report };
     }
 
     /// Marks the target up after a dial that found it.
     pub(crate) fn mark_up(&mut self, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.state, State::Up);
-        self.was_there = true;
+        self.was_up = true;
         match before {
-            State::Gone { since, .. } => {
+            State::Down { since, .. } => {
                 self.reported_before_seen = true;
                 self.returned_at = Some(now);
-                Some(News::Back(now.saturating_duration_since(since)))
+                Some(News::Up(now.saturating_duration_since(since)))
             }
             State::Unknown | State::Up => None,
         }
@@ -169,7 +194,7 @@ impl Health {
         let was_reported = self.reported_before_seen;
         self.reported_before_seen &= !is_new && self.has_just_returned(now);
         let news = match self.state {
-            State::Gone { .. } if has_returned => {
+            State::Down { .. } if has_returned => {
                 let news = self.mark_up(now);
                 self.reported_before_seen = false;
                 news
@@ -188,12 +213,12 @@ impl Health {
         self.was_absent = true;
         self.process = None;
         match self.state {
-            State::Up => Some(self.set_gone_and_report(now)),
+            State::Up => Some(self.mark_down_and_report(now)),
             State::Unknown => {
-                self.set_gone(now, false);
+                self.set_down(now, Report::Due);
                 None
             }
-            State::Gone { .. } => None,
+            State::Down { .. } => None,
         }
     }
 
@@ -203,7 +228,7 @@ impl Health {
         let before = std::mem::replace(&mut self.process, process);
         match (self.state, process) {
             (State::Unknown, Some(_)) => self.mark_up(now),
-            (State::Up, None) if before.is_some() => Some(self.set_gone_and_report(now)),
+            (State::Up, None) if before.is_some() => Some(self.mark_down_and_report(now)),
             _ => None,
         }
     }
@@ -213,13 +238,13 @@ impl Health {
         match self.state {
             State::Unknown => None,
             State::Up => Some(true),
-            State::Gone { .. } => Some(false),
+            State::Down { .. } => Some(false),
         }
     }
 
     pub(crate) fn gone_since(&self) -> Option<SystemTime> {
         match self.state {
-            State::Gone { at, .. } => Some(at),
+            State::Down { at, .. } => Some(at),
             State::Unknown | State::Up => None,
         }
     }
@@ -229,29 +254,28 @@ impl Health {
     }
 }
 
-/// Logs a change of `subject`'s health. `clients` are the numbers of forwards that refuse and that
-/// hold their clients while it is down.
+/// Logs a change of `subject`'s health. `forwards` are those that lead to it.
 pub(crate) fn log_change(
     news: News,
     subject: &dyn fmt::Display,
     error: Option<&Error>,
-    clients: [usize; 2],
+    forwards: ForwardsTo,
 ) {
     match news {
-        News::Gone { was_there } => {
-            let what = match was_there {
+        News::Down { was_up } => {
+            let what = match was_up {
                 true => "is gone",
                 false => "is not there",
             };
             let why = error.map_or_else(String::new, |error| format!(": {error}"));
-            match clients {
-                [0, 0] => warn!("{subject} {what}{why}"),
-                [_, 0] => warn!("{subject} {what}{why}; clients are refused until it is back"),
-                [0, _] => warn!("{subject} {what}{why}; clients are held until it is back"),
+            match (forwards.refusing, forwards.holding) {
+                (0, 0) => warn!("{subject} {what}{why}"),
+                (_, 0) => warn!("{subject} {what}{why}; clients are refused until it is back"),
+                (0, _) => warn!("{subject} {what}{why}; clients are held until it is back"),
                 _ => warn!("{subject} {what}{why}; clients are refused or held until it is back"),
             }
         }
-        News::Back(after) => {
+        News::Up(after) => {
             let seconds = after.as_secs_f64();
             info!("{subject} is back after {seconds:.1} s");
         }

@@ -1,8 +1,10 @@
 //! The rate limit of log lines that a peer can cause again and again. It knows neither the log nor
 //! the clock: the text and the time come in.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use crate::lock::lock;
 
 /// A limiter that admits one line in a while, so that no peer can fill the log.
 #[derive(Debug, Default)]
@@ -23,7 +25,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 impl LogLimiter {
     /// Returns how many lines were suppressed since the last one, if this one may be logged.
     pub(crate) fn admit(&self, text: &str, now: Instant) -> Option<u64> {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(&self.0);
         if let Some(line) = &mut *last {
             let interval = if line.text == text {
                 SAME_TEXT_INTERVAL

@@ -8,12 +8,12 @@
 //! |---|---|---|
 //! | [`connection`] | a connection as a state machine | all below; `dial`, `stream` |
 //! | [`forward`] | a rule as workers share it: gates, counters, health | all below; `dial`, for a name's addresses |
-//! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `status`; `sys`, for error codes |
+//! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `rule`, `status`; `sys`, for error codes |
 //! | [`routes`] | the connections between forwards, to refuse loops | `id`; `stream` |
 //! | [`observer`] | events for the caller | `end_reason`, `id` |
 //! | [`ended`] | the last connections that have ended | `end_reason`, `id`, `rule` |
 //! | [`status`] | what a forward's status reports | `counters`, `id`, `rule` |
-//! | [`health`] | whether a VM or a server is up | `sys`, for identities |
+//! | [`health`] | whether a VM or a server is up | `rule`; `sys`, for identities |
 //! | [`counters`] | what is counted of a forward | `end_reason`; `relay`, for sides |
 //! | [`end_reason`] | why connections end | `sys`, for error codes |
 //! | [`rule`] | what a proxy forwards, and its limits | `proxy_header`, `source`; `relay`, for sides; `listener`, for defaults |
@@ -25,7 +25,7 @@
 //! | [`log_limiter`] | the rate limit of log lines | nothing |
 //! | [`id`] | identifiers | nothing |
 //!
-//! All may import `address`, `error`, `name` and `time`, and log through `tracing`. The engine's
+//! All may import `address`, `error`, `lock`, `name` and `time`, and log through `tracing`. The engine's
 //! invariants have numbers; each stands above the code that relies on it: 1 to 5 in [`relay`], 6 in
 //! [`table`], 7 in [`timers`] and [`relay`], 9 where [`connection`] handles a freeze. Those of the
 //! loop are in [`proxy`](crate::proxy).

@@ -9,10 +9,11 @@ use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::address::CID_LOCAL;
+use crate::lock::lock;
 use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
@@ -58,7 +59,7 @@ pub(crate) enum PeerNames {
 impl PeerNames {
     /// Returns the names of a dialled socket with the local name `here` that connects to
     /// `endpoint`.
-    pub(crate) fn dialled(here: SocketName, endpoint: &Endpoint) -> Option<PeerNames> {
+    pub(crate) fn of_dialled(here: SocketName, endpoint: &Endpoint) -> Option<PeerNames> {
         match (here, endpoint) {
             (SocketName::Tcp(here), Endpoint::Tcp(to)) => Some(PeerNames::Tcp {
                 dialling: canonical(here),
@@ -81,7 +82,7 @@ impl PeerNames {
     }
 
     /// Returns the names of an accepted socket with the local name `here` and the peer `peer`.
-    pub(crate) fn accepted(here: SocketName, peer: SocketName) -> Option<PeerNames> {
+    pub(crate) fn of_accepted(here: SocketName, peer: SocketName) -> Option<PeerNames> {
         match (here, peer) {
             (SocketName::Tcp(here), SocketName::Tcp(peer)) => Some(PeerNames::Tcp {
                 dialling: canonical(peer),
@@ -125,7 +126,7 @@ pub(crate) struct Route {
 
 impl Route {
     /// Returns the route itself, boxed, unless it is empty.
-    pub(crate) fn kept(self) -> Option<Box<Route>> {
+    pub(crate) fn into_box(self) -> Option<Box<Route>> {
         (!self.outgoing.is_empty() || !self.edges.is_empty()).then(|| Box::new(self))
     }
 }
@@ -198,12 +199,12 @@ struct Known {
 
 impl Routes {
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
 
     /// Checks that no connection is known any more.
     #[cfg(all(test, target_os = "linux"))]
-    pub(crate) fn check_books(&self) {
+    pub(crate) fn check_counts(&self) {
         let known = self.known();
         assert!(known.outgoing.is_empty(), "{:?}", known.outgoing);
         assert!(known.edges.is_empty(), "{:?}", known.edges);
@@ -245,7 +246,7 @@ impl Routes {
 
     /// Notes a dialled connection of `forward`, so that it is recognized if it arrives at a
     /// listener of this process.
-    pub(crate) fn dialled(&self, forward: ForwardId, ends: PeerNames, route: &mut Route) {
+    pub(crate) fn note_dial(&self, forward: ForwardId, ends: PeerNames, route: &mut Route) {
         let mut known = self.known();
         route.outgoing.push(ends);
         if known.outgoing.insert(ends, forward).is_none() {
@@ -281,8 +282,8 @@ impl Routes {
 
     /// Notes that a connection of `forward` has arrived at the Unix listener of that name. Returns
     /// false if that closes a loop. By then the connection waits to be accepted already: see
-    /// [`accepted_from_us`](Routes::accepted_from_us).
-    pub(crate) fn reached(
+    /// [`admit_unnamed_client`](Routes::admit_unnamed_client).
+    pub(crate) fn note_arrival(
         &self,
         forward: ForwardId,
         name: &ListenerName,
@@ -304,7 +305,7 @@ impl Routes {
     /// Takes a client of `forward` that has no name; `is_ours` tells whether this process dialled
     /// it. Returns false if a loop goes through `forward`, so that the client may be the connection
     /// that was refused when it was dialled.
-    pub(crate) fn accepted_from_us(
+    pub(crate) fn admit_unnamed_client(
         &self,
         forward: ForwardId,
         is_ours: impl FnOnce() -> bool,
@@ -321,7 +322,7 @@ impl Routes {
     }
 
     /// Takes a client of `forward`. Returns false if it closes a loop.
-    pub(crate) fn accepted(
+    pub(crate) fn admit_client(
         &self,
         ends: impl FnOnce() -> Option<PeerNames>,
         forward: ForwardId,
@@ -429,39 +430,39 @@ mod tests {
         let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let to = |listening| Endpoint::Tcp(SocketAddr::from((Ipv4Addr::UNSPECIFIED, listening)));
         let socket = |port, listening| {
-            PeerNames::dialled(SocketName::Tcp(local(port)), &to(listening)).unwrap()
+            PeerNames::of_dialled(SocketName::Tcp(local(port)), &to(listening)).unwrap()
         };
         // The names as a listener on [::] sees them.
         let seen = |port, listening| {
             let ip = Ipv4Addr::LOCALHOST.to_ipv6_mapped();
             let name = move |port| SocketName::Tcp(SocketAddr::from((ip, port)));
-            move || PeerNames::accepted(name(listening), name(port))
+            move || PeerNames::of_accepted(name(listening), name(port))
         };
         let name = |name: &str| ListenerName::Unix(name.into());
         routes.add_listener(name("b"), b);
         let mut first = Route::default();
         let now = Instant::now();
-        assert!(routes.reached(a, &name("b"), &mut first, now));
-        assert!(routes.reached(a, &name("other"), &mut first, now));
+        assert!(routes.note_arrival(a, &name("b"), &mut first, now));
+        assert!(routes.note_arrival(a, &name("other"), &mut first, now));
         let mut second = Route::default();
-        routes.dialled(b, socket(1, 80), &mut second);
-        assert!(routes.accepted(seen(2, 80), c, &mut second));
-        assert!(routes.accepted(seen(1, 80), c, &mut second));
+        routes.note_dial(b, socket(1, 80), &mut second);
+        assert!(routes.admit_client(seen(2, 80), c, &mut second));
+        assert!(routes.admit_client(seen(1, 80), c, &mut second));
         let mut third = Route::default();
-        routes.dialled(c, socket(3, 81), &mut third);
-        assert!(!routes.accepted(seen(3, 81), a, &mut Route::default()));
-        assert!(!routes.accepted(seen(3, 81), c, &mut Route::default()));
+        routes.note_dial(c, socket(3, 81), &mut third);
+        assert!(!routes.admit_client(seen(3, 81), a, &mut Route::default()));
+        assert!(!routes.admit_client(seen(3, 81), c, &mut Route::default()));
         // Another program's socket may have the same port on its way to another listener.
-        assert!(routes.accepted(seen(3, 82), c, &mut Route::default()));
+        assert!(routes.admit_client(seen(3, 82), c, &mut Route::default()));
         // A connection that was dialled before waits there to be accepted.
-        assert!(routes.accepted_from_us(b, || true, now));
-        assert!(!routes.reached(c, &name("b"), &mut Route::default(), now));
-        assert!(!routes.accepted_from_us(b, || true, now));
-        assert!(routes.accepted_from_us(b, || false, now));
-        assert!(routes.accepted_from_us(c, || true, now));
-        assert!(routes.accepted_from_us(b, || true, now + LOOP_TIME));
+        assert!(routes.admit_unnamed_client(b, || true, now));
+        assert!(!routes.note_arrival(c, &name("b"), &mut Route::default(), now));
+        assert!(!routes.admit_unnamed_client(b, || true, now));
+        assert!(routes.admit_unnamed_client(b, || false, now));
+        assert!(routes.admit_unnamed_client(c, || true, now));
+        assert!(routes.admit_unnamed_client(b, || true, now + LOOP_TIME));
         routes.forget(first);
-        assert!(routes.accepted(seen(3, 81), a, &mut third));
+        assert!(routes.admit_client(seen(3, 81), a, &mut third));
         routes.forget(second);
         routes.forget(third);
         let known = routes.known();

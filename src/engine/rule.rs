@@ -116,10 +116,30 @@ impl Rule {
         }
     }
 
+    /// Returns how long clients are held while the target is down.
+    pub(crate) fn hold_time(&self) -> Option<Duration> {
+        self.wait.filter(|wait| !wait.is_zero())
+    }
+
+    /// Returns what is done with clients while the target is down.
+    pub(crate) fn while_down(&self) -> WhileDown {
+        match self.hold_time() {
+            None => WhileDown::RefusesClients,
+            Some(_) => WhileDown::HoldsClients,
+        }
+    }
+
     /// Returns the most connections that it may have at a time; `None`: as many as all may have.
     pub(crate) fn most_connections(&self) -> Option<usize> {
         self.connections.or(self.connect.transport().connections)
     }
+}
+
+/// What a forward does with its clients while its target is down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WhileDown {
+    RefusesClients,
+    HoldsClients,
 }
 
 /// The timeouts of a rule's connections.

@@ -2,10 +2,11 @@
 //! leave it. Nothing is looked up here.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::address::Address;
+use crate::lock::lock;
 use crate::name::{PeerProcess, SocketName};
 
 use super::id::{ConnectionId, ForwardId};
@@ -173,6 +174,10 @@ pub struct VmStatus {
     /// them. They come back when the VM is restarted, and are taken from the limit until then.
     #[cfg_attr(feature = "cli", serde(default))]
     pub lost: usize,
+    /// The slots that are left to the process from which this one has taken over, until it has ended.
+    /// They are none of `connections`, and are taken from the limit.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub predecessor: usize,
     /// Connections that the guest has made, and that are served.
     #[cfg_attr(feature = "cli", serde(default))]
     pub guests: usize,
@@ -256,7 +261,7 @@ pub(crate) struct StatusCell(Mutex<Known>);
 
 impl StatusCell {
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Notes why the listener accepts no client. An obstacle that lasts keeps the time of its

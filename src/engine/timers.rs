@@ -32,6 +32,11 @@ impl<K: Copy + Ord> Timers<K> {
         }
     }
 
+    /// Removes the timer of `id`, if it has one: that of `before`.
+    pub(crate) fn remove(&mut self, id: K, before: Option<Instant>) {
+        self.change(id, before, None);
+    }
+
     /// Returns the number of timers.
     pub(crate) fn len(&self) -> usize {
         self.0.len()
@@ -75,8 +80,8 @@ mod tests {
         assert_eq!(timers.pop_due(start), None);
         assert_eq!(timers.pop_due(start + Duration::from_secs(1)), Some(one));
         timers.change(one, None, after(1));
-        timers.change(one, after(1), None);
-        timers.change(other, second, None);
+        timers.remove(one, after(1));
+        timers.remove(other, second);
         assert!(timers.0.is_empty());
     }
 }

@@ -4,11 +4,12 @@
 mod tests;
 
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::address::VmId;
 use crate::error::{Error, Operation, Result};
+use crate::lock::lock;
 
 #[cfg(any(windows, test))]
 use super::answer;
@@ -53,7 +54,7 @@ impl Known {
         ask: impl FnOnce() -> std::result::Result<Vec<Machine>, Failed>,
     ) -> std::result::Result<VmId, Failed> {
         let begun = Instant::now();
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.0);
         if let Some((at, machines)) = &*known {
             let found = find_in(machines, name);
             // A list that came while this call waited for another's is new enough.

@@ -19,11 +19,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tracing::{debug, error, warn};
 
+use crate::lock::lock;
 use crate::sys::{self, Identity, Unconnected, Wanted};
 
 use super::copies::{AHEAD, Copies, Descriptor, Ends, Entry, MOST_SERVED, Progress, When};
@@ -284,7 +285,7 @@ impl Link {
 
 impl Inner {
     fn state(&self) -> MutexGuard<'_, Copies> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Starts the thread that starts the keeper, once.

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::windows::io::{AsHandle, OwnedHandle};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use mio::event::Source;
@@ -16,6 +16,7 @@ use super::defaults::{DEFAULT_MODE, FileAccess};
 use super::file::SocketFile;
 use crate::address::Address;
 use crate::error::{Error, Operation, Result};
+use crate::lock::lock;
 use crate::name::SocketName;
 use crate::stream::endpoint::not_carried;
 use crate::stream::local::Local;
@@ -166,7 +167,7 @@ impl LocalListener {
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.waiting)
     }
 
     /// Makes as many instances as are to wait.

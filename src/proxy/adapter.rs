@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -14,6 +14,7 @@ use super::relay_threads::{RelayThreads, Reporter};
 use crate::address::{Address, Host, TcpAddress};
 use crate::engine::connection::ThreadsResult;
 use crate::engine::relay::Side;
+use crate::lock::lock;
 use crate::stream;
 use crate::stream::nonblocking::{Stream, set_tcp_options};
 
@@ -26,7 +27,7 @@ pub(super) struct Adapters {
 
 impl Adapters {
     fn live(&self) -> MutexGuard<'_, usize> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.live)
     }
 
     /// Waits until all adapters have ended, at most `timeout`.

@@ -84,7 +84,8 @@ impl<D: Driver> Controller<D> {
             self.shared.make_room(others);
             fail(e)
         };
-        let listen = |wanted, tell| Command::Listen(listener, Arc::clone(&forward), wanted, tell);
+        let listen =
+            |wanted, answer| Command::Listen(listener, Arc::clone(&forward), wanted, answer);
         let begun = self.ask(home, listen).and_then(|done| done);
         begun.map_err(undo)?;
         self.shared.forwards().insert(forward);
@@ -101,14 +102,14 @@ impl<D: Driver> Controller<D> {
         let set_access = || match access == old.rule.access() {
             true => Ok(()),
             false => self
-                .ask(home, |wanted, tell| {
-                    Command::SetAccess(id, access, wanted, tell)
+                .ask(home, |wanted, answer| {
+                    Command::SetAccess(id, access, wanted, answer)
                 })
                 .and_then(|done| done),
         };
-        let replace = |wanted, tell| Command::Replace(Arc::clone(&forward), wanted, tell);
+        let replace = |wanted, answer| Command::Replace(Arc::clone(&forward), wanted, answer);
         if let Err(e) = set_access().and_then(|()| self.ask(home, replace)) {
-            forward.set_quota(None);
+            forward.release_quota();
             self.binder.restore(old);
             return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
         }
@@ -119,7 +120,7 @@ impl<D: Driver> Controller<D> {
 
     /// See [`Handle::limit_vm`](super::Handle::limit_vm).
     pub(super) fn limit_vm(&self, limits: &VmLimits) {
-        self.binder.limit(limits);
+        self.binder.set_limits(limits);
     }
 
     /// See [`Handle::remove`](super::Handle::remove).
@@ -131,7 +132,7 @@ impl<D: Driver> Controller<D> {
         self.shared.release(&forward);
         let cuts = Arc::new(Cuts::new(self.shared.inboxes.len()));
         let answers = self.ask_all(
-            |tell| Command::Remove(Arc::clone(&forward), grace, Arc::clone(&cuts), tell),
+            |answer| Command::Remove(Arc::clone(&forward), grace, Arc::clone(&cuts), answer),
             ANSWER_TIMEOUT,
         );
         self.shared.make_room(self.shared.listening_sockets());
@@ -163,7 +164,7 @@ impl<D: Driver> Controller<D> {
 
     /// See [`Handle::close`](super::Handle::close).
     pub(super) fn close(&self, id: ConnectionId) -> Result<ConnectionStatus> {
-        let answers = self.ask_all(|tell| Command::Close(id, tell), ANSWER_TIMEOUT);
+        let answers = self.ask_all(|answer| Command::Close(id, answer), ANSWER_TIMEOUT);
         let all_answered = answers.len() >= self.shared.inboxes.len() || self.shared.is_over();
         if let Some(status) = answers.into_iter().flatten().next() {
             return Ok(status);
@@ -229,13 +230,13 @@ impl<D: Driver> Controller<D> {
         worker: usize,
         command: impl FnOnce(Wanted, Sender<T>) -> Command<D>,
     ) -> io::Result<T> {
-        let (tell, told) = channel();
+        let (answer, answers) = channel();
         let wanted = Wanted::default();
-        self.shared.inboxes[worker].send(command(wanted.clone(), tell));
+        self.shared.inboxes[worker].send(command(wanted.clone(), answer));
         let begun = D::clock();
         let elapsed = || D::clock().saturating_duration_since(begun);
         loop {
-            match D::receive(&told, CHECK_INTERVAL) {
+            match D::receive(&answers, CHECK_INTERVAL) {
                 Ok(answer) => return Ok(answer),
                 Err(RecvTimeoutError::Disconnected) => return Err(stopping()),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -261,21 +262,21 @@ impl<D: Driver> Controller<D> {
         command: impl Fn(Sender<T>) -> Command<D>,
         patience: Duration,
     ) -> Vec<T> {
-        let (tell, told) = channel();
+        let (answer, answers) = channel();
         for inbox in &self.shared.inboxes {
-            inbox.send(command(tell.clone()));
+            inbox.send(command(answer.clone()));
         }
-        drop(tell);
+        drop(answer);
         let end = crate::time::after(D::clock(), patience);
-        let mut answers = Vec::new();
-        while answers.len() < self.shared.inboxes.len() && !self.shared.is_over() {
-            match D::receive(&told, CHECK_INTERVAL.min(patience)) {
-                Ok(answer) => answers.push(answer),
+        let mut all = Vec::new();
+        while all.len() < self.shared.inboxes.len() && !self.shared.is_over() {
+            match D::receive(&answers, CHECK_INTERVAL.min(patience)) {
+                Ok(answer) => all.push(answer),
                 Err(RecvTimeoutError::Timeout) if D::clock() < end => {}
                 Err(_) => break,
             }
         }
-        answers
+        all
     }
 }
 

@@ -4,12 +4,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use tracing::warn;
 
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
+use crate::lock::lock;
 
 /// How many forwards are named in the line.
 const MOST_NAMED: usize = 5;
@@ -33,9 +34,7 @@ impl Cuts {
     }
 
     fn by_forward(&self) -> MutexGuard<'_, BTreeMap<ForwardId, (String, usize)>> {
-        self.by_forward
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.by_forward)
     }
 
     /// Notes that a connection was cut off.

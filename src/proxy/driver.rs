@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::address::Address;
@@ -148,7 +148,7 @@ pub(crate) trait Driver: Sized {
     /// # Errors
     /// Returns the errors of [`Receiver::recv_timeout`].
     fn receive<T>(
-        told: &Receiver<T>,
+        answers: &Receiver<T>,
         patience: Duration,
     ) -> std::result::Result<T, RecvTimeoutError>;
     /// Returns the process' limit of descriptors, or `None` if none is known.
@@ -179,8 +179,8 @@ pub(crate) trait Driver: Sized {
     /// Closes the old listener, if there is one, and binds its address again; the result is an
     /// [`Event::Listener`].
     fn bind_again(&mut self, old: Option<Self::Listener>, of: ListenerId, rule: &Rule);
-    /// Changes the owner, group and permissions of a listener's file, if that is still wanted then. The result is
-    /// sent to `done`.
+    /// Changes the owner, group and permissions of a listener's file, if that is still wanted then.
+    /// The result is sent to `done`.
     fn set_access(
         &mut self,
         listener: &Self::Listener,
@@ -189,8 +189,13 @@ pub(crate) trait Driver: Sized {
         done: Sender<io::Result<()>>,
     );
     /// Closes a listener and removes its file; a keeper that has a copy of it accepts there from
-    /// now on. `done` is notified when the address can be bound again.
-    fn close_listener(&mut self, listener: Self::Listener, done: Option<Sender<()>>);
+    /// now on.
+    fn close_listener(&mut self, listener: Self::Listener) {
+        self.close_listener_then(listener, channel().0);
+    }
+    /// Closes a listener as [`close_listener`](Driver::close_listener) does, and notifies `done`
+    /// when its address can be bound again.
+    fn close_listener_then(&mut self, listener: Self::Listener, done: Sender<()>);
     /// Has a keeper keep a listener that another process has left to this one since it was watched.
     #[cfg(all(unix, feature = "cli"))]
     fn keep_listener(&mut self, listener: &mut Self::Listener, rule: &Rule);
@@ -215,8 +220,8 @@ pub(crate) trait Driver: Sized {
     fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
     /// Registers a stream, readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
-    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody. Other
-    /// families always know.
+    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody.
+    /// Other families always know.
     fn set_keepalive(&mut self, stream: &Self::Stream, time: Option<Duration>);
     fn close(&mut self, stream: Self::Stream);
     /// Closes a stream so that its peer reads a reset, where the family can reset.
@@ -230,7 +235,7 @@ pub(crate) trait Driver: Sized {
     /// the system tells.
     fn has_peer_ended(&mut self, stream: &Self::Stream) -> bool;
     /// Releases what was kept for connections, since there are none any more.
-    fn rest(&mut self);
+    fn release_unused(&mut self);
     /// Looks up the VM behind the state directory of `gate`, and whether its process lives; the
     /// result is an [`Event::VmSeen`].
     fn look_at_vm(&mut self, gate: &Arc<Gate>);

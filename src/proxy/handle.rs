@@ -110,13 +110,14 @@ impl Handle {
     /// [`admit_clients`](Handle::admit_clients).
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn hold_clients(&self) {
-        self.controller.hold(super::shared::Hold::On);
+        self.controller
+            .set_accepting(super::shared::Accepting::Suspended);
     }
 
     /// Accepts clients, those that have waited first. A keeper has what guests dial by then.
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn admit_clients(&self) {
-        self.controller.hold(super::shared::Hold::Off);
+        self.controller.set_accepting(super::shared::Accepting::On);
     }
 
     /// Returns the status of all live connections, including those of removed forwards.

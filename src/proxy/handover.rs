@@ -14,7 +14,7 @@ use crate::sys::Identity;
 use super::controller::{ANSWER_TIMEOUT, Controller, no_answer, stopping};
 use super::driver::Driver;
 use super::rules::Binder;
-use super::shared::{Command, Hold};
+use super::shared::{Accepting, Command};
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::id::ForwardId;
 use crate::engine::rule::Rule;
@@ -87,7 +87,7 @@ impl<D: Driver> Controller<D> {
         let offered = self.offer()?;
         let given: Arc<[ForwardId]> = give(offered)?.into();
         self.ask_all(
-            |tell| Command::Give(Arc::clone(&given), tell),
+            |answer| Command::Give(Arc::clone(&given), answer),
             ANSWER_TIMEOUT,
         );
         self.binder.give_passed();
@@ -140,7 +140,10 @@ impl<D: Driver> Controller<D> {
     }
 
     /// Has clients wait at all listeners, those that are added later included, or no more.
-    pub(super) fn hold(&self, hold: Hold) {
-        self.ask_all(|tell| Command::Hold(hold, tell), ANSWER_TIMEOUT);
+    pub(super) fn set_accepting(&self, accepting: Accepting) {
+        self.ask_all(
+            |answer| Command::SetAccepting(accepting, answer),
+            ANSWER_TIMEOUT,
+        );
     }
 }

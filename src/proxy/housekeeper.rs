@@ -9,8 +9,10 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
+
+use crate::lock::{lock, recover};
 
 /// The most threads: so many directories may hang before jobs for others have to wait.
 const MAX_THREADS: usize = 32;
@@ -114,7 +116,7 @@ fn spawn(shared: &Arc<Shared>) -> io::Result<()> {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Runs jobs, as one of the threads.
@@ -150,7 +152,7 @@ impl Shared {
             }
             state.idle += 1;
             let waited = self.jobs.wait_timeout(state, IDLE_TIME);
-            let (after, is_over) = waited.unwrap_or_else(PoisonError::into_inner);
+            let (after, is_over) = recover(waited);
             state = after;
             state.idle -= 1;
             if is_over.timed_out() && state.threads > 1 && state.ready.is_empty() {
@@ -174,28 +176,28 @@ mod tests {
     fn a_directory_that_hangs_keeps_its_own_jobs_alone() {
         let housekeeper = Housekeeper::start().unwrap();
         let (release, blocked) = channel::<()>();
-        let (tell, told) = channel();
-        let first = tell.clone();
+        let (done, ended) = channel();
+        let first = done.clone();
         housekeeper.run(Path::new("/hangs"), move || {
             let _ = blocked.recv();
             first.send("first").unwrap();
         });
-        let second = tell.clone();
+        let second = done.clone();
         housekeeper.run(Path::new("/hangs"), move || second.send("second").unwrap());
         for _ in 0..100 {
-            let tell = tell.clone();
-            housekeeper.run(Path::new("/other"), move || tell.send("other").unwrap());
-            assert_eq!(told.recv_timeout(PATIENCE), Ok("other"));
+            let done = done.clone();
+            housekeeper.run(Path::new("/other"), move || done.send("other").unwrap());
+            assert_eq!(ended.recv_timeout(PATIENCE), Ok("other"));
         }
         assert!(housekeeper.0.0.state().threads <= MAX_THREADS);
         housekeeper.finish(Duration::from_millis(10));
         drop(release);
-        assert_eq!(told.recv_timeout(PATIENCE), Ok("first"));
-        assert_eq!(told.recv_timeout(PATIENCE), Ok("second"));
+        assert_eq!(ended.recv_timeout(PATIENCE), Ok("first"));
+        assert_eq!(ended.recv_timeout(PATIENCE), Ok("second"));
         housekeeper.run(Path::new("/other"), || panic!("as a test"));
-        let tell = tell.clone();
-        housekeeper.run(Path::new("/other"), move || tell.send("last").unwrap());
-        assert_eq!(told.recv_timeout(PATIENCE), Ok("last"));
+        let done = done.clone();
+        housekeeper.run(Path::new("/other"), move || done.send("last").unwrap());
+        assert_eq!(ended.recv_timeout(PATIENCE), Ok("last"));
         housekeeper.finish(PATIENCE);
         assert!(housekeeper.0.0.state().waiting.is_empty());
     }

@@ -19,7 +19,7 @@ use crate::name::SocketName;
 #[cfg(all(unix, feature = "cli"))]
 use super::driver::Lent;
 use super::driver::{Driver, Found, ListenerId, Wanted};
-use super::shared::{Accepted, Command, Hold, TurnContext};
+use super::shared::{Accepted, Accepting, Command, TurnContext};
 use crate::engine::Phase;
 #[cfg(all(test, target_os = "linux"))]
 use crate::engine::admission::Gate;
@@ -56,6 +56,14 @@ const CHECKS_PER_TURN: usize = 64;
 
 /// How many listeners accept in one turn.
 const ACCEPTS_PER_TURN: usize = 256;
+
+/// Which of the clients that wait at a listener are accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clients {
+    /// Those for which the VM that the forward leads to has a slot.
+    WithSlot,
+    All,
+}
 
 /// A listener in a worker's loop.
 #[derive(Debug)]
@@ -161,7 +169,7 @@ pub(super) struct Listeners<D: Driver> {
     checks: Timers<usize>,
     /// The accepted connections that this worker is to take over.
     accepted: Vec<Accepted<D::Stream>>,
-    hold: Hold,
+    accepting: Accepting,
 }
 
 impl<D: Driver> Default for Listeners<D> {
@@ -175,7 +183,7 @@ impl<D: Driver> Default for Listeners<D> {
             pauses: Timers::default(),
             checks: Timers::default(),
             accepted: Vec::new(),
-            hold: Hold::default(),
+            accepting: Accepting::default(),
         }
     }
 }
@@ -208,23 +216,35 @@ impl<D: Driver> Listeners<D> {
     }
 
     /// Sets the time before which a listener does not accept.
-    fn set_pause(&mut self, index: usize, until: Option<Instant>) {
-        let before = std::mem::replace(&mut self.all[index].paused_until, until);
-        self.pauses.change(index, before, until);
+    fn set_pause(&mut self, index: usize, until: Instant) {
+        let before = self.all[index].paused_until.replace(until);
+        self.pauses.change(index, before, Some(until));
+    }
+
+    /// Lets a listener accept again.
+    fn clear_pause(&mut self, index: usize) {
+        let before = self.all[index].paused_until.take();
+        self.pauses.remove(index, before);
     }
 
     /// Sets the time of a listener's next check.
-    fn set_check(&mut self, index: usize, at: Option<Instant>) {
-        let before = std::mem::replace(&mut self.all[index].check_at, at);
-        self.checks.change(index, before, at);
+    fn set_check(&mut self, index: usize, at: Instant) {
+        let before = self.all[index].check_at.replace(at);
+        self.checks.change(index, before, Some(at));
+    }
+
+    /// Ends the checks of a listener.
+    fn clear_check(&mut self, index: usize) {
+        let before = self.all[index].check_at.take();
+        self.checks.remove(index, before);
     }
 
     /// Begins or ends the checks of a listener after a change of what they depend on.
     fn begin_checks(&mut self, index: usize, at: Instant) {
         let listening = &self.all[index];
         match (listening.is_checked(), listening.check_at) {
-            (true, None) => self.set_check(index, Some(at)),
-            (false, Some(_)) => self.set_check(index, None),
+            (true, None) => self.set_check(index, at),
+            (false, Some(_)) => self.clear_check(index),
             _ => {}
         }
     }
@@ -287,7 +307,7 @@ impl<D: Driver> Listeners<D> {
         cx: &mut TurnContext<'_, D>,
     ) {
         if !forward.needs_graceful_close(Side::Client) {
-            return cx.driver.close_listener(listener, None);
+            return cx.driver.close_listener(listener);
         }
         forward.cut.store(true, Ordering::Release);
         let id = forward.id;
@@ -313,12 +333,12 @@ impl<D: Driver> Listeners<D> {
     fn note_removed(&mut self, index: usize) {
         self.all[index].removed = true;
         self.tokens.remove(&self.all[index].forward.id);
-        self.set_check(index, None);
+        self.clear_check(index);
     }
 
     /// Frees the entry of a listener that has ended.
     fn free_entry(&mut self, index: usize) {
-        self.set_pause(index, None);
+        self.clear_pause(index);
         self.free.push(index);
     }
 
@@ -351,7 +371,7 @@ impl<D: Driver> Listeners<D> {
         cx.shared.routes.remove_listener(listening.forward.id);
         listening.forward.closed.store(true, Ordering::Release);
         match listening.listener.take() {
-            Some(listener) => cx.driver.close_listener(listener, Some(done)),
+            Some(listener) => cx.driver.close_listener_then(listener, done),
             None => {
                 let _ = done.send(());
             }
@@ -359,7 +379,8 @@ impl<D: Driver> Listeners<D> {
         self.free_entry(index);
     }
 
-    /// Changes the owner, group and permissions of a forward's socket file, if this worker has the listener.
+    /// Changes the owner, group and permissions of a forward's socket file, if this worker has the
+    /// listener.
     pub(super) fn set_access(
         &mut self,
         forward: ForwardId,
@@ -389,11 +410,11 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
-    /// Has clients wait at all listeners, those that are added later included, or no more.
+    /// Sets whether all listeners, those that are added later included, accept clients.
     #[cfg(all(unix, feature = "cli"))]
-    pub(super) fn hold(&mut self, hold: Hold, cx: &mut TurnContext<'_, D>) {
-        self.hold = hold;
-        if hold == Hold::On {
+    pub(super) fn set_accepting(&mut self, accepting: Accepting, cx: &mut TurnContext<'_, D>) {
+        self.accepting = accepting;
+        if accepting == Accepting::Suspended {
             return;
         }
         for it in &mut self.all {
@@ -441,8 +462,8 @@ impl<D: Driver> Listeners<D> {
 
     /// Returns the time of the next turn without an event.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
-        // The end of the hold is a command.
-        if self.hold == Hold::On {
+        // A command ends that.
+        if self.accepting == Accepting::Suspended {
             return None;
         }
         let ready = (!self.ready.is_empty()).then_some(now);
@@ -453,7 +474,7 @@ impl<D: Driver> Listeners<D> {
     /// Has the listeners accept at which clients may wait, and checks those that are due. What is
     /// left for the next turn goes to the back of its queue.
     pub(super) fn take_turns(&mut self, cx: &mut TurnContext<'_, D>) {
-        if self.hold == Hold::On {
+        if self.accepting == Accepting::Suspended {
             return;
         }
         while let Some(index) = self.pauses.pop_due(cx.now) {
@@ -472,7 +493,7 @@ impl<D: Driver> Listeners<D> {
             let listening = &mut self.all[index];
             listening.is_queued = false;
             if listening.ready && listening.paused_until.is_none() {
-                self.accept_from(index, false, cx);
+                self.accept_from(index, Clients::WithSlot, cx);
             }
         }
         let again = cx.now + self.check_interval();
@@ -481,7 +502,7 @@ impl<D: Driver> Listeners<D> {
                 break;
             };
             self.all[index].check_at = None;
-            self.set_check(index, Some(again));
+            self.set_check(index, again);
             self.check_file(index, cx);
             self.look_at_vms(index, cx);
             // A connection of this process may wait by now, for which no slot need be free.
@@ -500,11 +521,11 @@ impl<D: Driver> Listeners<D> {
 
     /// Accepts all clients that wait at a listener now, whether an event has reported them or not.
     fn accept_waiting(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
-        if self.hold == Hold::On {
+        if self.accepting == Accepting::Suspended {
             return;
         }
         self.all[index].ready = true;
-        self.set_pause(index, None);
+        self.clear_pause(index);
         // As many turns as the longest backlog needs.
         for _ in 0..LONGEST_BACKLOG / BATCH {
             let listening = &self.all[index];
@@ -512,19 +533,19 @@ impl<D: Driver> Listeners<D> {
             {
                 break;
             }
-            self.accept_from(index, true, cx);
+            self.accept_from(index, Clients::All, cx);
         }
     }
 
-    /// Accepts clients that wait at a listener: those for which its VM has a slot, or `all`.
-    fn accept_from(&mut self, index: usize, all: bool, cx: &mut TurnContext<'_, D>) {
-        self.accept_batch(index, all, cx);
+    /// Accepts clients that wait at a listener.
+    fn accept_from(&mut self, index: usize, clients: Clients, cx: &mut TurnContext<'_, D>) {
+        self.accept_batch(index, clients, cx);
         if self.all[index].wants_turn() {
             self.make_ready(index);
         }
     }
 
-    fn accept_batch(&mut self, index: usize, all: bool, cx: &mut TurnContext<'_, D>) {
+    fn accept_batch(&mut self, index: usize, clients: Clients, cx: &mut TurnContext<'_, D>) {
         for _ in 0..BATCH {
             let listening = &mut self.all[index];
             if listening.listener.is_none() {
@@ -540,7 +561,7 @@ impl<D: Driver> Listeners<D> {
             {
                 return self.pause(index, Obstacle::Full, cx, &reason);
             }
-            let slot = match self.queue_for_slot(index, all, cx) {
+            let slot = match self.queue_for_slot(index, clients, cx) {
                 Ok(slot) => slot,
                 Err(full) => {
                     let is_reported = self.all[index].full.replace(full) == Some(full);
@@ -606,14 +627,16 @@ impl<D: Driver> Listeners<D> {
             let listen = &forward.rule.listen;
             warn!("the listener on {listen} was shut down from outside; binding it again");
         }
-        if let Some(old) = listening.listener.take() {
-            self.bind_again(index, Some(old), cx);
+        if listening.listener.is_some() {
+            self.bind_again(index, cx);
         }
         self.begin_checks(index, cx.now + CHECK_INTERVAL);
     }
 
-    fn bind_again(&mut self, index: usize, old: Option<D::Listener>, cx: &mut TurnContext<'_, D>) {
+    /// Closes a listener, if it is open, and has its address bound again.
+    fn bind_again(&mut self, index: usize, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.all[index];
+        let old = listening.listener.take();
         listening.pending_checks += 1;
         let of = ListenerId {
             token: index,
@@ -626,13 +649,15 @@ impl<D: Driver> Listeners<D> {
     fn queue_for_slot(
         &self,
         index: usize,
-        all: bool,
+        clients: Clients,
         cx: &TurnContext<'_, D>,
     ) -> Result<Option<Slot>, Full> {
         let forward = &self.all[index].forward;
         match &forward.gates[Side::Server] {
             // Guests are accepted whatever happens.
-            Some(gate) if !forward.needs_graceful_close(Side::Client) && !all => {
+            Some(gate)
+                if clients == Clients::WithSlot && !forward.needs_graceful_close(Side::Client) =>
+            {
                 let wake = cx.shared.inboxes[cx.index].slot_waker();
                 match gate.queue(forward.id, cx.index, wake) {
                     // As with the process' slots, the missing slot may be held by the same
@@ -657,7 +682,7 @@ impl<D: Driver> Listeners<D> {
     ) {
         // The listener tries again by itself, whatever the state of its VM was.
         self.all[index].full = None;
-        self.set_pause(index, Some(cx.now + PAUSE));
+        self.set_pause(index, cx.now + PAUSE);
         self.block(index, obstacle, reason, cx);
     }
 
@@ -719,7 +744,7 @@ impl<D: Driver> Listeners<D> {
             return;
         }
         match &listening.listener {
-            None => self.bind_again(index, None, cx),
+            None => self.bind_again(index, cx),
             Some(listener) if listening.forward.rule.listen.listen_path().is_some() => {
                 listening.pending_checks += 1;
                 let of = ListenerId {
@@ -745,7 +770,7 @@ impl<D: Driver> Listeners<D> {
         let its = |it: &&mut Listening<D::Listener>| it.forward.id == of.forward;
         let Some(listening) = self.all.get_mut(of.token).filter(its) else {
             if let Found::Bound(listener) = found {
-                cx.driver.close_listener(listener, None);
+                cx.driver.close_listener(listener);
             }
             return;
         };
@@ -761,7 +786,7 @@ impl<D: Driver> Listeners<D> {
         match found {
             // If its file was removed, the process that has the listener makes it again.
             Found::Bound(listener) if !takes_clients || listening.given => {
-                cx.driver.close_listener(listener, None);
+                cx.driver.close_listener(listener);
             }
             _ if listening.given => {}
             found => self.take_file_state(of, found, cx),
@@ -808,11 +833,11 @@ impl<D: Driver> Listeners<D> {
                 self.accept_waiting(of.token, cx);
                 let listening = &mut self.all[of.token];
                 if let Some(old) = listening.listener.take() {
-                    cx.driver.close_listener(old, None);
+                    cx.driver.close_listener(old);
                 }
                 let rule = &forward.rule;
                 if let Err(e) = cx.driver.watch_listener(&mut listener, of.token, rule) {
-                    cx.driver.close_listener(listener, None);
+                    cx.driver.close_listener(listener);
                     // Invariant 11: it is tried again each second, and logged once.
                     let e = Error::new(Operation::Listen, listen, e);
                     return self.take_file_state(of, Found::Failed(e), cx);
@@ -851,7 +876,7 @@ impl<D: Driver> Listeners<D> {
             if !listening.forward.needs_graceful_close(Side::Client)
                 && let Some(listener) = listening.listener.take()
             {
-                cx.driver.close_listener(listener, None);
+                cx.driver.close_listener(listener);
                 listening.set_obstacle(Obstacle::Closed, &"");
             }
         }
@@ -860,7 +885,7 @@ impl<D: Driver> Listeners<D> {
     pub(super) fn close_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for listening in &mut self.all {
             if let Some(listener) = listening.listener.take() {
-                cx.driver.close_listener(listener, None);
+                cx.driver.close_listener(listener);
             }
         }
     }
@@ -878,8 +903,8 @@ fn take_guest<D: Driver>(
     let Some(gate) = gate.filter(|_| forward.rule.admits(peer)) else {
         return (None, Ok(()));
     };
-    let bound = cx.shared.reached_bound(forward.id);
-    let Guest { slot, served } = gate.accept(forward.id, bound, cx.now);
+    let limit = cx.shared.reached_limit(forward.id);
+    let Guest { slot, served } = gate.accept(forward.id, limit, cx.now);
     (Some(slot), served)
 }
 

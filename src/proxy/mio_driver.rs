@@ -10,7 +10,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use mio::event::Source;
@@ -25,6 +25,7 @@ use crate::keeper::Link;
 use crate::listener::FileAccess;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
+use crate::lock::lock;
 use crate::name::{PeerProcess, SocketName};
 use crate::stream::endpoint::{Endpoint, Target};
 use crate::stream::nonblocking::Stream;
@@ -55,7 +56,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// How long, at the end of the proxy, peers of pipes and of adapters may take to receive what was
 /// written to them.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+const LAST_DELIVERY: Duration = Duration::from_secs(5);
 
 /// How long, at the end of the proxy, the removal of socket files may take. A file system that
 /// hangs delays the end no longer.
@@ -104,7 +105,7 @@ impl Notifier {
     }
 
     fn reports(&self) -> MutexGuard<'_, Vec<Report>> {
-        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.reports)
     }
 }
 
@@ -258,12 +259,12 @@ impl MioDriver {
 impl Drop for MioDriver {
     fn drop(&mut self) {
         self.housekeeper.finish(LAST_FILES);
-        self.adapters.wait(LAST_WORDS);
+        self.adapters.wait(LAST_DELIVERY);
         #[cfg(unix)]
         self.programs.wait();
         // What was written to a pipe and not read yet is delivered only while its poller lives.
         #[cfg(windows)]
-        sys::wait_for_last_words(LAST_WORDS);
+        sys::wait_for_delivery(LAST_DELIVERY);
     }
 }
 
@@ -341,7 +342,7 @@ struct ThreadsReporter {
 
 impl Reporter for ThreadsReporter {
     fn count_delivered(&self, side: Side, bytes: u64) {
-        self.forward.tally.delivered(side, bytes);
+        self.forward.tally.count_delivered(side, bytes);
     }
 
     fn drain_timeout(&self, side: Side) -> Option<Duration> {
@@ -419,10 +420,10 @@ impl Driver for MioDriver {
     }
 
     fn receive<T>(
-        told: &Receiver<T>,
+        answers: &Receiver<T>,
         patience: Duration,
     ) -> std::result::Result<T, RecvTimeoutError> {
-        told.recv_timeout(patience)
+        answers.recv_timeout(patience)
     }
 
     fn descriptor_limit() -> Option<u64> {
@@ -481,14 +482,14 @@ impl Driver for MioDriver {
         rule: &Rule,
     ) -> io::Result<()> {
         let notifier = Arc::clone(&self.notifier);
-        let tell = move || {
+        let notify = move || {
             let readiness = Readiness {
                 readable: true,
                 ..Readiness::default()
             };
             notifier.notify(Report::Event(Event::Ready { token, readiness }));
         };
-        listener.watch(self.poll.registry(), Token(token), tell)?;
+        listener.watch(self.poll.registry(), Token(token), notify)?;
         #[cfg(unix)]
         if let Some(keeper) = &self.keeper {
             listener.keep(keeper, &rule.listen);
@@ -569,15 +570,15 @@ impl Driver for MioDriver {
         });
     }
 
-    fn close_listener(&mut self, listener: Listener, done: Option<Sender<()>>) {
+    fn close_listener_then(&mut self, listener: Listener, done: Sender<()>) {
         #[cfg(unix)]
         listener.leave_file();
         let file = self.close_at_once(listener);
         let directory = file.as_ref().map(|file| file.directory().to_owned());
         let remove = move || {
             drop(file);
-            // The thread that asked may have given up.
-            done.map(|done| done.send(()));
+            // The thread that asked may have given up, or none has.
+            let _ = done.send(());
         };
         match directory {
             Some(directory) => self.housekeeper.run(&directory, remove),
@@ -712,7 +713,7 @@ impl Driver for MioDriver {
         false
     }
 
-    fn rest(&mut self) {
+    fn release_unused(&mut self) {
         #[cfg(unix)]
         self.processes.clear();
     }

@@ -21,7 +21,8 @@
 //! let proxy = Proxy::start(config)?;
 //!
 //! let handle = proxy.handle();
-//! let mut rule = Rule::new("tcp://127.0.0.1:0".parse()?, "hyperkit://:80/path/to/state/dir".parse()?);
+//! let mut rule = Rule::new("tcp://127.0.0.1:0".parse()?,
+//! "hyperkit://:80/path/to/state/dir".parse()?);
 //! rule.name = Some("web".to_owned());
 //! let web = handle.add(rule)?;
 //! for forward in handle.forwards() {
@@ -84,7 +85,7 @@ use shared::{Inbox, Shared};
 use worker::Worker;
 
 pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
-pub use crate::engine::end_reason::{EndReason, ProgramFailure, Reason as RefusalReason};
+pub use crate::engine::end_reason::{EndReason, ProgramFailure, RefusalReason};
 pub use crate::engine::ended::EndedConnection;
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
@@ -125,8 +126,8 @@ pub struct ProxyConfig {
     pub vms: Vec<VmLimits>,
     /// The observer of the connections.
     pub observer: Option<Observer>,
-    /// Whether the line of each connection that has ended is logged at the level info, not debug. It
-    /// has the target `hvsock::access`.
+    /// Whether the line of each connection that has ended is logged at the level info, not debug.
+    /// It has the target `hvsock::access`.
     pub access_log: bool,
     /// Targets that no rule may have, whoever its clients are: the addresses at which this program
     /// is controlled or watched, which a guest must not reach. A file is recognized through
@@ -143,8 +144,8 @@ pub struct ProxyConfig {
     /// connections.
     pub other_descriptors: usize,
     /// The program that keeps hyperkit VMs whole when this proxy is gone: see
-    /// [`keeper`](mod@crate::keeper). `None`: there is none. It is started when the first rule with a
-    /// hyperkit VM comes.
+    /// [`keeper`](mod@crate::keeper). `None`: there is none. It is started when the first rule with
+    /// a hyperkit VM comes.
     #[cfg(unix)]
     pub keeper: Option<Keeper>,
 }
@@ -356,7 +357,7 @@ fn assemble<D: Driver>(
         config.forbidden,
     );
     for limits in &config.vms {
-        binder.limit(limits);
+        binder.set_limits(limits);
     }
     let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let count = config.workers.unwrap_or_else(cores).get();
@@ -387,10 +388,14 @@ fn assemble<D: Driver>(
     }
     let bound: Vec<_> = listeners.into_iter().zip(forwards.clone()).collect();
     let shared = Arc::new(Shared::new(config.limits, descriptors, forwards, inboxes));
+    let pipes = match config.splice {
+        true => shared.descriptors.pipes_of_a_worker(),
+        false => 0,
+    };
     let mut workers: Vec<Worker<D>> = drivers
         .into_iter()
         .enumerate()
-        .map(|(index, driver)| Worker::new(driver, index, Arc::clone(&shared), config.splice))
+        .map(|(index, driver)| Worker::new(driver, index, Arc::clone(&shared), pipes))
         .collect();
     for (listener, forward) in bound {
         workers[forward.home]
@@ -405,7 +410,7 @@ fn assemble<D: Driver>(
 fn run_worker<D: Driver>(worker: Worker<D>, index: usize, shared: &Shared<D>) -> io::Result<()> {
     let run = AssertUnwindSafe(|| worker.run());
     let ended = catch_unwind(run).unwrap_or_else(|_| Err(io::Error::other("a worker panicked")));
-    shared.worker_has_ended(index, ended.is_err());
+    shared.note_worker_end(index, &ended);
     ended
 }
 

@@ -5,12 +5,13 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::address::{Address, AnyVm, HyperkitVm, TcpAddress, Waiter};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result};
 use crate::listener::{Key, Ready};
+use crate::lock::lock;
 use crate::stream::endpoint::{Target, not_carried};
 #[cfg(unix)]
 use crate::sys;
@@ -264,11 +265,11 @@ impl Binder {
     /// Waits until no other thread changes the forwards. No worker waits for this, nor does a
     /// thread that inspects or stops the proxy.
     pub(super) fn begin_change(&self) -> MutexGuard<'_, ()> {
-        self.change.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.change)
     }
 
     fn index(&self) -> MutexGuard<'_, RuleIndex> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.index)
     }
 
     /// Binds a rule beside those that are bound already, for the worker `home`.
@@ -281,7 +282,7 @@ impl Binder {
         self.check_forbidden(&rule)?;
         check_beside(&rule, &self.index(), None)?;
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
-        let listener = match self.take(&rule, id)? {
+        let listener = match self.take_passed(&rule, id)? {
             Some(listener) => D::take_passed(listener),
             None => D::bind(&rule.listen, rule.access()).map_err(|e| match e.kind() {
                 io::ErrorKind::AddrInUse => self.explain(e, &rule.listen),
@@ -324,12 +325,12 @@ impl Binder {
     }
 
     fn passed(&self) -> MutexGuard<'_, Ready<Passed>> {
-        self.passed.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.passed)
     }
 
     /// Returns the socket of a rule that listens already, if one was passed and none of the others
     /// uses it.
-    fn take(&self, rule: &Rule, id: ForwardId) -> Result<Option<listener::Listener>> {
+    fn take_passed(&self, rule: &Rule, id: ForwardId) -> Result<Option<listener::Listener>> {
         if self.passed().is_empty() {
             return Ok(None);
         }
@@ -435,7 +436,7 @@ impl Binder {
         let gates = Side::BOTH.map(|side| self.gate_of(&rule, side));
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new slots would have to be free besides the old ones.
-        old.set_quota(None);
+        old.release_quota();
         let quota = reserve_slots(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
         self.index().insert(old.id.0, &rule);
         Ok(Arc::new(old.with_rule(rule, gates, quota, waiter)))
@@ -450,7 +451,7 @@ impl Binder {
     }
 
     /// Sets the limits of a VM.
-    pub(super) fn limit(&self, limits: &VmLimits) {
+    pub(super) fn set_limits(&self, limits: &VmLimits) {
         let gate = self.gate_of_vm(&limits.vm);
         gate.set_limits(self.gate_limits(limits));
     }
@@ -471,7 +472,8 @@ impl Binder {
         self.gates().values().for_each(|gate| gate.take_whole());
     }
 
-    /// Leaves out the slots that another process has of the VM with that socket, if it is known here.
+    /// Leaves out the slots that another process has of the VM with that socket, if it is known
+    /// here.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn leave_out(&self, socket: &Path, slots: OtherSlots) {
         let mut gates = self.gates().clone().into_iter();
@@ -488,7 +490,7 @@ impl Binder {
     }
 
     fn gates(&self) -> MutexGuard<'_, HashMap<AnyVm, Arc<Gate>>> {
-        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.gates)
     }
 
     /// Returns the gate of the VM of a rule's side, if that is one.
@@ -546,12 +548,12 @@ fn reserve_slots(
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         Err(Error::new(Operation::Listen, address, cause).with_remedy(remedy))
     };
-    let (gate, holds) = match gates {
-        [_, Some(gate)] => (gate, Some(rule.wait.is_some_and(|wait| !wait.is_zero()))),
+    let (gate, while_down) = match gates {
+        [_, Some(gate)] => (gate, Some(rule.while_down())),
         [Some(gate), None] => (gate, None),
         [None, None] => return Ok(None),
     };
-    match gate.reserve(id, rule.reserved, holds) {
+    match gate.reserve(id, rule.reserved, while_down) {
         Ok(reservation) => Ok(Some(match &gates[Side::Client] {
             Some(gate) => reservation.count_guest_forward(gate),
             None => reservation,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
@@ -19,6 +19,7 @@ use crate::engine::routes::Routes;
 use crate::engine::rule::Limits;
 use crate::engine::status::ConnectionStatus;
 use crate::listener::FileAccess;
+use crate::lock::lock;
 use crate::name::SocketName;
 
 use super::cuts::Cuts;
@@ -35,7 +36,7 @@ pub(super) struct TurnContext<'a, D: Driver> {
     pub(super) shared: &'a Shared<D>,
     pub(super) phase: Phase,
     /// The time at which the process last went on after a freeze.
-    pub(super) thawed: Option<Instant>,
+    pub(super) resumed_at: Option<Instant>,
     pub(super) now: Instant,
 }
 
@@ -52,13 +53,14 @@ pub(crate) struct Accepted<S> {
     pub(super) served: Result<(), NotServed>,
 }
 
-/// Whether clients have to wait at all listeners, since another process may serve them yet.
+/// Whether the listeners accept clients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Hold {
+pub(crate) enum Accepting {
     #[default]
-    Off,
-    #[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
     On,
+    /// All clients have to wait, since another process may serve them yet.
+    #[cfg_attr(not(all(unix, feature = "cli")), allow(dead_code))]
+    Suspended,
 }
 
 /// A command to a worker.
@@ -74,9 +76,9 @@ pub(crate) enum Command<D: Driver> {
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time, which is noted.
     Remove(Arc<Forward>, Duration, Arc<Cuts>, Sender<()>),
-    /// Accept no clients, and change no file, until that is allowed; report it.
+    /// Accept no clients, and change no file, or do so again; report it.
     #[cfg(all(unix, feature = "cli"))]
-    Hold(Hold, Sender<()>),
+    SetAccepting(Accepting, Sender<()>),
     /// Report duplicates of all listeners.
     #[cfg(all(unix, feature = "cli"))]
     Lend(Sender<Vec<(ForwardId, io::Result<Lent>)>>),
@@ -151,10 +153,6 @@ impl<D: Driver> Inbox<D> {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl<D: Driver> std::fmt::Debug for Inbox<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Inbox")
@@ -207,7 +205,8 @@ pub(crate) struct Shared<D: Driver> {
     pub(crate) live: AtomicUsize,
     /// How many of them are probes.
     probes: AtomicUsize,
-    /// The time at which the proxy began, and how many milliseconds later the last connection ended.
+    /// The time at which the proxy began, and how many milliseconds later the last connection
+    /// ended.
     begun: Instant,
     last_end: AtomicU64,
     /// Whether the proxy was told to stop.
@@ -258,7 +257,7 @@ impl<D: Driver> Shared<D> {
     }
 
     pub(super) fn forwards(&self) -> MutexGuard<'_, Forwards> {
-        self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.forwards)
     }
 
     /// Returns how many sockets the forwards listen on.
@@ -269,7 +268,7 @@ impl<D: Driver> Shared<D> {
     }
 
     fn quotas(&self) -> MutexGuard<'_, Quotas> {
-        self.quotas.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.quotas)
     }
 
     /// Returns why no connection of that forward may begin now, if so.
@@ -278,7 +277,7 @@ impl<D: Driver> Shared<D> {
         if quotas.free_for(holder) > 0 {
             return None;
         }
-        if let Some(most) = quotas.is_at_its_bound(holder) {
+        if let Some(most) = quotas.reached_limit(holder) {
             let why =
                 format!("{most} connections of this forward are open, and more are not allowed");
             return Some(io::Error::other(why));
@@ -293,8 +292,8 @@ impl<D: Driver> Shared<D> {
     }
 
     /// Returns how many connections a forward may have, if it has as many.
-    pub(super) fn reached_bound(&self, forward: ForwardId) -> Option<usize> {
-        self.quotas().is_at_its_bound(Holder::Forward(forward))
+    pub(super) fn reached_limit(&self, forward: ForwardId) -> Option<usize> {
+        self.quotas().reached_limit(Holder::Forward(forward))
     }
 
     /// Returns whether a connection dialled by another forward may wait to be accepted at this one.
@@ -303,8 +302,8 @@ impl<D: Driver> Shared<D> {
         self.routes.may_wait_at(forward.id, live)
     }
 
-    /// Counts a connection of a forward that begins, or a probe of its VM, which is no connection of
-    /// the forward and takes none of its slots.
+    /// Counts a connection of a forward that begins, or a probe of its VM, which is no connection
+    /// of the forward and takes none of its slots.
     pub(super) fn note_begin(&self, forward: &Forward, holder: Holder) {
         match holder {
             Holder::Probes => drop(self.probes.fetch_add(1, Ordering::Relaxed)),
@@ -352,7 +351,7 @@ impl<D: Driver> Shared<D> {
 
     pub(super) fn release(&self, forward: &Forward) {
         self.quotas().release(Holder::Forward(forward.id));
-        forward.set_quota(None);
+        forward.release_quota();
     }
 
     /// Allows as many connections as there are descriptors for besides so many listeners.
@@ -376,8 +375,8 @@ impl<D: Driver> Shared<D> {
 
     /// Notes the end of a worker. If it has failed, the others are stopped: otherwise they would
     /// wait for its connections for ever.
-    pub(super) fn worker_has_ended(&self, index: usize, failed: bool) {
-        if failed {
+    pub(super) fn note_worker_end(&self, index: usize, ended: &io::Result<()>) {
+        if ended.is_err() {
             let lost = self.inboxes[index].load.swap(0, Ordering::AcqRel);
             self.live.fetch_sub(lost, Ordering::AcqRel);
             self.stopping.fetch_add(1, Ordering::AcqRel);
@@ -390,7 +389,7 @@ impl<D: Driver> Shared<D> {
 
     /// Checks that nothing is counted any more.
     #[cfg(all(test, target_os = "linux"))]
-    pub(super) fn check_books(&self) {
+    pub(super) fn check_counts(&self) {
         assert_eq!(self.quotas().live(), 0, "slots are taken");
         let forwards = self.forwards();
         let reserved: usize = forwards.iter().map(|it| it.rule.reserved).sum();
@@ -399,7 +398,7 @@ impl<D: Driver> Shared<D> {
         for inbox in &self.inboxes {
             assert_eq!(inbox.load.load(Ordering::Relaxed), 0, "a worker has load");
         }
-        self.routes.check_books();
+        self.routes.check_counts();
     }
 
     /// Returns whether no worker is left to take commands.
@@ -412,7 +411,7 @@ impl<D: Driver> Shared<D> {
 fn reserve_slots(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
     let holder = Holder::Forward(forward.id);
-    quotas.bound(holder, forward.rule.most_connections());
+    quotas.set_limit(holder, forward.rule.most_connections());
     if let Err(left) = quotas.reserve(holder, reserved) {
         tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
         // As many as are left.

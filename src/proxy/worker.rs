@@ -70,7 +70,7 @@ pub(crate) struct Worker<D: Driver> {
     /// The time at which that phase ends, whatever is left.
     end_at: Option<Instant>,
     /// The time at which the process last went on after a freeze.
-    thawed: Option<Instant>,
+    resumed_at: Option<Instant>,
 }
 
 /// Calls a method of a part of the worker with the context of this turn.
@@ -81,7 +81,7 @@ macro_rules! call {
             index: $self.index,
             shared: &$self.shared,
             phase: $self.phase,
-            thawed: $self.thawed,
+            resumed_at: $self.resumed_at,
             now: $now,
         };
         $self.$part.$method($($argument,)* &mut cx)
@@ -89,12 +89,8 @@ macro_rules! call {
 }
 
 impl<D: Driver> Worker<D> {
-    /// Makes a worker of `shared`. Its bytes may pass through pipes if `splice` is set.
-    pub(crate) fn new(driver: D, index: usize, shared: Arc<Shared<D>>, splice: bool) -> Worker<D> {
-        let pipes = match splice {
-            true => shared.descriptors.pipes_of_a_worker(),
-            false => 0,
-        };
+    /// Makes a worker of `shared`. Its bytes may pass through so many pipes at a time.
+    pub(crate) fn new(driver: D, index: usize, shared: Arc<Shared<D>>, pipes: usize) -> Worker<D> {
         let carried = Arc::clone(&shared.inboxes[index].carried);
         Worker {
             driver,
@@ -107,7 +103,7 @@ impl<D: Driver> Worker<D> {
             phase: Phase::Running,
             cut_at: None,
             end_at: None,
-            thawed: None,
+            resumed_at: None,
         }
     }
 
@@ -127,7 +123,7 @@ impl<D: Driver> Worker<D> {
     /// Returns whether the process has stood still.
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn has_slept(&self) -> bool {
-        self.thawed.is_some()
+        self.resumed_at.is_some()
     }
 
     /// Runs until the proxy has stopped.
@@ -166,7 +162,7 @@ impl<D: Driver> Worker<D> {
             .timeout
             .is_some_and(|timeout| now > after(wait.begun, timeout) + FREEZE)
         {
-            self.thawed = Some(now);
+            self.resumed_at = Some(now);
             // Guests may have been frozen as well.
             self.end_at = self.end_at.map(|at| at.max(now + LAST_DRAIN));
         }
@@ -260,8 +256,8 @@ impl<D: Driver> Worker<D> {
                 self.remove((forward, cuts), after(now, grace));
             }
             #[cfg(all(unix, feature = "cli"))]
-            Command::Hold(hold, done) => {
-                call!(self.listeners.hold(hold), now);
+            Command::SetAccepting(accepting, done) => {
+                call!(self.listeners.set_accepting(accepting), now);
                 let _ = done.send(());
             }
             #[cfg(all(unix, feature = "cli"))]
@@ -355,8 +351,7 @@ impl<D: Driver> Worker<D> {
             cut.insert(forward.id, cuts);
         }
         if !cut.is_empty() {
-            let cuts = |forward: &Forward| cut.get(&forward.id).map(|it| &**it);
-            call!(self.connections.cut(cuts, EndReason::Removed), now);
+            call!(self.connections.cut_those_of(&cut, EndReason::Removed), now);
             cut.values().for_each(|cuts| cuts.finish_worker());
         }
     }
@@ -368,13 +363,9 @@ impl<D: Driver> Worker<D> {
             // Guests that go on dialling are each closed gracefully, but can't delay the end for
             // ever.
             self.end_at = Some(now + 2 * LAST_DRAIN);
-            let shared = Arc::clone(&self.shared);
-            call!(
-                self.connections
-                    .cut(|_| Some(&shared.cuts), EndReason::Stopped),
-                now
-            );
-            shared.cuts.finish_worker();
+            let cuts = &Arc::clone(&self.shared).cuts;
+            call!(self.connections.cut_all(cuts, EndReason::Stopped), now);
+            cuts.finish_worker();
         }
     }
 

@@ -40,6 +40,7 @@ pub use rules::{Fate, FateKind, Rule};
 
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
+use crate::lock::recover;
 use crate::sys;
 use crate::time::after;
 use device::{Command, Device};
@@ -50,8 +51,8 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -378,7 +379,7 @@ impl Vm {
                 return false;
             }
             let waited = self.shared.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = recover(waited).0;
         }
         true
     }

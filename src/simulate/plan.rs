@@ -5,7 +5,9 @@ use super::guest::Service;
 use super::rules::{Fate, Strictness};
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
+
+use crate::lock::lock;
 
 /// What a VM is to be.
 #[derive(Clone, Debug)]
@@ -38,6 +40,6 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, (Counters, Option<Fate>)> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }

@@ -6,10 +6,11 @@ use std::net::Shutdown;
 use std::ops::Range;
 use std::os::windows::io::{AsHandle, BorrowedHandle, OwnedHandle};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 #[cfg(feature = "cli")]
+use crate::lock::lock;
 use crate::sys::Wanted;
 use crate::sys::{self, Event, Last, LastWord, Operation, PipeKind};
 use crate::time::after;
@@ -355,8 +356,4 @@ impl Drop for Pipe {
             }
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

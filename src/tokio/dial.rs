@@ -48,7 +48,7 @@ async fn try_endpoints(dial: Dial) -> io::Result<Stream> {
             Ok(stream) => return Ok(stream),
             Err(e) => e,
         };
-        match attempts.failed(Instant::now(), error) {
+        match attempts.note_failure(Instant::now(), error) {
             Next::Now => {}
             Next::At(at) => sleep_until(at.into()).await,
             Next::GiveUp(e) => return Err(e),

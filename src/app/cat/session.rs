@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use tracing::info;
 use crate::address::Refusal;
 use crate::app::serve::{self, LOOK};
 use crate::dial;
+use crate::lock::lock;
 use crate::stream::Stream;
 
 use super::event::{Event, Failure, Outcome, SessionEvent};
@@ -263,10 +264,6 @@ fn receive(shared: &Shared, output: Output, tell: &dyn Fn(SessionEvent)) {
             output = None;
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Carries standard input to the peer, and half-closes at its end.

@@ -36,12 +36,14 @@ pub(super) struct End<G> {
 }
 
 /// How long the last words may take once the proxy has ended: whoever is to hear them may hang.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_DELIVERY: Duration = Duration::from_secs(1);
 
-/// Ends the process some time after that grace, if it has not ended by itself: a worker that looks up a socket's path on
-/// a disk that hangs never does, nor one that waits for the reader of its report.
+/// Ends the process some time after that grace, if it has not ended by itself: a worker that looks
+/// up a socket's path on a disk that hangs never does, nor one that waits for the reader of its
+/// report.
 pub(super) fn end_without_what_hangs(grace: Duration) {
-    /// How long a proxy takes at the end at most: it closes the connections of guests, and removes its files.
+    /// How long a proxy takes at the end at most: it closes the connections of guests, and removes
+    /// its files.
     const END: Duration = Duration::from_secs(12);
     std::thread::spawn(move || {
         std::thread::sleep(grace.saturating_add(END));
@@ -81,8 +83,8 @@ fn begin_to_end(handle: &Handle, grace: Duration, status: String) {
 /// Begins the end when there has been no connection for `limit`, unless the proxy is over before:
 /// then the sender of `over` is dropped.
 ///
-/// While it has a port that a hyperkit guest dials it goes on: a dialled port that nobody serves may
-/// hang the VM, and what the keeper would accept there starts no program.
+/// While it has a port that a hyperkit guest dials it goes on: a dialled port that nobody serves
+/// may hang the VM, and what the keeper would accept there starts no program.
 fn end_when_idle(
     handle: &Handle,
     limit: Duration,
@@ -170,6 +172,6 @@ pub(super) fn run_until_told(
     info!("has stopped");
     closer.close();
     // It has nothing to send: this is the thread's end.
-    let _ = silence.recv_timeout(LAST_WORDS);
+    let _ = silence.recv_timeout(LAST_DELIVERY);
     Ok(ended?)
 }

@@ -1,6 +1,6 @@
 //! Forwards of a command line that are tried again until they can be had (`--keep-trying`).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use clap::Args;
 
@@ -10,6 +10,7 @@ use super::passed::{on_passed_sockets, start};
 use super::reconciler::{Occasion, Reconciler, RetryThread, name_of};
 use super::rules::Later;
 use super::summary::{Failed, Summary};
+use crate::lock::lock;
 use crate::proxy::{ForwardStatus, Proxy, ProxyConfig, Rule, all_are_wanted};
 
 /// What becomes of what can't be had at the start.
@@ -93,7 +94,7 @@ impl Kept {
             if self.reconciler.handle().is_stopping() {
                 return;
             }
-            let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut wanted = lock(&self.wanted);
             if let Some(rules) = wanted.later.as_ref().and_then(|later| later()) {
                 wanted.later = None;
                 wanted.rules = rules;
@@ -110,7 +111,7 @@ impl Kept {
 
     /// Says what could not be had so far. That the VM isn't there was said.
     pub(super) fn complain(&self) {
-        let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = lock(&self.wanted);
         if wanted.later.is_none() || self.reconciler.failure().is_some() {
             let failed = self.reconciler.failed();
             failed.iter().map(Failed::reason).for_each(complain);

@@ -4,12 +4,13 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use crate::address::Address;
 use crate::app::config::{Existing, Step, plan};
 use crate::error::Error;
+use crate::lock::lock;
 use crate::proxy::{ForwardId, Handle, Rule};
 
 #[cfg(unix)]
@@ -65,7 +66,7 @@ impl Reconciler {
     }
 
     fn pending(&self) -> MutexGuard<'_, Vec<Pending>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pending)
     }
 
     /// Whether something that is wanted could not be had.
@@ -76,7 +77,7 @@ impl Reconciler {
     /// Calls `f` while nothing that is wanted changes, with the forwards that were made here.
     #[cfg(unix)]
     pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&HashSet<ForwardId>)) {
-        f(&self.ours.lock().unwrap_or_else(PoisonError::into_inner));
+        f(&lock(&self.ours));
     }
 
     /// Why the first could not be had that doesn't wait for what is expected to be missing.
@@ -120,7 +121,7 @@ impl Reconciler {
         waits_for: &dyn Fn(&Rule) -> Option<String>,
         occasion: Occasion,
     ) -> Summary {
-        let mut ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ours = lock(&self.ours);
         let before = self.pending().clone();
         let now = self.handle.forwards();
         let existing: Vec<_> = now

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use super::console::complain;
 use super::options::no_vm;
@@ -12,6 +12,7 @@ use crate::address::{Address, HyperkitVm};
 use crate::app::vm::VmPlace;
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, uri_of_vmm};
+use crate::lock::lock;
 use crate::proxy::Rule;
 
 /// Returns the rules of `-L` and `-R`.
@@ -79,7 +80,7 @@ pub(super) fn rules_of_vm_to_come(
 /// Says what keeps a VM from being found, unless that was said last.
 fn tell_once(told: &Mutex<Option<String>>, error: &Error) {
     let text = error.to_string();
-    let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut told = lock(told);
     if told.as_ref() != Some(&text) {
         complain(format_args!("{text}; it is looked for again every 2 s"));
         *told = Some(text);

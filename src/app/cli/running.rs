@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tracing::{error, info, warn};
@@ -14,6 +14,7 @@ use crate::app::control;
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
 use crate::hyperkit::Places;
+use crate::lock::lock;
 #[cfg(unix)]
 use crate::proxy::ForwardId;
 use crate::proxy::{ForwardStatus, Handle, Proxy, ProxyConfig, Rule, VmLimits, all_are_wanted};
@@ -289,7 +290,7 @@ impl Running {
 
     /// What the file said last.
     fn config(&self) -> Arc<Config> {
-        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        let config = lock(&self.config);
         Arc::clone(&config)
     }
 
@@ -306,7 +307,7 @@ impl Running {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// The forwards that the file asks for and that can't be had now.
@@ -398,7 +399,7 @@ impl Running {
         let (config, wanted) = Config::read(&self.file, &Places::from_env())?;
         let new = Arc::new(config);
         let old = {
-            let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut config = lock(&self.config);
             std::mem::replace(&mut *config, Arc::clone(&new))
         };
         let mut summary = self.apply(&mut state, wanted, Occasion::Asked);

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::process::Child;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use std::{fmt, io, thread};
 
@@ -18,6 +18,7 @@ use crate::address::Address;
 use crate::app::output;
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
+use crate::lock::lock;
 use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle};
 
 use super::endpoint::{Endpoint, Service};
@@ -498,7 +499,7 @@ impl Api {
     }
 
     fn handover_state(&self) -> MutexGuard<'_, HandoverState> {
-        self.handover.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.handover)
     }
 
     fn hand_over(&self, successor: Successor, pid: u32) {
@@ -537,9 +538,7 @@ impl Api {
     }
 
     fn finishing(&self) -> MutexGuard<'_, Option<Finishing>> {
-        self.finishing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.finishing)
     }
 
     /// Tells the process that has taken over what is new. Returns false once that one has ended.

@@ -1,12 +1,13 @@
 //! The clients of a socket of the control interface: how many there are, and which has to go for a newcomer.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::sleep;
 
 use super::endpoint::Demand;
+use crate::lock::lock;
 use crate::sys;
 
 /// Clients of one socket at a time, where there are descriptors enough.
@@ -47,11 +48,11 @@ impl Client {
     }
 
     pub(super) fn begins(&self, phase: Phase) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (phase, Instant::now());
+        *lock(&self.0) = (phase, Instant::now());
     }
 
     fn state(&self) -> (Phase, Instant) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.0)
     }
 
     pub(super) fn phase(&self) -> Phase {
@@ -87,10 +88,6 @@ pub(super) struct Clients {
     pub(super) tasks: JoinSet<()>,
     served: Vec<(Arc<Client>, AbortHandle)>,
     most: usize,
-}
-
-pub(super) fn lock(clients: &Mutex<Clients>) -> MutexGuard<'_, Clients> {
-    clients.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Clients {

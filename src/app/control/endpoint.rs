@@ -1,6 +1,6 @@
 //! Where a service of the control interface is, and the socket that listens there.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::Notify;
@@ -9,6 +9,7 @@ use crate::address::Address;
 use crate::error::{Error, Result};
 use crate::listener::nonblocking::Listener;
 use crate::listener::{self, DEFAULT_MODE};
+use crate::lock::{lock, recover};
 
 use super::model::Unserved;
 use super::place;
@@ -67,13 +68,13 @@ impl Endpoint {
     /// Returns the socket that listens there, if one does.
     pub(super) fn listener(&self) -> Option<Arc<Listener>> {
         let listener = self.listener.lock();
-        listener.unwrap_or_else(PoisonError::into_inner).upgrade()
+        recover(listener).upgrade()
     }
 
     /// Notes which socket listens there now.
     pub(super) fn note_listener(&self, listener: &Arc<Listener>) {
         let noted = self.listener.lock();
-        *noted.unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(listener);
+        *recover(noted) = Arc::downgrade(listener);
     }
 
     /// Leaves the socket and its file to another process, which has it: nobody is accepted here any more.
@@ -88,7 +89,7 @@ impl Endpoint {
     pub(super) fn wait_until_closed(&self) {
         const PATIENCE: Duration = Duration::from_secs(1);
         let listener = self.listener.lock();
-        let listener = listener.unwrap_or_else(PoisonError::into_inner);
+        let listener = recover(listener);
         let is_open = |it: &mut Weak<Listener>| it.strong_count() > 0;
         // One that hangs closes it later.
         drop(self.closed.wait_timeout_while(listener, PATIENCE, is_open));
@@ -106,7 +107,7 @@ impl Endpoint {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Unserved>> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.trouble)
     }
 
     /// Returns why nobody is served there, if so.

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use hyper::body::Bytes;
@@ -16,6 +16,7 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::task::spawn_blocking;
 use tokio::time::{MissedTickBehavior, interval};
 
+use crate::lock::lock;
 use crate::name::PeerProcess;
 use crate::proxy::{Event, ForwardStatus, Handle, Observer, What};
 use crate::time::unix;
@@ -173,7 +174,7 @@ pub(super) struct Events {
 
 impl Events {
     fn lock(&self) -> MutexGuard<'_, Vec<Reader>> {
-        self.readers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.readers)
     }
 
     /// Returns an observer by which a proxy tells the readers of its connections.

@@ -7,7 +7,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,11 +23,12 @@ use crate::address::Address;
 use crate::error::{Error, Operation, Result};
 use crate::listener::lasting::FileWatch;
 use crate::listener::nonblocking::{Listener, has_client_left, is_broken};
+use crate::lock::{lock, recover};
 use crate::stream::{Stream, nonblocking};
 use crate::sys;
 
 use super::api::{Api, CALLS_AT_A_TIME};
-use super::clients::{Client, Clients, lock};
+use super::clients::{Client, Clients};
 use super::endpoint::{Demand, Door, Endpoint, Service};
 use super::http::{self, Request};
 use super::place;
@@ -99,7 +100,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         drop(self.stop.take());
-        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let ended = recover(self.ended.get_mut());
         // To remove a socket's file may take for ever, as a disk does: the process ends all the same.
         let _ = ended.recv_timeout(LAST_ANSWERS + REMOVAL);
     }

@@ -3,14 +3,15 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use tracing::Level;
 
 use crate::app::lossy_writer::LossyWriter;
 use crate::app::slow::tell_if_slow;
 use crate::file;
+use crate::lock::lock;
 
 use super::stderr::ERR;
 use super::style::dropped_line;
@@ -41,7 +42,7 @@ pub(super) fn open(path: &Path) -> Result<(), String> {
         };
         format!("cannot open the log {}: {e}{remedy}", path.display())
     })?;
-    *OPEN.lock().unwrap_or_else(PoisonError::into_inner) = Some((path.to_owned(), file));
+    *lock(&OPEN) = Some((path.to_owned(), file));
     Ok(())
 }
 
@@ -52,7 +53,7 @@ pub(crate) fn reopen() {
 }
 
 fn write(bytes: &[u8]) -> io::Result<usize> {
-    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut open = lock(&OPEN);
     let Some((path, file)) = &mut *open else {
         return Err(io::ErrorKind::NotFound.into());
     };

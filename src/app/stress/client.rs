@@ -1,11 +1,12 @@
 //! The clients: so many at a time, until all connections were made.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::app::serve::{LOOK, Stop, close_gracefully};
+use crate::lock::{lock, recover};
 use crate::stream::Stream;
 
 use super::data::Data;
@@ -44,10 +45,6 @@ struct Run<'a> {
     progress: &'a Progress,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Makes all the connections.
 pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
     let begun = Instant::now();
@@ -73,10 +70,7 @@ pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
             }
         }
     });
-    let mut report = run
-        .report
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut report = recover(run.report.into_inner());
     report.took = begun.elapsed();
     report
 }

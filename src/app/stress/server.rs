@@ -1,13 +1,14 @@
 //! The server: echoes, or takes and sends what a client asks for.
 
 use std::io::{self, Read, Write};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use tracing::{debug, info};
 
 use crate::app::serve::{self, Stop};
 use crate::listener::lasting::LastingListener;
+use crate::lock::lock;
 use crate::name::SocketName;
 use crate::stream::Stream;
 
@@ -45,7 +46,7 @@ fn one(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str,
         return serve::echo(stream, &first).map(|bytes| ("echoed", bytes));
     };
     let data = {
-        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(last);
         match &*last {
             Some(data) if data.seed == request.seed => data.clone(),
             _ => last.insert(Data::new(request.seed)).clone(),

@@ -1,10 +1,12 @@
 //! Messages on their way, in bounds.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tracing::warn;
+
+use crate::lock::lock;
 
 /// How much is kept; then the oldest messages are let go of. Programs are never made to wait.
 pub(super) const MOST_KEPT: usize = 4 * 1024 * 1024;
@@ -76,7 +78,7 @@ pub(super) struct Kept {
 
 impl Kept {
     pub(super) fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 
     pub(super) fn push(&self, message: &[u8]) {

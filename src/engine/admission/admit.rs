@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::engine::id::ForwardId;
+use crate::engine::rule::WhileDown;
 
 use super::gate::{Full, Gate, LONGEST_PATIENCE, LOST_PROBES, PROBE_PATIENCE, SlotWake, State};
 use super::quotas::Holder;
@@ -144,7 +145,7 @@ impl Gate {
         Err(state.why_full(holder))
     }
 
-    /// Reserves slots for a forward. If it leads to the VM, `holds` says whether it holds its
+    /// Reserves slots for a forward. If it leads to the VM, `while_down` says what it does with its
     /// clients while the VM is down.
     ///
     /// # Errors
@@ -153,23 +154,24 @@ impl Gate {
         self: &Arc<Gate>,
         forward: ForwardId,
         slots: usize,
-        holds: Option<bool>,
+        while_down: Option<WhileDown>,
     ) -> Result<Reservation, usize> {
         let mut state = self.state();
         // A probe needs a slot besides that of the dial, where there are two.
-        let probes = holds == Some(true) && self.traits.can_be_probed && state.quotas.cap() > 1;
-        if probes && state.forwards[1] == 0 {
+        let holds = while_down == Some(WhileDown::HoldsClients);
+        let probes = holds && self.traits.can_be_probed && state.quotas.cap() > 1;
+        if probes && state.forwards.holding == 0 {
             state.quotas.reserve(Holder::Probes, 1)?;
         }
         let reserved = state.quotas.reserve(Holder::Forward(forward), slots);
-        if let (Ok(()), Some(holds)) = (reserved, holds) {
-            state.forwards[usize::from(holds)] += 1;
+        if let (Ok(()), Some(what)) = (reserved, while_down) {
+            *state.forwards.of(what) += 1;
         }
         state.reserve_for_probes();
         reserved.map(|()| Reservation {
             gate: Arc::clone(self),
             forward,
-            holds,
+            while_down,
             dialled_by: None,
         })
     }

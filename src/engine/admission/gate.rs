@@ -1,13 +1,14 @@
 //! The gate of a VM: what is counted of it, its health, and the pace of its dials.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::address::{AnyVm, SeenBy, VmTraits};
 use crate::error::{Error, plural};
+use crate::lock::lock;
 
-use crate::engine::health::{self, Health, News, VmIdentity};
+use crate::engine::health::{self, ForwardsTo, Health, News, VmIdentity};
 use crate::engine::status::{VmStatus, wall_time};
 use crate::sys;
 
@@ -159,9 +160,8 @@ pub(super) struct State {
     pub(super) quotas: Quotas,
     /// How many dials the guest may leave unanswered.
     pub(super) unanswered_limit: u64,
-    /// The number of forwards that lead to the VM: those that refuse their clients while the VM is
-    /// down, and those that hold them.
-    pub(super) forwards: [usize; 2],
+    /// The forwards that lead to the VM.
+    pub(super) forwards: ForwardsTo,
     /// The forwards at which the guest dials.
     pub(super) guest_forwards: usize,
     /// The guest's dials that are served now.
@@ -223,7 +223,7 @@ impl Gate {
             epoch: 0,
             quotas: Quotas::new(limits.live),
             unanswered_limit: limits.unanswered,
-            forwards: [0; 2],
+            forwards: ForwardsTo::default(),
             guest_forwards: 0,
             guests: 0,
             turned_away: 0,
@@ -258,7 +258,7 @@ impl Gate {
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Sets the caps. Connections beyond them stay.
@@ -407,10 +407,13 @@ impl Gate {
     pub(crate) fn status(&self, now: Instant) -> VmStatus {
         let state = self.state();
         let lost = state.quotas.live_of(Holder::Lost);
+        let predecessor = state.quotas.live_of(Holder::Predecessor);
         VmStatus {
-            connections: state.quotas.live() - lost,
-            limit: state.limit(),
+            connections: state.quotas.live() - lost - predecessor,
+            // One that hands over keeps fewer.
+            limit: state.whole_cap.or(state.limit()),
             lost,
+            predecessor,
             guests: state.guests,
             guest_limit: state.limit().map(|_| state.guest_quota()),
             turned_away: state.turned_away,
@@ -493,7 +496,7 @@ impl State {
 
     /// Reserves a slot for probes where forwards need them and it is not the only one.
     pub(super) fn reserve_for_probes(&mut self) {
-        let is_probed = self.traits.can_be_probed && self.forwards[1] > 0;
+        let is_probed = self.traits.can_be_probed && self.forwards.holding > 0;
         let slots = usize::from(is_probed && self.quotas.cap() > 1);
         // If the others have reserved all slots, probes get what is free.
         let _ = self.quotas.reserve(Holder::Probes, slots);

@@ -64,11 +64,11 @@ impl fmt::Display for NotServed {
 
 impl Gate {
     /// Takes a slot for a dial that the guest has made to `forward`, and decides whether it is
-    /// served. `bound` is the most connections that its rule allows, if it has as many.
+    /// served. `limit` is the most connections that its rule allows, if it has as many.
     pub(crate) fn accept(
         self: &Arc<Gate>,
         forward: ForwardId,
-        bound: Option<usize>,
+        limit: Option<usize>,
         now: Instant,
     ) -> Guest {
         if self.is_seen_by_dials() {
@@ -76,7 +76,7 @@ impl Gate {
         }
         let mut state = self.state();
         let holder = Holder::Forward(forward);
-        let served = match bound {
+        let served = match limit {
             Some(most) => Err(NotServed::Forward(most)),
             None => state.serves_guest(holder),
         };

@@ -121,7 +121,7 @@ impl Quotas {
     }
 
     /// Bounds how many slots a holder may have at a time.
-    pub(crate) fn bound(&mut self, holder: Holder, most: Option<usize>) {
+    pub(crate) fn set_limit(&mut self, holder: Holder, most: Option<usize>) {
         self.change(holder, |quota| quota.most = most);
     }
 
@@ -143,14 +143,14 @@ impl Quotas {
 
     /// Returns how many more slots a holder may take.
     pub(crate) fn free_for(&self, holder: Holder) -> usize {
-        match self.is_at_its_bound(holder) {
+        match self.reached_limit(holder) {
             Some(_) => 0,
             None => self.cap.saturating_sub(self.live + self.kept_from(holder)),
         }
     }
 
     /// Returns a holder's bound, if it has reached it.
-    pub(crate) fn is_at_its_bound(&self, holder: Holder) -> Option<usize> {
+    pub(crate) fn reached_limit(&self, holder: Holder) -> Option<usize> {
         let quota = self.quotas.get(&holder)?;
         quota.most.filter(|most| quota.live >= *most)
     }
@@ -258,12 +258,12 @@ mod tests {
     #[test]
     fn a_bounded_holder_gets_no_more_though_others_do() {
         let mut quotas = Quotas::new(10);
-        quotas.bound(NOISY, Some(2));
+        quotas.set_limit(NOISY, Some(2));
         quotas.take(NOISY);
-        assert_eq!(quotas.is_at_its_bound(NOISY), None);
+        assert_eq!(quotas.reached_limit(NOISY), None);
         assert!(quotas.free_for(NOISY) > 0);
         quotas.take(NOISY);
-        assert_eq!(quotas.is_at_its_bound(NOISY), Some(2));
+        assert_eq!(quotas.reached_limit(NOISY), Some(2));
         assert_eq!((quotas.free_for(NOISY), quotas.free_for(DOCKER)), (0, 8));
         quotas.give_back(NOISY);
         assert!(quotas.free_for(NOISY) > 0);

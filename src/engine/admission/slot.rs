@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ForwardId;
+use crate::engine::rule::WhileDown;
 
 use super::gate::{Gate, PROBE_PATIENCE};
 use super::quotas::Holder;
@@ -205,7 +206,7 @@ impl Drop for Slot {
 pub(crate) struct Reservation {
     pub(super) gate: Arc<Gate>,
     pub(super) forward: ForwardId,
-    pub(super) holds: Option<bool>,
+    pub(super) while_down: Option<WhileDown>,
     /// The gate of the VM whose guest dials the forward.
     pub(super) dialled_by: Option<Arc<Gate>>,
 }
@@ -224,8 +225,8 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = self.gate.state();
         state.quotas.release(Holder::Forward(self.forward));
-        if let Some(holds) = self.holds {
-            state.forwards[usize::from(holds)] -= 1;
+        if let Some(what) = self.while_down {
+            *state.forwards.of(what) -= 1;
         }
         state.reserve_for_probes();
         state.wake();

@@ -11,6 +11,7 @@ use crate::address::{AnyVm, HyperkitVm};
 #[cfg(unix)]
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ForwardId;
+use crate::engine::rule::WhileDown;
 
 const ONE: ForwardId = ForwardId(1);
 
@@ -83,7 +84,7 @@ fn probes_keep_the_distance_of_dials() {
 #[test]
 fn a_vm_that_may_have_one_connection_only_keeps_no_slot_for_probes() {
     let gate = gate(900, 64);
-    let _slots = gate.reserve(ONE, 0, Some(true)).unwrap();
+    let _slots = gate.reserve(ONE, 0, Some(WhileDown::HoldsClients)).unwrap();
     gate.set_limits(GateLimits {
         live: 1,
         unanswered: 64,
@@ -340,7 +341,7 @@ fn a_worker_that_waits_for_a_slot_is_woken_when_there_is_one() {
 fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     let gate = gate(2, 64);
     let wake: SlotWake = Arc::new(|_| {});
-    let _kept = gate.reserve(ONE, 0, Some(true)).unwrap();
+    let _kept = gate.reserve(ONE, 0, Some(WhileDown::HoldsClients)).unwrap();
     let now = Instant::now();
     let dial = go(&gate, now);
     // The other slot is reserved for probes.
@@ -608,7 +609,7 @@ fn no_such_cid() -> crate::Error {
 fn a_vm_that_nothing_harms_is_dialled_at_once_and_without_end() {
     for vm in [AnyVm::Vsock(3), AnyVm::VsockMux("/run/vm".into())] {
         let gate = Arc::new(Gate::new(GateLimits::UNLIMITED, vm));
-        let _kept = gate.reserve(ONE, 5, Some(true)).unwrap();
+        let _kept = gate.reserve(ONE, 5, Some(WhileDown::HoldsClients)).unwrap();
         let now = Instant::now();
         let slots: Vec<Slot> = (0..2_000).map(|_| go(&gate, now)).collect();
         let status = gate.status(now);
@@ -627,7 +628,7 @@ fn a_vm_of_any_family_has_its_limit_and_loses_no_slot() {
         let gate = other_gate(vm, 9);
         let now = Instant::now();
         // None of them is kept for probes.
-        let _kept = gate.reserve(ONE, 0, Some(true)).unwrap();
+        let _kept = gate.reserve(ONE, 0, Some(WhileDown::HoldsClients)).unwrap();
         let guests: Vec<Guest> = (0..9).map(|_| gate.accept(ONE, None, now)).collect();
         assert_eq!(guests[7].served, Ok(()));
         assert_eq!(guests[8].served, Err(NotServed::GuestQuota(8)));

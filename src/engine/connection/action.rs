@@ -60,7 +60,7 @@ pub(crate) struct Context<'a, S: Socket> {
     pub(crate) now: Instant,
     pub(crate) phase: Phase,
     /// The time at which the process last went on after a freeze.
-    pub(crate) thawed: Option<Instant>,
+    pub(crate) resumed_at: Option<Instant>,
     pub(crate) routes: &'a Routes,
     pub(crate) pool: &'a mut Pool<S::Pipe>,
     /// The queue of actions, of all connections.

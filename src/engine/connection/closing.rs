@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::dial::Dial;
 use crate::engine::Phase;
 use crate::engine::admission::{DrainEnd, Slot};
-use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
 use crate::stream::closing::ResetWait;
@@ -55,10 +55,10 @@ impl<S: ConnectionSocket> Connection<S> {
         let State::Relaying { pair, .. } = self.take_state() else {
             return;
         };
-        if pair.refused() {
+        if pair.was_refused() {
             let error = self.refused_by_eof();
-            self.end_because(EndReason::Refused(Reason::ByTarget));
-            self.note_refusal(&error, Reason::ByTarget, cx.now);
+            self.end_because(EndReason::Refused(RefusalReason::ByTarget));
+            self.note_refusal(&error, RefusalReason::ByTarget, cx.now);
         }
         let modes = Side::BOTH.map(|side| pair.close_mode(side));
         let mut ends = [None, None];
@@ -140,7 +140,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 _ => return self.close(cx),
             }
         }
-        if cx.thawed == Some(now)
+        if cx.resumed_at == Some(now)
             && let Some(until) = until
         {
             // Invariant 9: the peer may have been frozen as well, and had no time to answer.
@@ -237,7 +237,7 @@ impl<S: ConnectionSocket> Connection<S> {
         cx: &mut Context<'_, S>,
     ) -> IsClosed<S> {
         let now = cx.now;
-        if cx.thawed == Some(now) {
+        if cx.resumed_at == Some(now) {
             drain.note_freeze(now);
         }
         let before = (end.received(), end.input_ended());
@@ -350,7 +350,8 @@ impl<S: ConnectionSocket> Connection<S> {
         self.slots[side].is_some()
     }
 
-    /// Returns whether the VMM of a side keeps the slot of a connection that its guest has not ended.
+    /// Returns whether the VMM of a side keeps the slot of a connection that its guest has not
+    /// ended.
     fn can_lose_slot(&self, side: Side) -> bool {
         self.slots[side].as_ref().is_some_and(Slot::can_be_lost)
     }

@@ -16,7 +16,7 @@ use crate::address::Refusal;
 use crate::dial::{self, Begun, Dial, Next, Race};
 use crate::engine::Phase;
 use crate::engine::admission::{Full, Gate, NotServed, Slot};
-use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
@@ -32,7 +32,7 @@ use super::action::{Action, Context};
 use super::closing_end::Closing;
 use super::relaying::Acceptance;
 use super::socket::ConnectionSocket;
-use super::state::{Connection, Held, State};
+use super::state::{Connection, Retries, State};
 
 /// The pause before the target of a held client is dialled again. It doubles with each dial, up to
 /// [`LONGEST_PAUSE`].
@@ -55,7 +55,7 @@ pub(crate) struct Dialled<S> {
 impl<S: ConnectionSocket> Connection<S> {
     /// Makes a connection of an accepted socket; [`begin`](Connection::begin) must follow. `slots`
     /// are that of a guest's dial, and that which is queued at the target's VM.
-    pub(crate) fn accepted(
+    pub(crate) fn for_client(
         name: ConnectionId,
         forward: Arc<Forward>,
         socket: S,
@@ -72,9 +72,12 @@ impl<S: ConnectionSocket> Connection<S> {
             name: peer,
             process: client.socket.peer_process(),
         };
-        let patience = forward.wait().unwrap_or(forward.rule.timeouts.dial);
+        let patience = forward
+            .rule
+            .hold_time()
+            .unwrap_or(forward.rule.timeouts.dial);
         let state = State::waiting(client, Dial::new(after(now, patience)));
-        let held = forward.wait().map(|_| Held {
+        let retries = forward.rule.hold_time().map(|_| Retries {
             pause: FIRST_PAUSE,
             redial: None,
             last: None,
@@ -85,7 +88,7 @@ impl<S: ConnectionSocket> Connection<S> {
             guest.note_answer(now);
         }
         connection.slots = slots;
-        connection.held = held;
+        connection.retries = retries;
         connection.debug(|| debug!("accepted"));
         connection.notify(What::Accepted);
         connection
@@ -108,7 +111,7 @@ impl<S: ConnectionSocket> Connection<S> {
         match watched {
             Err(e) => {
                 let error = Error::new(Operation::Accept, &self.forward.rule.listen, e);
-                self.refuse(&error, Reason::Other, cx);
+                self.refuse(&error, RefusalReason::Other, cx);
             }
             Ok(()) if is_closed => {
                 self.end_because(match cx.phase {
@@ -131,7 +134,7 @@ impl<S: ConnectionSocket> Connection<S> {
         if let Err(why) = served {
             let cause = io::Error::other(why.to_string());
             let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
-            self.refuse(&error, Reason::Full, cx);
+            self.refuse(&error, RefusalReason::Full, cx);
         }
     }
 
@@ -144,12 +147,12 @@ impl<S: ConnectionSocket> Connection<S> {
         let (forward, peer) = (self.forward.id, self.peer.name);
         if peer == SocketName::Unnamed {
             let is_ours = || client.socket.is_from_this_process();
-            return cx.routes.accepted_from_us(forward, is_ours, cx.now);
+            return cx.routes.admit_unnamed_client(forward, is_ours, cx.now);
         }
-        let ends = || PeerNames::accepted(client.socket.local_name()?, peer);
+        let ends = || PeerNames::of_accepted(client.socket.local_name()?, peer);
         let mut route = Route::default();
-        let is_acyclic = cx.routes.accepted(ends, forward, &mut route);
-        self.route = route.kept();
+        let is_acyclic = cx.routes.admit_client(ends, forward, &mut route);
+        self.route = route.into_box();
         is_acyclic
     }
 
@@ -168,23 +171,23 @@ impl<S: ConnectionSocket> Connection<S> {
         let is_acyclic = match endpoint {
             endpoint if !endpoint.connects_at_once() => {
                 let here = server.socket.local_name();
-                if let Some(ends) = here.and_then(|here| PeerNames::dialled(here, endpoint)) {
+                if let Some(ends) = here.and_then(|here| PeerNames::of_dialled(here, endpoint)) {
                     if race.earlier().next().is_none() {
                         // Those of dials that have failed.
                         routes.forget_dialled(&mut route);
                     }
-                    routes.dialled(forward, ends, &mut route);
+                    routes.note_dial(forward, ends, &mut route);
                 }
                 true
             }
             _ => match server.socket.unix_peer_name() {
                 Some(name) => {
-                    routes.reached(forward, &ListenerName::Unix(name), &mut route, cx.now)
+                    routes.note_arrival(forward, &ListenerName::Unix(name), &mut route, cx.now)
                 }
                 None => true,
             },
         };
-        self.route = route.kept();
+        self.route = route.into_box();
         is_acyclic
     }
 
@@ -197,7 +200,7 @@ impl<S: ConnectionSocket> Connection<S> {
             io::Error::other(why),
         );
         let error = error.with_remedy("have the forward lead elsewhere");
-        self.refuse(&error, Reason::Other, cx);
+        self.refuse(&error, RefusalReason::Other, cx);
     }
 
     /// Refuses a client that has come from where none may come from.
@@ -208,7 +211,7 @@ impl<S: ConnectionSocket> Connection<S> {
             format!("{client} may not come: it is not in the rule's `from`"),
         );
         let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
-        self.refuse(&error, Reason::NotAllowed, cx);
+        self.refuse(&error, RefusalReason::NotAllowed, cx);
     }
 
     /// Returns what the client is called where the same one is to be told of once.
@@ -237,7 +240,7 @@ impl<S: ConnectionSocket> Connection<S> {
         let why = format!("{most} connections of this forward are open, and more are not allowed");
         let error = Error::new(Operation::Connect, &rule.connect, io::Error::other(why));
         let error = error.with_remedy("allow it more connections");
-        self.refuse(&error, Reason::Full, cx);
+        self.refuse(&error, RefusalReason::Full, cx);
     }
 
     /// Begins to dial the target, for the first time or again.
@@ -245,8 +248,8 @@ impl<S: ConnectionSocket> Connection<S> {
         let State::Waiting { dial, .. } = &mut self.state else {
             return;
         };
-        if let Some(held) = &mut self.held {
-            held.redial = None;
+        if let Some(retries) = &mut self.retries {
+            retries.redial = None;
         }
         let deadline = dial.deadline();
         let target = &self.forward.rule.connect;
@@ -274,7 +277,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 }
                 Target::NotCarried => {
                     let error = not_carried(Operation::Connect, target);
-                    return self.refuse(&error, Reason::Other, cx);
+                    return self.refuse(&error, RefusalReason::Other, cx);
                 }
             }
         }
@@ -306,7 +309,7 @@ impl<S: ConnectionSocket> Connection<S> {
         if cx.now >= deadline {
             return self.time_out(cx);
         }
-        if let Some(redial) = self.held.as_ref().and_then(|held| held.redial) {
+        if let Some(redial) = self.retries.as_ref().and_then(|retries| retries.redial) {
             match cx.now < redial {
                 true => self.wake_at = Some(redial),
                 false => self.begin_dial(cx),
@@ -395,7 +398,7 @@ impl<S: ConnectionSocket> Connection<S> {
             Ok((socket, Err(e))) => {
                 let error = Error::new(Operation::Connect, &self.forward.rule.connect, e);
                 cx.request(Action::Discard(socket));
-                self.refuse(&error, Reason::Other, cx);
+                self.refuse(&error, RefusalReason::Other, cx);
             }
             Ok((socket, Ok(()))) => {
                 if let Some(slot) = &mut self.slots[Side::Server] {
@@ -442,7 +445,7 @@ impl<S: ConnectionSocket> Connection<S> {
             }
         };
         let mut server = End::new(dialled.socket);
-        let begun = dial.begun(cx.now);
+        let begun = dial.begin_attempt(cx.now);
         let deadline = dial.deadline();
         // A socket that has just connected has room; no event needs to say so.
         server.latch(Readiness {
@@ -461,11 +464,11 @@ impl<S: ConnectionSocket> Connection<S> {
         let target = &self.forward.rule.connect;
         if let Err(e) = dialled.watched {
             let error = Error::new(Operation::Connect, target, e);
-            return self.refuse(&error, Reason::Other, cx);
+            return self.refuse(&error, RefusalReason::Other, cx);
         }
         match begun {
             Begun::Connected
-                if self.held.is_some() && target.transport().refusal == Refusal::Eof =>
+                if self.retries.is_some() && target.transport().refusal == Refusal::Eof =>
             {
                 self.begin_proving(deadline, cx);
             }
@@ -522,7 +525,7 @@ impl<S: ConnectionSocket> Connection<S> {
         let State::Waiting { dial, .. } = &mut self.state else {
             return;
         };
-        match dial.failed(cx.now, error) {
+        match dial.note_failure(cx.now, error) {
             Next::Now => cx.request(Action::Connect),
             Next::At(at) => self.wake_at = Some(at),
             Next::GiveUp(error) => cx.request(Action::Explain(error)),
@@ -550,17 +553,18 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Takes the failure of a dial: holds the client until the next dial, or refuses it.
     pub(super) fn dial_failed(&mut self, error: Error, cx: &mut Context<'_, S>) {
         let now = cx.now;
-        let reason = Reason::from_error(&self.forward.rule.connect, &error);
+        let reason = RefusalReason::from_error(&self.forward.rule.connect, &error);
         self.forward.note_failed_dial(reason, &error, now);
         let is_ending = cx.phase == Phase::Cutting || self.forward.is_cut();
-        if let (Some(held), State::Waiting { dial, full, .. }) = (&mut self.held, &mut self.state)
+        if let (Some(retries), State::Waiting { dial, full, .. }) =
+            (&mut self.retries, &mut self.state)
             && dial::is_worth_retrying(&error)
             && !is_ending
         {
-            let redial = (now + held.pause).min(dial.deadline());
-            held.pause = (held.pause * 2).min(LONGEST_PAUSE);
-            held.redial = Some(redial);
-            held.last = Some((error, reason));
+            let redial = (now + retries.pause).min(dial.deadline());
+            retries.pause = (retries.pause * 2).min(LONGEST_PAUSE);
+            retries.redial = Some(redial);
+            retries.last = Some((error, reason));
             *dial = Dial::new(dial.deadline());
             *full = None;
             // The client stays in the queue for a slot, and keeps nothing of this dial.
@@ -586,12 +590,15 @@ impl<S: ConnectionSocket> Connection<S> {
             State::Waiting { full, .. } => *full,
             _ => None,
         };
-        let last = self.held.as_mut().and_then(|held| held.last.take());
+        let last = self
+            .retries
+            .as_mut()
+            .and_then(|retries| retries.last.take());
         let (error, reason) = match (&self.state, full, last) {
             (_, Some(full), _) => {
                 let reason = match full {
-                    Full::Unanswered(_) | Full::Hangs => Reason::DialTimeout,
-                    Full::Live { .. } | Full::Reserved(_) => Reason::Full,
+                    Full::Unanswered(_) | Full::Hangs => RefusalReason::DialTimeout,
+                    Full::Live { .. } | Full::Reserved(_) => RefusalReason::Full,
                 };
                 let error = Error::new(Operation::Connect, target, late(full.to_string()));
                 (error, reason)
@@ -600,7 +607,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 let cause = late("the guest doesn't answer".to_owned());
                 let error = Error::new(Operation::Connect, target, cause);
                 let error = error.with_remedy("is it booting, paused or asleep?");
-                (error, Reason::DialTimeout)
+                (error, RefusalReason::DialTimeout)
             }
             (_, None, Some(last)) => last,
             (state, None, None) => {
@@ -610,8 +617,8 @@ impl<S: ConnectionSocket> Connection<S> {
                     _ => Error::new(Operation::Connect, target, cause),
                 };
                 self.forward
-                    .note_failed_dial(Reason::DialTimeout, &error, cx.now);
-                (error, Reason::DialTimeout)
+                    .note_failed_dial(RefusalReason::DialTimeout, &error, cx.now);
+                (error, RefusalReason::DialTimeout)
             }
         };
         self.refuse(&error, reason, cx);
@@ -626,11 +633,11 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         let cause = io::Error::new(io::ErrorKind::ConnectionAborted, why);
         let error = Error::new(Operation::Connect, &self.forward.rule.connect, cause);
-        self.refuse(&error, Reason::Other, cx);
+        self.refuse(&error, RefusalReason::Other, cx);
     }
 
     /// Ends a connection that could not be made, and reports why.
-    pub(super) fn refuse(&mut self, error: &Error, reason: Reason, cx: &mut Context<'_, S>) {
+    pub(super) fn refuse(&mut self, error: &Error, reason: RefusalReason, cx: &mut Context<'_, S>) {
         self.abandon_race(cx);
         let (mut client, server) = match self.take_state() {
             State::Waiting { client, .. } => (client, None),

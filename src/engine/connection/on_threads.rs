@@ -3,7 +3,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::rule::Timeouts;
 use crate::error::{Error, Operation};
 use crate::time::after;
@@ -25,8 +25,8 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Takes that no threads could be started; both sockets were reset.
     pub(crate) fn take_threads_failure(&mut self, error: io::Error, cx: &mut Context<'_, S>) {
         let error = Error::new(Operation::Run, "a connection's thread", error);
-        self.end_because(EndReason::Refused(Reason::Other));
-        self.note_refusal(&error, Reason::Other, cx.now);
+        self.end_because(EndReason::Refused(RefusalReason::Other));
+        self.note_refusal(&error, RefusalReason::Other, cx.now);
         self.close(cx);
     }
 
@@ -53,8 +53,8 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         // Invariant 9: the threads were frozen as well. They read what has arrived before a timeout
         // is believed.
-        let thawed = cx.thawed.is_some_and(|at| cx.now < after(at, time));
-        if thawed || !self.cut_if_idle(cx) {
+        let resumed_at = cx.resumed_at.is_some_and(|at| cx.now < after(at, time));
+        if resumed_at || !self.cut_if_idle(cx) {
             self.wake_by(after(cx.now, time));
         }
     }

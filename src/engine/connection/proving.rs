@@ -25,7 +25,7 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Makes a probe of a socket that was dialled at a port on which nobody listens. The guest's
     /// refusal says that it runs and has taken all earlier dials.
     /// [`begin_probe`](Connection::begin_probe) must follow.
-    pub(crate) fn probe(
+    pub(crate) fn for_probe(
         forward: Arc<Forward>,
         dialled: Dialled<S>,
         mut slot: Slot,

@@ -4,7 +4,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::proxy_header::{self, Header};
 use crate::engine::relay::{End, Pair, Pool, Side};
 use crate::error::{Error, Operation};
@@ -99,7 +99,7 @@ impl<S: ConnectionSocket> Connection<S> {
             io::Error::new(kind, why),
         );
         let error = error.with_remedy("have it send one, or take it out of accept-proxy");
-        self.refuse(&error, Reason::NoHeader, cx);
+        self.refuse(&error, RefusalReason::NoHeader, cx);
     }
 
     /// Returns the header by which the target is to be told who the client is.

@@ -1,7 +1,7 @@
 //! The race between the addresses of a name: see [`Race`].
 //!
-//! All sockets of a race have the token of the server's side. An event doesn't tell which of them it
-//! is about, so each of them is asked.
+//! All sockets of a race have the token of the server's side. An event doesn't tell which of them
+//! it is about, so each of them is asked.
 
 use std::io;
 
@@ -75,8 +75,8 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Goes on with an earlier attempt, now that the latest one has failed. Returns false if there is
-    /// none.
+    /// Goes on with an earlier attempt, now that the latest one has failed. Returns false if there
+    /// is none.
     pub(super) fn return_to_earlier(&mut self, cx: &mut Context<'_, S>) -> bool {
         let Some((server, race)) = self.race() else {
             return false;
@@ -136,7 +136,7 @@ impl<S: ConnectionSocket> Connection<S> {
         if let Some(route) = &mut self.route
             && let Some(endpoint) = race.dial.endpoint()
             && let Some(here) = server.socket.local_name()
-            && let Some(ends) = PeerNames::dialled(here, endpoint)
+            && let Some(ends) = PeerNames::of_dialled(here, endpoint)
         {
             cx.routes.keep_dialled(ends, route);
         }

@@ -68,7 +68,7 @@ impl<S: ConnectionSocket> Connection<S> {
         self.notify(What::Connected);
         add_one(&self.forward.tally.connected);
         self.forward.mark_up(cx.now);
-        self.held = None;
+        self.retries = None;
         self.idle = Idle::new(cx.now);
         self.wake_at = None;
         if self.forward.is_on_threads() {
@@ -81,8 +81,8 @@ impl<S: ConnectionSocket> Connection<S> {
         let mut refusal_wait = None;
         let refusal = self.forward.rule.connect.transport().refusal;
         if refusal == Refusal::Eof && acceptance == Acceptance::Unknown {
-            pair.refuses_silently(UNREAD);
-            pair.hold_half_close(Side::Client);
+            pair.expect_refusal_by_eof(UNREAD);
+            pair.withhold_half_close(Side::Client);
             refusal_wait = Some(cx.now + REFUSAL_WAIT);
         }
         if let Some((buffer, len)) = first {
@@ -92,7 +92,7 @@ impl<S: ConnectionSocket> Connection<S> {
             // A half-close towards a peer that takes it for the end of both directions is held back
             // until that peer has ended.
             if self.forward.half_close_ends_both(side) || !pair.ends[side].socket.has_half_close() {
-                pair.hold_half_close(side.other());
+                pair.withhold_half_close(side.other());
             }
             // A VM that dies ends its connections with an EOF. Where the other peer can be told by
             // a reset that its connection broke off, it is.
@@ -147,7 +147,7 @@ impl<S: ConnectionSocket> Connection<S> {
         let before = signs(pair);
         let mut turn = pair.turn(cx.pool, BUDGET);
         if let Some(until) = *refusal_wait
-            && pair.is_holding_half_close(Side::Client)
+            && pair.is_withholding_half_close(Side::Client)
             && (pair.ends[Side::Server].received() > 0 || now >= until)
         {
             pair.release_half_close(Side::Client);
@@ -159,7 +159,7 @@ impl<S: ConnectionSocket> Connection<S> {
             moved |= delivered > self.counted[side];
             self.forward
                 .tally
-                .delivered(side, delivered - self.counted[side]);
+                .count_delivered(side, delivered - self.counted[side]);
             self.counted[side] = delivered;
         }
         let seen = signs(pair);
@@ -193,7 +193,9 @@ impl<S: ConnectionSocket> Connection<S> {
             _ if awaits_peer => return,
             Turn::Again => return cx.has_more_work = true,
             Turn::Done => return self.close_pair(cx),
-            Turn::Wait if pair.is_holding_half_close(Side::Client) && refusal_wait.is_some() => {
+            Turn::Wait
+                if pair.is_withholding_half_close(Side::Client) && refusal_wait.is_some() =>
+            {
                 if let Some(until) = *refusal_wait {
                     self.wake_by(until);
                 }
@@ -203,8 +205,8 @@ impl<S: ConnectionSocket> Connection<S> {
             // something to wait for.
             Turn::Wait
                 if pair.is_ending()
-                    || pair.is_holding_half_close(Side::Client)
-                    || pair.is_holding_half_close(Side::Server) =>
+                    || pair.is_withholding_half_close(Side::Client)
+                    || pair.is_withholding_half_close(Side::Server) =>
             {
                 if moved && !pair.is_ending() {
                     *drain_deadline = None;

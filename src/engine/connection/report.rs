@@ -9,7 +9,7 @@ use tracing::{Span, debug, error_span, info, warn};
 
 use crate::engine::admission::Slot;
 use crate::engine::counters::add_one;
-use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::ended::EndedConnection;
 use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
@@ -53,11 +53,11 @@ impl<S: Socket> Connection<S> {
     }
 
     /// Counts a refused client, and logs the reason; a repeated one only now and then.
-    pub(super) fn note_refusal(&mut self, error: &Error, reason: Reason, now: Instant) {
+    pub(super) fn note_refusal(&mut self, error: &Error, reason: RefusalReason, now: Instant) {
         let text: Arc<str> = error.to_string().into();
         self.error = Some(Arc::clone(&text));
         let forward = &self.forward;
-        forward.tally.refused(reason);
+        forward.tally.count_refusal(reason);
         self.notify(What::Refused(error));
         let connected = forward.tally.connected.load(Ordering::Relaxed);
         forward.status_cell.set_error(Arc::clone(&text), connected);
@@ -66,7 +66,7 @@ impl<S: Socket> Connection<S> {
             .is_some_and(Slot::is_turned_away);
         // The absence of a target was logged when it was noticed, and that a guest dials too much
         // by the gate.
-        if reason == Reason::Absent || is_turned_away {
+        if reason == RefusalReason::Absent || is_turned_away {
             return self.debug(|| debug!("refused a client of {}: {text}", forward.rule.listen));
         }
         if let Some(more) = forward.log_limiter.admit(&text, now) {
@@ -94,7 +94,10 @@ impl<S: Socket> Connection<S> {
     pub(super) fn state_word(&self, half_closed: Option<Side>) -> ConnectionState {
         match &self.state {
             State::Waiting { full, .. } => {
-                let redials = self.held.as_ref().is_some_and(|held| held.redial.is_some());
+                let redials = self
+                    .retries
+                    .as_ref()
+                    .is_some_and(|retries| retries.redial.is_some());
                 let slot = self.slots[Side::Server].as_ref();
                 let is_queued = slot.is_some_and(|slot| !slot.is_admitted());
                 match full.is_some() || redials || is_queued {
@@ -166,7 +169,7 @@ impl<S: ConnectionSocket> Connection<S> {
         let why = self.why.unwrap_or(EndReason::Failed);
         let [sent, received] = self.counted;
         let age = now.saturating_duration_since(self.since);
-        self.forward.tally.ended(why);
+        self.forward.tally.count_end(why);
         self.log_access(why, age);
         self.notify(What::Closed {
             sent,
@@ -221,5 +224,5 @@ impl<S: ConnectionSocket> Connection<S> {
 fn bytes_on_their_way<S: ConnectionSocket>(pair: &Pair<S>, side: Side) -> Option<u64> {
     let unread = pair.ends[side].socket.unread()?;
     let sent = pair.ends[side.other()].socket.unacknowledged();
-    Some(unread + (pair.held(side) + sent) as u64)
+    Some(unread + (pair.in_flight(side) + sent) as u64)
 }

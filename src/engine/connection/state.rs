@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::dial::{Dial, Race};
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
-use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
 use crate::engine::relay::{End, Pair, Readiness, Side};
@@ -39,7 +39,7 @@ pub(crate) struct Connection<S: Socket> {
     /// How the connection leads to another forward of this process, or comes from one.
     pub(super) route: Option<Box<Route>>,
     /// The retries, if the client is held while its target is absent.
-    pub(crate) held: Option<Held>,
+    pub(crate) retries: Option<Retries>,
     /// What the client has said of its own client, if it is a proxy.
     pub(super) proxied: Option<Box<Proxied>>,
     pub(super) idle: Idle,
@@ -146,13 +146,13 @@ pub(crate) enum Program {
 
 /// The retries for a client that is held while its target is absent.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct Retries {
     /// The pause after the next dial.
     pub(super) pause: Duration,
     /// The time of the next dial, if none is in progress.
     pub(crate) redial: Option<Instant>,
     /// The error of the last dial.
-    pub(super) last: Option<(Error, Reason)>,
+    pub(super) last: Option<(Error, RefusalReason)>,
 }
 
 /// What is known of a client that comes by way of a proxy.
@@ -186,7 +186,7 @@ impl<S: Socket> Connection<S> {
             is_queued: false,
             slots: [None, None],
             route: None,
-            held: None,
+            retries: None,
             proxied: None,
             idle: Idle::new(now),
             is_inherited: false,

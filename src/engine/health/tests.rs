@@ -2,7 +2,7 @@
 
 use super::*;
 
-const GONE: Option<News> = Some(News::Gone { was_there: true });
+const GONE: Option<News> = Some(News::Down { was_up: true });
 
 #[test]
 fn a_repeated_observation_is_not_reported() {
@@ -10,13 +10,13 @@ fn a_repeated_observation_is_not_reported() {
     let start = Instant::now();
     let later = start + Duration::from_secs(3);
     assert_eq!(health.is_up(), None);
-    let never = Some(News::Gone { was_there: false });
+    let never = Some(News::Down { was_up: false });
     assert_eq!(health.mark_down(start), never);
     let since = health.gone_since();
     assert!(since.is_some());
     assert_eq!(health.mark_down(later), None);
     assert_eq!(health.gone_since(), since);
-    let back = Some(News::Back(Duration::from_secs(3)));
+    let back = Some(News::Up(Duration::from_secs(3)));
     assert_eq!(health.mark_up(later), back);
     assert_eq!(health.mark_up(later), None);
     // A dial that was begun before fails.
@@ -63,7 +63,7 @@ fn another_file_is_another_vm_and_the_same_file_marks_nothing_up() {
     health.mark_down(now);
     // A socket that was left behind is seen.
     assert_eq!(health.note_identity(one, now), (false, None));
-    let back = Some(News::Back(Duration::ZERO));
+    let back = Some(News::Up(Duration::ZERO));
     assert_eq!(health.note_identity(two, now), (true, back));
     assert_eq!(health.note_identity(two, now), (false, None));
     // Another worker looked before the change.
@@ -107,7 +107,7 @@ fn a_pid_file_beside_the_socket_is_no_other_vm() {
     health.mark_up(now);
     now += SETTLE_TIME;
     assert_eq!(health.note_identity(file(pid), now), (false, GONE));
-    let back = Some(News::Back(SETTLE_TIME));
+    let back = Some(News::Up(SETTLE_TIME));
     now += SETTLE_TIME;
     assert_eq!(health.note_identity(socket(two), now), (true, back));
     assert_eq!(health.restarts(), 1);

@@ -217,7 +217,7 @@ pub(crate) enum Carrier<P> {
     },
     Pipe {
         pipe: P,
-        holds: usize,
+        len: usize,
     },
 }
 
@@ -240,7 +240,7 @@ impl<P: Pipe> Carrier<P> {
         match self {
             Carrier::Empty => 0,
             Carrier::Memory { filled, .. } => filled.len(),
-            Carrier::Pipe { holds, .. } => *holds,
+            Carrier::Pipe { len, .. } => *len,
         }
     }
 
@@ -252,9 +252,9 @@ impl<P: Pipe> Carrier<P> {
                 filled.start += n;
                 filled.len()
             }
-            Carrier::Pipe { holds, .. } => {
-                *holds -= n;
-                *holds
+            Carrier::Pipe { len, .. } => {
+                *len -= n;
+                *len
             }
         };
         if left == 0 {
@@ -267,7 +267,7 @@ impl<P: Pipe> Carrier<P> {
         match std::mem::replace(self, Carrier::Empty) {
             Carrier::Empty => {}
             Carrier::Memory { buffer, .. } => pool.give_buffer(buffer),
-            Carrier::Pipe { pipe, holds: 0 } => pool.give_pipe(pipe),
+            Carrier::Pipe { pipe, len: 0 } => pool.give_pipe(pipe),
             // It is dropped, since only another write could empty it.
             Carrier::Pipe { .. } => pool.lose_pipe(),
         }

@@ -10,8 +10,8 @@
 //! 2. A carrier is filled only when it is empty: see [`Carrier`]. So memory is bounded,
 //!    backpressure is free, EOF never overtakes data, and a `WouldBlock` has one meaning.
 //! 3. EOF on one side becomes `shutdown(Write)` on the other, once, after the last byte, unless
-//!    [`Pair::hold_half_close`] keeps it back. Each direction ends by itself; the pair is done when
-//!    both are.
+//!    [`Pair::withhold_half_close`] keeps it back. Each direction ends by itself; the pair is done
+//!    when both are.
 //! 4. An error ends its own direction; what the other still holds may arrive. A broken upload is
 //!    never turned into a clean EOF: [`CloseMode::Reset`] says where a reset is required.
 //! 5. Work per turn is bounded by a budget of bytes; [`Turn::Again`] asks for another turn.
@@ -111,7 +111,7 @@ struct Flow<P> {
     /// How much the last read brought.
     size: Size,
     /// Whether the half-close is held back while the other direction is open.
-    hold: bool,
+    is_withheld: bool,
     /// Whether an EOF of the source may mean that its connection broke off.
     doubt: bool,
     delivered: u64,
@@ -172,7 +172,7 @@ impl<P: Pipe> Flow<P> {
             state: State::Open,
             carrier: Carrier::Empty,
             size: Size::Small,
-            hold: false,
+            is_withheld: false,
             doubt: false,
             delivered: 0,
             foreign: 0,
@@ -253,7 +253,7 @@ impl<P: Pipe> Flow<P> {
                 }
                 let n = match &mut self.carrier {
                     Carrier::Memory { buffer, filled } => sink.write(&buffer[filled.clone()]),
-                    Carrier::Pipe { pipe, holds } => sink.splice_out(pipe, *holds),
+                    Carrier::Pipe { pipe, len } => sink.splice_out(pipe, *len),
                     Carrier::Empty => 0,
                 };
                 self.delivered += n as u64;
@@ -287,7 +287,7 @@ impl<P: Pipe> Flow<P> {
                         source.input = Half::Failed(io::ErrorKind::ConnectionRefused);
                     }
                 }
-                Half::Closed if self.hold || self.doubt => return false,
+                Half::Closed if self.is_withheld || self.doubt => return false,
                 Half::Closed => {
                     sink.shutdown_write();
                     self.state = State::Finished;
@@ -312,10 +312,10 @@ impl<P: Pipe> Flow<P> {
             && let Some(mut pipe) = pool.take_pipe()
         {
             match source.splice_in(&mut pipe) {
-                Some(holds) => {
-                    self.size = self.size.after(holds, pool.size());
-                    self.carrier = Carrier::Pipe { pipe, holds };
-                    return holds;
+                Some(len) => {
+                    self.size = self.size.after(len, pool.size());
+                    self.carrier = Carrier::Pipe { pipe, len };
+                    return len;
                 }
                 None => pool.give_pipe(pipe),
             }
@@ -345,7 +345,7 @@ pub(crate) struct Pair<S: Socket> {
     pub(crate) ends: [End<S>; 2],
     /// The two directions; `flows[X]` carries what side X sends.
     flows: [Flow<S::Pipe>; 2],
-    /// The most bytes within which an EOF is a refusal: see [`Pair::refuses_silently`].
+    /// The most bytes within which an EOF is a refusal: see [`Pair::expect_refusal_by_eof`].
     silent_within: Option<u64>,
 }
 
@@ -365,18 +365,18 @@ impl<S: Socket> Pair<S> {
     /// lie unread in between, or all of it, where the system can tell ([`Socket::peer_took_all`];
     /// Linux). Elsewhere (macOS) a guest that reads less and closes at once without a byte can't be
     /// told from one that refuses.
-    pub(crate) fn refuses_silently(&mut self, unread: u64) {
+    pub(crate) fn expect_refusal_by_eof(&mut self, unread: u64) {
         self.silent_within = Some(unread);
     }
 
     /// Holds back the half-close of `side` until [`release_half_close`](Pair::release_half_close),
     /// or until the other direction has ended.
-    pub(crate) fn hold_half_close(&mut self, side: Side) {
-        self.flows[side].hold = true;
+    pub(crate) fn withhold_half_close(&mut self, side: Side) {
+        self.flows[side].is_withheld = true;
     }
 
     pub(crate) fn release_half_close(&mut self, side: Side) {
-        self.flows[side].hold = false;
+        self.flows[side].is_withheld = false;
     }
 
     /// Holds back an EOF of `side` until [`settle_end`](Pair::settle_end) says what it means, since
@@ -416,9 +416,9 @@ impl<S: Socket> Pair<S> {
 
     /// Returns whether the half-close of `side` is held back now, until
     /// [`release_half_close`](Pair::release_half_close).
-    pub(crate) fn is_holding_half_close(&self, side: Side) -> bool {
+    pub(crate) fn is_withholding_half_close(&self, side: Side) -> bool {
         let flow = &self.flows[side];
-        flow.hold
+        flow.is_withheld
             && flow.state == State::Open
             && flow.carrier.is_empty()
             && self.ends[side].input == Half::Closed
@@ -433,18 +433,18 @@ impl<S: Socket> Pair<S> {
     /// client.)
     pub(crate) fn half_closed_by(&self) -> Option<Side> {
         let ended = |side: &Side| {
-            self.flows[*side].state != State::Open || self.is_holding_half_close(*side)
+            self.flows[*side].state != State::Open || self.is_withholding_half_close(*side)
         };
         Side::BOTH.into_iter().find(ended)
     }
 
     /// Returns how many bytes of what `side` sent are held here.
-    pub(crate) fn held(&self, side: Side) -> usize {
+    pub(crate) fn in_flight(&self, side: Side) -> usize {
         self.flows[side].carrier.left()
     }
 
     /// Returns whether the server refused by an EOF before its first byte.
-    pub(crate) fn refused(&self) -> bool {
+    pub(crate) fn was_refused(&self) -> bool {
         self.ends[Side::Server].input == Half::Failed(io::ErrorKind::ConnectionRefused)
     }
 
@@ -469,12 +469,13 @@ impl<S: Socket> Pair<S> {
         }
         // The end of one direction releases the half-close of the other; two that wait for each
         // other are both released.
-        let ended =
-            |side: Side| self.flows[side].state != State::Open || self.is_holding_half_close(side);
+        let ended = |side: Side| {
+            self.flows[side].state != State::Open || self.is_withholding_half_close(side)
+        };
         if ended(Side::Client)
             && ended(Side::Server)
-            && (self.is_holding_half_close(Side::Client)
-                || self.is_holding_half_close(Side::Server))
+            && (self.is_withholding_half_close(Side::Client)
+                || self.is_withholding_half_close(Side::Server))
         {
             self.release_half_close(Side::Client);
             self.release_half_close(Side::Server);

@@ -82,12 +82,12 @@ impl<D: Driver> Connections<D> {
         match queue.gate.admit(queue.forward.id, cx.now) {
             Admission::Go(slot) => {
                 queue.waiting.pop_front();
-                self.with(id, cx, |it, to| it.take_slot(slot, to));
+                self.call(id, cx, |it, to| it.take_slot(slot, to));
                 return true;
             }
             Admission::At(at) => queue.next = at,
             Admission::Probe(slot) => {
-                if self.probe(slot, &queue.forward, cx) {
+                if self.send_probe(slot, &queue.forward, cx) {
                     return true;
                 }
                 queue.next = cx.now + FULL_PAUSE;

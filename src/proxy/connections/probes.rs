@@ -28,7 +28,7 @@ impl<D: Driver> Connections<D> {
     ///
     /// However long the answer takes, a probe is never given up, since it may come at any time.
     /// Returns false if the probe could not be sent now.
-    pub(super) fn probe(
+    pub(super) fn send_probe(
         &mut self,
         slot: Slot,
         forward: &Arc<Forward>,
@@ -66,9 +66,9 @@ impl<D: Driver> Connections<D> {
             .load
             .fetch_add(1, Ordering::Relaxed);
         cx.shared.note_begin(forward, Holder::Probes);
-        let probe = Connection::probe(Arc::clone(forward), dialled, slot, cx.phase, cx.now);
+        let probe = Connection::for_probe(Arc::clone(forward), dialled, slot, cx.phase, cx.now);
         self.table.insert(probe);
-        self.with(id, cx, Connection::begin_probe);
+        self.call(id, cx, Connection::begin_probe);
         true
     }
 
@@ -89,7 +89,7 @@ impl<D: Driver> Connections<D> {
         };
         let wake = cx.shared.inboxes[cx.index].slot_waker();
         let is_sent = match gate.admit_probe(cx.now, cx.index, wake) {
-            Admission::Go(slot) | Admission::Probe(slot) => self.probe(slot, &forward, cx),
+            Admission::Go(slot) | Admission::Probe(slot) => self.send_probe(slot, &forward, cx),
             // It is tried again when the VM is looked at next.
             Admission::At(_) => return,
             Admission::Full(_) => false,
@@ -145,7 +145,7 @@ impl<D: Driver> Connections<D> {
             if let Some(forward) = unanswered {
                 probes.next = match probes.not_before.filter(|at| cx.now < *at) {
                     Some(at) => at,
-                    None => self.send_probe(&mut probes, &forward, cx),
+                    None => self.send_probe_for(&mut probes, &forward, cx),
                 };
                 self.probes.push(probes);
             }
@@ -153,7 +153,7 @@ impl<D: Driver> Connections<D> {
     }
 
     /// Sends a probe if none is pending. Returns when to check again.
-    fn send_probe(
+    fn send_probe_for(
         &mut self,
         probes: &mut ProbeQueue,
         forward: &Arc<Forward>,
@@ -165,12 +165,12 @@ impl<D: Driver> Connections<D> {
             Admission::At(at) => return at.min(cx.now + PROBE_LOOK),
             Admission::Full(_) => return cx.now + FULL_PAUSE,
         };
-        if self.probe(slot, forward, cx) {
+        if self.send_probe(slot, forward, cx) {
             return cx.now + PROBE_LOOK;
         }
         if !probes.gate.can_be_probed() {
             for &id in &probes.waiting {
-                self.with(id, cx, Connection::prove_by_silence);
+                self.call(id, cx, Connection::prove_by_silence);
             }
         }
         let again = cx.now + FULL_PAUSE;

@@ -1,15 +1,14 @@
 //! The connections of one worker: accepted ones are taken over, events are passed to them, and the
 //! actions that they request are carried out.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::engine::connection::{Action, Connection, Context, Dialled};
 use crate::engine::end_reason::EndReason;
-use crate::engine::forward::Forward;
-use crate::engine::id::ConnectionId;
+use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::relay::{Carried, Pool, Side};
 use crate::engine::status::ConnectionStatus;
 use crate::engine::table::{Id, Table};
@@ -87,9 +86,9 @@ impl<D: Driver> Connections<D> {
         };
         let watched = adapted.and_then(|()| cx.driver.watch(&mut stream, id.token(Side::Client)));
         let name = cx.shared.next_connection();
-        let connection = Connection::accepted(name, forward, stream, peer, slots, cx.now);
+        let connection = Connection::for_client(name, forward, stream, peer, slots, cx.now);
         self.table.insert(connection);
-        self.with(id, cx, |connection, to| {
+        self.call(id, cx, |connection, to| {
             connection.begin(watched, served, to)
         });
     }
@@ -110,7 +109,7 @@ impl<D: Driver> Connections<D> {
             }
             Event::Resolved { token, addresses } => {
                 let id = Id::from_token(token).0;
-                self.with(id, cx, |it, to| it.take_addresses(addresses, to));
+                self.call(id, cx, |it, to| it.take_addresses(addresses, to));
             }
             Event::Dialled { token, stream } => {
                 self.take_dialled(Id::from_token(token).0, stream, cx);
@@ -123,7 +122,7 @@ impl<D: Driver> Connections<D> {
             } => {
                 let id = Id::from_token(token).0;
                 match self.table.get_mut(id) {
-                    Some(_) => self.with(id, cx, |it, to| it.take_program_end(failure, to)),
+                    Some(_) => self.call(id, cx, |it, to| it.take_program_end(failure, to)),
                     None => {
                         if let Some(failure) = failure {
                             let why = EndReason::ProgramFailed(failure);
@@ -134,11 +133,11 @@ impl<D: Driver> Connections<D> {
             }
             Event::ThreadsEnded { token, result } => {
                 let id = Id::from_token(token).0;
-                self.with(id, cx, |it, to| it.take_threads_end(result, to));
+                self.call(id, cx, |it, to| it.take_threads_end(result, to));
             }
             Event::Explained { token, error } => {
                 let id = Id::from_token(token).0;
-                self.with(id, cx, |it, to| it.take_explanation(error, to));
+                self.call(id, cx, |it, to| it.take_explanation(error, to));
             }
             Event::VmSeen { .. } | Event::LookFailed { .. } | Event::Listener { .. } => {}
         }
@@ -171,7 +170,7 @@ impl<D: Driver> Connections<D> {
             };
             if let Some(connection) = self.table.get_mut(id) {
                 connection.is_queued = false;
-                self.with(id, cx, Connection::step);
+                self.call(id, cx, Connection::step);
             }
         }
         self.probe_turns(cx);
@@ -208,7 +207,7 @@ impl<D: Driver> Connections<D> {
     }
 
     /// Calls a method of a connection, and carries out the actions that it requests.
-    pub(in crate::proxy) fn with(
+    pub(in crate::proxy) fn call(
         &mut self,
         id: Id,
         cx: &mut TurnContext<'_, D>,
@@ -222,7 +221,7 @@ impl<D: Driver> Connections<D> {
             id,
             now: cx.now,
             phase: cx.phase,
-            thawed: cx.thawed,
+            resumed_at: cx.resumed_at,
             routes: &cx.shared.routes,
             pool: &mut self.pool,
             actions: &mut self.actions,
@@ -279,14 +278,14 @@ impl<D: Driver> Connections<D> {
             Action::Connect => self.connect(id, cx),
             Action::Explain(error) => {
                 if let Some(error) = cx.driver.explain(token, &rule.connect, error) {
-                    self.with(id, cx, |it, to| it.take_explanation(error, to));
+                    self.call(id, cx, |it, to| it.take_explanation(error, to));
                 }
             }
             Action::Prove => self.queue_probe(id, &forward, cx.now),
             Action::LookAtPeer(side) => {
                 let socket = connection.socket(side);
                 let is_ending = socket.is_some_and(|it| cx.driver.has_peer_ended(it));
-                self.with(id, cx, |it, to| it.take_peer(side, is_ending, to));
+                self.call(id, cx, |it, to| it.take_peer(side, is_ending, to));
             }
             Action::StartThreads(streams) => {
                 let drain = rule.timeouts.drain;
@@ -295,7 +294,7 @@ impl<D: Driver> Connections<D> {
                         .start_threads(id.token(Side::Client), streams, &forward, drain);
                 match begun {
                     Ok(()) => self.look_at_threads(id, cx),
-                    Err(e) => self.with(id, cx, |it, to| it.take_threads_failure(e, to)),
+                    Err(e) => self.call(id, cx, |it, to| it.take_threads_failure(e, to)),
                 }
             }
             Action::LookAtThreads => self.look_at_threads(id, cx),
@@ -329,7 +328,7 @@ impl<D: Driver> Connections<D> {
                 watched,
             }
         });
-        self.with(id, cx, |it, to| it.take_connect(dialled, to));
+        self.call(id, cx, |it, to| it.take_connect(dialled, to));
     }
 
     /// Takes the result of a dial on a thread.
@@ -355,12 +354,12 @@ impl<D: Driver> Connections<D> {
             }
             (dialled, _) => dialled.map(|stream| (stream, Ok(()))),
         };
-        self.with(id, cx, |it, to| it.take_dialled(dialled, to));
+        self.call(id, cx, |it, to| it.take_dialled(dialled, to));
     }
 
     fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         if let Some(progress) = cx.driver.threads_progress(id.token(Side::Client)) {
-            self.with(id, cx, |it, to| it.take_progress(progress, to));
+            self.call(id, cx, |it, to| it.take_progress(progress, to));
         }
     }
 
@@ -369,34 +368,51 @@ impl<D: Driver> Connections<D> {
         let Some(connection) = self.table.remove(id) else {
             return;
         };
-        self.timers.change(id, connection.wake_at, None);
+        self.timers.remove(id, connection.wake_at);
         let holder = connection.holder();
         let at = cx.driver.wall_time();
         let forward = connection.end(&cx.shared.routes, cx.now, at);
         let load = &cx.shared.inboxes[cx.index].load;
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
-            cx.driver.rest();
+            cx.driver.release_unused();
         }
         cx.shared.note_end(&forward, holder, cx.now);
     }
 
-    /// Cuts off all connections for that reason, but those for which `cuts` returns nothing. What
-    /// is cut off, and was not about to end, is noted there.
-    pub(in crate::proxy) fn cut<'a>(
+    fn cut(&mut self, id: Id, cuts: &Cuts, why: EndReason, cx: &mut TurnContext<'_, D>) {
+        // What was about to end is cut short, but not off; nobody is behind a probe.
+        if let Some(connection) = self.table.get_mut(id)
+            && connection.name.is_some()
+            && !connection.is_ending()
+        {
+            cuts.note(&connection.forward);
+        }
+        self.call(id, cx, |it, to| it.cut(why, to));
+    }
+
+    /// Cuts off all connections, for that reason. What is cut off is noted in `cuts`.
+    pub(in crate::proxy) fn cut_all(
         &mut self,
-        cuts: impl Fn(&Forward) -> Option<&'a Cuts>,
+        cuts: &Cuts,
         why: EndReason,
         cx: &mut TurnContext<'_, D>,
     ) {
         for id in self.table.ids() {
-            let Some(connection) = self.table.get_mut(id) else {
-                continue;
-            };
-            if let Some(cuts) = cuts(&connection.forward) {
-                if connection.name.is_some() && !connection.is_ending() {
-                    cuts.note(&connection.forward);
-                }
-                self.with(id, cx, |it, to| it.cut(why, to));
+            self.cut(id, cuts, why, cx);
+        }
+    }
+
+    /// Cuts off the connections of these forwards, for that reason. What is cut off is noted.
+    pub(in crate::proxy) fn cut_those_of(
+        &mut self,
+        forwards: &HashMap<ForwardId, Arc<Cuts>>,
+        why: EndReason,
+        cx: &mut TurnContext<'_, D>,
+    ) {
+        for id in self.table.ids() {
+            let connection = self.table.get_mut(id);
+            if let Some(cuts) = connection.and_then(|it| forwards.get(&it.forward.id)) {
+                self.cut(id, cuts, why, cx);
             }
         }
     }
@@ -413,22 +429,22 @@ impl<D: Driver> Connections<D> {
         let id = ids.find(is_it)?;
         let progress = cx.driver.threads_progress(id.token(Side::Client));
         let status = self.table.get_mut(id)?.status(progress, cx.now);
-        self.with(id, cx, |it, to| it.cut(EndReason::ClosedOnRequest, to));
+        self.call(id, cx, |it, to| it.cut(EndReason::ClosedOnRequest, to));
         status
     }
 
     /// Shortens the closing of connections, when the proxy begins to stop.
     pub(in crate::proxy) fn begin_to_stop(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
-            self.with(id, cx, Connection::shorten_closing);
+            self.call(id, cx, Connection::shorten_closing);
         }
     }
 
     /// Closes all that is left by force, as the last thing before the end.
     pub(in crate::proxy) fn abandon_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
-            self.with(id, cx, |it, to| it.cut(EndReason::Stopped, to));
-            self.with(id, cx, Connection::abandon);
+            self.call(id, cx, |it, to| it.cut(EndReason::Stopped, to));
+            self.call(id, cx, Connection::abandon);
         }
     }
 

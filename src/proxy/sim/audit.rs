@@ -1,5 +1,5 @@
-//! What the connections of a worker show between its turns: that times and limits are kept, and that
-//! what is counted is so.
+//! What the connections of a worker show between its turns: that times and limits are kept, and
+//! that what is counted is so.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +22,8 @@ const SLACK: Duration = Duration::from_millis(30);
 /// What all have beyond their times after the process stood still.
 const AFTER_STILL: Duration = Duration::from_secs(3);
 
-/// How long a leave may take while the proxy stops: two of five seconds, if it is cut off meanwhile.
+/// How long a leave may take while the proxy stops: two of five seconds, if it is cut off
+/// meanwhile.
 const LAST_LEAVES: Duration = Duration::from_secs(12);
 
 /// A worker and a connection.
@@ -67,7 +68,8 @@ fn check_at_end(conn: &Connection<SimStream>, phase: Phase, is_late: bool) {
     }
 }
 
-/// Whether a time by which a connection is to be closed was not put off. Only the end bounds a probe.
+/// Whether a time by which a connection is to be closed was not put off. Only the end bounds a
+/// probe.
 fn is_no_later(until: Option<Duration>, before: Option<Option<Duration>>, phase: Phase) -> bool {
     match (until, before) {
         (_, None) => true,
@@ -377,14 +379,14 @@ impl Audit {
             );
             match &conn.state {
                 State::Waiting { .. } | State::Connecting { .. } | State::Proving { .. } => {
-                    let patience = forward.wait().unwrap_or(timeouts.dial);
+                    let patience = forward.rule.hold_time().unwrap_or(timeouts.dial);
                     let end = world.time_of(conn.since).saturating_add(patience);
                     assert!(
                         !late(end),
                         "a client was to be served or refused at {end:?}"
                     );
-                    // While the proxy stops, a proof is not waited for as long; and with its rule goes
-                    // the place that is kept for it.
+                    // While the proxy stops, a proof is not waited for as long; and with its rule
+                    // goes the place that is kept for it.
                     let is_kept = self.stop.is_none() && cut.is_none();
                     let proves_within = world.proves_within.get().filter(|_| is_kept);
                     let proves_by = self.proofs.get(&key).zip(proves_within);
@@ -401,7 +403,7 @@ impl Audit {
                         !proves_by.is_some_and(late),
                         "it was to be known at {proves_by:?} whether a guest has taken a dial"
                     );
-                    let redial = conn.held.as_ref().and_then(|held| held.redial);
+                    let redial = conn.retries.as_ref().and_then(|retries| retries.redial);
                     let redial = redial.map(|at| world.time_of(at));
                     assert!(
                         !redial.is_some_and(late),
@@ -413,11 +415,11 @@ impl Audit {
                     refusal_wait: hold,
                     drain_deadline: end,
                 } => {
-                    let hold = hold.filter(|_| pair.is_holding_half_close(Side::Client));
+                    let hold = hold.filter(|_| pair.is_withholding_half_close(Side::Client));
                     let is_ending = pair.is_ending()
                         || Side::BOTH
                             .iter()
-                            .any(|side| pair.is_holding_half_close(*side));
+                            .any(|side| pair.is_withholding_half_close(*side));
                     let end = end.filter(|_| is_ending);
                     for at in [hold, end].into_iter().flatten() {
                         let at = world.time_of(at);

@@ -320,13 +320,13 @@ impl Driver for SimDriver {
 
     /// The others have their turns until the answer has come.
     fn receive<T>(
-        told: &Receiver<T>,
+        answers: &Receiver<T>,
         patience: Duration,
     ) -> std::result::Result<T, RecvTimeoutError> {
         let (world, step) = this_run();
         let end = world.now() + patience;
         loop {
-            match told.try_recv() {
+            match answers.try_recv() {
                 Ok(answer) => return Ok(answer),
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => {
                     return Err(RecvTimeoutError::Disconnected);
@@ -442,20 +442,20 @@ impl Driver for SimDriver {
         unreachable!("no listener is lent")
     }
 
-    fn close_listener(&mut self, listener: SimListener, done: Option<Sender<()>>) {
+    fn close_listener_then(&mut self, listener: SimListener, done: Sender<()>) {
         check_backlog(&self.world, listener.key);
         let (key, file) = listener.shut();
-        // Who asked may have given up.
-        let tell = move || {
-            done.map(|done| done.send(()));
+        // The thread that asked may have given up, or none has.
+        let notify = move || {
+            let _ = done.send(());
         };
         match file {
             Some(path) => self.world.ask_housekeeper(self.worker, move |world| {
                 remove_file(world, key, &path);
-                tell();
+                notify();
                 None
             }),
-            None => tell(),
+            None => notify(),
         }
     }
 
@@ -547,7 +547,7 @@ impl Driver for SimDriver {
         kernel.is_unix(stream.id) && kernel.is_peer_gone(stream.id)
     }
 
-    fn rest(&mut self) {}
+    fn release_unused(&mut self) {}
 
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
         let gate = Arc::clone(gate);

@@ -503,7 +503,7 @@ impl Judge {
             };
             let state = match &conn.state {
                 State::Waiting { .. }
-                    if conn.held.as_ref().is_some_and(|it| it.redial.is_some()) =>
+                    if conn.retries.as_ref().is_some_and(|it| it.redial.is_some()) =>
                 {
                     "held"
                 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::counters::Refusals;
-use crate::engine::end_reason::{EndReason, Reason};
+use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation};
@@ -50,7 +50,7 @@ pub(super) struct Happened {
 struct Entry {
     accepted: Duration,
     is_connected: bool,
-    refused: Option<Reason>,
+    refused: Option<RefusalReason>,
     was_refused: bool,
     /// The rule that it came under; not known before its first turn is over.
     rule: Option<Arc<Forward>>,
@@ -153,15 +153,15 @@ impl Ledger {
     /// Whether a connection was refused because its target has not answered.
     pub(super) fn has_timed_out(&self, connection: u64) -> bool {
         let entry = self.entries.get(&connection);
-        entry.is_some_and(|it| it.refused == Some(Reason::DialTimeout))
+        entry.is_some_and(|it| it.refused == Some(RefusalReason::DialTimeout))
     }
 
     pub(super) fn closed(&mut self, forward: u64) {
         *self.live.entry(forward).or_default() -= 1;
     }
 
-    /// A connection has ended: why it is said to have has happened. `happened`: what has, of what may
-    /// end connections from outside.
+    /// A connection has ended: why it is said to have has happened. `happened`: what has, of what
+    /// may end connections from outside.
     pub(super) fn check_end(&self, connection: u64, why: EndReason, happened: Happened) {
         let Some(entry) = self.entries.get(&connection) else {
             panic!("connection {connection} has ended, and was not accepted");
@@ -211,17 +211,23 @@ impl Ledger {
     }
 
     /// The reason that was counted just now, if the forward is known.
-    fn counted(&mut self, forward: u64) -> Option<Reason> {
+    fn counted(&mut self, forward: u64) -> Option<RefusalReason> {
         let now = self.forwards.get(&forward)?.tally.counters().refusals;
         let before = self.refusals.insert(forward, now).unwrap_or_default();
         let reasons = [
-            (Reason::ByTarget, now.by_target - before.by_target),
-            (Reason::Absent, now.absent - before.absent),
-            (Reason::DialTimeout, now.dial_timeout - before.dial_timeout),
-            (Reason::Full, now.full - before.full),
-            (Reason::NotAllowed, now.not_allowed - before.not_allowed),
-            (Reason::NoHeader, now.no_header - before.no_header),
-            (Reason::Other, now.other - before.other),
+            (RefusalReason::ByTarget, now.by_target - before.by_target),
+            (RefusalReason::Absent, now.absent - before.absent),
+            (
+                RefusalReason::DialTimeout,
+                now.dial_timeout - before.dial_timeout,
+            ),
+            (RefusalReason::Full, now.full - before.full),
+            (
+                RefusalReason::NotAllowed,
+                now.not_allowed - before.not_allowed,
+            ),
+            (RefusalReason::NoHeader, now.no_header - before.no_header),
+            (RefusalReason::Other, now.other - before.other),
         ];
         let mut counted = reasons.into_iter().filter(|(_, more)| *more > 0);
         match (counted.next(), counted.next()) {
@@ -246,7 +252,8 @@ impl Ledger {
     }
 
     /// A client was refused: what is told and counted as the reason has happened since it came.
-    /// `is_ending`: all are to go, or those of this forward, or it was closed. `is_slow`: something stands still.
+    /// `is_ending`: all are to go, or those of this forward, or it was closed. `is_slow`: something
+    /// stands still.
     pub(super) fn check_refusal(
         &mut self,
         (forward, connection): (u64, u64),
@@ -293,28 +300,28 @@ impl Ledger {
                 .any(|(at, host)| *at >= since && its(host))
         };
         let patience = entry.rule.as_ref().map(|rule| {
-            let patience = rule.wait().unwrap_or(rule.rule.timeouts.dial);
+            let patience = rule.rule.hold_time().unwrap_or(rule.rule.timeouts.dial);
             since.saturating_add(patience)
         });
         let is_late = patience.is_some_and(|end| now >= end);
         let is_so = match reason {
-            Reason::ByTarget => happened(Fate::Refused) || happened(Fate::Ended),
-            Reason::Absent => happened(Fate::Absent) || is_missing(),
-            Reason::DialTimeout => {
+            RefusalReason::ByTarget => happened(Fate::Refused) || happened(Fate::Ended),
+            RefusalReason::Absent => happened(Fate::Absent) || is_missing(),
+            RefusalReason::DialTimeout => {
                 let is_silent = is_late || happened(Fate::Silent);
                 let fits = !text.contains("has not answered") || self.limits.vm_unanswered < 64;
                 is_silent && fits && (is_slow || !was_answered(&entry, &spots, &text, kernel))
             }
             // A guest's dial can't wait.
-            Reason::Full if error.operation() == Operation::Accept => {
+            RefusalReason::Full if error.operation() == Operation::Accept => {
                 self.limits.vm_connections < 100 || text.contains("of this forward")
             }
             // No rule of the simulated world bounds where its clients come from.
-            Reason::NotAllowed => false,
+            RefusalReason::NotAllowed => false,
             // No rule of the simulated world takes headers.
-            Reason::NoHeader => false,
-            Reason::Full => is_late && self.limits.vm_connections < 100,
-            Reason::Other => {
+            RefusalReason::NoHeader => false,
+            RefusalReason::Full => is_late && self.limits.vm_connections < 100,
+            RefusalReason::Other => {
                 let is_circle = text.contains("leads back") && self.limits.has_chains;
                 is_ending || is_circle || self.has_failed_additions || happened(Fate::Lack)
             }
@@ -324,9 +331,12 @@ impl Ledger {
             "connection {connection}, come at {since:?}, is refused as {reason:?}: {text}"
         );
         // Of one that was held it was known by then that it was taken.
-        let is_held = entry.rule.as_ref().is_some_and(|it| it.wait().is_some());
+        let is_held = entry
+            .rule
+            .as_ref()
+            .is_some_and(|it| it.rule.hold_time().is_some());
         assert!(
-            !entry.is_connected || reason == Reason::ByTarget && !is_held,
+            !entry.is_connected || reason == RefusalReason::ByTarget && !is_held,
             "connection {connection} is refused as {reason:?} after it was connected: {text}"
         );
     }
@@ -338,7 +348,7 @@ fn was_answered(entry: &Entry, spots: &[&Spot], text: &str, kernel: &Kernel) -> 
         // Behind a gate that has a limit, or by its name, it may not have been dialled at all.
         let gate = rule.gates[Side::Server].as_ref();
         let is_free = gate.is_none_or(|gate| !gate.has_limit());
-        rule.wait().is_some() && is_free
+        rule.rule.hold_time().is_some() && is_free
     });
     if !is_held || !text.contains("no connection within") {
         return false;
@@ -358,14 +368,14 @@ fn was_answered(entry: &Entry, spots: &[&Spot], text: &str, kernel: &Kernel) -> 
 }
 
 /// The reason that a text tells of, where it tells of one for certain.
-fn reason_of(text: &str) -> Option<Reason> {
+fn reason_of(text: &str) -> Option<RefusalReason> {
     let has = |words: &str| text.contains(words);
     if has("proxy is stopping") || has("leads back") {
-        Some(Reason::Other)
+        Some(RefusalReason::Other)
     } else if has("in use") {
-        Some(Reason::Full)
+        Some(RefusalReason::Full)
     } else if has("has not answered") || has("doesn't answer") || has("no connection within") {
-        Some(Reason::DialTimeout)
+        Some(RefusalReason::DialTimeout)
     } else {
         None
     }

@@ -32,10 +32,12 @@ use super::world::Pace;
 /// No run takes longer, on its own clock.
 const LONGEST: Duration = Duration::from_secs(20_000);
 
-/// What the proxy has at its end beyond the time of those who are there: guests' connections are closed gracefully.
+/// What the proxy has at its end beyond the time of those who are there: guests' connections are
+/// closed gracefully.
 const LAST: Duration = Duration::from_secs(5);
 
-/// How long nobody comes before it is looked whether all listen: files are looked after each second.
+/// How long nobody comes before it is looked whether all listen: files are looked after each
+/// second.
 const SETTLING: Duration = Duration::from_secs(3);
 
 /// How long the proxy may take to end once nobody is there.
@@ -294,7 +296,7 @@ fn play(plan: &Plan, run: &Run) {
     }
     // What the last ones were sent, and the housekeeper's last jobs.
     while stage.step(None) && stage.now() < LONGEST {}
-    check_books(plan, run, &shared);
+    check_counts(plan, run, &shared);
 }
 
 /// After a while in which nobody comes, each forward listens, and says so.
@@ -350,7 +352,7 @@ fn check_additions(plan: &Plan, run: &Run) {
 }
 
 /// What is left when all is over.
-fn check_books(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<SimDriver>) {
+fn check_counts(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<SimDriver>) {
     let stage = &run.stage;
     let unfinished = stage.unfinished();
     assert!(
@@ -362,7 +364,7 @@ fn check_books(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<Sim
     assert_eq!(kernel.descriptors, 0, "descriptors are left");
     drop(kernel);
     assert_eq!(run.live(), 0, "connections are counted");
-    shared.check_books();
+    shared.check_counts();
     let told = run.told.lock().unwrap();
     stage.judge().observed = told.clone();
     drop(told);
@@ -629,7 +631,8 @@ fn play_all(schedules: u64, seed: u64, threads: usize) -> (Sum, Option<u64>) {
     (sum.into_inner().unwrap(), first.into_inner().unwrap())
 }
 
-/// Tells a run that fails, made as small as it can be; with `HVSOCK_SIM_SHRINK=no` only why it does.
+/// Tells a run that fails, made as small as it can be; with `HVSOCK_SIM_SHRINK=no` only why it
+/// does.
 fn tell(seed: u64) -> String {
     let plan = Plan::draw(seed);
     if std::env::var("HVSOCK_SIM_SHRINK").is_ok_and(|it| it == "no") {

@@ -1,8 +1,8 @@
 //! The stage of one run: who acts when, on which clock, in an order that the seed draws.
 //!
 //! All that could happen at one time is listed (a worker's turn, an actor's, a delivery of the
-//! network, a job of the housekeeper), and one of it is drawn. When nothing can happen, the clock goes
-//! on to the next time at which something can.
+//! network, a job of the housekeeper), and one of it is drawn. When nothing can happen, the clock
+//! goes on to the next time at which something can.
 
 use std::cell::{Cell, Ref, RefCell, RefMut};
 use std::rc::Rc;
@@ -22,8 +22,8 @@ use super::judge::Judge;
 use super::kernel::Kernel;
 use super::world::World;
 
-/// More steps than any run needs, and those that it may take for each second on its clock: what can't
-/// go on is looked at again every 20 ms.
+/// More steps than any run needs, and those that it may take for each second on its clock: what
+/// can't go on is looked at again every 20 ms.
 const MOST_STEPS: u64 = 100_000;
 const STEPS_A_SECOND: u64 = 1_000;
 
@@ -313,7 +313,8 @@ impl Stage {
         true
     }
 
-    /// The connections of a worker that wait for an answer which is there, and their clients for them.
+    /// The connections of a worker that wait for an answer which is there, and their clients for
+    /// them.
     fn answered(&self, worker: &mut Worker<SimDriver>) -> Vec<u64> {
         let kernel = self.kernel();
         let mut answered = Vec::new();
@@ -383,7 +384,7 @@ impl Stage {
             drop(seat);
             let mail = self.world.take_mail(index);
             drop(mail);
-            shared.worker_has_ended(index, false);
+            shared.note_worker_end(index, &Ok(()));
             self.tell(|| format!("worker {index} has ended"));
             return;
         }

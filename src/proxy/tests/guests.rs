@@ -55,7 +55,7 @@ fn guests_of(
         vec![Arc::clone(&forward)],
         vec![Inbox::new(Arc::new(wake))],
     ));
-    let mut worker = Worker::new(driver, 0, Arc::clone(&shared), true);
+    let mut worker = Worker::new(driver, 0, Arc::clone(&shared), 1);
     worker.add_listener(listener, forward).unwrap();
     (
         Handle {

@@ -8,13 +8,15 @@ use std::io;
 use std::os::windows::io::{AsRawHandle, AsRawSocket, FromRawHandle, OwnedHandle};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use socket2::{SockAddr, Socket};
 use windows_sys::Win32::Networking::WinSock;
 use windows_sys::Win32::System::IO::OVERLAPPED;
+
+use crate::lock::{lock, recover};
 
 /// `AcceptEx` wants room for two addresses of any family, and 16 bytes more for each.
 const ADDRESS: usize = size_of::<WinSock::SOCKADDR_STORAGE>() + 16;
@@ -56,7 +58,7 @@ impl Acceptor {
     /// `WouldBlock` if none has: [`wait`](Acceptor::wait) and [`watch`](Acceptor::watch) tell of
     /// the next. `ConnectionAborted` if it has gone again; what the kernel says otherwise.
     pub(crate) fn accept(&self) -> io::Result<Socket> {
-        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pending = lock(&self.pending);
         loop {
             let accept = match pending.take() {
                 Some(accept) => accept,
@@ -106,10 +108,7 @@ impl std::fmt::Debug for Acceptor {
 impl Drop for Acceptor {
     fn drop(&mut self) {
         self.watcher = None;
-        let pending = self
-            .pending
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
+        let pending = recover(self.pending.get_mut());
         if let Some(accept) = pending.take() {
             accept.cancel(&self.listener, &self.ended);
         }

@@ -4,7 +4,7 @@ use std::io;
 use std::os::windows::io::{AsHandle, AsRawHandle, BorrowedHandle, FromRawHandle, OwnedHandle};
 use std::ptr;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -18,6 +18,8 @@ use windows_sys::Win32::System::Pipes::ConnectNamedPipe;
 use windows_sys::Win32::System::Threading::{
     CreateEventW, INFINITE, SetEvent, WaitForMultipleObjects,
 };
+
+use crate::lock::lock;
 
 /// Something to wait for; once set it stays so.
 #[derive(Debug)]
@@ -83,7 +85,7 @@ fn on_lasting_thread(work: impl FnOnce() -> io::Result<()> + Send + 'static) -> 
     static QUEUE: Mutex<Option<Sender<Work>>> = Mutex::new(None);
     let (tell, told) = channel();
     let work: Work = Box::new(move || drop(tell.send(work())));
-    let mut queue = QUEUE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut queue = lock(&QUEUE);
     let sender = match &mut *queue {
         Some(sender) => sender,
         none => {

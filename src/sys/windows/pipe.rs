@@ -11,7 +11,7 @@ use std::os::windows::io::{
     AsRawHandle, BorrowedHandle, FromRawHandle, IntoRawHandle, OwnedHandle,
 };
 use std::ptr;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -39,6 +39,8 @@ use windows_sys::Win32::System::Pipes::{
 use windows_sys::Win32::System::Threading::{GetCurrentProcess, OpenProcessToken};
 
 use super::overlapped::{Event, has_code};
+
+use crate::lock::{lock, recover};
 
 /// What a pipe holds unread before its writer has to wait; Docker's engine has the same.
 const BUFFER: u32 = 64 * 1024;
@@ -377,7 +379,7 @@ impl Drop for LastWord {
         let watch = move || {
             let said = lock(&word.said);
             let wait = word.done.wait_timeout_while(said, LEFT, |said| !*said);
-            let (said, _) = wait.unwrap_or_else(PoisonError::into_inner);
+            let (said, _) = recover(wait);
             if !*said {
                 cut(&word.pipe);
             }
@@ -404,12 +406,8 @@ static SAID: Condvar = Condvar::new();
 
 /// Waits until all last words are said, at most `timeout`: the end of the process would cut them
 /// short.
-pub(crate) fn wait_for_last_words(timeout: Duration) {
+pub(crate) fn wait_for_delivery(timeout: Duration) {
     drop(SAID.wait_timeout_while(lock(&UNSAID), timeout, |unsaid| *unsaid > 0));
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -43,7 +43,7 @@ enum Manner {
     Inherit,
     /// A TCP client that has reset its connection before it was accepted has no name.
     Nameless,
-    /// 256 descriptors to begin with, and 10,240 at most.
+    /// 256 descriptors to begin with, and 10,240 at most, but for programs of tests.
     Descriptors,
     /// A Unix socket's path has 103 bytes at most.
     Path,

@@ -132,7 +132,8 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
         turn
     }
 
-    /// Every buffer and pipe is home that carries nothing, and no direction has borrowed a second one.
+    /// Every buffer and pipe is home that carries nothing, and no direction has borrowed a second
+    /// one.
     fn assert_no_idle_buffer(&self) {
         let carriers = self.pair.flows.iter().map(|flow| &flow.carrier);
         let (mut buffers, mut pipes) = (0, 0);
@@ -175,8 +176,8 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
         ]
     }
 
-    /// Takes the pair apart as the proxy does. A client that is owed a linger is read from until it ends, as long as
-    /// `go_on` says so after each of its turns.
+    /// Takes the pair apart as the proxy does. A client that is owed a linger is read from until it
+    /// ends, as long as `go_on` says so after each of its turns.
     pub(super) fn leave(self, mut go_on: impl FnMut(&Wires) -> bool) -> Ended {
         let Bench {
             pair,
@@ -186,7 +187,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
         } = self;
         let ended = Ended {
             close_modes: [pair.close_mode(Side::Client), pair.close_mode(Side::Server)],
-            refused: pair.refused(),
+            refused: pair.was_refused(),
         };
         let ends = pair.into_ends(&mut pool);
         assert_eq!(pool.resting(), BUFFERS);

@@ -126,8 +126,8 @@ fn much_goes_through_a_pipe_and_little_through_memory() {
         [3, 2],
         "a read, a splice, one that finds nothing"
     );
-    // As much as an eighth of a buffer goes on to go through it; less, and the next goes through memory, until one was
-    // at least half a buffer.
+    // As much as an eighth of a buffer goes on to go through it; less, and the next goes through
+    // memory, until one was at least half a buffer.
     let sizes = [(2, 2), (1, 2), (7, 1), (8, 1), (8, 2)];
     for (size, reads) in sizes {
         let before = calls(&pair)[Side::Client];
@@ -150,7 +150,7 @@ fn what_is_in_a_pipe_waits_there_and_a_pipe_with_bytes_is_not_used_again() {
     assert_eq!(pair.settle(), Turn::Wait);
     assert!(matches!(
         pair.pair.flows[Side::Client].carrier,
-        Carrier::Pipe { holds: 24, .. }
+        Carrier::Pipe { len: 24, .. }
     ));
     // The server takes no more: what it holds goes nowhere.
     pair.server().turn_deaf();

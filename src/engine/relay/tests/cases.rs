@@ -11,7 +11,8 @@ type Emulated = Bench<false>;
 
 const RESET: ErrorKind = ErrorKind::ConnectionReset;
 
-/// A pair whose server reads nothing before it is made to, with room for `n` bytes on the way to it.
+/// A pair whose server reads nothing before it is made to, with room for `n` bytes on the way to
+/// it.
 fn narrow(n: usize) -> Kernel {
     let narrow = Habits {
         send_queue: n,
@@ -227,8 +228,8 @@ fn a_source_that_breaks_is_no_eof() {
     }
 }
 
-/// Linux' TCP tells of a reset once. The answer stands still as the client doesn't read; meanwhile the server is
-/// reset, and the upload's write hears of it.
+/// Linux' TCP tells of a reset once. The answer stands still as the client doesn't read; meanwhile
+/// the server is reset, and the upload's write hears of it.
 #[test]
 fn a_reset_that_a_write_was_told_of_is_no_eof() {
     let small = Habits {
@@ -458,7 +459,7 @@ fn a_turn_moves_its_budget_in_each_direction_and_asks_for_another() {
 fn the_turn_that_releases_the_half_close_keeps_its_budget() {
     let mut pair = Kernel::calm();
     pair.budget = 40;
-    pair.pair.hold_half_close(Side::Client);
+    pair.pair.withhold_half_close(Side::Client);
     pair.client().say(100);
     pair.server().fin();
     pair.poll(Side::Client);

@@ -1,4 +1,5 @@
-//! Named cases: servers that refuse by ending, and the half-close that is held back so that they can be told.
+//! Named cases: servers that refuse by ending, and the half-close that is held back so that they
+//! can be told.
 
 use std::io::ErrorKind;
 
@@ -13,19 +14,19 @@ const RESET: ErrorKind = ErrorKind::ConnectionReset;
 /// A pair whose server's family refuses by ending, with up to 50 bytes unread.
 fn silent() -> Kernel {
     let mut pair = Kernel::calm();
-    pair.pair.refuses_silently(50);
+    pair.pair.expect_refusal_by_eof(50);
     pair
 }
 
 fn assert_refused(pair: &Kernel) {
-    assert!(pair.pair.refused());
+    assert!(pair.pair.was_refused());
     assert_eq!(pair.last, Turn::Done);
     assert_eq!(pair.wire(Side::Client).half_closes, 0);
     assert_eq!(pair.pair.close_mode(Side::Client), CloseMode::Reset);
 }
 
 fn assert_answered(pair: &Kernel) {
-    assert!(!pair.pair.refused());
+    assert!(!pair.pair.was_refused());
     assert_eq!(pair.wire(Side::Client).half_closes, 1);
     assert_ne!(pair.pair.close_mode(Side::Client), CloseMode::Reset);
 }
@@ -46,7 +47,7 @@ fn an_end_before_the_first_byte_is_a_refusal() {
 #[test]
 fn a_refusal_releases_the_half_close_that_was_held() {
     let mut pair = silent();
-    pair.pair.hold_half_close(Side::Client);
+    pair.pair.withhold_half_close(Side::Client);
     pair.client().fin();
     pair.settle();
     pair.server().fin();
@@ -64,7 +65,7 @@ fn a_refusal_that_a_write_was_told_of_first_is_one() {
             ..Habits::default()
         };
         let mut pair = Kernel::with([Habits::default(), told]);
-        pair.pair.refuses_silently(50);
+        pair.pair.expect_refusal_by_eof(50);
         pair.settle();
         match error {
             Some(error) => pair.server().reset(error),
@@ -130,11 +131,11 @@ fn a_family_that_refuses_aloud_may_end_without_a_byte() {
 #[test]
 fn a_held_half_close_waits_for_its_release() {
     let mut pair = Kernel::calm();
-    pair.pair.hold_half_close(Side::Client);
+    pair.pair.withhold_half_close(Side::Client);
     pair.client().say(5);
     pair.settle();
     assert!(
-        !pair.pair.is_holding_half_close(Side::Client),
+        !pair.pair.is_withholding_half_close(Side::Client),
         "it hasn't come"
     );
     pair.client().fin();
@@ -147,9 +148,9 @@ fn a_held_half_close_waits_for_its_release() {
         ),
         (5, 0)
     );
-    assert!(pair.pair.is_holding_half_close(Side::Client));
+    assert!(pair.pair.is_withholding_half_close(Side::Client));
     pair.pair.release_half_close(Side::Client);
-    assert!(!pair.pair.is_holding_half_close(Side::Client));
+    assert!(!pair.pair.is_withholding_half_close(Side::Client));
     assert_eq!(pair.turn(), Turn::Wait);
     assert_eq!(pair.wire(Side::Server).half_closes, 1);
 }
@@ -157,7 +158,7 @@ fn a_held_half_close_waits_for_its_release() {
 #[test]
 fn a_held_half_close_goes_when_the_server_has_ended() {
     let mut pair = Kernel::calm();
-    pair.pair.hold_half_close(Side::Client);
+    pair.pair.withhold_half_close(Side::Client);
     pair.client().fin();
     pair.settle();
     pair.server().say(5);
@@ -176,7 +177,7 @@ fn a_held_half_close_goes_when_the_server_has_ended() {
 #[test]
 fn only_the_clients_half_close_is_held() {
     let mut pair = Kernel::calm();
-    pair.pair.hold_half_close(Side::Client);
+    pair.pair.withhold_half_close(Side::Client);
     pair.server().fin();
     pair.settle();
     assert_eq!(pair.wire(Side::Client).half_closes, 1);

@@ -37,7 +37,8 @@ fn rude_pairs_over_emulated_edges() {
     each_seed(|seed| Schedule::<false>::new(seed, Manners::Rude).run());
 }
 
-/// Runs `schedule` for every seed, or for the one that `HVSOCK_SEED` says, and names the one that fails.
+/// Runs `schedule` for every seed, or for the one that `HVSOCK_SEED` says, and names the one that
+/// fails.
 fn each_seed(schedule: impl Fn(u64)) {
     struct Named(u64);
     impl Drop for Named {
@@ -139,12 +140,13 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         let mut bench = Bench::new(habits, each, buffer, budget, &mut rng);
         let hold = (rng.u8(..3) == 0).then(|| rng.usize(..400));
         if hold.is_some() {
-            bench.pair.hold_half_close(Side::Client);
+            bench.pair.withhold_half_close(Side::Client);
         }
-        // A polite server that answers nothing and doesn't wait for the request would be taken for a refusal.
+        // A polite server that answers nothing and doesn't wait for the request would be taken for
+        // a refusal.
         let unread = (manners == Manners::Rude && rng.u8(..3) == 0).then(|| rng.u64(..200));
         if let Some(unread) = unread {
-            bench.pair.refuses_silently(unread);
+            bench.pair.expect_refusal_by_eof(unread);
         }
         Schedule {
             rng,
@@ -204,7 +206,8 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         }
     }
 
-    /// Lets everything happen in a random order until the pair is done, or nothing happens any more.
+    /// Lets everything happen in a random order until the pair is done, or nothing happens any
+    /// more.
     fn relay(&mut self) -> bool {
         for step in 0..STEPS {
             match self.rng.u8(..8) {
@@ -220,7 +223,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
                 return true;
             }
             if self.is_quiet() {
-                if self.bench.pair.is_holding_half_close(Side::Client) {
+                if self.bench.pair.is_withholding_half_close(Side::Client) {
                     self.release();
                     continue;
                 }
@@ -255,7 +258,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
     /// A turn as the proxy gives it, with the refusal and the half-close that it holds back.
     fn turn(&mut self, step: usize) {
         self.bare_turn();
-        if self.bench.pair.is_holding_half_close(Side::Client) {
+        if self.bench.pair.is_withholding_half_close(Side::Client) {
             let heard = self.bench.pair.ends[Side::Server].received() > 0;
             if heard || self.hold.is_some_and(|until| step >= until) {
                 self.release();
@@ -284,7 +287,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         if !ended && bench.server().read_ended {
             let silent = open && bench.server().read == 0 && !asked;
             let refused = silent && self.unread.is_some_and(|unread| request <= unread);
-            assert_eq!(bench.pair.refused(), refused);
+            assert_eq!(bench.pair.was_refused(), refused);
         }
         if self.hold.is_some() && bench.pair.flows[Side::Server].state == State::Open {
             assert_eq!(
@@ -306,7 +309,8 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         self.bench.pair.ends.iter().any(|end| end.is_dead())
     }
 
-    /// Nothing happens any more, and the pair isn't done: so a peer has said no end, or reads no more.
+    /// Nothing happens any more, and the pair isn't done: so a peer has said no end, or reads no
+    /// more.
     fn check_stuck(&self) {
         let stays = |side: Side| {
             let script = &self.scripts[side];
@@ -329,13 +333,13 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
     /// Has sent all, and its EOF.
     fn is_whole(&self, side: Side) -> bool {
         let wire = self.bench.wire(side);
-        wire.fin && !wire.gone && !(side == Side::Server && self.bench.pair.refused())
+        wire.fin && !wire.gone && !(side == Side::Server && self.bench.pair.was_refused())
     }
 
     /// What `side` sent went to a sink that took it, with the end that it had.
     fn check_direction(&self, side: Side) {
         let (source, sink) = (self.bench.wire(side), self.bench.wire(side.other()));
-        let refused = self.bench.pair.refused();
+        let refused = self.bench.pair.was_refused();
         if self.is_whole(side) && self.is_healthy(side.other()) && !refused {
             assert_eq!(sink.written, source.sent, "whole");
             assert_eq!(sink.half_closes, 1);
@@ -367,7 +371,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             _ => CloseMode::Reset,
         };
         assert_eq!(pair.close_mode(side), expected);
-        if pair.refused() || source.read_error.is_some() {
+        if pair.was_refused() || source.read_error.is_some() {
             assert!(side == Side::Server || wire.half_closes == 0);
         }
     }
