@@ -276,6 +276,8 @@ impl<D: Driver> Controller<D> {
                 Err(_) => break,
             }
         }
+        // Who has ended may have answered before.
+        all.extend(answers.try_iter());
         all
     }
 }
