@@ -395,6 +395,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 if let Some(slot) = &mut self.slots[Side::Server] {
                     slot.note_dial(None, cx.now);
                 }
+                self.note_program();
                 if let State::Waiting { client, dial, .. } = self.take_state() {
                     let server = End::new(socket);
                     let race = Race::new(dial);
