@@ -169,9 +169,7 @@ pub(super) fn run_until_told(
         }
     }
     let ended = proxy.wait();
-    if log::is_in_file() {
-        info!("has stopped");
-    }
+    info!("has stopped");
     closer.close();
     // It has nothing to send: this is the thread's end.
     let _ = silence.recv_timeout(LAST_DELIVERY);

@@ -88,12 +88,7 @@ impl Check {
     pub(super) fn run(self) -> Outcome {
         let (config, wanted) =
             Config::read(&self.file, &Places::from_env()).map_err(|e| show(&e))?;
-        list(wanted.notes.iter().map(|it| it.line_of(&self.file)));
-        let needs = Problems::new(&self.file, config.needs(&wanted));
-        if needs.has_mistakes() {
-            return Err(show(&needs));
-        }
-        list(needs.lines());
+        list(Problems::new(&self.file, wanted.notes).lines());
         let vms = config.vms_of_forwards();
         for rule in &wanted.rules {
             let name = rule.name.as_deref().unwrap_or_default();
@@ -181,11 +176,15 @@ fn words_to_take_over(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
 }
 
 /// Starts the program that is now where this one was when it started, to take over from it.
+///
+/// # Errors
+/// Why it can't be started, with its path.
 #[cfg(unix)]
 fn start_successor(program: &std::io::Result<PathBuf>) -> std::io::Result<Child> {
+    use std::io::Error;
     let program = match program {
         Ok(program) => program,
-        Err(e) => return Err(std::io::Error::new(e.kind(), e.to_string())),
+        Err(e) => return Err(Error::new(e.kind(), e.to_string())),
     };
     let mut command = Command::new(program);
     command.args(words_to_take_over(std::env::args_os()));
@@ -193,7 +192,8 @@ fn start_successor(program: &std::io::Result<PathBuf>) -> std::io::Result<Child>
     for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
         command.env_remove(variable);
     }
-    command.stdin(Stdio::null()).spawn()
+    let started = command.stdin(Stdio::null()).spawn();
+    started.map_err(|e| Error::new(e.kind(), format!("{}: {e}", program.display())))
 }
 
 /// Ends a proxy of which another process has the listeners.

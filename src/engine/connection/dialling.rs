@@ -205,22 +205,13 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Refuses a client that has come from where none may come from.
     fn refuse_stranger(&mut self, cx: &mut Context<'_, S>) {
-        let client = self.client_without_port();
+        let client = self.peer.name.without_port();
         let cause = io::Error::new(
             io::ErrorKind::PermissionDenied,
             format!("{client} may not come: it is not in the rule's `from`"),
         );
         let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
         self.refuse(&error, RefusalReason::NotAllowed, cx);
-    }
-
-    /// Returns what the client is called where the same one is to be told of once.
-    pub(super) fn client_without_port(&self) -> String {
-        match self.peer.name {
-            SocketName::Tcp(name) => name.ip().to_canonical().to_string(),
-            SocketName::Vsock(name) => format!("CID {}", name.cid),
-            other => other.to_string(),
-        }
     }
 
     /// Returns whether the target bounds its connections, and has as many already: a client that
@@ -404,6 +395,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 if let Some(slot) = &mut self.slots[Side::Server] {
                     slot.note_dial(None, cx.now);
                 }
+                self.note_program();
                 if let State::Waiting { client, dial, .. } = self.take_state() {
                     let server = End::new(socket);
                     let race = Race::new(dial);

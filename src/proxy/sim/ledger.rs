@@ -188,8 +188,8 @@ impl Ledger {
             EndReason::Removed => happened.removed || self.has_failed_additions,
             EndReason::Stopped => happened.stop,
             EndReason::ClosedOnRequest => happened.closed,
-            // Nothing is relayed by threads here.
-            EndReason::Failed => false,
+            // Nothing is relayed by threads here, and no program is started.
+            EndReason::Failed | EndReason::ProgramFailed(_) => false,
         };
         assert!(
             is_so,
