@@ -315,13 +315,13 @@ impl<D: Driver> Connections<D> {
         let connected = cx.driver.connect(endpoint);
         let dialled = connected.map(|(mut socket, identity)| {
             // Checked at once: if the process is gone later, the connection broke off.
-            let is_inherited = needs_check && cx.driver.has_peer_ended(&socket);
+            let has_listener_ended = needs_check && cx.driver.has_peer_ended(&socket);
             cx.driver.set_keepalive(&socket, keepalive);
             let watched = cx.driver.watch(&mut socket, id.token(Side::Server));
             Dialled {
                 socket,
                 identity,
-                is_inherited,
+                has_listener_ended,
                 watched,
             }
         });
