@@ -454,7 +454,7 @@ mod tests {
                 let door = door.admitting(&from);
                 let endpoint = Arc::clone(&door.endpoint);
                 let api = Api::new(proxy.handle(), actions(|| ()), Vec::new(), Arc::default());
-                let _server = Server::start(vec![door], api).unwrap();
+                let _server = Server::start(vec![door], Arc::new(api)).unwrap();
                 let answer = scrape(&endpoint.address).unwrap_or_default();
                 assert_eq!(answer.contains("200 OK"), is_let_in, "{from:?}");
                 assert_eq!(answer.is_empty(), !is_let_in, "{answer}");
