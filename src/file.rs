@@ -80,22 +80,21 @@ fn never_wait(options: &mut OpenOptions) {
 }
 
 /// Returns the error of a file that can't be written, with what it is where that is the reason.
-#[cfg(feature = "cli")]
-#[cfg_attr(not(unix), allow(unused_variables))]
+#[cfg(all(unix, feature = "cli"))]
 fn explain(path: &Path, error: io::Error) -> io::Error {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::FileTypeExt;
-        let why = match path.metadata().map(|it| it.file_type()) {
-            Ok(kind) if kind.is_socket() => "it is a socket, not a regular file",
-            Ok(kind) if kind.is_fifo() && error.raw_os_error() == Some(nix::libc::ENXIO) => {
-                "it is a FIFO that nobody reads"
-            }
-            _ => return error,
-        };
-        return io::Error::new(io::ErrorKind::InvalidInput, why);
-    }
-    #[cfg(not(unix))]
+    use std::os::unix::fs::FileTypeExt;
+    let why = match path.metadata().map(|it| it.file_type()) {
+        Ok(kind) if kind.is_socket() => "it is a socket, not a regular file",
+        Ok(kind) if kind.is_fifo() && error.raw_os_error() == Some(nix::libc::ENXIO) => {
+            "it is a FIFO that nobody reads"
+        }
+        _ => return error,
+    };
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+#[cfg(all(not(unix), feature = "cli"))]
+fn explain(_: &Path, error: io::Error) -> io::Error {
     error
 }
 

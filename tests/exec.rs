@@ -702,7 +702,8 @@ fn cat_gives_the_connection_to_a_program_and_has_its_exit_code() {
     let path = dir.path().join("s");
     let mut cat = cat_with(&["-l", path.to_str().unwrap()], "sort; exit 3");
     eventually("it listens", || path.exists());
-    let mut client = connected(dir.path());
+    // The file is there before anybody listens.
+    let mut client = unix_client(&path);
     client.write_all(b"b\na\n").unwrap();
     client.half_close();
     assert_eq!(rest(client), "a\nb\n");

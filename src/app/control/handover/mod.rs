@@ -144,7 +144,7 @@ struct EndedLine {
 #[serde(untagged)]
 enum Last {
     Slots(Slots),
-    Ended(EndedLine),
+    Ended(Box<EndedLine>),
 }
 
 #[derive(Debug, Deserialize, Serialize)]
