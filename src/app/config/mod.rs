@@ -201,10 +201,10 @@ fn read_included(root: &mut Section<'_, '_>, source: &Source, directory: &Path) 
 }
 
 impl Config {
-    /// Reads a file.
+    /// Reads a file, and looks for what it needs.
     ///
     /// # Errors
-    /// All that is wrong with it.
+    /// All that is wrong with it, and what may be: [`Problems`] with a mistake.
     pub(crate) fn read(file: &Path, places: &Places) -> Result<(Config, Wanted), Problems> {
         let text = read_text(file).map_err(|e| Problems::of(file, unreadable(&e)))?;
         let directory = file.parent().unwrap_or(Path::new(""));
@@ -221,22 +221,28 @@ impl Config {
         if text.trim().is_empty() {
             // One that is being written, most often; to carry nothing is nobody's wish.
             source.complain(source.line(0..0), "it is empty; write a [forward.NAME]");
-            return Err(source.problems());
+            return Err(source.take_problems());
         }
-        let Some(table) = parse_table(&source, text) else {
-            return Err(source.problems());
-        };
-        let mut root = Section::root(&source, table.get_ref());
+        let parsed = parse_table(&source, text);
+        let mut root = Section::root(&source, parsed.table.get_ref());
         let exit_idle_line = root.line_of("exit-idle");
         let included = read_included(&mut root, &source, directory);
-        let tables: Vec<_> = included
-            .iter()
-            .filter_map(|it| Some((&it.source, parse_table(&it.source, &it.text)?)))
+        let others = included.iter();
+        let others: Vec<_> = others
+            .map(|it| (&it.source, parse_table(&it.source, &it.text)))
             .collect();
-        let others = tables
-            .iter()
-            .map(|(source, table)| Section::root(source, table.get_ref()));
-        let config = Config::of(root, others);
+        let others_parsed = others.iter();
+        let roots =
+            others_parsed.map(|(source, parsed)| Section::root(source, parsed.table.get_ref()));
+        let config = Config::of(root, roots);
+        if !parsed.is_toml() || others.iter().any(|(_, parsed)| !parsed.is_toml()) {
+            let of_others = included.iter().zip(&others);
+            let mut problems: Vec<Problem> = of_others
+                .flat_map(|(it, (_, parsed))| parsed.sound(it.source.take_problems()))
+                .collect();
+            problems.extend(parsed.sound(source.take_problems()));
+            return Err(problems);
+        }
         let mut wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
         for vm in config.unused_vms() {
             let text = format!(
@@ -253,8 +259,9 @@ impl Config {
             );
             source.note(exit_idle_line, text);
         }
-        let mut problems = source.problems();
-        problems.extend(included.into_iter().flat_map(|it| it.source.problems()));
+        let mut problems = source.take_problems();
+        problems.extend(included.iter().flat_map(|it| it.source.take_problems()));
+        problems.extend(config.needs(&wanted));
         match problems.iter().all(|it| it.weight == Weight::Note) {
             true => {
                 wanted.notes = problems;
@@ -309,10 +316,11 @@ impl Config {
             }
         }
         let mut known: HashSet<String> = vms.iter().map(|vm| vm.name.clone()).collect();
-        for forward in &forwards {
-            if let Some((vm, line)) = forward.vm()
-                && known.insert(vm.to_owned())
-            {
+        let named = forwards.iter().filter_map(Forward::vm);
+        let named_in_parts = parts.iter().filter_map(|it| it.vm.as_ref());
+        let named = named.chain(named_in_parts.map(|(vm, line)| (vm.as_str(), line)));
+        for (vm, line) in named {
+            if known.insert(vm.to_owned()) {
                 vms.push(Vm::undeclared(vm, line.clone()));
             }
         }
@@ -336,7 +344,8 @@ impl Config {
 
     /// The VMs that have a section, and that no forward names.
     fn unused_vms(&self) -> impl Iterator<Item = &Vm> {
-        let of_parts = self.parts.iter().filter_map(|it| it.vm.as_deref());
+        let of_parts = self.parts.iter();
+        let of_parts = of_parts.filter_map(|it| Some(it.vm.as_ref()?.0.as_str()));
         let of_forwards = self.forwards.iter().filter_map(|it| Some(it.vm()?.0));
         let used: HashSet<&str> = of_parts.chain(of_forwards).collect();
         let unused = move |vm: &&Vm| vm.declared && !used.contains(vm.name.as_str());

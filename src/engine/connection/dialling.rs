@@ -483,6 +483,22 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Returns whether the process at the other end of a side is that which the system names.
+    pub(super) fn knows_process(&self, side: Side) -> bool {
+        side == Side::Client || !self.is_inherited
+    }
+
+    /// Returns whether a connection to a VM has ended because its VM has, and notes that.
+    pub(super) fn has_vm_ended(&self, server: &End<S>, cx: &mut Context<'_, S>) -> bool {
+        let has_ended = self.doubts_server()
+            && self.knows_process(Side::Server)
+            && (cx.has_peer_ended)(&server.socket);
+        if has_ended && let Some(slot) = &self.slots[Side::Server] {
+            slot.note_vm_end(cx.now);
+        }
+        has_ended
+    }
+
     pub(super) fn go_on_connecting(&mut self, cx: &mut Context<'_, S>) {
         let State::Connecting { client, .. } = &self.state else {
             return;
@@ -508,6 +524,7 @@ impl<S: ConnectionSocket> Connection<S> {
             Ok(false) => self.wait_for_answers(cx),
             Err(_) if self.return_to_earlier(cx) => {}
             Err(error) => {
+                let mut has_vm_ended = false;
                 if let State::Connecting {
                     client,
                     server,
@@ -517,10 +534,14 @@ impl<S: ConnectionSocket> Connection<S> {
                     if let Some(endpoint) = race.dial.endpoint() {
                         self.note_failed(endpoint, cx);
                     }
+                    has_vm_ended = self.has_vm_ended(&server, cx);
                     self.enter(State::waiting(client, race.dial));
                     cx.request(Action::Discard(server.socket));
                 }
-                self.attempt_failed(error, cx);
+                match has_vm_ended {
+                    true => self.take_vm_end(cx),
+                    false => self.attempt_failed(error, cx),
+                }
             }
         }
     }
@@ -555,10 +576,25 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Takes that the VM has ended before its guest has answered the dial.
+    pub(super) fn take_vm_end(&mut self, cx: &mut Context<'_, S>) {
+        let error = dial::vm_has_ended(&self.forward.rule.connect);
+        self.dial_failed_because(RefusalReason::Absent, error, cx);
+    }
+
     /// Takes the failure of a dial: holds the client until the next dial, or refuses it.
     pub(super) fn dial_failed(&mut self, error: Error, cx: &mut Context<'_, S>) {
-        let now = cx.now;
         let reason = RefusalReason::from_error(&self.forward.rule.connect, &error);
+        self.dial_failed_because(reason, error, cx);
+    }
+
+    fn dial_failed_because(
+        &mut self,
+        reason: RefusalReason,
+        error: Error,
+        cx: &mut Context<'_, S>,
+    ) {
+        let now = cx.now;
         self.forward.note_failed_dial(reason, &error, now);
         let is_ending = cx.phase == Phase::Cutting || self.forward.is_cut();
         if let (Some(retries), State::Waiting { dial, full, .. }) =
