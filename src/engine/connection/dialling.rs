@@ -325,6 +325,21 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Returns how long the attempt at [`endpoint`](Connection::endpoint) may take. One of a client
+    /// that is held is not the last.
+    pub(crate) fn patience(&self, now: Instant) -> Duration {
+        let dial = match &self.state {
+            State::Waiting { dial, .. } => dial,
+            State::Connecting { race, .. } => &race.dial,
+            _ => return Duration::ZERO,
+        };
+        let left = dial.deadline().saturating_duration_since(now);
+        match self.retries {
+            Some(_) => left.min(self.forward.rule.timeouts.dial),
+            None => left,
+        }
+    }
+
     /// Returns whether an EOF from the server may mean that its VM has died.
     pub(crate) fn doubts_server(&self) -> bool {
         self.forward.needs_graceful_close(Side::Server)

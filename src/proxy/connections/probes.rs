@@ -41,7 +41,7 @@ impl<D: Driver> Connections<D> {
         let Some(Target::Endpoint(probe)) = address.as_ref().map(Target::of) else {
             return false;
         };
-        let (mut stream, identity) = match cx.driver.connect(&probe) {
+        let (mut stream, identity) = match cx.driver.connect(&probe, forward.rule.timeouts.dial) {
             Ok(connected) => connected,
             Err(e) => {
                 drop(slot);
