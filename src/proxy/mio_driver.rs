@@ -324,19 +324,22 @@ fn look_at_socket(_: &Path, identity: impl FnOnce() -> Option<VmIdentity>) -> Vm
 }
 
 /// Returns the identity of a VM that is reached by its CID, or `None` if there is none.
+#[cfg(unix)]
 fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
-    match vm {
-        #[cfg(unix)]
-        AnyVm::Vsock(cid) => {
-            let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
-            match Stream::connect(&Endpoint::Vsock(port), Duration::ZERO) {
-                Err(e) if sys::is_no_such_cid(&e) => None,
-                // It is refused later, or is not answered.
-                _ => Some(VmIdentity::Cid),
-            }
-        }
-        _ => None,
+    let AnyVm::Vsock(cid) = vm else {
+        return None;
+    };
+    let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
+    match Stream::connect(&Endpoint::Vsock(port), Duration::ZERO) {
+        Err(e) if sys::is_no_such_cid(&e) => None,
+        // It is refused later, or is not answered.
+        _ => Some(VmIdentity::Cid),
     }
+}
+
+#[cfg(not(unix))]
+fn identity_of_cid(_: &AnyVm) -> Option<VmIdentity> {
+    None
 }
 
 /// A port on which hardly anybody listens, to find out whether there is a CID.
