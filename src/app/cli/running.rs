@@ -13,6 +13,8 @@ use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, Wanted, disp
 use crate::app::control;
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
+#[cfg(unix)]
+use crate::error::counted_have;
 use crate::hyperkit::Places;
 use crate::lock::lock;
 #[cfg(unix)]
@@ -27,8 +29,6 @@ use super::outcome::Failure;
 use super::passed::on_passed_sockets;
 use super::reconciler::{Occasion, Reconciler, name_of};
 use super::summary::{Summary, failures};
-#[cfg(unix)]
-use super::table;
 
 /// A running proxy and its file.
 #[derive(Debug)]
@@ -242,8 +242,8 @@ impl Running {
         let stays = match super::predecessor::find(old.pid).map(|old| old.live) {
             None | Some(0) => String::new(),
             Some(live) => format!(
-                "; {} there have {} s to finish",
-                table::counted(live as u64, "connection"),
+                "; {} {} s to finish there",
+                counted_have(live as u64, "connection"),
                 running.grace().as_secs()
             ),
         };

@@ -41,6 +41,7 @@ use crate::address::Address;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::app::vm::VmPlace;
+use crate::error::counted;
 use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
 
@@ -443,8 +444,9 @@ impl Config {
             let proof = usize::from(has_proof);
             if reserved + proof > cap {
                 let (name, left) = (&vm.name, cap - proof);
+                let reserved = counted(reserved as u64, "connection");
                 let text = format!(
-                    "{name:?}: its forwards reserve {reserved} connections together, and it has {left} for them; reserve fewer, or raise connections in [vm.{name}]"
+                    "{name:?}: its forwards reserve {reserved} together, and it has {left} for them; reserve fewer, or raise connections in [vm.{name}]"
                 );
                 complain(vm.line.clone(), text);
             }
