@@ -10,6 +10,7 @@ mod config;
 mod control;
 mod doctor;
 mod escape;
+mod guest_control;
 mod log;
 mod lossy_writer;
 mod output;
@@ -17,6 +18,7 @@ mod output;
 mod processes;
 mod rule;
 mod serve;
+mod slow;
 mod stress;
 #[cfg(unix)]
 mod syslog;

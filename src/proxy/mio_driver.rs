@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -40,8 +40,11 @@ use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
 use super::relay_threads::{RelayThreads, Reporter};
 use crate::engine::admission::Gate;
+#[cfg(unix)]
+use crate::engine::end_reason::ProgramFailure;
 use crate::engine::forward::Forward;
-use crate::engine::health::VmIdentity;
+use crate::engine::health::{VmIdentity, VmLook};
+use crate::engine::id::ConnectionId;
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 
@@ -278,23 +281,61 @@ fn identity_of_hyperkit(vm: &HyperkitVm) -> Option<VmIdentity> {
     })
 }
 
-/// Returns the current identity of a VM, or `None` if there is none.
-fn identity_of_vm(vm: &AnyVm) -> Option<VmIdentity> {
+/// Looks at a VM from outside, without a connection to its socket.
+fn look_at(vm: &AnyVm) -> VmLook {
+    let mut look = match vm {
+        AnyVm::Hyperkit(vm) => look_at_socket(&vm.connect_path(), || identity_of_hyperkit(vm)),
+        AnyVm::VsockMux(path) => look_at_socket(path, || identity_of_socket(path)),
+        other => VmLook {
+            identity: identity_of_cid(other),
+            ..VmLook::default()
+        },
+    };
+    if let AnyVm::Hyperkit(vm) = vm {
+        look.process = hyperkit::running_pid(&vm.state_dir);
+        look.is_stopped = look.process.is_some_and(sys::process_is_stopped);
+    }
+    look
+}
+
+/// Looks at the socket by which a VM is dialled. A VM that was killed leaves the file behind, so
+/// the kernel is asked whether a process has the socket, which the VMM doesn't notice.
+#[cfg(unix)]
+fn look_at_socket(path: &Path, identity: impl FnOnce() -> Option<VmIdentity>) -> VmLook {
+    let is_alive = sys::is_socket_alive(path);
+    let identity = match is_alive {
+        Ok(false) => None,
+        // What can't be asked says nothing.
+        Ok(true) | Err(_) => identity(),
+    };
+    VmLook {
+        identity,
+        is_alive: is_alive.unwrap_or(false),
+        ..VmLook::default()
+    }
+}
+
+#[cfg(not(unix))]
+fn look_at_socket(_: &Path, identity: impl FnOnce() -> Option<VmIdentity>) -> VmLook {
+    VmLook {
+        identity: identity(),
+        ..VmLook::default()
+    }
+}
+
+/// Returns the identity of a VM that is reached by its CID, or `None` if there is none.
+fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
     match vm {
-        AnyVm::Hyperkit(vm) => identity_of_hyperkit(vm),
-        AnyVm::VsockMux(path) => identity_of_socket(path),
         #[cfg(unix)]
         AnyVm::Vsock(cid) => {
             let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
-            match Stream::connect(&Endpoint::Vsock(port)) {
+            match Stream::connect(&Endpoint::Vsock(port), Duration::ZERO) {
                 Err(e) if sys::is_no_such_cid(&e) => None,
                 // It is refused later, or is not answered.
                 _ => Some(VmIdentity::Cid),
             }
         }
-        #[cfg(not(unix))]
-        AnyVm::Vsock(_) => None,
-        AnyVm::Hvsock(_) => None,
+        _ => None,
     }
 }
 
@@ -429,6 +470,10 @@ impl Driver for MioDriver {
 
     fn now(&self) -> Instant {
         MioDriver::clock()
+    }
+
+    fn wall_time(&self) -> SystemTime {
+        SystemTime::now()
     }
 
     fn wait(
@@ -600,11 +645,15 @@ impl Driver for MioDriver {
     }
 
     /// Connects, and looks the path up again for the VM's identity: connect(2) takes a path only.
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
+    fn connect(
+        &mut self,
+        endpoint: &Endpoint,
+        patience: Duration,
+    ) -> io::Result<(Stream, Option<VmIdentity>)> {
         #[cfg(unix)]
-        let stream = Stream::connect_kept(endpoint, self.keeper.as_ref())?;
+        let stream = Stream::connect_kept(endpoint, patience, self.keeper.as_ref())?;
         #[cfg(not(unix))]
-        let stream = Stream::connect(endpoint)?;
+        let stream = Stream::connect(endpoint, patience)?;
         let identity = match endpoint {
             Endpoint::Hyperkit(to) => identity_of_hyperkit(&to.vm),
             Endpoint::VsockMux(to) => identity_of_socket(&to.path),
@@ -720,40 +769,53 @@ impl Driver for MioDriver {
             gate: Arc::clone(&gate),
         };
         self.ask_housekeeper(&directory, failure, move || {
-            let vm = gate.vm();
-            let mut process = None;
-            if let AnyVm::Hyperkit(vm) = vm {
-                #[cfg(unix)]
-                if let Some(keeper) = keeper {
-                    keeper.look_after(&vm.state_dir);
-                }
-                process = hyperkit::running_pid(&vm.state_dir);
+            #[cfg(unix)]
+            if let (AnyVm::Hyperkit(vm), Some(keeper)) = (gate.vm(), keeper) {
+                keeper.look_after(&vm.state_dir);
             }
-            Event::VmSeen {
-                identity: identity_of_vm(vm),
-                process,
-                is_stopped: process.is_some_and(sys::process_is_stopped),
-                gate,
-            }
+            let look = look_at(gate.vm());
+            Event::VmSeen { gate, look }
         });
     }
 
-    fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
+    #[cfg_attr(not(unix), allow(unused_variables))]
+    fn dial(
+        &mut self,
+        token: usize,
+        connection: Option<ConnectionId>,
+        forward: &Arc<Forward>,
+        timeout: Duration,
+    ) {
         let notifier = Arc::clone(&self.notifier);
-        let target = address.clone();
+        let rule = Arc::clone(&forward.rule);
         #[cfg(unix)]
         let programs = Arc::clone(&self.programs);
+        #[cfg(unix)]
+        let tell_end = {
+            let (notifier, forward) = (Arc::clone(&self.notifier), Arc::clone(forward));
+            move |end| {
+                if let Some(connection) = connection {
+                    notifier.notify(Report::Event(Event::ProgramEnded {
+                        token,
+                        connection,
+                        forward,
+                        failure: failure_of(end),
+                    }));
+                }
+            }
+        };
         let dial = move || {
-            let stream = match Target::of(&target) {
+            let target = &rule.connect;
+            let stream = match Target::of(target) {
                 #[cfg(unix)]
-                Target::OnThread => dial::on_thread(&target, &programs),
-                _ => stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking),
+                Target::OnThread => dial::on_thread(target, &programs, tell_end),
+                _ => stream::Stream::connect_timeout(target, timeout).map(Stream::Blocking),
             };
             notifier.notify(Report::Event(Event::Dialled { token, stream }));
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());
         if let Err(e) = thread.spawn(dial) {
-            let stream = Err(Error::new(Operation::Connect, address, e));
+            let stream = Err(Error::new(Operation::Connect, &forward.rule.connect, e));
             self.notifier
                 .notify(Report::Event(Event::Dialled { token, stream }));
         }
@@ -809,6 +871,20 @@ impl Driver for MioDriver {
         if let Some(threads) = self.relay_threads.get(&token) {
             threads.cut();
         }
+    }
+}
+
+/// Returns how a program has failed, if it is known to have.
+#[cfg(unix)]
+fn failure_of(end: dial::ProgramEnd) -> Option<ProgramFailure> {
+    use std::os::unix::process::ExitStatusExt;
+    let dial::ProgramEnd::Ended(Ok(status)) = end else {
+        return None;
+    };
+    match (status.code(), status.signal()) {
+        (Some(0), _) | (None, None) => None,
+        (Some(code), _) => Some(ProgramFailure::Status(code)),
+        (None, Some(signal)) => Some(ProgramFailure::Signal(signal)),
     }
 }
 

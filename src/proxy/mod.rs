@@ -39,6 +39,7 @@
 mod adapter;
 mod connections;
 mod controller;
+mod cuts;
 mod descriptors;
 mod driver;
 mod forbidden;
@@ -84,12 +85,14 @@ use shared::{Inbox, Shared};
 use worker::Worker;
 
 pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
-pub use crate::engine::end_reason::{EndReason, RefusalReason};
+pub use crate::engine::end_reason::{EndReason, ProgramFailure, RefusalReason};
 pub use crate::engine::ended::EndedConnection;
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
 pub use crate::engine::proxy_header::ProxyProtocol;
 pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use crate::engine::source::may_come;
 pub use crate::engine::source::{Source, SourceError};
 pub use crate::engine::status::{
     CarriedBytes, ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError,

@@ -36,11 +36,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
+use tracing::Level;
 
 use crate::address::Address;
+use crate::app::guest_control::{self, GuestControl};
 use crate::app::rule::RuleOptions;
-use crate::app::values;
+use crate::app::slow::tell_if_slow;
 use crate::app::vm::VmPlace;
+use crate::app::{log, values};
 use crate::error::counted;
 use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
@@ -70,8 +73,8 @@ pub(crate) struct Config {
     pub(crate) access_log: bool,
     /// Where it is controlled from, if anywhere.
     pub(crate) control: Option<PathBuf>,
-    /// Where guests may control it.
-    pub(crate) guest_control: Option<Address>,
+    /// Where guests may control it, and which.
+    pub(crate) guest_control: Option<GuestControl>,
     /// Where it tells of itself.
     pub(crate) metrics: Option<Address>,
     /// For who adds forwards by the control socket.
@@ -98,14 +101,19 @@ fn read_control(value: &Value) -> Result<Option<PathBuf>, String> {
     }
 }
 
-/// Reads where guests may control it.
-fn read_guest_control(value: &Value) -> Result<Address, String> {
-    match values::address(value)? {
-        Address::Vsock(vsock) if !vsock.framing => Ok(Address::Vsock(vsock)),
-        other => Err(format!(
-            "{other} is not a vsock address; a right one: \"vsock://:9101\""
-        )),
+/// Takes where guests may control it, and which.
+fn take_guest_control(root: &mut Section<'_, '_>) -> Option<GuestControl> {
+    const FROM: &str = "guest-control-from";
+    let address = root.take("guest-control", guest_control::read_address);
+    let from = root.take(FROM, guest_control::read_sources);
+    if root.has(FROM) && !root.has("guest-control") {
+        let what = "it says which guests may control it, and guest-control, which says where, is missing; write guest-control = \"vsock://:9101\"";
+        root.complain(Some(FROM), what);
     }
+    Some(GuestControl {
+        address: address?,
+        from: from.unwrap_or_default(),
+    })
 }
 
 /// Returns where the control socket is if the file doesn't say.
@@ -134,7 +142,9 @@ fn read_text(file: &Path) -> io::Result<String> {
     /// Some 100,000 forwards.
     const MOST: u64 = 16 << 20;
     if file != Path::new(STANDARD_INPUT) {
-        return crate::file::read_text(file, MOST);
+        let reading = format!("reading {}", file.display());
+        let tell = |what| log::say(Level::WARN, what);
+        return tell_if_slow(&reading, tell, || crate::file::read_text(file, MOST));
     }
     let mut text = String::new();
     io::stdin()
@@ -256,7 +266,7 @@ impl Config {
         }
         let mut problems = source.take_problems();
         problems.extend(included.iter().flat_map(|it| it.source.take_problems()));
-        problems.extend(config.needs(&wanted));
+        problems.extend(needs::look(&config, &wanted));
         match problems.iter().all(|it| it.weight == Weight::Note) {
             true => {
                 wanted.notes = problems;
@@ -277,7 +287,7 @@ impl Config {
         let splice = root.take("splice", values::yes_or_no);
         let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
-        let guest_control = root.take("guest-control", read_guest_control);
+        let guest_control = take_guest_control(&mut root);
         let metrics = root.take("metrics", values::metrics);
         let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
@@ -422,7 +432,7 @@ impl Config {
             &self.parts,
             &conflicts::doors(
                 self.control.as_deref(),
-                self.guest_control.as_ref(),
+                self.guest_control.as_ref().map(|it| &it.address),
                 self.metrics.as_ref(),
             ),
             complain,

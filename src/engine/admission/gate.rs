@@ -8,7 +8,7 @@ use crate::address::{AnyVm, SeenBy, VmTraits};
 use crate::error::{Error, plural};
 use crate::lock::lock;
 
-use crate::engine::health::{self, ForwardsTo, Health, News, VmIdentity};
+use crate::engine::health::{self, ForwardsTo, Health, News, VmIdentity, VmLook};
 use crate::engine::status::{VmStatus, wall_time};
 use crate::sys;
 
@@ -197,6 +197,8 @@ pub(super) struct State {
     /// The drains of guests that go on sending, the oldest first, by their numbers.
     pub(super) drains: Vec<u64>,
     pub(super) next_drain: u64,
+    /// Whether the process that began to listen was alive at a dial.
+    pub(super) has_seen_process: bool,
     /// The cap, while this process leaves some of its slots to a successor.
     pub(super) whole_cap: Option<usize>,
     /// The slots that its predecessor still has.
@@ -243,6 +245,7 @@ impl Gate {
             silence: Silence::default(),
             drains: Vec::new(),
             next_drain: 0,
+            has_seen_process: false,
             whole_cap: None,
             others: OtherSlots::default(),
         };
@@ -328,18 +331,22 @@ impl Gate {
     }
 
     /// Takes the result of a look at the VM.
-    pub(crate) fn take_look(&self, vm: Option<VmIdentity>, process: Option<i32>, now: Instant) {
+    pub(crate) fn take_look(&self, look: &VmLook, now: Instant) {
         let mut state = self.state();
         state.is_looking = false;
         // A dial has told the identity since, and what the look saw may be older.
         if state.identified_at > state.looked_at {
             return;
         }
-        let news = match vm {
+        let news = match look.identity {
             Some(VmIdentity::Cid) => state.health.mark_up(now),
             Some(vm) => {
                 let news = self.note_identity(&mut state, vm, now);
-                news.or(state.health.note_process(process, now))
+                let news = news.or(state.health.note_process(look.process, now));
+                match look.is_alive {
+                    true => news.or(state.health.note_listener(now)),
+                    false => news,
+                }
             }
             None => state.health.note_absence(now),
         };
@@ -378,7 +385,7 @@ impl Gate {
         self.forget_vm(&mut self.state());
     }
 
-    fn forget_vm(&self, state: &mut State) {
+    pub(super) fn forget_vm(&self, state: &mut State) {
         state.epoch += 1;
         self.heard.forget();
         state.quotas.clear();
@@ -386,6 +393,7 @@ impl Gate {
         (state.guests, state.turned_away) = (0, 0);
         state.has_told_turned_away = false;
         state.drains.clear();
+        state.has_seen_process = false;
         state.pending = 0;
         state.next_probe = None;
         state.patience = PROBE_PATIENCE;

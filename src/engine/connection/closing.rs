@@ -173,11 +173,14 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Notes that the guest of that side has answered, if more came than `before`: what was
     /// received, and whether the input had ended.
-    fn note_answer(&self, side: Side, end: &End<S>, before: (u64, bool), now: Instant) {
+    fn note_answer(&self, side: Side, end: &End<S>, before: (u64, bool), cx: &mut Context<'_, S>) {
         if let Some(slot) = self.slots[side].as_ref().filter(|_| side == Side::Server)
             && (end.received(), end.input_ended()) != before
         {
-            slot.note_answer(now);
+            // The end of a VM is no answer of its guest.
+            if end.received() > 0 || !self.has_vm_ended(end, cx) {
+                slot.note_answer(cx.now);
+            }
         }
     }
 
@@ -210,7 +213,7 @@ impl<S: ConnectionSocket> Connection<S> {
     ) -> IsClosed<S> {
         let before = (end.received(), end.input_ended());
         end.discard(cx.pool);
-        self.note_answer(side, &end, before, cx.now);
+        self.note_answer(side, &end, before, cx);
         cx.has_more_work |= end.is_readable();
         let check_at = match end.takes_nothing() {
             true => None,
@@ -252,7 +255,7 @@ impl<S: ConnectionSocket> Connection<S> {
             }
             Reading::Later => false,
         };
-        self.note_answer(side, &end, before, now);
+        self.note_answer(side, &end, before, cx);
         if end.input_ended() {
             self.close_socket(side, end, cx);
             return IsClosed::Yes;
@@ -426,9 +429,13 @@ impl<S: ConnectionSocket> Connection<S> {
                 self.close_socket(Side::Client, client, cx);
                 self.close_socket(Side::Server, server, cx);
             }
-            State::Relaying { .. } | State::OnThreads | State::Closing { .. } | State::Closed => {}
+            closing @ State::Closing { .. } => self.state = closing,
+            State::Relaying { .. } | State::OnThreads | State::Closed => {}
         }
         self.wake_at = None;
+        if self.awaits_program(cx) {
+            return;
+        }
         self.enter(State::Closed);
         cx.request(Action::Drop);
     }

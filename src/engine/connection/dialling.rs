@@ -45,9 +45,8 @@ pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
     /// The identity of the VM, if the target is one that has a file.
     pub(crate) identity: Option<VmIdentity>,
-    /// Whether the process that began to listen had gone by then. Another process serves its
-    /// socket, and nothing can be learnt of that one.
-    pub(crate) is_inherited: bool,
+    /// Whether the process that began to listen had ended by then.
+    pub(crate) has_listener_ended: bool,
     /// Whether the poller could register the socket.
     pub(crate) watched: io::Result<()>,
 }
@@ -205,22 +204,13 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Refuses a client that has come from where none may come from.
     fn refuse_stranger(&mut self, cx: &mut Context<'_, S>) {
-        let client = self.client_without_port();
+        let client = self.peer.name.without_port();
         let cause = io::Error::new(
             io::ErrorKind::PermissionDenied,
             format!("{client} may not come: it is not in the rule's `from`"),
         );
         let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
         self.refuse(&error, RefusalReason::NotAllowed, cx);
-    }
-
-    /// Returns what the client is called where the same one is to be told of once.
-    pub(super) fn client_without_port(&self) -> String {
-        match self.peer.name {
-            SocketName::Tcp(name) => name.ip().to_canonical().to_string(),
-            SocketName::Vsock(name) => format!("CID {}", name.cid),
-            other => other.to_string(),
-        }
     }
 
     /// Returns whether the target bounds its connections, and has as many already: a client that
@@ -336,6 +326,21 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Returns how long the attempt at [`endpoint`](Connection::endpoint) may take. One of a client
+    /// that is held is not the last.
+    pub(crate) fn patience(&self, now: Instant) -> Duration {
+        let dial = match &self.state {
+            State::Waiting { dial, .. } => dial,
+            State::Connecting { race, .. } => &race.dial,
+            _ => return Duration::ZERO,
+        };
+        let left = dial.deadline().saturating_duration_since(now);
+        match self.retries {
+            Some(_) => left.min(self.forward.rule.timeouts.dial),
+            None => left,
+        }
+    }
+
     /// Returns whether an EOF from the server may mean that its VM has died.
     pub(crate) fn doubts_server(&self) -> bool {
         self.forward.needs_graceful_close(Side::Server)
@@ -405,6 +410,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 if let Some(slot) = &mut self.slots[Side::Server] {
                     slot.note_dial(None, cx.now);
                 }
+                self.note_program();
                 if let State::Waiting { client, dial, .. } = self.take_state() {
                     let server = End::new(socket);
                     let race = Race::new(dial);
@@ -435,8 +441,8 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         if let Some(slot) = &mut self.slots[Side::Server] {
             slot.note_dial(dialled.identity, cx.now);
+            self.is_inherited = slot.note_listener(dialled.has_listener_ended);
         }
-        self.is_inherited = dialled.is_inherited;
         let (client, mut dial) = match self.take_state() {
             State::Waiting { client, dial, .. } => (client, dial),
             other => {
@@ -478,6 +484,22 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Returns whether the process at the other end of a side is that which the system names.
+    pub(super) fn knows_process(&self, side: Side) -> bool {
+        side == Side::Client || !self.is_inherited
+    }
+
+    /// Returns whether a connection to a VM has ended because its VM has, and notes that.
+    pub(super) fn has_vm_ended(&self, server: &End<S>, cx: &mut Context<'_, S>) -> bool {
+        let has_ended = self.doubts_server()
+            && self.knows_process(Side::Server)
+            && (cx.has_peer_ended)(&server.socket);
+        if has_ended && let Some(slot) = &self.slots[Side::Server] {
+            slot.note_vm_end(cx.now);
+        }
+        has_ended
+    }
+
     pub(super) fn go_on_connecting(&mut self, cx: &mut Context<'_, S>) {
         let State::Connecting { client, .. } = &self.state else {
             return;
@@ -503,6 +525,7 @@ impl<S: ConnectionSocket> Connection<S> {
             Ok(false) => self.wait_for_answers(cx),
             Err(_) if self.return_to_earlier(cx) => {}
             Err(error) => {
+                let mut has_vm_ended = false;
                 if let State::Connecting {
                     client,
                     server,
@@ -512,10 +535,14 @@ impl<S: ConnectionSocket> Connection<S> {
                     if let Some(endpoint) = race.dial.endpoint() {
                         self.note_failed(endpoint, cx);
                     }
+                    has_vm_ended = self.has_vm_ended(&server, cx);
                     self.enter(State::waiting(client, race.dial));
                     cx.request(Action::Discard(server.socket));
                 }
-                self.attempt_failed(error, cx);
+                match has_vm_ended {
+                    true => self.take_vm_end(cx),
+                    false => self.attempt_failed(error, cx),
+                }
             }
         }
     }
@@ -550,10 +577,25 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Takes that the VM has ended before its guest has answered the dial.
+    pub(super) fn take_vm_end(&mut self, cx: &mut Context<'_, S>) {
+        let error = dial::vm_has_ended(&self.forward.rule.connect);
+        self.dial_failed_because(RefusalReason::Absent, error, cx);
+    }
+
     /// Takes the failure of a dial: holds the client until the next dial, or refuses it.
     pub(super) fn dial_failed(&mut self, error: Error, cx: &mut Context<'_, S>) {
-        let now = cx.now;
         let reason = RefusalReason::from_error(&self.forward.rule.connect, &error);
+        self.dial_failed_because(reason, error, cx);
+    }
+
+    fn dial_failed_because(
+        &mut self,
+        reason: RefusalReason,
+        error: Error,
+        cx: &mut Context<'_, S>,
+    ) {
+        let now = cx.now;
         self.forward.note_failed_dial(reason, &error, now);
         let is_ending = cx.phase == Phase::Cutting || self.forward.is_cut();
         if let (Some(retries), State::Waiting { dial, full, .. }) =

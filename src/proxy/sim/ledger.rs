@@ -188,8 +188,8 @@ impl Ledger {
             EndReason::Removed => happened.removed || self.has_failed_additions,
             EndReason::Stopped => happened.stop,
             EndReason::ClosedOnRequest => happened.closed,
-            // Nothing is relayed by threads here.
-            EndReason::Failed => false,
+            // Nothing is relayed by threads here, and no program is started.
+            EndReason::Failed | EndReason::ProgramFailed(_) => false,
         };
         assert!(
             is_so,
@@ -237,11 +237,11 @@ impl Ledger {
         }
     }
 
-    /// What was refused of a forward, as it was told.
+    /// What was refused of a forward, or cut off since its VM was gone, as it was told.
     pub(super) fn refused_of(&self, forward: u64) -> u64 {
         let counters = self.forwards.get(&forward).map(|it| it.tally.counters());
         counters.map_or(0, |it| {
-            it.refused + it.timed_out.idle + it.timed_out.half_closed
+            it.refused + it.ended.vm_gone + it.timed_out.idle + it.timed_out.half_closed
         })
     }
 
@@ -306,7 +306,7 @@ impl Ledger {
         let is_late = patience.is_some_and(|end| now >= end);
         let is_so = match reason {
             RefusalReason::ByTarget => happened(Fate::Refused) || happened(Fate::Ended),
-            RefusalReason::Absent => happened(Fate::Absent) || is_missing(),
+            RefusalReason::Absent => happened(Fate::Absent) || happened(Fate::Died) || is_missing(),
             RefusalReason::DialTimeout => {
                 let is_silent = is_late || happened(Fate::Silent);
                 let fits = !text.contains("has not answered") || self.limits.vm_unanswered < 64;
