@@ -16,6 +16,13 @@ pub(crate) fn counted(count: u64, noun: &str) -> String {
     format!("{count} {noun}{}", plural(count))
 }
 
+/// Returns so many of what a noun means, and what they have: `1 slot has`, `2 slots have`.
+#[cfg(feature = "cli")]
+pub(crate) fn counted_have(count: u64, noun: &str) -> String {
+    let have = if count == 1 { "has" } else { "have" };
+    format!("{} {have}", counted(count, noun))
+}
+
 /// The result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
 

@@ -329,7 +329,9 @@ fn what_is_missing_is_named_and_the_rest_is_skipped() {
     drop(UnixListener::bind(at("empty/connect")).unwrap());
     examine(&at("empty"), &[]).says("socket", "failed", "nobody listens");
     fs::write(at("empty/hyperkit.json"), "{").unwrap();
-    examine(&at("empty"), &[]).says("directory", "failed", "hyperkit.json");
+    examine(&at("empty"), &[])
+        .says("directory", "failed", "hyperkit.json")
+        .says("guest", "skipped", "the state directory can't be read");
 }
 
 #[test]

@@ -236,12 +236,12 @@ fn places_of_a_vm_are_kept_as_the_rule_and_the_limits_say_now() {
     handle.replace(id, rule(18)).unwrap();
     assert_eq!(kept(), (18, 20));
     let error = handle.replace(id, rule(21)).unwrap_err();
-    assert!(error.to_string().contains("and 20 are left"), "{error}");
+    assert!(error.to_string().contains("which has 20 left"), "{error}");
     assert_eq!(kept(), (18, 20));
     let mut other = Rule::new(any_tcp(), guest.clone());
     other.reserved = 3;
     let error = handle.add(other.clone()).unwrap_err();
-    assert!(error.to_string().contains("and 2 are left"), "{error}");
+    assert!(error.to_string().contains("which has 2 left"), "{error}");
     limits.connections = Some(21);
     handle.limit_vm(&limits);
     let other = handle.add(other).unwrap();

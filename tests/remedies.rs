@@ -537,3 +537,54 @@ fn a_relative_path_is_shown_as_it_is_anywhere() {
     let said = String::from_utf8(checked.stdout).unwrap();
     assert!(said.contains(&absolute), "{said}");
 }
+
+/// One port in two spellings is no other program's.
+#[test]
+fn what_is_in_its_own_way_is_not_called_another_program() {
+    let (listener, _) = tcp_server();
+    let port = listener.local_addr().unwrap().port();
+    drop(listener);
+    let [one, other] = ["127.0.0.1", "localhost"].map(|host| format!("tcp://{host}:{port}"));
+    let why = format!("cannot listen on {other}: {one} is given, too");
+    fails(&["forward", &one, "/a", &other, "/b"], 1, &[&why]);
+    fails(&["forward", &one, "/a", &one, "/b"], 1, &["given twice"]);
+}
+
+#[test]
+fn a_forward_is_meant_by_its_port_and_one_that_waits_has_no_name_yet() {
+    let dir = private_dir();
+    let runtime = dir.path();
+    let said = |arguments: &[&str]| {
+        let output = output(in_runtime(runtime, arguments));
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (
+            output.status.code(),
+            text(output.stdout) + &text(output.stderr),
+        )
+    };
+    let missing = dir.path().join("vm");
+    let words = [
+        "expose",
+        "--control",
+        "--vm",
+        text(&missing),
+        "-L",
+        "0:80",
+        "-R",
+        "5000:9",
+    ];
+    let expose = Running::spawn(in_runtime(runtime, &words));
+    let port = expose.tcp_port();
+    let (code, told) = said(&["connections", &port.to_string()]);
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.contains("no connections"), "{told}");
+    let (code, told) = said(&["connections", "1"]);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(told.contains("there is no forward \"1\""), "{told}");
+    let (_, told) = said(&["status"]);
+    let names = told
+        .lines()
+        .filter(|line| line.contains(" hyperkit://:5000"));
+    let names: Vec<_> = names.map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(names, [Some("-")], "{told}");
+}

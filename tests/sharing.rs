@@ -142,7 +142,7 @@ fn no_more_is_reserved_than_there_is_and_a_removed_forward_gives_it_back() {
     let proxy = proxy_of(10, vec![rule(dir.path(), 6)]);
     let handle = proxy.handle();
     let error = handle.add(rule(dir.path(), 5)).unwrap_err().to_string();
-    assert!(error.contains("and 4 are left"), "{error}");
+    assert!(error.contains("which has 4 left"), "{error}");
     assert_eq!(proxy.forwards().len(), 1);
     handle.add(rule(dir.path(), 4)).unwrap();
     let first = proxy.forwards()[0].id;
@@ -249,7 +249,7 @@ fn a_forward_has_no_more_connections_than_it_may_and_its_clients_wait() {
     let ForwardState::Full { why, .. } = status(&proxy, 0).state else {
         panic!("{:?}", status(&proxy, 0).state);
     };
-    assert!(why.contains("3 connections of this forward"), "{why}");
+    assert!(why.contains("this forward has 3 connections open"), "{why}");
     assert_eq!(status(&proxy, 0).counters.accepted, 3);
     let _others: Vec<_> = (0..10).map(|_| held(port_of(&proxy, 1))).collect();
     drop(noise.pop());

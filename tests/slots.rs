@@ -104,7 +104,10 @@ fn a_rule_bounds_what_a_guest_dials() {
     eventually("they are served", || vm_of(&proxy).guests == 2);
     read_end(&mut vm.dial(1).unwrap());
     let error = proxy.forwards()[0].last_error.clone().unwrap().text;
-    assert!(error.contains("2 connections of this forward"), "{error}");
+    assert!(
+        error.contains("this forward has 2 connections open"),
+        "{error}"
+    );
     drop(target.accept().unwrap());
     read_end(&mut guests.remove(0));
     eventually("one has ended", || vm_of(&proxy).guests == 1);

@@ -49,7 +49,7 @@ pub(crate) struct RuleOptions {
     #[serde(deserialize_with = "read_reserved")]
     pub(crate) reserved: usize,
     /// Connections of each forward at a time; more clients wait [default: as many as all may have]
-    #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=MOST))]
+    #[arg(long, value_name = "N", value_parser = parse_connections)]
     #[serde(deserialize_with = "read_connections")]
     connections: Option<usize>,
     /// Seconds of silence after which TCP asks a client or target whether it is still there; one that is gone is noticed a minute later; 0 or "off": never
@@ -288,6 +288,11 @@ fn read_connections<'de, D: Deserializer<'de>>(from: D) -> Result<Option<usize>,
     })
 }
 
+fn parse_connections(text: &str) -> Result<usize, String> {
+    // No more than fit.
+    values::number(1..=MOST)(text).map(|connections| connections as usize)
+}
+
 fn read_keepalive<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     read(from, values::keepalive)
 }
@@ -415,7 +420,11 @@ mod tests {
             ("keepalive", json!("250ms"), "whole seconds"),
             ("keepalive", json!("1d"), "more than 9 hours"),
             ("proxy_protocol", json!("v3"), "v1 or v2"),
-            ("accept_proxy", json!("example.org"), "is none"),
+            (
+                "accept_proxy",
+                json!("example.org"),
+                "is no address, network or CID",
+            ),
             // As if it were left out.
             ("mode", Value::Null, ""),
         ] {

@@ -71,9 +71,15 @@ pub(super) fn time(value: &Value) -> Result<Duration, String> {
     };
     match time {
         Some(time) if time <= LONGEST => Ok(time),
-        Some(_) => Err(format!(
-            "{value} is more than 30 days (m is a minute, M a month)"
-        )),
+        Some(_) => {
+            let is_month = value.as_str().is_some_and(|text| text.contains('M'));
+            let hint = if is_month {
+                " (m is a minute, M a month)"
+            } else {
+                ""
+            };
+            Err(format!("{value} is more than 30 days{hint}"))
+        }
         None => Err(format!("{value} is no time; write {RIGHT}")),
     }
 }
@@ -151,6 +157,40 @@ fn port(value: &Value) -> Result<Port, String> {
         Value::String(text) => parse_port(text),
         other => Err(wants(other, "a port: 80 or \"0x50\"")),
     }
+}
+
+/// Reads a whole number of a range, as the command line has it.
+pub(super) fn number<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String> + Clone
+where
+    T: Copy + PartialOrd + TryFrom<u64> + Into<u64> + Clone,
+{
+    move |text| {
+        let read = text.parse::<u64>().ok();
+        let read = read.and_then(|it| T::try_from(it).ok());
+        read.filter(|it| range.contains(it)).ok_or_else(|| {
+            match ((*range.start()).into(), (*range.end()).into()) {
+                (first, last) if last < u64::from(u32::MAX) => {
+                    format!("write a number from {first} to {last}")
+                }
+                (first, _) => format!("write a number, {first} or more"),
+            }
+        })
+    }
+}
+
+/// Reads the number of a process.
+#[cfg(unix)]
+pub(super) fn parse_process(text: &str) -> Result<u32, String> {
+    let process = text.parse().ok().filter(|it| *it > 0);
+    process.ok_or_else(|| "that is no process' number; `hvsock ps` lists them".to_owned())
+}
+
+/// Reads the number of a connection.
+#[cfg(unix)]
+pub(super) fn parse_connection(text: &str) -> Result<u64, String> {
+    let connection = text.parse().ok();
+    connection
+        .ok_or_else(|| "that is no connection's number; `hvsock connections` lists them".to_owned())
 }
 
 /// Reads a vsock port, decimal or in hex.

@@ -122,7 +122,9 @@ impl FromStr for Source {
         let wrong = || {
             let right =
                 "a network such as 192.168.7.0/24, an address such as ::1, or a CID such as 3";
-            SourceError(format!("{text:?} is none; write {right}"))
+            SourceError(format!(
+                "{text:?} is no address, network or CID; write {right}"
+            ))
         };
         if let Ok(address) = text.parse::<IpAddr>() {
             return Ok(address.into());
@@ -188,12 +190,12 @@ mod tests {
     fn what_is_none_is_told() {
         for (text, part) in [
             ("192.168.7.5/24", "write 192.168.7.0/24, or 192.168.7.5"),
-            ("192.168.7.0/33", "is none"),
-            ("192.168.7.0/+8", "is none"),
-            ("::/129", "is none"),
-            ("example.org", "is none"),
-            ("-1", "is none"),
-            ("", "is none"),
+            ("192.168.7.0/33", "is no address, network or CID"),
+            ("192.168.7.0/+8", "is no address, network or CID"),
+            ("::/129", "is no address, network or CID"),
+            ("example.org", "is no address, network or CID"),
+            ("-1", "is no address, network or CID"),
+            ("", "is no address, network or CID"),
         ] {
             let why = text.parse::<Source>().unwrap_err().to_string();
             assert!(why.contains(part), "{text}: {why}");

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use super::HyperkitVm;
 use super::state;
 use crate::address::{Address, UnixAddress};
-use crate::error::{Error, Operation, Result};
+use crate::error::{Error, Operation, Result, counted};
 
 /// The places where VMs are looked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -260,6 +260,9 @@ struct Search {
     denied: bool,
 }
 
+/// What stands behind a place that isn't there.
+const MISSING: &str = " (not there)";
+
 impl Search {
     fn run(places: &Places) -> Search {
         let mut search = Search::default();
@@ -312,7 +315,7 @@ impl Search {
             Err(why) => {
                 self.denied |= why.kind() == io::ErrorKind::PermissionDenied;
                 let why = match why.kind() {
-                    io::ErrorKind::NotFound => "not there".to_owned(),
+                    io::ErrorKind::NotFound => return self.note_missing(place),
                     io::ErrorKind::PermissionDenied => "not readable for this user".to_owned(),
                     _ => why.to_string(),
                 };
@@ -320,6 +323,12 @@ impl Search {
                 Vec::new()
             }
         }
+    }
+
+    /// Notes a place that isn't there, in which nothing is then.
+    fn note_missing(&mut self, place: &Path) -> Vec<PathBuf> {
+        self.looked.push(format!("{place:?}{MISSING}"));
+        Vec::new()
     }
 
     fn note(&mut self, place: &Path, note: impl fmt::Display) {
@@ -349,9 +358,16 @@ impl Search {
             Some(near) => format!("did you mean {near}? "),
             None => String::new(),
         };
+        let (missing, looked): (Vec<&String>, Vec<&String>) =
+            self.looked.iter().partition(|it| it.ends_with(MISSING));
+        let looked: Vec<&str> = looked.into_iter().map(String::as_str).collect();
+        let missing = match missing.len() as u64 {
+            0 => String::new(),
+            count => format!(", nothing is at {}", counted(count, "other place")),
+        };
         let why = format!(
-            "{hint}no VM has this name; looked in {}; found {}",
-            self.looked.join(", "),
+            "{hint}no VM has this name; looked in {}{missing}; found {}",
+            looked.join(", "),
             if names.is_empty() {
                 "none".to_owned()
             } else {

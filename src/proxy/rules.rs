@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::address::{Address, AnyVm, HyperkitVm, TcpAddress, Waiter};
 use crate::engine::relay::Side;
-use crate::error::{Error, Operation, Result};
+use crate::error::{Error, Operation, Result, counted};
 use crate::listener::{Key, Ready};
 use crate::lock::lock;
 use crate::stream::endpoint::{Target, not_carried};
@@ -71,8 +71,8 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
         let why = match most {
             0 => "it may have no connection at all".to_owned(),
             _ => format!(
-                "it reserves {} connections, and may have {most}",
-                rule.reserved
+                "it reserves {}, and may have {most}",
+                counted(rule.reserved as u64, "connection")
             ),
         };
         return invalid(Operation::Listen, &rule.listen, &why);
@@ -559,8 +559,8 @@ fn reserve_slots(
             None => reservation,
         })),
         Err(left) => {
-            let wanted = rule.reserved;
-            let why = format!("it reserves {wanted} connections of its VM, and {left} are left");
+            let wanted = counted(rule.reserved as u64, "connection");
+            let why = format!("it reserves {wanted} of its VM, which has {left} left");
             let remedy = "reserve fewer, or allow the VM more connections";
             fail(&rule.listen, why, remedy)
         }

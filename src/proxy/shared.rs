@@ -18,6 +18,7 @@ use crate::engine::relay::Carried;
 use crate::engine::routes::Routes;
 use crate::engine::rule::Limits;
 use crate::engine::status::ConnectionStatus;
+use crate::error::counted;
 use crate::listener::FileAccess;
 use crate::lock::lock;
 use crate::name::SocketName;
@@ -278,16 +279,15 @@ impl<D: Driver> Shared<D> {
             return None;
         }
         if let Some(most) = quotas.reached_limit(holder) {
-            let why =
-                format!("{most} connections of this forward are open, and more are not allowed");
+            let open = counted(most as u64, "connection");
+            let why = format!("this forward has {open} open, and more are not allowed");
             return Some(io::Error::other(why));
         }
         let (cap, kept) = (quotas.cap(), quotas.kept_from(holder));
+        let cap = counted(cap as u64, "connection");
         Some(io::Error::other(match kept {
-            0 => format!("{cap} connections are open, and more are not allowed"),
-            _ => format!(
-                "{cap} connections may be open, and the last {kept} are reserved for others"
-            ),
+            0 => format!("this process has {cap} open, and more are not allowed"),
+            _ => format!("this process may have {cap}, and keeps the last {kept} for others"),
         }))
     }
 
@@ -413,7 +413,8 @@ fn reserve_slots(quotas: &mut Quotas, forward: &Forward) {
     let holder = Holder::Forward(forward.id);
     quotas.set_limit(holder, forward.rule.most_connections());
     if let Err(left) = quotas.reserve(holder, reserved) {
-        tracing::warn!("{listen} reserves {reserved} connections, and {left} are to be had");
+        let reserved = counted(reserved as u64, "connection");
+        tracing::warn!("{listen} reserves {reserved}, of which it can have {left}");
         // As many as are left.
         let _ = quotas.reserve(holder, left);
     }

@@ -101,7 +101,10 @@ pub(crate) fn not_carried(operation: Operation, address: &Address) -> Error {
         Address::Exec(_) => "programs are not started here".to_owned(),
         Address::File(_) => "files are not sent here".to_owned(),
         Address::Npipe(_) => "named pipes are Windows'".to_owned(),
-        other => format!("{} sockets are not carried here", other.scheme()),
+        other => {
+            let scheme = other.scheme();
+            format!("{scheme} sockets are not carried here")
+        }
     };
     let cause = io::Error::new(io::ErrorKind::Unsupported, why);
     Error::new(operation, address, cause).with_remedy(match cfg!(unix) {

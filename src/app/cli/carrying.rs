@@ -11,7 +11,7 @@ use super::ending::tell_manager_of_end;
 use super::kept::{Describe, KeepTrying, Kept};
 use super::options::ProxyOptions;
 use super::outcome::Outcome;
-use super::rules::Later;
+use super::rules::{Later, refuse_collisions};
 use super::signals::EndSignals;
 #[cfg(unix)]
 use crate::app::control::Actions;
@@ -33,6 +33,7 @@ pub(super) fn carry(
     describe: Describe,
     signals: EndSignals,
 ) -> Outcome {
+    refuse_collisions(&wanted.rules)?;
     #[cfg_attr(not(unix), allow(unused_mut))]
     let mut config = options.config(wanted.rules);
     let later = wanted.later.map(|later| -> Later {

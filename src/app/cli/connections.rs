@@ -16,6 +16,7 @@ use super::{complete, table};
 use crate::app::control::{
     self, Connection, Ended, Problem, Unanswered, age, ask, get, read, segment,
 };
+use crate::app::values::parse_connection;
 use crate::proxy::Waiting;
 
 /// Show the connections of an hvsock that runs, and who has made them
@@ -177,7 +178,7 @@ fn waiting(bytes: Waiting) -> String {
   hvsock connections web --json | jq '.[].id' | xargs hvsock close")]
 pub(super) struct Close {
     /// The connections' ids, as `hvsock connections` has them
-    #[arg(value_name = "ID", required = true, add = ArgValueCompleter::new(complete::connection))]
+    #[arg(value_name = "ID", required = true, add = ArgValueCompleter::new(complete::connection), value_parser = parse_connection)]
     ids: Vec<u64>,
     #[command(flatten)]
     which: Which,

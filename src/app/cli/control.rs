@@ -24,7 +24,7 @@ use crate::app::control::{
 };
 use crate::app::escape;
 use crate::app::rule::RuleOptions;
-use crate::app::values::parse_time;
+use crate::app::values::{parse_process, parse_time};
 use crate::keeper::LinkStatus;
 use crate::proxy::Counters;
 
@@ -36,7 +36,7 @@ pub(super) struct Which {
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
     /// The process that is meant, as `hvsock ps` has it
-    #[arg(long, value_name = "PID", conflicts_with = "control", add = ArgValueCompleter::new(complete::process))]
+    #[arg(long, value_name = "PID", conflicts_with = "control", add = ArgValueCompleter::new(complete::process), value_parser = parse_process)]
     pid: Option<u32>,
 }
 
@@ -95,8 +95,10 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     );
     let rows = status.forwards.iter().map(|it| {
         let counters = &it.counters;
+        // One without a name has its id as soon as it is carried.
+        let id = it.id.map_or_else(|| "-".to_owned(), |id| id.to_string());
         [
-            it.label(),
+            it.name.clone().unwrap_or(id),
             it.listen.clone(),
             it.connect.clone(),
             it.state.clone(),

@@ -33,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Args, Debug)]
 pub(super) struct Demo {
     /// TCP port of 127.0.0.1 to expose the guest's web server on; 0 is chosen
-    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    #[arg(long, value_name = "PORT", default_value_t = 0, value_parser = crate::app::values::number(0..=u16::MAX))]
     port: u16,
     #[command(flatten)]
     options: ProxyOptions,

@@ -50,7 +50,7 @@ pub(super) struct Doctor {
     control: Option<std::path::PathBuf>,
     /// The process that is asked, as `hvsock ps` has it
     #[cfg(unix)]
-    #[arg(long, value_name = "PID", requires = "vm", conflicts_with = "control", add = ArgValueCompleter::new(complete::process))]
+    #[arg(long, value_name = "PID", requires = "vm", conflicts_with = "control", add = ArgValueCompleter::new(complete::process), value_parser = crate::app::values::parse_process)]
     pid: Option<u32>,
     /// Print JSON: {"ok": …, "checks": [{"name", "verdict", "seen", "remedy"}, …]}
     #[arg(long)]

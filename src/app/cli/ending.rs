@@ -14,6 +14,7 @@ use crate::address::Address;
 use crate::app::log;
 use crate::app::lossy_writer::{Patience, set_patience};
 use crate::app::output;
+use crate::error::counted_have;
 use crate::proxy::{ForwardStatus, Handle, Proxy};
 
 /// Runs a proxy until one of the [`EndSignals`] or a failure ends it, or it has been idle for long
@@ -56,13 +57,11 @@ pub(super) fn end_without_what_hangs(grace: Duration) {
 
 /// Returns what the end has begun with, in words.
 fn describe_end(live: usize, grace: Duration) -> String {
-    let has = match live {
-        0 => return "stopping".to_owned(),
-        1 => " has",
-        _ => "s have",
-    };
-    let seconds = grace.as_secs();
-    format!("stopping: no new clients; {live} connection{has} {seconds} s to finish")
+    if live == 0 {
+        return "stopping".to_owned();
+    }
+    let (have, seconds) = (counted_have(live as u64, "connection"), grace.as_secs());
+    format!("stopping: no new clients; {have} {seconds} s to finish")
 }
 
 /// Tells the service manager that the control socket was asked for the end.

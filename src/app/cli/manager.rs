@@ -2,6 +2,7 @@
 
 use std::sync::mpsc::Sender;
 
+use crate::error::counted;
 use crate::proxy::Handle;
 
 /// Tells the service manager how it goes, and feeds its watchdog, until it is dropped.
@@ -23,10 +24,8 @@ impl Manager {
 
     /// Says that all listeners that can be had are bound.
     pub(super) fn ready(handle: &Handle) {
-        system::ready(match handle.forwards().len() {
-            1 => "carrying 1 forward".to_owned(),
-            n => format!("carrying {n} forwards"),
-        });
+        let forwards = counted(handle.forwards().len() as u64, "forward");
+        system::ready(format!("carrying {forwards}"));
     }
 
     /// Says that the file is read again; [`ready`](Manager::ready) is to follow.

@@ -16,7 +16,7 @@ use super::outcome::Failure;
 use crate::address::{Address, HvsockAddress, Port, parse_service};
 use crate::app::log::LogOptions;
 use crate::app::rule::RuleOptions;
-use crate::app::values::{parse_some_time, parse_time};
+use crate::app::values::{number, parse_some_time, parse_time};
 use crate::app::vm::VmPlace;
 use crate::error::Error;
 use crate::hyperkit::Places;
@@ -119,7 +119,7 @@ pub(super) struct ProxyOptions {
     #[arg(long, help_heading = None)]
     access_log: bool,
     /// Threads, at most 256 [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", value_parser = number::<u16>(1..=256))]
     workers: Option<u16>,
     /// Copy bytes where they could be handed from socket to socket (Linux' splice), as on other systems
     #[arg(long)]
@@ -134,10 +134,10 @@ pub(super) struct ProxyOptions {
     #[arg(long, value_name = "SECONDS", value_parser = parse_some_time)]
     exit_idle: Option<Duration>,
     /// Connections at a time to one VM [default: 900 to a hyperkit VM (about 200 if it runs with 256 descriptors), to others as many as there may be], at most 1000; up to eight ninths of them may be its guest's, whose dials beyond that are ended at once
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    #[arg(long, value_name = "N", value_parser = number::<u16>(1..=1000))]
     vm_connections: Option<u16>,
     /// Dials to one hyperkit VM that the guest may leave unanswered before more clients wait, at most 400
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=400))]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = number::<u16>(1..=400))]
     vm_unanswered: u16,
 }
 

@@ -1,13 +1,15 @@
 //! The rules that the words of a command line ask for.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::Mutex;
 
 use super::console::complain;
 use super::options::no_vm;
-use super::outcome::Failure;
+use super::outcome::{Failure, Outcome};
 use super::spec::{Local, Locals, Remote, Remotes};
+use crate::address::overlap::ListenKey;
 use crate::address::{Address, HyperkitVm};
 use crate::app::vm::VmPlace;
 use crate::error::{Error, Operation};
@@ -131,7 +133,15 @@ fn rules(vm: &VmPlace, local: &[Locals], remote: &[Remotes]) -> Vec<Rule> {
 fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
     let directory = vm.state_dir.display();
     match vm.connect_path().symlink_metadata() {
-        Ok(_) => Ok(()),
+        Ok(found) => {
+            if found.is_file() || found.is_dir() {
+                complain(format_args!(
+                    "{:?} in {directory} is no socket; clients are refused until a VM has put its own there",
+                    vm.connect
+                ));
+            }
+            Ok(())
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound && vm.state_dir.is_dir() => {
             complain(format_args!(
                 "the VM is not running (no socket {:?} in {directory}); clients are refused until it is",
@@ -151,6 +161,25 @@ fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
             )
         }
     }
+}
+
+/// Refuses rules of which one would be in another's way, as the same port in another spelling is. That
+/// an address is given twice is found by the proxy.
+pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
+    let mut taken: HashMap<ListenKey<'_>, &Address> = HashMap::new();
+    for Rule { listen, .. } in rules {
+        let near = listen.colliding_keys().into_iter();
+        let mut others = near.filter_map(|key| taken.get(&key));
+        let other = others.find(|other| **other != listen && other.collides(listen));
+        if let Some(other) = other {
+            return Err(Failure::Failed(format!(
+                "cannot listen on {listen}: {other} is given, too, and is in its way; choose another address or port for one of them"
+            )));
+        }
+        let keys = listen.listen_keys().into_iter();
+        taken.extend(keys.map(|key| (key, listen)));
+    }
+    Ok(())
 }
 
 /// Returns the rules of addresses to listen on, each with the one to connect to behind it.

@@ -26,6 +26,9 @@ use super::signals::EndSignals;
 use super::summary::Summary;
 use crate::app::config::{Config, Problems, display_name};
 use crate::app::log::LogOptions;
+use crate::error::counted;
+#[cfg(unix)]
+use crate::error::counted_have;
 use crate::hyperkit::Places;
 use crate::proxy::ProxyConfig;
 #[cfg(unix)]
@@ -96,10 +99,8 @@ impl Check {
             print(running::describe(name, &rule.listen, &rule.connect, vm))?;
         }
         let file = display_name(&self.file);
-        match wanted.rules.len() {
-            1 => print(format_args!("{file} is right: 1 forward")),
-            n => print(format_args!("{file} is right: {n} forwards")),
-        }
+        let forwards = counted(wanted.rules.len() as u64, "forward");
+        print(format_args!("{file} is right: {forwards}"))
     }
 }
 
@@ -205,10 +206,7 @@ fn end_after_hand_over(handle: &Handle, grace: Duration, successor: u32) {
     end_without_what_hangs(grace);
     complain(format_args!(
         "process {successor} has taken over; {} {} s to finish here",
-        match live {
-            1 => "1 connection has".to_owned(),
-            n => format!("{n} connections have"),
-        },
+        counted_have(live as u64, "connection"),
         grace.as_secs()
     ));
 }

@@ -14,6 +14,8 @@ use crate::app::control;
 use crate::app::guest_control::GuestControl;
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
+#[cfg(unix)]
+use crate::error::counted_have;
 use crate::hyperkit::Places;
 use crate::lock::lock;
 #[cfg(unix)]
@@ -28,8 +30,6 @@ use super::outcome::Failure;
 use super::passed::on_passed_sockets;
 use super::reconciler::{Occasion, Reconciler, name_of};
 use super::summary::{Summary, failures};
-#[cfg(unix)]
-use super::table;
 
 /// A running proxy and its file.
 #[derive(Debug)]
@@ -243,8 +243,8 @@ impl Running {
         let stays = match super::predecessor::find(old.pid).map(|old| old.live) {
             None | Some(0) => String::new(),
             Some(live) => format!(
-                "; {} there have {} s to finish",
-                table::counted(live as u64, "connection"),
+                "; {} {} s to finish there",
+                counted_have(live as u64, "connection"),
                 running.grace().as_secs()
             ),
         };

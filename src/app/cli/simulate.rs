@@ -13,6 +13,7 @@ use super::console::{complain, say};
 use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
 use crate::address::{Address, Host, Port, TcpAddress, is_guest_cid};
+use crate::app::values::number;
 use crate::simulate::{Dial, Endpoint, Service, Vm};
 
 /// How often the VM's fate and the signals are looked at.
@@ -49,14 +50,14 @@ pub(super) struct Simulate {
     #[arg(long, value_name = "PORT=ADDRESS|N/s")]
     dial: Vec<GuestDial>,
     /// Connections that the device has room for; more are closed at once, as hyperkit does, without a word
-    #[arg(long, value_name = "N", default_value_t = 1013, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, value_name = "N", default_value_t = 1013, value_parser = number::<u16>(1..=1024))]
     slots: u16,
     /// Descriptors that hyperkit was started with: beyond the limit, connections hang
-    #[arg(long, value_name = "N")]
-    descriptors: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = number::<u32>(1..=1 << 20))]
+    descriptors: Option<u32>,
     /// Dials of the guest that come to nothing until the device hangs; hyperkit's was seen to hang after 1 to some
     /// thousand
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = number(1..=u64::MAX))]
     failed_dials: u64,
     /// Punish more than hyperkit's device was seen to: any close with data unread, and one 10 to 20 ms after a dial
     #[arg(long)]
@@ -94,10 +95,12 @@ impl FromStr for Guest {
             other => match other.strip_prefix("heedless:").map(str::parse) {
                 Some(Ok(bytes)) => Service::Heedless(bytes),
                 _ => Service::Forward(endpoint(other).map_err(|e| {
-                    format!(
-                        "{e}; a service is echo, discard, chargen, http, silent, endless, \
-                         heedless:BYTES, reset or an address"
-                    )
+                    let services = "a service is echo, discard, chargen, http, silent, endless, \
+                         heedless:BYTES, reset or an address";
+                    match other.contains([':', '/', '.']) && !other.starts_with("heedless") {
+                        true => format!("{e}; {services}"),
+                        false => format!("there is no service {other:?}; {services}"),
+                    }
                 })?),
             },
         };
@@ -112,7 +115,11 @@ impl FromStr for GuestDial {
         let (port, dial) = split(text, "5000=tcp://127.0.0.1:0")?;
         let dial = match dial.strip_suffix("/s").map(str::parse) {
             Some(Ok(per_second)) => Dial::Paced(per_second),
-            Some(Err(e)) => return Err(format!("{dial}: {e}; a right one: 5000=20/s")),
+            Some(Err(_)) => {
+                return Err(format!(
+                    "{dial:?} is no number a second; a right one: 5000=20/s"
+                ));
+            }
             None => Dial::Listen(endpoint(dial)?),
         };
         Ok(GuestDial { port, dial })
@@ -183,7 +190,7 @@ impl Simulate {
             .strict(self.strict)
             .lenient(self.lenient);
         if let Some(descriptors) = self.descriptors {
-            vm = vm.descriptor_limit(descriptors);
+            vm = vm.descriptor_limit(descriptors as usize);
         }
         let mut taken = HashSet::new();
         for Guest { port, service } in &self.guest {

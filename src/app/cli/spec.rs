@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use crate::address::{Address, Port};
 use crate::app::values::{expand_ports, local_address, parse_port};
+use crate::error::counted;
 
 /// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,9 +26,9 @@ fn pair_ports(one: &str, other: &str) -> Result<Vec<(String, String)>, String> {
     let (ones, others) = (expand_ports(one)?, expand_ports(other)?);
     if ones.len() != others.len() {
         return Err(format!(
-            "{} ports on one side, {} on the other; write ranges of the same length, as in 8000-8010:8000-8010",
-            ones.len(),
-            others.len()
+            "{} on one side, {} on the other; write ranges of the same length, as in 8000-8010:8000-8010",
+            counted(ones.len() as u64, "port"),
+            counted(others.len() as u64, "port")
         ));
     }
     Ok(ones.into_iter().zip(others).collect())
@@ -228,10 +229,10 @@ mod tests {
         let right = ["5000 tcp://localhost:80", "5001 tcp://localhost:81"];
         assert_eq!(told.collect::<Vec<_>>(), right);
         for (text, part) in [
-            ("8000-8010:80", "11 ports on one side, 1 on the other"),
+            ("8000-8010:80", "11 ports on one side, 1 port on the other"),
             ("8010-8000:10-20", "goes down; write 8000-8010"),
             ("0-60000:0-60000", "more than 4096 ports"),
-            ("/run/s:80-81", "1 ports on one side"),
+            ("/run/s:80-81", "1 port on one side, 2 ports on the other"),
             ("65535-65536:1-2", "larger than 65535"),
         ] {
             let error = text.parse::<Locals>().unwrap_err();

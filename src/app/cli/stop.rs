@@ -17,6 +17,7 @@ use super::{complete, table};
 use crate::address::Port;
 use crate::app::control::{self, Unanswered, ask, read};
 use crate::app::values::parse_time;
+use crate::error::counted_have;
 use crate::hyperkit::{Places, find};
 use crate::keeper::status::{self as keepers, KeeperStatus, PortState};
 use crate::sys;
@@ -89,10 +90,10 @@ impl Stop {
         let grace = duration(answer["grace_seconds"].as_f64().unwrap_or(0.0));
         let live = answer["live"].as_u64().unwrap_or(0);
         if live > 0 && !grace.is_zero() {
-            let (has, seconds) = (if live == 1 { "has" } else { "have" }, grace.as_secs());
             complain(format_args!(
-                "{} {has} {seconds} s to finish; `hvsock stop --grace 0` cuts off what is left",
-                table::counted(live, "connection")
+                "{} {} s to finish; `hvsock stop --grace 0` cuts off what is left",
+                counted_have(live, "connection"),
+                grace.as_secs()
             ));
         }
         let end = crate::time::after(Instant::now(), grace.saturating_add(LEAVE));

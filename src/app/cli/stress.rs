@@ -15,7 +15,8 @@ use super::signals::EndSignals;
 use crate::address::Address;
 use crate::app::serve::{self, LOOK, Stop};
 use crate::app::stress::{self, Load, MOST_PARALLEL, Plan, Progress, Report};
-use crate::app::values::{parse_mode, parse_some_time, parse_time};
+use crate::app::values::{number, parse_mode, parse_some_time, parse_time};
+use crate::error::counted;
 use crate::listener::lasting::LastingListener;
 
 /// Send random data through any address to a server that returns it, compare every byte, and measure
@@ -37,10 +38,10 @@ pub(super) struct Stress {
     #[arg(short = 's', long, conflicts_with_all = CLIENT_OPTIONS)]
     server: bool,
     /// Connections in all [default: 100; with --bench, as many as in parallel]
-    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(short = 'n', long, value_name = "N", value_parser = number(1..=u64::MAX))]
     connections: Option<u64>,
     /// Connections at a time, at most 10000
-    #[arg(short = 'p', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    #[arg(short = 'p', long, value_name = "N", default_value_t = 1, value_parser = number::<u16>(1..=10_000))]
     parallel: u16,
     /// Bytes that a connection sends; of round trips, in a message [default: 1-64K; up and down: 256M; rtt: 64]
     #[arg(long, value_name = "SIZE|MIN-MAX", value_parser = parse_sizes)]
@@ -49,13 +50,13 @@ pub(super) struct Stress {
     #[arg(long, value_name = "SIZE|MIN-MAX", default_value = "1-64K", value_parser = parse_buffers)]
     buffer: Sizes,
     /// Repeats a run with the same sizes and bytes [default: a random one, printed]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = number(0..=u64::MAX))]
     seed: Option<u64>,
     /// Measure: one way up or down, or round trips
     #[arg(long, value_enum, value_name = "LOAD")]
     bench: Option<Bench>,
     /// Round trips of a connection with --bench rtt [default: 10000]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = number(1..=u64::MAX))]
     round_trips: Option<u64>,
     /// Seconds between a connection and the next one in its place
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_time)]
@@ -145,7 +146,8 @@ impl Stress {
         let parallel = usize::from(self.parallel);
         if address.transport().vm.needs_pacing && parallel > MOST_PARALLEL {
             return Err(Failure::Usage(format!(
-                "{parallel} connections at a time to a {} VM: more than {MOST_PARALLEL} could kill it",
+                "{} at a time to a {} VM: more than {MOST_PARALLEL} could kill it",
+                counted(parallel as u64, "connection"),
                 address.scheme()
             )));
         }

@@ -78,6 +78,10 @@ fn text(error: &Error, kind: ContextKind) -> Option<String> {
 }
 
 fn tip(word: &str, command: Option<&String>) -> Option<&'static str> {
+    let digits = word.strip_prefix('-').unwrap_or_default();
+    if digits.starts_with(|c: char| c.is_ascii_digit()) {
+        return Some("no number here is below zero");
+    }
     let is_at = |commands: &[&str]| {
         let command = command.map(String::as_str).unwrap_or_default();
         commands.is_empty() || commands.contains(&command)
@@ -85,4 +89,49 @@ fn tip(word: &str, command: Option<&String>) -> Option<&'static str> {
     let mut known = FOREIGN.into_iter();
     let known = known.find(|(foreign, commands, _)| *foreign == word && is_at(commands));
     known.map(|(_, _, tip)| tip)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use clap::{Arg, Command, CommandFactory};
+
+    use super::super::Arguments;
+
+    /// What is said of a word that no argument takes for a value.
+    fn said_of(command: &Command, argument: &Arg) -> Option<String> {
+        const WORD: &str = "-no value:";
+        let word = match (argument.get_long(), argument.is_positional()) {
+            (Some(name), _) => format!("--{name}={WORD}"),
+            (None, true) => WORD.trim_start_matches('-').to_owned(),
+            (None, false) => format!("-{}{WORD}", argument.get_short()?),
+        };
+        let mut command = command.clone();
+        let words = [command.get_name().to_owned(), word];
+        let parsed = command.try_get_matches_from_mut(words);
+        Some(parsed.err()?.to_string())
+    }
+
+    /// A wrong value is told of in words of ours, with what a right one is, and not in those of a parser.
+    #[test]
+    fn no_value_is_refused_in_the_words_of_a_parser() {
+        let mut refused = 0;
+        for command in Arguments::command().get_subcommands() {
+            for argument in command.get_arguments() {
+                let Some(said) = said_of(command, argument) else {
+                    continue;
+                };
+                refused += usize::from(said.contains("invalid value"));
+                for raw in [
+                    "found in string",
+                    "invalid digit",
+                    " is not in ",
+                    "is none;",
+                ] {
+                    assert!(!said.contains(raw), "{}: {said}", command.get_name());
+                }
+            }
+        }
+        assert!(refused > 100, "{refused} values were refused");
+    }
 }

@@ -6,6 +6,7 @@ use crate::address::{Address, Port};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::app::vm::VmPlace;
+use crate::error::counted;
 use crate::proxy::Rule;
 
 /// One end of a forward.
@@ -94,10 +95,13 @@ impl Forward {
             return read;
         };
         if listen.len() != connect.len() {
-            let (listens, connects) = (listen.len(), connect.len());
+            let [listens, connects] =
+                [&listen, &connect].map(|it| counted(it.len() as u64, "port"));
             section.complain(
                 None,
-                format!("{listens} ports lead to {connects}; write ranges of the same length"),
+                format!(
+                    "{listens} on one side, {connects} on the other; write ranges of the same length"
+                ),
             );
         }
         section.finish();

@@ -44,6 +44,7 @@ use crate::app::rule::RuleOptions;
 use crate::app::slow::tell_if_slow;
 use crate::app::vm::VmPlace;
 use crate::app::{log, values};
+use crate::error::counted;
 use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
 
@@ -265,7 +266,7 @@ impl Config {
         }
         let mut problems = source.take_problems();
         problems.extend(included.iter().flat_map(|it| it.source.take_problems()));
-        problems.extend(config.needs(&wanted));
+        problems.extend(needs::look(&config, &wanted));
         match problems.iter().all(|it| it.weight == Weight::Note) {
             true => {
                 wanted.notes = problems;
@@ -453,8 +454,9 @@ impl Config {
             let proof = usize::from(has_proof);
             if reserved + proof > cap {
                 let (name, left) = (&vm.name, cap - proof);
+                let reserved = counted(reserved as u64, "connection");
                 let text = format!(
-                    "{name:?}: its forwards reserve {reserved} connections together, and it has {left} for them; reserve fewer, or raise connections in [vm.{name}]"
+                    "{name:?}: its forwards reserve {reserved} together, and it has {left} for them; reserve fewer, or raise connections in [vm.{name}]"
                 );
                 complain(vm.line.clone(), text);
             }

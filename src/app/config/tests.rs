@@ -416,7 +416,7 @@ fn a_range_is_a_forward_for_each_port() {
     for (text, part) in [
         (
             "[forward.a]\nlisten = \"80-90\"\nconnect = 1\n",
-            "11 ports lead to 1",
+            "11 ports on one side, 1 port on the other",
         ),
         (
             "[forward.a]\nlisten = \"90-80\"\nconnect = 1\n",

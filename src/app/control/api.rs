@@ -334,7 +334,8 @@ impl Api {
         pending.find(|it| it.name.as_deref() == Some(name) || it.listen == name)
     }
 
-    /// The forward of that name, or else that listens there, or else that has this id.
+    /// The forward of that name, or else that listens there, or else that has this id, or else the only one
+    /// that listens on this TCP port.
     fn find(&self, name: &str) -> Result<ForwardStatus, Problem> {
         let mut forwards = self.handle.forwards();
         let named = |it: &ForwardStatus| it.rule.name.as_deref() == Some(name);
@@ -347,11 +348,21 @@ impl Api {
         };
         let id = name.parse::<u64>().ok();
         let numbered = |it: &ForwardStatus| id == Some(it.id.into());
+        // A port is what `-L 8080:80` has of an address.
+        let ported = |it: &ForwardStatus| {
+            let port = it.listen.as_tcp().map(|it| u64::from(it.port));
+            id.is_some() && port == id
+        };
+        let only = |is_meant: &dyn Fn(&ForwardStatus) -> bool| {
+            let mut meant = (0..forwards.len()).filter(|index| is_meant(&forwards[*index]));
+            meant.next().filter(|_| meant.next().is_none())
+        };
         let index = forwards
             .iter()
             .position(named)
             .or_else(|| forwards.iter().position(there))
-            .or_else(|| forwards.iter().position(numbered));
+            .or_else(|| forwards.iter().position(numbered))
+            .or_else(|| only(&ported));
         match index {
             Some(index) => Ok(forwards.swap_remove(index)),
             None => {

@@ -27,7 +27,7 @@ use super::place;
 use super::problem::Problem;
 use crate::app::escape;
 use crate::dial;
-use crate::error::{Error, Operation};
+use crate::error::{Error, Operation, counted};
 use crate::stream::Stream;
 use crate::sys;
 
@@ -81,10 +81,10 @@ impl std::fmt::Display for Unanswered {
                 let own = place::processes_with_own_sockets();
                 let is_usual = |it: &std::path::PathBuf| place::address(it).to_string() == place;
                 if own.len() > 1 && place::usual_paths().iter().any(is_usual) {
-                    let count = own.len();
+                    let hvsocks = counted(own.len() as u64, "hvsock");
                     let each: Vec<_> = own.into_iter().map(candidate).collect();
                     let each = each.join(" or ");
-                    return write!(f, "{count} hvsocks run: say which with {each}");
+                    return write!(f, "{hvsocks} run: say which with {each}");
                 }
                 write!(f, "no hvsock answers at {place}: {cause}; ")?;
                 let addresses = place::usual_paths()

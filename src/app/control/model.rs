@@ -595,7 +595,7 @@ impl Vm {
         let silent = match self.status.unanswered {
             0 => String::new(),
             1 => ", last dial silent so far".to_owned(),
-            n => format!(", last {n} dials silent so far"),
+            more => format!(", last {} silent so far", counted(more, "dial")),
         };
         format!("{up}, {heard}{silent}")
     }
@@ -627,7 +627,7 @@ impl Vm {
         } = self.status;
         let of = |limit: Option<usize>| limit.map_or_else(String::new, |most| format!("of {most}"));
         let mut text = match limit {
-            Some(_) => format!("{connections} {} connections", of(limit)),
+            Some(most) => format!("{connections} of {most} connections"),
             None => counted(connections as u64, "connection"),
         };
         if self.is_full() {

@@ -41,12 +41,15 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     let ports = plan.ports.iter().map(|port| (port, named_port(*port)));
     let host_ports = plan.host_ports.iter();
     let host_ports = host_ports.map(|port| (port, named_host_port(*port)));
-    let Some(vm) = vm else {
-        let names = ["path", "cid", "process", "limits", "socket", "guest"].map(str::to_owned);
-        let ports = ports.chain(host_ports).map(|(_, name)| name);
-        let left = names.into_iter().chain(ports);
-        checks.extend(left.map(|name| Check::skipped(name, "there is no state directory")));
-        return checks;
+    let vm = match vm {
+        Ok(vm) => vm,
+        Err(why) => {
+            let names = ["path", "cid", "process", "limits", "socket", "guest"].map(str::to_owned);
+            let ports = ports.chain(host_ports).map(|(_, name)| name);
+            let left = names.into_iter().chain(ports);
+            checks.extend(left.map(|name| Check::skipped(name, why)));
+            return checks;
+        }
     };
     checks.push(path(&vm));
     checks.push(cid(&vm));
@@ -135,37 +138,46 @@ fn named_host_port(port: Port) -> String {
     format!("host port {port}")
 }
 
-/// Whether there is a state directory that can be looked into.
-fn directory(name: &str) -> (Check, Option<HyperkitVm>) {
+/// Whether there is a state directory that can be looked into; if not, why nothing in it is.
+fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str>) {
+    const MISSING: &str = "there is no state directory";
+    const UNREADABLE: &str = "the state directory can't be read";
     let check = "directory";
     let vm = match find(name, &Places::from_env()) {
         Ok(vm) => vm,
-        Err(e) => return (Check::error(check, &e), None),
+        Err(e) => {
+            let why = match e.kind() {
+                io::ErrorKind::InvalidData | io::ErrorKind::PermissionDenied => UNREADABLE,
+                _ => MISSING,
+            };
+            return (Check::error(check, &e), Err(why));
+        }
     };
     let dir = &vm.state_dir;
-    let failed = |seen: &dyn fmt::Display, remedy| {
+    let failed = |seen: &dyn fmt::Display, remedy, why| {
         let seen = format!("{}: {seen}", dir.display());
-        (Check::failed(check, seen, remedy), None)
+        (Check::failed(check, seen, remedy), Err(why))
     };
     match fs::metadata(dir) {
         Ok(metadata) if !metadata.is_dir() => {
-            return failed(&"it is no directory", NO_DIRECTORY);
+            return failed(&"it is no directory", NO_DIRECTORY, MISSING);
         }
         Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            return failed(&e, "is the path right? Or start the VM, which makes it");
+            let remedy = "is the path right? Or start the VM, which makes it";
+            return failed(&e, remedy, MISSING);
         }
-        Err(e) => return failed(&e, "run as the user who runs the VM"),
+        Err(e) => return failed(&e, "run as the user who runs the VM", UNREADABLE),
     }
     // What is in it can be reached only with the right to search it.
     match fs::symlink_metadata(vm.connect_path()) {
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
             let seen = "this user may not search it";
-            return failed(&seen, "run as the user who runs the VM");
+            return failed(&seen, "run as the user who runs the VM", UNREADABLE);
         }
         _ => {}
     }
-    (Check::ok(check, dir.display()), Some(vm))
+    (Check::ok(check, dir.display()), Ok(vm))
 }
 
 /// Whether the sockets' paths fit into socket addresses.
@@ -337,8 +349,8 @@ fn limits(pid: i32) -> Check {
     let few = |limit: u64| limit < MOST_CONNECTIONS + OWN_DESCRIPTORS;
     match soft.map(str::parse) {
         Some(Ok(limit)) if few(limit) => {
-            let most = limit.saturating_sub(OWN_DESCRIPTORS);
-            let seen = format!("hyperkit may have {limit} descriptors: it hangs beyond {most} connections");
+            let most = counted(limit.saturating_sub(OWN_DESCRIPTORS), "connection");
+            let seen = format!("hyperkit may have {limit} descriptors: it hangs beyond {most}");
             Check::warning(name, seen, remedy)
         }
         Some(_) => Check::ok(name, "hyperkit has descriptors for all its connections"),

@@ -1,6 +1,7 @@
 //! This system, whatever the VM.
 
 use super::check::Check;
+use crate::error::counted;
 use crate::proxy::{Limits, ProcessDescriptors};
 use crate::sys;
 
@@ -15,7 +16,8 @@ pub(super) fn descriptors() -> Check {
     };
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let room = ProcessDescriptors::new(workers, 0, sys::descriptor_limit).room(1);
-    let seen = format!("this process may have {limit}: enough for {room} connections");
+    let connections = counted(room as u64, "connection");
+    let seen = format!("this process may have {limit}: enough for {connections}");
     match room < Limits::default().vm_connections {
         false => Check::ok(name, seen),
         true => Check::warning(

@@ -10,6 +10,7 @@ use indicatif::BinaryBytes;
 use super::exchange::Done;
 use super::{Load, Plan};
 use crate::app::escape;
+use crate::error::counted;
 
 /// What came of a run.
 #[derive(Debug)]
@@ -75,13 +76,16 @@ impl Report {
         match (self.failed, missing) {
             _ if self.is_whole() => None,
             (0, 1) => Some("1 connection was not made".to_owned()),
-            (0, missing) => Some(format!("{missing} connections were not made")),
-            (failed, 0) if self.wanted == 1 => Some(format!("{failed} of 1 connection failed")),
-            (failed, 0) => Some(format!("{failed} of {} connections failed", self.wanted)),
-            (failed, missing) => Some(format!(
-                "{failed} of {} connections failed, {missing} were not made",
-                self.wanted
-            )),
+            (0, missing) => Some(format!("{} were not made", counted(missing, "connection"))),
+            (failed, missing) => {
+                let wanted = counted(self.wanted, "connection");
+                let missing = match missing {
+                    0 => String::new(),
+                    1 => ", 1 was not made".to_owned(),
+                    more => format!(", {more} were not made"),
+                };
+                Some(format!("{failed} of {wanted} failed{missing}"))
+            }
         }
     }
 }

@@ -12,7 +12,7 @@ use ratatui::widgets::{Cell, Gauge, Row, Table};
 
 use super::model::{Busy, Focus, Lane, Mode, Model, NAME, Sort, called};
 use crate::app::control::{Status, Vm, age};
-use crate::error::plural;
+use crate::error::counted;
 use crate::proxy::ConnectionState;
 
 /// From these widths on there is room for how many connections a forward has; for how many it refused; for sparklines;
@@ -93,11 +93,7 @@ fn heading(model: &Model, width: u16) -> Line<'static> {
     }
     let uptime = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
     said.extend([
-        Span::from(format!(
-            " {} connection{}",
-            status.live,
-            plural(status.live as u64)
-        )),
+        Span::from(format!(" {}", counted(status.live as u64, "connection"))),
         Span::from(format!("  sent {}", speed(rate.sent))).fg(SENT),
         Span::from(format!("  received {}", speed(rate.received))).fg(RECEIVED),
         Span::from(format!("  up {}", HumanDuration(uptime))),
@@ -179,7 +175,7 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
     let connections = status.connections;
     let slots = match status.limit {
         Some(limit) => format!("{connections} of {limit} slots"),
-        None => format!("{connections} connections"),
+        None => counted(connections as u64, "connection"),
     };
     let health = vm.health(SystemTime::now());
     let lost = match status.lost {

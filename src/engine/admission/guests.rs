@@ -12,6 +12,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::error::counted;
+
 use tracing::warn;
 
 use super::gate::{Full, Gate, State};
@@ -46,18 +48,21 @@ impl fmt::Display for NotServed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             NotServed::Full(full) => full.fmt(f),
-            NotServed::GuestQuota(n) => write!(
-                f,
-                "{n} connections that the VM's guest has made are in use, which is its quota"
-            ),
-            NotServed::ForwardQuota(n) => write!(
-                f,
-                "{n} connections that the VM's guest has made to this forward are in use, and more are reserved for others"
-            ),
-            NotServed::Forward(n) => write!(
-                f,
-                "{n} connections of this forward are in use, and more are not allowed"
-            ),
+            NotServed::GuestQuota(n) => {
+                let made = counted(*n as u64, "connection");
+                write!(f, "the VM's guest has made {made}, which is its quota")
+            }
+            NotServed::ForwardQuota(n) => {
+                let made = counted(*n as u64, "connection");
+                write!(
+                    f,
+                    "the VM's guest has made {made} to this forward, and more are reserved for others"
+                )
+            }
+            NotServed::Forward(n) => {
+                let open = counted(*n as u64, "connection");
+                write!(f, "this forward has {open} open, and more are not allowed")
+            }
         }
     }
 }

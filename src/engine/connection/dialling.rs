@@ -23,7 +23,7 @@ use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{End, Readiness, Side};
 use crate::engine::routes::{ListenerName, PeerNames, Route};
-use crate::error::{Error, Operation};
+use crate::error::{Error, Operation, counted};
 use crate::name::{Peer, SocketName};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::time::after;
@@ -227,7 +227,8 @@ impl<S: ConnectionSocket> Connection<S> {
     fn refuse_too_many(&mut self, cx: &mut Context<'_, S>) {
         let rule = &self.forward.rule;
         let most = rule.most_connections().unwrap_or_default();
-        let why = format!("{most} connections of this forward are open, and more are not allowed");
+        let open = counted(most as u64, "connection");
+        let why = format!("this forward has {open} open, and more are not allowed");
         let error = Error::new(Operation::Connect, &rule.connect, io::Error::other(why));
         let error = error.with_remedy("allow it more connections");
         self.refuse(&error, RefusalReason::Full, cx);

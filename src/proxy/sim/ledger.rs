@@ -314,7 +314,7 @@ impl Ledger {
             }
             // A guest's dial can't wait.
             RefusalReason::Full if error.operation() == Operation::Accept => {
-                self.limits.vm_connections < 100 || text.contains("of this forward")
+                self.limits.vm_connections < 100 || text.contains("this forward has")
             }
             // No rule of the simulated world bounds where its clients come from.
             RefusalReason::NotAllowed => false,
