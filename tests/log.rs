@@ -102,6 +102,42 @@ fn the_first_client_of_an_absent_target_is_told() {
     proxy.complains("clients are refused until it is");
 }
 
+/// It is not back, and what waited for it is carried from then on.
+#[cfg(feature = "simulate")]
+#[test]
+fn a_vm_that_comes_for_the_first_time_is_told_of() {
+    let dir = private_dir();
+    let [state, log] = ["vm", "log"].map(|name| dir.path().join(name));
+    let proxy = Running::start(&[
+        "expose",
+        "--no-keeper",
+        "--log",
+        text(&log),
+        "--vm",
+        text(&state),
+        "-L",
+        "0:7",
+        "-R",
+        "5000:tcp://127.0.0.1:1",
+    ]);
+    let port = proxy.tcp_port();
+    assert!(resets_clients(port));
+    let vm = hvsock::simulate::Vm::builder(&state);
+    let _vm = vm
+        .guest(7, hvsock::simulate::Service::Echo)
+        .start()
+        .unwrap();
+    eventually("all is told", || {
+        let told = read(&log);
+        told.matches("carries ").count() == 2 && told.contains(" is there\n")
+    });
+    let told = read(&log);
+    assert!(told.contains("is not there: "), "{told}");
+    assert!(told.contains("clients are refused until it is\n"), "{told}");
+    assert!(!told.contains("is back"), "{told}");
+    assert_eq!(ask(tcp(port), b"up").unwrap(), b"up");
+}
+
 /// Only hyperkit's device has slots to lose.
 #[test]
 fn a_guest_that_does_not_end_is_told_of_without_slots_where_there_are_none() {

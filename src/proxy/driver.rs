@@ -205,8 +205,13 @@ pub(crate) trait Driver: Sized {
     #[cfg(all(unix, feature = "cli"))]
     fn give_listener(&mut self, listener: Self::Listener);
 
-    /// Begins to connect. For a hyperkit VM it also returns the VM's identity.
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
+    /// Begins to connect; the connection waits for `patience` at most. For a hyperkit VM it also
+    /// returns the VM's identity.
+    fn connect(
+        &mut self,
+        endpoint: &Endpoint,
+        patience: Duration,
+    ) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
     /// Explains why a dial failed. Returns `None` if that requires a look at files; the result is
     /// then an [`Event::Explained`].
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;

@@ -329,7 +329,7 @@ fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
         #[cfg(unix)]
         AnyVm::Vsock(cid) => {
             let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
-            match Stream::connect(&Endpoint::Vsock(port)) {
+            match Stream::connect(&Endpoint::Vsock(port), Duration::ZERO) {
                 Err(e) if sys::is_no_such_cid(&e) => None,
                 // It is refused later, or is not answered.
                 _ => Some(VmIdentity::Cid),
@@ -645,11 +645,15 @@ impl Driver for MioDriver {
     }
 
     /// Connects, and looks the path up again for the VM's identity: connect(2) takes a path only.
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
+    fn connect(
+        &mut self,
+        endpoint: &Endpoint,
+        patience: Duration,
+    ) -> io::Result<(Stream, Option<VmIdentity>)> {
         #[cfg(unix)]
-        let stream = Stream::connect_kept(endpoint, self.keeper.as_ref())?;
+        let stream = Stream::connect_kept(endpoint, patience, self.keeper.as_ref())?;
         #[cfg(not(unix))]
-        let stream = Stream::connect(endpoint)?;
+        let stream = Stream::connect(endpoint, patience)?;
         let identity = match endpoint {
             Endpoint::Hyperkit(to) => identity_of_hyperkit(&to.vm),
             Endpoint::VsockMux(to) => identity_of_socket(&to.path),

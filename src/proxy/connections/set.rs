@@ -312,16 +312,17 @@ impl<D: Driver> Connections<D> {
         };
         let keepalive = connection.as_ref().and_then(|it| it.forward.rule.keepalive);
         let needs_check = connection.as_ref().is_some_and(|it| it.doubts_server());
-        let connected = cx.driver.connect(endpoint);
+        let patience = connection.as_ref().map(|it| it.patience(cx.now));
+        let connected = cx.driver.connect(endpoint, patience.unwrap_or_default());
         let dialled = connected.map(|(mut socket, identity)| {
             // Checked at once: if the process is gone later, the connection broke off.
-            let is_inherited = needs_check && cx.driver.has_peer_ended(&socket);
+            let has_listener_ended = needs_check && cx.driver.has_peer_ended(&socket);
             cx.driver.set_keepalive(&socket, keepalive);
             let watched = cx.driver.watch(&mut socket, id.token(Side::Server));
             Dialled {
                 socket,
                 identity,
-                is_inherited,
+                has_listener_ended,
                 watched,
             }
         });

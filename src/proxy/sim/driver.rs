@@ -459,7 +459,11 @@ impl Driver for SimDriver {
         }
     }
 
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(SimStream, Option<VmIdentity>)> {
+    fn connect(
+        &mut self,
+        endpoint: &Endpoint,
+        _patience: Duration,
+    ) -> io::Result<(SimStream, Option<VmIdentity>)> {
         let place = match endpoint {
             Endpoint::Tcp(address) => Place::Tcp(*address),
             Endpoint::Unix(UnixAddress::Path(path)) => Place::Path(path.clone()),
