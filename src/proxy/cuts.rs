@@ -10,6 +10,7 @@ use tracing::warn;
 
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
+use crate::error::counted;
 use crate::lock::lock;
 
 /// How many forwards are named in the line.
@@ -21,7 +22,7 @@ pub(crate) struct Cuts {
     /// How many workers may still cut some off.
     workers: AtomicUsize,
     /// The connections of each forward, with what the forward is called.
-    by_forward: Mutex<BTreeMap<ForwardId, (String, usize)>>,
+    by_forward: Mutex<BTreeMap<ForwardId, (String, u64)>>,
 }
 
 impl Cuts {
@@ -33,7 +34,7 @@ impl Cuts {
         }
     }
 
-    fn by_forward(&self) -> MutexGuard<'_, BTreeMap<ForwardId, (String, usize)>> {
+    fn by_forward(&self) -> MutexGuard<'_, BTreeMap<ForwardId, (String, u64)>> {
         lock(&self.by_forward)
     }
 
@@ -61,19 +62,20 @@ impl Cuts {
 impl fmt::Display for Cuts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all = self.by_forward();
-        match all.values().map(|(_, count)| count).sum() {
-            0 => return Ok(()),
-            1 => f.write_str("cut off 1 connection, for its grace was over: ")?,
-            count => write!(f, "cut off {count} connections, for their grace was over: ")?,
+        let count = all.values().map(|(_, count)| *count).sum::<u64>();
+        if count == 0 {
+            return Ok(());
         }
+        let whose = if count == 1 { "its" } else { "their" };
+        let cut = counted(count, "connection");
+        write!(f, "cut off {cut}, for {whose} grace was over: ")?;
         for (index, (name, count)) in all.values().take(MOST_NAMED).enumerate() {
             let before = if index == 0 { "" } else { ", " };
             write!(f, "{before}{count} of {name}")?;
         }
         match all.len().saturating_sub(MOST_NAMED) {
             0 => Ok(()),
-            1 => f.write_str(", and of 1 more forward"),
-            more => write!(f, ", and of {more} more forwards"),
+            more => write!(f, ", and of {}", counted(more as u64, "more forward")),
         }
     }
 }
