@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -40,8 +40,11 @@ use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
 use super::relay_threads::{RelayThreads, Reporter};
 use crate::engine::admission::Gate;
+#[cfg(unix)]
+use crate::engine::end_reason::ProgramFailure;
 use crate::engine::forward::Forward;
 use crate::engine::health::{VmIdentity, VmLook};
+use crate::engine::id::ConnectionId;
 use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 
@@ -469,6 +472,10 @@ impl Driver for MioDriver {
         MioDriver::clock()
     }
 
+    fn wall_time(&self) -> SystemTime {
+        SystemTime::now()
+    }
+
     fn wait(
         &mut self,
         events: &mut Vec<Event<Stream, Listener>>,
@@ -771,22 +778,44 @@ impl Driver for MioDriver {
         });
     }
 
-    fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
+    #[cfg_attr(not(unix), allow(unused_variables))]
+    fn dial(
+        &mut self,
+        token: usize,
+        connection: Option<ConnectionId>,
+        forward: &Arc<Forward>,
+        timeout: Duration,
+    ) {
         let notifier = Arc::clone(&self.notifier);
-        let target = address.clone();
+        let rule = Arc::clone(&forward.rule);
         #[cfg(unix)]
         let programs = Arc::clone(&self.programs);
+        #[cfg(unix)]
+        let tell_end = {
+            let (notifier, forward) = (Arc::clone(&self.notifier), Arc::clone(forward));
+            move |end| {
+                if let Some(connection) = connection {
+                    notifier.notify(Report::Event(Event::ProgramEnded {
+                        token,
+                        connection,
+                        forward,
+                        failure: failure_of(end),
+                    }));
+                }
+            }
+        };
         let dial = move || {
-            let stream = match Target::of(&target) {
+            let target = &rule.connect;
+            let stream = match Target::of(target) {
                 #[cfg(unix)]
-                Target::OnThread => dial::on_thread(&target, &programs),
-                _ => stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking),
+                Target::OnThread => dial::on_thread(target, &programs, tell_end),
+                _ => stream::Stream::connect_timeout(target, timeout).map(Stream::Blocking),
             };
             notifier.notify(Report::Event(Event::Dialled { token, stream }));
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());
         if let Err(e) = thread.spawn(dial) {
-            let stream = Err(Error::new(Operation::Connect, address, e));
+            let stream = Err(Error::new(Operation::Connect, &forward.rule.connect, e));
             self.notifier
                 .notify(Report::Event(Event::Dialled { token, stream }));
         }
@@ -842,6 +871,20 @@ impl Driver for MioDriver {
         if let Some(threads) = self.relay_threads.get(&token) {
             threads.cut();
         }
+    }
+}
+
+/// Returns how a program has failed, if it is known to have.
+#[cfg(unix)]
+fn failure_of(end: dial::ProgramEnd) -> Option<ProgramFailure> {
+    use std::os::unix::process::ExitStatusExt;
+    let dial::ProgramEnd::Ended(Ok(status)) = end else {
+        return None;
+    };
+    match (status.code(), status.signal()) {
+        (Some(0), _) | (None, None) => None,
+        (Some(code), _) => Some(ProgramFailure::Status(code)),
+        (None, Some(signal)) => Some(ProgramFailure::Signal(signal)),
     }
 }
 

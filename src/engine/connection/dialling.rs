@@ -45,9 +45,8 @@ pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
     /// The identity of the VM, if the target is one that has a file.
     pub(crate) identity: Option<VmIdentity>,
-    /// Whether the process that began to listen had gone by then. Another process serves its
-    /// socket, and nothing can be learnt of that one.
-    pub(crate) is_inherited: bool,
+    /// Whether the process that began to listen had ended by then.
+    pub(crate) has_listener_ended: bool,
     /// Whether the poller could register the socket.
     pub(crate) watched: io::Result<()>,
 }
@@ -410,6 +409,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 if let Some(slot) = &mut self.slots[Side::Server] {
                     slot.note_dial(None, cx.now);
                 }
+                self.note_program();
                 if let State::Waiting { client, dial, .. } = self.take_state() {
                     let server = End::new(socket);
                     let race = Race::new(dial);
@@ -440,8 +440,8 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         if let Some(slot) = &mut self.slots[Side::Server] {
             slot.note_dial(dialled.identity, cx.now);
+            self.is_inherited = slot.note_listener(dialled.has_listener_ended);
         }
-        self.is_inherited = dialled.is_inherited;
         let (client, mut dial) = match self.take_state() {
             State::Waiting { client, dial, .. } => (client, dial),
             other => {
