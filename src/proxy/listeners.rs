@@ -898,9 +898,12 @@ fn take_guest<D: Driver>(
     peer: &SocketName,
     cx: &TurnContext<'_, D>,
 ) -> (Option<Slot>, Result<(), NotServed>) {
-    // Who is no guest of this VM is refused soon.
-    let gate = forward.gates[Side::Client].as_ref();
-    let Some(gate) = gate.filter(|_| forward.rule.admits(peer)) else {
+    // Who may not come is refused soon.
+    let gate = forward.rule.admits(peer).then(|| {
+        let its = forward.gates[Side::Client].clone();
+        its.or_else(|| cx.shared.gates.of_guest(peer))
+    });
+    let Some(gate) = gate.flatten() else {
         return (None, Ok(()));
     };
     let limit = cx.shared.reached_limit(forward.id);

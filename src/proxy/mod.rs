@@ -43,6 +43,7 @@ mod cuts;
 mod descriptors;
 mod driver;
 mod forbidden;
+mod gates;
 mod handle;
 #[cfg(all(unix, feature = "cli"))]
 mod handover;
@@ -77,6 +78,7 @@ use crate::listener::Listener;
 use controller::Controller;
 use descriptors::Descriptors;
 use driver::Driver;
+use gates::Gates;
 use housekeeper::Housekeeper;
 use mio_driver::MioDriver;
 use rules::Binder;
@@ -351,8 +353,9 @@ fn assemble<D: Driver>(
         access_log: Arc::new(AccessLog::new(config.access_log)),
         ended: Arc::default(),
     };
+    let gates = Arc::new(Gates::new(config.limits.clone()));
     let binder = Binder::new(
-        config.limits.clone(),
+        Arc::clone(&gates),
         waiter,
         reports,
         config.listeners,
@@ -389,7 +392,13 @@ fn assemble<D: Driver>(
         drivers.push(driver);
     }
     let bound: Vec<_> = listeners.into_iter().zip(forwards.clone()).collect();
-    let shared = Arc::new(Shared::new(config.limits, descriptors, forwards, inboxes));
+    let shared = Arc::new(Shared::new(
+        config.limits,
+        gates,
+        descriptors,
+        forwards,
+        inboxes,
+    ));
     let pipes = match config.splice {
         true => shared.descriptors.pipes_of_a_worker(),
         false => 0,

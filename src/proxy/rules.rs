@@ -1,13 +1,16 @@
 //! The checks of rules, and the binding of a rule to a listener and a forward. It runs on the
 //! callers' threads, never on a worker's.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io;
+#[cfg(all(unix, feature = "cli"))]
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::address::{Address, AnyVm, HyperkitVm, TcpAddress, Waiter};
+#[cfg(all(unix, feature = "cli"))]
+use crate::address::AnyVm;
+use crate::address::{Address, TcpAddress, Waiter};
 use crate::engine::relay::Side;
 use crate::error::{Error, Operation, Result, counted};
 use crate::listener::{Key, Ready};
@@ -19,14 +22,15 @@ use crate::{dial, listener};
 
 use super::driver::Driver;
 use super::forbidden::leads_to;
+use super::gates::Gates;
 use super::loops::{self, RuleIndex};
 #[cfg(all(unix, feature = "cli"))]
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
-use crate::engine::admission::{Gate, GateLimits, Reservation};
+use crate::engine::admission::{Gate, Reservation};
 use crate::engine::ended::EndedConnection;
 use crate::engine::forward::{Forward, Reports};
 use crate::engine::id::ForwardId;
-use crate::engine::rule::{Limits, Rule, VmLimits};
+use crate::engine::rule::{Rule, VmLimits};
 
 /// Checks a rule by itself: refuses one that can't work on any system and with any other rules.
 fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
@@ -206,13 +210,12 @@ struct Passed {
     used_by: Option<ForwardId>,
 }
 
-/// The part of a proxy that binds rules, and knows the gates of their VMs.
+/// The part of a proxy that binds rules.
 #[derive(Debug)]
 pub(super) struct Binder {
-    gates: Mutex<HashMap<AnyVm, Arc<Gate>>>,
+    gates: Arc<Gates>,
     /// The rules of the forwards that there are.
     index: Mutex<RuleIndex>,
-    limits: Limits,
     waiter: fn(&Address) -> Waiter,
     reports: Reports,
     passed: Mutex<Ready<Passed>>,
@@ -225,7 +228,7 @@ pub(super) struct Binder {
 
 impl Binder {
     pub(super) fn new(
-        limits: Limits,
+        gates: Arc<Gates>,
         waiter: fn(&Address) -> Waiter,
         reports: Reports,
         passed: Vec<listener::Listener>,
@@ -237,9 +240,8 @@ impl Binder {
         });
         let passed = passed.collect();
         Binder {
-            gates: Mutex::default(),
+            gates,
             index: Mutex::default(),
-            limits,
             waiter,
             reports,
             passed: Mutex::new(Ready::new(passed, |it| &it.socket)),
@@ -452,31 +454,30 @@ impl Binder {
 
     /// Sets the limits of a VM.
     pub(super) fn set_limits(&self, limits: &VmLimits) {
-        let gate = self.gate_of_vm(&limits.vm);
-        gate.set_limits(self.gate_limits(limits));
+        self.gates.set_limits(limits);
     }
 
     /// Keeps the remainder of each VM's slots, and returns it with the path of the VM's socket.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn keep_remainders(&self, what: Remainder) -> Vec<(PathBuf, OtherSlots)> {
-        let gates = self.gates().clone();
+        let gates = self.gates.all().into_iter();
         // One without a socket is not shared: nothing dies of what both allow it.
         let remainder =
             |(vm, gate): (AnyVm, Arc<Gate>)| Some((socket_of(&vm)?, gate.keep_remainder(what)?));
-        gates.into_iter().filter_map(remainder).collect()
+        gates.filter_map(remainder).collect()
     }
 
     /// Takes all slots of all VMs again.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn take_whole(&self) {
-        self.gates().values().for_each(|gate| gate.take_whole());
+        self.gates.all().values().for_each(|gate| gate.take_whole());
     }
 
     /// Leaves out the slots that another process has of the VM with that socket, if it is known
     /// here.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn leave_out(&self, socket: &Path, slots: OtherSlots) {
-        let mut gates = self.gates().clone().into_iter();
+        let mut gates = self.gates.all().into_iter();
         let its = |(vm, _): &(AnyVm, _)| socket_of(vm).is_some_and(|path| path == socket);
         if let Some((_, gate)) = gates.find(its) {
             gate.leave_out(slots);
@@ -486,42 +487,15 @@ impl Binder {
     /// Takes the end of that process.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn forget_other(&self) {
-        self.gates().values().for_each(|gate| gate.forget_other());
-    }
-
-    fn gates(&self) -> MutexGuard<'_, HashMap<AnyVm, Arc<Gate>>> {
-        lock(&self.gates)
+        self.gates
+            .all()
+            .values()
+            .for_each(|gate| gate.forget_other());
     }
 
     /// Returns the gate of the VM of a rule's side, if that is one.
     fn gate_of(&self, rule: &Rule, side: Side) -> Option<Arc<Gate>> {
-        rule.vm(side).map(|vm| self.gate_of_vm(&vm))
-    }
-
-    fn gate_of_vm(&self, vm: &AnyVm) -> Arc<Gate> {
-        let new = || {
-            let limits = self.gate_limits(&VmLimits::new(vm.clone()));
-            Arc::new(Gate::new(limits, vm.clone()))
-        };
-        Arc::clone(self.gates().entry(canonical(vm)).or_insert_with(new))
-    }
-
-    /// Returns the caps that a VM's limits mean.
-    fn gate_limits(&self, limits: &VmLimits) -> GateLimits {
-        let (all, none) = (&self.limits, GateLimits::UNLIMITED);
-        match limits.vm.traits().needs_pacing {
-            true => GateLimits {
-                live: limits.connections.unwrap_or(all.vm_connections),
-                unanswered: limits.unanswered.unwrap_or(all.vm_unanswered) as u64,
-            },
-            false => GateLimits {
-                live: limits
-                    .connections
-                    .or(all.other_vm_connections)
-                    .unwrap_or(none.live),
-                ..none
-            },
-        }
+        rule.vm(side).map(|vm| self.gates.of(&vm))
     }
 }
 
@@ -565,34 +539,6 @@ fn reserve_slots(
             fail(&rule.listen, why, remedy)
         }
     }
-}
-
-/// Returns what identifies a VM. One VM has one gate, however its path is spelled, and whether it
-/// exists yet or not.
-fn canonical(vm: &AnyVm) -> AnyVm {
-    match vm {
-        AnyVm::Hyperkit(vm) => {
-            let mut same = HyperkitVm::new(canonical_path(&vm.state_dir));
-            same.connect.clone_from(&vm.connect);
-            AnyVm::Hyperkit(same)
-        }
-        AnyVm::VsockMux(path) => AnyVm::VsockMux(canonical_path(path)),
-        AnyVm::Vsock(_) | AnyVm::Hvsock(_) => vm.clone(),
-    }
-}
-
-fn canonical_path(path: &Path) -> PathBuf {
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    let real = path.ancestors().find_map(|there| {
-        let missing = path.strip_prefix(there).ok()?;
-        let real = there.canonicalize().ok()?;
-        // Joined with nothing it would end in a slash.
-        Some(match missing.as_os_str().is_empty() {
-            true => real,
-            false => real.join(missing),
-        })
-    });
-    real.unwrap_or(path)
 }
 
 /// Returns the path of the socket at which a VM, as [`canonical`] has it, is dialled.

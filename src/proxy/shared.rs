@@ -28,6 +28,7 @@ use super::descriptors::Descriptors;
 #[cfg(all(unix, feature = "cli"))]
 use super::driver::Lent;
 use super::driver::{Driver, Wanted};
+use super::gates::Gates;
 
 /// The context of one turn of a worker's loop.
 pub(super) struct TurnContext<'a, D: Driver> {
@@ -200,6 +201,7 @@ pub(crate) struct Shared<D: Driver> {
     quotas: Mutex<Quotas>,
     /// The limit that was configured.
     most: usize,
+    pub(super) gates: Arc<Gates>,
     pub(super) descriptors: Descriptors,
     pub(super) routes: Routes,
     /// The connections and probes of all workers, counted from the accept or dial on.
@@ -227,6 +229,7 @@ pub(crate) struct Shared<D: Driver> {
 impl<D: Driver> Shared<D> {
     pub(crate) fn new(
         limits: Limits,
+        gates: Arc<Gates>,
         descriptors: Descriptors,
         forwards: Vec<Arc<Forward>>,
         inboxes: Vec<Inbox<D>>,
@@ -245,6 +248,7 @@ impl<D: Driver> Shared<D> {
             inboxes,
             quotas: Mutex::new(quotas),
             most: limits.connections,
+            gates,
             descriptors,
             routes: Routes::default(),
             live: AtomicUsize::new(0),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::super::driver::Driver;
+use super::super::gates::Gates;
 use super::super::rules::Binder;
 use super::super::{
     Controller, Descriptors, Handle, Housekeeper, Inbox, Limits, MioDriver, Shared, Worker,
@@ -49,8 +50,10 @@ fn guests_of(
     let driver = MioDriver::new(Housekeeper::start().unwrap()).unwrap();
     let waker = driver.waker();
     let wake = move || waker.wake().unwrap();
+    let gates = Arc::new(Gates::new(limits.clone()));
     let shared = Arc::new(Shared::new(
-        limits.clone(),
+        limits,
+        Arc::clone(&gates),
         Descriptors::new(1, 0, MioDriver::descriptor_limit),
         vec![Arc::clone(&forward)],
         vec![Inbox::new(Arc::new(wake))],
@@ -61,7 +64,7 @@ fn guests_of(
         Handle {
             controller: Controller {
                 binder: Arc::new(Binder::new(
-                    limits,
+                    gates,
                     Waiter::of,
                     reports,
                     Vec::new(),

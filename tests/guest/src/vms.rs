@@ -48,18 +48,19 @@ pub(crate) fn health(load: fn() -> bool, unload: fn() -> bool) -> Outcome {
     ensure!(load(), "no transport");
     held.read_exact(&mut [0; 7])?;
     vm.shows("\"up\":true")?;
-    vm.says("the VM at vsock://1 is back after ")?;
+    vm.says("the VM at vsock://1 is there")?;
     drop(held);
     ensure!(eventually(SOON, unload), "the transport is in use");
     vm.refuses("/refused.sock")?;
     vm.says("the VM at vsock://1 is gone: ")?;
     vm.shows("\"up\":false")?;
     ensure!(load(), "no transport");
-    vm.shows("\"up\":true")
+    vm.shows("\"up\":true")?;
+    vm.says("the VM at vsock://1 is back after ")
 }
 
 /// Of the VM's 9 connections 8 may be its guest's: those beyond are ended at once. A client of the host's waits for one
-/// to be free.
+/// to be free. What dials a listener that all guests may dial counts, too.
 pub(crate) fn limits() -> Outcome {
     Server::vsock(8210)?.serve(echo);
     Server::unix("/limits-target.sock")?.serve(echo);
@@ -73,15 +74,20 @@ pub(crate) fn limits() -> Outcome {
         [forward.from]
         guest-dials = 8211
         vm = 'it'
+        connect = '/limits-target.sock'
+        [forward.open]
+        listen = 'vsock://:8212'
         connect = '/limits-target.sock'",
     )?;
     let mut guests = Vec::new();
-    for _ in 0..8 {
-        guests.push(served(connect_vsock(8211)?)?);
+    for port in [8212, 8211, 8211, 8211, 8211, 8211, 8211, 8211] {
+        guests.push(served(connect_vsock(port)?)?);
     }
-    let beyond = connect_vsock(8211)?.read(&mut [0; 1]);
-    ensure!(matches!(beyond, Ok(0)), "one too many read {beyond:?}");
-    vm.shows("\"guests\":8,\"guest_limit\":8,\"turned_away\":1,")?;
+    for port in [8211, 8212] {
+        let beyond = connect_vsock(port)?.read(&mut [0; 1]);
+        ensure!(matches!(beyond, Ok(0)), "one too many read {beyond:?}");
+    }
+    vm.shows("\"guests\":8,\"guest_limit\":8,\"turned_away\":2,")?;
     let first = served(connect_unix("/limits-to.sock")?)?;
     vm.shows("\"connections\":9,\"limit\":9,")?;
     let mut waiting = connect_unix("/limits-to.sock")?;
