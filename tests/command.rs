@@ -353,9 +353,10 @@ fn a_simulated_guest_dials_at_a_pace_and_has_rude_services() {
     ]);
     vm.says("guest port 3 (0x3): endless");
     vm.says("dials CID 2 port 5000 (0x1388) 100 times a second");
-    for (port, length) in [(1, 100_000), (2, 4096)] {
+    // The heedless one closes without having read what it is sent, which resets its client.
+    for (port, request, length) in [(1, "", 100_000), (2, "?", 4096)] {
         let mut client = unix_client(&dir.path().join("connect"));
-        write!(client, "00000003.{port:08x}\n?").unwrap();
+        write!(client, "00000003.{port:08x}\n{request}").unwrap();
         let mut answer = Vec::new();
         client.read_to_end(&mut answer).unwrap();
         assert_eq!(answer.len(), length);
