@@ -10,6 +10,7 @@ use tracing::warn;
 
 use crate::engine::forward::Forward;
 use crate::engine::id::ForwardId;
+use crate::error::counted;
 use crate::lock::lock;
 
 /// How many forwards are named in the line.
@@ -61,11 +62,15 @@ impl Cuts {
 impl fmt::Display for Cuts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all = self.by_forward();
-        match all.values().map(|(_, count)| count).sum() {
-            0 => return Ok(()),
-            1 => f.write_str("cut off 1 connection, for its grace was over: ")?,
-            count => write!(f, "cut off {count} connections, for their grace was over: ")?,
+        let count = all.values().map(|(_, count)| *count as u64).sum();
+        if count == 0 {
+            return Ok(());
         }
+        let (cut, whose) = (
+            counted(count, "connection"),
+            if count == 1 { "its" } else { "their" },
+        );
+        write!(f, "cut off {cut}, for {whose} grace was over: ")?;
         for (index, (name, count)) in all.values().take(MOST_NAMED).enumerate() {
             let before = if index == 0 { "" } else { ", " };
             write!(f, "{before}{count} of {name}")?;
