@@ -266,7 +266,7 @@ impl Config {
         }
         let mut problems = source.take_problems();
         problems.extend(included.iter().flat_map(|it| it.source.take_problems()));
-        problems.extend(needs::look(&config, &wanted));
+        problems.extend(config.needs(&wanted));
         match problems.iter().all(|it| it.weight == Weight::Note) {
             true => {
                 wanted.notes = problems;

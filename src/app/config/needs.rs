@@ -76,27 +76,28 @@ pub(crate) fn nearest_directory(path: &Path) -> Option<&Path> {
 /// How long the files that forwards need may take to be looked at.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Looks at what a file needs, on a thread of its own: where a disk hangs, what is on others is carried all
-/// the same.
-pub(super) fn look(config: &Config, wanted: &Wanted) -> Vec<Problem> {
-    let (config, wanted) = (config.clone(), wanted.clone());
-    let (looking, looked) = channel();
-    thread::spawn(move || {
-        // Nobody may wait for it any more.
-        let _ = looking.send(config.needs(&wanted));
-    });
-    looked.recv_timeout(PATIENCE).unwrap_or_else(|_| {
-        vec![Problem {
-            line: None,
-            text: "what its forwards need was not looked at: a file system takes long".to_owned(),
-            weight: Weight::Note,
-        }]
-    })
-}
-
 impl Config {
+    /// Looks at what is needed, on a thread of its own: where a disk hangs, what is on others is carried
+    /// all the same.
+    pub(super) fn needs(&self, wanted: &Wanted) -> Vec<Problem> {
+        let (config, wanted) = (self.clone(), wanted.clone());
+        let (looking, looked) = channel();
+        thread::spawn(move || {
+            // Nobody may wait for it any more.
+            let _ = looking.send(config.look_at_needs(&wanted));
+        });
+        looked.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+            vec![Problem {
+                line: None,
+                text: "what its forwards need was not looked at: a file system takes long"
+                    .to_owned(),
+                weight: Weight::Note,
+            }]
+        })
+    }
+
     /// Returns what is needed and isn't there, as notes; and as mistakes what can never be.
-    fn needs(&self, wanted: &Wanted) -> Vec<Problem> {
+    fn look_at_needs(&self, wanted: &Wanted) -> Vec<Problem> {
         let mut needs = Needs::default();
         let forwards = self.forwards.iter().map(|it| (it.name.as_str(), it));
         let forwards: HashMap<&str, &Forward> = forwards.collect();
