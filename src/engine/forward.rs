@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use tracing::warn;
 
-use crate::address::{Address, HalfClose, Reset, Waiter};
+use crate::address::{Address, EofRefusal, HalfClose, Reset, Waiter};
 use crate::dial::Addresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
@@ -209,6 +209,11 @@ impl Forward {
     /// so that an adapter is needed between them.
     pub(crate) fn needs_adapter(&self, side: Side) -> bool {
         self.is_blocking(side) && self.waiters[side.other()] == Waiter::Poller
+    }
+
+    /// Returns what is known of a refusal of the target, if its family refuses by an EOF.
+    pub(crate) fn refusal_by_eof(&self) -> Option<EofRefusal> {
+        self.rule.connect.transport().refusal.by_eof()
     }
 
     /// Returns whether a half-close that `side` reads makes its VMM end the guest's direction as

@@ -23,8 +23,8 @@ use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ForwardId;
-use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
+use crate::stream::peer_names::ListenerName;
 
 /// Whether a command to a worker is still wanted. Either the worker begins it, or the thread that
 /// asked gives it up, whichever is first. A command that was given up has no effect.

@@ -42,8 +42,8 @@ use super::relay_threads::{RelayThreads, Reporter};
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
-use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
+use crate::stream::peer_names::ListenerName;
 
 /// The token of the waker.
 const WAKER: Token = Token(usize::MAX);

@@ -330,16 +330,18 @@ fn relay_direction(
     }
 }
 
-/// Returns how `side` is to be closed, by the rules of
-/// [`Pair::close_mode`](crate::engine::relay::Pair::close_mode).
+/// Returns how `side` is to be closed.
 fn close_mode(flows: [DirectionEnd; 2], side: Side) -> CloseMode {
-    let dead = flows[side] == DirectionEnd::Dead;
-    match flows[side.other()] {
-        DirectionEnd::Finished if dead || flows[side] == DirectionEnd::Finished => CloseMode::Close,
-        DirectionEnd::Finished if side == Side::Client => CloseMode::Linger,
-        _ if dead => CloseMode::Close,
-        _ => CloseMode::Reset,
-    }
+    let sent = match flows[side.other()] {
+        DirectionEnd::Finished => Ending::Whole,
+        _ => Ending::BrokenOff,
+    };
+    let input = match flows[side] {
+        DirectionEnd::Finished => Some(Ending::Whole),
+        DirectionEnd::Dead => Some(Ending::BrokenOff),
+        DirectionEnd::Refused | DirectionEnd::Interrupted => None,
+    };
+    CloseMode::choose(side, sent, input)
 }
 
 /// Makes the close a reset. Returns false: no peer is abandoned by it.

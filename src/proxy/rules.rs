@@ -295,7 +295,7 @@ impl Binder {
         check_alone(&rule, self.waiter)?;
         check_beside(&rule, &self.index(), None)?;
         let gates = Side::BOTH.map(|side| self.gate_of(&rule, side));
-        let quota = reserve_slots(&rule, &gates, id)?;
+        let quota = reserve_at_vm(&rule, &gates, id)?;
         let reports = self.reports.clone();
         let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, reports);
         forward.home = home;
@@ -437,14 +437,14 @@ impl Binder {
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new slots would have to be free besides the old ones.
         old.release_quota();
-        let quota = reserve_slots(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
+        let quota = reserve_at_vm(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
         self.index().insert(old.id.0, &rule);
         Ok(Arc::new(old.with_rule(rule, gates, quota, waiter)))
     }
 
     /// Reserves the slots of a forward again, after its replacement has failed.
     pub(super) fn restore(&self, forward: &Forward) {
-        let quota = reserve_slots(&forward.rule, &forward.gates, forward.id);
+        let quota = reserve_at_vm(&forward.rule, &forward.gates, forward.id);
         // There are as many as before, unless the VM's limit was lowered since.
         forward.set_quota(quota.unwrap_or(None));
         self.index().insert(forward.id.0, &forward.rule);
@@ -539,7 +539,7 @@ fn describe_mismatch(passed: &Address, asked: &Address) -> String {
 
 /// Reserves the slots that a rule asks for, at the VM that it leads to, or else at the one that
 /// dials it.
-fn reserve_slots(
+fn reserve_at_vm(
     rule: &Rule,
     gates: &[Option<Arc<Gate>>; 2],
     id: ForwardId,

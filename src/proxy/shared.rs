@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
-use crate::engine::admission::quotas::{Holder, Quotas};
+use crate::engine::admission::quotas::{Holder, Quotas, ReachedLimit};
 use crate::engine::admission::{GateId, NotServed, Slot, SlotWake, Wake};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
@@ -231,7 +231,7 @@ impl<D: Driver> Shared<D> {
         let room = descriptors.room(sockets.sum());
         let mut quotas = Quotas::new(limits.connections.min(room));
         for forward in &forwards {
-            reserve_slots(&mut quotas, forward);
+            reserve_in(&mut quotas, forward);
         }
         Shared {
             next: AtomicUsize::new(forwards.len()),
@@ -273,10 +273,8 @@ impl<D: Driver> Shared<D> {
         if quotas.free_for(holder) > 0 {
             return None;
         }
-        if let Some(most) = quotas.reached_limit(holder) {
-            let why =
-                format!("{most} connections of this forward are open, and more are not allowed");
-            return Some(io::Error::other(why));
+        if let Some(limit) = quotas.reached_limit(holder) {
+            return Some(io::Error::other(limit.to_string()));
         }
         let (cap, kept) = (quotas.cap(), quotas.kept_from(holder));
         Some(io::Error::other(match kept {
@@ -287,8 +285,8 @@ impl<D: Driver> Shared<D> {
         }))
     }
 
-    /// Returns how many connections a forward may have, if it has as many.
-    pub(super) fn reached_limit(&self, forward: ForwardId) -> Option<usize> {
+    /// Returns the limit of a forward's connections, if it is reached.
+    pub(super) fn reached_limit(&self, forward: ForwardId) -> Option<ReachedLimit> {
         self.quotas().reached_limit(Holder::Forward(forward))
     }
 
@@ -342,7 +340,7 @@ impl<D: Driver> Shared<D> {
 
     /// Reserves a forward's slots, until [`release`](Shared::release).
     pub(super) fn reserve_slots(&self, forward: &Forward) {
-        reserve_slots(&mut self.quotas(), forward);
+        reserve_in(&mut self.quotas(), forward);
     }
 
     pub(super) fn release(&self, forward: &Forward) {
@@ -403,8 +401,8 @@ impl<D: Driver> Shared<D> {
     }
 }
 
-/// Reserves a forward's slots, or as many as there are descriptors for, and sets its bound.
-fn reserve_slots(quotas: &mut Quotas, forward: &Forward) {
+/// Reserves a forward's slots, or as many as there are descriptors for, and sets its limit.
+fn reserve_in(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
     let holder = Holder::Forward(forward.id);
     quotas.set_limit(holder, forward.rule.most_connections());

@@ -15,7 +15,7 @@ use std::time::Instant;
 use tracing::warn;
 
 use super::gate::{Full, Gate, State};
-use super::quotas::Holder;
+use super::quotas::{Holder, ReachedLimit};
 use super::slot::{Slot, Stage};
 use crate::engine::id::ForwardId;
 
@@ -38,8 +38,8 @@ pub(crate) enum NotServed {
     GuestQuota(usize),
     /// The forward has so many: the rest of the guest's quota is for the other forwards.
     ForwardQuota(usize),
-    /// The forward has so many, which is the most that its rule allows.
-    Forward(usize),
+    /// The forward has the most that its rule allows.
+    Forward(ReachedLimit),
 }
 
 impl fmt::Display for NotServed {
@@ -54,21 +54,18 @@ impl fmt::Display for NotServed {
                 f,
                 "{n} connections that the VM's guest has made to this forward are in use, and more are reserved for others"
             ),
-            NotServed::Forward(n) => write!(
-                f,
-                "{n} connections of this forward are in use, and more are not allowed"
-            ),
+            NotServed::Forward(limit) => limit.fmt(f),
         }
     }
 }
 
 impl Gate {
     /// Takes a slot for a dial that the guest has made to `forward`, and decides whether it is
-    /// served. `limit` is the most connections that its rule allows, if it has as many.
+    /// served. `limit` is that of its rule, if it is reached.
     pub(crate) fn accept(
         self: &Arc<Gate>,
         forward: ForwardId,
-        limit: Option<usize>,
+        limit: Option<ReachedLimit>,
         now: Instant,
     ) -> Guest {
         if self.is_seen_by_dials() {
@@ -77,7 +74,7 @@ impl Gate {
         let mut state = self.state();
         let holder = Holder::Forward(forward);
         let served = match limit {
-            Some(most) => Err(NotServed::Forward(most)),
+            Some(limit) => Err(NotServed::Forward(limit)),
             None => state.serves_guest(holder),
         };
         let slot = match served {

@@ -4,6 +4,7 @@
 //! Only counts are kept here; the gate decides which client waits, and for how long.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use crate::engine::id::ForwardId;
 
@@ -20,6 +21,20 @@ pub(crate) enum Holder {
     Predecessor,
     /// The slots that no close gives back: see [`Slot::lose`](super::Slot::lose).
     Lost,
+}
+
+/// The most connections that a forward may have, which it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ReachedLimit(pub(crate) usize);
+
+impl fmt::Display for ReachedLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let most = self.0;
+        write!(
+            f,
+            "{most} connections of this forward are open, and more are not allowed"
+        )
+    }
 }
 
 /// The slots of a VM that another process has.
@@ -120,12 +135,12 @@ impl Quotas {
         Ok(())
     }
 
-    /// Bounds how many slots a holder may have at a time.
+    /// Limits how many slots a holder may have at a time.
     pub(crate) fn set_limit(&mut self, holder: Holder, most: Option<usize>) {
         self.change(holder, |quota| quota.most = most);
     }
 
-    /// Ends a holder's reservation and its bound.
+    /// Ends a holder's reservation and its limit.
     pub(crate) fn release(&mut self, holder: Holder) {
         self.change(holder, |quota| {
             quota.reserved = 0;
@@ -149,10 +164,11 @@ impl Quotas {
         }
     }
 
-    /// Returns a holder's bound, if it has reached it.
-    pub(crate) fn reached_limit(&self, holder: Holder) -> Option<usize> {
+    /// Returns a holder's limit, if it has reached it.
+    pub(crate) fn reached_limit(&self, holder: Holder) -> Option<ReachedLimit> {
         let quota = self.quotas.get(&holder)?;
-        quota.most.filter(|most| quota.live >= *most)
+        let most = quota.most.filter(|most| quota.live >= *most);
+        most.map(ReachedLimit)
     }
 
     /// Returns how many free slots are reserved for other holders.
@@ -256,18 +272,18 @@ mod tests {
     }
 
     #[test]
-    fn a_bounded_holder_gets_no_more_though_others_do() {
+    fn a_limited_holder_gets_no_more_though_others_do() {
         let mut quotas = Quotas::new(10);
         quotas.set_limit(NOISY, Some(2));
         quotas.take(NOISY);
         assert_eq!(quotas.reached_limit(NOISY), None);
         assert!(quotas.free_for(NOISY) > 0);
         quotas.take(NOISY);
-        assert_eq!(quotas.reached_limit(NOISY), Some(2));
+        assert_eq!(quotas.reached_limit(NOISY), Some(ReachedLimit(2)));
         assert_eq!((quotas.free_for(NOISY), quotas.free_for(DOCKER)), (0, 8));
         quotas.give_back(NOISY);
         assert!(quotas.free_for(NOISY) > 0);
-        // The bound outlives the last connection, until it is released.
+        // The limit outlives the last connection, until it is released.
         quotas.give_back(NOISY);
         quotas.take(NOISY);
         quotas.take(NOISY);

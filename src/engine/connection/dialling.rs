@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-use crate::address::Refusal;
 use crate::dial::{self, Begun, Dial, Next, Race};
 use crate::engine::Phase;
+use crate::engine::admission::quotas::ReachedLimit;
 use crate::engine::admission::{Full, Gate, NotServed, Slot};
 use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::forward::Forward;
@@ -22,10 +22,11 @@ use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
 use crate::engine::observer::What;
 use crate::engine::relay::{End, Readiness, Side};
-use crate::engine::routes::{ListenerName, PeerNames, Route};
+use crate::engine::routes::Route;
 use crate::error::{Error, Operation};
 use crate::name::{Peer, SocketName};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
+use crate::stream::peer_names::{ListenerName, PeerNames};
 use crate::time::after;
 
 use super::action::{Action, Context};
@@ -223,22 +224,22 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Returns whether the target bounds its connections, and has as many already: a client that
-    /// can't be made to wait in a backlog, such as a guest, is accepted nevertheless.
+    /// Returns whether the target's connections are limited, and there are as many already: a
+    /// client that can't be made to wait in a backlog, such as a guest, is accepted nevertheless.
     fn is_one_too_many(&self) -> bool {
         let rule = &self.forward.rule;
-        let is_bounded = rule.connect.transport().connections.is_some();
+        let is_limited = rule.connect.transport().connections.is_some();
         // This one is counted.
         let live = self.forward.tally.live.load(Ordering::Relaxed);
-        let most = rule.most_connections().filter(|_| is_bounded);
+        let most = rule.most_connections().filter(|_| is_limited);
         most.is_some_and(|most| live > most as u64)
     }
 
     fn refuse_too_many(&mut self, cx: &mut Context<'_, S>) {
         let rule = &self.forward.rule;
         let most = rule.most_connections().unwrap_or_default();
-        let why = format!("{most} connections of this forward are open, and more are not allowed");
-        let error = Error::new(Operation::Connect, &rule.connect, io::Error::other(why));
+        let why = io::Error::other(ReachedLimit(most).to_string());
+        let error = Error::new(Operation::Connect, &rule.connect, why);
         let error = error.with_remedy("allow it more connections");
         self.refuse(&error, RefusalReason::Full, cx);
     }
@@ -467,7 +468,7 @@ impl<S: ConnectionSocket> Connection<S> {
         }
         match begun {
             Begun::Connected
-                if self.retries.is_some() && target.transport().refusal == Refusal::Eof =>
+                if self.retries.is_some() && self.forward.refusal_by_eof().is_some() =>
             {
                 self.begin_proving(deadline, cx);
             }
@@ -637,29 +638,8 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Ends a connection that could not be made, and reports why.
     pub(super) fn refuse(&mut self, error: &Error, reason: RefusalReason, cx: &mut Context<'_, S>) {
-        self.abandon_race(cx);
-        let (mut client, server) = match self.take_state() {
-            State::Waiting { client, .. } => (client, None),
-            State::Connecting {
-                client,
-                server,
-                race,
-            } if race.dial.is_shaking_hands()
-                || self.forward.needs_graceful_close(Side::Server) =>
-            {
-                (client, Some(Closing::dialled(server, race.dial)))
-            }
-            State::Connecting { client, server, .. } => {
-                self.close_socket(Side::Server, server, cx);
-                (client, None)
-            }
-            State::Proving {
-                client,
-                server,
-                dial,
-                ..
-            } => (client, Some(Closing::dialled(server, dial))),
-            other => return self.state = other,
+        let Some((mut client, server)) = self.take_unconnected(cx) else {
+            return;
         };
         self.end_because(EndReason::Refused(reason));
         self.note_refusal(error, reason, cx.now);
@@ -677,25 +657,47 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Ends the connection after its client has gone while the target was being connected.
     pub(super) fn close_without_client(&mut self, cx: &mut Context<'_, S>) {
         self.end_because(EndReason::ClientGaveUp);
+        let Some((client, server)) = self.take_unconnected(cx) else {
+            return;
+        };
+        self.close_socket(Side::Client, client, cx);
+        match server {
+            Some(server) => self.begin_closing([None, Some(server)], cx),
+            None => self.close(cx),
+        }
+    }
+
+    /// Takes the client of a connection that is not made yet, and the server's end, if it must not
+    /// be closed at once; otherwise it is. Returns `None` if the connection is made.
+    fn take_unconnected(
+        &mut self,
+        cx: &mut Context<'_, S>,
+    ) -> Option<(End<S>, Option<Closing<S>>)> {
         self.abandon_race(cx);
-        let (client, server) = match self.take_state() {
+        match self.take_state() {
+            State::Waiting { client, .. } => Some((client, None)),
             State::Connecting {
                 client,
                 server,
                 race,
-            } if race.dial.is_shaking_hands() => (client, Closing::dialled(server, race.dial)),
+            } => {
+                let dial = race.dial;
+                if dial.is_shaking_hands() || self.forward.needs_graceful_close(Side::Server) {
+                    return Some((client, Some(Closing::dialled(server, dial))));
+                }
+                self.close_socket(Side::Server, server, cx);
+                Some((client, None))
+            }
             State::Proving {
                 client,
                 server,
                 dial,
                 ..
-            } => (client, Closing::dialled(server, dial)),
-            state => {
-                self.state = state;
-                return self.close(cx);
+            } => Some((client, Some(Closing::dialled(server, dial)))),
+            other => {
+                self.state = other;
+                None
             }
-        };
-        self.close_socket(Side::Client, client, cx);
-        self.begin_closing([None, Some(server)], cx);
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! When a probe may be sent, and where to, is decided by the gate and the loop.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
 use crate::engine::admission::Slot;
@@ -17,7 +17,7 @@ use super::action::{Action, Context};
 use super::closing::LAST_DRAIN;
 use super::closing_end::Closing;
 use super::dialling::Dialled;
-use super::relaying::{Acceptance, REFUSAL_WAIT};
+use super::relaying::Acceptance;
 use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 
@@ -88,12 +88,13 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Takes that no probe can be sent. The absence of a refusal then has to suffice: a guest that
     /// runs refuses within less time.
     pub(crate) fn prove_by_silence(&mut self, cx: &mut Context<'_, S>) {
+        let refusal = self.forward.refusal_by_eof();
         if let State::Proving {
             until: until @ None,
             ..
         } = &mut self.state
         {
-            *until = Some(cx.now + REFUSAL_WAIT);
+            *until = Some(cx.now + refusal.map_or(Duration::ZERO, |it| it.wait));
             self.wake_at = *until;
         }
     }

@@ -7,8 +7,8 @@ use std::io;
 
 use crate::dial::Race;
 use crate::engine::relay::{End, Readiness};
-use crate::engine::routes::PeerNames;
 use crate::stream::endpoint::Endpoint;
+use crate::stream::peer_names::PeerNames;
 
 use super::action::{Action, Context};
 use super::dialling::Dialled;

@@ -65,6 +65,23 @@ pub(crate) enum CloseMode {
     Reset,
 }
 
+impl CloseMode {
+    /// Returns how the end of `side` is to be closed. `sent` is what its peer was sent: all, with
+    /// the EOF, or something that broke off. `input` is how that peer's own data has ended, if it
+    /// has.
+    pub(crate) fn choose(side: Side, sent: Ending, input: Option<Ending>) -> CloseMode {
+        match (sent, input) {
+            (Ending::Whole, Some(_)) => CloseMode::Close,
+            (Ending::Whole, None) if side == Side::Client => CloseMode::Linger,
+            // It is gone itself: nobody would read a reset.
+            (Ending::BrokenOff, Some(Ending::BrokenOff)) => CloseMode::Close,
+            (Ending::Whole, None) | (Ending::BrokenOff, Some(Ending::Whole) | None) => {
+                CloseMode::Reset
+            }
+        }
+    }
+}
+
 /// What an EOF means: see [`Pair::doubt_end`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
@@ -499,13 +516,16 @@ impl<S: Socket> Pair<S> {
 
     /// Returns how `side` is to be closed after [`Turn::Done`], or when the pair is cut off before.
     pub(crate) fn close_mode(&self, side: Side) -> CloseMode {
-        let end = &self.ends[side];
-        match self.flows[side.other()].state {
-            State::Finished if end.input_ended() => CloseMode::Close,
-            State::Finished if side == Side::Client => CloseMode::Linger,
-            _ if end.is_dead() => CloseMode::Close,
-            _ => CloseMode::Reset,
-        }
+        let sent = match self.flows[side.other()].state {
+            State::Finished => Ending::Whole,
+            State::Open | State::Broken => Ending::BrokenOff,
+        };
+        let input = match self.ends[side].input {
+            Half::Open => None,
+            Half::Closed => Some(Ending::Whole),
+            Half::Failed(_) => Some(Ending::BrokenOff),
+        };
+        CloseMode::choose(side, sent, input)
     }
 
     /// Takes the pair apart.

@@ -14,7 +14,6 @@ use crate::engine::connection::{ConnectionSocket, Progress, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::relay::Side;
-use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
@@ -24,6 +23,7 @@ use crate::name::{PeerProcess, SocketName};
 use crate::proxy::driver::Lent;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
 use crate::stream::endpoint::Endpoint;
+use crate::stream::peer_names::ListenerName;
 use crate::stream::socket::{Pipe, Socket};
 
 use super::kernel::{ListenerKey, Owner, Place, SocketId};
