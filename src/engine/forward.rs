@@ -186,6 +186,7 @@ impl Forward {
         lock(&self.addresses)
     }
 
+    /// Returns whether the forward was removed and the time of its connections is over.
     pub(crate) fn is_cut(&self) -> bool {
         self.cut.load(Ordering::Acquire)
     }
@@ -302,6 +303,7 @@ impl Forward {
         }
     }
 
+    /// Logs a change of the target's health, where no gate does.
     fn log_change(&self, news: Option<News>, error: Option<&Error>) {
         if let Some(news) = news {
             let mut forwards = ForwardsTo::default();
@@ -310,6 +312,7 @@ impl Forward {
         }
     }
 
+    /// Returns the forward's status.
     pub(crate) fn status(&self, now: Instant) -> ForwardStatus {
         ForwardStatus {
             id: self.id,

@@ -47,7 +47,7 @@ pub(crate) struct Routes {
     has_loops: AtomicBool,
 }
 
-/// How often there is something of each kind.
+/// A number of things of each kind.
 #[derive(Debug)]
 struct Counts<K>(HashMap<K, usize>);
 
@@ -239,8 +239,8 @@ impl Routes {
         match kind.names_its_clients() {
             // The edge exists from the accept on.
             true => known.outgoing_to.of(&kind) > edges,
-            // The edge exists from the dial on. The accepted connections that are no edges, of
-            // other programs, wait for none of this process.
+            // The edge exists from the dial on. Accepted connections are counted whether they are
+            // edges or not: those that are none end by themselves, and free a slot.
             false => edges as u64 > accepted,
         }
     }

@@ -288,7 +288,7 @@ fn identity_of_vm(vm: &AnyVm) -> Option<VmIdentity> {
             let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
             match Stream::connect(&Endpoint::Vsock(port)) {
                 Err(e) if sys::is_no_such_cid(&e) => None,
-                // It is refused later, or is not answered.
+                // The connect was begun, and is refused later or not answered.
                 _ => Some(VmIdentity::Cid),
             }
         }
@@ -593,13 +593,15 @@ impl Driver for MioDriver {
     #[cfg(all(unix, feature = "cli"))]
     fn give_listener(&mut self, mut listener: Listener) {
         listener.forget();
-        // It is unregistered by that: the socket lives on, and would go on to report clients.
+        // The close unregisters it: the socket lives on in the other process, and would go on to
+        // report clients here.
         if let Some(file) = self.close_at_once(listener) {
             file.leave();
         }
     }
 
     /// Connects, and looks the path up again for the VM's identity: connect(2) takes a path only.
+    /// The file system may block both; where it is known to hang, the gate admits no dial.
     fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
         #[cfg(unix)]
         let stream = Stream::connect_kept(endpoint, self.keeper.as_ref())?;

@@ -313,7 +313,7 @@ impl Binder {
         self.reports.ended.list()
     }
 
-    /// Forgets the rule of a forward that there is no more.
+    /// Forgets the rule of a forward that was removed.
     pub(super) fn forget(&self, forward: ForwardId) {
         self.index().remove(forward.0);
     }
@@ -445,7 +445,7 @@ impl Binder {
     /// Reserves the slots of a forward again, after its replacement has failed.
     pub(super) fn restore(&self, forward: &Forward) {
         let quota = reserve_at_vm(&forward.rule, &forward.gates, forward.id);
-        // There are as many as before, unless the VM's limit was lowered since.
+        // As many slots are free as before, unless the VM's limit was lowered since.
         forward.set_quota(quota.unwrap_or(None));
         self.index().insert(forward.id.0, &forward.rule);
     }
@@ -460,7 +460,7 @@ impl Binder {
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn keep_remainders(&self, what: Remainder) -> Vec<(PathBuf, OtherSlots)> {
         let gates = self.gates().clone();
-        // One without a socket is not shared: nothing dies of what both allow it.
+        // A VM without a socket is not shared: it does not die of what both processes allow it.
         let remainder =
             |(vm, gate): (AnyVm, Arc<Gate>)| Some((socket_of(&vm)?, gate.keep_remainder(what)?));
         gates.into_iter().filter_map(remainder).collect()
@@ -483,7 +483,7 @@ impl Binder {
         }
     }
 
-    /// Takes the end of that process.
+    /// Notes that the other process has ended.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn forget_other(&self) {
         self.gates().values().for_each(|gate| gate.forget_other());
@@ -586,7 +586,7 @@ fn canonical_path(path: &Path) -> PathBuf {
     let real = path.ancestors().find_map(|there| {
         let missing = path.strip_prefix(there).ok()?;
         let real = there.canonicalize().ok()?;
-        // Joined with nothing it would end in a slash.
+        // A path that is joined with an empty one ends in a slash.
         Some(match missing.as_os_str().is_empty() {
             true => real,
             false => real.join(missing),

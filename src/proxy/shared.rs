@@ -138,6 +138,7 @@ impl<D: Driver> Inbox<D> {
         std::mem::take(&mut *lock(&self.freed))
     }
 
+    /// Sends a command, and wakes the worker.
     pub(crate) fn send(&self, command: Command<D>) {
         lock(&self.commands).push(command);
         (self.wake)();
@@ -147,6 +148,7 @@ impl<D: Driver> Inbox<D> {
         lock(&self.commands).is_empty() && lock(&self.freed).is_empty()
     }
 
+    /// Takes the commands that were sent.
     pub(super) fn take(&self) -> Vec<Command<D>> {
         std::mem::take(&mut *lock(&self.commands))
     }
@@ -314,7 +316,8 @@ impl<D: Driver> Shared<D> {
         } else {
             forward.tally.live.fetch_sub(1, Ordering::Relaxed);
             let age = now.saturating_duration_since(self.begun).as_millis();
-            // First: who finds no connection finds the time at which the last one ended.
+            // This is noted first: a caller that finds no connection must find the time at which
+            // the last one ended.
             self.last_end
                 .fetch_max(u64::try_from(age).unwrap_or(u64::MAX), Ordering::Release);
         }
@@ -343,6 +346,7 @@ impl<D: Driver> Shared<D> {
         reserve_in(&mut self.quotas(), forward);
     }
 
+    /// Gives a forward's reserved slots back.
     pub(super) fn release(&self, forward: &Forward) {
         self.quotas().release(Holder::Forward(forward.id));
         forward.release_quota();
@@ -363,6 +367,7 @@ impl<D: Driver> Shared<D> {
         ConnectionId(self.next_connection.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// Returns whether the proxy was told to stop.
     pub(super) fn is_stopping(&self) -> bool {
         self.stop_asked.load(Ordering::Acquire) || self.stopping.load(Ordering::Acquire) > 0
     }

@@ -105,7 +105,7 @@ impl State {
         if self.quotas.free_for(holder) == 0 {
             return Err(NotServed::Full(self.why_full(holder)));
         }
-        // What it has reserved it gets.
+        // The slots that it has reserved are its own, whatever the quota says.
         if self.quotas.has_unused(holder) {
             return Ok(());
         }

@@ -93,14 +93,17 @@ impl Quotas {
         self.cap = cap;
     }
 
+    /// Returns how many slots are taken.
     pub(crate) fn live(&self) -> usize {
         self.live
     }
 
+    /// Returns how many free slots are reserved.
     pub(crate) fn kept(&self) -> usize {
         self.kept
     }
 
+    /// Changes a holder's quota, and all sums with it.
     fn change(&mut self, holder: Holder, change: impl FnOnce(&mut Quota)) {
         let quota = self.quotas.entry(holder).or_default();
         let (unused, live, reserved) = (quota.unused(), quota.live, quota.reserved);
@@ -124,7 +127,8 @@ impl Quotas {
         quota.is_some_and(|quota| quota.unused() > 0)
     }
 
-    /// Reserves slots for a holder. If there are too few, returns how many can be reserved.
+    /// Reserves slots for a holder in place of those that it has reserved before. If there are too
+    /// few, returns how many can be reserved.
     pub(crate) fn reserve(&mut self, holder: Holder, slots: usize) -> Result<(), usize> {
         let own = self.quotas.get(&holder).map_or(0, |quota| quota.reserved);
         let left = self.cap.saturating_sub(self.reserved - own);
@@ -148,10 +152,12 @@ impl Quotas {
         });
     }
 
+    /// Takes a slot, whether one is free or not.
     pub(crate) fn take(&mut self, holder: Holder) {
         self.change(holder, |quota| quota.live += 1);
     }
 
+    /// Gives a slot back.
     pub(crate) fn give_back(&mut self, holder: Holder) {
         self.change(holder, |quota| quota.live = quota.live.saturating_sub(1));
     }
@@ -183,10 +189,12 @@ impl Quotas {
         queued < self.free_for(holder)
     }
 
+    /// Counts a client that waits for a slot.
     pub(crate) fn queue(&mut self, holder: Holder) {
         self.change(holder, |quota| quota.queued += 1);
     }
 
+    /// Counts a client that waits no more.
     pub(crate) fn unqueue(&mut self, holder: Holder) {
         self.change(holder, |quota| {
             quota.queued = quota.queued.saturating_sub(1)

@@ -1,8 +1,8 @@
 //! The beginning of a connection: its client was accepted, its target is resolved, admitted by the
 //! VM's gate and connected, or the client is refused.
 //!
-//! Names, gates and connects belong to the loop; this room only requests them and takes their
-//! results.
+//! Names, gates and connects belong to the loop; they are only requested here, and their results
+//! are taken.
 
 use std::io;
 use std::net::SocketAddr;
@@ -46,8 +46,8 @@ pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
     /// The identity of the VM, if the target is one that has a file.
     pub(crate) identity: Option<VmIdentity>,
-    /// Whether the process that began to listen had gone by then. Another process serves its
-    /// socket, and nothing can be learnt of that one.
+    /// Whether the process that began to listen had ended before the connect. Another process
+    /// serves its socket, which the system doesn't name, so an EOF says nothing about its VM.
     pub(crate) is_inherited: bool,
     /// Whether the poller could register the socket.
     pub(crate) watched: io::Result<()>,
@@ -85,7 +85,7 @@ impl<S: ConnectionSocket> Connection<S> {
         });
         let mut connection = Connection::new(Some(name), forward, peer, state, now);
         if let Some(guest) = &slots[Side::Client] {
-            // A dial from the guest is a sign that it runs.
+            // A guest that dials runs.
             guest.note_answer(now);
         }
         connection.slots = slots;
@@ -174,7 +174,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 let here = server.socket.local_name();
                 if let Some(ends) = here.and_then(|here| PeerNames::of_dialled(here, endpoint)) {
                     if race.earlier().next().is_none() {
-                        // Those of dials that have failed.
+                        // The names of the attempts that have failed.
                         routes.forget_dialled(&mut route);
                     }
                     routes.note_dial(forward, ends, &mut route);
@@ -204,7 +204,7 @@ impl<S: ConnectionSocket> Connection<S> {
         self.refuse(&error, RefusalReason::Other, cx);
     }
 
-    /// Refuses a client that has come from where none may come from.
+    /// Refuses a client that comes from where the rule lets none come from.
     fn refuse_stranger(&mut self, cx: &mut Context<'_, S>) {
         let client = self.client_without_port();
         let cause = io::Error::new(
@@ -215,7 +215,8 @@ impl<S: ConnectionSocket> Connection<S> {
         self.refuse(&error, RefusalReason::NotAllowed, cx);
     }
 
-    /// Returns what the client is called where the same one is to be told of once.
+    /// Returns the client's name without what changes from one connection to the next, so that a
+    /// log line about it is limited.
     pub(super) fn client_without_port(&self) -> String {
         match self.peer.name {
             SocketName::Tcp(name) => name.ip().to_canonical().to_string(),
@@ -229,7 +230,7 @@ impl<S: ConnectionSocket> Connection<S> {
     fn is_one_too_many(&self) -> bool {
         let rule = &self.forward.rule;
         let is_limited = rule.connect.transport().connections.is_some();
-        // This one is counted.
+        // This connection is counted in it.
         let live = self.forward.tally.live.load(Ordering::Relaxed);
         let most = rule.most_connections().filter(|_| is_limited);
         most.is_some_and(|most| live > most as u64)

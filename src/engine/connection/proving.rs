@@ -22,7 +22,7 @@ use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 
 impl<S: ConnectionSocket> Connection<S> {
-    /// Makes a probe of a socket that was dialled at a port on which nobody listens. The guest's
+    /// Makes a probe of a socket that was dialled at a port on which no_client listens. The guest's
     /// refusal says that it runs and has taken all earlier dials.
     /// [`begin_probe`](Connection::begin_probe) must follow.
     pub(crate) fn for_probe(
@@ -49,11 +49,11 @@ impl<S: ConnectionSocket> Connection<S> {
             until,
             settled: None,
         };
-        let nobody = Peer {
+        let no_client = Peer {
             name: SocketName::Unnamed,
             process: None,
         };
-        let mut connection = Connection::new(None, forward, nobody, state, now);
+        let mut connection = Connection::new(None, forward, no_client, state, now);
         connection.slots[Side::Server] = Some(slot);
         connection
     }
@@ -85,7 +85,7 @@ impl<S: ConnectionSocket> Connection<S> {
         is_proving.then(|| slot.is_some_and(Slot::is_answered))
     }
 
-    /// Takes that no probe can be sent. The absence of a refusal then has to suffice: a guest that
+    /// Ends the proof after a moment without a refusal, since no probe can be sent. A guest that
     /// runs refuses within less time.
     pub(crate) fn prove_by_silence(&mut self, cx: &mut Context<'_, S>) {
         let refusal = self.forward.refusal_by_eof();

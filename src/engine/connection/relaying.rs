@@ -126,13 +126,13 @@ impl<S: ConnectionSocket> Connection<S> {
         else {
             return;
         };
-        let signs = |pair: &Pair<_>| {
+        let activity = |pair: &Pair<_>| {
             Side::BOTH.map(|side| {
                 let end = &pair.ends[side];
                 (end.received(), end.input_ended())
             })
         };
-        let before = signs(pair);
+        let before = activity(pair);
         let mut turn = pair.turn(cx.pool, BUDGET);
         if let Some(until) = *refusal_wait
             && pair.is_withholding_half_close(Side::Client)
@@ -150,7 +150,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 .count_delivered(side, delivered - self.counted[side]);
             self.counted[side] = delivered;
         }
-        let seen = signs(pair);
+        let seen = activity(pair);
         for side in Side::BOTH {
             if let Some(slot) = &self.slots[side]
                 && seen[side] != before[side]
@@ -189,8 +189,8 @@ impl<S: ConnectionSocket> Connection<S> {
                 }
             }
             // A half-close that is held back may wait for an end that never comes: that peer may
-            // not pass on its own end, or may wait for ours. As long as bytes move there is
-            // something to wait for.
+            // not pass on its own end, or may wait for ours. It is waited for as long as bytes
+            // move.
             Turn::Wait
                 if pair.is_ending()
                     || pair.is_withholding_half_close(Side::Client)

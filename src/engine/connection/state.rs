@@ -43,7 +43,8 @@ pub(crate) struct Connection<S: Socket> {
     /// What the client has said of its own client, if it is a proxy.
     pub(super) proxied: Option<Box<Proxied>>,
     pub(super) idle: Idle,
-    /// See [`is_inherited`](super::dialling::Dialled::is_inherited).
+    /// Whether the target's process is unknown: see
+    /// [`is_inherited`](super::dialling::Dialled::is_inherited).
     pub(super) is_inherited: bool,
     /// The bytes of each side that the counters include already.
     pub(super) counted: [u64; 2],

@@ -115,8 +115,8 @@ enum State {
     Open,
     /// The EOF was passed on.
     Finished,
-    /// An error ended the direction; what the source still sends is read and dropped, so that its
-    /// end is noticed.
+    /// An error has ended the direction. What the source still sends is read and dropped, so that
+    /// its end is noticed.
     Broken,
 }
 
@@ -166,7 +166,7 @@ impl Size {
 /// The bytes that a flow has delivered in a turn, and through what.
 #[derive(Debug, Default)]
 struct Moved {
-    /// Of which kind the flow was when the turn began: what passes in the turn is counted as that.
+    /// The kind of the flow when the turn began, as which all that passes in the turn is counted.
     kind: Option<FlowKind>,
     bytes: [u64; 2],
     /// What was filled or emptied.
@@ -196,12 +196,13 @@ impl<P: Pipe> Flow<P> {
         }
     }
 
+    /// Ends the direction after an error, with what its carrier holds (invariant 4).
     fn break_off(&mut self, pool: &mut Pool<P>) {
         self.carrier.clear(pool);
         self.state = State::Broken;
     }
 
-    /// Returns of which kind the flow is, if its bytes may pass through a pipe.
+    /// Returns the kind of the flow, if its bytes may pass through a pipe.
     fn kind<S: Socket<Pipe = P>>(
         &self,
         source: &End<S>,
@@ -305,6 +306,7 @@ impl<P: Pipe> Flow<P> {
                     }
                 }
                 Half::Closed if self.is_withheld || self.doubt => return false,
+                // Invariant 3: the carrier is empty here, so the last byte was delivered.
                 Half::Closed => {
                     sink.shutdown_write();
                     self.state = State::Finished;
