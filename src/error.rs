@@ -11,6 +11,11 @@ pub(crate) fn plural(count: u64) -> &'static str {
     if count == 1 { "" } else { "s" }
 }
 
+/// Returns so many of what a noun means: `1 slot`, `2 slots`.
+pub(crate) fn counted(count: u64, noun: &str) -> String {
+    format!("{count} {noun}{}", plural(count))
+}
+
 /// The result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
 

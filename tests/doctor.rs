@@ -46,10 +46,23 @@ impl Report {
         report
     }
 
+    /// The only check of that name.
+    #[track_caller]
+    fn check(&self, name: &str) -> &Value {
+        match &self.all(name)[..] {
+            [check] => check,
+            all => panic!("{} of {name} in {self:?}", all.len()),
+        }
+    }
+
+    fn all(&self, name: &str) -> Vec<&Value> {
+        let named = |check: &&Value| check["name"] == name;
+        self.checks.iter().filter(named).collect()
+    }
+
     #[track_caller]
     fn says(&self, name: &str, verdict: &str, part: &str) -> &Report {
-        let check = self.checks.iter().find(|check| check["name"] == name);
-        let check = check.unwrap_or_else(|| panic!("no {name} in {self:?}"));
+        let check = self.check(name);
         assert_eq!(check["verdict"], verdict, "{check}");
         let seen = check["seen"].as_str().unwrap();
         assert!(seen.contains(part), "{check} lacks {part:?}");
@@ -139,7 +152,13 @@ fn full_slots_are_no_answer_of_the_guest() {
     let report = examine(&state, &asked);
     report.says("guest", "failed", "all its slots are taken");
     report.says("guest", "failed", "12 of them");
-    report.says("port 7 (0x7)", "skipped", "");
+    report.says("port 7 (0x7)", "skipped", "all slots of the VM are taken");
+    let guest = report.check("guest");
+    let shows = format!("`hvsock connections --pid {}`", hvsock.child.0.id());
+    assert!(
+        guest["remedy"].as_str().unwrap().contains(&shows),
+        "{guest}"
+    );
     clients.truncate(4);
     eventually("slots are free", || vm.counters().live_slots == 4);
     let report = examine(&state, &asked);
@@ -160,6 +179,98 @@ fn full_slots_are_no_answer_of_the_guest() {
     let line = hvsock.complains("refused a client");
     assert!(line.contains("vsock port 81"), "{line}");
     assert!(!line.contains("slots"), "{line}");
+}
+
+/// Wherever each is controlled, and however many there are.
+#[test]
+fn each_hvsock_that_carries_the_vm_is_asked() {
+    let dir = private_dir();
+    let (runtime, state) = (dir.path(), dir.path().join("vm"));
+    let vm = Vm::builder(&state).guest(7, Service::Echo).start().unwrap();
+    let expose = |more: &[&str]| {
+        let arguments = ["expose", "--vm", text(&state), "-L", "0:7"];
+        Running::spawn(in_runtime(runtime, &[&arguments, more].concat()))
+    };
+    let at = format!("--control={}", text(&dir.path().join("c")));
+    let few = expose(&["--vm-connections", "1"]);
+    let many = expose(&[at.as_str()]);
+    let other = ["forward", "tcp://127.0.0.1:0", "/nowhere"];
+    let other = Running::spawn(in_runtime(runtime, &other));
+    other.tcp_port();
+    let pid = |it: &Running| it.child.0.id().to_string();
+    let examine = |more: &[&str]| {
+        let arguments = ["doctor", "--vm", text(&state), "--timeout", "0.5"];
+        Report::of(in_runtime(runtime, &[&arguments, more].concat()))
+    };
+    let says = |report: &Report, it: &Running, verdict: &str, part: &str| {
+        let seen = format!("hvsock {}{part}", pid(it));
+        let all = report.all("slots");
+        let mut its = all.iter().filter(|check| check["seen"] == seen);
+        let check = its.next().unwrap_or_else(|| panic!("no {seen}: {all:?}"));
+        assert_eq!(check["verdict"], verdict, "{check}");
+        check["remedy"].as_str().map(str::to_owned)
+    };
+    let port = few.tcp_port();
+    many.tcp_port();
+    let report = examine(&[]);
+    says(&report, &few, "ok", ": 0 of 1 connections");
+    says(&report, &many, "ok", ": 0 of 900 connections");
+    assert_eq!(report.all("slots").len(), 2, "{report:?}");
+
+    let mut client = tcp(port);
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let full = ": 1 of 1 connections, all taken (new clients wait or are refused)";
+    let remedy = says(&examine(&[]), &few, "warning", full).unwrap();
+    let shows = format!("`hvsock connections --pid {}`", pid(&few));
+    assert!(remedy.contains(&shows), "{remedy}");
+    let status = output(in_runtime(runtime, &["status", "--pid", &pid(&few)]));
+    let status = String::from_utf8(status.stdout).unwrap();
+    assert!(status.contains(&full[2..]), "{status}");
+
+    // One of them alone.
+    let report = examine(&["--pid", &pid(&few)]);
+    says(&report, &few, "warning", full);
+    assert_eq!(report.all("slots").len(), 1, "{report:?}");
+    let report = examine(&["--pid", &pid(&other)]);
+    report.says("slots", "skipped", "doesn't lead to the VM");
+    // What can't be asked is not passed over.
+    many.signal("STOP");
+    let report = examine(&[]);
+    many.signal("CONT");
+    let silent = " leads to the VM, and doesn't tell how it uses it: it is stopped, or its control socket is elsewhere";
+    says(&report, &many, "skipped", silent);
+    says(&report, &few, "warning", full);
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+#[test]
+fn a_vmm_with_no_slot_left_is_not_well() {
+    let dir = private_dir();
+    let (runtime, socket) = (dir.path(), dir.path().join("vmm"));
+    let vmm = UnixListener::bind(&socket).unwrap();
+    let served = std::thread::spawn(move || {
+        let (mut stream, _) = vmm.accept().unwrap();
+        stream.read_exact(&mut [0; "CONNECT 7\n".len()]).unwrap();
+        stream.write_all(b"OK 1073741824\nx").unwrap();
+        (stream, vmm)
+    });
+    let place = format!("vsock-mux://{}", text(&socket));
+    let expose = [
+        "expose",
+        "--vm",
+        &place,
+        "-L",
+        "0:7",
+        "--vm-connections",
+        "1",
+    ];
+    let expose = Running::spawn(in_runtime(runtime, &expose));
+    let mut client = tcp(expose.tcp_port());
+    client.read_exact(&mut [0]).unwrap();
+    let report = Report::of(in_runtime(runtime, &["doctor", "--vm", &place]));
+    report.says("health", "warning", "1 of 1 connections, all taken");
+    drop(served.join().unwrap());
 }
 
 #[test]
@@ -211,7 +322,7 @@ fn what_is_missing_is_named_and_the_rest_is_skipped() {
         .says("socket", "failed", "there is no")
         .says("process", "skipped", "hyperkit.pid")
         .says("guest", "skipped", "no socket")
-        .says("port 7 (0x7)", "skipped", "doesn't answer");
+        .says("port 7 (0x7)", "skipped", "no socket");
     fs::write(at("empty/connect"), "").unwrap();
     examine(&at("empty"), &[]).says("socket", "failed", "is no socket");
     fs::remove_file(at("empty/connect")).unwrap();

@@ -874,6 +874,11 @@ fn what_stays_with_the_old_process_is_seen_and_can_be_closed() {
     let own = scene.control().with_file_name(format!("{pid}.sock"));
     assert!(own.exists());
     let id = left[0]["id"].to_string();
+    let asked_here = output(in_runtime(scene.dir.path(), &["close", &id]));
+    let why = String::from_utf8(asked_here.stderr).unwrap();
+    assert_eq!(asked_here.status.code(), Some(1), "{why}");
+    let there = format!("`hvsock close {id} --pid {pid}`");
+    assert!(why.contains(&there), "{why}");
     let told = says(&["close", &id, "--pid", &pid]);
     assert!(
         told.contains(&format!("closed {id}: tcp://127.0.0.1:")),
@@ -976,6 +981,21 @@ fn together_they_have_no_more_of_a_vm_than_it_may_have() {
     let new = scene.take_over();
     new.says("took over from process");
     new.says("controlled at");
+    // Each tells of its own, and of the whole limit.
+    eventually("the new one leaves out what the old one has", || {
+        let of_new = &scene.status()["forwards"][0]["vm"];
+        let predecessor = of_new["predecessor"].as_u64();
+        of_new["connections"] == 0
+            && of_new["limit"] == MOST
+            && predecessor.is_some_and(|slots| (6..=7).contains(&slots))
+    });
+    let pid = old.child.0.id().to_string();
+    let of_old = output(in_runtime(scene.dir.path(), &["status", "--pid", &pid]));
+    let of_old = String::from_utf8(of_old.stdout).unwrap();
+    assert!(
+        of_old.contains(&format!("6 of {MOST} connections")),
+        "{of_old}"
+    );
     let late = come(MOST as usize);
     eventually("what is left is theirs", || answered(&late) >= 3);
     let of_both = vm.counters();

@@ -1,6 +1,8 @@
 //! The command: its words, its file and the requests to its control socket, turned into [`Rule`](crate::Rule)s; and
 //! what people look at.
 
+#[cfg(unix)]
+mod answering;
 mod cat;
 mod cli;
 mod config;

@@ -174,6 +174,10 @@ pub struct VmStatus {
     /// them. They come back when the VM is restarted, and are taken from the limit until then.
     #[cfg_attr(feature = "cli", serde(default))]
     pub lost: usize,
+    /// The slots that are left to the process from which this one has taken over, until it has ended.
+    /// They are none of `connections`, and are taken from the limit.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub predecessor: usize,
     /// Connections that the guest has made, and that are served.
     #[cfg_attr(feature = "cli", serde(default))]
     pub guests: usize,

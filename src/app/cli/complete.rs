@@ -141,7 +141,7 @@ pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
 /// Completes the process of an hvsock that can be asked.
 #[cfg(unix)]
 pub(super) fn process(begun: &OsStr) -> Vec<CompletionCandidate> {
-    let found = in_time(super::answering::find).and_then(Result::ok);
+    let found = in_time(crate::app::answering::find).and_then(Result::ok);
     let names = found.into_iter().flatten().filter_map(|it| {
         let forwards = it.status()?.forwards;
         let first = forwards

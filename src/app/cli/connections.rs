@@ -12,9 +12,11 @@ use serde_json::Value;
 use super::console::{print, print_json, print_text};
 use super::control::Which;
 use super::outcome::{Failure, Outcome};
-use super::predecessor::left_behind;
+use super::predecessor::{left_behind, owner};
 use super::{complete, table};
-use crate::app::control::{self, Connection, Ended, Unanswered, age, ask, get, read, segment};
+use crate::app::control::{
+    self, Connection, Ended, Problem, Unanswered, age, ask, get, read, segment,
+};
 use crate::proxy::Waiting;
 
 /// Show the connections of an hvsock that runs, and who has made them
@@ -201,7 +203,7 @@ impl Close {
                     })?;
                 }
                 // The others are there, perhaps.
-                Err(Unanswered::Refused(why)) => failures.push(why.to_string()),
+                Err(Unanswered::Refused(why)) => failures.push(not_closed(&path, id, why)),
                 Err(why) => return Err(why.into()),
             }
         }
@@ -209,6 +211,19 @@ impl Close {
             true => Ok(()),
             false => Err(Failure::Listed(failures)),
         }
+    }
+}
+
+/// Says why a connection was not closed: it may be one of a process that has handed over.
+fn not_closed(path: &Path, id: u64, why: Problem) -> String {
+    const NOT_FOUND: u16 = 404;
+    let status = get::<control::Status>(path, "/v1/status").ok();
+    let status = status.filter(|_| why.status == NOT_FOUND);
+    match status.and_then(|status| owner(&status, id)) {
+        None => why.to_string(),
+        Some(process) => format!(
+            "connection {id} has stayed with process {process}, which was taken over from: `hvsock close {id} --pid {process}`"
+        ),
     }
 }
 

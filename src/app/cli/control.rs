@@ -8,7 +8,6 @@ use clap_complete::ArgValueCompleter;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
-use super::answering::find_control_of;
 use super::console::{complain, print, print_json, print_text};
 use super::occupant::Occupants;
 use super::outcome::{Failure, Outcome};
@@ -19,6 +18,7 @@ use super::spec::{Locals, Remotes};
 use super::summary::Report;
 use super::{arguments, complete, table};
 use crate::address::Address;
+use crate::app::answering::find_control_of;
 use crate::app::control::{
     self, Problem, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
 };

@@ -10,6 +10,10 @@ use super::complete;
 use super::console::{print_json, print_text};
 use super::outcome::{Failure, Outcome};
 use crate::address::Port;
+#[cfg(unix)]
+use crate::app::answering::find_control_of;
+#[cfg(unix)]
+use crate::app::doctor::Asked;
 use crate::app::doctor::{Check, Plan, Verdict, examine};
 use crate::app::escape;
 
@@ -39,10 +43,14 @@ pub(super) struct Doctor {
     #[cfg(unix)]
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = crate::app::values::parse_some_time)]
     timeout: std::time::Duration,
-    /// The control socket of the hvsock that leads to the VM, which knows how its slots are used [default: the one in your runtime directory]
+    /// The control socket of the hvsock that is asked what it has of the VM [default: all of yours that run are asked]
     #[cfg(unix)]
     #[arg(long, value_name = "PATH", requires = "vm")]
     control: Option<std::path::PathBuf>,
+    /// The process that is asked, as `hvsock ps` has it
+    #[cfg(unix)]
+    #[arg(long, value_name = "PID", requires = "vm", conflicts_with = "control", add = ArgValueCompleter::new(complete::process))]
+    pid: Option<u32>,
     /// Print JSON: {"ok": …, "checks": [{"name", "verdict", "seen", "remedy"}, …]}
     #[arg(long)]
     json: bool,
@@ -57,7 +65,11 @@ impl Doctor {
             #[cfg(unix)]
             patience: self.timeout,
             #[cfg(unix)]
-            control: self.control,
+            asked: match (self.control, self.pid) {
+                (Some(path), _) => Asked::At(path),
+                (None, Some(process)) => Asked::At(find_control_of(process)),
+                (None, None) => Asked::All,
+            },
         });
         let ok = checks.iter().all(|check| check.verdict != Verdict::Failed);
         match self.json {

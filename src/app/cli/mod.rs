@@ -1,7 +1,5 @@
 //! The command line: turns words into rules, starts what they ask for, waits for its end.
 
-#[cfg(unix)]
-mod answering;
 mod arguments;
 mod carrying;
 mod cat;

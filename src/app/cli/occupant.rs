@@ -2,8 +2,8 @@
 
 use std::cell::OnceCell;
 
-use super::answering;
 use crate::address::Address;
+use crate::app::answering;
 use crate::error::{Error, Operation};
 
 /// Where the other hvsocks of this user listen. They are asked when that is first wanted.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::table;
-use crate::app::control::{self, Status, ask_status, read};
+use crate::app::control::{self, Connection, Status, ask_status, read};
 
 /// How long such a process may take to answer.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -19,21 +19,39 @@ pub(super) fn find(process: u32) -> Option<Status> {
     (status.pid == process && status.successor.is_some()).then_some(status)
 }
 
-/// Returns a line for each process with connections that were left with it.
-pub(super) fn left_behind(status: &Status) -> Vec<String> {
-    let mut lines = Vec::new();
+/// Returns the processes that have handed over, one to the next and the last to this one, and still run.
+fn predecessors(status: &Status) -> Vec<Status> {
+    let mut found = Vec::new();
     let mut next = status.predecessor;
     for _ in 0..MOST {
         let Some(old) = next.and_then(find) else {
             break;
         };
-        if old.live > 0 {
-            let (pid, live) = (old.pid, table::counted(old.live as u64, "connection"));
-            lines.push(format!(
-                "process {pid}, which was taken over from, still has {live}: `hvsock connections --pid {pid}`"
-            ));
-        }
         next = old.predecessor;
+        found.push(old);
     }
-    lines
+    found
+}
+
+/// Returns a line for each process with connections that were left with it.
+pub(super) fn left_behind(status: &Status) -> Vec<String> {
+    let with_some = predecessors(status).into_iter().filter(|it| it.live > 0);
+    let lines = with_some.map(|old| {
+        let (pid, live) = (old.pid, table::counted(old.live as u64, "connection"));
+        format!(
+            "process {pid}, which was taken over from, still has {live}: `hvsock connections --pid {pid}`"
+        )
+    });
+    lines.collect()
+}
+
+/// Returns the process that has a connection of that number, if it was left with one.
+pub(super) fn owner(status: &Status, id: u64) -> Option<u32> {
+    let has_it = |old: &Status| {
+        let path = control::find_own_path(old.pid);
+        let all = control::get::<Vec<Connection>>(&path, "/v1/connections");
+        all.is_ok_and(|all| all.iter().any(|it| it.id == id))
+    };
+    let mut old = predecessors(status).into_iter();
+    old.find(has_it).map(|old| old.pid)
 }

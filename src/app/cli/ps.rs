@@ -4,10 +4,10 @@ use clap::Args;
 use indicatif::HumanCount;
 use serde_json::{Value, json};
 
-use super::answering::{Hvsock, find};
 use super::console::{print, print_json, print_text};
 use super::outcome::Outcome;
 use super::{keepers, table};
+use crate::app::answering::{Hvsock, find};
 use crate::app::control::{Status, age};
 
 /// List the hvsock processes of this user, and what they forward

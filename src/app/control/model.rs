@@ -11,7 +11,7 @@ use crate::address::Address;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::engine::relay::Side;
-use crate::error::plural;
+use crate::error::counted;
 use crate::keeper::LinkStatus;
 use crate::name::SocketName;
 use crate::proxy::{
@@ -552,6 +552,18 @@ impl Vm {
         format!("{up}, {heard}{silent}")
     }
 
+    /// Returns whether it has as many connections as it may have.
+    pub(crate) fn is_full(&self) -> bool {
+        let VmStatus {
+            connections,
+            lost,
+            predecessor,
+            limit,
+            ..
+        } = self.status;
+        limit.is_some_and(|most| connections + lost + predecessor >= most)
+    }
+
     /// Returns in words how its slots are used: `12 of 900 connections, 3 lost`, and what to do about
     /// it.
     pub(crate) fn slots(&self) -> String {
@@ -562,13 +574,17 @@ impl Vm {
             guests,
             guest_limit,
             turned_away,
+            predecessor,
             ..
         } = self.status;
         let of = |limit: Option<usize>| limit.map_or_else(String::new, |most| format!("of {most}"));
         let mut text = match limit {
             Some(_) => format!("{connections} {} connections", of(limit)),
-            None => format!("{connections} connection{}", plural(connections as u64)),
+            None => counted(connections as u64, "connection"),
         };
+        if self.is_full() {
+            text += ", all taken (new clients wait or are refused)";
+        }
         if guests > 0 || turned_away > 0 {
             text += &format!(", {guests} of them the guest's");
             if guest_limit.is_some() {
@@ -576,12 +592,17 @@ impl Vm {
             }
         }
         if turned_away > 0 {
-            text += &format!(", {turned_away} dials of the guest ended at once");
+            let dials = counted(turned_away, "dial");
+            text += &format!(", {dials} of the guest ended at once");
+        }
+        if predecessor > 0 {
+            let slots = counted(predecessor as u64, "slot");
+            text += &format!(", {slots} left to the process that was taken over from");
         }
         if lost > 0 {
+            let slots = counted(lost as u64, "slot");
             text += &format!(
-                ", {lost} slot{} lost to programs in the guest that don't end their connections (see `hvsock doctor`)",
-                plural(lost as u64)
+                ", {slots} lost to programs in the guest that don't end their connections (see `hvsock doctor`)"
             );
         }
         text

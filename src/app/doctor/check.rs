@@ -17,9 +17,19 @@ pub(crate) struct Plan {
     /// How long the guest may take to answer, and to end a connection.
     #[cfg(unix)]
     pub(crate) patience: std::time::Duration,
-    /// The control socket of the hvsock that may lead to the VM, if one is named.
+    /// Which hvsocks are asked what they have of the VM.
     #[cfg(unix)]
-    pub(crate) control: Option<std::path::PathBuf>,
+    pub(crate) asked: Asked,
+}
+
+/// Which hvsocks are asked what they have of a VM.
+#[cfg(unix)]
+#[derive(Clone, Debug)]
+pub(crate) enum Asked {
+    /// All that run.
+    All,
+    /// The one that is controlled there.
+    At(std::path::PathBuf),
 }
 
 /// What came of a check.

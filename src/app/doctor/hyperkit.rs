@@ -11,17 +11,16 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
+use super::carriers::{Hvsocks, Usage, end_some};
 use super::check::{Check, Plan};
 use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
-use crate::app::control::{self, Status};
-use crate::error::{Result, plural};
+use crate::error::{Result, counted};
 use crate::file;
 use crate::hyperkit::{
     self, HOST_CID, HyperkitVm, MAX_STATE_DIR, NO_DIRECTORY, PID_NAME, Places, find, socket_name,
 };
 use crate::keeper::status::{self as keepers, KeeperStatus};
-use crate::proxy::VmStatus;
 use crate::stream::Stream;
 use crate::sys::{self, SUN_PATH_LEN, Wanted};
 
@@ -58,31 +57,43 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
         None => Check::skipped("limits", "hyperkit's process isn't known"),
     });
     let connect = socket::examine("socket", &vm.connect_path(), START);
-    let (slots, used) = slots(&vm, plan.control.as_deref());
+    let hvsocks = Hvsocks::ask(&plan.asked);
+    let carriers = hvsocks.carriers(|directory| is_same(Path::new(directory), &vm.state_dir));
+    let usage = Usage::of(&carriers);
+    let not_dialled = |why| Guest {
+        check: Check::skipped("guest", why),
+        undialled: Some(why),
+    };
     let guest = match connect.is_ok() {
         // It would take the dial when we have gone.
-        true if process.stopped => Check::skipped("guest", "hyperkit is stopped"),
-        true => guest(&vm, plan.patience, used.as_ref()),
-        false => Check::skipped("guest", "there is no socket to ask it by"),
+        true if process.stopped => not_dialled("hyperkit is stopped"),
+        true => guest(&vm, plan.patience, usage.as_ref()),
+        false => not_dialled("there is no socket to dial it by"),
     };
-    let answers = guest.is_ok();
-    checks.extend([connect, guest]);
-    checks.extend(ports.map(|(port, name)| match answers {
-        true => guest_port(&vm, *port, plan.patience),
-        false => Check::skipped(name, "the guest doesn't answer"),
+    checks.extend([connect, guest.check]);
+    checks.extend(ports.map(|(port, name)| match guest.undialled {
+        None => guest_port(&vm, *port, plan.patience, usage.as_ref()),
+        Some(why) => Check::skipped(name, why),
     }));
     checks.extend(host_ports.map(|(port, name)| {
         let remedy = format!("run `hvsock expose -R {}:TARGET`; a guest that dials a port on which nobody listens can hang hyperkit's device", port.0);
         let socket = socket::examine(name.clone(), &vm.listen_path(*port), &remedy);
         match socket.is_ok() {
-            true => target::examine(&name, &vm, *port, plan.control.as_deref()).unwrap_or(socket),
+            true => target::examine(&name, &vm, *port, &hvsocks).unwrap_or(socket),
             false => socket,
         }
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
-    checks.extend(slots);
+    checks.extend(carriers.iter().map(|it| it.check("slots", None)));
+    checks.extend(hvsocks.unknown("slots", &carriers, Some(&vm.state_dir)));
     checks.extend(keepers(&vm));
     checks
+}
+
+/// Whether two paths lead to one directory.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    real(one) == real(other)
 }
 
 /// Whether those who keep the VM whole have an hvsock.
@@ -96,20 +107,18 @@ fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
             true => "no port".to_owned(),
             false => format!("port {}", ports.join(", ")),
         };
-        let connections = it.connections;
+        let connections = counted(it.connections as u64, "connection");
         match it.proxy_ended {
             false => Check::ok(
                 name,
                 format_args!(
-                    "process {pid} of hvsock {proxy} has copies of {connections} connection{} and of {ports}",
-                    plural(connections as u64)
+                    "process {pid} of hvsock {proxy} has copies of {connections} and of {ports}"
                 ),
             ),
             true => Check::warning(
                 name,
                 format_args!(
-                    "hvsock {proxy} has ended, and process {pid} ends {connections} connection{}, and what the guest dials on {ports}",
-                    plural(connections as u64)
+                    "hvsock {proxy} has ended, and process {pid} ends {connections}, and what the guest dials on {ports}"
                 ),
                 "start hvsock again, which takes that over; `hvsock stop VM --keeper` ends it, and the VM may hang if its guest goes on dialling",
             ),
@@ -403,34 +412,52 @@ fn dial(vm: &HyperkitVm, port: Port, patience: Duration) -> Result<Stream> {
     Stream::connect_timeout(&HyperkitAddress { vm, port }.into(), patience)
 }
 
-const NO_SLOT: &str = "end some of its connections (`hvsock connections` shows them); slots that were lost come back when the VM is restarted";
+/// What is known of a guest.
+struct Guest {
+    check: Check,
+    /// Why its ports can't be dialled, if so.
+    undialled: Option<&'static str>,
+}
 
-/// Whether the guest answers. `used` is how its slots are used, as far as an hvsock knows.
-fn guest(vm: &HyperkitVm, patience: Duration, used: Option<&VmStatus>) -> Check {
+/// Whether the guest answers. `usage` is how its slots are used, as far as hvsocks know.
+fn guest(vm: &HyperkitVm, patience: Duration, usage: Option<&Usage>) -> Guest {
+    let answer = probe(vm, patience);
+    Guest {
+        undialled: match &answer {
+            Ok(Answer::After(_)) => None,
+            Ok(Answer::EndedUnread) => Some("all slots of the VM are taken"),
+            Ok(Answer::None) => Some("the guest doesn't answer"),
+            Ok(Answer::NotTaken) => Some("hyperkit takes no connection"),
+            Err(_) => Some("the guest can't be dialled"),
+        },
+        check: describe_answer(answer, patience, usage),
+    }
+}
+
+/// Says what came of the dial.
+fn describe_answer(answer: Result<Answer>, patience: Duration, usage: Option<&Usage>) -> Check {
     let name = "guest";
     let seconds = patience.as_secs_f64();
-    let used = used.and_then(|it| Some((it.connections + it.lost, it.limit?)));
-    match probe(vm, patience) {
+    match answer {
         Ok(Answer::EndedUnread) => {
-            let ours = match used {
-                Some((used, _)) => format!("; this hvsock has {used} of them"),
-                None => String::new(),
-            };
+            let ours = usage.map(|it| format!("; {}", it.shares()));
+            let ours = ours.unwrap_or_default();
             let seen = format!("hyperkit ended the dial unread: all its slots are taken{ours}");
-            Check::failed(name, seen, NO_SLOT)
+            Check::failed(name, seen, &end_some(usage))
         }
-        // The guest refuses so, and a device without a slot may do.
-        Ok(Answer::After(_)) if used.is_some_and(|(used, limit)| used * 10 >= limit * 9) => {
-            let (used, limit) = used.unwrap_or_default();
-            let seen = format!(
-                "a dial is ended at once, by the guest or for want of a slot: {used} of {limit} are taken"
-            );
-            Check::warning(name, seen, NO_SLOT)
-        }
-        Ok(Answer::After(took)) => {
-            let took = took.as_secs_f64() * 1e3;
-            Check::ok(name, format_args!("answers, after {took:.1} ms"))
-        }
+        Ok(Answer::After(took)) => match usage.filter(|it| it.used * 10 >= it.limit * 9) {
+            // The guest refuses so, and a device without a slot may do.
+            Some(Usage { used, limit, .. }) => {
+                let seen = format!(
+                    "a dial is ended at once, by the guest or for want of a slot: {used} of {limit} are taken"
+                );
+                Check::warning(name, seen, &end_some(usage))
+            }
+            None => {
+                let took = took.as_secs_f64() * 1e3;
+                Check::ok(name, format_args!("answers, after {took:.1} ms"))
+            }
+        },
         Ok(Answer::None) => Check::failed(
             name,
             format_args!("no answer within {seconds} s: paused, asleep or still booting"),
@@ -451,7 +478,7 @@ fn guest(vm: &HyperkitVm, patience: Duration, used: Option<&VmStatus>) -> Check 
 ///
 /// A guest answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
 /// answered, too.
-fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
+fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: Option<&Usage>) -> Check {
     let name = named_port(port);
     let stream = match dial(vm, port, patience) {
         Ok(stream) => stream,
@@ -461,7 +488,7 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
     if matches!(answered, Ok(Answer::EndedUnread)) || was_ended_unread(&stream) {
         let _ = close_gracefully(&stream, patience);
         let seen = "hyperkit ended the dial unread: all its slots are taken";
-        return Check::failed(name, seen, NO_SLOT);
+        return Check::failed(name, seen, &end_some(usage));
     }
     let readable = stream.wait(Wanted::Readable, Duration::ZERO);
     let refused = readable.unwrap_or(true) && stream.has_ended();
@@ -487,43 +514,6 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration) -> Check {
             },
         ),
     }
-}
-
-/// How the slots of its device are used, as far as an hvsock that runs knows: the one of that control
-/// socket, or the usual one.
-fn slots(vm: &HyperkitVm, control: Option<&Path>) -> (Option<Check>, Option<VmStatus>) {
-    let name = "slots";
-    let path = control.map_or_else(control::find_path, Path::to_path_buf);
-    let status = control::get::<Status>(&path, "/v1/status");
-    let status = match (status, control) {
-        (Ok(status), _) => status,
-        // Most often none runs.
-        (Err(_), None) => return (None, None),
-        (Err(e), Some(_)) => return (Some(Check::skipped(name, e)), None),
-    };
-    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-    let its = |it: &&control::Vm| real(Path::new(&it.directory)) == real(&vm.state_dir);
-    let vms = status.vms();
-    let Some(known) = vms.into_iter().find(its) else {
-        let why = format!("the hvsock at {} doesn't lead to it", path.display());
-        return (control.map(|_| Check::skipped(name, why)), None);
-    };
-    let used = known.slots();
-    let limit = known.status.guest_limit;
-    let is_crowded =
-        known.status.guests > 0 && limit.is_some_and(|most| known.status.guests >= most);
-    let check = match known.status.lost {
-        0 if is_crowded => {
-            let remedy = "see in `hvsock status` to which target the guest's connections lead, and whether it hangs";
-            Check::warning(name, used, remedy)
-        }
-        0 => Check::ok(name, used),
-        _ => {
-            let remedy = "end the programs in the guest that keep connections open whose other end is gone, and restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
-            Check::warning(name, used, remedy)
-        }
-    };
-    (Some(check), Some(known.status.clone()))
 }
 
 /// Sockets that guests may dial, and that nobody listens on.

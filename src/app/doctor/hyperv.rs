@@ -2,7 +2,7 @@
 
 use super::check::{Check, Plan};
 use crate::address::{Port, ServiceId, VmId};
-use crate::error::plural;
+use crate::error::counted;
 use crate::hyperv::{self, Machine};
 use crate::services;
 
@@ -10,11 +10,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     let mut checks = Vec::new();
     let machine = match hyperv::list() {
         Ok(machines) => {
-            let seen = format!(
-                "tells of {} VM{}",
-                machines.len(),
-                plural(machines.len() as u64)
-            );
+            let seen = format!("tells of {}", counted(machines.len() as u64, "VM"));
             checks.push(Check::ok("Hyper-V", seen));
             let (check, machine) = vm(name, machines);
             checks.push(check);

@@ -4,6 +4,8 @@
 //! each dial is written, answered and closed as hyperkit's device needs it (`hyperkit.md`), and sockets are
 //! looked at without connecting to them.
 
+#[cfg(unix)]
+mod carriers;
 mod check;
 #[cfg(unix)]
 mod hyperkit;
@@ -17,6 +19,8 @@ mod target;
 #[cfg(unix)]
 mod vsock;
 
+#[cfg(unix)]
+pub(crate) use check::Asked;
 pub(crate) use check::{Check, Plan, Verdict};
 
 #[cfg(unix)]

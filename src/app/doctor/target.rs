@@ -1,13 +1,13 @@
 //! Where a forward leads on which a guest dials the host.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
+use super::carriers::Hvsocks;
 use super::check::Check;
 use crate::address::{Address, HyperkitVm, Port, UnixAddress};
-use crate::app::control::{self, Forward, Status};
-use crate::keeper::status as keepers;
+use crate::app::control::Forward;
 use crate::stream::Stream;
 use crate::sys;
 
@@ -15,20 +15,10 @@ use crate::sys;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Checks the target of the forward that takes what the guest dials on `port`: one on TCP is connected
-/// to, a Unix socket is looked at, and of others the last refusal is told. `None` if no hvsock that
-/// can be asked has such a forward: the one of `control`, or else the usual one and those whose
-/// keepers are in the VM's directory.
-pub(super) fn examine(
-    name: &str,
-    vm: &HyperkitVm,
-    port: Port,
-    control: Option<&Path>,
-) -> Option<Check> {
-    let forward = controls(vm, control).into_iter().find_map(|path| {
-        let status = control::get::<Status>(&path, "/v1/status").ok()?;
-        let mut forwards = status.forwards.into_iter();
-        forwards.find(|it| is_dialled(it, vm, port))
-    })?;
+/// to, a Unix socket is looked at, and of others the last refusal is told. `None` if no hvsock that was
+/// asked has such a forward.
+pub(super) fn examine(name: &str, vm: &HyperkitVm, port: Port, hvsocks: &Hvsocks) -> Option<Check> {
+    let forward = hvsocks.forward(|it| is_dialled(it, vm, port))?;
     let target = &forward.connect;
     let seen = format!("is listened on, and leads to {target}");
     let remedy = format!("start what should listen on {target}");
@@ -43,21 +33,6 @@ pub(super) fn examine(
             &remedy,
         ),
     })
-}
-
-/// The control sockets of the hvsocks that may have the forward.
-fn controls(vm: &HyperkitVm, control: Option<&Path>) -> Vec<PathBuf> {
-    if let Some(control) = control {
-        return vec![control.to_owned()];
-    }
-    let of_keepers = keepers::query(&vm.state_dir).into_iter();
-    let mut paths: Vec<PathBuf> = of_keepers
-        .flat_map(|keeper| control::paths_of(keeper.proxy))
-        .collect();
-    paths.push(control::find_path());
-    paths.retain(|path| path.symlink_metadata().is_ok());
-    paths.dedup();
-    paths
 }
 
 fn is_dialled(forward: &Forward, vm: &HyperkitVm, port: Port) -> bool {

@@ -1,12 +1,12 @@
 //! A VM behind AF_VSOCK or behind its VMM's Unix socket: its socket, and its ports.
 
+use super::carriers::Hvsocks;
 use super::check::{Check, Plan, Verdict};
 use super::{socket, system};
 use crate::address::{Address, AnyVm, Port, VsockMuxAddress};
-use crate::app::control::{self, Status};
 use crate::app::vm::VmPlace;
 use crate::stream::Stream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 /// How long a guest may take to end a connection of which only the end is wanted.
@@ -18,7 +18,21 @@ pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
         VmPlace::VsockMux(mux) => checks.push(socket::examine("socket", &mux.path, "start the VM")),
         _ => checks.extend(system::vsock()),
     }
-    checks.extend(known(vm, plan.control.as_deref()));
+    let hvsocks = Hvsocks::ask(&plan.asked);
+    let carriers = hvsocks.carriers(|place| match VmPlace::parse(place) {
+        Some(Ok(other)) => is_same(&other, vm),
+        _ => false,
+    });
+    let now = SystemTime::now();
+    let health = carriers
+        .iter()
+        .map(|it| it.check("health", Some(it.vm.health(now))));
+    checks.extend(health);
+    let path = match vm {
+        VmPlace::VsockMux(mux) => Some(mux.path.as_path()),
+        _ => None,
+    };
+    checks.extend(hvsocks.unknown("health", &carriers, path));
     let can_dial = checks.iter().all(|it| it.verdict != Verdict::Failed);
     checks.extend(plan.ports.iter().map(|port| {
         let name = format!("port {port}");
@@ -33,31 +47,6 @@ pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
     }
     checks.extend(plan.host_ports.iter().map(|port| host_port(vm, *port)));
     checks
-}
-
-/// What an hvsock that runs knows of the VM: the one of that control socket, or the usual one.
-fn known(vm: &VmPlace, control: Option<&Path>) -> Option<Check> {
-    let name = "health";
-    let path = control.map_or_else(control::find_path, Path::to_path_buf);
-    let status = match (control::get::<Status>(&path, "/v1/status"), control) {
-        (Ok(status), _) => status,
-        // Most often none runs.
-        (Err(_), None) => return None,
-        (Err(e), Some(_)) => return Some(Check::skipped(name, e)),
-    };
-    let its = |it: &&control::Vm| match VmPlace::parse(&it.directory) {
-        Some(Ok(other)) => is_same(&other, vm),
-        _ => false,
-    };
-    let Some(known) = status.vms().into_iter().find(its) else {
-        let why = format!("the hvsock at {} doesn't lead to it", path.display());
-        return control.map(|_| Check::skipped(name, why));
-    };
-    let seen = format!("{}; {}", known.health(SystemTime::now()), known.slots());
-    Some(match known.status.up {
-        Some(false) => Check::warning(name, seen, "start the VM"),
-        _ => Check::ok(name, seen),
-    })
 }
 
 /// Whether two places are one VM's, however its socket's path is spelled.

@@ -168,7 +168,7 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
     let [left, right] = Layout::horizontal(sides).areas(area);
     frame.render_widget(Line::from(name), left);
     let status = &vm.status;
-    let taken = (status.connections + status.lost) as f64;
+    let taken = (status.connections + status.lost + status.predecessor) as f64;
     let used = status.limit.map_or(0.0, |most| taken / most.max(1) as f64);
     let color = match status.up {
         Some(false) => Color::Red,

@@ -34,6 +34,7 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
                 guests: 0,
                 guest_limit: Some(800),
                 turned_away: 0,
+                predecessor: 0,
                 reserved: 0,
                 unanswered: 3,
                 last_heard: None,

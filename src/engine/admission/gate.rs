@@ -408,10 +408,13 @@ impl Gate {
     pub(crate) fn status(&self, now: Instant) -> VmStatus {
         let state = self.state();
         let lost = state.quotas.live_of(Holder::Lost);
+        let predecessor = state.quotas.live_of(Holder::Predecessor);
         VmStatus {
-            connections: state.quotas.live() - lost,
-            limit: state.limit(),
+            connections: state.quotas.live() - lost - predecessor,
+            // One that hands over keeps fewer.
+            limit: state.whole_cap.or(state.limit()),
             lost,
+            predecessor,
             guests: state.guests,
             guest_limit: state.limit().map(|_| state.guest_quota()),
             turned_away: state.turned_away,

@@ -13,14 +13,14 @@ use crate::app::processes::{self, Process};
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// An hvsock that runs, and what it says of itself.
-pub(super) struct Hvsock {
-    pub(super) process: Process,
+pub(crate) struct Hvsock {
+    pub(crate) process: Process,
     /// Where it is controlled, and its status as JSON; `None` if it doesn't answer.
-    pub(super) answer: Option<(PathBuf, String)>,
+    pub(crate) answer: Option<(PathBuf, String)>,
 }
 
 impl Hvsock {
-    pub(super) fn status(&self) -> Option<Status> {
+    pub(crate) fn status(&self) -> Option<Status> {
         let (_, answer) = self.answer.as_ref()?;
         read(answer).ok()
     }
@@ -30,7 +30,7 @@ impl Hvsock {
 ///
 /// # Errors
 /// Returns the system's error, if it doesn't tell of processes.
-pub(super) fn find() -> std::io::Result<Vec<Hvsock>> {
+pub(crate) fn find() -> std::io::Result<Vec<Hvsock>> {
     let asking = processes::list()?.into_iter().map(|process| {
         thread::spawn(move || Hvsock {
             answer: ask(&process),
@@ -61,7 +61,7 @@ fn ask(process: &Process) -> Option<(PathBuf, String)> {
 
 /// Returns where a process is controlled: its own socket, or the one that it was given, or else where
 /// its own would be.
-pub(super) fn find_control_of(process: u32) -> PathBuf {
+pub(crate) fn find_control_of(process: u32) -> PathBuf {
     let own = control::find_own_path(process);
     if own.symlink_metadata().is_ok() {
         return own;

@@ -1,0 +1,221 @@
+//! The hvsocks that run, and what those that carry a VM know of it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::check::{Asked, Check};
+use crate::app::answering::{self, Hvsock};
+use crate::app::control::{self, Forward, Status, Vm, ask_status};
+use crate::keeper::status as keepers;
+
+/// How long the hvsock at the usual place may take to answer, if it isn't among the processes that are
+/// listed: it may run in another container.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What is done about slots that are taken by nobody.
+const LOST: &str = "end the programs in the guest that keep connections open whose other end is gone, and restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
+
+/// The hvsocks that were asked.
+pub(super) struct Hvsocks {
+    answers: Vec<Status>,
+    /// Those that run and can't be asked.
+    silent: Vec<Hvsock>,
+    /// Why the one that was named can't be asked.
+    failure: Option<String>,
+    asked: Asked,
+}
+
+/// An hvsock that carries a VM.
+pub(super) struct Carrier {
+    pub(super) process: u32,
+    pub(super) vm: Vm,
+}
+
+impl Hvsocks {
+    pub(super) fn ask(asked: &Asked) -> Hvsocks {
+        let mut all = Hvsocks {
+            answers: Vec::new(),
+            silent: Vec::new(),
+            failure: None,
+            asked: asked.clone(),
+        };
+        if let Asked::At(path) = asked {
+            match control::get::<Status>(path, "/v1/status") {
+                Ok(status) => all.answers.push(status),
+                Err(e) => all.failure = Some(e.to_string()),
+            }
+            return all;
+        }
+        for hvsock in answering::find().unwrap_or_default() {
+            match hvsock.status() {
+                Some(status) => all.answers.push(status),
+                None => all.silent.push(hvsock),
+            }
+        }
+        let usual = ask_status(&control::find_path(), PATIENCE).ok();
+        let usual = usual.and_then(|it| control::read::<Status>(&it).ok());
+        let is_new = |it: &Status| all.answers.iter().all(|other| other.pid != it.pid);
+        if let Some(status) = usual.filter(is_new) {
+            all.answers.push(status);
+        }
+        all
+    }
+
+    /// Returns those that carry a VM, which `is_it` knows by what `--vm` takes for it.
+    pub(super) fn carriers(&self, is_it: impl Fn(&str) -> bool) -> Vec<Carrier> {
+        let carriers = self.answers.iter().filter_map(|status| {
+            let mut vms = status.vms().into_iter();
+            Some(Carrier {
+                process: status.pid,
+                vm: vms.find(|vm| is_it(&vm.directory))?.clone(),
+            })
+        });
+        carriers.collect()
+    }
+
+    /// Returns a check for each hvsock whose part in the VM isn't known, if there is one: the one that was
+    /// named, if it doesn't answer or has none, and those that can't be asked, if their words or the
+    /// keepers in the state directory say that they have one.
+    pub(super) fn unknown(
+        &self,
+        name: &str,
+        carriers: &[Carrier],
+        directory: Option<&Path>,
+    ) -> Vec<Check> {
+        if let Asked::At(path) = &self.asked {
+            let why = match (&self.failure, self.answers.first()) {
+                (Some(why), _) => why.clone(),
+                (None, Some(status)) if carriers.is_empty() => {
+                    format!("hvsock {} doesn't lead to the VM", status.pid)
+                }
+                (None, Some(_)) => return Vec::new(),
+                (None, None) => format!("no hvsock answers at {}", path.display()),
+            };
+            return vec![Check::skipped(name, why)];
+        }
+        let Some(directory) = directory else {
+            return Vec::new();
+        };
+        let of_keepers = keepers::query(directory).into_iter();
+        let of_keepers = of_keepers.filter(|it| !it.proxy_ended).map(|it| it.proxy);
+        let shown = directory.to_string_lossy();
+        let names_it = |it: &&Hvsock| names(&it.process.command, &shown);
+        let by_words = self.silent.iter().filter(names_it).map(|it| it.process.id);
+        let mut processes: Vec<u32> = of_keepers.chain(by_words).collect();
+        processes.retain(|process| self.answers.iter().all(|it| it.pid != *process));
+        processes.sort_unstable();
+        processes.dedup();
+        let unknown = |process| {
+            let what = format!(
+                "hvsock {process} leads to the VM, and doesn't tell how it uses it: it is stopped, or its control socket is elsewhere"
+            );
+            Check::skipped(name, what)
+                .with_remedy("name its control socket with --control PATH, if it has one")
+        };
+        processes.into_iter().map(unknown).collect()
+    }
+
+    /// Returns the first forward of them of which that is true. One that has taken over from another
+    /// comes before that one.
+    pub(super) fn forward(&self, is_it: impl Fn(&Forward) -> bool) -> Option<&Forward> {
+        let (old, current): (Vec<_>, Vec<_>) =
+            self.answers.iter().partition(|it| it.successor.is_some());
+        let forwards = current.into_iter().chain(old).flat_map(|it| &it.forwards);
+        let mut forwards = forwards.filter(|it| is_it(it));
+        forwards.next()
+    }
+}
+
+/// Returns whether a command serves the VM of that directory, as far as its words tell.
+fn names(command: &[String], directory: &str) -> bool {
+    let serves = command.get(1);
+    let serves = serves.is_some_and(|it| ["expose", "forward", "run"].contains(&it.as_str()));
+    let is_in = |word: &String| {
+        let mut behind = word.match_indices(directory);
+        behind.any(|(at, _)| {
+            let next = word[at + directory.len()..].chars().next();
+            next.is_none_or(|next| "/?".contains(next))
+        })
+    };
+    serves && command.iter().skip(2).any(is_in)
+}
+
+impl Carrier {
+    /// Returns how it uses the VM's slots, behind what else is `known` of the VM.
+    pub(super) fn check(&self, name: &str, known: Option<String>) -> Check {
+        let (process, status) = (self.process, &self.vm.status);
+        let known = known.map(|known| format!("{known}; "));
+        let seen = format!(
+            "hvsock {process}: {}{}",
+            known.unwrap_or_default(),
+            self.vm.slots()
+        );
+        let most = status.guest_limit.filter(|_| status.guests > 0);
+        let is_crowded = most.is_some_and(|most| status.guests >= most);
+        match status.lost {
+            _ if status.up == Some(false) => Check::warning(name, seen, "start the VM"),
+            0 if self.vm.is_full() => {
+                let remedy = format!(
+                    "end some (`hvsock connections --pid {process}` shows them), or allow more, 1000 at most: --vm-connections, or `connections` of the VM in the file"
+                );
+                Check::warning(name, seen, &remedy)
+            }
+            0 if is_crowded => {
+                let remedy = format!(
+                    "see in `hvsock status --pid {process}` to which target the guest's connections lead, and whether it hangs"
+                );
+                Check::warning(name, seen, &remedy)
+            }
+            0 => Check::ok(name, seen),
+            _ => Check::warning(name, seen, LOST),
+        }
+    }
+}
+
+/// How the hvsocks that carry a VM use its slots together.
+pub(super) struct Usage {
+    /// Slots that are taken or lost.
+    pub(super) used: usize,
+    /// The most that one of them may take.
+    pub(super) limit: usize,
+    carriers: Vec<(u32, usize)>,
+}
+
+impl Usage {
+    /// Returns `None` if no hvsock carries the VM.
+    pub(super) fn of(carriers: &[Carrier]) -> Option<Usage> {
+        let limits = carriers.iter().filter_map(|it| it.vm.status.limit);
+        let limit = limits.max()?;
+        let used = |it: &Carrier| (it.process, it.vm.status.connections + it.vm.status.lost);
+        let carriers: Vec<(u32, usize)> = carriers.iter().map(used).collect();
+        Some(Usage {
+            used: carriers.iter().map(|(_, used)| used).sum(),
+            limit,
+            carriers,
+        })
+    }
+
+    /// Returns how many of them each has: `hvsock 12 has 3 of them`.
+    pub(super) fn shares(&self) -> String {
+        let shares = self.carriers.iter();
+        let shares = shares.map(|(process, used)| format!("hvsock {process} has {used} of them"));
+        shares.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// Returns what is done about a VM that has no slot left.
+pub(super) fn end_some(usage: Option<&Usage>) -> String {
+    let users = usage.iter().flat_map(|it| &it.carriers);
+    let users = users.filter(|(_, used)| *used > 0);
+    let commands: Vec<String> = users
+        .map(|(process, _)| format!("`hvsock connections --pid {process}`"))
+        .collect();
+    let shown = match &commands[..] {
+        [] => "; no hvsock that can be asked has one".to_owned(),
+        [one] => format!(" ({one} shows them)"),
+        more => format!(" ({} show them)", more.join(" and ")),
+    };
+    format!(
+        "end some of its connections{shown}; slots that were lost come back when the VM is restarted"
+    )
+}
