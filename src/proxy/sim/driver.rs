@@ -153,7 +153,7 @@ impl Drop for SimListener {
         );
         self.world.kernel().close_listener(self.key);
         self.world
-            .tell(|| format!("the proxy closes {:?}", self.key));
+            .log(|| format!("the proxy closes {:?}", self.key));
         if let (false, Place::Path(path)) = (self.leaves_file, self.place()) {
             remove_file(&self.world, self.key, &path);
         }
@@ -250,7 +250,7 @@ impl SimDriver {
 
 fn bind(world: &Rc<SimWorld>, address: &Address) -> Result<SimListener> {
     let bound = world.kernel().listen(&place_of(address), Owner::Proxy);
-    world.tell(|| format!("the proxy binds {address}: {bound:?}"));
+    world.log(|| format!("the proxy binds {address}: {bound:?}"));
     match bound {
         Ok(key) => Ok(SimListener {
             world: Rc::clone(world),
