@@ -26,6 +26,17 @@ pub enum SocketName {
     Unnamed,
 }
 
+impl SocketName {
+    /// Returns what a client is called where the same one is to be told of once.
+    pub(crate) fn without_port(&self) -> String {
+        match self {
+            SocketName::Tcp(name) => name.ip().to_canonical().to_string(),
+            SocketName::Vsock(name) => format!("CID {}", name.cid),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// The process that connected a Unix socket, as the kernel noted it at the connect.
 ///
 /// The socket may have been passed to another process since, and the number may be another

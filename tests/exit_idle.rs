@@ -97,7 +97,7 @@ fn a_port_that_guests_dial_keeps_it() {
     );
     std::fs::write(&file, said).unwrap();
     let check = Running::start(&["check", text(&file)]);
-    check.complains("hvsock.toml:1: exit-idle has no effect: a guest dials [forward.b]");
+    check.complains("hvsock.toml:1: note: exit-idle has no effect: a guest dials [forward.b]");
     let mut proxy = Running::start(&["run", "--no-keeper", text(&file)]);
     proxy.complains("idle, and not ending for that: a guest may dial hyperkit://");
     std::thread::sleep(SEVERAL_LIMITS);

@@ -231,7 +231,7 @@ fn check_finds_all_though_another_key_is_wrong() {
     );
     says(
         &said,
-        "hvsock.toml:3: [vm.two] is used by no forward",
+        "hvsock.toml:3: note: [vm.two] is used by no forward",
         "[vm.one]",
     );
     assert!(said.contains("3 things are wrong"), "{said}");
@@ -243,7 +243,7 @@ fn check_finds_all_though_another_key_is_wrong() {
     assert_eq!(code, Some(0), "{said}");
     says(
         &said,
-        "hvsock.toml:1: [vm.two] is used by no forward",
+        "hvsock.toml:1: note: [vm.two] is used by no forward",
         "wrong",
     );
 }

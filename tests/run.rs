@@ -61,7 +61,7 @@ fn forward_to_port(name: &str, listen: impl std::fmt::Debug, port: u32) -> Strin
     format!("[forward.{name}]\nlisten = {listen:?}\nvm = \"one\"\nport = {port}\n")
 }
 
-/// Eleven mistakes and something to note, and what is said of each.
+/// Eleven mistakes and two things to note, and what is said of each.
 const MISTAKES: &str = r#"grace = "soon"
 worker = 2
 [defaults]
@@ -87,14 +87,15 @@ listen = 8080
 connect = 0
 "#;
 
-const SAID: [(usize, &str); 12] = [
+const SAID: [(usize, &str); 13] = [
     (1, "\"soon\" is no time; write \"30s\""),
     (2, "unknown key worker; did you mean workers?"),
     (4, "write permissions as a string: \"600\""),
     (5, "did you mean dial-timeout?"),
-    (6, "[vm.docker] is used by no forward"),
+    (6, "note: [vm.docker] is used by no forward"),
     (7, "cannot find VM \"no-such-vm\""),
     (9, "5000 is not a number from 1 to 1000"),
+    (10, "note: VM \"one\" is not there yet"),
     (12, "TCP port 99999 is larger than 65535"),
     (15, "unknown key lisen in [forward.b]; did you mean listen?"),
     (19, "4294967296 is no vsock port"),
@@ -131,6 +132,44 @@ fn check_says_all_that_is_wrong_at_once() {
         &["/nonexistent.toml", "is the path right?"],
     );
     fails(&["check"], 2, &["CONFIG"]);
+}
+
+/// What can't be mended by waiting is refused by both, in the same words; what may come is not.
+#[test]
+fn run_refuses_what_check_does() {
+    let dir = private_dir();
+    let at = |name: &str| dir.path().join(name);
+    fs::write(at("plain"), "").unwrap();
+    fs::create_dir(at("directory")).unwrap();
+    let forward = |name: &str, listen: &Path, connect: &str| {
+        format!("[forward.{name}]\nlisten = {listen:?}\nconnect = {connect:?}\n")
+    };
+    let program = format!("exec:{}", text(&at("directory")));
+    let text = [
+        "control = \"off\"\n".to_owned(),
+        forward("file", &at("plain"), "127.0.0.1:9"),
+        forward("below", &at("plain/s"), "127.0.0.1:9"),
+        forward("program", &at("s"), &program),
+        forward("later", &at("t"), command::text(&at("later/s"))),
+    ];
+    let file = File::new(dir.path(), &text.concat());
+    let said = ["check", "run"].map(|command| {
+        let output = run(&[command, command::text(&file.0)]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(output.stdout.is_empty());
+        String::from_utf8(output.stderr).unwrap()
+    });
+    assert_eq!(said[0], said[1]);
+    for part in [
+        "a file is there; remove it",
+        "plain is no directory; choose another path",
+        "it is a directory; name a file in it",
+        "there is no directory",
+        "3 things are wrong",
+    ] {
+        assert!(said[0].contains(part), "{part}: {}", said[0]);
+    }
+    assert!(at("plain").is_file());
 }
 
 #[test]

@@ -132,7 +132,8 @@ fn a_vmm_that_ends_and_comes_back_is_noticed() {
     // A file on which nobody listens.
     vmm.kill();
     if cfg!(target_os = "linux") {
-        // Just after its return, a dial may have failed that was begun before.
+        // A socket that was shut down is there still, and a client finds out. (Just after its
+        // return, a dial may have failed that was begun before.)
         eventually("a client finds it gone", || {
             assert!(resets_clients(port));
             up() == Some(false)

@@ -120,4 +120,46 @@ fn no_forward_leads_there_and_check_says_so() {
         "vsock://local:9101",
         &["own guest-control"],
     );
+    let from =
+        |cids: &str| format!("guest-control = \"vsock://:9101\"\nguest-control-from = {cids}");
+    for cids in ["[3, 16]", "3", "\"0x10\""] {
+        check(&from(cids), "/x", &[]);
+    }
+    for (cids, part) in [
+        ("[]", "it names no guest"),
+        ("[3, \"10.0.0.0/8\"]", "10.0.0.0/8 is no CID"),
+        ("[\"three\"]", "is none"),
+        ("[-1]", "is no CID"),
+        ("true", "a list"),
+    ] {
+        check(&from(cids), "/x", &[":2: guest-control-from", part]);
+    }
+    check(
+        "guest-control-from = [3]",
+        "/x",
+        &[":1: guest-control-from", "is missing"],
+    );
+}
+
+/// As the file does.
+#[test]
+fn the_command_line_says_which_guests_may_control_it() {
+    let words = |more: &[&'static str]| {
+        let pair = ["forward", "unix:/nowhere/l", "unix:/nowhere/t"];
+        [&pair[..], more].concat()
+    };
+    let at = ["--guest-control", "vsock://:9101"];
+    for (more, parts) in [
+        (
+            &["--guest-control", "tcp://*:9101"][..],
+            &["not a vsock address"][..],
+        ),
+        (&["--guest-control-from", "3"], &["--guest-control"]),
+        (
+            &[at[0], at[1], "--guest-control-from", "3,::1"],
+            &["::1", "is no CID"],
+        ),
+    ] {
+        fails(&words(more), 2, parts);
+    }
 }

@@ -10,6 +10,7 @@ mod config;
 mod control;
 mod doctor;
 mod escape;
+mod guest_control;
 mod log;
 mod lossy_writer;
 mod output;

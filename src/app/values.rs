@@ -143,19 +143,34 @@ pub(super) fn ports(value: &Value) -> Result<Vec<Port>, String> {
 /// Reads a vsock port.
 fn port(value: &Value) -> Result<Port, String> {
     match value {
-        Value::Number(number) => number
-            .as_u64()
-            .and_then(|number| u32::try_from(number).ok())
-            .map(Port)
-            .ok_or_else(|| {
-                let largest = u32::MAX;
-                format!("{number} is no vsock port: those are 0 to {largest}")
-            }),
-        Value::String(text) => text
-            .parse()
-            .map_err(|e: crate::address::PortError| e.to_string()),
+        Value::Number(number) => {
+            let number = number.as_u64().and_then(|it| u32::try_from(it).ok());
+            let port = number.ok_or_else(|| no_port(value))?;
+            some_port(Port(port))
+        }
+        Value::String(text) => parse_port(text),
         other => Err(wants(other, "a port: 80 or \"0x50\"")),
     }
+}
+
+/// Reads a vsock port, decimal or in hex.
+pub(super) fn parse_port(text: &str) -> Result<Port, String> {
+    let port = text.parse::<Port>().map_err(|e| e.to_string())?;
+    some_port(port)
+}
+
+/// Refuses the two numbers at which nobody means to listen: 0, and the one that has a system choose
+/// (`VMADDR_PORT_ANY`).
+fn some_port(port: Port) -> Result<Port, String> {
+    match port.0 {
+        0 | u32::MAX => Err(no_port(port.0)),
+        _ => Ok(port),
+    }
+}
+
+fn no_port(number: impl std::fmt::Display) -> String {
+    let largest = u32::MAX - 1;
+    format!("port {number} is no vsock port to listen on: those are 1 to {largest}")
 }
 
 /// Reads permissions: a string, for a bare 600 is another number than it looks like.

@@ -380,6 +380,12 @@ pub(crate) fn refused_by_eof(address: &Address) -> Error {
     }
 }
 
+/// Returns the error of a dial whose VM has ended before its guest has answered.
+pub(crate) fn vm_has_ended(address: &Address) -> Error {
+    let cause = io::Error::new(io::ErrorKind::ConnectionReset, "its VM has ended");
+    Error::new(Operation::Connect, address, cause).with_remedy("start it again")
+}
+
 /// Returns whether a connect was ended before the line that says where it leads: a hyperkit device
 /// that has no slot left does that.
 pub(crate) fn is_hung_up(address: &Address, cause: &io::Error) -> bool {

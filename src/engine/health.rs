@@ -17,6 +17,8 @@ use crate::sys::Identity;
 pub(crate) enum News {
     /// The target is gone, or was never seen.
     Down { was_up: bool },
+    /// The target is there for the first time, after it was seen to be absent.
+    Appeared,
     /// The target is back, after so long a time.
     Up(Duration),
     /// The target was restarted, and its absence was not noticed.
@@ -50,6 +52,20 @@ pub(crate) enum VmIdentity {
     /// It was reached by its CID, which does not tell one VM from the next.
     #[cfg_attr(not(unix), allow(dead_code))]
     Cid,
+}
+
+/// What a look at a VM from outside has found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct VmLook {
+    /// The VM's identity; `None` if there is no VM, or only the socket file that one has left
+    /// behind.
+    pub(crate) identity: Option<VmIdentity>,
+    /// Whether a process has the VM's socket.
+    pub(crate) is_alive: bool,
+    /// The process that its pid file names, if that lives.
+    pub(crate) process: Option<i32>,
+    /// Whether that process is stopped, as far as the system tells.
+    pub(crate) is_stopped: bool,
 }
 
 /// What is known of the target.
@@ -151,12 +167,15 @@ impl Health {
     /// Marks the target up after a dial that found it.
     pub(crate) fn mark_up(&mut self, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.state, State::Up);
-        self.was_up = true;
+        let was_up = std::mem::replace(&mut self.was_up, true);
         match before {
             State::Down { since, .. } => {
                 self.reported_before_seen = true;
                 self.returned_at = Some(now);
-                Some(News::Up(now.saturating_duration_since(since)))
+                Some(match was_up {
+                    true => News::Up(now.saturating_duration_since(since)),
+                    false => News::Appeared,
+                })
             }
             State::Unknown | State::Up => None,
         }
@@ -237,6 +256,15 @@ impl Health {
         }
     }
 
+    /// Notes that a process has the target's socket. That it is the target's own is known only
+    /// until something else was found.
+    pub(crate) fn note_listener(&mut self, now: Instant) -> Option<News> {
+        match self.state {
+            State::Unknown => self.mark_up(now),
+            State::Up | State::Down { .. } => None,
+        }
+    }
+
     /// Returns whether the target is up, or `None` if nothing is known.
     pub(crate) fn is_up(&self) -> Option<bool> {
         match self.state {
@@ -246,9 +274,10 @@ impl Health {
         }
     }
 
+    /// Returns the time since which the target is gone; `None` if it was never there.
     pub(crate) fn gone_since(&self) -> Option<SystemTime> {
         match self.state {
-            State::Down { at, .. } => Some(at),
+            State::Down { at, .. } => Some(at).filter(|_| self.was_up),
             State::Unknown | State::Up => None,
         }
     }
@@ -267,18 +296,19 @@ pub(crate) fn log_change(
 ) {
     match news {
         News::Down { was_up } => {
-            let what = match was_up {
-                true => "is gone",
-                false => "is not there",
+            let (what, until) = match was_up {
+                true => ("is gone", "it is back"),
+                false => ("is not there", "it is"),
             };
             let why = error.map_or_else(String::new, |error| format!(": {error}"));
             match (forwards.refusing, forwards.holding) {
                 (0, 0) => warn!("{subject} {what}{why}"),
-                (_, 0) => warn!("{subject} {what}{why}; clients are refused until it is back"),
-                (0, _) => warn!("{subject} {what}{why}; clients are held until it is back"),
-                _ => warn!("{subject} {what}{why}; clients are refused or held until it is back"),
+                (_, 0) => warn!("{subject} {what}{why}; clients are refused until {until}"),
+                (0, _) => warn!("{subject} {what}{why}; clients are held until {until}"),
+                _ => warn!("{subject} {what}{why}; clients are refused or held until {until}"),
             }
         }
+        News::Appeared => info!("{subject} is there"),
         News::Up(after) => {
             let seconds = after.as_secs_f64();
             info!("{subject} is back after {seconds:.1} s");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::address::{Address, AnyVm};
 use crate::engine::proxy_header::ProxyProtocol;
 use crate::engine::relay::Side;
-use crate::engine::source::Source;
+use crate::engine::source::{Source, may_come};
 use crate::listener::{DEFAULT_MODE, FileAccess};
 use crate::name::SocketName;
 
@@ -101,7 +101,7 @@ impl Rule {
 
     /// Returns whether a client of that name may come.
     pub(crate) fn admits(&self, client: &SocketName) -> bool {
-        self.from.is_empty() || self.from.iter().any(|source| source.includes(client))
+        may_come(&self.from, client)
     }
 
     /// Returns the VM of a side: the one that is dialled, or the one whose guest dials.

@@ -58,6 +58,11 @@ impl Source {
     }
 }
 
+/// Returns whether a client of that name may come: every one may where no source is named.
+pub(crate) fn may_come(from: &[Source], client: &SocketName) -> bool {
+    from.is_empty() || from.iter().any(|source| source.includes(client))
+}
+
 impl From<IpAddr> for Source {
     fn from(address: IpAddr) -> Source {
         let address = address.to_canonical();

@@ -209,7 +209,7 @@ pub struct VmStatus {
     /// Whether the VM runs, as far as its sockets, its process and its answers to dials tell. `None`
     /// while nothing is known.
     pub up: Option<bool>,
-    /// The time since which the VM is known to be gone.
+    /// The time since which the VM is known to be gone. `None` if it was never there.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix_option"))]
     pub gone_since: Option<SystemTime>,
     /// How often the VM was restarted since the proxy has known it.

@@ -21,7 +21,7 @@ use crate::stream::endpoint::Endpoint;
 
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
-use crate::engine::health::VmIdentity;
+use crate::engine::health::{VmIdentity, VmLook};
 use crate::engine::id::ForwardId;
 use crate::engine::rule::Rule;
 use crate::stream::peer_names::ListenerName;
@@ -68,13 +68,7 @@ pub(crate) enum Event<S, L> {
     /// The relay threads that were started with this token have closed their streams.
     ThreadsEnded { token: usize, result: ThreadsResult },
     /// A look at a VM from outside has this result.
-    VmSeen {
-        gate: Arc<Gate>,
-        identity: Option<VmIdentity>,
-        process: Option<i32>,
-        /// Whether that process is stopped, as far as the system tells.
-        is_stopped: bool,
-    },
+    VmSeen { gate: Arc<Gate>, look: VmLook },
     /// A look at a VM has failed, and says nothing about it.
     LookFailed { gate: Arc<Gate> },
     /// A listener's file was checked, or its address was bound again, with this result.

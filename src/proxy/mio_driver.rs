@@ -41,7 +41,7 @@ use super::housekeeper::Housekeeper;
 use super::relay_threads::{RelayThreads, Reporter};
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
-use crate::engine::health::VmIdentity;
+use crate::engine::health::{VmIdentity, VmLook};
 use crate::engine::rule::Rule;
 use crate::stream::peer_names::ListenerName;
 
@@ -278,11 +278,51 @@ fn identity_of_hyperkit(vm: &HyperkitVm) -> Option<VmIdentity> {
     })
 }
 
-/// Returns the current identity of a VM, or `None` if there is none.
-fn identity_of_vm(vm: &AnyVm) -> Option<VmIdentity> {
+/// Looks at a VM from outside, without a connection to its socket.
+fn look_at(vm: &AnyVm) -> VmLook {
+    let mut look = match vm {
+        AnyVm::Hyperkit(vm) => look_at_socket(&vm.connect_path(), || identity_of_hyperkit(vm)),
+        AnyVm::VsockMux(path) => look_at_socket(path, || identity_of_socket(path)),
+        other => VmLook {
+            identity: identity_of_cid(other),
+            ..VmLook::default()
+        },
+    };
+    if let AnyVm::Hyperkit(vm) = vm {
+        look.process = hyperkit::running_pid(&vm.state_dir);
+        look.is_stopped = look.process.is_some_and(sys::process_is_stopped);
+    }
+    look
+}
+
+/// Looks at the socket by which a VM is dialled. A VM that was killed leaves the file behind, so
+/// the kernel is asked whether a process has the socket, which the VMM doesn't notice.
+#[cfg(unix)]
+fn look_at_socket(path: &Path, identity: impl FnOnce() -> Option<VmIdentity>) -> VmLook {
+    let is_alive = sys::is_socket_alive(path);
+    let identity = match is_alive {
+        Ok(false) => None,
+        // What can't be asked says nothing.
+        Ok(true) | Err(_) => identity(),
+    };
+    VmLook {
+        identity,
+        is_alive: is_alive.unwrap_or(false),
+        ..VmLook::default()
+    }
+}
+
+#[cfg(not(unix))]
+fn look_at_socket(_: &Path, identity: impl FnOnce() -> Option<VmIdentity>) -> VmLook {
+    VmLook {
+        identity: identity(),
+        ..VmLook::default()
+    }
+}
+
+/// Returns the identity of a VM that is reached by its CID, or `None` if there is none.
+fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
     match vm {
-        AnyVm::Hyperkit(vm) => identity_of_hyperkit(vm),
-        AnyVm::VsockMux(path) => identity_of_socket(path),
         #[cfg(unix)]
         AnyVm::Vsock(cid) => {
             let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
@@ -292,9 +332,7 @@ fn identity_of_vm(vm: &AnyVm) -> Option<VmIdentity> {
                 _ => Some(VmIdentity::Cid),
             }
         }
-        #[cfg(not(unix))]
-        AnyVm::Vsock(_) => None,
-        AnyVm::Hvsock(_) => None,
+        _ => None,
     }
 }
 
@@ -722,21 +760,12 @@ impl Driver for MioDriver {
             gate: Arc::clone(&gate),
         };
         self.ask_housekeeper(&directory, failure, move || {
-            let vm = gate.vm();
-            let mut process = None;
-            if let AnyVm::Hyperkit(vm) = vm {
-                #[cfg(unix)]
-                if let Some(keeper) = keeper {
-                    keeper.look_after(&vm.state_dir);
-                }
-                process = hyperkit::running_pid(&vm.state_dir);
+            #[cfg(unix)]
+            if let (AnyVm::Hyperkit(vm), Some(keeper)) = (gate.vm(), keeper) {
+                keeper.look_after(&vm.state_dir);
             }
-            Event::VmSeen {
-                identity: identity_of_vm(vm),
-                process,
-                is_stopped: process.is_some_and(sys::process_is_stopped),
-                gate,
-            }
+            let look = look_at(gate.vm());
+            Event::VmSeen { gate, look }
         });
     }
 

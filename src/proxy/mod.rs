@@ -90,6 +90,8 @@ pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};
 pub use crate::engine::proxy_header::ProxyProtocol;
 pub use crate::engine::rule::{Limits, Rule, Timeouts, VmLimits};
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use crate::engine::source::may_come;
 pub use crate::engine::source::{Source, SourceError};
 pub use crate::engine::status::{
     CarriedBytes, ConnectionState, ConnectionStatus, ForwardState, ForwardStatus, LastError,

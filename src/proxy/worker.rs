@@ -206,15 +206,10 @@ impl<D: Driver> Worker<D> {
                     self.listeners.latch(token);
                 }
             }
-            Event::VmSeen {
-                gate,
-                identity,
-                process,
-                is_stopped,
-            } => {
-                gate.take_look(identity, process, now);
+            Event::VmSeen { gate, look } => {
+                gate.take_look(&look, now);
                 if self.phase == Phase::Running
-                    && gate.check_silence(is_stopped, now) == SilenceCheck::ProbeWanted
+                    && gate.check_silence(look.is_stopped, now) == SilenceCheck::ProbeWanted
                 {
                     call!(self.connections.probe_silent_vm(&gate), now);
                 }

@@ -8,8 +8,9 @@ use super::console::{complain, say};
 use super::summary::tried_again;
 use crate::address::{Address, TcpAddress};
 use crate::app::control::{self, Actions, Bound, Control, Place, Unavailable};
+use crate::app::guest_control::{self, GuestControl};
 use crate::app::values::{at_home, metrics};
-use crate::proxy::{Proxy, ProxyConfig};
+use crate::proxy::{Proxy, ProxyConfig, Source};
 
 /// How a proxy that runs can be looked at and changed.
 #[derive(Args, Clone, Debug)]
@@ -23,6 +24,13 @@ pub(super) struct ControlOptions {
     /// at a Unix socket (/run/metrics.sock), or to guests at vsock://:PORT
     #[arg(long, value_name = "[ADDR:]PORT|ADDRESS", value_parser = parse_metrics)]
     metrics: Option<Address>,
+    /// Let guests do at vsock://:PORT what the control socket does, but for ending it: they may forward to any address
+    /// that this user reaches [default: they may not]
+    #[arg(long, value_name = "ADDRESS", value_parser = guest_control::parse_address)]
+    guest_control: Option<Address>,
+    /// CIDs of the guests that may; others are refused [default: every guest may]
+    #[arg(long, value_name = "CID", value_delimiter = ',', requires = "guest_control", value_parser = guest_control::parse_source)]
+    guest_control_from: Vec<Source>,
     /// Let forwards to programs (exec:/PROGRAM) be added by the control socket, too
     #[arg(long)]
     allow_exec: bool,
@@ -40,12 +48,16 @@ impl ControlOptions {
             None => Place::Own,
             Some(place) => place.unwrap_or_else(|| Place::At(control::default_path())),
         };
-        if control == Place::Nowhere && self.metrics.is_none() {
+        let guest_control = self.guest_control.clone().map(|address| GuestControl {
+            address,
+            from: self.guest_control_from.clone(),
+        });
+        if control == Place::Nowhere && self.metrics.is_none() && guest_control.is_none() {
             return None;
         }
         Some(control::Options {
             control,
-            guest_control: None,
+            guest_control,
             metrics: self.metrics.clone(),
             unavailable,
         })

@@ -16,6 +16,7 @@ use crate::app::answering::find_control_of;
 use crate::app::doctor::Asked;
 use crate::app::doctor::{Check, Plan, Verdict, examine};
 use crate::app::escape;
+use crate::app::values::parse_port;
 
 /// Look at all that can be wrong on the way to a VM, and say what to do about it
 #[derive(Args, Debug)]
@@ -34,10 +35,10 @@ pub(super) struct Doctor {
     #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
     vm: Option<String>,
     /// A vsock port on which a program in the guest should listen
-    #[arg(long, value_name = "PORT", requires = "vm")]
+    #[arg(long, value_name = "PORT", requires = "vm", value_parser = parse_port)]
     port: Vec<Port>,
     /// A port that the guest dials, on which something here should listen (on Windows: that should be registered)
-    #[arg(long, value_name = "PORT", requires = "vm")]
+    #[arg(long, value_name = "PORT", requires = "vm", value_parser = parse_port)]
     host_port: Vec<Port>,
     /// Seconds that the guest may take to answer
     #[cfg(unix)]

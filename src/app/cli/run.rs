@@ -88,12 +88,7 @@ impl Check {
     pub(super) fn run(self) -> Outcome {
         let (config, wanted) =
             Config::read(&self.file, &Places::from_env()).map_err(|e| show(&e))?;
-        list(wanted.notes.iter().map(|it| it.line_of(&self.file)));
-        let needs = Problems::new(&self.file, config.needs(&wanted));
-        if needs.has_mistakes() {
-            return Err(show(&needs));
-        }
-        list(needs.lines());
+        list(Problems::new(&self.file, wanted.notes).lines());
         let vms = config.vms_of_forwards();
         for rule in &wanted.rules {
             let name = rule.name.as_deref().unwrap_or_default();

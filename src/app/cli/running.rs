@@ -11,6 +11,7 @@ use crate::address::{Address, AnyVm, HyperkitVm};
 use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, Wanted, display_name};
 #[cfg(unix)]
 use crate::app::control;
+use crate::app::guest_control::GuestControl;
 #[cfg(unix)]
 use crate::app::rule::RuleOptions;
 use crate::hyperkit::Places;
@@ -409,6 +410,8 @@ impl Running {
                 .settings
                 .push(format!("access-log = {}", new.access_log));
         }
+        let address_of = |it: &Option<GuestControl>| it.as_ref().map(|it| it.address.clone());
+        let sources_of = |it: &Option<GuestControl>| it.as_ref().map(|it| it.from.clone());
         // That waits for a hand-over, after which another process carries what the file said before.
         if self.handle().is_stopping() {
             return Err(stopping());
@@ -418,7 +421,14 @@ impl Running {
             ("splice", old.splice == new.splice),
             ("exit-idle", old.exit_idle == new.exit_idle),
             ("control", old.control == new.control),
-            ("guest-control", old.guest_control == new.guest_control),
+            (
+                "guest-control",
+                address_of(&old.guest_control) == address_of(&new.guest_control),
+            ),
+            (
+                "guest-control-from",
+                sources_of(&old.guest_control) == sources_of(&new.guest_control),
+            ),
             ("metrics", old.metrics == new.metrics),
         ] {
             if !same {

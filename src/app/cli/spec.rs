@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use crate::address::{Address, Port};
-use crate::app::values::{expand_ports, local_address};
+use crate::app::values::{expand_ports, local_address, parse_port};
 
 /// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,9 +98,8 @@ pub(super) struct Remote {
 
 impl Local {
     fn of(listen: &str, port: &str) -> Result<Local, String> {
-        let guest_port: Port = port
-            .parse()
-            .map_err(|e| format!("the guest's {e}; a right one: 8080:80"))?;
+        let guest_port =
+            parse_port(port).map_err(|e| format!("the guest's {e}; a right one: 8080:80"))?;
         if let Some((host, _)) = listen.split_once(':')
             && !host.is_empty()
             && host.chars().all(|c| c.is_ascii_digit())
@@ -120,15 +119,22 @@ impl Local {
                 guest_port.0
             ));
         }
-        let listen = local_address(listen)?;
+        let listen = local_address(listen).map_err(|why| {
+            // What is read as the guest's port was that of an address.
+            match local_address(&format!("{listen}:{port}")) {
+                Ok(Address::Tcp(_)) if !listen.ends_with(".sock") => format!(
+                    "the guest's port is missing; write {listen}:{port}:{port}, or {listen}:0:{port} for a free port of the host"
+                ),
+                _ => why,
+            }
+        })?;
         Ok(Local { listen, guest_port })
     }
 }
 
 impl Remote {
     fn of(port: &str, target: &str) -> Result<Remote, String> {
-        let host_port = port
-            .parse()
+        let host_port = parse_port(port)
             .map_err(|e| format!("the host's {e}; a right one: 5000:127.0.0.1:8080"))?;
         if let Some((host, last)) = target.split_once(':')
             && !host.is_empty()
@@ -241,6 +247,14 @@ mod tests {
             ("8080", "write 8080:8080, or 0:8080 for a free port"),
             ("/run/s", "guest's port is missing"),
             ("[::1]:8080", "write [::1]:8080:8080"),
+            ("tcp6://[::1]:8080", "write tcp6://[::1]:8080:8080"),
+            (
+                "tcp4://*:8080",
+                "write tcp4://*:8080:8080, or tcp4://*:0:8080",
+            ),
+            ("localhost:8080", "write localhost:8080:8080"),
+            ("8080:0", "port 0 is no vsock port to listen on"),
+            ("8080:4294967295", "those are 1 to 4294967294"),
             ("8080:80/udp", "there is no UDP"),
             ("53/udp:53", "there is no UDP"),
             ("8080:80/tcp", "write 80"),
@@ -254,7 +268,7 @@ mod tests {
             ("8080:80:90", "no host on the vsock side"),
             ("tcp:8080:80", "tcp://"),
             ("web.sock:80", "./web.sock"),
-            ("web:80", "a right one: 8080"),
+            ("web:80", "write web:80:80, or web:0:80"),
             ("::1:8080:80", "["),
         ] {
             let error = local(text).unwrap_err();
@@ -265,6 +279,7 @@ mod tests {
             ("5000:80/udp", "there is no UDP"),
             ("x:80", "host's port"),
             ("5000:0", "port 0"),
+            ("0:80", "the host's port 0 is no vsock port"),
             ("5000:19:80", "write 5000:80 or 5000:127.0.0.1:80"),
         ] {
             let error = remote(text).unwrap_err();

@@ -50,8 +50,8 @@ pub(super) struct Read {
     pub(super) listen_line: Line,
     /// Where it listens, as far as that are addresses that could be read.
     pub(super) listen: Vec<Address>,
-    /// As it calls its VM.
-    pub(super) vm: Option<String>,
+    /// As it calls its VM, and the line in which it does.
+    pub(super) vm: Option<(String, Line)>,
     /// One, or one for each port of a range; none if it was not whole, which was said then.
     pub(super) forwards: Vec<Forward>,
 }
@@ -69,7 +69,7 @@ impl Forward {
         let connect = section.take("connect", values::addresses);
         let options = section.take_options(defaults);
         let ends = ends(&section);
-        let (listens_at, its_vm) = (listen.clone(), vm.as_ref().map(|(vm, _)| vm.clone()));
+        let (listens_at, its_vm) = (listen.clone(), vm.clone());
         let at = |all: Vec<Address>| all.into_iter().map(End::At).collect::<Vec<End>>();
         let of_vm = |all: Vec<Port>| all.into_iter().map(End::Vm).collect();
         let listen = listen.map(at).or(guest_dials.map(of_vm));

@@ -38,6 +38,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::address::Address;
+use crate::app::guest_control::{self, GuestControl};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::app::vm::VmPlace;
@@ -69,8 +70,8 @@ pub(crate) struct Config {
     pub(crate) access_log: bool,
     /// Where it is controlled from, if anywhere.
     pub(crate) control: Option<PathBuf>,
-    /// Where guests may control it.
-    pub(crate) guest_control: Option<Address>,
+    /// Where guests may control it, and which.
+    pub(crate) guest_control: Option<GuestControl>,
     /// Where it tells of itself.
     pub(crate) metrics: Option<Address>,
     /// For who adds forwards by the control socket.
@@ -97,14 +98,19 @@ fn read_control(value: &Value) -> Result<Option<PathBuf>, String> {
     }
 }
 
-/// Reads where guests may control it.
-fn read_guest_control(value: &Value) -> Result<Address, String> {
-    match values::address(value)? {
-        Address::Vsock(vsock) if !vsock.framing => Ok(Address::Vsock(vsock)),
-        other => Err(format!(
-            "{other} is not a vsock address; a right one: \"vsock://:9101\""
-        )),
+/// Takes where guests may control it, and which.
+fn take_guest_control(root: &mut Section<'_, '_>) -> Option<GuestControl> {
+    const FROM: &str = "guest-control-from";
+    let address = root.take("guest-control", guest_control::read_address);
+    let from = root.take(FROM, guest_control::read_sources);
+    if root.has(FROM) && !root.has("guest-control") {
+        let what = "it says which guests may control it, and guest-control, which says where, is missing; write guest-control = \"vsock://:9101\"";
+        root.complain(Some(FROM), what);
     }
+    Some(GuestControl {
+        address: address?,
+        from: from.unwrap_or_default(),
+    })
 }
 
 /// Returns where the control socket is if the file doesn't say.
@@ -195,10 +201,10 @@ fn read_included(root: &mut Section<'_, '_>, source: &Source, directory: &Path) 
 }
 
 impl Config {
-    /// Reads a file.
+    /// Reads a file, and looks for what it needs.
     ///
     /// # Errors
-    /// All that is wrong with it.
+    /// All that is wrong with it, and what may be: [`Problems`] with a mistake.
     pub(crate) fn read(file: &Path, places: &Places) -> Result<(Config, Wanted), Problems> {
         let text = read_text(file).map_err(|e| Problems::of(file, unreadable(&e)))?;
         let directory = file.parent().unwrap_or(Path::new(""));
@@ -215,22 +221,28 @@ impl Config {
         if text.trim().is_empty() {
             // One that is being written, most often; to carry nothing is nobody's wish.
             source.complain(source.line(0..0), "it is empty; write a [forward.NAME]");
-            return Err(source.problems());
+            return Err(source.take_problems());
         }
-        let Some(table) = parse_table(&source, text) else {
-            return Err(source.problems());
-        };
-        let mut root = Section::root(&source, table.get_ref());
+        let parsed = parse_table(&source, text);
+        let mut root = Section::root(&source, parsed.table.get_ref());
         let exit_idle_line = root.line_of("exit-idle");
         let included = read_included(&mut root, &source, directory);
-        let tables: Vec<_> = included
-            .iter()
-            .filter_map(|it| Some((&it.source, parse_table(&it.source, &it.text)?)))
+        let others = included.iter();
+        let others: Vec<_> = others
+            .map(|it| (&it.source, parse_table(&it.source, &it.text)))
             .collect();
-        let others = tables
-            .iter()
-            .map(|(source, table)| Section::root(source, table.get_ref()));
-        let config = Config::of(root, others);
+        let others_parsed = others.iter();
+        let roots =
+            others_parsed.map(|(source, parsed)| Section::root(source, parsed.table.get_ref()));
+        let config = Config::of(root, roots);
+        if !parsed.is_toml() || others.iter().any(|(_, parsed)| !parsed.is_toml()) {
+            let of_others = included.iter().zip(&others);
+            let mut problems: Vec<Problem> = of_others
+                .flat_map(|(it, (_, parsed))| parsed.sound(it.source.take_problems()))
+                .collect();
+            problems.extend(parsed.sound(source.take_problems()));
+            return Err(problems);
+        }
         let mut wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
         for vm in config.unused_vms() {
             let text = format!(
@@ -247,8 +259,9 @@ impl Config {
             );
             source.note(exit_idle_line, text);
         }
-        let mut problems = source.problems();
-        problems.extend(included.into_iter().flat_map(|it| it.source.problems()));
+        let mut problems = source.take_problems();
+        problems.extend(included.iter().flat_map(|it| it.source.take_problems()));
+        problems.extend(config.needs(&wanted));
         match problems.iter().all(|it| it.weight == Weight::Note) {
             true => {
                 wanted.notes = problems;
@@ -269,7 +282,7 @@ impl Config {
         let splice = root.take("splice", values::yes_or_no);
         let access_log = root.take("access-log", values::yes_or_no);
         let control = root.take("control", read_control);
-        let guest_control = root.take("guest-control", read_guest_control);
+        let guest_control = take_guest_control(&mut root);
         let metrics = root.take("metrics", values::metrics);
         let allow_exec = root.take("allow-exec", values::yes_or_no);
         let mut defaults = RuleOptions::default();
@@ -303,10 +316,11 @@ impl Config {
             }
         }
         let mut known: HashSet<String> = vms.iter().map(|vm| vm.name.clone()).collect();
-        for forward in &forwards {
-            if let Some((vm, line)) = forward.vm()
-                && known.insert(vm.to_owned())
-            {
+        let named = forwards.iter().filter_map(Forward::vm);
+        let named_in_parts = parts.iter().filter_map(|it| it.vm.as_ref());
+        let named = named.chain(named_in_parts.map(|(vm, line)| (vm.as_str(), line)));
+        for (vm, line) in named {
+            if known.insert(vm.to_owned()) {
                 vms.push(Vm::undeclared(vm, line.clone()));
             }
         }
@@ -330,7 +344,8 @@ impl Config {
 
     /// The VMs that have a section, and that no forward names.
     fn unused_vms(&self) -> impl Iterator<Item = &Vm> {
-        let of_parts = self.parts.iter().filter_map(|it| it.vm.as_deref());
+        let of_parts = self.parts.iter();
+        let of_parts = of_parts.filter_map(|it| Some(it.vm.as_ref()?.0.as_str()));
         let of_forwards = self.forwards.iter().filter_map(|it| Some(it.vm()?.0));
         let used: HashSet<&str> = of_parts.chain(of_forwards).collect();
         let unused = move |vm: &&Vm| vm.declared && !used.contains(vm.name.as_str());
@@ -412,7 +427,7 @@ impl Config {
             &self.parts,
             &conflicts::doors(
                 self.control.as_deref(),
-                self.guest_control.as_ref(),
+                self.guest_control.as_ref().map(|it| &it.address),
                 self.metrics.as_ref(),
             ),
             complain,

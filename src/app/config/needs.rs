@@ -72,7 +72,7 @@ pub(crate) fn nearest_directory(path: &Path) -> Option<&Path> {
 
 impl Config {
     /// Returns what is needed and isn't there, as notes; and as mistakes what can never be.
-    pub(crate) fn needs(&self, wanted: &Wanted) -> Vec<Problem> {
+    pub(super) fn needs(&self, wanted: &Wanted) -> Vec<Problem> {
         let mut needs = Needs::default();
         let forwards = self.forwards.iter().map(|it| (it.name.as_str(), it));
         let forwards: HashMap<&str, &Forward> = forwards.collect();

@@ -1,29 +1,79 @@
 //! Parses the text of a file, and says what is no TOML in it.
 
 use std::collections::HashSet;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use toml::Spanned;
 use toml::de::DeTable;
 
+use super::problems::Problem;
 use super::section::Source;
 
 /// What the parser says of a key, or of a section's name, that is there already.
 const DUPLICATE: &str = "duplicate key";
 
+/// A file as far as it could be parsed.
+#[derive(Debug)]
+pub(super) struct Parsed<'t> {
+    pub(super) table: Spanned<DeTable<'t>>,
+    /// The numbers of the lines at which a section begins; what stands before the first is one, too.
+    sections: Vec<usize>,
+    /// The lines with what is no TOML.
+    broken: Vec<RangeInclusive<usize>>,
+    /// How many problems say so; they are the first.
+    told: usize,
+}
+
+impl Parsed<'_> {
+    /// Returns whether all of it is TOML.
+    pub(super) fn is_toml(&self) -> bool {
+        self.broken.is_empty()
+    }
+
+    /// Returns of the problems of a file of which not all is TOML those that hold whatever the rest means:
+    /// what is no TOML, and what was said of sections that are.
+    pub(super) fn sound(&self, mut problems: Vec<Problem>) -> Vec<Problem> {
+        let section = |line: usize| self.sections.partition_point(|first| *first <= line);
+        let is_broken = |at: usize| {
+            let mut broken = self.broken.iter();
+            broken.any(|it| (section(*it.start())..=section(*it.end())).contains(&at))
+        };
+        let of_others = problems.split_off(self.told.min(problems.len()));
+        let of_sound = of_others.into_iter().filter(|problem| {
+            let line = problem.line.as_ref();
+            line.is_none_or(|line| !is_broken(section(line.number)))
+        });
+        problems.extend(of_sound);
+        problems
+    }
+}
+
 /// Parses a file; what is no TOML in it is said.
-pub(super) fn parse_table<'t>(source: &Source, text: &'t str) -> Option<Spanned<DeTable<'t>>> {
+pub(super) fn parse_table<'t>(source: &Source, text: &'t str) -> Parsed<'t> {
     let (table, errors) = DeTable::parse_recoverable(text);
     let mut told = HashSet::new();
+    let mut broken = Vec::new();
+    let line_at = |at: usize| source.line(at..at).number;
     for error in &errors {
         let span = error.span().unwrap_or(0..0);
+        // One that ends with the text may have swallowed any of it.
+        let is_open = text[..span.end.min(text.len())].trim_end() == text.trim_end();
+        broken.push(match is_open && error.message() != DUPLICATE {
+            true => 0..=usize::MAX,
+            false => line_at(span.start)..=line_at(span.end),
+        });
         match error.message() {
             DUPLICATE => say_duplicate(source, text, span, &mut told),
             message => source.complain(source.line(span), format!("this is no TOML: {message}")),
         }
     }
-    // What the rest means can't be known.
-    errors.is_empty().then_some(table)
+    let begins = lines(text).filter(|(_, line)| is_header(line));
+    Parsed {
+        table,
+        sections: begins.map(|(at, _)| line_at(at)).collect(),
+        broken,
+        told: source.count_problems(),
+    }
 }
 
 /// Says of what is there already where it is. Of a section that is, the keys are as well, which is not
@@ -57,6 +107,15 @@ fn say_duplicate(source: &Source, text: &str, span: Range<usize>, told: &mut Has
     let place = place.map(|(at, _)| format!(", in line {}", source.line(at..at)));
     let what = format!("{key} is there already{}", place.unwrap_or_default());
     source.complain(source.line(span), format!("{what}; remove one"));
+}
+
+/// Returns whether a section begins with a line, be its brackets closed or not. A line of an array is told
+/// from it by what names without quotes have not; one that is taken for it makes a section larger.
+fn is_header(line: &str) -> bool {
+    let line = line.split('#').next().unwrap_or(line).trim();
+    line.starts_with('[')
+        && line.contains(char::is_alphanumeric)
+        && !line.contains([',', '"', '\'', '='])
 }
 
 /// Returns the lines of a text, each with where it begins.

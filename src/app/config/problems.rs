@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::app::escape;
+use crate::error::counted;
 
 /// A line of the file, or of one that it includes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,7 +49,11 @@ impl Problem {
         let included = line.and_then(|line| line.included.as_deref());
         let file = display_name(included.unwrap_or(file));
         let number = line.map_or(String::new(), |line| format!("{}:", line.number));
-        let text = format!("{file}:{number} {}", self.text);
+        let kind = match self.weight {
+            Weight::Mistake => "",
+            Weight::Note => "note: ",
+        };
+        let text = format!("{file}:{number} {kind}{}", self.text);
         escape::line(&text).into_owned()
     }
 }
@@ -99,17 +104,11 @@ impl Problems {
         mistakes.count()
     }
 
-    /// Returns whether one of them is a mistake.
-    pub(crate) fn has_mistakes(&self) -> bool {
-        self.mistakes() > 0
-    }
-
     /// Of which file, and how many.
     pub(crate) fn summary(&self) -> String {
-        match self.mistakes() {
-            1 => format!("{}: 1 thing is wrong", display_name(&self.file)),
-            n => format!("{}: {n} things are wrong", display_name(&self.file)),
-        }
+        let (file, mistakes) = (display_name(&self.file), self.mistakes());
+        let is = if mistakes == 1 { "is" } else { "are" };
+        format!("{file}: {} {is} wrong", counted(mistakes as u64, "thing"))
     }
 
     /// Returns each in a line, whatever names the file has.

@@ -60,8 +60,12 @@ impl Source {
             .push(Problem { line, text, weight });
     }
 
-    pub(super) fn problems(self) -> Vec<Problem> {
-        self.problems.into_inner()
+    pub(super) fn count_problems(&self) -> usize {
+        self.problems.borrow().len()
+    }
+
+    pub(super) fn take_problems(&self) -> Vec<Problem> {
+        self.problems.take()
     }
 }
 
@@ -175,6 +179,9 @@ impl<'a, 'i> Section<'a, 'i> {
         };
         let kind = key.get_ref();
         let right = format!("[{kind}.NAME]");
+        if let DeValue::Array(entries) = value.get_ref() {
+            return self.listed(key, entries, &right);
+        }
         let Some(all) = self.section(key, value, format!("[{kind}]"), &right) else {
             return Vec::new();
         };
@@ -191,6 +198,50 @@ impl<'a, 'i> Section<'a, 'i> {
             }
         }
         named
+    }
+
+    /// Says that tables are listed that should be named, as in `[[vm]]`, and takes them all the same: what
+    /// else is wrong with them is to be said, too. Each is named by its key `name`, or by its number.
+    fn listed(
+        &self,
+        key: &Spanned<Cow<'i, str>>,
+        entries: &'a [Spanned<DeValue<'i>>],
+        right: &str,
+    ) -> Vec<(String, Section<'a, 'i>)> {
+        let kind = key.get_ref();
+        let text = format!("[{kind}] is a list; write {right}, and its keys below");
+        self.source.complain(self.source.line(key.span()), text);
+        let mut sections = Vec::new();
+        for (number, entry) in (1..).zip(entries) {
+            let DeValue::Table(table) = entry.get_ref() else {
+                continue;
+            };
+            let name = match table.get("name").map(Spanned::get_ref) {
+                Some(DeValue::String(name)) => name.to_string(),
+                _ => i32::to_string(&number),
+            };
+            let first = table.keys().map(|key| key.span().start).min();
+            let mut known = vec!["name".into()];
+            // One that is named, and stands behind, is in it to TOML.
+            for (inner, value) in table {
+                let name = inner.get_ref();
+                if matches!(value.get_ref(), DeValue::Table(_)) {
+                    known.push(name.to_string().into());
+                    let title = format!("[{kind}.{}]", bare(name));
+                    let section = self.section(inner, value, title, right);
+                    sections.extend(section.map(|it| (name.to_string(), it)));
+                }
+            }
+            let section = Section {
+                source: self.source,
+                title: format!("[[{kind}]] {}", bare(&name)),
+                table,
+                known,
+                line: self.source.line(first.map_or(entry.span(), |at| at..at)),
+            };
+            sections.push((name, section));
+        }
+        sections
     }
 
     fn section(

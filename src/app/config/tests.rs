@@ -18,9 +18,11 @@ fn right(text: &str) -> (Config, Wanted) {
     Config::parse(text, Path::new(""), &places()).unwrap()
 }
 
-/// What is wrong, each with its line.
+/// What is wrong, each with its line, in their order.
 fn wrong(text: &str) -> Vec<(usize, String)> {
-    let list = Config::parse(text, Path::new(""), &places()).unwrap_err();
+    let mut list = Config::parse(text, Path::new(""), &places()).unwrap_err();
+    list.retain(|it| it.weight == Weight::Mistake);
+    list.sort();
     let line = |problem: Problem| (problem.line.unwrap().number, problem.text);
     list.into_iter().map(line).collect()
 }
@@ -97,7 +99,7 @@ fn each_key_has_its_place() {
 }
 
 /// Keys of a forward that can't be so, and part of what is said of each.
-const WRONG: [(&str, &str); 17] = [
+const WRONG: [(&str, &str); 19] = [
     ("connect = 70000", "larger than 65535"),
     ("connect = \"web.sock\"", "./web.sock"),
     ("connect = true", "it is true or false"),
@@ -119,6 +121,11 @@ const WRONG: [(&str, &str); 17] = [
         "to the guest (listen, port)",
     ),
     ("vm = \"/x\"\nport = 4294967296", "no vsock port"),
+    ("vm = \"/x\"\nport = 0", "port 0 is no vsock port"),
+    (
+        "vm = \"/x\"\nport = \"0xffffffff\"",
+        "those are 1 to 4294967294",
+    ),
     ("vm = \"/x\"\nport = \"http\"", "is not a number"),
     ("vm = 3\nport = 1", "a string, in quotes"),
     ("mode = \"600\"", "connect is missing"),
@@ -175,7 +182,6 @@ fn a_table_is_no_value_and_a_value_no_table() {
             "forward.web = 3",
             "[forward.web] is a number; write [forward.NAME]",
         ),
-        ("[[forward]]\nlisten = 3", "[forward] is a list"),
         (
             "defaults = \"x\"",
             "[defaults] is a string; write [defaults]",
@@ -221,6 +227,13 @@ fn vms_are_found_or_told_of() {
         told[0].0 == 2 && told[0].1.contains("cannot find VM \"docker\""),
         "{told:?}"
     );
+    // Whatever else is wrong with a forward that names one.
+    let told = wrong("[forward.a]\nlisten = 0\nvm = \"nosuch\"\nport = \"0xZZ\"\n");
+    let [(3, vm), (4, port)] = &told[..] else {
+        panic!("{told:?}");
+    };
+    assert!(vm.contains("cannot find VM \"nosuch\""), "{vm}");
+    assert!(port.contains("is not a number"), "{port}");
     let told = wrong("[vm.a]\nat = \"/x\"\n[vm.b]\nat = \"/x\"\n");
     assert!(
         told[0].0 == 4 && told[0].1.contains("is the same VM as \"a\""),
@@ -247,6 +260,64 @@ fn vms_are_found_or_told_of() {
         "[vm.a]\nat = \"/x\"\nconnections = 10\n[forward.a]\n{waiting}"
     ));
     assert!(told[0].1.contains("and it has 9 for them"), "{told:?}");
+}
+
+/// What is listed is read all the same.
+#[test]
+fn forwards_without_names_are_told_of_with_all_that_is_wrong_with_them() {
+    let text = "[[forward]]\nlisten = 70000\nconnect = 9\n\n\
+        [[forward]]\nname = \"web\"\nlisten = 1\nport = 0\nvm = \"nosuch\"\n";
+    let told = wrong(text);
+    let [(1, list), (2, listen), (8, port), (9, vm)] = &told[..] else {
+        panic!("{told:?}");
+    };
+    assert!(list.contains("[forward] is a list; write [forward.NAME]"));
+    assert!(listen.starts_with("[[forward]] 1 listen: "), "{listen}");
+    assert!(port.starts_with("[[forward]] web port: "), "{port}");
+    assert!(vm.contains("cannot find VM \"nosuch\""), "{vm}");
+    // To TOML this is one table in the other.
+    let told = wrong("[[forward]]\nlisten = 1\nconnect = 9\n[forward.b]\nlisten = 70000\n");
+    let [(1, _), (4, connect), (5, listen)] = &told[..] else {
+        panic!("{told:?}");
+    };
+    assert!(connect.starts_with("[forward.b]: connect"), "{connect}");
+    assert!(listen.starts_with("[forward.b] listen: "), "{listen}");
+}
+
+#[test]
+fn notes_are_told_beside_mistakes() {
+    let text = "[vm.unused]\nat = \"/nonexistent/vm\"\n[forward.a]\nlisten = 1\n\
+        connect = \"/nonexistent/there/s\"\n[forward.b]\nlisten = 70000\nconnect = 9\n";
+    let mut list = Config::parse(text, Path::new(""), &places()).unwrap_err();
+    list.sort();
+    let told = |weight: Weight| -> Vec<usize> {
+        let its = list.iter().filter(|it| it.weight == weight);
+        its.map(|it| it.line.as_ref().unwrap().number).collect()
+    };
+    assert_eq!(told(Weight::Mistake), [7], "{list:?}");
+    let notes: &[usize] = if cfg!(unix) { &[1, 2, 5] } else { &[1] };
+    assert_eq!(told(Weight::Note), notes, "{list:?}");
+}
+
+/// Where one section can't be read, the others are looked at all the same.
+#[test]
+fn what_is_no_toml_hides_nothing_of_other_sections() {
+    let broken = "[forward.a]\nlisten = \nconnect = 9\ncolour = 3\n";
+    let others = "[forward.b]\nlisten = 70000\nconnect = 9\n[forward.c]\nconnect = 9\n";
+    let lines = |told: &[(usize, String)]| told.iter().map(|it| it.0).collect::<Vec<_>>();
+    let told = wrong(&format!("{broken}{others}"));
+    assert_eq!(lines(&told), [2, 6, 8], "{told:?}");
+    assert!(told[0].1.starts_with("this is no TOML: "), "{told:?}");
+    assert!(told[2].1.contains("listen is missing"), "{told:?}");
+    let told = wrong(&format!("grace = true\n{others}{broken}"));
+    assert_eq!(lines(&told), [1, 3, 5, 8], "{told:?}");
+    // What is there twice.
+    let told = wrong(&format!("[[forward]]\nlisten = 1\n{others}"));
+    assert!(told.iter().any(|(line, _)| *line == 1), "{told:?}");
+    // A text that doesn't end may be all that follows.
+    let told = wrong(&format!("[forward.a]\nlisten = \"\"\"8080\n{others}"));
+    let is_toml = |(_, text): &(usize, String)| !text.starts_with("this is no TOML: ");
+    assert!(!told.iter().any(is_toml), "{told:?}");
 }
 
 #[test]

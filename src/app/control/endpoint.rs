@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::listener::nonblocking::Listener;
 use crate::listener::{self, DEFAULT_MODE};
 use crate::lock::{lock, recover};
+use crate::proxy::Source;
 
 use super::model::Unserved;
 use super::place;
@@ -156,9 +157,19 @@ fn bind(service: Service, address: &Address) -> Result<Listener> {
 pub(super) struct Door {
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) listener: Option<Arc<Listener>>,
+    /// Where clients may come from; from anywhere, if it is empty.
+    pub(super) from: Vec<Source>,
 }
 
 impl Door {
+    /// Returns it, for clients from there alone, if any is named.
+    pub(super) fn admitting(self, from: &[Source]) -> Door {
+        Door {
+            from: from.to_vec(),
+            ..self
+        }
+    }
+
     /// Listens at `address`: nobody is served yet, who connects waits.
     ///
     /// # Errors
@@ -185,6 +196,7 @@ impl Door {
         Door {
             endpoint: Arc::new(endpoint),
             listener: Some(listener),
+            from: Vec::new(),
         }
     }
 
@@ -195,6 +207,7 @@ impl Door {
         Door {
             endpoint: Arc::new(endpoint),
             listener: None,
+            from: Vec::new(),
         }
     }
 }

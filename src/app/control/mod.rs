@@ -38,6 +38,8 @@
 //! link that was changed later), who connects is our own process, and is refused for that. Another proxy of the same
 //! user's can't be told from the user.
 //!
+//! Guests, where they may control it at all, are told by their CIDs, if any is named.
+//!
 //! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two guards is there for them.
 
 mod api;
@@ -60,6 +62,7 @@ use std::sync::Arc;
 use tracing::debug;
 
 use crate::address::Address;
+use crate::app::guest_control::GuestControl;
 use crate::error::Result;
 use crate::proxy::{Handle, Observer};
 
@@ -97,8 +100,8 @@ pub(crate) enum Place {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
     pub(crate) control: Place,
-    /// Where guests may control it.
-    pub(crate) guest_control: Option<Address>,
+    /// Where guests may control it, and which.
+    pub(crate) guest_control: Option<GuestControl>,
     /// Where else the metrics are to be had, and nothing but them, by whoever can connect.
     pub(crate) metrics: Option<Address>,
     pub(crate) unavailable: Unavailable,
@@ -176,19 +179,21 @@ fn open(
             opened => opened?,
         });
     }
+    let of_guests = options.guest_control.as_ref();
+    let metrics = options.metrics.as_ref();
     let others = [
-        (Service::GuestControl, &options.guest_control),
-        (Service::Metrics, &options.metrics),
+        of_guests.map(|it| (Service::GuestControl, &it.address, &it.from[..])),
+        metrics.map(|address| (Service::Metrics, address, &[][..])),
     ];
-    for (service, address) in others {
-        let Some(address) = address else { continue };
+    for (service, address, from) in others.into_iter().flatten() {
         // No forward may lead there: of a port that is yet to be chosen nobody can say so.
         let waits =
             options.unavailable == Unavailable::IsTriedAgain && !address.leaves_port_to_kernel();
-        doors.push(match open(service, address) {
+        let door = match open(service, address) {
             Err(e) if waits => Door::closed(service, address, &e),
             opened => opened?,
-        });
+        };
+        doors.push(door.admitting(from));
     }
     Ok(Bound {
         doors,

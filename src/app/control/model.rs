@@ -535,7 +535,7 @@ impl Vm {
         let silent = silent.map(|since| format!("up, silent for {}", ago(since)));
         let up = match (up, gone_since) {
             (Some(false), Some(since)) => return format!("gone for {}", ago(since)),
-            (Some(false), None) => return "gone".to_owned(),
+            (Some(false), None) => return "not there yet".to_owned(),
             _ if is_paused => "paused (its process is stopped)",
             (Some(true), _) => silent.as_deref().unwrap_or("up"),
             (None, _) => "not known yet",

@@ -20,10 +20,13 @@ use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use crate::address::Address;
+use crate::engine::log_limiter::LogLimiter;
 use crate::error::{Error, Operation, Result};
 use crate::listener::lasting::FileWatch;
 use crate::listener::nonblocking::{Listener, has_client_left, is_broken};
 use crate::lock::{lock, recover};
+use crate::name::SocketName;
+use crate::proxy::{Source, may_come};
 use crate::stream::{Stream, nonblocking};
 use crate::sys;
 
@@ -144,6 +147,10 @@ struct Acceptor {
     listener: Option<Arc<Listener>>,
     api: Arc<Api>,
     clients: Arc<Mutex<Clients>>,
+    /// Where clients may come from; from anywhere, if it is empty.
+    from: Vec<Source>,
+    /// The limiter of the lines about those that come from elsewhere.
+    refusals: LogLimiter,
     /// A stranger, or an error, was told of.
     complained: bool,
     look_at: Instant,
@@ -159,6 +166,8 @@ impl Acceptor {
             listener: door.listener,
             api,
             clients,
+            from: door.from,
+            refusals: LogLimiter::default(),
             complained: false,
             look_at: Instant::now(),
             watch: FileWatch::default(),
@@ -184,7 +193,7 @@ impl Acceptor {
             match came {
                 // Nobody has come.
                 Err(_) => {}
-                Ok(Ok(stream)) => self.let_in(stream),
+                Ok(Ok((stream, peer))) => self.let_in(stream, &peer),
                 Ok(Err(e)) => self.could_not_accept(&e).await,
             }
             self.look_after_file().await;
@@ -257,7 +266,10 @@ impl Acceptor {
         }
     }
 
-    fn let_in(&mut self, stream: nonblocking::Stream) {
+    fn let_in(&mut self, stream: nonblocking::Stream, peer: &SocketName) {
+        if !may_come(&self.from, peer) {
+            return self.refuse_stranger(peer);
+        }
         let stream = match to_tokio(stream, &self.endpoint.address) {
             Ok(stream) => stream,
             Err(e) => return self.complain(format_args!("a client can't be served: {e}")),
@@ -283,6 +295,22 @@ impl Acceptor {
             http::serve(stream, &served, answer).await;
         };
         lock(&self.clients).admit(&client, task);
+    }
+
+    /// Tells of a client that is refused because of where it comes from.
+    fn refuse_stranger(&self, peer: &SocketName) {
+        let client = peer.without_port();
+        let Some(more) = self.refusals.admit(&client, Instant::now()) else {
+            return;
+        };
+        let address = &self.endpoint.address;
+        let more = match more {
+            0 => String::new(),
+            more => format!(" ({more} more since the last line)"),
+        };
+        warn!(
+            "{address}: refused a client: {client} may not control this hvsock: it is not in guest-control-from{more}"
+        );
     }
 
     /// Has a socket's file made again that someone removed.
@@ -321,14 +349,14 @@ impl Acceptor {
     /// Takes in who came to the old socket, and listens on the new one.
     fn replace(&mut self, made: Listener) {
         let old = self.listen_on(made);
-        while let Some(Ok((stream, _))) = old.as_ref().map(|old| old.accept()) {
-            self.let_in(stream);
+        while let Some(Ok((stream, peer))) = old.as_ref().map(|old| old.accept()) {
+            self.let_in(stream, &peer);
         }
     }
 }
 
-/// Waits for a client.
-async fn next_client(listener: &Listener) -> io::Result<nonblocking::Stream> {
+/// Waits for a client, and returns it with its name.
+async fn next_client(listener: &Listener) -> io::Result<(nonblocking::Stream, SocketName)> {
     let sockets = listener.sockets().into_iter();
     let watched: Vec<_> = sockets
         .map(sys::watch_borrowed)
@@ -336,7 +364,7 @@ async fn next_client(listener: &Listener) -> io::Result<nonblocking::Stream> {
     loop {
         let mut ready = sys::any_ready(&watched, Interest::READABLE).await?;
         if let Ok(accepted) = ready.try_io(|_| listener.accept()) {
-            return accepted.map(|(stream, _)| stream);
+            return accepted;
         }
     }
 }
@@ -409,6 +437,28 @@ mod tests {
             let api = Api::new(proxy.handle(), actions, endpoints, Arc::default());
             let server = Server::start(vec![door], api).unwrap();
             (server, proxy, listener, endpoint)
+        }
+
+        /// Whoever comes from elsewhere is told nothing.
+        #[test]
+        fn clients_from_elsewhere_are_refused() {
+            let source = |ip: &str| ip.parse::<Source>().unwrap();
+            for (from, is_let_in) in [
+                (vec![], true),
+                (vec![source("127.0.0.1")], true),
+                (vec![source("127.0.0.2"), Source::cid(1)], false),
+            ] {
+                let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
+                let asked = "tcp://127.0.0.1:0".parse().unwrap();
+                let door = Door::open(Service::Metrics, &asked, Demand::Asked).unwrap();
+                let door = door.admitting(&from);
+                let endpoint = Arc::clone(&door.endpoint);
+                let api = Api::new(proxy.handle(), actions(|| ()), Vec::new(), Arc::default());
+                let _server = Server::start(vec![door], api).unwrap();
+                let answer = scrape(&endpoint.address).unwrap_or_default();
+                assert_eq!(answer.contains("200 OK"), is_let_in, "{from:?}");
+                assert_eq!(answer.is_empty(), !is_let_in, "{answer}");
+            }
         }
 
         fn scrape(address: &Address) -> io::Result<String> {

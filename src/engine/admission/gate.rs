@@ -8,7 +8,7 @@ use crate::address::{AnyVm, SeenBy, VmTraits};
 use crate::error::{Error, plural};
 use crate::lock::lock;
 
-use crate::engine::health::{self, ForwardsTo, Health, News, VmIdentity};
+use crate::engine::health::{self, ForwardsTo, Health, News, VmIdentity, VmLook};
 use crate::engine::status::{VmStatus, wall_time};
 use crate::sys;
 
@@ -328,18 +328,22 @@ impl Gate {
     }
 
     /// Takes the result of a look at the VM.
-    pub(crate) fn take_look(&self, vm: Option<VmIdentity>, process: Option<i32>, now: Instant) {
+    pub(crate) fn take_look(&self, look: &VmLook, now: Instant) {
         let mut state = self.state();
         state.is_looking = false;
         // A dial has told the identity since, and what the look saw may be older.
         if state.identified_at > state.looked_at {
             return;
         }
-        let news = match vm {
+        let news = match look.identity {
             Some(VmIdentity::Cid) => state.health.mark_up(now),
             Some(vm) => {
                 let news = self.note_identity(&mut state, vm, now);
-                news.or(state.health.note_process(process, now))
+                let news = news.or(state.health.note_process(look.process, now));
+                match look.is_alive {
+                    true => news.or(state.health.note_listener(now)),
+                    false => news,
+                }
             }
             None => state.health.note_absence(now),
         };
@@ -378,7 +382,7 @@ impl Gate {
         self.forget_vm(&mut self.state());
     }
 
-    fn forget_vm(&self, state: &mut State) {
+    pub(super) fn forget_vm(&self, state: &mut State) {
         state.epoch += 1;
         self.heard.forget();
         state.quotas.clear();

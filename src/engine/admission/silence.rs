@@ -108,7 +108,7 @@ mod tests {
     use super::super::{Admission, GateLimits, Slot, SlotWake};
     use super::*;
     use crate::address::HyperkitVm;
-    use crate::engine::health::VmIdentity;
+    use crate::engine::health::{VmIdentity, VmLook};
     use crate::engine::id::ForwardId;
     use crate::sys::Identity;
 
@@ -227,7 +227,13 @@ mod tests {
         assert!(is_silent(&gate, at(30)));
         // Another VM knows nothing of it.
         assert!(gate.begin_look(at(31), SECOND));
-        gate.take_look(identity(2), None, at(31));
+        gate.take_look(
+            &VmLook {
+                identity: identity(2),
+                ..VmLook::default()
+            },
+            at(31),
+        );
         gate.check_silence(false, at(31));
         assert!(!is_silent(&gate, at(31)));
     }

@@ -112,6 +112,17 @@ impl Slot {
         }
     }
 
+    /// Notes that the process of the VM that got the dial has ended.
+    pub(crate) fn note_vm_end(&self, now: Instant) {
+        let mut state = self.gate.state();
+        if state.epoch == self.epoch {
+            let news = state.health.mark_down(now);
+            self.gate.forget_vm(&mut state);
+            drop(state);
+            self.gate.log_change(news, None);
+        }
+    }
+
     /// Notes that the connection is drained, and its guest goes on sending.
     pub(crate) fn note_drain(&mut self) {
         let mut state = self.gate.state();

@@ -8,8 +8,7 @@ use super::gate::{BURST, INTERVAL, LONGEST_PATIENCE, LOST_PROBES, PROBE_PATIENCE
 use super::quotas::{Holder, ReachedLimit};
 use super::*;
 use crate::address::{AnyVm, HyperkitVm};
-#[cfg(unix)]
-use crate::engine::health::VmIdentity;
+use crate::engine::health::{VmIdentity, VmLook};
 use crate::engine::id::ForwardId;
 use crate::engine::rule::WhileDown;
 
@@ -20,6 +19,13 @@ fn gate(live: usize, unanswered: u64) -> Arc<Gate> {
         GateLimits { live, unanswered },
         HyperkitVm::new("/tmp/vm").into(),
     ))
+}
+
+fn look(identity: Option<VmIdentity>) -> VmLook {
+    VmLook {
+        identity,
+        ..VmLook::default()
+    }
 }
 
 fn go(gate: &Arc<Gate>, now: Instant) -> Slot {
@@ -212,7 +218,7 @@ fn a_new_vm_starts_afresh_and_old_slots_do_not_count() {
         Admission::Full(Full::Live { cap: 1, lost: 0 })
     ));
     assert!(gate.begin_look(now, Duration::ZERO));
-    gate.take_look(two, None, now);
+    gate.take_look(&look(two), now);
     let Admission::Go(mut new) = gate.admit(ONE, now) else {
         panic!()
     };
@@ -266,11 +272,11 @@ fn a_vm_is_looked_at_once_at_a_time() {
     assert!(matches!(gate.admit(ONE, now + second), Admission::Go(_)));
     let hangs = gate.admit(ONE, now + 3 * second);
     assert!(matches!(hangs, Admission::Full(Full::Hangs)));
-    gate.take_look(None, None, now + 10 * second);
+    gate.take_look(&look(None), now + 10 * second);
     let admission = gate.admit(ONE, now + 10 * second);
     assert!(matches!(admission, Admission::Go(_)));
     assert!(gate.begin_look(now + 10 * second, second));
-    gate.take_look(None, None, now + 10 * second);
+    gate.take_look(&look(None), now + 10 * second);
     assert!(!gate.begin_look(now + 10 * second, second));
     // Nothing is known after a look that failed, and the next one may follow.
     assert!(gate.begin_look(now + 20 * second, second));
@@ -492,7 +498,7 @@ fn a_lost_slot_is_taken_until_the_vm_is_another_one() {
     gate.accept(ONE, None, Instant::now()).slot.lose();
     assert_eq!(gate.lost(), 2);
     assert!(gate.begin_look(now, Duration::ZERO));
-    gate.take_look(two, None, now);
+    gate.take_look(&look(two), now);
     assert_eq!((gate.lost(), gate.live()), (0, 0));
     // What an older VM had lost is not this one's.
     let mut old = dial(two);
@@ -668,7 +674,7 @@ fn a_cid_is_up_or_down_as_its_answers_say() {
         now += second;
         assert!(gate.begin_look(now, second));
         assert!(!gate.begin_look(now, second));
-        gate.take_look(identity, None, now);
+        gate.take_look(&look(identity), now);
         assert_eq!(up(now), Some(identity.is_some()));
     }
     assert!(!gate.begin_look(now + second, second));

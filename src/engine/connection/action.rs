@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
 use crate::engine::admission::Slot;
-use crate::engine::relay::{Pool, Side};
+use crate::engine::relay::Pool;
 use crate::engine::routes::Routes;
 use crate::engine::table::Id;
 use crate::stream::socket::Socket;
@@ -30,9 +30,6 @@ pub(crate) enum Action<S> {
     /// Find out whether the guest has answered this dial; [`super::Connection::step`] is called
     /// once it has.
     Prove,
-    /// Find out whether the process at the other end of that side is ending; the answer goes to
-    /// [`super::Connection::take_peer`].
-    LookAtPeer(Side),
     /// Relay between these two sockets on threads; their end goes to
     /// [`super::Connection::take_threads_end`].
     StartThreads([S; 2]),
@@ -53,7 +50,6 @@ pub(crate) enum Action<S> {
 }
 
 /// What every call of a connection is given.
-#[derive(Debug)]
 pub(crate) struct Context<'a, S: Socket> {
     /// The loop's identifier of the connection.
     pub(crate) id: Id,
@@ -65,6 +61,9 @@ pub(crate) struct Context<'a, S: Socket> {
     pub(crate) pool: &'a mut Pool<S::Pipe>,
     /// The queue of actions, of all connections.
     pub(crate) actions: &'a mut VecDeque<(Id, Action<S>)>,
+    /// Returns whether the process at the other end of a socket is ending or has ended, as far as
+    /// the system tells. The call costs some microseconds.
+    pub(crate) has_peer_ended: &'a mut dyn FnMut(&S) -> bool,
     /// Whether the connection has work left: [`super::Connection::step`] is to be called again,
     /// after the others.
     pub(crate) has_more_work: bool,

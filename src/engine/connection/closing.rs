@@ -176,11 +176,14 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Notes that the guest of that side has answered, if more came than `before`: what was
     /// received, and whether the input had ended.
-    fn note_answer(&self, side: Side, end: &End<S>, before: (u64, bool), now: Instant) {
+    fn note_answer(&self, side: Side, end: &End<S>, before: (u64, bool), cx: &mut Context<'_, S>) {
         if let Some(slot) = self.slots[side].as_ref().filter(|_| side == Side::Server)
             && (end.received(), end.input_ended()) != before
         {
-            slot.note_answer(now);
+            // The end of a VM is no answer of its guest.
+            if end.received() > 0 || !self.has_vm_ended(end, cx) {
+                slot.note_answer(cx.now);
+            }
         }
     }
 
@@ -213,7 +216,7 @@ impl<S: ConnectionSocket> Connection<S> {
     ) -> Step<S> {
         let before = (end.received(), end.input_ended());
         end.discard(cx.pool);
-        self.note_answer(side, &end, before, cx.now);
+        self.note_answer(side, &end, before, cx);
         cx.has_more_work |= end.is_readable();
         let check_at = match end.takes_nothing() {
             true => None,
@@ -255,7 +258,7 @@ impl<S: ConnectionSocket> Connection<S> {
             }
             Reading::Later => false,
         };
-        self.note_answer(side, &end, before, now);
+        self.note_answer(side, &end, before, cx);
         if end.input_ended() {
             self.close_socket(side, end, cx);
             return Step::Closed;

@@ -206,23 +206,13 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Refuses a client that comes from where the rule lets none come from.
     fn refuse_stranger(&mut self, cx: &mut Context<'_, S>) {
-        let client = self.client_without_port();
+        let client = self.peer.name.without_port();
         let cause = io::Error::new(
             io::ErrorKind::PermissionDenied,
             format!("{client} may not come: it is not in the rule's `from`"),
         );
         let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
         self.refuse(&error, RefusalReason::NotAllowed, cx);
-    }
-
-    /// Returns the client's name without what changes from one connection to the next, so that a
-    /// log line about it is limited.
-    pub(super) fn client_without_port(&self) -> String {
-        match self.peer.name {
-            SocketName::Tcp(name) => name.ip().to_canonical().to_string(),
-            SocketName::Vsock(name) => format!("CID {}", name.cid),
-            other => other.to_string(),
-        }
     }
 
     /// Returns whether the target's connections are limited, and there are as many already: a
@@ -479,6 +469,22 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Returns whether the process at the other end of a side is that which the system names.
+    pub(super) fn knows_process(&self, side: Side) -> bool {
+        side == Side::Client || !self.is_inherited
+    }
+
+    /// Returns whether a connection to a VM has ended because its VM has, and notes that.
+    pub(super) fn has_vm_ended(&self, server: &End<S>, cx: &mut Context<'_, S>) -> bool {
+        let has_ended = self.doubts_server()
+            && self.knows_process(Side::Server)
+            && (cx.has_peer_ended)(&server.socket);
+        if has_ended && let Some(slot) = &self.slots[Side::Server] {
+            slot.note_vm_end(cx.now);
+        }
+        has_ended
+    }
+
     pub(super) fn go_on_connecting(&mut self, cx: &mut Context<'_, S>) {
         let State::Connecting { client, .. } = &self.state else {
             return;
@@ -504,6 +510,7 @@ impl<S: ConnectionSocket> Connection<S> {
             Ok(false) => self.wait_for_answers(cx),
             Err(_) if self.return_to_earlier(cx) => {}
             Err(error) => {
+                let mut has_vm_ended = false;
                 if let State::Connecting {
                     client,
                     server,
@@ -513,10 +520,14 @@ impl<S: ConnectionSocket> Connection<S> {
                     if let Some(endpoint) = race.dial.endpoint() {
                         self.note_failed(endpoint, cx);
                     }
+                    has_vm_ended = self.has_vm_ended(&server, cx);
                     self.enter(State::waiting(client, race.dial));
                     cx.request(Action::Discard(server.socket));
                 }
-                self.attempt_failed(error, cx);
+                match has_vm_ended {
+                    true => self.take_vm_end(cx),
+                    false => self.attempt_failed(error, cx),
+                }
             }
         }
     }
@@ -551,10 +562,25 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Takes that the VM has ended before its guest has answered the dial.
+    pub(super) fn take_vm_end(&mut self, cx: &mut Context<'_, S>) {
+        let error = dial::vm_has_ended(&self.forward.rule.connect);
+        self.dial_failed_because(RefusalReason::Absent, error, cx);
+    }
+
     /// Takes the failure of a dial: holds the client until the next dial, or refuses it.
     pub(super) fn dial_failed(&mut self, error: Error, cx: &mut Context<'_, S>) {
-        let now = cx.now;
         let reason = RefusalReason::from_error(&self.forward.rule.connect, &error);
+        self.dial_failed_because(reason, error, cx);
+    }
+
+    fn dial_failed_because(
+        &mut self,
+        reason: RefusalReason,
+        error: Error,
+        cx: &mut Context<'_, S>,
+    ) {
+        let now = cx.now;
         self.forward.note_failed_dial(reason, &error, now);
         let is_ending = cx.phase == Phase::Cutting || self.forward.is_cut();
         if let (Some(retries), State::Waiting { dial, full, .. }) =

@@ -133,14 +133,15 @@ impl<S: ConnectionSocket> Connection<S> {
         let (refused, deadline) = (server.input_ended(), dial.deadline());
         let wait_until = until.map_or(deadline, |until| until.min(deadline));
         let silent = until.is_some_and(|until| cx.now >= until);
-        if (first.is_some() || refused)
+        if refused {
+            return self.take_refusal(cx);
+        }
+        if first.is_some()
             && let Some(slot) = slot
         {
             slot.note_answer(cx.now);
         }
-        if refused {
-            self.take_refusal(cx);
-        } else if answered || first.is_some() {
+        if answered || first.is_some() {
             self.begin_relaying_after(first, Acceptance::Known, cx);
         } else if silent {
             self.begin_relaying(Acceptance::Unknown, cx);
@@ -151,8 +152,9 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Takes the guest's refusal: the client is refused, or held.
+    /// Takes the guest's refusal, or the end of its VM: the client is refused, or held.
     fn take_refusal(&mut self, cx: &mut Context<'_, S>) {
+        let mut has_vm_ended = false;
         if let State::Proving {
             client,
             server,
@@ -160,8 +162,16 @@ impl<S: ConnectionSocket> Connection<S> {
             ..
         } = self.take_state()
         {
+            has_vm_ended = self.has_vm_ended(&server, cx);
+            // The end of the VM says nothing of other dials.
+            if !has_vm_ended && let Some(slot) = &self.slots[Side::Server] {
+                slot.note_answer(cx.now);
+            }
             self.enter(State::waiting(client, dial));
             self.close_socket(Side::Server, server, cx);
+        }
+        if has_vm_ended {
+            return self.take_vm_end(cx);
         }
         let error = self.refused_by_eof();
         self.dial_failed(error, cx);

@@ -91,7 +91,7 @@ impl<S: ConnectionSocket> Connection<S> {
     }
 
     fn refuse_header(&mut self, why: &str, kind: io::ErrorKind, cx: &mut Context<'_, S>) {
-        let proxy = self.client_without_port();
+        let proxy = self.peer.name.without_port();
         let why = format!("no header of the PROXY protocol from {proxy}: {why}");
         let error = Error::new(
             Operation::Accept,

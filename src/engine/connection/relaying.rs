@@ -84,8 +84,7 @@ impl<S: ConnectionSocket> Connection<S> {
             }
             // A VM that dies ends its connections with an EOF. Where the other peer can be told by
             // a reset that its connection broke off, it is.
-            let is_inherited = side == Side::Server && self.is_inherited;
-            if self.forward.needs_graceful_close(side) && !is_inherited {
+            if self.forward.needs_graceful_close(side) && self.knows_process(side) {
                 pair.doubt_end(side);
             }
         }
@@ -95,24 +94,6 @@ impl<S: ConnectionSocket> Connection<S> {
             drain_deadline: None,
         });
         cx.has_more_work = true;
-    }
-
-    /// Takes whether the process at the other end of a side is ending.
-    pub(crate) fn take_peer(&mut self, side: Side, is_ending: bool, cx: &mut Context<'_, S>) {
-        let State::Relaying { pair, .. } = &mut self.state else {
-            return;
-        };
-        if pair.has_doubtful_end(side) {
-            let end = match is_ending && self.forward.can_reset(side.other()) {
-                true => Ending::BrokenOff,
-                false => Ending::Whole,
-            };
-            pair.settle_end(side, end);
-            if is_ending {
-                self.end_because(EndReason::VmGone);
-            }
-            self.relay(cx);
-        }
     }
 
     /// Relays what can be relayed now.
@@ -141,6 +122,23 @@ impl<S: ConnectionSocket> Connection<S> {
             pair.release_half_close(Side::Client);
             turn = pair.turn(cx.pool, BUDGET);
         }
+        let mut has_vm_ended = [false; 2];
+        for side in Side::BOTH {
+            if pair.has_doubtful_end(side) {
+                let end = &pair.ends[side];
+                let has_ended = (cx.has_peer_ended)(&end.socket);
+                let can_tell = end.is_dead() || self.forward.can_reset(side.other());
+                pair.settle_end(
+                    side,
+                    match has_ended && can_tell {
+                        true => Ending::BrokenOff,
+                        false => Ending::Whole,
+                    },
+                );
+                has_vm_ended[side] = has_ended;
+                turn = pair.turn(cx.pool, BUDGET);
+            }
+        }
         let mut moved = false;
         for side in Side::BOTH {
             let delivered = pair.delivered(side);
@@ -152,10 +150,10 @@ impl<S: ConnectionSocket> Connection<S> {
         }
         let seen = activity(pair);
         for side in Side::BOTH {
-            if let Some(slot) = &self.slots[side]
-                && seen[side] != before[side]
-            {
-                slot.note_answer(now);
+            match &self.slots[side] {
+                Some(slot) if has_vm_ended[side] && side == Side::Server => slot.note_vm_end(now),
+                Some(slot) if seen[side] != before[side] => slot.note_answer(now),
+                _ => {}
             }
         }
         if moved {
@@ -164,21 +162,15 @@ impl<S: ConnectionSocket> Connection<S> {
         if pair.is_half_closed() {
             self.idle.note_half_close(now);
         }
-        let ended = Side::BOTH.map(|side| how_ended(&pair.ends[side]));
-        let mut awaits_peer = false;
-        for side in Side::BOTH {
-            if pair.has_doubtful_end(side) {
-                cx.request(Action::LookAtPeer(side));
-                awaits_peer = true;
-            }
+        if has_vm_ended.contains(&true) {
+            EndReason::VmGone.note(&mut self.why);
         }
+        let ended = Side::BOTH.map(|side| how_ended(&pair.ends[side]));
         let ended = Side::BOTH.into_iter().zip(ended);
         for (side, how) in ended.filter_map(|(side, how)| Some((side, how?))) {
             reason_of_end(side, how).note(&mut self.why);
         }
         match turn {
-            // Nothing else is decided before the answer is there.
-            _ if awaits_peer => return,
             Turn::Again => return cx.has_more_work = true,
             Turn::Done => return self.close_pair(cx),
             Turn::Wait

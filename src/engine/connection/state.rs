@@ -224,14 +224,6 @@ impl<S: Socket> Connection<S> {
         why.note(&mut self.why);
     }
 
-    /// Returns the socket of a side while the connection is [`Relaying`](State::Relaying).
-    pub(crate) fn socket(&self, side: Side) -> Option<&S> {
-        match &self.state {
-            State::Relaying { pair, .. } => Some(&pair.ends[side].socket),
-            _ => None,
-        }
-    }
-
     /// Requests the close of a side's socket; its slot is given back after that.
     pub(super) fn close_socket(&mut self, side: Side, end: End<S>, cx: &mut Context<'_, S>)
     where

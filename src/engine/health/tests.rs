@@ -12,16 +12,22 @@ fn a_repeated_observation_is_not_reported() {
     assert_eq!(health.is_up(), None);
     let never = Some(News::Down { was_up: false });
     assert_eq!(health.mark_down(start), never);
+    assert_eq!(health.mark_down(later), None);
+    // It was never there.
+    assert_eq!(health.gone_since(), None);
+    assert_eq!(health.mark_up(later), Some(News::Appeared));
+    assert_eq!(health.mark_up(later), None);
+    // A dial that was begun before fails.
+    assert_eq!(health.mark_down(later), None);
+    let gone = later + SETTLE_TIME;
+    assert_eq!(health.mark_down(gone), GONE);
     let since = health.gone_since();
     assert!(since.is_some());
+    let later = gone + Duration::from_secs(3);
     assert_eq!(health.mark_down(later), None);
     assert_eq!(health.gone_since(), since);
     let back = Some(News::Up(Duration::from_secs(3)));
     assert_eq!(health.mark_up(later), back);
-    assert_eq!(health.mark_up(later), None);
-    // A dial that was begun before fails.
-    assert_eq!(health.mark_down(later), None);
-    assert_eq!(health.mark_down(later + SETTLE_TIME), GONE);
 }
 
 #[test]
@@ -43,6 +49,18 @@ fn only_a_process_that_was_alive_marks_the_vm_down_by_its_end() {
     assert_eq!(health.note_process(Some(7), now), None);
     assert_eq!(health.note_process(None, now), GONE);
     assert_eq!(health.note_process(None, now), None);
+}
+
+#[test]
+fn a_listener_tells_only_what_was_not_known() {
+    let mut health = Health::default();
+    let now = Instant::now();
+    assert_eq!(health.note_listener(now), None);
+    assert_eq!(health.is_up(), Some(true));
+    // A process that ends may have its socket for a moment still.
+    assert_eq!(health.mark_down(now), GONE);
+    assert_eq!(health.note_listener(now), None);
+    assert_eq!(health.is_up(), Some(false));
 }
 
 // The identities of two files are needed, which only Unix has.

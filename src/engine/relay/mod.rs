@@ -398,23 +398,22 @@ impl<S: Socket> Pair<S> {
         self.flows[side].is_withheld = false;
     }
 
-    /// Holds back an EOF of `side` until [`settle_end`](Pair::settle_end) says what it means, since
-    /// the family sends the same EOF when its VM dies.
+    /// Has the meaning of the end of `side` asked for, and holds back its EOF until
+    /// [`settle_end`](Pair::settle_end) says it: the end is the same when its VM dies.
     pub(crate) fn doubt_end(&mut self, side: Side) {
         self.flows[side].doubt = true;
     }
 
-    /// Returns whether the EOF of `side` was read, all data before it was delivered, and its
+    /// Returns whether the end of `side` was read, all data before it was delivered, and its
     /// meaning is not known yet.
     pub(crate) fn has_doubtful_end(&self, side: Side) -> bool {
-        let flow = &self.flows[side];
-        flow.doubt
-            && flow.state == State::Open
-            && flow.carrier.is_empty()
-            && self.ends[side].input == Half::Closed
+        let (flow, end) = (&self.flows[side], &self.ends[side]);
+        let has_delivered = flow.state == State::Open && flow.carrier.is_empty();
+        flow.doubt && (end.is_dead() || has_delivered && end.input == Half::Closed)
     }
 
-    /// Sets what the EOF of `side` means: the peer's own end, or a connection that broke off.
+    /// Sets what the end of `side` means: the peer's own, which a failure or a refusal stays, or a
+    /// connection that broke off.
     pub(crate) fn settle_end(&mut self, side: Side, end: Ending) {
         self.flows[side].doubt = false;
         if end == Ending::BrokenOff {

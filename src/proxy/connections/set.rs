@@ -199,6 +199,7 @@ impl<D: Driver> Connections<D> {
             return;
         };
         let timer = connection.wake_at;
+        let driver = &mut *cx.driver;
         let mut to = Context {
             id,
             now: cx.now,
@@ -207,6 +208,7 @@ impl<D: Driver> Connections<D> {
             routes: &cx.shared.routes,
             pool: &mut self.pool,
             actions: &mut self.actions,
+            has_peer_ended: &mut |socket| driver.has_peer_ended(socket),
             has_more_work: false,
         };
         call(connection, &mut to);
@@ -264,11 +266,6 @@ impl<D: Driver> Connections<D> {
                 }
             }
             Action::Prove => self.queue_probe(id, &forward, cx.now),
-            Action::LookAtPeer(side) => {
-                let socket = connection.socket(side);
-                let is_ending = socket.is_some_and(|it| cx.driver.has_peer_ended(it));
-                self.call(id, cx, |it, to| it.take_peer(side, is_ending, to));
-            }
             Action::StartThreads(streams) => {
                 let drain = rule.timeouts.drain;
                 let begun =

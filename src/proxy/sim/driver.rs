@@ -546,12 +546,8 @@ impl Driver for SimDriver {
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
         let gate = Arc::clone(gate);
         self.world.ask_housekeeper(self.worker, move |world| {
-            Some(Event::VmSeen {
-                identity: world.identity_of_vm(gate.vm()),
-                process: world.process_of(gate.vm()),
-                is_stopped: false,
-                gate,
-            })
+            let look = world.look_at_vm(gate.vm());
+            Some(Event::VmSeen { gate, look })
         });
     }
 

@@ -306,7 +306,7 @@ impl Ledger {
         let is_late = patience.is_some_and(|end| now >= end);
         let is_so = match reason {
             RefusalReason::ByTarget => happened(Fate::Refused) || happened(Fate::Ended),
-            RefusalReason::Absent => happened(Fate::Absent) || is_missing(),
+            RefusalReason::Absent => happened(Fate::Absent) || happened(Fate::Died) || is_missing(),
             RefusalReason::DialTimeout => {
                 let is_silent = is_late || happened(Fate::Silent);
                 let fits = !text.contains("has not answered") || self.limits.vm_unanswered < 64;

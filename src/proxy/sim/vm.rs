@@ -18,7 +18,7 @@ use crate::simulate::rules::Strictness;
 
 use super::cast::Service;
 use super::judge::{Candour, Hazard, Role};
-use super::kernel::{ListenerKey, Owner, Place, SocketId};
+use super::kernel::{Fate, ListenerKey, Owner, Place, SocketId};
 use super::stage::{Actor, Stage};
 use super::talk::{Manner, Talk};
 
@@ -290,7 +290,13 @@ impl Vm {
             }
             let mut kernel = stage.kernel();
             kernel.gone.insert(slot.socket);
-            kernel.close(slot.socket);
+            kernel.close_as(
+                slot.socket,
+                match self.plan.is_inherited {
+                    true => Fate::Ended,
+                    false => Fate::Died,
+                },
+            );
         }
     }
 

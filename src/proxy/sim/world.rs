@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use crate::address::AnyVm;
-use crate::engine::health::VmIdentity;
+use crate::engine::health::{VmIdentity, VmLook};
 use crate::proxy::driver::Event;
 use crate::sys::Identity;
 
@@ -240,10 +240,26 @@ impl<S, L> World<S, L> {
         ready.unwrap_or(Duration::MAX)
     }
 
-    pub(super) fn process_of(&self, vm: &AnyVm) -> Option<i32> {
-        match vm {
-            AnyVm::Hyperkit(vm) => self.processes.borrow().get(&vm.state_dir).copied(),
-            _ => None,
+    /// What a look at a VM finds now: of one whose socket nobody has, nothing.
+    pub(super) fn look_at_vm(&self, vm: &AnyVm) -> VmLook {
+        let (path, process) = match vm {
+            AnyVm::Hyperkit(vm) => {
+                let process = self.processes.borrow().get(&vm.state_dir).copied();
+                (vm.connect_path(), process)
+            }
+            AnyVm::VsockMux(path) => (path.clone(), None),
+            other => unreachable!("there is no {other}"),
+        };
+        let is_left = {
+            let kernel = self.kernel();
+            kernel.files.contains_key(&path) && !kernel.listens_at(&path)
+        };
+        let identity = self.identity_of_vm(vm).filter(|_| !is_left);
+        VmLook {
+            identity,
+            is_alive: matches!(identity, Some(VmIdentity::Socket(_))),
+            process,
+            is_stopped: false,
         }
     }
 

@@ -38,7 +38,14 @@ impl Hvsock {
     pub(crate) fn forward(
         arguments: &str,
     ) -> Result<(Hvsock, String), Box<dyn std::error::Error + Send + Sync>> {
-        let hvsock = Hvsock::start(0, &format!("forward {arguments}"))?;
+        Hvsock::start_listening(&format!("forward {arguments}"))
+    }
+
+    /// It with these arguments, once it has said that it listens; where its first forward does.
+    pub(crate) fn start_listening(
+        arguments: &str,
+    ) -> Result<(Hvsock, String), Box<dyn std::error::Error + Send + Sync>> {
+        let hvsock = Hvsock::start(0, arguments)?;
         let listening = || text(&hvsock.out).contains(" -> ");
         if !eventually(Duration::from_secs(5), listening) {
             return Err(format!("it doesn't listen: {}", hvsock.said()).into());

@@ -28,7 +28,7 @@ pub(crate) fn all_loads() -> Outcome {
         "-n 1 --size 64M vsock://local:8100",
         "--bench up --size 32M vsock://local:8100",
         "--bench down --size 32M vsock://local:8100",
-        "--bench rtt --round-trips 2000 vsock://local:8100",
+        "--bench rtt --round-trips 200 vsock://local:8100",
     ] {
         stress(hvsock, words).map_err(|e| format!("{words}: {e}"))?;
     }

@@ -68,6 +68,8 @@ pub(super) enum Fate {
     Refused,
     /// Whoever listens there has ended it: without a byte, or by a reset.
     Ended,
+    /// The process of the VM there has ended without a byte.
+    Died,
     /// There is no answer, or no room.
     Silent,
     /// This process has no descriptor for it.
@@ -294,7 +296,7 @@ impl Kernel {
     }
 
     /// Whether somebody listens behind the file of that path.
-    fn listens_at(&self, path: &Path) -> bool {
+    pub(super) fn listens_at(&self, path: &Path) -> bool {
         let listener = self.files.get(path).and_then(|file| file.listener);
         listener.is_some_and(|key| self.is_listening(key))
     }
@@ -363,7 +365,16 @@ impl Kernel {
 
     /// Closes a listener whose process ends, and with it who waits there.
     pub(super) fn end_listener(&mut self, key: ListenerKey) {
-        self.gone.extend(&self.listeners[key.0].backlog);
+        let listener = &mut self.listeners[key.0];
+        let waiting = std::mem::take(&mut listener.backlog);
+        let fate = match listener.is_inherited {
+            true => Fate::Ended,
+            false => Fate::Died,
+        };
+        self.gone.extend(&waiting);
+        for id in waiting {
+            self.close_as(id, fate);
+        }
         self.close_listener(key);
     }
 

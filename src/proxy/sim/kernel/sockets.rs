@@ -353,6 +353,11 @@ impl Kernel {
 
     /// Closes. What is unread is a reset to the peer, or to that of a Unix socket an error.
     pub(in crate::proxy::sim) fn close(&mut self, id: SocketId) {
+        self.close_as(id, Fate::Ended);
+    }
+
+    /// Closes. If nothing was written, that is what the dial of the proxy has come to.
+    pub(in crate::proxy::sim) fn close_as(&mut self, id: SocketId, fate: Fate) {
         let socket = &mut self.sockets[id.0];
         if socket.state == State::Closed {
             return;
@@ -363,7 +368,7 @@ impl Kernel {
             && socket.written == 0
             && let Some(path) = socket.listener_path.clone()
         {
-            self.note_fate(&Place::Path(path), Fate::Ended);
+            self.note_fate(&Place::Path(path), fate);
         }
         let socket = &mut self.sockets[id.0];
         let unread = !socket.inbox.is_empty();
