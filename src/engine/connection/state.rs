@@ -2,23 +2,23 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::dial::{Dial, Race};
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
-use crate::engine::end_reason::{EndReason, RefusalReason};
+use crate::engine::end_reason::EndReason;
 use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
 use crate::engine::relay::{End, Pair, Readiness, Side};
 use crate::engine::routes::Route;
-use crate::error::Error;
 use crate::name::Peer;
 use crate::stream::socket::Socket;
 
 use super::action::{Action, Context};
 use super::closing_end::Closing;
 use super::idle::Idle;
+use super::retries::Retries;
 use super::socket::ConnectionSocket;
 #[cfg(all(test, target_os = "linux"))]
 use super::transitions;
@@ -128,17 +128,6 @@ impl<S: Socket> State<S> {
             State::Closed => "closed",
         }
     }
-}
-
-/// The retries for a client that is held while its target is absent.
-#[derive(Debug)]
-pub(crate) struct Retries {
-    /// The pause after the next dial.
-    pub(super) pause: Duration,
-    /// The time of the next dial, if none is in progress.
-    pub(crate) redial: Option<Instant>,
-    /// The error of the last dial.
-    pub(super) last: Option<(Error, RefusalReason)>,
 }
 
 /// What is known of a client that comes by way of a proxy.
