@@ -6,18 +6,17 @@ use std::collections::HashMap;
 #[cfg(unix)]
 use std::collections::VecDeque;
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, AnyVm, HyperkitVm};
-use crate::engine::connection::{ConnectionSocket, Progress, ThreadsResult};
+use crate::engine::connection::{Progress, ThreadsResult};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
 #[cfg(unix)]
@@ -25,8 +24,7 @@ use crate::keeper::Link;
 use crate::listener::FileAccess;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
-use crate::lock::lock;
-use crate::name::{PeerProcess, SocketName};
+use crate::name::SocketName;
 use crate::stream::endpoint::{Endpoint, Target};
 use crate::stream::nonblocking::Stream;
 use crate::sys::{self, Identity};
@@ -38,7 +36,9 @@ use super::driver::Lent;
 use super::driver::Wanted;
 use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
+use super::notifier::{Notifier, Report};
 use super::relay_threads::{RelayThreads, Reporter};
+use super::resolver::Resolver;
 use crate::engine::admission::Gate;
 use crate::engine::forward::Forward;
 use crate::engine::health::{VmIdentity, VmLook};
@@ -79,41 +79,13 @@ fn interest() -> Interest {
     both
 }
 
-/// A report of another thread.
-#[derive(Debug)]
-enum Report {
-    /// The result of resolving a name.
-    Found(String, io::Result<Vec<SocketAddr>>),
-    Event(Event<Stream, Listener>),
-}
-
-/// A queue of reports from other threads, which wakes the loop for each.
-#[derive(Debug)]
-struct Notifier {
-    reports: Mutex<Vec<Report>>,
-    waker: Arc<Waker>,
-}
-
-impl Notifier {
-    fn notify(&self, report: Report) {
-        self.reports().push(report);
-        // If the loop can't be woken, it is gone.
-        let _ = self.waker.wake();
-    }
-
-    fn reports(&self) -> MutexGuard<'_, Vec<Report>> {
-        lock(&self.reports)
-    }
-}
-
 /// The driver for real sockets.
 #[derive(Debug)]
 pub(crate) struct MioDriver {
     poll: Poll,
     events: Events,
-    notifier: Arc<Notifier>,
-    /// The names that are being resolved, each with the tokens and ports of those that wait for it.
-    resolving: HashMap<String, Vec<(usize, u16)>>,
+    notifier: Arc<Notifier<Event<Stream, Listener>>>,
+    resolver: Resolver,
     /// The relay threads that have not reported their end.
     relay_threads: HashMap<usize, RelayThreads>,
     adapters: Arc<Adapters>,
@@ -134,14 +106,13 @@ impl MioDriver {
         #[cfg(unix)] keeper: Option<Link>,
     ) -> io::Result<MioDriver> {
         let poll = Poll::new()?;
-        let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+        let waker = Waker::new(poll.registry(), WAKER)?;
         let events = Events::with_capacity(EVENTS);
-        let reports = Mutex::default();
         Ok(MioDriver {
             poll,
             events,
-            notifier: Arc::new(Notifier { reports, waker }),
-            resolving: HashMap::new(),
+            notifier: Arc::new(Notifier::new(waker)),
+            resolver: Resolver::default(),
             relay_threads: HashMap::new(),
             adapters: Arc::default(),
             #[cfg(unix)]
@@ -166,28 +137,14 @@ impl MioDriver {
         let job = move || {
             // The panic was logged.
             let result = catch_unwind(AssertUnwindSafe(job)).unwrap_or(failure);
-            notifier.notify(Report::Event(result));
+            notifier.notify(result);
         };
         self.housekeeper.run(directory, job);
     }
 
     /// Returns the waker, which ends a [`wait`](Driver::wait) from another thread.
     pub(crate) fn waker(&self) -> Arc<Waker> {
-        Arc::clone(&self.notifier.waker)
-    }
-
-    /// Resolves `host` on a thread of its own, since `getaddrinfo` has no form that does not block,
-    /// and a name server that does not answer must not delay other names. There is at most one
-    /// thread per name.
-    fn start_resolver(&self, host: &str) -> io::Result<()> {
-        let notifier = Arc::clone(&self.notifier);
-        let host = host.to_owned();
-        let resolve = move || {
-            let found = (host.as_str(), 0).to_socket_addrs().map(Iterator::collect);
-            notifier.notify(Report::Found(host, found));
-        };
-        let thread = std::thread::Builder::new().name("hvsock-resolver".into());
-        thread.spawn(resolve).map(drop)
+        Arc::clone(self.notifier.waker())
     }
 
     /// Closes a listener at once, so that its clients are refused. Returns its file, which is still
@@ -231,25 +188,6 @@ impl MioDriver {
             });
         }
         count
-    }
-
-    /// Reports the addresses of a name to all that wait for it.
-    fn deliver_addresses(
-        &mut self,
-        host: &str,
-        found: &io::Result<Vec<SocketAddr>>,
-        events: &mut Vec<Event<Stream, Listener>>,
-    ) {
-        for (token, port) in self.resolving.remove(host).unwrap_or_default() {
-            let addresses = match found {
-                Ok(found) => {
-                    let with_port = |address: &SocketAddr| SocketAddr::new(address.ip(), port);
-                    Ok(found.iter().map(with_port).collect())
-                }
-                Err(e) => Err(io::Error::new(e.kind(), e.to_string())),
-            };
-            events.push(Event::Resolved { token, addresses });
-        }
     }
 }
 
@@ -372,7 +310,7 @@ struct ThreadsReporter {
     token: usize,
     forward: Arc<Forward>,
     drain: Duration,
-    notifier: Arc<Notifier>,
+    notifier: Arc<Notifier<Event<Stream, Listener>>>,
 }
 
 impl Reporter for ThreadsReporter {
@@ -387,46 +325,7 @@ impl Reporter for ThreadsReporter {
 
     fn report_end(&self, result: ThreadsResult) {
         let token = self.token;
-        self.notifier
-            .notify(Report::Event(Event::ThreadsEnded { token, result }));
-    }
-}
-
-impl ConnectionSocket for Stream {
-    fn connected(&self) -> io::Result<bool> {
-        Stream::connected(self)
-    }
-
-    fn shutdown_read(&self) {
-        Stream::shutdown_read(self);
-    }
-
-    fn unacknowledged(&self) -> usize {
-        Stream::unacknowledged(self)
-    }
-
-    fn is_guarded(&self) -> bool {
-        Stream::is_guarded(self)
-    }
-
-    fn local_name(&self) -> Option<SocketName> {
-        self.local_addr().ok()
-    }
-
-    fn unix_peer_name(&self) -> Option<Vec<u8>> {
-        self.peer_name()
-    }
-
-    fn peer_process(&self) -> Option<PeerProcess> {
-        Stream::peer_process(self)
-    }
-
-    fn unread(&self) -> Option<u64> {
-        Stream::unread(self)
-    }
-
-    fn is_from_this_process(&self) -> bool {
-        self.is_from_us()
+        self.notifier.notify(Event::ThreadsEnded { token, result });
     }
 }
 
@@ -475,7 +374,7 @@ impl Driver for MioDriver {
         timeout: Option<Duration>,
     ) -> io::Result<()> {
         // As with the inbox, reports may be there although their wake-up was lost.
-        let has_reports = !self.notifier.reports().is_empty();
+        let has_reports = self.notifier.has_reports();
         let timeout = match timeout {
             _ if has_reports => Some(Duration::ZERO),
             timeout => timeout.map(|timeout| timeout.min(LONGEST_WAIT)),
@@ -491,10 +390,14 @@ impl Driver for MioDriver {
             }
             timeout = Some(Duration::ZERO);
         }
-        let reports = std::mem::take(&mut *self.notifier.reports());
-        for report in reports {
+        for report in self.notifier.take_reports() {
             match report {
-                Report::Found(host, found) => self.deliver_addresses(&host, &found, events),
+                Report::Resolved(host, found) => {
+                    let resolved = self.resolver.take_addresses(&host, &found).into_iter();
+                    events.extend(
+                        resolved.map(|(token, addresses)| Event::Resolved { token, addresses }),
+                    );
+                }
                 Report::Event(event) => {
                     if let Event::ThreadsEnded { token, .. } = &event {
                         self.relay_threads.remove(token);
@@ -518,7 +421,7 @@ impl Driver for MioDriver {
                 readable: true,
                 ..Readiness::default()
             };
-            notifier.notify(Report::Event(Event::Ready { token, readiness }));
+            notifier.notify(Event::Ready { token, readiness });
         };
         listener.watch(self.poll.registry(), Token(token), notify)?;
         #[cfg(unix)]
@@ -578,7 +481,7 @@ impl Driver for MioDriver {
         match directory {
             Some(directory) => self.ask_housekeeper(&directory, nothing_found(of), bind_again),
             // Bound at once, since clients are refused until then.
-            None => self.notifier.notify(Report::Event(bind_again())),
+            None => self.notifier.notify(bind_again()),
         }
     }
 
@@ -712,14 +615,7 @@ impl Driver for MioDriver {
     }
 
     fn resolve(&mut self, token: usize, host: &str, port: u16) {
-        if let Some(waiting) = self.resolving.get_mut(host) {
-            waiting.push((token, port));
-            return;
-        }
-        self.resolving.insert(host.to_owned(), vec![(token, port)]);
-        if let Err(e) = self.start_resolver(host) {
-            self.notifier.notify(Report::Found(host.to_owned(), Err(e)));
-        }
+        self.resolver.resolve(token, host, port, &self.notifier);
     }
 
     #[cfg(unix)]
@@ -780,13 +676,12 @@ impl Driver for MioDriver {
                 Target::OnThread => dial::on_thread(&target, &programs),
                 _ => stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking),
             };
-            notifier.notify(Report::Event(Event::Dialled { token, stream }));
+            notifier.notify(Event::Dialled { token, stream });
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());
         if let Err(e) = thread.spawn(dial) {
             let stream = Err(Error::new(Operation::Connect, address, e));
-            self.notifier
-                .notify(Report::Event(Event::Dialled { token, stream }));
+            self.notifier.notify(Event::Dialled { token, stream });
         }
     }
 
