@@ -1,4 +1,4 @@
-//! Reads files that others have written, which may be anything.
+//! Opens files that somebody else has named or written, which may be anything.
 
 use std::fs::{self, File, FileType, Metadata, OpenOptions};
 use std::io::{self, Read};
@@ -15,10 +15,7 @@ pub(crate) const STATE_FILE: u64 = 64 * 1024;
 /// `IsADirectory`; `InvalidInput` if it is no regular file for another reason, or longer; what the
 /// system says.
 pub(crate) fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    // Asked before as well: to open a device may have an effect.
-    check(&fs::metadata(path)?)?;
     let file = open(path)?;
-    check(&file.metadata()?)?;
     // Not what its size says: it may grow, and files of /proc have none.
     let mut bytes = Vec::new();
     file.take(most + 1).read_to_end(&mut bytes)?;
@@ -37,17 +34,68 @@ pub(crate) fn read_text(path: &Path, most: u64) -> io::Result<String> {
     String::from_utf8(read(path, most)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
-/// Opens without waiting: a FIFO's open waits for its other end, some devices' for a line.
-fn open(path: &Path) -> io::Result<File> {
+/// Opens a regular file to be read, links followed, without waiting.
+///
+/// # Errors
+/// `IsADirectory`; `InvalidInput` if it is no regular file for another reason; what the system says.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    // Asked before as well: to open a device may have an effect.
+    check(&fs::metadata(path)?)?;
     let mut options = OpenOptions::new();
     options.read(true);
+    never_wait(&mut options);
+    let file = options.open(path)?;
+    check(&file.metadata()?)?;
+    Ok(file)
+}
+
+/// Opens a file to append to it, and makes it (0600) if there is none. It may be a device, or a FIFO
+/// that somebody reads; a write to it may wait, but the open does not.
+///
+/// # Errors
+/// `IsADirectory`; `InvalidInput` if it is a socket, or a FIFO that nobody reads; what the system
+/// says.
+#[cfg(feature = "cli")]
+pub(crate) fn append(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.append(true).create(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    never_wait(&mut options);
+    let file = options.open(path).map_err(|e| explain(path, e))?;
+    #[cfg(unix)]
+    crate::sys::set_blocking(&file)?;
+    Ok(file)
+}
+
+/// Has an open not wait: a FIFO's open waits for its other end, some devices' for a line.
+#[cfg_attr(not(unix), allow(unused_variables))]
+fn never_wait(options: &mut OpenOptions) {
     #[cfg(unix)]
     {
         use nix::libc::{O_NOCTTY, O_NONBLOCK};
         use std::os::unix::fs::OpenOptionsExt;
         options.custom_flags(O_NONBLOCK | O_NOCTTY);
     }
-    options.open(path)
+}
+
+/// Returns the error of a file that can't be written, with what it is where that is the reason.
+#[cfg(all(unix, feature = "cli"))]
+fn explain(path: &Path, error: io::Error) -> io::Error {
+    use std::os::unix::fs::FileTypeExt;
+    let why = match path.metadata().map(|it| it.file_type()) {
+        Ok(kind) if kind.is_socket() => "it is a socket, not a regular file",
+        Ok(kind) if kind.is_fifo() && error.raw_os_error() == Some(nix::libc::ENXIO) => {
+            "it is a FIFO that nobody reads"
+        }
+        _ => return error,
+    };
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+#[cfg(all(not(unix), feature = "cli"))]
+fn explain(_: &Path, error: io::Error) -> io::Error {
+    error
 }
 
 fn check(metadata: &Metadata) -> io::Result<()> {
@@ -128,5 +176,43 @@ mod tests {
             let error = read_in_time(&at(name)).unwrap_err();
             assert!(error.to_string().contains(why), "{name}: {error}");
         }
+    }
+
+    #[cfg(feature = "cli")]
+    fn append_in_time(path: &Path) -> io::Result<File> {
+        let (tell, hear) = mpsc::channel();
+        let path = path.to_owned();
+        std::thread::spawn(move || tell.send(append(&path)));
+        hear.recv_timeout(Duration::from_secs(20)).unwrap()
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn what_takes_no_lines_now_is_refused_at_once() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+        nix::unistd::mkfifo(&at("fifo"), mode).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        for (name, why) in [
+            ("fifo", "it is a FIFO that nobody reads"),
+            ("socket", "it is a socket, not a regular file"),
+            (".", "directory"),
+        ] {
+            let error = append_in_time(&at(name)).unwrap_err();
+            assert!(error.to_string().contains(why), "{name}: {error}");
+        }
+        // One that is read takes them, and its writer waits when it is full.
+        let _reader = open_both(&at("fifo"));
+        let fifo = append_in_time(&at("fifo")).unwrap();
+        let flags = nix::fcntl::fcntl(&fifo, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+        assert_eq!(flags & nix::libc::O_NONBLOCK, 0);
+        append_in_time(Path::new("/dev/null")).unwrap();
+    }
+
+    #[cfg(feature = "cli")]
+    /// Opens a FIFO as a reader, which its own end for writing keeps from waiting.
+    fn open_both(path: &Path) -> File {
+        File::options().read(true).write(true).open(path).unwrap()
     }
 }

@@ -43,6 +43,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 #[cfg(unix)]
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
 
 use ::mio::event::Source;
 use ::mio::{Interest, Registry, Token};
@@ -58,6 +59,9 @@ use crate::stream::socket::Socket;
 use crate::stream::vsock_mux::Handshake;
 #[cfg(unix)]
 use crate::sys::AsSocket;
+
+/// How long an AF_VSOCK connect may take, as that of [`crate::Stream::connect`].
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A non-blocking stream of any family but AF_HYPERV, for whose sockets no poller can wait.
 ///
@@ -75,7 +79,8 @@ pub struct Stream {
 
 impl Stream {
     /// Begins to connect to `address`. Nothing blocks, whatever the family;
-    /// [`is_connected`](Stream::is_connected) says when it is done.
+    /// [`is_connected`](Stream::is_connected) says when it is done. An AF_VSOCK connect fails after
+    /// 31 s.
     ///
     /// # Errors
     /// `WouldBlock` if the backlog of a Unix socket's listener is full, or all instances of a pipe
@@ -102,7 +107,8 @@ impl Stream {
             }
             Target::NotCarried => return Err(not_carried(Operation::Connect, address)),
         };
-        let inner = nonblocking::Stream::connect(&endpoint).map_err(|e| explain(address, e))?;
+        let inner = nonblocking::Stream::connect(&endpoint, CONNECT_TIMEOUT)
+            .map_err(|e| explain(address, e))?;
         Ok(Stream {
             inner,
             address: address.clone(),

@@ -38,6 +38,29 @@ fn scene(addresses: impl FnOnce(&Path) -> Vec<String>, more: &[&str]) -> Scene {
     Scene { dir, hvsock }
 }
 
+/// Where the only forward of a scene listens.
+enum At {
+    /// On a TCP port.
+    Port,
+    /// On the Unix socket `listen`.
+    Path,
+}
+
+/// A scene with one forward, to a server that is there.
+fn scene_with_server(listen: At, more: &[&str]) -> (Scene, UnixListener) {
+    let mut server = None;
+    let addresses = |dir: &Path| {
+        server = Some(UnixListener::bind(dir.join("server")).unwrap());
+        let listen = match listen {
+            At::Port => "tcp://127.0.0.1:0".to_owned(),
+            At::Path => at(dir, "listen"),
+        };
+        vec![listen, at(dir, "server")]
+    };
+    let scene = scene(addresses, more);
+    (scene, server.unwrap())
+}
+
 impl Scene {
     fn control(&self) -> PathBuf {
         self.dir.path().join("c")
@@ -77,15 +100,7 @@ fn at(dir: &Path, name: &str) -> String {
 
 #[test]
 fn the_process_behind_a_unix_socket_is_told_of_everywhere() {
-    let mut server = None;
-    let scene = scene(
-        |dir| {
-            server = Some(UnixListener::bind(dir.join("server")).unwrap());
-            vec![at(dir, "listen"), at(dir, "server")]
-        },
-        &[],
-    );
-    let server = server.unwrap();
+    let (scene, server) = scene_with_server(At::Path, &[]);
     // Another program than this one.
     let listen = scene.dir.path().join("listen");
     let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
@@ -124,15 +139,7 @@ fn the_process_behind_a_unix_socket_is_told_of_everywhere() {
 
 #[test]
 fn states_are_told_in_words() {
-    let mut server = None;
-    let scene = scene(
-        |dir| {
-            server = Some(UnixListener::bind(dir.join("server")).unwrap());
-            vec!["tcp://127.0.0.1:0".to_owned(), at(dir, "server")]
-        },
-        &["--wait=20"],
-    );
-    let server = server.unwrap();
+    let (scene, server) = scene_with_server(At::Port, &["--wait=20"]);
     let port = scene.hvsock.tcp_port();
     let mut client = tcp(port);
     let (mut accepted, _) = server.accept().unwrap();
@@ -210,15 +217,7 @@ fn bytes_that_wait_are_told_of() {
 
 #[test]
 fn one_is_closed_and_the_others_go_on() {
-    let mut server = None;
-    let scene = scene(
-        |dir| {
-            server = Some(UnixListener::bind(dir.join("server")).unwrap());
-            vec!["tcp://127.0.0.1:0".to_owned(), at(dir, "server")]
-        },
-        &[],
-    );
-    let server = server.unwrap();
+    let (scene, server) = scene_with_server(At::Port, &[]);
     let port = scene.hvsock.tcp_port();
     let mut pairs = Vec::new();
     for id in 0..3 {
@@ -276,15 +275,7 @@ fn one_is_closed_and_the_others_go_on() {
 /// Those that ended, a refused one and one of a removed forward included.
 #[test]
 fn why_a_connection_ended_is_told() {
-    let mut server = None;
-    let scene = scene(
-        |dir| {
-            server = Some(UnixListener::bind(dir.join("server")).unwrap());
-            vec![at(dir, "listen"), at(dir, "server")]
-        },
-        &[],
-    );
-    let server = server.unwrap();
+    let (scene, server) = scene_with_server(At::Path, &[]);
     let (code, out, _) = scene.asked(&["connections"]);
     assert_eq!(code, Some(0));
     assert!(out.contains("hvsock connections --ended"), "{out}");
@@ -362,6 +353,46 @@ fn why_a_connection_ended_is_told() {
     let (code, _, err) = scene.asked(&["connections", "--ended", "somebody"]);
     assert_eq!(code, Some(1));
     assert!(err.contains("there is no forward \"somebody\""), "{err}");
+}
+
+/// In one line for all workers, at a level that is on.
+#[test]
+fn how_many_were_cut_off_at_the_end_of_a_grace_is_said_once() {
+    let mut server = None;
+    let addresses = |dir: &Path| {
+        server = Some(UnixListener::bind(dir.join("server")).unwrap());
+        let target = at(dir, "server");
+        let listen = [at(dir, "one"), at(dir, "two"), at(dir, "three")];
+        listen
+            .into_iter()
+            .flat_map(|it| [it, target.clone()])
+            .collect()
+    };
+    let mut scene = scene(addresses, &["--grace=1"]);
+    let server = server.unwrap();
+    let mut pairs = Vec::new();
+    for (name, count) in [("one", 2), ("two", 3), ("three", 1)] {
+        for _ in 0..count {
+            let client = UnixStream::connect(scene.dir.path().join(name)).unwrap();
+            pairs.push((client, server.accept().unwrap()));
+        }
+    }
+    eventually("all are there", || scene.connections().len() == 6);
+    let one = at(scene.dir.path(), "one");
+    let (code, _, err) = scene.asked(&["remove", &one, "--grace", "0"]);
+    assert_eq!(code, Some(0), "{err}");
+    let told = scene.hvsock.complains("cut off");
+    let said = format!("cut off 2 connections, for their grace was over: 2 of {one}");
+    assert!(told.contains(&said) && told.contains("WARN"), "{told}");
+    scene.hvsock.signal("TERM");
+    assert_eq!(scene.hvsock.exit_code(), Some(0));
+    let rest: Vec<String> = scene.hvsock.err.iter().collect();
+    let cut: Vec<_> = rest.iter().filter(|it| it.contains("cut off 4")).collect();
+    let two = at(scene.dir.path(), "two");
+    let said = format!("for their grace was over: 3 of {two}, 1 of ");
+    assert!(cut.len() == 1 && cut[0].contains(&said), "{rest:?}");
+    assert!(rest.last().unwrap().ends_with("has stopped"), "{rest:?}");
+    assert!(!rest.iter().any(|it| it.contains("cut off 2")), "{rest:?}");
 }
 
 /// A guest that doesn't end it keeps the connection for a while.

@@ -519,6 +519,127 @@ fn the_control_socket_starts_no_program_unless_it_may() {
     client.read_exact(&mut [0]).unwrap();
 }
 
+/// What is told of the last connection that has ended.
+fn last_ended(control: &str) -> serde_json::Value {
+    let output = run(&["connections", "--ended", "--json", "--control", control]);
+    let mut all: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    all.pop().unwrap_or_default()
+}
+
+/// Its exit status is known some time after the end of its output.
+#[test]
+fn how_a_program_has_failed_is_told_wherever_it_is_told_why_a_connection_ended() {
+    let dir = private_dir();
+    let control = dir.path().join("control");
+    let control = control.to_str().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let script = |script: &str| Address::from(shell(script)).to_string();
+    let cases = [
+        ("a", "exit 1", "exit status 1", "1", "null"),
+        (
+            "b",
+            "echo x; exec 2>&-; kill -9 $$",
+            "killed by signal 9",
+            "null",
+            "9",
+        ),
+        ("c", "cat; exit 3", "exit status 3", "3", "null"),
+    ];
+    let mut words = vec!["forward".to_owned(), "--access-log".to_owned()];
+    words.push(format!("--control={control}"));
+    for (name, text, ..) in cases {
+        words.extend([at(name), script(text)]);
+    }
+    words.extend([at("fine"), script("cat; exit 0")]);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let hvsock = Running::start(&words);
+    hvsock.says("controlled");
+    let events = Running::start(&["events", "--control", control]);
+    events.says("\"event\"");
+    for (name, _, words, status, signal) in cases {
+        let client = UnixStream::connect(at(name)).unwrap();
+        client.half_close();
+        rest(&client);
+        let line = hvsock.complains("closed id=");
+        assert!(
+            line.contains(&format!("why=program failed ({words})")),
+            "{line}"
+        );
+        let event = events.says("connection_closed");
+        let event: serde_json::Value = serde_json::from_str(&event).unwrap();
+        for told in [&event, &last_ended(control)] {
+            assert_eq!(told["why"], "program_failed", "{told}");
+            assert_eq!(told["exit_status"].to_string(), status, "{told}");
+            assert_eq!(told["signal"].to_string(), signal, "{told}");
+        }
+        let table = run(&["connections", "--ended", "--control", control]);
+        let table = String::from_utf8(table.stdout).unwrap();
+        assert!(
+            table.contains(&format!("program failed ({words})")),
+            "{table}"
+        );
+    }
+    let client = UnixStream::connect(at("fine")).unwrap();
+    client.half_close();
+    rest(&client);
+    let line = hvsock.complains("closed id=");
+    assert!(line.contains("why=client closed"), "{line}");
+    let status = run(&["status", "--control", control]);
+    let status = String::from_utf8(status.stdout).unwrap();
+    assert!(status.contains("1 program failed"), "{status}");
+}
+
+/// Nobody waits for a program that goes on behind its last word for long; what becomes of it is told all the same.
+#[test]
+fn the_failure_of_a_program_that_outlives_its_connection_is_told_later() {
+    let dir = private_dir();
+    let fifo = dir.path().join("fifo");
+    let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+    nix::unistd::mkfifo(&fifo, mode).unwrap();
+    let mut gate = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&fifo)
+        .unwrap();
+    let script = format!("exec <&- >&-; read x <{}; exit 7", fifo.display());
+    let (proxy, client) = started(dir.path(), shell(&script));
+    assert_eq!(rest(client), "");
+    let handle = proxy.handle();
+    eventually("it has ended", || !handle.ended().is_empty());
+    let why = || handle.ended()[0].why.name();
+    assert_ne!(why(), "program_failed");
+    assert!(handle.connections().is_empty());
+    gate.write_all(b"go\n").unwrap();
+    eventually("its failure is known", || why() == "program_failed");
+    let why = handle.ended()[0].why.to_string();
+    assert_eq!(why, "program failed (exit status 7)");
+}
+
+#[test]
+fn cat_has_the_exit_code_of_the_program_that_it_is_connected_with() {
+    for (script, code) in [
+        ("exit 0", 0),
+        ("exit 1", 1),
+        ("cat; exit 3", 3),
+        ("echo x; kill -9 $$", 128 + 9),
+        // Behind its last word.
+        ("exec <&- >&-; sleep 0.2; exit 5", 5),
+    ] {
+        let address = Address::from(shell(script)).to_string();
+        let output = run(&["cat", &address]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{script}: {said}");
+    }
+    // What it doesn't read is its own choice, and its failure says more.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(["cat", &Address::from(shell("exit 4")).to_string()]);
+    command.stdin(Stdio::piped()).stdout(Stdio::null());
+    let mut cat = Mortal(command.spawn().unwrap());
+    let mut input = cat.0.stdin.take().unwrap();
+    while input.write_all(&[b'x'; 65_536]).is_ok() {}
+    assert_eq!(cat.exit_code(), Some(4));
+}
+
 #[test]
 fn cat_is_connected_with_a_program() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
@@ -581,7 +702,8 @@ fn cat_gives_the_connection_to_a_program_and_has_its_exit_code() {
     let path = dir.path().join("s");
     let mut cat = cat_with(&["-l", path.to_str().unwrap()], "sort; exit 3");
     eventually("it listens", || path.exists());
-    let mut client = connected(dir.path());
+    // The file is there before anybody listens.
+    let mut client = unix_client(&path);
     client.write_all(b"b\na\n").unwrap();
     client.half_close();
     assert_eq!(rest(client), "a\nb\n");

@@ -7,7 +7,7 @@
 mod command;
 mod common;
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::TcpStream;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -17,7 +17,9 @@ use std::time::Duration;
 use command::*;
 use common::*;
 use hvsock::address::Address;
-use hvsock::proxy::{Counters, EndReason, RefusalReason, VmStatus};
+use hvsock::proxy::{
+    ConnectionState, ConnectionStatus, Counters, EndReason, RefusalReason, VmStatus,
+};
 use hvsock::{Proxy, Rule};
 
 const CLIENTS: usize = 20;
@@ -50,14 +52,9 @@ fn mux(path: &Path) -> Address {
         .unwrap()
 }
 
-/// Clients that have said something to a guest from which nothing has come.
+/// Clients that have said nothing.
 fn clients(port: u16) -> Vec<TcpStream> {
-    let client = |_| {
-        let mut client = tcp(port);
-        client.write_all(b"x").unwrap();
-        client
-    };
-    (0..CLIENTS).map(client).collect()
+    (0..CLIENTS).map(|_| tcp(port)).collect()
 }
 
 fn expect_resets(clients: Vec<TcpStream>) {
@@ -76,7 +73,9 @@ fn clients_without_a_byte_are_told_that_their_vm_is_gone() {
     let proxy = proxy(any_tcp(), hyperkit(dir.path(), 7));
     let clients = clients(port_of(&proxy, 0));
     eventually("all are connected", || {
-        counters(&proxy).sent == CLIENTS as u64
+        let connections = proxy.handle().connections();
+        let is_open = |it: &&ConnectionStatus| it.state == ConnectionState::Open;
+        connections.iter().filter(is_open).count() == CLIENTS
     });
     vm.signal("KILL");
     vm.exit_code();
@@ -96,21 +95,32 @@ fn clients_without_a_byte_are_told_that_their_vm_is_gone() {
 fn the_log_tells_of_a_killed_vm_and_of_no_refusal() {
     let dir = private_dir();
     let state = text(dir.path());
-    let start = |port: &str| {
-        let vm = Running::start(&["simulate", state, "--guest", port]);
-        vm.says("guest port");
+    let start = || {
+        let vm = Running::start(&[
+            "simulate", state, "--guest", "7=silent", "--guest", "8=echo",
+        ]);
+        vm.says("guest port 8");
         vm
     };
-    let mut vm = start("7=silent");
-    let proxy = Running::start(&["expose", "--no-keeper", "--vm", state, "-L", "0:7"]);
-    let port = proxy.tcp_port();
-    let clients = clients(port);
-    // They are connected when the device has a slot for each.
-    thread::sleep(Duration::from_millis(200));
+    let mut vm = start();
+    let proxy = Running::start(&[
+        "expose",
+        "--no-keeper",
+        "--vm",
+        state,
+        "-L",
+        "0:7",
+        "-L",
+        "0:8",
+    ]);
+    let (silent, echo) = (proxy.tcp_port(), proxy.tcp_port());
+    let clients = clients(silent);
+    // The guest answers the dials before this one first.
+    assert_eq!(ask(tcp(echo), b"up").unwrap(), b"up");
     vm.signal("KILL");
     vm.exit_code();
     expect_resets(clients);
-    let _vm = start("8=silent");
+    let _vm = start();
     let mut said = Vec::new();
     eventually("it is back", || {
         said.extend(proxy.err.try_iter());
@@ -131,7 +141,7 @@ fn clients_of_a_killed_vmm_that_has_not_answered_find_it_absent() {
     let _silent = UnixListener::bind(&behind).unwrap();
     let mut vmm = vmm(&socket, &behind);
     let proxy = proxy(any_tcp(), mux(&socket));
-    let clients: Vec<_> = (0..CLIENTS).map(|_| tcp(port_of(&proxy, 0))).collect();
+    let clients = clients(port_of(&proxy, 0));
     eventually("all are dialled", || vm_of(&proxy).connections == CLIENTS);
     vmm.signal("KILL");
     vmm.exit_code();

@@ -55,6 +55,36 @@ fn json_has_an_object_a_line_whatever_is_said() {
     assert!(lines.iter().any(|it| stopping(&it)), "{lines:?}");
 }
 
+/// An open of a FIFO for writing waits for its reader.
+#[test]
+fn what_nobody_reads_is_refused_as_a_log_and_what_is_read_is_one() {
+    let dir = private_dir();
+    let fifo = dir.path().join("fifo");
+    let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+    nix::unistd::mkfifo(&fifo, mode).unwrap();
+    let socket = dir.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let paths = [
+        (
+            &fifo,
+            "it is a FIFO that nobody reads: start its reader first",
+        ),
+        (&socket, "it is a socket"),
+    ];
+    for (path, part) in paths {
+        let mut refused = Running::spawn(forward(&["--log", text(path)]));
+        assert_eq!(refused.exit_code(), Some(1));
+        let why = refused.complains("cannot open the log");
+        assert!(why.contains(text(path)) && why.contains(part), "{why}");
+    }
+    // Its own end for writing keeps the open of the reader from waiting.
+    let both = fs::File::options().read(true).write(true).open(&fifo);
+    let heard = lines(both.unwrap());
+    let proxy = Running::spawn(forward(&["--log", text(&fifo)]));
+    next(&heard, "has started");
+    drop(proxy);
+}
+
 /// Though another client was refused, and that was told, just before.
 #[test]
 fn the_first_client_of_an_absent_target_is_told() {
@@ -70,6 +100,42 @@ fn the_first_client_of_an_absent_target_is_told() {
     assert!(resets_clients(port));
     proxy.complains("refused a client");
     proxy.complains("clients are refused until it is");
+}
+
+/// It is not back, and what waited for it is carried from then on.
+#[cfg(feature = "simulate")]
+#[test]
+fn a_vm_that_comes_for_the_first_time_is_told_of() {
+    let dir = private_dir();
+    let [state, log] = ["vm", "log"].map(|name| dir.path().join(name));
+    let proxy = Running::start(&[
+        "expose",
+        "--no-keeper",
+        "--log",
+        text(&log),
+        "--vm",
+        text(&state),
+        "-L",
+        "0:7",
+        "-R",
+        "5000:tcp://127.0.0.1:1",
+    ]);
+    let port = proxy.tcp_port();
+    assert!(resets_clients(port));
+    let vm = hvsock::simulate::Vm::builder(&state);
+    let _vm = vm
+        .guest(7, hvsock::simulate::Service::Echo)
+        .start()
+        .unwrap();
+    eventually("all is told", || {
+        let told = read(&log);
+        told.matches("carries ").count() == 2 && told.contains(" is there\n")
+    });
+    let told = read(&log);
+    assert!(told.contains("is not there: "), "{told}");
+    assert!(told.contains("clients are refused until it is\n"), "{told}");
+    assert!(!told.contains("is back"), "{told}");
+    assert_eq!(ask(tcp(port), b"up").unwrap(), b"up");
 }
 
 /// Only hyperkit's device has slots to lose.

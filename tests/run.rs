@@ -400,6 +400,40 @@ fn expose_waits_for_the_directory_of_its_vm() {
     assert!(why.contains("no VM has this name"), "{why}");
 }
 
+/// A VMM's socket is no state directory, and its user is told how it is written.
+#[test]
+fn expose_says_how_the_socket_of_a_vmm_is_written() {
+    let dir = private_dir();
+    let socket = dir.path().join("fc.sock");
+    let uri = format!("write vsock-mux://{}", text(&socket));
+    let expose = |at: &Path| {
+        let words = ["expose", "--vm", text(at), "-L", "0:7"];
+        in_runtime(dir.path(), &words)
+    };
+    // Not there yet: it may be a directory with a strange name.
+    let waiting = Running::spawn(expose(&socket));
+    let told = waiting.complains("there is no VM directory");
+    assert!(told.contains("is waited for"), "{told}");
+    assert!(told.contains(&uri["write ".len()..]), "{told}");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let told = waiting.complains("is a socket");
+    assert!(told.contains(&uri), "{told}");
+    // What is said once is enough, until it is another thing.
+    drop(listener);
+    fs::remove_file(&socket).unwrap();
+    fs::create_dir(&socket).unwrap();
+    fs::write(socket.join("hyperkit.json"), "{").unwrap();
+    let told = waiting.complains("hyperkit.json");
+    assert!(!told.contains("is a socket"), "{told}");
+    fs::remove_dir_all(&socket).unwrap();
+    drop(waiting);
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let failed = output(expose(&socket));
+    let why = String::from_utf8(failed.stderr).unwrap();
+    assert_eq!(failed.status.code(), Some(1), "{why}");
+    assert!(why.contains(&uri), "{why}");
+}
+
 #[test]
 fn a_vm_that_is_not_there_yet_is_waited_for() {
     let dir = private_dir();

@@ -655,7 +655,7 @@ fn nobody_is_accepted_before_the_other_has_agreed() {
     }
     before.wire.write_all(b"{\"yours\": true}\n").unwrap();
     assert_eq!(answered.join().unwrap().unwrap(), b"early");
-    assert_eq!(before.hears(), "{\"mine\":true}\n");
+    assert_eq!(before.hears(), "{\"mine\":true,\"hears_of_ended\":true}\n");
     // Its end is as good as its word.
     drop(before);
     assert_eq!(ask(unix_client(&front), b"late").unwrap(), b"late");
@@ -893,6 +893,68 @@ fn what_stays_with_the_old_process_is_seen_and_can_be_closed() {
     }
 }
 
+/// Clients that are cut off at the end of the grace leave a trace, though their process is gone.
+#[test]
+fn what_has_ended_in_the_old_process_is_known_to_the_new_one() {
+    let scene = Scene::new();
+    let write = |grace: &str| {
+        let forward = scene.forward("tcp", 0);
+        fs::write(scene.file(), format!("grace = {grace:?}\n{forward}")).unwrap();
+    };
+    write("1s");
+    let mut old = scene.run();
+    let port = scene.port("tcp");
+    let ended = |process: Option<u32>| {
+        let all = scene.call("GET", "/v1/connections/ended", "").1;
+        let all = all.as_array().unwrap().iter();
+        let its = all.filter(|it| it["carried_by"] == json!(process));
+        let why = |it: &Value| {
+            (
+                it["id"].as_u64().unwrap(),
+                it["why"].as_str().unwrap().to_owned(),
+            )
+        };
+        its.map(why).collect::<Vec<_>>()
+    };
+    assert_eq!(ask(tcp(port), b"before").unwrap(), b"before");
+    eventually("it has ended", || ended(None).len() == 1);
+    let mut client = tcp(port);
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let new = scene.take_over();
+    new.says("controlled at");
+    let process = old.child.0.id();
+    old.complains("1 connection has 1 s to finish here");
+    let told = old.complains("cut off");
+    assert!(
+        told.contains("cut off 1 connection, for its grace was over: 1 of tcp"),
+        "{told}"
+    );
+    old.complains("has stopped");
+    assert!(is_reset(client.read(&mut [0])));
+    assert_eq!(old.exit_code(), Some(0));
+    let theirs = [(0, "client_closed".to_owned()), (1, "stopped".to_owned())];
+    eventually("both are known", || ended(Some(process)) == theirs);
+    // Its own have the same ids.
+    assert_eq!(ask(tcp(port), b"after").unwrap(), b"after");
+    eventually("its own has ended", || ended(None).len() == 1);
+    for forward in [&[][..], &["tcp"]] {
+        let words = [&["connections", "--ended"], forward].concat();
+        let table = output(in_runtime(scene.dir.path(), &words));
+        let table = String::from_utf8(table.stdout).unwrap();
+        assert_eq!(table.lines().count(), 4, "{table}");
+        let cut = format!("1 of {process} ");
+        let line = table.lines().find(|it| it.starts_with(&cut));
+        assert!(line.is_some_and(|it| it.contains("stopped")), "{table}");
+    }
+    // And the next one knows them, too.
+    let next = scene.take_over();
+    next.says("controlled at");
+    eventually("all are handed on", || {
+        ended(Some(process)) == theirs && ended(Some(new.child.0.id())).len() == 1
+    });
+}
+
 /// A user who isn't the owner is let in by no permission, and believed by nobody, root not either.
 #[test]
 fn a_process_of_another_user_is_neither_taken_over_nor_given_anything() {
@@ -1110,4 +1172,55 @@ fn an_upgrade_starts_what_is_there_now_and_tells_the_service_manager() {
     assert!(hears().starts_with("STOPPING=1"), "the end was not told");
     let gone = || !front.exists() && !scene.control().exists();
     eventually("it has removed its sockets", gone);
+}
+
+/// Whoever has asked is told why, and so is whoever reads the log of the one that goes on.
+#[test]
+fn an_upgrade_that_fails_is_told_of_with_its_reason_by_both() {
+    let scene = Scene::new();
+    scene.write(&scene.forward("tcp", 0));
+    let program = scene.at("program");
+    put_program(&program);
+    let old = scene.command(&[]);
+    let mut command = Command::new(&program);
+    command.args(old.get_args());
+    for (name, value) in old.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    let old = Running::spawn(command);
+    old.says("controlled at");
+    let pid = scene.pid();
+    let fails = |parts: &[&str]| {
+        let refused = output(in_runtime(scene.dir.path(), &["upgrade"]));
+        let why = String::from_utf8(refused.stderr).unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{why}");
+        assert!(why.contains("this one goes on as before"), "{why}");
+        let logged = old.complains("the upgrade has failed");
+        for part in parts {
+            assert!(why.contains(part), "{why:?} lacks {part:?}");
+        }
+        assert!(logged.contains(parts[0]), "{logged:?} lacks {:?}", parts[0]);
+        assert_eq!(scene.pid(), pid);
+        why
+    };
+    fs::remove_file(&program).unwrap();
+    let why = fails(&["can't be started", text(&program), "install it there"]);
+    assert!(!why.contains("the new one"), "it never was: {why}");
+    for (script, parts) in [
+        (
+            "exit 3",
+            ["has ended before it took over", "status: 3", "has said"],
+        ),
+        (
+            "kill -9 $$",
+            ["has ended before it took over", "signal: 9", "killed"],
+        ),
+    ] {
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        fails(&parts);
+    }
 }

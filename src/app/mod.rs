@@ -18,6 +18,7 @@ mod output;
 mod processes;
 mod rule;
 mod serve;
+mod slow;
 mod stress;
 #[cfg(unix)]
 mod syslog;

@@ -2,7 +2,7 @@
 //! one that blocks, and one in a runtime.
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{Addresses, Begun, Dial, Next, Race};
 use crate::stream::endpoint::Endpoint;
@@ -32,11 +32,16 @@ impl Attempts {
             let why = "the name has no address";
             return Err(io::Error::new(io::ErrorKind::NotFound, why));
         };
-        self.latest = Some(Stream::connect(endpoint)?);
+        self.latest = Some(Stream::connect(endpoint, self.patience(Instant::now()))?);
         Ok(self.race.dial.begin_attempt(Instant::now()))
     }
 
-    /// Goes on with all attempts, and begins the next one if it is due. Returns whether one has
+    /// Returns how long there is for an attempt.
+    fn patience(&self, now: Instant) -> Duration {
+        self.race.dial.deadline().saturating_duration_since(now)
+    }
+
+    /// Looks at all of them, and begins the next one if it is due. Returns whether one has
     /// succeeded; if none has, this is to be called again as soon as one is writable, or
     /// [then](Attempts::wait_until).
     ///
@@ -74,7 +79,12 @@ impl Attempts {
             if self.race.next_attempt().is_none_or(|at| now < at) {
                 return Ok(false);
             }
-            match self.race.dial.next_endpoint().map(Stream::connect) {
+            match self
+                .race
+                .dial
+                .next_endpoint()
+                .map(|it| Stream::connect(it, self.patience(now)))
+            {
                 Some(Ok(socket)) => {
                     if let Some(before) = self.latest.replace(socket) {
                         let oldest = self.race.take_before(before, now);

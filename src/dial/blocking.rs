@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use crate::address::Address;
+#[cfg(all(unix, feature = "cli"))]
+use crate::address::ExecAddress;
 use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::stream::nonblocking::Stream as Nonblocking;
@@ -13,6 +15,8 @@ use crate::stream::{Stream, is_timeout, refuse_zero};
 use crate::sys::{self, Wanted};
 use crate::time::after;
 
+#[cfg(all(unix, feature = "cli"))]
+use super::ProgramEnd;
 use super::{Addresses, Attempts, Begun, Dial, Next, explain};
 
 /// How long [`Stream::connect`] tries.
@@ -112,7 +116,7 @@ fn dial(address: &Address, timeout: Duration, is_cancelled: IsCancelled<'_>) -> 
         #[cfg(unix)]
         Target::OnThread => {
             let to = address.clone();
-            let dial = move || super::on_thread(&to, &super::Programs::alone());
+            let dial = move || super::on_thread(&to, &super::Programs::alone(), drop);
             return call_cancellable(address, is_cancelled, dial).and_then(|it| {
                 Stream::from_nonblocking(it, address).map_err(|e| explain(address, e))
             });
@@ -126,7 +130,24 @@ fn dial(address: &Address, timeout: Duration, is_cancelled: IsCancelled<'_>) -> 
         .map_err(|e| explain(address, e))
 }
 
-/// Makes a call that blocks, on another thread if it can be cancelled.
+/// Starts a program as a dial of it does, unless that is cancelled before. Its end is told.
+///
+/// # Errors
+/// Returns why it can't be started; `Interrupted` if that was cancelled.
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) fn start_program_unless(
+    exec: &ExecAddress,
+    is_cancelled: &dyn Fn() -> bool,
+    tell_end: impl FnOnce(ProgramEnd) + Send + 'static,
+) -> Result<Stream> {
+    let (address, to) = (Address::Exec(exec.clone()), exec.clone());
+    let start = move || super::start_program(&to, &super::Programs::alone(), tell_end);
+    let socket = call_cancellable(&address, Some(is_cancelled), start)?;
+    let socket = std::os::fd::OwnedFd::from(socket);
+    Ok(Stream::from_socket(socket, address))
+}
+
+/// Calls what blocks; on another thread if it can be cancelled.
 fn call_cancellable<T: Send + 'static>(
     address: &Address,
     is_cancelled: IsCancelled<'_>,

@@ -7,17 +7,15 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::SockRef;
 
 use crate::address::{Address, FileAddress};
 use crate::error::{Error, Operation, Result};
-use crate::sys;
+use crate::{file, sys};
 
 /// How many bytes are carried at once.
 const BUFFER: usize = 64 * 1024;
@@ -37,7 +35,7 @@ pub(super) fn connect(address: &Address, file: &FileAddress) -> Result<UnixStrea
         };
         Error::new(Operation::Connect, address, cause).with_remedy(remedy)
     };
-    let file = open(file).map_err(fail)?;
+    let file = file::open(&file.path).map_err(fail)?;
     let (near, ours) = UnixStream::pair().map_err(fail)?;
     for end in [&near, &ours] {
         sys::make_room(&SockRef::from(end));
@@ -48,25 +46,6 @@ pub(super) fn connect(address: &Address, file: &FileAddress) -> Result<UnixStrea
     let send = move || drop(send(file, ours));
     thread.spawn(send).map_err(fail)?;
     Ok(near)
-}
-
-fn open(file: &FileAddress) -> io::Result<File> {
-    let check = |metadata: std::fs::Metadata| match metadata.file_type() {
-        kind if kind.is_file() => Ok(()),
-        kind if kind.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
-        _ => {
-            let why = "it is no regular file";
-            Err(io::Error::new(io::ErrorKind::InvalidInput, why))
-        }
-    };
-    // Opening what is no file may have an effect, and may block.
-    check(file.path.metadata()?)?;
-    let mut options = File::options();
-    options.read(true);
-    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-    let opened = options.open(&file.path)?;
-    check(opened.metadata()?)?;
-    Ok(opened)
 }
 
 /// Sends a file, and discards what comes meanwhile and later, until the other end has closed.

@@ -11,7 +11,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -91,38 +91,38 @@ impl Drop for Connected {
     }
 }
 
-/// A program that was started.
+/// What is told of the end of a program.
 #[derive(Debug)]
-pub(crate) struct Started {
-    /// The connection with its standard input and output.
-    pub(crate) stream: UnixStream,
-    /// The receiver of its exit status.
-    #[cfg_attr(not(feature = "cli"), expect(dead_code))]
-    pub(crate) ended: Receiver<io::Result<ExitStatus>>,
+pub(crate) enum ProgramEnd {
+    /// Its connection was cut before it had ended its output: it is ended for that, and how is of no meaning.
+    Cut,
+    /// It had ended its output, and has ended itself; the error is that nobody knows how.
+    Ended(io::Result<ExitStatus>),
 }
 
-/// Starts a program.
+/// Starts a program. Returns the connection with its standard input and output. Its end is told once, on a thread of its
+/// own, and possibly before this returns.
 ///
 /// # Errors
-/// Returns why it can't be started.
-pub(crate) fn start(exec: &ExecAddress, programs: &Arc<Programs>) -> Result<Started> {
+/// Returns why it can't be started; nothing is told then.
+pub(crate) fn start(
+    exec: &ExecAddress,
+    programs: &Arc<Programs>,
+    tell_end: impl FnOnce(ProgramEnd) + Send + 'static,
+) -> Result<UnixStream> {
     let fail = |e| explain(exec, e);
     let (near, ours) = UnixStream::pair().map_err(fail)?;
     for end in [&near, &ours] {
         sys::make_room(&SockRef::from(end));
     }
     let (started, is_started) = channel();
-    let (tell_end, ended) = channel();
     let connected = Connected::new(Arc::clone(programs));
     let (exec, span) = (exec.clone(), Span::current());
     let attend = {
         let exec = exec.clone();
         move || {
             let _span = span.enter();
-            if let Some(status) = attend(&exec, ours, &started, connected) {
-                // Most callers don't ask for it.
-                let _ = tell_end.send(status);
-            }
+            attend(&exec, ours, &started, connected, tell_end);
         }
     };
     let thread = thread::Builder::new().name("hvsock-exec".into());
@@ -132,25 +132,23 @@ pub(crate) fn start(exec: &ExecAddress, programs: &Arc<Programs>) -> Result<Star
     answer
         .unwrap_or_else(|_| Err(io::Error::other("its thread has ended")))
         .map_err(|e| explain(&exec, e))?;
-    Ok(Started {
-        stream: near,
-        ended,
-    })
+    Ok(near)
 }
 
-/// Starts a program, carries its bytes, and reaps it. Returns how it has ended, if it was started.
+/// Starts a program, carries its bytes, and reaps it.
 fn attend(
     exec: &ExecAddress,
     near: UnixStream,
     started: &Sender<io::Result<()>>,
     connected: Connected,
-) -> Option<io::Result<ExitStatus>> {
+    tell_end: impl FnOnce(ProgramEnd),
+) {
     let begun = near.set_nonblocking(true).and_then(|()| spawn(exec));
     let (mut child, far) = match begun {
         Ok(begun) => begun,
         Err(e) => {
             let _ = started.send(Err(e));
-            return None;
+            return;
         }
     };
     let (program, id) = (exec.program.display(), child.id());
@@ -158,25 +156,27 @@ fn attend(
     // The dial may have been given up meanwhile.
     let _ = started.send(Ok(()));
     let mut carrier = Carrier::new(near, far);
-    let status = match carrier.run() {
-        Carried::All => {
-            carrier.close();
-            drop(connected);
-            child.wait()
-        }
-        Carried::Cut => {
-            debug!(process = id, "its connection was cut: SIGHUP");
-            let ended = hang_up(&mut child, carrier.far);
-            drop(connected);
-            ended
-        }
-    };
-    match &status {
+    let log = |status: &io::Result<ExitStatus>| match status {
         Ok(status) => debug!(process = id, "{}", describe(*status)),
         // Another part of this program reaps all children, this one included.
         Err(e) => debug!(process = id, "ended; its status can't be had: {e}"),
+    };
+    match carrier.run() {
+        Carried::All => {
+            carrier.close();
+            drop(connected);
+            let status = child.wait();
+            log(&status);
+            tell_end(ProgramEnd::Ended(status));
+        }
+        Carried::Cut => {
+            debug!(process = id, "its connection was cut: SIGHUP");
+            // Nobody is to wait for what that takes.
+            tell_end(ProgramEnd::Cut);
+            log(&hang_up(&mut child, carrier.far));
+            drop(connected);
+        }
     }
-    Some(status)
 }
 
 fn describe(status: ExitStatus) -> String {

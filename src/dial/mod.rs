@@ -26,11 +26,13 @@ use crate::sys;
 
 pub(crate) use addresses::Addresses;
 pub(crate) use attempts::Attempts;
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) use blocking::start_program_unless;
 pub(crate) use blocking::{check_supported, limit_timeout};
-#[cfg(unix)]
-pub(crate) use exec::Programs;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use exec::start as start_program;
+#[cfg(unix)]
+pub(crate) use exec::{ProgramEnd, Programs};
 #[cfg(windows)]
 pub(crate) use hyperv::{hv_options, vm_id};
 pub(crate) use race::Race;
@@ -38,6 +40,10 @@ pub(crate) use race::Race;
 /// The first pause before another try at a full backlog, doubled with each up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
+
+/// The remedy where a path leads to a file that is no socket.
+pub(crate) const NO_SOCKET: &str =
+    "there is a file of that name, but it is no socket: is the path right?";
 
 /// How long an address may leave a connect unanswered before the next one is tried as well
 /// ("Connection Attempt Delay", RFC 8305, section 5).
@@ -220,7 +226,8 @@ fn interleave_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     }
 }
 
-/// Starts a program or opens a file, which may block. Returns the connection with it.
+/// Starts a program or opens a file, which may block. Returns the connection with it. The end of a
+/// program is told.
 ///
 /// # Errors
 /// Returns why it can't be had; `Unsupported` for an address of another family.
@@ -228,11 +235,12 @@ fn interleave_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 pub(crate) fn on_thread(
     address: &Address,
     programs: &std::sync::Arc<Programs>,
+    tell_end: impl FnOnce(ProgramEnd) + Send + 'static,
 ) -> crate::error::Result<crate::stream::nonblocking::Stream> {
     use crate::stream::local::{Descriptors, Local};
     use crate::stream::nonblocking::Stream;
     let connected = match address {
-        Address::Exec(exec) => exec::start(exec, programs).map(|it| it.stream),
+        Address::Exec(exec) => exec::start(exec, programs, tell_end),
         Address::File(file) => content::connect(address, file),
         other => {
             return Err(crate::stream::endpoint::not_carried(
@@ -317,7 +325,7 @@ pub(crate) fn explain(address: &Address, cause: io::Error) -> Error {
         (Address::VsockMux(_), ConnectionReset) => "the guest is not up yet",
         (Address::VsockMux(_), NotFound | ConnectionRefused) => "is the VM running?",
         (Address::Unix(UnixAddress::Path(path)), ConnectionRefused) if sys::is_no_socket(path) => {
-            "there is a file of that name, but it is no socket: is the path right?"
+            NO_SOCKET
         }
         (Address::Unix(_), NotFound | ConnectionRefused) => "is the server running?",
         (Address::Unix(_), _) if sys::is_no_stream(&cause) => {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::engine::end_reason::{EndReason, RefusalReason};
+use crate::engine::end_reason::{EndReason, ProgramFailure, RefusalReason};
 use crate::engine::relay::Side;
 
 /// The counters of a forward since it began.
@@ -106,6 +106,8 @@ pub struct EndCounts {
     pub stopped: u64,
     /// [`EndReason::Failed`].
     pub failed: u64,
+    /// [`EndReason::ProgramFailed`]. One that is known too late is counted by what came before.
+    pub program_failed: u64,
 }
 
 /// The counters of a forward, shared by the workers.
@@ -175,6 +177,7 @@ impl Tally {
             removed: ended(EndReason::Removed),
             stopped: ended(EndReason::Stopped),
             failed: ended(EndReason::Failed),
+            program_failed: ended(ANY_FAILURE),
         };
         Counters {
             accepted: get(&self.accepted),
@@ -192,6 +195,9 @@ impl Tally {
         }
     }
 }
+
+/// The failures of programs, all of which are counted as one reason.
+const ANY_FAILURE: EndReason = EndReason::ProgramFailed(ProgramFailure::Status(1));
 
 impl EndCounts {
     /// Returns each count with the [name](EndReason::name) of its reason.
@@ -211,6 +217,7 @@ impl EndCounts {
             (EndReason::Removed, self.removed),
             (EndReason::Stopped, self.stopped),
             (EndReason::Failed, self.failed),
+            (ANY_FAILURE, self.program_failed),
         ]
         .into_iter()
         .map(|(why, count)| (why.name(), count))

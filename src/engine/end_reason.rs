@@ -42,11 +42,33 @@ pub enum EndReason {
     Stopped,
     /// This system had no thread to relay it.
     Failed,
+    /// The program that it led to (`exec:`) ended its output, and had failed.
+    ProgramFailed(ProgramFailure),
+}
+
+/// How a program has failed that was started for a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ProgramFailure {
+    /// It has ended with this exit status, which isn't 0.
+    Status(i32),
+    /// This signal has ended it.
+    Signal(i32),
+}
+
+/// Writes it in words: `exit status 1`, `killed by signal 9`.
+impl fmt::Display for ProgramFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ProgramFailure::Status(status) => write!(f, "exit status {status}"),
+            ProgramFailure::Signal(signal) => write!(f, "killed by signal {signal}"),
+        }
+    }
 }
 
 impl EndReason {
-    /// How many kinds of reasons there are. All refusals are one.
-    pub(crate) const COUNT: usize = 14;
+    /// How many kinds of reasons there are. All refusals are one, and so are all failures of programs.
+    pub(crate) const COUNT: usize = 15;
 
     /// Returns the number of the kind, and its name for programs and for people.
     fn description(self) -> (usize, &'static str, &'static str) {
@@ -65,6 +87,7 @@ impl EndReason {
             EndReason::Removed => (11, "removed", "forward removed"),
             EndReason::Stopped => (12, "stopped", "proxy stopped"),
             EndReason::Failed => (13, "failed", "no thread to relay it"),
+            EndReason::ProgramFailed(_) => (14, "program_failed", "program failed"),
         }
     }
 
@@ -101,12 +124,13 @@ impl EndReason {
     }
 }
 
-/// Writes it in words: `client closed`, `refused (absent)`.
+/// Writes it in words: `client closed`, `refused (absent)`, `program failed (exit status 1)`.
 impl fmt::Display for EndReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.description().2)?;
         match self {
             EndReason::Refused(why) => write!(f, " ({why})"),
+            EndReason::ProgramFailed(how) => write!(f, " ({how})"),
             _ => Ok(()),
         }
     }

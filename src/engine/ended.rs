@@ -36,7 +36,7 @@ pub struct EndedConnection {
     pub age: Duration,
     /// The time at which both sides were closed.
     pub at: SystemTime,
-    /// Why it has ended.
+    /// Why it has ended. That its program has failed may become known some time later.
     pub why: EndReason,
     /// The error for which it was refused, if it was.
     pub error: Option<Arc<str>>,
@@ -67,6 +67,16 @@ impl Ended {
         drop(oldest);
     }
 
+    /// Completes why a connection has ended, which is known now, after it was added.
+    pub(crate) fn complete(&self, id: ConnectionId, why: EndReason) {
+        let mut all = lock(&self.0);
+        if let Some(ended) = all.iter_mut().rev().find(|it| it.id == id) {
+            let mut noted = Some(ended.why);
+            why.note(&mut noted);
+            ended.why = noted.unwrap_or(why);
+        }
+    }
+
     /// Returns the connections, the oldest first.
     pub(crate) fn list(&self) -> Vec<EndedConnection> {
         let all = lock(&self.0);
@@ -78,6 +88,7 @@ impl Ended {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::engine::end_reason::ProgramFailure;
 
     #[test]
     fn the_last_hundred_are_remembered_in_their_order() {
@@ -103,5 +114,11 @@ mod tests {
         assert!(ids.eq(150..250));
         assert_eq!(Arc::strong_count(&rule), 101);
         assert_eq!(ended.0.lock().unwrap().capacity(), MOST);
+        // What is known later completes the right one, and nothing of one that is forgotten.
+        let failed = EndReason::ProgramFailed(ProgramFailure::Status(3));
+        ended.complete(ConnectionId(200), failed);
+        ended.complete(ConnectionId(3), failed);
+        let all = ended.list().into_iter().filter(|it| it.why == failed);
+        assert!(all.map(|it| it.id.0).eq([200]));
     }
 }

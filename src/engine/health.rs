@@ -209,6 +209,8 @@ impl Health {
             (Some(before), _) => before != identity,
         };
         if is_new {
+            // Of its process nothing was seen yet.
+            self.process = None;
             self.restarts += 1;
             self.replaced = before.map(|before| (before, now + SETTLE_TIME));
         }

@@ -2,7 +2,7 @@
 //! leave it. Nothing is looked up here.
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::address::Address;
@@ -251,7 +251,7 @@ pub(crate) enum Obstacle {
 struct Known {
     obstacle: Option<(Obstacle, String, SystemTime)>,
     /// The last error, and how many clients' targets had been connected by then.
-    error: Option<(String, SystemTime, u64)>,
+    error: Option<(Arc<str>, SystemTime, u64)>,
     note: Option<&'static str>,
 }
 
@@ -290,7 +290,7 @@ impl StatusCell {
 
     /// Notes why a client was refused. `connected` is how many clients' targets have been
     /// connected.
-    pub(crate) fn set_error(&self, text: String, connected: u64) {
+    pub(crate) fn set_error(&self, text: Arc<str>, connected: u64) {
         self.known().error = Some((text, SystemTime::now(), connected));
     }
 
@@ -312,7 +312,7 @@ impl StatusCell {
     pub(crate) fn last_error(&self, connected: u64) -> Option<LastError> {
         let (text, at, before) = self.known().error.clone()?;
         Some(LastError {
-            text,
+            text: text.to_string(),
             at,
             connected_since: connected.saturating_sub(before),
         })

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::HyperkitVm;
 use super::state;
+use crate::address::{Address, UnixAddress};
 use crate::error::{Error, Operation, Result};
 
 /// The places where VMs are looked for.
@@ -194,9 +195,33 @@ fn failed(vm: &str, kind: io::ErrorKind, why: impl fmt::Display) -> Error {
 pub(crate) const NO_DIRECTORY: &str =
     "give the VM's state directory; the socket of a VMM is given as vsock-mux:///PATH";
 
+/// Returns the URI of a VM behind its VMM's socket.
+pub(crate) fn uri_of_vmm(socket: &Path) -> String {
+    let address = Address::Unix(UnixAddress::Path(socket.to_owned())).to_string();
+    // Both are written alike but for the scheme.
+    let path = address.strip_prefix("unix:").unwrap_or(&address);
+    format!("vsock-mux:{path}")
+}
+
+/// Returns whether there is a socket at a path.
+#[cfg_attr(not(unix), allow(unused_variables))]
+fn is_socket(path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        path.metadata().is_ok_and(|it| it.file_type().is_socket())
+    }
+    #[cfg(not(unix))]
+    false
+}
+
 /// Returns the VM of a state directory.
 fn from_dir(vm: &str, dir: &Path) -> Result<HyperkitVm> {
     let state = state::read(dir).map_err(|why| {
+        if is_socket(dir) {
+            return failed(vm, why.kind(), format!("{dir:?} is a socket"))
+                .with_remedy(format!("if it is a VMM's, write {}", uri_of_vmm(dir)));
+        }
         let remedy = match why.kind() {
             io::ErrorKind::NotFound => "start the VM first, or see that the path is right",
             io::ErrorKind::PermissionDenied => "run as the VM's user, or let this one read it",

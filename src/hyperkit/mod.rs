@@ -55,9 +55,9 @@ pub(crate) use state::running_pid;
 
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use discovery::NO_DIRECTORY;
-#[cfg(feature = "cli")]
-pub(crate) use discovery::survey;
 pub use discovery::{Discovered, Places, Source, discover, find};
+#[cfg(feature = "cli")]
+pub(crate) use discovery::{survey, uri_of_vmm};
 
 /// A connection with a hyperkit guest. Dropping it is not enough: see
 /// [`finish`](crate::Stream::finish).

@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::engine::relay::{Side, Through};
 use crate::error::{Error, Operation, Result};
 
+use super::cuts::Cuts;
 use super::driver::Driver;
 use super::driver::Wanted;
 use super::rules::Binder;
@@ -125,8 +126,9 @@ impl<D: Driver> Controller<D> {
         let forward = forward.ok_or_else(no_forward)?;
         self.binder.forget(id);
         self.shared.release(&forward);
+        let cuts = Arc::new(Cuts::new(self.shared.inboxes.len()));
         let answers = self.ask_all(
-            |answer| Command::Remove(Arc::clone(&forward), grace, answer),
+            |answer| Command::Remove(Arc::clone(&forward), grace, Arc::clone(&cuts), answer),
             ANSWER_TIMEOUT,
         );
         self.shared.make_room(self.shared.listening_sockets());
@@ -260,6 +262,8 @@ impl<D: Driver> Controller<D> {
                 Err(_) => break,
             }
         }
+        // Who has ended may have answered before.
+        all.extend(answers.try_iter());
         all
     }
 }

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::address::Address;
 use crate::engine::connection::{ConnectionSocket, Progress, ThreadsResult};
@@ -20,9 +20,10 @@ use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
 
 use crate::engine::admission::Gate;
+use crate::engine::end_reason::ProgramFailure;
 use crate::engine::forward::Forward;
 use crate::engine::health::{VmIdentity, VmLook};
-use crate::engine::id::ForwardId;
+use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::Rule;
 use crate::stream::peer_names::ListenerName;
 
@@ -73,6 +74,15 @@ pub(crate) enum Event<S, L> {
     LookFailed { gate: Arc<Gate> },
     /// A listener's file was checked, or its address was bound again, with this result.
     Listener { of: ListenerId, found: Found<L> },
+    /// The program that was dialled with this token has ended its output and itself, or was cut off: see [`Driver::dial`].
+    #[cfg_attr(not(unix), allow(dead_code))]
+    ProgramEnded {
+        token: usize,
+        /// The connection, which may have ended before.
+        connection: ConnectionId,
+        forward: Arc<Forward>,
+        failure: Option<ProgramFailure>,
+    },
     /// The dial of this token failed for this reason.
     Explained { token: usize, error: Error },
 }
@@ -140,6 +150,8 @@ pub(crate) trait Driver: Sized {
 
     /// Returns the time.
     fn now(&self) -> Instant;
+    /// Returns what the wall clock shows.
+    fn wall_time(&self) -> SystemTime;
     /// Waits for events, at most `timeout`, and appends all that have come.
     fn wait(
         &mut self,
@@ -198,8 +210,13 @@ pub(crate) trait Driver: Sized {
     #[cfg(all(unix, feature = "cli"))]
     fn give_listener(&mut self, listener: Self::Listener);
 
-    /// Begins to connect. For a hyperkit VM it also returns the VM's identity.
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
+    /// Begins to connect; the connection waits for `patience` at most. For a hyperkit VM it also
+    /// returns the VM's identity.
+    fn connect(
+        &mut self,
+        endpoint: &Endpoint,
+        patience: Duration,
+    ) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
     /// Explains why a dial failed. Returns `None` if that requires a look at files; the result is
     /// then an [`Event::Explained`].
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
@@ -228,8 +245,15 @@ pub(crate) trait Driver: Sized {
     /// result is an [`Event::VmSeen`].
     fn look_at_vm(&mut self, gate: &Arc<Gate>);
 
-    /// Connects to an address to which connecting blocks; the result is an [`Event::Dialled`].
-    fn dial(&mut self, token: usize, address: &Address, timeout: Duration);
+    /// Connects to the target of a forward, to which connecting blocks; the result is an [`Event::Dialled`]. If it is a
+    /// program, an [`Event::ProgramEnded`] tells the end of it, before that event or after it.
+    fn dial(
+        &mut self,
+        token: usize,
+        connection: Option<ConnectionId>,
+        forward: &Arc<Forward>,
+        timeout: Duration,
+    );
     /// Relays between two streams on threads, since at least one of them can't be polled, until
     /// [`Event::ThreadsEnded`]. Draining a side may take `drain`.
     ///

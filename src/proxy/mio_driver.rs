@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -40,8 +40,11 @@ use super::notifier::{Notifier, Report};
 use super::relay_threads::{RelayThreads, Reporter};
 use super::resolver::Resolver;
 use crate::engine::admission::Gate;
+#[cfg(unix)]
+use crate::engine::end_reason::ProgramFailure;
 use crate::engine::forward::Forward;
 use crate::engine::health::{VmIdentity, VmLook};
+use crate::engine::id::ConnectionId;
 use crate::engine::rule::Rule;
 use crate::stream::peer_names::ListenerName;
 
@@ -264,7 +267,7 @@ fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
         #[cfg(unix)]
         AnyVm::Vsock(cid) => {
             let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
-            match Stream::connect(&Endpoint::Vsock(port)) {
+            match Stream::connect(&Endpoint::Vsock(port), Duration::ZERO) {
                 Err(e) if sys::is_no_such_cid(&e) => None,
                 // The connect was begun, and is refused later or not answered.
                 _ => Some(VmIdentity::Cid),
@@ -366,6 +369,10 @@ impl Driver for MioDriver {
 
     fn now(&self) -> Instant {
         MioDriver::clock()
+    }
+
+    fn wall_time(&self) -> SystemTime {
+        SystemTime::now()
     }
 
     fn wait(
@@ -543,11 +550,15 @@ impl Driver for MioDriver {
 
     /// Connects, and looks the path up again for the VM's identity: connect(2) takes a path only.
     /// The file system may block both; where it is known to hang, the gate admits no dial.
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(Stream, Option<VmIdentity>)> {
+    fn connect(
+        &mut self,
+        endpoint: &Endpoint,
+        patience: Duration,
+    ) -> io::Result<(Stream, Option<VmIdentity>)> {
         #[cfg(unix)]
-        let stream = Stream::connect_kept(endpoint, self.keeper.as_ref())?;
+        let stream = Stream::connect_kept(endpoint, patience, self.keeper.as_ref())?;
         #[cfg(not(unix))]
-        let stream = Stream::connect(endpoint)?;
+        let stream = Stream::connect(endpoint, patience)?;
         let identity = match endpoint {
             Endpoint::Hyperkit(to) => identity_of_hyperkit(&to.vm),
             Endpoint::VsockMux(to) => identity_of_socket(&to.path),
@@ -665,22 +676,44 @@ impl Driver for MioDriver {
         });
     }
 
-    fn dial(&mut self, token: usize, address: &Address, timeout: Duration) {
+    #[cfg_attr(not(unix), allow(unused_variables))]
+    fn dial(
+        &mut self,
+        token: usize,
+        connection: Option<ConnectionId>,
+        forward: &Arc<Forward>,
+        timeout: Duration,
+    ) {
         let notifier = Arc::clone(&self.notifier);
-        let target = address.clone();
+        let rule = Arc::clone(&forward.rule);
         #[cfg(unix)]
         let programs = Arc::clone(&self.programs);
+        #[cfg(unix)]
+        let tell_end = {
+            let (notifier, forward) = (Arc::clone(&self.notifier), Arc::clone(forward));
+            move |end| {
+                if let Some(connection) = connection {
+                    notifier.notify(Event::ProgramEnded {
+                        token,
+                        connection,
+                        forward,
+                        failure: failure_of(end),
+                    });
+                }
+            }
+        };
         let dial = move || {
-            let stream = match Target::of(&target) {
+            let target = &rule.connect;
+            let stream = match Target::of(target) {
                 #[cfg(unix)]
-                Target::OnThread => dial::on_thread(&target, &programs),
-                _ => stream::Stream::connect_timeout(&target, timeout).map(Stream::Blocking),
+                Target::OnThread => dial::on_thread(target, &programs, tell_end),
+                _ => stream::Stream::connect_timeout(target, timeout).map(Stream::Blocking),
             };
             notifier.notify(Event::Dialled { token, stream });
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());
         if let Err(e) = thread.spawn(dial) {
-            let stream = Err(Error::new(Operation::Connect, address, e));
+            let stream = Err(Error::new(Operation::Connect, &forward.rule.connect, e));
             self.notifier.notify(Event::Dialled { token, stream });
         }
     }
@@ -735,6 +768,20 @@ impl Driver for MioDriver {
         if let Some(threads) = self.relay_threads.get(&token) {
             threads.cut();
         }
+    }
+}
+
+/// Returns how a program has failed, if it is known to have.
+#[cfg(unix)]
+fn failure_of(end: dial::ProgramEnd) -> Option<ProgramFailure> {
+    use std::os::unix::process::ExitStatusExt;
+    let dial::ProgramEnd::Ended(Ok(status)) = end else {
+        return None;
+    };
+    match (status.code(), status.signal()) {
+        (Some(0), _) | (None, None) => None,
+        (Some(code), _) => Some(ProgramFailure::Status(code)),
+        (None, Some(signal)) => Some(ProgramFailure::Signal(signal)),
     }
 }
 

@@ -39,6 +39,7 @@
 mod adapter;
 mod connections;
 mod controller;
+mod cuts;
 mod descriptors;
 mod driver;
 mod forbidden;
@@ -87,7 +88,7 @@ use shared::{Inbox, Shared};
 use worker::Worker;
 
 pub use crate::engine::counters::{Counters, EndCounts, Refusals, TimedOut};
-pub use crate::engine::end_reason::{EndReason, RefusalReason};
+pub use crate::engine::end_reason::{EndReason, ProgramFailure, RefusalReason};
 pub use crate::engine::ended::EndedConnection;
 pub use crate::engine::id::{ConnectionId, ForwardId};
 pub use crate::engine::observer::{Event, Observer, What};

@@ -22,6 +22,7 @@ use crate::listener::FileAccess;
 use crate::lock::lock;
 use crate::name::SocketName;
 
+use super::cuts::Cuts;
 use super::descriptors::Descriptors;
 #[cfg(all(unix, feature = "cli"))]
 use super::driver::Lent;
@@ -73,8 +74,8 @@ pub(crate) enum Command<D: Driver> {
     /// Change the owner, group and permissions of the forward's socket file, and report the result.
     SetAccess(ForwardId, FileAccess, Wanted, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, report that, and cut off its connections after this
-    /// time.
-    Remove(Arc<Forward>, Duration, Sender<()>),
+    /// time, which is noted.
+    Remove(Arc<Forward>, Duration, Arc<Cuts>, Sender<()>),
     /// Accept no clients, and change no file, or do so again; report it.
     #[cfg(all(unix, feature = "cli"))]
     SetAccepting(Accepting, Sender<()>),
@@ -216,6 +217,8 @@ pub(crate) struct Shared<D: Driver> {
     pub(crate) stopping: AtomicUsize,
     /// The number of workers that have ended.
     pub(crate) ended: AtomicUsize,
+    /// What is cut off at the end of the grace of all connections.
+    pub(super) cuts: Cuts,
     /// The counter that chooses the worker of the next listener.
     next: AtomicUsize,
     /// The identifier of the next connection.
@@ -236,6 +239,7 @@ impl<D: Driver> Shared<D> {
             reserve_in(&mut quotas, forward);
         }
         Shared {
+            cuts: Cuts::new(inboxes.len()),
             next: AtomicUsize::new(forwards.len()),
             next_connection: AtomicU64::new(0),
             forwards: Mutex::new(Forwards::new(forwards)),

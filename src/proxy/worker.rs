@@ -3,12 +3,11 @@
 //!
 //! It does not know what a family of sockets does, nor what a connection is about to do next.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
@@ -21,6 +20,7 @@ use crate::engine::table::Id;
 use crate::time::after;
 
 use super::connections::Connections;
+use super::cuts::Cuts;
 use super::driver::{Driver, Event};
 use super::listeners::Listeners;
 use super::shared::{Command, Shared, TurnContext};
@@ -60,8 +60,8 @@ pub(crate) struct Worker<D: Driver> {
     pub(super) connections: Connections<D>,
     pub(super) listeners: Listeners<D>,
     /// The removed forwards whose connections go on, each with the time at which its connections
-    /// are cut off.
-    removed: BTreeMap<(Instant, ForwardId), Arc<Forward>>,
+    /// are cut off, and where that is noted.
+    removed: BTreeMap<(Instant, ForwardId), (Arc<Forward>, Arc<Cuts>)>,
     /// The removed forward that was looked at last, to be forgotten if nothing of it is left.
     looked_at: Option<(Instant, ForwardId)>,
     pub(super) phase: Phase,
@@ -186,6 +186,9 @@ impl<D: Driver> Worker<D> {
             self.cut_all(now);
         }
         if self.phase > Phase::Running && self.is_over(now) {
+            if self.phase < Phase::Cutting {
+                self.shared.cuts.finish_worker();
+            }
             call!(self.listeners.close_all(), now);
             return Ok(Turn::Last);
         }
@@ -243,7 +246,11 @@ impl<D: Driver> Worker<D> {
                     now
                 );
             }
-            Command::Remove(forward, grace, done) => self.remove(forward, grace, done, now),
+            Command::Remove(forward, grace, cuts, done) => {
+                call!(self.listeners.remove(forward.id, done), now);
+                self.adopt_accepted(now);
+                self.remove((forward, cuts), after(now, grace));
+            }
             #[cfg(all(unix, feature = "cli"))]
             Command::SetAccepting(accepting, done) => {
                 call!(self.listeners.set_accepting(accepting), now);
@@ -309,25 +316,23 @@ impl<D: Driver> Worker<D> {
         }
     }
 
-    /// Removes a forward: accepts no more clients, and cuts off its connections after `grace`.
-    fn remove(&mut self, forward: Arc<Forward>, grace: Duration, done: Sender<()>, now: Instant) {
-        call!(self.listeners.remove(forward.id, done), now);
-        self.adopt_accepted(now);
-        let at = after(now, grace);
-        self.removed.insert((at, forward.id), forward);
+    /// Has the connections of a removed forward cut off at `at`.
+    fn remove(&mut self, removed: (Arc<Forward>, Arc<Cuts>), at: Instant) {
+        self.removed.insert((at, removed.0.id), removed);
         // Those of which nothing is left are forgotten sooner: each removal looks at a few.
         for _ in 0..FORGOTTEN_PER_REMOVAL {
             let next = match self.looked_at {
                 Some(last) => self.removed.range((Excluded(last), Unbounded)).next(),
                 None => self.removed.iter().next(),
             };
-            let Some((&key, forward)) = next else {
+            let Some((&key, (forward, cuts))) = next else {
                 self.looked_at = None;
                 break;
             };
             // This is read first: the worker that accepted the last client has counted it before.
             let may_come = !forward.closed.load(Ordering::Acquire);
             if !may_come && forward.tally.live.load(Ordering::Relaxed) == 0 {
+                cuts.finish_worker();
                 self.removed.remove(&key);
             }
             self.looked_at = Some(key);
@@ -336,15 +341,16 @@ impl<D: Driver> Worker<D> {
 
     /// Cuts off the connections of removed forwards whose grace is over.
     fn cut_removed(&mut self, now: Instant) {
-        let mut cut = HashSet::new();
+        let mut cut = HashMap::new();
         while let Some(first) = self.removed.first_entry().filter(|it| it.key().0 <= now) {
-            let forward = first.remove();
+            let (forward, cuts) = first.remove();
             // A connection that is handed over after this is cut off when it arrives.
             forward.cut.store(true, Ordering::Release);
-            cut.insert(forward.id);
+            cut.insert(forward.id, cuts);
         }
         if !cut.is_empty() {
             call!(self.connections.cut_those_of(&cut, EndReason::Removed), now);
+            cut.values().for_each(|cuts| cuts.finish_worker());
         }
     }
 
@@ -356,7 +362,9 @@ impl<D: Driver> Worker<D> {
             // Guests that go on dialling are each closed gracefully, but can't delay the end for
             // ever.
             self.end_at = Some(now + 2 * LAST_DRAIN);
-            call!(self.connections.cut_all(EndReason::Stopped), now);
+            let cuts = &Arc::clone(&self.shared).cuts;
+            call!(self.connections.cut_all(cuts, EndReason::Stopped), now);
+            cuts.finish_worker();
         }
     }
 

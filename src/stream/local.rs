@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use mio::event::Source;
 use socket2::{SockAddr, SockRef, Socket};
@@ -62,23 +63,27 @@ pub(crate) struct Local {
 }
 
 impl Local {
-    pub(super) fn connect(endpoint: &Endpoint) -> io::Result<Local> {
-        Local::connect_kept(endpoint, None)
-    }
-
-    /// Connects. A connection to a hyperkit VM is kept by `keeper`, if there is one, from before it
-    /// is made: when this process is killed, nothing is closed that the device has just accepted.
-    pub(super) fn connect_kept(endpoint: &Endpoint, keeper: Option<&Link>) -> io::Result<Local> {
+    /// Connects. `patience` is for AF_VSOCK: see [`sys::vsock_connect`].
+    pub(super) fn connect(endpoint: &Endpoint, patience: Duration) -> io::Result<Local> {
         match endpoint {
             Endpoint::Unix(address) => connect_unix(address),
-            Endpoint::Hyperkit(address) => connect_hyperkit(address, keeper),
+            Endpoint::Hyperkit(address) => connect_hyperkit(address, None),
             Endpoint::VsockMux(address) => connect_path(&address.path, None),
             Endpoint::Vsock(address) => {
-                sys::vsock_connect(address.cid, address.port.0, address.buffer_size)
-                    .map(Local::from_vsock)
+                let (cid, port, buffer_size) = (address.cid, address.port.0, address.buffer_size);
+                sys::vsock_connect(cid, port, buffer_size, patience).map(Local::from_vsock)
             }
             Endpoint::Tcp(_) => Err(io::ErrorKind::Unsupported.into()),
         }
+    }
+
+    /// Connects to a hyperkit VM. The connection is kept by `keeper`, if there is one, from before it
+    /// is made: when this process is killed, nothing is closed that the device has just accepted.
+    pub(super) fn connect_kept(
+        address: &HyperkitAddress,
+        keeper: Option<&Link>,
+    ) -> io::Result<Local> {
+        connect_hyperkit(address, keeper)
     }
 
     /// Makes a stream of a non-blocking AF_VSOCK socket.

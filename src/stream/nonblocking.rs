@@ -41,13 +41,16 @@ impl Stream {
     /// To hyperkit the line that names the port is written before this returns: between connect and
     /// line the device stands still for everybody.
     ///
+    /// The caller waits for `patience` at most. Linux gives up an AF_VSOCK connect a second later, and
+    /// keeps its socket until then, whatever has become of it.
+    ///
     /// # Errors
     /// Returns `WouldBlock` when a Unix listener's backlog is full: try again later. Otherwise what
     /// the kernel says.
-    pub(crate) fn connect(endpoint: &Endpoint) -> io::Result<Stream> {
+    pub(crate) fn connect(endpoint: &Endpoint, patience: Duration) -> io::Result<Stream> {
         let stream = match endpoint {
             Endpoint::Tcp(address) => Stream::Tcp(mio::net::TcpStream::connect(*address)?),
-            other => Stream::Local(Local::connect(other)?),
+            other => Stream::Local(Local::connect(other, patience)?),
         };
         stream.set_options();
         Ok(stream)
@@ -59,14 +62,18 @@ impl Stream {
     /// # Errors
     /// Returns the errors of [`connect`](Stream::connect).
     #[cfg(unix)]
-    pub(crate) fn connect_kept(endpoint: &Endpoint, keeper: Option<&Link>) -> io::Result<Stream> {
+    pub(crate) fn connect_kept(
+        endpoint: &Endpoint,
+        patience: Duration,
+        keeper: Option<&Link>,
+    ) -> io::Result<Stream> {
         match endpoint {
-            Endpoint::Hyperkit(_) => {
-                let stream = Stream::Local(Local::connect_kept(endpoint, keeper)?);
+            Endpoint::Hyperkit(address) => {
+                let stream = Stream::Local(Local::connect_kept(address, keeper)?);
                 stream.set_options();
                 Ok(stream)
             }
-            _ => Stream::connect(endpoint),
+            _ => Stream::connect(endpoint, patience),
         }
     }
 

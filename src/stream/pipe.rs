@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::windows::io::OwnedHandle;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use mio::event::Source;
 use mio::windows::NamedPipe;
@@ -36,7 +37,7 @@ enum Pipe {
 }
 
 impl Local {
-    pub(super) fn connect(endpoint: &Endpoint) -> io::Result<Local> {
+    pub(super) fn connect(endpoint: &Endpoint, _patience: Duration) -> io::Result<Local> {
         match endpoint {
             Endpoint::Npipe(address) if address.sddl.is_some() => {
                 let why =

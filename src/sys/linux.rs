@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::time::Duration;
 
 use nix::libc;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -22,23 +23,37 @@ const BUFFER_MAX_SIZE: libc::c_int = 2;
 /// How long a connect may take, 2 s unless set; `struct timeval`.
 #[cfg(target_pointer_width = "64")]
 const CONNECT_TIMEOUT: libc::c_int = 6;
+/// What the kernel takes for it on every machine.
+#[cfg(target_pointer_width = "64")]
+const MOST_PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// `_IO(7, 0xb9)`, of the same file.
 const GET_LOCAL_CID: libc::Ioctl = 0x7b9;
 
-/// Begins to connect a non-blocking AF_VSOCK socket. The caller bounds the wait: the kernel's own 2
-/// s are too short for a VM that boots.
-pub(crate) fn vsock_connect(cid: u32, port: u32, buffer_size: Option<u64>) -> io::Result<Socket> {
+/// Begins to connect a non-blocking AF_VSOCK socket. The caller bounds the wait by `patience`: the
+/// kernel's own 2 s are too short for a VM that boots.
+///
+/// The kernel keeps the socket for as long as a connect may take, even if it is connected and closed
+/// sooner (`vsock_connect` in `net/vmw_vsock/af_vsock.c`), so that this is no longer than it must be.
+pub(crate) fn vsock_connect(
+    cid: u32,
+    port: u32,
+    buffer_size: Option<u64>,
+    patience: Duration,
+) -> io::Result<Socket> {
     let socket = vsock_socket(buffer_size)?;
     #[cfg(target_pointer_width = "64")]
-    set_option(
-        &socket,
-        CONNECT_TIMEOUT,
-        &libc::timeval {
-            tv_sec: 24 * 60 * 60,
-            tv_usec: 0,
-        },
-    )?;
+    {
+        // A second more, so that the caller's bound is reached first.
+        let patience = patience.min(MOST_PATIENCE) + Duration::from_secs(1);
+        let timeout = libc::timeval {
+            tv_sec: patience.as_secs().cast_signed(),
+            tv_usec: patience.subsec_micros().into(),
+        };
+        set_option(&socket, CONNECT_TIMEOUT, &timeout)?;
+    }
+    #[cfg(not(target_pointer_width = "64"))]
+    let _ = patience;
     socket.set_nonblocking(true)?;
     match socket.connect(&SockAddr::vsock(cid, port)) {
         Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => Err(e),

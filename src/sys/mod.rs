@@ -74,6 +74,7 @@ pub(crate) use windows::*;
 #[cfg(all(unix, not(target_os = "linux")))]
 mod no_vsock {
     use std::io;
+    use std::time::Duration;
 
     use socket2::{SockAddr, Socket};
 
@@ -82,7 +83,7 @@ mod no_vsock {
         Err(io::Error::new(io::ErrorKind::Unsupported, why))
     }
 
-    pub(crate) fn vsock_connect(_: u32, _: u32, _: Option<u64>) -> io::Result<Socket> {
+    pub(crate) fn vsock_connect(_: u32, _: u32, _: Option<u64>, _: Duration) -> io::Result<Socket> {
         none()
     }
 

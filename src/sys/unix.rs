@@ -16,6 +16,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use super::Wanted;
+#[cfg(feature = "cli")]
+pub(crate) use child::set_blocking;
 pub(crate) use child::{
     Leads, detach_command, end_of_input, hang_up_group, has_group, is_closed_by_peer, kill_group,
     make_terminal, set_nonblocking,

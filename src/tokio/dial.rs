@@ -31,7 +31,7 @@ pub(super) async fn connect(address: &Address, deadline: Instant) -> Result<Stre
         }
         Target::OnThread => {
             let to = address.clone();
-            let dial = move || on_thread(&to, &Programs::alone());
+            let dial = move || on_thread(&to, &Programs::alone(), drop);
             let dialled = ::tokio::task::spawn_blocking(dial).await;
             return dialled.unwrap_or_else(|e| Err(explain(address, io::Error::other(e))));
         }

@@ -93,8 +93,31 @@ impl Cat {
 
     /// Connects and carries, to the end of both directions.
     pub(crate) fn connect(&mut self) -> Outcome {
-        let (stream, connected) = self.dial()?;
+        #[cfg(unix)]
+        if let Address::Exec(exec) = &self.plan.address {
+            return self.connect_to_program(&exec.clone());
+        }
+        let (stream, connected) = self.dial(|left| self.dial_once(left))?;
         self.carry(stream, connected)
+    }
+
+    /// The same with the standard input and output of a program that is started: its failure is that of all.
+    #[cfg(unix)]
+    fn connect_to_program(&mut self, exec: &ExecAddress) -> Outcome {
+        let (stream, ending) = self.dial(|_| {
+            let is_interrupted = || self.is_interrupted();
+            program::connect(exec, &is_interrupted).map_err(Attempt::from)
+        })?;
+        let outcome = self.carry(stream, Instant::now());
+        match outcome {
+            // What it leaves unread, and how it breaks off, is its own choice.
+            Ok(()) | Err(Failure::Failed(_)) => {}
+            Err(_) => return outcome,
+        }
+        match self.wait_for_end(exec, |time| ending.within(time)) {
+            Ok(()) => outcome,
+            failed => failed,
+        }
     }
 
     /// Takes a client and carries, to the end of both directions; false if none has come for a while.
@@ -139,8 +162,19 @@ impl Cat {
             program.cut();
         }
         outcome?;
+        self.wait_for_end(exec, |time| program.ended_within(time))
+    }
+
+    /// Waits until a program has ended, unless it is interrupted; `ended_within` waits for so long, and returns its exit
+    /// code.
+    #[cfg(unix)]
+    fn wait_for_end(
+        &self,
+        exec: &ExecAddress,
+        ended_within: impl Fn(Duration) -> Option<io::Result<u8>>,
+    ) -> Outcome {
         loop {
-            match program.ended_within(LOOK) {
+            match ended_within(LOOK) {
                 Some(Ok(0)) => return Ok(()),
                 Some(Ok(code)) => return Err(Failure::Program(code)),
                 Some(Err(e)) => {
@@ -176,13 +210,13 @@ impl Cat {
             .any(|event| matches!(event, Event::Interrupt | Event::OutputClosed))
     }
 
-    /// Connects, trying again while there is time; and when that was.
-    fn dial(&self) -> Result<(Stream, Instant), Failure> {
+    /// Dials, again and again while there is time, which each dial is given.
+    fn dial<T>(&self, dial_once: impl Fn(Duration) -> Result<T, Attempt>) -> Result<T, Failure> {
         let begun = Instant::now();
         let mut pause = Duration::from_millis(50);
         loop {
             let left = self.plan.wait.saturating_sub(begun.elapsed());
-            let error = match self.dial_once(left) {
+            let error = match dial_once(left) {
                 Ok(connected) => return Ok(connected),
                 Err(Attempt::Interrupted) => return Err(Failure::Interrupted),
                 Err(Attempt::Failed(e)) => e,
@@ -204,6 +238,7 @@ impl Cat {
         }
     }
 
+    /// Connects once; and when that was.
     fn dial_once(&self, left: Duration) -> Result<(Stream, Instant), Attempt> {
         let address = &self.plan.address;
         let timeout = match self.plan.wait.is_zero() {

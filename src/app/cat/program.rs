@@ -6,12 +6,13 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::OnceLock;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use crate::address::ExecAddress;
-use crate::dial::{self, Programs};
+use crate::dial::{self, ProgramEnd, Programs};
 use crate::error::Result;
+use crate::stream::Stream;
 
 /// What a shell adds to the number of the signal that has ended a program (POSIX' `$?`).
 const BY_SIGNAL: i32 = 128;
@@ -21,8 +22,59 @@ const BY_SIGNAL: i32 = 128;
 pub(super) struct Program {
     /// The other end of its standard input and output.
     stream: UnixStream,
-    ending: Receiver<io::Result<ExitStatus>>,
+    ending: Ending,
+}
+
+/// The end of a program that was started.
+#[derive(Debug)]
+pub(super) struct Ending {
+    told: Receiver<ProgramEnd>,
     ended: OnceLock<io::Result<ExitStatus>>,
+}
+
+impl Ending {
+    /// Waits for it, at most `time`. Returns the program's exit code, and one of its own for each signal.
+    pub(super) fn within(&self, time: Duration) -> Option<io::Result<u8>> {
+        if self.ended.get().is_none() {
+            let ended = match self.told.recv_timeout(time) {
+                Ok(ProgramEnd::Ended(ended)) => ended,
+                Ok(ProgramEnd::Cut) => Err(io::Error::other("its connection was cut off")),
+                Err(RecvTimeoutError::Timeout) => return None,
+                Err(RecvTimeoutError::Disconnected) => {
+                    Err(io::Error::other("the thread that waited for it has ended"))
+                }
+            };
+            let _ = self.ended.set(ended);
+        }
+        match self.ended.get()? {
+            Ok(status) => Some(Ok(exit_code(*status))),
+            Err(e) => Some(Err(io::Error::new(e.kind(), e.to_string()))),
+        }
+    }
+}
+
+impl Ending {
+    /// Returns the end of a program that is to be started, and by what it is told.
+    fn new() -> (Ending, impl FnOnce(ProgramEnd) + Send + 'static) {
+        let (tell, told) = channel();
+        let ended = OnceLock::new();
+        // Who has been interrupted doesn't listen any more.
+        let tell = move |end| drop(tell.send(end));
+        (Ending { told, ended }, tell)
+    }
+}
+
+/// Connects to a program, which is started for that, unless it is interrupted. Returns its end, too.
+///
+/// # Errors
+/// Why it can't be started.
+pub(super) fn connect(
+    exec: &ExecAddress,
+    is_interrupted: &dyn Fn() -> bool,
+) -> Result<(Stream, Ending)> {
+    let (ending, tell) = Ending::new();
+    let stream = dial::start_program_unless(exec, is_interrupted, tell)?;
+    Ok((stream, ending))
 }
 
 impl Program {
@@ -31,12 +83,9 @@ impl Program {
     /// # Errors
     /// Why it can't be started.
     pub(super) fn start(exec: &ExecAddress) -> Result<Program> {
-        let started = dial::start_program(exec, &Programs::alone())?;
-        Ok(Program {
-            stream: started.stream,
-            ending: started.ended,
-            ended: OnceLock::new(),
-        })
+        let (ending, tell) = Ending::new();
+        let stream = dial::start_program(exec, &Programs::alone(), tell)?;
+        Ok(Program { stream, ending })
     }
 
     pub(super) fn input(&self) -> io::Result<UnixStream> {
@@ -61,22 +110,9 @@ impl Program {
         self.ended_within(Duration::ZERO).is_some()
     }
 
-    /// Waits for its end, at most `time`. Returns its exit code, and one of its own for each signal.
+    /// Waits for its end: see [`Ending::within`].
     pub(super) fn ended_within(&self, time: Duration) -> Option<io::Result<u8>> {
-        if self.ended.get().is_none() {
-            let ended = match self.ending.recv_timeout(time) {
-                Ok(ended) => ended,
-                Err(RecvTimeoutError::Timeout) => return None,
-                Err(RecvTimeoutError::Disconnected) => {
-                    Err(io::Error::other("the thread that waited for it has ended"))
-                }
-            };
-            let _ = self.ended.set(ended);
-        }
-        match self.ended.get()? {
-            Ok(status) => Some(Ok(exit_code(*status))),
-            Err(e) => Some(Err(io::Error::new(e.kind(), e.to_string()))),
-        }
+        self.ending.within(time)
     }
 }
 

@@ -1,6 +1,5 @@
 //! `hvsock connections` and `close`: who uses a forward, and an end to it.
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -116,17 +115,16 @@ impl Connections {
                 Err(Unanswered::Refused(_)) if all.iter().any(|it| it.is_of(name)) => None,
                 Err(why) => return Err(why.into()),
             };
-            let is_meant = |it: &Ended| match id {
-                Some(id) => it.forward == id,
-                None => it.is_of(name),
+            let is_meant = |it: &Ended| match (id, it.carried_by) {
+                (Some(id), None) => it.forward == id,
+                // Another process has given it another id.
+                _ => it.is_of(name),
             };
-            let meant: HashSet<u64> = all
-                .iter()
-                .filter(|it| is_meant(it))
-                .map(|it| it.id)
-                .collect();
-            all.retain(|it| meant.contains(&it.id));
-            told.retain(|it| it["id"].as_u64().is_some_and(|id| meant.contains(&id)));
+            let meant: Vec<bool> = all.iter().map(is_meant).collect();
+            let mut of_all = meant.iter();
+            all.retain(|_| of_all.next() == Some(&true));
+            let mut of_told = meant.iter();
+            told.retain(|_| of_told.next() == Some(&true));
         }
         if self.json {
             return print_json(&serde_json::to_string_pretty(&told)?);
@@ -138,7 +136,7 @@ impl Connections {
         let rows = all.iter().map(|it| {
             let ago = now.duration_since(it.at).unwrap_or_default();
             [
-                it.id.to_string(),
+                it.id_in_words(),
                 it.name_or_address().to_owned(),
                 it.peer_in_words(),
                 it.connect.clone(),

@@ -14,7 +14,7 @@ use crate::address::Address;
 use crate::app::log;
 use crate::app::lossy_writer::{Patience, set_patience};
 use crate::app::output;
-use crate::proxy::{Handle, Proxy};
+use crate::proxy::{ForwardStatus, Handle, Proxy};
 
 /// Runs a proxy until one of the [`EndSignals`] or a failure ends it, or it has been idle for long
 /// enough.
@@ -164,16 +164,19 @@ pub(super) fn run_until_told(
     if log::is_in_file() {
         let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
         info!("hvsock {version} has started, process {process}");
-        for forward in proxy.forwards() {
-            info!("carries {} -> {}", forward.listen, forward.rule.connect);
-        }
+        proxy.forwards().iter().for_each(log_forward);
     }
     let ended = proxy.wait();
-    if log::is_in_file() {
-        info!("has stopped");
-    }
+    info!("has stopped");
     closer.close();
     // It has nothing to send: this is the thread's end.
     let _ = silence.recv_timeout(LAST_DELIVERY);
     Ok(ended?)
+}
+
+/// Logs that a forward is carried, for who reads the log's file and not standard output.
+pub(super) fn log_forward(forward: &ForwardStatus) {
+    if log::is_in_file() {
+        info!("carries {} -> {}", forward.listen, forward.rule.connect);
+    }
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use clap::Args;
 
 use super::console::{complain, say};
+use super::ending::log_forward;
 use super::outcome::Failure;
 use super::passed::{on_passed_sockets, start};
 use super::reconciler::{Occasion, Reconciler, RetryThread, name_of};
@@ -124,8 +125,10 @@ impl Kept {
             let name = name_of(&it.rule);
             summary.added.contains(&name) || summary.changed.contains(&name)
         };
-        let new = forwards.iter().filter(new);
-        new.map(self.describe).for_each(say);
+        for forward in forwards.iter().filter(new) {
+            say((self.describe)(forward));
+            log_forward(forward);
+        }
         let failed = summary.failed.iter();
         failed.map(Failed::reason).for_each(complain);
     }

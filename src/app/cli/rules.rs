@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Mutex;
 
 use super::console::complain;
 use super::options::no_vm;
@@ -10,7 +11,8 @@ use super::spec::{Local, Locals, Remote, Remotes};
 use crate::address::{Address, HyperkitVm};
 use crate::app::vm::VmPlace;
 use crate::error::{Error, Operation};
-use crate::hyperkit::Places;
+use crate::hyperkit::{Places, uri_of_vmm};
+use crate::lock::lock;
 use crate::proxy::Rule;
 
 /// Returns the rules of `-L` and `-R`.
@@ -47,18 +49,48 @@ pub(super) fn rules_of_vm_to_come(
     #[cfg(not(unix))]
     let nearest: Option<&std::path::Path> = None;
     let nearest = nearest.map(|it| format!(" (there is {})", it.display()));
+    let remedy = match is_named_as_socket(directory) {
+        true => format!(
+            "the state directory of a hyperkit VM is waited for; the socket of another VMM is written {}",
+            uri_of_vmm(directory)
+        ),
+        false => "is the path right?".to_owned(),
+    };
     complain(format_args!(
-        "there is no VM directory {} yet{}: clients are refused until the VM has made it; is the path right?",
+        "there is no VM directory {} yet{}: clients are refused until the VM has made it; {remedy}",
         directory.display(),
         nearest.unwrap_or_default()
     ));
     let rules_now = rules(&VmPlace::Hyperkit(vm), local, remote);
     let (name, local, remote) = (name.to_owned(), local.to_vec(), remote.to_vec());
-    let later = move || match VmPlace::find(&name, &places).ok()? {
-        VmPlace::Hyperkit(vm) if !vm.state_dir.is_dir() => None,
-        vm => Some(rules(&vm, &local, &remote)),
+    let told = Mutex::new(None);
+    let later = move || match VmPlace::find(&name, &places) {
+        Ok(VmPlace::Hyperkit(vm)) if !vm.state_dir.is_dir() => None,
+        Ok(vm) => Some(rules(&vm, &local, &remote)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        // What is there now is not what is waited for, and may stay.
+        Err(e) => {
+            tell_once(&told, &e);
+            None
+        }
     };
     Ok((rules_now, Some(Box::new(later))))
+}
+
+/// Says what keeps a VM from being found, unless that was said last.
+fn tell_once(told: &Mutex<Option<String>>, error: &Error) {
+    let text = error.to_string();
+    let mut told = lock(told);
+    if told.as_ref() != Some(&text) {
+        complain(format_args!("{text}; it is looked for again every 2 s"));
+        *told = Some(text);
+    }
+}
+
+/// Returns whether a path has a name such as sockets have.
+fn is_named_as_socket(path: &Path) -> bool {
+    let extension = path.extension().and_then(|it| it.to_str());
+    extension.is_some_and(|it| ["sock", "socket", "vsock"].contains(&it))
 }
 
 /// Returns the hyperkit VM that is named by its directory, if that isn't there.

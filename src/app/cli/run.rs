@@ -176,11 +176,15 @@ fn words_to_take_over(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
 }
 
 /// Starts the program that is now where this one was when it started, to take over from it.
+///
+/// # Errors
+/// Why it can't be started, with its path.
 #[cfg(unix)]
 fn start_successor(program: &std::io::Result<PathBuf>) -> std::io::Result<Child> {
+    use std::io::Error;
     let program = match program {
         Ok(program) => program,
-        Err(e) => return Err(std::io::Error::new(e.kind(), e.to_string())),
+        Err(e) => return Err(Error::new(e.kind(), e.to_string())),
     };
     let mut command = Command::new(program);
     command.args(words_to_take_over(std::env::args_os()));
@@ -188,7 +192,8 @@ fn start_successor(program: &std::io::Result<PathBuf>) -> std::io::Result<Child>
     for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
         command.env_remove(variable);
     }
-    command.stdin(Stdio::null()).spawn()
+    let started = command.stdin(Stdio::null()).spawn();
+    started.map_err(|e| Error::new(e.kind(), format!("{}: {e}", program.display())))
 }
 
 /// Ends a proxy of which another process has the listeners.

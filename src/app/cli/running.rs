@@ -238,7 +238,7 @@ impl Running {
             ))
         })?;
         running.handle().admit_clients();
-        agreed.finish(running.handle());
+        agreed.finish(running.handle(), old.pid, doors.inherited());
         running.predecessor = Some(old.pid);
         let stays = match super::predecessor::find(old.pid).map(|old| old.live) {
             None | Some(0) => String::new(),

@@ -36,12 +36,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
+use tracing::Level;
 
 use crate::address::Address;
 use crate::app::guest_control::{self, GuestControl};
 use crate::app::rule::RuleOptions;
-use crate::app::values;
+use crate::app::slow::tell_if_slow;
 use crate::app::vm::VmPlace;
+use crate::app::{log, values};
 use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
 
@@ -139,7 +141,9 @@ fn read_text(file: &Path) -> io::Result<String> {
     /// Some 100,000 forwards.
     const MOST: u64 = 16 << 20;
     if file != Path::new(STANDARD_INPUT) {
-        return crate::file::read_text(file, MOST);
+        let reading = format!("reading {}", file.display());
+        let tell = |what| log::say(Level::WARN, what);
+        return tell_if_slow(&reading, tell, || crate::file::read_text(file, MOST));
     }
     let mut text = String::new();
     io::stdin()

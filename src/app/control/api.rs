@@ -24,8 +24,9 @@ use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle};
 use super::endpoint::{Endpoint, Service};
 use super::events::Events;
 use super::handover;
-use super::handover::give::Successor;
+use super::handover::give::{Finishing, Successor};
 use super::http::{JSON, Request, Response, lines, response};
+use super::inherited::Inherited;
 use super::metrics;
 use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rule};
 use super::problem::Problem;
@@ -85,6 +86,9 @@ pub(super) struct Api {
     pub(super) events: Arc<Events>,
     lanes: Lanes,
     handover: Mutex<HandoverState>,
+    inherited: Inherited,
+    /// What is told to the process that has taken over, until the end of this one.
+    finishing: Mutex<Option<Finishing>>,
     started: Instant,
 }
 
@@ -161,8 +165,15 @@ impl Api {
                 upgrades: lane(1),
             },
             handover: Mutex::default(),
+            inherited: Inherited::default(),
+            finishing: Mutex::default(),
             started: Instant::now(),
         }
+    }
+
+    /// Shows these beside the own connections that have ended.
+    pub(super) fn with_inherited(self, inherited: Inherited) -> Api {
+        Api { inherited, ..self }
     }
 
     /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
@@ -293,7 +304,8 @@ impl Api {
     }
 
     fn ended(&self) -> Vec<Ended> {
-        self.handle.ended().iter().map(Ended::from).collect()
+        let own = self.handle.ended().iter().map(Ended::from).collect();
+        self.inherited.and(own)
     }
 
     fn forwards(&self) -> Vec<Forward> {
@@ -517,19 +529,51 @@ impl Api {
                 }
             }
         });
-        if let Some(finishing) = finishing {
-            finishing.tell_on(&self.handle);
+        if let Some(left) = finishing {
+            *self.finishing() = Some(left);
+            while self.tell_successor() {
+                thread::sleep(handover::TELL_PAUSE);
+            }
         }
+    }
+
+    fn finishing(&self) -> MutexGuard<'_, Option<Finishing>> {
+        lock(&self.finishing)
+    }
+
+    /// Tells the process that has taken over what is new. Returns false once that one has ended.
+    fn tell_successor(&self) -> bool {
+        let mut finishing = self.finishing();
+        let Some(wire) = &mut *finishing else {
+            return false;
+        };
+        let is_told = wire.tell(&self.handle, self.ended()).is_ok();
+        if !is_told {
+            *finishing = None;
+        }
+        is_told
+    }
+
+    /// Tells the process that has taken over, if one has, what has become of the last connections. Nobody is told
+    /// anything after that.
+    pub(super) fn tell_successor_the_rest(&self) {
+        self.tell_successor();
+        *self.finishing() = None;
     }
 
     /// Starts another process, and answers when it has taken over.
     fn upgrade(&self) -> Answer {
         let succession = self.succession()?;
-        let fail = |why: String| {
-            Problem::new(500, why).with_remedy("this one goes on as before; the new one has said why on standard error, where this one logs")
+        let fail = |why: String, remedy: &str| {
+            // Whoever reads the log later is to know as well.
+            warn!("the upgrade has failed: {why}; going on as before");
+            let remedy = format!("this one goes on as before; {remedy}");
+            Problem::new(500, why).with_remedy(remedy)
         };
-        let mut child =
-            (succession.start)().map_err(|e| fail(format!("the program can't be started: {e}")))?;
+        let mut child = (succession.start)().map_err(|e| {
+            let why = format!("the program can't be started: {e}");
+            fail(why, "install it there, and ask again")
+        })?;
         let pid = child.id();
         info!("started process {pid} to take over");
         let end = Instant::now() + UPGRADE;
@@ -541,17 +585,28 @@ impl Api {
                 return json(200, &told);
             }
             if let Ok(Some(status)) = child.try_wait() {
-                return Err(fail(format!(
-                    "the new process {pid} has ended before it took over: {status}"
-                )));
+                let why = format!("the new process {pid} has ended before it took over: {status}");
+                return Err(fail(
+                    why,
+                    match status.code() {
+                        Some(_) => {
+                            "what the new one has said is where this one's standard error goes"
+                        }
+                        None => "something has killed the new one",
+                    },
+                ));
             }
             if Instant::now() >= end && self.give_up(pid) {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Err(fail(format!(
-                    "the new process {pid} has not taken over within {} s, and was ended",
-                    UPGRADE.as_secs()
-                )));
+                let seconds = UPGRADE.as_secs();
+                let why = format!(
+                    "the new process {pid} has not taken over within {seconds} s, and was ended"
+                );
+                return Err(fail(
+                    why,
+                    "is the new program an hvsock, and does its start hang?",
+                ));
             }
             thread::sleep(LOOK);
         }

@@ -26,6 +26,7 @@ use super::model::Status;
 use super::place;
 use super::problem::Problem;
 use crate::app::escape;
+use crate::dial;
 use crate::error::{Error, Operation};
 use crate::stream::Stream;
 use crate::sys;
@@ -100,6 +101,7 @@ impl std::fmt::Display for Unanswered {
                     ErrorKind::WouldBlock | ErrorKind::TimedOut => {
                         "it takes no request, or gives no answer: is it stopped, or is this another program's socket?"
                     }
+                    _ if error.remedy().is_some_and(|it| it == dial::NO_SOCKET) => dial::NO_SOCKET,
                     _ => {
                         "start one with `hvsock run CONFIG`, or with --control, or say where it is with --control PATH; `hvsock ps` lists those that run"
                     }

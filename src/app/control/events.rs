@@ -21,7 +21,7 @@ use crate::name::PeerProcess;
 use crate::proxy::{Event, ForwardStatus, Handle, Observer, What};
 use crate::time::unix;
 
-use super::model::{Forward, address_of, refusal_of};
+use super::model::{Forward, ProgramFailed, address_of, refusal_of};
 
 /// The most events that wait for a reader; each has some 200 bytes.
 const QUEUE: usize = 4096;
@@ -81,6 +81,8 @@ enum Told {
         why: &'static str,
         /// Why it was refused, if it was.
         refusal: Option<String>,
+        #[serde(flatten)]
+        program: ProgramFailed,
     },
     /// The reader was too slow for so many events about connections.
     Dropped {
@@ -149,6 +151,7 @@ impl Told {
                 seconds: age.as_secs_f64(),
                 why: why.name(),
                 refusal: refusal_of(why),
+                program: ProgramFailed::of(why),
             },
         })
     }

@@ -17,7 +17,7 @@
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
 //! | `GET /v1/events` | what happens from now on, until the proxy has ended | lines of JSON: see [`events`] |
 //! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
-//! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first | an array of [`Ended`] |
+//! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first; of a process that was taken over from, too | an array of [`Ended`] |
 //! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
 //! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
@@ -49,6 +49,7 @@ mod endpoint;
 mod events;
 mod handover;
 mod http;
+mod inherited;
 mod metrics;
 mod model;
 mod place;
@@ -82,6 +83,7 @@ use clients::most_clients;
 use endpoint::{Demand, Door, Service};
 use events::Events;
 use handover::Use;
+pub(crate) use inherited::Inherited;
 use server::Server;
 
 /// Where the control socket is to be.
@@ -121,6 +123,7 @@ pub(crate) enum Unavailable {
 pub(crate) struct Bound {
     doors: Vec<Door>,
     events: Arc<Events>,
+    inherited: Inherited,
 }
 
 /// Takes the sockets that an hvsock which is to be taken over has for them, and binds the others.
@@ -198,6 +201,7 @@ fn open(
     Ok(Bound {
         doors,
         events: Arc::default(),
+        inherited: Inherited::default(),
     })
 }
 
@@ -252,13 +256,29 @@ impl Bound {
         let endpoints = self.doors.iter();
         let endpoints = endpoints.map(|it| Arc::clone(&it.endpoint)).collect();
         let api = Api::new(handle, actions, endpoints, self.events);
-        let server = Server::start(self.doors, api)?;
-        Ok(Control { _server: server })
+        let api = Arc::new(api.with_inherited(self.inherited));
+        let server = Server::start(self.doors, Arc::clone(&api))?;
+        Ok(Control {
+            api,
+            _server: server,
+        })
+    }
+
+    /// Returns where the ended connections of the process are to be noted that was taken over from.
+    pub(crate) fn inherited(&self) -> Inherited {
+        self.inherited.clone()
     }
 }
 
 /// The server of the control interface. Dropping it ends it, and removes its socket.
 #[derive(Debug)]
 pub(crate) struct Control {
+    api: Arc<Api>,
     _server: Server,
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.api.tell_successor_the_rest();
+    }
 }

@@ -16,7 +16,8 @@ use crate::keeper::LinkStatus;
 use crate::name::SocketName;
 use crate::proxy::{
     CarriedBytes, ConnectionState, ConnectionStatus, Counters, EndReason, EndedConnection,
-    ForwardState, ForwardStatus, LastError, Refusals, Rule, VmStatus, Waiting, check_name,
+    ForwardState, ForwardStatus, LastError, ProgramFailure, Refusals, Rule, VmStatus, Waiting,
+    check_name,
 };
 use crate::time::{unix, unix_option};
 
@@ -142,6 +143,9 @@ pub(crate) struct Connection {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Ended {
     pub(crate) id: u64,
+    /// The process that carried it, if that was another one, which was taken over from: the ids are that one's.
+    #[serde(default)]
+    pub(crate) carried_by: Option<u32>,
     /// The forward's id, which may have been removed.
     pub(crate) forward: u64,
     /// The forward's name, if it had one, and its addresses.
@@ -164,12 +168,46 @@ pub(crate) struct Ended {
     /// Why it was refused, if it was: `by_target` for example, and in words.
     pub(crate) refusal: Option<String>,
     pub(crate) error: Option<String>,
+    #[serde(flatten)]
+    pub(crate) program: ProgramFailed,
+}
+
+/// How the program of a connection has failed, if it has: by the one or the other.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(default)]
+pub(crate) struct ProgramFailed {
+    exit_status: Option<i32>,
+    signal: Option<i32>,
+}
+
+impl ProgramFailed {
+    pub(super) fn of(why: EndReason) -> ProgramFailed {
+        let EndReason::ProgramFailed(failure) = why else {
+            return ProgramFailed::default();
+        };
+        match failure {
+            ProgramFailure::Status(status) => ProgramFailed {
+                exit_status: Some(status),
+                signal: None,
+            },
+            ProgramFailure::Signal(signal) => ProgramFailed {
+                exit_status: None,
+                signal: Some(signal),
+            },
+        }
+    }
+
+    fn failure(self) -> Option<ProgramFailure> {
+        let by_signal = self.signal.map(ProgramFailure::Signal);
+        self.exit_status.map(ProgramFailure::Status).or(by_signal)
+    }
 }
 
 impl From<&EndedConnection> for Ended {
     fn from(ended: &EndedConnection) -> Ended {
         Ended {
             id: ended.id.into(),
+            carried_by: None,
             forward: ended.forward.into(),
             name: ended.rule.name.clone(),
             listen: ended.rule.listen.to_string(),
@@ -187,6 +225,7 @@ impl From<&EndedConnection> for Ended {
             why: ended.why.name().to_owned(),
             refusal: refusal_of(ended.why),
             error: ended.error.as_deref().map(str::to_owned),
+            program: ProgramFailed::of(ended.why),
         }
     }
 }
@@ -195,6 +234,14 @@ impl Ended {
     /// Returns the forward's name, or where it listened.
     pub(crate) fn name_or_address(&self) -> &str {
         self.name.as_ref().unwrap_or(&self.listen)
+    }
+
+    /// Returns its id, for people.
+    pub(crate) fn id_in_words(&self) -> String {
+        match self.carried_by {
+            None => self.id.to_string(),
+            Some(process) => format!("{} of {process}", self.id),
+        }
     }
 
     /// Returns whether it was one of the forward of that name, or that listened there.
@@ -210,9 +257,10 @@ impl Ended {
     /// Returns why it has ended, for people; of a refused one the error.
     pub(crate) fn why_in_words(&self) -> String {
         let why = reason_in_words(&self.why);
-        match &self.error {
-            Some(error) => format!("{why}: {error}"),
-            None => why,
+        match (&self.error, self.program.failure()) {
+            (Some(error), _) => format!("{why}: {error}"),
+            (None, Some(failure)) => format!("{why} ({failure})"),
+            (None, None) => why,
         }
     }
 }

@@ -76,7 +76,7 @@ pub(super) struct Server {
 
 impl Server {
     /// Begins to serve.
-    pub(super) fn start(doors: Vec<Door>, api: Api) -> Result<Server> {
+    pub(super) fn start(doors: Vec<Door>, api: Arc<Api>) -> Result<Server> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             // And one for all who read events, and for each socket those that bind it and look after
@@ -89,7 +89,7 @@ impl Server {
         let (running, ended) = mpsc::channel();
         let run = move || {
             let _running: mpsc::Sender<()> = running;
-            serve(runtime, doors, Arc::new(api), stopped);
+            serve(runtime, doors, api, stopped);
         };
         let thread = thread::Builder::new().name("hvsock-control".to_owned());
         thread.spawn(run).map_err(fail)?;
@@ -435,7 +435,7 @@ mod tests {
             let (listener, endpoint) = (door.listener.clone().unwrap(), Arc::clone(&door.endpoint));
             let endpoints = vec![Arc::clone(&endpoint)];
             let api = Api::new(proxy.handle(), actions, endpoints, Arc::default());
-            let server = Server::start(vec![door], api).unwrap();
+            let server = Server::start(vec![door], Arc::new(api)).unwrap();
             (server, proxy, listener, endpoint)
         }
 
@@ -454,7 +454,7 @@ mod tests {
                 let door = door.admitting(&from);
                 let endpoint = Arc::clone(&door.endpoint);
                 let api = Api::new(proxy.handle(), actions(|| ()), Vec::new(), Arc::default());
-                let _server = Server::start(vec![door], api).unwrap();
+                let _server = Server::start(vec![door], Arc::new(api)).unwrap();
                 let answer = scrape(&endpoint.address).unwrap_or_default();
                 assert_eq!(answer.contains("200 OK"), is_let_in, "{from:?}");
                 assert_eq!(answer.is_empty(), !is_let_in, "{answer}");

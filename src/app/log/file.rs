@@ -1,6 +1,6 @@
 //! The log's file. A thread of its own writes to it, so that a disk that hangs delays nothing else.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tracing::Level;
 
 use crate::app::lossy_writer::LossyWriter;
+use crate::app::slow::tell_if_slow;
+use crate::file;
 use crate::lock::lock;
 
 use super::stderr::ERR;
@@ -23,24 +25,19 @@ static OPEN: Mutex<Option<(PathBuf, File)>> = Mutex::new(None);
 /// Whether the file is to be opened again before the next write.
 static IS_STALE: AtomicBool = AtomicBool::new(false);
 
-fn open_file(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.append(true).create(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    options.open(path)
-}
-
 /// Opens the log's file, and makes it (0600) if there is none.
 ///
 /// # Errors
 /// Returns why it can't be opened, and how to mend that.
 pub(super) fn open(path: &Path) -> Result<(), String> {
-    let file = open_file(path).map_err(|e| {
+    let what = format!("opening the log {}", path.display());
+    let tell = |what: String| ERR.send(format!("hvsock: {what}\n").into_bytes());
+    let file = tell_if_slow(&what, tell, || file::append(path)).map_err(|e| {
         let remedy = match e.kind() {
             io::ErrorKind::NotFound => ": make its directory first",
             io::ErrorKind::PermissionDenied => ": choose a file that you may write",
             io::ErrorKind::IsADirectory => ": it is a directory; name a file in it",
+            io::ErrorKind::InvalidInput => ": start its reader first, or name a file",
             _ => "",
         };
         format!("cannot open the log {}: {e}{remedy}", path.display())
@@ -61,7 +58,7 @@ fn write(bytes: &[u8]) -> io::Result<usize> {
         return Err(io::ErrorKind::NotFound.into());
     };
     if IS_STALE.swap(false, Ordering::AcqRel) {
-        match open_file(path) {
+        match file::append(path) {
             Ok(new) => *file = new,
             Err(e) => {
                 let path = path.display();

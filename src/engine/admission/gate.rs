@@ -197,6 +197,8 @@ pub(super) struct State {
     /// The drains of guests that go on sending, the oldest first, by their numbers.
     pub(super) drains: Vec<u64>,
     pub(super) next_drain: u64,
+    /// Whether the process that began to listen was alive at a dial.
+    pub(super) has_seen_process: bool,
     /// The cap, while this process leaves some of its slots to a successor.
     pub(super) whole_cap: Option<usize>,
     /// The slots that its predecessor still has.
@@ -243,6 +245,7 @@ impl Gate {
             silence: Silence::default(),
             drains: Vec::new(),
             next_drain: 0,
+            has_seen_process: false,
             whole_cap: None,
             others: OtherSlots::default(),
         };
@@ -390,6 +393,7 @@ impl Gate {
         (state.guests, state.turned_away) = (0, 0);
         state.has_told_turned_away = false;
         state.drains.clear();
+        state.has_seen_process = false;
         state.pending = 0;
         state.next_probe = None;
         state.patience = PROBE_PATIENCE;

@@ -112,6 +112,17 @@ impl Slot {
         }
     }
 
+    /// Notes whether the process that began to listen had ended when the dial was made. Returns
+    /// whether another one serves the socket: one that has served it before is about to be gone.
+    pub(crate) fn note_listener(&self, has_ended: bool) -> bool {
+        let mut state = self.gate.state();
+        if state.epoch == self.epoch {
+            state.has_seen_process |= !has_ended;
+            return has_ended && !state.has_seen_process;
+        }
+        has_ended
+    }
+
     /// Notes that the process of the VM that got the dial has ended.
     pub(crate) fn note_vm_end(&self, now: Instant) {
         let mut state = self.gate.state();

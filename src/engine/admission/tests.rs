@@ -687,3 +687,40 @@ fn a_cid_is_up_or_down_as_its_answers_say() {
     drop(gate.accept(ONE, None, now));
     assert_eq!(up(now), Some(true));
 }
+
+#[test]
+fn the_end_of_a_vm_is_no_answer_and_leaves_nothing_behind() {
+    let gate = gate(2, 64);
+    let now = Instant::now();
+    let (first, mut second) = (go(&gate, now), go(&gate, now));
+    assert_eq!(gate.status(now).up, Some(true));
+    first.note_vm_end(now);
+    let status = gate.status(now);
+    assert_eq!(
+        (status.up, status.connections, status.unanswered),
+        (Some(false), 0, 0)
+    );
+    assert!(!second.is_answered());
+    // Its other connections say nothing about the VM that is started next.
+    drop(go(&gate, now));
+    second.note_vm_end(now);
+    second.lose();
+    drop((first, second));
+    let status = gate.status(now);
+    assert_eq!((status.up, status.lost), (Some(true), 0));
+}
+
+#[test]
+fn a_listener_that_was_alive_at_a_dial_is_nobodys_heir() {
+    let gate = gate(9, 64);
+    let now = Instant::now();
+    let dial = || go(&gate, now);
+    // Whoever has begun to listen had ended before the first dial.
+    assert!(dial().note_listener(true));
+    assert!(!dial().note_listener(false));
+    // It ends just now.
+    let last = dial();
+    assert!(!last.note_listener(true));
+    last.note_vm_end(now);
+    assert!(dial().note_listener(true));
+}

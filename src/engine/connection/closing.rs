@@ -432,9 +432,13 @@ impl<S: ConnectionSocket> Connection<S> {
                 self.close_socket(Side::Client, client, cx);
                 self.close_socket(Side::Server, server, cx);
             }
-            State::Relaying { .. } | State::OnThreads | State::Closing { .. } | State::Closed => {}
+            closing @ State::Closing { .. } => self.state = closing,
+            State::Relaying { .. } | State::OnThreads | State::Closed => {}
         }
         self.wake_at = None;
+        if self.awaits_program(cx) {
+            return;
+        }
         self.enter(State::Closed);
         cx.request(Action::Drop);
     }

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use crate::dial::{self, Begun, Dial, Next, Race};
 use crate::engine::Phase;
@@ -27,9 +28,8 @@ pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
     /// The identity of the VM, if the target is one that has a file.
     pub(crate) identity: Option<VmIdentity>,
-    /// Whether the process that began to listen had ended before the connect. Another process
-    /// serves its socket, which the system doesn't name, so an EOF says nothing about its VM.
-    pub(crate) is_inherited: bool,
+    /// Whether the process that began to listen had ended before the connect.
+    pub(crate) has_listener_ended: bool,
     /// Whether the poller could register the socket.
     pub(crate) watched: io::Result<()>,
 }
@@ -162,6 +162,21 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Returns how long the attempt at [`endpoint`](Connection::endpoint) may take. One of a client
+    /// that is held is not the last.
+    pub(crate) fn patience(&self, now: Instant) -> Duration {
+        let dial = match &self.state {
+            State::Waiting { dial, .. } => dial,
+            State::Connecting { race, .. } => &race.dial,
+            _ => return Duration::ZERO,
+        };
+        let left = dial.deadline().saturating_duration_since(now);
+        match self.retries {
+            Some(_) => left.min(self.forward.rule.timeouts.dial),
+            None => left,
+        }
+    }
+
     /// Returns whether an EOF from the server may mean that its VM has died.
     pub(crate) fn doubts_server(&self) -> bool {
         self.forward.needs_graceful_close(Side::Server)
@@ -231,6 +246,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 if let Some(slot) = &mut self.slots[Side::Server] {
                     slot.note_dial(None, cx.now);
                 }
+                self.note_program();
                 if let State::Waiting { client, dial, .. } = self.take_state() {
                     let server = End::new(socket);
                     let race = Race::new(dial);
@@ -261,8 +277,8 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         if let Some(slot) = &mut self.slots[Side::Server] {
             slot.note_dial(dialled.identity, cx.now);
+            self.is_inherited = slot.note_listener(dialled.has_listener_ended);
         }
-        self.is_inherited = dialled.is_inherited;
         let (client, mut dial) = match self.take_state() {
             State::Waiting { client, dial, .. } => (client, dial),
             other => {

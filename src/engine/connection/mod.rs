@@ -21,6 +21,7 @@ mod closing_end;
 mod dialling;
 mod idle;
 mod on_threads;
+mod program;
 mod proving;
 mod proxied;
 mod racing;

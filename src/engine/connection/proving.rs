@@ -33,6 +33,7 @@ impl<S: ConnectionSocket> Connection<S> {
         now: Instant,
     ) -> Connection<S> {
         slot.note_dial(dialled.identity, now);
+        let is_inherited = slot.note_listener(dialled.has_listener_ended);
         let mut end = End::new(dialled.socket);
         end.shutdown_write();
         // However long the answer takes, a probe is not given up, since the answer may come at any
@@ -54,6 +55,7 @@ impl<S: ConnectionSocket> Connection<S> {
             process: None,
         };
         let mut connection = Connection::new(None, forward, no_client, state, now);
+        connection.is_inherited = is_inherited;
         connection.slots[Side::Server] = Some(slot);
         connection
     }

@@ -54,26 +54,26 @@ impl<S: Socket> Connection<S> {
 
     /// Counts a refused client, and logs the reason; a repeated one only now and then.
     pub(super) fn note_refusal(&mut self, error: &Error, reason: RefusalReason, now: Instant) {
-        let text = error.to_string();
-        self.error = Some(text.as_str().into());
+        let text: Arc<str> = error.to_string().into();
+        self.error = Some(Arc::clone(&text));
         let forward = &self.forward;
         forward.tally.count_refusal(reason);
         self.notify(What::Refused(error));
         let connected = forward.tally.connected.load(Ordering::Relaxed);
-        forward.status_cell.set_error(text.clone(), connected);
+        forward.status_cell.set_error(Arc::clone(&text), connected);
         let is_turned_away = self.slots[Side::Client]
             .as_ref()
             .is_some_and(Slot::is_turned_away);
         // The absence of a target was logged when it was noticed; the gate has logged that a guest
         // dials too much.
         if reason == RefusalReason::Absent || is_turned_away {
-            return self.debug(|| debug!("refused a client of {}: {error}", forward.rule.listen));
+            return self.debug(|| debug!("refused a client of {}: {text}", forward.rule.listen));
         }
         if let Some(more) = forward.log_limiter.admit(&text, now) {
             self.span().in_scope(|| match more {
-                0 => warn!("refused a client of {}: {error}", forward.rule.listen),
+                0 => warn!("refused a client of {}: {text}", forward.rule.listen),
                 _ => warn!(
-                    "refused a client of {}: {error} ({more} more since the last line)",
+                    "refused a client of {}: {text} ({more} more since the last line)",
                     forward.rule.listen
                 ),
             });
@@ -153,10 +153,10 @@ impl<S: ConnectionSocket> Connection<S> {
     }
 
     /// Reports the end of a connection that is [`Closed`](State::Closed), after its sockets were
-    /// closed.
-    pub(crate) fn end(mut self, routes: &Routes, now: Instant) -> Arc<Forward> {
+    /// closed. `at` is what the wall clock shows.
+    pub(crate) fn end(mut self, routes: &Routes, now: Instant, at: SystemTime) -> Arc<Forward> {
         if self.name.is_some() {
-            self.report_end(now);
+            self.report_end(now, at);
         }
         if let Some(route) = self.route.take() {
             routes.forget(*route);
@@ -165,7 +165,7 @@ impl<S: ConnectionSocket> Connection<S> {
     }
 
     /// Counts the end, and reports it to the log and to the observer.
-    fn report_end(&self, now: Instant) {
+    fn report_end(&self, now: Instant, at: SystemTime) {
         let why = self.why.unwrap_or(EndReason::Failed);
         let [sent, received] = self.counted;
         let age = now.saturating_duration_since(self.since);
@@ -187,7 +187,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 sent,
                 received,
                 age,
-                at: SystemTime::now(),
+                at,
                 why,
                 error: self.error.clone(),
             });

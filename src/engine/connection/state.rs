@@ -43,8 +43,8 @@ pub(crate) struct Connection<S: Socket> {
     /// What the client has said of its own client, if it is a proxy.
     pub(super) proxied: Option<Box<Proxied>>,
     pub(super) idle: Idle,
-    /// Whether the target's process is unknown: see
-    /// [`is_inherited`](super::dialling::Dialled::is_inherited).
+    /// Whether another process serves the target's socket than the one that began to listen. The
+    /// system doesn't name it, so nothing is known of its end.
     pub(super) is_inherited: bool,
     /// The bytes of each side that the counters include already.
     pub(super) counted: [u64; 2],
@@ -52,6 +52,8 @@ pub(crate) struct Connection<S: Socket> {
     pub(crate) since: Instant,
     /// Why the connection ends, as far as it is known.
     pub(super) why: Option<EndReason>,
+    /// The program that it leads to.
+    pub(super) program: Program,
     /// The error for which the client was refused.
     pub(super) error: Option<Arc<str>>,
     /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have
@@ -130,6 +132,19 @@ impl<S: Socket> State<S> {
     }
 }
 
+/// What is known of a connection's program.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Program {
+    /// There is none.
+    #[default]
+    None,
+    Running,
+    /// Both sides are closed, and nothing but its end is waited for, until then.
+    Awaited(Instant),
+    /// It has ended, or nothing will be heard of it.
+    Ended,
+}
+
 /// What is known of a client that comes by way of a proxy.
 #[derive(Debug)]
 pub(super) struct Proxied {
@@ -169,6 +184,7 @@ impl<S: Socket> Connection<S> {
             peer,
             since: now,
             why: None,
+            program: Program::None,
             error: None,
             is_cut_off: false,
         }
@@ -201,6 +217,11 @@ impl<S: Socket> Connection<S> {
             Some(_) => Holder::Forward(self.forward.id),
             None => Holder::Probes,
         }
+    }
+
+    /// Returns whether the connection is being closed, or was cut off: its end has begun.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.is_cut_off || matches!(self.state, State::Closing { .. } | State::Closed)
     }
 
     /// Returns whether the connection is [`Waiting`](State::Waiting).

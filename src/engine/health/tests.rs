@@ -51,6 +51,27 @@ fn only_a_process_that_was_alive_marks_the_vm_down_by_its_end() {
     assert_eq!(health.note_process(None, now), None);
 }
 
+// The identities of two files are needed, which only Unix has.
+#[cfg(unix)]
+#[test]
+fn a_vm_that_is_started_anew_may_write_its_pid_file_late() {
+    let directory = tempfile::tempdir().unwrap();
+    let [one, two] = ["one", "two"].map(|name| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, "").unwrap();
+        VmIdentity::Socket(Identity::of(&path).unwrap())
+    });
+    let mut health = Health::default();
+    let now = Instant::now();
+    health.note_identity(one, now);
+    health.note_process(Some(7), now);
+    let now = now + SETTLE_TIME;
+    assert_eq!(health.mark_down(now), GONE);
+    assert!(health.note_identity(two, now).1.is_some());
+    assert_eq!(health.note_process(None, now), None);
+    assert_eq!(health.is_up(), Some(true));
+}
+
 #[test]
 fn a_listener_tells_only_what_was_not_known() {
     let mut health = Health::default();

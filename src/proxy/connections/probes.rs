@@ -41,7 +41,7 @@ impl<D: Driver> Connections<D> {
         let Some(Target::Endpoint(probe)) = address.as_ref().map(Target::of) else {
             return false;
         };
-        let (mut stream, identity) = match cx.driver.connect(&probe) {
+        let (mut stream, identity) = match cx.driver.connect(&probe, forward.rule.timeouts.dial) {
             Ok(connected) => connected,
             Err(e) => {
                 drop(slot);
@@ -55,11 +55,12 @@ impl<D: Driver> Connections<D> {
             }
         };
         let id = self.table.next_id();
+        let has_listener_ended = cx.driver.has_peer_ended(&stream);
         let watched = cx.driver.watch(&mut stream, id.token(Side::Server));
         let dialled = Dialled {
             socket: stream,
             identity,
-            is_inherited: false,
+            has_listener_ended,
             watched,
         };
         cx.shared.inboxes[cx.index]

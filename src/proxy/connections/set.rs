@@ -1,7 +1,7 @@
 //! The connections of one worker: accepted ones are taken over, events are passed to them, and the
 //! actions that they request are carried out.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use crate::stream::endpoint::Target;
 use crate::stream::socket::Socket;
 
 use super::queues::{DialQueue, ProbeQueue};
+use crate::proxy::cuts::Cuts;
 use crate::proxy::driver::{Driver, Event};
 use crate::proxy::shared::{Accepted, TurnContext};
 
@@ -112,6 +113,23 @@ impl<D: Driver> Connections<D> {
             }
             Event::Dialled { token, stream } => {
                 self.take_dialled(Id::from_token(token).0, stream, cx);
+            }
+            Event::ProgramEnded {
+                token,
+                connection,
+                forward,
+                failure,
+            } => {
+                let id = Id::from_token(token).0;
+                match self.table.get_mut(id) {
+                    Some(_) => self.call(id, cx, |it, to| it.take_program_end(failure, to)),
+                    None => {
+                        if let Some(failure) = failure {
+                            let why = EndReason::ProgramFailed(failure);
+                            forward.ended().complete(connection, why);
+                        }
+                    }
+                }
             }
             Event::ThreadsEnded { token, result } => {
                 let id = Id::from_token(token).0;
@@ -257,7 +275,9 @@ impl<D: Driver> Connections<D> {
                     cx.driver.resolve(token, host, port);
                 }
             }
-            Action::DialOnThread(patience) => cx.driver.dial(token, &rule.connect, patience),
+            Action::DialOnThread(patience) => {
+                cx.driver.dial(token, connection.name, &forward, patience);
+            }
             Action::Admit => self.queue_dial(id, &forward, cx),
             Action::Connect => self.connect(id, cx),
             Action::Explain(error) => {
@@ -294,16 +314,17 @@ impl<D: Driver> Connections<D> {
         };
         let keepalive = connection.as_ref().and_then(|it| it.forward.rule.keepalive);
         let needs_check = connection.as_ref().is_some_and(|it| it.doubts_server());
-        let connected = cx.driver.connect(endpoint);
+        let patience = connection.as_ref().map(|it| it.patience(cx.now));
+        let connected = cx.driver.connect(endpoint, patience.unwrap_or_default());
         let dialled = connected.map(|(mut socket, identity)| {
             // Checked at once: if the process is gone later, the connection broke off.
-            let is_inherited = needs_check && cx.driver.has_peer_ended(&socket);
+            let has_listener_ended = needs_check && cx.driver.has_peer_ended(&socket);
             cx.driver.set_keepalive(&socket, keepalive);
             let watched = cx.driver.watch(&mut socket, id.token(Side::Server));
             Dialled {
                 socket,
                 identity,
-                is_inherited,
+                has_listener_ended,
                 watched,
             }
         });
@@ -350,7 +371,8 @@ impl<D: Driver> Connections<D> {
         };
         self.timers.remove(id, connection.wake_at);
         let holder = connection.holder();
-        let forward = connection.end(&cx.shared.routes, cx.now);
+        let at = cx.driver.wall_time();
+        let forward = connection.end(&cx.shared.routes, cx.now, at);
         let load = &cx.shared.inboxes[cx.index].load;
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
             cx.driver.release_unused();
@@ -358,24 +380,40 @@ impl<D: Driver> Connections<D> {
         cx.shared.note_end(&forward, holder, cx.now);
     }
 
-    /// Cuts off all connections, for that reason.
-    pub(in crate::proxy) fn cut_all(&mut self, why: EndReason, cx: &mut TurnContext<'_, D>) {
+    fn cut(&mut self, id: Id, cuts: &Cuts, why: EndReason, cx: &mut TurnContext<'_, D>) {
+        // What was about to end is cut short, but not off; nobody is behind a probe.
+        if let Some(connection) = self.table.get_mut(id)
+            && connection.name.is_some()
+            && !connection.is_ending()
+        {
+            cuts.note(&connection.forward);
+        }
+        self.call(id, cx, |it, to| it.cut(why, to));
+    }
+
+    /// Cuts off all connections, for that reason. What is cut off is noted in `cuts`.
+    pub(in crate::proxy) fn cut_all(
+        &mut self,
+        cuts: &Cuts,
+        why: EndReason,
+        cx: &mut TurnContext<'_, D>,
+    ) {
         for id in self.table.ids() {
-            self.call(id, cx, |it, to| it.cut(why, to));
+            self.cut(id, cuts, why, cx);
         }
     }
 
-    /// Cuts off the connections of these forwards, for that reason.
+    /// Cuts off the connections of these forwards, for that reason. What is cut off is noted.
     pub(in crate::proxy) fn cut_those_of(
         &mut self,
-        forwards: &HashSet<ForwardId>,
+        forwards: &HashMap<ForwardId, Arc<Cuts>>,
         why: EndReason,
         cx: &mut TurnContext<'_, D>,
     ) {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
-            if connection.is_some_and(|it| forwards.contains(&it.forward.id)) {
-                self.call(id, cx, |it, to| it.cut(why, to));
+            if let Some(cuts) = connection.and_then(|it| forwards.get(&it.forward.id)) {
+                self.cut(id, cuts, why, cx);
             }
         }
     }

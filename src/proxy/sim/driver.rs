@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::address::{Address, Host, TcpAddress, UnixAddress};
 use crate::engine::admission::Gate;
 use crate::engine::connection::{ConnectionSocket, Progress, transitions};
 use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
+use crate::engine::id::ConnectionId;
 use crate::engine::relay::Side;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
@@ -342,6 +343,11 @@ impl Driver for SimDriver {
         self.world.instant()
     }
 
+    fn wall_time(&self) -> SystemTime {
+        // No rule of the simulated world depends on it.
+        SystemTime::UNIX_EPOCH
+    }
+
     fn wait(
         &mut self,
         events: &mut Vec<Event<SimStream, SimListener>>,
@@ -453,7 +459,11 @@ impl Driver for SimDriver {
         }
     }
 
-    fn connect(&mut self, endpoint: &Endpoint) -> io::Result<(SimStream, Option<VmIdentity>)> {
+    fn connect(
+        &mut self,
+        endpoint: &Endpoint,
+        _patience: Duration,
+    ) -> io::Result<(SimStream, Option<VmIdentity>)> {
         let place = match endpoint {
             Endpoint::Tcp(address) => Place::Tcp(*address),
             Endpoint::Unix(UnixAddress::Path(path)) => Place::Path(path.clone()),
@@ -551,8 +561,8 @@ impl Driver for SimDriver {
         });
     }
 
-    fn dial(&mut self, _: usize, address: &Address, _: Duration) {
-        unreachable!("nothing is dialled by threads: {address}")
+    fn dial(&mut self, _: usize, _: Option<ConnectionId>, forward: &Arc<Forward>, _: Duration) {
+        unreachable!("nothing is dialled by threads: {}", forward.rule.connect)
     }
 
     fn start_threads(

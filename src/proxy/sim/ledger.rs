@@ -188,8 +188,8 @@ impl Ledger {
             EndReason::Removed => happened.removed || self.has_failed_additions,
             EndReason::Stopped => happened.stop,
             EndReason::ClosedOnRequest => happened.closed,
-            // Nothing is relayed by threads here.
-            EndReason::Failed => false,
+            // Nothing is relayed by threads here, and no program is started.
+            EndReason::Failed | EndReason::ProgramFailed(_) => false,
         };
         assert!(
             is_so,
@@ -237,11 +237,11 @@ impl Ledger {
         }
     }
 
-    /// What was refused of a forward, as it was told.
+    /// What was refused of a forward, or cut off since its VM was gone, as it was told.
     pub(super) fn refused_of(&self, forward: u64) -> u64 {
         let counters = self.forwards.get(&forward).map(|it| it.tally.counters());
         counters.map_or(0, |it| {
-            it.refused + it.timed_out.idle + it.timed_out.half_closed
+            it.refused + it.ended.vm_gone + it.timed_out.idle + it.timed_out.half_closed
         })
     }
 

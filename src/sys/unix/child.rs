@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, killpg};
@@ -94,17 +95,26 @@ pub(crate) fn make_terminal() -> io::Result<(File, OwnedFd)> {
     };
     let pair = openpty(Some(&size), None)?;
     for side in [&pair.master, &pair.slave] {
-        use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+        use nix::fcntl::FdFlag;
         fcntl(side, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     }
     Ok((File::from(pair.master), pair.slave))
 }
 
-/// Sets whether calls on it fail where they would wait.
+/// Has calls on it fail where they would wait.
 pub(crate) fn set_nonblocking(descriptor: &File) -> io::Result<()> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    set_flags(descriptor, |flags| flags | OFlag::O_NONBLOCK)
+}
+
+/// Has calls on it wait, whatever it was opened with.
+#[cfg(feature = "cli")]
+pub(crate) fn set_blocking(descriptor: &File) -> io::Result<()> {
+    set_flags(descriptor, |flags| flags - OFlag::O_NONBLOCK)
+}
+
+fn set_flags(descriptor: &File, change: impl FnOnce(OFlag) -> OFlag) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(descriptor, FcntlArg::F_GETFL)?);
-    fcntl(descriptor, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    fcntl(descriptor, FcntlArg::F_SETFL(change(flags)))?;
     Ok(())
 }
 

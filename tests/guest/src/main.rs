@@ -21,13 +21,14 @@ mod tools;
 mod vms;
 mod vsudd;
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::kmod::{DeleteModuleFlags, ModuleInitFlags, delete_module, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{Resource, setrlimit};
@@ -69,7 +70,9 @@ fn run() {
     if !load("vmw_vsock_virtio_transport_common") {
         return;
     }
-    check("vm_by_cid_health", SHORT, || vms::health(|| load(LOOPBACK)));
+    check("vm_by_cid_health", SHORT, || {
+        vms::health(|| load(LOOPBACK), || unload(LOOPBACK))
+    });
     // If the check has left it out.
     if !is_loaded(LOOPBACK) && !load(LOOPBACK) {
         return;
@@ -172,6 +175,12 @@ const LOOPBACK: &str = "vsock_loopback";
 
 fn is_loaded(name: &str) -> bool {
     Path::new("/sys/module").join(name).exists()
+}
+
+/// Unloads a module; false if it can't be now.
+fn unload(name: &str) -> bool {
+    let name = CString::new(name);
+    name.is_ok_and(|name| delete_module(&name, DeleteModuleFlags::O_NONBLOCK).is_ok())
 }
 
 /// Loads a module; false, and a failure told, if it can't be.

@@ -19,12 +19,17 @@ type Failure = Box<dyn Error + Send + Sync>;
 const HVSOCK: &str = "/hvsock";
 const SOON: Duration = Duration::from_secs(30);
 
-/// The VM comes with the transport to its CID, which `load` is for. Who may wait is held until it is there.
-pub(crate) fn health(load: fn() -> bool) -> Outcome {
+/// The VM comes and goes with the transport to its CID, which `load` and `unload` are for. Who may wait is held until it
+/// is there; that it is back is seen though nobody dials it.
+///
+/// The kernel keeps a transport for as long as a connect over it might have taken: no longer than it must be.
+pub(crate) fn health(load: fn() -> bool, unload: fn() -> bool) -> Outcome {
     let vm = Vm::run(
         "health",
         "",
-        "[forward.held]
+        "[defaults]
+        dial-timeout = '2s'
+        [forward.held]
         listen = '/held.sock'
         vm = 'it'
         port = 8200
@@ -43,7 +48,14 @@ pub(crate) fn health(load: fn() -> bool) -> Outcome {
     ensure!(load(), "no transport");
     held.read_exact(&mut [0; 7])?;
     vm.shows("\"up\":true")?;
-    vm.says("the VM at vsock://1 is back after ")
+    vm.says("the VM at vsock://1 is back after ")?;
+    drop(held);
+    ensure!(eventually(SOON, unload), "the transport is in use");
+    vm.refuses("/refused.sock")?;
+    vm.says("the VM at vsock://1 is gone: ")?;
+    vm.shows("\"up\":false")?;
+    ensure!(load(), "no transport");
+    vm.shows("\"up\":true")
 }
 
 /// Of the VM's 9 connections 8 may be its guest's: those beyond are ended at once. A client of the host's waits for one

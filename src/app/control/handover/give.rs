@@ -7,11 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Done, FileLine, Head, Mine, SLOTS_PAUSE, Slots, SocketLine, Taken, Use, Wire, Yours};
+use super::{Done, EndedLine, FileLine, Head, Mine, Slots, SocketLine, Taken, Use, Wire, Yours};
 use super::{address_of, guest_port, take_from_keepers};
 use crate::address::Address;
 use crate::app::control::endpoint::{Endpoint, Service};
-use crate::app::control::model::RuleBody;
+use crate::app::control::model::{Ended, RuleBody};
 use crate::engine::admission::sharing::Remainder;
 use crate::listener::nonblocking::Listener;
 use crate::proxy::{ForwardId, Handle, Offered};
@@ -57,6 +57,7 @@ impl Successor {
             .collect();
         let mut taken = Vec::new();
         let mut guest_ports = Vec::new();
+        let mut hears_of_ended = false;
         let handed = handle.hand_over(|offered| {
             let of_forwards: usize = offered.iter().map(|it| it.sockets.len()).sum();
             wire.send(&Head {
@@ -86,9 +87,10 @@ impl Successor {
             let slots = Slots::keep(handle, Remainder::HalfOfFree);
             wire.send(&Yours { yours: true, slots })?;
             match wire.next::<Mine>() {
+                Ok(mine) => hears_of_ended = mine.hears_of_ended,
                 // One that hangs has them all the same.
-                Err(e) if e.kind() != io::ErrorKind::TimedOut => return Err(e),
-                _ => {}
+                Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
+                Err(e) => return Err(e),
             }
             let index = |number: &usize| number.checked_sub(of_doors.len());
             let id = |index: usize| forwards.get(index).copied().flatten();
@@ -119,8 +121,11 @@ impl Successor {
         };
         // It goes on without being told, a little later.
         let _ = wire.send(&done);
-        let (wire, told) = (self.0, slots);
-        Ok(Finishing { wire, told })
+        Ok(Finishing {
+            wire: self.0,
+            told: slots,
+            ended: hears_of_ended.then(HashSet::new),
+        })
     }
 }
 
@@ -129,22 +134,40 @@ impl Successor {
 pub(in crate::app::control) struct Finishing {
     wire: Wire,
     told: Slots,
+    /// Those of the last connections that have ended of which it knows, by their processes and ids; `None` if it is of
+    /// an earlier version, and hears of none.
+    ended: Option<HashSet<(Option<u32>, u64)>>,
 }
 
 impl Finishing {
-    /// Tells the successor of the slots that are left, as they get fewer, until this process or the
-    /// other one ends.
-    pub(in crate::app::control) fn tell_on(mut self, handle: &Handle) {
-        loop {
-            std::thread::sleep(SLOTS_PAUSE);
-            let slots = Slots::keep(handle, Remainder::Used);
-            if slots != self.told {
-                if self.wire.send(&slots).is_err() {
-                    return;
-                }
-                self.told = slots;
+    /// Tells the successor of the slots that are left, if they have become fewer, and of the connections that have
+    /// `ended`, if it doesn't know them.
+    ///
+    /// # Errors
+    /// That it has ended, or takes nothing.
+    pub(in crate::app::control) fn send_line(
+        &mut self,
+        handle: &Handle,
+        ended: Vec<Ended>,
+    ) -> io::Result<()> {
+        let slots = Slots::keep(handle, Remainder::Used);
+        if slots != self.told {
+            self.wire.send(&slots)?;
+            self.told = slots;
+        }
+        let Some(known) = &mut self.ended else {
+            return Ok(());
+        };
+        let name = |it: &Ended| (it.carried_by, it.id);
+        let now: HashSet<_> = ended.iter().map(name).collect();
+        for ended in ended {
+            if !known.contains(&name(&ended)) {
+                self.wire.send(&EndedLine { ended })?;
             }
         }
+        // What is forgotten doesn't come again.
+        *known = now;
+        Ok(())
     }
 }
 

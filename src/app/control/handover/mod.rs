@@ -13,6 +13,7 @@
 //! | successor | [`Mine`] | it accepts at them |
 //! | predecessor | [`Done`] | it accepts nobody any more |
 //! | predecessor | [`Slots`], again and again | which slots of VMs its connections still have |
+//! | predecessor | [`EndedLine`], for each, if the successor hears of them | one of its last connections that have ended |
 //!
 //! The end of the conversation is then the predecessor's own. The slots that it has of a VM's device are left out by the
 //! successor, so that together they have no more than there are; what it tells with `yours` and `done` counts at once.
@@ -40,6 +41,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::address::{Address, UnixAddress};
+use crate::app::control::model::Ended;
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::keeper;
 use crate::proxy::Handle;
@@ -52,8 +54,8 @@ pub(super) const PROTOCOL: u32 = 1;
 /// changed meanwhile.
 const PATIENCE: Duration = Duration::from_secs(8);
 
-/// How often the predecessor looks which slots its connections still have.
-const SLOTS_PAUSE: Duration = Duration::from_millis(100);
+/// How often the predecessor looks which slots its connections still have, and which have ended.
+pub(super) const TELL_PAUSE: Duration = Duration::from_millis(100);
 
 /// The longest line: a rule has some hundred bytes, and a path some thousand.
 const LONGEST_LINE: usize = 64 * 1024;
@@ -126,6 +128,23 @@ struct Yours {
 #[derive(Debug, Deserialize, Serialize)]
 struct Mine {
     mine: bool,
+    /// Whether it takes an [`EndedLine`]. One of an earlier version doesn't.
+    #[serde(default)]
+    hears_of_ended: bool,
+}
+
+/// A connection that has ended, before the hand-over or while the predecessor finishes.
+#[derive(Debug, Deserialize, Serialize)]
+struct EndedLine {
+    ended: Ended,
+}
+
+/// What the predecessor says while it finishes.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Last {
+    Slots(Slots),
+    Ended(Box<EndedLine>),
 }
 
 #[derive(Debug, Deserialize, Serialize)]

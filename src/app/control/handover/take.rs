@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use super::{Done, Head, Mine, PATIENCE, PROTOCOL, Request, Slots, SocketLine, Taken};
+use super::{Done, Head, Last, Mine, PATIENCE, PROTOCOL, Request, SocketLine, Taken};
 use super::{Use, Wire, Yours};
 use super::{address_of, guest_port, invalid, path_of, take_from_keepers};
 use crate::address::Address;
 use crate::app::control::client::{Unanswered, ask};
-use crate::app::control::model::read_rule;
+use crate::app::control::inherited::Inherited;
+use crate::app::control::model::{Ended, read_rule};
 use crate::app::control::problem::Problem;
 use crate::app::rule::RuleOptions;
 use crate::listener::file::SocketFile;
@@ -187,17 +188,23 @@ pub(crate) struct Agreed {
 }
 
 impl Agreed {
-    /// Says that clients are accepted here, and returns when the other accepts none any more. The
-    /// slots that it still has are left out until it has ended.
-    pub(crate) fn finish(mut self, handle: &Handle) {
-        let done = self.wire.send(&Mine { mine: true });
+    /// Says that clients are accepted here, and returns when the other, that process, accepts none any more. The
+    /// slots that it still has are left out until it has ended, and what has become of its connections is noted.
+    pub(crate) fn finish(mut self, handle: &Handle, process: u32, inherited: Inherited) {
+        let done = self.wire.send(&Mine {
+            mine: true,
+            hears_of_ended: true,
+        });
         match done.and_then(|()| self.wire.next::<Done>()) {
             Ok(done) => {
                 done.slots.leave_out(handle);
                 let handle = handle.clone();
                 let thread = std::thread::Builder::new().name("hvsock-handover".to_owned());
                 // Without a thread they are left out for ever, which is safe.
-                let _ = thread.spawn(move || hear_on(self.wire, &handle));
+                let hear = move || {
+                    hear_on(self.wire, &handle, |ended| inherited.note(ended, process));
+                };
+                let _ = thread.spawn(hear);
             }
             Err(_) => {
                 handle.shared_slots().forget_predecessor();
@@ -208,11 +215,12 @@ impl Agreed {
     }
 }
 
-/// Hears of the slots that the predecessor still has, until it has ended.
-fn hear_on(mut wire: Wire, handle: &Handle) {
+/// Hears of the slots that the predecessor still has, and of its connections that have ended, until it has itself.
+fn hear_on(mut wire: Wire, handle: &Handle, note: impl Fn(Ended)) {
     loop {
-        match wire.next::<Slots>() {
-            Ok(slots) => slots.leave_out(handle),
+        match wire.next::<Last>() {
+            Ok(Last::Slots(slots)) => slots.leave_out(handle),
+            Ok(Last::Ended(line)) => note(line.ended),
             Err(e) if e.kind() == ErrorKind::TimedOut => {}
             Err(_) => return handle.shared_slots().forget_predecessor(),
         }

@@ -1,0 +1,37 @@
+//! The last connections that have ended in the processes from which this one has taken over.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use super::model::Ended;
+use crate::lock::lock;
+
+/// How many are remembered, and shown together with this process' own: as many as a proxy remembers.
+const MOST: usize = 100;
+
+/// The connections, in the order in which they were heard of. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Inherited(Arc<Mutex<VecDeque<Ended>>>);
+
+impl Inherited {
+    /// Adds one of that process, unless it has said that it is another one's.
+    pub(super) fn note(&self, mut ended: Ended, process: u32) {
+        ended.carried_by.get_or_insert(process);
+        let mut all = lock(&self.0);
+        if all.len() >= MOST {
+            all.pop_front();
+        }
+        all.push_back(ended);
+    }
+
+    /// Returns the last of these and of this process' own, in the order in which they have ended.
+    pub(super) fn and(&self, own: Vec<Ended>) -> Vec<Ended> {
+        let mut all = own;
+        let inherited = lock(&self.0);
+        all.extend(inherited.iter().cloned());
+        drop(inherited);
+        all.sort_by_key(|it| it.at);
+        all.drain(..all.len().saturating_sub(MOST));
+        all
+    }
+}
